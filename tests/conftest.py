@@ -1,0 +1,18 @@
+"""Settings of every test: CPU only, reproducible hypothesis runs. Warnings are errors (pyproject.toml)."""
+
+import os
+import sys
+
+if "jax" in sys.modules:
+    raise RuntimeError("jax was imported before tests/conftest.py could choose its platform")
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from hypothesis import HealthCheck, settings
+
+# No deadline: the first example of a test may compile a program. Derandomized: the same commit gives the same result.
+settings.register_profile(
+    "ci", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+# A developer's search for new counterexamples: `pytest --hypothesis-profile=explore`.
+settings.register_profile("explore", parent=settings.get_profile("ci"), derandomize=False, max_examples=1000)
+settings.load_profile("ci")
