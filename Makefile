@@ -1,0 +1,85 @@
+# make run     set up .venv and serve the default model over gRPC
+# make test    set up .venv and run every check: ruff, pyright, import contracts, tests
+#
+#   PYTHON=python3.12      the Python that makes the environment (3.11 or newer)
+#   VENV=.venv-312         where the environment stands; a second one does not disturb the first
+#   JAX_VERSION=0.11.2     pins jax; without it the newest jax that pyproject.toml and the Python allow
+#   CONFIG=llama.gin       what `make run` serves; ARGS="--gin.BINDING=VALUE ..." is handed on
+#   PYTEST_ARGS="-k page"  handed on to pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+JAX_VERSION ?=
+CONFIG ?= tiny.gin
+ARGS ?=
+PYTEST_ARGS ?=
+
+# The reference in parity tests. Only builds for the CPU: on Linux the plain torch wheel pulls gigabytes of CUDA, while
+# one marked +cpu is found only where pip is configured with an index that has it. Without torch the parity tests
+# compare with recorded numbers.
+TORCH_VERSION := 2.13.0
+TORCH := torch==$(TORCH_VERSION)$(if $(filter Linux,$(shell uname -s)),+cpu)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+JAX_PIN := $(if $(JAX_VERSION),jax==$(JAX_VERSION))
+RUN_STAMP := $(VENV)/.installed-run-$(or $(JAX_VERSION),newest)
+TEST_STAMP := $(VENV)/.installed-test-$(or $(JAX_VERSION),newest)
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint format pytest venv protos clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+run: $(RUN_STAMP)
+	$(BIN)/python -m jaxserve.server --config $(CONFIG) $(ARGS)
+
+test: lint pytest
+
+lint: $(TEST_STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: $(TEST_STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+pytest: $(TEST_STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+venv: $(TEST_STAMP)
+
+# One new .proto needs no change here. The generated files are committed: running and testing need no compiler.
+protos: $(TEST_STAMP)
+	$(PIP) install -q '.[protos]'
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
+	    $$(find server/protos -name '*.proto' | sort)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "There is no '$(PYTHON)' here; name a Python 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("jaxserve needs Python 3.11 or newer and $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+$(RUN_STAMP): pyproject.toml | $(BIN)/python
+	@echo "Installing jaxserve and what it needs into $(VENV); a minute or two"
+	$(PIP) install -q -e . $(JAX_PIN)
+	@touch $@
+
+$(TEST_STAMP): pyproject.toml | $(BIN)/python
+	@echo "Installing jaxserve, what it needs and its test tools into $(VENV); a minute or two"
+	$(PIP) install -q -e '.[test]' $(JAX_PIN)
+	@if out=$$($(PIP) install -q --only-binary :all: '$(TORCH)' 2>&1); then \
+	    echo "Installed $(TORCH): parity tests compare with torch itself"; \
+	else \
+	    case "$$out" in *"No matching distribution"*) ;; *) echo "$$out" >&2;; esac; \
+	    echo "No $(TORCH) for this Python: parity tests compare with recorded numbers"; \
+	fi
+	@touch $@
