@@ -1,0 +1,1 @@
+"""Kernels for JAX: plain arrays in, plain arrays out."""

@@ -1,0 +1,72 @@
+"""Paged attention stated plainly: what every other implementation must compute. Slow, in float32 throughout."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention.spec import AttentionSpec
+
+
+def paged_attention(
+    q: jax.Array,
+    pool: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    query_start_loc: jax.Array,
+    spec: AttentionSpec,
+) -> jax.Array:
+    """Gathers, for each token, its sequence's whole page table row and attends to it densely.
+
+    Args:
+        q: [T, K, G, D].
+        pool: [num_pages, 2, K, page_size, D].
+        page_table: int32 [R, max_pages].
+        kv_lens: int32 [R].
+        query_start_loc: int32 [R + 1].
+        spec: scale, sliding window, soft cap.
+
+    Returns:
+        [T, K, G, D] in q's dtype.
+    """
+    num_tokens, num_kv_heads, _, head_dim = q.shape
+    num_rows, max_pages = page_table.shape
+    page_size = pool.shape[3]
+    if pool.dtype != q.dtype:
+        pool = jax.lax.bitcast_convert_type(pool, q.dtype)
+
+    token = jnp.arange(num_tokens)
+    row = jnp.searchsorted(query_start_loc[1:], token, side="right")
+    real = row < num_rows
+    row = jnp.minimum(row, num_rows - 1)
+    query_lens = query_start_loc[1:] - query_start_loc[:-1]
+    query_position = kv_lens[row] - query_lens[row] + token - query_start_loc[row]
+
+    key_position = jnp.arange(max_pages * page_size)
+    seen = key_position <= query_position[:, None]
+    if spec.sliding_window is not None:
+        seen &= key_position > query_position[:, None] - spec.sliding_window
+    seen &= real[:, None]
+
+    pages = jnp.clip(page_table[row], 0, pool.shape[0] - 1)
+    gathered = pool[pages].astype(jnp.float32).transpose(2, 0, 3, 1, 4, 5)
+    key, value = gathered.reshape(2, num_tokens, num_kv_heads, max_pages * page_size, head_dim)
+    value = jnp.where(seen[:, None, :, None], value, 0.0)
+
+    score = jnp.einsum("tkgd,tkcd->tkgc", q.astype(jnp.float32), key, precision="highest") * spec.scale
+    if spec.soft_cap is not None:
+        score = spec.soft_cap * jnp.tanh(score / spec.soft_cap)
+    score = jnp.where(seen[:, None, None], score, -jnp.inf)
+    weight = jnp.where(real[:, None, None, None], jax.nn.softmax(score, axis=-1), 0.0)
+    return jnp.einsum("tkgc,tkcd->tkgd", weight, value, precision="highest").astype(q.dtype)
+
+
+def kv_write(pool: jax.Array, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> jax.Array:
+    """Writes token after token; see `api.kv_write`."""
+    page_size = pool.shape[3]
+    if k.dtype != pool.dtype:
+        k, v = (jax.lax.bitcast_convert_type(x, pool.dtype) for x in (k, v))
+
+    def one(token: jax.Array, pool: jax.Array) -> jax.Array:
+        page, offset = slot_mapping[token] // page_size, slot_mapping[token] % page_size
+        return pool.at[page, 0, :, offset].set(k[token]).at[page, 1, :, offset].set(v[token])
+
+    return jax.lax.fori_loop(0, slot_mapping.shape[0], one, pool)

@@ -1,0 +1,352 @@
+"""Paged attention for CPUs, in plain XLA: fast, and the same to the bit however tokens are batched.
+
+The queries are cut into tiles of a few consecutive tokens of one sequence, so that every dot has 2 to 32 rows: in that
+range XLA's CPU dots give a row the same bits whatever its companions. Every tile walks key-value blocks of one fixed
+size, counted from position 0, with the online softmax of Milakov and Gimelshein (arXiv 1805.02867), so that a token
+sums in the same order in a decode step and in any prefill chunk. Tiles are sorted by the length they read and worked
+off in groups by loops whose trip counts are data: a step costs what its sequences need, not what its bucket allows.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention.spec import AttentionSpec
+
+# The smallest and the largest number of rows of a dot for which rows were measured to be bit-identical.
+MIN_DOT_ROWS = 2
+MAX_DOT_ROWS = 32
+
+# Scores of masked positions. Finite, so that a difference of two of them is 0 and not NaN.
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Static sizes of the two passes.
+
+    The block size fixes the order of every sum, so it depends on nothing that varies from step to step.
+
+    Attributes:
+        block: key positions read at a time, a multiple of the page size.
+        decode_tile: query tokens of a decode tile, of which one is real.
+        decode_group: decode tiles worked off together.
+        prefill_tile: query tokens of a prefill tile.
+        prefill_group: prefill tiles worked off together.
+    """
+
+    block: int
+    decode_tile: int
+    decode_group: int
+    prefill_tile: int
+    prefill_group: int
+
+
+class TilePass(NamedTuple):
+    """The tiles of one pass, longest first; N is a multiple of the group size and unused tiles come last.
+
+    Attributes:
+        row: int32 [N], the sequence's row in the page table.
+        first_token: int32 [N], place of the tile's first token on the token axis.
+        first_position: int32 [N], that token's position in its sequence.
+        num_tokens: int32 [N], real tokens of the tile, 0 where unused.
+        block_begin: int32 [N / group], first key-value block that a group reads.
+        block_end: int32 [N / group], one past the last block that a group reads.
+        num_groups: int32 [], groups with at least one real token.
+    """
+
+    row: jax.Array
+    first_token: jax.Array
+    first_position: jax.Array
+    num_tokens: jax.Array
+    block_begin: jax.Array
+    block_end: jax.Array
+    num_groups: jax.Array
+
+
+class TilePlan(NamedTuple):
+    """All tiles of a step and, for every token, the row of the tile outputs that holds its result.
+
+    Attributes:
+        decode: the tiles of sequences that compute one token.
+        prefill: the tiles of sequences that compute more.
+        output_row: int32 [T]; padding tokens point at the last row, which stays zero.
+    """
+
+    decode: TilePass
+    prefill: TilePass
+    output_row: jax.Array
+
+
+def tiling_for(num_tokens: int, num_rows: int, group_heads: int, block: int = 128) -> Tiling:
+    """Returns the tile sizes for buckets of `num_tokens` and `num_rows`; only group sizes depend on the bucket."""
+    prefill_tile = MAX_DOT_ROWS // group_heads
+    return Tiling(
+        block=block,
+        decode_tile=-(-MIN_DOT_ROWS // group_heads),
+        decode_group=min(16, num_rows),
+        prefill_tile=prefill_tile,
+        prefill_group=min(8, _max_prefill_tiles(num_tokens, num_rows, prefill_tile)),
+    )
+
+
+def _max_prefill_tiles(num_tokens: int, num_rows: int, tile: int) -> int:
+    """The most tiles that sequences of two or more tokens can need; at least 1 to keep shapes non-empty."""
+    rows = min(num_rows, num_tokens // 2)
+    return max(1, rows + (num_tokens - rows) // tile)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _plan_pass(
+    query_lens: jax.Array,
+    kv_lens: jax.Array,
+    starts: jax.Array,
+    capacity: int,
+    tile: int,
+    group: int,
+    block: int,
+    window: int | None,
+) -> tuple[TilePass, jax.Array, jax.Array]:
+    """Cuts each row's `query_lens` [R] tokens into tiles; returns the pass, [R] first tile and [N] place of a tile."""
+    tiles_of_row = -(-query_lens // tile)
+    ends = jnp.cumsum(tiles_of_row)
+    number = jnp.arange(_round_up(capacity, group), dtype=jnp.int32)
+    # A comparison with every end vectorises; a binary search would be a loop.
+    row = jnp.minimum(jnp.sum(ends[None, :] <= number[:, None], axis=1, dtype=jnp.int32), query_lens.shape[0] - 1)
+    first_tile = ends - tiles_of_row
+    first = (number - first_tile[row]) * tile
+    used = number < ends[-1]
+    num_tokens = jnp.where(used, jnp.minimum(query_lens[row] - first, tile), 0)
+    first_position = jnp.where(used, kv_lens[row] - query_lens[row] + first, 0)
+    needed = first_position + num_tokens
+    order = jnp.argsort(-needed, stable=True).astype(jnp.int32)
+    needed = needed[order].reshape(-1, group)
+    first_position = first_position[order]
+    begin = jnp.zeros(needed.shape[0], jnp.int32)
+    if window is not None:
+        oldest = jnp.where(needed > 0, first_position.reshape(-1, group), jnp.iinfo(jnp.int32).max)
+        begin = jnp.maximum(oldest.min(axis=1) - window + 1, 0) // block
+    tile_pass = TilePass(
+        row=row[order],
+        first_token=(starts[row] + first)[order],
+        first_position=first_position,
+        num_tokens=num_tokens[order],
+        block_begin=begin,
+        block_end=-(-needed.max(axis=1) // block),
+        num_groups=-(-ends[-1] // group),
+    )
+    return tile_pass, first_tile, jnp.argsort(order).astype(jnp.int32)
+
+
+def plan_tiles(
+    kv_lens: jax.Array, query_start_loc: jax.Array, num_tokens: int, tiling: Tiling, window: int | None
+) -> TilePlan:
+    """Plans the tiles of a step.
+
+    The same for each layer with the same window, so XLA's common subexpression elimination computes it once a step.
+
+    Args:
+        kv_lens: int32 [R], sequence lengths, this step's tokens included.
+        query_start_loc: int32 [R + 1], where each row's tokens start.
+        num_tokens: T, the length of the token axis.
+        tiling: static sizes.
+        window: positions that a token may attend to, itself included; None for all.
+
+    Returns:
+        The plan.
+    """
+    num_rows = kv_lens.shape[0]
+    starts = query_start_loc[:-1]
+    query_lens = query_start_loc[1:] - starts
+    decode, decode_tile, decode_place = _plan_pass(
+        jnp.where(query_lens == 1, 1, 0),
+        kv_lens,
+        starts,
+        num_rows,
+        tiling.decode_tile,
+        tiling.decode_group,
+        tiling.block,
+        window,
+    )
+    prefill, prefill_tile, prefill_place = _plan_pass(
+        jnp.where(query_lens > 1, query_lens, 0),
+        kv_lens,
+        starts,
+        _max_prefill_tiles(num_tokens, num_rows, tiling.prefill_tile),
+        tiling.prefill_tile,
+        tiling.prefill_group,
+        tiling.block,
+        window,
+    )
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    row = jnp.sum(query_start_loc[None, 1:] <= token[:, None], axis=1, dtype=jnp.int32)
+    padding = row >= num_rows
+    row = jnp.minimum(row, num_rows - 1)
+    ahead = token - starts[row]
+    decode_rows = decode_place.shape[0] * tiling.decode_tile
+    prefill_rows = prefill_place.shape[0] * tiling.prefill_tile
+    place = prefill_place[jnp.minimum(prefill_tile[row] + ahead // tiling.prefill_tile, prefill_place.shape[0] - 1)]
+    output_row = jnp.where(
+        query_lens[row] == 1,
+        decode_place[decode_tile[row]] * tiling.decode_tile,
+        decode_rows + place * tiling.prefill_tile + ahead % tiling.prefill_tile,
+    )
+    return TilePlan(decode, prefill, jnp.where(padding, decode_rows + prefill_rows, output_row))
+
+
+def _gather_block(pool: jax.Array, pages: jax.Array, side: int, dtype: jnp.dtype) -> jax.Array:
+    """Reads keys (side 0) or values (1) of `pages` [W, n] as [W, K, n * page_size, D], with no transpose to pay for."""
+    num_pages, _, num_kv_heads, page_size, head_dim = pool.shape
+    flat = pool.reshape(num_pages * 2 * num_kv_heads, page_size, head_dim)
+    heads = jnp.arange(num_kv_heads, dtype=jnp.int32) + side * num_kv_heads
+    index = pages[:, None, :] * (2 * num_kv_heads) + heads[None, :, None]
+    block = flat.at[index].get(mode="promise_in_bounds")
+    block = block.reshape(pages.shape[0], num_kv_heads, -1, head_dim)
+    return block if block.dtype == dtype else jax.lax.bitcast_convert_type(block, dtype)
+
+
+class _Group(NamedTuple):
+    """One group's tiles: queries [W, K, M, D], rows [W], lengths [W] and the queries' positions [W, M] (-1: none)."""
+
+    query: jax.Array
+    row: jax.Array
+    length: jax.Array
+    position: jax.Array
+
+
+def _attend_block(
+    index: jax.Array,
+    state: tuple[jax.Array, jax.Array, jax.Array],
+    group: _Group,
+    pool: jax.Array,
+    page_table: jax.Array,
+    spec: AttentionSpec,
+    block: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Takes key-value block `index` into the running (maximum [W,K,M], sum [W,K,M], output [W,K,M,D]).
+
+    A block that is masked for a query leaves that query's state unchanged to the bit: the maximum stays, so it
+    multiplies by exp(0) = 1 and adds 0.
+    """
+    maximum, total, output = state
+    num_pages, page_size = pool.shape[0], pool.shape[3]
+    pages_per_block = block // page_size
+    column = index * pages_per_block + jnp.arange(pages_per_block, dtype=jnp.int32)
+    pages = page_table[group.row[:, None], jnp.minimum(column, page_table.shape[1] - 1)[None, :]]
+    # Entries past a sequence's length may hold anything: they read the null page instead.
+    pages = jnp.where(column[None, :] * page_size < group.length[:, None], jnp.clip(pages, 0, num_pages - 1), 0)
+    key = _gather_block(pool, pages, 0, group.query.dtype)
+    value = _gather_block(pool, pages, 1, group.query.dtype)
+    position = index * block + jnp.arange(block, dtype=jnp.int32)
+    # A weight of 0 does not silence a NaN in memory that no one wrote.
+    value = jnp.where((position < group.length[:, None])[:, None, :, None], value, 0)
+    score = jnp.einsum("wkmd,wkcd->wkmc", group.query, key, preferred_element_type=jnp.float32) * spec.scale
+    if spec.soft_cap is not None:
+        score = spec.soft_cap * jnp.tanh(score / spec.soft_cap)
+    seen = position <= group.position[:, :, None]
+    if spec.sliding_window is not None:
+        seen &= position > group.position[:, :, None] - spec.sliding_window
+    seen = seen[:, None]
+    score = jnp.where(seen, score, MASKED)
+    new_maximum = jnp.maximum(maximum, score.max(axis=-1))
+    weight = jnp.where(seen, jnp.exp(score - new_maximum[..., None]), 0.0)
+    decay = jnp.exp(maximum - new_maximum)
+    update = jnp.einsum("wkmc,wkcd->wkmd", weight.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return new_maximum, total * decay + weight.sum(axis=-1), output * decay[..., None] + update
+
+
+def _run_pass(
+    rows: jax.Array,
+    first_row: int,
+    tile_pass: TilePass,
+    q: jax.Array,
+    pool: jax.Array,
+    page_table: jax.Array,
+    spec: AttentionSpec,
+    tile: int,
+    block: int,
+) -> jax.Array:
+    """Works off the groups of a pass and writes their outputs to `rows` [N_total, K, G, D] from `first_row` on."""
+    num_tokens, num_kv_heads, group_heads, head_dim = q.shape
+    size = tile_pass.row.shape[0] // tile_pass.block_end.shape[0]
+    lane = jnp.arange(tile, dtype=jnp.int32)
+
+    def one_group(number: jax.Array, rows: jax.Array) -> jax.Array:
+        row, first_token, first_position, count = (
+            jax.lax.dynamic_slice_in_dim(field, number * size, size) for field in tile_pass[:4]
+        )
+        token = jnp.minimum(first_token[:, None] + lane, num_tokens - 1)
+        query = q.at[token].get(mode="promise_in_bounds").transpose(0, 2, 1, 3, 4)
+        position = jnp.where(lane < count[:, None], first_position[:, None] + lane, -1)
+        group = _Group(
+            query=query.reshape(size, num_kv_heads, tile * group_heads, head_dim),
+            row=row,
+            length=first_position + count,
+            position=jnp.repeat(position, group_heads, axis=1),
+        )
+        shape = (size, num_kv_heads, tile * group_heads)
+        state = (
+            jnp.full(shape, MASKED, jnp.float32),
+            jnp.zeros(shape, jnp.float32),
+            jnp.zeros((*shape, head_dim), jnp.float32),
+        )
+        _, total, output = jax.lax.fori_loop(
+            tile_pass.block_begin[number],
+            tile_pass.block_end[number],
+            lambda index, state: _attend_block(index, state, group, pool, page_table, spec, block),
+            state,
+        )
+        output = output / jnp.where(total > 0, total, 1.0)[..., None]
+        output = output.reshape(size, num_kv_heads, tile, group_heads, head_dim).transpose(0, 2, 1, 3, 4)
+        output = output.reshape(size * tile, num_kv_heads, group_heads, head_dim)
+        return jax.lax.dynamic_update_slice_in_dim(rows, output, first_row + number * size * tile, axis=0)
+
+    return jax.lax.fori_loop(0, tile_pass.num_groups, one_group, rows)
+
+
+def paged_attention(
+    q: jax.Array,
+    pool: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    query_start_loc: jax.Array,
+    spec: AttentionSpec,
+    tiling: Tiling | None = None,
+) -> jax.Array:
+    """Computes `api.paged_attention`; arguments are checked there.
+
+    Args:
+        q: [T, K, G, D], G <= 32.
+        pool: [num_pages, 2, K, page_size, D].
+        page_table: int32 [R, max_pages].
+        kv_lens: int32 [R].
+        query_start_loc: int32 [R + 1].
+        spec: scale, sliding window, soft cap.
+        tiling: static sizes, None for the tuned ones.
+
+    Returns:
+        [T, K, G, D] in q's dtype.
+    """
+    num_tokens, num_kv_heads, group_heads, head_dim = q.shape
+    tiling = tiling or tiling_for(num_tokens, kv_lens.shape[0], group_heads)
+    plan = plan_tiles(kv_lens, query_start_loc, num_tokens, tiling, spec.sliding_window)
+    decode_rows = plan.decode.row.shape[0] * tiling.decode_tile
+    prefill_rows = plan.prefill.row.shape[0] * tiling.prefill_tile
+    rows = jnp.zeros((decode_rows + prefill_rows + 1, num_kv_heads, group_heads, head_dim), jnp.float32)
+    rows = _run_pass(rows, 0, plan.decode, q, pool, page_table, spec, tiling.decode_tile, tiling.block)
+    rows = _run_pass(rows, decode_rows, plan.prefill, q, pool, page_table, spec, tiling.prefill_tile, tiling.block)
+    return rows.at[plan.output_row].get(mode="promise_in_bounds").astype(q.dtype)
+
+
+def kv_write(pool: jax.Array, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> jax.Array:
+    """Computes `api.kv_write` as one scatter of [2, K, D] windows, in place when the pool is donated."""
+    page_size = pool.shape[3]
+    window = jnp.stack([k, v], axis=1)
+    if window.dtype != pool.dtype:
+        window = jax.lax.bitcast_convert_type(window, pool.dtype)
+    return pool.at[slot_mapping // page_size, :, :, slot_mapping % page_size].set(window)
