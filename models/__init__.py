@@ -1,0 +1,1 @@
+"""Model definitions, attention metadata and checkpoint loading; knows nothing of requests."""

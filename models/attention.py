@@ -1,0 +1,141 @@
+"""What a model's `attend` does: attention over pages for serving, dense attention for training and reference.
+
+Letters in shapes: T tokens of a step, R rows (sequences) of a step, K key-value heads, G query heads per key-value
+head, D head dimension. Both makers return the `Attend` of models/llama.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from models.config import ModelConfig
+from models.llama import Attend, Cache
+from pallas_kernels.paged_attention import api
+
+POOL_PARTITION = P(None, None, "tensor", None, None)
+"""Where a layer's pool [num_pages, 2, K, page_size, D] lives on a mesh with the axis `tensor`."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["positions", "page_table", "kv_lens", "query_start_loc", "slot_mapping"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class AttentionMetadata:
+    """Which tokens a step computes and where their keys and values are.
+
+    Attributes:
+        positions: int32 [T], each token's place in its own sequence.
+        page_table: int32 [R, max_pages], the pages of each row in order.
+        kv_lens: int32 [R], each row's length, this step's tokens included; 0 for an empty row.
+        query_start_loc: int32 [R + 1], where each row's tokens start; tokens past the last entry are padding.
+        slot_mapping: int32 [T], page * page_size + offset where each token's key and value go; slots of page 0 for
+            padding.
+    """
+
+    positions: jax.Array
+    page_table: jax.Array
+    kv_lens: jax.Array
+    query_start_loc: jax.Array
+    slot_mapping: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSettings:
+    """What an attention layer computes beyond softmax(q k^T) v.
+
+    Attributes:
+        scale: multiplies the scores.
+        sliding_window: positions a token attends to, itself included; None for all before it.
+        soft_cap: scores become soft_cap * tanh(score / soft_cap); None for no cap.
+    """
+
+    scale: float
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> AttentionSettings:
+        """The settings of every layer of a model."""
+        return cls(scale=config.head_dim**-0.5)
+
+
+def paged_attend(
+    metadata: AttentionMetadata, settings: AttentionSettings, implementation: str, mesh: Mesh | None = None
+) -> Attend:
+    """Attention over pages: the cache of a layer is its pool [num_pages, 2, K, page_size, D].
+
+    The returned function writes this step's keys and values into the pool and then attends over it, so it also reads
+    them from there: a token sees the same bits whether its predecessors were computed in this step or an earlier one.
+
+    Args:
+        metadata: of the step.
+        settings: of the layers.
+        implementation: a name that `pallas_kernels.paged_attention.api.choose` returned.
+        mesh: with the axis `tensor` where that has more than one device: each then works on its own heads. The
+            kernels are opaque to the partitioner, so it is told. None for one device.
+
+    Raises:
+        ValueError: on a call, where a shape or dtype does not fit (see `pallas_kernels.paged_attention.api`).
+    """
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, pool: Cache, step: AttentionMetadata) -> tuple:
+        pool = api.kv_write(pool, k, v, step.slot_mapping, implementation=implementation)
+        out = api.paged_attention(
+            q,
+            pool,
+            step.page_table,
+            step.kv_lens,
+            step.query_start_loc,
+            **dataclasses.asdict(settings),
+            implementation=implementation,
+        )
+        return out, pool
+
+    if mesh is not None and mesh.shape["tensor"] > 1:
+        heads = P(None, "tensor")
+        attend = jax.shard_map(
+            attend,
+            mesh=mesh,
+            in_specs=(heads, heads, heads, POOL_PARTITION, P()),
+            out_specs=(heads, POOL_PARTITION),
+            check_vma=False,  # the kernels do not say over which axes their results vary
+        )
+    return lambda q, k, v, pool: attend(q, k, v, pool, metadata)
+
+
+def dense_attend(settings: AttentionSettings, segments: jax.Array | None = None) -> Attend:
+    """Causal attention over the tokens of the call alone, all of them in one score matrix; caches pass through.
+
+    The returned function takes q [..., T, K, G, D] and k, v [..., T, K, D] and returns [..., T, K, G, D] in q's dtype.
+    A token attends to itself and to the tokens before it on the axis T that have its segment.
+
+    Args:
+        settings: of the layers; a sliding window counts tokens on the axis T.
+        segments: int32 [..., T], which packed sequence each token belongs to; None where there is one.
+    """
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        score = jnp.einsum("...tkgd,...skd->...kgts", q, k, preferred_element_type=jnp.float32) * settings.scale
+        if settings.soft_cap is not None:
+            score = settings.soft_cap * jnp.tanh(score / settings.soft_cap)
+        place = jnp.arange(q.shape[-4])
+        seen = place[None, :] <= place[:, None]
+        if settings.sliding_window is not None:
+            seen &= place[None, :] > place[:, None] - settings.sliding_window
+        if segments is not None:
+            seen = seen & (segments[..., :, None] == segments[..., None, :])
+            seen = seen[..., None, None, :, :]
+        # A token sees itself, so no row is masked whole.
+        weight = jax.nn.softmax(jnp.where(seen, score, -jnp.inf), axis=-1).astype(v.dtype)
+        out = jnp.einsum("...kgts,...skd->...tkgd", weight, v, preferred_element_type=jnp.float32)
+        return out.astype(q.dtype), cache
+
+    return attend

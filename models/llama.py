@@ -1,0 +1,277 @@
+"""Llama-architecture decoder in flax nnx.
+
+The model computes hidden states for any packing of tokens; how keys and values are stored and attended to is the
+caller's: `attend` is called once a layer with that layer's cache. Training passes dense causal attention, serving
+passes paged attention (models/attention.py). Letters in shapes: T tokens, H hidden, I intermediate, K key-value
+heads, G query heads per key-value head, D head dimension, V vocabulary. `...` is any leading axes.
+
+Weights keep Hugging Face's [out, in] order and are contracted on their last axis, which is the fast layout of a
+CPU dot and free on a GPU. Q, K and V are one matrix whose outer axis is the key-value head, so that tensor
+parallelism splits it (and the attention that follows) by key-value heads alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from models.config import ModelConfig, RopeScaling
+from models.weights import Path, Slice
+
+Cache = Any
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
+"""(q [..., K, G, D], k [..., K, D], v [..., K, D], cache of the layer) -> (out [..., K, G, D], new cache)."""
+
+
+def contract(x: jax.Array, weight: jax.Array, axes: int = 1) -> jax.Array:
+    """Dot of the last `axes` axes of x and weight, accumulated and returned in float32: [..., out...].
+
+    The operands keep their dtype. What a float32 dot multiplies in (a GPU may use TF32, training uses bfloat16) is
+    the caller's `jax.default_matmul_precision`.
+    """
+    lhs = tuple(range(x.ndim - axes, x.ndim))
+    rhs = tuple(range(weight.ndim - axes, weight.ndim))
+    return jax.lax.dot_general(x, weight, ((lhs, rhs), ((), ())), preferred_element_type=jnp.float32)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """Inverse wavelengths in radians per position, float32 [D / 2].
+
+    Computed on the host in float64 and rounded once, so that they are constants of the program and the same on every
+    device. Kinds of scaling: see `RopeScaling`.
+    """
+    freq = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling.kind == "linear":
+        freq = freq / scaling.factor
+    if scaling.kind == "llama3":
+        # Share of the unscaled frequency: 0 for waves longer than original / low, 1 for those shorter than original /
+        # high.
+        turns = scaling.original_max_position_embeddings * freq / (2 * math.pi)
+        share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        share = np.clip(share, 0.0, 1.0)
+        freq = (1 - share) * freq / scaling.factor + share * freq
+    return freq.astype(np.float32)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding of x [..., heads..., D] in float32; cos and sin are [..., D / 2], half-split pairing."""
+    extra = (1,) * (x.ndim - cos.ndim)
+    shape = cos.shape[:-1] + extra + cos.shape[-1:]
+    cos, sin = cos.reshape(shape), sin.reshape(shape)
+    low, high = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, computed in float32."""
+
+    def __init__(self, size: int, eps: float, dtype: jnp.dtype):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((size,), dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Fused QKV projection, rotary embedding, the caller's attention, output projection."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        kv_heads, group, dim, hidden = (
+            config.num_key_value_heads,
+            config.group_size,
+            config.head_dim,
+            config.hidden_size,
+        )
+        self.group = group
+        self.qkv = nnx.Param(_normal(rngs, (kv_heads, group + 2, dim, hidden), hidden, dtype))
+        self.out = nnx.Param(_normal(rngs, (hidden, kv_heads, group, dim), kv_heads * group * dim, dtype))
+        self.qkv_bias = nnx.Param(jnp.zeros((kv_heads, group + 2, dim), dtype)) if config.attention_bias else None
+        self.out_bias = nnx.Param(jnp.zeros((hidden,), dtype)) if config.attention_bias else None
+
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache, attend: Attend
+    ) -> tuple[jax.Array, Cache]:
+        qkv = contract(x, self.qkv[...])  # [..., K, G + 2, D]
+        if self.qkv_bias is not None:
+            qkv += self.qkv_bias[...].astype(jnp.float32)
+        qk = rotate(qkv[..., : self.group + 1, :], cos, sin).astype(x.dtype)
+        v = qkv[..., self.group + 1, :].astype(x.dtype)
+        attended, cache = attend(qk[..., : self.group, :], qk[..., self.group, :], v, cache)
+        y = contract(attended, self.out[...], axes=3)
+        if self.out_bias is not None:
+            y += self.out_bias[...].astype(jnp.float32)
+        return y.astype(x.dtype), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU with the gate and up projections fused: gate_up [2, I, H], down [H, I]."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        hidden, wide = config.hidden_size, config.intermediate_size
+        self.gate_up = nnx.Param(_normal(rngs, (2, wide, hidden), hidden, dtype))
+        self.down = nnx.Param(_normal(rngs, (hidden, wide), wide, dtype))
+        self.gate_up_bias = nnx.Param(jnp.zeros((2, wide), dtype)) if config.mlp_bias else None
+        self.down_bias = nnx.Param(jnp.zeros((hidden,), dtype)) if config.mlp_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate_up = contract(x, self.gate_up[...])
+        if self.gate_up_bias is not None:
+            gate_up += self.gate_up_bias[...].astype(jnp.float32)
+        gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
+        y = contract((jax.nn.silu(gate) * up).astype(x.dtype), self.down[...])
+        if self.down_bias is not None:
+            y += self.down_bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and MLP with residuals."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.attention = Attention(config, dtype, rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = MLP(config, dtype, rngs)
+
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache, attend: Attend
+    ) -> tuple[jax.Array, Cache]:
+        attended, cache = self.attention(self.attention_norm(x), cos, sin, cache, attend)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Llama(nnx.Module):
+    """Tokens to hidden states, and hidden states to logits."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = nnx.Param(_normal(rngs, (config.vocab_size, config.hidden_size), 2500, dtype))
+        self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.head = (
+            None
+            if config.tie_word_embeddings
+            else nnx.Param(_normal(rngs, (config.vocab_size, config.hidden_size), config.hidden_size, dtype))
+        )
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, caches: Sequence[Cache], attend: Attend
+    ) -> tuple[jax.Array, list[Cache]]:
+        """Hidden states after the final norm.
+
+        tokens: int32 [...]; ids below vocab_size (the caller's duty: a gather clamps in silence).
+        positions: int32 [...], the place of each token in its own sequence.
+        caches: one per layer, handed to `attend` and returned as it returned them.
+        Returns (hidden [..., H] in the weights' dtype, caches).
+        """
+        config = self.config
+        freq = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        angles = positions[..., None].astype(jnp.float32) * freq
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        x = self.embedding[...][tokens]
+        updated = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer(x, cos, sin, cache, attend)
+            updated.append(cache)
+        return self.norm(x), updated
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 [..., V] for hidden [..., H]."""
+        head = self.embedding if self.head is None else self.head
+        return contract(hidden, head[...])
+
+
+PARTITION: dict[str, P] = {
+    "embedding": P("tensor", None),
+    "head": P("tensor", None),
+    "qkv": P("tensor", None, None, None),
+    "qkv_bias": P("tensor", None, None),
+    "out": P(None, "tensor", None, None),
+    "out_bias": P(None),
+    "gate_up": P(None, "tensor", None),
+    "gate_up_bias": P(None, "tensor"),
+    "down": P(None, "tensor"),
+    "down_bias": P(None),
+    "scale": P(None),
+}
+"""Where each parameter lives on a mesh with the axis `tensor`, by the last name of its path."""
+
+SPLIT_FIELDS = ("num_key_value_heads", "intermediate_size")
+"""Sizes that the number of devices on the axis `tensor` must divide."""
+
+CONTRACTED_AXES = {"out": 3}
+"""How many trailing axes of a matrix are summed over, where that is not one."""
+
+
+def hf_weights(config: ModelConfig) -> dict[Path, tuple[Slice, ...]]:
+    """The Hugging Face tensors that make up each parameter; together the slices of a parameter cover it once."""
+    vocab, hidden = config.vocab_size, config.hidden_size
+    weights: dict[Path, tuple[Slice, ...]] = {
+        ("embedding",): (Slice("model.embed_tokens.weight", (vocab, hidden)),),
+        ("norm", "scale"): (Slice("model.norm.weight", (hidden,)),),
+    }
+    if not config.tie_word_embeddings:
+        weights["head",] = (Slice("lm_head.weight", (vocab, hidden)),)
+    for number in range(config.num_hidden_layers):
+        for path, slices in _layer_weights(config, f"model.layers.{number}.").items():
+            weights["layers", number, *path] = slices
+    return weights
+
+
+def _layer_weights(config: ModelConfig, prefix: str) -> dict[Path, tuple[Slice, ...]]:
+    hidden, wide, group = config.hidden_size, config.intermediate_size, config.group_size
+    q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    # Query head h of Hugging Face is query h % G of key-value head h // G: reshaping [K * G * D] puts it there.
+    parts = (
+        ("q_proj", q_size, (slice(None), slice(0, group))),
+        ("k_proj", kv_size, (slice(None), group)),
+        ("v_proj", kv_size, (slice(None), group + 1)),
+    )
+    weights: dict[Path, tuple[Slice, ...]] = {
+        ("attention_norm", "scale"): (Slice(prefix + "input_layernorm.weight", (hidden,)),),
+        ("mlp_norm", "scale"): (Slice(prefix + "post_attention_layernorm.weight", (hidden,)),),
+        ("attention", "qkv"): tuple(
+            Slice(f"{attention}{name}.weight", (size, hidden), index) for name, size, index in parts
+        ),
+        ("attention", "out"): (Slice(attention + "o_proj.weight", (hidden, q_size)),),
+        ("mlp", "gate_up"): (
+            Slice(mlp + "gate_proj.weight", (wide, hidden), (0,)),
+            Slice(mlp + "up_proj.weight", (wide, hidden), (1,)),
+        ),
+        ("mlp", "down"): (Slice(mlp + "down_proj.weight", (hidden, wide)),),
+    }
+    if config.attention_bias:
+        weights["attention", "qkv_bias"] = tuple(
+            Slice(f"{attention}{name}.bias", (size,), index) for name, size, index in parts
+        )
+        weights["attention", "out_bias"] = (Slice(attention + "o_proj.bias", (hidden,)),)
+    if config.mlp_bias:
+        weights["mlp", "gate_up_bias"] = (
+            Slice(mlp + "gate_proj.bias", (wide,), (0,)),
+            Slice(mlp + "up_proj.bias", (wide,), (1,)),
+        )
+        weights["mlp", "down_bias"] = (Slice(mlp + "down_proj.bias", (hidden,)),)
+    return weights
+
+
+def unneeded(config: ModelConfig, tensor: str) -> bool:
+    """Whether a checkpoint may hold this tensor though the model has no use for it."""
+    if tensor == "lm_head.weight":
+        return config.tie_word_embeddings  # a duplicate of the embedding
+    return tensor.endswith("rotary_emb.inv_freq")  # a buffer that early releases of transformers saved
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype) -> jax.Array:
+    return (jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(fan_in)).astype(dtype)

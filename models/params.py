@@ -1,0 +1,141 @@
+"""A model's parameters as a plain pytree: their shapes, dtypes and places, made without reading a checkpoint.
+
+The tree is nested dicts keyed by the module's attribute names and layer numbers. It holds arrays and nothing else, so
+it passes through jit, device_put and orbax as it is; `bind` turns it into a module again.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from models.config import ModelConfig
+from models.registry import lookup
+from models.weights import Params, Path, put
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Names of the dtypes that weights can be held in."""
+
+UNEVEN = ("embedding", "head")
+"""Parameters that every device holds whole where the mesh does not divide them (odd vocabularies)."""
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the one axis `tensor` over the devices; None takes the first device alone."""
+    devices = jax.devices()[:1] if devices is None else list(devices)
+    return Mesh(np.array(devices), ("tensor",), axis_types=(AxisType.Auto,))
+
+
+def resolve_dtype(dtype: Any) -> np.dtype:
+    """The numpy dtype of a name or a dtype; a ValueError names the supported ones."""
+    try:
+        resolved = np.dtype(jnp.dtype(dtype))
+    except TypeError:
+        resolved = None
+    if resolved is None or resolved.name not in DTYPES:
+        name = dtype if resolved is None else resolved.name
+        raise ValueError(f"model dtype is {name!r}; supported dtypes are {', '.join(DTYPES)}")
+    return resolved
+
+
+def abstract_params(config: ModelConfig, dtype: Any, mesh: Mesh | Any) -> Params:
+    """The parameters as ShapeDtypeStructs with NamedShardings: all that compiling needs of them.
+
+    Args:
+        config: the architecture; one that the registry does not know is a ValueError.
+        dtype: of every parameter; see `resolve_dtype`.
+        mesh: with the axis `tensor`, whose size must divide the architecture's `split_fields` (ValueError).
+    """
+    resolved = resolve_dtype(dtype)
+    check_mesh(config, mesh)
+    partition = lookup(config.architecture).partition
+    _, shapes = _structure(config)
+    tree: Params = {}
+    for path, shape in shapes.items():
+        spec = _fitting(str(path[-1]), partition[str(path[-1])], shape, mesh)
+        put(tree, path, jax.ShapeDtypeStruct(shape, resolved, sharding=NamedSharding(mesh, spec)))
+    return tree
+
+
+def random_params(config: ModelConfig, dtype: Any, mesh: Mesh | Any, seed: int) -> Params:
+    """Weights drawn on the devices, for measuring speed without a checkpoint.
+
+    Matrices and biases are normal with variance 1 / (length of the dot), norm scales are 1. The same seed gives the
+    same weights on every mesh. Arguments are those of `abstract_params`.
+    """
+    contracted = lookup(config.architecture).contracted_axes
+    root = jax.random.key(seed)
+
+    def draw(number: int, path: Path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = str(path[-1])
+        if name == "scale":
+            return jax.device_put(np.ones(leaf.shape, leaf.dtype), leaf.sharding)
+        fan_in = math.prod(leaf.shape[len(leaf.shape) - contracted.get(name, 1) :])
+        return _normal(leaf.shape, leaf.dtype, leaf.sharding, fan_in)(jax.random.fold_in(root, number))
+
+    tree: Params = {}
+    for number, (path, leaf) in enumerate(leaves(abstract_params(config, dtype, mesh))):
+        put(tree, path, draw(number, path, leaf))
+    return tree
+
+
+def bind(config: ModelConfig, params: Params) -> Any:
+    """The module with these parameters. Copies nothing and costs little, inside jit too."""
+    graph, _ = _structure(config)
+    return nnx.merge(graph, nnx.State(params))
+
+
+def params_of(model: nnx.Module) -> Params:
+    """The parameters of a module, as this module's functions and the checkpoint's take them."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def leaves(params: Params) -> list[tuple[Path, Any]]:
+    """(path, leaf) of every parameter, in pytree order."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    return [(tuple(entry.key for entry in path), leaf) for path, leaf in flat]
+
+
+def check_mesh(config: ModelConfig, mesh: Mesh | Any) -> None:
+    """A ValueError where the model cannot be split over the mesh's axis `tensor`."""
+    if "tensor" not in mesh.shape:
+        raise ValueError(f"mesh axes are {tuple(mesh.shape)}; one of them must be 'tensor'")
+    size = mesh.shape["tensor"]
+    for name in lookup(config.architecture).split_fields:
+        if getattr(config, name) % size:
+            raise ValueError(f"mesh axis tensor has {size} devices; it must divide {name} {getattr(config, name)}")
+
+
+def _fitting(name: str, spec: P, shape: tuple[int, ...], mesh: Mesh | Any) -> P:
+    for length, axis in zip(shape, spec, strict=True):
+        if axis is not None and length % mesh.shape[axis]:
+            assert name in UNEVEN, (name, shape)
+            return P(*(None for _ in shape))
+    return spec
+
+
+@functools.lru_cache(maxsize=16)
+def _structure(config: ModelConfig) -> tuple[Any, dict[Path, tuple[int, ...]]]:
+    """The module's graph definition and the shape of each parameter by path; no array is made."""
+    module = lookup(config.architecture).module
+    abstract = nnx.eval_shape(lambda: module(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(abstract)
+    shapes = {path: leaf.shape for path, leaf in leaves(nnx.to_pure_dict(state))}
+    return graph, shapes
+
+
+@functools.lru_cache(maxsize=64)
+def _normal(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding, fan_in: int) -> Any:
+    def draw(key: jax.Array) -> jax.Array:
+        return (jax.random.normal(key, shape, jnp.float32) / math.sqrt(fan_in)).astype(dtype)
+
+    return jax.jit(draw, out_shardings=sharding)

@@ -1,0 +1,56 @@
+"""The model architectures that can be served, by the name a `config.json` gives them.
+
+To add a model: write its module and tables beside llama.py, and add one entry to `ARCHITECTURES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jax.sharding import PartitionSpec as P
+
+from models import llama
+from models.config import ModelConfig
+from models.weights import Path, Slice
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What the loader and the engine need to know of a model.
+
+    Attributes:
+        module: the nnx module, called as module(config, dtype=, rngs=); its interface is that of `llama.Llama`.
+        weights: the checkpoint's tensors of each parameter; its keys are exactly the module's parameters.
+        unneeded: whether a checkpoint may hold a tensor that no parameter takes.
+        partition: PartitionSpec over the axis `tensor` of each parameter, by the last name of its path.
+        split_fields: fields of the configuration that the size of that axis must divide.
+        contracted_axes: how many trailing axes of a parameter its dot sums over, where not 1, by the last name.
+    """
+
+    module: Callable[..., Any]
+    weights: Callable[[ModelConfig], dict[Path, tuple[Slice, ...]]]
+    unneeded: Callable[[ModelConfig, str], bool]
+    partition: Mapping[str, P]
+    split_fields: tuple[str, ...]
+    contracted_axes: Mapping[str, int]
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "LlamaForCausalLM": Architecture(
+        module=llama.Llama,
+        weights=llama.hf_weights,
+        unneeded=llama.unneeded,
+        partition=llama.PARTITION,
+        split_fields=llama.SPLIT_FIELDS,
+        contracted_axes=llama.CONTRACTED_AXES,
+    ),
+}
+
+
+def lookup(name: str) -> Architecture:
+    """The entry of an architecture; an unknown name is a ValueError that lists the known ones."""
+    if name not in ARCHITECTURES:
+        raise ValueError(f"model architecture is {name!r}; known architectures are {', '.join(sorted(ARCHITECTURES))}")
+    return ARCHITECTURES[name]
