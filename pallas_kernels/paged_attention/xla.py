@@ -199,15 +199,53 @@ def plan_tiles(
     return TilePlan(decode, prefill, jnp.where(padding, decode_rows + prefill_rows, output_row))
 
 
-def _gather_block(pool: jax.Array, pages: jax.Array, side: int, dtype: jnp.dtype) -> jax.Array:
-    """Reads keys (side 0) or values (1) of `pages` [W, n] as [W, K, n * page_size, D], with no transpose to pay for."""
+def _gather_pages(pool: jax.Array, pages: jax.Array, side: int) -> jax.Array:
+    """Reads keys (side 0) or values (1) of `pages` [W, n] as [W, K, n, page_size * D]: one row a head of a page."""
     num_pages, _, num_kv_heads, page_size, head_dim = pool.shape
-    flat = pool.reshape(num_pages * 2 * num_kv_heads, page_size, head_dim)
+    flat = pool.reshape(num_pages * 2 * num_kv_heads, page_size * head_dim)
     heads = jnp.arange(num_kv_heads, dtype=jnp.int32) + side * num_kv_heads
     index = pages[:, None, :] * (2 * num_kv_heads) + heads[None, :, None]
-    block = flat.at[index].get(mode="promise_in_bounds")
-    block = block.reshape(pages.shape[0], num_kv_heads, -1, head_dim)
-    return block if block.dtype == dtype else jax.lax.bitcast_convert_type(block, dtype)
+    return _take(flat, index)
+
+
+def _gather_block(
+    pool: jax.Array, page_table: jax.Array, group: "_Group", index: jax.Array, block: int
+) -> tuple[jax.Array, jax.Array]:
+    """Reads key-value block `index` of each tile as keys and values [W, K, block, D], values past the length zero.
+
+    Zero, because a weight of 0 would not silence a NaN in memory that no one wrote. Only the last block of a sequence
+    has such positions, so only groups that are at the end of one pay for the masking. The branches also serve to keep
+    the reshape out of the gather's loop: as rows of page_size * D numbers it is vectorised and runs twice as fast (a
+    barrier has that effect from jax 0.11 on; before, it is gone when loops are fused).
+    """
+    num_pages, _, num_kv_heads, page_size, head_dim = pool.shape
+    column = index * (block // page_size) + jnp.arange(block // page_size, dtype=jnp.int32)
+    pages = page_table.at[group.row[:, None], jnp.minimum(column, page_table.shape[1] - 1)[None, :]].get(
+        mode="promise_in_bounds", wrap_negative_indices=False
+    )
+    # Entries past a sequence's length may hold anything: they read the null page instead.
+    pages = jnp.where(column[None, :] * page_size < group.length[:, None], jnp.clip(pages, 0, num_pages - 1), 0)
+
+    def whole() -> tuple[jax.Array, jax.Array]:
+        return _gather_pages(pool, pages, 0), _gather_pages(pool, pages, 1)
+
+    def masked() -> tuple[jax.Array, jax.Array]:
+        key, value = whole()
+        position = column[:, None] * page_size + jnp.arange(page_size * head_dim, dtype=jnp.int32) // head_dim
+        return key, jnp.where((position < group.length[:, None, None])[:, None], value, jnp.zeros((), value.dtype))
+
+    read = jax.lax.cond(jnp.any(group.length < (index + 1) * block), masked, whole)
+    key, value = (
+        part if part.dtype == group.query.dtype else jax.lax.bitcast_convert_type(part, group.query.dtype)
+        for part in jax.lax.optimization_barrier(read)
+    )
+    shape = (pages.shape[0], num_kv_heads, block, head_dim)
+    return key.reshape(shape), value.reshape(shape)
+
+
+def _take(array: jax.Array, index: jax.Array) -> jax.Array:
+    """array[index] for indices known to be in range."""
+    return array.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 class _Group(NamedTuple):
@@ -234,17 +272,8 @@ def _attend_block(
     multiplies by exp(0) = 1 and adds 0.
     """
     maximum, total, output = state
-    num_pages, page_size = pool.shape[0], pool.shape[3]
-    pages_per_block = block // page_size
-    column = index * pages_per_block + jnp.arange(pages_per_block, dtype=jnp.int32)
-    pages = page_table[group.row[:, None], jnp.minimum(column, page_table.shape[1] - 1)[None, :]]
-    # Entries past a sequence's length may hold anything: they read the null page instead.
-    pages = jnp.where(column[None, :] * page_size < group.length[:, None], jnp.clip(pages, 0, num_pages - 1), 0)
-    key = _gather_block(pool, pages, 0, group.query.dtype)
-    value = _gather_block(pool, pages, 1, group.query.dtype)
+    key, value = _gather_block(pool, page_table, group, index, block)
     position = index * block + jnp.arange(block, dtype=jnp.int32)
-    # A weight of 0 does not silence a NaN in memory that no one wrote.
-    value = jnp.where((position < group.length[:, None])[:, None, :, None], value, 0)
     score = jnp.einsum("wkmd,wkcd->wkmc", group.query, key, preferred_element_type=jnp.float32) * spec.scale
     if spec.soft_cap is not None:
         score = spec.soft_cap * jnp.tanh(score / spec.soft_cap)
@@ -281,7 +310,7 @@ def _run_pass(
             jax.lax.dynamic_slice_in_dim(field, number * size, size) for field in tile_pass[:4]
         )
         token = jnp.minimum(first_token[:, None] + lane, num_tokens - 1)
-        query = q.at[token].get(mode="promise_in_bounds").transpose(0, 2, 1, 3, 4)
+        query = _take(q, token).transpose(0, 2, 1, 3, 4)
         position = jnp.where(lane < count[:, None], first_position[:, None] + lane, -1)
         group = _Group(
             query=query.reshape(size, num_kv_heads, tile * group_heads, head_dim),
@@ -340,7 +369,7 @@ def paged_attention(
     rows = jnp.zeros((decode_rows + prefill_rows + 1, num_kv_heads, group_heads, head_dim), jnp.float32)
     rows = _run_pass(rows, 0, plan.decode, q, pool, page_table, spec, tiling.decode_tile, tiling.block)
     rows = _run_pass(rows, decode_rows, plan.prefill, q, pool, page_table, spec, tiling.prefill_tile, tiling.block)
-    return rows.at[plan.output_row].get(mode="promise_in_bounds").astype(q.dtype)
+    return _take(rows, plan.output_row).astype(q.dtype)
 
 
 def kv_write(pool: jax.Array, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> jax.Array:
