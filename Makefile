@@ -20,6 +20,8 @@ PYTEST_ARGS ?=
 TORCH_VERSION := 2.13.0
 TORCH := torch==$(TORCH_VERSION)$(if $(filter Linux,$(shell uname -s)),+cpu)
 
+PROTOC := grpcio-tools==1.80.0
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 JAX_PIN := $(if $(JAX_VERSION),jax==$(JAX_VERSION))
@@ -52,14 +54,17 @@ pytest: $(TEST_STAMP)
 
 venv: $(TEST_STAMP)
 
-# One new .proto needs no change here. The generated files are committed: running and testing need no compiler.
-protos: $(TEST_STAMP)
-	$(PIP) install -q '.[protos]'
-	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
+# One new .proto needs no change here. The generated files are committed: running and testing need no compiler. The
+# compiler is the oldest that pyproject.toml's grpcio allows, since its output refuses to run with anything older; it
+# wants an older protobuf too, hence an environment of its own.
+protos: | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)-protos
+	$(VENV)-protos/bin/python -m pip --disable-pip-version-check install -q $(PROTOC)
+	$(VENV)-protos/bin/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
 	    $$(find server/protos -name '*.proto' | sort)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-protos build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -1,0 +1,1 @@
+"""The gRPC interface: protos, service and server, and the client stubs."""
