@@ -23,7 +23,8 @@ TORCH := torch==$(TORCH_VERSION)$(if $(filter Linux,$(shell uname -s)),+cpu)
 PROTOC := grpcio-tools==1.80.0
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Byte code is written on first import: compiling every installed file at once would double the time of the set-up.
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
 JAX_PIN := $(if $(JAX_VERSION),jax==$(JAX_VERSION))
 RUN_STAMP := $(VENV)/.installed-run-$(or $(JAX_VERSION),newest)
 TEST_STAMP := $(VENV)/.installed-test-$(or $(JAX_VERSION),newest)
@@ -32,7 +33,7 @@ TEST_STAMP := $(VENV)/.installed-test-$(or $(JAX_VERSION),newest)
 .PHONY: help run test lint format pytest venv protos clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
 run: $(RUN_STAMP)
 	$(BIN)/python -m jaxserve.server --config $(CONFIG) $(ARGS)
@@ -43,7 +44,7 @@ lint: $(TEST_STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 format: $(TEST_STAMP)
 	$(BIN)/ruff check --fix
@@ -54,13 +55,12 @@ pytest: $(TEST_STAMP)
 
 venv: $(TEST_STAMP)
 
-# One new .proto needs no change here. The generated files are committed: running and testing need no compiler. The
-# compiler is the oldest that pyproject.toml's grpcio allows, since its output refuses to run with anything older; it
-# wants an older protobuf too, hence an environment of its own.
-protos: | $(BIN)/python
-	$(BIN)/python -m venv $(VENV)-protos
-	$(VENV)-protos/bin/python -m pip --disable-pip-version-check install -q $(PROTOC)
-	$(VENV)-protos/bin/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
+# The generated files are committed: running and testing need no compiler. It is an old one on purpose, in an environment
+# of its own: generated code refuses a grpcio or protobuf older than its compiler's (lower bounds in pyproject.toml).
+protos:
+	$(MAKE) .venv-protos/bin/python VENV=.venv-protos
+	.venv-protos/bin/python -m pip --disable-pip-version-check install -q grpcio-tools==1.80.0
+	.venv-protos/bin/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
 	    $$(find server/protos -name '*.proto' | sort)
 
 clean:
@@ -75,13 +75,13 @@ $(BIN)/python:
 
 $(RUN_STAMP): pyproject.toml | $(BIN)/python
 	@echo "Installing jaxserve and what it needs into $(VENV); a minute or two"
-	$(PIP) install -q -e . $(JAX_PIN)
+	$(PIP_INSTALL) -e . $(JAX_PIN)
 	@touch $@
 
 $(TEST_STAMP): pyproject.toml | $(BIN)/python
 	@echo "Installing jaxserve, what it needs and its test tools into $(VENV); a minute or two"
-	$(PIP) install -q -e '.[test]' $(JAX_PIN)
-	@if out=$$($(PIP) install -q --only-binary :all: '$(TORCH)' 2>&1); then \
+	$(PIP_INSTALL) -e '.[test]' $(JAX_PIN)
+	@if out=$$($(PIP_INSTALL) --only-binary :all: '$(TORCH)' 2>&1); then \
 	    echo "Installed $(TORCH): parity tests compare with torch itself"; \
 	else \
 	    case "$$out" in *"No matching distribution"*) ;; *) echo "$$out" >&2;; esac; \
