@@ -29,8 +29,8 @@ UNEVEN = ("embedding", "head")
 """Parameters that every device holds whole where the mesh does not divide them (odd vocabularies)."""
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the one axis `tensor` over the devices; None takes the first device alone."""
+def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the one axis `tensor` over the jax devices; None takes the first device alone."""
     devices = jax.devices()[:1] if devices is None else list(devices)
     return Mesh(np.array(devices), ("tensor",), axis_types=(AxisType.Auto,))
 
@@ -47,7 +47,7 @@ def resolve_dtype(dtype: Any) -> np.dtype:
     return resolved
 
 
-def abstract_params(config: ModelConfig, dtype: Any, mesh: Mesh | Any) -> Params:
+def abstract_params(config: ModelConfig, dtype: Any, mesh: Mesh) -> Params:
     """The parameters as ShapeDtypeStructs with NamedShardings: all that compiling needs of them.
 
     Args:
@@ -66,7 +66,7 @@ def abstract_params(config: ModelConfig, dtype: Any, mesh: Mesh | Any) -> Params
     return tree
 
 
-def random_params(config: ModelConfig, dtype: Any, mesh: Mesh | Any, seed: int) -> Params:
+def random_params(config: ModelConfig, dtype: Any, mesh: Mesh, seed: int) -> Params:
     """Weights drawn on the devices, for measuring speed without a checkpoint.
 
     Matrices and biases are normal with variance 1 / (length of the dot), norm scales are 1. The same seed gives the
@@ -105,7 +105,7 @@ def leaves(params: Params) -> list[tuple[Path, Any]]:
     return [(tuple(entry.key for entry in path), leaf) for path, leaf in flat]
 
 
-def check_mesh(config: ModelConfig, mesh: Mesh | Any) -> None:
+def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     """A ValueError where the model cannot be split over the mesh's axis `tensor`."""
     if "tensor" not in mesh.shape:
         raise ValueError(f"mesh axes are {tuple(mesh.shape)}; one of them must be 'tensor'")
@@ -115,7 +115,7 @@ def check_mesh(config: ModelConfig, mesh: Mesh | Any) -> None:
             raise ValueError(f"mesh axis tensor has {size} devices; it must divide {name} {getattr(config, name)}")
 
 
-def _fitting(name: str, spec: P, shape: tuple[int, ...], mesh: Mesh | Any) -> P:
+def _fitting(name: str, spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
     for length, axis in zip(shape, spec, strict=True):
         if axis is not None and length % mesh.shape[axis]:
             assert name in UNEVEN, (name, shape)

@@ -1,0 +1,122 @@
+"""Greedy generation with nothing but the models package, through dense attention and through pages."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from models.attention import POOL_PARTITION, AttentionMetadata, AttentionSettings, dense_attend, paged_attend
+from models.config import ModelConfig
+from models.params import bind
+from pallas_kernels.paged_attention import api
+from pallas_kernels.paged_attention.pool import new_pool
+
+PAGE_SIZE = 8
+ROWS = 8
+"""Rows of a step: as many as make rows of a dot independent of their number on a CPU."""
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def dense_logits(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
+    """float32 [T, V] for int32 [T]."""
+    model = bind(config, params)
+    caches = [None] * config.num_hidden_layers
+    hidden, _ = model(tokens, jnp.arange(tokens.shape[0]), caches, dense_attend(AttentionSettings.of(config)))
+    return model.logits(hidden)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def dense_greedy(config: ModelConfig, params: Any, prompt: jax.Array, new_tokens: int) -> jax.Array:
+    """int32 [prompt + new]: every step computes the whole sequence anew."""
+
+    def step(place: jax.Array, tokens: jax.Array) -> jax.Array:
+        logits = dense_logits(config, params, tokens)[place - 1]
+        return tokens.at[place].set(jnp.argmax(logits).astype(jnp.int32))
+
+    start = prompt.shape[0]
+    tokens = jnp.concatenate([prompt, jnp.zeros(new_tokens, jnp.int32)])
+    return jax.lax.fori_loop(start, start + new_tokens, step, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=3)
+def paged_step(
+    config: ModelConfig,
+    params: Any,
+    tokens: jax.Array,
+    pools: list[jax.Array],
+    metadata: AttentionMetadata,
+    implementation: str,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """float32 logits [T, V] of a step, and the pools."""
+    model = bind(config, params)
+    attend = paged_attend(metadata, AttentionSettings.of(config), implementation, mesh)
+    hidden, pools = model(tokens, metadata.positions, pools, attend)
+    return model.logits(hidden), pools
+
+
+class PagedSequence:
+    """One sequence in scattered pages, computed chunk by chunk; it sits in row 1 of a step, other rows are empty."""
+
+    def __init__(self, config: ModelConfig, params: Any, length: int, implementation: str, mesh: Mesh | None = None):
+        self.config, self.params, self.implementation, self.mesh = config, params, implementation, mesh
+        count = -(-length // PAGE_SIZE)
+        # Page 0 is the null page; the sequence's pages are neither adjacent nor in order.
+        self.pages = (1 + np.random.RandomState(0).permutation(2 * count)[:count]).astype(np.int32)
+        dtype = params["embedding"].dtype
+        sharding = None if mesh is None else NamedSharding(mesh, POOL_PARTITION)
+        self.pools = [
+            new_pool(2 * count + 1, config.num_key_value_heads, PAGE_SIZE, config.head_dim, dtype, sharding=sharding)
+            for _ in range(config.num_hidden_layers)
+        ]
+        self.length = 0
+
+    def extend(self, tokens: np.ndarray, bucket: int) -> np.ndarray:
+        """Computes the next tokens in a step of `bucket` tokens; returns their logits [len(tokens), V]."""
+        count = len(tokens)
+        places = np.arange(self.length, self.length + count, dtype=np.int32)
+        self.length += count
+        table = np.full((ROWS, len(self.pages)), 2**30, np.int32)  # nothing may read the entries of empty rows
+        table[1] = self.pages
+        lens, starts = np.zeros(ROWS, np.int32), np.full(ROWS + 1, count, np.int32)
+        lens[1], starts[:2] = self.length, 0
+        slots = self.pages[places // PAGE_SIZE] * PAGE_SIZE + places % PAGE_SIZE
+        metadata = AttentionMetadata(
+            positions=_padded(places, bucket),
+            page_table=jnp.asarray(table),
+            kv_lens=jnp.asarray(lens),
+            query_start_loc=jnp.asarray(starts),
+            slot_mapping=_padded(slots, bucket),
+        )
+        logits, self.pools = paged_step(
+            self.config, self.params, _padded(tokens, bucket), self.pools, metadata, self.implementation, self.mesh
+        )
+        return np.asarray(logits)[:count]
+
+
+def paged_greedy(
+    config: ModelConfig,
+    params: Any,
+    prompt: np.ndarray,
+    new_tokens: int,
+    implementation: str | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens int32 [prompt + new], float32 logits of all but the last): the prompt in two chunks, then one by one."""
+    implementation = implementation or api.choose(jax.default_backend())
+    sequence = PagedSequence(config, params, len(prompt) + new_tokens, implementation, mesh)
+    cut = len(prompt) * 2 // 3
+    logits = [sequence.extend(prompt[:cut], len(prompt)), sequence.extend(prompt[cut:], len(prompt))]
+    tokens = list(prompt)
+    for _ in range(new_tokens - 1):
+        tokens.append(int(np.argmax(logits[-1][-1])))
+        logits.append(sequence.extend(np.array(tokens[-1:], np.int32), len(prompt)))
+    tokens.append(int(np.argmax(logits[-1][-1])))
+    return np.array(tokens, np.int32), np.concatenate(logits)
+
+
+def _padded(values: np.ndarray, length: int) -> jax.Array:
+    return jnp.asarray(np.pad(values, (0, length - len(values))), jnp.int32)

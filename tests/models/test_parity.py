@@ -1,0 +1,91 @@
+"""Logits and greedy tokens against transformers' LlamaForCausalLM, in float32."""
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from models import checkpoint, params
+from models.config import ModelConfig
+from tests.models import generate
+from tests.models.checkpoints import NEW_TOKENS, SHAPES, prompt, write_shape
+
+REFERENCES = pathlib.Path(__file__).parent / "references.npz"
+LOGIT_STRIDE = 5
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    with np.load(REFERENCES) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def model(request, tmp_path_factory):
+    """(name, config, params) of one shape."""
+    directory = write_shape(tmp_path_factory.mktemp("checkpoint"), SHAPES[request.param])
+    config = ModelConfig.from_directory(directory)
+    return request.param, config, checkpoint.load(directory, config, "float32", params.make_mesh())
+
+
+def test_dense_attention_gives_the_logits_and_greedy_tokens_of_transformers(model, recorded):
+    name, config, weights = model
+    tokens = recorded[f"{name}.tokens"]
+    logits = np.asarray(generate.dense_logits(config, weights, jax.numpy.asarray(tokens)))
+    np.testing.assert_allclose(logits[::LOGIT_STRIDE], recorded[f"{name}.logits"], rtol=0, atol=TOLERANCE)
+    made = generate.dense_greedy(config, weights, jax.numpy.asarray(prompt(SHAPES[name])), NEW_TOKENS)
+    np.testing.assert_array_equal(np.asarray(made), tokens)
+
+
+def test_paged_attention_gives_the_logits_and_greedy_tokens_of_transformers(model, recorded):
+    name, config, weights = model
+    made, logits = generate.paged_greedy(config, weights, prompt(SHAPES[name]), NEW_TOKENS)
+    np.testing.assert_array_equal(made, recorded[f"{name}.tokens"])
+    np.testing.assert_allclose(logits[::LOGIT_STRIDE], recorded[f"{name}.logits"], rtol=0, atol=TOLERANCE)
+
+
+def test_recorded_numbers_are_what_transformers_computes_now(tmp_path, recorded):
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed here; its recorded numbers are compared instead")
+    # A process of its own: torch's threads and the warnings of its imports stay out of this one.
+    fresh_file = tmp_path / "fresh.npz"
+    command = [sys.executable, "-m", "tests.models.make_references", str(fresh_file)]
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with np.load(fresh_file) as fresh:
+        assert set(fresh) == set(recorded)
+        for name, array in fresh.items():
+            if name.endswith(".tokens"):
+                np.testing.assert_array_equal(array, recorded[name], err_msg=name)
+            else:
+                np.testing.assert_allclose(array, recorded[name], rtol=0, atol=2e-5, err_msg=name)
+
+
+def test_every_shape_is_recorded(recorded):
+    assert set(recorded) == {f"{name}.{kind}" for name in SHAPES for kind in ("tokens", "logits")}
+    assert REFERENCES.stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("parameter", ["qkv", "out", "gate_up", "down", "scale"])
+def test_parity_fails_when_a_weight_is_wrong(parameter, tmp_path, recorded):
+    """The comparison can tell: swapping two rows of one layer's weight moves the logits far past the tolerance."""
+    directory = write_shape(tmp_path, SHAPES["gqa_untied"])
+    config = ModelConfig.from_directory(directory)
+    weights = checkpoint.load(directory, config, "float32", params.make_mesh())
+    layer = weights["layers"][1]
+    holder = {"scale": layer["mlp_norm"], "qkv": layer["attention"], "out": layer["attention"]}.get(
+        parameter, layer["mlp"]
+    )
+    axis = 1 if parameter in ("qkv", "gate_up") else 0
+    order = np.arange(holder[parameter].shape[axis])
+    order[[0, 1]] = [1, 0]
+    holder[parameter] = jax.numpy.take(holder[parameter], jax.numpy.asarray(order), axis=axis)
+    logits = generate.dense_logits(config, weights, jax.numpy.asarray(recorded["gqa_untied.tokens"]))
+    difference = np.abs(np.asarray(logits)[::LOGIT_STRIDE] - recorded["gqa_untied.logits"]).max()
+    assert difference > 100 * TOLERANCE
