@@ -27,7 +27,7 @@ MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 class Tiling:
     """Static sizes of the two passes.
 
-    The block size fixes the order of every sum, so it depends on nothing that varies from step to step.
+    The block size fixes the order of every sum; the group sizes decide what is compiled.
 
     Attributes:
         block: key positions read at a time, a multiple of the page size.
@@ -80,15 +80,18 @@ class TilePlan(NamedTuple):
     output_row: jax.Array
 
 
-def tiling_for(num_tokens: int, num_rows: int, group_heads: int, block: int = 128) -> Tiling:
-    """Returns the tile sizes for buckets of `num_tokens` and `num_rows`; only group sizes depend on the bucket."""
-    prefill_tile = MAX_DOT_ROWS // group_heads
+def tiling_for(group_heads: int) -> Tiling:
+    """Returns the tile sizes for `group_heads` query heads a key-value head.
+
+    They depend on nothing else: with smaller groups for smaller buckets, other loops are compiled, and rows were seen
+    to change in their last bits.
+    """
     return Tiling(
-        block=block,
+        block=128,
         decode_tile=-(-MIN_DOT_ROWS // group_heads),
-        decode_group=min(16, num_rows),
-        prefill_tile=prefill_tile,
-        prefill_group=min(8, _max_prefill_tiles(num_tokens, num_rows, prefill_tile)),
+        decode_group=8,
+        prefill_tile=MAX_DOT_ROWS // group_heads,
+        prefill_group=8,
     )
 
 
@@ -362,7 +365,7 @@ def paged_attention(
         [T, K, G, D] in q's dtype.
     """
     num_tokens, num_kv_heads, group_heads, head_dim = q.shape
-    tiling = tiling or tiling_for(num_tokens, kv_lens.shape[0], group_heads)
+    tiling = tiling or tiling_for(group_heads)
     plan = plan_tiles(kv_lens, query_start_loc, num_tokens, tiling, spec.sliding_window)
     decode_rows = plan.decode.row.shape[0] * tiling.decode_tile
     prefill_rows = plan.prefill.row.shape[0] * tiling.prefill_tile

@@ -1,0 +1,112 @@
+"""Ragged steps for kernel tests: sequences with keys and values in scattered pages of a pool full of garbage."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.paged_attention import paged_attention, storage_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Static sizes of a case; `tokens` and `rows` are the bucket."""
+
+    kv_heads: int
+    group_heads: int
+    head_dim: int
+    page_size: int = 16
+    dtype: str = "float32"
+    tokens: int = 64
+    rows: int = 8
+    max_len: int = 300
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+
+    @property
+    def max_pages(self) -> int:
+        return -(-self.max_len // self.page_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Tokens `start` to `stop` of sequence `sequence`, as one row of a step."""
+
+    sequence: int
+    start: int
+    stop: int
+
+
+class Memory:
+    """Sequences of random queries, keys and values, the last two in pages of one pool whose other numbers are `fill`.
+
+    Attributes:
+        pool: the pool, in its storage dtype.
+        queries: for each sequence, [length, K, G, D] in the shape's dtype.
+    """
+
+    def __init__(self, shape: Shape, lengths: list[int], seed: int, fill: float = float("nan")) -> None:
+        self.shape = shape
+        self._random = np.random.default_rng(seed)
+        dtype = jnp.dtype(shape.dtype)
+        pages = [-(-length // shape.page_size) for length in lengths]
+        # The same number of pages for the same shape, so that each shape compiles once.
+        self.num_pages = shape.rows * shape.max_pages + 3
+        free = 1 + self._random.permutation(self.num_pages - 1)
+        self.pages = np.split(free[: sum(pages)], np.cumsum(pages)[:-1])
+        pool = np.full(
+            (self.num_pages, 2, shape.kv_heads, shape.page_size, shape.head_dim), fill, dtype=np.float32
+        ).astype(dtype)
+        for length, table in zip(lengths, self.pages, strict=True):
+            position = np.arange(length)
+            page, offset = table[position // shape.page_size], position % shape.page_size
+            pool[page, :, :, offset] = self._normal(length, 2, shape.kv_heads, shape.head_dim)
+        self.pool = jnp.asarray(pool.view(storage_dtype(dtype, "cpu")))
+        self.queries = [self._normal(length, shape.kv_heads, shape.group_heads, shape.head_dim) for length in lengths]
+
+    def _normal(self, *size: int) -> np.ndarray:
+        return (2 * self._random.standard_normal(size, dtype=np.float32)).astype(jnp.dtype(self.shape.dtype))
+
+    def arguments(self, items: list[Work], tokens: int | None = None, rows: int | None = None) -> tuple:
+        """Packs `items`; unused page table entries point anywhere, outside the pool too."""
+        shape = self.shape
+        tokens, rows = tokens or shape.tokens, rows or shape.rows
+        query = self._normal(tokens, shape.kv_heads, shape.group_heads, shape.head_dim)
+        table = self._random.integers(-9, self.num_pages + 9, (rows, shape.max_pages), dtype=np.int32)
+        lengths, starts = np.zeros(rows, np.int32), np.zeros(rows + 1, np.int32)
+        for row, item in enumerate(items):
+            used = -(-item.stop // shape.page_size)
+            table[row, :used] = self.pages[item.sequence][:used]
+            lengths[row] = item.stop
+            starts[row + 1] = starts[row] + item.stop - item.start
+            query[starts[row] : starts[row + 1]] = self.queries[item.sequence][item.start : item.stop]
+        starts[len(items) + 1 :] = starts[len(items)]
+        return tuple(jnp.asarray(x) for x in (query, table, lengths, starts))
+
+    def attend(
+        self, items: list[Work], *, tokens: int | None = None, rows: int | None = None, implementation: str = "xla"
+    ) -> list[np.ndarray]:
+        """Returns each item's outputs [stop - start, K, G, D], and last those of the padding tokens."""
+        query, table, lengths, starts = self.arguments(items, tokens, rows)
+        out = np.asarray(_attend(self.shape, implementation)(query, self.pool, table, lengths, starts))
+        return np.split(out, np.asarray(starts[1 : len(items) + 1]))
+
+
+@functools.cache
+def _attend(shape: Shape, implementation: str):
+    return jax.jit(
+        functools.partial(
+            paged_attention,
+            scale=shape.head_dim**-0.5,
+            sliding_window=shape.sliding_window,
+            soft_cap=shape.soft_cap,
+            implementation=implementation,
+        )
+    )
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """The array's bits as integers, so that comparisons tell -0 from 0 and hold for NaN."""
+    return array.view(f"uint{8 * array.dtype.itemsize}")

@@ -1,0 +1,117 @@
+"""Arguments that do not fit are refused with the field, its value and the limit."""
+
+import jax
+import pytest
+
+from pallas_kernels.paged_attention import AttentionSpec, choose, kv_write, paged_attention, pool_spec
+
+T, R, K, G, D = 8, 3, 2, 2, 40
+
+
+def _shape(*size: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(size, dtype)
+
+
+ATTENTION = {
+    "q": _shape(T, K, G, D, dtype="float32"),
+    "pool": _shape(5, 2, K, 16, D, dtype="float32"),
+    "page_table": _shape(R, 4),
+    "kv_lens": _shape(R),
+    "query_start_loc": _shape(R + 1),
+}
+WRITE = {
+    "pool": _shape(5, 2, K, 16, D, dtype="float32"),
+    "k": _shape(T, K, D, dtype="float32"),
+    "v": _shape(T, K, D, dtype="float32"),
+    "slot_mapping": _shape(T),
+}
+
+
+def _attend(*, scale: float = 1.0, **changes):
+    static = {name: changes.pop(name) for name in list(changes) if name not in ATTENTION}
+    return jax.eval_shape(lambda arrays: paged_attention(**arrays, scale=scale, **static), ATTENTION | changes)
+
+
+def _write(implementation: str = "xla", **changes):
+    return jax.eval_shape(lambda arrays: kv_write(**arrays, implementation=implementation), WRITE | changes)
+
+
+def test_fitting_arguments_pass():
+    assert _attend().shape == (T, K, G, D)
+    assert _attend(q=_shape(T, K, 32, D, dtype="float32")).shape == (T, K, 32, D)
+    assert _attend(q=_shape(T, K, 33, D, dtype="float32"), implementation="reference").shape == (T, K, 33, D)
+    assert _write().shape == (5, 2, K, 16, D)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": _shape(T, K, G, D, dtype="bfloat16")}, "q has dtype bfloat16; the pool holds float32"),
+        ({"q": _shape(T, K, G, D)}, "q has dtype int32; the pool holds float32"),
+        ({"q": _shape(T, 3, G, D, dtype="float32")}, r"q has shape \[8, 3, 2, 40\]; it must be \[8, 2, 2, 40\]"),
+        ({"q": _shape(T, K, D, dtype="float32")}, r"q has shape \[8, 2, 40\]"),
+        ({"q": _shape(0, K, G, D, dtype="float32")}, r"q has shape \[0, 2, 2, 40\]; every size must be at least 1"),
+        ({"q": _shape(T, K, 33, D, dtype="float32")}, "q has 33 query heads a key-value head; 'xla' takes at most 32"),
+        ({"pool": _shape(5, K, 16, D, dtype="float32")}, r"pool has shape \[5, 2, 16, 40\]; it must be \[num_pages, 2"),
+        ({"pool": _shape(5, 2, K, 48, D, dtype="float32")}, "page_size is 48; it must be one of"),
+        ({"pool": _shape(5, 2, K, 16, D, dtype="uint16")}, "q has dtype float32; the pool holds uint16"),
+        ({"page_table": _shape(R + 1, 4)}, r"page_table has shape \[4, 4\]; it must be \[3, 4\]"),
+        ({"page_table": _shape(R, 0)}, r"page_table has shape \[3, 0\]; every size must be at least 1"),
+        ({"page_table": _shape(R, 4, dtype="uint32")}, "page_table has dtype uint32; it must be int32"),
+        ({"query_start_loc": _shape(R)}, r"query_start_loc has shape \[3\]; it must be \[4\]"),
+        ({"kv_lens": _shape(R, dtype="float32")}, "kv_lens has dtype float32; it must be int32"),
+        ({"kv_lens": _shape(R, 1)}, r"kv_lens has shape \[3, 1\]; it must be \[3\]"),
+        ({"implementation": "triton!"}, "implementation is 'triton!'; it must be one of xla, reference"),
+        ({"sliding_window": 0}, "sliding_window is 0; it must be None or at least 1"),
+        ({"soft_cap": 0.0}, "soft_cap is 0.0; it must be None or a finite number above 0"),
+        ({"scale": float("nan")}, "scale is nan; it must be finite"),
+    ],
+)
+def test_attention_refuses(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        _attend(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": _shape(T, 3, D, dtype="float32")}, r"k has shape \[8, 3, 40\]; it must be \[8, 2, 40\]"),
+        ({"v": _shape(T + 1, K, D, dtype="float32")}, r"v has shape \[9, 2, 40\]; it must be \[8, 2, 40\]"),
+        ({"v": _shape(T, K, D, dtype="bfloat16")}, "v has dtype bfloat16; it must be float32"),
+        ({"k": _shape(T, K, D, dtype="float16")}, "k has dtype float16; the pool holds float32"),
+        ({"slot_mapping": _shape(T - 1)}, r"slot_mapping has shape \[7\]; it must be \[8\]"),
+        ({"slot_mapping": _shape(T, dtype="uint32")}, "slot_mapping has dtype uint32; it must be int32"),
+        ({"implementation": ""}, "implementation is ''"),
+    ],
+)
+def test_kv_write_refuses(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        _write(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_pages": 1}, "num_pages is 1; it must be at least 2"),
+        ({"num_kv_heads": 0}, "num_kv_heads is 0; it must be at least 1"),
+        ({"head_dim": 0}, "head_dim is 0; it must be at least 1"),
+        ({"page_size": 24}, "page_size is 24; it must be one of"),
+        ({"num_pages": 2**24, "page_size": 128}, "it must be at most 2147483647"),
+        ({"dtype": "int8"}, "dtype is int8; it must be one of float32, bfloat16, float16"),
+    ],
+)
+def test_pool_spec_refuses(changes: dict, message: str):
+    sizes = {"num_pages": 5, "num_kv_heads": 2, "page_size": 16, "head_dim": 40, "dtype": "float32"}
+    with pytest.raises(ValueError, match=message):
+        pool_spec(**sizes | changes)
+
+
+def test_choose():
+    assert choose("cpu") == choose("gpu", "xla") == "xla"
+    assert choose("cpu", "reference") == "reference"
+    with pytest.raises(ValueError, match="implementation is 'mosaic'"):
+        choose("cpu", "mosaic")
+
+
+def test_spec_is_hashable():
+    assert {AttentionSpec(1.0, 5, 2.0): 1}[AttentionSpec(1.0, 5, 2.0)] == 1

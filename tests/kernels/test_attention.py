@@ -1,0 +1,105 @@
+"""The XLA implementation against the reference, and the reference against sums written out in NumPy."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.packing import Memory, Shape, Work
+
+SHAPES = [
+    Shape(2, 2, 40),
+    Shape(4, 3, 64, dtype="bfloat16"),
+    Shape(2, 1, 32, page_size=32, tokens=40, rows=5),
+    Shape(1, 16, 64, page_size=64, dtype="bfloat16", rows=3),
+    Shape(1, 5, 128, page_size=128, tokens=150),
+    Shape(2, 4, 16, page_size=8, dtype="float16"),
+    Shape(2, 2, 40, sliding_window=37, max_len=500),
+    Shape(3, 2, 24, soft_cap=3.0, dtype="bfloat16", sliding_window=1),
+]
+
+
+@st.composite
+def ragged(draw: st.DrawFn, shape: Shape) -> tuple[list[int], list[Work]]:
+    """Lengths of sequences, and for each the tokens of this step: decodes and chunks that fit the bucket together."""
+    lengths, items, left = [], [], shape.tokens
+    for _ in range(draw(st.integers(0, shape.rows))):
+        if not left:
+            break
+        stop = draw(st.integers(1, shape.max_len))
+        count = draw(st.one_of(st.just(1), st.integers(1, shape.tokens)))
+        start = max(0, stop - min(count, left))
+        lengths.append(stop)
+        items.append(Work(len(items), start, stop))
+        left -= stop - start
+    return lengths, items
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_xla_agrees_with_the_reference_and_ignores_unwritten_memory(shape: Shape):
+    tolerance = {"float32": 2e-5, "bfloat16": 4e-2, "float16": 5e-3}[shape.dtype]
+
+    @settings(max_examples=12)
+    @given(case=ragged(shape), seed=st.integers(0, 2**31))
+    def check(case: tuple[list[int], list[Work]], seed: int) -> None:
+        lengths, items = case
+        clean = Memory(shape, lengths or [1], seed, fill=0.0)
+        wanted = clean.attend(items, implementation="reference")
+        got = Memory(shape, lengths or [1], seed, fill=float("nan")).attend(items)
+        for one, other in zip(got, wanted, strict=True):
+            np.testing.assert_allclose(one.astype(np.float32), other.astype(np.float32), atol=tolerance, rtol=tolerance)
+        assert not got[-1].any(), "padding tokens must come out as zeros"
+
+    check()
+
+
+@pytest.mark.parametrize("fill", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_memory_that_no_one_wrote_changes_no_bit(implementation: str, fill: float):
+    shape = Shape(2, 2, 40)
+    lengths = [1, 16, 17, 129, 300]
+    items = [Work(0, 0, 1), Work(1, 3, 16), Work(2, 16, 17), Work(3, 100, 129), Work(4, 299, 300)]
+    clean = Memory(shape, lengths, 7, fill=0.0).attend(items, implementation=implementation)
+    dirty = Memory(shape, lengths, 7, fill=fill).attend(items, implementation=implementation)
+    for one, other in zip(clean, dirty, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def _by_hand(memory: Memory, item: Work, position: int) -> np.ndarray:
+    """Attention of one token [K, G, D] in float64, head by head and position by position."""
+    shape = memory.shape
+    pool = np.asarray(memory.pool, np.float64)
+    seen = range(max(0, position - (shape.sliding_window or position + 1) + 1), position + 1)
+    place = [(memory.pages[item.sequence][p // shape.page_size], p % shape.page_size) for p in seen]
+    out = np.zeros((shape.kv_heads, shape.group_heads, shape.head_dim))
+    for head in range(shape.kv_heads):
+        key = np.array([pool[page, 0, head, offset] for page, offset in place])
+        value = np.array([pool[page, 1, head, offset] for page, offset in place])
+        for member in range(shape.group_heads):
+            score = key @ memory.queries[item.sequence][position, head, member].astype(np.float64)
+            score *= shape.head_dim**-0.5
+            if shape.soft_cap is not None:
+                score = shape.soft_cap * np.tanh(score / shape.soft_cap)
+            weight = np.exp(score - score.max())
+            out[head, member] = weight @ value / weight.sum()
+    return out
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(
+    "shape", [Shape(2, 2, 40), Shape(2, 2, 40, sliding_window=20), Shape(2, 2, 40, soft_cap=2.0)], ids=str
+)
+def test_agrees_with_sums_written_out(implementation: str, shape: Shape):
+    memory = Memory(shape, [5, 140, 33], 3)
+    items = [Work(0, 0, 5), Work(1, 139, 140), Work(2, 20, 33)]
+    got = memory.attend(items, implementation=implementation)
+    for item, out in zip(items, got, strict=False):
+        wanted = np.array([_by_hand(memory, item, position) for position in range(item.start, item.stop)])
+        np.testing.assert_allclose(out, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_one_position_returns_its_value():
+    memory = Memory(Shape(2, 2, 40), [1], 0)
+    page = int(memory.pages[0][0])
+    out = memory.attend([Work(0, 0, 1)])[0]
+    np.testing.assert_array_equal(out[0], np.repeat(np.asarray(memory.pool)[page, 1, :, None, 0], 2, axis=1))
