@@ -1,0 +1,237 @@
+"""The command line client: `python -m jaxserve.client "PROMPT"`, from standard input, or interactive.
+
+One prompt on the command line; `-` or a pipe: one prompt a line (--whole: all of it is one); neither: a dialogue, each
+prompt on its own. Text is printed as its tokens arrive. Decoding is greedy unless --temperature says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grpc
+
+from jaxserve.request import SamplingParams
+from server.client import DEFAULT_ADDRESS, Client, join
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+class _PromptError(Exception):
+    """A prompt that cannot be sent; the text is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What holds for every prompt of one run."""
+
+    params: SamplingParams
+    fields: dict[str, Any]
+    timeout: float | None
+    escapes: bool
+    newline: bool
+    json: bool
+
+    def prompt(self, text: str) -> str:
+        """The prompt that is sent for what the user wrote."""
+        if self.escapes:
+            text = unescape(text)
+        if self.newline and not text.endswith("\n"):
+            text += "\n"
+        return text
+
+
+def unescape(text: str) -> str:
+    r"""Makes the escapes \n, \t, \r and \\ the characters that they mean; any other backslash stays as it is."""
+    return re.sub(r"\\([ntr\\])", lambda match: _ESCAPES[match.group(1)], text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the client; returns the exit code: 0, 1 when a request failed, 2 for faulty options, 130 after Ctrl-C."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    try:
+        options = _options(parsed)
+    except ValueError as error:
+        parser.error(str(error))
+    with contextlib.suppress(AttributeError, ValueError):  # a stand-in for stdout need not have it
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        with Client(parsed.address) as client:
+            if parsed.wait:
+                client.wait_ready(parsed.wait)
+            if parsed.prompt is None and not parsed.whole and sys.stdin.isatty():
+                return _converse(client, options)
+            return _answer_all(client, _prompts(parsed), options)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone; nothing is left to do or say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except (TimeoutError, _PromptError) as error:
+        return _fail(str(error))
+    except grpc.RpcError as error:
+        return _fail(_describe(error, parsed.address))
+
+
+def _answer_all(client: Client, prompts: Iterator[str], options: _Options) -> int:
+    """Answers the prompts in turn. One that the server refuses is reported, and the others are still answered."""
+    code = 0
+    for text in prompts:
+        try:
+            _answer(client, text, options)
+        except grpc.RpcError as error:
+            if _code(error) is grpc.StatusCode.UNAVAILABLE:
+                raise
+            code = _fail(_describe(error, client.address))
+    return code
+
+
+def _converse(client: Client, options: _Options) -> int:
+    """Reads prompts from a terminal until Ctrl-D; Ctrl-C ends an answer, or the program where a prompt is expected."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  gives input() line editing and a history
+    info = client.model_info()
+    print(
+        f"{info.name}, context {info.max_model_len} tokens. Ctrl-C ends an answer, Ctrl-D the program.", file=sys.stderr
+    )
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            print()
+            return 0
+        if not text:
+            continue
+        try:
+            _answer(client, text, options)
+        except KeyboardInterrupt:
+            print("\n(cancelled)", file=sys.stderr)
+        except _PromptError as error:
+            _fail(str(error))
+        except grpc.RpcError as error:
+            _fail(_describe(error, client.address))
+
+
+def _answer(client: Client, text: str, options: _Options) -> None:
+    """Streams one answer to standard output."""
+    prompt = options.prompt(text)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise _PromptError(f"the prompt is not valid UTF-8 at character {error.start}") from error
+    chunks = []
+    stream = client.generate(prompt, options.params, timeout=options.timeout, **options.fields)
+    with contextlib.closing(stream):  # Ctrl-C leaves through here, which cancels the call
+        for chunk in stream:
+            chunks.append(chunk)
+            if not options.json:
+                print(chunk.text, end="", flush=True)
+    completion = join(chunks)
+    if options.json:
+        record = dataclasses.asdict(completion) | {"finish_reason": completion.finish_reason.value}
+        print(json.dumps({"prompt": prompt} | record, ensure_ascii=False), flush=True)
+    elif not completion.text.endswith("\n"):
+        print(flush=True)
+
+
+def _prompts(parsed: argparse.Namespace) -> Iterator[str]:
+    """The prompts of the command line or of standard input, as they come."""
+    if parsed.prompt not in (None, "-"):
+        yield parsed.prompt
+    elif parsed.whole:
+        yield _decoded(sys.stdin.buffer.read(), "standard input")
+    else:
+        for number, line in enumerate(sys.stdin.buffer, start=1):
+            text = _decoded(line, f"line {number}").removesuffix("\n").removesuffix("\r")
+            if text:
+                yield text
+
+
+def _decoded(data: bytes, where: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise _PromptError(f"{where} is not valid UTF-8 at byte {error.start}") from error
+
+
+def _options(parsed: argparse.Namespace) -> _Options:
+    """Raises ValueError naming the option."""
+    stop = [unescape(text) for text in parsed.stop] if parsed.escapes else parsed.stop
+    if parsed.timeout is not None and not parsed.timeout > 0:
+        raise ValueError(f"timeout is {parsed.timeout:g}; it must be above 0 seconds")
+    if not -(2**31) <= parsed.priority < 2**31:
+        raise ValueError(f"priority is {parsed.priority}; it must be from {-(2**31)} to {2**31 - 1}")
+    return _Options(
+        params=SamplingParams(
+            temperature=parsed.temperature,
+            top_k=parsed.top_k,
+            top_p=parsed.top_p,
+            min_p=parsed.min_p,
+            seed=parsed.seed,
+            max_tokens=parsed.max_tokens,
+            stop=tuple(stop),
+            ignore_eos=parsed.ignore_eos,
+        ),
+        fields={"tenant": parsed.tenant, "priority": parsed.priority},
+        timeout=parsed.timeout,
+        escapes=parsed.escapes,
+        newline=parsed.newline,
+        json=parsed.json,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxserve.client", description=(__doc__ or "").partition("\n\n")[2])
+    add = parser.add_argument
+    add("prompt", nargs="?", metavar="PROMPT", help="the prompt; '-' or a pipe: standard input, one prompt a line")
+    add("--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="the server (default: %(default)s)")
+    add("--wait", type=float, default=0.0, metavar="SECONDS", help="wait so long for the server to become ready")
+    add("--whole", action="store_true", help="all of standard input is one prompt")
+    add("-e", "--escapes", action="store_true", help=r"\n, \t, \r and \\ in prompts and stop strings are escapes")
+    add("-n", "--newline", action="store_true", help="end each prompt with a newline, as the tiny model's tasks do")
+    add("--json", action="store_true", help="one JSON line an answer: ids, text, finish reason and usage")
+    add("--max-tokens", type=int, metavar="N", help="output tokens at most (default: the rest of the context)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
+    add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default: all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens of total probability P")
+    add("--min-p", type=float, default=0.0, metavar="P", help="no token less likely than P times the likeliest")
+    add("--seed", type=int, metavar="N", help="makes random draws repeatable")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
+    add("--ignore-eos", action="store_true", help="go on after the model's own end of sequence")
+    add("--tenant", default="", metavar="NAME", help="whom the work is counted for")
+    add("--priority", type=int, default=0, metavar="N", help="a higher number is more urgent (default: 0)")
+    add("--timeout", type=float, metavar="SECONDS", help="give up after so many seconds")
+    return parser
+
+
+def _code(error: Any) -> grpc.StatusCode:
+    return error.code()
+
+
+def _describe(error: Any, address: str) -> str:
+    """One line for a failed call."""
+    code, details = _code(error), " ".join((error.details() or "").split())
+    if code is grpc.StatusCode.UNAVAILABLE and re.search("failed to connect|connection refused|resol", details, re.I):
+        return f"no server answers at {address}; start one with: python -m jaxserve.server"
+    return f"{code.name}: {details}"
+
+
+def _fail(message: str) -> int:
+    sys.stdout.flush()
+    print(f"jaxserve.client: {message}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

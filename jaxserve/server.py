@@ -1,0 +1,196 @@
+"""The gRPC server: `python -m jaxserve.server --config tiny.gin [--gin.BINDING=VALUE ...]`.
+
+Life of the process: read the configuration, bind the port, start the engine and read the tokenizer side by side, serve;
+on SIGTERM or SIGINT finish what runs for at most drain_seconds and exit with 0, on a second signal at once. A start that
+fails and an engine that dies exit with 1 and one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import pathlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+from jaxserve import gin_config
+from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.engine.channel import EngineClient
+from jaxserve.engine.inline import InlineEngine
+from jaxserve.engine.process import EngineProcess
+from jaxserve.frontend.async_frontend import AsyncFrontEnd
+from jaxserve.frontend.tokenizer import Tokenizer
+from server.grpc_server import GrpcServer
+from server.running_log import log_while_busy, seconds_since_start, start_lines
+
+T = TypeVar("T")
+
+EXIT_FAILED = 1
+
+_log = logging.getLogger("jaxserve.server")
+
+
+class _Stop(Exception):
+    """A signal asked the process to end before it was ready."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serves until a signal; returns the exit code: 0 after a signal, 1 when the start failed or the engine died."""
+    parser = argparse.ArgumentParser(prog="jaxserve.server", description="Serves a model over gRPC.")
+    _, config, operative = gin_config.load_from_command_line(parser, arguments)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("jaxserve").setLevel(logging.INFO)
+    for line in operative.splitlines():
+        if line.strip() and not line.startswith("#"):
+            _log.info("config: %s", line.strip())
+    return asyncio.run(_Server(config).run())
+
+
+class _Server:
+    """One run of the server."""
+
+    def __init__(self, config: ServerConfig):
+        self._config = config
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._name = config.served_model_name or pathlib.Path(config.engine.model or "dummy").name
+
+    async def run(self) -> int:
+        """Returns the process's exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        config = self._config
+        server = GrpcServer(config.host, config.port, config.max_message_bytes, self._name)
+        try:
+            await server.start()
+        except OSError as error:
+            return _fail(str(error))
+        _log.info("listening on %s; loading model %s", server.address, self._name)
+        try:
+            engine, tokenizer = await self._load()
+        except _Stop:
+            await server.stop()
+            _exit_now(0)
+        except (ValueError, OSError, MemoryError) as error:
+            await server.stop()
+            _exit_now(_fail(f"the model cannot be served: {_one_line(error)}"))
+        code = await self._serve(server, engine, tokenizer)
+        await asyncio.get_running_loop().run_in_executor(None, engine.close)
+        return code
+
+    async def _load(self) -> tuple[EngineClient, Tokenizer | None]:
+        """The engine and the tokenizer, each loaded in a thread; the first error of either counts."""
+        engine = _in_thread(lambda: _start_engine(self._config))
+        tokenizer = _in_thread(lambda: _load_tokenizer(self._config.engine))
+        stop = asyncio.ensure_future(self._stop.wait())
+        pending: set[asyncio.Future] = {engine, tokenizer}
+        while pending:
+            done, _ = await asyncio.wait({stop, *pending}, return_when=asyncio.FIRST_COMPLETED)
+            if stop in done:
+                raise _Stop
+            for future in done:
+                future.result()
+            pending -= done
+        stop.cancel()
+        return engine.result(), tokenizer.result()
+
+    async def _serve(self, server: GrpcServer, engine: EngineClient, tokenizer: Tokenizer | None) -> int:
+        """Serves until a signal or the engine's death, then closes everything but the engine."""
+        frontend = AsyncFrontEnd(engine, tokenizer)
+        await server.serve(frontend, tokenizer)
+        for line in start_lines(engine.ready, self._name):
+            _log.info("%s", line)
+        _log.info("ready on %s in %.1f s", server.address, seconds_since_start())
+        log_task = asyncio.ensure_future(log_while_busy(lambda: frontend.stats))
+        died = asyncio.ensure_future(frontend.wait_dead())
+        stop = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait({died, stop}, return_when=asyncio.FIRST_COMPLETED)
+        code = 0
+        await server.drain()
+        if died.done():
+            code = _fail(f"the engine has died: {died.result()}")
+        else:
+            await self._drain(frontend)
+        for task in (log_task, died, stop):
+            task.cancel()
+        await frontend.close(0.0)
+        await server.stop()
+        return code
+
+    async def _drain(self, frontend: AsyncFrontEnd) -> None:
+        """Lets what runs finish, until drain_seconds are over or a second signal comes."""
+        closing = asyncio.ensure_future(frontend.close(self._config.drain_seconds))
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait({closing, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (closing, hurry):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._stop.is_set():
+            _log.info("%s again: ending at once", number.name)
+            self._hurry.set()
+        else:
+            _log.info("%s: running requests may finish for %g s", number.name, self._config.drain_seconds)
+            self._stop.set()
+
+
+def _start_engine(config: ServerConfig) -> EngineClient:
+    return EngineProcess(config.engine) if config.engine_process else InlineEngine(config.engine)
+
+
+def _load_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    directory = config.tokenizer or config.model
+    if config.skip_tokenizer_init or directory is None:
+        return None
+    return Tokenizer(directory)
+
+
+def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
+    """The result of `function`, run in a thread that does not keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(set_it: Callable[..., None], value: object) -> None:
+        if not future.done():
+            set_it(value)
+
+    def run() -> None:
+        try:
+            result = function()
+        except BaseException as error:
+            loop.call_soon_threadsafe(settle, future.set_exception, error)
+        else:
+            loop.call_soon_threadsafe(settle, future.set_result, result)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(message: str) -> int:
+    print(f"jaxserve.server: {message}", file=sys.stderr, flush=True)
+    return EXIT_FAILED
+
+
+def _exit_now(code: int) -> NoReturn:
+    """Ends without waiting for threads that load a model; an engine process ends when it sees us gone."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""Client stubs: `Client` for ordinary code and `AsyncClient` for asyncio, alike in everything but `await`.
+
+Every call raises `grpc.RpcError` when it fails; its `code()` is the status (the proto file lists what each means) and
+its `details()` the server's one line.
+"""
+
+# ruff: noqa: ASYNC109  a gRPC timeout travels with the call and ends it on the server too; asyncio.timeout does not
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from jaxserve.request import FinishReason, SamplingParams
+from server import convert
+from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from server.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+_POLL_SECONDS = 0.1
+
+# The server bounds what it is sent; how much it answers is for the caller to choose. A proxy from the environment would
+# silently stand between client and server.
+_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Tokens of a finished request; cached_tokens are those of the prompt that came from the prefix cache."""
+
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """What one message of a stream brings: new token ids and text, and in the last one why it ended and what it used."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A whole answer."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+
+
+def generate_request(
+    prompt: str | Sequence[int],
+    params: SamplingParams | None = None,
+    *,
+    request_id: str = "",
+    tenant: str = "",
+    priority: int = 0,
+    deadline: float | None = None,
+    cache_salt: str = "",
+) -> pb.GenerateRequest:
+    """The message of a Generate call.
+
+    prompt: text or token ids. params: None leaves every choice to the server. deadline: Unix seconds. The other fields
+    are those of the proto. Raises ValueError for a value that the wire cannot carry.
+    """
+    is_text = isinstance(prompt, str)
+    return pb.GenerateRequest(
+        request_id=request_id,
+        text=prompt if is_text else None,
+        token_ids=None if is_text else pb.TokenIds(ids=prompt),
+        sampling_params=None if params is None else convert.params_to_proto(params),
+        tenant=tenant,
+        priority=priority,
+        deadline=deadline,
+        cache_salt=cache_salt,
+    )
+
+
+class Client:
+    """Blocking calls to one server; a context manager. May be used from several threads.
+
+    address: HOST:PORT.
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS):
+        self.address = address
+        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._stub: Any = pb_grpc.JaxServeStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the connection; unfinished calls are cancelled."""
+        self._channel.close()
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        **fields: Any,
+    ) -> Iterator[Chunk]:
+        """Streams one request's chunks; closing the iterator aborts the request.
+
+        timeout: seconds for the whole request, or None. fields: see `generate_request`.
+        """
+        call = self._stub.Generate(generate_request(prompt, params, **fields), timeout=timeout)
+        try:
+            for response in call:
+                yield _chunk(response)
+        finally:
+            call.cancel()
+
+    def generate_text(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        **fields: Any,
+    ) -> Completion:
+        """The whole answer at once; arguments as for `generate`."""
+        return join(list(self.generate(prompt, params, timeout=timeout, **fields)))
+
+    def abort(self, request_id: str) -> bool:
+        """Aborts a request; False when no unfinished one has this id."""
+        try:
+            self._stub.Abort(pb.AbortRequest(request_id=request_id))
+        except grpc.RpcError as error:
+            if _code(error) is grpc.StatusCode.NOT_FOUND:
+                return False
+            raise
+        return True
+
+    def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
+        """What model is served, and its limits."""
+        return self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout)
+
+    def server_info(self, timeout: float | None = None) -> pb.GetServerInfoResponse:
+        """How the server runs, and what it is doing now."""
+        return self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout)
+
+    def tokenize(self, text: str) -> list[int]:
+        """The token ids of a text, as a prompt would be read."""
+        return list(self._stub.Tokenize(pb.TokenizeRequest(text=text)).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self._stub.Detokenize(pb.DetokenizeRequest(token_ids=token_ids)).text
+
+    def wait_ready(self, timeout: float = 60.0) -> None:
+        """Returns when the server serves. Raises TimeoutError after `timeout` seconds."""
+        end = time.monotonic() + timeout
+        while (left := end - time.monotonic()) > 0:
+            try:
+                answer = self._health.Check(health_pb2.HealthCheckRequest(), timeout=left, wait_for_ready=True)
+            except grpc.RpcError as error:
+                if not _may_become_ready(error):
+                    raise
+            else:
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            time.sleep(_POLL_SECONDS)
+        raise TimeoutError(f"server at {self.address} was not ready within {timeout:g} s")
+
+
+class AsyncClient:
+    """The same calls for asyncio; an asynchronous context manager, made and used within one event loop.
+
+    address: HOST:PORT.
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS):
+        self.address = address
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._stub: Any = pb_grpc.JaxServeStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the connection; unfinished calls are cancelled."""
+        await self._channel.close()
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        **fields: Any,
+    ) -> AsyncIterator[Chunk]:
+        """Streams one request's chunks; cancelling the task or closing the iterator (`aclose`) aborts the request.
+
+        timeout: seconds for the whole request, or None. fields: see `generate_request`.
+        """
+        call = self._stub.Generate(generate_request(prompt, params, **fields), timeout=timeout)
+        try:
+            async for response in call:
+                yield _chunk(response)
+        finally:
+            call.cancel()
+
+    async def generate_text(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        **fields: Any,
+    ) -> Completion:
+        """The whole answer at once; arguments as for `generate`."""
+        return join([chunk async for chunk in self.generate(prompt, params, timeout=timeout, **fields)])
+
+    async def abort(self, request_id: str) -> bool:
+        """Aborts a request; False when no unfinished one has this id."""
+        try:
+            await self._stub.Abort(pb.AbortRequest(request_id=request_id))
+        except grpc.RpcError as error:
+            if _code(error) is grpc.StatusCode.NOT_FOUND:
+                return False
+            raise
+        return True
+
+    async def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
+        """What model is served, and its limits."""
+        return await self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout)
+
+    async def server_info(self, timeout: float | None = None) -> pb.GetServerInfoResponse:
+        """How the server runs, and what it is doing now."""
+        return await self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout)
+
+    async def tokenize(self, text: str) -> list[int]:
+        """The token ids of a text, as a prompt would be read."""
+        return list((await self._stub.Tokenize(pb.TokenizeRequest(text=text))).token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return (await self._stub.Detokenize(pb.DetokenizeRequest(token_ids=token_ids))).text
+
+    async def wait_ready(self, timeout: float = 60.0) -> None:
+        """Returns when the server serves. Raises TimeoutError after `timeout` seconds."""
+        end = time.monotonic() + timeout
+        while (left := end - time.monotonic()) > 0:
+            try:
+                answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=left, wait_for_ready=True)
+            except grpc.RpcError as error:
+                if not _may_become_ready(error):
+                    raise
+            else:
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            await asyncio.sleep(_POLL_SECONDS)
+        raise TimeoutError(f"server at {self.address} was not ready within {timeout:g} s")
+
+
+def join(chunks: Sequence[Chunk]) -> Completion:
+    """Puts the chunks of one finished stream together."""
+    last = chunks[-1]
+    if last.finish_reason is None or last.usage is None:
+        raise ValueError(f"request {last.request_id} has no finish reason yet; join takes a finished stream")
+    return Completion(
+        request_id=last.request_id,
+        token_ids=tuple(token_id for chunk in chunks for token_id in chunk.token_ids),
+        text="".join(chunk.text for chunk in chunks),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+    )
+
+
+def _chunk(response: pb.GenerateResponse) -> Chunk:
+    usage = None
+    if response.HasField("usage"):
+        usage = Usage(response.usage.prompt_tokens, response.usage.output_tokens, response.usage.cached_tokens)
+    reason = convert.reason_from_proto(response.finish_reason)
+    return Chunk(response.request_id, tuple(response.token_ids), response.text, reason, usage)
+
+
+def _code(error: Any) -> grpc.StatusCode:
+    return error.code()
+
+
+def _may_become_ready(error: grpc.RpcError) -> bool:
+    return _code(error) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)

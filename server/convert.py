@@ -1,0 +1,106 @@
+"""Between the messages on the wire and the types of jaxserve, for server and client alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from google.protobuf import message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from jaxserve.request import FinishReason, SamplingParams
+from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
+
+_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: pb.FINISH_REASON_ABORT,
+}
+_REASONS_BACK = {number: reason for reason, number in _REASONS.items()}
+
+
+def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
+    """The message that `params_from_proto` reads back unchanged. Raises ValueError for what the wire cannot carry."""
+    return pb.SamplingParams(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        seed=params.seed,
+        max_tokens=params.max_tokens,
+        min_tokens=params.min_tokens,
+        stop=params.stop,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+    )
+
+
+def params_from_proto(proto: pb.SamplingParams) -> SamplingParams:
+    """The sampling parameters of a request; unset fields have their defaults. Raises ValueError naming the field."""
+    defaults = SamplingParams()
+    return SamplingParams(
+        temperature=proto.temperature if proto.HasField("temperature") else defaults.temperature,
+        top_k=proto.top_k,
+        top_p=proto.top_p if proto.HasField("top_p") else defaults.top_p,
+        min_p=proto.min_p,
+        seed=proto.seed if proto.HasField("seed") else None,
+        max_tokens=proto.max_tokens if proto.HasField("max_tokens") else None,
+        min_tokens=proto.min_tokens,
+        stop=tuple(proto.stop),
+        stop_token_ids=tuple(proto.stop_token_ids),
+        ignore_eos=proto.ignore_eos,
+    )
+
+
+def prompt_from_proto(request: pb.GenerateRequest) -> str | list[int]:
+    """The prompt as text or token ids. Raises ValueError when there is none."""
+    match request.WhichOneof("prompt"):
+        case "text":
+            if not request.text:
+                raise ValueError("text is empty; the prompt needs at least one token")
+            return request.text
+        case "token_ids":
+            if not request.token_ids.ids:
+                raise ValueError("token_ids is empty; the prompt needs at least one token")
+            return list(request.token_ids.ids)
+        case _:
+            raise ValueError("prompt is not set; give text or token_ids")
+
+
+def deadline_from_proto(request: pb.GenerateRequest, call_deadline: float | None) -> float | None:
+    """The earlier of the request's deadline and the call's, in Unix seconds; None when there is neither.
+
+    Raises ValueError for one that is not finite.
+    """
+    if not request.HasField("deadline"):
+        return call_deadline
+    if not math.isfinite(request.deadline):
+        raise ValueError(f"deadline is {request.deadline}; it must be a finite number of seconds since 1970")
+    return request.deadline if call_deadline is None else min(request.deadline, call_deadline)
+
+
+def reason_to_proto(reason: FinishReason | None) -> pb.FinishReason:
+    """The wire's finish reason; None is FINISH_REASON_UNSPECIFIED. ERROR has none: it is a status code."""
+    return pb.FINISH_REASON_UNSPECIFIED if reason is None else _REASONS[reason]
+
+
+def reason_from_proto(reason: pb.FinishReason) -> FinishReason | None:
+    """The finish reason of a response, or None while there is none. Raises ValueError for one that is not known."""
+    if reason == pb.FINISH_REASON_UNSPECIFIED:
+        return None
+    if reason not in _REASONS_BACK:
+        raise ValueError(f"finish_reason is {reason}; this client does not know it")
+    return _REASONS_BACK[reason]
+
+
+def refuse_unknown_fields(*messages: message.Message) -> None:
+    """Raises ValueError when a message has fields that our proto does not define: a newer client's option, or a typo
+    in a hand-written message, must not be ignored in silence."""
+    for proto in messages:
+        unknown = _unknown_numbers(proto)
+        if unknown:
+            raise ValueError(f"{proto.DESCRIPTOR.name} has unknown field {unknown[0]}; this server does not support it")
+
+
+def _unknown_numbers(proto: message.Message) -> Sequence[int]:
+    return [field.field_number for field in UnknownFieldSet(proto)]

@@ -1,0 +1,196 @@
+"""The JaxServe service: each RPC in terms of the front end.
+
+A request's life here: read the message, submit it to the front end with the earlier of its two deadlines, write every
+delta as it comes, and on any way out but the last delta (the client gone, cancelled, too late) abort it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+import jaxserve
+from jaxserve.engine.messages import EngineReady
+from jaxserve.frontend.async_frontend import AsyncFrontEnd
+from jaxserve.request import FinishReason
+from server import convert
+from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from server.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
+from server.status import NotFoundError, NoTokenizerError, RequestFailedError, UnavailableError, status_of
+
+_log = logging.getLogger("jaxserve.server")
+
+Context = grpc.aio.ServicerContext
+
+
+class JaxServeService(pb_grpc.JaxServeServicer):
+    """Answers UNAVAILABLE until `serve` is given a front end, and again after `drain`.
+
+    model_name: the name that the model is served under.
+    """
+
+    def __init__(self, model_name: str):
+        self._model_name = model_name
+        self._frontend: AsyncFrontEnd | None = None
+        self._tokenizer: Any = None
+        self._ready_since = 0.0
+        self._draining = False
+
+    def serve(self, frontend: AsyncFrontEnd, tokenizer: Any) -> None:
+        """From now on requests are taken. tokenizer: the front end's, or None."""
+        self._frontend = frontend
+        self._tokenizer = tokenizer
+        self._ready_since = time.monotonic()
+
+    def drain(self) -> None:
+        """From now on nothing new is taken; what runs goes on."""
+        self._draining = True
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
+        async with _errors_as_status(context):
+            frontend = self._accepting()
+            convert.refuse_unknown_fields(request, request.sampling_params, request.token_ids)
+            request_id = request.request_id or uuid.uuid4().hex
+            stream = await frontend.submit(
+                convert.prompt_from_proto(request),
+                convert.params_from_proto(request.sampling_params),
+                request_id=request_id,
+                tenant=request.tenant,
+                priority=request.priority,
+                deadline=convert.deadline_from_proto(request, _call_deadline(context)),
+                cache_salt=request.cache_salt,
+            )
+            finished = False
+            try:
+                async for delta in stream:
+                    finished = delta.finish_reason is not None
+                    if delta.finish_reason is FinishReason.ERROR:
+                        raise RequestFailedError(delta.error or "the engine could not compute this request")
+                    await context.write(_response(delta))
+            finally:
+                if not finished:
+                    frontend.abort(request_id)
+
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
+        async with _errors_as_status(context):
+            convert.refuse_unknown_fields(request)
+            if not self._started().abort(request.request_id):
+                raise NotFoundError(f"request_id {request.request_id!r} names no unfinished request")
+        return pb.AbortResponse()
+
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
+        async with _errors_as_status(context):
+            convert.refuse_unknown_fields(request)
+            ready: EngineReady = self._started().ready
+        return pb.GetModelInfoResponse(
+            name=self._model_name,
+            architecture=ready.architecture,
+            num_parameters=ready.num_parameters,
+            dtype=ready.dtype,
+            vocab_size=ready.vocab_size,
+            max_model_len=ready.max_model_len,
+            max_prompt_len=min(ready.max_prompt_len, ready.max_model_len - 1),
+            eos_token_ids=ready.eos_token_ids,
+            has_tokenizer=self._tokenizer is not None,
+        )
+
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
+        async with _errors_as_status(context):
+            convert.refuse_unknown_fields(request)
+            ready: EngineReady = self._started().ready
+            stats = self._started().stats
+        return pb.GetServerInfoResponse(
+            version=jaxserve.__version__,
+            platform=ready.platform,
+            attention=ready.attention,
+            page_size=ready.page_size,
+            num_pages=ready.num_pages,
+            max_num_seqs=ready.max_num_seqs,
+            max_num_waiting=ready.max_num_waiting,
+            num_executables=ready.num_executables,
+            compile_seconds=ready.compile_seconds,
+            start_seconds=ready.start_seconds,
+            uptime_seconds=time.monotonic() - self._ready_since,
+            draining=self._draining,
+            stats=pb.EngineStats(
+                **{field.name: getattr(stats, field.name) for field in pb.EngineStats.DESCRIPTOR.fields}
+            ),
+        )
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        async with _errors_as_status(context):
+            convert.refuse_unknown_fields(request)
+            tokenizer = self._tokenizer_or_error()
+            # In a thread: a text as long as a message may be takes long enough to delay every stream.
+            token_ids = await asyncio.to_thread(tokenizer.encode, request.text)
+        return pb.TokenizeResponse(token_ids=token_ids)
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        async with _errors_as_status(context):
+            convert.refuse_unknown_fields(request)
+            tokenizer = self._tokenizer_or_error()
+            vocab_size = self._started().ready.vocab_size
+            for index, token_id in enumerate(request.token_ids):
+                if not 0 <= token_id < vocab_size:
+                    raise ValueError(f"token_ids[{index}] is {token_id}; token ids must be from 0 to {vocab_size - 1}")
+            text = await asyncio.to_thread(tokenizer.decode, list(request.token_ids))
+        return pb.DetokenizeResponse(text=text)
+
+    def _started(self) -> AsyncFrontEnd:
+        if self._frontend is None:
+            raise UnavailableError("the server is starting: the model is not loaded yet; try again soon")
+        return self._frontend
+
+    def _accepting(self) -> AsyncFrontEnd:
+        if self._draining:
+            raise UnavailableError("the server is shutting down and takes no new requests")
+        return self._started()
+
+    def _tokenizer_or_error(self) -> Any:
+        self._started()
+        if self._tokenizer is None:
+            raise NoTokenizerError("the server runs without a tokenizer (skip_tokenizer_init)")
+        return self._tokenizer
+
+
+@contextlib.asynccontextmanager
+async def _errors_as_status(context: Context) -> AsyncIterator[None]:
+    """Ends the call with the status of whatever error leaves the block; one that we did not foresee is INTERNAL."""
+    try:
+        yield
+    except grpc.aio.AbortError:
+        raise
+    except Exception as error:
+        status = status_of(error)
+        if status is None:
+            _log.exception("a call failed with an unforeseen error")
+            await context.abort(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}")
+        else:
+            await context.abort(status.code, status.details, status.metadata)
+
+
+def _call_deadline(context: Context) -> float | None:
+    """The gRPC deadline that the client gave the call, in Unix seconds."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.time() + remaining
+
+
+def _response(delta: Any) -> pb.GenerateResponse:
+    response = pb.GenerateResponse(
+        request_id=delta.request_id,
+        token_ids=delta.token_ids,
+        text=delta.text,
+        finish_reason=convert.reason_to_proto(delta.finish_reason),
+    )
+    if delta.finish_reason is not None:
+        response.usage.prompt_tokens = delta.prompt_tokens
+        response.usage.output_tokens = delta.output_tokens
+        response.usage.cached_tokens = delta.cached_tokens
+    return response

@@ -1,0 +1,64 @@
+"""What a failure is on the wire: one table from exceptions to gRPC status codes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import grpc
+
+from jaxserve.frontend.async_frontend import DeadlineError, DuplicateRequestError, EngineDeadError, QueueFullError
+from jaxserve.request import InfeasibleError
+
+RETRY_PUSHBACK_MS = 1000
+"""How long a client should wait before it tries again when the queue is full, in milliseconds."""
+
+
+class NotFoundError(LookupError):
+    """There is no unfinished request with this id."""
+
+
+class UnavailableError(RuntimeError):
+    """The server takes no requests now: it is starting or draining."""
+
+
+class NoTokenizerError(RuntimeError):
+    """Text was given to, or asked of, a server that has no tokenizer."""
+
+
+class RequestFailedError(RuntimeError):
+    """The engine could not compute one request; the others are not touched."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """A gRPC status: its code, one line for the client, and trailing metadata."""
+
+    code: grpc.StatusCode
+    details: str
+    metadata: tuple[tuple[str, str], ...] = ()
+
+
+# The first kind that fits counts, so a kind stands before those it is derived from.
+_CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
+    (InfeasibleError, grpc.StatusCode.FAILED_PRECONDITION),
+    (DuplicateRequestError, grpc.StatusCode.ALREADY_EXISTS),
+    (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (EngineDeadError, grpc.StatusCode.UNAVAILABLE),
+    (UnavailableError, grpc.StatusCode.UNAVAILABLE),
+    (NotFoundError, grpc.StatusCode.NOT_FOUND),
+    (NoTokenizerError, grpc.StatusCode.UNIMPLEMENTED),
+    (RequestFailedError, grpc.StatusCode.INTERNAL),
+    (ValueError, grpc.StatusCode.INVALID_ARGUMENT),
+)
+
+
+def status_of(error: Exception) -> Status | None:
+    """The status that tells a client of this error, or None for one that only a fault of ours can cause."""
+    for kind, code in _CODES:
+        if isinstance(error, kind):
+            metadata = ()
+            if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                metadata = (("grpc-retry-pushback-ms", str(RETRY_PUSHBACK_MS)),)
+            return Status(code, " ".join(str(error).split()), metadata)
+    return None

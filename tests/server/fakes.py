@@ -1,0 +1,173 @@
+"""An engine whose answers can be worked out by hand: it repeats the prompt (without <bos>), one token a step, then ends.
+
+Tests hold it still with `pause` and let it take single steps, so nothing depends on how long anything takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import threading
+from collections.abc import Sequence
+
+from jaxserve.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    EngineFailed,
+    EngineReady,
+    EngineStats,
+    FromEngine,
+    RequestOutput,
+    Shutdown,
+    ToEngine,
+)
+from jaxserve.request import EngineRequest, FinishReason
+from models.tiny.tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, build_tokenizer
+
+WAIT_SECONDS = 60.0
+
+READY = EngineReady(
+    vocab_size=VOCAB_SIZE,
+    max_model_len=512,
+    max_prompt_len=512,
+    eos_token_ids=(EOS_ID,),
+    page_size=16,
+    num_pages=16,
+    max_num_seqs=8,
+    max_num_waiting=32,
+    num_parameters=1234,
+    architecture="EchoForCausalLM",
+    dtype="float32",
+    platform="cpu",
+    attention="none",
+    num_executables=7,
+    compile_seconds=1.5,
+    start_seconds=2.5,
+)
+"""A context of 512 tokens and a pool of 256: some prompts fit one and not the other."""
+
+
+def save_tokenizer(directory: pathlib.Path) -> pathlib.Path:
+    """The tiny model's tokenizer as a checkpoint directory; <bos> stands before every text."""
+    build_tokenizer().save(str(directory / "tokenizer.json"))
+    return directory
+
+
+@dataclasses.dataclass
+class _Running:
+    request: EngineRequest
+    produced: int = 0
+
+    def next_token(self) -> int:
+        answer = [token_id for token_id in self.request.prompt_token_ids if token_id != BOS_ID]
+        answer.append(EOS_ID)
+        return answer[self.produced % len(answer)]
+
+
+class EchoEngine:
+    """EngineClient. `requests` and `aborted` are what it was sent, in order."""
+
+    def __init__(self, ready: EngineReady = READY):
+        self.ready = ready
+        self.requests: list[EngineRequest] = []
+        self.aborted: list[str] = []
+        self.closed = False
+        self._changed = threading.Condition()
+        self._running: dict[str, _Running] = {}
+        self._outbox: list[FromEngine] = []
+        self._steps: int | None = None
+        self._generated = 0
+
+    def send(self, message: ToEngine) -> None:
+        with self._changed:
+            match message:
+                case AddRequest(request):
+                    self.requests.append(request)
+                    self._running[request.request_id] = _Running(request)
+                case AbortRequest(request_id):
+                    self.aborted.append(request_id)
+                    if self._running.pop(request_id, None) is not None:
+                        self._outbox.append(RequestOutput(request_id, (), FinishReason.ABORT))
+                case Shutdown():
+                    self.closed = True
+            self._changed.notify_all()
+
+    def receive(self) -> Sequence[FromEngine]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._outbox or self.closed or self._may_step())
+            if self._may_step() and not self.closed:
+                self._step()
+            messages, self._outbox = self._outbox, []
+            return messages
+
+    def close(self) -> None:
+        self.send(Shutdown())
+
+    def pause(self) -> None:
+        """No further step is taken until `allow` or `resume`."""
+        with self._changed:
+            self._steps = 0
+
+    def allow(self, steps: int) -> None:
+        """That many more steps may be taken."""
+        with self._changed:
+            self._steps = (self._steps or 0) + steps
+            self._changed.notify_all()
+
+    def resume(self) -> None:
+        """Steps follow one another freely again."""
+        with self._changed:
+            self._steps = None
+            self._changed.notify_all()
+
+    def fail_request(self, request_id: str, error: str) -> None:
+        """Ends one request as the engine would when its row cannot be computed."""
+        self._emit(RequestOutput(request_id, (), FinishReason.ERROR, error), request_id)
+
+    def finish_request(self, request_id: str, reason: FinishReason) -> None:
+        """Ends one request of the engine's own accord."""
+        self._emit(RequestOutput(request_id, (), reason), request_id)
+
+    def die(self, error: str) -> None:
+        """The engine is gone, with every request."""
+        self._emit(EngineFailed(error), *self._running)
+
+    def wait_for_requests(self, count: int) -> None:
+        """Returns when so many requests have arrived."""
+        self._wait(lambda: len(self.requests) >= count)
+
+    def wait_for_abort(self, request_id: str) -> None:
+        """Returns when the abort of this request has arrived."""
+        self._wait(lambda: request_id in self.aborted)
+
+    def _wait(self, condition) -> None:
+        with self._changed:
+            assert self._changed.wait_for(condition, WAIT_SECONDS), "the engine was not sent what the test waits for"
+
+    def _emit(self, message: FromEngine, *request_ids: str) -> None:
+        with self._changed:
+            for request_id in request_ids:
+                self._running.pop(request_id, None)
+            self._outbox.append(message)
+            self._changed.notify_all()
+
+    def _may_step(self) -> bool:
+        return bool(self._running) and self._steps != 0
+
+    def _step(self) -> None:
+        """One token for every running request."""
+        if self._steps is not None:
+            self._steps -= 1
+        for request_id, running in list(self._running.items()):
+            token_id = running.next_token()
+            running.produced += 1
+            reason = None
+            if token_id in running.request.stop_token_ids:
+                reason = FinishReason.STOP
+            elif running.produced >= running.request.max_tokens:
+                reason = FinishReason.LENGTH
+            if reason is not None:
+                del self._running[request_id]
+            self._generated += 1
+            self._outbox.append(RequestOutput(request_id, (token_id,), reason, num_cached_tokens=1))
+        self._outbox.append(EngineStats(num_running=len(self._running), generation_tokens=self._generated))

@@ -1,0 +1,103 @@
+import math
+
+import pytest
+
+from jaxserve.request import FinishReason, SamplingParams
+from server import convert
+from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
+
+
+def test_unset_parameters_have_the_defaults_of_sampling_params():
+    assert convert.params_from_proto(pb.SamplingParams()) == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.0, top_k=-1, top_p=0.25, min_p=0.5, seed=0, max_tokens=1),
+        SamplingParams(
+            temperature=0.7,
+            seed=2**63 - 1,
+            max_tokens=2**31 - 1,
+            min_tokens=3,
+            stop=("a", "\n\n"),
+            stop_token_ids=(1, 2),
+            ignore_eos=True,
+        ),
+    ],
+)
+def test_parameters_survive_the_wire(params):
+    wire = convert.params_to_proto(params).SerializeToString()
+    assert convert.params_from_proto(pb.SamplingParams.FromString(wire)) == params
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (pb.SamplingParams(temperature=math.nan), "temperature"),
+        (pb.SamplingParams(temperature=math.inf), "temperature"),
+        (pb.SamplingParams(temperature=-1), "temperature"),
+        (pb.SamplingParams(top_p=0), "top_p"),
+        (pb.SamplingParams(min_p=math.nan), "min_p"),
+        (pb.SamplingParams(top_k=-2), "top_k"),
+        (pb.SamplingParams(seed=-1), "seed"),
+        (pb.SamplingParams(max_tokens=0), "max_tokens"),
+        (pb.SamplingParams(max_tokens=-5), "max_tokens"),
+        (pb.SamplingParams(max_tokens=2**31), "max_tokens"),
+        (pb.SamplingParams(min_tokens=2, max_tokens=1), "min_tokens"),
+        (pb.SamplingParams(stop=[""]), "stop"),
+        (pb.SamplingParams(stop=["x"] * 10_000), "stop"),
+        (pb.SamplingParams(stop_token_ids=[-1]), "stop_token_ids"),
+    ],
+)
+def test_bad_parameters_name_their_field(message, field):
+    with pytest.raises(ValueError, match=f"^{field} "):
+        convert.params_from_proto(message)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (pb.GenerateRequest(), "prompt is not set"),
+        (pb.GenerateRequest(text=""), "text is empty"),
+        (pb.GenerateRequest(token_ids=pb.TokenIds()), "token_ids is empty"),
+    ],
+)
+def test_a_prompt_must_be_there(request_, message):
+    with pytest.raises(ValueError, match=message):
+        convert.prompt_from_proto(request_)
+
+
+def test_the_earlier_deadline_wins():
+    request = pb.GenerateRequest(deadline=100.0)
+    assert convert.deadline_from_proto(request, None) == 100.0
+    assert convert.deadline_from_proto(request, 50.0) == 50.0
+    assert convert.deadline_from_proto(request, 150.0) == 100.0
+    assert convert.deadline_from_proto(pb.GenerateRequest(), 150.0) == 150.0
+    assert convert.deadline_from_proto(pb.GenerateRequest(), None) is None
+    with pytest.raises(ValueError, match="deadline is nan"):
+        convert.deadline_from_proto(pb.GenerateRequest(deadline=math.nan), 1.0)
+
+
+def test_every_reason_but_error_is_on_the_wire():
+    for reason in (None, FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT):
+        assert convert.reason_from_proto(convert.reason_to_proto(reason)) is reason
+
+
+def test_an_unknown_field_is_refused():
+    wire = pb.GenerateRequest(text="a").SerializeToString() + bytes([0xF8, 0x07, 0x01])  # field 127, varint 1
+    with pytest.raises(ValueError, match="GenerateRequest has unknown field 127"):
+        convert.refuse_unknown_fields(pb.GenerateRequest.FromString(wire))
+    convert.refuse_unknown_fields(pb.GenerateRequest(text="a"))
+
+
+def test_every_field_and_rpc_is_documented():
+    """A comment stands before each; the generated code drops them, so the file itself is read."""
+    lines = (convert.pb.__file__.replace("_pb2.py", ".proto"),)
+    previous = ""
+    with open(lines[0], encoding="utf-8") as proto:
+        for line in map(str.strip, proto):
+            if line.endswith(";") and line.startswith(("rpc ", "optional ", "repeated ", "int", "double ", "bool ")):
+                assert previous.startswith("//"), f"no comment before: {line}"
+            previous = line
