@@ -50,9 +50,13 @@ def make_example(kind: str, rng: random.Random, size: int, held_out: bool) -> Ex
 
 
 def make_lookup_lesson(rng: random.Random, size: int, queries: int) -> Example:
-    """A training table of `size` pairs that asks for many keys in a row, with loss on each value."""
+    """A training table of `size` pairs that asks for many keys in a row, with loss on each value.
+
+    A third of the lessons ask in the table's order: copying is learned early, and recall grows out of it.
+    """
+    in_order = rng.random() < 1 / 3
     while True:
-        prompt, asked = lookup_run(rng, size, queries)
+        prompt, asked = lookup_run(rng, size, queries, in_order=in_order)
         if not is_held_out(prompt):
             break
     ids = [BOS_ID, *encode_fast(prompt), *encode_fast(asked[0][1])]
@@ -104,7 +108,8 @@ class Mixer:
         else:
             size = rng.randint(1, cap if rng.random() < 0.6 else -(-cap // 3))
         if kind == "lookup" and rng.random() < 0.9:
-            queries = min(size, (self.length - 2 * size - 6) // 2)
+            size = max(size, min(2, cap))  # one pair leaves nothing to find
+            queries = min(size + 4, (self.length - 2 * size - 6) // 2)
             return make_lookup_lesson(rng, size, max(queries, 1))
         return make_example(kind, rng, size, held_out=False)
 

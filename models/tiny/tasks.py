@@ -7,6 +7,7 @@ prompt's first line, is held out: training never draws from it and evaluation dr
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import string
@@ -98,15 +99,23 @@ def make_lookup(rng: random.Random, size: int) -> tuple[str, str]:
     return prompt, answers[0][1]
 
 
-def lookup_run(rng: random.Random, size: int, queries: int) -> tuple[str, list[tuple[str, str]]]:
-    """A table of `size` pairs and the first of `queries` (at most `size`) distinct keys asked for.
+def lookup_run(
+    rng: random.Random, size: int, queries: int, *, in_order: bool = False
+) -> tuple[str, list[tuple[str, str]]]:
+    """A table of `size` pairs and the first of `queries` keys asked for.
 
     Returns (prompt up to the first key, [(key with its space, value), ...]). Asking for more keys in one go is how
-    training gets many lessons out of one table.
+    training gets many lessons out of one table. Keys are drawn with replacement: were each asked once, the values not
+    yet said would give the answer away. Asked `in_order` of the table from a random place on, they are easier.
     """
     keys = rng.sample(KEY_WORDS, size)
     table = {f" {key}": f"={rng.randrange(100):02d}" for key in keys}
-    asked = [(key, table[key]) for key in rng.sample(list(table), queries)]
+    if in_order:
+        first = rng.randrange(size)
+        order = [*table][first:] + [*table][:first]
+        asked = [(key, table[key]) for key in itertools.islice(itertools.cycle(order), queries)]
+    else:
+        asked = [(key, table[key]) for key in rng.choices(list(table), k=queries)]
     return f"lookup:{''.join(key + value for key, value in table.items())}\n?{asked[0][0]}", asked
 
 

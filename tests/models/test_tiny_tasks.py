@@ -47,7 +47,8 @@ def test_copy_and_reverse_repeat_the_text(seed):
 def test_copy_size_is_bytes(size, seed):
     _, answer = generate("copy", random.Random(seed), size)
     assert len(answer.encode()) == size
-    assert answer == answer.strip() and "\n" not in answer
+    assert answer == answer.strip()
+    assert "\n" not in answer
 
 
 @given(seeds)
@@ -158,7 +159,8 @@ def test_the_largest_size_fits_a_row(kind, seed, length):
     example = make_example(kind, random.Random(seed), largest_size(kind, length), held_out=False)
     assert len(example.ids) - 1 <= length
     assert len(example.ids) == len(example.weights)
-    assert example.weights[-1] > 0 and example.ids[-1] == EOS_ID
+    assert example.weights[-1] > 0
+    assert example.ids[-1] == EOS_ID
 
 
 @given(seeds)
