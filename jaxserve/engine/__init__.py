@@ -1,0 +1,1 @@
+"""The engine loop and the messages by which a front end reaches it."""

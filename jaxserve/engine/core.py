@@ -1,0 +1,224 @@
+"""The engine loop: schedule step N + 1 and dispatch it, then read the ids of step N.
+
+    message -> handle -> Scheduler.add
+    step:  plan    = scheduler.schedule()
+           pending = runner.dispatch(plan)          returns without waiting
+           result  = runner.collect(previous)       the only wait
+           updates = scheduler.update(previous plan, result)
+    -> RequestOutput messages
+
+It knows the scheduler and the Runner protocol and nothing of jax, sockets or text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine.messages import AbortRequest, AddRequest, EngineReady, EngineStats, FromEngine, RequestOutput, ToEngine
+from jaxserve.recorder import (
+    FirstToken,
+    Recorder,
+    RequestArrived,
+    RequestFinished,
+    RequestPreempted,
+    RequestScheduled,
+    StepRecorded,
+    TokensProduced,
+)
+from jaxserve.request import EngineRequest, FinishReason
+from jaxserve.runner.protocol import Pending, Runner
+from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan
+from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.page_pool import PagePool
+
+
+class EngineCore:
+    """One scheduler over one runner. `handle` and `step` return messages for the front end, in order."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        *,
+        recorder: Recorder | None = None,
+        now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        info = runner.info
+        self.config = config
+        self.runner = runner
+        self.scheduler = Scheduler(
+            config.scheduler, PagePool(info.num_pages, info.page_size), Buckets.from_config(config)
+        )
+        self.recorder = recorder or Recorder()
+        self._now = now
+        self._clock = clock
+        self._in_flight: tuple[StepPlan, Pending] | None = None
+        self._totals = dict.fromkeys(
+            ("num_steps", "prompt_tokens", "generation_tokens", "computed_tokens", "padding_tokens"), 0
+        )
+
+    @property
+    def busy(self) -> bool:
+        """A call of `step` has something to do."""
+        return self.scheduler.unfinished or self._in_flight is not None
+
+    def ready(self, start_seconds: float) -> EngineReady:
+        """The message that tells the front end what it talks to."""
+        info, limits = self.runner.info, self.config.scheduler
+        return EngineReady(
+            vocab_size=info.vocab_size,
+            max_model_len=info.max_model_len,
+            max_prompt_len=info.max_model_len if limits.enable_chunked_prefill else limits.max_num_batched_tokens,
+            eos_token_ids=info.eos_token_ids,
+            page_size=info.page_size,
+            num_pages=info.num_pages - 1,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_waiting=limits.max_num_waiting,
+            num_parameters=info.num_parameters,
+            architecture=info.architecture,
+            dtype=info.dtype,
+            platform=info.platform,
+            attention=info.attention,
+            num_executables=info.num_executables,
+            compile_seconds=info.compile_seconds,
+            start_seconds=start_seconds,
+        )
+
+    def handle(self, message: ToEngine) -> list[FromEngine]:
+        """Takes one message. A request that cannot be queued is answered with an error at once."""
+        if isinstance(message, AddRequest):
+            return self._add(message.request)
+        if isinstance(message, AbortRequest):
+            update = self.scheduler.abort(message.request_id)
+            return [] if update is None else [self._output(update)]
+        return [self._output(update) for update in self._abort_all()]
+
+    def step(self) -> list[FromEngine]:
+        """Dispatches the next step and takes in the one before; call it while `busy`."""
+        expired = self.scheduler.expire(self._now())
+        begin = self._clock()
+        plan = self.scheduler.schedule()
+        scheduled = self._clock()
+        pending = None if plan is None else self.runner.dispatch(plan)
+        dispatched = self._clock()
+        if plan is not None:
+            self._record_plan(plan)
+        previous, self._in_flight = self._in_flight, None if plan is None else (plan, pending)
+        updates: list[SequenceUpdate] = []
+        collected = dispatched
+        if previous is not None:
+            result = self.runner.collect(previous[1])
+            collected = self._clock()
+            updates = self.scheduler.update(previous[0], result)
+        messages: list[FromEngine] = [self._output(update) for update in (*expired, *updates)]
+        if plan is not None:
+            self._record_step(plan, begin, scheduled, dispatched, collected)
+        return [*messages, self.stats()]
+
+    def stats(self) -> EngineStats:
+        """Counts as of now."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            pages_free=pool.num_free,
+            pages_used=pool.num_used,
+            pages_cached=pool.num_cached,
+            num_executables=self.runner.info.num_executables,
+            num_compilations=self.runner.num_compilations,
+            compile_misses=self.runner.compile_misses,
+            num_preemptions=scheduler.num_preemptions,
+            **self._totals,
+        )
+
+    def check_integrity(self) -> None:
+        """Asserts the invariants of scheduler and pool; O(pages)."""
+        self.scheduler.check_integrity()
+
+    def _add(self, request: EngineRequest) -> list[FromEngine]:
+        try:
+            self.scheduler.add(request)
+        except ValueError as error:
+            return [RequestOutput(request.request_id, (), FinishReason.ERROR, str(error))]
+        self.recorder.record(
+            RequestArrived(
+                time=self._clock(),
+                request_id=request.request_id,
+                prompt_tokens=len(request.prompt_token_ids),
+                max_tokens=request.max_tokens,
+                tenant=request.tenant,
+                priority=request.priority,
+            )
+        )
+        self._totals["prompt_tokens"] += len(request.prompt_token_ids)
+        return []
+
+    def _abort_all(self) -> Iterable[SequenceUpdate]:
+        for request_id in self.scheduler.request_ids:
+            update = self.scheduler.abort(request_id)
+            if update is not None:
+                yield update
+
+    def _output(self, update: SequenceUpdate) -> RequestOutput:
+        sequence, time_now = update.sequence, self._clock()
+        if update.token_ids:
+            self._totals["generation_tokens"] += len(update.token_ids)
+            if len(sequence.output_token_ids) == len(update.token_ids):
+                self.recorder.record(FirstToken(time=time_now, request_id=sequence.request_id))
+            self.recorder.record(
+                TokensProduced(time=time_now, request_id=sequence.request_id, count=len(update.token_ids))
+            )
+        if update.finish_reason is not None:
+            self.recorder.record(
+                RequestFinished(
+                    time=time_now,
+                    request_id=sequence.request_id,
+                    reason=update.finish_reason.value,
+                    prompt_tokens=sequence.num_prompt_tokens,
+                    output_tokens=len(sequence.output_token_ids),
+                    preemptions=sequence.num_preemptions,
+                )
+            )
+        return RequestOutput(
+            sequence.request_id, update.token_ids, update.finish_reason, update.error, sequence.num_cached_tokens
+        )
+
+    def _record_plan(self, plan: StepPlan) -> None:
+        time_now = self._clock()
+        for sequence in self.scheduler.preempted:
+            self.recorder.record(RequestPreempted(time=time_now, request_id=sequence.request_id, kind="recompute"))
+        for sequence in self.scheduler.admitted:
+            if not sequence.num_preemptions:
+                self.recorder.record(RequestScheduled(time=time_now, request_id=sequence.request_id))
+        self._totals["num_steps"] += 1
+        self._totals["computed_tokens"] += plan.num_tokens
+        self._totals["padding_tokens"] += plan.padding
+
+    def _record_step(
+        self, plan: StepPlan, begin: float, scheduled: float, dispatched: float, collected: float
+    ) -> None:
+        pool, end = self.scheduler.pool, self._clock()
+        self.recorder.record(
+            StepRecorded(
+                time=begin,
+                step=plan.step,
+                prefill_tokens=plan.num_prefill_tokens,
+                decode_tokens=plan.num_tokens - plan.num_prefill_tokens,
+                rows=len(plan.rows),
+                token_bucket=plan.token_bucket,
+                row_bucket=plan.row_bucket,
+                padding=plan.padding,
+                pages_used=pool.num_used,
+                pages_free=pool.num_free,
+                pages_cached=pool.num_cached,
+                waiting=self.scheduler.num_waiting,
+                running=self.scheduler.num_running,
+                schedule_seconds=scheduled - begin,
+                dispatch_seconds=dispatched - scheduled,
+                collect_seconds=collected - dispatched,
+                update_seconds=end - collected,
+            )
+        )

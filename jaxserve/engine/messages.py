@@ -1,0 +1,168 @@
+"""The typed messages between front end and engine, and their msgpack encoding.
+
+Every message is a frozen dataclass of plain values; on the wire it is [kind, fields...]. Both ends run the same
+version, so fields are positional; an unknown kind or a wrong field count is a ValueError, never a guess.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import msgpack
+
+from jaxserve.request import EngineRequest, FinishReason, ModelLimits
+
+
+@dataclasses.dataclass(frozen=True)
+class AddRequest:
+    """Front end -> engine: run this request."""
+
+    request: EngineRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class AbortRequest:
+    """Front end -> engine: stop computing and free pages; idempotent.
+
+    The engine answers a request that it still knew with a final RequestOutput of reason ABORT.
+    """
+
+    request_id: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Shutdown:
+    """Front end -> engine: abort everything and end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineReady:
+    """Engine -> front end, once: the engine accepts requests.
+
+    attention: implementation in use. num_pages: usable pages (null page not counted). num_executables: compiled
+    programs. compile_seconds, start_seconds: wall time of compiling, and of start-up altogether.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    max_prompt_len: int
+    eos_token_ids: tuple[int, ...]
+    page_size: int
+    num_pages: int
+    max_num_seqs: int
+    max_num_waiting: int
+    num_parameters: int
+    architecture: str
+    dtype: str
+    platform: str
+    attention: str
+    num_executables: int
+    compile_seconds: float
+    start_seconds: float
+
+    @property
+    def limits(self) -> ModelLimits:
+        return ModelLimits(
+            vocab_size=self.vocab_size,
+            max_model_len=self.max_model_len,
+            pool_tokens=self.page_size * self.num_pages,
+            max_prompt_len=self.max_prompt_len,
+            eos_token_ids=self.eos_token_ids,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOutput:
+    """Engine -> front end: new tokens of one request, in order; the last one carries a finish reason.
+
+    error: one line, set when finish_reason is ERROR. num_cached_tokens: prompt tokens taken from the prefix cache.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    error: str = ""
+    num_cached_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """Engine -> front end: counts after a step, for GetServerInfo and the running log.
+
+    num_compilations: programs that the backend compiled in the engine's process, at start and ever after.
+    num_steps, compile_misses, num_preemptions, prompt_tokens, generation_tokens, computed_tokens, padding_tokens:
+    totals since start. pages_free + pages_used + pages_cached are all usable pages.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    pages_free: int = 0
+    pages_used: int = 0
+    pages_cached: int = 0
+    num_steps: int = 0
+    num_executables: int = 0
+    num_compilations: int = 0
+    compile_misses: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    computed_tokens: int = 0
+    padding_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineFailed:
+    """Engine -> front end: the engine ends; every unfinished request has failed with this one line."""
+
+    error: str
+
+
+ToEngine = AddRequest | AbortRequest | Shutdown
+FromEngine = EngineReady | RequestOutput | EngineStats | EngineFailed
+Message = ToEngine | FromEngine
+
+_KINDS: tuple[type, ...] = (
+    AddRequest,
+    AbortRequest,
+    Shutdown,
+    EngineReady,
+    RequestOutput,
+    EngineStats,
+    EngineFailed,
+)
+_CODES = {kind: code for code, kind in enumerate(_KINDS)}
+
+
+def encode(message: Message) -> bytes:
+    """msgpack bytes of one message."""
+    return msgpack.packb([_CODES[type(message)], *_fields(message)])
+
+
+def decode(data: bytes) -> Message:
+    """The message in `data`; raises ValueError when it is not one."""
+    values = msgpack.unpackb(data, use_list=False)
+    if not isinstance(values, tuple) or not values or not 0 <= values[0] < len(_KINDS):
+        raise ValueError("engine message is malformed: unknown kind")
+    kind = _KINDS[values[0]]
+    fields = values[1:]
+    if len(fields) != len(dataclasses.fields(kind)):
+        raise ValueError(f"engine message {kind.__name__} has {len(fields)} fields, not {len(dataclasses.fields(kind))}")
+    if kind is AddRequest:
+        return AddRequest(EngineRequest(*fields[0]))
+    if kind is RequestOutput:
+        request_id, token_ids, reason, *rest = fields
+        return RequestOutput(request_id, token_ids, None if reason is None else FinishReason(reason), *rest)
+    return kind(*fields)
+
+
+def _fields(message: Any) -> list[Any]:
+    values = []
+    for field in dataclasses.fields(message):
+        value = getattr(message, field.name)
+        if isinstance(value, FinishReason):
+            value = value.value
+        elif dataclasses.is_dataclass(value):
+            value = _fields(value)
+        values.append(value)
+    return values

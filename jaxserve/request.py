@@ -1,0 +1,221 @@
+"""What a client asks for and what becomes of it: sampling parameters, requests, statuses, finish reasons.
+
+Standard library only. A `SamplingParams` validates itself where it is made, so nothing invalid travels further;
+what depends on the model (vocabulary, context, pool) is checked by `validate_request`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Sequence
+
+MAX_INT32 = 2**31 - 1
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_LENGTH = 256
+MAX_STOP_TOKEN_IDS = 16
+MAX_ID_LENGTH = 256
+
+
+class FinishReason(enum.Enum):
+    """Why a request's last token is its last; the values are the words that clients see."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class RequestStatus(enum.Enum):
+    """Where a request stands.
+
+    PREEMPTED waits like WAITING, in front of it, with its tokens kept. ENDING has its last token sampled and its id not
+    read yet: it holds neither slot nor pages.
+    """
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    ENDING = "ending"
+    FINISHED = "finished"
+
+
+class InfeasibleError(ValueError):
+    """A well-formed request that this server could never run, however long it waits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop. Names are vLLM's.
+
+    temperature: 0 is greedy; else logits are divided by it.
+    top_k: keep the k most likely tokens; 0 or -1 keeps all.
+    top_p: keep the smallest set of tokens whose probability reaches top_p.
+    min_p: drop tokens less likely than min_p times the likeliest.
+    seed: fixes the random draw, which depends on (seed, position) alone; None lets the server draw a seed.
+    max_tokens: output tokens at most; None is the rest of the context.
+    min_tokens: stop token ids cannot be drawn, and stop strings do not count, before this many output tokens.
+    stop: strings that end the text; they are not part of it.
+    stop_token_ids: token ids that end the output, besides the model's own.
+    ignore_eos: the model's own end-of-sequence ids are ordinary tokens.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _check_number("temperature", self.temperature, 0.0, 100.0)
+        _check_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        _check_whole("top_k", self.top_k, -1, MAX_INT32)
+        if self.seed is not None:
+            _check_whole("seed", self.seed, 0, 2**63 - 1)
+        if self.max_tokens is not None:
+            _check_whole("max_tokens", self.max_tokens, 1, MAX_INT32)
+        _check_whole("min_tokens", self.min_tokens, 0, MAX_INT32)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens is {self.min_tokens}; it must be at most max_tokens {self.max_tokens}")
+        _check_stop_strings(self.stop)
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise ValueError(f"stop_token_ids has {len(self.stop_token_ids)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed")
+        for token_id in self.stop_token_ids:
+            _check_whole("stop_token_ids", token_id, 0, MAX_INT32)
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelLimits:
+    """The figures of a running engine that a request is checked against.
+
+    vocab_size: token ids lie in [0, vocab_size).
+    max_model_len: prompt and output tokens of one request together, at most.
+    pool_tokens: tokens that the whole page pool can hold for one request.
+    max_prompt_len: prompt tokens at most (less than max_model_len only when chunked prefill is off).
+    eos_token_ids: the model's own stop ids.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    pool_tokens: int
+    max_prompt_len: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineRequest:
+    """A validated request as the engine receives it: token ids, resolved parameters, and whose it is.
+
+    max_tokens and seed are resolved (never None). stop_token_ids include the model's own unless ignore_eos.
+    Stop strings are the front end's business and are not here.
+    tenant: whom service is counted for. priority: higher is more urgent. deadline: seconds of `time.time`, or None.
+    cache_salt: requests share cached pages only with the same salt. arrival_time: seconds of `time.time`.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    max_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    tenant: str = ""
+    priority: int = 0
+    deadline: float | None = None
+    cache_salt: str = ""
+    arrival_time: float = 0.0
+
+
+def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, limits: ModelLimits) -> int:
+    """Checks a prompt and its parameters against the engine; returns the resolved max_tokens.
+
+    Raises ValueError (the client's fault) or InfeasibleError (fits the context, never the pool), each naming the
+    field, its value and the limit.
+    """
+    length = len(prompt_token_ids)
+    if not length:
+        raise ValueError("prompt is empty; at least one token is needed")
+    for index, token_id in enumerate(prompt_token_ids):
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < limits.vocab_size:
+            raise ValueError(
+                f"prompt_token_ids[{index}] is {token_id!r}; token ids must be whole numbers from 0 to {limits.vocab_size - 1}"
+            )
+    for token_id in params.stop_token_ids:
+        if token_id >= limits.vocab_size:
+            raise ValueError(f"stop_token_ids has {token_id}; token ids must be from 0 to {limits.vocab_size - 1}")
+    if length >= limits.max_model_len:
+        raise ValueError(
+            f"prompt has {length} tokens; with at least one output token it must fit max_model_len "
+            f"{limits.max_model_len}: shorten the prompt"
+        )
+    if length > limits.max_prompt_len:
+        raise ValueError(
+            f"prompt has {length} tokens; without chunked prefill at most max_num_batched_tokens "
+            f"{limits.max_prompt_len} are allowed: shorten it or enable chunked prefill"
+        )
+    max_tokens = limits.max_model_len - length if params.max_tokens is None else params.max_tokens
+    if length + max_tokens > limits.max_model_len:
+        raise ValueError(
+            f"prompt has {length} tokens and max_tokens is {max_tokens}; together {length + max_tokens} exceed "
+            f"max_model_len {limits.max_model_len}: lower max_tokens or shorten the prompt"
+        )
+    if params.min_tokens > max_tokens:
+        raise ValueError(f"min_tokens is {params.min_tokens}; only max_tokens {max_tokens} can be generated")
+    if length + max_tokens - 1 > limits.pool_tokens:
+        if params.max_tokens is None and length + params.min_tokens <= limits.pool_tokens:
+            return limits.pool_tokens - length + 1
+        raise InfeasibleError(
+            f"prompt has {length} tokens and max_tokens is {max_tokens}; together {length + max_tokens} exceed "
+            f"the page pool of {limits.pool_tokens} tokens: lower max_tokens or give the server more pages"
+        )
+    return max_tokens
+
+
+def check_identity(name: str, value: str) -> None:
+    """Bounds a client-chosen name (request id, tenant, cache salt)."""
+    if not isinstance(value, str) or len(value) > MAX_ID_LENGTH:
+        raise ValueError(f"{name} has {len(value)} characters; at most {MAX_ID_LENGTH} are allowed")
+
+
+def _check_number(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; it must be a finite number")
+    if not (low < value if open_low else low <= value) or value > high:
+        raise ValueError(f"{name} is {value}; it must be {'above' if open_low else 'at least'} {low:g} and at most {high:g}")
+
+
+def _check_whole(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is {value!r}; it must be a whole number")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must be from {low} to {high}")
+
+
+def _check_stop_strings(stop: tuple[str, ...]) -> None:
+    if len(stop) > MAX_STOP_STRINGS:
+        raise ValueError(f"stop has {len(stop)} strings; at most {MAX_STOP_STRINGS} are allowed")
+    for text in stop:
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"stop has {text!r}; each stop must be a string of at least one character")
+        if len(text) > MAX_STOP_STRING_LENGTH:
+            raise ValueError(f"stop has a string of {len(text)} characters; at most {MAX_STOP_STRING_LENGTH} are allowed")

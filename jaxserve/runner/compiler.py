@@ -1,0 +1,96 @@
+"""Compiling the closed set of programs ahead of time, and refusing anything outside it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+import threading
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from jaxserve.runner.programs import ProgramKey, Shapes, lower, program_keys
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class CompileMissError(RuntimeError):
+    """A step asked for a program that was not compiled at start."""
+
+
+class CompilationCounter:
+    """Counts what the backend compiles in this process, whoever asks for it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._lock = threading.Lock()
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, duration: float, **_: Any) -> None:
+        if event == _COMPILE_EVENT:
+            with self._lock:
+                self.count += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramMemory:
+    """Bytes that the compiler says a program needs: beside its arguments, aliased with them, and of code."""
+
+    temporaries: int
+    outputs: int
+    aliased: int
+    code: int
+
+    @property
+    def extra(self) -> int:
+        """Bytes while it runs beyond arguments that exist anyway."""
+        return self.temporaries + max(0, self.outputs - self.aliased)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramSet:
+    """The compiled programs by key, what each needs, and the wall seconds they all took."""
+
+    executables: dict[ProgramKey, jax.stages.Compiled]
+    memory: dict[ProgramKey, ProgramMemory]
+    seconds: float
+
+    def get(self, kind: str, size: int) -> jax.stages.Compiled:
+        """The executable of a bucket; CompileMissError where there is none."""
+        executable = self.executables.get(ProgramKey(kind, size))
+        if executable is None:
+            known = sorted(key.size for key in self.executables if key.kind == kind)
+            raise CompileMissError(f"no {kind} program of size {size} was compiled at start; compiled sizes are {known}")
+        return executable
+
+
+def compile_all(shapes: Shapes, mesh: Mesh, *, progress: bool) -> ProgramSet:
+    """Compiles every program of the closed set, several at once; `progress` shows a bar on standard error."""
+    start = time.perf_counter()
+    keys = program_keys(shapes.buckets)
+    executables: dict[ProgramKey, jax.stages.Compiled] = {}
+    with (
+        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as workers,
+        tqdm(total=len(keys), desc="compiling", unit="program", disable=not progress) as bar,
+    ):
+        futures = {workers.submit(lower(key, shapes, mesh).compile): key for key in keys}
+        for future in concurrent.futures.as_completed(futures):
+            executables[futures[future]] = future.result()
+            bar.update()
+    memory = {key: program_memory(executable) for key, executable in executables.items()}
+    return ProgramSet(executables, memory, time.perf_counter() - start)
+
+
+def program_memory(executable: jax.stages.Compiled) -> ProgramMemory:
+    """What the compiler's memory analysis says of a program."""
+    analysis: Any = executable.memory_analysis()
+    return ProgramMemory(
+        temporaries=analysis.temp_size_in_bytes,
+        outputs=analysis.output_size_in_bytes,
+        aliased=analysis.alias_size_in_bytes,
+        code=analysis.generated_code_size_in_bytes,
+    )

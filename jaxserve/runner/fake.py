@@ -1,0 +1,89 @@
+"""A runner without a model, whose every token can be worked out by hand.
+
+It keeps pages and slots as the devices do and reads a row's whole context back through its page table, so a wrong
+page, a stale slot or a missing write changes the tokens (or fails), as it would with a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxserve.request import EngineRequest
+from jaxserve.runner.protocol import RunnerInfo
+from jaxserve.scheduler.plan import RowPlan, StepPlan, StepResult
+
+
+def next_token(context: Sequence[int], request: EngineRequest, suppress_stop: bool, vocab_size: int) -> int:
+    """The token after `context`: a weighted sum of all of it, moved by the seed where sampling is random."""
+    total = sum(place * token for place, token in enumerate(context, start=1)) + 7 * len(context)
+    if request.temperature > 0:
+        total += 13 * request.seed
+    token = total % vocab_size
+    while suppress_stop and token in request.stop_token_ids:
+        token = (token + 1) % vocab_size
+    return token
+
+
+class FakeRunner:
+    """Runner protocol over plain lists. Steps are computed at dispatch; `collect` hands the ids over."""
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 101,
+        max_model_len: int = 256,
+        page_size: int = 4,
+        num_pages: int = 64,
+        eos_token_ids: tuple[int, ...] = (),
+    ):
+        self.info = RunnerInfo(
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+            eos_token_ids=eos_token_ids,
+            page_size=page_size,
+            num_pages=num_pages,
+            num_parameters=0,
+            architecture="fake",
+            dtype="none",
+            platform="none",
+            attention="none",
+            num_executables=0,
+            compile_seconds=0.0,
+        )
+        self.num_compilations = 0
+        self.compile_misses = 0
+        self._pages: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
+        self._tables: dict[int, dict[int, int]] = {}
+        self._requests: dict[int, EngineRequest] = {}
+        self._last: dict[int, int] = {}
+
+    def dispatch(self, plan: StepPlan) -> StepResult:
+        for row in plan.rows:
+            self._write(row)
+        return StepResult(tuple(self._sample(row) for row in plan.sampled))
+
+    def collect(self, pending: StepResult) -> StepResult:
+        return pending
+
+    def _write(self, row: RowPlan) -> None:
+        if row.admit is not None:
+            self._requests[row.slot] = row.admit
+        table = self._tables.setdefault(row.slot, {})
+        table.update(enumerate(row.new_pages, start=row.first_new_page))
+        tokens = (*row.token_ids, self._last[row.slot]) if row.from_slot else row.token_ids
+        for position, token in enumerate(tokens, start=row.start):
+            index, offset = divmod(position, self.info.page_size)
+            assert table[index] != 0, "a real token is written to the null page"
+            self._pages[table[index]][offset] = token
+
+    def _sample(self, row: RowPlan) -> int:
+        table = self._tables[row.slot]
+        context = []
+        for position in range(row.start + row.num_tokens):
+            index, offset = divmod(position, self.info.page_size)
+            token = self._pages[table[index]][offset]
+            assert token is not None, f"position {position} of {row.request_id} is read before it is written"
+            context.append(token)
+        token = next_token(context, self._requests[row.slot], row.suppress_stop, self.info.vocab_size)
+        self._last[row.slot] = token
+        return token

@@ -1,0 +1,104 @@
+"""One int32 vector carries everything the host tells a program: one transfer a step, whatever its fields.
+
+A layout names the fields, their shapes and places. The host writes through numpy views of one vector, the program
+reads static slices of it. float32 fields travel as their bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """shape and dtype (int32, float32 or uint32) of one field."""
+
+    shape: Shape
+    dtype: str = "int32"
+
+
+class Layout:
+    """Fields placed one after another in an int32 vector of `size` elements."""
+
+    def __init__(self, fields: dict[str, Field]):
+        self._fields = fields
+        self._starts: dict[str, int] = {}
+        size = 0
+        for name, field in fields.items():
+            self._starts[name] = size
+            size += math.prod(field.shape)
+        self.size = size
+
+    def views(self, vector: np.ndarray) -> dict[str, np.ndarray]:
+        """Writable views of the fields in `vector`, int32 [size]."""
+        return {
+            name: vector[start : start + math.prod(field.shape)].view(field.dtype).reshape(field.shape)
+            for (name, field), start in zip(self._fields.items(), self._starts.values(), strict=True)
+        }
+
+    def read(self, vector: jax.Array) -> dict[str, jax.Array]:
+        """The fields of `vector` inside a program."""
+        arrays = {}
+        for name, field in self._fields.items():
+            start = self._starts[name]
+            part = vector[start : start + math.prod(field.shape)]
+            if field.dtype != "int32":
+                part = jax.lax.bitcast_convert_type(part, jnp.dtype(field.dtype))
+            arrays[name] = part.reshape(field.shape)
+        return arrays
+
+
+def forward_layout(tokens: int, rows: int, page_size: int) -> Layout:
+    """What a forward program of `tokens` tokens and `rows` rows is told. Unused entries are padding.
+
+    token_ids [tokens]: an id, or -1 - slot for the token sampled last in that slot; padding is id 0.
+    row_slot [rows]: slot of each row; row_start: its tokens computed before; query_start_loc [rows + 1].
+    page_*: entries of the page table to set, (slot, index, page); the slot of padding is out of range.
+    admit_slot and the parameters after it: slots taken by new requests; the slot of padding is out of range.
+    """
+    updates = tokens // page_size + rows  # a row of n tokens takes at most n / page_size + 1 pages
+    return Layout(
+        {
+            "token_ids": Field((tokens,)),
+            "row_slot": Field((rows,)),
+            "row_start": Field((rows,)),
+            "query_start_loc": Field((rows + 1,)),
+            "page_slot": Field((updates,)),
+            "page_index": Field((updates,)),
+            "page": Field((updates,)),
+            "admit_slot": Field((rows,)),
+            "temperature": Field((rows,), "float32"),
+            "top_k": Field((rows,)),
+            "top_p": Field((rows,), "float32"),
+            "min_p": Field((rows,), "float32"),
+            "seed": Field((rows, 2), "uint32"),
+            "stop_token_ids": Field((rows, STOP_WIDTH)),
+        }
+    )
+
+
+def sample_layout(rows: int) -> Layout:
+    """What a sample program of `rows` rows is told.
+
+    token [rows]: place of the row's last token in the step; slot: out of range for padding.
+    position: of the token to be drawn. suppress_stop: 1 where stop ids cannot be drawn yet.
+    """
+    return Layout(
+        {
+            "token": Field((rows,)),
+            "slot": Field((rows,)),
+            "position": Field((rows,)),
+            "suppress_stop": Field((rows,)),
+        }
+    )
+
+
+STOP_WIDTH = 32
+"""Stop token ids that a slot has room for: the model's own and the client's; unused ones are -1."""

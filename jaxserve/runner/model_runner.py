@@ -1,0 +1,177 @@
+"""The runner that computes: weights, pages and slots on the devices, and the compiled programs over them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxserve.config import EngineConfig
+from jaxserve.runner.compiler import CompilationCounter, CompileMissError, ProgramSet, compile_all
+from jaxserve.runner.layout import forward_layout, sample_layout
+from jaxserve.runner.memory import size_pool
+from jaxserve.runner.packing import pack_forward, pack_sample
+from jaxserve.runner.programs import Shapes, abstract_pools, abstract_state
+from jaxserve.runner.protocol import RunnerInfo
+from jaxserve.runner.slots import Slots
+from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.plan import StepPlan, StepResult
+from models.checkpoint import load
+from models.config import ModelConfig
+from models.params import abstract_params, make_mesh, random_params
+from pallas_kernels.paged_attention import choose
+
+_COUNTER = CompilationCounter()  # one listener a process: jax keeps listeners for good
+
+
+@dataclasses.dataclass(frozen=True)
+class PendingStep:
+    """A dispatched step: its sampled ids on the device, int32 [row bucket], the first `count` of them real."""
+
+    ids: jax.Array | None
+    count: int
+
+
+class ModelRunner:
+    """Runner over a model. Start-up loads the weights while it compiles every program of the closed set."""
+
+    def __init__(self, config: EngineConfig, *, progress: bool = False):
+        mesh = make_mesh()
+        shapes = resolve_shapes(config, mesh)
+        self._shapes = dataclasses.replace(shapes, num_pages=size_pool(shapes, config.cache, mesh))
+        with concurrent.futures.ThreadPoolExecutor(1) as loader:
+            loading = loader.submit(_weights, config, self._shapes, mesh)
+            self._programs = compile_all(self._shapes, mesh, progress=progress)
+            self._params = loading.result()
+        self._pools = [jnp.zeros(pool.shape, pool.dtype, device=pool.sharding) for pool in abstract_pools(self._shapes, mesh)]
+        self._slots, self._hidden = _initial_state(self._shapes, mesh)
+        self.compile_misses = 0
+        self.info = _info(self._shapes, self._programs, mesh)
+        self._warm_up()
+
+    @property
+    def num_compilations(self) -> int:
+        return _COUNTER.count
+
+    @property
+    def programs(self) -> ProgramSet:
+        return self._programs
+
+    def dispatch(self, plan: StepPlan) -> PendingStep:
+        layout = forward_layout(plan.token_bucket, self._shapes.buckets.rows_of(plan.token_bucket), self._shapes.page_size)
+        self._forward(plan.token_bucket, pack_forward(plan, layout, self._shapes.num_slots))
+        if not plan.row_bucket:
+            return PendingStep(None, 0)
+        ids = self._sample(plan.row_bucket, pack_sample(plan, sample_layout(plan.row_bucket), self._shapes.num_slots))
+        ids.copy_to_host_async()
+        return PendingStep(ids, len(plan.sampled))
+
+    def collect(self, pending: PendingStep) -> StepResult:
+        if pending.ids is None:
+            return StepResult(())
+        return StepResult(tuple(np.asarray(pending.ids)[: pending.count].tolist()))
+
+    def _forward(self, size: int, vector: np.ndarray) -> None:
+        self._pools, self._slots, self._hidden = self._program("forward", size)(
+            self._params, self._pools, self._slots, self._hidden, vector
+        )
+
+    def _sample(self, size: int, vector: np.ndarray) -> jax.Array:
+        self._slots, ids = self._program("sample", size)(self._params, self._slots, self._hidden, vector)
+        return ids
+
+    def _program(self, kind: str, size: int) -> jax.stages.Compiled:
+        try:
+            return self._programs.get(kind, size)
+        except CompileMissError:
+            self.compile_misses += 1
+            raise
+
+    def _warm_up(self) -> None:
+        """Runs every program once on padding alone, so that the first request finds them loaded."""
+        nothing = StepPlan(step=-1, rows=(), token_bucket=0, row_bucket=0, num_tokens=0, num_prefill_tokens=0)
+        buckets, slots = self._shapes.buckets, self._shapes.num_slots
+        for size in buckets.tokens:
+            layout = forward_layout(size, buckets.rows_of(size), self._shapes.page_size)
+            self._forward(size, pack_forward(nothing, layout, slots))
+        for size in buckets.rows:
+            self._sample(size, pack_sample(nothing, sample_layout(size), slots)).block_until_ready()
+
+
+def resolve_shapes(config: EngineConfig, mesh: Mesh) -> Shapes:
+    """What the configuration and the checkpoint say together; the number of pages is left at 2.
+
+    Raises ValueError where they contradict each other.
+    """
+    model = resolve_model(config)
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    if max_model_len > model.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len is {max_model_len}; the model's context (max_position_embeddings) is "
+            f"{model.max_position_embeddings}"
+        )
+    return Shapes(
+        model=model,
+        dtype=model.dtype if config.dtype == "auto" else config.dtype,
+        buckets=Buckets.from_config(config),
+        num_slots=config.scheduler.max_num_seqs,
+        max_model_len=max_model_len,
+        page_size=config.cache.page_size,
+        num_pages=2,
+        attention=choose(mesh.devices.flat[0].platform, config.attention),
+    )
+
+
+def resolve_model(config: EngineConfig) -> ModelConfig:
+    """The architecture: configured, or read from the checkpoint; a ValueError names the field where they differ."""
+    if config.architecture is not None and config.load_format == "dummy":
+        return config.architecture
+    assert config.model is not None
+    found = ModelConfig.from_directory(config.model)
+    wanted = config.architecture
+    if wanted is not None:
+        for field in dataclasses.fields(ModelConfig):
+            if field.name != "dtype" and getattr(wanted, field.name) != getattr(found, field.name):
+                raise ValueError(
+                    f"architecture {field.name} is {getattr(wanted, field.name)!r}; the checkpoint {config.model} "
+                    f"has {getattr(found, field.name)!r}"
+                )
+    return found
+
+
+def _weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> Any:
+    if config.load_format == "dummy":
+        return random_params(shapes.model, shapes.dtype, mesh, config.seed)
+    assert config.model is not None
+    return load(config.model, shapes.model, shapes.dtype, mesh)
+
+
+def _initial_state(shapes: Shapes, mesh: Mesh) -> tuple[Slots, jax.Array]:
+    abstract_slots, hidden = abstract_state(shapes, mesh)
+    zeros = Slots.zeros(shapes.num_slots, shapes.max_pages)
+    slots = jax.tree.map(lambda array, spec: jax.device_put(array, spec.sharding), zeros, abstract_slots)
+    return slots, jnp.zeros(hidden.shape, hidden.dtype, device=hidden.sharding)
+
+
+def _info(shapes: Shapes, programs: ProgramSet, mesh: Mesh) -> RunnerInfo:
+    params = jax.tree.leaves(abstract_params(shapes.model, shapes.dtype, mesh))
+    return RunnerInfo(
+        vocab_size=shapes.model.vocab_size,
+        max_model_len=shapes.max_model_len,
+        eos_token_ids=shapes.model.eos_token_ids,
+        page_size=shapes.page_size,
+        num_pages=shapes.num_pages,
+        num_parameters=sum(math.prod(leaf.shape) for leaf in params),
+        architecture=shapes.model.architecture,
+        dtype=shapes.dtype,
+        platform=mesh.devices.flat[0].platform,
+        attention=shapes.attention,
+        num_executables=len(programs.executables),
+        compile_seconds=programs.seconds,
+    )

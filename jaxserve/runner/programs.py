@@ -1,0 +1,182 @@
+"""The programs of a step, and the closed set of them that a server can need.
+
+    forward(params, pools, slots, hidden, vector) -> pools, slots, hidden     one for each token bucket
+    sample(params, slots, hidden, vector)         -> slots, ids               one for each row bucket
+
+Pools, slots and the hidden buffer are donated: they keep their addresses. The hidden buffer has room for the largest
+token bucket, so the sample program's shape does not depend on the forward program that filled it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxserve.runner.layout import forward_layout, sample_layout
+from jaxserve.runner.sampler import sample
+from jaxserve.runner.slots import Slots
+from jaxserve.scheduler.buckets import Buckets
+from models.attention import POOL_PARTITION, AttentionMetadata, AttentionSettings, paged_attend
+from models.config import ModelConfig
+from models.params import abstract_params, bind
+from pallas_kernels.paged_attention import pool_spec
+
+NULL_SLOT = 0
+"""Where padding tokens write their keys and values: the first slot of the null page."""
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class ProgramKey:
+    """kind: "forward" or "sample"; size: its token or row bucket."""
+
+    kind: str
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Everything that fixes the shapes of the programs."""
+
+    model: ModelConfig
+    dtype: str
+    buckets: Buckets
+    num_slots: int
+    max_model_len: int
+    page_size: int
+    num_pages: int
+    attention: str
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of the longest sequence."""
+        return -(-self.max_model_len // self.page_size)
+
+
+def program_keys(buckets: Buckets) -> list[ProgramKey]:
+    """The closed set, largest first, so that a shape that does not fit fails at once."""
+    keys = [ProgramKey("forward", size) for size in buckets.tokens] + [ProgramKey("sample", size) for size in buckets.rows]
+    return sorted(keys, key=lambda key: (key.kind, -key.size))
+
+
+def lower(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Lowered:
+    """Traces and lowers one program for the devices of `mesh`; nothing is allocated."""
+    arguments = abstract_arguments(key, shapes, mesh)
+    replicated = NamedSharding(mesh, P())
+    if key.kind == "forward":
+        function = functools.partial(forward, tokens=key.size, shapes=shapes, mesh=mesh)
+        donate, results = (1, 2, 3), arguments[1:4]
+    else:
+        function = functools.partial(sample_step, rows=key.size, shapes=shapes)
+        donate, results = (1,), (arguments[1], jax.ShapeDtypeStruct((key.size,), jnp.int32, sharding=replicated))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, results)
+    named: Callable[..., Any] = _named(function, f"{key.kind}_{key.size}")
+    return jax.jit(named, donate_argnums=donate, out_shardings=shardings).lower(*arguments)
+
+
+def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any, ...]:
+    """The program's arguments as ShapeDtypeStructs with shardings."""
+    params = abstract_params(shapes.model, shapes.dtype, mesh)
+    slots, hidden = abstract_state(shapes, mesh)
+    replicated = NamedSharding(mesh, P())
+    if key.kind == "forward":
+        size = forward_layout(key.size, shapes.buckets.rows_of(key.size), shapes.page_size).size
+        vector = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=replicated)
+        return params, abstract_pools(shapes, mesh), slots, hidden, vector
+    vector = jax.ShapeDtypeStruct((sample_layout(key.size).size,), jnp.int32, sharding=replicated)
+    return params, slots, hidden, vector
+
+
+def abstract_pools(shapes: Shapes, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
+    """One pool a layer, split over the mesh by key-value head."""
+    model = shapes.model
+    pool = pool_spec(
+        shapes.num_pages,
+        model.num_key_value_heads,
+        shapes.page_size,
+        model.head_dim,
+        shapes.dtype,
+        platform=mesh.devices.flat[0].platform,
+        sharding=NamedSharding(mesh, POOL_PARTITION),
+    )
+    return [pool] * model.num_hidden_layers
+
+
+def abstract_state(shapes: Shapes, mesh: Mesh) -> tuple[Any, jax.ShapeDtypeStruct]:
+    """The slots and the hidden buffer [largest token bucket, H], the same on every device."""
+    replicated = NamedSharding(mesh, P())
+    slots = jax.eval_shape(lambda: Slots.zeros(shapes.num_slots, shapes.max_pages))
+    slots = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), slots)
+    hidden = (shapes.buckets.tokens[-1], shapes.model.hidden_size)
+    return slots, jax.ShapeDtypeStruct(hidden, jnp.dtype(shapes.dtype), sharding=replicated)
+
+
+def forward(
+    params: Any,
+    pools: list[jax.Array],
+    slots: Slots,
+    hidden: jax.Array,
+    vector: jax.Array,
+    *,
+    tokens: int,
+    shapes: Shapes,
+    mesh: Mesh,
+) -> tuple[list[jax.Array], Slots, jax.Array]:
+    """Computes a step's tokens: keys and values into the pools, final hidden states into the first rows of `hidden`."""
+    layout = forward_layout(tokens, shapes.buckets.rows_of(tokens), shapes.page_size)
+    fields = layout.read(vector)
+    slots = slots.apply(fields)
+    told = fields["token_ids"]
+    token_ids = jnp.where(told < 0, slots.last_token[jnp.maximum(-1 - told, 0)], told)
+    metadata = attention_metadata(fields, slots, shapes.page_size)
+    attend = paged_attend(metadata, AttentionSettings.of(shapes.model), shapes.attention, mesh)
+    model = bind(shapes.model, params)
+    computed, pools = model(token_ids, metadata.positions, pools, attend)
+    return pools, slots, hidden.at[:tokens].set(computed)
+
+
+def sample_step(
+    params: Any, slots: Slots, hidden: jax.Array, vector: jax.Array, *, rows: int, shapes: Shapes
+) -> tuple[Slots, jax.Array]:
+    """Draws the next token of each sampled row; the slots remember it for the forward program that follows."""
+    fields = sample_layout(rows).read(vector)
+    logits = bind(shapes.model, params).logits(hidden[fields["token"]])
+    ids = sample(logits, slots, fields["slot"], fields["position"], fields["suppress_stop"])
+    last_token = slots.last_token.at[fields["slot"]].set(jnp.maximum(ids, 0), mode="drop")
+    return dataclasses.replace(slots, last_token=last_token), ids
+
+
+def attention_metadata(fields: dict[str, jax.Array], slots: Slots, page_size: int) -> AttentionMetadata:
+    """Positions, lengths, tables and slot mapping of a step, from what the host told and the slots hold."""
+    ends = fields["query_start_loc"]
+    tokens = jnp.arange(fields["token_ids"].shape[0], dtype=jnp.int32)
+    row = jnp.searchsorted(ends[1:], tokens, side="right").astype(jnp.int32)
+    row = jnp.minimum(row, ends.shape[0] - 2)
+    lengths = ends[1:] - ends[:-1]
+    page_table = slots.page_table[fields["row_slot"]]
+    real = tokens < ends[-1]
+    positions = jnp.where(real, fields["row_start"][row] + tokens - ends[row], 0)
+    page = page_table[row, positions // page_size]
+    return AttentionMetadata(
+        positions=positions,
+        page_table=page_table,
+        kv_lens=jnp.where(lengths > 0, fields["row_start"] + lengths, 0),
+        query_start_loc=ends,
+        slot_mapping=jnp.where(real, page * page_size + positions % page_size, NULL_SLOT),
+    )
+
+
+def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`function` under a name that profiles and dumps show."""
+
+    def call(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    call.__name__ = name
+    return call

@@ -1,0 +1,57 @@
+"""What the engine asks of a runner. Imports no jax, so that an engine over a fake runner needs no device."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+from jaxserve.scheduler.plan import StepPlan, StepResult
+
+Pending = Any
+"""What `dispatch` returns and `collect` takes: a step under way."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunnerInfo:
+    """What a runner turned out to be; the meaning of the fields is that of `EngineReady`.
+
+    num_pages counts the null page.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    page_size: int
+    num_pages: int
+    num_parameters: int
+    architecture: str
+    dtype: str
+    platform: str
+    attention: str
+    num_executables: int
+    compile_seconds: float
+
+
+class Runner(Protocol):
+    """Carries out steps in the order of dispatch."""
+
+    @property
+    def info(self) -> RunnerInfo: ...
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs that the backend has compiled so far, whoever asked for them."""
+        ...
+
+    @property
+    def compile_misses(self) -> int:
+        """Steps that asked for a program outside the compiled set."""
+        ...
+
+    def dispatch(self, plan: StepPlan) -> Pending:
+        """Starts a step and returns without waiting for it. Rows may refer to ids of steps not collected yet."""
+        ...
+
+    def collect(self, pending: Pending) -> StepResult:
+        """Waits for a step and returns its sampled ids: the one place where the host waits for the device."""
+        ...

@@ -1,0 +1,10 @@
+"""Which requests run, how many tokens each computes, and on which pages: plain Python, no device.
+
+`Scheduler.schedule` makes a `StepPlan`, the runner carries it out, `Scheduler.update` takes the sampled ids.
+"""
+
+from jaxserve.scheduler.plan import RowPlan, StepPlan, StepResult
+from jaxserve.scheduler.scheduler import Scheduler, SequenceUpdate
+from jaxserve.scheduler.sequence import Sequence
+
+__all__ = ["RowPlan", "Scheduler", "Sequence", "SequenceUpdate", "StepPlan", "StepResult"]

@@ -1,0 +1,82 @@
+"""Drives a scheduler over the fake runner as the engine does, checking every invariant after every step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from jaxserve.config import SchedulerConfig
+from jaxserve.request import EngineRequest, FinishReason
+from jaxserve.runner.fake import FakeRunner, next_token
+from jaxserve.scheduler import Scheduler, StepPlan
+from jaxserve.scheduler.buckets import Buckets, powers
+from jaxserve.scheduler.page_pool import PagePool
+
+
+@dataclasses.dataclass
+class Run:
+    """What came of each request, by id, and the plans in order."""
+
+    tokens: dict[str, list[int]]
+    reasons: dict[str, FinishReason]
+    finish_step: dict[str, int]
+    plans: list[StepPlan]
+    scheduler: Scheduler
+
+
+def make_scheduler(config: SchedulerConfig, num_pages: int = 64, page_size: int = 4) -> Scheduler:
+    buckets = Buckets(powers(config.max_num_batched_tokens), powers(config.max_num_seqs))
+    return Scheduler(config, PagePool(num_pages, page_size), buckets)
+
+
+def drive(
+    scheduler: Scheduler,
+    requests: Sequence[EngineRequest],
+    runner: FakeRunner | None = None,
+    before_step: Callable[[int], None] | None = None,
+    max_steps: int = 20_000,
+) -> Run:
+    """Runs all requests to their end with one step in flight; `before_step` may add or abort."""
+    runner = runner or FakeRunner(num_pages=scheduler.pool.num_pages, page_size=scheduler.pool.page_size)
+    run = Run({request.request_id: [] for request in requests}, {}, {}, [], scheduler)
+    for request in requests:
+        scheduler.add(request)
+    in_flight = None
+    for step in range(max_steps):
+        if before_step is not None:
+            before_step(step)
+        plan = scheduler.schedule()
+        pending = None if plan is None else runner.dispatch(plan)
+        scheduler.check_integrity()
+        if in_flight is not None:
+            take(run, in_flight[0], scheduler.update(in_flight[0], runner.collect(in_flight[1])))
+            scheduler.check_integrity()
+        in_flight = None if plan is None else (plan, pending)
+        if plan is not None:
+            run.plans.append(plan)
+        elif not scheduler.unfinished:
+            return run
+    raise AssertionError(f"not finished after {max_steps} steps: {scheduler.request_ids}")
+
+
+def take(run: Run, plan: StepPlan, updates: list) -> None:
+    for update in updates:
+        request_id = update.sequence.request_id
+        assert request_id not in run.reasons, "an update after the end"
+        run.tokens.setdefault(request_id, []).extend(update.token_ids)
+        if update.finish_reason is not None:
+            run.reasons[request_id] = update.finish_reason
+            run.finish_step[request_id] = plan.step
+
+
+def alone(request: EngineRequest, vocab_size: int = 101) -> tuple[list[int], FinishReason]:
+    """The answer worked out token by token, with neither scheduler nor pages."""
+    context, outputs = list(request.prompt_token_ids), []
+    while True:
+        token = next_token(context, request, len(outputs) < request.min_tokens, vocab_size)
+        outputs.append(token)
+        context.append(token)
+        if token in request.stop_token_ids:
+            return outputs, FinishReason.STOP
+        if len(outputs) == request.max_tokens:
+            return outputs, FinishReason.LENGTH

@@ -1,0 +1,230 @@
+"""The scheduler against worked examples and against the answers worked out alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve.config import SchedulerConfig
+from jaxserve.request import EngineRequest, FinishReason
+from jaxserve.scheduler import Scheduler, StepResult
+from tests.scheduler.drive import alone, drive, make_scheduler
+
+
+def request(name: str, prompt: int, output: int, **fields) -> EngineRequest:
+    return EngineRequest(name, tuple((7 * i + len(name)) % 101 for i in range(prompt)), max_tokens=output, **fields)
+
+
+def start_decoding(scheduler: Scheduler, *requests: EngineRequest) -> None:
+    """Brings requests to where only their newest token is left to compute."""
+    for one in requests:
+        scheduler.add(one)
+    plan = scheduler.schedule()
+    assert plan is not None and len(plan.sampled) == len(requests)
+    scheduler.update(plan, StepResult(tuple(1 for _ in requests)))
+
+
+def test_continuous_batching_worked_example():
+    lengths = [10, 20, 15, 100, 25, 30, 15, 50, 40, 10]
+    scheduler = make_scheduler(SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=8))
+    run = drive(scheduler, [request(str(i), 1, length) for i, length in enumerate(lengths)])
+    first = {row.request_id: plan.step for plan in reversed(run.plans) for row in plan.rows}
+    assert len(run.plans) == 100
+    latency = [run.finish_step[name] + 1 - first[name] for name in run.finish_step]
+    assert statistics.mean(latency) == 31.5 and max(latency) == 100
+
+
+def test_tokens_of_a_mixed_step_worked_example():
+    config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=1024)
+    scheduler = make_scheduler(config, num_pages=256, page_size=16)
+    start_decoding(scheduler, *(request(name, 5, 9) for name in "ABC"))
+    scheduler.add(request("D", 256, 4))
+    scheduler.add(request("E", 512, 4))
+    plan = scheduler.schedule()
+    assert plan is not None and plan.num_tokens == 771 and plan.num_prefill_tokens == 768
+    assert plan.token_bucket == 1024 and plan.padding == 253
+
+
+def test_joining_within_budget_and_pages_worked_example():
+    config = SchedulerConfig(max_num_seqs=5, max_num_batched_tokens=300, enable_chunked_prefill=False)
+    scheduler = make_scheduler(config, num_pages=23, page_size=16)  # D and E hold a page each, 20 are free
+    start_decoding(scheduler, request("D", 3, 9), request("E", 3, 9))
+    assert scheduler.pool.num_free == 20
+    for name, length in (("A", 200), ("B", 150), ("C", 100)):
+        scheduler.add(request(name, length, 4))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert [row.request_id for row in plan.rows] == ["D", "E", "A"]
+    assert plan.num_tokens == 202 and plan.num_prefill_tokens == 200
+    assert len(plan.rows[2].new_pages) == 13
+    while scheduler.num_waiting == 2:  # B's 10 pages are free only when A's 13 have come back
+        assert "A" in {row.request_id for row in plan.rows}
+        scheduler.update(plan, StepResult(tuple(1 for _ in plan.sampled)))
+        plan = scheduler.schedule()
+        assert plan is not None
+    assert [row.request_id for row in plan.rows] == ["D", "E", "B"]
+
+
+@pytest.mark.parametrize(("prompt", "steps"), [(10_000, 20), (2_000, 4)])
+def test_chunks_of_a_long_prompt_worked_example(prompt: int, steps: int):
+    scheduler = make_scheduler(SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=512), 800, 16)
+    run = drive(scheduler, [request("long", prompt, 1)])
+    assert len(run.plans) == steps
+    assert [bool(plan.sampled) for plan in run.plans] == [False] * (steps - 1) + [True]
+
+
+def test_long_prefill_threshold_leaves_budget_to_others():
+    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64, long_prefill_token_threshold=16)
+    scheduler = make_scheduler(config, 64, 16)
+    run = drive(scheduler, [request("long", 100, 2), request("short", 10, 2)])
+    assert [(row.request_id, row.num_tokens) for row in run.plans[0].rows] == [("long", 16), ("short", 10)]
+    assert run.finish_step["short"] < run.finish_step["long"]
+
+
+def test_running_requests_decode_before_any_chunk():
+    scheduler = make_scheduler(SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=8), 64, 16)
+    start_decoding(scheduler, request("A", 2, 9), request("B", 2, 9))
+    scheduler.add(request("long", 100, 2))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert [(row.request_id, row.num_tokens) for row in plan.rows] == [("A", 1), ("B", 1), ("long", 6)]
+
+
+def test_preemption_takes_the_latest_and_brings_it_back_first():
+    scheduler = make_scheduler(SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64), num_pages=9, page_size=4)
+    requests = [request("first", 8, 20), request("second", 8, 20), request("third", 8, 4)]
+    run = drive(scheduler, requests)
+    assert scheduler.num_preemptions > 0
+    for one in requests:
+        assert (run.tokens[one.request_id], run.reasons[one.request_id]) == alone(one)
+    assert run.finish_step["first"] < run.finish_step["second"]
+
+
+def test_a_preempted_sequence_can_outgrow_a_step_without_chunked_prefill():
+    config = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=16, enable_chunked_prefill=False)
+    scheduler = make_scheduler(config, num_pages=13, page_size=4)
+    requests = [request("first", 14, 26), request("second", 14, 26)]
+    run = drive(scheduler, requests)
+    assert scheduler.num_preemptions > 0
+    assert all((run.tokens[one.request_id], run.reasons[one.request_id]) == alone(one) for one in requests)
+
+
+def test_not_finite_logits_end_that_request_alone():
+    scheduler = make_scheduler(SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16))
+    scheduler.add(request("bad", 3, 5))
+    scheduler.add(request("good", 3, 5))
+    plan = scheduler.schedule()
+    assert plan is not None
+    bad, good = scheduler.update(plan, StepResult((-1, 4)))
+    assert bad.finish_reason is FinishReason.ERROR and "not finite" in bad.error
+    assert good.finish_reason is None and good.token_ids == (4,)
+    scheduler.check_integrity()
+
+
+def test_duplicate_ids_and_a_full_queue_are_refused():
+    scheduler = make_scheduler(SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=8, max_num_waiting=1))
+    scheduler.add(request("a", 3, 5))
+    with pytest.raises(ValueError, match="request_id 'a' is in use"):
+        scheduler.add(request("a", 3, 5))
+    with pytest.raises(ValueError, match="max_num_waiting 1"):
+        scheduler.add(request("b", 3, 5))
+
+
+def test_a_deadline_that_passes_in_the_queue_costs_no_prefill():
+    scheduler = make_scheduler(SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=8))
+    scheduler.add(request("late", 3, 5, deadline=10.0))
+    assert scheduler.expire(9.0) == []
+    (update,) = scheduler.expire(10.5)
+    assert update.finish_reason is FinishReason.ABORT and "deadline" in update.error
+    assert scheduler.schedule() is None
+
+
+def test_an_id_used_again_does_not_take_the_old_ones_token():
+    scheduler = make_scheduler(SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=8))
+    scheduler.add(request("a", 3, 5))
+    plan = scheduler.schedule()
+    scheduler.abort("a")
+    again = scheduler.add(request("a", 4, 5))
+    assert plan is not None and scheduler.update(plan, StepResult((9,))) == []
+    assert again.output_token_ids == []
+
+
+requests_strategy = st.lists(
+    st.tuples(
+        st.integers(1, 40),  # prompt
+        st.integers(1, 25),  # output
+        st.sampled_from([0.0, 1.0]),
+        st.integers(0, 5),  # min_tokens
+        st.sets(st.integers(0, 100), max_size=8),  # stop ids
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=150)
+@given(
+    drawn=requests_strategy,
+    max_num_seqs=st.integers(1, 6),
+    budget=st.integers(8, 64),
+    threshold=st.sampled_from([0, 1, 5, 16]),
+    num_pages=st.integers(18, 60),
+    aborts=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 11)), max_size=4),
+)
+def test_tokens_do_not_depend_on_scheduling(drawn, max_num_seqs, budget, threshold, num_pages, aborts):
+    """Batched, chunked and preempted equals alone, for any limits; aborted ones give a prefix; all pages come back."""
+    requests = [
+        EngineRequest(
+            f"r{i}",
+            tuple((i * 31 + j * 17) % 101 for j in range(prompt)),
+            max_tokens=output,
+            temperature=temperature,
+            seed=i,
+            min_tokens=min(least, output),
+            stop_token_ids=tuple(sorted(stops)),
+        )
+        for i, (prompt, output, temperature, least, stops) in enumerate(drawn)
+    ]
+    config = SchedulerConfig(
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, long_prefill_token_threshold=threshold
+    )
+    scheduler = make_scheduler(config, num_pages)
+    aborted: set[str] = set()
+
+    def abort(step: int) -> None:
+        for when, which in aborts:
+            if when == step and (update := scheduler.abort(f"r{which}")) is not None:
+                assert update.finish_reason is FinishReason.ABORT
+                aborted.add(f"r{which}")
+
+    run = drive(scheduler, requests, before_step=abort)
+    for one in requests:
+        tokens, reason = alone(one)
+        if one.request_id in aborted:
+            assert one.request_id not in run.reasons
+            assert run.tokens[one.request_id] == tokens[: len(run.tokens[one.request_id])]
+        else:
+            assert (run.tokens[one.request_id], run.reasons[one.request_id]) == (tokens, reason)
+    for plan in run.plans:
+        assert plan.num_tokens <= budget and len(plan.rows) <= max_num_seqs
+        assert plan.token_bucket >= plan.num_tokens and plan.row_bucket >= len(plan.sampled)
+    assert scheduler.pool.num_free == scheduler.pool.num_usable
+
+
+def test_plans_are_reproducible():
+    def plans() -> list:
+        scheduler = make_scheduler(SchedulerConfig(max_num_seqs=3, max_num_batched_tokens=16), 20)
+        return drive(scheduler, [request(str(i), 3 + 5 * i, 12) for i in range(6)]).plans
+
+    assert [dataclasses.asdict(plan) for plan in plans()] == [dataclasses.asdict(plan) for plan in plans()]
+
+
+def test_importing_the_scheduler_does_not_load_jax():
+    code = "import sys, jaxserve.scheduler, jaxserve.config, jaxserve.request; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
