@@ -129,15 +129,19 @@ def _load_safetensors(directory: pathlib.Path, config: ModelConfig, dtype: Any, 
         )
     tree: Params = {}
     for path, parts in weights.items():
-        leaf = get(abstract, path)
-        buffer = np.empty(leaf.shape, leaf.dtype)
-        for part in parts:
-            target = buffer[part.index]
-            # Converts in small blocks from the mapped file to its place, with no array in between.
-            np.copyto(target, used[part.tensor].view().reshape(target.shape), casting="unsafe")
-        # Without the wait, buffers would queue up faster than a device takes them.
-        put(tree, path, jax.block_until_ready(jax.device_put(buffer, leaf.sharding)))
+        put(tree, path, _assemble(get(abstract, path), parts, used))
     return tree
+
+
+def _assemble(leaf: jax.ShapeDtypeStruct, parts: tuple[Slice, ...], stored: Mapping[str, StoredTensor]) -> jax.Array:
+    """One parameter on its devices. The host's buffer is gone on return, before the next one is made."""
+    buffer = np.empty(leaf.shape, leaf.dtype)
+    for part in parts:
+        target = buffer[part.index]
+        # Converts in small blocks from the mapped file to its place, with no array in between.
+        np.copyto(target, stored[part.tensor].view().reshape(target.shape), casting="unsafe")
+    # Without the wait, buffers would queue up faster than a device takes them.
+    return jax.block_until_ready(jax.device_put(buffer, leaf.sharding))
 
 
 def _stored_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
