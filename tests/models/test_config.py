@@ -1,0 +1,96 @@
+"""config.json in and out, the registry, and rotary frequencies."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from models import registry
+from models.config import ModelConfig, RopeScaling
+from models.llama import rope_frequencies
+from tests.models.checkpoints import BASE, LLAMA3, SHAPES
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_configuration_survives_a_round_trip(name):
+    config = ModelConfig.from_hf(SHAPES[name].raw)
+    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+def test_defaults_and_both_places_of_rotary_settings():
+    raw = BASE | {"num_key_value_heads": None, "rope_theta": None, "rms_norm_eps": None, "eos_token_id": [2, 3]}
+    config = ModelConfig.from_hf(raw)
+    assert (config.num_key_value_heads, config.head_dim, config.rope_theta, config.rms_norm_eps) == (4, 16, 1e4, 1e-6)
+    assert config.eos_token_ids == (2, 3)
+    new = ModelConfig.from_hf(raw | {"rope_parameters": LLAMA3 | {"rope_theta": 7.0}})
+    old = ModelConfig.from_hf(raw | {"rope_scaling": LLAMA3, "rope_theta": 7})
+    assert new == old
+    assert new.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
+    shorter = {name: value for name, value in LLAMA3.items() if name != "original_max_position_embeddings"}
+    context = ModelConfig.from_hf(raw | {"rope_scaling": shorter}).rope_scaling.original_max_position_embeddings
+    assert context == BASE["max_position_embeddings"]
+
+
+def test_stop_tokens_of_generation_config_win(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(BASE | {"eos_token_id": 2}))
+    assert ModelConfig.from_directory(tmp_path).eos_token_ids == (2,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    assert ModelConfig.from_directory(tmp_path).eos_token_ids == (7, 8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vocab_size": None}, r"^config.json has no vocab_size; a checkpoint without it cannot be served$"),
+        ({"hidden_size": "64"}, r"^config.json hidden_size is '64'; it must be a whole number of at least 1$"),
+        ({"num_hidden_layers": True}, r"^config.json num_hidden_layers is True; it must be a whole number"),
+        ({"num_attention_heads": 0}, r"^config.json num_attention_heads is 0; it must be a whole number"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads is 4; it must be a multiple of num_key_value_heads 3$"),
+        ({"head_dim": 15}, r"^model head_dim is 15; rotary embeddings need an even number$"),
+        ({"rms_norm_eps": 0}, r"^model rms_norm_eps is 0; it must be a finite number above 0$"),
+        ({"rope_theta": "x"}, r"^model rope_theta is 'x'; it must be a finite number above 0$"),
+        ({"hidden_act": "gelu"}, r"^config.json hidden_act is 'gelu'; only 'silu' is supported$"),
+        ({"quantization_config": {"bits": 4}}, r"^config.json quantization_config is set; only unquantised"),
+        ({"architectures": ["A", "B"]}, r"^config.json architectures is \['A', 'B'\]; exactly one name is needed$"),
+        ({"attention_bias": "no"}, r"^config.json attention_bias is 'no'; it must be true or false$"),
+        ({"eos_token_id": "</s>"}, r"^eos_token_id is '</s>'; it must be a token id or a list of them$"),
+        ({"dtype": 16}, r"^config.json dtype is 16; it must be a name such as 'bfloat16'$"),
+        ({"partial_rotary_factor": 0.5}, r"^config.json partial_rotary_factor is 0.5; only whole heads are rotated$"),
+        ({"rope_scaling": [1]}, r"^config.json rope_scaling is \[1\]; it must be an object$"),
+        (
+            {"rope_scaling": {"type": "yarn"}},
+            r"^rope_scaling kind is 'yarn'; supported kinds are default, linear, llama3$",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, r"^config.json rope_scaling has no factor; kind 'linear' needs it$"),
+        ({"rope_scaling": LLAMA3 | {"factor": 0.5}}, r"^rope_scaling factor is 0.5; it must be at least 1$"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, r"low_freq_factor is 4.0; it must be below high_freq_"),
+        ({"rope_scaling": LLAMA3 | {"factor": math.nan}}, r"^rope_scaling factor is nan; it must be a finite number"),
+    ],
+)
+def test_an_unusable_configuration_gets_one_clear_line(fields, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        ModelConfig.from_hf(BASE | fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_factor_without_a_kind_is_not_ignored():
+    with pytest.raises(ValueError, match=r"^rope_scaling factor is 2.0; kind 'default' has none, so it must be 1$"):
+        RopeScaling(factor=2.0)
+
+
+def test_the_registry_names_what_it_knows():
+    assert set(registry.ARCHITECTURES) >= {"LlamaForCausalLM"}
+    known = ", ".join(sorted(registry.ARCHITECTURES))
+    with pytest.raises(ValueError, match=rf"^model architecture is 'Gpt'; known architectures are {known}$"):
+        registry.lookup("Gpt")
+
+
+def test_rotary_frequencies_by_hand():
+    plain = rope_frequencies(8, 10000.0, RopeScaling())
+    np.testing.assert_allclose(plain, [1, 0.1, 0.01, 0.001], rtol=1e-7)
+    np.testing.assert_allclose(rope_frequencies(8, 10000.0, RopeScaling("linear", 4.0)), plain / 4, rtol=1e-7)
+    scaled = rope_frequencies(8, 10000.0, RopeScaling("llama3", 8.0, 1.0, 4.0, 128))
+    # Turns in 128 positions: 20.4 (kept), 2.04 (a share (2.04 - 1) / 3 kept), 0.2 and 0.02 (an eighth).
+    share = (128 * 0.1 / (2 * math.pi) - 1) / 3
+    np.testing.assert_allclose(scaled, [1, 0.1 * share + 0.0125 * (1 - share), 0.00125, 0.000125], rtol=1e-6)
