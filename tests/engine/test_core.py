@@ -89,8 +89,8 @@ def test_every_request_gets_its_tokens_and_one_final_output():
 def test_a_cancelled_request_frees_its_pages_at_once():
     core = make_core()
     add(core, EngineRequest("a", tuple(range(40)), max_tokens=30), EngineRequest("b", (1,), max_tokens=30))
-    core.step()
-    core.step()
+    for _ in range(4):
+        core.step()
     used = core.stats().pages_used
     (final,) = core.handle(AbortRequest("a"))
     assert isinstance(final, RequestOutput) and final.finish_reason is FinishReason.ABORT

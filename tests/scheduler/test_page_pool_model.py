@@ -115,6 +115,19 @@ class PagePoolMachine(RuleBasedStateMachine):
         for copy in copies:
             self.memory[copy.destination_tier][copy.destination] = self.memory[copy.source_tier][copy.source]
 
+    def own(self, sequence, index):
+        """Exchanges a page of a sequence for a copy that it may write; False when memory is short."""
+        copy = self.pool.copy(sequence.table[index])
+        self.model.allocated(1, None if copy is None else [copy.destination])
+        if copy is None:
+            return False
+        assert copy.source == sequence.table[index]
+        assert copy.source_tier == copy.destination_tier == PageState.ACTIVE
+        self.model.drop([copy.source])
+        self.perform([copy])
+        sequence.table[index] = copy.destination
+        return True
+
     def write(self, sequence, token):
         """One token more, into a page that must be the sequence's alone; False when memory is short."""
         index, offset = divmod(len(sequence.tokens), PAGE_SIZE)
@@ -123,52 +136,59 @@ class PagePoolMachine(RuleBasedStateMachine):
             if pages is None:
                 return False
             sequence.table += pages
-        elif not self.pool.writable(sequence.table[index]):
-            copy = self.pool.copy(sequence.table[index])
-            self.model.allocated(1, None if copy is None else [copy.destination])
-            if copy is None:
-                return False
-            assert copy.source == sequence.table[index]
-            assert copy.source_tier == copy.destination_tier == PageState.ACTIVE
-            self.model.drop([copy.source])
-            self.perform([copy])
-            sequence.table[index] = copy.destination
+        elif not self.pool.writable(sequence.table[index]) and not self.own(sequence, index):
+            return False
         sequence.tokens.append(token)
         assert self.pool.writable(sequence.table[index])
         assert self.model.owners[sequence.table[index]] == 1
         self.memory[PageState.ACTIVE][sequence.table[index]] = sequence.prefix(len(sequence.tokens))
         return True
 
-    # --------------------------------------------------------------------------------------------------------- rules
-
-    @rule(salt=salts, tokens=tokens_strategy)
-    def start(self, salt, tokens):
-        found = self.pool.match(tokens, salt)
-        assert found == self.model.match(tokens, salt)
-        self.model.take(found)
-        sequence = Sequence(salt, tokens[: len(found) * PAGE_SIZE], found, len(found))
-        self.sequences.append(sequence)
-        for token in tokens[len(sequence.tokens) :]:
-            if not self.write(sequence, token):
-                break
-
-    @rule(data=st.data(), tokens=tokens_strategy)
-    @precondition(lambda self: any(not s.on_host for s in self.sequences))
-    def grow(self, data, tokens):
-        sequence = self.pick(data)
+    def extend(self, sequence, tokens, then_commit):
         for token in tokens:
             if not self.write(sequence, token):
                 break
+        if then_commit:
+            self.commit_pages(sequence, sequence.committed)
+
+    def commit_pages(self, sequence, start):
+        sequence.committed = self.pool.commit(sequence.table, sequence.tokens, sequence.salt, start)
+        assert sequence.committed == len(sequence.tokens) // PAGE_SIZE
+        for index in range(start, sequence.committed):
+            self.model.commit(sequence.table[index], sequence.prefix((index + 1) * PAGE_SIZE))
+
+    # --------------------------------------------------------------------------------------------------------- rules
+
+    # Some sequences do without the cache, so that several pages have the same content.
+    @rule(salt=salts, tokens=tokens_strategy, use_cache=st.booleans(), then_commit=st.booleans())
+    def start(self, salt, tokens, use_cache, then_commit):
+        found = []
+        if use_cache:
+            found = self.pool.match(tokens, salt)
+            assert found == self.model.match(tokens, salt)
+            self.model.take(found)
+        sequence = Sequence(salt, tokens[: len(found) * PAGE_SIZE], found, len(found))
+        self.sequences.append(sequence)
+        self.extend(sequence, tokens[len(sequence.tokens) :], then_commit)
+
+    @rule(data=st.data(), tokens=tokens_strategy, then_commit=st.booleans())
+    @precondition(lambda self: any(not s.on_host for s in self.sequences))
+    def grow(self, data, tokens, then_commit):
+        self.extend(self.pick(data), tokens, then_commit)
 
     @rule(data=st.data(), from_start=st.booleans())
     @precondition(lambda self: any(not s.on_host for s in self.sequences))
     def commit(self, data, from_start):
         sequence = self.pick(data)
-        start = 0 if from_start else sequence.committed
-        sequence.committed = self.pool.commit(sequence.table, sequence.tokens, sequence.salt, start)
-        assert sequence.committed == len(sequence.tokens) // PAGE_SIZE
-        for index in range(start, sequence.committed):
-            self.model.commit(sequence.table[index], sequence.prefix((index + 1) * PAGE_SIZE))
+        self.commit_pages(sequence, 0 if from_start else sequence.committed)
+
+    @rule(data=st.data())
+    @precondition(lambda self: any(not s.on_host and s.table for s in self.sequences))
+    def take_private(self, data):
+        sequence = data.draw(st.sampled_from([s for s in self.sequences if not s.on_host and s.table]))
+        index = data.draw(st.integers(0, len(sequence.table) - 1), label="index")
+        if not self.pool.writable(sequence.table[index]) and self.own(sequence, index):
+            sequence.committed = min(sequence.committed, index)
 
     @rule(data=st.data())
     @precondition(lambda self: any(not s.on_host for s in self.sequences))
@@ -243,6 +263,8 @@ class PagePoolMachine(RuleBasedStateMachine):
         assert pool.num_host_used == sum(map(len, host)) == NUM_HOST_PAGES - pool.num_host_free
         for page in PAGES:
             assert pool.references(page) == model.owners[page]
+            if model.owners[page]:
+                assert pool.writable(page) == (model.owners[page] == 1 and page not in model.contents)
             state = PageState.CACHED if page in model.cached else PageState.FREE
             assert pool.state(page) is (PageState.ACTIVE if model.owners[page] else state)
 
@@ -261,4 +283,4 @@ class PagePoolMachine(RuleBasedStateMachine):
 
 
 TestPagePoolMachine = PagePoolMachine.TestCase
-TestPagePoolMachine.settings = settings(max_examples=150, stateful_step_count=40)
+TestPagePoolMachine.settings = settings(max_examples=200, stateful_step_count=50)

@@ -68,7 +68,7 @@ def test_joining_within_budget_and_pages_worked_example():
         scheduler.update(plan, StepResult(tuple(1 for _ in plan.sampled)))
         plan = scheduler.schedule()
         assert plan is not None
-    assert [row.request_id for row in plan.rows] == ["D", "E", "B"]
+    assert [row.request_id for row in plan.rows] == ["D", "E", "B", "C"]
 
 
 @pytest.mark.parametrize(("prompt", "steps"), [(10_000, 20), (2_000, 4)])
