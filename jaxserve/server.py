@@ -1,8 +1,8 @@
 """The gRPC server: `python -m jaxserve.server --config tiny.gin [--gin.BINDING=VALUE ...]`.
 
-Life of the process: read the configuration, bind the port, start the engine and read the tokenizer side by side, serve;
-on SIGTERM or SIGINT finish what runs for at most drain_seconds and exit with 0, on a second signal at once. A start that
-fails and an engine that dies exit with 1 and one line on stderr.
+Life of the process: read the configuration, bind the port, start the engine and load the tokenizer side by side, serve;
+on SIGTERM or SIGINT let running requests finish for at most drain_seconds and exit with 0, on a second signal at once.
+A start that fails and an engine that dies exit with 1 and one line on stderr.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from server.running_log import log_while_busy, seconds_since_start, start_lines
 T = TypeVar("T")
 
 EXIT_FAILED = 1
+_WATCH_SECONDS = 0.1
 
 _log = logging.getLogger("jaxserve.server")
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     """A signal asked the process to end before it was ready."""
 
 
@@ -75,15 +76,13 @@ class _Server:
         _log.info("listening on %s; loading model %s", server.address, self._name)
         try:
             engine, tokenizer = await self._load()
-        except _Stop:
+        except _StopError:
             await server.stop()
             _exit_now(0)
         except (ValueError, OSError, MemoryError) as error:
             await server.stop()
             _exit_now(_fail(f"the model cannot be served: {_one_line(error)}"))
-        code = await self._serve(server, engine, tokenizer)
-        await asyncio.get_running_loop().run_in_executor(None, engine.close)
-        return code
+        return await self._serve(server, engine, tokenizer)
 
     async def _load(self) -> tuple[EngineClient, Tokenizer | None]:
         """The engine and the tokenizer, each loaded in a thread; the first error of either counts."""
@@ -94,7 +93,7 @@ class _Server:
         while pending:
             done, _ = await asyncio.wait({stop, *pending}, return_when=asyncio.FIRST_COMPLETED)
             if stop in done:
-                raise _Stop
+                raise _StopError
             for future in done:
                 future.result()
             pending -= done
@@ -102,14 +101,14 @@ class _Server:
         return engine.result(), tokenizer.result()
 
     async def _serve(self, server: GrpcServer, engine: EngineClient, tokenizer: Tokenizer | None) -> int:
-        """Serves until a signal or the engine's death, then closes everything but the engine."""
+        """Serves until a signal or the engine's death, then ends the engine and the server."""
         frontend = AsyncFrontEnd(engine, tokenizer)
         await server.serve(frontend, tokenizer)
         for line in start_lines(engine.ready, self._name):
             _log.info("%s", line)
         _log.info("ready on %s in %.1f s", server.address, seconds_since_start())
         log_task = asyncio.ensure_future(log_while_busy(lambda: frontend.stats))
-        died = asyncio.ensure_future(frontend.wait_dead())
+        died = asyncio.ensure_future(_death(frontend))
         stop = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({died, stop}, return_when=asyncio.FIRST_COMPLETED)
         code = 0
@@ -141,6 +140,13 @@ class _Server:
         else:
             _log.info("%s: running requests may finish for %g s", number.name, self._config.drain_seconds)
             self._stop.set()
+
+
+async def _death(frontend: AsyncFrontEnd) -> str:
+    """Returns when the engine has ended, with its last line."""
+    while not frontend.failure:
+        await asyncio.sleep(_WATCH_SECONDS)
+    return frontend.failure
 
 
 def _start_engine(config: ServerConfig) -> EngineClient:

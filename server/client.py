@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Any
 
 import grpc
@@ -40,7 +40,7 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """What one message of a stream brings: new token ids and text, and in the last one why it ended and what it used."""
+    """What one message of a stream brings: new token ids and text, and in the last one why it ended and its usage."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -117,7 +117,7 @@ class Client:
         *,
         timeout: float | None = None,
         **fields: Any,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """Streams one request's chunks; closing the iterator aborts the request.
 
         timeout: seconds for the whole request, or None. fields: see `generate_request`.
@@ -211,7 +211,7 @@ class AsyncClient:
         *,
         timeout: float | None = None,
         **fields: Any,
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         """Streams one request's chunks; cancelling the task or closing the iterator (`aclose`) aborts the request.
 
         timeout: seconds for the whole request, or None. fields: see `generate_request`.

@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
+from server.malformed import MalformedInterceptor
 from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from server.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 from server.service import JaxServeService
@@ -39,9 +40,11 @@ class GrpcServer:
     def __init__(self, host: str, port: int, max_message_bytes: int, model_name: str):
         self.host = host
         self.port = port
-        self._server = grpc.aio.server(options=_options(max_message_bytes))
+        self._server = grpc.aio.server(
+            interceptors=(MalformedInterceptor(SERVICE_NAME),), options=_options(max_message_bytes)
+        )
         self._service = JaxServeService(model_name)
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]  made at run time
         pb_grpc.add_JaxServeServicer_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -108,7 +111,7 @@ def _check_free(host: str, port: int) -> None:
         address = _address(host, port)
         if error.errno == errno.EADDRINUSE:
             raise BindError(
-                f"port {port} is in use: another process listens on {address}; give another port"
+                f"port {port} is in use: someone listens on {address} already; give another port"
             ) from error
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         raise BindError(f"cannot listen on {address}: {reason}; give another host or port") from error

@@ -32,12 +32,13 @@ def seconds_since_start() -> float:
 def start_lines(ready: EngineReady, name: str) -> list[str]:
     """The figures of an engine that has become ready, one line each."""
     pool_tokens = ready.limits.pool_tokens
+    concurrency = min(pool_tokens / ready.max_model_len, ready.max_num_seqs)
     return [
         f"model {name}: {ready.architecture}, {ready.num_parameters / 1e6:.2f}M parameters, {ready.dtype} on "
         f"{ready.platform}, attention {ready.attention}",
         f"page pool: {pool_tokens:,} tokens ({ready.num_pages:,} pages of {ready.page_size})",
-        f"greatest concurrency at max_model_len {ready.max_model_len:,}: "
-        f"{min(pool_tokens / ready.max_model_len, ready.max_num_seqs):.1f} requests (max_num_seqs {ready.max_num_seqs})",
+        f"greatest concurrency at max_model_len {ready.max_model_len:,}: {concurrency:.1f} requests "
+        f"(max_num_seqs {ready.max_num_seqs})",
         f"compiled {ready.num_executables} executables in {ready.compile_seconds:.1f} s; "
         f"engine start {ready.start_seconds:.1f} s",
     ]

@@ -4,13 +4,13 @@ A request's life here: read the message, submit it to the front end with the ear
 delta as it comes, and on any way out but the last delta (the client gone, cancelled, too late) abort it at once.
 """
 
+# ruff: noqa: N802  the names of RPCs are those of the proto
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
 import time
-import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -19,11 +19,10 @@ import grpc
 import jaxserve
 from jaxserve.engine.messages import EngineReady
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
-from jaxserve.request import FinishReason
 from server import convert
 from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from server.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
-from server.status import NotFoundError, NoTokenizerError, RequestFailedError, UnavailableError, status_of
+from server.status import NotFoundError, NoTokenizerError, UnavailableError, check_delta, status_of
 
 _log = logging.getLogger("jaxserve.server")
 
@@ -57,26 +56,19 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         async with _errors_as_status(context):
             frontend = self._accepting()
             convert.refuse_unknown_fields(request, request.sampling_params, request.token_ids)
-            request_id = request.request_id or uuid.uuid4().hex
             stream = await frontend.submit(
                 convert.prompt_from_proto(request),
                 convert.params_from_proto(request.sampling_params),
-                request_id=request_id,
+                request_id=request.request_id or None,
                 tenant=request.tenant,
                 priority=request.priority,
                 deadline=convert.deadline_from_proto(request, _call_deadline(context)),
                 cache_salt=request.cache_salt,
             )
-            finished = False
-            try:
+            async with stream:  # left early, it aborts the request
                 async for delta in stream:
-                    finished = delta.finish_reason is not None
-                    if delta.finish_reason is FinishReason.ERROR:
-                        raise RequestFailedError(delta.error or "the engine could not compute this request")
+                    check_delta(delta)
                     await context.write(_response(delta))
-            finally:
-                if not finished:
-                    frontend.abort(request_id)
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         async with _errors_as_status(context):

@@ -6,8 +6,8 @@ import dataclasses
 
 import grpc
 
-from jaxserve.frontend.async_frontend import DeadlineError, DuplicateRequestError, EngineDeadError, QueueFullError
-from jaxserve.request import InfeasibleError
+from jaxserve.frontend.delta import Cause, DeadlineError, Delta, DuplicateRequestError, EngineDeadError, QueueFullError
+from jaxserve.request import FinishReason, InfeasibleError
 
 RETRY_PUSHBACK_MS = 1000
 """How long a client should wait before it tries again when the queue is full, in milliseconds."""
@@ -18,11 +18,11 @@ class NotFoundError(LookupError):
 
 
 class UnavailableError(RuntimeError):
-    """The server takes no requests now: it is starting or draining."""
+    """The server takes no requests, or cannot finish them: it is starting, draining, or its engine has died."""
 
 
 class NoTokenizerError(RuntimeError):
-    """Text was given to, or asked of, a server that has no tokenizer."""
+    """Tokenize or Detokenize was called on a server that has no tokenizer."""
 
 
 class RequestFailedError(RuntimeError):
@@ -62,3 +62,18 @@ def status_of(error: Exception) -> Status | None:
                 metadata = (("grpc-retry-pushback-ms", str(RETRY_PUSHBACK_MS)),)
             return Status(code, " ".join(str(error).split()), metadata)
     return None
+
+
+def check_delta(delta: Delta) -> None:
+    """Raises the error that a last delta stands for; returns when it is an answer.
+
+    A deadline and the end of the server are errors, and so is a request that failed. One that the client itself
+    aborted is an answer, cut short.
+    """
+    match delta.cause:
+        case Cause.DEADLINE:
+            raise DeadlineError(delta.error)
+        case Cause.ENGINE | Cause.CLOSING:
+            raise UnavailableError(delta.error)
+    if delta.finish_reason is FinishReason.ERROR:
+        raise RequestFailedError(delta.error)

@@ -1,4 +1,4 @@
-"""An engine whose answers can be worked out by hand: it repeats the prompt (without <bos>), one token a step, then ends.
+"""An engine whose answers can be worked out by hand: it repeats the prompt (without <bos>), a token a step, then ends.
 
 Tests hold it still with `pause` and let it take single steps, so nothing depends on how long anything takes.
 """
@@ -140,6 +140,10 @@ class EchoEngine:
         """Returns when the abort of this request has arrived."""
         self._wait(lambda: request_id in self.aborted)
 
+    def wait_until_gone(self, request_id: str) -> None:
+        """Returns when this request has finished or was aborted."""
+        self._wait(lambda: request_id not in self._running)
+
     def _wait(self, condition) -> None:
         with self._changed:
             assert self._changed.wait_for(condition, WAIT_SECONDS), "the engine was not sent what the test waits for"
@@ -168,6 +172,7 @@ class EchoEngine:
                 reason = FinishReason.LENGTH
             if reason is not None:
                 del self._running[request_id]
+                self._changed.notify_all()
             self._generated += 1
             self._outbox.append(RequestOutput(request_id, (token_id,), reason, num_cached_tokens=1))
         self._outbox.append(EngineStats(num_running=len(self._running), generation_tokens=self._generated))
