@@ -144,7 +144,8 @@ class _Server:
 
 async def _death(frontend: AsyncFrontEnd) -> str:
     """Returns when the engine has ended, with its last line."""
-    while not frontend.failure:
+    # The streams have been told by then; this is for the health status and the exit code.
+    while not frontend.failure:  # noqa: ASYNC110  the front end has no event for it
         await asyncio.sleep(_WATCH_SECONDS)
     return frontend.failure
 
