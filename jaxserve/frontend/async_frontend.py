@@ -1,0 +1,259 @@
+"""The front end on an asyncio event loop: one stream of deltas per request.
+
+A thread waits for the engine's messages and hands them to the loop, which turns them into deltas. A reader that is
+behind finds one delta with everything new, so a slow reader costs no more memory than its own output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+from jaxserve.engine.channel import EngineClient
+from jaxserve.engine.messages import EngineReady, EngineStats, FromEngine
+from jaxserve.frontend.delta import Delta, EngineDeadError
+from jaxserve.frontend.frontend import FrontEnd
+from jaxserve.frontend.reader import EngineReader
+from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.request import SamplingParams
+
+_log = logging.getLogger(__name__)
+
+LARGE_PROMPT = 4096
+"""Characters or token ids from which a prompt is tokenised and checked in a thread instead of on the loop."""
+
+
+class Stream:
+    """One request's deltas: an async iterator that ends after the delta with a finish reason.
+
+    Closing it (`aclose`, or leaving `async with`) before then, or cancelling the task that waits in it, aborts the
+    request. One task may read it.
+    """
+
+    def __init__(self, front_end: AsyncFrontEnd, request_id: str):
+        self._front_end = front_end
+        self._request_id = request_id
+        self._token_ids: list[int] = []
+        self._text: list[str] = []
+        self._last: Delta | None = None  # the newest delta not yet read; its news are merged in the lists above
+        self._news = asyncio.Event()
+        self._finished = False
+        self._closed = False
+
+    @property
+    def request_id(self) -> str:
+        return self._request_id
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last delta has arrived, read or not."""
+        return self._finished
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        while self._last is None:
+            if self._finished or self._closed:
+                raise StopAsyncIteration
+            try:
+                await self._news.wait()
+            except asyncio.CancelledError:
+                self.close()
+                raise
+        last = self._last
+        merged = Delta(
+            request_id=last.request_id,
+            token_ids=tuple(self._token_ids),
+            text="".join(self._text),
+            finish_reason=last.finish_reason,
+            error=last.error,
+            cause=last.cause,
+            prompt_tokens=last.prompt_tokens,
+            output_tokens=last.output_tokens,
+            cached_tokens=last.cached_tokens,
+        )
+        self._token_ids.clear()
+        self._text.clear()
+        self._last = None
+        if not self._finished:
+            self._news.clear()
+        return merged
+
+    def push(self, delta: Delta) -> None:
+        """The front end's side: adds news. Never waits."""
+        self._token_ids.extend(delta.token_ids)
+        self._text.append(delta.text)
+        if len(self._text) > 64:  # keeps the unread text one string, not one string a token
+            self._text[:] = ["".join(self._text)]
+        self._last = delta
+        self._finished = delta.finish_reason is not None
+        self._news.set()
+
+    def close(self) -> None:
+        """Ends the stream and aborts the request if it is unfinished; idempotent. Unread news are dropped."""
+        self._closed = True
+        self._last = None
+        self._news.set()
+        if not self._finished:
+            self._front_end.abort(self._request_id)
+            self._last = None  # nobody reads the last delta of a closed stream
+
+    async def aclose(self) -> None:
+        """`close`, for `contextlib.aclosing` and `async with`."""
+        self.close()
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncFrontEnd:
+    """Streams requests of one engine on the running event loop, in which it must be made and used.
+
+    seed: as for `FrontEnd`.
+    """
+
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer | None, *, seed: int | None = None):
+        self._loop = asyncio.get_running_loop()
+        self._reader = EngineReader(client, self._loop)
+        self._core = FrontEnd(self._reader, tokenizer, seed=seed)
+        self._streams: dict[str, Stream] = {}
+        self._closing = ""
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
+        self._reader.start(self._handle, busy=lambda: self._core.num_open > 0)
+
+    @property
+    def ready(self) -> EngineReady:
+        """What the engine said when it became ready."""
+        return self._core.ready
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._core.tokenizer
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's latest counts."""
+        return self._core.stats
+
+    @property
+    def failure(self) -> str:
+        """The line with which the engine ended; empty while it runs."""
+        return self._core.failure
+
+    @property
+    def num_open(self) -> int:
+        """Unfinished requests."""
+        return self._core.num_open
+
+    async def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        tenant: str = "",
+        priority: int = 0,
+        deadline: float | None = None,
+        cache_salt: str = "",
+    ) -> Stream:
+        """Sends a request and returns its stream. Raises as `FrontEnd.submit` does, at once."""
+        identity: dict[str, Any] = {
+            "request_id": request_id,
+            "tenant": tenant,
+            "priority": priority,
+            "deadline": deadline,
+            "cache_salt": cache_salt,
+        }
+        self._check_accepting()
+        if hasattr(prompt, "__len__") and len(prompt) > LARGE_PROMPT:
+            prepared = await self._loop.run_in_executor(
+                self._threads, lambda: self._core.prepare(prompt, params, **identity)
+            )
+            self._check_accepting()
+        else:
+            prepared = self._core.prepare(prompt, params, **identity)
+        request_id = self._core.start(prepared)
+        stream = self._streams[request_id] = Stream(self, request_id)
+        self._idle.clear()
+        self._set_timer()
+        return stream
+
+    async def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams, **identity: Any
+    ) -> AsyncIterator[Delta]:
+        """`submit`, then its deltas; the errors of `submit` come with the first step of the iteration.
+
+        An iteration that is left early should be closed (`contextlib.aclosing`); then, as when its task is cancelled,
+        the request is aborted.
+        """
+        async with await self.submit(prompt, params, **identity) as stream:
+            async for delta in stream:
+                yield delta
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request; its stream's last delta says so. False when there is no such unfinished request."""
+        delta = self._core.abort(request_id)
+        if delta is not None:
+            self._deliver([delta])
+        return delta is not None
+
+    async def close(self, drain_seconds: float = 0.0) -> None:
+        """Refuses new requests, lets open ones finish for up to drain_seconds, then ends the rest and the engine.
+
+        Idempotent; a second call may shorten the wait. Those that are cut off get a last delta of reason ERROR and cause CLOSING.
+        """
+        if not self._closing:
+            self._closing = "the server is shutting down"
+        try:
+            if drain_seconds > 0:
+                await asyncio.wait_for(self._idle.wait(), drain_seconds)
+        except TimeoutError:
+            _log.info("%d requests were still running after %g s", self.num_open, drain_seconds)
+        self._deliver(self._core.end_all(self._closing))
+        if self._timer is not None:
+            self._timer.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        await self._loop.run_in_executor(None, self._reader.close)
+
+    def _check_accepting(self) -> None:
+        if self._closing:
+            raise EngineDeadError(self._closing)
+        self._core.check_accepting()
+
+    def _handle(self, messages: Sequence[FromEngine]) -> None:
+        for message in messages:
+            self._deliver(self._core.handle(message))
+
+    def _deliver(self, deltas: Sequence[Delta]) -> None:
+        for delta in deltas:
+            self._streams[delta.request_id].push(delta)
+            if delta.finish_reason is not None:
+                del self._streams[delta.request_id]
+        if not self._core.num_open:
+            self._idle.set()
+
+    def _set_timer(self) -> None:
+        deadline = self._core.next_deadline
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if deadline is not None:
+            self._timer = self._loop.call_later(max(deadline - self._core.now(), 0.0), self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        self._deliver(self._core.expire())
+        self._set_timer()

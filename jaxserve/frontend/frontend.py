@@ -1,0 +1,383 @@
+"""The front end without input or output of its own: requests in, engine messages out; engine messages in, deltas out.
+
+`LLM` drives it in the caller's thread, `AsyncFrontEnd` on an event loop. Nothing here blocks, waits or starts threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import logging
+import math
+import random
+import time
+import uuid
+from collections.abc import Callable, Sequence
+
+from jaxserve.engine.channel import EngineClient
+from jaxserve.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    EngineFailed,
+    EngineReady,
+    EngineStats,
+    FromEngine,
+    RequestOutput,
+    ToEngine,
+)
+from jaxserve.frontend.delta import (
+    Cause,
+    DeadlineError,
+    Delta,
+    DuplicateRequestError,
+    EngineDeadError,
+    QueueFullError,
+)
+from jaxserve.frontend.output import OutputState
+from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.request import MAX_INT32, EngineRequest, FinishReason, SamplingParams, check_identity, validate_request
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A tokenised and validated request, ready for `FrontEnd.start`. max_tokens is resolved."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    tenant: str
+    priority: int
+    deadline: float | None
+    cache_salt: str
+
+
+@dataclasses.dataclass
+class _Open:
+    """A request that has not had its last delta. engine_id: its name in messages (see `FrontEnd._engine_id`)."""
+
+    request_id: str
+    engine_id: str
+    prompt_tokens: int
+    deadline: float | None
+    output: OutputState
+    cached_tokens: int = 0
+
+
+class FrontEnd:
+    """Every unfinished request of one engine. Not thread-safe, except `prepare`.
+
+    tokenizer: None serves token ids only: text prompts and stop strings are then refused.
+    seed: base of the seeds drawn for requests that bring none (the same requests in the same order then draw the same
+    seeds); None draws them from the operating system's randomness.
+    clock: seconds as `time.time` gives them, which deadlines are compared with.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer | None,
+        *,
+        seed: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ):
+        self._client = client
+        self._tokenizer = tokenizer
+        self._random = random.Random(seed)
+        self._clock = clock
+        ready = client.ready
+        self._limits = ready.limits
+        self._max_open = ready.max_num_waiting + ready.max_num_seqs
+        self._open: dict[str, _Open] = {}
+        self._by_engine_id: dict[str, _Open] = {}
+        self._ending: set[str] = set()  # engine ids of finished requests that the engine has yet to confirm
+        self._deadlines: list[tuple[float, str]] = []  # heap of (deadline, engine id); finished ones are skipped
+        self._stats = EngineStats()
+        self._failure = ""
+
+    @property
+    def ready(self) -> EngineReady:
+        """What the engine said when it became ready."""
+        return self._client.ready
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._tokenizer
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's latest counts."""
+        return self._stats
+
+    @property
+    def failure(self) -> str:
+        """The line with which the engine ended; empty while it runs."""
+        return self._failure
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not had their last delta."""
+        return len(self._open)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another request would be accepted now. Requests that the engine has yet to let go of count."""
+        return len(self._by_engine_id) + len(self._ending) < self._max_open
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When `expire` next has something to do."""
+        while self._deadlines and self._deadlines[0][1] not in self._by_engine_id:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def now(self) -> float:
+        """The time that deadlines are compared with, in seconds of `time.time`."""
+        return self._clock()
+
+    # ---- requests ------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        tenant: str = "",
+        priority: int = 0,
+        deadline: float | None = None,
+        cache_salt: str = "",
+    ) -> str:
+        """Tokenises, validates and sends a request; returns its id (a new one when request_id is None).
+
+        params.seed None draws a seed. deadline: seconds of `time.time`.
+        Raises ValueError (the request can never be valid), InfeasibleError (never on this server),
+        DuplicateRequestError, QueueFullError, DeadlineError (already past) or EngineDeadError; nothing is sent then.
+        """
+        self.check_accepting()
+        prepared = self.prepare(
+            prompt,
+            params,
+            request_id=request_id,
+            tenant=tenant,
+            priority=priority,
+            deadline=deadline,
+            cache_salt=cache_salt,
+        )
+        return self.start(prepared)
+
+    def prepare(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        tenant: str = "",
+        priority: int = 0,
+        deadline: float | None = None,
+        cache_salt: str = "",
+    ) -> Prepared:
+        """The part of `submit` that depends on the request alone; may run in any thread. Raises ValueError."""
+        if request_id is None:
+            request_id = uuid.uuid4().hex
+        elif not request_id:
+            raise ValueError("request_id is empty; leave it out to be given one")
+        for name, value in (("request_id", request_id), ("tenant", tenant), ("cache_salt", cache_salt)):
+            check_identity(name, value)
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise ValueError(f"{name} is {value!r}; it must be valid Unicode")
+        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_INT32:
+            raise ValueError(f"priority is {priority!r}; it must be a whole number from {-MAX_INT32} to {MAX_INT32}")
+        if deadline is not None and not (isinstance(deadline, int | float) and math.isfinite(deadline)):
+            raise ValueError(f"deadline is {deadline!r}; it must be a finite number of seconds")
+        if params.stop and self._tokenizer is None:
+            raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")
+        token_ids = self.encode(prompt)
+        max_tokens = validate_request(token_ids, params, self._limits)
+        return Prepared(request_id, token_ids, params, max_tokens, tenant, priority, deadline, cache_salt)
+
+    def encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        """The token ids of a prompt, which are not yet checked against the model. Raises ValueError."""
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise ValueError("prompt is text, and this server has no tokenizer; send prompt_token_ids")
+            # Checked here too: the tokenizer would make a prompt of <bos> alone out of no text.
+            if not prompt:
+                raise ValueError("prompt is empty; at least one token is needed")
+            return tuple(self._tokenizer.encode(prompt))
+        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
+            raise ValueError(f"prompt is of type {type(prompt).__name__}; it must be text or a sequence of token ids")
+        return tuple(prompt)
+
+    def check_accepting(self) -> None:
+        """Raises QueueFullError or EngineDeadError where `start` would, before a prompt is tokenised for nothing."""
+        if self._failure:
+            raise EngineDeadError(f"the engine has ended: {self._failure}")
+        if not self.has_room:
+            raise QueueFullError(
+                f"{len(self._by_engine_id) + len(self._ending)} requests are unfinished; at most {self._max_open} "
+                "(max_num_seqs + max_num_waiting) are allowed: try again later"
+            )
+
+    def start(self, prepared: Prepared) -> str:
+        """Sends a prepared request to the engine and returns its id. Raises as `submit` does, but for ValueError."""
+        self.check_accepting()
+        request_id, params, deadline = prepared.request_id, prepared.params, prepared.deadline
+        if request_id in self._open:
+            raise DuplicateRequestError(f"request_id {request_id!r} belongs to an unfinished request; choose another")
+        now = self._clock()
+        if deadline is not None and deadline <= now:
+            raise DeadlineError(f"deadline passed {now - deadline:.3f} s before the request arrived")
+        stop_token_ids = tuple(
+            dict.fromkeys((() if params.ignore_eos else self._limits.eos_token_ids) + params.stop_token_ids)
+        )
+        request = EngineRequest(
+            request_id=self._engine_id(request_id),
+            prompt_token_ids=prepared.prompt_token_ids,
+            max_tokens=prepared.max_tokens,
+            temperature=float(params.temperature),
+            top_k=max(params.top_k, 0),
+            top_p=float(params.top_p),
+            min_p=float(params.min_p),
+            seed=self._random.getrandbits(63) if params.seed is None else params.seed,
+            min_tokens=params.min_tokens,
+            stop_token_ids=stop_token_ids,
+            tenant=prepared.tenant,
+            priority=prepared.priority,
+            deadline=deadline,
+            cache_salt=prepared.cache_salt,
+            arrival_time=now,
+        )
+        try:
+            self._client.send(AddRequest(request))
+        except OSError as error:
+            raise EngineDeadError(f"the engine cannot be reached: {error}") from error
+        detokenizer = None if self._tokenizer is None else self._tokenizer.detokenizer()
+        output = OutputState(detokenizer, params.stop, params.min_tokens, stop_token_ids)
+        opened = _Open(request_id, request.request_id, len(request.prompt_token_ids), deadline, output)
+        self._open[request_id] = self._by_engine_id[request.request_id] = opened
+        if deadline is not None:
+            heapq.heappush(self._deadlines, (deadline, request.request_id))
+        return request_id
+
+    def abort(self, request_id: str, error: str = "aborted by the client") -> Delta | None:
+        """Ends a request and returns its last delta; None when there is no such unfinished request."""
+        opened = self._open.get(request_id)
+        return None if opened is None else self._end_early(opened, FinishReason.ABORT, error, Cause.CLIENT)
+
+    def expire(self, now: float | None = None) -> list[Delta]:
+        """Ends the requests whose deadline has passed, with ABORT. now: None is the clock's time."""
+        now = self._clock() if now is None else now
+        deltas = []
+        while (deadline := self.next_deadline) is not None and deadline <= now:
+            opened = self._by_engine_id[heapq.heappop(self._deadlines)[1]]
+            error = f"deadline passed after {opened.output.num_tokens} output tokens"
+            deltas.append(self._end_early(opened, FinishReason.ABORT, error, Cause.DEADLINE))
+        return deltas
+
+    def end_all(self, error: str, cause: Cause = Cause.CLOSING) -> list[Delta]:
+        """Ends every open request with ERROR and this line, and returns their last deltas."""
+        return [self._end_early(opened, FinishReason.ERROR, error, cause) for opened in list(self._open.values())]
+
+    # ---- messages ------------------------------------------------------------------------------------------------
+
+    def handle(self, message: FromEngine) -> list[Delta]:
+        """The deltas that follow from a message of the engine. Never raises because of what one request says."""
+        match message:
+            case RequestOutput():
+                delta = self._handle_output(message)
+                return [] if delta is None else [delta]
+            case EngineStats():
+                self._stats = message
+            case EngineFailed():
+                self._failure = self._failure or message.error or "the engine failed"
+                self._ending.clear()
+                return self.end_all(self._failure, Cause.ENGINE)
+            case EngineReady():
+                pass
+        return []
+
+    def _handle_output(self, message: RequestOutput) -> Delta | None:
+        opened = self._by_engine_id.get(message.request_id)
+        if opened is None:
+            if message.request_id not in self._ending:
+                _log.warning("the engine sent output of a request that is not open: %r", message.request_id)
+            elif message.finish_reason is not None:
+                self._ending.remove(message.request_id)
+            return None
+        opened.cached_tokens = max(opened.cached_tokens, message.num_cached_tokens)
+        reason, error, cause = message.finish_reason, message.error, None
+        try:
+            text = opened.output.add(message.token_ids, reason)
+        except Exception:  # one request's text must not stop the others' streams
+            _log.exception("output of request %r cannot be turned into text", opened.request_id)
+            self._forget(opened, told_engine=reason is not None)
+            return Delta(
+                opened.request_id,
+                finish_reason=FinishReason.ERROR,
+                error="the output cannot be turned into text; see the server's log",
+                cause=Cause.REQUEST,
+                prompt_tokens=opened.prompt_tokens,
+                output_tokens=opened.output.num_tokens,
+                cached_tokens=opened.cached_tokens,
+            )
+        if opened.output.stopped and reason in (None, FinishReason.LENGTH, FinishReason.STOP):
+            reason, error = FinishReason.STOP, ""
+        if reason in (FinishReason.ABORT, FinishReason.ERROR):
+            late = opened.deadline is not None and opened.deadline <= self._clock()
+            cause = Cause.DEADLINE if late and reason is FinishReason.ABORT else Cause.REQUEST
+            error = error or f"the engine ended the request with {reason.value}"
+        if reason is not None:
+            self._forget(opened, told_engine=message.finish_reason is not None)
+        return self._delta(opened, text, reason, error, cause)
+
+    def _delta(
+        self, opened: _Open, text: str, reason: FinishReason | None, error: str = "", cause: Cause | None = None
+    ) -> Delta | None:
+        token_ids = opened.output.take_token_ids()
+        if reason is None and not token_ids and not text:
+            return None
+        return Delta(
+            request_id=opened.request_id,
+            token_ids=token_ids,
+            text=text,
+            finish_reason=reason,
+            error=error,
+            cause=cause,
+            prompt_tokens=opened.prompt_tokens,
+            output_tokens=opened.output.num_tokens,
+            cached_tokens=opened.cached_tokens,
+        )
+
+    def _end_early(self, opened: _Open, reason: FinishReason, error: str, cause: Cause) -> Delta:
+        text = opened.output.finish()
+        self._forget(opened, told_engine=bool(self._failure))
+        delta = self._delta(opened, text, reason, error, cause)
+        assert delta is not None  # it has a finish reason
+        return delta
+
+    def _forget(self, opened: _Open, told_engine: bool) -> None:
+        """Closes a request. told_engine: the engine has ended it too; else it is told to, and its outputs until then
+        are ignored."""
+        del self._open[opened.request_id]
+        del self._by_engine_id[opened.engine_id]
+        if not told_engine:
+            self._ending.add(opened.engine_id)
+            self._send_if_alive(AbortRequest(opened.engine_id))
+
+    def _send_if_alive(self, message: ToEngine) -> None:
+        try:
+            self._client.send(message)
+        except OSError:
+            # The engine is gone; `receive` says so, with the reason, and that ends every request.
+            _log.debug("the engine cannot be reached", exc_info=True)
+
+    def _engine_id(self, request_id: str) -> str:
+        """The request's id, with a number behind it while the engine may still speak of an earlier one of that id."""
+        engine_id, number = request_id, 1
+        while engine_id in self._ending or engine_id in self._by_engine_id:
+            number += 1
+            engine_id = f"{request_id}#{number}"
+        return engine_id

@@ -1,0 +1,149 @@
+"""An engine that a test plays by hand, and one that answers by a rule; no model, no jax."""
+
+import dataclasses
+import threading
+from collections import deque
+
+from jaxserve.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    EngineFailed,
+    EngineReady,
+    EngineStats,
+    RequestOutput,
+    Shutdown,
+)
+from jaxserve.request import FinishReason
+
+READY = EngineReady(
+    vocab_size=300,
+    max_model_len=64,
+    max_prompt_len=64,
+    eos_token_ids=(2,),
+    page_size=16,
+    num_pages=3,
+    max_num_seqs=2,
+    max_num_waiting=2,
+    num_parameters=0,
+    architecture="fake",
+    dtype="float32",
+    platform="cpu",
+    attention="none",
+    num_executables=0,
+    compile_seconds=0.0,
+    start_seconds=0.0,
+)
+"""Context 64, a pool of 48 tokens, four unfinished requests at most."""
+
+
+class HandPlayedEngine:
+    """Records what is sent; `receive` blocks until the test `play`s messages. Works from several threads."""
+
+    def __init__(self, **ready):
+        self.ready = dataclasses.replace(READY, **ready)
+        self.sent = []
+        self.closed = False
+        self.send_error = None
+        self._messages = deque()
+        self._changed = threading.Condition()
+
+    def send(self, message):
+        if self.send_error is not None:
+            raise self.send_error
+        with self._changed:
+            self.sent.append(message)
+            self._changed.notify_all()
+
+    def play(self, *messages):
+        with self._changed:
+            self._messages.append(list(messages))
+            self._changed.notify_all()
+
+    def receive(self):
+        with self._changed:
+            self._changed.wait_for(lambda: self._messages or self.closed)
+            return self._messages.popleft() if self._messages else [EngineFailed("closed")]
+
+    def close(self):
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+
+    @property
+    def requests(self):
+        """The requests that were added, by id."""
+        return {message.request.request_id: message.request for message in self.sent if isinstance(message, AddRequest)}
+
+    @property
+    def aborted(self):
+        return [message.request_id for message in self.sent if isinstance(message, AbortRequest)]
+
+
+class RuleEngine:
+    """An inline engine: each `receive` is a step that gives every running request its next token.
+
+    The rule: the output is the prompt without its <bos> (id 1), one token a step, then the eos id 2. A prompt that
+    holds token 0 fails in its first step. At most max_num_seqs requests run at once, in order of arrival.
+    on_step: called before each step with its number (from 1); may raise.
+    """
+
+    def __init__(self, on_step=None, **ready):
+        self.ready = dataclasses.replace(READY, max_model_len=512, max_prompt_len=512, num_pages=64, **ready)
+        self.requests = []  # every request that was ever added
+        self.max_unfinished = 0
+        self.closed = False
+        self.dead = ""
+        self._on_step = on_step
+        self._steps = 0
+        self._live = {}  # id -> [request, tokens given]
+        self._out = []
+
+    def send(self, message):
+        assert not self.closed
+        match message:
+            case AddRequest(request):
+                assert request.request_id not in self._live
+                self.requests.append(request)
+                self._live[request.request_id] = [request, 0]
+                self.max_unfinished = max(self.max_unfinished, len(self._live))
+            case AbortRequest(request_id):
+                if self._live.pop(request_id, None) is not None:
+                    self._out.append(RequestOutput(request_id, (), FinishReason.ABORT, "aborted"))
+            case Shutdown():
+                self.close()
+
+    def receive(self):
+        assert not self.closed
+        if self.dead:
+            return [EngineFailed(self.dead)]
+        out, self._out = self._out, []
+        if self._live:
+            self._steps += 1
+            if self._on_step is not None:
+                self._on_step(self._steps)
+            if self.dead:
+                return [EngineFailed(self.dead)]
+            running = list(self._live.values())[: self.ready.max_num_seqs]
+            out += [self._step(entry) for entry in running]
+            out.append(EngineStats(num_running=len(running), num_steps=self._steps))
+        return out
+
+    def _step(self, entry):
+        request, given = entry
+        answer = [token_id for token_id in request.prompt_token_ids if token_id != 1] + [2]
+        if 0 in answer:
+            del self._live[request.request_id]
+            return RequestOutput(request.request_id, (), FinishReason.ERROR, "logits are not finite")
+        token_id = answer[given] if given < len(answer) else 2
+        entry[1] = given + 1
+        reason = None
+        if token_id in request.stop_token_ids and given + 1 > request.min_tokens:
+            reason = FinishReason.STOP
+        elif given + 1 == request.max_tokens:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            del self._live[request.request_id]
+        return RequestOutput(request.request_id, (token_id,), reason)
+
+    def close(self):
+        self.closed = True
