@@ -124,6 +124,19 @@ def test_move_out_and_in_keeps_order_and_content():
     assert pool.match([1, 2, 3, 4, 5, 6], "s") == table
 
 
+def test_pages_that_come_back_do_not_displace_what_the_device_kept():
+    pool = PagePool(num_pages=5, page_size=2, num_host_pages=2)
+    kept = taken(pool, 2)
+    pool.commit(kept, [1, 2, 3, 4], "s")
+    out = pool.move(kept, PageState.HOST)
+    assert out is not None
+    back = pool.move([copy.destination for copy in out], PageState.ACTIVE)
+    assert back is not None
+    table = [copy.destination for copy in back]
+    pool.check_integrity([table])
+    assert pool.match([1, 2, 3, 4], "s") == kept
+
+
 def test_move_is_all_or_nothing():
     pool = PagePool(num_pages=5, page_size=2, num_host_pages=3)
     table = taken(pool, 4)
