@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib
 import logging
 import os
 import pathlib
@@ -22,8 +23,6 @@ from typing import NoReturn, TypeVar
 from jaxserve import gin_config
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.engine.channel import EngineClient
-from jaxserve.engine.inline import InlineEngine
-from jaxserve.engine.process import EngineProcess
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.tokenizer import Tokenizer
 from server.grpc_server import GrpcServer
@@ -45,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until a signal; returns the exit code: 0 after a signal, 1 when the start failed or the engine died."""
     parser = argparse.ArgumentParser(prog="jaxserve.server", description="Serves a model over gRPC.")
     _, config, operative = gin_config.load_from_command_line(parser, arguments)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("jaxserve").setLevel(logging.INFO)
     for line in operative.splitlines():
         if line.strip() and not line.startswith("#"):
@@ -60,7 +59,8 @@ class _Server:
         self._config = config
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._name = config.served_model_name or pathlib.Path(config.engine.model or "dummy").name
+        # The end of the path, much as a hub names models: OWNER/NAME.
+        self._name = config.served_model_name or "/".join(pathlib.PurePath(config.engine.model or "dummy").parts[-2:])
 
     async def run(self) -> int:
         """Returns the process's exit code."""
@@ -151,7 +151,10 @@ async def _death(frontend: AsyncFrontEnd) -> str:
 
 
 def _start_engine(config: ServerConfig) -> EngineClient:
-    return EngineProcess(config.engine) if config.engine_process else InlineEngine(config.engine)
+    """Imported here: an engine brings jax, which takes seconds, and the port should be bound before that."""
+    if config.engine_process:
+        return importlib.import_module("jaxserve.engine.process").EngineProcess(config.engine)
+    return importlib.import_module("jaxserve.engine.inline").InlineEngine(config.engine)
 
 
 def _load_tokenizer(config: EngineConfig) -> Tokenizer | None:

@@ -1,0 +1,221 @@
+"""The server as a process: what it logs, and how signals, faulty starts and a dying engine end it."""
+
+import contextlib
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import grpc
+import pytest
+
+from jaxserve.engine.messages import EngineStats
+from server.client import Client
+from server.running_log import busy_line, seconds_since_start, start_lines
+from tests.server.fakes import READY, WAIT_SECONDS, save_tokenizer
+from tests.server.harness import GREEDY
+
+
+class Process:
+    """A server process whose standard error is read line by line."""
+
+    def __init__(self, arguments: list[str]):
+        self.popen = subprocess.Popen(
+            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.seen: list[str] = []
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.popen.stderr:
+            self._lines.put(line.rstrip("\n"))
+        self._lines.put(None)
+
+    def until(self, pattern: str) -> re.Match:
+        """The first further line in which the pattern is found."""
+        while (line := self._lines.get(timeout=WAIT_SECONDS)) is not None:
+            self.seen.append(line)
+            if match := re.search(pattern, line):
+                return match
+        raise AssertionError(f"the process ended without {pattern!r}: {self.seen}")
+
+    def order(self, line: str) -> None:
+        """Controls the engine, see echo_server."""
+        self.popen.stdin.write(line + "\n")
+        self.popen.stdin.flush()
+        self.until("^obeyed$")
+
+    def end(self) -> tuple[int, list[str]]:
+        """The exit code and every line, when the process has ended."""
+        code = self.popen.wait(WAIT_SECONDS)
+        self._reader.join()
+        while (line := self._lines.get()) is not None:
+            self.seen.append(line)
+        return code, self.seen
+
+    def close(self) -> None:
+        self.popen.kill()
+        self.popen.wait()
+        self._reader.join()
+        for pipe in (self.popen.stdin, self.popen.stdout, self.popen.stderr):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def echo(directory) -> Iterator[Callable[..., Process]]:
+    """Starts echo servers."""
+    with contextlib.ExitStack() as stack:
+
+        def start(control: str = "run", *overrides: str, tokenizer: str = str(directory)) -> Process:
+            arguments = [sys.executable, "-m", "tests.server.echo_server", control, tokenizer, *overrides]
+            process = Process(arguments)
+            stack.callback(process.close)
+            return process
+
+        yield start
+
+
+def in_background(call: Callable[[], object]) -> queue.Queue:
+    """Runs a call in a thread; its result, or the gRPC error, goes to the queue."""
+    results: queue.Queue[object] = queue.Queue()
+
+    def run() -> None:
+        try:
+            results.put(call())
+        except grpc.RpcError as error:
+            results.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return results
+
+
+def test_start_log_and_a_drain_that_ends_well(echo):
+    process = echo()
+    address = process.until(r"ready on (127\.0\.0\.1:\d+) in \d+\.\d s$").group(1)
+    log = "\n".join(process.seen)
+    assert "config: EngineConfig.model = 'models/tiny/checkpoint'" in log
+    assert "page pool: 256 tokens (16 pages of 16)" in log
+    assert "greatest concurrency at max_model_len 512: 0.5 requests (max_num_seqs 8)" in log
+    assert "compiled 7 executables in 1.5 s" in log
+    with Client(address) as client:
+        assert client.model_info().name == "tiny/checkpoint"
+        process.order("pause")
+        answer = in_background(lambda: client.generate_text("secret", GREEDY))
+        process.order("wait 1")
+        process.popen.send_signal(signal.SIGTERM)
+        process.until("SIGTERM: running requests may finish for 30 s")
+        process.order("resume")
+        assert answer.get(timeout=WAIT_SECONDS).text == "secret"
+    code, lines = process.end()
+    assert code == 0
+    assert not any("secret" in line or "Traceback" in line for line in lines)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_what_outlasts_the_drain_is_unavailable(echo, again):
+    """With a second signal at once, without one when drain_seconds are over."""
+    process = echo("run", f"--gin.ServerConfig.drain_seconds={600.0 if again else 0.2}")
+    with Client(process.until(r"ready on (\S+) in").group(1)) as client:
+        process.order("pause")
+        answer = in_background(lambda: list(client.generate("abc", GREEDY, request_id="r")))
+        process.order("wait 1")
+        process.popen.send_signal(signal.SIGINT)
+        process.until("SIGINT: running requests may finish")
+        if again:
+            process.popen.send_signal(signal.SIGTERM)
+            process.until("SIGTERM again: ending at once")
+        assert answer.get(timeout=WAIT_SECONDS).code() is grpc.StatusCode.UNAVAILABLE
+    code, lines = process.end()
+    assert code == 0
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_a_dead_engine_is_one_line_and_a_failure(echo):
+    process = echo()
+    with Client(process.until(r"ready on (\S+) in").group(1)) as client:
+        process.order("pause")
+        answer = in_background(lambda: client.generate_text("abc", GREEDY))
+        process.order("wait 1")
+        process.order("die step 7 ran out of memory")
+        error = answer.get(timeout=WAIT_SECONDS)
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+    code, lines = process.end()
+    assert code == 1
+    assert lines[-1] == "jaxserve.server: the engine has died: step 7 ran out of memory"
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_a_start_that_fails_is_one_line(echo, tmp_path):
+    process = echo("fail model.safetensors is cut off: 10 of 20 bytes")
+    code, lines = process.end()
+    assert code == 1
+    assert lines[-1] == "jaxserve.server: the model cannot be served: model.safetensors is cut off: 10 of 20 bytes"
+    process = echo("hang", tokenizer=str(tmp_path))
+    code, lines = process.end()
+    assert code == 1
+    assert re.search(r"jaxserve.server: the model cannot be served: tokenizer file '.*' does not exist$", lines[-1])
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_a_signal_while_the_model_loads(echo):
+    process = echo("hang")
+    process.until("^hanging$")
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.end()[0] == 0
+
+
+def test_a_port_in_use_stops_the_start_before_the_model_is_loaded(echo):
+    first = echo()
+    port = first.until(r"ready on 127\.0\.0\.1:(\d+) in").group(1)
+    second = echo("hang", f"--gin.ServerConfig.port={port}")
+    code, lines = second.end()
+    assert code == 1
+    assert re.fullmatch(f"jaxserve.server: port {port} is in use: .*", lines[-1])
+    assert "hanging" not in lines
+
+
+def test_faulty_configuration_is_one_line():
+    for argument in ("--config=no-such.gin", "--gin.ServerConfig.prot=1", "--gin.ServerConfig.port=99999"):
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxserve.server", argument], capture_output=True, text=True, timeout=WAIT_SECONDS
+        )
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_the_line_while_busy():
+    before = EngineStats(num_steps=1, prompt_tokens=10, generation_tokens=20, computed_tokens=30, padding_tokens=2)
+    now = EngineStats(
+        num_running=3,
+        num_waiting=4,
+        pages_free=12,
+        pages_used=3,
+        pages_cached=1,
+        num_steps=9,
+        prompt_tokens=60,
+        generation_tokens=120,
+        computed_tokens=180,
+        padding_tokens=52,
+    )
+    assert busy_line(before, now, 5.0) == (
+        "prompt 10.0 tok/s, generation 20.0 tok/s, running 3, waiting 4, pool 18.8%, padding 25.0%"
+    )
+    assert busy_line(EngineStats(num_steps=9), EngineStats(num_steps=9), 5.0) is None
+
+
+def test_figures_of_the_start():
+    assert seconds_since_start() > 0
+    assert start_lines(READY, "echo")[0] == (
+        "model echo: EchoForCausalLM, 0.00M parameters, float32 on cpu, attention none"
+    )
