@@ -89,7 +89,9 @@ class CacheConfig:
         if self.kv_cache_memory_bytes is not None:
             _at_least("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0 and at most 1")
+            raise ValueError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0 and at most 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +128,9 @@ class EngineConfig:
         if self.max_model_len is not None:
             _at_least("max_model_len", self.max_model_len, 2)
         if self.model is None and self.load_format != "dummy":
-            raise ValueError("model is not set; give a checkpoint directory, or load_format 'dummy' and an architecture")
+            raise ValueError(
+                "model is not set; give a checkpoint directory, or load_format 'dummy' and an architecture"
+            )
         if self.model is None and self.architecture is None:
             raise ValueError("architecture is not set; load_format 'dummy' without a model needs one")
         for name, limit in (
@@ -140,7 +144,7 @@ class EngineConfig:
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
-        """Builds the nested configuration from flat names (vLLM's), as `LLM(model=..., max_num_seqs=...)` takes them."""
+        """Builds the nested configuration from flat names (vLLM's), those that `LLM(model=..., ...)` takes."""
         nested: dict[str, dict[str, Any]] = {"scheduler": {}, "cache": {}}
         flat: dict[str, Any] = {}
         owners = {
@@ -156,7 +160,9 @@ class EngineConfig:
             elif key in own:
                 flat[key] = value
             else:
-                raise ValueError(f"engine option {name!r} is unknown; known options are {', '.join(sorted(own | set(owners)))}")
+                raise ValueError(
+                    f"engine option {name!r} is unknown; known options are {', '.join(sorted(own | set(owners)))}"
+                )
         if nested["scheduler"]:
             flat["scheduler"] = SchedulerConfig(**nested["scheduler"])
         if nested["cache"]:

@@ -90,7 +90,9 @@ class SamplingParams:
             raise ValueError(f"min_tokens is {self.min_tokens}; it must be at most max_tokens {self.max_tokens}")
         _check_stop_strings(self.stop)
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise ValueError(f"stop_token_ids has {len(self.stop_token_ids)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed")
+            raise ValueError(
+                f"stop_token_ids has {len(self.stop_token_ids)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed"
+            )
         for token_id in self.stop_token_ids:
             _check_whole("stop_token_ids", token_id, 0, MAX_INT32)
         if not isinstance(self.ignore_eos, bool):
@@ -158,7 +160,8 @@ def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, li
     for index, token_id in enumerate(prompt_token_ids):
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < limits.vocab_size:
             raise ValueError(
-                f"prompt_token_ids[{index}] is {token_id!r}; token ids must be whole numbers from 0 to {limits.vocab_size - 1}"
+                f"prompt_token_ids[{index}] is {token_id!r}; token ids must be whole numbers from 0 to "
+                f"{limits.vocab_size - 1}"
             )
     for token_id in params.stop_token_ids:
         if token_id >= limits.vocab_size:
@@ -201,7 +204,9 @@ def _check_number(name: str, value: float, low: float, high: float, open_low: bo
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}; it must be a finite number")
     if not (low < value if open_low else low <= value) or value > high:
-        raise ValueError(f"{name} is {value}; it must be {'above' if open_low else 'at least'} {low:g} and at most {high:g}")
+        raise ValueError(
+            f"{name} is {value}; it must be {'above' if open_low else 'at least'} {low:g} and at most {high:g}"
+        )
 
 
 def _check_whole(name: str, value: int, low: int, high: int) -> None:
@@ -218,4 +223,6 @@ def _check_stop_strings(stop: tuple[str, ...]) -> None:
         if not isinstance(text, str) or not text:
             raise ValueError(f"stop has {text!r}; each stop must be a string of at least one character")
         if len(text) > MAX_STOP_STRING_LENGTH:
-            raise ValueError(f"stop has a string of {len(text)} characters; at most {MAX_STOP_STRING_LENGTH} are allowed")
+            raise ValueError(
+                f"stop has a string of {len(text)} characters; at most {MAX_STOP_STRING_LENGTH} are allowed"
+            )

@@ -16,7 +16,15 @@ import time
 from collections.abc import Callable, Iterable
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.messages import AbortRequest, AddRequest, EngineReady, EngineStats, FromEngine, RequestOutput, ToEngine
+from jaxserve.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    EngineReady,
+    EngineStats,
+    FromEngine,
+    RequestOutput,
+    ToEngine,
+)
 from jaxserve.recorder import (
     FirstToken,
     Recorder,
@@ -52,7 +60,7 @@ class EngineCore:
         self.scheduler = Scheduler(
             config.scheduler, PagePool(info.num_pages, info.page_size), Buckets.from_config(config)
         )
-        self.recorder = recorder or Recorder()
+        self.recorder = recorder or Recorder(clock=clock)
         self._now = now
         self._clock = clock
         self._in_flight: tuple[StepPlan, Pending] | None = None
@@ -197,9 +205,7 @@ class EngineCore:
         self._totals["computed_tokens"] += plan.num_tokens
         self._totals["padding_tokens"] += plan.padding
 
-    def _record_step(
-        self, plan: StepPlan, begin: float, scheduled: float, dispatched: float, collected: float
-    ) -> None:
+    def _record_step(self, plan: StepPlan, begin: float, scheduled: float, dispatched: float, collected: float) -> None:
         pool, end = self.scheduler.pool, self._clock()
         self.recorder.record(
             StepRecorded(

@@ -136,7 +136,7 @@ _CODES = {kind: code for code, kind in enumerate(_KINDS)}
 
 def encode(message: Message) -> bytes:
     """msgpack bytes of one message."""
-    return msgpack.packb([_CODES[type(message)], *_fields(message)])
+    return packb([_CODES[type(message)], *_fields(message)])
 
 
 def decode(data: bytes) -> Message:
@@ -147,13 +147,22 @@ def decode(data: bytes) -> Message:
     kind = _KINDS[values[0]]
     fields = values[1:]
     if len(fields) != len(dataclasses.fields(kind)):
-        raise ValueError(f"engine message {kind.__name__} has {len(fields)} fields, not {len(dataclasses.fields(kind))}")
+        raise ValueError(
+            f"engine message {kind.__name__} has {len(fields)} fields, not {len(dataclasses.fields(kind))}"
+        )
     if kind is AddRequest:
         return AddRequest(EngineRequest(*fields[0]))
     if kind is RequestOutput:
         request_id, token_ids, reason, *rest = fields
         return RequestOutput(request_id, token_ids, None if reason is None else FinishReason(reason), *rest)
     return kind(*fields)
+
+
+def packb(value: Any) -> bytes:
+    """msgpack bytes of plain values."""
+    packed = msgpack.packb(value)
+    assert packed is not None  # the package's stubs allow None
+    return packed
 
 
 def _fields(message: Any) -> list[Any]:

@@ -10,11 +10,12 @@ from typing import Any
 import msgpack
 
 from jaxserve.config import EngineConfig
+from jaxserve.engine.messages import packb
 
 
 def config_to_bytes(config: EngineConfig) -> bytes:
     """msgpack of the nested fields by name."""
-    return msgpack.packb(dataclasses.asdict(config))
+    return packb(dataclasses.asdict(config))
 
 
 def config_from_bytes(data: bytes) -> EngineConfig:

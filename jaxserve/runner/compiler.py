@@ -30,7 +30,7 @@ class CompilationCounter:
         self._lock = threading.Lock()
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def _heard(self, event: str, duration: float, **_: Any) -> None:
+    def _heard(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILE_EVENT:
             with self._lock:
                 self.count += 1
@@ -64,7 +64,9 @@ class ProgramSet:
         executable = self.executables.get(ProgramKey(kind, size))
         if executable is None:
             known = sorted(key.size for key in self.executables if key.kind == kind)
-            raise CompileMissError(f"no {kind} program of size {size} was compiled at start; compiled sizes are {known}")
+            raise CompileMissError(
+                f"no {kind} program of size {size} was compiled at start; compiled sizes are {known}"
+            )
         return executable
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -82,7 +83,7 @@ def plan_memory(shapes: Shapes, cache: CacheConfig, mesh: Mesh, needs: Iterable[
     return MemoryPlan(limit, weights, held, programs, MARGIN_BYTES, page, max(0, left // page))
 
 
-def device_memory(device: jax.Device) -> int:
+def device_memory(device: Any) -> int:
     """Bytes of memory of a device; of a CPU, what the machine has free for use now."""
     if device.platform != "cpu":
         return device.memory_stats()["bytes_limit"]
@@ -90,6 +91,4 @@ def device_memory(device: jax.Device) -> int:
 
 
 def _bytes_per_device(tree: object) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -13,8 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
+from jaxserve.request import MAX_STOP_TOKEN_IDS
 from jaxserve.runner.compiler import CompilationCounter, CompileMissError, ProgramSet, compile_all
-from jaxserve.runner.layout import forward_layout, sample_layout
+from jaxserve.runner.layout import STOP_WIDTH, forward_layout, sample_layout
 from jaxserve.runner.memory import size_pool
 from jaxserve.runner.packing import pack_forward, pack_sample
 from jaxserve.runner.programs import Shapes, abstract_pools, abstract_state
@@ -49,7 +50,9 @@ class ModelRunner:
             loading = loader.submit(_weights, config, self._shapes, mesh)
             self._programs = compile_all(self._shapes, mesh, progress=progress)
             self._params = loading.result()
-        self._pools = [jnp.zeros(pool.shape, pool.dtype, device=pool.sharding) for pool in abstract_pools(self._shapes, mesh)]
+        self._pools = [
+            jnp.zeros(pool.shape, pool.dtype, device=pool.sharding) for pool in abstract_pools(self._shapes, mesh)
+        ]
         self._slots, self._hidden = _initial_state(self._shapes, mesh)
         self.compile_misses = 0
         self.info = _info(self._shapes, self._programs, mesh)
@@ -64,7 +67,9 @@ class ModelRunner:
         return self._programs
 
     def dispatch(self, plan: StepPlan) -> PendingStep:
-        layout = forward_layout(plan.token_bucket, self._shapes.buckets.rows_of(plan.token_bucket), self._shapes.page_size)
+        layout = forward_layout(
+            plan.token_bucket, self._shapes.buckets.rows_of(plan.token_bucket), self._shapes.page_size
+        )
         self._forward(plan.token_bucket, pack_forward(plan, layout, self._shapes.num_slots))
         if not plan.row_bucket:
             return PendingStep(None, 0)
@@ -116,6 +121,9 @@ def resolve_shapes(config: EngineConfig, mesh: Mesh) -> Shapes:
             f"max_model_len is {max_model_len}; the model's context (max_position_embeddings) is "
             f"{model.max_position_embeddings}"
         )
+    most = STOP_WIDTH - MAX_STOP_TOKEN_IDS
+    if len(model.eos_token_ids) > most:
+        raise ValueError(f"model has {len(model.eos_token_ids)} end-of-sequence ids; at most {most} are supported")
     return Shapes(
         model=model,
         dtype=model.dtype if config.dtype == "auto" else config.dtype,

@@ -46,9 +46,7 @@ def pack_sample(plan: StepPlan, layout: Layout, num_slots: int) -> np.ndarray:
 
 def _pack_pages(rows: tuple[RowPlan, ...], fields: dict[str, np.ndarray], num_slots: int) -> None:
     fields["page_slot"][:] = num_slots
-    entries = [
-        (row.slot, row.first_new_page + index, page) for row in rows for index, page in enumerate(row.new_pages)
-    ]
+    entries = [(row.slot, row.first_new_page + index, page) for row in rows for index, page in enumerate(row.new_pages)]
     if entries:
         columns = np.array(entries, np.int32).T
         for name, column in zip(("page_slot", "page_index", "page"), columns, strict=True):

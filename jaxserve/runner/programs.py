@@ -61,7 +61,9 @@ class Shapes:
 
 def program_keys(buckets: Buckets) -> list[ProgramKey]:
     """The closed set, largest first, so that a shape that does not fit fails at once."""
-    keys = [ProgramKey("forward", size) for size in buckets.tokens] + [ProgramKey("sample", size) for size in buckets.rows]
+    keys = [ProgramKey("forward", size) for size in buckets.tokens] + [
+        ProgramKey("sample", size) for size in buckets.rows
+    ]
     return sorted(keys, key=lambda key: (key.kind, -key.size))
 
 

@@ -17,7 +17,9 @@ from jaxserve.runner.slots import Slots
 from jaxserve.scheduler.plan import NOT_FINITE
 
 
-def sample(logits: jax.Array, slots: Slots, slot: jax.Array, position: jax.Array, suppress_stop: jax.Array) -> jax.Array:
+def sample(
+    logits: jax.Array, slots: Slots, slot: jax.Array, position: jax.Array, suppress_stop: jax.Array
+) -> jax.Array:
     """Draws one id for each row.
 
     logits: float32 [R, V]. slot: int32 [R], the row's slot, clamped where out of range (padding).
@@ -28,13 +30,20 @@ def sample(logits: jax.Array, slots: Slots, slot: jax.Array, position: jax.Array
     temperature = jnp.where(slot < slots.last_token.shape[0], slots.temperature[clamped], 0.0)
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
     logits = jax.lax.cond(
-        jnp.any(suppress_stop > 0), _without_stop_ids, lambda logits, *_: logits, logits, slots.stop_token_ids[clamped], suppress_stop
+        jnp.any(suppress_stop > 0),
+        _without_stop_ids,
+        lambda logits, *_: logits,
+        logits,
+        slots.stop_token_ids[clamped],
+        suppress_stop,
     )
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> jax.Array:
         scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
-        scaled = filter_logits(scaled, slots.top_k[clamped], slots.top_p[clamped], slots.min_p[clamped], temperature > 0)
+        scaled = filter_logits(
+            scaled, slots.top_k[clamped], slots.top_p[clamped], slots.min_p[clamped], temperature > 0
+        )
         noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(slots.seed[clamped], position, logits.shape[-1])
         return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
 

@@ -1,4 +1,4 @@
-"""Who goes first. A policy maps a sequence to its standing; the smallest standing is served first and preempted last."""
+"""Who goes first: a policy maps a sequence to its standing; the smallest is served first and preempted last."""
 
 from __future__ import annotations
 

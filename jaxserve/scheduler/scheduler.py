@@ -78,7 +78,9 @@ class Scheduler:
         if request.request_id in self._sequences:
             raise ValueError(f"request_id {request.request_id!r} is in use; ids of unfinished requests must differ")
         if len(self._waiting) >= self._config.max_num_waiting:
-            raise ValueError(f"waiting queue holds max_num_waiting {self._config.max_num_waiting} requests; retry later")
+            raise ValueError(
+                f"waiting queue holds max_num_waiting {self._config.max_num_waiting} requests; retry later"
+            )
         sequence = Sequence(request, self._arrivals)
         self._arrivals += 1
         self._sequences[request.request_id] = sequence
@@ -146,14 +148,15 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Asserts invariant 1 of the design and that slots are owned once; O(pages), for tests and idle moments."""
         self.pool.check_integrity([sequence.pages for sequence in self._sequences.values()])
-        slots = [sequence.slot for sequence in self._running.values()]
+        slots = [sequence.slot for sequence in self._running.values() if sequence.slot is not None]
         assert sorted([*self._free_slots, *slots]) == list(range(self._config.max_num_seqs)), "slots are not owned once"
         ending = sum(sequence.status is RequestStatus.ENDING for sequence in self._sequences.values())
         queued = len(self._running) + len(self._waiting) + ending
         assert queued == len(self._sequences), "a sequence is in no queue or in two"
         for sequence in self._sequences.values():
             if sequence.status is not RequestStatus.RUNNING:
-                assert not sequence.pages and sequence.slot is None, f"{sequence.request_id} waits but holds pages"
+                assert not sequence.pages, f"{sequence.request_id} waits but holds pages"
+                assert sequence.slot is None, f"{sequence.request_id} waits but holds a slot"
             assert sequence.num_computed <= len(sequence.pages) * self.pool.page_size, "computed tokens lack pages"
         if not self._sequences:
             assert self.pool.num_used == 0, f"{self.pool.num_used} pages are in use while idle"
@@ -269,7 +272,8 @@ class Scheduler:
 def _row(sequence: Sequence, count: int, held: int, admitted: bool) -> RowPlan:
     start = sequence.num_computed
     token_ids = sequence.known_token_ids(start, start + count)
-    assert sequence.slot is not None and count - len(token_ids) in (0, 1)
+    assert sequence.slot is not None
+    assert count - len(token_ids) in (0, 1)
     outputs = sequence.num_tokens - sequence.num_prompt_tokens
     return RowPlan(
         request_id=sequence.request_id,

@@ -93,7 +93,8 @@ def test_a_cancelled_request_frees_its_pages_at_once():
         core.step()
     used = core.stats().pages_used
     (final,) = core.handle(AbortRequest("a"))
-    assert isinstance(final, RequestOutput) and final.finish_reason is FinishReason.ABORT
+    assert isinstance(final, RequestOutput)
+    assert final.finish_reason is FinishReason.ABORT
     assert core.stats().pages_used == 1 < used
     assert core.handle(AbortRequest("a")) == []
     outputs = run(core)
@@ -106,7 +107,8 @@ def test_a_request_that_cannot_be_queued_is_answered_at_once():
     for name, message in (("a", "in use"), ("b", "max_num_waiting 1")):
         (answer,) = core.handle(AddRequest(EngineRequest(name, (1,), max_tokens=3)))
         assert isinstance(answer, RequestOutput)
-        assert answer.finish_reason is FinishReason.ERROR and message in answer.error
+        assert answer.finish_reason is FinishReason.ERROR
+        assert message in answer.error
 
 
 def test_shutdown_answers_everyone():
@@ -150,4 +152,6 @@ def test_stats_follow_every_step():
     core = make_core()
     add(core, EngineRequest("a", (1, 2, 3), max_tokens=2))
     last = core.step()[-1]
-    assert isinstance(last, EngineStats) and last.num_running == 1 and last.pages_used == 1
+    assert isinstance(last, EngineStats)
+    assert last.num_running == 1
+    assert last.pages_used == 1

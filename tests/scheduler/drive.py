@@ -46,12 +46,12 @@ def drive(
         if before_step is not None:
             before_step(step)
         plan = scheduler.schedule()
-        pending = None if plan is None else runner.dispatch(plan)
+        dispatched = None if plan is None else (plan, runner.dispatch(plan))
         scheduler.check_integrity()
         if in_flight is not None:
             take(run, in_flight[0], scheduler.update(in_flight[0], runner.collect(in_flight[1])))
             scheduler.check_integrity()
-        in_flight = None if plan is None else (plan, pending)
+        in_flight = dispatched
         if plan is not None:
             run.plans.append(plan)
         elif not scheduler.unfinished:

@@ -26,7 +26,8 @@ def start_decoding(scheduler: Scheduler, *requests: EngineRequest) -> None:
     for one in requests:
         scheduler.add(one)
     plan = scheduler.schedule()
-    assert plan is not None and len(plan.sampled) == len(requests)
+    assert plan is not None
+    assert len(plan.sampled) == len(requests)
     scheduler.update(plan, StepResult(tuple(1 for _ in requests)))
 
 
@@ -37,7 +38,8 @@ def test_continuous_batching_worked_example():
     first = {row.request_id: plan.step for plan in reversed(run.plans) for row in plan.rows}
     assert len(run.plans) == 100
     latency = [run.finish_step[name] + 1 - first[name] for name in run.finish_step]
-    assert statistics.mean(latency) == 31.5 and max(latency) == 100
+    assert statistics.mean(latency) == 31.5
+    assert max(latency) == 100
 
 
 def test_tokens_of_a_mixed_step_worked_example():
@@ -47,8 +49,11 @@ def test_tokens_of_a_mixed_step_worked_example():
     scheduler.add(request("D", 256, 4))
     scheduler.add(request("E", 512, 4))
     plan = scheduler.schedule()
-    assert plan is not None and plan.num_tokens == 771 and plan.num_prefill_tokens == 768
-    assert plan.token_bucket == 1024 and plan.padding == 253
+    assert plan is not None
+    assert plan.num_tokens == 771
+    assert plan.num_prefill_tokens == 768
+    assert plan.token_bucket == 1024
+    assert plan.padding == 253
 
 
 def test_joining_within_budget_and_pages_worked_example():
@@ -61,7 +66,8 @@ def test_joining_within_budget_and_pages_worked_example():
     plan = scheduler.schedule()
     assert plan is not None
     assert [row.request_id for row in plan.rows] == ["D", "E", "A"]
-    assert plan.num_tokens == 202 and plan.num_prefill_tokens == 200
+    assert plan.num_tokens == 202
+    assert plan.num_prefill_tokens == 200
     assert len(plan.rows[2].new_pages) == 13
     while scheduler.num_waiting == 2:  # B's 10 pages are free only when A's 13 have come back
         assert "A" in {row.request_id for row in plan.rows}
@@ -122,8 +128,10 @@ def test_not_finite_logits_end_that_request_alone():
     plan = scheduler.schedule()
     assert plan is not None
     bad, good = scheduler.update(plan, StepResult((-1, 4)))
-    assert bad.finish_reason is FinishReason.ERROR and "not finite" in bad.error
-    assert good.finish_reason is None and good.token_ids == (4,)
+    assert bad.finish_reason is FinishReason.ERROR
+    assert "not finite" in bad.error
+    assert good.finish_reason is None
+    assert good.token_ids == (4,)
     scheduler.check_integrity()
 
 
@@ -141,7 +149,8 @@ def test_a_deadline_that_passes_in_the_queue_costs_no_prefill():
     scheduler.add(request("late", 3, 5, deadline=10.0))
     assert scheduler.expire(9.0) == []
     (update,) = scheduler.expire(10.5)
-    assert update.finish_reason is FinishReason.ABORT and "deadline" in update.error
+    assert update.finish_reason is FinishReason.ABORT
+    assert "deadline" in update.error
     assert scheduler.schedule() is None
 
 
@@ -151,7 +160,8 @@ def test_an_id_used_again_does_not_take_the_old_ones_token():
     plan = scheduler.schedule()
     scheduler.abort("a")
     again = scheduler.add(request("a", 4, 5))
-    assert plan is not None and scheduler.update(plan, StepResult((9,))) == []
+    assert plan is not None
+    assert scheduler.update(plan, StepResult((9,))) == []
     assert again.output_token_ids == []
 
 
@@ -212,8 +222,10 @@ def test_tokens_do_not_depend_on_scheduling(drawn, max_num_seqs, budget, thresho
         else:
             assert (run.tokens[one.request_id], run.reasons[one.request_id]) == (tokens, reason)
     for plan in run.plans:
-        assert plan.num_tokens <= budget and len(plan.rows) <= max_num_seqs
-        assert plan.token_bucket >= plan.num_tokens and plan.row_bucket >= len(plan.sampled)
+        assert plan.num_tokens <= budget
+        assert len(plan.rows) <= max_num_seqs
+        assert plan.token_bucket >= plan.num_tokens
+        assert plan.row_bucket >= len(plan.sampled)
     assert scheduler.pool.num_free == scheduler.pool.num_usable
 
 

@@ -1,0 +1,164 @@
+"""The runner over a small random model: tokens independent of the batch, a closed compile set, pages in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.request import EngineRequest
+from jaxserve.runner.compiler import CompileMissError
+from jaxserve.runner.memory import MARGIN_BYTES, plan_memory, size_pool
+from jaxserve.runner.model_runner import ModelRunner, resolve_shapes
+from jaxserve.runner.programs import ProgramKey, program_keys
+from jaxserve.scheduler import Scheduler, StepPlan
+from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.page_pool import PagePool
+from models.attention import AttentionSettings, dense_attend
+from models.config import ModelConfig
+from models.params import bind, make_mesh, random_params
+
+MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
+CONFIG = EngineConfig(
+    architecture=MODEL,
+    load_format="dummy",
+    scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=32),
+    cache=CacheConfig(num_pages=64),
+    token_buckets=(8, 32),
+    seed=3,
+)
+
+
+@pytest.fixture(scope="module")
+def runner() -> ModelRunner:
+    return ModelRunner(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[EngineRequest]:
+    rng = np.random.default_rng(0)
+    return [
+        EngineRequest(
+            f"r{i}",
+            tuple(int(token) for token in rng.integers(0, 96, rng.integers(1, 70))),
+            max_tokens=int(rng.integers(1, 30)),
+            temperature=0.0 if i % 2 else 1.5,
+            top_k=int(rng.integers(0, 20)),
+            top_p=0.9 if i % 3 else 1.0,
+            min_p=0.02 if i % 5 else 0.0,
+            seed=i,
+        )
+        for i in range(16)
+    ]
+
+
+def run(
+    runner: ModelRunner, requests: Sequence[EngineRequest], num_pages: int = 64, **limits: object
+) -> tuple[list[list[int]], Scheduler]:
+    """Runs the requests with one step in flight over a pool whose pages nobody wrote hold NaN."""
+    runner._pools = [jnp.full(pool.shape, jnp.nan, pool.dtype) for pool in runner._pools]
+    config = dataclasses.replace(CONFIG.scheduler, **limits)
+    scheduler = Scheduler(config, PagePool(num_pages, 16), Buckets.from_config(CONFIG))
+    sequences = [scheduler.add(request) for request in requests]
+    in_flight = None
+    while scheduler.unfinished or in_flight is not None:
+        plan = scheduler.schedule()
+        dispatched = None if plan is None else (plan, runner.dispatch(plan))
+        if in_flight is not None:
+            scheduler.update(in_flight[0], runner.collect(in_flight[1]))
+        scheduler.check_integrity()
+        in_flight = dispatched
+    return [sequence.output_token_ids for sequence in sequences], scheduler
+
+
+def test_tokens_do_not_depend_on_scheduling(runner, requests):
+    batched, _ = run(runner, requests)
+    assert [run(runner, [request])[0][0] for request in requests] == batched
+    chunked, _ = run(runner, requests, long_prefill_token_threshold=5)
+    assert chunked == batched
+    preempted, scheduler = run(runner, requests, num_pages=9)
+    assert scheduler.num_preemptions >= 5
+    assert preempted == batched
+
+
+def test_greedy_tokens_are_the_dense_models(runner, requests):
+    """Against the same weights through plain causal attention over the whole sequence, without pages or buckets."""
+    params = random_params(MODEL, "float32", make_mesh(), CONFIG.seed)
+    model = bind(MODEL, params)
+    attend = dense_attend(AttentionSettings.of(MODEL))
+
+    @jax.jit
+    def logits(tokens: jax.Array) -> jax.Array:
+        hidden, _ = model(tokens, jnp.arange(128), [None] * MODEL.num_hidden_layers, attend)
+        return model.logits(hidden)
+
+    for request in [one for one in requests if one.temperature == 0][:4]:
+        ((tokens,), _) = run(runner, [request])
+        context = list(request.prompt_token_ids)
+        for token in tokens:
+            row = np.asarray(logits(np.array(context + [0] * (128 - len(context)))))[len(context) - 1]
+            assert row[token] >= row.max() - 1e-4
+            context.append(token)
+
+
+def test_nothing_compiles_after_start(runner, requests):
+    before = runner.num_compilations
+    run(runner, requests)
+    run(runner, requests[:3], long_prefill_token_threshold=3)
+    assert runner.num_compilations == before > 0
+    assert runner.info.num_executables == len(program_keys(Buckets.from_config(CONFIG))) == 3
+
+
+def test_a_compile_miss_is_an_error_and_counted(runner):
+    plan = StepPlan(step=0, rows=(), token_bucket=16, row_bucket=0, num_tokens=0, num_prefill_tokens=0)
+    with pytest.raises(CompileMissError, match=r"no forward program of size 16 was compiled at start.*\[8, 32\]"):
+        runner.dispatch(plan)
+    assert runner.compile_misses == 1
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_the_pool_is_updated_in_place(runner, size):
+    """The donated pools, slots and hidden buffer are aliased, and no instruction copies something pool-shaped."""
+    executable = runner.programs.executables[ProgramKey("forward", size)]
+    shapes = runner._shapes
+    pool = shapes.num_pages * 2 * MODEL.num_key_value_heads * 16 * MODEL.head_dim * 4
+    assert runner.programs.memory[ProgramKey("forward", size)].aliased >= pool * MODEL.num_hidden_layers
+    pool_shape = re.escape(f"[{shapes.num_pages},2,{MODEL.num_key_value_heads},16,{MODEL.head_dim}]")
+    text = executable.as_text()
+    assert re.search(pool_shape, text)
+    assert not re.search(rf"= \w+{pool_shape}\S* (copy|transpose|convert)\(", text)
+
+
+def test_pages_are_sized_from_memory_analysis(runner):
+    mesh = make_mesh()
+    shapes = dataclasses.replace(resolve_shapes(CONFIG, mesh), num_pages=2)
+    page = 2 * MODEL.num_key_value_heads * 16 * MODEL.head_dim * 4 * MODEL.num_hidden_layers
+    assert size_pool(shapes, CacheConfig(kv_cache_memory_bytes=10 * page + 1), mesh) == 10
+    most = 8 * 256 // 16 + 1
+    assert size_pool(shapes, CacheConfig(kv_cache_memory_bytes=10**9), mesh) == most
+    with pytest.raises(ValueError, match="page pool has room for 1 pages"):
+        size_pool(shapes, CacheConfig(kv_cache_memory_bytes=page), mesh)
+    plan = plan_memory(shapes, CacheConfig(), mesh, runner.programs.memory.values())
+    assert plan.page == page
+    assert plan.margin == MARGIN_BYTES
+    assert plan.limit - plan.page < plan.total <= plan.limit
+    assert plan.weights == 4 * runner.info.num_parameters
+
+
+def test_configuration_and_checkpoint_must_agree(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,'
+        ' "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,'
+        ' "max_position_embeddings": 256}'
+    )
+    config = EngineConfig(model=str(tmp_path), architecture=dataclasses.replace(MODEL, hidden_size=64))
+    with pytest.raises(ValueError, match=r"architecture hidden_size is 64; the checkpoint .* has 32"):
+        resolve_shapes(config, make_mesh())
+    with pytest.raises(ValueError, match=r"max_model_len is 512; the model's context .* is 256"):
+        resolve_shapes(dataclasses.replace(CONFIG, max_model_len=512), make_mesh())

@@ -1,0 +1,159 @@
+"""The sampler against a plain numpy statement of each option, and its independence of the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+
+from jaxserve.runner.sampler import filter_logits, sample
+from jaxserve.runner.slots import Slots
+from jaxserve.scheduler.plan import NOT_FINITE
+
+VOCAB = 50
+SLOTS = 16
+sample_jit = jax.jit(sample)
+filter_jit = jax.jit(filter_logits)
+
+
+def kept_by_sorting(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> set[int]:
+    """Token ids that the three filters leave, by sorting, in float64."""
+    values = logits.astype(np.float64)
+    probability = np.exp(values - values.max())
+    kept = {i for i in range(len(values)) if probability[i] >= min_p * probability.max()}
+    if 0 < top_k < len(values):
+        least = sorted((values[i] for i in kept), reverse=True)[:top_k][-1]
+        kept = {i for i in kept if values[i] >= least}
+    if top_p < 1.0:
+        total, chosen = 0.0, set()
+        mass = sum(probability[i] for i in kept)
+        for i in sorted(kept, key=lambda i: -values[i]):
+            if total >= top_p * mass:
+                break
+            chosen.add(i)
+            total += probability[i]
+        kept = chosen
+    return kept
+
+
+@settings(max_examples=200)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    top_k=st.sampled_from([-1, 0, 1, 2, 7, 49, 50, 1000]),
+    top_p=st.sampled_from([0.01, 0.3, 0.75, 0.99, 1.0]),
+    min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    spread=st.sampled_from([0.1, 1.0, 8.0]),
+)
+def test_filters_keep_what_sorting_keeps(seed, top_k, top_p, min_p, spread):
+    logits = (np.random.default_rng(seed).standard_normal((2, VOCAB)) * spread).astype(np.float32)
+    wanted = [kept_by_sorting(row, top_k, top_p, min_p) for row in logits]
+    off = (np.array([top_k, 0], np.int32), np.array([top_p, 1.0], np.float32), np.array([min_p, 0.0], np.float32))
+    found = np.asarray(filter_jit(logits, *off, np.array([True, True])))
+    assert set(np.flatnonzero(np.isfinite(found[0]))) == wanted[0]
+    assert_array_equal(found[1], logits[1])  # a row without options is left alone
+    assert_array_equal(found[0][sorted(wanted[0])], logits[0][sorted(wanted[0])])
+
+
+def make_slots(**fields) -> Slots:
+    return dataclasses.replace(Slots.zeros(SLOTS, 4), **{name: jnp.asarray(value) for name, value in fields.items()})
+
+
+def call(logits, slots, slot, position=None, suppress=None) -> np.ndarray:
+    rows = len(slot)
+    position = np.zeros(rows, np.int32) if position is None else np.asarray(position, np.int32)
+    suppress = np.zeros(rows, np.int32) if suppress is None else np.asarray(suppress, np.int32)
+    return np.asarray(
+        sample_jit(jnp.asarray(logits, jnp.float32), slots, np.asarray(slot, np.int32), position, suppress)
+    )
+
+
+def test_greedy_is_argmax():
+    logits = np.random.default_rng(0).standard_normal((8, VOCAB))
+    assert_array_equal(call(logits, make_slots(), range(8)), logits.astype(np.float32).argmax(-1))
+
+
+def test_greedy_and_random_rows_share_a_batch():
+    logits = np.random.default_rng(1).standard_normal((8, VOCAB))
+    temperature = np.zeros(SLOTS, np.float32)
+    temperature[::2] = 1.0
+    seeds = np.arange(2 * SLOTS, dtype=np.uint32).reshape(SLOTS, 2)
+    slots = make_slots(temperature=temperature, seed=seeds)
+    ids = call(logits, slots, range(8))
+    assert_array_equal(ids[1::2], logits.astype(np.float32).argmax(-1)[1::2])
+    assert_array_equal(ids, call(logits, slots, range(8)))
+
+
+def test_a_draw_depends_on_seed_and_position_alone():
+    rng = np.random.default_rng(2)
+    logits = rng.standard_normal((8, VOCAB))
+    temperature = np.full(SLOTS, 0.8, np.float32)
+    seeds = rng.integers(0, 2**32, (SLOTS, 2), dtype=np.uint32)
+    seeds[9] = seeds[3]
+    slots = make_slots(temperature=temperature, seed=seeds)
+    position = np.arange(8) + 5
+    ids = call(logits, slots, range(8), position)
+    for row in range(8):  # another slot of the same seed, another row, other neighbours
+        moved = np.roll(logits, 5 - row, axis=0)
+        slot = [9 if row == 3 and i == 5 else (i + row - 5) % 8 for i in range(8)]
+        assert call(moved, slots, slot, np.roll(position, 5 - row))[5] == ids[row]
+    draws = [call(logits, slots, range(8), position + step)[0] for step in range(40)]
+    assert len(set(draws)) > 5
+
+
+def test_draws_follow_the_distribution():
+    """Chi-square over 4,000 draws of a six-token distribution, fixed seeds."""
+    probability = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
+    logits = np.full((8, VOCAB), -np.inf)
+    logits[:, :5] = np.log(probability)
+    logits = np.nan_to_num(logits, neginf=-1e30)
+    slots = make_slots(
+        temperature=np.ones(SLOTS, np.float32), seed=np.arange(2 * SLOTS, dtype=np.uint32).reshape(SLOTS, 2)
+    )
+    draws = np.concatenate([call(logits, slots, range(8), np.full(8, step)) for step in range(500)])
+    counts = np.bincount(draws, minlength=5)
+    assert counts[5:].sum() == 0
+    expected = probability * len(draws)
+    assert ((counts[:5] - expected) ** 2 / expected).sum() < 18.47  # the 0.1 % point of 4 degrees of freedom
+
+
+def test_temperature_sharpens():
+    logits = np.tile(np.log([0.5, 0.25, 0.25] + [1e-9] * (VOCAB - 3)), (8, 1))
+    slots = make_slots(
+        temperature=np.full(SLOTS, 0.1, np.float32), seed=np.arange(2 * SLOTS, dtype=np.uint32).reshape(SLOTS, 2)
+    )
+    draws = np.concatenate([call(logits, slots, range(8), np.full(8, step)) for step in range(50)])
+    assert (draws == 0).mean() > 0.99
+
+
+def test_stop_ids_are_suppressed_where_asked():
+    logits = np.random.default_rng(3).standard_normal((8, VOCAB))
+    best = logits.argsort(-1)[:, ::-1]
+    stops = np.full((SLOTS, 32), -1, np.int32)
+    stops[:8, 0] = best[:, 0]
+    stops[:8, 5] = best[:, 1]
+    suppress = np.array([1, 0] * 4)
+    ids = call(logits, make_slots(stop_token_ids=stops), range(8), suppress=suppress)
+    assert_array_equal(ids, np.where(suppress, best[:, 2], best[:, 0]))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_not_finite_rows_are_told_and_neighbours_unchanged(bad):
+    logits = np.random.default_rng(4).standard_normal((8, VOCAB))
+    slots = make_slots(temperature=np.ones(SLOTS, np.float32))
+    clean = call(logits, slots, range(8))
+    logits[3, 7] = bad
+    ids = call(logits, slots, range(8))
+    assert ids[3] == NOT_FINITE
+    assert_array_equal(np.delete(ids, 3), np.delete(clean, 3))
+
+
+def test_padding_rows_cost_no_draw_and_touch_no_slot():
+    logits = np.zeros((8, VOCAB))
+    slots = make_slots(temperature=np.ones(SLOTS, np.float32))
+    assert_array_equal(call(logits, slots, [SLOTS] * 8), np.zeros(8))
