@@ -125,6 +125,8 @@ class _Server:
 
     async def _drain(self, frontend: AsyncFrontEnd) -> None:
         """Lets what runs finish, until drain_seconds are over or a second signal comes."""
+        if frontend.num_open:
+            _log.info("%d requests may finish for %g s", frontend.num_open, self._config.drain_seconds)
         closing = asyncio.ensure_future(frontend.close(self._config.drain_seconds))
         hurry = asyncio.ensure_future(self._hurry.wait())
         await asyncio.wait({closing, hurry}, return_when=asyncio.FIRST_COMPLETED)
@@ -138,7 +140,7 @@ class _Server:
             _log.info("%s again: ending at once", number.name)
             self._hurry.set()
         else:
-            _log.info("%s: running requests may finish for %g s", number.name, self._config.drain_seconds)
+            _log.info("%s: shutting down", number.name)
             self._stop.set()
 
 

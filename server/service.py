@@ -22,7 +22,7 @@ from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from server import convert
 from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from server.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
-from server.status import NotFoundError, NoTokenizerError, UnavailableError, check_delta, status_of
+from server.status import NotFoundError, NoTokenizerError, Status, UnavailableError, check_delta, status_of
 
 _log = logging.getLogger("jaxserve.server")
 
@@ -159,13 +159,17 @@ async def _errors_as_status(context: Context) -> AsyncIterator[None]:
         yield
     except grpc.aio.AbortError:
         raise
+    except grpc.aio.InternalError as error:  # gRPC's word for a client that was gone before it noticed
+        raise asyncio.CancelledError("the client is gone") from error
     except Exception as error:
         status = status_of(error)
         if status is None:
             _log.exception("a call failed with an unforeseen error")
-            await context.abort(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}")
-        else:
+            status = Status(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}")
+        try:
             await context.abort(status.code, status.details, status.metadata)
+        except grpc.aio.InternalError as gone:
+            raise asyncio.CancelledError("the client is gone") from gone
 
 
 def _call_deadline(context: Context) -> float | None:

@@ -114,7 +114,8 @@ def test_start_log_and_a_drain_that_ends_well(echo):
         answer = in_background(lambda: client.generate_text("secret", GREEDY))
         process.order("wait 1")
         process.popen.send_signal(signal.SIGTERM)
-        process.until("SIGTERM: running requests may finish for 30 s")
+        process.until("SIGTERM: shutting down")
+        process.until("1 requests may finish for 30 s")
         process.order("resume")
         assert answer.get(timeout=WAIT_SECONDS).text == "secret"
     code, lines = process.end()
@@ -131,7 +132,7 @@ def test_what_outlasts_the_drain_is_unavailable(echo, again):
         answer = in_background(lambda: list(client.generate("abc", GREEDY, request_id="r")))
         process.order("wait 1")
         process.popen.send_signal(signal.SIGINT)
-        process.until("SIGINT: running requests may finish")
+        process.until("1 requests may finish")
         if again:
             process.popen.send_signal(signal.SIGTERM)
             process.until("SIGTERM again: ending at once")

@@ -12,6 +12,7 @@ from jaxserve.request import FinishReason, SamplingParams
 from server.client import generate_request, join
 from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from server.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
+from server.service import _errors_as_status
 from server.status import check_delta
 from tests.server.fakes import READY
 from tests.server.harness import GREEDY, MAX_MESSAGE_BYTES, Served, run_served, status_of
@@ -278,6 +279,22 @@ def test_an_unforeseen_error_is_internal_and_tells_no_more_than_its_kind(tokeniz
         assert "unforeseen" in caplog.text
 
     run_served(body, tokenizer)
+
+
+@pytest.mark.parametrize("error", [grpc.aio.InternalError("write failed"), ValueError("refused")])
+def test_a_client_that_is_gone_before_grpc_notices_is_a_cancellation(error):
+    """Neither a write nor a status reaches it any more; gRPC logs nothing for a call that was cancelled."""
+
+    class Gone:
+        async def abort(self, *_: object) -> None:
+            raise grpc.aio.InternalError("the status cannot be sent")
+
+    async def body() -> None:
+        async with _errors_as_status(Gone()):  # type: ignore[arg-type]
+            raise error
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(body())
 
 
 @pytest.mark.parametrize(
