@@ -104,6 +104,8 @@ class EngineConfig:
     dtype: of weights and pages; "auto" is the checkpoint's. max_model_len: None is the model's own context.
     token_buckets, row_buckets: sizes that steps are padded to; None is powers of two from 8 to the limits.
     attention: implementation of paged attention; "auto" chooses by platform.
+    compilation_cache_dir: where compiled programs are kept for the next start (`~` is the home directory); None keeps
+    none. Entries are found by the program, jax's version and the device, so a stale one is never used.
     seed: base of the seeds drawn for requests that bring none.
     """
 
@@ -119,6 +121,7 @@ class EngineConfig:
     token_buckets: tuple[int, ...] | None = None
     row_buckets: tuple[int, ...] | None = None
     attention: str = "auto"
+    compilation_cache_dir: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

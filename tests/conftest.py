@@ -2,10 +2,16 @@
 
 import os
 import sys
+import tempfile
 
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could choose its platform")
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+# Engines of the same configuration share their compiled programs within one run, in subprocesses too.
+_cache = tempfile.TemporaryDirectory(prefix="jaxserve-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 from hypothesis import HealthCheck, settings
 

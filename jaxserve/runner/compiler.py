@@ -70,6 +70,12 @@ class ProgramSet:
         return executable
 
 
+def keep_compilations(directory: str) -> None:
+    """Keeps compiled programs in `directory` and takes them from there, whatever they cost to compile."""
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 def compile_all(shapes: Shapes, mesh: Mesh, *, progress: bool) -> ProgramSet:
     """Compiles every program of the closed set, several at once; `progress` shows a bar on standard error."""
     start = time.perf_counter()

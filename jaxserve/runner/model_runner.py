@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
 from jaxserve.request import MAX_STOP_TOKEN_IDS
-from jaxserve.runner.compiler import CompilationCounter, CompileMissError, ProgramSet, compile_all
+from jaxserve.runner.compiler import CompilationCounter, CompileMissError, ProgramSet, compile_all, keep_compilations
 from jaxserve.runner.layout import STOP_WIDTH, forward_layout, sample_layout
 from jaxserve.runner.memory import size_pool
 from jaxserve.runner.packing import pack_forward, pack_sample
@@ -43,6 +43,8 @@ class ModelRunner:
     """Runner over a model. Start-up loads the weights while it compiles every program of the closed set."""
 
     def __init__(self, config: EngineConfig, *, progress: bool = False):
+        if config.compilation_cache_dir is not None:
+            keep_compilations(config.compilation_cache_dir)
         mesh = make_mesh()
         shapes = resolve_shapes(config, mesh)
         self._shapes = dataclasses.replace(shapes, num_pages=size_pool(shapes, config.cache, mesh))
