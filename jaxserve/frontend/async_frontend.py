@@ -213,7 +213,8 @@ class AsyncFrontEnd:
     async def close(self, drain_seconds: float = 0.0) -> None:
         """Refuses new requests, lets open ones finish for up to drain_seconds, then ends the rest and the engine.
 
-        Idempotent; a second call may shorten the wait. Those that are cut off get a last delta of reason ERROR and cause CLOSING.
+        Idempotent; a second call may shorten the wait. Requests that are cut off get a last delta of reason ERROR and
+        cause CLOSING.
         """
         if not self._closing:
             self._closing = "the server is shutting down"

@@ -1,0 +1,126 @@
+"""Runs many requests to their ends in the caller's thread: the loop beneath `LLM` and the offline batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Generator, Iterable
+
+import tqdm
+
+from jaxserve.engine.channel import EngineClient
+from jaxserve.frontend.delta import Cause, Delta, EngineDeadError
+from jaxserve.frontend.frontend import FrontEnd, Prepared
+from jaxserve.request import FinishReason
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A finished request. error: one line when finish_reason is ERROR or ABORT."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    error: str
+    num_cached_tokens: int
+
+
+@dataclasses.dataclass
+class _Collected:
+    prompt_token_ids: tuple[int, ...]
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    text: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, delta: Delta) -> Completion | None:
+        self.token_ids.extend(delta.token_ids)
+        self.text.append(delta.text)
+        if delta.finish_reason is None:
+            return None
+        return Completion(
+            request_id=delta.request_id,
+            prompt_token_ids=self.prompt_token_ids,
+            token_ids=tuple(self.token_ids),
+            text="".join(self.text),
+            finish_reason=delta.finish_reason,
+            error=delta.error,
+            num_cached_tokens=delta.cached_tokens,
+        )
+
+
+def run_all(
+    front_end: FrontEnd,
+    client: EngineClient,
+    requests: Iterable[Prepared],
+    on_tokens: Callable[[int], None] = lambda count: None,
+) -> Generator[Completion, None, None]:
+    """Yields each request's completion as it finishes; requests are taken from the iterable only as there is room.
+
+    At most twice max_num_seqs requests are under way, which keeps the engine busy and memory bounded.
+    on_tokens: called after each step with the output tokens that it gave.
+    Raises EngineDeadError when the engine fails. Leaving the iteration early aborts what is under way.
+    """
+    source = iter(requests)
+    window = 2 * front_end.ready.max_num_seqs
+    under_way: dict[str, _Collected] = {}
+    exhausted = False
+    try:
+        while True:
+            while not exhausted and len(under_way) < window and front_end.has_room:
+                prepared = next(source, None)
+                if prepared is None:
+                    exhausted = True
+                else:
+                    request_id = front_end.start(prepared)
+                    under_way[request_id] = _Collected(prepared.prompt_token_ids)
+            if not under_way and exhausted:
+                return
+            deltas = [delta for message in client.receive() for delta in front_end.handle(message)]
+            on_tokens(sum(len(delta.token_ids) for delta in deltas))
+            for delta in deltas:
+                if delta.cause is Cause.ENGINE:
+                    under_way.clear()
+                    raise EngineDeadError(f"the engine has ended: {delta.error}")
+                completion = under_way[delta.request_id].add(delta)
+                if completion is not None:
+                    del under_way[delta.request_id]
+                    yield completion
+    finally:
+        for request_id in under_way:
+            front_end.abort(request_id)
+
+
+class TokenBar:
+    """A progress bar over requests that shows output tokens per second.
+
+    total: requests altogether, None when unknown. done: those of an earlier run, which the bar starts with.
+    """
+
+    def __init__(self, total: int | None, done: int = 0, *, unit: str = "prompt", enabled: bool = True):
+        self._bar = tqdm.tqdm(
+            total=total, initial=done, unit=unit, desc="Generating", dynamic_ncols=True, disable=not enabled
+        )
+        self._start = time.perf_counter()
+        self._output_tokens = 0
+        self._prompt_tokens = 0
+
+    def add_tokens(self, count: int) -> None:
+        """Counts output tokens of unfinished and finished requests alike."""
+        self._output_tokens += count
+        self._bar.update(0)
+
+    def add_request(self, prompt_tokens: int = 0) -> None:
+        """Counts a finished request."""
+        self._prompt_tokens += prompt_tokens
+        self._bar.set_postfix_str(self.speed, refresh=False)
+        self._bar.update(1)
+
+    @property
+    def speed(self) -> str:
+        """Tokens per second since the bar was made, in words."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        return f"in {self._prompt_tokens / seconds:.0f} tok/s, out {self._output_tokens / seconds:.0f} tok/s"
+
+    def close(self) -> None:
+        self._bar.close()

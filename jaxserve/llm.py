@@ -1,0 +1,207 @@
+"""Offline generation in Python: `LLM(model=...).generate(prompts, params)`; names follow vLLM's."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine.channel import EngineClient
+from jaxserve.engine.inline import InlineEngine
+from jaxserve.frontend.frontend import FrontEnd, Prepared
+from jaxserve.frontend.offline import Completion, TokenBar, run_all
+from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.request import InfeasibleError, SamplingParams
+
+Prompt = str | Mapping[str, Any]
+"""Text, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionOutput:
+    """One generated output. finish_reason: "stop", "length", or "error" when this request failed in the engine."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and what became of it.
+
+    prompt: None when token ids were given. num_cached_tokens: prompt tokens taken from the prefix cache.
+    error: one line when outputs[0].finish_reason is "error".
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    finished: bool
+    num_cached_tokens: int
+    error: str = ""
+
+
+class LLM:
+    """A model and an engine in this process.
+
+    model: checkpoint directory; options are the fields of EngineConfig, SchedulerConfig and CacheConfig (vLLM's names).
+    config: the whole configuration instead of model and options.
+    client, tokenizer: an engine that is already running, with its tokenizer; config then gives only the seed.
+    Raises ValueError, one line, for an unusable option, checkpoint or tokenizer. Close it, or use it in a `with`.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        config: EngineConfig | None = None,
+        client: EngineClient | None = None,
+        tokenizer: Any = None,
+        **options: Any,
+    ):
+        if client is None:
+            config, tokenizer, client = _start(model, config, tokenizer, options)
+        elif model is not None or options:
+            raise ValueError("client is an engine that is already running; it takes no model or engine options")
+        self._client = client
+        self._front_end = FrontEnd(client, tokenizer, seed=0 if config is None else config.seed)
+        self._ids = itertools.count()
+
+    @property
+    def front_end(self) -> FrontEnd:
+        return self._front_end
+
+    def get_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer; None with skip_tokenizer_init."""
+        return self._front_end.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """The outputs of the prompts, in their order, however many there are.
+
+        sampling_params: one for all, one for each, or None for the defaults.
+        Raises ValueError, naming the prompt's index, before anything is computed when any prompt is invalid;
+        EngineDeadError when the engine fails.
+        """
+        given: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        params = _params_for(given, sampling_params)
+        texts: list[str | None] = []
+        requests: list[Prepared] = []
+        for index, (prompt, prompt_params) in enumerate(zip(given, params, strict=True)):
+            try:
+                content = _content(prompt)
+                prepared = self._front_end.prepare(content, prompt_params, request_id=str(next(self._ids)))
+            except ValueError as error:
+                kind = InfeasibleError if isinstance(error, InfeasibleError) else ValueError
+                raise kind(f"prompts[{index}]: {error}") from error
+            texts.append(content if isinstance(content, str) else None)
+            requests.append(prepared)
+        completions = self._complete(requests, use_tqdm)
+        return [
+            _request_output(text, completions[request.request_id])
+            for text, request in zip(texts, requests, strict=True)
+        ]
+
+    def _complete(self, requests: Sequence[Prepared], use_tqdm: bool) -> dict[str, Completion]:
+        completions: dict[str, Completion] = {}
+        bar = TokenBar(len(requests), enabled=use_tqdm)
+        try:
+            with contextlib.closing(
+                run_all(self._front_end, self._client, requests, bar.add_tokens)
+            ) as finished:  # an interrupt aborts what is under way
+                for completion in finished:
+                    completions[completion.request_id] = completion
+                    bar.add_request(len(completion.prompt_token_ids))
+        finally:
+            bar.close()
+        return completions
+
+    def close(self) -> None:
+        """Ends the engine; idempotent."""
+        self._client.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    """The tokenizer that a configuration names; None with skip_tokenizer_init or when there is no directory to read."""
+    directory = config.tokenizer or config.model
+    if config.skip_tokenizer_init or directory is None:
+        return None
+    return Tokenizer(directory)
+
+
+def _start(
+    model: str | None, config: EngineConfig | None, tokenizer: Any, options: dict[str, Any]
+) -> tuple[EngineConfig, Tokenizer | None, EngineClient]:
+    if config is not None and (model is not None or options or tokenizer is not None):
+        raise ValueError("config is the whole configuration; give model and options in it, or give no config")
+    if config is None:
+        names = {"model": model, "tokenizer": tokenizer}
+        config = EngineConfig.from_options(
+            **options, **{name: value for name, value in names.items() if value is not None}
+        )
+    # Before the engine: a faulty tokenizer is found in a moment, the model takes longer.
+    return config, load_tokenizer(config), InlineEngine(config, progress=True)
+
+
+def _params_for(
+    prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+) -> Sequence[SamplingParams]:
+    if sampling_params is None:
+        sampling_params = SamplingParams()
+    if isinstance(sampling_params, SamplingParams):
+        return [sampling_params] * len(prompts)
+    if len(sampling_params) != len(prompts):
+        raise ValueError(f"sampling_params has {len(sampling_params)} items for {len(prompts)} prompts; give one each")
+    return sampling_params
+
+
+def _content(prompt: Prompt) -> str | Sequence[int]:
+    """The text or token ids of a prompt. Raises ValueError when it is neither."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Mapping):
+        if set(prompt) == {"prompt"} and isinstance(prompt["prompt"], str):
+            return prompt["prompt"]
+        if set(prompt) == {"prompt_token_ids"} and not isinstance(prompt["prompt_token_ids"], str):
+            return prompt["prompt_token_ids"]
+        raise ValueError(f"prompt has the keys {sorted(prompt)}; it takes either 'prompt' or 'prompt_token_ids'")
+    raise ValueError(
+        f"prompt is of type {type(prompt).__name__}; it must be text, {{'prompt': text}} or {{'prompt_token_ids': ids}}"
+    )
+
+
+def _request_output(text: str | None, completion: Completion) -> RequestOutput:
+    output = CompletionOutput(
+        index=0,
+        text=completion.text,
+        token_ids=completion.token_ids,
+        finish_reason=completion.finish_reason.value,
+    )
+    return RequestOutput(
+        request_id=completion.request_id,
+        prompt=text,
+        prompt_token_ids=completion.prompt_token_ids,
+        outputs=(output,),
+        finished=True,
+        num_cached_tokens=completion.num_cached_tokens,
+        error=completion.error,
+    )
