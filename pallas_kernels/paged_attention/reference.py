@@ -66,7 +66,9 @@ def kv_write(pool: jax.Array, k: jax.Array, v: jax.Array, slot_mapping: jax.Arra
         k, v = (jax.lax.bitcast_convert_type(x, pool.dtype) for x in (k, v))
 
     def one(token: jax.Array, pool: jax.Array) -> jax.Array:
-        page, offset = slot_mapping[token] // page_size, slot_mapping[token] % page_size
-        return pool.at[page, 0, :, offset].set(k[token]).at[page, 1, :, offset].set(v[token])
+        slot = slot_mapping[token]
+        page, offset = slot // page_size, slot % page_size
+        written = pool.at[page, 0, :, offset].set(k[token]).at[page, 1, :, offset].set(v[token])
+        return jnp.where((slot >= 0) & (page < pool.shape[0]), written, pool)
 
     return jax.lax.fori_loop(0, slot_mapping.shape[0], one, pool)

@@ -8,6 +8,7 @@ off in groups by loops whose trip counts are data: a step costs what its sequenc
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -19,8 +20,10 @@ from pallas_kernels.paged_attention.spec import AttentionSpec
 MIN_DOT_ROWS = 2
 MAX_DOT_ROWS = 32
 
-# Scores of masked positions. Finite, so that a difference of two of them is 0 and not NaN.
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+LOG2_E = math.log2(math.e)
+
+# The exponent that a query starts with, below that of any score. Finite, so that differences are never NaN.
+LOWEST_EXPONENT = -(2.0**30)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +92,7 @@ def tiling_for(group_heads: int) -> Tiling:
     return Tiling(
         block=128,
         decode_tile=-(-MIN_DOT_ROWS // group_heads),
-        decode_group=8,
+        decode_group=16,
         prefill_tile=MAX_DOT_ROWS // group_heads,
         prefill_group=8,
     )
@@ -269,27 +272,39 @@ def _attend_block(
     spec: AttentionSpec,
     block: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Takes key-value block `index` into the running (maximum [W,K,M], sum [W,K,M], output [W,K,M,D]).
+    """Takes key-value block `index` into the running (exponent [W,K,M], sum [W,K,M], output [W,K,M,D]).
 
-    A block that is masked for a query leaves that query's state unchanged to the bit: the maximum stays, so it
-    multiplies by exp(0) = 1 and adds 0.
+    Weights are 2^(score - exponent), where the exponent is the greatest score so far, rounded up to an integer. So
+    rescaling multiplies by a power of two, which is exact: it cannot matter whether a compiler fuses it with an
+    addition, nor how it vectorises an exponential. A block that is masked for a query leaves its state unchanged.
     """
-    maximum, total, output = state
+    exponent, total, output = state
     key, value = _gather_block(pool, page_table, group, index, block)
     position = index * block + jnp.arange(block, dtype=jnp.int32)
-    score = jnp.einsum("wkmd,wkcd->wkmc", group.query, key, preferred_element_type=jnp.float32) * spec.scale
-    if spec.soft_cap is not None:
-        score = spec.soft_cap * jnp.tanh(score / spec.soft_cap)
+    score = jnp.einsum("wkmd,wkcd->wkmc", group.query, key, preferred_element_type=jnp.float32)
+    if spec.soft_cap is None:
+        score = score * (spec.scale * LOG2_E)
+    else:
+        score = (spec.soft_cap * LOG2_E) * jnp.tanh(score * (spec.scale / spec.soft_cap))
     seen = position <= group.position[:, :, None]
     if spec.sliding_window is not None:
         seen &= position > group.position[:, :, None] - spec.sliding_window
-    seen = seen[:, None]
-    score = jnp.where(seen, score, MASKED)
-    new_maximum = jnp.maximum(maximum, score.max(axis=-1))
-    weight = jnp.where(seen, jnp.exp(score - new_maximum[..., None]), 0.0)
-    decay = jnp.exp(maximum - new_maximum)
+    score = jnp.where(seen[:, None], score, -jnp.inf)
+    new_exponent = jnp.maximum(exponent, jnp.ceil(score.max(axis=-1)))
+    weight = jnp.exp2(score - new_exponent[..., None])
+    if value.dtype != jnp.float32:
+        # The sum must see the weights as the dot does, so that their rounding cancels.
+        kept = jnp.finfo(value.dtype)
+        weight = jax.lax.reduce_precision(weight, exponent_bits=kept.nexp, mantissa_bits=kept.nmant)
+    decay = _power_of_two(exponent - new_exponent)
     update = jnp.einsum("wkmc,wkcd->wkmd", weight.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    return new_maximum, total * decay + weight.sum(axis=-1), output * decay[..., None] + update
+    return new_exponent, total * decay + weight.sum(axis=-1), output * decay[..., None] + update
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:
+    """2^exponent for integers of at most 0 held as float32; 0 below the range of normal numbers."""
+    biased = jnp.maximum(exponent, -127.0).astype(jnp.int32) + 127
+    return jax.lax.bitcast_convert_type(biased << 23, jnp.float32)
 
 
 def _run_pass(
@@ -323,7 +338,7 @@ def _run_pass(
         )
         shape = (size, num_kv_heads, tile * group_heads)
         state = (
-            jnp.full(shape, MASKED, jnp.float32),
+            jnp.full(shape, LOWEST_EXPONENT, jnp.float32),
             jnp.zeros(shape, jnp.float32),
             jnp.zeros((*shape, head_dim), jnp.float32),
         )
@@ -381,4 +396,6 @@ def kv_write(pool: jax.Array, k: jax.Array, v: jax.Array, slot_mapping: jax.Arra
     window = jnp.stack([k, v], axis=1)
     if window.dtype != pool.dtype:
         window = jax.lax.bitcast_convert_type(window, pool.dtype)
-    return pool.at[slot_mapping // page_size, :, :, slot_mapping % page_size].set(window)
+    # Not `//` and `%`, which round down: a negative slot must not become a place in the pool.
+    page, offset = jax.lax.div(slot_mapping, page_size), jax.lax.rem(slot_mapping, page_size)
+    return pool.at[page, :, :, offset].set(window, mode="drop", wrap_negative_indices=False)

@@ -44,6 +44,17 @@ def test_writes_each_slot_and_nothing_else_outside_the_null_page(dtype: str, imp
     check()
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_slot_outside_the_pool_writes_nothing(implementation: str):
+    slots = jnp.asarray([-1, -PAGE_SIZE, -PAGE_SIZE - 5, PAGES * PAGE_SIZE, 2**31 - 1, -(2**31), 37], jnp.int32)
+    ones = jnp.ones((len(slots), HEADS, DIM))
+    pool = np.asarray(
+        kv_write(new_pool(PAGES, HEADS, PAGE_SIZE, DIM, "float32"), ones, ones, slots, implementation=implementation)
+    )
+    assert (pool[2, :, :, 5] == 1).all()
+    assert pool.sum() == 2 * HEADS * DIM
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_donated_pool_is_updated_in_place_and_never_copied_transposed_or_converted(dtype: str):
     pages, layers = 509, 2
