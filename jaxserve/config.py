@@ -179,8 +179,7 @@ class ServerConfig:
 
     host, port: where it listens; port 0 takes a free one. engine: the engine it serves.
     engine_process: the engine runs in a process of its own, away from the front end's interpreter lock.
-    max_message_bytes: largest request message. max_stream_backlog: undelivered messages a slow reader may leave
-    before deltas coalesce into one.
+    max_message_bytes: largest request message. served_model_name: what clients are told; None is the model's place.
     drain_seconds: how long running requests may finish after SIGTERM.
     """
 

@@ -74,12 +74,14 @@ class Scheduler:
         return list(self._sequences)
 
     def add(self, request: EngineRequest) -> Sequence:
-        """Puts a request in the waiting queue. Raises ValueError when its id is in use or the queue is full."""
+        """Puts a request in the waiting queue. Raises ValueError when its id is in use or the server is full:
+        max_num_seqs requests running (or about to) and max_num_waiting behind them."""
         if request.request_id in self._sequences:
             raise ValueError(f"request_id {request.request_id!r} is in use; ids of unfinished requests must differ")
-        if len(self._waiting) >= self._config.max_num_waiting:
+        if len(self._sequences) >= self._config.max_num_seqs + self._config.max_num_waiting:
             raise ValueError(
-                f"waiting queue holds max_num_waiting {self._config.max_num_waiting} requests; retry later"
+                f"{len(self._sequences)} requests are unfinished; max_num_seqs {self._config.max_num_seqs} and "
+                f"max_num_waiting {self._config.max_num_waiting} allow no more: retry later"
             )
         sequence = Sequence(request, self._arrivals)
         self._arrivals += 1

@@ -102,9 +102,9 @@ def test_a_cancelled_request_frees_its_pages_at_once():
 
 
 def test_a_request_that_cannot_be_queued_is_answered_at_once():
-    core = make_core(max_num_waiting=1)
-    add(core, EngineRequest("a", (1,), max_tokens=3))
-    for name, message in (("a", "in use"), ("b", "max_num_waiting 1")):
+    core = make_core(max_num_seqs=1, max_num_waiting=1)
+    add(core, EngineRequest("a", (1,), max_tokens=3), EngineRequest("b", (1,), max_tokens=3))
+    for name, message in (("a", "in use"), ("c", "max_num_waiting 1")):
         (answer,) = core.handle(AddRequest(EngineRequest(name, (1,), max_tokens=3)))
         assert isinstance(answer, RequestOutput)
         assert answer.finish_reason is FinishReason.ERROR

@@ -140,8 +140,9 @@ def test_duplicate_ids_and_a_full_queue_are_refused():
     scheduler.add(request("a", 3, 5))
     with pytest.raises(ValueError, match="request_id 'a' is in use"):
         scheduler.add(request("a", 3, 5))
-    with pytest.raises(ValueError, match="max_num_waiting 1"):
-        scheduler.add(request("b", 3, 5))
+    scheduler.add(request("b", 3, 5))
+    with pytest.raises(ValueError, match="2 requests are unfinished; max_num_seqs 1 and max_num_waiting 1"):
+        scheduler.add(request("c", 3, 5))
 
 
 def test_a_deadline_that_passes_in_the_queue_costs_no_prefill():

@@ -1,0 +1,128 @@
+"""The engine in a process of its own: same tokens as inline, and a clear answer whichever side dies."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.engine.channel import EngineClient
+from jaxserve.engine.inline import InlineEngine
+from jaxserve.engine.messages import AbortRequest, AddRequest, EngineFailed, EngineStats, RequestOutput
+from jaxserve.engine.process import EngineProcess
+from jaxserve.request import EngineRequest, FinishReason
+from models.config import ModelConfig
+
+CONFIG = EngineConfig(
+    architecture=ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256),
+    load_format="dummy",
+    scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=32),
+    cache=CacheConfig(num_pages=64),
+    token_buckets=(8, 32),
+)
+REQUESTS = [
+    EngineRequest(f"r{i}", tuple(range(1 + 5 * i)), max_tokens=4 + i, temperature=i % 2, seed=i) for i in range(6)
+]
+
+
+def answers(client: EngineClient) -> dict[str, tuple[list[int], FinishReason]]:
+    """Sends the requests and waits for their ends."""
+    for request in REQUESTS:
+        client.send(AddRequest(request))
+    tokens: dict[str, list[int]] = {}
+    reasons: dict[str, FinishReason] = {}
+    while len(reasons) < len(REQUESTS):
+        for message in client.receive():
+            if isinstance(message, RequestOutput):
+                tokens.setdefault(message.request_id, []).extend(message.token_ids)
+                if message.finish_reason is not None:
+                    assert message.request_id not in reasons
+                    reasons[message.request_id] = message.finish_reason
+    return {name: (tokens[name], reasons[name]) for name in reasons}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    client = EngineProcess(CONFIG)
+    yield client
+    client.close()
+
+
+def test_tokens_are_those_of_the_inline_engine(engine):
+    inline = InlineEngine(CONFIG)
+    assert answers(engine) == answers(inline)
+    assert (
+        (engine.ready.vocab_size, engine.ready.num_pages)
+        == (96, 63)
+        == (inline.ready.vocab_size, inline.ready.num_pages)
+    )
+
+
+def test_an_abort_is_answered_and_frees_the_pages(engine):
+    engine.send(AddRequest(EngineRequest("long", (1, 2, 3), max_tokens=250)))
+    first = next(message for message in engine.receive() if isinstance(message, RequestOutput | EngineStats))
+    assert first is not None
+    engine.send(AbortRequest("long"))
+    reason, pages_used = None, None
+    while reason is None or pages_used != 0:
+        for message in engine.receive():
+            if isinstance(message, RequestOutput) and message.finish_reason is not None:
+                reason = message.finish_reason
+            if isinstance(message, EngineStats):
+                pages_used = message.pages_used
+    assert reason is FinishReason.ABORT
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        (EngineConfig(model="no/such/place"), "model is 'no/such/place'; there is no such directory"),
+        (
+            EngineConfig(architecture=CONFIG.architecture, load_format="dummy", max_model_len=300),
+            "max_model_len is 300",
+        ),
+    ],
+)
+def test_an_engine_that_cannot_start_says_why(config, line):
+    with pytest.raises(ValueError, match=line):
+        EngineProcess(config)
+
+
+def test_a_dead_engine_is_told():
+    client = EngineProcess(CONFIG)
+    client.send(AddRequest(EngineRequest("a", (1,), max_tokens=200)))
+    os.kill(client.pid, signal.SIGKILL)
+    seen = []
+    while not any(isinstance(message, EngineFailed) for message in seen):
+        seen.extend(client.receive())
+    assert "exit code -9" in seen[-1].error
+    client.send(AbortRequest("a"))  # harmless
+    client.close()
+
+
+ORPHAN = """
+import os, sys
+from jaxserve.engine.process import EngineProcess
+from tests.engine.test_process import CONFIG
+client = EngineProcess(CONFIG)
+print(client.pid, flush=True)
+os._exit(9)
+"""
+
+
+def test_the_engine_ends_when_its_front_end_dies():
+    front_end = subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, text=True, check=False)
+    assert front_end.returncode == 9, front_end.stderr
+    pid = int(front_end.stdout)
+    for _ in range(300):
+        command = pathlib.Path(f"/proc/{pid}/cmdline")
+        if not command.exists() or not command.read_bytes():
+            return  # gone, or a zombie that nobody reaps here
+        time.sleep(0.1)
+    raise AssertionError(f"engine process {pid} outlived its front end")
