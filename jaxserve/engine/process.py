@@ -1,8 +1,8 @@
 """The engine in a process of its own, away from the front end's interpreter lock.
 
 `EngineProcess` is the front end's side and loads no jax. It starts `python -m jaxserve.engine.worker FD` with one end
-of a socket pair and sends the configuration; the engine answers EngineReady or EngineFailed, and messages flow both ways
-until one end closes. msgpack only: nothing that arrives is executed.
+of a socket pair and sends the configuration; the engine answers EngineReady or EngineFailed, and messages flow both
+ways until one end closes. msgpack only: nothing that arrives is executed.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+from jaxserve.config import EngineConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.framing import FrameReader, send_frames
 from jaxserve.engine.messages import EngineFailed, FromEngine, Shutdown, ToEngine, decode, encode
