@@ -60,11 +60,11 @@ def make_lookup_lesson(rng: random.Random, size: int, queries: int) -> Example:
         if not is_held_out(prompt):
             break
     ids = [BOS_ID, *encode_fast(prompt), *encode_fast(asked[0][1])]
-    weights = [0.0] * (len(ids) - 1) + [0.5]
+    weights = [0.0] * (len(ids) - 1) + [0.3]
     for key, value in asked[1:]:
         ids += encode_fast(key + value)
-        weights += [0.0, 0.5]
-    return Example("lookup", [*ids, EOS_ID], [*weights, 0.25])
+        weights += [0.0, 0.3]
+    return Example("lookup", [*ids, EOS_ID], [*weights, 0.1])
 
 
 def largest_size(kind: str, length: int) -> int:

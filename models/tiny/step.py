@@ -119,11 +119,14 @@ def make_optimizer(name: str) -> optax.GradientTransformation:
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "optimizer"), donate_argnames=("params", "state"))
-def train_step(params, state, batch, rate, *, graph, optimizer):
-    """One update at learning rate `rate` (float32 scalar). Returns (params, state, loss)."""
+def train_step(params, state, batch, rate, mask, *, graph, optimizer):
+    """One update at learning rate `rate` (float32 scalar), times `mask` (a tree like params that broadcasts to it).
+
+    Returns (params, state, loss).
+    """
     loss, grads = jax.value_and_grad(loss_fn)(params, graph, batch)
     updates, state = optimizer.update(grads, state, params)
-    params = jax.tree.map(lambda p, u: p + rate * u, params, updates)
+    params = jax.tree.map(lambda p, u, m: p + rate * m * u, params, updates, mask)
     return params, state, loss
 
 

@@ -27,11 +27,12 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 from models.tiny.data import Batch, Mixer, held_out_batches
+from models.tiny.graft import freeze_mask, graft_look_back
 from models.tiny.step import initial_params, make_optimizer, predict_step, train_step
 from models.tiny.tasks import KINDS, MAX_SIZE
 
 FIRST_CAPS = {"copy": 12, "reverse": 6, "sort": 6, "add": 3, "count": 6, "json": 2, "lookup": 8}
-GROW_AT = 0.9
+GROW_AT = 0.85
 """Held-out exact match from which a task's sizes grow by half."""
 
 
@@ -142,19 +143,29 @@ def train(options: argparse.Namespace) -> None:
     optimizer = make_optimizer(options.optimizer)
     manager = checkpoints(out)
     progress, params, state = restore(manager, params, optimizer.init(params))
+    mask = freeze_mask(params, options.graft)
     boost = {kind: float(value) for kind, _, value in (text.partition("=") for text in options.boost)}
     stop = threading.Event()
+    leg_started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     bar = tqdm(total=options.steps, initial=progress.step, unit="step", mininterval=10)
     while progress.step < options.steps and not stop.is_set():
+        if options.graft is not None:  # again and again, because embeddings move
+            params, fit = graft_look_back(graph, params, options.graft)
+            tqdm.write(f"look-back fit {fit.min():.2f} to {fit.max():.2f}")
         shares = task_shares(progress.accuracy, progress.caps, boost)
         rng = random.Random(f"train-{options.seed}-{progress.step}")
         batches = background(Mixer(rng, shares, progress.caps, options.length), options.rows)
         started, losses = time.monotonic(), []
         for batch in batches:
             rate = learning_rate(progress.step, options.rate, options.warmup, options.steps, options.decay_steps)
+            if options.minutes:
+                left = 1 - (time.monotonic() - leg_started) / (60 * options.minutes)
+                rate *= max(left, 0.0)
+                if left <= 0:
+                    stop.set()
             params, state, loss = train_step(
-                params, state, batch.arrays(), np.float32(rate), graph=graph, optimizer=optimizer
+                params, state, batch.arrays(), np.float32(rate), mask, graph=graph, optimizer=optimizer
             )
             losses.append(loss)
             progress.step += 1
@@ -192,6 +203,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="folder of checkpoints and log")
     parser.add_argument("--steps", type=int, default=20_000, help="steps in all, over every leg")
     parser.add_argument("--decay-steps", type=int, default=0, help="last steps, over which the rate falls to zero")
+    parser.add_argument("--minutes", type=float, default=0, help="end then, the rate falling linearly all the way")
     parser.add_argument("--length", type=int, default=256, help="tokens in a row")
     parser.add_argument("--rows", type=int, default=16, help="rows in a batch")
     parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
@@ -200,6 +212,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=250, help="steps between evaluations, each with a checkpoint")
     parser.add_argument("--held-out", type=int, default=64, help="examples of each kind in an evaluation")
     parser.add_argument("--boost", nargs="*", default=[], metavar="KIND=FACTOR", help="multiplies a kind's share")
+    parser.add_argument("--graft", type=int, metavar="HEAD", help="make this key-value head of layer 0 look back")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
