@@ -92,7 +92,7 @@ def tiling_for(group_heads: int) -> Tiling:
     return Tiling(
         block=128,
         decode_tile=-(-MIN_DOT_ROWS // group_heads),
-        decode_group=16,
+        decode_group=8,
         prefill_tile=MAX_DOT_ROWS // group_heads,
         prefill_group=8,
     )
