@@ -40,8 +40,7 @@ from jaxserve.frontend.delta import EngineDeadError
 from jaxserve.frontend.frontend import FrontEnd, Prepared
 from jaxserve.frontend.offline import Completion, TokenBar, run_all
 from jaxserve.frontend.openai import parse_body, response_body
-from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.llm import load_tokenizer
+from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.request import FinishReason
 
 EXIT_FAILED = 1

@@ -14,7 +14,7 @@ from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.frontend import FrontEnd, Prepared
 from jaxserve.frontend.offline import Completion, TokenBar, run_all
-from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.request import InfeasibleError, SamplingParams
 
 Prompt = str | Mapping[str, Any]
@@ -138,14 +138,6 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
-    """The tokenizer that a configuration names; None with skip_tokenizer_init or when there is no directory to read."""
-    directory = config.tokenizer or config.model
-    if config.skip_tokenizer_init or directory is None:
-        return None
-    return Tokenizer(directory)
 
 
 def _start(

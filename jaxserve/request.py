@@ -201,8 +201,11 @@ def check_identity(name: str, value: str) -> None:
 
 
 def _check_number(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {value!r}; it must be a number")
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}; it must be a finite number")
+    _check_digits(name, value, high)
     if not (low < value if open_low else low <= value) or value > high:
         raise ValueError(
             f"{name} is {value}; it must be {'above' if open_low else 'at least'} {low:g} and at most {high:g}"
@@ -212,8 +215,15 @@ def _check_number(name: str, value: float, low: float, high: float, open_low: bo
 def _check_whole(name: str, value: int, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} is {value!r}; it must be a whole number")
+    _check_digits(name, value, high)
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}; it must be from {low} to {high}")
+
+
+def _check_digits(name: str, value: float, high: float) -> None:
+    """Refuses whole numbers too long to be compared with a float or printed."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise ValueError(f"{name} is a whole number of {value.bit_length()} bits; it must be at most {high:g}")
 
 
 def _check_stop_strings(stop: tuple[str, ...]) -> None:

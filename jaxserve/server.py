@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
 from jaxserve import gin_config
-from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.config import ServerConfig
 from jaxserve.engine.channel import EngineClient
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
-from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from server.grpc_server import GrpcServer
 from server.running_log import log_while_busy, seconds_since_start, start_lines
 
@@ -87,7 +87,7 @@ class _Server:
     async def _load(self) -> tuple[EngineClient, Tokenizer | None]:
         """The engine and the tokenizer, each loaded in a thread; the first error of either counts."""
         engine = _in_thread(lambda: _start_engine(self._config))
-        tokenizer = _in_thread(lambda: _load_tokenizer(self._config.engine))
+        tokenizer = _in_thread(lambda: load_tokenizer(self._config.engine))
         stop = asyncio.ensure_future(self._stop.wait())
         pending: set[asyncio.Future] = {engine, tokenizer}
         while pending:
@@ -157,13 +157,6 @@ def _start_engine(config: ServerConfig) -> EngineClient:
     if config.engine_process:
         return importlib.import_module("jaxserve.engine.process").EngineProcess(config.engine)
     return importlib.import_module("jaxserve.engine.inline").InlineEngine(config.engine)
-
-
-def _load_tokenizer(config: EngineConfig) -> Tokenizer | None:
-    directory = config.tokenizer or config.model
-    if config.skip_tokenizer_init or directory is None:
-        return None
-    return Tokenizer(directory)
 
 
 def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:

@@ -109,7 +109,12 @@ KNOWN = (
             "invalid_request",
             "temperature is nan; it must be a finite number",
         ),
-        (line("b", prompt="x", temperature=10**400), "b", "invalid_request", "a sampling parameter is out of range: "),
+        (
+            line("b", prompt="x", temperature=10**400),
+            "b",
+            "invalid_request",
+            "temperature is a whole number of 1329 bits",
+        ),
         (line("b", prompt="x", stop=7), "b", "invalid_request", "stop is 7; it must be text or a list of texts"),
         (line("b", prompt="x", stop=""), "b", "invalid_request", "stop has ''; each stop must be a string of at least"),
         (line("b", prompt="x", stop=[7]), "b", "invalid_request", "stop has 7; each stop must be a string of at least"),

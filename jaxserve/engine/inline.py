@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import time
 from collections.abc import Sequence
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.core import EngineCore
-from jaxserve.engine.messages import EngineReady, FromEngine, Shutdown, ToEngine
+from jaxserve.engine.messages import EngineFailed, EngineReady, FromEngine, Shutdown, ToEngine
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.protocol import Runner
+
+_log = logging.getLogger(__name__)
 
 
 class InlineEngine:
@@ -23,6 +26,7 @@ class InlineEngine:
         start = time.perf_counter()
         self.core = EngineCore(config, runner or ModelRunner(config, progress=progress))
         self.ready: EngineReady = self.core.ready(time.perf_counter() - start)
+        self._failed = False
         self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
 
     def send(self, message: ToEngine) -> None:
@@ -31,10 +35,17 @@ class InlineEngine:
     def receive(self) -> Sequence[FromEngine]:
         """Takes in what was sent, runs one step if there is work, and returns what came of it; empty when idle."""
         messages: list[FromEngine] = []
+        if self._failed:
+            return messages
         while not self._inbox.empty():
             messages.extend(self.core.handle(self._inbox.get()))
         if self.core.busy:
-            messages.extend(self.core.step())
+            try:
+                messages.extend(self.core.step())
+            except Exception as error:  # whatever it is, every request under way must learn of it
+                self._failed = True
+                _log.exception("an engine step failed")
+                messages.append(EngineFailed(f"engine step failed: {type(error).__name__}: {error}"))
         return messages
 
     def close(self) -> None:

@@ -109,10 +109,7 @@ def _parse_params(fields: Mapping[str, Any]) -> SamplingParams:
         raise ValueError("stop has ''; each stop must be a string of at least one character")
     if not isinstance(values.get("stop_token_ids", []), list):
         raise ValueError(f"stop_token_ids is {values['stop_token_ids']!r}; it must be a list of token ids")
-    try:
-        return SamplingParams(**values)
-    except OverflowError as error:  # a whole number of hundreds of digits, where a float is meant
-        raise ValueError(f"a sampling parameter is out of range: {error}") from error
+    return SamplingParams(**values)
 
 
 def _parse_prompt(prompt: Any) -> str | list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import tokenizers
 
+from jaxserve.config import EngineConfig
 from jaxserve.frontend.detokenizer import DecoderPlan, Detokenizer
 
 _OTHER_FORMATS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "tiktoken.model")
@@ -171,3 +172,11 @@ def _check_text(text: str) -> None:
 def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    """The tokenizer that a configuration names; None with skip_tokenizer_init or when there is no directory to read."""
+    directory = config.tokenizer or config.model
+    if config.skip_tokenizer_init or directory is None:
+        return None
+    return Tokenizer(directory)
