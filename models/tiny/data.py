@@ -103,7 +103,7 @@ class Mixer:
 
     def _draw(self, kind: str) -> Example:
         rng, cap = self.rng, self.caps[kind]
-        if kind == "add" and rng.random() < 0.8:  # two digits are a hundredth of the sums of three
+        if kind == "add" and rng.random() < 0.4:  # two digits are a hundredth of the sums of three
             size = cap
         else:
             size = rng.randint(1, cap if rng.random() < 0.6 else -(-cap // 3))
