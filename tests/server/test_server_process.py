@@ -62,7 +62,7 @@ def test_start_log_and_a_drain_that_ends_well(echo):
     assert "greatest concurrency at max_model_len 512: 0.5 requests (max_num_seqs 8)" in log
     assert "compiled 7 executables in 1.5 s" in log
     with Client(address) as client:
-        assert client.model_info().name == "tiny/checkpoint"
+        assert client.model_info().name == "tiny"
         process.order("pause")
         answer = in_background(lambda: client.generate_text("secret", GREEDY))
         process.order("wait 1")

@@ -1,0 +1,113 @@
+"""The shipped model as an oracle: its tasks have one right answer each, so a wrong page, slot or position shows as one.
+
+The answers come from the task generators, not from the engine; the examples are held out from training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import random
+
+import pytest
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.engine.inline import InlineEngine
+from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.runner.model_runner import ModelRunner
+from models.tiny.tasks import KINDS, MAX_SIZE, generate_split
+
+CHECKPOINT = pathlib.Path(__file__).parents[1] / "models" / "tiny" / "checkpoint"
+CONFIG = EngineConfig(
+    model=str(CHECKPOINT),
+    scheduler=SchedulerConfig(max_num_seqs=32, max_num_batched_tokens=256),
+    cache=CacheConfig(num_pages=1025),
+    token_buckets=(8, 32, 256),
+    row_buckets=(8, 32),
+)
+PER_KIND = 24
+GREEDY = SamplingParams(temperature=0.0, max_tokens=300)
+SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, top_k=40, min_p=0.01, seed=11, max_tokens=60)
+
+
+class WithPool:
+    """The same runner, but its engine is told of fewer pages."""
+
+    def __init__(self, runner: ModelRunner, num_pages: int):
+        self._runner = runner
+        self.info = dataclasses.replace(runner.info, num_pages=num_pages)
+        self.dispatch, self.collect = runner.dispatch, runner.collect
+
+    @property
+    def num_compilations(self) -> int:
+        return self._runner.num_compilations
+
+    @property
+    def compile_misses(self) -> int:
+        return self._runner.compile_misses
+
+
+@pytest.fixture(scope="module")
+def runner() -> ModelRunner:
+    return ModelRunner(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def examples() -> dict[str, list[tuple[str, str]]]:
+    rng = random.Random(7)
+    return {
+        kind: [generate_split(kind, rng, rng.randint(1, MAX_SIZE[kind]), held_out=True) for _ in range(PER_KIND)]
+        for kind in KINDS
+    }
+
+
+def start(runner: ModelRunner, num_pages: int | None = None, **limits: int) -> tuple[LLM, InlineEngine]:
+    config = dataclasses.replace(CONFIG, scheduler=dataclasses.replace(CONFIG.scheduler, **limits))
+    engine = InlineEngine(config, runner if num_pages is None else WithPool(runner, num_pages))
+    return LLM(client=engine, tokenizer=Tokenizer(CHECKPOINT)), engine
+
+
+def ids(llm: LLM, prompts: list[str], params: SamplingParams) -> list[tuple[int, ...]]:
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_held_out_examples_are_answered(runner, examples, kind):
+    llm, engine = start(runner)
+    prompts, answers = zip(*examples[kind], strict=True)
+    outputs = llm.generate(list(prompts), GREEDY, use_tqdm=False)
+    right = sum(output.outputs[0].text == answer for output, answer in zip(outputs, answers, strict=True))
+    assert right >= PER_KIND - 3, [
+        (answer, output.outputs[0].text) for output, answer in zip(outputs, answers, strict=True)
+    ]
+    assert all(output.outputs[0].finish_reason == "stop" for output in outputs if output.outputs[0].text in answers)
+    engine.core.check_integrity()
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_chunks_and_preemption_change_no_token(runner, examples, params):
+    prompts = [prompt for kind in KINDS for prompt, _ in examples[kind][:6]]
+    llm, _ = start(runner)
+    batched = ids(llm, prompts, params)
+    assert [ids(llm, [prompt], params)[0] for prompt in prompts[::6]] == batched[::6]
+    chunked, _ = start(runner, long_prefill_token_threshold=16)
+    assert ids(chunked, prompts, params) == batched
+    tight, engine = start(runner, num_pages=36)
+    assert ids(tight, prompts, params) == batched
+    assert engine.core.stats().num_preemptions >= 10
+    assert engine.core.stats().pages_used == 0
+
+
+def test_an_emoji_split_over_tokens_arrives_whole(runner):
+    llm, _ = start(runner)
+    (output,) = llm.generate(["copy: ok 🙂 ok\n"], GREEDY, use_tqdm=False)
+    assert output.outputs[0].text == "ok 🙂 ok"
+    assert len(output.outputs[0].token_ids) == len("ok 🙂 ok".encode()) + 1
+
+
+def test_a_stop_string_over_several_tokens_ends_the_text(runner):
+    llm, _ = start(runner)
+    params = dataclasses.replace(GREEDY, stop=("lo w",))
+    (output,) = llm.generate(["copy: hello world\n"], params, use_tqdm=False)
+    assert (output.outputs[0].text, output.outputs[0].finish_reason) == ("hel", "stop")
