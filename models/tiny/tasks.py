@@ -70,9 +70,14 @@ def make_sort(rng: random.Random, size: int) -> tuple[str, str]:
 
 
 def make_add(rng: random.Random, size: int) -> tuple[str, str]:
-    """Two numbers of at most `size` digits; half the time both have exactly that many."""
-    low = 10 ** (size - 1) if rng.random() < 0.5 and size > 1 else 0
-    left, right = rng.randrange(low, 10**size), rng.randrange(low, 10**size)
+    """Two numbers of at most `size` digits: both of that many, any two below 10 ** size, or of any two lengths."""
+    style = rng.random()
+    if style < 0.4 and size > 1:
+        left, right = (rng.randrange(10 ** (size - 1), 10**size) for _ in range(2))
+    elif style < 0.6:
+        left, right = (rng.randrange(10**size) for _ in range(2))
+    else:
+        left, right = (rng.randrange(10 ** rng.randint(1, size)) for _ in range(2))
     return f"add: {left}+{right}\n", str(left + right)
 
 
