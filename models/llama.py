@@ -34,11 +34,23 @@ def contract(x: jax.Array, weight: jax.Array, axes: int = 1) -> jax.Array:
     """Dot of the last `axes` axes of x and weight, accumulated and returned in float32: [..., out...].
 
     The operands keep their dtype. What a float32 dot multiplies in (a GPU may use TF32, training uses bfloat16) is
-    the caller's `jax.default_matmul_precision`.
+    the caller's `jax.default_matmul_precision`. The weight goes into the dot as a matrix: from one with more axes XLA's
+    CPU backend makes a transposed copy, every time.
     """
-    lhs = tuple(range(x.ndim - axes, x.ndim))
-    rhs = tuple(range(weight.ndim - axes, weight.ndim))
-    return jax.lax.dot_general(x, weight, ((lhs, rhs), ((), ())), preferred_element_type=jnp.float32)
+    matrix = weight.reshape(-1, math.prod(weight.shape[-axes:]))
+    x = x.reshape(*x.shape[: x.ndim - axes], -1)
+    y = jax.lax.dot_general(x, matrix, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return y.reshape(*y.shape[:-1], *weight.shape[:-axes])
+
+
+def contract_each(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """`contract` of x with each of weights [N, out, in]: float32 [N, ..., out].
+
+    N is a batch axis and not part of the rows, so that `out` can be split over devices as it is stored.
+    """
+    axis = x.ndim
+    each = jnp.broadcast_to(x, (weights.shape[0], *x.shape))
+    return jax.lax.dot_general(each, weights, (((axis,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
@@ -124,10 +136,10 @@ class MLP(nnx.Module):
         self.down_bias = nnx.Param(jnp.zeros((hidden,), dtype)) if config.mlp_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate_up = contract(x, self.gate_up[...])
+        gate, up = contract_each(x, self.gate_up[...])
         if self.gate_up_bias is not None:
-            gate_up += self.gate_up_bias[...].astype(jnp.float32)
-        gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
+            gate_bias, up_bias = self.gate_up_bias[...].astype(jnp.float32)
+            gate, up = gate + gate_bias, up + up_bias
         y = contract((jax.nn.silu(gate) * up).astype(x.dtype), self.down[...])
         if self.down_bias is not None:
             y += self.down_bias[...].astype(jnp.float32)
