@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxserve.config import EngineConfig
 from jaxserve.request import MAX_STOP_TOKEN_IDS
 from jaxserve.runner.compiler import CompilationCounter, CompileMissError, ProgramSet, compile_all, keep_compilations
+from jaxserve.runner.host_memory import keep_freed_memory
 from jaxserve.runner.layout import STOP_WIDTH, forward_layout, sample_layout
 from jaxserve.runner.memory import size_pool
 from jaxserve.runner.packing import pack_forward, pack_sample
@@ -52,6 +53,8 @@ class ModelRunner:
             loading = loader.submit(_weights, config, self._shapes, mesh)
             self._programs = compile_all(self._shapes, mesh, progress=progress)
             self._params = loading.result()
+        if mesh.devices.flat[0].platform == "cpu":
+            keep_freed_memory()
         self._pools = [
             jnp.zeros(pool.shape, pool.dtype, device=pool.sharding) for pool in abstract_pools(self._shapes, mesh)
         ]

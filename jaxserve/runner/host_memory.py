@@ -1,0 +1,31 @@
+"""The C library's memory allocator, told to keep what it has.
+
+XLA's CPU backend allocates every program's temporaries anew in each step. glibc hands blocks of that size back to the
+kernel when they are freed, so that each step pays for its pages a second time: a fault and a cleared page every 4 KiB,
+a quarter of the sampler's time and a tenth of a 512-token step of a 153M model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+# Numbers of mallopt's parameters in glibc's malloc.h.
+_TRIM_THRESHOLD = -1
+_MMAP_MAX = -4
+_ARENA_MAX = -8
+
+
+def keep_freed_memory() -> bool:
+    """Makes the allocator of this process reuse freed memory instead of returning it; False where there is no mallopt.
+
+    One arena, because only the main one serves blocks above 32 MiB without mmap. For the whole process, and for good.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1))
+    results = [mallopt(parameter, value) for parameter, value in settings]
+    return all(results)
