@@ -1,0 +1,174 @@
+"""Held-out exact match of the default model through its gRPC server: `python -m benchmarks.exact_match`.
+
+Starts `jaxserve.server` on a free port (or takes --address) and keeps 64 streams open until every example of every task
+kind is answered, kinds mixed. An answer counts when its text is the right one to the letter and it ended by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import os
+import pathlib
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks import report
+from jaxserve.request import FinishReason, SamplingParams
+from models.tiny.tasks import KINDS, MAX_SIZE, generate_split
+from server.client import AsyncClient, Completion
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A prompt and its one right answer."""
+
+    kind: str
+    prompt: str
+    answer: str
+
+
+def held_out(per_kind: int, seed: int, scale: float) -> list[Example]:
+    """`per_kind` examples of each kind, sizes uniform up to `scale` times the largest trained, in random order."""
+    rng = random.Random(seed)
+    examples = []
+    for kind in KINDS:
+        largest = max(1, round(MAX_SIZE[kind] * scale))
+        sizes = (rng.randint(1, largest) for _ in range(per_kind))
+        examples.extend(Example(kind, *generate_split(kind, rng, size, held_out=True)) for size in sizes)
+    rng.shuffle(examples)
+    return examples
+
+
+@contextlib.contextmanager
+def server(config: str, overrides: list[str]) -> Iterator[str]:
+    """A server process on a free port; yields its address and ends it with SIGTERM."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxserve.server",
+        "--config",
+        config,
+        f"--gin.ServerConfig.port={port}",
+        *overrides,
+    ]
+    process = subprocess.Popen(command, cwd=report.ROOT, env=os.environ | {"PYTHONPATH": str(report.ROOT)})
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+async def ask_all(
+    address: str, examples: list[Example], streams: int, max_tokens: int, patience: float
+) -> tuple[list[Completion], dict[str, Any]]:
+    """The completion of every example in order, and figures of the run; `streams` requests are open at a time."""
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    gate = asyncio.Semaphore(streams)
+    open_now = most = 0
+
+    async with AsyncClient(address) as client:
+        await client.wait_ready(patience)
+
+        async def ask(example: Example) -> Completion:
+            nonlocal open_now, most
+            async with gate:
+                open_now += 1
+                most = max(most, open_now)
+                try:
+                    return await client.generate_text(example.prompt, params)
+                finally:
+                    open_now -= 1
+
+        start = time.perf_counter()
+        completions = await asyncio.gather(*(ask(example) for example in examples))
+        seconds = time.perf_counter() - start
+    prompt = sum(completion.usage.prompt_tokens for completion in completions)
+    output = sum(completion.usage.output_tokens for completion in completions)
+    return completions, {
+        "seconds": seconds,
+        "requests_per_second": len(examples) / seconds,
+        "output_tokens_per_second": output / seconds,
+        "total_tokens_per_second": (prompt + output) / seconds,
+        "input_tokens": prompt,
+        "output_tokens": output,
+        "max_concurrent_requests": most,
+    }
+
+
+def score(examples: list[Example], completions: list[Completion]) -> list[dict[str, Any]]:
+    """Per kind: examples, exact answers, per cent and mean output tokens."""
+    rows = []
+    for kind in KINDS:
+        pairs = [
+            (example, completion)
+            for example, completion in zip(examples, completions, strict=True)
+            if example.kind == kind
+        ]
+        exact = sum(
+            completion.text == example.answer and completion.finish_reason is FinishReason.STOP
+            for example, completion in pairs
+        )
+        rows.append(
+            {
+                "kind": kind,
+                "examples": len(pairs),
+                "exact": exact,
+                "per_cent": 100 * exact / len(pairs),
+                "mean_prompt_tokens": sum(one.usage.prompt_tokens for _, one in pairs) / len(pairs),
+                "mean_output_tokens": sum(one.usage.output_tokens for _, one in pairs) / len(pairs),
+            }
+        )
+    return rows
+
+
+def main() -> int:
+    """Prints the table and writes the result; exit status 1 where fewer than six kinds reach --at-least."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--address", help="HOST:PORT of a running server; without it one is started")
+    parser.add_argument("--config", default="tiny.gin")
+    parser.add_argument(
+        "--gin", action="append", default=[], metavar="BINDING=VALUE", help="for the server; may repeat"
+    )
+    parser.add_argument("--per-kind", type=int, default=200)
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=400)
+    parser.add_argument("--scale", type=float, default=1.0, help="largest size, as a share of the largest trained")
+    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--patience", type=float, default=600.0, help="seconds to wait for the server")
+    parser.add_argument("--at-least", type=float, default=95.0, help="per cent that six kinds must reach")
+    options = parser.parse_args()
+    examples = held_out(options.per_kind, options.seed, options.scale)
+    overrides = [f"--gin.{binding}" for binding in options.gin]
+    running = contextlib.nullcontext(options.address) if options.address else server(options.config, overrides)
+    with running as address:
+        completions, figures = asyncio.run(
+            ask_all(address, examples, options.streams, options.max_tokens, options.patience)
+        )
+    rows = score(examples, completions)
+    settings = {name: value for name, value in vars(options).items() if name != "address"}
+    settings["config"] = pathlib.PurePath(options.config).name
+    path = report.write("exact_match", settings, {"kinds": rows, "throughput": figures})
+    print(report.describe())
+    print(report.table(list(rows[0]), [list(row.values()) for row in rows]))
+    print(", ".join(f"{name} {value:,.1f}" for name, value in figures.items()))
+    print(f"written: {path}")
+    reached = sum(row["per_cent"] >= options.at_least for row in rows)
+    if reached < 6:
+        return report.fail(f"{reached} kinds reach {options.at_least:g} %; at least six are wanted")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,280 @@
+"""Tokens do not depend on scheduling: `python -m benchmarks.identity` shows it on the shipped model (or --config NAME).
+
+The same prompts run alone (one at a time), batched, in chunks of 16 tokens, and over a pool so small that requests are
+preempted; greedy and seeded sampling each. Then random requests must compile nothing, and cancels must leave the pool
+whole. Exit status 1 where any claim does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import report
+from jaxserve import gin_config
+from jaxserve.config import EngineConfig
+from jaxserve.engine.inline import InlineEngine
+from jaxserve.engine.messages import AbortRequest, AddRequest, EngineStats, RequestOutput
+from jaxserve.frontend.tokenizer import load_tokenizer
+from jaxserve.request import EngineRequest, FinishReason
+from models.tiny.tasks import KINDS, MAX_SIZE, generate_split
+
+CHUNK = 16
+Tokens = dict[str, tuple[int, ...]]
+
+
+def task_prompts(config: EngineConfig, count: int, seed: int) -> list[tuple[int, ...]] | None:
+    """Held-out tasks of every kind in turn, as token ids; None where the model is not the shipped one."""
+    if config.skip_tokenizer_init or not (config.model or "").replace("\\", "/").endswith("models/tiny/checkpoint"):
+        return None
+    tokenizer = load_tokenizer(config)
+    assert tokenizer is not None
+    rng = random.Random(seed)
+    kinds = [KINDS[number % len(KINDS)] for number in range(count)]
+    return [
+        tuple(tokenizer.encode(generate_split(kind, rng, rng.randint(1, MAX_SIZE[kind]), held_out=True)[0]))
+        for kind in kinds
+    ]
+
+
+def random_prompts(vocab_size: int, count: int, seed: int) -> list[tuple[int, ...]]:
+    """Prompts of 8 to 256 random ids."""
+    rng = random.Random(seed)
+    return [tuple(rng.randrange(vocab_size) for _ in range(rng.randint(8, 256))) for _ in range(count)]
+
+
+def make_requests(prompts: Sequence[tuple[int, ...]], name: str, *, sampled: bool, seed: int) -> list[EngineRequest]:
+    """One request a prompt, of 16 to 48 new tokens that no stop id ends; the parameters of sampling vary."""
+    rng = random.Random(seed)
+    requests = []
+    for number, prompt in enumerate(prompts):
+        request = EngineRequest(f"{name}-{number}", prompt, rng.randint(16, 48), seed=rng.randrange(2**63))
+        if sampled:
+            request = dataclasses.replace(
+                request,
+                temperature=rng.choice((0.7, 1.0, 1.5)),
+                top_k=rng.choice((0, 5, 40)),
+                top_p=rng.choice((0.8, 0.95, 1.0)),
+                min_p=rng.choice((0.0, 0.05)),
+            )
+        requests.append(request)
+    return requests
+
+
+def collect(engine: InlineEngine, tokens: dict[str, list[int]]) -> tuple[list[RequestOutput], EngineStats | None]:
+    """One call of `receive`: appends new ids to `tokens`; returns the final outputs and the last statistics."""
+    finished, stats = [], None
+    for message in engine.receive():
+        if isinstance(message, EngineStats):
+            stats = message
+        elif isinstance(message, RequestOutput):
+            tokens.setdefault(message.request_id, []).extend(message.token_ids)
+            if message.finish_reason is FinishReason.ERROR:
+                raise RuntimeError(f"{message.request_id}: {message.error}")
+            if message.finish_reason is not None:
+                finished.append(message)
+    return finished, stats
+
+
+def run(engine: InlineEngine, requests: Sequence[EngineRequest], *, alone: bool = False) -> Tokens:
+    """The tokens of every request; `alone` sends one when the one before has ended."""
+    tokens: dict[str, list[int]] = {}
+    for group in [[request] for request in requests] if alone else [requests]:
+        for request in group:
+            engine.send(AddRequest(request))
+        while engine.core.busy:
+            collect(engine, tokens)
+    engine.core.check_integrity()
+    return {name: tuple(ids) for name, ids in tokens.items()}
+
+
+def small_pool(config: EngineConfig, prompts: Sequence[tuple[int, ...]]) -> int:
+    """Pages for about three of the longest requests, the null page included."""
+    longest = max(len(prompt) for prompt in prompts) + 48
+    return 3 * -(-longest // config.cache.page_size) + 1
+
+
+def variants(config: EngineConfig, prompts: Sequence[tuple[int, ...]]) -> list[tuple[str, EngineConfig, bool]]:
+    """(name, configuration, one at a time) of every way to run the prompts; the first is the reference."""
+    chunked = dataclasses.replace(config.scheduler, long_prefill_token_threshold=CHUNK)
+    tight = dataclasses.replace(config.cache, num_pages=small_pool(config, prompts))
+    return [
+        ("alone", config, True),
+        ("batched", config, False),
+        (f"chunks of {CHUNK}", dataclasses.replace(config, scheduler=chunked), False),
+        ("small pool", dataclasses.replace(config, cache=tight), False),
+    ]
+
+
+def compare(config: EngineConfig, prompts: Sequence[tuple[int, ...]], seed: int) -> list[dict[str, Any]]:
+    """Runs every variant with a new engine; what it gave beside the reference."""
+    reference: dict[bool, Tokens] = {}
+    results = []
+    engine, current = None, None
+    for name, variant, alone in variants(config, prompts):
+        if engine is None or variant != current:
+            if engine is not None:
+                engine.close()
+            engine, current = InlineEngine(variant), variant
+        for sampled in (False, True):
+            before, start = engine.core.stats(), time.perf_counter()
+            got = run(engine, make_requests(prompts, "request", sampled=sampled, seed=seed), alone=alone)
+            after = engine.core.stats()
+            expected = reference.setdefault(sampled, got)
+            results.append(
+                {
+                    "way": name,
+                    "sampling": "seeded" if sampled else "greedy",
+                    "identical": sum(got[one] == expected[one] for one in expected),
+                    "requests": len(expected),
+                    "tokens": sum(map(len, got.values())),
+                    "steps": after.num_steps - before.num_steps,
+                    "preemptions": after.num_preemptions - before.num_preemptions,
+                    "seconds": time.perf_counter() - start,
+                }
+            )
+            print(f"{name}, {results[-1]['sampling']}: {results[-1]['identical']}/{len(expected)}", flush=True)
+    assert engine is not None
+    engine.close()
+    return results
+
+
+def random_requests(engine: InlineEngine, count: int, seed: int) -> list[EngineRequest]:
+    """Requests of any length that fits and any sampling parameters."""
+    rng = random.Random(seed)
+    ready = engine.ready
+    longest = min(ready.max_model_len, 512)
+    requests = []
+    for number in range(count):
+        prompt = tuple(rng.randrange(ready.vocab_size) for _ in range(rng.randint(1, longest - 40)))
+        stop = tuple(rng.randrange(ready.vocab_size) for _ in range(rng.choice((0, 0, 3))))
+        requests.append(
+            EngineRequest(
+                f"random-{number}",
+                prompt,
+                rng.randint(1, 40),
+                temperature=rng.choice((0.0, 1.0)),
+                top_k=rng.choice((0, 20)),
+                top_p=rng.choice((0.9, 1.0)),
+                seed=number,
+                min_tokens=rng.choice((0, 4)) if stop else 0,
+                stop_token_ids=stop,
+            )
+        )
+    return [dataclasses.replace(one, max_tokens=max(one.max_tokens, one.min_tokens)) for one in requests]
+
+
+def check_compilations(engine: InlineEngine, count: int, seed: int) -> dict[str, Any]:
+    """Runs random requests in waves; compilations and executables before and after."""
+    before = engine.core.stats()
+    rng = random.Random(seed)
+    left = random_requests(engine, count, seed)
+    while left:
+        wave, left = left[: (size := rng.randint(1, 100))], left[size:]
+        run(engine, wave)
+    after = engine.core.stats()
+    names = ("num_compilations", "num_executables", "compile_misses")
+    return {
+        "requests": count,
+        "before": {name: getattr(before, name) for name in names},
+        "after": {name: getattr(after, name) for name in names},
+        "unchanged": all(getattr(before, name) == getattr(after, name) for name in names),
+    }
+
+
+def check_cancels(engine: InlineEngine, count: int, seed: int) -> dict[str, Any]:
+    """Cancels requests at random moments of their lives; the pool must follow within one step.
+
+    After the one step that may follow a cancel, `check_integrity` asserts that the pages in use are exactly those of
+    the requests still alive, and the cancelled request must have had its final reply.
+    """
+    rng = random.Random(seed)
+    requests = random_requests(engine, count, seed + 1)
+    waiting, alive = list(requests), []
+    cancelled = finished_first = late = 0
+    tokens: dict[str, list[int]] = {}
+    while waiting or alive:
+        while waiting and len(alive) < 48 and rng.random() < 0.7:
+            request = dataclasses.replace(waiting.pop(), stop_token_ids=(), min_tokens=0, max_tokens=200)
+            engine.send(AddRequest(request))
+            alive.append(request.request_id)
+        victim = alive.pop(rng.randrange(len(alive))) if alive and rng.random() < 0.6 else None
+        if victim is not None:
+            engine.send(AbortRequest(victim))
+        finished, _ = collect(engine, tokens)
+        engine.core.check_integrity()
+        reasons = {output.request_id: output.finish_reason for output in finished}
+        if victim is not None:
+            cancelled += reasons.get(victim) is FinishReason.ABORT
+            finished_first += reasons.get(victim) is FinishReason.LENGTH
+            late += victim not in reasons
+        alive = [name for name in alive if name not in reasons]
+        finished_first += sum(name != victim for name in reasons)
+    while engine.core.busy:
+        collect(engine, tokens)
+    stats, pages = engine.core.stats(), engine.ready.num_pages
+    return {
+        "requests": count,
+        "cancelled": cancelled,
+        "finished_first": finished_first,
+        "replies_later_than_one_step": late,
+        "pages_used_at_the_end": stats.pages_used,
+        "pages_free_or_cached_at_the_end": stats.pages_free + stats.pages_cached,
+        "pages": pages,
+        "whole": late == 0 and stats.pages_used == 0 and stats.pages_free + stats.pages_cached == pages,
+    }
+
+
+def main() -> int:
+    """Prints the tables and writes the result; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a checkpoint directory in place of the configuration's")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--random-requests", type=int, default=500)
+    parser.add_argument("--cancels", type=int, default=200)
+    parser.add_argument("--min-preemptions", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    options, server, _ = gin_config.load_from_command_line(parser)
+    config = server.engine
+    if options.model is not None:
+        config = dataclasses.replace(config, model=options.model, tokenizer=None, architecture=None)
+    engine = InlineEngine(config)
+    prompts = task_prompts(config, options.prompts, options.seed)
+    source = "held-out tasks" if prompts else "random ids"
+    prompts = prompts or random_prompts(engine.ready.vocab_size, options.prompts, options.seed)
+    compiled = check_compilations(engine, options.random_requests, options.seed)
+    cancels = check_cancels(engine, options.cancels, options.seed)
+    engine.close()
+    del engine
+    results = compare(config, prompts, options.seed)
+
+    failures = [row for row in results if row["identical"] != row["requests"]]
+    preempted = [row["preemptions"] for row in results if row["way"] == "small pool"]
+    own = {"model": "given" if options.model else "the configuration's", "prompts_from": source}
+    settings = vars(options) | own | {"config": pathlib.PurePath(options.config).name}
+    document = {"identity": results, "compilations": compiled, "cancels": cancels}
+    path = report.write(f"identity_jax{report.versions()['jax']}", settings, document)
+    print(f"{report.describe()}\n{options.prompts} prompts: {source}")
+    header = ("", "sampling", "identical", "tokens", "steps", "preemptions", "seconds")
+    rows = [
+        (row["way"], row["sampling"], f"{row['identical']}/{row['requests']}", *(row[name] for name in header[3:]))
+        for row in results
+    ]
+    print(report.table(header, rows))
+    print(f"random requests after warm-up: {compiled}")
+    print(f"cancels: {cancels}")
+    print(f"written: {path}")
+    if failures or not compiled["unchanged"] or not cancels["whole"]:
+        return report.fail("NOT identical, or something was compiled, or the pool is not whole")
+    if min(preempted) < options.min_preemptions:
+        return report.fail(f"only {min(preempted)} preemptions; at least {options.min_preemptions} are wanted")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,60 @@
+"""Hugging Face directories of random weights, for measurements that need a model's shape and not its sense."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from models.config import ModelConfig
+from models.llama import hf_weights
+
+LLAMA_153M: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "bfloat16",
+}
+"""The config.json of the 153 million parameter Llama that peers were measured on."""
+
+
+def write_checkpoint(directory: pathlib.Path, raw: dict[str, Any], seed: int = 0) -> None:
+    """Writes config.json and a model.safetensors of bfloat16 weights drawn from a normal distribution.
+
+    The file is written header first and tensor by tensor, as the format says
+    (https://github.com/huggingface/safetensors#format). Norm scales are 1, so that activations keep their size.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    slices = [part for parts in hf_weights(ModelConfig.from_directory(directory)).values() for part in parts]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for part in slices:
+        begin, end = end, end + 2 * math.prod(part.shape)
+        header[part.tensor] = {"dtype": "BF16", "shape": list(part.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    rng = np.random.default_rng(seed)
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for part in slices:
+            if len(part.shape) == 1:
+                values = np.ones(part.shape, np.float32)
+            else:
+                values = rng.standard_normal(part.shape, np.float32) / math.sqrt(part.shape[-1])
+            file.write(values.astype(ml_dtypes.bfloat16).tobytes())
