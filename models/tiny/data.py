@@ -152,13 +152,22 @@ def pack(bins: list[list[Example]], length: int) -> Batch:
 
 
 def held_out_batches(seed: int, caps: Mapping[str, int], per_kind: int, rows: int, length: int) -> list[Batch]:
-    """`per_kind` held-out examples of each kind, sizes uniform from 1 to the cap (and to what fits the row)."""
+    """`per_kind` distinct held-out examples of each kind, sizes uniform from 1 to the cap (and to what fits the row).
+
+    Sizes that have few prompts (sums of single digits: a handful) therefore count little. Where even 100 draws find
+    nothing new, an example is taken twice.
+    """
     batches, bins, room = [], [], 0
     for kind in KINDS:
         rng = random.Random(f"held-out-{seed}-{kind}")
         cap = min(caps[kind], largest_size(kind, length))
+        seen: set[tuple[int, ...]] = set()
         for _ in range(per_kind):
-            example = make_example(kind, rng, rng.randint(1, cap), held_out=True)
+            for _ in range(100):
+                example = make_example(kind, rng, rng.randint(1, cap), held_out=True)
+                if tuple(example.ids) not in seen:
+                    break
+            seen.add(tuple(example.ids))
             if not bins or room < len(example.ids) - 1:
                 bins.append([])
                 room = length

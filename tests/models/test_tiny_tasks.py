@@ -186,12 +186,16 @@ def test_packed_rows_hold_every_example_once():
 
 
 def test_held_out_batches_cover_every_kind():
-    counts = dict.fromkeys(KINDS, 0)
+    counts, texts = dict.fromkeys(KINDS, 0), set()
     for batch in held_out_batches(0, MAX_SIZE, 5, 4, 384):
-        for kinds_of_row in batch.kinds:
-            for kind in kinds_of_row:
+        for row, kinds_of_row in enumerate(batch.kinds):
+            for segment, kind in enumerate(kinds_of_row, start=1):
                 counts[kind] += 1
+                text = TOKENIZER.decode(batch.tokens[row][batch.segments[row] == segment].tolist())
+                assert is_held_out(text)
+                texts.add(text)
     assert counts == dict.fromkeys(KINDS, 5)
+    assert len(texts) == 5 * len(KINDS)
 
 
 @shipped
