@@ -19,7 +19,7 @@ from benchmarks import report
 from jaxserve import gin_config
 from jaxserve.config import EngineConfig
 from jaxserve.engine.inline import InlineEngine
-from jaxserve.engine.messages import AbortRequest, AddRequest, EngineStats, RequestOutput
+from jaxserve.engine.messages import AbortRequest, AddRequest, EngineFailed, EngineStats, RequestOutput
 from jaxserve.frontend.tokenizer import load_tokenizer
 from jaxserve.request import EngineRequest, FinishReason
 from models.tiny.tasks import KINDS, MAX_SIZE, generate_split
@@ -72,6 +72,8 @@ def collect(engine: InlineEngine, tokens: dict[str, list[int]]) -> tuple[list[Re
     for message in engine.receive():
         if isinstance(message, EngineStats):
             stats = message
+        elif isinstance(message, EngineFailed):
+            raise RuntimeError(message.error)
         elif isinstance(message, RequestOutput):
             tokens.setdefault(message.request_id, []).extend(message.token_ids)
             if message.finish_reason is FinishReason.ERROR:
@@ -85,11 +87,18 @@ def run(engine: InlineEngine, requests: Sequence[EngineRequest], *, alone: bool 
     """The tokens of every request; `alone` sends one when the one before has ended."""
     tokens: dict[str, list[int]] = {}
     for group in [[request] for request in requests] if alone else [requests]:
+        unfinished = {request.request_id for request in group}
         for request in group:
             engine.send(AddRequest(request))
-        while engine.core.busy:
-            collect(engine, tokens)
+        while unfinished:
+            finished, _ = collect(engine, tokens)
+            unfinished -= {output.request_id for output in finished}
+    while engine.core.busy:  # the step in flight, whose ids no one waits for any more
+        collect(engine, tokens)
     engine.core.check_integrity()
+    for request in requests:
+        if not request.stop_token_ids and len(tokens[request.request_id]) != request.max_tokens:
+            raise RuntimeError(f"{request.request_id} ended before its {request.max_tokens} tokens")
     return {name: tuple(ids) for name, ids in tokens.items()}
 
 
@@ -144,7 +153,7 @@ def compare(config: EngineConfig, prompts: Sequence[tuple[int, ...]], seed: int)
     return results
 
 
-def random_requests(engine: InlineEngine, count: int, seed: int) -> list[EngineRequest]:
+def random_requests(engine: InlineEngine, name: str, count: int, seed: int) -> list[EngineRequest]:
     """Requests of any length that fits and any sampling parameters."""
     rng = random.Random(seed)
     ready = engine.ready
@@ -155,7 +164,7 @@ def random_requests(engine: InlineEngine, count: int, seed: int) -> list[EngineR
         stop = tuple(rng.randrange(ready.vocab_size) for _ in range(rng.choice((0, 0, 3))))
         requests.append(
             EngineRequest(
-                f"random-{number}",
+                f"{name}-{number}",
                 prompt,
                 rng.randint(1, 40),
                 temperature=rng.choice((0.0, 1.0)),
@@ -173,7 +182,7 @@ def check_compilations(engine: InlineEngine, count: int, seed: int) -> dict[str,
     """Runs random requests in waves; compilations and executables before and after."""
     before = engine.core.stats()
     rng = random.Random(seed)
-    left = random_requests(engine, count, seed)
+    left = random_requests(engine, "random", count, seed)
     while left:
         wave, left = left[: (size := rng.randint(1, 100))], left[size:]
         run(engine, wave)
@@ -194,7 +203,7 @@ def check_cancels(engine: InlineEngine, count: int, seed: int) -> dict[str, Any]
     the requests still alive, and the cancelled request must have had its final reply.
     """
     rng = random.Random(seed)
-    requests = random_requests(engine, count, seed + 1)
+    requests = random_requests(engine, "cancel", count, seed + 1)
     waiting, alive = list(requests), []
     cancelled = finished_first = late = 0
     tokens: dict[str, list[int]] = {}

@@ -24,7 +24,7 @@ from benchmarks import report
 from benchmarks.random_checkpoint import LLAMA_153M, write_checkpoint
 from jaxserve.config import EngineConfig
 from jaxserve.engine.inline import InlineEngine
-from jaxserve.engine.messages import AddRequest, RequestOutput
+from jaxserve.engine.messages import AddRequest, EngineFailed, RequestOutput
 from jaxserve.recorder import StepRecorded
 from jaxserve.request import EngineRequest
 
@@ -108,6 +108,8 @@ def run_jaxserve(engine: InlineEngine, work: Work, label: str) -> float:
     made = 0
     while messages := engine.receive():
         for message in messages:
+            if isinstance(message, EngineFailed):
+                raise RuntimeError(message.error)
             if isinstance(message, RequestOutput):
                 made += len(message.token_ids)
                 if message.error:
