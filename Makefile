@@ -59,7 +59,7 @@ venv: $(TEST_STAMP)
 # of its own: generated code refuses a grpcio or protobuf older than its compiler's (lower bounds in pyproject.toml).
 protos:
 	$(MAKE) .venv-protos/bin/python VENV=.venv-protos
-	.venv-protos/bin/python -m pip --disable-pip-version-check install -q grpcio-tools==1.80.0
+	.venv-protos/bin/python -m pip --disable-pip-version-check install -q $(PROTOC)
 	.venv-protos/bin/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
 	    $$(find server/protos -name '*.proto' | sort)
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from jaxserve import gin_config
-from jaxserve.config import EngineConfig
+from jaxserve.config import ServerConfig
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.batch_files import (
@@ -158,10 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jaxserve.batch", description="Serves a file of OpenAI batch lines.")
     parser.add_argument("--input", required=True, metavar="FILE", help="batch lines: custom_id, method, url, body")
     parser.add_argument("--output", required=True, metavar="FILE", help="results; an existing file is resumed")
-    parsed, config, _ = gin_config.load_from_command_line(parser, arguments)
+    parsed, config, operative = gin_config.load_from_command_line(parser, arguments)
     try:
         with open_input(parsed.input) as source, contextlib.closing(OutputFile(parsed.output, parsed.input)) as output:
-            return _serve(config.engine, config.served_model_name, source, output)
+            return _serve(config, operative, source, output)
     except (ValueError, OSError, MemoryError) as error:  # files, checkpoint or tokenizer
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -169,13 +169,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _serve(config: EngineConfig, name: str | None, source: BinaryIO, output: OutputFile) -> int:
+def _serve(config: ServerConfig, operative: str, source: BinaryIO, output: OutputFile) -> int:
+    engine = config.engine
     total = count_lines(source)
     if len(output.done):
         _say(f"resuming: {len(output.done)} results are in the output already")
-    tokenizer = load_tokenizer(config)
-    client = InlineEngine(config, progress=True)
-    run = BatchRun(client, tokenizer, name or pathlib.Path(config.model or "dummy").name, config.seed)
+    tokenizer = load_tokenizer(engine)
+    for line in operative.splitlines():
+        if line.strip() and not line.startswith("#"):
+            _say(f"config: {line.strip()}")
+    client = InlineEngine(engine, progress=True)
+    name = config.served_model_name or pathlib.Path(engine.model or "dummy").name
+    run = BatchRun(client, tokenizer, name, engine.seed)
     bar = TokenBar(total, min(len(output.done), total), unit="line")
     try:
         run.run(source, output, bar)

@@ -24,6 +24,11 @@ def _at_least(name: str, value: int, low: int) -> None:
         raise ValueError(f"{name} is {value}; it must be at least {low}")
 
 
+def _number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {value!r}; it must be a number")
+
+
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(str(item) for item in allowed)}")
@@ -61,6 +66,10 @@ class SchedulerConfig:
         _at_least("long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
         _at_least("max_num_waiting", self.max_num_waiting, 1)
         _one_of("policy", self.policy, POLICIES)
+        if self.long_prefill_token_threshold and not self.enable_chunked_prefill:
+            raise ValueError(
+                f"long_prefill_token_threshold is {self.long_prefill_token_threshold}; it needs enable_chunked_prefill"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least max_num_seqs "
@@ -88,6 +97,12 @@ class CacheConfig:
             _at_least("num_pages", self.num_pages, 2)
         if self.kv_cache_memory_bytes is not None:
             _at_least("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
+            if self.num_pages is not None:
+                raise ValueError(
+                    f"num_pages is {self.num_pages} and kv_cache_memory_bytes is {self.kv_cache_memory_bytes}; "
+                    "each fixes the size of the pool: give one"
+                )
+        _number("gpu_memory_utilization", self.gpu_memory_utilization)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0 and at most 1"
@@ -128,6 +143,7 @@ class EngineConfig:
         _one_of("load_format", self.load_format, ("auto", "dummy"))
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("attention", self.attention, ATTENTION)
+        _at_least("seed", self.seed, 0)
         if self.max_model_len is not None:
             _at_least("max_model_len", self.max_model_len, 2)
         if self.model is None and self.load_format != "dummy":
@@ -192,8 +208,11 @@ class ServerConfig:
     served_model_name: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.port, bool) or not isinstance(self.port, int):
+            raise ValueError(f"port is {self.port!r}; it must be a whole number")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be from 0 to 65535")
         _at_least("max_message_bytes", self.max_message_bytes, 1024)
+        _number("drain_seconds", self.drain_seconds)
         if not self.drain_seconds >= 0:
             raise ValueError(f"drain_seconds is {self.drain_seconds}; it must be at least 0")

@@ -54,7 +54,7 @@ class SamplingParams:
     top_p: keep the smallest set of tokens whose probability reaches top_p.
     min_p: drop tokens less likely than min_p times the likeliest.
     seed: fixes the random draw, which depends on (seed, position) alone; None lets the server draw a seed.
-    max_tokens: output tokens at most; None is the rest of the context.
+    max_tokens: output tokens at most; None is the rest of the context, or of the page pool where that is smaller.
     min_tokens: stop token ids cannot be drawn, and stop strings do not count, before this many output tokens.
     stop: strings that end the text; they are not part of it.
     stop_token_ids: token ids that end the output, besides the model's own.
@@ -75,8 +75,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("stop", "stop_token_ids"):
+            object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
         _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check_number("min_p", self.min_p, 0.0, 1.0)
@@ -196,8 +196,19 @@ def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, li
 
 def check_identity(name: str, value: str) -> None:
     """Bounds a client-chosen name (request id, tenant, cache salt)."""
-    if not isinstance(value, str) or len(value) > MAX_ID_LENGTH:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r}; it must be text")
+    if len(value) > MAX_ID_LENGTH:
         raise ValueError(f"{name} has {len(value)} characters; at most {MAX_ID_LENGTH} are allowed")
+
+
+def _as_tuple(name: str, value: object) -> tuple:
+    """A list, tuple or range as a tuple; None is none."""
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence):
+        raise ValueError(f"{name} is {value!r}; it must be a list")
+    return tuple(value)
 
 
 def _check_number(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:

@@ -102,7 +102,7 @@ class _Server:
 
     async def _serve(self, server: GrpcServer, engine: EngineClient, tokenizer: Tokenizer | None) -> int:
         """Serves until a signal or the engine's death, then ends the engine and the server."""
-        frontend = AsyncFrontEnd(engine, tokenizer)
+        frontend = AsyncFrontEnd(engine, tokenizer, seed=self._config.engine.seed)
         await server.serve(frontend, tokenizer)
         for line in start_lines(engine.ready, self._name):
             _log.info("%s", line)
@@ -117,6 +117,8 @@ class _Server:
             code = _fail(f"the engine has died: {died.result()}")
         else:
             await self._drain(frontend)
+            if frontend.failure:
+                code = _fail(f"the engine has died: {frontend.failure}")
         for task in (log_task, died, stop):
             task.cancel()
         await frontend.close(0.0)
@@ -156,7 +158,7 @@ def _start_engine(config: ServerConfig) -> EngineClient:
     """Imported here: an engine brings jax, which takes seconds, and the port should be bound before that."""
     if config.engine_process:
         return importlib.import_module("jaxserve.engine.process").EngineProcess(config.engine)
-    return importlib.import_module("jaxserve.engine.inline").InlineEngine(config.engine)
+    return importlib.import_module("jaxserve.engine.inline").InlineEngine(config.engine, progress=True)
 
 
 def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig, ServerConfig
 from jaxserve.request import InfeasibleError, ModelLimits, SamplingParams, check_identity, validate_request
 
+TEXT: Any = "x"
+HALF: Any = 1.5
 LIMITS = ModelLimits(vocab_size=100, max_model_len=64, pool_tokens=48, max_prompt_len=40, eos_token_ids=(2,))
 
 
@@ -32,6 +35,8 @@ LIMITS = ModelLimits(vocab_size=100, max_model_len=64, pool_tokens=48, max_promp
         ({"max_tokens": 2**31}, "max_tokens is 2147483648"),
         ({"max_tokens": 3, "min_tokens": 4}, "min_tokens is 4; it must be at most max_tokens 3"),
         ({"stop": ["a"] * 10_000}, "stop has 10000 strings; at most 16 are allowed"),
+        ({"stop": 5}, "stop is 5; it must be a list"),
+        ({"stop_token_ids": 5}, "stop_token_ids is 5; it must be a list"),
         ({"stop": [""]}, "stop has ''; each stop must be a string of at least one character"),
         ({"stop": ["x" * 300]}, "stop has a string of 300 characters; at most 256"),
         ({"stop_token_ids": range(17)}, "stop_token_ids has 17 ids; at most 16 are allowed"),
@@ -80,8 +85,15 @@ def test_max_tokens_left_open_is_what_fits():
     assert validate_request([1] * 30, SamplingParams(), LIMITS) == 19
 
 
+def test_none_is_no_stop():
+    params = SamplingParams(stop=None, stop_token_ids=None)  # type: ignore[arg-type]
+    assert (params.stop, params.stop_token_ids) == ((), ())
+
+
 def test_identities_are_bounded():
     check_identity("tenant", "x" * 256)
+    with pytest.raises(ValueError, match="tenant is 5; it must be text"):
+        check_identity("tenant", 5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tenant has 257 characters; at most 256 are allowed"):
         check_identity("tenant", "x" * 257)
 
@@ -99,6 +111,14 @@ def test_identities_are_bounded():
         (lambda: CacheConfig(page_size=17), "page_size is 17; it must be one of 16, 32, 64, 128"),
         (lambda: CacheConfig(num_pages=1), "num_pages is 1; it must be at least 2"),
         (lambda: CacheConfig(gpu_memory_utilization=1.5), "gpu_memory_utilization is 1.5"),
+        (lambda: CacheConfig(gpu_memory_utilization=TEXT), "gpu_memory_utilization is 'x'; it must be a number"),
+        (lambda: CacheConfig(num_pages=9, kv_cache_memory_bytes=9), "num_pages is 9 and kv_cache_memory_bytes is 9"),
+        (
+            lambda: SchedulerConfig(enable_chunked_prefill=False, long_prefill_token_threshold=5),
+            "long_prefill_token_threshold is 5; it needs enable_chunked_prefill",
+        ),
+        (lambda: ServerConfig(EngineConfig(model="m"), port=HALF), "port is 1.5; it must be a whole number"),
+        (lambda: EngineConfig(model="m", seed=-1), "seed is -1; it must be at least 0"),
         (lambda: EngineConfig(), "model is not set"),
         (lambda: EngineConfig(load_format="dummy"), "architecture is not set"),
         (lambda: EngineConfig(model="m", dtype="int4"), "dtype is 'int4'; it must be one of auto, float32"),

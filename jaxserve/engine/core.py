@@ -161,7 +161,6 @@ class EngineCore:
                 priority=request.priority,
             )
         )
-        self._totals["prompt_tokens"] += len(request.prompt_token_ids)
         return []
 
     def _abort_all(self) -> Iterable[SequenceUpdate]:
@@ -175,6 +174,7 @@ class EngineCore:
         if update.token_ids:
             self._totals["generation_tokens"] += len(update.token_ids)
             if len(sequence.output_token_ids) == len(update.token_ids):
+                self._totals["prompt_tokens"] += sequence.num_prompt_tokens
                 self.recorder.record(FirstToken(time=time_now, request_id=sequence.request_id))
             self.recorder.record(
                 TokensProduced(time=time_now, request_id=sequence.request_id, count=len(update.token_ids))

@@ -92,7 +92,8 @@ class EngineStats:
 
     num_compilations: programs that the backend compiled in the engine's process, at start and ever after.
     num_steps, compile_misses, num_preemptions, prompt_tokens, generation_tokens, computed_tokens, padding_tokens:
-    totals since start. pages_free + pages_used + pages_cached are all usable pages.
+    totals since start; a prompt counts when its first output token is there.
+    pages_free + pages_used + pages_cached are all usable pages.
     """
 
     num_running: int = 0

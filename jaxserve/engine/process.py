@@ -7,6 +7,7 @@ ways until one end closes. msgpack only: nothing that arrives is executed.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
@@ -31,12 +32,15 @@ class EngineProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "jaxserve.engine.worker", str(theirs.fileno())]
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            # A session of its own: Ctrl-C and signals to our group are ours to answer, and the engine drains with us.
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            )
         self._socket = ours
         self._reader = FrameReader(ours)
         self._backlog: list[FromEngine] = []
-        self._failed = False
-        send_frames(ours, [config_to_bytes(config)])
+        with contextlib.suppress(OSError):  # a child that is dead already has left its exit code to `_read`
+            send_frames(ours, [config_to_bytes(config)])
         first, *self._backlog = self._read()
         if not isinstance(first, EngineReady):
             self.close()
@@ -45,11 +49,10 @@ class EngineProcess:
         self.ready: EngineReady = first
 
     def send(self, message: ToEngine) -> None:
-        """Never blocks on a step: a thread of the engine drains the socket. After a failure it does nothing."""
-        try:
+        """Never blocks on a step: a thread of the engine drains the socket. To a dead engine it sends nothing:
+        `receive` tells the front end."""
+        with contextlib.suppress(OSError):
             send_frames(self._socket, [encode(message)])
-        except OSError:
-            self._failed = True  # `receive` tells the front end
 
     def receive(self) -> Sequence[FromEngine]:
         if self._backlog:

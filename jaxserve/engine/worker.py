@@ -5,12 +5,14 @@ When the front end dies, the engine reads the end of the stream and ends too.
 
 from __future__ import annotations
 
+import os
 import queue
 import signal
 import socket
 import sys
 import threading
 import time
+import traceback
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.core import EngineCore
@@ -26,17 +28,20 @@ def serve(connection: socket.socket) -> int:
     first = reader.read()
     if first is None:
         return 0
+    inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+    ready = threading.Event()
+    threading.Thread(target=_drain, args=(reader, inbox, ready), daemon=True).start()
     start = time.perf_counter()
     try:
-        config = config_from_bytes(first[0])
-        core = _build_core(config)
-    except (ValueError, OSError, MemoryError) as error:
-        send_frames(connection, [encode(EngineFailed(_one_line(error)))])
-        return 1
-    send_frames(connection, [encode(core.ready(time.perf_counter() - start))])
-    inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
-    threading.Thread(target=_drain, args=(reader, inbox), daemon=True).start()
-    try:
+        try:
+            core = _build_core(config_from_bytes(first[0]))
+        except Exception as error:  # whatever it is, the front end must learn why
+            if not isinstance(error, ValueError | OSError):
+                traceback.print_exc()
+            send_frames(connection, [encode(EngineFailed(_one_line(error)))])
+            return 1
+        ready.set()
+        send_frames(connection, [encode(core.ready(time.perf_counter() - start))])
         _loop(core, connection, inbox)
     except ConnectionError:
         return 0  # the front end is gone and nobody is left to answer
@@ -62,13 +67,23 @@ def _loop(core: EngineCore, connection: socket.socket, inbox: queue.SimpleQueue[
             send_frames(connection, map(encode, outputs))
 
 
-def _drain(reader: FrameReader, inbox: queue.SimpleQueue[ToEngine | None]) -> None:
-    while (payloads := reader.read()) is not None:
-        for payload in payloads:
-            message = decode(payload)
-            assert isinstance(message, ToEngine)
-            inbox.put(message)
-    inbox.put(None)
+def _drain(reader: FrameReader, inbox: queue.SimpleQueue[ToEngine | None], ready: threading.Event) -> None:
+    """Moves messages from the socket to the inbox, so that the front end never waits for a step; None is the end.
+
+    A front end that ends while the model still loads ends this process at once.
+    """
+    try:
+        while (payloads := reader.read()) is not None:
+            for payload in payloads:
+                message = decode(payload)
+                assert isinstance(message, ToEngine)
+                if isinstance(message, Shutdown) and not ready.is_set():
+                    os._exit(0)
+                inbox.put(message)
+    finally:
+        inbox.put(None)
+    if not ready.is_set():
+        os._exit(0)
 
 
 def _build_core(config: EngineConfig) -> EngineCore:
@@ -80,5 +95,6 @@ def _one_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front end decides when to end
+    for number in (signal.SIGINT, signal.SIGTERM):  # the front end decides when to end
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -70,6 +70,8 @@ class EngineReader:
             except Exception as error:  # whatever it is, the streams must learn that the engine is lost
                 _log.exception("the engine's messages cannot be received")
                 messages = [EngineFailed(f"the engine's messages cannot be received: {error}")]
+            if self._stopping:
+                return  # an engine that we end is not one that fails
             if messages:
                 if not self._hand_over(messages) or any(isinstance(message, EngineFailed) for message in messages):
                     return

@@ -11,83 +11,105 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
-from typing import Any
+import pathlib
+from collections.abc import Collection
 
 import jax
 from jax.sharding import Mesh
 
 from jaxserve.config import CacheConfig
 from jaxserve.runner.compiler import ProgramMemory, program_memory
-from jaxserve.runner.programs import ProgramKey, Shapes, abstract_arguments, abstract_pools, lower
+from jaxserve.runner.programs import ProgramKey, Shapes, abstract_arguments, lower
 
 MARGIN_BYTES = 256 * 1024 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device: limit, and what it is spent on."""
+    """Bytes on one device: the limit, and what it is spent on. page: bytes of one page in all layers."""
 
     limit: int
     weights: int
     state: int
     programs: int
-    margin: int
     page: int
     num_pages: int
 
     @property
-    def pool(self) -> int:
-        return self.page * self.num_pages
+    def total(self) -> int:
+        return self.weights + self.state + self.programs + self.page * self.num_pages
 
     @property
-    def total(self) -> int:
-        return self.weights + self.state + self.programs + self.margin + self.pool
+    def room(self) -> int:
+        """Pages that fit beside everything else and the margin."""
+        return max(0, (self.limit - self.weights - self.state - self.programs - MARGIN_BYTES) // self.page)
+
+    def check(self) -> None:
+        """Raises ValueError when it is more than the limit."""
+        if self.total > self.limit:
+            raise ValueError(
+                f"page pool of {self.num_pages} pages has {self.page * self.num_pages} bytes; with weights of "
+                f"{self.weights} and {self.state + self.programs} for steps it exceeds the {self.limit} bytes that "
+                "gpu_memory_utilization allows: lower num_pages or kv_cache_memory_bytes"
+            )
 
 
-def size_pool(shapes: Shapes, cache: CacheConfig, mesh: Mesh) -> int:
+def size_pool(shapes: Shapes, cache: CacheConfig, mesh: Mesh, limit: int) -> int:
     """Pages of the pool, the null page included; `shapes.num_pages` is ignored.
 
     Without explicit numbers, the largest programs are compiled once over a pool of two pages to learn what they need,
-    and the pool takes the rest, but no more than max_num_seqs sequences of max_model_len can use.
-    Raises ValueError when fewer than two pages fit.
+    and the pool takes the rest of `limit` bytes, but no more than max_num_seqs sequences of max_model_len can use.
+    Raises ValueError when fewer than two pages fit, or when an explicit number cannot fit whatever programs need.
     """
-    if cache.num_pages is not None:
-        return cache.num_pages
-    most = shapes.num_slots * shapes.max_pages + 1
     probe = dataclasses.replace(shapes, num_pages=2)
-    page = _bytes_per_device(abstract_pools(probe, mesh)) // 2
-    if cache.kv_cache_memory_bytes is not None:
-        num_pages = cache.kv_cache_memory_bytes // page
+    page = plan_memory(probe, mesh, limit, []).page
+    if cache.num_pages is not None:
+        num_pages = most = cache.num_pages
     else:
-        largest = [ProgramKey("forward", shapes.buckets.tokens[-1]), ProgramKey("sample", shapes.buckets.rows[-1])]
-        needs = [program_memory(lower(key, probe, mesh).compile()) for key in largest]
-        num_pages = plan_memory(probe, cache, mesh, needs).num_pages
+        most = shapes.num_slots * shapes.max_pages + 1
+        if cache.kv_cache_memory_bytes is not None:
+            num_pages = cache.kv_cache_memory_bytes // page
+        else:
+            largest = [ProgramKey("forward", shapes.buckets.tokens[-1]), ProgramKey("sample", shapes.buckets.rows[-1])]
+            needs = [program_memory(lower(key, probe, mesh).compile()) for key in largest]
+            num_pages = plan_memory(probe, mesh, limit, needs).room
     if num_pages < 2:
         raise ValueError(
             f"page pool has room for {num_pages} pages of {page} bytes; at least 2 are needed: raise "
             f"kv_cache_memory_bytes or gpu_memory_utilization, or lower max_num_batched_tokens"
         )
-    return min(num_pages, most)
+    num_pages = min(num_pages, most)
+    plan_memory(dataclasses.replace(shapes, num_pages=num_pages), mesh, limit, []).check()
+    return num_pages
 
 
-def plan_memory(shapes: Shapes, cache: CacheConfig, mesh: Mesh, needs: Iterable[ProgramMemory]) -> MemoryPlan:
-    """The plan that gives all that `needs` leave to pages."""
-    needs = list(needs)
-    params, _, *state = abstract_arguments(ProgramKey("forward", shapes.buckets.tokens[-1]), shapes, mesh)
-    limit = int(device_memory(mesh.devices.flat[0]) * cache.gpu_memory_utilization)
-    weights, held = _bytes_per_device(params), _bytes_per_device(state)
-    programs = max(need.extra for need in needs) + sum(need.code for need in needs)
-    page = _bytes_per_device(abstract_pools(dataclasses.replace(shapes, num_pages=2), mesh)) // 2
-    left = limit - weights - held - programs - MARGIN_BYTES
-    return MemoryPlan(limit, weights, held, programs, MARGIN_BYTES, page, max(0, left // page))
+def plan_memory(shapes: Shapes, mesh: Mesh, limit: int, needs: Collection[ProgramMemory]) -> MemoryPlan:
+    """What `shapes` takes of `limit` bytes on each device, with programs that need `needs`."""
+    params, pools, *state = abstract_arguments(ProgramKey("forward", shapes.buckets.tokens[-1]), shapes, mesh)
+    return MemoryPlan(
+        limit=limit,
+        weights=_bytes_per_device(params),
+        state=_bytes_per_device(state),
+        programs=max((need.extra for need in needs), default=0) + sum(need.code for need in needs),
+        page=_bytes_per_device(pools) // shapes.num_pages,
+        num_pages=shapes.num_pages,
+    )
 
 
-def device_memory(device: Any) -> int:
-    """Bytes of memory of a device; of a CPU, what the machine has free for use now."""
+def memory_limit(mesh: Mesh, utilization: float) -> int:
+    """Bytes that may be used on each device: a share of its memory; of a CPU's, a share of what is available now."""
+    device = mesh.devices.flat[0]
     if device.platform != "cpu":
-        return device.memory_stats()["bytes_limit"]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(device.memory_stats()["bytes_limit"] * utilization)
+    return int(_available_memory() * utilization)
+
+
+def _available_memory() -> int:
+    meminfo = pathlib.Path("/proc/meminfo")
+    if meminfo.is_file():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _bytes_per_device(tree: object) -> int:

@@ -40,7 +40,9 @@ def sample(
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> jax.Array:
-        scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+        # Relative to the best logit, so that no temperature, however small, takes another token to infinity.
+        relative = logits - jnp.max(logits, axis=-1, keepdims=True)
+        scaled = relative / jnp.where(temperature > 0, temperature, 1.0)[:, None]
         scaled = filter_logits(
             scaled, slots.top_k[clamped], slots.top_p[clamped], slots.min_p[clamped], temperature > 0
         )
@@ -78,6 +80,7 @@ def filter_logits(
         wanted = jnp.where(use_top_p, top_p, 1.0) * jnp.sum(weight, axis=-1)
         mass = lambda t: jnp.sum(jnp.where(order >= t[:, None], weight, 0.0), axis=-1)  # noqa: E731
         threshold = _largest(order.shape[:1], lambda t: mass(t) >= wanted)
+        threshold = jnp.minimum(threshold, jnp.max(order, axis=-1))  # the best stays where top_p rounds to 0
         kept = jnp.where(order >= threshold[:, None], logits, -jnp.inf)
         return jnp.where(use_top_p[:, None], kept, logits)
 

@@ -118,10 +118,13 @@ class Scheduler:
                 continue  # preempted for a sequence before it
             count = self._chunk(sequence, budget)
             held = len(sequence.pages)
-            if not count or not self._take_pages(sequence, count, scheduled):
+            if not count:
                 continue
-            scheduled[sequence.request_id] = (count, held)
-            budget = self._config.max_num_batched_tokens - sum(tokens for tokens, _ in scheduled.values())
+            freed = self._take_pages(sequence, count, scheduled)
+            budget += freed
+            if sequence.status is RequestStatus.RUNNING:
+                scheduled[sequence.request_id] = (count, held)
+                budget -= count
         if not self.preempted:
             self._admit(scheduled, budget)
         if not scheduled:
@@ -175,22 +178,19 @@ class Scheduler:
         threshold = self._config.long_prefill_token_threshold
         if self._config.enable_chunked_prefill:
             return min(want, budget, threshold or want)
-        if want > self._config.max_num_batched_tokens:
-            return budget  # a preempted sequence that has outgrown a step can only come back in parts
+        if want > self._config.max_num_batched_tokens or sequence.num_computed:
+            return min(want, budget)  # a preempted sequence that outgrew a step can only come back in parts
         return want if want <= budget else 0
 
-    def _take_pages(self, sequence: Sequence, count: int, scheduled: dict[str, tuple[int, int]]) -> bool:
-        """Gives a running sequence the pages for `count` more tokens, preempting others of less standing.
-
-        False when it had to be preempted itself.
-        """
-        while not self._grow(sequence, count):
+    def _take_pages(self, sequence: Sequence, count: int, scheduled: dict[str, tuple[int, int]]) -> int:
+        """Gives a running sequence the pages for `count` more tokens, preempting others of less standing, or itself
+        when it is the least. Returns the tokens that preempted sequences had been given in this step."""
+        freed = 0
+        while sequence.status is RequestStatus.RUNNING and not self._grow(sequence, count):
             victim = max(self._running.values(), key=self._standing)
-            scheduled.pop(victim.request_id, None)
+            freed += scheduled.pop(victim.request_id, (0, 0))[0]
             self._preempt(victim)
-            if victim is sequence:
-                return False
-        return True
+        return freed
 
     def _grow(self, sequence: Sequence, count: int) -> bool:
         """Allocates what `count` more tokens need beyond the pages held; all or nothing."""

@@ -33,7 +33,10 @@ class WaitingQueue:
         return None
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a member out; its heap entry is dropped when it comes to the top."""
+        """Takes a member out. Its heap entry goes when it comes to the top, or when too many such have gathered."""
         del self._members[sequence.request_id]
         if self._heap and self._heap[0][2] is sequence:
             heapq.heappop(self._heap)
+        elif len(self._heap) > 2 * len(self._members) + 64:
+            self._heap = [entry for entry in self._heap if self._members.get(entry[2].request_id) is entry[2]]
+            heapq.heapify(self._heap)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,9 +14,11 @@ import pytest
 
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.channel import EngineClient
+from jaxserve.engine.framing import send_frames
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import AbortRequest, AddRequest, EngineFailed, EngineStats, RequestOutput
 from jaxserve.engine.process import EngineProcess
+from jaxserve.engine.wire_config import config_to_bytes
 from jaxserve.request import EngineRequest, FinishReason
 from models.config import ModelConfig
 
@@ -106,9 +109,31 @@ def test_a_dead_engine_is_told():
     client.close()
 
 
+def test_signals_to_the_group_do_not_reach_the_engine(engine):
+    assert os.getsid(engine.pid) != os.getsid(0)
+    os.kill(engine.pid, signal.SIGTERM)
+    os.kill(engine.pid, signal.SIGINT)
+    assert set(answers(engine)) == {request.request_id for request in REQUESTS}
+
+
+def test_the_engine_ends_at_once_when_its_front_end_dies_during_start():
+    ours, theirs = socket.socketpair()
+    with theirs:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "jaxserve.engine.worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stderr=subprocess.PIPE,
+        )
+    send_frames(ours, [config_to_bytes(CONFIG)])
+    ours.close()
+    _, errors = worker.communicate(timeout=120)
+    assert (worker.returncode, errors) == (0, b"")
+
+
 ORPHAN = """
 import os, sys
 from jaxserve.engine.process import EngineProcess
+from jaxserve.engine.wire_config import config_to_bytes
 from tests.engine.test_process import CONFIG
 client = EngineProcess(CONFIG)
 print(client.pid, flush=True)

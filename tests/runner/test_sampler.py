@@ -46,7 +46,7 @@ def kept_by_sorting(logits: np.ndarray, top_k: int, top_p: float, min_p: float) 
 @given(
     seed=st.integers(0, 2**32 - 1),
     top_k=st.sampled_from([-1, 0, 1, 2, 7, 49, 50, 1000]),
-    top_p=st.sampled_from([0.01, 0.3, 0.75, 0.99, 1.0]),
+    top_p=st.sampled_from([1e-50, 0.01, 0.3, 0.75, 0.99, 1.0]),
     min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
     spread=st.sampled_from([0.1, 1.0, 8.0]),
 )
@@ -129,6 +129,13 @@ def test_temperature_sharpens():
     )
     draws = np.concatenate([call(logits, slots, range(8), np.full(8, step)) for step in range(50)])
     assert (draws == 0).mean() > 0.99
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 2e-38, 1e-6])
+def test_the_smallest_temperatures_are_greedy(temperature):
+    logits = np.random.default_rng(5).standard_normal((8, VOCAB)) * 10
+    slots = make_slots(temperature=np.full(SLOTS, temperature, np.float32))
+    assert_array_equal(call(logits, slots, range(8)), logits.astype(np.float32).argmax(-1))
 
 
 def test_stop_ids_are_suppressed_where_asked():

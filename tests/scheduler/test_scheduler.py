@@ -121,6 +121,37 @@ def test_a_preempted_sequence_can_outgrow_a_step_without_chunked_prefill():
     assert all((run.tokens[one.request_id], run.reasons[one.request_id]) == alone(one) for one in requests)
 
 
+def test_a_sequence_that_outgrew_a_step_is_not_starved_by_newcomers():
+    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16, enable_chunked_prefill=False)
+    scheduler = make_scheduler(config, num_pages=60)
+    old = request("old", 8, 40)
+    run = drive_with_newcomers(scheduler, old, preempt_at=22)
+    assert (run.tokens["old"], run.reasons["old"]) == alone(old)
+    assert run.finish_step["old"] < 22 + 40
+
+
+def drive_with_newcomers(scheduler: Scheduler, old: EngineRequest, preempt_at: int):
+    """Runs `old`, preempts it once, and keeps the queue full of short requests of staggered lengths."""
+
+    def before_step(step: int) -> None:
+        if step == preempt_at:
+            scheduler._preempt(scheduler._running["old"])
+        if step >= preempt_at and step < 300 and scheduler.num_waiting < 4:
+            scheduler.add(request(f"new{step}", 3 + step % 5, 2 + step % 7))
+
+    return drive(scheduler, [old], before_step=before_step)
+
+
+def test_cancelled_requests_leave_the_waiting_queue():
+    scheduler = make_scheduler(SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=8))
+    scheduler.add(request("first", 3, 5))
+    for i in range(5_000):
+        scheduler.add(request(f"r{i}", 3, 5))
+        scheduler.abort(f"r{i}")
+    assert scheduler.num_waiting == 1
+    assert len(scheduler._waiting._heap) < 200
+
+
 def test_not_finite_logits_end_that_request_alone():
     scheduler = make_scheduler(SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16))
     scheduler.add(request("bad", 3, 5))
