@@ -116,6 +116,8 @@ def score(examples: list[Example], completions: list[Completion]) -> list[dict[s
             for example, completion in zip(examples, completions, strict=True)
             if example.kind == kind
         ]
+        if not pairs:
+            continue
         exact = sum(
             completion.text == example.answer and completion.finish_reason is FinishReason.STOP
             for example, completion in pairs
