@@ -163,10 +163,11 @@ def held_out_batches(seed: int, caps: Mapping[str, int], per_kind: int, rows: in
         cap = min(caps[kind], largest_size(kind, length))
         seen: set[tuple[int, ...]] = set()
         for _ in range(per_kind):
-            for _ in range(100):
-                example = make_example(kind, rng, rng.randint(1, cap), held_out=True)
+            example = make_example(kind, rng, rng.randint(1, cap), held_out=True)
+            for _ in range(99):
                 if tuple(example.ids) not in seen:
                     break
+                example = make_example(kind, rng, rng.randint(1, cap), held_out=True)
             seen.add(tuple(example.ids))
             if not bins or room < len(example.ids) - 1:
                 bins.append([])

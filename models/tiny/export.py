@@ -116,7 +116,7 @@ def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Writes a training checkpoint as a Hugging Face model")
     parser.add_argument("--run", required=True, help="folder of a training run")
     parser.add_argument("--out", default=str(pathlib.Path(__file__).parent / "checkpoint"))
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")

@@ -43,7 +43,7 @@ def plot(records: list[dict[str, Any]], out: pathlib.Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser = argparse.ArgumentParser(description="Draws loss and exact match over training")
     parser.add_argument("--log", required=True, help="log.jsonl of a training run")
     parser.add_argument("--out", default=str(pathlib.Path(__file__).parent / "training.png"))
     options = parser.parse_args(arguments)

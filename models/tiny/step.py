@@ -72,10 +72,9 @@ def row_logits(graph: nnx.GraphDef, params: Params, tokens, positions, segments)
 
 
 def loss_fn(params: Params, graph: nnx.GraphDef, batch: tuple[jax.Array, ...]) -> jax.Array:
-    """Weighted mean cross-entropy in nats. Dots round their inputs to bfloat16 and accumulate in float32."""
+    """Weighted mean cross-entropy in nats."""
     tokens, targets, positions, segments, weights = batch
-    with jax.default_matmul_precision("BF16_BF16_F32"):
-        logits = row_logits(graph, params, tokens, positions, segments)
+    logits = row_logits(graph, params, tokens, positions, segments)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.sum(losses * weights) / jnp.sum(weights)
 

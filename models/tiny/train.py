@@ -156,7 +156,7 @@ def train(options: argparse.Namespace) -> None:
         shares = task_shares(progress.accuracy, progress.caps, boost)
         rng = random.Random(f"train-{options.seed}-{progress.step}")
         batches = background(Mixer(rng, shares, progress.caps, options.length), options.rows)
-        started, losses = time.monotonic(), []
+        started, losses, rate = time.monotonic(), [], 0.0
         for batch in batches:
             rate = learning_rate(progress.step, options.rate, options.warmup, options.steps, options.decay_steps)
             if options.minutes:
@@ -199,7 +199,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Trains the default model")
     parser.add_argument("--out", required=True, help="folder of checkpoints and log")
     parser.add_argument("--steps", type=int, default=20_000, help="steps in all, over every leg")
     parser.add_argument("--decay-steps", type=int, default=0, help="last steps, over which the rate falls to zero")
