@@ -190,7 +190,8 @@ class Llama(nnx.Module):
         config = self.config
         freq = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         angles = positions[..., None].astype(jnp.float32) * freq
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        # Without the barrier XLA's CPU backend computes them again in every layer, for every head.
+        cos, sin = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
         x = self.embedding[...][tokens]
         updated = []
         for layer, cache in zip(self.layers, caches, strict=True):
