@@ -36,13 +36,22 @@ class Example:
 
 
 def held_out(per_kind: int, seed: int, scale: float) -> list[Example]:
-    """`per_kind` examples of each kind, sizes uniform up to `scale` times the largest trained, in random order."""
+    """`per_kind` examples of each kind, sizes uniform up to `scale` times the largest trained, in random order.
+
+    No prompt is taken twice while 100 draws find a new one: there are only three held-out sums of single digits.
+    """
     rng = random.Random(seed)
     examples = []
     for kind in KINDS:
         largest = max(1, round(MAX_SIZE[kind] * scale))
-        sizes = (rng.randint(1, largest) for _ in range(per_kind))
-        examples.extend(Example(kind, *generate_split(kind, rng, size, held_out=True)) for size in sizes)
+        seen: set[str] = set()
+        for _ in range(per_kind):
+            for _ in range(100):
+                prompt, answer = generate_split(kind, rng, rng.randint(1, largest), held_out=True)
+                if prompt not in seen:
+                    break
+            seen.add(prompt)
+            examples.append(Example(kind, prompt, answer))
     rng.shuffle(examples)
     return examples
 
