@@ -22,7 +22,6 @@ TOKENIZER = build_tokenizer()
 
 seeds = st.integers(0, 2**32)
 kinds = st.sampled_from(KINDS)
-shipped = pytest.mark.skipif(not (CHECKPOINT / "model.safetensors").is_file(), reason="no checkpoint is shipped")
 
 
 def draw(kind: str, seed: int) -> tuple[str, str]:
@@ -198,7 +197,6 @@ def test_held_out_batches_cover_every_kind():
     assert len(texts) == 5 * len(KINDS)
 
 
-@shipped
 def test_the_shipped_model_is_small():
     files = [path for path in CHECKPOINT.iterdir() if path.is_file()]
     assert {path.name for path in files} == {
@@ -214,7 +212,6 @@ def test_the_shipped_model_is_small():
     assert sum(int(np.prod(shape)) for shape in shapes) <= 2_000_000
 
 
-@shipped
 def test_the_shipped_tokenizer_is_the_built_one():
     assert json.loads(Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")).to_str()) == json.loads(
         TOKENIZER.to_str()
