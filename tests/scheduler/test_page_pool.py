@@ -137,6 +137,29 @@ def test_pages_that_come_back_do_not_displace_what_the_device_kept():
     assert pool.match([1, 2, 3, 4], "s") == kept
 
 
+def test_content_keys_move_along_whoever_committed_the_page():
+    """Keys belong to pages: also behind a private copy, and where a fork committed the page for both."""
+    pool = PagePool(num_pages=6, page_size=2, num_host_pages=2)
+    table = taken(pool, 2)
+    pool.share(table)
+    fork = list(table)
+    pool.commit(fork, [1, 2, 3, 4], "s")
+    private = pool.copy(table[0])
+    assert private is not None
+    table[0] = private.destination
+
+    out = pool.move(table, PageState.HOST)
+    assert out is not None
+    pool.release(fork)
+    pool.release(taken(pool, 5))  # nothing stays cached on the device
+    back = pool.move([copy.destination for copy in out], PageState.ACTIVE)
+    assert back is not None
+    table = [copy.destination for copy in back]
+    assert [pool.writable(page) for page in table] == [True, False]
+    assert pool.commit(table, [1, 2, 3, 4], "s") == 2, "the content is what the key says"
+    assert pool.match([1, 2, 3, 4], "s") == table
+
+
 def test_move_is_all_or_nothing():
     pool = PagePool(num_pages=5, page_size=2, num_host_pages=3)
     table = taken(pool, 4)

@@ -39,6 +39,7 @@ class Model:
     def __init__(self):
         self.owners = dict.fromkeys(PAGES, 0)
         self.contents = {}  # page -> (salt, prefix) of a committed page
+        self.host_contents = {}  # the same for host pages
         self.found = {}  # (salt, prefix) -> page that match finds
         self.cached = []  # least recently used first
 
@@ -80,6 +81,18 @@ class Model:
     def commit(self, page, content):
         self.contents[page] = content
         self.found.setdefault(content, page)
+
+    def moved_out(self, copies):
+        for copy in copies:
+            if copy.source in self.contents:
+                self.host_contents[copy.destination] = self.contents[copy.source]
+        self.drop([copy.source for copy in copies])
+
+    def moved_in(self, copies):
+        """Takes over the contents of pages that `allocated` has taken already."""
+        for copy in copies:
+            if copy.source in self.host_contents:
+                self.commit(copy.destination, self.host_contents.pop(copy.source))
 
     def match(self, tokens, salt):
         pages = []
@@ -216,7 +229,7 @@ class PagePoolMachine(RuleBasedStateMachine):
         if copies is not None:
             assert [copy.source for copy in copies] == sequence.table
             self.perform(copies)
-            self.model.drop(sequence.table)
+            self.model.moved_out(copies)
             sequence.table = [copy.destination for copy in copies]
             sequence.on_host = True
 
@@ -231,14 +244,17 @@ class PagePoolMachine(RuleBasedStateMachine):
             self.perform(copies)
             sequence.table = [copy.destination for copy in copies]
             sequence.on_host = False
-            for index in range(sequence.committed):
-                self.model.commit(sequence.table[index], sequence.prefix((index + 1) * PAGE_SIZE))
+            # By page, not by what this sequence committed: a fork may have committed a page for both, and pages behind
+            # a private copy keep their content.
+            self.model.moved_in(copies)
 
     @rule(data=st.data())
     @precondition(lambda self: any(s.on_host for s in self.sequences))
     def abort_swapped(self, data):
         sequence = self.pick(data, on_host=True)
         self.pool.release_host(sequence.table)
+        for page in sequence.table:
+            self.model.host_contents.pop(page, None)
         self.sequences = [other for other in self.sequences if other is not sequence]
 
     @rule(count=st.integers(0, NUM_PAGES))
