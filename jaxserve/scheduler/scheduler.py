@@ -256,7 +256,6 @@ class Scheduler:
             self._waiting.remove(sequence)
         del self._sequences[sequence.request_id]
         sequence.status = RequestStatus.FINISHED
-        sequence.finish_reason = reason
         return SequenceUpdate(sequence, (), reason, error)
 
     def _release(self, sequence: Sequence) -> None:

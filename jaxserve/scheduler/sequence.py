@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxserve.request import EngineRequest, FinishReason, RequestStatus
+from jaxserve.request import EngineRequest, RequestStatus
 
 
 class Sequence:
@@ -16,7 +16,6 @@ class Sequence:
         self.request = request
         self.order = order
         self.status = RequestStatus.WAITING
-        self.finish_reason: FinishReason | None = None
         self.output_token_ids: list[int] = []
         self.num_computed = 0
         self.num_pending = 0
