@@ -76,6 +76,25 @@ def keep_compilations(directory: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def compiler_options(platform: str) -> dict[str, bool | int | float | str]:
+    """Options that every program for `platform` ("cpu", "gpu") is compiled with, whoever compiles it.
+
+    On a GPU: no Triton matmuls, whose tiles are defaults where no device was there to tune them (cuBLASLt instead), and
+    loops (the sampler's bisections) join the step's one command buffer.
+    """
+    if platform != "gpu":
+        return {}
+    return {
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,WHILE",
+    }
+
+
+def compile_program(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Compiled:
+    """Lowers and compiles one program as the server will run it."""
+    return lower(key, shapes, mesh).compile(compiler_options(mesh.devices.flat[0].platform))
+
+
 def compile_all(shapes: Shapes, mesh: Mesh, *, progress: bool) -> ProgramSet:
     """Compiles every program of the closed set, several at once; `progress` shows a bar on standard error."""
     start = time.perf_counter()
@@ -85,7 +104,7 @@ def compile_all(shapes: Shapes, mesh: Mesh, *, progress: bool) -> ProgramSet:
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as workers,
         tqdm(total=len(keys), desc="compiling", unit="program", disable=not progress) as bar,
     ):
-        futures = {workers.submit(lower(key, shapes, mesh).compile): key for key in keys}
+        futures = {workers.submit(compile_program, key, shapes, mesh): key for key in keys}
         for future in concurrent.futures.as_completed(futures):
             executables[futures[future]] = future.result()
             bar.update()

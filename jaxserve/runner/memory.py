@@ -18,8 +18,8 @@ import jax
 from jax.sharding import Mesh
 
 from jaxserve.config import CacheConfig
-from jaxserve.runner.compiler import ProgramMemory, program_memory
-from jaxserve.runner.programs import ProgramKey, Shapes, abstract_arguments, lower
+from jaxserve.runner.compiler import ProgramMemory, compile_program, program_memory
+from jaxserve.runner.programs import ProgramKey, Shapes, abstract_arguments
 
 MARGIN_BYTES = 256 * 1024 * 1024
 
@@ -71,7 +71,7 @@ def size_pool(shapes: Shapes, cache: CacheConfig, mesh: Mesh, limit: int) -> int
             num_pages = cache.kv_cache_memory_bytes // page
         else:
             largest = [ProgramKey("forward", shapes.buckets.tokens[-1]), ProgramKey("sample", shapes.buckets.rows[-1])]
-            needs = [program_memory(lower(key, probe, mesh).compile()) for key in largest]
+            needs = [program_memory(compile_program(key, probe, mesh)) for key in largest]
             num_pages = plan_memory(probe, mesh, limit, needs).room
     if num_pages < 2:
         raise ValueError(

@@ -79,7 +79,9 @@ def lower(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Lowered:
         donate, results = (1,), (arguments[1], jax.ShapeDtypeStruct((key.size,), jnp.int32, sharding=replicated))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, results)
     named: Callable[..., Any] = _named(function, f"{key.kind}_{key.size}")
-    return jax.jit(named, donate_argnums=donate, out_shardings=shardings).lower(*arguments)
+    # The mesh says what the kernels are lowered for: compile-only devices are not those of the default backend.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(named, donate_argnums=donate, out_shardings=shardings).lower(*arguments)
 
 
 def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any, ...]:
@@ -158,7 +160,8 @@ def attention_metadata(fields: dict[str, jax.Array], slots: Slots, page_size: in
     """Positions, lengths, tables and slot mapping of a step, from what the host told and the slots hold."""
     ends = fields["query_start_loc"]
     tokens = jnp.arange(fields["token_ids"].shape[0], dtype=jnp.int32)
-    row = jnp.searchsorted(ends[1:], tokens, side="right").astype(jnp.int32)
+    # Every comparison at once: a binary search is a loop, which cannot join the rest of the step in one CUDA graph.
+    row = jnp.searchsorted(ends[1:], tokens, side="right", method="compare_all").astype(jnp.int32)
     row = jnp.minimum(row, ends.shape[0] - 2)
     lengths = ends[1:] - ends[:-1]
     page_table = slots.page_table[fields["row_slot"]]
