@@ -1,0 +1,106 @@
+"""Finding the CUDA plugin, which holds XLA's GPU compiler, on a machine that may have no GPU.
+
+A GPU machine has it in its environment. A machine without one must not: jax would try to start it with every process
+and fail loudly. `make gpu-compiler` puts it into a directory of its own, which is looked into only on demand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import pathlib
+import pkgutil
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+
+import jax
+
+DIRECTORY = "gpu-compiler"
+"""Under sys.prefix: where `make gpu-compiler` installs."""
+
+_NOISE = re.compile(r"Could not find cuda drivers on your machine|before absl::InitializeLog\(\) is called")
+_lock = threading.Lock()
+
+
+class PluginMissingError(RuntimeError):
+    """The CUDA plugin is not installed, or is of another version than jax; the text names the remedy."""
+
+
+def use_cpu_only() -> None:
+    """Keeps jax from starting the CUDA plugin as a backend: compiling for a device needs none to be here.
+
+    Has an effect only before the first use of a device in this process.
+    """
+    jax.config.update("jax_platforms", "cpu")
+
+
+def find_plugin() -> tuple[str, str]:
+    """Makes XLA's GPU compiler available to this process; returns its distribution's name and version.
+
+    Raises PluginMissingError where there is none, or one of another version than jax.
+    """
+    with _lock:
+        module = _importable()
+        if module is None:
+            sys.path.append(os.path.join(sys.prefix, DIRECTORY))
+            importlib.invalidate_caches()
+            module = _importable()
+        if module is None:
+            sys.path.pop()
+            raise PluginMissingError(
+                f"compiling for a GPU needs the CUDA plugin of jax {jax.__version__}, which is neither installed nor "
+                f"in {os.path.join(sys.prefix, DIRECTORY)}; run `make gpu-compiler` (about 200 MB, no CUDA needed)"
+            )
+        name = f"jax-{module.removeprefix('xla_')}-plugin"
+        version = importlib.metadata.version(name)
+        if version != jax.__version__:
+            raise PluginMissingError(
+                f"{name} has version {version}; jax has {jax.__version__}: install the plugin of the same version, "
+                "or run `make gpu-compiler` in an environment without it"
+            )
+        return name, version
+
+
+def start_plugin(module: str) -> None:
+    """Registers the plugin with jax, for a process whose jax looked for plugins before it was on the path."""
+    with quiet_loading():
+        importlib.import_module(f"jax_plugins.{module}").initialize()
+
+
+def plugin_module(name: str) -> str:
+    """The module under jax_plugins of a distribution that `find_plugin` named."""
+    return f"xla_{name.removeprefix('jax-').removesuffix('-plugin')}"
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Drops what the plugin's libraries log about a machine without a GPU; all else still reaches standard error."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            caught.seek(0)
+            for line in caught:
+                if not _NOISE.search(line.decode(errors="replace")):
+                    os.write(2, line)
+
+
+def _importable() -> str | None:
+    """The newest xla_cuda* module under jax_plugins on sys.path."""
+    modules: list[str] = []
+    for place in sys.path:
+        directory = pathlib.Path(place or ".") / "jax_plugins"
+        if directory.is_dir():
+            modules += [info.name for info in pkgutil.iter_modules([str(directory)])]
+    return max((name for name in modules if name.startswith("xla_cuda")), default=None)
