@@ -1,7 +1,23 @@
 """Paged attention: one pool of pages a layer, ragged sequences packed on one token axis."""
 
-from pallas_kernels.paged_attention.api import IMPLEMENTATIONS, Implementation, choose, kv_write, paged_attention
-from pallas_kernels.paged_attention.pool import PAGE_SIZES, new_pool, pool_spec, storage_dtype
+from pallas_kernels.paged_attention.api import (
+    IMPLEMENTATIONS,
+    Implementation,
+    choose,
+    kv_write,
+    paged_attention,
+    rotate_and_write,
+)
+from pallas_kernels.paged_attention.pool import (
+    PAGE_SIZES,
+    is_quantised,
+    largest,
+    new_pool,
+    pool_spec,
+    storage_dtype,
+    value_dtype,
+)
+from pallas_kernels.paged_attention.rotary import rotate
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
 __all__ = [
@@ -10,9 +26,14 @@ __all__ = [
     "AttentionSpec",
     "Implementation",
     "choose",
+    "is_quantised",
     "kv_write",
+    "largest",
     "new_pool",
     "paged_attention",
     "pool_spec",
+    "rotate",
+    "rotate_and_write",
     "storage_dtype",
+    "value_dtype",
 ]

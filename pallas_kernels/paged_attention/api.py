@@ -1,17 +1,21 @@
 """Paged attention and the KV write behind one seam: checked arguments, implementations by name.
 
 An implementation is one entry of `IMPLEMENTATIONS`. The engine calls `choose` once at start and passes the name on.
+Letters in shapes: T tokens of a step, R rows (sequences) of a step, K key-value heads, G query heads a key-value head,
+D head dimension.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import reference, xla
-from pallas_kernels.paged_attention.pool import check_page_size
+from pallas_kernels.paged_attention.pool import FLOAT_DTYPES, check_page_size, is_quantised, value_dtype
+from pallas_kernels.paged_attention.rotary import rotate
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
 
@@ -20,16 +24,26 @@ class Implementation:
     """One way to compute attention over pages.
 
     Attributes:
-        attention: (q, pool, page_table, kv_lens, query_start_loc, spec) -> out, as `paged_attention` describes them.
-        kv_write: (pool, k, v, slot_mapping) -> pool, as `kv_write` describes them.
+        attention: (q, pool, page_table, kv_lens, query_start_loc, spec, k_scale, v_scale, sinks, decode_only) -> out,
+            as `paged_attention` describes them.
+        kv_write: (pool, k, v, slot_mapping, k_scale, v_scale) -> pool, as `kv_write` describes them.
+        rotate_and_write: (qkv, cos, sin, pool, slot_mapping, dtype, k_scale, v_scale) -> (q, pool), as
+            `rotate_and_write` describes them; None to rotate first and call `kv_write`.
         platforms: platforms it runs on; empty for all.
         max_group_heads: the most query heads a key-value head; None for no limit.
+        decode_programs: whether a step of decodes alone gains from a program of its own (`decode_only`).
+        check: (pool, dtype, num_tokens, group_heads) raises ValueError where the backend cannot take a pool like
+            `pool` (an array or a ShapeDtypeStruct) with tokens of `dtype`, `num_tokens` of them a step; group_heads is
+            None when nothing but keys and values is known. None for no limits of its own.
     """
 
     attention: Callable[..., jax.Array]
     kv_write: Callable[..., jax.Array]
+    rotate_and_write: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     platforms: tuple[str, ...] = ()
     max_group_heads: int | None = None
+    decode_programs: bool = False
+    check: Callable[[Any, jnp.dtype, int, int | None], None] | None = None
 
 
 # In order of preference: `choose` takes the first that runs on the platform.
@@ -60,30 +74,104 @@ def choose(platform: str, requested: str = "auto") -> str:
 
 
 def kv_write(
-    pool: jax.Array, k: jax.Array, v: jax.Array, slot_mapping: jax.Array, *, implementation: str = "xla"
+    pool: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slot_mapping: jax.Array,
+    *,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    implementation: str = "xla",
 ) -> jax.Array:
-    """Writes each token's key and value to its slot; in place when the caller's jit donates `pool`.
+    """Writes each token's key and value to its slot, cast to the pool's dtype.
+
+    In place when the caller's jit donates `pool`.
 
     Args:
         pool: [num_pages, 2, K, page_size, D], as `pool_spec` describes it.
-        k: [T, K, D], float32, bfloat16 or float16: what the pool holds.
+        k: [T, K, D], float32, bfloat16 or float16.
         v: [T, K, D], of k's dtype.
-        slot_mapping: int32 [T], page * page_size + offset; slots of page 0 for padding tokens. A slot outside the pool
-            writes nothing.
+        slot_mapping: int32 [T], page * page_size + offset; slots of page 0 for padding tokens. What page 0 then holds
+            is undefined. A slot outside the pool writes nothing. No slot of another page may appear twice.
+        k_scale: float32 [K], positive, with a quantised pool and only there. It then stores k * (1 / k_scale), rounded
+            to the nearest (ties to even) and saturated at 448 (float8_e4m3fn) or 127 (int8) in magnitude.
+        v_scale: float32 [K], the same for values.
         implementation: a name that `choose` returned.
 
     Returns:
         The updated pool.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or the implementation is unknown.
+        ValueError: a shape or dtype does not fit, the implementation is unknown or cannot take these.
     """
     chosen = _implementation(implementation)
-    _check_pool(pool, "k", k)
+    _check_pool(pool, k_scale, v_scale)
+    _check_float("k", k.dtype)
     _check("k", k, (k.shape[0], pool.shape[2], pool.shape[4]))
     _check("v", v, k.shape, k.dtype)
     _check("slot_mapping", slot_mapping, k.shape[:1], jnp.int32)
-    return chosen.kv_write(pool, k, v, slot_mapping)
+    if chosen.check is not None:
+        chosen.check(pool, k.dtype, k.shape[0], None)
+    return chosen.kv_write(pool, k, v, slot_mapping, k_scale, v_scale)
+
+
+def rotate_and_write(
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    pool: jax.Array,
+    slot_mapping: jax.Array,
+    *,
+    dtype: jax.typing.DTypeLike,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    implementation: str = "xla",
+) -> tuple[jax.Array, jax.Array]:
+    """Rotates queries and keys by their positions and writes keys and values to their slots.
+
+    Rotary embedding as `rotary.rotate` computes it, in float32, rounded once to `dtype`. Keys and values are cast to
+    `dtype`, and then written as `kv_write` does.
+
+    Args:
+        qkv: [T, K, G + 2, D], float32 or `dtype`: for each key-value head its queries, its key, its value.
+        cos: float32 [T, D / 2], cosines of the angles of each token.
+        sin: float32 [T, D / 2].
+        pool: [num_pages, 2, K, page_size, D], as `pool_spec` describes it; updated in place when it is donated.
+        slot_mapping: int32 [T], as `kv_write` takes it.
+        dtype: of queries, keys and values: float32, bfloat16 or float16.
+        k_scale: float32 [K] or None, as `kv_write` takes it.
+        v_scale: float32 [K] or None.
+        implementation: a name that `choose` returned.
+
+    Returns:
+        (q [T, K, G, D] in `dtype`, the updated pool).
+
+    Raises:
+        ValueError: a shape or dtype does not fit, the implementation is unknown or cannot take these.
+    """
+    chosen = _implementation(implementation)
+    dtype = jnp.dtype(dtype)
+    _check_pool(pool, k_scale, v_scale)
+    if dtype.name not in FLOAT_DTYPES:
+        raise ValueError(f"dtype is {dtype.name}; it must be one of {', '.join(FLOAT_DTYPES)}")
+    _check("qkv", qkv, (qkv.shape[0], pool.shape[2], *qkv.shape[2:3], pool.shape[4]))
+    if qkv.dtype not in (jnp.float32, dtype):
+        raise ValueError(f"qkv has dtype {qkv.dtype.name}; it must be float32 or dtype, which is {dtype.name}")
+    num_tokens, _, heads, head_dim = qkv.shape
+    if heads < 3:
+        raise ValueError(f"qkv has {heads} heads a key-value head; it must have at least 3: queries, key and value")
+    if head_dim % 2:
+        raise ValueError(f"qkv has head dimension {head_dim}; it must be even to be rotated")
+    for name, array in (("cos", cos), ("sin", sin)):
+        _check(name, array, (num_tokens, head_dim // 2), jnp.float32)
+    _check("slot_mapping", slot_mapping, (num_tokens,), jnp.int32)
+    if chosen.check is not None:
+        chosen.check(pool, dtype, num_tokens, heads - 2)
+    if chosen.rotate_and_write is not None:
+        return chosen.rotate_and_write(qkv, cos, sin, pool, slot_mapping, dtype, k_scale, v_scale)
+    rotated = rotate(qkv[:, :, :-1], cos, sin).astype(dtype)
+    v = qkv[:, :, -1].astype(dtype)
+    return rotated[:, :, :-1], chosen.kv_write(pool, rotated[:, :, -1], v, slot_mapping, k_scale, v_scale)
 
 
 def paged_attention(
@@ -96,6 +184,10 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    decode_only: bool = False,
     implementation: str = "xla",
 ) -> jax.Array:
     """Causal attention of R packed sequences over their pages.
@@ -105,7 +197,7 @@ def paged_attention(
     pool holds elsewhere, and page table entries past a row's length, have no influence, NaN and out-of-range included.
 
     Args:
-        q: [T, K, G, D], G query heads for each of K key-value heads; float32, bfloat16 or float16: what the pool holds.
+        q: [T, K, G, D], float32, bfloat16 or float16.
         pool: [num_pages, 2, K, page_size, D], as `pool_spec` describes it.
         page_table: int32 [R, max_pages], the pages of each row in order.
         kv_lens: int32 [R], each row's length, this step's tokens included; 0 for an empty row.
@@ -113,17 +205,24 @@ def paged_attention(
         scale: multiplies the scores.
         sliding_window: positions a token attends to, itself included; None for all.
         soft_cap: scores become soft_cap * tanh(score / soft_cap); None for no cap.
+        k_scale: float32 [K], multiplies the stored keys; with a quantised pool and only there.
+        v_scale: float32 [K], multiplies the stored values; likewise.
+        sinks: float32 [K, G], one more score for each query head that joins the softmax's denominator and has no value
+            (attention sinks as in gpt-oss; -inf has no effect); neither scaled nor capped. None for none.
+        decode_only: the caller promises that every row has at most one token and that row r's is token r. Only time
+            depends on it: the result is the same to the bit.
         implementation: a name that `choose` returned.
 
     Returns:
         [T, K, G, D] in q's dtype; zeros for the tokens past query_start_loc[R].
 
     Raises:
-        ValueError: a shape, dtype or setting does not fit, or the implementation is unknown.
+        ValueError: a shape, dtype or setting does not fit, the implementation is unknown or cannot take these.
     """
     chosen = _implementation(implementation)
     spec = AttentionSpec(scale, sliding_window, soft_cap)
-    _check_pool(pool, "q", q)
+    _check_pool(pool, k_scale, v_scale)
+    _check_float("q", q.dtype)
     _check("q", q, (q.shape[0], pool.shape[2], *q.shape[2:3], pool.shape[4]))
     if min(q.shape) < 1:
         raise ValueError(f"q has shape {list(q.shape)}; every size must be at least 1")
@@ -135,7 +234,11 @@ def paged_attention(
         raise ValueError(f"page_table has shape {list(page_table.shape)}; every size must be at least 1")
     _check("kv_lens", kv_lens, kv_lens.shape[:1], jnp.int32)
     _check("query_start_loc", query_start_loc, (kv_lens.shape[0] + 1,), jnp.int32)
-    return chosen.attention(q, pool, page_table, kv_lens, query_start_loc, spec)
+    if sinks is not None:
+        _check("sinks", sinks, q.shape[1:3], jnp.float32)
+    if chosen.check is not None:
+        chosen.check(pool, q.dtype, q.shape[0], q.shape[2])
+    return chosen.attention(q, pool, page_table, kv_lens, query_start_loc, spec, k_scale, v_scale, sinks, decode_only)
 
 
 def _implementation(name: str) -> Implementation:
@@ -151,13 +254,20 @@ def _check(name: str, array: jax.Array, shape: tuple[int, ...], dtype: jax.typin
         raise ValueError(f"{name} has dtype {array.dtype.name}; it must be {jnp.dtype(dtype).name}")
 
 
-def _check_pool(pool: jax.Array, name: str, tokens: jax.Array) -> None:
-    """Checks the pool's shape, and that it holds the dtype of `tokens`."""
+def _check_float(name: str, dtype: jnp.dtype) -> None:
+    if dtype.name not in FLOAT_DTYPES:
+        raise ValueError(f"{name} has dtype {dtype.name}; it must be one of {', '.join(FLOAT_DTYPES)}")
+
+
+def _check_pool(pool: jax.Array, k_scale: jax.Array | None, v_scale: jax.Array | None) -> None:
+    """Checks the pool's shape and dtype, and that there are scales exactly where it is quantised."""
     if pool.ndim != 5 or pool.shape[1] != 2:
         raise ValueError(f"pool has shape {list(pool.shape)}; it must be [num_pages, 2, kv_heads, page_size, head_dim]")
     check_page_size(pool.shape[3])
-    bits = pool.dtype == jnp.uint16 and tokens.dtype in (jnp.bfloat16, jnp.float16)
-    if pool.dtype != tokens.dtype and not bits:
-        raise ValueError(f"{name} has dtype {tokens.dtype.name}; the pool holds {pool.dtype.name}")
-    if not jnp.issubdtype(tokens.dtype, jnp.floating):
-        raise ValueError(f"{name} has dtype {tokens.dtype.name}; it must be a floating-point dtype")
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if (scale is not None) != is_quantised(pool.dtype):
+            held = value_dtype(pool.dtype).name
+            need = "it must be float32 [kv_heads]" if scale is None else "only a quantised pool takes one"
+            raise ValueError(f"{name} is {'None' if scale is None else 'given'} for a pool of {held}; {need}")
+        if scale is not None:
+            _check(name, scale, (pool.shape[2],), jnp.float32)

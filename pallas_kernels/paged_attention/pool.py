@@ -9,18 +9,25 @@ import jax.numpy as jnp
 
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
-# Element types of keys and values.
-DTYPES = ("float32", "bfloat16", "float16")
+# Element types of keys and values: stored as they are computed, or quantised with a scale a head.
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+QUANTISED_DTYPES = ("float8_e4m3fn", "int8")
+DTYPES = FLOAT_DTYPES + QUANTISED_DTYPES
 
 # Slots are int32.
 MAX_SLOTS = 2**31 - 1
 
+# The integers that hold the bits of a dtype, each standing for one dtype only, so that a pool tells what it holds.
+_BITS = {"bfloat16": jnp.dtype(jnp.uint16), "float16": jnp.dtype(jnp.int16), "float8_e4m3fn": jnp.dtype(jnp.uint8)}
+_VALUES = {bits: jnp.dtype(name) for name, bits in _BITS.items()}
+
 
 def storage_dtype(dtype: jax.typing.DTypeLike, platform: str) -> jnp.dtype:
-    """Returns the dtype that holds `dtype` in a pool on `platform`.
+    """Returns the dtype that holds `dtype` in a pool on `platform`; `value_dtype` is its inverse.
 
-    Before jax 0.11, XLA's CPU backend updates a bfloat16 or float16 array by converting all of it to float32 and back,
-    donated or not. The bits are held as uint16 there, and reinterpreted when they are read and written.
+    Before jax 0.11, XLA's CPU backend updates an array of a narrow floating-point dtype by converting all of it to a
+    wider one and back, donated or not. The bits are held as integers there, and reinterpreted when they are read and
+    written.
 
     Raises:
         ValueError: `dtype` is none of `DTYPES`.
@@ -28,8 +35,33 @@ def storage_dtype(dtype: jax.typing.DTypeLike, platform: str) -> jnp.dtype:
     dtype = jnp.dtype(dtype)
     if dtype.name not in DTYPES:
         raise ValueError(f"dtype is {dtype.name}; it must be one of {', '.join(DTYPES)}")
-    held_as_bits = platform == "cpu" and dtype.itemsize == 2 and jax.__version_info__ < (0, 11)
-    return jnp.dtype(jnp.uint16) if held_as_bits else dtype
+    if platform == "cpu" and jax.__version_info__ < (0, 11):
+        return _BITS.get(dtype.name, dtype)
+    return dtype
+
+
+def value_dtype(storage: jax.typing.DTypeLike) -> jnp.dtype:
+    """Returns the dtype of the numbers in a pool whose array has the dtype `storage`.
+
+    Raises:
+        ValueError: no pool has this dtype.
+    """
+    storage = jnp.dtype(storage)
+    dtype = _VALUES.get(storage, storage)
+    if dtype.name not in DTYPES:
+        raise ValueError(f"pool has dtype {storage.name}; it must hold one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def is_quantised(storage: jax.typing.DTypeLike) -> bool:
+    """Whether a pool of this dtype holds numbers that a scale multiplies."""
+    return value_dtype(storage).name in QUANTISED_DTYPES
+
+
+def largest(dtype: jax.typing.DTypeLike) -> float:
+    """The greatest magnitude that a quantised pool stores: 448 (float8_e4m3fn) or 127 (int8, which leaves out -128)."""
+    dtype = value_dtype(dtype)
+    return 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
 
 
 def pool_spec(
@@ -49,7 +81,7 @@ def pool_spec(
         num_kv_heads: K.
         page_size: positions a page, one of `PAGE_SIZES`.
         head_dim: D.
-        dtype: element type of keys and values: float32, bfloat16 or float16.
+        dtype: element type of keys and values, one of `DTYPES`.
         platform: "cpu", "gpu", ...; None for JAX's default.
         sharding: where the pool lies; None for the default device.
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.paged_attention.cast import decode, encode
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
 
@@ -13,6 +14,10 @@ def paged_attention(
     kv_lens: jax.Array,
     query_start_loc: jax.Array,
     spec: AttentionSpec,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    decode_only: bool = False,
 ) -> jax.Array:
     """Gathers, for each token, its sequence's whole page table row and attends to it densely.
 
@@ -23,6 +28,10 @@ def paged_attention(
         kv_lens: int32 [R].
         query_start_loc: int32 [R + 1].
         spec: scale, sliding window, soft cap.
+        k_scale: float32 [K] or None.
+        v_scale: float32 [K] or None.
+        sinks: float32 [K, G] or None.
+        decode_only: needs nothing else here.
 
     Returns:
         [T, K, G, D] in q's dtype.
@@ -30,8 +39,7 @@ def paged_attention(
     num_tokens, num_kv_heads, _, head_dim = q.shape
     num_rows, max_pages = page_table.shape
     page_size = pool.shape[3]
-    if pool.dtype != q.dtype:
-        pool = jax.lax.bitcast_convert_type(pool, q.dtype)
+    del decode_only
 
     token = jnp.arange(num_tokens)
     row = jnp.searchsorted(query_start_loc[1:], token, side="right")
@@ -47,23 +55,36 @@ def paged_attention(
     seen &= real[:, None]
 
     pages = jnp.clip(page_table[row], 0, pool.shape[0] - 1)
-    gathered = pool[pages].astype(jnp.float32).transpose(2, 0, 3, 1, 4, 5)
+    gathered = decode(pool[pages], jnp.float32).transpose(2, 0, 3, 1, 4, 5)
     key, value = gathered.reshape(2, num_tokens, num_kv_heads, max_pages * page_size, head_dim)
+    if k_scale is not None and v_scale is not None:
+        key, value = key * k_scale[:, None, None], value * v_scale[:, None, None]
     value = jnp.where(seen[:, None, :, None], value, 0.0)
 
     score = jnp.einsum("tkgd,tkcd->tkgc", q.astype(jnp.float32), key, precision="highest") * spec.scale
     if spec.soft_cap is not None:
         score = spec.soft_cap * jnp.tanh(score / spec.soft_cap)
     score = jnp.where(seen[:, None, None], score, -jnp.inf)
+    if sinks is not None:
+        # One more column, whose weight is then dropped.
+        sink = jnp.broadcast_to(sinks[None, :, :, None], (*score.shape[:3], 1))
+        score = jnp.concatenate([score, sink], axis=-1)
+        value = jnp.pad(value, ((0, 0), (0, 0), (0, 1), (0, 0)))
     weight = jnp.where(real[:, None, None, None], jax.nn.softmax(score, axis=-1), 0.0)
     return jnp.einsum("tkgc,tkcd->tkgd", weight, value, precision="highest").astype(q.dtype)
 
 
-def kv_write(pool: jax.Array, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> jax.Array:
+def kv_write(
+    pool: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slot_mapping: jax.Array,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+) -> jax.Array:
     """Writes token after token; see `api.kv_write`."""
     page_size = pool.shape[3]
-    if k.dtype != pool.dtype:
-        k, v = (jax.lax.bitcast_convert_type(x, pool.dtype) for x in (k, v))
+    k, v = encode(k, pool.dtype, k_scale), encode(v, pool.dtype, v_scale)
 
     def one(token: jax.Array, pool: jax.Array) -> jax.Array:
         slot = slot_mapping[token]

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.paged_attention.cast import decode, encode
+from pallas_kernels.paged_attention.pool import is_quantised, value_dtype
 from pallas_kernels.paged_attention.spec import AttentionSpec
 
 # The smallest and the largest number of rows of a dot for which rows were measured to be bit-identical.
@@ -74,12 +76,12 @@ class TilePlan(NamedTuple):
 
     Attributes:
         decode: the tiles of sequences that compute one token.
-        prefill: the tiles of sequences that compute more.
+        prefill: the tiles of sequences that compute more; None for a step of decodes alone.
         output_row: int32 [T]; padding tokens point at the last row, which stays zero.
     """
 
     decode: TilePass
-    prefill: TilePass
+    prefill: TilePass | None
     output_row: jax.Array
 
 
@@ -150,7 +152,12 @@ def _plan_pass(
 
 
 def plan_tiles(
-    kv_lens: jax.Array, query_start_loc: jax.Array, num_tokens: int, tiling: Tiling, window: int | None
+    kv_lens: jax.Array,
+    query_start_loc: jax.Array,
+    num_tokens: int,
+    tiling: Tiling,
+    window: int | None,
+    decode_only: bool,
 ) -> TilePlan:
     """Plans the tiles of a step.
 
@@ -162,6 +169,7 @@ def plan_tiles(
         num_tokens: T, the length of the token axis.
         tiling: static sizes.
         window: positions that a token may attend to, itself included; None for all.
+        decode_only: no row has more than one token, and row r's is token r.
 
     Returns:
         The plan.
@@ -179,6 +187,14 @@ def plan_tiles(
         tiling.block,
         window,
     )
+    decode_rows = decode_place.shape[0] * tiling.decode_tile
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    if decode_only:
+        row = jnp.minimum(token, num_rows - 1)
+        output_row = jnp.where(
+            token < query_start_loc[-1], decode_place[decode_tile[row]] * tiling.decode_tile, decode_rows
+        )
+        return TilePlan(decode, None, output_row)
     prefill, prefill_tile, prefill_place = _plan_pass(
         jnp.where(query_lens > 1, query_lens, 0),
         kv_lens,
@@ -189,12 +205,10 @@ def plan_tiles(
         tiling.block,
         window,
     )
-    token = jnp.arange(num_tokens, dtype=jnp.int32)
     row = jnp.sum(query_start_loc[None, 1:] <= token[:, None], axis=1, dtype=jnp.int32)
     padding = row >= num_rows
     row = jnp.minimum(row, num_rows - 1)
     ahead = token - starts[row]
-    decode_rows = decode_place.shape[0] * tiling.decode_tile
     prefill_rows = prefill_place.shape[0] * tiling.prefill_tile
     place = prefill_place[jnp.minimum(prefill_tile[row] + ahead // tiling.prefill_tile, prefill_place.shape[0] - 1)]
     output_row = jnp.where(
@@ -241,10 +255,7 @@ def _gather_block(
         return key, jnp.where((position < group.length[:, None, None])[:, None], value, jnp.zeros((), value.dtype))
 
     read = jax.lax.cond(jnp.any(group.length < (index + 1) * block), masked, whole)
-    key, value = (
-        part if part.dtype == group.query.dtype else jax.lax.bitcast_convert_type(part, group.query.dtype)
-        for part in jax.lax.optimization_barrier(read)
-    )
+    key, value = (decode(part, group.query.dtype) for part in jax.lax.optimization_barrier(read))
     shape = (pages.shape[0], num_kv_heads, block, head_dim)
     return key.reshape(shape), value.reshape(shape)
 
@@ -269,7 +280,7 @@ def _attend_block(
     group: _Group,
     pool: jax.Array,
     page_table: jax.Array,
-    spec: AttentionSpec,
+    settings: "_Settings",
     block: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Takes key-value block `index` into the running (exponent [W,K,M], sum [W,K,M], output [W,K,M,D]).
@@ -282,6 +293,9 @@ def _attend_block(
     key, value = _gather_block(pool, page_table, group, index, block)
     position = index * block + jnp.arange(block, dtype=jnp.int32)
     score = jnp.einsum("wkmd,wkcd->wkmc", group.query, key, preferred_element_type=jnp.float32)
+    spec = settings.spec
+    if settings.k_scale is not None:
+        score = score * settings.k_scale[:, None, None]
     if spec.soft_cap is None:
         score = score * (spec.scale * LOG2_E)
     else:
@@ -307,6 +321,28 @@ def _power_of_two(exponent: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(biased << 23, jnp.float32)
 
 
+class _Settings(NamedTuple):
+    """What holds for all tiles; k_scale, v_scale [K] and sinks [K, G] are float32 or None."""
+
+    spec: AttentionSpec
+    k_scale: jax.Array | None
+    v_scale: jax.Array | None
+    sinks: jax.Array | None
+
+
+def _finish(state: tuple[jax.Array, jax.Array, jax.Array], settings: _Settings, tile: int) -> jax.Array:
+    """The output [W, K, M, D] of the running state; zeros for queries that have seen nothing."""
+    exponent, total, output = state
+    if settings.sinks is not None:
+        sink = jnp.tile(settings.sinks * LOG2_E, (1, tile))
+        new_exponent = jnp.maximum(exponent, jnp.ceil(sink))
+        decay = _power_of_two(exponent - new_exponent)
+        total = total * decay + jnp.exp2(sink - new_exponent)
+        output = output * decay[..., None]
+    output = output / jnp.where(total > 0, total, 1.0)[..., None]
+    return output if settings.v_scale is None else output * settings.v_scale[:, None, None]
+
+
 def _run_pass(
     rows: jax.Array,
     first_row: int,
@@ -314,7 +350,7 @@ def _run_pass(
     q: jax.Array,
     pool: jax.Array,
     page_table: jax.Array,
-    spec: AttentionSpec,
+    settings: _Settings,
     tile: int,
     block: int,
 ) -> jax.Array:
@@ -342,13 +378,13 @@ def _run_pass(
             jnp.zeros(shape, jnp.float32),
             jnp.zeros((*shape, head_dim), jnp.float32),
         )
-        _, total, output = jax.lax.fori_loop(
+        state = jax.lax.fori_loop(
             tile_pass.block_begin[number],
             tile_pass.block_end[number],
-            lambda index, state: _attend_block(index, state, group, pool, page_table, spec, block),
+            lambda index, state: _attend_block(index, state, group, pool, page_table, settings, block),
             state,
         )
-        output = output / jnp.where(total > 0, total, 1.0)[..., None]
+        output = _finish(state, settings, tile)
         output = output.reshape(size, num_kv_heads, tile, group_heads, head_dim).transpose(0, 2, 1, 3, 4)
         output = output.reshape(size * tile, num_kv_heads, group_heads, head_dim)
         return jax.lax.dynamic_update_slice_in_dim(rows, output, first_row + number * size * tile, axis=0)
@@ -363,6 +399,10 @@ def paged_attention(
     kv_lens: jax.Array,
     query_start_loc: jax.Array,
     spec: AttentionSpec,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    decode_only: bool = False,
     tiling: Tiling | None = None,
 ) -> jax.Array:
     """Computes `api.paged_attention`; arguments are checked there.
@@ -374,28 +414,45 @@ def paged_attention(
         kv_lens: int32 [R].
         query_start_loc: int32 [R + 1].
         spec: scale, sliding window, soft cap.
+        k_scale: float32 [K] or None.
+        v_scale: float32 [K] or None.
+        sinks: float32 [K, G] or None.
+        decode_only: leaves out the tiles of more than one token.
         tiling: static sizes, None for the tuned ones.
 
     Returns:
         [T, K, G, D] in q's dtype.
     """
     num_tokens, num_kv_heads, group_heads, head_dim = q.shape
+    dtype = q.dtype
+    if not is_quantised(pool.dtype):
+        # Dots of queries and keys in the wider of their dtypes; what a quantised pool holds is exact in any.
+        q = q.astype(jnp.promote_types(dtype, value_dtype(pool.dtype)))
     tiling = tiling or tiling_for(group_heads)
-    plan = plan_tiles(kv_lens, query_start_loc, num_tokens, tiling, spec.sliding_window)
+    settings = _Settings(spec, k_scale, v_scale, sinks)
+    plan = plan_tiles(kv_lens, query_start_loc, num_tokens, tiling, spec.sliding_window, decode_only)
     decode_rows = plan.decode.row.shape[0] * tiling.decode_tile
-    prefill_rows = plan.prefill.row.shape[0] * tiling.prefill_tile
+    prefill_rows = 0 if plan.prefill is None else plan.prefill.row.shape[0] * tiling.prefill_tile
     rows = jnp.zeros((decode_rows + prefill_rows + 1, num_kv_heads, group_heads, head_dim), jnp.float32)
-    rows = _run_pass(rows, 0, plan.decode, q, pool, page_table, spec, tiling.decode_tile, tiling.block)
-    rows = _run_pass(rows, decode_rows, plan.prefill, q, pool, page_table, spec, tiling.prefill_tile, tiling.block)
-    return _take(rows, plan.output_row).astype(q.dtype)
+    rows = _run_pass(rows, 0, plan.decode, q, pool, page_table, settings, tiling.decode_tile, tiling.block)
+    if plan.prefill is not None:
+        rows = _run_pass(
+            rows, decode_rows, plan.prefill, q, pool, page_table, settings, tiling.prefill_tile, tiling.block
+        )
+    return _take(rows, plan.output_row).astype(dtype)
 
 
-def kv_write(pool: jax.Array, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> jax.Array:
+def kv_write(
+    pool: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slot_mapping: jax.Array,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+) -> jax.Array:
     """Computes `api.kv_write` as one scatter of [2, K, D] windows, in place when the pool is donated."""
     page_size = pool.shape[3]
-    window = jnp.stack([k, v], axis=1)
-    if window.dtype != pool.dtype:
-        window = jax.lax.bitcast_convert_type(window, pool.dtype)
+    window = jnp.stack([encode(k, pool.dtype, k_scale), encode(v, pool.dtype, v_scale)], axis=1)
     # Not `//` and `%`, which round down: a negative slot must not become a place in the pool.
     page, offset = jax.lax.div(slot_mapping, page_size), jax.lax.rem(slot_mapping, page_size)
     return pool.at[page, :, :, offset].set(window, mode="drop", wrap_negative_indices=False)

@@ -3,7 +3,14 @@
 import jax
 import pytest
 
-from pallas_kernels.paged_attention import AttentionSpec, choose, kv_write, paged_attention, pool_spec
+from pallas_kernels.paged_attention import (
+    AttentionSpec,
+    choose,
+    kv_write,
+    paged_attention,
+    pool_spec,
+    rotate_and_write,
+)
 
 T, R, K, G, D = 8, 3, 2, 2, 40
 
@@ -27,8 +34,20 @@ WRITE = {
 }
 
 
+ROTATE = {
+    "qkv": _shape(T, K, G + 2, D, dtype="float32"),
+    "cos": _shape(T, D // 2, dtype="float32"),
+    "sin": _shape(T, D // 2, dtype="float32"),
+    "pool": WRITE["pool"],
+    "slot_mapping": WRITE["slot_mapping"],
+}
+INT8 = _shape(5, 2, K, 16, D, dtype="int8")
+SCALE = _shape(K, dtype="float32")
+OPTIONAL = ("k_scale", "v_scale", "sinks")
+
+
 def _attend(*, scale: float = 1.0, **changes):
-    static = {name: changes.pop(name) for name in list(changes) if name not in ATTENTION}
+    static = {name: changes.pop(name) for name in list(changes) if name not in (*ATTENTION, *OPTIONAL)}
     return jax.eval_shape(lambda arrays: paged_attention(**arrays, scale=scale, **static), ATTENTION | changes)
 
 
@@ -36,32 +55,52 @@ def _write(implementation: str = "xla", **changes):
     return jax.eval_shape(lambda arrays: kv_write(**arrays, implementation=implementation), WRITE | changes)
 
 
+def _rotate(dtype: str = "bfloat16", implementation: str = "xla", **changes):
+    return jax.eval_shape(
+        lambda arrays: rotate_and_write(**arrays, dtype=dtype, implementation=implementation), ROTATE | changes
+    )
+
+
 def test_fitting_arguments_pass():
     assert _attend().shape == (T, K, G, D)
     assert _attend(q=_shape(T, K, 32, D, dtype="float32")).shape == (T, K, 32, D)
     assert _attend(q=_shape(T, K, 33, D, dtype="float32"), implementation="reference").shape == (T, K, 33, D)
+    assert _attend(pool=INT8, k_scale=SCALE, v_scale=SCALE, decode_only=True).dtype == "float32"
     assert _write().shape == (5, 2, K, 16, D)
+    assert _write(pool=INT8, k_scale=SCALE, v_scale=SCALE).dtype == "int8"
+    q, pool = _rotate()
+    assert (q.shape, q.dtype, pool.dtype) == ((T, K, G, D), "bfloat16", "float32")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"q": _shape(T, K, G, D, dtype="bfloat16")}, "q has dtype bfloat16; the pool holds float32"),
-        ({"q": _shape(T, K, G, D)}, "q has dtype int32; the pool holds float32"),
+        ({"q": _shape(T, K, G, D)}, "q has dtype int32; it must be one of float32, bfloat16, float16"),
+        ({"q": _shape(T, K, G, D, dtype="float8_e4m3fn")}, "q has dtype float8_e4m3fn; it must be one of"),
         ({"q": _shape(T, 3, G, D, dtype="float32")}, r"q has shape \[8, 3, 2, 40\]; it must be \[8, 2, 2, 40\]"),
         ({"q": _shape(T, K, D, dtype="float32")}, r"q has shape \[8, 2, 40\]"),
         ({"q": _shape(0, K, G, D, dtype="float32")}, r"q has shape \[0, 2, 2, 40\]; every size must be at least 1"),
         ({"q": _shape(T, K, 33, D, dtype="float32")}, "q has 33 query heads a key-value head; 'xla' takes at most 32"),
         ({"pool": _shape(5, K, 16, D, dtype="float32")}, r"pool has shape \[5, 2, 16, 40\]; it must be \[num_pages, 2"),
         ({"pool": _shape(5, 2, K, 48, D, dtype="float32")}, "page_size is 48; it must be one of"),
-        ({"pool": _shape(5, 2, K, 16, D, dtype="uint16")}, "q has dtype float32; the pool holds uint16"),
+        (
+            {"pool": _shape(5, 2, K, 16, D, dtype="int32")},
+            "pool has dtype int32; it must hold one of float32, bfloat16",
+        ),
+        ({"pool": INT8}, r"k_scale is None for a pool of int8; it must be float32 \[kv_heads\]"),
+        ({"pool": INT8, "k_scale": SCALE}, "v_scale is None for a pool of int8"),
+        ({"k_scale": SCALE}, "k_scale is given for a pool of float32; only a quantised pool takes one"),
+        ({"pool": INT8, "k_scale": SCALE, "v_scale": _shape(K)}, "v_scale has dtype int32; it must be float32"),
+        ({"pool": INT8, "k_scale": _shape(K, 1), "v_scale": SCALE}, r"k_scale has shape \[2, 1\]; it must be \[2\]"),
+        ({"sinks": _shape(G, K + 1, dtype="float32")}, r"sinks has shape \[2, 3\]; it must be \[2, 2\]"),
+        ({"sinks": _shape(K, G, dtype="bfloat16")}, "sinks has dtype bfloat16; it must be float32"),
         ({"page_table": _shape(R + 1, 4)}, r"page_table has shape \[4, 4\]; it must be \[3, 4\]"),
         ({"page_table": _shape(R, 0)}, r"page_table has shape \[3, 0\]; every size must be at least 1"),
         ({"page_table": _shape(R, 4, dtype="uint32")}, "page_table has dtype uint32; it must be int32"),
         ({"query_start_loc": _shape(R)}, r"query_start_loc has shape \[3\]; it must be \[4\]"),
         ({"kv_lens": _shape(R, dtype="float32")}, "kv_lens has dtype float32; it must be int32"),
         ({"kv_lens": _shape(R, 1)}, r"kv_lens has shape \[3, 1\]; it must be \[3\]"),
-        ({"implementation": "triton!"}, "implementation is 'triton!'; it must be one of xla, reference"),
+        ({"implementation": "triton!"}, "implementation is 'triton!'; it must be one of "),
         ({"sliding_window": 0}, "sliding_window is 0; it must be None or at least 1"),
         ({"soft_cap": 0.0}, "soft_cap is 0.0; it must be None or a finite number above 0"),
         ({"scale": float("nan")}, "scale is nan; it must be finite"),
@@ -78,7 +117,9 @@ def test_attention_refuses(changes: dict, message: str):
         ({"k": _shape(T, 3, D, dtype="float32")}, r"k has shape \[8, 3, 40\]; it must be \[8, 2, 40\]"),
         ({"v": _shape(T + 1, K, D, dtype="float32")}, r"v has shape \[9, 2, 40\]; it must be \[8, 2, 40\]"),
         ({"v": _shape(T, K, D, dtype="bfloat16")}, "v has dtype bfloat16; it must be float32"),
-        ({"k": _shape(T, K, D, dtype="float16")}, "k has dtype float16; the pool holds float32"),
+        ({"k": _shape(T, K, D), "v": _shape(T, K, D)}, "k has dtype int32; it must be one of float32"),
+        ({"pool": INT8, "v_scale": SCALE}, "k_scale is None for a pool of int8"),
+        ({"v_scale": SCALE}, "v_scale is given for a pool of float32"),
         ({"slot_mapping": _shape(T - 1)}, r"slot_mapping has shape \[7\]; it must be \[8\]"),
         ({"slot_mapping": _shape(T, dtype="uint32")}, "slot_mapping has dtype uint32; it must be int32"),
         ({"implementation": ""}, "implementation is ''"),
@@ -92,12 +133,40 @@ def test_kv_write_refuses(changes: dict, message: str):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"qkv": _shape(T, 3, G + 2, D, dtype="float32")},
+            r"qkv has shape \[8, 3, 4, 40\]; it must be \[8, 2, 4, 40\]",
+        ),
+        ({"qkv": _shape(T, K, 2, D, dtype="float32")}, "qkv has 2 heads a key-value head; it must have at least 3"),
+        ({"qkv": _shape(T, K, G + 2, D, dtype="float16")}, "qkv has dtype float16; it must be float32 or dtype, which"),
+        ({"cos": _shape(T, D, dtype="float32")}, r"cos has shape \[8, 40\]; it must be \[8, 20\]"),
+        ({"sin": _shape(T, D // 2, dtype="bfloat16")}, "sin has dtype bfloat16; it must be float32"),
+        ({"slot_mapping": _shape(T - 1)}, r"slot_mapping has shape \[7\]; it must be \[8\]"),
+        ({"dtype": "int8"}, "dtype is int8; it must be one of float32, bfloat16, float16"),
+        ({"pool": INT8, "k_scale": SCALE}, "v_scale is None for a pool of int8"),
+        ({"implementation": ""}, "implementation is ''"),
+    ],
+)
+def test_rotate_and_write_refuses(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        _rotate(**changes)
+
+
+def test_an_odd_head_dimension_cannot_be_rotated():
+    odd = {"qkv": _shape(T, K, G + 2, 5, dtype="float32"), "pool": _shape(5, 2, K, 16, 5, dtype="float32")}
+    with pytest.raises(ValueError, match="qkv has head dimension 5; it must be even to be rotated"):
+        _rotate(**odd)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"num_pages": 1}, "num_pages is 1; it must be at least 2"),
         ({"num_kv_heads": 0}, "num_kv_heads is 0; it must be at least 1"),
         ({"head_dim": 0}, "head_dim is 0; it must be at least 1"),
         ({"page_size": 24}, "page_size is 24; it must be one of"),
         ({"num_pages": 2**24, "page_size": 128}, "it must be at most 2147483647"),
-        ({"dtype": "int8"}, "dtype is int8; it must be one of float32, bfloat16, float16"),
+        ({"dtype": "int32"}, "dtype is int32; it must be one of float32, bfloat16, float16, float8_e4m3fn"),
     ],
 )
 def test_pool_spec_refuses(changes: dict, message: str):
