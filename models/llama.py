@@ -30,8 +30,8 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cac
 """(q [..., K, G, D], k [..., K, D], v [..., K, D], cache of the layer) -> (out [..., K, G, D], new cache)."""
 
 
-def contract(x: jax.Array, weight: jax.Array, axes: int = 1) -> jax.Array:
-    """Dot of the last `axes` axes of x and weight, accumulated and returned in float32: [..., out...].
+def contract(x: jax.Array, weight: jax.Array, axes: int = 1, product: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """Dot of the last `axes` axes of x and weight, accumulated in float32 and returned as `product`: [..., out...].
 
     The operands keep their dtype. What a float32 dot multiplies in (a GPU may use TF32, training uses bfloat16) is
     the caller's `jax.default_matmul_precision`. The weight goes into the dot as a matrix: from one with more axes XLA's
@@ -39,18 +39,18 @@ def contract(x: jax.Array, weight: jax.Array, axes: int = 1) -> jax.Array:
     """
     matrix = weight.reshape(-1, math.prod(weight.shape[-axes:]))
     x = x.reshape(*x.shape[: x.ndim - axes], -1)
-    y = jax.lax.dot_general(x, matrix, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    y = jax.lax.dot_general(x, matrix, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=product)
     return y.reshape(*y.shape[:-1], *weight.shape[:-axes])
 
 
-def contract_each(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """`contract` of x with each of weights [N, out, in]: float32 [N, ..., out].
+def contract_each(x: jax.Array, weights: jax.Array, product: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """`contract` of x with each of weights [N, out, in]: [N, ..., out].
 
     N is a batch axis and not part of the rows, so that `out` can be split over devices as it is stored.
     """
     axis = x.ndim
     each = jnp.broadcast_to(x, (weights.shape[0], *x.shape))
-    return jax.lax.dot_general(each, weights, (((axis,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(each, weights, (((axis,), (2,)), ((0,), (0,))), preferred_element_type=product)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
@@ -97,14 +97,14 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Fused QKV projection, rotary embedding, the caller's attention, output projection."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, product: jnp.dtype, rngs: nnx.Rngs):
         kv_heads, group, dim, hidden = (
             config.num_key_value_heads,
             config.group_size,
             config.head_dim,
             config.hidden_size,
         )
-        self.group = group
+        self.group, self.product = group, product
         self.qkv = nnx.Param(_normal(rngs, (kv_heads, group + 2, dim, hidden), hidden, dtype))
         self.out = nnx.Param(_normal(rngs, (hidden, kv_heads, group, dim), kv_heads * group * dim, dtype))
         self.qkv_bias = nnx.Param(jnp.zeros((kv_heads, group + 2, dim), dtype)) if config.attention_bias else None
@@ -113,47 +113,49 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache, attend: Attend
     ) -> tuple[jax.Array, Cache]:
-        qkv = contract(x, self.qkv[...])  # [..., K, G + 2, D]
+        qkv = contract(x, self.qkv[...], product=self.product)  # [..., K, G + 2, D]
         if self.qkv_bias is not None:
-            qkv += self.qkv_bias[...].astype(jnp.float32)
+            qkv += self.qkv_bias[...].astype(qkv.dtype)
         qk = rotate(qkv[..., : self.group + 1, :], cos, sin).astype(x.dtype)
         v = qkv[..., self.group + 1, :].astype(x.dtype)
         attended, cache = attend(qk[..., : self.group, :], qk[..., self.group, :], v, cache)
-        y = contract(attended, self.out[...], axes=3)
+        y = contract(attended, self.out[...], axes=3, product=self.product)
         if self.out_bias is not None:
-            y += self.out_bias[...].astype(jnp.float32)
+            y += self.out_bias[...].astype(y.dtype)
         return y.astype(x.dtype), cache
 
 
 class MLP(nnx.Module):
     """SwiGLU with the gate and up projections fused: gate_up [2, I, H], down [H, I]."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, product: jnp.dtype, rngs: nnx.Rngs):
         hidden, wide = config.hidden_size, config.intermediate_size
+        self.product = product
         self.gate_up = nnx.Param(_normal(rngs, (2, wide, hidden), hidden, dtype))
         self.down = nnx.Param(_normal(rngs, (hidden, wide), wide, dtype))
         self.gate_up_bias = nnx.Param(jnp.zeros((2, wide), dtype)) if config.mlp_bias else None
         self.down_bias = nnx.Param(jnp.zeros((hidden,), dtype)) if config.mlp_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = contract_each(x, self.gate_up[...])
+        gate, up = contract_each(x, self.gate_up[...], self.product)
         if self.gate_up_bias is not None:
-            gate_bias, up_bias = self.gate_up_bias[...].astype(jnp.float32)
+            gate_bias, up_bias = self.gate_up_bias[...].astype(gate.dtype)
             gate, up = gate + gate_bias, up + up_bias
-        y = contract((jax.nn.silu(gate) * up).astype(x.dtype), self.down[...])
+        gated = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        y = contract(gated.astype(x.dtype), self.down[...], product=self.product)
         if self.down_bias is not None:
-            y += self.down_bias[...].astype(jnp.float32)
+            y += self.down_bias[...].astype(y.dtype)
         return y.astype(x.dtype)
 
 
 class Layer(nnx.Module):
     """Pre-norm attention and MLP with residuals."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, product: jnp.dtype, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.attention = Attention(config, dtype, rngs)
+        self.attention = Attention(config, dtype, product, rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = MLP(config, dtype, rngs)
+        self.mlp = MLP(config, dtype, product, rngs)
 
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache, attend: Attend
@@ -164,12 +166,16 @@ class Layer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Tokens to hidden states, and hidden states to logits."""
+    """Tokens to hidden states, and hidden states to logits.
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    dtype: of the parameters and the residual stream. product: what matrix products inside a layer are rounded to; see
+    `models.params.product_dtype`. Logits are float32 whatever it is.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, product: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
         self.embedding = nnx.Param(_normal(rngs, (config.vocab_size, config.hidden_size), 2500, dtype))
-        self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List([Layer(config, dtype, product, rngs) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.head = (
             None

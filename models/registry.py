@@ -21,7 +21,7 @@ class Architecture:
     """What the loader and the engine need to know of a model.
 
     Attributes:
-        module: the nnx module, called as module(config, dtype=, rngs=); its interface is that of `llama.Llama`.
+        module: the nnx module, called as module(config, dtype=, product=, rngs=); its interface is `llama.Llama`'s.
         weights: the checkpoint's tensors of each parameter; its keys are exactly the module's parameters.
         unneeded: whether a checkpoint may hold a tensor that no parameter takes.
         partition: PartitionSpec over the axis `tensor` of each parameter, by the last name of its path.

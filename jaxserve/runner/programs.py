@@ -25,7 +25,7 @@ from jaxserve.runner.slots import Slots
 from jaxserve.scheduler.buckets import Buckets
 from models.attention import POOL_PARTITION, AttentionMetadata, AttentionSettings, paged_attend
 from models.config import ModelConfig
-from models.params import abstract_params, bind
+from models.params import abstract_params, bind, product_dtype
 from pallas_kernels.paged_attention import pool_spec
 
 NULL_SLOT = 0
@@ -140,7 +140,8 @@ def forward(
     token_ids = jnp.where(told < 0, slots.last_token[jnp.maximum(-1 - told, 0)], told)
     metadata = attention_metadata(fields, slots, shapes.page_size)
     attend = paged_attend(metadata, AttentionSettings.of(shapes.model), shapes.attention, mesh)
-    model = bind(shapes.model, params)
+    platform = mesh.devices.flat[0].platform
+    model = bind(shapes.model, params, product_dtype(shapes.dtype, platform))
     computed, pools = model(token_ids, metadata.positions, pools, attend)
     return pools, slots, hidden.at[:tokens].set(computed)
 

@@ -38,7 +38,7 @@ Params = Any
 
 
 def initial_params(seed: int) -> tuple[nnx.GraphDef, Params]:
-    model = Llama(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    model = Llama(CONFIG, dtype=jnp.dtype(jnp.float32), product=jnp.dtype(jnp.float32), rngs=nnx.Rngs(seed))
     graph, params = nnx.split(model, nnx.Param)
     return graph, params
 
