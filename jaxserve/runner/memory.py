@@ -1,115 +1,214 @@
-"""How many pages fit: from the compiler's own figures, not from a guess.
+"""What a device's memory is spent on, and how many pages fit: from the compiler's own figures, not from a guess.
 
-    device memory x gpu_memory_utilization
-      = weights + slots and hidden buffer + largest temporaries of any program + code + margin + pages
+    device memory = what gpu_memory_utilization keeps out of reach
+                  + weights + state + temporaries + code + margin + pages + unused
 
-The margin stands for what the compiler does not see (library workspaces, fragmentation).
+The device runs one program at a time, so temporaries are those of the largest program; code is that of all of them.
+The margin stands for what the compiler does not see (library workspaces, fragmentation). Start-up, `jaxserve.compile`
+and `jaxserve.explain` make the same plan from the same functions.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import pathlib
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Callable, Collection
 
 import jax
 from jax.sharding import Mesh
 
 from jaxserve.config import CacheConfig
 from jaxserve.runner.compiler import ProgramMemory, compile_program, program_memory
-from jaxserve.runner.programs import ProgramKey, Shapes, abstract_arguments
+from jaxserve.runner.programs import ProgramKey, Shapes, abstract_arguments, program_keys
+from jaxserve.runner.targets import available_memory
 
 MARGIN_BYTES = 256 * 1024 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes on one device: the limit, and what it is spent on. page: bytes of one page in all layers."""
+class DeviceMemory:
+    """Bytes of one device: all of it, and the share that may be used."""
 
+    total: int
     limit: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.limit <= self.total:
+            raise ValueError(f"memory limit is {self.limit} bytes; it must be from 0 to the device's {self.total}")
+
+    @classmethod
+    def share(cls, total: int, utilization: float) -> DeviceMemory:
+        """`utilization` (0 to 1, CacheConfig.gpu_memory_utilization) of `total` bytes, rounded down."""
+        return cls(total, int(total * utilization))
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramNeeds:
+    """Bytes on one device that the closed set of programs needs beside its arguments.
+
+    temporaries: of the largest program, with results that alias no argument. code: of all programs.
+    """
+
+    temporaries: int
+    code: int
+
+    @classmethod
+    def of(cls, programs: Collection[ProgramMemory]) -> ProgramNeeds:
+        """Of programs that were all compiled."""
+        return cls(
+            temporaries=max((program.extra for program in programs), default=0),
+            code=sum(program.code for program in programs),
+        )
+
+    @classmethod
+    def from_largest(cls, programs: dict[ProgramKey, ProgramMemory], shapes: Shapes) -> ProgramNeeds:
+        """Of the whole set, when only the largest program of each kind was compiled: the others need no more."""
+        counts = Counter(key.kind for key in program_keys(shapes.buckets))
+        return cls(
+            temporaries=max(program.extra for program in programs.values()),
+            code=sum(program.code * counts[key.kind] for key, program in programs.items()),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one device and what they are spent on.
+
+    weights: as the programs take them. state: slots, hidden buffer and the vector that the host sends.
+    page: one page in all layers. num_pages: pages of the pool, the null page included.
+    """
+
+    device: DeviceMemory
     weights: int
     state: int
-    programs: int
+    programs: ProgramNeeds
     page: int
     num_pages: int
 
     @property
+    def pages(self) -> int:
+        """Bytes of the page pool."""
+        return self.page * self.num_pages
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that are needed whatever the number of pages, the margin included."""
+        return self.weights + self.state + self.programs.temporaries + self.programs.code + MARGIN_BYTES
+
+    @property
     def total(self) -> int:
-        return self.weights + self.state + self.programs + self.page * self.num_pages
+        return self.fixed + self.pages
 
     @property
     def room(self) -> int:
-        """Pages that fit beside everything else and the margin."""
-        return max(0, (self.limit - self.weights - self.state - self.programs - MARGIN_BYTES) // self.page)
+        """Pages that fit beside everything else."""
+        return max(0, (self.device.limit - self.fixed) // self.page)
+
+    def parts(self) -> dict[str, int]:
+        """The device's memory, part by part; the sum is `device.total`. Raises ValueError as `check` does."""
+        self.check()
+        return {
+            "beyond gpu_memory_utilization": self.device.total - self.device.limit,
+            "weights": self.weights,
+            "state": self.state,
+            "temporaries": self.programs.temporaries,
+            "code": self.programs.code,
+            "margin": MARGIN_BYTES,
+            "pages": self.pages,
+            "unused": self.device.limit - self.total,
+        }
 
     def check(self) -> None:
         """Raises ValueError when it is more than the limit."""
-        if self.total > self.limit:
+        if self.total > self.device.limit:
             raise ValueError(
-                f"page pool of {self.num_pages} pages has {self.page * self.num_pages} bytes; with weights of "
-                f"{self.weights} and {self.state + self.programs} for steps it exceeds the {self.limit} bytes that "
+                f"page pool of {self.num_pages} pages has {self.pages} bytes; with weights of {self.weights} and "
+                f"{self.fixed - self.weights} for steps and margin it exceeds the {self.device.limit} bytes that "
                 "gpu_memory_utilization allows: lower num_pages or kv_cache_memory_bytes"
             )
 
 
-def size_pool(shapes: Shapes, cache: CacheConfig, mesh: Mesh, limit: int) -> int:
-    """Pages of the pool, the null page included; `shapes.num_pages` is ignored.
+def largest_keys(shapes: Shapes) -> list[ProgramKey]:
+    """The program of each kind that needs the most memory: its largest bucket."""
+    largest: dict[str, ProgramKey] = {}
+    for key in program_keys(shapes.buckets):
+        if key.kind not in largest or key.size > largest[key.kind].size:
+            largest[key.kind] = key
+    return list(largest.values())
 
-    Without explicit numbers, the largest programs are compiled once over a pool of two pages to learn what they need,
-    and the pool takes the rest of `limit` bytes, but no more than max_num_seqs sequences of max_model_len can use.
+
+def compiled_needs(shapes: Shapes, mesh: Mesh) -> ProgramNeeds:
+    """What the closed set needs, from compiling its largest programs over a pool of two pages."""
+    probe = dataclasses.replace(shapes, num_pages=2)
+    programs = {key: program_memory(compile_program(key, probe, mesh)) for key in largest_keys(shapes)}
+    return ProgramNeeds.from_largest(programs, shapes)
+
+
+def plan_pool(
+    shapes: Shapes, cache: CacheConfig, mesh: Mesh, device: DeviceMemory, needs: Callable[[], ProgramNeeds]
+) -> MemoryPlan:
+    """Decides the number of pages and what everything else takes; `shapes.num_pages` is ignored.
+
+    Without explicit numbers the pool takes what the rest leaves of the limit, but no more than max_num_seqs sequences
+    of max_model_len can use.
+
+    needs: called for what programs need, once and only when the number of pages depends on it; else they count as
+        nothing, and the plan that is made with the compiled programs must be checked.
+
     Raises ValueError when fewer than two pages fit, or when an explicit number cannot fit whatever programs need.
     """
-    probe = dataclasses.replace(shapes, num_pages=2)
-    page = plan_memory(probe, mesh, limit, []).page
+    probe = plan_memory(dataclasses.replace(shapes, num_pages=2), mesh, device, ProgramNeeds(0, 0))
     if cache.num_pages is not None:
         num_pages = most = cache.num_pages
     else:
         most = shapes.num_slots * shapes.max_pages + 1
         if cache.kv_cache_memory_bytes is not None:
-            num_pages = cache.kv_cache_memory_bytes // page
+            num_pages = cache.kv_cache_memory_bytes // probe.page
         else:
-            largest = [ProgramKey("forward", shapes.buckets.tokens[-1]), ProgramKey("sample", shapes.buckets.rows[-1])]
-            needs = [program_memory(compile_program(key, probe, mesh)) for key in largest]
-            num_pages = plan_memory(probe, mesh, limit, needs).room
+            probe = dataclasses.replace(probe, programs=needs())
+            num_pages = probe.room
     if num_pages < 2:
         raise ValueError(
-            f"page pool has room for {num_pages} pages of {page} bytes; at least 2 are needed: raise "
+            f"page pool has room for {num_pages} pages of {probe.page} bytes; at least 2 are needed: raise "
             f"kv_cache_memory_bytes or gpu_memory_utilization, or lower max_num_batched_tokens"
         )
-    num_pages = min(num_pages, most)
-    plan_memory(dataclasses.replace(shapes, num_pages=num_pages), mesh, limit, []).check()
-    return num_pages
+    plan = dataclasses.replace(probe, num_pages=min(num_pages, most))
+    plan.check()
+    return plan
 
 
-def plan_memory(shapes: Shapes, mesh: Mesh, limit: int, needs: Collection[ProgramMemory]) -> MemoryPlan:
-    """What `shapes` takes of `limit` bytes on each device, with programs that need `needs`."""
+def plan_memory(shapes: Shapes, mesh: Mesh, device: DeviceMemory, programs: ProgramNeeds) -> MemoryPlan:
+    """What `shapes` takes of each device, with programs that need `programs`."""
     params, pools, *state = abstract_arguments(ProgramKey("forward", shapes.buckets.tokens[-1]), shapes, mesh)
     return MemoryPlan(
-        limit=limit,
+        device=device,
         weights=_bytes_per_device(params),
         state=_bytes_per_device(state),
-        programs=max((need.extra for need in needs), default=0) + sum(need.code for need in needs),
+        programs=programs,
         page=_bytes_per_device(pools) // shapes.num_pages,
         num_pages=shapes.num_pages,
     )
 
 
-def memory_limit(mesh: Mesh, utilization: float) -> int:
-    """Bytes that may be used on each device: a share of its memory; of a CPU's, a share of what is available now."""
+def claim_memory(utilization: float) -> None:
+    """Lets jax's allocator hand out that share of a GPU's memory; by itself it takes three quarters.
+
+    Has an effect only before the process first asks jax for its devices; later the allocator keeps what it has.
+    """
+    jax.config.update("jax_pjrt_client_create_options", {"memory_fraction": utilization})
+
+
+def local_memory(mesh: Mesh, utilization: float) -> DeviceMemory:
+    """The memory of this machine's devices: of a CPU a share of what is available now, of a GPU what its allocator has.
+
+    `claim_memory` has given the GPU's allocator its share, so its whole limit may be used.
+    """
     device = mesh.devices.flat[0]
-    if device.platform != "cpu":
-        return int(device.memory_stats()["bytes_limit"] * utilization)
-    return int(_available_memory() * utilization)
-
-
-def _available_memory() -> int:
-    meminfo = pathlib.Path("/proc/meminfo")
-    if meminfo.is_file():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.platform == "cpu":
+        return DeviceMemory.share(available_memory(), utilization)
+    limit = device.memory_stats()["bytes_limit"]
+    return DeviceMemory(limit, limit)
 
 
 def _bytes_per_device(tree: object) -> int:

@@ -17,7 +17,7 @@ from jaxserve.request import MAX_STOP_TOKEN_IDS
 from jaxserve.runner.compiler import CompilationCounter, CompileMissError, ProgramSet, compile_all, keep_compilations
 from jaxserve.runner.host_memory import keep_freed_memory
 from jaxserve.runner.layout import STOP_WIDTH, forward_layout, sample_layout
-from jaxserve.runner.memory import memory_limit, plan_memory, size_pool
+from jaxserve.runner.memory import ProgramNeeds, claim_memory, compiled_needs, local_memory, plan_memory, plan_pool
 from jaxserve.runner.packing import pack_forward, pack_sample
 from jaxserve.runner.programs import Shapes, abstract_pools, abstract_state
 from jaxserve.runner.protocol import RunnerInfo
@@ -46,14 +46,16 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, *, progress: bool = False):
         if config.compilation_cache_dir is not None:
             keep_compilations(config.compilation_cache_dir)
+        claim_memory(config.cache.gpu_memory_utilization)
         mesh = make_mesh()
         shapes = resolve_shapes(config, mesh)
-        limit = memory_limit(mesh, config.cache.gpu_memory_utilization)
-        self._shapes = dataclasses.replace(shapes, num_pages=size_pool(shapes, config.cache, mesh, limit))
+        memory = local_memory(mesh, config.cache.gpu_memory_utilization)
+        plan = plan_pool(shapes, config.cache, mesh, memory, lambda: compiled_needs(shapes, mesh))
+        self._shapes = dataclasses.replace(shapes, num_pages=plan.num_pages)
         with concurrent.futures.ThreadPoolExecutor(1) as loader:
             loading = loader.submit(_weights, config, self._shapes, mesh)
             self._programs = compile_all(self._shapes, mesh, progress=progress)
-            plan_memory(self._shapes, mesh, limit, self._programs.memory.values()).check()
+            plan_memory(self._shapes, mesh, memory, ProgramNeeds.of(self._programs.memory.values())).check()
             self._params = loading.result()
         if mesh.devices.flat[0].platform == "cpu":
             keep_freed_memory()

@@ -14,7 +14,6 @@ import pytest
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.request import EngineRequest
 from jaxserve.runner.compiler import CompileMissError
-from jaxserve.runner.memory import MARGIN_BYTES, plan_memory, size_pool
 from jaxserve.runner.model_runner import ModelRunner, resolve_shapes
 from jaxserve.runner.programs import ProgramKey, program_keys
 from jaxserve.scheduler import Scheduler, StepPlan
@@ -133,37 +132,6 @@ def test_the_pool_is_updated_in_place(runner, size):
     text = executable.as_text()
     assert re.search(pool_shape, text)
     assert not re.search(rf"= \w+{pool_shape}\S* (copy|transpose|convert)\(", text)
-
-
-def test_pages_are_sized_from_memory_analysis(runner):
-    mesh = make_mesh()
-    shapes = dataclasses.replace(resolve_shapes(CONFIG, mesh), num_pages=2)
-    page = 2 * MODEL.num_key_value_heads * 16 * MODEL.head_dim * 4 * MODEL.num_hidden_layers
-    plenty = 10**12
-    assert size_pool(shapes, CacheConfig(kv_cache_memory_bytes=10 * page + 1), mesh, plenty) == 10
-    most = 8 * 256 // 16 + 1
-    assert size_pool(shapes, CacheConfig(kv_cache_memory_bytes=10**9), mesh, plenty) == most
-    with pytest.raises(ValueError, match="page pool has room for 1 pages"):
-        size_pool(shapes, CacheConfig(kv_cache_memory_bytes=page), mesh, plenty)
-    needs = runner.programs.memory.values()
-    bare = plan_memory(shapes, mesh, 0, needs)
-    assert (bare.page, bare.weights) == (page, 4 * runner.info.num_parameters)
-    assert bare.programs >= max(need.temporaries for need in needs) > 0
-    limit = bare.total + MARGIN_BYTES + 18 * page + 1
-    assert plan_memory(shapes, mesh, limit, needs).room == 20
-    assert 18 <= size_pool(shapes, CacheConfig(), mesh, limit) <= 20 + bare.programs // page
-
-
-def test_a_pool_that_cannot_fit_is_refused_before_compiling(runner):
-    mesh = make_mesh()
-    shapes = resolve_shapes(CONFIG, mesh)
-    with pytest.raises(ValueError, match=r"page pool of 100000 pages has \d+ bytes; .* exceeds the 1000000 bytes"):
-        size_pool(shapes, CacheConfig(num_pages=100_000), mesh, 1_000_000)
-    needs = runner.programs.memory.values()
-    plan = plan_memory(dataclasses.replace(shapes, num_pages=64), mesh, 10**12, needs)
-    dataclasses.replace(plan, limit=plan.total).check()
-    with pytest.raises(ValueError, match="lower num_pages or kv_cache_memory_bytes"):
-        dataclasses.replace(plan, limit=plan.total - 1).check()
 
 
 def test_configuration_and_checkpoint_must_agree(tmp_path):

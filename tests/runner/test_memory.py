@@ -1,0 +1,137 @@
+"""The plan of a device's memory: every byte has a place, and pages are sized from what the compiler says."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.runner import memory
+from jaxserve.runner.compiler import ProgramMemory, compile_program, program_memory
+from jaxserve.runner.memory import (
+    MARGIN_BYTES,
+    DeviceMemory,
+    ProgramNeeds,
+    compiled_needs,
+    largest_keys,
+    local_memory,
+    plan_memory,
+    plan_pool,
+)
+from jaxserve.runner.model_runner import resolve_shapes
+from jaxserve.runner.programs import ProgramKey, Shapes, program_keys
+from models.config import ModelConfig
+from models.params import abstract_params, make_mesh
+
+MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
+CONFIG = EngineConfig(
+    architecture=MODEL,
+    load_format="dummy",
+    scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=32),
+    token_buckets=(8, 32),
+)
+PAGE = 2 * MODEL.num_key_value_heads * 16 * MODEL.head_dim * 4 * MODEL.num_hidden_layers
+NOTHING = ProgramNeeds(0, 0)
+PLENTY = DeviceMemory(10**12, 10**12)
+
+
+@pytest.fixture(scope="module")
+def shapes() -> Shapes:
+    return resolve_shapes(CONFIG, make_mesh())
+
+
+@pytest.fixture(scope="module")
+def compiled(shapes) -> dict[ProgramKey, ProgramMemory]:
+    return {key: program_memory(compile_program(key, shapes, make_mesh())) for key in program_keys(shapes.buckets)}
+
+
+def not_asked() -> ProgramNeeds:
+    raise AssertionError("an explicit size needs no compilation")
+
+
+def test_explicit_sizes_need_no_compilation(shapes):
+    mesh = make_mesh()
+    assert plan_pool(shapes, CacheConfig(num_pages=7), mesh, PLENTY, not_asked).num_pages == 7
+    ten = CacheConfig(kv_cache_memory_bytes=10 * PAGE + 1)
+    assert plan_pool(shapes, ten, mesh, PLENTY, not_asked).num_pages == 10
+    most = 8 * 256 // 16 + 1
+    assert plan_pool(shapes, CacheConfig(kv_cache_memory_bytes=10**9), mesh, PLENTY, not_asked).num_pages == most
+    with pytest.raises(ValueError, match="page pool has room for 1 pages"):
+        plan_pool(shapes, CacheConfig(kv_cache_memory_bytes=PAGE), mesh, PLENTY, not_asked)
+
+
+def test_the_pool_takes_what_the_rest_leaves(shapes, compiled):
+    mesh, needs = make_mesh(), ProgramNeeds.of(compiled.values())
+    weights = sum(4 * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract_params(MODEL, "float32", mesh)))
+    bare = plan_memory(shapes, mesh, PLENTY, needs)
+    assert (bare.page, bare.weights) == (PAGE, weights)
+    assert bare.programs.temporaries >= max(program.temporaries for program in compiled.values()) > 0
+    assert bare.fixed == weights + bare.state + needs.temporaries + needs.code + MARGIN_BYTES
+    for room in (20, 21):
+        limit = bare.fixed + room * PAGE
+        for spare in (0, PAGE - 1):
+            plan = plan_pool(shapes, CacheConfig(), mesh, DeviceMemory(10**12, limit + spare), lambda: needs)
+            assert plan.num_pages == room
+            assert plan.parts()["unused"] == spare
+    with pytest.raises(ValueError, match="page pool has room for 1 pages"):
+        plan_pool(shapes, CacheConfig(), mesh, DeviceMemory(10**12, bare.fixed + 2 * PAGE - 1), lambda: needs)
+
+
+def test_the_largest_programs_stand_for_all(shapes, compiled):
+    keys = largest_keys(shapes)
+    assert {key.kind for key in keys} == {key.kind for key in compiled}
+    assert all(other.size <= key.size for key in keys for other in compiled if other.kind == key.kind)
+    all_of_them = ProgramNeeds.of(compiled.values())
+    from_largest = ProgramNeeds.from_largest({key: compiled[key] for key in keys}, shapes)
+    assert from_largest.temporaries == all_of_them.temporaries
+    assert from_largest.code >= all_of_them.code
+    assert compiled_needs(shapes, make_mesh()) == from_largest, "the size of the pool changes no temporary"
+
+
+@pytest.mark.parametrize("cache", [CacheConfig(), CacheConfig(num_pages=9), CacheConfig(gpu_memory_utilization=0.3)])
+def test_the_parts_sum_to_the_device(shapes, cache):
+    device = DeviceMemory.share(10**9 + 7, cache.gpu_memory_utilization)
+    plan = plan_pool(shapes, cache, make_mesh(), device, lambda: ProgramNeeds(12_345, 678))
+    parts = plan.parts()
+    assert sum(parts.values()) == 10**9 + 7
+    assert min(parts.values()) >= 0
+    assert parts["pages"] == PAGE * plan.num_pages
+
+
+def test_a_pool_that_cannot_fit_is_refused_before_compiling(shapes):
+    mesh = make_mesh()
+    small = DeviceMemory(2_000_000, 1_000_000)
+    with pytest.raises(ValueError, match=r"page pool of 100000 pages has \d+ bytes; .* exceeds the 1000000 bytes"):
+        plan_pool(shapes, CacheConfig(num_pages=100_000), mesh, small, not_asked)
+    plan = plan_memory(dataclasses.replace(shapes, num_pages=64), mesh, PLENTY, ProgramNeeds(1000, 10))
+    dataclasses.replace(plan, device=DeviceMemory(10**12, plan.total)).check()
+    for use in (lambda plan: plan.check(), lambda plan: plan.parts()):
+        with pytest.raises(ValueError, match="lower num_pages or kv_cache_memory_bytes"):
+            use(dataclasses.replace(plan, device=DeviceMemory(10**12, plan.total - 1)))
+
+
+def test_device_memory_is_checked():
+    assert DeviceMemory.share(1001, 0.5) == DeviceMemory(1001, 500)
+    with pytest.raises(ValueError, match="memory limit is 11 bytes; it must be from 0 to the device's 10"):
+        DeviceMemory(10, 11)
+
+
+def test_memory_of_this_machine(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    assert local_memory(make_mesh(), 0.25) == DeviceMemory(1000, 250)
+    gpu = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 900})
+    mesh = types.SimpleNamespace(devices=np.array([gpu]))
+    assert local_memory(mesh, 0.25) == DeviceMemory(900, 900), "the allocator was given its share at start"
+
+
+def test_jax_is_asked_for_the_share_of_a_gpu():
+    before = jax.config.jax_pjrt_client_create_options
+    try:
+        memory.claim_memory(0.5)
+        assert jax.config.jax_pjrt_client_create_options == {"memory_fraction": 0.5}
+    finally:
+        jax.config.update("jax_pjrt_client_create_options", before)
