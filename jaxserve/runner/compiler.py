@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from jaxserve.runner.aot import plugin
 from jaxserve.runner.programs import ProgramKey, Shapes, lower, program_keys
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -80,14 +81,16 @@ def compiler_options(platform: str) -> dict[str, bool | int | float | str]:
     """Options that every program for `platform` ("cpu", "gpu") is compiled with, whoever compiles it.
 
     On a GPU: no Triton matmuls, whose tiles are defaults where no device was there to tune them (cuBLASLt instead), and
-    loops (the sampler's bisections) join the step's one command buffer.
+    loops (the sampler's bisections) join the step's one command buffer. On a machine without CUDA also where the
+    assembler is, which says nothing about the program.
     """
     if platform != "gpu":
         return {}
+    toolkit = plugin.toolkit_directory()
     return {
         "xla_gpu_enable_triton_gemm": False,
         "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,WHILE",
-    }
+    } | ({} if toolkit is None else {plugin.TOOLKIT_OPTION: toolkit})
 
 
 def compile_program(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Compiled:

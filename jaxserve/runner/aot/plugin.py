@@ -16,12 +16,15 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 
 DIRECTORY = "gpu-compiler"
 """Under sys.prefix: where `make gpu-compiler` installs."""
+
+TOOLKIT_OPTION = "xla_gpu_cuda_data_dir"
+"""The compiler option that says where CUDA's assembler and device library are."""
 
 _NOISE = re.compile(r"Could not find cuda drivers on your machine|before absl::InitializeLog\(\) is called")
 _lock = threading.Lock()
@@ -45,11 +48,11 @@ def find_plugin() -> tuple[str, str]:
     Raises PluginMissingError where there is none, or one of another version than jax.
     """
     with _lock:
-        module = _importable()
+        module = _importable(sys.path)
         if module is None:
             sys.path.append(os.path.join(sys.prefix, DIRECTORY))
             importlib.invalidate_caches()
-            module = _importable()
+            module = _importable(sys.path)
         if module is None:
             sys.path.pop()
             raise PluginMissingError(
@@ -64,6 +67,31 @@ def find_plugin() -> tuple[str, str]:
                 "or run `make gpu-compiler` in an environment without it"
             )
         return name, version
+
+
+def toolkit_directory() -> str | None:
+    """Where `make gpu-compiler` put CUDA's assembler and device library; None where the plugin is one of jax's own
+    environment, which finds its own.
+
+    Handed to the compiler as TOOLKIT_OPTION, so that no other CUDA of this machine takes part: registers and
+    spills depend on the assembler's version.
+    """
+    root = pathlib.Path(sys.prefix) / DIRECTORY
+    elsewhere = [place for place in sys.path if place != str(root)]
+    if _importable(elsewhere) is not None:
+        return None
+    candidates = [root / "nvidia" / name for name in ("cu13", "cuda_nvcc")]
+    return next((str(path) for path in candidates if (path / "nvvm" / "libdevice").is_dir()), None)
+
+
+def assembler_version() -> str:
+    """Version of CUDA's assembler that `toolkit_directory` holds; "" where jax finds its own."""
+    directory = toolkit_directory()
+    if directory is None:
+        return ""
+    names = ("nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu12")
+    found = importlib.metadata.distributions(path=[os.path.join(sys.prefix, DIRECTORY)])
+    return next((one.version for one in found if one.metadata["Name"] in names), "")
 
 
 def start_plugin(module: str) -> None:
@@ -96,10 +124,10 @@ def quiet_loading() -> Iterator[None]:
                     os.write(2, line)
 
 
-def _importable() -> str | None:
-    """The newest xla_cuda* module under jax_plugins on sys.path."""
+def _importable(places: Sequence[str]) -> str | None:
+    """The newest xla_cuda* module under jax_plugins in directories of sys.path."""
     modules: list[str] = []
-    for place in sys.path:
+    for place in places:
         directory = pathlib.Path(place or ".") / "jax_plugins"
         if directory.is_dir():
             modules += [info.name for info in pkgutil.iter_modules([str(directory)])]
