@@ -1,0 +1,182 @@
+"""The inner routine of both attention kernels: softmax over a range of positions, gathered page by page.
+
+Flash attention's online softmax (Dao et al., FlashAttention-2, arXiv 2307.08691) in float32. A tile holds M rows, each
+one query head of one token; all share a key-value head. Weights are 2^(score - exponent), where the exponent is the
+greatest score so far, rounded up to an integer: then rescaling multiplies by a power of two, which is exact.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention.spec import AttentionSpec
+from pallas_kernels.paged_attention.triton.backend import triton
+
+LOG2_E = math.log2(math.e)
+# Below every exponent of a score; finite, so that differences of exponents are never NaN.
+LOWEST_EXPONENT = -(2.0**20)
+
+
+class State(NamedTuple):
+    """Running softmax of a tile: greatest exponent [M], sum of weights [M], weighted values [M, lanes], in float32."""
+
+    exponent: jax.Array
+    total: jax.Array
+    output: jax.Array
+
+
+class Queries(NamedTuple):
+    """A tile of queries.
+
+    Attributes:
+        values: [M, lanes], zero past the head dimension and in unused rows.
+        newest: int32 [M] or scalar, the last position that a row sees.
+        oldest: int32 [M] or scalar, the first one; None without a sliding window.
+        scale: float32 scalar or a number, multiplies the scores: the layer's scale, times that of quantised keys.
+    """
+
+    values: jax.Array
+    newest: jax.Array
+    oldest: jax.Array | None
+    scale: Any
+
+
+class Pages(NamedTuple):
+    """Where a row's keys and values of one head are: refs of the pool and the page table, scalars that index them.
+
+    Attributes:
+        pool: [num_pages, 2, K, page_size, D].
+        table: int32 [R, max_pages].
+        row: of the table.
+        head: key-value head.
+        end: int32 scalar, positions from it on are not read.
+    """
+
+    pool: Any
+    table: Any
+    row: jax.Array
+    head: jax.Array
+    end: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Static sizes: rows M, positions a step of the loop, head dimension D and the power of two that holds it."""
+
+    rows: int
+    block: int
+    head_dim: int
+
+    @property
+    def lanes(self) -> int:
+        return max(16, 1 << (self.head_dim - 1).bit_length())
+
+
+def initial_state(tile: Tile, sink: jax.Array | None = None) -> State:
+    """The state before any position; `sink` float32 [M] are scores that join the sum and have no value."""
+    output = jnp.zeros((tile.rows, tile.lanes), jnp.float32)
+    if sink is None:
+        exponent = jnp.full((tile.rows,), LOWEST_EXPONENT, jnp.float32)
+        return State(exponent, jnp.zeros((tile.rows,), jnp.float32), output)
+    score = sink * LOG2_E
+    exponent = jnp.maximum(jnp.ceil(score), LOWEST_EXPONENT)
+    return State(exponent, jnp.exp2(score - exponent), output)
+
+
+def attend(
+    state: State,
+    begin: jax.Array | int,
+    end: jax.Array,
+    queries: Queries,
+    pages: Pages,
+    spec: AttentionSpec,
+    tile: Tile,
+    *,
+    masked: bool = True,
+) -> State:
+    """Takes blocks `begin` to `end` of positions into the state.
+
+    Args:
+        state: before.
+        begin: first block, in blocks of `tile.block` positions from position 0 of the row.
+        end: the block past the last.
+        queries: the tile of queries.
+        pages: keys and values.
+        spec: soft cap.
+        tile: static sizes.
+        masked: False promises that every row of the tile sees every position of these blocks.
+
+    Returns:
+        The state after. Blocks of which a tile row sees no position leave its state unchanged to the bit.
+    """
+
+    def one(index: jax.Array, state: State) -> State:
+        return _attend_block(index, state, queries, pages, spec, tile, masked)
+
+    return jax.lax.fori_loop(begin, end, one, state)
+
+
+def _attend_block(
+    index: jax.Array, state: State, queries: Queries, pages: Pages, spec: AttentionSpec, tile: Tile, masked: bool
+) -> State:
+    position = index * tile.block + jnp.arange(tile.block, dtype=jnp.int32)
+    dtype = queries.values.dtype
+    key = _load(pages, 0, index, position, tile, masked).astype(dtype)
+    value = _load(pages, 1, index, position, tile, masked).astype(dtype)
+    score = _scale(_dot(queries.values, key, transpose=True), queries.scale, spec.soft_cap)
+    if masked:
+        seen = position[None, :] <= jnp.broadcast_to(queries.newest, (tile.rows,))[:, None]
+        if queries.oldest is not None:
+            seen &= position[None, :] >= jnp.broadcast_to(queries.oldest, (tile.rows,))[:, None]
+        score = jnp.where(seen, score, -jnp.inf)
+    exponent = jnp.maximum(state.exponent, jnp.ceil(jnp.max(score, axis=1)))
+    decay = jnp.exp2(state.exponent - exponent)
+    # The sum sees the weights as the product with the values does, so that their rounding cancels.
+    weight = jnp.exp2(score - exponent[:, None]).astype(dtype)
+    total = state.total * decay + jnp.sum(weight.astype(jnp.float32), axis=1)
+    output = state.output * decay[:, None] + _dot(weight, value)
+    return State(exponent, total, output)
+
+
+def _load(pages: Pages, side: int, index: jax.Array, position: jax.Array, tile: Tile, masked: bool) -> jax.Array:
+    """Reads keys (side 0) or values (1) at `position` as [block, lanes] in the pool's dtype, zero where not read."""
+    page_size = pages.pool.shape[3]
+    lane = jnp.arange(tile.lanes, dtype=jnp.int32)
+    if page_size % tile.block == 0:
+        # The whole block lies in one page.
+        column = index * tile.block // page_size
+        page = pages.table[pages.row, column]
+        offset = position - column * page_size
+    else:
+        column = position // page_size
+        read = position < pages.end if masked else None
+        page = triton.load(pages.table.at[pages.row, column], mask=read, other=0 if masked else None)[:, None]
+        offset = position % page_size
+    shape = (tile.block, tile.lanes)
+    mask = None
+    if masked:
+        mask = jnp.broadcast_to((position < pages.end)[:, None], shape)
+    if tile.lanes != tile.head_dim:
+        inside = jnp.broadcast_to((lane < tile.head_dim)[None, :], shape)
+        mask = inside if mask is None else mask & inside
+    where = pages.pool.at[page, side, pages.head, offset[:, None], lane[None, :]]
+    return triton.load(where, mask=mask, other=None if mask is None else jnp.zeros((), pages.pool.dtype))
+
+
+def _scale(score: jax.Array, scale: Any, soft_cap: float | None) -> jax.Array:
+    """Scores in powers of two: scaled, capped, times log2(e)."""
+    if soft_cap is None:
+        return score * (scale * LOG2_E)
+    # tanh(x) = 1 - 2 / (e^(2 x) + 1): an absolute error of one rounding of 1, without tanh's branches.
+    power = jnp.exp2(score * (scale * (2 * LOG2_E / soft_cap)))
+    return (soft_cap * LOG2_E) - (2 * soft_cap * LOG2_E) / (power + 1)
+
+
+def _dot(a: jax.Array, b: jax.Array, transpose: bool = False) -> jax.Array:
+    """a [M, C] times b [C, N] (or b [N, C] transposed) in float32; float32 operands at full precision."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dimensions = (((1,), (1 if transpose else 0,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,79 @@
+"""Paged attention on the Triton backend.
+
+    plan       XLA: lists of chunks (rows with one token) and of query tiles (rows with more, padding)
+    prefill    tiles -> out, zeros for padding tokens          left out when a step only decodes
+    decode     chunks -> partial softmaxes
+    combine    partial softmaxes -> out, in place
+
+A row with one token takes the same way in either kind of step, so its result has the same bits.
+"""
+
+import functools
+
+import jax
+
+from pallas_kernels.paged_attention.spec import AttentionSpec
+from pallas_kernels.paged_attention.triton.decode import combine, decode
+from pallas_kernels.paged_attention.triton.plan import plan_decode, plan_prefill
+from pallas_kernels.paged_attention.triton.prefill import prefill
+from pallas_kernels.paged_attention.triton.tuning import (
+    INTERPRET_DEVICE,
+    DecodeConfig,
+    PrefillConfig,
+    device_kind,
+    lookup,
+)
+
+
+def paged_attention(
+    q: jax.Array,
+    pool: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    query_start_loc: jax.Array,
+    spec: AttentionSpec,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    decode_only: bool = False,
+    *,
+    interpret: bool = False,
+    decode_config: DecodeConfig | None = None,
+    prefill_config: PrefillConfig | None = None,
+) -> jax.Array:
+    """Computes `api.paged_attention`; arguments are checked there.
+
+    Args:
+        q: [T, K, G, D].
+        pool: [num_pages, 2, K, page_size, D].
+        page_table: int32 [R, max_pages].
+        kv_lens: int32 [R].
+        query_start_loc: int32 [R + 1].
+        spec: scale, sliding window, soft cap.
+        k_scale: float32 [K] or None.
+        v_scale: float32 [K] or None.
+        sinks: float32 [K, G] or None.
+        decode_only: row r has one token, which is token r, or none.
+        interpret: run in Pallas' interpret mode, on any platform.
+        decode_config: None for that of the tuning table.
+        prefill_config: None for that of the tuning table.
+
+    Returns:
+        [T, K, G, D] in q's dtype.
+    """
+    num_tokens, _, group_heads, head_dim = q.shape
+    if pool.dtype == jax.numpy.uint16:
+        # Where the pool holds bits (see `pool.storage_dtype`).
+        pool = jax.lax.bitcast_convert_type(pool, q.dtype)
+    device = INTERPRET_DEVICE if interpret else device_kind()
+    choose = functools.partial(lookup, device, dtype=q.dtype, pool_dtype=pool.dtype, head_dim=head_dim)
+    decode_config = decode_config or choose("decode")
+    max_len = page_table.shape[1] * pool.shape[3]
+    chunks = plan_decode(kv_lens, query_start_loc, max_len, spec.sliding_window, decode_config)
+    out: jax.Array | jax.ShapeDtypeStruct = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    if not decode_only:
+        prefill_config = prefill_config or choose("prefill")
+        tiles = plan_prefill(kv_lens, query_start_loc, num_tokens, group_heads, prefill_config)
+        out = prefill(q, pool, page_table, tiles, spec, k_scale, v_scale, sinks, prefill_config, interpret)
+    partials = decode(q, pool, page_table, chunks, spec, k_scale, v_scale, decode_config, interpret)
+    return combine(partials, chunks, query_start_loc[:-1], out, sinks, interpret)

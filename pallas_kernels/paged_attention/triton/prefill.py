@@ -1,0 +1,116 @@
+"""Attention of rows that compute more than one token: tiles of queries packed on one token axis."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention.spec import AttentionSpec
+from pallas_kernels.paged_attention.triton import plan as plans
+from pallas_kernels.paged_attention.triton.attend import Pages, Queries, Tile, attend, initial_state
+from pallas_kernels.paged_attention.triton.backend import pl, triton
+from pallas_kernels.paged_attention.triton.tuning import PrefillConfig
+
+
+def prefill(
+    q: jax.Array,
+    pool: jax.Array,
+    page_table: jax.Array,
+    plan: plans.PrefillPlan,
+    spec: AttentionSpec,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+    sinks: jax.Array | None,
+    config: PrefillConfig,
+    interpret: bool,
+) -> jax.Array:
+    """Attends for each tile of the plan; the tokens of a tile see their row's positions up to their own.
+
+    Args:
+        q: [T, K, G, D].
+        pool: [num_pages, 2, K, page_size, D].
+        page_table: int32 [R, max_pages].
+        plan: the tiles.
+        spec: scale, sliding window, soft cap.
+        k_scale: float32 [K] or None.
+        v_scale: float32 [K] or None.
+        sinks: float32 [K, G] or None.
+        config: tuning.
+        interpret: run in Pallas' interpret mode.
+
+    Returns:
+        [T, K, G, D] in q's dtype: results of the tokens in tiles, zeros for padding tokens, the rest undefined.
+    """
+    _, kv_heads, _, head_dim = q.shape
+    tile = Tile(rows=config.tile, block=config.block, head_dim=head_dim)
+    scales = [] if k_scale is None else [k_scale, v_scale]
+    optional = [*scales, *([] if sinks is None else [sinks])]
+    kernel = functools.partial(_prefill_kernel, spec=spec, tile=tile, quantised=bool(scales), sinks=sinks is not None)
+    return pl.pallas_call(
+        kernel,
+        grid=(plan.tiles.shape[0], kv_heads),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        compiler_params=triton.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        interpret=interpret,
+        name="paged_attention_prefill",
+    )(plan.tiles, q, pool, page_table, *optional)
+
+
+def _prefill_kernel(
+    tiles_ref: Any,
+    q_ref: Any,
+    pool_ref: Any,
+    table_ref: Any,
+    *refs: Any,
+    spec: AttentionSpec,
+    tile: Tile,
+    quantised: bool,
+    sinks: bool,
+) -> None:
+    out_ref = refs[-1]
+    _, _, group_heads, head_dim = q_ref.shape
+    number, head = pl.program_id(0), pl.program_id(1)
+    row, first_token, count, first_position = (tiles_ref[number, column] for column in range(4))
+    index = jnp.arange(tile.rows, dtype=jnp.int32)
+    ahead, member = index // group_heads, index % group_heads
+    lane = jnp.arange(tile.lanes, dtype=jnp.int32)
+    token = first_token + ahead
+    used = ahead < count
+    inside = used[:, None] & (lane < head_dim)[None, :]
+
+    @pl.when((count > 0) & (first_position >= 0))
+    def _() -> None:
+        query = triton.load(q_ref.at[token[:, None], head, member[:, None], lane[None, :]], mask=inside, other=0)
+        newest = first_position + ahead
+        window = spec.sliding_window
+        queries = Queries(
+            values=query,
+            newest=newest,
+            oldest=None if window is None else newest - (window - 1),
+            scale=spec.scale * refs[0][head] if quantised else spec.scale,
+        )
+        end = first_position + count
+        pages = Pages(pool_ref, table_ref, row, head, end)
+        sink = None
+        if sinks:
+            sink = triton.load(refs[-2].at[head, member], mask=used, other=0)
+        state = initial_state(tile, sink)
+        begin = 0
+        if window is None:
+            # Blocks that lie wholly before the tile's first token need no mask.
+            begin = (first_position + 1) // tile.block
+            state = attend(state, 0, begin, queries, pages, spec, tile, masked=False)
+        else:
+            begin = jnp.maximum(first_position - (window - 1), 0) // tile.block
+        state = attend(state, begin, (end + tile.block - 1) // tile.block, queries, pages, spec, tile)
+        factor = 1 / jnp.where(used, state.total, 1)
+        if quantised:
+            factor *= refs[1][head]
+        output = (state.output * factor[:, None]).astype(out_ref.dtype)
+        triton.store(out_ref.at[token[:, None], head, member[:, None], lane[None, :]], output, mask=inside)
+
+    @pl.when((count > 0) & (first_position < 0))
+    def _() -> None:
+        zeros = jnp.zeros((tile.rows, tile.lanes), out_ref.dtype)
+        triton.store(out_ref.at[token[:, None], head, member[:, None], lane[None, :]], zeros, mask=inside)
