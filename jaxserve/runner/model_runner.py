@@ -13,21 +13,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
-from jaxserve.request import MAX_STOP_TOKEN_IDS
 from jaxserve.runner.compiler import CompilationCounter, CompileMissError, ProgramSet, compile_all, keep_compilations
 from jaxserve.runner.host_memory import keep_freed_memory
-from jaxserve.runner.layout import STOP_WIDTH, forward_layout, sample_layout
+from jaxserve.runner.layout import forward_layout, sample_layout
 from jaxserve.runner.memory import ProgramNeeds, claim_memory, compiled_needs, local_memory, plan_memory, plan_pool
 from jaxserve.runner.packing import pack_forward, pack_sample
 from jaxserve.runner.programs import Shapes, abstract_pools, abstract_state
 from jaxserve.runner.protocol import RunnerInfo
+from jaxserve.runner.resolve import resolve_shapes
 from jaxserve.runner.slots import Slots
-from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from models.checkpoint import load
-from models.config import ModelConfig
 from models.params import abstract_params, make_mesh, random_params
-from pallas_kernels.paged_attention import choose
 
 _COUNTER = CompilationCounter()  # one listener a process: jax keeps listeners for good
 
@@ -48,7 +45,7 @@ class ModelRunner:
             keep_compilations(config.compilation_cache_dir)
         claim_memory(config.cache.gpu_memory_utilization)
         mesh = make_mesh()
-        shapes = resolve_shapes(config, mesh)
+        shapes = resolve_shapes(config, mesh.devices.flat[0].platform)
         memory = local_memory(mesh, config.cache.gpu_memory_utilization)
         plan = plan_pool(shapes, config.cache, mesh, memory, lambda: compiled_needs(shapes, mesh))
         self._shapes = dataclasses.replace(shapes, num_pages=plan.num_pages)
@@ -116,50 +113,6 @@ class ModelRunner:
             self._forward(size, pack_forward(nothing, layout, slots))
         for size in buckets.rows:
             self._sample(size, pack_sample(nothing, sample_layout(size), slots)).block_until_ready()
-
-
-def resolve_shapes(config: EngineConfig, mesh: Mesh) -> Shapes:
-    """What the configuration and the checkpoint say together; the number of pages is left at 2.
-
-    Raises ValueError where they contradict each other.
-    """
-    model = resolve_model(config)
-    max_model_len = config.max_model_len or model.max_position_embeddings
-    if max_model_len > model.max_position_embeddings:
-        raise ValueError(
-            f"max_model_len is {max_model_len}; the model's context (max_position_embeddings) is "
-            f"{model.max_position_embeddings}"
-        )
-    most = STOP_WIDTH - MAX_STOP_TOKEN_IDS
-    if len(model.eos_token_ids) > most:
-        raise ValueError(f"model has {len(model.eos_token_ids)} end-of-sequence ids; at most {most} are supported")
-    return Shapes(
-        model=model,
-        dtype=model.dtype if config.dtype == "auto" else config.dtype,
-        buckets=Buckets.from_config(config),
-        num_slots=config.scheduler.max_num_seqs,
-        max_model_len=max_model_len,
-        page_size=config.cache.page_size,
-        num_pages=2,
-        attention=choose(mesh.devices.flat[0].platform, config.attention),
-    )
-
-
-def resolve_model(config: EngineConfig) -> ModelConfig:
-    """The architecture: configured, or read from the checkpoint; a ValueError names the field where they differ."""
-    if config.architecture is not None and config.load_format == "dummy":
-        return config.architecture
-    assert config.model is not None
-    found = ModelConfig.from_directory(config.model)
-    wanted = config.architecture
-    if wanted is not None:
-        for field in dataclasses.fields(ModelConfig):
-            if field.name != "dtype" and getattr(wanted, field.name) != getattr(found, field.name):
-                raise ValueError(
-                    f"architecture {field.name} is {getattr(wanted, field.name)!r}; the checkpoint {config.model} "
-                    f"has {getattr(found, field.name)!r}"
-                )
-    return found
 
 
 def _weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> Any:

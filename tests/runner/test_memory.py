@@ -22,8 +22,8 @@ from jaxserve.runner.memory import (
     plan_memory,
     plan_pool,
 )
-from jaxserve.runner.model_runner import resolve_shapes
 from jaxserve.runner.programs import ProgramKey, Shapes, program_keys
+from jaxserve.runner.resolve import resolve_shapes
 from models.config import ModelConfig
 from models.params import abstract_params, make_mesh
 
@@ -41,12 +41,12 @@ PLENTY = DeviceMemory(10**12, 10**12)
 
 @pytest.fixture(scope="module")
 def shapes() -> Shapes:
-    return resolve_shapes(CONFIG, make_mesh())
+    return resolve_shapes(CONFIG, "cpu")
 
 
 @pytest.fixture(scope="module")
 def compiled(shapes) -> dict[ProgramKey, ProgramMemory]:
-    return {key: program_memory(compile_program(key, shapes, make_mesh())) for key in program_keys(shapes.buckets)}
+    return {key: program_memory(compile_program(key, shapes, make_mesh())) for key in program_keys(shapes)}
 
 
 def not_asked() -> ProgramNeeds:

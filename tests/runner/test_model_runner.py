@@ -14,7 +14,7 @@ import pytest
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.request import EngineRequest
 from jaxserve.runner.compiler import CompileMissError
-from jaxserve.runner.model_runner import ModelRunner, resolve_shapes
+from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.programs import ProgramKey, program_keys
 from jaxserve.scheduler import Scheduler, StepPlan
 from jaxserve.scheduler.buckets import Buckets
@@ -132,16 +132,3 @@ def test_the_pool_is_updated_in_place(runner, size):
     text = executable.as_text()
     assert re.search(pool_shape, text)
     assert not re.search(rf"= \w+{pool_shape}\S* (copy|transpose|convert)\(", text)
-
-
-def test_configuration_and_checkpoint_must_agree(tmp_path):
-    (tmp_path / "config.json").write_text(
-        '{"architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,'
-        ' "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,'
-        ' "max_position_embeddings": 256}'
-    )
-    config = EngineConfig(model=str(tmp_path), architecture=dataclasses.replace(MODEL, hidden_size=64))
-    with pytest.raises(ValueError, match=r"architecture hidden_size is 64; the checkpoint .* has 32"):
-        resolve_shapes(config, make_mesh())
-    with pytest.raises(ValueError, match=r"max_model_len is 512; the model's context .* is 256"):
-        resolve_shapes(dataclasses.replace(CONFIG, max_model_len=512), make_mesh())

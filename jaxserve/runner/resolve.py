@@ -1,0 +1,65 @@
+"""What a configuration and the checkpoint that it names say together."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+from jaxserve.config import EngineConfig
+from jaxserve.request import MAX_STOP_TOKEN_IDS
+from jaxserve.runner.layout import STOP_WIDTH
+from jaxserve.runner.programs import Shapes
+from jaxserve.scheduler.buckets import Buckets
+from models.config import ModelConfig
+from pallas_kernels.paged_attention import choose
+
+
+def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = False) -> Shapes:
+    """The shapes of the programs on devices of `platform` ("cpu", "gpu"); the number of pages is left at 2.
+
+    planning: weights will not be read, so a configured architecture does without the checkpoint.
+
+    Raises ValueError where configuration and checkpoint contradict each other.
+    """
+    model = resolve_model(config, planning=planning)
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    if max_model_len > model.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len is {max_model_len}; the model's context (max_position_embeddings) is "
+            f"{model.max_position_embeddings}"
+        )
+    most = STOP_WIDTH - MAX_STOP_TOKEN_IDS
+    if len(model.eos_token_ids) > most:
+        raise ValueError(f"model has {len(model.eos_token_ids)} end-of-sequence ids; at most {most} are supported")
+    return Shapes(
+        model=model,
+        dtype=model.dtype if config.dtype == "auto" else config.dtype,
+        buckets=Buckets.from_config(config),
+        num_slots=config.scheduler.max_num_seqs,
+        max_model_len=max_model_len,
+        page_size=config.cache.page_size,
+        num_pages=2,
+        attention=choose(platform, config.attention),
+    )
+
+
+def resolve_model(config: EngineConfig, *, planning: bool = False) -> ModelConfig:
+    """The architecture: configured, or read from the checkpoint; a ValueError names the field where they differ.
+
+    planning: as for `resolve_shapes`; a checkpoint that is there is compared all the same.
+    """
+    wanted = config.architecture
+    if wanted is not None and config.load_format == "dummy":
+        return wanted
+    assert config.model is not None
+    if wanted is not None and planning and not pathlib.Path(config.model).is_dir():
+        return wanted
+    found = ModelConfig.from_directory(config.model)
+    if wanted is not None:
+        for field in dataclasses.fields(ModelConfig):
+            if field.name != "dtype" and getattr(wanted, field.name) != getattr(found, field.name):
+                raise ValueError(
+                    f"architecture {field.name} is {getattr(wanted, field.name)!r}; the checkpoint {config.model} "
+                    f"has {getattr(found, field.name)!r}"
+                )
+    return found
