@@ -6,6 +6,7 @@ D head dimension.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +18,7 @@ from pallas_kernels.paged_attention import reference, xla
 from pallas_kernels.paged_attention.pool import FLOAT_DTYPES, check_page_size, is_quantised, value_dtype
 from pallas_kernels.paged_attention.rotary import rotate
 from pallas_kernels.paged_attention.spec import AttentionSpec
+from pallas_kernels.paged_attention.triton import attention as triton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,22 @@ class Implementation:
 # In order of preference: `choose` takes the first that runs on the platform.
 IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
     {
+        "triton": Implementation(
+            triton.paged_attention,
+            xla.kv_write,
+            platforms=("gpu",),
+            max_group_heads=triton.MAX_GROUP_HEADS,
+            decode_programs=True,
+        ),
         "xla": Implementation(xla.paged_attention, xla.kv_write, max_group_heads=xla.MAX_DOT_ROWS),
         "reference": Implementation(reference.paged_attention, reference.kv_write),
+        # The kernels of "triton" in Pallas' interpret mode: their values, on any platform, slowly.
+        "triton_interpret": Implementation(
+            functools.partial(triton.paged_attention, interpret=True),
+            xla.kv_write,
+            max_group_heads=triton.MAX_GROUP_HEADS,
+            decode_programs=True,
+        ),
     }
 )
 

@@ -24,6 +24,9 @@ from pallas_kernels.paged_attention.triton.tuning import (
     lookup,
 )
 
+# The decode kernel packs a group into one tile.
+MAX_GROUP_HEADS = 16
+
 
 def paged_attention(
     q: jax.Array,

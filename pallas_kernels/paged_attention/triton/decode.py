@@ -69,12 +69,12 @@ def decode(
         compiler_params=triton.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="paged_attention_decode",
-    )(plan.items, plan.total, q, pool, page_table, *scales)
+    )(plan.items, plan.ends, q, pool, page_table, *scales)
 
 
 def _decode_kernel(
     items_ref: Any,
-    total_ref: Any,
+    ends_ref: Any,
     q_ref: Any,
     pool_ref: Any,
     table_ref: Any,
@@ -112,7 +112,7 @@ def _decode_kernel(
         triton.store(output_ref.at[slot, head, member[:, None], lane[None, :]], output, mask=inside)
         return carry
 
-    units = total_ref[0] * kv_heads
+    units = ends_ref[ends_ref.shape[0] - 1] * kv_heads
     jax.lax.fori_loop(0, (units - program + programs - 1) // programs, one, None)
 
 
@@ -130,15 +130,15 @@ def combine(
         partials: what `decode` returned.
         plan: the chunks.
         starts: int32 [R], each row's token.
-        out: [T, K, G, D], updated in place at the tokens of rows that decode; or its shape and dtype, when row r's token
-            is token r and nothing else has tokens: zeros are then written everywhere else.
+        out: [T, K, G, D], updated in place at the tokens of rows that decode; or its shape and dtype, when row r's
+            token is token r and nothing else has tokens: zeros are then written everywhere else.
         sinks: float32 [K, G] or None.
         interpret: run in Pallas' interpret mode.
 
     Returns:
         The updated `out`.
     """
-    num_tokens, kv_heads, group_heads, head_dim = out.shape
+    num_tokens, kv_heads, group_heads, _ = out.shape
     fresh = isinstance(out, jax.ShapeDtypeStruct)
     chunks = plan.chunks
     if fresh:

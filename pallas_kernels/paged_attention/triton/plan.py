@@ -23,16 +23,16 @@ class DecodePlan(NamedTuple):
     """The chunks of context of all rows that compute one token.
 
     Attributes:
-        items: int32 [R * splits, 6], of which the first `total` count. A chunk's row in the page table, its token, its
+        items: int32 [R * splits, 6], of which the first ends[-1] count. A chunk's row in the page table, its token, its
             first position and the one past its last, the oldest position that the token sees, the slot of its partial
             result (row * splits + number of the chunk).
-        total: int32 [1].
+        ends: int32 [R], the running sum of `chunks`.
         chunks: int32 [R], chunks of each row, 0 where the row does not decode.
         splits: the most chunks a row can have.
     """
 
     items: jax.Array
-    total: jax.Array
+    ends: jax.Array
     chunks: jax.Array
     splits: int
 
@@ -99,7 +99,7 @@ def plan_decode(
     first = begin[row] + index * chunk[row]
     last = jnp.minimum(first + chunk[row], kv_lens[row])
     items = jnp.stack([row, starts[row], first, last, oldest[row], row * splits + index], axis=1)
-    return DecodePlan(items, ends[-1:], chunks, splits)
+    return DecodePlan(items, ends, chunks, splits)
 
 
 def plan_prefill(

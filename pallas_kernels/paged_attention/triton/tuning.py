@@ -5,11 +5,11 @@
     {"device": "NVIDIA H200", "kernel": "decode", "dtype": "bfloat16", "pool_dtype": "bfloat16", "head_dim": 128,
      "config": {...}}
 
-`device` is a device kind, or "interpret" for Pallas' interpret mode. Of `dtype`, `pool_dtype` and `head_dim` each may be
-left out: such an entry serves every value. Look-up takes, among the entries of the kernel that fit, the one for this
-device before those for the device "default", then the one that names most of the three. "default" names none of them in
-at least one entry, so that there always is an answer; its configurations fit into 99 KiB of shared memory a block, the
-least of the supported devices.
+`device` is a device kind, or "interpret" for Pallas' interpret mode. Each of `dtype`, `pool_dtype` and `head_dim` may
+be left out: such an entry serves every value. Look-up takes, among the entries of the kernel that fit, one for this
+device before one for the device "default", and then the one that names most of the three. An entry of "default" names
+none of them, so that there always is an answer; the configurations of "default" fit into 99 KiB of shared memory a
+block, the least that a supported device has.
 """
 
 import dataclasses
