@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from models.config import ModelConfig
 from models.llama import Attend, Cache
 from pallas_kernels.paged_attention import api
+from pallas_kernels.paged_attention.rotary import rotate
 
 POOL_PARTITION = P(None, None, "tensor", None, None)
 """Where a layer's pool [num_pages, 2, K, page_size, D] lives on a mesh with the axis `tensor`."""
+
+KV_SCALES_PARTITION = P(None, None, "tensor")
+"""Where the scales [L, 2, K] of quantised pools live."""
 
 
 @functools.partial(
@@ -67,10 +74,35 @@ class AttentionSettings:
         return cls(scale=config.head_dim**-0.5)
 
 
+class LayerCache(NamedTuple):
+    """The cache of a layer of paged attention.
+
+    Attributes:
+        pool: [num_pages, 2, K, page_size, D].
+        scales: float32 [2, K], what the stored keys and the stored values of each head are multiplied by; None unless
+            the pool is quantised.
+    """
+
+    pool: jax.Array
+    scales: jax.Array | None = None
+
+
+def layer_caches(pools: Sequence[jax.Array], kv_scales: jax.Array | None = None) -> list[LayerCache]:
+    """The caches of all layers: their pools, and of a quantised model the scales float32 [L, 2, K]."""
+    if kv_scales is None:
+        return [LayerCache(pool) for pool in pools]
+    return [LayerCache(pool, kv_scales[layer]) for layer, pool in enumerate(pools)]
+
+
 def paged_attend(
-    metadata: AttentionMetadata, settings: AttentionSettings, implementation: str, mesh: Mesh | None = None
+    metadata: AttentionMetadata,
+    settings: AttentionSettings,
+    implementation: str,
+    mesh: Mesh | None = None,
+    *,
+    decode_only: bool = False,
 ) -> Attend:
-    """Attention over pages: the cache of a layer is its pool [num_pages, 2, K, page_size, D].
+    """Attention over pages; the cache of a layer is a `LayerCache`.
 
     The returned function writes this step's keys and values into the pool and then attends over it, so it also reads
     them from there: a token sees the same bits whether its predecessors were computed in this step or an earlier one.
@@ -81,13 +113,18 @@ def paged_attend(
         implementation: a name that `pallas_kernels.paged_attention.api.choose` returned.
         mesh: with the axis `tensor` where that has more than one device: each then works on its own heads. The
             kernels are opaque to the partitioner, so it is told. None for one device.
+        decode_only: no row has more than one token, and row r's is token r.
 
     Raises:
         ValueError: on a call, where a shape or dtype does not fit (see `pallas_kernels.paged_attention.api`).
     """
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, pool: Cache, step: AttentionMetadata) -> tuple:
-        pool = api.kv_write(pool, k, v, step.slot_mapping, implementation=implementation)
+    def attend_heads(
+        qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: LayerCache, step: AttentionMetadata, *, dtype: np.dtype
+    ) -> tuple[jax.Array, LayerCache]:
+        k_scale, v_scale = (None, None) if cache.scales is None else (cache.scales[0], cache.scales[1])
+        scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale, "implementation": implementation}
+        q, pool = api.rotate_and_write(qkv, cos, sin, cache.pool, step.slot_mapping, dtype=dtype, **scales)
         out = api.paged_attention(
             q,
             pool,
@@ -95,34 +132,61 @@ def paged_attend(
             step.kv_lens,
             step.query_start_loc,
             **dataclasses.asdict(settings),
-            implementation=implementation,
+            decode_only=decode_only,
+            **scales,
         )
-        return out, pool
+        return out, LayerCache(pool, cache.scales)
 
-    if mesh is not None and mesh.shape["tensor"] > 1:
+    def attend(
+        qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: LayerCache, dtype: np.dtype
+    ) -> tuple[jax.Array, LayerCache]:
+        one = functools.partial(attend_heads, dtype=dtype)
+        if mesh is None or mesh.shape["tensor"] == 1:
+            return one(qkv, cos, sin, cache, metadata)
         heads = P(None, "tensor")
-        attend = jax.shard_map(
-            attend,
+        specs: Any = (POOL_PARTITION, None if cache.scales is None else heads)
+        places = LayerCache(*specs)
+        return jax.shard_map(
+            one,
             mesh=mesh,
-            in_specs=(heads, heads, heads, POOL_PARTITION, P()),
-            out_specs=(heads, POOL_PARTITION),
+            in_specs=(heads, P(), P(), places, P()),
+            out_specs=(heads, places),
             check_vma=False,  # the kernels do not say over which axes their results vary
-        )
-    return lambda q, k, v, pool: attend(q, k, v, pool, metadata)
+        )(qkv, cos, sin, cache, metadata)
+
+    return attend
+
+
+def rotated(
+    qkv: jax.Array, cos: jax.Array, sin: jax.Array, dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [..., K, G, D] and keys [..., K, D] after rotary embedding, and values [..., K, D], all in `dtype`.
+
+    Args:
+        qkv: [..., K, G + 2, D], as `Attend` takes it.
+        cos: float32 [..., D / 2].
+        sin: float32 [..., D / 2].
+        dtype: what the results are rounded to, once.
+    """
+    qk = rotate(qkv[..., :-1, :], cos, sin).astype(dtype)
+    return qk[..., :-1, :], qk[..., -1, :], qkv[..., -1, :].astype(dtype)
 
 
 def dense_attend(settings: AttentionSettings, segments: jax.Array | None = None) -> Attend:
     """Causal attention over the tokens of the call alone, all of them in one score matrix; caches pass through.
 
-    The returned function takes q [..., T, K, G, D] and k, v [..., T, K, D] and returns [..., T, K, G, D] in q's dtype.
-    A token attends to itself and to the tokens before it on the axis T that have its segment.
+    The returned function takes any leading axes. A token attends to itself and to the tokens before it on the axis T
+    that have its segment.
 
     Args:
         settings: of the layers; a sliding window counts tokens on the axis T.
         segments: int32 [..., T], which packed sequence each token belongs to; None where there is one.
     """
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def attend(
+        qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache, dtype: np.dtype
+    ) -> tuple[jax.Array, Cache]:
+        q, k, v = rotated(qkv, cos, sin, dtype)
         score = jnp.einsum("...tkgd,...skd->...kgts", q, k, preferred_element_type=jnp.float32) * settings.scale
         if settings.soft_cap is not None:
             score = settings.soft_cap * jnp.tanh(score / settings.soft_cap)

@@ -1,9 +1,10 @@
 """Llama-architecture decoder in flax nnx.
 
-The model computes hidden states for any packing of tokens; how keys and values are stored and attended to is the
-caller's: `attend` is called once a layer with that layer's cache. Training passes dense causal attention, serving
-passes paged attention (models/attention.py). Letters in shapes: T tokens, H hidden, I intermediate, K key-value
-heads, G query heads per key-value head, D head dimension, V vocabulary. `...` is any leading axes.
+The model computes hidden states for any packing of tokens; how queries and keys are rotated, and how keys and values
+are stored and attended to, is the caller's: `attend` is called once a layer with that layer's cache. Training passes
+dense causal attention, serving passes paged attention (models/attention.py). Letters in shapes: T tokens, H hidden, I
+intermediate, K key-value heads, G query heads per key-value head, D head dimension, V vocabulary. `...` is any leading
+axes.
 
 Weights keep Hugging Face's [out, in] order and are contracted on their last axis, which is the fast layout of a
 CPU dot and free on a GPU. Q, K and V are one matrix whose outer axis is the key-value head, so that tensor
@@ -26,8 +27,13 @@ from models.config import ModelConfig, RopeScaling
 from models.weights import Path, Slice
 
 Cache = Any
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
-"""(q [..., K, G, D], k [..., K, D], v [..., K, D], cache of the layer) -> (out [..., K, G, D], new cache)."""
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Cache, np.dtype], tuple[jax.Array, Cache]]
+"""(qkv [..., K, G + 2, D], cos [..., D / 2], sin [..., D / 2], cache, dtype) -> (out [..., K, G, D], new cache).
+
+For each key-value head qkv holds its queries, its key and its value, not yet rotated, in the dtype of the projection's
+products; they are rounded to dtype, which is the result's too, after the rotation. The cache is the layer's. cos and
+sin are float32.
+"""
 
 
 def contract(x: jax.Array, weight: jax.Array, axes: int = 1, product: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
@@ -72,15 +78,6 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.nd
     return freq.astype(np.float32)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding of x [..., heads..., D] in float32; cos and sin are [..., D / 2], half-split pairing."""
-    extra = (1,) * (x.ndim - cos.ndim)
-    shape = cos.shape[:-1] + extra + cos.shape[-1:]
-    cos, sin = cos.reshape(shape), sin.reshape(shape)
-    low, high = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-
-
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, computed in float32."""
 
@@ -95,7 +92,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Fused QKV projection, rotary embedding, the caller's attention, output projection."""
+    """Fused QKV projection, the caller's rotary embedding and attention, output projection."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, product: jnp.dtype, rngs: nnx.Rngs):
         kv_heads, group, dim, hidden = (
@@ -104,7 +101,7 @@ class Attention(nnx.Module):
             config.head_dim,
             config.hidden_size,
         )
-        self.group, self.product = group, product
+        self.product = product
         self.qkv = nnx.Param(_normal(rngs, (kv_heads, group + 2, dim, hidden), hidden, dtype))
         self.out = nnx.Param(_normal(rngs, (hidden, kv_heads, group, dim), kv_heads * group * dim, dtype))
         self.qkv_bias = nnx.Param(jnp.zeros((kv_heads, group + 2, dim), dtype)) if config.attention_bias else None
@@ -116,9 +113,7 @@ class Attention(nnx.Module):
         qkv = contract(x, self.qkv[...], product=self.product)  # [..., K, G + 2, D]
         if self.qkv_bias is not None:
             qkv += self.qkv_bias[...].astype(qkv.dtype)
-        qk = rotate(qkv[..., : self.group + 1, :], cos, sin).astype(x.dtype)
-        v = qkv[..., self.group + 1, :].astype(x.dtype)
-        attended, cache = attend(qk[..., : self.group, :], qk[..., self.group, :], v, cache)
+        attended, cache = attend(qkv, cos, sin, cache, x.dtype)
         y = contract(attended, self.out[...], axes=3, product=self.product)
         if self.out_bias is not None:
             y += self.out_bias[...].astype(y.dtype)

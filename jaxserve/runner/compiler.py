@@ -60,13 +60,13 @@ class ProgramSet:
     memory: dict[ProgramKey, ProgramMemory]
     seconds: float
 
-    def get(self, kind: str, size: int) -> jax.stages.Compiled:
-        """The executable of a bucket; CompileMissError where there is none."""
-        executable = self.executables.get(ProgramKey(kind, size))
+    def get(self, key: ProgramKey) -> jax.stages.Compiled:
+        """The executable of a program; CompileMissError where there is none."""
+        executable = self.executables.get(key)
         if executable is None:
-            known = sorted(key.size for key in self.executables if key.kind == kind)
+            known = sorted(other.size for other in self.executables if other.kind == key.kind)
             raise CompileMissError(
-                f"no {kind} program of size {size} was compiled at start; compiled sizes are {known}"
+                f"no {key.kind} program of size {key.size} was compiled at start; compiled sizes are {known}"
             )
         return executable
 
@@ -101,7 +101,7 @@ def compile_program(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.C
 def compile_all(shapes: Shapes, mesh: Mesh, *, progress: bool) -> ProgramSet:
     """Compiles every program of the closed set, several at once; `progress` shows a bar on standard error."""
     start = time.perf_counter()
-    keys = program_keys(shapes.buckets)
+    keys = program_keys(shapes)
     executables: dict[ProgramKey, jax.stages.Compiled] = {}
     with (
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as workers,

@@ -64,7 +64,7 @@ class ProgramNeeds:
     @classmethod
     def from_largest(cls, programs: dict[ProgramKey, ProgramMemory], shapes: Shapes) -> ProgramNeeds:
         """Of the whole set, when only the largest program of each kind was compiled: the others need no more."""
-        counts = Counter(key.kind for key in program_keys(shapes.buckets))
+        counts = Counter(key.kind for key in program_keys(shapes))
         return cls(
             temporaries=max(program.extra for program in programs.values()),
             code=sum(program.code * counts[key.kind] for key, program in programs.items()),
@@ -132,7 +132,7 @@ class MemoryPlan:
 def largest_keys(shapes: Shapes) -> list[ProgramKey]:
     """The program of each kind that needs the most memory: its largest bucket."""
     largest: dict[str, ProgramKey] = {}
-    for key in program_keys(shapes.buckets):
+    for key in program_keys(shapes):
         if key.kind not in largest or key.size > largest[key.kind].size:
             largest[key.kind] = key
     return list(largest.values())

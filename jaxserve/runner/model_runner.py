@@ -18,7 +18,7 @@ from jaxserve.runner.host_memory import keep_freed_memory
 from jaxserve.runner.layout import forward_layout, sample_layout
 from jaxserve.runner.memory import ProgramNeeds, claim_memory, compiled_needs, local_memory, plan_memory, plan_pool
 from jaxserve.runner.packing import pack_forward, pack_sample
-from jaxserve.runner.programs import Shapes, abstract_pools, abstract_state
+from jaxserve.runner.programs import ProgramKey, Shapes, abstract_pools, abstract_state, program_keys
 from jaxserve.runner.protocol import RunnerInfo
 from jaxserve.runner.resolve import resolve_shapes
 from jaxserve.runner.slots import Slots
@@ -73,13 +73,10 @@ class ModelRunner:
         return self._programs
 
     def dispatch(self, plan: StepPlan) -> PendingStep:
-        layout = forward_layout(
-            plan.token_bucket, self._shapes.buckets.rows_of(plan.token_bucket), self._shapes.page_size
-        )
-        self._forward(plan.token_bucket, pack_forward(plan, layout, self._shapes.num_slots))
+        self._forward(self._shapes.forward_key(plan), plan)
         if not plan.row_bucket:
             return PendingStep(None, 0)
-        ids = self._sample(plan.row_bucket, pack_sample(plan, sample_layout(plan.row_bucket), self._shapes.num_slots))
+        ids = self._sample(ProgramKey("sample", plan.row_bucket), plan)
         ids.copy_to_host_async()
         return PendingStep(ids, len(plan.sampled))
 
@@ -88,18 +85,21 @@ class ModelRunner:
             return StepResult(())
         return StepResult(tuple(np.asarray(pending.ids)[: pending.count].tolist()))
 
-    def _forward(self, size: int, vector: np.ndarray) -> None:
-        self._pools, self._slots, self._hidden = self._program("forward", size)(
+    def _forward(self, key: ProgramKey, plan: StepPlan) -> None:
+        layout = forward_layout(key.size, self._shapes.buckets.rows_of(key.size), self._shapes.page_size)
+        vector = pack_forward(plan, layout, self._shapes.num_slots)
+        self._pools, self._slots, self._hidden = self._program(key)(
             self._params, self._pools, self._slots, self._hidden, vector
         )
 
-    def _sample(self, size: int, vector: np.ndarray) -> jax.Array:
-        self._slots, ids = self._program("sample", size)(self._params, self._slots, self._hidden, vector)
+    def _sample(self, key: ProgramKey, plan: StepPlan) -> jax.Array:
+        vector = pack_sample(plan, sample_layout(key.size), self._shapes.num_slots)
+        self._slots, ids = self._program(key)(self._params, self._slots, self._hidden, vector)
         return ids
 
-    def _program(self, kind: str, size: int) -> jax.stages.Compiled:
+    def _program(self, key: ProgramKey) -> jax.stages.Compiled:
         try:
-            return self._programs.get(kind, size)
+            return self._programs.get(key)
         except CompileMissError:
             self.compile_misses += 1
             raise
@@ -107,12 +107,11 @@ class ModelRunner:
     def _warm_up(self) -> None:
         """Runs every program once on padding alone, so that the first request finds them loaded."""
         nothing = StepPlan(step=-1, rows=(), token_bucket=0, row_bucket=0, num_tokens=0, num_prefill_tokens=0)
-        buckets, slots = self._shapes.buckets, self._shapes.num_slots
-        for size in buckets.tokens:
-            layout = forward_layout(size, buckets.rows_of(size), self._shapes.page_size)
-            self._forward(size, pack_forward(nothing, layout, slots))
-        for size in buckets.rows:
-            self._sample(size, pack_sample(nothing, sample_layout(size), slots)).block_until_ready()
+        for key in program_keys(self._shapes):
+            if key.kind == "sample":
+                self._sample(key, nothing).block_until_ready()
+            else:
+                self._forward(key, nothing)
 
 
 def _weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> Any:

@@ -3,6 +3,9 @@
     forward(params, pools, slots, hidden, vector) -> pools, slots, hidden     one for each token bucket
     sample(params, slots, hidden, vector)         -> slots, ids               one for each row bucket
 
+Where the attention kernels gain by it, steps of decodes alone have forward programs of their own, without the part that
+attends for prompts.
+
 Pools, slots and the hidden buffer are donated: they keep their addresses. The hidden buffer has room for the largest
 token bucket, so the sample program's shape does not depend on the forward program that filled it.
 """
@@ -23,10 +26,11 @@ from jaxserve.runner.layout import forward_layout, sample_layout
 from jaxserve.runner.sampler import sample
 from jaxserve.runner.slots import Slots
 from jaxserve.scheduler.buckets import Buckets
-from models.attention import POOL_PARTITION, AttentionMetadata, AttentionSettings, paged_attend
+from jaxserve.scheduler.plan import StepPlan
+from models.attention import POOL_PARTITION, AttentionMetadata, AttentionSettings, layer_caches, paged_attend
 from models.config import ModelConfig
 from models.params import abstract_params, bind, product_dtype
-from pallas_kernels.paged_attention import pool_spec
+from pallas_kernels.paged_attention import IMPLEMENTATIONS, pool_spec
 
 NULL_SLOT = 0
 """Where padding tokens write their keys and values: the first slot of the null page."""
@@ -34,7 +38,10 @@ NULL_SLOT = 0
 
 @dataclasses.dataclass(frozen=True, order=True)
 class ProgramKey:
-    """kind: "forward" or "sample"; size: its token or row bucket."""
+    """kind: "forward", "decode" (forward for a step in which no row has more than one token) or "sample".
+
+    size: its token or row bucket.
+    """
 
     kind: str
     size: int
@@ -58,12 +65,19 @@ class Shapes:
         """Pages of the longest sequence."""
         return -(-self.max_model_len // self.page_size)
 
+    def forward_key(self, plan: StepPlan) -> ProgramKey:
+        """The forward program that computes a step."""
+        decode = plan.decode_only and IMPLEMENTATIONS[self.attention].decode_programs
+        return ProgramKey("decode" if decode else "forward", plan.token_bucket)
 
-def program_keys(buckets: Buckets) -> list[ProgramKey]:
+
+def program_keys(shapes: Shapes) -> list[ProgramKey]:
     """The closed set, largest first, so that a shape that does not fit fails at once."""
-    keys = [ProgramKey("forward", size) for size in buckets.tokens] + [
-        ProgramKey("sample", size) for size in buckets.rows
-    ]
+    buckets = shapes.buckets
+    keys = [ProgramKey("forward", size) for size in buckets.tokens]
+    if IMPLEMENTATIONS[shapes.attention].decode_programs:
+        keys += [ProgramKey("decode", size) for size in buckets.decode_tokens]
+    keys += [ProgramKey("sample", size) for size in buckets.rows]
     return sorted(keys, key=lambda key: (key.kind, -key.size))
 
 
@@ -71,8 +85,10 @@ def lower(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Lowered:
     """Traces and lowers one program for the devices of `mesh`; nothing is allocated."""
     arguments = abstract_arguments(key, shapes, mesh)
     replicated = NamedSharding(mesh, P())
-    if key.kind == "forward":
-        function = functools.partial(forward, tokens=key.size, shapes=shapes, mesh=mesh)
+    if key.kind != "sample":
+        function = functools.partial(
+            forward, tokens=key.size, shapes=shapes, mesh=mesh, decode_only=key.kind == "decode"
+        )
         donate, results = (1, 2, 3), arguments[1:4]
     else:
         function = functools.partial(sample_step, rows=key.size, shapes=shapes)
@@ -89,7 +105,7 @@ def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any
     params = abstract_params(shapes.model, shapes.dtype, mesh)
     slots, hidden = abstract_state(shapes, mesh)
     replicated = NamedSharding(mesh, P())
-    if key.kind == "forward":
+    if key.kind != "sample":
         size = forward_layout(key.size, shapes.buckets.rows_of(key.size), shapes.page_size).size
         vector = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=replicated)
         return params, abstract_pools(shapes, mesh), slots, hidden, vector
@@ -131,6 +147,7 @@ def forward(
     tokens: int,
     shapes: Shapes,
     mesh: Mesh,
+    decode_only: bool,
 ) -> tuple[list[jax.Array], Slots, jax.Array]:
     """Computes a step's tokens: keys and values into the pools, final hidden states into the first rows of `hidden`."""
     layout = forward_layout(tokens, shapes.buckets.rows_of(tokens), shapes.page_size)
@@ -139,10 +156,11 @@ def forward(
     told = fields["token_ids"]
     token_ids = jnp.where(told < 0, slots.last_token[jnp.maximum(-1 - told, 0)], told)
     metadata = attention_metadata(fields, slots, shapes.page_size)
-    attend = paged_attend(metadata, AttentionSettings.of(shapes.model), shapes.attention, mesh)
+    attend = paged_attend(metadata, AttentionSettings.of(shapes.model), shapes.attention, mesh, decode_only=decode_only)
     platform = mesh.devices.flat[0].platform
     model = bind(shapes.model, params, product_dtype(shapes.dtype, platform))
-    computed, pools = model(token_ids, metadata.positions, pools, attend)
+    computed, caches = model(token_ids, metadata.positions, layer_caches(pools), attend)
+    pools = [cache.pool for cache in caches]
     return pools, slots, hidden.at[:tokens].set(computed)
 
 

@@ -30,6 +30,11 @@ class Buckets:
         """The smallest row bucket that holds `count` rows; 0 for none."""
         return self.rows[bisect.bisect_left(self.rows, count)] if count else 0
 
+    @property
+    def decode_tokens(self) -> tuple[int, ...]:
+        """Token buckets that a step of one token a row can need."""
+        return tuple(size for size in self.tokens if size <= self.token_bucket(self.rows[-1]))
+
     def rows_of(self, token_bucket: int) -> int:
         """Rows that a forward program of `token_bucket` tokens has room for: every row has a token."""
         return min(token_bucket, self.rows[-1])

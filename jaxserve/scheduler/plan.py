@@ -58,6 +58,11 @@ class StepPlan:
         return tuple(row for row in self.rows if row.sample)
 
     @property
+    def decode_only(self) -> bool:
+        """Whether no row computes more than one token."""
+        return self.num_tokens == len(self.rows)
+
+    @property
     def padding(self) -> int:
         return self.token_bucket - self.num_tokens
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
+from models.attention import rotated
 from models.config import ModelConfig
 from models.llama import Llama
 from models.tiny.tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE
@@ -54,7 +56,8 @@ def segment_bias(segments: jax.Array) -> jax.Array:
 def dense_attend(bias: jax.Array) -> Callable[..., tuple[jax.Array, None]]:
     """Attention over whole rows, in the layout that `models.llama` asks of its caller."""
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: None) -> tuple[jax.Array, None]:
+    def attend(qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: None, dtype: np.dtype) -> tuple[jax.Array, None]:
+        q, k, v = rotated(qkv, cos, sin, dtype)
         scores = jnp.einsum("blkgd,bmkd->bkglm", q, k, preferred_element_type=jnp.float32)
         probs = jax.nn.softmax(scores / math.sqrt(q.shape[-1]) + bias, axis=-1).astype(v.dtype)
         out = jnp.einsum("bkglm,bmkd->blkgd", probs, v, preferred_element_type=jnp.float32)

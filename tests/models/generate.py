@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from models.attention import POOL_PARTITION, AttentionMetadata, AttentionSettings, dense_attend, paged_attend
+from models.attention import (
+    POOL_PARTITION,
+    AttentionMetadata,
+    AttentionSettings,
+    dense_attend,
+    layer_caches,
+    paged_attend,
+)
 from models.config import ModelConfig
 from models.params import bind
 from pallas_kernels.paged_attention import api
@@ -54,8 +61,8 @@ def paged_step(
     """float32 logits [T, V] of a step, and the pools."""
     model = bind(config, params)
     attend = paged_attend(metadata, AttentionSettings.of(config), implementation, mesh)
-    hidden, pools = model(tokens, metadata.positions, pools, attend)
-    return model.logits(hidden), pools
+    hidden, caches = model(tokens, metadata.positions, layer_caches(pools), attend)
+    return model.logits(hidden), [cache.pool for cache in caches]
 
 
 class PagedSequence:

@@ -20,6 +20,13 @@ def drawn(*shape, seed=0):
     return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
 
 
+def attend_unrotated(settings, segments, q, k, v, cache):
+    """Dense attention of float32 queries, keys and values as they are: angles are 0."""
+    qkv = jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
+    angles = (*qkv.shape[:-3], DIM // 2)
+    return dense_attend(settings, segments)(qkv, jnp.ones(angles), jnp.zeros(angles), cache, np.dtype(np.float32))
+
+
 def by_hand(q, k, v, settings, segments):
     """float64 [T, K, G, D], one query at a time."""
     out = np.zeros(q.shape)
@@ -51,7 +58,7 @@ def by_hand(q, k, v, settings, segments):
 def test_dense_attention_is_the_sum_written_out(settings, segments):
     q, k, v = drawn(9, KV_HEADS, GROUP, DIM), drawn(9, KV_HEADS, DIM, seed=1), drawn(9, KV_HEADS, DIM, seed=2)
     marks = None if set(segments) == {0} else jnp.array(segments)
-    out, cache = dense_attend(settings, marks)(jnp.array(q), jnp.array(k), jnp.array(v), "cache")
+    out, cache = attend_unrotated(settings, marks, q, k, v, "cache")
     assert cache == "cache"
     np.testing.assert_allclose(out, by_hand(q, k, v, settings, segments), rtol=0, atol=1e-5)
 
@@ -60,7 +67,7 @@ def test_dense_attention_takes_a_batch():
     q, k, v = drawn(2, 5, KV_HEADS, GROUP, DIM), drawn(2, 5, KV_HEADS, DIM, seed=1), drawn(2, 5, KV_HEADS, DIM, seed=2)
     segments = jnp.array([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]])
     settings = AttentionSettings(0.5)
-    out, _ = dense_attend(settings, segments)(jnp.array(q), jnp.array(k), jnp.array(v), None)
+    out, _ = attend_unrotated(settings, segments, q, k, v, None)
     assert out.shape == q.shape
     for row in range(2):
         expected = by_hand(q[row], k[row], v[row], settings, segments[row])
