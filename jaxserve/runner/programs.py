@@ -83,6 +83,13 @@ def program_keys(shapes: Shapes) -> list[ProgramKey]:
 
 def lower(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Lowered:
     """Traces and lowers one program for the devices of `mesh`; nothing is allocated."""
+    # The mesh says what the kernels are lowered for: compile-only devices are not those of the default backend.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return trace(key, shapes, mesh).lower()
+
+
+def trace(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Traced:
+    """Traces one program, as `lower` does."""
     arguments = abstract_arguments(key, shapes, mesh)
     replicated = NamedSharding(mesh, P())
     if key.kind != "sample":
@@ -95,9 +102,8 @@ def lower(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Lowered:
         donate, results = (1,), (arguments[1], jax.ShapeDtypeStruct((key.size,), jnp.int32, sharding=replicated))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, results)
     named: Callable[..., Any] = _named(function, f"{key.kind}_{key.size}")
-    # The mesh says what the kernels are lowered for: compile-only devices are not those of the default backend.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(named, donate_argnums=donate, out_shardings=shardings).lower(*arguments)
+        return jax.jit(named, donate_argnums=donate, out_shardings=shardings).trace(*arguments)
 
 
 def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any, ...]:

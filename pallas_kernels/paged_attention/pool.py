@@ -25,9 +25,9 @@ _VALUES = {bits: jnp.dtype(name) for name, bits in _BITS.items()}
 def storage_dtype(dtype: jax.typing.DTypeLike, platform: str) -> jnp.dtype:
     """Returns the dtype that holds `dtype` in a pool on `platform`; `value_dtype` is its inverse.
 
-    Before jax 0.11, XLA's CPU backend updates an array of a narrow floating-point dtype by converting all of it to a
-    wider one and back, donated or not. The bits are held as integers there, and reinterpreted when they are read and
-    written.
+    XLA's CPU backend updates an array of a narrow floating-point dtype by converting all of it to a wider one and back,
+    donated or not: float8_e4m3fn always, bfloat16 and float16 before jax 0.11. The bits are held as integers there, and
+    reinterpreted when they are read and written.
 
     Raises:
         ValueError: `dtype` is none of `DTYPES`.
@@ -35,9 +35,8 @@ def storage_dtype(dtype: jax.typing.DTypeLike, platform: str) -> jnp.dtype:
     dtype = jnp.dtype(dtype)
     if dtype.name not in DTYPES:
         raise ValueError(f"dtype is {dtype.name}; it must be one of {', '.join(DTYPES)}")
-    if platform == "cpu" and jax.__version_info__ < (0, 11):
-        return _BITS.get(dtype.name, dtype)
-    return dtype
+    held_as_bits = platform == "cpu" and (dtype.itemsize == 1 or jax.__version_info__ < (0, 11))
+    return _BITS.get(dtype.name, dtype) if held_as_bits else dtype
 
 
 def value_dtype(storage: jax.typing.DTypeLike) -> jnp.dtype:
