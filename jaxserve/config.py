@@ -11,7 +11,7 @@ from typing import Any
 from models.config import ModelConfig
 
 POLICIES = ("fcfs",)
-ATTENTION = ("auto", "xla", "reference")
+ATTENTION = ("auto", "triton", "xla", "reference", "triton_interpret")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PAGE_SIZES = (16, 32, 64, 128)
 MIN_BUCKET = 8
