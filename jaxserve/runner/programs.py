@@ -167,7 +167,7 @@ def forward(
     model = bind(shapes.model, params, product_dtype(shapes.dtype, platform))
     computed, caches = model(token_ids, metadata.positions, layer_caches(pools), attend)
     pools = [cache.pool for cache in caches]
-    # Its place is always 0, but told by the host: XLA turns an update at a constant place into an asynchronous copy, which
+    # Its place is always 0, but told by the host: XLA makes an update at a constant place an asynchronous copy, which
     # cannot join the rest of the step in one CUDA graph.
     hidden = jax.lax.dynamic_update_slice_in_dim(hidden, computed, fields["query_start_loc"][0], axis=0)
     return pools, slots, hidden

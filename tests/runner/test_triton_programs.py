@@ -1,4 +1,4 @@
-"""The model over the Triton kernels in interpret mode: decode and mixed programs, the tokens of the XLA implementation."""
+"""The model over the Triton kernels in interpret mode: decode and mixed programs; the XLA implementation's tokens."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_tokens_do_not_depend_on_the_batch(runner, requests):
 
 
 def test_the_choice_is_named_and_can_be_forced(runner):
-    assert ATTENTION == ("auto", *IMPLEMENTATIONS)
+    assert ("auto", *IMPLEMENTATIONS) == ATTENTION
     assert runner.info.attention == "triton_interpret"
     with pytest.raises(ValueError, match="'triton' runs on gpu; the platform is 'cpu'"):
         ModelRunner(dataclasses.replace(CONFIG, attention="triton"))
