@@ -119,6 +119,8 @@ def paged_attend(
         ValueError: on a call, where a shape or dtype does not fit (see `pallas_kernels.paged_attention.api`).
     """
 
+    # Traced and lowered once, not once a layer; XLA inlines it.
+    @functools.partial(jax.jit, static_argnames="dtype")
     def attend_heads(
         qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: LayerCache, step: AttentionMetadata, *, dtype: np.dtype
     ) -> tuple[jax.Array, LayerCache]:
