@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -103,20 +104,10 @@ def time_launches(
     return Timing(statistics.median(seconds), min(seconds), max(seconds), rounds, launches, calls)
 
 
-def time_function(function: Callable[..., Any], arguments: Sequence[Any], calls: int, **options: Any) -> Timing:
-    """Times a compiled program on fixed arguments."""
-    return time_launches(lambda: function(*arguments), calls, **options)
-
-
-def time_donating(function: Callable[..., Any], state: Any, arguments: Sequence[Any], calls: int) -> Timing:
-    """Times a compiled program that takes a donated state first and returns the new state."""
-    held = [state]
-
-    def launch() -> Any:
-        held[0] = function(held[0], *arguments)
-        return held[0]
-
-    return time_launches(launch, calls)
+def time_function(function: Callable[..., Any], sets: Sequence[Sequence[Any]], calls: int, **options: Any) -> Timing:
+    """Times a compiled program that takes one set of arguments after another in turn."""
+    turn = itertools.cycle(sets)
+    return time_launches(lambda: function(*next(turn)), calls, **options)
 
 
 def random_array(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -97,7 +97,7 @@ def copy(count: int) -> dict[str, Any]:
     timings = {}
     for name, way in ways.items():
         program = device.compile_program(way, source)
-        timings[name] = device.time_function(program, (source,), 1, most=device.most_launches(4 * count))
+        timings[name] = device.time_function(program, [(source,)], 1, most=device.most_launches(4 * count))
     best = min(timings, key=lambda name: timings[name].seconds)
     rates = {f"{name}_gb_per_s": 8 * count / timing.seconds / 1e9 for name, timing in timings.items()}
     return {**timings[best].fields(), "way": best, "gb_per_s": rates[f"{best}_gb_per_s"], **rates}
@@ -106,7 +106,7 @@ def copy(count: int) -> dict[str, Any]:
 def read(count: int) -> dict[str, Any]:
     """The sum of `count` words: bytes a second when nothing is written."""
     source = device.random_array(jax.random.key(1), (count,), jnp.int32)
-    timing = device.time_function(device.compile_program(jnp.sum, source), (source,), 1, most=50)
+    timing = device.time_function(device.compile_program(jnp.sum, source), [(source,)], 1, most=50)
     return {**timing.fields(), "gb_per_s": 4 * count / timing.seconds / 1e9}
 
 
@@ -121,7 +121,7 @@ def matmul(side: int, dtype: str) -> dict[str, Any]:
 
     try:
         program = device.compile_program(product, a, b)
-        timing = device.time_function(program, (a, b), 1, round_seconds=0.05, most=50)
+        timing = device.time_function(program, [(a, b)], 1, round_seconds=0.05, most=50)
     except jax.errors.JaxRuntimeError as error:
         if kind.itemsize > 1:
             raise
