@@ -185,12 +185,12 @@ def _combine_kernel(
         inside = used[:, None] & (lane < head_dim)[None, :]
         output = triton.load(output_ref.at[slot[:, None], head, member, lane[None, :]], mask=inside, other=0)
         greatest = jnp.max(exponent)
-        if sinks:
-            sink = refs[0][head, member] * LOG2_E
+        sink = refs[0][head, member] * LOG2_E if sinks else None
+        if sink is not None:
             greatest = jnp.maximum(greatest, jnp.ceil(sink))
         weight = jnp.exp2(exponent - greatest)
         divisor = jnp.sum(total * weight)
-        if sinks:
+        if sink is not None:
             divisor += jnp.exp2(sink - greatest)
         value = jnp.sum(output * weight[:, None], axis=0) / divisor
         triton.store(out_ref.at[token, head, member, lane], value.astype(out_ref.dtype), mask=lane < head_dim)

@@ -5,9 +5,11 @@
     {"device": "NVIDIA H200", "kernel": "decode", "dtype": "bfloat16", "pool_dtype": "bfloat16", "head_dim": 128,
      "config": {...}}
 
-`device` is a device kind, or "interpret" for Pallas' interpret mode. Each of `dtype`, `pool_dtype` and `head_dim` may
+`device` is a device kind or its first words ("NVIDIA A100" serves "NVIDIA A100-SXM4-80GB" too, but "NVIDIA L4" not
+"NVIDIA L40"), or "interpret" for Pallas' interpret mode. Each of `dtype`, `pool_dtype` and `head_dim` may
 be left out: such an entry serves every value. Look-up takes, among the entries of the kernel that fit, one for this
-device before one for the device "default", and then the one that names most of the three. An entry of "default" names
+device before one for the device "default", and then one that names `dtype` before one that does not, likewise
+`pool_dtype`, likewise `head_dim`. One entry of "default" names
 none of them, so that there always is an answer; the configurations of "default" fit into 99 KiB of shared memory a
 block, the least that a supported device has.
 """
@@ -19,6 +21,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 TABLE = pathlib.Path(__file__).with_name("tuning.json")
 DEFAULT_DEVICE = "default"
@@ -97,8 +100,28 @@ class PrefillConfig:
         _check_range(self, "num_stages", 1, 8)
 
 
-Config = DecodeConfig | PrefillConfig
-KERNELS: dict[str, type[Config]] = {"decode": DecodeConfig, "prefill": PrefillConfig}
+@dataclasses.dataclass(frozen=True)
+class WriteConfig:
+    """How the KV write cuts its work. No bit depends on it.
+
+    Attributes:
+        tokens: tokens of a program.
+        num_warps: warps of a program.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    tokens: int
+    num_warps: int
+
+    def __post_init__(self) -> None:
+        _check_power_of_two(self, "tokens", 1, 256)
+        _check_power_of_two(self, "num_warps", 1, 16)
+
+
+Config = DecodeConfig | PrefillConfig | WriteConfig
+KERNELS: dict[str, type[Config]] = {"decode": DecodeConfig, "prefill": PrefillConfig, "kv_write": WriteConfig}
 
 
 def device_kind() -> str:
@@ -121,30 +144,41 @@ def lookup(
 
     Args:
         device: device kind.
-        kernel: "decode" or "prefill".
+        kernel: "decode", "prefill" or "kv_write".
         dtype: of the queries.
         pool_dtype: of the pool.
         head_dim: D.
         path: the table.
 
     Returns:
-        A DecodeConfig or a PrefillConfig.
+        A DecodeConfig, a PrefillConfig or a WriteConfig.
 
     Raises:
         ValueError: the table is malformed or has no entry that fits.
     """
-    wanted = {"dtype": jax.numpy.dtype(dtype).name, "pool_dtype": jax.numpy.dtype(pool_dtype).name}
-    wanted["head_dim"] = head_dim
-    best: tuple[tuple[bool, int], Config] | None = None
+    wanted: dict[str, Any] = {
+        "dtype": jnp.dtype(dtype).name,
+        "pool_dtype": jnp.dtype(pool_dtype).name,
+        "head_dim": head_dim,
+    }
+    best: tuple[tuple[bool, ...], Config] | None = None
     for entry, config in load(path):
-        named = [key for key in _KEYS if key in entry]
-        fits = entry["device"] in (device, DEFAULT_DEVICE) and all(entry[key] == wanted[key] for key in named)
-        rank = (entry["device"] == device, len(named))
+        named = tuple(key in entry for key in _KEYS)
+        own = _serves(entry["device"], device)
+        fits = (own or entry["device"] == DEFAULT_DEVICE) and all(
+            entry.get(key, wanted[key]) == wanted[key] for key in _KEYS
+        )
+        rank = (own, *named)
         if entry["kernel"] == kernel and fits and (best is None or rank > best[0]):
             best = rank, config
     if best is None:
         raise ValueError(f"{path.name} has no {kernel} entry for {device} or {DEFAULT_DEVICE} with {wanted}")
     return best[1]
+
+
+def _serves(name: str, device: str) -> bool:
+    """Whether `name` is the device kind `device` or its first words."""
+    return device.startswith(name) and not device[len(name) : len(name) + 1].isalnum()
 
 
 @functools.cache
