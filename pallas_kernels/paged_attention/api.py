@@ -19,6 +19,7 @@ from pallas_kernels.paged_attention.pool import FLOAT_DTYPES, check_page_size, i
 from pallas_kernels.paged_attention.rotary import rotate
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.triton import attention as triton
+from pallas_kernels.paged_attention.triton import kv_write as triton_write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,8 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
     {
         "triton": Implementation(
             triton.paged_attention,
-            xla.kv_write,
+            triton_write.kv_write,
+            triton_write.rotate_and_write,
             platforms=("gpu",),
             max_group_heads=triton.MAX_GROUP_HEADS,
             decode_programs=True,
@@ -63,7 +65,8 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
         # The kernels of "triton" in Pallas' interpret mode: their values, on any platform, slowly.
         "triton_interpret": Implementation(
             functools.partial(triton.paged_attention, interpret=True),
-            xla.kv_write,
+            functools.partial(triton_write.kv_write, interpret=True),
+            functools.partial(triton_write.rotate_and_write, interpret=True),
             max_group_heads=triton.MAX_GROUP_HEADS,
             decode_programs=True,
         ),

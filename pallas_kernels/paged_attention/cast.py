@@ -26,12 +26,20 @@ def encode(x: jax.Array, storage: jax.typing.DTypeLike, scale: jax.Array | None)
         if dtype == jnp.int8:
             x = jnp.round(x)
     x = x.astype(dtype)
-    return x if dtype == storage else jax.lax.bitcast_convert_type(x, storage)
+    return x if x.dtype == storage else jax.lax.bitcast_convert_type(x, storage)
 
 
 def decode(stored: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """What a pool stores as numbers of `dtype`; those of a quantised pool are not multiplied by their scale."""
-    held = value_dtype(stored.dtype)
-    if held != stored.dtype:
-        stored = jax.lax.bitcast_convert_type(stored, held)
-    return stored.astype(dtype)
+    return held_as_values(stored).astype(dtype)
+
+
+def held_as_values(stored: jax.Array) -> jax.Array:
+    """A pool, or a part of one, in its `value_dtype`; the same array unless it holds bits."""
+    dtype = value_dtype(stored.dtype)
+    return stored if dtype == stored.dtype else jax.lax.bitcast_convert_type(stored, dtype)
+
+
+def like(values: jax.Array, stored: jax.Array) -> jax.Array:
+    """Inverse of `held_as_values`: `values` as a pool of the dtype of `stored` holds them."""
+    return values if values.dtype == stored.dtype else jax.lax.bitcast_convert_type(values, stored.dtype)
