@@ -90,20 +90,17 @@ def lower(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Lowered:
 
 def trace(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Traced:
     """Traces one program, as `lower` does."""
-    arguments = abstract_arguments(key, shapes, mesh)
-    replicated = NamedSharding(mesh, P())
     if key.kind != "sample":
         function = functools.partial(
             forward, tokens=key.size, shapes=shapes, mesh=mesh, decode_only=key.kind == "decode"
         )
-        donate, results = (1, 2, 3), arguments[1:4]
     else:
         function = functools.partial(sample_step, rows=key.size, shapes=shapes)
-        donate, results = (1,), (arguments[1], jax.ShapeDtypeStruct((key.size,), jnp.int32, sharding=replicated))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, results)
+    arguments = abstract_arguments(key, shapes, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_results(key, shapes, mesh))
     named: Callable[..., Any] = _named(function, f"{key.kind}_{key.size}")
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(named, donate_argnums=donate, out_shardings=shardings).trace(*arguments)
+        return jax.jit(named, donate_argnums=donated_arguments(key), out_shardings=shardings).trace(*arguments)
 
 
 def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any, ...]:
@@ -117,6 +114,19 @@ def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any
         return params, abstract_pools(shapes, mesh), slots, hidden, vector
     vector = jax.ShapeDtypeStruct((sample_layout(key.size).size,), jnp.int32, sharding=replicated)
     return params, slots, hidden, vector
+
+
+def abstract_results(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any, ...]:
+    """The program's results as ShapeDtypeStructs with shardings."""
+    if key.kind != "sample":
+        return abstract_arguments(key, shapes, mesh)[1:4]
+    slots, _ = abstract_state(shapes, mesh)
+    return slots, jax.ShapeDtypeStruct((key.size,), jnp.int32, sharding=NamedSharding(mesh, P()))
+
+
+def donated_arguments(key: ProgramKey) -> tuple[int, ...]:
+    """Numbers of the arguments that the program takes over: pools, slots and the hidden buffer, or the slots alone."""
+    return (1,) if key.kind == "sample" else (1, 2, 3)
 
 
 def abstract_pools(shapes: Shapes, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
