@@ -177,7 +177,9 @@ def pool_copies(module: Module, pool: ArrayShape) -> list[str]:
             continue
         if one.opcode == "fusion":
             body = module.computations[one.called[0]]
-            roots = [body.instructions[name] for name in body.root.operands] if body.root.opcode == "tuple" else [body.root]
+            roots = (
+                [body.instructions[name] for name in body.root.operands] if body.root.opcode == "tuple" else [body.root]
+            )
             in_place = all(_in_place(body, root) for root in roots if pool_shaped(root))
         elif one.opcode == "custom-call":
             places = [place for place, shape in enumerate(one.shapes) if sorted(shape.dims) == dims]
