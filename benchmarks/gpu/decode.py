@@ -22,7 +22,7 @@ class Shape:
 
     batch: int
     context: int
-    page_size: int = 16
+    page_size: int = 64
     pool_dtype: str = ""
     ragged: bool = False
 
@@ -65,7 +65,7 @@ def run(settings: Settings, record: Record) -> None:
 def shapes(settings: Settings) -> Iterator[Shape]:
     """The grid, the most telling shapes first."""
     if not settings.gpu:
-        yield from (Shape(1, 64), Shape(4, 64), Shape(4, 128, page_size=64), Shape(4, 64, ragged=True))
+        yield from (Shape(1, 64, 16), Shape(4, 64, 16), Shape(4, 128), Shape(4, 64, 16, ragged=True))
         return
     if settings.quick:
         yield from (Shape(batch, context) for batch in (1, 64) for context in (512, 8192))
@@ -75,7 +75,7 @@ def shapes(settings: Settings) -> Iterator[Shape]:
     for ragged in ((64, 4096), (256, 1024)):
         yield Shape(*ragged, ragged=True)
     for context in (2048, 8192, 131072):
-        yield from (Shape(batch, context, page_size=64) for batch in (1, 64, 256))
+        yield from (Shape(batch, context, page_size=16) for batch in (1, 64, 256))
     for pool_dtype in ("float8_e4m3fn", "int8"):
         yield from (Shape(batch, 8192, pool_dtype=pool_dtype) for batch in (8, 64))
     for context in (2048, 512, 8192, 32768, 131072):

@@ -9,6 +9,7 @@ the median of the rounds over launches and calls; the first launches are discard
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import itertools
 import statistics
@@ -115,7 +116,11 @@ def random_array(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Arra
 
     Made in blocks of the first axis, so that large arrays need little memory beside themselves.
     """
-    dtype = jnp.dtype(dtype)
+    return _drawing(tuple(shape), jnp.dtype(dtype))(key)
+
+
+@functools.lru_cache(maxsize=64)
+def _drawing(shape: tuple[int, ...], dtype: Any) -> Any:
     blocks = next((count for count in (64, 32, 16, 8, 4, 2) if shape[0] % count == 0), 1)
 
     def block(key: jax.Array) -> jax.Array:
@@ -126,8 +131,7 @@ def random_array(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Arra
         narrow = jnp.bfloat16 if dtype.itemsize < 4 else dtype
         return jax.random.normal(key, size, narrow).astype(dtype)
 
-    make = jax.jit(lambda key: jax.lax.map(block, jax.random.split(key, blocks)).reshape(shape))
-    return make(key)
+    return jax.jit(lambda key: jax.lax.map(block, jax.random.split(key, blocks)).reshape(shape))
 
 
 def page_tables(count: int, rows: int, pages_a_row: int, num_pages: int, seed: int) -> list[np.ndarray]:

@@ -19,7 +19,7 @@ class Shape:
     batch: int
     context: int
     new: int
-    page_size: int = 16
+    page_size: int = 64
 
     @property
     def label(self) -> str:
@@ -48,7 +48,7 @@ class Shape:
 def decode_shapes(settings: Settings) -> list[Shape]:
     """Some of the grid of the part `decode`."""
     if not settings.gpu:
-        return [Shape("decode", 4, 64, 1)]
+        return [Shape("decode", 4, 64, 1, 16)]
     chosen = [(64, 2048), (1, 8192), (64, 8192), (256, 2048), (8, 32768), (1, 512)]
     return [Shape("decode", batch, context, 1) for batch, context in chosen[: 2 if settings.quick else None]]
 

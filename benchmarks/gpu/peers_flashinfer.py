@@ -29,8 +29,7 @@ def run(settings: Settings, record: Record) -> None:
     library = torch_device.load("flashinfer")
     record.summary |= {"flashinfer": getattr(library, "__version__", "unknown")}
     heads = torch_device.heads_of(settings)
-    pages = POSITIONS // 16
-    cache = torch_device.random(torch, settings, 0, pages, 2, heads.kv_heads, 16, heads.head_dim)
+    cache = torch_device.random(torch, settings, 0, POSITIONS // 64, 2, heads.kv_heads, 64, heads.head_dim)
     for shape in decode_shapes(settings) + prefill_shapes(settings):
         record.case(
             f"{PEER}: {shape.label}",

@@ -52,10 +52,10 @@ def decode_plot(good: Mapping[str, Cases], machine: Mapping[str, Any], document:
     """Bytes a second over the context, one line a batch, under the ceiling of a copy."""
     plain = [case for case in good.get("decode", ()) if not case["ragged"] and not case["pool_dtype"]]
     sizes = sorted({case["page_size"] for case in plain})
-    chosen = [case for case in plain if sizes and case["page_size"] == sizes[0]]
+    chosen = [case for case in plain if sizes and case["page_size"] == sizes[-1]]
     if not chosen:
         return
-    figure, axes = _figure(document, f"Decode attention, pages of {sizes[0]} tokens")
+    figure, axes = _figure(document, f"Decode attention, pages of {sizes[-1]} tokens")
     for batch in sorted({case["batch"] for case in chosen}):
         line = sorted((case["context"], case["gb_per_s"]) for case in chosen if case["batch"] == batch)
         axes.plot(*zip(*line, strict=True), marker="o", label=f"batch {batch}")
@@ -70,7 +70,7 @@ def prefill_plot(good: Mapping[str, Cases], machine: Mapping[str, Any], document
     ours = [
         case
         for case in good.get("prefill", ())
-        if not case["before"] and not case["decodes"] and not case["pool_dtype"] and case["page_size"] == 16
+        if not case["before"] and not case["decodes"] and not case["pool_dtype"] and case["page_size"] == 64
     ]
     lines: dict[str, dict[int, float]] = {}
     for case in ours:

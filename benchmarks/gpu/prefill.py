@@ -23,7 +23,7 @@ class Shape:
     new: int
     before: int = 0
     decodes: int = 0
-    page_size: int = 16
+    page_size: int = 64
     pool_dtype: str = ""
 
     @property
@@ -31,7 +31,7 @@ class Shape:
         parts = [f"{self.batch} x {self.new}"]
         parts += [f"after {self.before}"] * bool(self.before)
         parts += [f"beside {self.decodes} decodes"] * bool(self.decodes)
-        parts += [f"page {self.page_size}"] * (self.page_size != 16)
+        parts += [f"page {self.page_size}"] * (self.page_size != 64)
         return " ".join([*parts, *[self.pool_dtype] * bool(self.pool_dtype)])
 
     @property
@@ -84,7 +84,7 @@ def shapes(settings: Settings) -> Iterator[Shape]:
     yield Shape(1, 2048, before=4096, decodes=64)
     yield Shape(1, 512)
     yield Shape(1, 2048)
-    yield Shape(1, 8192, page_size=64)
+    yield Shape(1, 8192, page_size=16)
     yield from (Shape(1, 8192, pool_dtype=pool_dtype) for pool_dtype in ("float8_e4m3fn", "int8"))
 
 

@@ -26,7 +26,7 @@ def run(settings: Settings, record: Record) -> None:
     record.summary |= {"implementation": name, "copy_bytes_per_s": ceiling}
     for pool_dtype in ("", "float8_e4m3fn", "int8") if settings.gpu and not settings.quick else ("",):
         dtype = pool_dtype or paged.query_dtype(settings)
-        pool = [paged.make_pool(settings, 16, dtype, 262_144 if settings.gpu else 2048)]
+        pool = [paged.make_pool(settings, 64, dtype, 262_144 if settings.gpu else 2048)]
         for tokens in (64, 256, 2048, 8192) if settings.gpu else (8,):
             for kind, measure in (("kv_write", measure_write), ("rotate_and_write", measure_rotate)):
                 record.case(
