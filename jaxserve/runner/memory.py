@@ -25,6 +25,10 @@ from jaxserve.runner.targets import available_memory
 
 MARGIN_BYTES = 256 * 1024 * 1024
 
+CODE_BYTES = 4 * 1024 * 1024
+"""Allowance for a program's code and command buffer where the compiler states none, as those for GPUs do: an 8B model's
+programs serialise to at most 2 MB."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DeviceMemory:
@@ -58,7 +62,7 @@ class ProgramNeeds:
         """Of programs that were all compiled."""
         return cls(
             temporaries=max((program.extra for program in programs), default=0),
-            code=sum(program.code for program in programs),
+            code=sum(_code(program) for program in programs),
         )
 
     @classmethod
@@ -67,7 +71,7 @@ class ProgramNeeds:
         counts = Counter(key.kind for key in program_keys(shapes))
         return cls(
             temporaries=max(program.extra for program in programs.values()),
-            code=sum(program.code * counts[key.kind] for key, program in programs.items()),
+            code=sum(_code(program) * counts[key.kind] for key, program in programs.items()),
         )
 
 
@@ -170,8 +174,10 @@ def plan_pool(
             num_pages = probe.room
     if num_pages < 2:
         raise ValueError(
-            f"page pool has room for {num_pages} pages of {probe.page} bytes; at least 2 are needed: raise "
-            f"kv_cache_memory_bytes or gpu_memory_utilization, or lower max_num_batched_tokens"
+            f"page pool has room for {num_pages} pages of {probe.page} bytes; at least 2 are needed, beside weights of "
+            f"{probe.weights} bytes and {probe.fixed - probe.weights} for steps and margin, in the {device.limit} "
+            "bytes that gpu_memory_utilization allows: raise it or kv_cache_memory_bytes, or lower "
+            "max_num_batched_tokens"
         )
     plan = dataclasses.replace(probe, num_pages=min(num_pages, most))
     plan.check()
@@ -209,6 +215,10 @@ def local_memory(mesh: Mesh, utilization: float) -> DeviceMemory:
         return DeviceMemory.share(available_memory(), utilization)
     limit = device.memory_stats()["bytes_limit"]
     return DeviceMemory(limit, limit)
+
+
+def _code(program: ProgramMemory) -> int:
+    return program.code if program.code > 0 else CODE_BYTES
 
 
 def _bytes_per_device(tree: object) -> int:

@@ -1,0 +1,74 @@
+"""What a configuration means: `python -m jaxserve.explain --config llama.gin [--target h200] [--json]`.
+
+Prints the closed set of programs, the plan of a device's memory, the greatest concurrency, the expected start time and
+the bound of a decode step. Nothing is loaded or served; weights are not needed where the file holds the architecture.
+
+Exit codes: 0; 1 the configuration does not fit the model or the device; 2 a faulty command line or configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from jaxserve import gin_config
+from jaxserve.runner.explain import LOAD_RATE, explain, local_target
+from jaxserve.runner.explain_report import to_json, to_text
+from jaxserve.runner.targets import known_targets, load_target, use_cpu_only
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the explanation; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="jaxserve.explain", description="Explains a configuration.")
+    parser.add_argument(
+        "--target",
+        default=None,
+        metavar="NAME",
+        help=f"{', '.join(known_targets())}, or a .txtpb file (default: this machine's device)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--load-rate",
+        type=_positive,
+        default=LOAD_RATE / 1e9,
+        metavar="GB/S",
+        help=f"how fast weights reach the device (default: {LOAD_RATE / 1e9:g})",
+    )
+    parser.add_argument(
+        "--compile-seconds",
+        type=_positive,
+        default=None,
+        metavar="S",
+        help="what compiling all programs took, as a report of jaxserve.compile says (default: estimated)",
+    )
+    parsed, config, _ = gin_config.load_from_command_line(parser, arguments)
+    try:
+        if parsed.target is None:
+            target = local_target()
+        else:
+            use_cpu_only()
+            target = load_target(parsed.target)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    try:
+        explanation = explain(
+            config.engine, target, load_rate=parsed.load_rate * 1e9, compile_seconds=parsed.compile_seconds
+        )
+    except ValueError as error:
+        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print(json.dumps(to_json(explanation), indent=2) if parsed.json else to_text(explanation))
+    return 0
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

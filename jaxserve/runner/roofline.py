@@ -1,0 +1,76 @@
+"""What a decode step must move and compute, and the time that a device's peak rates allow for it.
+
+Counted: every weight once (of an embedding that is no output matrix, the rows of the step's tokens), the keys and
+values of every position once, those of the step's tokens written. Not counted: activations, logits, the sampler; so a
+measured step is slower than this bound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.runner.programs import Shapes, abstract_pools
+from jaxserve.runner.targets import Target
+from models.attention import AttentionSettings
+from models.params import abstract_params, leaves, make_mesh
+from pallas_kernels.paged_attention.pool import value_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeStep:
+    """One token for each of `batch` sequences of `context` positions, the new one included.
+
+    bytes: that must be moved. flops: floating-point operations, an FMA counted as two. seconds: the longer of the two
+    at peak rates, 0 where the target states none; bound: "memory" or "compute", "" where the target states none.
+    """
+
+    batch: int
+    context: int
+    bytes: int
+    flops: int
+    seconds: float
+    bound: str
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.batch / self.seconds if self.seconds else 0.0
+
+
+def page_dtype(shapes: Shapes) -> str:
+    """Name of the dtype of the numbers in the pages."""
+    return value_dtype(abstract_pools(shapes, make_mesh(jax.devices("cpu")[:1]))[0].dtype).name
+
+
+def token_bytes(shapes: Shapes) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    model = shapes.model
+    numbers = 2 * model.num_key_value_heads * model.head_dim * model.num_hidden_layers
+    return numbers * jnp.dtype(page_dtype(shapes)).itemsize
+
+
+def decode_step(shapes: Shapes, target: Target, batch: int, context: int) -> DecodeStep:
+    """The bound of one step on one device of the target."""
+    model = shapes.model
+    matrices = rows = norms = 0
+    for path, leaf in leaves(abstract_params(model, shapes.dtype, make_mesh(jax.devices("cpu")[:1]))):
+        size = math.prod(leaf.shape)
+        if path[-1] == "embedding" and not model.tie_word_embeddings:
+            rows += model.hidden_size
+        elif len(leaf.shape) > 1:
+            matrices += size
+        else:
+            norms += size
+    window = AttentionSettings.of(model).sliding_window
+    seen = context if window is None else min(context, window)
+    itemsize = jnp.dtype(shapes.dtype).itemsize
+    moved = (matrices + norms + batch * rows) * itemsize + batch * (seen + 1) * token_bytes(shapes)
+    attention = 4 * model.num_attention_heads * model.head_dim * seen * model.num_hidden_layers
+    flops = batch * (2 * matrices + attention)
+    by_memory = moved / target.memory_bandwidth if target.memory_bandwidth else 0.0
+    by_compute = flops / target.peak_flops[shapes.dtype] if target.peak_flops.get(shapes.dtype) else 0.0
+    bound = ("memory" if by_memory >= by_compute else "compute") if by_memory or by_compute else ""
+    return DecodeStep(batch, context, moved, flops, max(by_memory, by_compute), bound)
