@@ -121,6 +121,8 @@ class EngineConfig:
     attention: implementation of paged attention; "auto" chooses by platform.
     compilation_cache_dir: where compiled programs are kept for the next start (`~` is the home directory); None keeps
     none. Entries are found by the program, jax's version and the device, so a stale one is never used.
+    bundle: directory of programs that `jaxserve.compile` wrote for this configuration and device; loaded instead of
+    compiling anything, and refused where it does not fit. Its number of pages counts where none is configured.
     seed: base of the seeds drawn for requests that bring none.
     """
 
@@ -137,6 +139,7 @@ class EngineConfig:
     row_buckets: tuple[int, ...] | None = None
     attention: str = "auto"
     compilation_cache_dir: str | None = None
+    bundle: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

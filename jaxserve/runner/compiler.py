@@ -7,6 +7,7 @@ import dataclasses
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,13 +55,13 @@ class ProgramMemory:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramSet:
-    """The compiled programs by key, what each needs, and the wall seconds they all took."""
+    """The programs by key, compiled or loaded from a bundle, what each needs, and the wall seconds they all took."""
 
-    executables: dict[ProgramKey, jax.stages.Compiled]
+    executables: dict[ProgramKey, Any]
     memory: dict[ProgramKey, ProgramMemory]
     seconds: float
 
-    def get(self, key: ProgramKey) -> jax.stages.Compiled:
+    def get(self, key: ProgramKey) -> Callable[..., Any]:
         """The executable of a program; CompileMissError where there is none."""
         executable = self.executables.get(key)
         if executable is None:
@@ -77,7 +78,7 @@ def keep_compilations(directory: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def compiler_options(platform: str) -> dict[str, bool | int | float | str]:
+def compiler_options(platform: str) -> dict[str, str | bool]:
     """Options that every program for `platform` ("cpu", "gpu") is compiled with, whoever compiles it.
 
     On a GPU: no Triton matmuls, whose tiles are defaults where no device was there to tune them (cuBLASLt instead), and

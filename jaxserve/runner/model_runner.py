@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
+from jaxserve.runner.aot.bundle import Bundle, bundled_cache
 from jaxserve.runner.compiler import CompilationCounter, CompileMissError, ProgramSet, compile_all, keep_compilations
 from jaxserve.runner.host_memory import keep_freed_memory
 from jaxserve.runner.layout import forward_layout, sample_layout
@@ -38,7 +40,7 @@ class PendingStep:
 
 
 class ModelRunner:
-    """Runner over a model. Start-up loads the weights while it compiles every program of the closed set."""
+    """Runner over a model. Start-up loads the weights while it compiles, or loads, every program of the closed set."""
 
     def __init__(self, config: EngineConfig, *, progress: bool = False):
         if config.compilation_cache_dir is not None:
@@ -47,11 +49,18 @@ class ModelRunner:
         mesh = make_mesh()
         shapes = resolve_shapes(config, mesh.devices.flat[0].platform)
         memory = local_memory(mesh, config.cache.gpu_memory_utilization)
-        plan = plan_pool(shapes, config.cache, mesh, memory, lambda: compiled_needs(shapes, mesh))
+        bundle = None if config.bundle is None else Bundle.open(config.bundle)
+        cache = config.cache if bundle is None else bundled_cache(config.cache, bundle)
+        plan = plan_pool(shapes, cache, mesh, memory, lambda: compiled_needs(shapes, mesh))
         self._shapes = dataclasses.replace(shapes, num_pages=plan.num_pages)
+        if bundle is not None:
+            bundle.check(self._shapes, mesh)  # before the weights take their time
         with concurrent.futures.ThreadPoolExecutor(1) as loader:
             loading = loader.submit(_weights, config, self._shapes, mesh)
-            self._programs = compile_all(self._shapes, mesh, progress=progress)
+            if bundle is not None:
+                self._programs = bundle.load(self._shapes, mesh)
+            else:
+                self._programs = compile_all(self._shapes, mesh, progress=progress)
             plan_memory(self._shapes, mesh, memory, ProgramNeeds.of(self._programs.memory.values())).check()
             self._params = loading.result()
         if mesh.devices.flat[0].platform == "cpu":
@@ -97,7 +106,7 @@ class ModelRunner:
         self._slots, ids = self._program(key)(self._params, self._slots, self._hidden, vector)
         return ids
 
-    def _program(self, key: ProgramKey) -> jax.stages.Compiled:
+    def _program(self, key: ProgramKey) -> Callable[..., Any]:
         try:
             return self._programs.get(key)
         except CompileMissError:

@@ -1,9 +1,9 @@
 """What the machine code of a kernel uses, read from the cubins inside a serialised executable.
 
 A cubin is an ELF file with a section of code for each kernel. Registers stand in the section .nv.info, static shared
-memory is a section of its own. Spills stand nowhere: they are counted as the assembler counts them, from the instructions that store to
-and load from a thread's local memory (STL, LDL). A kernel that keeps an array of its own in local memory counts here
-too; none of ours does, and such traffic is as unwelcome.
+memory is a section of its own. Spills stand nowhere: they are counted as the assembler counts them, from the
+instructions that store to and load from a thread's local memory (STL, LDL). A kernel that keeps an array of its own in
+local memory counts here too; none of ours does, and such traffic is as unwelcome.
 
 Sources: the "CUDA Binary Utilities" manual names the sections. The encoding of instructions, not documented, is that of
 nvdisasm's listings for compute capabilities 8.0 to 9.0: 16 bytes each, the opcode in bits 0 to 11, the width of a

@@ -1,0 +1,331 @@
+"""Compiled programs in a directory: written where they are compiled, loaded by an engine of the same kind elsewhere.
+
+    manifest.json        what the programs were compiled from, by and for; of each program its file and its arguments
+    programs/KIND_SIZE   the runtime's own serialised executable
+
+Loading verifies everything and refuses with the name of what differs: an executable that was made for other shapes,
+another version or another device would at best fail and at worst compute something else. Nothing is unpickled, but an
+executable is machine code all the same: load bundles only from those whom you would let run code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxserve.config import CacheConfig
+from jaxserve.runner.aot import hlo, plugin
+from jaxserve.runner.aot.loaded import LoadedProgram
+from jaxserve.runner.compiler import ProgramMemory, ProgramSet, compiler_options, program_memory
+from jaxserve.runner.programs import (
+    ProgramKey,
+    Shapes,
+    abstract_arguments,
+    abstract_results,
+    donated_arguments,
+    program_keys,
+)
+from jaxserve.runner.targets import Target
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_PROGRAMS = "programs"
+_ROOT = pathlib.Path(__file__).resolve().parents[3]
+_SOURCES = (
+    "models/*.py",
+    "pallas_kernels/**/*.py",
+    "pallas_kernels/**/*.json",
+    "jaxserve/runner/compiler.py",
+    "jaxserve/runner/layout.py",
+    "jaxserve/runner/programs.py",
+    "jaxserve/runner/sampler.py",
+    "jaxserve/runner/slots.py",
+)
+"""Files whose content decides what programs compute."""
+
+
+class BundleError(ValueError):
+    """A bundle that cannot be used here; the text names the field, what was expected and what was found."""
+
+
+def identity(shapes: Shapes, mesh: Mesh) -> dict[str, Any]:
+    """What a process must have in common with the bundle that it loads, as JSON holds it."""
+    device = mesh.devices.flat[0]
+    name, version = plugin.find_plugin() if device.platform == "gpu" else ("", "")
+    options = {key: value for key, value in compiler_options(device.platform).items() if key != plugin.TOOLKIT_OPTION}
+    found = {
+        "format": FORMAT,
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "plugin": name,
+        "plugin_version": version,
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "devices": mesh.size,
+        "compiler_options": options,
+        "sources": _sources_hash(),
+        "shapes": dataclasses.asdict(shapes),
+    }
+    return json.loads(json.dumps(found))
+
+
+class BundleWriter:
+    """Writes a bundle program by program; it becomes valid with `finish`."""
+
+    def __init__(self, directory: pathlib.Path, shapes: Shapes, mesh: Mesh, target: Target):
+        """Raises BundleError where `directory` holds something else than a bundle."""
+        self._directory, self._shapes, self._mesh = directory, shapes, mesh
+        self._programs: dict[ProgramKey, dict[str, Any]] = {}
+        self._head = identity(shapes, mesh) | {
+            "assembler": plugin.assembler_version() if mesh.devices.flat[0].platform == "gpu" else "",
+            "target": {
+                "name": target.name,
+                "compute_capability": target.compute_capability,
+                "description": target.text,
+                "machine": machine() if target.is_local else {},
+            },
+        }
+        directory.mkdir(parents=True, exist_ok=True)
+        self._files.mkdir(exist_ok=True)
+        if any(self._files.iterdir()) and not (directory / MANIFEST).is_file():
+            raise BundleError(f"directory {self._files} holds files that are not a bundle's; choose another one")
+        (directory / MANIFEST).unlink(missing_ok=True)
+        for file in self._files.iterdir():
+            file.unlink()
+
+    @property
+    def _files(self) -> pathlib.Path:
+        return self._directory / _PROGRAMS
+
+    def add(self, key: ProgramKey, compiled: jax.stages.Compiled) -> int:
+        """Writes one program; returns its bytes."""
+        name = f"{key.kind}_{key.size}"
+        executable: Any = compiled.runtime_executable()
+        data = executable.serialize()
+        (self._files / name).write_bytes(data)
+        arguments, results = _trees(key, self._shapes, self._mesh)
+        flat = jax.tree.leaves(arguments)
+        kept = _kept_arguments(compiled, flat)
+        self._programs[key] = {
+            "kind": key.kind,
+            "size": key.size,
+            "file": f"{_PROGRAMS}/{name}",
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "arguments": _describe(arguments),
+            "results": _describe(results),
+            "kept_arguments": kept,
+            "donated_arguments": _donated(key, arguments),
+            "memory": dataclasses.asdict(program_memory(compiled)),
+        }
+        return len(data)
+
+    def finish(self) -> None:
+        """Writes the manifest, without which the directory is no bundle."""
+        keys = program_keys(self._shapes)
+        manifest = self._head | {"programs": [self._programs[key] for key in keys]}
+        partial = self._directory / f"{MANIFEST}.partial"
+        partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self._directory / MANIFEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A bundle that was opened, not yet verified. manifest: as it stands in the file."""
+
+    directory: pathlib.Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, directory: str | pathlib.Path) -> Bundle:
+        """Reads the manifest. Raises BundleError where there is none or it is no JSON object."""
+        root = pathlib.Path(directory).expanduser()
+        try:
+            manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BundleError(f"bundle {root} has no readable {MANIFEST}: {error.strerror}") from error
+        except ValueError as error:
+            raise BundleError(f"bundle {root}: {MANIFEST} is not valid JSON: {error}") from error
+        if not isinstance(manifest, dict):
+            raise BundleError(f"bundle {root}: {MANIFEST} holds a {type(manifest).__name__}; it must hold an object")
+        return cls(root, manifest)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool that the programs were compiled for. Raises BundleError where the manifest does not say."""
+        return _field(_field(self.manifest, "shapes", dict), "num_pages", int)
+
+    def check(self, shapes: Shapes, mesh: Mesh) -> None:
+        """Raises BundleError where anything differs from what this process would compile, or a file was damaged."""
+        for field, expected in identity(shapes, mesh).items():
+            _same(field, expected, self.manifest.get(field), self.directory)
+        if mesh.devices.flat[0].platform == "cpu":
+            _check_machine(_field(_field(self.manifest, "target", dict), "machine", dict), self.directory)
+        keys, listed = program_keys(shapes), self._entries()
+        names = [[f"{key.kind} {key.size}" for key in sorted(some)] for some in (keys, listed)]
+        _same("programs", names[0], names[1], self.directory)
+        for key in keys:
+            _check_entry(listed[key], key, shapes, mesh, self.directory)
+            _read(self.directory, listed[key])
+
+    def load(self, shapes: Shapes, mesh: Mesh) -> ProgramSet:
+        """The closed set of programs for `shapes`, loaded; nothing is compiled.
+
+        Raises BundleError as `check` does, and where the runtime refuses a program.
+        """
+        start = time.perf_counter()
+        self.check(shapes, mesh)
+        executables: dict[ProgramKey, Any] = {}
+        memory: dict[ProgramKey, ProgramMemory] = {}
+        for key, entry in self._entries().items():
+            executables[key] = _load(_read(self.directory, entry), entry, key, shapes, mesh, self.directory)
+            memory[key] = _memory(entry)
+        return ProgramSet(executables, memory, time.perf_counter() - start)
+
+    def _entries(self) -> dict[ProgramKey, dict[str, Any]]:
+        listed = _field(self.manifest, "programs", list)
+        return {ProgramKey(_field(entry, "kind", str), _field(entry, "size", int)): entry for entry in listed}
+
+
+def bundled_cache(cache: CacheConfig, bundle: Bundle) -> CacheConfig:
+    """The settings of the page pool with the bundle's number of pages, where the configuration names none itself."""
+    if cache.num_pages is not None or cache.kv_cache_memory_bytes is not None:
+        return cache
+    return dataclasses.replace(cache, num_pages=bundle.num_pages)
+
+
+def machine() -> dict[str, Any]:
+    """This machine's CPU: its architecture and the extensions of its instruction set, sorted."""
+    features: set[str] = set()
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                features.update(value.split())
+    return {"architecture": platform.machine(), "features": sorted(features)}
+
+
+def _read(root: pathlib.Path, entry: dict[str, Any]) -> bytes:
+    name, size, digest = _field(entry, "file", str), _field(entry, "bytes", int), _field(entry, "sha256", str)
+    path = root / name
+    if pathlib.PurePath(name).parts[:-1] != (_PROGRAMS,):
+        raise BundleError(f"bundle {root} names the file {name!r}; programs lie in {_PROGRAMS}/")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"bundle {root}: {name} cannot be read: {error.strerror}") from error
+    if len(data) != size:
+        raise BundleError(f"bundle {root}: {name} has {len(data)} bytes; the manifest says {size}: it is truncated")
+    found = hashlib.sha256(data).hexdigest()
+    if found != digest:
+        raise BundleError(f"bundle {root}: {name} has the sha256 {found}; the manifest says {digest}: it was changed")
+    return data
+
+
+def _check_entry(entry: dict[str, Any], key: ProgramKey, shapes: Shapes, mesh: Mesh, directory: object) -> None:
+    arguments, results = _trees(key, shapes, mesh)
+    where = f"{key.kind} {key.size}"
+    donated = _donated(key, arguments)
+    _same(f"{where} arguments", _describe(arguments), entry.get("arguments"), directory)
+    _same(f"{where} results", _describe(results), entry.get("results"), directory)
+    _same(f"{where} donated_arguments", donated, entry.get("donated_arguments"), directory)
+    kept = _field(entry, "kept_arguments", list)
+    count = len(jax.tree.leaves(arguments))
+    if not all(isinstance(number, int) and 0 <= number < count for number in kept) or not set(donated) <= set(kept):
+        raise BundleError(f"bundle {directory}: {where} kept_arguments do not fit its {count} arguments")
+    _memory(entry)
+
+
+def _load(
+    data: bytes, entry: dict[str, Any], key: ProgramKey, shapes: Shapes, mesh: Mesh, directory: object
+) -> LoadedProgram:
+    arguments, results = _trees(key, shapes, mesh)
+    try:
+        executable = mesh.devices.flat[0].client.deserialize_executable(data, list(mesh.devices.flat))
+    except Exception as error:  # whatever the runtime raises, the bundle is what it cannot use
+        where = f"{key.kind} {key.size}"
+        raise BundleError(f"bundle {directory}: the runtime cannot load {where}: {error}") from error
+    return LoadedProgram(executable, arguments, results, entry["kept_arguments"], mesh)
+
+
+def _memory(entry: dict[str, Any]) -> ProgramMemory:
+    memory = _field(entry, "memory", dict)
+    return ProgramMemory(**{field.name: _field(memory, field.name, int) for field in dataclasses.fields(ProgramMemory)})
+
+
+def _trees(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    return abstract_arguments(key, shapes, mesh), abstract_results(key, shapes, mesh)
+
+
+def _describe(tree: object) -> list[list[Any]]:
+    """Place in the tree, dtype and shape of every array, in order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [[jax.tree_util.keystr(path), str(leaf.dtype), list(leaf.shape)] for path, leaf in leaves]
+
+
+def _donated(key: ProgramKey, arguments: tuple[Any, ...]) -> list[int]:
+    """Flat numbers of the donated arguments."""
+    numbers = []
+    first = 0
+    for number, argument in enumerate(arguments):
+        count = len(jax.tree.leaves(argument))
+        if number in donated_arguments(key):
+            numbers += range(first, first + count)
+        first += count
+    return numbers
+
+
+def _kept_arguments(compiled: Any, flat: list[jax.ShapeDtypeStruct]) -> list[int]:
+    """Flat numbers of the arguments that the executable takes, checked against the program's own parameters."""
+    kept = sorted(compiled._executable._kept_var_idx)  # jax has no public name for it
+    parameters = [one.shapes[0].dims for one in hlo.parse(compiled.as_text()).entry.parameters()]
+    shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in (flat[number] for number in kept)]
+    assert parameters == shapes, (parameters, shapes)
+    return kept
+
+
+def _check_machine(found: dict[str, Any], directory: object) -> None:
+    here = machine()
+    _same("target.machine.architecture", here["architecture"], found.get("architecture"), directory)
+    missing = sorted(set(_field(found, "features", list)) - set(here["features"]))
+    if missing:
+        raise BundleError(f"bundle {directory} was compiled for a CPU with {', '.join(missing)}, which this one lacks")
+
+
+def _field(record: Any, name: str, kind: type) -> Any:
+    value = record.get(name) if isinstance(record, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise BundleError(f"bundle's {MANIFEST} has {name} {value!r}; it must be a {kind.__name__}")
+    return value
+
+
+def _same(field: str, expected: Any, found: Any, directory: object) -> None:
+    """Raises BundleError that names the innermost difference."""
+    if expected == found:
+        return
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for name in (*expected, *sorted(set(found) - set(expected))):
+            _same(f"{field}.{name}", expected.get(name), found.get(name), directory)
+    if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        for number, (one, other) in enumerate(zip(expected, found, strict=True)):
+            _same(f"{field}[{number}]", one, other, directory)
+    raise BundleError(
+        f"bundle {directory} has {field} {found!r}; this engine has {expected!r}: compile the bundle anew"
+    )
+
+
+def _sources_hash() -> str:
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in _SOURCES for path in _ROOT.glob(pattern)}):
+        digest.update(path.relative_to(_ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
