@@ -15,7 +15,7 @@ _MEANINGS = {
     "state": "slots, hidden states, what the host sends",
     "temporaries": "of the largest program",
     "code": "of all programs",
-    "margin": f"{MARGIN_BYTES >> 20} MiB for what the compiler does not see",
+    "margin": "for what the compiler does not see",
     "pages": "",
     "unused": "",
 }
@@ -64,7 +64,9 @@ def _memory(explanation: Explanation) -> Iterator[str]:
 
 def _unused(explanation: Explanation) -> str:
     plan = explanation.plan
-    if plan.device.limit - plan.total < plan.page:
+    if plan.margin < MARGIN_BYTES:
+        return f"and {MARGIN_BYTES - plan.margin:,} bytes of the margin are in use"
+    if plan.parts()["unused"] < plan.page:
         return "less than a page"
     return "the configuration asks for no more pages, or its sequences can use no more"
 

@@ -4,7 +4,8 @@
                   + weights + state + temporaries + code + margin + pages + unused
 
 The device runs one program at a time, so temporaries are those of the largest program; code is that of all of them.
-The margin stands for what the compiler does not see (library workspaces, fragmentation). Start-up, `jaxserve.compile`
+The margin stands for what the compiler does not see (library workspaces, fragmentation); a pool of an explicit size
+may take of it. Start-up, `jaxserve.compile`
 and `jaxserve.explain` make the same plan from the same functions.
 """
 
@@ -97,17 +98,23 @@ class MemoryPlan:
 
     @property
     def fixed(self) -> int:
-        """Bytes that are needed whatever the number of pages, the margin included."""
-        return self.weights + self.state + self.programs.temporaries + self.programs.code + MARGIN_BYTES
+        """Bytes that are needed whatever the number of pages."""
+        return self.weights + self.state + self.programs.temporaries + self.programs.code
 
     @property
     def total(self) -> int:
+        """Bytes that are needed, without the margin."""
         return self.fixed + self.pages
 
     @property
+    def margin(self) -> int:
+        """Bytes of MARGIN_BYTES that are left; negative when even `total` does not fit."""
+        return min(MARGIN_BYTES, self.device.limit - self.total)
+
+    @property
     def room(self) -> int:
-        """Pages that fit beside everything else."""
-        return max(0, (self.device.limit - self.fixed) // self.page)
+        """Pages that fit beside everything else and the whole margin."""
+        return max(0, (self.device.limit - self.fixed - MARGIN_BYTES) // self.page)
 
     def parts(self) -> dict[str, int]:
         """The device's memory, part by part; the sum is `device.total`. Raises ValueError as `check` does."""
@@ -118,9 +125,9 @@ class MemoryPlan:
             "state": self.state,
             "temporaries": self.programs.temporaries,
             "code": self.programs.code,
-            "margin": MARGIN_BYTES,
+            "margin": self.margin,
             "pages": self.pages,
-            "unused": self.device.limit - self.total,
+            "unused": self.device.limit - self.total - self.margin,
         }
 
     def check(self) -> None:
@@ -128,7 +135,7 @@ class MemoryPlan:
         if self.total > self.device.limit:
             raise ValueError(
                 f"page pool of {self.num_pages} pages has {self.pages} bytes; with weights of {self.weights} and "
-                f"{self.fixed - self.weights} for steps and margin it exceeds the {self.device.limit} bytes that "
+                f"{self.fixed - self.weights} for steps it exceeds the {self.device.limit} bytes that "
                 "gpu_memory_utilization allows: lower num_pages or kv_cache_memory_bytes"
             )
 
@@ -175,8 +182,8 @@ def plan_pool(
     if num_pages < 2:
         raise ValueError(
             f"page pool has room for {num_pages} pages of {probe.page} bytes; at least 2 are needed, beside weights of "
-            f"{probe.weights} bytes and {probe.fixed - probe.weights} for steps and margin, in the {device.limit} "
-            "bytes that gpu_memory_utilization allows: raise it or kv_cache_memory_bytes, or lower "
+            f"{probe.weights} bytes, {probe.fixed - probe.weights} for steps and a margin of {MARGIN_BYTES}, in the "
+            f"{device.limit} bytes that gpu_memory_utilization allows: raise it or kv_cache_memory_bytes, or lower "
             "max_num_batched_tokens"
         )
     plan = dataclasses.replace(probe, num_pages=min(num_pages, most))

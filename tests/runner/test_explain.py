@@ -71,6 +71,7 @@ def check_llama(explanation: Explanation, target: str) -> None:
     assert memory["page_bytes"] == memory["page_size"] * 128 * 1024
     assert memory["parts"]["pages"] == memory["page_bytes"] * memory["num_pages"]
     assert memory["pool_tokens"] == (memory["num_pages"] - 1) * memory["page_size"]
+    assert memory["parts"]["margin"] == MARGIN_BYTES
     assert memory["parts"]["unused"] < memory["page_bytes"], "pages take all that is left"
     assert explanation.shapes.attention == "triton"
     assert sum(map(len, explanation.programs.values())) <= 40

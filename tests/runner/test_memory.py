@@ -70,15 +70,17 @@ def test_the_pool_takes_what_the_rest_leaves(shapes, compiled):
     bare = plan_memory(shapes, mesh, PLENTY, needs)
     assert (bare.page, bare.weights) == (PAGE, weights)
     assert bare.programs.temporaries >= max(program.temporaries for program in compiled.values()) > 0
-    assert bare.fixed == weights + bare.state + needs.temporaries + needs.code + MARGIN_BYTES
+    assert bare.fixed == weights + bare.state + needs.temporaries + needs.code
     for room in (20, 21):
-        limit = bare.fixed + room * PAGE
+        limit = bare.fixed + MARGIN_BYTES + room * PAGE
         for spare in (0, PAGE - 1):
             plan = plan_pool(shapes, CacheConfig(), mesh, DeviceMemory(10**12, limit + spare), lambda: needs)
             assert plan.num_pages == room
             assert plan.parts()["unused"] == spare
     with pytest.raises(ValueError, match="page pool has room for 1 pages"):
-        plan_pool(shapes, CacheConfig(), mesh, DeviceMemory(10**12, bare.fixed + 2 * PAGE - 1), lambda: needs)
+        plan_pool(
+            shapes, CacheConfig(), mesh, DeviceMemory(10**12, bare.fixed + MARGIN_BYTES + 2 * PAGE - 1), lambda: needs
+        )
 
 
 def test_the_largest_programs_stand_for_all(shapes, compiled):
@@ -112,6 +114,15 @@ def test_a_pool_that_cannot_fit_is_refused_before_compiling(shapes):
     for use in (lambda plan: plan.check(), lambda plan: plan.parts()):
         with pytest.raises(ValueError, match="lower num_pages or kv_cache_memory_bytes"):
             use(dataclasses.replace(plan, device=DeviceMemory(10**12, plan.total - 1)))
+
+
+def test_an_explicit_size_may_take_of_the_margin(shapes):
+    plan = plan_memory(dataclasses.replace(shapes, num_pages=64), make_mesh(), PLENTY, ProgramNeeds(1000, 10))
+    for left in (0, 1, MARGIN_BYTES - 1, MARGIN_BYTES, MARGIN_BYTES + 5):
+        tight = dataclasses.replace(plan, device=DeviceMemory(10**12, plan.total + left))
+        parts = tight.parts()
+        assert (parts["margin"], parts["unused"]) == (min(left, MARGIN_BYTES), max(0, left - MARGIN_BYTES))
+        assert sum(parts.values()) == 10**12
 
 
 def test_device_memory_is_checked():
