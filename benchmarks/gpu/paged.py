@@ -72,9 +72,11 @@ def query_dtype(settings: Settings) -> Any:
     return jnp.dtype(jnp.bfloat16 if settings.gpu else jnp.float32)
 
 
-def make_pool(settings: Settings, page_size: int, dtype: Any, positions: int | None = None) -> Pool:
+def make_pool(
+    settings: Settings, page_size: int, dtype: Any, positions: int | None = None, heads: Heads | None = None
+) -> Pool:
     """A pool as large as offsets and an eighth of the memory allow, or of `positions`; random contents."""
-    heads, dtype = heads_of(settings), jnp.dtype(dtype)
+    heads, dtype = heads or heads_of(settings), jnp.dtype(dtype)
     if positions is None:
         by_offsets = MOST_ELEMENTS // kv_bytes(heads, 1, 1)
         by_memory = device.device_memory() // 8 // kv_bytes(heads, 1, max(2, dtype.itemsize))
