@@ -17,7 +17,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from models import kv_scales
 from models.config import ModelConfig
+from models.kv_scales import KVScales
 from models.params import abstract_params, leaves
 from models.registry import lookup
 from models.safetensors_file import DTYPES, StoredTensor, read_header
@@ -26,6 +28,7 @@ from models.weights import Params, Path, Slice, get, path_text, put
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ORBAX_FOLDER = "orbax"
+KV_SCALES_FILE = "kv_scales.json"
 
 
 def load(directory: str | pathlib.Path, config: ModelConfig, dtype: Any, mesh: Mesh) -> Params:
@@ -55,13 +58,29 @@ def load(directory: str | pathlib.Path, config: ModelConfig, dtype: Any, mesh: M
     return restore_orbax(directory, config, dtype, mesh)
 
 
-def save_orbax(params: Params, config: ModelConfig, directory: str | pathlib.Path) -> None:
+def load_kv_scales(directory: str | pathlib.Path, config: ModelConfig) -> KVScales | None:
+    """The scales of quantised keys and values in a checkpoint directory; None where it has none.
+
+    Arguments are those of `load`. Raises ValueError where they are malformed or incomplete.
+    """
+    directory = pathlib.Path(directory)
+    if (directory / ORBAX_FOLDER).is_dir():
+        path = directory / KV_SCALES_FILE
+        return kv_scales.read(path, config) if path.is_file() else None
+    raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return kv_scales.from_tensors(config, _stored_tensors(directory), raw.get("quantization_config"))
+
+
+def save_orbax(
+    params: Params, config: ModelConfig, directory: str | pathlib.Path, scales: KVScales | None = None
+) -> None:
     """Saves parameters with orbax, and the architecture beside them as `config.json`.
 
     Args:
         params: as `load` or `params_of` return them.
         config: their architecture.
         directory: made if missing; one that holds a checkpoint already is a ValueError.
+        scales: of quantised keys and values, as `load_kv_scales` returns them; saved as `kv_scales.json`.
     """
     directory = pathlib.Path(directory).absolute()
     if (directory / ORBAX_FOLDER).exists() or _has_safetensors(directory):
@@ -70,6 +89,8 @@ def save_orbax(params: Params, config: ModelConfig, directory: str | pathlib.Pat
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory / ORBAX_FOLDER, {path_text(path): leaf for path, leaf in leaves(params)})
     (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
+    if scales is not None:
+        kv_scales.save(scales, directory / KV_SCALES_FILE)
 
 
 def restore_orbax(directory: str | pathlib.Path, config: ModelConfig, dtype: Any, mesh: Mesh) -> Params:

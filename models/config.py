@@ -127,8 +127,8 @@ class ModelConfig:
             raise ValueError(f"config.json architectures is {architectures!r}; exactly one name is needed")
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"config.json hidden_act is {raw['hidden_act']!r}; only 'silu' is supported")
-        if raw.get("quantization_config"):
-            raise ValueError("config.json quantization_config is set; only unquantised checkpoints are supported")
+        if _quantises_weights(raw.get("quantization_config") or {}):
+            raise ValueError("config.json quantization_config is set; only unquantised weights are supported")
         heads = _required_count(raw, "num_attention_heads")
         hidden = _required_count(raw, "hidden_size")
         context = _required_count(raw, "max_position_embeddings")
@@ -179,6 +179,17 @@ class ModelConfig:
                 "original_max_position_embeddings": scaling.original_max_position_embeddings,
             }
         return raw
+
+
+def _quantises_weights(quantization: Any) -> bool:
+    """Whether a `quantization_config` says more than how the key-value cache was calibrated."""
+    if not isinstance(quantization, dict):
+        return True
+    if quantization.get("quant_method") == "compressed-tensors":
+        return bool(quantization.get("config_groups"))
+    if quantization.get("quant_method") == "modelopt":
+        return quantization.get("quant_algo") is not None
+    return bool(quantization)
 
 
 def _rope_fields(raw: Mapping[str, Any]) -> dict[str, Any]:

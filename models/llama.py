@@ -14,6 +14,7 @@ parallelism splits it (and the attention that follows) by key-value heads alone.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -281,10 +282,37 @@ def _layer_weights(config: ModelConfig, prefix: str) -> dict[Path, tuple[Slice, 
 
 
 def unneeded(config: ModelConfig, tensor: str) -> bool:
-    """Whether a checkpoint may hold this tensor though the model has no use for it."""
+    """Whether a checkpoint may hold this tensor though no parameter takes it."""
     if tensor == "lm_head.weight":
         return config.tie_word_embeddings  # a duplicate of the embedding
+    if kv_scale(tensor) is not None:
+        return True  # a setting of quantised pages, not of the model
     return tensor.endswith("rotary_emb.inv_freq")  # a buffer that early releases of transformers saved
+
+
+_KV_SCALE = re.compile(r"model\.layers\.(\d+)\.self_attn\.([a-z_.]+)")
+_KV_SIDES = {
+    "kv_scale": (0, 1),
+    "k_scale": (0,),
+    "v_scale": (1,),
+    "attn.k_scale": (0,),
+    "attn.v_scale": (1,),
+    "k_proj.k_scale": (0,),
+    "v_proj.v_scale": (1,),
+    "k_proj.output_scale": (0,),
+    "v_proj.output_scale": (1,),
+}
+
+
+def kv_scale(tensor: str) -> tuple[int, tuple[int, ...]] | None:
+    """(layer, sides) of a tensor that scales quantised keys (side 0), values (1) or both; None for any other.
+
+    The names are those that compressed-tensors, ModelOpt, Quark and early releases of vLLM's tools write.
+    """
+    found = _KV_SCALE.fullmatch(tensor)
+    if found is None or found[2] not in _KV_SIDES:
+        return None
+    return int(found[1]), _KV_SIDES[found[2]]
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype) -> jax.Array:

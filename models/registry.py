@@ -24,6 +24,7 @@ class Architecture:
         module: the nnx module, called as module(config, dtype=, product=, rngs=); its interface is `llama.Llama`'s.
         weights: the checkpoint's tensors of each parameter; its keys are exactly the module's parameters.
         unneeded: whether a checkpoint may hold a tensor that no parameter takes.
+        kv_scale: (layer, sides) of a tensor that scales quantised keys (side 0), values (1) or both; None for others.
         partition: PartitionSpec over the axis `tensor` of each parameter, by the last name of its path.
         split_fields: fields of the configuration that the size of that axis must divide.
         contracted_axes: how many trailing axes of a parameter its dot sums over, where not 1, by the last name.
@@ -32,6 +33,7 @@ class Architecture:
     module: Callable[..., Any]
     weights: Callable[[ModelConfig], dict[Path, tuple[Slice, ...]]]
     unneeded: Callable[[ModelConfig, str], bool]
+    kv_scale: Callable[[str], tuple[int, tuple[int, ...]] | None]
     partition: Mapping[str, P]
     split_fields: tuple[str, ...]
     contracted_axes: Mapping[str, int]
@@ -42,6 +44,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         module=llama.Llama,
         weights=llama.hf_weights,
         unneeded=llama.unneeded,
+        kv_scale=llama.kv_scale,
         partition=llama.PARTITION,
         split_fields=llama.SPLIT_FIELDS,
         contracted_axes=llama.CONTRACTED_AXES,
