@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 from jaxserve.engine.messages import EngineReady, EngineStats
+from jaxserve.scheduler.page_pool import greatest_concurrency
 
 INTERVAL_SECONDS = 5.0
 
@@ -32,7 +33,7 @@ def seconds_since_start() -> float:
 def start_lines(ready: EngineReady, name: str) -> list[str]:
     """The figures of an engine that has become ready, one line each."""
     pool_tokens = ready.limits.pool_tokens
-    concurrency = min(pool_tokens / ready.max_model_len, ready.max_num_seqs)
+    concurrency = greatest_concurrency(ready.num_pages, ready.page_size, ready.max_model_len, ready.max_num_seqs)
     return [
         f"model {name}: {ready.architecture}, {ready.num_parameters / 1e6:.2f}M parameters, {ready.dtype} on "
         f"{ready.platform}, attention {ready.attention}",

@@ -24,6 +24,7 @@ from jaxserve.runner.programs import Shapes, program_keys, trace
 from jaxserve.runner.resolve import resolve_shapes
 from jaxserve.runner.roofline import DecodeStep, decode_step, page_dtype
 from jaxserve.runner.targets import LOCAL, Target, known_targets, load_target, target_mesh
+from jaxserve.scheduler.page_pool import greatest_concurrency
 from models.params import abstract_params, make_mesh
 
 LOAD_RATE = 0.8e9
@@ -203,8 +204,7 @@ def _lengths(max_model_len: int) -> list[int]:
 
 
 def _concurrency(shapes: Shapes, plan: MemoryPlan, length: int) -> Concurrency:
-    pages = -(-length // shapes.page_size)
-    return Concurrency(length, min((plan.num_pages - 1) / pages, shapes.num_slots))
+    return Concurrency(length, greatest_concurrency(plan.num_pages - 1, shapes.page_size, length, shapes.num_slots))
 
 
 def _count(tree: Any) -> int:

@@ -367,6 +367,11 @@ class PagePool:
             raise ValueError(f"pages {list(pages)} name a page twice; a table holds each page once")
 
 
+def greatest_concurrency(num_usable: int, page_size: int, length: int, max_num_seqs: int) -> float:
+    """How many sequences of `length` tokens run at once: as many as the usable pages hold, at most max_num_seqs."""
+    return min(num_usable / -(-length // page_size), max_num_seqs)
+
+
 def _count_references(tables: Iterable[Sequence[int]], name: str) -> Counter[int]:
     held: Counter[int] = Counter()
     for table in tables:

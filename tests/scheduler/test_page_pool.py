@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jaxserve.scheduler.page_pool import PageCopy, PagePool, PageState
+from jaxserve.scheduler.page_pool import PageCopy, PagePool, PageState, greatest_concurrency
 from tests.scheduler.pool_helpers import cached, counts, taken
 
 ACTIVE, CACHED, FREE, HOST = PageState.ACTIVE, PageState.CACHED, PageState.FREE, PageState.HOST
@@ -282,3 +282,10 @@ def test_copies_are_frozen():
     copy = PageCopy(1, ACTIVE, 2, HOST)
     with pytest.raises(dataclasses.FrozenInstanceError):
         copy.source = 3  # type: ignore[misc]
+
+
+def test_greatest_concurrency_counts_whole_pages():
+    assert greatest_concurrency(num_usable=32, page_size=16, length=128, max_num_seqs=8) == 4.0
+    assert greatest_concurrency(num_usable=32, page_size=16, length=129, max_num_seqs=8) == 32 / 9
+    assert greatest_concurrency(num_usable=4, page_size=16, length=128, max_num_seqs=8) == 0.5
+    assert greatest_concurrency(num_usable=32, page_size=16, length=16, max_num_seqs=8) == 8
