@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -97,6 +98,10 @@ class Engine:
             pack_forward(plan, layout, shapes.num_slots),
             pack_sample(plan, sample_layout(plan.row_bucket), shapes.num_slots),
         )
+
+    def use(self, programs: Mapping[ProgramKey, Any]) -> None:
+        """Takes these executables instead of compiling its own."""
+        self._programs |= programs
 
     def program(self, key: ProgramKey) -> Any:
         """The executable, compiled as the server compiles it."""
