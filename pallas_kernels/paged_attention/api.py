@@ -20,6 +20,7 @@ from pallas_kernels.paged_attention.rotary import rotate
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.triton import attention as triton
 from pallas_kernels.paged_attention.triton import kv_write as triton_write
+from pallas_kernels.paged_attention.triton import limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,9 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
             triton_write.kv_write,
             triton_write.rotate_and_write,
             platforms=("gpu",),
-            max_group_heads=triton.MAX_GROUP_HEADS,
+            max_group_heads=limits.MAX_GROUP_HEADS,
             decode_programs=True,
+            check=limits.check,
         ),
         "xla": Implementation(xla.paged_attention, xla.kv_write, max_group_heads=xla.MAX_DOT_ROWS),
         "reference": Implementation(reference.paged_attention, reference.kv_write),
@@ -67,7 +69,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
             functools.partial(triton.paged_attention, interpret=True),
             functools.partial(triton_write.kv_write, interpret=True),
             functools.partial(triton_write.rotate_and_write, interpret=True),
-            max_group_heads=triton.MAX_GROUP_HEADS,
+            max_group_heads=limits.MAX_GROUP_HEADS,
             decode_programs=True,
         ),
     }

@@ -12,6 +12,7 @@ import functools
 
 import jax
 
+from pallas_kernels.paged_attention.cast import held_as_values
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.triton.decode import combine, decode
 from pallas_kernels.paged_attention.triton.plan import plan_decode, plan_prefill
@@ -23,9 +24,6 @@ from pallas_kernels.paged_attention.triton.tuning import (
     device_kind,
     lookup,
 )
-
-# The decode kernel packs a group into one tile.
-MAX_GROUP_HEADS = 16
 
 
 def paged_attention(
@@ -65,9 +63,7 @@ def paged_attention(
         [T, K, G, D] in q's dtype.
     """
     num_tokens, _, group_heads, head_dim = q.shape
-    if pool.dtype == jax.numpy.uint16:
-        # Where the pool holds bits (see `pool.storage_dtype`).
-        pool = jax.lax.bitcast_convert_type(pool, q.dtype)
+    pool = held_as_values(pool)
     device = INTERPRET_DEVICE if interpret else device_kind()
     choose = functools.partial(lookup, device, dtype=q.dtype, pool_dtype=pool.dtype, head_dim=head_dim)
     for_decode: DecodeConfig = decode_config or choose("decode")

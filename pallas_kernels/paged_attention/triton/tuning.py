@@ -6,12 +6,11 @@
      "config": {...}}
 
 `device` is a device kind or its first words ("NVIDIA A100" serves "NVIDIA A100-SXM4-80GB" too, but "NVIDIA L4" not
-"NVIDIA L40"), or "interpret" for Pallas' interpret mode. Each of `dtype`, `pool_dtype` and `head_dim` may
-be left out: such an entry serves every value. Look-up takes, among the entries of the kernel that fit, one for this
-device before one for the device "default", and then one that names `dtype` before one that does not, likewise
-`pool_dtype`, likewise `head_dim`. One entry of "default" names
-none of them, so that there always is an answer; the configurations of "default" fit into 99 KiB of shared memory a
-block, the least that a supported device has.
+"NVIDIA L40"), or "interpret" for Pallas' interpret mode. Each of `dtype`, `pool_dtype` and `head_dim` may be left out:
+such an entry serves every value. Look-up takes, among the entries of the kernel that fit, one for this device before
+one for the device "default", and then one that names `dtype` before one that does not, likewise `pool_dtype`, likewise
+`head_dim`. One entry of "default" names none of them, so that there always is an answer; the configurations of
+"default" fit into 99 KiB of shared memory a block, the least that a supported device has.
 """
 
 import dataclasses
@@ -164,7 +163,7 @@ def lookup(
     best: tuple[tuple[bool, ...], Config] | None = None
     for entry, config in load(path):
         named = tuple(key in entry for key in _KEYS)
-        own = _serves(entry["device"], device)
+        own = serves(entry["device"], device)
         fits = (own or entry["device"] == DEFAULT_DEVICE) and all(
             entry.get(key, wanted[key]) == wanted[key] for key in _KEYS
         )
@@ -176,7 +175,7 @@ def lookup(
     return best[1]
 
 
-def _serves(name: str, device: str) -> bool:
+def serves(name: str, device: str) -> bool:
     """Whether `name` is the device kind `device` or its first words."""
     return device.startswith(name) and not device[len(name) : len(name) + 1].isalnum()
 

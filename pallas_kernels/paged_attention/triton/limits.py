@@ -1,0 +1,77 @@
+"""What the Triton backend cannot do, found before a kernel is traced."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention.pool import value_dtype
+from pallas_kernels.paged_attention.triton.tuning import device_kind, serves
+
+MAX_HEAD_DIM = 256
+# The decode kernel packs a group into one tile.
+MAX_GROUP_HEADS = 16
+# Programs along the first axis of a grid.
+MAX_TOKENS = 2**31 - 1
+
+# Offsets are counted in elements. They are signed 32-bit integers as long as an array has no more than 2^32 bytes, and
+# 64-bit ones above (`_compute_offsets_from_indices` in jax/_src/pallas/triton/lowering.py, jax 0.10.2 and 0.11.2).
+# Elements of two bytes or more never come past 2^31 in the former case; those of one byte do.
+MAX_32_BIT_OFFSETS = 2**31
+MAX_32_BIT_BYTES = 2**32
+
+# Casts from and to float8_e4m3fn need compute capability 8.9. These device kinds, or kinds that begin so, have less;
+# for a device that is here, the device itself is asked.
+_BEFORE_FLOAT8 = ("NVIDIA A100", "NVIDIA A30", "NVIDIA A10", "NVIDIA A10G", "NVIDIA A40", "Tesla V100", "Tesla T4")
+_FLOAT8_CAPABILITY = (8, 9)
+
+
+def check(pool: Any, dtype: jax.typing.DTypeLike, num_tokens: int, group_heads: int | None) -> None:
+    """Raises ValueError where the Triton kernels cannot take these.
+
+    Args:
+        pool: [num_pages, 2, K, page_size, D], an array or a ShapeDtypeStruct.
+        dtype: of queries, keys and values.
+        num_tokens: T.
+        group_heads: G; None where only keys and values matter.
+    """
+    del dtype
+    num_pages, head_dim = pool.shape[0], pool.shape[4]
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim is {head_dim}; the Triton kernels take at most {MAX_HEAD_DIM}")
+    if group_heads is not None and group_heads > MAX_GROUP_HEADS:
+        raise ValueError(
+            f"there are {group_heads} query heads a key-value head; the Triton kernels take at most {MAX_GROUP_HEADS}"
+        )
+    if num_tokens > MAX_TOKENS:
+        raise ValueError(
+            f"there are {num_tokens} tokens; a grid has at most {MAX_TOKENS} programs along its first axis"
+        )
+    itemsize = value_dtype(pool.dtype).itemsize
+    if not addressable(math.prod(pool.shape), itemsize):
+        page = math.prod(pool.shape[1:])
+        raise ValueError(
+            f"pool has {num_pages} pages of {page} elements of {itemsize} byte; the Triton backend addresses such pools "
+            f"wrongly between 2^31 and 2^32 bytes: take at most {MAX_32_BIT_OFFSETS // page} pages, or at least "
+            f"{MAX_32_BIT_BYTES // (page * itemsize) + 1}"
+        )
+    if value_dtype(pool.dtype) == jnp.float8_e4m3fn and not _takes_float8(device_kind()):
+        raise ValueError(
+            f"pool holds float8_e4m3fn; {device_kind()} has a compute capability below 8.9, which the casts need: "
+            "use int8 or the model's dtype"
+        )
+
+
+def addressable(size: int, itemsize: int) -> bool:
+    """Whether the backend computes the right address for each of `size` elements of `itemsize` bytes."""
+    return size * itemsize > MAX_32_BIT_BYTES or size <= MAX_32_BIT_OFFSETS
+
+
+def _takes_float8(kind: str) -> bool:
+    if any(serves(name, kind) for name in _BEFORE_FLOAT8):
+        return False
+    if jax.default_backend() != "gpu" or jax.devices()[0].device_kind != kind:
+        return True
+    capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))
+    return tuple(int(part) for part in capability.split(".")) >= _FLOAT8_CAPABILITY
