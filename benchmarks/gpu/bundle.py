@@ -94,6 +94,8 @@ def try_bundle(record: Record, settings: Settings, directory: pathlib.Path, labe
         return {"load_ms": (time.perf_counter() - start) * 1e3, "programs": len(programs)}
 
     if record.case(f"{label}: load", load) is None:
+        if bundle.manifest.get("platform") != jax.devices()[0].platform:
+            return
         record.case(f"{label}: load the bytes unverified", raw)
     elif loaded:
         shapes, programs = loaded[0]

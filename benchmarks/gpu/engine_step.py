@@ -15,7 +15,14 @@ from benchmarks.gpu import device
 from jaxserve.runner.compiler import compile_program, compiler_options
 from jaxserve.runner.layout import forward_layout, sample_layout
 from jaxserve.runner.packing import pack_forward, pack_sample
-from jaxserve.runner.programs import ProgramKey, Shapes, abstract_pools, abstract_state
+from jaxserve.runner.programs import (
+    ProgramKey,
+    Shapes,
+    Weights,
+    abstract_kv_scales,
+    abstract_pools,
+    abstract_state,
+)
 from jaxserve.runner.slots import Slots
 from jaxserve.scheduler.plan import RowPlan, StepPlan
 from models.config import ModelConfig
@@ -36,7 +43,11 @@ class Engine:
     def __init__(self, shapes: Shapes, seed: int):
         self.shapes = shapes
         self.mesh = make_mesh()
-        self.params = random_params(shapes.model, shapes.dtype, self.mesh, seed)
+        scales = abstract_kv_scales(shapes, self.mesh)
+        self.weights = Weights(
+            random_params(shapes.model, shapes.dtype, self.mesh, seed),
+            None if scales is None else jnp.full(scales.shape, 0.02, scales.dtype, device=scales.sharding),
+        )
         key = jax.random.key(seed)
         self.pools = [
             device.random_array(jax.random.fold_in(key, layer), pool.shape, pool.dtype)
@@ -112,13 +123,15 @@ class Engine:
     def forward(self, key: ProgramKey, vector: Any) -> jax.Array:
         """Runs a forward program; returns what is ready when it is done."""
         self.pools, self.slots, self.hidden = self.program(key)(
-            self.params, self.pools, self.slots, self.hidden, vector
+            self.weights, self.pools, self.slots, self.hidden, vector
         )
         return self.hidden
 
     def sample(self, size: int, vector: Any) -> jax.Array:
         """Runs a sample program; returns the ids."""
-        self.slots, ids = self.program(ProgramKey("sample", size))(self.params, self.slots, self.hidden, vector)
+        self.slots, ids = self.program(ProgramKey("sample", size))(
+            self.weights.params, self.slots, self.hidden, vector
+        )
         return ids
 
     def without_attention(self, tokens: int) -> tuple[Any, tuple[Any, ...]]:
@@ -136,7 +149,7 @@ class Engine:
             return hidden
 
         ids = jnp.arange(tokens, dtype=jnp.int32)
-        arguments = (self.params, ids, ids)
+        arguments = (self.weights.params, ids, ids)
         if tokens not in self._dense:
             options = compiler_options(self.mesh.devices.flat[0].platform)
             self._dense[tokens] = jax.jit(dense).lower(*arguments).compile(options)
@@ -146,7 +159,7 @@ class Engine:
 def page_bytes(shapes: Shapes) -> int:
     """Bytes of one page in all layers."""
     model = shapes.model
-    itemsize = jnp.dtype(shapes.dtype).itemsize
+    itemsize = jnp.dtype(shapes.pool_dtype).itemsize
     return 2 * model.num_key_value_heads * shapes.page_size * model.head_dim * itemsize * model.num_hidden_layers
 
 
