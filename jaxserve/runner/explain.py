@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import CacheConfig, EngineConfig
 from jaxserve.runner.aot.plugin import PluginMissingError
 from jaxserve.runner.compiler import ProgramMemory, compile_program, program_memory
 from jaxserve.runner.estimate import temporary_bytes
@@ -76,13 +76,13 @@ class Start:
 class Explanation:
     """What `explain` found.
 
-    programs: bucket sizes by kind, rising. estimated: why temporaries are an estimate; "" where they are the
-    compiler's figures. decode_steps: those that fit into the pages.
+    cache: as configured. programs: bucket sizes by kind, rising. estimated: why temporaries are an estimate; "" where
+    they are the compiler's figures. decode_steps: those that fit into the pages.
     """
 
     shapes: Shapes
     target: Target
-    utilization: float
+    cache: CacheConfig
     num_parameters: int
     kv_cache_dtype: str
     programs: dict[str, tuple[int, ...]]
@@ -119,7 +119,8 @@ def explain(
     needs = _compile(shapes, target, workers)
     mesh = make_mesh(jax.devices("cpu")[:1])
     device = DeviceMemory.share(target.device_memory_bytes, config.cache.gpu_memory_utilization)
-    plan = plan_pool(shapes, config.cache, mesh, device, lambda: needs.programs)
+    with jax.sharding.use_abstract_mesh(_described(target)):  # the kernels' limits depend on the device
+        plan = plan_pool(shapes, config.cache, mesh, device, lambda: needs.programs)
     plan = dataclasses.replace(plan, programs=needs.programs)
     plan.check()
     start = Start(plan.weights, load_rate, needs.compile_seconds, needs.compile_source, workers)
@@ -128,7 +129,7 @@ def explain(
     return Explanation(
         shapes=dataclasses.replace(shapes, num_pages=plan.num_pages),
         target=target,
-        utilization=config.cache.gpu_memory_utilization,
+        cache=config.cache,
         num_parameters=_count(abstract_params(shapes.model, shapes.dtype, mesh)),
         kv_cache_dtype=page_dtype(shapes),
         programs=_sizes(shapes),
@@ -162,6 +163,13 @@ def local_target() -> Target:
         f"target is not given, and none of {', '.join(known_targets())} is this machine's {device.device_kind!r}: "
         "describe it in a .txtpb file"
     )
+
+
+def _described(target: Target) -> jax.sharding.AbstractMesh:
+    """A mesh of one such device, which need not exist nor be compiled for."""
+    platform = "cpu" if target.is_local else "cuda"
+    device = jax.sharding.AbstractDevice(target.device_kind, target.sm_count or None, platform)
+    return jax.sharding.AbstractMesh((1,), ("tensor",), abstract_device=device)
 
 
 def _compile(shapes: Shapes, target: Target, workers: int) -> _Needs:

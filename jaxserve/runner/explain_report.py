@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxserve.runner.explain import Explanation
-from jaxserve.runner.memory import MARGIN_BYTES
+from jaxserve.runner.memory import MARGIN_BYTES, pages_in_use
 
 _MEANINGS = {
     "beyond gpu_memory_utilization": "left to the driver and to others",
@@ -53,7 +53,7 @@ def _memory(explanation: Explanation) -> Iterator[str]:
     }
     if explanation.estimated:
         meanings["temporaries"] = "an ESTIMATE, from above, of the largest program's"
-    yield f"memory of one device, gpu_memory_utilization {explanation.utilization:g}:"
+    yield f"memory of one device, gpu_memory_utilization {explanation.cache.gpu_memory_utilization:g}:"
     rows = [(name, f"{size:,}", _size(size), meanings[name]) for name, size in parts.items()]
     total = sum(parts.values())
     rows.append(("total", f"{total:,}", _size(total), "the device's memory"))
@@ -68,7 +68,11 @@ def _unused(explanation: Explanation) -> str:
         return f"and {MARGIN_BYTES - plan.margin:,} bytes of the margin are in use"
     if plan.parts()["unused"] < plan.page:
         return "less than a page"
-    return "the configuration asks for no more pages, or its sequences can use no more"
+    if explanation.cache.num_pages is not None or explanation.cache.kv_cache_memory_bytes is not None:
+        return "the configuration sets the size of the pool"
+    if plan.num_pages == pages_in_use(explanation.shapes):
+        return "max_num_seqs sequences of max_model_len have no use for it"
+    return f"attention {explanation.shapes.attention} cannot address more pages"
 
 
 def _concurrency(explanation: Explanation) -> Iterator[str]:
@@ -156,7 +160,7 @@ def to_json(explanation: Explanation) -> dict[str, Any]:
         "programs": {kind: list(sizes) for kind, sizes in explanation.programs.items()},
         "num_programs": sum(map(len, explanation.programs.values())),
         "memory": {
-            "gpu_memory_utilization": explanation.utilization,
+            "gpu_memory_utilization": explanation.cache.gpu_memory_utilization,
             "limit_bytes": plan.device.limit,
             "parts": plan.parts(),
             "total_bytes": sum(plan.parts().values()),

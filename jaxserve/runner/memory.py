@@ -11,18 +11,21 @@ and `jaxserve.explain` make the same plan from the same functions.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Collection
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxserve.config import CacheConfig
 from jaxserve.runner.compiler import ProgramMemory, compile_program, program_memory
-from jaxserve.runner.programs import ProgramKey, Shapes, abstract_arguments, program_keys
+from jaxserve.runner.programs import ProgramKey, Shapes, abstract_arguments, abstract_pools, program_keys
 from jaxserve.runner.targets import available_memory
+from pallas_kernels.paged_attention import IMPLEMENTATIONS
 
 MARGIN_BYTES = 256 * 1024 * 1024
 
@@ -161,34 +164,69 @@ def plan_pool(
 ) -> MemoryPlan:
     """Decides the number of pages and what everything else takes; `shapes.num_pages` is ignored.
 
-    Without explicit numbers the pool takes what the rest leaves of the limit, but no more than max_num_seqs sequences
-    of max_model_len can use.
+    Without an explicit number of pages the pool takes what the rest leaves of the limit (or kv_cache_memory_bytes), but
+    no more than max_num_seqs sequences of max_model_len can use and the attention implementation can address.
 
     needs: called for what programs need, once and only when the number of pages depends on it; else they count as
         nothing, and the plan that is made with the compiled programs must be checked.
 
-    Raises ValueError when fewer than two pages fit, or when an explicit number cannot fit whatever programs need.
+    Raises ValueError when fewer than two pages fit, or when an explicit number cannot fit whatever programs need, or be
+    addressed.
     """
     probe = plan_memory(dataclasses.replace(shapes, num_pages=2), mesh, device, ProgramNeeds(0, 0))
     if cache.num_pages is not None:
-        num_pages = most = cache.num_pages
+        _check_addressable(shapes, mesh, cache.num_pages)
+        plan = dataclasses.replace(probe, num_pages=cache.num_pages)
+        plan.check()
+        return plan
+    if cache.kv_cache_memory_bytes is not None:
+        room = cache.kv_cache_memory_bytes // probe.page
     else:
-        most = shapes.num_slots * shapes.max_pages + 1
-        if cache.kv_cache_memory_bytes is not None:
-            num_pages = cache.kv_cache_memory_bytes // probe.page
-        else:
-            probe = dataclasses.replace(probe, programs=needs())
-            num_pages = probe.room
-    if num_pages < 2:
+        probe = dataclasses.replace(probe, programs=needs())
+        room = probe.room
+    if room < 2:
         raise ValueError(
-            f"page pool has room for {num_pages} pages of {probe.page} bytes; at least 2 are needed, beside weights of "
+            f"page pool has room for {room} pages of {probe.page} bytes; at least 2 are needed, beside weights of "
             f"{probe.weights} bytes, {probe.fixed - probe.weights} for steps and a margin of {MARGIN_BYTES}, in the "
             f"{device.limit} bytes that gpu_memory_utilization allows: raise it or kv_cache_memory_bytes, or lower "
             "max_num_batched_tokens"
         )
-    plan = dataclasses.replace(probe, num_pages=min(num_pages, most))
+    num_pages = _most_addressable(shapes, mesh, min(room, pages_in_use(shapes)))
+    plan = dataclasses.replace(probe, num_pages=num_pages)
     plan.check()
     return plan
+
+
+def _check_addressable(shapes: Shapes, mesh: Mesh, num_pages: int) -> None:
+    """Raises ValueError where the attention implementation cannot take a pool of that many pages."""
+    pool = abstract_pools(dataclasses.replace(shapes, num_pages=num_pages), mesh)[0]
+    check = IMPLEMENTATIONS[shapes.attention].check
+    if check is not None:
+        check(pool, jnp.dtype(shapes.dtype), shapes.buckets.tokens[-1], shapes.model.group_size)
+
+
+def _most_addressable(shapes: Shapes, mesh: Mesh, num_pages: int) -> int:
+    """The most pages, up to num_pages, that the attention implementation can take.
+
+    Raises ValueError where it cannot take even two. Below the first size that it cannot take, it takes all.
+    """
+
+    def fails(number: int) -> bool:
+        try:
+            _check_addressable(shapes, mesh, number)
+        except ValueError:
+            return True
+        return False
+
+    _check_addressable(shapes, mesh, 2)
+    if not fails(num_pages):
+        return num_pages
+    return 2 + bisect.bisect_left(range(2, num_pages), True, key=fails) - 1
+
+
+def pages_in_use(shapes: Shapes) -> int:
+    """Pages that max_num_seqs sequences of max_model_len hold, and the null page."""
+    return shapes.num_slots * shapes.max_pages + 1
 
 
 def plan_memory(shapes: Shapes, mesh: Mesh, device: DeviceMemory, programs: ProgramNeeds) -> MemoryPlan:

@@ -207,7 +207,7 @@ def test_the_command_prints_text_or_json(capsys):
     [
         (["--target", "h900"], 2, r"target 'h900' is unknown; known are cpu, a100"),
         (["--load-rate", "0"], 2, "0 is not a number above 0"),
-        (["--gin.CacheConfig.num_pages=900000000"], 1, r"page pool of 900000000 pages has .* lower num_pages"),
+        (["--gin.CacheConfig.num_pages=100000000"], 1, r"page pool of 100000000 pages has .* lower num_pages"),
         (["--gin.EngineConfig.max_model_len=4096"], 1, "max_model_len is 4096; the model's context"),
     ],
 )

@@ -146,3 +146,22 @@ def test_jax_is_asked_for_the_share_of_a_gpu():
         assert jax.config.jax_pjrt_client_create_options == {"memory_fraction": 0.5}
     finally:
         jax.config.update("jax_pjrt_client_create_options", before)
+
+
+def test_a_pool_that_the_kernels_cannot_address_is_made_smaller_or_refused(shapes, monkeypatch):
+    """A stand-in for the Triton kernels' limit: pools of 100 to 199 pages cannot be addressed."""
+
+    def check(pool, dtype, num_tokens, group_heads):
+        assert (dtype, num_tokens, group_heads) == (np.float32, 32, MODEL.group_size)
+        if 100 <= pool.shape[0] < 200:
+            raise ValueError(f"pool has {pool.shape[0]} pages; take at most 99, or at least 200")
+
+    limited = dataclasses.replace(memory.IMPLEMENTATIONS[shapes.attention], check=check)
+    monkeypatch.setattr(memory, "IMPLEMENTATIONS", {shapes.attention: limited})
+    mesh = make_mesh()
+    shapes = dataclasses.replace(shapes, num_slots=64)
+    for room, num_pages in ((99, 99), (100, 99), (101, 99), (150, 99), (199, 99), (200, 200), (201, 201)):
+        cache = CacheConfig(kv_cache_memory_bytes=room * PAGE)
+        assert plan_pool(shapes, cache, mesh, PLENTY, not_asked).num_pages == num_pages
+    with pytest.raises(ValueError, match="pool has 150 pages; take at most 99, or at least 200"):
+        plan_pool(shapes, CacheConfig(num_pages=150), mesh, PLENTY, not_asked)
