@@ -2,9 +2,9 @@
 
 Ends within 9 minutes. Every part runs in a process of its own with a share of the time; one that fails, hangs or breaks
 the device costs only itself, and what it measured before is kept. The results are written again after every part:
-`suite.json`, `suite.md` and, where matplotlib is installed, plots. Needs no network, and nothing but what jaxserve needs;
-what else it compares with (torch, FlashInfer) is used where it is installed. Where jax finds no GPU, the suite tries
-itself on the CPU with tiny sizes; its results then say so on every page. See docs/gpu_suite.md.
+`suite.json`, `suite.md` and, where matplotlib is installed, plots. Needs no network, and nothing but what jaxserve
+needs; what else it compares with (torch, FlashInfer) is used where it is installed. Where jax finds no GPU, the suite
+tries itself on the CPU with tiny sizes; its results then say so on every page. See docs/gpu_suite.md.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks import report
 from benchmarks.gpu import pages, plots, process
-from benchmarks.gpu.record import ABSENT, FAILED, NOT_RUN, OK, RESTART_STATUS, RUNNING, Settings, dumps
+from benchmarks.gpu.record import FAILED, NOT_RUN, OK, RESTART_STATUS, RUNNING, Settings, dumps
 
 TOTAL_SECONDS = 9 * 60.0
+QUICK_SECONDS = 4 * 60.0
 REPORT_SECONDS = 12.0  # kept for the last report and plots
 GRACE_SECONDS = 15.0  # beyond a part's share: for the case in progress
 PROBE_SECONDS = 90.0
@@ -183,7 +184,9 @@ def probe(output: pathlib.Path, cpu: bool) -> dict[str, Any]:
         return {"platform": "cpu", "reason": "asked for by --cpu"}
     answer, log = output / "probe.json", output / "logs" / "probe.log"
     ended = process.run(
-        process.python("benchmarks.gpu.probe", str(answer)), log, PROBE_SECONDS,
+        process.python("benchmarks.gpu.probe", str(answer)),
+        log,
+        PROBE_SECONDS,
         env=process.environment(gpu=True, extra={"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}),
     )
     try:
@@ -218,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts = TUNING if options.tune else PARTS
     if options.only:
         parts = tuple(part for part in parts if part.name in options.only)
-    suite = Suite(settings, parts, start + options.seconds, options.tune)
+    seconds = options.seconds or (QUICK_SECONDS if options.quick else TOTAL_SECONDS)
+    suite = Suite(settings, parts, start + seconds, options.tune)
     suite.probe = device
     interrupted = False
     try:
@@ -236,14 +240,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="directory of the results; those of an earlier run are replaced")
-    parser.add_argument("--quick", action="store_true", help="fewer cases: a first look in about three minutes")
+    parser.add_argument(
+        "--output", required=True, help="directory of the results; those of an earlier run are replaced"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer cases, in four minutes")
     parser.add_argument("--cpu", action="store_true", help="try the suite itself on the CPU, though there is a GPU")
     parser.add_argument("--tune", action="store_true", help="search configurations and write the tuning table instead")
     parser.add_argument("--bundle", help="directory of compiled programs (default: benchmarks/bundles where it exists)")
     parser.add_argument("--implementation", default="auto", help="of the kernels under test (default: the platform's)")
     parser.add_argument("--only", type=_names, help="comma-separated parts to run")
-    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for everything (default: %(default)g)")
+    parser.add_argument("--seconds", type=float, help="for everything (default: 540; with --quick 240)")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

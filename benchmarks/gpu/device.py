@@ -157,7 +157,7 @@ def most_launches(output_bytes: int) -> int:
 
 
 def poison(shape: tuple[int, ...], dtype: Any) -> None:
-    """Leaves NaN (or the largest integer) in freed memory of this size, where the next output of it most likely lies."""
+    """Leaves NaN (or the largest integer) in freed memory of this size, where the next such output most likely lies."""
     dtype = jnp.dtype(dtype)
     value = jnp.nan if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max
     jnp.full(shape, value, dtype).block_until_ready().delete()

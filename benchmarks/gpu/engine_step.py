@@ -129,9 +129,7 @@ class Engine:
 
     def sample(self, size: int, vector: Any) -> jax.Array:
         """Runs a sample program; returns the ids."""
-        self.slots, ids = self.program(ProgramKey("sample", size))(
-            self.weights.params, self.slots, self.hidden, vector
-        )
+        self.slots, ids = self.program(ProgramKey("sample", size))(self.weights.params, self.slots, self.hidden, vector)
         return ids
 
     def without_attention(self, tokens: int) -> tuple[Any, tuple[Any, ...]]:
@@ -179,5 +177,3 @@ def step_bytes(shapes: Shapes, batch: int, context: int) -> int:
     if not model.tie_word_embeddings:
         weights -= (model.vocab_size - batch) * model.hidden_size * itemsize
     return weights + batch * (context + 1) * (page_bytes(shapes) // shapes.page_size)
-
-

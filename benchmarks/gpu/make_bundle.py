@@ -1,4 +1,4 @@
-"""Compiles a small model's programs for a target, without the device: `python -m benchmarks.gpu.make_bundle DIR TARGET`.
+"""Compiles a small model's programs for a target, without it: `python -m benchmarks.gpu.make_bundle DIR TARGET`.
 
 Two layers of Llama-3.1-8B's width with a smaller vocabulary; the target `cpu` gets a tiny model. What
 `python -m jaxserve.compile` does for a configuration, without gin, so that the suite can do it on any GPU machine.

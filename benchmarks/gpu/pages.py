@@ -12,6 +12,8 @@ CPU_NOTE = (
 
 Row = Mapping[str, Any]
 
+PEERS = ("peers_jax", "peers_torch", "peers_flashinfer")
+
 _DECODE = (
     ("batch", "batch"),
     ("context", "context, tokens"),
@@ -94,7 +96,24 @@ def markdown(document: Mapping[str, Any], drawn: Sequence[str] = ()) -> str:
     for part in document["parts"]:
         if part["cases"] or part["summary"]:
             lines += [f"## {part['title']}", "", *_part(part)]
+    lines += _comparison({part["name"]: part["cases"] for part in document["parts"]})
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _comparison(cases: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Time of a call in microseconds by shape, ours beside each peer's."""
+    ours = {case["case"]: case for name in ("decode", "prefill") for case in cases.get(name, ())}
+    peers = [case for name in PEERS for case in cases.get(name, ()) if case.get("peer") and case["status"] == "ok"]
+    if not peers:
+        return []
+    names = list(dict.fromkeys(case["peer"] for case in peers))
+    shapes = list(dict.fromkeys(case["case"].removeprefix(f"{case['peer']}: ") for case in peers))
+    times = {(case["case"].removeprefix(f"{case['peer']}: "), case["peer"]): case["microseconds"] for case in peers}
+    rows = [
+        [shape, ours.get(shape, {}).get("microseconds"), *(times.get((shape, name)) for name in names)]
+        for shape in shapes
+    ]
+    return ["## Side by side: time of a call, µs", "", *_table(["shape", "jaxserve", *names], rows), ""]
 
 
 def _machine(document: Mapping[str, Any]) -> list[str]:

@@ -80,7 +80,5 @@ def planned(torch: Any, library: Any, shape: Shape, table: dict[str, Any], heads
         wrapper.plan(table["indptr"], table["indices"], table["last"], *sizes, **options)
         return wrapper
     wrapper = library.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
-    wrapper.plan(
-        table["queries"], table["indptr"], table["indices"], table["last"], *sizes, causal=True, **options
-    )
+    wrapper.plan(table["queries"], table["indptr"], table["indices"], table["last"], *sizes, causal=True, **options)
     return wrapper

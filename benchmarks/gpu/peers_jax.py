@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.gpu import device, paged
-from benchmarks.gpu.counts import Heads, kv_bytes
+from benchmarks.gpu.counts import kv_bytes
 from benchmarks.gpu.peers import Shape, decode_shapes, prefill_shapes
 from benchmarks.gpu.record import AbsentError, Record, Settings
 from pallas_kernels.paged_attention import paged_attention

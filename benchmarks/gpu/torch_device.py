@@ -60,7 +60,7 @@ def random(torch: Any, settings: Settings, seed: int, *shape: int) -> Any:
 
 
 def seconds_a_call(torch: Any, settings: Settings, calls: list[Callable[[], Any]]) -> dict[str, Any]:
-    """Median seconds of one of `calls`, which run one after another; a CUDA graph of them where that can be captured."""
+    """Median seconds of one of `calls`, which run one after another; as a CUDA graph where that can be captured."""
     if not settings.gpu:
         return _timed(lambda: [call() for call in calls], len(calls), lambda: None) | {"graph": False}
     for _ in range(3):

@@ -210,23 +210,25 @@ class Bench:
 
     def _time_write(self, config: Any, tokens: int) -> float:
         pool, heads, dtype = self._inputs(), self._target.heads, jnp.dtype(self._target.dtype)
-        shape = (write.CALLS, tokens, heads.kv_heads, heads.group + 2, heads.head_dim)
+        shape = (write.calls(self._settings), tokens, heads.kv_heads, heads.group + 2, heads.head_dim)
         qkv = device.random_array(jax.random.key(3), shape, dtype)
         angles = jax.random.uniform(jax.random.key(4), (tokens, heads.head_dim // 2), jnp.float32, 0, 6)
         once = jax.jit(
             functools.partial(rotate_and_write, dtype=dtype, interpret=not self._settings.gpu, config=config)
         )
 
-        def chain(pages: jax.Array, qkv: list[jax.Array], cos: jax.Array, sin: jax.Array, slots: list[jax.Array]) -> Any:
+        def chain(
+            pages: jax.Array, qkv: list[jax.Array], cos: jax.Array, sin: jax.Array, slots: list[jax.Array]
+        ) -> Any:
             turned = []
             for projection, mapping in zip(qkv, slots, strict=True):
                 q, pages = once(projection, cos, sin, pages, mapping)
                 turned.append(q)
             return pages, turned
 
-        arguments = (list(qkv), jnp.cos(angles), jnp.sin(angles), write.slots(pool, tokens, self._settings.seed))
+        arguments = (list(qkv), jnp.cos(angles), jnp.sin(angles), write.slots(self._settings, pool, tokens))
         program = compiled(chain, pool.pages, *arguments, donate=(0,))
-        return write.timed([pool], program, arguments).seconds
+        return write.timed(self._settings, [pool], program, arguments).seconds
 
     def _attend(self, config: Any, q: Any, pages: Any, table: Any, lens: Any, starts: Any, more: dict[str, Any]) -> Any:
         decode = self._target.kernel == "decode"

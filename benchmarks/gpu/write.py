@@ -15,8 +15,10 @@ from benchmarks.gpu.paged import Pool
 from benchmarks.gpu.record import Record, Settings
 from pallas_kernels.paged_attention import kv_write, rotate_and_write
 
-CALLS = 16
-"""In one program."""
+
+def calls(settings: Settings) -> int:
+    """Calls of a program."""
+    return 16 if settings.gpu else 2
 
 
 def run(settings: Settings, record: Record) -> None:
@@ -38,23 +40,23 @@ def run(settings: Settings, record: Record) -> None:
                 )
 
 
-def slots(pool: Pool, tokens: int, seed: int) -> list[jax.Array]:
+def slots(settings: Settings, pool: Pool, tokens: int) -> list[jax.Array]:
     """Slots of each call, int32 [T]: like those of many sequences, each in a page of its own where there are enough."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(settings.seed)
     total = pool.pages.shape[0] * pool.page_size
     if tokens <= pool.pages.shape[0] // 4:
         taken = [
             random.permutation(np.arange(1, pool.pages.shape[0]))[:tokens] * pool.page_size
             + random.integers(0, pool.page_size, tokens)
-            for _ in range(CALLS)
+            for _ in range(calls(settings))
         ]
     else:
-        starts = random.integers(pool.page_size, total - tokens, CALLS)
+        starts = random.integers(pool.page_size, total - tokens, calls(settings))
         taken = [np.arange(start, start + tokens) for start in starts]
     return [jnp.asarray(one.astype(np.int32)) for one in taken]
 
 
-def timed(pool: list[Pool], program: Any, arguments: tuple[Any, ...]) -> device.Timing:
+def timed(settings: Settings, pool: list[Pool], program: Any, arguments: tuple[Any, ...]) -> device.Timing:
     """Times a program that takes the pool's pages, donated, and returns them first; the pool holds the new ones."""
     held = pool[0]
 
@@ -63,7 +65,7 @@ def timed(pool: list[Pool], program: Any, arguments: tuple[Any, ...]) -> device.
         held.pages = results[0]
         return results
 
-    return device.time_launches(launch, CALLS, most=50)
+    return device.time_launches(launch, calls(settings), most=50)
 
 
 def measure_write(
@@ -72,7 +74,7 @@ def measure_write(
     """`kv_write` of random keys and values."""
     one, dtype = pool[0], paged.query_dtype(settings)
     shape = (tokens, one.heads.kv_heads, one.heads.head_dim)
-    k, v = (device.random_array(jax.random.key(seed), (CALLS, *shape), dtype) for seed in (1, 2))
+    k, v = (device.random_array(jax.random.key(seed), (calls(settings), *shape), dtype) for seed in (1, 2))
 
     @jax.jit
     def once(pages: jax.Array, k: jax.Array, v: jax.Array, mapping: jax.Array, more: Any) -> jax.Array:
@@ -83,9 +85,9 @@ def measure_write(
             pages = once(pages, keys, values, mapping, more)
         return (pages,)
 
-    arguments = (list(k), list(v), slots(one, tokens, settings.seed), one.options)
+    arguments = (list(k), list(v), slots(settings, one, tokens), one.options)
     program = device.compile_program(write, one.pages, *arguments, donate=(0,))
-    timing = timed(pool, program, arguments)
+    timing = timed(settings, pool, program, arguments)
     return rates(timing, write_bytes(one.heads, tokens, dtype.itemsize, one.itemsize), ceiling)
 
 
@@ -96,7 +98,7 @@ def measure_rotate(
     one, dtype = pool[0], paged.query_dtype(settings)
     heads = one.heads
     shape = (tokens, heads.kv_heads, heads.group + 2, heads.head_dim)
-    qkv = device.random_array(jax.random.key(3), (CALLS, *shape), dtype)
+    qkv = device.random_array(jax.random.key(3), (calls(settings), *shape), dtype)
     angles = jax.random.uniform(jax.random.key(4), (tokens, heads.head_dim // 2), jnp.float32, 0, 6)
 
     @jax.jit
@@ -112,8 +114,8 @@ def measure_rotate(
             turned.append(q)
         return pages, turned
 
-    arguments = (list(qkv), jnp.cos(angles), jnp.sin(angles), slots(one, tokens, settings.seed), one.options)
+    arguments = (list(qkv), jnp.cos(angles), jnp.sin(angles), slots(settings, one, tokens), one.options)
     program = device.compile_program(rotate, one.pages, *arguments, donate=(0,))
-    timing = timed(pool, program, arguments)
+    timing = timed(settings, pool, program, arguments)
     moved = rotate_and_write_bytes(heads, tokens, dtype.itemsize, dtype.itemsize, one.itemsize)
     return rates(timing, moved, ceiling)
