@@ -82,14 +82,16 @@ def compiler_options(platform: str) -> dict[str, str | bool]:
     """Options that every program for `platform` ("cpu", "gpu") is compiled with, whoever compiles it.
 
     On a GPU: no Triton matmuls, whose tiles are defaults where no device was there to tune them (cuBLASLt instead), and
-    loops (the sampler's bisections) join the step's one command buffer. On a machine without CUDA also where the
-    assembler is, which says nothing about the program.
+    loops (the sampler's bisections) join the step's one command buffer. No rematerialisation: XLA takes a pool that
+    fills the device for a lack of memory, and computes values twice to save a few bytes. On a machine without CUDA also
+    where the assembler is, which says nothing about the program.
     """
     if platform != "gpu":
         return {}
     toolkit = plugin.toolkit_directory()
     return {
         "xla_gpu_enable_triton_gemm": False,
+        "xla_disable_hlo_passes": "rematerialization",
         "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,WHILE",
     } | ({} if toolkit is None else {plugin.TOOLKIT_OPTION: toolkit})
 

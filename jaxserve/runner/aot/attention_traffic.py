@@ -7,9 +7,8 @@ from collections import Counter
 
 from jaxserve.runner.aot.hlo import ArrayShape, Instruction, item_bits
 from jaxserve.runner.aot.traffic import KernelTraffic, Traffic
-from pallas_kernels.paged_attention.triton.tuning import DecodeConfig, lookup
+from pallas_kernels.paged_attention.triton.tuning import DecodeConfig
 
-_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f8e4m3fn": "float8_e4m3fn", "s8": "int8"}
 _PARTIAL_BYTES = 4
 _PAGE_NUMBER_BYTES = 4
 
@@ -38,15 +37,15 @@ class Scenario:
                 return cls()
 
 
-def kernel_traffic(scenario: Scenario, device_kind: str) -> KernelTraffic:
-    """For `traffic.program_traffic`: the attention kernels in that step on that device; other kernels are not known."""
+def kernel_traffic(scenario: Scenario, config: DecodeConfig) -> KernelTraffic:
+    """For `traffic.program_traffic`: the attention kernels in that step, tuned so; other kernels are not known."""
 
     def traffic(one: Instruction, operands: list[ArrayShape]) -> Traffic | None:
         match one.kernel:
             case "paged_attention_decode":
-                return _decode(one, operands, scenario, device_kind)
+                return _decode(one, operands, scenario, config)
             case "paged_attention_combine":
-                return _combine(one, operands, scenario, device_kind)
+                return _combine(one, scenario, config)
             case "paged_attention_prefill":
                 return _prefill(one, operands, scenario)
             case _:
@@ -63,11 +62,11 @@ def chunks_of(context: int, config: DecodeConfig) -> int:
     return -(-context // length)
 
 
-def _decode(one: Instruction, operands: list[ArrayShape], scenario: Scenario, device_kind: str) -> Traffic:
+def _decode(one: Instruction, operands: list[ArrayShape], scenario: Scenario, config: DecodeConfig) -> Traffic:
     pool, query = _pool_and_query(operands)
     _, _, kv_heads, page_size, head_dim = pool.dims
     group_heads = query.dims[2]
-    items = scenario.rows * chunks_of(scenario.context, _config(query, pool, device_kind))
+    items = scenario.rows * chunks_of(scenario.context, config)
     row_bytes = query.bytes // query.dims[0]
     pages = scenario.rows * -(-scenario.context // page_size)
     read = scenario.rows * (scenario.context * _position_bytes(pool) + row_bytes) + pages * _PAGE_NUMBER_BYTES
@@ -75,10 +74,9 @@ def _decode(one: Instruction, operands: list[ArrayShape], scenario: Scenario, de
     return Traffic(read, items * _partials_of_item(kv_heads * group_heads, head_dim), Counter({query.dtype: flops}))
 
 
-def _combine(one: Instruction, operands: list[ArrayShape], scenario: Scenario, device_kind: str) -> Traffic:
+def _combine(one: Instruction, scenario: Scenario, config: DecodeConfig) -> Traffic:
     out = one.shapes[0]
     _, kv_heads, group_heads, head_dim = out.dims
-    config = lookup(device_kind, "decode", _DTYPES[out.dtype], _DTYPES[out.dtype], head_dim)
     items = scenario.rows * chunks_of(scenario.context, config)
     return Traffic(
         items * _partials_of_item(kv_heads * group_heads, head_dim),
@@ -98,10 +96,6 @@ def _pool_and_query(operands: list[ArrayShape]) -> tuple[ArrayShape, ArrayShape]
     pool = next(shape for shape in operands if len(shape.dims) == 5)
     query = next(shape for shape in operands if len(shape.dims) == 4)
     return pool, query
-
-
-def _config(query: ArrayShape, pool: ArrayShape, device_kind: str) -> DecodeConfig:
-    return lookup(device_kind, "decode", _DTYPES[query.dtype], _DTYPES[pool.dtype], pool.dims[4])
 
 
 def _position_bytes(pool: ArrayShape) -> int:

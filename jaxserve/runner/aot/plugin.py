@@ -26,6 +26,7 @@ DIRECTORY = "gpu-compiler"
 TOOLKIT_OPTION = "xla_gpu_cuda_data_dir"
 """The compiler option that says where CUDA's assembler and device library are."""
 
+_LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 _NOISE = re.compile(r"Could not find cuda drivers on your machine|before absl::InitializeLog\(\) is called")
 _lock = threading.Lock()
 
@@ -50,6 +51,7 @@ def find_plugin() -> tuple[str, str]:
     with _lock:
         module = _importable(sys.path)
         if module is None:
+            quiet_compiler()
             sys.path.append(os.path.join(sys.prefix, DIRECTORY))
             importlib.invalidate_caches()
             module = _importable(sys.path)
@@ -92,6 +94,16 @@ def assembler_version() -> str:
     names = ("nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu12")
     found = importlib.metadata.distributions(path=[os.path.join(sys.prefix, DIRECTORY)])
     return next((one.version for one in found if one.metadata["Name"] in names), "")
+
+
+def quiet_compiler() -> None:
+    """Keeps the compiler's own log to what is fatal; its errors are raised as exceptions all the same.
+
+    XLA warns of programs whose arguments fill most of the device, as every one of ours does. Has an effect only before
+    the plugin is loaded. TF_CPP_MIN_LOG_LEVEL=0 in the environment, which asks for everything, is left alone.
+    """
+    if os.environ.get(_LOG_LEVEL) != "0":
+        os.environ[_LOG_LEVEL] = "3"
 
 
 def start_plugin(module: str) -> None:

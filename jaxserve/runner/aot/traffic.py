@@ -13,7 +13,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxserve.runner.aot.hlo import CUBLAS, CUBLASLT, FREE, ArrayShape, Computation, Instruction, Module
 
@@ -160,13 +160,13 @@ def _dot_flops(one: Instruction, lhs: Instruction) -> Counter[str]:
     return Counter({shape.dtype: 2 * contracted * one.shapes[0].size})
 
 
-def pool_copies(module: Module, pool: ArrayShape) -> list[str]:
+def pool_copies(module: Module, pool: Sequence[int]) -> list[str]:
     """Instructions that make an array of a layer's pool's shape other than by updating the pool in place.
 
-    pool: the shape of one layer's pool; arrays of the same dims count whatever their dtype, and transposed. Names of
+    pool: dims of one layer's pool; arrays of the same dims count whatever their dtype, and transposed. Returns names of
     the instructions; none is what a program is meant to have.
     """
-    dims = sorted(pool.dims)
+    dims = sorted(pool)
 
     def pool_shaped(one: Instruction) -> bool:
         return any(sorted(shape.dims) == dims for shape in one.shapes)
