@@ -13,6 +13,7 @@ from models.config import ModelConfig
 POLICIES = ("fcfs",)
 ATTENTION = ("auto", "triton", "xla", "reference", "triton_interpret")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3", "int8")
 PAGE_SIZES = (16, 32, 64, 128)
 MIN_BUCKET = 8
 
@@ -81,17 +82,21 @@ class SchedulerConfig:
 class CacheConfig:
     """The page pool.
 
+    kv_cache_dtype: what pages hold; "auto" is the model's dtype, "fp8" (the same as "fp8_e4m3") and "int8" are
+    quantised with a scale for each layer and head, from the checkpoint or measured at start.
     page_size: tokens a page. num_pages: pages including the null page; None sizes the pool from memory.
     kv_cache_memory_bytes: memory of the pool when num_pages is None; None takes what gpu_memory_utilization leaves
     after weights and the compiler's temporaries.
     """
 
+    kv_cache_dtype: str = "auto"
     page_size: int = 16
     num_pages: int | None = None
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.92
 
     def __post_init__(self) -> None:
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("page_size", self.page_size, PAGE_SIZES)
         if self.num_pages is not None:
             _at_least("num_pages", self.num_pages, 2)
@@ -116,7 +121,8 @@ class EngineConfig:
     model: Hugging Face or converted checkpoint directory. tokenizer: directory of the tokenizer; None is `model`.
     architecture: the model's shape; None reads it from the checkpoint. Given both, they must agree.
     load_format: "auto" reads the checkpoint, "dummy" makes random weights from `architecture`.
-    dtype: of weights and pages; "auto" is the checkpoint's. max_model_len: None is the model's own context.
+    dtype: of weights, and of pages unless kv_cache_dtype says else; "auto" is the checkpoint's.
+    max_model_len: prompt and output tokens of one request together; None is the model's own context.
     token_buckets, row_buckets: sizes that steps are padded to; None is powers of two from 8 to the limits.
     attention: implementation of paged attention; "auto" chooses by platform.
     compilation_cache_dir: where compiled programs are kept for the next start (`~` is the home directory); None keeps

@@ -37,7 +37,7 @@ def start_lines(ready: EngineReady, name: str) -> list[str]:
     return [
         f"model {name}: {ready.architecture}, {ready.num_parameters / 1e6:.2f}M parameters, {ready.dtype} on "
         f"{ready.platform}, attention {ready.attention}",
-        f"page pool: {pool_tokens:,} tokens ({ready.num_pages:,} pages of {ready.page_size})",
+        f"page pool: {pool_tokens:,} tokens ({ready.num_pages:,} pages of {ready.page_size}), {ready.kv_cache}",
         f"greatest concurrency at max_model_len {ready.max_model_len:,}: {concurrency:.1f} requests "
         f"(max_num_seqs {ready.max_num_seqs})",
         f"compiled {ready.num_executables} executables in {ready.compile_seconds:.1f} s; "

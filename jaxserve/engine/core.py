@@ -92,6 +92,7 @@ class EngineCore:
             attention=info.attention,
             num_executables=info.num_executables,
             compile_seconds=info.compile_seconds,
+            kv_cache=info.kv_cache,
             start_seconds=start_seconds,
         )
 

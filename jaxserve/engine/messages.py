@@ -40,8 +40,9 @@ class Shutdown:
 class EngineReady:
     """Engine -> front end, once: the engine accepts requests.
 
-    attention: implementation in use. num_pages: usable pages (null page not counted). num_executables: compiled
-    programs. compile_seconds, start_seconds: wall time of compiling, and of start-up altogether.
+    attention: implementation in use. kv_cache: dtype of keys and values in pages, and where the scales of a quantised
+    one are from. num_pages: usable pages (null page not counted). num_executables: compiled programs. compile_seconds,
+    start_seconds: wall time of compiling, and of start-up altogether.
     """
 
     vocab_size: int
@@ -60,6 +61,7 @@ class EngineReady:
     num_executables: int
     compile_seconds: float
     start_seconds: float
+    kv_cache: str
 
     @property
     def limits(self) -> ModelLimits:

@@ -49,6 +49,7 @@ class FakeRunner:
             attention="none",
             num_executables=0,
             compile_seconds=0.0,
+            kv_cache="none",
         )
         self.num_compilations = 0
         self.compile_misses = 0

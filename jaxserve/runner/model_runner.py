@@ -20,13 +20,22 @@ from jaxserve.runner.host_memory import keep_freed_memory
 from jaxserve.runner.layout import forward_layout, sample_layout
 from jaxserve.runner.memory import ProgramNeeds, claim_memory, compiled_needs, local_memory, plan_memory, plan_pool
 from jaxserve.runner.packing import pack_forward, pack_sample
-from jaxserve.runner.programs import ProgramKey, Shapes, abstract_pools, abstract_state, program_keys
+from jaxserve.runner.programs import (
+    ProgramKey,
+    Shapes,
+    Weights,
+    abstract_kv_scales,
+    abstract_pools,
+    abstract_state,
+    program_keys,
+)
 from jaxserve.runner.protocol import RunnerInfo
 from jaxserve.runner.resolve import resolve_shapes
 from jaxserve.runner.slots import Slots
 from jaxserve.scheduler.plan import StepPlan, StepResult
-from models.checkpoint import load
-from models.params import abstract_params, make_mesh, random_params
+from models.checkpoint import load, load_kv_scales
+from models.kv_scales import calibrate
+from models.params import abstract_params, make_mesh, product_dtype, random_params
 
 _COUNTER = CompilationCounter()  # one listener a process: jax keeps listeners for good
 
@@ -62,7 +71,7 @@ class ModelRunner:
             else:
                 self._programs = compile_all(self._shapes, mesh, progress=progress)
             plan_memory(self._shapes, mesh, memory, ProgramNeeds.of(self._programs.memory.values())).check()
-            self._params = loading.result()
+            self._weights, self._kv_cache = loading.result()
         if mesh.devices.flat[0].platform == "cpu":
             keep_freed_memory()
         self._pools = [
@@ -70,7 +79,7 @@ class ModelRunner:
         ]
         self._slots, self._hidden = _initial_state(self._shapes, mesh)
         self.compile_misses = 0
-        self.info = _info(self._shapes, self._programs, mesh)
+        self.info = _info(self._shapes, self._programs, mesh, self._kv_cache)
         self._warm_up()
 
     @property
@@ -98,12 +107,12 @@ class ModelRunner:
         layout = forward_layout(key.size, self._shapes.buckets.rows_of(key.size), self._shapes.page_size)
         vector = pack_forward(plan, layout, self._shapes.num_slots)
         self._pools, self._slots, self._hidden = self._program(key)(
-            self._params, self._pools, self._slots, self._hidden, vector
+            self._weights, self._pools, self._slots, self._hidden, vector
         )
 
     def _sample(self, key: ProgramKey, plan: StepPlan) -> jax.Array:
         vector = pack_sample(plan, sample_layout(key.size), self._shapes.num_slots)
-        self._slots, ids = self._program(key)(self._params, self._slots, self._hidden, vector)
+        self._slots, ids = self._program(key)(self._weights.params, self._slots, self._hidden, vector)
         return ids
 
     def _program(self, key: ProgramKey) -> Callable[..., Any]:
@@ -123,11 +132,25 @@ class ModelRunner:
                 self._forward(key, nothing)
 
 
-def _weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> Any:
-    if config.load_format == "dummy":
-        return random_params(shapes.model, shapes.dtype, mesh, config.seed)
-    assert config.model is not None
-    return load(config.model, shapes.model, shapes.dtype, mesh)
+def _weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> tuple[Weights, str]:
+    """The weights, and what the start-up log says of the pages' dtype and scales."""
+    dummy = config.load_format == "dummy"
+    stored = None
+    spec = abstract_kv_scales(shapes, mesh)
+    if not dummy and spec is not None:
+        stored = load_kv_scales(str(config.model), shapes.model)  # malformed ones fail before the weights are read
+    if dummy:
+        params = random_params(shapes.model, shapes.dtype, mesh, config.seed)
+    else:
+        params = load(str(config.model), shapes.model, shapes.dtype, mesh)
+    if spec is None:
+        return Weights(params), shapes.pool_dtype
+    if stored is not None:
+        scales = jax.device_put(stored.of(shapes.pool_dtype), spec.sharding)
+        return Weights(params, scales), f"{shapes.pool_dtype}, scales from the checkpoint"
+    product = product_dtype(shapes.dtype, mesh.devices.flat[0].platform)
+    scales = jax.block_until_ready(calibrate(shapes.model, params, shapes.pool_dtype, mesh, product))
+    return Weights(params, scales), f"{shapes.pool_dtype}, scales measured with random tokens"
 
 
 def _initial_state(shapes: Shapes, mesh: Mesh) -> tuple[Slots, jax.Array]:
@@ -137,7 +160,7 @@ def _initial_state(shapes: Shapes, mesh: Mesh) -> tuple[Slots, jax.Array]:
     return slots, jnp.zeros(hidden.shape, hidden.dtype, device=hidden.sharding)
 
 
-def _info(shapes: Shapes, programs: ProgramSet, mesh: Mesh) -> RunnerInfo:
+def _info(shapes: Shapes, programs: ProgramSet, mesh: Mesh, kv_cache: str) -> RunnerInfo:
     params = jax.tree.leaves(abstract_params(shapes.model, shapes.dtype, mesh))
     return RunnerInfo(
         vocab_size=shapes.model.vocab_size,
@@ -152,4 +175,5 @@ def _info(shapes: Shapes, programs: ProgramSet, mesh: Mesh) -> RunnerInfo:
         attention=shapes.attention,
         num_executables=len(programs.executables),
         compile_seconds=programs.seconds,
+        kv_cache=kv_cache,
     )

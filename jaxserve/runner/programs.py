@@ -1,7 +1,7 @@
 """The programs of a step, and the closed set of them that a server can need.
 
-    forward(params, pools, slots, hidden, vector) -> pools, slots, hidden     one for each token bucket
-    sample(params, slots, hidden, vector)         -> slots, ids               one for each row bucket
+    forward(weights, pools, slots, hidden, vector) -> pools, slots, hidden     one for each token bucket
+    sample(params, slots, hidden, vector)          -> slots, ids               one for each row bucket
 
 Where the attention kernels gain by it, steps of decodes alone have forward programs of their own, without the part that
 attends for prompts.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,31 @@ from jaxserve.runner.sampler import sample
 from jaxserve.runner.slots import Slots
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.plan import StepPlan
-from models.attention import POOL_PARTITION, AttentionMetadata, AttentionSettings, layer_caches, paged_attend
+from models.attention import (
+    KV_SCALES_PARTITION,
+    POOL_PARTITION,
+    AttentionMetadata,
+    AttentionSettings,
+    layer_caches,
+    paged_attend,
+)
 from models.config import ModelConfig
 from models.params import abstract_params, bind, product_dtype
-from pallas_kernels.paged_attention import IMPLEMENTATIONS, pool_spec
+from pallas_kernels.paged_attention import IMPLEMENTATIONS, is_quantised, pool_spec
 
 NULL_SLOT = 0
 """Where padding tokens write their keys and values: the first slot of the null page."""
+
+
+class Weights(NamedTuple):
+    """What a forward program computes with.
+
+    params: the model's parameters. kv_scales: float32 [L, 2, K], what the stored keys and values of each layer and head
+    are multiplied by; None unless pages are quantised.
+    """
+
+    params: Any
+    kv_scales: Any = None
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -49,7 +67,10 @@ class ProgramKey:
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Everything that fixes the shapes of the programs."""
+    """Everything that fixes the shapes of the programs.
+
+    kv_cache_dtype: name of the dtype of keys and values in pages; None is `dtype`.
+    """
 
     model: ModelConfig
     dtype: str
@@ -59,6 +80,12 @@ class Shapes:
     page_size: int
     num_pages: int
     attention: str
+    kv_cache_dtype: str | None = None
+
+    @property
+    def pool_dtype(self) -> str:
+        """Name of the dtype of keys and values in pages."""
+        return self.kv_cache_dtype or self.dtype
 
     @property
     def max_pages(self) -> int:
@@ -111,7 +138,8 @@ def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any
     if key.kind != "sample":
         size = forward_layout(key.size, shapes.buckets.rows_of(key.size), shapes.page_size).size
         vector = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=replicated)
-        return params, abstract_pools(shapes, mesh), slots, hidden, vector
+        weights = Weights(params, abstract_kv_scales(shapes, mesh))
+        return weights, abstract_pools(shapes, mesh), slots, hidden, vector
     vector = jax.ShapeDtypeStruct((sample_layout(key.size).size,), jnp.int32, sharding=replicated)
     return params, slots, hidden, vector
 
@@ -137,11 +165,20 @@ def abstract_pools(shapes: Shapes, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
         model.num_key_value_heads,
         shapes.page_size,
         model.head_dim,
-        shapes.dtype,
+        shapes.pool_dtype,
         platform=mesh.devices.flat[0].platform,
         sharding=NamedSharding(mesh, POOL_PARTITION),
     )
     return [pool] * model.num_hidden_layers
+
+
+def abstract_kv_scales(shapes: Shapes, mesh: Mesh) -> jax.ShapeDtypeStruct | None:
+    """The scales of quantised pages, split as the pools are; None where pages are not quantised."""
+    if not is_quantised(shapes.pool_dtype):
+        return None
+    model = shapes.model
+    sharding = NamedSharding(mesh, KV_SCALES_PARTITION)
+    return jax.ShapeDtypeStruct((model.num_hidden_layers, 2, model.num_key_value_heads), jnp.float32, sharding=sharding)
 
 
 def abstract_state(shapes: Shapes, mesh: Mesh) -> tuple[Any, jax.ShapeDtypeStruct]:
@@ -154,7 +191,7 @@ def abstract_state(shapes: Shapes, mesh: Mesh) -> tuple[Any, jax.ShapeDtypeStruc
 
 
 def forward(
-    params: Any,
+    weights: Weights,
     pools: list[jax.Array],
     slots: Slots,
     hidden: jax.Array,
@@ -174,8 +211,8 @@ def forward(
     metadata = attention_metadata(fields, slots, shapes.page_size)
     attend = paged_attend(metadata, AttentionSettings.of(shapes.model), shapes.attention, mesh, decode_only=decode_only)
     platform = mesh.devices.flat[0].platform
-    model = bind(shapes.model, params, product_dtype(shapes.dtype, platform))
-    computed, caches = model(token_ids, metadata.positions, layer_caches(pools), attend)
+    model = bind(shapes.model, weights.params, product_dtype(shapes.dtype, platform))
+    computed, caches = model(token_ids, metadata.positions, layer_caches(pools, weights.kv_scales), attend)
     pools = [cache.pool for cache in caches]
     # Its place is always 0, but told by the host: XLA makes an update at a constant place an asynchronous copy, which
     # cannot join the rest of the step in one CUDA graph.

@@ -30,6 +30,7 @@ class RunnerInfo:
     attention: str
     num_executables: int
     compile_seconds: float
+    kv_cache: str
 
 
 class Runner(Protocol):

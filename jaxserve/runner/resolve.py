@@ -31,9 +31,12 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
     most = STOP_WIDTH - MAX_STOP_TOKEN_IDS
     if len(model.eos_token_ids) > most:
         raise ValueError(f"model has {len(model.eos_token_ids)} end-of-sequence ids; at most {most} are supported")
+    dtype = model.dtype if config.dtype == "auto" else config.dtype
+    pages = config.cache.kv_cache_dtype
     return Shapes(
         model=model,
-        dtype=model.dtype if config.dtype == "auto" else config.dtype,
+        dtype=dtype,
+        kv_cache_dtype={"auto": dtype, "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}.get(pages, pages),
         buckets=Buckets.from_config(config),
         num_slots=config.scheduler.max_num_seqs,
         max_model_len=max_model_len,

@@ -31,6 +31,7 @@ READY = EngineReady(
     attention="none",
     num_executables=0,
     compile_seconds=0.0,
+    kv_cache="none",
     start_seconds=0.0,
 )
 """Context 64, a pool of 48 tokens, four unfinished requests at most."""

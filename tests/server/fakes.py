@@ -42,6 +42,7 @@ READY = EngineReady(
     attention="none",
     num_executables=7,
     compile_seconds=1.5,
+    kv_cache="none",
     start_seconds=2.5,
 )
 """A context of 512 tokens and a pool of 256: some prompts fit one and not the other."""
