@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -37,11 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"how fast weights reach the device (default: {LOAD_RATE / 1e9:g})",
     )
     parser.add_argument(
-        "--compile-seconds",
-        type=_positive,
+        "--report",
+        type=pathlib.Path,
         default=None,
-        metavar="S",
-        help="what compiling all programs took, as a report of jaxserve.compile says (default: estimated)",
+        metavar="FILE",
+        help="report.json of jaxserve.compile, whose compile times are taken (default: measured or stated ones)",
     )
     parsed, config, _ = gin_config.load_from_command_line(parser, arguments)
     try:
@@ -53,10 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     try:
-        explanation = explain(
-            config.engine, target, load_rate=parsed.load_rate * 1e9, compile_seconds=parsed.compile_seconds
-        )
-    except ValueError as error:
+        explanation = explain(config.engine, target, load_rate=parsed.load_rate * 1e9, report=parsed.report)
+    except (ValueError, OSError) as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     print(json.dumps(to_json(explanation), indent=2) if parsed.json else to_text(explanation))

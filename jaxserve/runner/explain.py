@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import math
 import os
+import pathlib
 import time
 from typing import Any
 
@@ -106,13 +108,14 @@ class _Needs:
 
 
 def explain(
-    config: EngineConfig, target: Target, *, load_rate: float = LOAD_RATE, compile_seconds: float | None = None
+    config: EngineConfig, target: Target, *, load_rate: float = LOAD_RATE, report: pathlib.Path | None = None
 ) -> Explanation:
     """Explains one device of the target.
 
-    load_rate: bytes/s at which weights reach the device. compile_seconds: for all programs, if it is known already.
+    load_rate: bytes/s at which weights reach the device. report: report.json of `jaxserve.compile` for the same target,
+    whose compile times are taken.
 
-    Raises ValueError where the configuration does not fit the model or the device.
+    Raises ValueError where the configuration does not fit the model or the device, or the report is another target's.
     """
     shapes = resolve_shapes(config, target.platform, planning=True)
     workers = os.cpu_count() or 1
@@ -124,8 +127,9 @@ def explain(
     plan = dataclasses.replace(plan, programs=needs.programs)
     plan.check()
     start = Start(plan.weights, load_rate, needs.compile_seconds, needs.compile_source, workers)
-    if compile_seconds is not None:
-        start = dataclasses.replace(start, compile_seconds=compile_seconds, compile_source="given")
+    if report is not None:
+        seconds, source = _reported(report, target, _sizes(shapes))
+        start = dataclasses.replace(start, compile_seconds=seconds / workers, compile_source=source)
     return Explanation(
         shapes=dataclasses.replace(shapes, num_pages=plan.num_pages),
         target=target,
@@ -197,6 +201,23 @@ def _estimate(shapes: Shapes, seconds: float, reason: str) -> _Needs:
     }
     source = f"{COMPILE_SECONDS:g} s for each program, stated: measured for an 8B model"
     return _Needs(ProgramNeeds.from_largest(found, shapes), seconds, source, reason)
+
+
+def _reported(report: pathlib.Path, target: Target, sizes: dict[str, tuple[int, ...]]) -> tuple[float, str]:
+    """Seconds that the programs of a report took altogether, and a name for the report."""
+    try:
+        told = json.loads(report.read_text(encoding="utf-8"))
+        name = told["target"]["name"]
+        seconds = {(program["kind"], program["size"]): float(program["seconds"]) for program in told["programs"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"report {report} is not one of jaxserve.compile: {error!r}") from error
+    if name != target.name:
+        raise ValueError(f"report {report} is for the target {name}; the target is {target.name}")
+    wanted = {(kind, size) for kind, of_kind in sizes.items() for size in of_kind}
+    if seconds.keys() != wanted:
+        differing = sorted(wanted ^ seconds.keys())
+        raise ValueError(f"report {report} is for other programs: {differing} are in one of both")
+    return sum(seconds.values()), f"{sum(seconds.values()) / len(seconds):.1f} s for each program, from {report}"
 
 
 def _sizes(shapes: Shapes) -> dict[str, tuple[int, ...]]:

@@ -143,8 +143,30 @@ def test_start_takes_the_longer_of_loading_and_compiling(small):
     assert start.load_seconds == pytest.approx(4 * PARAMETERS / 1000)
     assert start.compile_seconds > 0
     assert start.seconds == max(start.load_seconds, start.compile_seconds)
-    given = explain(CONFIG, DEVICE, load_rate=1e12, compile_seconds=7.0).start
-    assert (given.seconds, given.compile_source) == (7.0, "given")
+
+
+def test_compile_times_come_from_a_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(explaining, "target_mesh", no_plugin)
+    monkeypatch.setattr(explaining.os, "cpu_count", lambda: 2)
+    programs = [
+        {"kind": kind, "size": size, "seconds": 3.0}
+        for kind, sizes in explain(CONFIG, DEVICE).programs.items()
+        for size in sizes
+    ]
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"target": {"name": "small"}, "programs": programs}))
+    start = explain(CONFIG, DEVICE, report=path).start
+    assert start.compile_seconds == 3.0 * len(programs) / 2
+    assert start.compile_source == f"3.0 s for each program, from {path}"
+    faults = {
+        "is for the target other; the target is small": {"target": {"name": "other"}, "programs": programs},
+        r"is for other programs: \[.*\] are in one of both": {"target": {"name": "small"}, "programs": programs[1:]},
+        "is not one of jaxserve.compile": {"programs": programs},
+    }
+    for message, told in faults.items():
+        path.write_text(json.dumps(told))
+        with pytest.raises(ValueError, match=message):
+            explain(CONFIG, DEVICE, report=path)
 
 
 def test_without_a_compiler_the_stated_time_of_a_program_counts(monkeypatch):
@@ -194,11 +216,11 @@ def test_the_table_in_the_text_sums_to_its_total(small):
 def test_the_command_prints_text_or_json(capsys):
     assert command.main(["--config", "tiny.gin", "--target", "cpu"]) == 0
     assert "2,049 pages" in capsys.readouterr().out
-    assert command.main(["--config", "tiny.gin", "--json", "--load-rate", "2", "--compile-seconds", "9"]) == 0
+    assert command.main(["--config", "tiny.gin", "--json", "--load-rate", "2"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["target"]["name"], told["memory"]["num_pages"]) == ("cpu", 2049)
     assert sum(told["memory"]["parts"].values()) == told["target"]["device_memory_bytes"]
-    assert (told["start"]["load_rate"], told["start"]["compile_seconds"]) == (2e9, 9.0)
+    assert told["start"]["load_rate"] == 2e9
     assert told["num_programs"] == sum(map(len, told["programs"].values()))
 
 
@@ -206,6 +228,7 @@ def test_the_command_prints_text_or_json(capsys):
     ("arguments", "code", "message"),
     [
         (["--target", "h900"], 2, r"target 'h900' is unknown; known are cpu, a100"),
+        (["--report", "nowhere.json"], 1, "No such file or directory: 'nowhere.json'"),
         (["--load-rate", "0"], 2, "0 is not a number above 0"),
         (["--gin.CacheConfig.num_pages=100000000"], 1, r"page pool of 100000000 pages has .* lower num_pages"),
         (["--gin.EngineConfig.max_model_len=4096"], 1, "max_model_len is 4096; the model's context"),
