@@ -89,6 +89,23 @@ def test_the_plan_of_8b_sums_to_the_device_without_its_compiler(target, monkeypa
     assert "temporaries are an estimate: the compiler is missing; install it" in text
 
 
+def test_quantised_pages_of_8b(monkeypatch):
+    """An H200 has memory for more pages of one byte a number than the kernels address: 2^31 numbers a layer."""
+    monkeypatch.setattr(explaining, "target_mesh", no_plugin)
+    explanation = explained("h200", "CacheConfig.kv_cache_dtype='fp8'")
+    assert explanation.kv_cache_dtype == "float8_e4m3fn"
+    assert explanation.plan.num_pages * 2 * 8 * explanation.shapes.page_size * 128 == 2**31
+    assert "attention triton cannot address more pages" in to_text(explanation)
+    assert sum(explanation.plan.parts().values()) == load_target("h200").device_memory_bytes
+    bytes_of = {
+        batch: step.bytes for step in explanation.decode_steps if step.context == 1024 for batch in [step.batch]
+    }
+    assert bytes_of[8] - bytes_of[1] == 7 * (4096 * 2 + 1025 * 64 * 1024)
+    with pytest.raises(ValueError, match=r"pool holds float8_e4m3fn; NVIDIA A100.* below 8.9"):
+        explained("a100", "CacheConfig.kv_cache_dtype='fp8'")
+    assert explained("a100", "CacheConfig.kv_cache_dtype='int8'").plan.parts()["unused"] < 10**8
+
+
 def test_the_plan_of_8b_sums_to_the_device_with_its_compiler(monkeypatch):
     try:
         find_plugin()
