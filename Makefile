@@ -1,5 +1,6 @@
 # make run     set up .venv and serve the default model over gRPC
 # make test    set up .venv and run every check: ruff, pyright, import contracts, tests
+# make gpu-compiler    what .venv needs to compile for a GPU that is not here (python -m jaxserve.compile --target h200)
 #
 #   PYTHON=python3.12      the Python that makes the environment (3.11 or newer)
 #   VENV=.venv-312         where the environment stands; a second one does not disturb the first
@@ -22,6 +23,21 @@ TORCH := torch==$(TORCH_VERSION)$(if $(filter Linux,$(shell uname -s)),+cpu)
 
 PROTOC := grpcio-tools==1.80.0
 
+define INSTALL_GPU_COMPILER
+@jax=$$($(BIN)/python -c 'import importlib.metadata; print(importlib.metadata.version("jax"))') && \
+case "$$jax" in \
+    0.10.*) cuda=cuda12 toolkit='$(CUDA12_TOOLKIT)';; \
+    *) cuda=cuda13 toolkit='$(CUDA13_TOOLKIT)';; \
+esac && \
+wanted="jax-$$cuda-plugin==$$jax jax-$$cuda-pjrt==$$jax $$toolkit" && \
+if [ "$$(cat $(VENV)/gpu-compiler/.installed 2>/dev/null)" != "$$wanted" ]; then \
+    echo "Installing $$wanted into $(VENV)/gpu-compiler" && \
+    rm -rf $(VENV)/gpu-compiler && \
+    $(PIP_INSTALL) --no-deps --only-binary :all: --target $(VENV)/gpu-compiler $$wanted && \
+    echo "$$wanted" > $(VENV)/gpu-compiler/.installed; \
+fi
+endef
+
 BIN := $(VENV)/bin
 # Byte code is written on first import: compiling every installed file at once would double the time of the set-up.
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
@@ -29,8 +45,14 @@ JAX_PIN := $(if $(JAX_VERSION),jax==$(JAX_VERSION))
 RUN_STAMP := $(VENV)/.installed-run-$(or $(JAX_VERSION),newest)
 TEST_STAMP := $(VENV)/.installed-test-$(or $(JAX_VERSION),newest)
 
+# XLA's compiler for GPUs is jax's CUDA plugin of the same version; with it CUDA's assembler and device library, pinned:
+# registers and spills depend on the assembler. Apart from the environment's packages, because jax starts every plugin
+# that it finds there. CUDA's own libraries, which running needs, are not installed.
+CUDA12_TOOLKIT := nvidia-cuda-nvcc-cu12==12.9.86
+CUDA13_TOOLKIT := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88
+
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format pytest venv protos clean
+.PHONY: help run test lint format pytest venv gpu-compiler protos clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -54,6 +76,9 @@ pytest: $(TEST_STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 venv: $(TEST_STAMP)
+
+gpu-compiler: $(RUN_STAMP)
+	$(INSTALL_GPU_COMPILER)
 
 # The generated files are committed: running and testing need no compiler. It is an old one on purpose, in an environment
 # of its own: generated code refuses a grpcio or protobuf older than its compiler's (lower bounds in pyproject.toml).
@@ -87,4 +112,5 @@ $(TEST_STAMP): pyproject.toml | $(BIN)/python
 	    case "$$out" in *"No matching distribution"*) ;; *) echo "$$out" >&2;; esac; \
 	    echo "No $(TORCH) for this Python: parity tests compare with recorded numbers"; \
 	fi
+	$(INSTALL_GPU_COMPILER) || echo "No GPU compiler: tests that compile for a GPU will fail" >&2
 	@touch $@
