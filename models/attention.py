@@ -25,8 +25,12 @@ from pallas_kernels.paged_attention.rotary import rotate
 POOL_PARTITION = P(None, None, "tensor", None, None)
 """Where a layer's pool [num_pages, 2, K, page_size, D] lives on a mesh with the axis `tensor`."""
 
-KV_SCALES_PARTITION = P(None, None, "tensor")
-"""Where the scales [L, 2, K] of quantised pools live."""
+SCALE_PARTITION = P("tensor")
+"""Where a scale [K] of a quantised pool lives."""
+
+Scales = tuple[jax.Array, jax.Array]
+"""Of a layer's quantised pool: float32 [K] for keys, [K] for values. Arrays of their own, and not slices of one for all
+layers, because XLA copies each slice in every step to hand it to a kernel."""
 
 
 @functools.partial(
@@ -79,19 +83,19 @@ class LayerCache(NamedTuple):
 
     Attributes:
         pool: [num_pages, 2, K, page_size, D].
-        scales: float32 [2, K], what the stored keys and the stored values of each head are multiplied by; None unless
-            the pool is quantised.
+        scales: what the stored keys and the stored values of each head are multiplied by; None unless the pool is
+            quantised.
     """
 
     pool: jax.Array
-    scales: jax.Array | None = None
+    scales: Scales | None = None
 
 
-def layer_caches(pools: Sequence[jax.Array], kv_scales: jax.Array | None = None) -> list[LayerCache]:
-    """The caches of all layers: their pools, and of a quantised model the scales float32 [L, 2, K]."""
+def layer_caches(pools: Sequence[jax.Array], kv_scales: Sequence[Scales] | None = None) -> list[LayerCache]:
+    """The caches of all layers: their pools, and the scales of each where they are quantised."""
     if kv_scales is None:
         return [LayerCache(pool) for pool in pools]
-    return [LayerCache(pool, kv_scales[layer]) for layer, pool in enumerate(pools)]
+    return [LayerCache(pool, scales) for pool, scales in zip(pools, kv_scales, strict=True)]
 
 
 def paged_attend(
@@ -124,7 +128,7 @@ def paged_attend(
     def attend_heads(
         qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: LayerCache, step: AttentionMetadata, *, dtype: np.dtype
     ) -> tuple[jax.Array, LayerCache]:
-        k_scale, v_scale = (None, None) if cache.scales is None else (cache.scales[0], cache.scales[1])
+        k_scale, v_scale = (None, None) if cache.scales is None else cache.scales
         scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale, "implementation": implementation}
         q, pool = api.rotate_and_write(qkv, cos, sin, cache.pool, step.slot_mapping, dtype=dtype, **scales)
         out = api.paged_attention(
@@ -146,7 +150,7 @@ def paged_attend(
         if mesh is None or mesh.shape["tensor"] == 1:
             return one(qkv, cos, sin, cache, metadata)
         heads = P(None, "tensor")
-        specs: Any = (POOL_PARTITION, None if cache.scales is None else heads)
+        specs: Any = (POOL_PARTITION, None if cache.scales is None else (SCALE_PARTITION, SCALE_PARTITION))
         places = LayerCache(*specs)
         return jax.shard_map(
             one,

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from models.attention import KV_SCALES_PARTITION, AttentionSettings, dense_attend, rotated
+from models.attention import SCALE_PARTITION, AttentionSettings, Scales, dense_attend, rotated
 from models.config import ModelConfig
 from models.llama import Cache
 from models.params import bind
@@ -132,7 +133,13 @@ def read(path: pathlib.Path, config: ModelConfig) -> KVScales:
         raise ValueError(f"checkpoint file {path} is invalid: {error}") from error
 
 
-def calibrate(config: ModelConfig, params: Params, dtype: str, mesh: Mesh, product: Any = np.float32) -> jax.Array:
+def placed(values: np.ndarray, mesh: Mesh) -> list[Scales]:
+    """Scales float32 [L, 2, K] on the mesh's devices, split by head: for each layer those of keys and of values."""
+    sharding = NamedSharding(mesh, SCALE_PARTITION)
+    return [(jax.device_put(k, sharding), jax.device_put(v, sharding)) for k, v in values]
+
+
+def calibrate(config: ModelConfig, params: Params, dtype: str, mesh: Mesh, product: Any = np.float32) -> np.ndarray:
     """Measures scales: the greatest key and value of each head over fixed random tokens, times `MARGINS[dtype]`.
 
     Runs `SEQUENCES` sequences of `TOKENS` tokens, drawn once and for all from the whole vocabulary, densely through the
@@ -146,7 +153,7 @@ def calibrate(config: ModelConfig, params: Params, dtype: str, mesh: Mesh, produ
         product: as `models.params.bind` takes it.
 
     Returns:
-        float32 [L, 2, K] on the mesh, split by head. A head that is 0 throughout gets the scale 1.
+        float32 [L, 2, K]. A head that is 0 throughout gets the scale 1.
     """
     tokens = calibration_tokens(config)
 
@@ -167,7 +174,7 @@ def calibrate(config: ModelConfig, params: Params, dtype: str, mesh: Mesh, produ
         scales = jnp.stack(greatest) * (MARGINS[dtype] / largest(dtype))
         return jnp.where(scales > 0, scales, 1.0)
 
-    return jax.jit(measure, out_shardings=NamedSharding(mesh, KV_SCALES_PARTITION))(params, tokens)
+    return np.asarray(jax.jit(measure, out_shardings=NamedSharding(mesh, P()))(params, tokens))
 
 
 def calibration_tokens(config: ModelConfig) -> np.ndarray:

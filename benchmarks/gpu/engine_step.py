@@ -46,7 +46,7 @@ class Engine:
         scales = abstract_kv_scales(shapes, self.mesh)
         self.weights = Weights(
             random_params(shapes.model, shapes.dtype, self.mesh, seed),
-            None if scales is None else jnp.full(scales.shape, 0.02, scales.dtype, device=scales.sharding),
+            jax.tree.map(lambda scale: jnp.full(scale.shape, 0.02, scale.dtype, device=scale.sharding), scales),
         )
         key = jax.random.key(seed)
         self.pools = [

@@ -24,7 +24,6 @@ from jaxserve.runner.programs import (
     ProgramKey,
     Shapes,
     Weights,
-    abstract_kv_scales,
     abstract_pools,
     abstract_state,
     program_keys,
@@ -34,8 +33,9 @@ from jaxserve.runner.resolve import resolve_shapes
 from jaxserve.runner.slots import Slots
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from models.checkpoint import load, load_kv_scales
-from models.kv_scales import calibrate
+from models.kv_scales import calibrate, placed
 from models.params import abstract_params, make_mesh, product_dtype, random_params
+from pallas_kernels.paged_attention import is_quantised
 
 _COUNTER = CompilationCounter()  # one listener a process: jax keeps listeners for good
 
@@ -136,21 +136,22 @@ def _weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> tuple[Weights,
     """The weights, and what the start-up log says of the pages' dtype and scales."""
     dummy = config.load_format == "dummy"
     stored = None
-    spec = abstract_kv_scales(shapes, mesh)
-    if not dummy and spec is not None:
+    quantised = is_quantised(shapes.pool_dtype)
+    if quantised and not dummy:
         stored = load_kv_scales(str(config.model), shapes.model)  # malformed ones fail before the weights are read
     if dummy:
         params = random_params(shapes.model, shapes.dtype, mesh, config.seed)
     else:
         params = load(str(config.model), shapes.model, shapes.dtype, mesh)
-    if spec is None:
+    if not quantised:
         return Weights(params), shapes.pool_dtype
     if stored is not None:
-        scales = jax.device_put(stored.of(shapes.pool_dtype), spec.sharding)
-        return Weights(params, scales), f"{shapes.pool_dtype}, scales from the checkpoint"
+        return Weights(
+            params, placed(stored.of(shapes.pool_dtype), mesh)
+        ), f"{shapes.pool_dtype}, scales from the checkpoint"
     product = product_dtype(shapes.dtype, mesh.devices.flat[0].platform)
-    scales = jax.block_until_ready(calibrate(shapes.model, params, shapes.pool_dtype, mesh, product))
-    return Weights(params, scales), f"{shapes.pool_dtype}, scales measured with random tokens"
+    scales = calibrate(shapes.model, params, shapes.pool_dtype, mesh, product)
+    return Weights(params, placed(scales, mesh)), f"{shapes.pool_dtype}, scales measured with random tokens"
 
 
 def _initial_state(shapes: Shapes, mesh: Mesh) -> tuple[Slots, jax.Array]:

@@ -28,8 +28,8 @@ from jaxserve.runner.slots import Slots
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.plan import StepPlan
 from models.attention import (
-    KV_SCALES_PARTITION,
     POOL_PARTITION,
+    SCALE_PARTITION,
     AttentionMetadata,
     AttentionSettings,
     layer_caches,
@@ -46,8 +46,8 @@ NULL_SLOT = 0
 class Weights(NamedTuple):
     """What a forward program computes with.
 
-    params: the model's parameters. kv_scales: float32 [L, 2, K], what the stored keys and values of each layer and head
-    are multiplied by; None unless pages are quantised.
+    params: the model's parameters. kv_scales: for each layer float32 [K] and [K], what the stored keys and values of
+    each head are multiplied by; None unless pages are quantised.
     """
 
     params: Any
@@ -172,13 +172,13 @@ def abstract_pools(shapes: Shapes, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
     return [pool] * model.num_hidden_layers
 
 
-def abstract_kv_scales(shapes: Shapes, mesh: Mesh) -> jax.ShapeDtypeStruct | None:
+def abstract_kv_scales(shapes: Shapes, mesh: Mesh) -> list[tuple[jax.ShapeDtypeStruct, ...]] | None:
     """The scales of quantised pages, split as the pools are; None where pages are not quantised."""
     if not is_quantised(shapes.pool_dtype):
         return None
-    model = shapes.model
-    sharding = NamedSharding(mesh, KV_SCALES_PARTITION)
-    return jax.ShapeDtypeStruct((model.num_hidden_layers, 2, model.num_key_value_heads), jnp.float32, sharding=sharding)
+    sharding = NamedSharding(mesh, SCALE_PARTITION)
+    scale = jax.ShapeDtypeStruct((shapes.model.num_key_value_heads,), jnp.float32, sharding=sharding)
+    return [(scale, scale)] * shapes.model.num_hidden_layers
 
 
 def abstract_state(shapes: Shapes, mesh: Mesh) -> tuple[Any, jax.ShapeDtypeStruct]:
