@@ -52,7 +52,7 @@ def check(pool: Any, dtype: jax.typing.DTypeLike, num_tokens: int, group_heads: 
     if not addressable(math.prod(pool.shape), itemsize):
         page = math.prod(pool.shape[1:])
         raise ValueError(
-            f"pool has {num_pages} pages of {page} elements of {itemsize} byte; the Triton backend addresses such pools "
+            f"pool has {num_pages} pages of {page} elements of {itemsize} byte; the Triton backend addresses these "
             f"wrongly between 2^31 and 2^32 bytes: take at most {MAX_32_BIT_OFFSETS // page} pages, or at least "
             f"{MAX_32_BIT_BYTES // (page * itemsize) + 1}"
         )

@@ -1,0 +1,343 @@
+"""Values of the Triton attention kernels (in Pallas' interpret mode) against sums in float64."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.paged_attention import AttentionSpec
+from pallas_kernels.paged_attention.cast import decode, encode
+from pallas_kernels.paged_attention.pool import QUANTISED_DTYPES, largest, storage_dtype
+from pallas_kernels.paged_attention.triton.attention import paged_attention
+from pallas_kernels.paged_attention.triton.tuning import DecodeConfig, PrefillConfig
+from tests.kernels.packing import bits
+
+# Relative distance of neighbouring numbers, times how many roundings of that size a result may be off: of the weights
+# and of the result in 16 bits; of scores up to about 50, and of sums, in float32.
+ROUNDING = {"float32": 64 * 2.0**-23, "bfloat16": 2 * 2.0**-7, "float16": 2 * 2.0**-10}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Static sizes and settings; `tokens` and `rows` are the bucket."""
+
+    kv_heads: int = 2
+    group_heads: int = 4
+    head_dim: int = 64
+    page_size: int = 16
+    dtype: str = "float32"
+    pool_dtype: str = "float32"
+    scale: float = 0.1
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+    tokens: int = 40
+    rows: int = 5
+    max_len: int = 256
+    decode_only: bool = False
+    decode: DecodeConfig = DecodeConfig(block=16, chunk=32, splits=4, programs=3, num_warps=4, num_stages=2)
+    prefill: PrefillConfig = PrefillConfig(tile=32, block=16, num_warps=4, num_stages=2)
+
+    @property
+    def quantised(self) -> bool:
+        return self.pool_dtype in QUANTISED_DTYPES
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A sequence of `length` positions of which this step computes the last `count`."""
+
+    length: int
+    count: int
+
+
+@dataclasses.dataclass
+class Sequence:
+    """Queries [count, K, G, D], keys and values [length, 2, K, D] as the pool stores them, in its value dtype."""
+
+    queries: np.ndarray
+    stored: np.ndarray
+
+
+class Step:
+    """The arguments of a step; whatever must not be read is NaN, or for int8 the greatest number."""
+
+    def __init__(self, layer: Layer, rows: list[Row], seed: int) -> None:
+        self.layer, self.rows = layer, rows
+        random = np.random.default_rng(seed)
+        heads, dim = layer.kv_heads, layer.head_dim
+        self.scales = random.uniform(0.01, 0.1, (2, heads)).astype(np.float32) if layer.quantised else None
+        self.sinks = random.normal(0, 4, (heads, layer.group_heads)).astype(np.float32) if layer.sinks else None
+        self.sequences = [
+            Sequence(
+                (2 * random.standard_normal((row.count, heads, layer.group_heads, dim))).astype(jnp.dtype(layer.dtype)),
+                _stored(random, (row.length, 2, heads, dim), layer.pool_dtype),
+            )
+            for row in rows
+        ]
+        self._pack(random)
+
+    def _pack(self, random: np.random.Generator) -> None:
+        layer = self.layer
+        columns = -(-layer.max_len // layer.page_size)
+        num_pages = layer.rows * columns + 3
+        shape = (num_pages, 2, layer.kv_heads, layer.page_size, layer.head_dim)
+        garbage = 127 if layer.pool_dtype == "int8" else np.nan
+        pool = np.full(shape, garbage, np.float32).astype(jnp.dtype(layer.pool_dtype))
+        query = np.full((layer.tokens, layer.kv_heads, layer.group_heads, layer.head_dim), np.nan, np.float32)
+        self.query = query.astype(jnp.dtype(layer.dtype))
+        self.table = random.integers(-9, num_pages + 9, (layer.rows, columns), dtype=np.int32)
+        self.lengths, self.starts = np.zeros(layer.rows, np.int32), np.zeros(layer.rows + 1, np.int32)
+        free = iter(1 + random.permutation(num_pages - 1))
+        for number, (row, sequence) in enumerate(zip(self.rows, self.sequences, strict=True)):
+            used = -(-row.length // layer.page_size)
+            self.table[number, :used] = [next(free) for _ in range(used)]
+            position = np.arange(row.length)
+            pages = self.table[number, position // layer.page_size]
+            pool[pages, :, :, position % layer.page_size] = sequence.stored
+            self.lengths[number] = row.length
+            self.starts[number + 1] = self.starts[number] + row.count
+            self.query[self.starts[number] : self.starts[number + 1]] = sequence.queries
+        self.starts[len(self.rows) + 1 :] = self.starts[len(self.rows)]
+        self.pool = pool.view(storage_dtype(layer.pool_dtype, "cpu"))
+
+    def run(self) -> list[np.ndarray]:
+        """Each row's outputs [count, K, G, D], and last those of the padding tokens."""
+        scales = (None, None) if self.scales is None else tuple(self.scales)
+        out = _compiled(self.layer)(self.query, self.pool, self.table, self.lengths, self.starts, *scales, self.sinks)
+        return np.split(np.asarray(out), self.starts[1 : len(self.rows) + 1])
+
+    def expected(self, number: int) -> np.ndarray:
+        """Row `number`'s outputs in float64, from its sequence alone."""
+        layer, row, sequence = self.layer, self.rows[number], self.sequences[number]
+        stored = sequence.stored.astype(np.float64)
+        if self.scales is not None:
+            stored = stored * self.scales.astype(np.float64)[None, :, :, None]
+        query = sequence.queries.astype(np.float64)
+        score = layer.scale * np.einsum("nkgd,lkd->nkgl", query, stored[:, 0])
+        if layer.soft_cap is not None:
+            score = layer.soft_cap * np.tanh(score / layer.soft_cap)
+        position, own = np.arange(row.length), np.arange(row.length - row.count, row.length)
+        seen = position[None, :] <= own[:, None]
+        if layer.sliding_window is not None:
+            seen &= position[None, :] > own[:, None] - layer.sliding_window
+        score = np.where(seen[:, None, None, :], score, -np.inf)
+        greatest = score.max(axis=-1, keepdims=True)
+        sink = np.zeros_like(greatest)
+        if self.sinks is not None:
+            sink = np.exp(self.sinks.astype(np.float64)[None, :, :, None] - greatest)
+        weight = np.exp(score - greatest)
+        weight /= weight.sum(axis=-1, keepdims=True) + sink
+        return np.einsum("nkgl,lkd->nkgd", weight, stored[:, 1])
+
+    def greatest_value(self) -> float:
+        """The greatest magnitude among the values, scaled."""
+        scale = 1.0 if self.scales is None else self.scales[1][None, :, None]
+        found = [np.abs(one.stored[:, 1].astype(np.float32) * scale).max() for one in self.sequences]
+        return float(max(found, default=0))
+
+
+def _stored(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    number = 2 * random.standard_normal(shape, dtype=np.float32)
+    if dtype in QUANTISED_DTYPES:
+        number = np.clip(number * largest(dtype) / 8, -largest(dtype), largest(dtype))
+    return (np.round(number) if dtype == "int8" else number).astype(jnp.dtype(dtype))
+
+
+@functools.cache
+def _compiled(layer: Layer):
+    spec = AttentionSpec(layer.scale, layer.sliding_window, layer.soft_cap)
+
+    def attend(query, pool, table, lengths, starts, k_scale, v_scale, sinks):
+        return paged_attention(
+            query,
+            pool,
+            table,
+            lengths,
+            starts,
+            spec,
+            k_scale,
+            v_scale,
+            sinks,
+            layer.decode_only,
+            interpret=True,
+            decode_config=layer.decode,
+            prefill_config=layer.prefill,
+        )
+
+    return jax.jit(attend)
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> Layer:
+    dtype = draw(st.sampled_from(["float32", "bfloat16", "float16"]))
+    block = draw(st.sampled_from([16, 32]))
+    return Layer(
+        kv_heads=draw(st.integers(1, 3)),
+        group_heads=draw(st.integers(1, 16)),
+        head_dim=draw(st.sampled_from([64, 80, 96, 128, 256])),
+        page_size=draw(st.sampled_from([16, 32, 64, 128])),
+        dtype=dtype,
+        pool_dtype=draw(st.sampled_from([dtype, *QUANTISED_DTYPES])),
+        scale=draw(st.sampled_from([0.01, 0.0625, 0.11])),
+        sliding_window=draw(st.sampled_from([None, 1, 17, 100])),
+        soft_cap=draw(st.sampled_from([None, 5.0, 30.0])),
+        sinks=draw(st.booleans()),
+        decode=DecodeConfig(
+            block=block,
+            chunk=block * draw(st.sampled_from([1, 2])),
+            splits=draw(st.sampled_from([1, 2, 8])),
+            programs=draw(st.sampled_from([1, 5])),
+            num_warps=4,
+            num_stages=2,
+        ),
+        prefill=PrefillConfig(
+            tile=draw(st.sampled_from([16, 64])),
+            block=draw(st.sampled_from([16, 32])),
+            num_warps=4,
+            num_stages=2,
+        ),
+    )
+
+
+@st.composite
+def ragged(draw: st.DrawFn, layer: Layer) -> list[Row]:
+    """Rows whose tokens fit the bucket together: decodes, chunks, whole prompts, rows without tokens."""
+    rows, left = [], layer.tokens
+    for _ in range(draw(st.integers(0, layer.rows))):
+        length = draw(st.integers(1, layer.max_len))
+        count = draw(st.one_of(st.just(1), st.integers(0, layer.tokens)))
+        count = min(count, left, length)
+        rows.append(Row(length, count))
+        left -= count
+    return rows
+
+
+def _assert_close(step: Step) -> None:
+    layer = step.layer
+    allowed = ROUNDING[layer.dtype] * step.greatest_value()
+    *outputs, padding = step.run()
+    for number, out in enumerate(outputs):
+        np.testing.assert_allclose(out.astype(np.float64), step.expected(number), rtol=0, atol=allowed)
+    assert not padding.any(), "padding tokens must come out as zeros"
+
+
+@settings(max_examples=10)
+@given(data=st.data(), layer=layers(), seed=st.integers(0, 2**31))
+def test_agrees_with_float64_and_reads_nothing_else(data: st.DataObject, layer: Layer, seed: int):
+    for number in range(3):
+        _assert_close(Step(layer, data.draw(ragged(layer)), seed + number))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layer(dtype="bfloat16", pool_dtype="bfloat16", head_dim=128),
+        Layer(group_heads=7, dtype="bfloat16", pool_dtype="int8", sliding_window=40, soft_cap=20.0, sinks=True),
+    ],
+    ids=["plain", "everything"],
+)
+def test_lengths_at_the_edges_of_pages_blocks_and_chunks(layer: Layer):
+    lengths = [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 130, 255, 256]
+    for first in range(0, len(lengths), 4):
+        _assert_close(Step(layer, [Row(length, 1) for length in lengths[first : first + 4]], first))
+        _assert_close(Step(layer, [Row(length, min(length, 9)) for length in lengths[first : first + 4]], first))
+
+
+@pytest.mark.parametrize("pool_dtype", QUANTISED_DTYPES)
+def test_quantised_values_come_out_within_their_rounding(pool_dtype: str):
+    layer = Layer(pool_dtype=pool_dtype)
+    step = Step(layer, [Row(200, 1), Row(256, 20), Row(9, 9)], 3)
+    assert step.scales is not None
+    random = np.random.default_rng(4)
+    for number, sequence in enumerate(step.sequences):
+        exact = random.standard_normal(sequence.stored[:, 1].shape, dtype=np.float32)
+        stored = encode(jnp.asarray(exact), layer.pool_dtype, jnp.asarray(step.scales[1]))
+        exact = exact.clip(
+            -largest(pool_dtype) * step.scales[1][:, None], largest(pool_dtype) * step.scales[1][:, None]
+        )
+        sequence.stored[:, 1] = np.asarray(stored)
+        # Half a step of int8; half a unit in the last of three bits, or of the least number, of float8_e4m3fn.
+        unit = step.scales[1][:, None] * (1.0 if pool_dtype == "int8" else 2.0**-9)
+        relative = 0.0 if pool_dtype == "int8" else 2.0**-4
+        off = np.abs(np.asarray(decode(stored, jnp.float32)) * step.scales[1][:, None] - exact)
+        assert (off <= np.maximum(unit / 2, relative * np.abs(exact)) * (1 + 1e-6)).all()
+        wanted = step.expected(number)
+        sequence.stored = sequence.stored.astype(np.float64)
+        sequence.stored[:, 1] = exact / step.scales[1][:, None]
+        assert np.abs(wanted - step.expected(number)).max() <= off.max()
+        sequence.stored[:, 1] = np.asarray(decode(stored, jnp.float32))
+        sequence.stored = sequence.stored.astype(jnp.dtype(pool_dtype))
+    step._pack(random)
+    _assert_close(step)
+
+
+BATCHES = [
+    Layer(tokens=1, rows=1, decode_only=True),
+    Layer(tokens=8, rows=8, decode_only=True),
+    Layer(tokens=16, rows=9, decode_only=True),
+    Layer(tokens=40, rows=6),
+    Layer(tokens=24, rows=11, max_len=512),
+]
+VARIANTS = [
+    {"dtype": "bfloat16", "pool_dtype": "bfloat16"},
+    {"sliding_window": 70, "soft_cap": 10.0, "sinks": True, "group_heads": 3},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=["bfloat16", "window"])
+def test_a_decode_has_the_same_bits_in_any_batch_bucket_and_position(variant: dict):
+    lengths = [1, 16, 33, 65, 129, 200, 256, 255]
+    alone = dataclasses.replace(BATCHES[0], **variant)
+    source = Step(dataclasses.replace(BATCHES[1], **variant), [Row(length, 1) for length in lengths], 9)
+    random = np.random.default_rng(1)
+
+    def outputs(layer: Layer, order: list[int], more: list[Row]) -> list[np.ndarray]:
+        step = Step(layer, [Row(lengths[index], 1) for index in order] + more, int(random.integers(2**31)))
+        step.sinks = source.sinks
+        step.sequences[: len(order)] = [source.sequences[index] for index in order]
+        step._pack(random)
+        return step.run()
+
+    wanted = [outputs(alone, [index], [])[0] for index in range(len(lengths))]
+    assert all(np.isfinite(one.astype(np.float32)).all() for one in wanted)
+
+    @settings(max_examples=10)
+    @given(layer=st.sampled_from(BATCHES[1:]), order=st.permutations(range(len(lengths))), others=st.integers(0, 2**31))
+    def check(layer: Layer, order: list[int], others: int) -> None:
+        layer = dataclasses.replace(layer, **variant)
+        more = [] if layer.decode_only else [Row(20 + others % 100, 9), Row(7, 2)]
+        order = order[: layer.rows - len(more)]
+        for index, out in zip(order, outputs(layer, order, more), strict=False):
+            np.testing.assert_array_equal(bits(out), bits(wanted[index]), err_msg=f"length {lengths[index]}, {layer}")
+
+    check()
+
+
+def test_a_prompt_has_the_same_bits_in_any_chunks_of_two_or_more():
+    layer = Layer(dtype="bfloat16", pool_dtype="bfloat16", sliding_window=30, group_heads=5)
+    whole = Step(layer, [Row(40, 40)], 2)
+    (wanted, _) = whole.run()
+
+    for split in (2, 5, 16, 21, 38):
+        step = Step(layer, [Row(split, split), Row(40, 40 - split)], split)
+        full = whole.sequences[0]
+        step.sequences = [
+            Sequence(full.queries[:split], full.stored[:split]),
+            Sequence(full.queries[split:], full.stored),
+        ]
+        step._pack(np.random.default_rng(split))
+        np.testing.assert_array_equal(bits(np.concatenate(step.run()[:2])), bits(wanted))
+
+
+def test_decode_only_gives_the_bits_of_a_mixed_step():
+    layer = Layer(dtype="bfloat16", pool_dtype="float8_e4m3fn", sinks=True, tokens=5)
+    mixed = Step(layer, [Row(200, 1), Row(3, 1), Row(77, 1)], 5).run()
+    decoded = Step(dataclasses.replace(layer, decode_only=True), [Row(200, 1), Row(3, 1), Row(77, 1)], 5).run()
+    for one, other in zip(mixed, decoded, strict=True):
+        np.testing.assert_array_equal(bits(one), bits(other))
