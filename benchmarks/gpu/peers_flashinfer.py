@@ -46,21 +46,21 @@ def measure(torch: Any, library: Any, settings: Settings, shape: Shape, cache: A
     tokens = shape.batch * shape.new
     calls = []
     for number in range(count):
-        table = page_lists(torch, shape, cache.shape[0], settings.seed + number)
+        table = page_lists(torch, shape, cache, settings.seed + number)
         q = torch_device.random(torch, settings, number, tokens, heads.query_heads, heads.head_dim)
-        calls.append(functools.partial(planned(torch, library, shape, table, heads, cache.dtype).run, q, cache))
+        calls.append(functools.partial(planned(torch, library, shape, table, heads, cache).run, q, cache))
     return torch_device.finish(settings, shape, torch_device.seconds_a_call(torch, settings, calls))
 
 
-def page_lists(torch: Any, shape: Shape, num_pages: int, seed: int) -> dict[str, Any]:
+def page_lists(torch: Any, shape: Shape, cache: Any, seed: int) -> dict[str, Any]:
     """FlashInfer's form of a page table: offsets of each row, its pages, and how full its last page is."""
     each = -(-shape.context // shape.page_size)
-    order = np.random.default_rng(seed).permutation(num_pages)
-    chosen = order[np.arange(shape.batch * each) % num_pages]
+    order = np.random.default_rng(seed).permutation(cache.shape[0])
+    chosen = order[np.arange(shape.batch * each) % order.size]
     last = shape.context - (each - 1) * shape.page_size
 
     def on_device(values: np.ndarray) -> Any:
-        return torch.from_numpy(values.astype(np.int32)).cuda()
+        return torch.from_numpy(values.astype(np.int32)).to(cache.device)
 
     return {
         "indptr": on_device(np.arange(shape.batch + 1) * each),
@@ -70,10 +70,10 @@ def page_lists(torch: Any, shape: Shape, num_pages: int, seed: int) -> dict[str,
     }
 
 
-def planned(torch: Any, library: Any, shape: Shape, table: dict[str, Any], heads: Any, dtype: Any) -> Any:
+def planned(torch: Any, library: Any, shape: Shape, table: dict[str, Any], heads: Any, cache: Any) -> Any:
     """A wrapper that has planned this batch."""
-    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
-    options = {"q_data_type": dtype, "kv_data_type": dtype}
+    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=cache.device)
+    options = {"q_data_type": cache.dtype, "kv_data_type": cache.dtype}
     sizes = (heads.query_heads, heads.kv_heads, heads.head_dim, shape.page_size)
     if shape.kind == "decode":
         wrapper = library.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)

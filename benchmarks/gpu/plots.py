@@ -56,9 +56,11 @@ def decode_plot(good: Mapping[str, Cases], machine: Mapping[str, Any], document:
     if not chosen:
         return
     figure, axes = _figure(document, f"Decode attention, pages of {sizes[-1]} tokens")
-    for batch in sorted({case["batch"] for case in chosen}):
+    batches = sorted({case["batch"] for case in chosen})
+    for place, batch in enumerate(batches):
         line = sorted((case["context"], case["gb_per_s"]) for case in chosen if case["batch"] == batch)
-        axes.plot(*zip(*line, strict=True), marker="o", label=f"batch {batch}")
+        shade = (0.15 + 0.75 * place / max(1, len(batches) - 1), 0.3, 0.85 - 0.7 * place / max(1, len(batches) - 1))
+        axes.plot(*zip(*line, strict=True), marker="o", color=shade, label=f"batch {batch}")
     _ceiling(axes, machine.get("copy_bytes_per_s"), 1e9, "copy (read + written)")
     _ceiling(axes, machine.get("read_bytes_per_s"), 1e9, "read alone", style=":")
     axes.set_ylabel("bytes of keys, values, queries and results, GB/s")
@@ -103,12 +105,14 @@ def step_plot(good: Mapping[str, Cases], machine: Mapping[str, Any], document: A
         heights = [max(0.0, case.get(key) or 0.0) for case in cases]
         axes.bar([place - 0.2 for place in places], heights, 0.38, bottom=bottom, label=label)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    whole = [case["step_ms"] for case in cases]
+    axes.plot([place - 0.2 for place in places], whole, "k_", markersize=16, label="whole step, as dispatched")
     limits = [case["limit_ms"] or 0.0 for case in cases]
     axes.bar([place + 0.2 for place in places], limits, 0.38, color="0.6", label="bytes / copy bandwidth")
-    axes.set_xticks(list(places), [f"{case['batch']} x {case['context']}" for case in cases])
+    axes.set_xticks(list(places), [f"{case['batch']}\n{case['context']}" for case in cases])
     axes.set_ylabel("time, ms")
-    axes.set_xlabel("batch x context, tokens")
-    axes.set_ylim(0, 1.3 * max([*bottom, *limits, 1e-3]))
+    axes.set_xlabel("batch (above) and context in tokens (below)")
+    axes.set_ylim(0, 1.35 * max([*bottom, *whole, *limits, 1e-3]))
     axes.legend(ncols=2, loc="upper left")
     figure.savefig(output / "step.png", dpi=120)
 
@@ -126,7 +130,7 @@ def _figure(document: Any, title: str) -> tuple[Any, Any]:
 
 def _ceiling(axes: Any, value: float | None, unit: float, label: str, style: str = "--") -> None:
     if value:
-        axes.axhline(value / unit, color="0.4", linestyle=style, label=f"{label}: {value / unit:,.3g}")
+        axes.axhline(value / unit, color="0.4", linestyle=style, label=f"{label}: {value / unit:,.0f}")
 
 
 def _finish(figure: Any, axes: Any, label: str, path: pathlib.Path) -> None:

@@ -23,6 +23,7 @@ from benchmarks.gpu import dense, device, paged, values, write
 from benchmarks.gpu.counts import Heads
 from benchmarks.gpu.paged import Pool
 from benchmarks.gpu.record import AbsentError, Record, Settings, plain
+from jaxserve.runner.aot import container, cubin
 from pallas_kernels.paged_attention import AttentionSpec
 from pallas_kernels.paged_attention.triton import tuning
 from pallas_kernels.paged_attention.triton.attention import paged_attention
@@ -228,7 +229,7 @@ class Bench:
 
         arguments = (list(qkv), jnp.cos(angles), jnp.sin(angles), write.slots(self._settings, pool, tokens))
         program = compiled(chain, pool.pages, *arguments, donate=(0,))
-        return write.timed(self._settings, [pool], program, arguments).seconds
+        return write.timed(self._settings, [pool], program, arguments, qkv.size * dtype.itemsize).seconds
 
     def _attend(self, config: Any, q: Any, pages: Any, table: Any, lens: Any, starts: Any, more: dict[str, Any]) -> Any:
         decode = self._target.kernel == "decode"
@@ -269,11 +270,20 @@ class Bench:
 
 
 def compiled(function: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
-    """The program; AbsentError where the configuration does not compile, for want of shared memory, say."""
+    """The program; AbsentError where the configuration does not compile, for want of shared memory, say, or spills.
+
+    No entry of the shipped table may spill registers, so one that does is not worth its time.
+    """
     try:
-        return device.compile_program(function, *arguments, donate=donate)
+        program = device.compile_program(function, *arguments, donate=donate)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise AbsentError(f"does not compile: {type(error).__name__}: {str(error)[:300]}") from error
+    if jax.default_backend() == "gpu":
+        kernels = cubin.kernels(container.contents(program.runtime_executable().serialize()))
+        spilled = sum(kernel.spill_store_bytes + kernel.spill_load_bytes for kernel in kernels)
+        if spilled:
+            raise AbsentError(f"spills {spilled} bytes of registers")
+    return program
 
 
 def replaced(table: list[dict[str, Any]], kind: str, target: Target, config: Any) -> list[dict[str, Any]]:

@@ -64,6 +64,8 @@ def attention_problems() -> dict[str, Problem]:
         "prefill": Problem(PREFILL),
         "mixed": Problem(MIXED),
         "decode as mixed": Problem(DECODE),
+        "decode long": Problem(((1, 40_000), (1, 131_072), (1, 5)), kv_heads=2, decode_only=True),
+        "chunk on context": Problem(((256, 9_000), (1, 4_000)), kv_heads=2),
     }
     kinds = {"decode": DECODE, "mixed": MIXED}
     for kind, rows in kinds.items():
@@ -81,9 +83,6 @@ def attention_problems() -> dict[str, Problem]:
         found[f"{kind} window"] = dataclasses.replace(base, sliding_window=100)
         found[f"{kind} soft cap"] = dataclasses.replace(base, soft_cap=20.0)
         found[f"{kind} sinks"] = dataclasses.replace(base, sinks=True, head_dim=64)
-    long = ((1, 40_000), (1, 131_072), (1, 5))
-    found["decode long"] = Problem(long, kv_heads=2, decode_only=True)
-    found["chunk on context"] = Problem(((256, 9_000), (1, 4_000)), kv_heads=2)
     return found
 
 
