@@ -29,7 +29,7 @@ from benchmarks.gpu.record import FAILED, NOT_RUN, OK, RESTART_STATUS, RUNNING, 
 
 TOTAL_SECONDS = 9 * 60.0
 QUICK_SECONDS = 4 * 60.0
-REPORT_SECONDS = 12.0  # kept for the last report and plots
+REPORT_SECONDS = 20.0  # kept for ending the last part, the last report and the plots
 GRACE_SECONDS = 15.0  # beyond a part's share: for the case in progress
 PROBE_SECONDS = 90.0
 MOST_STARTS = 4  # of a part whose process dies
@@ -160,7 +160,7 @@ class Suite:
         (self._output / "suite.json").write_text(dumps(document), encoding="utf-8")
         drawn: list[str] = []
         if final:
-            drawn, trouble = plots.draw_in_a_process(self._output)
+            drawn, trouble = plots.draw_in_a_process(self._output, max(5.0, self._deadline - time.monotonic() - 2))
             if trouble:
                 print(f"no plots: {trouble}", flush=True)
         (self._output / "suite.md").write_text(pages.markdown(document, drawn), encoding="utf-8")
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts = TUNING if options.tune else PARTS
     if options.only:
         parts = tuple(part for part in parts if part.name in options.only)
-    seconds = options.seconds or (QUICK_SECONDS if options.quick else TOTAL_SECONDS)
+    seconds = options.seconds or (QUICK_SECONDS if options.quick and settings.gpu else TOTAL_SECONDS)
     suite = Suite(settings, parts, start + seconds, options.tune)
     suite.probe = device
     interrupted = False

@@ -33,10 +33,12 @@ TOLERANCE = 1e-2
 def run(settings: Settings, record: Record) -> None:
     """Each bundle found, then the one made here."""
     device.prepare(settings, record)
-    for place in found(settings):
+    places = found(settings)
+    if not places:
+        where = settings.bundle or "benchmarks/bundles, and none was named"
+        record.summary["note"] = f"There is no bundle in {where}; the one below was compiled on this machine."
+    for place in places:
         try_bundle(record, settings, place, place.name)
-    if settings.bundle is None:
-        record.summary["note"] = "no bundle was given, and there is none in benchmarks/bundles"
     made = pathlib.Path(settings.output) / "bundle"
     if record.case("compile here, without a device", lambda: make(settings, record, made)) is not None:
         try_bundle(record, settings, made, "made here")

@@ -145,6 +145,8 @@ def _part(part: Row) -> list[str]:
     summary = part["summary"]
     if summary.get("implementation"):
         lines += [f"Implementation: {summary['implementation']}.", ""]
+    if summary.get("note"):
+        lines += [summary["note"], ""]
     if summary.get("largest_relative_error"):
         worst = [(kind, f"{error:.2e}") for kind, error in summary["largest_relative_error"].items()]
         lines += [*_table(("largest relative error", ""), worst), ""]

@@ -13,18 +13,16 @@ from typing import Any
 
 from benchmarks.gpu import process
 
-SECONDS = 40.0
-
 Cases = list[dict[str, Any]]
 
 
-def draw_in_a_process(output: pathlib.Path) -> tuple[list[str], str]:
-    """Names of the plots drawn in `output`, and why there are none."""
+def draw_in_a_process(output: pathlib.Path, seconds: float) -> tuple[list[str], str]:
+    """Names of the plots drawn in `output` within so many seconds, and why there are none."""
     for old in output.glob("*.png"):
         old.unlink()
     log = output / "logs" / "plots.log"
     ended = process.run(
-        process.python("benchmarks.gpu.plots", str(output)), log, SECONDS, env=process.environment(gpu=False)
+        process.python("benchmarks.gpu.plots", str(output)), log, seconds, env=process.environment(gpu=False)
     )
     drawn = sorted(path.name for path in output.glob("*.png"))
     if ended.status == 0:

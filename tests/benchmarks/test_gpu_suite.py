@@ -293,7 +293,7 @@ def synthetic() -> dict[str, Any]:
 def test_plots_and_page_of_a_full_run(tmp_path: pathlib.Path):
     document = synthetic()
     (tmp_path / "suite.json").write_text(dumps(document))
-    assert plots.draw_in_a_process(tmp_path) == (["decode.png", "prefill.png", "step.png"], "")
+    assert plots.draw_in_a_process(tmp_path, 100) == (["decode.png", "prefill.png", "step.png"], "")
     page = pages.markdown(document, ["decode.png"])
     assert "copy (read and written) 4,300 GB/s" in page
     assert "| batch 64 context 512 page 64 | 640.0 | 12.5 |" in page
