@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -11,10 +12,11 @@ import pathlib
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -90,7 +92,7 @@ class UntunedMatmulError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Compiler:
-    """Compiles the programs of `shapes` for the devices of `mesh`, and reads them."""
+    """Compiles the programs of `shapes` for the devices of `mesh`, and reads them; within `fresh_compilations`."""
 
     shapes: Shapes
     mesh: Mesh
@@ -133,6 +135,24 @@ class Compiler:
         return compiled, inspected
 
 
+@contextlib.contextmanager
+def fresh_compilations() -> Iterator[None]:
+    """Keeps jax's cache of compiled programs out of this process meanwhile.
+
+    What comes from the cache cannot be written to a bundle (serialised a second time it has lost its functions), and
+    leaves no dump.
+    """
+    config: Any = jax.config
+    before = config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax asks once a process whether there is a cache
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
 def build(
     config: EngineConfig,
     target: Target,
@@ -150,6 +170,19 @@ def build(
 
     Raises ValueError where the configuration does not fit the target, UntunedMatmulError.
     """
+    with fresh_compilations():
+        return _build(config, target, output, report_only, contexts, merge, progress)
+
+
+def _build(
+    config: EngineConfig,
+    target: Target,
+    output: pathlib.Path,
+    report_only: bool,
+    contexts: Sequence[int],
+    merge: Sequence[pathlib.Path],
+    progress: bool,
+) -> Report:
     start = time.perf_counter()
     mesh = target_mesh(target)
     shapes = resolve_shapes(config, target.platform, planning=True)

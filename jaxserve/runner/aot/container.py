@@ -12,6 +12,8 @@ import struct
 _SIGNATURE = bytes.fromhex("83af70d10d884a3f") + bytes(8) + (64).to_bytes(8, "little")
 """The hash of the header of a file's first block, and its two distances."""
 
+_CHUNKS = "sr"
+_MOST_RECORDS = 1 << 32
 _BLOCK = 1 << 16
 _BLOCK_HEADER = 24
 _CHUNK_HEADER = struct.Struct("<QQQQQ")  # header hash, data size, data hash, chunk type and records, decoded size
@@ -37,7 +39,9 @@ def contents(serialized: bytes) -> bytes:
         header, after = _read(file, place, _CHUNK_HEADER.size)
         _, size, _, kind, _ = _CHUNK_HEADER.unpack(header)
         if after + size > len(file):
-            break  # what follows the record file in its message
+            if chr(kind & 0xFF) in _CHUNKS and kind >> 8 <= _MOST_RECORDS:
+                raise UnreadableError(f"executable ends at byte {len(file)}; a chunk goes on to byte {after + size}")
+            break  # no chunk, but what follows the record file in its message
         data, place = _read(file, after, size)
         match chr(kind & 0xFF):
             case "s":  # the file's signature

@@ -1,0 +1,216 @@
+"""Bundles for this machine: an engine starts from one without compiling, and refuses one that does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.request import EngineRequest
+from jaxserve.runner import compiler
+from jaxserve.runner.aot.build import build
+from jaxserve.runner.aot.bundle import MANIFEST, BundleError, BundleWriter
+from jaxserve.runner.aot.loaded import LoadedProgram
+from jaxserve.runner.model_runner import ModelRunner
+from jaxserve.runner.programs import ProgramKey
+from jaxserve.runner.targets import load_target, target_mesh
+from jaxserve.scheduler import Scheduler
+from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.page_pool import PagePool
+from models.config import ModelConfig
+
+MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
+CONFIG = EngineConfig(
+    architecture=MODEL,
+    load_format="dummy",
+    scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=16),
+    cache=CacheConfig(num_pages=64),
+    token_buckets=(8, 16),
+    seed=3,
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    directory = tmp_path_factory.mktemp("bundle")
+    build(CONFIG, load_target("cpu"), directory)
+    return directory
+
+
+@pytest.fixture
+def copy(bundle: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(bundle, tmp_path / "copy"))
+
+
+def with_bundle(directory: pathlib.Path, config: EngineConfig = CONFIG) -> EngineConfig:
+    return dataclasses.replace(config, bundle=str(directory))
+
+
+def tokens(runner: ModelRunner) -> list[list[int]]:
+    """Greedy and random output of requests that share steps, prompts longer than a step among them."""
+    rng = np.random.default_rng(0)
+    scheduler = Scheduler(CONFIG.scheduler, PagePool(64, 16), Buckets.from_config(CONFIG))
+    sequences = [
+        scheduler.add(
+            EngineRequest(
+                f"r{number}",
+                tuple(int(token) for token in rng.integers(0, 96, rng.integers(1, 40))),
+                max_tokens=8,
+                temperature=float(number % 2),
+                seed=number,
+            )
+        )
+        for number in range(6)
+    ]
+    while scheduler.unfinished:
+        plan = scheduler.schedule()
+        assert plan is not None
+        scheduler.update(plan, runner.collect(runner.dispatch(plan)))
+    return [sequence.output_token_ids for sequence in sequences]
+
+
+def test_an_engine_starts_from_a_bundle_without_compiling(bundle, monkeypatch):
+    compiled = ModelRunner(CONFIG)
+    expected = tokens(compiled)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a program of the closed set was compiled")
+
+    monkeypatch.setattr(compiler, "compile_program", refuse)
+    before = compiled.num_compilations
+    loaded = ModelRunner(with_bundle(bundle, dataclasses.replace(CONFIG, cache=CacheConfig())))
+    assert loaded.num_compilations == before > 0
+    assert loaded.info.num_pages == 64
+    assert loaded.info.num_executables == 3
+    assert loaded.programs.memory == compiled.programs.memory
+    assert tokens(loaded) == expected
+    assert loaded.num_compilations == before
+
+
+def test_donated_arrays_keep_their_place_and_are_gone(bundle):
+    runner = ModelRunner(with_bundle(bundle))
+    pools, slots = list(runner._pools), jax.tree.leaves(runner._slots)
+    places = [pool.unsafe_buffer_pointer() for pool in pools]
+    tokens(runner)
+    assert all(array.is_deleted() for array in (*pools, *slots))
+    assert [pool.unsafe_buffer_pointer() for pool in runner._pools] == places
+
+
+def test_a_loaded_program_refuses_other_arguments(bundle):
+    runner = ModelRunner(with_bundle(bundle))
+    program = runner.programs.executables[ProgramKey("sample", 8)]
+    assert isinstance(program, LoadedProgram)
+    with pytest.raises(TypeError, match=r"takes arguments of the structure .* it was called with"):
+        program(runner._slots)
+    mesh = target_mesh(load_target("cpu"))
+    argument = jax.ShapeDtypeStruct((3,), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    with pytest.raises(TypeError, match=r"takes float32\[3\] as flat argument 0; it was called with float32\[4\]"):
+        LoadedProgram(None, (argument,), (), (0,), mesh)(np.zeros(4, np.float32))
+
+
+def edited(change: Callable[[dict[str, Any]], None]) -> Callable[[pathlib.Path], None]:
+    def edit(directory: pathlib.Path) -> None:
+        path = directory / MANIFEST
+        manifest = json.loads(path.read_text())
+        change(manifest)
+        path.write_text(json.dumps(manifest))
+
+    return edit
+
+
+def truncate(directory: pathlib.Path) -> None:
+    path = directory / "programs" / "forward_8"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(directory: pathlib.Path) -> None:
+    path = directory / "programs" / "forward_8"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+REFUSALS: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
+    "jax": (edited(lambda m: m.update(jax="0.1.0")), r"has jax '0\.1\.0'; this engine has '0\.1"),
+    "format": (edited(lambda m: m.update(format=0)), "has format 0; this engine has 1"),
+    "platform": (edited(lambda m: m.update(platform="gpu")), "has platform 'gpu'; this engine has 'cpu'"),
+    "device": (edited(lambda m: m.update(device_kind="NVIDIA H200")), "has device_kind 'NVIDIA H200'; this engine has"),
+    "options": (edited(lambda m: m["compiler_options"].update(a=1)), "has compiler_options.a 1; this engine has None"),
+    "sources": (edited(lambda m: m.update(sources="0")), "has sources '0'; this engine has"),
+    "model": (
+        edited(lambda m: m["shapes"]["model"].update(hidden_size=64)),
+        r"has shapes\.model\.hidden_size 64; this engine has 32",
+    ),
+    "pages": (edited(lambda m: m["shapes"].update(num_pages=65)), r"has shapes\.num_pages 65; this engine has 64"),
+    "machine": (edited(lambda m: m["target"]["machine"]["features"].append("amx9")), "a CPU with amx9, which this one"),
+    "program": (edited(lambda m: m["programs"].pop()), "has programs .* this engine has"),
+    "argument": (
+        edited(lambda m: m["programs"][0]["arguments"][0].__setitem__(1, "bfloat16")),
+        r"forward 16 arguments\[0\]\[1\] 'bfloat16'; this engine has 'float32'",
+    ),
+    "donated": (edited(lambda m: m["programs"][0].update(donated_arguments=[])), "forward 16 donated_arguments"),
+    "kept": (edited(lambda m: m["programs"][0].update(kept_arguments=[999])), "forward 16 kept_arguments do not fit"),
+    "file": (edited(lambda m: m["programs"][0].update(file="../x")), r"names the file '\.\./x'; programs lie in"),
+    "memory": (edited(lambda m: m["programs"][0].pop("memory")), "has memory None; it must be a dict"),
+    "truncated": (truncate, r"forward_8 has \d+ bytes; the manifest says \d+: it is truncated"),
+    "changed": (flip, "forward_8 has the sha256 .*; the manifest says .*: it was changed"),
+    "missing": (lambda d: (d / "programs" / "sample_8").unlink(), "sample_8 cannot be read: No such file"),
+    "no manifest": (lambda d: (d / MANIFEST).unlink(), r"has no readable manifest\.json: No such file"),
+    "no JSON": (lambda d: (d / MANIFEST).write_text("{"), r"manifest\.json is not valid JSON"),
+    "no object": (lambda d: (d / MANIFEST).write_text("[]"), "holds a list; it must hold an object"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_bundle_that_does_not_fit_is_refused(copy, name, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("weights were loaded for a bundle that does not fit")
+
+    monkeypatch.setattr("jaxserve.runner.model_runner.random_params", refuse)
+    spoil, reason = REFUSALS[name]
+    spoil(copy)
+    with pytest.raises(BundleError, match=reason):
+        ModelRunner(with_bundle(copy))
+
+
+def test_what_the_runtime_cannot_load_is_refused(copy):
+    path = copy / "programs" / "forward_8"
+    path.write_bytes(b"no executable")
+    manifest = json.loads((copy / MANIFEST).read_text())
+    entry = next(one for one in manifest["programs"] if one["file"] == "programs/forward_8")
+    entry |= {"bytes": 13, "sha256": hashlib.sha256(b"no executable").hexdigest()}
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="the runtime cannot load forward 8"):
+        ModelRunner(with_bundle(copy))
+
+
+def test_a_configured_pool_must_be_the_bundles(bundle):
+    config = with_bundle(bundle, dataclasses.replace(CONFIG, cache=CacheConfig(num_pages=32)))
+    with pytest.raises(BundleError, match=r"has shapes\.num_pages 64; this engine has 32"):
+        ModelRunner(config)
+
+
+def test_a_directory_of_something_else_is_not_overwritten(tmp_path, bundle):
+    (tmp_path / "programs").mkdir()
+    (tmp_path / "programs" / "precious").write_text("x")
+    with pytest.raises(BundleError, match="holds files that are not a bundle's"):
+        build(CONFIG, load_target("cpu"), tmp_path)
+    assert (tmp_path / "programs" / "precious").read_text() == "x"
+
+
+def test_an_unfinished_bundle_is_none(copy):
+    shapes = ModelRunner(with_bundle(copy))._shapes
+    target = load_target("cpu")
+    BundleWriter(copy, shapes, target_mesh(target), target)
+    with pytest.raises(BundleError, match="has no readable manifest"):
+        ModelRunner(with_bundle(copy))

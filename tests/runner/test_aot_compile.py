@@ -1,0 +1,155 @@
+"""`python -m jaxserve.compile`, the targets and the compiler that it needs."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import sys
+
+import pytest
+
+from jaxserve import compile as compile_program
+from jaxserve.runner.aot import plugin
+from jaxserve.runner.aot.markdown import render
+from jaxserve.runner.targets import TARGET_DIRECTORY, known_targets, load_target, target_mesh
+from pallas_kernels.paged_attention.triton.backend import DEPRECATION
+
+pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
+
+CONFIG = """
+CacheConfig.num_pages = 513
+EngineConfig.load_format = 'dummy'
+EngineConfig.dtype = 'bfloat16'
+EngineConfig.token_buckets = (8,)
+EngineConfig.row_buckets = (8,)
+SchedulerConfig.max_num_seqs = 8
+SchedulerConfig.max_num_batched_tokens = 8
+ModelConfig.architecture = 'LlamaForCausalLM'
+ModelConfig.vocab_size = 1024
+ModelConfig.hidden_size = 256
+ModelConfig.intermediate_size = 512
+ModelConfig.num_hidden_layers = 1
+ModelConfig.num_attention_heads = 4
+ModelConfig.num_key_value_heads = 2
+ModelConfig.head_dim = 64
+ModelConfig.max_position_embeddings = 2048
+"""
+
+
+@pytest.fixture
+def config(tmp_path: pathlib.Path) -> str:
+    path = tmp_path / "small.gin"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def test_bundle_and_report_for_an_h200(config, tmp_path, capsys):
+    output = tmp_path / "out"
+    arguments = ["--config", config, "--target", "h200", "--output", str(output), "--context", "512"]
+    assert compile_program.main(arguments) == 0
+    printed = capsys.readouterr()
+    page = (output / "report.md").read_text()
+    assert page in printed.out
+    report = json.loads((output / "report.json").read_text())
+    assert report["problems"] == []
+    programs = {(program["kind"], program["size"]): program for program in report["programs"]}
+    assert set(programs) == {("decode", 8), ("forward", 8), ("sample", 8)}
+    for (kind, _), program in programs.items():
+        assert program["command_buffers"] == 1
+        assert program["pool_copies"] == 0
+        assert program["alias_bytes"] == program["donated_bytes"] >= program["pool_bytes"]
+        assert program["temp_bytes"] > 0
+        assert all(kernel["spill_store_bytes"] == kernel["spill_load_bytes"] == 0 for kernel in program["kernels"])
+        names = {kernel["name"] for kernel in program["kernels"] if kernel["pallas"]}
+        assert ("paged_attention_decode" in names) == (kind != "sample")
+    (step,) = report["decode_steps"]
+    assert (step["rows"], step["context"]) == (8, 512)
+    assert 1 < step["ratio"] < 2
+    assert report["shapes"]["num_pages"] == 513
+    memory = report["memory"]
+    assert sum(bytes for name, bytes in memory.items() if name != "total") == memory["total"] == 150109945856
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["device_kind"] == "NVIDIA H200"
+    assert manifest["target"]["description"] == (TARGET_DIRECTORY / "h200.txtpb").read_text()
+    assert len(manifest["programs"]) == 3
+    for program in manifest["programs"]:
+        assert str(tmp_path).encode() not in (output / program["file"]).read_bytes()
+    assert plugin.TOOLKIT_OPTION not in manifest["compiler_options"]
+    for expected in ("`paged_attention_decode`", "| decode 8 |", "## Roofline", "ratio", "jax"):
+        assert expected in page
+
+    assert "| 1 | 0 | 1 | 0 | yes | 0 | 0 |" in page
+    both = render([report, report | {"versions": {"jax": "9.9"}, "problems": ["a kernel spills"]}])
+    for expected in ("ratio, run 2", "run 2, GiB", "Run 2, jax 9.9", "- run 2: a kernel spills"):
+        assert expected in both
+
+
+def test_faulty_command_lines(config, tmp_path, capsys):
+    for arguments, reason in (
+        (["--target", "h300"], "target 'h300' is unknown; known are cpu, a100, h100, h200, l4"),
+        (["--target", "cpu", "--context", "0"], "--context is 0; it must be at least 1"),
+        ([], "the following arguments are required: --target"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            compile_program.main(["--config", config, "--output", str(tmp_path), *arguments])
+        assert end.value.code == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_fit_is_refused(config, tmp_path, capsys):
+    arguments = ["--config", config, "--output", str(tmp_path / "out"), "--target", "l4"]
+    assert compile_program.main([*arguments, "--gin.CacheConfig.num_pages=9999999"]) == 1
+    assert "page pool of 9999999 pages has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "capability"),
+    [
+        ("h200", "NVIDIA H200", "9.0a"),
+        ("h100", "NVIDIA H100 80GB HBM3", "9.0a"),
+        ("a100", "NVIDIA A100-SXM4-80GB", "8.0"),
+        ("l4", "NVIDIA L4", "8.9"),
+    ],
+)
+def test_targets(name, kind, capability):
+    target = load_target(name)
+    assert (target.device_kind, target.compute_capability, target.platform) == (kind, capability, "gpu")
+    assert target.peak_flops["bfloat16"] > 1e14
+    assert 1e11 < target.memory_bandwidth < 1e13
+    assert target.source
+    mesh = target_mesh(target, devices=2)
+    assert [device.device_kind for device in mesh.devices.flat] == [kind] * 2
+    assert name in known_targets()
+
+
+def test_a_target_of_ones_own(tmp_path):
+    for suffix in ("txtpb", "json"):
+        shutil.copy(TARGET_DIRECTORY / f"l4.{suffix}", tmp_path / f"mine.{suffix}")
+    path = tmp_path / "mine.txtpb"
+    assert load_target(str(path)).name == "mine"
+    path.write_text(path.read_text().replace("core_count: 58", ""))
+    with pytest.raises(ValueError, match=r"mine\.txtpb has no field 'core_count'"):
+        load_target(str(path))
+    whole = (TARGET_DIRECTORY / "l4.txtpb").read_text()
+    path.write_text(whole.rstrip().rpartition("}")[0])
+    with pytest.raises(ValueError, match="cannot be read: one brace too many, or too few"):
+        load_target(str(path))
+    path.write_text(whole)
+    (tmp_path / "mine.json").write_text('{"dense_tflops": {}}')
+    with pytest.raises(ValueError, match=r"needs .*mine\.json with dense_tflops"):
+        load_target(str(path))
+
+
+def test_a_missing_compiler_names_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if not place.endswith(plugin.DIRECTORY)])
+    with pytest.raises(plugin.PluginMissingError, match=r"needs the CUDA plugin of jax .*run `make gpu-compiler`"):
+        plugin.find_plugin()
+    (tmp_path / plugin.DIRECTORY / "jax_plugins" / "xla_cuda99").mkdir(parents=True)
+    (tmp_path / plugin.DIRECTORY / "jax_plugins" / "xla_cuda99" / "__init__.py").touch()
+    information = tmp_path / plugin.DIRECTORY / "jax_cuda99_plugin-0.1.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: jax-cuda99-plugin\nVersion: 0.1\n")
+    with pytest.raises(plugin.PluginMissingError, match=r"jax-cuda99-plugin has version 0\.1; jax has"):
+        plugin.find_plugin()
