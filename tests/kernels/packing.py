@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.paged_attention import paged_attention, storage_dtype
+from pallas_kernels.paged_attention.pool import QUANTISED_DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,13 @@ class Shape:
     max_len: int = 300
     sliding_window: int | None = None
     soft_cap: float | None = None
+    pool_dtype: str | None = None
+    sinks: bool = False
+
+    @property
+    def stored(self) -> str:
+        """Name of the dtype of the numbers in the pool."""
+        return self.pool_dtype or self.dtype
 
     @property
     def max_pages(self) -> int:
@@ -44,27 +52,43 @@ class Memory:
 
     Attributes:
         pool: the pool, in its storage dtype.
+        values: what the pool stands for, float64; a quantised pool's numbers are multiplied by their scales.
+        scales: float32 [2, K] of a quantised pool, else None.
+        sinks: float32 [K, G] or None.
         queries: for each sequence, [length, K, G, D] in the shape's dtype.
     """
 
     def __init__(self, shape: Shape, lengths: list[int], seed: int, fill: float = float("nan")) -> None:
         self.shape = shape
         self._random = np.random.default_rng(seed)
-        dtype = jnp.dtype(shape.dtype)
+        dtype = jnp.dtype(shape.stored)
         pages = [-(-length // shape.page_size) for length in lengths]
         # The same number of pages for the same shape, so that each shape compiles once.
         self.num_pages = shape.rows * shape.max_pages + 3
         free = 1 + self._random.permutation(self.num_pages - 1)
         self.pages = np.split(free[: sum(pages)], np.cumsum(pages)[:-1])
-        pool = np.full(
-            (self.num_pages, 2, shape.kv_heads, shape.page_size, shape.head_dim), fill, dtype=np.float32
-        ).astype(dtype)
+        size = (self.num_pages, 2, shape.kv_heads, shape.page_size, shape.head_dim)
+        # An int8 pool cannot hold what is no number; its largest one stands for it.
+        pool = np.full(size, 127 if dtype == np.int8 and fill else fill, dtype=np.float32).astype(dtype)
+        quantised = shape.stored in QUANTISED_DTYPES
+        self.scales = self._random.uniform(0.5, 2, (2, shape.kv_heads)).astype(np.float32) if quantised else None
+        if dtype == np.int8 and self.scales is not None:
+            self.scales /= 32
         for length, table in zip(lengths, self.pages, strict=True):
             position = np.arange(length)
             page, offset = table[position // shape.page_size], position % shape.page_size
-            pool[page, :, :, offset] = self._normal(length, 2, shape.kv_heads, shape.head_dim)
+            written = 2 * self._random.standard_normal((length, 2, shape.kv_heads, shape.head_dim), dtype=np.float32)
+            if self.scales is not None:
+                written /= self.scales[..., None]
+                written = np.clip(np.rint(written), -127, 127) if dtype == np.int8 else written
+            pool[page, :, :, offset] = written.astype(dtype)
         self.pool = jnp.asarray(pool.view(storage_dtype(dtype, "cpu")))
+        self.values = pool.astype(np.float64)
+        if self.scales is not None:
+            self.values *= self.scales[:, :, None, None]
         self.queries = [self._normal(length, shape.kv_heads, shape.group_heads, shape.head_dim) for length in lengths]
+        shape_of_sinks = (shape.kv_heads, shape.group_heads)
+        self.sinks = self._random.standard_normal(shape_of_sinks, dtype=np.float32) if shape.sinks else None
 
     def _normal(self, *size: int) -> np.ndarray:
         return (2 * self._random.standard_normal(size, dtype=np.float32)).astype(jnp.dtype(self.shape.dtype))
@@ -86,22 +110,35 @@ class Memory:
         return tuple(jnp.asarray(x) for x in (query, table, lengths, starts))
 
     def attend(
-        self, items: list[Work], *, tokens: int | None = None, rows: int | None = None, implementation: str = "xla"
+        self,
+        items: list[Work],
+        *,
+        tokens: int | None = None,
+        rows: int | None = None,
+        implementation: str = "xla",
+        decode_only: bool = False,
     ) -> list[np.ndarray]:
         """Returns each item's outputs [stop - start, K, G, D], and last those of the padding tokens."""
         query, table, lengths, starts = self.arguments(items, tokens, rows)
-        out = np.asarray(_attend(self.shape, implementation)(query, self.pool, table, lengths, starts))
+        optional = {}
+        if self.scales is not None:
+            optional = {"k_scale": jnp.asarray(self.scales[0]), "v_scale": jnp.asarray(self.scales[1])}
+        if self.sinks is not None:
+            optional["sinks"] = jnp.asarray(self.sinks)
+        attend = _attend(self.shape, implementation, decode_only)
+        out = np.asarray(attend(query, self.pool, table, lengths, starts, **optional))
         return np.split(out, np.asarray(starts[1 : len(items) + 1]))
 
 
 @functools.cache
-def _attend(shape: Shape, implementation: str):
+def _attend(shape: Shape, implementation: str, decode_only: bool):
     return jax.jit(
         functools.partial(
             paged_attention,
             scale=shape.head_dim**-0.5,
             sliding_window=shape.sliding_window,
             soft_cap=shape.soft_cap,
+            decode_only=decode_only,
             implementation=implementation,
         )
     )

@@ -1,11 +1,13 @@
 """The XLA implementation against the reference, and the reference against sums written out in NumPy."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.packing import Memory, Shape, Work
+from pallas_kernels.paged_attention import kv_write, largest, new_pool, paged_attention
+from tests.kernels.packing import Memory, Shape, Work, bits
 
 SHAPES = [
     Shape(2, 2, 40),
@@ -16,6 +18,8 @@ SHAPES = [
     Shape(2, 4, 16, page_size=8, dtype="float16"),
     Shape(2, 2, 40, sliding_window=37, max_len=500),
     Shape(3, 2, 24, soft_cap=3.0, dtype="bfloat16", sliding_window=1),
+    Shape(2, 3, 64, dtype="bfloat16", pool_dtype="float8_e4m3fn", sinks=True),
+    Shape(2, 2, 80, pool_dtype="int8", soft_cap=5.0, page_size=32),
 ]
 
 
@@ -68,7 +72,7 @@ def test_memory_that_no_one_wrote_changes_no_bit(implementation: str, fill: floa
 def _by_hand(memory: Memory, item: Work, position: int) -> np.ndarray:
     """Attention of one token [K, G, D] in float64, head by head and position by position."""
     shape = memory.shape
-    pool = np.asarray(memory.pool, np.float64)
+    pool = memory.values
     seen = range(max(0, position - (shape.sliding_window or position + 1) + 1), position + 1)
     place = [(memory.pages[item.sequence][p // shape.page_size], p % shape.page_size) for p in seen]
     out = np.zeros((shape.kv_heads, shape.group_heads, shape.head_dim))
@@ -81,16 +85,27 @@ def _by_hand(memory: Memory, item: Work, position: int) -> np.ndarray:
             if shape.soft_cap is not None:
                 score = shape.soft_cap * np.tanh(score / shape.soft_cap)
             weight = np.exp(score - score.max())
-            out[head, member] = weight @ value / weight.sum()
+            sink = 0.0 if memory.sinks is None else np.exp(float(memory.sinks[head, member]) - score.max())
+            out[head, member] = weight @ value / (weight.sum() + sink)
     return out
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize(
-    "shape", [Shape(2, 2, 40), Shape(2, 2, 40, sliding_window=20), Shape(2, 2, 40, soft_cap=2.0)], ids=str
+    "shape",
+    [
+        Shape(2, 2, 40),
+        Shape(2, 2, 40, sliding_window=20),
+        Shape(2, 2, 40, soft_cap=2.0),
+        Shape(2, 2, 40, sinks=True),
+        Shape(2, 2, 40, pool_dtype="float8_e4m3fn", soft_cap=2.0),
+        Shape(2, 2, 40, pool_dtype="int8", sinks=True, sliding_window=20),
+        Shape(2, 2, 40, pool_dtype="bfloat16"),
+    ],
+    ids=str,
 )
 def test_agrees_with_sums_written_out(implementation: str, shape: Shape):
-    memory = Memory(shape, [5, 140, 33], 3)
+    memory = Memory(shape, [5, 140, 33], 3, fill=0.0 if implementation == "reference" else float("nan"))
     items = [Work(0, 0, 5), Work(1, 139, 140), Work(2, 20, 33)]
     got = memory.attend(items, implementation=implementation)
     for item, out in zip(items, got, strict=False):
@@ -109,3 +124,68 @@ def test_one_position_returns_its_value(dtype: str):
         np.testing.assert_allclose(
             out[0].astype(np.float32), wanted.astype(np.float32), rtol=3e-7 * (dtype == "float32")
         )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(2, 2, 40),
+        Shape(4, 3, 64, dtype="bfloat16", sliding_window=50),
+        Shape(2, 3, 64, dtype="bfloat16", pool_dtype="float8_e4m3fn", sinks=True),
+        Shape(2, 2, 40, pool_dtype="int8"),
+    ],
+    ids=str,
+)
+def test_a_promise_of_decodes_alone_changes_no_bit(shape: Shape):
+    lengths = [150, 3, 129, 64, 300, 17]
+    memory = Memory(shape, lengths, 9)
+    for rows, tokens in ((8, 8), (8, 16), (17, 8)):
+        items = [Work(i, n - 1, n) for i, n in enumerate(lengths)]
+        wanted = memory.attend(items, tokens=tokens, rows=rows)
+        got = memory.attend(items, tokens=tokens, rows=rows, decode_only=True)
+        for one, other in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(bits(one), bits(other))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sinks_that_outweigh_everything_or_nothing(dtype: str):
+    memory = Memory(Shape(2, 2, 40, dtype=dtype, sinks=True), [40, 129], 4)
+    items = [Work(0, 30, 40), Work(1, 128, 129)]
+    plain = Memory(Shape(2, 2, 40, dtype=dtype), [40, 129], 4).attend(items)
+    memory.sinks[:] = -np.inf
+    for one, other in zip(memory.attend(items), plain, strict=True):
+        np.testing.assert_array_equal(bits(one), bits(other))
+    memory.sinks[:] = 1e4
+    for out in memory.attend(items):
+        assert not out.any()
+
+
+@pytest.mark.parametrize("pool_dtype", ["float8_e4m3fn", "int8"])
+def test_quantised_pages_change_attention_by_no_more_than_their_rounding(pool_dtype: str):
+    """From write to read, against float64 over keys and values that were never rounded.
+
+    With keys off by at most a and values by at most b, scores are off by e = scale |q|_1 a, so every weight by a factor
+    from exp(-2 e) to exp(2 e): the result is off by at most b + (exp(2 e) - 1) max |v|.
+    """
+    length, heads, group, dim, page = 50, 2, 2, 16, 16
+    random = np.random.default_rng(0)
+    k, v = random.standard_normal((2, length, heads, dim)).astype(np.float32)
+    q = random.standard_normal((1, heads, group, dim)).astype(np.float32)
+    limit = largest(pool_dtype)
+    k_scale, v_scale = (np.abs(x).max(axis=(0, 2)) / limit for x in (k, v))
+    pool = new_pool(5, heads, page, dim, pool_dtype, platform="cpu")
+    scales = {"k_scale": jnp.asarray(k_scale), "v_scale": jnp.asarray(v_scale)}
+    pool = kv_write(pool, jnp.asarray(k), jnp.asarray(v), page + jnp.arange(length, dtype=jnp.int32), **scales)
+    table, lens, starts = (jnp.asarray(x, jnp.int32) for x in ([[1, 2, 3, 4]], [length], [0, 1]))
+    out = paged_attention(jnp.asarray(q), pool, table, lens, starts, scale=0.25, **scales)[0]
+    # Half a step: of 1 in int8, of 2^5 in the topmost binade of float8_e4m3fn (256 to 448).
+    half = {"int8": 0.5, "float8_e4m3fn": 16.0}[pool_dtype]
+    for head in range(heads):
+        for member in range(group):
+            score = k[:, head].astype(np.float64) @ q[0, head, member] * 0.25
+            weight = np.exp(score - score.max())
+            exact = weight @ v[:, head].astype(np.float64) / weight.sum()
+            off = 0.25 * np.abs(q[0, head, member]).sum() * half * k_scale[head]
+            bound = half * v_scale[head] + (np.exp(2 * off) - 1) * np.abs(v[:, head]).max()
+            error = np.abs(np.asarray(out[head, member]) - exact).max()
+            assert 0 < error < bound + 1e-5
