@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (output / "settings.json").write_text(json.dumps(dataclasses.asdict(settings)), encoding="utf-8")
     parts = TUNING if options.tune else PARTS
     if options.only:
-        parts = tuple(part for part in parts if part.name in options.only)
+        parts = tuple(part for part in (*PARTS, *TUNING[1:]) if part.name in options.only)
     seconds = options.seconds or (QUICK_SECONDS if options.quick and settings.gpu else TOTAL_SECONDS)
     suite = Suite(settings, parts, start + seconds, options.tune)
     suite.probe = device
@@ -248,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tune", action="store_true", help="search configurations and write the tuning table instead")
     parser.add_argument("--bundle", help="directory of compiled programs (default: benchmarks/bundles where it exists)")
     parser.add_argument("--implementation", default="auto", help="of the kernels under test (default: the platform's)")
-    parser.add_argument("--only", type=_names, help="comma-separated parts to run")
+    parser.add_argument("--only", type=_names, help="comma-separated parts to run, instead")
     parser.add_argument("--seconds", type=float, help="for everything (default: 540; with --quick 240)")
     parser.add_argument("--seed", type=int, default=0)
     return parser

@@ -1,6 +1,6 @@
 """Largest errors of the Triton attention kernels against float64, by dtype of queries and of the pool.
 
-    python benchmarks/kernel_errors.py [--device "NVIDIA H200"] [--name kernel_errors_jax0.11.2]
+    python -m benchmarks.kernel_errors [--device "NVIDIA H200"] [--name kernel_errors_jax0.11.2]
 
 Without a GPU the kernels run in Pallas' interpret mode: the same programs, with the tile sizes that the tuning table
 has for `--device`, but the CPU's exponential and the CPU's order of summation within a dot. Everything that must not be
@@ -115,7 +115,7 @@ def markdown(results: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         "|" + " --- |" * len(HEADER),
     ]
     for one in results:
-        roundoff = np.finfo(dense.numpy_dtype(one["dtype"])).eps / 2 if one["dtype"] != "bfloat16" else 2.0**-9
+        roundoff = np.finfo(dense.numpy_dtype(one["dtype"])).eps / 2
         numbers = (one["largest_error"], one["largest_relative_error"], float(roundoff))
         texts = [one["dtype"], one["pool_dtype"], one["step"], one["options"], *(f"{number:.1e}" for number in numbers)]
         lines.append("| " + " | ".join(texts) + " |")

@@ -59,6 +59,7 @@ COLUMNS: dict[str, tuple[tuple[str, str], ...]] = {
     "step": (
         ("batch", "batch"),
         ("context", "context, tokens"),
+        ("pool_dtype", "pages"),
         ("step_ms", "step, ms"),
         ("limit_ms", "byte limit, ms"),
         ("share", "limit / step"),
@@ -152,6 +153,8 @@ def _part(part: Row) -> list[str]:
         lines += [*_table(("largest relative error", ""), worst), ""]
     # A search keeps its hundreds of trials in the JSON; the page has what came of them.
     good = summary.get("results") or [case for case in part["cases"] if case["status"] == "ok"]
+    profiles = [case for case in good if "ms_per_step" in case]
+    good = [case for case in good if case not in profiles]
     columns = [
         (key, name)
         for key, name in COLUMNS.get(part["name"], (("case", "case"),))
@@ -160,6 +163,10 @@ def _part(part: Row) -> list[str]:
     if good:
         rows = [[_value(key, case.get(key)) for key, _ in columns] for case in good]
         lines += [*_table([name for _, name in columns], rows), ""]
+    for case in profiles:
+        shares = list(case["ms_per_step"].items()) + [(one["name"], one["ms_per_step"]) for one in case["kernels"][:12]]
+        lines += [f"{case['case']}, by kind of kernel, then the longest kernels:", ""]
+        lines += [*_table(("", "ms a step"), shares), ""]
     for status in ("failed", "absent", "not run"):
         lines += _others(status, [case for case in part["cases"] if case["status"] == status])
     return lines

@@ -92,7 +92,8 @@ def prefill_plot(good: Mapping[str, Cases], machine: Mapping[str, Any], document
 
 def step_plot(good: Mapping[str, Cases], machine: Mapping[str, Any], document: Any, output: pathlib.Path) -> None:
     """The parts of a decode step beside its byte limit, by batch."""
-    cases = sorted(good.get("step", ()), key=lambda case: (case["batch"], case["context"]))
+    cases = [case for case in good.get("step", ()) if case.get("batch") and not case["pool_dtype"]]
+    cases = sorted(cases, key=lambda case: (case["batch"], case["context"]))
     if not cases:
         return
     figure, axes = _figure(document, f"Decode step of {cases[0]['model']}")

@@ -41,46 +41,57 @@ def run(settings: Settings, record: Record) -> None:
         "page_size": shapes.page_size,
         "weight_bytes": engine_step.weight_bytes(shapes.model, shapes.dtype),
     }
-    held: list[Engine] = []
+    held: dict[str, Engine] = {}
 
-    def engine() -> Engine:
-        if not held:
-            held.append(Engine(shapes, settings.seed))
-        return held[0]
-
-    def guarded(measure: Callable[[Engine], dict[str, Any]]) -> dict[str, Any]:
+    def on(pool_dtype: str, measure: Callable[[Engine], dict[str, Any]]) -> dict[str, Any]:
+        """`measure` on the engine with pages of this dtype; there is one engine at a time."""
+        if pool_dtype not in held:
+            held.clear()
+            held[pool_dtype] = Engine(make_shapes(settings, name, pool_dtype), settings.seed)
         try:
-            return measure(engine())
+            return measure(held[pool_dtype])
         except AbsentError:
             raise
         except Exception:
             held.clear()  # its donated arrays may be gone
             raise
 
-    model = "Llama-3.1-8B" if settings.gpu else "a tiny model"
-    for batch, context in cases(settings):
+    def profile_once() -> None:
+        batch, context, _ = cases(settings)[0]
         record.case(
-            f"batch {batch} context {context}",
-            lambda batch=batch, context=context: guarded(
-                lambda engine: measure(engine, batch, context, ceiling, settings)
+            f"profile of batch {batch} context {context}",
+            lambda: on("", lambda engine: profile(engine, batch, context)),
+        )
+
+    profiled = False
+    for batch, context, pool_dtype in cases(settings):
+        if pool_dtype and not profiled:  # should the profiler hang, little is left to lose
+            profile_once()
+            profiled = True
+        record.case(
+            f"batch {batch} context {context} {pool_dtype}".rstrip(),
+            lambda batch=batch, context=context, pool_dtype=pool_dtype: on(
+                pool_dtype, lambda engine: measure(engine, batch, context, ceiling, settings)
             ),
             batch=batch,
             context=context,
-            model=model,
+            pool_dtype=pool_dtype,
+            model="Llama-3.1-8B" if settings.gpu else "a tiny model",
         )
-    batch, context = cases(settings)[0]
-    record.case(f"profile of batch {batch} context {context}", lambda: guarded(lambda e: profile(e, batch, context)))
+    if not profiled:
+        profile_once()
 
 
-def cases(settings: Settings) -> list[tuple[int, int]]:
-    """(batch, context), the most telling first."""
+def cases(settings: Settings) -> list[tuple[int, int, str]]:
+    """(batch, context, dtype of the pages or "" for the model's), the most telling first."""
     if not settings.gpu:
-        return [(4, 64)]
+        return [(4, 64, "")]
     chosen = [(64, 1024), (1, 1024), (256, 1024), (8, 1024), (64, 4096), (256, 2048), (1, 32768), (8, 32768)]
-    return chosen[:4] if settings.quick else chosen
+    plain = [(batch, context, "") for batch, context in chosen[: 4 if settings.quick else None]]
+    return plain if settings.quick else [*plain, (64, 4096, "float8_e4m3fn"), (256, 2048, "float8_e4m3fn")]
 
 
-def make_shapes(settings: Settings, name: str) -> Shapes:
+def make_shapes(settings: Settings, name: str, pool_dtype: str = "") -> Shapes:
     """The shapes of the programs; as many pages as the largest case needs, or as memory has room for."""
     model = llama.LLAMA_8B if settings.gpu else llama.TINY
     sizes = (8, 64, 256) if settings.gpu else (8,)
@@ -93,8 +104,9 @@ def make_shapes(settings: Settings, name: str) -> Shapes:
         page_size=llama.PAGE_SIZE if settings.gpu else 16,
         num_pages=2,
         attention=name,
+        kv_cache_dtype=pool_dtype or None,
     )
-    wanted = max(batch * -(-context // shapes.page_size) for batch, context in cases(settings)) + 64
+    wanted = max(batch * -(-context // shapes.page_size) for batch, context, _ in cases(settings)) + 64
     room = device.device_memory() - engine_step.weight_bytes(model, model.dtype) - SPARE_BYTES
     pages = min(wanted, room // engine_step.page_bytes(shapes)) if settings.gpu else wanted
     if pages < 128 and settings.gpu:

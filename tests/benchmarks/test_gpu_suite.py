@@ -276,7 +276,16 @@ def synthetic() -> dict[str, Any]:
         for context in (512, 8192)
     ]  # fmt: skip
     prefill = {"before": 0, "decodes": 0, "page_size": 64, "pool_dtype": "", "tflop_per_s": 400.0, "microseconds": 9.0}
-    steps = {"dense_ms": 4.0, "attention_ms": 1.0, "sample_ms": 0.5, "limit_ms": 4.5, "step_ms": 5.6, "model": "M"}
+    profiled = {"case": "profile", "ms_per_step": {"matmul": 4.5}, "kernels": [{"name": "k", "ms_per_step": 0.25}]}
+    steps = {
+        "dense_ms": 4.0,
+        "attention_ms": 1.0,
+        "sample_ms": 0.5,
+        "limit_ms": 4.5,
+        "step_ms": 5.6,
+        "model": "M",
+        "pool_dtype": "",
+    }
     return {
         "date": "2026-01-01", "note": "", "complete": True, "probe": {"kind": "NVIDIA H200"}, "mode": "gpu",
         "versions": {"python": "3.12", "jax": "0.11.2", "jaxserve_commit": "abc", "dirty": False},
@@ -284,7 +293,7 @@ def synthetic() -> dict[str, Any]:
             part("environment", [], copy_bytes_per_s=4.3e12, read_bytes_per_s=4.4e12, bf16_flop_per_s=7.9e14),
             part("decode", decode),
             part("prefill", [{"case": f"1 x {new}", "new": new, **prefill} for new in (512, 8192)]),
-            part("step", [{"case": "s", "batch": batch, "context": 1024, **steps} for batch in (1, 64)]),
+            part("step", [*({"case": "s", "batch": batch, "context": 1024, **steps} for batch in (1, 64)), profiled]),
             part("peers_jax", [{"case": f"P: {decode[2]['case']}", "peer": "P", "kind": "x", "microseconds": 12.5}]),
         ],
     }  # fmt: skip
@@ -297,6 +306,7 @@ def test_plots_and_page_of_a_full_run(tmp_path: pathlib.Path):
     page = pages.markdown(document, ["decode.png"])
     assert "copy (read and written) 4,300 GB/s" in page
     assert "| batch 64 context 512 page 64 | 640.0 | 12.5 |" in page
+    assert "| matmul | 4.5 |" in page
     assert "![decode.png](decode.png)" in page
 
 
