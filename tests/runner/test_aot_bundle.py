@@ -146,7 +146,7 @@ REFUSALS: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "platform": (edited(lambda m: m.update(platform="gpu")), "has platform 'gpu'; this engine has 'cpu'"),
     "device": (edited(lambda m: m.update(device_kind="NVIDIA H200")), "has device_kind 'NVIDIA H200'; this engine has"),
     "options": (edited(lambda m: m["compiler_options"].update(a=1)), "has compiler_options.a 1; this engine has None"),
-    "sources": (edited(lambda m: m.update(sources="0")), "has sources '0'; this engine has"),
+    "sources": (edited(lambda m: m.update(sources_sha256="0")), "has sources_sha256 '0'; this engine has"),
     "model": (
         edited(lambda m: m["shapes"]["model"].update(hidden_size=64)),
         r"has shapes\.model\.hidden_size 64; this engine has 32",

@@ -72,7 +72,7 @@ def identity(shapes: Shapes, mesh: Mesh) -> dict[str, Any]:
         "device_kind": device.device_kind,
         "devices": mesh.size,
         "compiler_options": options,
-        "sources": _sources_hash(),
+        "sources_sha256": _sources_hash(),
         "shapes": dataclasses.asdict(shapes),
     }
     return json.loads(json.dumps(found))

@@ -12,10 +12,9 @@ def render(reports: Sequence[dict[str, Any]]) -> str:
     """A Markdown page of what `Report.to_json` returned for one configuration and target, in several runs; the first
     one leads.
     """
-    lines: list[str] = []
-    for part in (_head, _summary, _programs, _kernels, _roofline, _decode, _memory):
-        lines += [*part(reports), ""]
-    return "\n".join(lines).rstrip() + "\n"
+    parts = (_head, _summary, _programs, _kernels, _roofline, _decode, _memory)
+    sections = ("\n".join(part(reports)) for part in parts)
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _head(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -63,6 +62,7 @@ def _summary(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
                 "yes" if all(program["alias_bytes"] == program["donated_bytes"] for program in programs) else "no",
                 sum(program["pool_copies"] for program in programs),
                 sum(program["triton_matmuls"] for program in programs),
+                f"{max((kernel['shared_memory_bytes'] for kernel in kernels), default=0):,}",
             ]
         )
     yield from _table(
@@ -74,6 +74,7 @@ def _summary(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
             "aliased = donated bytes",
             "copies of a page pool",
             "untuned Triton matmuls",
+            f"largest shared memory (limit {reports[0]['target']['shared_memory_per_block']:,})",
         ],
         rows,
     )
@@ -138,22 +139,26 @@ def _kernels(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
         return
     yield "## Kernels"
     yield ""
-    yield "The project's own, each shape once; a kernel runs once a layer."
+    yield "The project's own, once for all grids; each runs once a layer."
     for number, report in enumerate(reports):
-        rows: dict[tuple[Any, ...], list[str]] = {}
+        rows: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
         others: dict[str, list[dict[str, Any]]] = {}
         for program in report["programs"]:
             for kernel in program["kernels"]:
                 if kernel["pallas"]:
-                    rows.setdefault(_kernel_row(kernel), []).append(f"{program['kind']} {program['size']}")
+                    used = ("x".join(map(str, kernel["grid"])), f"{program['kind']} {program['size']}")
+                    rows.setdefault(_kernel_row(kernel), []).append(used)
                 else:
                     others.setdefault(program["kind"], []).append(kernel)
         yield ""
         yield f"Run {number + 1}, {_versions(report)}:"
         yield ""
         yield from _table(
-            ["kernel", "grid", "threads", "shared memory", "registers", "spill stores", "spill loads", "programs"],
-            [[*row, _listed(programs)] for row, programs in rows.items()],
+            ["kernel", "threads", "shared memory", "registers", "spill stores", "spill loads", "grids", "programs"],
+            [
+                [*row, ", ".join(dict.fromkeys(grid for grid, _ in used)), _listed([program for _, program in used])]
+                for row, used in rows.items()
+            ],
         )
         yield ""
         yield "XLA's own, most of any kernel:"
@@ -251,7 +256,6 @@ def _kernel_row(kernel: dict[str, Any]) -> tuple[Any, ...]:
     figures = (kernel["registers"], kernel["spill_store_bytes"], kernel["spill_load_bytes"])
     return (
         f"`{kernel['name']}`",
-        "x".join(map(str, kernel["grid"])),
         _product(kernel["threads"]),
         f"{kernel['shared_memory_bytes']:,}",
         *map(_or_dash, figures),
