@@ -202,6 +202,7 @@ def _check_addressable(shapes: Shapes, mesh: Mesh, num_pages: int) -> None:
     pool = abstract_pools(dataclasses.replace(shapes, num_pages=num_pages), mesh)[0]
     check = IMPLEMENTATIONS[shapes.attention].check
     if check is not None:
+        pool = jax.ShapeDtypeStruct(pool.sharding.shard_shape(pool.shape), pool.dtype)  # what a device's kernels see
         check(pool, jnp.dtype(shapes.dtype), shapes.buckets.tokens[-1], shapes.model.group_size)
 
 
