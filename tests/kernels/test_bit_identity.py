@@ -14,6 +14,7 @@ SHAPES = [
     Shape(4, 3, 64, dtype="bfloat16", max_len=301),
     Shape(2, 1, 32, dtype="bfloat16", max_len=301),
     Shape(2, 2, 32, sliding_window=50, soft_cap=10.0, max_len=301),
+    Shape(2, 3, 64, dtype="bfloat16", pool_dtype="float8_e4m3fn", sinks=True, max_len=301),
 ]
 
 

@@ -12,12 +12,14 @@ from models.attention import (
     POOL_PARTITION,
     AttentionMetadata,
     AttentionSettings,
+    Scales,
     dense_attend,
     layer_caches,
     paged_attend,
 )
 from models.config import ModelConfig
-from models.params import bind
+from models.kv_scales import placed
+from models.params import bind, make_mesh
 from pallas_kernels.paged_attention import api
 from pallas_kernels.paged_attention.pool import new_pool
 
@@ -57,23 +59,37 @@ def paged_step(
     metadata: AttentionMetadata,
     implementation: str,
     mesh: Mesh | None = None,
+    scales: list[Scales] | None = None,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """float32 logits [T, V] of a step, and the pools."""
     model = bind(config, params)
     attend = paged_attend(metadata, AttentionSettings.of(config), implementation, mesh)
-    hidden, caches = model(tokens, metadata.positions, layer_caches(pools), attend)
+    hidden, caches = model(tokens, metadata.positions, layer_caches(pools, scales), attend)
     return model.logits(hidden), [cache.pool for cache in caches]
 
 
 class PagedSequence:
-    """One sequence in scattered pages, computed chunk by chunk; it sits in row 1 of a step, other rows are empty."""
+    """One sequence in scattered pages, computed chunk by chunk; it sits in row 1 of a step, other rows are empty.
 
-    def __init__(self, config: ModelConfig, params: Any, length: int, implementation: str, mesh: Mesh | None = None):
+    With scales float32 [L, 2, K] the pages hold `quantised` numbers.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Any,
+        length: int,
+        implementation: str,
+        mesh: Mesh | None = None,
+        scales: np.ndarray | None = None,
+        quantised: str = "int8",
+    ):
+        self.scales = None if scales is None else placed(scales, mesh or make_mesh())
         self.config, self.params, self.implementation, self.mesh = config, params, implementation, mesh
         count = -(-length // PAGE_SIZE)
         # Page 0 is the null page; the sequence's pages are neither adjacent nor in order.
         self.pages = (1 + np.random.RandomState(0).permutation(2 * count)[:count]).astype(np.int32)
-        dtype = params["embedding"].dtype
+        dtype = params["embedding"].dtype if scales is None else quantised
         sharding = None if mesh is None else NamedSharding(mesh, POOL_PARTITION)
         self.pools = [
             new_pool(2 * count + 1, config.num_key_value_heads, PAGE_SIZE, config.head_dim, dtype, sharding=sharding)
@@ -99,7 +115,14 @@ class PagedSequence:
             slot_mapping=_padded(slots, bucket),
         )
         logits, self.pools = paged_step(
-            self.config, self.params, _padded(tokens, bucket), self.pools, metadata, self.implementation, self.mesh
+            self.config,
+            self.params,
+            _padded(tokens, bucket),
+            self.pools,
+            metadata,
+            self.implementation,
+            self.mesh,
+            self.scales,
         )
         return np.asarray(logits)[:count]
 
@@ -111,10 +134,11 @@ def paged_greedy(
     new_tokens: int,
     implementation: str | None = None,
     mesh: Mesh | None = None,
+    scales: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens int32 [prompt + new], float32 logits of all but the last): the prompt in two chunks, then one by one."""
     implementation = implementation or api.choose(jax.default_backend())
-    sequence = PagedSequence(config, params, len(prompt) + new_tokens, implementation, mesh)
+    sequence = PagedSequence(config, params, len(prompt) + new_tokens, implementation, mesh, scales)
     cut = len(prompt) * 2 // 3
     logits = [sequence.extend(prompt[:cut], len(prompt)), sequence.extend(prompt[cut:], len(prompt))]
     tokens = list(prompt)
