@@ -24,7 +24,7 @@ from jaxserve.runner.estimate import temporary_bytes
 from jaxserve.runner.memory import DeviceMemory, MemoryPlan, ProgramNeeds, largest_keys, plan_pool
 from jaxserve.runner.programs import Shapes, program_keys, trace
 from jaxserve.runner.resolve import resolve_shapes
-from jaxserve.runner.roofline import DecodeStep, decode_step, page_dtype
+from jaxserve.runner.roofline import DecodeStep, decode_step
 from jaxserve.runner.targets import LOCAL, Target, known_targets, load_target, target_mesh
 from jaxserve.scheduler.page_pool import greatest_concurrency
 from models.params import abstract_params, make_mesh
@@ -86,7 +86,6 @@ class Explanation:
     target: Target
     cache: CacheConfig
     num_parameters: int
-    kv_cache_dtype: str
     programs: dict[str, tuple[int, ...]]
     plan: MemoryPlan
     estimated: str
@@ -135,7 +134,6 @@ def explain(
         target=target,
         cache=config.cache,
         num_parameters=_count(abstract_params(shapes.model, shapes.dtype, mesh)),
-        kv_cache_dtype=page_dtype(shapes),
         programs=_sizes(shapes),
         plan=plan,
         estimated=needs.estimated,

@@ -34,7 +34,7 @@ def _model(explanation: Explanation) -> Iterator[str]:
         f"contexts of up to {shapes.max_model_len:,} tokens"
     )
     yield f"target {target.name}: {target.device_kind}, {_size(target.device_memory_bytes)} of memory"
-    yield f"attention {shapes.attention}; keys and values in {explanation.kv_cache_dtype}"
+    yield f"attention {shapes.attention}; keys and values in {shapes.pool_dtype}"
 
 
 def _programs(explanation: Explanation) -> Iterator[str]:
@@ -156,7 +156,7 @@ def to_json(explanation: Explanation) -> dict[str, Any]:
             "max_model_len": shapes.max_model_len,
         },
         "attention": shapes.attention,
-        "kv_cache_dtype": explanation.kv_cache_dtype,
+        "kv_cache_dtype": shapes.pool_dtype,
         "programs": {kind: list(sizes) for kind, sizes in explanation.programs.items()},
         "num_programs": sum(map(len, explanation.programs.values())),
         "memory": {

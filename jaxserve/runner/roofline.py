@@ -13,11 +13,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxserve.runner.programs import Shapes, abstract_pools
+from jaxserve.runner.programs import Shapes
 from jaxserve.runner.targets import Target
 from models.attention import AttentionSettings
 from models.params import abstract_params, leaves, make_mesh
-from pallas_kernels.paged_attention.pool import value_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +39,11 @@ class DecodeStep:
         return self.batch / self.seconds if self.seconds else 0.0
 
 
-def page_dtype(shapes: Shapes) -> str:
-    """Name of the dtype of the numbers in the pages."""
-    return value_dtype(abstract_pools(shapes, make_mesh(jax.devices("cpu")[:1]))[0].dtype).name
-
-
 def token_bytes(shapes: Shapes) -> int:
     """Bytes of one token's keys and values in all layers."""
     model = shapes.model
     numbers = 2 * model.num_key_value_heads * model.head_dim * model.num_hidden_layers
-    return numbers * jnp.dtype(page_dtype(shapes)).itemsize
+    return numbers * jnp.dtype(shapes.pool_dtype).itemsize
 
 
 def decode_step(shapes: Shapes, target: Target, batch: int, context: int) -> DecodeStep:

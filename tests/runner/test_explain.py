@@ -94,7 +94,7 @@ def test_quantised_pages_of_8b(monkeypatch):
     """Half the bytes a token. The pool takes all memory, unless the kernels cannot address one page more."""
     monkeypatch.setattr(explaining, "target_mesh", no_plugin)
     explanation = explained("h200", "CacheConfig.kv_cache_dtype='fp8'")
-    assert explanation.kv_cache_dtype == "float8_e4m3fn"
+    assert explanation.shapes.pool_dtype == "float8_e4m3fn"
     plan, shapes = explanation.plan, explanation.shapes
     assert plan.page == shapes.page_size * 64 * 1024
     assert sum(plan.parts().values()) == load_target("h200").device_memory_bytes
@@ -138,7 +138,7 @@ def test_the_plan_is_that_of_the_compiled_programs(small):
         (key.kind, key.size) for key in program_keys(shapes)
     }
     assert sum(small.plan.parts().values()) == DEVICE.device_memory_bytes
-    assert small.kv_cache_dtype == "float32"
+    assert small.shapes.pool_dtype == "float32"
 
 
 def test_concurrency_counts_pages_and_slots():
