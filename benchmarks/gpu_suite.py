@@ -13,10 +13,13 @@ import argparse
 import dataclasses
 import datetime
 import json
+import os
 import pathlib
 import signal
 import sys
+import textwrap
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +62,14 @@ PARTS = (
 TUNING = (PARTS[0], Part("tune", "Tuning", 30))
 
 
+def say(text: str) -> None:
+    """Prints a line. A reader that has gone away (`| head`, a closed terminal) does not end the suite."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = pathlib.Path(os.devnull).open("w", encoding="utf-8")
+
+
 class Suite:
     """Runs parts one after another and keeps their results."""
 
@@ -82,9 +93,9 @@ class Suite:
             elif share < 3:
                 self.results[part.name] = _entry(part, NOT_RUN, "time")
             else:
-                print(f"== {part.title} (at most {share:.0f} s)", flush=True)
+                say(f"== {part.title} (at most {share:.0f} s)")
                 self.results[part.name] = self._run(part, share, left)
-                print(f"== {part.title}: {self.results[part.name]['status']}", flush=True)
+                say(f"== {part.title}: {self.results[part.name]['status']}")
             self.write(final=False)
 
     def _run(self, part: Part, share: float, left: float) -> dict[str, Any]:
@@ -104,14 +115,14 @@ class Suite:
                     log,
                     min(share - spent + GRACE_SECONDS, left - spent),
                     env=process.environment(self._settings.gpu),
-                    heard=lambda line: print("   " + line, flush=True),
+                    heard=lambda line: say("   " + line),
                 )
             except KeyboardInterrupt:
                 self._interrupted = True
                 return self._collect(part, log, "interrupted", start)
             if ended.status == 0 or ended.status is None:
                 return self._collect(part, log, "" if ended.status == 0 else ended.text, start)
-            print(f"   {part.name}: its process died ({ended.text})", flush=True)
+            say(f"   {part.name}: its process died ({ended.text})")
             if ended.status != RESTART_STATUS and not self._settings.result(part.name).is_file():
                 break  # it did not come as far as a case
         return self._collect(part, log, ended.text, start)
@@ -162,8 +173,13 @@ class Suite:
         if final:
             drawn, trouble = plots.draw_in_a_process(self._output, max(5.0, self._deadline - time.monotonic() - 2))
             if trouble:
-                print(f"no plots: {trouble}", flush=True)
-        (self._output / "suite.md").write_text(pages.markdown(document, drawn), encoding="utf-8")
+                say(f"no plots: {trouble}")
+        try:
+            page = pages.markdown(document, drawn)
+        except Exception:  # the figures are in suite.json; the parts that follow must not suffer
+            page = f"This page could not be made:\n\n{textwrap.indent(traceback.format_exc(), '    ')}"
+            say(page)
+        (self._output / "suite.md").write_text(page, encoding="utf-8")
 
 
 def _entry(part: Part, status: str, reason: str) -> dict[str, Any]:
@@ -192,23 +208,25 @@ def probe(output: pathlib.Path, cpu: bool) -> dict[str, Any]:
     try:
         return json.loads(answer.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {"platform": "cpu", "reason": f"jax did not start: {ended.text}", "log_tail": process.tail(log)}
+        trouble = {"reason": f"jax did not start: {ended.text}", "log_tail": process.tail(log)}
+        return {"platform": "cpu", "gpu_expected": True, **trouble}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0 when no part failed, 1 when one did, 130 when it was interrupted."""
+    """Returns 0 when no part failed, 1 when one did or jax does not use the GPU, 130 when it was interrupted."""
     start = time.monotonic()
     options = _parser().parse_args(arguments)
     output = pathlib.Path(options.output).resolve()
     output.mkdir(parents=True, exist_ok=True)
     for stale in [*output.glob("parts/*.json"), *output.glob("logs/*.log"), output / "probe.json"]:
         stale.unlink(missing_ok=True)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     device = probe(output, options.cpu)
     mode = "gpu" if device["platform"] == "gpu" else "cpu"
-    print(f"device: {device.get('kind', device['platform'])}{_said(device)}", flush=True)
+    say(f"device: {device.get('kind', device['platform'])}{_said(device)}")
     if mode == "cpu":
-        print(pages.CPU_NOTE, flush=True)
+        say(pages.CPU_NOTE)
     settings = Settings(
         mode=mode,
         quick=options.quick,
@@ -233,9 +251,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     states = [suite.results.get(part.name, {}).get("status") for part in parts]
     interrupted |= any(entry["reason"] == "interrupted" for entry in suite.results.values())
     for part, state in zip(parts, states, strict=True):
-        print(f"{part.title}: {state} {suite.results.get(part.name, {}).get('reason', '')[:200]}")
-    print(f"written: {output / 'suite.md'}, suite.json, in {time.monotonic() - start:.0f} s", flush=True)
-    return 130 if interrupted else int(FAILED in states)
+        say(f"{part.title}: {state} {suite.results.get(part.name, {}).get('reason', '')[:200]}")
+    say(f"written: {output / 'suite.md'}, suite.json, in {time.monotonic() - start:.0f} s")
+    if device.get("gpu_expected"):
+        say(f"no GPU was measured: {device['reason']}")
+    return 130 if interrupted else int(FAILED in states or device.get("gpu_expected", False))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 def main(path: str) -> int:
-    """Writes platform, kind and version; `reason` where there may be a GPU that jax does not use."""
+    """Writes platform, kind and version; for a CPU the reason, and whether there seems to be a GPU all the same."""
     found = jax.devices()[0]
     answer = {"platform": found.platform, "kind": found.device_kind, "jax": jax.__version__}
     if found.platform == "gpu":
@@ -20,6 +20,7 @@ def main(path: str) -> int:
         assert int(jax.jit(lambda x: x + 1)(jnp.int32(41))) == 42
     elif shutil.which("nvidia-smi"):
         answer["reason"] = "there is an nvidia-smi, but jax finds no GPU: is its CUDA plugin installed?"
+        answer["gpu_expected"] = True
     else:
         answer["reason"] = "jax finds no GPU"
     pathlib.Path(path).write_text(json.dumps(answer), encoding="utf-8")
