@@ -12,7 +12,7 @@ import sys
 
 from benchmarks.gpu import llama
 from jaxserve.runner.aot.bundle import BundleWriter
-from jaxserve.runner.compiler import compile_program
+from jaxserve.runner.compiler import compile_program, fresh_compilations
 from jaxserve.runner.programs import Shapes, program_keys
 from jaxserve.runner.targets import load_target, target_mesh, use_cpu_only
 from jaxserve.scheduler.buckets import Buckets
@@ -44,9 +44,10 @@ def main(directory: str, name: str) -> int:
     mesh = target_mesh(target)
     shapes = shapes_for(target.platform)
     writer = BundleWriter(pathlib.Path(directory), shapes, mesh, target)
-    for key in program_keys(shapes):
-        size = writer.add(key, compile_program(key, shapes, mesh))
-        print(f"{key.kind} {key.size}: {size} bytes", flush=True)
+    with fresh_compilations():
+        for key in program_keys(shapes):
+            size = writer.add(key, compile_program(key, shapes, mesh))
+            print(f"{key.kind} {key.size}: {size} bytes", flush=True)
     writer.finish()
     return 0
 

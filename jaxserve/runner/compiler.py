@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -76,6 +78,30 @@ def keep_compilations(directory: str) -> None:
     """Keeps compiled programs in `directory` and takes them from there, whatever they cost to compile."""
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@contextlib.contextmanager
+def fresh_compilations() -> Iterator[None]:
+    """Keeps jax's cache of compiled programs out of this process meanwhile.
+
+    What comes from the cache cannot be written to a bundle (serialised a second time it has lost its functions), and
+    leaves no dump.
+    """
+    config: Any = jax.config
+    before = config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax asks once a process whether there is a cache
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def cache_in_use() -> bool:
+    """Whether a compilation may be served from jax's cache of compiled programs."""
+    config: Any = jax.config
+    return bool(config.jax_enable_compilation_cache and config.jax_compilation_cache_dir)
 
 
 def compiler_options(platform: str) -> dict[str, str | bool]:

@@ -15,11 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.runner.aot import cubin, hlo, plugin, thunks
-from jaxserve.runner.aot.build import Compiler, fresh_compilations
+from jaxserve.runner.aot.build import Compiler
 from jaxserve.runner.aot.container import UnreadableError, contents, snappy
 from jaxserve.runner.aot.inspect import Inspected, triton_matmuls
 from jaxserve.runner.aot.traffic import pool_copies, program_traffic
-from jaxserve.runner.compiler import compiler_options
+from jaxserve.runner.compiler import compiler_options, fresh_compilations
 from jaxserve.runner.programs import ProgramKey
 from jaxserve.runner.resolve import resolve_shapes
 from jaxserve.runner.targets import Target, load_target, target_mesh

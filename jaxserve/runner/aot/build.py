@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -12,11 +11,10 @@ import pathlib
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -28,7 +26,7 @@ from jaxserve.runner.aot.bundle import BundleWriter
 from jaxserve.runner.aot.inspect import Inspected, ProgramReport, inspect_program, roofline_seconds
 from jaxserve.runner.aot.markdown import render
 from jaxserve.runner.aot.traffic import program_traffic
-from jaxserve.runner.compiler import compiler_options
+from jaxserve.runner.compiler import compiler_options, fresh_compilations
 from jaxserve.runner.memory import (
     DeviceMemory,
     MemoryPlan,
@@ -133,24 +131,6 @@ class Compiler:
             decode_config=self.decode_config,
         )
         return compiled, inspected
-
-
-@contextlib.contextmanager
-def fresh_compilations() -> Iterator[None]:
-    """Keeps jax's cache of compiled programs out of this process meanwhile.
-
-    What comes from the cache cannot be written to a bundle (serialised a second time it has lost its functions), and
-    leaves no dump.
-    """
-    config: Any = jax.config
-    before = config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # jax asks once a process whether there is a cache
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()
 
 
 def build(

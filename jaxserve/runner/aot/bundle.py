@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import time
@@ -25,7 +26,7 @@ from jax.sharding import Mesh
 from jaxserve.config import CacheConfig
 from jaxserve.runner.aot import hlo, plugin
 from jaxserve.runner.aot.loaded import LoadedProgram
-from jaxserve.runner.compiler import ProgramMemory, ProgramSet, compiler_options, program_memory
+from jaxserve.runner.compiler import ProgramMemory, ProgramSet, cache_in_use, compiler_options, program_memory
 from jaxserve.runner.programs import (
     ProgramKey,
     Shapes,
@@ -86,6 +87,7 @@ class BundleWriter:
         self._directory, self._shapes, self._mesh = directory, shapes, mesh
         self._programs: dict[ProgramKey, dict[str, Any]] = {}
         self._head = identity(shapes, mesh) | {
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "assembler": plugin.assembler_version() if mesh.devices.flat[0].platform == "gpu" else "",
             "target": {
                 "name": target.name,
@@ -107,7 +109,8 @@ class BundleWriter:
         return self._directory / _PROGRAMS
 
     def add(self, key: ProgramKey, compiled: jax.stages.Compiled) -> int:
-        """Writes one program; returns its bytes."""
+        """Writes one program, which must have been compiled within `fresh_compilations`; returns its bytes."""
+        assert not cache_in_use(), "what comes from jax's cache cannot be serialised again"
         name = f"{key.kind}_{key.size}"
         executable: Any = compiled.runtime_executable()
         data = executable.serialize()
