@@ -222,6 +222,27 @@ def test_traffic_counts_what_is_touched(mesh, tmp_path):
     assert (8 + 2) * 256 * 4 < traffic.read < (8 + 2) * 256 * 4 + 100  # and the few indices
 
 
+def test_a_kernel_that_updates_in_place_writes_no_more_than_it_is_given(mesh, tmp_path):
+    def kernel(update_ref: Any, _: Any, out_ref: Any, pool_ref: Any) -> None:
+        out_ref[...] = update_ref[:8]
+        pool_ref[:8] = update_ref[8:]
+
+    def update(update: jax.Array, pool: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return pl.pallas_call(
+            kernel,
+            out_shape=(jax.ShapeDtypeStruct((8, 64), jnp.float32), jax.ShapeDtypeStruct(pool.shape, pool.dtype)),
+            input_output_aliases={1: 1},
+            compiler_params=triton.CompilerParams(num_warps=1, num_stages=1),
+            name="update",
+        )(update, pool)
+
+    shapes = (((16, 64), jnp.float32), ((4096, 64), jnp.float32))
+    module = hlo.parse(compile_for(mesh, tmp_path, update, *shapes, donate=1).as_text() or "")
+    traffic = program_traffic(module, lambda *_: None)
+    assert (traffic.read, traffic.written) == (16 * 64 * 4, 16 * 64 * 4)
+    assert pool_copies(module, (4096, 64)) == []
+
+
 def test_copies_of_a_pool_are_found(mesh, tmp_path):
     pool, token = ((512, 2, 2, 16, 64), jnp.bfloat16), ((2, 2, 64), jnp.bfloat16)
 

@@ -102,10 +102,10 @@ class _Counting:
             return known
         aliases = one.aliases
         brought = sum(each.bytes for place, each in enumerate(operands) if place not in aliases.values())
-        # An operand that the result is written to is updated in place, by no more than the other operands bring.
-        written = sum(
-            min(shape.bytes, brought) if place in aliases else shape.bytes for place, shape in enumerate(one.shapes)
-        )
+        written = sum(shape.bytes for place, shape in enumerate(one.shapes) if place not in aliases)
+        # A result that is written to an operand is an update in place, by no more than what is left to write.
+        updated = sum(shape.bytes for place, shape in enumerate(one.shapes) if place in aliases)
+        written += min(updated, max(0, brought - written))
         return Traffic(brought, written)
 
 
