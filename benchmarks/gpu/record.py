@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ RUNNING = "running"  # of a case in progress: what a process that died leaves be
 RESTART_STATUS = 75
 """Exit status of a part that asks to be started again: an error of one case has made its process useless."""
 
+# Left out of texts: tracebacks name files below the checkout and the environment.
+_PREFIXES = tuple(f"{path}{os.sep}" for path in (pathlib.Path(__file__).resolve().parents[2], sys.prefix))
 _MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "OUT_OF_MEMORY", "Out of memory")
 
 
@@ -150,12 +153,16 @@ def dumps(document: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """`value` in the types that JSON has."""
+    """`value` in the types that JSON has; texts without the paths of this machine's checkout and packages."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if isinstance(value, bool | str | int) or value is None:
+    if isinstance(value, str):
+        for prefix in _PREFIXES:
+            value = value.replace(prefix, "")
+        return value
+    if isinstance(value, bool | int) or value is None:
         return value
     if hasattr(value, "item"):
         return plain(value.item())

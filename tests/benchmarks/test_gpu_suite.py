@@ -115,6 +115,7 @@ def test_a_failed_case_costs_only_itself(tmp_path: pathlib.Path):
     written = json.loads((tmp_path / "parts" / "x.json").read_text())["cases"]
     assert [case["status"] for case in written] == [FAILED, OK, "absent", FAILED]
     assert "fail" in written[0]["traceback"]
+    assert str(process.ROOT) not in written[0]["traceback"]
     assert (written[1]["share"], written[1]["limit"], written[1]["batch"]) == (0.5, "nan", 3)
     assert child.verdict(kept)[0] == FAILED
 
