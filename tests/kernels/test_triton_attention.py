@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.paged_attention import AttentionSpec
@@ -16,6 +16,9 @@ from pallas_kernels.paged_attention.pool import QUANTISED_DTYPES, largest, stora
 from pallas_kernels.paged_attention.triton.attention import paged_attention
 from pallas_kernels.paged_attention.triton.tuning import DecodeConfig, PrefillConfig
 from tests.kernels.packing import bits
+
+# Without the search for an explanation, which traces every line of the compiler, and without shrinking, which compiles.
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 
 # Relative distance of neighbouring numbers, times how many roundings of that size a result may be off: of the weights
 # and of the result in 16 bits; of scores up to about 50, and of sums, in float32.
@@ -227,7 +230,7 @@ def _assert_close(step: Step) -> None:
     assert not padding.any(), "padding tokens must come out as zeros"
 
 
-@settings(max_examples=10)
+@settings(max_examples=7, phases=PHASES)
 @given(data=st.data(), layer=layers(), seed=st.integers(0, 2**31))
 def test_agrees_with_float64_and_reads_nothing_else(data: st.DataObject, layer: Layer, seed: int):
     for number in range(3):
@@ -307,7 +310,7 @@ def test_a_decode_has_the_same_bits_in_any_batch_bucket_and_position(variant: di
     wanted = [outputs(alone, [index], [])[0] for index in range(len(lengths))]
     assert all(np.isfinite(one.astype(np.float32)).all() for one in wanted)
 
-    @settings(max_examples=10)
+    @settings(max_examples=10, phases=PHASES)
     @given(layer=st.sampled_from(BATCHES[1:]), order=st.permutations(range(len(lengths))), others=st.integers(0, 2**31))
     def check(layer: Layer, order: list[int], others: int) -> None:
         layer = dataclasses.replace(layer, **variant)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.triton.backend import triton
+from pallas_kernels.paged_attention.triton.limits import addressable
 
 LOG2_E = math.log2(math.e)
 # Below every exponent of a score; finite, so that differences of exponents are never NaN.
@@ -21,24 +22,27 @@ LOWEST_EXPONENT = -(2.0**20)
 
 
 class State(NamedTuple):
-    """Running softmax of a tile: greatest exponent [M], sum of weights [M], weighted values [M, lanes], in float32."""
+    """Running softmax of a tile: greatest exponent [M], sum of weights [M], weighted values, in float32.
+
+    `output` has one [M, lanes] for each part of a head, see `Tile`.
+    """
 
     exponent: jax.Array
     total: jax.Array
-    output: jax.Array
+    output: tuple[jax.Array, ...]
 
 
 class Queries(NamedTuple):
     """A tile of queries.
 
     Attributes:
-        values: [M, lanes], zero past the head dimension and in unused rows.
+        values: for each part of a head [M, lanes], zero past the head dimension and in unused rows.
         newest: int32 [M] or scalar, the last position that a row sees.
         oldest: int32 [M] or scalar, the first one; None without a sliding window.
         scale: float32 scalar or a number, multiplies the scores: the layer's scale, times that of quantised keys.
     """
 
-    values: jax.Array
+    values: tuple[jax.Array, ...]
     newest: jax.Array
     oldest: jax.Array | None
     scale: Any
@@ -48,7 +52,7 @@ class Pages(NamedTuple):
     """Where a row's keys and values of one head are: refs of the pool and the page table, scalars that index them.
 
     Attributes:
-        pool: [num_pages, 2, K, page_size, D].
+        pool: [num_pages, 2, K, page_size, D], or uint16 [num_pages, 2, K, page_size, D / 2] where a tile has parts.
         table: int32 [R, max_pages].
         row: of the table.
         head: key-value head.
@@ -64,20 +68,62 @@ class Pages(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Static sizes: rows M, positions a step of the loop, head dimension D and the power of two that holds it."""
+    """Static sizes.
+
+    Attributes:
+        rows: M, of a tile of queries.
+        block: positions that a step of the loop takes.
+        head_dim: D.
+        pair: None, or the one-byte dtype of which each uint16 of the pool holds two numbers. A head is then worked on
+            in two parts, its even and its odd numbers, so that nothing has to change places.
+    """
 
     rows: int
     block: int
     head_dim: int
+    pair: jnp.dtype | None = None
+
+    @property
+    def parts(self) -> int:
+        """Parts that a head is worked on in."""
+        return 1 if self.pair is None else 2
+
+    @property
+    def part_dim(self) -> int:
+        """Numbers of a head in a part."""
+        return self.head_dim // self.parts
 
     @property
     def lanes(self) -> int:
-        return max(16, 1 << (self.head_dim - 1).bit_length())
+        """The power of two that holds a part and that a tensor core takes."""
+        return max(16, 1 << (self.part_dim - 1).bit_length())
+
+    def places(self) -> list[jax.Array]:
+        """For each part int32 [lanes], where its numbers are in a head."""
+        lane = jnp.arange(self.lanes, dtype=jnp.int32)
+        return [lane * self.parts + part for part in range(self.parts)]
+
+
+def addressed(pool: jax.Array, pairs: bool) -> tuple[jax.Array, jnp.dtype | None]:
+    """The pool as a kernel reads it, and what `Tile.pair` says of it.
+
+    Args:
+        pool: [num_pages, 2, K, page_size, D].
+        pairs: read one-byte elements in pairs always, not only where the backend addresses single ones wrongly.
+
+    Returns:
+        (pool, None), or the same bytes as uint16 [num_pages, 2, K, page_size, D / 2], a view that costs nothing on a
+        GPU, and the dtype of each half.
+    """
+    if pool.dtype.itemsize > 1 or not (pairs or not addressable(math.prod(pool.shape), 1)):
+        return pool, None
+    view = pool.reshape(*pool.shape[:-1], pool.shape[-1] // 2, 2)
+    return jax.lax.bitcast_convert_type(view, jnp.uint16), pool.dtype
 
 
 def initial_state(tile: Tile, sink: jax.Array | None = None) -> State:
     """The state before any position; `sink` float32 [M] are scores that join the sum and have no value."""
-    output = jnp.zeros((tile.rows, tile.lanes), jnp.float32)
+    output = tuple(jnp.zeros((tile.rows, tile.lanes), jnp.float32) for _ in range(tile.parts))
     if sink is None:
         exponent = jnp.full((tile.rows,), LOWEST_EXPONENT, jnp.float32)
         return State(exponent, jnp.zeros((tile.rows,), jnp.float32), output)
@@ -134,10 +180,11 @@ def _attend_block(
     masked: bool,
 ) -> State:
     position = index * tile.block + jnp.arange(tile.block, dtype=jnp.int32)
-    dtype = queries.values.dtype
-    key = _load(pages, 0, page, position, tile, masked).astype(dtype)
-    value = _load(pages, 1, page, position, tile, masked).astype(dtype)
-    score = _scale(_dot(queries.values, key, transpose=True), queries.scale, spec.soft_cap)
+    dtype = queries.values[0].dtype
+    keys = _numbers(_load(pages, 0, page, position, tile, masked), tile, dtype)
+    values = _numbers(_load(pages, 1, page, position, tile, masked), tile, dtype)
+    products = [_dot(query, key, transpose=True) for query, key in zip(queries.values, keys, strict=True)]
+    score = _scale(sum(products[1:], products[0]), queries.scale, spec.soft_cap)
     if masked:
         seen = position[None, :] <= jnp.broadcast_to(queries.newest, (tile.rows,))[:, None]
         if queries.oldest is not None:
@@ -148,7 +195,9 @@ def _attend_block(
     # The sum sees the weights as the product with the values does, so that their rounding cancels.
     weight = jnp.exp2(score - exponent[:, None]).astype(dtype)
     total = state.total * decay + jnp.sum(weight.astype(jnp.float32), axis=1)
-    output = state.output * decay[:, None] + _dot(weight, value)
+    output = tuple(
+        before * decay[:, None] + _dot(weight, value) for before, value in zip(state.output, values, strict=True)
+    )
     return State(exponent, total, output)
 
 
@@ -163,7 +212,7 @@ def _pages(pages: Pages, index: jax.Array | int, tile: Tile) -> jax.Array:
 
 
 def _load(pages: Pages, side: int, page: jax.Array, position: jax.Array, tile: Tile, masked: bool) -> jax.Array:
-    """Reads keys (side 0) or values (1) at `position` as [block, lanes] in the pool's dtype, zero where not read."""
+    """Reads keys (side 0) or values (1) at `position` as [block, lanes] of the pool's array, zero where not read."""
     lane = jnp.arange(tile.lanes, dtype=jnp.int32)
     offset = position % pages.pool.shape[3]
     if page.ndim:
@@ -172,11 +221,22 @@ def _load(pages: Pages, side: int, page: jax.Array, position: jax.Array, tile: T
     mask = None
     if masked:
         mask = jnp.broadcast_to((position < pages.end)[:, None], shape)
-    if tile.lanes != tile.head_dim:
-        inside = jnp.broadcast_to((lane < tile.head_dim)[None, :], shape)
+    if tile.lanes != tile.part_dim:
+        inside = jnp.broadcast_to((lane < tile.part_dim)[None, :], shape)
         mask = inside if mask is None else mask & inside
     where = pages.pool.at[page, side, pages.head, offset[:, None], lane[None, :]]
     return triton.load(where, mask=mask, other=None if mask is None else jnp.zeros((), pages.pool.dtype))
+
+
+def _numbers(stored: jax.Array, tile: Tile, dtype: jnp.dtype) -> list[jax.Array]:
+    """The parts of `stored` [block, lanes] in the dtype of the queries."""
+    if tile.pair is None:
+        return [stored.astype(dtype)]
+    if tile.pair == jnp.int8:
+        word = jax.lax.bitcast_convert_type(stored, jnp.int16)
+        return [((word << 8) >> 8).astype(dtype), (word >> 8).astype(dtype)]
+    halves = (stored.astype(jnp.uint8), (stored >> 8).astype(jnp.uint8))
+    return [jax.lax.bitcast_convert_type(half, tile.pair).astype(dtype) for half in halves]
 
 
 def _scale(score: jax.Array, scale: Any, soft_cap: float | None) -> jax.Array:

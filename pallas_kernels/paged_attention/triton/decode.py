@@ -14,6 +14,7 @@ from pallas_kernels.paged_attention.triton.attend import (
     Pages,
     Queries,
     Tile,
+    addressed,
     attend,
     initial_state,
 )
@@ -56,8 +57,10 @@ def decode(
         sums of weights float32 [R * splits, K, G], weighted values float32 [R * splits, K, G, D].
     """
     _, kv_heads, group_heads, head_dim = q.shape
+    # In pairs, loads of one-byte elements are of 16 bytes; single ones are too many to a thread for that.
+    pool, pair = addressed(pool, pairs=True)
     rows = max(MIN_TILE_ROWS, 1 << (group_heads - 1).bit_length())
-    tile = Tile(rows=rows, block=config.block, head_dim=head_dim)
+    tile = Tile(rows=rows, block=config.block, head_dim=head_dim, pair=pair)
     slots = plan.items.shape[0]
     scales = [] if k_scale is None else [k_scale, v_scale]
     kernel = functools.partial(_decode_kernel, spec=spec, tile=tile, programs=config.programs, quantised=bool(scales))
@@ -87,18 +90,20 @@ def _decode_kernel(
     scale_refs, (exponent_ref, sum_ref, output_ref) = refs[:-3], refs[-3:]
     _, kv_heads, group_heads, head_dim = q_ref.shape
     member = jnp.arange(tile.rows, dtype=jnp.int32)
-    lane = jnp.arange(tile.lanes, dtype=jnp.int32)
     used = member < group_heads
-    inside = used[:, None] & (lane < head_dim)[None, :]
+    places = tile.places()
+    inside = [used[:, None] & (place < head_dim)[None, :] for place in places]
     program = pl.program_id(0)
 
     def one(number: jax.Array, carry: None) -> None:
         unit = number * programs + program
         item, head = unit // kv_heads, unit % kv_heads
         row, token, begin, end, oldest, slot = (items_ref[item, column] for column in range(6))
-        query = triton.load(q_ref.at[token, head, member[:, None], lane[None, :]], mask=inside, other=0)
         queries = Queries(
-            values=query,
+            values=tuple(
+                triton.load(q_ref.at[token, head, member[:, None], place[None, :]], mask=mask, other=0)
+                for place, mask in zip(places, inside, strict=True)
+            ),
             newest=end - 1,
             oldest=None if spec.sliding_window is None else oldest,
             scale=spec.scale * scale_refs[0][head] if quantised else spec.scale,
@@ -106,10 +111,11 @@ def _decode_kernel(
         pages = Pages(pool_ref, table_ref, row, head, end)
         blocks = (end + tile.block - 1) // tile.block
         state = attend(initial_state(tile), begin // tile.block, blocks, queries, pages, spec, tile)
-        output = state.output * scale_refs[1][head] if quantised else state.output
         triton.store(exponent_ref.at[slot, head, member], state.exponent, mask=used)
         triton.store(sum_ref.at[slot, head, member], state.total, mask=used)
-        triton.store(output_ref.at[slot, head, member[:, None], lane[None, :]], output, mask=inside)
+        for output, place, mask in zip(state.output, places, inside, strict=True):
+            value = output * scale_refs[1][head] if quantised else output
+            triton.store(output_ref.at[slot, head, member[:, None], place[None, :]], value, mask=mask)
         return carry
 
     units = ends_ref[ends_ref.shape[0] - 1] * kv_heads

@@ -1,6 +1,7 @@
 """Attention of rows that compute more than one token: tiles of queries packed on one token axis."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.triton import plan as plans
-from pallas_kernels.paged_attention.triton.attend import Pages, Queries, Tile, attend, initial_state
+from pallas_kernels.paged_attention.triton.attend import Pages, Queries, Tile, addressed, attend, initial_state
 from pallas_kernels.paged_attention.triton.backend import pl, triton
 from pallas_kernels.paged_attention.triton.tuning import PrefillConfig
 
@@ -43,7 +44,8 @@ def prefill(
         [T, K, G, D] in q's dtype: results of the tokens in tiles, zeros for padding tokens, the rest undefined.
     """
     _, kv_heads, _, head_dim = q.shape
-    tile = Tile(rows=config.tile, block=config.block, head_dim=head_dim)
+    pool, pair = addressed(pool, pairs=False)
+    tile = Tile(rows=config.tile, block=config.block, head_dim=head_dim, pair=pair)
     scales = [] if k_scale is None else [k_scale, v_scale]
     optional = [*scales, *([] if sinks is None else [sinks])]
     kernel = functools.partial(_prefill_kernel, spec=spec, tile=tile, quantised=bool(scales), sinks=sinks is not None)
@@ -74,18 +76,36 @@ def _prefill_kernel(
     row, first_token, count, first_position = (tiles_ref[number, column] for column in range(4))
     index = jnp.arange(tile.rows, dtype=jnp.int32)
     ahead, member = index // group_heads, index % group_heads
-    lane = jnp.arange(tile.lanes, dtype=jnp.int32)
-    token = first_token + ahead
+    places = tile.places()
     used = ahead < count
-    inside = used[:, None] & (lane < head_dim)[None, :]
+
+    def load() -> tuple[jax.Array, ...]:
+        token = (first_token + ahead)[:, None]
+        parts = []
+        for place in places:
+            inside = used[:, None] & (place < head_dim)[None, :]
+            parts.append(triton.load(q_ref.at[token, head, member[:, None], place[None, :]], mask=inside, other=0))
+        return tuple(parts)
+
+    def store(outputs: Sequence[jax.Array]) -> None:
+        # Read anew, so that the places of queries and results have nothing in common: else the compiler keeps them in
+        # registers throughout. (Interpret mode takes no scalar index here.)
+        first_token, count = (
+            triton.load(tiles_ref.at[number, jnp.full((1,), column, jnp.int32)], volatile=True)
+            for column in (plans.TILE_TOKEN, plans.TILE_COUNT)
+        )
+        token = (first_token + ahead)[:, None]
+        for output, place in zip(outputs, places, strict=True):
+            inside = (ahead < count)[:, None] & (place < head_dim)[None, :]
+            where = out_ref.at[token, head, member[:, None], place[None, :]]
+            triton.store(where, output.astype(out_ref.dtype), mask=inside)
 
     @pl.when((count > 0) & (first_position >= 0))
     def _() -> None:
-        query = triton.load(q_ref.at[token[:, None], head, member[:, None], lane[None, :]], mask=inside, other=0)
         newest = first_position + ahead
         window = spec.sliding_window
         queries = Queries(
-            values=query,
+            values=load(),
             newest=newest,
             oldest=None if window is None else newest - (window - 1),
             scale=spec.scale * refs[0][head] if quantised else spec.scale,
@@ -107,10 +127,8 @@ def _prefill_kernel(
         factor = 1 / jnp.where(used, state.total, 1)
         if quantised:
             factor *= refs[1][head]
-        output = (state.output * factor[:, None]).astype(out_ref.dtype)
-        triton.store(out_ref.at[token[:, None], head, member[:, None], lane[None, :]], output, mask=inside)
+        store([output * factor[:, None] for output in state.output])
 
     @pl.when((count > 0) & (first_position < 0))
     def _() -> None:
-        zeros = jnp.zeros((tile.rows, tile.lanes), out_ref.dtype)
-        triton.store(out_ref.at[token[:, None], head, member[:, None], lane[None, :]], zeros, mask=inside)
+        store([jnp.zeros((tile.rows, tile.lanes), out_ref.dtype) for _ in places])
