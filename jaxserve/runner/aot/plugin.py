@@ -46,28 +46,32 @@ def use_cpu_only() -> None:
 def find_plugin() -> tuple[str, str]:
     """Makes XLA's GPU compiler available to this process; returns its distribution's name and version.
 
-    Raises PluginMissingError where there is none, or one of another version than jax.
+    Raises PluginMissingError where there is none, or `make gpu-compiler` installed it for other versions.
     """
     with _lock:
-        module = _importable(sys.path)
+        root = os.path.join(sys.prefix, DIRECTORY)
+        module = _importable([place for place in sys.path if place != root])
+        own = module is None
+        if own:
+            module = _importable([root])
         if module is None:
-            quiet_compiler()
-            sys.path.append(os.path.join(sys.prefix, DIRECTORY))
-            importlib.invalidate_caches()
-            module = _importable(sys.path)
-        if module is None:
-            sys.path.pop()
             raise PluginMissingError(
                 f"compiling for a GPU needs the CUDA plugin of jax {jax.__version__}, which is neither installed nor "
-                f"in {os.path.join(sys.prefix, DIRECTORY)}; run `make gpu-compiler` (about 200 MB, no CUDA needed)"
+                f"in {root}; run `make gpu-compiler` (0.7 GB, no CUDA needed)"
             )
+        if own and root not in sys.path:
+            quiet_compiler()
+            sys.path.append(root)
+            importlib.invalidate_caches()
         name = f"jax-{module.removeprefix('xla_')}-plugin"
         version = importlib.metadata.version(name)
-        if version != jax.__version__:
-            raise PluginMissingError(
-                f"{name} has version {version}; jax has {jax.__version__}: install the plugin of the same version, "
-                "or run `make gpu-compiler` in an environment without it"
-            )
+        jaxlib = importlib.metadata.version("jaxlib")
+        for other, found in (("jax", jax.__version__), ("jaxlib", jaxlib)):
+            if own and version != found:  # jax's packages see to that in an environment of theirs
+                raise PluginMissingError(
+                    f"{name} in {root} has version {version}; {other} has {found}: all three must have one version; "
+                    "run `make gpu-compiler`"
+                )
         return name, version
 
 
