@@ -26,6 +26,7 @@ RESTART_STATUS = 75
 
 # Left out of texts: tracebacks name files below the checkout and the environment.
 _PREFIXES = tuple(f"{path}{os.sep}" for path in (pathlib.Path(__file__).resolve().parents[2], sys.prefix))
+_UNSUPPORTED = "compute capability"  # what a refusal names that this device cannot do
 _MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "OUT_OF_MEMORY", "Out of memory")
 
 
@@ -121,7 +122,10 @@ class Record:
         except AbsentError as error:
             row |= {"status": ABSENT, "reason": str(error)}
         except Exception as error:
-            self._failed(row, error)
+            if isinstance(error, ValueError) and _UNSUPPORTED in str(error):
+                row |= {"status": ABSENT, "reason": str(error)}
+            else:
+                self._failed(row, error)
         row["case_seconds"] = round(time.perf_counter() - start, 3)
         self.write()
         print(f"case {label}: {row['status']} ({row['case_seconds']:.1f} s) {_brief(row)}", flush=True)

@@ -39,6 +39,14 @@ def run(settings: Settings, record: Record) -> None:
             **{field: value for field, value in dataclasses.asdict(problem).items() if field != "rows"},
             rows=[list(row) for row in problem.rows],
         )
+    for stored, pages in far_pools(settings):
+        problem = dataclasses.replace(first, pool_dtype=stored, page_size=64)
+        record.case(
+            f"last pages of {pages} {stored}",
+            lambda problem=problem, pages=pages: check_far_pages(problem, pages, name, settings.seed),
+            dtype=problem.dtype,
+            pool_dtype=stored,
+        )
     for stored in ("bfloat16", "float32", "float8_e4m3fn", "int8"):
         dtype = "float32" if stored == "float32" else "bfloat16"
         for label, check in (("kv_write", check_write), ("rotate_and_write", check_rotate)):
@@ -183,6 +191,39 @@ def check_invariance(problem: Problem, name: str, seed: int) -> dict[str, Any]:
     elif not result["decode_only_same_bits"]:
         result["reason"] = "decode_only changes the bits"
     return result
+
+
+def far_pools(settings: Settings) -> tuple[tuple[str, int], ...]:
+    """(dtype, pages of 131,072 elements) at the limit of 32-bit offsets and beyond it, where 64 bits begin."""
+    if not settings.gpu:
+        return (("bfloat16", 40),)
+    return (("bfloat16", 16_384), ("bfloat16", 16_448), ("int8", 16_384), ("int8", 32_832))
+
+
+def check_far_pages(problem: Problem, num_pages: int, name: str, seed: int) -> dict[str, Any]:
+    """Attention over the last pages of a large pool, and a write to them."""
+    inputs = decode_layout(problem, dense.make_inputs(problem, seed))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def grown(pages: jax.Array, count: int) -> jax.Array:
+        return jnp.zeros((count, *pages.shape[1:]), pages.dtype).at[count - pages.shape[0] :].set(pages)
+
+    shift = num_pages - inputs.pool.shape[0]
+    table = np.where(inputs.page_table < inputs.pool.shape[0], inputs.page_table + shift, inputs.page_table)
+    far = dataclasses.replace(inputs, pool=grown(jnp.asarray(inputs.pool), num_pages), page_table=table)
+    [out] = attend(problem, far, name)
+    del far
+    result = compare(out, inputs.expected, TOLERANCE[problem.dtype])
+    given = write_inputs(problem, seed)
+    shift = (num_pages - given["pool"].shape[0]) * problem.page_size
+    slots = given["slots"] + np.where(given["slots"] >= problem.page_size, shift, 0).astype(np.int32)
+    shape = (slots.size, problem.kv_heads, problem.head_dim)
+    kind = dense.numpy_dtype(problem.dtype)
+    k, v = (given["random"].standard_normal(shape).astype(np.float32).astype(kind) for _ in range(2))
+    write = jax.jit(functools.partial(kv_write, implementation=name), donate_argnums=0)
+    pool = write(grown(jnp.asarray(given["pool"]), num_pages), k, v, slots, **given["options"])
+    last = np.asarray(pool[-given["pool"].shape[0] :])
+    return compare_pool(problem, given, last, np.stack([k, v], 1).astype(np.float64)) | result
 
 
 def compare(out: np.ndarray, expected: np.ndarray, tolerance: float) -> dict[str, Any]:
