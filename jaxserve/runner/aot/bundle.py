@@ -11,6 +11,7 @@ executable is machine code all the same: load bundles only from those whom you w
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -327,6 +328,7 @@ def _same(field: str, expected: Any, found: Any, directory: object) -> None:
     )
 
 
+@functools.cache  # what this process has imported does not change with the files
 def _sources_hash() -> str:
     digest = hashlib.sha256()
     for path in sorted({path for pattern in _SOURCES for path in _ROOT.glob(pattern)}):
