@@ -10,9 +10,10 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.paged_attention import AttentionSpec
+from pallas_kernels.paged_attention import AttentionSpec, rotate_and_write
 from pallas_kernels.paged_attention.cast import decode, encode
 from pallas_kernels.paged_attention.pool import QUANTISED_DTYPES, largest, storage_dtype
+from pallas_kernels.paged_attention.triton import limits
 from pallas_kernels.paged_attention.triton.attention import paged_attention
 from pallas_kernels.paged_attention.triton.tuning import DecodeConfig, PrefillConfig
 from tests.kernels.packing import bits
@@ -278,6 +279,33 @@ def test_quantised_values_come_out_within_their_rounding(pool_dtype: str):
         sequence.stored = sequence.stored.astype(jnp.dtype(pool_dtype))
     step._pack(random)
     _assert_close(step)
+
+
+@pytest.mark.parametrize("pool_dtype", QUANTISED_DTYPES)
+def test_pools_that_the_backend_would_address_wrongly(pool_dtype: str, monkeypatch: pytest.MonkeyPatch):
+    """As if every one-byte pool lay between 2^31 and 2^32 bytes: read in pairs, written by XLA."""
+    layer = Layer(head_dim=80, pool_dtype=pool_dtype, scale=0.099)
+    monkeypatch.setattr(limits, "MAX_32_BIT_OFFSETS", 0)
+    _assert_close(Step(layer, [Row(200, 1), Row(40, 20), Row(9, 9)], 6))
+
+    random = np.random.default_rng(0)
+    qkv = random.standard_normal((5, 2, 6, 80), dtype=np.float32)
+    angle = random.uniform(0, 6, (5, 40)).astype(np.float32)
+    pool = np.zeros((4, 2, 2, 16, 80), np.int8).view(storage_dtype(pool_dtype, "cpu"))
+    slots = np.array([17, 40, 3, 63, 16], np.int32)
+    scale = np.full(2, 0.02, np.float32)
+
+    def write(implementation: str) -> list[np.ndarray]:
+        arrays = (jnp.asarray(one) for one in (qkv, np.cos(angle), np.sin(angle), pool, slots))
+        scales = {"k_scale": jnp.asarray(scale), "v_scale": jnp.asarray(scale)}
+        return [
+            np.asarray(one)
+            for one in rotate_and_write(*arrays, dtype=jnp.float32, implementation=implementation, **scales)
+        ]
+
+    for got, wanted in zip(write("triton_interpret"), write("xla"), strict=True):
+        # The null page is nobody's.
+        np.testing.assert_array_equal(bits(got[1:]), bits(wanted[1:]))
 
 
 BATCHES = [

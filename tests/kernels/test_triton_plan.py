@@ -2,7 +2,10 @@
 
 import functools
 import json
+import math
 import pathlib
+import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.paged_attention import IMPLEMENTATIONS
 from pallas_kernels.paged_attention.triton import limits, plan, tuning
+from pallas_kernels.paged_attention.triton.backend import DEPRECATION, pl, triton
 
 DECODE = tuning.DecodeConfig(block=16, chunk=32, splits=4, programs=3, num_warps=4, num_stages=2)
 PREFILL = tuning.PrefillConfig(tile=32, block=16, num_warps=4, num_stages=2)
@@ -183,7 +187,7 @@ def _pool(num_pages: int, dtype: str, page: tuple[int, ...] = (2, 8, 16, 128)) -
 
 # A page of 2 * 8 * 16 * 128 elements is 2^15: 2^16 pages are 2^31 elements.
 @pytest.mark.parametrize(
-    ("dtype", "num_pages", "fits"),
+    ("dtype", "num_pages", "wanted"),
     [
         ("int8", 2**16, True),
         ("int8", 2**16 + 1, False),
@@ -194,17 +198,47 @@ def _pool(num_pages: int, dtype: str, page: tuple[int, ...] = (2, 8, 16, 128)) -
         ("float32", 2**15 + 1, True),
     ],
 )
-def test_pools_that_the_backend_addresses_wrongly_are_refused(dtype: str, num_pages: int, fits: bool):
-    if fits:
-        limits.check(_pool(num_pages, dtype), jnp.bfloat16, 64, 4)
-    else:
-        with pytest.raises(ValueError, match=r"take at most 65536 pages, or at least 131073"):
-            limits.check(_pool(num_pages, dtype), jnp.bfloat16, 64, 4)
+def test_offsets_of_32_bits_reach_the_whole_pool_or_are_not_used(
+    dtype: str, num_pages: int, wanted: bool, capfd: pytest.CaptureFixture[str]
+):
+    """The backend's own choice, in the program that it hands to Triton: 32 signed bits unless the array is larger."""
+    pool = _pool(num_pages, dtype)
+    assert limits.addressable(pool) == wanted
+    bits, size = _offset_bits(pool, capfd), math.prod(pool.shape)
+    assert (size <= 2 ** (bits - 1)) == wanted
+
+
+def _offset_bits(pool: jax.ShapeDtypeStruct, capfd: pytest.CaptureFixture[str]) -> int:
+    """Bits of the offsets that the backend adds to the pointer to `pool`."""
+
+    def kernel(pool_ref, page_ref, out_ref):
+        lane = jnp.arange(16, dtype=jnp.int32)
+        out_ref[...] = triton.load(pool_ref.at[page_ref[0], 1, 7, 15, lane])
+
+    call = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((16,), pool.dtype),
+        compiler_params=triton.CompilerParams(num_warps=1),
+        debug=True,
+    )
+    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=DEPRECATION, category=DeprecationWarning)
+        jax.jit(call).trace(pool, jax.ShapeDtypeStruct((1,), jnp.int32)).lower(lowering_platforms=("cuda",))
+    text = capfd.readouterr().out
+    found = re.findall(r"tt\.addptr .*tensor<16xi(32|64)>", text)
+    assert found
+    return int(found[0])
 
 
 @pytest.mark.parametrize(
     ("page", "group_heads", "message"),
-    [((2, 8, 16, 512), 4, "head_dim is 512"), ((2, 8, 16, 128), 17, "17 query heads")],
+    [
+        ((2, 8, 16, 512), 4, "head_dim is 512"),
+        ((2, 8, 16, 65), 4, "head_dim is 65"),
+        ((2, 8, 16, 128), 17, "17 query heads"),
+    ],
 )
 def test_sizes_past_the_limits_are_refused(page: tuple[int, ...], group_heads: int, message: str):
     check = IMPLEMENTATIONS["triton"].check

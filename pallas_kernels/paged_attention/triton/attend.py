@@ -115,7 +115,7 @@ def addressed(pool: jax.Array, pairs: bool) -> tuple[jax.Array, jnp.dtype | None
         (pool, None), or the same bytes as uint16 [num_pages, 2, K, page_size, D / 2], a view that costs nothing on a
         GPU, and the dtype of each half.
     """
-    if pool.dtype.itemsize > 1 or not (pairs or not addressable(math.prod(pool.shape), 1)):
+    if pool.dtype.itemsize > 1 or not (pairs or not addressable(pool)):
         return pool, None
     view = pool.reshape(*pool.shape[:-1], pool.shape[-1] // 2, 2)
     return jax.lax.bitcast_convert_type(view, jnp.uint16), pool.dtype

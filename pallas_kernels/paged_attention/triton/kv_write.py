@@ -2,7 +2,8 @@
 
 A program takes a few tokens of one key-value head. It reads its part of the projection once, in halves of a head, so
 that the two numbers of a rotated pair lie in the same thread, and writes queries, keys and values where they belong.
-Padding tokens, whose slots are in the null page or outside the pool, write nothing to the pool.
+Padding tokens, whose slots are in the null page or outside the pool, write nothing to the pool. Pools that the backend
+addresses wrongly (see `limits`) are written by XLA.
 """
 
 import functools
@@ -12,9 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.cast import held_as_values, like
 from pallas_kernels.paged_attention.pool import largest
+from pallas_kernels.paged_attention.rotary import rotate
 from pallas_kernels.paged_attention.triton.backend import pl, triton
+from pallas_kernels.paged_attention.triton.limits import addressable
 from pallas_kernels.paged_attention.triton.tuning import INTERPRET_DEVICE, WriteConfig, device_kind, lookup
 
 # Pairs of numbers that a thread reads before it writes any: enough to hide the latency of memory, and they fit into the
@@ -71,6 +75,8 @@ def kv_write(
         ValueError: D is odd.
     """
     values = held_as_values(pool)
+    if not addressable(pool):
+        return xla.kv_write(pool, k, v, slot_mapping, k_scale, v_scale)
     config = config or _config(k.dtype, values, interpret)
     call = _call(_write_kernel, k.shape[0], values, k_scale, v_scale, config, interpret, "kv_write", ())
     (written,) = call((k, v, slot_mapping))
@@ -109,6 +115,10 @@ def rotate_and_write(
     """
     num_tokens, kv_heads, heads, head_dim = qkv.shape
     values = held_as_values(pool)
+    if not addressable(pool):
+        rotated = rotate(qkv[:, :, :-1], cos, sin).astype(dtype)
+        v = qkv[:, :, -1].astype(dtype)
+        return rotated[:, :, :-1], xla.kv_write(pool, rotated[:, :, -1], v, slot_mapping, k_scale, v_scale)
     config = config or _config(dtype, values, interpret)
     q = jax.ShapeDtypeStruct((num_tokens, kv_heads, heads - 2, head_dim), dtype)
     call = _call(_rotate_kernel, num_tokens, values, k_scale, v_scale, config, interpret, "rotate_and_write", (q,))

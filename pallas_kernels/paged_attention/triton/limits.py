@@ -1,4 +1,4 @@
-"""What the Triton backend cannot do, found before a kernel is traced."""
+"""What the Triton backend cannot do, and what is refused for it before a kernel is traced."""
 
 import math
 from typing import Any
@@ -37,9 +37,11 @@ def check(pool: Any, dtype: jax.typing.DTypeLike, num_tokens: int, group_heads: 
         group_heads: G; None where only keys and values matter.
     """
     del dtype
-    num_pages, head_dim = pool.shape[0], pool.shape[4]
+    head_dim = pool.shape[4]
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"head_dim is {head_dim}; the Triton kernels take at most {MAX_HEAD_DIM}")
+    if head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}; the Triton kernels take even ones")
     if group_heads is not None and group_heads > MAX_GROUP_HEADS:
         raise ValueError(
             f"there are {group_heads} query heads a key-value head; the Triton kernels take at most {MAX_GROUP_HEADS}"
@@ -48,14 +50,6 @@ def check(pool: Any, dtype: jax.typing.DTypeLike, num_tokens: int, group_heads: 
         raise ValueError(
             f"there are {num_tokens} tokens; a grid has at most {MAX_TOKENS} programs along its first axis"
         )
-    itemsize = value_dtype(pool.dtype).itemsize
-    if not addressable(math.prod(pool.shape), itemsize):
-        page = math.prod(pool.shape[1:])
-        raise ValueError(
-            f"pool has {num_pages} pages of {page} elements of {itemsize} byte; the Triton backend addresses these "
-            f"wrongly between 2^31 and 2^32 bytes: take at most {MAX_32_BIT_OFFSETS // page} pages, or at least "
-            f"{MAX_32_BIT_BYTES // (page * itemsize) + 1}"
-        )
     if value_dtype(pool.dtype) == jnp.float8_e4m3fn and not _takes_float8(device_kind()):
         raise ValueError(
             f"pool holds float8_e4m3fn; {device_kind()} has a compute capability below 8.9, which the casts need: "
@@ -63,9 +57,14 @@ def check(pool: Any, dtype: jax.typing.DTypeLike, num_tokens: int, group_heads: 
         )
 
 
-def addressable(size: int, itemsize: int) -> bool:
-    """Whether the backend computes the right address for each of `size` elements of `itemsize` bytes."""
-    return size * itemsize > MAX_32_BIT_BYTES or size <= MAX_32_BIT_OFFSETS
+def addressable(pool: Any) -> bool:
+    """Whether the backend computes the right address of each element of `pool`, an array or a ShapeDtypeStruct.
+
+    Not of pools of one-byte elements between 2^31 and 2^32 bytes. Attention then reads elements in pairs, which are
+    addressed rightly, and XLA writes.
+    """
+    size = math.prod(pool.shape)
+    return size <= MAX_32_BIT_OFFSETS or size * pool.dtype.itemsize > MAX_32_BIT_BYTES
 
 
 def _takes_float8(kind: str) -> bool:

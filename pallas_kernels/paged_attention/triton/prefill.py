@@ -13,6 +13,9 @@ from pallas_kernels.paged_attention.triton.attend import Pages, Queries, Tile, a
 from pallas_kernels.paged_attention.triton.backend import pl, triton
 from pallas_kernels.paged_attention.triton.tuning import PrefillConfig
 
+# The fewest positions that a tensor core multiplies.
+MIN_BLOCK = 16
+
 
 def prefill(
     q: jax.Array,
@@ -45,7 +48,9 @@ def prefill(
     """
     _, kv_heads, _, head_dim = q.shape
     pool, pair = addressed(pool, pairs=False)
-    tile = Tile(rows=config.tile, block=config.block, head_dim=head_dim, pair=pair)
+    # Two parts of a head take more registers.
+    block = config.block if pair is None else max(MIN_BLOCK, config.block // 2)
+    tile = Tile(rows=config.tile, block=block, head_dim=head_dim, pair=pair)
     scales = [] if k_scale is None else [k_scale, v_scale]
     optional = [*scales, *([] if sinks is None else [sinks])]
     kernel = functools.partial(_prefill_kernel, spec=spec, tile=tile, quantised=bool(scales), sinks=sinks is not None)
