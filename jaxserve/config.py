@@ -82,18 +82,18 @@ class SchedulerConfig:
 class CacheConfig:
     """The page pool.
 
-    kv_cache_dtype: what pages hold; "auto" is the model's dtype, "fp8" (the same as "fp8_e4m3") and "int8" are
-    quantised with a scale for each layer and head, from the checkpoint or measured at start.
     page_size: tokens a page. num_pages: pages including the null page; None sizes the pool from memory.
     kv_cache_memory_bytes: memory of the pool when num_pages is None; None takes what gpu_memory_utilization leaves
     after weights and the compiler's temporaries.
+    kv_cache_dtype: what pages hold; "auto" is the model's dtype, "fp8" (the same as "fp8_e4m3") and "int8" are
+    quantised with a scale for each layer and head, from the checkpoint or measured at start.
     """
 
-    kv_cache_dtype: str = "auto"
     page_size: int = 16
     num_pages: int | None = None
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.92
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
