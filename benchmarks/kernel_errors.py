@@ -16,6 +16,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import report
@@ -115,7 +116,7 @@ def markdown(results: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         "|" + " --- |" * len(HEADER),
     ]
     for one in results:
-        roundoff = np.finfo(dense.numpy_dtype(one["dtype"])).eps / 2
+        roundoff = jnp.finfo(one["dtype"]).eps / 2
         numbers = (one["largest_error"], one["largest_relative_error"], float(roundoff))
         texts = [one["dtype"], one["pool_dtype"], one["step"], one["options"], *(f"{number:.1e}" for number in numbers)]
         lines.append("| " + " | ".join(texts) + " |")
