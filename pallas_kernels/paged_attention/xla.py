@@ -231,12 +231,12 @@ def _gather_pages(pool: jax.Array, pages: jax.Array, side: int) -> jax.Array:
 def _gather_block(
     pool: jax.Array, page_table: jax.Array, group: "_Group", index: jax.Array, block: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Reads key-value block `index` of each tile as keys and values [W, K, block, D], values past the length zero.
+    """Reads key-value block `index` of each tile as keys and values [W, K, block, D], values that no query sees zero.
 
     Zero, because a weight of 0 would not silence a NaN in memory that no one wrote. Only the last block of a sequence
-    has such positions, so only groups that are at the end of one pay for the masking. The branches also serve to keep
-    the reshape out of the gather's loop: as rows of page_size * D numbers it is vectorised and runs twice as fast (a
-    barrier has that effect from jax 0.11 on; before, it is gone when loops are fused).
+    and the first of a sliding window have such positions, so only groups that are there pay for the masking. The
+    branches also serve to keep the reshape out of the gather's loop: as rows of page_size * D numbers it is vectorised
+    and runs twice as fast (a barrier has that effect from jax 0.11 on; before, it is gone when loops are fused).
     """
     num_pages, _, num_kv_heads, page_size, head_dim = pool.shape
     column = index * (block // page_size) + jnp.arange(block // page_size, dtype=jnp.int32)
@@ -252,9 +252,11 @@ def _gather_block(
     def masked() -> tuple[jax.Array, jax.Array]:
         key, value = whole()
         position = column[:, None] * page_size + jnp.arange(page_size * head_dim, dtype=jnp.int32) // head_dim
-        return key, jnp.where((position < group.length[:, None, None])[:, None], value, jnp.zeros((), value.dtype))
+        seen = (position < group.length[:, None, None]) & (position >= group.oldest[:, None, None])
+        return key, jnp.where(seen[:, None], value, jnp.zeros((), value.dtype))
 
-    read = jax.lax.cond(jnp.any(group.length < (index + 1) * block), masked, whole)
+    partly = (group.length < (index + 1) * block) | (group.oldest > index * block)
+    read = jax.lax.cond(jnp.any(partly), masked, whole)
     key, value = (decode(part, group.query.dtype) for part in jax.lax.optimization_barrier(read))
     shape = (pages.shape[0], num_kv_heads, block, head_dim)
     return key.reshape(shape), value.reshape(shape)
@@ -266,11 +268,13 @@ def _take(array: jax.Array, index: jax.Array) -> jax.Array:
 
 
 class _Group(NamedTuple):
-    """One group's tiles: queries [W, K, M, D], rows [W], lengths [W] and the queries' positions [W, M] (-1: none)."""
+    """One group's tiles: queries [W, K, M, D], rows [W], lengths [W], the oldest positions that their queries see [W]
+    and the queries' positions [W, M] (-1: none)."""
 
     query: jax.Array
     row: jax.Array
     length: jax.Array
+    oldest: jax.Array
     position: jax.Array
 
 
@@ -357,6 +361,7 @@ def _run_pass(
     """Works off the groups of a pass and writes their outputs to `rows` [N_total, K, G, D] from `first_row` on."""
     num_tokens, num_kv_heads, group_heads, head_dim = q.shape
     size = tile_pass.row.shape[0] // tile_pass.block_end.shape[0]
+    window = settings.spec.sliding_window
     lane = jnp.arange(tile, dtype=jnp.int32)
 
     def one_group(number: jax.Array, rows: jax.Array) -> jax.Array:
@@ -370,6 +375,7 @@ def _run_pass(
             query=query.reshape(size, num_kv_heads, tile * group_heads, head_dim),
             row=row,
             length=first_position + count,
+            oldest=jnp.zeros_like(first_position) if window is None else first_position - window + 1,
             position=jnp.repeat(position, group_heads, axis=1),
         )
         shape = (size, num_kv_heads, tile * group_heads)

@@ -69,6 +69,34 @@ def test_memory_that_no_one_wrote_changes_no_bit(implementation: str, fill: floa
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference", "triton_interpret"])
+def test_what_lies_before_the_window_has_no_influence(implementation: str):
+    """Pages that a sliding window has left may belong to others by now."""
+    shape = Shape(2, 2, 40, sliding_window=37, tokens=96)
+    items = [Work(0, 299, 300), Work(1, 100, 140), Work(2, 60, 90), Work(3, 0, 20)]
+    lengths = [item.stop for item in items]
+    clean = Memory(shape, lengths, 7).attend(items, implementation=implementation)
+    memory = Memory(shape, lengths, 7)
+    pool = np.array(memory.pool)
+    for item in items:
+        position = np.arange(max(0, item.start - 36))
+        pool[memory.pages[item.sequence][position // 16], :, :, position % 16] = np.nan
+        memory.pages[item.sequence][: max(0, item.start - 36) // 16] = -5
+    memory.pool = jnp.asarray(pool)
+    for one, other in zip(clean, memory.attend(items, implementation=implementation), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference", "triton_interpret"])
+def test_scores_far_below_zero(implementation: str):
+    memory = Memory(Shape(2, 2, 40), [1] * 4, 0)
+    stored = [memory.values[pages[0], :, :, 0] for pages in memory.pages]
+    memory.queries = [np.repeat(-1e9 * both[0][None, :, None], 2, axis=2).astype(np.float32) for both in stored]
+    outs = memory.attend([Work(i, 0, 1) for i in range(4)], implementation=implementation)
+    for both, out in zip(stored, outs, strict=False):
+        np.testing.assert_allclose(out[0], np.repeat(both[1][:, None], 2, axis=1), rtol=1e-6)
+
+
 def _by_hand(memory: Memory, item: Work, position: int) -> np.ndarray:
     """Attention of one token [K, G, D] in float64, head by head and position by position."""
     shape = memory.shape

@@ -18,7 +18,7 @@ from pallas_kernels.paged_attention.triton.limits import addressable
 
 LOG2_E = math.log2(math.e)
 # Below every exponent of a score; finite, so that differences of exponents are never NaN.
-LOWEST_EXPONENT = -(2.0**20)
+LOWEST_EXPONENT = -(2.0**126)
 
 
 class State(NamedTuple):
@@ -56,6 +56,7 @@ class Pages(NamedTuple):
         table: int32 [R, max_pages].
         row: of the table.
         head: key-value head.
+        begin: int32 scalar, positions before it are not read; None without a sliding window.
         end: int32 scalar, positions from it on are not read.
     """
 
@@ -63,6 +64,7 @@ class Pages(NamedTuple):
     table: Any
     row: jax.Array
     head: jax.Array
+    begin: jax.Array | None
     end: jax.Array
 
 
@@ -220,7 +222,10 @@ def _load(pages: Pages, side: int, page: jax.Array, position: jax.Array, tile: T
     shape = (tile.block, tile.lanes)
     mask = None
     if masked:
-        mask = jnp.broadcast_to((position < pages.end)[:, None], shape)
+        read = position < pages.end
+        if pages.begin is not None:
+            read &= position >= pages.begin
+        mask = jnp.broadcast_to(read[:, None], shape)
     if tile.lanes != tile.part_dim:
         inside = jnp.broadcast_to((lane < tile.part_dim)[None, :], shape)
         mask = inside if mask is None else mask & inside

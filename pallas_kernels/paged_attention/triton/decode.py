@@ -108,7 +108,7 @@ def _decode_kernel(
             oldest=None if spec.sliding_window is None else oldest,
             scale=spec.scale * scale_refs[0][head] if quantised else spec.scale,
         )
-        pages = Pages(pool_ref, table_ref, row, head, end)
+        pages = Pages(pool_ref, table_ref, row, head, queries.oldest, end)
         blocks = (end + tile.block - 1) // tile.block
         state = attend(initial_state(tile), begin // tile.block, blocks, queries, pages, spec, tile)
         triton.store(exponent_ref.at[slot, head, member], state.exponent, mask=used)

@@ -116,7 +116,8 @@ def _prefill_kernel(
             scale=spec.scale * refs[0][head] if quantised else spec.scale,
         )
         end = first_position + count
-        pages = Pages(pool_ref, table_ref, row, head, end)
+        oldest = None if window is None else first_position - (window - 1)
+        pages = Pages(pool_ref, table_ref, row, head, oldest, end)
         sink = None
         if sinks:
             sink = triton.load(refs[-2].at[head, member], mask=used, other=0)
