@@ -215,8 +215,8 @@ def paged_attention(
 
     Row r owns tokens query_start_loc[r] to query_start_loc[r + 1], the last ones of its kv_lens[r] positions; each
     attends to the positions up to its own. Keys and values of this step's tokens must already be in the pool. What the
-    pool holds elsewhere (before the sliding window of a row's first token too), and page table entries of pages that lie
-    wholly there, have no influence, NaN and out-of-range included.
+    pool holds elsewhere (before the window of a row's first token too), and page table entries of pages that lie wholly
+    there, have no influence, NaN and out-of-range included.
 
     Args:
         q: [T, K, G, D], float32, bfloat16 or float16.

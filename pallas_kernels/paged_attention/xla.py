@@ -25,7 +25,7 @@ MAX_DOT_ROWS = 32
 LOG2_E = math.log2(math.e)
 
 # The exponent that a query starts with, below that of any score. Finite, so that differences are never NaN.
-LOWEST_EXPONENT = -(2.0**30)
+LOWEST_EXPONENT = -(2.0**126)
 
 
 @dataclasses.dataclass(frozen=True)
