@@ -240,7 +240,7 @@ def test_a_kernel_that_updates_in_place_writes_no_more_than_it_is_given(mesh, tm
     module = hlo.parse(compile_for(mesh, tmp_path, update, *shapes, donate=1).as_text() or "")
     traffic = program_traffic(module, lambda *_: None)
     assert (traffic.read, traffic.written) == (16 * 64 * 4, 16 * 64 * 4)
-    assert pool_copies(module, (4096, 64)) == []
+    assert pool_copies(module, hlo.ArrayShape("f32", (4096, 64))) == []
 
 
 def test_copies_of_a_pool_are_found(mesh, tmp_path):
@@ -252,9 +252,16 @@ def test_copies_of_a_pool_are_found(mesh, tmp_path):
     def copied(pool: jax.Array, token: jax.Array, page: jax.Array) -> tuple[jax.Array, jax.Array]:
         return in_place(pool, token, page), pool * 2
 
-    for function, expected in ((in_place, 0), (copied, 1)):
+    def reshaped(pool: jax.Array, token: jax.Array, page: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return in_place(pool, token, page), jnp.tanh(pool.reshape(-1, 64))
+
+    def in_pairs(pool: jax.Array, token: jax.Array, page: jax.Array) -> tuple[jax.Array, jax.Array]:
+        pairs = jax.lax.bitcast_convert_type(pool.reshape(*pool.shape[:-1], 32, 2), jnp.uint32)
+        return in_place(pool, token, page), pairs ^ 1
+
+    for function, expected in ((in_place, 0), (copied, 1), (reshaped, 1), (in_pairs, 1)):
         compiled = compile_for(mesh, tmp_path, function, pool, token, ((), jnp.int32), donate=0)
-        found = pool_copies(hlo.parse(compiled.as_text() or ""), pool[0])
+        found = pool_copies(hlo.parse(compiled.as_text() or ""), hlo.ArrayShape("bf16", pool[0]))
         assert min(1, len(found)) == expected, found
 
 

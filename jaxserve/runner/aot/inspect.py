@@ -154,7 +154,7 @@ def inspect_program(
         alias_bytes=memory.aliased,
         donated_bytes=sum(_bytes(arguments[number]) for number in donated_arguments(key)),
         pool_bytes=0 if key.kind == "sample" else _bytes(pools),
-        pool_copies=len(pool_copies(module, pools[0].sharding.shard_shape(pools[0].shape))),
+        pool_copies=len(pool_copies(module, _array_shape(pools[0]))),
         command_buffers=None if thunks is None else thunks.command_buffers,
         outside_command_buffers=None if thunks is None else thunks.outside,
         triton_matmuls=triton_matmuls(module),
@@ -215,6 +215,13 @@ def _kernel(launch: Launch, count: int, code: cubin.KernelCode | None, ours: set
         spill_store_bytes=code.spill_store_bytes if code else None,
         spill_load_bytes=code.spill_load_bytes if code else None,
     )
+
+
+def _array_shape(leaf: jax.ShapeDtypeStruct) -> hlo.ArrayShape:
+    """What one device holds of an array, as a program's text says it."""
+    names = {name: xla for xla, name in DTYPES.items()} | {"uint8": "u8", "uint16": "u16", "int16": "s16"}
+    assert leaf.sharding is not None
+    return hlo.ArrayShape(names[leaf.dtype.name], leaf.sharding.shard_shape(leaf.shape))
 
 
 def _bytes(tree: object) -> int:

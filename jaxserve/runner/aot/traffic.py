@@ -13,7 +13,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from jaxserve.runner.aot.hlo import CUBLAS, CUBLASLT, FREE, ArrayShape, Computation, Instruction, Module
 
@@ -160,16 +160,18 @@ def _dot_flops(one: Instruction, lhs: Instruction) -> Counter[str]:
     return Counter({shape.dtype: 2 * contracted * one.shapes[0].size})
 
 
-def pool_copies(module: Module, pool: Sequence[int]) -> list[str]:
-    """Instructions that make an array of a layer's pool's shape other than by updating the pool in place.
+def pool_copies(module: Module, pool: ArrayShape) -> list[str]:
+    """Instructions that make an array of a layer's pool's size other than by updating the pool in place.
 
-    pool: dims of one layer's pool; arrays of the same dims count whatever their dtype, and transposed. Returns names of
-    the instructions; none is what a program is meant to have.
+    pool: one layer's pool. Arrays of as many elements or as many bytes count, whatever their dtype and dims: converted,
+    transposed, reshaped. Returns names of the instructions; none is what a program is meant to have.
     """
-    dims = sorted(pool)
+
+    def of_its_size(shape: ArrayShape) -> bool:
+        return shape.size == pool.size or shape.bytes == pool.bytes
 
     def pool_shaped(one: Instruction) -> bool:
-        return any(sorted(shape.dims) == dims for shape in one.shapes)
+        return any(of_its_size(shape) for shape in one.shapes)
 
     found = []
     for computation, one in module.executed():
@@ -182,7 +184,7 @@ def pool_copies(module: Module, pool: Sequence[int]) -> list[str]:
             )
             in_place = all(_in_place(body, root) for root in roots if pool_shaped(root))
         elif one.opcode == "custom-call":
-            places = [place for place, shape in enumerate(one.shapes) if sorted(shape.dims) == dims]
+            places = [place for place, shape in enumerate(one.shapes) if of_its_size(shape)]
             in_place = all(place in one.aliases for place in places)
         else:
             in_place = _in_place(computation, one)
