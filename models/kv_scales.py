@@ -154,6 +154,9 @@ def calibrate(config: ModelConfig, params: Params, dtype: str, mesh: Mesh, produ
 
     Returns:
         float32 [L, 2, K]. A head that is 0 throughout gets the scale 1.
+
+    Raises:
+        ValueError: a key or value is not finite.
     """
     tokens = calibration_tokens(config)
 
@@ -172,9 +175,17 @@ def calibrate(config: ModelConfig, params: Params, dtype: str, mesh: Mesh, produ
         caches = [None] * config.num_hidden_layers
         _, greatest = bind(config, params, product)(tokens, positions, caches, attend_and_measure)
         scales = jnp.stack(greatest) * (MARGINS[dtype] / largest(dtype))
-        return jnp.where(scales > 0, scales, 1.0)
+        return jnp.where(scales == 0, 1.0, scales)
 
-    return np.asarray(jax.jit(measure, out_shardings=NamedSharding(mesh, P()))(params, tokens))
+    scales = np.asarray(jax.jit(measure, out_shardings=NamedSharding(mesh, P()))(params, tokens))
+    if not np.isfinite(scales).all():
+        layer, side, head = np.argwhere(~np.isfinite(scales))[0]
+        raise ValueError(
+            f"scale of the {('keys', 'values')[side]} of layer {layer}, head {head}, was measured as "
+            f"{scales[layer, side, head]}; scales are finite: check the checkpoint's weights, or take pages of the "
+            "model's dtype"
+        )
+    return scales
 
 
 def calibration_tokens(config: ModelConfig) -> np.ndarray:

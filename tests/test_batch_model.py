@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -53,7 +54,7 @@ def command(folder, output):
 
 
 def environment():
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
+    return os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
 
 
 def bodies(number):
