@@ -168,8 +168,9 @@ def calibrate(config: ModelConfig, params: Params, dtype: str, mesh: Mesh, produ
         ) -> tuple[jax.Array, Cache]:
             out, _ = attend(qkv, cos, sin, cache, dtype)
             _, k, v = rotated(qkv, cos, sin, dtype)
-            # [S, T, 2, K, D] -> [2, K]
-            return out, jnp.abs(jnp.stack([k, v], axis=2).astype(jnp.float32)).max(axis=(0, 1, 4))
+            both = jnp.abs(jnp.stack([k, v], axis=2).astype(jnp.float32))
+            # XLA's CPU backend may leave NaN out of a maximum. [S, T, 2, K, D] -> [2, K]
+            return out, jnp.where(jnp.isnan(both), jnp.inf, both).max(axis=(0, 1, 4))
 
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         caches = [None] * config.num_hidden_layers
