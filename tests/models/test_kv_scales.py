@@ -174,6 +174,6 @@ def test_keys_that_are_not_finite_are_told():
     config = ModelConfig.from_hf(BASE)
     weights = jax.tree.map(lambda x: x * jnp.nan, params.random_params(config, "float32", params.make_mesh(), seed=3))
     with pytest.raises(
-        ValueError, match="scale of the keys of layer 0, head 0, was measured as nan; scales are finite"
+        ValueError, match="scale of the keys of layer 0, head 0, was measured as inf; scales are finite"
     ):
         kv_scales.calibrate(config, weights, "int8", params.make_mesh())
