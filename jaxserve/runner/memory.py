@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Collection
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxserve.config import CacheConfig
@@ -203,7 +202,7 @@ def _check_addressable(shapes: Shapes, mesh: Mesh, num_pages: int) -> None:
     check = IMPLEMENTATIONS[shapes.attention].check
     if check is not None:
         pool = jax.ShapeDtypeStruct(pool.sharding.shard_shape(pool.shape), pool.dtype)  # what a device's kernels see
-        check(pool, jnp.dtype(shapes.dtype), shapes.buckets.tokens[-1], shapes.model.group_size)
+        check(pool, shapes.buckets.tokens[-1], shapes.model.group_size)
 
 
 def _most_addressable(shapes: Shapes, mesh: Mesh, num_pages: int) -> int:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import reference, xla
 from pallas_kernels.paged_attention.pool import FLOAT_DTYPES, check_page_size, is_quantised, value_dtype
-from pallas_kernels.paged_attention.rotary import rotate
+from pallas_kernels.paged_attention.rotary import split_and_rotate
 from pallas_kernels.paged_attention.spec import AttentionSpec
 from pallas_kernels.paged_attention.triton import attention as triton
 from pallas_kernels.paged_attention.triton import kv_write as triton_write
@@ -36,9 +36,9 @@ class Implementation:
         platforms: platforms it runs on; empty for all.
         max_group_heads: the most query heads a key-value head; None for no limit.
         decode_programs: whether a step of decodes alone gains from a program of its own (`decode_only`).
-        check: (pool, dtype, num_tokens, group_heads) raises ValueError where the backend cannot take a pool like
-            `pool` (an array or a ShapeDtypeStruct) with tokens of `dtype`, `num_tokens` of them a step; group_heads is
-            None when nothing but keys and values is known. None for no limits of its own.
+        check: (pool, num_tokens, group_heads) raises ValueError where the backend cannot take a pool like
+            `pool` (an array or a ShapeDtypeStruct) with `num_tokens` tokens a step; group_heads is None when nothing
+            but keys and values is known. None for no limits of its own.
     """
 
     attention: Callable[..., jax.Array]
@@ -47,7 +47,7 @@ class Implementation:
     platforms: tuple[str, ...] = ()
     max_group_heads: int | None = None
     decode_programs: bool = False
-    check: Callable[[Any, jnp.dtype, int, int | None], None] | None = None
+    check: Callable[[Any, int, int | None], None] | None = None
 
 
 # In order of preference: `choose` takes the first that runs on the platform.
@@ -132,7 +132,7 @@ def kv_write(
     _check("v", v, k.shape, k.dtype)
     _check("slot_mapping", slot_mapping, k.shape[:1], jnp.int32)
     if chosen.check is not None:
-        chosen.check(pool, k.dtype, k.shape[0], None)
+        chosen.check(pool, k.shape[0], None)
     return chosen.kv_write(pool, k, v, slot_mapping, k_scale, v_scale)
 
 
@@ -187,12 +187,11 @@ def rotate_and_write(
         _check(name, array, (num_tokens, head_dim // 2), jnp.float32)
     _check("slot_mapping", slot_mapping, (num_tokens,), jnp.int32)
     if chosen.check is not None:
-        chosen.check(pool, dtype, num_tokens, heads - 2)
+        chosen.check(pool, num_tokens, heads - 2)
     if chosen.rotate_and_write is not None:
         return chosen.rotate_and_write(qkv, cos, sin, pool, slot_mapping, dtype, k_scale, v_scale)
-    rotated = rotate(qkv[:, :, :-1], cos, sin).astype(dtype)
-    v = qkv[:, :, -1].astype(dtype)
-    return rotated[:, :, :-1], chosen.kv_write(pool, rotated[:, :, -1], v, slot_mapping, k_scale, v_scale)
+    q, k, v = split_and_rotate(qkv, cos, sin, dtype)
+    return q, chosen.kv_write(pool, k, v, slot_mapping, k_scale, v_scale)
 
 
 def paged_attention(
@@ -217,6 +216,9 @@ def paged_attention(
     attends to the positions up to its own. Keys and values of this step's tokens must already be in the pool. What the
     pool holds elsewhere (before the window of a row's first token too), and page table entries of pages that lie wholly
     there, have no influence, NaN and out-of-range included.
+
+    With queries of 16 bits over a pool of float32 the Triton kernels round keys and values to q's dtype, while "xla"
+    and "reference" compute in float32.
 
     Args:
         q: [T, K, G, D], float32, bfloat16 or float16.
@@ -259,7 +261,7 @@ def paged_attention(
     if sinks is not None:
         _check("sinks", sinks, q.shape[1:3], jnp.float32)
     if chosen.check is not None:
-        chosen.check(pool, q.dtype, q.shape[0], q.shape[2])
+        chosen.check(pool, q.shape[0], q.shape[2])
     return chosen.attention(q, pool, page_table, kv_lens, query_start_loc, spec, k_scale, v_scale, sinks, decode_only)
 
 

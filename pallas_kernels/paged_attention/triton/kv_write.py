@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.cast import held_as_values, like
 from pallas_kernels.paged_attention.pool import largest
-from pallas_kernels.paged_attention.rotary import rotate
+from pallas_kernels.paged_attention.rotary import split_and_rotate
 from pallas_kernels.paged_attention.triton.backend import pl, triton
 from pallas_kernels.paged_attention.triton.limits import addressable
 from pallas_kernels.paged_attention.triton.tuning import INTERPRET_DEVICE, WriteConfig, device_kind, lookup
@@ -116,9 +116,8 @@ def rotate_and_write(
     num_tokens, kv_heads, heads, head_dim = qkv.shape
     values = held_as_values(pool)
     if not addressable(pool):
-        rotated = rotate(qkv[:, :, :-1], cos, sin).astype(dtype)
-        v = qkv[:, :, -1].astype(dtype)
-        return rotated[:, :, :-1], xla.kv_write(pool, rotated[:, :, -1], v, slot_mapping, k_scale, v_scale)
+        q, k, v = split_and_rotate(qkv, cos, sin, dtype)
+        return q, xla.kv_write(pool, k, v, slot_mapping, k_scale, v_scale)
     config = config or _config(dtype, values, interpret)
     q = jax.ShapeDtypeStruct((num_tokens, kv_heads, heads - 2, head_dim), dtype)
     call = _call(_rotate_kernel, num_tokens, values, k_scale, v_scale, config, interpret, "rotate_and_write", (q,))

@@ -10,6 +10,9 @@ from pallas_kernels.paged_attention.pool import value_dtype
 from pallas_kernels.paged_attention.triton.tuning import device_kind, serves
 
 MAX_HEAD_DIM = 256
+# Positions that a step of the attention kernels takes at least (see `tuning`). No test and no compilation covers
+# smaller pages, which would be gathered in pieces too short to be read at the memory's speed.
+MIN_PAGE_SIZE = 16
 # The decode kernel packs a group into one tile.
 MAX_GROUP_HEADS = 16
 # Programs along the first axis of a grid.
@@ -27,17 +30,19 @@ _BEFORE_FLOAT8 = ("NVIDIA A100", "NVIDIA A30", "NVIDIA A10", "NVIDIA A10G", "NVI
 _FLOAT8_CAPABILITY = (8, 9)
 
 
-def check(pool: Any, dtype: jax.typing.DTypeLike, num_tokens: int, group_heads: int | None) -> None:
+def check(pool: Any, num_tokens: int, group_heads: int | None) -> None:
     """Raises ValueError where the Triton kernels cannot take these.
 
     Args:
         pool: [num_pages, 2, K, page_size, D], an array or a ShapeDtypeStruct.
-        dtype: of queries, keys and values.
         num_tokens: T.
         group_heads: G; None where only keys and values matter.
     """
-    del dtype
-    head_dim = pool.shape[4]
+    page_size, head_dim = pool.shape[3:]
+    if page_size < MIN_PAGE_SIZE:
+        raise ValueError(
+            f"page_size is {page_size}; the Triton kernels take at least {MIN_PAGE_SIZE}: raise it or choose 'xla'"
+        )
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"head_dim is {head_dim}; the Triton kernels take at most {MAX_HEAD_DIM}")
     if head_dim % 2:
