@@ -33,6 +33,8 @@ def seconds_since_start() -> float:
 def start_lines(ready: EngineReady, name: str) -> list[str]:
     """The figures of an engine that has become ready, one line each."""
     pool_tokens = ready.limits.pool_tokens
+    programs = f"{ready.num_executables} executables"
+    origin = f"compiled {programs}" if ready.bundle is None else f"loaded {programs} from bundle {ready.bundle}"
     concurrency = greatest_concurrency(ready.num_pages, ready.page_size, ready.max_model_len, ready.max_num_seqs)
     return [
         f"model {name}: {ready.architecture}, {ready.num_parameters / 1e6:.2f}M parameters, {ready.dtype} on "
@@ -40,8 +42,7 @@ def start_lines(ready: EngineReady, name: str) -> list[str]:
         f"page pool: {pool_tokens:,} tokens ({ready.num_pages:,} pages of {ready.page_size}), {ready.kv_cache}",
         f"greatest concurrency at max_model_len {ready.max_model_len:,}: {concurrency:.1f} requests "
         f"(max_num_seqs {ready.max_num_seqs})",
-        f"compiled {ready.num_executables} executables in {ready.compile_seconds:.1f} s; "
-        f"engine start {ready.start_seconds:.1f} s",
+        f"{origin} in {ready.compile_seconds:.1f} s; engine start {ready.start_seconds:.1f} s",
     ]
 
 

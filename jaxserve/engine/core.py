@@ -93,6 +93,7 @@ class EngineCore:
             num_executables=info.num_executables,
             compile_seconds=info.compile_seconds,
             kv_cache=info.kv_cache,
+            bundle=info.bundle,
             start_seconds=start_seconds,
         )
 

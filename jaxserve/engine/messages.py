@@ -41,8 +41,9 @@ class EngineReady:
     """Engine -> front end, once: the engine accepts requests.
 
     attention: implementation in use. kv_cache: dtype of keys and values in pages, and where the scales of a quantised
-    one are from. num_pages: usable pages (null page not counted). num_executables: compiled programs. compile_seconds,
-    start_seconds: wall time of compiling, and of start-up altogether.
+    one are from. num_pages: usable pages (null page not counted). num_executables: compiled programs. bundle: the
+    directory that they were loaded from; None where they were compiled at start. compile_seconds, start_seconds: wall
+    time of compiling, or loading, and of start-up altogether.
     """
 
     vocab_size: int
@@ -62,6 +63,7 @@ class EngineReady:
     compile_seconds: float
     start_seconds: float
     kv_cache: str
+    bundle: str | None = None
 
     @property
     def limits(self) -> ModelLimits:

@@ -67,7 +67,7 @@ class ModelRunner:
         with concurrent.futures.ThreadPoolExecutor(1) as loader:
             loading = loader.submit(_weights, config, self._shapes, mesh)
             if bundle is not None:
-                self._programs = bundle.load(self._shapes, mesh)
+                self._programs = bundle.load(self._shapes, mesh, checked=True)
             else:
                 self._programs = compile_all(self._shapes, mesh, progress=progress)
             plan_memory(self._shapes, mesh, memory, ProgramNeeds.of(self._programs.memory.values())).check()
@@ -79,7 +79,7 @@ class ModelRunner:
         ]
         self._slots, self._hidden = _initial_state(self._shapes, mesh)
         self.compile_misses = 0
-        self.info = _info(self._shapes, self._programs, mesh, self._kv_cache)
+        self.info = _info(self._shapes, self._programs, mesh, self._kv_cache, config.bundle)
         self._warm_up()
 
     @property
@@ -161,7 +161,7 @@ def _initial_state(shapes: Shapes, mesh: Mesh) -> tuple[Slots, jax.Array]:
     return slots, jnp.zeros(hidden.shape, hidden.dtype, device=hidden.sharding)
 
 
-def _info(shapes: Shapes, programs: ProgramSet, mesh: Mesh, kv_cache: str) -> RunnerInfo:
+def _info(shapes: Shapes, programs: ProgramSet, mesh: Mesh, kv_cache: str, bundle: str | None) -> RunnerInfo:
     params = jax.tree.leaves(abstract_params(shapes.model, shapes.dtype, mesh))
     return RunnerInfo(
         vocab_size=shapes.model.vocab_size,
@@ -177,4 +177,5 @@ def _info(shapes: Shapes, programs: ProgramSet, mesh: Mesh, kv_cache: str) -> Ru
         num_executables=len(programs.executables),
         compile_seconds=programs.seconds,
         kv_cache=kv_cache,
+        bundle=bundle,
     )

@@ -31,6 +31,7 @@ class RunnerInfo:
     num_executables: int
     compile_seconds: float
     kv_cache: str
+    bundle: str | None = None
 
 
 class Runner(Protocol):

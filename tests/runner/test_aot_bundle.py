@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +21,7 @@ from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.request import EngineRequest
 from jaxserve.runner import compiler
 from jaxserve.runner.aot.build import build
-from jaxserve.runner.aot.bundle import MANIFEST, BundleError, BundleWriter
+from jaxserve.runner.aot.bundle import MANIFEST, Bundle, BundleError, BundleWriter
 from jaxserve.runner.aot.loaded import LoadedProgram
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.programs import ProgramKey
@@ -92,6 +94,7 @@ def test_an_engine_starts_from_a_bundle_without_compiling(bundle, monkeypatch):
     assert loaded.num_compilations == before > 0
     assert loaded.info.num_pages == 64
     assert loaded.info.num_executables == 3
+    assert (compiled.info.bundle, loaded.info.bundle) == (None, str(bundle))
     assert loaded.programs.memory == compiled.programs.memory
     assert tokens(loaded) == expected
     assert loaded.num_compilations == before
@@ -146,6 +149,10 @@ REFUSALS: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "platform": (edited(lambda m: m.update(platform="gpu")), "has platform 'gpu'; this engine has 'cpu'"),
     "device": (edited(lambda m: m.update(device_kind="NVIDIA H200")), "has device_kind 'NVIDIA H200'; this engine has"),
     "options": (edited(lambda m: m["compiler_options"].update(a=1)), "has compiler_options.a 1; this engine has None"),
+    "flags": (
+        edited(lambda m: m["xla_flags"].append("--xla_cpu_enable_fast_math=true")),
+        r"has xla_flags .*'--xla_cpu_enable_fast_math=true'\]; this engine has \[",
+    ),
     "sources": (edited(lambda m: m.update(sources_sha256="0")), "has sources_sha256 '0'; this engine has"),
     "model": (
         edited(lambda m: m["shapes"]["model"].update(hidden_size=64)),
@@ -159,15 +166,15 @@ REFUSALS: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
         r"forward 16 arguments\[0\]\[1\] 'bfloat16'; this engine has 'float32'",
     ),
     "donated": (edited(lambda m: m["programs"][0].update(donated_arguments=[])), "forward 16 donated_arguments"),
-    "kept": (edited(lambda m: m["programs"][0].update(kept_arguments=[999])), "forward 16 kept_arguments do not fit"),
+    "kept": (edited(lambda m: m["programs"][0].update(kept_arguments=[999])), "kept_arguments that do not fit its"),
     "file": (edited(lambda m: m["programs"][0].update(file="../x")), r"names the file '\.\./x'; programs lie in"),
-    "memory": (edited(lambda m: m["programs"][0].pop("memory")), "has memory None; it must be a dict"),
-    "truncated": (truncate, r"forward_8 has \d+ bytes; the manifest says \d+: it is truncated"),
-    "changed": (flip, "forward_8 has the sha256 .*; the manifest says .*: it was changed"),
-    "missing": (lambda d: (d / "programs" / "sample_8").unlink(), "sample_8 cannot be read: No such file"),
+    "memory": (edited(lambda m: m["programs"][0].pop("memory")), "with memory None; it must be a dict"),
+    "truncated": (truncate, r"has \d+ bytes of programs/forward_8; the manifest says \d+: it is truncated"),
+    "changed": (flip, "has programs/forward_8 with the sha256 .*; the manifest says .*: it was changed"),
+    "missing": (lambda d: (d / "programs" / "sample_8").unlink(), "sample_8 that cannot be read: No such file"),
     "no manifest": (lambda d: (d / MANIFEST).unlink(), r"has no readable manifest\.json: No such file"),
-    "no JSON": (lambda d: (d / MANIFEST).write_text("{"), r"manifest\.json is not valid JSON"),
-    "no object": (lambda d: (d / MANIFEST).write_text("[]"), "holds a list; it must hold an object"),
+    "no JSON": (lambda d: (d / MANIFEST).write_text("{"), r"has a manifest\.json that is not valid JSON"),
+    "no object": (lambda d: (d / MANIFEST).write_text("[]"), "with a list instead of an object"),
 }
 
 
@@ -179,8 +186,36 @@ def test_a_bundle_that_does_not_fit_is_refused(copy, name, monkeypatch):
     monkeypatch.setattr("jaxserve.runner.model_runner.random_params", refuse)
     spoil, reason = REFUSALS[name]
     spoil(copy)
-    with pytest.raises(BundleError, match=reason):
+    with pytest.raises(BundleError, match=reason) as refused:
         ModelRunner(with_bundle(copy))
+    text = str(refused.value)
+    assert text.startswith(f"bundle {copy} ")
+    assert text.endswith("; compile it anew with python -m jaxserve.compile")
+
+
+def test_flags_that_say_what_is_dumped_do_not_count(bundle, monkeypatch):
+    flags = os.environ.get("XLA_FLAGS", "")
+    runner = ModelRunner(with_bundle(bundle))
+    mesh = target_mesh(load_target("cpu"))
+    monkeypatch.setenv("XLA_FLAGS", f"{flags} --xla_dump_to=/tmp/x --xla_dump_hlo_as_text")
+    Bundle.open(bundle).check(runner._shapes, mesh)
+    monkeypatch.setenv("XLA_FLAGS", f"{flags} --xla_cpu_enable_fast_math=true")
+    with pytest.raises(BundleError, match=r"has xla_flags .*; this engine has .*'--xla_cpu_enable_fast_math=true'\]"):
+        Bundle.open(bundle).check(runner._shapes, mesh)
+
+
+def test_a_start_checks_a_bundle_once(bundle, monkeypatch):
+    counts: Counter[pathlib.Path] = Counter()
+    read_bytes = pathlib.Path.read_bytes
+
+    def counted(path: pathlib.Path) -> bytes:
+        counts[path] += 1
+        return read_bytes(path)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", counted)
+    ModelRunner(with_bundle(bundle))
+    # Before anything is loaded, and the bytes that the runtime then takes.
+    assert [counts[path] for path in sorted((bundle / "programs").iterdir())] == [2, 2, 2]
 
 
 def test_what_the_runtime_cannot_load_is_refused(copy):
@@ -190,7 +225,7 @@ def test_what_the_runtime_cannot_load_is_refused(copy):
     entry = next(one for one in manifest["programs"] if one["file"] == "programs/forward_8")
     entry |= {"bytes": 13, "sha256": hashlib.sha256(b"no executable").hexdigest()}
     (copy / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="the runtime cannot load forward 8"):
+    with pytest.raises(BundleError, match="a program forward 8 that the runtime cannot load"):
         ModelRunner(with_bundle(copy))
 
 

@@ -1,6 +1,7 @@
 """The server as a process: what it logs, and how signals, faulty starts and a dying engine end it."""
 
 import contextlib
+import dataclasses
 import queue
 import re
 import signal
@@ -172,4 +173,9 @@ def test_figures_of_the_start():
     assert seconds_since_start() > 0
     assert start_lines(READY, "echo")[0] == (
         "model echo: EchoForCausalLM, 0.00M parameters, float32 on cpu, attention none"
+    )
+    assert start_lines(READY, "echo")[-1] == "compiled 7 executables in 1.5 s; engine start 2.5 s"
+    loaded = dataclasses.replace(READY, bundle="bundles/echo")
+    assert start_lines(loaded, "echo")[-1] == (
+        "loaded 7 executables from bundle bundles/echo in 1.5 s; engine start 2.5 s"
     )

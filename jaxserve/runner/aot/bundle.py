@@ -56,7 +56,12 @@ _SOURCES = (
 
 
 class BundleError(ValueError):
-    """A bundle that cannot be used here; the text names the field, what was expected and what was found."""
+    """A bundle that cannot be used here; the text names the bundle, what is wrong with it and the remedy."""
+
+    @classmethod
+    def of(cls, directory: object, text: str) -> BundleError:
+        """That the bundle in `directory` is as `text` says."""
+        return cls(f"bundle {directory} {text}; compile it anew with python -m jaxserve.compile")
 
 
 def identity(shapes: Shapes, mesh: Mesh) -> dict[str, Any]:
@@ -74,6 +79,7 @@ def identity(shapes: Shapes, mesh: Mesh) -> dict[str, Any]:
         "device_kind": device.device_kind,
         "devices": mesh.size,
         "compiler_options": options,
+        "xla_flags": _xla_flags(),
         "sources_sha256": _sources_hash(),
         "shapes": dataclasses.asdict(shapes),
     }
@@ -88,7 +94,6 @@ class BundleWriter:
         self._directory, self._shapes, self._mesh = directory, shapes, mesh
         self._programs: dict[ProgramKey, dict[str, Any]] = {}
         self._head = identity(shapes, mesh) | {
-            "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "assembler": plugin.assembler_version() if mesh.devices.flat[0].platform == "gpu" else "",
             "target": {
                 "name": target.name,
@@ -156,24 +161,25 @@ class Bundle:
         try:
             manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
         except OSError as error:
-            raise BundleError(f"bundle {root} has no readable {MANIFEST}: {error.strerror}") from error
+            raise BundleError.of(root, f"has no readable {MANIFEST}: {error.strerror}") from error
         except ValueError as error:
-            raise BundleError(f"bundle {root}: {MANIFEST} is not valid JSON: {error}") from error
+            raise BundleError.of(root, f"has a {MANIFEST} that is not valid JSON: {error}") from error
         if not isinstance(manifest, dict):
-            raise BundleError(f"bundle {root}: {MANIFEST} holds a {type(manifest).__name__}; it must hold an object")
+            raise BundleError.of(root, f"has a {MANIFEST} with a {type(manifest).__name__} instead of an object")
         return cls(root, manifest)
 
     @property
     def num_pages(self) -> int:
         """Pages of the pool that the programs were compiled for. Raises BundleError where the manifest does not say."""
-        return _field(_field(self.manifest, "shapes", dict), "num_pages", int)
+        return _field(_field(self.manifest, "shapes", dict, self.directory), "num_pages", int, self.directory)
 
     def check(self, shapes: Shapes, mesh: Mesh) -> None:
         """Raises BundleError where anything differs from what this process would compile, or a file was damaged."""
         for field, expected in identity(shapes, mesh).items():
             _same(field, expected, self.manifest.get(field), self.directory)
         if mesh.devices.flat[0].platform == "cpu":
-            _check_machine(_field(_field(self.manifest, "target", dict), "machine", dict), self.directory)
+            target = _field(self.manifest, "target", dict, self.directory)
+            _check_machine(_field(target, "machine", dict, self.directory), self.directory)
         keys, listed = program_keys(shapes), self._entries()
         names = [[f"{key.kind} {key.size}" for key in sorted(some)] for some in (keys, listed)]
         _same("programs", names[0], names[1], self.directory)
@@ -181,23 +187,30 @@ class Bundle:
             _check_entry(listed[key], key, shapes, mesh, self.directory)
             _read(self.directory, listed[key])
 
-    def load(self, shapes: Shapes, mesh: Mesh) -> ProgramSet:
+    def load(self, shapes: Shapes, mesh: Mesh, *, checked: bool = False) -> ProgramSet:
         """The closed set of programs for `shapes`, loaded; nothing is compiled.
+
+        checked: that the caller has called `check` with the same arguments; only the files are then verified again, as
+        they are read.
 
         Raises BundleError as `check` does, and where the runtime refuses a program.
         """
         start = time.perf_counter()
-        self.check(shapes, mesh)
+        if not checked:
+            self.check(shapes, mesh)
         executables: dict[ProgramKey, Any] = {}
         memory: dict[ProgramKey, ProgramMemory] = {}
         for key, entry in self._entries().items():
             executables[key] = _load(_read(self.directory, entry), entry, key, shapes, mesh, self.directory)
-            memory[key] = _memory(entry)
+            memory[key] = _memory(entry, self.directory)
         return ProgramSet(executables, memory, time.perf_counter() - start)
 
     def _entries(self) -> dict[ProgramKey, dict[str, Any]]:
-        listed = _field(self.manifest, "programs", list)
-        return {ProgramKey(_field(entry, "kind", str), _field(entry, "size", int)): entry for entry in listed}
+        root = self.directory
+        listed = _field(self.manifest, "programs", list, root)
+        return {
+            ProgramKey(_field(entry, "kind", str, root), _field(entry, "size", int, root)): entry for entry in listed
+        }
 
 
 def bundled_cache(cache: CacheConfig, bundle: Bundle) -> CacheConfig:
@@ -220,19 +233,20 @@ def machine() -> dict[str, Any]:
 
 
 def _read(root: pathlib.Path, entry: dict[str, Any]) -> bytes:
-    name, size, digest = _field(entry, "file", str), _field(entry, "bytes", int), _field(entry, "sha256", str)
+    name, size = _field(entry, "file", str, root), _field(entry, "bytes", int, root)
+    digest = _field(entry, "sha256", str, root)
     path = root / name
     if pathlib.PurePath(name).parts[:-1] != (_PROGRAMS,):
-        raise BundleError(f"bundle {root} names the file {name!r}; programs lie in {_PROGRAMS}/")
+        raise BundleError.of(root, f"names the file {name!r}; programs lie in {_PROGRAMS}/")
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise BundleError(f"bundle {root}: {name} cannot be read: {error.strerror}") from error
-    if len(data) != size:
-        raise BundleError(f"bundle {root}: {name} has {len(data)} bytes; the manifest says {size}: it is truncated")
+        raise BundleError.of(root, f"has a file {name} that cannot be read: {error.strerror}") from error
+    if len(data) < size:
+        raise BundleError.of(root, f"has {len(data)} bytes of {name}; the manifest says {size}: it is truncated")
     found = hashlib.sha256(data).hexdigest()
     if found != digest:
-        raise BundleError(f"bundle {root}: {name} has the sha256 {found}; the manifest says {digest}: it was changed")
+        raise BundleError.of(root, f"has {name} with the sha256 {found}; the manifest says {digest}: it was changed")
     return data
 
 
@@ -243,11 +257,11 @@ def _check_entry(entry: dict[str, Any], key: ProgramKey, shapes: Shapes, mesh: M
     _same(f"{where} arguments", _describe(arguments), entry.get("arguments"), directory)
     _same(f"{where} results", _describe(results), entry.get("results"), directory)
     _same(f"{where} donated_arguments", donated, entry.get("donated_arguments"), directory)
-    kept = _field(entry, "kept_arguments", list)
+    kept = _field(entry, "kept_arguments", list, directory)
     count = len(jax.tree.leaves(arguments))
     if not all(isinstance(number, int) and 0 <= number < count for number in kept) or not set(donated) <= set(kept):
-        raise BundleError(f"bundle {directory}: {where} kept_arguments do not fit its {count} arguments")
-    _memory(entry)
+        raise BundleError.of(directory, f"has {where} kept_arguments that do not fit its {count} arguments")
+    _memory(entry, directory)
 
 
 def _load(
@@ -258,13 +272,14 @@ def _load(
         executable = mesh.devices.flat[0].client.deserialize_executable(data, list(mesh.devices.flat))
     except Exception as error:  # whatever the runtime raises, the bundle is what it cannot use
         where = f"{key.kind} {key.size}"
-        raise BundleError(f"bundle {directory}: the runtime cannot load {where}: {error}") from error
+        raise BundleError.of(directory, f"has a program {where} that the runtime cannot load: {error}") from error
     return LoadedProgram(executable, arguments, results, entry["kept_arguments"], mesh)
 
 
-def _memory(entry: dict[str, Any]) -> ProgramMemory:
-    memory = _field(entry, "memory", dict)
-    return ProgramMemory(**{field.name: _field(memory, field.name, int) for field in dataclasses.fields(ProgramMemory)})
+def _memory(entry: dict[str, Any], directory: object) -> ProgramMemory:
+    memory = _field(entry, "memory", dict, directory)
+    names = [field.name for field in dataclasses.fields(ProgramMemory)]
+    return ProgramMemory(**{name: _field(memory, name, int, directory) for name in names})
 
 
 def _trees(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -301,15 +316,15 @@ def _kept_arguments(compiled: Any, flat: list[jax.ShapeDtypeStruct]) -> list[int
 def _check_machine(found: dict[str, Any], directory: object) -> None:
     here = machine()
     _same("target.machine.architecture", here["architecture"], found.get("architecture"), directory)
-    missing = sorted(set(_field(found, "features", list)) - set(here["features"]))
+    missing = sorted(set(_field(found, "features", list, directory)) - set(here["features"]))
     if missing:
-        raise BundleError(f"bundle {directory} was compiled for a CPU with {', '.join(missing)}, which this one lacks")
+        raise BundleError.of(directory, f"was compiled for a CPU with {', '.join(missing)}, which this one lacks")
 
 
-def _field(record: Any, name: str, kind: type) -> Any:
+def _field(record: Any, name: str, kind: type, directory: object) -> Any:
     value = record.get(name) if isinstance(record, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise BundleError(f"bundle's {MANIFEST} has {name} {value!r}; it must be a {kind.__name__}")
+        raise BundleError.of(directory, f"has a {MANIFEST} with {name} {value!r}; it must be a {kind.__name__}")
     return value
 
 
@@ -323,9 +338,12 @@ def _same(field: str, expected: Any, found: Any, directory: object) -> None:
     if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
         for number, (one, other) in enumerate(zip(expected, found, strict=True)):
             _same(f"{field}[{number}]", one, other, directory)
-    raise BundleError(
-        f"bundle {directory} has {field} {found!r}; this engine has {expected!r}: compile the bundle anew"
-    )
+    raise BundleError.of(directory, f"has {field} {found!r}; this engine has {expected!r}")
+
+
+def _xla_flags() -> list[str]:
+    """Flags of the environment's XLA_FLAGS in their order, without those that only say what is dumped and where."""
+    return [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_dump")]
 
 
 @functools.cache  # what this process has imported does not change with the files
