@@ -5,7 +5,7 @@ with `--gin.EngineConfig.bundle='DIR'`, and a report (report.json, report.md). W
 holds the architecture.
 
 Exit codes: 0; 1 the configuration does not fit the target, the compiler is missing or a program must not ship; 2 a
-faulty command line or configuration.
+faulty command line or configuration; 3 bundle and report were written, but the report lists problems.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from jaxserve import gin_config
 from jaxserve.runner.aot.build import CONTEXTS, REPORT_JSON, REPORT_MARKDOWN, UntunedMatmulError, build
 from jaxserve.runner.aot.plugin import PluginMissingError
 from jaxserve.runner.targets import known_targets, load_target, use_cpu_only
+
+PROBLEMS_STATUS = 3
+"""Exit code for programs that were compiled and fall short of what every program promises."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print((parsed.output / REPORT_MARKDOWN).read_text(encoding="utf-8"))
     for line in report.problems:
         print(f"{parser.prog}: {line}", file=sys.stderr)
-    return 0
+    return PROBLEMS_STATUS if report.problems else 0
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import pytest
 
 from jaxserve import compile as compile_program
 from jaxserve.runner.aot import plugin
+from jaxserve.runner.aot.inspect import ProgramReport
 from jaxserve.runner.aot.markdown import render
-from jaxserve.runner.targets import TARGET_DIRECTORY, known_targets, load_target, target_mesh
+from jaxserve.runner.targets import TARGET_DIRECTORY, Target, known_targets, load_target, target_mesh
 from pallas_kernels.paged_attention.triton.backend import DEPRECATION
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
@@ -46,8 +47,10 @@ def config(tmp_path: pathlib.Path) -> str:
 
 def test_bundle_and_report_for_an_h200(config, tmp_path, capsys):
     output = tmp_path / "out"
-    arguments = ["--config", config, "--target", "h200", "--output", str(output), "--context", "512"]
-    assert compile_program.main(arguments) == 0
+    arguments = ["--config", config, "--target", "h200", "--output", str(output)]
+    # 512 pages of 16 positions beside the null page hold eight rows of 1024, and no more.
+    contexts = ["--context", "512", "--context", "1024", "--context", "1026"]
+    assert compile_program.main([*arguments, *contexts]) == 0
     printed = capsys.readouterr()
     page = (output / "report.md").read_text()
     assert page in printed.out
@@ -63,10 +66,10 @@ def test_bundle_and_report_for_an_h200(config, tmp_path, capsys):
         assert all(kernel["spill_store_bytes"] == kernel["spill_load_bytes"] == 0 for kernel in program["kernels"])
         names = {kernel["name"] for kernel in program["kernels"] if kernel["pallas"]}
         assert ("paged_attention_decode" in names) == (kind != "sample")
-    (step,) = report["decode_steps"]
-    assert (step["rows"], step["context"]) == (8, 512)
-    assert 1 < step["ratio"] < 2
-    assert report["shapes"]["num_pages"] == 513
+    steps = report["decode_steps"]
+    assert [(step["rows"], step["context"]) for step in steps] == [(8, 512), (8, 1024)]
+    assert all(1 < step["ratio"] < 2 for step in steps)
+    assert (report["shapes"]["num_pages"], report["shapes"]["page_size"]) == (513, 16)
     memory = report["memory"]
     assert sum(bytes for name, bytes in memory.items() if name != "total") == memory["total"] == 150109945856
     manifest = json.loads((output / "manifest.json").read_text())
@@ -83,6 +86,20 @@ def test_bundle_and_report_for_an_h200(config, tmp_path, capsys):
     both = render([report, report | {"versions": {"jax": "9.9"}, "problems": ["a kernel spills"]}])
     for expected in ("ratio, run 2", "run 2, GiB", "Run 2, jax 9.9", "- run 2: a kernel spills"):
         assert expected in both
+
+
+def test_problems_are_told_by_the_exit_code(config, tmp_path, capsys, monkeypatch):
+    def with_problems(report: ProgramReport, target: Target) -> list[str]:
+        return [f"{report.kind} {report.size}: falls short for {target.name}"]
+
+    monkeypatch.setattr(ProgramReport, "problems", with_problems)
+    output = tmp_path / "out"
+    arguments = ["--config", config, "--target", "cpu", "--output", str(output), "--context", "512"]
+    assert compile_program.main(arguments) == compile_program.PROBLEMS_STATUS == 3
+    printed = capsys.readouterr()
+    assert "jaxserve.compile: forward 8: falls short for cpu\n" in printed.err
+    assert "- run 1: forward 8: falls short for cpu" in (output / "report.md").read_text()
+    assert (output / "manifest.json").is_file()
 
 
 def test_faulty_command_lines(config, tmp_path, capsys):

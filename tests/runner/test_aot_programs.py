@@ -183,6 +183,20 @@ def test_every_broken_promise_is_named(step, target):
         assert expected in lines
 
 
+def test_what_is_not_known_is_a_problem(step, target):
+    """A kernel of ours without machine code, and operations without a rate, must not pass for nothing."""
+    ours = next(kernel for kernel in step.report.kernels if kernel.pallas)
+    for field in ("registers", "spill_store_bytes", "spill_load_bytes"):
+        kernel = dataclasses.replace(ours, name="k", **{field: None})
+        (line,) = dataclasses.replace(step.report, kernels=(kernel,)).problems(target)
+        assert line.startswith("decode 64: machine code of kernel k was not found")
+    brought = dataclasses.replace(kernel, pallas=False)
+    assert dataclasses.replace(step.report, kernels=(brought,)).problems(target) == []
+    slower = dataclasses.replace(target, peak_flops={"int8": 1e15})
+    (line,) = step.report.problems(slower)
+    assert line.startswith("decode 64: target h200 has no rate of bfloat16; roofline_seconds leaves ")
+
+
 def test_bytes_and_flops_of_a_decode_step(step):
     """Weights, keys and values are all but a few percent of what it moves; the sum can be made by hand."""
     report, model = step.report, MODEL

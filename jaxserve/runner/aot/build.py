@@ -256,11 +256,12 @@ def _decode_steps(
     compiler: Compiler, programs: dict[ProgramKey, Inspected], contexts: Sequence[int]
 ) -> tuple[DecodeStepReport, ...]:
     shapes, target = compiler.shapes, compiler.target
+    capacity = (shapes.num_pages - 1) * shapes.page_size  # the null page holds none
     steps = []
     for rows in shapes.buckets.rows:
         decode, sample = (programs.get(ProgramKey(kind, rows)) for kind in ("decode", "sample"))
         for context in contexts:
-            if decode is None or sample is None or rows * context > shapes.num_pages * shapes.page_size:
+            if decode is None or sample is None or rows * context > capacity:
                 continue
             scenario = Scenario(rows=rows, context=context)
             traffic = [

@@ -57,9 +57,9 @@ class ProgramReport:
 
     seconds: to lower and compile, beside the other programs. bytes_read, bytes_written, flops (by dtype): as
     `traffic.program_traffic` counts them for `Scenario.of`. roofline_seconds: the longer of both at the target's rates,
-    0 where it has none. donated_bytes: of all arguments that the program takes over, which alias_bytes must equal.
-    pool_bytes: of the page pools alone. outside_command_buffers: launches that no command buffer holds. library_calls,
-    by XLA's name of the kind: cuBLASLt, copies.
+    0 where it has none; `problems` names a dtype without a rate. donated_bytes: of all arguments that the program takes
+    over, which alias_bytes must equal. pool_bytes: of the page pools alone. outside_command_buffers: launches that no
+    command buffer holds. library_calls, by XLA's name of the kind: cuBLASLt, copies.
     """
 
     kind: str
@@ -86,6 +86,9 @@ class ProgramReport:
         """What falls short of what every program promises, one line each."""
         found = []
         for kernel in self.kernels:
+            code = (kernel.registers, kernel.spill_store_bytes, kernel.spill_load_bytes)
+            if kernel.pallas and None in code:
+                found.append(f"machine code of kernel {kernel.name} was not found; whether it spills is not known")
             if kernel.spill_store_bytes or kernel.spill_load_bytes:
                 found.append(
                     f"kernel {kernel.name} spills: {kernel.spill_store_bytes} bytes stored, "
@@ -107,6 +110,11 @@ class ProgramReport:
             found.append(f"{self.alias_bytes} bytes are aliased; {self.donated_bytes} are donated")
         if self.pool_copies:
             found.append(f"{self.pool_copies} instructions copy a page pool")
+        found += [
+            f"target {target.name} has no rate of {dtype}; roofline_seconds leaves {count} operations out"
+            for dtype, count in self.flops.items()
+            if target.peak_flops and dtype not in target.peak_flops
+        ]
         return [f"{self.kind} {self.size}: {line}" for line in found]
 
 
@@ -180,7 +188,10 @@ def triton_matmuls(module: hlo.Module) -> int:
 
 
 def roofline_seconds(traffic: Traffic, target: Target) -> float:
-    """The longer of moving and computing at the target's rates; 0 where it has none."""
+    """The longer of moving and computing at the target's rates; 0 where it has none.
+
+    Operations of a dtype without a rate take no time here: `ProgramReport.problems` names them.
+    """
     moving = traffic.bytes / target.memory_bandwidth if target.memory_bandwidth else 0.0
     computing = 0.0
     for dtype, count in traffic.flops.items():
