@@ -75,11 +75,16 @@ def make(settings: Settings, record: Record, directory: pathlib.Path) -> dict[st
 
 def try_bundle(record: Record, settings: Settings, directory: pathlib.Path, label: str) -> None:
     """Loads a bundle as the engine does; where that is refused, its bytes alone; then runs its programs."""
-    bundle = Bundle.open(directory)
     mesh = make_mesh()
+    opened: list[Bundle] = []
     loaded: list[Any] = []
 
     def load() -> dict[str, Any]:
+        try:
+            bundle = Bundle.open(directory)
+        except BundleError as error:
+            raise AbsentError(f"refused: {error}") from error
+        opened.append(bundle)
         shapes = build(Shapes, bundle.manifest["shapes"])
         start = time.perf_counter()
         try:
@@ -90,13 +95,13 @@ def try_bundle(record: Record, settings: Settings, directory: pathlib.Path, labe
 
     def raw() -> dict[str, Any]:
         start = time.perf_counter()
-        client, programs = jax.devices()[0].client, bundle.manifest["programs"]
+        client, programs = jax.devices()[0].client, opened[0].manifest["programs"]
         for entry in programs:
             client.deserialize_executable((directory / entry["file"]).read_bytes(), jax.devices()[:1])
         return {"load_ms": (time.perf_counter() - start) * 1e3, "programs": len(programs)}
 
     if record.case(f"{label}: load", load) is None:
-        if bundle.manifest.get("platform") != jax.devices()[0].platform:
+        if not opened or opened[0].manifest.get("platform") != jax.devices()[0].platform:
             return
         record.case(f"{label}: load the bytes unverified", raw)
     elif loaded:

@@ -272,18 +272,28 @@ class Bench:
 def compiled(function: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
     """The program; AbsentError where the configuration does not compile, for want of shared memory, say, or spills.
 
-    No entry of the shipped table may spill registers, so one that does is not worth its time.
+    No entry of the shipped table may spill registers, so one that does is not worth its time. Where the machine code
+    cannot be read, of a newer device say, whether it spills stays unknown, and it is measured all the same.
     """
     try:
         program = device.compile_program(function, *arguments, donate=donate)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise AbsentError(f"does not compile: {type(error).__name__}: {str(error)[:300]}") from error
     if jax.default_backend() == "gpu":
-        kernels = cubin.kernels(container.contents(program.runtime_executable().serialize()))
-        spilled = sum(kernel.spill_store_bytes + kernel.spill_load_bytes for kernel in kernels)
+        spilled = spilled_bytes(program.runtime_executable().serialize())
         if spilled:
             raise AbsentError(f"spills {spilled} bytes of registers")
     return program
+
+
+def spilled_bytes(serialized: bytes) -> int | None:
+    """Bytes of registers that an executable's kernels store and load; None for machine code of an unknown kind."""
+    try:
+        kernels = cubin.kernels(container.contents(serialized))
+    except ValueError as error:
+        print(f"spills are unknown: {error}", flush=True)
+        return None
+    return sum(kernel.spill_store_bytes + kernel.spill_load_bytes for kernel in kernels)
 
 
 def replaced(table: list[dict[str, Any]], kind: str, target: Target, config: Any) -> list[dict[str, Any]]:

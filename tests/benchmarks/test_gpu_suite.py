@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks import gpu_suite
 from benchmarks.gpu import child, counts, dense, device, llama, pages, plots, process, step, tune, values
-from benchmarks.gpu.bundle import build
+from benchmarks.gpu.bundle import build, try_bundle
 from benchmarks.gpu.record import FAILED, NOT_RUN, OK, RUNNING, STATUSES, AbsentError, Record, Settings, dumps
 from jaxserve import gin_config
 from jaxserve.config import EngineConfig
@@ -329,6 +329,25 @@ def test_the_search_takes_what_is_faster_and_right(tmp_path: pathlib.Path):
     assert (first, best) == (1.0, pytest.approx(0.7))
     assert config == dataclasses.replace(start, block=64, num_stages=3)
     assert tried == 5
+
+
+def test_machine_code_that_cannot_be_read_leaves_spills_unknown(monkeypatch: pytest.MonkeyPatch):
+    assert tune.spilled_bytes(b"no cubin") == 0
+
+    def refuse(data: bytes) -> None:
+        raise ValueError("executable holds machine code with flags 0x64")
+
+    monkeypatch.setattr(tune.cubin, "kernels", refuse)
+    assert tune.spilled_bytes(b"") is None
+
+
+def test_a_broken_bundle_ends_its_own_case_alone(tmp_path: pathlib.Path):
+    (tmp_path / "manifest.json").write_text("{")
+    kept = record(tmp_path)
+    try_bundle(kept, settings(tmp_path), tmp_path, "broken")
+    (case,) = kept.cases
+    assert (case["case"], case["status"]) == ("broken: load", "absent")
+    assert "has a manifest.json that is not valid JSON" in case["reason"]
 
 
 def test_the_table_that_tuning_writes_is_one_that_kernels_read(tmp_path: pathlib.Path):
