@@ -72,7 +72,7 @@ def _unused(explanation: Explanation) -> str:
         return "the configuration sets the size of the pool"
     if plan.num_pages == pages_in_use(explanation.shapes):
         return "max_num_seqs sequences of max_model_len have no use for it"
-    return f"attention {explanation.shapes.attention} cannot address more pages"
+    return f"attention {explanation.shapes.attention} takes no larger pool"
 
 
 def _concurrency(explanation: Explanation) -> Iterator[str]:
