@@ -5,8 +5,7 @@
 
 The device runs one program at a time, so temporaries are those of the largest program; code is that of all of them.
 The margin stands for what the compiler does not see (library workspaces, fragmentation); a pool of an explicit size
-may take of it. Start-up, `jaxserve.compile`
-and `jaxserve.explain` make the same plan from the same functions.
+may take of it. Start-up, `jaxserve.compile` and `jaxserve.explain` make the same plan from the same functions.
 """
 
 from __future__ import annotations
