@@ -267,7 +267,8 @@ def _layer(
     return Layer(2, group_heads, head_dim, page_size, dtype, pool_dtype, scale, sliding_window, soft_cap, sinks)
 
 
-# Every value of each parameter at least twice; page size meets every group, group every window.
+# Every value of each parameter at least twice, and beside others: no two layers share two of head size, group and
+# dtypes, or two of page size, group and dtypes.
 COVERING = [
     _layer(96, 128, 3, "float32", "float32", None, 30.0, True),
     _layer(128, 32, 1, "float32", "float32", 17, None, False),
