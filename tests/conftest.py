@@ -1,6 +1,7 @@
 """Settings of every test: CPU only, reproducible hypothesis runs. Warnings are errors (pyproject.toml)."""
 
 import os
+import signal
 import sys
 import tempfile
 
@@ -12,6 +13,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 _cache = tempfile.TemporaryDirectory(prefix="jaxserve-tests-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+# A shell that runs the suite in the background has it ignore SIGINT, and children that tests interrupt would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from hypothesis import HealthCheck, settings
 
