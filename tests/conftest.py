@@ -14,7 +14,7 @@ _cache = tempfile.TemporaryDirectory(prefix="jaxserve-tests-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
-# A shell that runs the suite in the background has it ignore SIGINT, and children that tests interrupt would inherit it.
+# A shell that runs the suite in the background has it ignore SIGINT; children that tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
