@@ -33,6 +33,15 @@ LLAMA_153M: dict[str, Any] = {
 }
 """The config.json of the 153 million parameter Llama that peers were measured on."""
 
+LLAMA_1B: dict[str, Any] = LLAMA_153M | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+"""The same for the 1.1 billion parameter one, whose weights no cache holds: a decode step streams them from memory."""
+
 
 def write_checkpoint(directory: pathlib.Path, raw: dict[str, Any], seed: int = 0) -> None:
     """Writes config.json and a model.safetensors of bfloat16 weights drawn from a normal distribution.

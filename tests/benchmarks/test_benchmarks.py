@@ -9,7 +9,7 @@ import jax
 import ml_dtypes
 import pytest
 
-from benchmarks import exact_match, identity, report, throughput
+from benchmarks import exact_match, identity, report
 from benchmarks.random_checkpoint import LLAMA_153M, write_checkpoint
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.inline import InlineEngine
@@ -32,21 +32,6 @@ CONFIG = EngineConfig(
 
 def engine(runner: FakeRunner | None = None) -> InlineEngine:
     return InlineEngine(CONFIG, runner or FakeRunner(max_model_len=600, page_size=16, num_pages=400))
-
-
-def test_repeats_have_the_same_lengths_and_other_ids():
-    first, second = throughput.make_work(64, 0, 1), throughput.make_work(64, 0, 2)
-    assert [len(prompt) for prompt in first.prompts] == [len(prompt) for prompt in second.prompts]
-    assert first.new_tokens == second.new_tokens
-    assert first.prompts != second.prompts
-    assert all(32 <= len(prompt) <= 512 for prompt in first.prompts)
-    assert all(16 <= count <= 256 for count in first.new_tokens)
-
-
-def test_throughput_counts_every_token():
-    work = throughput.Work([[1, 2, 3], [4] * 40], [5, 9])
-    assert throughput.run_jaxserve(engine(), work, "x") > 0
-    assert throughput.summary("x", work, [2.0, 4.0, 1.0])["output_tokens_per_second"] == 7
 
 
 def test_a_random_checkpoint_loads(tmp_path):
