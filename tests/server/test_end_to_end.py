@@ -62,6 +62,7 @@ def test_a_whole_life(process):
 
     async def together() -> None:
         async with AsyncClient(address) as client:
+            compiled = (await client.server_info()).stats.num_compilations
             answers = await asyncio.gather(*(client.generate_text("copy: abc\n", long) for _ in range(24)))
             assert {answer.token_ids for answer in answers} == {alone.token_ids}
             tasks = [asyncio.ensure_future(client.generate_text(f"{number}\n", long)) for number in range(40)]
@@ -72,6 +73,7 @@ def test_a_whole_life(process):
             assert (await client.generate_text("copy: abc\n", long)).token_ids == alone.token_ids
             stats = (await client.server_info()).stats
             assert stats.compile_misses == 0
+            assert stats.num_compilations == compiled > 0
             left = [asyncio.ensure_future(client.generate_text("copy: abc\n", long)) for _ in range(8)]
             begun = client.generate("copy: abc\n", long)
             first = await anext(begun)
