@@ -9,74 +9,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import dataclasses
-import os
 import pathlib
-import random
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import report
+from benchmarks.load.datasets import Example, held_out
+from benchmarks.load.server_process import started_server
 from jaxserve.request import FinishReason, SamplingParams
-from models.tiny.tasks import KINDS, MAX_SIZE, generate_split
+from models.tiny.tasks import KINDS
 from server.client import AsyncClient, Completion
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A prompt and its one right answer."""
-
-    kind: str
-    prompt: str
-    answer: str
-
-
-def held_out(per_kind: int, seed: int, scale: float) -> list[Example]:
-    """`per_kind` examples of each kind, sizes uniform up to `scale` times the largest trained, in random order.
-
-    No prompt is taken twice while 100 draws find a new one: there are only three held-out sums of single digits.
-    """
-    rng = random.Random(seed)
-    examples = []
-    for kind in KINDS:
-        largest = max(1, round(MAX_SIZE[kind] * scale))
-        seen: set[str] = set()
-        for _ in range(per_kind):
-            for _ in range(100):
-                prompt, answer = generate_split(kind, rng, rng.randint(1, largest), held_out=True)
-                if prompt not in seen:
-                    break
-            seen.add(prompt)
-            examples.append(Example(kind, prompt, answer))
-    rng.shuffle(examples)
-    return examples
-
-
-@contextlib.contextmanager
-def server(config: str, overrides: list[str]) -> Iterator[str]:
-    """A server process on a free port; yields its address and ends it with SIGTERM."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "jaxserve.server",
-        "--config",
-        config,
-        f"--gin.ServerConfig.port={port}",
-        *overrides,
-    ]
-    process = subprocess.Popen(command, cwd=report.ROOT, env=os.environ | {"PYTHONPATH": str(report.ROOT)})
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 async def ask_all(
@@ -162,8 +104,8 @@ def main() -> int:
     options = parser.parse_args()
     examples = held_out(options.per_kind, options.seed, options.scale)
     overrides = [f"--gin.{binding}" for binding in options.gin]
-    running = contextlib.nullcontext(options.address) if options.address else server(options.config, overrides)
-    with running as address:
+    given = contextlib.nullcontext((options.address, 0))
+    with given if options.address else started_server(options.config, overrides) as (address, _):
         completions, figures = asyncio.run(
             ask_all(address, examples, options.streams, options.max_tokens, options.patience)
         )

@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import report
+from benchmarks.cpu_time import cpu_seconds, process_tree
 from benchmarks.work import Work
 
 FOLDER = pathlib.Path(__file__).parent
 PEERS = ("vllm", "transformers")
 _MARK = '{"side"'
 _SETTLE_SECONDS = 0.25
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class SideError(RuntimeError):
@@ -88,7 +88,7 @@ class Side:
 
     def cpu_seconds(self) -> float:
         """CPU time of the side's process and of those it started, all since their start."""
-        return sum(_cpu_seconds(pid) for pid in process_tree(self._process.pid))
+        return sum(cpu_seconds(pid) for pid in process_tree(self._process.pid))
 
     def settle(self, patience: float = 3.0) -> None:
         """Returns when the side no longer computes: threads of some libraries spin for a while after their work."""
@@ -178,26 +178,3 @@ def installed_peers(python: str) -> dict[str, str]:
     if "torch" not in found:
         return {}
     return {peer: f"{package} {found[package]}" for peer in PEERS for package in names[peer] if package in found}
-
-
-def process_tree(root: int) -> list[int]:
-    """The ids of a process and of all that it started and that still run (Linux; elsewhere only its own)."""
-    parents: dict[int, int] = {}
-    for entry in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = entry.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # it ended meanwhile
-        parents[int(entry.parent.name)] = int(fields[1])
-    found = [root]
-    for pid in found:  # grows while it is read
-        found.extend(child for child, parent in parents.items() if parent == pid)
-    return found
-
-
-def _cpu_seconds(pid: int) -> float:
-    try:
-        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / _TICKS

@@ -12,8 +12,9 @@ import pytest
 
 from benchmarks import compare, throughput
 from benchmarks.compare import Contestant
+from benchmarks.cpu_time import process_tree
 from benchmarks.sides import jaxserve_side
-from benchmarks.sides.process import Run, Side, SideError, installed_peers, process_tree
+from benchmarks.sides.process import Run, Side, SideError, installed_peers
 from benchmarks.work import WORKLOADS, Work, engine_options, random_work
 from jaxserve import LLM
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig

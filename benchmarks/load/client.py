@@ -1,0 +1,143 @@
+"""The load generator: sends requests when they are due and notes when each message of their streams arrives.
+
+It shares the cores with the server that it measures, so that while a run lasts it does nothing but take in bytes and
+note the time; messages are built before the run and read after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import time
+from collections.abc import Iterator, Sequence
+
+import grpc
+
+from benchmarks.load.datasets import LoadRequest
+from benchmarks.load.figures import Seen
+from benchmarks.load.http2 import Connection, Http2Error, Stream, connect, messages
+from jaxserve.request import SamplingParams
+from server import convert
+from server.client import generate_request
+from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
+
+_METHOD = "/{}/Generate".format(pb.DESCRIPTOR.services_by_name["JaxServe"].full_name)
+_STATUS = {code.value[0]: code.name for code in grpc.StatusCode}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slowness:
+    """How a slow reader reads: what is there, then nothing for `pause` seconds, and so on.
+
+    window: bytes that the server may send it meanwhile; five or so messages of one token fill 256.
+    """
+
+    pause: float = 2.0
+    window: int = 256
+
+
+@dataclasses.dataclass
+class _Call:
+    """One request under way."""
+
+    payload: bytes
+    arrival: float
+    pause: float
+    sent: float = 0.0
+    stream: Stream | None = None
+
+
+async def drive(
+    address: str,
+    requests: Sequence[LoadRequest],
+    arrivals: Sequence[float],
+    max_concurrency: int | None = None,
+    slow: Sequence[bool] | None = None,
+    slowness: Slowness | None = None,
+) -> tuple[list[Seen], float]:
+    """Sends every request at its arrival time; returns what was seen of each, in their order, and the CPU seconds that
+    this process took meanwhile.
+
+    arrivals: seconds after the start, one a request. max_concurrency: a request that is due while as many are open
+    waits. slow: which requests have a slow reader; slowness: how it reads. Raises OSError where no server listens.
+    """
+    slowness = slowness or Slowness()
+    marks = slow or [False] * len(requests)
+    calls = [
+        _Call(_payload(request), arrival, slowness.pause if mark else 0.0)
+        for request, arrival, mark in zip(requests, arrivals, marks, strict=True)
+    ]
+    fast = await connect(address, _METHOD)
+    slow_one = await connect(address, _METHOD, slowness.window)
+    try:
+        with _no_collections():
+            before = time.process_time()
+            await _send_all(calls, fast, slow_one, max_concurrency or max(1, len(calls)))
+            cpu_seconds = time.process_time() - before
+    finally:
+        fast.close()
+        slow_one.close()
+    return [_seen(call) for call in calls], cpu_seconds
+
+
+async def _send_all(calls: Sequence[_Call], fast: Connection, slow: Connection, most_open: int) -> None:
+    gate = asyncio.Semaphore(most_open)
+
+    async def run(call: _Call) -> None:
+        async with gate:
+            call.sent = time.perf_counter()
+            call.stream = (slow if call.pause else fast).start(call.payload, call.pause)
+            await call.stream.done
+
+    start = time.perf_counter()
+    tasks = []
+    for call in sorted(calls, key=lambda call: call.arrival):
+        call.arrival += start
+        if (wait := call.arrival - time.perf_counter()) > 0:
+            await asyncio.sleep(wait)
+        tasks.append(asyncio.ensure_future(run(call)))
+    await asyncio.gather(*tasks)
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Without pauses of the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _payload(request: LoadRequest) -> bytes:
+    params = SamplingParams(temperature=0.0, max_tokens=request.max_tokens, ignore_eos=request.ignore_eos)
+    return generate_request(request.prompt, params).SerializeToString()
+
+
+def _seen(call: _Call) -> Seen:
+    assert call.stream is not None
+    tokens, text = [], []
+    reason, input_tokens, error = "", 0, ""
+    if call.stream.status:
+        error = f"{_STATUS.get(call.stream.status, call.stream.status)}: {call.stream.message}"
+    try:
+        received = messages(call.stream.chunks)
+    except Http2Error as broken:
+        received, error = [], error or str(broken)
+    for moment, data in received:
+        message = pb.GenerateResponse.FromString(data)
+        if message.token_ids:
+            tokens.append((moment, len(message.token_ids)))
+        text.append(message.text)
+        if message.HasField("usage"):
+            found = convert.reason_from_proto(message.finish_reason)
+            reason, input_tokens = found.value if found else "", message.usage.prompt_tokens
+            if message.usage.output_tokens != sum(count for _, count in tokens):
+                error = f"{message.usage.output_tokens} tokens were counted and others came"
+    if not reason and not error:
+        error = "the stream ended without a finish reason"
+    ended = call.stream.ended
+    return Seen(call.arrival, call.sent, ended, tuple(tokens), input_tokens, "".join(text), reason, error)

@@ -1,0 +1,189 @@
+"""The requests of a serving benchmark: random, from a trace, with repeated prefixes, or tasks of the default model."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import json
+import pathlib
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from benchmarks.work import FIRST_ORDINARY_ID, Work, random_work
+from models.tiny.tasks import KINDS, MAX_SIZE, generate_split
+
+TASK_MAX_TOKENS = 400
+"""More than any right answer of the default model's tasks has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadRequest:
+    """One request. prompt: a text or token ids. max_tokens: exactly so many where ignore_eos, else at most.
+
+    arrival: seconds after the first request of its trace; None where an arrival process decides. kind, answer: of a
+    task, with its one right answer.
+    """
+
+    prompt: str | Sequence[int]
+    max_tokens: int
+    ignore_eos: bool = True
+    arrival: float | None = None
+    kind: str = ""
+    answer: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A prompt of a task and its one right answer."""
+
+    kind: str
+    prompt: str
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceRow:
+    """Lengths in tokens; arrival in seconds, from any origin.
+
+    blocks: ids of the prompt's content, 512 tokens each; empty where the trace has none.
+    """
+
+    arrival: float
+    input_tokens: int
+    output_tokens: int
+    blocks: tuple[int, ...] = ()
+
+
+def random_requests(
+    count: int, inputs: tuple[int, int], outputs: tuple[int, int], vocab_size: int, seed: int, repeat: int = 0
+) -> list[LoadRequest]:
+    """Random ids, lengths uniform within the bounds; another `repeat` has the same lengths and other ids."""
+    work = random_work(count, inputs, outputs, vocab_size, seed, repeat)
+    return [LoadRequest(prompt, tokens) for prompt, tokens in zip(work.prompts, work.new_tokens, strict=True)]
+
+
+def prefix_requests(
+    count: int, prefixes: int, prefix_len: int, suffix_len: int, output_len: int, vocab_size: int, seed: int
+) -> list[LoadRequest]:
+    """Prompts of one of `prefixes` random prefixes, each equally often, and a suffix of their own, in random order."""
+    if not 1 <= prefixes <= count:
+        raise ValueError(f"num_prefixes is {prefixes}; it must be from 1 to num_prompts {count}")
+    rng = np.random.default_rng(seed)
+    heads = [rng.integers(FIRST_ORDINARY_ID, vocab_size, prefix_len).tolist() for _ in range(prefixes)]
+    order = rng.permutation(np.arange(count) % prefixes)
+    tails = rng.integers(FIRST_ORDINARY_ID, vocab_size, (count, suffix_len)).tolist()
+    return [LoadRequest(heads[head] + tail, output_len) for head, tail in zip(order, tails, strict=True)]
+
+
+def held_out(per_kind: int, seed: int, scale: float) -> list[Example]:
+    """`per_kind` examples of each kind of task, sizes uniform up to `scale` times the largest trained, in random order.
+
+    No prompt is taken twice while 100 draws find a new one: there are only three held-out sums of single digits.
+    """
+    rng = random.Random(seed)
+    examples = []
+    for kind in KINDS:
+        largest = max(1, round(MAX_SIZE[kind] * scale))
+        seen: set[str] = set()
+        for _ in range(per_kind):
+            for _ in range(100):
+                prompt, answer = generate_split(kind, rng, rng.randint(1, largest), held_out=True)
+                if prompt not in seen:
+                    break
+            seen.add(prompt)
+            examples.append(Example(kind, prompt, answer))
+    rng.shuffle(examples)
+    return examples
+
+
+def task_requests(count: int, seed: int) -> list[LoadRequest]:
+    """Held-out tasks of the default model, kinds in equal shares and mixed."""
+    examples = held_out(-(-count // len(KINDS)), seed, 1.0)[:count]
+    return [
+        LoadRequest(example.prompt, TASK_MAX_TOKENS, ignore_eos=False, kind=example.kind, answer=example.answer)
+        for example in examples
+    ]
+
+
+def read_trace(path: pathlib.Path) -> list[TraceRow]:
+    """Rows of an Azure LLM inference trace (CSV: TIMESTAMP, ContextTokens, GeneratedTokens) or a Mooncake one (JSONL:
+    timestamp in ms, input_length, output_length, hash_ids), in order of arrival.
+
+    Raises ValueError naming the file and line of a row that is neither.
+    """
+    if path.suffix not in (".csv", ".jsonl"):
+        raise ValueError(f"trace {path.name} is neither .csv (Azure) nor .jsonl (Mooncake)")
+    rows: list[TraceRow] = []
+    header = 1 if path.suffix == ".csv" else 0
+    with open(path, encoding="utf-8", newline="") as file:
+        try:
+            if header:
+                rows.extend(map(_azure_row, csv.DictReader(file)))
+            else:
+                rows.extend(map(_mooncake_row, map(json.loads, file)))
+        except (KeyError, TypeError, ValueError) as error:
+            line = header + len(rows) + 1
+            raise ValueError(f"trace {path.name} line {line}: {type(error).__name__}: {error}") from error
+    return sorted(rows, key=lambda row: row.arrival)
+
+
+def trace_requests(
+    rows: Sequence[TraceRow], count: int, max_model_len: int, vocab_size: int, seed: int
+) -> tuple[list[LoadRequest], int]:
+    """The first `count` requests of a trace that fit the model, with random ids, and how many did not fit.
+
+    Equal blocks have equal ids, so that a prefix cache finds what it would have found.
+    """
+    requests: list[LoadRequest] = []
+    skipped = 0
+    for row in rows:
+        if len(requests) == count:
+            break
+        if row.input_tokens + row.output_tokens > max_model_len:
+            skipped += 1
+            continue
+        ids = _ids(row, len(requests), vocab_size, seed)
+        requests.append(LoadRequest(ids, row.output_tokens, arrival=row.arrival))
+    return requests, skipped
+
+
+def as_work(requests: Sequence[LoadRequest]) -> Work:
+    """The same requests for an offline engine, there at once."""
+    return Work(
+        [request.prompt for request in requests],
+        [request.max_tokens for request in requests],
+        ignore_eos=all(request.ignore_eos for request in requests),
+    )
+
+
+_BLOCK = 512
+
+
+def _ids(row: TraceRow, number: int, vocab_size: int, seed: int) -> list[int]:
+    if not row.blocks:
+        return np.random.default_rng([seed, number]).integers(FIRST_ORDINARY_ID, vocab_size, row.input_tokens).tolist()
+    blocks = [
+        np.random.default_rng([seed, block]).integers(FIRST_ORDINARY_ID, vocab_size, _BLOCK) for block in row.blocks
+    ]
+    return np.concatenate(blocks)[: row.input_tokens].tolist()
+
+
+def _azure_row(fields: dict[str, str]) -> TraceRow:
+    # Seven digits of a second: more than fromisoformat of Python 3.11 reads, and than anyone needs.
+    whole, _, part = fields["TIMESTAMP"].partition(".")
+    moment = datetime.datetime.fromisoformat(whole).replace(tzinfo=datetime.UTC).timestamp()
+    return TraceRow(
+        moment + (float(f"0.{part}") if part else 0.0), int(fields["ContextTokens"]), int(fields["GeneratedTokens"])
+    )
+
+
+def _mooncake_row(fields: dict) -> TraceRow:
+    row = TraceRow(
+        fields["timestamp"] / 1e3, fields["input_length"], fields["output_length"], tuple(fields["hash_ids"])
+    )
+    if len(row.blocks) * _BLOCK < row.input_tokens:
+        raise ValueError(f"{len(row.blocks)} blocks hold no {row.input_tokens} tokens")
+    return row
