@@ -19,7 +19,7 @@ from benchmarks import report
 from jaxserve import gin_config
 from jaxserve.config import EngineConfig
 from jaxserve.engine.inline import InlineEngine
-from jaxserve.engine.messages import AbortRequest, AddRequest, EngineFailed, EngineStats, RequestOutput
+from jaxserve.engine.messages import AbortRequest, AddRequest, EngineFailed, EngineStats, RequestOutput, outputs
 from jaxserve.frontend.tokenizer import load_tokenizer
 from jaxserve.request import EngineRequest, FinishReason
 from models.tiny.tasks import KINDS, MAX_SIZE, generate_split
@@ -74,12 +74,12 @@ def collect(engine: InlineEngine, tokens: dict[str, list[int]]) -> tuple[list[Re
             stats = message
         elif isinstance(message, EngineFailed):
             raise RuntimeError(message.error)
-        elif isinstance(message, RequestOutput):
-            tokens.setdefault(message.request_id, []).extend(message.token_ids)
-            if message.finish_reason is FinishReason.ERROR:
-                raise RuntimeError(f"{message.request_id}: {message.error}")
-            if message.finish_reason is not None:
-                finished.append(message)
+        for output in outputs(message):
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            if output.finish_reason is FinishReason.ERROR:
+                raise RuntimeError(f"{output.request_id}: {output.error}")
+            if output.finish_reason is not None:
+                finished.append(output)
     return finished, stats
 
 

@@ -206,6 +206,8 @@ class ServerConfig:
     engine_process: the engine runs in a process of its own, away from the front end's interpreter lock.
     max_message_bytes: largest request message. served_model_name: what clients are told; None is the model's place.
     drain_seconds: how long running requests may finish after SIGTERM.
+    max_unread_tokens: output tokens of one request that may wait for its reader, beyond what the connection buffers;
+    the request of a reader that falls further behind is ended.
     """
 
     engine: EngineConfig
@@ -214,6 +216,7 @@ class ServerConfig:
     engine_process: bool = True
     max_message_bytes: int = 4 * 1024 * 1024
     drain_seconds: float = 30.0
+    max_unread_tokens: int = 8192
     served_model_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -222,6 +225,7 @@ class ServerConfig:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be from 0 to 65535")
         _at_least("max_message_bytes", self.max_message_bytes, 1024)
+        _at_least("max_unread_tokens", self.max_unread_tokens, 1)
         _number("drain_seconds", self.drain_seconds)
         if not self.drain_seconds >= 0:
             raise ValueError(f"drain_seconds is {self.drain_seconds}; it must be at least 0")

@@ -37,7 +37,7 @@ class RequestScheduled:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FirstToken:
-    """The host has the first output token; a `TokensProduced` that counts it follows."""
+    """The host has the first output token, which the `TokensProduced` of the same step counts."""
 
     time: float
     request_id: str
@@ -45,11 +45,10 @@ class FirstToken:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokensProduced:
-    """The host has `count` more output tokens."""
+    """The host has the output tokens of a step: one for each entry of `request_ids`."""
 
     time: float
-    request_id: str
-    count: int
+    request_ids: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,7 +79,9 @@ class StepRecorded:
     prefill_tokens, decode_tokens: useful tokens computed. rows: requests in the step. token_bucket, row_bucket: the
     shapes that its programs were compiled for. padding: token_bucket less the useful tokens.
     pages_*: pages of the device in each state, null page not counted. waiting, running: requests.
-    *_seconds: host time of the four parts of the loop; collect is the wait for the step before.
+    *_seconds: host time of the four parts of the loop; collect is the wait for the step before. idle_seconds: how long
+    at most the device had nothing to do between the step before and this one; 0 when it was still busy at dispatch, or
+    when there was no step before.
     """
 
     time: float
@@ -100,6 +101,7 @@ class StepRecorded:
     dispatch_seconds: float
     collect_seconds: float
     update_seconds: float
+    idle_seconds: float
 
 
 Event = (
@@ -130,10 +132,11 @@ class Origin:
 
 
 class Recorder:
-    """Keeps the last `capacity` events and hands every event to the listeners.
+    """Keeps the last events, of `capacity` entries in all, and hands every event to the listeners.
 
-    A full buffer loses its oldest event to each new one, and `dropped` counts them: whoever needs all events
-    subscribes. `record` takes constant time besides what the listeners take.
+    An event is one entry, a `TokensProduced` as many as it has tokens, so that capacity bounds memory. A full buffer
+    loses its oldest events to each new one, and `dropped` counts them: whoever needs all events subscribes. `record`
+    takes constant time besides what the listeners take.
 
     clock: the clock that event times are read from. wall_clock: seconds since 1970. Both are read once, for `origin`.
 
@@ -150,14 +153,16 @@ class Recorder:
         if capacity < 1:
             raise ValueError(f"capacity is {capacity}; it must be at least 1")
         self.origin = Origin(clock_time=clock(), unix_time=wall_clock())
-        self._events: deque[Event] = deque(maxlen=capacity)
+        self._capacity = capacity
+        self._entries = 0
+        self._events: deque[Event] = deque()
         self._num_recorded = 0
         self._listeners: tuple[Listener, ...] = ()
 
     @property
     def capacity(self) -> int:
-        """Events kept at most."""
-        return self._events.maxlen or 0
+        """Entries kept at most."""
+        return self._capacity
 
     @property
     def num_recorded(self) -> int:
@@ -176,6 +181,9 @@ class Recorder:
         """
         self._events.append(event)
         self._num_recorded += 1
+        self._entries += _entries(event)
+        while self._entries > self._capacity:
+            self._entries -= _entries(self._events.popleft())
         for listener in self._listeners:
             listener(event)
 
@@ -231,10 +239,16 @@ def read_jsonl(path: str | os.PathLike[str]) -> Recording:
             for text in file:
                 number += 1
                 fields = _fields(text)
+                if "request_ids" in fields:
+                    fields["request_ids"] = tuple(fields["request_ids"])
                 events.append(_KINDS[fields.pop("event")](**fields))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} line {number} is not an event of a recording: {error}") from error
     return Recording(origin, dropped, tuple(events))
+
+
+def _entries(event: Event) -> int:
+    return len(event.request_ids) if type(event) is TokensProduced else 1
 
 
 def _fields(text: str, kind: str | None = None) -> dict[str, Any]:

@@ -102,7 +102,9 @@ class _Server:
 
     async def _serve(self, server: GrpcServer, engine: EngineClient, tokenizer: Tokenizer | None) -> int:
         """Serves until a signal or the engine's death, then ends the engine and the server."""
-        frontend = AsyncFrontEnd(engine, tokenizer, seed=self._config.engine.seed)
+        frontend = AsyncFrontEnd(
+            engine, tokenizer, seed=self._config.engine.seed, max_unread_tokens=self._config.max_unread_tokens
+        )
         await server.serve(frontend, tokenizer)
         for line in start_lines(engine.ready, self._name):
             _log.info("%s", line)

@@ -95,7 +95,11 @@ def request_timings(events: Iterable[Event]) -> tuple[RequestTimings, ...]:
         if isinstance(event, RequestArrived):
             progress = current[event.request_id] = _Progress(event)
             requests.append(progress)
-        elif isinstance(event, RequestScheduled | FirstToken | TokensProduced | RequestPreempted | RequestFinished):
+        elif isinstance(event, TokensProduced):
+            for request_id in event.request_ids:
+                if (progress := current.get(request_id)) is not None:
+                    progress.add_token(event.time)
+        elif isinstance(event, RequestScheduled | FirstToken | RequestPreempted | RequestFinished):
             progress = current.get(event.request_id)
             if progress is not None:
                 progress.add(event)
@@ -115,13 +119,14 @@ class _Progress:
         self._preemptions = 0
         self._finish: RequestFinished | None = None
 
-    def add(self, event: RequestScheduled | FirstToken | TokensProduced | RequestPreempted | RequestFinished) -> None:
+    def add_token(self, time: float) -> None:
+        self._token_times.append(time)
+
+    def add(self, event: RequestScheduled | FirstToken | RequestPreempted | RequestFinished) -> None:
         if isinstance(event, RequestScheduled):
             self._scheduled = event.time
         elif isinstance(event, FirstToken):
             self._first_token = event.time
-        elif isinstance(event, TokensProduced):
-            self._token_times += [event.time] * event.count
         elif isinstance(event, RequestPreempted):
             self._preemptions += 1
         else:

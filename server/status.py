@@ -25,6 +25,10 @@ class NoTokenizerError(RuntimeError):
     """Tokenize or Detokenize was called on a server that has no tokenizer."""
 
 
+class SlowReaderError(RuntimeError):
+    """Too much output waited for the client to read it."""
+
+
 class RequestFailedError(RuntimeError):
     """The engine could not compute one request; the others are not touched."""
 
@@ -45,6 +49,7 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (EngineDeadError, grpc.StatusCode.UNAVAILABLE),
+    (SlowReaderError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
     (NotFoundError, grpc.StatusCode.NOT_FOUND),
     (NoTokenizerError, grpc.StatusCode.UNIMPLEMENTED),
@@ -58,7 +63,7 @@ def status_of(error: Exception) -> Status | None:
     for kind, code in _CODES:
         if isinstance(error, kind):
             metadata = ()
-            if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            if kind is QueueFullError:
                 metadata = (("grpc-retry-pushback-ms", str(RETRY_PUSHBACK_MS)),)
             return Status(code, " ".join(str(error).split()), metadata)
     return None
@@ -67,12 +72,14 @@ def status_of(error: Exception) -> Status | None:
 def check_delta(delta: Delta) -> None:
     """Raises the error that a last delta stands for; returns when it is an answer.
 
-    A deadline and the end of the server are errors, and so is a request that failed. One that the client itself
-    aborted is an answer, cut short.
+    A deadline, a slow reader and the end of the server are errors, and so is a request that failed. One that the client
+    itself aborted is an answer, cut short.
     """
     match delta.cause:
         case Cause.DEADLINE:
             raise DeadlineError(delta.error)
+        case Cause.READER:
+            raise SlowReaderError(delta.error)
         case Cause.ENGINE | Cause.CLOSING:
             raise UnavailableError(delta.error)
     if delta.finish_reason is FinishReason.ERROR:

@@ -36,13 +36,14 @@ STEP = StepRecorded(
     dispatch_seconds=0.002,
     collect_seconds=0.01,
     update_seconds=0.0005,
+    idle_seconds=0.0001,
 )
 ONE_OF_EACH = (
     RequestArrived(0.5, "line\nbreak", prompt_tokens=5, max_tokens=3, tenant="zürich", priority=-1),
     RequestScheduled(1.0, "line\nbreak"),
     STEP,
     FirstToken(1.1, "line\nbreak"),
-    TokensProduced(1.1, "line\nbreak", 1),
+    TokensProduced(1.1, ("line\nbreak", "other")),
     RequestPreempted(1.2, "line\nbreak", "swap"),
     RequestFinished(1.5, "line\nbreak", "length", prompt_tokens=5, output_tokens=3, preemptions=1),
 )

@@ -26,7 +26,7 @@ def test_one_request():
             arrived(10.0, "a"),
             RequestScheduled(10.5, "a"),
             FirstToken(12.0, "a"),
-            *(TokensProduced(time, "a", 1) for time in (12.0, 12.25, 13.0, 13.75)),
+            *(TokensProduced(time, ("a",)) for time in (12.0, 12.25, 13.0, 13.75)),
             finished(14.0, "a", 4),
         ]
     )
@@ -43,7 +43,7 @@ def test_one_request():
 
 def test_tokens_produced_together_are_zero_apart():
     (timings,) = request_timings(
-        [arrived(0.0, "a"), FirstToken(1.0, "a"), TokensProduced(1.0, "a", 2), TokensProduced(4.0, "a", 3)]
+        [arrived(0.0, "a"), FirstToken(1.0, "a"), TokensProduced(1.0, ("a", "a")), TokensProduced(4.0, ("a", "a", "a"))]
     )
     assert timings.itls == (0.0, 3.0, 0.0, 0.0)
     assert timings.tpot == 0.75 == sum(timings.itls) / len(timings.itls)
@@ -55,7 +55,7 @@ def test_one_token_has_no_time_per_further_token():
             arrived(0.0, "a"),
             RequestScheduled(1.0, "a"),
             FirstToken(2.0, "a"),
-            TokensProduced(2.0, "a", 1),
+            TokensProduced(2.0, ("a",)),
             finished(2.0, "a", 1, reason="stop"),
         ]
     )
@@ -79,9 +79,9 @@ def test_preemption_lengthens_a_gap_and_is_counted():
             arrived(0.0, "a"),
             RequestScheduled(0.0, "a"),
             FirstToken(1.0, "a"),
-            TokensProduced(1.0, "a", 1),
+            TokensProduced(1.0, ("a",)),
             RequestPreempted(1.5, "a", "recompute"),
-            TokensProduced(5.0, "a", 1),
+            TokensProduced(5.0, ("a",)),
             finished(5.0, "a", 2, preemptions=1),
         ]
     )
@@ -96,10 +96,10 @@ def test_interleaved_requests_come_in_order_of_arrival():
             arrived(1.0, "a"),
             RequestScheduled(2.0, "a"),
             FirstToken(3.0, "a"),
-            TokensProduced(3.0, "a", 1),
+            TokensProduced(3.0, ("a",)),
             RequestScheduled(4.0, "b"),
             FirstToken(8.0, "b"),
-            TokensProduced(8.0, "b", 1),
+            TokensProduced(8.0, ("b",)),
         ]
     )
     assert (first.request_id, first.queue_time, first.ttft) == ("b", 4.0, 8.0)
@@ -116,10 +116,10 @@ def test_an_id_used_again_is_another_request():
 
 def test_a_request_whose_arrival_was_dropped_is_left_out():
     events = [
-        TokensProduced(1.0, "lost", 1),
+        TokensProduced(1.0, ("lost",)),
         finished(2.0, "lost", 9),
         arrived(3.0, "a"),
-        TokensProduced(4.0, "lost", 1),
+        TokensProduced(4.0, ("lost",)),
     ]
     assert [timings.request_id for timings in request_timings(events)] == ["a"]
 

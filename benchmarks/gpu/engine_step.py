@@ -13,8 +13,7 @@ import numpy as np
 
 from benchmarks.gpu import device
 from jaxserve.runner.compiler import compile_program, compiler_options
-from jaxserve.runner.layout import forward_layout, sample_layout
-from jaxserve.runner.packing import pack_forward, pack_sample
+from jaxserve.runner.packing import ForwardPacker, SamplePacker
 from jaxserve.runner.programs import (
     ProgramKey,
     Shapes,
@@ -24,7 +23,7 @@ from jaxserve.runner.programs import (
     abstract_state,
 )
 from jaxserve.runner.slots import Slots
-from jaxserve.scheduler.plan import RowPlan, StepPlan
+from jaxserve.scheduler.plan import DecodeRows, StepPlan
 from models.config import ModelConfig
 from models.params import abstract_params, bind, make_mesh, product_dtype, random_params
 
@@ -75,40 +74,32 @@ class Engine:
 
     def plan(self, batch: int, context: int) -> StepPlan:
         """A step in which each of `batch` rows decodes the token at position `context` - 1."""
-        rows = tuple(
-            RowPlan(
-                request_id=str(slot),
-                order=slot,
-                slot=slot,
-                start=context - 1,
-                token_ids=(),
-                from_slot=True,
-                sample=True,
-                suppress_stop=False,
-                first_new_page=0,
-                new_pages=(),
-                admit=None,
-            )
-            for slot in range(batch)
+        rows = DecodeRows(
+            request_ids=tuple(str(slot) for slot in range(batch)),
+            orders=np.arange(batch),
+            slots=np.arange(batch, dtype=np.int32),
+            starts=np.full(batch, context - 1, np.int32),
+            suppress_stop=np.zeros(batch, bool),
+            page_rows=np.zeros(0, np.int32),
+            pages=np.zeros(0, np.int32),
+            page_size=self.shapes.page_size,
         )
         buckets = self.shapes.buckets
         return StepPlan(
             step=0,
-            rows=rows,
+            decodes=rows,
+            chunks=(),
             token_bucket=buckets.token_bucket(batch),
             row_bucket=buckets.row_bucket(batch),
             num_tokens=batch,
-            num_prefill_tokens=0,
+            num_sampled=batch,
         )
 
     def vectors(self, plan: StepPlan) -> Vectors:
         """The packed plan."""
-        shapes = self.shapes
-        layout = forward_layout(plan.token_bucket, shapes.buckets.rows_of(plan.token_bucket), shapes.page_size)
-        return Vectors(
-            pack_forward(plan, layout, shapes.num_slots),
-            pack_sample(plan, sample_layout(plan.row_bucket), shapes.num_slots),
-        )
+        shapes, tokens = self.shapes, plan.token_bucket
+        forward = ForwardPacker(tokens, shapes.buckets.rows_of(tokens), shapes.page_size, shapes.num_slots)
+        return Vectors(forward.pack(plan), SamplePacker(plan.row_bucket, shapes.num_slots).pack(plan))
 
     def use(self, programs: Mapping[ProgramKey, Any]) -> None:
         """Takes these executables instead of compiling its own."""

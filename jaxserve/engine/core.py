@@ -5,17 +5,19 @@
            pending = runner.dispatch(plan)          returns without waiting
            result  = runner.collect(previous)       the only wait
            updates = scheduler.update(previous plan, result)
-    -> RequestOutput messages
+    -> one TokenBatch for the rows that go on, a RequestOutput for each of the others
 
-It knows the scheduler and the Runner protocol and nothing of jax, sockets or text.
+What `step` returns is sent while the device computes the step after. The loop knows the scheduler and the Runner
+protocol and nothing of jax, sockets or text.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from jaxserve.config import EngineConfig
+from jaxserve.engine.idle import IdleMeter
 from jaxserve.engine.messages import (
     AbortRequest,
     AddRequest,
@@ -24,6 +26,7 @@ from jaxserve.engine.messages import (
     FromEngine,
     RequestOutput,
     ToEngine,
+    TokenBatch,
 )
 from jaxserve.recorder import (
     FirstToken,
@@ -37,9 +40,12 @@ from jaxserve.recorder import (
 )
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.protocol import Pending, Runner
-from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan
+from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepUpdate
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.page_pool import PagePool
+
+STATS_SECONDS = 0.1
+"""How often the front end is told the counts while steps follow one another."""
 
 
 class EngineCore:
@@ -64,6 +70,8 @@ class EngineCore:
         self._now = now
         self._clock = clock
         self._in_flight: tuple[StepPlan, Pending] | None = None
+        self._idle = IdleMeter()
+        self._stats_due = 0.0  # on the clock
         self._totals = dict.fromkeys(
             ("num_steps", "prompt_tokens", "generation_tokens", "computed_tokens", "padding_tokens"), 0
         )
@@ -103,30 +111,42 @@ class EngineCore:
             return self._add(message.request)
         if isinstance(message, AbortRequest):
             update = self.scheduler.abort(message.request_id)
-            return [] if update is None else [self._output(update)]
-        return [self._output(update) for update in self._abort_all()]
+            messages: list[FromEngine] = [] if update is None else [self._output(update, self._clock())]
+        else:
+            messages = self._abort_all()
+        return [*messages, self.stats()] if messages and not self.busy else messages
 
     def step(self) -> list[FromEngine]:
         """Dispatches the next step and takes in the one before; call it while `busy`."""
+        previous = self._in_flight
+        begin = self._look(previous)
         expired = self.scheduler.expire(self._now())
-        begin = self._clock()
         plan = self.scheduler.schedule()
-        scheduled = self._clock()
-        pending = None if plan is None else self.runner.dispatch(plan)
-        dispatched = self._clock()
-        if plan is not None:
-            self._record_plan(plan)
-        previous, self._in_flight = self._in_flight, None if plan is None else (plan, pending)
-        updates: list[SequenceUpdate] = []
-        collected = dispatched
+        scheduled = dispatched = collected = self._look(previous)
+        idle = 0.0
+        if plan is None:
+            self._in_flight = None
+        else:
+            self._in_flight = plan, self.runner.dispatch(plan)
+            dispatched = collected = self._clock()
+            if previous is not None:
+                idle = self._idle.idle(self.runner.done(previous[1]), dispatched)
+            self._idle.dispatched(dispatched)
+            self._record_plan(plan, dispatched)
+        messages: list[FromEngine] = []
         if previous is not None:
             result = self.runner.collect(previous[1])
-            collected = self._clock()
-            updates = self.scheduler.update(previous[0], result)
-        messages: list[FromEngine] = [self._output(update) for update in (*expired, *updates)]
+            collected = self._look(self._in_flight)
+            messages = self._outputs(self.scheduler.update(previous[0], result), collected)
+        if expired:
+            messages += [self._output(update, collected) for update in expired]
+        end = self._look(self._in_flight)
         if plan is not None:
-            self._record_step(plan, begin, scheduled, dispatched, collected)
-        return [*messages, self.stats()]
+            self._record_step(plan, (begin, scheduled, dispatched, collected, end), idle)
+        if end >= self._stats_due or not self.busy:
+            self._stats_due = end + STATS_SECONDS
+            messages.append(self.stats())
+        return messages
 
     def stats(self) -> EngineStats:
         """Counts as of now."""
@@ -165,26 +185,41 @@ class EngineCore:
         )
         return []
 
-    def _abort_all(self) -> Iterable[SequenceUpdate]:
-        for request_id in self.scheduler.request_ids:
-            update = self.scheduler.abort(request_id)
-            if update is not None:
-                yield update
+    def _abort_all(self) -> list[FromEngine]:
+        now = self._clock()
+        updates = [self.scheduler.abort(request_id) for request_id in self.scheduler.request_ids]
+        return [self._output(update, now) for update in updates if update is not None]
 
-    def _output(self, update: SequenceUpdate) -> RequestOutput:
-        sequence, time_now = update.sequence, self._clock()
-        if update.token_ids:
-            self._totals["generation_tokens"] += len(update.token_ids)
-            if len(sequence.output_token_ids) == len(update.token_ids):
-                self._totals["prompt_tokens"] += sequence.num_prompt_tokens
-                self.recorder.record(FirstToken(time=time_now, request_id=sequence.request_id))
-            self.recorder.record(
-                TokensProduced(time=time_now, request_id=sequence.request_id, count=len(update.token_ids))
-            )
+    def _look(self, in_flight: tuple[StepPlan, Pending] | None) -> float:
+        """The time, and a look at whether the device is busy."""
+        now = self._clock()
+        if in_flight is not None:
+            self._idle.look(self.runner.done(in_flight[1]), now)
+        return now
+
+    def _outputs(self, update: StepUpdate, now: float) -> list[FromEngine]:
+        """The messages of a step's update, and its events."""
+        messages: list[FromEngine] = []
+        request_ids = update.request_ids
+        if request_ids:
+            messages.append(TokenBatch(request_ids, tuple(update.token_ids)))
+        if update.others:
+            request_ids += tuple(other.sequence.request_id for other in update.others if other.token_ids)
+        if request_ids:
+            self._totals["generation_tokens"] += len(request_ids)
+            self.recorder.record(TokensProduced(now, request_ids))
+        messages += [self._output(other, now) for other in update.others]
+        return messages
+
+    def _output(self, update: SequenceUpdate, now: float) -> RequestOutput:
+        sequence = update.sequence
+        if update.token_ids and len(sequence.output_token_ids) == len(update.token_ids):
+            self._totals["prompt_tokens"] += sequence.num_prompt_tokens
+            self.recorder.record(FirstToken(now, sequence.request_id))
         if update.finish_reason is not None:
             self.recorder.record(
                 RequestFinished(
-                    time=time_now,
+                    time=now,
                     request_id=sequence.request_id,
                     reason=update.finish_reason.value,
                     prompt_tokens=sequence.num_prompt_tokens,
@@ -196,26 +231,27 @@ class EngineCore:
             sequence.request_id, update.token_ids, update.finish_reason, update.error, sequence.num_cached_tokens
         )
 
-    def _record_plan(self, plan: StepPlan) -> None:
-        time_now = self._clock()
+    def _record_plan(self, plan: StepPlan, now: float) -> None:
         for sequence in self.scheduler.preempted:
-            self.recorder.record(RequestPreempted(time=time_now, request_id=sequence.request_id, kind="recompute"))
+            self.recorder.record(RequestPreempted(now, sequence.request_id, kind="recompute"))
         for sequence in self.scheduler.admitted:
             if not sequence.num_preemptions:
-                self.recorder.record(RequestScheduled(time=time_now, request_id=sequence.request_id))
+                self.recorder.record(RequestScheduled(now, sequence.request_id))
         self._totals["num_steps"] += 1
         self._totals["computed_tokens"] += plan.num_tokens
         self._totals["padding_tokens"] += plan.padding
 
-    def _record_step(self, plan: StepPlan, begin: float, scheduled: float, dispatched: float, collected: float) -> None:
-        pool, end = self.scheduler.pool, self._clock()
+    def _record_step(self, plan: StepPlan, times: Sequence[float], idle: float) -> None:
+        """times: when the step began, was scheduled and dispatched, the one before collected, and the end."""
+        begin, scheduled, dispatched, collected, end = times
+        pool = self.scheduler.pool
         self.recorder.record(
             StepRecorded(
                 time=begin,
                 step=plan.step,
                 prefill_tokens=plan.num_prefill_tokens,
-                decode_tokens=plan.num_tokens - plan.num_prefill_tokens,
-                rows=len(plan.rows),
+                decode_tokens=len(plan.decodes),
+                rows=plan.num_rows,
                 token_bucket=plan.token_bucket,
                 row_bucket=plan.row_bucket,
                 padding=plan.padding,
@@ -228,5 +264,6 @@ class EngineCore:
                 dispatch_seconds=dispatched - scheduled,
                 collect_seconds=collected - dispatched,
                 update_seconds=end - collected,
+                idle_seconds=idle,
             )
         )

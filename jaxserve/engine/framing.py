@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import queue
 import socket
 import struct
+import threading
 from collections.abc import Iterable
 
 _LENGTH = struct.Struct("!I")
@@ -11,7 +13,63 @@ _LENGTH = struct.Struct("!I")
 
 def send_frames(connection: socket.socket, payloads: Iterable[bytes]) -> None:
     """Sends all payloads with one system call where the socket takes it."""
-    connection.sendall(b"".join(part for payload in payloads for part in (_LENGTH.pack(len(payload)), payload)))
+    connection.sendall(frames(payloads))
+
+
+class FrameSender:
+    """Sends payloads in order without ever waiting for the other end.
+
+    `send` hands the socket what it takes at once, in the caller's thread: no hand-over between threads while the reader
+    keeps up. What the socket does not take, a thread sends as the reader makes room, and whatever is sent meanwhile
+    queues behind it. The queue is bounded by what is sent: an engine has no more to say than the outputs of its
+    unfinished requests.
+    """
+
+    def __init__(self, connection: socket.socket):
+        self._connection = connection
+        self._behind: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._queued = 0  # entries of `_behind` that are not sent yet
+        self._error: OSError | None = None
+        self._thread: threading.Thread | None = None
+
+    def send(self, payloads: Iterable[bytes]) -> None:
+        """Sends or queues all payloads. Raises the OSError that ended the connection."""
+        data = frames(payloads)
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            if not self._queued:
+                data = self._send_now(data)
+            if data:
+                self._queued += 1
+                self._behind.put(data)
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._send_rest, name="frame sender", daemon=True)
+                    self._thread.start()
+
+    def close(self, seconds: float) -> None:
+        """Gives the thread so long to send what is queued; the socket stays open."""
+        if self._thread is not None:
+            self._behind.put(None)
+            self._thread.join(seconds)
+
+    def _send_now(self, data: bytes) -> bytes:
+        """Sends what the socket takes at once; returns the rest."""
+        try:
+            return data[self._connection.send(data, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            return data
+
+    def _send_rest(self) -> None:
+        while (data := self._behind.get()) is not None:
+            try:
+                self._connection.sendall(data)
+            except OSError as error:
+                self._error = error
+                return
+            with self._lock:
+                self._queued -= 1
 
 
 class FrameReader:
@@ -47,3 +105,8 @@ class FrameReader:
             start = end
         del self._buffer[:start]
         return payloads
+
+
+def frames(payloads: Iterable[bytes]) -> bytes:
+    """The payloads as they are sent."""
+    return b"".join([part for payload in payloads for part in (_LENGTH.pack(len(payload)), payload)])

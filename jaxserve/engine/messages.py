@@ -7,6 +7,7 @@ version, so fields are positional; an unknown kind or a wrong field count is a V
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import msgpack
@@ -91,8 +92,20 @@ class RequestOutput:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenBatch:
+    """Engine -> front end: one new token of each of these requests, which all go on: what most rows of a step bring.
+
+    A request stands in it once.
+    """
+
+    request_ids: tuple[str, ...]
+    token_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineStats:
-    """Engine -> front end: counts after a step, for GetServerInfo and the running log.
+    """Engine -> front end: counts as of now, several times a second and when it becomes idle, for GetServerInfo and the
+    running log.
 
     num_compilations: programs that the backend compiled in the engine's process, at start and ever after.
     num_steps, compile_misses, num_preemptions, prompt_tokens, generation_tokens, computed_tokens, padding_tokens:
@@ -124,7 +137,7 @@ class EngineFailed:
 
 
 ToEngine = AddRequest | AbortRequest | Shutdown
-FromEngine = EngineReady | RequestOutput | EngineStats | EngineFailed
+FromEngine = EngineReady | RequestOutput | TokenBatch | EngineStats | EngineFailed
 Message = ToEngine | FromEngine
 
 _KINDS: tuple[type, ...] = (
@@ -133,10 +146,26 @@ _KINDS: tuple[type, ...] = (
     Shutdown,
     EngineReady,
     RequestOutput,
+    TokenBatch,
     EngineStats,
     EngineFailed,
 )
 _CODES = {kind: code for code, kind in enumerate(_KINDS)}
+_NAMES = {
+    kind: tuple(field.name for field in dataclasses.fields(kind)) for kind in (*_KINDS, EngineRequest)
+}  # looked up once: `dataclasses.fields` costs more than the rest of a message
+
+
+def outputs(message: FromEngine) -> Sequence[RequestOutput]:
+    """What a message says of requests, one by one; nothing for messages about the engine."""
+    if isinstance(message, RequestOutput):
+        return (message,)
+    if isinstance(message, TokenBatch):
+        return [
+            RequestOutput(request_id, (token_id,))
+            for request_id, token_id in zip(message.request_ids, message.token_ids, strict=True)
+        ]
+    return ()
 
 
 def encode(message: Message) -> bytes:
@@ -151,10 +180,8 @@ def decode(data: bytes) -> Message:
         raise ValueError("engine message is malformed: unknown kind")
     kind = _KINDS[values[0]]
     fields = values[1:]
-    if len(fields) != len(dataclasses.fields(kind)):
-        raise ValueError(
-            f"engine message {kind.__name__} has {len(fields)} fields, not {len(dataclasses.fields(kind))}"
-        )
+    if len(fields) != len(_NAMES[kind]):
+        raise ValueError(f"engine message {kind.__name__} has {len(fields)} fields, not {len(_NAMES[kind])}")
     if kind is AddRequest:
         return AddRequest(EngineRequest(*fields[0]))
     if kind is RequestOutput:
@@ -172,11 +199,11 @@ def packb(value: Any) -> bytes:
 
 def _fields(message: Any) -> list[Any]:
     values = []
-    for field in dataclasses.fields(message):
-        value = getattr(message, field.name)
+    for name in _NAMES[type(message)]:
+        value = getattr(message, name)
         if isinstance(value, FinishReason):
             value = value.value
-        elif dataclasses.is_dataclass(value):
+        elif isinstance(value, EngineRequest):
             value = _fields(value)
         values.append(value)
     return values

@@ -16,15 +16,18 @@ import traceback
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.core import EngineCore
-from jaxserve.engine.framing import FrameReader, send_frames
+from jaxserve.engine.framing import FrameReader, FrameSender
 from jaxserve.engine.messages import EngineFailed, FromEngine, Shutdown, ToEngine, decode, encode
 from jaxserve.engine.wire_config import config_from_bytes
 from jaxserve.runner.model_runner import ModelRunner
 
+_FLUSH_SECONDS = 5.0
+"""How long a front end that reads slowly has for the last messages."""
+
 
 def serve(connection: socket.socket) -> int:
     """Runs an engine for the front end at the other end of `connection`; returns the process's exit code."""
-    reader = FrameReader(connection)
+    reader, sender = FrameReader(connection), FrameSender(connection)
     first = reader.read()
     if first is None:
         return 0
@@ -38,20 +41,22 @@ def serve(connection: socket.socket) -> int:
         except Exception as error:  # whatever it is, the front end must learn why
             if not isinstance(error, ValueError | OSError):
                 traceback.print_exc()
-            send_frames(connection, [encode(EngineFailed(_one_line(error)))])
+            sender.send([encode(EngineFailed(_one_line(error)))])
             return 1
         ready.set()
-        send_frames(connection, [encode(core.ready(time.perf_counter() - start))])
-        _loop(core, connection, inbox)
+        sender.send([encode(core.ready(time.perf_counter() - start))])
+        _loop(core, sender, inbox)
     except ConnectionError:
         return 0  # the front end is gone and nobody is left to answer
     except Exception as error:
-        send_frames(connection, [encode(EngineFailed(f"engine step failed: {_one_line(error)}"))])
+        sender.send([encode(EngineFailed(f"engine step failed: {_one_line(error)}"))])
         raise
+    finally:
+        sender.close(_FLUSH_SECONDS)
     return 0
 
 
-def _loop(core: EngineCore, connection: socket.socket, inbox: queue.SimpleQueue[ToEngine | None]) -> None:
+def _loop(core: EngineCore, sender: FrameSender, inbox: queue.SimpleQueue[ToEngine | None]) -> None:
     while True:
         outputs: list[FromEngine] = []
         while core.busy is False or not inbox.empty():
@@ -64,7 +69,7 @@ def _loop(core: EngineCore, connection: socket.socket, inbox: queue.SimpleQueue[
         if core.busy:
             outputs.extend(core.step())
         if outputs:
-            send_frames(connection, map(encode, outputs))
+            sender.send(map(encode, outputs))
 
 
 def _drain(reader: FrameReader, inbox: queue.SimpleQueue[ToEngine | None], ready: threading.Event) -> None:

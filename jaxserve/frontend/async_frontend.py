@@ -1,12 +1,14 @@
 """The front end on an asyncio event loop: one stream of deltas per request.
 
 A thread waits for the engine's messages and hands them to the loop, which turns them into deltas. A reader that is
-behind finds one delta with everything new, so a slow reader costs no more memory than its own output.
+behind finds one delta with everything new. What waits to be read is bounded: the request of a reader that falls further
+behind is ended, so that it holds neither memory nor a place in the engine for long. No reader ever holds up another.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,7 @@ from typing import Any
 
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.messages import EngineReady, EngineStats, FromEngine
-from jaxserve.frontend.delta import Delta, EngineDeadError
+from jaxserve.frontend.delta import Cause, Delta, EngineDeadError
 from jaxserve.frontend.frontend import FrontEnd
 from jaxserve.frontend.reader import EngineReader
 from jaxserve.frontend.tokenizer import Tokenizer
@@ -37,10 +39,9 @@ class Stream:
     def __init__(self, front_end: AsyncFrontEnd, request_id: str):
         self._front_end = front_end
         self._request_id = request_id
-        self._token_ids: list[int] = []
-        self._text: list[str] = []
-        self._last: Delta | None = None  # the newest delta not yet read; its news are merged in the lists above
-        self._news = asyncio.Event()
+        self._unread: list[Delta] = []
+        self._num_unread = 0
+        self._news: asyncio.Future[None] | None = None  # what the reader waits for
         self._finished = False
         self._closed = False
 
@@ -56,52 +57,51 @@ class Stream:
     def __aiter__(self) -> Stream:
         return self
 
+    @property
+    def num_unread(self) -> int:
+        """Token ids that wait to be read."""
+        return self._num_unread
+
     async def __anext__(self) -> Delta:
-        while self._last is None:
+        while not self._unread:
             if self._finished or self._closed:
                 raise StopAsyncIteration
+            self._news = asyncio.get_running_loop().create_future()
             try:
-                await self._news.wait()
+                await self._news
             except asyncio.CancelledError:
                 self.close()
                 raise
-        last = self._last
-        merged = Delta(
-            request_id=last.request_id,
-            token_ids=tuple(self._token_ids),
-            text="".join(self._text),
-            finish_reason=last.finish_reason,
-            error=last.error,
-            cause=last.cause,
-            prompt_tokens=last.prompt_tokens,
-            output_tokens=last.output_tokens,
-            cached_tokens=last.cached_tokens,
-        )
-        self._token_ids.clear()
-        self._text.clear()
-        self._last = None
-        if not self._finished:
-            self._news.clear()
-        return merged
+            finally:
+                self._news = None
+        unread = self._unread
+        self.drop_unread()
+        return unread[0] if len(unread) == 1 else _merged(unread)
 
     def push(self, delta: Delta) -> None:
         """The front end's side: adds news. Never waits."""
-        self._token_ids.extend(delta.token_ids)
-        self._text.append(delta.text)
-        if len(self._text) > 64:  # keeps the unread text one string, not one string a token
-            self._text[:] = ["".join(self._text)]
-        self._last = delta
+        self._unread.append(delta)
+        self._num_unread += len(delta.token_ids)
+        if len(self._unread) > 64:  # keeps what is unread small: not one object a token
+            self._unread = [_merged(self._unread)]
         self._finished = delta.finish_reason is not None
-        self._news.set()
+        self._wake()
+
+    def drop_unread(self) -> None:
+        """Forgets what was not read."""
+        self._unread, self._num_unread = [], 0
 
     def close(self) -> None:
         """Ends the stream and aborts the request if it is unfinished; idempotent. Unread news are dropped."""
         self._closed = True
-        self._last = None
-        self._news.set()
         if not self._finished:
             self._front_end.abort(self._request_id)
-            self._last = None  # nobody reads the last delta of a closed stream
+        self.drop_unread()  # with the last delta: nobody reads that of a closed stream
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
 
     async def aclose(self) -> None:
         """`close`, for `contextlib.aclosing` and `async with`."""
@@ -116,13 +116,31 @@ class Stream:
         self.close()
 
 
+def _merged(deltas: Sequence[Delta]) -> Delta:
+    """One delta with the news of all."""
+    return dataclasses.replace(
+        deltas[-1],
+        token_ids=tuple([token_id for delta in deltas for token_id in delta.token_ids]),
+        text="".join([delta.text for delta in deltas]),
+    )
+
+
 class AsyncFrontEnd:
     """Streams requests of one engine on the running event loop, in which it must be made and used.
 
-    seed: as for `FrontEnd`.
+    seed: as for `FrontEnd`. max_unread_tokens: token ids of one request that may wait to be read; the request of a
+    reader that is further behind ends with ABORT and cause READER, and what waited is dropped.
     """
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer | None, *, seed: int | None = None):
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer | None,
+        *,
+        seed: int | None = None,
+        max_unread_tokens: int = 8192,
+    ):
+        self._max_unread_tokens = max_unread_tokens
         self._loop = asyncio.get_running_loop()
         self._reader = EngineReader(client, self._loop)
         self._core = FrontEnd(self._reader, tokenizer, seed=seed)
@@ -240,11 +258,26 @@ class AsyncFrontEnd:
 
     def _deliver(self, deltas: Sequence[Delta]) -> None:
         for delta in deltas:
-            self._streams[delta.request_id].push(delta)
+            stream = self._streams[delta.request_id]
+            stream.push(delta)
             if delta.finish_reason is not None:
                 del self._streams[delta.request_id]
+            elif stream.num_unread > self._max_unread_tokens:
+                self._end_unread(stream)
         if not self._core.num_open:
             self._idle.set()
+
+    def _end_unread(self, stream: Stream) -> None:
+        """Ends the request of a reader that is too far behind, and drops what waits for it."""
+        error = (
+            f"{stream.num_unread} output tokens wait to be read; at most {self._max_unread_tokens} (max_unread_tokens) "
+            "may: read faster"
+        )
+        last = self._core.abort(stream.request_id, error, Cause.READER)
+        assert last is not None  # it was unfinished
+        stream.drop_unread()
+        stream.push(dataclasses.replace(last, token_ids=(), text=""))
+        del self._streams[stream.request_id]
 
     def _set_timer(self) -> None:
         deadline = self._core.next_deadline

@@ -31,11 +31,13 @@ class EngineDeadError(FrontEndError):
 class Cause(enum.Enum):
     """Why a request ended with ABORT or ERROR.
 
-    CLIENT: `abort` was called, or the stream was closed. DEADLINE: its deadline passed. REQUEST: this request failed,
-    others go on. ENGINE: the engine failed, and with it every request. CLOSING: the front end closed first.
+    CLIENT: `abort` was called, or the stream was closed. READER: too much output waited to be read. DEADLINE: its
+    deadline passed. REQUEST: this request failed, others go on. ENGINE: the engine failed, and with it every request.
+    CLOSING: the front end closed first.
     """
 
     CLIENT = "client"
+    READER = "reader"
     DEADLINE = "deadline"
     REQUEST = "request"
     ENGINE = "engine"

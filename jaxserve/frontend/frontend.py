@@ -24,6 +24,7 @@ from jaxserve.engine.messages import (
     FromEngine,
     RequestOutput,
     ToEngine,
+    TokenBatch,
 )
 from jaxserve.frontend.delta import (
     Cause,
@@ -262,10 +263,10 @@ class FrontEnd:
             heapq.heappush(self._deadlines, (deadline, request.request_id))
         return request_id
 
-    def abort(self, request_id: str, error: str = "aborted by the client") -> Delta | None:
+    def abort(self, request_id: str, error: str = "aborted by the client", cause: Cause = Cause.CLIENT) -> Delta | None:
         """Ends a request and returns its last delta; None when there is no such unfinished request."""
         opened = self._open.get(request_id)
-        return None if opened is None else self._end_early(opened, FinishReason.ABORT, error, Cause.CLIENT)
+        return None if opened is None else self._end_early(opened, FinishReason.ABORT, error, cause)
 
     def expire(self, now: float | None = None) -> list[Delta]:
         """Ends the requests whose deadline has passed, with ABORT. now: None is the clock's time."""
@@ -286,6 +287,8 @@ class FrontEnd:
     def handle(self, message: FromEngine) -> list[Delta]:
         """The deltas that follow from a message of the engine. Never raises because of what one request says."""
         match message:
+            case TokenBatch():
+                return self._handle_batch(message)
             case RequestOutput():
                 delta = self._handle_output(message)
                 return [] if delta is None else [delta]
@@ -299,18 +302,38 @@ class FrontEnd:
                 pass
         return []
 
+    def _handle_batch(self, message: TokenBatch) -> list[Delta]:
+        deltas = []
+        for request_id, token_id in zip(message.request_ids, message.token_ids, strict=True):
+            opened = self._opened(request_id)
+            delta = None if opened is None else self._advance(opened, (token_id,), None, "")
+            if delta is not None:
+                deltas.append(delta)
+        return deltas
+
     def _handle_output(self, message: RequestOutput) -> Delta | None:
-        opened = self._by_engine_id.get(message.request_id)
+        opened = self._opened(message.request_id)
         if opened is None:
-            if message.request_id not in self._ending:
-                _log.warning("the engine sent output of a request that is not open: %r", message.request_id)
-            elif message.finish_reason is not None:
-                self._ending.remove(message.request_id)
+            if message.finish_reason is not None:
+                self._ending.discard(message.request_id)
             return None
         opened.cached_tokens = max(opened.cached_tokens, message.num_cached_tokens)
-        reason, error, cause = message.finish_reason, message.error, None
+        return self._advance(opened, message.token_ids, message.finish_reason, message.error)
+
+    def _opened(self, engine_id: str) -> _Open | None:
+        """The request that the engine speaks of; None for one that has ended here, and the engine may not know yet."""
+        opened = self._by_engine_id.get(engine_id)
+        if opened is None and engine_id not in self._ending:
+            _log.warning("the engine sent output of a request that is not open: %r", engine_id)
+        return opened
+
+    def _advance(
+        self, opened: _Open, token_ids: tuple[int, ...], ended: FinishReason | None, error: str
+    ) -> Delta | None:
+        """Takes the engine's next tokens of one request. ended: set with the last ones; error as in RequestOutput."""
+        reason, cause = ended, None
         try:
-            text = opened.output.add(message.token_ids, reason)
+            text = opened.output.add(token_ids, reason)
         except Exception:  # one request's text must not stop the others' streams
             _log.exception("output of request %r cannot be turned into text", opened.request_id)
             self._forget(opened, told_engine=reason is not None)
@@ -330,7 +353,7 @@ class FrontEnd:
             cause = Cause.DEADLINE if late and reason is FinishReason.ABORT else Cause.REQUEST
             error = error or f"the engine ended the request with {reason.value}"
         if reason is not None:
-            self._forget(opened, told_engine=message.finish_reason is not None)
+            self._forget(opened, told_engine=ended is not None)
         return self._delta(opened, text, reason, error, cause)
 
     def _delta(

@@ -59,9 +59,13 @@ class FakeRunner:
         self._last: dict[int, int] = {}
 
     def dispatch(self, plan: StepPlan) -> StepResult:
-        for row in plan.rows:
+        rows = plan.rows
+        for row in rows:
             self._write(row)
-        return StepResult(tuple(self._sample(row) for row in plan.sampled))
+        return StepResult([self._sample(row) for row in rows if row.sample])
+
+    def done(self, pending: StepResult) -> bool:
+        return True
 
     def collect(self, pending: StepResult) -> StepResult:
         return pending
@@ -71,7 +75,7 @@ class FakeRunner:
             self._requests[row.slot] = row.admit
         table = self._tables.setdefault(row.slot, {})
         table.update(enumerate(row.new_pages, start=row.first_new_page))
-        tokens = (*row.token_ids, self._last[row.slot]) if row.from_slot else row.token_ids
+        tokens = (self._last[row.slot],) if row.decodes else row.token_ids
         for position, token in enumerate(tokens, start=row.start):
             index, offset = divmod(position, self.info.page_size)
             assert table[index] != 0, "a real token is written to the null page"

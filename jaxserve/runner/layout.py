@@ -1,16 +1,15 @@
 """One int32 vector carries everything the host tells a program: one transfer a step, whatever its fields.
 
 A layout names the fields, their shapes and places. The host writes through numpy views of one vector, the program
-reads static slices of it. float32 fields travel as their bits.
+reads static slices of it. float32 fields travel as their bits. numpy only: a program's arrays have the same methods.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 Shape = tuple[int, ...]
@@ -38,21 +37,14 @@ class Layout:
 
     def views(self, vector: np.ndarray) -> dict[str, np.ndarray]:
         """Writable views of the fields in `vector`, int32 [size]."""
+        return self.read(vector)
+
+    def read(self, vector: Any) -> dict[str, Any]:
+        """The fields of `vector`: of a numpy array as views, of an array inside a program as slices."""
         return {
             name: vector[start : start + math.prod(field.shape)].view(field.dtype).reshape(field.shape)
             for (name, field), start in zip(self._fields.items(), self._starts.values(), strict=True)
         }
-
-    def read(self, vector: jax.Array) -> dict[str, jax.Array]:
-        """The fields of `vector` inside a program."""
-        arrays = {}
-        for name, field in self._fields.items():
-            start = self._starts[name]
-            part = vector[start : start + math.prod(field.shape)]
-            if field.dtype != "int32":
-                part = jax.lax.bitcast_convert_type(part, jnp.dtype(field.dtype))
-            arrays[name] = part.reshape(field.shape)
-        return arrays
 
 
 def forward_layout(tokens: int, rows: int, page_size: int) -> Layout:

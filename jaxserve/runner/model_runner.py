@@ -17,9 +17,8 @@ from jaxserve.config import EngineConfig
 from jaxserve.runner.aot.bundle import Bundle, bundled_cache
 from jaxserve.runner.compiler import CompilationCounter, CompileMissError, ProgramSet, compile_all, keep_compilations
 from jaxserve.runner.host_memory import keep_freed_memory
-from jaxserve.runner.layout import forward_layout, sample_layout
 from jaxserve.runner.memory import ProgramNeeds, claim_memory, compiled_needs, local_memory, plan_memory, plan_pool
-from jaxserve.runner.packing import pack_forward, pack_sample
+from jaxserve.runner.packing import ForwardPacker, SamplePacker
 from jaxserve.runner.programs import (
     ProgramKey,
     Shapes,
@@ -31,7 +30,7 @@ from jaxserve.runner.programs import (
 from jaxserve.runner.protocol import RunnerInfo
 from jaxserve.runner.resolve import resolve_shapes
 from jaxserve.runner.slots import Slots
-from jaxserve.scheduler.plan import StepPlan, StepResult
+from jaxserve.scheduler.plan import NO_DECODES, StepPlan, StepResult
 from models.checkpoint import load, load_kv_scales
 from models.kv_scales import calibrate, placed
 from models.params import abstract_params, make_mesh, product_dtype, random_params
@@ -42,8 +41,13 @@ _COUNTER = CompilationCounter()  # one listener a process: jax keeps listeners f
 
 @dataclasses.dataclass(frozen=True)
 class PendingStep:
-    """A dispatched step: its sampled ids on the device, int32 [row bucket], the first `count` of them real."""
+    """A dispatched step.
 
+    hidden: what its forward program made, until the next step takes it. ids: its sampled ids on the device, int32 [row
+    bucket], the first `count` of them real; None where no row samples.
+    """
+
+    hidden: jax.Array
     ids: jax.Array | None
     count: int
 
@@ -78,6 +82,7 @@ class ModelRunner:
             jnp.zeros(pool.shape, pool.dtype, device=pool.sharding) for pool in abstract_pools(self._shapes, mesh)
         ]
         self._slots, self._hidden = _initial_state(self._shapes, mesh)
+        self._forward_packers, self._sample_packers = packers(self._shapes)
         self.compile_misses = 0
         self.info = _info(self._shapes, self._programs, mesh, self._kv_cache, config.bundle)
         self._warm_up()
@@ -93,26 +98,30 @@ class ModelRunner:
     def dispatch(self, plan: StepPlan) -> PendingStep:
         self._forward(self._shapes.forward_key(plan), plan)
         if not plan.row_bucket:
-            return PendingStep(None, 0)
+            return PendingStep(self._hidden, None, 0)
         ids = self._sample(ProgramKey("sample", plan.row_bucket), plan)
         ids.copy_to_host_async()
-        return PendingStep(ids, len(plan.sampled))
+        return PendingStep(self._hidden, ids, plan.num_sampled)
+
+    def done(self, pending: PendingStep) -> bool:
+        if pending.ids is not None:
+            return _is_ready(pending.ids)
+        return pending.hidden.is_deleted() or _is_ready(pending.hidden)
 
     def collect(self, pending: PendingStep) -> StepResult:
         if pending.ids is None:
             return StepResult(())
-        return StepResult(tuple(np.asarray(pending.ids)[: pending.count].tolist()))
+        return StepResult(np.asarray(pending.ids)[: pending.count])
 
     def _forward(self, key: ProgramKey, plan: StepPlan) -> None:
-        layout = forward_layout(key.size, self._shapes.buckets.rows_of(key.size), self._shapes.page_size)
-        vector = pack_forward(plan, layout, self._shapes.num_slots)
-        self._pools, self._slots, self._hidden = self._program(key)(
-            self._weights, self._pools, self._slots, self._hidden, vector
-        )
+        program = self._program(key)
+        vector = self._forward_packers[key.size].pack(plan)
+        self._pools, self._slots, self._hidden = program(self._weights, self._pools, self._slots, self._hidden, vector)
 
     def _sample(self, key: ProgramKey, plan: StepPlan) -> jax.Array:
-        vector = pack_sample(plan, sample_layout(key.size), self._shapes.num_slots)
-        self._slots, ids = self._program(key)(self._weights.params, self._slots, self._hidden, vector)
+        program = self._program(key)
+        vector = self._sample_packers[key.size].pack(plan)
+        self._slots, ids = program(self._weights.params, self._slots, self._hidden, vector)
         return ids
 
     def _program(self, key: ProgramKey) -> Callable[..., Any]:
@@ -124,7 +133,7 @@ class ModelRunner:
 
     def _warm_up(self) -> None:
         """Runs every program once on padding alone, so that the first request finds them loaded."""
-        nothing = StepPlan(step=-1, rows=(), token_bucket=0, row_bucket=0, num_tokens=0, num_prefill_tokens=0)
+        nothing = StepPlan(-1, NO_DECODES, (), token_bucket=0, row_bucket=0, num_tokens=0, num_sampled=0)
         for key in program_keys(self._shapes):
             if key.kind == "sample":
                 self._sample(key, nothing).block_until_ready()
@@ -159,6 +168,18 @@ def _initial_state(shapes: Shapes, mesh: Mesh) -> tuple[Slots, jax.Array]:
     zeros = Slots.zeros(shapes.num_slots, shapes.max_pages)
     slots = jax.tree.map(lambda array, spec: jax.device_put(array, spec.sharding), zeros, abstract_slots)
     return slots, jnp.zeros(hidden.shape, hidden.dtype, device=hidden.sharding)
+
+
+def _is_ready(array: Any) -> bool:
+    """Whether an array is computed; jax's own type stubs do not have the method."""
+    return array.is_ready()
+
+
+def packers(shapes: Shapes) -> tuple[dict[int, ForwardPacker], dict[int, SamplePacker]]:
+    """What packs the steps of each forward program, by token bucket, and of each sample program, by row bucket."""
+    buckets, num_slots = shapes.buckets, shapes.num_slots
+    forward = {size: ForwardPacker(size, buckets.rows_of(size), shapes.page_size, num_slots) for size in buckets.tokens}
+    return forward, {size: SamplePacker(size, num_slots) for size in buckets.rows}
 
 
 def _info(shapes: Shapes, programs: ProgramSet, mesh: Mesh, kv_cache: str, bundle: str | None) -> RunnerInfo:

@@ -1,69 +1,108 @@
-"""A step plan as the padded vectors that its two programs read. numpy only."""
+"""A step plan as the padded vectors that its two programs read. numpy only.
+
+A packer keeps the vector of a step without rows: every step begins as a copy of it and writes what its rows say. The
+vector itself is never used again: the device may still read it while the next step is packed.
+"""
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 
-from jaxserve.runner.layout import Layout
+from jaxserve.runner.layout import forward_layout, sample_layout
 from jaxserve.scheduler.plan import RowPlan, StepPlan
 
 
-def pack_forward(plan: StepPlan, layout: Layout, num_slots: int) -> np.ndarray:
-    """int32 [layout.size] for the forward program; see `layout.forward_layout` for the fields."""
-    vector = np.zeros(layout.size, np.int32)
-    fields = layout.views(vector)
-    rows = plan.rows
-    token_ids = itertools.chain.from_iterable(
-        (*row.token_ids, -1 - row.slot) if row.from_slot else row.token_ids for row in rows
-    )
-    fields["token_ids"][: plan.num_tokens] = np.fromiter(token_ids, np.int32, plan.num_tokens)
-    count = len(rows)
-    fields["row_slot"][:count] = [row.slot for row in rows]
-    fields["row_start"][:count] = [row.start for row in rows]
-    fields["query_start_loc"][1 : count + 1] = np.cumsum([row.num_tokens for row in rows])
-    fields["query_start_loc"][count + 1 :] = plan.num_tokens
-    _pack_pages(rows, fields, num_slots)
-    _pack_admitted(rows, fields, num_slots)
-    return vector
+class ForwardPacker:
+    """Vectors of one forward program: `tokens` tokens, `rows` rows; see `layout.forward_layout` for the fields."""
+
+    def __init__(self, tokens: int, rows: int, page_size: int, num_slots: int):
+        self.layout = forward_layout(tokens, rows, page_size)
+        self._page_size = page_size
+        self._empty = np.zeros(self.layout.size, np.int32)
+        fields = self.layout.views(self._empty)
+        fields["page_slot"][:] = num_slots
+        fields["admit_slot"][:] = num_slots
+        fields["stop_token_ids"][:] = -1
+        self._counts = np.arange(rows + 1, dtype=np.int32)
+
+    def pack(self, plan: StepPlan) -> np.ndarray:
+        """int32 [layout.size]."""
+        vector = self._empty.copy()
+        fields = self.layout.views(vector)
+        decodes = plan.decodes
+        count, updates = len(decodes), len(decodes.pages)
+        np.subtract(-1, decodes.slots, out=fields["token_ids"][:count])
+        fields["row_slot"][:count] = decodes.slots
+        fields["row_start"][:count] = decodes.starts
+        ends = fields["query_start_loc"]
+        ends[: count + 1] = self._counts[: count + 1]
+        fields["page_slot"][:updates] = decodes.slots[decodes.page_rows]
+        fields["page_index"][:updates] = decodes.starts[decodes.page_rows] // self._page_size
+        fields["page"][:updates] = decodes.pages
+        if plan.chunks:
+            _pack_chunks(plan.chunks, fields, count, updates)
+        ends[plan.num_rows + 1 :] = plan.num_tokens
+        return vector
 
 
-def pack_sample(plan: StepPlan, layout: Layout, num_slots: int) -> np.ndarray:
-    """int32 [layout.size] for the sample program; see `layout.sample_layout` for the fields."""
-    vector = np.zeros(layout.size, np.int32)
-    fields = layout.views(vector)
-    fields["slot"][:] = num_slots
-    ends = itertools.accumulate(row.num_tokens for row in plan.rows)
-    sampled = [(row, end - 1) for row, end in zip(plan.rows, ends, strict=True) if row.sample]
-    count = len(sampled)
-    fields["token"][:count] = [token for _, token in sampled]
-    fields["slot"][:count] = [row.slot for row, _ in sampled]
-    fields["position"][:count] = [row.start + row.num_tokens for row, _ in sampled]
-    fields["suppress_stop"][:count] = [row.suppress_stop for row, _ in sampled]
-    return vector
+class SamplePacker:
+    """Vectors of the sample program of `rows` rows; see `layout.sample_layout` for the fields."""
+
+    def __init__(self, rows: int, num_slots: int):
+        self.layout = sample_layout(rows)
+        self._empty = np.zeros(self.layout.size, np.int32)
+        self.layout.views(self._empty)["slot"][:] = num_slots
+        self._counts = np.arange(rows, dtype=np.int32)
+
+    def pack(self, plan: StepPlan) -> np.ndarray:
+        """int32 [layout.size]."""
+        vector = self._empty.copy()
+        fields = self.layout.views(vector)
+        decodes = plan.decodes
+        count = len(decodes)
+        fields["token"][:count] = self._counts[:count]
+        fields["slot"][:count] = decodes.slots
+        np.add(decodes.starts, 1, out=fields["position"][:count])
+        fields["suppress_stop"][:count] = decodes.suppress_stop
+        end = place = count
+        for row in plan.chunks:
+            end += row.num_tokens
+            if row.sample:
+                fields["token"][place] = end - 1
+                fields["slot"][place] = row.slot
+                fields["position"][place] = row.start + row.num_tokens
+                fields["suppress_stop"][place] = row.suppress_stop
+                place += 1
+        return vector
 
 
-def _pack_pages(rows: tuple[RowPlan, ...], fields: dict[str, np.ndarray], num_slots: int) -> None:
-    fields["page_slot"][:] = num_slots
-    entries = [(row.slot, row.first_new_page + index, page) for row in rows for index, page in enumerate(row.new_pages)]
-    if entries:
-        columns = np.array(entries, np.int32).T
-        for name, column in zip(("page_slot", "page_index", "page"), columns, strict=True):
-            fields[name][: len(entries)] = column
+def _pack_chunks(chunks: tuple[RowPlan, ...], fields: dict[str, np.ndarray], row: int, update: int) -> None:
+    """Writes chunks behind `row` rows of one token each and `update` entries of the page table."""
+    end, admitted = row, 0
+    for index, chunk in enumerate(chunks, start=row):
+        begin, end = end, end + chunk.num_tokens
+        fields["token_ids"][begin:end] = chunk.token_ids
+        fields["row_slot"][index] = chunk.slot
+        fields["row_start"][index] = chunk.start
+        fields["query_start_loc"][index + 1] = end
+        if chunk.new_pages:
+            pages = len(chunk.new_pages)
+            fields["page_slot"][update : update + pages] = chunk.slot
+            fields["page_index"][update : update + pages] = range(chunk.first_new_page, chunk.first_new_page + pages)
+            fields["page"][update : update + pages] = chunk.new_pages
+            update += pages
+        if chunk.admit is not None:
+            _pack_parameters(chunk, fields, admitted)
+            admitted += 1
 
 
-def _pack_admitted(rows: tuple[RowPlan, ...], fields: dict[str, np.ndarray], num_slots: int) -> None:
-    fields["admit_slot"][:] = num_slots
-    fields["stop_token_ids"][:] = -1
-    admitted = [row for row in rows if row.admit is not None]
-    for place, row in enumerate(admitted):
-        request = row.admit
-        assert request is not None
-        fields["admit_slot"][place] = row.slot
-        fields["temperature"][place] = request.temperature
-        fields["top_k"][place] = request.top_k
-        fields["top_p"][place] = request.top_p
-        fields["min_p"][place] = request.min_p
-        fields["seed"][place] = (request.seed >> 32, request.seed & 0xFFFFFFFF)
-        fields["stop_token_ids"][place, : len(request.stop_token_ids)] = request.stop_token_ids
+def _pack_parameters(chunk: RowPlan, fields: dict[str, np.ndarray], place: int) -> None:
+    request = chunk.admit
+    assert request is not None
+    fields["admit_slot"][place] = chunk.slot
+    fields["temperature"][place] = request.temperature
+    fields["top_k"][place] = request.top_k
+    fields["top_p"][place] = request.top_p
+    fields["min_p"][place] = request.min_p
+    fields["seed"][place] = (request.seed >> 32, request.seed & 0xFFFFFFFF)
+    fields["stop_token_ids"][place, : len(request.stop_token_ids)] = request.stop_token_ids

@@ -54,6 +54,10 @@ class Runner(Protocol):
         """Starts a step and returns without waiting for it. Rows may refer to ids of steps not collected yet."""
         ...
 
+    def done(self, pending: Pending) -> bool:
+        """Whether the device has finished a step; never waits. A step whose results have gone to the next is done."""
+        ...
+
     def collect(self, pending: Pending) -> StepResult:
         """Waits for a step and returns its sampled ids: the one place where the host waits for the device."""
         ...

@@ -3,8 +3,8 @@
 `Scheduler.schedule` makes a `StepPlan`, the runner carries it out, `Scheduler.update` takes the sampled ids.
 """
 
-from jaxserve.scheduler.plan import RowPlan, StepPlan, StepResult
-from jaxserve.scheduler.scheduler import Scheduler, SequenceUpdate
+from jaxserve.scheduler.plan import DecodeRows, RowPlan, StepPlan, StepResult
+from jaxserve.scheduler.scheduler import Scheduler, SequenceUpdate, StepUpdate
 from jaxserve.scheduler.sequence import Sequence
 
-__all__ = ["RowPlan", "Scheduler", "Sequence", "SequenceUpdate", "StepPlan", "StepResult"]
+__all__ = ["DecodeRows", "RowPlan", "Scheduler", "Sequence", "SequenceUpdate", "StepPlan", "StepResult", "StepUpdate"]

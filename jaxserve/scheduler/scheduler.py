@@ -4,9 +4,12 @@ One call of `schedule` decides one step, in the order of docs/architecture.md: r
 token each, prompts under way get a chunk, waiting sequences join while slots, budget and pages allow. When pages are
 short for a running sequence, the running sequences of least standing are preempted (by recompute) until they suffice.
 
-The engine dispatches a step before it has read the ids of the one before, so the scheduler counts tokens whose ids it
-does not know yet (`Sequence.num_pending`). A sequence that turns out to have stopped is dropped at `update`, together
-with what the step in flight computed for it.
+The sequences that decode are columns (`DecodingSet`): a step changes them together, at a few numpy calls whatever their
+number. The scheduler itself touches the others, and those that take a page, end or are preempted.
+
+The engine dispatches a step before it has read the ids of the one before, so tokens are counted whose ids are not known
+yet. A sequence that turns out to have stopped is dropped at `update`, together with what the step in flight computed
+for it.
 
 Source of the iteration-level design: Orca (OSDI 2022); of paging and recompute preemption: vLLM (SOSP 2023); of
 chunked prefill mixed with decodes: Sarathi-Serve (OSDI 2024).
@@ -15,12 +18,17 @@ chunked prefill mixed with decodes: Sarathi-Serve (OSDI 2024).
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.request import EngineRequest, FinishReason, RequestStatus
 from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.decoding import DecodingSet
 from jaxserve.scheduler.page_pool import PagePool
-from jaxserve.scheduler.plan import NOT_FINITE, RowPlan, StepPlan, StepResult
+from jaxserve.scheduler.plan import NO_DECODES, NOT_FINITE, RowPlan, StepPlan, StepResult
 from jaxserve.scheduler.policy import POLICIES
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.waiting import WaitingQueue
@@ -36,6 +44,47 @@ class SequenceUpdate:
     error: str = ""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class StepUpdate:
+    """What a step changed.
+
+    request_ids, token_ids: requests that decode on, and the one new token of each. others: every other sequence that
+    the step changed: it has its first token since it was admitted, or has ended.
+    """
+
+    request_ids: tuple[str, ...]
+    token_ids: list[int]
+    others: list[SequenceUpdate]
+
+
+@dataclasses.dataclass
+class _Chunk:
+    """The share of one prompt in the step under construction. held: pages held before it."""
+
+    sequence: Sequence
+    count: int
+    held: int
+    admitted: bool = False
+
+
+class _Step:
+    """The chunks of the step under construction, by request id, and the tokens left to give. Every sequence that
+    decodes has its token already."""
+
+    def __init__(self, budget: int):
+        self.budget = budget
+        self.chunks: dict[str, _Chunk] = {}
+
+    def add(self, chunk: _Chunk) -> None:
+        self.budget -= chunk.count
+        self.chunks[chunk.sequence.request_id] = chunk
+
+    def drop(self, sequence: Sequence) -> None:
+        """Takes back what a sequence that is about to be preempted was given, if anything."""
+        chunk = self.chunks.pop(sequence.request_id, None)
+        self.budget += chunk.count if chunk is not None else sequence.decoding
+
+
 class Scheduler:
     """Owns the waiting queue, the running set, the slots and the page pool's use."""
 
@@ -44,7 +93,8 @@ class Scheduler:
         self._buckets = buckets
         self._standing = POLICIES[config.policy]
         self._waiting = WaitingQueue(self._standing)
-        self._running: dict[str, Sequence] = {}
+        self._decoding = DecodingSet(config.max_num_seqs, pool.page_size)
+        self._prefilling: dict[str, Sequence] = {}  # running sequences that do not decode yet
         self._sequences: dict[str, Sequence] = {}
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._arrivals = 0
@@ -62,7 +112,7 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._decoding) + len(self._prefilling)
 
     @property
     def unfinished(self) -> bool:
@@ -108,89 +158,102 @@ class Scheduler:
         """Decides the next step; None when there is nothing to compute now."""
         self.preempted, self.admitted = [], []
         self._retire()
-        scheduled: dict[str, tuple[int, int]] = {}  # request -> (tokens in this step, pages held before)
-        budget = self._config.max_num_batched_tokens
-        running = list(self._running.values())
-        decoding = [sequence for sequence in running if sequence.decoding]
-        prefilling = [sequence for sequence in running if not sequence.decoding]
-        for sequence in decoding + prefilling:
-            if sequence.status is not RequestStatus.RUNNING:
-                continue  # preempted for a sequence before it
-            count = self._chunk(sequence, budget)
-            held = len(sequence.pages)
-            if not count:
-                continue
-            freed = self._take_pages(sequence, count, scheduled)
-            budget += freed
-            if sequence.status is RequestStatus.RUNNING:
-                scheduled[sequence.request_id] = (count, held)
-                budget -= count
+        step = _Step(self._config.max_num_batched_tokens - len(self._decoding))
+        self._extend_decodes(step)
+        self._continue_prompts(step)
         if not self.preempted:
-            self._admit(scheduled, budget)
-        if not scheduled:
+            self._admit(step)
+        if not self._decoding and not step.chunks:
             return None
-        return self._plan(scheduled)
+        return self._plan(step)
 
-    def update(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
-        """Takes the sampled ids of `plan`; returns what changed, in row order. Ids of ended sequences are dropped."""
-        updates = []
-        for row, token_id in zip(plan.sampled, result.token_ids, strict=True):
-            sequence = self._sequences.get(row.request_id)
-            if sequence is None or sequence.order != row.order:
-                continue
-            sequence.num_pending -= 1
-            if token_id == NOT_FINITE:
-                updates.append(self._finish(sequence, FinishReason.ERROR, error="the model's logits are not finite"))
-                continue
-            sequence.output_token_ids.append(token_id)
-            reason = _finish_reason(sequence, token_id)
-            if reason is None:
-                updates.append(SequenceUpdate(sequence, (token_id,)))
-            else:
-                updates.append(dataclasses.replace(self._finish(sequence, reason), token_ids=(token_id,)))
-        return updates
+    def update(self, plan: StepPlan, result: StepResult) -> StepUpdate:
+        """Takes the sampled ids of `plan`; returns what changed. Ids of ended sequences are dropped."""
+        token_ids = np.asarray(result.token_ids, np.int32)
+        if len(token_ids) != plan.num_sampled:
+            raise ValueError(f"step {plan.step} has {len(token_ids)} token ids; it sampled {plan.num_sampled} rows")
+        request_ids, sampled = plan.decodes.request_ids, token_ids[: len(plan.decodes)]
+        stay = self._decoding.take(plan.decodes, sampled)
+        others = []
+        for request_id, order, token_id in _one_by_one(plan, token_ids, ~stay):
+            sequence = self._sequences.get(request_id)
+            if sequence is not None and sequence.order == order:
+                others.append(self._take(sequence, token_id))
+        if not stay.all():
+            request_ids, sampled = tuple(itertools.compress(request_ids, stay.tolist())), sampled[stay]
+        return StepUpdate(request_ids, sampled.tolist(), others)
 
     def check_integrity(self) -> None:
         """Asserts invariant 1 of the design and that slots are owned once; O(pages), for tests and idle moments."""
         self.pool.check_integrity([sequence.pages for sequence in self._sequences.values()])
-        slots = [sequence.slot for sequence in self._running.values() if sequence.slot is not None]
+        running = self._running()
+        slots = [sequence.slot for sequence in running if sequence.slot is not None]
         assert sorted([*self._free_slots, *slots]) == list(range(self._config.max_num_seqs)), "slots are not owned once"
-        ending = sum(sequence.status is RequestStatus.ENDING for sequence in self._sequences.values())
-        queued = len(self._running) + len(self._waiting) + ending
+        self._decoding.check_integrity()
+        statuses = [sequence.status for sequence in self._sequences.values()]
+        assert statuses.count(RequestStatus.RUNNING) == len(running), "a sequence runs that does not, or the reverse"
+        queued = len(running) + len(self._waiting) + statuses.count(RequestStatus.ENDING)
         assert queued == len(self._sequences), "a sequence is in no queue or in two"
         for sequence in self._sequences.values():
             if sequence.status is not RequestStatus.RUNNING:
+                assert not sequence.decoding, f"{sequence.request_id} waits but decodes"
                 assert not sequence.pages, f"{sequence.request_id} waits but holds pages"
                 assert sequence.slot is None, f"{sequence.request_id} waits but holds a slot"
             assert sequence.num_computed <= len(sequence.pages) * self.pool.page_size, "computed tokens lack pages"
         if not self._sequences:
             assert self.pool.num_used == 0, f"{self.pool.num_used} pages are in use while idle"
 
+    def _running(self) -> list[Sequence]:
+        return [*self._decoding.sequences, *self._prefilling.values()]
+
     def _retire(self) -> None:
         """Takes slot and pages from the sequences whose last allowed token is sampled, before its id is read."""
-        for sequence in [one for one in self._running.values() if not one.num_uncomputed]:
+        for sequence in self._decoding.complete():
             self._release(sequence)
             sequence.status = RequestStatus.ENDING
 
+    def _extend_decodes(self, step: _Step) -> None:
+        """Gives a page to every sequence that decodes and needs one, preempting others of less standing, or itself
+        when it is the least."""
+        short = self._decoding.short()
+        if not short:
+            return
+        pages = self.pool.allocate(len(short))
+        if pages is not None:
+            for sequence, page in zip(short, pages, strict=True):
+                self._decoding.give_page(sequence, page)
+            return
+        for sequence in short:
+            while sequence.status is RequestStatus.RUNNING:  # until it is preempted, now or for one before it
+                pages = self.pool.allocate(1)
+                if pages is not None:
+                    self._decoding.give_page(sequence, pages[0])
+                    break
+                self._preempt_least(step)
+
+    def _continue_prompts(self, step: _Step) -> None:
+        """Gives a chunk to every prompt under way, preempting as `_extend_decodes` does."""
+        for sequence in list(self._prefilling.values()):
+            if sequence.status is not RequestStatus.RUNNING:
+                continue  # preempted for a sequence before it
+            count = self._chunk(sequence, step.budget)
+            held = len(sequence.pages)
+            if not count:
+                continue
+            while sequence.status is RequestStatus.RUNNING and not self._grow(sequence, count):
+                self._preempt_least(step)
+            if sequence.status is RequestStatus.RUNNING:
+                step.add(_Chunk(sequence, count, held))
+
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """Tokens of this sequence in this step, by the budget and the chunking rules; 0 is none."""
-        want = sequence.num_uncomputed
+        want = sequence.num_known - sequence.num_computed
         threshold = self._config.long_prefill_token_threshold
         if self._config.enable_chunked_prefill:
             return min(want, budget, threshold or want)
         if want > self._config.max_num_batched_tokens or sequence.num_computed:
             return min(want, budget)  # a preempted sequence that outgrew a step can only come back in parts
         return want if want <= budget else 0
-
-    def _take_pages(self, sequence: Sequence, count: int, scheduled: dict[str, tuple[int, int]]) -> int:
-        """Gives a running sequence the pages for `count` more tokens, preempting others of less standing, or itself
-        when it is the least. Returns the tokens that preempted sequences had been given in this step."""
-        freed = 0
-        while sequence.status is RequestStatus.RUNNING and not self._grow(sequence, count):
-            victim = max(self._running.values(), key=self._standing)
-            freed += scheduled.pop(victim.request_id, (0, 0))[0]
-            self._preempt(victim)
-        return freed
 
     def _grow(self, sequence: Sequence, count: int) -> bool:
         """Allocates what `count` more tokens need beyond the pages held; all or nothing."""
@@ -201,44 +264,52 @@ class Scheduler:
         sequence.pages.extend(pages)
         return True
 
-    def _admit(self, scheduled: dict[str, tuple[int, int]], budget: int) -> None:
+    def _admit(self, step: _Step) -> None:
         """Moves waiting sequences to running, best standing first, until slots, budget or pages end."""
-        while budget > 0 and self._free_slots:
+        while step.budget > 0 and self._free_slots:
             sequence = self._waiting.peek()
             if sequence is None or sequence.num_pending:
                 return  # a preempted sequence waits for its last id
-            count = self._chunk(sequence, budget)
+            count = self._chunk(sequence, step.budget)
             if not count or not self._grow(sequence, count):
                 return
             self._waiting.remove(sequence)
             sequence.status = RequestStatus.RUNNING
             sequence.slot = self._free_slots.pop()
-            self._running[sequence.request_id] = sequence
+            self._prefilling[sequence.request_id] = sequence
             self.admitted.append(sequence)
-            scheduled[sequence.request_id] = (count, 0)
-            budget -= count
+            step.add(_Chunk(sequence, count, held=0, admitted=True))
 
-    def _plan(self, scheduled: dict[str, tuple[int, int]]) -> StepPlan:
-        admitted = {sequence.request_id for sequence in self.admitted}
-        rows = []
-        prefill = 0
-        for request_id, (count, held) in scheduled.items():
-            sequence = self._running[request_id]
-            prefill += 0 if sequence.decoding else count
-            rows.append(_row(sequence, count, held, request_id in admitted))
-            sequence.num_computed += count
-            sequence.num_pending += rows[-1].sample
-        num_tokens = sum(row.num_tokens for row in rows)
+    def _plan(self, step: _Step) -> StepPlan:
+        decodes = self._decoding.advance() if self._decoding else NO_DECODES
+        chunks = []
+        num_tokens = num_sampled = len(decodes)
+        for chunk in step.chunks.values():
+            row = _row(chunk)
+            chunks.append(row)
+            num_tokens += chunk.count
+            num_sampled += row.sample
+            chunk.sequence.num_computed += chunk.count
+            if row.sample:
+                del self._prefilling[row.request_id]
+                self._decoding.join(chunk.sequence)
         plan = StepPlan(
             step=self._steps,
-            rows=tuple(rows),
+            decodes=decodes,
+            chunks=tuple(chunks),
             token_bucket=self._buckets.token_bucket(num_tokens),
-            row_bucket=self._buckets.row_bucket(sum(row.sample for row in rows)),
+            row_bucket=self._buckets.row_bucket(num_sampled),
             num_tokens=num_tokens,
-            num_prefill_tokens=prefill,
+            num_sampled=num_sampled,
         )
         self._steps += 1
         return plan
+
+    def _preempt_least(self, step: _Step) -> None:
+        """Preempts the running sequence of least standing, whatever it was given in this step."""
+        victim = max(self._running(), key=self._standing)
+        step.drop(victim)
+        self._preempt(victim)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Takes back pages and slot; the tokens stay and are computed again when the sequence is next admitted."""
@@ -248,6 +319,18 @@ class Scheduler:
         self.num_preemptions += 1
         self.preempted.append(sequence)
         self._waiting.push(sequence)
+
+    def _take(self, sequence: Sequence, token_id: int) -> SequenceUpdate:
+        """Gives one sequence its next token."""
+        if not sequence.decoding:
+            sequence.num_pending -= 1
+        if token_id == NOT_FINITE:
+            return self._finish(sequence, FinishReason.ERROR, error="the model's logits are not finite")
+        sequence.output_token_ids.append(token_id)
+        reason = _finish_reason(sequence, token_id)
+        if reason is None:
+            return SequenceUpdate(sequence, (token_id,))
+        return dataclasses.replace(self._finish(sequence, reason), token_ids=(token_id,))
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str = "") -> SequenceUpdate:
         if sequence.status is RequestStatus.RUNNING:
@@ -261,34 +344,43 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         """Returns pages and slot of a running sequence. A step in flight may still write to those pages: whatever is
         computed for their next owner is dispatched after it, so it is never seen."""
+        if sequence.decoding:
+            self._decoding.leave(sequence)
+        else:
+            del self._prefilling[sequence.request_id]
         self.pool.release(sequence.pages)
         sequence.pages = []
         sequence.num_computed = 0
         assert sequence.slot is not None
         self._free_slots.append(sequence.slot)
         sequence.slot = None
-        del self._running[sequence.request_id]
 
 
-def _row(sequence: Sequence, count: int, held: int, admitted: bool) -> RowPlan:
+def _row(chunk: _Chunk) -> RowPlan:
+    sequence, count = chunk.sequence, chunk.count
     start = sequence.num_computed
-    token_ids = sequence.known_token_ids(start, start + count)
     assert sequence.slot is not None
-    assert count - len(token_ids) in (0, 1)
-    outputs = sequence.num_tokens - sequence.num_prompt_tokens
     return RowPlan(
         request_id=sequence.request_id,
         order=sequence.order,
         slot=sequence.slot,
         start=start,
-        token_ids=token_ids,
-        from_slot=len(token_ids) < count,
-        sample=start + count == sequence.num_tokens,
-        suppress_stop=outputs < sequence.request.min_tokens,
-        first_new_page=held,
-        new_pages=tuple(sequence.pages[held:]),
-        admit=sequence.request if admitted else None,
+        token_ids=sequence.known_token_ids(start, start + count),
+        sample=start + count == sequence.num_known,
+        suppress_stop=start + count < sequence.stop_position,
+        first_new_page=chunk.held,
+        new_pages=tuple(sequence.pages[chunk.held :]),
+        admit=sequence.request if chunk.admitted else None,
     )
+
+
+def _one_by_one(plan: StepPlan, token_ids: np.ndarray, special: np.ndarray) -> Iterator[tuple[str, int, int]]:
+    """Request id, order and sampled id of the `special` decodes, bool [R], and of the chunks that sample."""
+    for row in special.nonzero()[0].tolist():
+        yield plan.decodes.request_ids[row], int(plan.decodes.orders[row]), int(token_ids[row])
+    sampled = (row for row in plan.chunks if row.sample)
+    for row, token_id in zip(sampled, token_ids[len(plan.decodes) :].tolist(), strict=True):
+        yield row.request_id, row.order, token_id
 
 
 def _finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+from collections.abc import Iterator
+
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
-from jaxserve.engine.core import EngineCore
-from jaxserve.engine.messages import AbortRequest, AddRequest, EngineStats, RequestOutput, Shutdown
+from jaxserve.engine.core import STATS_SECONDS, EngineCore
+from jaxserve.engine.messages import AbortRequest, AddRequest, EngineStats, RequestOutput, Shutdown, outputs
 from jaxserve.recorder import FirstToken, Recorder, RequestFinished, RequestPreempted, StepRecorded
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.fake import FakeRunner
@@ -20,6 +24,7 @@ class WatchedRunner(FakeRunner):
     def __init__(self, **sizes):
         super().__init__(**sizes)
         self.calls: list[tuple[str, int]] = []
+        self.looks: Iterator[bool] = itertools.repeat(True)  # what `done` answers
         self._steps: list[int] = []
 
     def dispatch(self, plan):
@@ -27,29 +32,32 @@ class WatchedRunner(FakeRunner):
         self._steps.append(plan.step)
         return super().dispatch(plan)
 
+    def done(self, pending):
+        return next(self.looks)
+
     def collect(self, pending):
         self.calls.append(("collect", self._steps.pop(0)))
         return super().collect(pending)
 
 
-def make_core(num_pages: int = 64, now=lambda: 0.0, **limits) -> EngineCore:
+def make_core(num_pages: int = 64, now=lambda: 0.0, clock=time.perf_counter, **limits) -> EngineCore:
     config = EngineConfig(
         architecture=MODEL,
         load_format="dummy",
         scheduler=SchedulerConfig(**{"max_num_seqs": 4, "max_num_batched_tokens": 16, **limits}),
         cache=CacheConfig(num_pages=num_pages),
     )
-    return EngineCore(config, WatchedRunner(num_pages=num_pages), recorder=Recorder(), now=now)
+    return EngineCore(config, WatchedRunner(num_pages=num_pages), recorder=Recorder(), now=now, clock=clock)
 
 
 def run(core: EngineCore) -> dict[str, list[RequestOutput]]:
-    outputs: dict[str, list[RequestOutput]] = {}
+    answers: dict[str, list[RequestOutput]] = {}
     while core.busy:
         for message in core.step():
-            if isinstance(message, RequestOutput):
-                outputs.setdefault(message.request_id, []).append(message)
+            for output in outputs(message):
+                answers.setdefault(output.request_id, []).append(output)
         core.check_integrity()
-    return outputs
+    return answers
 
 
 def add(core: EngineCore, *requests: EngineRequest) -> None:
@@ -78,11 +86,11 @@ def test_every_request_gets_its_tokens_and_one_final_output():
     core = make_core(num_pages=14)
     requests = [EngineRequest(f"r{i}", tuple(range(1, 4 + i)), max_tokens=5 + i) for i in range(12)]
     add(core, *requests)
-    outputs = run(core)
+    answers = run(core)
     for one in requests:
         tokens, reason = alone(one)
-        assert [token for output in outputs[one.request_id] for token in output.token_ids] == tokens
-        assert [output.finish_reason for output in outputs[one.request_id]] == [None] * (len(tokens) - 1) + [reason]
+        assert [token for output in answers[one.request_id] for token in output.token_ids] == tokens
+        assert [output.finish_reason for output in answers[one.request_id]] == [None] * (len(tokens) - 1) + [reason]
     assert core.stats().pages_used == 0
 
 
@@ -97,8 +105,8 @@ def test_a_cancelled_request_frees_its_pages_at_once():
     assert final.finish_reason is FinishReason.ABORT
     assert core.stats().pages_used == 1 < used
     assert core.handle(AbortRequest("a")) == []
-    outputs = run(core)
-    assert set(outputs) == {"b"}
+    answers = run(core)
+    assert set(answers) == {"b"}
 
 
 def test_a_request_that_cannot_be_queued_is_answered_at_once():
@@ -126,9 +134,9 @@ def test_deadline_passed_in_the_queue():
     add(core, EngineRequest("a", (1,), max_tokens=6), EngineRequest("b", (1,), max_tokens=6, deadline=5.0))
     core.step()
     clock[0] = 6.0
-    outputs = run(core)
-    assert [output.finish_reason for output in outputs["b"]] == [FinishReason.ABORT]
-    assert "deadline" in outputs["b"][0].error
+    answers = run(core)
+    assert [output.finish_reason for output in answers["b"]] == [FinishReason.ABORT]
+    assert "deadline" in answers["b"][0].error
 
 
 def test_the_recorder_hears_everything():
@@ -148,10 +156,59 @@ def test_the_recorder_hears_everything():
     assert sum(event.output_tokens for event in events if isinstance(event, RequestFinished)) == stats.generation_tokens
 
 
-def test_stats_follow_every_step():
+def test_stats_come_several_times_a_second_and_when_the_engine_becomes_idle():
+    clock = [0.0]
+    core = make_core(clock=lambda: clock[0])
+    add(core, EngineRequest("a", (1, 2, 3), max_tokens=4))
+    sent = []
+    for step in range(5):
+        clock[0] = 10.0 + step * STATS_SECONDS / 2
+        sent.append([message for message in core.step() if isinstance(message, EngineStats)])
+    assert [len(stats) for stats in sent] == [1, 0, 1, 0, 1]
+    assert (sent[0][0].num_running, sent[0][0].pages_used) == (1, 1)
+    assert not core.busy
+    assert sent[-1] == [core.stats()]
+
+
+def test_idle_seconds_are_what_the_host_took_with_nothing_on_the_device():
+    """Every look at the clock is a second: a step that is done by the next look leaves the device idle from the last
+    look that found it busy, when it was dispatched, to the dispatch of the next one."""
+    ticks = itertools.count(1.0)
+    core = make_core(clock=lambda: next(ticks))
+    add(core, EngineRequest("a", (1,), max_tokens=8))
+    assert isinstance(core.runner, WatchedRunner)
+    core.runner.looks = itertools.chain([False] * 3, itertools.repeat(True))
+    while core.busy:
+        core.step()
+    steps = [event for event in core.recorder if isinstance(event, StepRecorded)]
+    assert steps[0].idle_seconds == 0
+    assert steps[1].idle_seconds > 0
+    for before, step in itertools.pairwise(steps[2:]):
+        dispatched = [one.time + one.schedule_seconds + one.dispatch_seconds for one in (before, step)]
+        assert step.idle_seconds == dispatched[1] - dispatched[0]
+    core.runner.looks = itertools.repeat(False)
+    add(core, EngineRequest("b", (1,), max_tokens=8))
+    while core.busy:
+        core.step()
+    later = [event for event in core.recorder if isinstance(event, StepRecorded)][len(steps) :]
+    assert later
+    assert all(event.idle_seconds == 0 for event in later)
+
+
+def test_rows_that_go_on_share_a_message():
     core = make_core()
-    add(core, EngineRequest("a", (1, 2, 3), max_tokens=2))
-    last = core.step()[-1]
-    assert isinstance(last, EngineStats)
-    assert last.num_running == 1
-    assert last.pages_used == 1
+    add(core, *(EngineRequest(name, (1, 2), max_tokens=3 + len(name)) for name in ("a", "b", "ccc")))
+    steps = []
+    while core.busy:
+        steps.append([message for message in core.step() if not isinstance(message, EngineStats)])
+    kinds = [[(type(message).__name__, len(outputs(message))) for message in step] for step in steps]
+    one = ("RequestOutput", 1)
+    assert kinds == [
+        [],
+        [one] * 3,
+        [("TokenBatch", 3)],
+        [("TokenBatch", 3)],
+        [("TokenBatch", 1), one, one],
+        [("TokenBatch", 1)],
+        [one],
+    ]

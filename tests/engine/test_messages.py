@@ -18,6 +18,7 @@ from jaxserve.engine.messages import (
     EngineStats,
     RequestOutput,
     Shutdown,
+    TokenBatch,
     decode,
     encode,
 )
@@ -49,6 +50,7 @@ messages = st.one_of(
     st.just(Shutdown()),
     st.just(READY),
     st.builds(RequestOutput, st.text(), ids, st.none() | st.sampled_from(FinishReason), st.text()),
+    st.builds(TokenBatch, st.lists(st.text(max_size=9), max_size=4).map(tuple), ids),
     st.builds(EngineStats, num_running=st.integers(0, 2**40)),
     st.builds(EngineFailed, st.text()),
 )

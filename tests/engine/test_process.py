@@ -16,7 +16,15 @@ from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.framing import send_frames
 from jaxserve.engine.inline import InlineEngine
-from jaxserve.engine.messages import AbortRequest, AddRequest, EngineFailed, EngineStats, RequestOutput
+from jaxserve.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    EngineFailed,
+    EngineStats,
+    RequestOutput,
+    TokenBatch,
+    outputs,
+)
 from jaxserve.engine.process import EngineProcess
 from jaxserve.engine.wire_config import config_to_bytes
 from jaxserve.request import EngineRequest, FinishReason
@@ -42,11 +50,11 @@ def answers(client: EngineClient) -> dict[str, tuple[list[int], FinishReason]]:
     reasons: dict[str, FinishReason] = {}
     while len(reasons) < len(REQUESTS):
         for message in client.receive():
-            if isinstance(message, RequestOutput):
-                tokens.setdefault(message.request_id, []).extend(message.token_ids)
-                if message.finish_reason is not None:
-                    assert message.request_id not in reasons
-                    reasons[message.request_id] = message.finish_reason
+            for output in outputs(message):
+                tokens.setdefault(output.request_id, []).extend(output.token_ids)
+                if output.finish_reason is not None:
+                    assert output.request_id not in reasons
+                    reasons[output.request_id] = output.finish_reason
     return {name: (tokens[name], reasons[name]) for name in reasons}
 
 
@@ -69,8 +77,7 @@ def test_tokens_are_those_of_the_inline_engine(engine):
 
 def test_an_abort_is_answered_and_frees_the_pages(engine):
     engine.send(AddRequest(EngineRequest("long", (1, 2, 3), max_tokens=250)))
-    first = next(message for message in engine.receive() if isinstance(message, RequestOutput | EngineStats))
-    assert first is not None
+    assert any(isinstance(message, RequestOutput | TokenBatch | EngineStats) for message in engine.receive())
     engine.send(AbortRequest("long"))
     reason, pages_used = None, None
     while reason is None or pages_used != 0:

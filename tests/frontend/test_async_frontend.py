@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from jaxserve.engine.messages import EngineFailed, EngineStats, RequestOutput
+from jaxserve.engine.messages import EngineFailed, EngineStats, RequestOutput, TokenBatch
 from jaxserve.frontend.async_frontend import LARGE_PROMPT, AsyncFrontEnd
 from jaxserve.frontend.delta import Cause, DeadlineError, DuplicateRequestError, EngineDeadError, QueueFullError
 from jaxserve.request import FinishReason, SamplingParams
@@ -107,6 +107,49 @@ def test_a_reader_that_is_behind_finds_one_delta(tokenizer):
             assert len(deltas) == 1
             assert (deltas[0].text, deltas[0].token_ids) == ("a" * 1000, (a,) * 1000)
             assert (deltas[0].finish_reason, deltas[0].output_tokens) == (FinishReason.LENGTH, 1000)
+
+    run(scenario())
+
+
+def test_a_reader_that_is_too_far_behind_loses_its_request_and_no_other(tokenizer):
+    async def scenario():
+        engine = HandPlayedEngine(max_model_len=4000, num_pages=250)
+        (a,) = ids(tokenizer, "a")
+        front_end = AsyncFrontEnd(engine, tokenizer, max_unread_tokens=100)
+        slow = await front_end.submit("hi", SamplingParams(max_tokens=1000), request_id="slow")
+        fast = await front_end.submit("hi", SamplingParams(max_tokens=1000), request_id="fast")
+        for _ in range(100):
+            engine.play(TokenBatch(("slow", "fast"), (a, a)))
+        await until(lambda: slow.num_unread == 100)
+        assert (await anext(fast)).text == "a" * 100
+        assert not engine.aborted
+        for _ in range(200):
+            engine.play(TokenBatch(("slow", "fast"), (a, a)))
+        engine.play(EngineStats(num_steps=7))
+        await until(lambda: front_end.stats.num_steps == 7 or len(engine.aborted) > 1)
+        assert engine.aborted == ["slow", "fast"]  # nobody read the 200 tokens of the second either
+        for stream in (slow, fast):
+            (last,) = [delta async for delta in stream]
+            assert (last.finish_reason, last.cause, last.token_ids, last.text) == (
+                FinishReason.ABORT, Cause.READER, (), ""
+            )  # fmt: skip
+            assert last.error == "101 output tokens wait to be read; at most 100 (max_unread_tokens) may: read faster"
+        await front_end.close()
+
+    run(scenario())
+
+
+def test_a_batch_reaches_every_stream(tokenizer):
+    async def scenario():
+        engine = HandPlayedEngine(max_num_seqs=20)
+        async with serving(engine, tokenizer) as front_end:
+            names = [f"r{index}" for index in range(20)]
+            streams = [await front_end.submit([5], PARAMS, request_id=name) for name in names]
+            tokens = ids(tokenizer, "abcdefghijklmnopqrst")
+            front_end.abort("r7")
+            engine.play(TokenBatch(tuple(names), tokens))
+            texts = [(await anext(stream)).text for stream in streams]
+            assert texts == [*"abcdefg", "", *"ijklmnopqrst"]
 
     run(scenario())
 

@@ -19,6 +19,7 @@ from jaxserve.runner.programs import ProgramKey, program_keys
 from jaxserve.scheduler import Scheduler, StepPlan
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.page_pool import PagePool
+from jaxserve.scheduler.plan import NO_DECODES
 from models.attention import AttentionSettings, dense_attend
 from models.config import ModelConfig
 from models.params import bind, make_mesh, random_params
@@ -115,7 +116,7 @@ def test_nothing_compiles_after_start(runner, requests):
 
 
 def test_a_compile_miss_is_an_error_and_counted(runner):
-    plan = StepPlan(step=0, rows=(), token_bucket=16, row_bucket=0, num_tokens=0, num_prefill_tokens=0)
+    plan = StepPlan(0, NO_DECODES, (), token_bucket=16, row_bucket=0, num_tokens=0, num_sampled=0)
     with pytest.raises(CompileMissError, match=r"no forward program of size 16 was compiled at start.*\[8, 32\]"):
         runner.dispatch(plan)
     assert runner.compile_misses == 1

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from jaxserve.config import SchedulerConfig
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.fake import FakeRunner, next_token
-from jaxserve.scheduler import Scheduler, StepPlan
+from jaxserve.scheduler import Scheduler, StepPlan, StepUpdate
 from jaxserve.scheduler.buckets import Buckets, powers
 from jaxserve.scheduler.page_pool import PagePool
 
@@ -59,8 +59,11 @@ def drive(
     raise AssertionError(f"not finished after {max_steps} steps: {scheduler.request_ids}")
 
 
-def take(run: Run, plan: StepPlan, updates: list) -> None:
-    for update in updates:
+def take(run: Run, plan: StepPlan, step: StepUpdate) -> None:
+    for request_id, token_id in zip(step.request_ids, step.token_ids, strict=True):
+        assert request_id not in run.reasons, "an update after the end"
+        run.tokens.setdefault(request_id, []).append(token_id)
+    for update in step.others:
         request_id = update.sequence.request_id
         assert request_id not in run.reasons, "an update after the end"
         run.tokens.setdefault(request_id, []).extend(update.token_ids)

@@ -1,0 +1,273 @@
+"""The engine's own cost of a step: `python -m benchmarks.host_overhead`.
+
+An engine over a runner that packs every step into the real vectors and computes nothing: its ids come from a table, and
+that time is not counted. Four parts are timed with what the loop of the engine's process does in each:
+
+    schedule   expire deadlines, decide the step
+    pack       the vectors of the forward and the sample program
+    update     take the sampled ids: append, finish, free pages
+    outputs    messages, events, statistics, encoding and framing, up to the call that would send them
+
+Cases: `steady`, every request decodes from the first step measured to the last; `mixed`, requests end and others join
+all the time; `queue`, the same with 4,000 requests waiting. A profile shows where the time goes, as its own run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import dataclasses
+import gc
+import io
+import pstats
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks import report
+from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.engine.core import EngineCore
+from jaxserve.engine.framing import frames
+from jaxserve.engine.messages import AddRequest, FromEngine, encode, outputs
+from jaxserve.request import EngineRequest
+from jaxserve.runner.packing import ForwardPacker, SamplePacker
+from jaxserve.runner.protocol import RunnerInfo
+from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.plan import StepPlan, StepResult
+from models.config import ModelConfig
+
+VOCAB = 32_000
+PAGE_SIZE = 16
+PARTS = ("schedule", "pack", "update", "outputs")
+QUEUE = 4_000
+MODEL = ModelConfig("LlamaForCausalLM", VOCAB, 8, 8, 1, 1, 1, 8, 4096)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """prompt, new_tokens: ranges (low, high) of the lengths, high excluded. queue: requests kept waiting."""
+
+    name: str
+    prompt: tuple[int, int]
+    new_tokens: tuple[int, int]
+    queue: int
+
+
+class PackingRunner:
+    """Runner protocol: packs, and answers with random ids. seconds: what packing took; own: what answering took."""
+
+    def __init__(self, buckets: Buckets, num_slots: int, num_pages: int):
+        self.info = RunnerInfo(
+            vocab_size=VOCAB, max_model_len=MODEL.max_position_embeddings, eos_token_ids=(2,), page_size=PAGE_SIZE,
+            num_pages=num_pages, num_parameters=0, architecture="none", dtype="none", platform="none",
+            attention="none", num_executables=0, compile_seconds=0.0, kv_cache="none",
+        )  # fmt: skip
+        self.num_compilations = self.compile_misses = 0
+        self.pack_seconds = self.own_seconds = 0.0
+        self._forward = {
+            size: ForwardPacker(size, buckets.rows_of(size), PAGE_SIZE, num_slots) for size in buckets.tokens
+        }
+        self._sample = {size: SamplePacker(size, num_slots) for size in buckets.rows}
+        self._ids = np.random.default_rng(0).integers(3, VOCAB, (64, num_slots), np.int32)
+
+    def dispatch(self, plan: StepPlan) -> np.ndarray:
+        begin = time.perf_counter()
+        self._forward[plan.token_bucket].pack(plan)
+        if plan.row_bucket:
+            self._sample[plan.row_bucket].pack(plan)
+        end = time.perf_counter()
+        self.pack_seconds = end - begin
+        return self._ids[plan.step % len(self._ids), : plan.num_sampled]
+
+    def done(self, pending: np.ndarray) -> bool:
+        return False
+
+    def collect(self, pending: np.ndarray) -> StepResult:
+        return StepResult(pending)
+
+
+class Source:
+    """Requests of a case, made beforehand: making one is the client's work."""
+
+    def __init__(self, case: Case, count: int, seed: int):
+        rng = np.random.default_rng(seed)
+        self._requests = [
+            EngineRequest(
+                f"{seed:08x}-{number:023x}",  # as long as a UUID in hexadecimal
+                tuple(rng.integers(3, VOCAB, rng.integers(*case.prompt)).tolist()),
+                max_tokens=int(rng.integers(*case.new_tokens)),
+                temperature=1.0,
+                seed=number,
+                stop_token_ids=(2,),
+            )
+            for number in range(count)
+        ]
+        self._next = 0
+
+    def add(self, core: EngineCore, count: int) -> None:
+        for request in self._requests[self._next : self._next + count]:
+            core.handle(AddRequest(request))
+        self._next += count
+        assert self._next <= len(self._requests), "the case ran out of requests"
+
+
+def make_core(running: int) -> EngineCore:
+    """An engine for `running` sequences at once, with pages for all."""
+    config = EngineConfig(
+        architecture=MODEL,
+        load_format="dummy",
+        scheduler=SchedulerConfig(max_num_seqs=running, max_num_batched_tokens=max(512, 2 * running)),
+        cache=CacheConfig(page_size=PAGE_SIZE, num_pages=running * MODEL.max_position_embeddings // PAGE_SIZE + 1),
+    )
+    assert config.cache.num_pages is not None
+    return EngineCore(config, PackingRunner(Buckets.from_config(config), running, config.cache.num_pages))
+
+
+def step(core: EngineCore) -> tuple[dict[str, float], int]:
+    """One turn of the engine's loop: seconds of each part, and the requests that ended.
+
+    The parts come from the loop itself: `EngineCore.step` is timed as a whole and, within it, the calls of scheduler
+    and runner; what is left is outputs.
+    """
+    scheduler, runner = core.scheduler, core.runner
+    spent: dict[str, float] = {}
+    scheduler_parts = {"schedule": scheduler.schedule, "update": scheduler.update}
+    for name, function in scheduler_parts.items():
+        setattr(scheduler, name, _timed(function, name, spent))
+    begin = time.perf_counter()
+    messages = core.step()
+    send(messages)
+    whole = time.perf_counter() - begin
+    for name in scheduler_parts:
+        delattr(scheduler, name)
+    assert isinstance(runner, PackingRunner)
+    spent["pack"] = runner.pack_seconds
+    spent["outputs"] = whole - sum(spent.values())
+    ended = sum(output.finish_reason is not None for message in messages for output in outputs(message))
+    return spent, ended
+
+
+def send(messages: list[FromEngine]) -> bytes:
+    """What the engine's process does with messages, short of the system call."""
+    return frames(map(encode, messages))
+
+
+def run(core: EngineCore, case: Case, running: int, steps: int, each: Callable[[EngineCore], Any]) -> list[Any]:
+    """Fills the engine, lets it settle, then calls `each` for every step, adding a request for each that ends."""
+    wanted = running + case.queue
+    settle = 4 * case.prompt[1] * running // core.config.scheduler.max_num_batched_tokens + 64
+    shortest = case.new_tokens[0] + 1
+    source = Source(case, wanted + (settle + steps) * running // shortest, seed=1)
+
+    def refill() -> None:
+        missing = wanted - core.scheduler.num_running - core.scheduler.num_waiting
+        source.add(core, max(0, missing))
+
+    for _ in range(settle):
+        refill()
+        core.step()
+    gc.collect()
+    gc.freeze()  # what was made beforehand is the clients'
+    results = []
+    for _ in range(steps):
+        refill()
+        results.append(each(core))
+    gc.unfreeze()
+    return results
+
+
+def measure(case: Case, running: int, steps: int) -> dict[str, Any]:
+    """Microseconds of each part and of all, and what the steps did."""
+    core = make_core(running)
+    timed = run(core, case, running, steps, step)
+    columns = {part: np.array([spent[part] for spent, _ in timed]) * 1e6 for part in PARTS}
+    columns["all"] = sum(columns.values(), np.zeros(len(timed)))
+    core.check_integrity()
+    return {
+        "case": case.name,
+        "running": running,
+        "steps": steps,
+        "ended_per_step": sum(ended for _, ended in timed) / steps,
+        "waiting": core.scheduler.num_waiting,
+        "microseconds": {
+            name: {
+                "mean": float(values.mean()),
+                "p50": float(np.percentile(values, 50)),
+                "p99": float(np.percentile(values, 99)),
+            }
+            for name, values in columns.items()
+        },
+    }
+
+
+def profile(case: Case, running: int, steps: int, lines: int) -> list[str]:
+    """The functions that take most time of their own, of a run under cProfile (which makes calls dearer)."""
+    profiler = cProfile.Profile()
+
+    def each(core: EngineCore) -> None:
+        profiler.enable()
+        send(core.step())
+        profiler.disable()
+
+    run(make_core(running), case, running, steps, each)
+    text = io.StringIO()
+    pstats.Stats(profiler, stream=text).strip_dirs().sort_stats("tottime").print_stats(lines)
+    table = [line for line in text.getvalue().splitlines() if line.strip()]
+    return [f"{case.name}, {running} running, {steps} steps"] + table[table.index(_first(table, "   ncalls")) :]
+
+
+def _first(lines: list[str], start: str) -> str:
+    return next(line for line in lines if line.startswith(start))
+
+
+def _timed(function: Callable[..., Any], name: str, spent: dict[str, float]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        begin = time.perf_counter()
+        result = function(*arguments)
+        spent[name] = spent.get(name, 0.0) + time.perf_counter() - begin
+        return result
+
+    return call
+
+
+def main() -> int:
+    """Prints the table and the profiles and writes the result; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--running", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--steps", type=int, default=1000, help="at most 2,500")
+    parser.add_argument("--profile-lines", type=int, default=20)
+    parser.add_argument("--name", help="name of the result file; default: host_overhead_jax<version>")
+    options = parser.parse_args()
+    steps = options.steps
+    cases = (
+        Case("steady", (32, 33), (3000, 3001), 0),
+        Case("mixed", (16, 257), (16, 257), 0),
+        Case("queue", (16, 257), (16, 257), QUEUE),
+    )
+    results = [measure(case, running, steps) for case in cases for running in options.running]
+    profiles = [profile(case, max(options.running), steps // 2, options.profile_lines) for case in cases[:2]]
+    name = options.name or f"host_overhead_jax{report.versions()['jax']}"
+    settings = {"running": options.running, "steps": steps, "page_size": PAGE_SIZE, "vocab_size": VOCAB}
+    path = report.write(name, settings, {"cases": results, "profiles": profiles})
+    print(report.describe())
+    rows = [
+        (f"{result['case']}, {result['running']}", result["ended_per_step"])
+        + tuple(
+            f"{result['microseconds'][part]['mean']:.0f} / {result['microseconds'][part]['p50']:.0f} / "
+            f"{result['microseconds'][part]['p99']:.0f}"
+            for part in (*PARTS, "all")
+        )
+        for result in results
+    ]
+    print("microseconds a step: mean / p50 / p99")
+    print(report.table(("case, running", "ended", *PARTS, "all"), rows))
+    for lines in profiles:
+        print("\n" + "\n".join(lines))
+    print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

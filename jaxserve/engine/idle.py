@@ -1,0 +1,28 @@
+"""How long the device waits for the host between two steps."""
+
+from __future__ import annotations
+
+
+class IdleMeter:
+    """Bounds the time in which the device had no work, from looks at whether the step under way is done.
+
+    A look costs a fraction of a microsecond and never waits. The device has ended a step somewhere between the last
+    look that found it busy and the first that did not; the bound counts all of that as idle, so the true time is lower.
+    Times are seconds of one clock.
+    """
+
+    def __init__(self) -> None:
+        self._busy_at: float | None = None
+
+    def dispatched(self, now: float) -> None:
+        """A step was handed to the device."""
+        self._busy_at = now
+
+    def look(self, done: bool, now: float) -> None:
+        """The step under way was found done or not."""
+        if not done:
+            self._busy_at = now
+
+    def idle(self, done: bool, now: float) -> float:
+        """Seconds, at most, that the device has been without work. done: whether the step under way is."""
+        return now - self._busy_at if done and self._busy_at is not None else 0.0

@@ -1,0 +1,174 @@
+"""The running sequences that decode, as numpy columns that a step changes by difference."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxserve.scheduler.plan import NOT_FINITE, DecodeRows
+from jaxserve.scheduler.sequence import Sequence
+
+_NOBODY = -1
+
+
+class DecodingSet:
+    """Sequences of which only the token sampled last is left to compute: one row each in every step.
+
+    A sequence `join`s when its first token (or, computed again after a preemption, its next one) is sampled, and
+    `leave`s with its slot. In between a step costs a few numpy calls for all of them; Python looks at one of them only
+    when it takes a page, meets a stop id or ends.
+
+    Columns, one entry a slot: order int64, that of the sequence, _NOBODY where none decodes; position int32, of the
+    token sampled last, which is the number of tokens computed; capacity int32, tokens that its pages hold;
+    last_position, stop_position int32, as in `Sequence`; stop_ids int32 [S, W], unused ones NOT_FINITE - 1, where W is
+    the most that a sequence has had.
+    """
+
+    def __init__(self, num_slots: int, page_size: int):
+        self._page_size = page_size
+        self._by_slot: dict[int, Sequence] = {}  # in the order of joining, which is that of the rows
+        self._order = np.full(num_slots, _NOBODY, np.int64)
+        self._position = np.zeros(num_slots, np.int32)
+        self._capacity = np.zeros(num_slots, np.int32)
+        self._last_position = np.zeros(num_slots, np.int32)
+        self._stop_position = np.zeros(num_slots, np.int32)
+        self._stop_ids = np.full((num_slots, 1), NOT_FINITE - 1, np.int32)
+        self._row = np.zeros(num_slots, np.int32)  # of each slot, as of `_rows`
+        self._taken: dict[int, int] = {}  # slot -> page taken for the step being planned
+        self._rows: tuple[tuple[str, ...], np.ndarray, np.ndarray] | None = None  # until someone joins or leaves
+
+    def __len__(self) -> int:
+        return len(self._by_slot)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """In the order of rows."""
+        return list(self._by_slot.values())
+
+    def join(self, sequence: Sequence) -> None:
+        """Takes in a running sequence whose next token has just been sampled, at position `num_computed`."""
+        slot, stop_ids = sequence.slot, sequence.request.stop_token_ids
+        assert slot is not None
+        assert self._order[slot] == _NOBODY, f"slot {slot} is taken"
+        self._order[slot] = sequence.order
+        self._position[slot] = sequence.num_computed
+        self._capacity[slot] = len(sequence.pages) * self._page_size
+        self._last_position[slot] = sequence.last_position
+        self._stop_position[slot] = sequence.stop_position
+        self._stop_ids = _widened(self._stop_ids, len(stop_ids))
+        self._stop_ids[slot] = NOT_FINITE - 1
+        self._stop_ids[slot, : len(stop_ids)] = stop_ids
+        self._by_slot[slot] = sequence
+        self._rows = None
+        sequence.decoding = True
+
+    def leave(self, sequence: Sequence) -> None:
+        """Lets a sequence go that still has its slot, and tells it how many of its tokens are pending."""
+        slot = sequence.slot
+        assert slot is not None
+        assert self._order[slot] == sequence.order, f"slot {slot} is another sequence's"
+        sequence.num_computed = int(self._position[slot])
+        sequence.num_pending = sequence.num_computed + 1 - sequence.num_known
+        sequence.decoding = False
+        self._order[slot] = _NOBODY
+        del self._by_slot[slot]
+        self._taken.pop(slot, None)
+        self._rows = None
+
+    def complete(self) -> list[Sequence]:
+        """Sequences whose last allowed token is sampled: they have nothing left to compute."""
+        _, _, slots = self._current_rows()
+        done = slots[self._position[slots] == self._last_position[slots]]
+        return [self._by_slot[slot] for slot in done.tolist()]
+
+    def short(self) -> list[Sequence]:
+        """Sequences that need another page for their next row, in the order of rows."""
+        _, _, slots = self._current_rows()
+        short = slots[self._position[slots] == self._capacity[slots]]
+        return [self._by_slot[slot] for slot in short.tolist()]
+
+    def give_page(self, sequence: Sequence, page: int) -> None:
+        """The page of a `short` sequence for its next row."""
+        assert sequence.slot is not None
+        sequence.pages.append(page)
+        self._capacity[sequence.slot] += self._page_size
+        self._taken[sequence.slot] = page
+
+    def advance(self) -> DecodeRows:
+        """The next row of every sequence; from now on those tokens count as computed, and one more as sampled."""
+        request_ids, orders, slots = self._current_rows()
+        starts = self._position[slots]
+        positions = starts + 1
+        self._position[slots] = positions
+        page_rows, pages = self._take_pages()
+        return DecodeRows(
+            request_ids=request_ids,
+            orders=orders,
+            slots=slots,
+            starts=starts,
+            suppress_stop=positions < self._stop_position[slots],
+            page_rows=page_rows,
+            pages=pages,
+            page_size=self._page_size,
+        )
+
+    def take(self, rows: DecodeRows, token_ids: np.ndarray) -> np.ndarray:
+        """Gives the sampled `token_ids`, int32 [R], to the sequences of `rows` that decode on.
+
+        Returns which, bool [R]. The sequences of the other rows have left, or end with this token.
+        """
+        slots, positions = rows.slots, rows.starts + 1
+        ends = (self._stop_ids[slots] == token_ids[:, None]).any(axis=1) & ~rows.suppress_stop
+        ends |= (token_ids == NOT_FINITE) | (positions == self._last_position[slots])
+        stay = (self._order[slots] == rows.orders) & ~ends
+        if not stay.all():
+            slots, token_ids = slots[stay], token_ids[stay]
+        by_slot = self._by_slot
+        for slot, token_id in zip(slots.tolist(), token_ids.tolist(), strict=True):
+            by_slot[slot].output_token_ids.append(token_id)
+        return stay
+
+    def check_integrity(self) -> None:
+        """Asserts that the columns say what the sequences say."""
+        free = np.ones(len(self._order), bool)
+        for slot, sequence in self._by_slot.items():
+            free[slot] = False
+            assert sequence.decoding, f"{sequence.request_id} is in the set, but does not decode"
+            assert sequence.slot == slot, f"{sequence.request_id} decodes in another slot"
+            assert self._order[slot] == sequence.order, f"slot {slot} decodes for someone else"
+            position, pending = self._position[slot], self._position[slot] + 1 - sequence.num_known
+            assert self._capacity[slot] == len(sequence.pages) * self._page_size, (
+                "the capacity is not that of the pages"
+            )
+            assert position <= self._capacity[slot], "computed tokens lack pages"
+            assert 0 <= pending <= 2, f"{sequence.request_id} has {pending} pending tokens with two steps in flight"
+            assert position <= sequence.last_position, "a sequence goes on past its last token"
+        assert (self._order[free] == _NOBODY).all(), "a slot decodes for a sequence that is gone"
+        assert not self._taken, "a page was taken for no step"
+
+    def _current_rows(self) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+        """Request ids, orders and slots of the rows."""
+        if self._rows is None:
+            request_ids = tuple([sequence.request_id for sequence in self._by_slot.values()])
+            slots = np.fromiter(self._by_slot, np.int32, len(request_ids))
+            self._row[slots] = np.arange(len(slots))
+            self._rows = request_ids, self._order[slots], slots
+        return self._rows
+
+    def _take_pages(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and pages of those that took one for this step."""
+        if not self._taken:
+            return _NONE, _NONE
+        count = len(self._taken)
+        rows = self._row[np.fromiter(self._taken, np.int32, count)]
+        pages = np.fromiter(self._taken.values(), np.int32, count)
+        self._taken.clear()
+        return rows, pages
+
+
+_NONE = np.zeros(0, np.int32)
+
+
+def _widened(stop_ids: np.ndarray, width: int) -> np.ndarray:
+    """`stop_ids` with at least `width` columns."""
+    missing = width - stop_ids.shape[1]
+    return stop_ids if missing <= 0 else np.pad(stop_ids, ((0, 0), (0, missing)), constant_values=NOT_FINITE - 1)
