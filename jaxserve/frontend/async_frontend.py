@@ -25,6 +25,9 @@ from jaxserve.request import SamplingParams
 
 _log = logging.getLogger(__name__)
 
+CPU_SHARE = 0.3
+"""Share of the loop's time that streaming may take beside an engine on the CPU (see `EngineReader`)."""
+
 LARGE_PROMPT = 4096
 """Characters or token ids from which a prompt is tokenised and checked in a thread instead of on the loop."""
 
@@ -142,7 +145,9 @@ class AsyncFrontEnd:
     ):
         self._max_unread_tokens = max_unread_tokens
         self._loop = asyncio.get_running_loop()
-        self._reader = EngineReader(client, self._loop)
+        # An engine on the CPU computes on the very cores that stream its tokens.
+        share = CPU_SHARE if client.ready.platform == "cpu" else 1.0
+        self._reader = EngineReader(client, self._loop, share)
         self._core = FrontEnd(self._reader, tokenizer, seed=seed)
         self._streams: dict[str, Stream] = {}
         self._closing = ""

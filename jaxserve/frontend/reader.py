@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from jaxserve.engine.channel import EngineClient
@@ -14,17 +16,32 @@ _log = logging.getLogger(__name__)
 
 JOIN_SECONDS = 10.0
 
+LONGEST_WAIT = 0.05
+"""Seconds that a message may wait for the loop to rest."""
+
 
 class EngineReader:
     """An EngineClient whose messages go to `deliver`, on the loop, in order.
 
+    share: of the loop's time, at most, that may go into what messages lead to, streaming tokens above all. Where it is
+    used up, messages wait (LONGEST_WAIT at most) and arrive together, which costs less: one delta of a stream brings
+    the tokens of several steps. 1 delivers everything at once.
     busy: whether the engine has work, asked in the reader's thread. An engine that runs in the caller's thread
     (InlineEngine) is then called again at once; otherwise the reader sleeps until the next `send`.
     """
 
-    def __init__(self, client: EngineClient, loop: asyncio.AbstractEventLoop):
+    def __init__(
+        self,
+        client: EngineClient,
+        loop: asyncio.AbstractEventLoop,
+        share: float = 1.0,
+        cpu_time: Callable[[], float] = time.thread_time,
+    ):
         self._client = client
         self._loop = loop
+        self._share = share
+        self._cpu_time = cpu_time  # of the thread that calls it
+        self._delivered = (-math.inf, 0.0)  # when, on the loop's clock and in CPU seconds of its thread
         self._busy: Callable[[], bool] = lambda: False
         self._deliver: Callable[[Sequence[FromEngine]], None] = lambda messages: None
         self._sent = threading.Event()
@@ -85,12 +102,24 @@ class EngineReader:
             self._inbox.extend(messages)
         if first:
             try:
-                self._loop.call_soon_threadsafe(self._empty_inbox)
+                self._loop.call_soon_threadsafe(self._deliver_soon)
             except RuntimeError:
                 return False
         return True
 
+    def _deliver_soon(self) -> None:
+        """Empties the inbox when the loop has rested long enough from the delivery before."""
+        then, cpu_then = self._delivered
+        wait = 0.0
+        if self._share < 1:
+            wait = (self._cpu_time() - cpu_then) / self._share - (self._loop.time() - then)
+        if wait > 0:
+            self._loop.call_later(min(wait, LONGEST_WAIT), self._empty_inbox)
+        else:
+            self._empty_inbox()
+
     def _empty_inbox(self) -> None:
+        self._delivered = self._loop.time(), self._cpu_time()
         with self._inbox_lock:
             messages, self._inbox = self._inbox, []
         self._deliver(messages)

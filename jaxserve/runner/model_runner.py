@@ -82,6 +82,7 @@ class ModelRunner:
             jnp.zeros(pool.shape, pool.dtype, device=pool.sharding) for pool in abstract_pools(self._shapes, mesh)
         ]
         self._slots, self._hidden = _initial_state(self._shapes, mesh)
+        self._copies = mesh.devices.flat[0].platform != "cpu"  # there the host reads the device's own memory
         self._forward_packers, self._sample_packers = packers(self._shapes)
         self.compile_misses = 0
         self.info = _info(self._shapes, self._programs, mesh, self._kv_cache, config.bundle)
@@ -100,7 +101,8 @@ class ModelRunner:
         if not plan.row_bucket:
             return PendingStep(self._hidden, None, 0)
         ids = self._sample(ProgramKey("sample", plan.row_bucket), plan)
-        ids.copy_to_host_async()
+        if self._copies:
+            ids.copy_to_host_async()
         return PendingStep(self._hidden, ids, plan.num_sampled)
 
     def done(self, pending: PendingStep) -> bool:

@@ -41,12 +41,12 @@ class Served:
 
 
 @contextlib.asynccontextmanager
-async def serving(tokenizer: Any, engine: EchoEngine | None = None) -> AsyncIterator[Served]:
-    """A server that is ready."""
+async def serving(tokenizer: Any, engine: EchoEngine | None = None, **options: Any) -> AsyncIterator[Served]:
+    """A server that is ready. options: of its AsyncFrontEnd."""
     engine = engine or EchoEngine()
     server = GrpcServer("127.0.0.1", 0, MAX_MESSAGE_BYTES, "echo")
     await server.start()
-    frontend = AsyncFrontEnd(engine, tokenizer)
+    frontend = AsyncFrontEnd(engine, tokenizer, **options)
     await server.serve(frontend, tokenizer)
     async with AsyncClient(server.address) as client:
         try:
@@ -58,11 +58,13 @@ async def serving(tokenizer: Any, engine: EchoEngine | None = None) -> AsyncIter
             engine.close()
 
 
-def run_served(test: Callable[[Served], Awaitable[None]], tokenizer: Any, engine: EchoEngine | None = None) -> None:
+def run_served(
+    test: Callable[[Served], Awaitable[None]], tokenizer: Any, engine: EchoEngine | None = None, **options: Any
+) -> None:
     """Runs an asyncio test against a server of its own."""
 
     async def body() -> None:
-        async with serving(tokenizer, engine) as served:
+        async with serving(tokenizer, engine, **options) as served:
             await test(served)
 
     asyncio.run(asyncio.wait_for(body(), WAIT_SECONDS))

@@ -1,12 +1,15 @@
 """A client that goes away, is too late or reads slowly: the engine is told, and nobody else notices."""
 
 import asyncio
+import dataclasses
 import time
 
 import grpc
 import pytest
 
+from jaxserve.request import SamplingParams
 from server.client import AsyncClient, Client, generate_request
+from tests.server.fakes import READY, EchoEngine
 from tests.server.harness import GREEDY, Served, run_served, serving_in_thread, status_of
 
 Code = grpc.StatusCode
@@ -127,6 +130,38 @@ def test_a_slow_reader_gets_everything_and_holds_up_nobody(tokenizer):
         assert first.text + "".join([response.text async for response in responses]) == "x" * 100
 
     run_served(body, tokenizer)
+
+
+def test_a_reader_that_stops_reading_loses_its_request_and_nobody_else_does(tokenizer):
+    """The connection buffers some of the answer, the server 500 tokens of it; long ids make the messages large."""
+
+    async def body(served: Served) -> None:
+        name = "slow".ljust(256, "-")
+        endless = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=50_000)
+        slow = served.client._stub.Generate(generate_request("abc", endless, request_id=name))
+        responses = aiter(slow)
+        served.engine.pause()
+        served.engine.allow(1)
+        await anext(responses)
+        others = asyncio.gather(*(served.client.generate_text(f"n{number}", GREEDY) for number in range(10)))
+        while name not in served.engine.aborted:
+            served.engine.allow(100)
+            await asyncio.sleep(0.001)
+        assert [answer.text for answer in await others] == [f"n{number}" for number in range(10)]
+        assert served.frontend.num_open == 0
+        served.engine.resume()
+        assert (await served.client.generate_text("after", GREEDY)).text == "after"
+
+        async def read_on() -> None:
+            async for _ in responses:
+                pass
+
+        code, details = await status_of(read_on())
+        assert code is Code.RESOURCE_EXHAUSTED
+        assert "output tokens wait to be read; at most 500 (max_unread_tokens) may: read faster" in details
+
+    ready = dataclasses.replace(READY, max_model_len=60_000, num_pages=4_000)
+    run_served(body, tokenizer, EchoEngine(ready), max_unread_tokens=500)
 
 
 def test_the_blocking_client_aborts_too(tokenizer):
