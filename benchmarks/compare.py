@@ -8,52 +8,27 @@ is taken within each round. A peer that is absent is named as absent. See docs/b
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import json
 import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import report
 from benchmarks.random_checkpoint import write_checkpoint
-from benchmarks.sides.process import PEERS, Run, Side, SideError, installed_peers, start_jaxserve, start_peer
-from benchmarks.work import SHAPES, WORKLOADS, Work, Workload, engine_options
-
-IDLE_CORES = 0.05
-"""More CPU than this, in cores, that waiting engines took while another was timed makes a ratio doubtful."""
-
-
-@dataclasses.dataclass
-class Contestant:
-    """One engine in a comparison and its runs of the workload at hand. rounds: those that it takes part in."""
-
-    side: Side
-    rounds: int
-    runs: list[Run] = dataclasses.field(default_factory=list)
-    idle_cores: list[float] = dataclasses.field(default_factory=list)
-
-
-def compare(contestants: Sequence[Contestant], works: Sequence[Work]) -> None:
-    """Runs every work through every contestant that takes part in its round, one after another.
-
-    A run's idle_cores are those that the other engines kept busy meanwhile; they ought to be none.
-    """
-    for number, work in enumerate(works):
-        for contestant in contestants:
-            if number >= contestant.rounds:
-                continue
-            others = [other.side for other in contestants if other is not contestant]
-            before = sum(side.cpu_seconds() for side in others)
-            run = contestant.side.run(work)
-            contestant.idle_cores.append((sum(side.cpu_seconds() for side in others) - before) / run.seconds)
-            contestant.runs.append(run)
-            contestant.side.settle()
-            print(f"  round {number + 1} {contestant.side.name}: {run.seconds:.2f} s", flush=True)
+from benchmarks.sides.contest import (
+    IDLE_CORES,
+    Contestant,
+    add_arguments,
+    check_arguments,
+    find_peers,
+    ratio,
+    started,
+    take_turns,
+)
+from benchmarks.sides.process import Side, SideError
+from benchmarks.work import SHAPES, WORKLOADS, Work, Workload
 
 
 def figures(work: Work, contestant: Contestant) -> dict[str, Any]:
@@ -79,31 +54,6 @@ def figures(work: Work, contestant: Contestant) -> dict[str, Any]:
     return found | {"details": [run.details for run in contestant.runs]}
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-    """How many times as fast as a peer: seconds of both in each round that the peer took part in -> the spread."""
-    ratios = [their / our for our, their in zip(ours, theirs, strict=False)]
-    return {"rounds": ratios, "min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)}
-
-
-@contextlib.contextmanager
-def started(model: pathlib.Path, shape: str, options: argparse.Namespace, peers: Sequence[str], absent: dict[str, str]):
-    """Every engine with a model, as {name: Side}; a peer that cannot start joins `absent` with its reason."""
-    common = {"model": str(model), "dtype": "bfloat16", "max_model_len": options.max_model_len}
-    requests = max(workload.requests for workload in chosen(options) if workload.model == shape)
-    with contextlib.ExitStack() as stack:
-        settings = engine_options(options.engine, shape)
-        pages = requests * options.max_model_len // settings.get("page_size", 16) + 1
-        base = {"skip_tokenizer_init": True, "max_num_seqs": requests, "num_pages": pages}
-        sides = {"jaxserve": stack.enter_context(start_jaxserve({"options": base | common | settings}))}
-        for peer in peers:
-            extra = {"max_num_seqs": requests} if peer == "transformers" else json.loads(options.vllm_options)
-            try:
-                sides[peer] = stack.enter_context(start_peer(peer, options.peer_python, common | extra))
-            except SideError as error:
-                absent[peer] = str(error)
-        yield sides
-
-
 def run_workload(workload: Workload, sides: Mapping[str, Side], options: argparse.Namespace) -> dict[str, Any]:
     """Warms every side, then runs the rounds; a peer that fails is reported under `failed`."""
     print(f"{workload.name}: {workload.requests} requests, model {workload.model}", flush=True)
@@ -125,7 +75,7 @@ def run_workload(workload: Workload, sides: Mapping[str, Side], options: argpars
             continue
         side.settle()
         contestants.append(Contestant(side, rounds))
-    compare(contestants, works)
+    take_turns(contestants, works)
     sides_found = [figures(works[0], contestant) for contestant in contestants]
     ours = sides_found[0]["durations"]
     return {
@@ -210,43 +160,14 @@ def _version(side: Mapping[str, Any]) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", type=_names, default=list(WORKLOADS), help=f"of {','.join(WORKLOADS)}")
-    parser.add_argument(
-        "--peer-python", default=sys.executable, help="the Python that has the peers; default: this one"
-    )
-    parser.add_argument("--peers", type=lambda text: text.split(","), default=list(PEERS), help="default: all")
+    add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--transformers-rounds", type=int, help="default: 1, and none of the 1.1B model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-model-len", type=int, default=1024)
-    parser.add_argument(
-        "--engine",
-        action="append",
-        default=[],
-        metavar="[MODEL:]NAME=JSON",
-        help="an option of jaxserve's LLM, e.g. 153m:max_num_batched_tokens=256; may repeat",
-    )
-    parser.add_argument("--vllm-options", default="{}", help="JSON for vllm.LLM")
     parser.add_argument("--name", help="name of the result files; default: compare_jax<version>")
     options = parser.parse_args(arguments)
-    if unknown := set(options.peers) - {*PEERS, ""}:
-        parser.error(f"--peers names {', '.join(sorted(unknown))}; it takes {', '.join(PEERS)}")
-    try:
-        for shape in SHAPES:
-            engine_options(options.engine, shape)
-    except ValueError as error:
-        parser.error(str(error))
+    check_arguments(parser, options)
     return options
-
-
-def find_peers(options: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
-    """The peers that will run, and why each other one will not."""
-    try:
-        installed = installed_peers(options.peer_python)
-    except (OSError, subprocess.CalledProcessError) as error:
-        return [], dict.fromkeys(PEERS, f"--peer-python does not run: {error}")
-    absent = {peer: "not installed" for peer in PEERS if peer not in installed}
-    absent |= {peer: "not asked for" for peer in PEERS if peer in installed and peer not in options.peers}
-    return [peer for peer in PEERS if peer not in absent], absent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -260,11 +181,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             model = pathlib.Path(folder) / f"llama-{shape}"
             write_checkpoint(model, SHAPES[shape])
-            with started(model, shape, options, peers, absent) as sides:
-                for workload in chosen(options):
-                    if workload.model == shape:
-                        present = [peer for peer in sides if peer != "jaxserve"]
-                        results.append(run_workload(workload, sides, options) | {"present": present})
+            workloads = [workload for workload in chosen(options) if workload.model == shape]
+            max_num_seqs = max(workload.requests for workload in workloads)
+            with started(model, shape, max_num_seqs, options, peers, absent) as sides:
+                present = [peer for peer in sides if peer != "jaxserve"]
+                results += [run_workload(workload, sides, options) | {"present": present} for workload in workloads]
     settings = {key: value for key, value in vars(options).items() if key not in ("peer_python", "name")}
     name = options.name or f"compare_jax{report.versions()['jax']}"
     path = report.write(name, settings, {"workloads": results, "absent": absent})

@@ -28,6 +28,7 @@ from benchmarks.load.runs import Target
 from benchmarks.load.server_process import started_server
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.sides.process import start_jaxserve
+from benchmarks.spread import spread_text
 from benchmarks.throughput import bounds
 from benchmarks.work import SHAPES
 from server.client import AsyncClient
@@ -126,11 +127,11 @@ def measure(options: argparse.Namespace, target: Target, offline: Any) -> dict[s
 def say(results: dict[str, Any]) -> None:
     """Prints the ratios and the counts."""
     if "beside_offline" in results:
-        print("serving at saturation / offline, output tok/s: " + _spread_text(results["beside_offline"]["ratio"]))
+        print("serving at saturation / offline, output tok/s: " + spread_text(results["beside_offline"]["ratio"]))
     if "slow_readers" in results:
         found = results["slow_readers"]
         pooled = found["others_pooled"]
-        print("growth of the others' p99 time between tokens: " + _spread_text(found["growth_of_p99_itl"]))
+        print("growth of the others' p99 time between tokens: " + spread_text(found["growth_of_p99_itl"]))
         print(
             f"  over all rounds: {pooled['all_fast']['p99_itl_ms']:.2f} ms with fast readers alone, "
             f"{pooled['with_slow']['p99_itl_ms']:.2f} ms beside slow ones"
@@ -275,12 +276,6 @@ async def _counts(address: str) -> dict[str, int]:
     async with AsyncClient(address) as client:
         stats = (await client.server_info()).stats
         return {name: getattr(stats, name) for name in names}
-
-
-def _spread_text(found: dict[str, Any]) -> str:
-    return (
-        f"median {found['median']:.3f}, from {found['min']:.3f} to {found['max']:.3f} in {len(found['rounds'])} rounds"
-    )
 
 
 def _floats(text: str) -> list[float]:

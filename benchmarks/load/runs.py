@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from benchmarks.load.client import Slowness, drive
 from benchmarks.load.datasets import LoadRequest, as_work
 from benchmarks.load.figures import Seen, figures, statistics_ms
 from benchmarks.sides.process import Side
+from benchmarks.spread import spread
 
 SWEEP = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1)
 """Request rates of a sweep, as shares of the rate at saturation."""
@@ -118,10 +118,6 @@ def slow_readers(
 def slow_marks(count: int, share: float) -> list[bool]:
     """Which of `count` requests have a slow reader: a share of them, spread evenly."""
     return [math.floor((number + 1) * share) > math.floor(number * share) for number in range(count)]
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    return {"rounds": list(values), "min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 def line(found: Mapping[str, Any]) -> str:

@@ -11,9 +11,9 @@ import textwrap
 import pytest
 
 from benchmarks import compare, throughput
-from benchmarks.compare import Contestant
 from benchmarks.cpu_time import process_tree
-from benchmarks.sides import jaxserve_side
+from benchmarks.sides import contest, jaxserve_side
+from benchmarks.sides.contest import Contestant
 from benchmarks.sides.process import Run, Side, SideError, installed_peers
 from benchmarks.work import WORKLOADS, Work, engine_options, random_work
 from jaxserve import LLM
@@ -83,7 +83,7 @@ def test_engines_take_turns_and_a_slow_one_fewer():
     diary: list[str] = []
     names = ("jaxserve", "vllm", "transformers")
     contestants = [Contestant(Scripted(name, [1.0] * 3, diary), 1 + 2 * (name != names[2])) for name in names]  # pyright: ignore[reportArgumentType]
-    compare.compare(contestants, [random_work(2, (2, 3), (4, 5), 50, 0, repeat) for repeat in range(3)])
+    contest.take_turns(contestants, [random_work(2, (2, 3), (4, 5), 50, 0, repeat) for repeat in range(3)])
     assert [name for name in diary if name in names] == [*names, *names[:2], *names[:2]]
     assert diary[1::2] == [f"{name} settled" for name in diary[::2]]
     assert all(contestant.idle_cores == [0.0] * contestant.rounds for contestant in contestants)
@@ -91,7 +91,7 @@ def test_engines_take_turns_and_a_slow_one_fewer():
 
 def test_ratios_are_taken_within_a_round():
     ours, theirs = [1.0, 2.0, 4.0, 8.0], [2.0, 3.0, 10.0]
-    found = compare.ratio(ours, theirs)
+    found = contest.ratio(ours, theirs)
     assert found["rounds"] == [2.0, 1.5, 2.5]
     assert (found["min"], found["median"], found["max"]) == (1.5, 2.0, 2.5)
 
@@ -150,7 +150,7 @@ def test_a_peer_that_fails_is_named_and_the_others_go_on(monkeypatch):
 
 def test_busy_waiting_engines_are_pointed_out():
     result = run_workload({"jaxserve": [9.0, 1.0, 2.0], "vllm": [9.0, 3.0, 3.0]})
-    result["sides"][0]["idle_cores_of_others"] = 2 * compare.IDLE_CORES
+    result["sides"][0]["idle_cores_of_others"] = 2 * contest.IDLE_CORES
     assert "While jaxserve ran, the waiting engines kept 0.10 cores busy." in compare.markdown([result], {})
 
 
@@ -180,14 +180,14 @@ def test_the_peers_of_a_python(tmp_path, packages, found):
     python = fake_python(tmp_path, *packages)
     assert installed_peers(python) == found
     options = compare.parse(["--peer-python", python, "--peers", "vllm"])
-    peers, absent = compare.find_peers(options)
+    peers, absent = contest.find_peers(options)
     assert peers == [peer for peer in found if peer == "vllm"]
     assert set(absent) == {"vllm", "transformers"} - set(peers)
     assert absent["transformers"] == ("not asked for" if "transformers" in found else "not installed")
 
 
 def test_a_python_that_is_not_there_has_no_peers(tmp_path):
-    peers, absent = compare.find_peers(compare.parse(["--peer-python", str(tmp_path / "python")]))
+    peers, absent = contest.find_peers(compare.parse(["--peer-python", str(tmp_path / "python")]))
     assert peers == []
     assert set(absent) == {"vllm", "transformers"}
 

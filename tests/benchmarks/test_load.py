@@ -16,7 +16,8 @@ from benchmarks.load.arrivals import gamma_arrivals, scaled
 from benchmarks.load.datasets import TraceRow
 from benchmarks.load.figures import Seen, figures, is_good, most_open, parse_goodput, statistics_ms
 from benchmarks.load.plots import latency_against_throughput
-from benchmarks.load.runs import line, slow_marks, spread
+from benchmarks.load.runs import line, slow_marks
+from benchmarks.spread import spread
 from models.tiny.tasks import KINDS, is_held_out
 
 
