@@ -67,17 +67,20 @@ def run(llm: LLM, work: dict[str, Any]) -> dict[str, Any]:
 def step_shares(events: list[StepRecorded]) -> dict[str, float]:
     """Where the steps' time went on the host, per step in milliseconds, and the share of padding tokens.
 
-    waiting is the time in `collect`: the device was busy then.
+    waiting is the time in `collect`: the device was busy then. idle_share is the share of the wall time, at most, in
+    which the device had nothing to do between steps.
     """
     count = max(1, len(events))
     tokens = sum(event.prefill_tokens + event.decode_tokens for event in events)
     padding = sum(event.padding for event in events)
+    span = events[-1].time - events[0].time if events else 0.0
     return {
         "steps": len(events),
         "schedule_ms": 1e3 * sum(event.schedule_seconds for event in events) / count,
         "dispatch_ms": 1e3 * sum(event.dispatch_seconds for event in events) / count,
         "waiting_ms": 1e3 * sum(event.collect_seconds for event in events) / count,
         "update_ms": 1e3 * sum(event.update_seconds for event in events) / count,
+        "idle_share": sum(event.idle_seconds for event in events) / span if span else 0.0,
         "padding_share": padding / max(1, tokens + padding),
     }
 

@@ -259,14 +259,15 @@ def step(**fields) -> StepRecorded:
 
 def test_shares_of_steps():
     steps = [
-        step(prefill_tokens=20, decode_tokens=4, padding=8, collect_seconds=0.003),
-        step(decode_tokens=6, padding=2, collect_seconds=0.005),
+        step(time=1.0, prefill_tokens=20, decode_tokens=4, padding=8, collect_seconds=0.003),
+        step(time=1.5, decode_tokens=6, padding=2, collect_seconds=0.005, idle_seconds=0.01),
     ]
     shares = jaxserve_side.step_shares(steps)
     assert shares["steps"] == 2
     assert shares["waiting_ms"] == pytest.approx(4.0)
     assert shares["schedule_ms"] == pytest.approx(1.0)
     assert shares["padding_share"] == pytest.approx(10 / 40)
+    assert shares["idle_share"] == pytest.approx(0.01 / 0.5)
     assert jaxserve_side.step_shares([])["padding_share"] == 0
 
 
