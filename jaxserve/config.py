@@ -125,8 +125,10 @@ class EngineConfig:
     max_model_len: prompt and output tokens of one request together; None is the model's own context.
     token_buckets, row_buckets: sizes that steps are padded to; None is powers of two from 8 to the limits.
     attention: implementation of paged attention; "auto" chooses by platform.
-    compilation_cache_dir: where compiled programs are kept for the next start (`~` is the home directory); None keeps
-    none. Entries are found by the program, jax's version and the device, so a stale one is never used.
+    compilation_cache_dir: where compiled programs are kept for the next start (`~` is the home directory); "auto" is
+    jaxserve/programs in XDG_CACHE_HOME or ~/.cache, None keeps none. The directory must be this user's alone. Entries
+    are found by all that decides a program, jax's version and the device among it, so a stale one is never used.
+    compilation_cache_max_bytes: of what is kept; the entries that were not used for longest are removed.
     bundle: directory of programs that `jaxserve.compile` wrote for this configuration and device; loaded instead of
     compiling anything, and refused where it does not fit. Its number of pages counts where none is configured.
     seed: base of the seeds drawn for requests that bring none.
@@ -144,7 +146,8 @@ class EngineConfig:
     token_buckets: tuple[int, ...] | None = None
     row_buckets: tuple[int, ...] | None = None
     attention: str = "auto"
-    compilation_cache_dir: str | None = None
+    compilation_cache_dir: str | None = "auto"
+    compilation_cache_max_bytes: int = 4 * 1024**3
     bundle: str | None = None
     seed: int = 0
 
@@ -153,6 +156,7 @@ class EngineConfig:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("attention", self.attention, ATTENTION)
         _at_least("seed", self.seed, 0)
+        _at_least("compilation_cache_max_bytes", self.compilation_cache_max_bytes, 0)
         if self.max_model_len is not None:
             _at_least("max_model_len", self.max_model_len, 2)
         if self.model is None and self.load_format != "dummy":

@@ -23,10 +23,12 @@ from typing import NoReturn, TypeVar
 from jaxserve import gin_config
 from jaxserve.config import ServerConfig
 from jaxserve.engine.channel import EngineClient
+from jaxserve.engine.process import LOG_FORMAT, EngineProcess, LaunchedEngine
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.phases import Phases, seconds_since_start
 from server.grpc_server import GrpcServer
-from server.running_log import log_while_busy, seconds_since_start, start_lines
+from server.running_log import log_while_busy, phases_log, start_lines
 
 T = TypeVar("T")
 
@@ -42,21 +44,25 @@ class _StopError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until a signal; returns the exit code: 0 after a signal, 1 when the start failed or the engine died."""
+    phases = Phases()
+    phases.until_now("interpreter, imports")
     parser = argparse.ArgumentParser(prog="jaxserve.server", description="Serves a model over gRPC.")
-    _, config, operative = gin_config.load_from_command_line(parser, arguments)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True)
+    with phases.phase("configuration"):
+        _, config, operative = gin_config.load_from_command_line(parser, arguments)
+    logging.basicConfig(format=LOG_FORMAT, stream=sys.stderr, force=True)
     logging.getLogger("jaxserve").setLevel(logging.INFO)
     for line in operative.splitlines():
         if line.strip() and not line.startswith("#"):
             _log.info("config: %s", line.strip())
-    return asyncio.run(_Server(config).run())
+    return asyncio.run(_Server(config, phases).run())
 
 
 class _Server:
-    """One run of the server."""
+    """One run of the server. phases: of this process so far."""
 
-    def __init__(self, config: ServerConfig):
+    def __init__(self, config: ServerConfig, phases: Phases):
         self._config = config
+        self._phases = phases
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         # The end of the path, much as a hub names models: OWNER/NAME.
@@ -68,14 +74,16 @@ class _Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         config = self._config
-        server = GrpcServer(config.host, config.port, config.max_message_bytes, self._name)
+        start_engine = _launch_engine(config)  # its imports take longer than all that follows here
         try:
-            await server.start()
+            with self._phases.phase("bind"):
+                server = GrpcServer(config.host, config.port, config.max_message_bytes, self._name)
+                await server.start()
         except OSError as error:
             return _fail(str(error))
         _log.info("listening on %s; loading model %s", server.address, self._name)
         try:
-            engine, tokenizer = await self._load()
+            engine, tokenizer = await self._load(start_engine)
         except _StopError:
             await server.stop()
             _exit_now(0)
@@ -84,10 +92,10 @@ class _Server:
             _exit_now(_fail(f"the model cannot be served: {_one_line(error)}"))
         return await self._serve(server, engine, tokenizer)
 
-    async def _load(self) -> tuple[EngineClient, Tokenizer | None]:
+    async def _load(self, start_engine: Callable[[], EngineClient]) -> tuple[EngineClient, Tokenizer | None]:
         """The engine and the tokenizer, each loaded in a thread; the first error of either counts."""
-        engine = _in_thread(lambda: _start_engine(self._config))
-        tokenizer = _in_thread(lambda: load_tokenizer(self._config.engine))
+        engine = _in_thread(lambda: self._timed("engine", start_engine))
+        tokenizer = _in_thread(lambda: self._timed("tokenizer", lambda: load_tokenizer(self._config.engine)))
         stop = asyncio.ensure_future(self._stop.wait())
         pending: set[asyncio.Future] = {engine, tokenizer}
         while pending:
@@ -102,11 +110,12 @@ class _Server:
 
     async def _serve(self, server: GrpcServer, engine: EngineClient, tokenizer: Tokenizer | None) -> int:
         """Serves until a signal or the engine's death, then ends the engine and the server."""
-        frontend = AsyncFrontEnd(
-            engine, tokenizer, seed=self._config.engine.seed, max_unread_tokens=self._config.max_unread_tokens
-        )
-        await server.serve(frontend, tokenizer)
-        for line in start_lines(engine.ready, self._name):
+        with self._phases.phase("serve"):
+            frontend = AsyncFrontEnd(
+                engine, tokenizer, seed=self._config.engine.seed, max_unread_tokens=self._config.max_unread_tokens
+            )
+            await server.serve(frontend, tokenizer)
+        for line in (*start_lines(engine.ready, self._name), *phases_log(self._phases.all(), engine.ready.phases)):
             _log.info("%s", line)
         _log.info("ready on %s in %.1f s", server.address, seconds_since_start())
         log_task = asyncio.ensure_future(log_while_busy(lambda: frontend.stats))
@@ -126,6 +135,10 @@ class _Server:
         await frontend.close(0.0)
         await server.stop()
         return code
+
+    def _timed(self, name: str, call: Callable[[], T]) -> T:
+        with self._phases.phase(name):
+            return call()
 
     async def _drain(self, frontend: AsyncFrontEnd) -> None:
         """Lets what runs finish, until drain_seconds are over or a second signal comes."""
@@ -156,11 +169,13 @@ async def _death(frontend: AsyncFrontEnd) -> str:
     return frontend.failure
 
 
-def _start_engine(config: ServerConfig) -> EngineClient:
-    """Imported here: an engine brings jax, which takes seconds, and the port should be bound before that."""
+def _launch_engine(config: ServerConfig) -> Callable[[], EngineClient]:
+    """What waits for an engine and returns it. An engine in a process of its own begins with its imports at once."""
     if config.engine_process:
-        return importlib.import_module("jaxserve.engine.process").EngineProcess(config.engine)
-    return importlib.import_module("jaxserve.engine.inline").InlineEngine(config.engine, progress=True)
+        launched = LaunchedEngine()
+        return lambda: EngineProcess(config.engine, launched)
+    # Imported late: an engine brings jax, which takes seconds, and the port should be bound before that.
+    return lambda: importlib.import_module("jaxserve.engine.inline").InlineEngine(config.engine, progress=True)
 
 
 def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:

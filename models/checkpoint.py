@@ -7,6 +7,7 @@ parameters themselves, host memory holds one of them at a time.
 
 from __future__ import annotations
 
+import importlib
 import json
 import pathlib
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from models import kv_scales
@@ -86,11 +86,16 @@ def save_orbax(
     if (directory / ORBAX_FOLDER).exists() or _has_safetensors(directory):
         raise ValueError(f"checkpoint {directory} holds weights already; choose another directory")
     directory.mkdir(parents=True, exist_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _orbax().StandardCheckpointer() as checkpointer:
         checkpointer.save(directory / ORBAX_FOLDER, {path_text(path): leaf for path, leaf in leaves(params)})
     (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
     if scales is not None:
         kv_scales.save(scales, directory / KV_SCALES_FILE)
+
+
+def _orbax() -> Any:
+    """orbax, imported late: it takes half a second, which a start from safetensors need not pay."""
+    return importlib.import_module("orbax.checkpoint")
 
 
 def restore_orbax(directory: str | pathlib.Path, config: ModelConfig, dtype: Any, mesh: Mesh) -> Params:
@@ -104,7 +109,7 @@ def restore_orbax(directory: str | pathlib.Path, config: ModelConfig, dtype: Any
         raise ValueError(f"checkpoint folder {folder} is missing")
     abstract = abstract_params(config, dtype, mesh)
     flat = {path_text(path): leaf for path, leaf in leaves(abstract)}
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _orbax().StandardCheckpointer() as checkpointer:
         try:
             saved = checkpointer.metadata(folder).item_metadata
             if saved is None:

@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxserve.engine.messages import EngineReady, EngineStats
+from jaxserve.phases import Phase, phase_lines, phases_json
 from jaxserve.scheduler.page_pool import greatest_concurrency
 
 INTERVAL_SECONDS = 5.0
 
 _log = logging.getLogger("jaxserve.server")
 
-# A fallback where the system does not say when the process started.
-_imported = time.monotonic()
-
-
-def seconds_since_start() -> float:
-    """Seconds since this process started, the interpreter's own start included where /proc tells."""
-    try:
-        after_name = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-    except (OSError, ValueError, IndexError, AttributeError):
-        return time.monotonic() - _imported
-
 
 def start_lines(ready: EngineReady, name: str) -> list[str]:
     """The figures of an engine that has become ready, one line each."""
     pool_tokens = ready.limits.pool_tokens
     programs = f"{ready.num_executables} executables"
-    origin = f"compiled {programs}" if ready.bundle is None else f"loaded {programs} from bundle {ready.bundle}"
+    if ready.bundle is not None:
+        origin = f"loaded {programs} from bundle {ready.bundle}"
+    elif ready.num_cached_executables == ready.num_executables:
+        origin = f"loaded {programs} from the compilation cache"
+    else:
+        cached = f" and loaded {ready.num_cached_executables} from the compilation cache"
+        compiled = ready.num_executables - ready.num_cached_executables
+        origin = f"compiled {compiled} executables{cached if ready.num_cached_executables else ''}"
     concurrency = greatest_concurrency(ready.num_pages, ready.page_size, ready.max_model_len, ready.max_num_seqs)
     return [
         f"model {name}: {ready.architecture}, {ready.num_parameters / 1e6:.2f}M parameters, {ready.dtype} on "
@@ -44,6 +37,14 @@ def start_lines(ready: EngineReady, name: str) -> list[str]:
         f"(max_num_seqs {ready.max_num_seqs})",
         f"{origin} in {ready.compile_seconds:.1f} s; engine start {ready.start_seconds:.1f} s",
     ]
+
+
+def phases_log(server: Sequence[Phase], engine: Sequence[Phase]) -> list[str]:
+    """Where the time of the start went, for people and, in the last line, for programs."""
+    lines = phase_lines("start of the server", server)
+    if engine:
+        lines += phase_lines("start of the engine's process", engine)
+    return [*lines, f"start phases: {phases_json(server=server, engine=engine)}"]
 
 
 def busy_line(before: EngineStats, now: EngineStats, seconds: float) -> str | None:

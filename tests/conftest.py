@@ -11,6 +11,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 # Engines of the same configuration share their compiled programs within one run, in subprocesses too.
 _cache = tempfile.TemporaryDirectory(prefix="jaxserve-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache.name
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 

@@ -102,6 +102,8 @@ class EngineCore:
             compile_seconds=info.compile_seconds,
             kv_cache=info.kv_cache,
             bundle=info.bundle,
+            num_cached_executables=info.num_cached_executables,
+            phases=info.phases,
             start_seconds=start_seconds,
         )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgpack
 
+from jaxserve.phases import Phase
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits
 
 
@@ -43,8 +44,10 @@ class EngineReady:
 
     attention: implementation in use. kv_cache: dtype of keys and values in pages, and where the scales of a quantised
     one are from. num_pages: usable pages (null page not counted). num_executables: compiled programs. bundle: the
-    directory that they were loaded from; None where they were compiled at start. compile_seconds, start_seconds: wall
-    time of compiling, or loading, and of start-up altogether.
+    directory that they were loaded from; None where they were compiled at start. num_cached_executables: those of them
+    that were taken from the compilation cache. compile_seconds, start_seconds: wall time of compiling, or loading, and
+    of start-up altogether. phases: name, begin and seconds of each part of the engine's start, where its process began
+    at 0; some run side by side.
     """
 
     vocab_size: int
@@ -65,6 +68,8 @@ class EngineReady:
     start_seconds: float
     kv_cache: str
     bundle: str | None = None
+    num_cached_executables: int = 0
+    phases: tuple[Phase, ...] = ()
 
     @property
     def limits(self) -> ModelLimits:

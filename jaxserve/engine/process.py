@@ -18,25 +18,37 @@ from jaxserve.engine.framing import FrameReader, send_frames
 from jaxserve.engine.messages import EngineFailed, EngineReady, FromEngine, Shutdown, ToEngine, decode, encode
 from jaxserve.engine.wire_config import config_to_bytes
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+"""Of the server and of its engine's process, which write to the same standard error."""
+
 _END_SECONDS = 10.0
 """How long a closing engine may take to end before it is killed."""
+
+
+class LaunchedEngine:
+    """A child process that imports what an engine needs, seconds of work, and then waits for its configuration."""
+
+    def __init__(self) -> None:
+        self.socket, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "jaxserve.engine.worker", str(theirs.fileno())]
+            # A session of its own: Ctrl-C and signals to our group are ours to answer, and the engine drains with us.
+            self.process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            )
 
 
 class EngineProcess:
     """EngineClient over a child process. The constructor returns when the engine is ready.
 
+    launched: its process, where that was started before; nobody else may use it.
     Raises ValueError with the engine's own line when it cannot start.
     """
 
-    def __init__(self, config: EngineConfig):
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-m", "jaxserve.engine.worker", str(theirs.fileno())]
-            # A session of its own: Ctrl-C and signals to our group are ours to answer, and the engine drains with us.
-            self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
-            )
-        self._socket = ours
+    def __init__(self, config: EngineConfig, launched: LaunchedEngine | None = None):
+        launched = LaunchedEngine() if launched is None else launched
+        self._process = launched.process
+        self._socket = ours = launched.socket
         self._reader = FrameReader(ours)
         self._backlog: list[FromEngine] = []
         with contextlib.suppress(OSError):  # a child that is dead already has left its exit code to `_read`

@@ -5,6 +5,7 @@ When the front end dies, the engine reads the end of the stream and ends too.
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import signal
@@ -18,7 +19,9 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.framing import FrameReader, FrameSender
 from jaxserve.engine.messages import EngineFailed, FromEngine, Shutdown, ToEngine, decode, encode
+from jaxserve.engine.process import LOG_FORMAT
 from jaxserve.engine.wire_config import config_from_bytes
+from jaxserve.phases import Phases
 from jaxserve.runner.model_runner import ModelRunner
 
 _FLUSH_SECONDS = 5.0
@@ -92,7 +95,9 @@ def _drain(reader: FrameReader, inbox: queue.SimpleQueue[ToEngine | None], ready
 
 
 def _build_core(config: EngineConfig) -> EngineCore:
-    return EngineCore(config, ModelRunner(config, progress=sys.stderr.isatty()))
+    phases = Phases()
+    phases.until_now("interpreter, imports, configuration")
+    return EngineCore(config, ModelRunner(config, progress=True, phases=phases))
 
 
 def _one_line(error: BaseException) -> str:
@@ -100,6 +105,8 @@ def _one_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format=LOG_FORMAT)
+    logging.getLogger("jaxserve").setLevel(logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):  # the front end decides when to end
         signal.signal(number, signal.SIG_IGN)
     sys.exit(serve(socket.socket(fileno=int(sys.argv[1]))))

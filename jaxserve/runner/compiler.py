@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
-import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from jaxserve.runner.aot import plugin
-from jaxserve.runner.programs import ProgramKey, Shapes, lower, program_keys
+from jaxserve.runner.programs import ProgramKey, Shapes, lower
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -57,11 +53,13 @@ class ProgramMemory:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramSet:
-    """The programs by key, compiled or loaded from a bundle, what each needs, and the wall seconds they all took."""
+    """The programs by key, what each needs, the wall seconds they all took, and how many of them were not compiled but
+    taken from the compilation cache."""
 
     executables: dict[ProgramKey, Any]
     memory: dict[ProgramKey, ProgramMemory]
     seconds: float
+    num_cached: int = 0
 
     def get(self, key: ProgramKey) -> Callable[..., Any]:
         """The executable of a program; CompileMissError where there is none."""
@@ -74,12 +72,6 @@ class ProgramSet:
         return executable
 
 
-def keep_compilations(directory: str) -> None:
-    """Keeps compiled programs in `directory` and takes them from there, whatever they cost to compile."""
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
 @contextlib.contextmanager
 def fresh_compilations() -> Iterator[None]:
     """Keeps jax's cache of compiled programs out of this process meanwhile.
@@ -87,6 +79,9 @@ def fresh_compilations() -> Iterator[None]:
     What comes from the cache cannot be written to a bundle (serialised a second time it has lost its functions), and
     leaves no dump.
     """
+    if not cache_in_use():
+        yield
+        return
     config: Any = jax.config
     before = config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
@@ -125,23 +120,6 @@ def compiler_options(platform: str) -> dict[str, str | bool]:
 def compile_program(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Compiled:
     """Lowers and compiles one program as the server will run it."""
     return lower(key, shapes, mesh).compile(compiler_options(mesh.devices.flat[0].platform))
-
-
-def compile_all(shapes: Shapes, mesh: Mesh, *, progress: bool) -> ProgramSet:
-    """Compiles every program of the closed set, several at once; `progress` shows a bar on standard error."""
-    start = time.perf_counter()
-    keys = program_keys(shapes)
-    executables: dict[ProgramKey, jax.stages.Compiled] = {}
-    with (
-        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as workers,
-        tqdm(total=len(keys), desc="compiling", unit="program", disable=not progress) as bar,
-    ):
-        futures = {workers.submit(compile_program, key, shapes, mesh): key for key in keys}
-        for future in concurrent.futures.as_completed(futures):
-            executables[futures[future]] = future.result()
-            bar.update()
-    memory = {key: program_memory(executable) for key, executable in executables.items()}
-    return ProgramSet(executables, memory, time.perf_counter() - start)
 
 
 def program_memory(executable: jax.stages.Compiled) -> ProgramMemory:

@@ -131,9 +131,14 @@ class MemoryPlan:
             "unused": self.device.limit - self.total - self.margin,
         }
 
+    @property
+    def fits(self) -> bool:
+        """Whether it is within the limit."""
+        return self.total <= self.device.limit
+
     def check(self) -> None:
         """Raises ValueError when it is more than the limit."""
-        if self.total > self.device.limit:
+        if not self.fits:
             raise ValueError(
                 f"page pool of {self.num_pages} pages has {self.pages} bytes; with weights of {self.weights} and "
                 f"{self.fixed - self.weights} for steps it exceeds the {self.device.limit} bytes that "
@@ -155,6 +160,21 @@ def compiled_needs(shapes: Shapes, mesh: Mesh) -> ProgramNeeds:
     probe = dataclasses.replace(shapes, num_pages=2)
     programs = {key: program_memory(compile_program(key, probe, mesh)) for key in largest_keys(shapes)}
     return ProgramNeeds.from_largest(programs, shapes)
+
+
+def roomy_plan(shapes: Shapes, cache: CacheConfig, mesh: Mesh, device: DeviceMemory) -> MemoryPlan | None:
+    """The plan where what the programs need hardly matters: all pages that can be in use take at most half of what
+    weights and state leave. None where they take more, or the configuration says how many there are.
+
+    It is what `plan_pool` decides if the programs find room in the other half, which the caller must check when they
+    are there; no program need be compiled to find out how many pages fit.
+    """
+    if cache.num_pages is not None or cache.kv_cache_memory_bytes is not None:
+        return None
+    plan = plan_memory(dataclasses.replace(shapes, num_pages=pages_in_use(shapes)), mesh, device, ProgramNeeds(0, 0))
+    if plan.pages > (device.limit - plan.fixed - MARGIN_BYTES) // 2:
+        return None
+    return dataclasses.replace(plan, num_pages=_most_addressable(shapes, mesh, plan.num_pages))
 
 
 def plan_pool(
@@ -189,10 +209,22 @@ def plan_pool(
             f"{device.limit} bytes that gpu_memory_utilization allows: raise it or kv_cache_memory_bytes, or lower "
             "max_num_batched_tokens"
         )
+    if cache.kv_cache_memory_bytes is None and mesh.devices.flat[0].platform == "cpu":
+        room = _steady(room)
     num_pages = _most_addressable(shapes, mesh, min(room, pages_in_use(shapes)))
     plan = dataclasses.replace(probe, num_pages=num_pages)
     plan.check()
     return plan
+
+
+def _steady(room: int) -> int:
+    """`room` rounded down to five binary digits, at most a sixteenth less.
+
+    What is available on a CPU differs a little at every start. Programs for another number of pages are other programs,
+    so without this none would be found in the compilation cache.
+    """
+    unit = 1 << max(0, room.bit_length() - 5)
+    return room // unit * unit
 
 
 def _check_addressable(shapes: Shapes, mesh: Mesh, num_pages: int) -> None:

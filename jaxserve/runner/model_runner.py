@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +13,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.config import EngineConfig
+from jaxserve.phases import Phases
 from jaxserve.runner.aot.bundle import Bundle, bundled_cache
-from jaxserve.runner.compiler import CompilationCounter, CompileMissError, ProgramSet, compile_all, keep_compilations
+from jaxserve.runner.aot.program_cache import CacheRefusedError, ProgramCache, default_directory
+from jaxserve.runner.build_set import SetBuilder
+from jaxserve.runner.compiler import CompilationCounter, CompileMissError, ProgramSet
 from jaxserve.runner.host_memory import keep_freed_memory
-from jaxserve.runner.memory import ProgramNeeds, claim_memory, compiled_needs, local_memory, plan_memory, plan_pool
+from jaxserve.runner.memory import (
+    DeviceMemory,
+    ProgramNeeds,
+    claim_memory,
+    local_memory,
+    plan_memory,
+    plan_pool,
+    roomy_plan,
+)
 from jaxserve.runner.packing import ForwardPacker, SamplePacker
 from jaxserve.runner.programs import (
     ProgramKey,
@@ -35,6 +48,8 @@ from models.checkpoint import load, load_kv_scales
 from models.kv_scales import calibrate, placed
 from models.params import abstract_params, make_mesh, product_dtype, random_params
 from pallas_kernels.paged_attention import is_quantised
+
+_log = logging.getLogger(__name__)
 
 _COUNTER = CompilationCounter()  # one listener a process: jax keeps listeners for good
 
@@ -55,38 +70,36 @@ class PendingStep:
 class ModelRunner:
     """Runner over a model. Start-up loads the weights while it compiles, or loads, every program of the closed set."""
 
-    def __init__(self, config: EngineConfig, *, progress: bool = False):
-        if config.compilation_cache_dir is not None:
-            keep_compilations(config.compilation_cache_dir)
-        claim_memory(config.cache.gpu_memory_utilization)
-        mesh = make_mesh()
-        shapes = resolve_shapes(config, mesh.devices.flat[0].platform)
-        memory = local_memory(mesh, config.cache.gpu_memory_utilization)
-        bundle = None if config.bundle is None else Bundle.open(config.bundle)
-        cache = config.cache if bundle is None else bundled_cache(config.cache, bundle)
-        plan = plan_pool(shapes, cache, mesh, memory, lambda: compiled_needs(shapes, mesh))
-        self._shapes = dataclasses.replace(shapes, num_pages=plan.num_pages)
-        if bundle is not None:
-            bundle.check(self._shapes, mesh)  # before the weights take their time
-        with concurrent.futures.ThreadPoolExecutor(1) as loader:
-            loading = loader.submit(_weights, config, self._shapes, mesh)
-            if bundle is not None:
-                self._programs = bundle.load(self._shapes, mesh, checked=True)
-            else:
-                self._programs = compile_all(self._shapes, mesh, progress=progress)
-            plan_memory(self._shapes, mesh, memory, ProgramNeeds.of(self._programs.memory.values())).check()
-            self._weights, self._kv_cache = loading.result()
+    def __init__(self, config: EngineConfig, *, progress: bool = False, phases: Phases | None = None):
+        """progress: shows how far compiling is. phases: of this process so far; those of this start are added."""
+        phases = Phases() if phases is None else phases
+        with phases.phase("devices"):
+            claim_memory(config.cache.gpu_memory_utilization)
+            mesh = make_mesh()
+            memory = local_memory(mesh, config.cache.gpu_memory_utilization)
+        with phases.phase("shapes"):
+            shapes = resolve_shapes(config, mesh.devices.flat[0].platform)
+        if config.bundle is None:
+            with SetBuilder(mesh, _cache(config, mesh), progress=progress) as builder:
+                self._shapes, self._programs, weights = _build(config, shapes, memory, builder, phases)
+        else:
+            self._shapes, self._programs, weights = _load_bundle(config, config.bundle, shapes, memory, mesh, phases)
+        self._weights, self._kv_cache = weights
         if mesh.devices.flat[0].platform == "cpu":
             keep_freed_memory()
-        self._pools = [
-            jnp.zeros(pool.shape, pool.dtype, device=pool.sharding) for pool in abstract_pools(self._shapes, mesh)
-        ]
-        self._slots, self._hidden = _initial_state(self._shapes, mesh)
+        with phases.phase("pool"):
+            self._pools = [
+                jnp.zeros(pool.shape, pool.dtype, device=pool.sharding) for pool in abstract_pools(self._shapes, mesh)
+            ]
+            self._slots, self._hidden = _initial_state(self._shapes, mesh)
+            jax.block_until_ready((self._pools, self._slots, self._hidden))
         self._copies = mesh.devices.flat[0].platform != "cpu"  # there the host reads the device's own memory
         self._forward_packers, self._sample_packers = packers(self._shapes)
         self.compile_misses = 0
-        self.info = _info(self._shapes, self._programs, mesh, self._kv_cache, config.bundle)
-        self._warm_up()
+        with phases.phase("warm-up"):
+            self._warm_up()
+        info = _info(self._shapes, self._programs, mesh, self._kv_cache, config.bundle)
+        self.info = dataclasses.replace(info, phases=phases.all())
 
     @property
     def num_compilations(self) -> int:
@@ -143,8 +156,74 @@ class ModelRunner:
                 self._forward(key, nothing)
 
 
-def _weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> tuple[Weights, str]:
+def _build(
+    config: EngineConfig, shapes: Shapes, memory: DeviceMemory, builder: SetBuilder, phases: Phases
+) -> tuple[Shapes, ProgramSet, tuple[Weights, str]]:
+    """The shapes with the pool's size, their programs, and the weights, which are loaded meanwhile."""
+    mesh, cache = builder.mesh, config.cache
+    explicit = cache.num_pages is not None or cache.kv_cache_memory_bytes is not None
+    with phases.phase("plan"):
+        if explicit:
+            plan = plan_pool(shapes, cache, mesh, memory, lambda: ProgramNeeds(0, 0))
+        else:
+            plan = roomy_plan(shapes, cache, mesh, memory)
+    with concurrent.futures.ThreadPoolExecutor(1) as loader:
+        loading = loader.submit(_weights, config, shapes, mesh, phases)
+        if plan is None:
+            with phases.phase("largest programs"):
+                plan = plan_pool(shapes, cache, mesh, memory, lambda: builder.needs(shapes))
+        while True:
+            shapes = dataclasses.replace(shapes, num_pages=plan.num_pages)
+            with phases.phase("programs"):
+                programs = builder.build(shapes)
+            needs = ProgramNeeds.of(programs.memory.values())
+            found = plan_memory(shapes, mesh, memory, needs)
+            if found.fits or explicit:
+                break
+            plan = plan_pool(shapes, cache, mesh, memory, lambda needs=needs: needs)  # they need more than was foreseen
+        found.check()
+        return shapes, programs, loading.result()
+
+
+def _load_bundle(
+    config: EngineConfig, directory: str, shapes: Shapes, memory: DeviceMemory, mesh: Mesh, phases: Phases
+) -> tuple[Shapes, ProgramSet, tuple[Weights, str]]:
+    """As `_build`, with the bundle's programs."""
+    with phases.phase("plan"):
+        bundle = Bundle.open(directory)
+        plan = plan_pool(shapes, bundled_cache(config.cache, bundle), mesh, memory, lambda: ProgramNeeds(0, 0))
+        shapes = dataclasses.replace(shapes, num_pages=plan.num_pages)
+        bundle.check(shapes, mesh)  # before the weights take their time
+    with concurrent.futures.ThreadPoolExecutor(1) as loader:
+        loading = loader.submit(_weights, config, shapes, mesh, phases)
+        with phases.phase("programs"):
+            programs = bundle.load(shapes, mesh, checked=True)
+        plan_memory(shapes, mesh, memory, ProgramNeeds.of(programs.memory.values())).check()
+        return shapes, programs, loading.result()
+
+
+def _cache(config: EngineConfig, mesh: Mesh) -> ProgramCache | None:
+    """Where programs are kept between starts. A configured directory must do; without the default one it starts too."""
+    directory = config.compilation_cache_dir
+    if directory is None:
+        return None
+    size = config.compilation_cache_max_bytes
+    if directory != "auto":
+        return ProgramCache.open(directory, size, mesh)
+    try:
+        return ProgramCache.open(default_directory(), size, mesh)
+    except CacheRefusedError as error:
+        _log.warning("compiled programs are not kept for the next start: %s", error)
+        return None
+
+
+def _weights(config: EngineConfig, shapes: Shapes, mesh: Mesh, phases: Phases) -> tuple[Weights, str]:
     """The weights, and what the start-up log says of the pages' dtype and scales."""
+    with phases.phase("weights"):
+        return _read_weights(config, shapes, mesh)
+
+
+def _read_weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> tuple[Weights, str]:
     dummy = config.load_format == "dummy"
     stored = None
     quantised = is_quantised(shapes.pool_dtype)
@@ -165,11 +244,19 @@ def _weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> tuple[Weights,
     return Weights(params, placed(scales, mesh)), f"{shapes.pool_dtype}, scales measured with random tokens"
 
 
+@functools.lru_cache(maxsize=4)
+def _state_maker(num_slots: int, max_pages: int, hidden: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Any:
+    """Makes slots and hidden buffer in one program; for each array its own would take longer to compile than to run."""
+
+    def make() -> tuple[Slots, jax.Array]:
+        return Slots.zeros(num_slots, max_pages), jnp.zeros(hidden.shape, hidden.dtype)
+
+    return jax.jit(make, out_shardings=sharding)
+
+
 def _initial_state(shapes: Shapes, mesh: Mesh) -> tuple[Slots, jax.Array]:
-    abstract_slots, hidden = abstract_state(shapes, mesh)
-    zeros = Slots.zeros(shapes.num_slots, shapes.max_pages)
-    slots = jax.tree.map(lambda array, spec: jax.device_put(array, spec.sharding), zeros, abstract_slots)
-    return slots, jnp.zeros(hidden.shape, hidden.dtype, device=hidden.sharding)
+    _, hidden = abstract_state(shapes, mesh)
+    return _state_maker(shapes.num_slots, shapes.max_pages, hidden, hidden.sharding)()
 
 
 def _is_ready(array: Any) -> bool:
@@ -198,6 +285,7 @@ def _info(shapes: Shapes, programs: ProgramSet, mesh: Mesh, kv_cache: str, bundl
         platform=mesh.devices.flat[0].platform,
         attention=shapes.attention,
         num_executables=len(programs.executables),
+        num_cached_executables=programs.num_cached,
         compile_seconds=programs.seconds,
         kv_cache=kv_cache,
         bundle=bundle,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Protocol
 
+from jaxserve.phases import Phase
 from jaxserve.scheduler.plan import StepPlan, StepResult
 
 Pending = Any
@@ -32,6 +33,8 @@ class RunnerInfo:
     compile_seconds: float
     kv_cache: str
     bundle: str | None = None
+    num_cached_executables: int = 0
+    phases: tuple[Phase, ...] = ()
 
 
 class Runner(Protocol):

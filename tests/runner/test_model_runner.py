@@ -31,6 +31,7 @@ CONFIG = EngineConfig(
     scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=32),
     cache=CacheConfig(num_pages=64),
     token_buckets=(8, 32),
+    compilation_cache_dir=None,  # a program that was loaded has lost its text
     seed=3,
 )
 

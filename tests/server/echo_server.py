@@ -43,6 +43,6 @@ def obey(engine: EchoEngine) -> None:
 
 if __name__ == "__main__":
     control, tokenizer, *overrides = sys.argv[1:]
-    server._start_engine = lambda config: start_engine(control)
+    server._launch_engine = lambda config: lambda: start_engine(control)
     bindings = [f"--gin.EngineConfig.tokenizer='{tokenizer}'", "--gin.ServerConfig.port=0", *overrides]
     sys.exit(server.main(["--config", "tiny.gin", *bindings]))

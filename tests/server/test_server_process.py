@@ -14,8 +14,9 @@ import grpc
 import pytest
 
 from jaxserve.engine.messages import EngineStats
+from jaxserve.phases import seconds_since_start
 from server.client import Client
-from server.running_log import busy_line, seconds_since_start, start_lines
+from server.running_log import busy_line, start_lines
 from tests.server.fakes import READY, WAIT_SECONDS, save_tokenizer
 from tests.server.harness import GREEDY
 from tests.server.process import Process

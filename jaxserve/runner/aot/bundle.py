@@ -46,13 +46,16 @@ _SOURCES = (
     "models/*.py",
     "pallas_kernels/**/*.py",
     "pallas_kernels/**/*.json",
+    "jaxserve/config.py",
+    "jaxserve/request.py",
     "jaxserve/runner/compiler.py",
     "jaxserve/runner/layout.py",
     "jaxserve/runner/programs.py",
     "jaxserve/runner/sampler.py",
     "jaxserve/runner/slots.py",
+    "jaxserve/scheduler/*.py",
 )
-"""Files whose content decides what programs compute."""
+"""Files whose content decides what programs compute: all that `programs` imports."""
 
 
 class BundleError(ValueError):
@@ -121,9 +124,9 @@ class BundleWriter:
         executable: Any = compiled.runtime_executable()
         data = executable.serialize()
         (self._files / name).write_bytes(data)
-        arguments, results = _trees(key, self._shapes, self._mesh)
+        arguments, results = program_trees(key, self._shapes, self._mesh)
         flat = jax.tree.leaves(arguments)
-        kept = _kept_arguments(compiled, flat)
+        kept = _checked_arguments(compiled, flat)
         self._programs[key] = {
             "kind": key.kind,
             "size": key.size,
@@ -220,6 +223,7 @@ def bundled_cache(cache: CacheConfig, bundle: Bundle) -> CacheConfig:
     return dataclasses.replace(cache, num_pages=bundle.num_pages)
 
 
+@functools.cache
 def machine() -> dict[str, Any]:
     """This machine's CPU: its architecture and the extensions of its instruction set, sorted."""
     features: set[str] = set()
@@ -251,7 +255,7 @@ def _read(root: pathlib.Path, entry: dict[str, Any]) -> bytes:
 
 
 def _check_entry(entry: dict[str, Any], key: ProgramKey, shapes: Shapes, mesh: Mesh, directory: object) -> None:
-    arguments, results = _trees(key, shapes, mesh)
+    arguments, results = program_trees(key, shapes, mesh)
     where = f"{key.kind} {key.size}"
     donated = _donated(key, arguments)
     _same(f"{where} arguments", _describe(arguments), entry.get("arguments"), directory)
@@ -267,7 +271,7 @@ def _check_entry(entry: dict[str, Any], key: ProgramKey, shapes: Shapes, mesh: M
 def _load(
     data: bytes, entry: dict[str, Any], key: ProgramKey, shapes: Shapes, mesh: Mesh, directory: object
 ) -> LoadedProgram:
-    arguments, results = _trees(key, shapes, mesh)
+    arguments, results = program_trees(key, shapes, mesh)
     try:
         executable = mesh.devices.flat[0].client.deserialize_executable(data, list(mesh.devices.flat))
     except Exception as error:  # whatever the runtime raises, the bundle is what it cannot use
@@ -282,7 +286,8 @@ def _memory(entry: dict[str, Any], directory: object) -> ProgramMemory:
     return ProgramMemory(**{name: _field(memory, name, int, directory) for name in names})
 
 
-def _trees(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def program_trees(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """A program's arguments and results as trees of ShapeDtypeStructs."""
     return abstract_arguments(key, shapes, mesh), abstract_results(key, shapes, mesh)
 
 
@@ -304,9 +309,14 @@ def _donated(key: ProgramKey, arguments: tuple[Any, ...]) -> list[int]:
     return numbers
 
 
-def _kept_arguments(compiled: Any, flat: list[jax.ShapeDtypeStruct]) -> list[int]:
-    """Flat numbers of the arguments that the executable takes, checked against the program's own parameters."""
-    kept = sorted(compiled._executable._kept_var_idx)  # jax has no public name for it
+def kept_arguments(compiled: Any) -> list[int]:
+    """Flat numbers of the arguments that the executable takes, in its order."""
+    return sorted(compiled._executable._kept_var_idx)  # jax has no public name for it
+
+
+def _checked_arguments(compiled: Any, flat: list[jax.ShapeDtypeStruct]) -> list[int]:
+    """`kept_arguments`, checked against the program's own parameters."""
+    kept = kept_arguments(compiled)
     parameters = [one.shapes[0].dims for one in hlo.parse(compiled.as_text()).entry.parameters()]
     shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in (flat[number] for number in kept)]
     assert parameters == shapes, (parameters, shapes)
@@ -346,9 +356,14 @@ def _xla_flags() -> list[str]:
     return [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_dump")]
 
 
+def source_files() -> list[pathlib.Path]:
+    """Files whose content decides what programs compute."""
+    return sorted({path for pattern in _SOURCES for path in _ROOT.glob(pattern)})
+
+
 @functools.cache  # what this process has imported does not change with the files
 def _sources_hash() -> str:
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in _SOURCES for path in _ROOT.glob(pattern)}):
+    for path in source_files():
         digest.update(path.relative_to(_ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -1,17 +1,20 @@
-"""A program from a bundle: the runtime's executable, called with trees of arrays as a compiled program is."""
+"""A program that the runtime has loaded, called with trees of arrays as a compiled program is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import tree_util
+from jax._src.interpreters import pxla
 from jax.sharding import Mesh
+from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]  compiled, without a stub
 
 
 class LoadedProgram:
-    """Calls an executable that the runtime has loaded.
+    """Calls an executable that the runtime has loaded, as fast as jax calls one that it has compiled.
 
     executable: what the client's `deserialize_executable` returned. arguments, results: the program's trees of
     ShapeDtypeStructs with shardings. kept: numbers of the flat arguments that the executable takes, in its order; the
@@ -25,29 +28,44 @@ class LoadedProgram:
         self._arguments, self._tree = jax.tree.flatten(arguments)
         self._results, self._result_tree = jax.tree.flatten(results)
         self._kept = tuple(kept)
-        self._one_device = mesh.size == 1
-        self._checked = False
+        self._call = fast_call(self)
 
     def __call__(self, *arguments: Any) -> Any:
         """Runs it and returns without waiting. Donated arguments are deleted, as by a compiled program.
 
-        Raises TypeError where the arguments' tree differs from the program's, or, in the first call, a shape or dtype.
+        Raises TypeError where the arguments' tree, a shape or a dtype differs from the program's.
         """
+        return self._call(*arguments)
+
+    def run(self, *arguments: Any) -> Any:
+        """The same through public interfaces alone, which takes 0.1 to 0.2 ms longer."""
         flat, tree = jax.tree.flatten(arguments)
         if tree != self._tree:
             raise TypeError(f"program takes arguments of the structure {self._tree}; it was called with {tree}")
-        if not self._checked:
-            self._check(flat)
+        self._check(flat)
         taken = [self._place(flat[number], self._arguments[number]) for number in self._kept]
         outputs = self._executable.execute_sharded(taken).disassemble_into_single_device_arrays()
-        if self._one_device:
-            arrays = [output[0] for output in outputs]
-        else:
-            arrays = [
-                jax.make_array_from_single_device_arrays(result.shape, result.sharding, output)
-                for result, output in zip(self._results, outputs, strict=True)
-            ]
+        arrays = [
+            jax.make_array_from_single_device_arrays(result.shape, result.sharding, output)
+            for result, output in zip(self._results, outputs, strict=True)
+        ]
         return jax.tree.unflatten(self._result_tree, arrays)
+
+    def dispatch_data(self, outputs: Any) -> Any:
+        """What jax's dispatch needs to run the program itself; outputs: of the first run."""
+        arrays = jax.tree.leaves(outputs)
+        kept = frozenset(self._kept)
+        return pxla.MeshExecutableFastpathData(
+            xla_executable=self._executable,
+            out_pytree_def=tree_util.dispatch_registry.flatten(outputs)[1],
+            in_shardings=[argument.sharding for argument in self._arguments],
+            out_shardings=[result.sharding for result in self._results],
+            out_avals=[array.aval for array in arrays],
+            out_committed=[True] * len(arrays),
+            kept_var_bitvec=[number in kept for number in range(len(self._arguments))],
+            in_device_local_layouts=[None] * len(self._kept),
+            const_args=[],
+        )
 
     def _check(self, flat: list[Any]) -> None:
         for number, (array, wanted) in enumerate(zip(flat, self._arguments, strict=True)):
@@ -56,8 +74,23 @@ class LoadedProgram:
                     f"program takes {wanted.dtype}{list(wanted.shape)} as flat argument {number}; it was called with "
                     f"{array.dtype}{list(array.shape)}"
                 )
-        self._checked = True
 
     @staticmethod
     def _place(array: Any, wanted: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.device_put(array, wanted.sharding) if isinstance(array, np.ndarray) else array
+
+
+def fast_call(program: LoadedProgram) -> Callable[..., Any]:
+    """`program.run` behind the dispatch that jax uses for its own compiled programs.
+
+    It asks `run` for arguments of a kind that it has not seen, and takes over for all further ones of that kind. jax
+    has no public name for it (jax/_src/interpreters/pxla.py, MeshExecutable.create_cpp_call).
+    """
+
+    def unseen(*arguments: Any) -> tuple[Any, Any, bool]:
+        outputs = program.run(*arguments)
+        return outputs, program.dispatch_data(outputs), False
+
+    return _jax.pjit(
+        "loaded", None, unseen, [], [], pxla.JitGlobalCppCacheKeys(), tree_util.dispatch_registry, pxla.cc_shard_arg
+    )

@@ -1,0 +1,147 @@
+"""Making the closed set at start: in which order, what is made twice, and what is said meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from typing import Any
+
+import pytest
+
+from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.runner import build_set, memory, model_runner
+from jaxserve.runner.build_set import SetBuilder, _Workers, longest_first
+from jaxserve.runner.compiler import ProgramMemory
+from jaxserve.runner.memory import MARGIN_BYTES, DeviceMemory, ProgramNeeds, pages_in_use, plan_memory, roomy_plan
+from jaxserve.runner.model_runner import ModelRunner
+from jaxserve.runner.programs import ProgramKey, Shapes, program_keys
+from jaxserve.runner.resolve import resolve_shapes
+from models.config import ModelConfig
+from models.params import make_mesh
+
+MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
+CONFIG = EngineConfig(
+    architecture=MODEL,
+    load_format="dummy",
+    scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=16),
+    token_buckets=(8, 16),
+)
+
+
+class Compiler:
+    """Stands in for XLA: notes what is compiled; the memory of a program is its size, times `factor`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, factor: int = 1):
+        self.asked: list[tuple[ProgramKey, int]] = []
+        self.factor = factor
+        monkeypatch.setattr(build_set, "compile_program", self.compile)
+        monkeypatch.setattr(build_set, "program_memory", self.memory)
+
+    def compile(self, key: ProgramKey, shapes: Shapes, mesh: Any) -> Any:
+        self.asked.append((key, shapes.num_pages))
+        return key
+
+    def memory(self, key: ProgramKey) -> ProgramMemory:
+        return ProgramMemory(temporaries=key.size * self.factor, outputs=0, aliased=0, code=1)
+
+
+def shapes_of(num_pages: int = 64) -> Shapes:
+    return dataclasses.replace(resolve_shapes(CONFIG, "cpu"), num_pages=num_pages)
+
+
+def test_those_that_take_longest_come_first():
+    keys = [ProgramKey(kind, size) for kind in ("decode", "forward", "sample") for size in (8, 512, 64)]
+    assert [(key.kind, key.size) for key in longest_first(reversed(keys))] == [
+        *(("forward", size) for size in (512, 64, 8)),
+        *(("decode", size) for size in (512, 64, 8)),
+        *(("sample", size) for size in (512, 64, 8)),
+    ]
+
+
+def test_a_more_urgent_task_overtakes_what_waits(monkeypatch):
+    monkeypatch.setattr(build_set.os, "cpu_count", lambda: 1)
+    workers, done, go = _Workers(), [], threading.Event()
+    first = workers.add((0, 0), go.wait)
+    futures = [workers.add((rank, 0), lambda rank=rank: done.append(rank)) for rank in (3, 1, 2)]
+    go.set()
+    for future in (first, *futures):
+        future.result(60)
+    assert done == [1, 2, 3]
+    failing = workers.add((0, 0), lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        failing.result(60)
+    workers.close()
+
+
+def test_only_programs_that_depend_on_the_pools_size_are_made_twice(monkeypatch):
+    compiler = Compiler(monkeypatch)
+    with SetBuilder(make_mesh(), None, progress=False) as builder:
+        needs = builder.needs(shapes_of())
+        programs = builder.build(shapes_of())
+    assert needs == ProgramNeeds(temporaries=16, code=3)
+    assert sorted(compiler.asked) == [
+        (ProgramKey("forward", 8), 64),
+        (ProgramKey("forward", 16), 2),
+        (ProgramKey("forward", 16), 64),
+        (ProgramKey("sample", 8), 2),
+    ]
+    assert list(programs.executables) == longest_first(program_keys(shapes_of()))
+    assert programs.num_cached == 0
+
+
+def test_a_program_that_cannot_be_compiled_ends_the_set(monkeypatch):
+    compiler = Compiler(monkeypatch)
+
+    def fail(key: ProgramKey, *_: Any) -> Any:
+        raise MemoryError(f"{key.kind} {key.size}") if key.size == 16 else ValueError
+
+    monkeypatch.setattr(build_set, "compile_program", fail)
+    with pytest.raises((MemoryError, ValueError)), SetBuilder(make_mesh(), None, progress=False) as builder:
+        builder.build(shapes_of())
+    assert not compiler.asked
+
+
+def test_progress_is_logged_where_there_is_no_terminal(monkeypatch, caplog):
+    Compiler(monkeypatch)
+    monkeypatch.setattr(build_set, "PROGRESS_SECONDS", 0.0)
+    for progress in (True, False):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "jaxserve"):
+            with SetBuilder(make_mesh(), None, progress=progress) as builder:
+                builder.build(shapes_of())
+        assert (" of 3 programs are ready, 0 s" in caplog.text) == progress
+
+
+def test_a_pool_with_room_to_spare_needs_no_program_to_be_sized():
+    shapes, mesh = shapes_of(2), make_mesh()
+    most = pages_in_use(shapes)
+    fixed = plan_memory(dataclasses.replace(shapes, num_pages=2), mesh, DeviceMemory(1, 1), ProgramNeeds(0, 0))
+    enough = fixed.fixed + MARGIN_BYTES + 2 * most * fixed.page
+    plan = roomy_plan(shapes, CacheConfig(), mesh, DeviceMemory(enough, enough))
+    assert plan is not None
+    assert plan.num_pages == most
+    assert roomy_plan(shapes, CacheConfig(), mesh, DeviceMemory(enough, enough - 2)) is None
+    plenty = DeviceMemory(10**12, 10**12)
+    assert roomy_plan(shapes, CacheConfig(num_pages=9), mesh, plenty) is None
+    assert roomy_plan(shapes, CacheConfig(kv_cache_memory_bytes=10**6), mesh, plenty) is None
+
+
+def test_programs_that_need_more_than_was_foreseen_shrink_the_pool(monkeypatch):
+    """The pool was sized without compiling; then the programs ask for most of the memory."""
+    monkeypatch.setattr(memory, "MARGIN_BYTES", 0)
+    shapes, mesh = shapes_of(2), make_mesh()
+    bare = plan_memory(shapes, mesh, DeviceMemory(1, 1), ProgramNeeds(0, 0))
+    room = 2 * pages_in_use(shapes) * bare.page
+    monkeypatch.setattr(model_runner, "local_memory", lambda *_: DeviceMemory(bare.fixed + room, bare.fixed + room))
+    asked: list[int] = []
+    real = build_set.program_memory
+
+    def hungry(executable: Any) -> ProgramMemory:
+        asked.append(1)
+        return dataclasses.replace(real(executable), temporaries=room - 30 * bare.page, outputs=0, aliased=0, code=1)
+
+    monkeypatch.setattr(build_set, "program_memory", hungry)
+    runner = ModelRunner(dataclasses.replace(CONFIG, compilation_cache_dir=None))
+    assert runner.info.num_pages == 29, "30, less three bytes of code"
+    assert len(asked) == 5, "the sample program was not made twice"
