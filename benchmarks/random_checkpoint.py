@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -12,6 +13,7 @@ import numpy as np
 
 from models.config import ModelConfig
 from models.llama import hf_weights
+from models.weights import Slice
 
 LLAMA_153M: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -43,23 +45,38 @@ LLAMA_1B: dict[str, Any] = LLAMA_153M | {
 """The same for the 1.1 billion parameter one, whose weights no cache holds: a decode step streams them from memory."""
 
 
-def write_checkpoint(directory: pathlib.Path, raw: dict[str, Any], seed: int = 0) -> None:
-    """Writes config.json and a model.safetensors of bfloat16 weights drawn from a normal distribution.
+def write_checkpoint(directory: pathlib.Path, raw: dict[str, Any], seed: int = 0, shards: int = 1) -> None:
+    """Writes config.json and bfloat16 weights drawn from a normal distribution: model.safetensors, or `shards` files
+    and their index.
 
-    The file is written header first and tensor by tensor, as the format says
+    A file is written header first and tensor by tensor, as the format says
     (https://github.com/huggingface/safetensors#format). Norm scales are 1, so that activations keep their size.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     slices = [part for parts in hf_weights(ModelConfig.from_directory(directory)).values() for part in parts]
+    rng = np.random.default_rng(seed)
+    if shards == 1:
+        _write_file(directory / "model.safetensors", slices, rng)
+        return
+    weight_map: dict[str, str] = {}
+    for number in range(shards):
+        name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        held = slices[number * len(slices) // shards : (number + 1) * len(slices) // shards]
+        _write_file(directory / name, held, rng)
+        weight_map |= {part.tensor: name for part in held}
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (directory / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+
+
+def _write_file(path: pathlib.Path, slices: Sequence[Slice], rng: np.random.Generator) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for part in slices:
         begin, end = end, end + 2 * math.prod(part.shape)
         header[part.tensor] = {"dtype": "BF16", "shape": list(part.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    rng = np.random.default_rng(seed)
-    with open(directory / "model.safetensors", "wb") as file:
+    with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for part in slices:
             if len(part.shape) == 1:

@@ -29,7 +29,7 @@ def start_lines(ready: EngineReady, name: str) -> list[str]:
         compiled = ready.num_executables - ready.num_cached_executables
         origin = f"compiled {compiled} executables{cached if ready.num_cached_executables else ''}"
     concurrency = greatest_concurrency(ready.num_pages, ready.page_size, ready.max_model_len, ready.max_num_seqs)
-    return [
+    lines = [
         f"model {name}: {ready.architecture}, {ready.num_parameters / 1e6:.2f}M parameters, {ready.dtype} on "
         f"{ready.platform}, attention {ready.attention}",
         f"page pool: {pool_tokens:,} tokens ({ready.num_pages:,} pages of {ready.page_size}), {ready.kv_cache}",
@@ -37,6 +37,10 @@ def start_lines(ready: EngineReady, name: str) -> list[str]:
         f"(max_num_seqs {ready.max_num_seqs})",
         f"{origin} in {ready.compile_seconds:.1f} s; engine start {ready.start_seconds:.1f} s",
     ]
+    if ready.memory:
+        parts = ", ".join(f"{part} {size / 1e6:,.1f}" for part, size in ready.memory)
+        lines.insert(3, f"memory, MB: {parts}")
+    return lines
 
 
 def phases_log(server: Sequence[Phase], engine: Sequence[Phase]) -> list[str]:

@@ -104,6 +104,7 @@ class EngineCore:
             bundle=info.bundle,
             num_cached_executables=info.num_cached_executables,
             phases=info.phases,
+            memory=info.memory,
             start_seconds=start_seconds,
         )
 

@@ -47,7 +47,7 @@ class EngineReady:
     directory that they were loaded from; None where they were compiled at start. num_cached_executables: those of them
     that were taken from the compilation cache. compile_seconds, start_seconds: wall time of compiling, or loading, and
     of start-up altogether. phases: name, begin and seconds of each part of the engine's start, where its process began
-    at 0; some run side by side.
+    at 0; some run side by side. memory: bytes of the device, by what they are planned for; the sum is all of them.
     """
 
     vocab_size: int
@@ -70,6 +70,7 @@ class EngineReady:
     bundle: str | None = None
     num_cached_executables: int = 0
     phases: tuple[Phase, ...] = ()
+    memory: tuple[tuple[str, int], ...] = ()
 
     @property
     def limits(self) -> ModelLimits:

@@ -24,6 +24,7 @@ from jaxserve.runner.compiler import CompilationCounter, CompileMissError, Progr
 from jaxserve.runner.host_memory import keep_freed_memory
 from jaxserve.runner.memory import (
     DeviceMemory,
+    MemoryPlan,
     ProgramNeeds,
     claim_memory,
     local_memory,
@@ -67,6 +68,20 @@ class PendingStep:
     count: int
 
 
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """What a start makes: the shapes with the pool's size, programs, weights and the plan that holds them all.
+
+    kv_cache: what the start-up log says of the pages' dtype and scales.
+    """
+
+    shapes: Shapes
+    programs: ProgramSet
+    weights: Weights
+    kv_cache: str
+    plan: MemoryPlan
+
+
 class ModelRunner:
     """Runner over a model. Start-up loads the weights while it compiles, or loads, every program of the closed set."""
 
@@ -81,10 +96,11 @@ class ModelRunner:
             shapes = resolve_shapes(config, mesh.devices.flat[0].platform)
         if config.bundle is None:
             with SetBuilder(mesh, _cache(config, mesh), progress=progress) as builder:
-                self._shapes, self._programs, weights = _build(config, shapes, memory, builder, phases)
+                made = _build(config, shapes, memory, builder, phases)
         else:
-            self._shapes, self._programs, weights = _load_bundle(config, config.bundle, shapes, memory, mesh, phases)
-        self._weights, self._kv_cache = weights
+            made = _load_bundle(config, config.bundle, shapes, memory, mesh, phases)
+        self._shapes, self._programs = made.shapes, made.programs
+        self._weights, self._kv_cache = made.weights, made.kv_cache
         if mesh.devices.flat[0].platform == "cpu":
             keep_freed_memory()
         with phases.phase("pool"):
@@ -99,7 +115,7 @@ class ModelRunner:
         with phases.phase("warm-up"):
             self._warm_up()
         info = _info(self._shapes, self._programs, mesh, self._kv_cache, config.bundle)
-        self.info = dataclasses.replace(info, phases=phases.all())
+        self.info = dataclasses.replace(info, phases=phases.all(), memory=tuple(made.plan.parts().items()))
 
     @property
     def num_compilations(self) -> int:
@@ -156,10 +172,8 @@ class ModelRunner:
                 self._forward(key, nothing)
 
 
-def _build(
-    config: EngineConfig, shapes: Shapes, memory: DeviceMemory, builder: SetBuilder, phases: Phases
-) -> tuple[Shapes, ProgramSet, tuple[Weights, str]]:
-    """The shapes with the pool's size, their programs, and the weights, which are loaded meanwhile."""
+def _build(config: EngineConfig, shapes: Shapes, memory: DeviceMemory, builder: SetBuilder, phases: Phases) -> _Made:
+    """Sizes the pool and compiles the programs, or finds them in the cache, while the weights are loaded."""
     mesh, cache = builder.mesh, config.cache
     explicit = cache.num_pages is not None or cache.kv_cache_memory_bytes is not None
     with phases.phase("plan"):
@@ -182,12 +196,12 @@ def _build(
                 break
             plan = plan_pool(shapes, cache, mesh, memory, lambda needs=needs: needs)  # they need more than was foreseen
         found.check()
-        return shapes, programs, loading.result()
+        return _Made(shapes, programs, *loading.result(), found)
 
 
 def _load_bundle(
     config: EngineConfig, directory: str, shapes: Shapes, memory: DeviceMemory, mesh: Mesh, phases: Phases
-) -> tuple[Shapes, ProgramSet, tuple[Weights, str]]:
+) -> _Made:
     """As `_build`, with the bundle's programs."""
     with phases.phase("plan"):
         bundle = Bundle.open(directory)
@@ -198,8 +212,9 @@ def _load_bundle(
         loading = loader.submit(_weights, config, shapes, mesh, phases)
         with phases.phase("programs"):
             programs = bundle.load(shapes, mesh, checked=True)
-        plan_memory(shapes, mesh, memory, ProgramNeeds.of(programs.memory.values())).check()
-        return shapes, programs, loading.result()
+        found = plan_memory(shapes, mesh, memory, ProgramNeeds.of(programs.memory.values()))
+        found.check()
+        return _Made(shapes, programs, *loading.result(), found)
 
 
 def _cache(config: EngineConfig, mesh: Mesh) -> ProgramCache | None:

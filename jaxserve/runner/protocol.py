@@ -35,6 +35,7 @@ class RunnerInfo:
     bundle: str | None = None
     num_cached_executables: int = 0
     phases: tuple[Phase, ...] = ()
+    memory: tuple[tuple[str, int], ...] = ()
 
 
 class Runner(Protocol):
