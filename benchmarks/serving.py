@@ -15,6 +15,7 @@ import dataclasses
 import math
 import pathlib
 import tempfile
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,9 @@ from server.client import AsyncClient
 
 RANDOM_MODEL_LEN = 1024
 """Context of a model with random weights: it bounds the page pool, which holds max_num_seqs requests of it."""
+
+_COUNTS = ("num_compilations", "compile_misses", "num_steps", "generation_tokens", "num_preemptions")
+_IDLE_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,14 +132,12 @@ def say(results: dict[str, Any]) -> None:
     """Prints the ratios and the counts."""
     if "beside_offline" in results:
         print("serving at saturation / offline, output tok/s: " + spread_text(results["beside_offline"]["ratio"]))
-    if "slow_readers" in results:
-        found = results["slow_readers"]
-        pooled = found["others_pooled"]
-        print("growth of the others' p99 time between tokens: " + spread_text(found["growth_of_p99_itl"]))
-        print(
-            f"  over all rounds: {pooled['all_fast']['p99_itl_ms']:.2f} ms with fast readers alone, "
-            f"{pooled['with_slow']['p99_itl_ms']:.2f} ms beside slow ones"
-        )
+    if slow := results.get("slow_readers"):
+        pooled, growth = slow["others_pooled"], slow["growth_of_p99_itl"]
+        print("growth of the others' p99 time between tokens: " + (spread_text(growth) if growth else "none was seen"))
+        for name, text in (("all_fast", "with fast readers alone"), ("with_slow", "beside slow ones")):
+            if (value := pooled[name]["p99_itl_ms"]) is not None:
+                print(f"  {value:.2f} ms over all rounds {text}")
     server = results["server"]
     print(
         f"since the warm-up the server compiled {server['num_compilations']} programs "
@@ -201,7 +203,10 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the figures, writes the result and a sweep's plot; returns the exit status, 1 where a request failed."""
+    """Prints the figures, writes the result and a sweep's plot.
+
+    Returns the exit status, 1 where a request failed or the server compiled something after its warm-up.
+    """
     options = parse(arguments)
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -234,7 +239,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "sweep" in results:
         plot(results, f"{options.model or settings['config']}, {options.dataset} requests", name)
     print(f"written: {path}")
-    return 1 if (failed := _failed(results)) and report.fail(f"{failed} requests failed") else 0
+    if failed := _failed(results):
+        return report.fail(f"{failed} requests failed")
+    if compiled := results["server"]["num_compilations"]:
+        return report.fail(f"the server compiled {compiled} programs after its warm-up; it should compile none")
+    return 0
 
 
 def plot(results: dict[str, Any], title: str, name: str) -> None:
@@ -264,18 +273,14 @@ async def _ask(address: str, patience: float) -> Served:
 
 
 async def _counts(address: str) -> dict[str, int]:
-    """The server's totals."""
-    names = (
-        "num_compilations",
-        "compile_misses",
-        "num_steps",
-        "generation_tokens",
-        "num_preemptions",
-        "padding_tokens",
-    )
+    """The server's totals, once it is idle; of one that others use too, after a moment."""
     async with AsyncClient(address) as client:
-        stats = (await client.server_info()).stats
-        return {name: getattr(stats, name) for name in names}
+        end = time.monotonic() + _IDLE_SECONDS
+        while True:
+            stats = (await client.server_info()).stats
+            if not stats.num_running + stats.num_waiting or time.monotonic() > end:
+                return {name: getattr(stats, name) for name in _COUNTS}
+            await asyncio.sleep(0.05)
 
 
 def _floats(text: str) -> list[float]:

@@ -95,7 +95,7 @@ def slow_readers(
     """The same load with and without slow readers, in turn; the figures are those of the other readers in both.
 
     share: of the requests that have a slow reader, spread evenly. growth: by how much the 99th percentile of the
-    others' time between tokens is longer with slow readers, within each round.
+    others' time between tokens is longer with slow readers, within each round; None where no stream had two messages.
     """
     marks = slow_marks(len(requests), share)
     rounds = []
@@ -110,8 +110,9 @@ def slow_readers(
             if slow:
                 found[name]["slow"] = figures([one for one, mark in zip(seen, marks, strict=True) if mark])
         rounds.append(found)
-    growth = [one["with_slow"]["others"]["p99_itl_ms"] / one["all_fast"]["others"]["p99_itl_ms"] - 1 for one in rounds]
-    result = {"rounds": rounds, "growth_of_p99_itl": spread(growth)}
+    pairs = [[one[name]["others"]["p99_itl_ms"] for name in pooled] for one in rounds]
+    growth = [after / before - 1 for before, after in pairs if before and after]
+    result = {"rounds": rounds, "growth_of_p99_itl": spread(growth) if growth else None}
     return result | {"others_pooled": {name: statistics_ms("itl", gaps) for name, gaps in pooled.items()}}
 
 
