@@ -67,7 +67,8 @@ class JaxServeService(pb_grpc.JaxServeServicer):
             )
             async with stream:  # left early, it aborts the request
                 async for delta in stream:
-                    check_delta(delta)
+                    if delta.finish_reason is not None:
+                        check_delta(delta)
                     await context.write(_response(delta))
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
@@ -183,9 +184,9 @@ def _response(delta: Any) -> pb.GenerateResponse:
         request_id=delta.request_id,
         token_ids=delta.token_ids,
         text=delta.text,
-        finish_reason=convert.reason_to_proto(delta.finish_reason),
     )
     if delta.finish_reason is not None:
+        response.finish_reason = convert.reason_to_proto(delta.finish_reason)
         response.usage.prompt_tokens = delta.prompt_tokens
         response.usage.output_tokens = delta.output_tokens
         response.usage.cached_tokens = delta.cached_tokens

@@ -39,17 +39,21 @@ class OutputState:
 
         Tokens behind a stop string are dropped.
         """
+        if reason is None and len(token_ids) == 1:  # what nearly every call brings
+            return self._add(token_ids[0])
         text = []
         for index, token_id in enumerate(token_ids):
             ends = reason is FinishReason.STOP and index == len(token_ids) - 1 and token_id in self._stop_token_ids
-            self._token_ids.append(token_id)
-            piece = "" if self._detokenizer is None or ends else self._detokenizer.add((token_id,))
-            text.append(self._stop.add(piece))
+            text.append(self._add(token_id, textless=ends))
             if self._stop.stopped:
                 return "".join(text)
         if reason is not None:
             text.append(self.finish())
         return "".join(text)
+
+    def _add(self, token_id: int, textless: bool = False) -> str:
+        self._token_ids.append(token_id)
+        return self._stop.add("" if self._detokenizer is None or textless else self._detokenizer.add((token_id,)))
 
     def finish(self) -> str:
         """The text still held back, when no more tokens follow."""

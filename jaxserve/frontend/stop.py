@@ -86,10 +86,9 @@ class StopStrings:
         return released + self._release(self._end)
 
     def _take(self, text: str) -> str:
-        self._held += text
         if not self._matchers:
-            self._end += len(text)
-            return self._release(self._end)
+            return text  # nothing is ever held
+        self._held += text
         for character in text:
             self._end += 1
             for matcher in self._matchers:

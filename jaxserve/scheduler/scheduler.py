@@ -28,8 +28,9 @@ from jaxserve.request import EngineRequest, FinishReason, RequestStatus
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.decoding import DecodingSet
 from jaxserve.scheduler.page_pool import PagePool
-from jaxserve.scheduler.plan import NO_DECODES, NOT_FINITE, RowPlan, StepPlan, StepResult
+from jaxserve.scheduler.plan import NO_DECODES, NOT_FINITE, StepPlan, StepResult
 from jaxserve.scheduler.policy import POLICIES
+from jaxserve.scheduler.progress import Chunk, StepInProgress
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.waiting import WaitingQueue
 
@@ -55,34 +56,6 @@ class StepUpdate:
     request_ids: tuple[str, ...]
     token_ids: list[int]
     others: list[SequenceUpdate]
-
-
-@dataclasses.dataclass
-class _Chunk:
-    """The share of one prompt in the step under construction. held: pages held before it."""
-
-    sequence: Sequence
-    count: int
-    held: int
-    admitted: bool = False
-
-
-class _Step:
-    """The chunks of the step under construction, by request id, and the tokens left to give. Every sequence that
-    decodes has its token already."""
-
-    def __init__(self, budget: int):
-        self.budget = budget
-        self.chunks: dict[str, _Chunk] = {}
-
-    def add(self, chunk: _Chunk) -> None:
-        self.budget -= chunk.count
-        self.chunks[chunk.sequence.request_id] = chunk
-
-    def drop(self, sequence: Sequence) -> None:
-        """Takes back what a sequence that is about to be preempted was given, if anything."""
-        chunk = self.chunks.pop(sequence.request_id, None)
-        self.budget += chunk.count if chunk is not None else sequence.decoding
 
 
 class Scheduler:
@@ -158,7 +131,7 @@ class Scheduler:
         """Decides the next step; None when there is nothing to compute now."""
         self.preempted, self.admitted = [], []
         self._retire()
-        step = _Step(self._config.max_num_batched_tokens - len(self._decoding))
+        step = StepInProgress(self._config.max_num_batched_tokens - len(self._decoding))
         self._extend_decodes(step)
         self._continue_prompts(step)
         if not self.preempted:
@@ -212,7 +185,7 @@ class Scheduler:
             self._release(sequence)
             sequence.status = RequestStatus.ENDING
 
-    def _extend_decodes(self, step: _Step) -> None:
+    def _extend_decodes(self, step: StepInProgress) -> None:
         """Gives a page to every sequence that decodes and needs one, preempting others of less standing, or itself
         when it is the least."""
         short = self._decoding.short()
@@ -231,7 +204,7 @@ class Scheduler:
                     break
                 self._preempt_least(step)
 
-    def _continue_prompts(self, step: _Step) -> None:
+    def _continue_prompts(self, step: StepInProgress) -> None:
         """Gives a chunk to every prompt under way, preempting as `_extend_decodes` does."""
         for sequence in list(self._prefilling.values()):
             if sequence.status is not RequestStatus.RUNNING:
@@ -243,7 +216,7 @@ class Scheduler:
             while sequence.status is RequestStatus.RUNNING and not self._grow(sequence, count):
                 self._preempt_least(step)
             if sequence.status is RequestStatus.RUNNING:
-                step.add(_Chunk(sequence, count, held))
+                step.add(Chunk(sequence, count, held))
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """Tokens of this sequence in this step, by the budget and the chunking rules; 0 is none."""
@@ -264,7 +237,7 @@ class Scheduler:
         sequence.pages.extend(pages)
         return True
 
-    def _admit(self, step: _Step) -> None:
+    def _admit(self, step: StepInProgress) -> None:
         """Moves waiting sequences to running, best standing first, until slots, budget or pages end."""
         while step.budget > 0 and self._free_slots:
             sequence = self._waiting.peek()
@@ -278,14 +251,14 @@ class Scheduler:
             sequence.slot = self._free_slots.pop()
             self._prefilling[sequence.request_id] = sequence
             self.admitted.append(sequence)
-            step.add(_Chunk(sequence, count, held=0, admitted=True))
+            step.add(Chunk(sequence, count, held=0, admitted=True))
 
-    def _plan(self, step: _Step) -> StepPlan:
+    def _plan(self, step: StepInProgress) -> StepPlan:
         decodes = self._decoding.advance() if self._decoding else NO_DECODES
         chunks = []
         num_tokens = num_sampled = len(decodes)
         for chunk in step.chunks.values():
-            row = _row(chunk)
+            row = chunk.row()
             chunks.append(row)
             num_tokens += chunk.count
             num_sampled += row.sample
@@ -305,7 +278,7 @@ class Scheduler:
         self._steps += 1
         return plan
 
-    def _preempt_least(self, step: _Step) -> None:
+    def _preempt_least(self, step: StepInProgress) -> None:
         """Preempts the running sequence of least standing, whatever it was given in this step."""
         victim = max(self._running(), key=self._standing)
         step.drop(victim)
@@ -354,24 +327,6 @@ class Scheduler:
         assert sequence.slot is not None
         self._free_slots.append(sequence.slot)
         sequence.slot = None
-
-
-def _row(chunk: _Chunk) -> RowPlan:
-    sequence, count = chunk.sequence, chunk.count
-    start = sequence.num_computed
-    assert sequence.slot is not None
-    return RowPlan(
-        request_id=sequence.request_id,
-        order=sequence.order,
-        slot=sequence.slot,
-        start=start,
-        token_ids=sequence.known_token_ids(start, start + count),
-        sample=start + count == sequence.num_known,
-        suppress_stop=start + count < sequence.stop_position,
-        first_new_page=chunk.held,
-        new_pages=tuple(sequence.pages[chunk.held :]),
-        admit=sequence.request if chunk.admitted else None,
-    )
 
 
 def _one_by_one(plan: StepPlan, token_ids: np.ndarray, special: np.ndarray) -> Iterator[tuple[str, int, int]]:
