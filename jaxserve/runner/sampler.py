@@ -13,8 +13,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxserve.runner.noise import gumbel
 from jaxserve.runner.slots import Slots
 from jaxserve.scheduler.plan import NOT_FINITE
+
+_BLOCK = 128
+"""Values of a block of `_argmax`: the least width that divides the vocabulary and is no less than this."""
 
 
 def sample(
@@ -28,26 +32,22 @@ def sample(
     """
     clamped = jnp.minimum(slot, slots.last_token.shape[0] - 1)
     temperature = jnp.where(slot < slots.last_token.shape[0], slots.temperature[clamped], 0.0)
-    finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    logits = jax.lax.cond(
-        jnp.any(suppress_stop > 0),
-        _without_stop_ids,
-        lambda logits, *_: logits,
-        logits,
-        slots.stop_token_ids[clamped],
-        suppress_stop,
-    )
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    suppressed = jnp.any(suppress_stop > 0)
+    stops = slots.stop_token_ids[clamped], suppress_stop
+    finite = _all_finite(logits)
+    # Each branch reduces for itself: one that returned the logits as they are would copy them.
+    greedy = jax.lax.cond(suppressed, lambda: _argmax(_without_stop_ids(logits, *stops)), lambda: _argmax(logits))
 
     def draw() -> jax.Array:
+        allowed = jax.lax.cond(suppressed, lambda: _without_stop_ids(logits, *stops), lambda: logits)
         # Relative to the best logit, so that no temperature, however small, takes another token to infinity.
-        relative = logits - jnp.max(logits, axis=-1, keepdims=True)
+        relative = allowed - jnp.max(allowed, axis=-1, keepdims=True)
         scaled = relative / jnp.where(temperature > 0, temperature, 1.0)[:, None]
         scaled = filter_logits(
             scaled, slots.top_k[clamped], slots.top_p[clamped], slots.min_p[clamped], temperature > 0
         )
-        noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(slots.seed[clamped], position, logits.shape[-1])
-        return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+        noise = gumbel(slots.seed[clamped], position, logits.shape[-1])
+        return _argmax(scaled + noise)
 
     drawn = jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
     return jnp.where(finite, jnp.where(temperature > 0, drawn, greedy), NOT_FINITE)
@@ -95,9 +95,35 @@ def _without_stop_ids(logits: jax.Array, stop_token_ids: jax.Array, suppress_sto
     return logits.at[rows, columns].set(-jnp.inf, mode="drop")
 
 
-def _gumbel(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
-    key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
-    return jax.random.gumbel(key, (size,), jnp.float32)
+def _all_finite(values: jax.Array) -> jax.Array:
+    """bool [R]: whether every one of a row's float32 [R, V] is finite.
+
+    A sum is finite only where every term is; each value is looked at only if some row's sum is not.
+    """
+    proven = jnp.isfinite(jnp.sum(values, axis=-1))
+    return jax.lax.cond(jnp.all(proven), lambda: proven, lambda: jnp.all(jnp.isfinite(values), axis=-1))
+
+
+def _argmax(values: jax.Array) -> jax.Array:
+    """int32 [R]: the lowest place of the largest of float32 [R, V]; any of the V in a row that holds NaN.
+
+    One pass finds the largest of each block, the rest looks at the first block that holds the row's. XLA's CPU back end
+    makes vector code of that pass, and none of a reduction over pairs of value and place.
+    """
+    rows, size = values.shape
+    width = next(width for width in range(min(_BLOCK, size), size + 1) if size % width == 0)
+    blocks = values.reshape(rows, size // width, width)
+    largest = jnp.max(blocks, axis=-1)
+    best = jnp.max(largest, axis=-1, keepdims=True)
+    block = _first(largest == best)
+    within = jnp.take_along_axis(blocks, block[:, None, None], axis=1, mode="clip")[:, 0]
+    return jnp.minimum(block * width + _first(within == best), size - 1)
+
+
+def _first(holds: jax.Array) -> jax.Array:
+    """int32 [R]: the lowest true place of each row of bool [R, N]; N where there is none."""
+    place = jax.lax.broadcasted_iota(jnp.int32, holds.shape, 1)
+    return jnp.min(jnp.where(holds, place, holds.shape[1]), axis=-1)
 
 
 def _ordered_bits(values: jax.Array) -> jax.Array:

@@ -164,3 +164,60 @@ def test_padding_rows_cost_no_draw_and_touch_no_slot():
     logits = np.zeros((8, VOCAB))
     slots = make_slots(temperature=np.ones(SLOTS, np.float32))
     assert_array_equal(call(logits, slots, [SLOTS] * 8), np.zeros(8))
+
+
+@pytest.mark.parametrize("vocab", [1, 7, VOCAB, 128, 509, 768, 1000])
+def test_the_lowest_of_equal_logits_wins(vocab):
+    rng = np.random.default_rng(6)
+    logits = rng.integers(-3, 3, (8, vocab)).astype(np.float32)
+    logits[1] = 2.5
+    logits[2] = -np.arange(vocab)[::-1] * 1e-30
+    logits[3] = np.finfo(np.float32).min
+    logits[4] = np.finfo(np.float32).max
+    logits[5] = np.where(np.arange(vocab) % 2, 0.0, -0.0)  # equal: the lowest place is a -0.0
+    logits[6] = np.where(np.arange(vocab) % 2, -0.0, -1.0)
+    logits[7] = 0.0
+    logits[7, vocab * 2 // 3 :: max(1, vocab // 7)] = 3.0  # the first block that holds the largest is not the first
+    assert_array_equal(call(logits, make_slots(), range(8)), logits.argmax(-1))
+
+
+def test_a_filter_keeps_ties_together_and_the_noise_decides():
+    logits = np.zeros((8, VOCAB), np.float32)
+    logits[:, [4, 9]] = 1.0
+    slots = make_slots(temperature=np.full(SLOTS, 1e-30, np.float32), top_k=np.ones(SLOTS, np.int32))
+    drawn = {int(i) for step in range(8) for i in call(logits, slots, range(8), np.arange(8) + 8 * step)}
+    assert drawn == {4, 9}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("suppress", [0, 1])
+def test_every_kind_of_not_finite_is_told_wherever_it_stands(temperature, suppress):
+    bits = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF, 0x7FFFFFFF, 0x7F800000, 0xFF800000, 0], np.uint32)
+    slots = make_slots(temperature=np.full(SLOTS, temperature, np.float32))
+    for place in (0, 17, VOCAB - 1):
+        logits = np.random.default_rng(7).standard_normal((8, VOCAB)).astype(np.float32)
+        logits[:, place] = bits.view(np.float32)
+        ids = call(logits, slots, range(8), suppress=np.full(8, suppress))
+        assert_array_equal(ids[:7], NOT_FINITE)
+        assert 0 <= ids[7] < VOCAB
+
+
+def test_a_suppressed_neighbour_changes_no_row():
+    logits = np.random.default_rng(8).standard_normal((8, VOCAB)).astype(np.float32)
+    logits[2] = 1.0
+    temperature = np.where(np.arange(SLOTS) % 2, 0.7, 0.0).astype(np.float32)
+    stops = np.tile(np.arange(32, dtype=np.int32), (SLOTS, 1))
+    slots = make_slots(temperature=temperature, stop_token_ids=stops)
+    alone = call(logits, slots, range(8))
+    beside = call(logits, slots, range(8), suppress=np.eye(8, dtype=np.int32)[5])
+    assert_array_equal(np.delete(beside, 5), np.delete(alone, 5))
+    assert beside[5] >= 32
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_whose_every_token_is_suppressed_takes_one_of_them(temperature):
+    stops = np.tile(np.arange(32, dtype=np.int32), (SLOTS, 1))
+    slots = make_slots(stop_token_ids=stops, temperature=np.full(SLOTS, temperature, np.float32))
+    logits = np.random.default_rng(9).standard_normal((8, 32))
+    ids = call(logits, slots, range(8), suppress=np.ones(8))
+    assert ((ids >= 0) & (ids < 32)).all()
