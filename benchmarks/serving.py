@@ -135,9 +135,12 @@ def say(results: dict[str, Any]) -> None:
     if slow := results.get("slow_readers"):
         pooled, growth = slow["others_pooled"], slow["growth_of_p99_itl"]
         print("growth of the others' p99 time between tokens: " + (spread_text(growth) if growth else "none was seen"))
-        for name, text in (("all_fast", "with fast readers alone"), ("with_slow", "beside slow ones")):
-            if (value := pooled[name]["p99_itl_ms"]) is not None:
-                print(f"  {value:.2f} ms over all rounds {text}")
+        if growth:
+            fast, beside = pooled["all_fast"]["p99_itl_ms"], pooled["with_slow"]["p99_itl_ms"]
+            print(
+                f"  over all rounds together {slow['growth_of_pooled_p99_itl']:.3f}: {fast:.2f} ms with fast readers "
+                f"alone, {beside:.2f} ms beside slow ones"
+            )
     server = results["server"]
     print(
         f"since the warm-up the server compiled {server['num_compilations']} programs "

@@ -52,7 +52,10 @@ def test_a_sweep_with_slow_readers(results, capsys, monkeypatch):
         assert one["all_fast"]["others"]["completed"] == one["with_slow"]["others"]["completed"] == 3
         assert one["with_slow"]["slow"]["completed"] == 3
         assert one["all_fast"]["others"]["total_output_tokens"] == one["with_slow"]["others"]["total_output_tokens"]
+        assert one["all_fast"]["slow"]["completed"] == 3
     assert len(slow["growth_of_p99_itl"]["rounds"]) == 2
+    pooled = [slow["others_pooled"][name]["p99_itl_ms"] for name in ("all_fast", "with_slow")]
+    assert slow["growth_of_pooled_p99_itl"] == pytest.approx(pooled[1] / pooled[0] - 1)
     assert found["server"]["num_compilations"] == 0
     assert (results / "trial.png").exists()
     assert document["settings"]["dataset"] == "random"
