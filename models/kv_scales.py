@@ -23,6 +23,7 @@ from models.attention import SCALE_PARTITION, AttentionSettings, Scales, dense_a
 from models.config import ModelConfig
 from models.llama import Cache
 from models.params import bind
+from models.products import Products
 from models.registry import lookup
 from models.safetensors_file import DTYPES, StoredTensor
 from models.weights import Params
@@ -139,7 +140,9 @@ def placed(values: np.ndarray, mesh: Mesh) -> list[Scales]:
     return [(jax.device_put(k, sharding), jax.device_put(v, sharding)) for k, v in values]
 
 
-def calibrate(config: ModelConfig, params: Params, dtype: str, mesh: Mesh, product: Any = np.float32) -> np.ndarray:
+def calibrate(
+    config: ModelConfig, params: Params, dtype: str, mesh: Mesh, products: Products = Products()
+) -> np.ndarray:
     """Measures scales: the greatest key and value of each head over fixed random tokens, times `MARGINS[dtype]`.
 
     Runs `SEQUENCES` sequences of `TOKENS` tokens, drawn once and for all from the whole vocabulary, densely through the
@@ -150,7 +153,7 @@ def calibrate(config: ModelConfig, params: Params, dtype: str, mesh: Mesh, produ
         params: on the mesh's devices.
         dtype: of the pool: "float8_e4m3fn" or "int8".
         mesh: with the axis `tensor`.
-        product: as `models.params.bind` takes it.
+        products: as `models.params.bind` takes it.
 
     Returns:
         float32 [L, 2, K]. A head that is 0 throughout gets the scale 1.
@@ -174,7 +177,7 @@ def calibrate(config: ModelConfig, params: Params, dtype: str, mesh: Mesh, produ
 
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         caches = [None] * config.num_hidden_layers
-        _, greatest = bind(config, params, product)(tokens, positions, caches, attend_and_measure)
+        _, greatest = bind(config, params, products)(tokens, positions, caches, attend_and_measure)
         scales = jnp.stack(greatest) * (MARGINS[dtype] / largest(dtype))
         return jnp.where(scales == 0, 1.0, scales)
 

@@ -24,8 +24,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from models import products
 from models.config import ModelConfig, RopeScaling
-from models.weights import Path, Slice
+from models.products import Products, contract
+from models.weights import Params, Path, Slice, get, put
 
 Cache = Any
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Cache, np.dtype], tuple[jax.Array, Cache]]
@@ -35,29 +37,6 @@ For each key-value head qkv holds its queries, its key and its value, not yet ro
 products; they are rounded to dtype, which is the result's too, after the rotation. The cache is the layer's. cos and
 sin are float32.
 """
-
-
-def contract(x: jax.Array, weight: jax.Array, axes: int = 1, product: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """Dot of the last `axes` axes of x and weight, accumulated in float32 and returned as `product`: [..., out...].
-
-    The operands keep their dtype. What a float32 dot multiplies in (a GPU may use TF32, training uses bfloat16) is
-    the caller's `jax.default_matmul_precision`. The weight goes into the dot as a matrix: from one with more axes XLA's
-    CPU backend makes a transposed copy, every time.
-    """
-    matrix = weight.reshape(-1, math.prod(weight.shape[-axes:]))
-    x = x.reshape(*x.shape[: x.ndim - axes], -1)
-    y = jax.lax.dot_general(x, matrix, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=product)
-    return y.reshape(*y.shape[:-1], *weight.shape[:-axes])
-
-
-def contract_each(x: jax.Array, weights: jax.Array, product: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """`contract` of x with each of weights [N, out, in]: [N, ..., out].
-
-    N is a batch axis and not part of the rows, so that `out` can be split over devices as it is stored.
-    """
-    axis = x.ndim
-    each = jnp.broadcast_to(x, (weights.shape[0], *x.shape))
-    return jax.lax.dot_general(each, weights, (((axis,), (2,)), ((0,), (0,))), preferred_element_type=product)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
@@ -95,14 +74,14 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Fused QKV projection, the caller's rotary embedding and attention, output projection."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, product: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, products: Products, rngs: nnx.Rngs):
         kv_heads, group, dim, hidden = (
             config.num_key_value_heads,
             config.group_size,
             config.head_dim,
             config.hidden_size,
         )
-        self.product = product
+        self.products = products
         self.qkv = nnx.Param(_normal(rngs, (kv_heads, group + 2, dim, hidden), hidden, dtype))
         self.out = nnx.Param(_normal(rngs, (hidden, kv_heads, group, dim), kv_heads * group * dim, dtype))
         self.qkv_bias = nnx.Param(jnp.zeros((kv_heads, group + 2, dim), dtype)) if config.attention_bias else None
@@ -111,11 +90,11 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache, attend: Attend
     ) -> tuple[jax.Array, Cache]:
-        qkv = contract(x, self.qkv[...], product=self.product)  # [..., K, G + 2, D]
+        qkv = self.products.contract(x, self.qkv[...])  # [..., K, G + 2, D]
         if self.qkv_bias is not None:
             qkv += self.qkv_bias[...].astype(qkv.dtype)
         attended, cache = attend(qkv, cos, sin, cache, x.dtype)
-        y = contract(attended, self.out[...], axes=3, product=self.product)
+        y = self.products.contract(attended, self.out[...], axes=3)
         if self.out_bias is not None:
             y += self.out_bias[...].astype(y.dtype)
         return y.astype(x.dtype), cache
@@ -124,21 +103,17 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU with the gate and up projections fused: gate_up [2, I, H], down [H, I]."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, product: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, products: Products, rngs: nnx.Rngs):
         hidden, wide = config.hidden_size, config.intermediate_size
-        self.product = product
+        self.products = products
         self.gate_up = nnx.Param(_normal(rngs, (2, wide, hidden), hidden, dtype))
         self.down = nnx.Param(_normal(rngs, (hidden, wide), wide, dtype))
         self.gate_up_bias = nnx.Param(jnp.zeros((2, wide), dtype)) if config.mlp_bias else None
         self.down_bias = nnx.Param(jnp.zeros((hidden,), dtype)) if config.mlp_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = contract_each(x, self.gate_up[...], self.product)
-        if self.gate_up_bias is not None:
-            gate_bias, up_bias = self.gate_up_bias[...].astype(gate.dtype)
-            gate, up = gate + gate_bias, up + up_bias
-        gated = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-        y = contract(gated.astype(x.dtype), self.down[...], product=self.product)
+        bias = None if self.gate_up_bias is None else self.gate_up_bias[...]
+        y = self.products.contract(self.products.swiglu(x, self.gate_up[...], bias), self.down[...])
         if self.down_bias is not None:
             y += self.down_bias[...].astype(y.dtype)
         return y.astype(x.dtype)
@@ -147,11 +122,11 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """Pre-norm attention and MLP with residuals."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, product: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, products: Products, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.attention = Attention(config, dtype, product, rngs)
+        self.attention = Attention(config, dtype, products, rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = MLP(config, dtype, product, rngs)
+        self.mlp = MLP(config, dtype, products, rngs)
 
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache, attend: Attend
@@ -164,14 +139,15 @@ class Layer(nnx.Module):
 class Llama(nnx.Module):
     """Tokens to hidden states, and hidden states to logits.
 
-    dtype: of the parameters and the residual stream. product: what matrix products inside a layer are rounded to; see
-    `models.params.product_dtype`. Logits are float32 whatever it is.
+    dtype: of the parameters and the residual stream. products: how layers multiply by their weights; see
+    `models.params.products_for`. Logits are float32 whatever it is.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, product: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, products: Products, rngs: nnx.Rngs):
         self.config = config
+        self.products = products
         self.embedding = nnx.Param(_normal(rngs, (config.vocab_size, config.hidden_size), 2500, dtype))
-        self.layers = nnx.List([Layer(config, dtype, product, rngs) for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List([Layer(config, dtype, products, rngs) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.head = (
             None
@@ -203,8 +179,9 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] for hidden [..., H]."""
-        head = self.embedding if self.head is None else self.head
-        return contract(hidden, head[...])
+        if self.head is None:
+            return contract(hidden, self.embedding[...])
+        return Products(packed=self.products.packed).contract(hidden, self.head[...])
 
 
 PARTITION: dict[str, P] = {
@@ -227,6 +204,44 @@ SPLIT_FIELDS = ("num_key_value_heads", "intermediate_size")
 
 CONTRACTED_AXES = {"out": 3}
 """How many trailing axes of a matrix are summed over, where that is not one."""
+
+
+def packable(config: ModelConfig, dtype: np.dtype) -> bool:
+    """Whether this CPU has kernels for the weights, packed (see `models.products`)."""
+    hidden, wide = config.hidden_size, config.intermediate_size
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    matrices = {
+        "qkv": ((heads + 2 * kv_heads) * dim, hidden),
+        "out": (hidden, heads * dim),
+        "gate_up": (wide, hidden),
+        "down": (hidden, wide),
+    }
+    if not config.tie_word_embeddings:
+        matrices["head"] = (config.vocab_size, hidden)
+    return products.packable(dtype, matrices.values(), biased=config.mlp_bias)
+
+
+def pack(config: ModelConfig, params: Params) -> None:
+    """Puts each matrix in the order of the packed kernels, one at a time and in its place in `params`.
+
+    A tied embedding stays as it is: it is looked up by rows.
+    """
+    paths: list[tuple[Path, int]] = []
+    for number in range(config.num_hidden_layers):
+        paths += [(("layers", number, *path), axes) for path, axes in _PACKED]
+    if not config.tie_word_embeddings:
+        paths.append((("head",), 1))
+    for path, axes in paths:
+        put(params, path, products.packed(get(params, path), axes))
+
+
+_PACKED: tuple[tuple[Path, int], ...] = (
+    (("attention", "qkv"), 1),
+    (("attention", "out"), 3),
+    (("mlp", "gate_up"), 0),
+    (("mlp", "down"), 1),
+)
+"""The matrices of a layer and how many axes of each are summed over; 0 marks gate and up."""
 
 
 def hf_weights(config: ModelConfig) -> dict[Path, tuple[Slice, ...]]:

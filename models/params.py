@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models.config import ModelConfig
+from models.products import Products
 from models.registry import lookup
 from models.weights import Params, Path, put
 
@@ -58,7 +59,7 @@ def abstract_params(config: ModelConfig, dtype: Any, mesh: Mesh) -> Params:
     resolved = resolve_dtype(dtype)
     check_mesh(config, mesh)
     partition = lookup(config.architecture).partition
-    _, shapes = _structure(config, np.dtype(np.float32))
+    _, shapes = _structure(config, Products())
     tree: Params = {}
     for path, shape in shapes.items():
         spec = _fitting(str(path[-1]), partition[str(path[-1])], shape, mesh)
@@ -88,19 +89,29 @@ def random_params(config: ModelConfig, dtype: Any, mesh: Mesh, seed: int) -> Par
     return tree
 
 
-def product_dtype(dtype: Any, platform: str) -> np.dtype:
-    """What a layer's matrix products are rounded to on `platform`, for weights of `dtype`; sums are float32 anyway.
+def products_for(config: ModelConfig, dtype: Any, mesh: Mesh) -> Products:
+    """How layers with weights of `dtype` multiply on the devices of `mesh`; sums are float32 anyway.
 
     A GPU's matmul rounds in its epilogue, where it adds the residual too: float32 products would double what a step
     moves beside the weights, and XLA would then sum the residual stream anew from all layers' products in every norm.
-    XLA's CPU backend has no fast dot with a bfloat16 result.
+    XLA's CPU backend has no fast dot with a bfloat16 result; where the CPU has the instructions, bfloat16 weights are
+    packed (`pack_for`) and its dots are not used at all.
     """
-    return np.dtype(np.float32) if platform == "cpu" else resolve_dtype(dtype)
+    if mesh.devices.flat[0].platform != "cpu":
+        return Products(resolve_dtype(dtype))
+    return Products(packed=mesh.size == 1 and lookup(config.architecture).packable(config, resolve_dtype(dtype)))
 
 
-def bind(config: ModelConfig, params: Params, product: Any = np.float32) -> Any:
-    """The module with these parameters, whose products are `product`. Copies nothing, costs little, inside jit too."""
-    graph, _ = _structure(config, np.dtype(product))
+def pack_for(config: ModelConfig, params: Params, products: Products) -> Params:
+    """The parameters in the order that `products` reads, changed in place where that is another one."""
+    if products.packed:
+        lookup(config.architecture).pack(config, params)
+    return params
+
+
+def bind(config: ModelConfig, params: Params, products: Products = Products()) -> Any:
+    """The module with these parameters and products. Copies nothing, costs little, inside jit too."""
+    graph, _ = _structure(config, products)
     return nnx.merge(graph, nnx.State(params))
 
 
@@ -134,10 +145,10 @@ def _fitting(name: str, spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 @functools.lru_cache(maxsize=16)
-def _structure(config: ModelConfig, product: np.dtype) -> tuple[Any, dict[Path, tuple[int, ...]]]:
+def _structure(config: ModelConfig, products: Products) -> tuple[Any, dict[Path, tuple[int, ...]]]:
     """The module's graph definition and the shape of each parameter by path; no array is made."""
     module = lookup(config.architecture).module
-    abstract = nnx.eval_shape(lambda: module(config, dtype=jnp.float32, product=product, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: module(config, dtype=jnp.float32, products=products, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
     shapes = {path: leaf.shape for path, leaf in leaves(nnx.to_pure_dict(state))}
     return graph, shapes

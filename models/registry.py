@@ -9,11 +9,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from models import llama
 from models.config import ModelConfig
-from models.weights import Path, Slice
+from models.weights import Params, Path, Slice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +22,15 @@ class Architecture:
     """What the loader and the engine need to know of a model.
 
     Attributes:
-        module: the nnx module, called as module(config, dtype=, product=, rngs=); its interface is `llama.Llama`'s.
+        module: the nnx module, called as module(config, dtype=, products=, rngs=); its interface is `llama.Llama`'s.
         weights: the checkpoint's tensors of each parameter; its keys are exactly the module's parameters.
         unneeded: whether a checkpoint may hold a tensor that no parameter takes.
         kv_scale: (layer, sides) of a tensor that scales quantised keys (side 0), values (1) or both; None for others.
         partition: PartitionSpec over the axis `tensor` of each parameter, by the last name of its path.
         split_fields: fields of the configuration that the size of that axis must divide.
         contracted_axes: how many trailing axes of a parameter its dot sums over, where not 1, by the last name.
+        packable: whether this CPU has kernels that read weights of a dtype in packed order.
+        pack: puts the parameters in that order, in place.
     """
 
     module: Callable[..., Any]
@@ -37,6 +40,8 @@ class Architecture:
     partition: Mapping[str, P]
     split_fields: tuple[str, ...]
     contracted_axes: Mapping[str, int]
+    packable: Callable[[ModelConfig, np.dtype], bool]
+    pack: Callable[[ModelConfig, Params], None]
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -48,6 +53,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         partition=llama.PARTITION,
         split_fields=llama.SPLIT_FIELDS,
         contracted_axes=llama.CONTRACTED_AXES,
+        packable=llama.packable,
+        pack=llama.pack,
     ),
 }
 

@@ -25,7 +25,7 @@ from jaxserve.runner.programs import (
 from jaxserve.runner.slots import Slots
 from jaxserve.scheduler.plan import DecodeRows, StepPlan
 from models.config import ModelConfig
-from models.params import abstract_params, bind, make_mesh, product_dtype, random_params
+from models.params import abstract_params, bind, make_mesh, products_for, random_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,14 +126,14 @@ class Engine:
     def without_attention(self, tokens: int) -> tuple[Any, tuple[Any, ...]]:
         """The forward program less attention and KV write, and its arguments: the matrices, norms and activations."""
         shapes = self.shapes
-        product = product_dtype(shapes.dtype, self.mesh.devices.flat[0].platform)
+        products = products_for(shapes.model, shapes.dtype, self.mesh)
 
         def attend(qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, dtype: Any) -> Any:
             # Keys and values take part, so that no column of the projection is left out.
             return (qkv[..., :-2, :] + qkv[..., -2:-1, :] + qkv[..., -1:, :]).astype(dtype), cache
 
         def dense(params: Any, token_ids: jax.Array, positions: jax.Array) -> jax.Array:
-            model = bind(shapes.model, params, product)
+            model = bind(shapes.model, params, products)
             hidden, _ = model(token_ids, positions, [None] * shapes.model.num_hidden_layers, attend)
             return hidden
 

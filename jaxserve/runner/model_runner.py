@@ -47,7 +47,7 @@ from jaxserve.runner.slots import Slots
 from jaxserve.scheduler.plan import NO_DECODES, StepPlan, StepResult
 from models.checkpoint import load, load_kv_scales
 from models.kv_scales import calibrate, placed
-from models.params import abstract_params, make_mesh, product_dtype, random_params
+from models.params import abstract_params, make_mesh, pack_for, products_for, random_params
 from pallas_kernels.paged_attention import is_quantised
 
 _log = logging.getLogger(__name__)
@@ -94,6 +94,8 @@ class ModelRunner:
             memory = local_memory(mesh, config.cache.gpu_memory_utilization)
         with phases.phase("shapes"):
             shapes = resolve_shapes(config, mesh.devices.flat[0].platform)
+        with phases.phase("kernels"):
+            products_for(shapes.model, shapes.dtype, mesh).prepare()
         if config.bundle is None:
             with SetBuilder(mesh, _cache(config, mesh), progress=progress) as builder:
                 made = _build(config, shapes, memory, builder, phases)
@@ -248,15 +250,16 @@ def _read_weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> tuple[Wei
         params = random_params(shapes.model, shapes.dtype, mesh, config.seed)
     else:
         params = load(str(config.model), shapes.model, shapes.dtype, mesh)
-    if not quantised:
-        return Weights(params), shapes.pool_dtype
-    if stored is not None:
-        return Weights(
-            params, placed(stored.of(shapes.pool_dtype), mesh)
-        ), f"{shapes.pool_dtype}, scales from the checkpoint"
-    product = product_dtype(shapes.dtype, mesh.devices.flat[0].platform)
-    scales = calibrate(shapes.model, params, shapes.pool_dtype, mesh, product)
-    return Weights(params, placed(scales, mesh)), f"{shapes.pool_dtype}, scales measured with random tokens"
+    products = products_for(shapes.model, shapes.dtype, mesh)
+    scales, told = None, shapes.pool_dtype
+    if quantised and stored is not None:
+        scales, told = stored.of(shapes.pool_dtype), f"{told}, scales from the checkpoint"
+    elif quantised:
+        plain = dataclasses.replace(products, packed=False)
+        scales = calibrate(shapes.model, params, shapes.pool_dtype, mesh, plain)
+        told = f"{told}, scales measured with random tokens"
+    params = pack_for(shapes.model, params, products)
+    return Weights(params, None if scales is None else placed(scales, mesh)), told
 
 
 @functools.lru_cache(maxsize=4)

@@ -36,7 +36,7 @@ from models.attention import (
     paged_attend,
 )
 from models.config import ModelConfig
-from models.params import abstract_params, bind, product_dtype
+from models.params import abstract_params, bind, products_for
 from pallas_kernels.paged_attention import IMPLEMENTATIONS, is_quantised, pool_spec
 
 NULL_SLOT = 0
@@ -122,7 +122,7 @@ def trace(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Traced:
             forward, tokens=key.size, shapes=shapes, mesh=mesh, decode_only=key.kind == "decode"
         )
     else:
-        function = functools.partial(sample_step, rows=key.size, shapes=shapes)
+        function = functools.partial(sample_step, rows=key.size, shapes=shapes, mesh=mesh)
     arguments = abstract_arguments(key, shapes, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_results(key, shapes, mesh))
     named: Callable[..., Any] = _named(function, f"{key.kind}_{key.size}")
@@ -210,8 +210,7 @@ def forward(
     token_ids = jnp.where(told < 0, slots.last_token[jnp.maximum(-1 - told, 0)], told)
     metadata = attention_metadata(fields, slots, shapes.page_size)
     attend = paged_attend(metadata, AttentionSettings.of(shapes.model), shapes.attention, mesh, decode_only=decode_only)
-    platform = mesh.devices.flat[0].platform
-    model = bind(shapes.model, weights.params, product_dtype(shapes.dtype, platform))
+    model = bind(shapes.model, weights.params, products_for(shapes.model, shapes.dtype, mesh))
     computed, caches = model(token_ids, metadata.positions, layer_caches(pools, weights.kv_scales), attend)
     pools = [cache.pool for cache in caches]
     # Its place is always 0, but told by the host: XLA makes an update at a constant place an asynchronous copy, which
@@ -221,11 +220,12 @@ def forward(
 
 
 def sample_step(
-    params: Any, slots: Slots, hidden: jax.Array, vector: jax.Array, *, rows: int, shapes: Shapes
+    params: Any, slots: Slots, hidden: jax.Array, vector: jax.Array, *, rows: int, shapes: Shapes, mesh: Mesh
 ) -> tuple[Slots, jax.Array]:
     """Draws the next token of each sampled row; the slots remember it for the forward program that follows."""
     fields = sample_layout(rows).read(vector)
-    logits = bind(shapes.model, params).logits(hidden[fields["token"]])
+    model = bind(shapes.model, params, products_for(shapes.model, shapes.dtype, mesh))
+    logits = model.logits(hidden[fields["token"]])
     ids = sample(logits, slots, fields["slot"], fields["position"], fields["suppress_stop"])
     last_token = slots.last_token.at[fields["slot"]].set(jnp.maximum(ids, 0), mode="drop")
     return dataclasses.replace(slots, last_token=last_token), ids

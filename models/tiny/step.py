@@ -16,6 +16,7 @@ from flax import nnx
 from models.attention import rotated
 from models.config import ModelConfig
 from models.llama import Llama
+from models.products import Products
 from models.tiny.tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE
 
 CONFIG = ModelConfig(
@@ -40,7 +41,7 @@ Params = Any
 
 
 def initial_params(seed: int) -> tuple[nnx.GraphDef, Params]:
-    model = Llama(CONFIG, dtype=jnp.dtype(jnp.float32), product=jnp.dtype(jnp.float32), rngs=nnx.Rngs(seed))
+    model = Llama(CONFIG, dtype=jnp.dtype(jnp.float32), products=Products(), rngs=nnx.Rngs(seed))
     graph, params = nnx.split(model, nnx.Param)
     return graph, params
 

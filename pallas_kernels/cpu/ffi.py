@@ -9,6 +9,7 @@ the arguments and results are found through it. Its layout is part of an ABI tha
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import jax
@@ -220,6 +221,18 @@ def target(num_items: Any, work: Any) -> Any:
     return handler
 
 
-def register(name: str, handler: Any) -> None:
-    """Makes a `target` known to XLA under a name, for good."""
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.address), platform="cpu", api_version=1)
+def register(name: str, num_items: Any, work: Any) -> None:
+    """Makes `target(num_items, work)` known to XLA under a name, for good; does nothing where it is.
+
+    Before a program that calls it is compiled or loaded. Threads may call it at once.
+    """
+    with _LOCK:
+        if name not in _HANDLERS:
+            handler = target(num_items, work)
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.address), platform="cpu", api_version=1)
+            _HANDLERS[name] = handler
+
+
+_LOCK = threading.Lock()
+_HANDLERS: dict[str, Any] = {}
+"""The functions that XLA knows, kept from being freed."""
