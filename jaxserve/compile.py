@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from jaxserve import gin_config
 from jaxserve.runner.aot.build import CONTEXTS, REPORT_JSON, REPORT_MARKDOWN, UntunedMatmulError, build
 from jaxserve.runner.aot.plugin import PluginMissingError
-from jaxserve.runner.targets import known_targets, load_target, use_cpu_only
+from jaxserve.runner.targets import LOCAL, known_targets, load_target, use_cpu_only
 
 PROBLEMS_STATUS = 3
 """Exit code for programs that were compiled and fall short of what every program promises."""
@@ -29,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jaxserve.compile", description="Compiles every program for a device.")
     parser.add_argument(
         "--target",
-        required=True,
+        default=LOCAL,
         metavar="NAME",
-        help=f"{', '.join(known_targets())}, or a .txtpb file; cpu is this machine",
+        help=f"{', '.join(known_targets())}, or a .txtpb file; the default, cpu, is this machine's",
     )
     parser.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="where bundle and report go")
     parser.add_argument("--report-only", action="store_true", help="write no bundle")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import queue
 import re
 import signal
@@ -63,6 +64,17 @@ def test_start_log_and_a_drain_that_ends_well(echo):
     assert "page pool: 256 tokens (16 pages of 16)" in log
     assert "greatest concurrency at max_model_len 512: 0.5 requests (max_num_seqs 8)" in log
     assert "compiled 7 executables in 1.5 s" in log
+    phases = json.loads(log.partition("start phases: ")[2].splitlines()[0])
+    assert {phase["name"] for phase in phases["server"]} == {
+        "interpreter, imports",
+        "configuration",
+        "bind",
+        "engine",
+        "tokenizer",
+        "serve",
+    }
+    assert all(phase["begin"] >= 0 and phase["seconds"] >= 0 for phase in phases["server"])
+    assert phases["engine"] == []
     with Client(address) as client:
         assert client.model_info().name == "tiny"
         process.order("pause")
@@ -176,6 +188,14 @@ def test_figures_of_the_start():
         "model echo: EchoForCausalLM, 0.00M parameters, float32 on cpu, attention none"
     )
     assert start_lines(READY, "echo")[-1] == "compiled 7 executables in 1.5 s; engine start 2.5 s"
+    for cached, origin in (
+        (3, "compiled 4 executables and loaded 3 from the compilation cache"),
+        (7, "loaded 7 executables from the compilation cache"),
+    ):
+        ready = dataclasses.replace(READY, num_cached_executables=cached)
+        assert start_lines(ready, "echo")[-1] == f"{origin} in 1.5 s; engine start 2.5 s"
+    planned = dataclasses.replace(READY, memory=(("weights", 5_000_000), ("pages", 1_234_500_000)))
+    assert start_lines(planned, "echo")[3] == "memory, MB: weights 5.0, pages 1,234.5"
     loaded = dataclasses.replace(READY, bundle="bundles/echo")
     assert start_lines(loaded, "echo")[-1] == (
         "loaded 7 executables from bundle bundles/echo in 1.5 s; engine start 2.5 s"

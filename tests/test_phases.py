@@ -1,0 +1,52 @@
+"""Phases of a start: what is measured, in which order it is told, and how."""
+
+import json
+import threading
+
+import pytest
+
+from jaxserve.phases import Phases, phase_lines, phases_json, seconds_since_start
+
+
+def test_phases_are_told_in_the_order_of_their_beginnings():
+    phases = Phases()
+    inside, leave = threading.Event(), threading.Event()
+
+    def beside() -> None:
+        with phases.phase("beside"):
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=beside)
+    with phases.phase("outer"):
+        thread.start()
+        inside.wait()
+        with phases.phase("inner"):
+            pass
+    leave.set()
+    thread.join()
+    phases.until_now("before all")
+    found = {name: (begin, seconds) for name, begin, seconds in phases.all()}
+    assert list(found) == ["before all", "outer", "beside", "inner"]
+    assert found["before all"][0] == 0
+    assert found["outer"][0] + found["outer"][1] <= found["beside"][0] + found["beside"][1]
+    assert all(0 <= begin <= seconds_since_start() for begin, _ in found.values())
+
+
+def test_a_phase_that_fails_is_not_told():
+    phases = Phases()
+    with pytest.raises(ZeroDivisionError), phases.phase("failing"):
+        _ = 1 // 0
+    assert phases.all() == ()
+
+
+def test_phases_in_a_log():
+    phases = (("imports", 0.0, 1.25), ("serve", 1.25, 0.004))
+    assert phase_lines("start", phases) == [
+        "start, seconds (begin, duration):",
+        "  imports    0.00    1.25",
+        "  serve      1.25    0.00",
+    ]
+    told = json.loads(phases_json(server=phases, engine=()))
+    assert told["engine"] == []
+    assert told["server"][1] == {"name": "serve", "begin": 1.25, "seconds": 0.004}
