@@ -2,8 +2,8 @@
 
 For each model an engine starts in a process of its own and runs requests that fill every slot and the pool. The plan is
 the one that the start made. Measured are the process's resident bytes: before the engine (interpreter, libraries and
-the device's client, which no plan counts), the greatest while it starts, and the greatest under load. Each model runs
-with the programs in the compilation cache and with none kept, whose difference at start is what compiling takes.
+the compiler's code, which no plan counts), the greatest while it starts, and the greatest under load. Each model starts
+with nothing in the compilation cache, then with its programs there; the difference is what compiling takes.
 
 Loading is measured in a process that does nothing else, from one file and from several.
 """
@@ -47,10 +47,8 @@ def planned(plan: dict[str, int]) -> int:
 
 def measure_engine(name: str, options: dict[str, Any], requests: int, cache: pathlib.Path) -> dict[str, Any]:
     """Plan and peaks of one model, with and without programs in the cache."""
-    run = [json.dumps(options), str(requests)]
-    cold = child("engine", json.dumps(options | {"compilation_cache_dir": None}), str(requests))
-    child("engine", *run, cache=cache)
-    warm = child("engine", *run, cache=cache)
+    cold = child("engine", json.dumps(options), "0", cache=cache)  # nothing is in the cache
+    warm = child("engine", json.dumps(options), str(requests), cache=cache)
     if not warm["cached"]:
         raise RuntimeError("the second start found nothing in the compilation cache")
     plan = planned(warm["plan"])
@@ -63,7 +61,6 @@ def measure_engine(name: str, options: dict[str, Any], requests: int, cache: pat
         "before": warm["before"],
         "measured": warm["load_peak"] - warm["before"],
         "measured_at_start": warm["start_peak"] - warm["before"],
-        "measured_without_cache": max(cold["load_peak"], cold["start_peak"]) - cold["before"],
         "compiling": cold["start_peak"] - warm["start_peak"],
         "growth_under_load": warm["load_peak"] - warm["ready"],
         "ratio": (warm["load_peak"] - warm["before"]) / plan,
@@ -97,7 +94,7 @@ def engines(scratch: pathlib.Path, models: Sequence[str]) -> list[dict[str, Any]
             write_checkpoint(scratch / name, SHAPES[name])
             options = {"model": str(scratch / name), "dtype": "bfloat16", "max_model_len": 1024}
         options |= {"max_num_seqs": 64, "max_num_batched_tokens": 512}
-        results.append(measure_engine(name, options, 128, scratch / "cache"))
+        results.append(measure_engine(name, options, 64, scratch / "cache"))
         shutil.rmtree(scratch / name, ignore_errors=True)
         results[-1]["options"] = options | {"model": name}
         print(f"{name}: planned {results[-1]['planned'] / _MB:,.0f} MB, ratio {results[-1]['ratio']:.3f}", flush=True)
