@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import statistics
@@ -93,6 +94,7 @@ def start_once(arguments: Sequence[str], cache: pathlib.Path) -> dict[str, Any]:
             process.communicate()
     phases = next(line for line in lines if _PHASES in line).partition(_PHASES)[2]
     programs = next(line for line in lines if " executables " in line).partition("jaxserve.server: ")[2].strip()
+    programs = re.sub(r"from bundle \S+", "from the bundle", programs)
     return {"ready": ready, "first_token": first, "programs": programs, "phases": json.loads(phases)}
 
 

@@ -293,6 +293,19 @@ def local_memory(mesh: Mesh, utilization: float) -> DeviceMemory:
     return DeviceMemory(limit, limit)
 
 
+def check_available(plan: MemoryPlan, mesh: Mesh) -> None:
+    """Raises ValueError where a CPU has not enough memory for what is still to be made when weights and programs are
+    there: state, temporaries and pages. On a CPU the plan has only an allowance for the programs themselves.
+    """
+    needed = plan.state + plan.programs.temporaries + plan.pages
+    if mesh.devices.flat[0].platform == "cpu" and needed > (available := available_memory()):
+        raise ValueError(
+            f"page pool of {plan.num_pages} pages has {plan.pages} bytes; with {needed - plan.pages} for steps it "
+            f"exceeds the {available} bytes that are available beside weights and programs: lower num_pages, "
+            "kv_cache_memory_bytes or gpu_memory_utilization"
+        )
+
+
 def _code(program: ProgramMemory) -> int:
     return program.code if program.code > 0 else CODE_BYTES
 

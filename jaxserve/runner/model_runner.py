@@ -26,6 +26,7 @@ from jaxserve.runner.memory import (
     DeviceMemory,
     MemoryPlan,
     ProgramNeeds,
+    check_available,
     claim_memory,
     local_memory,
     plan_memory,
@@ -105,6 +106,7 @@ class ModelRunner:
         self._weights, self._kv_cache = made.weights, made.kv_cache
         if mesh.devices.flat[0].platform == "cpu":
             keep_freed_memory()
+        check_available(made.plan, mesh)
         with phases.phase("pool"):
             self._pools = [
                 jnp.zeros(pool.shape, pool.dtype, device=pool.sharding) for pool in abstract_pools(self._shapes, mesh)

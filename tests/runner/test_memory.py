@@ -131,6 +131,18 @@ def test_device_memory_is_checked():
         DeviceMemory(10, 11)
 
 
+def test_a_pool_that_no_longer_fits_when_the_programs_are_there(shapes, monkeypatch):
+    plan = plan_memory(dataclasses.replace(shapes, num_pages=64), make_mesh(), PLENTY, ProgramNeeds(1000, 10**9))
+    needed = plan.state + 1000 + 64 * PAGE
+    monkeypatch.setattr(memory, "available_memory", lambda: needed)
+    memory.check_available(plan, make_mesh())
+    monkeypatch.setattr(memory, "available_memory", lambda: needed - 1)
+    with pytest.raises(ValueError, match=rf"exceeds the {needed - 1} bytes that are available beside"):
+        memory.check_available(plan, make_mesh())
+    gpu = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")]))
+    memory.check_available(plan, gpu)
+
+
 def test_memory_of_this_machine(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     assert local_memory(make_mesh(), 0.25) == DeviceMemory(1000, 250)
