@@ -10,6 +10,7 @@ executable is machine code all the same: load bundles only from those whom you w
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -201,11 +202,14 @@ class Bundle:
         start = time.perf_counter()
         if not checked:
             self.check(shapes, mesh)
-        executables: dict[ProgramKey, Any] = {}
-        memory: dict[ProgramKey, ProgramMemory] = {}
-        for key, entry in self._entries().items():
-            executables[key] = _load(_read(self.directory, entry), entry, key, shapes, mesh, self.directory)
-            memory[key] = _memory(entry, self.directory)
+        entries = self._entries()
+
+        def one(key: ProgramKey) -> LoadedProgram:
+            return _load(_read(self.directory, entries[key]), entries[key], key, shapes, mesh, self.directory)
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as workers:
+            executables = dict(zip(entries, workers.map(one, entries), strict=True))
+        memory = {key: _memory(entry, self.directory) for key, entry in entries.items()}
         return ProgramSet(executables, memory, time.perf_counter() - start)
 
     def _entries(self) -> dict[ProgramKey, dict[str, Any]]:
