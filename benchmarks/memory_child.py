@@ -99,12 +99,15 @@ def _run(client: InlineEngine, requests: int) -> int:
                 )
             )
         )
-    while messages := client.receive():
-        for message in messages:
+    left = requests
+    while left:
+        for message in client.receive():
             if isinstance(message, EngineFailed):
                 raise RuntimeError(message.error)
-            if isinstance(message, RequestOutput) and message.error:
-                raise RuntimeError(message.error)
+            if isinstance(message, RequestOutput):
+                if message.error:
+                    raise RuntimeError(message.error)
+                left -= message.finish_reason is not None
     return client.core.stats().num_steps
 
 
