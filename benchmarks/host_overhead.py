@@ -122,7 +122,7 @@ def make_core(running: int) -> EngineCore:
         cache=CacheConfig(page_size=PAGE_SIZE, num_pages=running * MODEL.max_position_embeddings // PAGE_SIZE + 1),
     )
     assert config.cache.num_pages is not None
-    return EngineCore(config, PackingRunner(Buckets.from_config(config), running, config.cache.num_pages))
+    return EngineCore(config, PackingRunner(Buckets.from_config(config, "cpu"), running, config.cache.num_pages))
 
 
 def step(core: EngineCore) -> tuple[dict[str, float], int]:

@@ -123,7 +123,8 @@ class EngineConfig:
     load_format: "auto" reads the checkpoint, "dummy" makes random weights from `architecture`.
     dtype: of weights, and of pages unless kv_cache_dtype says else; "auto" is the checkpoint's.
     max_model_len: prompt and output tokens of one request together; None is the model's own context.
-    token_buckets, row_buckets: sizes that steps are padded to; None is powers of two from 8 to the limits.
+    token_buckets, row_buckets: sizes that steps are padded to; None is powers of two from 8 to the limits, on
+        CPUs with the sizes halfway between them.
     attention: implementation of paged attention; "auto" chooses by platform.
     compilation_cache_dir: where compiled programs are kept for the next start (`~` is the home directory); "auto" is
     jaxserve/programs in XDG_CACHE_HOME or ~/.cache, None keeps none. The directory must be this user's alone. Entries

@@ -64,7 +64,7 @@ class EngineCore:
         self.config = config
         self.runner = runner
         self.scheduler = Scheduler(
-            config.scheduler, PagePool(info.num_pages, info.page_size), Buckets.from_config(config)
+            config.scheduler, PagePool(info.num_pages, info.page_size), Buckets.from_config(config, info.platform)
         )
         self.recorder = recorder or Recorder(clock=clock)
         self._now = now

@@ -16,10 +16,16 @@ class Buckets:
     rows: tuple[int, ...]
 
     @classmethod
-    def from_config(cls, config: EngineConfig) -> Buckets:
+    def from_config(cls, config: EngineConfig, platform: str) -> Buckets:
+        """The configured sizes, or those that suit a platform ("cpu", "gpu", ...).
+
+        A CPU's step costs what its rows cost, so sizes lie closer there; a GPU's costs what the weights cost, and
+        every size is a program more to compile.
+        """
+        sizes = close if platform == "cpu" else powers
         return cls(
-            tokens=config.token_buckets or powers(config.scheduler.max_num_batched_tokens),
-            rows=config.row_buckets or powers(config.scheduler.max_num_seqs),
+            tokens=config.token_buckets or sizes(config.scheduler.max_num_batched_tokens),
+            rows=config.row_buckets or sizes(config.scheduler.max_num_seqs),
         )
 
     def token_bucket(self, count: int) -> int:
@@ -48,3 +54,10 @@ def powers(limit: int) -> tuple[int, ...]:
         sizes.append(size)
         size *= 2
     return (*sizes, max(limit, MIN_BUCKET))
+
+
+def close(limit: int) -> tuple[int, ...]:
+    """`powers`, and halfway between two of them where that is a multiple of MIN_BUCKET."""
+    sizes = powers(limit)
+    between = (low + low // 2 for low in sizes if low >= 2 * MIN_BUCKET and low + low // 2 < limit)
+    return tuple(sorted({*sizes, *between}))

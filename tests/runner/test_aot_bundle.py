@@ -61,7 +61,7 @@ def with_bundle(directory: pathlib.Path, config: EngineConfig = CONFIG) -> Engin
 def tokens(runner: ModelRunner) -> list[list[int]]:
     """Greedy and random output of requests that share steps, prompts longer than a step among them."""
     rng = np.random.default_rng(0)
-    scheduler = Scheduler(CONFIG.scheduler, PagePool(64, 16), Buckets.from_config(CONFIG))
+    scheduler = Scheduler(CONFIG.scheduler, PagePool(64, 16), Buckets.from_config(CONFIG, "cpu"))
     sequences = [
         scheduler.add(
             EngineRequest(

@@ -41,7 +41,7 @@ def with_pages(name: str) -> EngineConfig:
 def run(runner: ModelRunner, requests: list[EngineRequest], **limits: object) -> list[list[int]]:
     runner._pools = [jnp.full(pool.shape, GARBAGE[pool.dtype.name], pool.dtype) for pool in runner._pools]
     scheduler = Scheduler(
-        dataclasses.replace(CONFIG.scheduler, **limits), PagePool(48, 16), Buckets.from_config(CONFIG)
+        dataclasses.replace(CONFIG.scheduler, **limits), PagePool(48, 16), Buckets.from_config(CONFIG, "cpu")
     )
     sequences = [scheduler.add(request) for request in requests]
     while scheduler.unfinished:

@@ -65,7 +65,7 @@ def run(
     """Runs the requests with one step in flight over a pool whose pages nobody wrote hold NaN."""
     runner._pools = [jnp.full(pool.shape, jnp.nan, pool.dtype) for pool in runner._pools]
     config = dataclasses.replace(CONFIG.scheduler, **limits)
-    scheduler = Scheduler(config, PagePool(num_pages, 16), Buckets.from_config(CONFIG))
+    scheduler = Scheduler(config, PagePool(num_pages, 16), Buckets.from_config(CONFIG, "cpu"))
     sequences = [scheduler.add(request) for request in requests]
     in_flight = None
     while scheduler.unfinished or in_flight is not None:

@@ -66,7 +66,7 @@ def start(directory: pathlib.Path | str | None, **changes: object) -> ModelRunne
 
 
 def tokens(runner: ModelRunner) -> list[list[int]]:
-    scheduler = Scheduler(CONFIG.scheduler, PagePool(64, 16), Buckets.from_config(CONFIG))
+    scheduler = Scheduler(CONFIG.scheduler, PagePool(64, 16), Buckets.from_config(CONFIG, "cpu"))
     sequences = [
         scheduler.add(EngineRequest(f"r{n}", tuple(range(1, 9 * n + 2)), 8, temperature=float(n % 2), seed=n))
         for n in range(6)

@@ -39,7 +39,7 @@ def runner() -> ModelRunner:
 def run(runner: ModelRunner, requests: list[EngineRequest]) -> tuple[list[list[int]], set[ProgramKey]]:
     """Tokens of the requests, batched, and the forward programs that computed them. Unwritten pages hold NaN."""
     runner._pools = [jnp.full(pool.shape, jnp.nan, pool.dtype) for pool in runner._pools]
-    scheduler = Scheduler(CONFIG.scheduler, PagePool(32, 16), Buckets.from_config(CONFIG))
+    scheduler = Scheduler(CONFIG.scheduler, PagePool(32, 16), Buckets.from_config(CONFIG, "cpu"))
     sequences = [scheduler.add(request) for request in requests]
     used = set()
     while scheduler.unfinished:
