@@ -1,0 +1,53 @@
+"""The plan of the memory against what a process really needs: after the start an engine allocates what was planned."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import textwrap
+
+import pytest
+
+from tests.models.scripts import run_script
+
+ROOT = pathlib.Path(__file__).parents[2]
+OPTIONS = {
+    "model": str(ROOT / "models" / "tiny" / "checkpoint"),
+    "dtype": "float32",
+    "num_pages": 8193,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "token_buckets": [8, 64],
+    "compilation_cache_dir": None,
+}
+MB = 1_000_000
+HOST_BYTES = 48 * MB
+"""Room for what no plan of the device's memory holds: the requests, their tokens and Python's own."""
+
+MEASURE = textwrap.dedent("""
+    import json, sys
+    import jax
+    from benchmarks import memory_child
+
+    if sys.argv[2] == "wasteful":  # an engine that copies its pool once
+        run = memory_child._run
+
+        def run_with_copies(client, requests):
+            copies = jax.block_until_ready([pool + 0 for pool in client.core.runner._pools])
+            return run(client, requests)
+
+        memory_child._run = run_with_copies
+    print(json.dumps(memory_child.engine(json.loads(sys.argv[1]), 16)))
+""")
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="peaks are measured on Linux alone")
+def test_growth_after_the_start_is_within_the_plan():
+    found = json.loads(run_script(MEASURE, json.dumps(OPTIONS), "plain").splitlines()[-1])
+    plan = found["plan"]
+    assert plan["pages"] > 4 * HOST_BYTES
+    assert found["steps"] > 100
+    assert found["ready"] - found["before"] > plan["pages"] + plan["weights"], "the pool is resident when it is ready"
+    assert found["load_peak"] - found["ready"] < plan["temporaries"] + HOST_BYTES
+    wasteful = json.loads(run_script(MEASURE, json.dumps(OPTIONS), "wasteful").splitlines()[-1])
+    assert wasteful["load_peak"] - wasteful["ready"] > plan["temporaries"] + 2 * HOST_BYTES
