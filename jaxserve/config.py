@@ -11,7 +11,7 @@ from typing import Any
 from models.config import ModelConfig
 
 POLICIES = ("fcfs",)
-ATTENTION = ("auto", "triton", "xla", "reference", "triton_interpret")
+ATTENTION = ("auto", "triton", "cpu", "xla", "reference", "triton_interpret")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3", "int8")
 PAGE_SIZES = (16, 32, 64, 128)

@@ -11,7 +11,7 @@ from jaxserve.runner.layout import STOP_WIDTH
 from jaxserve.runner.programs import Shapes
 from jaxserve.scheduler.buckets import Buckets
 from models.config import ModelConfig
-from pallas_kernels.paged_attention import choose
+from pallas_kernels.paged_attention import Use, choose
 
 
 def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = False) -> Shapes:
@@ -33,16 +33,18 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
         raise ValueError(f"model has {len(model.eos_token_ids)} end-of-sequence ids; at most {most} are supported")
     dtype = model.dtype if config.dtype == "auto" else config.dtype
     pages = config.cache.kv_cache_dtype
+    kv_cache_dtype = {"auto": dtype, "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}.get(pages, pages)
+    use = Use(dtype, kv_cache_dtype, config.cache.page_size, model.head_dim, model.group_size)
     return Shapes(
         model=model,
         dtype=dtype,
-        kv_cache_dtype={"auto": dtype, "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}.get(pages, pages),
+        kv_cache_dtype=kv_cache_dtype,
         buckets=Buckets.from_config(config, platform),
         num_slots=config.scheduler.max_num_seqs,
         max_model_len=max_model_len,
         page_size=config.cache.page_size,
         num_pages=2,
-        attention=choose(platform, config.attention),
+        attention=choose(platform, config.attention, use),
     )
 
 

@@ -18,13 +18,14 @@ from pallas_kernels.paged_attention.pool import (
     value_dtype,
 )
 from pallas_kernels.paged_attention.rotary import rotate
-from pallas_kernels.paged_attention.spec import AttentionSpec
+from pallas_kernels.paged_attention.spec import AttentionSpec, Use
 
 __all__ = [
     "IMPLEMENTATIONS",
     "PAGE_SIZES",
     "AttentionSpec",
     "Implementation",
+    "Use",
     "choose",
     "is_quantised",
     "kv_write",

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import reference, xla
+from pallas_kernels.paged_attention.cpu import calls as cpu
 from pallas_kernels.paged_attention.pool import FLOAT_DTYPES, check_page_size, is_quantised, value_dtype
 from pallas_kernels.paged_attention.rotary import split_and_rotate
-from pallas_kernels.paged_attention.spec import AttentionSpec
+from pallas_kernels.paged_attention.spec import AttentionSpec, Use
 from pallas_kernels.paged_attention.triton import attention as triton
 from pallas_kernels.paged_attention.triton import kv_write as triton_write
 from pallas_kernels.paged_attention.triton import limits
@@ -39,6 +40,8 @@ class Implementation:
         check: (pool, num_tokens, group_heads) raises ValueError where the backend cannot take a pool like
             `pool` (an array or a ShapeDtypeStruct) with `num_tokens` tokens a step; group_heads is None when nothing
             but keys and values is known. None for no limits of its own.
+        check_usable: raises ValueError where it does not serve a model, or does not work on this machine; "auto" then
+            passes it over, as it does where nothing is known of the model. None where the platform says enough.
     """
 
     attention: Callable[..., jax.Array]
@@ -48,6 +51,7 @@ class Implementation:
     max_group_heads: int | None = None
     decode_programs: bool = False
     check: Callable[[Any, int, int | None], None] | None = None
+    check_usable: Callable[[Use], None] | None = None
 
 
 # In order of preference: `choose` takes the first that runs on the platform.
@@ -61,6 +65,14 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
             max_group_heads=limits.MAX_GROUP_HEADS,
             decode_programs=True,
             check=limits.check,
+        ),
+        "cpu": Implementation(
+            cpu.paged_attention,
+            cpu.kv_write,
+            cpu.rotate_and_write,
+            platforms=("cpu",),
+            check=cpu.check,
+            check_usable=cpu.check_usable,
         ),
         "xla": Implementation(xla.paged_attention, xla.kv_write, max_group_heads=xla.MAX_DOT_ROWS),
         "reference": Implementation(reference.paged_attention, reference.kv_write),
@@ -76,22 +88,40 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
 )
 
 
-def choose(platform: str, requested: str = "auto") -> str:
+def choose(platform: str, requested: str = "auto", use: Use | None = None) -> str:
     """Names the implementation for `platform` ("cpu", "gpu", ...).
 
     Args:
         platform: what `jax.Device.platform` says.
         requested: a name in `IMPLEMENTATIONS`, or "auto" for the preferred one.
+        use: the model that it is to serve; None where that is not known.
 
     Raises:
-        ValueError: `requested` is unknown or does not run on `platform`.
+        ValueError: `requested` is unknown, does not run on `platform` or does not serve `use`.
     """
     if requested == "auto":
-        return next(name for name, one in IMPLEMENTATIONS.items() if not one.platforms or platform in one.platforms)
-    platforms = _implementation(requested).platforms
-    if platforms and platform not in platforms:
-        raise ValueError(f"implementation {requested!r} runs on {', '.join(platforms)}; the platform is {platform!r}")
+        return next(name for name, one in IMPLEMENTATIONS.items() if _is_usable(one, platform, use))
+    chosen = _implementation(requested)
+    if chosen.platforms and platform not in chosen.platforms:
+        names = ", ".join(chosen.platforms)
+        raise ValueError(f"implementation {requested!r} runs on {names}; the platform is {platform!r}")
+    if chosen.check_usable is not None and use is not None:
+        chosen.check_usable(use)
     return requested
+
+
+def _is_usable(one: Implementation, platform: str, use: Use | None) -> bool:
+    if one.platforms and platform not in one.platforms:
+        return False
+    if one.check_usable is None:
+        return True
+    if use is None:
+        return False
+    try:
+        one.check_usable(use)
+    except ValueError:
+        return False
+    return True
 
 
 def kv_write(

@@ -1,4 +1,4 @@
-"""Static settings of an attention layer."""
+"""Static settings of an attention layer, and what an implementation is to serve."""
 
 import dataclasses
 import math
@@ -28,3 +28,22 @@ class AttentionSpec:
             raise ValueError(f"sliding_window is {self.sliding_window}; it must be None or at least 1")
         if self.soft_cap is not None and not (math.isfinite(self.soft_cap) and self.soft_cap > 0):
             raise ValueError(f"soft_cap is {self.soft_cap}; it must be None or a finite number above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """What decides whether an implementation serves a model.
+
+    Attributes:
+        dtype: of queries, keys and values as the model computes them.
+        kv_cache_dtype: of keys and values in pages.
+        page_size: positions a page.
+        head_dim: D.
+        group_heads: G.
+    """
+
+    dtype: str
+    kv_cache_dtype: str
+    page_size: int
+    head_dim: int
+    group_heads: int

@@ -2,18 +2,25 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from llvmlite import binding
 
 from pallas_kernels.paged_attention import paged_attention, storage_dtype
 from pallas_kernels.paged_attention.pool import QUANTISED_DTYPES
 
+needs_avx512_bf16 = pytest.mark.skipif(
+    not binding.get_host_cpu_features().get("avx512bf16", False), reason="this CPU has no avx512_bf16"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Static sizes of a case; `tokens` and `rows` are the bucket."""
+    """Static sizes of a case; `tokens` and `rows` are the bucket, `implementation` is the one that it is for."""
 
     kv_heads: int
     group_heads: int
@@ -27,6 +34,7 @@ class Shape:
     soft_cap: float | None = None
     pool_dtype: str | None = None
     sinks: bool = False
+    implementation: str = "xla"
 
     @property
     def stored(self) -> str:
@@ -36,6 +44,12 @@ class Shape:
     @property
     def max_pages(self) -> int:
         return -(-self.max_len // self.page_size)
+
+
+def for_cpu(*sizes: int, **settings: Any) -> Any:
+    """A case of bfloat16 for the implementation "cpu", as a parameter of a test."""
+    shape = Shape(*sizes, dtype="bfloat16", implementation="cpu", **settings)
+    return pytest.param(shape, marks=needs_avx512_bf16, id=str(shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +129,7 @@ class Memory:
         *,
         tokens: int | None = None,
         rows: int | None = None,
-        implementation: str = "xla",
+        implementation: str | None = None,
         decode_only: bool = False,
     ) -> list[np.ndarray]:
         """Returns each item's outputs [stop - start, K, G, D], and last those of the padding tokens."""
@@ -125,8 +139,10 @@ class Memory:
             optional = {"k_scale": jnp.asarray(self.scales[0]), "v_scale": jnp.asarray(self.scales[1])}
         if self.sinks is not None:
             optional["sinks"] = jnp.asarray(self.sinks)
+        implementation = implementation or self.shape.implementation
         attend = _attend(self.shape, implementation, decode_only)
-        out = np.asarray(attend(query, self.pool, table, lengths, starts, **optional))
+        pool = jnp.asarray(arranged(np.asarray(self.pool))) if implementation == "cpu" else self.pool
+        out = np.asarray(attend(query, pool, table, lengths, starts, **optional))
         return np.split(out, np.asarray(starts[1 : len(items) + 1]))
 
 
@@ -142,6 +158,22 @@ def _attend(shape: Shape, implementation: str, decode_only: bool):
             implementation=implementation,
         )
     )
+
+
+def arranged(pool: np.ndarray) -> np.ndarray:
+    """A pool as "cpu" orders the numbers of a page: keys [D / 2, page_size, 2], values [page_size / 2, D, 2]."""
+    pages, _, heads, page_size, head_dim = pool.shape
+    keys = pool[:, 0].reshape(pages, heads, page_size, head_dim // 2, 2).transpose(0, 1, 3, 2, 4)
+    values = pool[:, 1].reshape(pages, heads, page_size // 2, 2, head_dim).transpose(0, 1, 2, 4, 3)
+    return np.stack([part.reshape(pages, heads, page_size, head_dim) for part in (keys, values)], axis=1)
+
+
+def plain(pool: np.ndarray) -> np.ndarray:
+    """Inverse of `arranged`."""
+    pages, _, heads, page_size, head_dim = pool.shape
+    keys = pool[:, 0].reshape(pages, heads, head_dim // 2, page_size, 2).transpose(0, 1, 3, 2, 4)
+    values = pool[:, 1].reshape(pages, heads, page_size // 2, head_dim, 2).transpose(0, 1, 2, 4, 3)
+    return np.stack([part.reshape(pages, heads, page_size, head_dim) for part in (keys, values)], axis=1)
 
 
 def bits(array: np.ndarray) -> np.ndarray:

@@ -1,16 +1,21 @@
 """Arguments that do not fit are refused with the field, its value and the limit."""
 
+import dataclasses
+
 import jax
 import pytest
 
 from pallas_kernels.paged_attention import (
     AttentionSpec,
+    Use,
     choose,
     kv_write,
     paged_attention,
     pool_spec,
     rotate_and_write,
 )
+from pallas_kernels.paged_attention.cpu import calls
+from tests.kernels.packing import needs_avx512_bf16
 
 T, R, K, G, D = 8, 3, 2, 2, 40
 
@@ -173,6 +178,53 @@ def test_pool_spec_refuses(changes: dict, message: str):
     sizes = {"num_pages": 5, "num_kv_heads": 2, "page_size": 16, "head_dim": 40, "dtype": "float32"}
     with pytest.raises(ValueError, match=message):
         pool_spec(**sizes | changes)
+
+
+BFLOAT = {"q": _shape(T, K, G, 64, dtype="bfloat16"), "pool": _shape(5, 2, K, 16, 64, dtype="bfloat16")}
+
+
+@needs_avx512_bf16
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pool": ATTENTION["pool"], "q": ATTENTION["q"]}, "pool holds float32; 'cpu' takes bfloat16: choose 'xla'"),
+        ({"q": _shape(T, K, G, 64, dtype="float32")}, "q has dtype float32; 'cpu' takes bfloat16: choose 'xla'"),
+        ({"pool": _shape(5, 2, K, 8, 64, dtype="bfloat16")}, "page_size is 8; 'cpu' takes at least 16: raise it or"),
+        (
+            {"pool": _shape(5, 2, K, 16, 48, dtype="bfloat16"), "q": _shape(T, K, G, 48, dtype="bfloat16")},
+            "head_dim is 48; 'cpu' takes multiples of 32: choose 'xla'",
+        ),
+        ({"soft_cap": 2.0}, "soft_cap is 2.0; 'cpu' takes none: choose 'xla'"),
+    ],
+)
+def test_cpu_refuses(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        _attend(**BFLOAT | changes, implementation="cpu")
+
+
+USE = Use("bfloat16", "bfloat16", 16, 64, 3)
+
+
+@needs_avx512_bf16
+def test_cpu_serves_models_of_bfloat16():
+    assert choose("cpu", use=USE) == choose("cpu", "cpu", USE) == "cpu"
+    for change, message in (
+        ({"dtype": "float32"}, "dtype is float32; 'cpu' takes bfloat16"),
+        ({"kv_cache_dtype": "int8"}, "pool holds int8; 'cpu' takes bfloat16"),
+        ({"page_size": 4}, "page_size is 4; 'cpu' takes at least 16"),
+        ({"head_dim": 80}, "head_dim is 80; 'cpu' takes multiples of 32"),
+    ):
+        use = dataclasses.replace(USE, **change)
+        assert choose("cpu", use=use) == "xla"
+        with pytest.raises(ValueError, match=message):
+            choose("cpu", "cpu", use)
+
+
+def test_a_cpu_without_the_instructions_falls_back(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(calls.binding, "get_host_cpu_features", dict)
+    assert choose("cpu", use=USE) == "xla"
+    with pytest.raises(ValueError, match="this CPU has no avx512_bf16, which 'cpu' needs"):
+        choose("cpu", "cpu", USE)
 
 
 def test_choose():

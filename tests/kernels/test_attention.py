@@ -1,4 +1,4 @@
-"""The XLA implementation against the reference, and the reference against sums written out in NumPy."""
+"""The XLA and the CPU implementation against the reference, and the reference against sums written out in NumPy."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.paged_attention import kv_write, largest, new_pool, paged_attention
-from tests.kernels.packing import Memory, Shape, Work, bits
+from tests.kernels.packing import Memory, Shape, Work, bits, for_cpu, needs_avx512_bf16
 
 SHAPES = [
     Shape(2, 2, 40),
@@ -21,6 +21,13 @@ SHAPES = [
     Shape(2, 3, 64, dtype="bfloat16", pool_dtype="float8_e4m3fn", sinks=True),
     Shape(2, 2, 80, pool_dtype="int8", soft_cap=5.0, page_size=32),
 ]
+CPU_SHAPES = [
+    for_cpu(4, 3, 64, sliding_window=50),
+    for_cpu(2, 1, 128, page_size=64),
+    for_cpu(1, 8, 96, page_size=32, tokens=150, sliding_window=33),
+    for_cpu(2, 7, 32, page_size=128, sinks=True, rows=17),
+]
+CPU = pytest.param("cpu", marks=needs_avx512_bf16)
 
 
 @st.composite
@@ -39,8 +46,8 @@ def ragged(draw: st.DrawFn, shape: Shape) -> tuple[list[int], list[Work]]:
     return lengths, items
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_xla_agrees_with_the_reference_and_ignores_unwritten_memory(shape: Shape):
+@pytest.mark.parametrize("shape", [*SHAPES, *CPU_SHAPES], ids=str)
+def test_agrees_with_the_reference_and_ignores_unwritten_memory(shape: Shape):
     tolerance = {"float32": 2e-5, "bfloat16": 4e-2, "float16": 5e-3}[shape.dtype]
 
     @settings(max_examples=12)
@@ -58,9 +65,9 @@ def test_xla_agrees_with_the_reference_and_ignores_unwritten_memory(shape: Shape
 
 
 @pytest.mark.parametrize("fill", [float("nan"), float("inf"), 1e30])
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("implementation", ["xla", "reference", CPU])
 def test_memory_that_no_one_wrote_changes_no_bit(implementation: str, fill: float):
-    shape = Shape(2, 2, 40)
+    shape = Shape(2, 2, 64, dtype="bfloat16") if implementation == "cpu" else Shape(2, 2, 40)
     lengths = [1, 16, 17, 129, 300]
     items = [Work(0, 0, 1), Work(1, 3, 16), Work(2, 16, 17), Work(3, 100, 129), Work(4, 299, 300)]
     clean = Memory(shape, lengths, 7, fill=0.0).attend(items, implementation=implementation)
@@ -69,18 +76,21 @@ def test_memory_that_no_one_wrote_changes_no_bit(implementation: str, fill: floa
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference", "triton_interpret"])
+@pytest.mark.parametrize("implementation", ["xla", "reference", "triton_interpret", CPU])
 def test_what_lies_before_the_window_has_no_influence(implementation: str):
     """Pages that a sliding window has left may belong to others by now."""
     shape = Shape(2, 2, 40, sliding_window=37, tokens=96)
+    if implementation == "cpu":
+        shape = Shape(2, 2, 64, sliding_window=37, tokens=96, dtype="bfloat16")
     items = [Work(0, 299, 300), Work(1, 100, 140), Work(2, 60, 90), Work(3, 0, 20)]
     lengths = [item.stop for item in items]
     clean = Memory(shape, lengths, 7).attend(items, implementation=implementation)
     memory = Memory(shape, lengths, 7)
+    nan = np.full(1, np.nan, jnp.dtype(shape.stored)).view(memory.pool.dtype)[0]
     pool = np.array(memory.pool)
     for item in items:
         position = np.arange(max(0, item.start - 36))
-        pool[memory.pages[item.sequence][position // 16], :, :, position % 16] = np.nan
+        pool[memory.pages[item.sequence][position // 16], :, :, position % 16] = nan
         memory.pages[item.sequence][: max(0, item.start - 36) // 16] = -5
     memory.pool = jnp.asarray(pool)
     for one, other in zip(clean, memory.attend(items, implementation=implementation), strict=True):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.packing import Memory, Shape, Work, bits
+from tests.kernels.packing import Memory, Shape, Work, bits, for_cpu
 
 LENGTHS = [150, 3, 129, 64, 301, 17, 128]
 BUCKETS = [(512, 8), (64, 17), (10, 5), (1, 1)]
@@ -15,6 +15,8 @@ SHAPES = [
     Shape(2, 1, 32, dtype="bfloat16", max_len=301),
     Shape(2, 2, 32, sliding_window=50, soft_cap=10.0, max_len=301),
     Shape(2, 3, 64, dtype="bfloat16", pool_dtype="float8_e4m3fn", sinks=True, max_len=301),
+    for_cpu(4, 3, 64, max_len=301),
+    for_cpu(2, 8, 32, page_size=64, sliding_window=49, sinks=True, max_len=301),
 ]
 
 

@@ -22,6 +22,7 @@ from pallas_kernels.paged_attention import (
 )
 from pallas_kernels.paged_attention.cast import decode, encode
 from pallas_kernels.paged_attention.pool import QUANTISED_DTYPES
+from tests.kernels.packing import arranged, needs_avx512_bf16, plain
 
 PAGES, HEADS, PAGE_SIZE, DIM, TOKENS = 6, 2, 16, 40, 12
 
@@ -112,6 +113,23 @@ def test_quantised_numbers_are_the_nearest_and_saturate(dtype: str):
     assert (held == np.rint(held)).all() or dtype != "int8"
 
 
+@needs_avx512_bf16
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_cpu_writes_each_slot_and_nothing_else(page_size: int, dtype: str):
+    random = np.random.default_rng(page_size)
+    slots = random.permutation(PAGES * page_size)[:50].astype(np.int32)
+    k, v = random.standard_normal((2, len(slots), HEADS, 96)).astype(jnp.dtype(dtype))
+    before = random.standard_normal((PAGES, 2, HEADS, page_size, 96)).astype(jnp.bfloat16)
+    wanted = before.copy()
+    for token, slot in enumerate(slots):
+        page, offset = slot // page_size, slot % page_size
+        wanted[page, 0, :, offset], wanted[page, 1, :, offset] = k[token], v[token]
+    pool = jnp.asarray(arranged(before).view(storage_dtype("bfloat16", "cpu")))
+    after = writer("cpu")(pool, jnp.asarray(k), jnp.asarray(v), jnp.asarray(slots))
+    np.testing.assert_array_equal(plain(np.asarray(after).view(np.uint16))[1:], wanted[1:].view(np.uint16))
+
+
 @dataclasses.dataclass(frozen=True)
 class Heads:
     """Sizes of a fused write: tokens, key-value heads, query heads for each, head dimension and page size."""
@@ -133,8 +151,20 @@ HEADS_AND_DTYPES = [
 ]
 
 
-@pytest.mark.parametrize("implementation", ["xla", "triton_interpret"])
-@pytest.mark.parametrize(("shape", "dtype", "pool_dtype"), HEADS_AND_DTYPES, ids=str)
+CPU_HEADS_AND_DTYPES = [
+    pytest.param(heads, "bfloat16", "bfloat16", "cpu", marks=needs_avx512_bf16, id=str(heads))
+    for heads in (Heads(11, 2, 4, 64, 16), Heads(5, 1, 16, 96, 32), Heads(17, 3, 1, 128, 128))
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "pool_dtype", "implementation"),
+    [
+        *((*case, implementation) for implementation in ("xla", "triton_interpret") for case in HEADS_AND_DTYPES),
+        *CPU_HEADS_AND_DTYPES,
+    ],
+    ids=str,
+)
 def test_rotates_and_writes_in_one_go(shape: Heads, dtype: str, pool_dtype: str, implementation: str):
     """Against float64. A pair's products and their sum are rounded in float32, the result once more to the dtype."""
     pages = 5
@@ -156,7 +186,7 @@ def test_rotates_and_writes_in_one_go(shape: Heads, dtype: str, pool_dtype: str,
         before = random.integers(0, 128, size).astype(np.int8).astype(pool_dtype)
         before = before.view(storage_dtype(pool_dtype, "cpu"))
         q, pool = run(
-            *(jnp.asarray(x) for x in (qkv, cos, sin, before)),
+            *(jnp.asarray(x) for x in (qkv, cos, sin, arranged(before) if implementation == "cpu" else before)),
             jnp.asarray(slots, jnp.int32),
             **{name: jnp.asarray(x) for name, x in scales.items()},
         )
@@ -168,7 +198,8 @@ def test_rotates_and_writes_in_one_go(shape: Heads, dtype: str, pool_dtype: str,
         off = magnitude * 2.0**-22 + abs(exact) * epsilon
         assert (abs(np.asarray(q, np.float64) - exact[:, :, :-1]) <= off[:, :, :-1]).all()
 
-        after, held = np.asarray(pool), np.asarray(pool).view(pool_dtype).astype(np.float64)
+        after = plain(np.asarray(pool)) if implementation == "cpu" else np.asarray(pool)
+        held = after.view(pool_dtype).astype(np.float64)
         untouched = np.ones((pages, shape.page_size), bool)
         for token, slot in enumerate(slots):
             page, offset = slot // shape.page_size, slot % shape.page_size
@@ -195,31 +226,44 @@ def test_rotates_and_writes_in_one_go(shape: Heads, dtype: str, pool_dtype: str,
     check()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, pytest.param("cpu", marks=needs_avx512_bf16)])
 def test_a_slot_outside_the_pool_writes_nothing(implementation: str):
+    dim, dtype = (64, "bfloat16") if implementation == "cpu" else (DIM, "float32")
     slots = jnp.asarray([-1, -PAGE_SIZE, -PAGE_SIZE - 5, PAGES * PAGE_SIZE, 2**31 - 1, -(2**31), 37], jnp.int32)
-    ones = jnp.ones((len(slots), HEADS, DIM))
-    pool = np.asarray(
-        kv_write(new_pool(PAGES, HEADS, PAGE_SIZE, DIM, "float32"), ones, ones, slots, implementation=implementation)
-    )
+    ones = jnp.ones((len(slots), HEADS, dim))
+    pool = new_pool(PAGES, HEADS, PAGE_SIZE, dim, dtype)
+    pool = np.asarray(kv_write(pool, ones, ones, slots, implementation=implementation)).view(dtype).astype(np.float32)
+    pool = plain(pool) if implementation == "cpu" else pool
     assert (pool[2, :, :, 5] == 1).all()
-    assert pool.sum() == 2 * HEADS * DIM
+    assert pool.sum() == 2 * HEADS * dim
 
 
 @pytest.mark.parametrize(
-    ("dtype", "pool_dtype"),
-    [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float8_e4m3fn"), ("float32", "int8")],
+    ("dtype", "pool_dtype", "implementation"),
+    [
+        ("float32", "float32", "xla"),
+        ("bfloat16", "bfloat16", "xla"),
+        ("float16", "float8_e4m3fn", "xla"),
+        ("float32", "int8", "xla"),
+        pytest.param("bfloat16", "bfloat16", "cpu", marks=needs_avx512_bf16),
+    ],
 )
-def test_a_donated_pool_is_updated_in_place_and_never_copied_transposed_or_converted(dtype: str, pool_dtype: str):
+def test_a_donated_pool_is_updated_in_place_and_never_copied_transposed_or_converted(
+    dtype: str, pool_dtype: str, implementation: str
+):
     pages, layers = 509, 2
     spec = pool_spec(pages, 2, 16, 64, pool_dtype, platform="cpu")
     scale = jnp.ones(2) if pool_dtype in QUANTISED_DTYPES else None
-    scales = {"k_scale": scale, "v_scale": scale}
+    options = {"k_scale": scale, "v_scale": scale, "implementation": implementation}
+    angles = jnp.ones((24, 32))
 
     def step(pools, q, slots, table, lengths, starts):
         for layer in range(layers):
-            pools[layer] = kv_write(pools[layer], q[:, :, 0], q[:, :, 1], slots, **scales)
-            q = paged_attention(q, pools[layer], table, lengths, starts, scale=0.125, **scales)
+            pools[layer] = kv_write(pools[layer], q[:, :, 0], q[:, :, 1], slots, **options)
+            q = paged_attention(q, pools[layer], table, lengths, starts, scale=0.125, **options)
+            qkv = jnp.concatenate([q, q], axis=2)
+            q, pools[layer] = rotate_and_write(qkv, angles, angles, pools[layer], slots, dtype=dtype, **options)
+            q = q[:, :, :3]
         return pools, q
 
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
