@@ -8,14 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from llvmlite import binding
 
+from pallas_kernels.cpu import features
 from pallas_kernels.paged_attention import paged_attention, storage_dtype
 from pallas_kernels.paged_attention.pool import QUANTISED_DTYPES
 
-needs_avx512_bf16 = pytest.mark.skipif(
-    not binding.get_host_cpu_features().get("avx512bf16", False), reason="this CPU has no avx512_bf16"
-)
+needs_avx512_bf16 = pytest.mark.skipif(not features.has("avx512_bf16"), reason="this CPU has no avx512_bf16")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -221,7 +221,7 @@ def test_cpu_serves_models_of_bfloat16():
 
 
 def test_a_cpu_without_the_instructions_falls_back(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(calls.binding, "get_host_cpu_features", dict)
+    monkeypatch.setattr(calls.features, "has", lambda name: False)
     assert choose("cpu", use=USE) == "xla"
     with pytest.raises(ValueError, match="this CPU has no avx512_bf16, which 'cpu' needs"):
         choose("cpu", "cpu", USE)

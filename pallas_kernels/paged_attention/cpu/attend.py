@@ -15,7 +15,19 @@ import numpy as np
 
 from pallas_kernels.cpu import ffi
 from pallas_kernels.paged_attention.cpu import vectors
-from pallas_kernels.paged_attention.cpu.vectors import BLOCK, LANES, MAX_ROWS, compiled
+from pallas_kernels.paged_attention.cpu.emitter import LANES
+from pallas_kernels.paged_attention.cpu.memory import (
+    argument,
+    copy_masked,
+    fill,
+    float32_at,
+    int32_at,
+    int64_at,
+    result,
+    set_int32,
+    set_int64,
+)
+from pallas_kernels.paged_attention.cpu.vectors import BLOCK, MAX_ROWS, compiled
 
 # What argument 0 of a call holds, int32.
 (TOKENS, ROWS, KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, MAX_PAGES, NUM_PAGES, WINDOW, TILE, PARTS) = range(11)
@@ -29,13 +41,11 @@ _LOWEST_EXPONENT = -(2.0**126)
 _LOG2_E = math.log2(math.e)
 _CHUNKS = BLOCK // LANES
 
-
-@compiled
-def _fill(address, count, value):
-    """Sets float32 numbers."""
-    numbers = ffi.array_at(address, count, np.float32)
-    for place in range(count):
-        numbers[place] = value
+# Places in the scratch memory of a block, in bytes: what `weigh` tells `gather`, the addresses of the keys and of the
+# values of each chunk, those of values of which some are masked, and one masked pair of positions.
+_WEIGHTS = 0
+_DECAYS = _WEIGHTS + 2 * BLOCK * MAX_ROWS
+_KEYS, _VALUES, _MASKED, _PAIR = (_DECAYS + 64 * number for number in range(1, 5))
 
 
 @compiled
@@ -45,80 +55,77 @@ def _gather(rows, out, head_dim, weights, decays, values, first, count):
     while head_dim - offset // 4 >= 4 * LANES:
         vectors.gather_wide(rows, out + offset, step, weights, decays, values, step, offset, first, count)
         offset += 16 * LANES
-    while offset < 4 * head_dim:
+    while offset < step:
         vectors.gather(rows, out + offset, step, weights, decays, values, step, offset, first, count)
         offset += 8 * LANES
-    _fill(decays, MAX_ROWS, 1.0)  # once a block
-
-
-@compiled
-def _locate(starts, rows, tile, number):
-    """The row and the tile in it of tile `number`, counted from the last row's last tile, which reads the most."""
-    for row in range(rows - 1, -1, -1):
-        tiles = (starts[row + 1] - starts[row] + tile - 1) // tile
-        if number < tiles:
-            return row, tiles - 1 - number
-        number -= tiles
-    return -1, 0
+    fill(decays, MAX_ROWS, 1.0)  # once a block
 
 
 @compiled
 def num_items(frame):
     """One item for each tile and part of the heads, and one for the padding tokens."""
-    sizes = ffi.argument(frame, 0, NUM_SIZES, np.int32)
-    rows, tile = np.int64(sizes[ROWS]), np.int64(sizes[TILE])
-    starts = ffi.argument(frame, 5, rows + 1, np.int32)
-    tiles = 0
-    for row in range(rows):
-        tiles += (np.int64(starts[row + 1]) - starts[row] + tile - 1) // tile
-    return tiles * sizes[PARTS] + 1
+    sizes, starts = argument(frame, 0), argument(frame, 5)
+    tile, tiles = int32_at(sizes, TILE), 0
+    for row in range(int32_at(sizes, ROWS)):
+        tiles += (int32_at(starts, row + 1) - int32_at(starts, row) + tile - 1) // tile
+    return tiles * int32_at(sizes, PARTS) + 1
 
 
 @compiled
 def attend(frame, item):
-    """Computes one tile of tokens of one sequence for some of its heads."""
-    sizes = ffi.argument(frame, 0, NUM_SIZES, np.int32)
-    rows, tile, parts = np.int64(sizes[ROWS]), np.int64(sizes[TILE]), np.int64(sizes[PARTS])
-    starts = ffi.argument(frame, 5, rows + 1, np.int32)
-    row, place = _locate(starts, rows, tile, item // parts)
+    """Computes one tile of tokens of one sequence for some of its heads.
+
+    Tiles are counted from the last row's last tile, which reads the most of its row.
+    """
+    sizes, starts = argument(frame, 0), argument(frame, 5)
+    tile, parts = int32_at(sizes, TILE), int32_at(sizes, PARTS)
+    number = item // parts
+    row = int32_at(sizes, ROWS) - 1
+    while row >= 0:
+        tiles = (int32_at(starts, row + 1) - int32_at(starts, row) + tile - 1) // tile
+        if number < tiles:
+            break
+        number -= tiles
+        row -= 1
     if row < 0:
-        tokens, width = np.int64(sizes[TOKENS]), np.int64(sizes[KV_HEADS]) * sizes[GROUP] * sizes[HEAD_DIM]
-        out = ffi.address_of(ffi.result(frame, 0, 1, np.uint16))
-        done = np.int64(starts[rows])
-        _fill(out + 2 * done * width, (tokens - done) * width // 2, 0.0)  # two bfloat16 at a time
+        _clear_padding(frame, sizes, int32_at(starts, int32_at(sizes, ROWS)))
         return
-    token = np.int64(starts[row]) + place * tile
-    count = min(tile, starts[row + 1] - token)
-    lengths = ffi.argument(frame, 4, rows, np.int32)
-    position = np.int64(lengths[row]) - starts[row + 1] + token
-    heads = np.int64(sizes[KV_HEADS]) // parts
-    _attend_tile(frame, sizes, row, token, count, position, (item % parts) * heads, heads)
+    stop = int32_at(starts, row + 1)
+    token = int32_at(starts, row) + (tiles - 1 - number) * tile
+    position = int32_at(argument(frame, 4), row) - stop + token
+    heads = int32_at(sizes, KV_HEADS) // parts
+    _attend_tile(frame, sizes, row, token, min(tile, stop - token), position, item % parts * heads, heads)
+
+
+@compiled
+def _clear_padding(frame, sizes, done):
+    """Writes zeros for the tokens past the first `done`."""
+    width = int32_at(sizes, KV_HEADS) * int32_at(sizes, GROUP) * int32_at(sizes, HEAD_DIM)
+    # Two bfloat16 at a time.
+    fill(result(frame, 0) + 2 * done * width, (int32_at(sizes, TOKENS) - done) * width // 2, 0.0)
 
 
 @compiled
 def _attend_tile(frame, sizes, row, token, count, position, first_head, heads):
     """Computes `count` tokens from `token` on, the first of which is at `position`, for `heads` key-value heads."""
-    group, head_dim = np.int64(sizes[GROUP]), np.int64(sizes[HEAD_DIM])
+    group, head_dim, window = int32_at(sizes, GROUP), int32_at(sizes, HEAD_DIM), int32_at(sizes, WINDOW)
     queries = count * group
-    padded = (queries + LANES - 1) // LANES * LANES
+    padded = (queries + LANES - 1) // LANES * 4 * LANES
     # A head's share of the scratch memory: outputs, totals, queries, exponents.
-    share = queries * (4 * head_dim + 4 * LANES + 2 * head_dim) + 4 * padded
-    scratch = ffi.allocate(heads * share + 4 * padded + MAX_ROWS * (2 * BLOCK + 64) + 4 * head_dim + 1024)
+    share = queries * (6 * head_dim + 4 * LANES) + padded
+    scratch = ffi.allocate(heads * share + padded + MAX_ROWS * 2 * BLOCK + 4 * head_dim + 1024)
     state = (scratch + 63) // 64 * 64
     places = state + heads * share
-    work = places + 4 * padded
-    place_of = ffi.array_at(places, queries, np.int32)
     for query in range(queries):
-        place_of[query] = position + query // group
+        set_int32(places, query, position + query // group)
     for head in range(heads):
         _begin_head(frame, sizes, token, queries, first_head + head, state + head * share)
-    window = np.int64(sizes[WINDOW])
     length, oldest = position + count, max(0, position - window + 1)
     for block in range(oldest // BLOCK * BLOCK, length, BLOCK):
         for head in range(heads):
-            _take_block(
-                frame, sizes, row, first_head + head, block, oldest, length, queries, state + head * share, places, work
-            )
+            begin, work = state + head * share, places + padded
+            _find_pages(frame, sizes, row, first_head + head, block, length, work)
+            _take_block(frame, sizes, block, oldest, length, queries, begin, places, work)
     for head in range(heads):
         _end_head(frame, sizes, token, queries, first_head + head, state + head * share)
     ffi.release(scratch)
@@ -127,121 +134,104 @@ def _attend_tile(frame, sizes, row, token, count, position, first_head, heads):
 @compiled
 def _begin_head(frame, sizes, token, queries, head, state):
     """Sets up a head's state and copies its queries side by side."""
-    kv_heads, group, head_dim = np.int64(sizes[KV_HEADS]), np.int64(sizes[GROUP]), np.int64(sizes[HEAD_DIM])
-    size = queries * (head_dim + LANES)
-    _fill(state, size, 0.0)
-    _fill(state + 4 * size + 2 * queries * head_dim, queries, _LOWEST_EXPONENT)
-    width = group * head_dim // 2  # in words of two
-    given = ffi.argument(frame, 1, np.int64(sizes[TOKENS]) * kv_heads * width, np.uint32)
-    kept = ffi.array_at(state + 4 * size, queries * head_dim // 2, np.uint32)
+    kv_heads, group, head_dim = int32_at(sizes, KV_HEADS), int32_at(sizes, GROUP), int32_at(sizes, HEAD_DIM)
+    size, width = 4 * queries * (head_dim + LANES), 2 * group * head_dim
+    fill(state, size // 4, 0.0)
+    fill(state + size + 2 * queries * head_dim, queries, _LOWEST_EXPONENT)
     for number in range(queries // group):
-        start = ((token + number) * kv_heads + head) * width
-        for place in range(width):
-            kept[number * width + place] = given[start + place]
+        given = argument(frame, 1) + ((token + number) * kv_heads + head) * width
+        copy_masked(given, state + size + number * width, width // (4 * LANES), -1)
 
 
 @compiled
-def _take_block(frame, sizes, row, head, block, oldest, length, queries, state, places, work):
+def _find_pages(frame, sizes, row, head, block, length, work):
+    """Writes where the keys and the values of each chunk of LANES positions of a block begin."""
+    kv_heads, head_dim, page_size = int32_at(sizes, KV_HEADS), int32_at(sizes, HEAD_DIM), int32_at(sizes, PAGE_SIZE)
+    table = argument(frame, 3) + 4 * row * int32_at(sizes, MAX_PAGES)
+    side = 2 * kv_heads * page_size * head_dim
+    pool = argument(frame, 2) + 2 * head * page_size * head_dim
+    for chunk in range(_CHUNKS):
+        position = block + chunk * LANES
+        page = 0  # what lies past a sequence's length is not read as a number
+        if position < length:
+            page = min(max(int32_at(table, position // page_size), 0), int32_at(sizes, NUM_PAGES) - 1)
+        place = pool + page * 2 * side
+        set_int64(work + _KEYS, chunk, place + 4 * (position % page_size))
+        set_int64(work + _VALUES, chunk, place + side + 2 * (position % page_size) * head_dim)
+
+
+@compiled
+def _take_block(frame, sizes, block, oldest, length, queries, state, places, work):
     """Takes a block of positions into the state of a head's queries."""
-    head_dim, page_size = np.int64(sizes[HEAD_DIM]), np.int64(sizes[PAGE_SIZE])
-    outs, totals = state, state + 4 * queries * head_dim
+    head_dim = int32_at(sizes, HEAD_DIM)
+    totals = state + 4 * queries * head_dim
     query = totals + 4 * LANES * queries
     exponents = query + 2 * queries * head_dim
-    weights, decays = work, work + 2 * BLOCK * MAX_ROWS
-    tables = decays + 64
-    keys, values = ffi.array_at(tables, _CHUNKS, np.int64), ffi.array_at(tables + 64, _CHUNKS, np.int64)
-    _find_pages(frame, sizes, row, head, block, length, keys, values)
-    scale = ffi.argument(frame, 6, 1, np.float32)[0]
+    scale = float32_at(argument(frame, 6), 0)
     first, last = max(oldest - block, 0), min(length - block, BLOCK)
     done = 0
     while done < queries:
-        left = queries - done
-        some = (left + (left + MAX_ROWS - 1) // MAX_ROWS - 1) // ((left + MAX_ROWS - 1) // MAX_ROWS)
+        calls = (queries - done + MAX_ROWS - 1) // MAX_ROWS
+        rows = (queries - done + calls - 1) // calls
         vectors.weigh(
-            some,
+            rows,
             query + 2 * done * head_dim,
             head_dim // 2,
-            tables,
-            4 * page_size,
+            work + _KEYS,
+            4 * int32_at(sizes, PAGE_SIZE),
             block,
             places + 4 * done,
-            np.int64(sizes[WINDOW]),
+            int32_at(sizes, WINDOW),
             scale,
             exponents + 4 * done,
             totals + 4 * LANES * done,
-            decays,
-            weights,
+            work + _DECAYS,
+            work + _WEIGHTS,
         )
-        _gather_seen(some, outs + 4 * done * head_dim, head_dim, weights, decays, tables + 64, first, last)
-        done += some
+        _gather_seen(rows, state + 4 * done * head_dim, head_dim, work, first, last)
+        done += rows
 
 
 @compiled
-def _gather_seen(rows, out, head_dim, weights, decays, values, first, last):
+def _gather_seen(rows, out, head_dim, work, first, last):
     """Gathers the values from place `first` of the block to `last`; no other is read as a number."""
     pair, end = first // 2, last // 2
     if first % 2:
-        _gather_masked(rows, out, head_dim, weights, decays, values, pair, -65536)
+        _gather_masked(rows, out, head_dim, work, pair, -65536 * (first % 2))
         pair += 1
     if end > pair:
-        _gather(rows, out, head_dim, weights, decays, values, pair, end - pair)
+        _gather(rows, out, head_dim, work + _WEIGHTS, work + _DECAYS, work + _VALUES, pair, end - pair)
     if last % 2 and end >= pair:
-        _gather_masked(rows, out, head_dim, weights, decays, values, end, 65535)
+        _gather_masked(rows, out, head_dim, work, end, 65535 * (last % 2))
 
 
 @compiled
-def _gather_masked(rows, out, head_dim, weights, decays, values, pair, mask):
+def _gather_masked(rows, out, head_dim, work, pair, mask):
     """Gathers a pair of positions of which one counts: the other may hold what is no number."""
-    table = values + 64
-    pairs = table + 64
-    chunk, inside = pair // (LANES // 2), pair % (LANES // 2)
-    base = ffi.array_at(values, _CHUNKS, np.int64)[chunk] + inside * 4 * head_dim
-    held, kept = ffi.array_at(base, head_dim, np.int32), ffi.array_at(pairs, head_dim, np.int32)
-    for lane in range(head_dim):
-        kept[lane] = held[lane] & mask
-    ffi.array_at(table, _CHUNKS, np.int64)[chunk] = pairs - inside * 4 * head_dim
-    _gather(rows, out, head_dim, weights, decays, table, pair, 1)
-
-
-@compiled
-def _find_pages(frame, sizes, row, head, block, length, keys, values):
-    """Writes where the keys and values of each chunk of LANES positions of a block begin."""
-    kv_heads, head_dim, page_size = np.int64(sizes[KV_HEADS]), np.int64(sizes[HEAD_DIM]), np.int64(sizes[PAGE_SIZE])
-    max_pages = np.int64(sizes[MAX_PAGES])
-    table = ffi.argument(frame, 3, np.int64(sizes[ROWS]) * max_pages, np.int32)
-    side = 2 * kv_heads * page_size * head_dim
-    pool = ffi.address_of(ffi.argument(frame, 2, 1, np.uint16)) + 2 * head * page_size * head_dim
-    for chunk in range(_CHUNKS):
-        position = block + chunk * LANES
-        page = np.int64(0)  # what lies past a sequence's length is not read as a number
-        if position < length:
-            page = min(max(np.int64(table[row * max_pages + position // page_size]), 0), np.int64(sizes[NUM_PAGES]) - 1)
-        place = pool + page * 2 * side
-        keys[chunk] = place + 4 * (position % page_size)
-        values[chunk] = place + side + 2 * (position % page_size) * head_dim
+    chunk, inside = pair // (LANES // 2), pair % (LANES // 2) * 4 * head_dim
+    copy_masked(int64_at(work + _VALUES, chunk) + inside, work + _PAIR, head_dim // LANES, mask)
+    set_int64(work + _MASKED, chunk, work + _PAIR - inside)
+    _gather(rows, out, head_dim, work + _WEIGHTS, work + _DECAYS, work + _MASKED, pair, np.int64(1))
 
 
 @compiled
 def _end_head(frame, sizes, token, queries, head, state):
     """Writes a head's outputs."""
-    kv_heads, group, head_dim = np.int64(sizes[KV_HEADS]), np.int64(sizes[GROUP]), np.int64(sizes[HEAD_DIM])
-    outs, totals = state, ffi.array_at(state + 4 * queries * head_dim, queries * LANES, np.float32)
-    exponents = ffi.array_at(state + queries * (6 * head_dim + 4 * LANES), queries, np.float32)
-    sinks = ffi.argument(frame, 7, kv_heads * group, np.float32)
-    written = ffi.address_of(ffi.result(frame, 0, 1, np.uint16))
+    kv_heads, group, head_dim = int32_at(sizes, KV_HEADS), int32_at(sizes, GROUP), int32_at(sizes, HEAD_DIM)
+    totals, exponents = state + 4 * queries * head_dim, state + queries * (6 * head_dim + 4 * LANES)
     for query in range(queries):
+        member = head * group + query % group
         total = np.float32(0)
         for lane in range(LANES):
-            total += totals[query * LANES + lane]
-        sink = sinks[head * group + query % group] * np.float32(_LOG2_E)
-        if sink > -math.inf:
+            total += float32_at(totals, query * LANES + lane)
+        out, decay = state + 4 * query * head_dim, np.float32(1)
+        sink = float32_at(argument(frame, 7), member) * np.float32(_LOG2_E)
+        if sink > -np.inf:
             # One more score, whose value is 0.
-            raised = max(exponents[query], np.float32(math.ceil(sink)))
-            decay = np.float32(2.0 ** (exponents[query] - raised))
+            exponent = float32_at(exponents, query)
+            raised = max(exponent, np.float32(math.ceil(sink)))
+            decay = np.float32(2.0 ** (exponent - raised))
             total = total * decay + np.float32(2.0 ** (sink - raised))
-            out = ffi.array_at(outs + 4 * query * head_dim, head_dim, np.float32)
-            for lane in range(head_dim):
-                out[lane] *= decay
-        number = (token + query // group) * kv_heads * group + head * group + query % group
+        written = result(frame, 0) + 2 * head_dim * ((token + query // group) * kv_heads * group + member)
         for lane in range(0, head_dim, 2 * LANES):
-            vectors.round_lanes(outs + 4 * (query * head_dim + lane), total, written + 2 * (number * head_dim + lane))
+            vectors.round_lanes(out + 4 * lane, decay, total, written + 2 * lane)

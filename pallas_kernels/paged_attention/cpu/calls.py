@@ -6,18 +6,18 @@ which order a page holds them, so pools are only to be read by the functions her
 """
 
 import functools
+import threading
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from llvmlite import binding
 from numba import cfunc, njit, types
 
-from pallas_kernels.cpu import ffi
+from pallas_kernels.cpu import features, ffi
 from pallas_kernels.paged_attention.cast import encode
 from pallas_kernels.paged_attention.cpu import attend, vectors, write
-from pallas_kernels.paged_attention.cpu.vectors import LANES
+from pallas_kernels.paged_attention.cpu.emitter import LANES
 from pallas_kernels.paged_attention.pool import new_pool, value_dtype
 from pallas_kernels.paged_attention.spec import AttentionSpec, Use
 
@@ -40,21 +40,32 @@ def _name(target: str) -> str:
     return f"jaxserve_paged_attention_{target}_{_VERSION}"
 
 
-@functools.cache
 def register() -> None:
-    """Compiles the kernels and makes them known to XLA; needed before a program with them is compiled or loaded."""
-    vectors.compile_functions()
+    """Compiles the kernels and makes them known to XLA, once a process.
+
+    Needed before a program with them is compiled or loaded. Threads may call it at once.
+    """
     for target, (num_items, work) in _TARGETS.items():
-        _HANDLERS[target] = ffi.target(num_items, _outlined(work))
-        ffi.register(_name(target), _HANDLERS[target])
+        ffi.register(_name(target), num_items, _outlined(work))
 
 
-_HANDLERS = {}
+_LOCK = threading.Lock()
+_OUTLINED: dict[Any, tuple[Any, Any]] = {}
+"""What `_outlined` made, kept from being freed."""
 
 
 def _outlined(work: Any) -> Any:
-    """`work` behind a pointer, where LLVM does not optimise it again with each of its callers."""
-    function = cfunc(types.void(types.int64, types.int64))(work.py_func).ctypes
+    """The njit function that does `work` behind a pointer, where it is not optimised again with each of its callers."""
+    with _LOCK:
+        if work not in _OUTLINED:
+            vectors.compile_functions()
+            function = cfunc(types.void(types.int64, types.int64), error_model="numpy")(work.py_func)
+            _OUTLINED[work] = function, _calling(function.ctypes)
+        return _OUTLINED[work][1]
+
+
+def _calling(function: Any) -> Any:
+    """The njit function that calls a C function of a call frame and an item."""
 
     @njit
     def call(frame, item):
@@ -77,7 +88,7 @@ def _check_sizes(stored: jnp.dtype, page_size: int, head_dim: int) -> None:
         raise ValueError(f"page_size is {page_size}; 'cpu' takes at least {LANES}: raise it or choose 'xla'")
     if head_dim % (2 * LANES):
         raise ValueError(f"head_dim is {head_dim}; 'cpu' takes multiples of {2 * LANES}: choose 'xla'")
-    if not binding.get_host_cpu_features().get("avx512bf16", False):
+    if not features.has("avx512_bf16"):
         raise ValueError("this CPU has no avx512_bf16, which 'cpu' needs: choose 'xla'")
 
 
