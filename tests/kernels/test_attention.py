@@ -151,6 +151,24 @@ def test_agrees_with_sums_written_out(implementation: str, shape: Shape):
         np.testing.assert_allclose(out, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        for_cpu(2, 1, 64),
+        for_cpu(1, 2, 32, page_size=32, sinks=True),
+        for_cpu(1, 5, 96, page_size=64, sliding_window=20),
+        for_cpu(1, 8, 128, page_size=128),
+    ],
+)
+def test_cpu_agrees_with_sums_written_out(shape: Shape):
+    memory = Memory(shape, [5, 140, 33], 3)
+    items = [Work(0, 0, 5), Work(1, 139, 140), Work(2, 20, 33)]
+    for item, out in zip(items, memory.attend(items), strict=False):
+        wanted = np.array([_by_hand(memory, item, position) for position in range(item.start, item.stop)])
+        # Weights and the result keep 8 bits; values are of the order of 4.
+        np.testing.assert_allclose(out.astype(np.float64), wanted, atol=2.0**-5, rtol=2.0**-7)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_one_position_returns_its_value(dtype: str):
     memory = Memory(Shape(2, 2, 40, dtype=dtype), [1] * 8, 0)

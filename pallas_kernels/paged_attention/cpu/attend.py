@@ -31,7 +31,6 @@ from pallas_kernels.paged_attention.cpu.vectors import BLOCK, MAX_ROWS, compiled
 
 # What argument 0 of a call holds, int32.
 (TOKENS, ROWS, KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, MAX_PAGES, NUM_PAGES, WINDOW, TILE, PARTS) = range(11)
-NUM_SIZES = 11
 
 # A window that no sequence is longer than.
 NO_WINDOW = 2**30

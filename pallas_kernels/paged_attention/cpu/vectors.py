@@ -1,7 +1,7 @@
 """Inner loops of attention and of the KV write on CPUs with AVX512_BF16, as LLVM's vector instructions.
 
-Each is an intrinsic of numba: it takes addresses and numbers as int64 and emits straight code and one loop. Nothing is
-reassociated or contracted, so the order of every sum is the one written here.
+They take addresses and numbers as int64. Nothing is reassociated or contracted, so the order of every sum is the one
+written here.
 """
 
 # numba reads these functions itself; pyright knows neither its types nor its intrinsics.
@@ -252,23 +252,3 @@ def round_lanes(typingctx, x, factor, divisor, out):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32, types.float32, types.int64), codegen
-
-
-@intrinsic
-def prefetch(typingctx, address, lines):
-    """Asks for cache lines from an address on, at least one."""
-
-    def codegen(context, builder, signature, args):
-        emitter = Emitter(builder)
-        pointer = ir.IntType(8).as_pointer()
-        function = emitter.function("llvm.prefetch.p0", ir.VoidType(), pointer, INT, INT, INT)
-
-        def one(index: Any, values: list[Any]) -> list[Any]:
-            place = builder.add(args[0], builder.shl(index, WORD(6)))
-            builder.call(function, [builder.inttoptr(place, pointer), INT(0), INT(3), INT(1)])
-            return values
-
-        emitter.loop(args[1], [], one)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen

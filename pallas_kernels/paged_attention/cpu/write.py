@@ -15,7 +15,7 @@ from pallas_kernels.paged_attention.cpu.memory import argument, int32_at, result
 from pallas_kernels.paged_attention.cpu.vectors import compiled
 
 # What argument 0 of a call holds, int32.
-TOKENS, KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, NUM_PAGES, NUM_SIZES = range(7)
+TOKENS, KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, NUM_PAGES = range(6)
 
 # Tokens of an item.
 _TOKENS_TOGETHER = 8
