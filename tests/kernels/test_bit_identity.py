@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.kernels.packing import Memory, Shape, Work, bits, for_cpu
 
 LENGTHS = [150, 3, 129, 64, 301, 17, 128]
-BUCKETS = [(512, 8), (64, 17), (10, 5), (1, 1)]
+BUCKETS = [(512, 8), (64, 17), (10, 5), (1, 1), (32, 40)]
 SHAPES = [
     Shape(2, 2, 40, rows=8, max_len=301),
     Shape(4, 3, 64, dtype="bfloat16", max_len=301),

@@ -35,6 +35,10 @@ _TARGETS = {
 # Queries of a tile of a longer chunk of tokens: enough to make reading keys and values cheap.
 _TILE_QUERIES = 48
 
+# Rows of a step of decodes from which on a work item takes all heads of a row, whose keys and values it then reads from
+# the first byte of a page to the last; with fewer, an item takes one head, so that there are items for all threads.
+_ROWS_TO_SHARE = 32
+
 
 def _name(target: str) -> str:
     return f"jaxserve_paged_attention_{target}_{_VERSION}"
@@ -153,9 +157,10 @@ def paged_attention(
         raise ValueError(f"soft_cap is {spec.soft_cap}; 'cpu' takes none: choose 'xla'")
     register()
     num_tokens, num_kv_heads, group_heads, head_dim = q.shape
+    num_rows = page_table.shape[0]
     sizes = {
         attend.TOKENS: num_tokens,
-        attend.ROWS: page_table.shape[0],
+        attend.ROWS: num_rows,
         attend.KV_HEADS: num_kv_heads,
         attend.GROUP: group_heads,
         attend.HEAD_DIM: head_dim,
@@ -164,7 +169,7 @@ def paged_attention(
         attend.NUM_PAGES: pool.shape[0],
         attend.WINDOW: min(spec.sliding_window or attend.NO_WINDOW, attend.NO_WINDOW),
         attend.TILE: max(1, _TILE_QUERIES // group_heads),
-        attend.PARTS: num_kv_heads,
+        attend.PARTS: 1 if num_tokens <= num_rows and num_rows >= _ROWS_TO_SHARE else num_kv_heads,
     }
     if sinks is None:
         sinks = jnp.full((num_kv_heads, group_heads), -jnp.inf, jnp.float32)
