@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from jaxserve.runner.aot.program_cache import ProgramCache
 from jaxserve.runner.compiler import ProgramMemory, ProgramSet, compile_program, fresh_compilations, program_memory
-from jaxserve.runner.memory import ProgramNeeds, largest_keys
+from jaxserve.runner.memory import ProgramNeeds, largest_keys, loaded
 from jaxserve.runner.programs import ProgramKey, Shapes, program_keys
 
 PROGRESS_SECONDS = 5.0
@@ -137,7 +137,8 @@ class SetBuilder:
         for key in longest_first(program_keys(shapes)):
             if key.kind == "sample":
                 self.ask(key, shapes)
-        return ProgramNeeds.from_largest({key: future.result()[1] for key, future in largest.items()}, shapes)
+        needs = ProgramNeeds.from_largest({key: future.result()[1] for key, future in largest.items()}, shapes)
+        return loaded(needs, shapes, self.mesh)
 
     def build(self, shapes: Shapes) -> ProgramSet:
         """The closed set of `shapes`. The first program that cannot be compiled ends it with its error."""

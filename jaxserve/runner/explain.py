@@ -21,7 +21,7 @@ from jaxserve.config import CacheConfig, EngineConfig
 from jaxserve.runner.aot.plugin import PluginMissingError
 from jaxserve.runner.compiler import ProgramMemory, compile_program, program_memory
 from jaxserve.runner.estimate import temporary_bytes
-from jaxserve.runner.memory import DeviceMemory, MemoryPlan, ProgramNeeds, largest_keys, plan_pool
+from jaxserve.runner.memory import DeviceMemory, MemoryPlan, ProgramNeeds, largest_keys, loaded, plan_pool
 from jaxserve.runner.programs import Shapes, program_keys, trace
 from jaxserve.runner.resolve import resolve_shapes
 from jaxserve.runner.roofline import DecodeStep, decode_step
@@ -188,7 +188,8 @@ def _compile(shapes: Shapes, target: Target, workers: int) -> _Needs:
         found[key] = program_memory(compile_program(key, shapes, mesh))
         seconds += (time.perf_counter() - start) * counts[key.kind]
     source = f"{seconds / sum(counts.values()):.1f} s for each program, measured now with the largest of each kind"
-    return _Needs(ProgramNeeds.from_largest(found, shapes), seconds / workers, source, "")
+    needs = loaded(ProgramNeeds.from_largest(found, shapes), shapes, mesh)
+    return _Needs(needs, seconds / workers, source, "")
 
 
 def _estimate(shapes: Shapes, seconds: float, reason: str) -> _Needs:

@@ -28,6 +28,7 @@ from jaxserve.runner.memory import (
     ProgramNeeds,
     check_available,
     claim_memory,
+    loaded,
     local_memory,
     plan_memory,
     plan_pool,
@@ -194,7 +195,7 @@ def _build(config: EngineConfig, shapes: Shapes, memory: DeviceMemory, builder: 
             shapes = dataclasses.replace(shapes, num_pages=plan.num_pages)
             with phases.phase("programs"):
                 programs = builder.build(shapes)
-            needs = ProgramNeeds.of(programs.memory.values())
+            needs = loaded(ProgramNeeds.of(programs.memory.values()), shapes, mesh)
             found = plan_memory(shapes, mesh, memory, needs)
             if found.fits or explicit:
                 break
@@ -216,7 +217,8 @@ def _load_bundle(
         loading = loader.submit(_weights, config, shapes, mesh, phases)
         with phases.phase("programs"):
             programs = bundle.load(shapes, mesh, checked=True)
-        found = plan_memory(shapes, mesh, memory, ProgramNeeds.of(programs.memory.values()))
+        needs = loaded(ProgramNeeds.of(programs.memory.values()), shapes, mesh)
+        found = plan_memory(shapes, mesh, memory, needs)
         found.check()
         return _Made(shapes, programs, *loading.result(), found)
 

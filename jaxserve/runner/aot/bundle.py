@@ -51,6 +51,7 @@ _SOURCES = (
     "jaxserve/request.py",
     "jaxserve/runner/compiler.py",
     "jaxserve/runner/layout.py",
+    "jaxserve/runner/noise.py",
     "jaxserve/runner/programs.py",
     "jaxserve/runner/sampler.py",
     "jaxserve/runner/slots.py",
