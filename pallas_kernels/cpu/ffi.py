@@ -20,9 +20,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 # Places in the structs of c_api.h, in words of 8 bytes.
-_FRAME_EXTENSION, _FRAME_API, _FRAME_CONTEXT, _FRAME_ARGUMENTS, _FRAME_RESULTS = 1, 2, 3, 9, 14
+_FRAME_EXTENSION, _FRAME_API, _FRAME_CONTEXT, FRAME_ARGUMENTS, FRAME_RESULTS = 1, 2, 3, 9, 14
 _API_SCHEDULE, _API_NUM_THREADS = 17, 18
-_BUFFER_DATA = 3
+BUFFER_DATA = 3
 _EXTENSION_METADATA = 3
 _METADATA_VERSION, _API_VERSION = 3, 4
 
@@ -68,15 +68,15 @@ def _view(context: Any, builder: Any, kind: Any, address: Any, size: Any) -> Any
 @njit
 def argument(frame, number, size, dtype):
     """Argument `number` of a call as a flat array."""
-    buffers = words_at(words_at(frame)[_FRAME_ARGUMENTS])
-    return array_at(words_at(buffers[number])[_BUFFER_DATA], size, dtype)
+    buffers = words_at(words_at(frame)[FRAME_ARGUMENTS])
+    return array_at(words_at(buffers[number])[BUFFER_DATA], size, dtype)
 
 
 @njit
 def result(frame, number, size, dtype):
     """Result `number` of a call as a flat array."""
-    buffers = words_at(words_at(frame)[_FRAME_RESULTS])
-    return array_at(words_at(buffers[number])[_BUFFER_DATA], size, dtype)
+    buffers = words_at(words_at(frame)[FRAME_RESULTS])
+    return array_at(words_at(buffers[number])[BUFFER_DATA], size, dtype)
 
 
 @njit

@@ -19,12 +19,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pallas_kernels.cpu import features, ffi, simd
+from pallas_kernels.cpu import features, ffi
+from pallas_kernels.cpu.emitter import INT, INTS, WORD, Emitter
 
 ROWS = 8
 """Rows computed together; fewer are filled up with zeros."""
@@ -90,31 +89,16 @@ def _call(name: str, x: jax.Array, packed: jax.Array, k: int, columns: int, dtyp
     return jax.ffi.ffi_call(name, result)(np.array([filled, k, columns], np.int32), x, packed)[:rows]
 
 
-class _BFloat(ir.Type):
-    """LLVM's bfloat, which llvmlite does not name."""
-
-    intrinsic_name = "bf16"
-
-    def _to_string(self):
-        return "bfloat"
-
-    def __eq__(self, other):
-        return isinstance(other, _BFloat)
-
-    def __hash__(self):
-        return hash(_BFloat)
-
-
 @intrinsic
 def multiply_panel(typingctx, x, x_stride, weights, pairs, out, out_stride):
     """ROWS rows of x times one panel of weights, into out. All are addresses, strides are bytes a row, pairs is half
     the length of the contracted axis. x is bfloat16, out float32; out takes all PANEL columns."""
 
     def codegen(context, builder, signature, args):
-        for place, sums in zip(*_multiply(builder, *args), strict=True):
+        emit = Emitter(builder)
+        for place, sums in _multiply(emit, *args):
             for part, values in enumerate(sums):
-                target = builder.inttoptr(builder.add(place, _WORD(64 * part)), values.type.as_pointer())
-                builder.store(values, target, align=4)
+                emit.store(values, emit.at(place, 64 * part))
         return context.get_dummy_value()
 
     return types.void(*(types.int64,) * 6), codegen
@@ -122,62 +106,35 @@ def multiply_panel(typingctx, x, x_stride, weights, pairs, out, out_stride):
 
 @intrinsic
 def gate_panel(typingctx, x, x_stride, weights, pairs, out, out_stride):
-    """As `multiply_panel` for a panel of 16 columns of the gate and 16 of up: silu(gate) * up as bfloat16 into out,
-    which takes PANEL / 2 columns."""
+    """As `multiply_panel` for a panel of 16 columns of the gate and the same 16 of up: silu(gate) * up as bfloat16 into
+    out, which takes PANEL / 2 columns."""
 
     def codegen(context, builder, signature, args):
-        for place, (gate, up) in zip(*_multiply(builder, *args), strict=True):
-            values = simd.bfloat16_vector(builder, builder.fmul(simd.silu_vector(builder, gate), up))
-            builder.store(values, builder.inttoptr(place, values.type.as_pointer()), align=2)
+        emit = Emitter(builder)
+        for place, (gate, up) in _multiply(emit, *args):
+            values = builder.fmul(emit.silu(gate), up)
+            emit.store(emit.half(emit.to_bfloat(values, values)), place)
         return context.get_dummy_value()
 
     return types.void(*(types.int64,) * 6), codegen
 
 
-_WORD = ir.IntType(64)
+def _multiply(emit, x, x_step, weights, count, out, out_step):
+    """Emits the loop over pairs: for each row its address in out and its sums, two vectors."""
+    builder = emit.builder
 
+    def add_pair(index, sums):
+        base = emit.at(weights, builder.mul(index, WORD(PANEL * 4)))
+        columns = [emit.load(emit.at(base, 64 * part), INTS, 64) for part in range(2)]
+        new = []
+        for row in range(ROWS):
+            place = emit.at(x, builder.add(builder.mul(x_step, WORD(row)), builder.mul(index, WORD(4))))
+            pair = emit.splat(emit.load(place, INT, 4))
+            new += [emit.dot(sums[2 * row + part], pair, columns[part]) for part in range(2)]
+        return new
 
-def _multiply(builder, x, x_step, weights, count, out, out_step):
-    """Emits the loop over pairs; returns the ROWS addresses in out and, for each, the sums of its row: two vectors."""
-    single, pair_of = ir.FloatType(), ir.IntType(32)
-    accumulator, operand, broadcast = (
-        ir.VectorType(single, 16),
-        ir.VectorType(_BFloat(), 32),
-        ir.VectorType(pair_of, 16),
-    )
-    dot = cgutils.get_or_insert_function(
-        builder.module,
-        ir.FunctionType(accumulator, [accumulator, operand, operand]),
-        "llvm.x86.avx512bf16.dpbf16ps.512",
-    )
-    before, loop, after = builder.block, builder.append_basic_block("pairs"), builder.append_basic_block("pairs.end")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    index = builder.phi(_WORD)
-    sums = [[builder.phi(accumulator) for _ in range(2)] for _ in range(ROWS)]
-    base = builder.add(weights, builder.mul(index, _WORD(PANEL * 4)))
-    columns = [
-        builder.load(builder.inttoptr(builder.add(base, _WORD(64 * part)), operand.as_pointer()), align=64)
-        for part in range(2)
-    ]
-    new = []
-    for row in range(ROWS):
-        place = builder.add(x, builder.add(builder.mul(x_step, _WORD(row)), builder.mul(index, _WORD(4))))
-        pair = builder.load(builder.inttoptr(place, pair_of.as_pointer()), align=4)
-        lanes = builder.insert_element(ir.Constant(broadcast, ir.Undefined), pair, pair_of(0))
-        lanes = builder.shuffle_vector(lanes, ir.Constant(broadcast, ir.Undefined), ir.Constant(broadcast, None))
-        lanes = builder.bitcast(lanes, operand)
-        new.append([builder.call(dot, [sums[row][part], lanes, columns[part]]) for part in range(2)])
-    following = builder.add(index, _WORD(1))
-    index.add_incoming(_WORD(0), before)
-    index.add_incoming(following, loop)
-    for row in range(ROWS):
-        for part in range(2):
-            sums[row][part].add_incoming(ir.Constant(accumulator, None), before)
-            sums[row][part].add_incoming(new[row][part], loop)
-    builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
-    builder.position_at_end(after)
-    return [builder.add(out, builder.mul(out_step, _WORD(row))) for row in range(ROWS)], new
+    sums = emit.loop(count, [emit.constant(0.0)] * (2 * ROWS), add_pair)
+    return [(emit.at(out, builder.mul(out_step, WORD(row))), sums[2 * row : 2 * row + 2]) for row in range(ROWS)]
 
 
 @njit

@@ -14,8 +14,8 @@ import math
 import numpy as np
 
 from pallas_kernels.cpu import ffi
+from pallas_kernels.cpu.emitter import LANES
 from pallas_kernels.paged_attention.cpu import vectors
-from pallas_kernels.paged_attention.cpu.emitter import LANES
 from pallas_kernels.paged_attention.cpu.memory import (
     argument,
     copy_masked,

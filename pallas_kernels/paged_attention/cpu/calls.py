@@ -15,9 +15,9 @@ import numpy as np
 from numba import cfunc, njit, types
 
 from pallas_kernels.cpu import features, ffi
+from pallas_kernels.cpu.emitter import LANES
 from pallas_kernels.paged_attention.cast import encode
 from pallas_kernels.paged_attention.cpu import attend, vectors, write
-from pallas_kernels.paged_attention.cpu.emitter import LANES
 from pallas_kernels.paged_attention.pool import new_pool, value_dtype
 from pallas_kernels.paged_attention.spec import AttentionSpec, Use
 

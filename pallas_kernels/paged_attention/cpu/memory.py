@@ -15,7 +15,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from pallas_kernels.cpu import ffi
-from pallas_kernels.paged_attention.cpu.emitter import INT, LANES, SINGLE, WORD, Emitter
+from pallas_kernels.cpu.emitter import INT, LANES, SINGLE, WORD, Emitter
 
 
 def _place(builder: Any, address: Any, index: Any, size: int) -> Any:
@@ -133,7 +133,7 @@ def _buffer(place: int) -> Any:
         frame, number = args
         buffers = emitter.load(emitter.at(frame, 8 * place), WORD, 8)
         buffer = emitter.load(_place(builder, buffers, number, 8), WORD, 8)
-        return emitter.load(emitter.at(buffer, 8 * ffi._BUFFER_DATA), WORD, 8)
+        return emitter.load(emitter.at(buffer, 8 * ffi.BUFFER_DATA), WORD, 8)
 
     return codegen
 
@@ -141,10 +141,10 @@ def _buffer(place: int) -> Any:
 @intrinsic
 def argument(typingctx, frame, number):
     """The address of an argument's first element."""
-    return types.int64(types.int64, types.int64), _buffer(ffi._FRAME_ARGUMENTS)
+    return types.int64(types.int64, types.int64), _buffer(ffi.FRAME_ARGUMENTS)
 
 
 @intrinsic
 def result(typingctx, frame, number):
     """The address of a result's first element."""
-    return types.int64(types.int64, types.int64), _buffer(ffi._FRAME_RESULTS)
+    return types.int64(types.int64, types.int64), _buffer(ffi.FRAME_RESULTS)

@@ -9,8 +9,8 @@
 from __future__ import annotations
 
 from pallas_kernels.cpu import ffi
+from pallas_kernels.cpu.emitter import LANES
 from pallas_kernels.paged_attention.cpu import vectors
-from pallas_kernels.paged_attention.cpu.emitter import LANES
 from pallas_kernels.paged_attention.cpu.memory import argument, int32_at, result, set_int16, set_int32
 from pallas_kernels.paged_attention.cpu.vectors import compiled
 

@@ -100,7 +100,7 @@ class Emitter:
         return self.builder.extract_element(vector, INT(0))
 
     def exp2(self, x: Any) -> Any:
-        """2^x for x up to 0; 0 from 2^-150 on, minus infinity included."""
+        """2^x; 0 below 2^-149, minus infinity included, and infinity from 2^128 on."""
         least = self.constant(_LEAST_EXPONENT)
         x = self.builder.select(self.builder.fcmp_ordered("<", x, least), least, x)
         whole = self.call("llvm.rint.v16f32", FLOATS, x)
@@ -111,6 +111,11 @@ class Emitter:
         all_lanes, as_set = ir.IntType(16)(-1), INT(4)
         return self.call("llvm.x86.avx512.mask.scalef.ps.512", FLOATS, power, whole, power, all_lanes, as_set)
 
+    def silu(self, x: Any) -> Any:
+        """x / (1 + e^-x)."""
+        power = self.exp2(self.builder.fmul(x, self.constant(-math.log2(math.e))))
+        return self.builder.fdiv(x, self.builder.fadd(self.constant(1.0), power))
+
     def power_of_two(self, exponent: Any) -> Any:
         """2^exponent for an integer of at most 0 held as float32; 0 below the range of normal numbers."""
         exponent = self.larger(exponent, ir.Constant(SINGLE, -127.0))
@@ -120,6 +125,11 @@ class Emitter:
     def to_bfloat(self, low: Any, high: Any) -> Any:
         """Two vectors rounded to the nearest bfloat16 (ties to even), side by side."""
         return self.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", _BFLOATS, high, low)
+
+    def half(self, pairs: Any) -> Any:
+        """The first LANES of a vector of 2 * LANES."""
+        mask = ir.Constant(INTS, list(range(LANES)))
+        return self.builder.shuffle_vector(pairs, ir.Constant(pairs.type, ir.Undefined), mask)
 
     def loop(self, count: Any, initial: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
         """Runs body(index, values) for each index below count, at least once; the values it ends with."""
