@@ -1,0 +1,102 @@
+"""The model over the kernels for CPUs: packed products and pages read where they lie, in the programs of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.request import EngineRequest
+from jaxserve.runner.model_runner import ModelRunner
+from jaxserve.scheduler import Scheduler
+from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.page_pool import PagePool
+from models.attention import AttentionSettings, dense_attend
+from models.config import ModelConfig
+from models.params import bind, make_mesh, products_for, random_params
+from pallas_kernels.cpu import linear
+
+pytestmark = pytest.mark.skipif(
+    not linear.runs_here(), reason="this CPU has no AVX512_BF16, or it has AMX, which XLA's dots use"
+)
+
+MODEL = ModelConfig("LlamaForCausalLM", 96, 64, 96, 2, 4, 2, 32, 256)
+CONFIG = EngineConfig(
+    architecture=MODEL,
+    load_format="dummy",
+    dtype="bfloat16",
+    scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64),
+    cache=CacheConfig(num_pages=48),
+    max_model_len=128,
+    seed=5,
+)
+
+
+@pytest.fixture(scope="module")
+def runner() -> ModelRunner:
+    return ModelRunner(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[EngineRequest]:
+    rng = np.random.default_rng(1)
+    return [
+        EngineRequest(
+            f"r{i}",
+            tuple(int(token) for token in rng.integers(0, 96, length)),
+            max_tokens=24,
+            temperature=0.0 if i % 2 else 1.0,
+            seed=i,
+        )
+        for i, length in enumerate((3, 70, 33, 1, 90, 16))
+    ]
+
+
+def run(
+    runner: ModelRunner, requests: list[EngineRequest], *, num_pages: int = 48, **limits: object
+) -> tuple[list[list[int]], int]:
+    """Tokens of the requests, batched, and how often one was preempted. Unwritten pages hold NaN."""
+    nan = jnp.full((), jnp.nan, jnp.bfloat16).view(jnp.uint16)
+    runner._pools = [jnp.full(pool.shape, nan, jnp.uint16).view(pool.dtype) for pool in runner._pools]
+    config = dataclasses.replace(CONFIG.scheduler, **limits)
+    scheduler = Scheduler(config, PagePool(num_pages, 16), Buckets.from_config(CONFIG, "cpu"))
+    sequences = [scheduler.add(request) for request in requests]
+    while scheduler.unfinished:
+        plan = scheduler.schedule()
+        assert plan is not None
+        scheduler.update(plan, runner.collect(runner.dispatch(plan)))
+    return [sequence.output_token_ids for sequence in sequences], scheduler.num_preemptions
+
+
+def test_the_kernels_are_chosen(runner):
+    assert runner.info.attention == "cpu"
+    assert products_for(MODEL, "bfloat16", make_mesh()).packed
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_num_batched_tokens": 16}, {"max_num_seqs": 3}])
+def test_tokens_are_those_of_each_request_alone(runner, requests, limits):
+    alone = [run(runner, [request])[0][0] for request in requests]
+    assert run(runner, requests, **limits)[0] == alone
+
+
+def test_tokens_survive_preemption(runner, requests):
+    tokens, preemptions = run(runner, requests, num_pages=12)
+    assert preemptions > 0
+    assert tokens == run(runner, requests)[0]
+
+
+def test_hidden_states_are_those_of_the_model_computed_densely(runner, requests):
+    prompt = requests[4].prompt_token_ids[:60]
+    run(runner, [dataclasses.replace(requests[4], prompt_token_ids=prompt, max_tokens=1)])
+    # The same weights in float32: what is left is the rounding of bfloat16 states, weights of attention and pages.
+    params = random_params(MODEL, "bfloat16", make_mesh(), CONFIG.seed)
+    model = bind(MODEL, params)
+    settings = AttentionSettings.of(MODEL)
+    tokens = jnp.asarray(prompt, jnp.int32)
+    hidden, _ = model(tokens, jnp.arange(60, dtype=jnp.int32), [None] * 2, dense_attend(settings))
+    got, expected = (np.asarray(array, np.float32) for array in (runner._hidden[:60], hidden))
+    assert np.abs(got - expected).max() < 2.0**-4 * np.abs(expected).max()
+    assert np.abs(got - expected).mean() < 2.0**-8 * np.abs(expected).max()
