@@ -89,17 +89,22 @@ def random_params(config: ModelConfig, dtype: Any, mesh: Mesh, seed: int) -> Par
     return tree
 
 
-def products_for(config: ModelConfig, dtype: Any, mesh: Mesh) -> Products:
-    """How layers with weights of `dtype` multiply on the devices of `mesh`; sums are float32 anyway.
+def packable(config: ModelConfig, dtype: Any) -> bool:
+    """Whether this machine's CPU has kernels that read weights of `dtype` in packed order."""
+    return lookup(config.architecture).packable(config, resolve_dtype(dtype))
+
+
+def products_for(dtype: Any, mesh: Mesh, *, packed: bool = False) -> Products:
+    """How layers with weights of `dtype`, `packed` or not, multiply on the devices of `mesh`; sums are float32 anyway.
 
     A GPU's matmul rounds in its epilogue, where it adds the residual too: float32 products would double what a step
     moves beside the weights, and XLA would then sum the residual stream anew from all layers' products in every norm.
-    XLA's CPU backend has no fast dot with a bfloat16 result; where the CPU has the instructions, bfloat16 weights are
-    packed (`pack_for`) and its dots are not used at all.
+    XLA's CPU backend has no fast dot with a bfloat16 result; with packed weights (`pack_for`, one device) its dots are
+    not used at all.
     """
     if mesh.devices.flat[0].platform != "cpu":
         return Products(resolve_dtype(dtype))
-    return Products(packed=mesh.size == 1 and lookup(config.architecture).packable(config, resolve_dtype(dtype)))
+    return Products(packed=packed and mesh.size == 1)
 
 
 def pack_for(config: ModelConfig, params: Params, products: Products) -> Params:

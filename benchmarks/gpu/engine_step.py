@@ -126,7 +126,7 @@ class Engine:
     def without_attention(self, tokens: int) -> tuple[Any, tuple[Any, ...]]:
         """The forward program less attention and KV write, and its arguments: the matrices, norms and activations."""
         shapes = self.shapes
-        products = products_for(shapes.model, shapes.dtype, self.mesh)
+        products = products_for(shapes.dtype, self.mesh)
 
         def attend(qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, dtype: Any) -> Any:
             # Keys and values take part, so that no column of the projection is left out.

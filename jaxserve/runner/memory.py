@@ -34,19 +34,23 @@ programs serialise to at most 2 MB."""
 
 @dataclasses.dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes of one device: all of it, and the share that may be used."""
+    """Bytes of one device: all of it, and the share that may be used.
+
+    drifts: they differ a little at every start, as what is available on a CPU does.
+    """
 
     total: int
     limit: int
+    drifts: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.limit <= self.total:
             raise ValueError(f"memory limit is {self.limit} bytes; it must be from 0 to the device's {self.total}")
 
     @classmethod
-    def share(cls, total: int, utilization: float) -> DeviceMemory:
+    def share(cls, total: int, utilization: float, *, drifts: bool = False) -> DeviceMemory:
         """`utilization` (0 to 1, CacheConfig.gpu_memory_utilization) of `total` bytes, rounded down."""
-        return cls(total, int(total * utilization))
+        return cls(total, int(total * utilization), drifts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +224,7 @@ def plan_pool(
             f"{device.limit} bytes that gpu_memory_utilization allows: raise it or kv_cache_memory_bytes, or lower "
             "max_num_batched_tokens"
         )
-    if cache.kv_cache_memory_bytes is None and mesh.devices.flat[0].platform == "cpu":
+    if cache.kv_cache_memory_bytes is None and device.drifts:
         room = _steady(room)
     num_pages = _most_addressable(shapes, mesh, min(room, pages_in_use(shapes)))
     plan = dataclasses.replace(probe, num_pages=num_pages)
@@ -299,7 +303,7 @@ def local_memory(mesh: Mesh, utilization: float) -> DeviceMemory:
     """
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
-        return DeviceMemory.share(available_memory(), utilization)
+        return DeviceMemory.share(available_memory(), utilization, drifts=True)
     limit = device.memory_stats()["bytes_limit"]
     return DeviceMemory(limit, limit)
 

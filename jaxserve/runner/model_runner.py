@@ -41,6 +41,7 @@ from jaxserve.runner.programs import (
     Weights,
     abstract_pools,
     abstract_state,
+    products_of,
     program_keys,
 )
 from jaxserve.runner.protocol import RunnerInfo
@@ -49,7 +50,7 @@ from jaxserve.runner.slots import Slots
 from jaxserve.scheduler.plan import NO_DECODES, StepPlan, StepResult
 from models.checkpoint import load, load_kv_scales
 from models.kv_scales import calibrate, placed
-from models.params import abstract_params, make_mesh, pack_for, products_for, random_params
+from models.params import abstract_params, make_mesh, pack_for, random_params
 from pallas_kernels.paged_attention import is_quantised
 
 _log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class ModelRunner:
         with phases.phase("shapes"):
             shapes = resolve_shapes(config, mesh.devices.flat[0].platform)
         with phases.phase("kernels"):
-            products_for(shapes.model, shapes.dtype, mesh).prepare()
+            products_of(shapes, mesh).prepare()
         if config.bundle is None:
             with SetBuilder(mesh, _cache(config, mesh), progress=progress) as builder:
                 made = _build(config, shapes, memory, builder, phases)
@@ -254,7 +255,7 @@ def _read_weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> tuple[Wei
         params = random_params(shapes.model, shapes.dtype, mesh, config.seed)
     else:
         params = load(str(config.model), shapes.model, shapes.dtype, mesh)
-    products = products_for(shapes.model, shapes.dtype, mesh)
+    products = products_of(shapes, mesh)
     scales, told = None, shapes.pool_dtype
     if quantised and stored is not None:
         scales, told = stored.of(shapes.pool_dtype), f"{told}, scales from the checkpoint"

@@ -37,6 +37,7 @@ from models.attention import (
 )
 from models.config import ModelConfig
 from models.params import abstract_params, bind, products_for
+from models.products import Products
 from pallas_kernels.paged_attention import IMPLEMENTATIONS, is_quantised, pool_spec
 
 NULL_SLOT = 0
@@ -70,6 +71,7 @@ class Shapes:
     """Everything that fixes the shapes of the programs.
 
     kv_cache_dtype: name of the dtype of keys and values in pages; None is `dtype`.
+    packed: weights are in the order that the CPU's kernels read.
     """
 
     model: ModelConfig
@@ -81,6 +83,7 @@ class Shapes:
     num_pages: int
     attention: str
     kv_cache_dtype: str | None = None
+    packed: bool = False
 
     @property
     def pool_dtype(self) -> str:
@@ -96,6 +99,11 @@ class Shapes:
         """The forward program that computes a step."""
         decode = plan.decode_only and IMPLEMENTATIONS[self.attention].decode_programs
         return ProgramKey("decode" if decode else "forward", plan.token_bucket)
+
+
+def products_of(shapes: Shapes, mesh: Mesh) -> Products:
+    """How the model's layers multiply by their weights."""
+    return products_for(shapes.dtype, mesh, packed=shapes.packed)
 
 
 def program_keys(shapes: Shapes) -> list[ProgramKey]:
@@ -210,7 +218,7 @@ def forward(
     token_ids = jnp.where(told < 0, slots.last_token[jnp.maximum(-1 - told, 0)], told)
     metadata = attention_metadata(fields, slots, shapes.page_size)
     attend = paged_attend(metadata, AttentionSettings.of(shapes.model), shapes.attention, mesh, decode_only=decode_only)
-    model = bind(shapes.model, weights.params, products_for(shapes.model, shapes.dtype, mesh))
+    model = bind(shapes.model, weights.params, products_of(shapes, mesh))
     computed, caches = model(token_ids, metadata.positions, layer_caches(pools, weights.kv_scales), attend)
     pools = [cache.pool for cache in caches]
     # Its place is always 0, but told by the host: XLA makes an update at a constant place an asynchronous copy, which
@@ -224,7 +232,7 @@ def sample_step(
 ) -> tuple[Slots, jax.Array]:
     """Draws the next token of each sampled row; the slots remember it for the forward program that follows."""
     fields = sample_layout(rows).read(vector)
-    model = bind(shapes.model, params, products_for(shapes.model, shapes.dtype, mesh))
+    model = bind(shapes.model, params, products_of(shapes, mesh))
     logits = model.logits(hidden[fields["token"]])
     ids = sample(logits, slots, fields["slot"], fields["position"], fields["suppress_stop"])
     last_token = slots.last_token.at[fields["slot"]].set(jnp.maximum(ids, 0), mode="drop")

@@ -11,6 +11,7 @@ from jaxserve.runner.layout import STOP_WIDTH
 from jaxserve.runner.programs import Shapes
 from jaxserve.scheduler.buckets import Buckets
 from models.config import ModelConfig
+from models.params import packable
 from pallas_kernels.paged_attention import Use, choose
 
 
@@ -44,6 +45,7 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
         max_model_len=max_model_len,
         page_size=config.cache.page_size,
         num_pages=2,
+        packed=platform == "cpu" and packable(model, dtype),
         attention=choose(platform, config.attention, use),
     )
 

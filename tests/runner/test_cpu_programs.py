@@ -16,7 +16,7 @@ from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.page_pool import PagePool
 from models.attention import AttentionSettings, dense_attend
 from models.config import ModelConfig
-from models.params import bind, make_mesh, products_for, random_params
+from models.params import bind, make_mesh, random_params
 from pallas_kernels.cpu import linear
 
 pytestmark = pytest.mark.skipif(
@@ -73,7 +73,7 @@ def run(
 
 def test_the_kernels_are_chosen(runner):
     assert runner.info.attention == "cpu"
-    assert products_for(MODEL, "bfloat16", make_mesh()).packed
+    assert runner._shapes.packed
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_num_batched_tokens": 16}, {"max_num_seqs": 3}])

@@ -145,7 +145,7 @@ def test_a_pool_that_no_longer_fits_when_the_programs_are_there(shapes, monkeypa
 
 def test_memory_of_this_machine(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
-    assert local_memory(make_mesh(), 0.25) == DeviceMemory(1000, 250)
+    assert local_memory(make_mesh(), 0.25) == DeviceMemory(1000, 250, drifts=True)
     gpu = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 900})
     mesh = types.SimpleNamespace(devices=np.array([gpu]))
     assert local_memory(mesh, 0.25) == DeviceMemory(900, 900), "the allocator was given its share at start"
