@@ -37,7 +37,7 @@ class WithPool:
     def __init__(self, runner: ModelRunner, num_pages: int):
         self._runner = runner
         self.info = dataclasses.replace(runner.info, num_pages=num_pages)
-        self.dispatch, self.collect = runner.dispatch, runner.collect
+        self.dispatch, self.done, self.collect = runner.dispatch, runner.done, runner.collect
 
     @property
     def num_compilations(self) -> int:

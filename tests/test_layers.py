@@ -43,7 +43,8 @@ def sources(*places: str) -> list[pathlib.Path]:
 @pytest.mark.parametrize(
     ("places", "allowed"),
     [
-        (("pallas_kernels",), {"jax", "numpy"}),
+        # numba and llvmlite compile the kernels for CPUs.
+        (("pallas_kernels",), {"jax", "numpy", "numba", "llvmlite"}),
         (("jaxserve/request.py", "jaxserve/config.py", "jaxserve/scheduler", "jaxserve/recorder.py"), {"numpy"}),
         (("jaxserve/runner/protocol.py", "jaxserve/runner/fake.py", "models/config.py"), {"numpy"}),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -102,11 +103,26 @@ def test_a_program_that_cannot_be_compiled_ends_the_set(monkeypatch):
     assert not compiler.asked
 
 
+def after_the_first_line(compile_program: Any, caplog: pytest.LogCaptureFixture) -> Any:
+    """A compiler whose last program is not ready before the log has said something."""
+    last = longest_first(program_keys(shapes_of()))[-1]
+
+    def compile_late(key: ProgramKey, *arguments: Any) -> Any:
+        end = time.monotonic() + 60
+        while key == last and not caplog.text and time.monotonic() < end:
+            time.sleep(0.001)
+        return compile_program(key, *arguments)
+
+    return compile_late
+
+
 def test_progress_is_logged_where_there_is_no_terminal(monkeypatch, caplog):
     Compiler(monkeypatch)
+    quick = build_set.compile_program
     monkeypatch.setattr(build_set, "PROGRESS_SECONDS", 0.0)
     for progress in (True, False):
         caplog.clear()
+        monkeypatch.setattr(build_set, "compile_program", after_the_first_line(quick, caplog) if progress else quick)
         with caplog.at_level(logging.INFO, "jaxserve"):
             with SetBuilder(make_mesh(), None, progress=progress) as builder:
                 builder.build(shapes_of())
