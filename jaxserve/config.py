@@ -8,31 +8,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from jaxserve.checks import at_least, between, number, one_of
+from jaxserve.scheduler_config import MIN_BUCKET, SchedulerConfig
 from models.config import ModelConfig
 
-POLICIES = ("fcfs",)
 ATTENTION = ("auto", "triton", "cpu", "xla", "reference", "triton_interpret")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3", "int8")
 PAGE_SIZES = (16, 32, 64, 128)
-MIN_BUCKET = 8
-
-
-def _at_least(name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} is {value!r}; it must be a whole number")
-    if value < low:
-        raise ValueError(f"{name} is {value}; it must be at least {low}")
-
-
-def _number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} is {value!r}; it must be a number")
-
-
-def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(str(item) for item in allowed)}")
 
 
 def _check_buckets(name: str, buckets: tuple[int, ...], limit: int) -> None:
@@ -40,42 +23,6 @@ def _check_buckets(name: str, buckets: tuple[int, ...], limit: int) -> None:
         raise ValueError(f"{name} is {buckets}; it must rise strictly from at least {MIN_BUCKET}")
     if buckets[-1] < limit:
         raise ValueError(f"{name} ends at {buckets[-1]}; it must reach the limit of {limit}")
-
-
-@dataclasses.dataclass(frozen=True)
-class SchedulerConfig:
-    """Limits and rules of one scheduling step.
-
-    max_num_seqs: requests that run at once (and slots on the device).
-    max_num_batched_tokens: tokens computed in one step, prefill chunks and decodes together.
-    enable_chunked_prefill: long prompts are computed over several steps, mixed with decodes.
-    long_prefill_token_threshold: tokens of one prompt in one step at most; 0 is no limit but the budget.
-    policy: order of the waiting queue.
-    max_num_waiting: requests that may queue before new ones are refused.
-    """
-
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    enable_chunked_prefill: bool = True
-    long_prefill_token_threshold: int = 0
-    policy: str = "fcfs"
-    max_num_waiting: int = 4096
-
-    def __post_init__(self) -> None:
-        _at_least("max_num_seqs", self.max_num_seqs, 1)
-        _at_least("max_num_batched_tokens", self.max_num_batched_tokens, MIN_BUCKET)
-        _at_least("long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
-        _at_least("max_num_waiting", self.max_num_waiting, 1)
-        _one_of("policy", self.policy, POLICIES)
-        if self.long_prefill_token_threshold and not self.enable_chunked_prefill:
-            raise ValueError(
-                f"long_prefill_token_threshold is {self.long_prefill_token_threshold}; it needs enable_chunked_prefill"
-            )
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least max_num_seqs "
-                f"{self.max_num_seqs}, so that every running request can decode in one step"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +34,7 @@ class CacheConfig:
     after weights and the compiler's temporaries.
     kv_cache_dtype: what pages hold; "auto" is the model's dtype, "fp8" (the same as "fp8_e4m3") and "int8" are
     quantised with a scale for each layer and head, from the checkpoint or measured at start.
+    swap_space: GiB of host memory for the pages of swapped sequences; 0 is none.
     """
 
     page_size: int = 16
@@ -94,20 +42,22 @@ class CacheConfig:
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.92
     kv_cache_dtype: str = "auto"
+    swap_space: float = 0.0
 
     def __post_init__(self) -> None:
-        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
-        _one_of("page_size", self.page_size, PAGE_SIZES)
+        between("swap_space", self.swap_space, 0.0)
+        one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        one_of("page_size", self.page_size, PAGE_SIZES)
         if self.num_pages is not None:
-            _at_least("num_pages", self.num_pages, 2)
+            at_least("num_pages", self.num_pages, 2)
         if self.kv_cache_memory_bytes is not None:
-            _at_least("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
+            at_least("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
             if self.num_pages is not None:
                 raise ValueError(
                     f"num_pages is {self.num_pages} and kv_cache_memory_bytes is {self.kv_cache_memory_bytes}; "
                     "each fixes the size of the pool: give one"
                 )
-        _number("gpu_memory_utilization", self.gpu_memory_utilization)
+        number("gpu_memory_utilization", self.gpu_memory_utilization)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0 and at most 1"
@@ -153,13 +103,13 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _one_of("load_format", self.load_format, ("auto", "dummy"))
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("attention", self.attention, ATTENTION)
-        _at_least("seed", self.seed, 0)
-        _at_least("compilation_cache_max_bytes", self.compilation_cache_max_bytes, 0)
+        one_of("load_format", self.load_format, ("auto", "dummy"))
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("attention", self.attention, ATTENTION)
+        at_least("seed", self.seed, 0)
+        at_least("compilation_cache_max_bytes", self.compilation_cache_max_bytes, 0)
         if self.max_model_len is not None:
-            _at_least("max_model_len", self.max_model_len, 2)
+            at_least("max_model_len", self.max_model_len, 2)
         if self.model is None and self.load_format != "dummy":
             raise ValueError(
                 "model is not set; give a checkpoint directory, or load_format 'dummy' and an architecture"
@@ -178,29 +128,39 @@ class EngineConfig:
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
         """Builds the nested configuration from flat names (vLLM's), those that `LLM(model=..., ...)` takes."""
-        nested: dict[str, dict[str, Any]] = {"scheduler": {}, "cache": {}}
-        flat: dict[str, Any] = {}
-        owners = {
-            field.name: owner
-            for owner, section in (("scheduler", SchedulerConfig), ("cache", CacheConfig))
-            for field in dataclasses.fields(section)
-        }
-        own = {field.name for field in dataclasses.fields(cls)}
-        for name, value in options.items():
-            key = {"scheduling_policy": "policy", "block_size": "page_size"}.get(name, name)
-            if key in owners:
-                nested[owners[key]][key] = value
-            elif key in own:
-                flat[key] = value
-            else:
-                raise ValueError(
-                    f"engine option {name!r} is unknown; known options are {', '.join(sorted(own | set(owners)))}"
-                )
-        if nested["scheduler"]:
-            flat["scheduler"] = SchedulerConfig(**nested["scheduler"])
-        if nested["cache"]:
-            flat["cache"] = CacheConfig(**nested["cache"])
-        return cls(**flat)
+        names = {"scheduling_policy": "policy", "block_size": "page_size"}
+        known = _option_names(cls)
+        for name in options:
+            if names.get(name, name) not in known:
+                raise ValueError(f"engine option {name!r} is unknown; known options are {', '.join(sorted(known))}")
+        return _from_flat(cls, {names.get(name, name): value for name, value in options.items()})
+
+
+def _sections(config: type) -> dict[str, type]:
+    """The fields of a config that are configs of their own and are always there."""
+    return {
+        field.name: type(field.default)
+        for field in dataclasses.fields(config)
+        if dataclasses.is_dataclass(field.default) and not isinstance(field.default, type)
+    }
+
+
+def _option_names(config: type) -> set[str]:
+    """Names of all fields, those of the sections in place of the sections."""
+    sections = _sections(config)
+    own = {field.name for field in dataclasses.fields(config)} - set(sections)
+    return own.union(*(_option_names(section) for section in sections.values()))
+
+
+def _from_flat(config: type, options: dict[str, Any]) -> Any:
+    """A config whose sections take their fields from the same flat options."""
+    nested = {
+        name: _from_flat(section, options)
+        for name, section in _sections(config).items()
+        if _option_names(section) & set(options)
+    }
+    own = {field.name for field in dataclasses.fields(config)} - set(_sections(config))
+    return config(**{name: value for name, value in options.items() if name in own}, **nested)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,8 +189,8 @@ class ServerConfig:
             raise ValueError(f"port is {self.port!r}; it must be a whole number")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be from 0 to 65535")
-        _at_least("max_message_bytes", self.max_message_bytes, 1024)
-        _at_least("max_unread_tokens", self.max_unread_tokens, 1)
-        _number("drain_seconds", self.drain_seconds)
+        at_least("max_message_bytes", self.max_message_bytes, 1024)
+        at_least("max_unread_tokens", self.max_unread_tokens, 1)
+        number("drain_seconds", self.drain_seconds)
         if not self.drain_seconds >= 0:
             raise ValueError(f"drain_seconds is {self.drain_seconds}; it must be at least 0")

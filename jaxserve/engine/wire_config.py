@@ -33,8 +33,6 @@ def _build(kind: type, values: dict[str, Any]) -> Any:
 
 def _field(hint: Any, value: Any) -> Any:
     """A nested dataclass is built from its dict; anything else is already what it should be."""
-    if not isinstance(value, dict):
-        return value
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    nested = next(option for option in options if dataclasses.is_dataclass(option))
-    return _build(typing.cast(type, nested), value)
+    nested = [option for option in options if dataclasses.is_dataclass(option)]
+    return _build(typing.cast(type, nested[0]), value) if nested and isinstance(value, dict) else value

@@ -1,0 +1,34 @@
+"""Checks of configured values; each error names the field, its value and the limit. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def at_least(name: str, value: int, low: int) -> None:
+    """Raises ValueError unless `value` is a whole number of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is {value!r}; it must be a whole number")
+    if value < low:
+        raise ValueError(f"{name} is {value}; it must be at least {low}")
+
+
+def number(name: str, value: float) -> None:
+    """Raises ValueError unless `value` is a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {value!r}; it must be a number")
+
+
+def between(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raises ValueError unless `value` is a finite number from `low` to `high`."""
+    number(name, value)
+    if not low <= value <= high or math.isinf(value):
+        limit = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+        raise ValueError(f"{name} is {value}; it must be finite and {limit}")
+
+
+def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raises ValueError unless `value` is among `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(str(item) for item in allowed)}")
