@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Protocol
 
 from jaxserve.phases import Phase
+from jaxserve.scheduler.costs import PreemptionCosts
 from jaxserve.scheduler.plan import StepPlan, StepResult
 
 Pending = Any
@@ -16,7 +17,8 @@ Pending = Any
 class RunnerInfo:
     """What a runner turned out to be; the meaning of the fields is that of `EngineReady`.
 
-    num_pages counts the null page.
+    num_pages counts the null page. num_host_pages: pages of host memory for swapped sequences. preemption_costs:
+    measured at warm-up; None where nothing can be swapped.
     """
 
     vocab_size: int
@@ -36,6 +38,8 @@ class RunnerInfo:
     num_cached_executables: int = 0
     phases: tuple[Phase, ...] = ()
     memory: tuple[tuple[str, int], ...] = ()
+    num_host_pages: int = 0
+    preemption_costs: PreemptionCosts | None = None
 
 
 class Runner(Protocol):

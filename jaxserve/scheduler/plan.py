@@ -8,6 +8,21 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jaxserve.request import EngineRequest
+from jaxserve.scheduler.page_pool import PageCopy
+
+
+@dataclasses.dataclass(frozen=True)
+class Swap:
+    """The pages of one sequence that change sides before a step, in table order.
+
+    slot: None for a swap-out (device page to host page). For a swap-in (host page to device page) the slot that the
+    sequence gets: the first entries of its page table become the destinations. The same plan has a chunk of that
+    sequence, so what is restored is read at once.
+    """
+
+    request_id: str
+    copies: tuple[PageCopy, ...]
+    slot: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +124,8 @@ class StepPlan:
 
     token_bucket: tokens of the forward program. row_bucket: rows of the sample program; 0 when no row samples.
     num_sampled: rows that sample.
+    swaps: carried out one after another before the forward program: a page freed by one may be filled by a later one
+    or by the step itself.
     """
 
     step: int
@@ -118,6 +135,7 @@ class StepPlan:
     row_bucket: int
     num_tokens: int
     num_sampled: int
+    swaps: tuple[Swap, ...] = ()
 
     @property
     def rows(self) -> tuple[RowPlan, ...]:
