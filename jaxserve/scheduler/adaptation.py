@@ -1,0 +1,70 @@
+"""Limits that follow the load: the running requests by the prompts' length, the step by how much there is to do."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from jaxserve.scheduler_config import AdaptationConfig
+
+
+class AdaptiveBatchSize:
+    """How many requests may run at once: target tokens over the moving average of prompt lengths, within bounds."""
+
+    def __init__(self, config: AdaptationConfig) -> None:
+        self._config = config
+        self._average: float | None = None
+
+    @property
+    def average(self) -> float | None:
+        """Moving average of the prompt lengths, in tokens; the first prompt is where it starts. None before it."""
+        return self._average
+
+    @property
+    def limit(self) -> int:
+        """Requests that may run at once; max_batch_size before the first prompt."""
+        config = self._config
+        if self._average is None:
+            return config.max_batch_size
+        wanted = int(config.target_batch_tokens / self._average)
+        return min(max(wanted, config.min_batch_size), config.max_batch_size)
+
+    def observe(self, prompt_tokens: int) -> None:
+        """Takes in the prompt of one more request, of at least one token."""
+        if self._average is None:
+            self._average = float(prompt_tokens)
+        else:
+            self._average += self._config.batch_size_smoothing * (prompt_tokens - self._average)
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What a step may compute under a load: tokens at most, and whether prompts may be split."""
+
+    name: Literal["latency", "balanced", "throughput"]
+    max_num_batched_tokens: int
+    enable_chunked_prefill: bool
+
+
+class LoadProfile:
+    """The profile for a load, which changes only when the load is past a bound by more than the hysteresis."""
+
+    def __init__(self, config: AdaptationConfig) -> None:
+        self._bounds = (config.load_low, config.load_high)
+        self._hysteresis = config.load_hysteresis
+        self._profiles = (
+            Profile("latency", config.latency_tokens, enable_chunked_prefill=False),
+            Profile("balanced", config.balanced_tokens, enable_chunked_prefill=True),
+            Profile("throughput", config.throughput_tokens, enable_chunked_prefill=True),
+        )
+        self._current: int | None = None
+
+    def update(self, load: float) -> Profile:
+        """The profile from now on. load: unfinished requests over max_num_seqs; the first one counts without margin."""
+        margin = 0.0 if self._current is None else self._hysteresis
+        low, high = self._bounds
+        rise = (load >= low + margin) + (load >= high + margin)
+        fall = (load >= low - margin) + (load >= high - margin)
+        # Bounds that a rising load has passed hold in any case; those that a falling load has not left hold if held.
+        self._current = rise if self._current is None else max(rise, min(fall, self._current))
+        return self._profiles[self._current]

@@ -1,0 +1,189 @@
+"""How many tokens a request will generate, learned online from those that have finished.
+
+Requests are grouped by what is known before they run, from fine to coarse; a group remembers the output lengths of its
+last requests. A request is predicted from the finest of its groups that has seen enough, as a quantile of what the
+group remembers. Whether outputs were within their predicted quantiles moves the level at which quantiles are read
+(adaptive conformal inference: Gibbs and Candès, Adaptive conformal inference under distribution shift, 2021), so that
+a share q of all outputs stays within the quantile q even while lengths drift.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterator
+
+from jaxserve.request import EngineRequest
+from jaxserve.scheduler.kendall import kendall_tau
+from jaxserve.scheduler_config import PredictionConfig
+
+MAX_GROUPS = 4096
+"""Groups remembered at most, of all tenants together; one takes 16 bytes for each request of its window."""
+
+ENOUGH = 16
+"""Finished requests from which a group is believed."""
+
+CORRECTION_RATE = 0.01
+"""How far one finished request moves the level of a quantile."""
+
+CORRECTED_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+"""Quantiles whose coverage is followed, beside the configured one; between them corrections are interpolated."""
+
+UNKNOWN_OUTPUT = 1024
+"""Output tokens, beyond as many as the prompt has, that nobody expects of a request unlike all others."""
+
+_UNBOUNDED = 2**62  # the output length of a request that ended because of its max_tokens
+
+
+class OutputLengthPredictor:
+    """Predicts output lengths. `observe` and predictions take O(log window) steps; the same calls give the same values.
+
+    A request that ended at its max_tokens would have gone on: it is remembered as longer than any limit, and where the
+    quantile falls among such, the prediction is the request's own max_tokens.
+    """
+
+    def __init__(self, config: PredictionConfig) -> None:
+        self._quantile = config.prediction_quantile
+        self._window = config.prediction_window
+        self._groups: OrderedDict[Hashable, _Group] = OrderedDict()  # least recently used first
+        self._levels = {q: q for q in sorted({*CORRECTED_QUANTILES, self._quantile})}
+        self._ranked: deque[tuple[float, int]] = deque(maxlen=self._window)
+        self._tau: float | None = None
+        self._tau_of = 0  # num_observed that _tau belongs to
+        self._num_observed = 0
+
+    @property
+    def num_observed(self) -> int:
+        """Finished requests taken in so far."""
+        return self._num_observed
+
+    @property
+    def num_groups(self) -> int:
+        """Groups remembered now."""
+        return len(self._groups)
+
+    @property
+    def kendall_tau(self) -> float | None:
+        """How well predictions ranked the last window of finished requests: tau-b of predicted against real lengths.
+
+        Each was predicted before its length was taken in. None while there is nothing to rank.
+        """
+        if self._tau_of != self._num_observed:
+            self._tau = kendall_tau(self._ranked)
+            self._tau_of = self._num_observed
+        return self._tau
+
+    def expected(self, request: EngineRequest) -> float:
+        """Output tokens to expect of the request: the configured quantile; at least 1 and at most max_tokens."""
+        return self.quantile(request, self._quantile)
+
+    def quantile(self, request: EngineRequest, q: float) -> float:
+        """Output tokens that the request exceeds with probability 1 - q, 0 < q < 1; from 1 to max_tokens."""
+        if not 0.0 < q < 1.0:
+            raise ValueError(f"q is {q}; it must be above 0 and below 1")
+        return self._predict(request, self._group(request), q, self._level(q))
+
+    def observe(self, request: EngineRequest, output_tokens: int) -> None:
+        """Takes in a request that ended by itself (a stop id or its max_tokens, not an abort) after output_tokens."""
+        group = self._group(request)
+        least = 0.0
+        for q, level in self._levels.items():
+            predicted = self._predict(request, group, q, level)
+            if q == self._quantile:
+                self._ranked.append((predicted, output_tokens))
+            within = output_tokens <= predicted
+            least = min(max(level + CORRECTION_RATE * (q - within), least), 1.0)  # quantiles do not cross
+            self._levels[q] = least
+        length = _UNBOUNDED if output_tokens >= request.max_tokens else output_tokens
+        for key in _group_keys(request):
+            group = self._groups.get(key)
+            if group is None:
+                group = self._groups[key] = _Group(self._window)
+                if len(self._groups) > MAX_GROUPS:
+                    self._groups.popitem(last=False)
+            self._groups.move_to_end(key)
+            group.add(length)
+        self._num_observed += 1
+
+    def _group(self, request: EngineRequest) -> _Group | None:
+        """The finest group of the request that has seen enough, or else the coarsest; None where there is none."""
+        group = None
+        for key in _group_keys(request):
+            group = self._groups.get(key)
+            if group is not None and len(group) >= ENOUGH:
+                return group
+        return group
+
+    def _level(self, q: float) -> float:
+        """Where quantile q is read, with the correction interpolated between the quantiles that are followed."""
+        if q in self._levels:
+            return self._levels[q]
+        points = [(0.0, 0.0), *self._levels.items(), (1.0, 1.0)]
+        right = bisect.bisect_left(points, (q, 0.0))
+        (q0, level0), (q1, level1) = points[right - 1], points[right]
+        return level0 + (level1 - level0) * (q - q0) / (q1 - q0)
+
+    def _predict(self, request: EngineRequest, group: _Group | None, q: float, level: float) -> float:
+        floor = max(1, request.min_tokens)
+        prior = _prior(request, floor, q)
+        if group is None:
+            return prior
+        learned = min(max(group.at(level), floor), request.max_tokens)
+        if len(group) >= ENOUGH:
+            return float(learned)
+        trust = len(group) / ENOUGH
+        blend = prior ** (1 - trust) * learned**trust
+        return min(max(blend, float(floor)), float(request.max_tokens))  # rounding may carry it past them
+
+
+class _Group:
+    """Output lengths of the last requests of one kind, in order of finish and sorted."""
+
+    __slots__ = ("_lengths", "_oldest", "_sorted", "_window")
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._lengths = array("q")
+        self._sorted = array("q")
+        self._oldest = 0
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def add(self, length: int) -> None:
+        if len(self._lengths) < self._window:
+            self._lengths.append(length)
+        else:
+            old = self._lengths[self._oldest]
+            self._lengths[self._oldest] = length
+            self._oldest = (self._oldest + 1) % self._window
+            del self._sorted[bisect.bisect_left(self._sorted, old)]
+        bisect.insort(self._sorted, length)
+
+    def at(self, level: float) -> int:
+        """The least length that a next one exceeds with probability 1 - level at most; 0 and _UNBOUNDED lie outside."""
+        rank = math.ceil(level * (len(self._sorted) + 1) - 1e-9)
+        if rank > len(self._sorted):
+            return _UNBOUNDED
+        return self._sorted[rank - 1] if rank > 0 else 0
+
+
+def _group_keys(request: EngineRequest) -> Iterator[Hashable]:
+    """The groups of a request, from fine to coarse. Lengths and limits count by their powers of two."""
+    limits = (request.max_tokens.bit_length(), request.min_tokens.bit_length(), bool(request.stop_token_ids))
+    prompt = len(request.prompt_token_ids).bit_length()
+    yield request.tenant, prompt, limits
+    yield request.tenant, limits
+    yield prompt, limits
+    yield limits
+    yield None
+
+
+def _prior(request: EngineRequest, floor: int, q: float) -> float:
+    """What to expect of a request that resembles nothing seen: any order of magnitude within its limits."""
+    if not request.stop_token_ids:
+        return float(request.max_tokens)
+    most = max(floor, min(request.max_tokens, UNKNOWN_OUTPUT + len(request.prompt_token_ids)))
+    return min(floor * (most / floor) ** q, float(most))
