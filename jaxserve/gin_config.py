@@ -75,7 +75,7 @@ def find_file(name: str, beside: pathlib.Path | None = None) -> pathlib.Path:
     for place in places:
         if place.is_file():
             return place
-    shipped = sorted(path.name for path in CONFIG_DIRECTORY.glob("*.gin"))
+    shipped = sorted(path.relative_to(CONFIG_DIRECTORY).as_posix() for path in CONFIG_DIRECTORY.rglob("*.gin"))
     near = difflib.get_close_matches(name, shipped, n=1)
     hint = f"did you mean {near[0]}?" if near else f"configs/ has {', '.join(shipped) or 'none'}"
     raise ConfigError(f"configuration file {name!r} does not exist, neither as a path nor under configs/; {hint}")
@@ -275,14 +275,16 @@ _gin_lock = threading.Lock()
 def build(root: type[T], name: str, overrides: Sequence[str] = ()) -> tuple[T, str]:
     """Reads file `name`, then the overrides, and returns an instance of root and the operative configuration as text.
 
+    name: several files, separated by commas, are read in turn; later ones win over earlier ones.
     root: a frozen dataclass. A field that is annotated with another dataclass is constructed in turn from that one's
         bindings; if it may be None, only when something of it is bound and it is not itself bound to None.
     overrides: `BINDING=VALUE`, as `split_overrides` returns them; they win over the file, later over earlier.
     Raises ConfigError, always one line.
     """
     reader = _Reader(_family(root))
-    path = find_file(name)
-    reader.read_file(path)
+    paths = [find_file(part.strip()) for part in ([name] if pathlib.Path(name).is_file() else name.split(","))]
+    for path in paths:
+        reader.read_file(path)
     for override in overrides:
         reader.read_override(override)
     bindings = reader.bindings()
@@ -291,7 +293,7 @@ def build(root: type[T], name: str, overrides: Sequence[str] = ()) -> tuple[T, s
         try:
             for binding in bindings:
                 gin.bind_parameter(f"{_selector(binding.config)}.{binding.field}", binding.value)
-            built = _Builder(path.name, bindings).construct(root)
+            built = _Builder(", ".join(path.name for path in paths), bindings).construct(root)
             return built, gin.operative_config_str(max_line_length=120)
         finally:
             gin.clear_config()
@@ -319,7 +321,10 @@ def load_from_command_line(
     ends the process with exit code 2, as argparse does for a faulty argument.
     """
     parser.add_argument(
-        "--config", default="tiny.gin", metavar="NAME", help="a gin file, by path or name under configs/"
+        "--config",
+        default="tiny.gin",
+        metavar="NAME[,NAME...]",
+        help="gin files, by path or name under configs/; later ones win over earlier ones",
     )
     parser.epilog = "--gin.BINDING=VALUE, repeated, overrides the file: --gin.SchedulerConfig.max_num_seqs=8"
     try:

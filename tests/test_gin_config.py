@@ -55,6 +55,45 @@ def test_include_is_found_beside_the_file_and_under_configs(load, tmp_path):
     assert server.engine.cache.num_pages == 2049
 
 
+def test_later_files_of_a_list_win_over_earlier_ones(tmp_path):
+    for name, seed in (("one.gin", 1), ("two.gin", 2)):
+        (tmp_path / name).write_text(f"EngineConfig.seed = {seed}\nServerConfig.served_model_name = {name!r}\n")
+    (tmp_path / "a,b.gin").write_text("EngineConfig.model = 'm'\nEngineConfig.seed = 3\n")
+    server, _ = gin_config.load(f"tiny.gin,{tmp_path / 'one.gin'}, {tmp_path / 'two.gin'}")
+    assert (server.engine.seed, server.served_model_name, server.engine.cache.num_pages) == (2, "two.gin", 2049)
+    assert gin_config.load(str(tmp_path / "a,b.gin"))[0].engine.seed == 3  # a file whose own name has a comma
+
+
+PRESETS = {"interactive": (32, 512, 0.2), "balanced": (128, 2048, 0.5), "throughput": (256, 8192, 0.7)}
+
+
+def test_every_preset_is_known_here():
+    assert {path.stem for path in (gin_config.CONFIG_DIRECTORY / "presets").glob("*.gin")} == set(PRESETS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("base", ["tiny.gin", "llama.gin"])
+def test_preset_over_a_model(tmp_path, base, preset):
+    path = tmp_path / "mine.gin"
+    path.write_text(f"include '{base}'\ninclude 'presets/{preset}.gin'\n")
+    included, listed, plain = (
+        gin_config.load(name)[0].engine for name in (str(path), f"{base},presets/{preset}.gin", base)
+    )
+    assert included == listed
+    scheduler = listed.scheduler
+    assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens, scheduler.admission.prefill_share) == (
+        PRESETS[preset]
+    )
+    assert (listed.model, listed.architecture, listed.cache.page_size) == (
+        plain.model,
+        plain.architecture,
+        plain.cache.page_size,
+    )
+    if preset == "interactive":
+        assert (scheduler.ordering.ttft_target, scheduler.batching.max_wait_seconds) == (0.1, 0.01)
+    assert listed.cache.gpu_memory_utilization == (0.95 if preset == "throughput" else 0.92)
+
+
 @pytest.mark.parametrize("value", ["/data/my model", "'/data/my model'", '"/data/my model"'])
 def test_text_on_the_command_line_needs_no_quotes(load, value):
     assert load("", f"EngineConfig.model={value}").engine.model == "/data/my model"
