@@ -46,6 +46,7 @@ def sources(*places: str) -> list[pathlib.Path]:
         # numba and llvmlite compile the kernels for CPUs.
         (("pallas_kernels",), {"jax", "numpy", "numba", "llvmlite"}),
         (("jaxserve/request.py", "jaxserve/config.py", "jaxserve/scheduler", "jaxserve/recorder.py"), {"numpy"}),
+        (("jaxserve/simulator", "jaxserve/targets.py", "jaxserve/model_cost.py"), {"numpy"}),
         (("jaxserve/runner/protocol.py", "jaxserve/runner/fake.py", "models/config.py"), {"numpy"}),
     ],
 )
@@ -67,7 +68,9 @@ def test_nothing_imports_an_entry_point():
     assert found == {}
 
 
-@pytest.mark.parametrize("module", ["jaxserve", "jaxserve.scheduler", "jaxserve.request", "jaxserve.gin_config"])
+@pytest.mark.parametrize(
+    "module", ["jaxserve", "jaxserve.scheduler", "jaxserve.request", "jaxserve.gin_config", "jaxserve.simulator"]
+)
 def test_loads_without_jax(module):
     code = (
         f"import sys, {module}; print(*sorted({{'jax', 'jaxlib', 'flax', 'torch', 'transformers'}} & set(sys.modules)))"

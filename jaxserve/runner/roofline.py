@@ -8,15 +8,13 @@ measured step is slower than this bound.
 from __future__ import annotations
 
 import dataclasses
-import math
 
-import jax
 import jax.numpy as jnp
 
+from jaxserve.model_cost import ModelCost
 from jaxserve.runner.programs import Shapes
 from jaxserve.runner.targets import Target
 from models.attention import AttentionSettings
-from models.params import abstract_params, leaves, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +47,12 @@ def token_bytes(shapes: Shapes) -> int:
 def decode_step(shapes: Shapes, target: Target, batch: int, context: int) -> DecodeStep:
     """The bound of one step on one device of the target."""
     model = shapes.model
-    matrices = rows = norms = 0
-    for path, leaf in leaves(abstract_params(model, shapes.dtype, make_mesh(jax.devices("cpu")[:1]))):
-        size = math.prod(leaf.shape)
-        if path[-1] == "embedding" and not model.tie_word_embeddings:
-            rows += model.hidden_size
-        elif len(leaf.shape) > 1:
-            matrices += size
-        else:
-            norms += size
+    cost = ModelCost.of(model, jnp.dtype(shapes.dtype).name, jnp.dtype(shapes.pool_dtype).name)
+    matrices, rows = cost.layers + cost.head, cost.embedding_row
     window = AttentionSettings.of(model).sliding_window
     seen = context if window is None else min(context, window)
-    itemsize = jnp.dtype(shapes.dtype).itemsize
-    moved = (matrices + norms + batch * rows) * itemsize + batch * (seen + 1) * token_bytes(shapes)
-    attention = 4 * model.num_attention_heads * model.head_dim * seen * model.num_hidden_layers
+    moved = (matrices + cost.norms + batch * rows) * cost.item_bytes + batch * (seen + 1) * token_bytes(shapes)
+    attention = cost.attention_flops * seen
     flops = batch * (2 * matrices + attention)
     by_memory = moved / target.memory_bandwidth if target.memory_bandwidth else 0.0
     by_compute = flops / target.peak_flops[shapes.dtype] if target.peak_flops.get(shapes.dtype) else 0.0

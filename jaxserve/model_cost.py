@@ -1,0 +1,68 @@
+"""What a model's shape makes a step move and compute: counted from the architecture, without weights. No jax."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from models.config import ModelConfig
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
+"""Bytes of one number by dtype."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCost:
+    """Counts of one model; numbers unless a name says bytes.
+
+    layers: weights of the layers' matrices. head: of the output matrix. norms: weights that no product uses.
+    embedding_row: numbers looked up for a token; 0 where the embedding is the output matrix.
+    embedding: numbers of an embedding that is no output matrix.
+    attention_flops: of one query token and one position, in all layers. token_bytes: keys and values of one token in
+    all layers. item_bytes: of one weight.
+    """
+
+    layers: int
+    head: int
+    norms: int
+    embedding_row: int
+    embedding: int
+    attention_flops: int
+    token_bytes: int
+    item_bytes: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, dtype: str, pool_dtype: str) -> ModelCost:
+        """Of a decoder as in models/llama.py. dtype: of the weights; pool_dtype: of what pages hold.
+
+        Raises ValueError for a dtype whose size is not known.
+        """
+        for name, value in (("dtype", dtype), ("pool dtype", pool_dtype)):
+            if value not in ITEM_BYTES:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(ITEM_BYTES)}")
+        hidden, wide, heads = model.hidden_size, model.intermediate_size, model.num_attention_heads
+        projected = (heads + 2 * model.num_key_value_heads) * model.head_dim
+        layer = hidden * (projected + heads * model.head_dim + 3 * wide)
+        layer += (
+            model.attention_bias * projected + model.mlp_bias * 2 * wide
+        )  # biases of several axes, with the matrices
+        norms = hidden * (2 + model.attention_bias + model.mlp_bias)
+        table = model.vocab_size * hidden
+        return cls(
+            layers=layer * model.num_hidden_layers,
+            head=table,
+            norms=norms * model.num_hidden_layers + hidden,
+            embedding_row=0 if model.tie_word_embeddings else hidden,
+            embedding=0 if model.tie_word_embeddings else table,
+            attention_flops=4 * heads * model.head_dim * model.num_hidden_layers,
+            token_bytes=2
+            * model.num_key_value_heads
+            * model.head_dim
+            * model.num_hidden_layers
+            * ITEM_BYTES[pool_dtype],
+            item_bytes=ITEM_BYTES[dtype],
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights."""
+        return (self.layers + self.head + self.norms + self.embedding) * self.item_bytes
