@@ -30,13 +30,15 @@ class FinishReason(enum.Enum):
 class RequestStatus(enum.Enum):
     """Where a request stands.
 
-    PREEMPTED waits like WAITING, in front of it, with its tokens kept. ENDING has its last token sampled and its id not
-    read yet: it holds neither slot nor pages.
+    PREEMPTED waits like WAITING, in front of it, with its tokens kept; SWAPPED too, with its pages kept in host memory.
+    ENDING has its last token sampled, but its id is not read yet, or its batch not at its end: it holds neither slot
+    nor pages.
     """
 
     WAITING = "waiting"
     RUNNING = "running"
     PREEMPTED = "preempted"
+    SWAPPED = "swapped"
     ENDING = "ending"
     FINISHED = "finished"
 

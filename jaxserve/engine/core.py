@@ -1,7 +1,7 @@
 """The engine loop: schedule step N + 1 and dispatch it, then read the ids of step N.
 
     message -> handle -> Scheduler.add
-    step:  plan    = scheduler.schedule()
+    step:  plan    = scheduler.schedule(now)
            pending = runner.dispatch(plan)          returns without waiting
            result  = runner.collect(previous)       the only wait
            updates = scheduler.update(previous plan, result)
@@ -38,7 +38,7 @@ from jaxserve.recorder import (
     StepRecorded,
     TokensProduced,
 )
-from jaxserve.request import EngineRequest, FinishReason
+from jaxserve.request import EngineRequest, FinishReason, RequestStatus
 from jaxserve.runner.protocol import Pending, Runner
 from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepUpdate
 from jaxserve.scheduler.buckets import Buckets
@@ -64,13 +64,18 @@ class EngineCore:
         self.config = config
         self.runner = runner
         self.scheduler = Scheduler(
-            config.scheduler, PagePool(info.num_pages, info.page_size), Buckets.from_config(config, info.platform)
+            config.scheduler,
+            PagePool(info.num_pages, info.page_size, info.num_host_pages),
+            Buckets.from_config(config, info.platform),
+            costs=info.preemption_costs,
+            max_model_len=info.max_model_len,
         )
         self.recorder = recorder or Recorder(clock=clock)
         self._now = now
         self._clock = clock
         self._in_flight: tuple[StepPlan, Pending] | None = None
         self._idle = IdleMeter()
+        self._nothing_to_do = False  # as of the last `step`
         self._stats_due = 0.0  # on the clock
         self._totals = dict.fromkeys(
             ("num_steps", "prompt_tokens", "generation_tokens", "computed_tokens", "padding_tokens"), 0
@@ -78,8 +83,19 @@ class EngineCore:
 
     @property
     def busy(self) -> bool:
-        """A call of `step` has something to do."""
+        """Requests are unfinished, or a step is under way."""
         return self.scheduler.unfinished or self._in_flight is not None
+
+    @property
+    def pause(self) -> float | None:
+        """Seconds until `step` has something to do, if no message comes before; None where it has already.
+
+        A batch that waits for more requests makes such a pause, and nothing else does.
+        """
+        if self._in_flight is not None or not self._nothing_to_do:
+            return None
+        wake_at = self.scheduler.wake_at()
+        return None if wake_at is None else max(0.0, wake_at - self._now())
 
     def ready(self, start_seconds: float) -> EngineReady:
         """The message that tells the front end what it talks to."""
@@ -110,6 +126,7 @@ class EngineCore:
 
     def handle(self, message: ToEngine) -> list[FromEngine]:
         """Takes one message. A request that cannot be queued is answered with an error at once."""
+        self._nothing_to_do = False
         if isinstance(message, AddRequest):
             return self._add(message.request)
         if isinstance(message, AbortRequest):
@@ -124,9 +141,10 @@ class EngineCore:
         previous = self._in_flight
         begin = self._look(previous)
         expired = self.scheduler.expire(self._now())
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(self._now())
         scheduled = dispatched = collected = self._look(previous)
         idle = 0.0
+        self._nothing_to_do = plan is None
         if plan is None:
             self._in_flight = None
         else:
@@ -236,7 +254,8 @@ class EngineCore:
 
     def _record_plan(self, plan: StepPlan, now: float) -> None:
         for sequence in self.scheduler.preempted:
-            self.recorder.record(RequestPreempted(now, sequence.request_id, kind="recompute"))
+            kind = "swap" if sequence.status is RequestStatus.SWAPPED else "recompute"
+            self.recorder.record(RequestPreempted(now, sequence.request_id, kind))
         for sequence in self.scheduler.admitted:
             if not sequence.num_preemptions:
                 self.recorder.record(RequestScheduled(now, sequence.request_id))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import time
@@ -37,6 +38,10 @@ class InlineEngine:
         messages: list[FromEngine] = []
         if self._failed:
             return messages
+        pause = self.core.pause if self.core.busy else None
+        if pause:
+            with contextlib.suppress(queue.Empty):  # the pause is over
+                messages.extend(self.core.handle(self._inbox.get(timeout=pause)))
         while not self._inbox.empty():
             messages.extend(self.core.handle(self._inbox.get()))
         if self.core.busy:

@@ -62,8 +62,11 @@ def serve(connection: socket.socket) -> int:
 def _loop(core: EngineCore, sender: FrameSender, inbox: queue.SimpleQueue[ToEngine | None]) -> None:
     while True:
         outputs: list[FromEngine] = []
-        while core.busy is False or not inbox.empty():
-            message = inbox.get()
+        while core.busy is False or not inbox.empty() or core.pause:
+            try:
+                message = inbox.get(timeout=core.pause)
+            except queue.Empty:
+                break  # the pause is over
             if message is None or isinstance(message, Shutdown):
                 return
             outputs.extend(core.handle(message))

@@ -3,8 +3,20 @@
 `Scheduler.schedule` makes a `StepPlan`, the runner carries it out, `Scheduler.update` takes the sampled ids.
 """
 
-from jaxserve.scheduler.plan import DecodeRows, RowPlan, StepPlan, StepResult
-from jaxserve.scheduler.scheduler import Scheduler, SequenceUpdate, StepUpdate
+from jaxserve.scheduler.plan import DecodeRows, RowPlan, StepPlan, StepResult, Stretch, Swap
+from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler.update import SequenceUpdate, StepUpdate
 
-__all__ = ["DecodeRows", "RowPlan", "Scheduler", "Sequence", "SequenceUpdate", "StepPlan", "StepResult", "StepUpdate"]
+__all__ = [
+    "DecodeRows",
+    "RowPlan",
+    "Scheduler",
+    "Sequence",
+    "SequenceUpdate",
+    "StepPlan",
+    "StepResult",
+    "StepUpdate",
+    "Stretch",
+    "Swap",
+]

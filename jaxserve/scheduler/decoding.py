@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxserve.scheduler.plan import NOT_FINITE, DecodeRows
+from jaxserve.scheduler.plan import NOT_FINITE, DecodeRows, Stretch
 from jaxserve.scheduler.sequence import Sequence
 
 _NOBODY = -1
@@ -19,8 +19,8 @@ class DecodingSet:
 
     Columns, one entry a slot: order int64, that of the sequence, _NOBODY where none decodes; position int32, of the
     token sampled last, which is the number of tokens computed; capacity int32, tokens that its pages hold;
-    last_position, stop_position int32, as in `Sequence`; stop_ids int32 [S, W], unused ones NOT_FINITE - 1, where W is
-    the most that a sequence has had.
+    last_position, stop_position, tenant (its number) int32, as in `Sequence`; stop_ids int32 [S, W], unused ones
+    NOT_FINITE - 1, where W is the most that a sequence has had.
     """
 
     def __init__(self, num_slots: int, page_size: int):
@@ -31,6 +31,7 @@ class DecodingSet:
         self._capacity = np.zeros(num_slots, np.int32)
         self._last_position = np.zeros(num_slots, np.int32)
         self._stop_position = np.zeros(num_slots, np.int32)
+        self._tenant = np.zeros(num_slots, np.int32)
         self._stop_ids = np.full((num_slots, 1), NOT_FINITE - 1, np.int32)
         self._row = np.zeros(num_slots, np.int32)  # of each slot, as of `_rows`
         self._taken: dict[int, int] = {}  # slot -> page taken for the step being planned
@@ -54,6 +55,7 @@ class DecodingSet:
         self._capacity[slot] = len(sequence.pages) * self._page_size
         self._last_position[slot] = sequence.last_position
         self._stop_position[slot] = sequence.stop_position
+        self._tenant[slot] = sequence.tenant_number
         self._stop_ids = _widened(self._stop_ids, len(stop_ids))
         self._stop_ids[slot] = NOT_FINITE - 1
         self._stop_ids[slot, : len(stop_ids)] = stop_ids
@@ -110,6 +112,43 @@ class DecodingSet:
             pages=pages,
             page_size=self._page_size,
         )
+
+    def tenants(self) -> np.ndarray:
+        """Numbers of the tenants of the rows: int32 [R]."""
+        return self._tenant[self._current_rows()[2]]
+
+    def steady_steps(self, num_pages: int) -> int:
+        """Steps in which nobody ends by its length and `num_pages` pages suffice for all."""
+        _, _, slots = self._current_rows()
+        position, capacity = self._position[slots], self._capacity[slots]
+        steps = int((self._last_position[slots] - position).min()) - 1
+        if steps > 0 and int(self._pages_needed(slots, steps).sum()) > num_pages:
+            steps = min(steps, int((capacity - position).min()))  # until the first page is needed
+        return max(0, steps)
+
+    def pages_needed(self, steps: int) -> int:
+        """Pages that all rows take in so many steps."""
+        return int(self._pages_needed(self._current_rows()[2], steps).sum())
+
+    def repeat(self, steps: int, token_id: int, pages: list[int]) -> Stretch:
+        """What `steps` times `advance` and `take` do, where every row samples `token_id` and nobody ends; `pages` are
+        as many as `pages_needed`."""
+        request_ids, _, slots = self._current_rows()
+        starts = self._position[slots]
+        needed = self._pages_needed(slots, steps)
+        self._position[slots] = starts + steps
+        self._capacity[slots] += needed * self._page_size
+        place = 0
+        for sequence, count in zip(self._by_slot.values(), needed.tolist(), strict=True):
+            sequence.output_token_ids.extend([token_id] * steps)
+            if count:
+                sequence.pages.extend(pages[place : place + count])
+                place += count
+        return Stretch(request_ids, starts, steps)
+
+    def _pages_needed(self, slots: np.ndarray, steps: int) -> np.ndarray:
+        missing = self._position[slots] + steps - self._capacity[slots]
+        return np.maximum(-(-missing // self._page_size), 0)
 
     def take(self, rows: DecodeRows, token_ids: np.ndarray) -> np.ndarray:
         """Gives the sampled `token_ids`, int32 [R], to the sequences of `rows` that decode on.

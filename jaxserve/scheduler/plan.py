@@ -166,6 +166,15 @@ class StepPlan:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Stretch:
+    """Steps of the same R rows, which all decode, taken at once: `starts` int32 [R] are as of the first of them."""
+
+    request_ids: tuple[str, ...]
+    starts: np.ndarray
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class StepResult:
     """The sampled ids of a step, one for each of `StepPlan.sampled` in order: int32 [num_sampled], or a sequence.
 

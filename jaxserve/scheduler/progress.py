@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxserve.scheduler.plan import RowPlan
+from jaxserve.scheduler.plan import RowPlan, Swap
 from jaxserve.scheduler.sequence import Sequence
 
 
@@ -37,18 +37,41 @@ class Chunk:
 
 
 class StepInProgress:
-    """The chunks of the step under construction, by request id, and the tokens left to give. Every sequence that
-    decodes has its token already."""
+    """What the step under construction was given so far.
 
-    def __init__(self, budget: int):
+    decodes: rows that decode; each has its token. budget: prefill tokens that the settings leave; room: tokens that the
+    largest step leaves, which a prompt that must not be split may use when it is alone. chunks: by request id, in
+    order. swaps: in order.
+    """
+
+    def __init__(self, decodes: int, budget: int, room: int):
+        self.decodes = decodes
         self.budget = budget
+        self.room = room
         self.chunks: dict[str, Chunk] = {}
+        self.swaps: list[Swap] = []
+
+    @property
+    def num_tokens(self) -> int:
+        return self.decodes + sum(chunk.count for chunk in self.chunks.values())
 
     def add(self, chunk: Chunk) -> None:
-        self.budget -= chunk.count
+        self._spend(chunk.count)
         self.chunks[chunk.sequence.request_id] = chunk
 
-    def drop(self, sequence: Sequence) -> None:
-        """Takes back what a sequence that is about to be preempted was given, if anything."""
+    def extend(self, chunk: Chunk, count: int) -> None:
+        self._spend(count)
+        chunk.count += count
+
+    def drop(self, sequence: Sequence) -> Chunk | None:
+        """Takes back what a sequence was given, if anything."""
         chunk = self.chunks.pop(sequence.request_id, None)
-        self.budget += chunk.count if chunk is not None else sequence.decoding
+        given = chunk.count if chunk is not None else int(sequence.decoding and self.decodes > 0)
+        if chunk is None:
+            self.decodes -= given
+        self._spend(-given)
+        return chunk
+
+    def _spend(self, tokens: int) -> None:
+        self.budget -= tokens
+        self.room -= tokens

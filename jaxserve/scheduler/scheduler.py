@@ -1,8 +1,11 @@
-"""Iteration-level scheduling: continuous batching with chunked prefill over a paged pool.
+"""Decides one step at a time: which requests run, how many tokens each computes, on which pages.
 
-One call of `schedule` decides one step, in the order of docs/architecture.md: running sequences that decode get one
-token each, prompts under way get a chunk, waiting sequences join while slots, budget and pages allow. When pages are
-short for a running sequence, the running sequences of least standing are preempted (by recompute) until they suffice.
+    schedule   sequences whose last token is sampled leave; swapped ones come back; those that decode get a token each;
+               prompts under way go on; those that wait join; what a bucket would pad is filled
+    update     the sampled ids are appended; who has ended leaves
+
+What varies has a place of its own: modes.py (which work a step may hold), formation.py (whom it takes in), policies.py
+(who goes first), preemption.py (who gives way), limits.py (how much). building.py puts a step together from them.
 
 The sequences that decode are columns (`DecodingSet`): a step changes them together, at a few numpy calls whatever their
 number. The scheduler itself touches the others, and those that take a page, end or are preempted.
@@ -11,7 +14,7 @@ The engine dispatches a step before it has read the ids of the one before, so to
 yet. A sequence that turns out to have stopped is dropped at `update`, together with what the step in flight computed
 for it.
 
-Source of the iteration-level design: Orca (OSDI 2022); of paging and recompute preemption: vLLM (SOSP 2023); of
+Source of the iteration-level design: Orca (OSDI 2022); of paging, recompute and swap preemption: vLLM (SOSP 2023); of
 chunked prefill mixed with decodes: Sarathi-Serve (OSDI 2024).
 """
 
@@ -23,69 +26,92 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxserve.config import SchedulerConfig
 from jaxserve.request import EngineRequest, FinishReason, RequestStatus
 from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.decoding import DecodingSet
+from jaxserve.scheduler.building import StepBuilder
+from jaxserve.scheduler.costs import PreemptionCosts
+from jaxserve.scheduler.limits import Limits
+from jaxserve.scheduler.modes import MODES
+from jaxserve.scheduler.pace import Pace
 from jaxserve.scheduler.page_pool import PagePool
-from jaxserve.scheduler.plan import NO_DECODES, NOT_FINITE, StepPlan, StepResult
-from jaxserve.scheduler.policy import POLICIES
-from jaxserve.scheduler.progress import Chunk, StepInProgress
+from jaxserve.scheduler.places import Places
+from jaxserve.scheduler.plan import NO_DECODES, NOT_FINITE, StepPlan, StepResult, Stretch
+from jaxserve.scheduler.policies import POLICIES
+from jaxserve.scheduler.prediction import OutputLengthPredictor
+from jaxserve.scheduler.progress import StepInProgress
 from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler.waiting import WaitingQueue
-
-
-@dataclasses.dataclass(frozen=True)
-class SequenceUpdate:
-    """What a step or an abort changed for one sequence: its new token ids and, at its end, the reason."""
-
-    sequence: Sequence
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None = None
-    error: str = ""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class StepUpdate:
-    """What a step changed.
-
-    request_ids, token_ids: requests that decode on, and the one new token of each. others: every other sequence that
-    the step changed: it has its first token since it was admitted, or has ended.
-    """
-
-    request_ids: tuple[str, ...]
-    token_ids: list[int]
-    others: list[SequenceUpdate]
+from jaxserve.scheduler.update import SequenceUpdate, StepUpdate
+from jaxserve.scheduler_config import SchedulerConfig
 
 
 class Scheduler:
-    """Owns the waiting queue, the running set, the slots and the page pool's use."""
+    """Owns the waiting, running and swapped sequences and the page pool's use.
 
-    def __init__(self, config: SchedulerConfig, pool: PagePool, buckets: Buckets):
+    Times are seconds on the clock of the requests' arrival times and deadlines. costs: of preemption, where measured.
+    max_model_len: tokens of the longest sequence, for page_reservation "max_model_len".
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: PagePool,
+        buckets: Buckets,
+        *,
+        costs: PreemptionCosts | None = None,
+        max_model_len: int | None = None,
+    ):
         self._config = config
         self._buckets = buckets
-        self._standing = POLICIES[config.policy]
-        self._waiting = WaitingQueue(self._standing)
-        self._decoding = DecodingSet(config.max_num_seqs, pool.page_size)
-        self._prefilling: dict[str, Sequence] = {}  # running sequences that do not decode yet
+        self._pace = Pace()
+        self._limits = Limits(config)
+        self.policy = POLICIES[config.policy](config.ordering, self._pace)
+        self._mode = MODES[config.mode](config, self.policy)
+        self._places = Places(config, self.policy, self._mode.formation, pool, costs, max_model_len)
+        self._builder = StepBuilder(config, buckets, self._limits, self._mode, self.policy, self._places, self._pace)
         self._sequences: dict[str, Sequence] = {}
-        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self._held: dict[str, FinishReason] = {}  # final answers that wait for the end of their batch
         self._arrivals = 0
         self._steps = 0
+        self._steady = False
         self.pool = pool
-        self.num_preemptions = 0
-        self.preempted: list[Sequence] = []
-        """Sequences preempted by the last `schedule`."""
-        self.admitted: list[Sequence] = []
-        """Sequences that the last `schedule` moved from waiting to running."""
+        self.predictor = OutputLengthPredictor(config.prediction)
+        self._priorities_seen = (0, 0)  # lowest and highest
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._places.waiting)
 
     @property
     def num_running(self) -> int:
-        return len(self._decoding) + len(self._prefilling)
+        return len(self._places.running)
+
+    @property
+    def num_swapped(self) -> int:
+        return len(self._places.swapped)
+
+    @property
+    def preempted(self) -> list[Sequence]:
+        """Sequences preempted by the last `schedule`; status tells how: PREEMPTED (recompute) or SWAPPED."""
+        return self._places.preempted
+
+    @property
+    def admitted(self) -> list[Sequence]:
+        """Sequences that the last `schedule` let run, those that it brought back among them."""
+        return self._builder.admitted
+
+    @property
+    def num_preemptions_by_kind(self) -> dict[str, int]:
+        """Since the start: "recompute" and "swap"."""
+        return dict(self._places.preemptions)
+
+    @property
+    def num_preemptions(self) -> int:
+        return sum(self._places.preemptions.values())
+
+    @property
+    def profile(self) -> str:
+        """The load-dependent profile in force; "" without one."""
+        return self._limits.profile
 
     @property
     def unfinished(self) -> bool:
@@ -106,10 +132,15 @@ class Scheduler:
                 f"{len(self._sequences)} requests are unfinished; max_num_seqs {self._config.max_num_seqs} and "
                 f"max_num_waiting {self._config.max_num_waiting} allow no more: retry later"
             )
-        sequence = Sequence(request, self._arrivals)
+        sequence = Sequence(request, self._arrivals, self.predictor.expected(request))
+        sequence.tenant_number = self.policy.tenant_number(request.tenant)
         self._arrivals += 1
         self._sequences[request.request_id] = sequence
-        self._waiting.push(sequence)
+        self._places.waiting.push(sequence)
+        self._places.changed = True
+        lowest, highest = self._priorities_seen
+        self._priorities_seen = min(lowest, request.priority), max(highest, request.priority)
+        self._limits.arrived(sequence.num_prompt_tokens)
         return sequence
 
     def abort(self, request_id: str) -> SequenceUpdate | None:
@@ -118,27 +149,35 @@ class Scheduler:
         return None if sequence is None else self._finish(sequence, FinishReason.ABORT)
 
     def expire(self, now: float) -> list[SequenceUpdate]:
-        """Ends the waiting sequences at the head of the queue whose deadline has passed, before they cost a prefill."""
-        expired = []
-        while (head := self._waiting.peek()) is not None:
-            deadline = head.request.deadline
-            if deadline is None or deadline > now:
-                break
-            expired.append(self._finish(head, FinishReason.ABORT, error=f"deadline passed {now - deadline:.3f} s ago"))
-        return expired
+        """Ends requests that wait in vain, before they cost a prefill: past their deadline, or beyond reach of it.
 
-    def schedule(self) -> StepPlan | None:
-        """Decides the next step; None when there is nothing to compute now."""
-        self.preempted, self.admitted = [], []
-        self._retire()
-        step = StepInProgress(self._config.max_num_batched_tokens - len(self._decoding))
-        self._extend_decodes(step)
-        self._continue_prompts(step)
-        if not self.preempted:
-            self._admit(step)
-        if not self._decoding and not step.chunks:
-            return None
-        return self._plan(step)
+        Also returns the final answers of a static batch that has ended otherwise than by a step.
+        """
+        ended = self._let_go() if self._held else []
+        while (sequence := self._places.waiting.expired(now)) is not None:
+            late = now - (sequence.request.deadline or now)
+            ended.append(self._finish(sequence, FinishReason.ABORT, error=f"deadline passed {late:.3f} s ago"))
+        while (sequence := self._places.waiting.first_new(now)) is not None and self.policy.late(sequence, now):
+            if sequence.request.deadline is None and not self._config.ordering.drop_late:
+                self._places.waiting.demote(sequence)
+                continue
+            error = "deadline cannot be met by what the engine computes in a second"
+            ended.append(self._finish(sequence, FinishReason.ABORT, error=error))
+        return ended
+
+    def schedule(self, now: float = 0.0) -> StepPlan | None:
+        """Decides the next step; None when there is nothing to compute now (see `wake_at`)."""
+        self._places.start_step()
+        self._limits.update(len(self._sequences))
+        step = self._builder.build(now)
+        plan = self._plan(step) if step.decodes or step.chunks else None
+        self._pace.step(plan, now)
+        self._steady = bool(step.decodes) and not step.chunks
+        return plan
+
+    def wake_at(self) -> float | None:
+        """When `schedule` can have something to do that has nothing now and hears of nothing new; None is never."""
+        return self._mode.wake_at(self._places.waiting) if self._places.waiting.new else None
 
     def update(self, plan: StepPlan, result: StepResult) -> StepUpdate:
         """Takes the sampled ids of `plan`; returns what changed. Ids of ended sequences are dropped."""
@@ -146,115 +185,55 @@ class Scheduler:
         if len(token_ids) != plan.num_sampled:
             raise ValueError(f"step {plan.step} has {len(token_ids)} token ids; it sampled {plan.num_sampled} rows")
         request_ids, sampled = plan.decodes.request_ids, token_ids[: len(plan.decodes)]
-        stay = self._decoding.take(plan.decodes, sampled)
+        stay = self._places.running.decoding.take(plan.decodes, sampled)
         others = []
         for request_id, order, token_id in _one_by_one(plan, token_ids, ~stay):
             sequence = self._sequences.get(request_id)
-            if sequence is not None and sequence.order == order:
+            if sequence is not None and sequence.order == order and request_id not in self._held:
                 others.append(self._take(sequence, token_id))
+        if self._held:
+            others += self._let_go()
         if not stay.all():
             request_ids, sampled = tuple(itertools.compress(request_ids, stay.tolist())), sampled[stay]
         return StepUpdate(request_ids, sampled.tolist(), others)
 
+    def steady_steps(self) -> int:
+        """How many of the coming steps are decodes of the same rows, if nothing arrives and no stop id is sampled:
+        nobody joins, ends or is preempted, and the pages they take are free. 0 where that is not certain.
+
+        For a simulation, which may then take them at once: `advance`. No plan may be in flight whose update ends a row.
+        """
+        places = self._places
+        if not self._steady or places.changed or places.counts.away or places.pages.reserves:
+            return 0
+        if not len(places.running.decoding) or not self._mode.steady:
+            return 0
+        if len(places.waiting) and not self._obstacle_stays():
+            return 0
+        return places.running.decoding.steady_steps(self.pool.num_available)
+
+    def advance(self, steps: int, token_id: int) -> Stretch:
+        """Does what so many times `schedule` and `update` do, at most `steady_steps`, with `token_id` sampled in every
+        row: the state is the same afterwards."""
+        decoding = self._places.running.decoding
+        pages = self.pool.allocate(decoding.pages_needed(steps))
+        assert pages is not None, "more steps than are steady"
+        if self.policy.counts_tokens:
+            self.policy.decoded(decoding.tenants(), steps)
+        self._steps += steps
+        return decoding.repeat(steps, token_id, pages)
+
     def check_integrity(self) -> None:
-        """Asserts invariant 1 of the design and that slots are owned once; O(pages), for tests and idle moments."""
-        self.pool.check_integrity([sequence.pages for sequence in self._sequences.values()])
-        running = self._running()
-        slots = [sequence.slot for sequence in running if sequence.slot is not None]
-        assert sorted([*self._free_slots, *slots]) == list(range(self._config.max_num_seqs)), "slots are not owned once"
-        self._decoding.check_integrity()
-        statuses = [sequence.status for sequence in self._sequences.values()]
-        assert statuses.count(RequestStatus.RUNNING) == len(running), "a sequence runs that does not, or the reverse"
-        queued = len(running) + len(self._waiting) + statuses.count(RequestStatus.ENDING)
-        assert queued == len(self._sequences), "a sequence is in no queue or in two"
-        for sequence in self._sequences.values():
-            if sequence.status is not RequestStatus.RUNNING:
-                assert not sequence.decoding, f"{sequence.request_id} waits but decodes"
-                assert not sequence.pages, f"{sequence.request_id} waits but holds pages"
-                assert sequence.slot is None, f"{sequence.request_id} waits but holds a slot"
-            assert sequence.num_computed <= len(sequence.pages) * self.pool.page_size, "computed tokens lack pages"
-        if not self._sequences:
-            assert self.pool.num_used == 0, f"{self.pool.num_used} pages are in use while idle"
-
-    def _running(self) -> list[Sequence]:
-        return [*self._decoding.sequences, *self._prefilling.values()]
-
-    def _retire(self) -> None:
-        """Takes slot and pages from the sequences whose last allowed token is sampled, before its id is read."""
-        for sequence in self._decoding.complete():
-            self._release(sequence)
-            sequence.status = RequestStatus.ENDING
-
-    def _extend_decodes(self, step: StepInProgress) -> None:
-        """Gives a page to every sequence that decodes and needs one, preempting others of less standing, or itself
-        when it is the least."""
-        short = self._decoding.short()
-        if not short:
-            return
-        pages = self.pool.allocate(len(short))
-        if pages is not None:
-            for sequence, page in zip(short, pages, strict=True):
-                self._decoding.give_page(sequence, page)
-            return
-        for sequence in short:
-            while sequence.status is RequestStatus.RUNNING:  # until it is preempted, now or for one before it
-                pages = self.pool.allocate(1)
-                if pages is not None:
-                    self._decoding.give_page(sequence, pages[0])
-                    break
-                self._preempt_least(step)
-
-    def _continue_prompts(self, step: StepInProgress) -> None:
-        """Gives a chunk to every prompt under way, preempting as `_extend_decodes` does."""
-        for sequence in list(self._prefilling.values()):
-            if sequence.status is not RequestStatus.RUNNING:
-                continue  # preempted for a sequence before it
-            count = self._chunk(sequence, step.budget)
-            held = len(sequence.pages)
-            if not count:
-                continue
-            while sequence.status is RequestStatus.RUNNING and not self._grow(sequence, count):
-                self._preempt_least(step)
-            if sequence.status is RequestStatus.RUNNING:
-                step.add(Chunk(sequence, count, held))
-
-    def _chunk(self, sequence: Sequence, budget: int) -> int:
-        """Tokens of this sequence in this step, by the budget and the chunking rules; 0 is none."""
-        want = sequence.num_known - sequence.num_computed
-        threshold = self._config.long_prefill_token_threshold
-        if self._config.enable_chunked_prefill:
-            return min(want, budget, threshold or want)
-        if want > self._config.max_num_batched_tokens or sequence.num_computed:
-            return min(want, budget)  # a preempted sequence that outgrew a step can only come back in parts
-        return want if want <= budget else 0
-
-    def _grow(self, sequence: Sequence, count: int) -> bool:
-        """Allocates what `count` more tokens need beyond the pages held; all or nothing."""
-        needed = -(-(sequence.num_computed + count) // self.pool.page_size) - len(sequence.pages)
-        pages = self.pool.allocate(needed) if needed > 0 else []
-        if pages is None:
-            return False
-        sequence.pages.extend(pages)
-        return True
-
-    def _admit(self, step: StepInProgress) -> None:
-        """Moves waiting sequences to running, best standing first, until slots, budget or pages end."""
-        while step.budget > 0 and self._free_slots:
-            sequence = self._waiting.peek()
-            if sequence is None or sequence.num_pending:
-                return  # a preempted sequence waits for its last id
-            count = self._chunk(sequence, step.budget)
-            if not count or not self._grow(sequence, count):
-                return
-            self._waiting.remove(sequence)
-            sequence.status = RequestStatus.RUNNING
-            sequence.slot = self._free_slots.pop()
-            self._prefilling[sequence.request_id] = sequence
-            self.admitted.append(sequence)
-            step.add(Chunk(sequence, count, held=0, admitted=True))
+        """Asserts invariant 1 of the design and that every sequence is in one place; O(pages), for tests."""
+        assert set(self._held) <= set(self._sequences), "an answer is held back for nobody"
+        self._places.check_integrity(list(self._sequences.values()), self.pool)
 
     def _plan(self, step: StepInProgress) -> StepPlan:
-        decodes = self._decoding.advance() if self._decoding else NO_DECODES
+        running = self._places.running
+        floor_tokens, floor_rows = self._mode.padded(step)
+        decodes = running.decoding.advance() if step.decodes else NO_DECODES
+        if self.policy.counts_tokens and step.decodes:
+            self.policy.decoded(running.decoding.tenants())
         chunks = []
         num_tokens = num_sampled = len(decodes)
         for chunk in step.chunks.values():
@@ -264,34 +243,21 @@ class Scheduler:
             num_sampled += row.sample
             chunk.sequence.num_computed += chunk.count
             if row.sample:
-                del self._prefilling[row.request_id]
-                self._decoding.join(chunk.sequence)
+                running.decode(chunk.sequence)
+                if self.policy.counts_tokens:
+                    self.policy.decoded(np.array([chunk.sequence.tenant_number]))
         plan = StepPlan(
             step=self._steps,
             decodes=decodes,
             chunks=tuple(chunks),
-            token_bucket=self._buckets.token_bucket(num_tokens),
-            row_bucket=self._buckets.row_bucket(num_sampled),
+            token_bucket=self._buckets.token_bucket(max(num_tokens, floor_tokens)),
+            row_bucket=self._buckets.row_bucket(max(num_sampled, floor_rows) if num_sampled else 0),
             num_tokens=num_tokens,
             num_sampled=num_sampled,
+            swaps=tuple(step.swaps),
         )
         self._steps += 1
         return plan
-
-    def _preempt_least(self, step: StepInProgress) -> None:
-        """Preempts the running sequence of least standing, whatever it was given in this step."""
-        victim = max(self._running(), key=self._standing)
-        step.drop(victim)
-        self._preempt(victim)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Takes back pages and slot; the tokens stay and are computed again when the sequence is next admitted."""
-        self._release(sequence)
-        sequence.status = RequestStatus.PREEMPTED
-        sequence.num_preemptions += 1
-        self.num_preemptions += 1
-        self.preempted.append(sequence)
-        self._waiting.push(sequence)
 
     def _take(self, sequence: Sequence, token_id: int) -> SequenceUpdate:
         """Gives one sequence its next token."""
@@ -303,30 +269,39 @@ class Scheduler:
         reason = _finish_reason(sequence, token_id)
         if reason is None:
             return SequenceUpdate(sequence, (token_id,))
+        if self._mode.holds:
+            self._places.leave(sequence)
+            sequence.status = RequestStatus.ENDING
+            self._held[sequence.request_id] = reason
+            return SequenceUpdate(sequence, (token_id,))
         return dataclasses.replace(self._finish(sequence, reason), token_ids=(token_id,))
 
+    def _let_go(self) -> list[SequenceUpdate]:
+        """The final answers of a static batch, when all of its sequences have ended."""
+        if len(self._held) < len(self._sequences) - len(self._places.waiting.new):
+            return []
+        return [self._finish(self._sequences[request_id], reason) for request_id, reason in list(self._held.items())]
+
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str = "") -> SequenceUpdate:
-        if sequence.status is RequestStatus.RUNNING:
-            self._release(sequence)
-        elif sequence.status is not RequestStatus.ENDING:
-            self._waiting.remove(sequence)
+        self._places.leave(sequence)
+        self._held.pop(sequence.request_id, None)
         del self._sequences[sequence.request_id]
         sequence.status = RequestStatus.FINISHED
+        self.policy.ended(sequence)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.predictor.observe(sequence.request, len(sequence.output_token_ids))
         return SequenceUpdate(sequence, (), reason, error)
 
-    def _release(self, sequence: Sequence) -> None:
-        """Returns pages and slot of a running sequence. A step in flight may still write to those pages: whatever is
-        computed for their next owner is dispatched after it, so it is never seen."""
-        if sequence.decoding:
-            self._decoding.leave(sequence)
-        else:
-            del self._prefilling[sequence.request_id]
-        self.pool.release(sequence.pages)
-        sequence.pages = []
-        sequence.num_computed = 0
-        assert sequence.slot is not None
-        self._free_slots.append(sequence.slot)
-        sequence.slot = None
+    def _obstacle_stays(self) -> bool:
+        """Whether those that wait will wait on while nothing arrives or leaves, whatever the clock says."""
+        blocked_by, waiting = self._builder.blocked_by, self._places.waiting
+        if self.policy.clocked or waiting.timed or self._config.admission.scheduler_delay_factor:
+            return False
+        if self._mode.closed:
+            return True
+        if self.policy.timeless and self._config.formation == "greedy":
+            return blocked_by is not None
+        return blocked_by == "slots" and not self._places.preemption.displaces(*self._priorities_seen)
 
 
 def _one_by_one(plan: StepPlan, token_ids: np.ndarray, special: np.ndarray) -> Iterator[tuple[str, int, int]]:

@@ -11,9 +11,13 @@ class Sequence:
     order: place in the order of arrival. decoding: it is in the `DecodingSet`, whose columns then say how far it is;
     the next two count only while it does not. num_computed: tokens whose keys and values are in pages (or will be, by
     the steps dispatched). num_pending: tokens sampled by dispatched steps whose ids the host has not read yet.
+    expected_output: output tokens that the predictor expected on arrival. boost: added to the priority by preemptions.
+    tenant_number: what the policy calls its tenant. start_by, lateness: see the policy that uses them.
+    pages: of the device, in the order of the table; reserved: pages held for it beyond them; host_pages: those of a
+    swapped sequence.
     """
 
-    def __init__(self, request: EngineRequest, order: int):
+    def __init__(self, request: EngineRequest, order: int, expected_output: float = 1.0):
         self.request = request
         self.request_id = request.request_id
         self.order = order
@@ -24,8 +28,30 @@ class Sequence:
         self.num_pending = 0
         self.num_preemptions = 0
         self.num_cached_tokens = 0
+        self.expected_output = expected_output
+        self.boost = 0
+        self.tenant_number = 0
+        self.start_by: float | None = None
+        self.lateness = 0.0
         self.pages: list[int] = []
+        self.reserved: list[int] = []
+        self.host_pages: list[int] = []
         self.slot: int | None = None
+
+    @property
+    def priority(self) -> int:
+        """Higher is more urgent; preemptions have raised it."""
+        return self.request.priority + self.boost
+
+    @property
+    def expected_length(self) -> float:
+        """Prompt and expected output tokens."""
+        return len(self.request.prompt_token_ids) + self.expected_output
+
+    @property
+    def waits_new(self) -> bool:
+        """It waits and has never run."""
+        return self.status is RequestStatus.WAITING
 
     @property
     def num_prompt_tokens(self) -> int:

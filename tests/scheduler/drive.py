@@ -11,6 +11,7 @@ from jaxserve.runner.fake import FakeRunner, next_token
 from jaxserve.scheduler import Scheduler, StepPlan, StepUpdate
 from jaxserve.scheduler.buckets import Buckets, powers
 from jaxserve.scheduler.page_pool import PagePool
+from jaxserve.scheduler.progress import StepInProgress
 
 
 @dataclasses.dataclass
@@ -27,6 +28,13 @@ class Run:
 def make_scheduler(config: SchedulerConfig, num_pages: int = 64, page_size: int = 4) -> Scheduler:
     buckets = Buckets(powers(config.max_num_batched_tokens), powers(config.max_num_seqs))
     return Scheduler(config, PagePool(num_pages, page_size), buckets)
+
+
+def preempt(scheduler: Scheduler, request_id: str) -> None:
+    """Takes the place of one running sequence, as if memory were short, outside of a step."""
+    places = scheduler._places
+    sequence = next(one for one in places.running.sequences if one.request_id == request_id)
+    places.preempt(sequence, StepInProgress(0, 0, 0))
 
 
 def drive(

@@ -15,7 +15,7 @@ from jaxserve.config import SchedulerConfig
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.scheduler import Scheduler, StepResult
 from jaxserve.scheduler.plan import NO_DECODES
-from tests.scheduler.drive import alone, drive, make_scheduler
+from tests.scheduler.drive import alone, drive, make_scheduler, preempt
 
 
 def request(name: str, prompt: int, output: int, **fields) -> EngineRequest:
@@ -136,7 +136,7 @@ def drive_with_newcomers(scheduler: Scheduler, old: EngineRequest, preempt_at: i
 
     def before_step(step: int) -> None:
         if step == preempt_at:
-            scheduler._preempt(next(one for one in scheduler._running() if one.request_id == "old"))
+            preempt(scheduler, "old")
         if step >= preempt_at and step < 300 and scheduler.num_waiting < 4:
             scheduler.add(request(f"new{step}", 3 + step % 5, 2 + step % 7))
 
@@ -150,7 +150,9 @@ def test_cancelled_requests_leave_the_waiting_queue():
         scheduler.add(request(f"r{i}", 3, 5))
         scheduler.abort(f"r{i}")
     assert scheduler.num_waiting == 1
-    assert len(scheduler._waiting._heap) < 200
+    waiting = scheduler._places.waiting
+    assert len(waiting.new._heap) < 200
+    assert len(waiting._formation._queue._heap) < 200
 
 
 def test_not_finite_logits_end_that_request_alone():

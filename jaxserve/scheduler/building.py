@@ -1,0 +1,214 @@
+"""What one step holds: the order of docs/architecture.md, over the rules of the other files of this package."""
+
+from __future__ import annotations
+
+from jaxserve.request import RequestStatus
+from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.limits import Limits
+from jaxserve.scheduler.modes import Mode, Work
+from jaxserve.scheduler.pace import Pace
+from jaxserve.scheduler.places import Places
+from jaxserve.scheduler.policy import Policy
+from jaxserve.scheduler.progress import Chunk, StepInProgress
+from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler_config import SchedulerConfig
+
+
+class StepBuilder:
+    """Builds steps. admitted: sequences that the last step let run. blocked_by: what kept the first that waits from
+    joining it: "slots", "pages", or None where nobody waits or something else did."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        buckets: Buckets,
+        limits: Limits,
+        mode: Mode,
+        policy: Policy,
+        places: Places,
+        pace: Pace,
+    ):
+        self._config = config
+        self._buckets = buckets
+        self._limits = limits
+        self._mode = mode
+        self._policy = policy
+        self._places = places
+        self._pace = pace
+        self.admitted: list[Sequence] = []
+        self.blocked_by: str | None = None
+
+    def build(self, now: float) -> StepInProgress:
+        """The next step, without rows where there is nothing to compute."""
+        self.admitted, self.blocked_by = [], None
+        places, decoding = self._places, self._places.running.decoding
+        work = self._mode.work(places.counts, places.waiting, now)
+        step = self._begin(work)
+        if work.prefill and len(places.swapped):
+            self._swap_in(step, work)
+        if work.decode:
+            self._extend_decodes(step)
+        if work.prefill:
+            self._continue_prompts(step, work)
+            if not places.preempted:
+                self._admit(step, work, now)
+            if not step.chunks and not work.decode and len(decoding):
+                step.decodes = len(decoding)  # no prompt finds room: the step decodes after all
+                self._extend_decodes(step)
+        if self._config.admission.fill_buckets and self._config.admission.prefill_share < 1:
+            self._fill(step, work)
+        return step
+
+    def _begin(self, work: Work) -> StepInProgress:
+        """The step as its decodes leave it."""
+        config, limits = self._config, self._limits
+        decodes = len(self._places.running.decoding) if work.decode else 0
+        budget = limits.max_num_batched_tokens - decodes
+        if decodes:
+            budget = min(budget, max(1, int(config.admission.prefill_share * config.max_num_batched_tokens)))
+        return StepInProgress(decodes, max(0, budget), config.max_num_batched_tokens - decodes)
+
+    def _swap_in(self, step: StepInProgress, work: Work) -> None:
+        """Brings swapped sequences back, best standing first, while slots, budget and pages last. The pages that
+        decoding rows need in this step are left to them."""
+        needed = len(self._places.running.decoding.short()) if step.decodes else 0
+        while (sequence := self._places.swapped.peek()) is not None:
+            count = self._chunk(sequence, step, work)
+            if not count or not self._has_slot(sequence) or not self._places.pages.fit(sequence, count, spare=needed):
+                return
+            self._places.swapped.remove(sequence)
+            self._places.running.start(sequence)
+            assert sequence.slot is not None
+            held = len(sequence.host_pages)
+            step.swaps.append(self._places.pages.swap_in(sequence))
+            grown = self._places.pages.grow(sequence, count)
+            assert grown, "pages that fit are not there"
+            self.admitted.append(sequence)
+            step.add(Chunk(sequence, count, held, admitted=True))
+
+    def _extend_decodes(self, step: StepInProgress) -> None:
+        """Gives a page to every sequence that decodes and needs one, preempting others of less standing, or itself
+        when it is the least."""
+        decoding = self._places.running.decoding
+        short = decoding.short()
+        pages = self._places.pages.one_each(short) if short else []
+        if pages is not None:
+            for sequence, page in zip(short, pages, strict=True):
+                decoding.give_page(sequence, page)
+            return
+        for sequence in short:
+            while sequence.status is RequestStatus.RUNNING:  # until it is preempted, now or for one before it
+                page = self._places.pages.one(sequence)
+                if page is not None:
+                    decoding.give_page(sequence, page)
+                    break
+                self._places.make_room(step)
+
+    def _continue_prompts(self, step: StepInProgress, work: Work) -> None:
+        """Gives a chunk to every prompt under way, preempting as `_extend_decodes` does."""
+        for sequence in list(self._places.running.prefilling.values()):
+            if sequence.status is not RequestStatus.RUNNING or sequence.request_id in step.chunks:
+                continue  # preempted for a sequence before it, or back from host memory with a chunk
+            count = self._chunk(sequence, step, work)
+            held = len(sequence.pages)
+            if not count:
+                continue
+            while sequence.status is RequestStatus.RUNNING and not self._places.pages.grow(sequence, count):
+                self._places.make_room(step)
+            if sequence.status is RequestStatus.RUNNING:
+                step.add(Chunk(sequence, count, held))
+
+    def _chunk(self, sequence: Sequence, step: StepInProgress, work: Work) -> int:
+        """Tokens of this sequence in this step, by the budget and the chunking rules; 0 is none."""
+        want = sequence.num_known - sequence.num_computed
+        if work.chunk is not None:
+            return min(want, step.budget, work.chunk)
+        split = self._limits.chunked and want > self._config.admission.chunked_prefill_min_tokens
+        if split or want > self._config.max_num_batched_tokens:
+            return min(want, step.budget, self._config.long_prefill_token_threshold or want)
+        if sequence.num_computed:  # back from host memory, or begun while prompts were split
+            return min(want, step.budget)
+        whole = want <= step.budget or (not step.chunks and want <= step.room)
+        return want if whole else 0
+
+    def _has_slot(self, sequence: Sequence) -> bool:
+        """Whether a sequence could run now; one with a token on its way waits for its id."""
+        limit = min(self._limits.max_num_seqs, self._mode.max_running)
+        return not sequence.num_pending and not self._places.running.full and len(self._places.running) < limit
+
+    def _admit(self, step: StepInProgress, work: Work, now: float) -> None:
+        """Lets waiting sequences run, in the order in which they are offered, until slots, budget or pages end."""
+        joined = 0
+        if not len(self._places.swapped):
+            for sequence in self._places.waiting.candidates(now):
+                if sequence.waits_new and (joined >= work.admit or self._delayed(now)):
+                    break
+                new = sequence.waits_new
+                if not self._join(sequence, step, work):
+                    break
+                joined += new
+        if joined < work.admit and len(self._places.waiting.new) and len(self._places.running):
+            joined += self._displace(step, work, now)
+        if joined:
+            self._mode.admitted(joined)
+
+    def _delayed(self, now: float) -> bool:
+        """Whether new prompts are held back so that more of them come together (scheduler_delay_factor)."""
+        factor, oldest = self._config.admission.scheduler_delay_factor, self._places.waiting.oldest()
+        if not factor or oldest is None or not len(self._places.running):
+            return False
+        return now - oldest < factor * self._pace.last_prefill_seconds
+
+    def _join(self, sequence: Sequence, step: StepInProgress, work: Work) -> bool:
+        """Lets a waiting sequence run if it fits."""
+        if not self._has_slot(sequence):
+            self.blocked_by = None if sequence.num_pending else "slots"
+            return False
+        count = self._chunk(sequence, step, work)
+        if not count:
+            return False
+        if not self._places.pages.admit(sequence, count, alone=not len(self._places.running)):
+            self.blocked_by = "pages"
+            return False
+        if sequence.waits_new:
+            self._policy.admitted(sequence)
+        self._places.waiting.remove(sequence)
+        self._places.running.start(sequence)
+        self.admitted.append(sequence)
+        step.add(Chunk(sequence, count, held=0, admitted=True))
+        return True
+
+    def _displace(self, step: StepInProgress, work: Work, now: float) -> int:
+        """Lets the first that waits take the place of a running one that must give way to it; how many joined."""
+        places, sequence = self._places, self._places.waiting.first_new(now)
+        for _ in range(0 if sequence is None else len(places.running)):
+            assert sequence is not None
+            loser = places.preemption.gives_way(places.running, sequence)
+            if loser is None:
+                break
+            chunk = step.chunks.get(loser.request_id)
+            if step.budget <= 0 and chunk is not None and self._has_slot(sequence):
+                places.pages.give_back(loser, chunk.held)
+                step.drop(loser)  # only its chunk stands in the way: it goes on with the next step
+            else:
+                places.preempt(loser, step)
+            if self._join(sequence, step, work):
+                return 1
+            if not len(places.running):
+                break
+        return 0
+
+    def _fill(self, step: StepInProgress, work: Work) -> None:
+        """Lets prompts that a cap cut short compute in the places that the bucket would pad."""
+        if not step.chunks or not self._limits.chunked or work.chunk is not None:
+            return
+        spare = self._buckets.token_bucket(step.num_tokens) - step.num_tokens
+        threshold = self._config.long_prefill_token_threshold
+        for chunk in step.chunks.values():
+            sequence = chunk.sequence
+            count = min(spare, sequence.num_known - sequence.num_computed - chunk.count)
+            if threshold:
+                count = min(count, threshold - chunk.count)
+            if count > 0 and self._places.pages.grow(sequence, chunk.count + count):
+                step.extend(chunk, count)
+                spare -= count

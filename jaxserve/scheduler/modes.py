@@ -1,0 +1,180 @@
+"""Batching modes: which work a step may hold, whether it may take in who waits, and what padding it computes.
+
+none         one request at a time
+static       a batch of requests from first token to last; nothing joins until the longest ends
+dynamic      as static, of prompts of about one length
+continuous   every step: who has ended leaves, who waits joins
+separated    as continuous, but a step either computes prompts or decodes
+
+Static and dynamic batches are those of engines without iteration-level scheduling: prompts are padded to the longest,
+rows that have ended are computed on until the longest ends, and only then do their requests have their final answers.
+The padding is tokens of the step's bucket, which cost what tokens cost in everything but attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from jaxserve.scheduler.formation import FORMATIONS, Formation, LengthBuckets
+from jaxserve.scheduler.policy import Policy
+from jaxserve.scheduler.progress import StepInProgress
+from jaxserve.scheduler.waiting import Waiting
+from jaxserve.scheduler_config import SchedulerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Counts of running sequences: those that decode, those whose prompts are under way, those swapped out or preempted
+    (which have run and will again)."""
+
+    decoding: int
+    prefilling: int
+    away: int
+
+    @property
+    def nobody(self) -> bool:
+        return not (self.decoding or self.prefilling or self.away)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a step may hold. decode, prefill: rows of each kind. admit: new requests at most. chunk: tokens of one
+    prompt at most; None is what the settings say."""
+
+    decode: bool = True
+    prefill: bool = True
+    admit: float = math.inf
+    chunk: int | None = None
+
+
+class Mode:
+    """Continuous batching unless a subclass says else.
+
+    holds: final answers wait for the end of the batch. closed: nobody joins while somebody runs. steady: a step that
+    decodes alone is followed by one like it while nobody joins or ends.
+    """
+
+    holds = False
+    closed = False
+    steady = True
+
+    def __init__(self, config: SchedulerConfig, policy: Policy):
+        self.config = config
+        self.formation = self.make_formation(policy)
+
+    def make_formation(self, policy: Policy) -> Formation:
+        return FORMATIONS[self.config.formation](policy, self.config)
+
+    @property
+    def max_running(self) -> float:
+        """Sequences that run at most, beside max_num_seqs."""
+        return math.inf
+
+    def work(self, running: Counts, waiting: Waiting, now: float) -> Work:
+        return Work()
+
+    def wake_at(self, waiting: Waiting) -> float | None:
+        """When somebody may join who may not now, while nothing runs; None: an event will tell."""
+        return None
+
+    def admitted(self, count: int) -> None:
+        """So many new requests joined the step."""
+
+    def padded(self, step: StepInProgress) -> tuple[int, int]:
+        """Tokens and rows that a step computes at least."""
+        return 0, 0
+
+
+class OneAtATime(Mode):
+    closed = True
+
+    def work(self, running: Counts, waiting: Waiting, now: float) -> Work:
+        return Work(admit=1 if running.nobody else 0)
+
+
+class Separated(Mode):
+    """Either phase in a step. A phase that has nothing to do, or finds no room, leaves the step to the other."""
+
+    steady = False
+
+    def __init__(self, config: SchedulerConfig, policy: Policy):
+        super().__init__(config, policy)
+        self._decoded_last = False
+
+    @property
+    def max_running(self) -> float:
+        return self.config.batching.max_decode_seqs
+
+    def work(self, running: Counts, waiting: Waiting, now: float) -> Work:
+        prompts = bool(running.prefilling or running.away or len(waiting))
+        order = self.config.batching.phase_order
+        prefill = prompts and (
+            not running.decoding
+            or order == "prefill_first"
+            or (order == "alternating" and self._decoded_last)  # decode_first: only when nobody decodes
+        )
+        self._decoded_last = not prefill
+        cap = self.config.batching.max_prefill_seqs
+        return Work(decode=not prefill, prefill=prefill, admit=max(0, cap - running.prefilling))
+
+
+class Static(Mode):
+    """A batch at a time: its prompts are computed together, then its rows decode together until the longest ends."""
+
+    holds = True
+    closed = True
+
+    def __init__(self, config: SchedulerConfig, policy: Policy):
+        super().__init__(config, policy)
+        self._size = 0  # of the batch that runs
+
+    def work(self, running: Counts, waiting: Waiting, now: float) -> Work:
+        if running.nobody:
+            self._size = self._next_size(waiting, now)
+            chunk = max(1, self.config.max_num_batched_tokens // max(self._size, 1))
+            return Work(decode=False, admit=self._size, chunk=chunk)
+        prompts = running.prefilling or running.away
+        chunk = max(1, self.config.max_num_batched_tokens // self._size)
+        return Work(decode=not prompts, prefill=bool(prompts), admit=0, chunk=chunk)
+
+    def wake_at(self, waiting: Waiting) -> float | None:
+        oldest = waiting.oldest()
+        return None if oldest is None else oldest + self.config.batching.max_wait_seconds
+
+    def padded(self, step: StepInProgress) -> tuple[int, int]:
+        if not step.chunks:
+            return self._size, self._size
+        longest = max(chunk.count for chunk in step.chunks.values())
+        return min(longest * self._size, self.config.max_num_batched_tokens), 0
+
+    def admitted(self, count: int) -> None:
+        self._size = count  # memory may have been short for some
+
+    def _next_size(self, waiting: Waiting, now: float) -> int:
+        limit = min(self.config.batching.batch_size, self.config.max_num_seqs)
+        ready_at = self.wake_at(waiting)
+        ready = len(waiting) >= limit or (ready_at is not None and now >= ready_at)
+        return min(limit, len(waiting)) if ready else 0
+
+
+class Dynamic(Static):
+    def make_formation(self, policy: Policy) -> Formation:
+        self._buckets = LengthBuckets(policy, self.config)
+        return self._buckets
+
+    def wake_at(self, waiting: Waiting) -> float | None:
+        return self._buckets.ready_at()
+
+    def _next_size(self, waiting: Waiting, now: float) -> int:
+        return self._buckets.ready_size(now)
+
+
+MODES: dict[str, Callable[[SchedulerConfig, Policy], Mode]] = {
+    "none": OneAtATime,
+    "static": Static,
+    "dynamic": Dynamic,
+    "continuous": Mode,
+    "separated": Separated,
+}

@@ -1,0 +1,37 @@
+"""How fast steps follow one another, learned while they do."""
+
+from __future__ import annotations
+
+from jaxserve.scheduler.plan import StepPlan
+
+_WEIGHT = 0.05
+
+
+class Pace:
+    """Moving averages: seconds a step of decodes alone, seconds a token of a step with a prefill; 0 until seen.
+
+    last_prefill_seconds: of the last step that had a prefill. The time of a step is that from its scheduling to the
+    next one's, which in a busy engine is the time that the device takes.
+    """
+
+    def __init__(self) -> None:
+        self.seconds_per_step = 0.0
+        self.seconds_per_token = 0.0
+        self.last_prefill_seconds = 0.0
+        self._last: tuple[float, int, bool] | None = None
+
+    def step(self, plan: StepPlan | None, now: float) -> None:
+        """A step begins at `now`; None: there is nothing to compute, so the time until the next is nobody's."""
+        if self._last is not None:
+            begin, tokens, prefill = self._last
+            seconds = now - begin
+            if prefill:
+                self.last_prefill_seconds = seconds
+                self.seconds_per_token = _blend(self.seconds_per_token, seconds / tokens)
+            else:
+                self.seconds_per_step = _blend(self.seconds_per_step, seconds)
+        self._last = None if plan is None else (now, plan.num_tokens, bool(plan.chunks))
+
+
+def _blend(average: float, value: float) -> float:
+    return value if not average else average + _WEIGHT * (value - average)

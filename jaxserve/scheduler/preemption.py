@@ -1,0 +1,94 @@
+"""Who loses its pages, how, and to whom.
+
+Victims are chosen among running sequences only, so a choice costs time in their number, and only when one is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from jaxserve.scheduler.costs import PreemptionCosts
+from jaxserve.scheduler.policy import Policy
+from jaxserve.scheduler.queues import Standing
+from jaxserve.scheduler.running import Running
+from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler_config import PreemptionConfig
+
+
+class Preemption:
+    """The rules of `PreemptionConfig`. costs: as measured; the configured ones count first."""
+
+    def __init__(self, config: PreemptionConfig, policy: Policy, page_size: int, costs: PreemptionCosts | None):
+        self._config = config
+        self._standing = policy.standing
+        self._page_size = page_size
+        self._per_token = config.recompute_seconds_per_token
+        self._per_page = config.swap_seconds_per_page
+        if costs is not None:
+            self._per_token = costs.recompute_seconds_per_token if self._per_token is None else self._per_token
+            self._per_page = costs.swap_seconds_per_page if self._per_page is None else self._per_page
+        rules: dict[str, Callable[[Sequence], float]] = {
+            "policy": lambda sequence: 0.0,
+            "lowest_priority": lambda sequence: -sequence.priority,
+            "most_pages": lambda sequence: len(sequence.pages),
+            "least_progress": lambda sequence: -len(sequence.output_token_ids),
+            "cheapest": lambda sequence: -self.cost(sequence.num_known),
+        }
+        self._rule = rules[config.victim]
+
+    def victim(self, running: Iterable[Sequence]) -> Sequence:
+        """Whose pages go when memory is short."""
+        return max(running, key=self._order)
+
+    def prefers_swap(self, num_computed: int) -> bool:
+        """Whether a sequence of so many computed tokens is swapped, where host memory has room for it."""
+        if self._config.preemption_mode != "auto":
+            return self._config.preemption_mode == "swap"
+        if self._per_token is None or self._per_page is None:
+            return False
+        return self._per_page * self._pages(num_computed) < self._per_token * num_computed
+
+    def cost(self, num_computed: int) -> float:
+        """Seconds to bring back a sequence of so many computed tokens; without known costs, its tokens."""
+        if self._per_token is None:
+            return float(num_computed)
+        recompute = self._per_token * num_computed
+        if self._per_page is None or self._config.preemption_mode == "recompute":
+            return recompute
+        return min(recompute, self._per_page * self._pages(num_computed))
+
+    def boosted(self, sequence: Sequence) -> None:
+        """Notes a preemption: the sequence stands better from now on."""
+        sequence.num_preemptions += 1
+        sequence.boost = min(sequence.boost + self._config.preemption_boost, self._config.preemption_boost_limit)
+
+    def gives_way(self, running: Running, waiting: Sequence) -> Sequence | None:
+        """Whose place a waiting sequence takes: one of far lower priority, or the longest one, where the waiting one is
+        far shorter (head-of-line); None without such. Looks at single running sequences only where there can be one."""
+        gap, ratio = self._config.preempt_priority_gap, self._config.preempt_length_ratio
+        if gap is not None and waiting.priority - running.lowest_priority > gap:
+            lower = [one for one in running.sequences if self._may_lose(one) and waiting.priority - one.priority > gap]
+            if lower:
+                return max(lower, key=lambda one: (-one.priority, *self._standing(one)))
+        if ratio is not None:
+            candidates = filter(self._may_lose, running.sequences)
+            longest = max(candidates, key=lambda one: one.expected_length, default=None)
+            if longest is not None and waiting.expected_length * ratio <= longest.expected_length:
+                return longest
+        return None
+
+    def displaces(self, lowest_priority: int, highest_priority: int) -> bool:
+        """Whether, among requests of such priorities, a waiting one may take a running one's place at all."""
+        gap = self._config.preempt_priority_gap
+        return self._config.preempt_length_ratio is not None or (
+            gap is not None and highest_priority - lowest_priority > gap
+        )
+
+    def _may_lose(self, sequence: Sequence) -> bool:
+        return sequence.num_preemptions < self._config.max_preemptions
+
+    def _order(self, sequence: Sequence) -> Standing:
+        return (self._rule(sequence), *self._standing(sequence))
+
+    def _pages(self, num_computed: int) -> int:
+        return -(-num_computed // self._page_size)

@@ -1,0 +1,69 @@
+"""The sequences that run: those that decode and those whose prompts are under way, with the slots they hold."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from jaxserve.request import RequestStatus
+from jaxserve.scheduler.decoding import DecodingSet
+from jaxserve.scheduler.sequence import Sequence
+
+
+class Running:
+    """decoding: sequences of which only the newest token is left to compute. prefilling: the others, by request id."""
+
+    def __init__(self, num_slots: int, page_size: int):
+        self.decoding = DecodingSet(num_slots, page_size)
+        self.prefilling: dict[str, Sequence] = {}
+        self._num_slots = num_slots
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._priorities: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        return len(self.decoding) + len(self.prefilling)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [*self.decoding.sequences, *self.prefilling.values()]
+
+    @property
+    def full(self) -> bool:
+        return not self._free_slots
+
+    @property
+    def lowest_priority(self) -> int:
+        """Of those that run; there must be one."""
+        return min(self._priorities)
+
+    def start(self, sequence: Sequence) -> None:
+        """Gives a sequence a slot; its known tokens are to be computed."""
+        sequence.status = RequestStatus.RUNNING
+        sequence.slot = self._free_slots.pop()
+        self.prefilling[sequence.request_id] = sequence
+        self._priorities[sequence.priority] += 1
+
+    def decode(self, sequence: Sequence) -> None:
+        """All of its known tokens are computed: from now on it decodes."""
+        del self.prefilling[sequence.request_id]
+        self.decoding.join(sequence)
+
+    def leave(self, sequence: Sequence) -> None:
+        """Takes back the slot; what the sequence holds else is its own affair."""
+        if sequence.decoding:
+            self.decoding.leave(sequence)
+        else:
+            del self.prefilling[sequence.request_id]
+        assert sequence.slot is not None
+        self._free_slots.append(sequence.slot)
+        sequence.slot = None
+        self._priorities[sequence.priority] -= 1
+        if not self._priorities[sequence.priority]:
+            del self._priorities[sequence.priority]
+
+    def check_integrity(self) -> None:
+        """Asserts that slots are owned once and that the columns say what the sequences say."""
+        running = self.sequences
+        slots = [sequence.slot for sequence in running if sequence.slot is not None]
+        assert sorted([*self._free_slots, *slots]) == list(range(self._num_slots)), "slots are not owned once"
+        assert self._priorities == Counter(sequence.priority for sequence in running), "priorities are counted wrong"
+        self.decoding.check_integrity()
