@@ -187,7 +187,7 @@ class StepBuilder:
             if loser is None:
                 break
             chunk = step.chunks.get(loser.request_id)
-            if step.budget <= 0 and chunk is not None and self._has_slot(sequence):
+            if step.budget <= 0 and chunk is not None and not chunk.admitted and self._has_slot(sequence):
                 places.pages.give_back(loser, chunk.held)
                 step.drop(loser)  # only its chunk stands in the way: it goes on with the next step
             else:
