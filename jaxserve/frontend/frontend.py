@@ -349,8 +349,8 @@ class FrontEnd:
         if opened.output.stopped and reason in (None, FinishReason.LENGTH, FinishReason.STOP):
             reason, error = FinishReason.STOP, ""
         if reason in (FinishReason.ABORT, FinishReason.ERROR):
-            late = opened.deadline is not None and opened.deadline <= self._clock()
-            cause = Cause.DEADLINE if late and reason is FinishReason.ABORT else Cause.REQUEST
+            # Of its own accord the engine aborts only what is too late, or will be; what it was asked to has no error.
+            cause = Cause.DEADLINE if reason is FinishReason.ABORT and error else Cause.REQUEST
             error = error or f"the engine ended the request with {reason.value}"
         if reason is not None:
             self._forget(opened, told_engine=ended is not None)

@@ -329,6 +329,12 @@ def test_a_deadline_that_the_engine_notices_first(front_end, clock):
     assert (delta.cause, delta.error) == (Cause.DEADLINE, "deadline passed")
 
 
+def test_a_deadline_that_the_engine_cannot_meet(front_end, clock):
+    front_end.submit("hi", GREEDY, request_id="r", deadline=clock.now + 1000)
+    delta = output(front_end, "r", (), FinishReason.ABORT, "deadline cannot be met")
+    assert (delta.cause, delta.error) == (Cause.DEADLINE, "deadline cannot be met")
+
+
 def test_a_request_that_fails_in_the_engine(front_end):
     front_end.submit("hi", GREEDY, request_id="r")
     delta = output(front_end, "r", (), FinishReason.ERROR, "logits are not finite")
