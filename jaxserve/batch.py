@@ -158,7 +158,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jaxserve.batch", description="Serves a file of OpenAI batch lines.")
     parser.add_argument("--input", required=True, metavar="FILE", help="batch lines: custom_id, method, url, body")
     parser.add_argument("--output", required=True, metavar="FILE", help="results; an existing file is resumed")
+    parser.add_argument("--composition", metavar="DIR", help="write what steps consisted of, as JSON and a plot")
     parsed, config, operative = gin_config.load_from_command_line(parser, arguments)
+    if parsed.composition is not None:
+        engine = dataclasses.replace(config.engine, composition_dir=parsed.composition)
+        config = dataclasses.replace(config, engine=engine)
     try:
         with open_input(parsed.input) as source, contextlib.closing(OutputFile(parsed.output, parsed.input)) as output:
             return _serve(config, operative, source, output)

@@ -83,6 +83,8 @@ class EngineConfig:
     bundle: directory of programs that `jaxserve.compile` wrote for this configuration and device; loaded instead of
     compiling anything, and refused where it does not fit. Its number of pages counts where none is configured.
     seed: base of the seeds drawn for requests that bring none.
+    composition_dir: directory for what steps consisted of over time, as JSON and a plot, written when the engine ends;
+    None writes nothing.
     """
 
     model: str | None = None
@@ -101,6 +103,7 @@ class EngineConfig:
     compilation_cache_max_bytes: int = 4 * 1024**3
     bundle: str | None = None
     seed: int = 0
+    composition_dir: str | None = None
 
     def __post_init__(self) -> None:
         one_of("load_format", self.load_format, ("auto", "dummy"))

@@ -78,7 +78,8 @@ class StepRecorded:
 
     prefill_tokens, decode_tokens: useful tokens computed. rows: requests in the step. token_bucket, row_bucket: the
     shapes that its programs were compiled for. padding: token_bucket less the useful tokens.
-    pages_*: pages of the device in each state, null page not counted. waiting, running: requests.
+    pages_used, pages_free, pages_cached: pages of the device in each state, null page not counted. pages_swapped: pages
+    in host memory. waiting, running, swapped: requests; those swapped wait for their pages to come back.
     *_seconds: host time of the four parts of the loop; collect is the wait for the step before. idle_seconds: how long
     at most the device had nothing to do between the step before and this one; 0 when it was still busy at dispatch, or
     when there was no step before.
@@ -102,6 +103,13 @@ class StepRecorded:
     collect_seconds: float
     update_seconds: float
     idle_seconds: float
+    pages_swapped: int = 0
+    swapped: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Host time of the whole step: about until the next begins, while there is one."""
+        return self.schedule_seconds + self.dispatch_seconds + self.collect_seconds + self.update_seconds
 
 
 Event = (

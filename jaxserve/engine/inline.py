@@ -8,6 +8,7 @@ import queue
 import time
 from collections.abc import Sequence
 
+from jaxserve.composition import Composition
 from jaxserve.config import EngineConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import EngineFailed, EngineReady, FromEngine, Shutdown, ToEngine
@@ -27,6 +28,7 @@ class InlineEngine:
         start = time.perf_counter()
         self.core = EngineCore(config, runner or ModelRunner(config, progress=progress))
         self.ready: EngineReady = self.core.ready(time.perf_counter() - start)
+        self._composition = Composition(self.core.recorder, config.composition_dir)
         self._failed = False
         self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
 
@@ -55,3 +57,4 @@ class InlineEngine:
 
     def close(self) -> None:
         self.send(Shutdown())
+        self._composition.close()

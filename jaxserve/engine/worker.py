@@ -5,6 +5,7 @@ When the front end dies, the engine reads the end of the stream and ends too.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -15,6 +16,7 @@ import threading
 import time
 import traceback
 
+from jaxserve.composition import Composition
 from jaxserve.config import EngineConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.framing import FrameReader, FrameSender
@@ -41,6 +43,7 @@ def serve(connection: socket.socket) -> int:
     try:
         try:
             core = _build_core(config_from_bytes(first[0]))
+            tracking = Composition(core.recorder, core.config.composition_dir)
         except Exception as error:  # whatever it is, the front end must learn why
             if not isinstance(error, ValueError | OSError):
                 traceback.print_exc()
@@ -48,7 +51,8 @@ def serve(connection: socket.socket) -> int:
             return 1
         ready.set()
         sender.send([encode(core.ready(time.perf_counter() - start))])
-        _loop(core, sender, inbox)
+        with contextlib.closing(tracking):
+            _loop(core, sender, inbox)
     except ConnectionError:
         return 0  # the front end is gone and nobody is left to answer
     except Exception as error:
