@@ -21,12 +21,12 @@ from tqdm import tqdm
 from jaxserve.runner.aot.program_cache import ProgramCache
 from jaxserve.runner.compiler import ProgramMemory, ProgramSet, compile_program, fresh_compilations, program_memory
 from jaxserve.runner.memory import ProgramNeeds, largest_keys, loaded
-from jaxserve.runner.programs import ProgramKey, Shapes, program_keys
+from jaxserve.runner.programs import ProgramKey, Shapes, program_keys, program_shapes
 
 PROGRESS_SECONDS = 5.0
 """How often the log tells how far compiling is, where standard error is no terminal."""
 
-_KINDS = ("forward", "decode", "sample")
+_KINDS = ("forward", "decode", "sample", "swap_in", "swap_out")
 """Kinds of programs, from those that take longest to compile to those that take least."""
 
 _log = logging.getLogger(__name__)
@@ -120,8 +120,7 @@ class SetBuilder:
 
     def ask(self, key: ProgramKey, shapes: Shapes) -> concurrent.futures.Future:
         """The program, its memory and whether it is from the cache, in the future."""
-        if key.kind == "sample":
-            shapes = dataclasses.replace(shapes, num_pages=2)  # it sees no page
+        shapes = program_shapes(key, shapes)
         with self._lock:
             if (key, shapes) not in self._made:
                 self._made[key, shapes] = self._workers.add(_rank(key), lambda: self._make(key, shapes))

@@ -121,7 +121,7 @@ def explain(
     needs = _compile(shapes, target, workers)
     mesh = make_mesh(jax.devices("cpu")[:1])
     device = DeviceMemory.share(
-        target.device_memory_bytes, config.cache.gpu_memory_utilization, drifts=target.platform == "cpu"
+        target.device_memory_bytes, config.cache.gpu_memory_utilization, host=target.platform == "cpu"
     )
     with jax.sharding.use_abstract_mesh(_described(target)):  # the kernels' limits depend on the device
         plan = plan_pool(shapes, config.cache, mesh, device, lambda: needs.programs)

@@ -20,6 +20,8 @@ _MEANINGS = {
     "unused": "",
 }
 
+_UNITS = {"sample": "rows", "swap_in": "pages", "swap_out": "pages"}
+
 
 def to_text(explanation: Explanation) -> str:
     """Several paragraphs, with a table whose total is the device's memory."""
@@ -40,7 +42,7 @@ def _model(explanation: Explanation) -> Iterator[str]:
 def _programs(explanation: Explanation) -> Iterator[str]:
     yield f"{sum(map(len, explanation.programs.values()))} programs, the closed set:"
     for kind, sizes in explanation.programs.items():
-        unit = "rows" if kind == "sample" else "tokens"
+        unit = _UNITS.get(kind, "tokens")
         yield f"  {kind} of {', '.join(map(str, sizes))} {unit}"
 
 
@@ -48,6 +50,7 @@ def _memory(explanation: Explanation) -> Iterator[str]:
     plan, shapes = explanation.plan, explanation.shapes
     parts = plan.parts()
     meanings = _MEANINGS | {
+        "swapped pages": _swapped(explanation),
         "pages": f"{plan.num_pages:,} pages of {plan.page:,} bytes, {shapes.page_size} tokens each",
         "unused": _unused(explanation),
     }
@@ -60,6 +63,13 @@ def _memory(explanation: Explanation) -> Iterator[str]:
     yield from _table(("", "bytes", "", ""), rows, text_columns=(0, 3))
     if explanation.estimated:
         yield f"temporaries are an estimate: {explanation.estimated}"
+
+
+def _swapped(explanation: Explanation) -> str:
+    shapes, plan = explanation.shapes, explanation.plan
+    if plan.device.host:
+        return f"{shapes.num_host_pages:,} pages of sequences that are swapped out"
+    return f"on their way to and from {shapes.num_host_pages:,} pages of host memory"
 
 
 def _unused(explanation: Explanation) -> str:

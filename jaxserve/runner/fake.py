@@ -1,7 +1,7 @@
 """A runner without a model, whose every token can be worked out by hand.
 
-It keeps pages and slots as the devices do and reads a row's whole context back through its page table, so a wrong
-page, a stale slot or a missing write changes the tokens (or fails), as it would with a model.
+It keeps pages, of both sides, and slots as the devices do and reads a row's whole context back through its page table,
+so a wrong page, a stale slot or a missing write changes the tokens (or fails), as it would with a model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 from jaxserve.request import EngineRequest
 from jaxserve.runner.protocol import RunnerInfo
-from jaxserve.scheduler.plan import RowPlan, StepPlan, StepResult
+from jaxserve.scheduler.costs import PreemptionCosts
+from jaxserve.scheduler.page_pool import PageState
+from jaxserve.scheduler.plan import RowPlan, StepPlan, StepResult, Swap
 
 
 def next_token(context: Sequence[int], request: EngineRequest, suppress_stop: bool, vocab_size: int) -> int:
@@ -35,6 +37,8 @@ class FakeRunner:
         page_size: int = 4,
         num_pages: int = 64,
         eos_token_ids: tuple[int, ...] = (),
+        num_host_pages: int = 0,
+        preemption_costs: PreemptionCosts | None = None,
     ):
         self.info = RunnerInfo(
             vocab_size=vocab_size,
@@ -50,15 +54,20 @@ class FakeRunner:
             num_executables=0,
             compile_seconds=0.0,
             kv_cache="none",
+            num_host_pages=num_host_pages,
+            preemption_costs=preemption_costs,
         )
         self.num_compilations = 0
         self.compile_misses = 0
         self._pages: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
+        self._host_pages: list[list[int | None]] = [[None] * page_size for _ in range(num_host_pages)]
         self._tables: dict[int, dict[int, int]] = {}
         self._requests: dict[int, EngineRequest] = {}
         self._last: dict[int, int] = {}
 
     def dispatch(self, plan: StepPlan) -> StepResult:
+        for swap in plan.swaps:
+            self._swap(swap)
         rows = plan.rows
         for row in rows:
             self._write(row)
@@ -69,6 +78,19 @@ class FakeRunner:
 
     def collect(self, pending: StepResult) -> StepResult:
         return pending
+
+    def _swap(self, swap: Swap) -> None:
+        """A page that was swapped in is lost on the host: read again, it fails."""
+        tier = PageState.HOST if swap.slot is None else PageState.ACTIVE
+        for copy in swap.copies:
+            assert copy.destination_tier is tier is not copy.source_tier, f"{swap.request_id} goes another way"
+            if swap.slot is None:
+                self._host_pages[copy.destination] = list(self._pages[copy.source])
+            else:
+                self._pages[copy.destination] = self._host_pages[copy.source]
+                self._host_pages[copy.source] = [None] * self.info.page_size
+        if swap.slot is not None:
+            self._tables[swap.slot] = {index: copy.destination for index, copy in enumerate(swap.copies)}
 
     def _write(self, row: RowPlan) -> None:
         if row.admit is not None:

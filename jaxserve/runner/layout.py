@@ -92,5 +92,14 @@ def sample_layout(rows: int) -> Layout:
     )
 
 
+def swap_in_layout(pages: int) -> Layout:
+    """What a program that swaps in `pages` pages is told.
+
+    page [pages]: of the device. slot [1], index [1]: where the first of them stands in the page table; a slot out of
+    range writes none.
+    """
+    return Layout({"page": Field((pages,)), "slot": Field((1,)), "index": Field((1,))})
+
+
 STOP_WIDTH = 32
 """Stop token ids that a slot has room for: the model's own and the client's; unused ones are -1."""

@@ -1,11 +1,12 @@
 """What a device's memory is spent on, and how many pages fit: from the compiler's own figures, not from a guess.
 
     device memory = what gpu_memory_utilization keeps out of reach
-                  + weights + state + temporaries + code + margin + pages + unused
+                  + weights + state + temporaries + code + swapped pages + margin + pages + unused
 
 The device runs one program at a time, so temporaries are those of the largest program; code is that of all of them.
 The margin stands for what the compiler does not see (library workspaces, fragmentation); a pool of an explicit size
-may take of it. Start-up, `jaxserve.compile` and `jaxserve.explain` make the same plan from the same functions.
+may take of it. Swapped pages are in host memory, which on a CPU is the device's; a GPU's memory holds those that are on
+their way. Start-up, `jaxserve.compile` and `jaxserve.explain` make the same plan from the same functions.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Collection
 
@@ -22,10 +24,19 @@ from jax.sharding import Mesh
 from jaxserve.config import CacheConfig
 from jaxserve.runner.compiler import ProgramMemory, compile_program, program_memory
 from jaxserve.runner.programs import ProgramKey, Shapes, abstract_arguments, abstract_pools, program_keys
+from jaxserve.runner.swap_programs import SWAP_SIZES
 from jaxserve.runner.targets import available_memory
 from pallas_kernels.paged_attention import IMPLEMENTATIONS
 
 MARGIN_BYTES = 256 * 1024 * 1024
+
+TRANSIT_BYTES = 512 * 1024 * 1024
+"""Pages that are on their way between a GPU and host memory at one time, all layers together, at most."""
+
+# How XLA is told the limit of pinned host memory, what it is without, and what it takes beside swapped pages.
+_PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+_PINNED_GIB = 64
+_PINNED_SPARE_GIB = 8
 
 CODE_BYTES = 4 * 1024 * 1024
 """Allowance for a program's code and command buffer where the compiler states none, as those for GPUs do: an 8B model's
@@ -36,21 +47,21 @@ programs serialise to at most 2 MB."""
 class DeviceMemory:
     """Bytes of one device: all of it, and the share that may be used.
 
-    drifts: they differ a little at every start, as what is available on a CPU does.
+    host: it is the host's memory. What is available there differs a little at every start, and swapped pages are in it.
     """
 
     total: int
     limit: int
-    drifts: bool = False
+    host: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.limit <= self.total:
             raise ValueError(f"memory limit is {self.limit} bytes; it must be from 0 to the device's {self.total}")
 
     @classmethod
-    def share(cls, total: int, utilization: float, *, drifts: bool = False) -> DeviceMemory:
+    def share(cls, total: int, utilization: float, *, host: bool = False) -> DeviceMemory:
         """`utilization` (0 to 1, CacheConfig.gpu_memory_utilization) of `total` bytes, rounded down."""
-        return cls(total, int(total * utilization), drifts)
+        return cls(total, int(total * utilization), host)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +97,8 @@ class MemoryPlan:
     """Bytes of one device and what they are spent on.
 
     weights: as the programs take them. state: slots, hidden buffer and the vector that the host sends.
-    page: one page in all layers. num_pages: pages of the pool, the null page included.
+    page: one page in all layers. num_pages: pages of the pool, the null page included. swapped: pages of swapped
+    sequences, as far as they are in the device's memory.
     """
 
     device: DeviceMemory
@@ -95,6 +107,7 @@ class MemoryPlan:
     programs: ProgramNeeds
     page: int
     num_pages: int
+    swapped: int = 0
 
     @property
     def pages(self) -> int:
@@ -104,7 +117,7 @@ class MemoryPlan:
     @property
     def fixed(self) -> int:
         """Bytes that are needed whatever the number of pages."""
-        return self.weights + self.state + self.programs.temporaries + self.programs.code
+        return self.weights + self.state + self.programs.temporaries + self.programs.code + self.swapped
 
     @property
     def total(self) -> int:
@@ -122,7 +135,10 @@ class MemoryPlan:
         return max(0, (self.device.limit - self.fixed - MARGIN_BYTES) // self.page)
 
     def parts(self) -> dict[str, int]:
-        """The device's memory, part by part; the sum is `device.total`. Raises ValueError as `check` does."""
+        """The device's memory, part by part; the sum is `device.total`. Raises ValueError as `check` does.
+
+        "swapped pages" are there only where there are any.
+        """
         self.check()
         return {
             "beyond gpu_memory_utilization": self.device.total - self.device.limit,
@@ -130,6 +146,7 @@ class MemoryPlan:
             "state": self.state,
             "temporaries": self.programs.temporaries,
             "code": self.programs.code,
+            **({"swapped pages": self.swapped} if self.swapped else {}),
             "margin": self.margin,
             "pages": self.pages,
             "unused": self.device.limit - self.total - self.margin,
@@ -145,8 +162,9 @@ class MemoryPlan:
         if not self.fits:
             raise ValueError(
                 f"page pool of {self.num_pages} pages has {self.pages} bytes; with weights of {self.weights} and "
-                f"{self.fixed - self.weights} for steps it exceeds the {self.device.limit} bytes that "
-                "gpu_memory_utilization allows: lower num_pages or kv_cache_memory_bytes"
+                f"{self.fixed - self.weights} for {_beside(self)} it exceeds the {self.device.limit} bytes that "
+                f"gpu_memory_utilization allows: lower {'swap_space, ' * bool(self.swapped)}num_pages or "
+                "kv_cache_memory_bytes"
             )
 
 
@@ -220,11 +238,11 @@ def plan_pool(
     if room < 2:
         raise ValueError(
             f"page pool has room for {room} pages of {probe.page} bytes; at least 2 are needed, beside weights of "
-            f"{probe.weights} bytes, {probe.fixed - probe.weights} for steps and a margin of {MARGIN_BYTES}, in the "
-            f"{device.limit} bytes that gpu_memory_utilization allows: raise it or kv_cache_memory_bytes, or lower "
-            "max_num_batched_tokens"
+            f"{probe.weights} bytes, {probe.fixed - probe.weights} for {_beside(probe)} and a margin of "
+            f"{MARGIN_BYTES}, in the {device.limit} bytes that gpu_memory_utilization allows: raise it or "
+            f"kv_cache_memory_bytes, or lower {'swap_space or ' * bool(probe.swapped)}max_num_batched_tokens"
         )
-    if cache.kv_cache_memory_bytes is None and device.drifts:
+    if cache.kv_cache_memory_bytes is None and device.host:
         room = _steady(room)
     num_pages = _most_addressable(shapes, mesh, min(room, pages_in_use(shapes)))
     plan = dataclasses.replace(probe, num_pages=num_pages)
@@ -278,22 +296,33 @@ def pages_in_use(shapes: Shapes) -> int:
 def plan_memory(shapes: Shapes, mesh: Mesh, device: DeviceMemory, programs: ProgramNeeds) -> MemoryPlan:
     """What `shapes` takes of each device, with programs that need `programs`."""
     params, pools, *state = abstract_arguments(ProgramKey("forward", shapes.buckets.tokens[-1]), shapes, mesh)
+    page = _bytes_per_device(pools) // shapes.num_pages
     return MemoryPlan(
         device=device,
         weights=_bytes_per_device(params),
         state=_bytes_per_device(state),
         programs=programs,
-        page=_bytes_per_device(pools) // shapes.num_pages,
+        page=page,
         num_pages=shapes.num_pages,
+        swapped=page * (shapes.num_host_pages if device.host else pages_in_transit(shapes, page)),
     )
 
 
-def claim_memory(utilization: float) -> None:
-    """Lets jax's allocator hand out that share of a GPU's memory; by itself it takes three quarters.
+def pages_in_transit(shapes: Shapes, page: int) -> int:
+    """Pages, of `page` bytes on one device, that may be on their way between a GPU and host memory at one time."""
+    return min(shapes.num_host_pages, max(SWAP_SIZES[-1], TRANSIT_BYTES // page))
+
+
+def claim_memory(cache: CacheConfig) -> None:
+    """Lets jax's allocator hand out gpu_memory_utilization of a GPU's memory; by itself it takes three quarters.
+
+    Pinned host memory is limited to 64 GiB by itself; a larger swap_space is let through.
 
     Has an effect only before the process first asks jax for its devices; later the allocator keeps what it has.
     """
-    jax.config.update("jax_pjrt_client_create_options", {"memory_fraction": utilization})
+    jax.config.update("jax_pjrt_client_create_options", {"memory_fraction": cache.gpu_memory_utilization})
+    if cache.swap_space > _PINNED_GIB - _PINNED_SPARE_GIB:
+        os.environ.setdefault(_PINNED_LIMIT, str(math.ceil(cache.swap_space) + _PINNED_SPARE_GIB))
 
 
 def local_memory(mesh: Mesh, utilization: float) -> DeviceMemory:
@@ -303,22 +332,36 @@ def local_memory(mesh: Mesh, utilization: float) -> DeviceMemory:
     """
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
-        return DeviceMemory.share(available_memory(), utilization, drifts=True)
+        return DeviceMemory.share(available_memory(), utilization, host=True)
     limit = device.memory_stats()["bytes_limit"]
     return DeviceMemory(limit, limit)
 
 
-def check_available(plan: MemoryPlan, mesh: Mesh) -> None:
-    """Raises ValueError where a CPU has not enough memory for what is still to be made when weights and programs are
-    there: state, temporaries and pages. On a CPU the plan has only an allowance for the programs themselves.
+def check_available(plan: MemoryPlan, shapes: Shapes, mesh: Mesh) -> None:
+    """Raises ValueError where the host has not enough memory for what is still to be made when weights and programs are
+    there: on a CPU state, temporaries and pages (the plan has only an allowance for the programs themselves), beside a
+    GPU the swapped pages.
     """
-    needed = plan.state + plan.programs.temporaries + plan.pages
-    if mesh.devices.flat[0].platform == "cpu" and needed > (available := available_memory()):
+    available = available_memory()
+    if mesh.devices.flat[0].platform != "cpu":
+        swapped = shapes.num_host_pages * plan.page * mesh.size
+        if swapped > available:
+            raise ValueError(
+                f"swap_space takes {swapped} bytes for {shapes.num_host_pages} pages; {available} bytes of host memory "
+                "are available: lower it"
+            )
+        return
+    needed = plan.state + plan.programs.temporaries + plan.swapped + plan.pages
+    if needed > available:
         raise ValueError(
-            f"page pool of {plan.num_pages} pages has {plan.pages} bytes; with {needed - plan.pages} for steps it "
-            f"exceeds the {available} bytes that are available beside weights and programs: lower num_pages, "
-            "kv_cache_memory_bytes or gpu_memory_utilization"
+            f"page pool of {plan.num_pages} pages has {plan.pages} bytes; with {needed - plan.pages} for "
+            f"{_beside(plan)} it exceeds the {available} bytes that are available beside weights and programs: lower "
+            f"{'swap_space, ' * bool(plan.swapped)}num_pages, kv_cache_memory_bytes or gpu_memory_utilization"
         )
+
+
+def _beside(plan: MemoryPlan) -> str:
+    return "steps and swapped pages" if plan.swapped else "steps"
 
 
 def _code(program: ProgramMemory) -> int:

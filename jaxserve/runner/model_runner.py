@@ -21,7 +21,9 @@ from jaxserve.runner.aot.bundle import Bundle, bundled_cache
 from jaxserve.runner.aot.program_cache import CacheRefusedError, ProgramCache, default_directory
 from jaxserve.runner.build_set import SetBuilder
 from jaxserve.runner.compiler import CompilationCounter, CompileMissError, ProgramSet
+from jaxserve.runner.costs import measure, swap_plans
 from jaxserve.runner.host_memory import keep_freed_memory
+from jaxserve.runner.host_pages import HostPages
 from jaxserve.runner.memory import (
     DeviceMemory,
     MemoryPlan,
@@ -47,7 +49,9 @@ from jaxserve.runner.programs import (
 from jaxserve.runner.protocol import RunnerInfo
 from jaxserve.runner.resolve import resolve_shapes
 from jaxserve.runner.slots import Slots
-from jaxserve.scheduler.plan import NO_DECODES, StepPlan, StepResult
+from jaxserve.runner.swap_programs import swap_blocks, swap_in_vector
+from jaxserve.scheduler.costs import PreemptionCosts
+from jaxserve.scheduler.plan import NO_DECODES, StepPlan, StepResult, Swap
 from models.checkpoint import load, load_kv_scales
 from models.kv_scales import calibrate, placed
 from models.params import abstract_params, make_mesh, pack_for, random_params
@@ -92,7 +96,7 @@ class ModelRunner:
         """progress: shows how far compiling is. phases: of this process so far; those of this start are added."""
         phases = Phases() if phases is None else phases
         with phases.phase("devices"):
-            claim_memory(config.cache.gpu_memory_utilization)
+            claim_memory(config.cache)
             mesh = make_mesh()
             memory = local_memory(mesh, config.cache.gpu_memory_utilization)
         with phases.phase("shapes"):
@@ -108,7 +112,7 @@ class ModelRunner:
         self._weights, self._kv_cache = made.weights, made.kv_cache
         if mesh.devices.flat[0].platform == "cpu":
             keep_freed_memory()
-        check_available(made.plan, mesh)
+        check_available(made.plan, self._shapes, mesh)
         with phases.phase("pool"):
             self._pools = [
                 jnp.zeros(pool.shape, pool.dtype, device=pool.sharding) for pool in abstract_pools(self._shapes, mesh)
@@ -116,12 +120,20 @@ class ModelRunner:
             self._slots, self._hidden = _initial_state(self._shapes, mesh)
             jax.block_until_ready((self._pools, self._slots, self._hidden))
         self._copies = mesh.devices.flat[0].platform != "cpu"  # there the host reads the device's own memory
+        self._host_pages = HostPages(self._shapes, mesh, made.plan.page)
         self._forward_packers, self._sample_packers = packers(self._shapes)
         self.compile_misses = 0
         with phases.phase("warm-up"):
             self._warm_up()
+            costs = self._measure_costs() if self._shapes.num_host_pages else None
         info = _info(self._shapes, self._programs, mesh, self._kv_cache, config.bundle)
-        self.info = dataclasses.replace(info, phases=phases.all(), memory=tuple(made.plan.parts().items()))
+        self.info = dataclasses.replace(
+            info,
+            phases=phases.all(),
+            memory=tuple(made.plan.parts().items()),
+            num_host_pages=self._shapes.num_host_pages,
+            preemption_costs=costs,
+        )
 
     @property
     def num_compilations(self) -> int:
@@ -132,6 +144,8 @@ class ModelRunner:
         return self._programs
 
     def dispatch(self, plan: StepPlan) -> PendingStep:
+        for swap in plan.swaps:
+            self._swap(swap)
         self._forward(self._shapes.forward_key(plan), plan)
         if not plan.row_bucket:
             return PendingStep(self._hidden, None, 0)
@@ -161,6 +175,23 @@ class ModelRunner:
         self._slots, ids = program(self._weights.params, self._slots, self._hidden, vector)
         return ids
 
+    def _swap(self, swap: Swap) -> None:
+        """Starts the programs that copy a sequence's pages; each reads what the one before it left."""
+        begin = 0
+        for size in swap_blocks(len(swap.copies)):
+            block = swap.copies[begin : begin + size]
+            sources, destinations = [copy.source for copy in block], [copy.destination for copy in block]
+            self._host_pages.wait_for_room(size)
+            if swap.slot is None:
+                pages = self._program(ProgramKey("swap_out", size))(self._pools, np.array(sources, np.int32))
+                self._host_pages.store(destinations, pages)
+            else:
+                program = self._program(ProgramKey("swap_in", size))
+                pages, vector = self._host_pages.take(sources), swap_in_vector(destinations, swap.slot, begin)
+                self._pools, self._slots, placed = program(self._pools, self._slots, pages, vector)
+                self._host_pages.taken(size, placed)
+            begin += size
+
     def _program(self, key: ProgramKey) -> Callable[..., Any]:
         try:
             return self._programs.get(key)
@@ -174,8 +205,33 @@ class ModelRunner:
         for key in program_keys(self._shapes):
             if key.kind == "sample":
                 self._sample(key, nothing).block_until_ready()
-            else:
+            elif key.kind in ("forward", "decode"):
                 self._forward(key, nothing)
+        for size in self._shapes.swap_sizes:
+            for swap in swap_plans(size, null=True):
+                self._swap(swap)
+
+    def _measure_costs(self) -> PreemptionCosts:
+        """What a preemption costs here; nothing may run yet."""
+
+        def compute(plan: StepPlan) -> None:
+            self._forward(self._shapes.forward_key(plan), plan)
+            jax.block_until_ready(self._hidden)
+
+        def swap(swap: Swap) -> None:
+            self._swap(swap)
+            self._host_pages.wait()
+            jax.block_until_ready(self._pools)
+
+        jax.block_until_ready(self._pools)
+        costs = measure(self._shapes, compute, swap)
+        _log.info(
+            "preemption: %.1f us to compute a token again, %.1f us to swap a page of %d tokens out and in",
+            costs.recompute_seconds_per_token * 1e6,
+            costs.swap_seconds_per_page * 1e6,
+            self._shapes.page_size,
+        )
+        return costs
 
 
 def _build(config: EngineConfig, shapes: Shapes, memory: DeviceMemory, builder: SetBuilder, phases: Phases) -> _Made:

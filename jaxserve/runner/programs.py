@@ -3,6 +3,8 @@
     forward(weights, pools, slots, hidden, vector) -> pools, slots, hidden     one for each token bucket
     sample(params, slots, hidden, vector)          -> slots, ids               one for each row bucket
 
+Where sequences are swapped to host memory, `swap_programs` for a few numbers of pages join them.
+
 Where the attention kernels gain by it, steps of decodes alone have forward programs of their own, without the part that
 attends for prompts.
 
@@ -22,9 +24,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.runner.layout import forward_layout, sample_layout
+from jaxserve.runner.layout import forward_layout, sample_layout, swap_in_layout
 from jaxserve.runner.sampler import sample
 from jaxserve.runner.slots import Slots
+from jaxserve.runner.swap_programs import SWAP_SIZES, swap_in, swap_out
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.plan import StepPlan
 from models.attention import (
@@ -57,9 +60,10 @@ class Weights(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, order=True)
 class ProgramKey:
-    """kind: "forward", "decode" (forward for a step in which no row has more than one token) or "sample".
+    """kind: "forward", "decode" (forward for a step in which no row has more than one token), "sample", "swap_in" or
+    "swap_out".
 
-    size: its token or row bucket.
+    size: its token or row bucket, or its pages.
     """
 
     kind: str
@@ -72,6 +76,7 @@ class Shapes:
 
     kv_cache_dtype: name of the dtype of keys and values in pages; None is `dtype`.
     packed: weights are in the order that the CPU's kernels read.
+    num_host_pages: pages of host memory for swapped sequences; 0 where none are swapped.
     """
 
     model: ModelConfig
@@ -84,6 +89,12 @@ class Shapes:
     attention: str
     kv_cache_dtype: str | None = None
     packed: bool = False
+    num_host_pages: int = 0
+
+    @property
+    def swap_sizes(self) -> tuple[int, ...]:
+        """Pages that the swap programs copy; () where no sequences are swapped to host memory."""
+        return tuple(size for size in SWAP_SIZES if size <= self.num_host_pages)
 
     @property
     def pool_dtype(self) -> str:
@@ -113,7 +124,14 @@ def program_keys(shapes: Shapes) -> list[ProgramKey]:
     if IMPLEMENTATIONS[shapes.attention].decode_programs:
         keys += [ProgramKey("decode", size) for size in buckets.decode_tokens]
     keys += [ProgramKey("sample", size) for size in buckets.rows]
+    keys += [ProgramKey(kind, size) for kind in ("swap_in", "swap_out") for size in shapes.swap_sizes]
     return sorted(keys, key=lambda key: (key.kind, -key.size))
+
+
+def program_shapes(key: ProgramKey, shapes: Shapes) -> Shapes:
+    """`shapes` with the same values in what does not decide the program: those that are equal have the same one."""
+    shapes = dataclasses.replace(shapes, num_host_pages=0)  # swapped pages are arrays of their own
+    return dataclasses.replace(shapes, num_pages=2) if key.kind == "sample" else shapes
 
 
 def lower(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Lowered:
@@ -125,12 +143,7 @@ def lower(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Lowered:
 
 def trace(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Traced:
     """Traces one program, as `lower` does."""
-    if key.kind != "sample":
-        function = functools.partial(
-            forward, tokens=key.size, shapes=shapes, mesh=mesh, decode_only=key.kind == "decode"
-        )
-    else:
-        function = functools.partial(sample_step, rows=key.size, shapes=shapes, mesh=mesh)
+    function = _function(key, shapes, mesh)
     arguments = abstract_arguments(key, shapes, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_results(key, shapes, mesh))
     named: Callable[..., Any] = _named(function, f"{key.kind}_{key.size}")
@@ -138,31 +151,65 @@ def trace(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Traced:
         return jax.jit(named, donate_argnums=donated_arguments(key), out_shardings=shardings).trace(*arguments)
 
 
+def _function(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Callable[..., Any]:
+    match key.kind:
+        case "sample":
+            return functools.partial(sample_step, rows=key.size, shapes=shapes, mesh=mesh)
+        case "swap_in":
+            return swap_in
+        case "swap_out":
+            return functools.partial(swap_out, pages=key.size)
+        case _:
+            decode_only = key.kind == "decode"
+            return functools.partial(forward, tokens=key.size, shapes=shapes, mesh=mesh, decode_only=decode_only)
+
+
 def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any, ...]:
     """The program's arguments as ShapeDtypeStructs with shardings."""
-    params = abstract_params(shapes.model, shapes.dtype, mesh)
     slots, hidden = abstract_state(shapes, mesh)
-    replicated = NamedSharding(mesh, P())
-    if key.kind != "sample":
-        size = forward_layout(key.size, shapes.buckets.rows_of(key.size), shapes.page_size).size
-        vector = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=replicated)
-        weights = Weights(params, abstract_kv_scales(shapes, mesh))
-        return weights, abstract_pools(shapes, mesh), slots, hidden, vector
-    vector = jax.ShapeDtypeStruct((sample_layout(key.size).size,), jnp.int32, sharding=replicated)
-    return params, slots, hidden, vector
+    match key.kind:
+        case "sample":
+            params = abstract_params(shapes.model, shapes.dtype, mesh)
+            return params, slots, hidden, _int32(mesh, sample_layout(key.size).size)
+        case "swap_in":
+            vector = _int32(mesh, swap_in_layout(key.size).size)
+            return abstract_pools(shapes, mesh), slots, abstract_pages(key.size, shapes, mesh), vector
+        case "swap_out":
+            return abstract_pools(shapes, mesh), _int32(mesh, key.size)
+        case _:
+            weights = Weights(abstract_params(shapes.model, shapes.dtype, mesh), abstract_kv_scales(shapes, mesh))
+            size = forward_layout(key.size, shapes.buckets.rows_of(key.size), shapes.page_size).size
+            return weights, abstract_pools(shapes, mesh), slots, hidden, _int32(mesh, size)
 
 
-def abstract_results(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any, ...]:
+def abstract_results(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Any:
     """The program's results as ShapeDtypeStructs with shardings."""
-    if key.kind != "sample":
-        return abstract_arguments(key, shapes, mesh)[1:4]
-    slots, _ = abstract_state(shapes, mesh)
-    return slots, jax.ShapeDtypeStruct((key.size,), jnp.int32, sharding=NamedSharding(mesh, P()))
+    match key.kind:
+        case "sample":
+            return abstract_state(shapes, mesh)[0], _int32(mesh, key.size)
+        case "swap_in":
+            return *abstract_arguments(key, shapes, mesh)[:2], _int32(mesh, 1)
+        case "swap_out":
+            return abstract_pages(key.size, shapes, mesh)
+        case _:
+            return abstract_arguments(key, shapes, mesh)[1:4]
 
 
 def donated_arguments(key: ProgramKey) -> tuple[int, ...]:
-    """Numbers of the arguments that the program takes over: pools, slots and the hidden buffer, or the slots alone."""
-    return (1,) if key.kind == "sample" else (1, 2, 3)
+    """Numbers of the arguments that the program takes over: of pools, slots and the hidden buffer those that it
+    changes."""
+    return {"sample": (1,), "swap_in": (0, 1), "swap_out": ()}.get(key.kind, (1, 2, 3))
+
+
+def abstract_pages(count: int, shapes: Shapes, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Pages on their way to or from host memory, [L, 2, K, page_size, D] each, split as the pools are."""
+    pools = abstract_pools(shapes, mesh)
+    shape = (len(pools), *pools[0].shape[1:])
+    return (jax.ShapeDtypeStruct(shape, pools[0].dtype, sharding=NamedSharding(mesh, POOL_PARTITION)),) * count
+
+
+def _int32(mesh: Mesh, size: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=NamedSharding(mesh, P()))
 
 
 def abstract_pools(shapes: Shapes, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:

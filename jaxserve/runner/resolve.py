@@ -9,10 +9,13 @@ from jaxserve.config import EngineConfig
 from jaxserve.request import MAX_STOP_TOKEN_IDS
 from jaxserve.runner.layout import STOP_WIDTH
 from jaxserve.runner.programs import Shapes
+from jaxserve.runner.roofline import token_bytes
 from jaxserve.scheduler.buckets import Buckets
 from models.config import ModelConfig
 from models.params import packable
 from pallas_kernels.paged_attention import Use, choose
+
+GIB = 2**30
 
 
 def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = False) -> Shapes:
@@ -36,7 +39,7 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
     pages = config.cache.kv_cache_dtype
     kv_cache_dtype = {"auto": dtype, "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}.get(pages, pages)
     use = Use(dtype, kv_cache_dtype, config.cache.page_size, model.head_dim, model.group_size)
-    return Shapes(
+    shapes = Shapes(
         model=model,
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
@@ -48,6 +51,19 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
         packed=platform == "cpu" and packable(model, dtype),
         attention=choose(platform, config.attention, use),
     )
+    return dataclasses.replace(shapes, num_host_pages=_host_pages(config.cache.swap_space, shapes))
+
+
+def _host_pages(swap_space: float, shapes: Shapes) -> int:
+    """Pages that fit into `swap_space` GiB. Raises ValueError where it is not 0 and too little for one."""
+    page = token_bytes(shapes) * shapes.page_size
+    pages = int(swap_space * GIB) // page
+    if swap_space and not pages:
+        raise ValueError(
+            f"swap_space is {swap_space:g} GiB; a page has {page} bytes, so it must be at least {page / GIB:.3g}, or 0 "
+            "for none"
+        )
+    return pages
 
 
 def resolve_model(config: EngineConfig, *, planning: bool = False) -> ModelConfig:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,6 +39,7 @@ CONFIG = EngineConfig(
 PAGE = 2 * MODEL.num_key_value_heads * 16 * MODEL.head_dim * 4 * MODEL.num_hidden_layers
 NOTHING = ProgramNeeds(0, 0)
 PLENTY = DeviceMemory(10**12, 10**12)
+GPU: Any = types.SimpleNamespace(size=1, devices=np.array([types.SimpleNamespace(platform="gpu")]))
 
 
 @pytest.fixture(scope="module")
@@ -135,27 +138,57 @@ def test_a_pool_that_no_longer_fits_when_the_programs_are_there(shapes, monkeypa
     plan = plan_memory(dataclasses.replace(shapes, num_pages=64), make_mesh(), PLENTY, ProgramNeeds(1000, 10**9))
     needed = plan.state + 1000 + 64 * PAGE
     monkeypatch.setattr(memory, "available_memory", lambda: needed)
-    memory.check_available(plan, make_mesh())
+    memory.check_available(plan, shapes, make_mesh())
     monkeypatch.setattr(memory, "available_memory", lambda: needed - 1)
     with pytest.raises(ValueError, match=rf"exceeds the {needed - 1} bytes that are available beside"):
-        memory.check_available(plan, make_mesh())
-    gpu = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")]))
-    memory.check_available(plan, gpu)
+        memory.check_available(plan, shapes, make_mesh())
+    memory.check_available(plan, shapes, GPU)
+
+
+def test_swapped_pages_are_host_memory(shapes, monkeypatch):
+    """They are part of a CPU's memory; of a GPU's those on their way, and the host must have room for all."""
+    swapping = dataclasses.replace(shapes, num_host_pages=10**6)
+    cpu, gpu = (
+        plan_memory(swapping, make_mesh(), dataclasses.replace(PLENTY, host=host), NOTHING) for host in (True, False)
+    )
+    assert cpu.parts()["swapped pages"] == 10**6 * PAGE
+    assert gpu.parts()["swapped pages"] == memory.TRANSIT_BYTES // PAGE * PAGE < 10**6 * PAGE
+    for plan in (cpu, gpu):
+        assert sum(plan.parts().values()) == 10**12
+        bare = plan_memory(shapes, make_mesh(), plan.device, NOTHING)
+        assert "swapped pages" not in bare.parts()
+        assert plan.room == bare.room - plan.swapped // PAGE
+    with pytest.raises(ValueError, match=r"for steps and swapped pages .* lower swap_space, num_pages or"):
+        dataclasses.replace(cpu, device=DeviceMemory(10**12, 10**9, host=True)).check()
+    few = DeviceMemory(10**12, MARGIN_BYTES + 10**6 * PAGE, host=True)
+    with pytest.raises(ValueError, match="or lower swap_space or max_num_batched_tokens"):
+        plan_pool(swapping, CacheConfig(), make_mesh(), few, lambda: NOTHING)
+    monkeypatch.setattr(memory, "available_memory", lambda: 10**6 * PAGE)
+    with pytest.raises(ValueError, match="lower swap_space, num_pages, kv_cache_memory_bytes or"):
+        memory.check_available(cpu, swapping, make_mesh())
+    memory.check_available(gpu, swapping, GPU)
+    monkeypatch.setattr(memory, "available_memory", lambda: 10**6 * PAGE - 1)
+    with pytest.raises(ValueError, match=rf"swap_space takes {10**6 * PAGE} bytes for 1000000 pages.*lower it"):
+        memory.check_available(gpu, swapping, GPU)
 
 
 def test_memory_of_this_machine(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
-    assert local_memory(make_mesh(), 0.25) == DeviceMemory(1000, 250, drifts=True)
+    assert local_memory(make_mesh(), 0.25) == DeviceMemory(1000, 250, host=True)
     gpu = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 900})
     mesh = types.SimpleNamespace(devices=np.array([gpu]))
     assert local_memory(mesh, 0.25) == DeviceMemory(900, 900), "the allocator was given its share at start"
 
 
-def test_jax_is_asked_for_the_share_of_a_gpu():
+def test_jax_is_asked_for_the_share_of_a_gpu(monkeypatch):
     before = jax.config.jax_pjrt_client_create_options
+    monkeypatch.setattr(os, "environ", {})
     try:
-        memory.claim_memory(0.5)
+        memory.claim_memory(CacheConfig(gpu_memory_utilization=0.5, swap_space=50))
         assert jax.config.jax_pjrt_client_create_options == {"memory_fraction": 0.5}
+        assert os.environ == {}
+        memory.claim_memory(CacheConfig(swap_space=99.5))
+        assert os.environ == {"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": "108"}
     finally:
         jax.config.update("jax_pjrt_client_create_options", before)
 

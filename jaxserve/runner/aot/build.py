@@ -167,7 +167,9 @@ def _build(
     start = time.perf_counter()
     mesh = target_mesh(target)
     shapes = resolve_shapes(config, target.platform, planning=True)
-    device = DeviceMemory.share(target.device_memory_bytes, config.cache.gpu_memory_utilization)
+    device = DeviceMemory.share(
+        target.device_memory_bytes, config.cache.gpu_memory_utilization, host=target.platform == "cpu"
+    )
     plan = plan_pool(shapes, config.cache, mesh, device, lambda: loaded(compiled_needs(shapes, mesh), shapes, mesh))
     shapes = dataclasses.replace(shapes, num_pages=plan.num_pages)
     output.mkdir(parents=True, exist_ok=True)

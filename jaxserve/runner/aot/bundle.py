@@ -55,6 +55,7 @@ _SOURCES = (
     "jaxserve/runner/programs.py",
     "jaxserve/runner/sampler.py",
     "jaxserve/runner/slots.py",
+    "jaxserve/runner/swap_programs.py",
     "jaxserve/scheduler/*.py",
 )
 """Files whose content decides what programs compute: all that `programs` imports."""
@@ -86,7 +87,8 @@ def identity(shapes: Shapes, mesh: Mesh) -> dict[str, Any]:
         "compiler_options": options,
         "xla_flags": _xla_flags(),
         "sources_sha256": _sources_hash(),
-        "shapes": dataclasses.asdict(shapes),
+        # How many pages host memory has decides no program, only whether some are there.
+        "shapes": dataclasses.asdict(dataclasses.replace(shapes, num_host_pages=0)),
     }
     return json.loads(json.dumps(found))
 

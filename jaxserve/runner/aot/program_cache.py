@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from jaxserve.runner.aot.bundle import identity, kept_arguments, machine, program_trees
 from jaxserve.runner.aot.loaded import LoadedProgram
 from jaxserve.runner.compiler import ProgramMemory, program_memory
-from jaxserve.runner.programs import ProgramKey, Shapes
+from jaxserve.runner.programs import ProgramKey, Shapes, program_shapes
 
 FORMAT = 1
 SUFFIX = ".program"
@@ -179,8 +179,7 @@ class ProgramCache:
 
     def _identity(self, key: ProgramKey, shapes: Shapes) -> dict[str, Any]:
         """All that decides what the program is."""
-        if key.kind == "sample":
-            shapes = dataclasses.replace(shapes, num_pages=2)  # it sees no page
+        shapes = program_shapes(key, shapes)
         local = self.mesh.devices.flat[0].platform == "cpu"
         return identity(shapes, self.mesh) | {
             "entry_format": FORMAT,

@@ -1,0 +1,72 @@
+"""The pages of swapped sequences, in host memory."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from jaxserve.runner.memory import pages_in_transit
+from jaxserve.runner.programs import Shapes, abstract_pages
+
+
+class HostPages:
+    """Host pages by number, each an array [L, 2, K, page_size, D] that `swap_out` made.
+
+    On a CPU that array is the host page. Beside other devices it is copied to pinned host memory and back, on the
+    device's copy streams: nobody waits for a copy but the program that reads it. What is on its way takes memory of
+    the device, so the host waits for the oldest copy when `pages_in_transit` would be exceeded.
+    """
+
+    def __init__(self, shapes: Shapes, mesh: Mesh, page_bytes: int, *, pinned: bool | None = None):
+        """page_bytes: of a page on one device. pinned: None for what the devices of `mesh` call for."""
+        self._pages: dict[int, jax.Array] = {}
+        self._num_pages = shapes.num_host_pages
+        self._pinned = mesh.devices.flat[0].platform != "cpu" if pinned is None else pinned
+        (page,) = abstract_pages(1, shapes, mesh)
+        assert page.sharding is not None
+        self._on_device, self._on_host = page.sharding, page.sharding.with_memory_kind("pinned_host")
+        self._room = pages_in_transit(shapes, page_bytes)
+        self._transit: collections.deque[tuple[int, jax.Array]] = collections.deque()
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def wait_for_room(self, count: int) -> None:
+        """Waits until `count` more pages may be on their way."""
+        while self._transit and sum(pages for pages, _ in self._transit) + count > self._room:
+            self._transit.popleft()[1].block_until_ready()
+
+    def wait(self) -> None:
+        """Waits until nothing is on its way."""
+        while self._transit:
+            self._transit.popleft()[1].block_until_ready()
+        jax.block_until_ready(list(self._pages.values()))
+
+    def store(self, numbers: Sequence[int], pages: Sequence[jax.Array]) -> None:
+        """Takes pages of the device as host pages `numbers`, whose content until now is lost; does not wait.
+
+        Raises ValueError where a number is not that of a host page.
+        """
+        for number in numbers:
+            if not 0 <= number < self._num_pages:
+                raise ValueError(f"host page {number} does not exist; there are {self._num_pages}")
+        if self._pinned:
+            pages = jax.device_put(list(pages), self._on_host)
+            self._transit.append((len(pages), pages[-1]))
+        self._pages.update(zip(numbers, pages, strict=True))
+
+    def take(self, numbers: Sequence[int]) -> tuple[jax.Array, ...]:
+        """Host pages `numbers` as arrays of the device, for one `swap_in`; their memory is free when that has run.
+
+        Raises KeyError where a page was not stored.
+        """
+        pages = tuple(self._pages.pop(number) for number in numbers)
+        return tuple(jax.device_put(list(pages), self._on_device)) if self._pinned else pages
+
+    def taken(self, count: int, placed: jax.Array) -> None:
+        """Tells that the program which reads the `count` pages taken last was started; `placed` is ready after it."""
+        if self._pinned:
+            self._transit.append((count, placed))
