@@ -47,6 +47,7 @@ _SOURCES = (
     "models/*.py",
     "pallas_kernels/**/*.py",
     "pallas_kernels/**/*.json",
+    "jaxserve/checks.py",
     "jaxserve/config.py",
     "jaxserve/request.py",
     "jaxserve/runner/compiler.py",
@@ -57,6 +58,7 @@ _SOURCES = (
     "jaxserve/runner/slots.py",
     "jaxserve/runner/swap_programs.py",
     "jaxserve/scheduler/*.py",
+    "jaxserve/scheduler_config.py",
 )
 """Files whose content decides what programs compute: all that `programs` imports."""
 
