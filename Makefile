@@ -6,6 +6,7 @@
 #   VENV=.venv-312         where the environment stands; a second one does not disturb the first
 #   JAX_VERSION=0.11.2     pins jax; without it the newest jax that pyproject.toml and the Python allow
 #   CONFIG=llama.gin       what `make run` serves; ARGS="--gin.BINDING=VALUE ..." is handed on
+#   WORKERS=2              processes that run the tests at once; 0 runs them in pytest's own
 #   PYTEST_ARGS="-k page"  handed on to pytest
 
 PYTHON ?= python3
@@ -13,6 +14,7 @@ VENV ?= .venv
 JAX_VERSION ?=
 CONFIG ?= tiny.gin
 ARGS ?=
+WORKERS ?= 2
 PYTEST_ARGS ?=
 
 # The reference in parity tests. Only builds for the CPU: on Linux the plain torch wheel pulls gigabytes of CUDA, while
@@ -73,7 +75,7 @@ format: $(TEST_STAMP)
 	$(BIN)/ruff format
 
 pytest: $(TEST_STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 venv: $(TEST_STAMP)
 

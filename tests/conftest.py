@@ -9,10 +9,14 @@ if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could choose its platform")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-# Engines of the same configuration share their compiled programs within one run, in subprocesses too.
-_cache = tempfile.TemporaryDirectory(prefix="jaxserve-tests-")
-os.environ["XDG_CACHE_HOME"] = _cache.name
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+# Engines of the same configuration share their compiled programs within one run, in subprocesses and between the
+# workers of pytest-xdist too, which inherit the directory. jax's own cache is each worker's alone: jax does not write
+# an entry as a whole, so another process might read a part of it.
+worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if not worker:
+    _cache = tempfile.TemporaryDirectory(prefix="jaxserve-tests-")
+    os.environ["XDG_CACHE_HOME"] = _cache.name
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "jax" + worker)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 # A shell that runs the suite in the background has it ignore SIGINT; children that tests interrupt would inherit that.

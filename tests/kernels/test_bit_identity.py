@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tests.kernels.packing import Memory, Shape, Work, bits, for_cpu
 
 LENGTHS = [150, 3, 129, 64, 301, 17, 128]
-BUCKETS = [(512, 8), (64, 17), (10, 5), (1, 1), (32, 40)]
+BUCKETS = [(512, 8), (64, 17), (1, 1), (10, 5), (32, 40)]
+FEWER_BUCKETS = BUCKETS[:3]  # each is a program to compile
 SHAPES = [
     Shape(2, 2, 40, rows=8, max_len=301),
     Shape(4, 3, 64, dtype="bfloat16", max_len=301),
@@ -35,11 +36,12 @@ def _assert_same(memory: Memory, whole: list[np.ndarray], items: list[Work], tok
 def test_any_packing_in_any_bucket(shape: Shape):
     memory = Memory(shape, LENGTHS, 5)
     whole = _whole(memory)
+    buckets = BUCKETS if shape == SHAPES[0] else FEWER_BUCKETS
 
-    @settings(max_examples=50)
+    @settings(max_examples=10 * len(buckets))
     @given(data=st.data())
     def check(data: st.DataObject) -> None:
-        tokens, rows = data.draw(st.sampled_from(BUCKETS))
+        tokens, rows = data.draw(st.sampled_from(buckets))
         items, left = [], tokens
         for sequence in data.draw(st.permutations(range(len(LENGTHS))))[:rows]:
             start = data.draw(st.integers(0, LENGTHS[sequence] - 1))

@@ -19,17 +19,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.request import EngineRequest
-from jaxserve.runner import compiler
+from jaxserve.runner import build_set
 from jaxserve.runner.aot.build import build
 from jaxserve.runner.aot.bundle import MANIFEST, Bundle, BundleError, BundleWriter
 from jaxserve.runner.aot.loaded import LoadedProgram
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.programs import ProgramKey
 from jaxserve.runner.targets import load_target, target_mesh
-from jaxserve.scheduler import Scheduler
-from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.page_pool import PagePool
 from models.config import ModelConfig
+from tests.runner.drive import drive
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
 CONFIG = EngineConfig(
@@ -61,24 +61,17 @@ def with_bundle(directory: pathlib.Path, config: EngineConfig = CONFIG) -> Engin
 def tokens(runner: ModelRunner) -> list[list[int]]:
     """Greedy and random output of requests that share steps, prompts longer than a step among them."""
     rng = np.random.default_rng(0)
-    scheduler = Scheduler(CONFIG.scheduler, PagePool(64, 16), Buckets.from_config(CONFIG, "cpu"))
-    sequences = [
-        scheduler.add(
-            EngineRequest(
-                f"r{number}",
-                tuple(int(token) for token in rng.integers(0, 96, rng.integers(1, 40))),
-                max_tokens=8,
-                temperature=float(number % 2),
-                seed=number,
-            )
+    requests = [
+        EngineRequest(
+            f"r{number}",
+            tuple(int(token) for token in rng.integers(0, 96, rng.integers(1, 40))),
+            max_tokens=8,
+            temperature=float(number % 2),
+            seed=number,
         )
         for number in range(6)
     ]
-    while scheduler.unfinished:
-        plan = scheduler.schedule()
-        assert plan is not None
-        scheduler.update(plan, runner.collect(runner.dispatch(plan)))
-    return [sequence.output_token_ids for sequence in sequences]
+    return drive(runner, CONFIG, requests, poison=False).tokens
 
 
 def test_an_engine_starts_from_a_bundle_without_compiling(bundle, monkeypatch):
@@ -88,7 +81,7 @@ def test_an_engine_starts_from_a_bundle_without_compiling(bundle, monkeypatch):
     def refuse(*_: object) -> None:
         raise AssertionError("a program of the closed set was compiled")
 
-    monkeypatch.setattr(compiler, "compile_program", refuse)
+    monkeypatch.setattr(build_set, "compile_program", refuse)
     before = compiled.num_compilations
     loaded = ModelRunner(with_bundle(bundle, dataclasses.replace(CONFIG, cache=CacheConfig())))
     assert loaded.num_compilations == before > 0

@@ -11,13 +11,11 @@ import pytest
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.scheduler import Scheduler
-from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.page_pool import PagePool
 from models.attention import AttentionSettings, dense_attend
 from models.config import ModelConfig
 from models.params import bind, make_mesh, random_params
 from pallas_kernels.cpu import linear
+from tests.runner.drive import drive
 
 pytestmark = pytest.mark.skipif(
     not linear.runs_here(), reason="this CPU has no AVX512_BF16, or it has AMX, which XLA's dots use"
@@ -55,22 +53,6 @@ def requests() -> list[EngineRequest]:
     ]
 
 
-def run(
-    runner: ModelRunner, requests: list[EngineRequest], *, num_pages: int = 48, **limits: object
-) -> tuple[list[list[int]], int]:
-    """Tokens of the requests, batched, and how often one was preempted. Unwritten pages hold NaN."""
-    nan = jnp.full((), jnp.nan, jnp.bfloat16).view(jnp.uint16)
-    runner._pools = [jnp.full(pool.shape, nan, jnp.uint16).view(pool.dtype) for pool in runner._pools]
-    config = dataclasses.replace(CONFIG.scheduler, **limits)
-    scheduler = Scheduler(config, PagePool(num_pages, 16), Buckets.from_config(CONFIG, "cpu"))
-    sequences = [scheduler.add(request) for request in requests]
-    while scheduler.unfinished:
-        plan = scheduler.schedule()
-        assert plan is not None
-        scheduler.update(plan, runner.collect(runner.dispatch(plan)))
-    return [sequence.output_token_ids for sequence in sequences], scheduler.num_preemptions
-
-
 def test_the_kernels_are_chosen(runner):
     assert runner.info.attention == "cpu"
     assert runner._shapes.packed
@@ -78,19 +60,19 @@ def test_the_kernels_are_chosen(runner):
 
 @pytest.mark.parametrize("limits", [{}, {"max_num_batched_tokens": 16}, {"max_num_seqs": 3}])
 def test_tokens_are_those_of_each_request_alone(runner, requests, limits):
-    alone = [run(runner, [request])[0][0] for request in requests]
-    assert run(runner, requests, **limits)[0] == alone
+    alone = [drive(runner, CONFIG, [request]).tokens[0] for request in requests]
+    assert drive(runner, CONFIG, requests, **limits).tokens == alone
 
 
 def test_tokens_survive_preemption(runner, requests):
-    tokens, preemptions = run(runner, requests, num_pages=12)
-    assert preemptions > 0
-    assert tokens == run(runner, requests)[0]
+    preempted = drive(runner, CONFIG, requests, num_pages=12)
+    assert preempted.num_preemptions > 0
+    assert preempted.tokens == drive(runner, CONFIG, requests).tokens
 
 
 def test_hidden_states_are_those_of_the_model_computed_densely(runner, requests):
     prompt = requests[4].prompt_token_ids[:60]
-    run(runner, [dataclasses.replace(requests[4], prompt_token_ids=prompt, max_tokens=1)])
+    drive(runner, CONFIG, [dataclasses.replace(requests[4], prompt_token_ids=prompt, max_tokens=1)])
     # The same weights in float32: what is left is the rounding of bfloat16 states, weights of attention and pages.
     params = random_params(MODEL, "bfloat16", make_mesh(), CONFIG.seed)
     model = bind(MODEL, params)

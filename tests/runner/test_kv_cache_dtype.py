@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,12 +12,10 @@ from jaxserve.request import EngineRequest
 from jaxserve.runner.memory import DeviceMemory, ProgramNeeds, plan_memory
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.resolve import resolve_shapes
-from jaxserve.scheduler import Scheduler
-from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.page_pool import PagePool
 from models import checkpoint, params
 from models.config import ModelConfig
 from tests.models.checkpoints import BASE, random_tensors, write_checkpoint
+from tests.runner.drive import drive
 
 MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
 CONFIG = EngineConfig(
@@ -30,25 +27,10 @@ CONFIG = EngineConfig(
     max_model_len=128,
     seed=5,
 )
-GARBAGE = {"uint8": 0x7F, "int8": 127}
-"""What lies in pages that nobody wrote: NaN in float8_e4m3fn, the largest number of int8."""
 
 
 def with_pages(name: str) -> EngineConfig:
     return dataclasses.replace(CONFIG, cache=dataclasses.replace(CONFIG.cache, kv_cache_dtype=name))
-
-
-def run(runner: ModelRunner, requests: list[EngineRequest], **limits: object) -> list[list[int]]:
-    runner._pools = [jnp.full(pool.shape, GARBAGE[pool.dtype.name], pool.dtype) for pool in runner._pools]
-    scheduler = Scheduler(
-        dataclasses.replace(CONFIG.scheduler, **limits), PagePool(48, 16), Buckets.from_config(CONFIG, "cpu")
-    )
-    sequences = [scheduler.add(request) for request in requests]
-    while scheduler.unfinished:
-        plan = scheduler.schedule()
-        assert plan is not None
-        scheduler.update(plan, runner.collect(runner.dispatch(plan)))
-    return [sequence.output_token_ids for sequence in sequences]
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +52,9 @@ def requests() -> list[EngineRequest]:
 def test_tokens_do_not_depend_on_scheduling(name: str, held: str, requests):
     runner = ModelRunner(with_pages(name))
     assert runner.info.kv_cache == f"{held}, scales measured with random tokens"
-    batched = run(runner, requests)
-    assert [run(runner, [request])[0] for request in requests] == batched
-    assert run(runner, requests, long_prefill_token_threshold=5) == batched
+    batched = drive(runner, CONFIG, requests).tokens
+    assert [drive(runner, CONFIG, [request]).tokens[0] for request in requests] == batched
+    assert drive(runner, CONFIG, requests, long_prefill_token_threshold=5).tokens == batched
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +14,12 @@ from jaxserve.request import EngineRequest
 from jaxserve.runner.compiler import CompileMissError
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.programs import ProgramKey, program_keys
-from jaxserve.scheduler import Scheduler, StepPlan
-from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.page_pool import PagePool
+from jaxserve.scheduler import StepPlan
 from jaxserve.scheduler.plan import NO_DECODES
 from models.attention import AttentionSettings, dense_attend
 from models.config import ModelConfig
 from models.params import bind, make_mesh, random_params
+from tests.runner.drive import drive
 
 MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
 CONFIG = EngineConfig(
@@ -59,33 +56,13 @@ def requests() -> list[EngineRequest]:
     ]
 
 
-def run(
-    runner: ModelRunner, requests: Sequence[EngineRequest], num_pages: int = 64, **limits: object
-) -> tuple[list[list[int]], Scheduler]:
-    """Runs the requests with one step in flight over a pool whose pages nobody wrote hold NaN."""
-    runner._pools = [jnp.full(pool.shape, jnp.nan, pool.dtype) for pool in runner._pools]
-    config = dataclasses.replace(CONFIG.scheduler, **limits)
-    scheduler = Scheduler(config, PagePool(num_pages, 16), Buckets.from_config(CONFIG, "cpu"))
-    sequences = [scheduler.add(request) for request in requests]
-    in_flight = None
-    while scheduler.unfinished or in_flight is not None:
-        plan = scheduler.schedule()
-        dispatched = None if plan is None else (plan, runner.dispatch(plan))
-        if in_flight is not None:
-            scheduler.update(in_flight[0], runner.collect(in_flight[1]))
-        scheduler.check_integrity()
-        in_flight = dispatched
-    return [sequence.output_token_ids for sequence in sequences], scheduler
-
-
 def test_tokens_do_not_depend_on_scheduling(runner, requests):
-    batched, _ = run(runner, requests)
-    assert [run(runner, [request])[0][0] for request in requests] == batched
-    chunked, _ = run(runner, requests, long_prefill_token_threshold=5)
-    assert chunked == batched
-    preempted, scheduler = run(runner, requests, num_pages=9)
-    assert scheduler.num_preemptions >= 5
-    assert preempted == batched
+    batched = drive(runner, CONFIG, requests).tokens
+    assert [drive(runner, CONFIG, [request]).tokens[0] for request in requests] == batched
+    assert drive(runner, CONFIG, requests, long_prefill_token_threshold=5).tokens == batched
+    preempted = drive(runner, CONFIG, requests, num_pages=9)
+    assert preempted.num_preemptions >= 5
+    assert preempted.tokens == batched
 
 
 def test_greedy_tokens_are_the_dense_models(runner, requests):
@@ -100,7 +77,7 @@ def test_greedy_tokens_are_the_dense_models(runner, requests):
         return model.logits(hidden)
 
     for request in [one for one in requests if one.temperature == 0][:4]:
-        ((tokens,), _) = run(runner, [request])
+        (tokens,) = drive(runner, CONFIG, [request]).tokens
         context = list(request.prompt_token_ids)
         for token in tokens:
             row = np.asarray(logits(np.array(context + [0] * (128 - len(context)))))[len(context) - 1]
@@ -110,8 +87,8 @@ def test_greedy_tokens_are_the_dense_models(runner, requests):
 
 def test_nothing_compiles_after_start(runner, requests):
     before = runner.num_compilations
-    run(runner, requests)
-    run(runner, requests[:3], long_prefill_token_threshold=3)
+    drive(runner, CONFIG, requests)
+    drive(runner, CONFIG, requests[:3], long_prefill_token_threshold=3)
     assert runner.num_compilations == before > 0
     assert runner.info.num_executables == len(program_keys(runner._shapes)) == 3
 

@@ -23,11 +23,11 @@ from jaxserve.runner.aot.program_cache import SUFFIX, CacheRefusedError, Program
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.programs import ProgramKey
 from jaxserve.runner.resolve import resolve_shapes
-from jaxserve.scheduler import Scheduler
-from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.page_pool import PagePool
 from models.config import ModelConfig
 from models.params import make_mesh
+from tests.runner.drive import drive
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
 CONFIG = EngineConfig(
@@ -42,7 +42,7 @@ FORWARD, SAMPLE = ProgramKey("forward", 16), ProgramKey("sample", 8)
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, list[list[int]]]:
+def filled(compiled_once: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, list[list[int]]]:
     """A cache that one start has filled, and what that engine said."""
     directory = tmp_path_factory.mktemp("cache", numbered=True)
     runner = start(directory)
@@ -66,16 +66,10 @@ def start(directory: pathlib.Path | str | None, **changes: object) -> ModelRunne
 
 
 def tokens(runner: ModelRunner) -> list[list[int]]:
-    scheduler = Scheduler(CONFIG.scheduler, PagePool(64, 16), Buckets.from_config(CONFIG, "cpu"))
-    sequences = [
-        scheduler.add(EngineRequest(f"r{n}", tuple(range(1, 9 * n + 2)), 8, temperature=float(n % 2), seed=n))
-        for n in range(6)
+    requests = [
+        EngineRequest(f"r{n}", tuple(range(1, 9 * n + 2)), 8, temperature=float(n % 2), seed=n) for n in range(6)
     ]
-    while scheduler.unfinished:
-        plan = scheduler.schedule()
-        assert plan is not None
-        scheduler.update(plan, runner.collect(runner.dispatch(plan)))
-    return [sequence.output_token_ids for sequence in sequences]
+    return drive(runner, CONFIG, requests).tokens
 
 
 def opened(directory: pathlib.Path) -> ProgramCache:

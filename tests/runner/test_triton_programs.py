@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxserve.config import ATTENTION, CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.runner.programs import ProgramKey
-from jaxserve.scheduler import Scheduler
-from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.page_pool import PagePool
 from models.config import ModelConfig
 from pallas_kernels.paged_attention import IMPLEMENTATIONS
+from tests.runner.drive import drive
 
 MODEL = ModelConfig("LlamaForCausalLM", 96, 64, 48, 1, 2, 1, 64, 256, tie_word_embeddings=True)
 CONFIG = EngineConfig(
@@ -24,7 +20,7 @@ CONFIG = EngineConfig(
     load_format="dummy",
     scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=32),
     cache=CacheConfig(num_pages=32),
-    token_buckets=(8, 32),
+    token_buckets=(32,),
     max_model_len=128,
     attention="triton_interpret",
     seed=5,
@@ -34,20 +30,6 @@ CONFIG = EngineConfig(
 @pytest.fixture(scope="module")
 def runner() -> ModelRunner:
     return ModelRunner(CONFIG)
-
-
-def run(runner: ModelRunner, requests: list[EngineRequest]) -> tuple[list[list[int]], set[ProgramKey]]:
-    """Tokens of the requests, batched, and the forward programs that computed them. Unwritten pages hold NaN."""
-    runner._pools = [jnp.full(pool.shape, jnp.nan, pool.dtype) for pool in runner._pools]
-    scheduler = Scheduler(CONFIG.scheduler, PagePool(32, 16), Buckets.from_config(CONFIG, "cpu"))
-    sequences = [scheduler.add(request) for request in requests]
-    used = set()
-    while scheduler.unfinished:
-        plan = scheduler.schedule()
-        assert plan is not None
-        used.add(runner._shapes.forward_key(plan))
-        scheduler.update(plan, runner.collect(runner.dispatch(plan)))
-    return [sequence.output_token_ids for sequence in sequences], used
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +48,16 @@ def requests() -> list[EngineRequest]:
 
 
 def test_the_kernels_give_the_tokens_of_the_xla_implementation(runner, requests):
-    tokens, used = run(runner, requests)
-    assert {key.kind for key in used} == {"forward", "decode"}
-    other = ModelRunner(dataclasses.replace(CONFIG, attention="xla"))
-    expected, used = run(other, requests)
-    assert {key.kind for key in used} == {"forward"}
-    assert tokens == expected
+    run = drive(runner, CONFIG, requests)
+    assert {key.kind for key in run.programs} == {"forward", "decode"}
+    expected = drive(ModelRunner(dataclasses.replace(CONFIG, attention="xla")), CONFIG, requests)
+    assert {key.kind for key in expected.programs} == {"forward"}
+    assert run.tokens == expected.tokens
 
 
 def test_tokens_do_not_depend_on_the_batch(runner, requests):
-    batched, _ = run(runner, requests)
-    assert [run(runner, [request])[0][0] for request in requests] == batched
+    batched = drive(runner, CONFIG, requests).tokens
+    assert [drive(runner, CONFIG, [request]).tokens[0] for request in requests] == batched
 
 
 def test_the_choice_is_named_and_can_be_forced(runner):

@@ -1,0 +1,45 @@
+"""What tests of a runner's start share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import pytest
+from jax.sharding import Mesh
+
+from jaxserve.runner import build_set
+from jaxserve.runner.compiler import compile_program
+from jaxserve.runner.programs import ProgramKey, Shapes
+
+
+class _Program:
+    """A compiled program that can be serialised more than once; a second time XLA's own has lost its functions."""
+
+    def __init__(self, compiled: jax.stages.Compiled):
+        self._compiled = compiled
+        self.serialize = functools.cache(compiled.runtime_executable().serialize)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._compiled(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compiled, name)
+
+    def runtime_executable(self) -> _Program:
+        return self
+
+
+@functools.cache
+def _compiled(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> _Program:
+    return _Program(compile_program(key, shapes, mesh))
+
+
+@pytest.fixture(scope="module")
+def compiled_once() -> Iterator[None]:
+    """Each program is compiled once in this process: for tests of what stands around the compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_set, "compile_program", _compiled)
+        yield

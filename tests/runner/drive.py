@@ -1,0 +1,64 @@
+"""Requests through a scheduler and a real runner, as an engine drives them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.config import EngineConfig
+from jaxserve.request import EngineRequest
+from jaxserve.runner.model_runner import ModelRunner
+from jaxserve.runner.programs import ProgramKey
+from jaxserve.scheduler import Scheduler
+from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.page_pool import PagePool
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Output tokens of each request, how often one was preempted, and the forward programs that computed them."""
+
+    tokens: list[list[int]]
+    num_preemptions: int
+    programs: set[ProgramKey]
+
+
+def drive(
+    runner: ModelRunner,
+    config: EngineConfig,
+    requests: Sequence[EngineRequest],
+    num_pages: int | None = None,
+    poison: bool = True,
+    **limits: object,
+) -> Run:
+    """Runs all requests to their end with one step in flight. num_pages is the pool's size, by default the config's.
+
+    With poison every page holds it until a step writes there. limits are fields of SchedulerConfig.
+    """
+    if poison:
+        runner._pools = [_poisoned(pool) for pool in runner._pools]
+    pool = PagePool(num_pages or config.cache.num_pages, config.cache.page_size)
+    scheduler = Scheduler(dataclasses.replace(config.scheduler, **limits), pool, Buckets.from_config(config, "cpu"))
+    sequences = [scheduler.add(request) for request in requests]
+    programs = set()
+    in_flight = None
+    while scheduler.unfinished or in_flight is not None:
+        plan = scheduler.schedule()
+        dispatched = None
+        if plan is not None:
+            programs.add(runner._shapes.forward_key(plan))
+            dispatched = (plan, runner.dispatch(plan))
+        if in_flight is not None:
+            scheduler.update(in_flight[0], runner.collect(in_flight[1]))
+        scheduler.check_integrity()
+        in_flight = dispatched
+    return Run([sequence.output_token_ids for sequence in sequences], scheduler.num_preemptions, programs)
+
+
+def _poisoned(pool: jnp.ndarray) -> jnp.ndarray:
+    """NaN in every dtype that has one, also where its bits are held as integers; the largest number of int8."""
+    byte = 0x7F if pool.dtype == jnp.int8 else 0xFF
+    return jnp.array(np.full(pool.nbytes, byte, np.uint8).view(pool.dtype).reshape(pool.shape))
