@@ -54,16 +54,21 @@ def phases_log(server: Sequence[Phase], engine: Sequence[Phase]) -> list[str]:
 def busy_line(before: EngineStats, now: EngineStats, seconds: float) -> str | None:
     """One line for what happened between two counts that lie `seconds` apart, or None when nothing did."""
     computed = now.computed_tokens - before.computed_tokens
-    if now.num_steps == before.num_steps and not (now.num_running or now.num_waiting):
+    if now.num_steps == before.num_steps and not (now.num_running or now.num_waiting or now.num_swapped):
         return None
     padding = now.padding_tokens - before.padding_tokens
     pages = now.pages_free + now.pages_used + now.pages_cached
-    return (
+    line = (
         f"prompt {(now.prompt_tokens - before.prompt_tokens) / seconds:.1f} tok/s, "
         f"generation {(now.generation_tokens - before.generation_tokens) / seconds:.1f} tok/s, "
-        f"running {now.num_running}, waiting {now.num_waiting}, "
+        f"running {now.num_running}, waiting {now.num_waiting}, swapped {now.num_swapped}, "
         f"pool {_percent(now.pages_used, pages)}, padding {_percent(padding, computed + padding)}"
     )
+    for kind in ("recompute", "swap"):
+        name = f"num_preemptions_{kind}"
+        if count := getattr(now, name) - getattr(before, name):
+            line += f", preempted by {kind} {count}"
+    return line if now.kendall_tau is None else f"{line}, length prediction tau {now.kendall_tau:.2f}"
 
 
 async def log_while_busy(stats: Callable[[], EngineStats], interval: float = INTERVAL_SECONDS) -> None:

@@ -47,6 +47,9 @@ from jaxserve.scheduler.page_pool import PagePool
 STATS_SECONDS = 0.1
 """How often the front end is told the counts while steps follow one another."""
 
+RANKING_SECONDS = 1.0
+"""How often Kendall's tau is calculated anew: it takes about half a millisecond."""
+
 
 class EngineCore:
     """One scheduler over one runner. `handle` and `step` return messages for the front end, in order."""
@@ -77,6 +80,8 @@ class EngineCore:
         self._idle = IdleMeter()
         self._nothing_to_do = False  # as of the last `step`
         self._stats_due = 0.0  # on the clock
+        self._tau: float | None = None
+        self._tau_due = 0.0  # on the clock
         self._totals = dict.fromkeys(
             ("num_steps", "prompt_tokens", "generation_tokens", "computed_tokens", "padding_tokens"), 0
         )
@@ -182,6 +187,11 @@ class EngineCore:
             num_compilations=self.runner.num_compilations,
             compile_misses=self.runner.compile_misses,
             num_preemptions=scheduler.num_preemptions,
+            num_swapped=scheduler.num_swapped,
+            pages_swapped=pool.num_host_used,
+            num_preemptions_recompute=scheduler.num_preemptions_by_kind["recompute"],
+            num_preemptions_swap=scheduler.num_preemptions_by_kind["swap"],
+            kendall_tau=self._ranking(),
             **self._totals,
         )
 
@@ -252,6 +262,13 @@ class EngineCore:
             sequence.request_id, update.token_ids, update.finish_reason, update.error, sequence.num_cached_tokens
         )
 
+    def _ranking(self) -> float | None:
+        now = self._clock()
+        if now >= self._tau_due or not self.busy:
+            self._tau_due = now + RANKING_SECONDS
+            self._tau = self.scheduler.predictor.kendall_tau
+        return self._tau
+
     def _record_plan(self, plan: StepPlan, now: float) -> None:
         for sequence in self.scheduler.preempted:
             kind = "swap" if sequence.status is RequestStatus.SWAPPED else "recompute"
@@ -287,5 +304,7 @@ class EngineCore:
                 collect_seconds=collected - dispatched,
                 update_seconds=end - collected,
                 idle_seconds=idle,
+                pages_swapped=pool.num_host_used,
+                swapped=self.scheduler.num_swapped,
             )
         )

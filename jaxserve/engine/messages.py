@@ -116,7 +116,9 @@ class EngineStats:
     num_compilations: programs that the backend compiled in the engine's process, at start and ever after.
     num_steps, compile_misses, num_preemptions, prompt_tokens, generation_tokens, computed_tokens, padding_tokens:
     totals since start; a prompt counts when its first output token is there.
-    pages_free + pages_used + pages_cached are all usable pages.
+    pages_free + pages_used + pages_cached are all usable pages. num_swapped, pages_swapped: requests whose pages are in
+    host memory, and those pages. kendall_tau: how well predicted output lengths rank the last window of finished
+    requests, as of at most a second ago; None while there is nothing to rank.
     """
 
     num_running: int = 0
@@ -133,6 +135,11 @@ class EngineStats:
     generation_tokens: int = 0
     computed_tokens: int = 0
     padding_tokens: int = 0
+    num_swapped: int = 0
+    pages_swapped: int = 0
+    num_preemptions_recompute: int = 0
+    num_preemptions_swap: int = 0
+    kendall_tau: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -212,3 +212,11 @@ def test_rows_that_go_on_share_a_message():
         [("TokenBatch", 1)],
         [one],
     ]
+
+
+def test_counts_tell_how_well_lengths_were_predicted():
+    core = make_core()
+    add(core, *(EngineRequest(f"r{length}", (1, 2), max_tokens=length) for length in (9, 3, 14, 6, 20)))
+    assert core.stats().kendall_tau is None
+    run(core)
+    assert core.stats().kendall_tau == core.scheduler.predictor.kendall_tau == 1.0  # nothing but its limit ends any

@@ -177,7 +177,15 @@ def test_the_line_while_busy():
         padding_tokens=52,
     )
     assert busy_line(before, now, 5.0) == (
-        "prompt 10.0 tok/s, generation 20.0 tok/s, running 3, waiting 4, pool 18.8%, padding 25.0%"
+        "prompt 10.0 tok/s, generation 20.0 tok/s, running 3, waiting 4, swapped 0, pool 18.8%, padding 25.0%"
+    )
+    assert busy_line(
+        dataclasses.replace(now, num_preemptions_recompute=2, num_preemptions_swap=3),
+        dataclasses.replace(now, num_swapped=5, num_preemptions_recompute=2, num_preemptions_swap=7, kendall_tau=0.416),
+        5.0,
+    ) == (
+        "prompt 0.0 tok/s, generation 0.0 tok/s, running 3, waiting 4, swapped 5, pool 18.8%, padding 0.0%, "
+        "preempted by swap 4, length prediction tau 0.42"
     )
     assert busy_line(EngineStats(num_steps=9), EngineStats(num_steps=9), 5.0) is None
 
