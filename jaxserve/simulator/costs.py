@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -109,9 +110,10 @@ class CostModel(Protocol):
 
 
 class StepTime(NamedTuple):
-    """A measured step."""
+    """Measured steps that ran one after another: a step that samples nothing gives nothing to wait for, so its time is
+    known only together with that of the steps up to the next that samples."""
 
-    shape: StepShape
+    shapes: tuple[StepShape, ...]
     seconds: float
 
 
@@ -153,10 +155,11 @@ class FittedCosts:
         """
         if not steps:
             raise ValueError("there are no measured steps; costs need at least one")
-        token_sizes = sorted({step.shape.token_bucket for step in steps})
-        row_sizes = sorted({step.shape.row_bucket for step in steps} - {0})
+        shapes = [shape for step in steps for shape in step.shapes]
+        token_sizes = sorted({shape.token_bucket for shape in shapes})
+        row_sizes = sorted({shape.row_bucket for shape in shapes} - {0})
         measured = np.array([step.seconds for step in steps])
-        columns = np.array([_features(step.shape, token_sizes, row_sizes) for step in steps])
+        columns = np.array([_features(step.shapes, token_sizes, row_sizes) for step in steps])
         weight = 1 / np.sqrt(np.maximum(measured, 1e-6))
         found = _non_negative(columns * weight[:, None], measured * weight)
         first, second = len(token_sizes), len(token_sizes) + len(row_sizes)
@@ -215,15 +218,19 @@ def write_costs(
 ) -> None:
     """Writes measured steps as a file that `read_costs` reads. about: whatever says where they were measured."""
     columns = {
-        field: [getattr(step.shape, field) for step in steps] for field in StepShape._fields if field != "swapped_pages"
+        field: [getattr(shape, field) for step in steps for shape in step.shapes]
+        for field in StepShape._fields
+        if field != "swapped_pages"
     }
+    counts, seconds = [len(step.shapes) for step in steps], [step.seconds for step in steps]
     document = {
         "kind": "jaxserve step times",
         "name": name,
         "about": dict(about or {}),
         "host": dataclasses.asdict(host),
         "swap_seconds_per_page": swap_seconds_per_page,
-        "steps": {**columns, "seconds": [step.seconds for step in steps]},
+        "shapes": columns,
+        "steps": {"count": counts, "seconds": seconds},
     }
     pathlib.Path(path).write_text(json.dumps(document) + "\n", encoding="utf-8")
 
@@ -233,12 +240,15 @@ def read_costs(path: str | os.PathLike[str]) -> FittedCosts:
     path = pathlib.Path(path)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        columns = document["steps"]
+        columns, steps = document["shapes"], document["steps"]
         fields = [field for field in StepShape._fields if field != "swapped_pages"]
-        rows = zip(*(columns[field] for field in fields), columns["seconds"], strict=True)
-        steps = [StepTime(StepShape(*row[:-1]), float(row[-1])) for row in rows]
+        shapes = itertools.starmap(StepShape, zip(*(columns[field] for field in fields), strict=True))
+        found = [
+            StepTime(tuple(itertools.islice(shapes, count)), float(seconds))
+            for count, seconds in zip(steps["count"], steps["seconds"], strict=True)
+        ]
         return FittedCosts.fit(
-            steps,
+            found,
             name=str(document["name"]),
             host=HostCosts(**document["host"]),
             swap_seconds_per_page=float(document["swap_seconds_per_page"]),
@@ -251,11 +261,18 @@ def read_costs(path: str | os.PathLike[str]) -> FittedCosts:
         ) from error
 
 
-def _features(shape: StepShape, token_sizes: list[int], row_sizes: list[int]) -> list[float]:
-    one_hot = [float(shape.token_bucket == size) for size in token_sizes]
-    one_hot += [float(shape.row_bucket == size) for size in row_sizes]
-    padded = shape.token_bucket * shape.longest
-    return [*one_hot, shape.decode_context, shape.prefill_pairs, shape.prefill_context, padded]
+def _features(shapes: Sequence[StepShape], token_sizes: list[int], row_sizes: list[int]) -> list[float]:
+    """Sums over the shapes: of each bucket the number, and of each of `_TERMS`."""
+    tokens = [shape.token_bucket for shape in shapes]
+    rows = [shape.row_bucket for shape in shapes]
+    return [
+        *(float(tokens.count(size)) for size in token_sizes),
+        *(float(rows.count(size)) for size in row_sizes),
+        sum(shape.decode_context for shape in shapes),
+        sum(shape.prefill_pairs for shape in shapes),
+        sum(shape.prefill_context for shape in shapes),
+        sum(shape.token_bucket * shape.longest for shape in shapes),
+    ]
 
 
 def _non_negative(columns: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -75,7 +75,7 @@ def measured() -> list[StepTime]:
         tokens = int(rng.integers(0, bucket - rows + 1))
         pairs = tokens * float(rng.integers(1, 300))
         seconds = 1e-3 * bucket / 8 + 2e-4 + 3e-7 * context + 2e-8 * pairs
-        steps.append(StepTime(StepShape(bucket, 8, rows, context, tokens, pairs, 0.0, 0), seconds))
+        steps.append(StepTime((StepShape(bucket, 8, rows, context, tokens, pairs, 0.0, 0),), seconds))
     return steps
 
 
@@ -90,9 +90,19 @@ def test_the_fit_finds_the_law_of_the_steps():
     assert costs.seconds(StepShape(128, 8, 0, 0, 0, 0, 0, 0)) > 1.8 * base[1]
 
 
+def test_steps_that_were_only_timed_together_are_told_apart():
+    steps = measured()
+    joined = [
+        StepTime(a.shapes + b.shapes, a.seconds + b.seconds) for a, b in zip(steps[::2], steps[1::2], strict=True)
+    ]
+    alone, together = FittedCosts.fit(steps, name="alone"), FittedCosts.fit(joined, name="together")
+    for step in steps[:20]:
+        assert together.seconds(step.shapes[0]) == pytest.approx(alone.seconds(step.shapes[0]), rel=1e-6)
+
+
 def test_no_part_of_a_fit_is_negative():
     rng = np.random.default_rng(1)
-    noisy = [StepTime(step.shape, step.seconds * rng.uniform(0.2, 3)) for step in measured()[:40]]
+    noisy = [StepTime(step.shapes, step.seconds * rng.uniform(0.2, 3)) for step in measured()[:40]]
     costs = FittedCosts.fit(noisy, name="noise")
     values = [*dict(costs.token_seconds).values(), *dict(costs.row_seconds).values(), *costs.rates.values()]
     assert min(values) >= 0 < max(values)

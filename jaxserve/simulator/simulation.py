@@ -1,0 +1,228 @@
+"""One call simulates a trace: `simulate(config, trace, costs, device) -> SimulationResult`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxserve.config import EngineConfig
+from jaxserve.recorder import Recorder
+from jaxserve.request import EngineRequest
+from jaxserve.simulator.costs import CostModel
+from jaxserve.simulator.engine import STOP_ID, Outcome, SimulatedDevice, SimulatedEngine
+from jaxserve.simulator.traces import Trace
+
+Progress = Callable[[int], object]
+"""Called with the number of requests that have ended since the last call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientRule:
+    """What clients set as max_tokens where the trace does not say.
+
+    max_tokens: a number; "context" is the rest of the context, as of a client that sets nothing; "exact" is the true
+    length (ignore_eos with max_tokens, as benchmarks do), so that the scheduler knows it.
+    """
+
+    max_tokens: int | str = "context"
+
+    def __post_init__(self) -> None:
+        named = self.max_tokens in ("context", "exact")
+        if not named and not (isinstance(self.max_tokens, int) and self.max_tokens >= 1):
+            raise ValueError(f"client max_tokens is {self.max_tokens!r}; it must be at least 1, 'context' or 'exact'")
+
+    @classmethod
+    def parse(cls, text: str) -> ClientRule:
+        """From the command line."""
+        return cls(int(text) if text.isdecimal() else text)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SimulationResult:
+    """What became of the N requests of a trace; times in seconds of the virtual clock, nan for never.
+
+    trace: those that could be served: requests that fit neither context nor pool are `num_skipped`.
+    finished: the final answer. reasons: "stop" and "length", "abort" for deadlines missed, "refused" for a full queue.
+    output_tokens: int64 [N], those made. replica: int64 [N]. steps: columns of `records.STEP_COLUMNS` of each replica.
+    token_times: float64 arrays, one a request. seconds: from the first arrival to the end of the last request.
+    predictor_tau: Kendall's tau of each replica's predictor, None where it saw too few requests.
+    replica_seconds: that replicas were up, in all; costs are counted by it.
+    """
+
+    trace: Trace
+    num_skipped: int
+    cost_name: str
+    scheduled: np.ndarray
+    first_token: np.ndarray
+    finished: np.ndarray
+    output_tokens: np.ndarray
+    preemptions: np.ndarray
+    reasons: tuple[str, ...]
+    replica: np.ndarray
+    steps: tuple[dict[str, np.ndarray], ...]
+    predictor_tau: tuple[float | None, ...]
+    replica_seconds: float
+    preemptions_by_kind: dict[str, int]
+    token_logs: tuple[Any, ...] = dataclasses.field(repr=False, default=())
+
+    @property
+    def seconds(self) -> float:
+        ends = self.finished[~np.isnan(self.finished)]
+        return float(ends.max() - self.trace.arrivals.min()) if len(ends) else 0.0
+
+    @functools.cached_property
+    def completed(self) -> np.ndarray:
+        """bool [N]: requests that ended with all of their tokens."""
+        return np.array([reason in ("stop", "length") for reason in self.reasons], bool)
+
+    @property
+    def queue_time(self) -> np.ndarray:
+        """From arrival to the first step that computes the request."""
+        return self.scheduled - self.trace.arrivals
+
+    @property
+    def ttft(self) -> np.ndarray:
+        return self.first_token - self.trace.arrivals
+
+    @functools.cached_property
+    def last_token(self) -> np.ndarray:
+        """When the last token came, which may be before the final answer."""
+        return np.array([times[-1] if len(times) else np.nan for times in self.token_times])
+
+    @functools.cached_property
+    def tpot(self) -> np.ndarray:
+        """Seconds a token after the first; nan below two tokens."""
+        gaps = np.where(self.output_tokens > 1, self.output_tokens - 1, np.nan)
+        return (self.last_token - self.first_token) / gaps
+
+    @property
+    def e2e(self) -> np.ndarray:
+        return self.finished - self.trace.arrivals
+
+    @functools.cached_property
+    def token_times(self) -> list[np.ndarray]:
+        """When each request got its tokens."""
+        found: list[np.ndarray] = [np.empty(0)] * len(self.trace)
+        for log in self.token_logs:
+            for index, times in enumerate(log.token_times(len(self.trace))):
+                if len(times):
+                    found[index] = times
+        return found
+
+    @functools.cached_property
+    def itl(self) -> np.ndarray:
+        """Gaps between the tokens of all requests, one after another."""
+        return np.concatenate([np.empty(0), *(np.diff(times) for times in self.token_times)])
+
+
+def simulate(
+    config: EngineConfig,
+    trace: Trace,
+    costs: CostModel,
+    device: SimulatedDevice,
+    *,
+    client: ClientRule = ClientRule(),
+    recorder: Recorder | None = None,
+    stretches: bool = True,
+    progress: Progress | None = None,
+) -> SimulationResult:
+    """Serves a trace with one engine until every request has ended. The same inputs give the same result.
+
+    recorder: gets the events of the real engine. stretches: False goes step by step, for proofs. progress: see there.
+    """
+    on_finish = None if progress is None else (lambda index: progress(1))
+    engine = SimulatedEngine(config, device, costs, recorder=recorder, stretches=stretches, on_finish=on_finish)
+    kept, skipped = fitting(config, trace, device, client)
+    for request, length in requests_of(kept, device, config, client):
+        engine.run_until(request.arrival_time)
+        engine.submit(request, length)
+    engine.run_until()
+    return collect(kept, skipped, [engine], np.zeros(len(kept), np.int64))
+
+
+def fitting(config: EngineConfig, trace: Trace, device: SimulatedDevice, client: ClientRule) -> tuple[Trace, int]:
+    """The requests that the engine would accept, and the number of the others."""
+    most = min(device.max_model_len, (device.num_pages - 1) * config.cache.page_size)
+    wanted = trace.output_tokens if client.max_tokens == "exact" else np.minimum(trace.output_tokens, 1)
+    wanted = np.maximum(wanted, trace.max_tokens)
+    if isinstance(client.max_tokens, int):
+        wanted = np.where(trace.max_tokens > 0, wanted, client.max_tokens)
+    keep = trace.prompt_tokens + wanted <= most
+    if not config.scheduler.enable_chunked_prefill:
+        keep &= trace.prompt_tokens <= config.scheduler.max_num_batched_tokens
+    return (trace if keep.all() else trace.select(keep)), int((~keep).sum())
+
+
+def requests_of(
+    trace: Trace, device: SimulatedDevice, config: EngineConfig, client: ClientRule
+) -> Iterator[tuple[EngineRequest, int]]:
+    """The requests of a trace that fits, in order, each with the tokens that it will generate."""
+    most = min(device.max_model_len, (device.num_pages - 1) * config.cache.page_size + 1)
+    rows = zip(
+        trace.arrivals.tolist(),
+        trace.prompt_tokens.tolist(),
+        trace.output_tokens.tolist(),
+        trace.max_tokens.tolist(),
+        trace.tenants,
+        trace.priorities.tolist(),
+        trace.deadlines.tolist(),
+        strict=True,
+    )
+    for index, (arrival, prompt, output, limit, tenant, priority, deadline) in enumerate(rows):
+        if not limit:
+            limit = {"context": most - prompt, "exact": output}.get(str(client.max_tokens), client.max_tokens)
+        limit = int(limit)
+        output = min(output, limit)
+        yield (
+            EngineRequest(
+                str(index),
+                (0,) * prompt,
+                max_tokens=limit,
+                stop_token_ids=(STOP_ID,) if output < limit else (),
+                tenant=tenant,
+                priority=priority,
+                deadline=None if math.isinf(deadline) else arrival + deadline,
+                arrival_time=arrival,
+            ),
+            output,
+        )
+
+
+def collect(
+    trace: Trace,
+    skipped: int,
+    engines: list[SimulatedEngine],
+    replica: np.ndarray,
+    replica_seconds: float | None = None,
+) -> SimulationResult:
+    """The result of engines that are done."""
+    nothing = Outcome()
+    found = [engines[where].outcomes.get(index, nothing) for index, where in enumerate(replica.tolist())]
+    kinds: dict[str, int] = {}
+    for engine in engines:
+        for kind, count in engine.scheduler.num_preemptions_by_kind.items():
+            kinds[kind] = kinds.get(kind, 0) + count
+    result = SimulationResult(
+        trace=trace,
+        num_skipped=skipped,
+        cost_name=engines[0].costs.name,
+        scheduled=np.array([each.scheduled for each in found]),
+        first_token=np.array([each.first_token for each in found]),
+        finished=np.array([each.finished for each in found]),
+        output_tokens=np.array([each.tokens for each in found], np.int64),
+        preemptions=np.array([each.preemptions for each in found], np.int64),
+        reasons=tuple(each.reason for each in found),
+        replica=replica,
+        steps=tuple(engine.steps.columns() for engine in engines),
+        predictor_tau=tuple(engine.scheduler.predictor.kendall_tau for engine in engines),
+        replica_seconds=0.0,
+        preemptions_by_kind=kinds,
+        token_logs=tuple(engine.tokens for engine in engines),
+    )
+    up = result.seconds * len(engines) if replica_seconds is None else replica_seconds
+    return dataclasses.replace(result, replica_seconds=up)
