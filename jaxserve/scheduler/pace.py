@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from jaxserve.scheduler.plan import StepPlan
 
 _WEIGHT = 0.05
@@ -23,14 +25,26 @@ class Pace:
     def step(self, plan: StepPlan | None, now: float) -> None:
         """A step begins at `now`; None: there is nothing to compute, so the time until the next is nobody's."""
         if self._last is not None:
-            begin, tokens, prefill = self._last
-            seconds = now - begin
-            if prefill:
-                self.last_prefill_seconds = seconds
-                self.seconds_per_token = _blend(self.seconds_per_token, seconds / tokens)
-            else:
-                self.seconds_per_step = _blend(self.seconds_per_step, seconds)
+            self._take(now)
         self._last = None if plan is None else (now, plan.num_tokens, bool(plan.chunks))
+
+    def decodes(self, tokens: int, begins: Iterable[float]) -> None:
+        """As many steps as there are moments at which they begin, of `tokens` decodes and nothing else."""
+        for now in begins:
+            if self._last is not None:
+                self._take(now)
+            self._last = (now, tokens, False)
+
+    def _take(self, now: float) -> None:
+        """The last step ends at `now`."""
+        assert self._last is not None
+        begin, tokens, prefill = self._last
+        seconds = now - begin
+        if prefill:
+            self.last_prefill_seconds = seconds
+            self.seconds_per_token = _blend(self.seconds_per_token, seconds / tokens)
+        else:
+            self.seconds_per_step = _blend(self.seconds_per_step, seconds)
 
 
 def _blend(average: float, value: float) -> float:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -214,14 +214,15 @@ class Scheduler:
             return 0
         return places.running.decoding.steady_steps(self.pool.num_available)
 
-    def advance(self, steps: int, token_id: int) -> Stretch:
+    def advance(self, steps: int, token_id: int, begins: Iterable[float] = ()) -> Stretch:
         """Does what so many times `schedule` and `update` do, at most `steady_steps`, with `token_id` sampled in every
-        row: the state is the same afterwards."""
+        row: the state is the same afterwards. begins: the moment of each `schedule`, which the pace is learned from."""
         decoding = self._places.running.decoding
         pages = self.pool.allocate(decoding.pages_needed(steps))
         assert pages is not None, "more steps than are steady"
         if self.policy.counts_tokens:
             self.policy.decoded(decoding.tenants(), steps)
+        self._pace.decodes(len(decoding), begins)
         self._steps += steps
         return decoding.repeat(steps, token_id, pages)
 

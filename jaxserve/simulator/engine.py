@@ -30,7 +30,7 @@ from jaxserve.recorder import (
     StepRecorded,
     TokensProduced,
 )
-from jaxserve.request import EngineRequest
+from jaxserve.request import EngineRequest, RequestStatus
 from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepResult, StepUpdate
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.page_pool import PagePool
@@ -99,7 +99,9 @@ class SimulatedEngine:
         stretches: False goes step by step. on_finish: called with the number of each request that ends."""
         pool = PagePool(device.num_pages, config.cache.page_size, device.num_host_pages)
         buckets = Buckets.from_config(config, device.platform)
-        self.scheduler = Scheduler(config.scheduler, pool, buckets)
+        self.scheduler = Scheduler(
+            config.scheduler, pool, buckets, costs=costs.preemption, max_model_len=device.max_model_len
+        )
         self.costs = costs
         self.now = start
         self.steps = StepLog()
@@ -195,7 +197,9 @@ class SimulatedEngine:
 
     def _dispatch(self, plan: StepPlan, begin: float, time: float) -> _Flight:
         for sequence in self.scheduler.preempted:
-            self._preempted(sequence.request_id, time)
+            if self._recorder is not None:
+                kind = "swap" if sequence.status is RequestStatus.SWAPPED else "recompute"
+                self._recorder.record(RequestPreempted(time, sequence.request_id, kind))
         for sequence in self.scheduler.admitted:
             outcome = self.outcomes[int(sequence.request_id)]
             if math.isnan(outcome.scheduled):
@@ -242,7 +246,7 @@ class SimulatedEngine:
 
     def _wait(self, limit: float) -> None:
         """Nothing to compute until a batch fills, a delay ends or a request comes."""
-        wake = self.scheduler.wake_at
+        wake = self.scheduler.wake_at()
         until = min(math.inf if wake is None else wake, self._inbox[0][0] if self._inbox else math.inf, limit)
         if math.isinf(until):
             raise RuntimeError(f"the scheduler has requests, but nothing to compute and no time to wake: {self.now} s")
@@ -286,7 +290,7 @@ class SimulatedEngine:
             heapq.heappop(self._deadlines)
         if self._deadlines:
             moment = min(moment, self._deadlines[0])
-        wake = self.scheduler.wake_at
+        wake = self.scheduler.wake_at()
         return moment if wake is None or wake <= self.now else min(moment, wake)
 
     def _carry_out(
@@ -299,7 +303,7 @@ class SimulatedEngine:
         update = scheduler.update(previous.plan, StepResult(previous.token_ids))
         assert not update.others, "a step without a stop id ended a sequence"
         used = pool.num_used
-        scheduler.advance(turns - 1, 0)
+        scheduler.advance(turns - 1, 0, begins[:-1].tolist())
         plan = scheduler.schedule(float(begins[-1]))
         assert plan is not None, "a steady step is missing"
         assert plan.num_sampled == len(request_ids), "a steady step has other rows"
@@ -362,10 +366,6 @@ class SimulatedEngine:
     def _ended(self, index: int) -> None:
         if self._on_finish is not None:
             self._on_finish(index)
-
-    def _preempted(self, request_id: str, time: float) -> None:
-        if self._recorder is not None:
-            self._recorder.record(RequestPreempted(time, request_id, kind="recompute"))
 
     def _record_step(self, plan: StepPlan, step: int, begin: float, dispatched: float, idle: float, used: int) -> None:
         """step: the plan's, or that of another step of its stretch."""

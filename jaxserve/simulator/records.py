@@ -89,8 +89,8 @@ class TokenLog:
         self._seal()
         times = np.concatenate([*self._times, np.empty(0)])
         spans: list[list[list[int]]] = [[] for _ in range(count)]
-        ends = [start for _, start in self._epochs[1:]] + [self._count]
-        for (request_ids, start), end in zip(self._epochs, ends, strict=True):
+        ends = [*(start for _, start in self._epochs[1:]), self._count]
+        for (request_ids, start), end in zip(self._epochs, ends, strict=False):  # without epochs there is no first
             for request_id in request_ids:
                 mine = spans[int(request_id)]
                 if mine and mine[-1][1] == start:
