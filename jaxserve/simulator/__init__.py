@@ -1,1 +1,57 @@
-"""Serving simulated on a virtual clock: the real scheduler and page pool, costs in place of a device. No jax."""
+"""Serving simulated on a virtual clock: the real scheduler and page pool, costs in place of a device. No jax.
+
+    setup = set_up(config, target=find_target("h200"))          or model_cost=FILE with measured step times
+    trace = read_trace("trace.csv")                             or synthetic_trace(SyntheticConfig(rate=4, count=1000))
+    result = simulate(setup.config, trace, setup.costs, setup.device)
+    print(table({"fcfs": report(result, Slo(ttft=0.5, tpot=0.05))}))
+
+`with_options(config, {"policy": "sjf"})` changes a configuration, `simulate_fleet` serves with several replicas,
+`search_capacity` finds the highest rate that keeps the targets, plots.draw_all draws.
+"""
+
+from jaxserve.simulator.capacity import Capacity, parts_of, search_capacity
+from jaxserve.simulator.costs import CostModel, FittedCosts, HostCosts, StepShape, StepTime, read_costs, write_costs
+from jaxserve.simulator.engine import SimulatedDevice, SimulatedEngine
+from jaxserve.simulator.fleet import FleetConfig, FleetResult, simulate_fleet
+from jaxserve.simulator.report import Report, Slo, report, table
+from jaxserve.simulator.roofline import Efficiency, RooflineCosts
+from jaxserve.simulator.setup import Setup, find_target, set_up, with_options
+from jaxserve.simulator.simulation import ClientRule, SimulationResult, simulate
+from jaxserve.simulator.synthetic import SyntheticConfig, synthetic_trace
+from jaxserve.simulator.traces import Trace, make_trace, read_trace
+
+__all__ = [
+    "Capacity",
+    "ClientRule",
+    "CostModel",
+    "Efficiency",
+    "FittedCosts",
+    "FleetConfig",
+    "FleetResult",
+    "HostCosts",
+    "Report",
+    "RooflineCosts",
+    "Setup",
+    "SimulatedDevice",
+    "SimulatedEngine",
+    "SimulationResult",
+    "Slo",
+    "StepShape",
+    "StepTime",
+    "SyntheticConfig",
+    "Trace",
+    "find_target",
+    "make_trace",
+    "parts_of",
+    "read_costs",
+    "read_trace",
+    "report",
+    "search_capacity",
+    "set_up",
+    "simulate",
+    "simulate_fleet",
+    "synthetic_trace",
+    "table",
+    "with_options",
+    "write_costs",
+]

@@ -386,6 +386,8 @@ class SimulatedEngine:
                 pages_cached=pool.num_cached,
                 waiting=self.scheduler.num_waiting,
                 running=self.scheduler.num_running,
+                swapped=self.scheduler.num_swapped,
+                pages_swapped=pool.num_host_used,
                 schedule_seconds=dispatched - begin,
                 dispatch_seconds=0.0,
                 collect_seconds=0.0,

@@ -1,0 +1,254 @@
+"""A configuration and a trace, simulated: `python -m jaxserve.simulate --config llama.gin --trace FILE --target h200`.
+
+Neither weights nor a device are needed: the real scheduler and page pool run on a virtual clock, and steps cost what a
+target's roofline says, or what was measured (--model-cost, a file of benchmarks/step_costs.py): see docs/simulator.md.
+
+Exit codes: 0; 2 a faulty command line, configuration, trace or file of costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import itertools
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxserve import gin_config
+from jaxserve.config import EngineConfig
+from jaxserve.simulator import plots
+from jaxserve.simulator.capacity import Capacity, parts_of, search_capacity
+from jaxserve.simulator.fleet import SCALINGS, FleetConfig, FleetResult, simulate_fleet
+from jaxserve.simulator.report import Slo, report, table
+from jaxserve.simulator.roofline import Efficiency
+from jaxserve.simulator.routing import ROUTINGS
+from jaxserve.simulator.setup import Setup, find_target, set_up, with_options
+from jaxserve.simulator.simulation import ClientRule
+from jaxserve.simulator.synthetic import SyntheticConfig, synthetic_trace
+from jaxserve.simulator.traces import Trace, read_trace
+
+FLEET_OPTIONS = {field.name for field in dataclasses.fields(FleetConfig)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One of the configurations that are compared."""
+
+    name: str
+    setup: Setup
+    fleet: FleetConfig
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Simulates, prints and writes; returns the exit code."""
+    parser = make_parser()
+    parsed, server, _ = gin_config.load_from_command_line(parser, arguments)
+    try:
+        trace = load_trace(parsed)
+        runs = list(make_runs(parsed, server.engine))
+        slo, client = Slo.parse(parsed.slo), ClientRule.parse(parsed.client_max_tokens)
+        print(describe(trace, runs))
+        if parsed.capacity is not None:
+            document = _capacities(parsed, runs, trace, slo, client)
+        else:
+            document = _simulations(parsed, runs, trace, slo, client)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
+    if parsed.json is not None:
+        parsed.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line, --config and --gin.* left out."""
+    parser = argparse.ArgumentParser(prog="jaxserve.simulate", description="Simulates a configuration and a trace.")
+    add_simulation_options(parser)
+    add = parser.add_argument
+    add(
+        "--compare",
+        action="append",
+        default=[],
+        nargs="+",
+        metavar="NAME=A,B",
+        help="options to vary, all combinations",
+    )
+    add(
+        "--capacity",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="find the highest rate at which so many meet --slo",
+    )
+    add("--rounds", type=int, default=3, help="parts of the trace that --capacity searches one by one (default 3)")
+    add("--replicas", type=int, default=1, help="replicas at the start (default 1)")
+    add("--routing", default="least_loaded", choices=ROUTINGS)
+    add("--scaling", default="fixed", choices=SCALINGS)
+    add(
+        "--fleet",
+        default="",
+        metavar="NAME=VALUE,...",
+        help="further settings of the fleet: replica_rate, forecast, ...",
+    )
+    add("--plot", type=pathlib.Path, default=None, metavar="DIR", help="write plots there")
+    add("--json", type=pathlib.Path, default=None, metavar="FILE", help="write the figures there")
+    return parser
+
+
+def add_simulation_options(parser: argparse.ArgumentParser) -> None:
+    """What to simulate: trace, device, costs."""
+    add = parser.add_argument
+    add("--trace", default="synthetic", metavar="FILE", help="a .csv or .jsonl file, or synthetic[:NAME=VALUE,...]")
+    add("--limit", type=int, default=None, metavar="N", help="the first N requests of the trace alone")
+    add("--rate-factor", type=float, default=1.0, metavar="X", help="requests arrive X times as fast (default 1)")
+    add("--target", default=None, metavar="NAME", help="device of the roofline: h200, or a file of configs/targets/")
+    add(
+        "--model-cost",
+        type=pathlib.Path,
+        default=None,
+        metavar="FILE",
+        help="measured step times instead of a roofline",
+    )
+    add("--report", type=pathlib.Path, default=None, metavar="FILE", help="report.json of jaxserve.compile")
+    add("--efficiency", default="", metavar="NAME=X,...", help="shares of the peak rates: memory, compute, ...")
+    add("--slo", default="", metavar="NAME=S,...", help="targets in seconds: ttft=0.5,tpot=0.05,e2e=30")
+    add(
+        "--client-max-tokens",
+        default="context",
+        metavar="N",
+        help="max_tokens where the trace has none: a number, 'context' (the rest of it) or 'exact' (the true length)",
+    )
+
+
+def load_trace(parsed: argparse.Namespace) -> Trace:
+    """The trace of the command line."""
+    kind, _, text = parsed.trace.partition(":")
+    if kind == "synthetic":
+        trace = synthetic_trace(SyntheticConfig.parse(text))
+        trace = trace.part(0, parsed.limit) if parsed.limit else trace
+    else:
+        trace = read_trace(parsed.trace, parsed.limit)
+    return trace if parsed.rate_factor == 1.0 else trace.faster(parsed.rate_factor)
+
+
+def load_setup(parsed: argparse.Namespace, config: EngineConfig) -> Setup:
+    """What the command line simulates: on the target, or the H200 where no costs were measured."""
+    name = parsed.target or (None if parsed.model_cost else "h200")
+    return set_up(
+        config,
+        target=None if name is None else find_target(name),
+        model_cost=parsed.model_cost,
+        report=parsed.report,
+        efficiency=Efficiency(**_assignments("efficiency", parsed.efficiency)),
+    )
+
+
+def make_runs(parsed: argparse.Namespace, config: EngineConfig) -> Iterator[Run]:
+    """All combinations of what --compare varies."""
+    base = {"replicas": parsed.replicas, "routing": parsed.routing, "scaling": parsed.scaling}
+    base |= _assignments("fleet", parsed.fleet)
+    varied = []
+    for item in itertools.chain.from_iterable(parsed.compare):
+        name, equals, values = item.partition("=")
+        if not equals or not values:
+            raise ValueError(f"--compare {item!r}: it must be NAME=VALUE,VALUE,...")
+        varied.append([(name, _value(text)) for text in values.split(",")])
+    for chosen in itertools.product(*varied):
+        options = {name: value for name, value in chosen if name not in FLEET_OPTIONS}
+        fleet = base | {name: value for name, value in chosen if name in FLEET_OPTIONS}
+        unknown = set(fleet) - FLEET_OPTIONS
+        if unknown:
+            raise ValueError(f"--fleet has {', '.join(unknown)}; known are {', '.join(sorted(FLEET_OPTIONS))}")
+        name = ", ".join(f"{name}={value}" for name, value in chosen) or "as configured"
+        yield Run(name, load_setup(parsed, with_options(config, options)), FleetConfig(**fleet))
+
+
+def describe(trace: Trace, runs: Sequence[Run]) -> str:
+    """What is simulated, in two lines."""
+    first = runs[0].setup
+    return (
+        f"{trace.name}: {len(trace):,} requests in {trace.seconds:,.1f} s ({trace.rate:.3g}/s), prompts of "
+        f"{trace.prompt_tokens.mean():,.0f} tokens on average, outputs of {trace.output_tokens.mean():,.0f}\n"
+        f"{first.costs.name}; {first.device.num_pages - 1:,} pages of {first.config.cache.page_size} tokens"
+    )
+
+
+def _simulations(
+    parsed: argparse.Namespace, runs: Sequence[Run], trace: Trace, slo: Slo, client: ClientRule
+) -> dict[str, Any]:
+    fleets: dict[str, FleetResult] = {}
+    for run in runs:
+        begin = time.perf_counter()
+        with tqdm(total=len(trace), desc=run.name, unit="request", file=sys.stderr, mininterval=0.5) as bar:
+            fleets[run.name] = simulate_fleet(run.setup, trace, run.fleet, client=client, progress=bar.update)
+        steps = sum(len(each["begin"]) for each in fleets[run.name].result.steps)
+        print(f"{run.name}: {steps:,} steps simulated in {time.perf_counter() - begin:.1f} s")
+    reports = {name: report(fleet.result, slo) for name, fleet in fleets.items()}
+    print(table(reports))
+    if parsed.plot is not None:
+        written = plots.draw_all({name: fleet.result for name, fleet in fleets.items()}, parsed.plot)
+        if any(len(fleet.changes) > 1 for fleet in fleets.values()):
+            counts, edges = np.histogram(trace.arrivals, bins=max(1, round(trace.seconds / 10)))
+            rates = edges[:-1].tolist(), (counts / np.diff(edges)).tolist()
+            changes = {name: fleet.changes for name, fleet in fleets.items()}
+            written.append(plots.replicas(changes, rates, parsed.plot / "replicas.png"))
+        print("plots: " + ", ".join(path.name for path in written))
+    return {
+        "trace": trace.name,
+        "runs": {name: each.to_dict() for name, each in reports.items()},
+        "replicas": {name: fleet.changes for name, fleet in fleets.items()},
+    }
+
+
+def _capacities(
+    parsed: argparse.Namespace, runs: Sequence[Run], trace: Trace, slo: Slo, client: ClientRule
+) -> dict[str, Any]:
+    found: dict[str, Capacity] = {}
+    for run in runs:
+
+        def good_share(part: Trace, run: Run = run) -> float:
+            result = simulate_fleet(run.setup, part, run.fleet, client=client).result
+            bar.update(1)
+            return float(slo.met(result).mean())
+
+        with tqdm(desc=run.name, unit="simulation", file=sys.stderr) as bar:
+            found[run.name] = search_capacity(parts_of(trace, parsed.rounds), good_share, target=parsed.capacity)
+        print(f"{run.name}: {100 * parsed.capacity:g} % within {slo} up to {found[run.name]}")
+    if parsed.plot is not None:
+        parsed.plot.mkdir(parents=True, exist_ok=True)
+        points = {name: list(each.points) for name, each in found.items()}
+        print(f"plot: {plots.capacity(points, parsed.capacity, parsed.plot / 'capacity.png').name}")
+    return {
+        "trace": trace.name,
+        "slo": str(slo),
+        "capacities": {name: dataclasses.asdict(each) | {"rate": each.rate} for name, each in found.items()},
+    }
+
+
+def _assignments(what: str, text: str) -> dict[str, Any]:
+    found = {}
+    for item in filter(None, text.split(",")):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"--{what} {item!r}: it must be NAME=VALUE")
+        found[name] = _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    """A Python literal, or text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""Several simulated replicas behind a router, as many as a policy of the fleet wants."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from jaxserve.checks import at_least, between, one_of
+from jaxserve.request import EngineRequest
+from jaxserve.simulator.costs import CostModel, StepShape
+from jaxserve.simulator.engine import SimulatedEngine
+from jaxserve.simulator.forecast import FORECASTS, Forecast
+from jaxserve.simulator.routing import ROUTINGS, LeastLoaded, PredictedWork, RoundRobin, Router
+from jaxserve.simulator.setup import Setup
+from jaxserve.simulator.simulation import (
+    ClientRule,
+    Progress,
+    SimulationResult,
+    collect,
+    fitting,
+    requests_of,
+)
+from jaxserve.simulator.traces import Trace
+
+SCALINGS = ("fixed", "forecast", "cost_aware")
+
+_TYPICAL_ROWS = 32
+"""Rows of the step by which the router values an output token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FleetConfig:
+    """replicas: at the start. routing: "round_robin"; "least_loaded", by requests under way; "predicted_work", by the
+    seconds that they are expected to take.
+
+    scaling: "fixed"; "forecast": as many replicas as the expected rate needs at target_load; "cost_aware": the number
+    that costs least, replicas and latency together.
+    min_replicas, max_replicas: bounds. forecast: "ewma" or "holt". interval_seconds: between decisions.
+    startup_seconds: from the decision until a new replica serves, and how far ahead the forecast looks.
+    replica_rate: requests a second that one replica serves at most; needed unless scaling is "fixed".
+    target_load: share of it that "forecast" plans for. latency_price: what a second of one request's latency costs, in
+    replica-seconds, under "cost_aware".
+    """
+
+    replicas: int = 1
+    routing: str = "least_loaded"
+    scaling: str = "fixed"
+    min_replicas: int = 1
+    max_replicas: int = 16
+    forecast: str = "holt"
+    interval_seconds: float = 10.0
+    startup_seconds: float = 30.0
+    replica_rate: float = 0.0
+    target_load: float = 0.7
+    latency_price: float = 0.05
+
+    def __post_init__(self) -> None:
+        one_of("routing", self.routing, ROUTINGS)
+        one_of("scaling", self.scaling, SCALINGS)
+        one_of("forecast", self.forecast, tuple(FORECASTS))
+        for name in ("replicas", "min_replicas", "max_replicas"):
+            at_least(name, getattr(self, name), 1)
+        between("interval_seconds", self.interval_seconds, 1e-3)
+        between("startup_seconds", self.startup_seconds, 0.0)
+        between("target_load", self.target_load, 0.01, 1.0)
+        between("latency_price", self.latency_price, 0.0)
+        between("replica_rate", self.replica_rate, 0.0)
+        if self.scaling != "fixed":
+            if not self.replica_rate:
+                raise ValueError(
+                    f"replica_rate is 0; scaling {self.scaling!r} needs the requests a second that one replica serves"
+                )
+            if not self.min_replicas <= self.replicas <= self.max_replicas:
+                raise ValueError(
+                    f"replicas is {self.replicas}; it must be from min_replicas {self.min_replicas} to max_replicas "
+                    f"{self.max_replicas}"
+                )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FleetResult:
+    """result: of all replicas. changes: (time, replicas up from then on, those that start or end included)."""
+
+    result: SimulationResult
+    changes: list[tuple[float, int]]
+
+
+@dataclasses.dataclass
+class _Replica:
+    """engine, when it was asked for, when it takes requests, when it stops to take them, and when it is gone."""
+
+    engine: SimulatedEngine
+    asked: float
+    ready: float
+    leaves: float = math.inf
+    gone: float = math.inf
+
+    def takes(self, now: float) -> bool:
+        return self.ready <= now < self.leaves
+
+
+def simulate_fleet(
+    setup: Setup,
+    trace: Trace,
+    fleet: FleetConfig = FleetConfig(),
+    *,
+    client: ClientRule = ClientRule(),
+    progress: Progress | None = None,
+) -> FleetResult:
+    """Serves a trace with a fleet of engines like `setup`; the same inputs give the same result.
+
+    The router knows of an end as soon as the replica's step has taken it in.
+    """
+    kept, skipped = fitting(setup.config, trace, setup.device, client)
+    run = _Run(setup, fleet, progress)
+    where = np.zeros(len(kept), np.int64)
+    for index, (request, length) in enumerate(requests_of(kept, setup.device, setup.config, client)):
+        run.until(request.arrival_time)
+        where[index] = run.take(request, length)
+    run.finish()
+    result = collect(kept, skipped, [each.engine for each in run.replicas], where, run.replica_seconds())
+    return FleetResult(result, run.changes())
+
+
+class _Run:
+    """A fleet while it serves."""
+
+    def __init__(self, setup: Setup, fleet: FleetConfig, progress: Progress | None):
+        self._setup = setup
+        self._fleet = fleet
+        self._progress = progress
+        self._router = make_router(fleet.routing, setup.costs)
+        self._scaler = None if fleet.scaling == "fixed" else Scaler(fleet, setup.costs)
+        self._decision = fleet.interval_seconds
+        self._arrived = 0
+        self.replicas: list[_Replica] = []
+        for _ in range(fleet.replicas):
+            self._start(0.0, 0.0)
+
+    def until(self, now: float) -> None:
+        """Everything up to `now`, decisions of the fleet included."""
+        while self._scaler is not None and self._decision <= now:
+            self._advance(self._decision)
+            self._decide(self._scaler, self._decision)
+            self._decision += self._fleet.interval_seconds
+        self._advance(now)
+
+    def take(self, request: EngineRequest, length: int) -> int:
+        """Places a request; returns the number of its replica."""
+        now = request.arrival_time
+        open_ones = [number for number, each in enumerate(self.replicas) if each.takes(now)]
+        chosen = self._router.place(request, open_ones)
+        self.replicas[chosen].engine.submit(request, length)
+        self._arrived += 1
+        if self._scaler is not None:
+            self._scaler.arrived(len(request.prompt_token_ids))
+        return chosen
+
+    def finish(self) -> None:
+        """Serves what is under way."""
+        for each in self.replicas:
+            each.engine.run_until()
+            each.gone = min(each.gone, max(each.engine.now, each.ready))
+
+    def replica_seconds(self) -> float:
+        """Time that replicas were up: all until the last has served its last request, unless they left before."""
+        end = max(each.gone for each in self.replicas)
+        return sum((each.gone if each.leaves < math.inf else end) - each.asked for each in self.replicas)
+
+    def changes(self) -> list[tuple[float, int]]:
+        moments = sorted(
+            {each.asked for each in self.replicas} | {each.gone for each in self.replicas if each.leaves < math.inf}
+        )
+        return [
+            (now, sum(each.asked <= now and (now < each.gone or each.leaves == math.inf) for each in self.replicas))
+            for now in moments
+        ]
+
+    def _advance(self, now: float) -> None:
+        for each in self.replicas:
+            if each.gone < math.inf:
+                continue
+            each.engine.run_until(now)
+            if each.leaves <= now and not each.engine.num_unfinished and not each.engine.busy:
+                each.gone = max(each.engine.now, each.leaves)
+
+    def _decide(self, scaler: Scaler, now: float) -> None:
+        scaler.observe(self._arrived / self._fleet.interval_seconds)
+        self._arrived = 0
+        staying = [each for each in self.replicas if each.leaves == math.inf]
+        wanted = scaler.wanted()
+        for _ in range(wanted - len(staying)):
+            self._start(now, self._fleet.startup_seconds)
+        # The youngest leave first; one that takes requests must stay.
+        for each in reversed(staying[wanted:]):
+            if sum(other.takes(now) for other in self.replicas) > each.takes(now):
+                each.leaves = now
+
+    def _start(self, now: float, startup: float) -> None:
+        setup, number = self._setup, len(self.replicas)
+        engine = SimulatedEngine(
+            setup.config,
+            setup.device,
+            setup.costs,
+            on_finish=lambda index: self._ended(number, index),
+            start=now + startup,
+        )
+        self.replicas.append(_Replica(engine, now, now + startup))
+
+    def _ended(self, replica: int, index: int) -> None:
+        outputs = self.replicas[replica].engine.outcomes[index].tokens
+        self._router.ended(index, outputs)
+        if self._scaler is not None:
+            self._scaler.ended(outputs)
+        if self._progress is not None:
+            self._progress(1)
+
+
+class Scaler:
+    """How many replicas are wanted."""
+
+    def __init__(self, fleet: FleetConfig, costs: CostModel):
+        self._fleet = fleet
+        self._forecast: Forecast = FORECASTS[fleet.forecast]()
+        self._seconds = token_seconds(costs)
+        self._step = costs.seconds(_typical_step())
+        self._prompt = self._output = 0.0  # moving averages of lengths
+
+    def arrived(self, prompt_tokens: int) -> None:
+        self._prompt = _blend(self._prompt, prompt_tokens)
+
+    def ended(self, output_tokens: int) -> None:
+        if output_tokens:
+            self._output = _blend(self._output, output_tokens)
+
+    def observe(self, rate: float) -> None:
+        """Requests a second in the interval that has ended."""
+        self._forecast.observe(rate)
+
+    def wanted(self) -> int:
+        """Replicas for when one that is asked for now would be ready."""
+        fleet = self._fleet
+        rate = self._forecast.rate(fleet.startup_seconds / fleet.interval_seconds)
+        if fleet.scaling == "forecast":
+            count = math.ceil(rate / (fleet.replica_rate * fleet.target_load))
+            return min(max(count, fleet.min_replicas), fleet.max_replicas)
+        counts = range(fleet.min_replicas, fleet.max_replicas + 1)
+        return min(counts, key=lambda count: (self._price(count, rate), count))
+
+    def _price(self, count: int, rate: float) -> float:
+        """Replica-seconds a second: of the replicas, and of the latency that so many make.
+
+        The latency is that of a request alone over what a queue leaves idle, 1 / (1 - load).
+        """
+        load = rate / (count * self._fleet.replica_rate)
+        alone = self._prompt * self._seconds[0] + self._output * self._step
+        # Beyond the capacity more replicas always cost less, whatever latency is worth.
+        latency = alone / (1 - load) if load < 1 else 1e9 * load
+        return count + self._fleet.latency_price * rate * latency
+
+
+def make_router(routing: str, costs: CostModel) -> Router:
+    """The router of that name."""
+    if routing == "predicted_work":
+        return PredictedWork(*token_seconds(costs))
+    return RoundRobin() if routing == "round_robin" else LeastLoaded()
+
+
+def token_seconds(costs: CostModel) -> tuple[float, float]:
+    """Seconds of a device that a prompt token and an output token take, where a step has many of them."""
+    return costs.preemption.recompute_seconds_per_token, costs.seconds(_typical_step()) / _TYPICAL_ROWS
+
+
+def _typical_step() -> StepShape:
+    rows = _TYPICAL_ROWS
+    return StepShape(rows, rows, rows, 512.0 * rows, 0, 0.0, 0.0, 512)
+
+
+def _blend(average: float, value: float) -> float:
+    return value if not average else average + 0.05 * (value - average)

@@ -1,0 +1,135 @@
+"""What to simulate, from a configuration: the model's shape, the device's pages, the costs of its steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from jaxserve.config import EngineConfig
+from jaxserve.model_cost import ModelCost
+from jaxserve.simulator.costs import CostModel, HostCosts, read_costs
+from jaxserve.simulator.engine import SimulatedDevice
+from jaxserve.simulator.roofline import Efficiency, RooflineCosts, pool_pages
+from jaxserve.targets import Target, load_target
+from models.config import ModelConfig
+
+GIB = 2**30
+_POOL_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A configuration on a device: what `simulate` takes."""
+
+    config: EngineConfig
+    device: SimulatedDevice
+    costs: CostModel
+
+
+def find_target(name: str) -> Target:
+    """A target by its name (h200) or the path of either of its files (configs/targets/h200.json)."""
+    path = pathlib.Path(name)
+    return load_target(str(path.with_suffix(".txtpb")) if path.suffix == ".json" else name)
+
+
+def set_up(
+    config: EngineConfig,
+    *,
+    target: Target | None = None,
+    model_cost: pathlib.Path | None = None,
+    report: pathlib.Path | None = None,
+    efficiency: Efficiency = Efficiency(),
+    host: HostCosts = HostCosts(),
+) -> Setup:
+    """Costs measured in the file `model_cost`, or else those of the target's roofline; pages as configured, or else as
+    many as fit the target beside the weights. A report of `jaxserve.compile` sharpens the roofline.
+
+    Raises ValueError where the model, its costs or its pages cannot be told.
+    """
+    model = model_of(config)
+    dtype = model.dtype if config.dtype == "auto" else config.dtype
+    pool_dtype = config.cache.kv_cache_dtype
+    pool_dtype = dtype if pool_dtype == "auto" else _POOL_DTYPES.get(pool_dtype, pool_dtype)
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    page_size = config.cache.page_size
+    if model_cost is not None:
+        costs: CostModel = read_costs(model_cost)
+    elif target is None:
+        raise ValueError("no target and no measured costs are given; a simulation needs either")
+    else:
+        costs = RooflineCosts(
+            model,
+            target,
+            dtype=dtype,
+            pool_dtype=pool_dtype,
+            page_size=page_size,
+            efficiency=efficiency,
+            host=host,
+            report=report,
+        )
+    page_bytes = page_size * ModelCost.of(model, dtype, pool_dtype).token_bytes
+    pages = config.cache.num_pages
+    if pages is None and config.cache.kv_cache_memory_bytes is not None:
+        pages = config.cache.kv_cache_memory_bytes // page_bytes
+    if pages is None:
+        if target is None:
+            raise ValueError("num_pages is not set; without a target nothing tells how many pages there are: set it")
+        pages = pool_pages(
+            model,
+            target,
+            dtype=dtype,
+            pool_dtype=pool_dtype,
+            page_size=page_size,
+            gpu_memory_utilization=config.cache.gpu_memory_utilization,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_model_len=max_model_len,
+        )
+    device = SimulatedDevice(
+        num_pages=pages,
+        max_model_len=max_model_len,
+        platform="gpu" if target is not None and target.platform == "gpu" else "cpu",
+        num_host_pages=int(config.cache.swap_space * GIB) // page_bytes,
+    )
+    return Setup(config, device, costs)
+
+
+def model_of(config: EngineConfig) -> ModelConfig:
+    """The configured architecture, or the checkpoint's."""
+    if config.architecture is not None:
+        return config.architecture
+    if config.model is None:
+        raise ValueError("model is not set; a simulation needs an architecture, or a checkpoint's config.json")
+    return ModelConfig.from_directory(config.model)
+
+
+def with_options(config: EngineConfig, options: Mapping[str, Any]) -> EngineConfig:
+    """The configuration with some of its fields, or of its sections' fields, set by their flat names.
+
+    Raises ValueError for a name that none has, or a value that its field refuses.
+    """
+    changed, used = _replaced(config, options)
+    for name in options:
+        if name not in used:
+            raise ValueError(
+                f"option {name!r} is unknown; it must be a field of EngineConfig or of one of its sections"
+            )
+    return changed
+
+
+def _replaced(config: Any, options: Mapping[str, Any]) -> tuple[Any, set[str]]:
+    used: set[str] = set()
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            inner, names = _replaced(value, options)
+            if names:
+                values[field.name] = inner
+                used |= names
+        elif field.name in options:
+            values[field.name] = options[field.name]
+            used.add(field.name)
+    return (dataclasses.replace(config, **values) if values else config), used

@@ -1,0 +1,153 @@
+"""Figures of a simulation, the search for its capacity, and the command line."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxserve import simulate as command
+from jaxserve.simulator.capacity import parts_of, search_capacity
+from jaxserve.simulator.report import Slo, jain_index, report, table
+from jaxserve.simulator.setup import find_target, set_up, with_options
+from jaxserve.simulator.simulation import simulate
+from jaxserve.simulator.synthetic import SyntheticConfig, synthetic_trace
+from jaxserve.simulator.traces import make_trace
+from tests.simulator.helpers import SimpleCosts, make_config, make_device
+
+
+def test_figures_by_hand():
+    # One at a time, a second a step: the first takes 0 to 3, the second is scheduled at 4 (its step follows the one
+    # that was in flight when the first stopped) and has its two tokens at 5 and 6.
+    trace = make_trace("t", [0.0, 0.0], [10, 20], [3, 2], tenants=["a", "b"])
+    result = simulate(make_config(max_num_seqs=1), trace, SimpleCosts(), make_device())
+    assert [times.tolist() for times in result.token_times] == [[1, 2, 3], [5, 6]]
+    found = report(result, Slo(ttft=2.0, tpot=1.0))
+    assert found.seconds == 6.0
+    assert found.output_tokens_per_second == pytest.approx(5 / 6)
+    assert found.total_tokens_per_second == pytest.approx(35 / 6)
+    assert found.goodput == pytest.approx(1 / 6)
+    assert found.good_share == 0.5
+    assert found.ttft is not None
+    assert found.ttft.mean == 3.0
+    assert found.itl is not None
+    assert found.itl.mean == 1.0
+    assert found.tenants["b"].service == 22
+    assert found.jain == pytest.approx(36 / (2 * 26))
+    text = table({"one": found})
+    assert "requests/s" in text
+    assert "TTFT of b, ms, mean / p99" in text
+    json.dumps(found.to_dict())
+
+
+def test_jains_index():
+    assert jain_index([2.0, 2.0, 2.0]) == 1.0
+    assert jain_index([1.0, 0.0, 0.0, 0.0]) == 0.25
+    assert jain_index([]) == 1.0
+
+
+def test_targets():
+    slo = Slo.parse("ttft=0.5,tpot=0.05")
+    assert (slo.ttft, slo.tpot, slo.e2e) == (0.5, 0.05, np.inf)
+    assert str(slo) == "ttft=0.5,tpot=0.05"
+    for text in ("ttft", "ttft=fast", "ttft=-1", "latency=3"):
+        with pytest.raises(ValueError, match="it must be NAME=SECONDS"):
+            Slo.parse(text)
+
+
+def test_the_capacity_is_where_the_share_falls():
+    trace = make_trace("t", np.arange(100) * 0.5, 10, 5)
+    found = search_capacity(parts_of(trace, 3), lambda part: 1.0 if part.rate <= 7.0 else 0.5, tolerance=0.01)
+    assert len(found.rates) == 3
+    assert all(7.0 / 1.01 <= rate <= 7.0 for rate in found.rates)
+    with pytest.raises(ValueError, match="too loose"):
+        search_capacity([trace], lambda part: 1.0)
+    with pytest.raises(ValueError, match="one by one"):
+        search_capacity([trace], lambda part: 0.0)
+
+
+def test_a_simulated_capacity_lies_between_idle_and_overload():
+    config, device, costs = make_config(), make_device(), SimpleCosts(step=0.05)
+    slo = Slo(ttft=0.5)
+    trace = synthetic_trace(SyntheticConfig(rate=1.0, count=150, prompt="10-20", output="5-15"))
+
+    def share(part):
+        return float(slo.met(simulate(config, part, costs, device)).mean())
+
+    found = search_capacity([trace], share, target=0.9, tolerance=0.05)
+    assert share(trace.faster(found.rate / trace.rate * 0.9)) >= 0.9
+    assert share(trace.faster(found.rate / trace.rate * 1.3)) < 0.9
+
+
+def test_options_reach_every_section():
+    config = with_options(make_config(), {"policy": "sjf", "watermark": 0.1, "page_size": 32, "max_model_len": 128})
+    assert config.scheduler.policy == "sjf"
+    assert config.scheduler.admission.watermark == 0.1
+    assert (config.cache.page_size, config.max_model_len) == (32, 128)
+    with pytest.raises(ValueError, match="option 'speed' is unknown"):
+        with_options(config, {"speed": 3})
+
+
+def test_a_setup_takes_pages_from_the_configuration_or_the_target():
+    target = find_target("configs/targets/h200.json")
+    assert target.name == "h200"
+    fixed = set_up(make_config(num_pages=77, swap_space=1.0), target=target)
+    page = 2 * 2 * 16 * 3 * 4 * 16
+    assert fixed.device.num_pages == 77
+    assert fixed.device.num_host_pages == 2**30 // page
+    assert set_up(make_config(), target=target).device.num_pages == 4 * 512 // 16 + 1
+    assert set_up(make_config(kv_cache_memory_bytes=50 * page), target=target).device.num_pages == 50
+    with pytest.raises(ValueError, match="no target and no measured costs"):
+        set_up(make_config(num_pages=77))
+
+
+def test_the_command_line_compares_draws_and_writes(tmp_path, capsys):
+    arguments = [
+        "--config=llama.gin",
+        "--trace=synthetic:count=30,rate=20,tenants=a/b",
+        "--compare",
+        "policy=fcfs,fair",
+        "replicas=1,2",
+        "--slo=ttft=1",
+        f"--plot={tmp_path / 'plots'}",
+        f"--json={tmp_path / 'out.json'}",
+    ]
+    assert command.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "policy=fair, replicas=2" in out
+    assert "roofline, LlamaForCausalLM in bfloat16 on NVIDIA H200" in out
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(found["runs"]) == 4
+    assert all(run["requests"] == 30 for run in found["runs"].values())
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"latency.png", "over_time.png", "tenants.png"}
+
+
+def test_the_command_line_finds_a_capacity(tmp_path, capsys):
+    trace = tmp_path / "trace.csv"
+    lines = [f"2023-11-16 18:15:{number // 2:02d}.{5 * (number % 2)},1000,100" for number in range(40)]
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(lines) + "\n")
+    arguments = ["--config=llama.gin", f"--trace={trace}", "--capacity=0.9", "--rounds=2", "--slo=ttft=0.2,tpot=0.02"]
+    assert command.main([*arguments, f"--plot={tmp_path}"]) == 0
+    assert "90 % within ttft=0.2,tpot=0.02 up to" in capsys.readouterr().out
+    assert (tmp_path / "capacity.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trace=nowhere.csv"], "nowhere.csv"),
+        (["--trace=synthetic:rate=0"], "synthetic rate is 0.0"),
+        (["--compare", "policy"], "it must be NAME=VALUE"),
+        (["--compare", "policy=best"], "policy is 'best'"),
+        (["--slo=x=1"], "it must be NAME=SECONDS"),
+        (["--target=h900"], "target 'h900' is unknown"),
+        (["--model-cost=none.json"], "costs none.json cannot be read"),
+        (["--fleet=speed=3"], "--fleet has speed"),
+        (["--client-max-tokens=some"], "client max_tokens is 'some'"),
+    ],
+)
+def test_faults_are_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--config=llama.gin", *arguments])
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
