@@ -25,7 +25,7 @@ MAX_GROUPS = 4096
 ENOUGH = 16
 """Finished requests from which a group is believed."""
 
-CORRECTION_RATE = 0.01
+CORRECTION_RATE = 0.005
 """How far one finished request moves the level of a quantile."""
 
 CORRECTED_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
@@ -171,12 +171,14 @@ class _Group:
 
 
 def _group_keys(request: EngineRequest) -> Iterator[Hashable]:
-    """The groups of a request, from fine to coarse. Lengths and limits count by their powers of two."""
+    """The groups of a request, from fine to coarse: limits by their powers of two, prompts by these and by quarters."""
     limits = (request.max_tokens.bit_length(), request.min_tokens.bit_length(), bool(request.stop_token_ids))
-    prompt = len(request.prompt_token_ids).bit_length()
-    yield request.tenant, prompt, limits
+    quarter = int(4 * math.log2(len(request.prompt_token_ids) or 1))
+    yield request.tenant, "quarter", quarter, limits
+    yield request.tenant, "power", quarter // 4, limits
     yield request.tenant, limits
-    yield prompt, limits
+    yield "quarter", quarter, limits
+    yield "power", quarter // 4, limits
     yield limits
     yield None
 
