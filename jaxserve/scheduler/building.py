@@ -48,7 +48,7 @@ class StepBuilder:
             self._swap_in(step, work)
         if work.decode:
             self._extend_decodes(step)
-        if work.prefill:
+        if work.prefill or not step.decodes:  # a step of decodes alone that finds no room for any
             self._continue_prompts(step, work)
             if not places.preempted:
                 self._admit(step, work, now)
@@ -70,18 +70,21 @@ class StepBuilder:
 
     def _swap_in(self, step: StepInProgress, work: Work) -> None:
         """Brings swapped sequences back, best standing first, while slots, budget and pages last. The pages that
-        decoding rows need in this step are left to them."""
-        needed = len(self._places.running.decoding.short()) if step.decodes else 0
+        running ones need in this step are left to them, so that none is preempted for one that came back."""
+        pages, running = self._places.pages, self._places.running
+        needed = sum(pages.missing(one, self._chunk(one, step, work)) for one in running.prefilling.values())
+        if step.decodes:
+            needed += len(running.decoding.short())
         while (sequence := self._places.swapped.peek()) is not None:
             count = self._chunk(sequence, step, work)
-            if not count or not self._has_slot(sequence) or not self._places.pages.fit(sequence, count, spare=needed):
+            if not count or not self._has_slot(sequence) or not pages.fit(sequence, count, spare=needed):
                 return
             self._places.swapped.remove(sequence)
-            self._places.running.start(sequence)
+            running.start(sequence)
             assert sequence.slot is not None
             held = len(sequence.host_pages)
-            step.swaps.append(self._places.pages.swap_in(sequence))
-            grown = self._places.pages.grow(sequence, count)
+            step.swaps.append(pages.swap_in(sequence))
+            grown = pages.grow(sequence, count)
             assert grown, "pages that fit are not there"
             self.admitted.append(sequence)
             step.add(Chunk(sequence, count, held, admitted=True))
@@ -120,15 +123,15 @@ class StepBuilder:
 
     def _chunk(self, sequence: Sequence, step: StepInProgress, work: Work) -> int:
         """Tokens of this sequence in this step, by the budget and the chunking rules; 0 is none."""
-        want = sequence.num_known - sequence.num_computed
+        want, budget = sequence.num_known - sequence.num_computed, max(0, step.budget)
         if work.chunk is not None:
-            return min(want, step.budget, work.chunk)
+            return min(want, budget, work.chunk)
         split = self._limits.chunked and want > self._config.admission.chunked_prefill_min_tokens
         if split or want > self._config.max_num_batched_tokens:
-            return min(want, step.budget, self._config.long_prefill_token_threshold or want)
+            return min(want, budget, self._config.long_prefill_token_threshold or want)
         if sequence.num_computed:  # back from host memory, or begun while prompts were split
-            return min(want, step.budget)
-        whole = want <= step.budget or (not step.chunks and want <= step.room)
+            return min(want, budget)
+        whole = want <= budget or (not step.chunks and want <= step.room)
         return want if whole else 0
 
     def _has_slot(self, sequence: Sequence) -> bool:
@@ -183,20 +186,33 @@ class StepBuilder:
         places, sequence = self._places, self._places.waiting.first_new(now)
         for _ in range(0 if sequence is None else len(places.running)):
             assert sequence is not None
-            loser = places.preemption.gives_way(places.running, sequence)
+            loser = places.preemption.gives_way(places.running, sequence, spared=step.joined)
             if loser is None:
                 break
-            chunk = step.chunks.get(loser.request_id)
-            if step.budget <= 0 and chunk is not None and not chunk.admitted and self._has_slot(sequence):
-                places.pages.give_back(loser, chunk.held)
-                step.drop(loser)  # only its chunk stands in the way: it goes on with the next step
-            else:
-                places.preempt(loser, step)
+            if self._take_chunk(loser, sequence, step, work):
+                return 1
+            places.preempt(loser, step)
             if self._join(sequence, step, work):
                 return 1
             if not len(places.running):
                 break
         return 0
+
+    def _take_chunk(self, loser: Sequence, sequence: Sequence, step: StepInProgress, work: Work) -> bool:
+        """Lets a waiting sequence join in place of the chunk of a running one, which goes on with the next step; False,
+        and no change, where more than its chunk stands in the way."""
+        chunk = step.chunks.get(loser.request_id)
+        if step.budget > 0 or chunk is None or not self._has_slot(sequence):
+            return False
+        pages = self._places.pages
+        pages.give_back(loser, chunk.held)
+        step.drop(loser)
+        if self._join(sequence, step, work):
+            return True
+        grown = pages.grow(loser, chunk.count)
+        assert grown, "pages that were given back are not there"
+        step.add(chunk)
+        return False
 
     def _fill(self, step: StepInProgress, work: Work) -> None:
         """Lets prompts that a cap cut short compute in the places that the bucket would pad."""

@@ -36,6 +36,10 @@ class Pages:
         self._take(sequence, needed, reserved)
         return True
 
+    def missing(self, sequence: Sequence, count: int) -> int:
+        """Pages that a running sequence has to take for `count` more tokens."""
+        return max(0, self._needed(sequence, count)[0] - len(sequence.pages) - len(sequence.reserved))
+
     def fit(self, sequence: Sequence, count: int, spare: int) -> bool:
         """Whether a swapped sequence, and `count` more tokens, fit the free pages, less `spare` of them."""
         needed, reserved = self._needed(sequence, count)
@@ -89,8 +93,11 @@ class Pages:
         return None if pages is None else pages[0]
 
     def give_back(self, sequence: Sequence, held: int) -> None:
-        """Releases all pages of the table but the first `held`."""
-        self._pool.release(sequence.pages[held:])
+        """Gives up all pages of the table but the first `held`; where pages are reserved, they stay so."""
+        if self.reserves:
+            sequence.reserved[:0] = sequence.pages[held:]
+        else:
+            self._pool.release(sequence.pages[held:])
         del sequence.pages[held:]
 
     def release(self, sequence: Sequence) -> None:

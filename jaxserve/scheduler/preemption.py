@@ -5,7 +5,7 @@ Victims are chosen among running sequences only, so a choice costs time in their
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 from jaxserve.scheduler.costs import PreemptionCosts
 from jaxserve.scheduler.policy import Policy
@@ -30,7 +30,7 @@ class Preemption:
         rules: dict[str, Callable[[Sequence], float]] = {
             "policy": lambda sequence: 0.0,
             "lowest_priority": lambda sequence: -sequence.priority,
-            "most_pages": lambda sequence: len(sequence.pages),
+            "most_pages": self._pages_held,
             "least_progress": lambda sequence: -len(sequence.output_token_ids),
             "cheapest": lambda sequence: -self.cost(sequence.num_known),
         }
@@ -62,17 +62,18 @@ class Preemption:
         sequence.num_preemptions += 1
         sequence.boost = min(sequence.boost + self._config.preemption_boost, self._config.preemption_boost_limit)
 
-    def gives_way(self, running: Running, waiting: Sequence) -> Sequence | None:
+    def gives_way(self, running: Running, waiting: Sequence, spared: Container[str] = ()) -> Sequence | None:
         """Whose place a waiting sequence takes: one of far lower priority, or the longest one, where the waiting one is
-        far shorter (head-of-line); None without such. Looks at single running sequences only where there can be one."""
+        far shorter (head-of-line); None without such. Looks at single running sequences only where there can be one.
+        spared: ids of those that keep their places."""
         gap, ratio = self._config.preempt_priority_gap, self._config.preempt_length_ratio
         if gap is not None and waiting.priority - running.lowest_priority > gap:
-            lower = [one for one in running.sequences if self._may_lose(one) and waiting.priority - one.priority > gap]
+            may_lose = self._may_lose(running, spared)
+            lower = [one for one in may_lose if waiting.priority - one.priority > gap]
             if lower:
                 return max(lower, key=lambda one: (-one.priority, *self._standing(one)))
         if ratio is not None:
-            candidates = filter(self._may_lose, running.sequences)
-            longest = max(candidates, key=lambda one: one.expected_length, default=None)
+            longest = max(self._may_lose(running, spared), key=lambda one: one.expected_length, default=None)
             if longest is not None and waiting.expected_length * ratio <= longest.expected_length:
                 return longest
         return None
@@ -84,8 +85,14 @@ class Preemption:
             gap is not None and highest_priority - lowest_priority > gap
         )
 
-    def _may_lose(self, sequence: Sequence) -> bool:
-        return sequence.num_preemptions < self._config.max_preemptions
+    def _may_lose(self, running: Running, spared: Container[str]) -> list[Sequence]:
+        most = self._config.max_preemptions
+        return [one for one in running.sequences if one.num_preemptions < most and one.request_id not in spared]
+
+    def _pages_held(self, sequence: Sequence) -> float:
+        """Nothing once it was preempted max_preemptions times: else two large ones could take turns for ever, since who
+        has computed most would always be the one to lose it."""
+        return len(sequence.pages) if sequence.num_preemptions < self._config.max_preemptions else 0
 
     def _order(self, sequence: Sequence) -> Standing:
         return (self._rule(sequence), *self._standing(sequence))

@@ -55,6 +55,11 @@ class StepInProgress:
     def num_tokens(self) -> int:
         return self.decodes + sum(chunk.count for chunk in self.chunks.values())
 
+    @property
+    def joined(self) -> set[str]:
+        """Ids of those that came with this step; they keep their places in it."""
+        return {name for name, chunk in self.chunks.items() if chunk.admitted}
+
     def add(self, chunk: Chunk) -> None:
         self._spend(chunk.count)
         self.chunks[chunk.sequence.request_id] = chunk

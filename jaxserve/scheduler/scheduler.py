@@ -30,6 +30,7 @@ from jaxserve.request import EngineRequest, FinishReason, RequestStatus
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.building import StepBuilder
 from jaxserve.scheduler.costs import PreemptionCosts
+from jaxserve.scheduler.held import HeldAnswers
 from jaxserve.scheduler.limits import Limits
 from jaxserve.scheduler.modes import MODES
 from jaxserve.scheduler.pace import Pace
@@ -69,7 +70,7 @@ class Scheduler:
         self._places = Places(config, self.policy, self._mode.formation, pool, costs, max_model_len)
         self._builder = StepBuilder(config, buckets, self._limits, self._mode, self.policy, self._places, self._pace)
         self._sequences: dict[str, Sequence] = {}
-        self._held: dict[str, FinishReason] = {}  # final answers that wait for the end of their batch
+        self._held = HeldAnswers()
         self._arrivals = 0
         self._steps = 0
         self._steady = False
@@ -172,7 +173,11 @@ class Scheduler:
         self._places.start_step()
         self._limits.update(len(self._sequences))
         step = self._builder.build(now)
+        if self._mode.holds:
+            for sequence in self._builder.admitted:
+                self._held.joined(sequence, self._steps)
         plan = self._plan(step) if step.decodes or step.chunks else None
+        assert plan is not None or not step.swaps, "pages are to be copied in no step"
         self._pace.step(plan, now)
         self._steady = bool(step.decodes) and not step.chunks
         return plan
@@ -228,7 +233,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Asserts invariant 1 of the design and that every sequence is in one place; O(pages), for tests."""
-        assert set(self._held) <= set(self._sequences), "an answer is held back for nobody"
+        self._held.check_integrity(set(self._sequences))
         self._places.check_integrity(list(self._sequences.values()), self.pool)
 
     def _plan(self, step: StepInProgress) -> StepPlan:
@@ -275,19 +280,17 @@ class Scheduler:
         if self._mode.holds:
             self._places.leave(sequence)
             sequence.status = RequestStatus.ENDING
-            self._held[sequence.request_id] = reason
+            self._held.hold(sequence, reason)
             return SequenceUpdate(sequence, (token_id,))
         return dataclasses.replace(self._finish(sequence, reason), token_ids=(token_id,))
 
     def _let_go(self) -> list[SequenceUpdate]:
-        """The final answers of a static batch, when all of its sequences have ended."""
-        if len(self._held) < len(self._sequences) - len(self._places.waiting.new):
-            return []
-        return [self._finish(self._sequences[request_id], reason) for request_id, reason in list(self._held.items())]
+        """The final answers of static batches whose sequences have all ended."""
+        return [self._finish(sequence, reason) for sequence, reason in self._held.released()]
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str = "") -> SequenceUpdate:
         self._places.leave(sequence)
-        self._held.pop(sequence.request_id, None)
+        self._held.forget(sequence)
         del self._sequences[sequence.request_id]
         sequence.status = RequestStatus.FINISHED
         self.policy.ended(sequence)

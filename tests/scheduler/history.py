@@ -1,0 +1,259 @@
+"""Random histories of a scheduler over a small pool: arrivals, aborts, deadlines, a clock, one step in flight.
+
+`run_history` draws settings and events from a seed, drives the scheduler over the fake runner as the engine does, and
+checks after every step what must hold whatever the settings: the accounts of the pool, who may join before whom (a
+brute force over all that wait), that a request ends once and that its tokens are those worked out alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+from jaxserve.request import EngineRequest, FinishReason, RequestStatus
+from jaxserve.runner.fake import FakeRunner
+from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan
+from jaxserve.scheduler.buckets import Buckets, powers
+from jaxserve.scheduler.costs import PreemptionCosts
+from jaxserve.scheduler.page_pool import PagePool
+from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler_config import (
+    PAGE_RESERVATIONS,
+    PHASE_ORDERS,
+    PREEMPTION_MODES,
+    VICTIMS,
+    AdaptationConfig,
+    AdmissionConfig,
+    BatchingConfig,
+    PolicyConfig,
+    PreemptionConfig,
+    SchedulerConfig,
+)
+from tests.scheduler.drive import alone
+from tests.scheduler.order_model import OrderModel
+
+PAGE_SIZE = 4
+TENANTS = {"a": 1.0, "b": 2.0, "c": 0.5}  # and their weights: powers of two, so that counters are exact
+MAX_STEPS_TO_DRAIN = 3_000
+"""A history that has not ended by then makes no progress."""
+
+
+class History:
+    """One scheduler, its runner and what came of each request. events: how often each kind of thing happened."""
+
+    def __init__(self, rng: random.Random, mode: str, formation: str, policy: str):
+        self.rng = rng
+        self.events: Counter[str] = Counter()
+        self.now = 100.0
+        self.config = draw_config(rng, mode, formation, policy)
+        num_pages, host_pages = rng.randint(7, 20), rng.choice((0, 8, 24, 24))
+        self.capacity = (num_pages - 1) * PAGE_SIZE
+        self.scheduler = Scheduler(
+            self.config,
+            PagePool(num_pages, PAGE_SIZE, host_pages),
+            Buckets(powers(self.config.max_num_batched_tokens), powers(self.config.max_num_seqs)),
+            costs=rng.choice((None, PreemptionCosts(1.0, 0.5), PreemptionCosts(1.0, 3.5), PreemptionCosts(1.0, 9.0))),
+            max_model_len=self.capacity,
+        )
+        self.runner = FakeRunner(num_pages=num_pages, page_size=PAGE_SIZE, num_host_pages=host_pages)
+        self.order = OrderModel(self.config, self.scheduler.policy)
+        self.requests: dict[str, EngineRequest] = {}
+        self.sequences: dict[str, Sequence] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.reasons: dict[str, FinishReason] = {}
+        self.in_flight: tuple[StepPlan, Any] | None = None
+
+    def run(self, steps: int) -> None:
+        """So many steps with events, then as many as it takes until nobody is left."""
+        while self.events["steps"] < steps:
+            self.act()
+            self.step()
+        for _ in range(MAX_STEPS_TO_DRAIN):
+            if not self.scheduler.unfinished and self.in_flight is None:
+                break
+            self.step()
+        else:
+            raise AssertionError(f"no progress: {self.scheduler.request_ids}")
+        self.check_answers()
+
+    def act(self) -> None:
+        """What clients do between two steps."""
+        rng = self.rng
+        self.now += rng.choice((0.0, 0.001, 0.01, 0.05, 0.3))
+        backlog = len(self.scheduler.request_ids)
+        for _ in range(rng.choice((0, 0, 1, 1, 4)) if backlog < 10 else rng.choice((0, 0, 0, 0, 1))):
+            self.arrive()
+        if rng.random() < 0.04 and self.scheduler.unfinished:
+            rare = (RequestStatus.SWAPPED, RequestStatus.PREEMPTED, RequestStatus.ENDING)
+            request_ids = self.scheduler.request_ids
+            in_rare_places = [name for name in request_ids if self.sequences[name].status in rare]
+            request_id = rng.choice(in_rare_places or request_ids)
+            status = self.sequences[request_id].status
+            update = self.scheduler.abort(request_id)
+            assert update is not None
+            self.events[f"aborted {status.name.lower()}"] += 1
+            self.take(update)
+
+    def arrive(self) -> None:
+        rng = self.rng
+        longest = self.capacity if self.config.enable_chunked_prefill else self.config.max_num_batched_tokens
+        prompt = rng.randint(1, min(longest, self.capacity, rng.choice((6, 24, 60))))
+        output = rng.randint(1, min(rng.choice((4, 24)), self.capacity - prompt + 1))
+        request = EngineRequest(
+            f"r{len(self.requests)}",
+            tuple(rng.randrange(101) for _ in range(prompt)),
+            max_tokens=output,
+            min_tokens=rng.randint(0, min(3, output)),
+            stop_token_ids=tuple(sorted(rng.sample(range(101), rng.choice((0, 3, 12))))),
+            priority=rng.choice((0, 0, 3, 5, 8, 12)),
+            tenant=rng.choice(list(TENANTS)),
+            arrival_time=self.now,
+            deadline=self.now + rng.uniform(0.1, 4.0) if rng.random() < 0.1 else None,
+        )
+        try:
+            sequence = self.scheduler.add(request)
+        except ValueError:
+            self.events["refused"] += 1
+            return
+        self.events["arrived"] += 1
+        self.requests[request.request_id], self.sequences[request.request_id] = request, sequence
+        self.tokens[request.request_id] = []
+        self.order.add(sequence)
+
+    def step(self) -> None:
+        """A turn of the engine's loop."""
+        scheduler, previous = self.scheduler, self.in_flight
+        for update in scheduler.expire(self.now):
+            self.events["expired"] += update.finish_reason is FinishReason.ABORT
+            self.take(update)
+        plan = scheduler.schedule(self.now)
+        scheduler.check_integrity()
+        self.in_flight = None if plan is None else (plan, self.runner.dispatch(plan))
+        self.check_plan(plan)
+        if previous is not None:
+            update = scheduler.update(previous[0], self.runner.collect(previous[1]))
+            for request_id, token_id in zip(update.request_ids, update.token_ids, strict=True):
+                assert request_id not in self.reasons, "a token after the end"
+                self.tokens[request_id].append(token_id)
+            for other in update.others:
+                self.take(other)
+            scheduler.check_integrity()
+        elif plan is None and scheduler.unfinished:
+            self.sleep()
+
+    def sleep(self) -> None:
+        """Nothing runs although somebody waits: the scheduler must know until when."""
+        self.events["slept"] += 1
+        wake_at = self.scheduler.wake_at()
+        assert wake_at is not None, f"asleep for ever: {self.scheduler.request_ids}"
+        assert wake_at > self.now, "asleep with something to do"
+        self.now = wake_at
+
+    def take(self, update: SequenceUpdate) -> None:
+        request_id = update.sequence.request_id
+        assert request_id not in self.reasons, "an update after the end"
+        self.tokens[request_id].extend(update.token_ids)
+        if update.finish_reason is not None:
+            self.reasons[request_id] = update.finish_reason
+            self.events[f"ended {update.finish_reason.name.lower()}"] += 1
+            self.order.remove(update.sequence)
+
+    def check_plan(self, plan: StepPlan | None) -> None:
+        scheduler, events = self.scheduler, self.events
+        joined = self.order.step(scheduler.admitted, plan, self.now)
+        for sequence in scheduler.preempted:
+            events["swapped out" if sequence.status is RequestStatus.SWAPPED else "recomputed"] += 1
+        events["displaced"] += bool(joined and scheduler.preempted)
+        if plan is None:
+            return
+        events["steps"] += 1
+        rows = plan.rows
+        assert plan.num_tokens == sum(row.num_tokens for row in rows) <= self.config.max_num_batched_tokens
+        assert plan.num_rows == len({row.slot for row in rows}) <= self.config.max_num_seqs
+        assert plan.num_sampled == len(plan.sampled)
+        assert plan.num_tokens <= plan.token_bucket
+        assert plan.num_sampled <= plan.row_bucket
+        chunks = {row.request_id: row for row in plan.chunks}
+        for swap in plan.swaps:
+            if swap.slot is not None:
+                events["swapped in"] += 1
+                assert chunks[swap.request_id].slot == swap.slot, "a sequence is back, but has no chunk"
+                assert chunks[swap.request_id].admit is self.requests[swap.request_id]
+        events["mixed"] += bool(len(plan.decodes) and plan.chunks)
+        events["chunked"] += any(not row.sample for row in plan.chunks)
+        events["several chunks"] += len(plan.chunks) > 1
+
+    def check_answers(self) -> None:
+        """Every request ended once, with the tokens that it has alone; who was cut off has the first of them."""
+        assert set(self.reasons) == set(self.requests)
+        for request_id, request in self.requests.items():
+            tokens, reason = alone(request)
+            if self.reasons[request_id] is FinishReason.ABORT:
+                assert self.tokens[request_id] == tokens[: len(self.tokens[request_id])]
+            else:
+                assert (self.tokens[request_id], self.reasons[request_id]) == (tokens, reason)
+        pool = self.scheduler.pool
+        assert (pool.num_free, pool.num_host_used) == (pool.num_usable, 0)
+
+
+def draw_config(rng: random.Random, mode: str, formation: str, policy: str) -> SchedulerConfig:
+    """Settings of every section, small enough that each limit is met often."""
+    seqs = rng.randint(1, 6)
+    chunked = rng.random() < 0.75
+    return SchedulerConfig(
+        max_num_seqs=seqs,
+        max_num_batched_tokens=rng.choice((8, 16, 24, 40)),
+        enable_chunked_prefill=chunked,
+        long_prefill_token_threshold=rng.choice((0, 0, 3, 7)) if chunked else 0,
+        mode=mode,
+        formation=formation,
+        policy=policy,
+        max_num_waiting=rng.choice((3, 20)),
+        batching=BatchingConfig(
+            batch_size=rng.randint(1, 5),
+            max_wait_seconds=rng.choice((0.0, 0.05, 0.5)),
+            length_bucket=rng.choice((4, 16)),
+            phase_order=rng.choice(PHASE_ORDERS),
+            max_prefill_seqs=rng.randint(1, 3),
+            max_decode_seqs=rng.randint(1, 6),
+        ),
+        admission=AdmissionConfig(
+            watermark=rng.choice((0.0, 0.0, 0.2)),
+            page_reservation=rng.choice(("none", "none", *PAGE_RESERVATIONS)),
+            prefill_share=rng.choice((1.0, 1.0, 0.2, 0.6)),
+            fill_buckets=rng.random() < 0.5,
+            scheduler_delay_factor=rng.choice((0.0, 0.0, 0.5, 2.0)),
+            chunked_prefill_min_tokens=rng.choice((0, 0, 6)),
+            length_tolerance=0.2,
+            max_passed_over_seconds=rng.choice((0.2, 3.0)),
+        ),
+        ordering=PolicyConfig(
+            sjf_ageing=rng.choice((1.0, 10.0)),
+            tenant_weights=TENANTS,
+            ttft_target=rng.choice((0.2, 1.0)),
+            drop_late=rng.random() < 0.3,
+        ),
+        preemption=PreemptionConfig(
+            preemption_mode=rng.choice(("swap", *PREEMPTION_MODES)),
+            victim=rng.choice(VICTIMS),
+            preempt_priority_gap=rng.choice((None, 5, 5)),
+            preempt_length_ratio=rng.choice((None, None, 3.0)),
+        ),
+        adaptation=AdaptationConfig(
+            adaptive_batch_size=rng.random() < 0.2,
+            target_batch_tokens=40,
+            min_batch_size=1,
+            load_profile=rng.random() < 0.2,
+            latency_tokens=8,
+            balanced_tokens=16,
+            throughput_tokens=32,
+        ),
+    )
+
+
+def run_history(seed: int, mode: str, formation: str, policy: str, steps: int) -> Counter[str]:
+    """Drives one history and checks it; how often each kind of event happened."""
+    history = History(random.Random(f"{mode} {formation} {policy} {seed}"), mode, formation, policy)
+    history.run(steps)
+    return history.events

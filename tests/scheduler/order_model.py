@@ -1,0 +1,184 @@
+"""Who may join a step before whom, by brute force over all that wait: policies, formations, and the bounds that they
+state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from jaxserve.scheduler import StepPlan
+from jaxserve.scheduler.policies import LATE_FACTOR
+from jaxserve.scheduler.policy import Policy
+from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler_config import SchedulerConfig
+
+
+class OrderModel:
+    """The new requests that wait, as a plain list, and the counters of tenants as a plain dict.
+
+    Asserts for every request that joins that the policy and the formation let it go before all that wait on, and that
+    the bound of the policy's class holds against each of them.
+    """
+
+    def __init__(self, config: SchedulerConfig, policy: Policy):
+        self._config = config
+        self._policy = policy
+        self._waiting: list[Sequence] = []
+        self._counters: dict[str, float] = {}
+        self._last_departed = 0.0
+        self._tenant_of: dict[str, str] = {}
+
+    def add(self, sequence: Sequence) -> None:
+        tenant = sequence.request.tenant
+        self._tenant_of[sequence.request_id] = tenant
+        if all(one.request.tenant != tenant for one in self._waiting):
+            waiting = {one.request.tenant for one in self._waiting}
+            floor = min((self._counters[one] for one in waiting), default=self._last_departed)
+            self._counters[tenant] = max(self._counters.get(tenant, 0.0), floor)
+        self._waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """It waits no more, if it did."""
+        if sequence not in self._waiting:
+            return
+        self._waiting.remove(sequence)
+        tenant = sequence.request.tenant
+        if all(one.request.tenant != tenant for one in self._waiting):
+            self._last_departed = self._counters[tenant]
+
+    def step(self, admitted: Iterable[Sequence], plan: StepPlan | None, now: float) -> int:
+        """Checks who joined, in order; returns how many of them were new. Counts the tokens of the step."""
+        joined: list[Sequence] = []
+        for sequence in admitted:
+            if sequence not in self._waiting:
+                continue  # it ran before
+            self._check_formation(sequence, joined, now)
+            if self._config.formation == "greedy" and self._config.mode != "dynamic":
+                for other in self._waiting:
+                    self._check_bound(sequence, other)
+            tenant = sequence.request.tenant
+            self._counters[tenant] += sequence.num_prompt_tokens * self._cost(tenant, output=False)
+            self.remove(sequence)
+            joined.append(sequence)
+        for row in plan.sampled if plan is not None else ():
+            tenant = self._tenant_of[row.request_id]
+            self._counters[tenant] += self._cost(tenant, output=True)
+        if self._config.policy == "fair":
+            for tenant, counter in self._counters.items():
+                assert self._policy.service(tenant) == counter, "service is counted wrong"  # pyright: ignore[reportAttributeAccessIssue]
+        return len(joined)
+
+    def _cost(self, tenant: str, output: bool) -> float:
+        ordering = self._config.ordering
+        cost = ordering.output_token_weight if output else ordering.prompt_token_weight
+        return cost / ordering.tenant_weights.get(tenant, 1.0)
+
+    def _key(self, sequence: Sequence) -> float:
+        """What the policy orders by; the order of arrival decides between equals."""
+        config, request = self._config.ordering, sequence.request
+        match self._config.policy:
+            case "fcfs":
+                return 0.0
+            case "sjf":
+                return sequence.expected_output + config.sjf_ageing * request.arrival_time
+            case "priority":
+                waited = -request.arrival_time  # the clock is the same for all
+                return -(10 * sequence.priority + 0.1 * waited - sequence.expected_output)
+            case "fair":
+                return self._counters[request.tenant]
+            case "deadline":
+                assert sequence.start_by is not None
+                return sequence.start_by + sequence.lateness
+        raise AssertionError(self._config.policy)
+
+    def _firsts(self, members: list[Sequence]) -> list[Sequence]:
+        """The first of the queue; several where tenants are served alike."""
+        if self._config.policy != "fair":
+            return [min(members, key=lambda one: (self._key(one), one.order))]
+        least = min(map(self._key, members))
+        oldest: dict[str, Sequence] = {}
+        for one in sorted(members, key=lambda one: one.order):
+            if self._key(one) == least:
+                oldest.setdefault(one.request.tenant, one)
+        return list(oldest.values())
+
+    def _check_formation(self, sequence: Sequence, joined: list[Sequence], now: float) -> None:
+        if self._config.mode == "dynamic":
+            self._check_bucket(sequence, joined, now)
+            return
+        firsts = self._firsts(self._waiting)
+        formation = self._config.formation
+        if formation == "greedy":
+            assert sequence in firsts, "it is not the first of the queue"
+            return
+        if formation == "length_balanced":
+            assert sequence in firsts or any(self._near(sequence, one) for one in joined), "its length does not fit"
+            assert joined or sequence in firsts, "a step begins with the first of the queue"
+            return
+        patience = self._config.admission.max_passed_over_seconds
+        overdue = [now - first.request.arrival_time > patience for first in firsts]
+        if all(overdue):
+            assert sequence in firsts, "the first of the queue was passed over for too long"
+        if any(overdue) and sequence in firsts:
+            return
+        if formation == "priority":
+            highest = max(one.priority for one in self._waiting)
+            level = [one for one in self._waiting if one.priority == highest]
+            assert sequence in self._firsts(level), "it is not the first of the highest priority"
+        elif formation == "hybrid":
+            highest = max(_tier(one.priority) for one in self._waiting)
+            level = [one for one in self._waiting if _tier(one.priority) == highest]
+            near = [one for one in joined if _tier(one.priority) == highest and self._near(sequence, one)]
+            assert sequence in level, "it is not of the highest tier"
+            assert near or sequence in self._firsts(level), "its length does not fit its tier"
+        else:
+            least = min(one.num_prompt_tokens + one.expected_output for one in self._waiting)
+            assert sequence.num_prompt_tokens + sequence.expected_output == least, "another is smaller"
+
+    def _near(self, sequence: Sequence, anchor: Sequence) -> bool:
+        allowed = self._config.admission.length_tolerance * anchor.num_prompt_tokens
+        return abs(sequence.num_prompt_tokens - anchor.num_prompt_tokens) <= allowed + 1e-9
+
+    def _check_bucket(self, sequence: Sequence, joined: list[Sequence], now: float) -> None:
+        """One bucket a batch, in the policy's order; nobody who has waited max_wait_seconds sees a batch start whose
+        members all came later."""
+        bucket = [one for one in self._waiting if self._bucket(one) == self._bucket(sequence)]
+        assert sequence in self._firsts(bucket), "it is not the first of its bucket"
+        if joined:
+            assert self._bucket(joined[0]) == self._bucket(sequence), "a batch of two buckets"
+            return
+        oldest = min(one.request.arrival_time for one in bucket)
+        wait = self._config.batching.max_wait_seconds
+        limit = min(self._config.batching.batch_size, self._config.max_num_seqs)
+        assert len(bucket) >= limit or now >= oldest + wait, "the bucket is neither full nor timed out"
+        for other in self._waiting:
+            if now >= other.request.arrival_time + wait:
+                assert oldest <= other.request.arrival_time, "a bucket that timed out was passed over"
+
+    def _bucket(self, sequence: Sequence) -> int:
+        size = self._config.batching.length_bucket
+        return (sequence.num_prompt_tokens + size - 1) // size
+
+    def _check_bound(self, joins: Sequence, waits: Sequence) -> None:
+        """The bound that the class of the policy states, for one that waits on while another joins."""
+        config = self._config.ordering
+        later = joins.request.arrival_time - waits.request.arrival_time
+        match self._config.policy:
+            case "fcfs":
+                assert later <= 0
+            case "sjf":
+                assert later <= (waits.expected_output - joins.expected_output) / config.sjf_ageing + 1e-6
+            case "priority":
+                gain = 10 * (joins.priority - waits.priority) + waits.expected_output - joins.expected_output
+                assert later <= gain / 0.1 + 1e-6
+            case "fair":
+                assert later <= 0 or joins.request.tenant != waits.request.tenant
+            case "deadline" if joins.request.deadline is None and waits.request.deadline is None:
+                assert joins.start_by is not None
+                assert waits.start_by is not None
+                prefill = waits.request.arrival_time + config.ttft_target - waits.start_by
+                own = joins.request.arrival_time + config.ttft_target - joins.start_by
+                assert later <= LATE_FACTOR * config.ttft_target + own - prefill + 1e-6
+
+
+def _tier(priority: int) -> int:
+    return 2 if priority >= 8 else 1 if priority >= 4 else 0
