@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from jaxserve.config import SchedulerConfig
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.scheduler import Scheduler, StepResult
+from jaxserve.scheduler.formation import Greedy
 from jaxserve.scheduler.plan import NO_DECODES
+from jaxserve.scheduler.queues import KeyedQueue
 from tests.scheduler.drive import alone, drive, make_scheduler, preempt
 
 
@@ -152,6 +154,8 @@ def test_cancelled_requests_leave_the_waiting_queue():
     assert scheduler.num_waiting == 1
     waiting = scheduler._places.waiting
     assert len(waiting.new._heap) < 200
+    assert isinstance(waiting._formation, Greedy)
+    assert isinstance(waiting._formation._queue, KeyedQueue)
     assert len(waiting._formation._queue._heap) < 200
 
 
