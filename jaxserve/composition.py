@@ -13,8 +13,10 @@ import logging
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 from jaxserve import composition_plot
 from jaxserve.recorder import Event, Recorder, RequestPreempted, StepRecorded
@@ -38,6 +40,9 @@ SUMMED = (
 )
 """Columns of a composition that are sums over the steps of a point: a mean is one of them over its `steps`."""
 
+MAX_POINTS = 8192
+"""Points that a composition has at most."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -48,7 +53,7 @@ class CompositionTracker:
     on; memory and the size of what is written do not grow with the run.
     """
 
-    def __init__(self, max_points: int = 8192) -> None:
+    def __init__(self, max_points: int = MAX_POINTS) -> None:
         if max_points < 2:
             raise ValueError(f"max_points is {max_points}; it must be at least 2")
         self._max_points = max_points
@@ -96,22 +101,6 @@ class CompositionTracker:
         points["begin"] = [time - points["begin"][0] for time in points["begin"]]
         return {"pages": self._pages, "points": points}
 
-    def write(self, directory: str | os.PathLike[str], title: str = "") -> None:
-        """Writes composition.json, and composition.png where matplotlib is installed, into the directory.
-
-        title: what the plot is of. The directory is made where it is missing; older files of these names are replaced.
-        """
-        place = pathlib.Path(directory)
-        place.mkdir(parents=True, exist_ok=True)
-        found = self.to_dict()
-        (place / "composition.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
-        if not found["points"]["begin"]:
-            return  # nothing ran
-        try:
-            composition_plot.draw(found, place / "composition.png", title)
-        except ImportError:
-            _log.warning("matplotlib is not installed, so that %s has no plot: pip install 'jaxserve[plot]'", place)
-
     def _join_neighbours(self) -> None:
         self._steps_of_a_point *= 2
         for name, values in self._columns.items():
@@ -119,6 +108,41 @@ class CompositionTracker:
             if name != "begin":
                 first[: len(second)] = [one + other for one, other in zip(first, second, strict=False)]
             self._columns[name] = first
+
+
+def of_steps(
+    pages: int, begin: np.ndarray, seconds: np.ndarray, columns: Mapping[str, np.ndarray], max_points: int = MAX_POINTS
+) -> dict[str, Any]:
+    """What `CompositionTracker.to_dict` gives, of steps that are columns already: float64 [steps] each, in order.
+
+    pages: usable ones. begin, seconds: of each step. columns: of SUMMED; those that are missing are 0.
+    """
+    count = len(begin)
+    starts = np.arange(0, count, max(1, -(-count // max_points)))
+
+    def joined(values: np.ndarray) -> list[float]:
+        return np.add.reduceat(values, starts).tolist() if count else []
+
+    zeros = np.zeros(count)
+    found = {name: joined(columns.get(name, zeros)) for name in SUMMED}
+    found |= {"steps": joined(np.ones(count)), "seconds": joined(seconds)}
+    return {"pages": pages, "points": {"begin": (begin[starts] - begin[:1]).tolist(), **found}}
+
+
+def write(found: Mapping[str, Any], directory: pathlib.Path, title: str = "", stem: str = "composition") -> None:
+    """Writes STEM.json, and STEM.png where matplotlib is installed, into the directory, over what is there.
+
+    found: of `CompositionTracker.to_dict` or `of_steps`. title: what the plot is of. The directory is made where it is
+    missing; of no steps there is no plot.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{stem}.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+    if not found["points"]["begin"]:
+        return
+    try:
+        composition_plot.draw(found, directory / f"{stem}.png", title)
+    except ImportError:
+        _log.warning("matplotlib is not installed, so that %s has no plot: pip install 'jaxserve[plot]'", directory)
 
 
 class Composition:
@@ -141,4 +165,4 @@ class Composition:
         if self._unsubscribe is not None and self._directory is not None:
             self._unsubscribe()
             self._unsubscribe = None
-            self._tracker.write(self._directory, self._title)
+            write(self._tracker.to_dict(), pathlib.Path(self._directory), self._title)

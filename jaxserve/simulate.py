@@ -194,6 +194,9 @@ def _simulations(
     print(table(reports))
     if parsed.plot is not None:
         written = plots.draw_all({name: fleet.result for name, fleet in fleets.items()}, parsed.plot)
+        if len(runs) == 1:
+            pages = runs[0].setup.device.num_pages - 1
+            written += plots.compositions(fleets[runs[0].name].result, pages, parsed.plot)
         if any(len(fleet.changes) > 1 for fleet in fleets.values()):
             counts, edges = np.histogram(trace.arrivals, bins=max(1, round(trace.seconds / 10)))
             rates = edges[:-1].tolist(), (counts / np.diff(edges)).tolist()

@@ -6,11 +6,12 @@ import json
 import pathlib
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.composition import SUMMED, Composition, CompositionTracker
+from jaxserve.composition import SUMMED, Composition, CompositionTracker, of_steps
 from jaxserve.config import EngineConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import AddRequest, RequestOutput
@@ -64,6 +65,16 @@ def test_points_are_bounded_and_lose_nothing(rows: list[int], max_points: int):
         assert total == sum(rows[first : first + steps])
         assert points["begin"][point] == first == sum(points["seconds"][:point])  # every step takes a second
         first += steps
+
+
+@given(st.lists(st.integers(0, 9), max_size=70), st.integers(1, 9))
+def test_columns_are_joined_without_loss(rows: list[int], max_points: int):
+    begin, values = np.arange(len(rows)) + 5.0, np.array(rows, np.float64)
+    found = of_steps(10, begin, np.ones(len(rows)), {"rows": values}, max_points)["points"]
+    assert len(found["begin"]) <= max_points
+    assert {len(column) for column in found.values()} == {len(found["begin"])}
+    assert (sum(found["rows"]), sum(found["steps"]), sum(found["waiting"])) == (sum(rows), len(rows), 0)
+    assert found["begin"] == [sum(found["steps"][:point]) for point in range(len(found["begin"]))]
 
 
 @pytest.mark.parametrize("max_points", [0, 1])

@@ -227,7 +227,9 @@ class SimulatedEngine:
             )
         )
         if self._recorder is not None:
-            self._record_step(plan, plan.step, begin, time, idle, pool.num_used)
+            previous = self._in_flight
+            wait = 0.0 if previous is None or not previous.plan.num_sampled else max(0.0, previous.end - time)
+            self._record_step(plan, plan.step, (begin, time, time + wait), idle, pool.num_used)
         token_ids, stops = self._sample(plan)
         return _Flight(plan, shape, token_ids, end, stops)
 
@@ -367,8 +369,12 @@ class SimulatedEngine:
         if self._on_finish is not None:
             self._on_finish(index)
 
-    def _record_step(self, plan: StepPlan, step: int, begin: float, dispatched: float, idle: float, used: int) -> None:
-        """step: the plan's, or that of another step of its stretch."""
+    def _record_step(
+        self, plan: StepPlan, step: int, times: tuple[float, float, float], idle: float, used: int
+    ) -> None:
+        """step: the plan's, or that of another step of its stretch. times: when it began, was dispatched, and the one
+        before collected."""
+        begin, dispatched, collected = times
         assert self._recorder is not None
         pool = self.scheduler.pool
         self._recorder.record(
@@ -390,7 +396,7 @@ class SimulatedEngine:
                 pages_swapped=pool.num_host_used,
                 schedule_seconds=dispatched - begin,
                 dispatch_seconds=0.0,
-                collect_seconds=0.0,
+                collect_seconds=collected - dispatched,
                 update_seconds=self._host.after,
                 idle_seconds=max(0.0, idle),
             )
@@ -409,7 +415,7 @@ class SimulatedEngine:
         first = plan.step - len(begins) + 1
         before = self._host.before + self._host.before_per_row * len(request_ids)
         for turn, (begin, start, used) in enumerate(zip(begins.tolist(), starts.tolist(), pages.tolist(), strict=True)):
-            self._record_step(plan, first + turn, begin, begin + before, 0.0, int(used))
+            self._record_step(plan, first + turn, (begin, begin + before, start), 0.0, int(used))
             self._recorder.record(TokensProduced(start, request_ids))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxserve import composition
 from jaxserve.simulator.simulation import SimulationResult
 
 _MOST_POINTS = 4000
@@ -65,6 +66,18 @@ def over_time(results: Mapping[str, SimulationResult], path: pathlib.Path) -> pa
     return _save(figure, axes[0], len(results), path)
 
 
+def compositions(result: SimulationResult, pages: int, directory: pathlib.Path) -> list[pathlib.Path]:
+    """What the steps of each replica consisted of: composition.png and .json, or composition_1, composition_2, ... of
+    several. pages: usable ones of a replica. Returns the plots that were written."""
+    made = []
+    for number, steps in enumerate(result.steps, start=1):
+        several = len(result.steps) > 1
+        stem = f"composition_{number}" if several else "composition"
+        composition.write(_composition(steps, pages), directory, f"replica {number}" if several else "", stem)
+        made += [directory / f"{stem}.png"] * bool(len(steps["begin"]))
+    return made
+
+
 def by_tenant(results: Mapping[str, SimulationResult], path: pathlib.Path) -> pathlib.Path:
     """Mean and 99th percentile of the time to the first token of each tenant."""
     tenants = sorted({tenant for result in results.values() for tenant in result.trace.tenants})
@@ -117,6 +130,14 @@ def replicas(changes: Mapping[str, list[tuple[float, int]]], rates: Any, path: p
         axis.set_ylim(bottom=0)
         axis.grid(visible=True, alpha=0.3)
     return _save(figure, axes[1], len(changes), path)
+
+
+def _composition(steps: Mapping[str, np.ndarray], pages: int) -> dict[str, Any]:
+    """On the device's clock: a step is there from its start to its end."""
+    padding = steps["token_bucket"] - steps["prefill_tokens"] - steps["decode_tokens"]
+    idle = np.maximum(steps["start"][1:] - steps["end"][:-1], 0.0)
+    columns = {**steps, "padding": padding, "idle_seconds": np.append(np.zeros(min(1, len(padding))), idle)}
+    return composition.of_steps(pages, steps["start"], steps["end"] - steps["start"], columns)
 
 
 def _p99(values: np.ndarray) -> float:

@@ -1,0 +1,57 @@
+"""What steps consist of over time: of a simulation the same from its events and from its columns."""
+
+import json
+
+import pytest
+
+from jaxserve.composition import SUMMED, CompositionTracker
+from jaxserve.recorder import Recorder
+from jaxserve.simulator import plots
+from jaxserve.simulator.costs import HostCosts
+from jaxserve.simulator.fleet import FleetConfig, simulate_fleet
+from jaxserve.simulator.setup import Setup
+from jaxserve.simulator.simulation import SimulationResult, simulate
+from jaxserve.simulator.traces import make_trace
+from tests.simulator.helpers import SimpleCosts, make_config, make_device
+
+HOST = HostCosts(0.001, 0.0, 0.001, 0.0)
+
+
+def simulated(recorder: Recorder | None = None) -> SimulationResult:
+    trace = make_trace("t", [0.0, 0.0, 0.5, 60.0], [10, 40, 20, 30], [30, 12, 20, 9])
+    return simulate(make_config(), trace, SimpleCosts(step=0.1, host=HOST), make_device(), recorder=recorder)
+
+
+def test_events_and_columns_give_the_same(tmp_path):
+    recorder, tracker = Recorder(), CompositionTracker()
+    recorder.subscribe(tracker)
+    result = simulated(recorder)
+    assert plots.compositions(result, 64, tmp_path) == [tmp_path / "composition.png"]
+    written = json.loads((tmp_path / "composition.json").read_text())
+    found = tracker.to_dict()
+    assert written["pages"] == found["pages"] == 64
+    for name in SUMMED:
+        if name not in ("seconds", "idle_seconds", "pages_cached"):  # on the host's clock and on the device's
+            assert written["points"][name] == found["points"][name], name
+
+
+def test_steps_take_the_host_until_the_next_begins():
+    """Else a plot would show a pause after every step."""
+    tracker = CompositionTracker()
+    recorder = Recorder()
+    recorder.subscribe(tracker)
+    simulated(recorder)
+    points = tracker.to_dict()["points"]
+    ends = [begin + seconds for begin, seconds in zip(points["begin"], points["seconds"], strict=True)]
+    gaps = [begin - end for begin, end in zip(points["begin"][1:], ends, strict=False)]
+    assert sum(gap > 0.01 for gap in gaps) == 1  # before the request at 60 s
+    assert sum(points["seconds"]) == pytest.approx(points["begin"][-1] + points["seconds"][-1] - max(gaps), abs=0.5)
+
+
+def test_every_replica_has_its_own(tmp_path):
+    trace = make_trace("t", [0.0, 0.0, 0.5], [10, 40, 20], [3, 2, 2])
+    setup = Setup(make_config(), make_device(), SimpleCosts())
+    fleet = simulate_fleet(setup, trace, FleetConfig(replicas=2))
+    plots.compositions(fleet.result, 64, tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"composition_1.json", "composition_1.png", "composition_2.json", "composition_2.png"}
