@@ -13,11 +13,11 @@ pytestmark = pytest.mark.skipif(not features.has("avx512_bf16"), reason="this CP
 
 
 def draw(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.bfloat16)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(jnp.bfloat16))
 
 
 def wide(array: jax.Array) -> np.ndarray:
-    return np.asarray(array.astype(jnp.float32), np.float64)
+    return np.asarray(array).astype(np.float64)
 
 
 @settings(max_examples=25, deadline=None)
