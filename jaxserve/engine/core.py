@@ -13,6 +13,7 @@ protocol and nothing of jax, sockets or text.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -62,7 +63,9 @@ class EngineCore:
         recorder: Recorder | None = None,
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.perf_counter,
+        annotate: Callable[[str], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ):
+        """annotate: names a part of the loop in a profile of the host."""
         info = runner.info
         self.config = config
         self.runner = runner
@@ -76,6 +79,7 @@ class EngineCore:
         self.recorder = recorder or Recorder(clock=clock)
         self._now = now
         self._clock = clock
+        self._annotate = annotate
         self._in_flight: tuple[StepPlan, Pending] | None = None
         self._idle = IdleMeter()
         self._nothing_to_do = False  # as of the last `step`
@@ -145,8 +149,9 @@ class EngineCore:
         """Dispatches the next step and takes in the one before; call it while `busy`."""
         previous = self._in_flight
         begin = self._look(previous)
-        expired = self.scheduler.expire(self._now())
-        plan = self.scheduler.schedule(self._now())
+        with self._annotate("Schedule"):
+            expired = self.scheduler.expire(self._now())
+            plan = self.scheduler.schedule(self._now())
         scheduled = dispatched = collected = self._look(previous)
         idle = 0.0
         self._nothing_to_do = plan is None

@@ -12,7 +12,7 @@ from jaxserve.composition import Composition
 from jaxserve.config import EngineConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import EngineFailed, EngineReady, FromEngine, Shutdown, ToEngine
-from jaxserve.runner.model_runner import ModelRunner
+from jaxserve.runner.model_runner import ModelRunner, annotate
 from jaxserve.runner.protocol import Runner
 
 _log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class InlineEngine:
 
     def __init__(self, config: EngineConfig, runner: Runner | None = None, *, progress: bool = False):
         start = time.perf_counter()
-        self.core = EngineCore(config, runner or ModelRunner(config, progress=progress))
+        self.core = EngineCore(config, runner or ModelRunner(config, progress=progress), annotate=annotate)
         self.ready: EngineReady = self.core.ready(time.perf_counter() - start)
         self._composition = Composition(self.core.recorder, config.composition_dir)
         self._failed = False

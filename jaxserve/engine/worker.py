@@ -24,7 +24,7 @@ from jaxserve.engine.messages import EngineFailed, FromEngine, Shutdown, ToEngin
 from jaxserve.engine.process import LOG_FORMAT
 from jaxserve.engine.wire_config import config_from_bytes
 from jaxserve.phases import Phases
-from jaxserve.runner.model_runner import ModelRunner
+from jaxserve.runner.model_runner import ModelRunner, annotate
 
 _FLUSH_SECONDS = 5.0
 """How long a front end that reads slowly has for the last messages."""
@@ -104,7 +104,7 @@ def _drain(reader: FrameReader, inbox: queue.SimpleQueue[ToEngine | None], ready
 def _build_core(config: EngineConfig) -> EngineCore:
     phases = Phases()
     phases.until_now("interpreter, imports, configuration")
-    return EngineCore(config, ModelRunner(config, progress=True, phases=phases))
+    return EngineCore(config, ModelRunner(config, progress=True, phases=phases), annotate=annotate)
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -89,6 +90,11 @@ class _Made:
     plan: MemoryPlan
 
 
+def annotate(name: str) -> contextlib.AbstractContextManager[object]:
+    """Names what the host does inside the `with`, where jax's profiler is on."""
+    return jax.profiler.TraceAnnotation(name)
+
+
 class ModelRunner:
     """Runner over a model. Start-up loads the weights while it compiles, or loads, every program of the closed set."""
 
@@ -144,14 +150,16 @@ class ModelRunner:
         return self._programs
 
     def dispatch(self, plan: StepPlan) -> PendingStep:
-        for swap in plan.swaps:
-            self._swap(swap)
-        self._forward(self._shapes.forward_key(plan), plan)
+        with annotate("Execute"):
+            for swap in plan.swaps:
+                self._swap(swap)
+            self._forward(self._shapes.forward_key(plan), plan)
         if not plan.row_bucket:
             return PendingStep(self._hidden, None, 0)
-        ids = self._sample(ProgramKey("sample", plan.row_bucket), plan)
-        if self._copies:
-            ids.copy_to_host_async()
+        with annotate("Sample"):
+            ids = self._sample(ProgramKey("sample", plan.row_bucket), plan)
+            if self._copies:
+                ids.copy_to_host_async()
         return PendingStep(self._hidden, ids, plan.num_sampled)
 
     def done(self, pending: PendingStep) -> bool:

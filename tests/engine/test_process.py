@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import pathlib
 import signal
@@ -59,8 +61,13 @@ def answers(client: EngineClient) -> dict[str, tuple[list[int], FinishReason]]:
 
 
 @pytest.fixture(scope="module")
-def engine():
-    client = EngineProcess(CONFIG)
+def composition_dir(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("composition")
+
+
+@pytest.fixture(scope="module")
+def engine(composition_dir):
+    client = EngineProcess(dataclasses.replace(CONFIG, composition_dir=str(composition_dir)))
     yield client
     client.close()
 
@@ -158,3 +165,12 @@ def test_the_engine_ends_when_its_front_end_dies():
             return  # gone, or a zombie that nobody reaps here
         time.sleep(0.1)
     raise AssertionError(f"engine process {pid} outlived its front end")
+
+
+def test_the_end_writes_what_steps_consisted_of(engine, composition_dir):
+    """The last one here: it ends the engine that the others share."""
+    found = answers(engine)
+    engine.close()
+    points = json.loads((composition_dir / "composition.json").read_text())["points"]
+    assert sum(points["decode_tokens"]) >= sum(len(tokens) - 1 for tokens, _ in found.values())
+    assert (composition_dir / "composition.png").exists()

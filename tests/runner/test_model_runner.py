@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import re
 
 import jax
@@ -10,6 +12,8 @@ import numpy as np
 import pytest
 
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.engine.inline import InlineEngine
+from jaxserve.engine.messages import AddRequest
 from jaxserve.request import EngineRequest
 from jaxserve.runner.compiler import CompileMissError
 from jaxserve.runner.model_runner import ModelRunner
@@ -83,6 +87,21 @@ def test_greedy_tokens_are_the_dense_models(runner, requests):
             row = np.asarray(logits(np.array(context + [0] * (128 - len(context)))))[len(context) - 1]
             assert row[token] >= row.max() - 1e-4
             context.append(token)
+
+
+def test_parts_of_the_loop_have_names_in_a_profile(runner, requests, monkeypatch):
+    named = []
+
+    def annotation(name: str) -> contextlib.AbstractContextManager[None]:
+        named.append(name)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(jax.profiler, "TraceAnnotation", annotation)
+    engine = InlineEngine(CONFIG, runner)
+    engine.send(AddRequest(dataclasses.replace(requests[0], max_tokens=1, prompt_token_ids=(1,) * 50)))
+    while engine.core.busy or not named:
+        engine.receive()
+    assert named == ["Schedule", "Execute", "Schedule", "Execute", "Sample", "Schedule"]  # a chunk, a chunk, the end
 
 
 def test_nothing_compiles_after_start(runner, requests):
