@@ -126,7 +126,7 @@ class StepBuilder:
         want, budget = sequence.num_known - sequence.num_computed, max(0, step.budget)
         if work.chunk is not None:
             return min(want, budget, work.chunk)
-        split = self._limits.chunked and want > self._config.admission.chunked_prefill_min_tokens
+        split = self._limits.chunked and sequence.num_known > self._config.admission.chunked_prefill_min_tokens
         if split or want > self._config.max_num_batched_tokens:
             return min(want, budget, self._config.long_prefill_token_threshold or want)
         if sequence.num_computed:  # back from host memory, or begun while prompts were split
@@ -143,8 +143,9 @@ class StepBuilder:
         """Lets waiting sequences run, in the order in which they are offered, until slots, budget or pages end."""
         joined = 0
         if not len(self._places.swapped):
+            delayed = self._delayed(now)
             for sequence in self._places.waiting.candidates(now):
-                if sequence.waits_new and (joined >= work.admit or self._delayed(now)):
+                if sequence.waits_new and (joined >= work.admit or delayed):
                     break
                 new = sequence.waits_new
                 if not self._join(sequence, step, work):

@@ -213,7 +213,8 @@ class ThroughputAware(_Guarded):
 
 
 class LengthBuckets(Formation):
-    """Prompts of one multiple of length_bucket, once there are batch_size or the oldest has waited max_wait_seconds.
+    """Prompts of one multiple of length_bucket, once there are batch_size (or as many as can run) or the oldest has
+    waited max_wait_seconds.
 
     Of several buckets that are ready, the one whose oldest member has waited longest.
     """
@@ -221,6 +222,7 @@ class LengthBuckets(Formation):
     def __init__(self, policy: Policy, config: SchedulerConfig):
         self._policy = policy
         self._batching = config.batching
+        self._size = min(config.batching.batch_size, config.max_num_seqs)
         self._buckets: dict[int, tuple[Queue, KeyedQueue]] = {}  # in the policy's order, and by arrival
 
     def push(self, sequence: Sequence) -> None:
@@ -244,7 +246,7 @@ class LengthBuckets(Formation):
     def ready_size(self, now: float) -> int:
         """How many wait in the bucket that runs next, and run in one batch at most; 0 where none is ready."""
         queue = self._ready(now)
-        return 0 if queue is None else min(len(queue), self._batching.batch_size)
+        return 0 if queue is None else min(len(queue), self._size)
 
     def candidates(self, now: float) -> Iterator[Sequence]:
         queue = self._ready(now)
@@ -258,7 +260,7 @@ class LengthBuckets(Formation):
 
     def _ready_at(self, number: int) -> float:
         queue, by_arrival = self._buckets[number]
-        if len(queue) >= self._batching.batch_size:
+        if len(queue) >= self._size:
             return -math.inf
         oldest = by_arrival.peek()
         assert oldest is not None

@@ -22,22 +22,10 @@ class Pace:
         self.last_prefill_seconds = 0.0
         self._last: tuple[float, int, bool] | None = None
 
-    def step(self, plan: StepPlan | None, now: float) -> None:
-        """A step begins at `now`; None: there is nothing to compute, so the time until the next is nobody's."""
-        if self._last is not None:
-            self._take(now)
-        self._last = None if plan is None else (now, plan.num_tokens, bool(plan.chunks))
-
-    def decodes(self, tokens: int, begins: Iterable[float]) -> None:
-        """As many steps as there are moments at which they begin, of `tokens` decodes and nothing else."""
-        for now in begins:
-            if self._last is not None:
-                self._take(now)
-            self._last = (now, tokens, False)
-
-    def _take(self, now: float) -> None:
-        """The last step ends at `now`."""
-        assert self._last is not None
+    def ends(self, now: float) -> None:
+        """The next step is about to be decided: the one before has taken until `now`."""
+        if self._last is None:
+            return
         begin, tokens, prefill = self._last
         seconds = now - begin
         if prefill:
@@ -45,6 +33,16 @@ class Pace:
             self.seconds_per_token = _blend(self.seconds_per_token, seconds / tokens)
         else:
             self.seconds_per_step = _blend(self.seconds_per_step, seconds)
+
+    def begins(self, plan: StepPlan | None, now: float) -> None:
+        """A step begins at `now`; None: there is nothing to compute, so the time until the next is nobody's."""
+        self._last = None if plan is None else (now, plan.num_tokens, bool(plan.chunks))
+
+    def decodes(self, tokens: int, begins: Iterable[float]) -> None:
+        """As many steps as there are moments at which they begin, of `tokens` decodes and nothing else."""
+        for now in begins:
+            self.ends(now)
+            self._last = (now, tokens, False)
 
 
 def _blend(average: float, value: float) -> float:

@@ -170,6 +170,7 @@ class Scheduler:
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
         """Decides the next step; None when there is nothing to compute now (see `wake_at`)."""
+        self._pace.ends(now)
         self._places.start_step()
         self._limits.update(len(self._sequences))
         step = self._builder.build(now)
@@ -178,7 +179,7 @@ class Scheduler:
                 self._held.joined(sequence, self._steps)
         plan = self._plan(step) if step.decodes or step.chunks else None
         assert plan is not None or not step.swaps, "pages are to be copied in no step"
-        self._pace.step(plan, now)
+        self._pace.begins(plan, now)
         self._steady = bool(step.decodes) and not step.chunks
         return plan
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from jaxserve.config import SchedulerConfig
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.fake import FakeRunner, next_token
-from jaxserve.scheduler import Scheduler, StepPlan, StepUpdate
+from jaxserve.scheduler import Scheduler, StepPlan, StepResult, StepUpdate
 from jaxserve.scheduler.buckets import Buckets, powers
 from jaxserve.scheduler.page_pool import PagePool
 from jaxserve.scheduler.progress import StepInProgress
@@ -25,9 +25,26 @@ class Run:
     scheduler: Scheduler
 
 
-def make_scheduler(config: SchedulerConfig, num_pages: int = 64, page_size: int = 4) -> Scheduler:
+def make_scheduler(
+    config: SchedulerConfig, num_pages: int = 64, page_size: int = 4, num_host_pages: int = 0, **others
+) -> Scheduler:
     buckets = Buckets(powers(config.max_num_batched_tokens), powers(config.max_num_seqs))
-    return Scheduler(config, PagePool(num_pages, page_size), buckets)
+    return Scheduler(config, PagePool(num_pages, page_size, num_host_pages), buckets, **others)
+
+
+def request(name: str, prompt: int, output: int, **fields) -> EngineRequest:
+    """A request of `prompt` tokens that ends after `output` of its own."""
+    return EngineRequest(name, tuple((7 * i + len(name)) % 101 for i in range(prompt)), max_tokens=output, **fields)
+
+
+def start_decoding(scheduler: Scheduler, *requests: EngineRequest) -> None:
+    """Brings requests to where only their newest token is left to compute."""
+    for one in requests:
+        scheduler.add(one)
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert len(plan.sampled) == len(requests)
+    scheduler.update(plan, StepResult(tuple(1 for _ in requests)))
 
 
 def preempt(scheduler: Scheduler, request_id: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import subprocess
 import sys
 
@@ -17,75 +16,7 @@ from jaxserve.scheduler import Scheduler, StepResult
 from jaxserve.scheduler.formation import Greedy
 from jaxserve.scheduler.plan import NO_DECODES
 from jaxserve.scheduler.queues import KeyedQueue
-from tests.scheduler.drive import alone, drive, make_scheduler, preempt
-
-
-def request(name: str, prompt: int, output: int, **fields) -> EngineRequest:
-    return EngineRequest(name, tuple((7 * i + len(name)) % 101 for i in range(prompt)), max_tokens=output, **fields)
-
-
-def start_decoding(scheduler: Scheduler, *requests: EngineRequest) -> None:
-    """Brings requests to where only their newest token is left to compute."""
-    for one in requests:
-        scheduler.add(one)
-    plan = scheduler.schedule()
-    assert plan is not None
-    assert len(plan.sampled) == len(requests)
-    scheduler.update(plan, StepResult(tuple(1 for _ in requests)))
-
-
-def test_continuous_batching_worked_example():
-    lengths = [10, 20, 15, 100, 25, 30, 15, 50, 40, 10]
-    scheduler = make_scheduler(SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=8))
-    run = drive(scheduler, [request(str(i), 1, length) for i, length in enumerate(lengths)])
-    first = {row.request_id: plan.step for plan in reversed(run.plans) for row in plan.rows}
-    assert len(run.plans) == 100
-    latency = [run.finish_step[name] + 1 - first[name] for name in run.finish_step]
-    assert statistics.mean(latency) == 31.5
-    assert max(latency) == 100
-
-
-def test_tokens_of_a_mixed_step_worked_example():
-    config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=1024)
-    scheduler = make_scheduler(config, num_pages=256, page_size=16)
-    start_decoding(scheduler, *(request(name, 5, 9) for name in "ABC"))
-    scheduler.add(request("D", 256, 4))
-    scheduler.add(request("E", 512, 4))
-    plan = scheduler.schedule()
-    assert plan is not None
-    assert plan.num_tokens == 771
-    assert plan.num_prefill_tokens == 768
-    assert plan.token_bucket == 1024
-    assert plan.padding == 253
-
-
-def test_joining_within_budget_and_pages_worked_example():
-    config = SchedulerConfig(max_num_seqs=5, max_num_batched_tokens=300, enable_chunked_prefill=False)
-    scheduler = make_scheduler(config, num_pages=23, page_size=16)  # D and E hold a page each, 20 are free
-    start_decoding(scheduler, request("D", 3, 9), request("E", 3, 9))
-    assert scheduler.pool.num_free == 20
-    for name, length in (("A", 200), ("B", 150), ("C", 100)):
-        scheduler.add(request(name, length, 4))
-    plan = scheduler.schedule()
-    assert plan is not None
-    assert [row.request_id for row in plan.rows] == ["D", "E", "A"]
-    assert plan.num_tokens == 202
-    assert plan.num_prefill_tokens == 200
-    assert len(plan.rows[2].new_pages) == 13
-    while scheduler.num_waiting == 2:  # B's 10 pages are free only when A's 13 have come back
-        assert "A" in {row.request_id for row in plan.rows}
-        scheduler.update(plan, StepResult(tuple(1 for _ in plan.sampled)))
-        plan = scheduler.schedule()
-        assert plan is not None
-    assert [row.request_id for row in plan.rows] == ["D", "E", "B", "C"]
-
-
-@pytest.mark.parametrize(("prompt", "steps"), [(10_000, 20), (2_000, 4)])
-def test_chunks_of_a_long_prompt_worked_example(prompt: int, steps: int):
-    scheduler = make_scheduler(SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=512), 800, 16)
-    run = drive(scheduler, [request("long", prompt, 1)])
-    assert len(run.plans) == steps
-    assert [bool(plan.sampled) for plan in run.plans] == [False] * (steps - 1) + [True]
+from tests.scheduler.drive import alone, drive, make_scheduler, preempt, request, start_decoding
 
 
 def test_long_prefill_threshold_leaves_budget_to_others():
