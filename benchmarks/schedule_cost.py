@@ -148,8 +148,8 @@ def measure(policy: str, formation: str, steps: int, rounds: int) -> list[dict[s
 def main() -> int:
     """Prints and writes the table; the exit status is 1 where a cost is not flat."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100, help="of a round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20, help="of a round")
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--all", action="store_true", help="every policy with every formation, not with greedy alone")
     options = parser.parse_args()
     pairs = [(policy, "greedy") for policy in POLICIES] + [("fcfs", formation) for formation in FORMATIONS[1:]]
