@@ -46,7 +46,8 @@ def sources(*places: str) -> list[pathlib.Path]:
         # numba and llvmlite compile the kernels for CPUs.
         (("pallas_kernels",), {"jax", "numpy", "numba", "llvmlite"}),
         (("jaxserve/request.py", "jaxserve/config.py", "jaxserve/scheduler", "jaxserve/recorder.py"), {"numpy"}),
-        (("jaxserve/simulator", "jaxserve/targets.py", "jaxserve/model_cost.py"), {"numpy"}),
+        # matplotlib: inside the functions that draw.
+        (("jaxserve/simulator", "jaxserve/targets.py", "jaxserve/model_cost.py"), {"numpy", "matplotlib"}),
         (("jaxserve/runner/protocol.py", "jaxserve/runner/fake.py", "models/config.py"), {"numpy"}),
     ],
 )
