@@ -23,7 +23,7 @@ from jaxserve import gin_config
 from jaxserve.config import EngineConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import AddRequest
-from jaxserve.recorder import StepRecorded
+from jaxserve.recorder import Recorder, StepRecorded
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.protocol import Pending, Runner
@@ -65,10 +65,10 @@ class MeteredRunner:
 class StepMeter:
     """Pairs the shapes of an engine's steps with their times, as its recorder has them."""
 
-    def __init__(self, core: EngineCore, runner: MeteredRunner):
+    def __init__(self, recorder: Recorder, runner: MeteredRunner):
         self._shapes = runner.shapes
         self._records: list[StepRecorded] = []
-        core.recorder.subscribe(lambda event: self._records.append(event) if isinstance(event, StepRecorded) else None)
+        recorder.subscribe(lambda event: self._records.append(event) if isinstance(event, StepRecorded) else None)
 
     def steps(self) -> list[StepTime]:
         """The times of steps, as far as something waited for them."""
@@ -165,7 +165,7 @@ def measure(
     batches = sweep(config, runner.info.max_model_len, steps, seed)
     drive(core, batches[:: max(1, len(batches) // 8)], seed, "warm-up")
     metered.shapes.clear()
-    meter = StepMeter(core, metered)
+    meter = StepMeter(core.recorder, metered)
     for turn in range(rounds):
         drive(core, batches, seed + turn, f"round-{turn}")
     return meter.steps(), meter.host()

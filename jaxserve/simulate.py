@@ -9,7 +9,6 @@ Exit codes: 0; 2 a faulty command line, configuration, trace or file of costs.
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import itertools
 import json
@@ -26,14 +25,13 @@ from jaxserve import gin_config
 from jaxserve.config import EngineConfig
 from jaxserve.simulator import plots
 from jaxserve.simulator.capacity import Capacity, parts_of, search_capacity
+from jaxserve.simulator.command import add_simulation_options, assignments, literal, load_setup, load_trace
 from jaxserve.simulator.fleet import SCALINGS, FleetConfig, FleetResult, simulate_fleet
 from jaxserve.simulator.report import Slo, report, table
-from jaxserve.simulator.roofline import Efficiency
 from jaxserve.simulator.routing import ROUTINGS
-from jaxserve.simulator.setup import Setup, find_target, set_up, with_options
+from jaxserve.simulator.setup import Setup, with_options
 from jaxserve.simulator.simulation import ClientRule
-from jaxserve.simulator.synthetic import SyntheticConfig, synthetic_trace
-from jaxserve.simulator.traces import Trace, read_trace
+from jaxserve.simulator.traces import Trace
 
 FLEET_OPTIONS = {field.name for field in dataclasses.fields(FleetConfig)}
 
@@ -102,64 +100,16 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_simulation_options(parser: argparse.ArgumentParser) -> None:
-    """What to simulate: trace, device, costs."""
-    add = parser.add_argument
-    add("--trace", default="synthetic", metavar="FILE", help="a .csv or .jsonl file, or synthetic[:NAME=VALUE,...]")
-    add("--limit", type=int, default=None, metavar="N", help="the first N requests of the trace alone")
-    add("--rate-factor", type=float, default=1.0, metavar="X", help="requests arrive X times as fast (default 1)")
-    add("--target", default=None, metavar="NAME", help="device of the roofline: h200, or a file of configs/targets/")
-    add(
-        "--model-cost",
-        type=pathlib.Path,
-        default=None,
-        metavar="FILE",
-        help="measured step times instead of a roofline",
-    )
-    add("--report", type=pathlib.Path, default=None, metavar="FILE", help="report.json of jaxserve.compile")
-    add("--efficiency", default="", metavar="NAME=X,...", help="shares of the peak rates: memory, compute, ...")
-    add("--slo", default="", metavar="NAME=S,...", help="targets in seconds: ttft=0.5,tpot=0.05,e2e=30")
-    add(
-        "--client-max-tokens",
-        default="context",
-        metavar="N",
-        help="max_tokens where the trace has none: a number, 'context' (the rest of it) or 'exact' (the true length)",
-    )
-
-
-def load_trace(parsed: argparse.Namespace) -> Trace:
-    """The trace of the command line."""
-    kind, _, text = parsed.trace.partition(":")
-    if kind == "synthetic":
-        trace = synthetic_trace(SyntheticConfig.parse(text))
-        trace = trace.part(0, parsed.limit) if parsed.limit else trace
-    else:
-        trace = read_trace(parsed.trace, parsed.limit)
-    return trace if parsed.rate_factor == 1.0 else trace.faster(parsed.rate_factor)
-
-
-def load_setup(parsed: argparse.Namespace, config: EngineConfig) -> Setup:
-    """What the command line simulates: on the target, or the H200 where no costs were measured."""
-    name = parsed.target or (None if parsed.model_cost else "h200")
-    return set_up(
-        config,
-        target=None if name is None else find_target(name),
-        model_cost=parsed.model_cost,
-        report=parsed.report,
-        efficiency=Efficiency(**_assignments("efficiency", parsed.efficiency)),
-    )
-
-
 def make_runs(parsed: argparse.Namespace, config: EngineConfig) -> Iterator[Run]:
     """All combinations of what --compare varies."""
     base = {"replicas": parsed.replicas, "routing": parsed.routing, "scaling": parsed.scaling}
-    base |= _assignments("fleet", parsed.fleet)
+    base |= assignments("fleet", parsed.fleet)
     varied = []
     for item in itertools.chain.from_iterable(parsed.compare):
         name, equals, values = item.partition("=")
         if not equals or not values:
             raise ValueError(f"--compare {item!r}: it must be NAME=VALUE,VALUE,...")
-        varied.append([(name, _value(text)) for text in values.split(",")])
+        varied.append([(name, literal(text)) for text in values.split(",")])
     for chosen in itertools.product(*varied):
         options = {name: value for name, value in chosen if name not in FLEET_OPTIONS}
         fleet = base | {name: value for name, value in chosen if name in FLEET_OPTIONS}
@@ -233,24 +183,6 @@ def _capacities(
         "slo": str(slo),
         "capacities": {name: dataclasses.asdict(each) | {"rate": each.rate} for name, each in found.items()},
     }
-
-
-def _assignments(what: str, text: str) -> dict[str, Any]:
-    found = {}
-    for item in filter(None, text.split(",")):
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(f"--{what} {item!r}: it must be NAME=VALUE")
-        found[name] = _value(value)
-    return found
-
-
-def _value(text: str) -> Any:
-    """A Python literal, or text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 if __name__ == "__main__":

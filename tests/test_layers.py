@@ -12,7 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FIRST_PARTY = {"jaxserve", "models", "pallas_kernels", "server"}
-ENTRY_POINTS = {f"jaxserve.{name}" for name in ("server", "client", "batch", "simulate", "compile", "explain")}
+ENTRY_POINTS = {f"jaxserve.{name}" for name in ("server", "client", "batch", "simulate", "tune", "compile", "explain")}
 
 
 def imported_modules(path: pathlib.Path) -> set[str]:
@@ -46,8 +46,8 @@ def sources(*places: str) -> list[pathlib.Path]:
         # numba and llvmlite compile the kernels for CPUs.
         (("pallas_kernels",), {"jax", "numpy", "numba", "llvmlite"}),
         (("jaxserve/request.py", "jaxserve/config.py", "jaxserve/scheduler", "jaxserve/recorder.py"), {"numpy"}),
-        # matplotlib: inside the functions that draw.
-        (("jaxserve/simulator", "jaxserve/targets.py", "jaxserve/model_cost.py"), {"numpy", "matplotlib"}),
+        (("jaxserve/targets.py", "jaxserve/model_cost.py"), set()),
+        (("jaxserve/simulator",), {"numpy", "matplotlib"}),  # to draw
         (("jaxserve/runner/protocol.py", "jaxserve/runner/fake.py", "models/config.py"), {"numpy"}),
     ],
 )

@@ -1,0 +1,81 @@
+"""What the command lines of jaxserve.simulate and jaxserve.tune share: the trace, the device, the costs."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import pathlib
+from typing import Any
+
+from jaxserve.config import EngineConfig
+from jaxserve.simulator.roofline import Efficiency
+from jaxserve.simulator.setup import Setup, find_target, set_up
+from jaxserve.simulator.synthetic import SyntheticConfig, synthetic_trace
+from jaxserve.simulator.traces import Trace, read_trace
+
+
+def add_simulation_options(parser: argparse.ArgumentParser) -> None:
+    """What to simulate: trace, device, costs."""
+    add = parser.add_argument
+    add("--trace", default="synthetic", metavar="FILE", help="a .csv or .jsonl file, or synthetic[:NAME=VALUE,...]")
+    add("--limit", type=int, default=None, metavar="N", help="the first N requests of the trace alone")
+    add("--rate-factor", type=float, default=1.0, metavar="X", help="requests arrive X times as fast (default 1)")
+    add("--target", default=None, metavar="NAME", help="device of the roofline: h200, or a file of configs/targets/")
+    add(
+        "--model-cost",
+        type=pathlib.Path,
+        default=None,
+        metavar="FILE",
+        help="measured step times instead of a roofline",
+    )
+    add("--report", type=pathlib.Path, default=None, metavar="FILE", help="report.json of jaxserve.compile")
+    add("--efficiency", default="", metavar="NAME=X,...", help="shares of the peak rates: memory, compute, ...")
+    add("--slo", default="", metavar="NAME=S,...", help="targets in seconds: ttft=0.5,tpot=0.05,e2e=30")
+    add(
+        "--client-max-tokens",
+        default="context",
+        metavar="N",
+        help="max_tokens where the trace has none: a number, 'context' (the rest of it) or 'exact' (the true length)",
+    )
+
+
+def load_trace(parsed: argparse.Namespace) -> Trace:
+    """The trace of the command line."""
+    kind, _, text = parsed.trace.partition(":")
+    if kind == "synthetic":
+        trace = synthetic_trace(SyntheticConfig.parse(text))
+        trace = trace.part(0, parsed.limit) if parsed.limit else trace
+    else:
+        trace = read_trace(parsed.trace, parsed.limit)
+    return trace if parsed.rate_factor == 1.0 else trace.faster(parsed.rate_factor)
+
+
+def load_setup(parsed: argparse.Namespace, config: EngineConfig) -> Setup:
+    """What the command line simulates: on the target, or the H200 where no costs were measured."""
+    name = parsed.target or (None if parsed.model_cost else "h200")
+    return set_up(
+        config,
+        target=None if name is None else find_target(name),
+        model_cost=parsed.model_cost,
+        report=parsed.report,
+        efficiency=Efficiency(**assignments("efficiency", parsed.efficiency)),
+    )
+
+
+def assignments(what: str, text: str) -> dict[str, Any]:
+    """Reads "NAME=VALUE,NAME=VALUE"; what: the option's name, for its errors."""
+    found = {}
+    for item in filter(None, text.split(",")):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"--{what} {item!r}: it must be NAME=VALUE")
+        found[name] = literal(value)
+    return found
+
+
+def literal(text: str) -> Any:
+    """A Python literal, or text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

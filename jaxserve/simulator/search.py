@@ -1,0 +1,179 @@
+"""Which options serve a trace best: random candidates, halved again and again on growing prefixes of the trace."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxserve.checks import at_least
+from jaxserve.config import EngineConfig
+from jaxserve.simulator.report import Slo
+from jaxserve.simulator.setup import with_options
+from jaxserve.simulator.simulation import SimulationResult
+from jaxserve.simulator.traces import Trace
+
+Options = Mapping[str, Any]
+Serve = Callable[[EngineConfig, Trace], SimulationResult]
+"""Serves a trace under a configuration; ValueError where the configuration cannot be used."""
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Score:
+    """How good a run was, worst first: requests a second within the targets; where that is equal, output tokens a
+    second and how little time the first token took on average."""
+
+    goodput: float
+    tokens_per_second: float
+    promptness: float
+    good_share: float
+
+    @classmethod
+    def of(cls, result: SimulationResult, slo: Slo) -> Score:
+        good, seconds = slo.met(result), result.seconds
+        first = result.ttft[result.completed]
+        return cls(
+            goodput=float(good.sum()) / seconds if seconds else 0.0,
+            tokens_per_second=float(result.output_tokens.sum()) / seconds if seconds else 0.0,
+            promptness=-float(first.mean()) if len(first) else -np.inf,
+            good_share=float(good.sum()) / len(result.trace),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A candidate on a prefix of the trace. options: what differs from the configuration; {} is itself."""
+
+    options: Options
+    requests: int
+    score: Score
+
+
+def search_space(config: EngineConfig, trace: Trace) -> dict[str, tuple[Any, ...]]:
+    """Values to try for each option, around those configured.
+
+    Policies that go by tenants, priorities or deadlines are tried where the trace has any. Limits stay within twice the
+    configured ones, for which memory was planned.
+    """
+    limits = config.scheduler
+    policies = ["fcfs", "sjf", "deadline"]
+    policies += ["fair"] if len(set(trace.tenants)) > 1 else []
+    policies += ["priority"] if len(set(trace.priorities.tolist())) > 1 else []
+    tokens, seqs = limits.max_num_batched_tokens, limits.max_num_seqs
+    return {
+        "policy": tuple(policies),
+        "formation": ("greedy", "length_balanced", "throughput"),
+        "mode": ("continuous", "continuous", "separated"),
+        "max_num_batched_tokens": tuple(
+            dict.fromkeys(max(8, int(tokens * share)) for share in (0.125, 0.25, 0.5, 1, 2))
+        ),
+        "max_num_seqs": tuple(dict.fromkeys(max(1, int(seqs * share)) for share in (0.25, 0.5, 1, 2))),
+        "long_prefill_token_threshold": (0, *(size for size in (256, 512, 1024, 2048) if size < tokens)),
+        "prefill_share": (0.2, 0.5, 0.7, 1.0),
+        "fill_buckets": (True, False),
+        "watermark": (0.0, 0.01, 0.05),
+        "scheduler_delay_factor": (0.0, 0.0, 0.5),
+        "preemption_mode": ("recompute", "auto") if config.cache.swap_space else ("recompute",),
+        "load_profile": (False, False, True),
+    }
+
+
+def candidates(config: EngineConfig, space: Mapping[str, Sequence[Any]], count: int, seed: int) -> list[Options]:
+    """The configuration itself and count - 1 random others, each valid and none twice.
+
+    A candidate changes some of the options only, so that what helps is not hidden by what does not.
+    """
+    at_least("candidates", count, 1)
+    rng = np.random.default_rng(seed)
+    found: list[Options] = [{}]
+    for _ in range(100 * count):
+        if len(found) == count:
+            break
+        names = [name for name in space if rng.random() < 0.4]
+        drawn = {name: space[name][int(rng.integers(len(space[name])))] for name in names}
+        options = {name: value for name, value in drawn.items() if value != value_of(config, name)}
+        if options in found or not _valid(config, options):
+            continue
+        found.append(options)
+    return found
+
+
+def successive_halving(
+    config: EngineConfig,
+    trace: Trace,
+    slo: Slo,
+    serve: Serve,
+    *,
+    count: int = 27,
+    keep: float = 1 / 3,
+    rungs: int = 3,
+    seed: int = 0,
+) -> list[list[Trial]]:
+    """The trials of each rung, best first. The last rung serves the whole trace; one before it `keep` of it, and so on.
+    The configuration itself is in every rung, for comparison.
+
+    Source: Jamieson and Talwalkar, "Non-stochastic best arm identification", AISTATS 2016.
+    Raises ValueError where the configuration itself cannot serve the trace.
+    """
+    at_least("rungs", rungs, 1)
+    remaining = candidates(config, search_space(config, trace), count, seed)
+    tables: list[list[Trial]] = []
+    for rung in range(rungs):
+        prefix = trace.part(0, max(1, round(len(trace) * keep ** (rungs - 1 - rung))))
+        trials = []
+        for options in remaining:
+            try:
+                result = serve(with_options(config, options), prefix)
+            except ValueError:
+                if not options:
+                    raise
+                continue  # the device cannot hold what these options ask for
+            trials.append(Trial(options, len(prefix), Score.of(result, slo)))
+        trials.sort(key=lambda trial: trial.score, reverse=True)
+        tables.append(trials)
+        kept = [trial.options for trial in trials[: max(1, round(len(trials) * keep))]]
+        remaining = kept if {} in kept else [*kept, {}]
+    return tables
+
+
+def stressed(config: EngineConfig, trace: Trace, slo: Slo, serve: Serve, share: float = 0.9) -> float:
+    """The factor of the trace's rate, a power of 1.25 of at least 1, at which fewer than `share` of the requests meet
+    the targets: where they all do, no option could show that it is better."""
+    factor = 1.0
+    while factor < 1000:
+        result = serve(config, trace.faster(factor))
+        if slo.met(result).mean() < share:
+            return factor
+        factor *= 1.25
+    raise ValueError(
+        f"targets {slo} are met by {100 * share:g} % of the requests at any rate: they are too loose to tune"
+    )
+
+
+def value_of(config: Any, name: str) -> Any:
+    """The value of a field of the configuration or of one of its sections."""
+    return getattr(owner_of(config, name), name)
+
+
+def owner_of(config: Any, name: str) -> Any:
+    """The configuration, or the section, that has the field. Raises ValueError where none has."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == name:
+            return config
+        if dataclasses.is_dataclass(value):
+            try:
+                return owner_of(value, name)
+            except ValueError:
+                continue
+    raise ValueError(f"option {name!r} is unknown")
+
+
+def _valid(config: EngineConfig, options: Options) -> bool:
+    try:
+        with_options(config, options)
+    except ValueError:
+        return False
+    return True

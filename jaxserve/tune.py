@@ -1,0 +1,186 @@
+"""Options for a trace: `python -m jaxserve.tune --config X.gin --trace T --slo ttft=0.5,tpot=0.05 --output tuned.gin`.
+
+Searches in simulation (jaxserve/simulator/search.py), confirms the best on the engine where the model is at
+hand, and writes a gin file on top of the one that was given, with the evidence as comments: see docs/simulator.md.
+
+Exit codes: 0; 2 a faulty command line, configuration, trace or file of costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import shlex
+import sys
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from jaxserve import gin_config
+from jaxserve.config import EngineConfig
+from jaxserve.engine.replay import replay
+from jaxserve.runner.model_runner import ModelRunner
+from jaxserve.simulator.command import add_simulation_options, load_setup, load_trace
+from jaxserve.simulator.report import Slo
+from jaxserve.simulator.search import Options, Score, Serve, Trial, owner_of, stressed, successive_halving, value_of
+from jaxserve.simulator.setup import with_options
+from jaxserve.simulator.simulation import ClientRule, SimulationResult, simulate
+from jaxserve.simulator.traces import Trace
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What was found. before, after: of the configuration and of `best`, in simulation and, where confirmed, on the
+    engine. reason: why it was not confirmed."""
+
+    best: Trial
+    before: Trial
+    engine_before: Score | None = None
+    engine_after: Score | None = None
+    engine_requests: int = 0
+    reason: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Searches, confirms and writes; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = make_parser()
+    parsed, server, _ = gin_config.load_from_command_line(parser, given)
+    config = server.engine
+    try:
+        trace, slo, client = load_trace(parsed), Slo.parse(parsed.slo), ClientRule.parse(parsed.client_max_tokens)
+        with tqdm(unit="simulation", file=sys.stderr) as bar:
+
+            def serve(chosen: EngineConfig, part: Trace) -> SimulationResult:
+                setup = load_setup(parsed, chosen)
+                result = simulate(setup.config, part, setup.costs, setup.device, client=client)
+                bar.update(1)
+                return result
+
+            evidence, factor = search(config, trace, slo, serve, parsed)
+        evidence = confirm(config, trace.faster(factor), slo, client, evidence, parsed)
+        about = [f"python -m jaxserve.tune {shlex.join(_public(given))}", *_lines(evidence, trace, factor, slo)]
+        print("\n".join(about[1:]))
+        text = gin_text(config, evidence.best.options, parsed.config, gin_config.split_overrides(given)[0], about)
+        parsed.output.write_text(text, encoding="utf-8")
+        gin_config.load(str(parsed.output))  # what was written can be read
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
+    print(f"written: {parsed.output.name}")
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line, --config and --gin.* left out."""
+    parser = argparse.ArgumentParser(prog="jaxserve.tune", description="Finds options that serve a trace well.")
+    add_simulation_options(parser)
+    add = parser.add_argument
+    add("--output", type=pathlib.Path, default=pathlib.Path("tuned.gin"), metavar="FILE", help="the gin file to write")
+    add("--candidates", type=int, default=27, help="configurations to try (default 27)")
+    add("--rungs", type=int, default=3, help="halvings, the last on the whole trace (default 3)")
+    add("--seed", type=int, default=0)
+    add("--stress", action="store_true", help="speed the trace up until 10 %% miss the targets as configured")
+    add("--confirm-seconds", type=float, default=20.0, help="of the trace on the engine, 0 for none (default 20)")
+    parser.set_defaults(limit=2000)
+    return parser
+
+
+def search(
+    config: EngineConfig, trace: Trace, slo: Slo, serve: Serve, parsed: argparse.Namespace
+) -> tuple[Evidence, float]:
+    """The best candidate and the configuration itself on the whole trace, and by how much its rate was raised."""
+    prefix = trace.part(0, max(1, len(trace) // 4))
+    factor = stressed(config, prefix, slo, serve) if parsed.stress else 1.0
+    tables = successive_halving(
+        config,
+        trace.faster(factor) if factor != 1.0 else trace,
+        slo,
+        serve,
+        count=parsed.candidates,
+        rungs=parsed.rungs,
+        seed=parsed.seed,
+    )
+    last = tables[-1]
+    return Evidence(best=last[0], before=next(trial for trial in last if not trial.options)), factor
+
+
+def confirm(
+    config: EngineConfig, trace: Trace, slo: Slo, client: ClientRule, evidence: Evidence, parsed: argparse.Namespace
+) -> Evidence:
+    """Serves the first seconds of the trace on the engine, as configured and with the best options."""
+    if not parsed.confirm_seconds:
+        return dataclasses.replace(evidence, reason="not asked for")
+    if config.load_format != "dummy" and (config.model is None or not pathlib.Path(config.model).is_dir()):
+        return dataclasses.replace(evidence, reason="the model is not at hand")
+    count = max(1, int((trace.arrivals < parsed.confirm_seconds).sum()))
+    part = trace.part(0, count)
+    scores = []
+    for options in ({}, evidence.best.options):
+        chosen = with_options(config, options)
+        runner = ModelRunner(chosen)
+        replay(chosen, runner, part.part(0, min(count, 8)), client=client)  # warms up
+        scores.append(Score.of(replay(chosen, runner, part, client=client, seed=parsed.seed), slo))
+    return dataclasses.replace(evidence, engine_before=scores[0], engine_after=scores[1], engine_requests=count)
+
+
+def gin_text(config: EngineConfig, options: Options, base: str, overrides: Sequence[str], about: Sequence[str]) -> str:
+    """A gin file that includes `base`, repeats the overrides and sets the options; about: its comments."""
+    lines = [f"# {line}".rstrip() for line in about]
+    lines += ["", f"include {base!r}", ""]
+    for override in overrides:
+        name, _, value = override.partition("=")
+        lines.append(f"{name.strip()} = {_literal(value.strip())}")
+    for name, value in sorted(options.items()):
+        was = value_of(config, name)
+        lines.append(f"{type(owner_of(config, name)).__name__}.{name} = {value!r}  # was {was!r}")
+    return "\n".join(lines) + "\n"
+
+
+def _lines(evidence: Evidence, trace: Trace, factor: float, slo: Slo) -> list[str]:
+    best, before = evidence.best, evidence.before
+    rate = f"{trace.rate * factor:.3g} requests/s" + ("" if factor == 1.0 else f", {factor:.3g} times its own rate")
+    lines = [
+        f"trace {trace.name}, {best.requests:,} requests at {rate}; targets {slo}",
+        f"simulation, before: {_told(before.score)}",
+        f"simulation, after:  {_told(best.score)}",
+    ]
+    if evidence.engine_before is None or evidence.engine_after is None:
+        return [*lines, f"engine: not confirmed, {evidence.reason}"]
+    return [
+        *lines,
+        f"engine, before ({evidence.engine_requests} requests): {_told(evidence.engine_before)}",
+        f"engine, after  ({evidence.engine_requests} requests): {_told(evidence.engine_after)}",
+    ]
+
+
+def _told(score: Score) -> str:
+    return (
+        f"goodput {score.goodput:.3f} requests/s ({100 * score.good_share:.1f} % within targets), "
+        f"{score.tokens_per_second:,.1f} output tokens/s, mean TTFT {-1e3 * score.promptness:,.1f} ms"
+    )
+
+
+def _public(arguments: Sequence[str]) -> list[str]:
+    """The arguments with paths cut to their last part, so that the file says nothing of the machine."""
+    found = []
+    for argument in arguments:
+        name, equals, value = argument.rpartition("=")
+        if not argument.startswith("--gin") and "/" in value:
+            value = pathlib.PurePath(value).name
+        found.append(f"{name}{equals}{value}")
+    return found
+
+
+def _literal(text: str) -> str:
+    """A gin value: text that is no literal goes into quotes, as overrides on the command line may leave out."""
+    try:
+        compile(text, "value", "eval")
+        bare = text.isidentifier() and text not in ("True", "False", "None")
+    except SyntaxError:
+        bare = True
+    return repr(text) if bare else text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
