@@ -159,6 +159,23 @@ def test_a_decode_step_keeps_its_promises(step, target):
     assert report.library_calls["kCublasLtMatmul"] == 4 * MODEL.num_hidden_layers
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8"])
+@pytest.mark.parametrize("kind", ["swap_in", "swap_out"])
+def test_swaps_move_their_pages_alone(kind, dtype, mesh, target):
+    cache = CacheConfig(num_pages=4096, kv_cache_dtype=dtype, swap_space=1.0)
+    shapes = dataclasses.replace(resolve_shapes(dataclasses.replace(CONFIG, cache=cache), "gpu"), num_pages=4096)
+    with fresh_compilations():
+        _, inspected = Compiler(shapes, mesh, target).compile(ProgramKey(kind, 16), bundle=False)
+    report = inspected.report
+    assert report.problems(target) == []
+    assert report.pool_copies == 0
+    assert report.temp_bytes < 1000
+    pages = 16 * report.pool_bytes // 4096
+    assert pages <= report.bytes_read < report.pool_bytes
+    assert pages <= report.bytes_written < 1.1 * pages
+    assert (report.alias_bytes > report.pool_bytes) == (kind == "swap_in")
+
+
 def test_every_broken_promise_is_named(step, target):
     report = step.report
     kernel = dataclasses.replace(report.kernels[0], name="k", spill_store_bytes=8, shared_memory_bytes=10**6)

@@ -29,6 +29,9 @@ DTYPES = {
 }
 """XLA's names of the dtypes that a target's peak rates are given for."""
 
+MIN_GRAPH_LAUNCHES = 5
+"""XLA makes no command buffer of fewer (its xla_gpu_graph_min_graph_size); only swaps launch so few kernels."""
+
 _TRITON_FUSION = re.compile(r'"kind":"(__triton[^"]*)"')
 
 
@@ -101,7 +104,8 @@ class ProgramReport:
                 )
         if self.triton_matmuls:
             found.append(f"{self.triton_matmuls} matrix products are Triton kernels that nobody tuned")
-        if self.command_buffers not in (None, 1) or self.outside_command_buffers:
+        few = self.command_buffers == 0 and (self.outside_command_buffers or 0) < MIN_GRAPH_LAUNCHES
+        if (self.command_buffers not in (None, 1) or self.outside_command_buffers) and not few:
             found.append(
                 f"{self.command_buffers} command buffers, {self.outside_command_buffers} launches in none; one should "
                 "hold the whole program"
