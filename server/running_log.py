@@ -37,9 +37,17 @@ def start_lines(ready: EngineReady, name: str) -> list[str]:
         f"(max_num_seqs {ready.max_num_seqs})",
         f"{origin} in {ready.compile_seconds:.1f} s; engine start {ready.start_seconds:.1f} s",
     ]
+    if ready.num_host_pages:
+        token, page = (seconds * 1e6 for seconds in (ready.recompute_seconds_per_token, ready.swap_seconds_per_page))
+        tokens = ready.num_host_pages * ready.page_size
+        lines.insert(
+            2,
+            f"swap space: {tokens:,} tokens ({ready.num_host_pages:,} pages of host memory); to bring back a sequence "
+            f"takes {token:,.0f} us a token computed again, {page:,.0f} us a page swapped out and in",
+        )
     if ready.memory:
         parts = ", ".join(f"{part} {size / 1e6:,.1f}" for part, size in ready.memory)
-        lines.insert(3, f"memory, MB: {parts}")
+        lines.insert(-1, f"memory, MB: {parts}")
     return lines
 
 

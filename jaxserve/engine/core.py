@@ -109,6 +109,7 @@ class EngineCore:
     def ready(self, start_seconds: float) -> EngineReady:
         """The message that tells the front end what it talks to."""
         info, limits = self.runner.info, self.config.scheduler
+        costs = info.preemption_costs
         return EngineReady(
             vocab_size=info.vocab_size,
             max_model_len=info.max_model_len,
@@ -130,6 +131,9 @@ class EngineCore:
             num_cached_executables=info.num_cached_executables,
             phases=info.phases,
             memory=info.memory,
+            num_host_pages=info.num_host_pages,
+            recompute_seconds_per_token=costs.recompute_seconds_per_token if costs else 0.0,
+            swap_seconds_per_page=costs.swap_seconds_per_page if costs else 0.0,
             start_seconds=start_seconds,
         )
 

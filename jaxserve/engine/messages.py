@@ -48,6 +48,8 @@ class EngineReady:
     that were taken from the compilation cache. compile_seconds, start_seconds: wall time of compiling, or loading, and
     of start-up altogether. phases: name, begin and seconds of each part of the engine's start, where its process began
     at 0; some run side by side. memory: bytes of the device, by what they are planned for; the sum is all of them.
+    num_host_pages: for swapped sequences. recompute_seconds_per_token, swap_seconds_per_page: what bringing a preempted
+    sequence back was measured to cost; 0 where nothing can be swapped.
     """
 
     vocab_size: int
@@ -71,6 +73,9 @@ class EngineReady:
     num_cached_executables: int = 0
     phases: tuple[Phase, ...] = ()
     memory: tuple[tuple[str, int], ...] = ()
+    num_host_pages: int = 0
+    recompute_seconds_per_token: float = 0.0
+    swap_seconds_per_page: float = 0.0
 
     @property
     def limits(self) -> ModelLimits:

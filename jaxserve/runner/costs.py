@@ -13,29 +13,38 @@ from jaxserve.scheduler.plan import NO_DECODES, RowPlan, StepPlan, Swap
 REPEATS = 3
 
 
-def prefill_plan(shapes: Shapes, tokens: int) -> StepPlan:
-    """A step that computes `tokens` tokens of prompts as long as may be, from the first page and slot on."""
-    chunks = []
-    first_page, left = 1, tokens
-    while left:
-        count = min(left, shapes.max_model_len)
-        pages = -(-count // shapes.page_size)
-        chunks.append(
-            RowPlan(
-                request_id="",
-                order=-1,
-                slot=len(chunks),
-                start=0,
-                token_ids=(0,) * count,
-                sample=False,
-                suppress_stop=False,
-                first_new_page=0,
-                new_pages=tuple(range(first_page, first_page + pages)),
-                admit=None,
-            )
-        )
-        first_page, left = first_page + pages, left - count
-    return StepPlan(-1, NO_DECODES, tuple(chunks), shapes.buckets.token_bucket(tokens), 0, tokens, 0)
+def prompt_row(shapes: Shapes, slot: int, first_page: int, start: int, end: int) -> RowPlan:
+    """Tokens `start` to `end` - 1 of a prompt whose pages follow one another from `first_page` on."""
+    held, needed = -(-start // shapes.page_size), -(-end // shapes.page_size)
+    return RowPlan(
+        request_id="",
+        order=-1,
+        slot=slot,
+        start=start,
+        token_ids=(0,) * (end - start),
+        sample=False,
+        suppress_stop=False,
+        first_new_page=held,
+        new_pages=tuple(range(first_page + held, first_page + needed)),
+        admit=None,
+    )
+
+
+def prefill_plan(shapes: Shapes, rows: tuple[RowPlan, ...]) -> StepPlan:
+    """A step of chunks of prompts alone, none of which samples."""
+    tokens = sum(row.num_tokens for row in rows)
+    return StepPlan(-1, NO_DECODES, rows, shapes.buckets.token_bucket(tokens), 0, tokens, 0)
+
+
+def _prompts(shapes: Shapes, tokens: int) -> tuple[RowPlan, ...]:
+    """`tokens` tokens of prompts as long as may be, from the first page and slot on."""
+    rows: list[RowPlan] = []
+    first_page = 1
+    while tokens:
+        count = min(tokens, shapes.max_model_len)
+        rows.append(prompt_row(shapes, len(rows), first_page, 0, count))
+        first_page, tokens = first_page + len(rows[-1].new_pages), tokens - count
+    return tuple(rows)
 
 
 def swap_plans(pages: int, *, null: bool = False) -> tuple[Swap, Swap]:
@@ -56,8 +65,9 @@ def measure(shapes: Shapes, compute: Callable[[StepPlan], None], swap: Callable[
     """
     usable = shapes.num_pages - 1
     tokens = min(shapes.buckets.tokens[-1], shapes.num_slots * shapes.max_model_len)
-    while (plan := prefill_plan(shapes, tokens)).chunks[-1].new_pages[-1] > usable:
+    while (rows := _prompts(shapes, tokens))[-1].new_pages[-1] > usable:
         tokens -= min(shapes.page_size, tokens - 1)
+    plan = prefill_plan(shapes, rows)
     pages = max(size for size in shapes.swap_sizes if size <= usable)
     out, back = swap_plans(pages)
 

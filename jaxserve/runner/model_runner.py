@@ -232,14 +232,7 @@ class ModelRunner:
             jax.block_until_ready(self._pools)
 
         jax.block_until_ready(self._pools)
-        costs = measure(self._shapes, compute, swap)
-        _log.info(
-            "preemption: %.1f us to compute a token again, %.1f us to swap a page of %d tokens out and in",
-            costs.recompute_seconds_per_token * 1e6,
-            costs.swap_seconds_per_page * 1e6,
-            self._shapes.page_size,
-        )
-        return costs
+        return measure(self._shapes, compute, swap)
 
 
 def _build(config: EngineConfig, shapes: Shapes, memory: DeviceMemory, builder: SetBuilder, phases: Phases) -> _Made:

@@ -204,6 +204,17 @@ def test_figures_of_the_start():
         assert start_lines(ready, "echo")[-1] == f"{origin} in 1.5 s; engine start 2.5 s"
     planned = dataclasses.replace(READY, memory=(("weights", 5_000_000), ("pages", 1_234_500_000)))
     assert start_lines(planned, "echo")[3] == "memory, MB: weights 5.0, pages 1,234.5"
+    swapping = dataclasses.replace(
+        planned,
+        num_host_pages=512,
+        recompute_seconds_per_token=123e-6,
+        swap_seconds_per_page=2e-3,
+    )
+    assert start_lines(swapping, "echo")[2] == (
+        "swap space: 8,192 tokens (512 pages of host memory); to bring back a sequence takes 123 us a token computed "
+        "again, 2,000 us a page swapped out and in"
+    )
+    assert start_lines(swapping, "echo")[3:] == start_lines(planned, "echo")[2:]
     loaded = dataclasses.replace(READY, bundle="bundles/echo")
     assert start_lines(loaded, "echo")[-1] == (
         "loaded 7 executables from bundle bundles/echo in 1.5 s; engine start 2.5 s"
