@@ -126,8 +126,10 @@ class PreemptionConfig:
     preemption_boost, preemption_boost_limit: what a preemption adds to a request's priority, and in all at most.
     preempt_priority_gap: a waiting request that exceeds a running one's priority by more takes its place; None never.
     preempt_length_ratio: a waiting request so many times shorter than the longest running one takes its place; None
-    never. max_preemptions: a sequence preempted so often loses its place to no waiting request any more, and counts as
-    one without pages for "most_pages".
+    never. preempt_for_pages: a waiting request that only memory keeps out takes the pages of running ones that stand
+    worse by the policy.
+    max_preemptions: a sequence preempted so often loses its place to no waiting request any more, and counts as one
+    without pages for "most_pages".
     recompute_seconds_per_token, swap_seconds_per_page: costs that "auto" and "cheapest" go by (a page: out and in);
     None takes those measured at start.
     """
@@ -138,6 +140,7 @@ class PreemptionConfig:
     preemption_boost_limit: int = 3
     preempt_priority_gap: int | None = 5
     preempt_length_ratio: float | None = None
+    preempt_for_pages: bool = False
     max_preemptions: int = 3
     recompute_seconds_per_token: float | None = None
     swap_seconds_per_page: float | None = None

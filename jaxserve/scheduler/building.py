@@ -184,20 +184,26 @@ class StepBuilder:
 
     def _displace(self, step: StepInProgress, work: Work, now: float) -> int:
         """Lets the first that waits take the place of a running one that must give way to it; how many joined."""
-        places, sequence = self._places, self._places.waiting.first_new(now)
-        for _ in range(0 if sequence is None else len(places.running)):
-            assert sequence is not None
-            loser = places.preemption.gives_way(places.running, sequence, spared=step.joined)
+        sequence = self._places.waiting.first_new(now)
+        if sequence is None or self._loser(sequence, step) is None:
+            return 0
+        self.blocked_by = None
+        while not self._join(sequence, step, work):
+            loser = self._loser(sequence, step)
             if loser is None:
-                break
+                return 0
             if self._take_chunk(loser, sequence, step, work):
                 return 1
-            places.preempt(loser, step)
-            if self._join(sequence, step, work):
-                return 1
-            if not len(places.running):
-                break
-        return 0
+            if self.blocked_by is None:
+                return 0  # it has a place, and tokens as soon as a step has some left
+            self._places.preempt(loser, step)
+            self.blocked_by = None
+        return 1
+
+    def _loser(self, sequence: Sequence, step: StepInProgress) -> Sequence | None:
+        """Who must give way to a waiting sequence, if anybody."""
+        places, short_of_pages = self._places, self.blocked_by == "pages"
+        return places.preemption.gives_way(places.running, sequence, short_of_pages, spared=step.joined)
 
     def _take_chunk(self, loser: Sequence, sequence: Sequence, step: StepInProgress, work: Work) -> bool:
         """Lets a waiting sequence join in place of the chunk of a running one, which goes on with the next step; False,

@@ -62,12 +62,14 @@ class Preemption:
         sequence.num_preemptions += 1
         sequence.boost = min(sequence.boost + self._config.preemption_boost, self._config.preemption_boost_limit)
 
-    def gives_way(self, running: Running, waiting: Sequence, spared: Container[str] = ()) -> Sequence | None:
-        """Whose place a waiting sequence takes: one of far lower priority, or the longest one, where the waiting one is
-        far shorter (head-of-line); None without such. Looks at single running sequences only where there can be one.
-        spared: ids of those that keep their places."""
+    def gives_way(
+        self, running: Running, waiting: Sequence, short_of_pages: bool = False, spared: Container[str] = ()
+    ) -> Sequence | None:
+        """Whose place a waiting sequence takes: one of far lower priority; or the longest one, where the waiting one is
+        far shorter (head-of-line); or one of less standing, where only pages are missing. None without such. Looks at
+        single running sequences only where there can be one. spared: ids of those that keep their places."""
         gap, ratio = self._config.preempt_priority_gap, self._config.preempt_length_ratio
-        if gap is not None and waiting.priority - running.lowest_priority > gap:
+        if gap is not None and running and waiting.priority - running.lowest_priority > gap:
             may_lose = self._may_lose(running, spared)
             lower = [one for one in may_lose if waiting.priority - one.priority > gap]
             if lower:
@@ -76,6 +78,10 @@ class Preemption:
             longest = max(self._may_lose(running, spared), key=lambda one: one.expected_length, default=None)
             if longest is not None and waiting.expected_length * ratio <= longest.expected_length:
                 return longest
+        if short_of_pages and self._config.preempt_for_pages:
+            standing = self._standing(waiting)
+            worse = [one for one in self._may_lose(running, spared) if self._standing(one) > standing]
+            return max(worse, key=self._order, default=None)
         return None
 
     def displaces(self, lowest_priority: int, highest_priority: int) -> bool:

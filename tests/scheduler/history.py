@@ -239,6 +239,7 @@ def draw_config(rng: random.Random, mode: str, formation: str, policy: str) -> S
             victim=rng.choice(VICTIMS),
             preempt_priority_gap=rng.choice((None, 5, 5)),
             preempt_length_ratio=rng.choice((None, None, 3.0)),
+            preempt_for_pages=rng.random() < 0.4,
         ),
         adaptation=AdaptationConfig(
             adaptive_batch_size=rng.random() < 0.2,

@@ -60,6 +60,38 @@ def test_a_request_ten_times_shorter_than_the_longest_that_runs(output: int, tak
     assert ("short" in ids(plan)) == takes
 
 
+@pytest.mark.parametrize(("enabled", "output", "takes"), [(True, 10, True), (True, 60, False), (False, 10, False)])
+def test_a_waiting_request_of_better_standing_takes_pages(enabled: bool, output: int, takes: bool):
+    """Under sjf a shorter request may take the place of the longest one, if only memory keeps it out."""
+    settings = SchedulerConfig(
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        policy="sjf",
+        preemption=PreemptionConfig(preempt_for_pages=enabled),
+    )
+    scheduler = make_scheduler(settings, num_pages=10)
+    start_decoding(scheduler, request("long", 17, 50), request("other", 15, 20))
+    assert scheduler.pool.num_free == 0
+    scheduler.add(request("waits", 4, output))
+    plan = take_step(scheduler)
+    assert preempted(scheduler) == ["long"] * takes
+    assert ids(plan) == ["other", "waits" if takes else "long"]
+
+
+def test_nobody_loses_a_place_where_there_is_room():
+    """The step's tokens are spent on a prompt of like urgency: the next one has some for the urgent request."""
+    settings = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16)
+    scheduler = make_scheduler(settings, num_pages=60)
+    start_decoding(scheduler, request("low", 4, 50))
+    scheduler.add(request("prompt", 30, 5, priority=9))
+    scheduler.add(request("urgent", 4, 5, priority=9))
+    assert ids(take_step(scheduler)) == ["low", "prompt"]
+    assert scheduler.num_preemptions == 0
+    assert ids(take_step(scheduler)) == ["low", "prompt"]
+    assert ids(take_step(scheduler)) == ["low", "prompt", "urgent"]
+    assert scheduler.num_preemptions == 0
+
+
 def test_a_sequence_loses_its_place_so_often_at_most():
     scheduler = make_scheduler(config(max_preemptions=2, preemption_boost=0))
     start_decoding(scheduler, request("low", 4, 50), request("other", 4, 50, priority=20))

@@ -39,6 +39,7 @@ class Twins:
             Scheduler(config, PagePool(self.num_pages, PAGE_SIZE, host_pages), buckets, max_model_len=44)
             for _ in range(2)
         )
+        self.urgent = rng.choice((0, 0, 9))
         self.lengths: dict[str, int] = {}  # output tokens after which each stops by itself
         self.events: Counter[str] = Counter()
 
@@ -66,7 +67,7 @@ class Twins:
                 tuple(rng.randrange(50) for _ in range(prompt)),
                 max_tokens=rng.randint(1, 36),
                 stop_token_ids=(STOP,),
-                priority=rng.choice((0, 0, 0, 9)),
+                priority=rng.choice((0, self.urgent)),
                 tenant=rng.choice(list(TENANTS)),
                 arrival_time=self.now,
                 deadline=self.now + rng.uniform(0, 9) if rng.random() < 0.05 else None,
