@@ -60,7 +60,7 @@ def over_time(results: Mapping[str, SimulationResult], path: pathlib.Path) -> pa
             axis.plot(grid, sum(_sampled(steps, name, grid) for steps in result.steps), label=run, linewidth=1.0)
     for axis, (_, label) in zip(axes, panels, strict=True):
         axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, max(1.0, axis.get_ylim()[1]))
         axis.grid(visible=True, alpha=0.3)
     axes[-1].set_xlabel("time since the first arrival (s)")
     return _save(figure, axes[0], len(results), path)
@@ -105,7 +105,8 @@ def capacity(points: Mapping[str, list[tuple[float, float]]], target: float, pat
     figure, (axis,) = _figure(1, 1, (7.5, 4.8))
     for run, found in points.items():
         ordered = sorted(found)
-        axis.plot([rate for rate, _ in ordered], [100 * share for _, share in ordered], marker="o", label=run)
+        rates, shares = [rate for rate, _ in ordered], [100 * share for _, share in ordered]
+        axis.plot(rates, shares, "o", alpha=0.7, label=run)  # of several rounds: no line joins them
     axis.axhline(100 * target, color="grey", linestyle="--", label=f"target {100 * target:g} %")
     axis.set_xlabel("arrival rate (requests/s)")
     axis.set_ylabel("requests within the targets (%)")
@@ -126,7 +127,9 @@ def replicas(changes: Mapping[str, list[tuple[float, int]]], rates: Any, path: p
         axes[1].step(ends, counts, where="post", label=run)
     axes[1].set_ylabel("replicas up")
     axes[1].set_xlabel("time since the first arrival (s)")
+    last = max(times[-1], *(steps[-1][0] for steps in changes.values()))
     for axis in axes:
+        axis.set_xlim(-0.02 * last, 1.02 * last)
         axis.set_ylim(bottom=0)
         axis.grid(visible=True, alpha=0.3)
     return _save(figure, axes[1], len(changes), path)
