@@ -117,6 +117,8 @@ class StepTime(NamedTuple):
     seconds: float
 
 
+_REWEIGHTINGS = 3
+
 _TERMS: tuple[str, ...] = ("decode_context", "prefill_pairs", "prefill_context", "padded_context")
 """What the time of a step rises with besides its buckets. padded_context: token_bucket x longest, for kernels that let
 every row take as long as the longest."""
@@ -160,8 +162,12 @@ class FittedCosts:
         row_sizes = sorted({shape.row_bucket for shape in shapes} - {0})
         measured = np.array([step.seconds for step in steps])
         columns = np.array([_features(step.shapes, token_sizes, row_sizes) for step in steps])
-        weight = 1 / np.sqrt(np.maximum(measured, 1e-6))
-        found = _non_negative(columns * weight[:, None], measured * weight)
+        found = _non_negative(columns, measured)
+        for _ in range(_REWEIGHTINGS):
+            # Weighted by what is fitted, never by what was measured: that would favour the steps that happened to be
+            # fast, and the sum of all steps would come out too small.
+            weight = 1 / np.sqrt(np.maximum(columns @ found, measured.mean() / 100))
+            found = _non_negative(columns * weight[:, None], measured * weight)
         first, second = len(token_sizes), len(token_sizes) + len(row_sizes)
         token_seconds = tuple(zip(token_sizes, found[:first].tolist(), strict=True))
         rates = dict(zip(_TERMS, found[second:].tolist(), strict=True))

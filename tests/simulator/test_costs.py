@@ -100,6 +100,14 @@ def test_steps_that_were_only_timed_together_are_told_apart():
         assert together.seconds(step.shapes[0]) == pytest.approx(alone.seconds(step.shapes[0]), rel=1e-6)
 
 
+def test_noise_leaves_the_sum_of_all_steps():
+    rng = np.random.default_rng(2)
+    noisy = [StepTime(step.shapes, step.seconds * rng.exponential(1.0)) for step in measured()]
+    costs = FittedCosts.fit(noisy, name="noisy")
+    told = sum(costs.seconds(shape) for step in noisy for shape in step.shapes)
+    assert told == pytest.approx(sum(step.seconds for step in noisy), rel=0.03)
+
+
 def test_no_part_of_a_fit_is_negative():
     rng = np.random.default_rng(1)
     noisy = [StepTime(step.shapes, step.seconds * rng.uniform(0.2, 3)) for step in measured()[:40]]
