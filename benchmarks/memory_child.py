@@ -21,6 +21,8 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import AddRequest, EngineFailed, RequestOutput
 from jaxserve.request import EngineRequest
+from jaxserve.runner.programs import products_of
+from jaxserve.runner.resolve import resolve_shapes
 from models import checkpoint
 from models.config import ModelConfig
 from models.params import make_mesh
@@ -62,8 +64,10 @@ def load(directory: str, dtype: str) -> dict[str, Any]:
 
 def engine(options: dict[str, Any], requests: int) -> dict[str, Any]:
     """Starts an engine and runs requests that fill every slot and most of the pool."""
+    config, mesh = EngineConfig.from_options(**options), make_mesh()
+    products_of(resolve_shapes(config, mesh.devices.flat[0].platform), mesh).prepare()  # kernels and their compiler
     before = _with_libraries()
-    client = InlineEngine(EngineConfig.from_options(**options))
+    client = InlineEngine(config)
     started = resident()
     forget_peak()
     steps = _run(client, requests)

@@ -137,7 +137,7 @@ class SetBuilder:
             if key.kind == "sample":
                 self.ask(key, shapes)
         needs = ProgramNeeds.from_largest({key: future.result()[1] for key, future in largest.items()}, shapes)
-        return loaded(needs, shapes, self.mesh)
+        return loaded(needs, self.mesh)
 
     def build(self, shapes: Shapes) -> ProgramSet:
         """The closed set of `shapes`. The first program that cannot be compiled ends it with its error."""

@@ -123,11 +123,16 @@ def compile_program(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.C
 
 
 def program_memory(executable: jax.stages.Compiled) -> ProgramMemory:
-    """What the compiler's memory analysis says of a program."""
+    """What the compiler's memory analysis says of a program. It states no code for a CPU: there it is what the program
+    serialises to. One that was compiled for a target has no devices of its own."""
     analysis: Any = executable.memory_analysis()
+    runtime: Any = executable.runtime_executable()
+    code = analysis.generated_code_size_in_bytes
+    if code == 0 and hasattr(runtime, "local_devices") and runtime.local_devices()[0].platform == "cpu":
+        code = len(runtime.serialize())
     return ProgramMemory(
         temporaries=analysis.temp_size_in_bytes,
         outputs=analysis.output_size_in_bytes,
         aliased=analysis.alias_size_in_bytes,
-        code=analysis.generated_code_size_in_bytes,
+        code=code,
     )

@@ -190,7 +190,7 @@ def _compile(shapes: Shapes, target: Target, workers: int) -> _Needs:
         found[key] = program_memory(compile_program(key, shapes, mesh))
         seconds += (time.perf_counter() - start) * counts[key.kind]
     source = f"{seconds / sum(counts.values()):.1f} s for each program, measured now with the largest of each kind"
-    needs = loaded(ProgramNeeds.from_largest(found, shapes), shapes, mesh)
+    needs = loaded(ProgramNeeds.from_largest(found, shapes), mesh)
     return _Needs(needs, seconds / workers, source, "")
 
 

@@ -253,7 +253,7 @@ def _build(config: EngineConfig, shapes: Shapes, memory: DeviceMemory, builder: 
             shapes = dataclasses.replace(shapes, num_pages=plan.num_pages)
             with phases.phase("programs"):
                 programs = builder.build(shapes)
-            needs = loaded(ProgramNeeds.of(programs.memory.values()), shapes, mesh)
+            needs = loaded(ProgramNeeds.of(programs.memory.values()), mesh)
             found = plan_memory(shapes, mesh, memory, needs)
             if found.fits or explicit:
                 break
@@ -275,7 +275,7 @@ def _load_bundle(
         loading = loader.submit(_weights, config, shapes, mesh, phases)
         with phases.phase("programs"):
             programs = bundle.load(shapes, mesh, checked=True)
-        needs = loaded(ProgramNeeds.of(programs.memory.values()), shapes, mesh)
+        needs = loaded(ProgramNeeds.of(programs.memory.values()), mesh)
         found = plan_memory(shapes, mesh, memory, needs)
         found.check()
         return _Made(shapes, programs, *loading.result(), found)

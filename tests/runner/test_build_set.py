@@ -14,7 +14,15 @@ from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.runner import build_set, memory, model_runner
 from jaxserve.runner.build_set import SetBuilder, _Workers, longest_first
 from jaxserve.runner.compiler import ProgramMemory
-from jaxserve.runner.memory import MARGIN_BYTES, DeviceMemory, ProgramNeeds, pages_in_use, plan_memory, roomy_plan
+from jaxserve.runner.memory import (
+    LOADED_TIMES,
+    MARGIN_BYTES,
+    DeviceMemory,
+    ProgramNeeds,
+    pages_in_use,
+    plan_memory,
+    roomy_plan,
+)
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.programs import ProgramKey, Shapes, program_keys
 from jaxserve.runner.resolve import resolve_shapes
@@ -80,7 +88,7 @@ def test_only_programs_that_depend_on_the_pools_size_are_made_twice(monkeypatch)
     with SetBuilder(make_mesh(), None, progress=False) as builder:
         needs = builder.needs(shapes_of())
         programs = builder.build(shapes_of())
-    assert needs == ProgramNeeds(temporaries=16, code=3 * (2 + MODEL.num_hidden_layers))
+    assert needs == ProgramNeeds(temporaries=32, code=3 * LOADED_TIMES, together=32)
     assert sorted(compiler.asked) == [
         (ProgramKey("forward", 8), 64),
         (ProgramKey("forward", 16), 2),
@@ -155,7 +163,8 @@ def test_programs_that_need_more_than_was_foreseen_shrink_the_pool(monkeypatch):
 
     def hungry(executable: Any) -> ProgramMemory:
         asked.append(1)
-        return dataclasses.replace(real(executable), temporaries=room - 30 * bare.page, outputs=0, aliased=0, code=1)
+        each = (room - 30 * bare.page) // len(program_keys(shapes))
+        return dataclasses.replace(real(executable), temporaries=each, outputs=0, aliased=0, code=1)
 
     monkeypatch.setattr(build_set, "program_memory", hungry)
     runner = ModelRunner(dataclasses.replace(CONFIG, compilation_cache_dir=None))

@@ -13,7 +13,7 @@ import pytest
 
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.runner import memory
-from jaxserve.runner.compiler import ProgramMemory, compile_program, program_memory
+from jaxserve.runner.compiler import ProgramMemory, compile_program, fresh_compilations, program_memory
 from jaxserve.runner.memory import (
     MARGIN_BYTES,
     DeviceMemory,
@@ -49,7 +49,8 @@ def shapes() -> Shapes:
 
 @pytest.fixture(scope="module")
 def compiled(shapes) -> dict[ProgramKey, ProgramMemory]:
-    return {key: program_memory(compile_program(key, shapes, make_mesh())) for key in program_keys(shapes)}
+    with fresh_compilations():  # a program from jax's cache serialises to less
+        return {key: program_memory(compile_program(key, shapes, make_mesh())) for key in program_keys(shapes)}
 
 
 def not_asked() -> ProgramNeeds:
@@ -94,7 +95,12 @@ def test_the_largest_programs_stand_for_all(shapes, compiled):
     from_largest = ProgramNeeds.from_largest({key: compiled[key] for key in keys}, shapes)
     assert from_largest.temporaries == all_of_them.temporaries
     assert from_largest.code >= all_of_them.code
-    assert compiled_needs(shapes, make_mesh()) == from_largest, "the size of the pool changes no temporary"
+    with fresh_compilations():
+        needs = compiled_needs(shapes, make_mesh())
+    assert needs.code == pytest.approx(from_largest.code, rel=0.01)
+    assert dataclasses.replace(needs, code=from_largest.code) == from_largest, (
+        "the size of the pool changes no temporary"
+    )
 
 
 @pytest.mark.parametrize("cache", [CacheConfig(), CacheConfig(num_pages=9), CacheConfig(gpu_memory_utilization=0.3)])

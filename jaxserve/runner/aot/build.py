@@ -170,13 +170,13 @@ def _build(
     device = DeviceMemory.share(
         target.device_memory_bytes, config.cache.gpu_memory_utilization, host=target.platform == "cpu"
     )
-    plan = plan_pool(shapes, config.cache, mesh, device, lambda: loaded(compiled_needs(shapes, mesh), shapes, mesh))
+    plan = plan_pool(shapes, config.cache, mesh, device, lambda: loaded(compiled_needs(shapes, mesh), mesh))
     shapes = dataclasses.replace(shapes, num_pages=plan.num_pages)
     output.mkdir(parents=True, exist_ok=True)
     writer = None if report_only else BundleWriter(output, shapes, mesh, target)
     compiler = Compiler(shapes, mesh, target, contexts[0])
     programs = _compile_set(compiler, writer, progress)
-    plan = plan_memory(shapes, mesh, device, loaded(_needs(programs), shapes, mesh))
+    plan = plan_memory(shapes, mesh, device, loaded(_needs(programs), mesh))
     plan.check()
     report = _report(compiler, programs, contexts, plan, time.perf_counter() - start)
     if writer is not None:
