@@ -1,13 +1,14 @@
 """What a preempted sequence costs to bring back, by swapping or by computing it again, from 16 to 2,048 tokens.
 
-    python -m benchmarks.preemption_cost [--models default,153m,wide] [--repeats 7]
+    python -m benchmarks.preemption_cost [--models default,153m] [--repeats 7]
 
 Each model starts as the engine does. A sequence of each length is then computed again, in steps of the token budget,
 and its pages are copied to the host and back, in turns; both waited for. Beside the seconds stands what the cost rule
 chooses from the two figures that were measured at start. Writes JSON and a plot to benchmarks/results/.
 
-"wide" is a model of large pages and few weights, for which computing again is cheap beside copying: what a device
-behind a slow link looks like.
+Where swapping is cheaper at every length, the lengths have no crossing. So the copies of one length are also repeated,
+2 to 512 times over, as a host behind a link so many times slower would take: there the cheaper way changes, and the
+rule is given the page's cost times as much.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import jax
 from matplotlib.figure import Figure
 
 from benchmarks import report
-from benchmarks.random_checkpoint import LLAMA_153M
+from benchmarks.work import SHAPES
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.runner.costs import prefill_plan, prompt_row, swap_plans
 from jaxserve.runner.model_runner import ModelRunner
@@ -42,16 +43,8 @@ from models.config import ModelConfig
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 BUDGET = 512
 PAGES = 160
-WIDE = LLAMA_153M | {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "head_dim": 128,
-    "torch_dtype": "float32",
-}
+LINK_LENGTH = 256
+FACTORS = tuple(2**power for power in range(10))
 
 
 def configuration(model: str) -> EngineConfig:
@@ -59,8 +52,9 @@ def configuration(model: str) -> EngineConfig:
     if model == "default":
         known = EngineConfig(model=str(report.ROOT / "models" / "tiny" / "checkpoint"), dtype="float32")
     else:
-        raw = {"153m": LLAMA_153M, "wide": WIDE}[model]
-        known = EngineConfig(architecture=ModelConfig.from_hf(raw), load_format="dummy", skip_tokenizer_init=True)
+        known = EngineConfig(
+            architecture=ModelConfig.from_hf(SHAPES[model]), load_format="dummy", skip_tokenizer_init=True
+        )
     return dataclasses.replace(
         known,
         max_model_len=LENGTHS[-1],
@@ -113,79 +107,101 @@ def rule(costs: PreemptionCosts, page_size: int) -> Preemption:
     return Preemption(config, POLICIES["fcfs"](PolicyConfig(), Pace()), page_size, costs)
 
 
-def measure(model: str, repeats: int) -> dict[str, Any]:
-    """Medians of each length, the costs measured at start, and where swapping begins to pay."""
-    engine = Costs(model)
-    chooses = rule(engine.costs, engine.shapes.page_size)
-    rows = []
-    for length in LENGTHS:
-        seconds: dict[str, list[float]] = {"recompute": [], "swap": []}
-        for _ in range(repeats + 1):
-            seconds["recompute"].append(timed(lambda length=length: engine.recompute(length)))
-            seconds["swap"].append(timed(lambda length=length: engine.swap(length)))
-        recompute, swap = (statistics.median(found[1:]) for found in seconds.values())
-        chosen = "swap" if chooses.prefers_swap(length) else "recompute"
-        rows.append(
-            {
-                "tokens": length,
-                "recompute_ms": recompute * 1e3,
-                "swap_ms": swap * 1e3,
-                "rule_recompute_ms": engine.costs.recompute_seconds_per_token * length * 1e3,
-                "rule_swap_ms": engine.costs.swap_seconds_per_page * -(-length // engine.shapes.page_size) * 1e3,
-                "cheaper": "swap" if swap < recompute else "recompute",
-                "rule_chooses": chosen,
-                "chosen_over_cheaper": (swap if chosen == "swap" else recompute) / min(swap, recompute),
-            }
-        )
+def compared(engine: Costs, costs: PreemptionCosts, tokens: int, factor: int, repeats: int) -> dict[str, Any]:
+    """Medians of both ways, with every copy done `factor` times, beside what the rule foresees and chooses."""
+
+    def swap() -> None:
+        for _ in range(factor):
+            engine.swap(tokens)
+
+    turns = [(timed(lambda: engine.recompute(tokens)), timed(swap)) for _ in range(repeats + 1)]
+    recompute, swapped = (statistics.median(seconds) for seconds in zip(*turns[1:], strict=True))
+    page_size = engine.shapes.page_size
+    chosen = "swap" if rule(costs, page_size).prefers_swap(tokens) else "recompute"
     return {
-        "model": model,
-        "page_bytes": token_bytes(engine.shapes) * engine.shapes.page_size,
-        "costs": dataclasses.asdict(engine.costs),
-        "lengths": rows,
-        "crossings_tokens": crossings(rows),
+        "tokens": tokens,
+        "link": factor,
+        "recompute_ms": recompute * 1e3,
+        "swap_ms": swapped * 1e3,
+        "rule_recompute_ms": costs.recompute_seconds_per_token * tokens * 1e3,
+        "rule_swap_ms": costs.swap_seconds_per_page * -(-tokens // page_size) * 1e3,
+        "cheaper": "swap" if swapped < recompute else "recompute",
+        "rule_chooses": chosen,
+        "chosen_over_cheaper": (swapped if chosen == "swap" else recompute) / min(swapped, recompute),
     }
 
 
-def crossings(rows: list[dict[str, Any]]) -> list[float]:
-    """Lengths at which the cheaper way changes, interpolated between two measured ones on logarithmic axes."""
+def measure(model: str, repeats: int) -> dict[str, Any]:
+    """Both ways by length and by the link's slowness, and where the cheaper way changes."""
+    engine = Costs(model)
+    costs = engine.costs
+    lengths = [compared(engine, costs, length, 1, repeats) for length in LENGTHS]
+    links = []
+    for factor in FACTORS:
+        slower = dataclasses.replace(costs, swap_seconds_per_page=costs.swap_seconds_per_page * factor)
+        links.append(compared(engine, slower, LINK_LENGTH, factor, repeats))
+    foreseen = links[0]["rule_recompute_ms"] / links[0]["rule_swap_ms"]
+    return {
+        "model": model,
+        "page_bytes": token_bytes(engine.shapes) * engine.shapes.page_size,
+        "costs": dataclasses.asdict(costs),
+        "lengths": lengths,
+        "length_crossings": crossings(lengths, "tokens"),
+        "links": links,
+        "link_crossings": crossings(links, "link"),
+        "link_crossing_of_the_rule": foreseen,
+    }
+
+
+def crossings(rows: list[dict[str, Any]], axis: str) -> list[float]:
+    """Where on the axis the cheaper way changes, interpolated between two measured ones on logarithmic axes."""
     found = []
     for one, other in itertools.pairwise(rows):
         a, b = (math.log(row["swap_ms"] / row["recompute_ms"]) for row in (one, other))
         if a * b < 0:
             share = a / (a - b)
-            found.append(one["tokens"] ** (1 - share) * other["tokens"] ** share)
+            found.append(one[axis] ** (1 - share) * other[axis] ** share)
     return found
 
 
 def plot(models: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """A panel a model: seconds of both ways as measured, and as the rule foresees them."""
-    figure = Figure(figsize=(4.6 * len(models), 4.4), layout="constrained")
-    axes = figure.subplots(1, len(models), squeeze=False)[0]
-    for axis, found in zip(axes, models, strict=True):
-        lengths = [row["tokens"] for row in found["lengths"]]
-        for way, color, marker in (("recompute", "tab:orange", "o"), ("swap", "tab:blue", "s")):
-            axis.plot(lengths, [row[f"{way}_ms"] for row in found["lengths"]], color=color, marker=marker, label=way)
-            foreseen = [row[f"rule_{way}_ms"] for row in found["lengths"]]
-            axis.plot(lengths, foreseen, color=color, linestyle=":", label=f"{way}, as the rule foresees")
-        for number, tokens in enumerate(found["crossings_tokens"]):
-            label = "measured crossing" if not number else None
-            axis.axvline(tokens, color="grey", linestyle="--", label=label)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=45)
-        axis.set_xlabel("tokens of the sequence")
-        axis.set_ylabel("time to bring it back (ms)")
-        axis.set_title(f"{found['model']}: {found['page_bytes'] / 1000:,.0f} kB a page of 16 tokens", fontsize=10)
-        axis.grid(visible=True, which="major", alpha=0.3)
-    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
-    figure.savefig(path, dpi=120)
+    """Two panels a model: time of both ways by length and by slowness of the link, measured and foreseen."""
+    figure = Figure(figsize=(9.6, 3.9 * len(models) + 0.6), layout="constrained")
+    panels = figure.subplots(len(models), 2, squeeze=False)
+    for row, found in zip(panels, models, strict=True):
+        label = f"{found['model']}, {found['page_bytes'] / 1000:,.0f} kB a page of 16 tokens"
+        _panel(row[0], found["lengths"], "tokens", found["length_crossings"])
+        row[0].set_xlabel("tokens of the sequence")
+        row[0].set_title(label, fontsize=10)
+        _panel(row[1], found["links"], "link", found["link_crossings"])
+        row[1].set_xlabel("copies done so many times over")
+        row[1].set_title(f"{found['model']}, a sequence of {LINK_LENGTH} tokens", fontsize=10)
+    handles = {
+        label: line for axis in panels.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=110)
+
+
+def _panel(axis: Any, rows: list[dict[str, Any]], name: str, found: list[float]) -> None:
+    places = [row[name] for row in rows]
+    for way, color, marker in (("recompute", "tab:orange", "o"), ("swap", "tab:blue", "s")):
+        axis.plot(places, [row[f"{way}_ms"] for row in rows], color=color, marker=marker, label=way)
+        foreseen = [row[f"rule_{way}_ms"] for row in rows]
+        axis.plot(places, foreseen, color=color, linestyle=":", label=f"{way}, as the rule foresees")
+    for place in found:
+        axis.axvline(place, color="grey", linestyle="--", label="measured crossing")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(places, [f"{place:,}" for place in places], rotation=45)
+    axis.set_ylabel("time to bring it back (ms)")
+    axis.grid(visible=True, which="major", alpha=0.3)
 
 
 def main() -> int:
     """Prints the tables and writes the results; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="default,153m,wide", help="default, 153m and wide, separated by commas")
+    parser.add_argument("--models", default="default,153m", help="default, 153m or 1b, separated by commas")
     parser.add_argument("--repeats", type=int, default=7, help="of each length, after one that does not count")
     options = parser.parse_args()
     results = [measure(model, options.repeats) for model in options.models.split(",")]
@@ -193,14 +209,14 @@ def main() -> int:
     path = report.write(name, vars(options) | {"budget": BUDGET}, results)
     plot(results, report.RESULTS / f"{name}.png")
     print(report.describe())
-    header = ("tokens", "recompute_ms", "swap_ms", "cheaper", "rule_chooses", "chosen_over_cheaper")
+    header = ("recompute_ms", "swap_ms", "cheaper", "rule_chooses", "chosen_over_cheaper")
     for found in results:
         token, page = (seconds * 1e6 for seconds in found["costs"].values())
-        crossing = ", ".join(f"{tokens:.0f}" for tokens in found["crossings_tokens"]) or "none"
-        print(
-            f"\n{found['model']}: measured at start {token:.1f} us a token, {page:.1f} us a page; crossing: {crossing}"
-        )
-        print(report.table(header, [[row[field] for field in header] for row in found["lengths"]]))
+        print(f"\n{found['model']}: measured at start {token:.1f} us a token, {page:.1f} us a page")
+        for axis, rows, places in (("tokens", "lengths", "length"), ("link", "links", "link")):
+            print(report.table((axis, *header), [[row[field] for field in (axis, *header)] for row in found[rows]]))
+            print(f"crossing: {', '.join(f'{place:.1f}' for place in found[f'{places}_crossings']) or 'none'}")
+        print(f"crossing of the rule: link {found['link_crossing_of_the_rule']:.1f}")
     print(f"written: {path}")
     return 0
 
