@@ -65,6 +65,13 @@ class Emitter:
     def store(self, value: Any, address: Any, align: int = 2) -> None:
         self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=align)
 
+    def prefetch(self, address: Any) -> None:
+        """Asks for the cache line at an address, which need not be mapped, to be brought to the second level."""
+        pointer = self.builder.inttoptr(address, ir.IntType(8).as_pointer())
+        function = self.function("llvm.prefetch.p0", ir.VoidType(), pointer.type, INT, INT, INT)
+        to_read, second_level, data = INT(0), INT(2), INT(1)
+        self.builder.call(function, [pointer, to_read, second_level, data])
+
     def splat(self, value: Any, lanes: int = LANES) -> Any:
         kind = ir.VectorType(value.type, lanes)
         one = self.builder.insert_element(ir.Constant(kind, ir.Undefined), value, INT(0))

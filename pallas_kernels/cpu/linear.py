@@ -6,6 +6,9 @@ weights in every call, which is most of their time below a hundred rows.
 
 Packed, a matrix [N, K] keeps its shape and its bytes take another order: panels of PANEL columns of the result, in
 each the columns side by side in pairs along K, [N / PANEL, K / 2, PANEL, 2].
+
+For few rows a panel is read in pieces that stay in the first cache while all rows are multiplied by them; each piece
+asks for the next one, so that memory works while the sums are computed.
 """
 
 # numba reads the functions itself; pyright knows neither its types nor its intrinsics.
@@ -23,7 +26,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from pallas_kernels.cpu import features, ffi
-from pallas_kernels.cpu.emitter import INT, INTS, WORD, Emitter
+from pallas_kernels.cpu.emitter import FLOATS, INT, INTS, WORD, Emitter
 
 ROWS = 8
 """Rows computed together; fewer are filled up with zeros."""
@@ -31,7 +34,14 @@ ROWS = 8
 PANEL = 32
 """Columns computed together: two vectors of 16 float32."""
 
-_LINEAR, _SWIGLU = "jaxserve_linear_1", "jaxserve_swiglu_1"
+_PIECE, _FEW_BLOCKS = 64, 4
+"""Pairs of a panel, 8 KiB, that all rows are multiplied by before the next ones, up to so many blocks of rows. More
+leave memory time enough, and would have more sums to take up again."""
+
+_PAIR_BYTES, _SUM_BYTES = 4 * PANEL, 4 * PANEL
+"""Bytes of a pair of all columns of a panel, and of a row of their sums."""
+
+_LINEAR, _SWIGLU = "jaxserve_linear_2", "jaxserve_swiglu_2"
 """Names of the targets. The number changes with what they compute or how weights are packed: a program that was kept
 from an earlier release must not meet them."""
 
@@ -49,7 +59,7 @@ def runs_here() -> bool:
 def prepare() -> None:
     """Compiles the functions and makes them known to XLA, once a process; before a program that calls them is loaded
     or run."""
-    ffi.register(_LINEAR, _num_panels, _linear_panel)
+    ffi.register(_LINEAR, _num_runs, _linear_run)
     ffi.register(_SWIGLU, _num_pairs_of_panels, _swiglu_pair)
 
 
@@ -89,52 +99,70 @@ def _call(name: str, x: jax.Array, packed: jax.Array, k: int, columns: int, dtyp
     return jax.ffi.ffi_call(name, result)(np.array([filled, k, columns], np.int32), x, packed)[:rows]
 
 
-@intrinsic
-def multiply_panel(typingctx, x, x_stride, weights, pairs, out, out_stride):
-    """ROWS rows of x times one panel of weights, into out. All are addresses, strides are bytes a row, pairs is half
-    the length of the contracted axis. x is bfloat16, out float32; out takes all PANEL columns."""
+def _emit_product(emit, x, x_step, weights, pairs, out, out_step, sums=None, ahead=None, ahead_step=None):
+    """Emits ROWS rows of x times some pairs of a panel into rows of out, float32 [PANEL].
 
-    def codegen(context, builder, signature, args):
-        emit = Emitter(builder)
-        for place, sums in _multiply(emit, *args):
-            for part, values in enumerate(sums):
-                emit.store(values, emit.at(place, 64 * part))
-        return context.get_dummy_value()
-
-    return types.void(*(types.int64,) * 6), codegen
-
-
-@intrinsic
-def gate_panel(typingctx, x, x_stride, weights, pairs, out, out_stride):
-    """As `multiply_panel` for a panel of 16 columns of the gate and the same 16 of up: silu(gate) * up as bfloat16 into
-    out, which takes PANEL / 2 columns."""
-
-    def codegen(context, builder, signature, args):
-        emit = Emitter(builder)
-        for place, (gate, up) in _multiply(emit, *args):
-            values = builder.fmul(emit.silu(gate), up)
-            emit.store(emit.half(emit.to_bfloat(values, values)), place)
-        return context.get_dummy_value()
-
-    return types.void(*(types.int64,) * 6), codegen
-
-
-def _multiply(emit, x, x_step, weights, count, out, out_step):
-    """Emits the loop over pairs: for each row its address in out and its sums, two vectors."""
+    With `sums` [ROWS, PANEL] they are added to these; with `ahead` the two cache lines there are asked for, and it
+    moves on by `ahead_step` a pair. All but `pairs` are addresses, and bytes from one row or pair to the next.
+    """
     builder = emit.builder
 
-    def add_pair(index, sums):
-        base = emit.at(weights, builder.mul(index, WORD(PANEL * 4)))
+    def add_pair(index, totals):
+        if ahead is not None:
+            place = emit.at(ahead, builder.mul(index, ahead_step))
+            emit.prefetch(place)
+            emit.prefetch(emit.at(place, 64))
+        base = emit.at(weights, builder.mul(index, WORD(_PAIR_BYTES)))
         columns = [emit.load(emit.at(base, 64 * part), INTS, 64) for part in range(2)]
         new = []
         for row in range(ROWS):
             place = emit.at(x, builder.add(builder.mul(x_step, WORD(row)), builder.mul(index, WORD(4))))
             pair = emit.splat(emit.load(place, INT, 4))
-            new += [emit.dot(sums[2 * row + part], pair, columns[part]) for part in range(2)]
+            new += [emit.dot(totals[2 * row + part], pair, columns[part]) for part in range(2)]
         return new
 
-    sums = emit.loop(count, [emit.constant(0.0)] * (2 * ROWS), add_pair)
-    return [(emit.at(out, builder.mul(out_step, WORD(row))), sums[2 * row : 2 * row + 2]) for row in range(ROWS)]
+    before = [emit.constant(0.0)] * (2 * ROWS)
+    if sums is not None:
+        before = [emit.load(emit.at(sums, 64 * number), FLOATS, 64) for number in range(2 * ROWS)]
+    for number, total in enumerate(emit.loop(pairs, before, add_pair)):
+        row, part = divmod(number, 2)
+        emit.store(total, emit.at(out, builder.add(builder.mul(out_step, WORD(row)), WORD(64 * part))))
+
+
+@intrinsic
+def _multiply(typingctx, x, x_step, weights, pairs, out, out_step):
+    """`_emit_product` of all pairs."""
+
+    def codegen(context, builder, signature, args):
+        _emit_product(Emitter(builder), *args)
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 6), codegen
+
+
+@intrinsic
+def _add_piece(typingctx, x, x_step, weights, pairs, out, out_step, sums, ahead, ahead_step):
+    """`_emit_product` of a piece, which asks for the next one."""
+
+    def codegen(context, builder, signature, args):
+        _emit_product(Emitter(builder), *args)
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 9), codegen
+
+
+@intrinsic
+def _gate_row(typingctx, sums, out):
+    """silu(gate) * up as bfloat16 to out [16], for a row of sums: those of the gate, then those of up."""
+
+    def codegen(context, builder, signature, args):
+        emit = Emitter(builder)
+        gate, up = (emit.load(emit.at(args[0], 64 * part), FLOATS, 64) for part in range(2))
+        values = builder.fmul(emit.silu(gate), up)
+        emit.store(emit.half(emit.to_bfloat(values, values)), args[1])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 @njit
@@ -145,20 +173,59 @@ def _sizes(frame):
 
 
 @njit
-def _num_panels(frame):
-    _, _, columns = _sizes(frame)
-    return columns // PANEL
+def _multiply_panel(x, rows, k, weights, out, out_step, sums):
+    """All rows, a multiple of ROWS, times one panel, into rows of out; sums is memory for as many."""
+    blocks, step = rows // ROWS, ROWS * out_step
+    if blocks > _FEW_BLOCKS:
+        for block in range(blocks):
+            _multiply(x + block * ROWS * k * 2, 2 * k, weights, k // 2, out + block * step, out_step)
+        return
+    ffi.array_at(sums, rows * _SUM_BYTES // 8, np.int64)[:] = 0
+    share = (_PAIR_BYTES + blocks - 1) // blocks  # of the next piece, asked for by a block for each pair
+    for first in range(0, k // 2, _PIECE):
+        pairs = min(_PIECE, k // 2 - first)
+        piece = weights + first * _PAIR_BYTES
+        for block in range(blocks):
+            part, totals = x + (block * ROWS * k + 2 * first) * 2, sums + block * ROWS * _SUM_BYTES
+            ahead = piece + _PIECE * (_PAIR_BYTES + block * share)
+            if first + _PIECE < k // 2:
+                _add_piece(part, 2 * k, piece, pairs, totals, _SUM_BYTES, totals, ahead, share)
+            else:
+                _add_piece(part, 2 * k, piece, pairs, out + block * step, out_step, totals, ahead, share)
 
 
 @njit
-def _linear_panel(frame, panel):
-    """One panel of `linear` for all rows."""
+def _panels_of_run(k, columns):
+    """Panels of a work item of `linear`: two that are short, one after the other, where that leaves enough items."""
+    return 2 if columns >= 64 * PANEL and k * PANEL * 2 <= 2**18 else 1
+
+
+@njit
+def _num_runs(frame):
+    _, k, columns = _sizes(frame)
+    run = _panels_of_run(k, columns)
+    return (columns // PANEL + run - 1) // run
+
+
+@njit
+def _aligned(address):
+    """The start of the next cache line."""
+    return (address + 63) // 64 * 64
+
+
+@njit
+def _linear_run(frame, item):
+    """Some panels of `linear` for all rows."""
     rows, k, columns = _sizes(frame)
+    run = _panels_of_run(k, columns)
     x = ffi.address_of(ffi.argument(frame, 1, 1, np.uint16))
-    weights = ffi.address_of(ffi.argument(frame, 2, 1, np.uint16)) + panel * PANEL * k * 2
-    out = ffi.address_of(ffi.result(frame, 0, 1, np.float32)) + panel * PANEL * 4
-    for row in range(0, rows, ROWS):
-        multiply_panel(x + row * k * 2, k * 2, weights, k // 2, out + row * columns * 4, columns * 4)
+    weights = ffi.address_of(ffi.argument(frame, 2, 1, np.uint16))
+    out = ffi.address_of(ffi.result(frame, 0, 1, np.float32))
+    scratch = ffi.allocate(rows * _SUM_BYTES + 64)
+    sums = _aligned(scratch)
+    for panel in range(item * run, min(item * run + run, columns // PANEL)):
+        _multiply_panel(x, rows, k, weights + panel * PANEL * k * 2, out + 4 * panel * PANEL, 4 * columns, sums)
+    ffi.release(scratch)
 
 
 @njit
@@ -173,9 +240,12 @@ def _swiglu_pair(frame, pair):
     rows, k, columns = _sizes(frame)
     half = PANEL // 2
     x = ffi.address_of(ffi.argument(frame, 1, 1, np.uint16))
-    weights = ffi.address_of(ffi.argument(frame, 2, 1, np.uint16)) + pair * 2 * PANEL * k * 2
-    out = ffi.address_of(ffi.result(frame, 0, 1, np.uint16)) + pair * PANEL * 2
-    for row in range(0, rows, ROWS):
-        for part in range(min(2, columns // half - 2 * pair)):
-            target = out + row * columns * 2 + part * half * 2
-            gate_panel(x + row * k * 2, k * 2, weights + part * PANEL * k * 2, k // 2, target, columns * 2)
+    weights = ffi.address_of(ffi.argument(frame, 2, 1, np.uint16))
+    out = ffi.address_of(ffi.result(frame, 0, 1, np.uint16))
+    scratch = ffi.allocate(rows * _SUM_BYTES + 64)
+    sums = _aligned(scratch)
+    for panel in range(2 * pair, min(2 * pair + 2, columns // half)):
+        _multiply_panel(x, rows, k, weights + panel * PANEL * k * 2, sums, _SUM_BYTES, sums)
+        for row in range(rows):
+            _gate_row(sums + row * _SUM_BYTES, out + 2 * (row * columns + panel * half))
+    ffi.release(scratch)
