@@ -41,7 +41,8 @@ _LOG2_E = math.log2(math.e)
 _CHUNKS = BLOCK // LANES
 
 # Places in the scratch memory of a block, in bytes: what `weigh` tells `gather`, the addresses of the keys and of the
-# values of each chunk, those of values of which some are masked, and one masked pair of positions.
+# values of each chunk, those of values of which some are masked, and one masked pair of positions. After the addresses
+# of a block come those of the one that is read next.
 _WEIGHTS = 0
 _DECAYS = _WEIGHTS + 2 * BLOCK * MAX_ROWS
 _KEYS, _VALUES, _MASKED, _PAIR = (_DECAYS + 64 * number for number in range(1, 5))
@@ -120,11 +121,17 @@ def _attend_tile(frame, sizes, row, token, count, position, first_head, heads):
     for head in range(heads):
         _begin_head(frame, sizes, token, queries, first_head + head, state + head * share)
     length, oldest = position + count, max(0, position - window + 1)
-    for block in range(oldest // BLOCK * BLOCK, length, BLOCK):
-        for head in range(heads):
-            begin, work = state + head * share, places + padded
-            _find_pages(frame, sizes, row, first_head + head, block, length, work)
-            _take_block(frame, sizes, block, oldest, length, queries, begin, places, work)
+    work, begin = places + padded, oldest // BLOCK * BLOCK
+    _find_pages(frame, sizes, row, first_head, begin, length, work)
+    for number in range((length - begin + BLOCK - 1) // BLOCK * heads):
+        block, head = begin + number // heads * BLOCK, number % heads
+        for chunk in range(_CHUNKS):
+            set_int64(work + _KEYS, chunk, int64_at(work + _KEYS, _CHUNKS + chunk))
+            set_int64(work + _VALUES, chunk, int64_at(work + _VALUES, _CHUNKS + chunk))
+        following = begin + (number + 1) // heads * BLOCK
+        if following < length:
+            _find_pages(frame, sizes, row, first_head + (number + 1) % heads, following, length, work)
+        _take_block(frame, sizes, block, oldest, length, queries, state + head * share, places, work)
     for head in range(heads):
         _end_head(frame, sizes, token, queries, first_head + head, state + head * share)
     ffi.release(scratch)
@@ -144,7 +151,7 @@ def _begin_head(frame, sizes, token, queries, head, state):
 
 @compiled
 def _find_pages(frame, sizes, row, head, block, length, work):
-    """Writes where the keys and the values of each chunk of LANES positions of a block begin."""
+    """Writes where the keys and the values of each chunk of LANES positions of the block that is read next begin."""
     kv_heads, head_dim, page_size = int32_at(sizes, KV_HEADS), int32_at(sizes, HEAD_DIM), int32_at(sizes, PAGE_SIZE)
     table = argument(frame, 3) + 4 * row * int32_at(sizes, MAX_PAGES)
     side = 2 * kv_heads * page_size * head_dim
@@ -155,8 +162,8 @@ def _find_pages(frame, sizes, row, head, block, length, work):
         if position < length:
             page = min(max(int32_at(table, position // page_size), 0), int32_at(sizes, NUM_PAGES) - 1)
         place = pool + page * 2 * side
-        set_int64(work + _KEYS, chunk, place + 4 * (position % page_size))
-        set_int64(work + _VALUES, chunk, place + side + 2 * (position % page_size) * head_dim)
+        set_int64(work + _KEYS, _CHUNKS + chunk, place + 4 * (position % page_size))
+        set_int64(work + _VALUES, _CHUNKS + chunk, place + side + 2 * (position % page_size) * head_dim)
 
 
 @compiled
@@ -210,6 +217,7 @@ def _gather_masked(rows, out, head_dim, work, pair, mask):
     chunk, inside = pair // (LANES // 2), pair % (LANES // 2) * 4 * head_dim
     copy_masked(int64_at(work + _VALUES, chunk) + inside, work + _PAIR, head_dim // LANES, mask)
     set_int64(work + _MASKED, chunk, work + _PAIR - inside)
+    set_int64(work + _MASKED, _CHUNKS + chunk, int64_at(work + _VALUES, _CHUNKS + chunk))
     _gather(rows, out, head_dim, work + _WEIGHTS, work + _DECAYS, work + _MASKED, pair, np.int64(1))
 
 

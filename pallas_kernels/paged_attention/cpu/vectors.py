@@ -40,18 +40,23 @@ def _emit_weigh(builder: Any, rows: int, arguments: Any) -> None:
     rescaling multiplies by a power of two, which is exact.
 
     Addresses: query, bfloat16 [rows, 2 pairs]; keys, four addresses of LANES positions each, whose pairs of the
-    head dimension lie key_step bytes apart; places, int32 [rows], the queries' positions; exponents, float32
-    [rows], and totals, float32 [rows, LANES], which are updated; decays, float32 [rows], and weights, bfloat16
-    [rows, BLOCK], which are written. Numbers: first, the position that the block begins with; window, positions
-    that a query sees; scale, float32, of the scores in base 2.
+    head dimension lie key_step bytes apart, then four of the block that is read next, which is asked for; places,
+    int32 [rows], the queries' positions; exponents, float32 [rows], and totals, float32 [rows, LANES], which are
+    updated; decays, float32 [rows], and weights, bfloat16 [rows, BLOCK], which are written. Numbers: first, the
+    position that the block begins with; window, positions that a query sees; scale, float32, of the scores in base 2.
     """
     emitter = Emitter(builder)
     query, pairs, keys, key_step, first, places, window, scale, exponents, totals, decays, weights = arguments
-    bases = [emitter.load(emitter.at(keys, 8 * part), WORD, 8) for part in range(_VECTORS)]
+    bases, ahead = (
+        [emitter.load(emitter.at(keys, 8 * (start + part)), WORD, 8) for part in range(_VECTORS)]
+        for start in (0, _VECTORS)
+    )
     query_step = builder.mul(pairs, WORD(4))
 
     def take_pair(index: Any, sums: list[Any]) -> list[Any]:
         offset = builder.mul(index, key_step)
+        for base in ahead:
+            emitter.prefetch(emitter.at(base, offset))
         vectors = [emitter.load(emitter.at(base, offset), INTS, 4) for base in bases]
         results = []
         for row in range(rows):
@@ -98,7 +103,8 @@ def _emit_gather(builder: Any, rows: int, arguments: Any, vectors: int) -> None:
 
     Addresses: out, float32 [rows, vectors * LANES], rows out_step bytes apart, updated; weights, bfloat16 [rows,
     BLOCK]; decays, float32 [rows]; values, four addresses of LANES positions each, whose pairs lie value_step bytes
-    apart. Numbers: offset, bytes into a pair of positions; first and count, the pairs of the block, at least one.
+    apart, then four of the block that is read next, which is asked for. Numbers: offset, bytes into a pair of
+    positions; first and count, the pairs of the block, at least one.
     """
     emitter = Emitter(builder)
     out, out_step, weights, decays, values, value_step, offset, first, count = arguments
@@ -117,9 +123,14 @@ def _emit_gather(builder: Any, rows: int, arguments: Any, vectors: int) -> None:
     def take_pair(index: Any, sums: list[Any]) -> list[Any]:
         pair = builder.add(first, index)
         chunk = builder.lshr(pair, WORD((LANES // 2).bit_length() - 1))
-        base = emitter.load(emitter.at(values, builder.shl(chunk, WORD(3))), WORD, 8)
-        inside = builder.and_(pair, WORD(LANES // 2 - 1))
-        base = builder.add(builder.add(base, builder.mul(inside, value_step)), offset)
+        place = emitter.at(values, builder.shl(chunk, WORD(3)))
+        inside = builder.mul(builder.and_(pair, WORD(LANES // 2 - 1)), value_step)
+        base, ahead = (
+            builder.add(builder.add(emitter.load(emitter.at(place, start), WORD, 8), inside), offset)
+            for start in (0, 8 * _VECTORS)
+        )
+        for part in range(vectors):
+            emitter.prefetch(emitter.at(ahead, 4 * LANES * part))
         operands = [emitter.load(emitter.at(base, 4 * LANES * part), INTS, 4) for part in range(vectors)]
         results = []
         for row in range(rows):
