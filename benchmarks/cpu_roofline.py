@@ -1,11 +1,12 @@
 """Where each millisecond of a decode step goes on a CPU, and how far it stands from what the machine can do:
 `python -m benchmarks.cpu_roofline`.
 
-The machine's limits are measured first, in the same run: the rate at which all cores read memory (arrays that no cache
-holds, combined with one instruction a vector; a sum of float32 would be slower than memory) and the rate of large
-bfloat16 products (XLA's and the packed ones; the better counts). Then a step of R rows, each at the same context, runs
-over and over, and jax's profiler tells each operation's time. A step must read every weight and every key and value
-once, and do two operations a weight and row: `limit` is the greater of the two times.
+The machine's limits are the rate of large bfloat16 products (XLA's and the packed ones; the best of tries before and
+after) and the rate at which all cores read memory: arrays that no cache holds, combined with one instruction a vector,
+since a sum of float32 is slower than memory. A virtual machine's memory can be twice as fast one second as the next, so
+it is read before and after each step, and the faster of the two is that step's limit. A step of R rows, each at the
+same context, must read every weight and every key and value once, and do two operations a weight and row: `limit` is
+the greater of the two times. jax's profiler tells each operation's time.
 """
 
 from __future__ import annotations
@@ -48,21 +49,22 @@ PARTS = (
 """Names of parts, and what tells their operations in the optimized program; the first that matches counts."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """Bytes per second that all cores read, and operations per second of bfloat16 products."""
+class Memory:
+    """Arrays to read, and threads for all cores to read them with."""
 
-    bandwidth: float
-    products: float
+    def __init__(self) -> None:
+        cores = len(os.sched_getaffinity(0))
+        self.arrays = [np.ones(2**28 // 8 // cores, np.int64) for _ in range(cores)]
+        self.threads = concurrent.futures.ThreadPoolExecutor(cores)
+
+    def rate(self) -> float:
+        """Bytes per second that all cores read now."""
+        seconds = _seconds(lambda: list(self.threads.map(np.bitwise_or.reduce, self.arrays)))
+        return sum(array.nbytes for array in self.arrays) / seconds
 
 
-def measure_limits() -> Limits:
-    """The best of several tries of each."""
-    cores = len(os.sched_getaffinity(0))
-    arrays = [np.ones(2**26, np.int64) for _ in range(cores)]
-    with concurrent.futures.ThreadPoolExecutor(cores) as threads:
-        seconds = [_seconds(lambda: list(threads.map(np.bitwise_or.reduce, arrays))) for _ in range(7)]
-    bandwidth = sum(array.nbytes for array in arrays) / min(seconds)
+def products_rate() -> float:
+    """Operations per second of large bfloat16 products, the best of several tries."""
     rates = []
     x, weight = jnp.ones((1024, 3072), jnp.bfloat16), jnp.ones((3072, 3072), jnp.bfloat16)
     dot = jax.jit(lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32))
@@ -73,7 +75,7 @@ def measure_limits() -> Limits:
         call = function.lower(x, operand).compile()
         seconds = [_seconds(lambda call=call, operand=operand: call(x, operand)) for _ in range(7)]
         rates.append(2 * x.size * weight.shape[0] / min(seconds))
-    return Limits(bandwidth, max(rates))
+    return max(rates)
 
 
 def _seconds(call: Any) -> float:
@@ -140,13 +142,19 @@ def give_pages(runner: ModelRunner, rows: int, context: int) -> None:
         runner.collect(runner.dispatch(dataclasses.replace(plan, chunks=chunks)))
 
 
-def step_seconds(runner: ModelRunner, plan: StepPlan, repeats: int) -> list[float]:
-    """Seconds of each step, one after the other, host's work included."""
-    times = []
+def run(runner: ModelRunner, plan: StepPlan) -> None:
+    """One step, host's work included."""
+    runner.collect(runner.dispatch(plan))
+
+
+def timed_steps(runner: ModelRunner, plan: StepPlan, repeats: int, memory: Memory) -> list[tuple[float, float]]:
+    """Seconds of each step, and the bytes per second that memory allowed it."""
+    times, before = [], memory.rate()
     for _ in range(repeats):
-        start = time.perf_counter()
-        runner.collect(runner.dispatch(plan))
-        times.append(time.perf_counter() - start)
+        seconds = _seconds(lambda: run(runner, plan))
+        after = memory.rate()
+        times.append((seconds, max(before, after)))
+        before = after
     return times
 
 
@@ -161,7 +169,7 @@ def part_milliseconds(runner: ModelRunner, plan: StepPlan, repeats: int) -> dict
         options.python_tracer_level = 0
         jax.profiler.start_trace(folder, profiler_options=options)
         for _ in range(repeats):
-            runner.collect(runner.dispatch(plan))
+            run(runner, plan)
         jax.profiler.stop_trace()
         found = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)
         with gzip.open(found[0], "rt", encoding="utf-8") as file:
@@ -200,8 +208,10 @@ def needs(shape: dict[str, Any], rows: int, context: int) -> tuple[int, int]:
     return 2 * (weights + layers * kv * rows * context), 2 * weights * rows
 
 
-def measure(name: str, rows: tuple[int, ...], context: int, limits: Limits, repeats: int) -> list[dict[str, Any]]:
-    """One model: a result for each number of rows."""
+def measure(
+    name: str, rows: tuple[int, ...], context: int, repeats: int, memory: Memory
+) -> list[tuple[dict[str, Any], list[tuple[float, float]]]]:
+    """One model: for each number of rows what it takes, and each step's seconds beside memory's rate."""
     shape, results = SHAPES[name], []
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(pathlib.Path(folder) / name, shape)
@@ -209,25 +219,36 @@ def measure(name: str, rows: tuple[int, ...], context: int, limits: Limits, repe
         for count in rows:
             give_pages(runner, count, context)
             plan = decode_plan(count, context, admit=False)
-            step_seconds(runner, plan, 2)
-            seconds = statistics.median(step_seconds(runner, plan, repeats))
+            for _ in range(2):
+                run(runner, plan)
+            times = timed_steps(runner, plan, repeats, memory)
             read, operations = needs(shape, count, context)
-            memory, compute = read / limits.bandwidth, operations / limits.products
-            results.append(
-                {
-                    "model": name,
-                    "rows": count,
-                    "context": context,
-                    "step_ms": 1e3 * seconds,
-                    "read_ms": 1e3 * memory,
-                    "products_ms": 1e3 * compute,
-                    "limit_ms": 1e3 * max(memory, compute),
-                    "step_over_limit": seconds / max(memory, compute),
-                    "read_gb_per_s": read / seconds / 1e9,
-                    "parts_ms": part_milliseconds(runner, plan, 5),
-                }
-            )
+            result = {
+                "model": name,
+                "rows": count,
+                "context": context,
+                "read_bytes": read,
+                "operations": operations,
+                "parts_ms": part_milliseconds(runner, plan, 5),
+            }
+            results.append((result, times))
     return results
+
+
+def beside(result: dict[str, Any], times: list[tuple[float, float]], products: float) -> dict[str, Any]:
+    """The result with medians over its steps: of their times, of the limits, and of each step over its own limit."""
+    compute = result["operations"] / products
+    memory = [result["read_bytes"] / rate for _, rate in times]
+    over = [seconds / max(least, compute) for (seconds, _), least in zip(times, memory, strict=True)]
+    return result | {
+        "step_ms": 1e3 * statistics.median(seconds for seconds, _ in times),
+        "memory_gb_per_s": statistics.median(rate for _, rate in times) / 1e9,
+        "read_ms": 1e3 * statistics.median(memory),
+        "products_ms": 1e3 * compute,
+        "limit_ms": 1e3 * statistics.median(max(least, compute) for least in memory),
+        "step_over_limit": statistics.median(over),
+        "step_over_limit_range": [min(over), max(over)],
+    }
 
 
 def main() -> int:
@@ -236,25 +257,24 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["153m", "1b"], choices=list(SHAPES))
     parser.add_argument("--rows", nargs="+", type=int, default=[8, 16, 32, 64])
     parser.add_argument("--context", type=int, default=384, help="positions that each row attends to")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--name", help="name of the result file; default: cpu_roofline_jax<version>")
     options = parser.parse_args()
-    before = measure_limits()
-    results = []
+    memory, before, measured = Memory(), products_rate(), []
     for name in options.models:
-        results += measure(name, tuple(sorted(options.rows)), options.context, before, options.repeats)
-    after = measure_limits()
+        measured += measure(name, tuple(sorted(options.rows)), options.context, options.repeats, memory)
+    after = products_rate()
+    products = max(before, after)
+    results = [beside(result, times, products) for result, times in measured]
     settings = {name: value for name, value in vars(options).items() if name != "name"}
-    measured = {"before": dataclasses.asdict(before), "after": dataclasses.asdict(after)}
     path = report.write(
-        options.name or f"cpu_roofline_jax{report.versions()['jax']}", settings, {"limits": measured, "steps": results}
+        options.name or f"cpu_roofline_jax{report.versions()['jax']}",
+        settings,
+        {"products_flop_per_s": {"before": before, "after": after}, "steps": results},
     )
     print(report.describe())
-    print(
-        f"limits: {before.bandwidth / 1e9:.1f} GB/s read, {before.products / 1e9:.0f} GFLOP/s "
-        f"(after the run {after.bandwidth / 1e9:.1f} and {after.products / 1e9:.0f})"
-    )
-    columns = ("step_ms", "read_ms", "products_ms", "limit_ms", "step_over_limit", "read_gb_per_s")
+    print(f"products: {products / 1e9:.0f} GFLOP/s (before {before / 1e9:.0f}, after {after / 1e9:.0f})")
+    columns = ("step_ms", "memory_gb_per_s", "read_ms", "products_ms", "limit_ms", "step_over_limit")
     rows = [(one["model"], one["rows"], *(one[column] for column in columns)) for one in results]
     print(report.table(("model", "rows", *columns), rows))
     parts = sorted({part for one in results for part in one["parts_ms"]})
