@@ -15,12 +15,23 @@ from jaxserve.runner.compiler import compile_program
 from jaxserve.runner.programs import ProgramKey, Shapes
 
 
+class _Runtime:
+    """What the runtime holds of a program, serialised once: a second time it may have lost its functions."""
+
+    def __init__(self, runtime: Any):
+        self._runtime = runtime
+        self.serialize = functools.cache(runtime.serialize)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runtime, name)
+
+
 class _Program:
-    """A compiled program that can be serialised more than once; a second time XLA's own has lost its functions."""
+    """A compiled program that several starts may keep."""
 
     def __init__(self, compiled: jax.stages.Compiled):
         self._compiled = compiled
-        self.serialize = functools.cache(compiled.runtime_executable().serialize)
+        self._runtime = _Runtime(compiled.runtime_executable())
 
     def __call__(self, *arguments: Any) -> Any:
         return self._compiled(*arguments)
@@ -28,8 +39,8 @@ class _Program:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._compiled, name)
 
-    def runtime_executable(self) -> _Program:
-        return self
+    def runtime_executable(self) -> _Runtime:
+        return self._runtime
 
 
 @functools.cache
