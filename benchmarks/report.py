@@ -66,8 +66,8 @@ def write(name: str, settings: dict[str, Any], results: Any) -> pathlib.Path:
         "settings": settings,
         "results": results,
     }
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return path.relative_to(ROOT)
 

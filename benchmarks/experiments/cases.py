@@ -1,0 +1,116 @@
+"""What an experiment consists of: its cases, and the figures and panels that compare them."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from jaxserve.request import EngineRequest
+from jaxserve.scheduler_config import SchedulerConfig
+from jaxserve.simulator.simulation import ClientRule
+from jaxserve.simulator.traces import Trace
+
+NO_OPTIONS: Mapping[str, Any] = types.MappingProxyType({})
+
+
+class Predictor(Protocol):
+    """What the scheduler asks of a predictor."""
+
+    @property
+    def kendall_tau(self) -> float | None: ...
+
+    def expected(self, request: EngineRequest) -> float: ...
+
+    def observe(self, request: EngineRequest, output_tokens: int) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run of an engine.
+
+    x: its place on the horizontal axis of a plot; None is its name. series: the line or bar colour it belongs to.
+    options: flat scheduler settings, on top of those of the side. scheduler: all of them instead.
+    load: the trace's requests arrive at this share of the rate at which the engine gets through them when all are there
+    at once with its own settings; None leaves the arrivals as they are.
+    concurrency: so many clients that each send their next request when the last one ends; None is open loop.
+    num_pages: of the pool, the null page not counted; None is all there are.
+    predictor: makes what stands in for the scheduler's own, from the true lengths by request id.
+    """
+
+    name: str
+    trace: Trace
+    x: float | None = None
+    series: str = ""
+    options: Mapping[str, Any] = NO_OPTIONS
+    scheduler: SchedulerConfig | None = None
+    client: ClientRule = ClientRule("exact")
+    load: float | None = None
+    concurrency: int | None = None
+    num_pages: int | None = None
+    predictor: Callable[[Mapping[str, int]], Predictor] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """A figure to plot: its name in a row of results, what the axis says, and a factor for its unit."""
+
+    key: str
+    label: str
+    factor: float = 1.0
+    log: bool = False
+
+
+THROUGHPUT = Panel("output_tokens_per_second", "output tokens / s")
+TTFT = Panel("ttft_mean", "mean TTFT, ms", 1e3)
+TTFT_P99 = Panel("ttft_p99", "p99 TTFT, ms", 1e3)
+TPOT = Panel("tpot_mean", "mean TPOT, ms", 1e3)
+ITL_P99 = Panel("itl_p99", "p99 ITL, ms", 1e3)
+E2E = Panel("e2e_mean", "mean end to end, s")
+E2E_P99 = Panel("e2e_p99", "p99 end to end, s")
+QUEUE = Panel("queue_mean", "mean queue time, ms", 1e3)
+SERVICE = Panel("service_mean", "mean time in service, s")
+SERVICE_P99 = Panel("service_p99", "p99 time in service, s")
+UTILISATION = Panel("utilisation", "useful of computed tokens, %", 100)
+SEQUENCES = Panel("sequences", "sequences per step")
+PREEMPTIONS = Panel("preemptions", "preemptions")
+TAU = Panel("kendall_tau", "Kendall tau of predictions")
+JAIN = Panel("jain", "Jain index of tenants' service")
+
+COLUMNS = (THROUGHPUT, TTFT, TTFT_P99, TPOT, ITL_P99, E2E, E2E_P99, QUEUE, UTILISATION, PREEMPTIONS, TAU)
+"""What a table shows where an experiment does not choose."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What a side is and how much work suits it.
+
+    requests: of a case. prompt, output: mean tokens of a usual request. limits: settings of the side's own engine.
+    """
+
+    name: str
+    requests: int
+    prompt: int
+    output: int
+    limits: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """name: of its module and files. question: what it answers. cases: made for a side's scale.
+
+    xlabel: of a plot over numbers; "" plots bars, one a case. limits: settings of the side's engine, by the side's
+    name, on top of its own; a runner is made once for them. by_tenant: the table has a part for each tenant.
+    """
+
+    name: str
+    question: str
+    cases: Callable[[Scale], list[Case]]
+    panels: tuple[Panel, ...]
+    columns: tuple[Panel, ...] = COLUMNS
+    xlabel: str = ""
+    log_x: bool = False
+    by_tenant: bool = False
+    limits: Mapping[str, Mapping[str, Any]] = NO_OPTIONS
+    sides: tuple[str, ...] = ("simulation", "engine")

@@ -1,0 +1,107 @@
+"""Runs an experiment: a table, a file of results and a plot for each side it ran on."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import report
+from benchmarks.experiments import plots
+from benchmarks.experiments.cases import Case, Experiment, Panel
+from benchmarks.experiments.figures import summary
+from benchmarks.experiments.sides import EngineSide, Side, SimulationSide
+from benchmarks.experiments.workloads import at_once
+from jaxserve.simulator.traces import Trace
+
+SIDES = {"simulation": SimulationSide, "engine": EngineSide}
+LIMITS: dict[str, dict[str, Any]] = {
+    "engine": {"max_num_seqs": 64, "max_num_batched_tokens": 512},
+    "simulation": {"max_num_seqs": 128, "max_num_batched_tokens": 2048},
+}
+"""Settings of a side's engine where an experiment says nothing else."""
+
+
+def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
+    """The command line of an experiment; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.experiments.{experiment.name}", description=experiment.question
+    )
+    parser.add_argument("--engine", action="store_true", help="only on the engine with the default model")
+    parser.add_argument("--simulate", action="store_true", help="only in simulation, an 8B model on an H200")
+    options = parser.parse_args(arguments)
+    wanted = {"engine": options.engine, "simulation": options.simulate}
+    for name in experiment.sides:
+        if wanted[name] or not any(wanted.values()):
+            side = SIDES[name](LIMITS[name] | experiment.limits.get(name, {}))
+            present(experiment, side, run_cases(experiment, side))
+    return 0
+
+
+def run_cases(experiment: Experiment, side: Side) -> list[dict[str, Any]]:
+    """A row of figures for each case, with its name, place and series."""
+    cases = experiment.cases(side.scale)
+    capacities: dict[tuple[int, float], float] = {}
+    if side.scale.name == "engine" and cases:
+        side.run(dataclasses.replace(cases[0], load=None, trace=at_once(cases[0].trace.part(0, 40))))  # warms up
+    rows = []
+    for case in cases:
+        begin = time.perf_counter()
+        key = id(case.trace), case.client.max_tokens == "exact"
+        if case.load is not None and key not in capacities:
+            capacities[key] = capacity(side, case)
+        rate = None if case.load is None else case.load * capacities[key]
+        found = side.run(case if rate is None else dataclasses.replace(case, trace=at_rate(case.trace, rate)))
+        row = {"case": case.name, "x": case.x, "series": case.series, "load": case.load, "rate": rate}
+        row |= {"options": dict(case.options), **summary(found)}
+        rows.append(row)
+        print(f"{side.scale.name}: {case.name} {case.series}: {time.perf_counter() - begin:.1f} s", flush=True)
+    return rows
+
+
+def capacity(side: Side, case: Case) -> float:
+    """Requests a second that the side gets through with its own settings when all are there at once."""
+    plain = Case("capacity", at_once(case.trace), client=case.client)
+    return summary(side.run(plain))["requests_per_second"]
+
+
+def at_rate(trace: Trace, rate: float) -> Trace:
+    """The trace with so many arrivals a second."""
+    return trace if math.isinf(trace.rate) else trace.faster(rate / trace.rate)
+
+
+def present(experiment: Experiment, side: Side, rows: list[dict[str, Any]]) -> None:
+    """Prints the table and writes results/experiments/NAME_SIDE.json and .png."""
+    name = f"experiments/{experiment.name}_{side.scale.name}"
+    settings = {"side": side.about, "limits": dict(side.scale.limits)}
+    path = report.write(name, settings, {"question": experiment.question, "cases": rows})
+    print(report.describe() if side.scale.name == "engine" else side.about["model"])
+    print(table(experiment, rows))
+    title = f"{experiment.question}\n{side.about['model']}"
+    plots.draw(experiment, rows, title, report.RESULTS / f"{name}.png")
+    print(f"written: {path} and .png")
+
+
+def table(experiment: Experiment, rows: Sequence[dict[str, Any]]) -> str:
+    """The columns of the experiment; below, where it wants them, the latencies of each tenant."""
+    columns = [panel for panel in experiment.columns if any(row.get(panel.key) is not None for row in rows)]
+    lines = [report.table(("case", *(panel.label for panel in columns)), [_cells(row, row, columns) for row in rows])]
+    if experiment.by_tenant:
+        inner = [panel for panel in columns if panel.key.endswith(("_mean", "_p99"))]
+        mine = [
+            _cells(row, figures, inner, f", {tenant}") for row in rows for tenant, figures in row["tenants"].items()
+        ]
+        lines += ["", report.table(("case, tenant", *(panel.label for panel in inner)), mine)]
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any], figures: dict[str, Any], columns: Sequence[Panel], suffix: str = "") -> list[Any]:
+    name = f"{row['case']}, {row['series']}" if row["series"] else row["case"]
+    values = [figures.get(panel.key) for panel in columns]
+    return [
+        name + suffix,
+        *("-" if value is None else value * panel.factor for value, panel in zip(values, columns, strict=True)),
+    ]

@@ -1,0 +1,92 @@
+"""Draws the rows of an experiment: lines over a number, or bars, one panel a figure."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.experiments.cases import Experiment, Panel
+
+Row = Mapping[str, Any]
+_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02")
+
+
+def draw(experiment: Experiment, rows: Sequence[Row], title: str, path: pathlib.Path) -> None:
+    """Writes the plot; ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    panels = [panel for panel in experiment.panels if any(row.get(panel.key) is not None for row in rows)]
+    lines = bool(experiment.xlabel)
+    columns = min(len(panels), 3 if lines else 4)
+    height = 3.4 if lines else 1.1 + 0.3 * len(rows)
+    vertical = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.2 * columns + (0 if lines else 1.5), height * vertical + 0.8), layout="constrained")
+    axes = figure.subplots(vertical, columns, squeeze=False).flat
+    for axis, panel in zip(axes, panels, strict=False):
+        (_lines if lines else _bars)(axis, panel, rows, experiment)
+        axis.grid(visible=True, axis="both" if lines else "x", alpha=0.3)
+    for axis in list(axes)[len(panels) :]:
+        axis.remove()
+    if not lines:
+        for place, axis in enumerate(figure.axes):
+            if place % columns:
+                axis.set_yticklabels([])
+    names = _series(rows)
+    if len(names) > 1:
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 4), frameon=False)
+    figure.suptitle(title, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def _series(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["series"] for row in rows))
+
+
+def _lines(axis: Any, panel: Panel, rows: Sequence[Row], experiment: Experiment) -> None:
+    for colour, name in zip(_COLOURS, _series(rows), strict=False):
+        points = [row for row in rows if row["series"] == name and row.get(panel.key) is not None]
+        places = [row["x"] for row in points]
+        axis.plot(
+            places, [row[panel.key] * panel.factor for row in points], "o-", markersize=4, color=colour, label=name
+        )
+    if experiment.log_x:
+        ticks = sorted({row["x"] for row in rows})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45 if len(ticks) > 6 else 0)
+        axis.minorticks_off()
+    if panel.log:
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(bottom=0)
+    axis.set_xlabel(experiment.xlabel)
+    axis.set_ylabel(panel.label)
+
+
+def _bars(axis: Any, panel: Panel, rows: Sequence[Row], experiment: Experiment) -> None:
+    colours = dict(zip(_series(rows), _COLOURS, strict=False))
+    seen: set[str] = set()
+    for place, row in enumerate(rows):
+        value = row.get(panel.key)
+        if value is None:
+            continue
+        name = row["series"]
+        axis.barh(place, value * panel.factor, color=colours[name], label=None if name in seen else name)
+        axis.annotate(
+            _short(value * panel.factor), (value * panel.factor, place), (3, 0), textcoords="offset points",
+            va="center", fontsize=8,
+        )  # fmt: skip
+        seen.add(name)
+    axis.set_yticks(range(len(rows)), [row["case"] for row in rows])
+    axis.invert_yaxis()
+    if panel.log:
+        axis.set_xscale("log")
+    axis.margins(x=0.2)
+    axis.set_xlabel(panel.label)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

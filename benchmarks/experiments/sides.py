@@ -1,0 +1,312 @@
+"""Where the cases of an experiment run: the engine with the default model, and the simulated 8B model on an H200.
+
+Both drive the real scheduler with the same traces, and a request ends after as many tokens as its trace says, which the
+scheduler learns no earlier than from a model: by a stop id, or by max_tokens where the client knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from benchmarks.experiments.cases import Case, Scale
+from benchmarks.experiments.figures import Run
+from jaxserve import gin_config
+from jaxserve.config import EngineConfig
+from jaxserve.engine.core import EngineCore
+from jaxserve.engine.messages import AddRequest, FromEngine, outputs
+from jaxserve.recorder import Event, Recorder, RequestArrived
+from jaxserve.request import EngineRequest
+from jaxserve.runner.protocol import Pending, Runner
+from jaxserve.scheduler.plan import StepPlan, StepResult
+from jaxserve.simulator.engine import SimulatedDevice, SimulatedEngine
+from jaxserve.simulator.roofline import Efficiency, RooflineCosts, pool_pages
+from jaxserve.simulator.simulation import fitting, requests_of
+from jaxserve.simulator.traces import make_trace
+from jaxserve.targets import load_target
+
+STOP_ID = 2
+_OTHER_ID = 3
+"""What stands for a stop id that the model samples before the request's time."""
+
+
+_NOTHING = make_trace("nothing", [], [], [])
+
+
+class Side(Protocol):
+    """Runs cases on an engine of its own settings."""
+
+    scale: Scale
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What its figures are of, for the file of results."""
+        ...
+
+    def run(self, case: Case) -> Run: ...
+
+
+def with_options(config: EngineConfig, case: Case) -> EngineConfig:
+    """A configuration with the case's scheduler settings; ValueError for an unknown one."""
+    if case.scheduler is not None:
+        return dataclasses.replace(config, scheduler=case.scheduler)
+    scheduler, known = _replaced(config.scheduler, case.options)
+    if unknown := set(case.options) - known:
+        raise ValueError(f"case {case.name!r} has unknown scheduler settings {', '.join(sorted(unknown))}")
+    return dataclasses.replace(config, scheduler=scheduler)
+
+
+def _replaced(config: Any, options: Mapping[str, Any]) -> tuple[Any, set[str]]:
+    """The dataclass with the options that it or its sections know, and the names of those."""
+    changes, known = {}, set()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            section, found = _replaced(value, options)
+            known |= found
+            if found:
+                changes[field.name] = section
+        elif field.name in options:
+            known.add(field.name)
+            changes[field.name] = options[field.name]
+    return dataclasses.replace(config, **changes), known
+
+
+class ScriptedRunner:
+    """A runner whose requests end where a trace says: there a stop id stands in for what the model sampled.
+
+    last_positions: of the last token of each request, by id. What the device computes is the model's own.
+    """
+
+    def __init__(self, runner: Runner, num_slots: int, last_positions: Mapping[str, int], num_pages: int | None = None):
+        self._runner = runner
+        self._last_positions = last_positions
+        self._stop_at = np.full(num_slots, -1)
+        self.info = runner.info if num_pages is None else dataclasses.replace(runner.info, num_pages=num_pages + 1)
+
+    @property
+    def num_compilations(self) -> int:
+        return self._runner.num_compilations
+
+    @property
+    def compile_misses(self) -> int:
+        return self._runner.compile_misses
+
+    def dispatch(self, plan: StepPlan) -> Pending:
+        last = [plan.decodes.starts + 1 == self._stop_at[plan.decodes.slots]]
+        for chunk in plan.chunks:
+            if chunk.admit is not None:
+                self._stop_at[chunk.slot] = self._last_positions[chunk.request_id]
+            if chunk.sample:
+                last.append(np.array([chunk.start + chunk.num_tokens == self._stop_at[chunk.slot]]))
+        return self._runner.dispatch(plan), np.concatenate(last)
+
+    def done(self, pending: Pending) -> bool:
+        return self._runner.done(pending[0])
+
+    def collect(self, pending: Pending) -> StepResult:
+        ids = np.array(self._runner.collect(pending[0]).token_ids)
+        ids[ids == STOP_ID] = _OTHER_ID
+        ids[pending[1]] = STOP_ID
+        return StepResult(ids)
+
+
+class _Clients:
+    """The requests of a case in order, each due at its time, or when one before it has ended."""
+
+    def __init__(self, case: Case, requests: Iterator[tuple[EngineRequest, int]]):
+        self._waiting = deque(requests)
+        self._free = case.concurrency
+
+    def next_at(self) -> float | None:
+        """When the next request is sent as far as is known; None where it waits for another, or none is left."""
+        if not self._waiting or self._free == 0:
+            return None
+        return self._waiting[0][0].arrival_time if self._free is None else 0.0
+
+    def take(self) -> tuple[EngineRequest, int]:
+        if self._free is not None:
+            self._free -= 1
+        return self._waiting.popleft()
+
+    def ended(self) -> None:
+        if self._free is not None:
+            self._free += 1
+
+
+class EngineSide:
+    """The default model, in this process: loaded and compiled once, with an engine of its own for every case."""
+
+    def __init__(self, limits: Mapping[str, Any], runner: Runner | None = None, seed: int = 0):
+        """runner: another one than the default model's, for tests."""
+        own = {"num_pages", "swap_space"} & set(limits)
+        server, _ = gin_config.load("tiny.gin", [f"CacheConfig.{name} = {limits[name]!r}" for name in own])
+        settings = {name: value for name, value in limits.items() if name not in own}
+        self.config = with_options(server.engine, Case("limits", _NOTHING, options=settings))
+        if runner is None:
+            from jaxserve.runner.model_runner import ModelRunner  # jax, which a simulation needs not
+
+            runner = ModelRunner(self.config, progress=True)
+        self.runner = runner
+        self._seed = seed
+        self.scale = Scale("engine", requests=160, prompt=64, output=48, limits=dict(limits))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        info = self.runner.info
+        return {
+            "model": f"default model, {info.num_parameters / 1e6:.1f} million parameters in {info.dtype}",
+            "pages": info.num_pages - 1,
+            "page_size": info.page_size,
+        }
+
+    def run(self, case: Case) -> Run:
+        config = with_options(self.config, case)
+        pages = self.runner.info.num_pages if case.num_pages is None else case.num_pages + 1
+        device = SimulatedDevice(pages, self.runner.info.max_model_len, self.runner.info.platform)
+        trace, _ = fitting(config, case.trace, device, case.client)
+        prepared = [(self._real(request), length) for request, length in requests_of(trace, device, config, case.client)]
+        lengths = {request.request_id: length for request, length in prepared}
+        last = {request.request_id: len(request.prompt_token_ids) + length - 1 for request, length in prepared}
+        runner = ScriptedRunner(self.runner, config.scheduler.max_num_seqs, last, case.num_pages)
+        events: list[Event] = []
+        recorder = Recorder(capacity=1, clock=time.perf_counter)
+        recorder.subscribe(events.append)
+        core = EngineCore(config, runner, recorder=recorder, now=time.perf_counter, clock=time.perf_counter)
+        if case.predictor is not None:
+            core.scheduler.predictor = case.predictor(lengths)  # pyright: ignore[reportAttributeAccessIssue]
+        gc.collect()
+        sent = _serve(core, _Clients(case, iter(prepared)))
+        core.check_integrity()
+        assert runner.compile_misses == 0, "a step asked for a program that was not compiled"
+        scheduler = core.scheduler
+        return Run(_from_sending(events, sent), scheduler.predictor.kendall_tau, scheduler.num_preemptions_by_kind)
+
+    def _real(self, request: EngineRequest) -> EngineRequest:
+        """The request with random ids that nobody shares, in place of none."""
+        rng = np.random.default_rng((self._seed, int(request.request_id)))
+        ids = rng.integers(_OTHER_ID, self.runner.info.vocab_size, len(request.prompt_token_ids))
+        stops = (STOP_ID,) if request.stop_token_ids else ()
+        return dataclasses.replace(request, prompt_token_ids=tuple(ids.tolist()), stop_token_ids=stops)
+
+
+def _serve(core: EngineCore, clients: _Clients) -> dict[str, float]:
+    """Turns the engine's loop until everything has ended; when each request was sent, by id."""
+    start = time.perf_counter()
+    sent: dict[str, float] = {}
+
+    def hear(messages: list[FromEngine]) -> None:
+        for message in messages:
+            for output in outputs(message):
+                if output.finish_reason is not None:
+                    clients.ended()
+
+    while True:
+        while (due := clients.next_at()) is not None and start + due <= time.perf_counter():
+            request, _ = clients.take()
+            arrival = start + request.arrival_time if due else time.perf_counter()
+            deadline = None if request.deadline is None else request.deadline - request.arrival_time + arrival
+            sent[request.request_id] = arrival
+            hear(core.handle(AddRequest(dataclasses.replace(request, arrival_time=arrival, deadline=deadline))))
+        if core.busy and not core.pause:
+            hear(core.step())
+            continue
+        pauses = [due + start - time.perf_counter()] if due is not None else []
+        pauses += [core.pause] if core.busy and core.pause else []
+        if not pauses:
+            return sent
+        time.sleep(max(0.0, min(pauses)))
+
+
+def _from_sending(events: list[Event], sent: Mapping[str, float]) -> list[Event]:
+    """The events with arrivals at the time at which the client sent, not when the loop took the message."""
+    return [
+        dataclasses.replace(event, time=sent[event.request_id]) if isinstance(event, RequestArrived) else event
+        for event in events
+    ]
+
+
+class SimulationSide:
+    """Llama-3.1-8B on an H200, its steps' times from a roofline."""
+
+    def __init__(self, limits: Mapping[str, Any], efficiency: Efficiency = Efficiency()):
+        """limits: scheduler settings; also page_size, num_pages (the null page not counted), num_host_pages,
+        max_model_len."""
+        own = {"page_size", "num_pages", "num_host_pages", "max_model_len"} & set(limits)
+        settings = {name: value for name, value in limits.items() if name not in own}
+        page_size = limits.get("page_size", 16)
+        server, _ = gin_config.load("llama.gin", [f"CacheConfig.page_size = {page_size}"])
+        config = dataclasses.replace(server.engine, max_model_len=limits.get("max_model_len", 8192))
+        self.config = with_options(config, Case("limits", _NOTHING, options=settings))
+        target, model = load_target("h200"), self.config.architecture
+        assert model is not None and self.config.max_model_len is not None
+        scheduler = self.config.scheduler
+        pages = limits.get("num_pages") or pool_pages(
+            model,
+            target,
+            dtype="bfloat16",
+            pool_dtype="bfloat16",
+            page_size=page_size,
+            gpu_memory_utilization=self.config.cache.gpu_memory_utilization,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_model_len=self.config.max_model_len,
+        ) - 1
+        self.device = SimulatedDevice(pages + 1, self.config.max_model_len, "gpu", limits.get("num_host_pages", 0))
+        self.costs = RooflineCosts(
+            model, target, dtype="bfloat16", pool_dtype="bfloat16", page_size=page_size, efficiency=efficiency
+        )
+        self.scale = Scale("simulation", requests=1000, prompt=800, output=200, limits=dict(limits))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {
+            "model": self.costs.name,
+            "pages": self.device.num_pages - 1,
+            "page_size": self.config.cache.page_size,
+        }
+
+    def run(self, case: Case) -> Run:
+        config, device = with_options(self.config, case), self.device
+        if case.num_pages is not None:
+            device = dataclasses.replace(device, num_pages=case.num_pages + 1)
+        trace, _ = fitting(config, case.trace, device, case.client)
+        prepared = list(requests_of(trace, device, config, case.client))
+        clients = _Clients(case, iter(prepared))
+        events: list[Event] = []
+        recorder = Recorder(capacity=1)
+        recorder.subscribe(events.append)
+        ended = 0
+
+        def on_finish(index: int) -> None:
+            nonlocal ended
+            ended += 1
+            clients.ended()
+            if case.concurrency is not None:
+                send()
+
+        engine = SimulatedEngine(config, device, self.costs, recorder=recorder, on_finish=on_finish)
+
+        def send() -> None:
+            while clients.next_at() is not None:
+                request, length = clients.take()
+                if case.concurrency is not None:
+                    request = dataclasses.replace(request, arrival_time=engine.now)
+                else:
+                    engine.run_until(request.arrival_time)
+                engine.submit(request, length)
+
+        if case.predictor is not None:
+            lengths = {request.request_id: length for request, length in prepared}
+            engine.scheduler.predictor = case.predictor(lengths)  # pyright: ignore[reportAttributeAccessIssue]
+        send()
+        engine.run_until()
+        assert ended == len(prepared), "a request was lost"
+        scheduler = engine.scheduler
+        return Run(events, scheduler.predictor.kendall_tau, scheduler.num_preemptions_by_kind)
