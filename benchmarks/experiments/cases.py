@@ -30,10 +30,11 @@ class Predictor(Protocol):
 class Case:
     """One run of an engine.
 
-    x: its place on the horizontal axis of a plot; None is its name. series: the line or bar colour it belongs to.
+    x: its place on the horizontal axis of a plot over numbers; None is all along it. series: its line or bar colour.
     options: flat scheduler settings, on top of those of the side. scheduler: all of them instead.
     load: the trace's requests arrive at this share of the rate at which the engine gets through them when all are there
-    at once with its own settings; None leaves the arrivals as they are.
+    at once with its own settings; None leaves the arrivals as they are. reference: the trace that this is said of,
+    where `trace` is a part of it.
     concurrency: so many clients that each send their next request when the last one ends; None is open loop.
     num_pages: of the pool, the null page not counted; None is all there are.
     predictor: makes what stands in for the scheduler's own, from the true lengths by request id.
@@ -47,6 +48,7 @@ class Case:
     scheduler: SchedulerConfig | None = None
     client: ClientRule = ClientRule("exact")
     load: float | None = None
+    reference: Trace | None = None
     concurrency: int | None = None
     num_pages: int | None = None
     predictor: Callable[[Mapping[str, int]], Predictor] | None = None
@@ -54,31 +56,35 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """A figure to plot: its name in a row of results, what the axis says, and a factor for its unit."""
+    """A figure: its name in a row of results, what the head of a column and an axis say, and a factor for its unit."""
 
     key: str
+    column: str
     label: str
     factor: float = 1.0
     log: bool = False
 
 
-THROUGHPUT = Panel("output_tokens_per_second", "output tokens / s")
-TTFT = Panel("ttft_mean", "mean TTFT, ms", 1e3)
-TTFT_P99 = Panel("ttft_p99", "p99 TTFT, ms", 1e3)
-TPOT = Panel("tpot_mean", "mean TPOT, ms", 1e3)
-ITL_P99 = Panel("itl_p99", "p99 ITL, ms", 1e3)
-E2E = Panel("e2e_mean", "mean end to end, s")
-E2E_P99 = Panel("e2e_p99", "p99 end to end, s")
-QUEUE = Panel("queue_mean", "mean queue time, ms", 1e3)
-SERVICE = Panel("service_mean", "mean time in service, s")
-SERVICE_P99 = Panel("service_p99", "p99 time in service, s")
-UTILISATION = Panel("utilisation", "useful of computed tokens, %", 100)
-SEQUENCES = Panel("sequences", "sequences per step")
-PREEMPTIONS = Panel("preemptions", "preemptions")
-TAU = Panel("kendall_tau", "Kendall tau of predictions")
-JAIN = Panel("jain", "Jain index of tenants' service")
+THROUGHPUT = Panel("output_tokens_per_second", "tok/s", "output tokens / s")
+TTFT = Panel("ttft_mean", "TTFT ms", "mean TTFT, ms", 1e3)
+TTFT_P99 = Panel("ttft_p99", "p99", "p99 TTFT, ms", 1e3)
+TPOT = Panel("tpot_mean", "TPOT ms", "mean TPOT, ms", 1e3)
+ITL = Panel("itl_mean", "ITL ms", "mean ITL, ms", 1e3)
+ITL_P99 = Panel("itl_p99", "p99 ITL ms", "p99 ITL, ms", 1e3)
+E2E = Panel("e2e_mean", "e2e s", "mean end to end, s")
+E2E_P99 = Panel("e2e_p99", "p99", "p99 end to end, s")
+QUEUE = Panel("queue_mean", "queue ms", "mean queue time, ms", 1e3)
+SERVICE = Panel("service_mean", "service s", "mean time in service, s")
+SERVICE_P99 = Panel("service_p99", "p99", "p99 time in service, s")
+UTILISATION = Panel("utilisation", "useful %", "useful of computed tokens, %", 100)
+SEQUENCES = Panel("sequences", "seqs", "sequences per step")
+PAGE_USE = Panel("page_use", "pages %", "pages in use, %", 100)
+PREEMPTIONS = Panel("preemptions", "preempted", "preemptions")
+SWAPPED = Panel("preempted_by_swap", "swapped", "preemptions by swap")
+TAU = Panel("kendall_tau", "tau", "Kendall tau of predictions")
+JAIN = Panel("jain", "Jain", "Jain index of tenants' service")
 
-COLUMNS = (THROUGHPUT, TTFT, TTFT_P99, TPOT, ITL_P99, E2E, E2E_P99, QUEUE, UTILISATION, PREEMPTIONS, TAU)
+COLUMNS = (THROUGHPUT, TTFT, TTFT_P99, TPOT, ITL, ITL_P99, E2E, E2E_P99, QUEUE, UTILISATION, PREEMPTIONS, TAU)
 """What a table shows where an experiment does not choose."""
 
 
@@ -86,13 +92,16 @@ COLUMNS = (THROUGHPUT, TTFT, TTFT_P99, TPOT, ITL_P99, E2E, E2E_P99, QUEUE, UTILI
 class Scale:
     """What a side is and how much work suits it.
 
-    requests: of a case. prompt, output: mean tokens of a usual request. limits: settings of the side's own engine.
+    requests: of a case. prompt, output: mean tokens of a usual request. seqs, tokens: its max_num_seqs and
+    max_num_batched_tokens. limits: all settings of the side's own engine that are not usual.
     """
 
     name: str
     requests: int
     prompt: int
     output: int
+    seqs: int
+    tokens: int
     limits: Mapping[str, Any]
 
 
@@ -101,7 +110,8 @@ class Experiment:
     """name: of its module and files. question: what it answers. cases: made for a side's scale.
 
     xlabel: of a plot over numbers; "" plots bars, one a case. limits: settings of the side's engine, by the side's
-    name, on top of its own; a runner is made once for them. by_tenant: the table has a part for each tenant.
+    name, on top of its own; a runner is made once for them. by_tenant: the table has a part for each tenant (a
+    panel's key may be "TENANT.figure").
     """
 
     name: str

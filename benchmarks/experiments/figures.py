@@ -26,7 +26,8 @@ class Run:
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """One flat row: seconds, tokens a second, shares; None for what did not happen. tenants: the same by tenant.
+    """One flat row: seconds, tokens a second, shares; None for what did not happen. The latencies of
+    each tenant with a name are there as TENANT.FIGURE too.
 
     service: from the first step that computes a request to its end.
     """
@@ -51,16 +52,14 @@ def summary(run: Run) -> dict[str, Any]:
         "sequences": sum(step.rows for step in steps) / max(len(steps), 1),
         "page_use": float(np.mean([_page_use(step) for step in steps])) if steps else None,
         "preemptions": sum(isinstance(event, RequestPreempted) for event in run.events),
-        "preemptions_by_kind": dict(run.preemptions),
+        "preempted_by_swap": run.preemptions.get("swap", 0),
         "kendall_tau": run.tau,
         "jain": jain_index(list(service(timings).values())) if len(tenants) > 1 else None,
     }
-    if len(tenants) > 1:
-        row["tenants"] = {
-            name: {"requests": len(mine), **latencies(mine)}
-            for name in tenants
-            if (mine := [each for each in timings if each.tenant == name])
-        }
+    for name in filter(None, tenants):
+        mine = [each for each in timings if each.tenant == name]
+        row |= {f"{name}.{key}": value for key, value in latencies(mine).items()}
+        row[f"{name}.requests"] = len(mine)
     return row
 
 
@@ -82,7 +81,9 @@ def latencies(timings: Sequence[RequestTimings]) -> dict[str, float | None]:
     return row
 
 
-def service(timings: Sequence[RequestTimings], prompt_weight: float = 1.0, output_weight: float = 2.0) -> dict[str, float]:
+def service(
+    timings: Sequence[RequestTimings], prompt_weight: float = 1.0, output_weight: float = 2.0
+) -> dict[str, float]:
     """What each tenant got, in weighted tokens, while all of them had requests unfinished.
 
     A prompt counts when its first token is there. The time: from when the last tenant's first request has come until

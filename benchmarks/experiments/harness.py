@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,6 @@ from benchmarks.experiments.cases import Case, Experiment, Panel
 from benchmarks.experiments.figures import summary
 from benchmarks.experiments.sides import EngineSide, Side, SimulationSide
 from benchmarks.experiments.workloads import at_once
-from jaxserve.simulator.traces import Trace
 
 SIDES = {"simulation": SimulationSide, "engine": EngineSide}
 LIMITS: dict[str, dict[str, Any]] = {
@@ -44,18 +42,27 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
 def run_cases(experiment: Experiment, side: Side) -> list[dict[str, Any]]:
     """A row of figures for each case, with its name, place and series."""
     cases = experiment.cases(side.scale)
-    capacities: dict[tuple[int, float], float] = {}
+    capacities: dict[int, float] = {}
     if side.scale.name == "engine" and cases:
         side.run(dataclasses.replace(cases[0], load=None, trace=at_once(cases[0].trace.part(0, 40))))  # warms up
     rows = []
     for case in cases:
         begin = time.perf_counter()
-        key = id(case.trace), case.client.max_tokens == "exact"
-        if case.load is not None and key not in capacities:
-            capacities[key] = capacity(side, case)
-        rate = None if case.load is None else case.load * capacities[key]
-        found = side.run(case if rate is None else dataclasses.replace(case, trace=at_rate(case.trace, rate)))
-        row = {"case": case.name, "x": case.x, "series": case.series, "load": case.load, "rate": rate}
+        rate = None
+        if case.load is not None:
+            reference = case.reference or case.trace
+            if id(reference) not in capacities:
+                capacities[id(reference)] = capacity(side, dataclasses.replace(case, trace=reference))
+            rate = case.load * capacities[id(reference)]
+            case = dataclasses.replace(case, trace=case.trace.faster(rate / reference.rate))
+        found = side.run(case)
+        row = {
+            "case": case.name,
+            "x": case.x,
+            "series": case.series,
+            "load": case.load,
+            "requests_per_second_sent": rate,
+        }
         row |= {"options": dict(case.options), **summary(found)}
         rows.append(row)
         print(f"{side.scale.name}: {case.name} {case.series}: {time.perf_counter() - begin:.1f} s", flush=True)
@@ -66,11 +73,6 @@ def capacity(side: Side, case: Case) -> float:
     """Requests a second that the side gets through with its own settings when all are there at once."""
     plain = Case("capacity", at_once(case.trace), client=case.client)
     return summary(side.run(plain))["requests_per_second"]
-
-
-def at_rate(trace: Trace, rate: float) -> Trace:
-    """The trace with so many arrivals a second."""
-    return trace if math.isinf(trace.rate) else trace.faster(rate / trace.rate)
 
 
 def present(experiment: Experiment, side: Side, rows: list[dict[str, Any]]) -> None:
@@ -88,20 +90,19 @@ def present(experiment: Experiment, side: Side, rows: list[dict[str, Any]]) -> N
 def table(experiment: Experiment, rows: Sequence[dict[str, Any]]) -> str:
     """The columns of the experiment; below, where it wants them, the latencies of each tenant."""
     columns = [panel for panel in experiment.columns if any(row.get(panel.key) is not None for row in rows)]
-    lines = [report.table(("case", *(panel.label for panel in columns)), [_cells(row, row, columns) for row in rows])]
+    lines = [report.table(("case", *(panel.column for panel in columns)), [_cells(row, columns) for row in rows])]
     if experiment.by_tenant:
-        inner = [panel for panel in columns if panel.key.endswith(("_mean", "_p99"))]
-        mine = [
-            _cells(row, figures, inner, f", {tenant}") for row in rows for tenant, figures in row["tenants"].items()
-        ]
-        lines += ["", report.table(("case, tenant", *(panel.label for panel in inner)), mine)]
+        inner = [panel for panel in columns if panel.key.partition("_")[0] in ("queue", "ttft", "tpot", "itl", "e2e")]
+        names = dict.fromkeys(key.removesuffix(".requests") for row in rows for key in row if key.endswith(".requests"))
+        mine = [_cells(row, inner, name) for row in rows for name in names if f"{name}.requests" in row]
+        lines += ["", report.table(("case, tenant", *(panel.column for panel in inner)), mine)]
     return "\n".join(lines)
 
 
-def _cells(row: dict[str, Any], figures: dict[str, Any], columns: Sequence[Panel], suffix: str = "") -> list[Any]:
-    name = f"{row['case']}, {row['series']}" if row["series"] else row["case"]
-    values = [figures.get(panel.key) for panel in columns]
+def _cells(row: dict[str, Any], columns: Sequence[Panel], tenant: str = "") -> list[Any]:
+    name = ", ".join(filter(None, (row["case"], row["series"] * (row["series"] != row["case"]), tenant)))
+    values = [row.get(f"{tenant}.{panel.key}" if tenant else panel.key) for panel in columns]
     return [
-        name + suffix,
+        name,
         *("-" if value is None else value * panel.factor for value, panel in zip(values, columns, strict=True)),
     ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from benchmarks.experiments import cases, harness
 from benchmarks.experiments.cases import Case, Experiment, Scale
 from benchmarks.experiments.workloads import ten_requests
@@ -26,19 +28,18 @@ def make_cases(scale: Scale) -> list[Case]:
     """The ten requests of 10 to 100 output tokens, 40 times over: all at once, and at 60 % of capacity."""
     small = scale.name == "engine"
     trace = ten_requests(40, 24 if small else 256, 1 if small else 4)
-    arriving = dataclasses.replace(trace, arrivals=_poisson(len(trace)))
-    found = [Case(name, trace, series="all at once", options=options) for name, options in MODES.items()]
+    some = trace.part(0, 120 if small else 400)
+    arriving = dataclasses.replace(some, arrivals=np.cumsum(np.random.default_rng(0).exponential(1.0, len(some))))
+    few = trace.part(0, 30)  # one at a time takes as long a request however many there are
+    found = [
+        Case(name, few if name == "none" else trace, series="all at once", options=options)
+        for name, options in MODES.items()
+    ]
     return found + [
         Case(name, arriving, series="arriving at 60 % of capacity", options=options, load=0.6)
         for name, options in MODES.items()
         if name != "none"  # it would only queue
     ]
-
-
-def _poisson(count: int) -> Any:
-    import numpy as np
-
-    return np.cumsum(np.random.default_rng(0).exponential(1.0, count))
 
 
 EXPERIMENT = Experiment(

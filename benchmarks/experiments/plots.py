@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.experiments.cases import Experiment, Panel
 
 Row = Mapping[str, Any]
-_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02")
+_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#666666")
 
 
 def draw(experiment: Experiment, rows: Sequence[Row], title: str, path: pathlib.Path) -> None:
@@ -49,12 +49,13 @@ def _series(rows: Sequence[Row]) -> list[str]:
 def _lines(axis: Any, panel: Panel, rows: Sequence[Row], experiment: Experiment) -> None:
     for colour, name in zip(_COLOURS, _series(rows), strict=False):
         points = [row for row in rows if row["series"] == name and row.get(panel.key) is not None]
-        places = [row["x"] for row in points]
-        axis.plot(
-            places, [row[panel.key] * panel.factor for row in points], "o-", markersize=4, color=colour, label=name
-        )
+        if points and points[0]["x"] is None:
+            axis.axhline(points[0][panel.key] * panel.factor, color=colour, linestyle="--", label=name)
+            continue
+        values = [row[panel.key] * panel.factor for row in points]
+        axis.plot([row["x"] for row in points], values, "o-", markersize=4, color=colour, label=name)
     if experiment.log_x:
-        ticks = sorted({row["x"] for row in rows})
+        ticks = sorted({row["x"] for row in rows if row["x"] is not None})
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45 if len(ticks) > 6 else 0)
         axis.minorticks_off()

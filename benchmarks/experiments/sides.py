@@ -155,7 +155,10 @@ class EngineSide:
             runner = ModelRunner(self.config, progress=True)
         self.runner = runner
         self._seed = seed
-        self.scale = Scale("engine", requests=160, prompt=64, output=48, limits=dict(limits))
+        scheduler = self.config.scheduler
+        self.scale = Scale(
+            "engine", 120, 64, 48, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, limits=dict(limits)
+        )
 
     @property
     def about(self) -> dict[str, Any]:
@@ -171,7 +174,9 @@ class EngineSide:
         pages = self.runner.info.num_pages if case.num_pages is None else case.num_pages + 1
         device = SimulatedDevice(pages, self.runner.info.max_model_len, self.runner.info.platform)
         trace, _ = fitting(config, case.trace, device, case.client)
-        prepared = [(self._real(request), length) for request, length in requests_of(trace, device, config, case.client)]
+        prepared = [
+            (self._real(request), length) for request, length in requests_of(trace, device, config, case.client)
+        ]
         lengths = {request.request_id: length for request, length in prepared}
         last = {request.request_id: len(request.prompt_token_ids) + length - 1 for request, length in prepared}
         runner = ScriptedRunner(self.runner, config.scheduler.max_num_seqs, last, case.num_pages)
@@ -245,24 +250,31 @@ class SimulationSide:
         config = dataclasses.replace(server.engine, max_model_len=limits.get("max_model_len", 8192))
         self.config = with_options(config, Case("limits", _NOTHING, options=settings))
         target, model = load_target("h200"), self.config.architecture
-        assert model is not None and self.config.max_model_len is not None
+        assert model is not None
+        assert self.config.max_model_len is not None
         scheduler = self.config.scheduler
-        pages = limits.get("num_pages") or pool_pages(
-            model,
-            target,
-            dtype="bfloat16",
-            pool_dtype="bfloat16",
-            page_size=page_size,
-            gpu_memory_utilization=self.config.cache.gpu_memory_utilization,
-            max_num_batched_tokens=scheduler.max_num_batched_tokens,
-            max_num_seqs=scheduler.max_num_seqs,
-            max_model_len=self.config.max_model_len,
-        ) - 1
+        pages = (
+            limits.get("num_pages")
+            or pool_pages(
+                model,
+                target,
+                dtype="bfloat16",
+                pool_dtype="bfloat16",
+                page_size=page_size,
+                gpu_memory_utilization=self.config.cache.gpu_memory_utilization,
+                max_num_batched_tokens=scheduler.max_num_batched_tokens,
+                max_num_seqs=scheduler.max_num_seqs,
+                max_model_len=self.config.max_model_len,
+            )
+            - 1
+        )
         self.device = SimulatedDevice(pages + 1, self.config.max_model_len, "gpu", limits.get("num_host_pages", 0))
         self.costs = RooflineCosts(
             model, target, dtype="bfloat16", pool_dtype="bfloat16", page_size=page_size, efficiency=efficiency
         )
-        self.scale = Scale("simulation", requests=1000, prompt=800, output=200, limits=dict(limits))
+        self.scale = Scale(
+            "simulation", 1000, 800, 200, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, limits=dict(limits)
+        )
 
     @property
     def about(self) -> dict[str, Any]:

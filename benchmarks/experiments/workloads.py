@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
-from benchmarks.experiments.cases import Scale
+from benchmarks.experiments.cases import NO_OPTIONS, Scale
 from jaxserve.simulator.traces import Trace, make_trace
 
 TEN_OUTPUTS = (10, 20, 15, 100, 25, 30, 15, 50, 40, 10)
@@ -40,7 +41,6 @@ class Tenant:
     prompt: float = 1.0
     output: float = 1.0
     spread: float = 0.4
-    priority: int = 0
 
 
 TENANTS = (
@@ -52,9 +52,14 @@ TENANTS = (
 
 
 def tenants(
-    scale: Scale, who: tuple[Tenant, ...] = TENANTS, *, requests: int | None = None, seed: int = 0
+    scale: Scale,
+    who: tuple[Tenant, ...] = TENANTS,
+    *,
+    requests: int | None = None,
+    priorities: Mapping[str, int] = NO_OPTIONS,
+    seed: int = 0,
 ) -> Trace:
-    """Requests of several tenants, Poisson arrivals at one a second."""
+    """Requests of several tenants, Poisson arrivals at one a second. priorities: by tenant, 0 where not named."""
     count = requests or scale.requests
     rng = np.random.default_rng(seed)
     shares = np.array([tenant.share for tenant in who])
@@ -70,7 +75,7 @@ def tenants(
         prompts,
         lengths,
         tenants=[who[place].name for place in whose.tolist()],
-        priorities=[who[place].priority for place in whose.tolist()],
+        priorities=[priorities.get(who[place].name, 0) for place in whose.tolist()],
     )
 
 
