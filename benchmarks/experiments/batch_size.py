@@ -11,11 +11,11 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 def make_cases(scale: Scale) -> list[Case]:
     """As many clients as may run, each with its next request when the last one ends."""
-    most = 384 if scale.name == "engine" else 1024
+    most = 512 if scale.name == "engine" else 2048
     trace = chat(scale, requests=most)
     return [
         Case(
-            f"{size}", trace.part(0, min(most, max(16, 4 * size))), x=size,
+            f"{size}", trace.part(0, min(most, max(32 if scale.name == "engine" else 64, 8 * size))), x=size,
             options={"max_num_seqs": size}, concurrency=size,
         )
         for size in SIZES

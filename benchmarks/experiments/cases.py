@@ -82,6 +82,7 @@ PAGE_USE = Panel("page_use", "pages %", "pages in use, %", 100)
 PREEMPTIONS = Panel("preemptions", "preempted", "preemptions")
 SWAPPED = Panel("preempted_by_swap", "swapped", "preemptions by swap")
 TAU = Panel("kendall_tau", "tau", "Kendall tau of predictions")
+IN_TIME = Panel("in_time", "in time %", "first token in time, %", 100)
 JAIN = Panel("jain", "Jain", "Jain index of tenants' service")
 
 COLUMNS = (THROUGHPUT, TTFT, TTFT_P99, TPOT, ITL, ITL_P99, E2E, E2E_P99, QUEUE, UTILISATION, PREEMPTIONS, TAU)
@@ -110,7 +111,8 @@ class Experiment:
     """name: of its module and files. question: what it answers. cases: made for a side's scale.
 
     xlabel: of a plot over numbers; "" plots bars, one a case. limits: settings of the side's engine, by the side's
-    name, on top of its own; a runner is made once for them. by_tenant: the table has a part for each tenant (a
+    name, on top of its own; a runner is made once for them. ttft_target: seconds
+    within which a first token is in time, by side. by_tenant: the table has a part for each tenant (a
     panel's key may be "TENANT.figure").
     """
 
@@ -123,4 +125,5 @@ class Experiment:
     log_x: bool = False
     by_tenant: bool = False
     limits: Mapping[str, Mapping[str, Any]] = NO_OPTIONS
+    ttft_target: Mapping[str, float] = NO_OPTIONS
     sides: tuple[str, ...] = ("simulation", "engine")

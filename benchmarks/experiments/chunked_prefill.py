@@ -19,8 +19,8 @@ def make_cases(scale: Scale) -> list[Case]:
     for length in lengths:
         trace = _trace(length, rows, 60 if small else 600, 6 if small else 20)
         ways = {"whole": {"enable_chunked_prefill": False}}
-        # the budget holds a chunk beside the rows that decode
-        ways |= {f"chunks of {chunk}": {"max_num_batched_tokens": chunk + rows} for chunk in chunks}
+        # what the rows that decode leave of the step is the chunk
+        ways |= {f"chunked, steps of {chunk}": {"max_num_batched_tokens": chunk} for chunk in chunks}
         found += [Case(f"{length}", trace, x=length, series=way, options=options) for way, options in ways.items()]
     return sorted(found, key=lambda case: case.series != "whole" and int(case.series.split()[-1]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,11 +26,11 @@ class Run:
     preemptions: Mapping[str, int]
 
 
-def summary(run: Run) -> dict[str, Any]:
+def summary(run: Run, ttft_target: float | None = None) -> dict[str, Any]:
     """One flat row: seconds, tokens a second, shares; None for what did not happen. The latencies of
     each tenant with a name are there as TENANT.FIGURE too.
 
-    service: from the first step that computes a request to its end.
+    ttft_target: within which a first token is in time. service: from the first step that computes a request to its end.
     """
     timings = request_timings(run.events)
     ends = [each.finished for each in timings if each.finished is not None]
@@ -54,6 +55,7 @@ def summary(run: Run) -> dict[str, Any]:
         "preemptions": sum(isinstance(event, RequestPreempted) for event in run.events),
         "preempted_by_swap": run.preemptions.get("swap", 0),
         "kendall_tau": run.tau,
+        "in_time": ttft_target and sum((each.ttft or math.inf) <= ttft_target for each in timings) / len(timings),
         "jain": jain_index(list(service(timings).values())) if len(tenants) > 1 else None,
     }
     for name in filter(None, tenants):

@@ -10,17 +10,27 @@ from jaxserve.simulator.simulation import ClientRule
 
 
 def make_cases(scale: Scale) -> list[Case]:
-    """Three tenants at 1.3 times capacity, so that there is a queue to choose from; chat has priority."""
+    """Three tenants at 1.3 times capacity, so that there is a queue to choose from; write has priority, then chat."""
     trace = tenants(scale, priorities={"chat": 5, "write": 8})
     client = ClientRule(16 * scale.output)
-    found = [Case(name, trace, options={"formation": name}, client=client, load=1.3) for name in FORMATIONS]
     adaptive = {"adaptive_batch_size": True, "target_batch_tokens": scale.seqs * scale.prompt // 2}
-    return [*found, Case("greedy, adaptive size", trace, options=adaptive, client=client, load=1.3)]
+    ways = {name: {"formation": name} for name in FORMATIONS} | {"greedy, adaptive size": adaptive}
+    found = [
+        Case(name, trace, series="continuous", options=options, client=client, load=1.3)
+        for name, options in ways.items()
+    ]
+    static = {"mode": "static", "batch_size": scale.seqs // 2, "max_wait_seconds": 0.1}
+    found += [
+        Case(name, trace, series="static batches", options=static | {"formation": name}, client=client, load=0.7)
+        for name in FORMATIONS
+    ]
+    dynamic = static | {"mode": "dynamic", "length_bucket": scale.prompt}
+    return [*found, Case("length buckets", trace, series="dynamic batches", options=dynamic, client=client, load=0.7)]
 
 
 EXPERIMENT = Experiment(
     name="formations",
-    question="Formations of a batch, three tenants at 1.3 times capacity",
+    question="Formations of a batch: continuous at 1.3, static at 0.7 of capacity",
     cases=make_cases,
     panels=(cases.THROUGHPUT, cases.TTFT, cases.TTFT_P99, cases.E2E, cases.E2E_P99, cases.UTILISATION),
     by_tenant=True,

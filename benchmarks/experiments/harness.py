@@ -28,15 +28,24 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.experiments.{experiment.name}", description=experiment.question
     )
+    add_sides(parser)
+    run(experiment, parser.parse_args(arguments))
+    return 0
+
+
+def add_sides(parser: argparse.ArgumentParser) -> None:
+    """The options that say where to run."""
     parser.add_argument("--engine", action="store_true", help="only on the engine with the default model")
     parser.add_argument("--simulate", action="store_true", help="only in simulation, an 8B model on an H200")
-    options = parser.parse_args(arguments)
+
+
+def run(experiment: Experiment, options: argparse.Namespace) -> None:
+    """Runs an experiment on the sides that were chosen; on all of its own where none was."""
     wanted = {"engine": options.engine, "simulation": options.simulate}
     for name in experiment.sides:
         if wanted[name] or not any(wanted.values()):
             side = SIDES[name](LIMITS[name] | experiment.limits.get(name, {}))
             present(experiment, side, run_cases(experiment, side))
-    return 0
 
 
 def run_cases(experiment: Experiment, side: Side) -> list[dict[str, Any]]:
@@ -63,7 +72,7 @@ def run_cases(experiment: Experiment, side: Side) -> list[dict[str, Any]]:
             "load": case.load,
             "requests_per_second_sent": rate,
         }
-        row |= {"options": dict(case.options), **summary(found)}
+        row |= {"options": dict(case.options), **summary(found, experiment.ttft_target.get(side.scale.name))}
         rows.append(row)
         print(f"{side.scale.name}: {case.name} {case.series}: {time.perf_counter() - begin:.1f} s", flush=True)
     return rows

@@ -28,7 +28,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def make_cases(scale: Scale) -> list[Case]:
     """70 % short and 30 % long at 90 % of capacity, and the same short ones without the long."""
     trace = tenants(scale, WHO)
-    trace = dataclasses.replace(trace, prompt_tokens=np.minimum(trace.prompt_tokens, scale.tokens - 1))
+    trace = dataclasses.replace(trace, prompt_tokens=np.minimum(trace.prompt_tokens, scale.tokens // 2))
     alone = trace.select(np.array(trace.tenants) == "short")
     client = ClientRule(16 * scale.output)
     found = [Case("short ones alone", alone, load=0.9, reference=trace, client=client)]

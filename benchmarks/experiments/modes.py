@@ -11,7 +11,7 @@ from benchmarks.experiments import cases, harness
 from benchmarks.experiments.cases import Case, Experiment, Scale
 from benchmarks.experiments.workloads import ten_requests
 
-BATCH = 32
+BATCH = 16
 MODES: dict[str, dict[str, Any]] = {
     "none": {"mode": "none"},
     "static": {"mode": "static", "batch_size": BATCH, "max_wait_seconds": 0.5},
@@ -27,7 +27,7 @@ MODES: dict[str, dict[str, Any]] = {
 def make_cases(scale: Scale) -> list[Case]:
     """The ten requests of 10 to 100 output tokens, 40 times over: all at once, and at 60 % of capacity."""
     small = scale.name == "engine"
-    trace = ten_requests(40, 24 if small else 256, 1 if small else 4)
+    trace = ten_requests(40, 8 if small else 256, 1 if small else 4)
     some = trace.part(0, 120 if small else 400)
     arriving = dataclasses.replace(some, arrivals=np.cumsum(np.random.default_rng(0).exponential(1.0, len(some))))
     few = trace.part(0, 30)  # one at a time takes as long a request however many there are

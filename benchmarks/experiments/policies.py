@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.experiments import cases, harness
 from benchmarks.experiments.cases import Case, Experiment, Panel, Scale
-from benchmarks.experiments.workloads import tenants
+from benchmarks.experiments.workloads import FLOOD, tenants
 from jaxserve.simulator.simulation import ClientRule
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -15,23 +15,28 @@ POLICIES: dict[str, dict[str, Any]] = {
     "priority": {"policy": "priority"},
     "fair": {"policy": "fair"},
     "deadline": {"policy": "deadline"},
+    "deadline, late ones dropped": {"policy": "deadline", "drop_late": True},
 }
 
 
+TARGETS = {"engine": 1.0, "simulation": 2.0}
+
+
 def make_cases(scale: Scale) -> list[Case]:
-    """Three tenants at 1.3 times capacity; what they ask for stays hidden behind one max_tokens. Chat has priority."""
-    trace = tenants(scale, priorities={"chat": 5}, requests=2 * scale.requests)
+    """Three tenants at twice the capacity, of which chat floods and code has priority; how long an output will be stays
+    hidden behind one max_tokens."""
+    trace = tenants(scale, FLOOD, priorities={"code": 5}, requests=2 * scale.requests)
     client = ClientRule(16 * scale.output)
-    target = {"ttft_target": 1.0 if scale.name == "engine" else 2.0}
+    target = {"ttft_target": TARGETS[scale.name]}
     return [
-        Case(name, trace, options=options | (target if name == "deadline" else {}), client=client, load=1.3)
+        Case(name, trace, options=options | (target if "deadline" in name else {}), client=client, load=2.0)
         for name, options in POLICIES.items()
     ]
 
 
 EXPERIMENT = Experiment(
     name="policies",
-    question="Policies, three tenants at 1.3 times capacity (chat 55 % of the requests, code 25 %, write 20 %)",
+    question="Policies at twice the capacity: chat floods (80 % of the requests), code has priority",
     cases=make_cases,
     panels=(
         cases.TTFT,
@@ -39,9 +44,11 @@ EXPERIMENT = Experiment(
         cases.E2E,
         cases.E2E_P99,
         *(Panel(f"{name}.ttft_mean", "", f"{name}: mean TTFT, ms", 1e3) for name in ("chat", "code", "write")),
+        cases.IN_TIME,
         cases.JAIN,
     ),
-    columns=(*cases.COLUMNS, cases.JAIN),
+    columns=(*cases.COLUMNS, cases.IN_TIME, cases.JAIN),
+    ttft_target=TARGETS,
     by_tenant=True,
     limits={"engine": {"max_num_seqs": 32}, "simulation": {"max_num_seqs": 64}},
 )

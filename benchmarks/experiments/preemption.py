@@ -42,7 +42,7 @@ EXPERIMENT = Experiment(
         cases.THROUGHPUT, cases.TTFT, cases.TTFT_P99, cases.TPOT, cases.ITL, cases.ITL_P99, cases.E2E, cases.E2E_P99,
         cases.SEQUENCES, cases.PREEMPTIONS, cases.SWAPPED,
     ),
-    limits={"engine": {"swap_space": 0.0625}, "simulation": {"num_host_pages": 65536}},
+    limits={"simulation": {"swap_space": 64.0}},
 )  # fmt: skip
 
 if __name__ == "__main__":

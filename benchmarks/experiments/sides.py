@@ -7,6 +7,7 @@ scheduler learns no earlier than from a model: by a stop id, or by max_tokens wh
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import time
 from collections import deque
@@ -26,17 +27,17 @@ from jaxserve.request import EngineRequest
 from jaxserve.runner.protocol import Pending, Runner
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.simulator.engine import SimulatedDevice, SimulatedEngine
-from jaxserve.simulator.roofline import Efficiency, RooflineCosts, pool_pages
+from jaxserve.simulator.roofline import Efficiency
+from jaxserve.simulator.setup import set_up, with_options
 from jaxserve.simulator.simulation import fitting, requests_of
-from jaxserve.simulator.traces import make_trace
 from jaxserve.targets import load_target
+
+SWAP_GIB = 0.0625
+"""Host memory of the engine for swapped sequences."""
 
 STOP_ID = 2
 _OTHER_ID = 3
 """What stands for a stop id that the model samples before the request's time."""
-
-
-_NOTHING = make_trace("nothing", [], [], [])
 
 
 class Side(Protocol):
@@ -52,30 +53,11 @@ class Side(Protocol):
     def run(self, case: Case) -> Run: ...
 
 
-def with_options(config: EngineConfig, case: Case) -> EngineConfig:
-    """A configuration with the case's scheduler settings; ValueError for an unknown one."""
+def configured(config: EngineConfig, case: Case) -> EngineConfig:
+    """A side's configuration with the case's scheduler settings; ValueError for an unknown one."""
     if case.scheduler is not None:
         return dataclasses.replace(config, scheduler=case.scheduler)
-    scheduler, known = _replaced(config.scheduler, case.options)
-    if unknown := set(case.options) - known:
-        raise ValueError(f"case {case.name!r} has unknown scheduler settings {', '.join(sorted(unknown))}")
-    return dataclasses.replace(config, scheduler=scheduler)
-
-
-def _replaced(config: Any, options: Mapping[str, Any]) -> tuple[Any, set[str]]:
-    """The dataclass with the options that it or its sections know, and the names of those."""
-    changes, known = {}, set()
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            section, found = _replaced(value, options)
-            known |= found
-            if found:
-                changes[field.name] = section
-        elif field.name in options:
-            known.add(field.name)
-            changes[field.name] = options[field.name]
-    return dataclasses.replace(config, **changes), known
+    return dataclasses.replace(config, scheduler=with_options(config, case.options).scheduler)
 
 
 class ScriptedRunner:
@@ -140,25 +122,33 @@ class _Clients:
             self._free += 1
 
 
+RUNNERS = ((64, 2048), (256, 8192))
+"""max_num_seqs and max_num_batched_tokens of the runners that experiments share; the smallest that will do is taken."""
+
+
+@functools.cache
+def shared_runner(num_seqs: int, num_tokens: int) -> Runner:
+    """The default model, loaded and compiled once a process. Smaller limits use a part of its programs."""
+    from jaxserve.runner.model_runner import ModelRunner  # jax, which a simulation needs not
+
+    server, _ = gin_config.load("tiny.gin")
+    limits = {"max_num_seqs": num_seqs, "max_num_batched_tokens": num_tokens, "swap_space": SWAP_GIB}
+    return ModelRunner(with_options(server.engine, limits), progress=True)
+
+
 class EngineSide:
-    """The default model, in this process: loaded and compiled once, with an engine of its own for every case."""
+    """The default model, in this process, with an engine of its own for every case."""
 
     def __init__(self, limits: Mapping[str, Any], runner: Runner | None = None, seed: int = 0):
         """runner: another one than the default model's, for tests."""
-        own = {"num_pages", "swap_space"} & set(limits)
-        server, _ = gin_config.load("tiny.gin", [f"CacheConfig.{name} = {limits[name]!r}" for name in own])
-        settings = {name: value for name, value in limits.items() if name not in own}
-        self.config = with_options(server.engine, Case("limits", _NOTHING, options=settings))
-        if runner is None:
-            from jaxserve.runner.model_runner import ModelRunner  # jax, which a simulation needs not
-
-            runner = ModelRunner(self.config, progress=True)
-        self.runner = runner
-        self._seed = seed
+        server, _ = gin_config.load("tiny.gin")
+        self.config = with_options(server.engine, limits)
         scheduler = self.config.scheduler
-        self.scale = Scale(
-            "engine", 120, 64, 48, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, limits=dict(limits)
-        )
+        wanted = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+        size = next(size for size in RUNNERS if wanted[0] <= size[0] and wanted[1] <= size[1])
+        self.runner = runner or shared_runner(*size)
+        self._seed = seed
+        self.scale = Scale("engine", 120, 64, 48, *wanted, limits=dict(limits))
 
     @property
     def about(self) -> dict[str, Any]:
@@ -170,7 +160,7 @@ class EngineSide:
         }
 
     def run(self, case: Case) -> Run:
-        config = with_options(self.config, case)
+        config = configured(self.config, case)
         pages = self.runner.info.num_pages if case.num_pages is None else case.num_pages + 1
         device = SimulatedDevice(pages, self.runner.info.max_model_len, self.runner.info.platform)
         trace, _ = fitting(config, case.trace, device, case.client)
@@ -241,37 +231,12 @@ class SimulationSide:
     """Llama-3.1-8B on an H200, its steps' times from a roofline."""
 
     def __init__(self, limits: Mapping[str, Any], efficiency: Efficiency = Efficiency()):
-        """limits: scheduler settings; also page_size, num_pages (the null page not counted), num_host_pages,
-        max_model_len."""
-        own = {"page_size", "num_pages", "num_host_pages", "max_model_len"} & set(limits)
-        settings = {name: value for name, value in limits.items() if name not in own}
-        page_size = limits.get("page_size", 16)
-        server, _ = gin_config.load("llama.gin", [f"CacheConfig.page_size = {page_size}"])
-        config = dataclasses.replace(server.engine, max_model_len=limits.get("max_model_len", 8192))
-        self.config = with_options(config, Case("limits", _NOTHING, options=settings))
-        target, model = load_target("h200"), self.config.architecture
-        assert model is not None
-        assert self.config.max_model_len is not None
-        scheduler = self.config.scheduler
-        pages = (
-            limits.get("num_pages")
-            or pool_pages(
-                model,
-                target,
-                dtype="bfloat16",
-                pool_dtype="bfloat16",
-                page_size=page_size,
-                gpu_memory_utilization=self.config.cache.gpu_memory_utilization,
-                max_num_batched_tokens=scheduler.max_num_batched_tokens,
-                max_num_seqs=scheduler.max_num_seqs,
-                max_model_len=self.config.max_model_len,
-            )
-            - 1
-        )
-        self.device = SimulatedDevice(pages + 1, self.config.max_model_len, "gpu", limits.get("num_host_pages", 0))
-        self.costs = RooflineCosts(
-            model, target, dtype="bfloat16", pool_dtype="bfloat16", page_size=page_size, efficiency=efficiency
-        )
+        """limits: settings of the engine; max_model_len is 8,192 and page_size 16 unless they say else."""
+        server, _ = gin_config.load("llama.gin")
+        config = with_options(server.engine, {"max_model_len": 8192, "page_size": 16, **limits})
+        self.setup = set_up(config, target=load_target("h200"), efficiency=efficiency)
+        self.config, self.device, self.costs = self.setup.config, self.setup.device, self.setup.costs
+        scheduler = config.scheduler
         self.scale = Scale(
             "simulation", 1000, 800, 200, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, limits=dict(limits)
         )
@@ -285,7 +250,7 @@ class SimulationSide:
         }
 
     def run(self, case: Case) -> Run:
-        config, device = with_options(self.config, case), self.device
+        config, device = configured(self.config, case), self.device
         if case.num_pages is not None:
             device = dataclasses.replace(device, num_pages=case.num_pages + 1)
         trace, _ = fitting(config, case.trace, device, case.client)

@@ -48,7 +48,14 @@ TENANTS = (
     Tenant("code", 0.25, prompt=1.6, output=0.25),
     Tenant("write", 0.2, prompt=0.6, output=3.0),
 )
-"""Three uses of one model: short answers, long prompts with the shortest answers, long answers."""
+"""Three uses of one model: short answers, long prompts with the shortest answers, long answers; each about as much."""
+
+FLOOD = (
+    Tenant("chat", 0.8, prompt=0.6, output=0.5),
+    Tenant("code", 0.1, prompt=1.6, output=0.25),
+    Tenant("write", 0.1, prompt=0.6, output=3.0),
+)
+"""The same three, of which chat sends several times as much as each of the others."""
 
 
 def tenants(
