@@ -44,7 +44,7 @@ class Case:
     trace: Trace
     x: float | None = None
     series: str = ""
-    options: Mapping[str, Any] = NO_OPTIONS
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scheduler: SchedulerConfig | None = None
     client: ClientRule = ClientRule("exact")
     load: float | None = None
@@ -105,15 +105,20 @@ class Scale:
     tokens: int
     limits: Mapping[str, Any]
 
+    @property
+    def overload(self) -> float:
+        """A load under which a queue builds up within the few requests of a case."""
+        return 3.0 if self.name == "engine" else 1.3
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """name: of its module and files. question: what it answers. cases: made for a side's scale.
 
     xlabel: of a plot over numbers; "" plots bars, one a case. limits: settings of the side's engine, by the side's
-    name, on top of its own; a runner is made once for them. ttft_target: seconds
-    within which a first token is in time, by side. by_tenant: the table has a part for each tenant (a
-    panel's key may be "TENANT.figure").
+    name, on top of its own. engine_rounds: how often the engine runs all cases, one after another; a row then has the
+    medians. ttft_target: seconds within which a first token is in time, by side. by_tenant: the table has a part for
+    each tenant (a panel's key may be "TENANT.figure").
     """
 
     name: str
@@ -124,6 +129,7 @@ class Experiment:
     xlabel: str = ""
     log_x: bool = False
     by_tenant: bool = False
-    limits: Mapping[str, Mapping[str, Any]] = NO_OPTIONS
-    ttft_target: Mapping[str, float] = NO_OPTIONS
+    limits: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    ttft_target: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    engine_rounds: int = 1
     sides: tuple[str, ...] = ("simulation", "engine")

@@ -10,13 +10,13 @@ from jaxserve.simulator.simulation import ClientRule
 
 
 def make_cases(scale: Scale) -> list[Case]:
-    """Three tenants at 1.3 times capacity, so that there is a queue to choose from; write has priority, then chat."""
+    """Three tenants in overload, so that there is a queue to choose from; write has priority, then chat."""
     trace = tenants(scale, priorities={"chat": 5, "write": 8})
     client = ClientRule(16 * scale.output)
     adaptive = {"adaptive_batch_size": True, "target_batch_tokens": scale.seqs * scale.prompt // 2}
     ways = {name: {"formation": name} for name in FORMATIONS} | {"greedy, adaptive size": adaptive}
     found = [
-        Case(name, trace, series="continuous", options=options, client=client, load=1.3)
+        Case(name, trace, series="continuous", options=options, client=client, load=scale.overload)
         for name, options in ways.items()
     ]
     static = {"mode": "static", "batch_size": scale.seqs // 2, "max_wait_seconds": 0.1}
@@ -30,7 +30,7 @@ def make_cases(scale: Scale) -> list[Case]:
 
 EXPERIMENT = Experiment(
     name="formations",
-    question="Formations of a batch: continuous at 1.3, static at 0.7 of capacity",
+    question="Formations of a batch: continuous in overload, static at 0.7 of what continuous can do",
     cases=make_cases,
     panels=(cases.THROUGHPUT, cases.TTFT, cases.TTFT_P99, cases.E2E, cases.E2E_P99, cases.UTILISATION),
     by_tenant=True,

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import report
 from benchmarks.experiments import plots
-from benchmarks.experiments.cases import Case, Experiment, Panel
+from benchmarks.experiments.cases import THROUGHPUT, Case, Experiment, Panel
 from benchmarks.experiments.figures import summary
 from benchmarks.experiments.sides import EngineSide, Side, SimulationSide
 from benchmarks.experiments.workloads import at_once
+from jaxserve.timings import request_timings
 
 SIDES = {"simulation": SimulationSide, "engine": EngineSide}
+FULL = 0.7
 LIMITS: dict[str, dict[str, Any]] = {
     "engine": {"max_num_seqs": 64, "max_num_batched_tokens": 512},
     "simulation": {"max_num_seqs": 128, "max_num_batched_tokens": 2048},
@@ -37,13 +41,18 @@ def add_sides(parser: argparse.ArgumentParser) -> None:
     """The options that say where to run."""
     parser.add_argument("--engine", action="store_true", help="only on the engine with the default model")
     parser.add_argument("--simulate", action="store_true", help="only in simulation, an 8B model on an H200")
+    parser.add_argument("--redraw", action="store_true", help="only the plots, from the results there are")
 
 
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Runs an experiment on the sides that were chosen; on all of its own where none was."""
     wanted = {"engine": options.engine, "simulation": options.simulate}
     for name in experiment.sides:
-        if wanted[name] or not any(wanted.values()):
+        if not wanted[name] and any(wanted.values()):
+            continue
+        if options.redraw:
+            draw(experiment, name)
+        else:
             side = SIDES[name](LIMITS[name] | experiment.limits.get(name, {}))
             present(experiment, side, run_cases(experiment, side))
 
@@ -54,34 +63,51 @@ def run_cases(experiment: Experiment, side: Side) -> list[dict[str, Any]]:
     capacities: dict[int, float] = {}
     if side.scale.name == "engine" and cases:
         side.run(dataclasses.replace(cases[0], load=None, trace=at_once(cases[0].trace.part(0, 40))))  # warms up
-    rows = []
-    for case in cases:
-        begin = time.perf_counter()
-        rate = None
-        if case.load is not None:
-            reference = case.reference or case.trace
-            if id(reference) not in capacities:
-                capacities[id(reference)] = capacity(side, dataclasses.replace(case, trace=reference))
-            rate = case.load * capacities[id(reference)]
-            case = dataclasses.replace(case, trace=case.trace.faster(rate / reference.rate))
-        found = side.run(case)
-        row = {
-            "case": case.name,
-            "x": case.x,
-            "series": case.series,
-            "load": case.load,
-            "requests_per_second_sent": rate,
-        }
-        row |= {"options": dict(case.options), **summary(found, experiment.ttft_target.get(side.scale.name))}
-        rows.append(row)
-        print(f"{side.scale.name}: {case.name} {case.series}: {time.perf_counter() - begin:.1f} s", flush=True)
-    return rows
+    rounds = experiment.engine_rounds if side.scale.name == "engine" else 1
+    found = []
+    for turn in range(rounds):
+        found.append([_row(experiment, side, case, capacities) for case in cases])
+        print(f"{side.scale.name}: round {turn + 1} of {rounds} done", flush=True)
+    return [middle(rows) for rows in zip(*found, strict=True)]
+
+
+def middle(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The median of each figure over the rounds, and the throughput of each round."""
+    if len(rows) == 1:
+        return rows[0]
+    row = dict(rows[0])
+    for name, value in row.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            row[name] = statistics.median(found for each in rows if (found := each[name]) is not None)
+    row["rounds"] = [each[THROUGHPUT.key] for each in rows]
+    return row
+
+
+def _row(experiment: Experiment, side: Side, case: Case, capacities: dict[int, float]) -> dict[str, Any]:
+    begin = time.perf_counter()
+    rate = None
+    if case.load is not None:
+        reference = case.reference or case.trace
+        if id(reference) not in capacities:
+            capacities[id(reference)] = capacity(side, dataclasses.replace(case, trace=reference))
+        rate = case.load * capacities[id(reference)]
+        case = dataclasses.replace(case, trace=case.trace.faster(rate / reference.rate))
+    found = summary(side.run(case), experiment.ttft_target.get(side.scale.name))
+    print(f"{side.scale.name}: {case.name} {case.series}: {time.perf_counter() - begin:.1f} s", flush=True)
+    row = {"case": case.name, "x": case.x, "series": case.series, "load": case.load, "requests_per_second_sent": rate}
+    return row | {"options": dict(case.options), **found}
 
 
 def capacity(side: Side, case: Case) -> float:
-    """Requests a second that the side gets through with its own settings when all are there at once."""
-    plain = Case("capacity", at_once(case.trace), client=case.client)
-    return summary(side.run(plain))["requests_per_second"]
+    """Requests a second that the side gets through with its own settings when all are there at once.
+
+    Taken from when FULL of the output tokens are there: later the longest requests run on alone.
+    """
+    run = side.run(Case("capacity", at_once(case.trace), client=case.client))
+    timings = request_timings(run.events)
+    times = sorted(time for each in timings for time in each.token_times)
+    seconds = times[int(FULL * (len(times) - 1))] - min(each.arrived for each in timings)
+    return FULL * len(timings) / seconds
 
 
 def present(experiment: Experiment, side: Side, rows: list[dict[str, Any]]) -> None:
@@ -91,9 +117,16 @@ def present(experiment: Experiment, side: Side, rows: list[dict[str, Any]]) -> N
     path = report.write(name, settings, {"question": experiment.question, "cases": rows})
     print(report.describe() if side.scale.name == "engine" else side.about["model"])
     print(table(experiment, rows))
-    title = f"{experiment.question}\n{side.about['model']}"
-    plots.draw(experiment, rows, title, report.RESULTS / f"{name}.png")
+    draw(experiment, side.scale.name)
     print(f"written: {path} and .png")
+
+
+def draw(experiment: Experiment, side: str) -> None:
+    """Draws what results/experiments/NAME_SIDE.json holds."""
+    path = report.RESULTS / "experiments" / f"{experiment.name}_{side}.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    title = f"{experiment.question}\n{document['settings']['side']['model']}"
+    plots.draw(experiment, document["results"]["cases"], title, path.with_suffix(".png"))
 
 
 def table(experiment: Experiment, rows: Sequence[dict[str, Any]]) -> str:

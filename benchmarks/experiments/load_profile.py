@@ -18,14 +18,17 @@ def make_cases(scale: Scale) -> list[Case]:
     """The profile, the three that it chooses from, each on its own, and the presets of configs/presets/."""
     trace = tenants(scale, requests=2 * scale.requests)
     client = ClientRule(16 * scale.output)
+    small = scale.name == "engine"
+    seqs, (low, middle, high) = (64, (64, 256, 1024)) if small else (128, (512, 2048, 4096))
+    tokens = {"latency_tokens": low, "balanced_tokens": middle, "throughput_tokens": high}
     ways: dict[str, dict[str, Any]] = {
-        "load_profile": {"load_profile": True},
-        "always latency": {"max_num_batched_tokens": 512, "enable_chunked_prefill": False},
-        "always throughput": {"max_num_batched_tokens": 4096},
+        "load_profile": {"load_profile": True, **tokens},
+        "always latency": {"max_num_batched_tokens": low},
+        "always throughput": {"max_num_batched_tokens": high},
     }
     found = [
         Case(f"load {load:g}", trace, x=load, series=way, client=client, load=load,
-             options={"max_num_seqs": 128} | options)
+             options={"max_num_seqs": seqs} | options)
         for way, options in ways.items()
         for load in LOADS
     ]  # fmt: skip

@@ -19,15 +19,15 @@ def draw(experiment: Experiment, rows: Sequence[Row], title: str, path: pathlib.
 
     panels = [panel for panel in experiment.panels if any(row.get(panel.key) is not None for row in rows)]
     lines = bool(experiment.xlabel)
-    columns = min(len(panels), 3 if lines else 4)
+    columns = min(len(panels), 3 if lines or len(panels) in (5, 6, 9) else 4)
     height = 3.4 if lines else 1.1 + 0.3 * len(rows)
     vertical = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.2 * columns + (0 if lines else 1.5), height * vertical + 0.8), layout="constrained")
-    axes = figure.subplots(vertical, columns, squeeze=False).flat
+    axes = list(figure.subplots(vertical, columns, squeeze=False).flat)
     for axis, panel in zip(axes, panels, strict=False):
         (_lines if lines else _bars)(axis, panel, rows, experiment)
         axis.grid(visible=True, axis="both" if lines else "x", alpha=0.3)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.remove()
     if not lines:
         for place, axis in enumerate(figure.axes):

@@ -42,17 +42,19 @@ def _oracle(sigma: float) -> Callable[[Mapping[str, int]], NoisyOracle]:
 
 
 def make_cases(scale: Scale) -> list[Case]:
-    """Three tenants at 1.3 times capacity, under fcfs and under sjf with an oracle of rising error."""
+    """Three tenants in overload, under fcfs and under sjf with an oracle of rising error."""
     trace = tenants(scale, requests=2 * scale.requests)
     client = ClientRule(16 * scale.output)
     sjf = {"policy": "sjf", "sjf_ageing": 1.0}
     found = [
         Case(f"sigma {sigma:g}", trace, x=sigma, series="sjf, true lengths with an error", options=sjf, client=client,
-             load=1.3, predictor=_oracle(sigma))
+             load=scale.overload, predictor=_oracle(sigma))
         for sigma in ERRORS
     ]  # fmt: skip
-    found.append(Case("own predictor", trace, series="sjf, own predictor", options=sjf, client=client, load=1.3))
-    return [*found, Case("fcfs", trace, series="fcfs", client=client, load=1.3)]
+    found.append(
+        Case("own predictor", trace, series="sjf, own predictor", options=sjf, client=client, load=scale.overload)
+    )
+    return [*found, Case("fcfs", trace, series="fcfs", client=client, load=scale.overload)]
 
 
 EXPERIMENT = Experiment(

@@ -131,9 +131,8 @@ def shared_runner(num_seqs: int, num_tokens: int) -> Runner:
     """The default model, loaded and compiled once a process. Smaller limits use a part of its programs."""
     from jaxserve.runner.model_runner import ModelRunner  # jax, which a simulation needs not
 
-    server, _ = gin_config.load("tiny.gin")
     limits = {"max_num_seqs": num_seqs, "max_num_batched_tokens": num_tokens, "swap_space": SWAP_GIB}
-    return ModelRunner(with_options(server.engine, limits), progress=True)
+    return ModelRunner(EngineSide.configuration(limits), progress=True)
 
 
 class EngineSide:
@@ -141,14 +140,19 @@ class EngineSide:
 
     def __init__(self, limits: Mapping[str, Any], runner: Runner | None = None, seed: int = 0):
         """runner: another one than the default model's, for tests."""
-        server, _ = gin_config.load("tiny.gin")
-        self.config = with_options(server.engine, limits)
+        self.config = self.configuration(limits)
         scheduler = self.config.scheduler
         wanted = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
         size = next(size for size in RUNNERS if wanted[0] <= size[0] and wanted[1] <= size[1])
         self.runner = runner or shared_runner(*size)
         self._seed = seed
         self.scale = Scale("engine", 120, 64, 48, *wanted, limits=dict(limits))
+
+    @staticmethod
+    def configuration(limits: Mapping[str, Any]) -> EngineConfig:
+        """That of the default model with some settings; ValueError for one that it does not have."""
+        server, _ = gin_config.load("tiny.gin")
+        return with_options(server.engine, limits)
 
     @property
     def about(self) -> dict[str, Any]:

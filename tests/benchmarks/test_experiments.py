@@ -1,0 +1,142 @@
+"""The harness of the experiments, over a runner without a model and over the simulator."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.experiments import __main__ as all_experiments
+from benchmarks.experiments import harness, plots
+from benchmarks.experiments.cases import TTFT, Case, Experiment, Panel, Scale
+from benchmarks.experiments.figures import jain_index, summary
+from benchmarks.experiments.sides import EngineSide, SimulationSide
+from jaxserve.recorder import FirstToken, RequestFinished, StepRecorded, TokensProduced
+from jaxserve.runner.fake import FakeRunner
+from jaxserve.simulator.simulation import ClientRule
+from jaxserve.simulator.traces import make_trace
+
+LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 32}
+TRACE = make_trace("mixed", np.zeros(9), [3, 9, 20] * 3, [1, 5, 12] * 3, tenants=["a", "b", "b"] * 3)
+
+
+def make_side(name: str) -> EngineSide | SimulationSide:
+    if name == "simulation":
+        return SimulationSide(LIMITS | {"num_pages": 65})
+    return EngineSide(LIMITS, FakeRunner(page_size=16, num_pages=65))
+
+
+@pytest.mark.parametrize("name", ["engine", "simulation"])
+@pytest.mark.parametrize("client", [ClientRule("exact"), ClientRule(40)])
+@pytest.mark.parametrize("changes", [{}, {"concurrency": 2}, {"num_pages": 4}])
+def test_requests_end_at_the_lengths_of_the_trace(name: str, client: ClientRule, changes: dict[str, Any]) -> None:
+    """Whether a client's limit or a stop id ends them, open and closed loop, and where a small pool preempts."""
+    run = make_side(name).run(Case("case", TRACE, client=client, **changes))
+    ended = {event.request_id: event for event in run.events if isinstance(event, RequestFinished)}
+    assert [ended[str(place)].output_tokens for place in range(9)] == TRACE.output_tokens.tolist()
+    reason = "length" if client.max_tokens == "exact" else "stop"
+    assert {event.reason for event in ended.values()} == {reason}
+    steps = [event for event in run.events if isinstance(event, StepRecorded)]
+    assert max(step.rows for step in steps) <= changes.get("concurrency", 4)
+    if "num_pages" in changes:
+        assert max(step.pages_used for step in steps) <= 4
+
+
+@pytest.mark.parametrize("name", ["engine", "simulation"])
+def test_a_stand_in_predictor_decides_who_is_shortest(name: str) -> None:
+    """With the order of lengths turned round, shortest-first takes the longest of those that wait."""
+
+    class Reversed:
+        kendall_tau = None
+
+        def __init__(self, lengths: Any):
+            self.lengths = lengths
+
+        def expected(self, request: Any) -> float:
+            return 100.0 - self.lengths[request.request_id]
+
+        def observe(self, request: Any, output_tokens: int) -> None:
+            pass
+
+    options = {"policy": "sjf", "max_num_seqs": 1}
+    run = make_side(name).run(Case("case", TRACE, options=options, predictor=Reversed))
+    first = [int(event.request_id) for event in run.events if isinstance(event, FirstToken)]
+    lengths = TRACE.output_tokens[first].tolist()
+    assert lengths[1:] == sorted(lengths[1:], reverse=True)
+
+
+def test_summary_of_events_worked_by_hand() -> None:
+    run = make_side("simulation").run(Case("case", TRACE, options={"mode": "none"}))
+    tokens = sum(len(event.request_ids) for event in run.events if isinstance(event, TokensProduced))
+    row = summary(run)
+    assert row["completed"] == row["requests"] == 9
+    assert row["output_tokens_per_second"] * row["seconds"] == pytest.approx(tokens) == TRACE.output_tokens.sum()
+    assert row["sequences"] == 1.0
+    assert row["a.requests"] == 3
+    assert row["e2e_p99"] <= row["seconds"]
+    assert summary(run, row["ttft_p50"])["in_time"] == pytest.approx(5 / 9)
+
+
+def test_jain_index() -> None:
+    assert jain_index([3.0, 3.0, 3.0]) == pytest.approx(1.0)
+    assert jain_index([5.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
+    assert jain_index([0.0]) is None
+
+
+def test_a_load_is_a_share_of_what_the_side_can_do() -> None:
+    side = make_side("simulation")
+    trace = dataclasses.replace(TRACE, arrivals=np.arange(9.0))
+    experiment = Experiment("x", "?", lambda scale: [Case(f"{load}", trace, load=load) for load in (0.5, 1.0)], (TTFT,))
+    half, full = harness.run_cases(experiment, side)
+    assert full["requests_per_second_sent"] == pytest.approx(harness.capacity(side, Case("c", trace)))
+    assert half["requests_per_second_sent"] == pytest.approx(full["requests_per_second_sent"] / 2)
+
+
+def test_rounds_of_the_engine_are_medians() -> None:
+    experiment = Experiment("x", "?", lambda scale: [Case("only", TRACE)], (TTFT,), engine_rounds=3)
+    (row,) = harness.run_cases(experiment, make_side("engine"))
+    assert row["output_tokens_per_second"] == sorted(row["rounds"])[1]
+    assert len(row["rounds"]) == 3
+    assert row["completed"] == 9
+
+
+def test_an_unknown_setting_is_refused() -> None:
+    with pytest.raises(ValueError, match="option 'speed' is unknown"):
+        make_side("simulation").run(Case("case", TRACE, options={"speed": 11}))
+
+
+def test_table_and_plot_show_every_case(tmp_path: Any) -> None:
+    rows = [
+        {"case": "one", "series": "s", "x": 1.0, "ttft_mean": 0.5, "a.ttft_mean": 0.25, "a.requests": 3},
+        {"case": "flat", "series": "t", "x": None, "ttft_mean": 2.0, "a.ttft_mean": None, "a.requests": 0},
+    ]
+    experiment = Experiment("x", "?", lambda scale: [], (TTFT, Panel("a.ttft_mean", "", "a")), by_tenant=True)
+    text = harness.table(experiment, rows)
+    assert [line.split()[-1] for line in text.splitlines() if line.startswith(("one", "flat"))] == [
+        "500",
+        "2,000",
+        "250",
+        "-",
+    ]
+    for xlabel in ("", "number"):
+        path = tmp_path / f"plot{xlabel}.png"
+        plots.draw(dataclasses.replace(experiment, xlabel=xlabel), rows, "title", path)
+        assert path.stat().st_size > 5000
+
+
+@pytest.mark.parametrize("name", all_experiments.NAMES)
+def test_cases_of_every_experiment_are_valid(name: str) -> None:
+    """Their settings exist and agree with the limits of both sides, and no two rows of a plot are one."""
+    experiment = importlib.import_module(f"benchmarks.experiments.{name}").EXPERIMENT
+    assert experiment.name == name
+    for side in experiment.sides:
+        limits = harness.LIMITS[side] | experiment.limits.get(side, {})
+        scale = Scale(side, 20, 64, 48, limits["max_num_seqs"], limits["max_num_batched_tokens"], limits)
+        cases = experiment.cases(scale)
+        assert len({(case.name, case.series) for case in cases}) == len(cases)
+        for case in cases:
+            if case.scheduler is None:
+                EngineSide.configuration(limits | dict(case.options))
