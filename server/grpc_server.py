@@ -22,6 +22,7 @@ from server.service import JaxServeService
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["JaxServe"].full_name
 _CLOSE_SECONDS = 1.0
+_UNLIMITED = 2**31 - 1
 
 _Status = health_pb2.HealthCheckResponse.ServingStatus
 
@@ -90,6 +91,11 @@ def _options(max_message_bytes: int) -> tuple[tuple[str, int], ...]:
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", -1),
+        # gRPC refuses calls at random from 1,000 on that Python has not yet taken, and all that wait 30 seconds for it,
+        # with a bare CANCELLED. How many may wait is the scheduler's to say (max_num_waiting), with a reason.
+        ("grpc.server.max_pending_requests", _UNLIMITED),
+        ("grpc.server.max_pending_requests_hard_limit", _UNLIMITED),
+        ("grpc.server_max_unrequested_time_in_server", _UNLIMITED),
         # A client whose machine vanished sends no goodbye: without an answer to a ping its requests are aborted.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
