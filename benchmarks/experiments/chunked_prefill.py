@@ -41,6 +41,7 @@ EXPERIMENT = Experiment(
     question="Long prompts, whole or in chunks, beside requests that decode",
     cases=make_cases,
     panels=(
+        Panel("decoding.itl_max", "", "decoding requests: longest ITL, ms", 1e3),
         Panel("decoding.itl_p99", "", "decoding requests: p99 ITL, ms", 1e3),
         Panel("decoding.tpot_mean", "", "decoding requests: mean TPOT, ms", 1e3),
         Panel("prompt.ttft_mean", "", "long prompts: mean TTFT, ms", 1e3),
@@ -48,6 +49,7 @@ EXPERIMENT = Experiment(
     columns=(
         Panel("decoding.itl_mean", "ITL ms", "", 1e3),
         Panel("decoding.itl_p99", "p99 ITL ms", "", 1e3),
+        Panel("decoding.itl_max", "longest ITL ms", "", 1e3),
         Panel("decoding.tpot_mean", "TPOT ms", "", 1e3),
         Panel("prompt.ttft_mean", "long TTFT ms", "", 1e3),
         cases.UTILISATION,

@@ -66,7 +66,8 @@ def summary(run: Run, ttft_target: float | None = None) -> dict[str, Any]:
 
 
 def latencies(timings: Sequence[RequestTimings]) -> dict[str, float | None]:
-    """Mean, p50 and p99 of each latency, in seconds, over the requests that have it."""
+    """Mean, p50 and p99 of each latency, in seconds, over the requests that have it; of gaps between tokens the longest
+    too."""
     values: dict[str, list[float]] = {
         name.removesuffix("_time"): [value for each in timings if (value := getattr(each, name)) is not None]
         for name in _LATENCIES
@@ -80,6 +81,7 @@ def latencies(timings: Sequence[RequestTimings]) -> dict[str, float | None]:
         spread = Spread.of(found)
         for figure in ("mean", "p50", "p99"):
             row[f"{name}_{figure}"] = None if spread is None else getattr(spread, figure)
+    row["itl_max"] = max(values["itl"], default=None)
     return row
 
 

@@ -25,7 +25,7 @@ EXPERIMENT = Experiment(
     question="Tokens of a step at most: early first tokens against even gaps",
     cases=make_cases,
     panels=(cases.THROUGHPUT, cases.TTFT, cases.TTFT_P99, cases.TPOT, cases.ITL_P99, cases.E2E),
-    xlabel="tokens of a step at most (max_num_batched_tokens)",
+    xlabel="max_num_batched_tokens",
     log_x=True,
     limits={
         "engine": {"max_num_seqs": 64, "max_num_batched_tokens": 2048},

@@ -150,10 +150,10 @@ class Emitter:
         for phi, value in zip(values, initial, strict=True):
             phi.add_incoming(value, before)
         results = body(index, values)
-        following = builder.add(index, WORD(1))
-        index.add_incoming(following, block)
+        following, end = builder.add(index, WORD(1)), builder.block  # another one than `block` after a loop in the body
+        index.add_incoming(following, end)
         for phi, value in zip(values, results, strict=True):
-            phi.add_incoming(value, block)
+            phi.add_incoming(value, end)
         builder.cbranch(builder.icmp_signed("<", following, count), block, after)
         builder.position_at_end(after)
         return results

@@ -1,14 +1,15 @@
 """bfloat16 matrix products on CPUs with AVX512_BF16, from weights packed once: fast for few rows and for many.
 
-Every sum is one chain of `vdpbf16ps` over the contracted axis, two products at a time, from the first to the last: the
-bits of a result depend on its row and its column alone, never on how many rows there are. XLA's own dots pack the
-weights in every call, which is most of their time below a hundred rows.
+Every sum is one chain over the contracted axis, two products at a time, from the first to the last, in vectors
+(`vdpbf16ps`) or, where the CPU has AMX, in tiles: the bits of a result depend on its row and its column alone, never on
+how many rows there are. XLA's own dots pack the weights in every call, which is most of their time below a hundred
+rows.
 
 Packed, a matrix [N, K] keeps its shape and its bytes take another order: panels of PANEL columns of the result, in
 each the columns side by side in pairs along K, [N / PANEL, K / 2, PANEL, 2].
 
-For few rows a panel is read in pieces that stay in the first cache while all rows are multiplied by them; each piece
-asks for the next one, so that memory works while the sums are computed.
+With vectors, for few rows a panel is read in pieces that stay in the first cache while all rows are multiplied by them;
+each piece asks for the next one, so that memory works while the sums are computed.
 """
 
 # numba reads the functions itself; pyright knows neither its types nor its intrinsics.
@@ -17,6 +18,7 @@ asks for the next one, so that memory works while the sums are computed.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -25,11 +27,11 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-from pallas_kernels.cpu import features, ffi
+from pallas_kernels.cpu import features, ffi, tiles
 from pallas_kernels.cpu.emitter import FLOATS, INT, INTS, WORD, Emitter
 
 ROWS = 8
-"""Rows computed together; fewer are filled up with zeros."""
+"""Rows computed together in vectors; fewer are filled up with zeros."""
 
 PANEL = 32
 """Columns computed together: two vectors of 16 float32."""
@@ -38,29 +40,43 @@ _PIECE, _FEW_BLOCKS = 64, 4
 """Pairs of a panel, 8 KiB, that all rows are multiplied by before the next ones, up to so many blocks of rows. More
 leave memory time enough, and would have more sums to take up again."""
 
+_GROUP, _ALL = 256, 1 << 30
+"""Rows that tiles multiply by all panels of a work item before the next ones, to find them in the second cache; and the
+number that vectors never have."""
+
 _PAIR_BYTES, _SUM_BYTES = 4 * PANEL, 4 * PANEL
 """Bytes of a pair of all columns of a panel, and of a row of their sums."""
 
-_LINEAR, _SWIGLU = "jaxserve_linear_2", "jaxserve_swiglu_2"
-"""Names of the targets. The number changes with what they compute or how weights are packed: a program that was kept
-from an earlier release must not meet them."""
+_VECTORS, _TILES = "vectors_3", "tiles_1"
+"""Part of the targets' names. The number changes with what they compute or how weights are packed: a program that was
+kept from an earlier release must not meet them."""
 
 
 def fits(out_features: int, in_features: int) -> bool:
-    """Whether a matrix [N, K] can be packed: whole panels of whole pairs."""
-    return out_features % PANEL == 0 and in_features % 2 == 0
+    """Whether a matrix [N, K] can be packed: whole panels of whole pairs, or of whole steps of tiles."""
+    return out_features % PANEL == 0 and in_features % (2 * tiles.PAIRS if tiles.usable() else 2) == 0
 
 
 def runs_here() -> bool:
-    """Whether this CPU has the instructions, and no faster ones that XLA's dots use (AMX)."""
-    return features.has("avx512_bf16") and not features.has("amx_bf16")
+    """Whether this CPU has the instructions."""
+    return features.has("avx512_bf16")
 
 
 def prepare() -> None:
     """Compiles the functions and makes them known to XLA, once a process; before a program that calls them is loaded
     or run."""
-    ffi.register(_LINEAR, _num_runs, _linear_run)
-    ffi.register(_SWIGLU, _num_pairs_of_panels, _swiglu_pair)
+    kind = _kind()
+    num_runs, linear_run, swiglu_pair = _works(kind)
+    ffi.register(_name("linear", kind), num_runs, linear_run)
+    ffi.register(_name("swiglu", kind), _num_pairs_of_panels, swiglu_pair)
+
+
+def _kind() -> str:
+    return _TILES if tiles.usable() else _VECTORS
+
+
+def _name(function: str, kind: str) -> str:
+    return f"jaxserve_{function}_{kind}"
 
 
 def pack(matrix: jax.Array) -> jax.Array:
@@ -80,23 +96,26 @@ def pack_gate_up(gate_up: jax.Array) -> jax.Array:
 def linear(x: jax.Array, packed: jax.Array) -> jax.Array:
     """x [T, K] times the transposed matrix that `pack` packed, bfloat16 both: float32 [T, N]."""
     n, k = packed.shape
-    return _call(_LINEAR, x, packed, k, n, jnp.float32)
+    return _call("linear", x, packed, k, n, jnp.float32)
 
 
 def swiglu(x: jax.Array, packed: jax.Array) -> jax.Array:
     """silu(x gate^T) * (x up^T), computed in float32, for x [T, K] and what `pack_gate_up` packed: bfloat16 [T, I]."""
     _, wide, k = packed.shape
-    return _call(_SWIGLU, x, packed, k, wide, jnp.bfloat16)
+    return _call("swiglu", x, packed, k, wide, jnp.bfloat16)
 
 
-def _call(name: str, x: jax.Array, packed: jax.Array, k: int, columns: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+def _call(
+    function: str, x: jax.Array, packed: jax.Array, k: int, columns: int, dtype: jax.typing.DTypeLike
+) -> jax.Array:
     prepare()
-    rows = x.shape[0]
-    filled = math.ceil(rows / ROWS) * ROWS
+    rows, kind = x.shape[0], _kind()
+    together = tiles.ROWS if kind == _TILES and rows > ROWS else ROWS
+    filled = math.ceil(rows / together) * together
     if filled != rows:
         x = jnp.pad(x, ((0, filled - rows), (0, 0)))
     result = jax.ShapeDtypeStruct((filled, columns), dtype)
-    return jax.ffi.ffi_call(name, result)(np.array([filled, k, columns], np.int32), x, packed)[:rows]
+    return jax.ffi.ffi_call(_name(function, kind), result)(np.array([filled, k, columns], np.int32), x, packed)[:rows]
 
 
 def _emit_product(emit, x, x_step, weights, pairs, out, out_step, sums=None, ahead=None, ahead_step=None):
@@ -201,10 +220,9 @@ def _panels_of_run(k, columns):
 
 
 @njit
-def _num_runs(frame):
-    _, k, columns = _sizes(frame)
-    run = _panels_of_run(k, columns)
-    return (columns // PANEL + run - 1) // run
+def _panels_of_run_in_tiles(k, columns):
+    """The same in tiles, which ask memory for what comes next, in the next panel of the item too."""
+    return 4 if columns >= 64 * PANEL else 1
 
 
 @njit
@@ -214,38 +232,84 @@ def _aligned(address):
 
 
 @njit
-def _linear_run(frame, item):
-    """Some panels of `linear` for all rows."""
-    rows, k, columns = _sizes(frame)
-    run = _panels_of_run(k, columns)
-    x = ffi.address_of(ffi.argument(frame, 1, 1, np.uint16))
-    weights = ffi.address_of(ffi.argument(frame, 2, 1, np.uint16))
-    out = ffi.address_of(ffi.result(frame, 0, 1, np.float32))
-    scratch = ffi.allocate(rows * _SUM_BYTES + 64)
-    sums = _aligned(scratch)
-    for panel in range(item * run, min(item * run + run, columns // PANEL)):
-        _multiply_panel(x, rows, k, weights + panel * PANEL * k * 2, out + 4 * panel * PANEL, 4 * columns, sums)
-    ffi.release(scratch)
-
-
-@njit
 def _num_pairs_of_panels(frame):
     _, _, columns = _sizes(frame)
     return (columns + PANEL - 1) // PANEL
 
 
 @njit
-def _swiglu_pair(frame, pair):
-    """Two panels of `swiglu`, which give a cache line of the result (one panel at the end of an odd number)."""
-    rows, k, columns = _sizes(frame)
-    half = PANEL // 2
-    x = ffi.address_of(ffi.argument(frame, 1, 1, np.uint16))
-    weights = ffi.address_of(ffi.argument(frame, 2, 1, np.uint16))
-    out = ffi.address_of(ffi.result(frame, 0, 1, np.uint16))
-    scratch = ffi.allocate(rows * _SUM_BYTES + 64)
-    sums = _aligned(scratch)
-    for panel in range(2 * pair, min(2 * pair + 2, columns // half)):
-        _multiply_panel(x, rows, k, weights + panel * PANEL * k * 2, sums, _SUM_BYTES, sums)
-        for row in range(rows):
-            _gate_row(sums + row * _SUM_BYTES, out + 2 * (row * columns + panel * half))
-    ffi.release(scratch)
+def _no_begin(rows, configuration):
+    pass
+
+
+@njit
+def _no_end():
+    pass
+
+
+@njit
+def _multiply_tiles(x, rows, k, weights, out, out_step, sums):
+    tiles.multiply_panel(x, rows, k, weights, out, out_step)
+
+
+@functools.cache
+def _works(kind):
+    """What `linear` and `swiglu` do for an item, with vectors or in tiles."""
+    begin, multiply, end = _no_begin, _multiply_panel, _no_end
+    group, run_of = _ALL, _panels_of_run
+    if kind == _TILES:
+        begin, multiply, end = tiles.begin, _multiply_tiles, tiles.end
+        group, run_of = _GROUP, _panels_of_run_in_tiles
+
+    @njit
+    def num_runs(frame):
+        _, k, columns = _sizes(frame)
+        run = run_of(k, columns)
+        return (columns // PANEL + run - 1) // run
+
+    @njit
+    def linear_run(frame, item):
+        """Some panels of `linear` for all rows."""
+        rows, k, columns = _sizes(frame)
+        run = run_of(k, columns)
+        x = ffi.address_of(ffi.argument(frame, 1, 1, np.uint16))
+        weights = ffi.address_of(ffi.argument(frame, 2, 1, np.uint16))
+        out = ffi.address_of(ffi.result(frame, 0, 1, np.float32))
+        scratch = ffi.allocate(_scratch_bytes(rows))
+        sums = _aligned(scratch)
+        begin(rows, sums + rows * _SUM_BYTES)
+        for first in range(0, rows, group):
+            count, place = min(group, rows - first), x + 2 * first * k
+            for panel in range(item * run, min(item * run + run, columns // PANEL)):
+                target = out + 4 * (first * columns + panel * PANEL)
+                multiply(place, count, k, weights + panel * PANEL * k * 2, target, 4 * columns, sums)
+        end()
+        ffi.release(scratch)
+
+    @njit
+    def swiglu_pair(frame, pair):
+        """Two panels of `swiglu`, which give a cache line of the result (one panel at the end of an odd number)."""
+        rows, k, columns = _sizes(frame)
+        half = PANEL // 2
+        x = ffi.address_of(ffi.argument(frame, 1, 1, np.uint16))
+        weights = ffi.address_of(ffi.argument(frame, 2, 1, np.uint16))
+        out = ffi.address_of(ffi.result(frame, 0, 1, np.uint16))
+        scratch = ffi.allocate(_scratch_bytes(rows))
+        sums = _aligned(scratch)
+        begin(rows, sums + rows * _SUM_BYTES)
+        for first in range(0, rows, group):
+            count, place = min(group, rows - first), x + 2 * first * k
+            for panel in range(2 * pair, min(2 * pair + 2, columns // half)):
+                multiply(place, count, k, weights + panel * PANEL * k * 2, sums, _SUM_BYTES, sums)
+                for row in range(count):
+                    _gate_row(sums + row * _SUM_BYTES, out + 2 * ((first + row) * columns + panel * half))
+        end()
+        ffi.release(scratch)
+
+    return num_runs, linear_run, swiglu_pair
+
+
+@njit
+def _scratch_bytes(rows):
+    """Of the sums of a panel and what shapes the tiles, and to begin at a cache line."""
+    return rows * _SUM_BYTES + tiles.CONFIGURATION_BYTES + 64

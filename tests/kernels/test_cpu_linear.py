@@ -1,15 +1,25 @@
-"""The packed products of CPUs against float64, and their bits in any number of rows."""
+"""The packed products of CPUs, in vectors and in tiles, against float64, and their bits in any number of rows."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.cpu import features, linear
+from pallas_kernels.cpu import features, linear, tiles
 
 pytestmark = pytest.mark.skipif(not features.has("avx512_bf16"), reason="this CPU has no AVX512_BF16 instructions")
+
+
+@pytest.fixture(
+    params=["vectors", pytest.param("tiles", marks=pytest.mark.skipif(not tiles.usable(), reason="no AMX here"))],
+    autouse=True,
+)
+def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """What the contracted axis must be a multiple of, in pairs, for the kind of kernel under test."""
+    monkeypatch.setattr(tiles, "usable", lambda: request.param == "tiles")
+    return tiles.PAIRS if request.param == "tiles" else 1
 
 
 def draw(seed: int, *shape: int) -> jax.Array:
@@ -20,9 +30,10 @@ def wide(array: jax.Array) -> np.ndarray:
     return np.asarray(array).astype(np.float64)
 
 
-@settings(max_examples=25, deadline=None)
-@given(rows=st.integers(1, 70), panels=st.integers(1, 5), pairs=st.integers(1, 100), seed=st.integers(0, 2**32 - 1))
-def test_linear_is_the_product_in_float32(rows: int, panels: int, pairs: int, seed: int) -> None:
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.integers(1, 300), panels=st.integers(1, 5), pairs=st.integers(1, 100), seed=st.integers(0, 2**32 - 1))
+def test_linear_is_the_product_in_float32(step: int, rows: int, panels: int, pairs: int, seed: int) -> None:
+    pairs = -(-pairs // step) * step
     x, weight = draw(seed, rows, 2 * pairs), draw(seed + 1, panels * linear.PANEL, 2 * pairs)
     got = linear.linear(x, linear.pack(weight))
     assert got.shape == (rows, weight.shape[0])
@@ -31,9 +42,10 @@ def test_linear_is_the_product_in_float32(rows: int, panels: int, pairs: int, se
     assert (np.abs(wide(got) - wide(x) @ wide(weight).T) <= 1e-6 * magnitude + 1e-30).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.integers(1, 40), halves=st.integers(1, 7), pairs=st.integers(1, 60), seed=st.integers(0, 2**32 - 1))
-def test_swiglu_is_that_of_float64_rounded_once(rows: int, halves: int, pairs: int, seed: int) -> None:
+def test_swiglu_is_that_of_float64_rounded_once(step: int, rows: int, halves: int, pairs: int, seed: int) -> None:
+    pairs = -(-pairs // step) * step
     columns = halves * linear.PANEL // 2
     x, weight = draw(seed, rows, 2 * pairs), draw(seed + 1, 2, columns, 2 * pairs)
     got = wide(linear.swiglu(x, linear.pack_gate_up(weight)))
@@ -66,8 +78,8 @@ def test_what_is_not_finite_stays_in_its_row(value: float) -> None:
 
 def test_extreme_gates_are_closed_or_open() -> None:
     gates = np.array([-1e30, -200.0, 200.0, 1e30])
-    x = jnp.asarray(np.stack([gates, np.zeros(4)], axis=1), jnp.bfloat16)
-    gate_up = np.zeros((2, 16, 2), np.float32)
+    x = jnp.asarray(np.pad(gates[:, None], ((0, 0), (0, 31))), jnp.bfloat16)
+    gate_up = np.zeros((2, 16, 32), np.float32)
     gate_up[0, :, 0] = 1.0
     up = jnp.asarray(np.array([[0.0, 1.0]]), jnp.bfloat16)
     x = x.at[:, 1].set(up[0, 1])
