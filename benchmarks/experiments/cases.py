@@ -131,5 +131,5 @@ class Experiment:
     by_tenant: bool = False
     limits: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     ttft_target: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    engine_rounds: int = 3
+    engine_rounds: int = 2
     sides: tuple[str, ...] = ("simulation", "engine")

@@ -32,6 +32,7 @@ EXPERIMENT = Experiment(
     name="formations",
     question="Formations of a batch: continuous in overload, static at 0.7 of what continuous can do",
     cases=make_cases,
+    engine_rounds=3,
     panels=(cases.THROUGHPUT, cases.TTFT, cases.TTFT_P99, cases.E2E, cases.E2E_P99, cases.UTILISATION),
     by_tenant=True,
     limits={"engine": {"max_num_seqs": 32}, "simulation": {"max_num_seqs": 64}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from benchmarks.experiments import cases, harness
@@ -46,7 +47,14 @@ EXPERIMENT = Experiment(
     name="load_profile",
     question="Settings that follow the load, and presets, from idle to overload",
     cases=make_cases,
-    panels=(cases.THROUGHPUT, cases.TTFT, cases.TTFT_P99, cases.TPOT, cases.ITL_P99, cases.UTILISATION),
+    panels=(
+        cases.THROUGHPUT,
+        dataclasses.replace(cases.TTFT, log=True),
+        dataclasses.replace(cases.TTFT_P99, log=True),
+        cases.TPOT,
+        cases.ITL_P99,
+        cases.UTILISATION,
+    ),
     xlabel="load (arrivals over what the engine can do)",
     limits={
         "engine": {"max_num_seqs": 256, "max_num_batched_tokens": 8192},

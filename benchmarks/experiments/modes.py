@@ -46,6 +46,7 @@ EXPERIMENT = Experiment(
     name="modes",
     question="Batching modes on requests of 10 to 100 output tokens",
     cases=make_cases,
+    engine_rounds=3,
     panels=(cases.THROUGHPUT, dataclasses.replace(cases.TTFT, log=True), cases.E2E_P99, cases.UTILISATION),
     limits={side: {"max_num_seqs": BATCH} for side in ("engine", "simulation")},
 )

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.experiments.cases import Experiment, Panel
 
 Row = Mapping[str, Any]
+_WITH_COMMAS = "{x:,.10g}"
 _COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#666666")
 
 
@@ -19,7 +20,7 @@ def draw(experiment: Experiment, rows: Sequence[Row], title: str, path: pathlib.
 
     panels = [panel for panel in experiment.panels if any(row.get(panel.key) is not None for row in rows)]
     lines = bool(experiment.xlabel)
-    columns = min(len(panels), 3 if lines or len(panels) in (5, 6, 9) else 4)
+    columns = _columns(len(panels), lines)
     height = 3.4 if lines else 1.1 + 0.3 * len(rows)
     vertical = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.2 * columns + (0 if lines else 1.5), height * vertical + 0.8), layout="constrained")
@@ -43,6 +44,12 @@ def draw(experiment: Experiment, rows: Sequence[Row], title: str, path: pathlib.
     figure.savefig(path, dpi=100)
 
 
+def _columns(panels: int, lines: bool) -> int:
+    if lines and panels == 4:
+        return 2
+    return min(panels, 3 if lines or panels in (5, 6, 9) else 4)
+
+
 def _series(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["series"] for row in rows))
 
@@ -64,6 +71,7 @@ def _lines(axis: Any, panel: Panel, rows: Sequence[Row], experiment: Experiment)
         axis.set_yscale("log")
     else:
         axis.set_ylim(bottom=0)
+        axis.yaxis.set_major_formatter(_WITH_COMMAS)
     axis.set_xlabel(experiment.xlabel)
     axis.set_ylabel(panel.label)
 
@@ -83,9 +91,12 @@ def _bars(axis: Any, panel: Panel, rows: Sequence[Row], experiment: Experiment) 
         )  # fmt: skip
         seen.add(name)
     axis.set_yticks(range(len(rows)), [row["case"] for row in rows])
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.5, -0.5)
     if panel.log:
         axis.set_xscale("log")
+    else:
+        axis.locator_params(axis="x", nbins=5)
+        axis.xaxis.set_major_formatter(_WITH_COMMAS)
     axis.margins(x=0.2)
     axis.set_xlabel(panel.label)
 

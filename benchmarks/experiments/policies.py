@@ -38,6 +38,7 @@ EXPERIMENT = Experiment(
     name="policies",
     question="Policies at twice the capacity: chat floods (80 % of the requests), code has priority",
     cases=make_cases,
+    engine_rounds=3,
     panels=(
         cases.TTFT,
         cases.TTFT_P99,

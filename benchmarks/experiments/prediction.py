@@ -62,7 +62,7 @@ EXPERIMENT = Experiment(
     question="Error of predicted output lengths against the gain of shortest-first",
     cases=make_cases,
     panels=(cases.TTFT, cases.E2E, cases.E2E_P99, cases.TAU),
-    xlabel="sigma of the logarithm of predicted over true length",
+    xlabel="sigma of log(predicted / true length)",
     limits={"engine": {"max_num_seqs": 32}, "simulation": {"max_num_seqs": 64}},
 )
 

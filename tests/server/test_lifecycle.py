@@ -164,3 +164,13 @@ def test_the_blocking_client_offers_every_call(tokenizer):
         assert client.model_info().name == "echo"
         assert client.server_info().num_pages == 16
         assert client.detokenize(client.tokenize("hé")) == "hé"
+
+
+def test_a_burst_of_any_size_waits_its_turn(tokenizer):
+    """gRPC by itself refuses calls at random from 1,000 on that wait for Python to take them, and any above 3,000."""
+
+    async def body(served: Served) -> None:
+        answers = await asyncio.gather(*(served.client.tokenize(f"{number}") for number in range(4000)))
+        assert len(answers) == 4000
+
+    run_served(body, tokenizer)
