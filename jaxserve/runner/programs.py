@@ -75,7 +75,7 @@ class Shapes:
     """Everything that fixes the shapes of the programs.
 
     kv_cache_dtype: name of the dtype of keys and values in pages; None is `dtype`.
-    packed: weights are in the order that the CPU's kernels read.
+    packed: the CPU's kernels in whose order weights are, by name; "" for weights as they come.
     num_host_pages: pages of host memory for swapped sequences; 0 where none are swapped.
     """
 
@@ -88,7 +88,7 @@ class Shapes:
     num_pages: int
     attention: str
     kv_cache_dtype: str | None = None
-    packed: bool = False
+    packed: str = ""
     num_host_pages: int = 0
 
     @property
@@ -114,7 +114,7 @@ class Shapes:
 
 def products_of(shapes: Shapes, mesh: Mesh) -> Products:
     """How the model's layers multiply by their weights."""
-    return products_for(shapes.dtype, mesh, packed=shapes.packed)
+    return products_for(shapes.dtype, mesh, packed=bool(shapes.packed))
 
 
 def program_keys(shapes: Shapes) -> list[ProgramKey]:

@@ -13,6 +13,7 @@ from jaxserve.runner.roofline import token_bytes
 from jaxserve.scheduler.buckets import Buckets
 from models.config import ModelConfig
 from models.params import packable
+from pallas_kernels.cpu import linear
 from pallas_kernels.paged_attention import Use, choose
 
 GIB = 2**30
@@ -48,7 +49,7 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
         max_model_len=max_model_len,
         page_size=config.cache.page_size,
         num_pages=2,
-        packed=platform == "cpu" and packable(model, dtype),
+        packed=linear.kind() if platform == "cpu" and packable(model, dtype) else "",
         attention=choose(platform, config.attention, use),
     )
     return dataclasses.replace(shapes, num_host_pages=_host_pages(config.cache.swap_space, shapes))

@@ -65,13 +65,14 @@ def runs_here() -> bool:
 def prepare() -> None:
     """Compiles the functions and makes them known to XLA, once a process; before a program that calls them is loaded
     or run."""
-    kind = _kind()
-    num_runs, linear_run, swiglu_pair = _works(kind)
-    ffi.register(_name("linear", kind), num_runs, linear_run)
-    ffi.register(_name("swiglu", kind), _num_pairs_of_panels, swiglu_pair)
+    chosen = kind()
+    num_runs, linear_run, swiglu_pair = _works(chosen)
+    ffi.register(_name("linear", chosen), num_runs, linear_run)
+    ffi.register(_name("swiglu", chosen), _num_pairs_of_panels, swiglu_pair)
 
 
-def _kind() -> str:
+def kind() -> str:
+    """Which of the kernels run here, by name; a program compiled with others cannot call them."""
     return _TILES if tiles.usable() else _VECTORS
 
 
@@ -109,13 +110,13 @@ def _call(
     function: str, x: jax.Array, packed: jax.Array, k: int, columns: int, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
     prepare()
-    rows, kind = x.shape[0], _kind()
-    together = tiles.ROWS if kind == _TILES and rows > ROWS else ROWS
+    rows, chosen = x.shape[0], kind()
+    together = tiles.ROWS if chosen == _TILES and rows > ROWS else ROWS
     filled = math.ceil(rows / together) * together
     if filled != rows:
         x = jnp.pad(x, ((0, filled - rows), (0, 0)))
     result = jax.ShapeDtypeStruct((filled, columns), dtype)
-    return jax.ffi.ffi_call(_name(function, kind), result)(np.array([filled, k, columns], np.int32), x, packed)[:rows]
+    return jax.ffi.ffi_call(_name(function, chosen), result)(np.array([filled, k, columns], np.int32), x, packed)[:rows]
 
 
 def _emit_product(emit, x, x_step, weights, pairs, out, out_step, sums=None, ahead=None, ahead_step=None):
