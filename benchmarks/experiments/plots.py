@@ -98,6 +98,8 @@ def _bars(axis: Any, panel: Panel, rows: Sequence[Row], experiment: Experiment) 
         axis.locator_params(axis="x", nbins=5)
         axis.xaxis.set_major_formatter(_WITH_COMMAS)
     axis.margins(x=0.2)
+    if not panel.log:
+        axis.set_xlim(left=0)
     axis.set_xlabel(panel.label)
 
 

@@ -13,7 +13,7 @@ def make_cases(scale: Scale) -> list[Case]:
     """A pool that holds far fewer sequences than may run, so that many lose their pages."""
     trace = at_once(tenants(scale))
     client = ClientRule(16 * scale.output)
-    pages = 320 if scale.name == "engine" else 4096
+    pages = 112 if scale.name == "engine" else 4096
     found = [
         Case(kind, trace, series="kind", options={"preemption_mode": kind}, client=client, num_pages=pages)
         for kind in PREEMPTION_MODES
