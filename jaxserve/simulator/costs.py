@@ -119,9 +119,18 @@ class StepTime(NamedTuple):
 
 _REWEIGHTINGS = 3
 
-_TERMS: tuple[str, ...] = ("decode_context", "prefill_pairs", "prefill_context", "padded_context")
+_TERMS: tuple[str, ...] = (
+    "decode_context",
+    "prefill_pairs",
+    "prefill_context",
+    "padded_context",
+    "longest",
+    "prefill_steps",
+    "prefill_slots",
+)
 """What the time of a step rises with besides its buckets. padded_context: token_bucket x longest, for kernels that let
-every row take as long as the longest."""
+every row take as long as the longest. longest: for what they do once for all rows. prefill_steps, prefill_slots: 1 and the token bucket of a step with prefill
+tokens, whose program also has room for tiles of more than one token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +181,7 @@ class FittedCosts:
         token_seconds = tuple(zip(token_sizes, found[:first].tolist(), strict=True))
         rates = dict(zip(_TERMS, found[second:].tolist(), strict=True))
         largest, fixed = token_seconds[-1]
-        per_token = fixed / largest + rates["prefill_pairs"] * largest / 2
+        per_token = fixed / largest + rates["prefill_slots"] + rates["prefill_pairs"] * largest / 2
         return cls(
             name=name,
             token_seconds=token_seconds,
@@ -193,6 +202,8 @@ class FittedCosts:
             + self.swap_seconds_per_copy * shape.swapped_pages
             + rates["decode_context"] * shape.decode_context
             + rates["padded_context"] * (shape.token_bucket * shape.longest)
+            + rates["longest"] * shape.longest
+            + (rates["prefill_steps"] + rates["prefill_slots"] * shape.token_bucket if shape.prefill_tokens else 0.0)
         )
 
     def stretch_seconds(self, shape: StepShape, steps: int) -> np.ndarray:
@@ -201,6 +212,7 @@ class FittedCosts:
             self._of_buckets(shape)
             + rates["decode_context"] * (shape.decode_context + shape.decode_rows * later)
             + rates["padded_context"] * (shape.token_bucket * (shape.longest + later))
+            + rates["longest"] * (shape.longest + later)
         )
 
     def _of_buckets(self, shape: StepShape) -> float:
@@ -278,6 +290,9 @@ def _features(shapes: Sequence[StepShape], token_sizes: list[int], row_sizes: li
         sum(shape.prefill_pairs for shape in shapes),
         sum(shape.prefill_context for shape in shapes),
         sum(shape.token_bucket * shape.longest for shape in shapes),
+        sum(shape.longest for shape in shapes),
+        sum(shape.prefill_tokens > 0 for shape in shapes),
+        sum(shape.token_bucket for shape in shapes if shape.prefill_tokens),
     ]
 
 
