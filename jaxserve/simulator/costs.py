@@ -129,8 +129,8 @@ _TERMS: tuple[str, ...] = (
     "prefill_slots",
 )
 """What the time of a step rises with besides its buckets. padded_context: token_bucket x longest, for kernels that let
-every row take as long as the longest. longest: for what they do once for all rows. prefill_steps, prefill_slots: 1 and the token bucket of a step with prefill
-tokens, whose program also has room for tiles of more than one token."""
+every row take as long as the longest. longest: for what they do once for all rows. prefill_steps, prefill_slots: 1 and
+the token bucket of a step with prefill tokens, whose program also has room for tiles of more than one token."""
 
 
 @dataclasses.dataclass(frozen=True)
