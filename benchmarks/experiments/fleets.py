@@ -82,8 +82,13 @@ def draw(rows: list[dict[str, Any]], trace: Trace, path: pathlib.Path) -> None:
 
     figure = Figure(figsize=(13, 5), layout="constrained")
     cost, over_time = figure.subplots(1, 2)
-    kinds = {"fixed": "#666666", "forecast ewma": "#1b9e77", "forecast holt": "#7570b3", "cost aware": "#d95f02"}
-    for kind, colour in kinds.items():
+    kinds = {
+        "fixed": ("#666666", (4, 4)),
+        "forecast ewma": ("#1b9e77", (-18, -12)),
+        "forecast holt": ("#7570b3", (-18, -12)),
+        "cost aware": ("#d95f02", (4, 8)),
+    }  # where the labels of each stand, in points
+    for kind, (colour, offset) in kinds.items():
         mine = [each for each in rows if each["fleet"].startswith(kind)]
         cost.plot(
             [each["replica_seconds_per_million_tokens"] for each in mine],
@@ -94,7 +99,7 @@ def draw(rows: list[dict[str, Any]], trace: Trace, path: pathlib.Path) -> None:
             cost.annotate(
                 each["fleet"].split()[-1],
                 (each["replica_seconds_per_million_tokens"], each["ttft_p99"]),
-                (4, 4),
+                offset,
                 textcoords="offset points",
                 fontsize=8,
                 color=colour,

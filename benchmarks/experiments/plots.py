@@ -69,6 +69,8 @@ def _lines(axis: Any, panel: Panel, rows: Sequence[Row], experiment: Experiment)
         axis.minorticks_off()
     if panel.log:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(_WITH_COMMAS)
+        axis.yaxis.set_minor_formatter("")
     else:
         axis.set_ylim(bottom=0)
         axis.yaxis.set_major_formatter(_WITH_COMMAS)
