@@ -49,7 +49,7 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
         max_model_len=max_model_len,
         page_size=config.cache.page_size,
         num_pages=2,
-        packed=linear.kind() if platform == "cpu" and packable(model, dtype) else "",
+        packed=linear.kernels() if platform == "cpu" and packable(model, dtype) else "",
         attention=choose(platform, config.attention, use),
     )
     return dataclasses.replace(shapes, num_host_pages=_host_pages(config.cache.swap_space, shapes))

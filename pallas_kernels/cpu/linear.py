@@ -65,19 +65,19 @@ def runs_here() -> bool:
 def prepare() -> None:
     """Compiles the functions and makes them known to XLA, once a process; before a program that calls them is loaded
     or run."""
-    chosen = kind()
+    chosen = kernels()
     num_runs, linear_run, swiglu_pair = _works(chosen)
     ffi.register(_name("linear", chosen), num_runs, linear_run)
     ffi.register(_name("swiglu", chosen), _num_pairs_of_panels, swiglu_pair)
 
 
-def kind() -> str:
+def kernels() -> str:
     """Which of the kernels run here, by name; a program compiled with others cannot call them."""
     return _TILES if tiles.usable() else _VECTORS
 
 
-def _name(function: str, kind: str) -> str:
-    return f"jaxserve_{function}_{kind}"
+def _name(function: str, chosen: str) -> str:
+    return f"jaxserve_{function}_{chosen}"
 
 
 def pack(matrix: jax.Array) -> jax.Array:
@@ -110,7 +110,7 @@ def _call(
     function: str, x: jax.Array, packed: jax.Array, k: int, columns: int, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
     prepare()
-    rows, chosen = x.shape[0], kind()
+    rows, chosen = x.shape[0], kernels()
     together = tiles.ROWS if chosen == _TILES and rows > ROWS else ROWS
     filled = math.ceil(rows / together) * together
     if filled != rows:
@@ -239,6 +239,17 @@ def _num_pairs_of_panels(frame):
 
 
 @njit
+def _opened(frame):
+    """Sizes, the addresses of x and weights, and memory to release: for the sums of a panel, from a cache line on, and
+    behind them for what shapes the tiles."""
+    rows, k, columns = _sizes(frame)
+    x = ffi.address_of(ffi.argument(frame, 1, 1, np.uint16))
+    weights = ffi.address_of(ffi.argument(frame, 2, 1, np.uint16))
+    scratch = ffi.allocate(rows * _SUM_BYTES + tiles.CONFIGURATION_BYTES + 64)
+    return rows, k, columns, x, weights, scratch, _aligned(scratch)
+
+
+@njit
 def _no_begin(rows, configuration):
     pass
 
@@ -254,11 +265,11 @@ def _multiply_tiles(x, rows, k, weights, out, out_step, sums):
 
 
 @functools.cache
-def _works(kind):
+def _works(chosen):
     """What `linear` and `swiglu` do for an item, with vectors or in tiles."""
     begin, multiply, end = _no_begin, _multiply_panel, _no_end
     group, run_of = _ALL, _panels_of_run
-    if kind == _TILES:
+    if chosen == _TILES:
         begin, multiply, end = tiles.begin, _multiply_tiles, tiles.end
         group, run_of = _GROUP, _panels_of_run_in_tiles
 
@@ -271,13 +282,9 @@ def _works(kind):
     @njit
     def linear_run(frame, item):
         """Some panels of `linear` for all rows."""
-        rows, k, columns = _sizes(frame)
+        rows, k, columns, x, weights, scratch, sums = _opened(frame)
         run = run_of(k, columns)
-        x = ffi.address_of(ffi.argument(frame, 1, 1, np.uint16))
-        weights = ffi.address_of(ffi.argument(frame, 2, 1, np.uint16))
         out = ffi.address_of(ffi.result(frame, 0, 1, np.float32))
-        scratch = ffi.allocate(_scratch_bytes(rows))
-        sums = _aligned(scratch)
         begin(rows, sums + rows * _SUM_BYTES)
         for first in range(0, rows, group):
             count, place = min(group, rows - first), x + 2 * first * k
@@ -290,13 +297,9 @@ def _works(kind):
     @njit
     def swiglu_pair(frame, pair):
         """Two panels of `swiglu`, which give a cache line of the result (one panel at the end of an odd number)."""
-        rows, k, columns = _sizes(frame)
+        rows, k, columns, x, weights, scratch, sums = _opened(frame)
         half = PANEL // 2
-        x = ffi.address_of(ffi.argument(frame, 1, 1, np.uint16))
-        weights = ffi.address_of(ffi.argument(frame, 2, 1, np.uint16))
         out = ffi.address_of(ffi.result(frame, 0, 1, np.uint16))
-        scratch = ffi.allocate(_scratch_bytes(rows))
-        sums = _aligned(scratch)
         begin(rows, sums + rows * _SUM_BYTES)
         for first in range(0, rows, group):
             count, place = min(group, rows - first), x + 2 * first * k
@@ -308,9 +311,3 @@ def _works(kind):
         ffi.release(scratch)
 
     return num_runs, linear_run, swiglu_pair
-
-
-@njit
-def _scratch_bytes(rows):
-    """Of the sums of a panel and what shapes the tiles, and to begin at a cache line."""
-    return rows * _SUM_BYTES + tiles.CONFIGURATION_BYTES + 64
