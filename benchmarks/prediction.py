@@ -20,7 +20,8 @@ from benchmarks import report
 from jaxserve.request import EngineRequest
 from jaxserve.scheduler.prediction import OutputLengthPredictor
 from jaxserve.scheduler_config import PredictionConfig
-from jaxserve.simulator.traces import Trace, read_trace
+from jaxserve.simulator.trace_files import read_trace
+from jaxserve.simulator.traces import Trace
 
 QUANTILES = (0.25, 0.5, 0.75, 0.9, 0.95)
 

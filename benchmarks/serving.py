@@ -32,6 +32,7 @@ from benchmarks.sides.process import start_jaxserve
 from benchmarks.spread import spread_text
 from benchmarks.throughput import bounds
 from benchmarks.work import SHAPES
+from jaxserve.simulator.trace_files import trace_rows
 from server.client import AsyncClient
 
 RANDOM_MODEL_LEN = 1024
@@ -84,9 +85,8 @@ def make_requests(options: argparse.Namespace, served: Served, repeat: int) -> l
                 seed + repeat,
             )
         case "trace":
-            rows = datasets.read_trace(options.trace)
             requests, skipped = datasets.trace_requests(
-                rows, options.num_prompts, served.max_model_len, served.vocab_size, seed + repeat
+                trace_rows(options.trace), options.num_prompts, served.max_model_len, served.vocab_size, seed + repeat
             )
             if not requests:
                 raise ValueError(f"no request of trace {options.trace.name} fits max_model_len {served.max_model_len}")

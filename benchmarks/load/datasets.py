@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import datetime
-import json
-import pathlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from benchmarks.work import FIRST_ORDINARY_ID, Work, random_work
+from jaxserve.simulator.trace_files import BLOCK, TraceRow
 from models.tiny.tasks import KINDS, MAX_SIZE, generate_split
 
 TASK_MAX_TOKENS = 400
@@ -42,19 +39,6 @@ class Example:
     kind: str
     prompt: str
     answer: str
-
-
-@dataclasses.dataclass(frozen=True)
-class TraceRow:
-    """Lengths in tokens; arrival in seconds, from any origin.
-
-    blocks: ids of the prompt's content, 512 tokens each; empty where the trace has none.
-    """
-
-    arrival: float
-    input_tokens: int
-    output_tokens: int
-    blocks: tuple[int, ...] = ()
 
 
 def random_requests(
@@ -108,41 +92,19 @@ def task_requests(count: int, seed: int) -> list[LoadRequest]:
     ]
 
 
-def read_trace(path: pathlib.Path) -> list[TraceRow]:
-    """Rows of an Azure LLM inference trace (CSV: TIMESTAMP, ContextTokens, GeneratedTokens) or a Mooncake one (JSONL:
-    timestamp in ms, input_length, output_length, hash_ids), in order of arrival.
-
-    Raises ValueError naming the file and line of a row that is neither.
-    """
-    if path.suffix not in (".csv", ".jsonl"):
-        raise ValueError(f"trace {path.name} is neither .csv (Azure) nor .jsonl (Mooncake)")
-    rows: list[TraceRow] = []
-    header = 1 if path.suffix == ".csv" else 0
-    with open(path, encoding="utf-8", newline="") as file:
-        try:
-            if header:
-                rows.extend(map(_azure_row, csv.DictReader(file)))
-            else:
-                rows.extend(map(_mooncake_row, map(json.loads, file)))
-        except (KeyError, TypeError, ValueError) as error:
-            line = header + len(rows) + 1
-            raise ValueError(f"trace {path.name} line {line}: {type(error).__name__}: {error}") from error
-    return sorted(rows, key=lambda row: row.arrival)
-
-
 def trace_requests(
-    rows: Sequence[TraceRow], count: int, max_model_len: int, vocab_size: int, seed: int
+    rows: Iterable[TraceRow], count: int, max_model_len: int, vocab_size: int, seed: int
 ) -> tuple[list[LoadRequest], int]:
-    """The first `count` requests of a trace that fit the model, with random ids, and how many did not fit.
+    """The first `count` requests of a trace to arrive that fit the model, with random ids, and how many did not fit.
 
     Equal blocks have equal ids, so that a prefix cache finds what it would have found.
     """
     requests: list[LoadRequest] = []
     skipped = 0
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.arrival):
         if len(requests) == count:
             break
-        if row.input_tokens + row.output_tokens > max_model_len:
+        if row.prompt_tokens + row.output_tokens > max_model_len:
             skipped += 1
             continue
         ids = _ids(row, len(requests), vocab_size, seed)
@@ -159,31 +121,10 @@ def as_work(requests: Sequence[LoadRequest]) -> Work:
     )
 
 
-_BLOCK = 512
-
-
 def _ids(row: TraceRow, number: int, vocab_size: int, seed: int) -> list[int]:
     if not row.blocks:
-        return np.random.default_rng([seed, number]).integers(FIRST_ORDINARY_ID, vocab_size, row.input_tokens).tolist()
+        return np.random.default_rng([seed, number]).integers(FIRST_ORDINARY_ID, vocab_size, row.prompt_tokens).tolist()
     blocks = [
-        np.random.default_rng([seed, block]).integers(FIRST_ORDINARY_ID, vocab_size, _BLOCK) for block in row.blocks
+        np.random.default_rng([seed, block]).integers(FIRST_ORDINARY_ID, vocab_size, BLOCK) for block in row.blocks
     ]
-    return np.concatenate(blocks)[: row.input_tokens].tolist()
-
-
-def _azure_row(fields: dict[str, str]) -> TraceRow:
-    # Seven digits of a second: more than fromisoformat of Python 3.11 reads, and than anyone needs.
-    whole, _, part = fields["TIMESTAMP"].partition(".")
-    moment = datetime.datetime.fromisoformat(whole).replace(tzinfo=datetime.UTC).timestamp()
-    return TraceRow(
-        moment + (float(f"0.{part}") if part else 0.0), int(fields["ContextTokens"]), int(fields["GeneratedTokens"])
-    )
-
-
-def _mooncake_row(fields: dict) -> TraceRow:
-    row = TraceRow(
-        fields["timestamp"] / 1e3, fields["input_length"], fields["output_length"], tuple(fields["hash_ids"])
-    )
-    if len(row.blocks) * _BLOCK < row.input_tokens:
-        raise ValueError(f"{len(row.blocks)} blocks hold no {row.input_tokens} tokens")
-    return row
+    return np.concatenate(blocks)[: row.prompt_tokens].tolist()

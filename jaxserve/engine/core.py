@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.idle import IdleMeter
@@ -29,17 +29,9 @@ from jaxserve.engine.messages import (
     ToEngine,
     TokenBatch,
 )
-from jaxserve.recorder import (
-    FirstToken,
-    Recorder,
-    RequestArrived,
-    RequestFinished,
-    RequestPreempted,
-    RequestScheduled,
-    StepRecorded,
-    TokensProduced,
-)
-from jaxserve.request import EngineRequest, FinishReason, RequestStatus
+from jaxserve.engine_events import EngineEvents, TurnTimes
+from jaxserve.recorder import Recorder
+from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.protocol import Pending, Runner
 from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepUpdate
 from jaxserve.scheduler.buckets import Buckets
@@ -77,6 +69,7 @@ class EngineCore:
             max_model_len=info.max_model_len,
         )
         self.recorder = recorder or Recorder(clock=clock)
+        self._events = EngineEvents(self.recorder, self.scheduler)
         self._now = now
         self._clock = clock
         self._annotate = annotate
@@ -167,7 +160,8 @@ class EngineCore:
             if previous is not None:
                 idle = self._idle.idle(self.runner.done(previous[1]), dispatched)
             self._idle.dispatched(dispatched)
-            self._record_plan(plan, dispatched)
+            self._events.planned(dispatched)
+            self._count(plan)
         messages: list[FromEngine] = []
         if previous is not None:
             result = self.runner.collect(previous[1])
@@ -177,7 +171,8 @@ class EngineCore:
             messages += [self._output(update, collected) for update in expired]
         end = self._look(self._in_flight)
         if plan is not None:
-            self._record_step(plan, (begin, scheduled, dispatched, collected, end), idle)
+            times = TurnTimes(begin, scheduled, dispatched, collected, end)
+            self._events.step(plan, times, idle, number=plan.step, pages_used=self.scheduler.pool.num_used)
         if end >= self._stats_due or not self.busy:
             self._stats_due = end + STATS_SECONDS
             messages.append(self.stats())
@@ -213,16 +208,7 @@ class EngineCore:
             self.scheduler.add(request)
         except ValueError as error:
             return [RequestOutput(request.request_id, (), FinishReason.ERROR, str(error))]
-        self.recorder.record(
-            RequestArrived(
-                time=self._clock(),
-                request_id=request.request_id,
-                prompt_tokens=len(request.prompt_token_ids),
-                max_tokens=request.max_tokens,
-                tenant=request.tenant,
-                priority=request.priority,
-            )
-        )
+        self._events.arrived(request, self._clock())
         return []
 
     def _abort_all(self) -> list[FromEngine]:
@@ -247,7 +233,7 @@ class EngineCore:
             request_ids += tuple(other.sequence.request_id for other in update.others if other.token_ids)
         if request_ids:
             self._totals["generation_tokens"] += len(request_ids)
-            self.recorder.record(TokensProduced(now, request_ids))
+            self._events.tokens(request_ids, now)
         messages += [self._output(other, now) for other in update.others]
         return messages
 
@@ -255,18 +241,9 @@ class EngineCore:
         sequence = update.sequence
         if update.token_ids and len(sequence.output_token_ids) == len(update.token_ids):
             self._totals["prompt_tokens"] += sequence.num_prompt_tokens
-            self.recorder.record(FirstToken(now, sequence.request_id))
+            self._events.first_token(sequence, now)
         if update.finish_reason is not None:
-            self.recorder.record(
-                RequestFinished(
-                    time=now,
-                    request_id=sequence.request_id,
-                    reason=update.finish_reason.value,
-                    prompt_tokens=sequence.num_prompt_tokens,
-                    output_tokens=len(sequence.output_token_ids),
-                    preemptions=sequence.num_preemptions,
-                )
-            )
+            self._events.finished(sequence, update.finish_reason, now)
         return RequestOutput(
             sequence.request_id, update.token_ids, update.finish_reason, update.error, sequence.num_cached_tokens
         )
@@ -278,42 +255,7 @@ class EngineCore:
             self._tau = self.scheduler.predictor.kendall_tau
         return self._tau
 
-    def _record_plan(self, plan: StepPlan, now: float) -> None:
-        for sequence in self.scheduler.preempted:
-            kind = "swap" if sequence.status is RequestStatus.SWAPPED else "recompute"
-            self.recorder.record(RequestPreempted(now, sequence.request_id, kind))
-        for sequence in self.scheduler.admitted:
-            if not sequence.num_preemptions:
-                self.recorder.record(RequestScheduled(now, sequence.request_id))
+    def _count(self, plan: StepPlan) -> None:
         self._totals["num_steps"] += 1
         self._totals["computed_tokens"] += plan.num_tokens
         self._totals["padding_tokens"] += plan.padding
-
-    def _record_step(self, plan: StepPlan, times: Sequence[float], idle: float) -> None:
-        """times: when the step began, was scheduled and dispatched, the one before collected, and the end."""
-        begin, scheduled, dispatched, collected, end = times
-        pool = self.scheduler.pool
-        self.recorder.record(
-            StepRecorded(
-                time=begin,
-                step=plan.step,
-                prefill_tokens=plan.num_prefill_tokens,
-                decode_tokens=len(plan.decodes),
-                rows=plan.num_rows,
-                token_bucket=plan.token_bucket,
-                row_bucket=plan.row_bucket,
-                padding=plan.padding,
-                pages_used=pool.num_used,
-                pages_free=pool.num_free,
-                pages_cached=pool.num_cached,
-                waiting=self.scheduler.num_waiting,
-                running=self.scheduler.num_running,
-                schedule_seconds=scheduled - begin,
-                dispatch_seconds=dispatched - scheduled,
-                collect_seconds=collected - dispatched,
-                update_seconds=end - collected,
-                idle_seconds=idle,
-                pages_swapped=pool.num_host_used,
-                swapped=self.scheduler.num_swapped,
-            )
-        )

@@ -18,7 +18,8 @@ from jaxserve.simulator.roofline import Efficiency, RooflineCosts
 from jaxserve.simulator.setup import Setup, find_target, set_up, with_options
 from jaxserve.simulator.simulation import ClientRule, SimulationResult, simulate
 from jaxserve.simulator.synthetic import SyntheticConfig, synthetic_trace
-from jaxserve.simulator.traces import Trace, make_trace, read_trace
+from jaxserve.simulator.trace_files import read_trace
+from jaxserve.simulator.traces import Trace, make_trace
 
 __all__ = [
     "Capacity",

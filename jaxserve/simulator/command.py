@@ -11,7 +11,8 @@ from jaxserve.config import EngineConfig
 from jaxserve.simulator.roofline import Efficiency
 from jaxserve.simulator.setup import Setup, find_target, set_up
 from jaxserve.simulator.synthetic import SyntheticConfig, synthetic_trace
-from jaxserve.simulator.traces import Trace, read_trace
+from jaxserve.simulator.trace_files import read_trace
+from jaxserve.simulator.traces import Trace
 
 
 def add_simulation_options(parser: argparse.ArgumentParser) -> None:

@@ -20,22 +20,15 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxserve.config import EngineConfig
-from jaxserve.recorder import (
-    FirstToken,
-    Recorder,
-    RequestArrived,
-    RequestFinished,
-    RequestPreempted,
-    RequestScheduled,
-    StepRecorded,
-    TokensProduced,
-)
-from jaxserve.request import EngineRequest, RequestStatus
+from jaxserve.engine_events import EngineEvents, TurnTimes
+from jaxserve.recorder import Recorder
+from jaxserve.request import EngineRequest
 from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepResult, StepUpdate
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.page_pool import PagePool
 from jaxserve.simulator.costs import CostModel, StepShape, shape_of
 from jaxserve.simulator.records import StepLog, TokenLog
+from jaxserve.simulator.stretch import pages_over, stretch_times
 
 STOP_ID = 1
 """What a simulated model emits as a request's last token; every other token is 0."""
@@ -108,7 +101,7 @@ class SimulatedEngine:
         self.tokens = TokenLog()
         self.outcomes: dict[int, Outcome] = {}
         self._host = costs.host
-        self._recorder = recorder
+        self._events = None if recorder is None else EngineEvents(recorder, self.scheduler)
         self._stretches = stretches
         self._on_finish = on_finish
         self._inbox: deque[tuple[float, EngineRequest, int]] = deque()
@@ -160,17 +153,8 @@ class SimulatedEngine:
             self._last_positions[request.request_id] = len(request.prompt_token_ids) + output_tokens - 1
             if request.deadline is not None:
                 heapq.heappush(self._deadlines, request.deadline)
-            if self._recorder is not None:
-                self._recorder.record(
-                    RequestArrived(
-                        arrival,
-                        request.request_id,
-                        len(request.prompt_token_ids),
-                        request.max_tokens,
-                        request.tenant,
-                        request.priority,
-                    )
-                )
+            if self._events is not None:
+                self._events.arrived(request, arrival)
 
     def _turn(self, limit: float) -> None:
         """One turn of the loop."""
@@ -196,16 +180,9 @@ class SimulatedEngine:
             self._wait(limit)
 
     def _dispatch(self, plan: StepPlan, begin: float, time: float) -> _Flight:
-        for sequence in self.scheduler.preempted:
-            if self._recorder is not None:
-                kind = "swap" if sequence.status is RequestStatus.SWAPPED else "recompute"
-                self._recorder.record(RequestPreempted(time, sequence.request_id, kind))
         for sequence in self.scheduler.admitted:
-            outcome = self.outcomes[int(sequence.request_id)]
-            if math.isnan(outcome.scheduled):
-                outcome.scheduled = time
-                if self._recorder is not None:
-                    self._recorder.record(RequestScheduled(time, sequence.request_id))
+            if not sequence.num_preemptions:
+                self.outcomes[int(sequence.request_id)].scheduled = time
         shape = shape_of(plan)
         start = max(time, self._free_at)
         idle = start - self._free_at if self._in_flight is not None else 0.0
@@ -226,10 +203,12 @@ class SimulatedEngine:
                 self.scheduler.num_running,
             )
         )
-        if self._recorder is not None:
+        if self._events is not None:
             previous = self._in_flight
-            wait = 0.0 if previous is None or not previous.plan.num_sampled else max(0.0, previous.end - time)
-            self._record_step(plan, plan.step, (begin, time, time + wait), idle, pool.num_used)
+            collected = time if previous is None or not previous.plan.num_sampled else max(time, previous.end)
+            times = TurnTimes(begin, time, time, collected, collected + self._host.after)
+            self._events.planned(time)
+            self._events.step(plan, times, max(0.0, idle), number=plan.step, pages_used=pool.num_used)
         token_ids, stops = self._sample(plan)
         return _Flight(plan, shape, token_ids, end, stops)
 
@@ -309,15 +288,20 @@ class SimulatedEngine:
         plan = scheduler.schedule(float(begins[-1]))
         assert plan is not None, "a steady step is missing"
         assert plan.num_sampled == len(request_ids), "a steady step has other rows"
-        pages = _pages_over(previous.plan, turns, used, pool.num_used)
+        pages = pages_over(previous.plan, turns, used, pool.num_used)
         count = shape.decode_rows
         self.steps.add_many(
             begins, starts, ends, 0, count, count, plan.token_bucket, plan.row_bucket, pages,
             scheduler.num_waiting, scheduler.num_running,
         )  # fmt: skip
         self.tokens.add_many(request_ids, starts)
-        if self._recorder is not None:
-            self._record_stretch(plan, request_ids, begins, starts, pages)
+        if self._events is not None:
+            before = self._host.before + self._host.before_per_row * count
+            numbers = range(plan.step - turns + 1, plan.step + 1)
+            for number, begin, start, used in zip(numbers, begins.tolist(), starts.tolist(), pages, strict=True):
+                times = TurnTimes(begin, begin + before, begin + before, start, start + self._host.after)
+                self._events.step(plan, times, 0.0, number=number, pages_used=int(used))
+                self._events.tokens(request_ids, start)
         self._free_at = float(ends[-1])
         token_ids, stops = self._sample(plan)
         last = shape._replace(
@@ -329,10 +313,10 @@ class SimulatedEngine:
         request_ids = update.request_ids
         if request_ids:
             self.tokens.add(request_ids, time)
-        others = [each for each in update.others if each.token_ids]
-        if self._recorder is not None and (request_ids or others):
-            others_ids = tuple(each.sequence.request_id for each in others)
-            self._recorder.record(TokensProduced(time, tuple(request_ids) + others_ids))
+        if self._events is not None:
+            others = [each.sequence.request_id for each in update.others if each.token_ids]
+            if request_ids or others:
+                self._events.tokens((*request_ids, *others), time)
         for each in update.others:
             self._take(each, time)
 
@@ -344,108 +328,18 @@ class SimulatedEngine:
             self.tokens.add_one(index, time)
             if math.isnan(outcome.first_token):
                 outcome.first_token = time
-                if self._recorder is not None:
-                    self._recorder.record(FirstToken(time, sequence.request_id))
+                if self._events is not None:
+                    self._events.first_token(sequence, time)
         if update.finish_reason is None:
             return
         outcome.finished, outcome.reason = time, update.finish_reason.value
         outcome.tokens = len(sequence.output_token_ids)
         outcome.preemptions = sequence.num_preemptions
         del self._last_positions[sequence.request_id]
-        if self._recorder is not None:
-            self._recorder.record(
-                RequestFinished(
-                    time,
-                    sequence.request_id,
-                    outcome.reason,
-                    sequence.num_prompt_tokens,
-                    outcome.tokens,
-                    outcome.preemptions,
-                )
-            )
+        if self._events is not None:
+            self._events.finished(sequence, update.finish_reason, time)
         self._ended(index)
 
     def _ended(self, index: int) -> None:
         if self._on_finish is not None:
             self._on_finish(index)
-
-    def _record_step(
-        self, plan: StepPlan, step: int, times: tuple[float, float, float], idle: float, used: int
-    ) -> None:
-        """step: the plan's, or that of another step of its stretch. times: when it began, was dispatched, and the one
-        before collected."""
-        begin, dispatched, collected = times
-        assert self._recorder is not None
-        pool = self.scheduler.pool
-        self._recorder.record(
-            StepRecorded(
-                time=begin,
-                step=step,
-                prefill_tokens=plan.num_prefill_tokens,
-                decode_tokens=len(plan.decodes),
-                rows=plan.num_rows,
-                token_bucket=plan.token_bucket,
-                row_bucket=plan.row_bucket,
-                padding=plan.padding,
-                pages_used=used,
-                pages_free=pool.num_usable - used - pool.num_cached,
-                pages_cached=pool.num_cached,
-                waiting=self.scheduler.num_waiting,
-                running=self.scheduler.num_running,
-                swapped=self.scheduler.num_swapped,
-                pages_swapped=pool.num_host_used,
-                schedule_seconds=dispatched - begin,
-                dispatch_seconds=0.0,
-                collect_seconds=collected - dispatched,
-                update_seconds=self._host.after,
-                idle_seconds=max(0.0, idle),
-            )
-        )
-
-    def _record_stretch(
-        self,
-        plan: StepPlan,
-        request_ids: tuple[str, ...],
-        begins: np.ndarray,
-        starts: np.ndarray,
-        pages: np.ndarray,
-    ) -> None:
-        """The events of a stretch in the order in which its turns would have recorded them."""
-        assert self._recorder is not None
-        first = plan.step - len(begins) + 1
-        before = self._host.before + self._host.before_per_row * len(request_ids)
-        for turn, (begin, start, used) in enumerate(zip(begins.tolist(), starts.tolist(), pages.tolist(), strict=True)):
-            self._record_step(plan, first + turn, (begin, begin + before, start), 0.0, int(used))
-            self._recorder.record(TokensProduced(start, request_ids))
-
-
-def stretch_times(
-    now: float, end: float, seconds: np.ndarray, before: float, after: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """When the turns of a stretch begin, and when their steps start and end on the device: float64, one a step.
-
-    now: when the first turn begins. end: of the step in flight. seconds: of the steps. before, after: of the host.
-    A step starts when it is dispatched and the one before has ended; then that one's ids are taken in.
-    """
-    ends = np.cumsum(np.concatenate([[end], seconds]))
-    starts, ends = ends[:-1], ends[1:]
-    begins = np.concatenate([[now], starts[:-1] + after])
-    if (begins + before <= starts).all():
-        return begins, starts, ends
-    # The host is slower than the device in places: turn by turn.
-    begins, starts, ends = (np.empty(len(seconds)) for _ in range(3))
-    for turn, each in enumerate(seconds.tolist()):
-        start = max(now + before, end)
-        begins[turn], starts[turn] = now, start
-        end = ends[turn] = start + each
-        now = start + after
-    return begins, starts, ends
-
-
-def _pages_over(plan: StepPlan, turns: int, before: int, after: int) -> np.ndarray:
-    """Pages in use at each of the steps after `plan`: a row takes one when its position is a multiple of the size."""
-    size = plan.decodes.page_size
-    needed = np.bincount(-(plan.decodes.starts + 1) % size, minlength=size)
-    taken = np.cumsum(needed[np.arange(turns) % size])
-    # Rows whose pages were all reserved take none.
-    return before + taken if before + taken[-1] == after else np.full(turns, after)

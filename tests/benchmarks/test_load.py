@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import pathlib
 import statistics
 from collections import Counter
 
@@ -13,11 +11,11 @@ import pytest
 
 from benchmarks.load import datasets
 from benchmarks.load.arrivals import gamma_arrivals, scaled
-from benchmarks.load.datasets import TraceRow
 from benchmarks.load.figures import Seen, figures, is_good, most_open, parse_goodput, statistics_ms
 from benchmarks.load.plots import latency_against_throughput
 from benchmarks.load.runs import line, slow_marks
 from benchmarks.spread import spread
+from jaxserve.simulator.trace_files import TraceRow
 from models.tiny.tasks import KINDS, is_held_out
 
 
@@ -136,34 +134,12 @@ def test_a_spread():
     assert spread([3.0, 1.0, 2.0]) == {"rounds": [3.0, 1.0, 2.0], "min": 1.0, "median": 2.0, "max": 3.0}
 
 
-AZURE = (
-    "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:50.9951690,396,109\n2023-11-16 18:15:46.6805900,374,44\n"
-)
-
-
-def test_an_azure_trace(tmp_path):
-    path = tmp_path / "trace.csv"
-    path.write_text(AZURE)
-    first, second = datasets.read_trace(path)
-    assert (first.input_tokens, first.output_tokens) == (374, 44)
-    assert (second.input_tokens, second.output_tokens) == (396, 109)
-    assert second.arrival - first.arrival == pytest.approx(50.9951690 - 46.6805900, abs=1e-5)
-
-
-def mooncake(tmp_path, *rows: dict) -> pathlib.Path:
-    path = tmp_path / "trace.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_a_mooncake_trace_repeats_blocks(tmp_path):
-    rows = (
-        {"timestamp": 3000, "input_length": 700, "output_length": 5, "hash_ids": [7, 9]},
-        {"timestamp": 0, "input_length": 600, "output_length": 6, "hash_ids": [7, 8]},
-        {"timestamp": 4500, "input_length": 1200, "output_length": 6, "hash_ids": [1, 2, 3]},
-    )
-    found = datasets.read_trace(mooncake(tmp_path, *rows))
-    assert [row.arrival for row in found] == [0.0, 3.0, 4.5]
+def test_requests_of_a_trace_come_in_order_and_repeat_blocks():
+    found = [
+        TraceRow(3.0, 700, 5, blocks=(7, 9)),
+        TraceRow(0.0, 600, 6, blocks=(7, 8)),
+        TraceRow(4.5, 1200, 6, blocks=(1, 2, 3)),
+    ]
     requests, skipped = datasets.trace_requests(found, 5, max_model_len=1000, vocab_size=100, seed=0)
     assert skipped == 1
     assert [len(request.prompt) for request in requests] == [600, 700]
@@ -177,26 +153,6 @@ def test_requests_of_a_trace_without_blocks_have_ids_of_their_own():
     rows = [TraceRow(float(number), 20, 3) for number in range(4)]
     requests, _ = datasets.trace_requests(rows, 3, max_model_len=100, vocab_size=1000, seed=0)
     assert len({tuple(request.prompt) for request in requests}) == 3
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.csv", AZURE + "2023-11-16 18:15:51.0,many,1\n", "a.csv line 4: ValueError"),
-        ("a.csv", "time,in,out\n1,2,3\n", "a.csv line 2: KeyError"),
-        (
-            "a.jsonl",
-            '{"timestamp": 0, "input_length": 600, "output_length": 6, "hash_ids": [1]}\n',
-            "line 1: .* hold no",
-        ),
-        ("a.txt", "", "neither .csv"),
-    ],
-)
-def test_faulty_traces(tmp_path, name, text, message):
-    path = tmp_path / name
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        datasets.read_trace(path)
 
 
 def test_prefixes_are_repeated_equally_often():

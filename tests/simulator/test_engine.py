@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from jaxserve.recorder import Recorder, StepRecorded
 from jaxserve.scheduler_config import FORMATIONS, MODES, POLICIES, VICTIMS
 from jaxserve.simulator.costs import HostCosts
-from jaxserve.simulator.engine import SimulatedEngine, stretch_times
+from jaxserve.simulator.engine import SimulatedEngine
 from jaxserve.simulator.simulation import ClientRule, SimulationResult, requests_of, simulate
+from jaxserve.simulator.stretch import stretch_times
 from jaxserve.simulator.traces import Trace, make_trace
 from jaxserve.timings import request_timings
 from tests.simulator.helpers import SimpleCosts, make_config, make_device

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxserve.simulator.synthetic import LENGTHS, SyntheticConfig, synthetic_trace
-from jaxserve.simulator.traces import make_trace, read_trace
+from jaxserve.simulator.trace_files import read_trace, trace_rows
+from jaxserve.simulator.traces import make_trace
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44
@@ -48,6 +49,18 @@ def test_csv_of_the_other_columns(tmp_path):
     assert trace.tenants == ("a", "b")
 
 
+def test_rows_in_the_order_of_the_file_with_their_blocks(tmp_path):
+    rows = [
+        {"timestamp": 3000, "input_length": 700, "output_length": 5, "hash_ids": [7, 9]},
+        {"timestamp": 0, "input_length": 600, "output_length": 6},
+    ]
+    (tmp_path / "cake.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = trace_rows(tmp_path / "cake.jsonl")
+    assert (first.arrival, first.prompt_tokens, first.output_tokens, first.blocks) == (3.0, 700, 5, (7, 9))
+    assert (second.arrival, second.blocks) == (0.0, ())
+    assert len(read_trace(tmp_path / "cake.jsonl", limit=1)) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -61,6 +74,16 @@ def test_csv_of_the_other_columns(tmp_path):
         ("a.jsonl", '{"timestamp": 1,\n', r"a\.jsonl line 1 is not JSON"),
         ("a.jsonl", "[1]\n", r"a\.jsonl line 1 is \[1\]; it must be an object"),
         ("a.txt", "", r"a\.txt ends in '\.txt'"),
+        (
+            "a.jsonl",
+            '{"timestamp": 0, "input_length": 600, "output_length": 6, "hash_ids": [1]}\n',
+            r"line 1: column 'hash_ids' is \[1\]; it must be 2 or more, 512 tokens each, for 600 tokens",
+        ),
+        (
+            "a.jsonl",
+            '{"timestamp": 0, "input_length": 6, "output_length": 6, "hash_ids": "7"}\n',
+            r"line 1: column 'hash_ids' is '7'; it must be a list of whole numbers",
+        ),
     ],
 )
 def test_faults_name_file_line_and_column(tmp_path, name, text, message):

@@ -1,0 +1,201 @@
+"""Trace files: the Azure LLM inference traces (CSV: TIMESTAMP, ContextTokens, GeneratedTokens), the Mooncake traces
+(JSONL: timestamp in ms, input_length, output_length, hash_ids), and any CSV or JSONL file with the same columns.
+
+Either may also have `tenant`, `priority`, `deadline` (seconds after the arrival) and `max_tokens`.
+
+    read_trace(path) -> Trace          what the simulator takes
+    trace_rows(path) -> TraceRow ...   line by line, with the prompts' blocks
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import itertools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxserve.simulator.traces import Trace, make_trace
+
+BLOCK = 512
+"""Tokens of a prompt that one of a Mooncake trace's hash_ids stands for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Columns:
+    """Names of the columns of one format, and how many of its time units are a second."""
+
+    arrival: str
+    prompt: str
+    output: str
+    per_second: float
+
+
+AZURE = _Columns("TIMESTAMP", "ContextTokens", "GeneratedTokens", 1.0)
+MOONCAKE = _Columns("timestamp", "input_length", "output_length", 1000.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceRow:
+    """One request: arrival in seconds from any origin, lengths in tokens, deadline in seconds after the arrival.
+
+    max_tokens is 0 where the file does not say. blocks: ids of the prompt's content, `BLOCK` tokens each, equal where
+    the content is; empty where the file has none.
+    """
+
+    arrival: float
+    prompt_tokens: int
+    output_tokens: int
+    max_tokens: int = 0
+    tenant: str = ""
+    priority: int = 0
+    deadline: float = math.inf
+    blocks: tuple[int, ...] = ()
+
+
+def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
+    """The trace of a .csv or .jsonl file; limit: requests at most, the first of the file. Raises as `trace_rows`."""
+    found = list(itertools.islice(trace_rows(path), limit))
+    return make_trace(
+        pathlib.Path(path).stem,
+        [row.arrival for row in found],
+        [row.prompt_tokens for row in found],
+        [row.output_tokens for row in found],
+        max_tokens=[row.max_tokens for row in found],
+        tenants=[row.tenant for row in found],
+        priorities=[row.priority for row in found],
+        deadlines=[row.deadline for row in found],
+    )
+
+
+def trace_rows(path: str | os.PathLike[str]) -> Iterator[TraceRow]:
+    """The requests of a .csv or .jsonl file in its order.
+
+    Raises ValueError naming the file, the line and the column of what cannot be read, or that there are no requests.
+    """
+    path = pathlib.Path(path)
+    if path.suffix not in (".csv", ".jsonl"):
+        raise ValueError(f"trace {path.name} ends in {path.suffix!r}; it must be a .csv or a .jsonl file")
+    columns: _Columns | None = None
+    for line, fields in _csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path):
+        columns = columns or _columns_of(path, line, fields)
+        yield _Reader(path, line, fields).row(columns)
+    if columns is None:
+        raise ValueError(f"trace {path.name} has no requests")
+
+
+class _Reader:
+    """Reads the fields of one line."""
+
+    def __init__(self, path: pathlib.Path, line: int, fields: Mapping[str, Any]):
+        self._where = f"trace {path.name} line {line}"
+        self._fields = fields
+
+    def row(self, columns: _Columns) -> TraceRow:
+        prompt_tokens = self._whole(columns.prompt, 1)
+        return TraceRow(
+            arrival=self._time(columns),
+            prompt_tokens=prompt_tokens,
+            output_tokens=self._whole(columns.output, 1),
+            max_tokens=self._whole("max_tokens", 1, missing=0),
+            tenant=str(self._fields.get("tenant") or ""),
+            priority=self._whole("priority", None, missing=0),
+            deadline=self._number("deadline", missing=math.inf),
+            blocks=self._blocks(prompt_tokens),
+        )
+
+    def _time(self, columns: _Columns) -> float:
+        text = self._value(columns.arrival)
+        if isinstance(text, str) and not _is_number(text):
+            # Seven digits of a second: more than Python 3.11 reads, and than anyone needs.
+            whole, _, part = text.partition(".")
+            try:
+                moment = datetime.datetime.fromisoformat(whole).replace(tzinfo=datetime.UTC).timestamp()
+                return moment + (float(f"0.{part}") if part else 0.0)
+            except ValueError as error:
+                raise self._error(columns.arrival, text, "a number of seconds or a date and time") from error
+        return self._number(columns.arrival) / columns.per_second
+
+    def _blocks(self, prompt_tokens: int) -> tuple[int, ...]:
+        blocks = self._fields.get("hash_ids") or []
+        if not isinstance(blocks, list) or not all(type(block) is int and block >= 0 for block in blocks):
+            raise self._error("hash_ids", blocks, "a list of whole numbers, at least 0 each")
+        if blocks and len(blocks) * BLOCK < prompt_tokens:
+            needed = -(-prompt_tokens // BLOCK)
+            raise self._error("hash_ids", blocks, f"{needed} or more, {BLOCK} tokens each, for {prompt_tokens} tokens")
+        return tuple(blocks)
+
+    def _whole(self, name: str, low: int | None, missing: int | None = None) -> int:
+        value = self._value(name, missing)
+        try:
+            number = int(value)
+            if isinstance(value, bool) or number != float(value):
+                raise ValueError(value)
+        except (TypeError, ValueError) as error:
+            raise self._error(name, value, "a whole number") from error
+        if low is not None and value != missing and number < low:
+            raise self._error(name, value, f"at least {low}")
+        return number
+
+    def _number(self, name: str, missing: float | None = None) -> float:
+        value = self._value(name, missing)
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            raise self._error(name, value, "a number") from error
+        if not number >= 0:
+            raise self._error(name, value, "at least 0")
+        return number
+
+    def _value(self, name: str, missing: Any = None) -> Any:
+        value = self._fields.get(name)
+        if value is None or value == "":
+            if missing is None:
+                raise ValueError(f"{self._where}: column {name!r} is missing")
+            return missing
+        return value
+
+    def _error(self, name: str, value: Any, wanted: str) -> ValueError:
+        return ValueError(f"{self._where}: column {name!r} is {value!r}; it must be {wanted}")
+
+
+def _csv_rows(path: pathlib.Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        for fields in reader:
+            yield reader.line_num, fields
+
+
+def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with open(path, encoding="utf-8") as file:
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                fields = json.loads(text)
+            except ValueError as error:
+                raise ValueError(f"trace {path.name} line {line} is not JSON: {error}") from error
+            if not isinstance(fields, dict):
+                raise ValueError(f"trace {path.name} line {line} is {text.strip()[:40]}; it must be an object")
+            yield line, fields
+
+
+def _columns_of(path: pathlib.Path, line: int, fields: Mapping[str, Any]) -> _Columns:
+    for columns in (AZURE, MOONCAKE):
+        if columns.prompt in fields or columns.arrival in fields:
+            return columns
+    known = " or ".join(f"{columns.arrival}, {columns.prompt}, {columns.output}" for columns in (AZURE, MOONCAKE))
+    raise ValueError(f"trace {path.name} line {line} has columns {', '.join(map(str, fields))}; it needs {known}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
