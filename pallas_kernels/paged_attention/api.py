@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention import reference, xla
+from pallas_kernels.paged_attention import reference, xla, xla_plan
 from pallas_kernels.paged_attention.cpu import calls as cpu
 from pallas_kernels.paged_attention.pool import FLOAT_DTYPES, check_page_size, is_quantised, value_dtype
 from pallas_kernels.paged_attention.rotary import split_and_rotate
@@ -74,7 +74,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
             check=cpu.check,
             check_usable=cpu.check_usable,
         ),
-        "xla": Implementation(xla.paged_attention, xla.kv_write, max_group_heads=xla.MAX_DOT_ROWS),
+        "xla": Implementation(xla.paged_attention, xla.kv_write, max_group_heads=xla_plan.MAX_DOT_ROWS),
         "reference": Implementation(reference.paged_attention, reference.kv_write),
         # The kernels of "triton" in Pallas' interpret mode: their values, on any platform, slowly.
         "triton_interpret": Implementation(
