@@ -8,6 +8,7 @@ wrong content, whatever the accounts say.
 import dataclasses
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -298,5 +299,5 @@ class PagePoolMachine(RuleBasedStateMachine):
         assert self.pool.num_used == self.pool.num_host_used == 0
 
 
-TestPagePoolMachine = PagePoolMachine.TestCase
+TestPagePoolMachine = pytest.mark.without_jax(PagePoolMachine.TestCase)
 TestPagePoolMachine.settings = settings(max_examples=200, stateful_step_count=50)
