@@ -1,0 +1,190 @@
+"""The tables of docs/scheduling.md and docs/simulator.md, written from the files of results:
+
+    python -m benchmarks.experiments.tables
+
+On a page, `<!-- table NAME -->` stands before the table of that name in `TABLES`. A test holds pages to files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks import report
+from benchmarks.experiments import cases
+from benchmarks.experiments.cases import Panel
+
+PAGES = tuple(report.ROOT / "docs" / name for name in ("scheduling.md", "simulator.md"))
+BOTH = ("engine", "simulation")
+_MARK = re.compile(r"(<!-- table (\S+) -->\n\n)((?:\|[^\n]*\n)*)")
+
+
+def results(name: str) -> Any:
+    """What results/NAME.json holds."""
+    return json.loads((report.RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"]
+
+
+def number(value: float | None) -> str:
+    """Three figures, or all of them before the point; a dash where there is no value."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of a page; the first column is flush left, the others flush right."""
+    rule = "|---|" + "---:|" * (len(head) - 1)
+    return "\n".join(["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def down(experiment: str, sides: Sequence[str], columns: Sequence[Panel], series: str | None = None) -> str:
+    """A row for each case, of one series or of all; the columns of each side beside each other."""
+    head = [""]
+    rows: dict[str, list[str]] = {}
+    for side in sides:
+        head += [f"{side}: {panel.column}" if len(sides) > 1 else panel.column for panel in columns]
+        mine = [row for row in _cases(experiment, side) if series in (None, row["series"])]
+        # With as many series as cases a series is only a colour of a plot; with fewer it tells cases apart.
+        ambiguous = len({row["case"] for row in mine}) < len(mine)
+        for row in mine:
+            name = f"{row['series']}: {row['case']}" if ambiguous else row["case"]
+            rows.setdefault(name, []).extend(_cells(row, columns))
+    return markdown(head, [[name, *cells] for name, cells in rows.items()])
+
+
+def across(experiment: str, side: str, corner: str, columns: Sequence[Panel]) -> str:
+    """A column for each x; for each series a row for each figure."""
+    found = _cases(experiment, side)
+    places = sorted({row["x"] for row in found})
+    rows = []
+    for series in dict.fromkeys(row["series"] for row in found):
+        cells = {row["x"]: _cells(row, columns) for row in found if row["series"] == series}
+        for place, panel in enumerate(columns):
+            rows.append([f"{series}: {panel.column}", *(cells[x][place] if x in cells else "–" for x in places)])
+    return markdown([corner, *map(number, places)], rows)
+
+
+def papers() -> str:
+    """The published ratios beside this scheduler's."""
+    rows = []
+    for claim in results("experiments/papers_simulation")["claims"]:
+        here = f"{claim['measured']:.2f}" if claim["measured"] < 1 else f"{claim['measured']:.1f}x"
+        rows.append([claim["name"], claim["figure"], here, claim["published"], claim["why"]])
+    return markdown(["what", "figure", "here", "published", "why it differs"], rows)
+
+
+def fleets() -> str:
+    """Replicas and their seconds against the latency of requests."""
+    columns = (
+        Panel("replicas_mean", "replicas", ""),
+        Panel("replica_seconds_per_million_tokens", "replica-s per million tokens", ""),
+        cases.TTFT,
+        _named("p99 TTFT ms", cases.TTFT_P99),
+        Panel("in_time", "first token within 1 s, %", "", 100),
+    )
+    rows = [[row["fleet"], *_cells(row, columns)] for row in results("experiments/fleets_simulation")["fleets"]]
+    return markdown(["fleet", *(panel.column for panel in columns)], rows)
+
+
+def simulation_check() -> str:
+    """Simulation over engine."""
+    figures = {"throughput": "throughput", "ttft": "mean TTFT", "tpot": "mean TPOT"}
+    rows = [
+        [row["workload"], row["policy"], *(f"{row['ratio'][key]:.2f}" for key in figures)]
+        for row in results("simulation_check_jax0.11.2")
+    ]
+    return markdown(["workload", "policy", *figures.values()], rows)
+
+
+def _cases(experiment: str, side: str) -> list[dict[str, Any]]:
+    return results(f"experiments/{experiment}_{side}")["cases"]
+
+
+def _cells(row: Mapping[str, Any], columns: Sequence[Panel]) -> list[str]:
+    values = [(row.get(panel.key), panel.factor) for panel in columns]
+    return [number(None if value is None else value * factor) for value, factor in values]
+
+
+def _named(column: str, panel: Panel, tenant: str = "") -> Panel:
+    return dataclasses.replace(panel, column=column, key=f"{tenant}.{panel.key}" if tenant else panel.key)
+
+
+_MODES = (cases.THROUGHPUT, cases.TTFT, _named("p99 e2e s", cases.E2E_P99), cases.UTILISATION)
+_POLICIES = (
+    cases.TTFT,
+    cases.TTFT_P99,
+    cases.E2E,
+    cases.E2E_P99,
+    _named("TTFT of chat ms", cases.TTFT, "chat"),
+    _named("code", cases.TTFT, "code"),
+    _named("write", cases.TTFT, "write"),
+    cases.UTILISATION,
+    cases.IN_TIME,
+    _named("Jain index", cases.JAIN),
+    cases.TAU,
+)
+_PREDICTION = (cases.TTFT, cases.E2E, _named("p99 e2e", cases.E2E_P99), cases.TAU)
+_FORMATIONS = (cases.THROUGHPUT, cases.TTFT, cases.TTFT_P99, cases.E2E, cases.UTILISATION, cases.TAU)
+_BATCH_SIZE = (cases.THROUGHPUT, cases.SERVICE, cases.SERVICE_P99, cases.TPOT)
+_CHUNKED = (
+    Panel("decoding.itl_max", "longest gap ms", "", 1e3),
+    Panel("prompt.ttft_mean", "long TTFT ms", "", 1e3),
+)
+_MIXED = (
+    _named("short TTFT ms", cases.TTFT, "short"),
+    _named("p99", cases.TTFT_P99, "short"),
+    _named("short p99 ITL", cases.ITL_P99, "short"),
+    _named("short e2e s", cases.E2E, "short"),
+    _named("long e2e s", cases.E2E, "long"),
+)
+_PAGED = (cases.THROUGHPUT, _named("sequences a step", cases.SEQUENCES))
+_PREEMPTION = (cases.THROUGHPUT, cases.TTFT, cases.E2E, cases.PREEMPTIONS, cases.SWAPPED)
+_PROFILE = (cases.THROUGHPUT, cases.TTFT, _named("p99 TTFT ms", cases.TTFT_P99), cases.ITL_P99, cases.UTILISATION)
+
+TABLES: dict[str, Callable[[], str]] = {
+    "modes-at-once": functools.partial(down, "modes", BOTH, _MODES, "all at once"),
+    "modes-arriving": functools.partial(down, "modes", BOTH, _MODES, "arriving at 60 % of capacity"),
+    "policies-engine": functools.partial(down, "policies", ["engine"], _POLICIES),
+    "policies-simulation": functools.partial(down, "policies", ["simulation"], _POLICIES),
+    "prediction": functools.partial(down, "prediction", BOTH, _PREDICTION),
+    "formations-engine": functools.partial(down, "formations", ["engine"], _FORMATIONS),
+    "formations-simulation": functools.partial(down, "formations", ["simulation"], _FORMATIONS),
+    "batch-size": functools.partial(down, "batch_size", BOTH, _BATCH_SIZE),
+    "chunked-prefill": functools.partial(across, "chunked_prefill", "simulation", "tokens of a long prompt", _CHUNKED),
+    "mixed-lengths": functools.partial(down, "mixed_lengths", BOTH, _MIXED),
+    "paged": functools.partial(across, "paged", "simulation", "tokens of the pool", _PAGED),
+    "preemption": functools.partial(down, "preemption", BOTH, _PREEMPTION),
+    "load-profile-engine": functools.partial(across, "load_profile", "engine", "load", _PROFILE),
+    "load-profile-simulation": functools.partial(across, "load_profile", "simulation", "load", _PROFILE),
+    "papers": papers,
+    "fleets": fleets,
+    "simulation-check": simulation_check,
+}
+
+
+def filled(text: str) -> str:
+    """The text of a page with every table written anew; KeyError for a name that is not in `TABLES`."""
+    return _MARK.sub(lambda found: found[1] + TABLES[found[2]](), text)
+
+
+def names(text: str) -> list[str]:
+    """The tables that a page has, in order."""
+    return [found[2] for found in _MARK.finditer(text)]
+
+
+def main(pages: Sequence[pathlib.Path] = PAGES) -> int:
+    """Writes the tables of the pages; returns the exit status."""
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(filled(text), encoding="utf-8")
+        print(f"{page.name}: {', '.join(names(text))}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
