@@ -21,21 +21,36 @@ from jaxserve import gin_config
 from jaxserve.config import EngineConfig
 from jaxserve.engine.replay import replay
 from jaxserve.runner.model_runner import ModelRunner
+from jaxserve.simulator.capacity import search_capacity
 from jaxserve.simulator.command import add_simulation_options, load_setup, load_trace
 from jaxserve.simulator.report import Slo
-from jaxserve.simulator.search import Options, Score, Serve, Trial, owner_of, stressed, successive_halving, value_of
+from jaxserve.simulator.search import (
+    MET,
+    Options,
+    Score,
+    Serve,
+    Trial,
+    owner_of,
+    stressed,
+    successive_halving,
+    value_of,
+)
 from jaxserve.simulator.setup import with_options
 from jaxserve.simulator.simulation import ClientRule, SimulationResult, simulate
 from jaxserve.simulator.traces import Trace
+
+CAPACITY_TOLERANCE = 0.03
+"""How closely the capacities of the evidence are searched."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
     """What was found. before, after: of the configuration and of `best`, in simulation and, where confirmed, on the
-    engine. reason: why it was not confirmed."""
+    engine. capacities: of both in simulation, requests a second. reason: why it was not confirmed."""
 
     best: Trial
     before: Trial
+    capacities: tuple[float, float] | None = None
     engine_before: Score | None = None
     engine_after: Score | None = None
     engine_requests: int = 0
@@ -80,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--candidates", type=int, default=27, help="configurations to try (default 27)")
     add("--rungs", type=int, default=3, help="halvings, the last on the whole trace (default 3)")
     add("--seed", type=int, default=0)
-    add("--stress", action="store_true", help="speed the trace up until 10 %% miss the targets as configured")
+    add("--stress", action="store_true", help="speed the trace up until over 10 %% miss the targets as configured")
     add("--confirm-seconds", type=float, default=20.0, help="of the trace on the engine, 0 for none (default 20)")
     parser.set_defaults(limit=2000)
     return parser
@@ -90,8 +105,7 @@ def search(
     config: EngineConfig, trace: Trace, slo: Slo, serve: Serve, parsed: argparse.Namespace
 ) -> tuple[Evidence, float]:
     """The best candidate and the configuration itself on the whole trace, and by how much its rate was raised."""
-    prefix = trace.part(0, max(1, len(trace) // 4))
-    factor = stressed(config, prefix, slo, serve) if parsed.stress else 1.0
+    factor = stressed(config, trace, slo, serve) if parsed.stress else 1.0
     tables = successive_halving(
         config,
         trace.faster(factor) if factor != 1.0 else trace,
@@ -101,8 +115,17 @@ def search(
         rungs=parsed.rungs,
         seed=parsed.seed,
     )
-    last = tables[-1]
-    return Evidence(best=last[0], before=next(trial for trial in last if not trial.options)), factor
+    best, before = tables[-1][0], next(trial for trial in tables[-1] if not trial.options)
+    if not parsed.stress:
+        return Evidence(best, before), factor  # a rate of its own was asked for, and may be far from the capacity
+
+    def capacity(options: Options) -> float:
+        def share(part: Trace) -> float:
+            return float(slo.met(serve(with_options(config, options), part)).mean())
+
+        return search_capacity([trace.faster(factor)], share, target=MET, tolerance=CAPACITY_TOLERANCE).rate
+
+    return Evidence(best, before, (capacity({}), capacity(best.options))), factor
 
 
 def confirm(
@@ -145,6 +168,9 @@ def _lines(evidence: Evidence, trace: Trace, factor: float, slo: Slo) -> list[st
         f"simulation, before: {_told(before.score)}",
         f"simulation, after:  {_told(best.score)}",
     ]
+    if evidence.capacities is not None:
+        rates = "before {:.3g}, after {:.3g} requests/s".format(*evidence.capacities)
+        lines.append(f"simulation, highest rate with {100 * MET:g} % within targets: {rates}")
     if evidence.engine_before is None or evidence.engine_after is None:
         return [*lines, f"engine: not confirmed, {evidence.reason}"]
     return [

@@ -2,8 +2,9 @@
 
 The default model serves three workloads under two policies in real time, in interleaved rounds; the same traces are
 simulated with costs fitted to the steps of all those runs together. For each of throughput, mean TTFT and mean TPOT the
-table has both, over all rounds, and their ratio. Prints a table and writes JSON; exit status 1 where a figure is
-further off than the project promises.
+table has the engine's over all rounds and the ratio of the simulation to it: of the same trace, the median over the
+rounds, since a round in which the machine stood still for a moment says nothing of the simulation. Prints a table and
+writes JSON; exit status 1 where a ratio is further off than the project promises.
 
 What is checked is all but the time of a step: queues, batches, chunks, pages, policies, the loop with a step in flight.
 """
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report
+from benchmarks.spread import spread
 from benchmarks.step_costs import MeteredRunner, StepMeter
 from jaxserve import gin_config
 from jaxserve.config import EngineConfig
@@ -97,16 +99,19 @@ def run(
     for workload, policy in cells:
         chosen = with_options(config, {"policy": policy})
         simulated = [simulate(chosen, traces[workload, turn], costs, device, client=client) for turn in range(rounds)]
-        seen, told = figures(served[workload, policy]), figures(simulated)
+        pairs = [
+            (figures([one]), figures([other])) for one, other in zip(served[workload, policy], simulated, strict=True)
+        ]
         rows.append(
             {
                 "workload": workload,
                 "policy": policy,
                 "requests": sum(len(each.trace) for each in served[workload, policy]),
-                "engine": seen,
-                "engine_rounds": [figures([each]) for each in served[workload, policy]],
-                "simulation": told,
-                "ratio": {name: told[name] / seen[name] for name in FIGURES},
+                "engine": figures(served[workload, policy]),
+                "simulation": figures(simulated),
+                "engine_rounds": [seen for seen, _ in pairs],
+                "simulation_rounds": [told for _, told in pairs],
+                "ratio": {name: spread([told[name] / seen[name] for seen, told in pairs]) for name in FIGURES},
             }
         )
     return rows, costs, len(steps)
@@ -142,12 +147,12 @@ def main() -> int:
     print(f"costs fitted to {count} steps; mean error of a step {100 * costs.error:.1f} % of the mean step")
     header = (
         "workload, policy",
-        *(f"{name} {side}" for name in FIGURES for side in ("engine", "sim", "ratio")),
+        *(f"{name} {side}" for name in FIGURES for side in ("engine", "ratio", "of rounds")),
     )
     print("throughput in output tokens a second, times in ms")
     print(report.table(header, [_row(row) for row in rows]))
     print(f"written: {path}")
-    worst = max(abs(row["ratio"][name] - 1) for row in rows for name in FIGURES)
+    worst = max(abs(row["ratio"][name]["median"] - 1) for row in rows for name in FIGURES)
     return 0 if worst <= PROMISED else report.fail(f"a figure of the simulation is {100 * worst:.1f} % off")
 
 
@@ -155,7 +160,8 @@ def _row(row: dict[str, Any]) -> tuple[Any, ...]:
     cells: list[Any] = [f"{row['workload']}, {row['policy']}"]
     for name in FIGURES:
         unit = 1.0 if name == "throughput" else 1e3
-        cells += [row["engine"][name] * unit, row["simulation"][name] * unit, row["ratio"][name]]
+        ratio = row["ratio"][name]
+        cells += [row["engine"][name] * unit, ratio["median"], f"{ratio['min']:.2f} to {ratio['max']:.2f}"]
     return tuple(cells)
 
 

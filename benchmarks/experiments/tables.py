@@ -92,13 +92,17 @@ def fleets() -> str:
 
 
 def simulation_check() -> str:
-    """Simulation over engine."""
+    """Simulation over engine: the median over the rounds, and the least and the greatest."""
     figures = {"throughput": "throughput", "ttft": "mean TTFT", "tpot": "mean TPOT"}
     rows = [
-        [row["workload"], row["policy"], *(f"{row['ratio'][key]:.2f}" for key in figures)]
+        [row["workload"], row["policy"], *(_ratio(row["ratio"][key]) for key in figures)]
         for row in results("simulation_check_jax0.11.2")
     ]
     return markdown(["workload", "policy", *figures.values()], rows)
+
+
+def _ratio(found: Mapping[str, float]) -> str:
+    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
 
 
 def _cases(experiment: str, side: str) -> list[dict[str, Any]]:

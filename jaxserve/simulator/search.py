@@ -19,6 +19,9 @@ Options = Mapping[str, Any]
 Serve = Callable[[EngineConfig, Trace], SimulationResult]
 """Serves a trace under a configuration; ValueError where the configuration cannot be used."""
 
+MET = 0.9
+"""The share of requests within the targets that a server is expected to keep."""
+
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Score:
@@ -138,7 +141,7 @@ def successive_halving(
     return tables
 
 
-def stressed(config: EngineConfig, trace: Trace, slo: Slo, serve: Serve, share: float = 0.9) -> float:
+def stressed(config: EngineConfig, trace: Trace, slo: Slo, serve: Serve, share: float = MET) -> float:
     """The factor of the trace's rate, a power of 1.25 of at least 1, at which fewer than `share` of the requests meet
     the targets: where they all do, no option could show that it is better."""
     factor = 1.0
