@@ -72,7 +72,8 @@ def _lines(axis: Any, panel: Panel, rows: Sequence[Row], experiment: Experiment)
         axis.yaxis.set_major_formatter(_WITH_COMMAS)
         axis.yaxis.set_minor_formatter("")
     else:
-        axis.set_ylim(bottom=0)
+        shown = [row[panel.key] * panel.factor for row in rows if row.get(panel.key) is not None]
+        axis.set_ylim(0, 1.06 * max(shown, default=1.0) or 1.0)  # lines across and markers clear of the frame
         axis.yaxis.set_major_formatter(_WITH_COMMAS)
     axis.set_xlabel(experiment.xlabel)
     axis.set_ylabel(panel.label)
