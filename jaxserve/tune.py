@@ -92,7 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_simulation_options(parser)
     add = parser.add_argument
     add("--output", type=pathlib.Path, default=pathlib.Path("tuned.gin"), metavar="FILE", help="the gin file to write")
-    add("--candidates", type=int, default=27, help="configurations to try (default 27)")
+    add("--candidates", type=int, default=54, help="configurations to try (default 54)")
     add("--rungs", type=int, default=3, help="halvings, the last on the whole trace (default 3)")
     add("--seed", type=int, default=0)
     add("--stress", action="store_true", help="speed the trace up until over 10 %% miss the targets as configured")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -83,11 +84,16 @@ def search_space(config: EngineConfig, trace: Trace) -> dict[str, tuple[Any, ...
     }
 
 
-def candidates(config: EngineConfig, space: Mapping[str, Sequence[Any]], count: int, seed: int) -> list[Options]:
+def candidates(
+    config: EngineConfig, space: Mapping[str, Sequence[Any]], count: int, seed: int, slo: Slo = Slo()
+) -> list[Options]:
     """The configuration itself and count - 1 random others, each valid and none twice.
 
-    A candidate changes some of the options only, so that what helps is not hidden by what does not.
+    A candidate changes some of the options only, so that what helps is not hidden by what does not. Where the policy
+    is "deadline" it aims at the targets of `slo`.
     """
+    targets = {"ttft_target": slo.ttft, "tpot_target": slo.tpot}
+    aims = {name: target for name, target in targets.items() if math.isfinite(target)}
     at_least("candidates", count, 1)
     rng = np.random.default_rng(seed)
     found: list[Options] = [{}]
@@ -96,6 +102,8 @@ def candidates(config: EngineConfig, space: Mapping[str, Sequence[Any]], count: 
             break
         names = [name for name in space if rng.random() < 0.4]
         drawn = {name: space[name][int(rng.integers(len(space[name])))] for name in names}
+        if drawn.get("policy", config.scheduler.policy) == "deadline":
+            drawn |= aims
         options = {name: value for name, value in drawn.items() if value != value_of(config, name)}
         if options in found or not _valid(config, options):
             continue
@@ -121,7 +129,7 @@ def successive_halving(
     Raises ValueError where the configuration itself cannot serve the trace.
     """
     at_least("rungs", rungs, 1)
-    remaining = candidates(config, search_space(config, trace), count, seed)
+    remaining = candidates(config, search_space(config, trace), count, seed, slo)
     tables: list[list[Trial]] = []
     for rung in range(rungs):
         prefix = trace.part(0, max(1, round(len(trace) * keep ** (rungs - 1 - rung))))

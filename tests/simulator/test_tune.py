@@ -36,6 +36,15 @@ def test_candidates_are_valid_different_and_reproducible():
         with_options(config, options)  # raises where a combination is refused
 
 
+def test_the_deadline_policy_aims_at_the_targets():
+    config = make_config()
+    found = candidates(config, search_space(config, busy_trace()), 40, seed=3, slo=Slo(ttft=0.25))
+    aiming = [options for options in found if "ttft_target" in options]
+    assert aiming
+    assert aiming == [options for options in found if options.get("policy") == "deadline"]
+    assert all(options["ttft_target"] == 0.25 and "tpot_target" not in options for options in aiming)
+
+
 def test_policies_are_tried_where_the_trace_has_what_they_go_by():
     config = make_config()
     plain = search_space(config, make_trace("t", [0.0, 1.0], 5, 5))["policy"]
