@@ -37,9 +37,13 @@ def number(value: float | None) -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of a page; the first column is flush left, the others flush right."""
-    rule = "|---|" + "---:|" * (len(head) - 1)
-    return "\n".join(["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+    """A table of a page; columns of numbers are flush right."""
+    rule = [
+        "---:" if all(cell[:1].isdigit() or cell == "–" for cell in column) else "---"
+        for column in zip(*rows, strict=True)
+    ]
+    rule[0] = "---"
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows)) + "\n"
 
 
 def down(experiment: str, sides: Sequence[str], columns: Sequence[Panel], series: str | None = None) -> str:
