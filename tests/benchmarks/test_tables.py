@@ -34,9 +34,8 @@ def test_numbers(value, text):
 
 def test_a_table_is_replaced_and_what_is_around_it_stays(monkeypatch):
     monkeypatch.setitem(tables.TABLES, "one", lambda: tables.markdown(["", "b"], [["x", "1"]]))
-    text = "before\n\n<!-- table one -->\n\n| old |\n|---|\n| 2 |\n\nafter | no table\n"
-    assert (
-        tables.filled(text) == "before\n\n<!-- table one -->\n\n|  | b |\n| --- | ---: |\n| x | 1 |\n\nafter | no table\n"
-    )
+    around = "before\n\n<!-- table one -->\n\n{}\nafter | no table\n"
+    text = around.format("| old |\n|---|\n| 2 |\n")
+    assert tables.filled(text) == around.format("|  | b |\n| --- | ---: |\n| x | 1 |\n")
     with pytest.raises(KeyError, match="two"):
         tables.filled("<!-- table two -->\n\n")
