@@ -26,7 +26,8 @@ from jaxserve.request import EngineRequest
 from jaxserve.scheduler import Scheduler, StepResult
 from jaxserve.scheduler.buckets import Buckets, powers
 from jaxserve.scheduler.page_pool import PagePool
-from jaxserve.scheduler_config import FORMATIONS, POLICIES
+from jaxserve.scheduler.policies import POLICIES
+from jaxserve.scheduler_config import FORMATIONS
 
 RUNNING = 256
 WAITING = (10, 1_000, 100_000)

@@ -14,7 +14,6 @@ MIN_BUCKET = 8
 MODES = ("none", "static", "dynamic", "continuous", "separated")
 PHASE_ORDERS = ("alternating", "prefill_first", "decode_first")
 FORMATIONS = ("greedy", "length_balanced", "priority", "hybrid", "throughput")
-POLICIES = ("fcfs", "sjf", "priority", "fair", "deadline")
 PAGE_RESERVATIONS = ("none", "max_tokens", "max_model_len")
 PREEMPTION_MODES = ("recompute", "swap", "auto")
 VICTIMS = ("policy", "lowest_priority", "most_pages", "least_progress", "cheapest")
@@ -182,7 +181,8 @@ class AdaptationConfig:
     chunked (throughput), else between (balanced). Load is unfinished requests over max_num_seqs.
     load_hysteresis: how far the load must pass a bound before the profile changes.
     latency_tokens, balanced_tokens, throughput_tokens: tokens of a step under each, and never above
-    max_num_batched_tokens.
+    max_num_batched_tokens. latency_prefill_share, balanced_prefill_share, throughput_prefill_share: prefill_share under
+    each, and never above prefill_share.
     """
 
     adaptive_batch_size: bool = False
@@ -197,12 +197,17 @@ class AdaptationConfig:
     latency_tokens: int = 512
     balanced_tokens: int = 2048
     throughput_tokens: int = 4096
+    latency_prefill_share: float = 0.19
+    balanced_prefill_share: float = 0.5
+    throughput_prefill_share: float = 0.7
 
     def __post_init__(self) -> None:
         for name in ("target_batch_tokens", "min_batch_size", "max_batch_size"):
             at_least(name, getattr(self, name), 1)
         for name in ("latency_tokens", "balanced_tokens", "throughput_tokens"):
             at_least(name, getattr(self, name), MIN_BUCKET)
+        for name in ("latency_prefill_share", "balanced_prefill_share", "throughput_prefill_share"):
+            between(name, getattr(self, name), 0.01, 1.0)
         between("batch_size_smoothing", self.batch_size_smoothing, 0.001, 1.0)
         between("load_hysteresis", self.load_hysteresis, 0.0, 0.5)
         between("load_low", self.load_low, 0.0)
@@ -250,7 +255,9 @@ class SchedulerConfig:
         at_least("max_num_waiting", self.max_num_waiting, 1)
         one_of("mode", self.mode, MODES)
         one_of("formation", self.formation, FORMATIONS)
-        one_of("policy", self.policy, POLICIES)
+        from jaxserve.scheduler.policies import POLICIES  # here, since policies are made from this file's settings
+
+        one_of("policy", self.policy, tuple(POLICIES))
         if self.long_prefill_token_threshold and not self.enable_chunked_prefill:
             raise ValueError(
                 f"long_prefill_token_threshold is {self.long_prefill_token_threshold}; it needs enable_chunked_prefill"

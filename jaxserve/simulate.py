@@ -25,7 +25,7 @@ from jaxserve import gin_config
 from jaxserve.config import EngineConfig
 from jaxserve.simulator import plots
 from jaxserve.simulator.capacity import Capacity, parts_of, search_capacity
-from jaxserve.simulator.command import add_simulation_options, assignments, literal, load_setup, load_trace
+from jaxserve.simulator.command import add_simulation_options, assignments, literal, load_setup, load_trace, parts
 from jaxserve.simulator.fleet import SCALINGS, FleetConfig, FleetResult, simulate_fleet
 from jaxserve.simulator.report import Slo, report, table
 from jaxserve.simulator.routing import ROUTINGS
@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         trace = load_trace(parsed)
         runs = list(make_runs(parsed, server.engine))
+        if not runs:
+            raise ValueError("--compare leaves nothing to simulate")
         slo, client = Slo.parse(parsed.slo), ClientRule.parse(parsed.client_max_tokens)
         print(describe(trace, runs))
         if parsed.capacity is not None:
@@ -101,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def make_runs(parsed: argparse.Namespace, config: EngineConfig) -> Iterator[Run]:
-    """All combinations of what --compare varies."""
+    """All combinations of what --compare varies, less those that the configuration refuses, which are named."""
     base = {"replicas": parsed.replicas, "routing": parsed.routing, "scaling": parsed.scaling}
     base |= assignments("fleet", parsed.fleet)
     varied = []
@@ -109,7 +111,7 @@ def make_runs(parsed: argparse.Namespace, config: EngineConfig) -> Iterator[Run]
         name, equals, values = item.partition("=")
         if not equals or not values:
             raise ValueError(f"--compare {item!r}: it must be NAME=VALUE,VALUE,...")
-        varied.append([(name, literal(text)) for text in values.split(",")])
+        varied.append([(name, literal(text)) for text in parts(values)])
     for chosen in itertools.product(*varied):
         options = {name: value for name, value in chosen if name not in FLEET_OPTIONS}
         fleet = base | {name: value for name, value in chosen if name in FLEET_OPTIONS}
@@ -117,7 +119,14 @@ def make_runs(parsed: argparse.Namespace, config: EngineConfig) -> Iterator[Run]
         if unknown:
             raise ValueError(f"--fleet has {', '.join(unknown)}; known are {', '.join(sorted(FLEET_OPTIONS))}")
         name = ", ".join(f"{name}={value}" for name, value in chosen) or "as configured"
-        yield Run(name, load_setup(parsed, with_options(config, options)), FleetConfig(**fleet))
+        try:
+            changed = with_options(config, options)
+        except ValueError as error:
+            if not any(len(values) > 1 for values in varied):
+                raise
+            print(f"{name}: left out, {error}", file=sys.stderr)
+            continue
+        yield Run(name, load_setup(parsed, changed), FleetConfig(**fleet))
 
 
 def describe(trace: Trace, runs: Sequence[Run]) -> str:

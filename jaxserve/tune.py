@@ -46,7 +46,8 @@ CAPACITY_TOLERANCE = 0.03
 @dataclasses.dataclass(frozen=True)
 class Evidence:
     """What was found. before, after: of the configuration and of `best`, in simulation and, where confirmed, on the
-    engine. capacities: of both in simulation, requests a second. reason: why it was not confirmed."""
+    engine. capacities: of both in simulation, requests a second. costs: what the simulation went by. reason: why it was
+    not confirmed. refuted: what simulated better and served worse than the configuration itself."""
 
     best: Trial
     before: Trial
@@ -55,6 +56,13 @@ class Evidence:
     engine_after: Score | None = None
     engine_requests: int = 0
     reason: str = ""
+    costs: str = ""
+    refuted: Trial | None = None
+
+    @property
+    def tried(self) -> Trial:
+        """What simulated best."""
+        return self.refuted or self.best
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,14 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         trace, slo, client = load_trace(parsed), Slo.parse(parsed.slo), ClientRule.parse(parsed.client_max_tokens)
         with tqdm(unit="simulation", file=sys.stderr) as bar:
+            costs = ""
 
             def serve(chosen: EngineConfig, part: Trace) -> SimulationResult:
+                nonlocal costs
                 setup = load_setup(parsed, chosen)
+                costs = setup.costs.name
                 result = simulate(setup.config, part, setup.costs, setup.device, client=client)
                 bar.update(1)
                 return result
 
             evidence, factor = search(config, trace, slo, serve, parsed)
+            evidence = dataclasses.replace(evidence, costs=costs)
         evidence = confirm(config, trace.faster(factor), slo, client, evidence, parsed)
         about = [f"python -m jaxserve.tune {shlex.join(_public(given))}", *_lines(evidence, trace, factor, slo)]
         print("\n".join(about[1:]))
@@ -131,7 +143,8 @@ def search(
 def confirm(
     config: EngineConfig, trace: Trace, slo: Slo, client: ClientRule, evidence: Evidence, parsed: argparse.Namespace
 ) -> Evidence:
-    """Serves the first seconds of the trace on the engine, as configured and with the best options."""
+    """Serves the first seconds of the trace on the engine, as configured and with the best options. Where these turn
+    out worse there, the configuration itself is the best."""
     if not parsed.confirm_seconds:
         return dataclasses.replace(evidence, reason="not asked for")
     if config.load_format != "dummy" and (config.model is None or not pathlib.Path(config.model).is_dir()):
@@ -144,7 +157,10 @@ def confirm(
         runner = ModelRunner(chosen)
         replay(chosen, runner, part.part(0, min(count, 8)), client=client)  # warms up
         scores.append(Score.of(replay(chosen, runner, part, client=client, seed=parsed.seed), slo))
-    return dataclasses.replace(evidence, engine_before=scores[0], engine_after=scores[1], engine_requests=count)
+    found = dataclasses.replace(evidence, engine_before=scores[0], engine_after=scores[1], engine_requests=count)
+    if scores[1] < scores[0]:
+        return dataclasses.replace(found, best=evidence.before, refuted=evidence.best)
+    return found
 
 
 def gin_text(config: EngineConfig, options: Options, base: str, overrides: Sequence[str], about: Sequence[str]) -> str:
@@ -161,9 +177,10 @@ def gin_text(config: EngineConfig, options: Options, base: str, overrides: Seque
 
 
 def _lines(evidence: Evidence, trace: Trace, factor: float, slo: Slo) -> list[str]:
-    best, before = evidence.best, evidence.before
+    best, before = evidence.tried, evidence.before
     rate = f"{trace.rate * factor:.3g} requests/s" + ("" if factor == 1.0 else f", {factor:.3g} times its own rate")
     lines = [
+        f"step times: {evidence.costs}",
         f"trace {trace.name}, {best.requests:,} requests at {rate}; targets {slo}",
         f"simulation, before: {_told(before.score)}",
         f"simulation, after:  {_told(best.score)}",
@@ -173,6 +190,9 @@ def _lines(evidence: Evidence, trace: Trace, factor: float, slo: Slo) -> list[st
         lines.append(f"simulation, highest rate with {100 * MET:g} % within targets: {rates}")
     if evidence.engine_before is None or evidence.engine_after is None:
         return [*lines, f"engine: not confirmed, {evidence.reason}"]
+    if evidence.refuted is not None:
+        tried = ", ".join(f"{name}={value!r}" for name, value in sorted(evidence.refuted.options.items()))
+        lines.append(f"the engine was slower with what simulated best, which is not set: {tried}")
     return [
         *lines,
         f"engine, before ({evidence.engine_requests} requests): {_told(evidence.engine_before)}",

@@ -111,21 +111,23 @@ def capacity(side: Side, case: Case) -> float:
 
 
 def present(experiment: Experiment, side: Side, rows: list[dict[str, Any]]) -> None:
-    """Prints the table and writes results/experiments/NAME_SIDE.json and .png."""
+    """Prints the table and writes results/experiments/NAME_SIDE.json, .txt (the table) and .png."""
     name = f"experiments/{experiment.name}_{side.scale.name}"
     settings = {"side": side.about, "limits": dict(side.scale.limits)}
     path = report.write(name, settings, {"question": experiment.question, "cases": rows})
     print(report.describe() if side.scale.name == "engine" else side.about["model"])
     print(table(experiment, rows))
     draw(experiment, side.scale.name)
-    print(f"written: {path} and .png")
+    print(f"written: {path}, .txt and .png")
 
 
 def draw(experiment: Experiment, side: str) -> None:
-    """Draws what results/experiments/NAME_SIDE.json holds."""
+    """Draws what results/experiments/NAME_SIDE.json holds, and writes its table beside it."""
     path = report.RESULTS / "experiments" / f"{experiment.name}_{side}.json"
     document = json.loads(path.read_text(encoding="utf-8"))
     title = f"{experiment.question}\n{document['settings']['side']['model']}"
+    text = f"{title}\n\n{table(experiment, document['results']['cases'])}\n"
+    path.with_suffix(".txt").write_text(text, encoding="utf-8")
     plots.draw(experiment, document["results"]["cases"], title, path.with_suffix(".png"))
 
 

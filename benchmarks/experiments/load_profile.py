@@ -16,7 +16,8 @@ LOADS = (0.2, 0.5, 0.8, 1.1)
 
 
 def make_cases(scale: Scale) -> list[Case]:
-    """The profile, the three that it chooses from, each on its own, and the presets of configs/presets/."""
+    """The profile, the three that it chooses from, each on its own, steps as small as those of latency with prompts
+    chunked, and the presets of configs/presets/."""
     trace = tenants(scale, requests=2 * scale.requests)
     client = ClientRule(16 * scale.output)
     small = scale.name == "engine"
@@ -24,8 +25,10 @@ def make_cases(scale: Scale) -> list[Case]:
     tokens = {"latency_tokens": low, "balanced_tokens": middle, "throughput_tokens": high}
     ways: dict[str, dict[str, Any]] = {
         "load_profile": {"load_profile": True, **tokens},
-        "always latency": {"max_num_batched_tokens": low},
-        "always throughput": {"max_num_batched_tokens": high},
+        "always latency": {"max_num_batched_tokens": low, "prefill_share": 0.19, "enable_chunked_prefill": False},
+        "always balanced": {"max_num_batched_tokens": middle, "prefill_share": 0.5},
+        "always throughput": {"max_num_batched_tokens": high, "prefill_share": 0.7},
+        "small chunked steps": {"max_num_batched_tokens": low},
     }
     found = [
         Case(f"load {load:g}", trace, x=load, series=way, client=client, load=load,

@@ -122,8 +122,16 @@ def _named(column: str, panel: Panel, tenant: str = "") -> Panel:
     return dataclasses.replace(panel, column=column, key=f"{tenant}.{panel.key}" if tenant else panel.key)
 
 
-_MODES = (cases.THROUGHPUT, cases.TTFT, _named("p99 e2e s", cases.E2E_P99), cases.UTILISATION)
+_MODES = (
+    cases.THROUGHPUT,
+    cases.TTFT,
+    cases.TTFT_P99,
+    _named("p99 e2e s", cases.E2E_P99),
+    cases.UTILISATION,
+    cases.TAU,
+)
 _POLICIES = (
+    cases.THROUGHPUT,
     cases.TTFT,
     cases.TTFT_P99,
     cases.E2E,
@@ -152,7 +160,14 @@ _MIXED = (
 )
 _PAGED = (cases.THROUGHPUT, _named("sequences a step", cases.SEQUENCES))
 _PREEMPTION = (cases.THROUGHPUT, cases.TTFT, cases.E2E, cases.PREEMPTIONS, cases.SWAPPED)
-_PROFILE = (cases.THROUGHPUT, cases.TTFT, _named("p99 TTFT ms", cases.TTFT_P99), cases.ITL_P99, cases.UTILISATION)
+_PROFILE = (
+    cases.THROUGHPUT,
+    cases.TTFT,
+    _named("p99 TTFT ms", cases.TTFT_P99),
+    cases.ITL_P99,
+    cases.UTILISATION,
+    cases.TAU,
+)
 
 TABLES: dict[str, Callable[[], str]] = {
     "modes-at-once": functools.partial(down, "modes", BOTH, _MODES, "all at once"),

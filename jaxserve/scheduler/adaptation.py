@@ -39,10 +39,12 @@ class AdaptiveBatchSize:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """What a step may compute under a load: tokens at most, and whether prompts may be split."""
+    """What a step may compute under a load: tokens at most, prefill's share of them beside decodes, and whether prompts
+    may be split."""
 
     name: Literal["latency", "balanced", "throughput"]
     max_num_batched_tokens: int
+    prefill_share: float
     enable_chunked_prefill: bool
 
 
@@ -53,9 +55,9 @@ class LoadProfile:
         self._bounds = (config.load_low, config.load_high)
         self._hysteresis = config.load_hysteresis
         self._profiles = (
-            Profile("latency", config.latency_tokens, enable_chunked_prefill=False),
-            Profile("balanced", config.balanced_tokens, enable_chunked_prefill=True),
-            Profile("throughput", config.throughput_tokens, enable_chunked_prefill=True),
+            Profile("latency", config.latency_tokens, config.latency_prefill_share, False),
+            Profile("balanced", config.balanced_tokens, config.balanced_prefill_share, True),
+            Profile("throughput", config.throughput_tokens, config.throughput_prefill_share, True),
         )
         self._current: int | None = None
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+from typing import TYPE_CHECKING
 
-from jaxserve.config import MIN_BUCKET, EngineConfig
+from jaxserve.scheduler_config import MIN_BUCKET
+
+if TYPE_CHECKING:
+    from jaxserve.config import EngineConfig
 
 
 @dataclasses.dataclass(frozen=True)

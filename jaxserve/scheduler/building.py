@@ -55,7 +55,7 @@ class StepBuilder:
             if not step.chunks and not work.decode and len(decoding):
                 step.decodes = len(decoding)  # no prompt finds room: the step decodes after all
                 self._extend_decodes(step)
-        if self._config.admission.fill_buckets and self._config.admission.prefill_share < 1:
+        if self._config.admission.fill_buckets and self._limits.prefill_share < 1:
             self._fill(step, work)
         return step
 
@@ -65,7 +65,7 @@ class StepBuilder:
         decodes = len(self._places.running.decoding) if work.decode else 0
         budget = limits.max_num_batched_tokens - decodes
         if decodes:
-            budget = min(budget, max(1, int(config.admission.prefill_share * config.max_num_batched_tokens)))
+            budget = min(budget, max(1, int(limits.prefill_share * limits.max_num_batched_tokens)))
         return StepInProgress(decodes, max(0, budget), config.max_num_batched_tokens - decodes)
 
     def _swap_in(self, step: StepInProgress, work: Work) -> None:

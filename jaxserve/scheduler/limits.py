@@ -7,7 +7,8 @@ from jaxserve.scheduler_config import SchedulerConfig
 
 
 class Limits:
-    """max_num_seqs, max_num_batched_tokens, chunked: what `SchedulerConfig` calls so, as of the last `update`.
+    """max_num_seqs, max_num_batched_tokens, prefill_share, chunked: what `SchedulerConfig` calls so, as of the last
+    `update`.
     profile: name of the load-dependent profile, "" without one."""
 
     def __init__(self, config: SchedulerConfig):
@@ -17,6 +18,7 @@ class Limits:
         self._profile = LoadProfile(adaptation) if adaptation.load_profile else None
         self.max_num_seqs = config.max_num_seqs
         self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.prefill_share = config.admission.prefill_share
         self.chunked = config.enable_chunked_prefill
         self.profile = ""
 
@@ -32,4 +34,5 @@ class Limits:
             profile = self._profile.update(unfinished / self._config.max_num_seqs)
             self.profile = profile.name
             self.max_num_batched_tokens = min(self._config.max_num_batched_tokens, profile.max_num_batched_tokens)
+            self.prefill_share = min(self._config.admission.prefill_share, profile.prefill_share)
             self.chunked = profile.enable_chunked_prefill and self._config.enable_chunked_prefill

@@ -55,9 +55,11 @@ class HighestPriorityFirst(Policy):
 class EarliestDeadlineFirst(Policy):
     """By the time at which a request must start to meet its deadline, or else the targets.
 
-    The targets: the first token ttft_target after arrival, and one every tpot_target after it. A request that is late
-    is due LATE_FACTOR targets later, among the others. Bound: whoever is due later starts after it, so with equal
-    targets whoever arrived LATE_FACTOR * ttft_target later, or more, and the longest prefill later.
+    The targets: the first token ttft_target after arrival, and one every tpot_target after it. Where steps take longer
+    than tpot_target, a request must start sooner by what its expected output falls behind, and may be late from the
+    start. A request that is late is due LATE_FACTOR * ttft_target later, among the others. Bound: whoever is due later
+    starts after it, so with equal targets whoever arrived LATE_FACTOR * ttft_target later, or more, and later by the
+    longest prefill and the most that an output falls behind.
     """
 
     timeless = False
@@ -77,11 +79,12 @@ class EarliestDeadlineFirst(Policy):
         if sequence.start_by is None:
             request = sequence.request
             prefill = sequence.num_known * self.pace.seconds_per_token
+            gaps, step = sequence.expected_output - 1, self.pace.seconds_per_step
             if request.deadline is None:
-                sequence.start_by = request.arrival_time + self.config.ttft_target - prefill
+                behind = gaps * max(0.0, step - self.config.tpot_target)
+                sequence.start_by = request.arrival_time + self.config.ttft_target - prefill - behind
             else:
-                decode = (sequence.expected_output - 1) * self.pace.seconds_per_step
-                sequence.start_by = request.deadline - prefill - decode
+                sequence.start_by = request.deadline - prefill - gaps * step
         return sequence.start_by
 
 

@@ -74,6 +74,18 @@ def assignments(what: str, text: str) -> dict[str, Any]:
     return found
 
 
+def parts(text: str) -> list[str]:
+    """What stands between commas, those inside brackets and braces left alone."""
+    found, depth = [""], 0
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += char
+    return found
+
+
 def literal(text: str) -> Any:
     """A Python literal, or text."""
     try:

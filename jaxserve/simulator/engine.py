@@ -22,7 +22,7 @@ import numpy as np
 from jaxserve.config import EngineConfig
 from jaxserve.engine_events import EngineEvents, TurnTimes
 from jaxserve.recorder import Recorder
-from jaxserve.request import EngineRequest
+from jaxserve.request import EngineRequest, RequestStatus
 from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepResult, StepUpdate
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.page_pool import PagePool
@@ -187,7 +187,8 @@ class SimulatedEngine:
         start = max(time, self._free_at)
         idle = start - self._free_at if self._in_flight is not None else 0.0
         end = self._free_at = start + self.costs.seconds(shape)
-        pool = self.scheduler.pool
+        pool, preempted = self.scheduler.pool, self.scheduler.preempted
+        swapped = sum(sequence.status is RequestStatus.SWAPPED for sequence in preempted)
         self.steps.add(
             (
                 begin,
@@ -199,8 +200,13 @@ class SimulatedEngine:
                 plan.token_bucket,
                 plan.row_bucket,
                 pool.num_used,
+                pool.num_cached,
+                pool.num_host_used,
                 self.scheduler.num_waiting,
                 self.scheduler.num_running,
+                self.scheduler.num_swapped,
+                len(preempted) - swapped,
+                swapped,
             )
         )
         if self._events is not None:
@@ -291,8 +297,8 @@ class SimulatedEngine:
         pages = pages_over(previous.plan, turns, used, pool.num_used)
         count = shape.decode_rows
         self.steps.add_many(
-            begins, starts, ends, 0, count, count, plan.token_bucket, plan.row_bucket, pages,
-            scheduler.num_waiting, scheduler.num_running,
+            begins, starts, ends, 0, count, count, plan.token_bucket, plan.row_bucket, pages, pool.num_cached,
+            pool.num_host_used, scheduler.num_waiting, scheduler.num_running, scheduler.num_swapped, 0, 0,
         )  # fmt: skip
         self.tokens.add_many(request_ids, starts)
         if self._events is not None:

@@ -16,10 +16,16 @@ STEP_COLUMNS = (
     "token_bucket",
     "row_bucket",
     "pages_used",
+    "pages_cached",
+    "pages_swapped",
     "waiting",
     "running",
+    "swapped",
+    "preempted_recompute",
+    "preempted_swap",
 )
-"""begin: of the turn that made the step; start, end: on the device; seconds. The others: as in `StepRecorded`."""
+"""begin: of the turn that made the step; start, end: on the device; seconds. preempted_*: sequences, as the step was
+decided. The others: as in `StepRecorded`."""
 
 
 class StepLog:

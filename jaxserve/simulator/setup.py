@@ -130,6 +130,14 @@ def _replaced(config: Any, options: Mapping[str, Any]) -> tuple[Any, set[str]]:
                 values[field.name] = inner
                 used |= names
         elif field.name in options:
+            _check_kind(field.name, options[field.name], value)
             values[field.name] = options[field.name]
             used.add(field.name)
     return (dataclasses.replace(config, **values) if values else config), used
+
+
+def _check_kind(name: str, given: Any, current: Any) -> None:
+    """Text that stands for a truth value would be true, whatever it says."""
+    for kind, wanted in ((bool, "True or False"), (Mapping, "a mapping such as {'a': 2}")):
+        if isinstance(current, kind) and not isinstance(given, kind):
+            raise ValueError(f"{name} is {given!r}; it must be {wanted}")

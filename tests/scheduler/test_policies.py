@@ -14,6 +14,8 @@ from jaxserve.scheduler import Scheduler, StepPlan, StepResult
 from jaxserve.scheduler.fair import Fair
 from jaxserve.scheduler.pace import Pace
 from jaxserve.scheduler.policies import LATE_FACTOR, POLICIES
+from jaxserve.scheduler.policy import Policy
+from jaxserve.scheduler.queues import Standing
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler_config import PolicyConfig, SchedulerConfig
 from tests.scheduler.drive import make_scheduler, request
@@ -79,6 +81,18 @@ def test_priority_ages_and_long_requests_pay():
     assert order_of_service("priority", requests) == ["high", "higher", "low", "later"]
 
 
+class LastComeFirstServed(Policy):
+    def standing(self, sequence: Sequence) -> Standing:
+        return (-sequence.order,)
+
+
+def test_a_policy_is_a_class_and_its_line(monkeypatch):
+    with pytest.raises(ValueError, match="policy is 'lcfs'; it must be one of fcfs, sjf, priority, fair, deadline"):
+        SchedulerConfig(policy="lcfs")
+    monkeypatch.setitem(POLICIES, "lcfs", LastComeFirstServed)
+    assert order_of_service("lcfs", [request(name, 3, 1) for name in "abc"]) == ["c", "b", "a"]
+
+
 def test_weights_of_priority_are_settings():
     requests = [request("a", 3, 50, priority=1), request("b", 3, 1)]
     assert order_of_service("priority", requests) == ["b", "a"]
@@ -117,6 +131,28 @@ def test_what_cannot_be_met_is_dropped_where_that_is_set():
     ended = scheduler.expire(2.0)
     assert [update.sequence.request_id for update in ended] == ["missed", "missed too"]
     assert {update.finish_reason for update in ended} == {FinishReason.ABORT}
+
+
+@pytest.mark.parametrize(("tpot_target", "first"), [(2.0, "short"), (0.75, "long")])
+def test_the_target_of_a_token_counts_where_steps_are_slower(tpot_target: float, first: str):
+    """Steps take a second. Two per token are kept by all; with 0.75 an output of 21 tokens falls 5 seconds behind, so
+    it must start 5 seconds sooner than one of a token that came 3 seconds before it."""
+    config = SchedulerConfig(
+        max_num_seqs=1,
+        max_num_batched_tokens=64,
+        policy="deadline",
+        ordering=PolicyConfig(ttft_target=50.0, tpot_target=tpot_target),
+    )
+    scheduler = make_scheduler(config)
+    scheduler.add(request("running", 3, 5))
+    for second in range(4):
+        take_step(scheduler, float(second))
+    scheduler.add(request("short", 3, 1, arrival_time=1.0))
+    scheduler.add(request("long", 3, 21, arrival_time=4.0))
+    seen = []
+    for second in range(4, 8):
+        seen += [row.request_id for row in take_step(scheduler, float(second)).rows]
+    assert next(name for name in seen if name != "running") == first
 
 
 def test_a_deadline_out_of_reach_ends_a_request_before_it_costs_a_prefill():

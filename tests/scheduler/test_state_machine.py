@@ -8,7 +8,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from jaxserve.scheduler_config import FORMATIONS, MODES, POLICIES
+from jaxserve.scheduler.policies import POLICIES
+from jaxserve.scheduler_config import FORMATIONS, MODES
 from tests.scheduler.history import run_history
 
 STEPS = 20_000

@@ -18,8 +18,9 @@ from jaxserve.scheduler.buckets import Buckets, powers
 from jaxserve.scheduler.fair import Fair
 from jaxserve.scheduler.page_pool import PagePool
 from jaxserve.scheduler.plan import NO_DECODES
+from jaxserve.scheduler.policies import POLICIES
 from jaxserve.scheduler.update import SequenceUpdate
-from jaxserve.scheduler_config import FORMATIONS, MODES, POLICIES, SchedulerConfig
+from jaxserve.scheduler_config import FORMATIONS, MODES, SchedulerConfig
 from tests.scheduler.history import PAGE_SIZE, TENANTS, draw_config
 
 STOP = 7

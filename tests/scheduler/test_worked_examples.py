@@ -232,3 +232,25 @@ def test_load_profile_bounds_the_step(unfinished: int, tokens: int):
     plan = long.schedule()
     assert plan is not None
     assert plan.num_tokens == 3_000  # latency: whole, whatever its length
+
+
+@pytest.mark.parametrize(("unfinished", "prefill"), [(25, 97), (55, 1_024), (90, 2_867)])
+def test_load_profile_bounds_the_share_of_prompts(unfinished: int, prefill: int):
+    """Beside decodes prompts take less than 20 % of the 512 tokens under latency, 50 % of 2,048, 70 % of 4,096."""
+    config = SchedulerConfig(
+        max_num_seqs=100,
+        max_num_batched_tokens=8192,
+        admission=AdmissionConfig(fill_buckets=False),
+        adaptation=AdaptationConfig(load_profile=True),
+    )
+    scheduler = make_scheduler(config, num_pages=20_000)
+    scheduler.add(request("decodes", 3, 100))
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.update(plan, StepResult([1] * plan.num_sampled))
+    for number in range(unfinished - 1):
+        scheduler.add(request(f"r{number}", 97, 5))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert len(plan.decodes) == 1
+    assert plan.num_prefill_tokens == prefill

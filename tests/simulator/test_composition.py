@@ -31,8 +31,24 @@ def test_events_and_columns_give_the_same(tmp_path):
     found = tracker.to_dict()
     assert written["pages"] == found["pages"] == 64
     for name in SUMMED:
-        if name not in ("seconds", "idle_seconds", "pages_cached"):  # on the host's clock and on the device's
+        if name not in ("seconds", "idle_seconds"):  # on the host's clock and on the device's
             assert written["points"][name] == found["points"][name], name
+
+
+@pytest.mark.parametrize("preemption_mode", ["recompute", "swap"])
+def test_preemptions_are_in_the_columns_too(tmp_path, preemption_mode):
+    recorder, tracker = Recorder(), CompositionTracker()
+    recorder.subscribe(tracker)
+    trace = make_trace("t", [0.0] * 6, 40, 60)
+    config = make_config(preemption_mode=preemption_mode)
+    device = make_device(num_pages=20, num_host_pages=20)
+    result = simulate(config, trace, SimpleCosts(step=0.1), device, recorder=recorder)
+    plots.compositions(result, 19, tmp_path)
+    written = json.loads((tmp_path / "composition.json").read_text())["points"]
+    found = tracker.to_dict()["points"]
+    for name in ("swapped", "pages_swapped", "pages_cached", "preempted_recompute", "preempted_swap"):
+        assert written[name] == found[name], name
+    assert sum(written[f"preempted_{preemption_mode}"]) == result.preemptions.sum() > 0
 
 
 def test_steps_take_the_host_until_the_next_begins():

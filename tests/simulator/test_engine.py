@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.recorder import Recorder, StepRecorded
-from jaxserve.scheduler_config import FORMATIONS, MODES, POLICIES, VICTIMS
+from jaxserve.scheduler.policies import POLICIES
+from jaxserve.scheduler_config import FORMATIONS, MODES, VICTIMS
 from jaxserve.simulator.costs import HostCosts
 from jaxserve.simulator.engine import SimulatedEngine
 from jaxserve.simulator.simulation import ClientRule, SimulationResult, requests_of, simulate
@@ -111,7 +112,7 @@ def cases(draw):
     mode = draw(st.sampled_from(MODES))
     options = {
         "mode": mode,
-        "policy": draw(st.sampled_from(POLICIES)),
+        "policy": draw(st.sampled_from(list(POLICIES))),
         "formation": "greedy" if mode == "dynamic" else draw(st.sampled_from(FORMATIONS)),
         "max_num_seqs": draw(st.sampled_from([1, 3, 8])),
         "max_num_batched_tokens": draw(st.sampled_from([16, 64])),

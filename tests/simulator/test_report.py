@@ -121,6 +121,30 @@ def test_the_command_line_compares_draws_and_writes(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"latency.png", "over_time.png", "tenants.png"}
 
 
+def test_values_of_a_comparison_may_hold_commas_and_combinations_may_be_refused(tmp_path, capsys):
+    arguments = ["--config=llama.gin", "--trace=synthetic:count=20,rate=40,tenants=a:1/b:1", "--compare"]
+    assert command.main([*arguments, "policy=fair", "tenant_weights={'a':2,'b':1},{'a':1}"]) == 0
+    assert "tenant_weights={'a': 2, 'b': 1}" in capsys.readouterr().out
+    assert command.main([*arguments, "mode=continuous,dynamic", "formation=greedy,hybrid"]) == 0
+    printed = capsys.readouterr()
+    assert "mode=dynamic, formation=hybrid: left out, formation is 'hybrid'" in printed.err
+    assert "mode=dynamic, formation=greedy" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("load_profile=false", "load_profile is 'false'; it must be True or False"),
+        ("tenant_weights=3", "tenant_weights is 3; it must be a mapping"),
+        ("max_num_seqs=0,-1", "--compare leaves nothing to simulate"),
+    ],
+)
+def test_faulty_values_of_a_comparison(options, message, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--config=llama.gin", "--trace=synthetic:count=20,rate=40", "--compare", options])
+    assert message in capsys.readouterr().err
+
+
 def test_the_command_line_finds_a_capacity(tmp_path, capsys):
     trace = tmp_path / "trace.csv"
     lines = [f"2023-11-16 18:15:{number // 2:02d}.{5 * (number % 2)},1000,100" for number in range(40)]

@@ -126,6 +126,14 @@ def test_the_engine_confirms(monkeypatch, tmp_path):
     assert found.engine_requests == 5
     assert found.engine_after is not None
     assert found.engine_after.good_share == 1.0
+    # What the engine refutes is not set.
+    scores = iter([Score(2.0, 1.0, -1.0, 1.0), Score(1.0, 1.0, -1.0, 1.0)])
+    monkeypatch.setattr(tune, "replay", lambda *arguments, **options: None)
+    monkeypatch.setattr(Score, "of", lambda result, slo: next(scores))
+    before = tune.Trial({}, 12, Score(0.5, 1.0, -1.0, 1.0))
+    found = tune.confirm(config, trace, Slo(ttft=30.0), ClientRule(), tune.Evidence(trial, before), parsed)
+    assert found.best is before
+    assert found.refuted is trial
 
 
 def test_the_engine_serves_a_trace_as_long_as_it_says():
