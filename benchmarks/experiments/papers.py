@@ -63,8 +63,8 @@ def orca() -> Claim:
         "36.9x",
         36.9,
         "The paper's other side pads, splits its batches into pipeline stages and waits for them on 175B parameters; "
-        "here both sides have the same kernels and the batch size that suits the request level best, and differ in "
-        "nothing but when requests join and leave.",
+        "here both sides have the same kernels and differ in nothing but when requests join and leave. A batch takes "
+        "whoever waits when the one before has ended: at this latency never as many as the smallest limit tried.",
         {"requests_per_second": rates, "limit_seconds_per_token": limit},
     )
 

@@ -1,4 +1,4 @@
-"""The tables of docs/scheduling.md and docs/simulator.md, written from the files of results:
+"""The tables of pages of docs/, written from the files of results:
 
     python -m benchmarks.experiments.tables
 
@@ -19,7 +19,7 @@ from benchmarks import report
 from benchmarks.experiments import cases
 from benchmarks.experiments.cases import Panel
 
-PAGES = tuple(report.ROOT / "docs" / name for name in ("scheduling.md", "simulator.md"))
+PAGES = tuple(report.ROOT / "docs" / name for name in ("preemption.md", "scheduling.md", "simulator.md"))
 BOTH = ("engine", "simulation")
 _MARK = re.compile(r"(<!-- table (\S+) -->\n\n)((?:\|[^\n]*\n)*)")
 
@@ -105,6 +105,34 @@ def simulation_check() -> str:
     return markdown(["workload", "policy", *figures.values()], rows)
 
 
+def preemption_lengths() -> str:
+    """A sequence brought back both ways, by its length."""
+    models = results(_PREEMPTION_COST)
+    head = ["tokens"]
+    rows: dict[int, list[str]] = {}
+    for model in models:
+        head += [f"{model['model']}: computed again ms", "swapped ms", "the rule chose"]
+        for row in model["lengths"]:
+            cells = [number(row["recompute_ms"]), number(row["swap_ms"]), row["rule_chooses"]]
+            rows.setdefault(row["tokens"], []).extend(cells)
+    return markdown(head, [[number(tokens), *cells] for tokens, cells in rows.items()])
+
+
+def preemption_links() -> str:
+    """The same sequence behind slower and slower links: what is cheaper and what the rule chose."""
+    rows = []
+    for model in results(_PREEMPTION_COST):
+        for row in model["links"]:
+            cells = [row["cheaper"], row["rule_chooses"], f"{row['chosen_over_cheaper']:.2f}"]
+            times = [number(row["link"]), number(row["recompute_ms"]), number(row["swap_ms"])]
+            rows.append([model["model"], *times, *cells])
+    head = ["model", "link's seconds times", "computed again ms", "swapped ms", "cheaper", "the rule chose"]
+    return markdown([*head, "chosen over cheaper"], rows)
+
+
+_PREEMPTION_COST = "preemption_cost_jax0.11.2"
+
+
 def _ratio(found: Mapping[str, float]) -> str:
     return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
 
@@ -187,6 +215,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "papers": papers,
     "fleets": fleets,
     "simulation-check": simulation_check,
+    "preemption-lengths": preemption_lengths,
+    "preemption-links": preemption_links,
 }
 
 

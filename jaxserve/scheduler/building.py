@@ -43,7 +43,7 @@ class StepBuilder:
         self.admitted, self.blocked_by = [], None
         places, decoding = self._places, self._places.running.decoding
         work = self._mode.work(places.counts, places.waiting, now)
-        step = self._begin(work)
+        step, joined = self._begin(work), 0
         if work.prefill and len(places.swapped):
             self._swap_in(step, work)
         if work.decode:
@@ -51,12 +51,16 @@ class StepBuilder:
         if work.prefill or not step.decodes:  # a step of decodes alone that finds no room for any
             self._continue_prompts(step, work)
             if not places.preempted:
-                self._admit(step, work, now)
+                joined = self._admit(step, work, now, work.admit)
+                if joined < work.admit and len(places.waiting.new) and len(places.running):
+                    joined += self._displace(step, work, now)
             if not step.chunks and not work.decode and len(decoding):
                 step.decodes = len(decoding)  # no prompt finds room: the step decodes after all
                 self._extend_decodes(step)
         if self._config.admission.fill_buckets and self._limits.prefill_share < 1:
-            self._fill(step, work)
+            joined += self._fill(step, work, now, work.admit - joined)
+        if joined:
+            self._mode.admitted(joined)
         return step
 
     def _begin(self, work: Work) -> StepInProgress:
@@ -139,22 +143,20 @@ class StepBuilder:
         limit = min(self._limits.max_num_seqs, self._mode.max_running)
         return not sequence.num_pending and not self._places.running.full and len(self._places.running) < limit
 
-    def _admit(self, step: StepInProgress, work: Work, now: float) -> None:
-        """Lets waiting sequences run, in the order in which they are offered, until slots, budget or pages end."""
+    def _admit(self, step: StepInProgress, work: Work, now: float, most: float) -> int:
+        """Lets waiting sequences run, in the order in which they are offered, until slots, budget or pages end; `most`
+        new ones at most. Returns how many new ones joined."""
         joined = 0
         if not len(self._places.swapped):
             delayed = self._delayed(now)
             for sequence in self._places.waiting.candidates(now):
-                if sequence.waits_new and (joined >= work.admit or delayed):
+                if sequence.waits_new and (joined >= most or delayed):
                     break
                 new = sequence.waits_new
                 if not self._join(sequence, step, work):
                     break
                 joined += new
-        if joined < work.admit and len(self._places.waiting.new) and len(self._places.running):
-            joined += self._displace(step, work, now)
-        if joined:
-            self._mode.admitted(joined)
+        return joined
 
     def _delayed(self, now: float) -> bool:
         """Whether new prompts are held back so that more of them come together (scheduler_delay_factor)."""
@@ -221,10 +223,11 @@ class StepBuilder:
         step.add(chunk)
         return False
 
-    def _fill(self, step: StepInProgress, work: Work) -> None:
-        """Lets prompts that a cap cut short compute in the places that the bucket would pad."""
+    def _fill(self, step: StepInProgress, work: Work, now: float, most: float) -> int:
+        """Lets prompts that a cap cut short, then up to `most` new ones, compute in what the bucket would pad. Returns
+        how many new ones joined."""
         if not step.chunks or not self._limits.chunked or work.chunk is not None:
-            return
+            return 0
         spare = self._buckets.token_bucket(step.num_tokens) - step.num_tokens
         threshold = self._config.long_prefill_token_threshold
         for chunk in step.chunks.values():
@@ -235,3 +238,7 @@ class StepBuilder:
             if count > 0 and self._places.pages.grow(sequence, chunk.count + count):
                 step.extend(chunk, count)
                 spare -= count
+        if not spare or self._places.preempted:
+            return 0
+        step.budget = spare
+        return self._admit(step, work, now, most)

@@ -4,7 +4,7 @@ A standing that grows better with waiting does so by the same amount for everyon
     score of now = value + ageing * (now - arrival)    orders as    value - ageing * arrival
 and a queue never has to be sorted again.
 
-A new policy is a class and its line in `policies.POLICIES`.
+A new policy is a class and its line in `policies.POLICIES`, which is also where settings are checked against.
 """
 
 from __future__ import annotations

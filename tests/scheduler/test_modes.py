@@ -203,6 +203,22 @@ def test_what_the_bucket_would_pad_is_filled_with_prefill():
     assert (plan_of(True).num_prefill_tokens, plan_of(True).padding) == (27, 0)
 
 
+@pytest.mark.parametrize(("fill", "prefill"), [(False, {"a": 12}), (True, {"a": 12, "b": 9, "c": 6})])
+def test_new_prompts_fill_what_the_bucket_would_pad(fill: bool, prefill: dict[str, int]):
+    """12 of 64 tokens are prompts' beside decodes; 5 + 12 take a bucket of 32, whose other 15 take two more prompts."""
+    config = SchedulerConfig(
+        max_num_seqs=8, max_num_batched_tokens=64, admission=AdmissionConfig(prefill_share=0.2, fill_buckets=fill)
+    )
+    scheduler = make_scheduler(config)
+    start_decoding(scheduler, *(request(name, 3, 90) for name in "vwxyz"))
+    for name, tokens in (("a", 12), ("b", 9), ("c", 8)):
+        scheduler.add(request(name, tokens, 5))
+    plan = take_step(scheduler)
+    assert plan is not None
+    assert {chunk.request_id: chunk.num_tokens for chunk in plan.chunks} == prefill
+    assert len(plan.decodes) == 5
+
+
 @pytest.mark.parametrize(("chunk", "steps"), [(0, [64, 64, 22]), (40, [40, 40, 40, 30])])
 def test_chunk_size(chunk: int, steps: list[int]):
     config = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=64, long_prefill_token_threshold=chunk)
