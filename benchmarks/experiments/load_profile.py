@@ -13,6 +13,8 @@ from jaxserve.simulator.simulation import ClientRule
 
 PRESETS = ("interactive", "balanced", "throughput")
 LOADS = (0.2, 0.5, 0.8, 1.1)
+NEVER = 1e9
+"""A bound that no load reaches."""
 
 
 def make_cases(scale: Scale) -> list[Case]:
@@ -23,11 +25,12 @@ def make_cases(scale: Scale) -> list[Case]:
     small = scale.name == "engine"
     seqs, (low, middle, high) = (64, (64, 256, 1024)) if small else (128, (512, 2048, 4096))
     tokens = {"latency_tokens": low, "balanced_tokens": middle, "throughput_tokens": high}
+    follow = {"load_profile": True, **tokens}
     ways: dict[str, dict[str, Any]] = {
-        "load_profile": {"load_profile": True, **tokens},
-        "always latency": {"max_num_batched_tokens": low, "prefill_share": 0.19, "enable_chunked_prefill": False},
-        "always balanced": {"max_num_batched_tokens": middle, "prefill_share": 0.5},
-        "always throughput": {"max_num_batched_tokens": high, "prefill_share": 0.7},
+        "load_profile": follow,
+        "always latency": follow | {"load_low": NEVER, "load_high": NEVER},
+        "always balanced": follow | {"load_low": 0.0, "load_high": NEVER},
+        "always throughput": follow | {"load_low": 0.0, "load_high": 0.0},
         "small chunked steps": {"max_num_batched_tokens": low},
     }
     found = [
