@@ -142,7 +142,7 @@ def successive_halving(
                     raise
                 continue  # the device cannot hold what these options ask for
             trials.append(Trial(options, len(prefix), Score.of(result, slo)))
-        trials.sort(key=lambda trial: trial.score, reverse=True)
+        trials.sort(key=lambda trial: (trial.score, -len(trial.options)), reverse=True)  # of equals the plainest
         tables.append(trials)
         kept = [trial.options for trial in trials[: max(1, round(len(trials) * keep))]]
         remaining = kept if {} in kept else [*kept, {}]
