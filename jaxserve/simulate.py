@@ -60,10 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             document = _capacities(parsed, runs, trace, slo, client)
         else:
             document = _simulations(parsed, runs, trace, slo, client)
+        if parsed.json is not None:
+            parsed.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
-    if parsed.json is not None:
-        parsed.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -72,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, server, _ = gin_config.load_from_command_line(parser, given)
     config = server.engine
     try:
+        if any(pathlib.Path(name).resolve() == parsed.output.resolve() for name in parsed.config.split(",")):
+            raise ValueError(f"--output {parsed.output.name} is the configuration itself; name another file")
         trace, slo, client = load_trace(parsed), Slo.parse(parsed.slo), ClientRule.parse(parsed.client_max_tokens)
         with tqdm(unit="simulation", file=sys.stderr) as bar:
             costs = ""
@@ -90,8 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         about = [f"python -m jaxserve.tune {shlex.join(_public(given))}", *_lines(evidence, trace, factor, slo)]
         print("\n".join(about[1:]))
         text = gin_text(config, evidence.best.options, parsed.config, gin_config.split_overrides(given)[0], about)
-        parsed.output.write_text(text, encoding="utf-8")
-        gin_config.load(str(parsed.output))  # what was written can be read
+        write_readable(parsed.output, text)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
     print(f"written: {parsed.output.name}")
@@ -174,6 +175,17 @@ def gin_text(config: EngineConfig, options: Options, base: str, overrides: Seque
         was = value_of(config, name)
         lines.append(f"{type(owner_of(config, name)).__name__}.{name} = {value!r}  # was {was!r}")
     return "\n".join(lines) + "\n"
+
+
+def write_readable(path: pathlib.Path, text: str) -> None:
+    """Writes a gin file once it is known that it can be read; what was there stays until then."""
+    draft = path.with_name(f".{path.stem}.draft.gin")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        gin_config.load(str(draft))
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _lines(evidence: Evidence, trace: Trace, factor: float, slo: Slo) -> list[str]:

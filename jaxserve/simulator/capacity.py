@@ -57,6 +57,7 @@ def search_capacity(
 
 def parts_of(trace: Trace, rounds: int) -> list[Trace]:
     """A trace cut into rounds of equal numbers of requests, so that a capacity has a spread."""
+    at_least("capacity rounds", rounds, 1)
     size = len(trace) // rounds
     if size < 2:
         raise ValueError(f"trace {trace.name} has {len(trace)} requests; {rounds} rounds need at least 2 each")

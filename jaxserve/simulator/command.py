@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -53,13 +54,17 @@ def load_trace(parsed: argparse.Namespace) -> Trace:
 
 def load_setup(parsed: argparse.Namespace, config: EngineConfig) -> Setup:
     """What the command line simulates: on the target, or the H200 where no costs were measured."""
+    efficiency = assignments("efficiency", parsed.efficiency)
+    known = [field.name for field in dataclasses.fields(Efficiency)]
+    if unknown := set(efficiency) - set(known):
+        raise ValueError(f"--efficiency has {', '.join(sorted(unknown))}; known are {', '.join(known)}")
     name = parsed.target or (None if parsed.model_cost else "h200")
     return set_up(
         config,
         target=None if name is None else find_target(name),
         model_cost=parsed.model_cost,
         report=parsed.report,
-        efficiency=Efficiency(**assignments("efficiency", parsed.efficiency)),
+        efficiency=Efficiency(**efficiency),
     )
 
 

@@ -145,6 +145,21 @@ def test_faulty_values_of_a_comparison(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--efficiency=mem=0.5"], "--efficiency has mem; known are memory, compute"),
+        (["--capacity=0.9", "--slo=ttft=0.5", "--rounds=0"], "capacity rounds is 0"),
+        (["--json=/nowhere/at/all.json"], "No such file or directory"),
+    ],
+)
+def test_faults_of_the_command_line_are_one_line(options, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--config=llama.gin", "--trace=synthetic:count=20,rate=40", *options])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_command_line_finds_a_capacity(tmp_path, capsys):
     trace = tmp_path / "trace.csv"
     lines = [f"2023-11-16 18:15:{number // 2:02d}.{5 * (number % 2)},1000,100" for number in range(40)]

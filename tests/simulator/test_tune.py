@@ -110,6 +110,25 @@ def test_the_file_is_a_configuration_with_its_evidence(tmp_path, capsys):
     assert "written: tuned.gin" in capsys.readouterr().out
 
 
+def test_a_configuration_is_never_written_over_itself(tmp_path, capsys):
+    mine = tmp_path / "mine.gin"
+    mine.write_text("include 'llama.gin'\n")
+    arguments = [f"--config={mine}", "--trace=synthetic:count=20,rate=40", f"--output={mine}", "--candidates=1"]
+    with pytest.raises(SystemExit):
+        tune.main(arguments)
+    assert "--output mine.gin is the configuration itself; name another file" in capsys.readouterr().err
+    assert mine.read_text() == "include 'llama.gin'\n"
+
+
+def test_a_file_that_cannot_be_read_is_not_written(tmp_path):
+    output = tmp_path / "tuned.gin"
+    output.write_text("# before")
+    with pytest.raises(ValueError, match="no_such"):
+        tune.write_readable(output, "no_such.setting = 3\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned.gin"]
+    assert output.read_text() == "# before"
+
+
 def test_the_engine_confirms(monkeypatch, tmp_path):
     made = []
 
