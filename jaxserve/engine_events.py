@@ -1,8 +1,7 @@
 """The events of an engine's loop, as the engine and its simulation both record them.
 
-with every request      arrived
-with every plan         planned, and step when the loop's turn is over
-with every update       tokens, first_token, finished
+A request that comes is `arrived`; a plan is `planned`, and a `step` when the loop's turn is over; an update gives
+`tokens`, `first_token` and `finished`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from benchmarks.experiments.cases import Panel
 
 PAGES = tuple(report.ROOT / "docs" / name for name in ("preemption.md", "scheduling.md", "simulator.md"))
 BOTH = ("engine", "simulation")
-_MARK = re.compile(r"(<!-- table (\S+) -->\n\n)((?:\|[^\n]*\n)*)")
+_MARK = re.compile(r"(<!-- table (\S+) -->\n\n)(?:\|[^\n]*\n)*")
+_PREEMPTION_COST = "preemption_cost_jax0.11.2"
 
 
 def results(name: str) -> Any:
@@ -128,9 +129,6 @@ def preemption_links() -> str:
             rows.append([model["model"], *times, *cells])
     head = ["model", "link's seconds times", "computed again ms", "swapped ms", "cheaper", "the rule chose"]
     return markdown([*head, "chosen over cheaper"], rows)
-
-
-_PREEMPTION_COST = "preemption_cost_jax0.11.2"
 
 
 def _ratio(found: Mapping[str, float]) -> str:
