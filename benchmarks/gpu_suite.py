@@ -48,7 +48,7 @@ class Part:
 
 
 PARTS = (
-    Part("environment", "Machine and ceilings", 5),
+    Part("environment", "Machine and ceilings", 8),
     Part("values", "Kernel values against float64", 12),
     Part("decode", "Decode attention", 12),
     Part("step", "Decode step of Llama-3.1-8B", 18),

@@ -31,6 +31,10 @@ ORBAX_FOLDER = "orbax"
 KV_SCALES_FILE = "kv_scales.json"
 
 
+READ_BYTES = 16 * 1024 * 1024
+"""Read at a time by `read_ahead`."""
+
+
 def load(directory: str | pathlib.Path, config: ModelConfig, dtype: Any, mesh: Mesh) -> Params:
     """The parameters of a checkpoint directory on the mesh's devices.
 
@@ -56,6 +60,23 @@ def load(directory: str | pathlib.Path, config: ModelConfig, dtype: Any, mesh: M
     if _has_safetensors(directory):
         raise ValueError(f"checkpoint {directory} holds safetensors and {ORBAX_FOLDER}/; only one may stay")
     return restore_orbax(directory, config, dtype, mesh)
+
+
+def read_ahead(directory: str | pathlib.Path, config: ModelConfig) -> None:
+    """Reads a checkpoint's files once, so that `load` then finds them in the host's file cache.
+
+    Raises ValueError as `load` does where tensors are missing, malformed or not the architecture's.
+    """
+    directory = pathlib.Path(directory)
+    if (directory / ORBAX_FOLDER).is_dir():
+        files = [path for path in (directory / ORBAX_FOLDER).rglob("*") if path.is_file()]
+    else:
+        files = sorted({tensor.path for tensor in _used_tensors(directory, config).values()})
+    block = bytearray(READ_BYTES)
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(block):
+                pass
 
 
 def load_kv_scales(directory: str | pathlib.Path, config: ModelConfig) -> KVScales | None:
@@ -140,12 +161,20 @@ def _has_safetensors(directory: pathlib.Path) -> bool:
 
 
 def _load_safetensors(directory: pathlib.Path, config: ModelConfig, dtype: Any, mesh: Mesh) -> Params:
-    architecture = lookup(config.architecture)
     abstract = abstract_params(config, dtype, mesh)
+    used = _used_tensors(directory, config)
+    tree: Params = {}
+    for path, parts in lookup(config.architecture).weights(config).items():
+        put(tree, path, _assemble(get(abstract, path), parts, used))
+    return tree
+
+
+def _used_tensors(directory: pathlib.Path, config: ModelConfig) -> dict[str, StoredTensor]:
+    """The tensors of a directory that the model uses, by name. ValueError where they are not what it asks for."""
+    architecture = lookup(config.architecture)
     stored = _stored_tensors(directory)
-    weights = architecture.weights(config)
     used: dict[str, StoredTensor] = {}
-    for path, parts in weights.items():
+    for path, parts in architecture.weights(config).items():
         for part in parts:
             used[part.tensor] = _check_tensor(directory, stored, path, part)
     unused = sorted(name for name in stored.keys() - used.keys() if not architecture.unneeded(config, name))
@@ -153,10 +182,7 @@ def _load_safetensors(directory: pathlib.Path, config: ModelConfig, dtype: Any, 
         raise ValueError(
             f"checkpoint {directory} holds {_some(unused)} that {config.architecture} does not use as configured"
         )
-    tree: Params = {}
-    for path, parts in weights.items():
-        put(tree, path, _assemble(get(abstract, path), parts, used))
-    return tree
+    return used
 
 
 def _assemble(leaf: jax.ShapeDtypeStruct, parts: tuple[Slice, ...], stored: Mapping[str, StoredTensor]) -> jax.Array:

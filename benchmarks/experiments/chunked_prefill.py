@@ -17,7 +17,7 @@ def make_cases(scale: Scale) -> list[Case]:
     rows = 16 if small else 64
     found = []
     for length in lengths:
-        trace = _trace(length, rows, 60 if small else 600, 6 if small else 20)
+        trace = long_prompts(length, rows, 60 if small else 600, 6 if small else 20)
         ways = {"whole": {"enable_chunked_prefill": False}}
         # what the rows that decode leave of the step is the chunk
         ways |= {f"chunked, steps of {chunk}": {"max_num_batched_tokens": chunk} for chunk in chunks}
@@ -25,7 +25,7 @@ def make_cases(scale: Scale) -> list[Case]:
     return sorted(found, key=lambda case: case.series != "whole" and int(case.series.split()[-1]))
 
 
-def _trace(length: int, rows: int, output: int, prompts: int) -> Trace:
+def long_prompts(length: int, rows: int, output: int, prompts: int) -> Trace:
     """`rows` short requests, all there at once, and long prompts of one output token among them."""
     return make_trace(
         f"prompts of {length}",

@@ -138,13 +138,16 @@ def shared_runner(num_seqs: int, num_tokens: int) -> Runner:
 class EngineSide:
     """The default model, in this process, with an engine of its own for every case."""
 
-    def __init__(self, limits: Mapping[str, Any], runner: Runner | None = None, seed: int = 0):
-        """runner: another one than the default model's, for tests."""
-        self.config = self.configuration(limits)
+    def __init__(
+        self, limits: Mapping[str, Any], runner: Runner | None = None, seed: int = 0, config: EngineConfig | None = None
+    ):
+        """runner: another one than the default model's, with its configuration."""
+        self.config = self.configuration(limits) if config is None else with_options(config, limits)
         scheduler = self.config.scheduler
         wanted = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
-        size = next(size for size in RUNNERS if wanted[0] <= size[0] and wanted[1] <= size[1])
-        self.runner = runner or shared_runner(*size)
+        if runner is None:
+            runner = shared_runner(*next(size for size in RUNNERS if wanted[0] <= size[0] and wanted[1] <= size[1]))
+        self.runner = runner
         self._seed = seed
         self.scale = Scale("engine", 120, 64, 48, *wanted, limits=dict(limits))
 

@@ -191,6 +191,6 @@ def unpaged(
     except (RuntimeError, NotImplementedError, ValueError) as error:
         if "cudnn" in str(error).lower():
             raise AbsentError(f"cuDNN does not do this here: {str(error)[:200]}") from error
-        raise
+        raise AbsentError(f"it refuses this shape: {type(error).__name__}: {str(error)[:200]}") from error
     most = device.most_launches(q.size * q.dtype.itemsize)
     return finish(settings, shape, device.time_function(program, [arguments], count, rounds=5, most=most))
