@@ -50,8 +50,10 @@ class AdmissionConfig:
     watermark: share of all pages that admission leaves free while others run, so that they can grow.
     page_reservation: pages taken at admission: "none" is those of the tokens computed, "max_tokens" those of prompt and
     max_tokens, "max_model_len" those of the longest sequence.
-    prefill_share: prefill tokens of a step that also decodes, as a share of max_num_batched_tokens.
-    fill_buckets: slots that padding would take compute prefill tokens instead, beyond prefill_share too.
+    prefill_share: prefill tokens of a step that also decodes, as a share of max_num_batched_tokens. A prompt that may
+    not be split is taken whole, alone with the decodes, where it is longer.
+    fill_buckets: no slot of a bucket is padded that could compute prefill tokens. Under a prefill_share a step ends
+    with the bucket below, where that leaves prompts half of their share or more; else with the next.
     scheduler_delay_factor: no prompt is admitted before the first that waits has waited this many times as long as the
     last step with a prefill took; 0 never delays.
     chunked_prefill_min_tokens: prompts up to this many tokens are not split over steps; 0 splits any.
@@ -123,7 +125,8 @@ class PreemptionConfig:
     victim: "policy" is the one of least standing; "lowest_priority", "most_pages", "least_progress" (output tokens) and
     "cheapest" (to bring back) go by that, then by standing.
     preemption_boost, preemption_boost_limit: what a preemption adds to a request's priority, and in all at most.
-    preempt_priority_gap: a waiting request that exceeds a running one's priority by more takes its place; None never.
+    preempt_priority_gap: a waiting request, wherever in the queue, that exceeds a running one's priority by more takes
+    its place; None never.
     preempt_length_ratio: a waiting request so many times shorter than the longest running one takes its place; None
     never. preempt_for_pages: a waiting request that only memory keeps out takes the pages of running ones that stand
     worse by the policy.
@@ -177,8 +180,8 @@ class AdaptationConfig:
 
     adaptive_batch_size: running requests at most are target_batch_tokens over the moving average of prompt lengths,
     from min_batch_size to max_batch_size (and never above max_num_seqs). batch_size_smoothing: weight of a new prompt.
-    load_profile: below load_low the step is small and prompts are whole (latency), above load_high it is large and
-    chunked (throughput), else between (balanced). Load is unfinished requests over max_num_seqs.
+    load_profile: below load_low the step is small and prompts are whole, however long (latency), above load_high it is
+    large and chunked (throughput), else between (balanced). Load is unfinished requests over max_num_seqs.
     load_hysteresis: how far the load must pass a bound before the profile changes.
     latency_tokens, balanced_tokens, throughput_tokens: tokens of a step under each, and never above
     max_num_batched_tokens. latency_prefill_share, balanced_prefill_share, throughput_prefill_share: prefill_share under

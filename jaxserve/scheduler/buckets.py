@@ -36,6 +36,11 @@ class Buckets:
         """The smallest token bucket that holds `count` tokens."""
         return self.tokens[bisect.bisect_left(self.tokens, count)]
 
+    def largest_within(self, count: int) -> int:
+        """The largest token bucket of at most `count` tokens; 0 where none is so small."""
+        place = bisect.bisect_right(self.tokens, count)
+        return self.tokens[place - 1] if place else 0
+
     def row_bucket(self, count: int) -> int:
         """The smallest row bucket that holds `count` rows; 0 for none."""
         return self.rows[bisect.bisect_left(self.rows, count)] if count else 0

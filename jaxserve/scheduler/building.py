@@ -68,9 +68,16 @@ class StepBuilder:
         config, limits = self._config, self._limits
         decodes = len(self._places.running.decoding) if work.decode else 0
         budget = limits.max_num_batched_tokens - decodes
-        if decodes:
-            budget = min(budget, max(1, int(limits.prefill_share * limits.max_num_batched_tokens)))
+        if decodes and limits.prefill_share < 1:
+            budget = min(budget, self._share(decodes))
         return StepInProgress(decodes, max(0, budget), config.max_num_batched_tokens - decodes)
+
+    def _share(self, decodes: int) -> int:
+        """Tokens that prompts may have beside so many decodes. Where slots are to be filled the step ends with a
+        bucket, if that leaves prompts at least half of their share: else `_fill` goes on to the end of the next."""
+        share = max(1, int(self._limits.prefill_share * self._limits.max_num_batched_tokens))
+        within = self._buckets.largest_within(decodes + share) - decodes
+        return within if self._config.admission.fill_buckets and 2 * within >= share else share
 
     def _swap_in(self, step: StepInProgress, work: Work) -> None:
         """Brings swapped sequences back, best standing first, while slots, budget and pages last. The pages that
@@ -81,7 +88,7 @@ class StepBuilder:
             needed += len(running.decoding.short())
         while (sequence := self._places.swapped.peek()) is not None:
             count = self._chunk(sequence, step, work)
-            if not count or not self._has_slot(sequence) or not pages.fit(sequence, count, spare=needed):
+            if not count or not self._has_place(sequence, work) or not pages.fit(sequence, count, spare=needed):
                 return
             self._places.swapped.remove(sequence)
             running.start(sequence)
@@ -138,10 +145,13 @@ class StepBuilder:
         whole = want <= budget or (not step.chunks and want <= step.room)
         return want if whole else 0
 
-    def _has_slot(self, sequence: Sequence) -> bool:
+    def _has_place(self, sequence: Sequence, work: Work) -> bool:
         """Whether a sequence could run now; one with a token on its way waits for its id."""
+        running = self._places.running
         limit = min(self._limits.max_num_seqs, self._mode.max_running)
-        return not sequence.num_pending and not self._places.running.full and len(self._places.running) < limit
+        if sequence.num_pending or len(running.prefilling) >= work.prompts:
+            return False
+        return not running.full and len(running) < limit
 
     def _admit(self, step: StepInProgress, work: Work, now: float, most: float) -> int:
         """Lets waiting sequences run, in the order in which they are offered, until slots, budget or pages end; `most`
@@ -167,7 +177,7 @@ class StepBuilder:
 
     def _join(self, sequence: Sequence, step: StepInProgress, work: Work) -> bool:
         """Lets a waiting sequence run if it fits."""
-        if not self._has_slot(sequence):
+        if not self._has_place(sequence, work):
             self.blocked_by = None if sequence.num_pending else "slots"
             return False
         count = self._chunk(sequence, step, work)
@@ -185,33 +195,48 @@ class StepBuilder:
         return True
 
     def _displace(self, step: StepInProgress, work: Work, now: float) -> int:
-        """Lets the first that waits take the place of a running one that must give way to it; how many joined."""
-        sequence = self._places.waiting.first_new(now)
-        if sequence is None or self._loser(sequence, step) is None:
-            return 0
+        """Lets one that waits take the place of a running one that must give way to it; how many joined."""
+        obstacle = self.blocked_by
+        for sequence, in_turn in self._places.waiting.urgent(now):
+            if self._may_pass(sequence) and self._displace_for(sequence, step, work, in_turn):
+                return 1
+            if self._places.preempted:
+                break  # not enough for it: what was taken is the next step's
+            self.blocked_by = obstacle
+        return 0
+
+    def _may_pass(self, sequence: Sequence) -> bool:
+        """Whether a new sequence may run before those that have run: it would take their places if they had them."""
+        away = self._places.swapped.peek(), self._places.waiting.returning.peek()
+        return all(one is None or self._places.preemption.far_better(sequence, one) for one in away)
+
+    def _displace_for(self, sequence: Sequence, step: StepInProgress, work: Work, in_turn: bool) -> bool:
+        """Preempts until a waiting sequence has joined; False where nobody (more) must give way to it."""
+        if self._loser(sequence, step, in_turn) is None:
+            return False
         self.blocked_by = None
         while not self._join(sequence, step, work):
-            loser = self._loser(sequence, step)
+            loser = self._loser(sequence, step, in_turn)
             if loser is None:
-                return 0
+                return False
             if self._take_chunk(loser, sequence, step, work):
-                return 1
+                return True
             if self.blocked_by is None:
-                return 0  # it has a place, and tokens as soon as a step has some left
+                return False  # it has a place, and tokens as soon as a step has some left
             self._places.preempt(loser, step)
             self.blocked_by = None
-        return 1
+        return True
 
-    def _loser(self, sequence: Sequence, step: StepInProgress) -> Sequence | None:
-        """Who must give way to a waiting sequence, if anybody."""
-        places, short_of_pages = self._places, self.blocked_by == "pages"
+    def _loser(self, sequence: Sequence, step: StepInProgress, in_turn: bool) -> Sequence | None:
+        """Who must give way to a waiting sequence, if anybody; for want of pages alone only when it is its turn."""
+        places, short_of_pages = self._places, in_turn and self.blocked_by == "pages"
         return places.preemption.gives_way(places.running, sequence, short_of_pages, spared=step.joined)
 
     def _take_chunk(self, loser: Sequence, sequence: Sequence, step: StepInProgress, work: Work) -> bool:
         """Lets a waiting sequence join in place of the chunk of a running one, which goes on with the next step; False,
         and no change, where more than its chunk stands in the way."""
         chunk = step.chunks.get(loser.request_id)
-        if step.budget > 0 or chunk is None or not self._has_slot(sequence):
+        if step.budget > 0 or chunk is None or not self._has_place(sequence, work):
             return False
         pages = self._places.pages
         pages.give_back(loser, chunk.held)

@@ -40,12 +40,13 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a step may hold. decode, prefill: rows of each kind. admit: new requests at most. chunk: tokens of one
-    prompt at most; None is what the settings say."""
+    """What a step may hold. decode, prefill: rows of each kind. admit: new requests at most. prompts: under way at
+    most, those that come back among them. chunk: tokens of one prompt at most; None is what the settings say."""
 
     decode: bool = True
     prefill: bool = True
     admit: float = math.inf
+    prompts: float = math.inf
     chunk: int | None = None
 
 
@@ -116,8 +117,7 @@ class Separated(Mode):
             or (order == "alternating" and self._decoded_last)  # decode_first: only when nobody decodes
         )
         self._decoded_last = not prefill
-        cap = self.config.batching.max_prefill_seqs
-        return Work(decode=not prefill, prefill=prefill, admit=max(0, cap - running.prefilling))
+        return Work(decode=not prefill, prefill=prefill, prompts=self.config.batching.max_prefill_seqs)
 
 
 class Static(Mode):

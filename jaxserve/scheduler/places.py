@@ -35,10 +35,10 @@ class Places:
         max_model_len: int | None,
     ):
         self.pages = Pages(pool, config.admission, max_model_len)
-        self.waiting = Waiting(policy, formation)
+        self.preemption = Preemption(config.preemption, policy, pool.page_size, costs)
+        self.waiting = Waiting(policy, formation, self.preemption.urgency_queues())
         self.running = Running(config.max_num_seqs, pool.page_size)
         self.swapped = policy.queue()
-        self.preemption = Preemption(config.preemption, policy, pool.page_size, costs)
         self.preempted: list[Sequence] = []
         self.preemptions = {"recompute": 0, "swap": 0}
         self.changed = False

@@ -68,8 +68,8 @@ class EarliestDeadlineFirst(Policy):
     def standing(self, sequence: Sequence) -> Standing:
         return (self._start_by(sequence) + sequence.lateness, sequence.order)
 
-    def late(self, sequence: Sequence, now: float) -> bool:
-        return not sequence.lateness and now > self._start_by(sequence)
+    def due(self, sequence: Sequence) -> float:
+        return self._start_by(sequence)
 
     def demote(self, sequence: Sequence) -> None:
         sequence.lateness = LATE_FACTOR * self.config.ttft_target

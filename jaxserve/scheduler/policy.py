@@ -9,6 +9,8 @@ A new policy is a class and its line in `policies.POLICIES`, which is also where
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from jaxserve.scheduler.pace import Pace
@@ -21,7 +23,7 @@ class Policy:
     """A subclass gives `standing`; the rest is for policies that count service or look at the clock.
 
     counts_tokens: `decoded` is to be called. timeless: the order of those that wait changes with arrivals and
-    departures alone. clocked: it also changes with time (`late`).
+    departures alone. clocked: it also changes with time (`due`).
     """
 
     counts_tokens = False
@@ -59,9 +61,9 @@ class Policy:
         """What stands for a tenant in `decoded`; 0 where the policy does not care."""
         return 0
 
-    def late(self, sequence: Sequence, now: float) -> bool:
-        """Whether a waiting sequence can no longer meet its targets."""
-        return False
+    def due(self, sequence: Sequence) -> float:
+        """The moment after which a waiting sequence can no longer meet its targets, for clocked policies."""
+        return math.inf
 
     def demote(self, sequence: Sequence) -> None:
         """Gives a late sequence, which is in no queue now, another standing."""

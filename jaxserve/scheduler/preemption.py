@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Iterable
 
 from jaxserve.scheduler.costs import PreemptionCosts
 from jaxserve.scheduler.policy import Policy
-from jaxserve.scheduler.queues import Standing
+from jaxserve.scheduler.queues import KeyedQueue, Standing
 from jaxserve.scheduler.running import Running
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler_config import PreemptionConfig
@@ -83,6 +83,20 @@ class Preemption:
             worse = [one for one in self._may_lose(running, spared) if self._standing(one) > standing]
             return max(worse, key=self._order, default=None)
         return None
+
+    def urgency_queues(self) -> tuple[KeyedQueue, ...]:
+        """Empty queues of those that wait: the best of each is the first that `far_better` may be true of."""
+        by_priority = KeyedQueue(lambda sequence: (-sequence.priority,))
+        by_length = KeyedQueue(lambda sequence: (sequence.expected_length,))
+        gap, ratio = self._config.preempt_priority_gap, self._config.preempt_length_ratio
+        return (by_priority,) * (gap is not None) + (by_length,) * (ratio is not None)
+
+    def far_better(self, waiting: Sequence, other: Sequence) -> bool:
+        """Whether a waiting sequence is of far higher priority than another, or far shorter."""
+        gap, ratio = self._config.preempt_priority_gap, self._config.preempt_length_ratio
+        if gap is not None and waiting.priority - other.priority > gap:
+            return True
+        return ratio is not None and waiting.expected_length * ratio <= other.expected_length
 
     def displaces(self, lowest_priority: int, highest_priority: int) -> bool:
         """Whether, among requests of such priorities, a waiting one may take a running one's place at all."""

@@ -158,9 +158,7 @@ class Scheduler:
         while (sequence := self._places.waiting.expired(now)) is not None:
             late = now - (sequence.request.deadline or now)
             ended.append(self._finish(sequence, FinishReason.ABORT, error=f"deadline passed {late:.3f} s ago"))
-        while self.policy.clocked and (sequence := self._places.waiting.first_new(now)) is not None:
-            if not self.policy.late(sequence, now):
-                break
+        while (sequence := self._places.waiting.late(now)) is not None:
             if sequence.request.deadline is None and not self._config.ordering.drop_late:
                 self._places.waiting.demote(sequence)
                 continue

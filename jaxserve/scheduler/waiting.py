@@ -11,19 +11,46 @@ from jaxserve.scheduler.queues import KeyedQueue
 from jaxserve.scheduler.sequence import Sequence
 
 
+class _Times:
+    """New requests by a moment of each. Who waits no more, or has been demoted, drops out when it comes to the top."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Sequence]] = []
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def push(self, moment: float, sequence: Sequence, waiting: int) -> None:
+        """waiting: how many wait, so that entries of others do not gather."""
+        heapq.heappush(self._heap, (moment, sequence.order, sequence))
+        if len(self._heap) > 2 * waiting + 64:
+            self._heap = [entry for entry in self._heap if entry[2].waits_new]
+            heapq.heapify(self._heap)
+
+    def first(self) -> tuple[float, Sequence] | None:
+        while self._heap:
+            moment, _, sequence = self._heap[0]
+            if sequence.waits_new and not sequence.lateness:
+                return moment, sequence
+            heapq.heappop(self._heap)
+        return None
+
+
 class Waiting:
     """Members are pushed and removed; no operation looks at all of them.
 
     new: by arrival, those that never ran. returning: those whose pages were taken, to be computed again, in the order
-    of the policy.
+    of the policy. by_urgency: queues of new requests, in each of which the best takes a running one's place first.
     """
 
-    def __init__(self, policy: Policy, formation: Formation):
+    def __init__(self, policy: Policy, formation: Formation, by_urgency: tuple[KeyedQueue, ...] = ()):
         self._policy = policy
         self._formation = formation
-        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._deadlines = _Times()
+        self._due = _Times()
         self.new = KeyedQueue(lambda sequence: (sequence.request.arrival_time,))
         self.returning = policy.queue()
+        self._by_urgency = by_urgency
 
     def __len__(self) -> int:
         return len(self.new) + len(self.returning)
@@ -33,10 +60,9 @@ class Waiting:
         self._policy.queued(sequence)
         self._push(sequence)
         if sequence.request.deadline is not None:
-            heapq.heappush(self._deadlines, (sequence.request.deadline, sequence.order, sequence))
-            if len(self._deadlines) > 2 * len(self.new) + 64:  # most of them wait no more
-                self._deadlines = [entry for entry in self._deadlines if entry[2].waits_new]
-                heapq.heapify(self._deadlines)
+            self._deadlines.push(sequence.request.deadline, sequence, len(self.new))
+        if self._policy.clocked:
+            self._due.push(self._policy.due(sequence), sequence, len(self.new))
 
     def push_back(self, sequence: Sequence) -> None:
         """A preempted sequence, to the front."""
@@ -56,9 +82,14 @@ class Waiting:
             yield sequence
         yield from self._formation.candidates(now)
 
-    def first_new(self, now: float) -> Sequence | None:
-        """Whom the formation would take next; None where it offers nobody."""
-        return next(self._formation.candidates(now), None)
+    def urgent(self, now: float) -> Iterator[tuple[Sequence, bool]]:
+        """The new ones that may take a running one's place, and whether it is their turn: the best of each queue of
+        urgency, then whom the formation would take next."""
+        for queue in self._by_urgency:
+            if (best := queue.peek()) is not None:
+                yield best, False
+        if (first := next(self._formation.candidates(now), None)) is not None:
+            yield first, True
 
     def oldest(self) -> float | None:
         """When the first of the new requests arrived; None while there is none."""
@@ -67,19 +98,18 @@ class Waiting:
 
     def expired(self, now: float) -> Sequence | None:
         """A new request whose deadline has passed; None where there is none (any more)."""
-        while self._deadlines:
-            deadline, _, sequence = self._deadlines[0]
-            if sequence.waits_new and deadline > now:
-                return None
-            heapq.heappop(self._deadlines)
-            if sequence.waits_new:
-                return sequence
-        return None
+        first = self._deadlines.first()
+        return None if first is None or first[0] > now else first[1]
+
+    def late(self, now: float) -> Sequence | None:
+        """A new request that can no longer meet its targets, wherever the formation has it; None as above."""
+        first = self._due.first()
+        return None if first is None or first[0] >= now else first[1]
 
     @property
     def timed(self) -> bool:
         """Somebody may wait who has a deadline."""
-        return bool(self._deadlines)
+        return bool(len(self._deadlines))
 
     def demote(self, sequence: Sequence) -> None:
         """Gives a late member the standing that its policy has for such."""
@@ -88,9 +118,9 @@ class Waiting:
         self._push(sequence)
 
     def _push(self, sequence: Sequence) -> None:
-        self.new.push(sequence)
-        self._formation.push(sequence)
+        for queue in (self.new, self._formation, *self._by_urgency):
+            queue.push(sequence)
 
     def _remove(self, sequence: Sequence) -> None:
-        self.new.remove(sequence)
-        self._formation.remove(sequence)
+        for queue in (self.new, self._formation, *self._by_urgency):
+            queue.remove(sequence)

@@ -30,19 +30,21 @@ from models.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-    """What of a device's peak rates the programs reach. The defaults are public measurements on H100 and H200.
+    """What of a device's peak rates the programs reach. The defaults are those of this engine's steps with Llama-3.1-8B
+    on an H200, within 15 % of most (benchmarks/results/gpu_engine_h200_jax0.11.2.json): the first three were chosen to
+    suit them, the fourth is the kernel's own.
 
-    memory: of the bandwidth, weights and logits: a copy on an H200 moves 4.3 of 4.8 TB/s.
-    compute: of the matrix rate: a bfloat16 product of 8,192 x 8,192 reaches 770 of 989.5 TFLOP/s.
-    decode_attention: of the bandwidth: dense kernels reach 83 %, paged ones 55 %.
-    prefill_attention: of the matrix rate: a Triton kernel reaches 395 of 989.5 TFLOP/s.
+    memory: of the bandwidth, weights and logits; a copy reaches 0.88.
+    compute: of the matrix rate, in whole steps; a single bfloat16 product of 8,192 x 8,192 reaches 0.70.
+    decode_attention: of the bandwidth.
+    prefill_attention: of the matrix rate; 317 of 989.5 TFLOP/s.
     launch_seconds: of a step, beyond its programs' work. link_bytes: bytes/s between device and host memory.
     """
 
-    memory: float = 0.85
-    compute: float = 0.75
-    decode_attention: float = 0.7
-    prefill_attention: float = 0.4
+    memory: float = 0.68
+    compute: float = 0.63
+    decode_attention: float = 0.71
+    prefill_attention: float = 0.32
     launch_seconds: float = 3e-4
     link_bytes: float = 4e10
 

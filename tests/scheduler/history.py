@@ -127,8 +127,13 @@ class History:
         for update in scheduler.expire(self.now):
             self.events["expired"] += update.finish_reason is FinishReason.ABORT
             self.take(update)
+        unfinished = [one for one in self.sequences.values() if one.request_id not in self.reasons]
+        self.ran = [one for one in unfinished if one.status is RequestStatus.RUNNING]
+        away = [one for one in unfinished if one.status in (RequestStatus.PREEMPTED, RequestStatus.SWAPPED)]
         plan = scheduler.schedule(self.now)
         scheduler.check_integrity()
+        all_back = all(one.status is RequestStatus.RUNNING for one in away)
+        self.away = [] if all_back else away
         self.in_flight = None if plan is None else (plan, self.runner.dispatch(plan))
         self.check_plan(plan)
         if previous is not None:
@@ -161,7 +166,7 @@ class History:
 
     def check_plan(self, plan: StepPlan | None) -> None:
         scheduler, events = self.scheduler, self.events
-        joined = self.order.step(scheduler.admitted, plan, self.now)
+        joined = self.order.step(scheduler.admitted, plan, self.now, self.ran, self.away)
         for sequence in scheduler.preempted:
             events["swapped out" if sequence.status is RequestStatus.SWAPPED else "recomputed"] += 1
         events["displaced"] += bool(joined and scheduler.preempted)
@@ -175,6 +180,10 @@ class History:
         assert plan.num_tokens <= plan.token_bucket
         assert plan.num_sampled <= plan.row_bucket
         chunks = {row.request_id: row for row in plan.chunks}
+        if self.config.mode == "separated":
+            assert len(chunks) <= self.config.batching.max_prefill_seqs, (
+                "more prompts in a step than its phase may have"
+            )
         for swap in plan.swaps:
             if swap.slot is not None:
                 events["swapped in"] += 1

@@ -3,8 +3,6 @@ state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from jaxserve.scheduler import StepPlan
 from jaxserve.scheduler.policies import LATE_FACTOR
 from jaxserve.scheduler.policy import Policy
@@ -45,16 +43,30 @@ class OrderModel:
         if all(one.request.tenant != tenant for one in self._waiting):
             self._last_departed = self._counters[tenant]
 
-    def step(self, admitted: Iterable[Sequence], plan: StepPlan | None, now: float) -> int:
-        """Checks who joined, in order; returns how many of them were new. Counts the tokens of the step."""
+    def step(
+        self, admitted: list[Sequence], plan: StepPlan | None, now: float, ran: list[Sequence], away: list[Sequence]
+    ) -> int:
+        """Checks who joined, in order; returns how many of them were new. Counts the tokens of the step.
+
+        ran: those that ran when the step was made. away: those that were swapped or preempted
+        before it, if it did not bring all of them back.
+        """
         joined: list[Sequence] = []
+        displaced = False  # one may take the place of another in a step
         for sequence in admitted:
             if sequence not in self._waiting:
                 continue  # it ran before
-            self._check_formation(sequence, joined, now)
-            if self._config.formation == "greedy" and self._config.mode != "dynamic":
-                for other in self._waiting:
-                    self._check_bound(sequence, other)
+            if away:
+                assert any(self._far_better(sequence, one) for one in away), "it passed all that have run before"
+            try:
+                self._check_formation(sequence, joined, now)
+                if self._config.formation == "greedy" and self._config.mode != "dynamic":
+                    for other in self._waiting:
+                        self._check_bound(sequence, other)
+            except AssertionError:
+                if displaced or not self._may_displace(sequence, ran):
+                    raise
+                displaced = True
             tenant = sequence.request.tenant
             self._counters[tenant] += sequence.num_prompt_tokens * self._cost(tenant, output=False)
             self.remove(sequence)
@@ -66,6 +78,22 @@ class OrderModel:
             for tenant, counter in self._counters.items():
                 assert self._policy.service(tenant) == counter, "service is counted wrong"  # pyright: ignore[reportAttributeAccessIssue]
         return len(joined)
+
+    def _may_displace(self, sequence: Sequence, ran: list[Sequence]) -> bool:
+        """Whether it may have taken the place of one that ran, before all others that wait."""
+        config = self._config.preemption
+        if not any(self._far_better(sequence, one) for one in ran):
+            return False
+        highest = all(one.priority <= sequence.priority for one in self._waiting)
+        shortest = all(one.expected_length >= sequence.expected_length for one in self._waiting)
+        by_priority = config.preempt_priority_gap is not None and highest
+        return by_priority or (config.preempt_length_ratio is not None and shortest)
+
+    def _far_better(self, sequence: Sequence, other: Sequence) -> bool:
+        gap, ratio = self._config.preemption.preempt_priority_gap, self._config.preemption.preempt_length_ratio
+        if gap is not None and sequence.priority - other.request.priority > gap:
+            return True  # before what preemptions have added to the other's
+        return ratio is not None and sequence.expected_length * ratio <= other.expected_length
 
     def _cost(self, tenant: str, output: bool) -> float:
         ordering = self._config.ordering

@@ -185,38 +185,59 @@ def test_prefill_share_of_a_step_that_decodes(share: float, tokens: int):
     assert (len(plan.decodes), plan.num_prefill_tokens) == (4, tokens)
 
 
-def test_what_the_bucket_would_pad_is_filled_with_prefill():
-    def plan_of(fill: bool) -> StepPlan:
+def test_a_step_with_a_share_of_prompts_ends_with_a_bucket():
+    """20 % of 64 tokens are 12. 5 + 12 would take a bucket of 32: prompts have 11, up to 16. Where the bucket below
+    leaves them less than half of the 12, they fill the one above."""
+
+    def plan_of(fill: bool, decodes: str) -> StepPlan:
         config = SchedulerConfig(
-            max_num_seqs=8,
+            max_num_seqs=16,
             max_num_batched_tokens=64,
             admission=AdmissionConfig(prefill_share=0.2, fill_buckets=fill),
         )
-        scheduler = make_scheduler(config)
-        start_decoding(scheduler, *(request(name, 3, 90) for name in "abcde"))
+        scheduler = make_scheduler(config, 200)
+        start_decoding(scheduler, *(request(name, 3, 90) for name in decodes))
         scheduler.add(request("long", 90, 5))
         plan = take_step(scheduler)
         assert plan is not None
         return plan
 
-    assert (plan_of(False).num_prefill_tokens, plan_of(False).padding) == (12, 15)  # 5 + 12 of 32
-    assert (plan_of(True).num_prefill_tokens, plan_of(True).padding) == (27, 0)
+    def shown(fill: bool, decodes: str) -> tuple[int, int]:
+        plan = plan_of(fill, decodes)
+        return plan.num_prefill_tokens, plan.padding
+
+    assert (shown(False, "abcde"), shown(True, "abcde")) == ((12, 15), (11, 0))
+    assert (shown(False, "abcdefghijkl"), shown(True, "abcdefghijkl")) == ((12, 8), (20, 0))
 
 
-@pytest.mark.parametrize(("fill", "prefill"), [(False, {"a": 12}), (True, {"a": 12, "b": 9, "c": 6})])
-def test_new_prompts_fill_what_the_bucket_would_pad(fill: bool, prefill: dict[str, int]):
-    """12 of 64 tokens are prompts' beside decodes; 5 + 12 take a bucket of 32, whose other 15 take two more prompts."""
+@pytest.mark.parametrize(("budget", "share", "prefill"), [(512, 0.5, 246), (512, 1.0, 502), (4096, 0.7, 2038)])
+def test_shares_differ_with_the_default_settings(budget: int, share: float, prefill: int):
+    """Filling is on and buckets are powers of two, as on a GPU."""
     config = SchedulerConfig(
-        max_num_seqs=8, max_num_batched_tokens=64, admission=AdmissionConfig(prefill_share=0.2, fill_buckets=fill)
+        max_num_seqs=16, max_num_batched_tokens=budget, admission=AdmissionConfig(prefill_share=share)
+    )
+    scheduler = make_scheduler(config, 6000)
+    start_decoding(scheduler, *(request(f"d{number}", 3, 90) for number in range(10)))
+    scheduler.add(request("long", 5000, 5))
+    plan = take_step(scheduler)
+    assert plan is not None
+    assert (len(plan.decodes), plan.num_prefill_tokens) == (10, prefill)
+
+
+@pytest.mark.parametrize(("fill", "prefill"), [(False, {"a": 12}), (True, {"a": 12, "b": 8})])
+def test_new_prompts_fill_what_the_bucket_would_pad(fill: bool, prefill: dict[str, int]):
+    """12 of 64 tokens are prompts' beside decodes; 12 + 12 take a bucket of 32, whose other 8 take another prompt."""
+    config = SchedulerConfig(
+        max_num_seqs=16, max_num_batched_tokens=64, admission=AdmissionConfig(prefill_share=0.2, fill_buckets=fill)
     )
     scheduler = make_scheduler(config)
-    start_decoding(scheduler, *(request(name, 3, 90) for name in "vwxyz"))
+    start_decoding(scheduler, *(request(name, 3, 90) for name in "lmnopqrsuvwx"))
     for name, tokens in (("a", 12), ("b", 9), ("c", 8)):
         scheduler.add(request(name, tokens, 5))
     plan = take_step(scheduler)
     assert plan is not None
     assert {chunk.request_id: chunk.num_tokens for chunk in plan.chunks} == prefill
-    assert len(plan.decodes) == 5
+    assert len(plan.decodes) == 12
 
 
 @pytest.mark.parametrize(("chunk", "steps"), [(0, [64, 64, 22]), (40, [40, 40, 40, 30])])

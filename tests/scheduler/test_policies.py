@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from jaxserve.scheduler.policies import LATE_FACTOR, POLICIES
 from jaxserve.scheduler.policy import Policy
 from jaxserve.scheduler.queues import Standing
 from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler_config import PolicyConfig, SchedulerConfig
+from jaxserve.scheduler_config import PolicyConfig, PreemptionConfig, SchedulerConfig
 from tests.scheduler.drive import make_scheduler, request
 
 
@@ -31,7 +32,11 @@ def take_step(scheduler: Scheduler, now: float = 0.0) -> StepPlan:
 def order_of_service(policy: str, requests: list[EngineRequest], now: float = 0.0, **ordering) -> list[str]:
     """Who is served first when one runs at a time."""
     config = SchedulerConfig(
-        max_num_seqs=1, max_num_batched_tokens=64, policy=policy, ordering=PolicyConfig(**ordering)
+        max_num_seqs=1,
+        max_num_batched_tokens=64,
+        policy=policy,
+        ordering=PolicyConfig(**ordering),
+        preemption=PreemptionConfig(preempt_priority_gap=None),
     )
     scheduler = make_scheduler(config)
     for one in requests:
@@ -121,13 +126,15 @@ def test_a_request_that_missed_its_target_is_served_after_those_that_can_meet_it
     assert take_step(scheduler, 10.6).rows[0].request_id == "missed"
 
 
-def test_what_cannot_be_met_is_dropped_where_that_is_set():
+@pytest.mark.parametrize("settings", [{}, {"formation": "throughput"}, {"formation": "hybrid"}, {"mode": "dynamic"}])
+def test_what_cannot_be_met_is_dropped_where_that_is_set(settings: dict[str, Any]):
+    """Also where the formation offers another first, or nobody yet."""
     config = SchedulerConfig(
-        max_num_seqs=1, max_num_batched_tokens=64, policy="deadline", ordering=PolicyConfig(drop_late=True)
+        max_num_seqs=1, max_num_batched_tokens=64, policy="deadline", ordering=PolicyConfig(drop_late=True), **settings
     )
     scheduler = make_scheduler(config)
-    for name, arrival in (("missed", 0.0), ("missed too", 0.5), ("can", 1.5)):
-        scheduler.add(request(name, 3, 1, arrival_time=arrival))
+    for name, arrival, prompt in (("missed", 0.0, 9), ("missed too", 0.5, 7), ("can", 1.5, 3)):
+        scheduler.add(request(name, prompt, 1, arrival_time=arrival, priority=8 if name == "can" else 0))
     ended = scheduler.expire(2.0)
     assert [update.sequence.request_id for update in ended] == ["missed", "missed too"]
     assert {update.finish_reason for update in ended} == {FinishReason.ABORT}

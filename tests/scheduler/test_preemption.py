@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from jaxserve.scheduler import Scheduler, StepPlan, StepResult
@@ -58,6 +60,33 @@ def test_a_request_ten_times_shorter_than_the_longest_that_runs(output: int, tak
     plan = take_step(scheduler)
     assert preempted(scheduler) == ["long"] * takes
     assert ("short" in ids(plan)) == takes
+
+
+@pytest.mark.parametrize("formation", ["greedy", "length_balanced", "throughput"])
+@pytest.mark.parametrize(("priority", "output", "loser"), [(9, 90, "other"), (0, 4, "long")])
+def test_who_must_go_first_does_so_from_behind_others(formation: str, priority: int, output: int, loser: str):
+    """One of far higher priority, or far shorter, takes a place though another is offered before it."""
+    settings = dataclasses.replace(config(preempt_length_ratio=10.0), formation=formation)
+    scheduler = make_scheduler(settings)
+    start_decoding(scheduler, request("long", 20, 80), request("other", 20, 70))
+    scheduler.add(request("ahead", 4, 30))
+    scheduler.add(request("urgent", 4, output, priority=priority))
+    plan = take_step(scheduler)
+    assert preempted(scheduler) == [loser]
+    assert set(ids(plan)) == {"long", "other", "urgent"} - {loser}
+
+
+@pytest.mark.parametrize(("priority", "takes"), [(9, False), (10, True)])
+def test_who_takes_a_place_passes_only_those_whose_place_it_would_take(priority: int, takes: bool):
+    """ "a" of priority 3 has lost its place and stands at 4 until it is back: 9 does not exceed that by more than 5."""
+    scheduler = make_scheduler(config())
+    start_decoding(scheduler, request("a", 4, 50, priority=3), request("b", 4, 50, priority=3))
+    scheduler.add(request("urgent", 4, 50, priority=9))
+    take_step(scheduler)
+    [lost] = preempted(scheduler)
+    scheduler.add(request("next", 4, 50, priority=priority))
+    take_step(scheduler)
+    assert preempted(scheduler) == [{"a": "b", "b": "a"}[lost]] * takes
 
 
 @pytest.mark.parametrize(("enabled", "output", "takes"), [(True, 10, True), (True, 60, False), (False, 10, False)])

@@ -234,6 +234,23 @@ def test_load_profile_bounds_the_step(unfinished: int, tokens: int):
     assert plan.num_tokens == 3_000  # latency: whole, whatever its length
 
 
+def test_a_prompt_longer_than_the_share_is_taken_whole_under_latency():
+    """Chunking is off there: one of more than 97 tokens runs alone with the decodes, however long it is."""
+    config = SchedulerConfig(
+        max_num_seqs=100, max_num_batched_tokens=8192, adaptation=AdaptationConfig(load_profile=True)
+    )
+    scheduler = make_scheduler(config, num_pages=20_000)
+    scheduler.add(request("decodes", 3, 100))
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.update(plan, StepResult([1] * plan.num_sampled))
+    for name in "ab":
+        scheduler.add(request(name, 3_000, 5))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert (scheduler.profile, len(plan.decodes), [row.num_tokens for row in plan.chunks]) == ("latency", 1, [3_000])
+
+
 @pytest.mark.parametrize(("unfinished", "prefill"), [(25, 97), (55, 1_024), (90, 2_867)])
 def test_load_profile_bounds_the_share_of_prompts(unfinished: int, prefill: int):
     """Beside decodes prompts take less than 20 % of the 512 tokens under latency, 50 % of 2,048, 70 % of 4,096."""
