@@ -10,6 +10,7 @@ of requests. Files are those that the simulator reads (jaxserve/simulator/traces
 from __future__ import annotations
 
 import argparse
+import functools
 import pathlib
 import statistics
 import time
@@ -49,10 +50,10 @@ def measure(trace: Trace, max_tokens: int, window: int) -> dict[str, Any]:
             tenant=trace.tenants[row],
         )
         output = min(int(trace.output_tokens[row]), limit)
-        timed("expected", lambda request=request: predictor.expected(request))
+        expected = timed("expected", lambda request=request: predictor.expected(request))
         for q in QUANTILES:
             covered[q] += output <= predictor.quantile(request, q)
-        timed("observe", lambda request=request, output=output: predictor.observe(request, output))
+        timed("observe", functools.partial(predictor.observe, request, output, expected))
         if predictor.num_observed % window == 0:
             tau = timed("kendall_tau", lambda: predictor.kendall_tau)
             taus += [] if tau is None else [tau]

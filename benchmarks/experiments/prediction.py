@@ -33,8 +33,8 @@ class NoisyOracle:
     def expected(self, request: EngineRequest) -> float:
         return max(1.0, float(self._expected[request.request_id]))
 
-    def observe(self, request: EngineRequest, output_tokens: int) -> None:
-        self._ranked.append((self.expected(request), output_tokens))
+    def observe(self, request: EngineRequest, output_tokens: int, expected: float) -> None:
+        self._ranked.append((expected, output_tokens))
 
 
 def _oracle(sigma: float) -> Callable[[Mapping[str, int]], NoisyOracle]:

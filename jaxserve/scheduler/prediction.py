@@ -68,7 +68,8 @@ class OutputLengthPredictor:
     def kendall_tau(self) -> float | None:
         """How well predictions ranked the last window of finished requests: tau-b of predicted against real lengths.
 
-        Each was predicted before its length was taken in. None while there is nothing to rank.
+        A prediction is the one that `observe` was told of: what the scheduler went by. None while there is nothing to
+        rank.
         """
         if self._tau_of != self._num_observed:
             self._tau = kendall_tau(self._ranked)
@@ -85,15 +86,17 @@ class OutputLengthPredictor:
             raise ValueError(f"q is {q}; it must be above 0 and below 1")
         return self._predict(request, self._group(request), q, self._level(q))
 
-    def observe(self, request: EngineRequest, output_tokens: int) -> None:
-        """Takes in a request that ended by itself (a stop id or its max_tokens, not an abort) after output_tokens."""
+    def observe(self, request: EngineRequest, output_tokens: int, expected: float | None = None) -> None:
+        """Takes in a request that ended by itself (a stop id or its max_tokens, not an abort) after output_tokens.
+
+        expected: what `expected` gave when the request came, for `kendall_tau`; None leaves it out of the ranking.
+        """
+        if expected is not None:
+            self._ranked.append((expected, output_tokens))
         group = self._group(request)
         least = 0.0
         for q, level in self._levels.items():
-            predicted = self._predict(request, group, q, level)
-            if q == self._quantile:
-                self._ranked.append((predicted, output_tokens))
-            within = output_tokens <= predicted
+            within = output_tokens <= self._predict(request, group, q, level)
             least = min(max(level + CORRECTION_RATE * (q - within), least), 1.0)  # quantiles do not cross
             self._levels[q] = least
         length = _UNBOUNDED if output_tokens >= request.max_tokens else output_tokens

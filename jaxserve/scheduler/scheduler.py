@@ -294,7 +294,7 @@ class Scheduler:
         sequence.status = RequestStatus.FINISHED
         self.policy.ended(sequence)
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
-            self.predictor.observe(sequence.request, len(sequence.output_token_ids))
+            self.predictor.observe(sequence.request, len(sequence.output_token_ids), sequence.expected_output)
         return SequenceUpdate(sequence, (), reason, error)
 
     def _obstacle_stays(self) -> bool:

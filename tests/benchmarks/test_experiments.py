@@ -58,8 +58,8 @@ def test_a_stand_in_predictor_decides_who_is_shortest(name: str) -> None:
         def expected(self, request: Any) -> float:
             return 100.0 - self.lengths[request.request_id]
 
-        def observe(self, request: Any, output_tokens: int) -> None:
-            pass
+        def observe(self, request: Any, output_tokens: int, expected: float) -> None:
+            assert expected == self.expected(request)
 
     options = {"policy": "sjf", "max_num_seqs": 1}
     run = make_side(name).run(Case("case", TRACE, options=options, predictor=Reversed))

@@ -75,13 +75,33 @@ def test_ranks_requests_by_tenant_and_prompt():
     seen: list[tuple[float, float]] = []
     for step in range(1000):
         asked, length = mixed(rng, step)
-        output = max(1, round(length))
-        seen.append((predictor.expected(asked), min(output, asked.max_tokens)))
-        predictor.observe(asked, min(output, asked.max_tokens))
+        output = min(max(1, round(length)), asked.max_tokens)
+        expected = predictor.expected(asked)
+        seen.append((expected, output))
+        predictor.observe(asked, output, expected)
     assert predictor.kendall_tau == pytest.approx(kendall_tau(seen[-256:]))
     assert predictor.kendall_tau is not None
     assert predictor.kendall_tau > 0.5
     assert predictor.num_observed == 1000
+
+
+def test_it_ranks_what_was_predicted_on_arrival():
+    """What the requests of a batch teach comes too late for those that were in it."""
+    predictor = OutputLengthPredictor(PredictionConfig())
+    lengths = {200: 5, 100: 50, 20: 300}  # the longer a prompt the shorter its output
+    asked = [request(prompt, tenant=str(prompt)) for prompt in lengths for _ in range(20)]
+    expected = [predictor.expected(one) for one in asked]
+    for one, before in zip(asked, expected, strict=True):
+        predictor.observe(one, lengths[len(one.prompt_token_ids)], before)
+    pairs = [(before, float(lengths[len(one.prompt_token_ids)])) for one, before in zip(asked, expected, strict=True)]
+    assert predictor.kendall_tau == kendall_tau(pairs) == pytest.approx(-1.0)
+    for one in asked:
+        predictor.observe(one, lengths[len(one.prompt_token_ids)], predictor.expected(one))
+    later = predictor.kendall_tau
+    assert later is not None
+    assert later > -0.1  # by now it knows
+    predictor.observe(asked[0], 5)
+    assert predictor.num_observed == 121
 
 
 def test_knowing_nothing_it_goes_by_the_limits():

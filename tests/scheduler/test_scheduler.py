@@ -46,6 +46,24 @@ def test_preemption_takes_the_latest_and_brings_it_back_first():
     assert run.finish_step["first"] < run.finish_step["second"]
 
 
+def test_the_predictor_is_told_what_it_expected_when_the_request_came(monkeypatch: pytest.MonkeyPatch):
+    scheduler = make_scheduler(SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=64), 64, 16)
+    told: list[tuple[str, float | None]] = []
+    observe = scheduler.predictor.observe
+
+    def listen(one: EngineRequest, output_tokens: int, expected: float | None = None) -> None:
+        told.append((one.request_id, expected))
+        observe(one, output_tokens, expected)
+
+    monkeypatch.setattr(scheduler.predictor, "observe", listen)
+    requests = [dataclasses.replace(request(name, 8, 5), max_tokens=100) for name in "abc"]
+    requests = [dataclasses.replace(one, stop_token_ids=tuple(range(50))) for one in requests]  # they end soon
+    before = [(one.request_id, scheduler.predictor.expected(one)) for one in requests]
+    drive(scheduler, requests)
+    assert told == before
+    assert scheduler.predictor.expected(requests[0]) != before[0][1]  # it has learned meanwhile
+
+
 def test_a_preempted_sequence_can_outgrow_a_step_without_chunked_prefill():
     config = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=16, enable_chunked_prefill=False)
     scheduler = make_scheduler(config, num_pages=13, page_size=4)
