@@ -30,7 +30,7 @@ from jaxserve.simulator.fleet import SCALINGS, FleetConfig, FleetResult, simulat
 from jaxserve.simulator.report import Slo, report, table
 from jaxserve.simulator.routing import ROUTINGS
 from jaxserve.simulator.setup import Setup, with_options
-from jaxserve.simulator.simulation import ClientRule
+from jaxserve.simulator.simulation import ClientRule, fitting
 from jaxserve.simulator.traces import Trace
 
 FLEET_OPTIONS = {field.name for field in dataclasses.fields(FleetConfig)}
@@ -178,11 +178,13 @@ def _capacities(
         def good_share(part: Trace, run: Run = run) -> float:
             result = simulate_fleet(run.setup, part, run.fleet, client=client).result
             bar.update(1)
-            return float(slo.met(result).mean())
+            return slo.share(result)
 
         with tqdm(desc=run.name, unit="simulation", file=sys.stderr) as bar:
             found[run.name] = search_capacity(parts_of(trace, parsed.rounds), good_share, target=parsed.capacity)
-        print(f"{run.name}: {100 * parsed.capacity:g} % within {slo} up to {found[run.name]}")
+        skipped = fitting(run.setup.config, trace, run.setup.device, client)[1]
+        missed = f"; {skipped:,} of {len(trace):,} requests are too long and count as missed" if skipped else ""
+        print(f"{run.name}: {100 * parsed.capacity:g} % within {slo} up to {found[run.name]}{missed}")
     if parsed.plot is not None:
         parsed.plot.mkdir(parents=True, exist_ok=True)
         points = {name: list(each.points) for name, each in found.items()}

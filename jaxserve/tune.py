@@ -134,7 +134,7 @@ def search(
 
     def capacity(options: Options) -> float:
         def share(part: Trace) -> float:
-            return float(slo.met(serve(with_options(config, options), part)).mean())
+            return slo.share(serve(with_options(config, options), part))
 
         return search_capacity([trace.faster(factor)], share, target=MET, tolerance=CAPACITY_TOLERANCE).rate
 
@@ -193,7 +193,7 @@ def _lines(evidence: Evidence, trace: Trace, factor: float, slo: Slo) -> list[st
     rate = f"{trace.rate * factor:.3g} requests/s" + ("" if factor == 1.0 else f", {factor:.3g} times its own rate")
     lines = [
         f"step times: {evidence.costs}",
-        f"trace {trace.name}, {best.requests:,} requests at {rate}; targets {slo}",
+        f"trace {trace.name}, {best.requests:,} requests{_skipped(before, best)} at {rate}; targets {slo}",
         f"simulation, before: {_told(before.score)}",
         f"simulation, after:  {_told(best.score)}",
     ]
@@ -210,6 +210,12 @@ def _lines(evidence: Evidence, trace: Trace, factor: float, slo: Slo) -> list[st
         f"engine, before ({evidence.engine_requests} requests): {_told(evidence.engine_before)}",
         f"engine, after  ({evidence.engine_requests} requests): {_told(evidence.engine_after)}",
     ]
+
+
+def _skipped(before: Trial, best: Trial) -> str:
+    if before.skipped == best.skipped:
+        return f" ({before.skipped:,} too long, not served)" if before.skipped else ""
+    return f" ({before.skipped:,} too long before, {best.skipped:,} after)"
 
 
 def _told(score: Score) -> str:

@@ -42,17 +42,19 @@ class Score:
             goodput=float(good.sum()) / seconds if seconds else 0.0,
             tokens_per_second=float(result.output_tokens.sum()) / seconds if seconds else 0.0,
             promptness=-float(first.mean()) if len(first) else -np.inf,
-            good_share=float(good.sum()) / len(result.trace),
+            good_share=slo.share(result),
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A candidate on a prefix of the trace. options: what differs from the configuration; {} is itself."""
+    """A candidate on a prefix of the trace. options: what differs from the configuration; {} is itself. skipped: of the
+    requests, those that are too long for it."""
 
     options: Options
     requests: int
     score: Score
+    skipped: int = 0
 
 
 def search_space(config: EngineConfig, trace: Trace) -> dict[str, tuple[Any, ...]]:
@@ -123,7 +125,8 @@ def successive_halving(
     seed: int = 0,
 ) -> list[list[Trial]]:
     """The trials of each rung, best first. The last rung serves the whole trace; one before it `keep` of it, and so on.
-    The configuration itself is in every rung, for comparison.
+    The configuration itself is in every rung, for comparison; candidates that skip more requests than it are left out,
+    since less work would make them look faster.
 
     Source: Jamieson and Talwalkar, "Non-stochastic best arm identification", AISTATS 2016.
     Raises ValueError where the configuration itself cannot serve the trace.
@@ -141,7 +144,9 @@ def successive_halving(
                 if not options:
                     raise
                 continue  # the device cannot hold what these options ask for
-            trials.append(Trial(options, len(prefix), Score.of(result, slo)))
+            trials.append(Trial(options, len(prefix), Score.of(result, slo), result.num_skipped))
+        skipped = next(trial.skipped for trial in trials if not trial.options)
+        trials = [trial for trial in trials if trial.skipped <= skipped]
         trials.sort(key=lambda trial: (trial.score, -len(trial.options)), reverse=True)  # of equals the plainest
         tables.append(trials)
         kept = [trial.options for trial in trials[: max(1, round(len(trials) * keep))]]
@@ -155,7 +160,7 @@ def stressed(config: EngineConfig, trace: Trace, slo: Slo, serve: Serve, share: 
     factor = 1.0
     while factor < 1000:
         result = serve(config, trace.faster(factor))
-        if slo.met(result).mean() < share:
+        if slo.share(result) < share:
             return factor
         factor *= 1.25
     raise ValueError(

@@ -71,6 +71,11 @@ class SimulationResult:
     token_logs: tuple[Any, ...] = dataclasses.field(repr=False, default=())
 
     @property
+    def num_requests(self) -> int:
+        """All that came, those that could not be served included."""
+        return len(self.trace) + self.num_skipped
+
+    @property
     def seconds(self) -> float:
         ends = self.finished[~np.isnan(self.finished)]
         return float(ends.max() - self.trace.arrivals.min()) if len(ends) else 0.0

@@ -8,6 +8,7 @@ import pytest
 from jaxserve import simulate as command
 from jaxserve.simulator.capacity import parts_of, search_capacity
 from jaxserve.simulator.report import Slo, jain_index, report, table
+from jaxserve.simulator.search import Score
 from jaxserve.simulator.setup import find_target, set_up, with_options
 from jaxserve.simulator.simulation import simulate
 from jaxserve.simulator.synthetic import SyntheticConfig, synthetic_trace
@@ -37,6 +38,21 @@ def test_figures_by_hand():
     assert "requests/s" in text
     assert "TTFT of b, ms, mean / p99" in text
     json.dumps(found.to_dict())
+
+
+def test_requests_that_were_not_served_are_not_within_targets():
+    # The second is too long for the context of 256, the third is refused by a queue of one.
+    trace = make_trace("t", [0.0, 0.0, 0.0, 0.0], [10, 300, 10, 10], [2, 2, 2, 2])
+    config = make_config(max_num_seqs=1, max_num_waiting=1)
+    result = simulate(config, trace, SimpleCosts(), make_device())
+    found = report(result, Slo())
+    assert (found.requests, found.skipped) == (4, 1)
+    served = sum(reason in ("stop", "length") for reason in result.reasons)
+    assert served < 3
+    assert found.good_share == served / 4
+    assert Slo().share(result) == served / 4
+    assert Score.of(result, Slo()).good_share == served / 4
+    assert "of these too long, not served" in table({"one": found})
 
 
 def test_jains_index():
@@ -71,7 +87,7 @@ def test_a_simulated_capacity_lies_between_idle_and_overload():
     trace = synthetic_trace(SyntheticConfig(rate=1.0, count=150, prompt="10-20", output="5-15"))
 
     def share(part):
-        return float(slo.met(simulate(config, part, costs, device)).mean())
+        return slo.share(simulate(config, part, costs, device))
 
     found = search_capacity([trace], share, target=0.9, tolerance=0.05)
     assert share(trace.faster(found.rate / trace.rate * 0.9)) >= 0.9
@@ -168,6 +184,19 @@ def test_the_command_line_finds_a_capacity(tmp_path, capsys):
     assert command.main([*arguments, f"--plot={tmp_path}"]) == 0
     assert "90 % within ttft=0.2,tpot=0.02 up to" in capsys.readouterr().out
     assert (tmp_path / "capacity.png").is_file()
+
+
+def test_a_capacity_counts_requests_that_are_too_long(tmp_path, capsys):
+    trace = tmp_path / "trace.csv"
+    prompts = [140000 if number % 5 == 0 else 100 for number in range(40)]
+    lines = [f"{number},{prompt},10" for number, prompt in enumerate(prompts)]
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(lines) + "\n")
+    arguments = ["--config=llama.gin", f"--trace={trace}", "--rounds=1", "--slo=ttft=0.2,tpot=0.02"]
+    assert command.main([*arguments, "--capacity=0.8"]) == 0
+    assert "8 of 40 requests are too long and count as missed" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command.main([*arguments, "--capacity=0.9"])
+    assert "misses its targets even when requests come one by one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,18 @@ def test_halving_keeps_the_best_and_the_configuration_itself():
     assert best.score == Score.of(serve(with_options(config, best.options), trace), SLO)
 
 
+def test_what_refuses_more_requests_is_left_out():
+    # Without chunks, prompts longer than a step are refused, and what is left is quickly done.
+    trace = make_trace("t", np.arange(60) * 0.1, [20, 120] * 30, 4)
+    config = make_config(max_num_batched_tokens=128, max_num_seqs=8, enable_chunked_prefill=False)
+    tables = successive_halving(config, trace, SLO, serve, count=20, seed=1)
+    tried = {
+        options.get("max_num_batched_tokens", 128) for options in candidates(config, search_space(config, trace), 20, 1)
+    }
+    assert min(tried) < 120
+    assert all(trial.options.get("max_num_batched_tokens", 128) >= 120 for table in tables for trial in table)
+
+
 def test_a_trace_is_sped_up_until_it_hurts():
     config, trace = make_config(), busy_trace(80)
     slow = trace.faster(0.1)
