@@ -53,22 +53,19 @@ def load(directory: str | pathlib.Path, config: ModelConfig, dtype: Any, mesh: M
             holds a tensor that the model does not use. All of it is checked before the first byte of a weight is read.
     """
     directory = pathlib.Path(directory)
-    if not directory.is_dir():
-        raise ValueError(f"model is {str(directory)!r}; there is no such directory")
-    if not (directory / ORBAX_FOLDER).is_dir():
-        return _load_safetensors(directory, config, dtype, mesh)
-    if _has_safetensors(directory):
-        raise ValueError(f"checkpoint {directory} holds safetensors and {ORBAX_FOLDER}/; only one may stay")
-    return restore_orbax(directory, config, dtype, mesh)
+    if _holds_orbax(directory):
+        return restore_orbax(directory, config, dtype, mesh)
+    return _load_safetensors(directory, config, dtype, mesh)
 
 
 def read_ahead(directory: str | pathlib.Path, config: ModelConfig) -> None:
     """Reads a checkpoint's files once, so that `load` then finds them in the host's file cache.
 
-    Raises ValueError as `load` does where tensors are missing, malformed or not the architecture's.
+    Raises ValueError as `load` does where there is no checkpoint, and where tensors of safetensors files are missing,
+    malformed or not the architecture's. What orbax saved is not looked into.
     """
     directory = pathlib.Path(directory)
-    if (directory / ORBAX_FOLDER).is_dir():
+    if _holds_orbax(directory):
         files = [path for path in (directory / ORBAX_FOLDER).rglob("*") if path.is_file()]
     else:
         files = sorted({tensor.path for tensor in _used_tensors(directory, config).values()})
@@ -154,6 +151,16 @@ def _check_saved(saved: Mapping[str, Any], expected: Mapping[str, jax.ShapeDtype
             raise ValueError(f"parameter {name} has shape {list(saved[name].shape)}; expected {list(leaf.shape)}")
     if extra := sorted(saved.keys() - expected.keys()):
         raise ValueError(f"it holds {_some(extra)} that the model does not use")
+
+
+def _holds_orbax(directory: pathlib.Path) -> bool:
+    """Whether a checkpoint was saved with orbax. ValueError where there is no directory, or one with both kinds."""
+    if not directory.is_dir():
+        raise ValueError(f"model is {str(directory)!r}; there is no such directory")
+    orbax = (directory / ORBAX_FOLDER).is_dir()
+    if orbax and _has_safetensors(directory):
+        raise ValueError(f"checkpoint {directory} holds safetensors and {ORBAX_FOLDER}/; only one may stay")
+    return orbax
 
 
 def _has_safetensors(directory: pathlib.Path) -> bool:

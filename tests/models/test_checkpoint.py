@@ -1,5 +1,6 @@
 """Loading: layouts, dtypes, orbax, and every message a broken checkpoint gets."""
 
+import contextlib
 import json
 import pathlib
 import re
@@ -373,3 +374,63 @@ def test_a_broken_sharded_checkpoint_gets_one_clear_line(sharded, fault):
 def test_an_unsupported_target_dtype_is_named(single, dtype):
     with pytest.raises(ValueError, match=r"^model dtype is .*; supported dtypes are float32, bfloat16, float16$"):
         load(single, dtype)
+
+
+# ---- reading ahead
+
+
+def outcome(function, *arguments):
+    """The message of the ValueError that a call ends with; None where it returns."""
+    try:
+        function(*arguments)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def read_outcomes(directory, config):
+    """What `read_ahead` and `load` say of a directory with the configuration in it, or with `config` if it has none."""
+    with contextlib.suppress(ValueError):
+        config = ModelConfig.from_directory(directory)
+    read = outcome(checkpoint.read_ahead, directory, config)
+    return read, outcome(checkpoint.load, directory, config, "float32", params.make_mesh())
+
+
+@pytest.mark.parametrize("shape", [SINGLE, SHARDED], ids=["single", "sharded"])
+def test_sound_checkpoints_are_read_ahead(tmp_path, shape):
+    directory = write_shape(tmp_path / "sound", shape)
+    config = ModelConfig.from_directory(directory)
+    assert read_outcomes(directory, config) == (None, None)
+    checkpoint.save_orbax(load(directory), config, tmp_path / "converted")
+    assert read_outcomes(tmp_path / "converted", config) == (None, None)
+
+
+@pytest.mark.parametrize("fault", SINGLE_FAULTS)
+def test_reading_a_broken_checkpoint_ahead_says_what_loading_says(single, fault):
+    compare_outcomes(single, *SINGLE_FAULTS[fault])
+
+
+@pytest.mark.parametrize("fault", SHARDED_FAULTS)
+def test_reading_a_broken_sharded_checkpoint_ahead_says_what_loading_says(sharded, fault):
+    compare_outcomes(sharded, *SHARDED_FAULTS[fault])
+
+
+def compare_outcomes(directory, damage, message):
+    config = ModelConfig.from_directory(directory)
+    damage(directory)
+    read, loaded = read_outcomes(directory, config)
+    assert read == loaded
+    if loaded is None:  # the weights are sound: it is the configuration that is not
+        assert re.search(message, outcome(ModelConfig.from_directory, directory) or "")
+    else:
+        assert re.search(message, loaded)
+        assert "\n" not in loaded
+
+
+def test_both_kinds_of_weights_in_a_directory_are_refused_before_reading(tmp_path, single):
+    config = ModelConfig.from_directory(single)
+    checkpoint.save_orbax(load(single), config, tmp_path / "both")
+    shutil.copy(single / "model.safetensors", tmp_path / "both")
+    read, loaded = read_outcomes(tmp_path / "both", config)
+    assert read == loaded
+    assert str(read).endswith("holds safetensors and orbax/; only one may stay")
