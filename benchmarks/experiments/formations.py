@@ -10,7 +10,8 @@ from jaxserve.simulator.simulation import ClientRule
 
 
 def make_cases(scale: Scale) -> list[Case]:
-    """Three tenants in overload, so that there is a queue to choose from; write has priority, then chat."""
+    """Three tenants in overload, so that there is a queue to choose from; write has priority, then chat. Nobody loses a
+    place to a request of higher priority: what is compared is whom a formation chooses."""
     trace = tenants(scale, priorities={"chat": 5, "write": 8})
     client = ClientRule(16 * scale.output)
     adaptive = {"adaptive_batch_size": True, "target_batch_tokens": scale.seqs * scale.prompt // 2}
@@ -35,7 +36,10 @@ EXPERIMENT = Experiment(
     engine_rounds=3,
     panels=(cases.THROUGHPUT, cases.TTFT, cases.TTFT_P99, cases.E2E, cases.E2E_P99, cases.UTILISATION),
     by_tenant=True,
-    limits={"engine": {"max_num_seqs": 32}, "simulation": {"max_num_seqs": 64}},
+    limits={
+        "engine": {"max_num_seqs": 32, "preempt_priority_gap": None},
+        "simulation": {"max_num_seqs": 64, "preempt_priority_gap": None},
+    },
 )
 
 if __name__ == "__main__":
