@@ -52,8 +52,8 @@ class AdmissionConfig:
     max_tokens, "max_model_len" those of the longest sequence.
     prefill_share: prefill tokens of a step that also decodes, as a share of max_num_batched_tokens. A prompt that may
     not be split is taken whole, alone with the decodes, where it is longer.
-    fill_buckets: no slot of a bucket is padded that could compute prefill tokens. Under a prefill_share a step ends
-    with the bucket below, where that leaves prompts half of their share or more; else with the next.
+    fill_buckets: prefill tokens take what much padding would take of a bucket. Where prefill_share would pad more than
+    a fifth, the step ends with the bucket below, if that leaves prompts half of their share; else with the next.
     scheduler_delay_factor: no prompt is admitted before the first that waits has waited this many times as long as the
     last step with a prefill took; 0 never delays.
     chunked_prefill_min_tokens: prompts up to this many tokens are not split over steps; 0 splits any.

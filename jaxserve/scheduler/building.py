@@ -14,6 +14,10 @@ from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler_config import SchedulerConfig
 
 
+MOST_PADDING = 0.2
+"""Share of a bucket that is padded rather than that prompts get more, or less, than their share."""
+
+
 class StepBuilder:
     """Builds steps. admitted: sequences that the last step let run. blocked_by: what kept the first that waits from
     joining it: "slots", "pages", or None where nobody waits or something else did."""
@@ -57,7 +61,7 @@ class StepBuilder:
             if not step.chunks and not work.decode and len(decoding):
                 step.decodes = len(decoding)  # no prompt finds room: the step decodes after all
                 self._extend_decodes(step)
-        if self._config.admission.fill_buckets and self._limits.prefill_share < 1:
+        if step.fill:
             joined += self._fill(step, work, now, work.admit - joined)
         if joined:
             self._mode.admitted(joined)
@@ -68,16 +72,25 @@ class StepBuilder:
         config, limits = self._config, self._limits
         decodes = len(self._places.running.decoding) if work.decode else 0
         budget = limits.max_num_batched_tokens - decodes
+        step = StepInProgress(decodes, max(0, budget), config.max_num_batched_tokens - decodes)
         if decodes and limits.prefill_share < 1:
-            budget = min(budget, self._share(decodes))
-        return StepInProgress(decodes, max(0, budget), config.max_num_batched_tokens - decodes)
+            self._cap(step)
+        return step
 
-    def _share(self, decodes: int) -> int:
-        """Tokens that prompts may have beside so many decodes. Where slots are to be filled the step ends with a
-        bucket, if that leaves prompts at least half of their share: else `_fill` goes on to the end of the next."""
+    def _cap(self, step: StepInProgress) -> None:
+        """Bounds the prompts' tokens by their share. Where that would pad much of a bucket the step ends with the one
+        below, if that leaves prompts half of their share: else `_fill` goes on to the end of the bucket."""
         share = max(1, int(self._limits.prefill_share * self._limits.max_num_batched_tokens))
-        within = self._buckets.largest_within(decodes + share) - decodes
-        return within if self._config.admission.fill_buckets and 2 * within >= share else share
+        step.budget = min(step.budget, share)
+        wanted = step.decodes + share
+        bucket = self._buckets.token_bucket(min(wanted, self._buckets.tokens[-1]))
+        if not self._config.admission.fill_buckets or bucket - wanted <= MOST_PADDING * bucket:
+            return
+        within = self._buckets.largest_within(wanted) - step.decodes
+        if 2 * within >= share:
+            step.budget = min(step.budget, within)
+        else:
+            step.fill = True
 
     def _swap_in(self, step: StepInProgress, work: Work) -> None:
         """Brings swapped sequences back, best standing first, while slots, budget and pages last. The pages that

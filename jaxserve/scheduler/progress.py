@@ -40,14 +40,15 @@ class StepInProgress:
     """What the step under construction was given so far.
 
     decodes: rows that decode; each has its token. budget: prefill tokens that the settings leave; room: tokens that the
-    largest step leaves, which a prompt that must not be split may use when it is alone. chunks: by request id, in
-    order. swaps: in order.
+    largest step leaves, which a prompt that must not be split may use when it is alone. fill: prompts go on to the
+    end of the bucket, past the budget. chunks: by request id, in order. swaps: in order.
     """
 
     def __init__(self, decodes: int, budget: int, room: int):
         self.decodes = decodes
         self.budget = budget
         self.room = room
+        self.fill = False
         self.chunks: dict[str, Chunk] = {}
         self.swaps: list[Swap] = []
 

@@ -210,7 +210,9 @@ def test_a_step_with_a_share_of_prompts_ends_with_a_bucket():
     assert (shown(False, "abcdefghijkl"), shown(True, "abcdefghijkl")) == ((12, 8), (20, 0))
 
 
-@pytest.mark.parametrize(("budget", "share", "prefill"), [(512, 0.5, 246), (512, 1.0, 502), (4096, 0.7, 2038)])
+@pytest.mark.parametrize(
+    ("budget", "share", "prefill"), [(512, 0.5, 246), (512, 1.0, 502), (4096, 0.7, 2038), (512, 0.19, 97)]
+)
 def test_shares_differ_with_the_default_settings(budget: int, share: float, prefill: int):
     """Filling is on and buckets are powers of two, as on a GPU."""
     config = SchedulerConfig(
