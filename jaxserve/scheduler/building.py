@@ -13,7 +13,6 @@ from jaxserve.scheduler.progress import Chunk, StepInProgress
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler_config import SchedulerConfig
 
-
 MOST_PADDING = 0.2
 """Share of a bucket that is padded rather than that prompts get more, or less, than their share."""
 
