@@ -40,10 +40,20 @@ def main(directory: str) -> int:
     document = json.loads((output / "suite.json").read_text(encoding="utf-8"))
     parts = {part["name"]: part for part in document["parts"]}
     good = {name: [case for case in part["cases"] if case["status"] == "ok"] for name, part in parts.items()}
-    machine = parts.get("environment", {}).get("summary", {})
+    machine = ceilings(parts.get("environment", {}), good.get("environment", []))
     for draw in (decode_plot, prefill_plot, step_plot):
         draw(good, machine, document, output)
     return 0
+
+
+def ceilings(part: Mapping[str, Any], cases: Cases) -> dict[str, Any]:
+    """Ceilings of the machine: as its part says, or from its cases where it ended before it could say so."""
+    summary = part.get("summary", {})
+    copies = [case["gb_per_s"] * 1e9 for case in cases if case["case"].startswith("copy")]
+    reads = [case["gb_per_s"] * 1e9 for case in cases if case["case"].startswith("read")]
+    products = [case["tflop_per_s"] * 1e12 for case in cases if case.get("dtype") == "bfloat16"]
+    found = {"copy_bytes_per_s": copies[-1:], "read_bytes_per_s": reads[:1], "bf16_flop_per_s": products[:1]}
+    return {name: summary.get(name) or next(iter(values), None) for name, values in found.items()}
 
 
 def decode_plot(good: Mapping[str, Cases], machine: Mapping[str, Any], document: Any, output: pathlib.Path) -> None:
@@ -97,17 +107,19 @@ def step_plot(good: Mapping[str, Cases], machine: Mapping[str, Any], document: A
     if not cases:
         return
     figure, axes = _figure(document, f"Decode step of {cases[0]['model']}")
-    places = range(len(cases))
+    copy = machine.get("copy_bytes_per_s")
+    limits = [case["limit_ms"] or (1e3 * case["bytes"] / copy if copy else 0.0) for case in cases]
+    places, aside = range(len(cases)), 0.2 if any(limits) else 0.0
     bottom = [0.0] * len(cases)
     kinds = [("dense_ms", "without attention"), ("attention_ms", "attention and KV write"), ("sample_ms", "sampling")]
     for key, label in kinds:
         heights = [max(0.0, case.get(key) or 0.0) for case in cases]
-        axes.bar([place - 0.2 for place in places], heights, 0.38, bottom=bottom, label=label)
+        axes.bar([place - aside for place in places], heights, 0.38, bottom=bottom, label=label)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     whole = [case["step_ms"] for case in cases]
-    axes.plot([place - 0.2 for place in places], whole, "k_", markersize=16, label="whole step, as dispatched")
-    limits = [case["limit_ms"] or 0.0 for case in cases]
-    axes.bar([place + 0.2 for place in places], limits, 0.38, color="0.6", label="bytes / copy bandwidth")
+    axes.plot([place - aside for place in places], whole, "k_", markersize=16, label="whole step, as dispatched")
+    if any(limits):
+        axes.bar([place + aside for place in places], limits, 0.38, color="0.6", label="bytes / copy bandwidth")
     axes.set_xticks(list(places), [f"{case['batch']}\n{case['context']}" for case in cases])
     axes.set_ylabel("time, ms")
     axes.set_xlabel("batch (above) and context in tokens (below)")

@@ -311,6 +311,18 @@ def test_plots_and_page_of_a_full_run(tmp_path: pathlib.Path):
     assert "![decode.png](decode.png)" in page
 
 
+def test_ceilings_of_a_part_that_ended_early_come_from_its_cases():
+    cases = [
+        {"case": "copy 256 MiB", "gb_per_s": 4000.0},
+        {"case": "copy 4096 MiB", "gb_per_s": 4200.0},
+        {"case": "matmul bfloat16 8192", "dtype": "bfloat16", "tflop_per_s": 690.0},
+    ]
+    found = {"copy_bytes_per_s": 4.2e12, "read_bytes_per_s": None, "bf16_flop_per_s": 6.9e14}
+    assert plots.ceilings({"summary": {}}, cases) == found
+    assert plots.ceilings({"summary": {"copy_bytes_per_s": 1.0}}, cases) == found | {"copy_bytes_per_s": 1.0}
+    assert set(plots.ceilings({}, []).values()) == {None}
+
+
 # Tuning and bundles
 
 
