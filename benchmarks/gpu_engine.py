@@ -58,6 +58,7 @@ from jaxserve.simulator import (
     write_costs,
 )
 from jaxserve.simulator.setup import find_target, set_up
+from jaxserve.simulator.simulation import fitting
 
 WORKLOADS = {
     "chat, Poisson": "prompt=64-1024,output=64-256,rate=16",
@@ -141,17 +142,22 @@ class Bench:
             "steps": len(self.steps),
             "fit_error": fitted.error,
             "host": dataclasses.asdict(self.host),
-            "by_bucket": _by_bucket(self.steps, {"fitted": fitted, "roofline": self.roofline()}),
+            "by_bucket": by_bucket(self.steps, {"fitted": fitted, "roofline": self.roofline()}),
         }
 
     def check(self) -> list[dict[str, Any]]:
-        """Each workload's figures on the engine, and the simulations' ratios to them."""
+        """Each workload's figures on the engine, and the simulations' ratios to them; or why it was left out."""
         client = ClientRule.parse("1024")
         models = {"fitted": self.fitted(), "roofline": self.roofline()}
         config = with_options(self.config, {"policy": CHECKED_POLICY})
         rows = []
         for name, text in WORKLOADS.items():
             trace = synthetic_trace(SyntheticConfig.parse(f"count={self.options.requests},seed=1,{text}"))
+            if not len(fitting(config, trace, self.device, client)[0]):
+                reason = f"none of its requests fits: max_model_len {self.device.max_model_len}"
+                rows.append({"workload": name, "left_out": reason})
+                print(f"{name}: left out, {reason}", flush=True)
+                continue
             seen = figures([replay(config, self.runner, trace, client=client)])
             told = {
                 which: figures([simulate(config, trace, costs, self.device, client=client)])
@@ -213,7 +219,7 @@ class Bench:
         return set_up(self.config, target=find_target(self.options.target), host=self.host).costs
 
 
-def _by_bucket(steps: Sequence[StepTime], models: dict[str, CostModel]) -> list[dict[str, Any]]:
+def by_bucket(steps: Sequence[StepTime], models: dict[str, CostModel]) -> list[dict[str, Any]]:
     """Median milliseconds of single steps by bucket, and each model's median ratio to them."""
     groups: dict[tuple[str, int, int], list[StepTime]] = {}
     for step in steps:
