@@ -1,9 +1,11 @@
 """Offline batches: `python -m jaxserve.batch --config tiny.gin --input in.jsonl --output out.jsonl`.
 
 The input holds OpenAI batch lines (custom_id, method, url, body); the output gets one line for each, as requests
-finish. A line that cannot be served becomes an error line and stops nothing. A run that was stopped, by a kill too, is
-resumed by the same command: lines whose result is in the output already are not computed again. Requests without a
-seed draw one from the configuration's seed and their custom_id, so a resumed run gives what an unbroken one would.
+finish. A body may also say tenant, priority (higher is more urgent) and deadline (Unix seconds; a line whose deadline
+passes becomes an error line). A line that cannot be served becomes an error line and stops nothing. A run that was
+stopped, by a kill too, is resumed by the same command: lines whose result is in the output already are not computed
+again. Requests without a seed draw one from the configuration's seed and their custom_id, so a resumed run gives what
+an unbroken one would.
 
 Exit codes: 0 the input was processed, error lines or not; 1 the run could not begin, or the engine failed; 2 a faulty
 command line or configuration; 130 interrupted.
@@ -82,7 +84,9 @@ class BatchRun:
             for completion in finished:
                 line = self._under_way.pop(completion.request_id)
                 if completion.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                    self._write_error(output, line.number, line.custom_id, "request_failed", completion.error)
+                    late = completion.finish_reason is FinishReason.ABORT
+                    code = "deadline_exceeded" if late else "request_failed"
+                    self._write_error(output, line.number, line.custom_id, code, completion.error)
                 else:
                     output.write(self._result(line, completion))
                     self.summary.completed += 1
@@ -125,7 +129,9 @@ class BatchRun:
         params = request.params
         if params.seed is None:
             params = dataclasses.replace(params, seed=_seed_for(self._seed, line.custom_id))
-        prepared = self._front_end.prepare(request.prompt, params, request_id=f"line-{line.number}")
+        prepared = self._front_end.prepare(
+            request.prompt, params, request_id=f"line-{line.number}", **request.ownership
+        )
         if request.model not in (None, self._model) and request.model not in self._other_models:
             if len(self._other_models) < 10:
                 _say(f"line {line.number} asks for model {request.model!r}; this run serves {self._model!r}")

@@ -23,7 +23,8 @@ Prompt = str | Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class CompletionOutput:
-    """One generated output. finish_reason: "stop", "length", or "error" when this request failed in the engine."""
+    """One generated output. finish_reason: "stop", "length", "abort" when its deadline passed or was out of reach, or
+    "error" when this request failed in the engine."""
 
     index: int
     text: str
@@ -36,7 +37,7 @@ class RequestOutput:
     """A prompt and what became of it.
 
     prompt: None when token ids were given. num_cached_tokens: prompt tokens taken from the prefix cache.
-    error: one line when outputs[0].finish_reason is "error".
+    error: one line when outputs[0].finish_reason is "abort" or "error".
     """
 
     request_id: str
@@ -87,10 +88,16 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
+        deadline: float | Sequence[float | None] | None = None,
     ) -> list[RequestOutput]:
         """The outputs of the prompts, in their order, however many there are.
 
-        sampling_params: one for all, one for each, or None for the defaults.
+        sampling_params: one for all, one for each, or None for the defaults. priority (higher is more urgent), tenant
+        (whom service is counted for), deadline (seconds of `time.time`; what has not ended by then ends with "abort"):
+        one for all or one for each. Policies go by them among the requests under way, twice max_num_seqs at most.
         Raises ValueError, naming the prompt's index, before anything is computed when any prompt is invalid;
         EngineDeadError when the engine fails.
         """
@@ -98,10 +105,19 @@ class LLM:
         params = _params_for(given, sampling_params)
         texts: list[str | None] = []
         requests: list[Prepared] = []
+        priorities = _one_each("priority", given, priority)
+        tenants, deadlines = _one_each("tenant", given, tenant), _one_each("deadline", given, deadline)
         for index, (prompt, prompt_params) in enumerate(zip(given, params, strict=True)):
             try:
                 content = _content(prompt)
-                prepared = self._front_end.prepare(content, prompt_params, request_id=str(next(self._ids)))
+                prepared = self._front_end.prepare(
+                    content,
+                    prompt_params,
+                    request_id=str(next(self._ids)),
+                    priority=priorities[index],
+                    tenant=tenants[index],
+                    deadline=deadlines[index],
+                )
             except ValueError as error:
                 kind = InfeasibleError if isinstance(error, InfeasibleError) else ValueError
                 raise kind(f"prompts[{index}]: {error}") from error
@@ -161,9 +177,16 @@ def _params_for(
         sampling_params = SamplingParams()
     if isinstance(sampling_params, SamplingParams):
         return [sampling_params] * len(prompts)
-    if len(sampling_params) != len(prompts):
-        raise ValueError(f"sampling_params has {len(sampling_params)} items for {len(prompts)} prompts; give one each")
-    return sampling_params
+    return _one_each("sampling_params", prompts, sampling_params)
+
+
+def _one_each(name: str, prompts: Sequence[Prompt], value: Any) -> Sequence[Any]:
+    """The values for the prompts: a list or tuple has one for each, anything else is for all."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        return [value] * len(prompts)
+    if len(value) != len(prompts):
+        raise ValueError(f"{name} has {len(value)} items for {len(prompts)} prompts; give one each")
+    return value
 
 
 def _content(prompt: Prompt) -> str | Sequence[int]:

@@ -76,6 +76,8 @@ def busy_line(before: EngineStats, now: EngineStats, seconds: float) -> str | No
         name = f"num_preemptions_{kind}"
         if count := getattr(now, name) - getattr(before, name):
             line += f", preempted by {kind} {count}"
+    if count := now.num_dropped - before.num_dropped:
+        line += f", dropped as late {count}"
     return line if now.kendall_tau is None else f"{line}, length prediction tau {now.kendall_tau:.2f}"
 
 

@@ -59,6 +59,33 @@ def test_every_parameter_reaches_the_engine(tmp_path, tokenizer):
     assert (request.prompt_token_ids, request.max_tokens, request.stop_token_ids) == ((5, 6), 4, (7,))
 
 
+def test_whose_a_line_is_and_how_urgent_reaches_the_engine(tmp_path, tokenizer):
+    engine, deadline = RuleEngine(), time.time() + 1000
+    run(tmp_path, [line("a", prompt=[5], tenant="x", priority=-3, deadline=deadline)], tokenizer, engine)
+    (request,) = engine.requests
+    assert (request.tenant, request.priority, request.deadline) == ("x", -3, deadline)
+
+
+def test_faulty_owners_and_late_lines_are_error_lines(tmp_path, tokenizer):
+    lines = [
+        line("priority", prompt=[5], priority="high"),
+        line("tenant", prompt=[5], tenant=7),
+        line("deadline", prompt=[5], deadline="soon"),
+        line("truth", prompt=[5], deadline=True),
+        line("late", prompt=[5], deadline=time.time() - 60),
+        line("good", prompt=[5], deadline=time.time() + 60),
+    ]
+    summary, out = run(tmp_path, lines, tokenizer)
+    assert (summary.completed, summary.errors) == (1, 5)
+    errors = {key: value["error"] for key, value in out.items() if value["error"]}
+    assert errors["priority"]["message"].startswith("line 1: priority is 'high'; it must be a whole number from")
+    assert errors["tenant"]["message"] == "line 2: tenant is 7; it must be text"
+    assert errors["deadline"]["message"] == "line 3: deadline is 'soon'; it must be a finite number of seconds"
+    assert errors["truth"]["message"] == "line 4: deadline is True; it must be a finite number of seconds"
+    assert errors["late"]["code"] == "deadline_exceeded"
+    assert "before the request arrived" in errors["late"]["message"]
+
+
 def test_token_ids_and_stop_strings(tmp_path, tokenizer):
     lines = [
         line("ids", prompt=[5, 6]),

@@ -17,8 +17,8 @@ def tokenizer(tmp_path_factory):
 
 HI = [{"role": "user", "content": "hi"}]
 KNOWN = (
-    "best_of, echo, frequency_penalty, ignore_eos, logprobs, max_tokens, min_p, min_tokens, model, n, "
-    "presence_penalty, prompt, seed, stop, stop_token_ids, stream, suffix, temperature, top_k, top_p"
+    "best_of, deadline, echo, frequency_penalty, ignore_eos, logprobs, max_tokens, min_p, min_tokens, model, n, "
+    "presence_penalty, priority, prompt, seed, stop, stop_token_ids, stream, suffix, temperature, tenant, top_k, top_p"
 )
 
 

@@ -35,6 +35,7 @@ from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.protocol import Pending, Runner
 from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepUpdate
 from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.lateness import naming_targets
 from jaxserve.scheduler.page_pool import PagePool
 
 STATS_SECONDS = 0.1
@@ -80,7 +81,7 @@ class EngineCore:
         self._tau: float | None = None
         self._tau_due = 0.0  # on the clock
         self._totals = dict.fromkeys(
-            ("num_steps", "prompt_tokens", "generation_tokens", "computed_tokens", "padding_tokens"), 0
+            ("num_steps", "prompt_tokens", "generation_tokens", "computed_tokens", "padding_tokens", "num_dropped"), 0
         )
 
     @property
@@ -147,7 +148,7 @@ class EngineCore:
         previous = self._in_flight
         begin = self._look(previous)
         with self._annotate("Schedule"):
-            expired = self.scheduler.expire(self._now())
+            expired = self._expire()
             plan = self.scheduler.schedule(self._now())
         scheduled = dispatched = collected = self._look(previous)
         idle = unused = 0.0
@@ -214,6 +215,12 @@ class EngineCore:
             return [RequestOutput(request.request_id, (), FinishReason.ERROR, str(error))]
         self._events.arrived(request, self._clock())
         return []
+
+    def _expire(self) -> list[SequenceUpdate]:
+        now = self._now()
+        ended = self.scheduler.expire(now)
+        self._totals["num_dropped"] += sum(update.finish_reason is FinishReason.ABORT for update in ended)
+        return [naming_targets(update, self.config.scheduler.ordering, now) for update in ended]
 
     def _abort_all(self) -> list[FromEngine]:
         now = self._clock()

@@ -119,7 +119,8 @@ class EngineStats:
     running log.
 
     num_compilations: programs that the backend compiled in the engine's process, at start and ever after.
-    num_steps, compile_misses, num_preemptions, prompt_tokens, generation_tokens, computed_tokens, padding_tokens:
+    num_steps, compile_misses, num_preemptions, prompt_tokens, generation_tokens, computed_tokens, padding_tokens,
+    num_dropped (requests ended in the queue since they were late, or would be):
     totals since start; a prompt counts when its first output token is there.
     pages_free + pages_used + pages_cached are all usable pages. num_swapped, pages_swapped: requests whose pages are in
     host memory, and those pages. kendall_tau: how well predicted output lengths rank the last window of finished
@@ -144,6 +145,7 @@ class EngineStats:
     pages_swapped: int = 0
     num_preemptions_recompute: int = 0
     num_preemptions_swap: int = 0
+    num_dropped: int = 0
     kendall_tau: float | None = None
 
 

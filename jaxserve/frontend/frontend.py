@@ -191,7 +191,8 @@ class FrontEnd:
                 raise ValueError(f"{name} is {value!r}; it must be valid Unicode")
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_INT32:
             raise ValueError(f"priority is {priority!r}; it must be a whole number from {-MAX_INT32} to {MAX_INT32}")
-        if deadline is not None and not (isinstance(deadline, int | float) and math.isfinite(deadline)):
+        numeric = isinstance(deadline, int | float) and not isinstance(deadline, bool)
+        if deadline is not None and not (numeric and math.isfinite(deadline)):
             raise ValueError(f"deadline is {deadline!r}; it must be a finite number of seconds")
         if params.stop and self._tokenizer is None:
             raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")

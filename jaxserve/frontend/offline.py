@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable
 import tqdm
 
 from jaxserve.engine.channel import EngineClient
-from jaxserve.frontend.delta import Cause, Delta, EngineDeadError
+from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError
 from jaxserve.frontend.frontend import FrontEnd, Prepared
 from jaxserve.request import FinishReason
 
@@ -58,6 +58,7 @@ def run_all(
     """Yields each request's completion as it finishes; requests are taken from the iterable only as there is room.
 
     At most twice max_num_seqs requests are under way, which keeps the engine busy and memory bounded.
+    A request whose deadline passes ends with ABORT, before it starts or between two steps.
     on_tokens: called after each step with the output tokens that it gave.
     Raises EngineDeadError when the engine fails. Leaving the iteration early aborts what is under way.
     """
@@ -72,11 +73,16 @@ def run_all(
                 if prepared is None:
                     exhausted = True
                 else:
-                    request_id = front_end.start(prepared)
-                    under_way[request_id] = _Collected(prepared.prompt_token_ids)
+                    try:
+                        front_end.start(prepared)
+                    except DeadlineError as error:
+                        yield _too_late(prepared, str(error))
+                    else:
+                        under_way[prepared.request_id] = _Collected(prepared.prompt_token_ids)
             if not under_way and exhausted:
                 return
             deltas = [delta for message in client.receive() for delta in front_end.handle(message)]
+            deltas += front_end.expire()
             on_tokens(sum(len(delta.token_ids) for delta in deltas))
             for delta in deltas:
                 if delta.cause is Cause.ENGINE:
@@ -89,6 +95,10 @@ def run_all(
     finally:
         for request_id in under_way:
             front_end.abort(request_id)
+
+
+def _too_late(prepared: Prepared, error: str) -> Completion:
+    return Completion(prepared.request_id, prepared.prompt_token_ids, (), "", FinishReason.ABORT, error, 0)
 
 
 class TokenBar:

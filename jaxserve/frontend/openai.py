@@ -14,6 +14,7 @@ COMPLETIONS_URL = "/v1/completions"
 CHAT_URL = "/v1/chat/completions"
 URLS = (COMPLETIONS_URL, CHAT_URL)
 
+_OWNERSHIP = ("tenant", "priority", "deadline")
 _SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 _NEUTRAL: Mapping[str, Any] = {
     "n": 1,
@@ -30,22 +31,25 @@ _NEUTRAL: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class BodyRequest:
-    """A parsed request body. prompt: text or token ids. model: the name that it asks for, None when it has none."""
+    """A parsed request body. prompt: text or token ids. model: the name that it asks for, None when it has none.
+    ownership: of tenant, priority and deadline those that it has, which `FrontEnd.prepare` checks."""
 
     prompt: str | Sequence[int]
     params: SamplingParams
     model: str | None
+    ownership: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def parse_body(url: str, body: Mapping[str, Any], tokenizer: Tokenizer | None) -> BodyRequest:
     """Reads the body of a request to one of URLS. A field that is null counts as absent.
 
+    tenant, priority (higher is more urgent) and deadline (Unix seconds) are additions to OpenAI's, as in the gRPC API.
     A chat's messages become token ids by the tokenizer's chat template. Raises ValueError naming the field: unknown or
     unsupported fields, wrong types, values out of range.
     """
     fields = {name: value for name, value in body.items() if value is not None}
     own = "prompt" if url == COMPLETIONS_URL else "messages"
-    allowed = {own, "model", *_SAMPLING, *(("max_completion_tokens",) if url == CHAT_URL else ())}
+    allowed = {own, "model", *_SAMPLING, *_OWNERSHIP, *(("max_completion_tokens",) if url == CHAT_URL else ())}
     for name, value in fields.items():
         if name in _NEUTRAL:
             if value != _NEUTRAL[name] or isinstance(value, bool) != isinstance(_NEUTRAL[name], bool):
@@ -61,7 +65,7 @@ def parse_body(url: str, body: Mapping[str, Any], tokenizer: Tokenizer | None) -
         raise ValueError(f"model is {model!r}; it must be text")
     params = _parse_params(fields)
     prompt = _parse_prompt(fields[own]) if own == "prompt" else _parse_messages(fields[own], tokenizer)
-    return BodyRequest(prompt, params, model)
+    return BodyRequest(prompt, params, model, {name: fields[name] for name in _OWNERSHIP if name in fields})
 
 
 def response_body(url: str, number: int, model: str, created: int, completion: Completion) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from jaxserve.engine.messages import AbortRequest, AddRequest, EngineStats, Requ
 from jaxserve.recorder import FirstToken, Recorder, RequestFinished, RequestPreempted, StepRecorded, TokensProduced
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.fake import FakeRunner
+from jaxserve.scheduler_config import PolicyConfig
 from models.config import ModelConfig
 from tests.scheduler.drive import alone
 
@@ -137,6 +138,21 @@ def test_deadline_passed_in_the_queue():
     answers = run(core)
     assert [output.finish_reason for output in answers["b"]] == [FinishReason.ABORT]
     assert "deadline" in answers["b"][0].error
+    assert core.stats().num_dropped == 1
+
+
+def test_a_dropped_request_is_told_which_targets_it_missed():
+    clock = [0.0]
+    ordering = PolicyConfig(ttft_target=2.0, drop_late=True)
+    core = make_core(now=lambda: clock[0], max_num_seqs=1, policy="deadline", ordering=ordering)
+    add(core, EngineRequest("a", (1,), max_tokens=6), EngineRequest("b", (1,), max_tokens=6))
+    core.step()
+    clock[0] = 6.0
+    (answer,) = run(core)["b"]
+    assert answer.finish_reason is FinishReason.ABORT
+    assert "dropped after 6.000 s in the queue" in answer.error
+    assert "late for ttft_target 2 s and tpot_target 0.1 s; raise the targets, set drop_late to False" in answer.error
+    assert core.stats().num_dropped == 1
 
 
 def test_the_recorder_hears_everything():

@@ -1,6 +1,7 @@
 """`LLM` over an engine whose answers are the prompts themselves."""
 
 import re
+import time
 
 import pytest
 
@@ -49,6 +50,36 @@ def test_parameters_one_for_each(tokenizer):
     assert len(second.outputs[0].token_ids) == 3
     with pytest.raises(ValueError, match=r"^sampling_params has 2 items for 1 prompts; give one each$"):
         llm.generate(["a"], params)
+
+
+def test_priority_tenant_and_deadline_one_for_all_or_for_each(tokenizer):
+    engine, deadline = RuleEngine(), time.time() + 1000
+    llm = LLM(client=engine, tokenizer=tokenizer)
+    llm.generate(["a", "b"], use_tqdm=False, priority=[3, -1], tenant="x", deadline=[None, deadline])
+    found = [(request.priority, request.tenant, request.deadline) for request in engine.requests]
+    assert found == [(3, "x", None), (-1, "x", deadline)]
+    for options, message in (
+        ({"priority": "high"}, "prompts[0]: priority is 'high'; it must be a whole number"),
+        ({"priority": [1, 2.5]}, "prompts[1]: priority is 2.5; it must be a whole number"),
+        ({"tenant": [1, 2]}, "prompts[0]: tenant is 1; it must be text"),
+        ({"deadline": "soon"}, "prompts[0]: deadline is 'soon'; it must be a finite number of seconds"),
+        ({"priority": [1]}, "priority has 1 items for 2 prompts; give one each"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            llm.generate(["a", "b"], use_tqdm=False, **options)
+
+
+def test_a_prompt_whose_deadline_passes_ends_and_the_others_go_on(tokenizer):
+    deadline = time.time() + 0.2
+    engine = RuleEngine(on_step=lambda step: time.sleep(0.3 if step == 2 else 0))
+    llm = LLM(client=engine, tokenizer=tokenizer)
+    late, passed, good = llm.generate(["abcdef"] * 3, use_tqdm=False, deadline=[time.time() - 5, deadline, None])
+    assert (late.outputs[0].finish_reason, late.outputs[0].token_ids) == ("abort", ())
+    assert "before the request arrived" in late.error
+    assert passed.outputs[0].finish_reason == "abort"
+    assert passed.error.startswith("deadline passed after")
+    assert good.outputs[0].text == "abcdef"
+    assert llm.generate("abc", use_tqdm=False)[0].outputs[0].text == "abc"
 
 
 def test_more_prompts_than_the_queue_takes(tokenizer):

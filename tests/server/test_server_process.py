@@ -181,11 +181,13 @@ def test_the_line_while_busy():
     )
     assert busy_line(
         dataclasses.replace(now, num_preemptions_recompute=2, num_preemptions_swap=3),
-        dataclasses.replace(now, num_swapped=5, num_preemptions_recompute=2, num_preemptions_swap=7, kendall_tau=0.416),
+        dataclasses.replace(
+            now, num_swapped=5, num_preemptions_recompute=2, num_preemptions_swap=7, num_dropped=2, kendall_tau=0.416
+        ),
         5.0,
     ) == (
         "prompt 0.0 tok/s, generation 0.0 tok/s, running 3, waiting 4, swapped 5, pool 18.8%, padding 0.0%, "
-        "preempted by swap 4, length prediction tau 0.42"
+        "preempted by swap 4, dropped as late 2, length prediction tau 0.42"
     )
     assert busy_line(EngineStats(num_steps=9), EngineStats(num_steps=9), 5.0) is None
 
