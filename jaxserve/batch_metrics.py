@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.recorder import Event, RequestPreempted, StepRecorded
+from jaxserve.recorder import Event, RequestPreempted, StepRecorded, TokensProduced
+from jaxserve.request import FinishReason
 from jaxserve.timings import RequestTimings, request_timings
+
+_COMPLETED = (FinishReason.STOP.value, FinishReason.LENGTH.value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,7 @@ class StepMetrics:
     Per step: sequences, tokens (useful ones), padding, prefill_share (of the useful tokens), waiting, running, swapped
     (requests), page_use (pages that sequences hold, of all), gap_seconds (in which the device had nothing to do before
     the step, at most). Over all steps: prefill_tokens, decode_tokens, utilisation (useful over computed tokens) and
-    device_utilisation (time of the run less the gaps, over the time of the run). preemptions: by kind.
+    device_utilisation (time in which the device had a step to compute, over the time of the run). preemptions: by kind.
     """
 
     steps: int
@@ -92,8 +95,10 @@ class StepMetrics:
     gap_seconds: Spread
 
     @classmethod
-    def of(cls, steps: Sequence[StepRecorded], preemptions: Mapping[str, int]) -> StepMetrics | None:
-        """None of no steps."""
+    def of(
+        cls, steps: Sequence[StepRecorded], preemptions: Mapping[str, int], busy: float, seconds: float
+    ) -> StepMetrics | None:
+        """None of no steps. busy: seconds in which the device had one to compute. seconds: of the run."""
         if not steps:
             return None
 
@@ -110,13 +115,12 @@ class StepMetrics:
         )
         useful, used = prefill + decode, column("pages_used")
         pages = used + column("pages_free") + column("pages_cached")
-        seconds = steps[-1].time + steps[-1].seconds - steps[0].time
         return cls(
             steps=len(steps),
             prefill_tokens=int(prefill.sum()),
             decode_tokens=int(decode.sum()),
             utilisation=_share(useful.sum(), useful.sum() + padding.sum()),
-            device_utilisation=max(0.0, 1.0 - _share(gaps.sum(), seconds)),
+            device_utilisation=_share(busy, seconds),
             preemptions=dict(preemptions),
             sequences=spread(column("rows")),
             tokens=spread(useful),
@@ -132,7 +136,10 @@ class StepMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class RunMetrics:
-    """A run: its seconds from the first event to the last, throughput over them, its requests and its steps."""
+    """A run: its seconds from the first event to the last, throughput over them, its requests and its steps.
+
+    requests_per_second: those that ended with all of their tokens, by a stop id or their limit.
+    """
 
     seconds: float
     requests_per_second: float
@@ -161,12 +168,24 @@ def run_metrics(events: Iterable[Event]) -> RunMetrics:
     seconds = max(times) - min(times) if times else 0.0
     return RunMetrics(
         seconds=seconds,
-        requests_per_second=_share(sum(requests.finished.values()), seconds),
+        requests_per_second=_share(sum(requests.finished.get(reason, 0) for reason in _COMPLETED), seconds),
         output_tokens_per_second=_share(requests.output_tokens, seconds),
         total_tokens_per_second=_share(requests.prompt_tokens + requests.output_tokens, seconds),
         requests=requests,
-        steps=StepMetrics.of(steps, preemptions),
+        steps=StepMetrics.of(steps, preemptions, _busy_seconds(steps, events), seconds),
     )
+
+
+def _busy_seconds(steps: Sequence[StepRecorded], events: Iterable[Event]) -> float:
+    """Seconds in which the device had a step to compute, at least: from the first dispatch to the last tokens,
+    less the gaps and the time in which no step was under way."""
+    if not steps:
+        return 0.0
+    first, last = steps[0], steps[-1]
+    begin = first.time + first.schedule_seconds + first.dispatch_seconds
+    end = max((event.time for event in events if isinstance(event, TokensProduced)), default=begin)
+    end = max(end, last.time + last.seconds)
+    return max(0.0, end - begin - sum(step.idle_seconds + step.unused_seconds for step in steps[1:]))
 
 
 _LATENCIES = (

@@ -62,8 +62,11 @@ class EngineEvents:
             if not sequence.num_preemptions:
                 self._record(RequestScheduled(time, sequence.request_id))
 
-    def step(self, plan: StepPlan, times: TurnTimes, idle: float, *, number: int, pages_used: int) -> None:
-        """The turn that made `plan`. number, pages_used: of the step, which may be another of the plan's stretch."""
+    def step(
+        self, plan: StepPlan, times: TurnTimes, idle: float, unused: float = 0.0, *, number: int, pages_used: int
+    ) -> None:
+        """The turn that made `plan`. idle, unused: as in `StepRecorded`. number, pages_used: of the step, which
+        may be another of the plan's stretch."""
         scheduler, pool = self._scheduler, self._scheduler.pool
         begin, scheduled, dispatched, collected, end = times
         self._record(
@@ -88,6 +91,7 @@ class EngineEvents:
                 idle_seconds=idle,
                 pages_swapped=pool.num_host_used,
                 swapped=scheduler.num_swapped,
+                unused_seconds=unused,
             )
         )
 

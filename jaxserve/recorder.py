@@ -82,7 +82,8 @@ class StepRecorded:
     in host memory. waiting, running, swapped: requests; those swapped wait for their pages to come back.
     *_seconds: host time of the four parts of the loop; collect is the wait for the step before. idle_seconds: how long
     at most the device had nothing to do between the step before and this one; 0 when it was still busy at dispatch, or
-    when there was no step before.
+    when no step was under way then. unused_seconds: how long none was, since the step before was taken in; 0 when there
+    was none before.
     """
 
     time: float
@@ -105,6 +106,7 @@ class StepRecorded:
     idle_seconds: float
     pages_swapped: int = 0
     swapped: int = 0
+    unused_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:

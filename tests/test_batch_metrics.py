@@ -91,7 +91,8 @@ def test_figures_of_steps():
     assert steps is not None
     assert (steps.steps, steps.prefill_tokens, steps.decode_tokens) == (4, 10, 3)
     assert steps.utilisation == 13 / 32
-    assert steps.device_utilisation == 1 - 0.5 / 4  # four steps of a second, half a second without work
+    # The first is dispatched at 1.25 and the last token comes at 8; half a second was without work.
+    assert steps.device_utilisation == (8.0 - 1.25 - 0.5) / 8.0
     assert steps.preemptions == {"recompute": 0, "swap": 1}
     means = {
         name: getattr(steps, name).mean
@@ -108,6 +109,30 @@ def test_figures_of_steps():
         "page_use": 0.2,
     }
     assert steps.gap_seconds.mean == 0.125
+
+
+def test_time_without_requests_is_no_use_of_the_device():
+    """A request at 0 and one at 100, of which a step of a token takes a second."""
+    events: list[Event] = []
+    for begin, unused in ((0.0, 0.0), (100.0, 99.0)):
+        name = f"at {begin}"
+        events += [
+            RequestArrived(begin, name, prompt_tokens=2, max_tokens=1, tenant="", priority=0),
+            step(begin, prefill=2, decode=0, rows=1, collect_seconds=0.0, update_seconds=0.0, unused_seconds=unused),
+            TokensProduced(begin + 1.25, (name,)),
+            RequestFinished(begin + 1.25, name, "length", 2, 1, preemptions=0),
+        ]
+    steps = run_metrics(events).steps
+    assert steps is not None
+    assert steps.device_utilisation == pytest.approx(2 / 101.25)  # from 0.25 to 1.25, from 100.25 to 101.25
+
+
+def test_an_aborted_request_is_no_throughput():
+    ended = RequestFinished(8.0, "c", "abort", 5, 0, preemptions=0)
+    events = (*HISTORY, RequestArrived(5.0, "c", prompt_tokens=5, max_tokens=3, tenant="t", priority=0), ended)
+    run = run_metrics(events)
+    assert run.requests_per_second == 2 / 8
+    assert run.requests.finished == {"abort": 1, "length": 1, "stop": 1}
 
 
 def test_nothing_recorded_has_no_figures():

@@ -36,6 +36,7 @@ def summary(run: Run, ttft_target: float | None = None) -> dict[str, Any]:
     ends = [each.finished for each in timings if each.finished is not None]
     begin = min(each.arrived for each in timings)
     seconds = max(ends) - begin
+    completed = sum(each.reason in ("stop", "length") for each in timings)
     output = sum(each.output_tokens for each in timings)
     steps = [event for event in run.events if isinstance(event, StepRecorded)]
     computed = sum(step.token_bucket for step in steps)
@@ -43,9 +44,9 @@ def summary(run: Run, ttft_target: float | None = None) -> dict[str, Any]:
     tenants = sorted({each.tenant for each in timings})
     row: dict[str, Any] = {
         "requests": len(timings),
-        "completed": sum(each.reason in ("stop", "length") for each in timings),
+        "completed": completed,
         "seconds": seconds,
-        "requests_per_second": len(ends) / seconds,
+        "requests_per_second": completed / seconds,
         "output_tokens_per_second": output / seconds,
         **latencies(timings),
         "steps": len(steps),

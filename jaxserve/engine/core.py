@@ -150,7 +150,7 @@ class EngineCore:
             expired = self.scheduler.expire(self._now())
             plan = self.scheduler.schedule(self._now())
         scheduled = dispatched = collected = self._look(previous)
-        idle = 0.0
+        idle = unused = 0.0
         self._nothing_to_do = plan is None
         if plan is None:
             self._in_flight = None
@@ -159,6 +159,8 @@ class EngineCore:
             dispatched = collected = self._clock()
             if previous is not None:
                 idle = self._idle.idle(self.runner.done(previous[1]), dispatched)
+            else:
+                unused = self._idle.unused(dispatched)
             self._idle.dispatched(dispatched)
             self._events.planned(dispatched)
             self._count(plan)
@@ -166,13 +168,15 @@ class EngineCore:
         if previous is not None:
             result = self.runner.collect(previous[1])
             collected = self._look(self._in_flight)
+            if plan is None:
+                self._idle.emptied(collected)
             messages = self._outputs(self.scheduler.update(previous[0], result), collected)
         if expired:
             messages += [self._output(update, collected) for update in expired]
         end = self._look(self._in_flight)
         if plan is not None:
             times = TurnTimes(begin, scheduled, dispatched, collected, end)
-            self._events.step(plan, times, idle, number=plan.step, pages_used=self.scheduler.pool.num_used)
+            self._events.step(plan, times, idle, unused, number=plan.step, pages_used=self.scheduler.pool.num_used)
         if end >= self._stats_due or not self.busy:
             self._stats_due = end + STATS_SECONDS
             messages.append(self.stats())

@@ -13,10 +13,19 @@ class IdleMeter:
 
     def __init__(self) -> None:
         self._busy_at: float | None = None
+        self._emptied_at: float | None = None
 
     def dispatched(self, now: float) -> None:
         """A step was handed to the device."""
         self._busy_at = now
+
+    def emptied(self, now: float) -> None:
+        """The last step under way was taken in."""
+        self._emptied_at = now
+
+    def unused(self, now: float) -> float:
+        """Seconds since the last step under way was taken in, where none has been dispatched since."""
+        return 0.0 if self._emptied_at is None else now - self._emptied_at
 
     def look(self, done: bool, now: float) -> None:
         """The step under way was found done or not."""

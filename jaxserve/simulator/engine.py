@@ -185,7 +185,8 @@ class SimulatedEngine:
                 self.outcomes[int(sequence.request_id)].scheduled = time
         shape = shape_of(plan)
         start = max(time, self._free_at)
-        idle = start - self._free_at if self._in_flight is not None else 0.0
+        free = start - self._free_at
+        idle, unused = (free, 0.0) if self._in_flight is not None else (0.0, free if plan.step else 0.0)
         end = self._free_at = start + self.costs.seconds(shape)
         pool, preempted = self.scheduler.pool, self.scheduler.preempted
         swapped = sum(sequence.status is RequestStatus.SWAPPED for sequence in preempted)
@@ -214,7 +215,7 @@ class SimulatedEngine:
             collected = time if previous is None or not previous.plan.num_sampled else max(time, previous.end)
             times = TurnTimes(begin, time, time, collected, collected + self._host.after)
             self._events.planned(time)
-            self._events.step(plan, times, max(0.0, idle), number=plan.step, pages_used=pool.num_used)
+            self._events.step(plan, times, idle, unused, number=plan.step, pages_used=pool.num_used)
         token_ids, stops = self._sample(plan)
         return _Flight(plan, shape, token_ids, end, stops)
 

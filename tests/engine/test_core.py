@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.core import STATS_SECONDS, EngineCore
 from jaxserve.engine.messages import AbortRequest, AddRequest, EngineStats, RequestOutput, Shutdown, outputs
-from jaxserve.recorder import FirstToken, Recorder, RequestFinished, RequestPreempted, StepRecorded
+from jaxserve.recorder import FirstToken, Recorder, RequestFinished, RequestPreempted, StepRecorded, TokensProduced
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.fake import FakeRunner
 from models.config import ModelConfig
@@ -193,6 +193,10 @@ def test_idle_seconds_are_what_the_host_took_with_nothing_on_the_device():
     later = [event for event in core.recorder if isinstance(event, StepRecorded)][len(steps) :]
     assert later
     assert all(event.idle_seconds == 0 for event in later)
+    assert all(event.unused_seconds == 0 for event in (*steps, *later[1:]))
+    dispatched = later[0].time + later[0].schedule_seconds + later[0].dispatch_seconds
+    tokens = [event.time for event in core.recorder if isinstance(event, TokensProduced)]
+    assert later[0].unused_seconds == dispatched - max(time for time in tokens if time < later[0].time)
 
 
 def test_rows_that_go_on_share_a_message():

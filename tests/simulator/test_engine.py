@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxserve.batch_metrics import run_metrics
 from jaxserve.recorder import Recorder, StepRecorded
 from jaxserve.scheduler.policies import POLICIES
 from jaxserve.scheduler_config import FORMATIONS, MODES, VICTIMS
 from jaxserve.simulator.costs import HostCosts
 from jaxserve.simulator.engine import SimulatedEngine
+from jaxserve.simulator.report import report
 from jaxserve.simulator.simulation import ClientRule, SimulationResult, requests_of, simulate
 from jaxserve.simulator.stretch import stretch_times
 from jaxserve.simulator.traces import Trace, make_trace
@@ -193,6 +195,19 @@ def test_recorded_events_say_what_the_result_says():
     steps = [event for event in recorder if isinstance(event, StepRecorded)]
     for name in ("prefill_tokens", "decode_tokens", "rows", "token_bucket", "pages_used", "waiting", "running"):
         assert [getattr(step, name) for step in steps] == result.steps[0][name].tolist()
+
+
+def test_the_device_is_not_used_while_there_are_no_requests():
+    """By the events and by the result: of 16 s the device computed 4 tokens of one request and 4 of another."""
+    recorder = Recorder(capacity=10**6)
+    trace = make_trace("two", [0.0, 12.0], 10, 4)
+    result = simulate(make_config(), trace, SimpleCosts(), make_device(), client=ClientRule("exact"), recorder=recorder)
+    steps = run_metrics(recorder).steps
+    assert steps is not None
+    assert steps.device_utilisation == pytest.approx(8 / 16)
+    assert report(result).device_utilisation == pytest.approx(8 / 16)
+    unused = [event.unused_seconds for event in recorder if isinstance(event, StepRecorded)]
+    assert unused == [0.0] * 4 + [8.0] + [0.0] * 3
 
 
 def _comparable(event):
