@@ -65,7 +65,7 @@ class EngineEvents:
     def step(
         self, plan: StepPlan, times: TurnTimes, idle: float, unused: float = 0.0, *, number: int, pages_used: int
     ) -> None:
-        """The turn that made `plan`. idle, unused: seconds, as in `StepRecorded`. number, pages_used: of the step, which
+        """The turn that made `plan`. idle, unused: as in `StepRecorded`. number, pages_used: of the step, which
         may be another of the plan's stretch."""
         scheduler, pool = self._scheduler, self._scheduler.pool
         begin, scheduled, dispatched, collected, end = times
