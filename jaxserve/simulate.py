@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxserve import gin_config
+from jaxserve.checks import did_you_mean
 from jaxserve.config import EngineConfig
 from jaxserve.simulator import plots
 from jaxserve.simulator.capacity import Capacity, parts_of, search_capacity
@@ -29,7 +30,7 @@ from jaxserve.simulator.command import add_simulation_options, assignments, lite
 from jaxserve.simulator.fleet import SCALINGS, FleetConfig, FleetResult, simulate_fleet
 from jaxserve.simulator.report import Slo, report, table
 from jaxserve.simulator.routing import ROUTINGS
-from jaxserve.simulator.setup import Setup, with_options
+from jaxserve.simulator.setup import Setup, option_names, with_options
 from jaxserve.simulator.simulation import ClientRule, fitting
 from jaxserve.simulator.traces import Trace
 
@@ -51,10 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, server, _ = gin_config.load_from_command_line(parser, arguments)
     try:
         trace = load_trace(parsed)
+        slo, client = Slo.parse(parsed.slo), ClientRule.parse(parsed.client_max_tokens)
+        if parsed.capacity is not None and slo == Slo():
+            raise ValueError("--capacity needs targets to keep: give --slo, such as --slo ttft=0.5,tpot=0.05")
         runs = list(make_runs(parsed, server.engine))
         if not runs:
             raise ValueError("--compare leaves nothing to simulate")
-        slo, client = Slo.parse(parsed.slo), ClientRule.parse(parsed.client_max_tokens)
         print(describe(trace, runs))
         if parsed.capacity is not None:
             document = _capacities(parsed, runs, trace, slo, client)
@@ -102,27 +105,43 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def compared(given: Sequence[Sequence[str]], known: set[str]) -> dict[str, list[Any]]:
+    """The values to try by option. Raises ValueError for an option that is unknown, or stands or has a value twice."""
+    varied: dict[str, list[Any]] = {}
+    for item in itertools.chain.from_iterable(given):
+        name, equals, text = item.partition("=")
+        if not equals or not text:
+            raise ValueError(f"--compare {item!r}: it must be NAME=VALUE,VALUE,...")
+        if name not in known:
+            raise ValueError(f"--compare {name!r} is unknown; {did_you_mean(name, known)}")
+        if name in varied:
+            raise ValueError(f"--compare has {name!r} twice; give its values together, as {name}=VALUE,VALUE,...")
+        values = [literal(part) for part in parts(text)]
+        if twice := [value for place, value in enumerate(values) if value in values[:place]]:
+            raise ValueError(f"--compare {item!r} has the value {twice[0]!r} twice; give it once")
+        varied[name] = values
+    return varied
+
+
 def make_runs(parsed: argparse.Namespace, config: EngineConfig) -> Iterator[Run]:
-    """All combinations of what --compare varies, less those that the configuration refuses, which are named."""
+    """All combinations of what --compare varies, less those that the configuration refuses, which are named. A run's
+    name says the options in which the runs differ."""
     base = {"replicas": parsed.replicas, "routing": parsed.routing, "scaling": parsed.scaling}
     base |= assignments("fleet", parsed.fleet)
-    varied = []
-    for item in itertools.chain.from_iterable(parsed.compare):
-        name, equals, values = item.partition("=")
-        if not equals or not values:
-            raise ValueError(f"--compare {item!r}: it must be NAME=VALUE,VALUE,...")
-        varied.append([(name, literal(text)) for text in parts(values)])
-    for chosen in itertools.product(*varied):
+    unknown = set(base) - FLEET_OPTIONS
+    if unknown:
+        raise ValueError(f"--fleet has {', '.join(unknown)}; known are {', '.join(sorted(FLEET_OPTIONS))}")
+    varied = compared(parsed.compare, option_names(config) | FLEET_OPTIONS)
+    several = {name for name, values in varied.items() if len(values) > 1}
+    for chosen in itertools.product(*([(name, value) for value in values] for name, values in varied.items())):
         options = {name: value for name, value in chosen if name not in FLEET_OPTIONS}
         fleet = base | {name: value for name, value in chosen if name in FLEET_OPTIONS}
-        unknown = set(fleet) - FLEET_OPTIONS
-        if unknown:
-            raise ValueError(f"--fleet has {', '.join(unknown)}; known are {', '.join(sorted(FLEET_OPTIONS))}")
-        name = ", ".join(f"{name}={value}" for name, value in chosen) or "as configured"
+        told = [f"{name}={value}" for name, value in chosen if name in several or not several]
+        name = ", ".join(told) or "as configured"
         try:
             changed = with_options(config, options)
         except ValueError as error:
-            if not any(len(values) > 1 for values in varied):
+            if not several:
                 raise
             print(f"{name}: left out, {error}", file=sys.stderr)
             continue

@@ -39,6 +39,9 @@ from jaxserve.simulator.setup import with_options
 from jaxserve.simulator.simulation import ClientRule, SimulationResult, simulate
 from jaxserve.simulator.traces import Trace
 
+LIMIT = 2000
+"""Requests of the trace that are taken, where --limit does not say."""
+
 CAPACITY_TOLERANCE = 0.03
 """How closely the capacities of the evidence are searched."""
 
@@ -102,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The command line, --config and --gin.* left out."""
     parser = argparse.ArgumentParser(prog="jaxserve.tune", description="Finds options that serve a trace well.")
-    add_simulation_options(parser)
+    add_simulation_options(parser, LIMIT)
     add = parser.add_argument
     add("--output", type=pathlib.Path, default=pathlib.Path("tuned.gin"), metavar="FILE", help="the gin file to write")
     add("--candidates", type=int, default=54, help="configurations to try (default 54)")
@@ -110,7 +113,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--stress", action="store_true", help="speed the trace up until over 10 %% miss the targets as configured")
     add("--confirm-seconds", type=float, default=20.0, help="of the trace on the engine, 0 for none (default 20)")
-    parser.set_defaults(limit=2000)
     return parser
 
 

@@ -6,23 +6,28 @@ import argparse
 import ast
 import dataclasses
 import pathlib
+import sys
 from typing import Any
 
+from jaxserve.checks import at_least
 from jaxserve.config import EngineConfig
 from jaxserve.simulator.roofline import Efficiency
 from jaxserve.simulator.setup import Setup, find_target, set_up
-from jaxserve.simulator.synthetic import SyntheticConfig, synthetic_trace
+from jaxserve.simulator.synthetic import SyntheticConfig, count_cut, synthetic_trace
 from jaxserve.simulator.trace_files import read_trace
 from jaxserve.simulator.traces import Trace
 
+_TARGETS = "a name or a file of configs/targets/ (default h200, none where costs are measured)"
 
-def add_simulation_options(parser: argparse.ArgumentParser) -> None:
-    """What to simulate: trace, device, costs."""
+
+def add_simulation_options(parser: argparse.ArgumentParser, limit: int | None = None) -> None:
+    """What to simulate: trace, device, costs. limit: the default of --limit, None for the whole trace."""
     add = parser.add_argument
     add("--trace", default="synthetic", metavar="FILE", help="a .csv or .jsonl file, or synthetic[:NAME=VALUE,...]")
-    add("--limit", type=int, default=None, metavar="N", help="the first N requests of the trace alone")
+    whole = f"default {limit:,}" if limit else "default: all"
+    add("--limit", type=int, default=limit, metavar="N", help=f"the first N requests of the trace alone ({whole})")
     add("--rate-factor", type=float, default=1.0, metavar="X", help="requests arrive X times as fast (default 1)")
-    add("--target", default=None, metavar="NAME", help="device of the roofline: h200, or a file of configs/targets/")
+    add("--target", default=None, metavar="NAME", help=f"device of the roofline: {_TARGETS}")
     add(
         "--model-cost",
         type=pathlib.Path,
@@ -43,13 +48,27 @@ def add_simulation_options(parser: argparse.ArgumentParser) -> None:
 
 def load_trace(parsed: argparse.Namespace) -> Trace:
     """The trace of the command line."""
+    if parsed.limit is not None:
+        at_least("--limit", parsed.limit, 1)
     kind, _, text = parsed.trace.partition(":")
     if kind == "synthetic":
-        trace = synthetic_trace(SyntheticConfig.parse(text))
+        config = SyntheticConfig.parse(text)
+        trace = synthetic_trace(config)
+        _tell_cuts(config)
         trace = trace.part(0, parsed.limit) if parsed.limit else trace
     else:
         trace = read_trace(parsed.trace, parsed.limit)
     return trace if parsed.rate_factor == 1.0 else trace.faster(parsed.rate_factor)
+
+
+def _tell_cuts(config: SyntheticConfig) -> None:
+    """Says on stderr how many lengths were drawn longer than max_length."""
+    cuts = [f"{count:,} {name}s" for name, count in count_cut(config).items() if count]
+    if cuts:
+        print(
+            f"synthetic: {' and '.join(cuts)} of {config.count:,} are cut to max_length {config.max_length:,} tokens",
+            file=sys.stderr,
+        )
 
 
 def load_setup(parsed: argparse.Namespace, config: EngineConfig) -> Setup:

@@ -7,12 +7,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from jaxserve.checks import did_you_mean
 from jaxserve.config import EngineConfig
 from jaxserve.model_cost import ModelCost
 from jaxserve.simulator.costs import CostModel, HostCosts, read_costs
 from jaxserve.simulator.engine import SimulatedDevice
 from jaxserve.simulator.roofline import Efficiency, RooflineCosts, pool_pages
-from jaxserve.targets import Target, load_target
+from jaxserve.targets import LOCAL, Target, known_targets, load_target
 from models.config import ModelConfig
 
 GIB = 2**30
@@ -31,7 +32,17 @@ class Setup:
 def find_target(name: str) -> Target:
     """A target by its name (h200) or the path of either of its files (configs/targets/h200.json)."""
     path = pathlib.Path(name)
+    if name not in known_targets() and not path.suffix:
+        raise ValueError(
+            f"target {name!r} is unknown; known are {', '.join(rated_targets())}, the path of a file like theirs, and "
+            f"{LOCAL} with measured costs"
+        )
     return load_target(str(path.with_suffix(".txtpb")) if path.suffix == ".json" else name)
+
+
+def rated_targets() -> list[str]:
+    """The targets whose rates are known, so that they have a roofline."""
+    return [name for name in known_targets() if name != LOCAL]
 
 
 def set_up(
@@ -58,6 +69,11 @@ def set_up(
         costs: CostModel = read_costs(model_cost)
     elif target is None:
         raise ValueError("no target and no measured costs are given; a simulation needs either")
+    elif target.is_local:
+        raise ValueError(
+            f"target {target.name} is this machine, whose rates are not known; measure its steps with python -m "
+            f"benchmarks.step_costs and give --model-cost, or choose {', '.join(rated_targets())}"
+        )
     else:
         costs = RooflineCosts(
             model,
@@ -113,10 +129,18 @@ def with_options(config: EngineConfig, options: Mapping[str, Any]) -> EngineConf
     changed, used = _replaced(config, options)
     for name in options:
         if name not in used:
-            raise ValueError(
-                f"option {name!r} is unknown; it must be a field of EngineConfig or of one of its sections"
-            )
+            hint = did_you_mean(name, option_names(config))
+            raise ValueError(f"option {name!r} is unknown in EngineConfig and its sections; {hint}")
     return changed
+
+
+def option_names(config: Any) -> set[str]:
+    """The flat names of the fields of a configuration and of its sections."""
+    names: set[str] = set()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        names |= option_names(value) if dataclasses.is_dataclass(value) else {field.name}
+    return names
 
 
 def _replaced(config: Any, options: Mapping[str, Any]) -> tuple[Any, set[str]]:

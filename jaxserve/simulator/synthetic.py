@@ -94,14 +94,14 @@ def synthetic_trace(config: SyntheticConfig) -> Trace:
 
     Arrivals, lengths, tenants and priorities are drawn from streams of their own: another rate leaves the lengths.
     """
-    streams = [np.random.default_rng([config.seed, stream]) for stream in range(5)]
-    arrivals, prompts, outputs, tenants, priorities = streams
-    lengths = LENGTHS[config.lengths]
+    streams = _streams(config)
+    arrivals, tenants, priorities = streams[0], streams[3], streams[4]
+    prompts, outputs = (np.minimum(drawn, config.max_length) for drawn in _drawn(config, streams))
     return make_trace(
         "synthetic",
         _arrivals(config, arrivals),
-        _lengths("prompt", config.prompt, lengths[0], config, prompts),
-        _lengths("output", config.output, lengths[1], config, outputs),
+        prompts,
+        outputs,
         max_tokens=config.max_tokens,
         tenants=_shares("tenants", config.tenants, config.count, tenants) or "",
         priorities=[
@@ -109,6 +109,27 @@ def synthetic_trace(config: SyntheticConfig) -> Trace:
         ]
         or 0,
         deadlines=config.deadline or np.inf,
+    )
+
+
+def count_cut(config: SyntheticConfig) -> dict[str, int]:
+    """How many prompts and outputs `synthetic_trace` cuts to max_length."""
+    drawn = _drawn(config, _streams(config))
+    counts = [int((lengths > config.max_length).sum()) for lengths in drawn]
+    return dict(zip(("prompt", "output"), counts, strict=True))
+
+
+def _streams(config: SyntheticConfig) -> list[np.random.Generator]:
+    """Of arrivals, prompts, outputs, tenants and priorities."""
+    return [np.random.default_rng([config.seed, stream]) for stream in range(5)]
+
+
+def _drawn(config: SyntheticConfig, streams: list[np.random.Generator]) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of prompts and outputs, not yet cut."""
+    prompts, outputs = LENGTHS[config.lengths]
+    return (
+        _lengths("prompt", config.prompt, prompts, config, streams[1]),
+        _lengths("output", config.output, outputs, config, streams[2]),
     )
 
 
@@ -150,7 +171,7 @@ def _lengths(name: str, text: str, mixture: Mixture, config: SyntheticConfig, rn
         found = rng.integers(low, high + 1, count)
     else:
         found = np.resize([_whole(name, each) for each in text.split("/")], count)
-    return np.clip(found, 1, config.max_length)
+    return np.maximum(found, 1)
 
 
 def _shares(name: str, text: str, count: int, rng: np.random.Generator) -> list[str]:

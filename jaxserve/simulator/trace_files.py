@@ -9,9 +9,11 @@ Either may also have `tenant`, `priority`, `deadline` (seconds after the arrival
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import datetime
+import difflib
 import itertools
 import json
 import math
@@ -24,6 +26,13 @@ from jaxserve.simulator.traces import Trace, make_trace
 
 BLOCK = 512
 """Tokens of a prompt that one of a Mooncake trace's hash_ids stands for."""
+
+
+OPTIONAL = ("tenant", "priority", "deadline", "max_tokens", "hash_ids")
+"""Columns that a file may have beside those of its format."""
+
+NEAR = 0.8
+"""How alike (difflib's ratio) a column's name is to an optional one to be taken for a misspelling of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +91,12 @@ def trace_rows(path: str | os.PathLike[str]) -> Iterator[TraceRow]:
     if path.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"trace {path.name} ends in {path.suffix!r}; it must be a .csv or a .jsonl file")
     columns: _Columns | None = None
+    seen: tuple[str, ...] | None = None
     for line, fields in _csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path):
         columns = columns or _columns_of(path, line, fields)
+        if (names := tuple(fields)) != seen:
+            _check_spelling(path, line, names)
+            seen = names
         yield _Reader(path, line, fields).row(columns)
     if columns is None:
         raise ValueError(f"trace {path.name} has no requests")
@@ -165,14 +178,14 @@ class _Reader:
 
 
 def _csv_rows(path: pathlib.Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file, _naming(path):
         reader = csv.DictReader(file)
         for fields in reader:
             yield reader.line_num, fields
 
 
 def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8") as file, _naming(path):
         for line, text in enumerate(file, start=1):
             if not text.strip():
                 continue
@@ -183,6 +196,33 @@ def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             if not isinstance(fields, dict):
                 raise ValueError(f"trace {path.name} line {line} is {text.strip()[:40]}; it must be an object")
             yield line, fields
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+    """Puts the file's name into the errors of reading it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"trace {path.name} is no UTF-8 text ({error.reason}, byte 0x{error.object[error.start]:02x}); "
+            "save it in UTF-8"
+        ) from error
+    except csv.Error as error:
+        raise ValueError(f"trace {path.name} is no CSV: {error}") from error
+
+
+def _check_spelling(path: pathlib.Path, line: int, names: tuple[str, ...]) -> None:
+    """Raises ValueError for a column that is not known and nearly has the name of an optional one that is not there."""
+    absent = [name for name in OPTIONAL if name not in names]
+    for name in names:
+        if isinstance(name, str) and name not in OPTIONAL:
+            near = difflib.get_close_matches(name.strip().lower(), absent, n=1, cutoff=NEAR)
+            if near:
+                raise ValueError(
+                    f"trace {path.name} line {line} has the unknown column {name!r}; did you mean {near[0]!r}? "
+                    "Rename it, or remove it"
+                )
 
 
 def _columns_of(path: pathlib.Path, line: int, fields: Mapping[str, Any]) -> _Columns:

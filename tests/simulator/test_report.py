@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxserve import simulate as command
+from jaxserve import tune
 from jaxserve.simulator.capacity import parts_of, search_capacity
 from jaxserve.simulator.report import Slo, jain_index, report, table
 from jaxserve.simulator.search import Score
@@ -147,6 +148,30 @@ def test_values_of_a_comparison_may_hold_commas_and_combinations_may_be_refused(
     assert "mode=dynamic, formation=greedy" in printed.out
 
 
+def test_runs_are_named_by_what_differs(capsys):
+    arguments = ["--config=llama.gin", "--trace=synthetic:count=5,rate=40", "--compare"]
+    assert command.main([*arguments, "policy=fcfs,sjf", "max_num_batched_tokens=512"]) == 0
+    out = capsys.readouterr().out
+    assert "policy=sjf:" in out
+    assert "max_num_batched_tokens" not in out
+    assert command.main([*arguments, "max_num_batched_tokens=512"]) == 0
+    assert "max_num_batched_tokens=512:" in capsys.readouterr().out
+
+
+def test_lengths_that_are_cut_are_counted(capsys):
+    trace = "--trace=synthetic:count=40,rate=40,prompt=10/200/300,output=5,max_length=100"
+    assert command.main(["--config=llama.gin", trace]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "cut" in line]
+    assert said == ["synthetic: 26 prompts of 40 are cut to max_length 100 tokens"]
+
+
+@pytest.mark.parametrize("parser", [command.make_parser(), tune.make_parser()])
+def test_defaults_are_said(parser):
+    text = " ".join(parser.format_help().split())
+    assert "(default h200, none where costs are measured)" in text
+    assert f"of the trace alone ({'default 2,000' if 'tune' in parser.prog else 'default: all'})" in text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -210,6 +235,14 @@ def test_a_capacity_counts_requests_that_are_too_long(tmp_path, capsys):
         (["--target=h900"], "target 'h900' is unknown"),
         (["--model-cost=none.json"], "costs none.json cannot be read"),
         (["--fleet=speed=3"], "--fleet has speed"),
+        (["--target=cpu"], "target cpu is this machine, whose rates are not known; measure its steps"),
+        (["--limit=0"], "--limit is 0; it must be at least 1"),
+        (["--limit=-3"], "--limit is -3; it must be at least 1"),
+        (["--capacity=0.9"], "--capacity needs targets to keep: give --slo"),
+        (["--compare", "polcy=fcfs,sjf"], "--compare 'polcy' is unknown; did you mean policy?"),
+        (["--compare", "replica=1,2"], "--compare 'replica' is unknown; did you mean replicas?"),
+        (["--compare", "policy=fcfs", "policy=sjf"], "--compare has 'policy' twice; give its values together"),
+        (["--compare", "policy=fcfs,fcfs"], "has the value 'fcfs' twice"),
         (["--client-max-tokens=some"], "client max_tokens is 'some'"),
     ],
 )

@@ -69,6 +69,16 @@ def test_rows_in_the_order_of_the_file_with_their_blocks(tmp_path):
         ("a.csv", AZURE.replace("2023-11-16 18:16", "yesterday"), r"a\.csv line 4: column 'TIMESTAMP' .* date"),
         ("a.csv", "time,tokens\n1,2\n", r"a\.csv line 2 has columns time, tokens; it needs TIMESTAMP"),
         ("a.csv", "TIMESTAMP,ContextTokens\n1,2\n", r"line 2: column 'GeneratedTokens' is missing"),
+        (
+            "a.csv",
+            AZURE.replace("Generated", "tenent,Generated"),
+            r"a\.csv line 2 .* 'tenent'; did you mean 'tenant'\?",
+        ),
+        (
+            "a.jsonl",
+            '{"timestamp": 0, "input_length": 6, "output_length": 6, "Priority": 2}\n',
+            r"line 1 has the unknown column 'Priority'; did you mean 'priority'\? Rename it, or remove it",
+        ),
         ("a.csv", "", r"a\.csv has no requests"),
         ("a.jsonl", "{}\n", r"a\.jsonl line 1 has columns ; it needs"),
         ("a.jsonl", '{"timestamp": 1,\n', r"a\.jsonl line 1 is not JSON"),
@@ -89,6 +99,19 @@ def test_rows_in_the_order_of_the_file_with_their_blocks(tmp_path):
 def test_faults_name_file_line_and_column(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
+        read_trace(tmp_path / name)
+
+
+def test_other_columns_are_ignored(tmp_path):
+    rows = "timestamp,input_length,output_length,tenant,tenant_id,region,type\n0,5,2,a,7,north,chat\n"
+    (tmp_path / "own.csv").write_text(rows)
+    assert read_trace(tmp_path / "own.csv").tenants == ("a",)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_a_file_in_another_encoding_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes("timestamp,input_length,output_length,tenant\n0,5,2,Zoë\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"trace {name} is no UTF-8 text \(.*0xeb\); save it in UTF-8"):
         read_trace(tmp_path / name)
 
 
