@@ -138,7 +138,7 @@ def search(
     drawn = candidates(config, search_space(config, trace), parsed.candidates, parsed.seed, slo)
     if len(drawn) == 1:
         raise ValueError(
-            f"--candidates {parsed.candidates} leaves no options to try: the first is the configuration itself; raise it"
+            f"--candidates {parsed.candidates} leaves no options to try beside the configuration itself; raise it"
         )
     factor = stressed(config, trace, slo, serve) if parsed.stress else 1.0
     tables = successive_halving(
