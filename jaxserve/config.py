@@ -139,6 +139,29 @@ class EngineConfig:
         return _from_flat(cls, {names.get(name, name): value for name, value in options.items()})
 
 
+def ineffective_settings(config: EngineConfig, max_model_len: int) -> list[str]:
+    """A line for each setting that has no effect, or less than it seems, because of another one.
+
+    max_model_len: as resolved, for a configuration that leaves it to the model.
+    """
+    scheduler, found = config.scheduler, []
+    if scheduler.preemption.preemption_mode == "swap" and not config.cache.swap_space:
+        found.append(
+            "preemption_mode is 'swap', but swap_space is 0: preempted sequences are computed again; set "
+            "CacheConfig.swap_space (GiB)"
+        )
+    if scheduler.ordering.drop_late and scheduler.policy != "deadline":
+        found.append(
+            f"drop_late is True, but policy is {scheduler.policy!r}: only policy 'deadline' drops what is late"
+        )
+    if not scheduler.enable_chunked_prefill and scheduler.max_num_batched_tokens < max_model_len:
+        found.append(
+            f"enable_chunked_prefill is False and max_num_batched_tokens {scheduler.max_num_batched_tokens} is below "
+            f"max_model_len {max_model_len}: longer prompts than the former are refused; raise it, or enable chunks"
+        )
+    return found
+
+
 def _sections(config: type) -> dict[str, type]:
     """The fields of a config that are configs of their own and are always there."""
     return {

@@ -30,7 +30,9 @@ from jaxserve.simulator.search import (
     Score,
     Serve,
     Trial,
+    candidates,
     owner_of,
+    search_space,
     stressed,
     successive_halving,
     value_of,
@@ -46,11 +48,21 @@ CAPACITY_TOLERANCE = 0.03
 """How closely the capacities of the evidence are searched."""
 
 
+REFUTED = 0.05
+"""How much worse than the configuration itself the engine must have served, as a share, for options not to be set: runs
+in real time differ by less from one to the next."""
+
+
+UNCHANGED = "no option is better than the configuration, which stays as it is"
+"""Said where a file changes nothing."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Evidence:
     """What was found. before, after: of the configuration and of `best`, in simulation and, where confirmed, on the
     engine. capacities: of both in simulation, requests a second. costs: what the simulation went by. reason: why it was
-    not confirmed. refuted: what simulated better and served worse than the configuration itself."""
+    not confirmed. refuted: what simulated better and served worse than the configuration itself. candidates: how many
+    were simulated, the configuration itself among them."""
 
     best: Trial
     before: Trial
@@ -61,6 +73,7 @@ class Evidence:
     reason: str = ""
     costs: str = ""
     refuted: Trial | None = None
+    candidates: int = 0
 
     @property
     def tried(self) -> Trial:
@@ -77,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if any(pathlib.Path(name).resolve() == parsed.output.resolve() for name in parsed.config.split(",")):
             raise ValueError(f"--output {parsed.output.name} is the configuration itself; name another file")
+        if parsed.stress and Slo.parse(parsed.slo) == Slo():
+            raise ValueError("--stress needs targets to miss: give --slo, such as --slo ttft=0.5,tpot=0.05")
         trace, slo, client = load_trace(parsed), Slo.parse(parsed.slo), ClientRule.parse(parsed.client_max_tokens)
         with tqdm(unit="simulation", file=sys.stderr) as bar:
             costs = ""
@@ -120,6 +135,11 @@ def search(
     config: EngineConfig, trace: Trace, slo: Slo, serve: Serve, parsed: argparse.Namespace
 ) -> tuple[Evidence, float]:
     """The best candidate and the configuration itself on the whole trace, and by how much its rate was raised."""
+    drawn = candidates(config, search_space(config, trace), parsed.candidates, parsed.seed, slo)
+    if len(drawn) == 1:
+        raise ValueError(
+            f"--candidates {parsed.candidates} leaves no options to try beside the configuration itself; raise it"
+        )
     factor = stressed(config, trace, slo, serve) if parsed.stress else 1.0
     tables = successive_halving(
         config,
@@ -130,9 +150,15 @@ def search(
         rungs=parsed.rungs,
         seed=parsed.seed,
     )
+    if len(tables[0]) == 1:
+        raise ValueError(
+            f"none of the other {len(drawn) - 1} candidates can serve the trace: they hold too few pages, or skip more "
+            "requests as too long; raise --candidates"
+        )
     best, before = tables[-1][0], next(trial for trial in tables[-1] if not trial.options)
+    evidence = Evidence(best, before, candidates=len(tables[0]))
     if not parsed.stress:
-        return Evidence(best, before), factor  # a rate of its own was asked for, and may be far from the capacity
+        return evidence, factor  # a rate of its own was asked for, and may be far from the capacity
 
     def capacity(options: Options) -> float:
         def share(part: Trace) -> float:
@@ -140,14 +166,17 @@ def search(
 
         return search_capacity([trace.faster(factor)], share, target=MET, tolerance=CAPACITY_TOLERANCE).rate
 
-    return Evidence(best, before, (capacity({}), capacity(best.options))), factor
+    own = capacity({})
+    return dataclasses.replace(evidence, capacities=(own, capacity(best.options) if best.options else own)), factor
 
 
 def confirm(
     config: EngineConfig, trace: Trace, slo: Slo, client: ClientRule, evidence: Evidence, parsed: argparse.Namespace
 ) -> Evidence:
     """Serves the first seconds of the trace on the engine, as configured and with the best options. Where these turn
-    out worse there, the configuration itself is the best."""
+    out worse there by more than REFUTED, the configuration itself is the best."""
+    if not evidence.best.options:
+        return dataclasses.replace(evidence, reason="no options to confirm")
     if not parsed.confirm_seconds:
         return dataclasses.replace(evidence, reason="not asked for")
     if config.load_format != "dummy" and (config.model is None or not pathlib.Path(config.model).is_dir()):
@@ -161,7 +190,7 @@ def confirm(
         replay(chosen, runner, part.part(0, min(count, 8)), client=client)  # warms up
         scores.append(Score.of(replay(chosen, runner, part, client=client, seed=parsed.seed), slo))
     found = dataclasses.replace(evidence, engine_before=scores[0], engine_after=scores[1], engine_requests=count)
-    if scores[1] < scores[0]:
+    if scores[1].clearly_below(scores[0], REFUTED):
         return dataclasses.replace(found, best=evidence.before, refuted=evidence.best)
     return found
 
@@ -197,8 +226,10 @@ def _lines(evidence: Evidence, trace: Trace, factor: float, slo: Slo) -> list[st
         f"step times: {evidence.costs}",
         f"trace {trace.name}, {best.requests:,} requests{_skipped(before, best)} at {rate}; targets {slo}",
         f"simulation, before: {_told(before.score)}",
-        f"simulation, after:  {_told(best.score)}",
     ]
+    if not best.options:
+        return [*lines, f"none of {evidence.candidates - 1} others simulated better: {UNCHANGED}"]
+    lines.append(f"simulation, after:  {_told(best.score)}")
     if evidence.capacities is not None:
         rates = "before {:.3g}, after {:.3g} requests/s".format(*evidence.capacities)
         lines.append(f"simulation, highest rate with {100 * MET:g} % within targets: {rates}")
@@ -206,7 +237,8 @@ def _lines(evidence: Evidence, trace: Trace, factor: float, slo: Slo) -> list[st
         return [*lines, f"engine: not confirmed, {evidence.reason}"]
     if evidence.refuted is not None:
         tried = ", ".join(f"{name}={value!r}" for name, value in sorted(evidence.refuted.options.items()))
-        lines.append(f"the engine was slower with what simulated best, which is not set: {tried}")
+        lines.append(f"the engine was slower by over {REFUTED:.0%} with what simulated best: {tried}")
+        lines.append(UNCHANGED)
     return [
         *lines,
         f"engine, before ({evidence.engine_requests} requests): {_told(evidence.engine_before)}",

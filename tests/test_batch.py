@@ -324,7 +324,9 @@ def test_a_missing_tokenizer_is_one_line(tmp_path, command, capsys, monkeypatch)
     write(tmp_path / "in.jsonl", [line("a", prompt="abc")])
     monkeypatch.setattr(batch, "load_tokenizer", lambda config: Tokenizer(tmp_path / "no"))
     assert command() == 1
-    assert capsys.readouterr().err == (f"jaxserve.batch: tokenizer directory {str(tmp_path / 'no')!r} does not exist\n")
+    where = str(tmp_path / "no")
+    said = f"jaxserve.batch: tokenizer directory {where!r} does not exist; set EngineConfig.tokenizer\n"
+    assert capsys.readouterr().err == said
 
 
 def test_the_command_when_the_engine_fails(tmp_path, command, capsys):

@@ -14,10 +14,11 @@ protocol and nothing of jax, sockets or text.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, ineffective_settings
 from jaxserve.engine.idle import IdleMeter
 from jaxserve.engine.messages import (
     AbortRequest,
@@ -37,6 +38,8 @@ from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepUpdate
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.lateness import naming_targets
 from jaxserve.scheduler.page_pool import PagePool
+
+_log = logging.getLogger(__name__)
 
 STATS_SECONDS = 0.1
 """How often the front end is told the counts while steps follow one another."""
@@ -62,6 +65,8 @@ class EngineCore:
         info = runner.info
         self.config = config
         self.runner = runner
+        for line in ineffective_settings(config, info.max_model_len):
+            _log.warning("%s", line)
         self.scheduler = Scheduler(
             config.scheduler,
             PagePool(info.num_pages, info.page_size, info.num_host_pages),

@@ -93,7 +93,7 @@ class Tokenizer:
 def _load(directory: pathlib.Path) -> Any:
     """The tokenizer as a PreTrainedTokenizerFast."""
     if not directory.is_dir():
-        raise ValueError(f"tokenizer directory {str(directory)!r} does not exist")
+        raise ValueError(f"tokenizer directory {str(directory)!r} does not exist; set EngineConfig.tokenizer")
     path = directory / "tokenizer.json"
     _check_json(directory / "tokenizer_config.json")
     _check_json(directory / "special_tokens_map.json")
@@ -175,8 +175,16 @@ def _one_line(error: BaseException) -> str:
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
-    """The tokenizer that a configuration names; None with skip_tokenizer_init or when there is no directory to read."""
+    """The tokenizer that a configuration names; None with skip_tokenizer_init or when there is no directory to read.
+
+    Raises ValueError as `Tokenizer` does, and where the model's own directory does not exist.
+    """
     directory = config.tokenizer or config.model
     if config.skip_tokenizer_init or directory is None:
         return None
+    if config.tokenizer is None and not pathlib.Path(directory).is_dir():
+        raise ValueError(
+            f"model directory {directory!r} does not exist; set EngineConfig.model (model= in Python) to the directory "
+            "of a checkpoint"
+        )
     return Tokenizer(directory)

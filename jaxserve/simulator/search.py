@@ -45,6 +45,16 @@ class Score:
             good_share=slo.share(result),
         )
 
+    def clearly_below(self, other: Score, tolerance: float) -> bool:
+        """Whether it is worse, and the first of its figures that is not within a share of `tolerance` of the other's is
+        the lower one."""
+        if self < other:
+            for name in ("goodput", "tokens_per_second", "promptness"):
+                mine, theirs = getattr(self, name), getattr(other, name)
+                if abs(mine - theirs) > tolerance * abs(theirs):
+                    return mine < theirs
+        return False
+
 
 @dataclasses.dataclass(frozen=True)
 class Trial:

@@ -140,3 +140,19 @@ def test_cases_of_every_experiment_are_valid(name: str) -> None:
         for case in cases:
             if case.scheduler is None:
                 EngineSide.configuration(limits | dict(case.options))
+
+
+@pytest.mark.parametrize("arguments", [[], ["--simulate"], ["modes", "--all"]])
+def test_all_results_are_written_over_only_when_asked_for(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        all_experiments.main(arguments)
+    assert "give either names or --all, which writes over all results" in capsys.readouterr().err
+
+
+def test_experiments_run_by_name_or_all(monkeypatch):
+    ran = []
+    monkeypatch.setattr(all_experiments.harness, "run", lambda experiment, options: ran.append(experiment))
+    assert all_experiments.main(["modes", "--simulate"]) == 0
+    assert len(ran) == 1
+    assert all_experiments.main(["--all", "--simulate"]) == 0
+    assert len(ran) == 1 + len(all_experiments.NAMES)

@@ -6,13 +6,15 @@ import itertools
 import time
 from collections.abc import Iterator
 
+import pytest
+
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.core import STATS_SECONDS, EngineCore
 from jaxserve.engine.messages import AbortRequest, AddRequest, EngineStats, RequestOutput, Shutdown, outputs
 from jaxserve.recorder import FirstToken, Recorder, RequestFinished, RequestPreempted, StepRecorded, TokensProduced
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.fake import FakeRunner
-from jaxserve.scheduler_config import PolicyConfig
+from jaxserve.scheduler_config import PolicyConfig, PreemptionConfig
 from models.config import ModelConfig
 from tests.scheduler.drive import alone
 
@@ -240,3 +242,20 @@ def test_counts_tell_how_well_lengths_were_predicted():
     assert core.stats().kendall_tau is None
     run(core)
     assert core.stats().kendall_tau == core.scheduler.predictor.kendall_tau == 1.0  # nothing but its limit ends any
+
+
+@pytest.mark.parametrize(
+    ("limits", "warning"),
+    [
+        ({}, ""),
+        ({"policy": "deadline", "ordering": PolicyConfig(drop_late=True)}, ""),
+        ({"preemption": PreemptionConfig(preemption_mode="swap")}, "preemption_mode is 'swap', but swap_space is 0"),
+        ({"ordering": PolicyConfig(drop_late=True)}, "drop_late is True, but policy is 'fcfs'"),
+        ({"enable_chunked_prefill": False}, "max_num_batched_tokens 16 is below max_model_len"),
+    ],
+)
+def test_settings_without_effect_are_warned_of(caplog, limits, warning):
+    make_core(**limits)
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(lines) == bool(warning)
+    assert warning in "".join(lines)

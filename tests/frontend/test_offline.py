@@ -184,7 +184,7 @@ def test_close_ends_the_engine(tokenizer):
     [
         ({"model": "m", "max_seqs": 3}, "engine option 'max_seqs' is unknown; known options are "),
         ({}, "model is not set; give a checkpoint directory, or load_format 'dummy' and an architecture"),
-        ({"model": "no/such"}, "tokenizer directory 'no/such' does not exist"),
+        ({"model": "no/such"}, "model directory 'no/such' does not exist; set EngineConfig.model"),
         ({"model": "no/such", "tokenizer": "no/tokenizer"}, "tokenizer directory 'no/tokenizer' does not exist"),
         ({"client": object(), "max_num_seqs": 3}, "client is an engine that is already running; it takes no model or"),
     ],

@@ -83,7 +83,9 @@ def assert_refused(directory, message):
 
 
 def test_missing_directory(tmp_path):
-    assert_refused(tmp_path / "no", f"^tokenizer directory {str(tmp_path / 'no')!r} does not exist$")
+    assert_refused(
+        tmp_path / "no", f"^tokenizer directory {str(tmp_path / 'no')!r} does not exist; set EngineConfig.tokenizer$"
+    )
 
 
 def test_missing_tokenizer(tmp_path):

@@ -167,6 +167,64 @@ def test_the_engine_confirms(monkeypatch, tmp_path):
     assert found.refuted is trial
 
 
+def test_the_engine_refutes_beyond_a_tolerance():
+    base = Score(2.0, 100.0, -1.0, 1.0)
+    for goodput, tokens, promptness, below in (
+        (1.95, 100.0, -1.0, False),
+        (1.8, 200.0, -0.1, True),
+        (1.95, 90.0, -1.0, True),
+        (2.0, 100.0, -1.04, False),
+        (2.0, 100.0, -1.2, True),
+        (1.95, 120.0, -9.0, False),
+        (2.05, 10.0, -9.0, False),
+    ):
+        assert Score(goodput, tokens, promptness, 1.0).clearly_below(base, tune.REFUTED) is below
+    never = Score(0.0, 0.0, -np.inf, 0.0)
+    assert not never.clearly_below(never, tune.REFUTED)
+    assert never.clearly_below(base, tune.REFUTED)
+
+
+def test_where_nothing_is_better_the_file_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "successive_halving", lambda config, *rest, **named: [trials(config)] * 2)
+    output = tmp_path / "tuned.gin"
+    assert tune.main(["--config=llama.gin", "--trace=synthetic:count=20,rate=40", f"--output={output}"]) == 0
+    said = "none of 1 others simulated better: no option is better than the configuration, which stays as it is"
+    assert said in capsys.readouterr().out
+    text = output.read_text()
+    assert f"# {said}" in text
+    assert "simulation, after" not in text
+    assert "# was" not in text
+    assert gin_config.load(str(output))[0] == gin_config.load("llama.gin")[0]
+
+
+def test_candidates_that_all_refuse_more_are_no_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "successive_halving", lambda config, *rest, **named: [trials(config)[:1]])
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(["--config=llama.gin", "--trace=synthetic:count=20,rate=40", f"--output={tmp_path / 'tuned.gin'}"])
+    assert "none of the other 53 candidates can serve the trace" in capsys.readouterr().err
+
+
+def trials(config):
+    own = tune.Trial({}, 20, Score(2.0, 1.0, -1.0, 1.0))
+    return [own, tune.Trial({"policy": "sjf"}, 20, Score(1.0, 1.0, -1.0, 1.0))]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--candidates=1"], "--candidates 1 leaves no options to try"),
+        (["--stress"], "--stress needs targets to miss: give --slo"),
+        (["--limit=0"], "--limit is 0; it must be at least 1"),
+    ],
+)
+def test_nothing_to_try_is_said_at_once(options, message, tmp_path, capsys):
+    output = tmp_path / "tuned.gin"
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(["--config=llama.gin", "--trace=synthetic:count=20,rate=40", f"--output={output}", *options])
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_the_engine_serves_a_trace_as_long_as_it_says():
     trace = make_trace("t", np.arange(20) * 0.01, np.arange(20) * 7 % 60 + 1, np.arange(20) % 9 + 1, tenants="a")
     runner = FakeRunner(num_pages=65, page_size=16, max_model_len=256)
