@@ -18,6 +18,7 @@ NAMES = (
     "batch_size",
     "token_budget",
     "chunked_prefill",
+    "chunk_size",
     "prefill_share",
     "mixed_lengths",
     "paged",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.experiments import __main__ as all_experiments
-from benchmarks.experiments import harness, plots
+from benchmarks.experiments import chunk_size, harness, plots
 from benchmarks.experiments.cases import TTFT, Case, Experiment, Panel, Scale
 from benchmarks.experiments.figures import jain_index, summary
 from benchmarks.experiments.sides import EngineSide, SimulationSide
@@ -101,6 +101,18 @@ def test_rounds_of_the_engine_are_medians() -> None:
     assert row["output_tokens_per_second"] == sorted(row["rounds"])[1]
     assert len(row["rounds"]) == 3
     assert row["completed"] == 9
+
+
+def test_two_chunks_beside_each_other_are_as_long_a_gap_as_a_limit_twice_as_large() -> None:
+    side = SimulationSide(harness.LIMITS["simulation"] | chunk_size.EXPERIMENT.limits["simulation"])
+    cases = {(case.series, case.x): case for case in chunk_size.make_cases(side.scale)}
+    assert [x for series, x in cases if series == "chunk size"] == [256, 512, 1024, 2048]
+    assert [x for series, x in cases if series == "prefill limit of a step"] == [512, 2048, 8192]
+    chunks, limit = (
+        summary(side.run(cases[which])) for which in (("chunk size", 1024), ("prefill limit of a step", 2048))
+    )
+    assert chunks["decoding.itl_max"] == pytest.approx(limit["decoding.itl_max"], rel=0.02)
+    assert limit["prompt.ttft_mean"] < 0.9 * chunks["prompt.ttft_mean"]  # the first of two ends before the second
 
 
 def test_an_unknown_setting_is_refused() -> None:
