@@ -21,6 +21,7 @@ NAMES = (
     "chunk_size",
     "prefill_share",
     "mixed_lengths",
+    "head_of_line",
     "paged",
     "preemption",
     "prediction",

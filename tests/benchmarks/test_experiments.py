@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.experiments import __main__ as all_experiments
-from benchmarks.experiments import chunk_size, harness, plots
+from benchmarks.experiments import chunk_size, harness, head_of_line, plots
 from benchmarks.experiments.cases import TTFT, Case, Experiment, Panel, Scale
 from benchmarks.experiments.figures import jain_index, summary
 from benchmarks.experiments.sides import EngineSide, SimulationSide
@@ -104,7 +104,7 @@ def test_rounds_of_the_engine_are_medians() -> None:
 
 
 def test_two_chunks_beside_each_other_are_as_long_a_gap_as_a_limit_twice_as_large() -> None:
-    side = SimulationSide(harness.LIMITS["simulation"] | chunk_size.EXPERIMENT.limits["simulation"])
+    side = SimulationSide({**harness.LIMITS["simulation"], **chunk_size.EXPERIMENT.limits["simulation"]})
     cases = {(case.series, case.x): case for case in chunk_size.make_cases(side.scale)}
     assert [x for series, x in cases if series == "chunk size"] == [256, 512, 1024, 2048]
     assert [x for series, x in cases if series == "prefill limit of a step"] == [512, 2048, 8192]
@@ -113,6 +113,17 @@ def test_two_chunks_beside_each_other_are_as_long_a_gap_as_a_limit_twice_as_larg
     )
     assert chunks["decoding.itl_max"] == pytest.approx(limit["decoding.itl_max"], rel=0.02)
     assert limit["prompt.ttft_mean"] < 0.9 * chunks["prompt.ttft_mean"]  # the first of two ends before the second
+
+
+def test_long_ones_that_give_way_let_short_ones_in_at_once() -> None:
+    side = SimulationSide(harness.LIMITS["simulation"] | {"max_num_seqs": 8, "swap_space": 4.0})
+    scale = dataclasses.replace(side.scale, prompt=200, output=100)
+    keep, recompute, swap = (summary(side.run(case)) for case in head_of_line.make_cases(scale)[1:])
+    assert keep["preemptions"] == 0
+    assert recompute["preemptions"] > 0
+    assert swap["preempted_by_swap"] == swap["preemptions"] > 0
+    assert max(recompute["short.ttft_p99"], swap["short.ttft_p99"]) < 0.1 * keep["short.ttft_p99"]
+    assert keep["long.e2e_mean"] < recompute["long.e2e_mean"]
 
 
 def test_an_unknown_setting_is_refused() -> None:
