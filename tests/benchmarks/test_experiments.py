@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.experiments import __main__ as all_experiments
-from benchmarks.experiments import chunk_size, harness, head_of_line, plots
+from benchmarks.experiments import chunk_size, fleets, harness, head_of_line, max_wait, plots
 from benchmarks.experiments.cases import TTFT, Case, Experiment, Panel, Scale
 from benchmarks.experiments.figures import jain_index, summary
 from benchmarks.experiments.sides import EngineSide, SimulationSide
@@ -148,6 +149,30 @@ def test_table_and_plot_show_every_case(tmp_path: Any) -> None:
         path = tmp_path / f"plot{xlabel}.png"
         plots.draw(dataclasses.replace(experiment, xlabel=xlabel), rows, "title", path)
         assert path.stat().st_size > 5000
+
+
+def test_labels_of_fleets_that_cost_the_same_do_not_overlap(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+
+    drawn: list[Any] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (drawn.append(self), save(self, *args, **kw)))
+    rows = [
+        {"fleet": name, "replica_seconds_per_million_tokens": 800.0 + 200 * place, "ttft_p99": 1.0 / (place + 1),
+         "changes": [[0.0, 2]]}
+        for kind in ("fixed,", "forecast ewma, load", "forecast holt, load", "cost aware, price")
+        for place, name in enumerate(one for one in fleets.FLEETS if one.startswith(kind))
+    ]  # fmt: skip
+    fleets.draw(rows, fleets.arrivals(), tmp_path / "fleets.png")
+    axis = drawn[0].axes[0]
+    places = [child.get_window_extent() for child in axis.get_children() if isinstance(child, Annotation)]
+    assert len(places) == len(rows)
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(places, 2))
+
+
+def test_waits_are_drawn_on_an_axis_of_decades_where_batches_are_so_far_from_continuous() -> None:
+    assert {panel.key for panel in max_wait.EXPERIMENT.panels if panel.log} == {"ttft_mean", "ttft_p99", "e2e_mean"}
 
 
 @pytest.mark.parametrize("name", all_experiments.NAMES)
