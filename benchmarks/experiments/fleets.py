@@ -8,6 +8,7 @@ at several prices; and the three ways to route.
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxserve.simulator.fleet import FleetConfig, FleetResult, simulate_fleet
 from jaxserve.simulator.simulation import ClientRule
 from jaxserve.simulator.traces import Trace, make_trace
 
+NAME = "experiments/fleets_simulation"
 SECONDS = 2400.0
 REPLICA_RATE = 3.5
 """Requests a second that a replica serves at most, of these lengths."""
@@ -83,11 +85,11 @@ def draw(rows: list[dict[str, Any]], trace: Trace, path: pathlib.Path) -> None:
     figure = Figure(figsize=(13, 5), layout="constrained")
     cost, over_time = figure.subplots(1, 2)
     kinds = {
-        "fixed": ("#666666", (4, 4)),
-        "forecast ewma": ("#1b9e77", (-18, -12)),
-        "forecast holt": ("#7570b3", (-18, -12)),
-        "cost aware": ("#d95f02", (4, 8)),
-    }  # where the labels of each stand, in points
+        "fixed": ("#666666", (2, 12)),
+        "forecast ewma": ("#1b9e77", (-14, -9)),
+        "forecast holt": ("#7570b3", (6, -14)),
+        "cost aware": ("#d95f02", (20, 5)),
+    }  # where the middle of each one's labels is, in points
     for kind, (colour, offset) in kinds.items():
         mine = [each for each in rows if each["fleet"].startswith(kind)]
         cost.plot(
@@ -103,11 +105,15 @@ def draw(rows: list[dict[str, Any]], trace: Trace, path: pathlib.Path) -> None:
                 textcoords="offset points",
                 fontsize=8,
                 color=colour,
+                ha="center",
+                va="center",
+                bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
             )
     cost.set_yscale("log")
     cost.set_xlabel("replica-seconds per million output tokens")
     cost.set_ylabel("p99 TTFT, s")
     cost.set_title("cost against latency (labels: replicas, load aimed at, price)", fontsize=10)
+    cost.margins(x=0.07, y=0.12)
     cost.grid(visible=True, alpha=0.3)
     cost.legend()
     counts, edges = np.histogram(trace.arrivals, bins=np.arange(0, SECONDS + 1, 30))
@@ -129,7 +135,12 @@ def draw(rows: list[dict[str, Any]], trace: Trace, path: pathlib.Path) -> None:
 
 def main() -> int:
     """Prints the tables, writes the results and the plot; returns the exit status."""
-    argparse.ArgumentParser(prog="python -m benchmarks.experiments.fleets", description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments.fleets", description=__doc__)
+    parser.add_argument("--redraw", action="store_true", help="only the plot, from the results there are")
+    if parser.parse_args().redraw:
+        written = json.loads((report.RESULTS / f"{NAME}.json").read_text(encoding="utf-8"))
+        draw(written["results"]["fleets"], arrivals(), report.RESULTS / f"{NAME}.png")
+        return 0
     side = SimulationSide({"max_num_seqs": 16, "max_num_batched_tokens": 2048})
     trace = arrivals()
     rows = []
@@ -137,7 +148,7 @@ def main() -> int:
         rows.append(row(name, simulate_fleet(side.setup, trace, FleetConfig(**options), client=ClientRule(2048))))
         print(f"{name}: {rows[-1]['replicas_mean']:.2f} replicas", flush=True)
     settings = {"side": side.about, "requests": len(trace), "replica_rate": REPLICA_RATE, "ttft_target": TARGET}
-    path = report.write("experiments/fleets_simulation", settings, {"fleets": rows})
+    path = report.write(NAME, settings, {"fleets": rows})
     head = ("fleet", "replicas", "replica-s / Mtok", "TTFT ms", "p99", "TPOT ms", "e2e s", "p99", "in time %")
     print(
         report.table(
@@ -152,7 +163,7 @@ def main() -> int:
             ],
         )
     )  # fmt: skip
-    draw(rows, trace, report.RESULTS / "experiments" / "fleets_simulation.png")
+    draw(rows, trace, report.RESULTS / f"{NAME}.png")
     print(f"written: {path} and .png")
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from benchmarks.experiments import cases, harness
 from benchmarks.experiments.cases import Case, Experiment, Scale
 from benchmarks.experiments.workloads import chat
@@ -25,7 +27,12 @@ EXPERIMENT = Experiment(
     name="max_wait",
     question="How long a batch waits to fill, at 30 % of what continuous batching can do",
     cases=make_cases,
-    panels=(cases.THROUGHPUT, cases.TTFT, cases.TTFT_P99, cases.E2E, cases.UTILISATION, cases.SEQUENCES),
+    panels=(
+        cases.THROUGHPUT,
+        *(dataclasses.replace(panel, log=True) for panel in (cases.TTFT, cases.TTFT_P99, cases.E2E)),
+        cases.UTILISATION,
+        cases.SEQUENCES,
+    ),
     xlabel="max_wait_seconds",
     limits={"engine": {"max_num_seqs": 16}, "simulation": {"max_num_seqs": 32}},
 )

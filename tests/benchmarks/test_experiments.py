@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.experiments import __main__ as all_experiments
-from benchmarks.experiments import harness, plots
+from benchmarks.experiments import chunk_size, fleets, harness, head_of_line, max_wait, plots
 from benchmarks.experiments.cases import TTFT, Case, Experiment, Panel, Scale
 from benchmarks.experiments.figures import jain_index, summary
 from benchmarks.experiments.sides import EngineSide, SimulationSide
@@ -103,6 +104,29 @@ def test_rounds_of_the_engine_are_medians() -> None:
     assert row["completed"] == 9
 
 
+def test_two_chunks_beside_each_other_are_as_long_a_gap_as_a_limit_twice_as_large() -> None:
+    side = SimulationSide({**harness.LIMITS["simulation"], **chunk_size.EXPERIMENT.limits["simulation"]})
+    cases = {(case.series, case.x): case for case in chunk_size.make_cases(side.scale)}
+    assert [x for series, x in cases if series == "chunk size"] == [256, 512, 1024, 2048]
+    assert [x for series, x in cases if series == "prefill limit of a step"] == [512, 2048, 8192]
+    chunks, limit = (
+        summary(side.run(cases[which])) for which in (("chunk size", 1024), ("prefill limit of a step", 2048))
+    )
+    assert chunks["decoding.itl_max"] == pytest.approx(limit["decoding.itl_max"], rel=0.02)
+    assert limit["prompt.ttft_mean"] < 0.9 * chunks["prompt.ttft_mean"]  # the first of two ends before the second
+
+
+def test_long_ones_that_give_way_let_short_ones_in_at_once() -> None:
+    side = SimulationSide(harness.LIMITS["simulation"] | {"max_num_seqs": 8, "swap_space": 4.0})
+    scale = dataclasses.replace(side.scale, prompt=200, output=100)
+    keep, recompute, swap = (summary(side.run(case)) for case in head_of_line.make_cases(scale)[1:])
+    assert keep["preemptions"] == 0
+    assert recompute["preemptions"] > 0
+    assert swap["preempted_by_swap"] == swap["preemptions"] > 0
+    assert max(recompute["short.ttft_p99"], swap["short.ttft_p99"]) < 0.1 * keep["short.ttft_p99"]
+    assert keep["long.e2e_mean"] < recompute["long.e2e_mean"]
+
+
 def test_an_unknown_setting_is_refused() -> None:
     with pytest.raises(ValueError, match="option 'speed' is unknown"):
         make_side("simulation").run(Case("case", TRACE, options={"speed": 11}))
@@ -125,6 +149,30 @@ def test_table_and_plot_show_every_case(tmp_path: Any) -> None:
         path = tmp_path / f"plot{xlabel}.png"
         plots.draw(dataclasses.replace(experiment, xlabel=xlabel), rows, "title", path)
         assert path.stat().st_size > 5000
+
+
+def test_labels_of_fleets_that_cost_the_same_do_not_overlap(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+
+    drawn: list[Any] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (drawn.append(self), save(self, *args, **kw)))
+    rows = [
+        {"fleet": name, "replica_seconds_per_million_tokens": 800.0 + 200 * place, "ttft_p99": 1.0 / (place + 1),
+         "changes": [[0.0, 2]]}
+        for kind in ("fixed,", "forecast ewma, load", "forecast holt, load", "cost aware, price")
+        for place, name in enumerate(one for one in fleets.FLEETS if one.startswith(kind))
+    ]  # fmt: skip
+    fleets.draw(rows, fleets.arrivals(), tmp_path / "fleets.png")
+    axis = drawn[0].axes[0]
+    places = [child.get_window_extent() for child in axis.get_children() if isinstance(child, Annotation)]
+    assert len(places) == len(rows)
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(places, 2))
+
+
+def test_waits_are_drawn_on_an_axis_of_decades_where_batches_are_so_far_from_continuous() -> None:
+    assert {panel.key for panel in max_wait.EXPERIMENT.panels if panel.log} == {"ttft_mean", "ttft_p99", "e2e_mean"}
 
 
 @pytest.mark.parametrize("name", all_experiments.NAMES)

@@ -76,6 +76,7 @@ class History:
         else:
             raise AssertionError(f"no progress: {self.scheduler.request_ids}")
         self.check_answers()
+        self.events["passed over"] = self.order.passed
 
     def act(self) -> None:
         """What clients do between two steps."""

@@ -3,6 +3,8 @@ state."""
 
 from __future__ import annotations
 
+import math
+
 from jaxserve.scheduler import StepPlan
 from jaxserve.scheduler.policies import LATE_FACTOR
 from jaxserve.scheduler.policy import Policy
@@ -14,7 +16,8 @@ class OrderModel:
     """The new requests that wait, as a plain list, and the counters of tenants as a plain dict.
 
     Asserts for every request that joins that the policy and the formation let it go before all that wait on, and that
-    the bound of the policy's class holds against each of them.
+    the bounds that their classes state hold against each of them. passed: how often one joined past another that the
+    policy would never have let wait for it.
     """
 
     def __init__(self, config: SchedulerConfig, policy: Policy):
@@ -24,6 +27,7 @@ class OrderModel:
         self._counters: dict[str, float] = {}
         self._last_departed = 0.0
         self._tenant_of: dict[str, str] = {}
+        self.passed = 0
 
     def add(self, sequence: Sequence) -> None:
         tenant = sequence.request.tenant
@@ -60,9 +64,8 @@ class OrderModel:
                 assert any(self._far_better(sequence, one) for one in away), "it passed all that have run before"
             try:
                 self._check_formation(sequence, joined, now)
-                if self._config.formation == "greedy" and self._config.mode != "dynamic":
-                    for other in self._waiting:
-                        self._check_bound(sequence, other)
+                if self._config.mode != "dynamic":
+                    self._check_bounds(sequence, joined, now)
             except AssertionError:
                 if displaced or not self._may_displace(sequence, ran):
                     raise
@@ -186,26 +189,49 @@ class OrderModel:
         size = self._config.batching.length_bucket
         return (sequence.num_prompt_tokens + size - 1) // size
 
-    def _check_bound(self, joins: Sequence, waits: Sequence) -> None:
-        """The bound that the class of the policy states, for one that waits on while another joins."""
+    def _check_bounds(self, joins: Sequence, joined: list[Sequence], now: float) -> None:
+        """What the classes of policy and formation state together, for all that wait on while one joins."""
+        formation, others = self._config.formation, [one for one in self._waiting if one is not joins]
+        if formation == "greedy" or (formation == "length_balanced" and not joined):
+            for waits in others:  # it is the first of the queue
+                assert _later(joins, waits) <= self._may_be_later(joins, waits), "the policy's bound is broken"
+        elif formation != "length_balanced":
+            patience = self._config.admission.max_passed_over_seconds
+            firsts = self._firsts(self._waiting)
+            for waits in others:
+                if _later(joins, waits) <= self._may_be_later(joins, waits):
+                    continue  # the policy lets it go first
+                self.passed += 1
+                # Who is first stands before `waits` by the policy, and holds it up for as long as it is patient.
+                before = max(self._may_be_later(first, waits) for first in firsts)
+                waited = now - waits.request.arrival_time
+                assert waited <= before + patience + 1e-6, "it was passed over for too long"
+
+    def _may_be_later(self, joins: Sequence, waits: Sequence) -> float:
+        """The bound that the class of the policy states: seconds by which one may come later and yet join before one
+        that waits on; inf is none."""
         config = self._config.ordering
-        later = joins.request.arrival_time - waits.request.arrival_time
         match self._config.policy:
             case "fcfs":
-                assert later <= 0
+                return 0.0
             case "sjf":
-                assert later <= (waits.expected_output - joins.expected_output) / config.sjf_ageing + 1e-6
+                return (waits.expected_output - joins.expected_output) / config.sjf_ageing + 1e-6
             case "priority":
                 gain = 10 * (joins.priority - waits.priority) + waits.expected_output - joins.expected_output
-                assert later <= gain / 0.1 + 1e-6
+                return gain / 0.1 + 1e-6
             case "fair":
-                assert later <= 0 or joins.request.tenant != waits.request.tenant
+                return 0.0 if joins.request.tenant == waits.request.tenant else math.inf
             case "deadline" if joins.request.deadline is None and waits.request.deadline is None:
                 assert joins.start_by is not None
                 assert waits.start_by is not None
                 prefill = waits.request.arrival_time + config.ttft_target - waits.start_by
                 own = joins.request.arrival_time + config.ttft_target - joins.start_by
-                assert later <= LATE_FACTOR * config.ttft_target + own - prefill + 1e-6
+                return LATE_FACTOR * config.ttft_target + own - prefill + 1e-6
+        return math.inf
+
+
+def _later(joins: Sequence, waits: Sequence) -> float:
+    return joins.request.arrival_time - waits.request.arrival_time
 
 
 def _tier(priority: int) -> int:
