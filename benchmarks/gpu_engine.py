@@ -31,18 +31,16 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.experiments.cases import Case
-from benchmarks.experiments.chunked_prefill import long_prompts
 from benchmarks.experiments.figures import summary
 from benchmarks.experiments.modes import MODES
 from benchmarks.experiments.sides import EngineSide
 from benchmarks.experiments.simulation_check import FIGURES, figures
-from benchmarks.experiments.workloads import ten_requests
-from benchmarks.step_costs import MeteredRunner, StepMeter, drive, sweep
+from benchmarks.experiments.workloads import beside_decodes, ten_requests
+from benchmarks.step_costs import MeteredRunner, StepMeter, describe, drive, sweep
 from jaxserve import gin_config
 from jaxserve.config import EngineConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.replay import replay
-from jaxserve.phases import Phases
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.simulator import (
     ClientRule,
@@ -77,8 +75,7 @@ class Bench:
         self.options, self.config = options, config
         self._begin = time.perf_counter()
         self.results: dict[str, Any] = {}
-        phases = Phases()
-        self.runner = ModelRunner(config, phases=phases, progress=True)
+        self.runner = ModelRunner(config, progress=True)
         info = self.runner.info
         self.device = SimulatedDevice(info.num_pages, info.max_model_len, info.platform, info.num_host_pages)
         self.steps: list[StepTime] = []
@@ -100,13 +97,9 @@ class Bench:
 
     def _write(self) -> None:
         devices = jax.devices()
-        document = {
-            "benchmark": "gpu_engine",
-            "machine": report.machine() | {"device": devices[0].device_kind, "devices": len(devices)},
-            "versions": report.versions(),
-            "settings": {"config": self.options.config, "gin": self.options.gin, "seed": self.options.seed},
-            "results": self.results,
-        }
+        settings = {"config": self.options.config, "gin": self.options.gin, "seed": self.options.seed}
+        document = report.document("gpu_engine", settings, self.results)
+        document["machine"] |= {"device": devices[0].device_kind, "devices": len(devices)}
         path = self.options.output / "gpu_engine.json"
         path.write_text(json.dumps(document, indent=1, default=float) + "\n", encoding="utf-8")
 
@@ -182,7 +175,7 @@ class Bench:
         side = EngineSide({}, self.runner, config=self.config)
         found = []
         for length in self.options.prompts:
-            trace = long_prompts(length, 64, 300, 10)
+            trace = beside_decodes(64, 300, length, [0.0] * 10)
             found.append(Case(f"{length} whole", trace, options={"enable_chunked_prefill": False}))
             found += [
                 Case(f"{length}, steps of {chunk}", trace, options={"max_num_batched_tokens": chunk})
@@ -209,8 +202,7 @@ class Bench:
 
     @property
     def name(self) -> str:
-        info = self.runner.info
-        return f"{info.architecture}, {info.num_parameters / 1e6:.1f}M parameters in {info.dtype} on {info.platform}"
+        return describe(self.runner.info)
 
     def fitted(self) -> FittedCosts:
         return FittedCosts.fit(self.steps, name=self.name, host=self.host)

@@ -56,9 +56,9 @@ def versions() -> dict[str, Any]:
     return found
 
 
-def write(name: str, settings: dict[str, Any], results: Any) -> pathlib.Path:
-    """Writes results/`name`.json and returns its path, relative to the repository where it lies there."""
-    document = {
+def document(name: str, settings: dict[str, Any], results: Any) -> dict[str, Any]:
+    """What a file of results holds."""
+    return {
         "benchmark": name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
@@ -66,9 +66,13 @@ def write(name: str, settings: dict[str, Any], results: Any) -> pathlib.Path:
         "settings": settings,
         "results": results,
     }
+
+
+def write(name: str, settings: dict[str, Any], results: Any) -> pathlib.Path:
+    """Writes results/`name`.json and returns its path, relative to the repository where it lies there."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(document(name, settings, results), indent=2) + "\n", encoding="utf-8")
     return path.relative_to(ROOT)
 
 

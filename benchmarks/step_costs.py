@@ -26,7 +26,7 @@ from jaxserve.engine.messages import AddRequest
 from jaxserve.recorder import Recorder, StepRecorded
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.runner.protocol import Pending, Runner
+from jaxserve.runner.protocol import Pending, Runner, RunnerInfo
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.simulator.costs import FittedCosts, HostCosts, StepShape, StepTime, shape_of, write_costs
 
@@ -171,6 +171,11 @@ def measure(
     return meter.steps(), meter.host()
 
 
+def describe(info: RunnerInfo) -> str:
+    """The model and its device in one line."""
+    return f"{info.architecture}, {info.num_parameters / 1e6:.1f}M parameters in {info.dtype} on {info.platform}"
+
+
 def main() -> int:
     """Writes the costs, prints what was fitted; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -181,8 +186,7 @@ def main() -> int:
     options, server, _ = gin_config.load_from_command_line(parser)
     runner = ModelRunner(server.engine)
     steps, host = measure(server.engine, runner, steps=options.steps, rounds=options.rounds, seed=options.seed)
-    info = runner.info
-    name = f"{info.architecture}, {info.num_parameters / 1e6:.1f}M parameters in {info.dtype} on {info.platform}"
+    name = describe(runner.info)
     about = {"machine": report.machine(), "versions": report.versions(), "config": options.config}
     write_costs(options.output, steps, name=name, host=host, about=about)
     fitted = FittedCosts.fit(steps, name=name, host=host)

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 
 from jaxserve.recorder import Event, RequestPreempted, StepRecorded, TokensProduced
-from jaxserve.request import FinishReason
+from jaxserve.request import COMPLETED
 from jaxserve.timings import RequestTimings, request_timings
-
-_COMPLETED = (FinishReason.STOP.value, FinishReason.LENGTH.value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +166,7 @@ def run_metrics(events: Iterable[Event]) -> RunMetrics:
     seconds = max(times) - min(times) if times else 0.0
     return RunMetrics(
         seconds=seconds,
-        requests_per_second=_share(sum(requests.finished.get(reason, 0) for reason in _COMPLETED), seconds),
+        requests_per_second=_share(sum(requests.finished.get(reason, 0) for reason in COMPLETED), seconds),
         output_tokens_per_second=_share(requests.output_tokens, seconds),
         total_tokens_per_second=_share(requests.prompt_tokens + requests.output_tokens, seconds),
         requests=requests,

@@ -27,6 +27,10 @@ class FinishReason(enum.Enum):
     ERROR = "error"
 
 
+COMPLETED = frozenset({FinishReason.STOP.value, FinishReason.LENGTH.value})
+"""The words of requests that got all of their tokens."""
+
+
 class RequestStatus(enum.Enum):
     """Where a request stands.
 

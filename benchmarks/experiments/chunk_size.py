@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.experiments import cases, harness
+from benchmarks.experiments import harness
 from benchmarks.experiments.cases import Case, Experiment, Panel, Scale
-from jaxserve.simulator.traces import Trace, make_trace
+from benchmarks.experiments.chunked_prefill import LATENCIES, PANELS, WORK
+from benchmarks.experiments.workloads import beside_decodes
+from jaxserve.simulator.traces import Trace
 
 
 def make_cases(scale: Scale) -> list[Case]:
@@ -28,36 +30,16 @@ def make_cases(scale: Scale) -> list[Case]:
 
 
 def pairs_of_prompts(length: int, rows: int, output: int, pairs: int, seconds: float) -> Trace:
-    """`rows` short requests, all there at once, and so many seconds apart two long prompts of one output token."""
-    return make_trace(
-        f"two prompts of {length} at a time",
-        np.concatenate([np.zeros(rows), np.repeat(seconds * np.arange(1, pairs + 1), 2)]),
-        [8] * rows + [length] * 2 * pairs,
-        [output] * rows + [1] * 2 * pairs,
-        tenants=["decoding"] * rows + ["prompt"] * 2 * pairs,
-    )
+    """Two long prompts at a time, so many seconds apart, beside `rows` requests that decode."""
+    return beside_decodes(rows, output, length, np.repeat(seconds * np.arange(1, pairs + 1), 2).tolist())
 
 
 EXPERIMENT = Experiment(
     name="chunk_size",
     question="Long prompts by the tokens of each, and of all, in a step, beside requests that decode",
     cases=make_cases,
-    panels=(
-        Panel("decoding.itl_max", "", "decoding requests: longest ITL, ms", 1e3),
-        Panel("decoding.itl_p99", "", "decoding requests: p99 ITL, ms", 1e3),
-        Panel("decoding.tpot_mean", "", "decoding requests: mean TPOT, ms", 1e3),
-        Panel("prompt.ttft_mean", "", "long prompts: mean TTFT, ms", 1e3),
-    ),
-    columns=(
-        Panel("decoding.itl_mean", "ITL ms", "", 1e3),
-        Panel("decoding.itl_p99", "p99 ITL ms", "", 1e3),
-        Panel("decoding.itl_max", "longest ITL ms", "", 1e3),
-        Panel("decoding.tpot_mean", "TPOT ms", "", 1e3),
-        Panel("prompt.ttft_mean", "long TTFT ms", "", 1e3),
-        Panel("prompt.ttft_p99", "p99", "", 1e3),
-        cases.UTILISATION,
-        Panel("steps", "steps", ""),
-    ),
+    panels=PANELS,
+    columns=(*LATENCIES, Panel("prompt.ttft_p99", "p99", "", 1e3), *WORK),
     xlabel="prefill tokens in a step, of each prompt or of all",
     log_x=True,
     limits={

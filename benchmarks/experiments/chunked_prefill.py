@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from benchmarks.experiments import cases, harness
 from benchmarks.experiments.cases import Case, Experiment, Panel, Scale
-from jaxserve.simulator.traces import Trace, make_trace
+from benchmarks.experiments.workloads import beside_decodes
 
 
 def make_cases(scale: Scale) -> list[Case]:
@@ -17,7 +15,7 @@ def make_cases(scale: Scale) -> list[Case]:
     rows = 16 if small else 64
     found = []
     for length in lengths:
-        trace = long_prompts(length, rows, 60 if small else 600, 6 if small else 20)
+        trace = beside_decodes(rows, 60 if small else 600, length, [0.0] * (6 if small else 20))
         ways = {"whole": {"enable_chunked_prefill": False}}
         # what the rows that decode leave of the step is the chunk
         ways |= {f"chunked, steps of {chunk}": {"max_num_batched_tokens": chunk} for chunk in chunks}
@@ -25,36 +23,29 @@ def make_cases(scale: Scale) -> list[Case]:
     return sorted(found, key=lambda case: case.series != "whole" and int(case.series.split()[-1]))
 
 
-def long_prompts(length: int, rows: int, output: int, prompts: int) -> Trace:
-    """`rows` short requests, all there at once, and long prompts of one output token among them."""
-    return make_trace(
-        f"prompts of {length}",
-        np.zeros(rows + prompts),
-        [8] * rows + [length] * prompts,
-        [output] * rows + [1] * prompts,
-        tenants=["decoding"] * rows + ["prompt"] * prompts,
-    )
+PANELS = (
+    Panel("decoding.itl_max", "", "decoding requests: longest ITL, ms", 1e3),
+    Panel("decoding.itl_p99", "", "decoding requests: p99 ITL, ms", 1e3),
+    Panel("decoding.tpot_mean", "", "decoding requests: mean TPOT, ms", 1e3),
+    Panel("prompt.ttft_mean", "", "long prompts: mean TTFT, ms", 1e3),
+)
+LATENCIES = (
+    Panel("decoding.itl_mean", "ITL ms", "", 1e3),
+    Panel("decoding.itl_p99", "p99 ITL ms", "", 1e3),
+    Panel("decoding.itl_max", "longest ITL ms", "", 1e3),
+    Panel("decoding.tpot_mean", "TPOT ms", "", 1e3),
+    Panel("prompt.ttft_mean", "long TTFT ms", "", 1e3),
+)
+WORK = (cases.UTILISATION, Panel("steps", "steps", ""))
+"""Panels, and two parts of the columns, of experiments with `beside_decodes`."""
 
 
 EXPERIMENT = Experiment(
     name="chunked_prefill",
     question="Long prompts, whole or in chunks, beside requests that decode",
     cases=make_cases,
-    panels=(
-        Panel("decoding.itl_max", "", "decoding requests: longest ITL, ms", 1e3),
-        Panel("decoding.itl_p99", "", "decoding requests: p99 ITL, ms", 1e3),
-        Panel("decoding.tpot_mean", "", "decoding requests: mean TPOT, ms", 1e3),
-        Panel("prompt.ttft_mean", "", "long prompts: mean TTFT, ms", 1e3),
-    ),
-    columns=(
-        Panel("decoding.itl_mean", "ITL ms", "", 1e3),
-        Panel("decoding.itl_p99", "p99 ITL ms", "", 1e3),
-        Panel("decoding.itl_max", "longest ITL ms", "", 1e3),
-        Panel("decoding.tpot_mean", "TPOT ms", "", 1e3),
-        Panel("prompt.ttft_mean", "long TTFT ms", "", 1e3),
-        cases.UTILISATION,
-        Panel("steps", "steps", ""),
-    ),
+    panels=PANELS,
+    columns=(*LATENCIES, *WORK),
     xlabel="tokens of a long prompt",
     log_x=True,
     limits={

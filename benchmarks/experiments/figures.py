@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxserve.batch_metrics import Spread
 from jaxserve.recorder import Event, RequestPreempted, StepRecorded
+from jaxserve.request import COMPLETED
 from jaxserve.timings import RequestTimings, request_timings
 
 _LATENCIES = ("queue_time", "ttft", "tpot", "e2e")
@@ -36,7 +37,7 @@ def summary(run: Run, ttft_target: float | None = None) -> dict[str, Any]:
     ends = [each.finished for each in timings if each.finished is not None]
     begin = min(each.arrived for each in timings)
     seconds = max(ends) - begin
-    completed = sum(each.reason in ("stop", "length") for each in timings)
+    completed = sum(each.reason in COMPLETED for each in timings)
     output = sum(each.output_tokens for each in timings)
     steps = [event for event in run.events if isinstance(event, StepRecorded)]
     computed = sum(step.token_bucket for step in steps)

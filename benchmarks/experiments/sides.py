@@ -136,12 +136,13 @@ def shared_runner(num_seqs: int, num_tokens: int) -> Runner:
 
 
 class EngineSide:
-    """The default model, in this process, with an engine of its own for every case."""
+    """A model in this process, the default one where none is given, with an engine of its own for every case."""
 
     def __init__(
         self, limits: Mapping[str, Any], runner: Runner | None = None, seed: int = 0, config: EngineConfig | None = None
     ):
-        """runner: another one than the default model's, with its configuration."""
+        """runner, config: another model's than the default one's."""
+        self._default = config is None
         self.config = self.configuration(limits) if config is None else with_options(config, limits)
         scheduler = self.config.scheduler
         wanted = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
@@ -160,8 +161,9 @@ class EngineSide:
     @property
     def about(self) -> dict[str, Any]:
         info = self.runner.info
+        name = "default model" if self._default else info.architecture
         return {
-            "model": f"default model, {info.num_parameters / 1e6:.1f} million parameters in {info.dtype}",
+            "model": f"{name}, {info.num_parameters / 1e6:.1f} million parameters in {info.dtype}",
             "pages": info.num_pages - 1,
             "page_size": info.page_size,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,6 +18,19 @@ def ten_requests(times: int, prompt: int, scale: int = 1) -> Trace:
     """The ten requests so many times over, all at once; outputs `scale` times as long."""
     outputs = np.tile(TEN_OUTPUTS, times) * scale
     return make_trace(f"ten requests x {times}", np.zeros(len(outputs)), prompt, outputs)
+
+
+def beside_decodes(rows: int, output: int, length: int, arrivals: Sequence[float]) -> Trace:
+    """`rows` short requests of tenant "decoding", all there at once, and long prompts of "prompt", of one output token
+    each, at their times."""
+    prompts = len(arrivals)
+    return make_trace(
+        f"prompts of {length}",
+        np.concatenate([np.zeros(rows), arrivals]),
+        [8] * rows + [length] * prompts,
+        [output] * rows + [1] * prompts,
+        tenants=["decoding"] * rows + ["prompt"] * prompts,
+    )
 
 
 def chat(scale: Scale, *, requests: int | None = None, seed: int = 0) -> Trace:

@@ -36,7 +36,6 @@ from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.protocol import Pending, Runner
 from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepUpdate
 from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.lateness import naming_targets
 from jaxserve.scheduler.page_pool import PagePool
 
 _log = logging.getLogger(__name__)
@@ -222,10 +221,10 @@ class EngineCore:
         return []
 
     def _expire(self) -> list[SequenceUpdate]:
-        now = self._now()
-        ended = self.scheduler.expire(now)
+        """Those that wait in vain, and what a static batch held back."""
+        ended = self.scheduler.expire(self._now())
         self._totals["num_dropped"] += sum(update.finish_reason is FinishReason.ABORT for update in ended)
-        return [naming_targets(update, self.config.scheduler.ordering, now) for update in ended]
+        return ended
 
     def _abort_all(self) -> list[FromEngine]:
         now = self._clock()

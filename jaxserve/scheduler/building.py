@@ -14,7 +14,7 @@ from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler_config import SchedulerConfig
 
 MOST_PADDING = 0.2
-"""Share of a bucket that is padded rather than that prompts get more, or less, than their share."""
+"""Share of a bucket that may be padding before prompts get less, or more, than their share of the step."""
 
 
 class StepBuilder:

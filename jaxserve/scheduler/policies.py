@@ -66,16 +66,13 @@ class EarliestDeadlineFirst(Policy):
     clocked = True
 
     def standing(self, sequence: Sequence) -> Standing:
-        return (self._start_by(sequence) + sequence.lateness, sequence.order)
-
-    def due(self, sequence: Sequence) -> float:
-        return self._start_by(sequence)
+        return (self.due(sequence) + sequence.lateness, sequence.order)
 
     def demote(self, sequence: Sequence) -> None:
         sequence.lateness = LATE_FACTOR * self.config.ttft_target
 
-    def _start_by(self, sequence: Sequence) -> float:
-        """Fixed when first asked: the estimates move, a place in a queue does not."""
+    def due(self, sequence: Sequence) -> float:
+        """The latest start. Fixed when first asked: the estimates move, a place in a queue does not."""
         if sequence.start_by is None:
             request = sequence.request
             prefill = sequence.num_known * self.pace.seconds_per_token

@@ -68,15 +68,13 @@ class Preemption:
         """Whose place a waiting sequence takes: one of far lower priority; or the longest one, where the waiting one is
         far shorter (head-of-line); or one of less standing, where only pages are missing. None without such. Looks at
         single running sequences only where there can be one. spared: ids of those that keep their places."""
-        gap, ratio = self._config.preempt_priority_gap, self._config.preempt_length_ratio
-        if gap is not None and running and waiting.priority - running.lowest_priority > gap:
-            may_lose = self._may_lose(running, spared)
-            lower = [one for one in may_lose if waiting.priority - one.priority > gap]
+        if running and self._far_above(waiting, running.lowest_priority):
+            lower = [one for one in self._may_lose(running, spared) if self._far_above(waiting, one.priority)]
             if lower:
                 return max(lower, key=lambda one: (-one.priority, *self._standing(one)))
-        if ratio is not None:
+        if self._config.preempt_length_ratio is not None:
             longest = max(self._may_lose(running, spared), key=lambda one: one.expected_length, default=None)
-            if longest is not None and waiting.expected_length * ratio <= longest.expected_length:
+            if longest is not None and self._far_shorter(waiting, longest):
                 return longest
         if short_of_pages and self._config.preempt_for_pages:
             standing = self._standing(waiting)
@@ -86,17 +84,16 @@ class Preemption:
 
     def urgency_queues(self) -> tuple[KeyedQueue, ...]:
         """Empty queues of those that wait: the best of each is the first that `far_better` may be true of."""
-        by_priority = KeyedQueue(lambda sequence: (-sequence.priority,))
-        by_length = KeyedQueue(lambda sequence: (sequence.expected_length,))
-        gap, ratio = self._config.preempt_priority_gap, self._config.preempt_length_ratio
-        return (by_priority,) * (gap is not None) + (by_length,) * (ratio is not None)
+        queues: list[KeyedQueue] = []
+        if self._config.preempt_priority_gap is not None:
+            queues.append(KeyedQueue(lambda sequence: (-sequence.priority,)))
+        if self._config.preempt_length_ratio is not None:
+            queues.append(KeyedQueue(lambda sequence: (sequence.expected_length,)))
+        return tuple(queues)
 
     def far_better(self, waiting: Sequence, other: Sequence) -> bool:
         """Whether a waiting sequence is of far higher priority than another, or far shorter."""
-        gap, ratio = self._config.preempt_priority_gap, self._config.preempt_length_ratio
-        if gap is not None and waiting.priority - other.priority > gap:
-            return True
-        return ratio is not None and waiting.expected_length * ratio <= other.expected_length
+        return self._far_above(waiting, other.priority) or self._far_shorter(waiting, other)
 
     def displaces(self, lowest_priority: int, highest_priority: int) -> bool:
         """Whether, among requests of such priorities, a waiting one may take a running one's place at all."""
@@ -104,6 +101,14 @@ class Preemption:
         return self._config.preempt_length_ratio is not None or (
             gap is not None and highest_priority - lowest_priority > gap
         )
+
+    def _far_above(self, waiting: Sequence, priority: int) -> bool:
+        gap = self._config.preempt_priority_gap
+        return gap is not None and waiting.priority - priority > gap
+
+    def _far_shorter(self, waiting: Sequence, other: Sequence) -> bool:
+        ratio = self._config.preempt_length_ratio
+        return ratio is not None and waiting.expected_length * ratio <= other.expected_length
 
     def _may_lose(self, running: Running, spared: Container[str]) -> list[Sequence]:
         most = self._config.max_preemptions

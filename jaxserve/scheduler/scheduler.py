@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from jaxserve.request import EngineRequest, FinishReason, RequestStatus
+from jaxserve.request import COMPLETED, EngineRequest, FinishReason, RequestStatus
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.building import StepBuilder
 from jaxserve.scheduler.costs import PreemptionCosts
@@ -162,8 +162,7 @@ class Scheduler:
             if sequence.request.deadline is None and not self._config.ordering.drop_late:
                 self._places.waiting.demote(sequence)
                 continue
-            error = "deadline cannot be met by what the engine computes in a second"
-            ended.append(self._finish(sequence, FinishReason.ABORT, error=error))
+            ended.append(self._finish(sequence, FinishReason.ABORT, error=self._too_late(sequence, now)))
         return ended
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
@@ -293,9 +292,21 @@ class Scheduler:
         del self._sequences[sequence.request_id]
         sequence.status = RequestStatus.FINISHED
         self.policy.ended(sequence)
-        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+        if reason.value in COMPLETED:
             self.predictor.observe(sequence.request, len(sequence.output_token_ids), sequence.expected_output)
         return SequenceUpdate(sequence, (), reason, error)
+
+    def _too_late(self, sequence: Sequence, now: float) -> str:
+        """What a request is told that ends since it would be late."""
+        if sequence.request.deadline is not None:
+            return "deadline cannot be met by what the engine computes in a second"
+        waited, late = now - sequence.request.arrival_time, now - self.policy.due(sequence)
+        ordering = self._config.ordering
+        return (
+            f"dropped after {waited:.3f} s in the queue: served now it would be {late:.3f} s late for ttft_target "
+            f"{ordering.ttft_target:g} s and tpot_target {ordering.tpot_target:g} s; raise the targets, set drop_late "
+            "to False (it is then served after those that can be in time), or send fewer requests"
+        )
 
     def _obstacle_stays(self) -> bool:
         """Whether those that wait will wait on while nothing arrives or leaves, whatever the clock says."""

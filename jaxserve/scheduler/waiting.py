@@ -43,7 +43,7 @@ class Waiting:
     of the policy. by_urgency: queues of new requests, in each of which the best takes a running one's place first.
     """
 
-    def __init__(self, policy: Policy, formation: Formation, by_urgency: tuple[KeyedQueue, ...] = ()):
+    def __init__(self, policy: Policy, formation: Formation, by_urgency: tuple[KeyedQueue, ...]):
         self._policy = policy
         self._formation = formation
         self._deadlines = _Times()
@@ -109,7 +109,7 @@ class Waiting:
     @property
     def timed(self) -> bool:
         """Somebody may wait who has a deadline."""
-        return bool(len(self._deadlines))
+        return bool(self._deadlines)
 
     def demote(self, sequence: Sequence) -> None:
         """Gives a late member the standing that its policy has for such."""

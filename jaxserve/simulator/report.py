@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxserve.batch_metrics import Spread
+from jaxserve.request import COMPLETED
 from jaxserve.simulator.simulation import SimulationResult
 
 METRICS = ("ttft", "tpot", "itl", "e2e", "queue_time")
@@ -240,7 +241,7 @@ def _share(part: float, whole: float) -> float:
 
 
 def _otherwise(each: Report) -> str:
-    return _counts({reason: count for reason, count in each.reasons.items() if reason not in ("stop", "length")})
+    return _counts({reason: count for reason, count in each.reasons.items() if reason not in COMPLETED})
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxserve.config import EngineConfig
 from jaxserve.recorder import Recorder
-from jaxserve.request import EngineRequest
+from jaxserve.request import COMPLETED, EngineRequest
 from jaxserve.simulator.costs import CostModel
 from jaxserve.simulator.engine import STOP_ID, Outcome, SimulatedDevice, SimulatedEngine
 from jaxserve.simulator.traces import Trace
@@ -83,7 +83,7 @@ class SimulationResult:
     @functools.cached_property
     def completed(self) -> np.ndarray:
         """bool [N]: requests that ended with all of their tokens."""
-        return np.array([reason in ("stop", "length") for reason in self.reasons], bool)
+        return np.array([reason in COMPLETED for reason in self.reasons], bool)
 
     @property
     def queue_time(self) -> np.ndarray:
