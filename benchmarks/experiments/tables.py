@@ -194,6 +194,19 @@ _PROFILE = (
     cases.UTILISATION,
     cases.TAU,
 )
+_CHUNK_SIZE = (
+    *_CHUNKED,
+    _named("p99", Panel("prompt.ttft_p99", "", "", 1e3)),
+    Panel("decoding.tpot_mean", "TPOT ms", "", 1e3),
+    cases.UTILISATION,
+)
+_HEAD_OF_LINE = (
+    _named("short TTFT ms", cases.TTFT, "short"),
+    _named("p99", cases.TTFT_P99, "short"),
+    _named("long e2e s", cases.E2E, "long"),
+    cases.THROUGHPUT,
+    cases.PREEMPTIONS,
+)
 
 TABLES: dict[str, Callable[[], str]] = {
     "modes-at-once": functools.partial(down, "modes", BOTH, _MODES, "all at once"),
@@ -205,7 +218,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "formations-simulation": functools.partial(down, "formations", ["simulation"], _FORMATIONS),
     "batch-size": functools.partial(down, "batch_size", BOTH, _BATCH_SIZE),
     "chunked-prefill": functools.partial(across, "chunked_prefill", "simulation", "tokens of a long prompt", _CHUNKED),
+    "chunk-size-engine": functools.partial(down, "chunk_size", ["engine"], _CHUNK_SIZE),
+    "chunk-size-simulation": functools.partial(down, "chunk_size", ["simulation"], _CHUNK_SIZE),
     "mixed-lengths": functools.partial(down, "mixed_lengths", BOTH, _MIXED),
+    "head-of-line": functools.partial(down, "head_of_line", BOTH, _HEAD_OF_LINE),
     "paged": functools.partial(across, "paged", "simulation", "tokens of the pool", _PAGED),
     "preemption": functools.partial(down, "preemption", BOTH, _PREEMPTION),
     "load-profile-engine": functools.partial(across, "load_profile", "engine", "load", _PROFILE),
