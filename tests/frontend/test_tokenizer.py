@@ -117,9 +117,9 @@ def test_a_configuration_that_transformers_refuses(tmp_path):
 def test_a_decoder_that_cannot_be_streamed(tmp_path):
     path = save(tmp_path, byte_level()) / "tokenizer.json"
     content = json.loads(path.read_text())
-    content["decoder"] = {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True}
+    content["decoder"] = {"type": "Strip", "content": " ", "start": 0, "stop": 1}
     path.write_text(json.dumps(content))
-    assert_refused(tmp_path, "tokenizer.json: tokenizer has the decoder CTC, which cannot be streamed")
+    assert_refused(tmp_path, "tokenizer.json: tokenizer has a decoder that strips the end of the text; it cannot be")
 
 
 def test_an_older_format_that_cannot_be_converted(tmp_path):

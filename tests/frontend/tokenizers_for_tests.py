@@ -1,4 +1,4 @@
-"""Small tokenizers built in place: a byte-level one (GPT-2, Llama 3) and ones like sentencepiece's (Llama 2, Gemma)."""
+"""Small tokenizers built in place: a byte-level one (GPT-2, Llama 3), sentencepiece's kinds (Llama 2, Gemma), others."""
 
 import json
 
@@ -43,6 +43,16 @@ def metaspace(scheme="always"):
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
     tokenizer.add_special_tokens(["</s>"])
+    return tokenizer
+
+
+def words(decoder, pieces, special=("[PAD]", "[CLS]", "[SEP]")):
+    """Whole tokens and the decoder that is to be tried (WordPiece, CTC, BPEDecoder and the like)."""
+    vocab = {piece: index for index, piece in enumerate((*special, *pieces))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoder
+    tokenizer.add_special_tokens(list(special))
     return tokenizer
 
 
