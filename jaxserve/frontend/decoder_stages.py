@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import copy
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -36,7 +35,9 @@ class Stage:
 
     def copy(self) -> Self:
         """Returns a stage that goes on from here by itself."""
-        return copy.copy(self)
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -105,7 +106,7 @@ class ByteFallback(Stage):
         return (complete.decode(),) if complete else ()
 
     def copy(self) -> Self:
-        other = copy.copy(self)
+        other = super().copy()
         other._run = self._run.copy()
         return other
 
@@ -243,6 +244,6 @@ class Whole(Stage):
         return self._decoder.decode(["".join(self._pieces)] if self._fused else self._pieces)
 
     def copy(self) -> Self:
-        other = copy.copy(self)
+        other = super().copy()
         other._pieces = self._pieces.copy()
         return other

@@ -189,7 +189,7 @@ class Detokenizer:
 
     def __init__(self, plan: DecoderPlan, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True):
         self._plan = plan
-        self._piece = plan.shown_piece if skip_special_tokens else plan.piece
+        self._piece = _piece_of(plan, skip_special_tokens)
         self._stages = plan.stages()
         if prompt_token_ids:
             self._end(self._prompt_tail(prompt_token_ids), of_prompt=True)
@@ -243,7 +243,8 @@ class Detokenizer:
 
     def copy(self, *, skip_special_tokens: bool = True) -> Self:
         """Returns a detokenizer that goes on from here by itself."""
-        other = type(self)(self._plan, skip_special_tokens=skip_special_tokens)
+        other = object.__new__(type(self))
+        other._plan, other._piece = self._plan, _piece_of(self._plan, skip_special_tokens)
         other._stages = [stage.copy() for stage in self._stages]
         return other
 
@@ -257,6 +258,10 @@ class Detokenizer:
             pieces = [text for piece in pieces for text in stage.feed(piece)]
             pieces.extend(stage.end_prompt() if of_prompt else stage.finish())
         return "".join(pieces)
+
+
+def _piece_of(plan: DecoderPlan, skip_special_tokens: bool) -> Callable[[int], str | None]:
+    return plan.shown_piece if skip_special_tokens else plan.piece
 
 
 def _flat(step: dict[str, Any]) -> list[dict[str, Any]]:

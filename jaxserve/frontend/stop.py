@@ -60,7 +60,7 @@ class _Matcher:
 
 
 class StopStrings:
-    """Cuts one request's text at the first stop string.
+    """Cuts one request's shown text at the first stop string in its generated text.
 
     A match counts when the token that completes it is number min_tokens or later. Of the matches that count, the one
     that starts earliest in the text wins; of those that start together, the one that is complete first. So a longer
@@ -129,11 +129,16 @@ class StopStrings:
         return released + self._release(self._end)
 
     def _take_both(self, text: str, shown: str) -> None:
-        same = 0
-        while same < min(len(text), len(shown)) and text[-1 - same] == shown[-1 - same]:
-            same += 1
+        """Takes two texts that may differ in the middle."""
         if text != shown:
-            self._gaps.append(_Gap(self._end, self._end + len(text) - same, len(shown) - same))
+            shorter = min(len(text), len(shown))
+            same = 0  # at the end
+            while same < shorter and text[-1 - same] == shown[-1 - same]:
+                same += 1
+            first = 0  # that differs
+            while first < shorter - same and text[first] == shown[first]:
+                first += 1
+            self._gaps.append(_Gap(self._end + first, self._end + len(text) - same, len(shown) - same - first))
         self._take(text, shown)
 
     def _take(self, text: str, shown: str) -> None:

@@ -1,4 +1,4 @@
-"""Small tokenizers built in place: a byte-level one (GPT-2, Llama 3), sentencepiece's kinds (Llama 2, Gemma), others."""
+"""Small tokenizers built in place: a byte-level one (GPT-2, Llama 3), sentencepiece's (Llama 2, Gemma), others."""
 
 import json
 
@@ -22,8 +22,8 @@ def byte_level(added=(" word", "=07", "é")):
     return tokenizer
 
 
-def byte_fallback(decoder=None):
-    """Llama 2's shape: ▁ for a space, byte tokens for what has no token of its own."""
+def byte_fallback(decoder=None, special=()):
+    """Llama 2's shape: ▁ for a space, byte tokens (ids from 3) for what has no token of its own; `special` behind."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcé", "ab", "▁ab", "▁▁", "<0x4>"]
     merges = [("a", "b"), ("▁", "ab"), ("▁", "▁")]
     vocab = {piece: index for index, piece in enumerate(pieces)}
@@ -32,7 +32,7 @@ def byte_fallback(decoder=None):
     tokenizer.decoder = decoder or decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", *special])
     return tokenizer
 
 
