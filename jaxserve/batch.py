@@ -45,6 +45,7 @@ from jaxserve.request import FinishReason
 from jaxserve.stop_signals import StopSignals
 
 EXIT_FAILED = 1
+_FAREWELL = "jaxserve.batch: ended at once by a second signal; the same command resumes it"
 _MAX_MESSAGE = 1000  # characters of an error line's message: a client's value in it may be of any length
 
 
@@ -110,6 +111,7 @@ class BatchRun:
                     output.write(self._result(keyed, completion), self._digest(keyed))
                     self.summary.completed += 1
                 bar.add_request(len(completion.prompt_token_ids))
+        output.repair()
 
     def _requests(self, source: InputFile, output: OutputFile, bar: TokenBar) -> Iterator[Prepared | None]:
         """The requests that are still to be computed; writes the error lines on the way.
@@ -202,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _fill_standard_streams()
     job = _Job(config, operative)
     try:
-        with StopSignals() as signals:
+        with StopSignals(_FAREWELL) as signals:
             with open_input(parsed.input) as source:
                 output = OutputFile(parsed.output, parsed.input)
                 with _closing(output.close):
@@ -284,7 +286,6 @@ class _Job:
             _say(f"resuming: {len(output.done)} results are in the output already")
         for note in output.notes:
             _say(note)
-        output.repair()
 
 
 @contextlib.contextmanager

@@ -26,9 +26,11 @@ class StopSignals:
 
     The second is seen by a thread, because the main thread may be within a long call that no handler can interrupt.
     A signal that was ignored before (`nohup`) stays so. Outside the main thread this does nothing.
+    farewell: a line for standard error when the second signal ends the process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, farewell: str) -> None:
+        self._farewell = farewell
         self._caught: int | None = None
         self._undo = contextlib.ExitStack()
 
@@ -38,7 +40,7 @@ class StopSignals:
         taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
-        thread = threading.Thread(target=_end_at_the_second, args=(ours, taken), name="stop signals", daemon=True)
+        thread = threading.Thread(target=_end_at_the_second, args=(ours, taken, self._farewell), daemon=True)
         thread.start()
         self._undo.callback(ours.close)
         self._undo.callback(thread.join)
@@ -62,9 +64,11 @@ class StopSignals:
             raise StoppedError(number)
 
 
-def _end_at_the_second(numbers: socket.socket, taken: list[signal.Signals]) -> None:
+def _end_at_the_second(numbers: socket.socket, taken: list[signal.Signals], farewell: str) -> None:
     caught = 0
     while data := numbers.recv(1):
         caught += data[0] in taken
         if caught == 2:
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{farewell}\n".encode())
             os._exit(128 + data[0])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from jaxserve.frontend.offline import Completion
@@ -90,9 +91,7 @@ def parse_body(url: str, body: Mapping[str, Any], tokenizer: Tokenizer | None) -
         if name in _NEUTRAL:
             _check_neutral(name, value, _NEUTRAL[name])
         elif name not in allowed:
-            raise ValueError(
-                f"body has the unknown field {name!r}; known are {', '.join(sorted(allowed | set(_NEUTRAL)))}"
-            )
+            raise ValueError(f"body has the unknown field {name!r}; {_hint(name, allowed | set(_NEUTRAL))}")
     for name in _LABELS:
         _check_text(name, fields.get(name, ""))
     metadata = fields.get("metadata", {})
@@ -191,8 +190,8 @@ def _parse_message(where: str, message: Any) -> dict[str, str]:
         elif name in _MESSAGE_TEXTS:
             _check_text(f"{where}.{name}", value)
         elif name not in ("role", "content"):
-            known = ", ".join(sorted({"role", "content", *_MESSAGE_TEXTS, *_NEUTRAL_IN_MESSAGE}))
-            raise ValueError(f"{where} has the unknown field {name!r}; known are {known}")
+            known = {"role", "content", *_MESSAGE_TEXTS, *_NEUTRAL_IN_MESSAGE}
+            raise ValueError(f"{where} has the unknown field {name!r}; {_hint(name, known)}")
     role, content, refusal = fields.get("role"), fields.get("content"), fields.get("refusal", "")
     if not isinstance(role, str):
         raise ValueError(f"{where}.role must be text")
@@ -229,6 +228,11 @@ def _parse_content(where: str, content: Any, role: str) -> str:
         _check_text(f"{where}[{index}].{kind}", part.get(kind))
         texts.append(part[kind])
     return "\n".join(texts)
+
+
+def _hint(name: str, known: Set[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
 
 
 def _check_text(name: str, value: Any) -> None:
