@@ -17,7 +17,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -27,6 +27,9 @@ from server.client import DEFAULT_ADDRESS, Client, join
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+
+_MARK = "="
+"""Stands before the values of options on their way through argparse, which takes a value of two dashes away."""
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
@@ -116,16 +119,37 @@ def split_prompt(arguments: Sequence[str], actions: Sequence[argparse.Action]) -
         elif not re.fullmatch(r"--[A-Za-z][\w-]*(=.*)?", argument, re.DOTALL):
             prompts.append(argument)
         else:
-            name, equals, _ = argument.partition("=")
-            known = [name] if name in takes_value else [option for option in takes_value if option.startswith(name)]
-            if not known:
-                near = difflib.get_close_matches(name, takes_value, n=1)
-                hint = f"did you mean {near[0]}? Or " if near else ""
-                raise ValueError(f"there is no option {name}; {hint}put -- before it if it is the prompt")
-            if not equals and rest and takes_value[known[0]] and len(known) == 1:
-                argument = f"{name}={rest.pop(0)}"
-            options.append(argument)
+            name, equals, value = argument.partition("=")
+            name = _full_name(name, takes_value)
+            if not takes_value[name]:
+                options.append(name + equals + value)
+            elif equals or rest:
+                options.append(f"{name}={_MARK}{value if equals else rest.pop(0)}")
+            else:
+                options.append(name)
     return options, _only(prompts), False
+
+
+def _full_name(name: str, known: Collection[str]) -> str:
+    """The option that a name, or the beginning of one, stands for."""
+    found = [name] if name in known else [option for option in known if option.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    near = found or difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {' or '.join(near)}? Or " if near else ""
+    raise ValueError(f"there is no option {name}; {hint}put -- before it if it is the prompt")
+
+
+def _marked(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The type of an option whose values come with the mark."""
+
+    def convert(text: str) -> Any:
+        try:
+            return kind(text.removeprefix(_MARK))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text.removeprefix(_MARK)!r} is no {kind.__name__}") from error
+
+    return convert
 
 
 def _only(prompts: Sequence[str]) -> str | None:
@@ -248,6 +272,8 @@ def _parser() -> tuple[argparse.ArgumentParser, list[argparse.Action]]:
     actions = []
 
     def add(*names: str, **settings: Any) -> None:
+        if settings.get("action") in (None, "append"):
+            settings["type"] = _marked(settings.get("type", str))
         actions.append(parser.add_argument(*names, **settings))
 
     parser.add_argument(
