@@ -173,7 +173,6 @@ class BatchRun:
         }
 
     def _write_error(self, output: OutputFile, keyed: KeyedLine, code: str, message: str) -> None:
-        self.summary.errors += 1
         if len(message) > _MAX_MESSAGE:
             message = f"{message[:_MAX_MESSAGE]}... ({len(message)} characters)"
         output.write(
@@ -185,6 +184,7 @@ class BatchRun:
             },
             self._digest(keyed),
         )
+        self.summary.errors += 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -205,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     job = _Job(config, operative)
     try:
         with StopSignals(_FAREWELL) as signals:
+            _prepare_composition(config.engine.composition_dir, (parsed.input, parsed.output))
             with open_input(parsed.input) as source:
                 output = OutputFile(parsed.output, parsed.input)
                 with _closing(output.close):
@@ -248,8 +249,8 @@ class _Job:
             bar = TokenBar(self._total, self._done_before, unit="line")
             with contextlib.closing(bar):
                 run.run(source, output, bar)
-            output.close()
             self.under_way = False
+            output.close()
             # Where the results go to standard output, nothing else does.
             stream = sys.stderr if output.is_standard or sys.stdout is None else sys.stdout
             said = _print(f"{run.summary}; {bar.speed}", stream)
@@ -300,6 +301,20 @@ def _closing(close: Callable[[], None]) -> Iterator[None]:
             _say(str(error))
         raise
     close()
+
+
+def _prepare_composition(directory: str | None, files: Sequence[str]) -> None:
+    """Makes the directory, before the model is loaded for nothing, unless what is written there would erase a file."""
+    if directory is None:
+        return
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as error:
+        raise BatchFileError(f"composition directory {directory!r} cannot be made: {reason(error)}") from error
+    for name in ("composition.json", "composition.png"):
+        path = os.path.realpath(os.path.join(directory, name))
+        if path in map(os.path.realpath, files):
+            raise BatchFileError(f"composition in {directory!r} would replace {path!r}; give another directory")
 
 
 def _close(client: EngineClient, composition_dir: str | None) -> None:

@@ -206,6 +206,35 @@ def test_a_composition_that_cannot_be_written_is_named(command, monkeypatch):
     assert len(results(command.output)) == 3
 
 
+def test_a_composition_that_cannot_begin_is_named_first(command, monkeypatch):
+    monkeypatch.chdir(command.folder)
+    for directory, words in (
+        ("in.jsonl", "composition directory 'in.jsonl' cannot be made: File exists"),
+        (
+            "in.jsonl/plots",
+            "composition directory 'in.jsonl/plots' cannot be made: Not a directory; a part of its path",
+        ),
+    ):
+        code, said = command(FIRST, "--composition", directory)
+        assert (code, command.started) == (1, 0)
+        assert words in said
+    code, said = command(FIRST, "--composition", "plots", output="plots/composition.json")
+    assert (code, command.started) == (1, 0)
+    assert "composition in 'plots' would replace" in said
+
+
+@pytest.mark.parametrize("loss", ["removed while it was written", "cut by another program"])
+def test_results_that_another_program_took_away_are_missed(command, loss):
+    def lose(step):
+        if command.output.exists() and command.output.read_bytes().count(b"\n") == 2:
+            command.output.unlink() if "removed" in loss else os.truncate(command.output, 0)
+
+    command.engine._on_step = lose
+    code, said = command([line(f"{index}", prompt=f"{index}") for index in range(4)])
+    assert code == 1
+    assert f"output {str(command.output)!r} was {loss}; the same command computes" in said
+
+
 def test_a_bar_that_cannot_be_shown_stops_nothing(monkeypatch):
     class Full:
         def write(self, text):

@@ -141,7 +141,8 @@ class OutputFile:
         with _naming("output", "written", path):
             self._fd = self._open(input_path)
         try:
-            self.is_regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+            status = os.fstat(self._fd)
+            self.is_regular, self._has_name = stat.S_ISREG(status.st_mode), bool(status.st_nlink)
             if self.is_regular:
                 with _naming("output", "locked", path):
                     self._lock()
@@ -195,7 +196,9 @@ class OutputFile:
         reader = io.BufferedReader(io.FileIO(self._fd, "rb", closefd=False), _BLOCK)
         while self._end < size:
             number += 1
-            line = reader.readline(min(MAX_RESULT_BYTES, size - self._end)) if reader.peek(1)[:1] == b"{" else b""
+            line = reader.read(1)
+            if line == b"{":  # else it is not ours, and may have no end
+                line += reader.readline(min(MAX_RESULT_BYTES, size - self._end) - 1)
             try:
                 key, digest = _parse_result(line)
             except ValueError as error:
@@ -260,6 +263,15 @@ class OutputFile:
         self._closed = True
         try:
             if self.is_regular:
+                status = os.fstat(self._fd)
+                if self._has_name and not status.st_nlink:
+                    raise BatchFileError(
+                        f"output {self.path!r} was removed while it was written; the same command computes it again"
+                    )
+                if status.st_size < self._end:
+                    raise BatchFileError(
+                        f"output {self.path!r} was cut by another program; the same command computes what is missing"
+                    )
                 os.fsync(self._fd)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # the file system has no fsync
@@ -272,8 +284,8 @@ class OutputFile:
 
     def _lost(self, error: OSError) -> BatchFileError:
         return BatchFileError(
-            f"output {self.path!r} may lack results that were written last: {reason(error)}; then give the same "
-            "command again, which computes what is missing"
+            f"output {self.path!r} may lack results that were written last: {reason(error)}; then the same "
+            "command computes what is missing"
         )
 
 
