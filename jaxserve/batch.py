@@ -4,11 +4,13 @@ The input holds OpenAI batch lines (custom_id, method, url, body); the output ge
 finish. A body may also say tenant, priority (higher is more urgent) and deadline (Unix seconds; a line whose deadline
 passes becomes an error line). A line that cannot be served becomes an error line and stops nothing. A run that was
 stopped, by a kill too, is resumed by the same command: lines whose result is in the output already are not computed
-again. Requests without a seed draw one from the configuration's seed and their custom_id, so a resumed run gives what
-an unbroken one would.
+again. A digest of its request stands beside each result, so that a line that has changed since is refused by name.
+Requests without a seed draw one from the configuration's seed and their custom_id, so a resumed run gives what
+an unbroken one would. Either file may be a pipe, and `-` is standard input or output; a pipe cannot be resumed.
 
-Exit codes: 0 the input was processed, error lines or not; 1 the run could not begin, or the engine failed; 2 a faulty
-command line or configuration; 130 interrupted.
+Exit codes: 0 the input was processed, error lines or not; 1 the run could not begin, or the engine, a file or a disk
+failed; 2 a faulty command line or configuration; 128 + n stopped by signal n (130 SIGINT, 143 SIGTERM, 129 SIGHUP), at
+the second one at once.
 """
 
 from __future__ import annotations
@@ -17,36 +19,34 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import json
+import os
 import pathlib
+import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO
 
 from jaxserve import gin_config
 from jaxserve.config import ServerConfig
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
-from jaxserve.frontend.batch_files import (
-    MALFORMED_PREFIX,
-    BatchLine,
-    Keys,
-    LineError,
-    OutputFile,
-    count_lines,
-    open_input,
-    parse_line,
-    read_lines,
-)
+from jaxserve.frontend.batch_errors import BatchFileError, LineError, reason
+from jaxserve.frontend.batch_files import InputFile, OutputFile, open_input
+from jaxserve.frontend.batch_lines import BatchLine, KeyedLine, count_lines, keyed_lines, read_lines
+from jaxserve.frontend.batch_resume import SETTINGS_BYTES, Digest, Resumption
 from jaxserve.frontend.delta import EngineDeadError
 from jaxserve.frontend.frontend import FrontEnd, Prepared
 from jaxserve.frontend.offline import Completion, TokenBar, run_all
 from jaxserve.frontend.openai import parse_body, response_body
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.request import FinishReason
+from jaxserve.stop_signals import StopSignals
 
 EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
+_FAREWELL = "jaxserve.batch: ended at once by a second signal; the same command resumes it"
+_MAX_MESSAGE = 1000  # characters of an error line's message: a client's value in it may be of any length
 
 
 @dataclasses.dataclass
@@ -65,64 +65,85 @@ class Summary:
 class BatchRun:
     """One pass over an input file.
 
-    model: the name in responses. seed: base of the seeds of requests that bring none.
+    model: the name in responses. seed: base of the seeds of requests that bring none. settings: what else decides the
+    tokens, of which results keep a digest. check_stop: called after each step; may raise.
     """
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer | None, model: str, seed: int):
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer | None,
+        model: str,
+        seed: int,
+        *,
+        settings: str = "",
+        check_stop: Callable[[], None] = lambda: None,
+    ):
         self._client = client
         self._front_end = FrontEnd(client, tokenizer, seed=seed)
         self._model = model
         self._seed = seed
-        self._under_way: dict[str, BatchLine] = {}
+        self._settings = _settings_digest(model, seed, settings)
+        self._check_stop = check_stop
+        self._under_way: dict[str, KeyedLine] = {}
         self._other_models: set[str] = set()
         self.summary = Summary()
 
-    def run(self, source: BinaryIO, output: OutputFile, bar: TokenBar) -> None:
-        """Serves every line of `source` that is not done. Raises EngineDeadError; what is written stays valid."""
+    def run(self, source: InputFile, output: OutputFile, bar: TokenBar) -> None:
+        """Serves every line of `source` that is not done. What is written stays valid, whatever is raised.
+
+        Raises EngineDeadError, BatchFileError, and what check_stop raises.
+        """
         requests = self._requests(source, output, bar)
-        with contextlib.closing(run_all(self._front_end, self._client, requests, bar.add_tokens)) as finished:
+
+        def stepped(tokens: int) -> None:
+            bar.add_tokens(tokens)
+            self._check_stop()
+
+        with contextlib.closing(run_all(self._front_end, self._client, requests, stepped)) as finished:
             for completion in finished:
-                line = self._under_way.pop(completion.request_id)
+                keyed = self._under_way.pop(completion.request_id)
                 if completion.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     late = completion.finish_reason is FinishReason.ABORT
                     code = "deadline_exceeded" if late else "request_failed"
-                    self._write_error(output, line.number, line.custom_id, code, completion.error)
+                    self._write_error(output, keyed, code, completion.error)
                 else:
-                    output.write(self._result(line, completion))
+                    output.write(self._result(keyed, completion), self._digest(keyed))
                     self.summary.completed += 1
                 bar.add_request(len(completion.prompt_token_ids))
+        output.repair()
 
-    def _requests(self, source: BinaryIO, output: OutputFile, bar: TokenBar) -> Iterator[Prepared]:
-        """The requests that are still to be computed; writes the error lines on the way."""
-        seen = Keys()
-        for number, data in read_lines(source):
-            line, fault = None, None
-            try:
-                line = parse_line(number, data)
-                key = line.custom_id
-            except LineError as error:
-                fault, key = error, error.key
-            if key is not None and key in seen:
-                fault = fault or LineError("duplicate_custom_id", f"custom_id {key!r} was used by an earlier line")
-                key = None
-            if key is None:
-                key = f"{MALFORMED_PREFIX}{number}"
-            seen.add(key)
-            if key in output.done:
+    def _requests(self, source: InputFile, output: OutputFile, bar: TokenBar) -> Iterator[Prepared | None]:
+        """The requests that are still to be computed; writes the error lines on the way.
+
+        None stands for a pipe that has no line at present, while requests are under way that must not wait for it.
+        """
+        earlier = Resumption(output.path, output.done, self._settings)
+        lines = read_lines(source, lambda: not self._under_way or source.line_is_there())
+        for keyed in keyed_lines(lines):
+            if keyed is None:
+                yield None
+                continue
+            if earlier.is_done(keyed):
                 self.summary.resumed += 1
                 continue
-            if line is not None and fault is None:
+            fault = keyed.fault
+            if keyed.line is not None:
                 try:
-                    prepared = self._prepare(line)
+                    prepared = self._prepare(keyed.line)
                 except ValueError as error:
                     fault = LineError("invalid_request", str(error))
                 else:
-                    self._under_way[prepared.request_id] = line
+                    self._under_way[prepared.request_id] = keyed
                     yield prepared
                     continue
             assert fault is not None
-            self._write_error(output, number, key, fault.code, str(fault))
+            self._write_error(output, keyed, fault.code, str(fault))
             bar.add_request()
+            self._check_stop()
+        if not source.is_regular:  # of a file they were said before
+            for note in earlier.notes():
+                _say(note)
 
     def _prepare(self, line: BatchLine) -> Prepared:
         request = parse_body(line.url, line.body, self._front_end.tokenizer)
@@ -138,70 +159,188 @@ class BatchRun:
             self._other_models.add(request.model)
         return prepared
 
-    def _result(self, line: BatchLine, completion: Completion) -> dict[str, Any]:
-        body = response_body(line.url, line.number, self._model, int(time.time()), completion)
+    def _digest(self, keyed: KeyedLine) -> Digest:
+        return Digest(keyed.digest, self._settings)
+
+    def _result(self, keyed: KeyedLine, completion: Completion) -> dict[str, Any]:
+        assert keyed.line is not None
+        body = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), completion)
         return {
-            "id": _result_id(line.number),
-            "custom_id": line.custom_id,
+            "id": _result_id(keyed.number),
+            "custom_id": keyed.key,
             "response": {"status_code": 200, "request_id": completion.request_id, "body": body},
             "error": None,
         }
 
-    def _write_error(self, output: OutputFile, number: int, key: str, code: str, message: str) -> None:
-        self.summary.errors += 1
+    def _write_error(self, output: OutputFile, keyed: KeyedLine, code: str, message: str) -> None:
+        if len(message) > _MAX_MESSAGE:
+            message = f"{message[:_MAX_MESSAGE]}... ({len(message)} characters)"
         output.write(
             {
-                "id": _result_id(number),
-                "custom_id": key,
+                "id": _result_id(keyed.number),
+                "custom_id": keyed.key,
                 "response": None,
-                "error": {"code": code, "message": f"line {number}: {message}"},
-            }
+                "error": {"code": code, "message": f"line {keyed.number}: {message}"},
+            },
+            self._digest(keyed),
         )
+        self.summary.errors += 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a batch from the command line; returns the exit code (see the module)."""
     parser = argparse.ArgumentParser(prog="jaxserve.batch", description="Serves a file of OpenAI batch lines.")
-    parser.add_argument("--input", required=True, metavar="FILE", help="batch lines: custom_id, method, url, body")
-    parser.add_argument("--output", required=True, metavar="FILE", help="results; an existing file is resumed")
+    parser.add_argument(
+        "--input", required=True, metavar="FILE", help="batch lines: custom_id, method, url, body; - is standard input"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="results; an existing file is resumed; - is standard output"
+    )
     parser.add_argument("--composition", metavar="DIR", help="write what steps consisted of, as JSON and a plot")
     parsed, config, operative = gin_config.load_from_command_line(parser, arguments)
     if parsed.composition is not None:
         engine = dataclasses.replace(config.engine, composition_dir=parsed.composition)
         config = dataclasses.replace(config, engine=engine)
+    _fill_standard_streams()
+    job = _Job(config, operative)
     try:
-        with open_input(parsed.input) as source, contextlib.closing(OutputFile(parsed.output, parsed.input)) as output:
-            return _serve(config, operative, source, output)
-    except (ValueError, OSError, MemoryError) as error:  # files, checkpoint or tokenizer
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        _say("interrupted; the same command resumes it")
-        return EXIT_INTERRUPTED
-
-
-def _serve(config: ServerConfig, operative: str, source: BinaryIO, output: OutputFile) -> int:
-    engine = config.engine
-    total = count_lines(source)
-    if len(output.done):
-        _say(f"resuming: {len(output.done)} results are in the output already")
-    tokenizer = load_tokenizer(engine)
-    for line in operative.splitlines():
-        if line.strip() and not line.startswith("#"):
-            _say(f"config: {line.strip()}")
-    client = InlineEngine(engine, progress=True)
-    name = config.served_model_name or pathlib.Path(engine.model or "dummy").name
-    run = BatchRun(client, tokenizer, name, engine.seed)
-    bar = TokenBar(total, min(len(output.done), total), unit="line")
-    try:
-        run.run(source, output, bar)
+        with StopSignals(_FAREWELL) as signals:
+            _prepare_composition(config.engine.composition_dir, (parsed.input, parsed.output))
+            with open_input(parsed.input) as source:
+                output = OutputFile(parsed.output, parsed.input)
+                with _closing(output.close):
+                    return job.run(source, output, signals.check)
+    except KeyboardInterrupt as error:
+        number = getattr(error, "number", signal.SIGINT)
+        _say(f"interrupted by {signal.Signals(number).name}; {job.standing()}")
+        return 128 + number
     except EngineDeadError as error:
-        bar.close()
-        return _fail(f"{error}; the same command resumes the run. {run.summary}")
-    finally:
-        bar.close()
+        return _fail(f"{error}; {job.standing()}")
+    except (ValueError, OSError, MemoryError) as error:  # files, checkpoint or tokenizer
+        return _fail(f"{error}; {job.standing()}" if job.under_way else str(error))
+
+
+class _Job:
+    """One run of the command over opened files."""
+
+    def __init__(self, config: ServerConfig, operative: str):
+        self._config = config
+        self._operative = operative
+        self._total: int | None = None
+        self._done_before = 0
+        self._resume = "the same command begins it again"
+        self._run: BatchRun | None = None
+        self.under_way = False
+
+    def run(self, source: InputFile, output: OutputFile, check_stop: Callable[[], None]) -> int:
+        """Returns the exit code. Raises what `main` turns into words."""
+        config, engine = self._config, self._config.engine
+        self._survey(source, output)
+        tokenizer = load_tokenizer(engine)
+        for line in self._operative.splitlines():
+            if line.strip() and not line.startswith("#"):
+                _say(f"config: {line.strip()}")
+        client = InlineEngine(engine, progress=True)
+        with _closing(lambda: _close(client, engine.composition_dir)):
+            self._run = run = BatchRun(
+                client, tokenizer, _model_name(config), engine.seed, settings=_settings(config), check_stop=check_stop
+            )
+            self.under_way = True
+            bar = TokenBar(self._total, self._done_before, unit="line")
+            with contextlib.closing(bar):
+                run.run(source, output, bar)
+            self.under_way = False
+            output.close()
+            # Where the results go to standard output, nothing else does.
+            stream = sys.stderr if output.is_standard or sys.stdout is None else sys.stdout
+            said = _print(f"{run.summary}; {bar.speed}", stream)
+        return 0 if said else EXIT_FAILED
+
+    def standing(self) -> str:
+        """How many lines are done and how to go on, in words."""
+        summary = self._run.summary if self._run is not None else Summary()
+        done = max(self._done_before, summary.resumed) + summary.completed + summary.errors
+        lines = f"{done} lines are done" if self._total is None else f"{done} of {self._total} lines are done"
+        return f"{lines}; {self._resume}"
+
+    def _survey(self, source: InputFile, output: OutputFile) -> None:
+        """Counts the lines and compares them with the results that are there, before anything is computed."""
+        if not output.is_regular:
+            self._resume = "the results went into a pipe, which cannot be resumed"
+        elif not source.is_regular:
+            self._resume = "the same command resumes it when it is given the same input again"
+        else:
+            self._resume = "the same command resumes it"
+        if source.is_regular:
+            if len(output.done):
+                settings = _settings_digest(
+                    _model_name(self._config), self._config.engine.seed, _settings(self._config)
+                )
+                earlier = Resumption(output.path, output.done, settings)
+                earlier.survey(keyed_lines(read_lines(source)))
+                self._total, self._done_before = earlier.lines, earlier.matched
+                output.notes.extend(earlier.notes())
+            else:
+                self._total = count_lines(source)
+            source.rewind()
+        if len(output.done):
+            _say(f"resuming: {len(output.done)} results are in the output already")
+        for note in output.notes:
+            _say(note)
+
+
+@contextlib.contextmanager
+def _closing(close: Callable[[], None]) -> Iterator[None]:
+    """Closes at the end; an error of that is only mentioned when another one is on its way."""
+    try:
+        yield
+    except BaseException:
+        try:
+            close()
+        except BatchFileError as error:
+            _say(str(error))
+        raise
+    close()
+
+
+def _prepare_composition(directory: str | None, files: Sequence[str]) -> None:
+    """Makes the directory, before the model is loaded for nothing, unless what is written there would erase a file."""
+    if directory is None:
+        return
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as error:
+        raise BatchFileError(f"composition directory {directory!r} cannot be made: {reason(error)}") from error
+    for name in ("composition.json", "composition.png"):
+        path = os.path.realpath(os.path.join(directory, name))
+        if path in map(os.path.realpath, files):
+            raise BatchFileError(f"composition in {directory!r} would replace {path!r}; give another directory")
+
+
+def _close(client: EngineClient, composition_dir: str | None) -> None:
+    try:
         client.close()
-    print(f"jaxserve.batch: {run.summary}; {bar.speed}")
-    return 0
+    except OSError as error:
+        raise BatchFileError(
+            f"composition in {composition_dir!r} cannot be written: {reason(error)}; the results are not affected"
+        ) from error
+
+
+def _model_name(config: ServerConfig) -> str:
+    return config.served_model_name or pathlib.Path(config.engine.model or "dummy").name
+
+
+def _settings(config: ServerConfig) -> str:
+    """What decides the tokens beside the request, the model's name and the seed, as text."""
+    engine = config.engine
+    paths = [path and str(pathlib.Path(path).resolve()) for path in (engine.model, engine.tokenizer)]
+    others = (engine.architecture, engine.load_format, engine.dtype, engine.max_model_len, engine.cache.kv_cache_dtype)
+    return repr((*paths, engine.skip_tokenizer_init, *others))
+
+
+def _settings_digest(model: str, seed: int, settings: str) -> bytes:
+    text = json.dumps([model, seed, settings])
+    return hashlib.blake2b(text.encode(), digest_size=SETTINGS_BYTES).digest()
 
 
 def _seed_for(seed: int, custom_id: str) -> int:
@@ -213,8 +352,37 @@ def _result_id(number: int) -> str:
     return f"batch_req_{number}"
 
 
+def _fill_standard_streams() -> None:
+    """Opens the null device where a standard stream is closed.
+
+    Else the next file that is opened, the output perhaps, takes its number, and libraries that write to number 2 write
+    into the results.
+    """
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - for as long as the process lives
+
+
+def _print(text: str, stream: TextIO) -> bool:
+    """Prints a line, and returns whether that went well; what the results are in is not affected by it."""
+    try:
+        print(f"jaxserve.batch: {text}", file=stream, flush=True)
+    except OSError as error:
+        # What the stream still holds goes there when the interpreter ends, and would be an error again.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if stream is not sys.stderr:
+            _say(f"{text} (standard output cannot be written: {reason(error)})")
+        return False
+    return True
+
+
 def _say(text: str) -> None:
-    print(f"jaxserve.batch: {text}", file=sys.stderr)
+    _print(text, sys.stderr)
 
 
 def _fail(text: str) -> int:

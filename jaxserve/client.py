@@ -2,6 +2,9 @@
 
 One prompt on the command line; `-` or a pipe: one prompt a line (--whole: all of it is one); neither: a dialogue, each
 prompt on its own. Text is printed as its tokens arrive. Decoding is greedy unless --temperature says otherwise.
+
+A prompt may begin with a dash ("-5+3"), and so may the value of an option (--stop --- ends the answer before ---). What
+looks like an option and is none is refused; after -- everything is the prompt, a dash and an option's name too.
 """
 
 from __future__ import annotations
@@ -9,11 +12,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -23,6 +27,9 @@ from server.client import DEFAULT_ADDRESS, Client, join
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+
+_MARK = "="
+"""Stands before the values of options on their way through argparse, which takes a value of two dashes away."""
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
@@ -58,8 +65,13 @@ def unescape(text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the client; returns the exit code: 0, 1 when a request failed, 2 for faulty options, 130 after Ctrl-C."""
-    parser = _parser()
-    parsed = parser.parse_args(arguments)
+    parser, actions = _parser()
+    try:
+        others, prompt, literal = split_prompt(sys.argv[1:] if arguments is None else arguments, actions)
+    except ValueError as error:
+        parser.error(str(error))
+    parsed = parser.parse_args(others)
+    parsed.prompt, parsed.from_stdin = prompt, prompt is None or (prompt == "-" and not literal)
     try:
         options = _options(parsed)
     except ValueError as error:
@@ -82,6 +94,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except grpc.RpcError as error:
         return _fail(_describe(error, parsed.address))
+
+
+def split_prompt(arguments: Sequence[str], actions: Sequence[argparse.Action]) -> tuple[list[str], str | None, bool]:
+    """Parts the command line into its options and its prompt, either of which may begin with a dash.
+
+    argparse takes every argument with a dash for an option, and refuses values with one. An option's value is whatever
+    follows it. The rest is the prompt, unless it looks like an option: letters behind one dash of which all are
+    options, or behind two dashes one word. Behind `--` everything is the prompt, and `--` alone is one.
+    Returns the options in a form that argparse takes, the prompt, and whether it stood behind `--`.
+    Raises ValueError for an option that is unknown and for a second prompt.
+    """
+    takes_value = {name: action.nargs != 0 for action in actions for name in action.option_strings}
+    letters = "".join(name[1] for name in takes_value if len(name) == 2)
+    options: list[str] = []
+    prompts: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--" and (rest or prompts):
+            return options, _only(prompts + rest), bool(rest)
+        if re.fullmatch(f"-[{letters}]+", argument):
+            options.append(argument)
+        elif not re.fullmatch(r"--[A-Za-z][\w-]*(=.*)?", argument, re.DOTALL):
+            prompts.append(argument)
+        else:
+            name, equals, value = argument.partition("=")
+            name = _full_name(name, takes_value)
+            if not takes_value[name]:
+                options.append(name + equals + value)
+            elif equals or rest:
+                options.append(f"{name}={_MARK}{value if equals else rest.pop(0)}")
+            else:
+                options.append(name)
+    return options, _only(prompts), False
+
+
+def _full_name(name: str, known: Collection[str]) -> str:
+    """The option that a name, or the beginning of one, stands for."""
+    found = [name] if name in known else [option for option in known if option.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    near = found or difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {' or '.join(near)}? Or " if near else ""
+    raise ValueError(f"there is no option {name}; {hint}put -- before it if it is the prompt")
+
+
+def _marked(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The type of an option whose values come with the mark."""
+
+    def convert(text: str) -> Any:
+        try:
+            return kind(text.removeprefix(_MARK))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text.removeprefix(_MARK)!r} is no {kind.__name__}") from error
+
+    return convert
+
+
+def _only(prompts: Sequence[str]) -> str | None:
+    if len(prompts) > 1:
+        raise ValueError(f"{len(prompts)} prompts are given, {prompts[0]!r} and {prompts[1]!r}; put quotes around one")
+    return prompts[0] if prompts else None
 
 
 def _answer_all(client: Client, prompts: Iterator[str], options: _Options) -> int:
@@ -147,7 +221,7 @@ def _answer(client: Client, text: str, options: _Options) -> None:
 
 def _prompts(parsed: argparse.Namespace) -> Iterator[str]:
     """The prompts of the command line or of standard input, as they come."""
-    if parsed.prompt not in (None, "-"):
+    if not parsed.from_stdin:
         yield parsed.prompt
     elif parsed.whole:
         yield _decoded(sys.stdin.buffer.read(), "standard input")
@@ -191,10 +265,21 @@ def _options(parsed: argparse.Namespace) -> _Options:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jaxserve.client", description=(__doc__ or "").partition("\n\n")[2])
-    add = parser.add_argument
-    add("prompt", nargs="?", metavar="PROMPT", help="the prompt; '-' or a pipe: standard input, one prompt a line")
+def _parser() -> tuple[argparse.ArgumentParser, list[argparse.Action]]:
+    """The parser, and its options."""
+    description = (__doc__ or "").partition("\n\n")[2]
+    parser = argparse.ArgumentParser(prog="jaxserve.client", description=description, add_help=False)
+    actions = []
+
+    def add(*names: str, **settings: Any) -> None:
+        if settings.get("action") in (None, "append"):
+            settings["type"] = _marked(settings.get("type", str))
+        actions.append(parser.add_argument(*names, **settings))
+
+    parser.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help="the prompt; '-' or a pipe: standard input, one prompt a line"
+    )
+    add("-h", "--help", action="help", help="show this and end")
     add("--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="the server (default: %(default)s)")
     add("--wait", type=float, default=0.0, metavar="SECONDS", help="wait so long for the server to become ready")
     add("--whole", action="store_true", help="all of standard input is one prompt")
@@ -212,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tenant", default="", metavar="NAME", help="whom the work is counted for")
     add("--priority", type=int, default=0, metavar="N", help="a higher number is more urgent (default: 0)")
     add("--timeout", type=float, metavar="SECONDS", help="give up after so many seconds")
-    return parser
+    return parser, actions
 
 
 def _code(error: Any) -> grpc.StatusCode:

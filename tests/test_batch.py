@@ -13,7 +13,9 @@ import time
 import pytest
 
 from jaxserve import batch
-from jaxserve.frontend.batch_files import BatchFileError, OutputFile, parse_line
+from jaxserve.frontend.batch_errors import BatchFileError
+from jaxserve.frontend.batch_files import OutputFile
+from jaxserve.frontend.batch_lines import parse_line
 from jaxserve.frontend.delta import EngineDeadError
 from jaxserve.frontend.tokenizer import Tokenizer
 from tests.batch_helpers import chat, line, results, run, write
@@ -219,7 +221,8 @@ def test_a_run_killed_half_way_is_resumed(tmp_path, tokenizer):
         engine = RuleEngine(on_step=lambda step: time.sleep(0.002), max_num_seqs=8)
         run = batch.BatchRun(engine, Tokenizer({str(tmp_path / "tokenizer")!r}), "fake", 0)
         output = batch.OutputFile({target!r}, {source!r})
-        run.run(open({source!r}, "rb"), output, batch.TokenBar(300, enabled=False))
+        with batch.open_input({source!r}) as file:
+            run.run(file, output, batch.TokenBar(300, enabled=False))
         """
     )
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
@@ -249,6 +252,9 @@ def _line_count(path):
 # ---- files that cannot be used ---------------------------------------------------------------------------------------
 
 
+ENOENT = "check its name and that its directory exists"
+
+
 def assert_refused(message, path, source):
     with pytest.raises(BatchFileError, match=f"^{re.escape(message)}$"):
         OutputFile(str(path), str(source))
@@ -258,9 +264,7 @@ def test_output_files_that_cannot_be_used(tmp_path):
     source = write(tmp_path / "in.jsonl", [line("a", prompt="x")])
     assert_refused(f"output {source!r} is the input; give another name", source, source)
     missing = str(tmp_path / "no" / "out.jsonl")
-    assert_refused(f"output {missing!r} cannot be written: No such file or directory", missing, source)
-    other = write(tmp_path / "other", [b'{"custom_id": "a"}', b"[]"])
-    assert_refused(f"output {other!r} holds something else in line 2; give another name or remove it", other, source)
+    assert_refused(f"output {missing!r} cannot be written: No such file or directory; {ENOENT}", missing, source)
     target = tmp_path / "out.jsonl"
     first = OutputFile(str(target), source)
     assert_refused(f"output {str(target)!r} is being written by another run", target, source)
@@ -269,7 +273,7 @@ def test_output_files_that_cannot_be_used(tmp_path):
 
 
 def test_parse_line_gives_what_the_line_says():
-    parsed = parse_line(3, json.dumps(line("a", prompt="x")).encode())
+    parsed = parse_line(3, line("a", prompt="x"))
     assert (parsed.number, parsed.custom_id, parsed.url, parsed.body) == (3, "a", "/v1/completions", {"prompt": "x"})
 
 
@@ -310,7 +314,10 @@ def test_the_command(tmp_path, command, capsys):
 def test_the_command_says_in_one_line_why_it_cannot_begin(tmp_path, command, capsys):
     missing = str(tmp_path / "no.jsonl")
     assert command(source=missing) == 1
-    assert capsys.readouterr().err == f"jaxserve.batch: input {missing!r} cannot be read: No such file or directory\n"
+    assert (
+        capsys.readouterr().err
+        == f"jaxserve.batch: input {missing!r} cannot be read: No such file or directory; {ENOENT}\n"
+    )
     write(tmp_path / "in.jsonl", [line("a", prompt="abc")])
     with pytest.raises(SystemExit) as caught:
         command("--gin.SchedulerConfig.max_seqs=3")
@@ -334,9 +341,11 @@ def test_the_command_when_the_engine_fails(tmp_path, command, capsys):
     command.engine.dead = "out of memory"
     assert command() == 1
     assert capsys.readouterr().err.endswith(
-        "jaxserve.batch: the engine has ended: out of memory; the same command resumes the run. "
-        "0 lines: 0 completed, 0 errors, 0 done before\n"
+        "jaxserve.batch: the engine has ended: out of memory; 0 of 1 lines are done; the same command resumes it\n"
     )
+
+
+INTERRUPTED = "jaxserve.batch: interrupted by SIGINT; 0 of 1 lines are done; the same command resumes it\n"
 
 
 def test_the_command_when_interrupted(tmp_path, command, capsys):
@@ -346,4 +355,4 @@ def test_the_command_when_interrupted(tmp_path, command, capsys):
     write(tmp_path / "in.jsonl", [line("a", prompt="abc")])
     command.engine._on_step = interrupt
     assert command() == 130
-    assert capsys.readouterr().err.endswith("jaxserve.batch: interrupted; the same command resumes it\n")
+    assert capsys.readouterr().err.endswith(INTERRUPTED)

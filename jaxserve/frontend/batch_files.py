@@ -1,191 +1,378 @@
-"""The two files of an offline batch: OpenAI batch lines in, results out, and what an earlier run left of them.
+"""The two files of an offline batch: the input, a file or a pipe, and the results, with what an earlier run left.
 
-A line's key is its custom_id, or `malformed-line-<number>` when it has none of its own. The output holds each key
-once, which is how a run that was stopped is resumed.
+The output holds each key once and beside it a digest of what was asked, which is how a run that was stopped is resumed.
+Nothing of a file that is not a batch's output is ever changed.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import errno
 import fcntl
-import hashlib
+import io
 import json
 import os
+import re
+import select
+import stat
+import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
-from jaxserve.frontend.openai import URLS
-from jaxserve.request import MAX_ID_LENGTH
+from jaxserve.frontend.batch_errors import BatchFileError, reason
+from jaxserve.frontend.batch_lines import MAX_LINE_BYTES
+from jaxserve.frontend.batch_resume import Digest, Results
 
-MAX_LINE_BYTES = 64 * 1024 * 1024
-MALFORMED_PREFIX = "malformed-line-"
+MAX_RESULT_BYTES = 256 * 1024 * 1024
+"""No line of an output is longer; a file with a longer line is something else."""
 
-_FIELDS = ("custom_id", "method", "url", "body")
 _BLOCK = 1024 * 1024
+_STANDARD = {"input": ("-", "/dev/stdin"), "output": ("-", "/dev/stdout")}
+_KINDS = (
+    (stat.S_ISDIR, "a directory; name a file in it"),
+    (stat.S_ISSOCK, "a socket; give a file or a pipe"),
+    (stat.S_ISBLK, "a block device; give a file or a pipe"),
+    (stat.S_ISCHR, "a character device; give a file or a pipe"),
+)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_RESULT_FIELDS = {"id", "custom_id", "response", "error"}
+_DIGEST_FIELD = "request_digest"
 
 
-class BatchFileError(ValueError):
-    """A file that cannot be used as it is; the text is one line."""
+# ---- input -----------------------------------------------------------------------------------------------------------
 
 
-class LineError(ValueError):
-    """What is wrong with one line. code: a word for programs. key: the line's custom_id, None when it has none."""
+class InputFile:
+    """An open input: a file, which can be read again, or a pipe, whose lines are read as they come.
 
-    def __init__(self, code: str, message: str, key: str | None = None):
-        super().__init__(message)
-        self.code = code
-        self.key = key
+    Raises BatchFileError, from the constructor and from reading.
+    """
 
+    def __init__(self, path: str):
+        self._path = path
+        with _naming("input", "read", path):
+            status = _status("input", path)
+            if status is not None:
+                _refuse_kind("input", path, status)
+            self._fd = os.dup(0) if _is_standard("input", path) else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.is_regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+        self._start = os.lseek(self._fd, 0, os.SEEK_CUR) if self.is_regular else 0
+        self._reader = io.BufferedReader(io.FileIO(self._fd, "rb"), _BLOCK)
+        self._buffer = bytearray()  # of a pipe
+        self._searched = 0  # bytes of the buffer that are known to hold no newline
+        self._ended = False
 
-@dataclasses.dataclass(frozen=True)
-class BatchLine:
-    """A well-formed line; the body is not yet read. number: from 1."""
+    def __enter__(self) -> InputFile:
+        return self
 
-    number: int
-    custom_id: str
-    url: str
-    body: Mapping[str, Any]
+    def __exit__(self, *_: object) -> None:
+        self._reader.close()
 
+    def rewind(self) -> None:
+        """Goes back to where a file was when it was opened."""
+        with _naming("input", "read", self._path):
+            self._reader.seek(self._start)
 
-def parse_line(number: int, data: bytes) -> BatchLine:
-    """Reads one input line. Raises LineError."""
-    if len(data) > MAX_LINE_BYTES:
-        raise LineError("line_too_long", f"line has more than {MAX_LINE_BYTES} bytes")
-    try:
-        text = data.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise LineError("invalid_utf8", f"line is no valid UTF-8 at byte {error.start}") from error
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise LineError("invalid_json", f"line is no valid JSON: {reason}") from error
-    if not isinstance(line, dict):
-        raise LineError("invalid_line", f"line is {_kind(line)}; it must be a JSON object")
-    key = _parse_custom_id(line)
-    unknown = sorted(set(line) - set(_FIELDS))
-    if unknown:
-        raise LineError(
-            "invalid_line", f"line has the unknown field {unknown[0]!r}; known are {', '.join(_FIELDS)}", key
-        )
-    if line.get("method") != "POST":
-        raise LineError("invalid_method", f"method is {line.get('method')!r}; it must be 'POST'", key)
-    if line.get("url") not in URLS:
-        raise LineError("invalid_url", f"url is {line.get('url')!r}; it must be one of {', '.join(URLS)}", key)
-    if not isinstance(line.get("body"), dict):
-        raise LineError("invalid_line", f"body is {_kind(line.get('body'))}; it must be a JSON object", key)
-    return BatchLine(number, key, line["url"], line["body"])
+    def readline(self, size: int) -> bytes:
+        """Returns the next line, or `size` bytes of it where it is longer; waits for it. Empty at the end."""
+        with _naming("input", "read", self._path):
+            if self.is_regular:
+                return self._reader.readline(size)
+            while not self._has_line(size):
+                self._fill()
+            end = self._buffer.find(b"\n", 0, size) + 1 or size
+            line = bytes(self._buffer[:end])
+            del self._buffer[:end]
+            self._searched = 0
+            return line
 
+    def line_is_there(self) -> bool:
+        """Returns whether `readline` need not wait."""
+        if self.is_regular:
+            return True
+        with _naming("input", "read", self._path):
+            while not self._has_line(MAX_LINE_BYTES):
+                if not _poll(self._fd, select.POLLIN, 0):
+                    return False
+                self._fill()
+        return True
 
-def _parse_custom_id(line: Mapping[str, Any]) -> str:
-    if "custom_id" not in line:
-        raise LineError("missing_custom_id", "line has no custom_id")
-    key = line["custom_id"]
-    if not isinstance(key, str) or not key or len(key) > MAX_ID_LENGTH:
-        raise LineError("invalid_custom_id", f"custom_id must be text of 1 to {MAX_ID_LENGTH} characters")
-    if key.startswith(MALFORMED_PREFIX):
-        raise LineError(
-            "invalid_custom_id", f"custom_id begins with {MALFORMED_PREFIX!r}, which is kept for error lines"
-        )
-    return key
+    def _has_line(self, size: int) -> bool:
+        found = self._buffer.find(b"\n", self._searched) >= 0
+        if not found:
+            self._searched = len(self._buffer)
+        return found or self._ended or len(self._buffer) >= size
 
-
-def _kind(value: Any) -> str:
-    words = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return words.get(type(value), "a number")
-
-
-def open_input(path: str) -> BinaryIO:
-    """Raises BatchFileError when the file cannot be read."""
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise BatchFileError(f"input {path!r} cannot be read: {error.strerror}") from error
+    def _fill(self) -> None:
+        try:
+            block = os.read(self._fd, _BLOCK)
+        except BlockingIOError:  # who shares the pipe may have set it so
+            _poll(self._fd, select.POLLIN)
+            return
+        self._buffer += block
+        self._ended = not block
 
 
-def count_lines(file: BinaryIO) -> int:
-    """Lines of a file that are not blank; leaves the file at its start."""
-    count = sum(1 for _ in read_lines(file))
-    file.seek(0)
-    return count
+def open_input(path: str) -> InputFile:
+    """Opens a file, or a pipe: `-` is the standard input. Raises BatchFileError when it cannot be read."""
+    return InputFile(path)
 
 
-def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Numbers and bytes of the lines that are not blank. Of a line over MAX_LINE_BYTES only the beginning is kept."""
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES + 2):
-        number += 1
-        end = line
-        while not end.endswith(b"\n") and len(end) > MAX_LINE_BYTES:
-            end = file.readline(MAX_LINE_BYTES + 2)
-        if line.strip():
-            yield number, line.rstrip(b"\r\n")
-
-
-class Keys:
-    """A set of keys that takes 16 bytes for each, however long they are."""
-
-    def __init__(self) -> None:
-        self._digests: set[bytes] = set()
-
-    def __contains__(self, key: str) -> bool:
-        return self._digest(key) in self._digests
-
-    def __len__(self) -> int:
-        return len(self._digests)
-
-    def add(self, key: str) -> None:
-        self._digests.add(self._digest(key))
-
-    @staticmethod
-    def _digest(key: str) -> bytes:
-        return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+# ---- output ----------------------------------------------------------------------------------------------------------
 
 
 class OutputFile:
-    """The results, appended to what an earlier run wrote; `done` has the keys of that.
+    """The results, appended to what an earlier run wrote (`done`); a pipe or a terminal takes them too.
 
-    A last line that a kill has torn is removed. Raises BatchFileError when the file cannot be written, is no batch
-    output, or another run is writing it.
+    Raises BatchFileError when it cannot be written, is no batch output, or another run is writing it; nothing of it is
+    changed then, nor before the first `write` or `repair`. notes: lines for the user. is_standard: the results go where
+    standard output goes.
     """
 
     def __init__(self, path: str, input_path: str):
-        if os.path.exists(path) and os.path.samefile(path, input_path):
-            raise BatchFileError(f"output {path!r} is the input; give another name")
+        self.path = path
+        self.done = Results()
+        self.notes: list[str] = []
+        self._closed = self._locked = False
+        self._end = 0  # of the last whole line
+        self._torn = 0  # bytes behind it, of a line that an earlier run has not finished
+        self._lacks_newline = False
+        self.is_standard = False
+        with _naming("output", "written", path):
+            self._fd = self._open(input_path)
         try:
-            self._file = open(path, "a+b")  # noqa: SIM115 - closed by close()
-        except OSError as error:
-            raise BatchFileError(f"output {path!r} cannot be written: {error.strerror}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.done = self._read(path)
-        except OSError as error:
-            self._file.close()
-            raise BatchFileError(f"output {path!r} is being written by another run") from error
-        except BatchFileError:
-            self._file.close()
+            status = os.fstat(self._fd)
+            self.is_regular, self._has_name = stat.S_ISREG(status.st_mode), bool(status.st_nlink)
+            if self.is_regular:
+                with _naming("output", "locked", path):
+                    self._lock()
+                with _naming("output", "read", path):
+                    self._read()
+            with contextlib.suppress(OSError):  # standard output is closed
+                self.is_standard = os.path.samestat(os.fstat(self._fd), os.fstat(1))
+        except BaseException:
+            os.close(self._fd)
             raise
 
-    def _read(self, path: str) -> Keys:
-        done, end = Keys(), 0
-        self._file.seek(0)
-        for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                self._file.truncate(end)
-                break
-            end += len(line)
-            try:
-                done.add(json.loads(line)["custom_id"])
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise BatchFileError(
-                    f"output {path!r} holds something else in line {number}; give another name or remove it"
-                ) from error
-        return done
+    def _open(self, input_path: str) -> int:
+        status, standard = _status("output", self.path), _is_standard("output", self.path)
+        if status is not None and (stat.S_ISREG(status.st_mode) or stat.S_ISFIFO(status.st_mode)):
+            source = _status("input", input_path)
+            if source is not None and os.path.samestat(status, source):
+                raise BatchFileError(f"output {self.path!r} is the input; give another name")
+        if status is None or stat.S_ISREG(status.st_mode):
+            path = "/dev/stdout" if standard else self.path  # opened anew: to be resumed it must be read as well
+            return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        _refuse_kind("output", self.path, status)
+        return os.dup(1) if standard else os.open(self.path, os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
 
-    def write(self, result: Mapping[str, Any]) -> None:
+    def _lock(self) -> None:
+        """Keeps a second run out, by whichever kind of lock the file system has."""
+        refusal = ""
+        for lock in (fcntl.flock, fcntl.lockf):
+            try:
+                lock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN) or (
+                    error.errno == errno.EACCES and lock is fcntl.lockf
+                ):
+                    raise BatchFileError(f"output {self.path!r} is being written by another run") from error
+                if error.errno not in _NO_LOCKS:
+                    raise
+                refusal = error.strerror
+            else:
+                self._locked = True
+                return
+        self.notes.append(
+            f"output {self.path!r} is on a file system without locks ({refusal}): nothing keeps a second run from "
+            "writing it at the same time"
+        )
+
+    # ---- what is there already ---------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        size, number = os.fstat(self._fd).st_size, 0
+        # Not a descriptor of its own: closing that would end a lock of `lockf`.
+        reader = io.BufferedReader(io.FileIO(self._fd, "rb", closefd=False), _BLOCK)
+        while self._end < size:
+            number += 1
+            line = reader.read(1)
+            if line == b"{":  # else it is not ours, and may have no end
+                line += reader.readline(min(MAX_RESULT_BYTES, size - self._end) - 1)
+            try:
+                key, digest = _parse_result(line)
+            except ValueError as error:
+                if self._end + len(line) < size or not _is_torn(line):
+                    raise BatchFileError(
+                        f"output {self.path!r} holds something else in line {number}; give another name or remove it"
+                    ) from error
+                self._torn = len(line)
+                self.notes.append(f"the last line of the output, {len(line)} bytes, is not whole and is written anew")
+                return
+            earlier = self.done.find(key)
+            if earlier is not None:
+                raise BatchFileError(
+                    f"output {self.path!r} holds custom_id {key!r} twice, in lines {earlier.line} and {number}; "
+                    "remove one of them or give another name"
+                )
+            self.done.add(key, digest)
+            self._end += len(line)
+            self._lacks_newline = not line.endswith(b"\n")
+        if os.fstat(self._fd).st_size != size:
+            raise BatchFileError(f"output {self.path!r} is being written by another program; give another name")
+
+    def repair(self) -> None:
+        """Removes the beginning of a line that an earlier run has not finished."""
+        if self._torn:
+            with _naming("output", "written", self.path):
+                if os.fstat(self._fd).st_size != self._end + self._torn:
+                    raise BatchFileError(f"output {self.path!r} was changed by another program; give another name")
+                os.ftruncate(self._fd, self._end)
+            self._torn = 0
+        if self._lacks_newline:
+            self._lacks_newline = False
+            self._append(b"\n")
+
+    # ---- writing -----------------------------------------------------------------------------------------------------
+
+    def write(self, result: Mapping[str, Any], digest: Digest) -> None:
         """Appends one line, whole, and hands it to the operating system: a kill afterwards does not lose it."""
-        self._file.write(json.dumps(result).encode() + b"\n")
-        self._file.flush()
+        self.repair()
+        self._append(json.dumps({**result, _DIGEST_FIELD: str(digest)}).encode() + b"\n")
+
+    def _append(self, data: bytes) -> None:
+        try:
+            with _naming("output", "written", self.path):
+                rest = memoryview(data)
+                while rest:
+                    try:
+                        rest = rest[os.write(self._fd, rest) :]
+                    except BlockingIOError:  # who shares the pipe may have set it so
+                        _poll(self._fd, select.POLLOUT)
+        except BaseException:  # a signal too
+            if self._locked:  # else the end may be another's; what stays behind is removed by the next run
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._fd, self._end)
+            raise
+        self._end += len(data)
 
     def close(self) -> None:
-        self._file.close()
+        """Makes the results safe on the disk; idempotent. Raises BatchFileError where the system reports a loss."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self.is_regular:
+                status = os.fstat(self._fd)
+                if self._has_name and not status.st_nlink:
+                    raise BatchFileError(
+                        f"output {self.path!r} was removed while it was written; the same command computes it again"
+                    )
+                if status.st_size < self._end:
+                    raise BatchFileError(
+                        f"output {self.path!r} was cut by another program; the same command computes what is missing"
+                    )
+                os.fsync(self._fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # the file system has no fsync
+                raise self._lost(error) from error
+        finally:
+            try:
+                os.close(self._fd)
+            except OSError as error:
+                raise self._lost(error) from error
+
+    def _lost(self, error: OSError) -> BatchFileError:
+        return BatchFileError(
+            f"output {self.path!r} may lack results that were written last: {reason(error)}; then the same "
+            "command computes what is missing"
+        )
+
+
+def _parse_result(data: bytes) -> tuple[str, Digest | None]:
+    """The key and digest of a line of an output. Raises ValueError when it is anything else."""
+    try:
+        value = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(value, dict) or set(value) - {_DIGEST_FIELD} != _RESULT_FIELDS:
+        raise ValueError("other fields")
+    name, key = value["id"], value["custom_id"]
+    outcome = [part for part in (value["response"], value["error"]) if part is not None]
+    if not isinstance(name, str) or not name.startswith("batch_req_") or not isinstance(key, str) or not key:
+        raise ValueError("other names")
+    if len(outcome) != 1 or not isinstance(outcome[0], dict):
+        raise ValueError("neither a response nor an error")
+    return key, Digest.parse(value[_DIGEST_FIELD]) if _DIGEST_FIELD in value else None
+
+
+_PARTS_OF_A_LINE = (
+    ('{"id": "batch_req_', r"\d*"),
+    ('", "custom_id": "', r'(?:[^"\\]|\\.)*(?:\\\Z)?'),
+    ('", "response": ', ""),
+)
+_REST_OF_A_LINE = ('{"status_code": 200, "request_id": "line-', 'null, "error": {"code": "')
+
+
+def _is_torn(data: bytes) -> bool:
+    """Whether bytes may be the beginning of a line that `OutputFile.write` has written."""
+    if not data or re.search(rb"[^ -~]", data):
+        return False
+    rest = data.decode("ascii")
+    for literal, pattern in _PARTS_OF_A_LINE:
+        if not rest.startswith(literal):
+            return literal.startswith(rest)
+        rest = re.sub(rf"\A{pattern}", "", rest[len(literal) :], count=1)
+    return any(rest.startswith(literal) or literal.startswith(rest) for literal in _REST_OF_A_LINE)
+
+
+# ---- the operating system --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _naming(role: str, verb: str, path: str) -> Iterator[None]:
+    """Turns an error of the operating system into a BatchFileError that names the file and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise BatchFileError(f"{role} {path!r} cannot be {verb}: {reason(error)}") from error
+
+
+def _is_standard(role: str, path: str) -> bool:
+    return path in _STANDARD[role]
+
+
+def _status(role: str, path: str) -> os.stat_result | None:
+    """What stands at a path, or is standard input or output; None when there is nothing. Raises OSError."""
+    if _is_standard(role, path):
+        if (sys.stdin if role == "input" else sys.stdout) is None:
+            raise BatchFileError(f"{role} {path!r} is closed; give a file")
+        return os.fstat(0 if role == "input" else 1)
+    if "\0" in path:
+        raise BatchFileError(f"{role} {path!r} holds a NUL character; no name of a file does")
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _refuse_kind(role: str, path: str, status: os.stat_result) -> None:
+    """Refuses what is neither a file nor a pipe. A terminal and the null device do no harm."""
+    standard = _is_standard(role, path)
+    if stat.S_ISCHR(status.st_mode):
+        for harmless in (os.devnull, "/dev/tty"):
+            with contextlib.suppress(OSError):
+                if os.stat(harmless).st_rdev == status.st_rdev:
+                    return
+        if standard and os.isatty(0 if role == "input" else 1):
+            return
+    for is_kind, words in _KINDS:
+        if is_kind(status.st_mode) and not (standard and stat.S_ISSOCK(status.st_mode)):
+            raise BatchFileError(f"{role} {path!r} is {words}")
+
+
+def _poll(fd: int, events: int, timeout: int | None = None) -> bool:
+    """Waits until a descriptor is ready, for `timeout` milliseconds at most."""
+    poll = select.poll()
+    poll.register(fd, events)
+    return bool(poll.poll(timeout))

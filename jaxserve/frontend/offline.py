@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable
+from typing import Any
 
 import tqdm
 
@@ -52,14 +55,15 @@ class _Collected:
 def run_all(
     front_end: FrontEnd,
     client: EngineClient,
-    requests: Iterable[Prepared],
+    requests: Iterable[Prepared | None],
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Generator[Completion, None, None]:
     """Yields each request's completion as it finishes; requests are taken from the iterable only as there is room.
 
     At most twice max_num_seqs requests are under way, which keeps the engine busy and memory bounded.
+    requests: None stands for nothing at present; it may only come while requests are under way.
     A request whose deadline passes ends with ABORT, before it starts or between two steps.
-    on_tokens: called after each step with the output tokens that it gave.
+    on_tokens: called after each step with the output tokens that it gave; what it raises ends the iteration.
     Raises EngineDeadError when the engine fails. Leaving the iteration early aborts what is under way.
     """
     source = iter(requests)
@@ -69,16 +73,19 @@ def run_all(
     try:
         while True:
             while not exhausted and len(under_way) < window and front_end.has_room:
-                prepared = next(source, None)
-                if prepared is None:
+                try:
+                    prepared = next(source)
+                except StopIteration:
                     exhausted = True
+                    break
+                if prepared is None:
+                    break
+                try:
+                    front_end.start(prepared)
+                except DeadlineError as error:
+                    yield _too_late(prepared, str(error))
                 else:
-                    try:
-                        front_end.start(prepared)
-                    except DeadlineError as error:
-                        yield _too_late(prepared, str(error))
-                    else:
-                        under_way[prepared.request_id] = _Collected(prepared.prompt_token_ids)
+                    under_way[prepared.request_id] = _Collected(prepared.prompt_token_ids)
             if not under_way and exhausted:
                 return
             deltas = [delta for message in client.receive() for delta in front_end.handle(message)]
@@ -101,6 +108,24 @@ def _too_late(prepared: Prepared, error: str) -> Completion:
     return Completion(prepared.request_id, prepared.prompt_token_ids, (), "", FinishReason.ABORT, error, 0)
 
 
+class _Terminal:
+    """Standard error for a progress bar, without its errors: a bar that nobody can see stops no run."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
 class TokenBar:
     """A progress bar over requests that shows output tokens per second.
 
@@ -109,7 +134,13 @@ class TokenBar:
 
     def __init__(self, total: int | None, done: int = 0, *, unit: str = "prompt", enabled: bool = True):
         self._bar = tqdm.tqdm(
-            total=total, initial=done, unit=unit, desc="Generating", dynamic_ncols=True, disable=not enabled
+            total=total,
+            initial=done,
+            unit=unit,
+            desc="Generating",
+            dynamic_ncols=True,
+            disable=not enabled,
+            file=_Terminal(sys.stderr),
         )
         self._start = time.perf_counter()
         self._output_tokens = 0

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import difflib
+import json
+import reprlib
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from jaxserve.frontend.offline import Completion
@@ -16,17 +19,50 @@ URLS = (COMPLETIONS_URL, CHAT_URL)
 
 _OWNERSHIP = ("tenant", "priority", "deadline")
 _SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
-_NEUTRAL: Mapping[str, Any] = {
-    "n": 1,
-    "best_of": 1,
-    "stream": False,
-    "echo": False,
-    "logprobs": None,
-    "suffix": None,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
+_NEUTRAL: Mapping[str, Sequence[Any]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "stream": (False,),
+    "stream_options": ({"include_usage": False, "include_obfuscation": True},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "reasoning_effort": ("medium", "none"),  # the default of OpenAI's models before and since GPT-5.1
+    "verbosity": ("medium",),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "prompt_cache_retention": ("in_memory", "in-memory"),
 }
-"""OpenAI's fields that are not supported, with the one value that asks for nothing."""
+"""OpenAI's fields that are not supported, with the values that ask for nothing; null always does."""
+
+_LABELS = ("user", "safety_identifier", "prompt_cache_key")
+"""OpenAI's fields that mark a request and change nothing in its answer."""
+
+_NEUTRAL_IN_MESSAGE: Mapping[str, Sequence[Any]] = {
+    "tool_calls": ([],),
+    "function_call": (),
+    "audio": (),
+    "annotations": ([],),
+}
+_MESSAGE_TEXTS = ("name", "refusal", "tool_call_id")
+_PART_TEXTS = ("text", "refusal")
+
+_words = reprlib.Repr()
+_words.maxstring = _words.maxother = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,25 +80,27 @@ def parse_body(url: str, body: Mapping[str, Any], tokenizer: Tokenizer | None) -
     """Reads the body of a request to one of URLS. A field that is null counts as absent.
 
     tenant, priority (higher is more urgent) and deadline (Unix seconds) are additions to OpenAI's, as in the gRPC API.
-    A chat's messages become token ids by the tokenizer's chat template. Raises ValueError naming the field: unknown or
-    unsupported fields, wrong types, values out of range.
+    A chat's messages become token ids by the tokenizer's chat template. Raises ValueError naming the field: unknown
+    fields, wrong types, values out of range, and what would change the answer and is not supported.
     """
     fields = {name: value for name, value in body.items() if value is not None}
     own = "prompt" if url == COMPLETIONS_URL else "messages"
-    allowed = {own, "model", *_SAMPLING, *_OWNERSHIP, *(("max_completion_tokens",) if url == CHAT_URL else ())}
+    allowed = {own, "model", "metadata", *_LABELS, *_SAMPLING, *_OWNERSHIP}
+    allowed |= {"max_completion_tokens"} if url == CHAT_URL else set()
     for name, value in fields.items():
         if name in _NEUTRAL:
-            if value != _NEUTRAL[name] or isinstance(value, bool) != isinstance(_NEUTRAL[name], bool):
-                raise ValueError(f"{name} is {value!r}; only {_NEUTRAL[name]} is supported")
+            _check_neutral(name, value, _NEUTRAL[name])
         elif name not in allowed:
-            raise ValueError(
-                f"body has the unknown field {name!r}; known are {', '.join(sorted(allowed | set(_NEUTRAL)))}"
-            )
+            raise ValueError(f"body has the unknown field {name!r}; {_hint(name, allowed | set(_NEUTRAL))}")
+    for name in _LABELS:
+        _check_text(name, fields.get(name, ""))
+    metadata = fields.get("metadata", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"metadata is {_words.repr(metadata)}; it must be an object whose values are texts")
     if own not in fields:
         raise ValueError(f"body has no {own}")
     model = fields.get("model")
-    if model is not None and not isinstance(model, str):
-        raise ValueError(f"model is {model!r}; it must be text")
+    _check_text("model", fields.get("model", ""))
     params = _parse_params(fields)
     prompt = _parse_prompt(fields[own]) if own == "prompt" else _parse_messages(fields[own], tokenizer)
     return BodyRequest(prompt, params, model, {name: fields[name] for name in _OWNERSHIP if name in fields})
@@ -117,6 +155,9 @@ def _parse_params(fields: Mapping[str, Any]) -> SamplingParams:
 
 
 def _parse_prompt(prompt: Any) -> str | list[int]:
+    """A list of one prompt is that prompt."""
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, list):
@@ -131,13 +172,83 @@ def _parse_messages(messages: Any, tokenizer: Tokenizer | None) -> list[int]:
         raise ValueError("messages need a tokenizer, and this server has none; send a prompt of token ids")
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages must be a list of at least one message")
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise ValueError(f"messages[{index}] is of type {type(message).__name__}; it must be an object")
-        for name in ("role", "content"):
-            if not isinstance(message.get(name), str):
-                raise ValueError(f"messages[{index}].{name} must be text")
-        unknown = sorted(set(message) - {"role", "content", "name"})
-        if unknown:
-            raise ValueError(f"messages[{index}] has the unknown field {unknown[0]!r}; known are content, name, role")
+    messages = [_parse_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
     return tokenizer.encode_chat(messages)
+
+
+def _parse_message(where: str, message: Any) -> dict[str, str]:
+    """A message as chat templates know it: role and content, and name and tool_call_id where it has them.
+
+    The developer's messages are the system's under another name, which few templates know.
+    """
+    if not isinstance(message, dict):
+        raise ValueError(f"{where} is of type {type(message).__name__}; it must be an object")
+    fields = {name: value for name, value in message.items() if value is not None}
+    for name, value in fields.items():
+        if name in _NEUTRAL_IN_MESSAGE:
+            _check_neutral(f"{where}.{name}", value, _NEUTRAL_IN_MESSAGE[name])
+        elif name in _MESSAGE_TEXTS:
+            _check_text(f"{where}.{name}", value)
+        elif name not in ("role", "content"):
+            known = {"role", "content", *_MESSAGE_TEXTS, *_NEUTRAL_IN_MESSAGE}
+            raise ValueError(f"{where} has the unknown field {name!r}; {_hint(name, known)}")
+    role, content, refusal = fields.get("role"), fields.get("content"), fields.get("refusal", "")
+    if not isinstance(role, str):
+        raise ValueError(f"{where}.role must be text")
+    if refusal and role != "assistant":
+        raise ValueError(f"{where}.refusal is {_words.repr(refusal)}; only an assistant's message has one")
+    if refusal and content:
+        raise ValueError(f"{where} has content and a refusal; an assistant answers with one of them")
+    if refusal or (role == "assistant" and content is None and "content" in message):
+        content = refusal
+    return {
+        "role": "system" if role == "developer" else role,
+        "content": _parse_content(f"{where}.content", content, role),
+        **{name: fields[name] for name in ("name", "tool_call_id") if name in fields},
+    }
+
+
+def _parse_content(where: str, content: Any, role: str) -> str:
+    """The text of a message; its parts are lines."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{where} must be text" + (", or a list of at least one part" if content == [] else ""))
+    types = _PART_TEXTS if role == "assistant" else _PART_TEXTS[:1]
+    texts = []
+    for index, part in enumerate(content):
+        if not isinstance(part, dict):
+            raise ValueError(f"{where}[{index}] is of type {type(part).__name__}; it must be an object")
+        kind = part.get("type")
+        if kind not in types:
+            raise ValueError(f"{where}[{index}].type is {_words.repr(kind)}; only {' and '.join(types)} is supported")
+        unknown = sorted(name for name, value in part.items() if name not in ("type", kind) and value is not None)
+        if unknown:
+            raise ValueError(f"{where}[{index}] has the unknown field {unknown[0]!r}; known are type, {kind}")
+        _check_text(f"{where}[{index}].{kind}", part.get(kind))
+        texts.append(part[kind])
+    return "\n".join(texts)
+
+
+def _hint(name: str, known: Set[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {_words.repr(value)}; it must be text")
+
+
+def _check_neutral(name: str, value: Any, neutral: Sequence[Any]) -> None:
+    """Raises ValueError unless the value is one of those that ask for nothing."""
+    if not any(_is_same(value, one) for one in neutral):
+        words = " or ".join(json.dumps(one) for one in neutral) or "null"
+        raise ValueError(f"{name} is {_words.repr(value)}; only {words} is supported")
+
+
+def _is_same(value: Any, neutral: Any) -> bool:
+    """Whether a value says what `neutral` says; of an object's fields all may be absent or null."""
+    if isinstance(value, dict) and isinstance(neutral, dict):
+        return all(part is None or (name in neutral and _is_same(part, neutral[name])) for name, part in value.items())
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)

@@ -59,6 +59,58 @@ def test_escapes_and_newline(run, served):
     assert run("-e", "--stop", r"\n", r"one\ntwo")[1] == "one\n"
 
 
+@pytest.mark.parametrize(
+    "prompt", ["-5+3", "-1", "-x", "-no", "- item", "--5", "-- x", "---", "--help me", "-5\n--json"]
+)
+def test_a_prompt_may_begin_with_a_dash(run, served, prompt):
+    assert run("-n", prompt)[:2] == (0, prompt + "\n")
+    assert run(prompt, "-n", "--json", "--max-tokens", "99")[0] == 0
+    sent = [bytes(token_id - 3 for token_id in each.prompt_token_ids[1:]) for each in served.engine.requests[-2:]]
+    assert sent == [prompt.encode() + b"\n"] * 2
+
+
+def test_two_dashes_make_anything_the_prompt(served, monkeypatch, capsys):
+    address = ["--address", served.address]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"from stdin\n")))
+    for prompt in ("-", "--", "--json", "-n", "--temperature=2", "-5", "plain"):
+        assert command.main([*address, "--", prompt]) == 0
+        assert capsys.readouterr().out == prompt + "\n"
+    assert command.main([*address, "--"]) == 0
+    assert capsys.readouterr().out == "--\n"
+    assert command.main([*address, "-"]) == 0
+    assert capsys.readouterr().out == "from stdin\n"
+
+
+@pytest.mark.parametrize("value", ["-", "--", "---", "-5", "--json", "-n", "--tenant", "-h"])
+def test_the_value_of_an_option_may_begin_with_a_dash(run, served, value):
+    assert run("--stop", value, f"ab{value}cd")[:2] == (0, "ab\n")
+    assert run(f"--stop={value}", f"ab{value}cd")[:2] == (0, "ab\n")
+    assert run("--ten", value, "a")[0] == 0
+    assert served.engine.requests[-1].tenant == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--jsn", "a"], "there is no option --jsn; did you mean --json? Or put -- before it if it is the prompt"),
+        (["--verbose"], "there is no option --verbose; put -- before it if it is the prompt"),
+        (["--max_tokens=3", "a"], "there is no option --max_tokens; did you mean --max-tokens?"),
+        (["a", "-5"], "2 prompts are given, 'a' and '-5'; put quotes around one"),
+        (["one", "two", "three"], "3 prompts are given, 'one' and 'two'; put quotes around one"),
+        (["--top", "3", "a"], "there is no option --top; did you mean --top-k or --top-p?"),
+        (["--json=x", "a"], "argument --json: ignored explicit argument 'x'"),
+        (["a", "--stop"], "argument --stop: expected one argument"),
+        (["--max-tokens", "--json", "a"], "argument --max-tokens: '--json' is no int"),
+        (["--priority", "-9999999999", "a"], "priority is -9999999999; it must be"),
+    ],
+)
+def test_what_looks_like_an_option_and_is_none_is_refused(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(arguments)
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+
+
 def test_standard_input_is_one_prompt_a_line_or_one_altogether(run):
     assert run("-", stdin="one\r\n\ntwö\nthree".encode()) == (0, "one\ntwö\nthree\n", "")
     assert run(stdin=b"piped\n")[1] == "piped\n"
