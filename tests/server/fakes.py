@@ -17,6 +17,7 @@ from jaxserve.engine.messages import (
     EngineReady,
     EngineStats,
     FromEngine,
+    Progress,
     RequestOutput,
     Shutdown,
     ToEngine,
@@ -78,6 +79,18 @@ class EchoEngine:
         self._outbox: list[FromEngine] = []
         self._steps: int | None = None
         self._generated = 0
+        self._beat = 0
+
+    @property
+    def unsent_bytes(self) -> int:
+        return 0
+
+    def progress(self) -> Progress:
+        self._beat += 1
+        return Progress(self._beat, 0, False)
+
+    def kill(self) -> None:
+        self.send(Shutdown())
 
     def send(self, message: ToEngine) -> None:
         with self._changed:
@@ -101,8 +114,9 @@ class EchoEngine:
             messages, self._outbox = self._outbox, []
             return messages
 
-    def close(self) -> None:
+    def close(self, seconds: float = 0.0) -> str:
         self.send(Shutdown())
+        return ""
 
     def pause(self) -> None:
         """No further step is taken until `allow` or `resume`."""
