@@ -16,7 +16,7 @@ import pytest
 
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.channel import EngineClient
-from jaxserve.engine.framing import send_frames
+from jaxserve.engine.framing import frames
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import (
     AbortRequest,
@@ -138,7 +138,7 @@ def test_the_engine_ends_at_once_when_its_front_end_dies_during_start():
             pass_fds=[theirs.fileno()],
             stderr=subprocess.PIPE,
         )
-    send_frames(ours, [config_to_bytes(CONFIG)])
+    ours.sendall(frames([config_to_bytes(CONFIG)]))
     ours.close()
     _, errors = worker.communicate(timeout=120)
     assert (worker.returncode, errors) == (0, b"")
