@@ -29,7 +29,8 @@ class DeviceFaultError(RuntimeError):
     """A step failed after it was started: what the device held is lost. plan: of the step, or the part of it."""
 
     def __init__(self, plan: StepPlan, error: Exception):
-        super().__init__(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        lines = str(error).splitlines() or [""]  # the first says what, the others where
+        super().__init__(f"{type(error).__name__}: {lines[0]}")
         self.plan = plan
 
 
