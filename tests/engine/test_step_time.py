@@ -44,7 +44,7 @@ def test_nothing_is_predicted_where_nothing_is_known():
     assert prediction.largest_seconds == 0.0
 
 
-@pytest.mark.parametrize("more", [{"max_num_seqs": 32}, {"max_num_batched_tokens": 64}, {"max_model_len": 512}])
+@pytest.mark.parametrize("more", [{"max_num_seqs": 16}, {"max_num_batched_tokens": 64}, {"max_model_len": 512}])
 def test_a_device_is_predicted_to_take_longer_for_more(more):
     def costs(**options: int) -> StepCosts:
         sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "max_model_len": 128} | options
