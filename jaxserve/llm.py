@@ -23,8 +23,12 @@ Prompt = str | Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class CompletionOutput:
-    """One generated output. finish_reason: "stop", "length", "abort" when its deadline passed or was out of reach, or
-    "error" when this request failed in the engine."""
+    """One generated output.
+
+    text: continues the prompt, so that both together are the text of all tokens; special tokens are not shown.
+    finish_reason: "stop", "length", "abort" when its deadline passed or was out of reach, or "error" when this request
+    failed in the engine.
+    """
 
     index: int
     text: str

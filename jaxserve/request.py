@@ -62,7 +62,8 @@ class SamplingParams:
     seed: fixes the random draw, which depends on (seed, position) alone; None lets the server draw a seed.
     max_tokens: output tokens at most; None is the rest of the context, or of the page pool where that is smaller.
     min_tokens: stop token ids cannot be drawn, and stop strings do not count, before this many output tokens.
-    stop: strings that end the text; they are not part of it.
+    stop: strings that end the text; they are not part of it. They are looked for in what is generated, which includes
+        special tokens ("<|im_end|>"), although the text does not show them; not in the prompt.
     stop_token_ids: token ids that end the output, besides the model's own.
     ignore_eos: the model's own end-of-sequence ids are ordinary tokens.
     """

@@ -48,9 +48,10 @@ class Cause(enum.Enum):
 class Delta:
     """News of one request. Exactly one delta of a request, its last, has a finish reason.
 
-    token_ids, text: new since the delta before. Text may lag behind token ids: it is held back while it may still
-    become a stop string or a whole character. A token id that ended the output is in token_ids, its text is not in
-    text; what a stop string cuts off is in neither.
+    token_ids, text: new since the delta before. The text continues the prompt's: both together are the text of all
+    tokens, and a character that the prompt leaves incomplete is in the output. Text may lag behind token ids: it is
+    held back while it may still become a stop string or a whole character. A token id that ended the output is in
+    token_ids, its text is not in text; what a stop string cuts off is in neither.
     error, cause: set when finish_reason is ABORT or ERROR; error is one line.
     prompt_tokens, cached_tokens: of the whole prompt. output_tokens: so far, these included.
     """

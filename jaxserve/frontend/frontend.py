@@ -265,13 +265,20 @@ class FrontEnd:
             self._client.send(AddRequest(request))
         except OSError as error:
             raise EngineDeadError(f"the engine cannot be reached: {error}") from error
-        detokenizer = None if self._tokenizer is None else self._tokenizer.detokenizer()
-        output = OutputState(detokenizer, params.stop, params.min_tokens, stop_token_ids)
+        output = self._output(prepared, stop_token_ids)
         opened = _Open(request_id, request.request_id, len(request.prompt_token_ids), deadline, output)
         self._open[request_id] = self._by_engine_id[request.request_id] = opened
         if deadline is not None:
             heapq.heappush(self._deadlines, (deadline, request.request_id))
         return request_id
+
+    def _output(self, prepared: Prepared, stop_token_ids: tuple[int, ...]) -> OutputState:
+        prompt, params, shown, generated = prepared.prompt_token_ids, prepared.params, None, None
+        if self._tokenizer is not None:
+            shown = self._tokenizer.detokenizer(prompt)
+            if params.stop:
+                generated = self._tokenizer.detokenizer(prompt, skip_special_tokens=False)
+        return OutputState(shown, generated, params.stop, params.min_tokens, stop_token_ids)
 
     def abort(self, request_id: str, error: str = "aborted by the client", cause: Cause = Cause.CLIENT) -> Delta | None:
         """Ends a request and returns its last delta; None when there is no such unfinished request."""

@@ -10,15 +10,26 @@ from jaxserve.request import FinishReason
 
 
 class OutputState:
-    """Detokeniser, stop strings and held-back tokens of one request.
+    """Detokenizers, stop strings and held-back tokens of one request.
 
-    detokenizer: None gives no text. stop_token_ids: ids whose text is left out when one of them ends the output.
+    shown: gives the text, without special tokens; None gives no text. generated: gives the text in which stop strings
+    are looked for, with special tokens; needed where there are stop strings.
+    stop_token_ids: ids whose text is left out when one of them ends the output.
     """
 
     def __init__(
-        self, detokenizer: Detokenizer | None, stop: Sequence[str], min_tokens: int, stop_token_ids: Iterable[int]
+        self,
+        shown: Detokenizer | None,
+        generated: Detokenizer | None,
+        stop: Sequence[str],
+        min_tokens: int,
+        stop_token_ids: Iterable[int],
     ):
-        self._detokenizer = detokenizer
+        self._shown = shown
+        # None while it would give the same as `shown`, which spares nearly every token a second detokenizer.
+        self._generated = None if shown is None or generated is None or generated.goes_on_like(shown) else generated
+        self._waiting = ""  # shown text that is certain before the generated text of the same tokens is
+        self._has_stop = bool(stop)
         self._stop = StopStrings(stop, min_tokens)
         self._stop_token_ids = frozenset(stop_token_ids)
         self._token_ids: list[int] = []  # not yet taken
@@ -53,11 +64,50 @@ class OutputState:
 
     def _add(self, token_id: int, textless: bool = False) -> str:
         self._token_ids.append(token_id)
-        return self._stop.add("" if self._detokenizer is None or textless else self._detokenizer.add((token_id,)))
+        shown = self._shown
+        if shown is None:
+            return self._stop.add("")
+        if textless:
+            return self._add_textless(shown, token_id) if self._has_stop else self._stop.add("")
+        text = shown.add_token(token_id)
+        if not self._has_stop:
+            return self._stop.add(text)
+        if not text and shown.is_special(token_id):
+            return self._add_textless(shown, token_id)
+        if self._generated is None:
+            return self._stop.add(text)
+        return self._add_differing(shown, self._generated, token_id, text)
+
+    def _add_textless(self, shown: Detokenizer, token_id: int) -> str:
+        """Adds a token that has a text in the generated text alone."""
+        generated = self._generated or shown.copy(skip_special_tokens=False)
+        before = generated.peek()
+        text = generated.add_token(token_id)
+        length = len(before) if text.startswith(before) else 0
+        self._compare(shown, generated)
+        return self._stop.add_special(text[:length], text[length:], self._waiting + shown.peek())
+
+    def _add_differing(self, shown: Detokenizer, generated: Detokenizer, token_id: int, text: str) -> str:
+        """Adds a token that makes `text` certain of the shown text, and may make another certain of the generated."""
+        self._waiting += text
+        text = generated.add_token(token_id)
+        if not text and not generated.goes_on_like(shown):
+            return self._stop.add("")
+        waiting, self._waiting = self._waiting, ""
+        self._compare(shown, generated)
+        return self._stop.add(text, waiting)
+
+    def _compare(self, shown: Detokenizer, generated: Detokenizer) -> None:
+        self._generated = None if not self._waiting and generated.goes_on_like(shown) else generated
 
     def finish(self) -> str:
-        """The text still held back, when no more tokens follow."""
-        return self._stop.finish("" if self._detokenizer is None else self._detokenizer.finish())
+        """Returns the text still held back, when no more tokens follow. Without a token there is no text."""
+        if self._shown is None or not self.num_tokens:
+            return self._stop.finish()
+        rest = self._shown.finish()
+        if self._generated is None:
+            return self._stop.finish(rest)
+        return self._stop.finish(self._generated.finish(), self._waiting + rest)
 
     def take_token_ids(self) -> tuple[int, ...]:
         """The token ids that are now known to belong to the output and were not taken before."""

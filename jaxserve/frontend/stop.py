@@ -1,9 +1,27 @@
-"""Stop strings: text is released only when no stop string can begin in it, whatever tokens and chunks it came in."""
+"""Stop strings: text is released only when no stop string can begin in it, whatever tokens and chunks it came in.
+
+Stop strings are looked for in the text that is generated, which has the text of special tokens, and cut the text that
+is shown, which has not. As long as both are the same, they are one string here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gap:
+    """A stretch where the texts differ: positions [start, end) of the generated text, `shown` characters of the other.
+
+    Those characters count as in front of all of the generated ones but the first. tail: text that is shown when the
+    output ends within the gap, though not (yet) when it goes on.
+    """
+
+    start: int
+    end: int
+    shown: int
+    tail: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +60,7 @@ class _Matcher:
 
 
 class StopStrings:
-    """Cuts one request's text at the first stop string.
+    """Cuts one request's shown text at the first stop string in its generated text.
 
     A match counts when the token that completes it is number min_tokens or later. Of the matches that count, the one
     that starts earliest in the text wins; of those that start together, the one that is complete first. So a longer
@@ -55,8 +73,9 @@ class StopStrings:
         self._matchers = [_Matcher(text) for text in stop]
         self._min_tokens = min_tokens
         self._match: _Match | None = None
-        self._held = ""
-        self._end = 0  # characters taken so far, held ones included
+        self._held = ""  # of the shown text
+        self._end = 0  # characters of the generated text taken so far
+        self._gaps: list[_Gap] = []  # those that reach behind what is released
         self._num_tokens = 0
         self._decided = False
 
@@ -70,42 +89,94 @@ class StopStrings:
         """Tokens known to belong to the output, whatever follows: those up to a match that may win, else all."""
         return self._num_tokens if self._match is None else self._match.num_tokens
 
-    def add(self, text: str) -> str:
-        """Takes the text that the next token makes certain (often empty) and returns the text that is released."""
-        self._num_tokens += 1
-        return self._take(text)
+    def add(self, text: str, shown: str | None = None) -> str:
+        """Takes the text that the next token makes certain (often empty) and returns the text that is released.
 
-    def finish(self, text: str = "") -> str:
-        """Takes what the detokeniser still held, and returns the rest of the text. Nothing may be added afterwards."""
-        released = self._take(text)
+        text: of the generated text. shown: the same of the shown text; None when it is that of the generated text.
+        """
+        self._num_tokens += 1
+        if not self._matchers:
+            return text  # nothing is ever held
+        if shown is None:
+            self._take(text, text)
+        else:
+            self._take_both(text, shown)
+        return self._decide()
+
+    def add_special(self, before: str, text: str, tail: str) -> str:
+        """Does what `add` does for a token of which `text` is generated and nothing is shown.
+
+        before: what it makes certain of the generated text in front of it. tail: what would be shown of the tokens
+        before it if the output ended with them, and is not yet certain.
+        """
+        self._num_tokens += 1
+        for generated, end in ((before, ""), (text, tail)):
+            if generated:
+                self._gaps.append(_Gap(self._end, self._end + len(generated), 0, end))
+                self._take(generated, "")
+        return self._decide()
+
+    def finish(self, text: str = "", shown: str | None = None) -> str:
+        """Takes what was not certain before, and returns the rest of the text. Nothing may be added afterwards."""
+        if not self._matchers:
+            return text
+        self._take_both(text, text if shown is None else shown)
+        released = self._decide()
         if self._decided:
             return released
         if self._match is not None:
-            self._decided = True
-            return released + self._release(self._match.start)
+            return released + self._cut(self._match)
         return released + self._release(self._end)
 
-    def _take(self, text: str) -> str:
-        if not self._matchers:
-            return text  # nothing is ever held
-        self._held += text
+    def _take_both(self, text: str, shown: str) -> None:
+        """Takes two texts that may differ in the middle."""
+        if text != shown:
+            shorter = min(len(text), len(shown))
+            same = 0  # at the end
+            while same < shorter and text[-1 - same] == shown[-1 - same]:
+                same += 1
+            first = 0  # that differs
+            while first < shorter - same and text[first] == shown[first]:
+                first += 1
+            self._gaps.append(_Gap(self._end + first, self._end + len(text) - same, len(shown) - same - first))
+        self._take(text, shown)
+
+    def _take(self, text: str, shown: str) -> None:
+        self._held += shown
         for character in text:
             self._end += 1
             for matcher in self._matchers:
                 if matcher.feed(character) and self._num_tokens >= self._min_tokens:
                     self._note(_Match(self._end - len(matcher.text), self._end, self._num_tokens))
+
+    def _decide(self) -> str:
+        """Returns the text that no stop string can begin in; all of it, when a match is decided."""
         first_open = self._end - max(matcher.open_length() for matcher in self._matchers)
         if self._match is None:
             return self._release(first_open)
         if first_open >= self._match.start:
-            self._decided = True
-        return self._release(min(first_open, self._match.start))
+            return self._cut(self._match)
+        return self._release(first_open)
+
+    def _cut(self, match: _Match) -> str:
+        """Decides on a match and returns the rest of the text."""
+        self._decided = True
+        tail = "".join(gap.tail for gap in self._gaps if gap.start <= match.start < gap.end)
+        return self._release(match.start) + tail
 
     def _note(self, match: _Match) -> None:
         if self._match is None or match.start < self._match.start:
             self._match = match
 
     def _release(self, end: int) -> str:
-        length = len(self._held) - (self._end - end)
+        """Returns the shown text up to position `end` of the generated text, as far as it is not released."""
+        behind = self._end - end
+        if self._gaps:
+            for gap in self._gaps:
+                behind += (gap.shown if end <= gap.start and end < gap.end else 0) - max(
+                    gap.end - max(end, gap.start), 0
+                )
+            self._gaps = [gap for gap in self._gaps if gap.end > end]
+        length = len(self._held) - behind
         released, self._held = self._held[:length], self._held[length:]
         return released

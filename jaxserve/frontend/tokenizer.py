@@ -66,9 +66,9 @@ class Tokenizer:
                 raise ValueError(f"token_ids[{index}] is {token_id}; token ids must be from 0 to {2**32 - 1}")
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
-    def detokenizer(self) -> Detokenizer:
-        """A new incremental detokeniser, for one request."""
-        return Detokenizer(self._plan)
+    def detokenizer(self, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
+        """Returns a new incremental detokenizer, for the output of one request."""
+        return Detokenizer(self._plan, prompt_token_ids, skip_special_tokens=skip_special_tokens)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation in the checkpoint's chat template, up to where the assistant's answer begins.

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 from jaxserve.frontend.tokenizer import Tokenizer
-from tests.frontend.tokenizers_for_tests import BOS, byte_level, load, save
+from tests.frontend.tokenizers_for_tests import BOS, byte_fallback, byte_level, load, save
 
 CHAT_TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
@@ -37,6 +38,20 @@ def test_the_detokenizer_speaks_the_same_language(tokenizer):
     detokenizer = tokenizer.detokenizer()
     ids = tokenizer.encode("🍏\0 word")
     assert "".join(detokenizer.add([token_id]) for token_id in ids) + detokenizer.finish() == "🍏\0 word"
+
+
+def test_prompt_and_output_are_what_transformers_decodes(tmp_path):
+    backend = byte_fallback(special=("<|im_end|>",))
+    tokenizer = load(tmp_path, backend, bos_token="<s>", eos_token="</s>")
+    fast = PreTrainedTokenizerFast.from_pretrained(str(tmp_path), local_files_only=True)
+    ids = [1, *tokenizer.encode("ab 🍏 é"), backend.token_to_id("<|im_end|>"), *tokenizer.encode(" c 🍏 ab"), 2]
+    whole = fast.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert whole == "ab 🍏 é  c 🍏 ab"
+    for length in range(len(ids)):
+        detokenizer = tokenizer.detokenizer(ids[:length])
+        output = detokenizer.add(ids[length:]) + detokenizer.finish()
+        prompt = fast.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert whole == prompt.rstrip("\ufffd") + output
 
 
 def test_invalid_unicode_is_refused(tokenizer):
@@ -117,9 +132,9 @@ def test_a_configuration_that_transformers_refuses(tmp_path):
 def test_a_decoder_that_cannot_be_streamed(tmp_path):
     path = save(tmp_path, byte_level()) / "tokenizer.json"
     content = json.loads(path.read_text())
-    content["decoder"] = {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True}
+    content["decoder"] = {"type": "Strip", "content": " ", "start": 0, "stop": 1}
     path.write_text(json.dumps(content))
-    assert_refused(tmp_path, "tokenizer.json: tokenizer has the decoder CTC, which cannot be streamed")
+    assert_refused(tmp_path, "tokenizer.json: tokenizer has a decoder that strips the end of the text; it cannot be")
 
 
 def test_an_older_format_that_cannot_be_converted(tmp_path):

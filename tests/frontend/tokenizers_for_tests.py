@@ -1,4 +1,4 @@
-"""Small tokenizers built in place: a byte-level one (GPT-2, Llama 3) and ones like sentencepiece's (Llama 2, Gemma)."""
+"""Small tokenizers built in place: a byte-level one (GPT-2, Llama 3), sentencepiece's (Llama 2, Gemma), others."""
 
 import json
 
@@ -22,8 +22,8 @@ def byte_level(added=(" word", "=07", "é")):
     return tokenizer
 
 
-def byte_fallback(decoder=None):
-    """Llama 2's shape: ▁ for a space, byte tokens for what has no token of its own."""
+def byte_fallback(decoder=None, special=()):
+    """Llama 2's shape: ▁ for a space, byte tokens (ids from 3) for what has no token of its own; `special` behind."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcé", "ab", "▁ab", "▁▁", "<0x4>"]
     merges = [("a", "b"), ("▁", "ab"), ("▁", "▁")]
     vocab = {piece: index for index, piece in enumerate(pieces)}
@@ -32,7 +32,7 @@ def byte_fallback(decoder=None):
     tokenizer.decoder = decoder or decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", *special])
     return tokenizer
 
 
@@ -43,6 +43,16 @@ def metaspace(scheme="always"):
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
     tokenizer.add_special_tokens(["</s>"])
+    return tokenizer
+
+
+def words(decoder, pieces, special=("[PAD]", "[CLS]", "[SEP]")):
+    """Whole tokens and the decoder that is to be tried (WordPiece, CTC, BPEDecoder and the like)."""
+    vocab = {piece: index for index, piece in enumerate((*special, *pieces))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoder
+    tokenizer.add_special_tokens(list(special))
     return tokenizer
 
 
