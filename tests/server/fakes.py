@@ -67,7 +67,10 @@ class _Running:
 
 
 class EchoEngine:
-    """EngineClient. `requests` and `aborted` are what it was sent, in order."""
+    """EngineClient. `requests` and `aborted` are what it was sent, in order.
+
+    state: what it says of its progress: "healthy", "stuck" in a step, or "silent". problem: what `close` returns.
+    """
 
     def __init__(self, ready: EngineReady = READY):
         self.ready = ready
@@ -80,16 +83,20 @@ class EchoEngine:
         self._steps: int | None = None
         self._generated = 0
         self._beat = 0
+        self.state = "healthy"
+        self.killed = False
+        self.problem = ""
 
     @property
     def unsent_bytes(self) -> int:
         return 0
 
     def progress(self) -> Progress:
-        self._beat += 1
-        return Progress(self._beat, 0, False)
+        self._beat += self.state != "silent"
+        return Progress(self._beat, 0, self.state == "stuck")
 
     def kill(self) -> None:
+        self.killed = True
         self.send(Shutdown())
 
     def send(self, message: ToEngine) -> None:
@@ -116,7 +123,7 @@ class EchoEngine:
 
     def close(self, seconds: float = 0.0) -> str:
         self.send(Shutdown())
-        return ""
+        return self.problem
 
     def pause(self) -> None:
         """No further step is taken until `allow` or `resume`."""
