@@ -80,7 +80,7 @@ class Costs:
             row = prompt_row(self.shapes, 0, 1, start, min(tokens, start + BUDGET))
             plan = prefill_plan(self.shapes, (row,))
             self._runner._forward(self.shapes.forward_key(plan), plan)
-        jax.block_until_ready(self._runner._hidden)
+        jax.block_until_ready(self._runner._arrays.hidden)
 
     def swap(self, tokens: int) -> None:
         """The pages of a sequence of that length, out and in."""
@@ -91,7 +91,7 @@ class Costs:
     def _swap(self, swap: Swap) -> None:
         self._runner._swap(swap)
         self._runner._host_pages.wait()
-        jax.block_until_ready(self._runner._pools)
+        jax.block_until_ready(self._runner._arrays.pools)
 
 
 def timed(call: Callable[[], None]) -> float:

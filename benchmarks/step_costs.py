@@ -58,6 +58,9 @@ class MeteredRunner:
     def done(self, pending: Pending) -> bool:
         return self._runner.done(pending)
 
+    def reset(self) -> None:
+        self._runner.reset()
+
     def collect(self, pending: Pending) -> StepResult:
         return self._runner.collect(pending)
 

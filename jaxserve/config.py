@@ -6,9 +6,11 @@ Standard library only (and models.config, which is too). gin binds these classes
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from jaxserve.checks import at_least, between, number, one_of
+from jaxserve.failpoints import Failpoint
 from jaxserve.scheduler_config import MIN_BUCKET, SchedulerConfig
 from models.config import ModelConfig
 
@@ -85,6 +87,7 @@ class EngineConfig:
     seed: base of the seeds drawn for requests that bring none.
     composition_dir: directory for what steps consisted of over time, as JSON and a plot, written when the engine ends;
     None writes nothing.
+    failpoints: faults that a test or a drill injects, see jaxserve/failpoints.py; none is right for a server.
     """
 
     model: str | None = None
@@ -104,6 +107,7 @@ class EngineConfig:
     bundle: str | None = None
     seed: int = 0
     composition_dir: str | None = None
+    failpoints: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         one_of("load_format", self.load_format, ("auto", "dummy"))
@@ -113,6 +117,9 @@ class EngineConfig:
         at_least("compilation_cache_max_bytes", self.compilation_cache_max_bytes, 0)
         if self.max_model_len is not None:
             at_least("max_model_len", self.max_model_len, 2)
+        object.__setattr__(self, "failpoints", tuple(self.failpoints))
+        for text in self.failpoints:
+            Failpoint.parse(text)
         if self.model is None and self.load_format != "dummy":
             raise ValueError(
                 "model is not set; give a checkpoint directory, or load_format 'dummy' and an architecture"
@@ -199,6 +206,8 @@ class ServerConfig:
     drain_seconds: how long running requests may finish after SIGTERM.
     max_unread_tokens: output tokens of one request that may wait for its reader, beyond what the connection buffers;
     the request of a reader that falls further behind is ended.
+    step_timeout: seconds in which a step of the engine must end and the engine's process must answer; else the server
+    ends. None is the larger of 60 and 20 times what the largest step is predicted to take.
     """
 
     engine: EngineConfig
@@ -209,6 +218,7 @@ class ServerConfig:
     drain_seconds: float = 30.0
     max_unread_tokens: int = 8192
     served_model_name: str | None = None
+    step_timeout: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.port, bool) or not isinstance(self.port, int):
@@ -217,6 +227,13 @@ class ServerConfig:
             raise ValueError(f"port is {self.port}; it must be from 0 to 65535")
         at_least("max_message_bytes", self.max_message_bytes, 1024)
         at_least("max_unread_tokens", self.max_unread_tokens, 1)
+        if self.step_timeout is not None:
+            number("step_timeout", self.step_timeout)
+            if not 0 < self.step_timeout < math.inf:
+                raise ValueError(
+                    f"step_timeout is {self.step_timeout}; it must be above 0 and finite, or None to be chosen from "
+                    "the model and the device"
+                )
         number("drain_seconds", self.drain_seconds)
         if not self.drain_seconds >= 0:
             raise ValueError(f"drain_seconds is {self.drain_seconds}; it must be at least 0")

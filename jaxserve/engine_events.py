@@ -62,6 +62,11 @@ class EngineEvents:
             if not sequence.num_preemptions:
                 self._record(RequestScheduled(time, sequence.request_id))
 
+    def restarted(self, sequences: Iterable[Sequence], time: float) -> None:
+        """The device lost its pages, and these sequences are to be computed again."""
+        for sequence in sequences:
+            self._record(RequestPreempted(time, sequence.request_id, "recompute"))
+
     def step(
         self, plan: StepPlan, times: TurnTimes, idle: float, unused: float = 0.0, *, number: int, pages_used: int
     ) -> None:

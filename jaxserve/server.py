@@ -1,8 +1,10 @@
 """The gRPC server: `python -m jaxserve.server --config tiny.gin [--gin.BINDING=VALUE ...]`.
 
 Life of the process: read the configuration, bind the port, start the engine and load the tokenizer side by side, serve;
-on SIGTERM or SIGINT let running requests finish for at most drain_seconds and exit with 0, on a second signal at once.
-A start that fails and an engine that dies exit with 1 and one line on stderr.
+on SIGTERM or SIGINT let running requests finish for at most drain_seconds, on a second signal end at once.
+
+The exit code is 0 where a signal ended the process and the engine ended when it was asked to. It is 1, with one line on
+stderr, where the start failed, the engine died or hung, or had to be killed at the end; whatever signals came.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import NoReturn, TypeVar
 
 from jaxserve import gin_config
 from jaxserve.config import ServerConfig
-from jaxserve.engine.channel import EngineClient
+from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.process import LOG_FORMAT, EngineProcess, LaunchedEngine
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
@@ -34,6 +36,8 @@ T = TypeVar("T")
 
 EXIT_FAILED = 1
 _WATCH_SECONDS = 0.1
+_HURRY_SECONDS = 2.0
+"""How long an engine may take to end after a second signal, or once it has failed, before it is killed."""
 
 _log = logging.getLogger("jaxserve.server")
 
@@ -43,7 +47,7 @@ class _StopError(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serves until a signal; returns the exit code: 0 after a signal, 1 when the start failed or the engine died."""
+    """Serves until a signal; returns the exit code when the port cannot be bound, and else ends the process with it."""
     phases = Phases()
     phases.until_now("interpreter, imports")
     parser = argparse.ArgumentParser(prog="jaxserve.server", description="Serves a model over gRPC.")
@@ -90,7 +94,8 @@ class _Server:
         except (ValueError, OSError, MemoryError) as error:
             await server.stop()
             _exit_now(_fail(f"the model cannot be served: {_one_line(error)}"))
-        return await self._serve(server, engine, tokenizer)
+        # What a client sent may still keep threads busy, and a hung engine its own: nothing waits for them.
+        _exit_now(await self._serve(server, engine, tokenizer))
 
     async def _load(self, start_engine: Callable[[], EngineClient]) -> tuple[EngineClient, Tokenizer | None]:
         """The engine and the tokenizer, each loaded in a thread; the first error of either counts."""
@@ -112,7 +117,11 @@ class _Server:
         """Serves until a signal or the engine's death, then ends the engine and the server."""
         with self._phases.phase("serve"):
             frontend = AsyncFrontEnd(
-                engine, tokenizer, seed=self._config.engine.seed, max_unread_tokens=self._config.max_unread_tokens
+                engine,
+                tokenizer,
+                seed=self._config.engine.seed,
+                max_unread_tokens=self._config.max_unread_tokens,
+                step_timeout=self._config.step_timeout,
             )
             await server.serve(frontend, tokenizer)
         for line in (*start_lines(engine.ready, self._name), *phases_log(self._phases.all(), engine.ready.phases)):
@@ -122,35 +131,46 @@ class _Server:
         died = asyncio.ensure_future(_death(frontend))
         stop = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({died, stop}, return_when=asyncio.FIRST_COMPLETED)
-        code = 0
         await server.drain()
-        if died.done():
-            code = _fail(f"the engine has died: {died.result()}")
-        else:
-            await self._drain(frontend)
-            if frontend.failure:
-                code = _fail(f"the engine has died: {frontend.failure}")
+        if not died.done():
+            await self._drain(frontend, died)
         for task in (log_task, died, stop):
             task.cancel()
-        await frontend.close(0.0)
+        problem = f"the engine has died: {frontend.failure}" if frontend.failure else ""
+        ended = await self._end(frontend, _HURRY_SECONDS if problem else END_SECONDS)
+        problem = problem or ended
         await server.stop()
-        return code
+        return _fail(problem) if problem else 0
 
     def _timed(self, name: str, call: Callable[[], T]) -> T:
         with self._phases.phase(name):
             return call()
 
-    async def _drain(self, frontend: AsyncFrontEnd) -> None:
-        """Lets what runs finish, until drain_seconds are over or a second signal comes."""
+    async def _drain(self, frontend: AsyncFrontEnd, died: asyncio.Future[str]) -> None:
+        """Lets what runs finish, until drain_seconds are over, a second signal comes, or the engine dies."""
         if frontend.num_open:
             _log.info("%d requests may finish for %g s", frontend.num_open, self._config.drain_seconds)
-        closing = asyncio.ensure_future(frontend.close(self._config.drain_seconds))
+        draining = asyncio.ensure_future(frontend.drain(self._config.drain_seconds))
         hurry = asyncio.ensure_future(self._hurry.wait())
-        await asyncio.wait({closing, hurry}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (closing, hurry):
+        await asyncio.wait({draining, hurry, died}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (draining, hurry):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+    async def _end(self, frontend: AsyncFrontEnd, seconds: float) -> str:
+        """Ends what still runs, and the engine; returns one line on what went wrong with it, or "".
+
+        seconds: until an engine that does not end is killed; a second signal leaves it _HURRY_SECONDS.
+        """
+        closing = asyncio.ensure_future(frontend.close(0.0, seconds))
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait({closing, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if not closing.done():
+            await asyncio.wait({closing}, timeout=_HURRY_SECONDS)
+            frontend.kill()
+        return await closing
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._stop.is_set():

@@ -92,6 +92,9 @@ class ScriptedRunner:
     def done(self, pending: Pending) -> bool:
         return self._runner.done(pending[0])
 
+    def reset(self) -> None:
+        self._runner.reset()
+
     def collect(self, pending: Pending) -> StepResult:
         ids = np.array(self._runner.collect(pending[0]).token_ids)
         ids[ids == STOP_ID] = _OTHER_ID

@@ -9,20 +9,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from jaxserve.engine.messages import EngineReady, FromEngine, ToEngine
+from jaxserve.engine.messages import EngineReady, FromEngine, Progress, ToEngine
+
+END_SECONDS = 10.0
+"""How long a closing engine may take to end before it is killed."""
 
 
-class EngineClient(Protocol):
-    """The engine as the front end sees it. Not thread-safe, except that `receive` may run in a thread of its own."""
+class EngineSender(Protocol):
+    """Where a front end sends its messages."""
 
     @property
     def ready(self) -> EngineReady:
         """What the engine said when it became ready."""
         ...
 
-    def send(self, message: ToEngine) -> None:
-        """Queues a message; never blocks on a step."""
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes of messages that the engine's process has not taken yet."""
         ...
+
+    def send(self, message: ToEngine) -> None:
+        """Queues a message; never waits for the engine, whatever state it is in."""
+        ...
+
+
+class EngineClient(EngineSender, Protocol):
+    """The engine as the front end sees it. Not thread-safe, except that `receive` may run in a thread of its own."""
 
     def receive(self) -> Sequence[FromEngine]:
         """The next messages in order, blocking until there is one.
@@ -32,6 +44,15 @@ class EngineClient(Protocol):
         """
         ...
 
-    def close(self) -> None:
-        """Ends the engine; idempotent."""
+    def progress(self) -> Progress:
+        """Asks how far the engine's loop is and returns its latest answer; never waits. The beat is 0 before the first
+        answer."""
+        ...
+
+    def kill(self) -> None:
+        """Ends an engine that hangs, without asking it; idempotent, never waits."""
+        ...
+
+    def close(self, seconds: float = END_SECONDS) -> str:
+        """Ends the engine; idempotent. seconds: until it is killed. Returns one line on what went wrong, or ""."""
         ...

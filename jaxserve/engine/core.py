@@ -2,19 +2,23 @@
 
     message -> handle -> Scheduler.add
     step:  plan    = scheduler.schedule(now)
-           pending = runner.dispatch(plan)          returns without waiting
-           result  = runner.collect(previous)       the only wait
+           pending = steps.dispatch(plan)           returns without waiting
+           result  = steps.collect(previous)        the only wait
            updates = scheduler.update(previous plan, result)
     -> one TokenBatch for the rows that go on, a RequestOutput for each of the others
 
 What `step` returns is sent while the device computes the step after. The loop knows the scheduler and the Runner
 protocol and nothing of jax, sockets or text.
+
+A step that fails after it was started takes the content of the device's pages along. The loop then has the runner make
+them anew, preempts whatever ran to be computed again, and goes on; a second such fault within `FAULT_SECONDS` ends it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -23,17 +27,21 @@ from jaxserve.engine.idle import IdleMeter
 from jaxserve.engine.messages import (
     AbortRequest,
     AddRequest,
+    AskProgress,
     EngineReady,
     EngineStats,
     FromEngine,
+    Progress,
     RequestOutput,
     ToEngine,
     TokenBatch,
 )
+from jaxserve.engine.step_time import StepTimePrediction
+from jaxserve.engine.steps import DeviceFaultError, DispatchedStep, EngineBrokenError, Steps
 from jaxserve.engine_events import EngineEvents, TurnTimes
 from jaxserve.recorder import Recorder
 from jaxserve.request import EngineRequest, FinishReason
-from jaxserve.runner.protocol import Pending, Runner
+from jaxserve.runner.protocol import Runner
 from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepUpdate
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.page_pool import PagePool
@@ -42,6 +50,9 @@ _log = logging.getLogger(__name__)
 
 STATS_SECONDS = 0.1
 """How often the front end is told the counts while steps follow one another."""
+
+FAULT_SECONDS = 60.0
+"""An engine whose steps fail twice within this time is taken for broken."""
 
 RANKING_SECONDS = 1.0
 """How often Kendall's tau is calculated anew: it takes about half a millisecond."""
@@ -66,10 +77,11 @@ class EngineCore:
         self.runner = runner
         for line in ineffective_settings(config, info.max_model_len):
             _log.warning("%s", line)
+        buckets = Buckets.from_config(config, info.platform)
         self.scheduler = Scheduler(
             config.scheduler,
             PagePool(info.num_pages, info.page_size, info.num_host_pages),
-            Buckets.from_config(config, info.platform),
+            buckets,
             costs=info.preemption_costs,
             max_model_len=info.max_model_len,
         )
@@ -78,7 +90,12 @@ class EngineCore:
         self._now = now
         self._clock = clock
         self._annotate = annotate
-        self._in_flight: tuple[StepPlan, Pending] | None = None
+        self._in_flight: DispatchedStep | None = None
+        self._steps = Steps(runner, buckets)
+        self._step_time = StepTimePrediction(info.step_costs)
+        self._fault_at = -math.inf  # on the clock
+        self._turns = 0
+        self._in_turn = False
         self._idle = IdleMeter()
         self._nothing_to_do = False  # as of the last `step`
         self._stats_due = 0.0  # on the clock
@@ -143,49 +160,107 @@ class EngineCore:
         if isinstance(message, AbortRequest):
             update = self.scheduler.abort(message.request_id)
             messages: list[FromEngine] = [] if update is None else [self._output(update, self._clock())]
+        elif isinstance(message, AskProgress):
+            return [self.progress(message.beat)]
         else:
             messages = self._abort_all()
         return [*messages, self.stats()] if messages and not self.busy else messages
 
     def step(self) -> list[FromEngine]:
-        """Dispatches the next step and takes in the one before; call it while `busy`."""
+        """Dispatches the next step and takes in the one before; call it while `busy`.
+
+        Raises EngineBrokenError when the engine cannot go on; every request under way is lost then.
+        """
+        messages: list[FromEngine] = []
+        self._turns, self._in_turn = self._turns + 1, True
+        try:
+            self._step(messages)
+        except DeviceFaultError as fault:
+            self._recover(fault, messages)
+        finally:
+            self._in_turn = False
+        return messages
+
+    def progress(self, beat: int) -> Progress:
+        """How far the loop is; may be called from any thread. beat: the number of the question."""
+        return Progress(beat, self._turns, self._in_turn, self._step_time.largest_seconds)
+
+    def _step(self, messages: list[FromEngine]) -> None:
         previous = self._in_flight
         begin = self._look(previous)
         with self._annotate("Schedule"):
             expired = self._expire()
             plan = self.scheduler.schedule(self._now())
+        messages += [self._output(update, begin) for update in expired]
         scheduled = dispatched = collected = self._look(previous)
         idle = unused = 0.0
         self._nothing_to_do = plan is None
         if plan is None:
             self._in_flight = None
         else:
-            self._in_flight = plan, self.runner.dispatch(plan)
+            self._in_flight = self._steps.dispatch(plan)
             dispatched = collected = self._clock()
             if previous is not None:
-                idle = self._idle.idle(self.runner.done(previous[1]), dispatched)
+                idle = self._idle.idle(self._steps.done(previous), dispatched)
             else:
                 unused = self._idle.unused(dispatched)
             self._idle.dispatched(dispatched)
             self._events.planned(dispatched)
             self._count(plan)
-        messages: list[FromEngine] = []
+            self._fail_rows(self._in_flight, dispatched, messages)
         if previous is not None:
-            result = self.runner.collect(previous[1])
+            result = self._steps.collect(previous)
             collected = self._look(self._in_flight)
             if plan is None:
                 self._idle.emptied(collected)
-            messages = self._outputs(self.scheduler.update(previous[0], result), collected)
-        if expired:
-            messages += [self._output(update, collected) for update in expired]
+            messages += self._outputs(self.scheduler.update(previous.plan, result), collected)
         end = self._look(self._in_flight)
         if plan is not None:
             times = TurnTimes(begin, scheduled, dispatched, collected, end)
             self._events.step(plan, times, idle, unused, number=plan.step, pages_used=self.scheduler.pool.num_used)
         if end >= self._stats_due or not self.busy:
             self._stats_due = end + STATS_SECONDS
+            if previous is not None and plan is not None:
+                self._step_time.observe(previous.plan, collected - begin)
             messages.append(self.stats())
-        return messages
+
+    def _fail_rows(self, step: DispatchedStep, now: float, messages: list[FromEngine]) -> None:
+        """Ends the requests whose rows could not be computed."""
+        for request_id, error in step.failed:
+            update = self.scheduler.fail(request_id, error)
+            if update is not None:
+                messages.append(self._output(update, now))
+
+    def _recover(self, fault: DeviceFaultError, messages: list[FromEngine]) -> None:
+        """Goes on after a fault that took the content of the device's pages along.
+
+        Raises EngineBrokenError when it is the second one within FAULT_SECONDS, or the device does not recover.
+        """
+        now = self._clock()
+        if now - self._fault_at < FAULT_SECONDS:
+            raise EngineBrokenError(
+                f"step {fault.plan.step} failed {now - self._fault_at:.1f} s after another: {fault}"
+            ) from fault
+        self._fault_at = now
+        _log.error("step %d failed, running requests are computed again: %s", fault.plan.step, fault, exc_info=fault)
+        lost, other = [fault.plan], self._in_flight
+        self._in_flight = None
+        if other is not None and (other.plan.step > fault.plan.step or not self._rescue(other, messages)):
+            lost.append(other.plan)
+        self._events.restarted(self.scheduler.restart(lost), now)
+        try:
+            self._steps.reset(fault.plan)
+        except Exception as error:
+            raise EngineBrokenError(f"step {fault.plan.step} failed, and the device with it: {error}") from fault
+
+    def _rescue(self, step: DispatchedStep, messages: list[FromEngine]) -> bool:
+        """Takes in the step before the one that failed; False where its ids cannot be read any more."""
+        try:
+            result = self._steps.collect(step)
+        except DeviceFaultError:
+            return False
+        messages += self._outputs(self.scheduler.update(step.plan, result), self._clock())
+        return True
 
     def stats(self) -> EngineStats:
         """Counts as of now."""
@@ -231,11 +306,11 @@ class EngineCore:
         updates = [self.scheduler.abort(request_id) for request_id in self.scheduler.request_ids]
         return [self._output(update, now) for update in updates if update is not None]
 
-    def _look(self, in_flight: tuple[StepPlan, Pending] | None) -> float:
+    def _look(self, in_flight: DispatchedStep | None) -> float:
         """The time, and a look at whether the device is busy."""
         now = self._clock()
         if in_flight is not None:
-            self._idle.look(self.runner.done(in_flight[1]), now)
+            self._idle.look(self._steps.done(in_flight), now)
         return now
 
     def _outputs(self, update: StepUpdate, now: float) -> list[FromEngine]:

@@ -11,25 +11,20 @@ from collections.abc import Iterable
 _LENGTH = struct.Struct("!I")
 
 
-def send_frames(connection: socket.socket, payloads: Iterable[bytes]) -> None:
-    """Sends all payloads with one system call where the socket takes it."""
-    connection.sendall(frames(payloads))
-
-
 class FrameSender:
     """Sends payloads in order without ever waiting for the other end.
 
     `send` hands the socket what it takes at once, in the caller's thread: no hand-over between threads while the reader
     keeps up. What the socket does not take, a thread sends as the reader makes room, and whatever is sent meanwhile
     queues behind it. The queue is bounded by what is sent: an engine has no more to say than the outputs of its
-    unfinished requests.
+    unfinished requests, and a front end looks at `queued_bytes` before it takes another request.
     """
 
     def __init__(self, connection: socket.socket):
         self._connection = connection
         self._behind: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._queued = 0  # entries of `_behind` that are not sent yet
+        self._queued = 0  # bytes in `_behind` that are not sent yet
         self._error: OSError | None = None
         self._thread: threading.Thread | None = None
 
@@ -42,11 +37,16 @@ class FrameSender:
             if not self._queued:
                 data = self._send_now(data)
             if data:
-                self._queued += 1
+                self._queued += len(data)
                 self._behind.put(data)
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._send_rest, name="frame sender", daemon=True)
                     self._thread.start()
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes that wait for the other end to make room."""
+        return self._queued
 
     def close(self, seconds: float) -> None:
         """Gives the thread so long to send what is queued; the socket stays open."""
@@ -69,7 +69,7 @@ class FrameSender:
                 self._error = error
                 return
             with self._lock:
-                self._queued -= 1
+                self._queued -= len(data)
 
 
 class FrameReader:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from jaxserve.composition import Composition
 from jaxserve.config import EngineConfig
+from jaxserve.engine.channel import END_SECONDS
 from jaxserve.engine.core import EngineCore
-from jaxserve.engine.messages import EngineFailed, EngineReady, FromEngine, Shutdown, ToEngine
+from jaxserve.engine.messages import EngineFailed, EngineReady, FromEngine, Progress, Shutdown, ToEngine
 from jaxserve.runner.model_runner import ModelRunner, annotate
 from jaxserve.runner.protocol import Runner
 
@@ -30,7 +31,12 @@ class InlineEngine:
         self.ready: EngineReady = self.core.ready(time.perf_counter() - start)
         self._composition = Composition(self.core.recorder, config.composition_dir)
         self._failed = False
+        self._beat = 0
         self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+
+    @property
+    def unsent_bytes(self) -> int:
+        return 0
 
     def send(self, message: ToEngine) -> None:
         self._inbox.put(message)
@@ -55,6 +61,14 @@ class InlineEngine:
                 messages.append(EngineFailed(f"engine step failed: {type(error).__name__}: {error}"))
         return messages
 
-    def close(self) -> None:
+    def progress(self) -> Progress:
+        self._beat += 1
+        return self.core.progress(self._beat)
+
+    def kill(self) -> None:
+        """Nothing: a thread cannot be ended from outside; it ends with the process."""
+
+    def close(self, seconds: float = END_SECONDS) -> str:
         self.send(Shutdown())
         self._composition.close()
+        return ""

@@ -39,6 +39,13 @@ class Shutdown:
 
 
 @dataclasses.dataclass(frozen=True)
+class AskProgress:
+    """Front end -> engine: say how far the loop is. beat: rises with every question."""
+
+    beat: int
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineReady:
     """Engine -> front end, once: the engine accepts requests.
 
@@ -150,14 +157,28 @@ class EngineStats:
 
 
 @dataclasses.dataclass(frozen=True)
+class Progress:
+    """Engine -> front end, in answer to AskProgress: how far the loop is, said by another thread than the loop's.
+
+    beat: that of the question. turns: of the loop, begun so far. in_turn: one is under way. largest_step_seconds: what
+    the largest step is predicted to take; 0 where nothing is known.
+    """
+
+    beat: int
+    turns: int
+    in_turn: bool
+    largest_step_seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineFailed:
     """Engine -> front end: the engine ends; every unfinished request has failed with this one line."""
 
     error: str
 
 
-ToEngine = AddRequest | AbortRequest | Shutdown
-FromEngine = EngineReady | RequestOutput | TokenBatch | EngineStats | EngineFailed
+ToEngine = AddRequest | AbortRequest | Shutdown | AskProgress
+FromEngine = EngineReady | RequestOutput | TokenBatch | EngineStats | EngineFailed | Progress
 Message = ToEngine | FromEngine
 
 _KINDS: tuple[type, ...] = (
@@ -169,6 +190,8 @@ _KINDS: tuple[type, ...] = (
     TokenBatch,
     EngineStats,
     EngineFailed,
+    AskProgress,
+    Progress,
 )
 _CODES = {kind: code for code, kind in enumerate(_KINDS)}
 _NAMES = {

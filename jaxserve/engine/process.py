@@ -14,15 +14,26 @@ import sys
 from collections.abc import Sequence
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.framing import FrameReader, send_frames
-from jaxserve.engine.messages import EngineFailed, EngineReady, FromEngine, Shutdown, ToEngine, decode, encode
+from jaxserve.engine.channel import END_SECONDS
+from jaxserve.engine.framing import FrameReader, FrameSender
+from jaxserve.engine.messages import (
+    AskProgress,
+    EngineFailed,
+    EngineReady,
+    FromEngine,
+    Progress,
+    Shutdown,
+    ToEngine,
+    decode,
+    encode,
+)
 from jaxserve.engine.wire_config import config_to_bytes
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 """Of the server and of its engine's process, which write to the same standard error."""
 
-_END_SECONDS = 10.0
-"""How long a closing engine may take to end before it is killed."""
+_EXIT_SECONDS = 5.0
+"""How long an engine that has closed its connection may take to exit before it is killed."""
 
 
 class LaunchedEngine:
@@ -49,10 +60,12 @@ class EngineProcess:
         launched = LaunchedEngine() if launched is None else launched
         self._process = launched.process
         self._socket = ours = launched.socket
-        self._reader = FrameReader(ours)
+        self._reader, self._sender = FrameReader(ours), FrameSender(ours)
         self._backlog: list[FromEngine] = []
+        self._asked = 0
+        self._progress = Progress(0, 0, False)
         with contextlib.suppress(OSError):  # a child that is dead already has left its exit code to `_read`
-            send_frames(ours, [config_to_bytes(config)])
+            self._sender.send([config_to_bytes(config)])
         first, *self._backlog = self._read()
         if not isinstance(first, EngineReady):
             self.close()
@@ -60,11 +73,15 @@ class EngineProcess:
             raise ValueError(first.error)
         self.ready: EngineReady = first
 
+    @property
+    def unsent_bytes(self) -> int:
+        return self._sender.queued_bytes
+
     def send(self, message: ToEngine) -> None:
-        """Never blocks on a step: a thread of the engine drains the socket. To a dead engine it sends nothing:
-        `receive` tells the front end."""
+        """Never waits, not even for an engine that is stopped. To a dead one it sends nothing: `receive` tells the
+        front end."""
         with contextlib.suppress(OSError):
-            send_frames(self._socket, [encode(message)])
+            self._sender.send([encode(message)])
 
     def receive(self) -> Sequence[FromEngine]:
         if self._backlog:
@@ -72,23 +89,51 @@ class EngineProcess:
             return messages
         return self._read()
 
-    def close(self) -> None:
+    def progress(self) -> Progress:
+        if self._progress.beat == self._asked:  # one question at a time: an engine that is stopped answers none
+            self._asked += 1
+            self.send(AskProgress(self._asked))
+        return self._progress
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def close(self, seconds: float = END_SECONDS) -> str:
+        problem = ""
         if self._process.poll() is None:
             self.send(Shutdown())
             try:
-                self._process.wait(_END_SECONDS)
+                self._process.wait(seconds)
             except subprocess.TimeoutExpired:
+                problem = f"the engine process did not end within {seconds:g} s and was killed"
                 self._process.kill()
                 self._process.wait()
+        code = self._process.returncode
         self._socket.close()
+        return problem or (f"the engine process ended with exit code {code}" if code else "")
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def _read(self) -> list[FromEngine]:
-        payloads = self._reader.read()
-        if payloads is None:
-            code = self._process.wait()
-            return [EngineFailed(f"engine process ended with exit code {code}")]
-        return [message for payload in payloads if not isinstance(message := decode(payload), ToEngine)]
+        messages: list[FromEngine] = []
+        while not messages:
+            payloads = self._reader.read()
+            if payloads is None:
+                return [EngineFailed(f"engine process {self._ended()}")]
+            for payload in payloads:
+                message = decode(payload)
+                if isinstance(message, Progress):
+                    self._progress = message
+                elif not isinstance(message, ToEngine):
+                    messages.append(message)
+        return messages
+
+    def _ended(self) -> str:
+        """How a process that has closed its connection ended."""
+        try:
+            return f"ended with exit code {self._process.wait(_EXIT_SECONDS)}"
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return "closed its connection, did not exit and was killed"

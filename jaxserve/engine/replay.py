@@ -59,6 +59,9 @@ class LengthKeepingRunner:
                 last.append(np.array([chunk.start + chunk.num_tokens == self._stop_at[chunk.slot]]))
         return self._runner.dispatch(plan), np.concatenate(last)
 
+    def reset(self) -> None:
+        self._runner.reset()
+
     def done(self, pending: Pending) -> bool:
         return self._runner.done(pending[0])
 

@@ -20,7 +20,7 @@ from jaxserve.composition import Composition
 from jaxserve.config import EngineConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.framing import FrameReader, FrameSender
-from jaxserve.engine.messages import EngineFailed, FromEngine, Shutdown, ToEngine, decode, encode
+from jaxserve.engine.messages import AskProgress, EngineFailed, FromEngine, Shutdown, ToEngine, decode, encode
 from jaxserve.engine.process import LOG_FORMAT
 from jaxserve.engine.wire_config import config_from_bytes
 from jaxserve.phases import Phases
@@ -36,9 +36,8 @@ def serve(connection: socket.socket) -> int:
     first = reader.read()
     if first is None:
         return 0
-    inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
-    ready = threading.Event()
-    threading.Thread(target=_drain, args=(reader, inbox, ready), daemon=True).start()
+    mailbox = _Mailbox(reader, sender)
+    threading.Thread(target=mailbox.run, daemon=True).start()
     start = time.perf_counter()
     try:
         try:
@@ -49,10 +48,10 @@ def serve(connection: socket.socket) -> int:
                 traceback.print_exc()
             sender.send([encode(EngineFailed(_one_line(error)))])
             return 1
-        ready.set()
+        mailbox.core = core
         sender.send([encode(core.ready(time.perf_counter() - start))])
         with contextlib.closing(tracking):
-            _loop(core, sender, inbox)
+            _loop(core, sender, mailbox.inbox)
     except ConnectionError:
         return 0  # the front end is gone and nobody is left to answer
     except Exception as error:
@@ -82,23 +81,39 @@ def _loop(core: EngineCore, sender: FrameSender, inbox: queue.SimpleQueue[ToEngi
             sender.send(map(encode, outputs))
 
 
-def _drain(reader: FrameReader, inbox: queue.SimpleQueue[ToEngine | None], ready: threading.Event) -> None:
-    """Moves messages from the socket to the inbox, so that the front end never waits for a step; None is the end.
+class _Mailbox:
+    """Moves messages from the socket to `inbox`, so that the front end never waits for a step; None is the end.
 
-    A front end that ends while the model still loads ends this process at once.
+    What is asked of the loop's progress is answered here, whatever the loop is doing. core: None while the model loads;
+    a front end that ends meanwhile ends this process at once.
     """
-    try:
-        while (payloads := reader.read()) is not None:
-            for payload in payloads:
-                message = decode(payload)
-                assert isinstance(message, ToEngine)
-                if isinstance(message, Shutdown) and not ready.is_set():
-                    os._exit(0)
-                inbox.put(message)
-    finally:
-        inbox.put(None)
-    if not ready.is_set():
-        os._exit(0)
+
+    def __init__(self, reader: FrameReader, sender: FrameSender):
+        self.inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+        self.core: EngineCore | None = None
+        self._reader, self._sender = reader, sender
+
+    def run(self) -> None:
+        """Moves messages until the front end has closed its end."""
+        try:
+            while (payloads := self._reader.read()) is not None:
+                for payload in payloads:
+                    self._take(payload)
+        finally:
+            self.inbox.put(None)
+        if self.core is None:
+            os._exit(0)
+
+    def _take(self, payload: bytes) -> None:
+        message = decode(payload)
+        assert isinstance(message, ToEngine)
+        if isinstance(message, Shutdown) and self.core is None:
+            os._exit(0)
+        if isinstance(message, AskProgress) and self.core is not None:
+            with contextlib.suppress(OSError):  # the front end is gone, and the next read says so
+                self._sender.send([encode(self.core.progress(message.beat))])
+        else:
+            self.inbox.put(message)
 
 
 def _build_core(config: EngineConfig) -> EngineCore:

@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-from jaxserve.engine.channel import EngineClient
-from jaxserve.engine.messages import EngineReady, EngineStats, FromEngine
+from jaxserve.engine.channel import END_SECONDS, EngineClient
+from jaxserve.engine.messages import EngineFailed, EngineReady, EngineStats, FromEngine
+from jaxserve.engine.watchdog import Watchdog
 from jaxserve.frontend.delta import Cause, Delta, EngineDeadError
 from jaxserve.frontend.frontend import FrontEnd
 from jaxserve.frontend.reader import EngineReader
@@ -132,7 +133,8 @@ class AsyncFrontEnd:
     """Streams requests of one engine on the running event loop, in which it must be made and used.
 
     seed: as for `FrontEnd`. max_unread_tokens: token ids of one request that may wait to be read; the request of a
-    reader that is further behind ends with ABORT and cause READER, and what waited is dropped.
+    reader that is further behind ends with ABORT and cause READER, and what waited is dropped. step_timeout: as
+    `ServerConfig.step_timeout`; an engine that does not keep it has failed, and is killed.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class AsyncFrontEnd:
         *,
         seed: int | None = None,
         max_unread_tokens: int = 8192,
+        step_timeout: float | None = None,
     ):
         self._max_unread_tokens = max_unread_tokens
         self._loop = asyncio.get_running_loop()
@@ -156,6 +159,8 @@ class AsyncFrontEnd:
         self._timer: asyncio.TimerHandle | None = None
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
         self._reader.start(self._handle, busy=lambda: self._core.num_open > 0)
+        self._watchdog = Watchdog(step_timeout)
+        self._watch_timer = self._loop.call_later(self._watchdog.interval, self._watch)
 
     @property
     def ready(self) -> EngineReady:
@@ -233,24 +238,33 @@ class AsyncFrontEnd:
             self._deliver([delta])
         return delta is not None
 
-    async def close(self, drain_seconds: float = 0.0) -> None:
-        """Refuses new requests, lets open ones finish for up to drain_seconds, then ends the rest and the engine.
-
-        Idempotent; a second call may shorten the wait. Requests that are cut off get a last delta of reason ERROR and
-        cause CLOSING.
-        """
+    async def drain(self, seconds: float) -> None:
+        """Refuses new requests and lets open ones finish for up to so many seconds."""
         if not self._closing:
             self._closing = "the server is shutting down"
         try:
-            if drain_seconds > 0:
-                await asyncio.wait_for(self._idle.wait(), drain_seconds)
+            if seconds > 0:
+                await asyncio.wait_for(self._idle.wait(), seconds)
         except TimeoutError:
-            _log.info("%d requests were still running after %g s", self.num_open, drain_seconds)
+            _log.info("%d requests were still running after %g s", self.num_open, seconds)
+
+    async def close(self, drain_seconds: float = 0.0, end_seconds: float = END_SECONDS) -> str:
+        """Refuses new requests, lets open ones finish for up to drain_seconds, then ends the rest and the engine.
+
+        Idempotent. Requests that are cut off get a last delta of reason ERROR and cause CLOSING. end_seconds: until an
+        engine that does not end by itself is killed. Returns one line on what went wrong with the engine, or "".
+        """
+        await self.drain(drain_seconds)
         self._deliver(self._core.end_all(self._closing))
         if self._timer is not None:
             self._timer.cancel()
+        self._watch_timer.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        await self._loop.run_in_executor(None, self._reader.close)
+        return await self._loop.run_in_executor(None, self._reader.close, end_seconds)
+
+    def kill(self) -> None:
+        """Ends an engine that hangs without asking it; `close` says what came of it."""
+        self._reader.kill()
 
     def _check_accepting(self) -> None:
         if self._closing:
@@ -260,6 +274,17 @@ class AsyncFrontEnd:
     def _handle(self, messages: Sequence[FromEngine]) -> None:
         for message in messages:
             self._deliver(self._core.handle(message))
+
+    def _watch(self) -> None:
+        """Looks whether the engine makes progress; one that hangs has failed."""
+        problem = self._watchdog.look(self._loop.time(), self._reader.progress())
+        if self.failure:
+            return
+        if problem is None:
+            self._watch_timer = self._loop.call_later(self._watchdog.interval, self._watch)
+        else:
+            self._handle([EngineFailed(problem)])
+            self._reader.kill()
 
     def _deliver(self, deltas: Sequence[Delta]) -> None:
         for delta in deltas:

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 
-from jaxserve.engine.channel import EngineClient
+from jaxserve.engine.channel import EngineSender
 from jaxserve.engine.messages import (
     AbortRequest,
     AddRequest,
@@ -22,6 +22,7 @@ from jaxserve.engine.messages import (
     EngineReady,
     EngineStats,
     FromEngine,
+    Progress,
     RequestOutput,
     ToEngine,
     TokenBatch,
@@ -39,6 +40,9 @@ from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import MAX_INT32, EngineRequest, FinishReason, SamplingParams, check_identity, validate_request
 
 _log = logging.getLogger(__name__)
+
+MAX_UNSENT_BYTES = 64 * 1024 * 1024
+"""Bytes of requests that may wait for an engine's process to take them, as one that is stopped does not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +82,7 @@ class FrontEnd:
 
     def __init__(
         self,
-        client: EngineClient,
+        client: EngineSender,
         tokenizer: Tokenizer | None,
         *,
         seed: int | None = None,
@@ -222,6 +226,11 @@ class FrontEnd:
                 f"{len(self._by_engine_id) + len(self._ending)} requests are unfinished; at most {self._max_open} "
                 "(max_num_seqs + max_num_waiting) are allowed: try again later"
             )
+        if self._client.unsent_bytes > MAX_UNSENT_BYTES:
+            raise QueueFullError(
+                f"{self._client.unsent_bytes} bytes of requests wait for the engine to take them; at most "
+                f"{MAX_UNSENT_BYTES} may: try again later"
+            )
 
     def start(self, prepared: Prepared) -> str:
         """Sends a prepared request to the engine and returns its id. Raises as `submit` does, but for ValueError."""
@@ -306,7 +315,7 @@ class FrontEnd:
                 self._failure = self._failure or message.error or "the engine failed"
                 self._ending.clear()
                 return self.end_all(self._failure, Cause.ENGINE)
-            case EngineReady():
+            case EngineReady() | Progress():
                 pass
         return []
 

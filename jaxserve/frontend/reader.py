@@ -9,19 +9,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from jaxserve.engine.channel import EngineClient
-from jaxserve.engine.messages import EngineFailed, EngineReady, FromEngine, ToEngine
+from jaxserve.engine.channel import END_SECONDS, EngineClient
+from jaxserve.engine.messages import EngineFailed, EngineReady, FromEngine, Progress, ToEngine
 
 _log = logging.getLogger(__name__)
-
-JOIN_SECONDS = 10.0
 
 LONGEST_WAIT = 0.05
 """Seconds that a message may wait for the loop to rest."""
 
 
 class EngineReader:
-    """An EngineClient whose messages go to `deliver`, on the loop, in order.
+    """An EngineSender; the messages that its engine sends go to `deliver`, on the loop, in order.
 
     share: of the loop's time, at most, that may go into what messages lead to, streaming tokens above all. Where it is
     used up, messages wait (LONGEST_WAIT at most) and arrive together, which costs less: one delta of a stream brings
@@ -65,19 +63,31 @@ class EngineReader:
         self._client.send(message)
         self._sent.set()
 
-    def receive(self) -> Sequence[FromEngine]:
-        """Not for use: messages go to `deliver`."""
-        raise AssertionError("messages of this engine are delivered on the loop")
+    @property
+    def unsent_bytes(self) -> int:
+        return self._client.unsent_bytes
 
-    def close(self) -> None:
-        """Ends the engine and the thread; may take seconds, so not on the loop. Idempotent, from any thread."""
+    def progress(self) -> Progress:
+        """As `EngineClient.progress`."""
+        return self._client.progress()
+
+    def kill(self) -> None:
+        """As `EngineClient.kill`."""
+        self._client.kill()
+
+    def close(self, seconds: float = END_SECONDS) -> str:
+        """Ends the engine and the thread; may take seconds, so not on the loop. Idempotent, from any thread.
+
+        seconds: until the engine is killed, or given up. Returns one line on what went wrong, or "".
+        """
         self._stopping = True
         self._sent.set()
         with self._close_lock:
-            self._client.close()
-        self._thread.join(JOIN_SECONDS)
+            problem = self._client.close(seconds)
+        self._thread.join(seconds)
         if self._thread.is_alive():
-            _log.warning("the engine has not ended after %g s", JOIN_SECONDS)
+            problem = problem or f"the engine has not ended after {seconds:g} s"
+        return problem
 
     def _run(self) -> None:
         while not self._stopping:

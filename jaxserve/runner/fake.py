@@ -79,6 +79,10 @@ class FakeRunner:
     def collect(self, pending: StepResult) -> StepResult:
         return pending
 
+    def reset(self) -> None:
+        self._pages = [[None] * self.info.page_size for _ in self._pages]
+        self._tables, self._requests, self._last = {}, {}, {}
+
     def _swap(self, swap: Swap) -> None:
         """A page that was swapped in is lost on the host: read again, it fails."""
         tier = PageState.HOST if swap.slot is None else PageState.ACTIVE

@@ -45,6 +45,10 @@ class HostPages:
             self._transit.popleft()[1].block_until_ready()
         jax.block_until_ready(list(self._pages.values()))
 
+    def forget_transit(self) -> None:
+        """Waits for nothing that is on its way: the device has lost it, or need not tell when it is there."""
+        self._transit.clear()
+
     def store(self, numbers: Sequence[int], pages: Sequence[jax.Array]) -> None:
         """Takes pages of the device as host pages `numbers`, whose content until now is lost; does not wait.
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
+from jaxserve.failpoints import Failpoints, InjectedFaultError
 from jaxserve.phases import Phases
 from jaxserve.runner.aot.bundle import Bundle, bundled_cache
 from jaxserve.runner.aot.program_cache import CacheRefusedError, ProgramCache, default_directory
 from jaxserve.runner.build_set import SetBuilder
 from jaxserve.runner.compiler import CompilationCounter, CompileMissError, ProgramSet
 from jaxserve.runner.costs import measure, swap_plans
+from jaxserve.runner.device_arrays import DeviceArrays
 from jaxserve.runner.host_memory import keep_freed_memory
 from jaxserve.runner.host_pages import HostPages
 from jaxserve.runner.memory import (
@@ -42,14 +42,12 @@ from jaxserve.runner.programs import (
     ProgramKey,
     Shapes,
     Weights,
-    abstract_pools,
-    abstract_state,
     products_of,
     program_keys,
 )
-from jaxserve.runner.protocol import RunnerInfo
+from jaxserve.runner.protocol import RunnerInfo, StepNotStartedError
 from jaxserve.runner.resolve import resolve_shapes
-from jaxserve.runner.slots import Slots
+from jaxserve.runner.step_costs import step_costs
 from jaxserve.runner.swap_programs import swap_blocks, swap_in_vector
 from jaxserve.scheduler.costs import PreemptionCosts
 from jaxserve.scheduler.plan import NO_DECODES, StepPlan, StepResult, Swap
@@ -74,6 +72,13 @@ class PendingStep:
     hidden: jax.Array
     ids: jax.Array | None
     count: int
+
+
+class _Call(NamedTuple):
+    """A program and the packed step that it is called with."""
+
+    program: Callable[..., Any]
+    vector: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,17 +119,14 @@ class ModelRunner:
                 made = _build(config, shapes, memory, builder, phases)
         else:
             made = _load_bundle(config, config.bundle, shapes, memory, mesh, phases)
+        self._mesh, self._failpoints = mesh, Failpoints(config.failpoints)
         self._shapes, self._programs = made.shapes, made.programs
         self._weights, self._kv_cache = made.weights, made.kv_cache
         if mesh.devices.flat[0].platform == "cpu":
             keep_freed_memory()
         check_available(made.plan, self._shapes, mesh)
         with phases.phase("pool"):
-            self._pools = [
-                jnp.zeros(pool.shape, pool.dtype, device=pool.sharding) for pool in abstract_pools(self._shapes, mesh)
-            ]
-            self._slots, self._hidden = _initial_state(self._shapes, mesh)
-            jax.block_until_ready((self._pools, self._slots, self._hidden))
+            self._arrays = DeviceArrays(self._shapes, mesh)
         self._copies = mesh.devices.flat[0].platform != "cpu"  # there the host reads the device's own memory
         self._host_pages = HostPages(self._shapes, mesh, made.plan.page)
         self._forward_packers, self._sample_packers = packers(self._shapes)
@@ -140,6 +142,7 @@ class ModelRunner:
             memory=tuple(made.plan.parts().items()),
             num_host_pages=self._shapes.num_host_pages,
             preemption_costs=costs,
+            step_costs=step_costs(self._shapes, mesh),
         )
 
     @property
@@ -151,53 +154,97 @@ class ModelRunner:
         return self._programs
 
     def dispatch(self, plan: StepPlan) -> PendingStep:
-        with annotate("Execute"):
-            for swap in plan.swaps:
-                self._swap(swap)
-            self._forward(self._shapes.forward_key(plan), plan)
-        if not plan.row_bucket:
-            return PendingStep(self._hidden, None, 0)
-        with annotate("Sample"):
-            ids = self._sample(ProgramKey("sample", plan.row_bucket), plan)
-            if self._copies:
-                ids.copy_to_host_async()
-        return PendingStep(self._hidden, ids, plan.num_sampled)
+        arrays, begun, swapped = self._arrays, False, False
+        try:
+            with annotate("Execute"):
+                forward, sample = self._prepare(plan)
+                begun = bool(plan.swaps)
+                for swap in plan.swaps:
+                    self._swap(swap)
+                swapped, begun = begun, False
+                self._fail_at("enqueue", plan)
+                self._forward(forward)
+                self._fail_at("execute", plan, lose=True)
+            if sample is None:
+                return PendingStep(arrays.hidden, None, 0)
+            with annotate("Sample"):
+                ids = self._sample(sample)
+                if self._copies:
+                    ids.copy_to_host_async()
+            return PendingStep(arrays.hidden, ids, plan.num_sampled)
+        except Exception as error:
+            # Computing the same tokens a second time writes the same keys and values; copying pages twice does not.
+            if begun or not self._arrays.intact:
+                raise
+            raise StepNotStartedError(f"{type(error).__name__}: {error}", swapped=swapped) from error
 
     def done(self, pending: PendingStep) -> bool:
         if pending.ids is not None:
-            return _is_ready(pending.ids)
+            return pending.ids.is_deleted() or _is_ready(pending.ids)
         return pending.hidden.is_deleted() or _is_ready(pending.hidden)
 
     def collect(self, pending: PendingStep) -> StepResult:
+        self._fail_at("collect", None, lose=True)
         if pending.ids is None:
             return StepResult(())
         return StepResult(np.asarray(pending.ids)[: pending.count])
 
-    def _forward(self, key: ProgramKey, plan: StepPlan) -> None:
-        program = self._program(key)
-        vector = self._forward_packers[key.size].pack(plan)
-        self._pools, self._slots, self._hidden = program(self._weights, self._pools, self._slots, self._hidden, vector)
+    def reset(self) -> None:
+        self._arrays.delete()
+        self._host_pages.forget_transit()
+        self._arrays.make()
 
-    def _sample(self, key: ProgramKey, plan: StepPlan) -> jax.Array:
-        program = self._program(key)
-        vector = self._sample_packers[key.size].pack(plan)
-        self._slots, ids = program(self._weights.params, self._slots, self._hidden, vector)
+    def _prepare(self, plan: StepPlan) -> tuple[_Call, _Call | None]:
+        """Packs a step and finds all of its programs, so that what can fail on the host does so before any of them."""
+        self._fail_at("pack", plan)
+        for swap in plan.swaps:
+            for size in swap_blocks(len(swap.copies)):
+                self._program(ProgramKey("swap_out" if swap.slot is None else "swap_in", size))
+        forward = self._forward_call(self._shapes.forward_key(plan), plan)
+        return forward, self._sample_call(plan.row_bucket, plan) if plan.row_bucket else None
+
+    def _forward_call(self, key: ProgramKey, plan: StepPlan) -> _Call:
+        return _Call(self._program(key), self._forward_packers[key.size].pack(plan))
+
+    def _sample_call(self, rows: int, plan: StepPlan) -> _Call:
+        return _Call(self._program(ProgramKey("sample", rows)), self._sample_packers[rows].pack(plan))
+
+    def _forward(self, call: _Call) -> None:
+        arrays = self._arrays
+        arrays.pools, arrays.slots, arrays.hidden = call.program(
+            self._weights, arrays.pools, arrays.slots, arrays.hidden, call.vector
+        )
+
+    def _sample(self, call: _Call) -> jax.Array:
+        arrays = self._arrays
+        arrays.slots, ids = call.program(self._weights.params, arrays.slots, arrays.hidden, call.vector)
         return ids
+
+    def _fail_at(self, point: str, plan: StepPlan | None, *, lose: bool = False) -> None:
+        """Passes a failpoint. lose: as after a program that fails in execution, its donated arguments are gone."""
+        if not self._failpoints:
+            return
+        try:
+            self._failpoints.hit(point, () if plan is None else plan.request_ids)
+        except InjectedFaultError:
+            if lose:
+                self._arrays.delete()
+            raise
 
     def _swap(self, swap: Swap) -> None:
         """Starts the programs that copy a sequence's pages; each reads what the one before it left."""
-        begin = 0
+        arrays, begin = self._arrays, 0
         for size in swap_blocks(len(swap.copies)):
             block = swap.copies[begin : begin + size]
             sources, destinations = [copy.source for copy in block], [copy.destination for copy in block]
             self._host_pages.wait_for_room(size)
             if swap.slot is None:
-                pages = self._program(ProgramKey("swap_out", size))(self._pools, np.array(sources, np.int32))
+                pages = self._program(ProgramKey("swap_out", size))(arrays.pools, np.array(sources, np.int32))
                 self._host_pages.store(destinations, pages)
             else:
                 program = self._program(ProgramKey("swap_in", size))
                 pages, vector = self._host_pages.take(sources), swap_in_vector(destinations, swap.slot, begin)
-                self._pools, self._slots, placed = program(self._pools, self._slots, pages, vector)
+                arrays.pools, arrays.slots, placed = program(arrays.pools, arrays.slots, pages, vector)
                 self._host_pages.taken(size, placed)
             begin += size
 
@@ -213,9 +260,9 @@ class ModelRunner:
         nothing = StepPlan(-1, NO_DECODES, (), token_bucket=0, row_bucket=0, num_tokens=0, num_sampled=0)
         for key in program_keys(self._shapes):
             if key.kind == "sample":
-                self._sample(key, nothing).block_until_ready()
+                self._sample(self._sample_call(key.size, nothing)).block_until_ready()
             elif key.kind in ("forward", "decode"):
-                self._forward(key, nothing)
+                self._forward(self._forward_call(key, nothing))
         for size in self._shapes.swap_sizes:
             for swap in swap_plans(size, null=True):
                 self._swap(swap)
@@ -224,15 +271,15 @@ class ModelRunner:
         """What a preemption costs here; nothing may run yet."""
 
         def compute(plan: StepPlan) -> None:
-            self._forward(self._shapes.forward_key(plan), plan)
-            jax.block_until_ready(self._hidden)
+            self._forward(self._forward_call(self._shapes.forward_key(plan), plan))
+            jax.block_until_ready(self._arrays.hidden)
 
         def swap(swap: Swap) -> None:
             self._swap(swap)
             self._host_pages.wait()
-            jax.block_until_ready(self._pools)
+            jax.block_until_ready(self._arrays.pools)
 
-        jax.block_until_ready(self._pools)
+        jax.block_until_ready(self._arrays.pools)
         return measure(self._shapes, compute, swap)
 
 
@@ -366,21 +413,6 @@ def _read_weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> tuple[Wei
         told = f"{told}, scales measured with random tokens"
     params = pack_for(shapes.model, params, products)
     return Weights(params, None if scales is None else placed(scales, mesh)), told
-
-
-@functools.lru_cache(maxsize=4)
-def _state_maker(num_slots: int, max_pages: int, hidden: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Any:
-    """Makes slots and hidden buffer in one program; for each array its own would take longer to compile than to run."""
-
-    def make() -> tuple[Slots, jax.Array]:
-        return Slots.zeros(num_slots, max_pages), jnp.zeros(hidden.shape, hidden.dtype)
-
-    return jax.jit(make, out_shardings=sharding)
-
-
-def _initial_state(shapes: Shapes, mesh: Mesh) -> tuple[Slots, jax.Array]:
-    _, hidden = abstract_state(shapes, mesh)
-    return _state_maker(shapes.num_slots, shapes.max_pages, hidden, hidden.sharding)()
 
 
 def _is_ready(array: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from jaxserve.phases import Phase
@@ -14,11 +15,21 @@ Pending = Any
 
 
 @dataclasses.dataclass(frozen=True)
+class StepCosts:
+    """Seconds that steps are predicted to take on a runner's device: `seconds` of a plan, and `largest_seconds` of a
+    step that no plan exceeds."""
+
+    seconds: Callable[[StepPlan], float]
+    largest_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
 class RunnerInfo:
     """What a runner turned out to be; the meaning of the fields is that of `EngineReady`.
 
     num_pages counts the null page. num_host_pages: pages of host memory for swapped sequences. preemption_costs:
-    measured at warm-up; None where nothing can be swapped.
+    measured at warm-up; None where nothing can be swapped. step_costs: predicts the seconds of a step; None where
+    nothing is known of the device.
     """
 
     vocab_size: int
@@ -40,6 +51,19 @@ class RunnerInfo:
     memory: tuple[tuple[str, int], ...] = ()
     num_host_pages: int = 0
     preemption_costs: PreemptionCosts | None = None
+    step_costs: StepCosts | None = None
+
+
+class StepNotStartedError(RuntimeError):
+    """A step was not started: packing failed, a program is missing, memory was refused. The device holds what it held
+    before, so the step, or a part of it, may be tried again.
+
+    swapped: the plan's copies between device and host memory were made, and must not be made again.
+    """
+
+    def __init__(self, message: str, *, swapped: bool = False):
+        super().__init__(message)
+        self.swapped = swapped
 
 
 class Runner(Protocol):
@@ -59,7 +83,11 @@ class Runner(Protocol):
         ...
 
     def dispatch(self, plan: StepPlan) -> Pending:
-        """Starts a step and returns without waiting for it. Rows may refer to ids of steps not collected yet."""
+        """Starts a step and returns without waiting for it. Rows may refer to ids of steps not collected yet.
+
+        Raises StepNotStartedError where the step may be tried again. After any other error, here or in `collect`, pages
+        and slots are lost and `reset` must come before the next step.
+        """
         ...
 
     def done(self, pending: Pending) -> bool:
@@ -68,4 +96,11 @@ class Runner(Protocol):
 
     def collect(self, pending: Pending) -> StepResult:
         """Waits for a step and returns its sampled ids: the one place where the host waits for the device."""
+        ...
+
+    def reset(self) -> None:
+        """Makes pages and slots of the device anew, empty, after a step has failed; pages in host memory stay.
+
+        Steps that were dispatched before must not be collected any more.
+        """
         ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from jaxserve.request import RequestStatus
 from jaxserve.scheduler.costs import PreemptionCosts
 from jaxserve.scheduler.formation import Formation
@@ -80,6 +82,31 @@ class Places:
             self.swapped.push(sequence)
         self.preemptions["recompute" if swap is None else "swap"] += 1
         self.preempted.append(sequence)
+
+    def restart(self, sequence: Sequence, swapped_out: Container[str]) -> bool:
+        """Takes a sequence back to what is certain when the device has lost its pages and the steps under way; whether
+        it must be computed again for that.
+
+        swapped_out: requests whose copies to host memory were lost on the way.
+        """
+        status = sequence.status
+        if status is RequestStatus.SWAPPED and sequence.request_id in swapped_out:
+            self.swapped.remove(sequence)
+            self.pages.release(sequence)
+        elif status is RequestStatus.RUNNING:
+            self._release(sequence)
+        elif status is not RequestStatus.ENDING:  # what was to be its last token is lost too
+            sequence.num_pending = 0
+            # What samples the next token is the computation of the last known one, which may have been in a lost step.
+            sequence.num_computed = min(sequence.num_computed, sequence.num_known - 1)
+            return False
+        self.changed = True
+        sequence.num_preemptions += 1
+        sequence.num_computed = sequence.num_pending = 0
+        sequence.status = RequestStatus.PREEMPTED
+        self.waiting.push_back(sequence)
+        self.preemptions["recompute"] += 1
+        return True
 
     def leave(self, sequence: Sequence) -> None:
         """Takes a sequence out of the place where it is, with all that it holds."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jaxserve.request import EngineRequest
+from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.page_pool import PageCopy
 
 
@@ -98,6 +99,20 @@ class DecodeRows:
             held = -(-(start + 1) // self.page_size)
             yield RowPlan(request_id, order, slot, start, (), True, suppress_stop, held - len(pages), pages, None)
 
+    def part(self, begin: int, end: int) -> DecodeRows:
+        """Rows `begin` to `end` - 1."""
+        within = (self.page_rows >= begin) & (self.page_rows < end)
+        return DecodeRows(
+            request_ids=self.request_ids[begin:end],
+            orders=self.orders[begin:end],
+            slots=self.slots[begin:end],
+            starts=self.starts[begin:end],
+            suppress_stop=self.suppress_stop[begin:end],
+            page_rows=self.page_rows[within] - begin,
+            pages=self.pages[within],
+            page_size=self.page_size,
+        )
+
     @classmethod
     def of(cls, rows: Sequence[RowPlan], page_size: int) -> DecodeRows:
         """The columns of rows that decode and take a page at most."""
@@ -148,6 +163,11 @@ class StepPlan:
         return tuple(row for row in self.rows if row.sample)
 
     @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Of the rows, in order."""
+        return (*self.decodes.request_ids, *(row.request_id for row in self.chunks))
+
+    @property
     def num_rows(self) -> int:
         return len(self.decodes) + len(self.chunks)
 
@@ -163,6 +183,30 @@ class StepPlan:
     @property
     def padding(self) -> int:
         return self.token_bucket - self.num_tokens
+
+    def parts(self, most_rows: int, buckets: Buckets) -> list[StepPlan]:
+        """The same work as steps of at most `most_rows` rows, to be carried out one after another; the first makes the
+        copies of pages. Rows keep their order, so the ids of the parts, put together, are those of the step."""
+        decoding, parts = len(self.decodes), []
+        for begin in range(0, self.num_rows, most_rows):
+            end = begin + most_rows
+            decodes = self.decodes.part(begin, end)
+            chunks = self.chunks[max(0, begin - decoding) : max(0, end - decoding)]
+            num_tokens = len(decodes) + sum(row.num_tokens for row in chunks)
+            num_sampled = len(decodes) + sum(row.sample for row in chunks)
+            parts.append(
+                dataclasses.replace(
+                    self,
+                    decodes=decodes,
+                    chunks=chunks,
+                    token_bucket=buckets.token_bucket(num_tokens),
+                    row_bucket=buckets.row_bucket(num_sampled),
+                    num_tokens=num_tokens,
+                    num_sampled=num_sampled,
+                    swaps=() if parts else self.swaps,
+                )
+            )
+        return parts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -149,6 +149,26 @@ class Scheduler:
         sequence = self._sequences.get(request_id)
         return None if sequence is None else self._finish(sequence, FinishReason.ABORT)
 
+    def fail(self, request_id: str, error: str) -> SequenceUpdate | None:
+        """Ends a request that cannot be computed, with ERROR and this line, and frees its pages at once; None when the
+        id is not (or no longer) known. Ids that a step under way samples for it are dropped at `update`."""
+        sequence = self._sequences.get(request_id)
+        return None if sequence is None else self._finish(sequence, FinishReason.ERROR, error)
+
+    def restart(self, lost: Iterable[StepPlan]) -> list[Sequence]:
+        """Preempts every sequence that holds pages of the device, whose content is lost, to be computed again.
+
+        lost: plans that were dispatched and whose ids never come: their tokens are sampled again (a policy that counts
+        tokens has counted them already), and what they should have copied to host memory is not there. Other pages in
+        host memory stay valid. Returns the preempted sequences. O(unfinished requests).
+        """
+        swapped_out = {swap.request_id for plan in lost for swap in plan.swaps if swap.slot is None}
+        going_on = [sequence for name, sequence in self._sequences.items() if name not in self._held]
+        preempted = [sequence for sequence in going_on if self._places.restart(sequence, swapped_out)]
+        self._steady = False
+        self._pace.begins(None, 0.0)
+        return preempted
+
     def expire(self, now: float) -> list[SequenceUpdate]:
         """Ends requests that wait in vain, before they cost a prefill: past their deadline, or beyond reach of it.
 

@@ -16,7 +16,7 @@ import pytest
 
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.channel import EngineClient
-from jaxserve.engine.framing import send_frames
+from jaxserve.engine.framing import frames
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import (
     AbortRequest,
@@ -123,6 +123,38 @@ def test_a_dead_engine_is_told():
     client.close()
 
 
+def test_a_stopped_engine_holds_nobody_up(engine):
+    """What it is sent waits, however much; when it goes on it answers all of it."""
+    before = engine.progress().beat
+    os.kill(engine.pid, signal.SIGSTOP)
+    try:
+        for number in range(40):  # more than a socket takes
+            engine.send(AddRequest(EngineRequest(f"big{number}", tuple(range(96)) * 200, max_tokens=1)))
+            engine.progress()
+        assert engine.unsent_bytes > 100_000
+    finally:
+        os.kill(engine.pid, signal.SIGCONT)
+    for number in range(40):
+        engine.send(AbortRequest(f"big{number}"))
+    ended: set[str] = set()
+    while len(ended) < 40 or engine.progress().beat <= before + 2:
+        for message in engine.receive() if len(ended) < 40 else []:
+            ended |= {output.request_id for output in outputs(message) if output.finish_reason is not None}
+        if len(ended) == 40:
+            assert set(answers(engine)) == {request.request_id for request in REQUESTS}
+    assert engine.unsent_bytes == 0
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_end_of_an_engine_is_told(stopped):
+    client = EngineProcess(CONFIG)
+    if not stopped:
+        assert client.close() == client.close() == ""
+        return
+    os.kill(client.pid, signal.SIGSTOP)
+    assert client.close(0.1) == "the engine process did not end within 0.1 s and was killed"
+
+
 def test_signals_to_the_group_do_not_reach_the_engine(engine):
     assert os.getsid(engine.pid) != os.getsid(0)
     os.kill(engine.pid, signal.SIGTERM)
@@ -138,7 +170,7 @@ def test_the_engine_ends_at_once_when_its_front_end_dies_during_start():
             pass_fds=[theirs.fileno()],
             stderr=subprocess.PIPE,
         )
-    send_frames(ours, [config_to_bytes(CONFIG)])
+    ours.sendall(frames([config_to_bytes(CONFIG)]))
     ours.close()
     _, errors = worker.communicate(timeout=120)
     assert (worker.returncode, errors) == (0, b"")

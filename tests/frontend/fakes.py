@@ -10,6 +10,7 @@ from jaxserve.engine.messages import (
     EngineFailed,
     EngineReady,
     EngineStats,
+    Progress,
     RequestOutput,
     Shutdown,
 )
@@ -37,7 +38,21 @@ READY = EngineReady(
 """Context 64, a pool of 48 tokens, four unfinished requests at most."""
 
 
-class HandPlayedEngine:
+class HealthyEngine:
+    """What the watchdog asks of an engine, answered as one that is never stuck does."""
+
+    unsent_bytes = 0
+    _beat = 0
+
+    def progress(self):
+        self._beat += 1
+        return Progress(self._beat, 0, False)
+
+    def kill(self):
+        pass
+
+
+class HandPlayedEngine(HealthyEngine):
     """Records what is sent; `receive` blocks until the test `play`s messages. Works from several threads."""
 
     def __init__(self, **ready):
@@ -65,10 +80,11 @@ class HandPlayedEngine:
             self._changed.wait_for(lambda: self._messages or self.closed)
             return self._messages.popleft() if self._messages else [EngineFailed("closed")]
 
-    def close(self):
+    def close(self, seconds=0.0):
         with self._changed:
             self.closed = True
             self._changed.notify_all()
+        return ""
 
     @property
     def requests(self):
@@ -80,7 +96,7 @@ class HandPlayedEngine:
         return [message.request_id for message in self.sent if isinstance(message, AbortRequest)]
 
 
-class RuleEngine:
+class RuleEngine(HealthyEngine):
     """An inline engine: each `receive` is a step that gives every running request its next token.
 
     The rule: the output is the prompt without its <bos> (id 1), one token a step, then the eos id 2. A prompt that
@@ -146,5 +162,6 @@ class RuleEngine:
             del self._live[request.request_id]
         return RequestOutput(request.request_id, (token_id,), reason)
 
-    def close(self):
+    def close(self, seconds=0.0):
         self.closed = True
+        return ""

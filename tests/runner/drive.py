@@ -39,7 +39,7 @@ def drive(
     With poison every page holds it until a step writes there. limits are fields of SchedulerConfig.
     """
     if poison:
-        runner._pools = [_poisoned(pool) for pool in runner._pools]
+        runner._arrays.pools = [_poisoned(pool) for pool in runner._arrays.pools]
     pool = PagePool(num_pages or config.cache.num_pages, config.cache.page_size)
     scheduler = Scheduler(dataclasses.replace(config.scheduler, **limits), pool, Buckets.from_config(config, "cpu"))
     sequences = [scheduler.add(request) for request in requests]

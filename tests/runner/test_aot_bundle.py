@@ -99,11 +99,11 @@ def test_an_engine_starts_from_a_bundle_without_compiling(bundle, monkeypatch):
 
 def test_donated_arrays_keep_their_place_and_are_gone(bundle):
     runner = ModelRunner(with_bundle(bundle))
-    pools, slots = list(runner._pools), jax.tree.leaves(runner._slots)
+    pools, slots = list(runner._arrays.pools), jax.tree.leaves(runner._arrays.slots)
     places = [pool.unsafe_buffer_pointer() for pool in pools]
     tokens(runner)
     assert all(array.is_deleted() for array in (*pools, *slots))
-    assert [pool.unsafe_buffer_pointer() for pool in runner._pools] == places
+    assert [pool.unsafe_buffer_pointer() for pool in runner._arrays.pools] == places
 
 
 def test_a_loaded_program_refuses_other_arguments(bundle):
@@ -111,7 +111,7 @@ def test_a_loaded_program_refuses_other_arguments(bundle):
     program = runner.programs.executables[ProgramKey("sample", 8)]
     assert isinstance(program, LoadedProgram)
     with pytest.raises(TypeError, match=r"takes arguments of the structure .* it was called with"):
-        program(runner._slots)
+        program(runner._arrays.slots)
     mesh = target_mesh(load_target("cpu"))
     argument = jax.ShapeDtypeStruct((3,), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     with pytest.raises(TypeError, match=r"takes float32\[3\] as flat argument 0; it was called with float32\[4\]"):

@@ -35,7 +35,7 @@ MEASURE = textwrap.dedent("""
     # The same engine, but it copies its pool once.
     before = memory_child.resident()["VmRSS"]
     memory_child.forget_peak()
-    copies = jax.block_until_ready([pool + 0 for pool in clients[0].core.runner._pools])
+    copies = jax.block_until_ready([pool + 0 for pool in clients[0].core.runner._arrays.pools])
     run(clients[0], 1)
     print(json.dumps(found | {"wasted": memory_child.resident()["VmHWM"] - before}))
 """)

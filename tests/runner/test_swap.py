@@ -158,16 +158,16 @@ def test_swap_space_decides_programs_and_pages():
 
 def test_swaps_are_carried_out_in_order(runner):
     """Pages that a swap frees are filled by a later one of the same plan, on both sides."""
-    runner._pools = random_pools(runner._shapes)
-    before = bits(runner._pools)
+    runner._arrays.pools = random_pools(runner._shapes)
+    before = bits(runner._arrays.pools)
     many = range(20, 41)  # 16 + 4 + 1
     runner._swap(swap_out(many, range(21)))
-    runner._pools = ones(runner._pools)
+    runner._arrays.pools = ones(runner._arrays.pools)
     runner._swap(swap_in(range(21), range(47, 26, -1), slot=2))
-    assert (bits(runner._pools)[range(47, 26, -1)] == before[20:41]).all()
-    assert np.asarray(runner._slots.page_table)[2, :16].tolist() == list(range(47, 31, -1))
-    runner._pools = random_pools(runner._shapes, seed=1)
-    before = bits(runner._pools)
+    assert (bits(runner._arrays.pools)[range(47, 26, -1)] == before[20:41]).all()
+    assert np.asarray(runner._arrays.slots.page_table)[2, :16].tolist() == list(range(47, 31, -1))
+    runner._arrays.pools = random_pools(runner._shapes, seed=1)
+    before = bits(runner._arrays.pools)
     runner._swap(swap_out([1, 2], [19, 20]))
     plan = [
         swap_out([3, 4, 5], [0, 1, 2]),
@@ -178,7 +178,7 @@ def test_swaps_are_carried_out_in_order(runner):
     ]
     for swap in plan:
         runner._swap(swap)
-    found = bits(runner._pools)
+    found = bits(runner._arrays.pools)
     for page, content in {4: 1, 3: 2, 6: 3, 7: 4, 1: 5, 2: 7, 5: 6}.items():
         assert (found[page] == before[content]).all(), page
     assert len(runner._host_pages) == 0
@@ -229,9 +229,9 @@ def generate(runner: ModelRunner | FakeRunner, request: EngineRequest, *, swappe
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_tokens_after_a_swap_are_the_same(runner, temperature):
     request = EngineRequest("r", tuple(range(20)), 32, temperature=temperature, seed=7)
-    runner._pools = ones(runner._pools)
+    runner._arrays.pools = ones(runner._arrays.pools)
     undisturbed = generate(runner, request, swapped=False)
-    runner._pools = ones(runner._pools)
+    runner._arrays.pools = ones(runner._arrays.pools)
     assert generate(runner, request, swapped=True) == undisturbed
     assert len(set(undisturbed)) > 1
 

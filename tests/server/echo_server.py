@@ -2,8 +2,8 @@
 
     python -m tests.server.echo_server CONTROL TOKENIZER [--gin.BINDING=VALUE ...]
 
-Lines of standard input control the engine: pause, allow N, resume, wait N (for N requests), die REASON. CONTROL is
-what starting it does: run, "fail REASON", or hang.
+Lines of standard input control the engine: pause, allow N, resume, wait N (for N requests), die REASON, state STATE
+(healthy, stuck or silent), problem LINE (of its end). CONTROL is what starting it does: run, "fail REASON", or hang.
 """
 
 import sys
@@ -36,6 +36,10 @@ def obey(engine: EchoEngine) -> None:
                 engine.wait_for_requests(int(count))
             case ["resume"]:
                 engine.resume()
+            case ["state", state]:
+                engine.state = state.strip()
+            case ["problem", problem]:
+                engine.problem = problem.strip()
             case ["die", reason]:
                 engine.die(reason.strip())
         print("obeyed", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from jaxserve.engine.messages import (
     EngineReady,
     EngineStats,
     FromEngine,
+    Progress,
     RequestOutput,
     Shutdown,
     ToEngine,
@@ -66,7 +67,10 @@ class _Running:
 
 
 class EchoEngine:
-    """EngineClient. `requests` and `aborted` are what it was sent, in order."""
+    """EngineClient. `requests` and `aborted` are what it was sent, in order.
+
+    state: what it says of its progress: "healthy", "stuck" in a step, or "silent". problem: what `close` returns.
+    """
 
     def __init__(self, ready: EngineReady = READY):
         self.ready = ready
@@ -78,6 +82,22 @@ class EchoEngine:
         self._outbox: list[FromEngine] = []
         self._steps: int | None = None
         self._generated = 0
+        self._beat = 0
+        self.state = "healthy"
+        self.killed = False
+        self.problem = ""
+
+    @property
+    def unsent_bytes(self) -> int:
+        return 0
+
+    def progress(self) -> Progress:
+        self._beat += self.state != "silent"
+        return Progress(self._beat, 0, self.state == "stuck")
+
+    def kill(self) -> None:
+        self.killed = True
+        self.send(Shutdown())
 
     def send(self, message: ToEngine) -> None:
         with self._changed:
@@ -101,8 +121,9 @@ class EchoEngine:
             messages, self._outbox = self._outbox, []
             return messages
 
-    def close(self) -> None:
+    def close(self, seconds: float = 0.0) -> str:
         self.send(Shutdown())
+        return self.problem
 
     def pause(self) -> None:
         """No further step is taken until `allow` or `resume`."""

@@ -124,6 +124,75 @@ def test_a_dead_engine_is_one_line_and_a_failure(echo):
     assert not any("Traceback" in line for line in lines)
 
 
+STEP_TIMEOUT = "--gin.ServerConfig.step_timeout=0.5"
+
+
+@pytest.mark.parametrize(
+    ("state", "line"),
+    [
+        ("stuck", r"a step has not ended for \d\.\d s \(step_timeout 0\.5 s\)"),
+        (
+            "silent",
+            r"the engine has not answered for \d\.\d s \(step_timeout 0\.5 s\): its process is stopped, or hangs",
+        ),
+    ],
+)
+def test_an_engine_that_hangs_is_one_line_and_a_failure(echo, state, line):
+    process = echo("run", STEP_TIMEOUT)
+    with Client(process.until(r"ready on (\S+) in").group(1)) as client:
+        process.order("pause")
+        running = [in_background(lambda: client.generate_text("abc", GREEDY)) for _ in range(3)]
+        process.order("wait 3")
+        process.order(f"state {state}")
+        for answer in running:
+            error = answer.get(timeout=WAIT_SECONDS)
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            assert re.fullmatch(line, error.details())
+    code, lines = process.end()
+    assert code == 1
+    assert re.fullmatch(f"jaxserve.server: the engine has died: {line}", lines[-1])
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_an_engine_that_hangs_while_idle(echo):
+    process = echo("run", STEP_TIMEOUT)
+    process.until("ready on")
+    process.order("state silent")
+    assert process.end()[0] == 1
+
+
+@pytest.mark.parametrize(
+    "signals", [(signal.SIGTERM,), (signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)]
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_exit_code_tells_of_a_hung_engine_whatever_signals_come(echo, signals, when):
+    process = echo("run", STEP_TIMEOUT if when == "before" else "--gin.ServerConfig.step_timeout=600.0")
+    process.until("ready on")
+    process.order("problem the engine process did not end within 2 s and was killed")
+    if when == "before":
+        process.order("state stuck")
+    for number in signals:
+        process.popen.send_signal(number)
+    code, lines = process.end()
+    assert code == 1
+    assert lines[-1].startswith("jaxserve.server: the engine ")
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_an_engine_that_dies_while_it_drains(echo):
+    process = echo()
+    with Client(process.until(r"ready on (\S+) in").group(1)) as client:
+        process.order("pause")
+        answer = in_background(lambda: client.generate_text("abc", GREEDY))
+        process.order("wait 1")
+        process.popen.send_signal(signal.SIGTERM)
+        process.until("1 requests may finish")
+        process.order("die out of memory")
+        assert answer.get(timeout=WAIT_SECONDS).code() is grpc.StatusCode.UNAVAILABLE
+    code, lines = process.end()
+    assert (code, lines[-1]) == (1, "jaxserve.server: the engine has died: out of memory")
+
+
 def test_a_start_that_fails_is_one_line(echo, tmp_path):
     process = echo("fail model.safetensors is cut off: 10 of 20 bytes")
     code, lines = process.end()
