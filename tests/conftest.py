@@ -1,6 +1,7 @@
 """Settings of every test: CPU only, reproducible hypothesis runs. Warnings are errors (pyproject.toml)."""
 
 import os
+import pathlib
 import signal
 import sys
 import tempfile
@@ -32,3 +33,14 @@ settings.register_profile(
 # A developer's search for new counterexamples: `pytest --hypothesis-profile=explore`.
 settings.register_profile("explore", parent=settings.get_profile("ci"), derandomize=False, max_examples=1000)
 settings.load_profile("ci")
+
+_WITHOUT_JAX = ("benchmarks", "frontend", "scheduler", "simulator")
+"""Folders of tests that another jax cannot make fail: what they test never reaches it, or only starts what others do."""
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what `.ci/run` leaves out of its second lane."""
+    here = pathlib.Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).parts[0] in _WITHOUT_JAX:
+            item.add_marker("without_jax")

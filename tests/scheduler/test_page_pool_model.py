@@ -299,5 +299,5 @@ class PagePoolMachine(RuleBasedStateMachine):
         assert self.pool.num_used == self.pool.num_host_used == 0
 
 
-TestPagePoolMachine = pytest.mark.without_jax(PagePoolMachine.TestCase)
+TestPagePoolMachine = PagePoolMachine.TestCase
 TestPagePoolMachine.settings = settings(max_examples=200, stateful_step_count=50)

@@ -27,7 +27,6 @@ EVENTS = {
 OFTEN = 10
 
 
-@pytest.mark.without_jax
 @pytest.mark.parametrize("mode", MODES)
 def test_histories(mode: str):
     """Every request ends once with the tokens that it has alone, pages are accounted for after every step, nobody is

@@ -174,7 +174,6 @@ def _state(scheduler: Scheduler) -> tuple:
     return sequences, slots, columns, service, counts, vars(scheduler._pace), scheduler.steady_steps()
 
 
-@pytest.mark.without_jax
 @pytest.mark.parametrize("mode", MODES)
 def test_a_stretch_equals_its_steps(mode: str):
     """Tokens, positions, pages held, service counted, the pace, who ends when, and all plans after it."""
