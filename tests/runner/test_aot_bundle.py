@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.request import EngineRequest
 from jaxserve.runner import build_set
+from jaxserve.runner.aot import bundle as bundles
 from jaxserve.runner.aot.build import build
 from jaxserve.runner.aot.bundle import MANIFEST, Bundle, BundleError, BundleWriter
 from jaxserve.runner.aot.loaded import LoadedProgram
@@ -203,13 +204,13 @@ def test_flags_that_say_what_is_dumped_do_not_count(bundle, monkeypatch):
 
 def test_a_start_checks_a_bundle_once(bundle, monkeypatch):
     counts: Counter[pathlib.Path] = Counter()
-    read_bytes = pathlib.Path.read_bytes
+    read_own = bundles.read_own
 
     def counted(path: pathlib.Path) -> bytes:
         counts[path] += 1
-        return read_bytes(path)
+        return read_own(path)
 
-    monkeypatch.setattr(pathlib.Path, "read_bytes", counted)
+    monkeypatch.setattr(bundles, "read_own", counted)
     ModelRunner(with_bundle(bundle))
     # Before anything is loaded, and the bytes that the runtime then takes.
     assert [counts[path] for path in sorted((bundle / "programs").iterdir())] == [2, 2, 2]

@@ -166,7 +166,7 @@ def test_entries_are_this_users_alone(copy, caplog):
         path.chmod(0o666)
     with caplog.at_level(logging.WARNING, "jaxserve"):
         assert start(copy).info.num_cached_executables == 0
-    assert caplog.text.count("is not used: others may write to it") == 3
+    assert caplog.text.count("is not used: it has the mode 0666: others may write to it") == 3
 
 
 def test_another_users_directory_is_refused(tmp_path, monkeypatch):
