@@ -227,8 +227,8 @@ def _used_tensors(stored: Stored, config: ModelConfig) -> dict[str, StoredTensor
     architecture = lookup(config.architecture)
     if stored.tensors and stored.num_layers < config.num_hidden_layers:
         raise ValueError(
-            f"config.json num_hidden_layers is {config.num_hidden_layers}; checkpoint {stored.directory} has tensors of "
-            f"{stored.num_layers} layers"
+            f"config.json num_hidden_layers is {config.num_hidden_layers}; checkpoint {stored.directory} has tensors "
+            f"of {stored.num_layers} layers"
         )
     used: dict[str, StoredTensor] = {}
     for path, parts in architecture.weights(config).items():
@@ -272,8 +272,8 @@ def _differing_buffers(stored: Stored, config: ModelConfig) -> list[str]:
     if not differing:
         return []
     return [
-        f"checkpoint {stored.directory} holds {_some(sorted(differing))} with other rotary frequencies than config.json "
-        f"asks for (rope_theta {config.rope_theta:g}); those of config.json are used"
+        f"checkpoint {stored.directory} holds {_some(sorted(differing))} with other rotary frequencies than those that "
+        f"config.json asks for (rope_theta {config.rope_theta:g}); those of config.json are used"
     ]
 
 
@@ -294,9 +294,9 @@ def _check_tensor(stored: Stored, path: Path, part: Slice, config: ModelConfig) 
     if tensor is None and part.tensor == EMBEDDING and config.tie_word_embeddings:
         tensor = stored.find(HEAD)  # one array under two names: safetensors keeps the first of them
     if tensor is None:
-        told = "; config.json does not say tie_word_embeddings" if part.tensor == HEAD else ""
+        told = "config.json does not say tie_word_embeddings, and " if part.tensor == HEAD else ""
         raise ValueError(
-            f"checkpoint {stored.directory} has no tensor {part.tensor}, which {path_text(path)} needs{told}"
+            f"{told}checkpoint {stored.directory} has no tensor {part.tensor}, which {path_text(path)} needs"
         )
     if tensor.shape != part.shape:
         raise ValueError(

@@ -20,7 +20,9 @@ from models.stored import EMBEDDING, HEAD, Stored, has_own_head, has_safetensors
 ARCHITECTURES = ("LlamaForCausalLM",)
 """The names that `models.registry` has entries for; here, so that an unknown one is named without jax."""
 
-_LARGEST = {"num_hidden_layers": 1024, "head_dim": 2**16}
+_INT32: int = 2**31 - 1
+
+_LARGEST: dict[str, int] = {"num_hidden_layers": 1024, "head_dim": 2**16}
 """Bounds of what a start builds one by one, or computes on the host; other sizes must fit into 32 bits."""
 
 _CONTEXT_KEYS = ("max_sequence_length", "max_seq_length", "max_seq_len", "seq_length", "n_positions")
@@ -53,7 +55,7 @@ def check_directory(directory: str | pathlib.Path) -> None:
         _architecture(read_object(path))
 
 
-def _check_count(name: str, value: Any, most: int = 2**31 - 1) -> None:
+def _check_count(name: str, value: Any, most: int = _INT32) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
     if value > most:
@@ -94,7 +96,7 @@ class ModelConfig:
             "head_dim",
             "max_position_embeddings",
         ):
-            _check_count(f"model {name}", getattr(self, name), _LARGEST.get(name, 2**31 - 1))
+            _check_count(f"model {name}", getattr(self, name), _LARGEST.get(name, _INT32))
         for name in ("rms_norm_eps", "rope_theta"):
             check_number(f"model {name}", getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
@@ -236,7 +238,7 @@ def _quantises_weights(quantization: Any) -> bool:
 def _required_count(raw: Mapping[str, Any], name: str) -> int:
     if raw.get(name) is None:
         raise ValueError(f"config.json has no {name}; a checkpoint without it cannot be served")
-    _check_count(f"config.json {name}", raw[name], _LARGEST.get(name, 2**31 - 1))
+    _check_count(f"config.json {name}", raw[name], _LARGEST.get(name, _INT32))
     return raw[name]
 
 
@@ -257,8 +259,8 @@ def _architecture(raw: Mapping[str, Any]) -> str:
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         kind = f" (model_type is {raw['model_type']!r})" if raw.get("model_type") else ""
         raise ValueError(
-            f"config.json architectures is {names!r}{kind}; exactly one name is needed, of the known architectures "
-            f"{', '.join(sorted(ARCHITECTURES))}"
+            f"config.json architectures is {names!r}; exactly one name is needed; known architectures are "
+            f"{', '.join(sorted(ARCHITECTURES))}{kind}"
         )
     check_architecture(names[0])
     return names[0]

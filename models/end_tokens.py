@@ -95,8 +95,8 @@ def check_vocabulary(tokenizer: pathlib.Path, vocab_size: int) -> None:
         more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
         raise ValueError(
             f"tokenizer in {str(tokenizer)!r} has the token {text[:64]!r} with the id {token}{more}; the model's "
-            f"vocabulary (vocab_size) has {vocab_size} tokens, so ids must be below that: set EngineConfig.tokenizer to "
-            "the directory of the model's own, or skip_tokenizer_init for prompts of token ids"
+            f"vocabulary (vocab_size) has {vocab_size} tokens, so ids must be below that: set EngineConfig.tokenizer "
+            "to the directory of the model's own, or skip_tokenizer_init for prompts of token ids"
         )
 
 

@@ -47,7 +47,7 @@ def test_defaults_and_both_places_of_rotary_settings():
         ({"quantization_config": {"bits": 4}}, r"^config.json quantization_config is set; only unquantised"),
         (
             {"architectures": ["A", "B"]},
-            r"^config.json architectures is \['A', 'B'\]; exactly one name is needed, of the known",
+            r"^config.json architectures is \['A', 'B'\]; exactly one name is needed; known",
         ),
         ({"attention_bias": "no"}, r"^config.json attention_bias is 'no'; it must be true or false$"),
         ({"eos_token_id": "</s>"}, r"^config.json eos_token_id is '</s>'; it must be a token id or a list of them$"),

@@ -271,8 +271,8 @@ def _trusted(path: pathlib.Path, use: Callable[[pathlib.Path], T]) -> T:
         return use(path)
     except UntrustedError as error:
         raise BundleError(
-            f"bundle {path} {error}; its programs are machine code: if you trust where they come from, copy the bundle to "
-            "a directory of your own"
+            f"bundle {path} {error}; its programs are machine code: if you trust where they come from, copy the bundle "
+            "to a directory of your own"
         ) from error
 
 
