@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.end_tokens import as_ids, end_token_ids
-from models.json_files import read_object
+from models.json_files import read_object, shown
 from models.rope import RopeScaling, check_number
 from models.rope import from_hf as rope_from_hf
-from models.stored import EMBEDDING, HEAD, Stored, has_own_head, has_safetensors, read_stored
+from models.stored import EMBEDDING, HEAD, INDEX_FILE, SINGLE_FILE, Stored, has_own_head, has_safetensors, read_stored
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 """The names that `models.registry` has entries for; here, so that an unknown one is named without jax."""
@@ -41,7 +41,9 @@ _log = logging.getLogger(__name__)
 def check_architecture(name: str) -> None:
     """Raises ValueError, with the known names, where an architecture is not known."""
     if name not in ARCHITECTURES:
-        raise ValueError(f"model architecture is {name!r}; known architectures are {', '.join(sorted(ARCHITECTURES))}")
+        raise ValueError(
+            f"model architecture is {shown(name)}; known architectures are {', '.join(sorted(ARCHITECTURES))}"
+        )
 
 
 def check_directory(directory: str | pathlib.Path) -> None:
@@ -57,9 +59,9 @@ def check_directory(directory: str | pathlib.Path) -> None:
 
 def _check_count(name: str, value: Any, most: int = _INT32) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        raise ValueError(f"{name} is {shown(value)}; it must be a whole number of at least 1")
     if value > most:
-        raise ValueError(f"{name} is {value}; it must be at most {most}")
+        raise ValueError(f"{name} is {shown(value)}; it must be at most {most}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +165,7 @@ class ModelConfig:
         if _quantises_weights(raw.get("quantization_config") or raw.get("compression_config") or {}):
             raise ValueError("config.json quantization_config is set; only unquantised weights are supported")
         if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
-            raise ValueError(f"config.json hidden_act is {raw['hidden_act']!r}; only 'silu' is supported")
+            raise ValueError(f"config.json hidden_act is {shown(raw['hidden_act'])}; only 'silu' is supported")
         heads = _required_count(raw, "num_attention_heads")
         hidden = _required_count(raw, "hidden_size")
         if raw.get("head_dim") is None and hidden % heads:
@@ -249,7 +251,7 @@ def _optional(raw: Mapping[str, Any], name: str, default: Any) -> Any:
 def _flag(raw: Mapping[str, Any], name: str) -> bool:
     value = _optional(raw, name, False)
     if not isinstance(value, bool):
-        raise ValueError(f"config.json {name} is {value!r}; it must be true or false")
+        raise ValueError(f"config.json {name} is {shown(value)}; it must be true or false")
     return value
 
 
@@ -257,9 +259,9 @@ def _architecture(raw: Mapping[str, Any]) -> str:
     """The architecture, checked before everything else: of another one nothing else need be as here."""
     names = raw.get("architectures") or []
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        kind = f" (model_type is {raw['model_type']!r})" if raw.get("model_type") else ""
+        kind = f" (model_type is {shown(raw['model_type'])})" if raw.get("model_type") else ""
         raise ValueError(
-            f"config.json architectures is {names!r}; exactly one name is needed; known architectures are "
+            f"config.json architectures is {shown(names)}; exactly one name is needed; known architectures are "
             f"{', '.join(sorted(ARCHITECTURES))}{kind}"
         )
     check_architecture(names[0])
@@ -302,13 +304,17 @@ def _unread_keys(raw: Mapping[str, Any], config: ModelConfig) -> list[str]:
     if found:
         lines.append(f"config.json has {', '.join(found)}, which {config.architecture} does not know; not used")
     if raw.get("model_type") not in (None, "llama"):
-        lines.append(f"config.json model_type is {raw['model_type']!r}; the architecture {config.architecture} counts")
+        lines.append(
+            f"config.json model_type is {shown(raw['model_type'])}; the architecture {config.architecture} counts"
+        )
     return lines
 
 
 def _compared(config: ModelConfig, raw: Mapping[str, Any], stored: Stored) -> tuple[ModelConfig, list[str]]:
     """The configuration with what the stored tensors say of it, and a line for each disagreement."""
     lines = []
+    if (stored.directory / SINGLE_FILE).exists() and (stored.directory / INDEX_FILE).exists():
+        lines.append(f"checkpoint {stored.directory} holds {SINGLE_FILE} and {INDEX_FILE}; only the former is read")
     own = stored.dtype
     if _dtype_name(raw) is None:
         config = dataclasses.replace(config, dtype=own or config.dtype)
@@ -330,7 +336,7 @@ def _first_token(value: Any) -> int | None:
     """The token that a text begins with: an id, or a list of one."""
     if isinstance(value, list):
         if len(value) > 1:
-            raise ValueError(f"config.json bos_token_id is {value!r}; it must be one token id")
+            raise ValueError(f"config.json bos_token_id is {shown(value)}; it must be one token id")
         return value[0] if value else None
     return value
 
@@ -346,5 +352,5 @@ def _dtype_name(raw: Mapping[str, Any]) -> str | None:
 def _without_module(name: str, value: Any) -> str | None:
     """The name of a dtype: early releases of transformers wrote torch.bfloat16, and "auto" names none."""
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"config.json {name} is {value!r}; it must be a name such as 'bfloat16'")
+        raise ValueError(f"config.json {name} is {shown(value)}; it must be a name such as 'bfloat16'")
     return None if value in (None, "", "auto") else value.removeprefix("torch.")

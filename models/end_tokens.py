@@ -8,14 +8,16 @@ Only JSON is read, so that end tokens are known where no tokenizer is loaded.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from models.json_files import read_object
+from models.json_files import read_object, shown
 
 TOKENIZER_FILE = "tokenizer.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_OLDER = ("vocab.json", "added_tokens.json")
 _NAMING = (_TOKENIZER_CONFIG, "special_tokens_map.json")
 
 
@@ -56,7 +58,7 @@ def end_token_ids(
             told[f"{name} ({text!r})"] = as_ids(f"{name} eos_token {text!r}", ids[text], vocabulary)
         else:
             lines.append(
-                f"{tokenizer / name} names the end token {text!r}, whose id no file there tells; it is not used"
+                f"{tokenizer / name} names the end token {shown(text)}, whose id no file there tells; it is not used"
             )
     union = tuple(dict.fromkeys(token for found in told.values() for token in found))
     if any(set(found) != set(union) for found in told.values()):
@@ -72,12 +74,12 @@ def as_ids(name: str, value: Any, vocabulary: Any = None) -> tuple[int, ...]:
     """
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
-        raise ValueError(f"{name} is {value!r}; it must be a token id or a list of them")
+        raise ValueError(f"{name} is {shown(value)}; it must be a token id or a list of them")
     for token in ids:
         if isinstance(vocabulary, int) and token >= vocabulary:
             raise ValueError(
-                f"{name} has the id {token}; the model's vocabulary (vocab_size) has {vocabulary} tokens, so ids must "
-                "be below that"
+                f"{name} has the id {shown(token)}; the model's vocabulary (vocab_size) has {vocabulary} tokens, so ids "
+                "must be below that"
             )
     return tuple(dict.fromkeys(ids))
 
@@ -90,12 +92,13 @@ def check_vocabulary(tokenizer: pathlib.Path, vocab_size: int) -> None:
     if not (tokenizer / TOKENIZER_FILE).is_file():
         return  # what is made of an older format is known when it has been converted
     beyond = sorted((token, text) for text, token in _ids_by_text(tokenizer).items() if token >= vocab_size)
+    _read_ids.cache_clear()  # it is large, and was needed for the end tokens and here
     if beyond:
         token, text = beyond[0]
         more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
         raise ValueError(
-            f"tokenizer in {str(tokenizer)!r} has the token {text[:64]!r} with the id {token}{more}; the model's "
-            f"vocabulary (vocab_size) has {vocab_size} tokens, so ids must be below that: set EngineConfig.tokenizer "
+            f"tokenizer in {str(tokenizer)!r} has the token {shown(text)} with the id {shown(token)}{more}; the "
+            f"model's vocabulary (vocab_size) has {vocab_size} tokens, so ids must be below that: set EngineConfig.tokenizer "
             "to the directory of the model's own, or skip_tokenizer_init for prompts of token ids"
         )
 
@@ -107,12 +110,22 @@ def _eos_text(path: pathlib.Path) -> str | None:
     value = read_object(path).get("eos_token")
     text = value.get("content") if isinstance(value, dict) else value
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"model file {path} has the eos_token {value!r}; it must be a text, or an object with content")
+        raise ValueError(
+            f"model file {path} has the eos_token {shown(value)}; it must be a text, or an object with content"
+        )
     return text or None
 
 
 def _ids_by_text(tokenizer: pathlib.Path) -> dict[str, int]:
     """The id of each token by its text; added tokens take precedence over the vocabulary's."""
+    files = [tokenizer / name for name in (TOKENIZER_FILE, _TOKENIZER_CONFIG, *_OLDER)]
+    stats = [path.stat() for path in files if path.is_file()]
+    return _read_ids(tokenizer, tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats))
+
+
+@functools.lru_cache(maxsize=1)
+def _read_ids(tokenizer: pathlib.Path, files: tuple[tuple[int, ...], ...]) -> dict[str, int]:
+    """`_ids_by_text` of files of that identity."""
     ids: dict[Any, Any] = {}
     if (tokenizer / TOKENIZER_FILE).is_file():
         content = read_object(tokenizer / TOKENIZER_FILE, contradictions=True)
@@ -122,7 +135,7 @@ def _ids_by_text(tokenizer: pathlib.Path) -> dict[str, int]:
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"tokenizer file {tokenizer / TOKENIZER_FILE} is malformed: {error!r}") from error
     else:
-        for name in ("vocab.json", "added_tokens.json"):
+        for name in _OLDER:
             if (tokenizer / name).is_file():
                 ids |= read_object(tokenizer / name)
     if (tokenizer / _TOKENIZER_CONFIG).is_file():

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from models.json_files import shown
+
 KINDS = ("default", "linear", "llama3")
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -21,7 +23,7 @@ def check_number(name: str, value: Any) -> None:
     """Raises ValueError where a value is no finite number above 0."""
     # The comparison comes last: no float holds a whole number of more than 308 digits.
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf or value > 1e308:
-        raise ValueError(f"{name} is {value!r}; it must be a finite number above 0")
+        raise ValueError(f"{name} is {shown(value)}; it must be a finite number above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"rope_scaling kind is {self.kind!r}; supported kinds are {', '.join(KINDS)}")
+            raise ValueError(f"rope_scaling kind is {shown(self.kind)}; supported kinds are {', '.join(KINDS)}")
         for name in _LLAMA3:
             check_number(f"rope_scaling {name}", getattr(self, name))
         if self.factor < 1.0:
@@ -116,7 +118,7 @@ def _fields(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     given = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
     for name, fields in given.items():
         if not isinstance(fields, dict):
-            raise ValueError(f"config.json {name} is {fields!r}; it must be an object")
+            raise ValueError(f"config.json {name} is {shown(fields)}; it must be an object")
         for key, value in fields.items():
             if isinstance(value, dict):
                 raise ValueError(f"config.json {name} has settings for {key!r} alone; all layers must be rotated alike")

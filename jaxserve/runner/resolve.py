@@ -14,7 +14,7 @@ from jaxserve.scheduler.buckets import Buckets
 from models import checkpoint
 from models.config import ModelConfig
 from models.end_tokens import check_vocabulary
-from models.params import packable
+from models.params import DTYPES, packable
 from pallas_kernels.cpu import linear
 from pallas_kernels.paged_attention import Use, choose, is_quantised
 
@@ -40,6 +40,8 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
     if len(model.eos_token_ids) > most:
         raise ValueError(f"model has {len(model.eos_token_ids)} end-of-sequence ids; at most {most} are supported")
     dtype = model.dtype if config.dtype == "auto" else config.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"model dtype is {dtype!r}; set EngineConfig.dtype to one of {', '.join(DTYPES)}")
     pages = config.cache.kv_cache_dtype
     kv_cache_dtype = {"auto": dtype, "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}.get(pages, pages)
     _check_checkpoint(config, model, scales=is_quantised(kv_cache_dtype), planning=planning)
