@@ -78,8 +78,8 @@ def as_ids(name: str, value: Any, vocabulary: Any = None) -> tuple[int, ...]:
     for token in ids:
         if isinstance(vocabulary, int) and token >= vocabulary:
             raise ValueError(
-                f"{name} has the id {shown(token)}; the model's vocabulary (vocab_size) has {vocabulary} tokens, so ids "
-                "must be below that"
+                f"{name} has the id {shown(token)}; the model's vocabulary (vocab_size) has {vocabulary} tokens, so "
+                "ids must be below that"
             )
     return tuple(dict.fromkeys(ids))
 
@@ -98,8 +98,8 @@ def check_vocabulary(tokenizer: pathlib.Path, vocab_size: int) -> None:
         more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
         raise ValueError(
             f"tokenizer in {str(tokenizer)!r} has the token {shown(text)} with the id {shown(token)}{more}; the "
-            f"model's vocabulary (vocab_size) has {vocab_size} tokens, so ids must be below that: set EngineConfig.tokenizer "
-            "to the directory of the model's own, or skip_tokenizer_init for prompts of token ids"
+            f"model's vocabulary (vocab_size) has {vocab_size} tokens, so ids must be below that: set "
+            "EngineConfig.tokenizer to the directory of the model's own, or skip_tokenizer_init for prompts of ids"
         )
 
 

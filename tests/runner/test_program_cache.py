@@ -160,6 +160,14 @@ def test_the_directory_is_this_users_alone(tmp_path):
     opened(directory)
 
 
+def test_the_directories_above_are_checked_too(tmp_path):
+    directory = tmp_path / "some" / "cache"
+    opened(directory)
+    directory.parent.chmod(0o777)
+    with pytest.raises(CacheRefusedError, match=r"some/cache lies in .*some, which has the mode 0777: others may"):
+        opened(directory)
+
+
 def test_entries_are_this_users_alone(copy, caplog):
     assert all(path.stat().st_mode & 0o077 == 0 for path in copy.iterdir())
     for path in copy.iterdir():
