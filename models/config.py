@@ -46,17 +46,6 @@ def check_architecture(name: str) -> None:
         )
 
 
-def check_directory(directory: str | pathlib.Path) -> None:
-    """Raises ValueError where a checkpoint's `config.json`, if there is one, names an architecture that is not known.
-
-    It takes no time: who reads other files of a checkpoint asks this first, so that the cause is named and not an
-    effect.
-    """
-    path = pathlib.Path(directory) / "config.json"
-    if path.is_file():
-        _architecture(read_object(path))
-
-
 def _check_count(name: str, value: Any, most: int = _INT32) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {shown(value)}; it must be a whole number of at least 1")
@@ -224,6 +213,17 @@ class ModelConfig:
                 "original_max_position_embeddings": scaling.original_max_position_embeddings,
             }
         return raw
+
+
+def check_directory(directory: str | pathlib.Path) -> None:
+    """Raises ValueError as `ModelConfig.from_hf` does where a checkpoint's `config.json`, if there is one, is faulty.
+
+    It takes no time: who reads other files of a checkpoint asks this first, so that the cause is named and not an
+    effect.
+    """
+    path = pathlib.Path(directory) / "config.json"
+    if path.is_file():
+        ModelConfig.from_hf(read_object(path))
 
 
 def _quantises_weights(quantization: Any) -> bool:

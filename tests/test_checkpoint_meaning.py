@@ -61,3 +61,6 @@ def test_an_unknown_architecture_is_named_before_a_tokenizer_is_looked_for(tmp_p
     model = write_files(tmp_path, {"architectures": ["OPTForCausalLM"], "hidden_size": None}, **files)
     with pytest.raises(ValueError, match="'OPTForCausalLM'; known architectures are LlamaForCausalLM"):
         LLM(model=model)
+    write_files(tmp_path, {"num_hidden_layers": 10**9})
+    with pytest.raises(ValueError, match=r"^config.json num_hidden_layers is 1000000000; it must be at most 1024$"):
+        LLM(model=model)

@@ -178,8 +178,8 @@ def _one_line(error: BaseException) -> str:
 def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
     """The tokenizer that a configuration names; None with skip_tokenizer_init or when there is no directory to read.
 
-    Raises ValueError as `Tokenizer` does, and where the model's own directory does not exist or holds an architecture
-    that is not known.
+    Raises ValueError as `Tokenizer` does, and where the model's own directory does not exist or its `config.json` is
+    faulty.
     """
     directory = config.tokenizer or config.model
     if config.skip_tokenizer_init or directory is None:
