@@ -1,6 +1,6 @@
 """Every setting of the engine and its servers, as frozen dataclasses that validate themselves.
 
-Standard library only (and models.config, which is too). gin binds these classes by name; nothing here knows gin.
+Standard library only (and models.config, which adds numpy). gin binds these classes by name; nothing here knows gin.
 """
 
 from __future__ import annotations

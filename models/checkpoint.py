@@ -7,10 +7,12 @@ parameters themselves, host memory holds one of them at a time.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,20 +21,52 @@ from jax.sharding import Mesh
 
 from models import kv_scales
 from models.config import ModelConfig
+from models.json_files import read_object
 from models.kv_scales import KVScales
-from models.params import abstract_params, leaves
+from models.params import abstract_params, leaves, make_mesh
 from models.registry import lookup
-from models.safetensors_file import DTYPES, StoredTensor, read_header
+from models.rope import RopeScaling, rope_frequencies
+from models.safetensors_file import DTYPES, StoredTensor
+from models.stored import EMBEDDING, HEAD, ROTARY_BUFFER, Stored, has_own_head, has_safetensors, read_stored
 from models.weights import Params, Path, Slice, get, path_text, put
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 ORBAX_FOLDER = "orbax"
 KV_SCALES_FILE = "kv_scales.json"
 
 
 READ_BYTES = 16 * 1024 * 1024
 """Read at a time by `read_ahead`."""
+
+_log = logging.getLogger(__name__)
+
+
+def has_weights(directory: str | pathlib.Path) -> bool:
+    """Whether a directory holds weights of either kind."""
+    directory = pathlib.Path(directory)
+    return has_safetensors(directory) or (directory / ORBAX_FOLDER).is_dir()
+
+
+def check(directory: str | pathlib.Path, config: ModelConfig, *, scales: bool = False) -> None:
+    """Compares a checkpoint's tensors with the architecture, without reading the weights.
+
+    Args:
+        directory: as for `load`.
+        config: from `ModelConfig.from_directory`.
+        scales: that scales of quantised keys and values will be asked for; they are read.
+
+    Raises:
+        ValueError: as `load` and, with `scales`, `load_kv_scales` raise it.
+    """
+    directory = pathlib.Path(directory)
+    if _holds_orbax(directory):
+        _check_orbax(directory, config)
+    else:
+        stored = read_stored(directory)
+        _used_tensors(stored, config)
+        for line in _differing_buffers(stored, config):
+            _log.warning("%s", line)
+    if scales:
+        load_kv_scales(directory, config)
 
 
 def load(directory: str | pathlib.Path, config: ModelConfig, dtype: Any, mesh: Mesh) -> Params:
@@ -68,7 +102,7 @@ def read_ahead(directory: str | pathlib.Path, config: ModelConfig) -> None:
     if _holds_orbax(directory):
         files = [path for path in (directory / ORBAX_FOLDER).rglob("*") if path.is_file()]
     else:
-        files = sorted({tensor.path for tensor in _used_tensors(directory, config).values()})
+        files = sorted({tensor.path for tensor in _used_tensors(read_stored(directory), config).values()})
     block = bytearray(READ_BYTES)
     for path in files:
         with path.open("rb", buffering=0) as file:
@@ -85,8 +119,8 @@ def load_kv_scales(directory: str | pathlib.Path, config: ModelConfig) -> KVScal
     if (directory / ORBAX_FOLDER).is_dir():
         path = directory / KV_SCALES_FILE
         return kv_scales.read(path, config) if path.is_file() else None
-    raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return kv_scales.from_tensors(config, _stored_tensors(directory), raw.get("quantization_config"))
+    raw = read_object(directory / "config.json")
+    return kv_scales.from_tensors(config, read_stored(directory).tensors, raw.get("quantization_config"))
 
 
 def save_orbax(
@@ -101,7 +135,7 @@ def save_orbax(
         scales: of quantised keys and values, as `load_kv_scales` returns them; saved as `kv_scales.json`.
     """
     directory = pathlib.Path(directory).absolute()
-    if (directory / ORBAX_FOLDER).exists() or _has_safetensors(directory):
+    if (directory / ORBAX_FOLDER).exists() or has_safetensors(directory):
         raise ValueError(f"checkpoint {directory} holds weights already; choose another directory")
     directory.mkdir(parents=True, exist_ok=True)
     with _orbax().StandardCheckpointer() as checkpointer:
@@ -127,23 +161,39 @@ def restore_orbax(directory: str | pathlib.Path, config: ModelConfig, dtype: Any
         raise ValueError(f"checkpoint folder {folder} is missing")
     abstract = abstract_params(config, dtype, mesh)
     flat = {path_text(path): leaf for path, leaf in leaves(abstract)}
-    with _orbax().StandardCheckpointer() as checkpointer:
-        try:
-            saved = checkpointer.metadata(folder).item_metadata
-            if saved is None:
-                raise ValueError("it is no orbax checkpoint")
-            _check_saved(saved.tree, flat)
-            restored = checkpointer.restore(folder, flat)
-        except (ValueError, OSError) as error:
-            reason = " ".join(str(error).split())  # orbax writes several lines
-            raise ValueError(f"checkpoint folder {folder} cannot be read: {reason}") from error
+    with _reading(folder) as checkpointer:
+        _check_saved(checkpointer, folder, flat)
+        restored = checkpointer.restore(folder, flat)
     tree: Params = {}
     for path, _ in leaves(abstract):
         put(tree, path, restored[path_text(path)])
     return tree
 
 
-def _check_saved(saved: Mapping[str, Any], expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+def _check_orbax(directory: pathlib.Path, config: ModelConfig) -> None:
+    """Compares the parameters that were saved with the architecture's; their dtypes may differ."""
+    abstract = abstract_params(config, "float32", make_mesh())
+    folder = (directory / ORBAX_FOLDER).absolute()
+    with _reading(folder) as checkpointer:
+        _check_saved(checkpointer, folder, {path_text(path): leaf for path, leaf in leaves(abstract)})
+
+
+@contextlib.contextmanager
+def _reading(folder: pathlib.Path) -> Iterator[Any]:
+    """A checkpointer of orbax, whose errors become a ValueError of one line."""
+    with _orbax().StandardCheckpointer() as checkpointer:
+        try:
+            yield checkpointer
+        except (ValueError, OSError) as error:
+            reason = " ".join(str(error).split())  # orbax writes several lines
+            raise ValueError(f"checkpoint folder {folder} cannot be read: {reason}") from error
+
+
+def _check_saved(checkpointer: Any, folder: pathlib.Path, expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    metadata = checkpointer.metadata(folder).item_metadata
+    if metadata is None:
+        raise ValueError("it is no orbax checkpoint")
+    saved = metadata.tree
     for name, leaf in expected.items():
         if name not in saved:
             raise ValueError(f"parameter {name} is not in it")
@@ -158,38 +208,73 @@ def _holds_orbax(directory: pathlib.Path) -> bool:
     if not directory.is_dir():
         raise ValueError(f"model is {str(directory)!r}; there is no such directory")
     orbax = (directory / ORBAX_FOLDER).is_dir()
-    if orbax and _has_safetensors(directory):
+    if orbax and has_safetensors(directory):
         raise ValueError(f"checkpoint {directory} holds safetensors and {ORBAX_FOLDER}/; only one may stay")
     return orbax
 
 
-def _has_safetensors(directory: pathlib.Path) -> bool:
-    return (directory / SINGLE_FILE).exists() or (directory / INDEX_FILE).exists()
-
-
 def _load_safetensors(directory: pathlib.Path, config: ModelConfig, dtype: Any, mesh: Mesh) -> Params:
     abstract = abstract_params(config, dtype, mesh)
-    used = _used_tensors(directory, config)
+    used = _used_tensors(read_stored(directory), config)
     tree: Params = {}
     for path, parts in lookup(config.architecture).weights(config).items():
         put(tree, path, _assemble(get(abstract, path), parts, used))
     return tree
 
 
-def _used_tensors(directory: pathlib.Path, config: ModelConfig) -> dict[str, StoredTensor]:
-    """The tensors of a directory that the model uses, by name. ValueError where they are not what it asks for."""
+def _used_tensors(stored: Stored, config: ModelConfig) -> dict[str, StoredTensor]:
+    """The stored tensor of each tensor that the model needs. ValueError where they are not what it asks for."""
     architecture = lookup(config.architecture)
-    stored = _stored_tensors(directory)
+    if stored.tensors and stored.num_layers < config.num_hidden_layers:
+        raise ValueError(
+            f"config.json num_hidden_layers is {config.num_hidden_layers}; checkpoint {stored.directory} has tensors "
+            f"of {stored.num_layers} layers"
+        )
     used: dict[str, StoredTensor] = {}
     for path, parts in architecture.weights(config).items():
         for part in parts:
-            used[part.tensor] = _check_tensor(directory, stored, path, part)
-    unused = sorted(name for name in stored.keys() - used.keys() if not architecture.unneeded(config, name))
+            used[part.tensor] = _check_tensor(stored, path, part, config)
+    taken = {tensor.name for tensor in used.values()}
+    unused = sorted(name for name in stored.tensors.keys() - taken if not architecture.unneeded(config, name))
     if unused:
+        more = (
+            f"; num_hidden_layers is {config.num_hidden_layers}" if stored.num_layers > config.num_hidden_layers else ""
+        )
         raise ValueError(
-            f"checkpoint {directory} holds {_some(unused)} that {config.architecture} does not use as configured"
+            f"checkpoint {stored.directory} holds {_some(unused)} that {config.architecture} does not use as "
+            f"configured{more}"
+        )
+    if config.tie_word_embeddings and has_own_head(stored):
+        raise ValueError(
+            f"checkpoint {stored.directory}: tensor {HEAD} differs from {EMBEDDING}; with tie_word_embeddings it would "
+            "not be used"
         )
     return used
+
+
+def _differing_buffers(stored: Stored, config: ModelConfig) -> list[str]:
+    """A line where stored rotary frequencies are not those that config.json asks for, which are the ones computed.
+
+    Early releases of transformers saved them, before or after scaling, in the dtype of the weights.
+    """
+    wanted = [
+        rope_frequencies(config.head_dim, config.rope_theta, scaling)
+        for scaling in (config.rope_scaling, RopeScaling())
+    ]
+    differing = []
+    for name, tensor in stored.tensors.items():
+        if not name.endswith(ROTARY_BUFFER) or tensor.dtype not in DTYPES:
+            continue
+        found = np.asarray(tensor.view(), np.float32)
+        near = (np.allclose(found, one, rtol=2**-7, atol=2**-14) for one in wanted if one.shape == found.shape)
+        if not any(near):
+            differing.append(name)
+    if not differing:
+        return []
+    return [
+        f"checkpoint {stored.directory} holds {_some(sorted(differing))} with other rotary frequencies than those that "
+        f"config.json asks for (rope_theta {config.rope_theta:g}); those of config.json are used"
+    ]
 
 
 def _assemble(leaf: jax.ShapeDtypeStruct, parts: tuple[Slice, ...], stored: Mapping[str, StoredTensor]) -> jax.Array:
@@ -203,38 +288,16 @@ def _assemble(leaf: jax.ShapeDtypeStruct, parts: tuple[Slice, ...], stored: Mapp
     return jax.block_until_ready(jax.device_put(buffer, leaf.sharding))
 
 
-def _stored_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
-    """The tensors of a directory by name; like transformers, it prefers the single file to an index."""
-    if (directory / SINGLE_FILE).exists():
-        return read_header(directory / SINGLE_FILE)
-    index = directory / INDEX_FILE
-    if not index.exists():
-        raise ValueError(f"checkpoint {directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
-    try:
-        shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(shard_of.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"checkpoint file {index} is invalid: it needs a weight_map of tensor to file") from error
-    stored: dict[str, StoredTensor] = {}
-    for shard in shards:
-        if not isinstance(shard, str) or pathlib.PurePath(shard).name != shard:
-            raise ValueError(f"checkpoint file {index} is invalid: {shard!r} is no name of a file beside it")
-        if not (directory / shard).is_file():
-            raise ValueError(f"checkpoint file {directory / shard} is missing; {INDEX_FILE} lists it")
-        held = read_header(directory / shard)
-        for name in held.keys() & stored.keys():
-            raise ValueError(f"checkpoint files {stored[name].path} and {directory / shard} both hold tensor {name}")
-        stored |= held
-    for name, shard in shard_of.items():
-        if name not in stored or stored[name].path.name != shard:
-            raise ValueError(f"checkpoint file {directory / shard} has no tensor {name}; {INDEX_FILE} says it does")
-    return stored
-
-
-def _check_tensor(directory: pathlib.Path, stored: Mapping[str, StoredTensor], path: Path, part: Slice) -> StoredTensor:
-    if part.tensor not in stored:
-        raise ValueError(f"checkpoint {directory} has no tensor {part.tensor}, which {path_text(path)} needs")
-    tensor = stored[part.tensor]
+def _check_tensor(stored: Stored, path: Path, part: Slice, config: ModelConfig) -> StoredTensor:
+    """The tensor of a part of a parameter. ValueError where it is missing or not as the part asks for."""
+    tensor = stored.find(part.tensor)
+    if tensor is None and part.tensor == EMBEDDING and config.tie_word_embeddings:
+        tensor = stored.find(HEAD)  # one array under two names: safetensors keeps the first of them
+    if tensor is None:
+        told = "config.json does not say tie_word_embeddings, and " if part.tensor == HEAD else ""
+        raise ValueError(
+            f"{told}checkpoint {stored.directory} has no tensor {part.tensor}, which {path_text(path)} needs"
+        )
     if tensor.shape != part.shape:
         raise ValueError(
             f"checkpoint file {tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}; "

@@ -6,53 +6,51 @@ Imports no jax, so that a configuration can be validated, explained and simulate
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-ROPE_KINDS = ("default", "linear", "llama3")
+from models.end_tokens import as_ids, end_token_ids
+from models.json_files import read_object, shown
+from models.rope import RopeScaling, check_number
+from models.rope import from_hf as rope_from_hf
+from models.stored import EMBEDDING, HEAD, INDEX_FILE, SINGLE_FILE, Stored, has_own_head, has_safetensors, read_stored
+
+ARCHITECTURES = ("LlamaForCausalLM",)
+"""The names that `models.registry` has entries for; here, so that an unknown one is named without jax."""
+
+_INT32: int = 2**31 - 1
+
+_LARGEST: dict[str, int] = {"num_hidden_layers": 1024, "head_dim": 2**16}
+"""Bounds of what a start builds one by one, or computes on the host; other sizes must fit into 32 bits."""
+
+_CONTEXT_KEYS = ("max_sequence_length", "max_seq_length", "max_seq_len", "seq_length", "n_positions")
+"""Names under which a `config.json` may bound the context beside max_position_embeddings."""
+
+_OTHER_KEYS = (
+    "attention_multiplier", "attn_logit_softcapping", "clip_qkv", "embedding_multiplier", "final_logit_softcapping",
+    "layer_types", "logit_scale", "logits_scaling", "no_rope_layers", "num_experts", "num_local_experts",
+    "query_pre_attn_scalar", "residual_multiplier", "sliding_window", "use_qk_norm",
+)  # fmt: skip
+"""Keys of a `config.json` by which other architectures compute something else."""
+
+_log = logging.getLogger(__name__)
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_architecture(name: str) -> None:
+    """Raises ValueError, with the known names, where an architecture is not known."""
+    if name not in ARCHITECTURES:
+        raise ValueError(
+            f"model architecture is {shown(name)}; known architectures are {', '.join(sorted(ARCHITECTURES))}"
+        )
+
+
+def _check_count(name: str, value: Any, most: int = _INT32) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-
-
-def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value!r}; it must be a finite number above 0")
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained context.
-
-    kind `linear` divides every frequency by `factor`; kind `llama3` divides only the long wavelengths and blends
-    in between (Llama 3.1 model card; `transformers.modeling_rope_utils` is the reference the tests compare with).
-    """
-
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.kind not in ROPE_KINDS:
-            raise ValueError(f"rope_scaling kind is {self.kind!r}; supported kinds are {', '.join(ROPE_KINDS)}")
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-            _check_number(f"rope_scaling {name}", getattr(self, name))
-        if self.factor < 1.0:
-            raise ValueError(f"rope_scaling factor is {self.factor}; it must be at least 1")
-        if self.kind == "default" and self.factor != 1.0:
-            raise ValueError(f"rope_scaling factor is {self.factor}; kind 'default' has none, so it must be 1")
-        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(
-                f"rope_scaling low_freq_factor is {self.low_freq_factor}; it must be below "
-                f"high_freq_factor {self.high_freq_factor}"
-            )
+        raise ValueError(f"{name} is {shown(value)}; it must be a whole number of at least 1")
+    if value > most:
+        raise ValueError(f"{name} is {shown(value)}; it must be at most {most}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +87,9 @@ class ModelConfig:
             "head_dim",
             "max_position_embeddings",
         ):
-            _check_count(f"model {name}", getattr(self, name))
+            _check_count(f"model {name}", getattr(self, name), _LARGEST.get(name, _INT32))
         for name in ("rms_norm_eps", "rope_theta"):
-            _check_number(f"model {name}", getattr(self, name))
+            check_number(f"model {name}", getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model num_attention_heads is {self.num_attention_heads}; it must be a multiple of "
@@ -99,43 +97,79 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"model head_dim is {self.head_dim}; rotary embeddings need an even number")
+        _check_count("model context (max_position_embeddings times the rope_scaling factor)", self.context_length)
+        as_ids("model eos_token_ids", list(self.eos_token_ids), self.vocab_size)
+        as_ids("model bos_token_id", self.bos_token_id, self.vocab_size)
 
     @property
     def group_size(self) -> int:
         """Query heads that share one key-value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
+    @property
+    def decisive(self) -> ModelConfig:
+        """The same architecture with the same values in all that decides no program: equal ones compute the same."""
+        return dataclasses.replace(
+            self, bos_token_id=None, eos_token_ids=(), dtype="float32", rope_scaling=self.rope_scaling.normalized
+        )
+
+    @property
+    def context_length(self) -> int:
+        """Positions that the model can be used for."""
+        return int(self.max_position_embeddings * self.rope_scaling.context_factor)
+
     @classmethod
-    def from_directory(cls, directory: str | pathlib.Path) -> ModelConfig:
-        """Reads `config.json` (and the stop tokens of `generation_config.json`) of a Hugging Face directory."""
+    def from_directory(cls, directory: str | pathlib.Path, tokenizer: str | pathlib.Path | None = None) -> ModelConfig:
+        """Reads what the files of a checkpoint directory say together.
+
+        These are `config.json`, `generation_config.json`, the tokenizer's files, and the safetensors files where there
+        are some. Where they disagree on what does not stop a start, one line is logged.
+
+        Args:
+            directory: of the checkpoint, in Hugging Face's format or as `models.checkpoint.save_orbax` wrote it.
+            tokenizer: directory of the tokenizer's files; None is the checkpoint's.
+
+        Raises:
+            ValueError: one line; of several faults an unknown architecture is named first.
+        """
         directory = pathlib.Path(directory)
         if not directory.is_dir():
             raise ValueError(f"model is {str(directory)!r}; there is no such directory")
-        raw = _read_json(directory / "config.json")
-        generation = directory / "generation_config.json"
-        if generation.is_file():
-            stops = _read_json(generation).get("eos_token_id")
-            if stops is not None:
-                raw["eos_token_id"] = stops
-        return cls.from_hf(raw)
+        raw = read_object(directory / "config.json")
+        config = cls.from_hf(raw)
+        ends, lines = end_token_ids(raw, directory, directory if tokenizer is None else pathlib.Path(tokenizer))
+        lines += _other_limits(raw, config, directory) + _unread_keys(raw, config)
+        config = dataclasses.replace(config, eos_token_ids=ends)
+        if has_safetensors(directory):
+            config, more = _compared(config, raw, read_stored(directory))
+            lines += more
+        for line in lines:
+            _log.warning("%s", line)
+        return config
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Translates the fields of a Hugging Face `config.json`; a missing or unsupported one is a ValueError."""
-        architectures = raw.get("architectures") or []
-        if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
-            raise ValueError(f"config.json architectures is {architectures!r}; exactly one name is needed")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"config.json hidden_act is {raw['hidden_act']!r}; only 'silu' is supported")
-        if _quantises_weights(raw.get("quantization_config") or {}):
+        architecture = _architecture(raw)
+        if _quantises_weights(raw.get("quantization_config") or raw.get("compression_config") or {}):
             raise ValueError("config.json quantization_config is set; only unquantised weights are supported")
+        if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
+            raise ValueError(f"config.json hidden_act is {shown(raw['hidden_act'])}; only 'silu' is supported")
         heads = _required_count(raw, "num_attention_heads")
         hidden = _required_count(raw, "hidden_size")
-        context = _required_count(raw, "max_position_embeddings")
-        rope = _rope_fields(raw)
+        if raw.get("head_dim") is None and hidden % heads:
+            raise ValueError(
+                f"config.json hidden_size is {hidden}; without a head_dim it must be a multiple of num_attention_heads "
+                f"{heads}"
+            )
+        context = _context(raw)
+        theta, scaling = rope_from_hf(raw, _required_count(raw, "max_position_embeddings"))
+        vocabulary = _required_count(raw, "vocab_size")
+        for name in ("eos_token_id", "bos_token_id"):
+            as_ids(f"config.json {name}", raw.get(name), vocabulary)
         return cls(
-            architecture=architectures[0],
-            vocab_size=_required_count(raw, "vocab_size"),
+            architecture=architecture,
+            vocab_size=vocabulary,
             hidden_size=hidden,
             intermediate_size=_required_count(raw, "intermediate_size"),
             num_hidden_layers=_required_count(raw, "num_hidden_layers"),
@@ -144,14 +178,14 @@ class ModelConfig:
             head_dim=_optional(raw, "head_dim", hidden // heads),
             max_position_embeddings=context,
             rms_norm_eps=_optional(raw, "rms_norm_eps", 1e-6),
-            rope_theta=_optional(rope, "rope_theta", _optional(raw, "rope_theta", 10000.0)),
-            rope_scaling=_rope_scaling(rope, raw.get("original_max_position_embeddings") or context),
+            rope_theta=theta,
+            rope_scaling=scaling,
             tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
             attention_bias=_flag(raw, "attention_bias"),
             mlp_bias=_flag(raw, "mlp_bias"),
-            bos_token_id=raw.get("bos_token_id"),
-            eos_token_ids=_as_ids(raw.get("eos_token_id")),
-            dtype=_dtype_name(raw),
+            bos_token_id=_first_token(raw.get("bos_token_id")),
+            eos_token_ids=as_ids("config.json eos_token_id", raw.get("eos_token_id")),
+            dtype=_dtype_name(raw) or "float32",
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -181,6 +215,17 @@ class ModelConfig:
         return raw
 
 
+def check_directory(directory: str | pathlib.Path) -> None:
+    """Raises ValueError as `ModelConfig.from_hf` does where a checkpoint's `config.json`, if there is one, is faulty.
+
+    It takes no time: who reads other files of a checkpoint asks this first, so that the cause is named and not an
+    effect.
+    """
+    path = pathlib.Path(directory) / "config.json"
+    if path.is_file():
+        ModelConfig.from_hf(read_object(path))
+
+
 def _quantises_weights(quantization: Any) -> bool:
     """Whether a `quantization_config` says more than how the key-value cache was calibrated."""
     if not isinstance(quantization, dict):
@@ -192,41 +237,10 @@ def _quantises_weights(quantization: Any) -> bool:
     return bool(quantization)
 
 
-def _rope_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings: transformers 5 writes `rope_parameters`, earlier releases `rope_scaling`, which wins."""
-    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    fields = raw.get(name) or {}
-    if not isinstance(fields, dict):
-        raise ValueError(f"config.json {name} is {fields!r}; it must be an object")
-    partial = fields.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise ValueError(f"config.json partial_rotary_factor is {partial!r}; only whole heads are rotated")
-    return fields
-
-
-def _rope_scaling(fields: Mapping[str, Any], context: int) -> RopeScaling:
-    """`context` stands in for original_max_position_embeddings, as in transformers."""
-    kind = fields.get("rope_type") or fields.get("type") or "default"
-    if kind == "linear":
-        return RopeScaling(kind, **_rope_numbers(fields, kind, ("factor",)))
-    if kind == "llama3":
-        fields = {"original_max_position_embeddings": context, **fields}
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        return RopeScaling(kind, **_rope_numbers(fields, kind, names))
-    return RopeScaling(kind)
-
-
-def _rope_numbers(fields: Mapping[str, Any], kind: str, names: tuple[str, ...]) -> dict[str, Any]:
-    for name in names:
-        if fields.get(name) is None:
-            raise ValueError(f"config.json rope_scaling has no {name}; kind {kind!r} needs it")
-    return {name: fields[name] for name in names}
-
-
 def _required_count(raw: Mapping[str, Any], name: str) -> int:
     if raw.get(name) is None:
         raise ValueError(f"config.json has no {name}; a checkpoint without it cannot be served")
-    _check_count(f"config.json {name}", raw[name])
+    _check_count(f"config.json {name}", raw[name], _LARGEST.get(name, _INT32))
     return raw[name]
 
 
@@ -237,31 +251,106 @@ def _optional(raw: Mapping[str, Any], name: str, default: Any) -> Any:
 def _flag(raw: Mapping[str, Any], name: str) -> bool:
     value = _optional(raw, name, False)
     if not isinstance(value, bool):
-        raise ValueError(f"config.json {name} is {value!r}; it must be true or false")
+        raise ValueError(f"config.json {name} is {shown(value)}; it must be true or false")
     return value
 
 
-def _dtype_name(raw: Mapping[str, Any]) -> str:
-    value = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    if not isinstance(value, str):
-        raise ValueError(f"config.json dtype is {value!r}; it must be a name such as 'bfloat16'")
+def _architecture(raw: Mapping[str, Any]) -> str:
+    """The architecture, checked before everything else: of another one nothing else need be as here."""
+    names = raw.get("architectures") or []
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        kind = f" (model_type is {shown(raw['model_type'])})" if raw.get("model_type") else ""
+        raise ValueError(
+            f"config.json architectures is {shown(names)}; exactly one name is needed; known architectures are "
+            f"{', '.join(sorted(ARCHITECTURES))}{kind}"
+        )
+    check_architecture(names[0])
+    return names[0]
+
+
+def _context(raw: Mapping[str, Any]) -> int:
+    """max_position_embeddings, or what bounds it under another name."""
+    context = _required_count(raw, "max_position_embeddings")
+    for name in _CONTEXT_KEYS:
+        if raw.get(name) is not None:
+            context = min(context, _required_count(raw, name))
+    return context
+
+
+def _other_limits(raw: Mapping[str, Any], config: ModelConfig, directory: pathlib.Path) -> list[str]:
+    """A line where other keys that tell the context disagree with it.
+
+    A tokenizer's model_max_length is often that of a training run, or absurd, so it only has the line.
+    """
+    keys = ("max_position_embeddings", *_CONTEXT_KEYS)
+    found = {name: raw[name] for name in keys if raw.get(name) is not None}
+    path = directory / "tokenizer_config.json"
+    longest = read_object(path).get("model_max_length") if path.is_file() else None
+    if isinstance(longest, int | float) and 0 < longest < 2**31:
+        found["model_max_length (of tokenizer_config.json)"] = longest
+    if all(value in (config.max_position_embeddings, config.context_length) for value in found.values()):
+        return []
+    told = ", ".join(f"{name} {value}" for name, value in found.items())
+    return [f"the files of {directory} have {told}; the context is {config.context_length} tokens"]
+
+
+def _unread_keys(raw: Mapping[str, Any], config: ModelConfig) -> list[str]:
+    """A line where config.json has settings by which another architecture would compute something else."""
+    neutral = (None, False, 0, 1)
+    found = [name for name in _OTHER_KEYS if raw.get(name) not in neutral]
+    if raw.get("use_sliding_window") is False and "sliding_window" in found:
+        found.remove("sliding_window")
+    lines = []
+    if found:
+        lines.append(f"config.json has {', '.join(found)}, which {config.architecture} does not know; not used")
+    if raw.get("model_type") not in (None, "llama"):
+        lines.append(
+            f"config.json model_type is {shown(raw['model_type'])}; the architecture {config.architecture} counts"
+        )
+    return lines
+
+
+def _compared(config: ModelConfig, raw: Mapping[str, Any], stored: Stored) -> tuple[ModelConfig, list[str]]:
+    """The configuration with what the stored tensors say of it, and a line for each disagreement."""
+    lines = []
+    if (stored.directory / SINGLE_FILE).exists() and (stored.directory / INDEX_FILE).exists():
+        lines.append(f"checkpoint {stored.directory} holds {SINGLE_FILE} and {INDEX_FILE}; only the former is read")
+    own = stored.dtype
+    if _dtype_name(raw) is None:
+        config = dataclasses.replace(config, dtype=own or config.dtype)
+    elif own is not None and own != config.dtype:
+        lines.append(
+            f"config.json dtype is {config.dtype!r}, but most weights of {stored.directory} are in {own}; "
+            f"EngineConfig.dtype 'auto' is {config.dtype!r}"
+        )
+    if config.tie_word_embeddings and has_own_head(stored):
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+        lines.append(
+            f"config.json tie_word_embeddings is true, but {HEAD} of {stored.directory} differs from {EMBEDDING}; "
+            "the stored head is used"
+        )
+    return config, lines
+
+
+def _first_token(value: Any) -> int | None:
+    """The token that a text begins with: an id, or a list of one."""
+    if isinstance(value, list):
+        if len(value) > 1:
+            raise ValueError(f"config.json bos_token_id is {shown(value)}; it must be one token id")
+        return value[0] if value else None
     return value
 
 
-def _as_ids(value: Any) -> tuple[int, ...]:
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
-        raise ValueError(f"eos_token_id is {value!r}; it must be a token id or a list of them")
-    return tuple(ids)
+def _dtype_name(raw: Mapping[str, Any]) -> str | None:
+    """The dtype that config.json names; None where it names none."""
+    new, old = (_without_module(name, raw.get(name)) for name in ("dtype", "torch_dtype"))
+    if new and old and new != old:
+        raise ValueError(f"config.json dtype is {new!r} and torch_dtype is {old!r}; they contradict each other")
+    return new or old
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"model file {path} is missing")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"model file {path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"model file {path} holds a {type(content).__name__}; it must hold an object")
-    return content
+def _without_module(name: str, value: Any) -> str | None:
+    """The name of a dtype: early releases of transformers wrote torch.bfloat16, and "auto" names none."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"config.json {name} is {shown(value)}; it must be a name such as 'bfloat16'")
+    return None if value in (None, "", "auto") else value.removeprefix("torch.")

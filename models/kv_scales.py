@@ -194,7 +194,7 @@ def calibrate(
 
 def calibration_tokens(config: ModelConfig) -> np.ndarray:
     """int32 [SEQUENCES, TOKENS or the model's whole context], the same for the same vocabulary."""
-    length = min(TOKENS, config.max_position_embeddings)
+    length = min(TOKENS, config.context_length)
     tokens = np.random.RandomState(0).randint(0, config.vocab_size, (SEQUENCES, length)).astype(np.int32)
     if config.bos_token_id is not None:
         tokens[:, 0] = config.bos_token_id

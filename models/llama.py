@@ -25,8 +25,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from models import products
-from models.config import ModelConfig, RopeScaling
+from models.config import ModelConfig
 from models.products import Products, contract
+from models.rope import rope_frequencies
+from models.stored import EMBEDDING, HEAD, ROTARY_BUFFER
 from models.weights import Params, Path, Slice, get, put
 
 Cache = Any
@@ -37,25 +39,6 @@ For each key-value head qkv holds its queries, its key and its value, not yet ro
 products; they are rounded to dtype, which is the result's too, after the rotation. The cache is the layer's. cos and
 sin are float32.
 """
-
-
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """Inverse wavelengths in radians per position, float32 [D / 2].
-
-    Computed on the host in float64 and rounded once, so that they are constants of the program and the same on every
-    device. Kinds of scaling: see `RopeScaling`.
-    """
-    freq = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling.kind == "linear":
-        freq = freq / scaling.factor
-    if scaling.kind == "llama3":
-        # Share of the unscaled frequency: 0 for waves longer than original / low, 1 for those shorter than original /
-        # high.
-        turns = scaling.original_max_position_embeddings * freq / (2 * math.pi)
-        share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        share = np.clip(share, 0.0, 1.0)
-        freq = (1 - share) * freq / scaling.factor + share * freq
-    return freq.astype(np.float32)
 
 
 class RMSNorm(nnx.Module):
@@ -248,11 +231,11 @@ def hf_weights(config: ModelConfig) -> dict[Path, tuple[Slice, ...]]:
     """The Hugging Face tensors that make up each parameter; together the slices of a parameter cover it once."""
     vocab, hidden = config.vocab_size, config.hidden_size
     weights: dict[Path, tuple[Slice, ...]] = {
-        ("embedding",): (Slice("model.embed_tokens.weight", (vocab, hidden)),),
+        ("embedding",): (Slice(EMBEDDING, (vocab, hidden)),),
         ("norm", "scale"): (Slice("model.norm.weight", (hidden,)),),
     }
     if not config.tie_word_embeddings:
-        weights["head",] = (Slice("lm_head.weight", (vocab, hidden)),)
+        weights["head",] = (Slice(HEAD, (vocab, hidden)),)
     for number in range(config.num_hidden_layers):
         for path, slices in _layer_weights(config, f"model.layers.{number}.").items():
             weights["layers", number, *path] = slices
@@ -298,11 +281,11 @@ def _layer_weights(config: ModelConfig, prefix: str) -> dict[Path, tuple[Slice, 
 
 def unneeded(config: ModelConfig, tensor: str) -> bool:
     """Whether a checkpoint may hold this tensor though no parameter takes it."""
-    if tensor == "lm_head.weight":
-        return config.tie_word_embeddings  # a duplicate of the embedding
+    if tensor == HEAD:
+        return config.tie_word_embeddings  # a duplicate of the embedding: they were compared
     if kv_scale(tensor) is not None:
         return True  # a setting of quantised pages, not of the model
-    return tensor.endswith("rotary_emb.inv_freq")  # a buffer that early releases of transformers saved
+    return tensor.endswith(ROTARY_BUFFER)
 
 
 _KV_SCALE = re.compile(r"model\.layers\.(\d+)\.self_attn\.([a-z_.]+)")

@@ -1,6 +1,7 @@
 """The model architectures that can be served, by the name a `config.json` gives them.
 
-To add a model: write its module and tables beside llama.py, and add one entry to `ARCHITECTURES`.
+To add a model: write its module and tables beside llama.py, and add one entry to `ARCHITECTURES` and its name to
+`models.config.ARCHITECTURES`, which is there for those who do without jax.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from models import llama
-from models.config import ModelConfig
+from models.config import ModelConfig, check_architecture
 from models.weights import Params, Path, Slice
 
 
@@ -61,6 +62,5 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def lookup(name: str) -> Architecture:
     """The entry of an architecture; an unknown name is a ValueError that lists the known ones."""
-    if name not in ARCHITECTURES:
-        raise ValueError(f"model architecture is {name!r}; known architectures are {', '.join(sorted(ARCHITECTURES))}")
+    check_architecture(name)
     return ARCHITECTURES[name]

@@ -8,14 +8,16 @@ package because that package's numpy interface has no bfloat16 and copies every 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 import struct
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+
+from models.json_files import parse
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -26,6 +28,9 @@ DTYPES: dict[str, np.dtype] = {
 """The dtypes of weights, by their names in the format; tensors of others are listed but cannot be read."""
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
+
+_BLOCK = 4 * 1024 * 1024
+"""Elements that `same_values` compares at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,35 +49,79 @@ class StoredTensor:
 
 
 def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
-    """The tensors of a file by name. A missing, truncated or malformed file is a ValueError of one line."""
+    """Reads the tensors of a file by name; no byte of their data.
+
+    Raises ValueError, one line that names the file, where it is missing, unreadable, truncated or malformed.
+    """
     if not path.is_file():
-        raise ValueError(f"checkpoint file {path} is missing")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise ValueError(f"checkpoint file {path} is truncated: {size} bytes are no safetensors header")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > MAX_HEADER_BYTES:
-            raise ValueError(f"checkpoint file {path} is not safetensors: its header would be {length} bytes long")
-        if 8 + length > size:
-            raise ValueError(f"checkpoint file {path} is truncated: {size} bytes, its header needs {8 + length}")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"checkpoint file {path} is not safetensors: header is not JSON: {error}") from error
+        raise ValueError(f"checkpoint file {path} {'is no regular file' if path.exists() else 'is missing'}")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            text = _header(path, file, size)
+    except OSError as error:
+        raise ValueError(f"checkpoint file {path} cannot be read: {error.strerror}") from error
+    try:
+        header = parse(text)
+    except ValueError as error:
+        raise ValueError(f"checkpoint file {path} is not safetensors: header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise ValueError(f"checkpoint file {path} is not safetensors: its header is not an object")
     header.pop("__metadata__", None)
-    return {name: _entry(path, name, fields, 8 + length, size) for name, fields in header.items()}
+    found = [_entry(path, name, fields, 8 + len(text), size) for name, fields in header.items()]
+    _check_apart(path, found)
+    return {tensor.name: tensor for tensor, _ in found}
 
 
-def _entry(path: pathlib.Path, name: str, fields: Any, data: int, size: int) -> StoredTensor:
+def same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors of a dtype in `DTYPES` have the same shape and values.
+
+    Reads both in blocks, up to the first difference; equal tensors of one dtype may hold NaN.
+    """
+    if one.shape != other.shape:
+        return False
+    dtypes = [DTYPES[tensor.dtype] for tensor in (one, other)]
+    with one.path.open("rb") as first, other.path.open("rb") as second:
+        for file, tensor in ((first, one), (second, other)):
+            file.seek(tensor.offset)
+        left = math.prod(one.shape)
+        while left:
+            count = min(_BLOCK, left)
+            blocks = [file.read(count * dtype.itemsize) for file, dtype in zip((first, second), dtypes, strict=True)]
+            if dtypes[0] == dtypes[1]:
+                same = blocks[0] == blocks[1]
+            else:
+                # float64 holds every number of every other dtype.
+                values = [np.frombuffer(block, dtype) for block, dtype in zip(blocks, dtypes, strict=True)]
+                same = np.array_equal(values[0].astype(np.float64), values[1].astype(np.float64))
+            if not same:
+                return False
+            left -= count
+    return True
+
+
+def _header(path: pathlib.Path, file: BinaryIO, size: int) -> bytes:
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise ValueError(f"checkpoint file {path} is truncated: {size} bytes are no safetensors header")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"checkpoint file {path} is not safetensors: its header would be {length} bytes long")
+    if 8 + length > size:
+        raise ValueError(f"checkpoint file {path} is truncated: {size} bytes, its header needs {8 + length}")
+    return file.read(length)
+
+
+def _entry(path: pathlib.Path, name: str, fields: Any, data: int, size: int) -> tuple[StoredTensor, int]:
+    """A tensor and where its bytes end in the file."""
     try:
         dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
-        numbers = (*shape, begin, end)
-        if not isinstance(dtype, str) or not all(isinstance(number, int) and number >= 0 for number in numbers):
+        if not isinstance(dtype, str) or not all(
+            type(number) is int and number >= 0 for number in (*shape, begin, end)
+        ):
             raise ValueError("a dtype is a name; sizes and offsets are whole numbers from 0")
+        if begin > end:
+            raise ValueError("it ends before it begins")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"checkpoint file {path} is not safetensors: malformed header of tensor {name}") from error
     if data + end > size:
@@ -82,4 +131,14 @@ def _entry(path: pathlib.Path, name: str, fields: Any, data: int, size: int) -> 
             f"checkpoint file {path} is not safetensors: tensor {name} has {end - begin} bytes, which dtype {dtype} "
             f"and shape {list(shape)} do not fill"
         )
-    return StoredTensor(name, path, dtype, shape, data + begin)
+    return StoredTensor(name, path, dtype, shape, data + begin), data + end
+
+
+def _check_apart(path: pathlib.Path, found: Iterable[tuple[StoredTensor, int]]) -> None:
+    """Raises ValueError where two tensors share bytes."""
+    last, reached = "", 0
+    for tensor, end in sorted(found, key=lambda item: (item[0].offset, item[1])):
+        if tensor.offset < reached and end > tensor.offset:
+            raise ValueError(f"checkpoint file {path} is not safetensors: tensors {last} and {tensor.name} overlap")
+        if end > reached:
+            last, reached = tensor.name, end

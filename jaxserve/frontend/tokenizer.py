@@ -15,6 +15,7 @@ import tokenizers
 
 from jaxserve.config import EngineConfig
 from jaxserve.frontend.detokenizer import DecoderPlan, Detokenizer
+from models.config import check_directory
 
 _OTHER_FORMATS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "tiktoken.model")
 
@@ -177,7 +178,8 @@ def _one_line(error: BaseException) -> str:
 def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
     """The tokenizer that a configuration names; None with skip_tokenizer_init or when there is no directory to read.
 
-    Raises ValueError as `Tokenizer` does, and where the model's own directory does not exist.
+    Raises ValueError as `Tokenizer` does, and where the model's own directory does not exist or its `config.json` is
+    faulty.
     """
     directory = config.tokenizer or config.model
     if config.skip_tokenizer_init or directory is None:
@@ -187,4 +189,6 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
             f"model directory {directory!r} does not exist; set EngineConfig.model (model= in Python) to the directory "
             "of a checkpoint"
         )
+    if config.model is not None and config.load_format != "dummy":
+        check_directory(config.model)
     return Tokenizer(directory)

@@ -128,9 +128,21 @@ def program_keys(shapes: Shapes) -> list[ProgramKey]:
     return sorted(keys, key=lambda key: (key.kind, -key.size))
 
 
+def decisive_shapes(shapes: Shapes) -> Shapes:
+    """`shapes` with the same values in what decides no program: those that are equal have the same set of programs.
+
+    Of the context only the part that is used counts. How many host pages there are decides only whether some programs
+    are in the set.
+    """
+    model = shapes.model.decisive
+    used = max(1, int(shapes.max_model_len / model.rope_scaling.context_factor))
+    model = dataclasses.replace(model, max_position_embeddings=used)
+    return dataclasses.replace(shapes, model=model, num_host_pages=0)  # swapped pages are arrays of their own
+
+
 def program_shapes(key: ProgramKey, shapes: Shapes) -> Shapes:
     """`shapes` with the same values in what does not decide the program: those that are equal have the same one."""
-    shapes = dataclasses.replace(shapes, num_host_pages=0)  # swapped pages are arrays of their own
+    shapes = decisive_shapes(shapes)
     return dataclasses.replace(shapes, num_pages=2) if key.kind == "sample" else shapes
 
 

@@ -63,7 +63,7 @@ def set_up(
     dtype = model.dtype if config.dtype == "auto" else config.dtype
     pool_dtype = config.cache.kv_cache_dtype
     pool_dtype = dtype if pool_dtype == "auto" else _POOL_DTYPES.get(pool_dtype, pool_dtype)
-    max_model_len = config.max_model_len or model.max_position_embeddings
+    max_model_len = config.max_model_len or model.context_length
     page_size = config.cache.page_size
     if model_cost is not None:
         costs: CostModel = read_costs(model_cost)

@@ -189,3 +189,32 @@ def write_checkpoint(
 def write_shape(directory: pathlib.Path, shape: Shape, dtype: str = "float32") -> pathlib.Path:
     """Writes the checkpoint of a parity shape; returns the directory."""
     return write_checkpoint(directory, shape.raw, random_tensors(shape.raw, shape.seed), shape.shards, dtype)
+
+
+def lookup_tensors(raw: dict[str, Any], follow: dict[int, int]) -> dict[str, np.ndarray]:
+    """Weights with which token t is followed by follow[t], or else by 0, whatever came before.
+
+    Attention and MLP write nothing, embeddings are one-hot (hidden_size must be at least vocab_size), and row follow[t]
+    of the head holds the one-hot of t.
+    """
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in tensor_shapes(raw).items()}
+    for name, array in tensors.items():
+        if name.endswith("norm.weight"):
+            array[:] = 1.0
+    np.fill_diagonal(tensors["model.embed_tokens.weight"], 1.0)
+    for token in range(raw["vocab_size"]):
+        tensors["lm_head.weight"][follow.get(token, 0), token] = 1.0
+    return tensors
+
+
+def write_files(
+    directory: pathlib.Path, fields: dict[str, Any] | None = None, tensors: Any = None, **files: Any
+) -> str:
+    """Writes config.json with fields over BASE (None drops one), tensors if any, and JSON files by their stems."""
+    directory.mkdir(parents=True, exist_ok=True)
+    raw = {name: value for name, value in (BASE | (fields or {})).items() if value is not None}
+    for name, content in {"config": raw, **files}.items():
+        (directory / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    if tensors is not None:
+        write_safetensors(directory / "model.safetensors", tensors)
+    return str(directory)

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.request import EngineRequest
 from jaxserve.runner import build_set
+from jaxserve.runner.aot import bundle as bundles
 from jaxserve.runner.aot.build import build
 from jaxserve.runner.aot.bundle import MANIFEST, Bundle, BundleError, BundleWriter
 from jaxserve.runner.aot.loaded import LoadedProgram
@@ -190,6 +191,67 @@ def test_a_bundle_that_does_not_fit_is_refused(copy, name, monkeypatch):
     assert text.endswith("; compile it anew with python -m jaxserve.compile")
 
 
+def by_another(path: pathlib.Path) -> None:
+    os.chown(path, 12345, 12345)
+
+
+def mode(number: int, *names: str) -> Callable[[pathlib.Path], None]:
+    return lambda directory: directory.joinpath(*names).chmod(number)
+
+
+UNTRUSTED: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
+    "directory": (mode(0o777), r"has the mode 0777: others may write to it; chmod 700 it"),
+    "group": (mode(0o775), r"has the mode 0775: others may write to it"),
+    "programs": (mode(0o757, "programs"), r"/programs has the mode 0757: others may write to it"),
+    "manifest": (mode(0o666, MANIFEST), r"/manifest.json has the mode 0666: others may write to it; chmod go-w it"),
+    "program": (mode(0o664, "programs", "forward_8"), r"/programs/forward_8 has the mode 0664: others may write to it"),
+    "above": (lambda d: d.parent.chmod(0o777), r"lies in .* has the mode 0777: others may replace it"),
+}
+if os.getuid() == 0:
+    UNTRUSTED |= {
+        "owner": (by_another, r"belongs to user 12345, not to 0"),
+        "owner of a program": (
+            lambda d: by_another(d / "programs" / "sample_8"),
+            r"/programs/sample_8 belongs to user 12345, not to 0",
+        ),
+        "owner of the manifest": (
+            lambda d: by_another(d / MANIFEST),
+            r"/manifest.json belongs to user 12345",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", UNTRUSTED)
+def test_a_bundle_that_others_could_have_written_is_refused(copy, name, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("a program of a bundle that others could have written was loaded")
+
+    monkeypatch.setattr(bundles, "_load", refuse)
+    spoil, reason = UNTRUSTED[name]
+    spoil(copy)
+    with pytest.raises(BundleError, match=reason) as refused:
+        ModelRunner(with_bundle(copy))
+    assert str(refused.value).startswith(f"bundle {copy}")
+    assert "its programs are machine code" in str(refused.value)
+
+
+def test_a_bundle_is_written_for_its_owner_alone_whatever_the_umask(tmp_path):
+    before = os.umask(0o000)
+    try:
+        build(CONFIG, load_target("cpu"), tmp_path / "out")
+    finally:
+        os.umask(before)
+    written = [tmp_path / "out", *(tmp_path / "out" / "programs").iterdir(), tmp_path / "out" / MANIFEST]
+    assert all(path.stat().st_mode & 0o022 == 0 for path in [*written, tmp_path / "out" / "programs"])
+    Bundle.open(tmp_path / "out")
+
+
+def test_a_bundle_fits_a_model_with_other_end_tokens(bundle):
+    model = dataclasses.replace(MODEL, eos_token_ids=(5,), bos_token_id=1, max_position_embeddings=512)
+    config = dataclasses.replace(CONFIG, architecture=model, max_model_len=256)
+    assert ModelRunner(with_bundle(bundle, config)).info.eos_token_ids == (5,)
+
+
 def test_flags_that_say_what_is_dumped_do_not_count(bundle, monkeypatch):
     flags = os.environ.get("XLA_FLAGS", "")
     runner = ModelRunner(with_bundle(bundle))
@@ -203,13 +265,13 @@ def test_flags_that_say_what_is_dumped_do_not_count(bundle, monkeypatch):
 
 def test_a_start_checks_a_bundle_once(bundle, monkeypatch):
     counts: Counter[pathlib.Path] = Counter()
-    read_bytes = pathlib.Path.read_bytes
+    read_own = bundles.read_own
 
     def counted(path: pathlib.Path) -> bytes:
         counts[path] += 1
-        return read_bytes(path)
+        return read_own(path)
 
-    monkeypatch.setattr(pathlib.Path, "read_bytes", counted)
+    monkeypatch.setattr(bundles, "read_own", counted)
     ModelRunner(with_bundle(bundle))
     # Before anything is loaded, and the bytes that the runtime then takes.
     assert [counts[path] for path in sorted((bundle / "programs").iterdir())] == [2, 2, 2]

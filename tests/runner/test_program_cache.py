@@ -160,13 +160,21 @@ def test_the_directory_is_this_users_alone(tmp_path):
     opened(directory)
 
 
+def test_the_directories_above_are_checked_too(tmp_path):
+    directory = tmp_path / "some" / "cache"
+    opened(directory)
+    directory.parent.chmod(0o777)
+    with pytest.raises(CacheRefusedError, match=r"some/cache lies in .*some, which has the mode 0777: others may"):
+        opened(directory)
+
+
 def test_entries_are_this_users_alone(copy, caplog):
     assert all(path.stat().st_mode & 0o077 == 0 for path in copy.iterdir())
     for path in copy.iterdir():
         path.chmod(0o666)
     with caplog.at_level(logging.WARNING, "jaxserve"):
         assert start(copy).info.num_cached_executables == 0
-    assert caplog.text.count("is not used: others may write to it") == 3
+    assert caplog.text.count("is not used: it has the mode 0666: others may write to it") == 3
 
 
 def test_another_users_directory_is_refused(tmp_path, monkeypatch):

@@ -172,7 +172,7 @@ def _build(
     )
     plan = plan_pool(shapes, config.cache, mesh, device, lambda: loaded(compiled_needs(shapes, mesh), mesh))
     shapes = dataclasses.replace(shapes, num_pages=plan.num_pages)
-    output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True, mode=0o755)  # see BundleWriter
     writer = None if report_only else BundleWriter(output, shapes, mesh, target)
     compiler = Compiler(shapes, mesh, target, contexts[0])
     programs = _compile_set(compiler, writer, progress)

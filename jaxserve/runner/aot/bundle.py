@@ -5,7 +5,8 @@
 
 Loading verifies everything and refuses with the name of what differs: an executable that was made for other shapes,
 another version or another device would at best fail and at worst compute something else. Nothing is unpickled, but an
-executable is machine code all the same: load bundles only from those whom you would let run code.
+executable is machine code all the same: a bundle is loaded only where nobody but this user can have put it (see
+`trust`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import os
 import pathlib
 import platform
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -28,16 +30,20 @@ from jax.sharding import Mesh
 from jaxserve.config import CacheConfig
 from jaxserve.runner.aot import hlo, plugin
 from jaxserve.runner.aot.loaded import LoadedProgram
+from jaxserve.runner.aot.trust import UntrustedError, check_directory, read_own
 from jaxserve.runner.compiler import ProgramMemory, ProgramSet, cache_in_use, compiler_options, program_memory
 from jaxserve.runner.programs import (
     ProgramKey,
     Shapes,
     abstract_arguments,
     abstract_results,
+    decisive_shapes,
     donated_arguments,
     program_keys,
 )
 from jaxserve.runner.targets import Target
+
+T = TypeVar("T")
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -89,8 +95,7 @@ def identity(shapes: Shapes, mesh: Mesh) -> dict[str, Any]:
         "compiler_options": options,
         "xla_flags": _xla_flags(),
         "sources_sha256": _sources_hash(),
-        # How many pages host memory has decides no program, only whether some are there.
-        "shapes": dataclasses.asdict(dataclasses.replace(shapes, num_host_pages=0)),
+        "shapes": dataclasses.asdict(decisive_shapes(shapes)),
     }
     return json.loads(json.dumps(found))
 
@@ -111,8 +116,9 @@ class BundleWriter:
                 "machine": machine() if target.is_local else {},
             },
         }
-        directory.mkdir(parents=True, exist_ok=True)
-        self._files.mkdir(exist_ok=True)
+        # Whatever the umask says: what others may write to is not loaded.
+        directory.mkdir(parents=True, exist_ok=True, mode=0o755)
+        self._files.mkdir(exist_ok=True, mode=0o755)
         if any(self._files.iterdir()) and not (directory / MANIFEST).is_file():
             raise BundleError(f"directory {self._files} holds files that are not a bundle's; choose another one")
         (directory / MANIFEST).unlink(missing_ok=True)
@@ -129,7 +135,7 @@ class BundleWriter:
         name = f"{key.kind}_{key.size}"
         executable: Any = compiled.runtime_executable()
         data = executable.serialize()
-        (self._files / name).write_bytes(data)
+        _write(self._files / name, data)
         arguments, results = program_trees(key, self._shapes, self._mesh)
         flat = jax.tree.leaves(arguments)
         kept = _checked_arguments(compiled, flat)
@@ -152,7 +158,7 @@ class BundleWriter:
         keys = program_keys(self._shapes)
         manifest = self._head | {"programs": [self._programs[key] for key in keys]}
         partial = self._directory / f"{MANIFEST}.partial"
-        partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        _write(partial, (json.dumps(manifest, indent=1) + "\n").encode())
         partial.replace(self._directory / MANIFEST)
 
 
@@ -165,10 +171,17 @@ class Bundle:
 
     @classmethod
     def open(cls, directory: str | pathlib.Path) -> Bundle:
-        """Reads the manifest. Raises BundleError where there is none or it is no JSON object."""
+        """Reads the manifest.
+
+        Raises BundleError where there is none or it is no JSON object, and where somebody else may have put it there
+        (see `trust`).
+        """
         root = pathlib.Path(directory).expanduser()
         try:
-            manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+            for path in (root, root / _PROGRAMS):
+                if path.is_dir():
+                    _trusted(path, check_directory)
+            manifest = json.loads(_trusted(root / MANIFEST, read_own))
         except OSError as error:
             raise BundleError.of(root, f"has no readable {MANIFEST}: {error.strerror}") from error
         except ValueError as error:
@@ -245,6 +258,24 @@ def machine() -> dict[str, Any]:
     return {"architecture": platform.machine(), "features": sorted(features)}
 
 
+def _write(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file that its owner alone may write to."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
+        file.write(data)
+
+
+def _trusted(path: pathlib.Path, use: Callable[[pathlib.Path], T]) -> T:
+    """What `use`, a function of `trust`, returns; BundleError where it does not trust the directory or file."""
+    try:
+        return use(path)
+    except UntrustedError as error:
+        raise BundleError(
+            f"bundle {path} {error}; its programs are machine code: if you trust where they come from, copy the bundle "
+            "to a directory of your own"
+        ) from error
+
+
 def _read(root: pathlib.Path, entry: dict[str, Any]) -> bytes:
     name, size = _field(entry, "file", str, root), _field(entry, "bytes", int, root)
     digest = _field(entry, "sha256", str, root)
@@ -252,7 +283,7 @@ def _read(root: pathlib.Path, entry: dict[str, Any]) -> bytes:
     if pathlib.PurePath(name).parts[:-1] != (_PROGRAMS,):
         raise BundleError.of(root, f"names the file {name!r}; programs lie in {_PROGRAMS}/")
     try:
-        data = path.read_bytes()
+        data = _trusted(path, read_own)
     except OSError as error:
         raise BundleError.of(root, f"has a file {name} that cannot be read: {error.strerror}") from error
     if len(data) < size:

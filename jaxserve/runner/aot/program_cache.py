@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import pathlib
-import stat
 import tempfile
 import time
 from typing import Any
@@ -27,6 +26,7 @@ from jax.sharding import Mesh
 
 from jaxserve.runner.aot.bundle import identity, kept_arguments, machine, program_trees
 from jaxserve.runner.aot.loaded import LoadedProgram
+from jaxserve.runner.aot.trust import UntrustedError, check_directory, read_own
 from jaxserve.runner.compiler import ProgramMemory, program_memory
 from jaxserve.runner.programs import ProgramKey, Shapes, program_shapes
 
@@ -87,25 +87,18 @@ class ProgramCache:
     def open(cls, directory: str | pathlib.Path, max_bytes: int, mesh: Mesh) -> ProgramCache:
         """Makes the directory if need be, for this user alone.
 
-        Raises CacheRefusedError where it cannot be used, belongs to somebody else, or others may write to it: an
-        executable is machine code, and whoever can put one there has it run.
+        Raises CacheRefusedError where it cannot be used, or somebody else may put programs there (see `trust`).
         """
         path = pathlib.Path(directory).expanduser()
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            status = path.stat()
+            check_directory(path)
         except OSError as error:
             raise CacheRefusedError(f"compilation cache {path} cannot be made: {error.strerror}") from error
-        if hasattr(os, "getuid") and status.st_uid != os.getuid():
+        except UntrustedError as error:
             raise CacheRefusedError(
-                f"compilation cache {path} belongs to user {status.st_uid}, not to {os.getuid()}; "
-                "set EngineConfig.compilation_cache_dir to a directory of your own"
-            )
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise CacheRefusedError(
-                f"compilation cache {path} has the mode {stat.S_IMODE(status.st_mode):04o}: others may write to it; "
-                f"chmod 700 it, or set EngineConfig.compilation_cache_dir to another directory"
-            )
+                f"compilation cache {path} {error}; set EngineConfig.compilation_cache_dir to a directory of your own"
+            ) from error
         return cls(path, max_bytes, mesh)
 
     def load(self, key: ProgramKey, shapes: Shapes) -> tuple[LoadedProgram, ProgramMemory] | None:
@@ -113,11 +106,11 @@ class ProgramCache:
         what = self._identity(key, shapes)
         path = self._path(what)
         try:
-            content = _read_own(path)
+            content = read_own(path)
         except FileNotFoundError:
             return None
-        except OSError as error:
-            _log.warning("compilation cache entry %s is not used: %s", path, error)
+        except (OSError, UntrustedError) as error:
+            _log.warning("compilation cache entry %s is not used: it %s", path, error)
             return None
         try:
             head, data = _verified(content, what)
@@ -200,15 +193,6 @@ def _verified(content: bytes, what: dict[str, Any]) -> tuple[dict[str, Any], byt
     if head["identity"] != what:
         raise ValueError("it holds another program")
     return head, data
-
-
-def _read_own(path: pathlib.Path) -> bytes:
-    """The content of a file that this user alone may write; OSError where it is another user's."""
-    with open(path, "rb") as file:
-        status = os.fstat(file.fileno())
-        if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
-            raise PermissionError("others may write to it")
-        return file.read()
 
 
 def _cores() -> int:

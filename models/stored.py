@@ -1,0 +1,150 @@
+"""The tensors that the safetensors files of a checkpoint directory hold, by the headers of its files.
+
+Imports no jax, so that a configuration can be compared with the tensors wherever it is read.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from models.json_files import parse
+from models.safetensors_file import DTYPES, StoredTensor, read_header, same_values
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+ROTARY_BUFFER = "rotary_emb.inv_freq"
+"""How the names of rotary frequencies end, which early releases of transformers saved."""
+
+_NAMES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The dtype that weights stored in each dtype are served in; none is served in float64."""
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """The tensors of a checkpoint directory.
+
+    Attributes:
+        directory: where the files are.
+        tensors: every tensor that was found, by name.
+        absent: the line for a tensor that is not in the file that the index names, by its name.
+        unusable: the line for one in a file that is missing or malformed, or in two files.
+    """
+
+    directory: pathlib.Path
+    tensors: Mapping[str, StoredTensor]
+    absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unusable: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def find(self, name: str) -> StoredTensor | None:
+        """Returns a tensor that the model needs; None where neither a file nor the index has it.
+
+        Raises ValueError, one line, where it cannot be had as the index says. What the index says of other tensors does
+        not matter.
+        """
+        for faults in (self.unusable, self.absent):
+            if name in faults:
+                raise ValueError(faults[name])
+        return self.tensors.get(name)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that tensors are listed for: one more than the greatest number of a layer."""
+        found = [_LAYER.match(name) for name in (*self.tensors, *self.absent, *self.unusable)]
+        return max((int(match[1]) + 1 for match in found if match and len(match[1]) < 10), default=0)
+
+    @property
+    def dtype(self) -> str | None:
+        """Name of the dtype that most bytes of the weights are in; None where none is in a dtype of `DTYPES`."""
+        sizes: collections.Counter[str] = collections.Counter()
+        for tensor in self.tensors.values():
+            if tensor.dtype in DTYPES:
+                sizes[_NAMES[tensor.dtype]] += math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+        return max(sizes, key=lambda name: sizes[name]) if sizes else None
+
+
+def has_safetensors(directory: pathlib.Path) -> bool:
+    """Whether a directory holds weights as safetensors."""
+    return (directory / SINGLE_FILE).exists() or (directory / INDEX_FILE).exists()
+
+
+def has_own_head(stored: Stored) -> bool:
+    """Whether a checkpoint that is said to be tied holds a head that differs from its embedding.
+
+    Raises ValueError where both are listed and cannot be compared.
+    """
+    # One that is listed and in no file is none: indexes are copied. One in a file that is missing may differ.
+    if HEAD not in stored.tensors and HEAD not in stored.unusable:
+        return False
+    head, embedding = stored.find(HEAD), stored.tensors.get(EMBEDDING)
+    if head is None or embedding is None:
+        return False
+    if head.dtype not in DTYPES or embedding.dtype not in DTYPES:
+        return True  # loading names the dtype
+    stats = [tensor.path.stat() for tensor in (head, embedding)]
+    return not _same_values(head, embedding, tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats))
+
+
+@functools.lru_cache(maxsize=8)  # a start asks several times, and the two may be a gigabyte
+def _same_values(one: StoredTensor, other: StoredTensor, files: tuple[tuple[int, ...], ...]) -> bool:
+    """`same_values` of tensors in files of that identity."""
+    return same_values(one, other)
+
+
+def read_stored(directory: pathlib.Path) -> Stored:
+    """Reads the headers of a directory's files; like transformers, it prefers the single file to an index.
+
+    Raises ValueError, one line, where there is neither or where a file is malformed.
+    """
+    if (directory / SINGLE_FILE).exists():
+        return Stored(directory, read_header(directory / SINGLE_FILE))
+    index = directory / INDEX_FILE
+    if not index.exists():
+        raise ValueError(f"checkpoint {directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+    shard_of = _shard_of(index)
+    tensors: dict[str, StoredTensor] = {}
+    unusable: dict[str, str] = {}
+    faulty: dict[str, str] = {}
+    for shard in sorted(set(shard_of.values())):
+        path = directory / shard
+        try:
+            held = read_header(path)
+        except ValueError as error:  # it may hold nothing that is needed
+            faulty[shard] = str(error) if path.exists() else f"{error}; {INDEX_FILE} lists it"
+            continue
+        for name in held.keys() & tensors.keys():
+            unusable[name] = f"checkpoint files {tensors[name].path} and {path} both hold tensor {name}"
+        tensors |= held
+    unusable |= {name: faulty[shard] for name, shard in shard_of.items() if shard in faulty}
+    absent = {
+        name: f"checkpoint file {directory / shard} has no tensor {name}; {INDEX_FILE} says it does"
+        for name, shard in shard_of.items()
+        if shard not in faulty and (name not in tensors or tensors[name].path.name != shard)
+    }
+    return Stored(directory, tensors, absent, unusable)
+
+
+def _shard_of(index: pathlib.Path) -> dict[str, str]:
+    """The file of each tensor, as the index says."""
+    try:
+        shard_of: Any = parse(index.read_bytes())["weight_map"]
+        shards = set(shard_of.values())
+    except OSError as error:
+        raise ValueError(f"checkpoint file {index} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"checkpoint file {index} is invalid: it needs a weight_map of tensor to file") from error
+    for shard in shards:
+        if not isinstance(shard, str) or pathlib.PurePath(shard).name != shard:
+            raise ValueError(f"checkpoint file {index} is invalid: {shard!r} is no name of a file beside it")
+    return shard_of
