@@ -8,7 +8,6 @@ wrong content, whatever the accounts say.
 import dataclasses
 
 import hypothesis.strategies as st
-import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
