@@ -35,7 +35,7 @@ settings.register_profile("explore", parent=settings.get_profile("ci"), derandom
 settings.load_profile("ci")
 
 _WITHOUT_JAX = ("benchmarks", "frontend", "scheduler", "simulator")
-"""Folders of tests that another jax cannot make fail: what they test never reaches it, or only starts what others do."""
+"""Folders of tests that another jax cannot make fail: what they test never reaches jax, or only by way of a server."""
 
 
 def pytest_collection_modifyitems(items):
