@@ -50,10 +50,15 @@ def versions() -> dict[str, Any]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
-    found["jaxserve_commit"] = _git("rev-parse", "--short=12", "HEAD")
+    found["jaxserve_commit"] = commit(ROOT)
     code = ("jaxserve", "models", "pallas_kernels", "server")
     found["dirty"] = bool(_git("status", "--porcelain", "--untracked-files=no", "--", *code))
     return found
+
+
+def commit(root: pathlib.Path) -> str | None:
+    """The commit of a checkout; None where git does not tell."""
+    return _git("-C", str(root), "rev-parse", "--short=12", "HEAD")
 
 
 def document(name: str, settings: dict[str, Any], results: Any) -> dict[str, Any]:

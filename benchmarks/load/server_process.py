@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from benchmarks import report
 
 
 @contextlib.contextmanager
-def started_server(config: str, overrides: Sequence[str]) -> Iterator[tuple[str, int]]:
+def started_server(
+    config: str, overrides: Sequence[str], root: pathlib.Path = report.ROOT
+) -> Iterator[tuple[str, int]]:
     """A server process on a free port; yields its address and process id, and ends it with SIGTERM.
 
-    overrides: --gin.BINDING=VALUE.
+    overrides: --gin.BINDING=VALUE. root: of the checkout that it runs.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -24,8 +27,8 @@ def started_server(config: str, overrides: Sequence[str]) -> Iterator[tuple[str,
     command = [sys.executable, "-m", "jaxserve.server", "--config", config, *overrides]
     process = subprocess.Popen(
         [*command, f"--gin.ServerConfig.port={port}"],
-        cwd=report.ROOT,
-        env=os.environ | {"PYTHONPATH": str(report.ROOT)},
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
     )
     try:
         yield f"127.0.0.1:{port}", process.pid

@@ -44,10 +44,13 @@ class Run:
 class Side:
     """One engine in a process of its own. The constructor returns when it is ready.
 
-    name: what tables call it. command, environment: how it is started. Raises SideError when it cannot start.
+    name: what tables call it. command, environment: how it is started. root: where. Raises SideError when it cannot
+    start.
     """
 
-    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]):
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], root: pathlib.Path = report.ROOT
+    ):
         self.name = name
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the process
         self._process = subprocess.Popen(
@@ -56,7 +59,7 @@ class Side:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            cwd=report.ROOT,
+            cwd=root,
             env=dict(environment),
         )
         try:
@@ -135,10 +138,10 @@ class Side:
         return f"{self.name} ended with status {status}: {lines[-1] if lines else 'it said nothing'}"
 
 
-def start_jaxserve(settings: Mapping[str, Any], name: str = "jaxserve") -> Side:
-    """jaxserve under this Python. settings: as benchmarks/sides/jaxserve_side.py takes them."""
+def start_jaxserve(settings: Mapping[str, Any], name: str = "jaxserve", root: pathlib.Path = report.ROOT) -> Side:
+    """jaxserve under this Python. settings: as benchmarks/sides/jaxserve_side.py takes them. root: of its checkout."""
     command = [sys.executable, "-m", "benchmarks.sides.jaxserve_side", json.dumps(settings)]
-    return Side(name, command, os.environ | {"PYTHONPATH": str(report.ROOT)})
+    return Side(name, command, os.environ | {"PYTHONPATH": str(root)}, root)
 
 
 def start_peer(peer: str, python: str, options: Mapping[str, Any]) -> Side:
