@@ -29,6 +29,11 @@ def shown(value: object) -> str:
     return clipped(_Short().repr(value), 2 * _MAX_CHARACTERS)
 
 
+def shown_seconds(seconds: float) -> str:
+    """A time span to the millisecond; what no clock shows without its 300 digits."""
+    return f"{seconds:.3f} s" if abs(seconds) < 1e9 else f"{seconds:.3g} s"
+
+
 def clipped(text: str, limit: int) -> str:
     """The text, cut in the middle to `limit` characters."""
     if len(text) <= limit:

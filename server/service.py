@@ -19,6 +19,9 @@ import grpc
 import jaxserve
 from jaxserve.engine.messages import EngineReady
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
+from jaxserve.frontend.steps import Steps
+from jaxserve.request import check_count
+from jaxserve.shown import shown
 from server import convert
 from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from server.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
@@ -27,6 +30,9 @@ from server.status import NotFoundError, NoTokenizerError, Status, UnavailableEr
 _log = logging.getLogger("jaxserve.server")
 
 Context = grpc.aio.ServicerContext
+
+MAX_DETOKENIZED = 2**20
+"""Token ids that Detokenize takes in one call: they are decoded in one go."""
 
 
 class JaxServeService(pb_grpc.JaxServeServicer):
@@ -55,10 +61,13 @@ class JaxServeService(pb_grpc.JaxServeServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         async with _errors_as_status(context):
             frontend = self._accepting()
+            params = convert.params_from_proto(request.sampling_params)
+            prompt = convert.prompt_from_proto(request)
+            frontend.check_size(prompt, params)  # before anything whose cost grows with it
             convert.refuse_unknown_fields(request, request.sampling_params, request.token_ids)
             stream = await frontend.submit(
-                convert.prompt_from_proto(request),
-                convert.params_from_proto(request.sampling_params),
+                prompt,
+                params,
                 request_id=request.request_id or None,
                 tenant=request.tenant,
                 priority=request.priority,
@@ -75,7 +84,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         async with _errors_as_status(context):
             convert.refuse_unknown_fields(request)
             if not self._started().abort(request.request_id):
-                raise NotFoundError(f"request_id {request.request_id!r} names no unfinished request")
+                raise NotFoundError(f"request_id {shown(request.request_id)} names no unfinished request")
         return pb.AbortResponse()
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
@@ -120,20 +129,16 @@ class JaxServeService(pb_grpc.JaxServeServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with _errors_as_status(context):
             convert.refuse_unknown_fields(request)
-            tokenizer = self._tokenizer_or_error()
-            # In a thread: a text as long as a message may be takes long enough to delay every stream.
-            token_ids = await asyncio.to_thread(tokenizer.encode, request.text)
-        return pb.TokenizeResponse(token_ids=token_ids)
+            steps = _tokenize_steps(self._tokenizer_or_error(), request)
+            return await self._started().work(steps, request.ByteSize())
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         async with _errors_as_status(context):
+            check_count("token_ids", len(request.token_ids), MAX_DETOKENIZED, "ids")
             convert.refuse_unknown_fields(request)
-            tokenizer = self._tokenizer_or_error()
             vocab_size = self._started().ready.vocab_size
-            for index, token_id in enumerate(request.token_ids):
-                if not 0 <= token_id < vocab_size:
-                    raise ValueError(f"token_ids[{index}] is {token_id}; token ids must be from 0 to {vocab_size - 1}")
-            text = await asyncio.to_thread(tokenizer.decode, list(request.token_ids))
+            steps = self._tokenizer_or_error().decode_steps(request.token_ids, vocab_size)
+            text = await self._started().work(steps, request.ByteSize())
         return pb.DetokenizeResponse(text=text)
 
     def _started(self) -> AsyncFrontEnd:
@@ -151,6 +156,20 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         if self._tokenizer is None:
             raise NoTokenizerError("the server runs without a tokenizer (skip_tokenizer_init)")
         return self._tokenizer
+
+
+def _tokenize_steps(tokenizer: Any, request: pb.TokenizeRequest) -> Steps[pb.TokenizeResponse]:
+    """The answer to Tokenize in steps. The text is taken from the message when its turn has come, and not before."""
+    yield 0
+    # Messages of one type, one behind the other, are one message with the fields of all: a million token ids take a
+    # byte or three each this way, and the interpreter lock for no longer than those of a piece do.
+    parts: list[bytes] = []
+
+    def take(token_ids: list[int], _: int) -> None:
+        parts.append(pb.TokenizeResponse(token_ids=token_ids).SerializeToString())
+
+    yield from tokenizer.encode_steps(request.text, take)
+    return pb.TokenizeResponse.FromString(b"".join(parts))
 
 
 @contextlib.asynccontextmanager

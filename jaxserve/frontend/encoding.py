@@ -16,7 +16,7 @@ from jaxserve.frontend.token_bound import bytes_per_token
 PIECE_CHARACTERS = 64 * 1024
 """Characters that are encoded in one call, where the text can be cut: 256 kB at most."""
 
-_SHORT = 4096
+SHORT_TEXT = 4096
 """Characters up to which keeping the interpreter lock costs others less than letting go of it."""
 
 
@@ -57,7 +57,7 @@ class Encoder:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """The token ids of one text or piece; with add_special_tokens, what the tokenizer puts around a text, too."""
-        if len(text) <= _SHORT:
+        if len(text) <= SHORT_TEXT:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         # Unlike `encode`, it lets go of the interpreter lock, and it computes no offsets.
         return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import logging
-import math
 import random
+import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -34,9 +34,20 @@ from jaxserve.frontend.delta import (
     EngineDeadError,
     QueueFullError,
 )
+from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.output import OutputState
+from jaxserve.frontend.steps import Steps, finish
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import MAX_INT32, EngineRequest, FinishReason, SamplingParams, check_identity, validate_request
+from jaxserve.request import (
+    MAX_INT32,
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    check_identity,
+    check_length,
+    validate_request,
+)
+from jaxserve.shown import shown, shown_seconds
 
 _log = logging.getLogger(__name__)
 
@@ -181,6 +192,30 @@ class FrontEnd:
         cache_salt: str = "",
     ) -> Prepared:
         """The part of `submit` that depends on the request alone; may run in any thread. Raises ValueError."""
+        return finish(
+            self.prepare_steps(
+                prompt,
+                params,
+                request_id=request_id,
+                tenant=tenant,
+                priority=priority,
+                deadline=deadline,
+                cache_salt=cache_salt,
+            )
+        )
+
+    def prepare_steps(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None,
+        tenant: str,
+        priority: int,
+        deadline: float | None,
+        cache_salt: str,
+    ) -> Steps[Prepared]:
+        """`prepare` in steps, each in any thread. The first one takes no longer for a long prompt than for a short."""
         if request_id is None:
             request_id = uuid.uuid4().hex
         elif not request_id:
@@ -188,30 +223,62 @@ class FrontEnd:
         for name, value in (("request_id", request_id), ("tenant", tenant), ("cache_salt", cache_salt)):
             check_identity(name, value)
             if any("\ud800" <= character <= "\udfff" for character in value):
-                raise ValueError(f"{name} is {value!r}; it must be valid Unicode")
+                raise ValueError(f"{name} is {shown(value)}; it must be valid Unicode")
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_INT32:
-            raise ValueError(f"priority is {priority!r}; it must be a whole number from {-MAX_INT32} to {MAX_INT32}")
-        numeric = isinstance(deadline, int | float) and not isinstance(deadline, bool)
-        if deadline is not None and not (numeric and math.isfinite(deadline)):
-            raise ValueError(f"deadline is {deadline!r}; it must be a finite number of seconds")
+            raise ValueError(
+                f"priority is {shown(priority)}; it must be a whole number from {-MAX_INT32} to {MAX_INT32}"
+            )
+        if deadline is not None and not is_time(deadline):
+            raise ValueError(f"deadline is {shown(deadline)}; it must be a finite number of seconds")
         if params.stop and self._tokenizer is None:
             raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")
-        token_ids = self.encode(prompt)
+        token_ids = yield from self._encode_steps(prompt, params)
         max_tokens = validate_request(token_ids, params, self._limits)
         return Prepared(request_id, token_ids, params, max_tokens, tenant, priority, deadline, cache_salt)
 
-    def encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        """The token ids of a prompt, which are not yet checked against the model. Raises ValueError."""
+    def _encode_steps(self, prompt: str | Sequence[int], params: SamplingParams) -> Steps[tuple[int, ...]]:
+        """The token ids of a prompt, which are not yet checked against the model. Raises ValueError.
+
+        Ends as soon as it is certain that the prompt is too long.
+        """
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise ValueError("prompt is text, and this server has no tokenizer; send prompt_token_ids")
             # Checked here too: the tokenizer would make a prompt of <bos> alone out of no text.
             if not prompt:
                 raise ValueError("prompt is empty; at least one token is needed")
-            return tuple(self._tokenizer.encode(prompt))
+            token_ids: list[int] = []
+
+            def take(more: list[int], num_bytes: int) -> None:
+                token_ids.extend(more)
+                self._check_text_size(len(token_ids), num_bytes, prompt, params)
+
+            yield from self._tokenizer.encode_steps(prompt, take)
+            return tuple(token_ids)
         if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
             raise ValueError(f"prompt is of type {type(prompt).__name__}; it must be text or a sequence of token ids")
+        self.check_size(prompt, params)
+        yield 0
         return tuple(prompt)
+
+    def check_size(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
+        """Refuses what is certainly too long, in no time: by the number of its token ids or characters alone.
+
+        Raises as `prepare` does.
+        """
+        if isinstance(prompt, str):
+            if self._tokenizer is not None:
+                self._check_text_size(0, len(prompt), prompt, params)
+        else:
+            check_length(len(prompt), params, self._limits)
+
+    def _check_text_size(self, num_tokens: int, num_bytes: int, text: str, params: SamplingParams) -> None:
+        """Refuses a text that is too long. num_tokens: those of its beginning; num_bytes: what follows, at least."""
+        if len(text) <= SHORT_TEXT:  # encoded in no time; the error has the exact number then
+            return
+        assert self._tokenizer is not None
+        least = num_tokens + self._tokenizer.least_tokens(num_bytes)
+        check_length(least, params, self._limits, num_characters=len(text))
 
     def check_accepting(self) -> None:
         """Raises QueueFullError or EngineDeadError where `start` would, before a prompt is tokenised for nothing."""
@@ -223,15 +290,22 @@ class FrontEnd:
                 "(max_num_seqs + max_num_waiting) are allowed: try again later"
             )
 
+    def check_new(self, request_id: str | None, deadline: float | None) -> None:
+        """Raises DuplicateRequestError or DeadlineError where `start` would, before a prompt is tokenised for nothing.
+
+        What is no valid id or time is left to `prepare`.
+        """
+        if isinstance(request_id, str) and request_id in self._open:
+            raise DuplicateRequestError(f"request_id {request_id!r} belongs to an unfinished request; choose another")
+        if deadline is not None and is_time(deadline) and deadline <= (now := self._clock()):
+            raise DeadlineError(f"deadline passed {shown_seconds(now - deadline)} before the request arrived")
+
     def start(self, prepared: Prepared) -> str:
         """Sends a prepared request to the engine and returns its id. Raises as `submit` does, but for ValueError."""
         self.check_accepting()
         request_id, params, deadline = prepared.request_id, prepared.params, prepared.deadline
-        if request_id in self._open:
-            raise DuplicateRequestError(f"request_id {request_id!r} belongs to an unfinished request; choose another")
+        self.check_new(request_id, deadline)
         now = self._clock()
-        if deadline is not None and deadline <= now:
-            raise DeadlineError(f"deadline passed {now - deadline:.3f} s before the request arrived")
         stop_token_ids = tuple(
             dict.fromkeys((() if params.ignore_eos else self._limits.eos_token_ids) + params.stop_token_ids)
         )
@@ -405,3 +479,10 @@ class FrontEnd:
             number += 1
             engine_id = f"{request_id}#{number}"
         return engine_id
+
+
+def is_time(value: object) -> bool:
+    """Whether the value is a number of seconds that can be compared with a clock."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # also no for NaN, and yes for whole numbers that a float can hold

@@ -61,36 +61,36 @@ class Tokenizer:
 
         Raises ValueError when the text holds a lone surrogate, that is, came from invalid UTF-8 or UTF-16.
         """
-        return finish(self.encode_steps(text, add_special_tokens))
+        token_ids: list[int] = []
+        finish(self.encode_steps(text, lambda more, _: token_ids.extend(more), add_special_tokens))
+        return token_ids
 
     def encode_steps(
-        self,
-        text: str,
-        add_special_tokens: bool = True,
-        check: Callable[[int, int], object] = lambda num_tokens, num_bytes: None,
-    ) -> Steps[list[int]]:
+        self, text: str, take: Callable[[list[int], int], object], add_special_tokens: bool = True
+    ) -> Steps[None]:
         """`encode` in steps of bounded size, where the text allows it.
 
-        check: called before the first step and after each one, with the token ids so far and the least number of bytes
-        of text that follow; what it raises ends the work.
+        take: is given the token ids of each step, in order, and the least number of bytes of text that follow; for the
+        first time before the first step, without ids. What it raises ends the work.
         """
-        check(0, len(text))
+        take([], len(text))
         yield 0
-        check(0, _num_bytes(text))
+        take([], _num_bytes(text))
         pieces = self._encoder.pieces(text)
         piece, following = next(pieces)
         if not following:
             yield len(piece)
-            return self._encoder.encode(piece, add_special_tokens)
+            take(self._encoder.encode(piece, add_special_tokens), 0)
+            return
         before, behind = self._encoder.around if add_special_tokens else ([], [])
-        token_ids = list(before)
+        take(before, len(text))
         while True:
             yield len(piece)
-            token_ids += self._encoder.encode(piece, add_special_tokens=False)
+            take(self._encoder.encode(piece, add_special_tokens=False), following)
             if not following:
-                return token_ids + behind
-            check(len(token_ids), following)
+                break
             piece, following = next(pieces)
+        take(behind, 0)
 
     def least_tokens(self, num_bytes: int) -> int:
         """The fewest tokens that a text of at least so many bytes (UTF-8) can have; 0 where nothing can be said."""

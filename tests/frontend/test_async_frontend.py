@@ -8,8 +8,9 @@ import time
 import pytest
 
 from jaxserve.engine.messages import EngineFailed, EngineStats, RequestOutput, TokenBatch
-from jaxserve.frontend.async_frontend import LARGE_PROMPT, AsyncFrontEnd
+from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.delta import Cause, DeadlineError, DuplicateRequestError, EngineDeadError, QueueFullError
+from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.request import FinishReason, SamplingParams
 from tests.frontend.fakes import HandPlayedEngine, RuleEngine
 from tests.frontend.tokenizers_for_tests import EOS, load
@@ -223,8 +224,8 @@ def test_errors_are_raised_by_submit(tokenizer):
         async with serving(engine, tokenizer) as front_end:
             with pytest.raises(ValueError, match=r"^prompt is empty; at least one token is needed$"):
                 await front_end.submit("", PARAMS)
-            with pytest.raises(ValueError, match=r"^prompt has a lone surrogate at character 5000"):
-                await front_end.submit("a" * 5000 + "\ud800", PARAMS)
+            with pytest.raises(ValueError, match=r"^prompt has a lone surrogate at character 50"):
+                await front_end.submit("a" * 50 + "\ud800", PARAMS)
             with pytest.raises(ValueError, match=r"^prompt is empty"):
                 await anext(front_end.generate([], PARAMS))
             with pytest.raises(DeadlineError, match=r"before the request arrived$"):
@@ -244,10 +245,12 @@ def test_a_large_prompt_is_tokenised_in_a_thread(tokenizer):
     async def scenario():
         engine = HandPlayedEngine(max_model_len=20000, max_prompt_len=20000, num_pages=2000)
         async with serving(engine, tokenizer) as front_end:
-            await front_end.submit("a" * (LARGE_PROMPT + 1), PARAMS, request_id="r")
-            assert len(engine.requests["r"].prompt_token_ids) == LARGE_PROMPT + 2
+            await front_end.submit("a" * (SHORT_TEXT + 1), PARAMS, request_id="r")
+            assert len(engine.requests["r"].prompt_token_ids) == SHORT_TEXT + 2
             with pytest.raises(ValueError, match=r"^prompt_token_ids\[5000\] is 300; token ids must be"):
                 await front_end.submit([5] * 5000 + [300], PARAMS)
+            with pytest.raises(ValueError, match=r"^prompt has a lone surrogate at character 5000"):
+                await front_end.submit("a" * 5000 + "\ud800", PARAMS)
 
     run(scenario())
 
