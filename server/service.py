@@ -31,6 +31,9 @@ _log = logging.getLogger("jaxserve.server")
 
 Context = grpc.aio.ServicerContext
 
+_BYTES_PER_ID = 16
+"""What decoding takes for each token id; the text is as large as one can be that is encoded."""
+
 MAX_DETOKENIZED = 2**20
 """Token ids that Detokenize takes in one call: they are decoded in one go."""
 
@@ -138,7 +141,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
             convert.refuse_unknown_fields(request)
             vocab_size = self._started().ready.vocab_size
             steps = self._tokenizer_or_error().decode_steps(request.token_ids, vocab_size)
-            text = await self._started().work(steps, request.ByteSize())
+            text = await self._started().work(steps, _BYTES_PER_ID * len(request.token_ids))
         return pb.DetokenizeResponse(text=text)
 
     def _started(self) -> AsyncFrontEnd:

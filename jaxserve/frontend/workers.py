@@ -10,13 +10,12 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import ctypes
 import os
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from jaxserve.frontend.encoding import PIECE_CHARACTERS
+from jaxserve.frontend.memory import return_freed_memory
 from jaxserve.frontend.steps import Steps
 
 T = TypeVar("T")
@@ -135,7 +134,7 @@ class Workers:
         if running is None or running.done():
             lane.budget.release(num_bytes)
             if lane is self._long and not lane.budget.held and not self._closed:
-                lane.threads.submit(_return_freed_memory)
+                lane.threads.submit(return_freed_memory)
             return
         # A step that runs while its call is canceled goes on to its end, and its memory counts until then.
         loop = asyncio.get_running_loop()
@@ -169,11 +168,3 @@ def _advance(steps: Steps[Any]) -> _Advanced:
         return _Advanced(done=False, size=next(steps))
     except StopIteration as stop:
         return _Advanced(done=True, result=stop.value)
-
-
-def _return_freed_memory() -> None:
-    """Gives back to the system what is free: a thread's part of glibc's heap keeps what a long text took."""
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
