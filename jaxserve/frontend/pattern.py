@@ -9,7 +9,6 @@ in a row. Look-aheads count as characters taken. Everything unclear is answered 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 import unicodedata
 from collections.abc import Callable
@@ -189,7 +188,7 @@ class Pattern:
                     high = self._escaped
                 if not high or high == "[":
                     raise UnsupportedError("a range of classes")
-                item = self._folded(functools.partial(_within, low, high))
+                item = self._range(low, high)
             items.append(item or self._one(character))
         found = _Class(lambda c: any(one.may(c) for one in items), lambda c: any(one.must(c) for one in items))
         return found.negated() if negated else found
@@ -222,14 +221,19 @@ class Pattern:
         return self._one(character)
 
     def _one(self, character: str) -> _Class:
-        return self._folded(lambda c: c == character)
+        return self._range(character, character)
 
-    def _folded(self, contains: Callable[[str], bool]) -> _Class:
+    def _range(self, low: str, high: str) -> _Class:
+        def contains(character: str) -> bool:
+            return low <= character <= high
+
         if not self._ignore_case:
             return _Class(contains, contains)
-        # Beyond ASCII, folding differs between libraries and may take one character for two.
+        if not high.isascii():  # folding differs between libraries there
+            raise UnsupportedError(f"{low} to {high} in any case")
+        # A character such as \ufb01 is folded to two.
         return _Class(
-            lambda c: not c.isascii() or contains(c) or contains(c.lower()) or contains(c.upper()),
+            lambda c: not is_stable(c) or contains(c.upper()) or any(contains(folded) for folded in c.casefold()),
             lambda c: c.isascii() and (contains(c.lower()) or contains(c.upper())),
         )
 
@@ -248,10 +252,6 @@ class Pattern:
         found = self._source.startswith(character, self._place)
         self._place += found
         return found
-
-
-def _within(low: str, high: str, character: str) -> bool:
-    return low <= character <= high
 
 
 def _category(name: str) -> _Class:
