@@ -169,6 +169,7 @@ class FrontEnd:
         DuplicateRequestError, QueueFullError, DeadlineError (already past) or EngineDeadError; nothing is sent then.
         """
         self.check_accepting()
+        self.check_new(request_id, deadline)
         prepared = self.prepare(
             prompt,
             params,

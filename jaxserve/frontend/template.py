@@ -38,23 +38,28 @@ class TemplateBudget:
 
 
 class TemplateRenderer:
-    """Renders conversations by one template. Thread-safe; conversations are rendered one after the other.
+    """Renders conversations. Thread-safe; they are rendered one after the other."""
 
-    special_tokens: texts that the template may use, such as bos_token.
-    """
-
-    def __init__(self, template: str, special_tokens: Mapping[str, Any], budget: TemplateBudget | None = None):
-        self._settings = {"template": template, "special_tokens": dict(special_tokens)}
+    def __init__(self, budget: TemplateBudget | None = None):
         self._budget = budget or TemplateBudget()
         self._lock = threading.Lock()
         self._worker: _Worker | None = None
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(
+        self, template: str, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, Any] | None = None
+    ) -> str:
         """The text of a conversation, up to where the answer begins.
 
+        special_tokens: texts that the template may use, such as bos_token.
         Raises ValueError, one line, for what the template raises and for a budget that it exceeds.
         """
-        request = json.dumps([dict(message) for message in messages]).encode()
+        request = json.dumps(
+            {
+                "template": template,
+                "messages": [dict(message) for message in messages],
+                "special_tokens": dict(special_tokens or {}),
+            }
+        ).encode()
         with self._lock:
             if self._worker is None:
                 self._worker = self._start()
@@ -72,8 +77,8 @@ class TemplateRenderer:
 
     def _start(self) -> _Worker:
         worker = _Worker()
-        settings = json.dumps(self._settings | dataclasses.asdict(self._budget)).encode()
-        if worker.ask(settings, _START_SECONDS) is None:
+        budget = json.dumps(dataclasses.asdict(self._budget)).encode()
+        if worker.ask(budget, _START_SECONDS) is None:
             fault = worker.fault or f"the process for chat templates has not started within {_START_SECONDS:g} s"
             worker.end()
             raise ValueError(fault)

@@ -42,6 +42,7 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._encoder = Encoder(self._backend)
+        self._renderer = TemplateRenderer()
         try:
             self._plan = DecoderPlan(self._backend)
         except ValueError as error:
@@ -135,17 +136,16 @@ class Tokenizer:
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text that `encode_chat` encodes."""
-        return self._renderer.render(messages)
+        return self._renderer.render(self._template, messages, self._transformers.special_tokens_map)
 
     @functools.cached_property
-    def _renderer(self) -> TemplateRenderer:
+    def _template(self) -> str:
         if not self.has_chat_template:
             raise ValueError("messages cannot be used: the tokenizer has no chat template; send a prompt instead")
         try:
-            template = self._transformers.get_chat_template()
+            return self._transformers.get_chat_template()
         except Exception as error:  # several templates, and none is the default
             raise ValueError(f"messages cannot be used: {one_line(error)}") from error
-        return TemplateRenderer(template, self._transformers.special_tokens_map)
 
 
 def _load(directory: pathlib.Path) -> Any:
