@@ -18,7 +18,8 @@ from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.messages import EngineReady, EngineStats, FromEngine
 from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError
 from jaxserve.frontend.encoding import SHORT_TEXT
-from jaxserve.frontend.frontend import FrontEnd, is_time
+from jaxserve.frontend.frontend import FrontEnd
+from jaxserve.frontend.preparation import is_time
 from jaxserve.frontend.reader import EngineReader
 from jaxserve.frontend.steps import Steps, finish
 from jaxserve.frontend.tokenizer import Tokenizer
@@ -210,7 +211,7 @@ class AsyncFrontEnd:
         }
         self._check_accepting()
         self._core.check_new(request_id, deadline)
-        steps = self._core.prepare_steps(prompt, params, **identity)
+        steps = self._core.preparation.steps(prompt, params, **identity)
         size = _num_bytes(prompt)
         if size <= SHORT_TEXT:
             prepared = finish(steps)
@@ -237,7 +238,7 @@ class AsyncFrontEnd:
 
     def check_size(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
         """Refuses what is certainly too long, in no time. Raises as `submit` does."""
-        self._core.check_size(prompt, params)
+        self._core.preparation.check_size(prompt, params)
 
     async def work(self, steps: Steps[T], num_bytes: int) -> T:
         """The result of `steps`, which work on so many bytes, in threads where these are many. Raises as they do.

@@ -9,10 +9,9 @@ import dataclasses
 import heapq
 import logging
 import random
-import sys
 import time
-import uuid
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.messages import (
@@ -34,36 +33,14 @@ from jaxserve.frontend.delta import (
     EngineDeadError,
     QueueFullError,
 )
-from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.output import OutputState
-from jaxserve.frontend.steps import Steps, finish
+from jaxserve.frontend.preparation import Preparation, Prepared, is_time
+from jaxserve.frontend.steps import finish
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import (
-    MAX_INT32,
-    EngineRequest,
-    FinishReason,
-    SamplingParams,
-    check_identity,
-    check_length,
-    validate_request,
-)
-from jaxserve.shown import shown, shown_seconds
+from jaxserve.request import EngineRequest, FinishReason, SamplingParams
+from jaxserve.shown import shown_seconds
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A tokenised and validated request, ready for `FrontEnd.start`. max_tokens is resolved."""
-
-    request_id: str
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    max_tokens: int
-    tenant: str
-    priority: int
-    deadline: float | None
-    cache_salt: str
 
 
 @dataclasses.dataclass
@@ -101,6 +78,7 @@ class FrontEnd:
         self._clock = clock
         ready = client.ready
         self._limits = ready.limits
+        self._preparation = Preparation(tokenizer, ready.limits)
         self._max_open = ready.max_num_waiting + ready.max_num_seqs
         self._open: dict[str, _Open] = {}
         self._by_engine_id: dict[str, _Open] = {}
@@ -181,105 +159,17 @@ class FrontEnd:
         )
         return self.start(prepared)
 
-    def prepare(
-        self,
-        prompt: str | Sequence[int],
-        params: SamplingParams,
-        *,
-        request_id: str | None = None,
-        tenant: str = "",
-        priority: int = 0,
-        deadline: float | None = None,
-        cache_salt: str = "",
-    ) -> Prepared:
-        """The part of `submit` that depends on the request alone; may run in any thread. Raises ValueError."""
-        return finish(
-            self.prepare_steps(
-                prompt,
-                params,
-                request_id=request_id,
-                tenant=tenant,
-                priority=priority,
-                deadline=deadline,
-                cache_salt=cache_salt,
-            )
-        )
+    def prepare(self, prompt: str | Sequence[int], params: SamplingParams, **identity: Any) -> Prepared:
+        """The part of `submit` that depends on the request alone; may run in any thread. Raises ValueError.
 
-    def prepare_steps(
-        self,
-        prompt: str | Sequence[int],
-        params: SamplingParams,
-        *,
-        request_id: str | None,
-        tenant: str,
-        priority: int,
-        deadline: float | None,
-        cache_salt: str,
-    ) -> Steps[Prepared]:
-        """`prepare` in steps, each in any thread. The first one takes no longer for a long prompt than for a short."""
-        if request_id is None:
-            request_id = uuid.uuid4().hex
-        elif not request_id:
-            raise ValueError("request_id is empty; leave it out to be given one")
-        for name, value in (("request_id", request_id), ("tenant", tenant), ("cache_salt", cache_salt)):
-            check_identity(name, value)
-            if any("\ud800" <= character <= "\udfff" for character in value):
-                raise ValueError(f"{name} is {shown(value)}; it must be valid Unicode")
-        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_INT32:
-            raise ValueError(
-                f"priority is {shown(priority)}; it must be a whole number from {-MAX_INT32} to {MAX_INT32}"
-            )
-        if deadline is not None and not is_time(deadline):
-            raise ValueError(f"deadline is {shown(deadline)}; it must be a finite number of seconds")
-        if params.stop and self._tokenizer is None:
-            raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")
-        token_ids = yield from self._encode_steps(prompt, params)
-        max_tokens = validate_request(token_ids, params, self._limits)
-        return Prepared(request_id, token_ids, params, max_tokens, tenant, priority, deadline, cache_salt)
-
-    def _encode_steps(self, prompt: str | Sequence[int], params: SamplingParams) -> Steps[tuple[int, ...]]:
-        """The token ids of a prompt, which are not yet checked against the model. Raises ValueError.
-
-        Ends as soon as it is certain that the prompt is too long.
+        identity: what `submit` takes by name.
         """
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise ValueError("prompt is text, and this server has no tokenizer; send prompt_token_ids")
-            # Checked here too: the tokenizer would make a prompt of <bos> alone out of no text.
-            if not prompt:
-                raise ValueError("prompt is empty; at least one token is needed")
-            token_ids: list[int] = []
+        return finish(self._preparation.steps(prompt, params, **identity))
 
-            def take(more: list[int], num_bytes: int) -> None:
-                token_ids.extend(more)
-                self._check_text_size(len(token_ids), num_bytes, prompt, params)
-
-            yield from self._tokenizer.encode_steps(prompt, take)
-            return tuple(token_ids)
-        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
-            raise ValueError(f"prompt is of type {type(prompt).__name__}; it must be text or a sequence of token ids")
-        self.check_size(prompt, params)
-        yield 0
-        return tuple(prompt)
-
-    def check_size(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
-        """Refuses what is certainly too long, in no time: by the number of its token ids or characters alone.
-
-        Raises as `prepare` does.
-        """
-        if isinstance(prompt, str):
-            if self._tokenizer is not None:
-                self._check_text_size(0, len(prompt), prompt, params)
-        else:
-            check_length(len(prompt), params, self._limits)
-
-    def _check_text_size(self, num_tokens: int, num_bytes: int, text: str, params: SamplingParams) -> None:
-        """Refuses a text that is too long. num_tokens: those of its beginning; num_bytes: what follows, at least."""
-        if len(text) <= SHORT_TEXT:  # encoded in no time; the error has the exact number then
-            return
-        assert self._tokenizer is not None
-        least = num_tokens + self._tokenizer.least_tokens(num_bytes)
-        check_length(least, params, self._limits, num_characters=len(text))
+    @property
+    def preparation(self) -> Preparation:
+        """What `prepare` does, in steps."""
+        return self._preparation
 
     def check_accepting(self) -> None:
         """Raises QueueFullError or EngineDeadError where `start` would, before a prompt is tokenised for nothing."""
@@ -480,10 +370,3 @@ class FrontEnd:
             number += 1
             engine_id = f"{request_id}#{number}"
         return engine_id
-
-
-def is_time(value: object) -> bool:
-    """Whether the value is a number of seconds that can be compared with a clock."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= sys.float_info.max  # also no for NaN, and yes for whole numbers that a float can hold
