@@ -305,13 +305,13 @@ class _Bytes(_Splitter):
             return None
         after = seam if self._pattern is None else self._pattern.split(seam)
         assert after is not None
-        return dataclasses.replace(after, left=_symbols(after.left)[-1], right=_symbols(after.right)[0])
+        return dataclasses.replace(after, left=byte_symbols(after.left)[-1], right=byte_symbols(after.right)[0])
 
 
 _BYTES_ALONE = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
-def _symbols(character: str) -> str:
+def byte_symbols(character: str) -> str:
     """The symbols that stand for a character's bytes."""
     return "".join(piece for piece, _ in _BYTES_ALONE.pre_tokenize_str(character))
 

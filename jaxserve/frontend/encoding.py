@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import tokenizers
 
 from jaxserve.frontend.cuts import Cuts
-from jaxserve.frontend.token_bound import bytes_per_token
+from jaxserve.frontend.token_bound import TokenBound
 
 PIECE_CHARACTERS = 64 * 1024
 """Characters that are encoded in one call, where the text can be cut: 256 kB at most."""
@@ -21,23 +21,14 @@ SHORT_TEXT = 4096
 
 
 class Encoder:
-    """Text to token ids. Thread-safe. piece_characters: see PIECE_CHARACTERS."""
+    """Text to token ids. Thread-safe. piece_characters: see PIECE_CHARACTERS. bound: the fewest tokens of a text."""
 
     def __init__(self, backend: tokenizers.Tokenizer, piece_characters: int = PIECE_CHARACTERS):
         self._backend = backend
         self._piece_characters = piece_characters
         self._cuts = Cuts(backend)
-        self._bytes_per_token = bytes_per_token(backend)
+        self.bound = TokenBound(backend)
         self._around = _around(backend)
-
-    @property
-    def bytes_per_token(self) -> int | None:
-        """The most bytes of UTF-8 that one token of a text can stand for; None where there is no bound."""
-        return self._bytes_per_token
-
-    def least_tokens(self, num_bytes: int) -> int:
-        """The fewest tokens that a text of so many bytes, or more, can have."""
-        return -(-num_bytes // self._bytes_per_token) if self._bytes_per_token else 0
 
     def pieces(self, text: str) -> Iterator[tuple[str, int]]:
         """What to encode, one after the other, in place of the whole text, each with the characters that follow it.

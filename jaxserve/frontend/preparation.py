@@ -86,9 +86,9 @@ class Preparation:
                 raise ValueError("prompt is empty; at least one token is needed")
             token_ids: list[int] = []
 
-            def take(more: list[int], num_bytes: int) -> None:
+            def take(more: list[int], least_more: int) -> None:
                 token_ids.extend(more)
-                self._check_text_size(len(token_ids), num_bytes, prompt, params)
+                self._check_text_size(len(token_ids) + least_more, prompt, params)
 
             yield from self._tokenizer.encode_steps(prompt, take)
             return tuple(token_ids)
@@ -105,17 +105,14 @@ class Preparation:
         """
         if isinstance(prompt, str):
             if self._tokenizer is not None:
-                self._check_text_size(0, len(prompt), prompt, params)
+                self._check_text_size(self._tokenizer.least_tokens(len(prompt)), prompt, params)
         else:
             check_length(len(prompt), params, self._limits)
 
-    def _check_text_size(self, num_tokens: int, num_bytes: int, text: str, params: SamplingParams) -> None:
-        """Refuses a text that is too long. num_tokens: those of its beginning; num_bytes: what follows, at least."""
-        if len(text) <= SHORT_TEXT:  # encoded in no time; the error has the exact number then
-            return
-        assert self._tokenizer is not None
-        least = num_tokens + self._tokenizer.least_tokens(num_bytes)
-        check_length(least, params, self._limits, num_characters=len(text))
+    def _check_text_size(self, least: int, text: str, params: SamplingParams) -> None:
+        """Refuses a text that has too many tokens, of which it has at least so many."""
+        if len(text) > SHORT_TEXT:  # a shorter one is encoded in no time; the error has the exact number then
+            check_length(least, params, self._limits, num_characters=len(text))
 
 
 def is_time(value: object) -> bool:

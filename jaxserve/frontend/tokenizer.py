@@ -71,12 +71,13 @@ class Tokenizer:
     ) -> Steps[None]:
         """`encode` in steps of bounded size, where the text allows it.
 
-        take: is given the token ids of each step, in order, and the least number of bytes of text that follow; for the
-        first time before the first step, without ids. What it raises ends the work.
+        take: is given the token ids of each step, in order, and the fewest tokens that can follow; for the first time
+        before the first step, without ids. What it raises ends the work.
         """
-        take([], len(text))
+        bound = self._encoder.bound
+        take([], bound.of_size(len(text)))
         yield 0
-        take([], _num_bytes(text))
+        take([], bound.of_text(_bytes(text)))
         pieces = self._encoder.pieces(text)
         piece, following = next(pieces)
         if not following:
@@ -84,10 +85,10 @@ class Tokenizer:
             take(self._encoder.encode(piece, add_special_tokens), 0)
             return
         before, behind = self._encoder.around if add_special_tokens else ([], [])
-        take(before, len(text))
+        take(before, bound.of_size(len(text)))
         while True:
             yield len(piece)
-            take(self._encoder.encode(piece, add_special_tokens=False), following)
+            take(self._encoder.encode(piece, add_special_tokens=False), bound.of_size(following))
             if not following:
                 break
             piece, following = next(pieces)
@@ -95,7 +96,7 @@ class Tokenizer:
 
     def least_tokens(self, num_bytes: int) -> int:
         """The fewest tokens that a text of at least so many bytes (UTF-8) can have; 0 where nothing can be said."""
-        return self._encoder.least_tokens(num_bytes)
+        return self._encoder.bound.of_size(num_bytes)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no valid UTF-8 become U+FFFD. Ids without a token give no text.
@@ -199,10 +200,10 @@ def _check_json(path: pathlib.Path) -> None:
         raise ValueError(f"tokenizer file {str(path)!r} does not hold a JSON object")
 
 
-def _num_bytes(text: str) -> int:
-    """The text's length in UTF-8. Raises ValueError for text that has none."""
+def _bytes(text: str) -> bytes:
+    """The text in UTF-8. Raises ValueError for text that is not valid."""
     try:
-        return len(text.encode())
+        return text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"prompt has a lone surrogate at character {error.start}; text must be valid Unicode"

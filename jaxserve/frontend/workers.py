@@ -87,7 +87,7 @@ class Workers:
     def __init__(self) -> None:
         self._short = _Lane(2, _SHORT_SHARE, "short text")
         self._long = _Lane(min(4, max(1, (os.cpu_count() or 1) // 4)), MAX_BYTES - _SHORT_SHARE, "long text")
-        # A text that cannot be cut is one call, of seconds and a gigabyte for 4 MB: one at a time, in nobody's way.
+        # A text that cannot be cut is one call, of seconds and 500 MB for 4 MB: one at a time, and in nobody's way.
         self._uncut = ThreadPoolExecutor(1, thread_name_prefix="uncut text")
         self._closed = False
 

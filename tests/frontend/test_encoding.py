@@ -1,5 +1,6 @@
 """Texts in pieces: the token ids of the whole, and bounds that never refuse what would fit."""
 
+import functools
 import random
 import threading
 import time
@@ -11,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from jaxserve.frontend.encoding import PIECE_CHARACTERS, Encoder
 from jaxserve.frontend.pattern import Pattern, UnsupportedError
-from jaxserve.frontend.token_bound import bytes_per_token
+from jaxserve.frontend.token_bound import TokenBound
 from tests.frontend.tokenizer_kinds import CORPUS, KINDS, LLAMA_3, PARTS, kind
 from tests.frontend.tokenizers_for_tests import byte_fallback, byte_level, load, metaspace
 
@@ -39,13 +40,18 @@ def test_pieces_have_the_ids_of_the_whole(name, text, size, special):
     assert encode_in_pieces(Encoder(backend, size), text, special) == expected
 
 
+@functools.cache
+def bound_of(name):
+    return TokenBound(kind(name))
+
+
 @pytest.mark.parametrize("name", KINDS)
 @settings(max_examples=60, deadline=None)
 @given(text=TEXTS)
 def test_no_text_has_fewer_tokens_than_the_bound_says(name, text):
     backend = kind(name)
-    least = Encoder(backend).least_tokens(len(text.encode()))
-    assert len(backend.encode(text, add_special_tokens=False).ids) >= least
+    num_tokens, bound = len(backend.encode(text, add_special_tokens=False).ids), bound_of(name)
+    assert num_tokens >= bound.of_text(text.encode()) >= bound.of_size(len(text.encode()))
 
 
 @pytest.mark.parametrize(
@@ -94,11 +100,12 @@ def test_a_long_text_has_the_ids_of_one_call(tmp_path):
 def test_the_rest_of_the_text_is_told_with_each_step(tmp_path):
     tokenizer = load(tmp_path)
     told = []
-    steps = tokenizer.encode_steps("ab " * PIECE_CHARACTERS, lambda ids, rest: told.append((len(ids), rest)))
+    steps = tokenizer.encode_steps("xyz" * PIECE_CHARACTERS, lambda ids, rest: told.append((len(ids), rest)))
     sizes = list(steps)
     assert max(sizes) <= PIECE_CHARACTERS
-    assert told[:2] == [(0, 3 * PIECE_CHARACTERS)] * 2
-    assert [rest for _, rest in told] == sorted((rest for _, rest in told), reverse=True)
+    assert told[0] == (0, -(-3 * PIECE_CHARACTERS // 5))
+    assert told[1] == (0, 3 * PIECE_CHARACTERS)  # none of these letters is in a longer token
+    assert [rest for _, rest in told[1:]] == sorted((rest for _, rest in told[1:]), reverse=True)
     assert sum(count for count, _ in told) == 3 * PIECE_CHARACTERS + 1  # and <bos>
 
 
@@ -154,10 +161,14 @@ def with_added(**flags):
     return tokenizer
 
 
+def longest(backend):
+    return TokenBound(backend).bytes_per_token
+
+
 def test_the_bound_is_the_longest_token():
-    assert bytes_per_token(byte_level(added=())) == 5  # <pad>, <bos>, <eos>
-    assert bytes_per_token(byte_level(added=("é" * 20,))) == 40
-    assert bytes_per_token(byte_fallback()) == 6  # <0x41>, as long as a text of it that is no byte
+    assert longest(byte_level(added=())) == 5  # <pad>, <bos>, <eos>
+    assert longest(byte_level(added=("é" * 20,))) == 40
+    assert longest(byte_fallback()) == 6  # <0x41>, as long as a text of it that is no byte
 
 
 @pytest.mark.parametrize(
@@ -182,8 +193,18 @@ def test_the_bound_is_the_longest_token():
     ],
 )
 def test_no_bound_where_text_can_vanish(backend):
-    assert bytes_per_token(backend) is None
-    assert Encoder(backend).least_tokens(10**9) == 0
+    assert longest(backend) is None
+    assert TokenBound(backend).of_size(10**9) == TokenBound(backend).of_text(b"x" * 1000) == 0
+
+
+def test_letters_count_by_the_longest_token_that_they_are_in():
+    """A token of eighty spaces says nothing of letters."""
+    bound = TokenBound(byte_level(added=(" " * 80, "klmn")))
+    assert bound.of_size(800) == 10
+    assert bound.of_text(b"k" * 800) == 200
+    assert bound.of_text(b"x" * 800) == 800
+    assert bound.of_text(b"x" * 400 + b" " * 80 + b"nmlk" * 10) == 411
+    assert bound.of_text("好".encode() * 100_000) == 300_000
 
 
 # ---- patterns --------------------------------------------------------------------------------------------------------
