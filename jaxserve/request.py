@@ -11,6 +11,8 @@ import enum
 import math
 from collections.abc import Sequence
 
+from jaxserve.shown import shown
+
 MAX_INT32 = 2**31 - 1
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_LENGTH = 256
@@ -82,8 +84,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
-            object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
+        object.__setattr__(self, "stop", _as_tuple("stop", self.stop, MAX_STOP_STRINGS, "strings"))
+        ids = _as_tuple("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS, "ids")
+        object.__setattr__(self, "stop_token_ids", ids)
         _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check_number("min_p", self.min_p, 0.0, 1.0)
@@ -96,14 +99,10 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}; it must be at most max_tokens {self.max_tokens}")
         _check_stop_strings(self.stop)
-        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise ValueError(
-                f"stop_token_ids has {len(self.stop_token_ids)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed"
-            )
         for token_id in self.stop_token_ids:
             _check_whole("stop_token_ids", token_id, 0, MAX_INT32)
         if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
+            raise ValueError(f"ignore_eos is {shown(self.ignore_eos)}; it must be true or false")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,36 +153,47 @@ class EngineRequest:
 def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, limits: ModelLimits) -> int:
     """Checks a prompt and its parameters against the engine; returns the resolved max_tokens.
 
-    Raises ValueError (the client's fault) or InfeasibleError (fits the context, never the pool), each naming the
-    field, its value and the limit.
+    The prompt's length is looked at before its ids. Raises ValueError (the client's fault) or InfeasibleError (fits the
+    context, never the pool), each naming the field, its value and the limit.
     """
-    length = len(prompt_token_ids)
-    if not length:
-        raise ValueError("prompt is empty; at least one token is needed")
+    max_tokens = check_length(len(prompt_token_ids), params, limits)
     for index, token_id in enumerate(prompt_token_ids):
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < limits.vocab_size:
             raise ValueError(
-                f"prompt_token_ids[{index}] is {token_id!r}; token ids must be whole numbers from 0 to "
+                f"prompt_token_ids[{index}] is {shown(token_id)}; token ids must be whole numbers from 0 to "
                 f"{limits.vocab_size - 1}"
             )
     for token_id in params.stop_token_ids:
         if token_id >= limits.vocab_size:
             raise ValueError(f"stop_token_ids has {token_id}; token ids must be from 0 to {limits.vocab_size - 1}")
+    return max_tokens
+
+
+def check_length(length: int, params: SamplingParams, limits: ModelLimits, *, num_characters: int | None = None) -> int:
+    """Checks how long a prompt is; returns the resolved max_tokens. Raises as `validate_request` does.
+
+    num_characters: of a text that is not encoded to its end; `length` is then the fewest tokens that it can have. What
+    is refused for that number is refused for every larger one.
+    """
+    known = num_characters is None
+    prompt = f"prompt has {'' if known else f'{num_characters} characters, at least '}{length} tokens"
+    if known and not length:
+        raise ValueError("prompt is empty; at least one token is needed")
     if length >= limits.max_model_len:
         raise ValueError(
-            f"prompt has {length} tokens; with at least one output token it must fit max_model_len "
-            f"{limits.max_model_len}: shorten the prompt"
+            f"{prompt}; with at least one output token it must fit max_model_len {limits.max_model_len}: shorten the "
+            "prompt"
         )
     if length > limits.max_prompt_len:
         raise ValueError(
-            f"prompt has {length} tokens; without chunked prefill at most max_num_batched_tokens "
-            f"{limits.max_prompt_len} are allowed: shorten it or enable chunked prefill"
+            f"{prompt}; without chunked prefill at most max_num_batched_tokens {limits.max_prompt_len} are allowed: "
+            "shorten it or enable chunked prefill"
         )
     max_tokens = limits.max_model_len - length if params.max_tokens is None else params.max_tokens
+    together = f"{prompt} and max_tokens is {max_tokens}; together {'' if known else 'at least '}{length + max_tokens}"
     if length + max_tokens > limits.max_model_len:
         raise ValueError(
-            f"prompt has {length} tokens and max_tokens is {max_tokens}; together {length + max_tokens} exceed "
-            f"max_model_len {limits.max_model_len}: lower max_tokens or shorten the prompt"
+            f"{together} exceed max_model_len {limits.max_model_len}: lower max_tokens or shorten the prompt"
         )
     if params.min_tokens > max_tokens:
         raise ValueError(f"min_tokens is {params.min_tokens}; only max_tokens {max_tokens} can be generated")
@@ -191,34 +201,41 @@ def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, li
         if params.max_tokens is None and length + params.min_tokens <= limits.pool_tokens:
             return limits.pool_tokens - length + 1
         raise InfeasibleError(
-            f"prompt has {length} tokens and max_tokens is {max_tokens}; together {length + max_tokens} exceed "
-            f"the page pool of {limits.pool_tokens} tokens: lower max_tokens or give the server more pages"
+            f"{together} exceed the page pool of {limits.pool_tokens} tokens: lower max_tokens or give the server more "
+            "pages"
         )
     return max_tokens
+
+
+def check_count(name: str, count: int, limit: int, things: str) -> None:
+    """Bounds how many items a client's list has, before any of them is looked at."""
+    if count > limit:
+        raise ValueError(f"{name} has {count} {things}; at most {limit} are allowed")
 
 
 def check_identity(name: str, value: str) -> None:
     """Bounds a client-chosen name (request id, tenant, cache salt)."""
     if not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r}; it must be text")
+        raise ValueError(f"{name} is {shown(value)}; it must be text")
     if len(value) > MAX_ID_LENGTH:
         raise ValueError(f"{name} has {len(value)} characters; at most {MAX_ID_LENGTH} are allowed")
 
 
-def _as_tuple(name: str, value: object) -> tuple:
-    """A list, tuple or range as a tuple; None is none."""
+def _as_tuple(name: str, value: object, limit: int, things: str) -> tuple:
+    """A list, tuple or range of at most `limit` things as a tuple; None is none."""
     if value is None:
         return ()
     if not isinstance(value, Sequence):
-        raise ValueError(f"{name} is {value!r}; it must be a list")
+        raise ValueError(f"{name} is {shown(value)}; it must be a list")
+    check_count(name, len(value), limit, things)
     return tuple(value)
 
 
 def _check_number(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} is {value!r}; it must be a number")
+        raise ValueError(f"{name} is {shown(value)}; it must be a number")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; it must be a finite number")
+        raise ValueError(f"{name} is {shown(value)}; it must be a finite number")
     _check_digits(name, value, high)
     if not (low < value if open_low else low <= value) or value > high:
         raise ValueError(
@@ -228,7 +245,7 @@ def _check_number(name: str, value: float, low: float, high: float, open_low: bo
 
 def _check_whole(name: str, value: int, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} is {value!r}; it must be a whole number")
+        raise ValueError(f"{name} is {shown(value)}; it must be a whole number")
     _check_digits(name, value, high)
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}; it must be from {low} to {high}")
@@ -241,11 +258,9 @@ def _check_digits(name: str, value: float, high: float) -> None:
 
 
 def _check_stop_strings(stop: tuple[str, ...]) -> None:
-    if len(stop) > MAX_STOP_STRINGS:
-        raise ValueError(f"stop has {len(stop)} strings; at most {MAX_STOP_STRINGS} are allowed")
     for text in stop:
         if not isinstance(text, str) or not text:
-            raise ValueError(f"stop has {text!r}; each stop must be a string of at least one character")
+            raise ValueError(f"stop has {shown(text)}; each stop must be a string of at least one character")
         if len(text) > MAX_STOP_STRING_LENGTH:
             raise ValueError(
                 f"stop has a string of {len(text)} characters; at most {MAX_STOP_STRING_LENGTH} are allowed"

@@ -27,6 +27,7 @@ from jaxserve.config import ServerConfig
 from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.process import LOG_FORMAT, EngineProcess, LaunchedEngine
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
+from jaxserve.frontend.memory import return_large_blocks
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.phases import Phases, seconds_since_start
 from server.grpc_server import GrpcServer
@@ -53,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jaxserve.server", description="Serves a model over gRPC.")
     with phases.phase("configuration"):
         _, config, operative = gin_config.load_from_command_line(parser, arguments)
+    if config.engine_process:  # an engine in this process has its own ways with memory
+        return_large_blocks()
+    # Texts are encoded one a call: threads of the tokenizers' own would only make one wait for another.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format=LOG_FORMAT, stream=sys.stderr, force=True)
     logging.getLogger("jaxserve").setLevel(logging.INFO)
     for line in operative.splitlines():

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from google.protobuf import message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.request import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, FinishReason, SamplingParams, check_count
 from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 _REASONS = {
@@ -17,6 +17,9 @@ _REASONS = {
     FinishReason.ABORT: pb.FINISH_REASON_ABORT,
 }
 _REASONS_BACK = {number: reason for reason, number in _REASONS.items()}
+
+_SMALL = 64 * 1024
+"""Bytes of a message up to which its unknown fields may be listed."""
 
 
 def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
@@ -37,6 +40,8 @@ def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
 
 def params_from_proto(proto: pb.SamplingParams) -> SamplingParams:
     """The sampling parameters of a request; unset fields have their defaults. Raises ValueError naming the field."""
+    check_count("stop", len(proto.stop), MAX_STOP_STRINGS, "strings")
+    check_count("stop_token_ids", len(proto.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids")
     defaults = SamplingParams()
     return SamplingParams(
         temperature=proto.temperature if proto.HasField("temperature") else defaults.temperature,
@@ -52,8 +57,8 @@ def params_from_proto(proto: pb.SamplingParams) -> SamplingParams:
     )
 
 
-def prompt_from_proto(request: pb.GenerateRequest) -> str | list[int]:
-    """The prompt as text or token ids. Raises ValueError when there is none."""
+def prompt_from_proto(request: pb.GenerateRequest) -> str | Sequence[int]:
+    """The prompt as text or token ids, which are not copied. Raises ValueError when there is none."""
     match request.WhichOneof("prompt"):
         case "text":
             if not request.text:
@@ -62,7 +67,7 @@ def prompt_from_proto(request: pb.GenerateRequest) -> str | list[int]:
         case "token_ids":
             if not request.token_ids.ids:
                 raise ValueError("token_ids is empty; the prompt needs at least one token")
-            return list(request.token_ids.ids)
+            return request.token_ids.ids
         case _:
             raise ValueError("prompt is not set; give text or token_ids")
 
@@ -97,10 +102,14 @@ def refuse_unknown_fields(*messages: message.Message) -> None:
     """Raises ValueError when a message has fields that our proto does not define: a newer client's option, or a typo
     in a hand-written message, must not be ignored in silence."""
     for proto in messages:
-        unknown = _unknown_numbers(proto)
-        if unknown:
-            raise ValueError(f"{proto.DESCRIPTOR.name} has unknown field {unknown[0]}; this server does not support it")
-
-
-def _unknown_numbers(proto: message.Message) -> Sequence[int]:
-    return [field.field_number for field in UnknownFieldSet(proto)]
+        size = proto.ByteSize()
+        if size <= _SMALL:
+            if unknown := UnknownFieldSet(proto):
+                number = unknown[0].field_number
+                raise ValueError(f"{proto.DESCRIPTOR.name} has unknown field {number}; this server does not support it")
+            continue
+        # A set of a million fields takes a second to make: a large message is measured without them instead.
+        proto.DiscardUnknownFields()
+        if unknown_bytes := size - proto.ByteSize():
+            name = proto.DESCRIPTOR.name
+            raise ValueError(f"{name} has {unknown_bytes} bytes of unknown fields; this server does not support them")

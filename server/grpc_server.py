@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from server.malformed import MalformedInterceptor
+from server.oversized import OversizedInterceptor
 from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from server.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 from server.service import JaxServeService
@@ -42,7 +43,8 @@ class GrpcServer:
         self.host = host
         self.port = port
         self._server = grpc.aio.server(
-            interceptors=(MalformedInterceptor(SERVICE_NAME),), options=_options(max_message_bytes)
+            interceptors=(MalformedInterceptor(SERVICE_NAME), OversizedInterceptor()),
+            options=_options(max_message_bytes),
         )
         self._service = JaxServeService(model_name)
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]  made at run time

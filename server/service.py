@@ -8,17 +8,20 @@ delta as it comes, and on any way out but the last delta (the client gone, cance
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import logging
 import time
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import grpc
 
 import jaxserve
 from jaxserve.engine.messages import EngineReady
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
+from jaxserve.frontend.steps import Steps
+from jaxserve.request import check_count
+from jaxserve.shown import shown
 from server import convert
 from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from server.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
@@ -27,6 +30,38 @@ from server.status import NotFoundError, NoTokenizerError, Status, UnavailableEr
 _log = logging.getLogger("jaxserve.server")
 
 Context = grpc.aio.ServicerContext
+Behavior = TypeVar("Behavior", bound=Callable[..., Any])
+
+_BYTES_PER_ID = 16
+"""What decoding takes for each token id; the text is as large as one can be that is encoded."""
+
+MAX_DETOKENIZED = 2**20
+"""Token ids that Detokenize takes in one call: they are decoded in one go."""
+
+
+def _errors_as_status(behavior: Behavior) -> Behavior:
+    """Ends the call with the status of whatever error leaves its behavior; one that we did not foresee is INTERNAL."""
+
+    @functools.wraps(behavior)
+    async def behave(self: JaxServeService, request: Any, context: Context) -> Any:
+        try:
+            return await behavior(self, request, context)
+        except grpc.aio.InternalError as error:  # gRPC's word for a client that was gone before it noticed
+            raise asyncio.CancelledError("the client is gone") from error
+        except Exception as error:
+            status = status_of(error)
+            if status is None:
+                _log.exception("a call failed with an unforeseen error")
+                status = Status(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}")
+        # gRPC keeps the error that `abort` raises, with all that it refers to, until the garbage collector finds the
+        # circle. So it is raised where neither the first error nor the message, which may be large, is within reach.
+        del request
+        try:
+            await context.abort(status.code, status.details, status.metadata)
+        except grpc.aio.InternalError as gone:
+            raise asyncio.CancelledError("the client is gone") from gone
+
+    return behave  # pyright: ignore[reportReturnType]  as `behavior` is
 
 
 class JaxServeService(pb_grpc.JaxServeServicer):
@@ -52,36 +87,39 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         """From now on nothing new is taken; what runs goes on."""
         self._draining = True
 
+    @_errors_as_status
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
-        async with _errors_as_status(context):
-            frontend = self._accepting()
-            convert.refuse_unknown_fields(request, request.sampling_params, request.token_ids)
-            stream = await frontend.submit(
-                convert.prompt_from_proto(request),
-                convert.params_from_proto(request.sampling_params),
-                request_id=request.request_id or None,
-                tenant=request.tenant,
-                priority=request.priority,
-                deadline=convert.deadline_from_proto(request, _call_deadline(context)),
-                cache_salt=request.cache_salt,
-            )
-            async with stream:  # left early, it aborts the request
-                async for delta in stream:
-                    if delta.finish_reason is not None:
-                        check_delta(delta)
-                    await context.write(_response(delta))
+        frontend = self._accepting()
+        params = convert.params_from_proto(request.sampling_params)
+        prompt = convert.prompt_from_proto(request)
+        frontend.check_size(prompt, params)  # before anything whose cost grows with it
+        convert.refuse_unknown_fields(request, request.sampling_params, request.token_ids)
+        stream = await frontend.submit(
+            prompt,
+            params,
+            request_id=request.request_id or None,
+            tenant=request.tenant,
+            priority=request.priority,
+            deadline=convert.deadline_from_proto(request, _call_deadline(context)),
+            cache_salt=request.cache_salt,
+        )
+        async with stream:  # left early, it aborts the request
+            async for delta in stream:
+                if delta.finish_reason is not None:
+                    check_delta(delta)
+                await context.write(_response(delta))
 
+    @_errors_as_status
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
-        async with _errors_as_status(context):
-            convert.refuse_unknown_fields(request)
-            if not self._started().abort(request.request_id):
-                raise NotFoundError(f"request_id {request.request_id!r} names no unfinished request")
+        convert.refuse_unknown_fields(request)
+        if not self._started().abort(request.request_id):
+            raise NotFoundError(f"request_id {shown(request.request_id)} names no unfinished request")
         return pb.AbortResponse()
 
+    @_errors_as_status
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
-        async with _errors_as_status(context):
-            convert.refuse_unknown_fields(request)
-            ready: EngineReady = self._started().ready
+        convert.refuse_unknown_fields(request)
+        ready: EngineReady = self._started().ready
         return pb.GetModelInfoResponse(
             name=self._model_name,
             architecture=ready.architecture,
@@ -94,11 +132,11 @@ class JaxServeService(pb_grpc.JaxServeServicer):
             has_tokenizer=self._tokenizer is not None,
         )
 
+    @_errors_as_status
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
-        async with _errors_as_status(context):
-            convert.refuse_unknown_fields(request)
-            ready: EngineReady = self._started().ready
-            stats = self._started().stats
+        convert.refuse_unknown_fields(request)
+        ready: EngineReady = self._started().ready
+        stats = self._started().stats
         return pb.GetServerInfoResponse(
             version=jaxserve.__version__,
             platform=ready.platform,
@@ -117,23 +155,19 @@ class JaxServeService(pb_grpc.JaxServeServicer):
             ),
         )
 
+    @_errors_as_status
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        async with _errors_as_status(context):
-            convert.refuse_unknown_fields(request)
-            tokenizer = self._tokenizer_or_error()
-            # In a thread: a text as long as a message may be takes long enough to delay every stream.
-            token_ids = await asyncio.to_thread(tokenizer.encode, request.text)
-        return pb.TokenizeResponse(token_ids=token_ids)
+        convert.refuse_unknown_fields(request)
+        steps = _tokenize_steps(self._tokenizer_or_error(), request)
+        return await self._started().work(steps, request.ByteSize())
 
+    @_errors_as_status
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
-        async with _errors_as_status(context):
-            convert.refuse_unknown_fields(request)
-            tokenizer = self._tokenizer_or_error()
-            vocab_size = self._started().ready.vocab_size
-            for index, token_id in enumerate(request.token_ids):
-                if not 0 <= token_id < vocab_size:
-                    raise ValueError(f"token_ids[{index}] is {token_id}; token ids must be from 0 to {vocab_size - 1}")
-            text = await asyncio.to_thread(tokenizer.decode, list(request.token_ids))
+        check_count("token_ids", len(request.token_ids), MAX_DETOKENIZED, "ids")
+        convert.refuse_unknown_fields(request)
+        vocab_size = self._started().ready.vocab_size
+        steps = self._tokenizer_or_error().decode_steps(request.token_ids, vocab_size)
+        text = await self._started().work(steps, _BYTES_PER_ID * len(request.token_ids))
         return pb.DetokenizeResponse(text=text)
 
     def _started(self) -> AsyncFrontEnd:
@@ -153,24 +187,18 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         return self._tokenizer
 
 
-@contextlib.asynccontextmanager
-async def _errors_as_status(context: Context) -> AsyncIterator[None]:
-    """Ends the call with the status of whatever error leaves the block; one that we did not foresee is INTERNAL."""
-    try:
-        yield
-    except grpc.aio.AbortError:
-        raise
-    except grpc.aio.InternalError as error:  # gRPC's word for a client that was gone before it noticed
-        raise asyncio.CancelledError("the client is gone") from error
-    except Exception as error:
-        status = status_of(error)
-        if status is None:
-            _log.exception("a call failed with an unforeseen error")
-            status = Status(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}")
-        try:
-            await context.abort(status.code, status.details, status.metadata)
-        except grpc.aio.InternalError as gone:
-            raise asyncio.CancelledError("the client is gone") from gone
+def _tokenize_steps(tokenizer: Any, request: pb.TokenizeRequest) -> Steps[pb.TokenizeResponse]:
+    """The answer to Tokenize in steps. The text is taken from the message when its turn has come, and not before."""
+    yield 0
+    # Messages of one type, one behind the other, are one message with the fields of all: a million token ids take a
+    # byte or three each this way, and the interpreter lock for no longer than those of a piece do.
+    parts: list[bytes] = []
+
+    def take(token_ids: list[int], _: int) -> None:
+        parts.append(pb.TokenizeResponse(token_ids=token_ids).SerializeToString())
+
+    yield from tokenizer.encode_steps(request.text, take)
+    return pb.TokenizeResponse.FromString(b"".join(parts))
 
 
 def _call_deadline(context: Context) -> float | None:

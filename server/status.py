@@ -8,9 +8,13 @@ import grpc
 
 from jaxserve.frontend.delta import Cause, DeadlineError, Delta, DuplicateRequestError, EngineDeadError, QueueFullError
 from jaxserve.request import FinishReason, InfeasibleError
+from jaxserve.shown import clipped
 
 RETRY_PUSHBACK_MS = 1000
 """How long a client should wait before it tries again when the queue is full, in milliseconds."""
+
+MAX_DETAILS = 800
+"""Characters of the line for the client: clients refuse trailers beyond 8 kB, and each may take nine bytes there."""
 
 
 class NotFoundError(LookupError):
@@ -65,7 +69,7 @@ def status_of(error: Exception) -> Status | None:
             metadata = ()
             if kind is QueueFullError:
                 metadata = (("grpc-retry-pushback-ms", str(RETRY_PUSHBACK_MS)),)
-            return Status(code, " ".join(str(error).split()), metadata)
+            return Status(code, " ".join(clipped(str(error), MAX_DETAILS).split()), metadata)
     return None
 
 

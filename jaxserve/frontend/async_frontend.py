@@ -11,26 +11,28 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.messages import EngineFailed, EngineReady, EngineStats, FromEngine
 from jaxserve.engine.watchdog import Watchdog
-from jaxserve.frontend.delta import Cause, Delta, EngineDeadError
+from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError
+from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.frontend import FrontEnd
+from jaxserve.frontend.preparation import is_time
 from jaxserve.frontend.reader import EngineReader
+from jaxserve.frontend.steps import Steps, finish
 from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.frontend.workers import Workers, WorkersClosedError
 from jaxserve.request import SamplingParams
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
 CPU_SHARE = 0.3
 """Share of the loop's time that streaming may take beside an engine on the CPU (see `EngineReader`)."""
-
-LARGE_PROMPT = 4096
-"""Characters or token ids from which a prompt is tokenised and checked in a thread instead of on the loop."""
 
 
 class Stream:
@@ -129,6 +131,13 @@ def _merged(deltas: Sequence[Delta]) -> Delta:
     )
 
 
+def _num_bytes(prompt: object) -> int:
+    """The most bytes that a text can have, by its length alone; of a list of token ids their number."""
+    if isinstance(prompt, str):
+        return len(prompt) if prompt.isascii() else 4 * len(prompt)
+    return len(prompt) if isinstance(prompt, Sequence) else 0
+
+
 class AsyncFrontEnd:
     """Streams requests of one engine on the running event loop, in which it must be made and used.
 
@@ -157,7 +166,7 @@ class AsyncFrontEnd:
         self._idle = asyncio.Event()
         self._idle.set()
         self._timer: asyncio.TimerHandle | None = None
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
+        self._workers = Workers()
         self._reader.start(self._handle, busy=lambda: self._core.num_open > 0)
         self._watchdog = Watchdog(step_timeout)
         self._watch_timer = self._loop.call_later(self._watchdog.interval, self._watch)
@@ -206,13 +215,14 @@ class AsyncFrontEnd:
             "cache_salt": cache_salt,
         }
         self._check_accepting()
-        if hasattr(prompt, "__len__") and len(prompt) > LARGE_PROMPT:
-            prepared = await self._loop.run_in_executor(
-                self._threads, lambda: self._core.prepare(prompt, params, **identity)
-            )
-            self._check_accepting()
+        self._core.check_new(request_id, deadline)
+        steps = self._core.preparation.steps(prompt, params, **identity)
+        size = _num_bytes(prompt)
+        if size <= SHORT_TEXT:
+            prepared = finish(steps)
         else:
-            prepared = self._core.prepare(prompt, params, **identity)
+            prepared = await self._work_until(deadline, steps, size)
+            self._check_accepting()
         request_id = self._core.start(prepared)
         stream = self._streams[request_id] = Stream(self, request_id)
         self._idle.clear()
@@ -230,6 +240,32 @@ class AsyncFrontEnd:
         async with await self.submit(prompt, params, **identity) as stream:
             async for delta in stream:
                 yield delta
+
+    def check_size(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
+        """Refuses what is certainly too long, in no time. Raises as `submit` does."""
+        self._core.preparation.check_size(prompt, params)
+
+    async def work(self, steps: Steps[T], num_bytes: int) -> T:
+        """The result of `steps`, which work on so many bytes, in threads where these are many. Raises as they do.
+
+        Raises EngineDeadError when the front end is closed meanwhile.
+        """
+        if num_bytes <= SHORT_TEXT:
+            return finish(steps)
+        try:
+            return await self._workers.run(steps, num_bytes)
+        except WorkersClosedError:
+            raise EngineDeadError(self._closing) from None
+
+    async def _work_until(self, deadline: float | None, steps: Steps[T], num_bytes: int) -> T:
+        if deadline is None:
+            return await self.work(steps, num_bytes)
+        try:
+            # What is no valid time is refused by the first step.
+            async with asyncio.timeout(deadline - self._core.now() if is_time(deadline) else None):
+                return await self.work(steps, num_bytes)
+        except TimeoutError:
+            raise DeadlineError("deadline passed while the prompt was tokenized") from None
 
     def abort(self, request_id: str) -> bool:
         """Ends a request; its stream's last delta says so. False when there is no such unfinished request."""
@@ -259,7 +295,7 @@ class AsyncFrontEnd:
         if self._timer is not None:
             self._timer.cancel()
         self._watch_timer.cancel()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._workers.close()
         return await self._loop.run_in_executor(None, self._reader.close, end_seconds)
 
     def kill(self) -> None:

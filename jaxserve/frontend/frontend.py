@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import logging
-import math
 import random
 import time
-import uuid
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxserve.engine.channel import EngineSender
 from jaxserve.engine.messages import (
@@ -36,27 +35,16 @@ from jaxserve.frontend.delta import (
     QueueFullError,
 )
 from jaxserve.frontend.output import OutputState
+from jaxserve.frontend.preparation import Preparation, Prepared, is_time
+from jaxserve.frontend.steps import finish
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import MAX_INT32, EngineRequest, FinishReason, SamplingParams, check_identity, validate_request
+from jaxserve.request import EngineRequest, FinishReason, SamplingParams
+from jaxserve.shown import shown_seconds
 
 _log = logging.getLogger(__name__)
 
 MAX_UNSENT_BYTES = 64 * 1024 * 1024
 """Bytes of requests that may wait for an engine's process to take them, as one that is stopped does not."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A tokenised and validated request, ready for `FrontEnd.start`. max_tokens is resolved."""
-
-    request_id: str
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    max_tokens: int
-    tenant: str
-    priority: int
-    deadline: float | None
-    cache_salt: str
 
 
 @dataclasses.dataclass
@@ -94,6 +82,7 @@ class FrontEnd:
         self._clock = clock
         ready = client.ready
         self._limits = ready.limits
+        self._preparation = Preparation(tokenizer, ready.limits)
         self._max_open = ready.max_num_waiting + ready.max_num_seqs
         self._open: dict[str, _Open] = {}
         self._by_engine_id: dict[str, _Open] = {}
@@ -162,6 +151,7 @@ class FrontEnd:
         DuplicateRequestError, QueueFullError, DeadlineError (already past) or EngineDeadError; nothing is sent then.
         """
         self.check_accepting()
+        self.check_new(request_id, deadline)
         prepared = self.prepare(
             prompt,
             params,
@@ -173,49 +163,17 @@ class FrontEnd:
         )
         return self.start(prepared)
 
-    def prepare(
-        self,
-        prompt: str | Sequence[int],
-        params: SamplingParams,
-        *,
-        request_id: str | None = None,
-        tenant: str = "",
-        priority: int = 0,
-        deadline: float | None = None,
-        cache_salt: str = "",
-    ) -> Prepared:
-        """The part of `submit` that depends on the request alone; may run in any thread. Raises ValueError."""
-        if request_id is None:
-            request_id = uuid.uuid4().hex
-        elif not request_id:
-            raise ValueError("request_id is empty; leave it out to be given one")
-        for name, value in (("request_id", request_id), ("tenant", tenant), ("cache_salt", cache_salt)):
-            check_identity(name, value)
-            if any("\ud800" <= character <= "\udfff" for character in value):
-                raise ValueError(f"{name} is {value!r}; it must be valid Unicode")
-        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_INT32:
-            raise ValueError(f"priority is {priority!r}; it must be a whole number from {-MAX_INT32} to {MAX_INT32}")
-        numeric = isinstance(deadline, int | float) and not isinstance(deadline, bool)
-        if deadline is not None and not (numeric and math.isfinite(deadline)):
-            raise ValueError(f"deadline is {deadline!r}; it must be a finite number of seconds")
-        if params.stop and self._tokenizer is None:
-            raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")
-        token_ids = self.encode(prompt)
-        max_tokens = validate_request(token_ids, params, self._limits)
-        return Prepared(request_id, token_ids, params, max_tokens, tenant, priority, deadline, cache_salt)
+    def prepare(self, prompt: str | Sequence[int], params: SamplingParams, **identity: Any) -> Prepared:
+        """The part of `submit` that depends on the request alone; may run in any thread. Raises ValueError.
 
-    def encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        """The token ids of a prompt, which are not yet checked against the model. Raises ValueError."""
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise ValueError("prompt is text, and this server has no tokenizer; send prompt_token_ids")
-            # Checked here too: the tokenizer would make a prompt of <bos> alone out of no text.
-            if not prompt:
-                raise ValueError("prompt is empty; at least one token is needed")
-            return tuple(self._tokenizer.encode(prompt))
-        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
-            raise ValueError(f"prompt is of type {type(prompt).__name__}; it must be text or a sequence of token ids")
-        return tuple(prompt)
+        identity: what `submit` takes by name.
+        """
+        return finish(self._preparation.steps(prompt, params, **identity))
+
+    @property
+    def preparation(self) -> Preparation:
+        """What `prepare` does, in steps."""
+        return self._preparation
 
     def check_accepting(self) -> None:
         """Raises QueueFullError or EngineDeadError where `start` would, before a prompt is tokenised for nothing."""
@@ -232,15 +190,22 @@ class FrontEnd:
                 f"{MAX_UNSENT_BYTES} may: try again later"
             )
 
+    def check_new(self, request_id: str | None, deadline: float | None) -> None:
+        """Raises DuplicateRequestError or DeadlineError where `start` would, before a prompt is tokenised for nothing.
+
+        What is no valid id or time is left to `prepare`.
+        """
+        if isinstance(request_id, str) and request_id in self._open:
+            raise DuplicateRequestError(f"request_id {request_id!r} belongs to an unfinished request; choose another")
+        if deadline is not None and is_time(deadline) and deadline <= (now := self._clock()):
+            raise DeadlineError(f"deadline passed {shown_seconds(now - deadline)} before the request arrived")
+
     def start(self, prepared: Prepared) -> str:
         """Sends a prepared request to the engine and returns its id. Raises as `submit` does, but for ValueError."""
         self.check_accepting()
         request_id, params, deadline = prepared.request_id, prepared.params, prepared.deadline
-        if request_id in self._open:
-            raise DuplicateRequestError(f"request_id {request_id!r} belongs to an unfinished request; choose another")
+        self.check_new(request_id, deadline)
         now = self._clock()
-        if deadline is not None and deadline <= now:
-            raise DeadlineError(f"deadline passed {now - deadline:.3f} s before the request arrived")
         stop_token_ids = tuple(
             dict.fromkeys((() if params.ignore_eos else self._limits.eos_token_ids) + params.stop_token_ids)
         )

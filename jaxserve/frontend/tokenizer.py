@@ -5,19 +5,26 @@ Only files of that directory are read: no network, and no code of the checkpoint
 
 from __future__ import annotations
 
+import functools
 import json
-import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
 
 from jaxserve.config import EngineConfig
 from jaxserve.frontend.detokenizer import DecoderPlan, Detokenizer
+from jaxserve.frontend.encoding import Encoder
+from jaxserve.frontend.fast_tokenizers import fast_class
+from jaxserve.frontend.steps import Steps, finish
+from jaxserve.frontend.template import TemplateRenderer, one_line
+from jaxserve.shown import shown
 from models.config import check_directory
 
 _OTHER_FORMATS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "tiktoken.model")
+
+_IDS_PER_STEP = 64 * 1024
 
 
 class Tokenizer:
@@ -35,6 +42,8 @@ class Tokenizer:
         # tokenizer.json may carry the training run's truncation and padding; a prompt is never cut or padded.
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._encoder = Encoder(self._backend)
+        self._renderer = TemplateRenderer()
         try:
             self._plan = DecoderPlan(self._backend)
         except ValueError as error:
@@ -54,18 +63,66 @@ class Tokenizer:
 
         Raises ValueError when the text holds a lone surrogate, that is, came from invalid UTF-8 or UTF-16.
         """
-        _check_text(text)
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        token_ids: list[int] = []
+        finish(self.encode_steps(text, lambda more, _: token_ids.extend(more), add_special_tokens))
+        return token_ids
+
+    def encode_steps(
+        self, text: str, take: Callable[[list[int], int], object], add_special_tokens: bool = True
+    ) -> Steps[None]:
+        """`encode` in steps of bounded size, where the text allows it.
+
+        take: is given the token ids of each step, in order, and the fewest tokens that can follow; for the first time
+        before the first step, without ids. What it raises ends the work.
+        """
+        bound = self._encoder.bound
+        take([], bound.of_size(len(text)))
+        yield 0
+        take([], bound.of_text(_bytes(text)))
+        pieces = self._encoder.pieces(text)
+        piece, following = next(pieces)
+        if not following:
+            yield len(piece)
+            take(self._encoder.encode(piece, add_special_tokens), 0)
+            return
+        before, behind = self._encoder.around if add_special_tokens else ([], [])
+        take(before, bound.of_size(len(text)))
+        while True:
+            yield len(piece)
+            take(self._encoder.encode(piece, add_special_tokens=False), bound.of_size(following))
+            if not following:
+                break
+            piece, following = next(pieces)
+        take(behind, 0)
+
+    def least_tokens(self, num_bytes: int) -> int:
+        """The fewest tokens that a text of at least so many bytes (UTF-8) can have; 0 where nothing can be said."""
+        return self._encoder.bound.of_size(num_bytes)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no valid UTF-8 become U+FFFD. Ids without a token give no text.
 
         Raises ValueError when an id is negative or over 2^32 - 1.
         """
-        for index, token_id in enumerate(token_ids):
-            if not 0 <= token_id < 2**32:
-                raise ValueError(f"token_ids[{index}] is {token_id}; token ids must be from 0 to {2**32 - 1}")
-        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return finish(self.decode_steps(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def decode_steps(
+        self, token_ids: Sequence[int], vocab_size: int = 2**32, skip_special_tokens: bool = True
+    ) -> Steps[str]:
+        """`decode` in steps. Raises ValueError when an id is negative or not below vocab_size."""
+        checked: list[int] = []
+        for start in range(0, len(token_ids), _IDS_PER_STEP):
+            yield 0
+            part = list(token_ids[start : start + _IDS_PER_STEP])
+            if not (min(part) >= 0 and max(part) < vocab_size):
+                index = next(index for index, token_id in enumerate(part) if not 0 <= token_id < vocab_size)
+                raise ValueError(
+                    f"token_ids[{start + index}] is {shown(part[index])}; token ids must be from 0 to {vocab_size - 1}"
+                )
+            checked += part
+        yield 0
+        # Unlike `decode`, it lets go of the interpreter lock.
+        return self._backend.decode_batch([checked], skip_special_tokens=skip_special_tokens)[0]
 
     def detokenizer(self, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
         """Returns a new incremental detokenizer, for the output of one request."""
@@ -74,21 +131,23 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation in the checkpoint's chat template, up to where the assistant's answer begins.
 
-        The template runs in the sandbox of transformers. Raises ValueError without a template, or when it fails.
+        The template runs in the sandbox of transformers, in a process of its own, within a budget of time, output and
+        memory. Raises ValueError without a template, when it fails, and when it exceeds its budget.
         """
         return self.encode(self.render_chat(messages), add_special_tokens=False)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text that `encode_chat` encodes."""
+        return self._renderer.render(self._template, messages, self._transformers.special_tokens_map)
+
+    @functools.cached_property
+    def _template(self) -> str:
         if not self.has_chat_template:
             raise ValueError("messages cannot be used: the tokenizer has no chat template; send a prompt instead")
         try:
-            text = self._transformers.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # whatever a template raises is this request's failure, never the server's
-            raise ValueError(f"messages do not fit the chat template: {_one_line(error)}") from error
-        return text
+            return self._transformers.get_chat_template()
+        except Exception as error:  # several templates, and none is the default
+            raise ValueError(f"messages cannot be used: {one_line(error)}") from error
 
 
 def _load(directory: pathlib.Path) -> Any:
@@ -105,35 +164,16 @@ def _load(directory: pathlib.Path) -> Any:
     try:
         tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the bindings raise Exception itself
-        raise ValueError(f"tokenizer file {str(path)!r} cannot be read: {_one_line(error)}") from error
+        raise ValueError(f"tokenizer file {str(path)!r} cannot be read: {one_line(error)}") from error
     try:
-        return _fast_class().from_pretrained(str(directory), local_files_only=True)
+        return fast_class().from_pretrained(str(directory), local_files_only=True)
     except Exception as error:
-        raise ValueError(f"tokenizer in {str(directory)!r} cannot be loaded: {_one_line(error)}") from error
-
-
-def _fast_class() -> Any:
-    """PreTrainedTokenizerFast, imported late: transformers takes a second, which token id prompts need not pay.
-
-    AutoTokenizer would take seconds more, because it imports torch where torch is installed.
-    """
-    advice = logging.getLogger("transformers")
-    advice.addFilter(_is_not_advice)
-    try:
-        from transformers import PreTrainedTokenizerFast
-    finally:
-        advice.removeFilter(_is_not_advice)
-    return PreTrainedTokenizerFast
-
-
-def _is_not_advice(record: logging.LogRecord) -> bool:
-    """False for the advice to install torch, which nothing here needs."""
-    return "PyTorch was not found" not in record.getMessage()
+        raise ValueError(f"tokenizer in {str(directory)!r} cannot be loaded: {one_line(error)}") from error
 
 
 def _convert(directory: pathlib.Path) -> Any:
     """Converts an older tokenizer format; this may need packages such as sentencepiece, which the error then names."""
-    _fast_class()  # for its filter of the advice to install torch
+    fast_class()  # for its filter of the advice to install torch
     from transformers import AutoTokenizer
 
     try:
@@ -143,7 +183,7 @@ def _convert(directory: pathlib.Path) -> Any:
     except Exception as error:
         raise ValueError(
             f"tokenizer file {str(directory / 'tokenizer.json')!r} does not exist, and the older format in its place "
-            f"cannot be converted: {_one_line(error)}"
+            f"cannot be converted: {one_line(error)}"
         ) from error
     if not isinstance(getattr(tokenizer, "backend_tokenizer", None), tokenizers.Tokenizer):
         raise ValueError(f"tokenizer in {str(directory)!r} has no fast form; convert it to tokenizer.json first")
@@ -156,23 +196,19 @@ def _check_json(path: pathlib.Path) -> None:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"tokenizer file {str(path)!r} cannot be read: {_one_line(error)}") from error
+        raise ValueError(f"tokenizer file {str(path)!r} cannot be read: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise ValueError(f"tokenizer file {str(path)!r} does not hold a JSON object")
 
 
-def _check_text(text: str) -> None:
+def _bytes(text: str) -> bytes:
+    """The text in UTF-8. Raises ValueError for text that is not valid."""
     try:
-        text.encode()
+        return text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"prompt has a lone surrogate at character {error.start}; text must be valid Unicode"
         ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer | None:

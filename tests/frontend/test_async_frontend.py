@@ -3,13 +3,16 @@
 import asyncio
 import contextlib
 import gc
+import math
+import threading
 import time
 
 import pytest
 
-from jaxserve.engine.messages import EngineFailed, EngineStats, RequestOutput, TokenBatch
-from jaxserve.frontend.async_frontend import LARGE_PROMPT, AsyncFrontEnd
+from jaxserve.engine.messages import AddRequest, EngineFailed, EngineStats, RequestOutput, TokenBatch
+from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.delta import Cause, DeadlineError, DuplicateRequestError, EngineDeadError, QueueFullError
+from jaxserve.frontend.encoding import SHORT_TEXT, Encoder
 from jaxserve.request import FinishReason, SamplingParams
 from tests.frontend.fakes import HandPlayedEngine, RuleEngine
 from tests.frontend.tokenizers_for_tests import EOS, load
@@ -223,8 +226,8 @@ def test_errors_are_raised_by_submit(tokenizer):
         async with serving(engine, tokenizer) as front_end:
             with pytest.raises(ValueError, match=r"^prompt is empty; at least one token is needed$"):
                 await front_end.submit("", PARAMS)
-            with pytest.raises(ValueError, match=r"^prompt has a lone surrogate at character 5000"):
-                await front_end.submit("a" * 5000 + "\ud800", PARAMS)
+            with pytest.raises(ValueError, match=r"^prompt has a lone surrogate at character 50"):
+                await front_end.submit("a" * 50 + "\ud800", PARAMS)
             with pytest.raises(ValueError, match=r"^prompt is empty"):
                 await anext(front_end.generate([], PARAMS))
             with pytest.raises(DeadlineError, match=r"before the request arrived$"):
@@ -244,10 +247,67 @@ def test_a_large_prompt_is_tokenised_in_a_thread(tokenizer):
     async def scenario():
         engine = HandPlayedEngine(max_model_len=20000, max_prompt_len=20000, num_pages=2000)
         async with serving(engine, tokenizer) as front_end:
-            await front_end.submit("a" * (LARGE_PROMPT + 1), PARAMS, request_id="r")
-            assert len(engine.requests["r"].prompt_token_ids) == LARGE_PROMPT + 2
+            await front_end.submit("a" * (SHORT_TEXT + 1), PARAMS, request_id="r")
+            assert len(engine.requests["r"].prompt_token_ids) == SHORT_TEXT + 2
             with pytest.raises(ValueError, match=r"^prompt_token_ids\[5000\] is 300; token ids must be"):
                 await front_end.submit([5] * 5000 + [300], PARAMS)
+            with pytest.raises(ValueError, match=r"^prompt has a lone surrogate at character 5000"):
+                await front_end.submit("a" * 5000 + "\ud800", PARAMS)
+
+    run(scenario())
+
+
+@contextlib.contextmanager
+def encoding_held(monkeypatch):
+    """Holds every text that is encoded in a thread until the block ends; yields an event: one has begun."""
+    begun, go_on, encode = threading.Event(), threading.Event(), Encoder.encode
+
+    def wait(self, text, add_special_tokens):
+        if len(text) > SHORT_TEXT:
+            begun.set()
+            assert go_on.wait(60)
+        return encode(self, text, add_special_tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "encode", wait)
+        try:
+            yield begun
+        finally:
+            go_on.set()
+
+
+LONG_CONTEXT = {"max_model_len": 10**6, "max_prompt_len": 10**6, "num_pages": 10**5}
+
+
+def test_a_deadline_that_passes_while_a_prompt_is_encoded(tokenizer, monkeypatch):
+    async def scenario():
+        engine = HandPlayedEngine(**LONG_CONTEXT)
+        async with serving(engine, tokenizer) as front_end:
+            with encoding_held(monkeypatch):
+                with pytest.raises(DeadlineError, match=r"^deadline passed while the prompt was tokenized$"):
+                    await front_end.submit("a" * 5000, PARAMS, deadline=time.time() + 0.1)
+                with pytest.raises(DeadlineError, match=r"before the request arrived$"):
+                    await front_end.submit("a" * 5000, PARAMS, deadline=-1e308)
+                with pytest.raises(ValueError, match=r"^deadline is nan; it must be"):
+                    await front_end.submit("a" * 5000, PARAMS, deadline=math.nan)
+            assert not engine.sent
+            await front_end.submit("a" * 5000, PARAMS, deadline=1e308)
+
+    run(scenario())
+
+
+def test_closing_while_a_prompt_is_encoded(tokenizer, monkeypatch):
+    async def scenario():
+        engine = HandPlayedEngine(**LONG_CONTEXT)
+        async with serving(engine, tokenizer) as front_end:
+            with encoding_held(monkeypatch) as begun:
+                submits = [asyncio.ensure_future(front_end.submit("a" * 5000, PARAMS)) for _ in range(3)]
+                await until(begun.is_set)
+                await front_end.close()
+            for submit in submits:
+                with pytest.raises(EngineDeadError, match=r"^the server is shutting down$"):
+                    await submit
+            assert not [message for message in engine.sent if isinstance(message, AddRequest)]
 
     run(scenario())
 

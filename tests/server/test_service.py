@@ -1,7 +1,9 @@
 """Every RPC and every status code, over a real connection."""
 
 import asyncio
+import gc
 import time
+import weakref
 
 import grpc
 import pytest
@@ -289,12 +291,38 @@ def test_a_client_that_is_gone_before_grpc_notices_is_a_cancellation(error):
         async def abort(self, *_: object) -> None:
             raise grpc.aio.InternalError("the status cannot be sent")
 
-    async def body() -> None:
-        async with _errors_as_status(Gone()):  # type: ignore[arg-type]
-            raise error
+    @_errors_as_status
+    async def behavior(*_: object) -> None:
+        raise error
 
     with pytest.raises(asyncio.CancelledError):
-        asyncio.run(body())
+        asyncio.run(behavior(None, None, Gone()))
+
+
+def test_a_call_that_fails_lets_go_of_its_message_at_once(tokenizer, monkeypatch):
+    """Messages may be large; what gRPC keeps of a failed call waits for the garbage collector."""
+    kept = []
+
+    class Large:
+        """Stands for what the behavior of a call holds."""
+
+    def refuse(*_: object) -> None:
+        large = Large()
+        kept.append(weakref.ref(large))
+        raise ValueError("refused")
+
+    async def body(served: Served) -> None:
+        monkeypatch.setattr("server.service.check_count", refuse)
+        gc.disable()
+        try:
+            for _ in range(3):
+                assert await status_of(served.client.detokenize([1])) == (Code.INVALID_ARGUMENT, "refused")
+            await asyncio.sleep(0.1)
+            assert [reference() for reference in kept] == [None] * 3
+        finally:
+            gc.enable()
+
+    run_served(body, tokenizer)
 
 
 @pytest.mark.parametrize(

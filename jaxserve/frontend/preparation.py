@@ -1,0 +1,122 @@
+"""What is done with a request before the engine hears of it: checks, and the token ids of its prompt.
+
+What costs nothing comes first: names, numbers and the prompt's length before its contents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import uuid
+from collections.abc import Sequence
+
+from jaxserve.frontend.encoding import SHORT_TEXT
+from jaxserve.frontend.steps import Steps
+from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.request import MAX_INT32, ModelLimits, SamplingParams, check_identity, check_length, validate_request
+from jaxserve.shown import shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A tokenised and validated request, ready for `FrontEnd.start`. max_tokens is resolved."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    tenant: str
+    priority: int
+    deadline: float | None
+    cache_salt: str
+
+
+class Preparation:
+    """Checks and tokenizes requests to one engine. Thread-safe. tokenizer: None refuses texts and stop strings."""
+
+    def __init__(self, tokenizer: Tokenizer | None, limits: ModelLimits):
+        self._tokenizer = tokenizer
+        self._limits = limits
+
+    def steps(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        tenant: str = "",
+        priority: int = 0,
+        deadline: float | None = None,
+        cache_salt: str = "",
+    ) -> Steps[Prepared]:
+        """The prepared request. Each step may run in any thread; the first takes no longer for a long prompt.
+
+        Raises ValueError (the request can never be valid) or InfeasibleError (never on this server).
+        """
+        if request_id is None:
+            request_id = uuid.uuid4().hex
+        elif not request_id:
+            raise ValueError("request_id is empty; leave it out to be given one")
+        for name, value in (("request_id", request_id), ("tenant", tenant), ("cache_salt", cache_salt)):
+            check_identity(name, value)
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise ValueError(f"{name} is {shown(value)}; it must be valid Unicode")
+        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_INT32:
+            raise ValueError(
+                f"priority is {shown(priority)}; it must be a whole number from {-MAX_INT32} to {MAX_INT32}"
+            )
+        if deadline is not None and not is_time(deadline):
+            raise ValueError(f"deadline is {shown(deadline)}; it must be a finite number of seconds")
+        if params.stop and self._tokenizer is None:
+            raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")
+        token_ids = yield from self._encode_steps(prompt, params)
+        max_tokens = validate_request(token_ids, params, self._limits)
+        return Prepared(request_id, token_ids, params, max_tokens, tenant, priority, deadline, cache_salt)
+
+    def _encode_steps(self, prompt: str | Sequence[int], params: SamplingParams) -> Steps[tuple[int, ...]]:
+        """The token ids of a prompt, which are not yet checked against the model. Raises ValueError.
+
+        Ends as soon as it is certain that the prompt is too long.
+        """
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise ValueError("prompt is text, and this server has no tokenizer; send prompt_token_ids")
+            # Checked here too: the tokenizer would make a prompt of <bos> alone out of no text.
+            if not prompt:
+                raise ValueError("prompt is empty; at least one token is needed")
+            token_ids: list[int] = []
+
+            def take(more: list[int], least_more: int) -> None:
+                token_ids.extend(more)
+                self._check_text_size(len(token_ids) + least_more, prompt, params)
+
+            yield from self._tokenizer.encode_steps(prompt, take)
+            return tuple(token_ids)
+        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
+            raise ValueError(f"prompt is of type {type(prompt).__name__}; it must be text or a sequence of token ids")
+        self.check_size(prompt, params)
+        yield 0
+        return tuple(prompt)
+
+    def check_size(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
+        """Refuses what is certainly too long, in no time: by the number of its token ids or characters alone.
+
+        Raises as `steps` does.
+        """
+        if isinstance(prompt, str):
+            if self._tokenizer is not None:
+                self._check_text_size(self._tokenizer.least_tokens(len(prompt)), prompt, params)
+        else:
+            check_length(len(prompt), params, self._limits)
+
+    def _check_text_size(self, least: int, text: str, params: SamplingParams) -> None:
+        """Refuses a text that has too many tokens, of which it has at least so many."""
+        if len(text) > SHORT_TEXT:  # a shorter one is encoded in no time; the error has the exact number then
+            check_length(least, params, self._limits, num_characters=len(text))
+
+
+def is_time(value: object) -> bool:
+    """Whether the value is a number of seconds that can be compared with a clock."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # also no for NaN, and yes for whole numbers that a float can hold

@@ -1,0 +1,133 @@
+"""Chat templates within a budget: rendered in a process of their own, which is ended when it takes too much.
+
+A template is a program of the checkpoint, and what it does may grow with a client's messages. The sandbox of
+transformers keeps it from reaching anything, but not from running on, nor from asking for all memory in one operation:
+no thread of this process could stop that. The process starts with the first conversation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxserve.engine.framing import FrameReader, send_frames
+from jaxserve.shown import clipped
+
+_START_SECONDS = 60.0
+"""How long the process may take to start; it imports transformers."""
+_WALL_FACTOR = 5.0
+"""Seconds on the clock for each second of computing: the machine may be busy."""
+_MAX_ERROR = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class TemplateBudget:
+    """What one conversation may take: seconds of computing, characters of output, bytes of memory beyond the start."""
+
+    seconds: float = 2.0
+    characters: int = 16 * 1024 * 1024
+    memory: int = 512 * 1024 * 1024
+
+
+class TemplateRenderer:
+    """Renders conversations. Thread-safe; they are rendered one after the other."""
+
+    def __init__(self, budget: TemplateBudget | None = None):
+        self._budget = budget or TemplateBudget()
+        self._lock = threading.Lock()
+        self._worker: _Worker | None = None
+
+    def render(
+        self, template: str, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, Any] | None = None
+    ) -> str:
+        """The text of a conversation, up to where the answer begins.
+
+        special_tokens: texts that the template may use, such as bos_token.
+        Raises ValueError, one line, for what the template raises and for a budget that it exceeds.
+        """
+        request = json.dumps(
+            {
+                "template": template,
+                "messages": [dict(message) for message in messages],
+                "special_tokens": dict(special_tokens or {}),
+            }
+        ).encode()
+        with self._lock:
+            if self._worker is None:
+                self._worker = self._start()
+            answer = self._worker.ask(request, _WALL_FACTOR * self._budget.seconds)
+            fault = self._worker.fault if answer is None else ""
+            if answer is None or answer.get("last"):
+                self._worker.end()
+                self._worker = None
+        if answer is None:
+            seconds = self._budget.seconds
+            raise ValueError(fault or f"the chat template takes more than its budget of {seconds:g} s for messages")
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer["text"]
+
+    def _start(self) -> _Worker:
+        worker = _Worker()
+        budget = json.dumps(dataclasses.asdict(self._budget)).encode()
+        if worker.ask(budget, _START_SECONDS) is None:
+            fault = worker.fault or f"the process for chat templates has not started within {_START_SECONDS:g} s"
+            worker.end()
+            raise ValueError(fault)
+        return worker
+
+
+class _Worker:
+    """A process that renders: `python -m jaxserve.frontend.template_worker FD`. It ends with this object."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "jaxserve.frontend.template_worker", str(theirs.fileno())]
+            # A session of its own: signals to our group are ours to answer.
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        self._reader = FrameReader(self._socket)
+        self._timed_out = False
+        self.end = weakref.finalize(self, _end, self._process, self._socket)
+
+    def ask(self, request: bytes, seconds: float) -> dict[str, Any] | None:
+        """The answer to a message; None when there is none in time, or the process has ended."""
+        self._socket.settimeout(seconds)
+        try:
+            send_frames(self._socket, [request])
+            payloads = self._reader.read()
+        except TimeoutError:
+            self._timed_out = True
+            return None
+        except ConnectionError:  # it has ended before it read everything
+            return None
+        return None if payloads is None else json.loads(payloads[0])
+
+    @property
+    def fault(self) -> str:
+        """After `ask` gave None, what ended the process; empty where its time was over."""
+        if self._timed_out or (code := self._process.wait()) == -signal.SIGVTALRM:
+            return ""
+        return f"the process for chat templates ended with exit code {code}"
+
+
+def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
+    connection.close()
+    process.kill()
+    process.wait()
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, of bounded length."""
+    lines = str(error).strip().splitlines()
+    return clipped(lines[0], _MAX_ERROR) if lines else type(error).__name__

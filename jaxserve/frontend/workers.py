@@ -1,0 +1,170 @@
+"""Threads of the front end for what takes long with one client's text: encoding, decoding.
+
+Work comes in steps (see `steps`), and between two steps others get their turn. Native calls let go of the interpreter
+lock, so the event loop goes on meanwhile. Long texts have threads and a budget of their own: a short one never waits
+behind them, and what they hold in memory is bounded, however many there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from jaxserve.frontend.encoding import PIECE_CHARACTERS
+from jaxserve.frontend.memory import return_freed_memory
+from jaxserve.frontend.steps import Steps
+
+T = TypeVar("T")
+
+MAX_BYTES = 16 * 1024 * 1024
+"""Bytes of text that are worked on at one time; what is larger by itself is worked on alone."""
+
+_SHORT_BYTES = 256 * 1024
+"""Bytes up to which a text is short."""
+_SHORT_SHARE = MAX_BYTES // 4
+
+
+class WorkersClosedError(RuntimeError):
+    """The workers were closed before the work was done."""
+
+
+class ByteBudget:
+    """Bounds the bytes that are worked on at one time; who comes first is served first. For one event loop."""
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._held = 0
+        self._waiting: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
+
+    @property
+    def held(self) -> int:
+        """Bytes that are worked on."""
+        return self._held
+
+    async def acquire(self, num_bytes: int) -> None:
+        """Waits until so many bytes more may be worked on; more than the whole budget, until nothing else is."""
+        granted = asyncio.get_running_loop().create_future()
+        self._waiting.append((num_bytes, granted))
+        self._grant()
+        try:
+            await granted
+        except asyncio.CancelledError:
+            if granted.done() and not granted.cancelled():  # granted and canceled at the same time
+                self.release(num_bytes)
+            else:
+                self._grant()  # whoever waited behind it
+            raise
+
+    def release(self, num_bytes: int) -> None:
+        """Gives back what was acquired."""
+        self._held -= num_bytes
+        self._grant()
+
+    def close(self) -> None:
+        """Ends every wait with WorkersClosedError."""
+        for _, granted in self._waiting:
+            if not granted.done():
+                granted.set_exception(WorkersClosedError())
+
+    def _grant(self) -> None:
+        while self._waiting:
+            num_bytes, granted = self._waiting[0]
+            if not granted.done():
+                if self._held and self._held + num_bytes > self._limit:
+                    return
+                self._held += num_bytes
+                granted.set_result(None)
+            self._waiting.popleft()
+
+
+class Workers:
+    """Runs steps in threads, for one event loop. `close` it."""
+
+    def __init__(self) -> None:
+        self._short = _Lane(2, _SHORT_SHARE, "short text")
+        self._long = _Lane(min(4, max(1, (os.cpu_count() or 1) // 4)), MAX_BYTES - _SHORT_SHARE, "long text")
+        # A text that cannot be cut is one call, of seconds and 500 MB for 4 MB: one at a time, and in nobody's way.
+        self._uncut = ThreadPoolExecutor(1, thread_name_prefix="uncut text")
+        self._closed = False
+
+    async def run(self, steps: Steps[T], num_bytes: int) -> T:
+        """The result of `steps`, which work on so many bytes. The first step is taken at once, on the loop.
+
+        Raises what a step raises, and WorkersClosedError. Canceled, it takes no further step.
+        """
+        first = _advance(steps)
+        if first.done:
+            return first.result
+        lane = self._short if num_bytes <= _SHORT_BYTES else self._long
+        if self._closed:
+            raise WorkersClosedError
+        await lane.budget.acquire(num_bytes)
+        running: Future[_Advanced] | None = None
+        try:
+            size = first.size
+            while not self._closed:
+                threads = self._uncut if size > PIECE_CHARACTERS else lane.threads
+                running = threads.submit(_advance, steps)
+                advanced = await asyncio.wrap_future(running)
+                if advanced.done:
+                    return advanced.result
+                size = advanced.size
+            raise WorkersClosedError
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._closed and not (task and task.cancelling()):
+                raise WorkersClosedError from None
+            raise
+        finally:
+            self._release(lane, num_bytes, running)
+
+    def close(self) -> None:
+        """Lets the steps that run end by themselves, and ends everything else with WorkersClosedError."""
+        self._closed = True
+        for lane in (self._short, self._long):
+            lane.budget.close()
+            lane.threads.shutdown(wait=False, cancel_futures=True)
+        self._uncut.shutdown(wait=False, cancel_futures=True)
+
+    def _release(self, lane: _Lane, num_bytes: int, running: Future[_Advanced] | None) -> None:
+        if running is None or running.done():
+            lane.budget.release(num_bytes)
+            if lane is self._long and not lane.budget.held and not self._closed:
+                lane.threads.submit(return_freed_memory)
+            return
+        # A step that runs while its call is canceled goes on to its end, and its memory counts until then.
+        loop = asyncio.get_running_loop()
+
+        def release(_: Future[Any]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
+                loop.call_soon_threadsafe(self._release, lane, num_bytes, None)
+
+        running.add_done_callback(release)
+
+
+class _Lane:
+    """Threads, and a budget of what they work on."""
+
+    def __init__(self, num_threads: int, max_bytes: int, name: str):
+        self.threads = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+        self.budget = ByteBudget(max_bytes)
+
+
+class _Advanced:
+    """What became of a step: the size of the next one, or the result."""
+
+    def __init__(self, *, done: bool, size: int = 0, result: Any = None):
+        self.done = done
+        self.size = size
+        self.result = result
+
+
+def _advance(steps: Steps[Any]) -> _Advanced:
+    try:
+        return _Advanced(done=False, size=next(steps))
+    except StopIteration as stop:
+        return _Advanced(done=True, result=stop.value)
