@@ -2,8 +2,8 @@
 
     message -> handle -> Scheduler.add
     step:  plan    = scheduler.schedule(now)
-           pending = steps.dispatch(plan)           returns without waiting
-           result  = steps.collect(previous)        the only wait
+           pending = executor.dispatch(plan)           returns without waiting
+           result  = executor.collect(previous)        the only wait
            updates = scheduler.update(previous plan, result)
     -> one TokenBatch for the rows that go on, a RequestOutput for each of the others
 
@@ -36,8 +36,8 @@ from jaxserve.engine.messages import (
     ToEngine,
     TokenBatch,
 )
+from jaxserve.engine.step_executor import DeviceFaultError, DispatchedStep, EngineBrokenError, StepExecutor
 from jaxserve.engine.step_time import StepTimePrediction
-from jaxserve.engine.steps import DeviceFaultError, DispatchedStep, EngineBrokenError, Steps
 from jaxserve.engine_events import EngineEvents, TurnTimes
 from jaxserve.recorder import Recorder
 from jaxserve.request import EngineRequest, FinishReason
@@ -91,7 +91,7 @@ class EngineCore:
         self._clock = clock
         self._annotate = annotate
         self._in_flight: DispatchedStep | None = None
-        self._steps = Steps(runner, buckets)
+        self._executor = StepExecutor(runner, buckets)
         self._step_time = StepTimePrediction(info.step_costs)
         self._fault_at = -math.inf  # on the clock
         self._turns = 0
@@ -198,10 +198,10 @@ class EngineCore:
         if plan is None:
             self._in_flight = None
         else:
-            self._in_flight = self._steps.dispatch(plan)
+            self._in_flight = self._executor.dispatch(plan)
             dispatched = collected = self._clock()
             if previous is not None:
-                idle = self._idle.idle(self._steps.done(previous), dispatched)
+                idle = self._idle.idle(self._executor.done(previous), dispatched)
             else:
                 unused = self._idle.unused(dispatched)
             self._idle.dispatched(dispatched)
@@ -209,7 +209,7 @@ class EngineCore:
             self._count(plan)
             self._fail_rows(self._in_flight, dispatched, messages)
         if previous is not None:
-            result = self._steps.collect(previous)
+            result = self._executor.collect(previous)
             collected = self._look(self._in_flight)
             if plan is None:
                 self._idle.emptied(collected)
@@ -249,14 +249,14 @@ class EngineCore:
             lost.append(other.plan)
         self._events.restarted(self.scheduler.restart(lost), now)
         try:
-            self._steps.reset(fault.plan)
+            self._executor.reset(fault.plan)
         except Exception as error:
             raise EngineBrokenError(f"step {fault.plan.step} failed, and the device with it: {error}") from fault
 
     def _rescue(self, step: DispatchedStep, messages: list[FromEngine]) -> bool:
         """Takes in the step before the one that failed; False where its ids cannot be read any more."""
         try:
-            result = self._steps.collect(step)
+            result = self._executor.collect(step)
         except DeviceFaultError:
             return False
         messages += self._outputs(self.scheduler.update(step.plan, result), self._clock())
@@ -310,7 +310,7 @@ class EngineCore:
         """The time, and a look at whether the device is busy."""
         now = self._clock()
         if in_flight is not None:
-            self._idle.look(self._steps.done(in_flight), now)
+            self._idle.look(self._executor.done(in_flight), now)
         return now
 
     def _outputs(self, update: StepUpdate, now: float) -> list[FromEngine]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import reprlib
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from jaxserve.frontend.offline import Completion
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import SamplingParams
+from jaxserve.shown import shown
 
 COMPLETIONS_URL = "/v1/completions"
 CHAT_URL = "/v1/chat/completions"
@@ -61,9 +61,6 @@ _NEUTRAL_IN_MESSAGE: Mapping[str, Sequence[Any]] = {
 _MESSAGE_TEXTS = ("name", "refusal", "tool_call_id")
 _PART_TEXTS = ("text", "refusal")
 
-_words = reprlib.Repr()
-_words.maxstring = _words.maxother = 100
-
 
 @dataclasses.dataclass(frozen=True)
 class BodyRequest:
@@ -96,7 +93,7 @@ def parse_body(url: str, body: Mapping[str, Any], tokenizer: Tokenizer | None) -
         _check_text(name, fields.get(name, ""))
     metadata = fields.get("metadata", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"metadata is {_words.repr(metadata)}; it must be an object whose values are texts")
+        raise ValueError(f"metadata is {shown(metadata)}; it must be an object whose values are texts")
     if own not in fields:
         raise ValueError(f"body has no {own}")
     model = fields.get("model")
@@ -196,7 +193,7 @@ def _parse_message(where: str, message: Any) -> dict[str, str]:
     if not isinstance(role, str):
         raise ValueError(f"{where}.role must be text")
     if refusal and role != "assistant":
-        raise ValueError(f"{where}.refusal is {_words.repr(refusal)}; only an assistant's message has one")
+        raise ValueError(f"{where}.refusal is {shown(refusal)}; only an assistant's message has one")
     if refusal and content:
         raise ValueError(f"{where} has content and a refusal; an assistant answers with one of them")
     if refusal or (role == "assistant" and content is None and "content" in message):
@@ -221,7 +218,7 @@ def _parse_content(where: str, content: Any, role: str) -> str:
             raise ValueError(f"{where}[{index}] is of type {type(part).__name__}; it must be an object")
         kind = part.get("type")
         if kind not in types:
-            raise ValueError(f"{where}[{index}].type is {_words.repr(kind)}; only {' and '.join(types)} is supported")
+            raise ValueError(f"{where}[{index}].type is {shown(kind)}; only {' and '.join(types)} is supported")
         unknown = sorted(name for name, value in part.items() if name not in ("type", kind) and value is not None)
         if unknown:
             raise ValueError(f"{where}[{index}] has the unknown field {unknown[0]!r}; known are type, {kind}")
@@ -237,14 +234,14 @@ def _hint(name: str, known: Set[str]) -> str:
 
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str):
-        raise ValueError(f"{name} is {_words.repr(value)}; it must be text")
+        raise ValueError(f"{name} is {shown(value)}; it must be text")
 
 
 def _check_neutral(name: str, value: Any, neutral: Sequence[Any]) -> None:
     """Raises ValueError unless the value is one of those that ask for nothing."""
     if not any(_is_same(value, one) for one in neutral):
         words = " or ".join(json.dumps(one) for one in neutral) or "null"
-        raise ValueError(f"{name} is {_words.repr(value)}; only {words} is supported")
+        raise ValueError(f"{name} is {shown(value)}; only {words} is supported")
 
 
 def _is_same(value: Any, neutral: Any) -> bool:

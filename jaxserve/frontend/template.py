@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxserve.engine.framing import FrameReader, send_frames
+from jaxserve.engine.framing import FrameReader, frames
 from jaxserve.shown import clipped
 
 _START_SECONDS = 60.0
@@ -104,7 +104,7 @@ class _Worker:
         """The answer to a message; None when there is none in time, or the process has ended."""
         self._socket.settimeout(seconds)
         try:
-            send_frames(self._socket, [request])
+            self._socket.sendall(frames([request]))
             payloads = self._reader.read()
         except TimeoutError:
             self._timed_out = True

@@ -15,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from jaxserve.engine.framing import FrameReader, send_frames
+from jaxserve.engine.framing import FrameReader, frames
 from jaxserve.frontend.fast_tokenizers import fast_class
 from jaxserve.frontend.template import TemplateBudget, one_line
 
@@ -34,10 +34,10 @@ def serve(connection: socket.socket) -> None:
     if first is None:
         return
     render = _Rendering(TemplateBudget(**json.loads(first[0])))
-    send_frames(connection, [b"{}"])
+    connection.sendall(frames([b"{}"]))
     while (payloads := reader.read()) is not None:
         for payload in payloads:
-            send_frames(connection, [json.dumps(render(json.loads(payload))).encode()])
+            connection.sendall(frames([json.dumps(render(json.loads(payload))).encode()]))
 
 
 class _Rendering:

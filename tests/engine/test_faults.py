@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.core import FAULT_SECONDS, EngineCore
 from jaxserve.engine.messages import AbortRequest, AddRequest, RequestOutput, outputs
-from jaxserve.engine.steps import EngineBrokenError
+from jaxserve.engine.step_executor import EngineBrokenError
 from jaxserve.recorder import Recorder, RequestPreempted
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.fake import FakeRunner

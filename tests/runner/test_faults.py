@@ -13,7 +13,7 @@ import pytest
 from jaxserve.config import EngineConfig
 from jaxserve.engine.core import FAULT_SECONDS, EngineCore
 from jaxserve.engine.messages import AddRequest, RequestOutput, outputs
-from jaxserve.engine.steps import EngineBrokenError
+from jaxserve.engine.step_executor import EngineBrokenError
 from jaxserve.failpoints import Failpoint, Failpoints
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.model_runner import ModelRunner

@@ -46,7 +46,7 @@ class DispatchedStep:
     failed: tuple[tuple[str, str], ...] = ()
 
 
-class Steps:
+class StepExecutor:
     """The steps of one runner."""
 
     def __init__(self, runner: Runner, buckets: Buckets):
