@@ -122,7 +122,10 @@ def test_every_field_of_a_completion_with_its_default_or_null(tmp_path, tokenize
             "prediction is {'content': 'x', 'type': 'content'}; only",
         ),
         ({"web_search_options": {}}, "web_search_options is {}; only null is supported"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is [{'function': {'name': 'f'}, 'type'"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f"}}]},
+            "tools is [{'function': {...}, 'type': 'function'}]; only [] is supported",
+        ),
         ({"tool_choice": "required"}, 'tool_choice is \'required\'; only "none" or "auto" is supported'),
         ({"parallel_tool_calls": 1}, "parallel_tool_calls is 1; only true or false is supported"),
         ({"functions": [{"name": "f"}]}, "functions is [{'name': 'f'}]; only [] is supported"),

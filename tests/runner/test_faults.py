@@ -23,7 +23,9 @@ from jaxserve.runner.protocol import StepNotStartedError
 CONFIG = EngineConfig.from_options(
     model="models/tiny/checkpoint",
     max_num_seqs=8,
-    max_num_batched_tokens=64,
+    max_num_batched_tokens=48,
+    token_buckets=(8, 32, 48),
+    row_buckets=(8,),
     attention="xla",
     max_model_len=128,
     num_pages=13,

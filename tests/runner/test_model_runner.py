@@ -18,6 +18,7 @@ from jaxserve.request import EngineRequest
 from jaxserve.runner.compiler import CompileMissError
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.programs import ProgramKey, program_keys
+from jaxserve.runner.protocol import StepNotStartedError
 from jaxserve.scheduler import StepPlan
 from jaxserve.scheduler.plan import NO_DECODES
 from models.attention import AttentionSettings, dense_attend
@@ -114,8 +115,11 @@ def test_nothing_compiles_after_start(runner, requests):
 
 def test_a_compile_miss_is_an_error_and_counted(runner):
     plan = StepPlan(0, NO_DECODES, (), token_bucket=16, row_bucket=0, num_tokens=0, num_sampled=0)
-    with pytest.raises(CompileMissError, match=r"no forward program of size 16 was compiled at start.*\[8, 32\]"):
+    with pytest.raises(
+        StepNotStartedError, match=r"no forward program of size 16 was compiled at start.*\[8, 32\]"
+    ) as error:
         runner.dispatch(plan)
+    assert isinstance(error.value.__cause__, CompileMissError)
     assert runner.compile_misses == 1
 
 
