@@ -1,9 +1,9 @@
 """What every call of every service goes through: its request is read and checked, its answers are written, in bounds.
 
-A handler is run as one that streams both ways, which is the same on the wire. So its request message is read here,
-where a message that does not arrive, breaks off or is none can be refused: gRPC by itself waits for ever for the
-first, drops the second and answers the third with UNKNOWN and a traceback in the server's log. And so each answer is
-written here, where one that the client does not take is noticed.
+Handlers are run as ones whose client streams, which is the same on the wire, so that the request message is read here.
+gRPC by itself waits for ever for one that does not arrive, forgets a call without one, and answers one that does not
+parse with UNKNOWN and a traceback in the server's log. Each answer is written here too, or its size noted, so that one
+that the client does not take is noticed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from google.protobuf.message import DecodeError
 
 from server.calls import Call, OpenCalls, rpc_task
 from server.status import Status
+
+
+_EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]  made at run time
 
 
 class CallError(Exception):
@@ -61,7 +64,7 @@ class CallContext:
             raise CallError(self._call.refusal) from None
         finally:
             self._calls.has_read(self._call)
-        if data is grpc.aio.EOF:
+        if data is _EOF:
             return data
         try:
             return self._parse(data)
@@ -82,14 +85,14 @@ class CallContext:
 
     async def requests(self) -> AsyncIterator[Any]:
         """The messages of a client that streams."""
-        while (message := await self.read()) is not grpc.aio.EOF:
+        while (message := await self.read()) is not _EOF:
             yield message
 
     async def request(self) -> Any:
         """The only message of a client that does not stream. Raises CallError where there is none."""
         message = await self.read()
-        if message is grpc.aio.EOF:
-            raise CallError(_malformed("the call has no message"))
+        if message is _EOF:
+            raise CallError(_malformed("the call ended without a whole message"))
         return message
 
 
@@ -111,42 +114,52 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         known, bounded = self._handlers.get(method, (None, None))
         if known is not handler:
-            bounded = grpc.stream_stream_rpc_method_handler(self._bounded(handler, method))
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.response_streaming
+                else grpc.stream_unary_rpc_method_handler
+            )
+            bounded = make(self._bounded(handler, method))
             self._handlers[method] = (handler, bounded)
         return bounded
 
-    def _bounded(self, handler: Any, method: str) -> Callable[[Any, Any], Awaitable[None]]:
+    def _bounded(self, handler: Any, method: str) -> Callable[[Any, Any], Awaitable[bytes | None]]:
         calls = self._calls
+        run = _stream if handler.response_streaming else _answer
 
-        async def answer(_requests: Any, context: Any) -> None:
+        async def bounded(_requests: Any, grpc_context: Any) -> bytes | None:
             task = asyncio.current_task()
             assert task is not None
-            call = Call(method, context.peer(), task, rpc_task())
+            call = Call(method, grpc_context.peer(), task, rpc_task())
             with _quiet_when_gone():
                 if (refusal := calls.refusal(call)) is not None:
-                    await context.abort(refusal.code, refusal.details, refusal.metadata)
+                    await grpc_context.abort(refusal.code, refusal.details, refusal.metadata)
                 calls.opened(call)
                 task.add_done_callback(functools.partial(_close, calls, call))
-                bounded = CallContext(context, call, calls, handler)
+                context = CallContext(grpc_context, call, calls, handler)
                 try:
-                    await _run(handler, bounded)
+                    requests = context.requests() if handler.request_streaming else await context.request()
+                    last = await run(handler, requests, context)
                 except CallError as error:
-                    await bounded.abort(error.status.code, error.status.details, error.status.metadata)
-                calls.writes(call, 0)  # the status, which gRPC sends next
+                    await context.abort(error.status.code, error.status.details, error.status.metadata)
+                    raise  # never reached: abort raises
+                calls.writes(call, len(last or b""))  # gRPC sends it, and the status, when this returns
+                return last
 
-        return answer
+        return bounded
 
 
-async def _run(handler: Any, context: CallContext) -> None:
-    """Runs a handler of any of the four kinds."""
-    requests = context.requests() if handler.request_streaming else await context.request()
-    if not handler.response_streaming:
-        behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
-        await context.write(await behavior(requests, context))
-        return
+async def _answer(handler: Any, requests: Any, context: CallContext) -> bytes:
+    """Runs a handler with one answer, and returns that."""
+    behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
+    return handler.response_serializer(await behavior(requests, context))
+
+
+async def _stream(handler: Any, requests: Any, context: CallContext) -> None:
+    """Runs a handler with any number of answers, which it yields or writes by itself."""
     behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
     answers = behavior(requests, context)
-    if not hasattr(answers, "__aiter__"):  # it writes by itself
+    if not hasattr(answers, "__aiter__"):
         await answers
         return
     async with contextlib.aclosing(answers):

@@ -182,7 +182,7 @@ class OpenCalls:
     def _overdue(
         self, waiting: dict[Call, float], age_setting: str, number_setting: str, now: float
     ) -> Iterator[tuple[Call, str]]:
-        """Takes out the calls that have waited too long, and the longest of those that are too many; with the setting."""
+        """Takes out the calls that have waited too long or, where too many wait, for longest, with the setting."""
         seconds, most = getattr(self._limits, age_setting), getattr(self._limits, number_setting)
         while waiting:
             call, since = next(iter(waiting.items()))

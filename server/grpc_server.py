@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import socket
 from typing import Any
@@ -21,6 +22,7 @@ from server import health
 from server.call_interceptor import CallInterceptor
 from server.calls import OpenCalls, note_rpc_tasks
 from server.connections import ConnectionGuard, connection_limit, reserve
+from server.memory import return_memory
 from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from server.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 from server.service import JaxServeService
@@ -41,19 +43,29 @@ class GrpcServer:
 
     host, port: where it listens; port 0 takes a free one. max_message_bytes: largest request message; a larger one is
     refused with RESOURCE_EXHAUSTED. model_name: what the model is called in GetModelInfo. limits: what clients may hold
-    open. Raises DescriptorError when the limit of open files is too low for it.
+    open. returns_memory: whether what a burst of calls took is returned, see `memory`. Raises DescriptorError when the
+    limit of open files is too low.
     """
 
     def __init__(
-        self, host: str, port: int, max_message_bytes: int, model_name: str, limits: LimitsConfig | None = None
+        self,
+        host: str,
+        port: int,
+        max_message_bytes: int,
+        model_name: str,
+        limits: LimitsConfig | None = None,
+        *,
+        returns_memory: bool = False,
     ):
         limits = limits or LimitsConfig()
         self.host = host
         self.port = port
+        self._returns_memory = returns_memory
         max_connections = connection_limit(limits.max_connections)
         self._most_connections = max_connections - reserve(max_connections)
         self.calls = OpenCalls(limits, self._most_connections)
         note_rpc_tasks(asyncio.get_running_loop())
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_client_gone_in_a_line)
         self._watches: list[asyncio.Task[None]] = []
         self._server = grpc.aio.server(
             interceptors=(CallInterceptor(self.calls),),
@@ -76,6 +88,8 @@ class GrpcServer:
         await self._server.start()
         guard = ConnectionGuard(self.port, self._most_connections, self.calls)
         self._watches = [asyncio.ensure_future(self.calls.watch()), asyncio.ensure_future(guard.watch())]
+        if self._returns_memory:
+            self._watches.append(asyncio.ensure_future(return_memory()))
 
     async def serve(self, frontend: AsyncFrontEnd, tokenizer: Any) -> None:
         """Takes requests and reports SERVING. tokenizer: the front end's, or None."""
@@ -103,6 +117,15 @@ class GrpcServer:
     def _set_health(self, status: Any) -> None:
         for service in ("", SERVICE_NAME):
             self._health.set(service, status)
+
+
+def _client_gone_in_a_line(record: logging.LogRecord) -> bool:
+    """Cuts gRPC's traceback for a client that was gone before its status was sent to one line."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, grpc.aio.InternalError):
+        record.msg, record.args, record.exc_info = f"a client was gone before it was answered: {record.msg}", (), None
+        record.levelno, record.levelname = logging.INFO, "INFO"
+    return True
 
 
 def _options(max_message_bytes: int, max_connections: int, limits: LimitsConfig) -> tuple[tuple[str, int], ...]:

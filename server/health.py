@@ -17,6 +17,7 @@ SERVICE_NAME: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 WATCH_SECONDS = 3600.0
 
 Status = health_pb2.HealthCheckResponse.ServingStatus
+_pb: Any = health_pb2  # its stub lacks List
 
 
 class HealthService(health_pb2_grpc.HealthServicer):
@@ -48,8 +49,8 @@ class HealthService(health_pb2_grpc.HealthServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"service {request.service!r} is not known")
         return health_pb2.HealthCheckResponse(status=status)
 
-    async def List(self, request: health_pb2.HealthListRequest, context: Any) -> health_pb2.HealthListResponse:
-        return health_pb2.HealthListResponse(
+    async def List(self, request: Any, context: Any) -> Any:
+        return _pb.HealthListResponse(
             statuses={name: health_pb2.HealthCheckResponse(status=status) for name, status in self._statuses.items()}
         )
 
@@ -57,7 +58,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
         if self._num_watches >= self._most_watches:
             await context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"health is watched by {self._num_watches} calls; at most {self._most_watches} (max_health_watches) may",
+                f"{self._num_watches} calls watch health; at most {self._most_watches} (max_health_watches) may",
             )
         self._num_watches += 1
         try:
