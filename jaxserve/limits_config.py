@@ -16,8 +16,9 @@ class LimitsConfig:
 
     max_connections: connections at one time; a share of them is kept for probes. Connections without calls make room
     for new ones, the longest idle first; None takes what the limit of open files allows, at most 4,096.
-    max_streams_per_connection: calls of one connection; clients queue further ones themselves, and one that does not
-    has them refused by HTTP/2 (UNAVAILABLE).
+    max_streams_per_connection: calls of one connection; clients queue further ones themselves, and those of one that
+    does not are refused by HTTP/2 (UNAVAILABLE), as gRPC's now and then are. It lies above max_open_calls, so that a
+    call too many is refused with a reason before.
     max_open_calls: calls of all connections; further ones are refused. It should be above max_num_seqs +
     max_num_waiting, which bound the requests among them.
     max_unread_calls, max_unread_bytes, max_unread_seconds: calls with an answer that the client does not take, their
@@ -32,7 +33,7 @@ class LimitsConfig:
     """
 
     max_connections: int | None = None
-    max_streams_per_connection: int = 4096
+    max_streams_per_connection: int = 10_240
     max_open_calls: int = 8192
     max_unread_calls: int = 1024
     max_unread_bytes: int = 64 * 1024 * 1024

@@ -20,7 +20,6 @@ from google.protobuf.message import DecodeError
 from server.calls import Call, OpenCalls, rpc_task
 from server.status import Status
 
-
 _EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]  made at run time
 
 
@@ -75,8 +74,10 @@ class CallContext:
         """Sends a message; returns when the client has taken it."""
         data = self._serialize(message)
         self._calls.writes(self._call, len(data))
-        await self._context.write(data)
-        self._calls.has_written(self._call)
+        try:
+            await self._context.write(data)
+        finally:
+            self._calls.has_written(self._call)
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> None:
         """Ends the call with a status."""

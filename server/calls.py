@@ -231,7 +231,8 @@ def note_rpc_tasks(loop: asyncio.AbstractEventLoop) -> None:
     """Lets `rpc_task` find the tasks of calls that servers on this loop take from now on.
 
     grpc.aio offers no way to cancel a call from the server's side. It holds each one in a task, which waits for the
-    call's end and runs the handler in a second task; the call is cancelled when both are.
+    call's end and runs the handler in a second task; the call is cancelled when both are. (Two calls may outlast that
+    until their connection closes: grpc.aio keeps the first one of the method registered last, and the latest of all.)
     """
     previous = loop.get_task_factory()
     if getattr(previous, "notes_rpc_tasks", False):

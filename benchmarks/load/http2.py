@@ -21,6 +21,8 @@ _END_STREAM, _ACK, _END_HEADERS, _PADDED, _PRIORITY = 0x1, 0x1, 0x4, 0x8, 0x20
 _HEADER_TABLE_SIZE, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE = 1, 3, 4, 5
 _DEFAULT_WINDOW = 65_535
 _MOST_WINDOW = 2**31 - 1
+_REFUSED_STREAM = 7
+_RETRY_SECONDS = 0.01
 
 
 class Http2Error(ConnectionError):
@@ -29,8 +31,8 @@ class Http2Error(ConnectionError):
 
 @dataclasses.dataclass(eq=False)
 class Stream:
-    """One call. number: 0 until it is sent. chunks: (time of arrival, bytes) of each DATA frame. status: gRPC's, None
-    until the stream has ended.
+    """One call. number: 0 until it is sent. body: its message, of which to_send is left. chunks: (time of arrival,
+    bytes) of each DATA frame. status: gRPC's, None until the stream has ended.
 
     pause: seconds for which the reader stops after it has read; what it has read is acknowledged only then, so that the
     peer may send no more than the connection's window meanwhile.
@@ -39,8 +41,9 @@ class Stream:
     number: int
     pause: float
     done: asyncio.Future[None]
-    to_send: memoryview
+    body: memoryview
     window: int
+    to_send: memoryview = dataclasses.field(default_factory=lambda: memoryview(b""))
     chunks: list[tuple[float, bytes]] = dataclasses.field(default_factory=list)
     status: int | None = None
     message: str = ""
@@ -151,6 +154,12 @@ class Connection(asyncio.Protocol):
     def _take_of_stream(self, kind: int, flags: int, stream: Stream, body: bytes, now: float) -> None:
         if kind == _DATA:
             stream.chunks.append((now, body))
+        elif kind == _RST_STREAM and int.from_bytes(body, "big") == _REFUSED_STREAM:
+            # Not processed, says the protocol: the peer had not done away with another that has ended.
+            del self._streams[stream.number]
+            self._queued.appendleft(stream)
+            asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._open_queued)
+            return
         elif kind == _RST_STREAM:
             self._end(stream, stream.status or 13, f"reset with code {int.from_bytes(body, 'big')}")
             return
@@ -194,7 +203,7 @@ class Connection(asyncio.Protocol):
         """Sends the requests that the peer's number of streams allows."""
         while self._queued and len(self._streams) < self._peer_streams:
             stream = self._queued.popleft()
-            stream.number, stream.window = self._next, self._peer_stream_window
+            stream.number, stream.window, stream.to_send = self._next, self._peer_stream_window, stream.body
             self._next += 2
             self._streams[stream.number] = stream
             self._write(_HEADERS, _END_HEADERS, stream.number, self._headers)
