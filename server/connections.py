@@ -1,8 +1,8 @@
 """Keeps room for new connections, so that a probe gets in while others hold all they can.
 
 gRPC refuses connections over a number. That alone lets idle ones keep everybody else out. So some are kept free: calls
-may occupy all but a reserve, and when the reserve is touched, connections without calls are closed until it is free
-again; first those that never had a call, and of these and the others the longest idle. gRPC does not tell its
+may occupy all but a reserve, and when half of the reserve is taken, connections without calls are closed until half is
+free again; first those that never had a call, and of these and the others the longest idle. gRPC does not tell its
 connections, but they are descriptors of this process.
 """
 
@@ -29,7 +29,7 @@ SPARE_DESCRIPTORS = 24
 """Descriptors that may be needed beside connections: the engine's socket, pipes, files, and a few for a moment."""
 
 FEWEST_CONNECTIONS = 8
-_MOST_RESERVED = 64
+_MOST_RESERVED = 128
 
 # How often the connections are looked at, and how often while some are closed, when gRPC accepts thousands a second.
 # Thousands of them are looked at less often, so that it takes a small share of a core, but often enough.
@@ -68,7 +68,7 @@ def connection_limit(wanted: int | None) -> int:
 
 
 def reserve(limit: int) -> int:
-    """How many of `limit` connections are kept for probes."""
+    """How many of `limit` connections are kept for probes: half of them free, half so that a probe is not cut off."""
     return min(limit // 2, _MOST_RESERVED)
 
 

@@ -62,8 +62,9 @@ class GrpcServer:
         self.port = port
         self._returns_memory = returns_memory
         max_connections = connection_limit(limits.max_connections)
-        self._most_connections = max_connections - reserve(max_connections)
-        self.calls = OpenCalls(limits, self._most_connections)
+        reserved = reserve(max_connections)
+        self._most_connections = max_connections - reserved // 2
+        self.calls = OpenCalls(limits, max_connections - reserved)
         note_rpc_tasks(asyncio.get_running_loop())
         logging.getLogger("grpc._cython.cygrpc").addFilter(_client_gone_in_a_line)
         self._watches: list[asyncio.Task[None]] = []
