@@ -114,7 +114,7 @@ def test_idle_connections_make_room_and_used_ones_stay(tokenizer):
                 await probe(served.address)
             await reaches(lambda: sum(not peer.closed.done() for peer in peers) <= 11)
             assert len(await kept.tokenize("still in use")) > 1
-            assert not any(peer.closed.done() for peer in peers[-3:])  # the longest idle went
+            assert all(peer.closed.done() for peer in peers[:25])  # the longest idle went
 
     run_served(body, tokenizer, limits=LimitsConfig(max_connections=16))
 
@@ -162,7 +162,7 @@ def test_connections_that_only_watch_health_make_room(tokenizer):
     async def body(served: Served) -> None:
         async with contextlib.AsyncExitStack() as stack:
             streams = []
-            for _ in range(12):
+            for _ in range(16):
                 connection = await stack.enter_async_context(raw_http2.connected(served.address))
                 streams.append(raw_http2.send(connection, HEALTH + "Watch", [raw_http2.message(b"")]))
                 await asyncio.sleep(0.05)
