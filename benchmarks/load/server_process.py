@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -13,10 +14,10 @@ from benchmarks import report
 
 
 @contextlib.contextmanager
-def started_server(config: str, overrides: Sequence[str]) -> Iterator[tuple[str, int]]:
+def started_server(config: str, overrides: Sequence[str], open_files: int | None = None) -> Iterator[tuple[str, int]]:
     """A server process on a free port; yields its address and process id, and ends it with SIGTERM.
 
-    overrides: --gin.BINDING=VALUE.
+    overrides: --gin.BINDING=VALUE. open_files: how many files each of its processes may open.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -27,6 +28,8 @@ def started_server(config: str, overrides: Sequence[str]) -> Iterator[tuple[str,
         cwd=report.ROOT,
         env=os.environ | {"PYTHONPATH": str(report.ROOT)},
     )
+    if open_files is not None:  # long before it counts its own
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (open_files, open_files))
     try:
         yield f"127.0.0.1:{port}", process.pid
     finally:
