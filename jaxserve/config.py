@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxserve.checks import at_least, between, number, one_of
 from jaxserve.failpoints import Failpoint
+from jaxserve.limits_config import LimitsConfig
 from jaxserve.scheduler_config import MIN_BUCKET, SchedulerConfig
 from models.config import ModelConfig
 
@@ -205,7 +206,7 @@ class ServerConfig:
     max_message_bytes: largest request message. served_model_name: what clients are told; None is the model's place.
     drain_seconds: how long running requests may finish after SIGTERM.
     max_unread_tokens: output tokens of one request that may wait for its reader, beyond what the connection buffers;
-    the request of a reader that falls further behind is ended.
+    the request of a reader that falls further behind is ended. limits: what clients may hold open.
     step_timeout: seconds in which a step of the engine must end and the engine's process must answer; else the server
     ends. None is the larger of 60 and 20 times what the largest step is predicted to take.
     """
@@ -217,6 +218,7 @@ class ServerConfig:
     max_message_bytes: int = 4 * 1024 * 1024
     drain_seconds: float = 30.0
     max_unread_tokens: int = 8192
+    limits: LimitsConfig = LimitsConfig()
     served_model_name: str | None = None
     step_timeout: float | None = None
 

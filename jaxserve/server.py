@@ -86,7 +86,14 @@ class _Server:
         start_engine = _launch_engine(config)  # its imports take longer than all that follows here
         try:
             with self._phases.phase("bind"):
-                server = GrpcServer(config.host, config.port, config.max_message_bytes, self._name)
+                server = GrpcServer(
+                    config.host,
+                    config.port,
+                    config.max_message_bytes,
+                    self._name,
+                    config.limits,
+                    returns_memory=config.engine_process,
+                )
                 await server.start()
         except OSError as error:
             return _fail(str(error))

@@ -5,17 +5,24 @@ It listens before the model is loaded, so that a port in use is found at once an
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import logging
 import os
 import socket
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
-from server.malformed import MalformedInterceptor
+from jaxserve.limits_config import LimitsConfig
+from server import health
+from server.call_interceptor import CallInterceptor
+from server.calls import OpenCalls, note_rpc_tasks
+from server.connections import ConnectionGuard, connection_limit, reserve
+from server.memory import return_memory
 from server.oversized import OversizedInterceptor
 from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from server.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
@@ -24,8 +31,8 @@ from server.service import JaxServeService
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["JaxServe"].full_name
 _CLOSE_SECONDS = 1.0
 _UNLIMITED = 2**31 - 1
-
-_Status = health_pb2.HealthCheckResponse.ServingStatus
+_MOST_PENDING = 32_768
+"""Calls of one method that may wait for Python, of 15 kB each. gRPC cancels further ones without a reason."""
 
 
 class BindError(OSError):
@@ -36,18 +43,38 @@ class GrpcServer:
     """One listening server. `start`, `serve` when the model is loaded, `drain`, `stop`, in this order.
 
     host, port: where it listens; port 0 takes a free one. max_message_bytes: largest request message; a larger one is
-    refused with RESOURCE_EXHAUSTED. model_name: what the model is called in GetModelInfo.
+    refused with RESOURCE_EXHAUSTED. model_name: what the model is called in GetModelInfo. limits: what clients may hold
+    open. returns_memory: whether what a burst of calls took is returned, see `memory`. Raises DescriptorError when the
+    limit of open files is too low.
     """
 
-    def __init__(self, host: str, port: int, max_message_bytes: int, model_name: str):
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        max_message_bytes: int,
+        model_name: str,
+        limits: LimitsConfig | None = None,
+        *,
+        returns_memory: bool = False,
+    ):
+        limits = limits or LimitsConfig()
         self.host = host
         self.port = port
+        self._returns_memory = returns_memory
+        max_connections = connection_limit(limits.max_connections)
+        reserved = reserve(max_connections)
+        self._most_connections = max_connections - reserved // 2
+        self.calls = OpenCalls(limits, max_connections - reserved)
+        note_rpc_tasks(asyncio.get_running_loop())
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_client_gone_in_a_line)
+        self._watches: list[asyncio.Task[None]] = []
         self._server = grpc.aio.server(
-            interceptors=(MalformedInterceptor(SERVICE_NAME), OversizedInterceptor()),
-            options=_options(max_message_bytes),
+            interceptors=(CallInterceptor(self.calls), OversizedInterceptor()),
+            options=_options(max_message_bytes, max_connections, limits),
         )
         self._service = JaxServeService(model_name)
-        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]  made at run time
+        self._health = health.HealthService(limits.max_health_watches)
         pb_grpc.add_JaxServeServicer_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -59,35 +86,53 @@ class GrpcServer:
             self.port = self._server.add_insecure_port(_address(self.host, self.port))
         except RuntimeError as error:
             raise BindError(f"cannot listen on {_address(self.host, self.port)}; give another port or host") from error
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._set_health(health.Status.NOT_SERVING)
         await self._server.start()
+        guard = ConnectionGuard(self.port, self._most_connections, self.calls)
+        self._watches = [asyncio.ensure_future(self.calls.watch()), asyncio.ensure_future(guard.watch())]
+        if self._returns_memory:
+            self._watches.append(asyncio.ensure_future(return_memory()))
 
     async def serve(self, frontend: AsyncFrontEnd, tokenizer: Any) -> None:
         """Takes requests and reports SERVING. tokenizer: the front end's, or None."""
         self._service.serve(frontend, tokenizer)
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._set_health(health.Status.SERVING)
 
     async def drain(self) -> None:
         """Reports NOT_SERVING for good and refuses new requests; running streams go on."""
         self._service.drain()
-        await self._health.enter_graceful_shutdown()
+        self._health.shut_down()
 
     async def stop(self) -> None:
         """Closes the port; calls still open have a moment to end. The streams should have ended before."""
-        await self._health.enter_graceful_shutdown()
+        self._health.shut_down()
         await self._server.stop(_CLOSE_SECONDS)
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
 
     @property
     def address(self) -> str:
         """HOST:PORT."""
         return _address(self.host, self.port)
 
-    async def _set_health(self, status: Any) -> None:
+    def _set_health(self, status: Any) -> None:
         for service in ("", SERVICE_NAME):
-            await self._health.set(service, status)
+            self._health.set(service, status)
 
 
-def _options(max_message_bytes: int) -> tuple[tuple[str, int], ...]:
+def _client_gone_in_a_line(record: logging.LogRecord) -> bool:
+    """Cuts gRPC's traceback for a client that was gone before its status was sent to one line."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, grpc.aio.InternalError):
+        record.msg, record.args, record.exc_info = f"a client was gone before it was answered: {record.msg}", (), None
+        record.levelno, record.levelname = logging.INFO, "INFO"
+    return True
+
+
+def _options(max_message_bytes: int, max_connections: int, limits: LimitsConfig) -> tuple[tuple[str, int], ...]:
+    keepalive_timeout = _milliseconds(limits.keepalive_timeout_seconds)
+    handshake = _milliseconds(limits.handshake_seconds)
     return (
         # Two servers on one port would share its connections in silence.
         ("grpc.so_reuseport", 0),
@@ -95,14 +140,27 @@ def _options(max_message_bytes: int) -> tuple[tuple[str, int], ...]:
         ("grpc.max_send_message_length", -1),
         # gRPC refuses calls at random from 1,000 on that Python has not yet taken, and all that wait 30 seconds for it,
         # with a bare CANCELLED. How many may wait is the scheduler's to say (max_num_waiting), with a reason.
-        ("grpc.server.max_pending_requests", _UNLIMITED),
-        ("grpc.server.max_pending_requests_hard_limit", _UNLIMITED),
+        ("grpc.server.max_pending_requests", _MOST_PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING),
         ("grpc.server_max_unrequested_time_in_server", _UNLIMITED),
-        # A client whose machine vanished sends no goodbye: without an answer to a ping its requests are aborted.
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.max_allowed_incoming_connections", max_connections),
+        ("grpc.max_concurrent_streams", limits.max_streams_per_connection),
+        ("grpc.max_connection_idle_ms", _milliseconds(limits.max_idle_seconds)),
+        # Of a client that never speaks HTTP/2, and of one that never answers the server's first frame.
+        ("grpc.server_handshake_timeout_ms", handshake),
+        ("grpc.http2.settings_timeout", handshake),
+        # A client whose machine vanished sends no goodbye: without an answer to a ping its requests are aborted. A ping
+        # that is under way anyway counts, so that the second timeout, of any ping, must be given too.
+        ("grpc.keepalive_time_ms", _milliseconds(limits.keepalive_seconds)),
+        ("grpc.keepalive_timeout_ms", keepalive_timeout),
+        ("grpc.http2.ping_timeout_ms", keepalive_timeout),
+        ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     )
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(1000 * seconds)
 
 
 def _check_free(host: str, port: int) -> None:

@@ -23,14 +23,18 @@ from jaxserve.frontend.steps import Steps
 from jaxserve.request import check_count
 from jaxserve.shown import shown
 from server import convert
+from server.call_interceptor import CallContext
 from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from server.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 from server.status import NotFoundError, NoTokenizerError, Status, UnavailableError, check_delta, status_of
 
 _log = logging.getLogger("jaxserve.server")
 
-Context = grpc.aio.ServicerContext
+Context = CallContext
 Behavior = TypeVar("Behavior", bound=Callable[..., Any])
+
+_BYTES_PER_TOKEN = 48
+"""What an output token that waits to be read takes in memory, its text and its id together."""
 
 _BYTES_PER_ID = 16
 """What decoding takes for each token id; the text is as large as one can be that is encoded."""
@@ -103,6 +107,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
             deadline=convert.deadline_from_proto(request, _call_deadline(context)),
             cache_salt=request.cache_salt,
         )
+        context.set_backlog(lambda: stream.num_unread * _BYTES_PER_TOKEN)
         async with stream:  # left early, it aborts the request
             async for delta in stream:
                 if delta.finish_reason is not None:

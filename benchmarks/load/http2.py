@@ -18,9 +18,11 @@ from collections.abc import Callable
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
 _END_STREAM, _ACK, _END_HEADERS, _PADDED, _PRIORITY = 0x1, 0x1, 0x4, 0x8, 0x20
-_HEADER_TABLE_SIZE, _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE = 1, 4, 5
+_HEADER_TABLE_SIZE, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE = 1, 3, 4, 5
 _DEFAULT_WINDOW = 65_535
 _MOST_WINDOW = 2**31 - 1
+_REFUSED_STREAM = 7
+_RETRY_SECONDS = 0.01
 
 
 class Http2Error(ConnectionError):
@@ -29,7 +31,8 @@ class Http2Error(ConnectionError):
 
 @dataclasses.dataclass(eq=False)
 class Stream:
-    """One call. chunks: (time of arrival, bytes) of each DATA frame. status: gRPC's, None until the stream has ended.
+    """One call. number: 0 until it is sent. body: its message, of which to_send is left. chunks: (time of arrival,
+    bytes) of each DATA frame. status: gRPC's, None until the stream has ended.
 
     pause: seconds for which the reader stops after it has read; what it has read is acknowledged only then, so that the
     peer may send no more than the connection's window meanwhile.
@@ -38,8 +41,9 @@ class Stream:
     number: int
     pause: float
     done: asyncio.Future[None]
-    to_send: memoryview
+    body: memoryview
     window: int
+    to_send: memoryview = dataclasses.field(default_factory=lambda: memoryview(b""))
     chunks: list[tuple[float, bytes]] = dataclasses.field(default_factory=list)
     status: int | None = None
     message: str = ""
@@ -48,7 +52,7 @@ class Stream:
 
 
 class Connection(asyncio.Protocol):
-    """Calls of one method, as many at once as one likes.
+    """Calls of one method, as many at once as the peer allows; further ones wait here.
 
     authority: HOST:PORT. path: /PACKAGE.SERVICE/METHOD. window: bytes that the peer may send of one stream before it is
     told that they were read; streams without a pause are told at once, which with the greatest window is never needed.
@@ -58,6 +62,8 @@ class Connection(asyncio.Protocol):
         self._headers = request_headers(authority, path)
         self._own_window = window
         self._streams: dict[int, Stream] = {}
+        self._queued: deque[Stream] = deque()
+        self._peer_streams = _MOST_WINDOW
         self._next = 1
         self._rest = b""
         self._waiting: deque[Stream] = deque()
@@ -75,15 +81,12 @@ class Connection(asyncio.Protocol):
         """Sends a request message (without gRPC's prefix) and returns its stream, whose `done` is set at its end."""
         future = asyncio.get_running_loop().create_future()
         body = memoryview(b"\0" + len(payload).to_bytes(4, "big") + payload)
-        stream = Stream(self._next, pause, future, body, self._peer_stream_window)
+        stream = Stream(0, pause, future, body, 0)
         if self._lost:
             self._end(stream, 14, self._lost)
             return stream
-        self._next += 2
-        self._streams[stream.number] = stream
-        self._write(_HEADERS, _END_HEADERS, stream.number, self._headers)
-        self._waiting.append(stream)
-        self._send_waiting()
+        self._queued.append(stream)
+        self._open_queued()
         return stream
 
     def close(self) -> None:
@@ -123,7 +126,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = self._lost or f"the connection was lost: {exc or 'closed'}"
-        for stream in list(self._streams.values()):
+        queued, self._queued = self._queued, deque()
+        for stream in (*self._streams.values(), *queued):
             self._end(stream, 14, self._lost)
         if not self._ready.done():
             self._ready.set_exception(Http2Error(self._lost))
@@ -150,6 +154,12 @@ class Connection(asyncio.Protocol):
     def _take_of_stream(self, kind: int, flags: int, stream: Stream, body: bytes, now: float) -> None:
         if kind == _DATA:
             stream.chunks.append((now, body))
+        elif kind == _RST_STREAM and int.from_bytes(body, "big") == _REFUSED_STREAM:
+            # Not processed, says the protocol: the peer had not done away with another that has ended.
+            del self._streams[stream.number]
+            self._queued.appendleft(stream)
+            asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._open_queued)
+            return
         elif kind == _RST_STREAM:
             self._end(stream, stream.status or 13, f"reset with code {int.from_bytes(body, 'big')}")
             return
@@ -172,11 +182,14 @@ class Connection(asyncio.Protocol):
                 for stream in self._streams.values():
                     stream.window += value - self._peer_stream_window
                 self._peer_stream_window = value
+            elif name == _MAX_CONCURRENT_STREAMS:
+                self._peer_streams = value
             elif name == _MAX_FRAME_SIZE:
                 self._peer_frame = value
         self._write(_SETTINGS, _ACK, 0, b"")
         if not self._ready.done():
             self._ready.set_result(None)
+        self._open_queued()
         self._send_waiting()
 
     def _take_window(self, number: int, more: int) -> None:
@@ -185,6 +198,17 @@ class Connection(asyncio.Protocol):
         elif number in self._streams:
             self._streams[number].window += more
         self._send_waiting()
+
+    def _open_queued(self) -> None:
+        """Sends the requests that the peer's number of streams allows."""
+        while self._queued and len(self._streams) < self._peer_streams:
+            stream = self._queued.popleft()
+            stream.number, stream.window, stream.to_send = self._next, self._peer_stream_window, stream.body
+            self._next += 2
+            self._streams[stream.number] = stream
+            self._write(_HEADERS, _END_HEADERS, stream.number, self._headers)
+            self._waiting.append(stream)
+            self._send_waiting()
 
     def _send_waiting(self) -> None:
         """Sends what the windows allow; a stream whose own window is closed does not hold up the others."""
@@ -216,6 +240,7 @@ class Connection(asyncio.Protocol):
         stream.to_send = stream.to_send[:0]
         if not stream.done.done():
             stream.done.set_result(None)
+        self._open_queued()
 
     def _write(self, kind: int, flags: int, number: int, body: bytes) -> None:
         head = len(body).to_bytes(3, "big") + bytes((kind, flags)) + number.to_bytes(4, "big")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import resource
 import socket
 import subprocess
 import sys
@@ -15,11 +16,12 @@ from benchmarks import report
 
 @contextlib.contextmanager
 def started_server(
-    config: str, overrides: Sequence[str], root: pathlib.Path = report.ROOT
+    config: str, overrides: Sequence[str], root: pathlib.Path = report.ROOT, open_files: int | None = None
 ) -> Iterator[tuple[str, int]]:
     """A server process on a free port; yields its address and process id, and ends it with SIGTERM.
 
-    overrides: --gin.BINDING=VALUE. root: of the checkout that it runs.
+    overrides: --gin.BINDING=VALUE. root: of the checkout that it runs. open_files: how many files each of its processes
+    may open.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -30,6 +32,8 @@ def started_server(
         cwd=root,
         env=os.environ | {"PYTHONPATH": str(root)},
     )
+    if open_files is not None:  # long before it counts its own
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (open_files, open_files))
     try:
         yield f"127.0.0.1:{port}", process.pid
     finally:

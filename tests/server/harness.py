@@ -13,6 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
+from jaxserve.limits_config import LimitsConfig
 from jaxserve.request import SamplingParams
 from server.client import AsyncClient
 from server.grpc_server import GrpcServer
@@ -41,10 +42,12 @@ class Served:
 
 
 @contextlib.asynccontextmanager
-async def serving(tokenizer: Any, engine: EchoEngine | None = None, **options: Any) -> AsyncIterator[Served]:
-    """A server that is ready. options: of its AsyncFrontEnd."""
+async def serving(
+    tokenizer: Any, engine: EchoEngine | None = None, limits: LimitsConfig | None = None, **options: Any
+) -> AsyncIterator[Served]:
+    """A server that is ready. limits: what clients may hold open. options: of its AsyncFrontEnd."""
     engine = engine or EchoEngine()
-    server = GrpcServer("127.0.0.1", 0, MAX_MESSAGE_BYTES, "echo")
+    server = GrpcServer("127.0.0.1", 0, MAX_MESSAGE_BYTES, "echo", limits)
     await server.start()
     frontend = AsyncFrontEnd(engine, tokenizer, **options)
     await server.serve(frontend, tokenizer)

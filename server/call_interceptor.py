@@ -1,0 +1,185 @@
+"""What every call of every service goes through: its request is read and checked, its answers are written, in bounds.
+
+Handlers are run as ones whose client streams, which is the same on the wire, so that the request message is read here.
+gRPC by itself waits for ever for one that does not arrive, forgets a call without one, and answers one that does not
+parse with UNKNOWN and a traceback in the server's log. Each answer is written here too, or its size noted, so that one
+that the client does not take is noticed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from server.calls import Call, OpenCalls, rpc_task
+from server.status import Status
+
+_EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]  made at run time
+
+
+class CallError(Exception):
+    """A call that ends because of its client. status: what the client is told."""
+
+    def __init__(self, status: Status):
+        super().__init__(status.details)
+        self.status = status
+
+
+class CallContext:
+    """The context that handlers are given: gRPC's, with reads and writes that are bounded, of messages instead of
+    bytes.
+    """
+
+    def __init__(self, context: Any, call: Call, calls: OpenCalls, handler: Any):
+        self._context = context
+        self._call = call
+        self._calls = calls
+        self._parse = handler.request_deserializer
+        self._serialize = handler.response_serializer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    def set_backlog(self, backlog: Callable[[], int]) -> None:
+        """backlog: tells how many bytes wait in memory behind a message that the client does not take."""
+        self._call.backlog = backlog
+
+    async def read(self) -> Any:
+        """The next message of the client, or grpc.aio.EOF. Raises CallError when it is none or does not come."""
+        self._calls.reads(self._call)
+        try:
+            data = await self._context.read()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._call.refusal is None or task is None:
+                raise
+            task.uncancel()
+            raise CallError(self._call.refusal) from None
+        finally:
+            self._calls.has_read(self._call)
+        if data is _EOF:
+            return data
+        try:
+            return self._parse(data)
+        except DecodeError as error:
+            raise CallError(_malformed(str(error))) from error
+
+    async def write(self, message: Any) -> None:
+        """Sends a message; returns when the client has taken it."""
+        data = self._serialize(message)
+        self._calls.writes(self._call, len(data))
+        try:
+            await self._context.write(data)
+        finally:
+            self._calls.has_written(self._call)
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> None:
+        """Ends the call with a status."""
+        self._calls.writes(self._call, 0)  # until the task is done
+        await self._context.abort(code, details, tuple(trailing_metadata))
+
+    async def requests(self) -> AsyncIterator[Any]:
+        """The messages of a client that streams."""
+        while (message := await self.read()) is not _EOF:
+            yield message
+
+    async def request(self) -> Any:
+        """The only message of a client that does not stream. Raises CallError where there is none."""
+        message = await self.read()
+        if message is _EOF:
+            raise CallError(_malformed("the call ended without a whole message"))
+        return message
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Opens each call in `calls` and runs its handler within the bounds. Handlers must be asynchronous."""
+
+    def __init__(self, calls: OpenCalls):
+        self._calls = calls
+        self._handlers: dict[str, tuple[Any, Any]] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:  # no such method, says gRPC
+            return None
+        method = handler_call_details.method
+        known, bounded = self._handlers.get(method, (None, None))
+        if known is not handler:
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.response_streaming
+                else grpc.stream_unary_rpc_method_handler
+            )
+            bounded = make(self._bounded(handler, method))
+            self._handlers[method] = (handler, bounded)
+        return bounded
+
+    def _bounded(self, handler: Any, method: str) -> Callable[[Any, Any], Awaitable[bytes | None]]:
+        calls = self._calls
+        run = _stream if handler.response_streaming else _answer
+
+        async def bounded(_requests: Any, grpc_context: Any) -> bytes | None:
+            task = asyncio.current_task()
+            assert task is not None
+            call = Call(method, grpc_context.peer(), task, rpc_task())
+            with _quiet_when_gone():
+                if (refusal := calls.refusal(call)) is not None:
+                    await grpc_context.abort(refusal.code, refusal.details, refusal.metadata)
+                calls.opened(call)
+                task.add_done_callback(functools.partial(_close, calls, call))
+                context = CallContext(grpc_context, call, calls, handler)
+                try:
+                    requests = context.requests() if handler.request_streaming else await context.request()
+                    last = await run(handler, requests, context)
+                except CallError as error:
+                    await context.abort(error.status.code, error.status.details, error.status.metadata)
+                    raise  # never reached: abort raises
+                calls.writes(call, len(last or b""))  # gRPC sends it, and the status, when this returns
+                return last
+
+        return bounded
+
+
+async def _answer(handler: Any, requests: Any, context: CallContext) -> bytes:
+    """Runs a handler with one answer, and returns that."""
+    behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
+    return handler.response_serializer(await behavior(requests, context))
+
+
+async def _stream(handler: Any, requests: Any, context: CallContext) -> None:
+    """Runs a handler with any number of answers, which it yields or writes by itself."""
+    behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
+    answers = behavior(requests, context)
+    if not hasattr(answers, "__aiter__"):
+        await answers
+        return
+    async with contextlib.aclosing(answers):
+        async for message in answers:
+            await context.write(message)
+
+
+@contextlib.contextmanager
+def _quiet_when_gone() -> Iterator[None]:
+    """Turns gRPC's error for a client that was gone before it was told into a cancellation, which gRPC does not log."""
+    try:
+        yield
+    except grpc.aio.InternalError as error:
+        raise asyncio.CancelledError("the client is gone") from error
+
+
+def _close(calls: OpenCalls, call: Call, _task: asyncio.Task[Any]) -> None:
+    calls.closed(call)
+
+
+def _malformed(reason: str) -> Status:
+    return Status(grpc.StatusCode.INVALID_ARGUMENT, f"the request is malformed: {' '.join(reason.split())}")

@@ -1,0 +1,248 @@
+"""Bounds what calls hold open: how many there are, and how long each may keep the server waiting for its client.
+
+A call waits for its client in two places. Its request message may never arrive in whole, and what it answers may never
+be taken: the message then stands in gRPC's flow control, and whatever awaits the write with it. gRPC bounds neither,
+and cannot tell the client of the second: the status stands behind the message. Such a call is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextvars
+import dataclasses
+import logging
+import weakref
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import grpc
+
+from jaxserve.limits_config import LimitsConfig
+from server.status import Status
+
+_log = logging.getLogger("jaxserve.server")
+
+HEALTH_PREFIX = "/grpc.health.v1.Health/"
+"""Methods whose calls count neither as open nor as use of their connection, so that probes get in."""
+
+SWEEP_SECONDS = 0.25
+GRACE_SECONDS = 1.0
+"""A call that has waited for its client no longer than this is not ended for the number or bytes of such calls."""
+
+_RETRY_PUSHBACK = (("grpc-retry-pushback-ms", "1000"),)
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Call:
+    """One open call. peer: its connection, as gRPC names it. handler, rpc: the task that runs the handler, and gRPC's
+    own around it, which holds the call. size: bytes of the message that waits for the client; backlog: those of what
+    waits behind it. refusal: why it was ended while its request message was awaited.
+    """
+
+    method: str
+    peer: str
+    handler: asyncio.Task[Any]
+    rpc: asyncio.Task[Any] | None
+    size: int = 0
+    backlog: Callable[[], int] = lambda: 0
+    refusal: Status | None = None
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether it asks for health."""
+        return self.method.startswith(HEALTH_PREFIX)
+
+    def bytes_unread(self) -> int:
+        """Bytes of answers that wait for the client."""
+        return self.size + self.backlog()
+
+    def cancel(self) -> None:
+        """Ends the call, whatever gRPC still holds of it."""
+        self.handler.cancel()
+        if self.rpc is not None:
+            self.rpc.cancel()
+
+
+class OpenCalls:
+    """The open calls of one server. limits: what they may hold. most_peers: connections that calls may occupy."""
+
+    def __init__(self, limits: LimitsConfig, most_peers: int):
+        self._limits = limits
+        self._most_peers = most_peers
+        self._num_open = 0
+        self._peers: collections.Counter[str] = collections.Counter()
+        self._used: set[str] = set()
+        self._reading: dict[Call, float] = {}  # since when, in this order
+        self._writing: dict[Call, float] = {}
+        self.num_ended: collections.Counter[str] = collections.Counter()
+        """Calls ended so far, by the setting that ended them."""
+
+    # ---- what the interceptor says ----
+
+    def refusal(self, call: Call) -> Status | None:
+        """Why the call must not be opened, or None."""
+        limits = self._limits
+        if call.is_probe:
+            return None
+        if self._num_open >= limits.max_open_calls:
+            reason = f"{self._num_open} calls are open; at most {limits.max_open_calls} (max_open_calls) may be"
+        elif call.peer not in self._peers and len(self._peers) >= self._most_peers:
+            reason = (
+                f"calls of {len(self._peers)} connections are open; others than health checks may come from at most "
+                f"{self._most_peers} (max_connections, less those kept for probes)"
+            )
+        else:
+            return None
+        return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{reason}; try again later", _RETRY_PUSHBACK)
+
+    def opened(self, call: Call) -> None:
+        """Counts a call that is not refused."""
+        self._used.add(call.peer)
+        if not call.is_probe:
+            self._num_open += 1
+            self._peers[call.peer] += 1
+
+    def closed(self, call: Call) -> None:
+        """The call's task is done, whatever ended it."""
+        self._reading.pop(call, None)
+        self._writing.pop(call, None)
+        if not call.is_probe:
+            self._num_open -= 1
+            self._peers[call.peer] -= 1
+            if not self._peers[call.peer]:
+                del self._peers[call.peer]
+
+    def reads(self, call: Call) -> None:
+        """From now on the call waits for a message of its client."""
+        self._reading[call] = asyncio.get_running_loop().time()
+
+    def has_read(self, call: Call) -> None:
+        self._reading.pop(call, None)
+
+    def writes(self, call: Call, size: int) -> None:
+        """From now on the call waits until its client has taken a message of so many bytes."""
+        call.size = size
+        self._writing[call] = asyncio.get_running_loop().time()
+
+    def has_written(self, call: Call) -> None:
+        self._writing.pop(call, None)
+
+    # ---- what others ask ----
+
+    @property
+    def num_open(self) -> int:
+        """Open calls, those for health left out."""
+        return self._num_open
+
+    def has_calls(self, peer: str) -> bool:
+        """Whether a connection has open calls, those for health left out."""
+        return peer in self._peers
+
+    def take_used(self) -> set[str]:
+        """Connections of which calls were opened since this was asked last."""
+        used, self._used = self._used, set()
+        return used
+
+    async def watch(self) -> None:
+        """Keeps the bounds, until cancelled."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            try:
+                self.sweep()
+            except Exception:  # the bounds must be kept for as long as the server lives
+                _log.exception("open calls could not be checked")
+
+    def sweep(self) -> None:
+        """Ends the calls that are over a bound."""
+        now = asyncio.get_running_loop().time()
+        ended: collections.Counter[str] = collections.Counter()
+        for call, setting in self._overdue(self._reading, "max_receive_seconds", "max_receiving_calls", now):
+            call.refusal = self._late(setting)
+            call.handler.cancel()
+            ended[setting] += 1
+        for call, setting in self._overdue(self._writing, "max_unread_seconds", "max_unread_calls", now):
+            call.cancel()
+            ended[setting] += 1
+        for call in self._over_bytes(now):
+            del self._writing[call]
+            call.cancel()
+            ended["max_unread_bytes"] += 1
+        for setting, count in ended.items():
+            self.num_ended[setting] += count
+            _log.warning(
+                "%d calls ended by %s = %s (%d so far): their clients %s",
+                count,
+                setting,
+                getattr(self._limits, setting),
+                self.num_ended[setting],
+                "did not send their requests" if setting.startswith("max_receiv") else "did not read the answers",
+            )
+
+    def _overdue(
+        self, waiting: dict[Call, float], age_setting: str, number_setting: str, now: float
+    ) -> Iterator[tuple[Call, str]]:
+        """Takes out the calls that have waited too long or, where too many wait, for longest, with the setting."""
+        seconds, most = getattr(self._limits, age_setting), getattr(self._limits, number_setting)
+        while waiting:
+            call, since = next(iter(waiting.items()))
+            if now - since >= seconds:
+                setting = age_setting
+            elif len(waiting) > most and now - since >= GRACE_SECONDS:
+                setting = number_setting
+            else:
+                return
+            del waiting[call]
+            yield call, setting
+
+    def _over_bytes(self, now: float) -> list[Call]:
+        """The calls to end so that the answers that wait take no more than max_unread_bytes."""
+        excess = sum(call.bytes_unread() for call in self._writing) - self._limits.max_unread_bytes
+        found = []
+        for call, since in self._writing.items():
+            if excess <= 0 or now - since < GRACE_SECONDS:
+                break
+            found.append(call)
+            excess -= call.bytes_unread()
+        return found
+
+    def _late(self, setting: str) -> Status:
+        """What a client is told whose request does not arrive."""
+        limit = getattr(self._limits, setting)
+        if setting == "max_receive_seconds":
+            reason = f"the request message has not arrived in whole within {limit:g} s ({setting})"
+            return Status(grpc.StatusCode.DEADLINE_EXCEEDED, f"{reason}; send it faster")
+        reason = f"more than {limit} calls ({setting}) wait for their request messages, this one for longest"
+        return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{reason}; send it faster", _RETRY_PUSHBACK)
+
+
+_rpc_task: contextvars.ContextVar[weakref.ref[asyncio.Task[Any]] | None] = contextvars.ContextVar(
+    "_rpc_task", default=None
+)
+
+
+def rpc_task() -> asyncio.Task[Any] | None:
+    """gRPC's own task around the handler that runs in this one, or None where `note_rpc_tasks` does not know it."""
+    reference = _rpc_task.get()
+    return None if reference is None else reference()
+
+
+def note_rpc_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    """Lets `rpc_task` find the tasks of calls that servers on this loop take from now on.
+
+    grpc.aio offers no way to cancel a call from the server's side. It holds each one in a task, which waits for the
+    call's end and runs the handler in a second task; the call is cancelled when both are. (Two calls may outlast that
+    until their connection closes: grpc.aio keeps the first one of the method registered last, and the latest of all.)
+    """
+    previous = loop.get_task_factory()
+    if getattr(previous, "notes_rpc_tasks", False):
+        return
+
+    def make_task(loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], **options: Any) -> Any:
+        if getattr(coro, "__name__", "") == "_handle_exceptions" and (outer := asyncio.current_task(loop)) is not None:
+            options["context"] = options.get("context") or contextvars.copy_context()
+            options["context"].run(_rpc_task.set, weakref.ref(outer))
+        return asyncio.Task(coro, loop=loop, **options) if previous is None else previous(loop, coro, **options)
+
+    make_task.notes_rpc_tasks = True  # type: ignore[attr-defined]
+    loop.set_task_factory(make_task)  # pyright: ignore[reportArgumentType]

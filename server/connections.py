@@ -1,0 +1,191 @@
+"""Keeps room for new connections, so that a probe gets in while others hold all they can.
+
+gRPC refuses connections over a number. That alone lets idle ones keep everybody else out. So some are kept free: calls
+may occupy all but a reserve, and when half of the reserve is taken, connections without calls are closed until half is
+free again; first those that never had a call, and of these and the others the longest idle. gRPC does not tell its
+connections, but they are descriptors of this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import resource
+import socket
+import stat
+import time
+from collections.abc import Iterator
+
+from server.calls import OpenCalls
+
+_log = logging.getLogger("jaxserve.server")
+
+MOST_CONNECTIONS = 4096
+"""Connections at most where the configuration leaves it to the limit of open files."""
+
+SPARE_DESCRIPTORS = 24
+"""Descriptors that may be needed beside connections: the engine's socket, pipes, files, and a few for a moment."""
+
+FEWEST_CONNECTIONS = 8
+_MOST_RESERVED = 128
+
+# How often the connections are looked at, and how often while some are closed, when gRPC accepts thousands a second.
+# Thousands of them are looked at less often, so that it takes a small share of a core, but often enough.
+_SCAN_SECONDS = 0.02
+_BUSY_SCAN_SECONDS = 0.005
+_LONGEST_SCAN_SECONDS = 0.2
+_SCAN_SHARE = 0.02
+_LOG_SECONDS = 10.0
+
+
+class DescriptorError(OSError):
+    """The limit of open files is too low; the text is one line with the remedy."""
+
+
+def connection_limit(wanted: int | None) -> int:
+    """How many connections the server may have: `wanted`, or what the limit of open files allows.
+
+    Raises this process's soft limit to the hard one. Raises DescriptorError when too few descriptors are left.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+        except (OSError, ValueError) as error:  # macOS allows less than its hard limit says
+            _log.info("the limit of open files stays at %d: %s", soft, error)
+    needed = len(_descriptors()) + SPARE_DESCRIPTORS
+    room = MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else soft - needed
+    least = wanted or FEWEST_CONNECTIONS
+    if room < least:
+        raise DescriptorError(
+            f"the limit of open files is {soft}; the server needs {needed} and one for each of at least {least} "
+            f"connections: raise the limit (ulimit -n {needed + least})" + (" or lower max_connections" * bool(wanted)),
+        )
+    return wanted or min(room, MOST_CONNECTIONS)
+
+
+def reserve(limit: int) -> int:
+    """How many of `limit` connections are kept for probes: half of them free, half so that a probe is not cut off."""
+    return min(limit // 2, _MOST_RESERVED)
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Connection:
+    """An accepted connection. since: when it was seen first or had a call last; used: whether it ever had one."""
+
+    descriptor: int
+    inode: int
+    peer: str
+    since: float
+    used: bool = False
+
+
+class ConnectionGuard:
+    """Closes idle connections of the server on `port` when more than `most` are open."""
+
+    def __init__(self, port: int, most: int, calls: OpenCalls):
+        self._port = port
+        self._most = most
+        self._calls = calls
+        self._known: dict[int, _Connection | None] = {}  # by inode; None where it is no connection of ours
+        self._num_closed = 0
+        self._num_logged = 0
+        self._last_log = -_LOG_SECONDS
+
+    async def watch(self) -> None:
+        """Keeps the bound, until cancelled."""
+        while True:
+            before, closed = time.thread_time(), 0
+            try:
+                closed = self.make_room()
+            except Exception:  # room must be made for as long as the server lives
+                _log.exception("the server's connections could not be checked")
+            rest = min(max(_SCAN_SECONDS, (time.thread_time() - before) / _SCAN_SHARE), _LONGEST_SCAN_SECONDS)
+            await asyncio.sleep(_BUSY_SCAN_SECONDS if closed else rest)
+
+    def make_room(self) -> int:
+        """Closes idle connections until no more than the bound are open; returns how many were closed."""
+        now = time.monotonic()
+        found = {connection.inode: connection for connection in self._scan(now)}
+        used = self._calls.take_used()
+        idle = []
+        for connection in found.values():
+            active = self._calls.has_calls(connection.peer)
+            if active or connection.peer in used:
+                connection.used, connection.since = True, now
+            if not active:
+                idle.append(connection)
+        excess = max(0, len(found) - self._most)
+        idle.sort(key=lambda connection: (connection.used, connection.since, connection.inode))
+        closed = sum(_shut(connection) for connection in idle[:excess])
+        self._num_closed += closed
+        self._tell(now)
+        return closed
+
+    def _scan(self, now: float) -> Iterator[_Connection]:
+        """The server's connections."""
+        seen: dict[int, _Connection | None] = {}
+        for descriptor in _descriptors():
+            try:
+                status = os.fstat(descriptor)
+            except OSError:
+                continue  # closed meanwhile
+            if not stat.S_ISSOCK(status.st_mode):
+                continue
+            inode = status.st_ino
+            if inode in self._known:
+                connection = self._known[inode]
+            else:
+                peer = _peer(descriptor, self._port)
+                connection = None if peer is None else _Connection(descriptor, inode, peer, now)
+            seen[inode] = connection
+            if connection is not None:
+                yield connection
+        self._known = seen
+
+    def _tell(self, now: float) -> None:
+        if self._num_closed > self._num_logged and now - self._last_log >= _LOG_SECONDS:
+            _log.warning(
+                "%d idle connections closed to make room for new ones (%d so far); the server keeps %d",
+                self._num_closed - self._num_logged,
+                self._num_closed,
+                self._most,
+            )
+            self._num_logged, self._last_log = self._num_closed, now
+
+
+def _descriptors() -> list[int]:
+    """The open descriptors of this process."""
+    place = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
+    return [int(name) for name in os.listdir(place)]
+
+
+def _peer(descriptor: int, port: int) -> str | None:
+    """gRPC's name of the other end, or None where the descriptor is not a connection that was accepted on the port."""
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as copy:
+            if copy.family not in (socket.AF_INET, socket.AF_INET6) or copy.type != socket.SOCK_STREAM:
+                return None
+            if copy.getsockname()[1] != port:
+                return None
+            host, peer_port = copy.getpeername()[:2]
+    except OSError:  # it listens, or was closed meanwhile
+        return None
+    if copy.family == socket.AF_INET6 and not host.startswith("::ffff:"):
+        return f"ipv6:%5B{host}%5D:{peer_port}"
+    return f"ipv4:{host.removeprefix('::ffff:')}:{peer_port}"
+
+
+def _shut(connection: _Connection) -> bool:
+    """Ends a connection as if its peer had; gRPC then closes the descriptor. False where it was gone already."""
+    try:
+        with socket.socket(fileno=os.dup(connection.descriptor)) as copy:
+            if os.fstat(copy.fileno()).st_ino != connection.inode:
+                return False  # the number was given to another one
+            copy.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return False
+    return True
