@@ -27,6 +27,7 @@ HEALTH_PREFIX = "/grpc.health.v1.Health/"
 """Methods whose calls count neither as open nor as use of their connection, so that probes get in."""
 
 SWEEP_SECONDS = 0.25
+LOG_SECONDS = 5.0
 GRACE_SECONDS = 1.0
 """A call that has waited for its client no longer than this is not ended for the number or bytes of such calls."""
 
@@ -75,8 +76,10 @@ class OpenCalls:
         self._used: set[str] = set()
         self._reading: dict[Call, float] = {}  # since when, in this order
         self._writing: dict[Call, float] = {}
-        self.num_ended: collections.Counter[str] = collections.Counter()
-        """Calls ended so far, by the setting that ended them."""
+        # Calls that were ended, by the setting that ended them.
+        self._unlogged: collections.Counter[str] = collections.Counter()
+        self._num_logged: collections.Counter[str] = collections.Counter()
+        self._last_log = -LOG_SECONDS
 
     # ---- what the interceptor says ----
 
@@ -131,6 +134,11 @@ class OpenCalls:
     # ---- what others ask ----
 
     @property
+    def num_ended(self) -> collections.Counter[str]:
+        """Calls ended so far, by the setting that ended them."""
+        return self._num_logged + self._unlogged
+
+    @property
     def num_open(self) -> int:
         """Open calls, those for health left out."""
         return self._num_open
@@ -155,8 +163,7 @@ class OpenCalls:
 
     def sweep(self) -> None:
         """Ends the calls that are over a bound."""
-        now = asyncio.get_running_loop().time()
-        ended: collections.Counter[str] = collections.Counter()
+        now, ended = asyncio.get_running_loop().time(), self._unlogged
         for call, setting in self._overdue(self._reading, "max_receive_seconds", "max_receiving_calls", now):
             call.refusal = self._late(setting)
             call.handler.cancel()
@@ -168,16 +175,19 @@ class OpenCalls:
             del self._writing[call]
             call.cancel()
             ended["max_unread_bytes"] += 1
-        for setting, count in ended.items():
-            self.num_ended[setting] += count
-            _log.warning(
-                "%d calls ended by %s = %s (%d so far): their clients %s",
-                count,
-                setting,
-                getattr(self._limits, setting),
-                self.num_ended[setting],
-                "did not send their requests" if setting.startswith("max_receiv") else "did not read the answers",
-            )
+        if ended and now - self._last_log >= LOG_SECONDS:
+            self._last_log = now
+            for setting, count in ended.items():
+                self._num_logged[setting] += count
+                _log.warning(
+                    "%d calls ended by %s = %s (%d so far): their clients %s",
+                    count,
+                    setting,
+                    getattr(self._limits, setting),
+                    self._num_logged[setting],
+                    "did not send their requests" if setting.startswith("max_receiv") else "did not read the answers",
+                )
+            ended.clear()
 
     def _overdue(
         self, waiting: dict[Call, float], age_setting: str, number_setting: str, now: float

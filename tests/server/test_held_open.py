@@ -77,11 +77,11 @@ def test_of_too_many_unread_calls_the_oldest_end(tokenizer, monkeypatch):
             for _ in range(10):  # as many as the engine may hold, after one another
                 streams += [connection.start(payload()) for _ in range(20)]
                 await reaches(lambda: not served.frontend.num_open and not connection._waiting)
+            await reaches(lambda: served.server.calls.num_ended["max_unread_calls"] == 175)
+            assert len(served.server.calls._writing) == 25
             for stream in streams[:160]:
                 assert (await raw_http2.ended(stream))[0] is Code.CANCELLED
-            await reaches(lambda: len(served.server.calls._writing) == 25)
             assert not any(stream.done.done() for stream in streams[-20:])
-            assert served.server.calls.num_ended["max_unread_calls"] == 175
             assert await health_of(served.address) == "SERVING"
 
     run_served(body, tokenizer, limits=LimitsConfig(max_unread_calls=25))
