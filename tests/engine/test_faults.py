@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -241,6 +242,22 @@ def test_parts_of_a_plan_are_its_rows_in_order():
         assert all(part.num_rows <= most_rows for part in parts)
         assert all(part.token_bucket >= part.num_tokens and part.row_bucket >= part.num_sampled for part in parts)
         assert np.concatenate([part.decodes.pages for part in parts]).tolist() == plan.decodes.pages.tolist()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many_faults_while_sequences_are_swapped(mode):
+    """So many that every state of a sequence is met: what was under way to or from host memory, what has a token that
+    nobody has read, what had its last one."""
+    rng = random.Random(mode)
+    wanted, swapped = requests(10), 0
+    preemption = PreemptionConfig(preemption_mode="swap")
+    for _ in range(25):
+        calls = [call for _ in range(60) for call in (rng.choice([None, None, LOST, LATE]), None)]
+        runner = FaultyRunner(calls, num_pages=rng.randint(13, 20), num_host_pages=24, page_size=4)
+        core = make_core(runner, mode=mode, preemption=preemption)
+        assert serve(core, wanted) == undisturbed(wanted)
+        swapped += core.stats().num_preemptions_swap
+    assert swapped > 100
 
 
 FAULTS = st.sampled_from([None] * 6 + [NOT_STARTED, SWAPPED, LOST, LATE])
