@@ -257,7 +257,7 @@ def test_many_faults_while_sequences_are_swapped(mode):
         core = make_core(runner, mode=mode, preemption=preemption)
         assert serve(core, wanted) == undisturbed(wanted)
         swapped += core.stats().num_preemptions_swap
-    assert swapped > 100
+    assert swapped > 100 or mode == "none"  # which has one request at a time
 
 
 FAULTS = st.sampled_from([None] * 6 + [NOT_STARTED, SWAPPED, LOST, LATE])
