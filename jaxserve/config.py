@@ -231,10 +231,10 @@ class ServerConfig:
         at_least("max_unread_tokens", self.max_unread_tokens, 1)
         if self.step_timeout is not None:
             number("step_timeout", self.step_timeout)
-            if not 0 < self.step_timeout < math.inf:
+            if not 0.1 <= self.step_timeout < math.inf:
                 raise ValueError(
-                    f"step_timeout is {self.step_timeout}; it must be above 0 and finite, or None to be chosen from "
-                    "the model and the device"
+                    f"step_timeout is {self.step_timeout}; it must be at least 0.1 and finite, or None to be chosen "
+                    "from the model and the device"
                 )
         number("drain_seconds", self.drain_seconds)
         if not self.drain_seconds >= 0:

@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 from jaxserve import gin_config
 from jaxserve.config import ServerConfig
@@ -83,7 +83,7 @@ class _Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         config = self._config
-        start_engine = _launch_engine(config)  # its imports take longer than all that follows here
+        launch = _launch_engine(config)  # its imports take longer than all that follows here
         try:
             with self._phases.phase("bind"):
                 server = GrpcServer(
@@ -96,14 +96,17 @@ class _Server:
                 )
                 await server.start()
         except OSError as error:
+            launch.kill()
             return _fail(str(error))
         _log.info("listening on %s; loading model %s", server.address, self._name)
         try:
-            engine, tokenizer = await self._load(start_engine)
+            engine, tokenizer = await self._load(launch.start)
         except _StopError:
+            launch.kill()
             await server.stop()
             _exit_now(0)
         except (ValueError, OSError, MemoryError) as error:
+            launch.kill()
             await server.stop()
             _exit_now(_fail(f"the model cannot be served: {_one_line(error)}"))
         # What a client sent may still keep threads busy, and a hung engine its own: nothing waits for them.
@@ -201,13 +204,20 @@ async def _death(frontend: AsyncFrontEnd) -> str:
     return frontend.failure
 
 
-def _launch_engine(config: ServerConfig) -> Callable[[], EngineClient]:
-    """What waits for an engine and returns it. An engine in a process of its own begins with its imports at once."""
+class _Launch(NamedTuple):
+    """An engine that is on its way. start: waits for it and returns it. kill: ends its process, if it has one."""
+
+    start: Callable[[], EngineClient]
+    kill: Callable[[], None] = lambda: None
+
+
+def _launch_engine(config: ServerConfig) -> _Launch:
+    """Launches an engine. One in a process of its own begins with its imports at once."""
     if config.engine_process:
         launched = LaunchedEngine()
-        return lambda: EngineProcess(config.engine, launched)
+        return _Launch(lambda: EngineProcess(config.engine, launched), launched.process.kill)
     # Imported late: an engine brings jax, which takes seconds, and the port should be bound before that.
-    return lambda: importlib.import_module("jaxserve.engine.inline").InlineEngine(config.engine, progress=True)
+    return _Launch(lambda: importlib.import_module("jaxserve.engine.inline").InlineEngine(config.engine, progress=True))
 
 
 def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:

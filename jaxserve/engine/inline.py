@@ -13,6 +13,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.channel import END_SECONDS
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import EngineFailed, EngineReady, FromEngine, Progress, Shutdown, ToEngine
+from jaxserve.engine.step_executor import EngineBrokenError
 from jaxserve.runner.model_runner import ModelRunner, annotate
 from jaxserve.runner.protocol import Runner
 
@@ -55,6 +56,9 @@ class InlineEngine:
         if self.core.busy:
             try:
                 messages.extend(self.core.step())
+            except EngineBrokenError as error:  # the log has the faults that led to it
+                self._failed = True
+                messages.append(EngineFailed(str(error)))
             except Exception as error:  # whatever it is, every request under way must learn of it
                 self._failed = True
                 _log.exception("an engine step failed")

@@ -4,7 +4,7 @@ A step that was not started (`StepNotStartedError`) changed nothing, so its rows
 that is not started either in halves of its own. A row that fails alone is tried once more, and then given up; the
 others go on. It is not given up where even a step without rows fails: then the runner is at fault, and not the row.
 
-Any other error of a runner is a `DeviceFaultError`: the content of its arrays is lost.
+That, and any other error of a runner, is a `DeviceFaultError`: the content of its arrays is lost, or of no use.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class EngineBrokenError(RuntimeError):
 
 
 class DeviceFaultError(RuntimeError):
-    """A step failed after it was started: what the device held is lost. plan: of the step, or the part of it."""
+    """A step failed after it was started, or none can be started: what the device held is lost. plan: of the step."""
 
     def __init__(self, plan: StepPlan, error: Exception):
         lines = str(error).splitlines() or [""]  # the first says what, the others where
@@ -55,7 +55,7 @@ class StepExecutor:
         self._most_rows: int | None = None
 
     def dispatch(self, plan: StepPlan) -> DispatchedStep:
-        """Starts a step. Raises DeviceFaultError, or EngineBrokenError where no step can be started."""
+        """Starts a step. Raises DeviceFaultError."""
         try:
             return self._dispatch(plan)
         except DeviceFaultError as fault:
@@ -128,15 +128,15 @@ class StepExecutor:
         try:
             return self._start(part)
         except StepNotStartedError as error:
-            self._check(part, error)
+            self._check(_without_copies(part, error), error)
             (request_id,) = part.request_ids
             _log.error("request %r cannot be computed: %s", request_id, error, exc_info=error)
             failed.append((request_id, f"the request cannot be computed: {error}"))
             return None
 
     def _check(self, part: StepPlan, error: StepNotStartedError) -> None:
-        """Raises EngineBrokenError where a step without rows cannot be started either; it makes the part's copies of
-        pages, which others may need."""
+        """Raises DeviceFaultError where a step without rows cannot be started either: then it is no row's fault. It
+        makes the part's copies of pages, which others may need."""
         nothing = dataclasses.replace(
             part,
             decodes=NO_DECODES,
@@ -149,7 +149,7 @@ class StepExecutor:
         try:
             pending = self._start(nothing)
         except StepNotStartedError as again:
-            raise EngineBrokenError(f"no step can be started: {again}") from error
+            raise DeviceFaultError(part, again) from error
         self._collect(nothing, pending)
 
     def _halves(self, plan: StepPlan) -> list[StepPlan]:

@@ -22,12 +22,16 @@ from jaxserve.engine.core import EngineCore
 from jaxserve.engine.framing import FrameReader, FrameSender
 from jaxserve.engine.messages import AskProgress, EngineFailed, FromEngine, Shutdown, ToEngine, decode, encode
 from jaxserve.engine.process import LOG_FORMAT
+from jaxserve.engine.step_executor import EngineBrokenError
 from jaxserve.engine.wire_config import config_from_bytes
 from jaxserve.phases import Phases
 from jaxserve.runner.model_runner import ModelRunner, annotate
 
 _FLUSH_SECONDS = 5.0
 """How long a front end that reads slowly has for the last messages."""
+
+_ORPHAN_SECONDS = 2 * _FLUSH_SECONDS
+"""How long a step under way may go on when the front end is gone: a hung one would keep the device for ever."""
 
 
 def serve(connection: socket.socket) -> int:
@@ -54,6 +58,9 @@ def serve(connection: socket.socket) -> int:
             _loop(core, sender, mailbox.inbox)
     except ConnectionError:
         return 0  # the front end is gone and nobody is left to answer
+    except EngineBrokenError as error:  # the log has the faults that led to it
+        sender.send([encode(EngineFailed(str(error)))])
+        return 1
     except Exception as error:
         sender.send([encode(EngineFailed(f"engine step failed: {_one_line(error)}"))])
         raise
@@ -85,7 +92,7 @@ class _Mailbox:
     """Moves messages from the socket to `inbox`, so that the front end never waits for a step; None is the end.
 
     What is asked of the loop's progress is answered here, whatever the loop is doing. core: None while the model loads;
-    a front end that ends meanwhile ends this process at once.
+    a front end that ends meanwhile ends this process at once, and later one whose loop does not end by itself.
     """
 
     def __init__(self, reader: FrameReader, sender: FrameSender):
@@ -103,6 +110,8 @@ class _Mailbox:
             self.inbox.put(None)
         if self.core is None:
             os._exit(0)
+        time.sleep(_ORPHAN_SECONDS)  # a loop that goes on has ended the process by then
+        os._exit(1)
 
     def _take(self, payload: bytes) -> None:
         message = decode(payload)

@@ -154,7 +154,7 @@ class ModelRunner:
         return self._programs
 
     def dispatch(self, plan: StepPlan) -> PendingStep:
-        arrays, begun, swapped = self._arrays, False, False
+        arrays, begun, swapped = self._arrays, False, False  # begun: what was enqueued must not be enqueued again
         try:
             with annotate("Execute"):
                 forward, sample = self._prepare(plan)
@@ -169,6 +169,7 @@ class ModelRunner:
                 return PendingStep(arrays.hidden, None, 0)
             with annotate("Sample"):
                 ids = self._sample(sample)
+                begun = True
                 if self._copies:
                     ids.copy_to_host_async()
             return PendingStep(arrays.hidden, ids, plan.num_sampled)

@@ -135,6 +135,8 @@ class Static(Mode):
             self._size = self._next_size(waiting, now)
             chunk = max(1, self.config.max_num_batched_tokens // max(self._size, 1))
             return Work(decode=False, admit=self._size, chunk=chunk)
+        # Rows whose last tokens were lost with the device's pages come back when their batch seemed to have ended.
+        self._size = max(self._size, running.decoding + running.prefilling + running.away)
         prompts = running.prefilling or running.away
         chunk = max(1, self.config.max_num_batched_tokens // self._size)
         return Work(decode=not prompts, prefill=bool(prompts), admit=0, chunk=chunk)

@@ -19,7 +19,7 @@ from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.runner.protocol import StepNotStartedError
 from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.plan import StepPlan
+from jaxserve.scheduler.plan import StepPlan, Swap
 from jaxserve.scheduler_config import FORMATIONS, MODES, PreemptionConfig
 from models.config import ModelConfig
 from tests.scheduler.drive import alone
@@ -125,13 +125,24 @@ def undisturbed(wanted: list[EngineRequest]) -> dict[str, tuple[list[int], Finis
     return {one.request_id: (*alone(one), "") for one in wanted}
 
 
-@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("at", range(10))
 @pytest.mark.parametrize("fault", [NOT_STARTED, LOST, LATE])
-def test_one_fault_changes_nobodys_tokens(fault, at):
+def test_one_fault_changes_nobodys_tokens(fault, at, mode):
+    """Also where it takes the last tokens of a batch along."""
+    for count, output in ((5, 9), (1, 4), (3, 2)):
+        wanted = requests(count, output)
+        runner = FaultyRunner([None] * at + [fault])
+        core = make_core(runner, mode=mode)
+        assert serve(core, wanted) == undisturbed(wanted)
+        assert runner.resets <= (fault != NOT_STARTED)
+
+
+@pytest.mark.parametrize("fault", [NOT_STARTED, LOST, LATE])
+def test_a_fault_is_recovered_from_once(fault):
     wanted = requests(5)
-    runner = FaultyRunner([None] * at + [fault])
-    core = make_core(runner)
-    assert serve(core, wanted) == undisturbed(wanted)
+    runner = FaultyRunner([None] * 3 + [fault])
+    assert serve(make_core(runner), wanted) == undisturbed(wanted)
     assert runner.resets == (fault != NOT_STARTED)
 
 
@@ -185,11 +196,44 @@ def test_a_single_request_is_tried_again_alone():
 
 
 def test_where_no_step_can_be_started_the_engine_is_broken_and_no_request():
-    core = make_core(FaultyRunner(itertools.repeat(NOT_STARTED)))
-    for one in requests(4):
-        core.handle(AddRequest(one))
-    with pytest.raises(EngineBrokenError, match="no step can be started: memory is short"):
-        core.step()
+    """After the device's arrays were made anew to no avail."""
+    runner = FaultyRunner(itertools.repeat(NOT_STARTED))
+    with pytest.raises(EngineBrokenError, match="after another: StepNotStartedError: memory is short"):
+        serve(make_core(runner, seconds=1e-3), requests(4))
+    assert runner.resets == 1
+
+
+def test_arrays_that_a_fault_has_spoiled_are_made_anew():
+    """A failed program may show only in the next one, which is refused whatever its rows."""
+    wanted = requests(5)
+    runner = FaultyRunner([None] * 4 + [NOT_STARTED] * 8)
+
+    class Spoiled(FaultyRunner):
+        def reset(self) -> None:
+            super().reset()
+            self.faults = iter(())
+
+    spoiled = Spoiled([None] * 4 + [NOT_STARTED] * 100)
+    assert serve(make_core(spoiled), wanted) == undisturbed(wanted)
+    assert (spoiled.resets, runner.resets) == (1, 0)
+
+
+def test_copies_of_a_row_that_is_given_up_are_made_once():
+    """The swaps of its part are those of other rows, too."""
+    made: list[Swap] = []
+
+    class Counting(FaultyRunner):
+        def _swap(self, swap) -> None:
+            made.append(swap)
+            super()._swap(swap)
+
+    wanted = requests(10)
+    for at in range(40):
+        made.clear()
+        runner = Counting([None] * at + [NOT_STARTED, NOT_STARTED, SWAPPED] * 3, num_pages=14, num_host_pages=24)
+        core = make_core(runner, preemption=PreemptionConfig(preemption_mode="swap"))
+        serve(core, wanted)
+        assert len({id(swap) for swap in made}) == len(made)
 
 
 def test_after_a_fault_in_a_program_the_step_has_half_of_the_rows():

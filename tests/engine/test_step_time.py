@@ -38,6 +38,24 @@ def test_long_steps_say_more_than_short_ones():
     assert prediction.largest_seconds == pytest.approx(8.0, rel=0.05)
 
 
+def test_a_step_that_was_held_up_does_not_hide_the_next():
+    prediction = StepTimePrediction(StepCosts(lambda plan: plan.num_tokens * 0.01, largest_seconds=8.0))
+    for _ in range(20):
+        prediction.observe(plan(10), 0.1)
+    prediction.observe(plan(10), 1000.0)
+    assert prediction.largest_seconds < 12.0
+
+
+def test_the_correction_has_a_bound_and_the_shortest_steps_no_say():
+    prediction = StepTimePrediction(StepCosts(lambda plan: plan.num_tokens * 0.01, largest_seconds=8.0))
+    for _ in range(100):
+        prediction.observe(plan(1), 5.0)
+    assert prediction.largest_seconds == 8.0
+    for _ in range(100):
+        prediction.observe(plan(100), 100.0)
+    assert prediction.largest_seconds == 80.0
+
+
 def test_nothing_is_predicted_where_nothing_is_known():
     prediction = StepTimePrediction(None)
     prediction.observe(plan(8), 5.0)

@@ -102,8 +102,8 @@ def test_a_request_that_no_step_can_hold_ends_and_the_rest_go_on(runner, undistu
 @pytest.mark.parametrize(
     ("failpoint", "words"),
     [
-        ("pack=raise,after=4", "no step can be started: InjectedFaultError: failpoint pack"),
-        ("enqueue=raise,after=4", "no step can be started: InjectedFaultError: failpoint enqueue"),
+        ("pack=raise,after=4", "s after another: StepNotStartedError: InjectedFaultError: failpoint pack"),
+        ("enqueue=raise,after=4", "s after another: StepNotStartedError: InjectedFaultError: failpoint enqueue"),
         ("execute=raise,after=4", "s after another: InjectedFaultError: failpoint execute"),
         ("collect=raise,after=4", "s after another: InjectedFaultError: failpoint collect"),
     ],

@@ -47,6 +47,6 @@ def obey(engine: EchoEngine) -> None:
 
 if __name__ == "__main__":
     control, tokenizer, *overrides = sys.argv[1:]
-    server._launch_engine = lambda config: lambda: start_engine(control)
+    server._launch_engine = lambda config: server._Launch(lambda: start_engine(control))
     bindings = [f"--gin.EngineConfig.tokenizer='{tokenizer}'", "--gin.ServerConfig.port=0", *overrides]
     sys.exit(server.main(["--config", "tiny.gin", *bindings]))
