@@ -35,6 +35,13 @@ _OTHER_KEYS = (
 )  # fmt: skip
 """Keys of a `config.json` by which other architectures compute something else."""
 
+_NESTED_KEYS = (
+    "attention_bias", "bos_token_id", "dtype", "head_dim", "hidden_act", "hidden_size", "intermediate_size",
+    "max_position_embeddings", "mlp_bias", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "torch_dtype", "vocab_size",
+)  # fmt: skip
+"""Keys that are read outside `text_config`, where models of several modalities have them."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -311,6 +318,13 @@ def _unread_keys(raw: Mapping[str, Any], config: ModelConfig) -> list[str]:
     lines = []
     if found:
         lines.append(f"config.json has {', '.join(found)}, which {config.architecture} does not know; not used")
+    nested = raw.get("text_config")
+    for name, value in nested.items() if isinstance(nested, dict) else ():
+        if name in _NESTED_KEYS and value is not None and value != raw.get(name):
+            lines.append(
+                f"config.json text_config has {name} {brief(value)}, and {brief(raw.get(name))} stands beside "
+                "text_config; the latter counts"
+            )
     if raw.get("model_type") not in (None, "llama"):
         lines.append(
             f"config.json model_type is {brief(raw['model_type'])}; the architecture {config.architecture} counts"

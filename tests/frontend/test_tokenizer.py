@@ -157,6 +157,14 @@ def test_a_converted_tokenizer_is_compared_with_the_model(tmp_path):
         load_tokenizer(config)
 
 
+@pytest.mark.parametrize("flags", [{"add_bos_token": False}, {"add_eos_token": True}])
+def test_what_tokenizer_json_puts_around_a_text_counts_as_in_transformers(tmp_path, flags):
+    save(tmp_path, byte_level(), bos_token="<bos>", eos_token="<eos>", **flags)
+    ids = Tokenizer(tmp_path).encode("ab")
+    assert ids == PreTrainedTokenizerFast.from_pretrained(str(tmp_path))("ab")["input_ids"]
+    assert (ids[0], len(ids)) == (BOS, 3)
+
+
 def test_code_of_the_checkpoint_never_runs(tmp_path):
     save(tmp_path, byte_level(), tokenizer_class="Own", auto_map={"AutoTokenizer": [None, "own.Own"]})
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")

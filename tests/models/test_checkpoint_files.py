@@ -174,6 +174,17 @@ def test_the_context_is_what_all_keys_say(tmp_path, fields, context):
     assert ModelConfig.from_hf(json.loads(json.dumps(found.to_hf()))) == found
 
 
+def test_a_line_says_what_a_nested_configuration_tells_otherwise(tmp_path, caplog):
+    ModelConfig.from_directory(write(tmp_path, {"text_config": {"vocab_size": 160, "rope_theta": 1e4, "depth": 3}}))
+    assert not caplog.messages
+    nested = {"vocab_size": 300, "rope_scaling": LINEAR, "rms_norm_eps": None}
+    found = ModelConfig.from_directory(write(tmp_path, {"text_config": nested}))
+    assert (found.vocab_size, found.rope_scaling.kind) == (160, "default")
+    assert len(caplog.messages) == 2
+    assert "text_config has vocab_size 300, and 160 stands beside text_config; the latter counts" in caplog.text
+    assert "text_config has rope_scaling {'type': 'linear', 'factor': 4.0}, and None stands beside" in caplog.text
+
+
 def test_a_line_says_what_else_tells_the_context(tmp_path, caplog):
     ModelConfig.from_directory(write(tmp_path, tokenizer_config={"model_max_length": 1e30}))
     ModelConfig.from_directory(write(tmp_path, tokenizer_config={"model_max_length": 256}))
