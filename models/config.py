@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.end_tokens import as_ids, end_token_ids
-from models.json_files import read_object, shown
+from models.json_files import brief, read_object
 from models.rope import RopeScaling, check_number
 from models.rope import from_hf as rope_from_hf
 from models.stored import EMBEDDING, HEAD, INDEX_FILE, SINGLE_FILE, Stored, has_own_head, has_safetensors, read_stored
@@ -35,6 +35,13 @@ _OTHER_KEYS = (
 )  # fmt: skip
 """Keys of a `config.json` by which other architectures compute something else."""
 
+_NESTED_KEYS = (
+    "attention_bias", "bos_token_id", "dtype", "head_dim", "hidden_act", "hidden_size", "intermediate_size",
+    "max_position_embeddings", "mlp_bias", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "torch_dtype", "vocab_size",
+)  # fmt: skip
+"""Keys that are read outside `text_config`, where models of several modalities have them."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -42,15 +49,15 @@ def check_architecture(name: str) -> None:
     """Raises ValueError, with the known names, where an architecture is not known."""
     if name not in ARCHITECTURES:
         raise ValueError(
-            f"model architecture is {shown(name)}; known architectures are {', '.join(sorted(ARCHITECTURES))}"
+            f"model architecture is {brief(name)}; known architectures are {', '.join(sorted(ARCHITECTURES))}"
         )
 
 
 def _check_count(name: str, value: Any, most: int = _INT32) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {shown(value)}; it must be a whole number of at least 1")
+        raise ValueError(f"{name} is {brief(value)}; it must be a whole number of at least 1")
     if value > most:
-        raise ValueError(f"{name} is {shown(value)}; it must be at most {most}")
+        raise ValueError(f"{name} is {brief(value)}; it must be at most {most}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +161,7 @@ class ModelConfig:
         if _quantises_weights(raw.get("quantization_config") or raw.get("compression_config") or {}):
             raise ValueError("config.json quantization_config is set; only unquantised weights are supported")
         if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
-            raise ValueError(f"config.json hidden_act is {shown(raw['hidden_act'])}; only 'silu' is supported")
+            raise ValueError(f"config.json hidden_act is {brief(raw['hidden_act'])}; only 'silu' is supported")
         heads = _required_count(raw, "num_attention_heads")
         hidden = _required_count(raw, "hidden_size")
         if raw.get("head_dim") is None and hidden % heads:
@@ -162,8 +169,8 @@ class ModelConfig:
                 f"config.json hidden_size is {hidden}; without a head_dim it must be a multiple of num_attention_heads "
                 f"{heads}"
             )
-        context = _context(raw)
         theta, scaling = rope_from_hf(raw, _required_count(raw, "max_position_embeddings"))
+        context, scaling = _context(raw, scaling)
         vocabulary = _required_count(raw, "vocab_size")
         for name in ("eos_token_id", "bos_token_id"):
             as_ids(f"config.json {name}", raw.get(name), vocabulary)
@@ -206,6 +213,9 @@ class ModelConfig:
         scaling = self.rope_scaling
         if scaling.kind != "default":
             raw["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "linear" and scaling.stretched:
+            original = self.max_position_embeddings / scaling.factor
+            raw["rope_scaling"]["original_max_position_embeddings"] = original
         if scaling.kind == "llama3":
             raw["rope_scaling"] |= {
                 "low_freq_factor": scaling.low_freq_factor,
@@ -215,15 +225,14 @@ class ModelConfig:
         return raw
 
 
-def check_directory(directory: str | pathlib.Path) -> None:
-    """Raises ValueError as `ModelConfig.from_hf` does where a checkpoint's `config.json`, if there is one, is faulty.
+def check_config_file(directory: str | pathlib.Path) -> ModelConfig | None:
+    """Reads a checkpoint's `config.json`, if there is one. Raises ValueError as `ModelConfig.from_hf` does.
 
     It takes no time: who reads other files of a checkpoint asks this first, so that the cause is named and not an
     effect.
     """
     path = pathlib.Path(directory) / "config.json"
-    if path.is_file():
-        ModelConfig.from_hf(read_object(path))
+    return ModelConfig.from_hf(read_object(path)) if path.is_file() else None
 
 
 def _quantises_weights(quantization: Any) -> bool:
@@ -251,7 +260,7 @@ def _optional(raw: Mapping[str, Any], name: str, default: Any) -> Any:
 def _flag(raw: Mapping[str, Any], name: str) -> bool:
     value = _optional(raw, name, False)
     if not isinstance(value, bool):
-        raise ValueError(f"config.json {name} is {shown(value)}; it must be true or false")
+        raise ValueError(f"config.json {name} is {brief(value)}; it must be true or false")
     return value
 
 
@@ -259,22 +268,28 @@ def _architecture(raw: Mapping[str, Any]) -> str:
     """The architecture, checked before everything else: of another one nothing else need be as here."""
     names = raw.get("architectures") or []
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        kind = f" (model_type is {shown(raw['model_type'])})" if raw.get("model_type") else ""
+        kind = f" (model_type is {brief(raw['model_type'])})" if raw.get("model_type") else ""
         raise ValueError(
-            f"config.json architectures is {shown(names)}; exactly one name is needed; known architectures are "
+            f"config.json architectures is {brief(names)}; exactly one name is needed; known architectures are "
             f"{', '.join(sorted(ARCHITECTURES))}{kind}"
         )
     check_architecture(names[0])
     return names[0]
 
 
-def _context(raw: Mapping[str, Any]) -> int:
-    """max_position_embeddings, or what bounds it under another name."""
+def _context(raw: Mapping[str, Any], scaling: RopeScaling) -> tuple[int, RopeScaling]:
+    """max_position_embeddings, or what bounds it under another name, and the scaling that this context has.
+
+    Where scaling multiplies max_position_embeddings, a bound that is at most that bounds the context before scaling,
+    and a larger one the context after it.
+    """
     context = _required_count(raw, "max_position_embeddings")
-    for name in _CONTEXT_KEYS:
-        if raw.get(name) is not None:
-            context = min(context, _required_count(raw, name))
-    return context
+    bounds = [_required_count(raw, name) for name in _CONTEXT_KEYS if raw.get(name) is not None]
+    before = min([context, *bounds])
+    after = min((bound for bound in bounds if bound > context), default=None)
+    if after is None or after >= before * scaling.context_factor:
+        return before, scaling
+    return after, dataclasses.replace(scaling, stretched=True)
 
 
 def _other_limits(raw: Mapping[str, Any], config: ModelConfig, directory: pathlib.Path) -> list[str]:
@@ -303,9 +318,16 @@ def _unread_keys(raw: Mapping[str, Any], config: ModelConfig) -> list[str]:
     lines = []
     if found:
         lines.append(f"config.json has {', '.join(found)}, which {config.architecture} does not know; not used")
+    nested = raw.get("text_config")
+    for name, value in nested.items() if isinstance(nested, dict) else ():
+        if name in _NESTED_KEYS and value is not None and value != raw.get(name):
+            lines.append(
+                f"config.json text_config has {name} {brief(value)}, and {brief(raw.get(name))} stands beside "
+                "text_config; the latter counts"
+            )
     if raw.get("model_type") not in (None, "llama"):
         lines.append(
-            f"config.json model_type is {shown(raw['model_type'])}; the architecture {config.architecture} counts"
+            f"config.json model_type is {brief(raw['model_type'])}; the architecture {config.architecture} counts"
         )
     return lines
 
@@ -336,7 +358,7 @@ def _first_token(value: Any) -> int | None:
     """The token that a text begins with: an id, or a list of one."""
     if isinstance(value, list):
         if len(value) > 1:
-            raise ValueError(f"config.json bos_token_id is {shown(value)}; it must be one token id")
+            raise ValueError(f"config.json bos_token_id is {brief(value)}; it must be one token id")
         return value[0] if value else None
     return value
 
@@ -352,5 +374,5 @@ def _dtype_name(raw: Mapping[str, Any]) -> str | None:
 def _without_module(name: str, value: Any) -> str | None:
     """The name of a dtype: early releases of transformers wrote torch.bfloat16, and "auto" names none."""
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"config.json {name} is {shown(value)}; it must be a name such as 'bfloat16'")
+        raise ValueError(f"config.json {name} is {brief(value)}; it must be a name such as 'bfloat16'")
     return None if value in (None, "", "auto") else value.removeprefix("torch.")

@@ -1,6 +1,6 @@
 """The tokens that end a text, and the tokens that a tokenizer has, as the files of a checkpoint say together.
 
-Only JSON is read, so that end tokens are known where no tokenizer is loaded.
+Files are read, and no tokenizer is loaded, so that end tokens are known where none is.
 
     config.json, generation_config.json             eos_token_id: an id or a list of them
     tokenizer_config.json, special_tokens_map.json  eos_token: a text, whose id the tokenizer's vocabulary has
@@ -13,11 +13,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from models.json_files import read_object, shown
+from models.json_files import brief, read_object
+from models.older_tokenizers import FILES, has_older_format, read_older
 
 TOKENIZER_FILE = "tokenizer.json"
+_GENERATION = "generation_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-_OLDER = ("vocab.json", "added_tokens.json")
 _NAMING = (_TOKENIZER_CONFIG, "special_tokens_map.json")
 
 
@@ -35,7 +36,8 @@ def end_token_ids(
         The union of the ids, those of config.json first, and a line for each disagreement of the files.
 
     Raises:
-        ValueError: a file is malformed, or an id of config.json or generation_config.json is no token of the model.
+        ValueError: a file is malformed, an id is no token of the model, or that of an end token which a tokenizer
+            in an older format names cannot be found, though generation_config.json names none either.
     """
     told: dict[str, tuple[int, ...]] = {}
     lines: list[str] = []
@@ -43,8 +45,8 @@ def end_token_ids(
     sources: dict[str, Any] = {"config.json": raw}
     if isinstance(raw.get("text_config"), dict):
         sources["config.json text_config"] = raw["text_config"]
-    if (model / "generation_config.json").is_file():
-        sources["generation_config.json"] = read_object(model / "generation_config.json")
+    if (model / _GENERATION).is_file():
+        sources[_GENERATION] = read_object(model / _GENERATION)
     for source, content in sources.items():
         if content.get("eos_token_id") is not None:
             told[source] = as_ids(f"{source} eos_token_id", content["eos_token_id"], vocabulary)
@@ -56,10 +58,16 @@ def end_token_ids(
         ids = _ids_by_text(tokenizer) if ids is None else ids
         if text in ids:
             told[f"{name} ({text!r})"] = as_ids(f"{name} eos_token {text!r}", ids[text], vocabulary)
-        else:
-            lines.append(
-                f"{tokenizer / name} names the end token {shown(text)}, whose id no file there tells; it is not used"
+            continue
+        if has_older_format(tokenizer) and not (tokenizer / TOKENIZER_FILE).is_file() and not told.get(_GENERATION):
+            raise ValueError(
+                f"tokenizer file {tokenizer / name} names the end token {brief(text)}, whose id no file there tells, "
+                "so that texts would run past their end: convert the tokenizer to tokenizer.json, or name the id as "
+                "eos_token_id in generation_config.json"
             )
+        lines.append(
+            f"{tokenizer / name} names the end token {brief(text)}, whose id no file there tells; it is not used"
+        )
     union = tuple(dict.fromkeys(token for found in told.values() for token in found))
     if any(set(found) != set(union) for found in told.values()):
         names = ", ".join(f"{source}: {_listed(found)}" for source, found in told.items())
@@ -74,11 +82,11 @@ def as_ids(name: str, value: Any, vocabulary: Any = None) -> tuple[int, ...]:
     """
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
-        raise ValueError(f"{name} is {shown(value)}; it must be a token id or a list of them")
+        raise ValueError(f"{name} is {brief(value)}; it must be a token id or a list of them")
     for token in ids:
         if isinstance(vocabulary, int) and token >= vocabulary:
             raise ValueError(
-                f"{name} has the id {shown(token)}; the model's vocabulary (vocab_size) has {vocabulary} tokens, so "
+                f"{name} has the id {brief(token)}; the model's vocabulary (vocab_size) has {vocabulary} tokens, so "
                 "ids must be below that"
             )
     return tuple(dict.fromkeys(ids))
@@ -89,15 +97,13 @@ def check_vocabulary(tokenizer: pathlib.Path, vocab_size: int) -> None:
 
     Raises ValueError, one line, where the tokenizer has a token that the model has not, or a file is malformed.
     """
-    if not (tokenizer / TOKENIZER_FILE).is_file():
-        return  # what is made of an older format is known when it has been converted
     beyond = sorted((token, text) for text, token in _ids_by_text(tokenizer).items() if token >= vocab_size)
     _read_ids.cache_clear()  # it is large, and was needed for the end tokens and here
     if beyond:
         token, text = beyond[0]
         more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
         raise ValueError(
-            f"tokenizer in {str(tokenizer)!r} has the token {shown(text)} with the id {shown(token)}{more}; the "
+            f"tokenizer in {str(tokenizer)!r} has the token {brief(text)} with the id {brief(token)}{more}; the "
             f"model's vocabulary (vocab_size) has {vocab_size} tokens, so ids must be below that: set "
             "EngineConfig.tokenizer to the directory of the model's own, or skip_tokenizer_init for prompts of ids"
         )
@@ -111,14 +117,14 @@ def _eos_text(path: pathlib.Path) -> str | None:
     text = value.get("content") if isinstance(value, dict) else value
     if text is not None and not isinstance(text, str):
         raise ValueError(
-            f"model file {path} has the eos_token {shown(value)}; it must be a text, or an object with content"
+            f"model file {path} has the eos_token {brief(value)}; it must be a text, or an object with content"
         )
     return text or None
 
 
 def _ids_by_text(tokenizer: pathlib.Path) -> dict[str, int]:
     """The id of each token by its text; added tokens take precedence over the vocabulary's."""
-    files = [tokenizer / name for name in (TOKENIZER_FILE, _TOKENIZER_CONFIG, *_OLDER)]
+    files = [tokenizer / name for name in (TOKENIZER_FILE, _TOKENIZER_CONFIG, *FILES)]
     stats = [path.stat() for path in files if path.is_file()]
     return _read_ids(tokenizer, tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats))
 
@@ -135,9 +141,7 @@ def _read_ids(tokenizer: pathlib.Path, files: tuple[tuple[int, ...], ...]) -> di
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"tokenizer file {tokenizer / TOKENIZER_FILE} is malformed: {error!r}") from error
     else:
-        for name in _OLDER:
-            if (tokenizer / name).is_file():
-                ids |= read_object(tokenizer / name)
+        ids |= read_older(tokenizer)
     if (tokenizer / _TOKENIZER_CONFIG).is_file():
         ids |= _decoder_ids(tokenizer / _TOKENIZER_CONFIG, ids)
     return {text: token for text, token in ids.items() if isinstance(text, str) and type(token) is int}

@@ -37,7 +37,7 @@ def parse(text: bytes, *, contradictions: bool = False) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def shown(value: Any) -> str:
+def brief(value: Any) -> str:
     """Returns the value as messages write it: as Python does, but short."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from models.json_files import shown
+from models.json_files import brief
 
 KINDS = ("default", "linear", "llama3")
 
@@ -23,7 +23,7 @@ def check_number(name: str, value: Any) -> None:
     """Raises ValueError where a value is no finite number above 0."""
     # The comparison comes last: no float holds a whole number of more than 308 digits.
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf or value > 1e308:
-        raise ValueError(f"{name} is {shown(value)}; it must be a finite number above 0")
+        raise ValueError(f"{name} is {brief(value)}; it must be a finite number above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,9 @@ class RopeScaling:
 
     kind `linear` divides every frequency by `factor`; kind `llama3` divides only the long wavelengths and blends
     in between (Llama 3.1 model card; `transformers.modeling_rope_utils` is the reference the tests compare with).
+
+    stretched: the model's max_position_embeddings is the context after scaling. It is so of `llama3` anyway; that of
+        `linear` is usually the context before it.
     """
 
     kind: str = "default"
@@ -39,10 +42,11 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    stretched: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"rope_scaling kind is {shown(self.kind)}; supported kinds are {', '.join(KINDS)}")
+            raise ValueError(f"rope_scaling kind is {brief(self.kind)}; supported kinds are {', '.join(KINDS)}")
         for name in _LLAMA3:
             check_number(f"rope_scaling {name}", getattr(self, name))
         if self.factor < 1.0:
@@ -60,15 +64,14 @@ class RopeScaling:
         """The same scaling with defaults in the fields that its kind does not read: equal ones compute the same."""
         if self.factor == 1.0:
             return RopeScaling()  # either kind then leaves every frequency as it is
-        return self if self.kind == "llama3" else RopeScaling(self.kind, self.factor)
+        if self.kind == "llama3":
+            return dataclasses.replace(self, stretched=False)  # it says nothing there
+        return RopeScaling(self.kind, self.factor, stretched=self.stretched)
 
     @property
     def context_factor(self) -> float:
-        """How many times max_position_embeddings the context is.
-
-        That of `linear` names the context before scaling, that of `llama3` the context after it.
-        """
-        return self.factor if self.kind == "linear" else 1.0
+        """How many times max_position_embeddings the context is."""
+        return self.factor if self.kind == "linear" and not self.stretched else 1.0
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
@@ -97,7 +100,7 @@ def from_hf(raw: Mapping[str, Any], context: int) -> tuple[Any, RopeScaling]:
 
     Args:
         raw: the content of the file.
-        context: stands in for original_max_position_embeddings, as in transformers.
+        context: max_position_embeddings; it stands in for original_max_position_embeddings, as in transformers.
 
     Raises:
         ValueError: the settings are malformed, contradict each other, or ask for what is not supported.
@@ -118,7 +121,7 @@ def _fields(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     given = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
     for name, fields in given.items():
         if not isinstance(fields, dict):
-            raise ValueError(f"config.json {name} is {shown(fields)}; it must be an object")
+            raise ValueError(f"config.json {name} is {brief(fields)}; it must be an object")
         for key, value in fields.items():
             if isinstance(value, dict):
                 raise ValueError(f"config.json {name} has settings for {key!r} alone; all layers must be rotated alike")
@@ -150,19 +153,38 @@ def _scaling(raw: Mapping[str, Any], fields: Mapping[str, Any], context: int) ->
         )
     kind = new or old or "default"
     if kind == "llama3":
-        own, original = fields.get("original_max_position_embeddings"), raw.get("original_max_position_embeddings")
-        if own is not None and original is not None and own != original:
-            raise ValueError(
-                f"config.json original_max_position_embeddings is {original!r}, and {own!r} among the rotary settings; "
-                "they contradict each other"
-            )
-        original = own if original is None else original
-        fields = {**fields, "original_max_position_embeddings": context if original is None else original}
+        fields = {**fields, "original_max_position_embeddings": _original(raw, fields, context)}
         return RopeScaling(kind, **_numbers(fields, kind, _LLAMA3))
     if kind == "linear":
-        return RopeScaling(kind, **_numbers(fields, kind, ("factor",)))
+        scaling = RopeScaling(kind, **_numbers(fields, kind, ("factor",)))
+        stretched = _is_stretched(_original(raw, fields, context), scaling.factor, context)
+        return dataclasses.replace(scaling, stretched=stretched)
     factor = fields.get("factor")
     return RopeScaling(kind) if factor is None or kind not in KINDS else RopeScaling(kind, factor)
+
+
+def _original(raw: Mapping[str, Any], fields: Mapping[str, Any], context: int) -> Any:
+    own, original = fields.get("original_max_position_embeddings"), raw.get("original_max_position_embeddings")
+    if own is not None and original is not None and own != original:
+        raise ValueError(
+            f"config.json original_max_position_embeddings is {original!r}, and {own!r} among the rotary settings; "
+            "they contradict each other"
+        )
+    original = own if original is None else original
+    return context if original is None else original
+
+
+def _is_stretched(original: Any, factor: float, context: int) -> bool:
+    """Whether max_position_embeddings (`context`) of linear scaling is the context after it already."""
+    check_number("config.json original_max_position_embeddings", original)
+    if original == context:
+        return False
+    if abs(original * factor - context) < 1:  # a factor may have been rounded
+        return True
+    raise ValueError(
+        f"config.json original_max_position_embeddings is {original}, max_position_embeddings {context} and the factor "
+        f"of linear scaling {factor}; the second must be the first, or the first times the factor"
+    )
 
 
 def _numbers(fields: Mapping[str, Any], kind: str, names: tuple[str, ...]) -> dict[str, Any]:

@@ -20,9 +20,8 @@ from jaxserve.frontend.fast_tokenizers import fast_class
 from jaxserve.frontend.steps import Steps, finish
 from jaxserve.frontend.template import TemplateRenderer, one_line
 from jaxserve.shown import shown
-from models.config import check_directory
-
-_OTHER_FORMATS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "tiktoken.model")
+from models.config import check_config_file
+from models.older_tokenizers import has_older_format
 
 _IDS_PER_STEP = 64 * 1024
 
@@ -158,7 +157,7 @@ def _load(directory: pathlib.Path) -> Any:
     _check_json(directory / "tokenizer_config.json")
     _check_json(directory / "special_tokens_map.json")
     if not path.is_file():
-        if any((directory / name).is_file() for name in _OTHER_FORMATS):
+        if has_older_format(directory):
             return _convert(directory)
         raise ValueError(f"tokenizer file {str(path)!r} does not exist")
     try:
@@ -215,7 +214,7 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
     """The tokenizer that a configuration names; None with skip_tokenizer_init or when there is no directory to read.
 
     Raises ValueError as `Tokenizer` does, and where the model's own directory does not exist or its `config.json` is
-    faulty.
+    faulty, or where a tokenizer that had to be converted has more tokens than the model.
     """
     directory = config.tokenizer or config.model
     if config.skip_tokenizer_init or directory is None:
@@ -225,6 +224,16 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
             f"model directory {directory!r} does not exist; set EngineConfig.model (model= in Python) to the directory "
             "of a checkpoint"
         )
+    model = None
     if config.model is not None and config.load_format != "dummy":
-        check_directory(config.model)
-    return Tokenizer(directory)
+        model = check_config_file(config.model)
+    tokenizer = Tokenizer(directory)
+    # What tokenizer.json has is compared with the rest of the checkpoint; conversion may add tokens that no file has.
+    converted = not (pathlib.Path(directory) / "tokenizer.json").is_file()
+    if model is not None and converted and tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"tokenizer in {directory!r}, converted from an older format, has {tokenizer.vocab_size} tokens; the "
+            f"model's vocabulary (vocab_size) has {model.vocab_size} tokens, and must have as many: set "
+            "EngineConfig.tokenizer to the directory of the model's own, or skip_tokenizer_init for prompts of ids"
+        )
+    return tokenizer

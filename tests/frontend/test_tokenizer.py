@@ -9,8 +9,10 @@ import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.config import EngineConfig
+from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from tests.frontend.tokenizers_for_tests import BOS, byte_fallback, byte_level, load, save
+from tests.models.checkpoints import write_files
 
 CHAT_TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
@@ -140,6 +142,27 @@ def test_a_decoder_that_cannot_be_streamed(tmp_path):
 def test_an_older_format_that_cannot_be_converted(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"not a sentencepiece model")
     assert_refused(tmp_path, "tokenizer.json' does not exist, and the older format in its place cannot be converted: ")
+
+
+def test_a_converted_tokenizer_is_compared_with_the_model(tmp_path):
+    vocab = {"<eos>": 0} | {symbol: 1 + number for number, symbol in enumerate("abc")}
+    write_files(tmp_path, {"vocab_size": 5}, vocab=vocab, tokenizer_config={"tokenizer_class": "GPT2Tokenizer"})
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    config = EngineConfig(model=str(tmp_path))
+    tokenizer = load_tokenizer(config)  # conversion adds <|endoftext|>
+    assert tokenizer is not None
+    assert tokenizer.vocab_size == 5
+    write_files(tmp_path, {"vocab_size": 4})
+    with pytest.raises(ValueError, match=r"converted from an older format, has 5 tokens; the model's .* has 4 tokens"):
+        load_tokenizer(config)
+
+
+@pytest.mark.parametrize("flags", [{"add_bos_token": False}, {"add_eos_token": True}])
+def test_what_tokenizer_json_puts_around_a_text_counts_as_in_transformers(tmp_path, flags):
+    save(tmp_path, byte_level(), bos_token="<bos>", eos_token="<eos>", **flags)
+    ids = Tokenizer(tmp_path).encode("ab")
+    assert ids == PreTrainedTokenizerFast.from_pretrained(str(tmp_path))("ab")["input_ids"]
+    assert (ids[0], len(ids)) == (BOS, 3)
 
 
 def test_code_of_the_checkpoint_never_runs(tmp_path):

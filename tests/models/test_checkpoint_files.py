@@ -138,6 +138,8 @@ def test_the_dtype_of_config_json_counts_and_a_line_says_where_weights_differ(tm
 
 # ---- context and rotary settings
 
+LINEAR = {"type": "linear", "factor": 4.0}
+
 
 @pytest.mark.parametrize(
     ("fields", "context"),
@@ -155,12 +157,32 @@ def test_the_dtype_of_config_json_counts_and_a_line_says_where_weights_differ(tm
         ),
         ({"max_sequence_length": 128}, 128),
         ({"max_sequence_length": 1024, "rope_scaling": {"type": "linear", "factor": 4.0}}, 1024),
+        ({"max_sequence_length": 512, "rope_scaling": LINEAR}, 512),
+        ({"max_sequence_length": 300, "seq_length": 2048, "rope_scaling": {"type": "linear", "factor": 3.0}}, 300),
+        ({"max_seq_len": 128, "rope_scaling": LINEAR}, 512),
+        ({"max_seq_len": 128, "n_positions": 400, "rope_scaling": LINEAR}, 400),
+        ({"original_max_position_embeddings": 64, "rope_scaling": LINEAR}, 256),
+        ({"rope_scaling": LINEAR | {"original_max_position_embeddings": 64}}, 256),
+        ({"rope_scaling": LINEAR | {"original_max_position_embeddings": 256}}, 1024),
+        ({"original_max_position_embeddings": 64, "max_seq_len": 100, "rope_scaling": LINEAR}, 100),
+        ({"original_max_position_embeddings": 96, "rope_scaling": {"type": "linear", "factor": 2.6667}}, 256),
     ],
 )
 def test_the_context_is_what_all_keys_say(tmp_path, fields, context):
     found = ModelConfig.from_directory(write(tmp_path, fields))
     assert found.context_length == context
     assert ModelConfig.from_hf(json.loads(json.dumps(found.to_hf()))) == found
+
+
+def test_a_line_says_what_a_nested_configuration_tells_otherwise(tmp_path, caplog):
+    ModelConfig.from_directory(write(tmp_path, {"text_config": {"vocab_size": 160, "rope_theta": 1e4, "depth": 3}}))
+    assert not caplog.messages
+    nested = {"vocab_size": 300, "rope_scaling": LINEAR, "rms_norm_eps": None}
+    found = ModelConfig.from_directory(write(tmp_path, {"text_config": nested}))
+    assert (found.vocab_size, found.rope_scaling.kind) == (160, "default")
+    assert len(caplog.messages) == 2
+    assert "text_config has vocab_size 300, and 160 stands beside text_config; the latter counts" in caplog.text
+    assert "text_config has rope_scaling {'type': 'linear', 'factor': 4.0}, and None stands beside" in caplog.text
 
 
 def test_a_line_says_what_else_tells_the_context(tmp_path, caplog):
@@ -188,6 +210,18 @@ def test_a_line_says_what_else_tells_the_context(tmp_path, caplog):
         (
             {"rope_scaling": {"rope_type": "linear", "factor": 1e300}},
             r"^model context \(max_position.* at most 2147",
+        ),
+        (
+            {"original_max_position_embeddings": 128, "rope_scaling": LINEAR},
+            r"original_max_position_embeddings is 128, max_position_embeddings 256 and the factor of .* 4.0; the sec",
+        ),
+        (
+            {"original_max_position_embeddings": 64, "rope_scaling": LINEAR | {"original_max_position_embeddings": 32}},
+            r"original_max_position_embeddings is 64, and 32 among the rotary settings; they contradict",
+        ),
+        (
+            {"rope_scaling": LINEAR | {"original_max_position_embeddings": "64"}},
+            r"^config.json original_max_position_embeddings is '64'; it must be a finite number",
         ),
         ({"rope_scaling": {"rope_type": "longrope"}}, r"^rope_scaling kind is 'longrope'; supported kinds"),
         ({"max_seq_len": "4k"}, r"^config.json max_seq_len is '4k'; it must be a whole number"),
@@ -240,7 +274,7 @@ NOTHING = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_head
 )
 def test_an_architecture_that_is_not_known_is_named_before_anything_else(tmp_path, fields):
     directory = write(tmp_path, fields)
-    for read in (ModelConfig.from_directory, config.check_directory):
+    for read in (ModelConfig.from_directory, config.check_config_file):
         with pytest.raises(ValueError, match="known architectures are LlamaForCausalLM") as refused:
             read(directory)
         for name in fields["architectures"] or [str(fields.get("model_type", "[]"))]:
@@ -248,7 +282,7 @@ def test_an_architecture_that_is_not_known_is_named_before_anything_else(tmp_pat
 
 
 def test_the_architecture_of_a_directory_without_config_json_is_not_asked_for(tmp_path):
-    config.check_directory(tmp_path)
+    config.check_config_file(tmp_path)
 
 
 def test_settings_of_other_architectures_are_told(tmp_path, caplog):

@@ -14,6 +14,24 @@ TOKENS = {f"t{number}": number for number in range(150)}
 UNIGRAM = [[f"piece{number}", -1.0] for number in range(140)]
 
 
+PIECES = ["<unk>", "<s>", "</s>", "<e>", *(f"▁{number}" for number in range(136))]
+TEKKEN = {
+    "config": {"default_vocab_size": 140, "default_num_special_tokens": 10},
+    "vocab": [{"rank": number, "token_str": f"t{number}", "token_bytes": ""} for number in range(150)],
+}
+SPECIAL = [{"rank": number, "token_str": text, "is_control": True} for number, text in enumerate(["<s>", "<e>"])]
+
+
+def sentencepiece(pieces: list[str]) -> bytes:
+    """A model file: each piece with its text, score and type, and a field of the settings after them."""
+
+    def field(key: int, value: bytes) -> bytes:
+        return bytes([key, len(value)]) + value
+
+    encoded = [field(0x0A, piece.encode()) + b"\x15\0\0\x80\xbf\x18\x03" for piece in pieces]
+    return b"".join(field(0x0A, piece) for piece in encoded) + field(0x12, b"\x18\x02")
+
+
 def tokenizer(added: dict[str, int] | None = None, vocab: Any = None) -> dict[str, Any]:
     extra = [{"id": number, "content": text, "special": True} for text, number in (added or {}).items()]
     return {"added_tokens": extra, "model": {"type": "BPE", "vocab": TOKENS if vocab is None else vocab, "merges": []}}
@@ -146,6 +164,61 @@ def test_a_tokenizer_of_another_directory_tells_the_end_tokens(tmp_path):
 def test_end_tokens_that_cannot_be_are_refused(tmp_path, fields, files, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_directory(write(tmp_path, fields, **files))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model"])
+def test_end_tokens_of_a_sentencepiece_model(tmp_path, name, caplog):
+    write(tmp_path, {"eos_token_id": 2}, tokenizer_config={"eos_token": "<e>"})
+    (tmp_path / name).write_bytes(sentencepiece(PIECES))
+    assert ModelConfig.from_directory(tmp_path).eos_token_ids == (2, 3)
+    assert "disagree on the end tokens" in caplog.text
+    write(tmp_path, {"eos_token_id": 2}, tokenizer_config={"eos_token": "<a>"}, added_tokens={"<a>": 150})
+    assert ModelConfig.from_directory(tmp_path).eos_token_ids == (2, 150)
+    write(tmp_path, {"eos_token_id": 2}, added_tokens={}, tokenizer_config={"eos_token": "▁135"})
+    assert ModelConfig.from_directory(tmp_path).eos_token_ids == (2, 139)
+    check_vocabulary(tmp_path, 140)
+    with pytest.raises(ValueError, match=r"has the token '▁135' with the id 139; the model's .* has 139 tokens"):
+        check_vocabulary(tmp_path, 139)
+
+
+def test_end_tokens_of_tekken(tmp_path):
+    write(tmp_path, {"eos_token_id": 0}, tokenizer_config={"eos_token": "</s>"}, tekken=TEKKEN)
+    assert ModelConfig.from_directory(tmp_path).eos_token_ids == (0, 2)
+    check_vocabulary(tmp_path, 140)
+    with pytest.raises(ValueError, match=r"has the token 't129' with the id 139; the model's .* has 139 tokens"):
+        check_vocabulary(tmp_path, 139)
+    write(tmp_path, tokenizer_config={"eos_token": "<e>"}, tekken=TEKKEN | {"special_tokens": SPECIAL})
+    assert ModelConfig.from_directory(tmp_path).eos_token_ids == (1,)
+    write(tmp_path, tokenizer_config={"eos_token": "<e>"}, tekken={"config": {}})
+    with pytest.raises(ValueError, match=r"tekken.json is malformed: KeyError"):
+        ModelConfig.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.model", sentencepiece(PIECES)),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n"),
+        ("tokenizer.model", b""),
+        ("spiece.model", sentencepiece(PIECES)[:-3]),
+        ("tiktoken.model", b"IQ== 0\nIg== 1\n"),
+        ("vocab.txt", b"[PAD]\n[CLS]\n"),
+        ("vocab.json", b"{}"),
+    ],
+)
+def test_an_end_token_of_an_older_format_without_an_id_is_refused(tmp_path, name, content, caplog):
+    write(tmp_path, {"eos_token_id": 2}, tokenizer_config={"eos_token": "<|eot|>"})
+    ModelConfig.from_directory(tmp_path)  # there is no tokenizer yet
+    (tmp_path / name).write_bytes(content)
+    message = (
+        r"config.json names the end token '<\|eot\|>', whose id .* to tokenizer.json, or name .* in generation_conf"
+    )
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_directory(tmp_path)
+    write(tmp_path, {"eos_token_id": 2}, generation_config={"eos_token_id": 9})
+    caplog.clear()
+    assert ModelConfig.from_directory(tmp_path).eos_token_ids == (2, 9)
+    assert "whose id no file there tells; it is not used" in caplog.text
 
 
 def test_tokens_beyond_the_model_are_refused_and_a_padded_vocabulary_is_not(tmp_path):
