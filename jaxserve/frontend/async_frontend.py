@@ -234,7 +234,7 @@ class AsyncFrontEnd:
     ) -> AsyncIterator[Delta]:
         """`submit`, then its deltas; the errors of `submit` come with the first step of the iteration.
 
-        An iteration that is left early should be closed (`contextlib.aclosing`); then, as when its task is cancelled,
+        An iteration that is left early should be closed (`contextlib.aclosing`); then, as when its task is canceled,
         the request is aborted.
         """
         async with await self.submit(prompt, params, **identity) as stream:

@@ -78,6 +78,14 @@ def test_hostile_text_is_cut_where_that_is_safe(name, text):
     assert max(len(piece) for piece, _ in Encoder(kind(name), 50).pieces(text)) <= 50
 
 
+def test_what_is_remembered_of_pairs_is_bounded(monkeypatch):
+    monkeypatch.setattr("jaxserve.frontend.cuts._MAX_KNOWN", 50)
+    encoder = Encoder(kind("Llama 3"), 10)
+    text = "".join(map(chr, range(0x4E00, 0x4E00 + 2000)))
+    assert "".join(piece for piece, _ in encoder.pieces(text)) == text
+    assert len(encoder._cuts._known) <= 50
+
+
 def test_what_cannot_be_cut_stays_whole():
     """One word for the model, however long: BPE may merge anywhere in it."""
     text = "x" * 300 + " and " + "y" * 300
