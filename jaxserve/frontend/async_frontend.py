@@ -248,7 +248,7 @@ class AsyncFrontEnd:
     async def work(self, steps: Steps[T], num_bytes: int) -> T:
         """The result of `steps`, which work on so many bytes, in threads where these are many. Raises as they do.
 
-        Raises EngineDeadError when the front end is closed meanwhile.
+        Raises EngineDeadError when the front end is closed meanwhile, and QueueFullError where too much text waits.
         """
         if num_bytes <= SHORT_TEXT:
             return finish(steps)
