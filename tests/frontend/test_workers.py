@@ -218,9 +218,10 @@ def test_what_waits_is_bounded():
 
 
 @pytest.mark.parametrize(
-    ("size", "other", "most"), [(LONG, SHORT, MAX_WAITING_BYTES // LONG), (5000, LONG, MAX_WAITING)]
+    ("number", "size", "other", "most"),
+    [(100, LONG, SHORT, MAX_WAITING_BYTES // LONG), (2000, 5000, LONG, MAX_WAITING)],
 )
-def test_many_texts_are_refused_and_those_of_the_other_size_are_not(size, other, most):
+def test_many_texts_are_refused_and_those_of_the_other_size_are_not(number, size, other, most):
     async def scenario():
         workers, gate, free = Workers(), Gate(), Gate()
         free.open.set()
