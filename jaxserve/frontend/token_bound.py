@@ -69,9 +69,9 @@ class TokenBound:
 def _check_steps(backend: tokenizers.Tokenizer) -> tuple[bool, int] | None:
     """Whether tokens are of bytes, and of how many bytes at most the normalizer makes one.
 
-    There is no bound, None, where a text can lose characters before the model sees it (stripping, dropped whitespace, added
-    tokens that take the whitespace beside them), and none where the model drops what it does not know or makes one
-    token of any amount of it.
+    There is no bound, None, where a text can lose characters before the model sees it (stripping, dropped whitespace,
+    added tokens that take the whitespace beside them), and none where the model drops what it does not know or makes
+    one token of any amount of it.
     """
     byte_level, shrink = False, 1
     for spec in component_specs(backend.normalizer, "Sequence", "normalizers"):
