@@ -92,7 +92,7 @@ def in_turn(sides: Sequence[Any], run: Callable[[Any, int], float], rounds: int)
     """Output tokens a second of [after, before] in each round, one warm-up round before, and their ratios."""
     found: list[list[float]] = []
     for repeat in range(rounds + 1):
-        order = (0, 1) if repeat % 2 else (1, 0)  # so that a drift favours neither
+        order = (0, 1) if repeat % 2 else (1, 0)  # so that a drift favors neither
         rates = dict(sorted((number, run(sides[number], repeat)) for number in order))
         if repeat:
             found.append([rates[0], rates[1]])

@@ -138,28 +138,33 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 calls.opened(call)
                 task.add_done_callback(functools.partial(_close, calls, call))
                 context = CallContext(grpc_context, call, calls, handler)
+                last = failed = None
                 try:
-                    requests = context.requests() if handler.request_streaming else await context.request()
-                    last = await run(handler, requests, context)
+                    holder = [context.requests() if handler.request_streaming else await context.request()]
+                    last = await run(handler, holder, context)
                 except CallError as error:
-                    await context.abort(error.status.code, error.status.details, error.status.metadata)
-                    raise  # never reached: abort raises
+                    failed = error.status
+                # gRPC keeps the error that `abort` raises until the garbage collector finds the circle, and with it
+                # the frames that it passed and the error before it. So none of these may hold the message, which may
+                # be large.
+                if failed is not None:
+                    await context.abort(failed.code, failed.details, failed.metadata)
                 calls.writes(call, len(last or b""))  # gRPC sends it, and the status, when this returns
                 return last
 
         return bounded
 
 
-async def _answer(handler: Any, requests: Any, context: CallContext) -> bytes:
-    """Runs a handler with one answer, and returns that."""
+async def _answer(handler: Any, holder: list[Any], context: CallContext) -> bytes:
+    """Runs a handler with one answer, and returns that. holder: the request, or the requests, taken out of it."""
     behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
-    return handler.response_serializer(await behavior(requests, context))
+    return handler.response_serializer(await behavior(holder.pop(), context))
 
 
-async def _stream(handler: Any, requests: Any, context: CallContext) -> None:
-    """Runs a handler with any number of answers, which it yields or writes by itself."""
+async def _stream(handler: Any, holder: list[Any], context: CallContext) -> None:
+    """Runs a handler with any number of answers, which it yields or writes by itself. holder: as for `_answer`."""
     behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
-    answers = behavior(requests, context)
+    answers = behavior(holder.pop(), context)
     if not hasattr(answers, "__aiter__"):
         await answers
         return

@@ -2,7 +2,7 @@
 
 A call waits for its client in two places. Its request message may never arrive in whole, and what it answers may never
 be taken: the message then stands in gRPC's flow control, and whatever awaits the write with it. gRPC bounds neither,
-and cannot tell the client of the second: the status stands behind the message. Such a call is cancelled.
+and cannot tell the client of the second: the status stands behind the message. Such a call is canceled.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class OpenCalls:
         return used
 
     async def watch(self) -> None:
-        """Keeps the bounds, until cancelled."""
+        """Keeps the bounds, until canceled."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
@@ -241,7 +241,7 @@ def note_rpc_tasks(loop: asyncio.AbstractEventLoop) -> None:
     """Lets `rpc_task` find the tasks of calls that servers on this loop take from now on.
 
     grpc.aio offers no way to cancel a call from the server's side. It holds each one in a task, which waits for the
-    call's end and runs the handler in a second task; the call is cancelled when both are. (Two calls may outlast that
+    call's end and runs the handler in a second task; the call is canceled when both are. (Two calls may outlast that
     until their connection closes: grpc.aio keeps the first one of the method registered last, and the latest of all.)
     """
     previous = loop.get_task_factory()

@@ -107,7 +107,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Ends the connection; unfinished calls are cancelled."""
+        """Ends the connection; unfinished calls are canceled."""
         self._channel.close()
 
     def generate(
@@ -201,7 +201,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Ends the connection; unfinished calls are cancelled."""
+        """Ends the connection; unfinished calls are canceled."""
         await self._channel.close()
 
     async def generate(

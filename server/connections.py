@@ -96,7 +96,7 @@ class ConnectionGuard:
         self._last_log = -_LOG_SECONDS
 
     async def watch(self) -> None:
-        """Keeps the bound, until cancelled."""
+        """Keeps the bound, until canceled."""
         while True:
             before, closed = time.thread_time(), 0
             try:

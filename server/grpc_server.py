@@ -22,7 +22,7 @@ from server import health
 from server.call_interceptor import CallInterceptor
 from server.calls import OpenCalls, note_rpc_tasks
 from server.connections import ConnectionGuard, connection_limit, reserve
-from server.memory import return_memory
+from server.memory_return import return_memory
 from server.oversized import OversizedInterceptor
 from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from server.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc

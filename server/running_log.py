@@ -82,7 +82,7 @@ def busy_line(before: EngineStats, now: EngineStats, seconds: float) -> str | No
 
 
 async def log_while_busy(stats: Callable[[], EngineStats], interval: float = INTERVAL_SECONDS) -> None:
-    """Logs a line every `interval` seconds in which the engine did something, until cancelled."""
+    """Logs a line every `interval` seconds in which the engine did something, until canceled."""
     before, since = stats(), time.monotonic()
     while True:
         await asyncio.sleep(interval)

@@ -1,7 +1,7 @@
 """The JaxServe service: each RPC in terms of the front end.
 
 A request's life here: read the message, submit it to the front end with the earlier of its two deadlines, write every
-delta as it comes, and on any way out but the last delta (the client gone, cancelled, too late) abort it at once.
+delta as it comes, and on any way out but the last delta (the client gone, canceled, too late) abort it at once.
 """
 
 # ruff: noqa: N802  the names of RPCs are those of the proto

@@ -173,6 +173,11 @@ def test_what_would_change_the_answer_is_refused_by_name(tmp_path, tokenizer, fi
         ({"role": "assistant", "content": None}, "<assistant>"),
         ({"role": "assistant", "content": None, "refusal": "no"}, "<assistant>no"),
         ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, "<assistant>no"),
+        ({"role": "assistant", "content": [{"type": "text", "text": "x", "annotations": []}]}, "<assistant>x"),
+        (
+            {"role": "assistant", "content": [{"type": "text", "text": "x", "annotations": None, "logprobs": []}]},
+            "<assistant>x",
+        ),
         ({"role": "tool", "content": "x", "tool_call_id": "call_1"}, "<toolcall_1>x"),
         ({"role": "function", "content": "x", "name": "f"}, "<functionf>x"),
     ],
@@ -205,6 +210,14 @@ def test_messages(tmp_path, tokenizer, message, text):
         ({"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}, "content[0].type is 'refusal'; only text"),
         ({"role": "user", "content": [{"type": "text", "text": None}]}, "content[0].text is None; it must be text"),
         ({"role": "user", "content": [{"type": "text"}]}, "content[0].text is None; it must be text"),
+        (
+            {"role": "assistant", "content": [{"type": "text", "text": "x", "annotations": [{"type": "url"}]}]},
+            "content[0].annotations is [{'type': 'url'}]; only [] is supported",
+        ),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "x", "annotations": []}]},
+            "content[0] has the unknown field 'annotations'",
+        ),
         ({"role": "user", "content": [{"type": "text", "text": "x", "b": 1}]}, "content[0] has the unknown field 'b'"),
         ({"role": "user", "content": "x", "name": 7}, "name is 7; it must be text"),
         ({"role": "user", "content": "x", "refusal": "no"}, "refusal is 'no'; only an assistant's message has one"),

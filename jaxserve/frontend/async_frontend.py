@@ -234,7 +234,7 @@ class AsyncFrontEnd:
     ) -> AsyncIterator[Delta]:
         """`submit`, then its deltas; the errors of `submit` come with the first step of the iteration.
 
-        An iteration that is left early should be closed (`contextlib.aclosing`); then, as when its task is cancelled,
+        An iteration that is left early should be closed (`contextlib.aclosing`); then, as when its task is canceled,
         the request is aborted.
         """
         async with await self.submit(prompt, params, **identity) as stream:
@@ -248,7 +248,7 @@ class AsyncFrontEnd:
     async def work(self, steps: Steps[T], num_bytes: int) -> T:
         """The result of `steps`, which work on so many bytes, in threads where these are many. Raises as they do.
 
-        Raises EngineDeadError when the front end is closed meanwhile.
+        Raises EngineDeadError when the front end is closed meanwhile, and QueueFullError where too much text waits.
         """
         if num_bytes <= SHORT_TEXT:
             return finish(steps)

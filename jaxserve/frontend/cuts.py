@@ -21,6 +21,9 @@ from jaxserve.frontend.pattern import Pattern, UnsupportedError, is_stable
 _BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """The expression by which the ByteLevel pre-tokenizer splits, GPT-2's."""
 
+_MAX_KNOWN = 64 * 1024
+"""Pairs of characters whose answer is remembered, some 10 MB; clients choose how many pairs there are."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Seam:
@@ -74,6 +77,8 @@ class Cuts:
             pair = text[place - 1 : place + 1]
             safe = known.get(pair)
             if safe is None:
+                if len(known) >= _MAX_KNOWN:
+                    known.clear()
                 safe = known[pair] = self._allows(*pair)
             if safe and (not self._dropped or self._may_drop(text, place)):
                 return place

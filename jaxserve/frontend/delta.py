@@ -17,7 +17,7 @@ class DuplicateRequestError(FrontEndError):
 
 
 class QueueFullError(FrontEndError):
-    """As many requests are unfinished as may run and wait; try again later."""
+    """As many requests are unfinished, or as much text waits to be tokenized, as may be; try again later."""
 
 
 class DeadlineError(FrontEndError):

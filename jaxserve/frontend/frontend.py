@@ -144,7 +144,7 @@ class FrontEnd:
         deadline: float | None = None,
         cache_salt: str = "",
     ) -> str:
-        """Tokenises, validates and sends a request; returns its id (a new one when request_id is None).
+        """Tokenizes, validates and sends a request; returns its id (a new one when request_id is None).
 
         params.seed None draws a seed. deadline: seconds of `time.time`.
         Raises ValueError (the request can never be valid), InfeasibleError (never on this server),
@@ -176,7 +176,7 @@ class FrontEnd:
         return self._preparation
 
     def check_accepting(self) -> None:
-        """Raises QueueFullError or EngineDeadError where `start` would, before a prompt is tokenised for nothing."""
+        """Raises QueueFullError or EngineDeadError where `start` would, before a prompt is tokenized for nothing."""
         if self._failure:
             raise EngineDeadError(f"the engine has ended: {self._failure}")
         if not self.has_room:
@@ -191,7 +191,7 @@ class FrontEnd:
             )
 
     def check_new(self, request_id: str | None, deadline: float | None) -> None:
-        """Raises DuplicateRequestError or DeadlineError where `start` would, before a prompt is tokenised for nothing.
+        """Raises DuplicateRequestError or DeadlineError where `start` would, before a prompt is tokenized for nothing.
 
         What is no valid id or time is left to `prepare`.
         """

@@ -58,6 +58,9 @@ _NEUTRAL_IN_MESSAGE: Mapping[str, Sequence[Any]] = {
     "audio": (),
     "annotations": ([],),
 }
+_NEUTRAL_IN_PART: Mapping[str, Sequence[Any]] = {"annotations": ([],), "logprobs": ([],)}
+"""Fields of an assistant's part, as OpenAI's answers have them."""
+
 _MESSAGE_TEXTS = ("name", "refusal", "tool_call_id")
 _PART_TEXTS = ("text", "refusal")
 
@@ -219,9 +222,10 @@ def _parse_content(where: str, content: Any, role: str) -> str:
         kind = part.get("type")
         if kind not in types:
             raise ValueError(f"{where}[{index}].type is {shown(kind)}; only {' and '.join(types)} is supported")
-        unknown = sorted(name for name, value in part.items() if name not in ("type", kind) and value is not None)
-        if unknown:
-            raise ValueError(f"{where}[{index}] has the unknown field {unknown[0]!r}; known are type, {kind}")
+        for name in sorted(name for name, value in part.items() if name not in ("type", kind) and value is not None):
+            if role != "assistant" or name not in _NEUTRAL_IN_PART:
+                raise ValueError(f"{where}[{index}] has the unknown field {name!r}; known are type, {kind}")
+            _check_neutral(f"{where}[{index}].{name}", part[name], _NEUTRAL_IN_PART[name])
         _check_text(f"{where}[{index}].{kind}", part.get(kind))
         texts.append(part[kind])
     return "\n".join(texts)

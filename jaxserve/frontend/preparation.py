@@ -19,7 +19,7 @@ from jaxserve.shown import shown
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A tokenised and validated request, ready for `FrontEnd.start`. max_tokens is resolved."""
+    """A tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]

@@ -28,6 +28,10 @@ _WALL_FACTOR = 5.0
 _MAX_ERROR = 500
 
 
+class TemplateProcessError(ChildProcessError):
+    """The process for chat templates cannot be started, whatever the conversation."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TemplateBudget:
     """What one conversation may take: seconds of computing, characters of output, bytes of memory beyond the start."""
@@ -51,7 +55,8 @@ class TemplateRenderer:
         """The text of a conversation, up to where the answer begins.
 
         special_tokens: texts that the template may use, such as bos_token.
-        Raises ValueError, one line, for what the template raises and for a budget that it exceeds.
+        Raises ValueError, one line, for what the template raises and for a budget that it exceeds, and
+        TemplateProcessError where the process does not start.
         """
         request = json.dumps(
             {
@@ -61,13 +66,9 @@ class TemplateRenderer:
             }
         ).encode()
         with self._lock:
-            if self._worker is None:
-                self._worker = self._start()
-            answer = self._worker.ask(request, _WALL_FACTOR * self._budget.seconds)
-            fault = self._worker.fault if answer is None else ""
-            if answer is None or answer.get("last"):
-                self._worker.end()
-                self._worker = None
+            answer, fault = self._ask(request)
+            if fault:  # others end processes, too: the system that runs out of memory, an operator
+                answer, fault = self._ask(request)
         if answer is None:
             seconds = self._budget.seconds
             raise ValueError(fault or f"the chat template takes more than its budget of {seconds:g} s for messages")
@@ -75,13 +76,29 @@ class TemplateRenderer:
             raise ValueError(answer["error"])
         return answer["text"]
 
+    def _ask(self, request: bytes) -> tuple[dict[str, Any] | None, str]:
+        """The answer of a process that runs; None with what ended it, or with nothing where its time was over."""
+        if self._worker is not None and self._worker.has_ended:
+            self._worker.end()
+            self._worker = None
+        worker = self._worker = self._worker or self._start()
+        answer = worker.ask(request, _WALL_FACTOR * self._budget.seconds)
+        fault = worker.fault if answer is None else ""
+        if answer is None or answer.get("last"):
+            worker.end()
+            self._worker = None
+        return answer, fault
+
     def _start(self) -> _Worker:
-        worker = _Worker()
+        try:
+            worker = _Worker()
+        except OSError as error:
+            raise TemplateProcessError(f"the process for chat templates cannot be started: {error}") from error
         budget = json.dumps(dataclasses.asdict(self._budget)).encode()
         if worker.ask(budget, _START_SECONDS) is None:
             fault = worker.fault or f"the process for chat templates has not started within {_START_SECONDS:g} s"
             worker.end()
-            raise ValueError(fault)
+            raise TemplateProcessError(fault)
         return worker
 
 
@@ -93,9 +110,13 @@ class _Worker:
         with theirs:
             command = [sys.executable, "-m", "jaxserve.frontend.template_worker", str(theirs.fileno())]
             # A session of its own: signals to our group are ours to answer.
-            self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
-            )
+            try:
+                self._process = subprocess.Popen(
+                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+                )
+            except OSError:
+                self._socket.close()
+                raise
         self._reader = FrameReader(self._socket)
         self._timed_out = False
         self.end = weakref.finalize(self, _end, self._process, self._socket)
@@ -112,6 +133,10 @@ class _Worker:
         except ConnectionError:  # it has ended before it read everything
             return None
         return None if payloads is None else json.loads(payloads[0])
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
 
     @property
     def fault(self) -> str:

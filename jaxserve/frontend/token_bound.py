@@ -12,6 +12,9 @@ from jaxserve.frontend.cuts import byte_symbols, component_specs, has_all_byte_t
 
 _GROWING = ("Prepend", "ByteLevel")
 """Normalizers that never shorten a text."""
+_SHRINKING = {"NFC": 4, "NFD": 3, "NFKC": 4, "NFKD": 4, "Lowercase": 3}
+"""Normalizers that make at least one byte of so many: of three characters of 7 bytes, U+1FBE U+0308 U+0301, NFC makes
+U+0390 of 2; NFKC makes letters of mathematical ones."""
 _KEEPING = ("ByteLevel", "Metaspace", "Digits", "UnicodeScripts")
 """Pre-tokenizers that never drop a character."""
 
@@ -26,13 +29,19 @@ class TokenBound:
     def __init__(self, backend: tokenizers.Tokenizer):
         self._longest: int | None = None
         self._shares: np.ndarray | None = None
-        byte_level = _check_steps(backend)
-        if byte_level is None:
+        self._only_ascii = False
+        found = _check_steps(backend)
+        if found is None:
             return
+        byte_level, shrink = found
         texts = _token_texts(backend, byte_level)
-        self._longest = max(map(len, texts), default=1)
-        if backend.normalizer is None:  # else the bytes of a text are not those of its tokens
-            self._shares = _shares(texts, self._longest)
+        longest = max(map(len, texts), default=1)
+        self._longest = longest * shrink
+        # Other normalizers may leave no byte of a text as it is, and normal forms leave ASCII.
+        kinds = {spec["type"] for spec in component_specs(backend.normalizer, "Sequence", "normalizers")}
+        if kinds <= {"NFC", "NFD", "NFKC", "NFKD"}:
+            self._only_ascii = bool(kinds)
+            self._shares = _shares(texts, longest)
 
     @property
     def bytes_per_token(self) -> int | None:
@@ -49,7 +58,7 @@ class TokenBound:
         A token gives each of its bytes an equal share of one. No byte has less than that of the longest token that it
         is in, so the sum over a text is at most the number of its tokens.
         """
-        if self._shares is None:
+        if self._shares is None or (self._only_ascii and not data.isascii()):
             return self.of_size(len(data))
         counts = np.zeros(256, np.int64)
         for start in range(0, len(data), _BLOCK):
@@ -57,25 +66,27 @@ class TokenBound:
         return -(-int(counts @ self._shares) // _WHOLE)
 
 
-def _check_steps(backend: tokenizers.Tokenizer) -> bool | None:
-    """Whether tokens are of bytes; None where there is no bound.
+def _check_steps(backend: tokenizers.Tokenizer) -> tuple[bool, int] | None:
+    """Whether tokens are of bytes, and of how many bytes at most the normalizer makes one.
 
-    There is none where a text can lose characters before the model sees it (normal forms, stripping, dropped
-    whitespace, added tokens that take the whitespace beside them), and none where the model drops what it does not
-    know or makes one token of any amount of it.
+    There is no bound, None, where a text can lose characters before the model sees it (stripping, dropped whitespace,
+    added tokens that take the whitespace beside them), and none where the model drops what it does not know or makes
+    one token of any amount of it.
     """
-    byte_level = False
+    byte_level, shrink = False, 1
     for spec in component_specs(backend.normalizer, "Sequence", "normalizers"):
-        byte_level = byte_level or spec["type"] == "ByteLevel"
-        if not _never_shortens(spec):
+        if spec["type"] in _SHRINKING and not byte_level:  # behind ByteLevel characters stand for bytes
+            shrink *= _SHRINKING[spec["type"]]
+        elif not _never_shortens(spec):
             return None
+        byte_level = byte_level or spec["type"] == "ByteLevel"
     for spec in component_specs(backend.pre_tokenizer, "Sequence", "pretokenizers"):
         byte_level = byte_level or spec["type"] == "ByteLevel"
         if not (spec["type"] in _KEEPING or (spec["type"] in ("Split", "Punctuation") and _keeps(spec["behavior"]))):
             return None
     if any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values()):
         return None
-    return byte_level if _unknown_is_bounded(backend, byte_level) else None
+    return (byte_level, shrink) if _unknown_is_bounded(backend, byte_level) else None
 
 
 def _token_texts(backend: tokenizers.Tokenizer, byte_level: bool) -> list[bytes]:

@@ -2,18 +2,18 @@
 
 Work comes in steps (see `steps`), and between two steps others get their turn. Native calls let go of the interpreter
 lock, so the event loop goes on meanwhile. Long texts have threads and a budget of their own: a short one never waits
-behind them, and what they hold in memory is bounded, however many there are.
+behind them, and what they hold in memory is bounded, however many there are: those that wait, too.
 """
 
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from jaxserve.frontend.delta import QueueFullError
 from jaxserve.frontend.encoding import PIECE_CHARACTERS
 from jaxserve.frontend.memory import return_freed_memory
 from jaxserve.frontend.steps import Steps
@@ -22,6 +22,10 @@ T = TypeVar("T")
 
 MAX_BYTES = 16 * 1024 * 1024
 """Bytes of text that are worked on at one time; what is larger by itself is worked on alone."""
+
+MAX_WAITING_BYTES = 64 * 1024 * 1024
+MAX_WAITING = 1024
+"""Bytes and number of the texts that may wait behind those, of short and of long ones each."""
 
 _SHORT_BYTES = 256 * 1024
 """Bytes up to which a text is short."""
@@ -33,29 +37,46 @@ class WorkersClosedError(RuntimeError):
 
 
 class ByteBudget:
-    """Bounds the bytes that are worked on at one time; who comes first is served first. For one event loop."""
+    """Bounds the bytes that are worked on at one time; who comes first is served first. For one event loop.
 
-    def __init__(self, limit: int):
+    max_waiting_bytes, max_waiting: what may wait, together; one may always.
+    """
+
+    def __init__(self, limit: int, max_waiting_bytes: int = MAX_WAITING_BYTES, max_waiting: int = MAX_WAITING):
         self._limit = limit
+        self._max_waiting_bytes = max_waiting_bytes
+        self._max_waiting = max_waiting
         self._held = 0
-        self._waiting: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
+        self._waiting: dict[asyncio.Future[None], int] = {}
+        self._waiting_bytes = 0
 
     @property
     def held(self) -> int:
         """Bytes that are worked on."""
         return self._held
 
+    @property
+    def waiting(self) -> int:
+        """Bytes that wait."""
+        return self._waiting_bytes
+
     async def acquire(self, num_bytes: int) -> None:
-        """Waits until so many bytes more may be worked on; more than the whole budget, until nothing else is."""
+        """Waits until so many bytes more may be worked on; more than the whole budget, until nothing else is.
+
+        Raises QueueFullError, at once, where too much waits already.
+        """
+        self._check_waiting(num_bytes)
         granted = asyncio.get_running_loop().create_future()
-        self._waiting.append((num_bytes, granted))
+        self._waiting[granted] = num_bytes
+        self._waiting_bytes += num_bytes
         self._grant()
         try:
             await granted
         except asyncio.CancelledError:
             if granted.done() and not granted.cancelled():  # granted and canceled at the same time
                 self.release(num_bytes)
-            else:
+            elif granted in self._waiting:
+                self._leave(granted)
                 self._grant()  # whoever waited behind it
             raise
 
@@ -66,19 +87,35 @@ class ByteBudget:
 
     def close(self) -> None:
         """Ends every wait with WorkersClosedError."""
-        for _, granted in self._waiting:
+        for granted in list(self._waiting):
+            self._leave(granted)
             if not granted.done():
                 granted.set_exception(WorkersClosedError())
 
+    def _check_waiting(self, num_bytes: int) -> None:
+        if self._waiting and self._waiting_bytes + num_bytes > self._max_waiting_bytes:
+            raise QueueFullError(
+                f"{self._waiting_bytes} bytes of text wait to be tokenized; at most {self._max_waiting_bytes} bytes may"
+                f" wait, and this text has {num_bytes}: try again later"
+            )
+        if len(self._waiting) >= self._max_waiting:
+            raise QueueFullError(
+                f"{len(self._waiting)} texts wait to be tokenized; at most {self._max_waiting} may wait: try again"
+                " later"
+            )
+
     def _grant(self) -> None:
         while self._waiting:
-            num_bytes, granted = self._waiting[0]
+            granted, num_bytes = next(iter(self._waiting.items()))
             if not granted.done():
                 if self._held and self._held + num_bytes > self._limit:
                     return
                 self._held += num_bytes
                 granted.set_result(None)
-            self._waiting.popleft()
+            self._leave(granted)
+
+    def _leave(self, granted: asyncio.Future[None]) -> None:
+        self._waiting_bytes -= self._waiting.pop(granted)
 
 
 class Workers:
@@ -94,7 +131,8 @@ class Workers:
     async def run(self, steps: Steps[T], num_bytes: int) -> T:
         """The result of `steps`, which work on so many bytes. The first step is taken at once, on the loop.
 
-        Raises what a step raises, and WorkersClosedError. Canceled, it takes no further step.
+        Raises what a step raises, WorkersClosedError, and QueueFullError where too much text waits already.
+        Canceled, it takes no further step.
         """
         first = _advance(steps)
         if first.done:

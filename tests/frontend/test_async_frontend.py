@@ -243,7 +243,7 @@ def test_errors_are_raised_by_submit(tokenizer):
     run(scenario())
 
 
-def test_a_large_prompt_is_tokenised_in_a_thread(tokenizer):
+def test_a_large_prompt_is_tokenized_in_a_thread(tokenizer):
     async def scenario():
         engine = HandPlayedEngine(max_model_len=20000, max_prompt_len=20000, num_pages=2000)
         async with serving(engine, tokenizer) as front_end:

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from jaxserve.frontend.encoding import PIECE_CHARACTERS, Encoder
 from jaxserve.frontend.pattern import Pattern, UnsupportedError
-from jaxserve.frontend.token_bound import TokenBound
+from jaxserve.frontend.token_bound import _SHRINKING, TokenBound
 from tests.frontend.tokenizer_kinds import CORPUS, KINDS, LLAMA_3, PARTS, kind
 from tests.frontend.tokenizers_for_tests import byte_fallback, byte_level, load, metaspace
 
@@ -76,6 +76,14 @@ def test_ordinary_text_is_cut_with_every_kind(name):
 )
 def test_hostile_text_is_cut_where_that_is_safe(name, text):
     assert max(len(piece) for piece, _ in Encoder(kind(name), 50).pieces(text)) <= 50
+
+
+def test_what_is_remembered_of_pairs_is_bounded(monkeypatch):
+    monkeypatch.setattr("jaxserve.frontend.cuts._MAX_KNOWN", 50)
+    encoder = Encoder(kind("Llama 3"), 10)
+    text = "".join(map(chr, range(0x4E00, 0x4E00 + 2000)))
+    assert "".join(piece for piece, _ in encoder.pieces(text)) == text
+    assert len(encoder._cuts._known) <= 50
 
 
 def test_what_cannot_be_cut_stays_whole():
@@ -174,11 +182,12 @@ def test_the_bound_is_the_longest_token():
 @pytest.mark.parametrize(
     "backend",
     [
-        with_normalizer(normalizers.NFC()),
         with_normalizer(normalizers.Strip()),
+        with_normalizer(normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])),
+        with_normalizer(normalizers.Sequence([normalizers.ByteLevel(), normalizers.Lowercase()])),
         with_normalizer(normalizers.Replace("  ", " ")),
         with_normalizer(normalizers.Replace(Regex(" +"), " ")),
-        with_normalizer(normalizers.Lowercase()),
+        with_normalizer(normalizers.StripAccents()),
         with_split(pre_tokenizers.WhitespaceSplit()),
         with_split(pre_tokenizers.Split(" ", "removed")),
         with_split(pre_tokenizers.Punctuation("removed")),
@@ -205,6 +214,79 @@ def test_letters_count_by_the_longest_token_that_they_are_in():
     assert bound.of_text(b"x" * 800) == 800
     assert bound.of_text(b"x" * 400 + b" " * 80 + b"nmlk" * 10) == 411
     assert bound.of_text("好".encode() * 100_000) == 300_000
+
+
+SHRINKING = (
+    *("\u212a", "\u1fef", "\u1fbe\u0308\u0301", "\u1100\u1161\u11a8", "\u1f82", "\ufb03", "\U0001f149"),
+    "\u2126\u0313\u0342\u0345",
+)
+"""What normal forms and lower case make much shorter."""
+
+
+@pytest.mark.parametrize("name", ["Qwen", "NFD", "NFKC, lowercase", "NFKD, byte fallback"])
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.lists(st.sampled_from([*SHRINKING, " ", "a", "é", "K"]), max_size=60).map("".join),
+    number=st.integers(1, 9),
+)
+def test_the_bound_holds_for_what_normal_forms_shorten(name, text, number):
+    text *= number
+    assert bound_of(name).bytes_per_token
+    num_tokens = len(kind(name).encode(text, add_special_tokens=False).ids)
+    assert num_tokens >= bound_of(name).of_text(text.encode()) >= bound_of(name).of_size(len(text.encode()))
+
+
+@pytest.mark.parametrize("text", SHRINKING)
+@pytest.mark.parametrize("form", _SHRINKING)
+def test_a_token_of_a_shortened_text_is_within_the_bound(form, text):
+    """The whole normalized text is one token."""
+    backend = with_normalizer(getattr(normalizers, form)())
+    backend.add_tokens([AddedToken(backend.normalizer.normalize_str(text * 30), normalized=True)])
+    assert len(backend.encode(text * 30, add_special_tokens=False).ids) == 1
+    assert TokenBound(backend).of_text((text * 30).encode()) == 1
+
+
+def test_no_character_is_shortened_more_than_the_bound_allows():
+    """Each character that a form leaves is given all bytes that could have become it, in every version of Unicode.
+
+    A character of a decomposition has the largest share of a character that decomposes to it and others. A text, its
+    decomposition and its composition have the same decomposition, up to order, so these shares add up to its bytes.
+    """
+    planes = (*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE1000))  # the others have no characters
+    characters = list(map(chr, planes))
+    for decompose, compose in (("NFD", "NFC"), ("NFKD", "NFKC")):
+        decomposed = dict(
+            zip(characters, map(getattr(normalizers, decompose)().normalize_str, characters), strict=True)
+        )
+        shares: dict[str, float] = {}
+        for character, parts in decomposed.items():
+            for part in parts:
+                shares[part] = max(shares.get(part, 0.0), size(character) / len(parts))
+        most = max(share / size(part) for part, share in shares.items())
+        assert _SHRINKING[decompose] - 1 < most <= _SHRINKING[decompose]
+        form = getattr(normalizers, compose)()
+        most = max(
+            sum(map(shares.__getitem__, parts)) / size(character)
+            for character, parts in decomposed.items()
+            if len(parts) == 1 or form.normalize_str(character) == character
+        )
+        assert _SHRINKING[compose] - 1 < most <= _SHRINKING[compose]
+    lower = normalizers.Lowercase().normalize_str
+    assert max(size(character) / size(lower(character)) for character in characters) == _SHRINKING["Lowercase"]
+
+
+def size(text):
+    return len(text.encode())
+
+
+def test_a_normal_form_leaves_ascii_to_its_letters():
+    backend = with_normalizer(normalizers.NFC())
+    backend.add_tokens([" " * 80])
+    bound = TokenBound(backend)
+    assert bound.bytes_per_token == 320
+    assert bound.of_text(b"x" * 800) == 800
+    assert bound.of_text(b"x" * 797 + "好".encode()) == 3
+    assert longest(with_normalizer(normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()]))) == 45
 
 
 # ---- patterns --------------------------------------------------------------------------------------------------------

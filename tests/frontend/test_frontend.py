@@ -57,7 +57,7 @@ def output(front_end, request_id, token_ids=(), reason=None, error="", cached=0)
 # ---- what the engine is sent -----------------------------------------------------------------------------------------
 
 
-def test_a_text_prompt_is_tokenised_and_resolved(front_end, engine, tokenizer):
+def test_a_text_prompt_is_tokenized_and_resolved(front_end, engine, tokenizer):
     params = SamplingParams(temperature=1, top_k=-1, top_p=0.5, min_p=0.25, seed=7, min_tokens=3, stop_token_ids=(9, 2))
     request_id = front_end.submit("hi", params, tenant="t", priority=3, deadline=1001.5, cache_salt="s")
     (request,) = engine.requests.values()

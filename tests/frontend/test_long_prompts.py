@@ -5,13 +5,14 @@ import re
 from collections.abc import Sequence
 
 import pytest
+from tokenizers import normalizers
 
 from jaxserve.frontend.delta import DeadlineError, DuplicateRequestError
 from jaxserve.frontend.encoding import PIECE_CHARACTERS, Encoder
 from jaxserve.frontend.frontend import FrontEnd
 from jaxserve.request import InfeasibleError, SamplingParams
 from tests.frontend.fakes import HandPlayedEngine
-from tests.frontend.tokenizers_for_tests import load, metaspace
+from tests.frontend.tokenizers_for_tests import byte_level, load, metaspace
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 
@@ -73,6 +74,17 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(front_end, encod
         front_end.submit(text, GREEDY)
     least = int(re.search(r"at least (\d+)", str(caught.value))[1])
     assert least >= len(text) // 5  # the longest token, <pad>, has five bytes
+    assert not encoded
+
+
+@pytest.mark.parametrize("text", ["a" * 2**22, "好" * 2**20, "\u1fbe\u0308\u0301" * 2**19], ids=["a", "好", "ΐ"])
+@pytest.mark.parametrize("form", [normalizers.NFC(), normalizers.NFKC()], ids=["NFC", "NFKC"])
+def test_under_a_normal_form_what_cannot_fit_is_refused_unencoded_too(engine, tmp_path, encoded, form, text):
+    backend = byte_level()
+    backend.normalizer = form
+    front_end = FrontEnd(engine, load(tmp_path, backend))
+    with pytest.raises(ValueError, match=f"^prompt has {len(text)} characters, at least [0-9]+ tokens; "):
+        front_end.submit(text, GREEDY)
     assert not encoded
 
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from jaxserve.frontend.template import TemplateBudget, TemplateRenderer
+from jaxserve.frontend.template import TemplateBudget, TemplateProcessError, TemplateRenderer, _Worker
 
 BUDGET = TemplateBudget(seconds=0.3, characters=100_000, memory=256 * 1024 * 1024)
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<b>ö</b>"}]
@@ -90,7 +90,36 @@ def test_lone_surrogates_and_nothing_pass(renderer):
     assert renderer.render("", MESSAGES) == ""
 
 
-def test_a_process_that_cannot_work_is_named(monkeypatch):
-    monkeypatch.setattr("sys.executable", "/bin/false")
-    with pytest.raises(ValueError, match=r"^the process for chat templates ended with exit code 1$"):
+def test_a_process_that_was_ended_between_two_conversations_is_replaced(renderer):
+    assert renderer.render("ok", MESSAGES) == "ok"
+    renderer._worker._process.kill()
+    renderer._worker._process.wait()
+    assert renderer.render("ok", MESSAGES) == "ok"
+
+
+def test_a_process_that_is_ended_within_a_conversation_is_replaced_once(renderer, monkeypatch):
+    ask, number = _Worker.ask, []
+
+    def ask_and_kill(self, request, seconds):
+        if b"template" in request:
+            number.append(self._process.pid)
+            if len(number) in kills:
+                self._process.kill()
+        return ask(self, request, seconds)
+
+    monkeypatch.setattr(_Worker, "ask", ask_and_kill)
+    kills = (1,)
+    assert renderer.render("ok", MESSAGES) == "ok"
+    assert len(set(number)) == 2
+    kills = (3, 4)
+    with pytest.raises(ValueError, match=r"^the process for chat templates ended with exit code -9$"):
+        renderer.render("ok", MESSAGES)
+
+
+@pytest.mark.parametrize(
+    ("executable", "words"), [("/bin/false", "ended with exit code 1$"), ("/no/python", "cannot be started: ")]
+)
+def test_a_process_that_cannot_start_is_named_and_no_fault_of_the_request(monkeypatch, executable, words):
+    monkeypatch.setattr("sys.executable", executable)
+    with pytest.raises(TemplateProcessError, match=rf"^the process for chat templates {words}"):
         TemplateRenderer(BUDGET).render("hi", MESSAGES)

@@ -5,8 +5,16 @@ import threading
 
 import pytest
 
+from jaxserve.frontend.delta import QueueFullError
 from jaxserve.frontend.encoding import PIECE_CHARACTERS
-from jaxserve.frontend.workers import MAX_BYTES, ByteBudget, Workers, WorkersClosedError
+from jaxserve.frontend.workers import (
+    MAX_BYTES,
+    MAX_WAITING,
+    MAX_WAITING_BYTES,
+    ByteBudget,
+    Workers,
+    WorkersClosedError,
+)
 
 LONG = 4 * 1024 * 1024
 SHORT = 100_000
@@ -177,6 +185,57 @@ def test_who_waits_may_leave():
             await last
         budget.release(2)
         assert budget.held == 0
+
+    run(scenario())
+
+
+def test_what_waits_is_bounded():
+    async def scenario():
+        budget = ByteBudget(10, max_waiting_bytes=20, max_waiting=3)
+        await budget.acquire(10)
+        waiting = [asyncio.ensure_future(budget.acquire(size)) for size in (15, 5)]
+        await asyncio.sleep(0)
+        assert budget.waiting == 20
+        with pytest.raises(QueueFullError, match=r"^20 bytes of text wait to be tokenized; at most 20 bytes may"):
+            await budget.acquire(1)
+        waiting[0].cancel()
+        await asyncio.sleep(0)
+        assert budget.waiting == 5
+        waiting += [asyncio.ensure_future(budget.acquire(1)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFullError, match=r"^3 texts wait to be tokenized; at most 3 may wait: try again later"):
+            await budget.acquire(1)
+        budget.release(10)
+        await asyncio.gather(*waiting[1:])
+        assert (budget.held, budget.waiting) == (7, 0)
+        last = asyncio.ensure_future(budget.acquire(1000))  # however large, one may wait
+        await asyncio.sleep(0)
+        assert budget.waiting == 1000
+        budget.release(7)
+        await last
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("number", "size", "other", "most"),
+    [(100, LONG, SHORT, MAX_WAITING_BYTES // LONG), (2000, 5000, LONG, MAX_WAITING)],
+)
+def test_many_texts_are_refused_and_those_of_the_other_size_are_not(number, size, other, most):
+    async def scenario():
+        workers, gate, free = Workers(), Gate(), Gate()
+        free.open.set()
+        tasks = [asyncio.ensure_future(workers.run(gate.steps(), size)) for _ in range(number)]
+        await until(lambda: any(task.done() for task in tasks))
+        refused = [task for task in tasks if task.done()]
+        assert all(isinstance(task.exception(), QueueFullError) for task in refused)
+        waits = most + (MAX_BYTES * 3 // 4 // LONG if size == LONG else MAX_BYTES // 4 // size)
+        assert len(tasks) - len(refused) == waits
+        assert await workers.run(free.steps(), other) == "done"
+        gate.open.set()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert answers.count("done") == waits
+        workers.close()
 
     run(scenario())
 

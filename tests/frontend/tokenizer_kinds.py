@@ -135,6 +135,13 @@ KINDS = {
     "byte level": byte_level,
     "Llama 3": lambda: _regex_bpe(LLAMA_3),
     "Qwen": lambda: _regex_bpe(LLAMA_3.replace("{1,3}", ""), normalizer=normalizers.NFC()),
+    "NFD": lambda: _regex_bpe(LLAMA_3, normalizer=normalizers.NFD()),
+    "NFKC, lowercase": lambda: _regex_bpe(
+        LLAMA_3, normalizer=normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    ),
+    "NFKD, byte fallback": lambda: _sentencepiece_bpe(
+        normalizers.Sequence([normalizers.NFKD(), normalizers.Replace(" ", "▁")])
+    ),
     "o200k": lambda: _regex_bpe(O200K),
     "DeepSeek": lambda: _regex_bpe(*DEEPSEEK),
     "Llama 2": lambda: _sentencepiece_bpe(normalizers.Sequence(list(_LLAMA_2))),

@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.limits_config import LimitsConfig
-from server import connections, memory
+from server import connections, memory_return
 from server.client import AsyncClient, generate_request
 from server.connections import DescriptorError, connection_limit, reserve
 from server.grpc_server import GrpcServer
@@ -279,18 +279,18 @@ def test_a_server_with_too_few_descriptors_says_so_in_a_line(tmp_path):
 def test_memory_is_returned_when_the_process_has_grown(monkeypatch):
     sizes = iter([100, 150, 170, 210, 120, 130, 240, 240, 250])
     trimmed = []
-    monkeypatch.setattr(memory, "return_freed_memory", lambda: trimmed.append(seen[-1]))
+    monkeypatch.setattr(memory_return, "return_freed_memory", lambda: trimmed.append(seen[-1]))
 
     def resident() -> int:
         seen.append(next(sizes))
         return seen[-1]
 
     seen: list[int] = []
-    monkeypatch.setattr(memory, "resident_bytes", resident)
+    monkeypatch.setattr(memory_return, "resident_bytes", resident)
 
     async def body() -> None:
         with pytest.raises(RuntimeError, match="StopIteration"):
-            await memory.return_memory(check_seconds=0.0, growth_bytes=100)
+            await memory_return.return_memory(check_seconds=0.0, growth_bytes=100)
 
     asyncio.run(body())
     assert seen == [100, 150, 170, 210, 120, 130, 240, 240, 250]  # 210: returned, down to 120; 240: not to be returned
@@ -298,4 +298,4 @@ def test_memory_is_returned_when_the_process_has_grown(monkeypatch):
 
 
 def test_the_memory_of_this_process_is_found():
-    assert 1e7 < memory.resident_bytes() < 1e12
+    assert 1e7 < memory_return.resident_bytes() < 1e12

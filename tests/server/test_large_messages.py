@@ -1,6 +1,7 @@
 """Messages just under the size limit, over gRPC: refused early, or answered in full, with nobody else held up."""
 
 import asyncio
+import dataclasses
 import random
 import re
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from jaxserve.frontend.encoding import Encoder
 from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.frontend.workers import MAX_BYTES, MAX_WAITING_BYTES
 from jaxserve.request import SamplingParams
 from server import service
 from server.convert import refuse_unknown_fields
@@ -18,7 +20,7 @@ from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from server.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 from server.status import MAX_DETAILS
 from tests.server import harness
-from tests.server.fakes import save_tokenizer
+from tests.server.fakes import READY, EchoEngine, save_tokenizer
 from tests.server.harness import GREEDY, Served, health_of, run_served, status_of
 from tests.server.process import Process
 
@@ -101,6 +103,37 @@ def test_a_call_that_is_canceled_frees_its_place(tokenizer):
         assert len(await served.client.tokenize(text)) == len(text) + 1
 
     run_served(body, tokenizer)
+
+
+@pytest.mark.parametrize("rpc", ["Generate", "Tokenize", "Detokenize"])
+def test_too_much_text_that_waits_is_resource_exhausted(tokenizer, rpc):
+    ready = dataclasses.replace(READY, max_model_len=10**6, max_prompt_len=10**6, num_pages=10**6)
+
+    async def body(served: Served) -> None:
+        budget = served.frontend._workers._long.budget
+        await budget.acquire(MAX_BYTES)
+        waiting = asyncio.ensure_future(budget.acquire(MAX_WAITING_BYTES))
+        await asyncio.sleep(0)
+        text = "xy " * 100_000
+        client = served.client
+        make = {
+            "Generate": lambda: client.generate_text(text, GREEDY),
+            "Tokenize": lambda: client.tokenize(text),
+            "Detokenize": lambda: client.detokenize([70] * 20_000),
+        }[rpc]
+        code, details = await status_of(make())
+        assert code is Code.RESOURCE_EXHAUSTED
+        assert details.startswith(
+            f"{MAX_WAITING_BYTES} bytes of text wait to be tokenized; at most {MAX_WAITING_BYTES}"
+        )
+        assert len(await client.tokenize("abc " * 10_000)) > 10_000  # a short text does not wait for long ones
+        budget.release(MAX_BYTES)
+        await waiting
+        budget.release(MAX_WAITING_BYTES)
+        if rpc != "Generate":
+            assert await make()
+
+    run_served(body, tokenizer, EchoEngine(ready))
 
 
 def test_two_million_token_ids_are_refused_by_their_number(tokenizer):

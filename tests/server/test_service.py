@@ -7,10 +7,12 @@ import weakref
 
 import grpc
 import pytest
+from google.protobuf.message import DecodeError
 
 from jaxserve.engine.messages import EngineStats
 from jaxserve.frontend.delta import Cause, Delta
 from jaxserve.request import FinishReason, SamplingParams
+from server.call_interceptor import CallContext
 from server.client import generate_request, join
 from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from server.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
@@ -285,7 +287,7 @@ def test_an_unforeseen_error_is_internal_and_tells_no_more_than_its_kind(tokeniz
 
 @pytest.mark.parametrize("error", [grpc.aio.InternalError("write failed"), ValueError("refused")])
 def test_a_client_that_is_gone_before_grpc_notices_is_a_cancellation(error):
-    """Neither a write nor a status reaches it any more; gRPC logs nothing for a call that was cancelled."""
+    """Neither a write nor a status reaches it any more; gRPC logs nothing for a call that was canceled."""
 
     class Gone:
         async def abort(self, *_: object) -> None:
@@ -317,6 +319,53 @@ def test_a_call_that_fails_lets_go_of_its_message_at_once(tokenizer, monkeypatch
         try:
             for _ in range(3):
                 assert await status_of(served.client.detokenize([1])) == (Code.INVALID_ARGUMENT, "refused")
+            await asyncio.sleep(0.1)
+            assert [reference() for reference in kept] == [None] * 3
+        finally:
+            gc.enable()
+
+    run_served(body, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["one answer", "a stream", "malformed"])
+def test_a_refused_call_lets_go_of_what_it_read_at_once(tokenizer, monkeypatch, kind):
+    """Through the interceptor, too: no frame that the error passes holds the message."""
+    kept = []
+
+    class Message:
+        """Stands for a message, to which nothing can refer weakly."""
+
+        def __init__(self, message):
+            self._message = message
+
+        def __getattr__(self, name):
+            return getattr(self._message, name)
+
+    def parse(data: bytes) -> Message:
+        message = Message(pb.GenerateRequest.FromString(data) if kind == "a stream" else pb.DetokenizeRequest())
+        kept.append(weakref.ref(message))
+        if kind == "malformed":
+            raise DecodeError("no message")
+        return message
+
+    def refuse(*_: object) -> None:
+        raise ValueError("refused")
+
+    make = CallContext.__init__
+
+    def make_with_parse(self, *arguments) -> None:
+        make(self, *arguments)
+        self._parse = parse
+
+    async def body(served: Served) -> None:
+        monkeypatch.setattr("server.service.check_count", refuse)
+        monkeypatch.setattr("server.convert.params_from_proto", refuse)
+        monkeypatch.setattr(CallContext, "__init__", make_with_parse)
+        gc.disable()
+        try:
+            for _ in range(3):
+                call = served.client.generate_text([1], GREEDY) if kind == "a stream" else served.client.detokenize([1])
+                assert (await status_of(call))[0] is Code.INVALID_ARGUMENT
             await asyncio.sleep(0.1)
             assert [reference() for reference in kept] == [None] * 3
         finally:

@@ -27,7 +27,7 @@ def resident_bytes() -> int:
 
 
 async def return_memory(check_seconds: float = CHECK_SECONDS, growth_bytes: int = GROWTH_BYTES) -> None:
-    """Has free memory returned whenever the process has grown, until cancelled.
+    """Has free memory returned whenever the process has grown, until canceled.
 
     Not for a process with an engine on the CPU, which is to keep what it has freed.
     """
