@@ -29,13 +29,15 @@ SPARE_DESCRIPTORS = 24
 """Descriptors that may be needed beside connections: the engine's socket, pipes, files, and a few for a moment."""
 
 FEWEST_CONNECTIONS = 8
+_DESCRIPTORS = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
 _MOST_RESERVED = 128
 
-# How often the connections are looked at, and how often while some are closed, when gRPC accepts thousands a second.
-# Thousands of them are looked at less often, so that it takes a small share of a core, but often enough.
-_SCAN_SECONDS = 0.02
+# How often the descriptors are counted, and how often while connections are closed, when gRPC accepts thousands a
+# second. There are no more connections than descriptors, so that few of these are looked at one by one now and then
+# only, to know which are used; thousands are less often, so that it takes a small share of a core.
+_COUNT_SECONDS = 0.02
 _BUSY_SCAN_SECONDS = 0.005
-_LONGEST_SCAN_SECONDS = 0.2
+_SCAN_SECONDS = 0.2
 _SCAN_SHARE = 0.02
 _LOG_SECONDS = 10.0
 
@@ -97,13 +99,16 @@ class ConnectionGuard:
 
     async def watch(self) -> None:
         """Keeps the bound, until canceled."""
+        due = 0.0
         while True:
             before, closed = time.thread_time(), 0
             try:
-                closed = self.make_room()
+                if time.monotonic() >= due or _num_descriptors() > self._most:
+                    due = time.monotonic() + _SCAN_SECONDS
+                    closed = self.make_room()
             except Exception:  # room must be made for as long as the server lives
                 _log.exception("the server's connections could not be checked")
-            rest = min(max(_SCAN_SECONDS, (time.thread_time() - before) / _SCAN_SHARE), _LONGEST_SCAN_SECONDS)
+            rest = min(max(_COUNT_SECONDS, (time.thread_time() - before) / _SCAN_SHARE), _SCAN_SECONDS)
             await asyncio.sleep(_BUSY_SCAN_SECONDS if closed else rest)
 
     def make_room(self) -> int:
@@ -159,8 +164,11 @@ class ConnectionGuard:
 
 def _descriptors() -> list[int]:
     """The open descriptors of this process."""
-    place = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
-    return [int(name) for name in os.listdir(place)]
+    return [int(name) for name in os.listdir(_DESCRIPTORS)]
+
+
+def _num_descriptors() -> int:
+    return len(os.listdir(_DESCRIPTORS))
 
 
 def _peer(descriptor: int, port: int) -> str | None:
