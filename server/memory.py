@@ -13,7 +13,7 @@ import pathlib
 import sys
 
 CHECK_SECONDS = 5.0
-MOST_CHECK_SECONDS = 60.0
+MOST_CHECK_SECONDS = 20.0
 """How long it takes until the next attempt after some that returned little."""
 
 GROWTH_BYTES = 16 * 1024 * 1024
