@@ -165,7 +165,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=90.0, help="how long these are watched at most")
     parser.add_argument("--connections", type=int, default=1000, help="without calls")
     parser.add_argument("--open-files", type=int, default=128, help="that the third server may have")
-    parser.add_argument("--settle", type=float, default=12.0, help="seconds before memory is read again")
+    parser.add_argument("--settle", type=float, default=25.0, help="seconds before memory is read again")
     parser.add_argument("--output", type=pathlib.Path, help="file; default: results/held_open_jax<version>.json")
     return parser.parse_args(arguments)
 

@@ -43,7 +43,7 @@ class LimitsConfig:
     max_health_watches: int = 256
     max_idle_seconds: float = 300.0
     keepalive_seconds: float = 30.0
-    keepalive_timeout_seconds: float = 10.0
+    keepalive_timeout_seconds: float = 20.0
     handshake_seconds: float = 10.0
 
     def __post_init__(self) -> None:

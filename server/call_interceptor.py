@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -38,6 +37,7 @@ class CallContext:
 
     def __init__(self, context: Any, call: Call, calls: OpenCalls, handler: Any):
         self._context = context
+        self._write = context.write
         self._call = call
         self._calls = calls
         self._parse = handler.request_deserializer
@@ -75,7 +75,7 @@ class CallContext:
         data = self._serialize(message)
         self._calls.writes(self._call, len(data))
         try:
-            await self._context.write(data)
+            await self._write(data)
         finally:
             self._calls.has_written(self._call)
 
@@ -132,11 +132,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             task = asyncio.current_task()
             assert task is not None
             call = Call(method, grpc_context.peer(), task, rpc_task())
-            with _quiet_when_gone():
+            try:
                 if (refusal := calls.refusal(call)) is not None:
                     await grpc_context.abort(refusal.code, refusal.details, refusal.metadata)
                 calls.opened(call)
-                task.add_done_callback(functools.partial(_close, calls, call))
+                task.add_done_callback(lambda _: calls.closed(call))
                 context = CallContext(grpc_context, call, calls, handler)
                 last = failed = None
                 try:
@@ -149,8 +149,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 # be large.
                 if failed is not None:
                     await context.abort(failed.code, failed.details, failed.metadata)
-                calls.writes(call, len(last or b""))  # gRPC sends it, and the status, when this returns
-                return last
+            except grpc.aio.InternalError as error:  # gRPC's word for a client that was gone before it noticed
+                raise asyncio.CancelledError("the client is gone") from error  # which it does not log
+            calls.writes(call, len(last or b""))  # gRPC sends it, and the status, when this returns
+            return last
 
         return bounded
 
@@ -171,19 +173,6 @@ async def _stream(handler: Any, holder: list[Any], context: CallContext) -> None
     async with contextlib.aclosing(answers):
         async for message in answers:
             await context.write(message)
-
-
-@contextlib.contextmanager
-def _quiet_when_gone() -> Iterator[None]:
-    """Turns gRPC's error for a client that was gone before it was told into a cancellation, which gRPC does not log."""
-    try:
-        yield
-    except grpc.aio.InternalError as error:
-        raise asyncio.CancelledError("the client is gone") from error
-
-
-def _close(calls: OpenCalls, call: Call, _task: asyncio.Task[Any]) -> None:
-    calls.closed(call)
 
 
 def _malformed(reason: str) -> Status:

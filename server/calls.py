@@ -12,6 +12,7 @@ import collections
 import contextvars
 import dataclasses
 import logging
+import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
@@ -118,7 +119,7 @@ class OpenCalls:
 
     def reads(self, call: Call) -> None:
         """From now on the call waits for a message of its client."""
-        self._reading[call] = asyncio.get_running_loop().time()
+        self._reading[call] = time.monotonic()
 
     def has_read(self, call: Call) -> None:
         self._reading.pop(call, None)
@@ -126,7 +127,7 @@ class OpenCalls:
     def writes(self, call: Call, size: int) -> None:
         """From now on the call waits until its client has taken a message of so many bytes."""
         call.size = size
-        self._writing[call] = asyncio.get_running_loop().time()
+        self._writing[call] = time.monotonic()
 
     def has_written(self, call: Call) -> None:
         self._writing.pop(call, None)
@@ -163,7 +164,7 @@ class OpenCalls:
 
     def sweep(self) -> None:
         """Ends the calls that are over a bound."""
-        now, ended = asyncio.get_running_loop().time(), self._unlogged
+        now, ended = time.monotonic(), self._unlogged
         for call, setting in self._overdue(self._reading, "max_receive_seconds", "max_receiving_calls", now):
             call.refusal = self._late(setting)
             call.handler.cancel()

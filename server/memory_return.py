@@ -13,8 +13,11 @@ import pathlib
 from jaxserve.frontend.memory import return_freed_memory
 
 CHECK_SECONDS = 5.0
-GROWTH_BYTES = 64 * 1024 * 1024
-"""How much more memory than after the last time makes it worth asking, which takes tens of milliseconds."""
+MOST_CHECK_SECONDS = 20.0
+"""How long it takes until the next attempt after some that returned little."""
+
+GROWTH_BYTES = 16 * 1024 * 1024
+"""How much more memory than it once had makes an attempt worth its milliseconds."""
 
 _STATM = pathlib.Path("/proc/self/statm")
 
@@ -26,16 +29,21 @@ def resident_bytes() -> int:
     return int(_STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def return_memory(check_seconds: float = CHECK_SECONDS, growth_bytes: int = GROWTH_BYTES) -> None:
-    """Has free memory returned whenever the process has grown, until canceled.
+async def return_memory() -> None:
+    """Has free memory returned while the process is larger than it once was, until canceled.
 
     Not for a process with an engine on the CPU, which is to keep what it has freed.
     """
-    least = resident_bytes()
+    least, wait = resident_bytes(), CHECK_SECONDS
     while True:
-        await asyncio.sleep(check_seconds)
-        now = resident_bytes()
-        if now - least >= growth_bytes:
+        await asyncio.sleep(wait)
+        before = resident_bytes()
+        if before - least >= GROWTH_BYTES:
             await asyncio.to_thread(return_freed_memory)
-            least = resident_bytes()
-        least = min(least, now)
+            after = resident_bytes()
+            # What is in use may be freed at any later time, which shows in no figure.
+            wait = CHECK_SECONDS if before - after >= GROWTH_BYTES // 2 else min(2 * wait, MOST_CHECK_SECONDS)
+            before = after
+        else:
+            wait = CHECK_SECONDS
+        least = min(least, before)

@@ -33,7 +33,7 @@ def send(
 ) -> http2.Stream:
     """Begins a call whose DATA frames are these parts, whatever they hold; without `end` it stays open for more."""
     future = asyncio.get_running_loop().create_future()
-    stream = http2.Stream(connection._next, 0.0, future, memoryview(b""), 0)
+    stream = http2.Stream(connection._next, 0.0, future, memoryview(b"".join(parts)), 0)
     connection._next += 2
     connection._streams[stream.number] = stream
     block = http2.request_headers("test", path)

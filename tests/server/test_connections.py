@@ -276,25 +276,24 @@ def test_a_server_with_too_few_descriptors_says_so_in_a_line(tmp_path):
 # ---- memory ----
 
 
-def test_memory_is_returned_when_the_process_has_grown(monkeypatch):
-    sizes = iter([100, 150, 170, 210, 120, 130, 240, 240, 250])
-    trimmed = []
-    monkeypatch.setattr(memory_return, "return_freed_memory", lambda: trimmed.append(seen[-1]))
+def test_memory_is_returned_while_the_process_is_larger_than_it_was(monkeypatch):
+    sizes = iter([100, 110, 300, 290, 290, 285, 284, 90, 105])  # in MB: two checks, then before and after attempts
+    trimmed, waits = [], []
 
-    def resident() -> int:
-        seen.append(next(sizes))
-        return seen[-1]
+    async def wait(seconds: float) -> None:
+        waits.append(seconds)
 
-    seen: list[int] = []
-    monkeypatch.setattr(memory_return, "resident_bytes", resident)
+    async def in_thread(function, *arguments):
+        return function(*arguments)
 
-    async def body() -> None:
-        with pytest.raises(RuntimeError, match="StopIteration"):
-            await memory_return.return_memory(check_seconds=0.0, growth_bytes=100)
-
-    asyncio.run(body())
-    assert seen == [100, 150, 170, 210, 120, 130, 240, 240, 250]  # 210: returned, down to 120; 240: not to be returned
-    assert len(trimmed) == 2
+    monkeypatch.setattr(memory_return, "return_freed_memory", lambda: trimmed.append(True))
+    monkeypatch.setattr(memory_return, "resident_bytes", lambda: next(sizes) * 1024 * 1024)
+    monkeypatch.setattr(memory_return.asyncio, "sleep", wait)
+    monkeypatch.setattr(memory_return.asyncio, "to_thread", in_thread)
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        asyncio.run(memory_return.return_memory())
+    assert len(trimmed) == 3
+    assert waits == [5.0, 5.0, 5.0, 10.0, 5.0, 5.0]
 
 
 def test_the_memory_of_this_process_is_found():

@@ -74,9 +74,10 @@ def test_of_too_many_unread_calls_the_oldest_end(tokenizer, monkeypatch):
     async def body(served: Served) -> None:
         async with raw_http2.connected(served.address, window=0) as connection:
             streams = []
-            for _ in range(10):  # as many as the engine may hold, after one another
+            for _ in range(10):  # no more than the engine may hold, after one another
                 streams += [connection.start(payload()) for _ in range(20)]
-                await reaches(lambda: not served.frontend.num_open and not connection._waiting)
+                await served.until(served.engine.wait_for_requests, len(streams))
+                await reaches(lambda: not served.frontend.num_open)
             await reaches(lambda: served.server.calls.num_ended["max_unread_calls"] == 175)
             assert len(served.server.calls._writing) == 25
             for stream in streams[:160]:
@@ -247,7 +248,8 @@ def test_streams_of_a_connection_are_bounded(tokenizer):
             assert len(connection._streams) == 5
             for stream in streams:
                 assert (await raw_http2.ended(stream)) == (Code.OK, "")
-            for _ in range(9):  # a client that does not care
+        async with raw_http2.connected(served.address, 2**31 - 1, HEALTH + "Watch") as connection:
+            for _ in range(9):  # a client that does not care; those that are refused wait from then on
                 raw_http2.send(connection, HEALTH + "Watch", [raw_http2.message(b"")])
             await reaches(lambda: len(connection._queued) == 4 and served.server._health._num_watches == 5)
 
