@@ -65,6 +65,7 @@ _SOURCES = (
     "jaxserve/runner/swap_programs.py",
     "jaxserve/scheduler/*.py",
     "jaxserve/scheduler_config.py",
+    "jaxserve/shown.py",
 )
 """Files whose content decides what programs compute: all that `programs` imports."""
 
