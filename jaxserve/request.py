@@ -169,14 +169,14 @@ def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, li
     return max_tokens
 
 
-def check_length(length: int, params: SamplingParams, limits: ModelLimits, *, num_characters: int | None = None) -> int:
+def check_length(length: int, params: SamplingParams, limits: ModelLimits, *, size: str = "") -> int:
     """Checks how long a prompt is; returns the resolved max_tokens. Raises as `validate_request` does.
 
-    num_characters: of a text that is not encoded to its end; `length` is then the fewest tokens that it can have. What
-    is refused for that number is refused for every larger one.
+    size: of a text that is not encoded to its end, as "9 characters"; `length` is then the fewest tokens that it can
+    have. What is refused for that number is refused for every larger one.
     """
-    known = num_characters is None
-    prompt = f"prompt has {'' if known else f'{num_characters} characters, at least '}{length} tokens"
+    known = not size
+    prompt = f"prompt has {'' if known else f'{size}, at least '}{length} tokens"
     if known and not length:
         raise ValueError("prompt is empty; at least one token is needed")
     if length >= limits.max_model_len:

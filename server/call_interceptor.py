@@ -17,9 +17,12 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from server.calls import Call, OpenCalls, rpc_task
-from server.status import Status
+from server.status import Status, status_of
 
 _EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]  made at run time
+
+_LARGE = 256 * 1024
+"""Bytes of a message from which on parsing it takes milliseconds."""
 
 
 class CallError(Exception):
@@ -66,9 +69,15 @@ class CallContext:
         if data is _EOF:
             return data
         try:
-            return self._parse(data)
+            if len(data) < _LARGE:
+                return self._parse(data)
+            async with self._calls.parsing:  # others get their turn between two large ones
+                await asyncio.sleep(0)
+                return self._parse(data)
         except DecodeError as error:
             raise CallError(_malformed(str(error))) from error
+        except ValueError as error:
+            raise CallError(status_of(error) or _malformed(str(error))) from error
 
     async def write(self, message: Any) -> None:
         """Sends a message; returns when the client has taken it."""

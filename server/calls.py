@@ -81,6 +81,7 @@ class OpenCalls:
         self._unlogged: collections.Counter[str] = collections.Counter()
         self._num_logged: collections.Counter[str] = collections.Counter()
         self._last_log = -LOG_SECONDS
+        self.parsing = asyncio.Lock()  # held for each large message in turn
 
     # ---- what the interceptor says ----
 

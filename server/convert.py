@@ -61,9 +61,10 @@ def prompt_from_proto(request: pb.GenerateRequest) -> str | Sequence[int]:
     """The prompt as text or token ids, which are not copied. Raises ValueError when there is none."""
     match request.WhichOneof("prompt"):
         case "text":
-            if not request.text:
+            text = request.text  # decoded anew each time
+            if not text:
                 raise ValueError("text is empty; the prompt needs at least one token")
-            return request.text
+            return text
         case "token_ids":
             if not request.token_ids.ids:
                 raise ValueError("token_ids is empty; the prompt needs at least one token")

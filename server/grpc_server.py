@@ -69,11 +69,11 @@ class GrpcServer:
         note_rpc_tasks(asyncio.get_running_loop())
         logging.getLogger("grpc._cython.cygrpc").addFilter(_client_gone_in_a_line)
         self._watches: list[asyncio.Task[None]] = []
+        self._service = JaxServeService(model_name)
         self._server = grpc.aio.server(
-            interceptors=(CallInterceptor(self.calls), OversizedInterceptor()),
+            interceptors=(CallInterceptor(self.calls), OversizedInterceptor(self._service.check_text_bytes)),
             options=_options(max_message_bytes, max_connections, limits),
         )
-        self._service = JaxServeService(model_name)
         self._health = health.HealthService(limits.max_health_watches)
         pb_grpc.add_JaxServeServicer_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -1,7 +1,8 @@
 """Refuses requests whose parts are too large before they are parsed.
 
-protobuf makes an object of every item of a message: two million stop strings in 4 MB take 50 ms, in which nobody else
-gets a turn, and 80 MB. The few fields of a message can be measured without that.
+To parse 4 MB of text and take it from the message keeps everybody else waiting for up to 15 ms. And protobuf makes an
+object of every item of a message: two million stop strings in 4 MB take 50 ms and 80 MB. The few fields of a message
+can be measured without that.
 """
 
 from __future__ import annotations
@@ -22,13 +23,19 @@ _MAX_FIELDS = 64
 """Fields of one request. It has a dozen; only one that sends them again and again has more."""
 
 _GENERATE = f"/{pb.DESCRIPTOR.services_by_name['JaxServe'].full_name}/Generate"
-_PARAMS = pb.GenerateRequest.DESCRIPTOR.fields_by_name["sampling_params"].number
+_PARAMS, _TEXT, _TOKEN_IDS = (
+    pb.GenerateRequest.DESCRIPTOR.fields_by_name[name].number for name in ("sampling_params", "text", "token_ids")
+)
 
 
 class OversizedInterceptor(grpc.aio.ServerInterceptor):
-    """Makes parsers raise DecodeError for requests with oversized parts; it stands behind those that answer it."""
+    """Makes parsers raise errors for requests with oversized parts; it stands behind those that answer them.
 
-    def __init__(self) -> None:
+    check_text_bytes: raises ValueError for a prompt whose text has too many bytes.
+    """
+
+    def __init__(self, check_text_bytes: Callable[[int], None]) -> None:
+        self._check_text_bytes = check_text_bytes
         self._made: tuple[Any, Any] = (None, None)
 
     async def intercept_service(
@@ -44,34 +51,39 @@ class OversizedInterceptor(grpc.aio.ServerInterceptor):
         if made_of is not handler:
             checking = grpc.unary_stream_rpc_method_handler(
                 handler.unary_stream,
-                request_deserializer=_checking(handler.request_deserializer),
+                request_deserializer=_checking(handler.request_deserializer, self._check_text_bytes),
                 response_serializer=handler.response_serializer,
             )
             self._made = handler, checking
         return checking
 
 
-def _checking(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _checking(parse: Callable[[bytes], Any], check_text_bytes: Callable[[int], None]) -> Callable[[bytes], Any]:
     def check_and_parse(data: bytes) -> Any:
         if len(data) > _LARGE:
-            check_generate(data)
+            check_generate(data, check_text_bytes)
         return parse(data)
 
     return check_and_parse
 
 
-def check_generate(data: bytes) -> None:
-    """Raises DecodeError when a GenerateRequest, not yet parsed, has oversized sampling parameters."""
-    size = 0
+def check_generate(data: bytes, check_text_bytes: Callable[[int], None]) -> None:
+    """Raises DecodeError when a GenerateRequest, not yet parsed, has oversized sampling parameters; and what
+    `check_text_bytes` raises for its text, the last one where it has several."""
+    size, text = 0, None
     for count, (number, length) in enumerate(_fields(data), start=1):
         if count > _MAX_FIELDS:
             raise DecodeError(f"it has more than {_MAX_FIELDS} fields; send each field once")
         if number == _PARAMS:
             size += length
+        elif number in (_TEXT, _TOKEN_IDS):
+            text = length if number == _TEXT else None
     if size > _MAX_PARAMS_BYTES:
         raise DecodeError(
             f"sampling_params has {size} bytes; at most {_MAX_PARAMS_BYTES} are allowed: send fewer stops"
         )
+    if text is not None:
+        check_text_bytes(text)
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int]]:

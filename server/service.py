@@ -91,6 +91,11 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         """From now on nothing new is taken; what runs goes on."""
         self._draining = True
 
+    def check_text_bytes(self, num_bytes: int) -> None:
+        """Refuses a prompt whose text has so many bytes that it cannot fit, before it is read. Raises ValueError."""
+        if self._frontend is not None:
+            self._frontend.check_text_bytes(num_bytes)
+
     @_errors_as_status
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         frontend = self._accepting()

@@ -245,6 +245,10 @@ class AsyncFrontEnd:
         """Refuses what is certainly too long, in no time. Raises as `submit` does."""
         self._core.preparation.check_size(prompt, params)
 
+    def check_text_bytes(self, num_bytes: int) -> None:
+        """Refuses a text of so many bytes that is certainly too long, before it is read. Raises as `submit` does."""
+        self._core.preparation.check_text_bytes(num_bytes)
+
     async def work(self, steps: Steps[T], num_bytes: int) -> T:
         """The result of `steps`, which work on so many bytes, in threads where these are many. Raises as they do.
 

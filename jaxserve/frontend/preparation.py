@@ -109,10 +109,19 @@ class Preparation:
         else:
             check_length(len(prompt), params, self._limits)
 
+    def check_text_bytes(self, num_bytes: int) -> None:
+        """Refuses a text of so many bytes that is certainly too long, whatever it says and whatever is asked for.
+
+        Raises as `steps` does.
+        """
+        if self._tokenizer is not None:
+            least = self._tokenizer.least_tokens(num_bytes)
+            check_length(max(least, 1), SamplingParams(), self._limits, size=f"{num_bytes} bytes")
+
     def _check_text_size(self, least: int, text: str, params: SamplingParams) -> None:
         """Refuses a text that has too many tokens, of which it has at least so many."""
         if len(text) > SHORT_TEXT:  # a shorter one is encoded in no time; the error has the exact number then
-            check_length(least, params, self._limits, num_characters=len(text))
+            check_length(least, params, self._limits, size=f"{len(text)} characters")
 
 
 def is_time(value: object) -> bool:

@@ -71,7 +71,9 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(tokenizer, monke
         answers = await asyncio.gather(*(status_of(served.client.generate_text(text, GREEDY)) for _ in range(8)))
         for code, details in answers:
             assert code is Code.INVALID_ARGUMENT
-            assert re.match(rf"prompt has {len(text)} characters, at least \d+ tokens; .* max_model_len 512: ", details)
+            assert re.match(
+                rf"prompt has {len(text.encode())} bytes, at least \d+ tokens; .* max_model_len 512: ", details
+            )
         assert served.engine.requests == []
         assert (await served.client.generate_text("still here", GREEDY)).text == "still here"
 
@@ -229,12 +231,21 @@ def test_unknown_fields_of_large_messages_are_refused_too():
     ids=["text", "ids"],
 )
 def test_whatever_may_be_sent_passes_the_measuring(message):
-    check_generate(message.SerializeToString())
+    check_generate(message.SerializeToString(), lambda num_bytes: None)
+
+
+def test_the_last_text_of_a_message_is_measured():
+    sizes: list[int] = []
+    texts = b"".join(pb.GenerateRequest(text="é" * count).SerializeToString() for count in (7, 9))
+    check_generate(texts, sizes.append)
+    assert sizes == [18]
+    check_generate(texts + pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1])).SerializeToString(), sizes.append)
+    assert sizes == [18], "the prompt is the token ids"
 
 
 def test_what_is_malformed_is_left_to_the_parser():
     for data in (b"\x12", b"\x12\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", b"\xff" * 30, b"\x13\x14", b"\x0d\x00"):
-        check_generate(data)
+        check_generate(data, lambda num_bytes: None)
 
 
 def test_details_fit_a_trailer(tokenizer):
