@@ -167,9 +167,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 async def _answer(handler: Any, holder: list[Any], context: CallContext) -> bytes:
-    """Runs a handler with one answer, and returns that. holder: the request, or the requests, taken out of it."""
+    """Runs a handler with one answer, and returns that serialized, as a handler of large ones may do by itself.
+
+    holder: the request, or the requests, taken out of it.
+    """
     behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
-    return handler.response_serializer(await behavior(holder.pop(), context))
+    answer = await behavior(holder.pop(), context)
+    return answer if isinstance(answer, bytes) else handler.response_serializer(answer)
 
 
 async def _stream(handler: Any, holder: list[Any], context: CallContext) -> None:

@@ -71,7 +71,7 @@ class GrpcServer:
         self._watches: list[asyncio.Task[None]] = []
         self._service = JaxServeService(model_name)
         self._server = grpc.aio.server(
-            interceptors=(CallInterceptor(self.calls), OversizedInterceptor(self._service.check_text_bytes)),
+            interceptors=(CallInterceptor(self.calls), OversizedInterceptor(self._service.check_prompt_bytes)),
             options=_options(max_message_bytes, max_connections, limits),
         )
         self._health = health.HealthService(limits.max_health_watches)

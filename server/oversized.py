@@ -28,14 +28,17 @@ _PARAMS, _TEXT, _TOKEN_IDS = (
 )
 
 
+CheckPromptBytes = Callable[[int, bool], None]
+
+
 class OversizedInterceptor(grpc.aio.ServerInterceptor):
     """Makes parsers raise errors for requests with oversized parts; it stands behind those that answer them.
 
-    check_text_bytes: raises ValueError for a prompt whose text has too many bytes.
+    check_prompt_bytes: raises ValueError for a prompt of too many bytes, of text or, where not, of a TokenIds message.
     """
 
-    def __init__(self, check_text_bytes: Callable[[int], None]) -> None:
-        self._check_text_bytes = check_text_bytes
+    def __init__(self, check_prompt_bytes: CheckPromptBytes) -> None:
+        self._check_prompt_bytes = check_prompt_bytes
         self._made: tuple[Any, Any] = (None, None)
 
     async def intercept_service(
@@ -51,39 +54,38 @@ class OversizedInterceptor(grpc.aio.ServerInterceptor):
         if made_of is not handler:
             checking = grpc.unary_stream_rpc_method_handler(
                 handler.unary_stream,
-                request_deserializer=_checking(handler.request_deserializer, self._check_text_bytes),
+                request_deserializer=_checking(handler.request_deserializer, self._check_prompt_bytes),
                 response_serializer=handler.response_serializer,
             )
             self._made = handler, checking
         return checking
 
 
-def _checking(parse: Callable[[bytes], Any], check_text_bytes: Callable[[int], None]) -> Callable[[bytes], Any]:
+def _checking(parse: Callable[[bytes], Any], check_prompt_bytes: CheckPromptBytes) -> Callable[[bytes], Any]:
     def check_and_parse(data: bytes) -> Any:
         if len(data) > _LARGE:
-            check_generate(data, check_text_bytes)
+            check_generate(data, check_prompt_bytes)
         return parse(data)
 
     return check_and_parse
 
 
-def check_generate(data: bytes, check_text_bytes: Callable[[int], None]) -> None:
+def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
     """Raises DecodeError when a GenerateRequest, not yet parsed, has oversized sampling parameters; and what
-    `check_text_bytes` raises for its text, the last one where it has several."""
-    size, text = 0, None
+    `check_prompt_bytes` raises for its prompt, the last one where it has several."""
+    size, prompt = 0, (0, True)
     for count, (number, length) in enumerate(_fields(data), start=1):
         if count > _MAX_FIELDS:
             raise DecodeError(f"it has more than {_MAX_FIELDS} fields; send each field once")
         if number == _PARAMS:
             size += length
         elif number in (_TEXT, _TOKEN_IDS):
-            text = length if number == _TEXT else None
+            prompt = length, number == _TEXT
     if size > _MAX_PARAMS_BYTES:
         raise DecodeError(
             f"sampling_params has {size} bytes; at most {_MAX_PARAMS_BYTES} are allowed: send fewer stops"
         )
-    if text is not None:
-        check_text_bytes(text)
+    check_prompt_bytes(*prompt)
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int]]:

@@ -36,6 +36,9 @@ Behavior = TypeVar("Behavior", bound=Callable[..., Any])
 _BYTES_PER_TOKEN = 48
 """What an output token that waits to be read takes in memory, its text and its id together."""
 
+_MOST_BYTES_PER_ID = 11
+"""What a token id takes in a message at most: a tag, and ten bytes where it is negative."""
+
 _BYTES_PER_ID = 16
 """What decoding takes for each token id; the text is as large as one can be that is encoded."""
 
@@ -91,10 +94,17 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         """From now on nothing new is taken; what runs goes on."""
         self._draining = True
 
-    def check_text_bytes(self, num_bytes: int) -> None:
-        """Refuses a prompt whose text has so many bytes that it cannot fit, before it is read. Raises ValueError."""
-        if self._frontend is not None:
+    def check_prompt_bytes(self, num_bytes: int, is_text: bool) -> None:
+        """Refuses a prompt of so many bytes, of text or of a TokenIds, that cannot fit, before it is read.
+
+        Raises ValueError.
+        """
+        if self._frontend is None:
+            return
+        if is_text:
             self._frontend.check_text_bytes(num_bytes)
+        else:
+            self._frontend.check_ids_bytes(num_bytes, _MOST_BYTES_PER_ID)
 
     @_errors_as_status
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
@@ -166,7 +176,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         )
 
     @_errors_as_status
-    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> bytes:
         convert.refuse_unknown_fields(request)
         steps = _tokenize_steps(self._tokenizer_or_error(), request)
         return await self._started().work(steps, request.ByteSize())
@@ -197,8 +207,8 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         return self._tokenizer
 
 
-def _tokenize_steps(tokenizer: Any, request: pb.TokenizeRequest) -> Steps[pb.TokenizeResponse]:
-    """The answer to Tokenize in steps. The text is taken from the message when its turn has come, and not before."""
+def _tokenize_steps(tokenizer: Any, request: pb.TokenizeRequest) -> Steps[bytes]:
+    """The serialized TokenizeResponse in steps. The text is taken from the message when its turn has come."""
     yield 0
     # Messages of one type, one behind the other, are one message with the fields of all: a million token ids take a
     # byte or three each this way, and the interpreter lock for no longer than those of a piece do.
@@ -208,7 +218,7 @@ def _tokenize_steps(tokenizer: Any, request: pb.TokenizeRequest) -> Steps[pb.Tok
         parts.append(pb.TokenizeResponse(token_ids=token_ids).SerializeToString())
 
     yield from tokenizer.encode_steps(request.text, take)
-    return pb.TokenizeResponse.FromString(b"".join(parts))
+    return b"".join(parts)
 
 
 def _call_deadline(context: Context) -> float | None:

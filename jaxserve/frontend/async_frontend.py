@@ -249,6 +249,10 @@ class AsyncFrontEnd:
         """Refuses a text of so many bytes that is certainly too long, before it is read. Raises as `submit` does."""
         self._core.preparation.check_text_bytes(num_bytes)
 
+    def check_ids_bytes(self, num_bytes: int, most_bytes_per_id: int) -> None:
+        """Refuses so many bytes of token ids, of at most so many each, likewise."""
+        self._core.preparation.check_ids_bytes(num_bytes, most_bytes_per_id)
+
     async def work(self, steps: Steps[T], num_bytes: int) -> T:
         """The result of `steps`, which work on so many bytes, in threads where these are many. Raises as they do.
 

@@ -118,6 +118,11 @@ class Preparation:
             least = self._tokenizer.least_tokens(num_bytes)
             check_length(max(least, 1), SamplingParams(), self._limits, size=f"{num_bytes} bytes")
 
+    def check_ids_bytes(self, num_bytes: int, most_bytes_per_id: int) -> None:
+        """Refuses a message of so many bytes of token ids, likewise."""
+        least = max(num_bytes // most_bytes_per_id, 1)
+        check_length(least, SamplingParams(), self._limits, size=f"{num_bytes} bytes of token ids")
+
     def _check_text_size(self, least: int, text: str, params: SamplingParams) -> None:
         """Refuses a text that has too many tokens, of which it has at least so many."""
         if len(text) > SHORT_TEXT:  # a shorter one is encoded in no time; the error has the exact number then
