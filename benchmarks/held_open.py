@@ -142,7 +142,7 @@ def run(
 ) -> dict[str, Any]:
     """One run on a server of its own, that may open so many files."""
     overrides = [f"--gin.{binding}" for binding in options.gin]
-    with started_server(options.config, overrides, open_files) as (address, pid):
+    with started_server(options.config, overrides, open_files=open_files) as (address, pid):
         with Client(address) as client:
             client.wait_ready(_PATIENCE)
             client.generate_text("warm", SamplingParams(temperature=0.0, max_tokens=8))
