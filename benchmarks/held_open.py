@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def table(results: dict[str, Any]) -> str:
     """Probes and memory of each run."""
-    columns = ("probes", "failed", "p50_ms", "p99_ms", "max_ms", "longest_without_answer_s")
+    columns = ("probes", "failed", "late", "p50_ms", "p99_ms", "max_ms", "longest_without_answer_s")
     memory = ("before", "peak", "after")
     rows = [
         (

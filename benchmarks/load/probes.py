@@ -1,7 +1,8 @@
 """Asks for health again and again, as an orchestrator does, in a process of its own.
 
-Over a kept connection and over a new one for each probe, in turn. The process writes one JSON object to its standard
-output when its standard input closes.
+Over a kept connection and over a new one for each probe, in turn. A probe whose connection is refused connects again
+until its timeout, as an orchestrator's does, and `late` counts those that took over half a second. The process writes
+one JSON object to its standard output when its standard input closes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from benchmarks import report
 
 INTERVAL_SECONDS = 0.05
 TIMEOUT_SECONDS = 5.0
+LATE_SECONDS = 0.5
 KINDS = ("new", "kept")
 
 # Channels of one process share connections, and the pauses after one that failed, unless told otherwise.
@@ -54,6 +56,7 @@ def figures(answers: list[tuple[float, float, str]]) -> dict[str, Any]:
     return {
         "probes": len(answers),
         "failed": len(answers) - len(good),
+        "late": sum(end - begin > LATE_SECONDS for begin, end in good),
         "errors": sorted({error for _, _, error in answers if error}),
         "p50_ms": float(np.percentile(milliseconds, 50)),
         "p99_ms": float(np.percentile(milliseconds, 99)),
@@ -89,7 +92,7 @@ def _probe(channel: grpc.Channel) -> str:
     """Asks once; returns the error, or nothing."""
     stub: Any = health_pb2_grpc.HealthStub(channel)
     try:
-        answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_SECONDS)
+        answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_SECONDS, wait_for_ready=True)
     except grpc.RpcError as error:
         return error.code().name
     serving = answer.status == health_pb2.HealthCheckResponse.SERVING
