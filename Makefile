@@ -88,7 +88,7 @@ protos:
 	$(MAKE) .venv-protos/bin/python VENV=.venv-protos
 	.venv-protos/bin/python -m pip --disable-pip-version-check install -q $(PROTOC)
 	.venv-protos/bin/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
-	    $$(find server/protos -name '*.proto' | sort)
+	    $$(find jaxserve/serving/protos/ -name '*.proto' | sort)
 
 clean:
 	rm -rf $(VENV) $(VENV)-protos build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

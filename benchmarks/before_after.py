@@ -23,7 +23,7 @@ from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.sides.process import Side, start_jaxserve
 from benchmarks.spread import spread, spread_text
 from benchmarks.work import SHAPES, WORKLOADS
-from server.client import Client
+from jaxserve.serving.client import Client
 
 MODEL_LEN = 1024
 ROWS = 64

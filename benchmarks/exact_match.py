@@ -16,9 +16,9 @@ from typing import Any
 from benchmarks import report
 from benchmarks.load.datasets import Example, held_out
 from benchmarks.load.server_process import started_server
+from jaxserve.models.tiny.tasks import KINDS
 from jaxserve.request import FinishReason, SamplingParams
-from models.tiny.tasks import KINDS
-from server.client import AsyncClient, Completion
+from jaxserve.serving.client import AsyncClient, Completion
 
 
 async def ask_all(

@@ -25,8 +25,8 @@ from benchmarks.load import http2
 from benchmarks.load.probes import KINDS, probing
 from benchmarks.load.server_process import started_server
 from jaxserve.request import SamplingParams
-from server.client import Client, generate_request
-from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from jaxserve.serving.client import Client, generate_request
+from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 _METHOD = "/{}/Generate".format(pb.DESCRIPTOR.services_by_name["JaxServe"].full_name)
 _STATUS = {code.value[0]: code.name for code in grpc.StatusCode}

@@ -31,12 +31,12 @@ from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.framing import frames
 from jaxserve.engine.messages import AddRequest, FromEngine, encode, outputs
+from jaxserve.models.config import ModelConfig
 from jaxserve.request import EngineRequest
 from jaxserve.runner.packing import ForwardPacker, SamplePacker
 from jaxserve.runner.protocol import RunnerInfo
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.plan import StepPlan, StepResult
-from models.config import ModelConfig
 
 VOCAB = 32_000
 PAGE_SIZE = 16

@@ -21,8 +21,8 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import AbortRequest, AddRequest, EngineFailed, EngineStats, RequestOutput, outputs
 from jaxserve.frontend.tokenizer import load_tokenizer
+from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE, generate_split
 from jaxserve.request import EngineRequest, FinishReason
-from models.tiny.tasks import KINDS, MAX_SIZE, generate_split
 
 CHUNK = 16
 Tokens = dict[str, tuple[int, ...]]

@@ -21,9 +21,9 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.gpu import dense
-from pallas_kernels.paged_attention.spec import AttentionSpec
-from pallas_kernels.paged_attention.triton import tuning
-from pallas_kernels.paged_attention.triton.attention import paged_attention
+from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
+from jaxserve.pallas_kernels.paged_attention.triton import tuning
+from jaxserve.pallas_kernels.paged_attention.triton.attention import paged_attention
 
 DECODE = ((1, 1), (1, 17), (1, 256), (1, 1000), (1, 4097), (1, 9000))
 PREFILL = ((130, 130), (70, 1500), (33, 64), (2, 700))

@@ -15,8 +15,8 @@ import tempfile
 import jax
 import numpy as np
 
-from models import checkpoint, params
-from models.config import ModelConfig
+from jaxserve.models import checkpoint, params
+from jaxserve.models.config import ModelConfig
 from tests.models import generate
 from tests.models.checkpoints import NEW_TOKENS, SHAPES, Shape, prompt, write_shape
 

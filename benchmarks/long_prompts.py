@@ -25,8 +25,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from benchmarks import report
 from benchmarks.load.server_process import started_server
 from jaxserve.request import SamplingParams
-from server.client import AsyncClient
-from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from jaxserve.serving.client import AsyncClient
+from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 _SIZE = 4 * 1024 * 1024 - 1024
 """Bytes of a text; the server takes messages of 4 MiB."""

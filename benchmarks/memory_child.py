@@ -20,12 +20,12 @@ from benchmarks.work import FIRST_ORDINARY_ID
 from jaxserve.config import EngineConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import AddRequest, EngineFailed, RequestOutput
+from jaxserve.models import checkpoint
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.params import make_mesh
 from jaxserve.request import EngineRequest
 from jaxserve.runner.programs import products_of
 from jaxserve.runner.resolve import resolve_shapes
-from models import checkpoint
-from models.config import ModelConfig
-from models.params import make_mesh
 
 _STATUS = pathlib.Path("/proc/self/status")
 _FORGET_PEAK = "5"  # proc_pid_clear_refs(5): the peak becomes what is resident now

@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from benchmarks import report
 from benchmarks.work import SHAPES
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.models.config import ModelConfig
 from jaxserve.runner.costs import prefill_plan, prompt_row, swap_plans
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.roofline import token_bytes
@@ -38,7 +39,6 @@ from jaxserve.scheduler.plan import Swap
 from jaxserve.scheduler.policies import POLICIES
 from jaxserve.scheduler.preemption import Preemption
 from jaxserve.scheduler_config import PolicyConfig, PreemptionConfig
-from models.config import ModelConfig
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 BUDGET = 512

@@ -11,9 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from models.config import ModelConfig
-from models.llama import hf_weights
-from models.weights import Slice
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.llama import hf_weights
+from jaxserve.models.weights import Slice
 
 LLAMA_153M: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

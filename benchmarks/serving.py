@@ -32,8 +32,8 @@ from benchmarks.sides.process import start_jaxserve
 from benchmarks.spread import spread_text
 from benchmarks.throughput import bounds
 from benchmarks.work import SHAPES
+from jaxserve.serving.client import AsyncClient
 from jaxserve.simulator.trace_files import trace_rows
-from server.client import AsyncClient
 
 RANDOM_MODEL_LEN = 1024
 """Context of a model with random weights: it bounds the page pool, which holds max_num_seqs requests of it."""

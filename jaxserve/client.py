@@ -23,7 +23,7 @@ from typing import Any
 import grpc
 
 from jaxserve.request import SamplingParams
-from server.client import DEFAULT_ADDRESS, Client, join
+from jaxserve.serving.client import DEFAULT_ADDRESS, Client, join
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130

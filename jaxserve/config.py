@@ -1,6 +1,7 @@
 """Every setting of the engine and its servers, as frozen dataclasses that validate themselves.
 
-Standard library only (and models.config, which adds numpy). gin binds these classes by name; nothing here knows gin.
+Standard library only (and `jaxserve.models.config`, which adds numpy). gin binds these classes by name; nothing here
+knows gin.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 from jaxserve.checks import at_least, between, number, one_of
 from jaxserve.failpoints import Failpoint
 from jaxserve.limits_config import LimitsConfig
+from jaxserve.models.config import ModelConfig
 from jaxserve.scheduler_config import MIN_BUCKET, SchedulerConfig
-from models.config import ModelConfig
 
 ATTENTION = ("auto", "triton", "cpu", "xla", "reference", "triton_interpret")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -31,8 +31,8 @@ from jaxserve.config import ServerConfig
 
 T = TypeVar("T")
 
-CONFIG_DIRECTORY = pathlib.Path(__file__).resolve().parents[1] / "configs"
-"""The shipped files; beside the package in a checkout and in an installed copy alike."""
+CONFIG_DIRECTORY = pathlib.Path(__file__).resolve().parent / "configs"
+"""The shipped files: inside the package, in a checkout by way of a symbolic link."""
 
 
 class ConfigError(ValueError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from models.config import ModelConfig
+from jaxserve.models.config import ModelConfig
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
 """Bytes of one number by dtype."""

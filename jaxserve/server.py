@@ -30,8 +30,8 @@ from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.memory import return_large_blocks
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.phases import Phases, seconds_since_start
-from server.grpc_server import GrpcServer
-from server.running_log import log_while_busy, phases_log, start_lines
+from jaxserve.serving.grpc_server import GrpcServer
+from jaxserve.serving.running_log import log_while_busy, phases_log, start_lines
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-TARGET_DIRECTORY = pathlib.Path(__file__).resolve().parents[1] / "configs" / "targets"
-"""The shipped targets; beside the package in a checkout and in an installed copy alike."""
+TARGET_DIRECTORY = pathlib.Path(__file__).resolve().parent / "configs" / "targets"
+"""The shipped targets: inside the package, in a checkout by way of a symbolic link."""
 
 LOCAL = "cpu"
 """Name of the target that is this machine's CPU."""

@@ -17,10 +17,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from models.config import ModelConfig
-from models.llama import Attend, Cache
-from pallas_kernels.paged_attention import api
-from pallas_kernels.paged_attention.rotary import rotate
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.llama import Attend, Cache
+from jaxserve.pallas_kernels.paged_attention import api
+from jaxserve.pallas_kernels.paged_attention.rotary import rotate
 
 POOL_PARTITION = P(None, None, "tensor", None, None)
 """Where a layer's pool [num_pages, 2, K, page_size, D] lives on a mesh with the axis `tensor`."""
@@ -114,13 +114,13 @@ def paged_attend(
     Args:
         metadata: of the step.
         settings: of the layers.
-        implementation: a name that `pallas_kernels.paged_attention.api.choose` returned.
+        implementation: a name that `jaxserve.pallas_kernels.paged_attention.api.choose` returned.
         mesh: with the axis `tensor` where that has more than one device: each then works on its own heads. The
             kernels are opaque to the partitioner, so it is told. None for one device.
         decode_only: no row has more than one token, and row r's is token r.
 
     Raises:
-        ValueError: on a call, where a shape or dtype does not fit (see `pallas_kernels.paged_attention.api`).
+        ValueError: on a call, where a shape or dtype does not fit (see `jaxserve.pallas_kernels.paged_attention.api`).
     """
 
     # Traced and lowered once, not once a layer; XLA inlines it.

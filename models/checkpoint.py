@@ -19,16 +19,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from models import kv_scales
-from models.config import ModelConfig
-from models.json_files import read_object
-from models.kv_scales import KVScales
-from models.params import abstract_params, leaves, make_mesh
-from models.registry import lookup
-from models.rope import RopeScaling, rope_frequencies
-from models.safetensors_file import DTYPES, StoredTensor
-from models.stored import EMBEDDING, HEAD, ROTARY_BUFFER, Stored, has_own_head, has_safetensors, read_stored
-from models.weights import Params, Path, Slice, get, path_text, put
+from jaxserve.models import kv_scales
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.json_files import read_object
+from jaxserve.models.kv_scales import KVScales
+from jaxserve.models.params import abstract_params, leaves, make_mesh
+from jaxserve.models.registry import lookup
+from jaxserve.models.rope import RopeScaling, rope_frequencies
+from jaxserve.models.safetensors_file import DTYPES, StoredTensor
+from jaxserve.models.stored import EMBEDDING, HEAD, ROTARY_BUFFER, Stored, has_own_head, has_safetensors, read_stored
+from jaxserve.models.weights import Params, Path, Slice, get, path_text, put
 
 ORBAX_FOLDER = "orbax"
 KV_SCALES_FILE = "kv_scales.json"

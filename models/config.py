@@ -11,14 +11,23 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from models.end_tokens import as_ids, end_token_ids
-from models.json_files import brief, read_object
-from models.rope import RopeScaling, check_number
-from models.rope import from_hf as rope_from_hf
-from models.stored import EMBEDDING, HEAD, INDEX_FILE, SINGLE_FILE, Stored, has_own_head, has_safetensors, read_stored
+from jaxserve.models.end_tokens import as_ids, end_token_ids
+from jaxserve.models.json_files import brief, read_object
+from jaxserve.models.rope import RopeScaling, check_number
+from jaxserve.models.rope import from_hf as rope_from_hf
+from jaxserve.models.stored import (
+    EMBEDDING,
+    HEAD,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Stored,
+    has_own_head,
+    has_safetensors,
+    read_stored,
+)
 
 ARCHITECTURES = ("LlamaForCausalLM",)
-"""The names that `models.registry` has entries for; here, so that an unknown one is named without jax."""
+"""The names that `jaxserve.models.registry` has entries for; here, so that an unknown one is named without jax."""
 
 _INT32: int = 2**31 - 1
 
@@ -133,7 +142,7 @@ class ModelConfig:
         are some. Where they disagree on what does not stop a start, one line is logged.
 
         Args:
-            directory: of the checkpoint, in Hugging Face's format or as `models.checkpoint.save_orbax` wrote it.
+            directory: of the checkpoint, in Hugging Face's format or as `checkpoint.save_orbax` wrote it.
             tokenizer: directory of the tokenizer's files; None is the checkpoint's.
 
         Raises:

@@ -13,8 +13,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from models.json_files import brief, read_object
-from models.older_tokenizers import FILES, has_older_format, read_older
+from jaxserve.models.json_files import brief, read_object
+from jaxserve.models.older_tokenizers import FILES, has_older_format, read_older
 
 TOKENIZER_FILE = "tokenizer.json"
 _GENERATION = "generation_config.json"

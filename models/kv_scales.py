@@ -19,15 +19,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models.attention import SCALE_PARTITION, AttentionSettings, Scales, dense_attend, rotated
-from models.config import ModelConfig
-from models.llama import Cache
-from models.params import bind
-from models.products import Products
-from models.registry import lookup
-from models.safetensors_file import DTYPES, StoredTensor
-from models.weights import Params
-from pallas_kernels.paged_attention.pool import largest
+from jaxserve.models.attention import SCALE_PARTITION, AttentionSettings, Scales, dense_attend, rotated
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.llama import Cache
+from jaxserve.models.params import bind
+from jaxserve.models.products import Products
+from jaxserve.models.registry import lookup
+from jaxserve.models.safetensors_file import DTYPES, StoredTensor
+from jaxserve.models.weights import Params
+from jaxserve.pallas_kernels.paged_attention.pool import largest
 
 SEQUENCES, TOKENS = 8, 128
 """How many token sequences a measurement runs, and how long each is."""
@@ -153,7 +153,7 @@ def calibrate(
         params: on the mesh's devices.
         dtype: of the pool: "float8_e4m3fn" or "int8".
         mesh: with the axis `tensor`.
-        products: as `models.params.bind` takes it.
+        products: as `jaxserve.models.params.bind` takes it.
 
     Returns:
         float32 [L, 2, K]. A head that is 0 throughout gets the scale 1.

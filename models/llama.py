@@ -24,12 +24,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from models import products
-from models.config import ModelConfig
-from models.products import Products, contract
-from models.rope import rope_frequencies
-from models.stored import EMBEDDING, HEAD, ROTARY_BUFFER
-from models.weights import Params, Path, Slice, get, put
+from jaxserve.models import products
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.products import Products, contract
+from jaxserve.models.rope import rope_frequencies
+from jaxserve.models.stored import EMBEDDING, HEAD, ROTARY_BUFFER
+from jaxserve.models.weights import Params, Path, Slice, get, put
 
 Cache = Any
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Cache, np.dtype], tuple[jax.Array, Cache]]
@@ -123,7 +123,7 @@ class Llama(nnx.Module):
     """Tokens to hidden states, and hidden states to logits.
 
     dtype: of the parameters and the residual stream. products: how layers multiply by their weights; see
-    `models.params.products_for`. Logits are float32 whatever it is.
+    `jaxserve.models.params.products_for`. Logits are float32 whatever it is.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, products: Products, rngs: nnx.Rngs):
@@ -190,7 +190,7 @@ CONTRACTED_AXES = {"out": 3}
 
 
 def packable(config: ModelConfig, dtype: np.dtype) -> bool:
-    """Whether this CPU has kernels for the weights, packed (see `models.products`)."""
+    """Whether this CPU has kernels for the weights, packed (see `jaxserve.models.products`)."""
     hidden, wide = config.hidden_size, config.intermediate_size
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     matrices = {

@@ -18,10 +18,10 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models.config import ModelConfig
-from models.products import Products
-from models.registry import lookup
-from models.weights import Params, Path, put
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.products import Products
+from jaxserve.models.registry import lookup
+from jaxserve.models.weights import Params, Path, put
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the dtypes that weights can be held in."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.cpu import linear
+from jaxserve.pallas_kernels.cpu import linear
 
 
 @dataclasses.dataclass(frozen=True)

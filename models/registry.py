@@ -1,7 +1,7 @@
 """The model architectures that can be served, by the name a `config.json` gives them.
 
 To add a model: write its module and tables beside llama.py, and add one entry to `ARCHITECTURES` and its name to
-`models.config.ARCHITECTURES`, which is there for those who do without jax.
+`jaxserve.models.config.ARCHITECTURES`, which is there for those who do without jax.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from models import llama
-from models.config import ModelConfig, check_architecture
-from models.weights import Params, Path, Slice
+from jaxserve.models import llama
+from jaxserve.models.config import ModelConfig, check_architecture
+from jaxserve.models.weights import Params, Path, Slice
 
 
 @dataclasses.dataclass(frozen=True)

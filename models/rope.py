@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from models.json_files import brief
+from jaxserve.models.json_files import brief
 
 KINDS = ("default", "linear", "llama3")
 

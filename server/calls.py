@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 
 from jaxserve.limits_config import LimitsConfig
-from server.status import Status
+from jaxserve.serving.status import Status
 
 _log = logging.getLogger("jaxserve.server")
 

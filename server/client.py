@@ -17,9 +17,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.request import FinishReason, SamplingParams
-from server import convert
-from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
-from server.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
+from jaxserve.serving import convert
+from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 _POLL_SECONDS = 0.1

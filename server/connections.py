@@ -18,7 +18,7 @@ import stat
 import time
 from collections.abc import Iterator
 
-from server.calls import OpenCalls
+from jaxserve.serving.calls import OpenCalls
 
 _log = logging.getLogger("jaxserve.server")
 

@@ -9,7 +9,7 @@ from google.protobuf import message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from jaxserve.request import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, FinishReason, SamplingParams, check_count
-from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 _REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,

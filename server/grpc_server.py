@@ -18,15 +18,15 @@ from grpc_reflection.v1alpha import reflection
 
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.limits_config import LimitsConfig
-from server import health
-from server.call_interceptor import CallInterceptor
-from server.calls import OpenCalls, note_rpc_tasks
-from server.connections import ConnectionGuard, connection_limit, reserve
-from server.memory_return import return_memory
-from server.oversized import OversizedInterceptor
-from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
-from server.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
-from server.service import JaxServeService
+from jaxserve.serving import health
+from jaxserve.serving.call_interceptor import CallInterceptor
+from jaxserve.serving.calls import OpenCalls, note_rpc_tasks
+from jaxserve.serving.connections import ConnectionGuard, connection_limit, reserve
+from jaxserve.serving.memory_return import return_memory
+from jaxserve.serving.oversized import OversizedInterceptor
+from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
+from jaxserve.serving.service import JaxServeService
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["JaxServe"].full_name
 _CLOSE_SECONDS = 1.0

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 _LARGE = 256 * 1024
 """Bytes of a message from which on its parts are measured."""

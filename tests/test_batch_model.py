@@ -13,7 +13,7 @@ import time
 import pytest
 
 from jaxserve import LLM, SamplingParams
-from models.config import ModelConfig
+from jaxserve.models.config import ModelConfig
 from tests.batch_helpers import line, results, write
 from tests.frontend.tokenizers_for_tests import byte_level, save
 

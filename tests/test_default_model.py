@@ -15,8 +15,8 @@ from jaxserve import LLM, SamplingParams
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE, generate_split
 from jaxserve.runner.model_runner import ModelRunner
-from models.tiny.tasks import KINDS, MAX_SIZE, generate_split
 
 CHECKPOINT = pathlib.Path(__file__).parents[1] / "models" / "tiny" / "checkpoint"
 CONFIG = EngineConfig(

@@ -12,7 +12,7 @@ import pytest
 from jaxserve import field_types, gin_config
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.gin_config import ConfigError
-from models.config import ModelConfig, RopeScaling
+from jaxserve.models.config import ModelConfig, RopeScaling
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ import numpy as np
 from benchmarks.gpu import device, process
 from benchmarks.gpu.engine_step import Engine
 from benchmarks.gpu.record import AbsentError, Record, Settings
+from jaxserve.models.params import make_mesh
 from jaxserve.runner.aot.bundle import MANIFEST, Bundle, BundleError
 from jaxserve.runner.programs import ProgramKey, Shapes
 from jaxserve.runner.targets import LOCAL, known_targets, load_target
-from models.params import make_mesh
 
 COMPILE_SECONDS = 120.0
 CONTEXT = 100

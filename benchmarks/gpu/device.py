@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu.record import Record, Settings
-from pallas_kernels.paged_attention import IMPLEMENTATIONS, choose
+from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, choose
 
 CACHE_BYTES = 64 * 2**20
 """No less than the level-2 cache of the GPUs this runs on (H100 and H200: 50 MB; A100: 40; L4: 48)."""

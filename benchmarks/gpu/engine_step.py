@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu import device
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.params import abstract_params, bind, make_mesh, products_for, random_params
 from jaxserve.runner.compiler import compile_program, compiler_options
 from jaxserve.runner.packing import ForwardPacker, SamplePacker
 from jaxserve.runner.programs import (
@@ -24,8 +26,6 @@ from jaxserve.runner.programs import (
 )
 from jaxserve.runner.slots import Slots
 from jaxserve.scheduler.plan import DecodeRows, StepPlan
-from models.config import ModelConfig
-from models.params import abstract_params, bind, make_mesh, products_for, random_params
 
 
 @dataclasses.dataclass(frozen=True)

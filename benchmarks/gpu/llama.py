@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.config import ModelConfig, RopeScaling
+from jaxserve.models.config import ModelConfig, RopeScaling
 
 LLAMA_8B = ModelConfig(
     architecture="LlamaForCausalLM",

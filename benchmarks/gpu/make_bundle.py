@@ -11,12 +11,12 @@ import pathlib
 import sys
 
 from benchmarks.gpu import llama
+from jaxserve.pallas_kernels.paged_attention import choose
 from jaxserve.runner.aot.bundle import BundleWriter
 from jaxserve.runner.compiler import compile_program, fresh_compilations
 from jaxserve.runner.programs import Shapes, program_keys
 from jaxserve.runner.targets import load_target, target_mesh, use_cpu_only
 from jaxserve.scheduler.buckets import Buckets
-from pallas_kernels.paged_attention import choose
 
 
 def shapes_for(platform: str) -> Shapes:

@@ -18,7 +18,7 @@ from benchmarks.gpu import device, paged
 from benchmarks.gpu.counts import kv_bytes
 from benchmarks.gpu.peers import Shape, decode_shapes, prefill_shapes
 from benchmarks.gpu.record import AbsentError, Record, Settings
-from pallas_kernels.paged_attention import paged_attention
+from jaxserve.pallas_kernels.paged_attention import paged_attention
 
 OPS = "jax.experimental.pallas.ops.gpu"
 

@@ -12,7 +12,7 @@ from benchmarks.gpu import device, paged
 from benchmarks.gpu.counts import attention_flops
 from benchmarks.gpu.paged import Pool
 from benchmarks.gpu.record import Record, Settings
-from pallas_kernels.paged_attention import paged_attention
+from jaxserve.pallas_kernels.paged_attention import paged_attention
 
 
 @dataclasses.dataclass(frozen=True)

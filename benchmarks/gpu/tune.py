@@ -23,11 +23,11 @@ from benchmarks.gpu import dense, device, paged, values, write
 from benchmarks.gpu.counts import Heads
 from benchmarks.gpu.paged import Pool
 from benchmarks.gpu.record import AbsentError, Record, Settings, plain
+from jaxserve.pallas_kernels.paged_attention import AttentionSpec
+from jaxserve.pallas_kernels.paged_attention.triton import tuning
+from jaxserve.pallas_kernels.paged_attention.triton.attention import paged_attention
+from jaxserve.pallas_kernels.paged_attention.triton.kv_write import kv_write, rotate_and_write
 from jaxserve.runner.aot import container, cubin
-from pallas_kernels.paged_attention import AttentionSpec
-from pallas_kernels.paged_attention.triton import tuning
-from pallas_kernels.paged_attention.triton.attention import paged_attention
-from pallas_kernels.paged_attention.triton.kv_write import kv_write, rotate_and_write
 
 PASSES = 2
 LEAST_GAIN = 0.99

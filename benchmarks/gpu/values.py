@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.gpu import dense, device
 from benchmarks.gpu.dense import Inputs, Problem
 from benchmarks.gpu.record import Record, Settings
-from pallas_kernels.paged_attention import kv_write, paged_attention, rotate_and_write
+from jaxserve.pallas_kernels.paged_attention import kv_write, paged_attention, rotate_and_write
 
 TOLERANCE = {"float32": 2e-3, "bfloat16": 1e-2, "float16": 2e-3}
 """Largest relative error ||out - ref|| / ||ref|| by dtype of the queries; float32 allows for tf32 products."""

@@ -14,7 +14,7 @@ from benchmarks.gpu.counts import rotate_and_write_bytes, write_bytes
 from benchmarks.gpu.decode import rates
 from benchmarks.gpu.paged import Pool
 from benchmarks.gpu.record import Record, Settings
-from pallas_kernels.paged_attention import kv_write, rotate_and_write
+from jaxserve.pallas_kernels.paged_attention import kv_write, rotate_and_write
 
 
 def calls(settings: Settings) -> int:

@@ -19,9 +19,9 @@ from benchmarks.load.datasets import LoadRequest
 from benchmarks.load.figures import Seen
 from benchmarks.load.http2 import Connection, Http2Error, Stream, connect, messages
 from jaxserve.request import SamplingParams
-from server import convert
-from server.client import generate_request
-from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from jaxserve.serving import convert
+from jaxserve.serving.client import generate_request
+from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 _METHOD = "/{}/Generate".format(pb.DESCRIPTOR.services_by_name["JaxServe"].full_name)
 _STATUS = {code.value[0]: code.name for code in grpc.StatusCode}

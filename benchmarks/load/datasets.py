@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from benchmarks.work import FIRST_ORDINARY_ID, Work, random_work
+from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE, generate_split
 from jaxserve.simulator.trace_files import BLOCK, TraceRow
-from models.tiny.tasks import KINDS, MAX_SIZE, generate_split
 
 TASK_MAX_TOKENS = 400
 """More than any right answer of the default model's tasks has."""

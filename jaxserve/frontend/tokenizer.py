@@ -19,9 +19,9 @@ from jaxserve.frontend.encoding import Encoder
 from jaxserve.frontend.fast_tokenizers import fast_class
 from jaxserve.frontend.steps import Steps, finish
 from jaxserve.frontend.template import TemplateRenderer, one_line
+from jaxserve.models.config import check_config_file
+from jaxserve.models.older_tokenizers import has_older_format
 from jaxserve.shown import shown
-from models.config import check_config_file
-from models.older_tokenizers import has_older_format
 
 _IDS_PER_STEP = 64 * 1024
 

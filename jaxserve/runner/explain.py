@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from jaxserve.config import CacheConfig, EngineConfig
+from jaxserve.models.params import abstract_params, make_mesh
 from jaxserve.runner.aot.plugin import PluginMissingError
 from jaxserve.runner.compiler import ProgramMemory, compile_program, program_memory
 from jaxserve.runner.estimate import temporary_bytes
@@ -27,7 +28,6 @@ from jaxserve.runner.resolve import resolve_shapes
 from jaxserve.runner.roofline import DecodeStep, decode_step
 from jaxserve.runner.targets import LOCAL, Target, known_targets, load_target, target_mesh
 from jaxserve.scheduler.page_pool import greatest_concurrency
-from models.params import abstract_params, make_mesh
 
 LOAD_RATE = 0.8e9
 """Bytes/s: a 306 MB safetensors checkpoint from the page cache, with two cores of a 2 GHz server processor."""

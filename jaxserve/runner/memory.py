@@ -22,11 +22,11 @@ import jax
 from jax.sharding import Mesh
 
 from jaxserve.config import CacheConfig
+from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS
 from jaxserve.runner.compiler import ProgramMemory, compile_program, program_memory
 from jaxserve.runner.programs import ProgramKey, Shapes, abstract_arguments, abstract_pools, program_keys
 from jaxserve.runner.swap_programs import SWAP_SIZES
 from jaxserve.runner.targets import available_memory
-from pallas_kernels.paged_attention import IMPLEMENTATIONS
 
 MARGIN_BYTES = 256 * 1024 * 1024
 

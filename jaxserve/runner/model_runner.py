@@ -16,6 +16,10 @@ from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
 from jaxserve.failpoints import Failpoints, InjectedFaultError
+from jaxserve.models.checkpoint import load, load_kv_scales, read_ahead
+from jaxserve.models.kv_scales import calibrate, placed
+from jaxserve.models.params import abstract_params, make_mesh, pack_for, random_params
+from jaxserve.pallas_kernels.paged_attention import is_quantised
 from jaxserve.phases import Phases
 from jaxserve.runner.aot.bundle import Bundle, bundled_cache
 from jaxserve.runner.aot.program_cache import CacheRefusedError, ProgramCache, default_directory
@@ -51,10 +55,6 @@ from jaxserve.runner.step_costs import step_costs
 from jaxserve.runner.swap_programs import swap_blocks, swap_in_vector
 from jaxserve.scheduler.costs import PreemptionCosts
 from jaxserve.scheduler.plan import NO_DECODES, StepPlan, StepResult, Swap
-from models.checkpoint import load, load_kv_scales, read_ahead
-from models.kv_scales import calibrate, placed
-from models.params import abstract_params, make_mesh, pack_for, random_params
-from pallas_kernels.paged_attention import is_quantised
 
 _log = logging.getLogger(__name__)
 

@@ -24,13 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.runner.layout import forward_layout, sample_layout, swap_in_layout
-from jaxserve.runner.sampler import sample
-from jaxserve.runner.slots import Slots
-from jaxserve.runner.swap_programs import SWAP_SIZES, swap_in, swap_out
-from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.plan import StepPlan
-from models.attention import (
+from jaxserve.models.attention import (
     POOL_PARTITION,
     SCALE_PARTITION,
     AttentionMetadata,
@@ -38,10 +32,16 @@ from models.attention import (
     layer_caches,
     paged_attend,
 )
-from models.config import ModelConfig
-from models.params import abstract_params, bind, products_for
-from models.products import Products
-from pallas_kernels.paged_attention import IMPLEMENTATIONS, is_quantised, pool_spec
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.params import abstract_params, bind, products_for
+from jaxserve.models.products import Products
+from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, is_quantised, pool_spec
+from jaxserve.runner.layout import forward_layout, sample_layout, swap_in_layout
+from jaxserve.runner.sampler import sample
+from jaxserve.runner.slots import Slots
+from jaxserve.runner.swap_programs import SWAP_SIZES, swap_in, swap_out
+from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.plan import StepPlan
 
 NULL_SLOT = 0
 """Where padding tokens write their keys and values: the first slot of the null page."""

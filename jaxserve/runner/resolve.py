@@ -6,17 +6,17 @@ import dataclasses
 import pathlib
 
 from jaxserve.config import EngineConfig
+from jaxserve.models import checkpoint
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.end_tokens import check_vocabulary
+from jaxserve.models.params import DTYPES, packable
+from jaxserve.pallas_kernels.cpu import linear
+from jaxserve.pallas_kernels.paged_attention import Use, choose, is_quantised
 from jaxserve.request import MAX_STOP_TOKEN_IDS
 from jaxserve.runner.layout import STOP_WIDTH
 from jaxserve.runner.programs import Shapes
 from jaxserve.runner.roofline import token_bytes
 from jaxserve.scheduler.buckets import Buckets
-from models import checkpoint
-from models.config import ModelConfig
-from models.end_tokens import check_vocabulary
-from models.params import DTYPES, packable
-from pallas_kernels.cpu import linear
-from pallas_kernels.paged_attention import Use, choose, is_quantised
 
 GIB = 2**30
 

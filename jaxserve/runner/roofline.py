@@ -12,9 +12,9 @@ import dataclasses
 import jax.numpy as jnp
 
 from jaxserve.model_cost import ModelCost
+from jaxserve.models.attention import AttentionSettings
 from jaxserve.runner.programs import Shapes
 from jaxserve.runner.targets import Target
-from models.attention import AttentionSettings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from jaxserve.models.params import make_mesh
 from jaxserve.runner.aot.plugin import find_plugin, plugin_module, quiet_loading, start_plugin, use_cpu_only
 from jaxserve.targets import LOCAL, TARGET_DIRECTORY, Target, available_memory, known_targets, load_target
-from models.params import make_mesh
 
 
 def target_mesh(target: Target, devices: int = 1) -> Mesh:

@@ -22,10 +22,10 @@ import numpy as np
 
 from jaxserve.checks import between
 from jaxserve.model_cost import ITEM_BYTES, ModelCost
+from jaxserve.models.config import ModelConfig
 from jaxserve.scheduler.costs import PreemptionCosts
 from jaxserve.simulator.costs import HostCosts, StepShape
 from jaxserve.targets import Target
-from models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 from jaxserve.checks import did_you_mean
 from jaxserve.config import EngineConfig
 from jaxserve.model_cost import ModelCost
+from jaxserve.models.config import ModelConfig
 from jaxserve.simulator.costs import CostModel, HostCosts, read_costs
 from jaxserve.simulator.engine import SimulatedDevice
 from jaxserve.simulator.roofline import Efficiency, RooflineCosts, pool_pages
 from jaxserve.targets import LOCAL, Target, known_targets, load_target
-from models.config import ModelConfig
 
 GIB = 2**30
 _POOL_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from models.tiny.tasks import KINDS, MAX_SIZE, generate_split, is_held_out, lookup_run
-from models.tiny.tokenizer import BOS_ID, EOS_ID, encode_fast
+from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE, generate_split, is_held_out, lookup_run
+from jaxserve.models.tiny.tokenizer import BOS_ID, EOS_ID, encode_fast
 
 
 @dataclasses.dataclass(frozen=True)

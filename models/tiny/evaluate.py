@@ -1,4 +1,4 @@
-"""Exact match of the shipped weights on held-out examples: `python -m models.tiny.evaluate`.
+"""Exact match of the shipped weights on held-out examples: `python -m jaxserve.models.tiny.evaluate`.
 
 An example counts when the arg max is right at every answer token and at `<eos>`, given the right tokens before it:
 that is when greedy decoding writes the right answer, and it takes one pass. Everything runs in float32.
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 from flax import nnx
 
-from models.checkpoint import load
-from models.config import ModelConfig
-from models.params import bind, make_mesh
-from models.tiny.data import held_out_batches
-from models.tiny.tasks import KINDS, MAX_SIZE
-from models.tiny.train import score
+from jaxserve.models.checkpoint import load
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.params import bind, make_mesh
+from jaxserve.models.tiny.data import held_out_batches
+from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE
+from jaxserve.models.tiny.train import score
 
 CHECKPOINT = pathlib.Path(__file__).parent / "checkpoint"
 

@@ -1,4 +1,4 @@
-"""Writes a training checkpoint as a Hugging Face model: `python -m models.tiny.export --run DIR --out DIR`.
+"""Writes a training checkpoint as a Hugging Face model: `python -m jaxserve.models.tiny.export --run DIR --out DIR`.
 
 The weights are stored as float32, in `LlamaForCausalLM`'s names and shapes.
 """
@@ -16,10 +16,10 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from models.llama import Llama
-from models.tiny.step import CONFIG, initial_params, make_optimizer
-from models.tiny.tokenizer import BOS, BOS_ID, CHAT_TEMPLATE, EOS, EOS_ID, PAD, PAD_ID, build_tokenizer
-from models.tiny.train import Progress, checkpoints, restore
+from jaxserve.models.llama import Llama
+from jaxserve.models.tiny.step import CONFIG, initial_params, make_optimizer
+from jaxserve.models.tiny.tokenizer import BOS, BOS_ID, CHAT_TEMPLATE, EOS, EOS_ID, PAD, PAD_ID, build_tokenizer
+from jaxserve.models.tiny.train import Progress, checkpoints, restore
 
 
 def hf_tensors(model: Llama) -> dict[str, np.ndarray]:

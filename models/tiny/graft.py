@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.llama import rope_frequencies
-from models.tiny.tokenizer import BOS_ID, EOS_ID, FIRST_BYTE_ID, FIRST_WHOLE_ID, VOCAB_SIZE
-from models.tiny.words import ACCENTED, EMOJI
+from jaxserve.models.llama import rope_frequencies
+from jaxserve.models.tiny.tokenizer import BOS_ID, EOS_ID, FIRST_BYTE_ID, FIRST_WHOLE_ID, VOCAB_SIZE
+from jaxserve.models.tiny.words import ACCENTED, EMOJI
 
 AMPLITUDES = (12.0, 12.0, 6.0, 4.0, 3.0, 2.0, 1.0)
 """Attention logits given to the fastest rotary frequencies; together they tell neighbours apart by about 8."""

@@ -1,4 +1,4 @@
-"""Draws loss and exact match over training: `python -m models.tiny.plot --log log.jsonl --out training.png`."""
+"""Draws loss and exact match over training: `python -m jaxserve.models.tiny.plot --log LOG.jsonl --out FILE.png`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt
 
-from models.tiny.tasks import KINDS
+from jaxserve.models.tiny.tasks import KINDS
 
 
 def read_log(path: pathlib.Path) -> list[dict[str, Any]]:

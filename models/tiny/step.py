@@ -13,11 +13,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from models.attention import rotated
-from models.config import ModelConfig
-from models.llama import Llama
-from models.products import Products
-from models.tiny.tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE
+from jaxserve.models.attention import rotated
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.llama import Llama
+from jaxserve.models.products import Products
+from jaxserve.models.tiny.tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -55,7 +55,7 @@ def segment_bias(segments: jax.Array) -> jax.Array:
 
 
 def dense_attend(bias: jax.Array) -> Callable[..., tuple[jax.Array, None]]:
-    """Attention over whole rows, in the layout that `models.llama` asks of its caller."""
+    """Attention over whole rows, in the layout that `jaxserve.models.llama` asks of its caller."""
 
     def attend(qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: None, dtype: np.dtype) -> tuple[jax.Array, None]:
         q, k, v = rotated(qkv, cos, sin, dtype)

@@ -13,7 +13,7 @@ import random
 import string
 from collections.abc import Callable
 
-from models.tiny.words import ACCENTED, CITIES, EMOJI, FIELDS, KEY_WORDS, NAMES
+from jaxserve.models.tiny.words import ACCENTED, CITIES, EMOJI, FIELDS, KEY_WORDS, NAMES
 
 HELD_OUT_SHARE = 16
 """One prompt in so many is held out."""

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from models.tiny.tasks import KINDS
-from models.tiny.words import KEY_WORDS
+from jaxserve.models.tiny.tasks import KINDS
+from jaxserve.models.tiny.words import KEY_WORDS
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2

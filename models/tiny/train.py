@@ -1,4 +1,4 @@
-"""Trains the default model: `python -m models.tiny.train --out DIR`.
+"""Trains the default model: `python -m jaxserve.models.tiny.train --out DIR`.
 
 Training is made of legs. A leg resumes from the last checkpoint in DIR, and may change row length, batch, learning
 rate and task shares; SIGTERM ends it with a checkpoint. The learning rate warms up, stays, and falls linearly to zero
@@ -26,10 +26,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
-from models.tiny.data import Batch, Mixer, held_out_batches
-from models.tiny.graft import freeze_mask, graft_look_back
-from models.tiny.step import initial_params, make_optimizer, predict_step, train_step
-from models.tiny.tasks import KINDS, MAX_SIZE
+from jaxserve.models.tiny.data import Batch, Mixer, held_out_batches
+from jaxserve.models.tiny.graft import freeze_mask, graft_look_back
+from jaxserve.models.tiny.step import initial_params, make_optimizer, predict_step, train_step
+from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE
 
 FIRST_CAPS = {"copy": 12, "reverse": 6, "sort": 6, "add": 3, "count": 6, "json": 2, "lookup": 8}
 GROW_AT = 0.85

@@ -27,8 +27,8 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-from pallas_kernels.cpu import features, ffi, tiles
-from pallas_kernels.cpu.emitter import FLOATS, INT, INTS, WORD, Emitter
+from jaxserve.pallas_kernels.cpu import features, ffi, tiles
+from jaxserve.pallas_kernels.cpu.emitter import FLOATS, INT, INTS, WORD, Emitter
 
 ROWS = 8
 """Rows computed together in vectors; fewer are filled up with zeros."""

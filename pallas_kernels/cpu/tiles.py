@@ -21,8 +21,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from pallas_kernels.cpu import features, ffi
-from pallas_kernels.cpu.emitter import WORD, Emitter
+from jaxserve.pallas_kernels.cpu import features, ffi
+from jaxserve.pallas_kernels.cpu.emitter import WORD, Emitter
 
 ROWS, PAIRS = 16, 16
 """Rows of a tile, and pairs of the contracted axis that a step takes."""

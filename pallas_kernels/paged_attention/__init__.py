@@ -1,6 +1,6 @@
 """Paged attention: one pool of pages a layer, ragged sequences packed on one token axis."""
 
-from pallas_kernels.paged_attention.api import (
+from jaxserve.pallas_kernels.paged_attention.api import (
     IMPLEMENTATIONS,
     Implementation,
     choose,
@@ -8,7 +8,7 @@ from pallas_kernels.paged_attention.api import (
     paged_attention,
     rotate_and_write,
 )
-from pallas_kernels.paged_attention.pool import (
+from jaxserve.pallas_kernels.paged_attention.pool import (
     PAGE_SIZES,
     is_quantised,
     largest,
@@ -17,8 +17,8 @@ from pallas_kernels.paged_attention.pool import (
     storage_dtype,
     value_dtype,
 )
-from pallas_kernels.paged_attention.rotary import rotate
-from pallas_kernels.paged_attention.spec import AttentionSpec, Use
+from jaxserve.pallas_kernels.paged_attention.rotary import rotate
+from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec, Use
 
 __all__ = [
     "IMPLEMENTATIONS",

@@ -14,14 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention import reference, xla, xla_plan
-from pallas_kernels.paged_attention.cpu import calls as cpu
-from pallas_kernels.paged_attention.pool import FLOAT_DTYPES, check_page_size, is_quantised, value_dtype
-from pallas_kernels.paged_attention.rotary import split_and_rotate
-from pallas_kernels.paged_attention.spec import AttentionSpec, Use
-from pallas_kernels.paged_attention.triton import attention as triton
-from pallas_kernels.paged_attention.triton import kv_write as triton_write
-from pallas_kernels.paged_attention.triton import limits
+from jaxserve.pallas_kernels.paged_attention import reference, xla, xla_plan
+from jaxserve.pallas_kernels.paged_attention.cpu import calls as cpu
+from jaxserve.pallas_kernels.paged_attention.pool import FLOAT_DTYPES, check_page_size, is_quantised, value_dtype
+from jaxserve.pallas_kernels.paged_attention.rotary import split_and_rotate
+from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec, Use
+from jaxserve.pallas_kernels.paged_attention.triton import attention as triton
+from jaxserve.pallas_kernels.paged_attention.triton import kv_write as triton_write
+from jaxserve.pallas_kernels.paged_attention.triton import limits
 
 
 @dataclasses.dataclass(frozen=True)

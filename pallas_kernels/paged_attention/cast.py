@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.pool import is_quantised, largest, value_dtype
+from jaxserve.pallas_kernels.paged_attention.pool import is_quantised, largest, value_dtype
 
 
 def encode(x: jax.Array, storage: jax.typing.DTypeLike, scale: jax.Array | None) -> jax.Array:

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.cast import decode, encode
-from pallas_kernels.paged_attention.spec import AttentionSpec
+from jaxserve.pallas_kernels.paged_attention.cast import decode, encode
+from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
 
 
 def paged_attention(

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.cast import decode, encode
-from pallas_kernels.paged_attention.pool import is_quantised, value_dtype
-from pallas_kernels.paged_attention.spec import AttentionSpec
-from pallas_kernels.paged_attention.xla_plan import TilePass, Tiling, plan_tiles, tiling_for
+from jaxserve.pallas_kernels.paged_attention.cast import decode, encode
+from jaxserve.pallas_kernels.paged_attention.pool import is_quantised, value_dtype
+from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
+from jaxserve.pallas_kernels.paged_attention.xla_plan import TilePass, Tiling, plan_tiles, tiling_for
 
 LOG2_E = math.log2(math.e)
 

@@ -13,13 +13,13 @@ from benchmarks import exact_match, identity, report
 from benchmarks.random_checkpoint import LLAMA_153M, write_checkpoint
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.inline import InlineEngine
+from jaxserve.models.checkpoint import load
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.params import make_mesh
 from jaxserve.request import FinishReason
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.scheduler.plan import StepPlan, StepResult
-from models.checkpoint import load
-from models.config import ModelConfig
-from models.params import make_mesh
-from server.client import Completion, Usage
+from jaxserve.serving.client import Completion, Usage
 
 ARCHITECTURE = ModelConfig("LlamaForCausalLM", 101, 8, 8, 1, 1, 1, 8, 2048)
 CONFIG = EngineConfig(

@@ -19,9 +19,9 @@ from benchmarks.work import WORKLOADS, Work, engine_options, random_work
 from jaxserve import LLM
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.inline import InlineEngine
+from jaxserve.models.config import ModelConfig
 from jaxserve.recorder import StepRecorded
 from jaxserve.runner.fake import FakeRunner
-from models.config import ModelConfig
 
 ANSWERS = """
     import json, sys, time

@@ -6,8 +6,8 @@ import pathlib
 
 from benchmarks import cpu_roofline
 from benchmarks.work import SHAPES
-from models.config import ModelConfig
-from models.llama import hf_weights
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.llama import hf_weights
 
 PROGRAM = """HloModule jit_forward_8
 

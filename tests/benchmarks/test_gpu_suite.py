@@ -21,8 +21,8 @@ from benchmarks.gpu.bundle import build, try_bundle
 from benchmarks.gpu.record import FAILED, NOT_RUN, OK, RUNNING, STATUSES, AbsentError, Record, Settings, dumps
 from jaxserve import gin_config
 from jaxserve.config import EngineConfig
+from jaxserve.pallas_kernels.paged_attention.triton import tuning
 from jaxserve.runner.programs import Shapes
-from pallas_kernels.paged_attention.triton import tuning
 
 SCRIPT = process.ROOT / "benchmarks" / "gpu_suite.py"
 

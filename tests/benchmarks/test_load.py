@@ -15,8 +15,8 @@ from benchmarks.load.figures import Seen, figures, is_good, most_open, parse_goo
 from benchmarks.load.plots import latency_against_throughput
 from benchmarks.load.runs import line, slow_marks
 from benchmarks.spread import spread
+from jaxserve.models.tiny.tasks import KINDS, is_held_out
 from jaxserve.simulator.trace_files import TraceRow
-from models.tiny.tasks import KINDS, is_held_out
 
 
 @pytest.mark.parametrize(("rate", "burstiness"), [(5.0, 1.0), (0.5, 0.25), (40.0, 4.0)])

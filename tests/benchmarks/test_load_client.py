@@ -10,7 +10,7 @@ from benchmarks.load.client import Slowness, drive
 from benchmarks.load.datasets import LoadRequest
 from benchmarks.load.http2 import Connection, Http2Error, literal_fields, messages, request_headers
 from jaxserve.frontend.tokenizer import Tokenizer
-from server.client import AsyncClient
+from jaxserve.serving.client import AsyncClient
 from tests.server.fakes import EchoEngine, save_tokenizer
 from tests.server.harness import Served, run_served
 

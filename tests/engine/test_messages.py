@@ -23,8 +23,8 @@ from jaxserve.engine.messages import (
     encode,
 )
 from jaxserve.engine.wire_config import config_from_bytes, config_to_bytes
+from jaxserve.models.config import ModelConfig, RopeScaling
 from jaxserve.request import EngineRequest, FinishReason
-from models.config import ModelConfig, RopeScaling
 
 READY = EngineReady(
     101, 256, 256, (1, 2), 16, 63, 8, 100, 5, "Llama", "float32", "cpu", "xla", 4, 1.5, 2.5, "int8", "bundles/llama"

@@ -29,8 +29,8 @@ from jaxserve.engine.messages import (
 )
 from jaxserve.engine.process import EngineProcess
 from jaxserve.engine.wire_config import config_to_bytes
+from jaxserve.models.config import ModelConfig
 from jaxserve.request import EngineRequest, FinishReason
-from models.config import ModelConfig
 
 CONFIG = EngineConfig(
     architecture=ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256),

@@ -8,11 +8,11 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.step_time import StepTimePrediction
+from jaxserve.models.params import make_mesh
 from jaxserve.runner.protocol import StepCosts
 from jaxserve.runner.resolve import resolve_shapes
 from jaxserve.runner.step_costs import step_costs
 from jaxserve.scheduler.plan import NO_DECODES, StepPlan
-from models.params import make_mesh
 
 
 def plan(tokens: int) -> StepPlan:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.cpu import features
-from pallas_kernels.paged_attention import paged_attention, storage_dtype
-from pallas_kernels.paged_attention.pool import QUANTISED_DTYPES
+from jaxserve.pallas_kernels.cpu import features
+from jaxserve.pallas_kernels.paged_attention import paged_attention, storage_dtype
+from jaxserve.pallas_kernels.paged_attention.pool import QUANTISED_DTYPES
 
 needs_avx512_bf16 = pytest.mark.skipif(not features.has("avx512_bf16"), reason="this CPU has no avx512_bf16")
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from pallas_kernels.paged_attention import (
+from jaxserve.pallas_kernels.paged_attention import (
     AttentionSpec,
     Use,
     choose,
@@ -14,7 +14,7 @@ from pallas_kernels.paged_attention import (
     pool_spec,
     rotate_and_write,
 )
-from pallas_kernels.paged_attention.cpu import calls
+from jaxserve.pallas_kernels.paged_attention.cpu import calls
 from tests.kernels.packing import needs_avx512_bf16
 
 T, R, K, G, D = 8, 3, 2, 2, 40

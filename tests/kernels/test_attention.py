@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.paged_attention import kv_write, largest, new_pool, paged_attention
+from jaxserve.pallas_kernels.paged_attention import kv_write, largest, new_pool, paged_attention
 from tests.kernels.packing import Memory, Shape, Work, bits, for_cpu, needs_avx512_bf16
 
 SHAPES = [

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.cpu import features, linear, tiles
+from jaxserve.pallas_kernels.cpu import features, linear, tiles
 
 pytestmark = pytest.mark.skipif(not features.has("avx512_bf16"), reason="this CPU has no AVX512_BF16 instructions")
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.paged_attention import (
+from jaxserve.pallas_kernels.paged_attention import (
     kv_write,
     new_pool,
     paged_attention,
@@ -20,8 +20,8 @@ from pallas_kernels.paged_attention import (
     storage_dtype,
     value_dtype,
 )
-from pallas_kernels.paged_attention.cast import decode, encode
-from pallas_kernels.paged_attention.pool import QUANTISED_DTYPES
+from jaxserve.pallas_kernels.paged_attention.cast import decode, encode
+from jaxserve.pallas_kernels.paged_attention.pool import QUANTISED_DTYPES
 from tests.kernels.packing import arranged, needs_avx512_bf16, plain
 
 PAGES, HEADS, PAGE_SIZE, DIM, TOKENS = 6, 2, 16, 40, 12

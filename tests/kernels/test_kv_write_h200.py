@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxserve.pallas_kernels.paged_attention import is_quantised, kv_write, rotate_and_write
+from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION
 from jaxserve.runner.aot import cubin
 from jaxserve.runner.aot.container import contents
 from jaxserve.runner.compiler import compiler_options, fresh_compilations
 from jaxserve.runner.targets import load_target, target_mesh
-from pallas_kernels.paged_attention import is_quantised, kv_write, rotate_and_write
-from pallas_kernels.paged_attention.triton.backend import DEPRECATION
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.paged_attention import rotate_and_write
-from pallas_kernels.paged_attention.cast import decode, encode
-from pallas_kernels.paged_attention.pool import QUANTISED_DTYPES, largest, storage_dtype
-from pallas_kernels.paged_attention.triton import limits
-from pallas_kernels.paged_attention.triton.tuning import DecodeConfig, PrefillConfig
+from jaxserve.pallas_kernels.paged_attention import rotate_and_write
+from jaxserve.pallas_kernels.paged_attention.cast import decode, encode
+from jaxserve.pallas_kernels.paged_attention.pool import QUANTISED_DTYPES, largest, storage_dtype
+from jaxserve.pallas_kernels.paged_attention.triton import limits
+from jaxserve.pallas_kernels.paged_attention.triton.tuning import DecodeConfig, PrefillConfig
 from tests.kernels.packing import bits
 from tests.kernels.triton_steps import Layer, Row, Sequence, Step, assert_close
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.paged_attention import IMPLEMENTATIONS
-from pallas_kernels.paged_attention.triton import limits, plan, tuning
-from pallas_kernels.paged_attention.triton.backend import DEPRECATION, pl, triton
+from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS
+from jaxserve.pallas_kernels.paged_attention.triton import limits, plan, tuning
+from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION, pl, triton
 
 DECODE = tuning.DecodeConfig(block=16, chunk=32, splits=4, programs=3, num_warps=4, num_stages=2)
 PREFILL = tuning.PrefillConfig(tile=32, block=16, num_warps=4, num_stages=2)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.paged_attention import AttentionSpec
-from pallas_kernels.paged_attention.pool import QUANTISED_DTYPES, largest, storage_dtype
-from pallas_kernels.paged_attention.triton.attention import paged_attention
-from pallas_kernels.paged_attention.triton.tuning import DecodeConfig, PrefillConfig
+from jaxserve.pallas_kernels.paged_attention import AttentionSpec
+from jaxserve.pallas_kernels.paged_attention.pool import QUANTISED_DTYPES, largest, storage_dtype
+from jaxserve.pallas_kernels.paged_attention.triton.attention import paged_attention
+from jaxserve.pallas_kernels.paged_attention.triton.tuning import DecodeConfig, PrefillConfig
 
 # The most that a result may be off by, in units of the greatest value V. Weights each off by a share of e or less move
 # a mean of values by e V or less.

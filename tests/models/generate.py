@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from models.attention import (
+from jaxserve.models.attention import (
     POOL_PARTITION,
     AttentionMetadata,
     AttentionSettings,
@@ -17,11 +17,11 @@ from models.attention import (
     layer_caches,
     paged_attend,
 )
-from models.config import ModelConfig
-from models.kv_scales import placed
-from models.params import bind, make_mesh
-from pallas_kernels.paged_attention import api
-from pallas_kernels.paged_attention.pool import new_pool
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.kv_scales import placed
+from jaxserve.models.params import bind, make_mesh
+from jaxserve.pallas_kernels.paged_attention import api
+from jaxserve.pallas_kernels.paged_attention.pool import new_pool
 
 PAGE_SIZE = 8
 ROWS = 8

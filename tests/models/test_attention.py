@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import params
-from models.attention import AttentionMetadata, AttentionSettings, dense_attend
-from models.config import ModelConfig
+from jaxserve.models import params
+from jaxserve.models.attention import AttentionMetadata, AttentionSettings, dense_attend
+from jaxserve.models.config import ModelConfig
 from tests.models import generate
 from tests.models.checkpoints import BASE
 

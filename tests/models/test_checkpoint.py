@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from models import checkpoint, params
-from models.config import ModelConfig
-from models.safetensors_file import read_header
+from jaxserve.models import checkpoint, params
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.safetensors_file import read_header
 from tests.models.checkpoints import (
     BASE,
     SHAPES,
@@ -173,8 +173,8 @@ def test_orbax_errors(tmp_path, sharded):
 
 RESTORE = textwrap.dedent("""
     import sys
-    from models import checkpoint, params
-    from models.config import ModelConfig
+    from jaxserve.models import checkpoint, params
+    from jaxserve.models.config import ModelConfig
 
     config = ModelConfig.from_directory(sys.argv[1])
     try:

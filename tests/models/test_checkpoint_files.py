@@ -14,10 +14,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from models import checkpoint, config, params, registry
-from models.config import ModelConfig
-from models.rope import RopeScaling, rope_frequencies
-from models.stored import EMBEDDING, HEAD, INDEX_FILE, SINGLE_FILE
+from jaxserve.models import checkpoint, config, params, registry
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.rope import RopeScaling, rope_frequencies
+from jaxserve.models.stored import EMBEDDING, HEAD, INDEX_FILE, SINGLE_FILE
 from tests.models.checkpoints import BASE, random_tensors, write_safetensors
 from tests.models.checkpoints import write_files as write
 
@@ -457,7 +457,7 @@ def test_checking_reads_no_weights(tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("models.safetensors_file.StoredTensor.view", refuse)
+    monkeypatch.setattr("jaxserve.models.safetensors_file.StoredTensor.view", refuse)
     monkeypatch.setattr(jax, "device_put", refuse)
     checkpoint.check(directory, found)
 
@@ -465,7 +465,7 @@ def test_checking_reads_no_weights(tmp_path, monkeypatch):
 def test_reading_a_configuration_needs_no_jax(tmp_path):
     directory = write(tmp_path, {"tie_word_embeddings": True}, random_tensors(BASE, 0))
     code = (
-        "import sys; from models.config import ModelConfig; "
+        "import sys; from jaxserve.models.config import ModelConfig; "
         f"print(ModelConfig.from_directory({directory!r}).tie_word_embeddings, 'jax' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

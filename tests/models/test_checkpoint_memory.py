@@ -6,17 +6,17 @@ import jax
 import numpy as np
 import pytest
 
-from models import checkpoint, params
-from models.config import ModelConfig
-from models.weights import get
+from jaxserve.models import checkpoint, params
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.weights import get
 from tests.models.checkpoints import BASE, SHAPES, tensor_shapes, write_checkpoint, write_shape
 from tests.models.scripts import run_script
 
 MEASURE = textwrap.dedent("""
     import re, sys
     import jax, numpy as np
-    from models import checkpoint, params
-    from models.config import ModelConfig
+    from jaxserve.models import checkpoint, params
+    from jaxserve.models.config import ModelConfig
 
     def peak():
         # Not ru_maxrss: a process starts with its parent's.

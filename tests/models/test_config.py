@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from models import registry
-from models.config import ModelConfig, RopeScaling
-from models.llama import rope_frequencies
+from jaxserve.models import registry
+from jaxserve.models.config import ModelConfig, RopeScaling
+from jaxserve.models.llama import rope_frequencies
 from tests.models.checkpoints import BASE, LLAMA3, SHAPES
 
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import checkpoint, kv_scales, params
-from models.attention import AttentionSettings, dense_attend, rotated
-from models.config import ModelConfig
-from models.kv_scales import KVScales
+from jaxserve.models import checkpoint, kv_scales, params
+from jaxserve.models.attention import AttentionSettings, dense_attend, rotated
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.kv_scales import KVScales
 from tests.models.checkpoints import BASE, random_tensors, write_checkpoint
 
 LAYERS, HEADS = 2, 2

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from models import checkpoint, params
-from models.config import ModelConfig
+from jaxserve.models import checkpoint, params
+from jaxserve.models.config import ModelConfig
 from tests.models import generate
 from tests.models.checkpoints import NEW_TOKENS, SHAPES, prompt, write_shape
 

@@ -7,15 +7,15 @@ import textwrap
 
 import pytest
 
-from models import params
-from models.config import ModelConfig
+from jaxserve.models import params
+from jaxserve.models.config import ModelConfig
 from tests.models.checkpoints import BASE, SHAPES
 
 RUN = textwrap.dedent("""
     import pathlib, sys, tempfile
     import jax, numpy as np
-    from models import checkpoint, params
-    from models.config import ModelConfig
+    from jaxserve.models import checkpoint, params
+    from jaxserve.models.config import ModelConfig
     from tests.models import generate
     from tests.models.checkpoints import BASE, Shape, prompt, write_shape
 

@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-import models.tiny
-from models.tiny.data import Mixer, held_out_batches, largest_size, make_example, make_lookup_lesson
-from models.tiny.tasks import KINDS, MAX_SIZE, generate, generate_split, is_held_out
-from models.tiny.tokenizer import BOS_ID, EOS_ID, FIRST_BYTE_ID, VOCAB_SIZE, build_tokenizer, encode_fast
-from models.tiny.words import EMOJI, KEY_WORDS
+from jaxserve.models.tiny.data import Mixer, held_out_batches, largest_size, make_example, make_lookup_lesson
+from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE, generate, generate_split, is_held_out
+from jaxserve.models.tiny.tokenizer import BOS_ID, EOS_ID, FIRST_BYTE_ID, VOCAB_SIZE, build_tokenizer, encode_fast
+from jaxserve.models.tiny.words import EMOJI, KEY_WORDS
 
-CHECKPOINT = pathlib.Path(models.tiny.__file__).parent / "checkpoint"
+CHECKPOINT = pathlib.Path(__file__).parents[2] / "models" / "tiny" / "checkpoint"
 TOKENIZER = build_tokenizer()
 
 seeds = st.integers(0, 2**32)

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from models.checkpoint import load
-from models.config import ModelConfig
-from models.params import make_mesh, params_of
-from models.tiny import export, train
-from models.tiny.step import CONFIG, initial_params
-from models.tiny.tasks import KINDS
+from jaxserve.models.checkpoint import load
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.params import make_mesh, params_of
+from jaxserve.models.tiny import export, train
+from jaxserve.models.tiny.step import CONFIG, initial_params
+from jaxserve.models.tiny.tasks import KINDS
 
 
 def leg(out, *more: str) -> None:

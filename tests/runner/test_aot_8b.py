@@ -8,13 +8,13 @@ import math
 import pytest
 
 from jaxserve import gin_config
+from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION
 from jaxserve.runner.aot.build import Compiler
 from jaxserve.runner.aot.inspect import ProgramReport
 from jaxserve.runner.compiler import fresh_compilations
 from jaxserve.runner.programs import ProgramKey
 from jaxserve.runner.resolve import resolve_shapes
 from jaxserve.runner.targets import Target, load_target, target_mesh
-from pallas_kernels.paged_attention.triton.backend import DEPRECATION
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
 

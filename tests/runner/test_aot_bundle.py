@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.models.config import ModelConfig
 from jaxserve.request import EngineRequest
 from jaxserve.runner import build_set
 from jaxserve.runner.aot import bundle as bundles
@@ -27,7 +28,6 @@ from jaxserve.runner.aot.loaded import LoadedProgram
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.programs import ProgramKey
 from jaxserve.runner.targets import load_target, target_mesh
-from models.config import ModelConfig
 from tests.runner.drive import drive
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

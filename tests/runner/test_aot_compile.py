@@ -10,11 +10,11 @@ import sys
 import pytest
 
 from jaxserve import compile as compile_program
+from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION
 from jaxserve.runner.aot import plugin
 from jaxserve.runner.aot.inspect import ProgramReport
 from jaxserve.runner.aot.markdown import render
 from jaxserve.runner.targets import TARGET_DIRECTORY, Target, known_targets, load_target, target_mesh
-from pallas_kernels.paged_attention.triton.backend import DEPRECATION
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
 

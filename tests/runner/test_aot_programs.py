@@ -14,6 +14,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.models.config import ModelConfig
+from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION, pl, triton
 from jaxserve.runner.aot import cubin, hlo, plugin, thunks
 from jaxserve.runner.aot.build import Compiler
 from jaxserve.runner.aot.container import UnreadableError, contents, snappy
@@ -23,8 +25,6 @@ from jaxserve.runner.compiler import compiler_options, fresh_compilations
 from jaxserve.runner.programs import ProgramKey
 from jaxserve.runner.resolve import resolve_shapes
 from jaxserve.runner.targets import Target, load_target, target_mesh
-from models.config import ModelConfig
-from pallas_kernels.paged_attention.triton.backend import DEPRECATION, pl, triton
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
 

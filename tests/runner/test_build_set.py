@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.params import make_mesh
 from jaxserve.runner import build_set, memory, model_runner
 from jaxserve.runner.build_set import SetBuilder, _Workers, longest_first
 from jaxserve.runner.compiler import ProgramMemory
@@ -26,8 +28,6 @@ from jaxserve.runner.memory import (
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.programs import ProgramKey, Shapes, program_keys
 from jaxserve.runner.resolve import resolve_shapes
-from models.config import ModelConfig
-from models.params import make_mesh
 
 MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
 CONFIG = EngineConfig(

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.models.attention import AttentionSettings, dense_attend
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.params import bind, make_mesh, random_params
+from jaxserve.pallas_kernels.cpu import linear
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
-from models.attention import AttentionSettings, dense_attend
-from models.config import ModelConfig
-from models.params import bind, make_mesh, random_params
-from pallas_kernels.cpu import linear
 from tests.runner.drive import drive
 
 pytestmark = pytest.mark.skipif(not linear.runs_here(), reason="this CPU has no AVX512_BF16 instructions")

@@ -8,15 +8,15 @@ import pytest
 from jax.experimental import pallas as pl
 
 from jaxserve.config import EngineConfig, SchedulerConfig
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.params import make_mesh
+from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION
 from jaxserve.runner.compiler import compile_program, program_memory
 from jaxserve.runner.estimate import WORKSPACE_BYTES, temporary_bytes
 from jaxserve.runner.memory import largest_keys
 from jaxserve.runner.programs import trace
 from jaxserve.runner.resolve import resolve_shapes
 from jaxserve.runner.targets import load_target, target_mesh
-from models.config import ModelConfig
-from models.params import make_mesh
-from pallas_kernels.paged_attention.triton.backend import DEPRECATION
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
 

@@ -13,6 +13,9 @@ import pytest
 from jaxserve import explain as command
 from jaxserve import gin_config
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.params import make_mesh
+from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION
 from jaxserve.runner import explain as explaining
 from jaxserve.runner.aot.plugin import PluginMissingError
 from jaxserve.runner.compiler import compile_program, program_memory
@@ -23,9 +26,6 @@ from jaxserve.runner.programs import program_keys
 from jaxserve.runner.resolve import resolve_shapes
 from jaxserve.runner.roofline import decode_step, token_bytes
 from jaxserve.runner.targets import Target, load_target
-from models.config import ModelConfig
-from models.params import make_mesh
-from pallas_kernels.paged_attention.triton.backend import DEPRECATION
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.models import checkpoint, params
+from jaxserve.models.config import ModelConfig
 from jaxserve.request import EngineRequest
 from jaxserve.runner.memory import DeviceMemory, ProgramNeeds, plan_memory
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.resolve import resolve_shapes
-from models import checkpoint, params
-from models.config import ModelConfig
 from tests.models.checkpoints import BASE, random_tensors, write_checkpoint
 from tests.runner.drive import drive
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.params import abstract_params, make_mesh
 from jaxserve.runner import memory
 from jaxserve.runner.compiler import ProgramMemory, compile_program, fresh_compilations, program_memory
 from jaxserve.runner.memory import (
@@ -26,8 +28,6 @@ from jaxserve.runner.memory import (
 )
 from jaxserve.runner.programs import ProgramKey, Shapes, program_keys
 from jaxserve.runner.resolve import resolve_shapes
-from models.config import ModelConfig
-from models.params import abstract_params, make_mesh
 
 MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
 CONFIG = EngineConfig(

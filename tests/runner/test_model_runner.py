@@ -14,6 +14,9 @@ import pytest
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import AddRequest
+from jaxserve.models.attention import AttentionSettings, dense_attend
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.params import bind, make_mesh, random_params
 from jaxserve.request import EngineRequest
 from jaxserve.runner.compiler import CompileMissError
 from jaxserve.runner.model_runner import ModelRunner
@@ -21,9 +24,6 @@ from jaxserve.runner.programs import ProgramKey, program_keys
 from jaxserve.runner.protocol import StepNotStartedError
 from jaxserve.scheduler import StepPlan
 from jaxserve.scheduler.plan import NO_DECODES
-from models.attention import AttentionSettings, dense_attend
-from models.config import ModelConfig
-from models.params import bind, make_mesh, random_params
 from tests.runner.drive import drive
 
 MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)

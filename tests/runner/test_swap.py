@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.params import make_mesh
 from jaxserve.request import EngineRequest
 from jaxserve.runner import costs, host_pages
 from jaxserve.runner.compiler import CompilationCounter, compile_program, program_memory
@@ -27,8 +29,6 @@ from jaxserve.runner.swap_programs import SWAP_SIZES, swap_blocks, swap_in_vecto
 from jaxserve.scheduler.costs import PreemptionCosts
 from jaxserve.scheduler.page_pool import PageCopy, PageState
 from jaxserve.scheduler.plan import NO_DECODES, RowPlan, StepPlan, Swap
-from models.config import ModelConfig
-from models.params import make_mesh
 
 MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
 PAGE_BYTES = 2 * MODEL.num_key_value_heads * 16 * MODEL.head_dim * 4 * MODEL.num_hidden_layers

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from jaxserve.config import ATTENTION, CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.models.config import ModelConfig
+from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
-from models.config import ModelConfig
-from pallas_kernels.paged_attention import IMPLEMENTATIONS
 from tests.runner.drive import drive
 
 MODEL = ModelConfig("LlamaForCausalLM", 96, 64, 48, 1, 2, 1, 64, 256, tie_word_embeddings=True)

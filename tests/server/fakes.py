@@ -22,8 +22,8 @@ from jaxserve.engine.messages import (
     Shutdown,
     ToEngine,
 )
+from jaxserve.models.tiny.tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, build_tokenizer
 from jaxserve.request import EngineRequest, FinishReason
-from models.tiny.tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, build_tokenizer
 
 WAIT_SECONDS = 60.0
 

@@ -15,8 +15,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.limits_config import LimitsConfig
 from jaxserve.request import SamplingParams
-from server.client import AsyncClient
-from server.grpc_server import GrpcServer
+from jaxserve.serving.client import AsyncClient
+from jaxserve.serving.grpc_server import GrpcServer
 from tests.server.fakes import WAIT_SECONDS, EchoEngine
 
 GREEDY = SamplingParams(temperature=0.0)

@@ -10,10 +10,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.limits_config import LimitsConfig
-from server import connections, memory_return
-from server.client import AsyncClient, generate_request
-from server.connections import DescriptorError, connection_limit, reserve
-from server.grpc_server import GrpcServer
+from jaxserve.serving import connections, memory_return
+from jaxserve.serving.client import AsyncClient, generate_request
+from jaxserve.serving.connections import DescriptorError, connection_limit, reserve
+from jaxserve.serving.grpc_server import GrpcServer
 from tests.server import raw_http2
 from tests.server.fakes import WAIT_SECONDS, save_tokenizer
 from tests.server.harness import GREEDY, MAX_MESSAGE_BYTES, Served, health_of, run_served

@@ -3,8 +3,8 @@ import math
 import pytest
 
 from jaxserve.request import FinishReason, SamplingParams
-from server import convert
-from server.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from jaxserve.serving import convert
+from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 
 def test_unset_parameters_have_the_defaults_of_sampling_params():

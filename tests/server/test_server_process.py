@@ -16,8 +16,8 @@ import pytest
 
 from jaxserve.engine.messages import EngineStats
 from jaxserve.phases import seconds_since_start
-from server.client import Client
-from server.running_log import busy_line, start_lines
+from jaxserve.serving.client import Client
+from jaxserve.serving.running_log import busy_line, start_lines
 from tests.server.fakes import READY, WAIT_SECONDS, save_tokenizer
 from tests.server.harness import GREEDY
 from tests.server.process import Process

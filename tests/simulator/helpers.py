@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from jaxserve.config import EngineConfig
+from jaxserve.models.config import ModelConfig
 from jaxserve.scheduler.costs import PreemptionCosts
 from jaxserve.simulator.costs import HostCosts, StepShape
 from jaxserve.simulator.engine import SimulatedDevice
-from models.config import ModelConfig
 
 MODEL = ModelConfig("LlamaForCausalLM", 1000, 64, 160, 3, 4, 2, 16, 512)
 

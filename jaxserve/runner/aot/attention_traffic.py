@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
+from jaxserve.pallas_kernels.paged_attention.triton.tuning import DecodeConfig
 from jaxserve.runner.aot.hlo import ArrayShape, Instruction, item_bits
 from jaxserve.runner.aot.traffic import KernelTraffic, Traffic
-from pallas_kernels.paged_attention.triton.tuning import DecodeConfig
 
 _PARTIAL_BYTES = 4
 _PAGE_NUMBER_BYTES = 4

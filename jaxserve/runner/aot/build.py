@@ -19,6 +19,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxserve.config import EngineConfig
+from jaxserve.pallas_kernels.paged_attention.pool import value_dtype
+from jaxserve.pallas_kernels.paged_attention.triton.tuning import DecodeConfig, lookup
 from jaxserve.runner import roofline
 from jaxserve.runner.aot import plugin, thunks
 from jaxserve.runner.aot.attention_traffic import Scenario, kernel_traffic
@@ -39,8 +41,6 @@ from jaxserve.runner.memory import (
 from jaxserve.runner.programs import ProgramKey, Shapes, abstract_pools, lower, program_keys
 from jaxserve.runner.resolve import resolve_shapes
 from jaxserve.runner.targets import Target, target_mesh
-from pallas_kernels.paged_attention.pool import value_dtype
-from pallas_kernels.paged_attention.triton.tuning import DecodeConfig, lookup
 
 T = TypeVar("T")
 

@@ -48,24 +48,24 @@ T = TypeVar("T")
 FORMAT = 1
 MANIFEST = "manifest.json"
 _PROGRAMS = "programs"
-_ROOT = pathlib.Path(__file__).resolve().parents[3]
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SOURCES = (
     "models/*.py",
     "pallas_kernels/**/*.py",
     "pallas_kernels/**/*.json",
-    "jaxserve/checks.py",
-    "jaxserve/config.py",
-    "jaxserve/request.py",
-    "jaxserve/runner/compiler.py",
-    "jaxserve/runner/layout.py",
-    "jaxserve/runner/noise.py",
-    "jaxserve/runner/programs.py",
-    "jaxserve/runner/sampler.py",
-    "jaxserve/runner/slots.py",
-    "jaxserve/runner/swap_programs.py",
-    "jaxserve/scheduler/*.py",
-    "jaxserve/scheduler_config.py",
-    "jaxserve/shown.py",
+    "checks.py",
+    "config.py",
+    "request.py",
+    "runner/compiler.py",
+    "runner/layout.py",
+    "runner/noise.py",
+    "runner/programs.py",
+    "runner/sampler.py",
+    "runner/slots.py",
+    "runner/swap_programs.py",
+    "scheduler/*.py",
+    "scheduler_config.py",
+    "shown.py",
 )
 """Files whose content decides what programs compute: all that `programs` imports."""
 

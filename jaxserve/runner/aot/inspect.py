@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxserve.pallas_kernels.paged_attention.triton.tuning import DecodeConfig
 from jaxserve.runner.aot import cubin, hlo
 from jaxserve.runner.aot.attention_traffic import Scenario, kernel_traffic
 from jaxserve.runner.aot.container import contents
@@ -18,7 +19,6 @@ from jaxserve.runner.aot.traffic import Traffic, pool_copies, program_traffic
 from jaxserve.runner.compiler import ProgramMemory, program_memory
 from jaxserve.runner.programs import ProgramKey, Shapes, abstract_arguments, abstract_pools, donated_arguments
 from jaxserve.runner.targets import Target
-from pallas_kernels.paged_attention.triton.tuning import DecodeConfig
 
 DTYPES = {
     "bf16": "bfloat16",

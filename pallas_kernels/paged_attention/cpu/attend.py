@@ -13,10 +13,10 @@ import math
 
 import numpy as np
 
-from pallas_kernels.cpu import ffi
-from pallas_kernels.cpu.emitter import LANES
-from pallas_kernels.paged_attention.cpu import vectors
-from pallas_kernels.paged_attention.cpu.memory import (
+from jaxserve.pallas_kernels.cpu import ffi
+from jaxserve.pallas_kernels.cpu.emitter import LANES
+from jaxserve.pallas_kernels.paged_attention.cpu import vectors
+from jaxserve.pallas_kernels.paged_attention.cpu.memory import (
     argument,
     copy_masked,
     fill,
@@ -27,7 +27,7 @@ from pallas_kernels.paged_attention.cpu.memory import (
     set_int32,
     set_int64,
 )
-from pallas_kernels.paged_attention.cpu.vectors import BLOCK, MAX_ROWS, compiled
+from jaxserve.pallas_kernels.paged_attention.cpu.vectors import BLOCK, MAX_ROWS, compiled
 
 # What argument 0 of a call holds, int32.
 (TOKENS, ROWS, KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, MAX_PAGES, NUM_PAGES, WINDOW, TILE, PARTS) = range(11)

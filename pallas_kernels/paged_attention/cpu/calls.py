@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from numba import cfunc, njit, types
 
-from pallas_kernels.cpu import features, ffi
-from pallas_kernels.cpu.emitter import LANES
-from pallas_kernels.paged_attention.cast import encode
-from pallas_kernels.paged_attention.cpu import attend, vectors, write
-from pallas_kernels.paged_attention.pool import new_pool, value_dtype
-from pallas_kernels.paged_attention.spec import AttentionSpec, Use
+from jaxserve.pallas_kernels.cpu import features, ffi
+from jaxserve.pallas_kernels.cpu.emitter import LANES
+from jaxserve.pallas_kernels.paged_attention.cast import encode
+from jaxserve.pallas_kernels.paged_attention.cpu import attend, vectors, write
+from jaxserve.pallas_kernels.paged_attention.pool import new_pool, value_dtype
+from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec, Use
 
 LOG2_E = float(np.log2(np.e))
 

@@ -14,8 +14,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pallas_kernels.cpu import ffi
-from pallas_kernels.cpu.emitter import INT, LANES, SINGLE, WORD, Emitter
+from jaxserve.pallas_kernels.cpu import ffi
+from jaxserve.pallas_kernels.cpu.emitter import INT, LANES, SINGLE, WORD, Emitter
 
 
 def _place(builder: Any, address: Any, index: Any, size: int) -> Any:

@@ -19,7 +19,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pallas_kernels.cpu.emitter import FLOATS, INT, INTS, LANES, SINGLE, WORD, Emitter
+from jaxserve.pallas_kernels.cpu.emitter import FLOATS, INT, INTS, LANES, SINGLE, WORD, Emitter
 
 BLOCK = 64
 """Positions that the online softmax takes at once, counted from position 0."""

@@ -8,11 +8,11 @@
 
 from __future__ import annotations
 
-from pallas_kernels.cpu import ffi
-from pallas_kernels.cpu.emitter import LANES
-from pallas_kernels.paged_attention.cpu import vectors
-from pallas_kernels.paged_attention.cpu.memory import argument, int32_at, result, set_int16, set_int32
-from pallas_kernels.paged_attention.cpu.vectors import compiled
+from jaxserve.pallas_kernels.cpu import ffi
+from jaxserve.pallas_kernels.cpu.emitter import LANES
+from jaxserve.pallas_kernels.paged_attention.cpu import vectors
+from jaxserve.pallas_kernels.paged_attention.cpu.memory import argument, int32_at, result, set_int16, set_int32
+from jaxserve.pallas_kernels.paged_attention.cpu.vectors import compiled
 
 # What argument 0 of a call holds, int32.
 TOKENS, KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, NUM_PAGES = range(6)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.spec import AttentionSpec
-from pallas_kernels.paged_attention.triton.backend import triton
-from pallas_kernels.paged_attention.triton.limits import addressable
+from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
+from jaxserve.pallas_kernels.paged_attention.triton.backend import triton
+from jaxserve.pallas_kernels.paged_attention.triton.limits import addressable
 
 LOG2_E = math.log2(math.e)
 # Below every exponent of a score; finite, so that differences of exponents are never NaN.

@@ -12,12 +12,12 @@ import functools
 
 import jax
 
-from pallas_kernels.paged_attention.cast import held_as_values
-from pallas_kernels.paged_attention.spec import AttentionSpec
-from pallas_kernels.paged_attention.triton.decode import combine, decode
-from pallas_kernels.paged_attention.triton.plan import plan_decode, plan_prefill
-from pallas_kernels.paged_attention.triton.prefill import prefill
-from pallas_kernels.paged_attention.triton.tuning import (
+from jaxserve.pallas_kernels.paged_attention.cast import held_as_values
+from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
+from jaxserve.pallas_kernels.paged_attention.triton.decode import combine, decode
+from jaxserve.pallas_kernels.paged_attention.triton.plan import plan_decode, plan_prefill
+from jaxserve.pallas_kernels.paged_attention.triton.prefill import prefill
+from jaxserve.pallas_kernels.paged_attention.triton.tuning import (
     INTERPRET_DEVICE,
     DecodeConfig,
     PrefillConfig,

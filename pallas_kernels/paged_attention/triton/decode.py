@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.spec import AttentionSpec
-from pallas_kernels.paged_attention.triton import plan as plans
-from pallas_kernels.paged_attention.triton.attend import (
+from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
+from jaxserve.pallas_kernels.paged_attention.triton import plan as plans
+from jaxserve.pallas_kernels.paged_attention.triton.attend import (
     LOG2_E,
     LOWEST_EXPONENT,
     Pages,
@@ -18,8 +18,8 @@ from pallas_kernels.paged_attention.triton.attend import (
     attend,
     initial_state,
 )
-from pallas_kernels.paged_attention.triton.backend import pl, triton
-from pallas_kernels.paged_attention.triton.tuning import DecodeConfig
+from jaxserve.pallas_kernels.paged_attention.triton.backend import pl, triton
+from jaxserve.pallas_kernels.paged_attention.triton.tuning import DecodeConfig
 
 # The fewest rows of a tile that a tensor core multiplies.
 MIN_TILE_ROWS = 16

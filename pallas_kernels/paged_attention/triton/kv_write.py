@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention import xla
-from pallas_kernels.paged_attention.cast import held_as_values, like
-from pallas_kernels.paged_attention.pool import largest
-from pallas_kernels.paged_attention.rotary import split_and_rotate
-from pallas_kernels.paged_attention.triton.backend import pl, triton
-from pallas_kernels.paged_attention.triton.limits import addressable
-from pallas_kernels.paged_attention.triton.tuning import INTERPRET_DEVICE, WriteConfig, device_kind, lookup
+from jaxserve.pallas_kernels.paged_attention import xla
+from jaxserve.pallas_kernels.paged_attention.cast import held_as_values, like
+from jaxserve.pallas_kernels.paged_attention.pool import largest
+from jaxserve.pallas_kernels.paged_attention.rotary import split_and_rotate
+from jaxserve.pallas_kernels.paged_attention.triton.backend import pl, triton
+from jaxserve.pallas_kernels.paged_attention.triton.limits import addressable
+from jaxserve.pallas_kernels.paged_attention.triton.tuning import INTERPRET_DEVICE, WriteConfig, device_kind, lookup
 
 # Pairs of numbers that a thread reads before it writes any: enough to hide the latency of memory, and they fit into the
 # registers of every configuration of the tuning table.

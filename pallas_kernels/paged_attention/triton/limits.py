@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.pool import value_dtype
-from pallas_kernels.paged_attention.triton.tuning import device_kind, serves
+from jaxserve.pallas_kernels.paged_attention.pool import value_dtype
+from jaxserve.pallas_kernels.paged_attention.triton.tuning import device_kind, serves
 
 MAX_HEAD_DIM = 256
 # Positions that a step of the attention kernels takes at least (see `tuning`). No test and no compilation covers

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.triton.tuning import DecodeConfig, PrefillConfig
+from jaxserve.pallas_kernels.paged_attention.triton.tuning import DecodeConfig, PrefillConfig
 
 # Columns of `DecodePlan.items`.
 ITEM_ROW, ITEM_TOKEN, ITEM_BEGIN, ITEM_END, ITEM_OLDEST, ITEM_SLOT = range(6)

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.spec import AttentionSpec
-from pallas_kernels.paged_attention.triton import plan as plans
-from pallas_kernels.paged_attention.triton.attend import Pages, Queries, Tile, addressed, attend, initial_state
-from pallas_kernels.paged_attention.triton.backend import pl, triton
-from pallas_kernels.paged_attention.triton.tuning import PrefillConfig
+from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
+from jaxserve.pallas_kernels.paged_attention.triton import plan as plans
+from jaxserve.pallas_kernels.paged_attention.triton.attend import Pages, Queries, Tile, addressed, attend, initial_state
+from jaxserve.pallas_kernels.paged_attention.triton.backend import pl, triton
+from jaxserve.pallas_kernels.paged_attention.triton.tuning import PrefillConfig
 
 # The fewest positions that a tensor core multiplies.
 MIN_BLOCK = 16

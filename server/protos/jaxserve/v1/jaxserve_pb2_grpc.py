@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from server.protos.jaxserve.v1 import jaxserve_pb2 as server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2
+from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2
 
 GRPC_GENERATED_VERSION = '1.80.0'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in server/protos/jaxserve/v1/jaxserve_pb2_grpc.py depends on'
+        + ' but the generated code in jaxserve/serving/protos/jaxserve/v1/jaxserve_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -37,33 +37,33 @@ class JaxServeStub(object):
         """
         self.Generate = channel.unary_stream(
                 '/jaxserve.v1.JaxServe/Generate',
-                request_serializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GenerateRequest.SerializeToString,
-                response_deserializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GenerateResponse.FromString,
+                request_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GenerateResponse.FromString,
                 _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/jaxserve.v1.JaxServe/Abort',
-                request_serializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.AbortRequest.SerializeToString,
-                response_deserializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.AbortResponse.FromString,
+                request_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.AbortRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.AbortResponse.FromString,
                 _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/jaxserve.v1.JaxServe/GetModelInfo',
-                request_serializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetModelInfoRequest.SerializeToString,
-                response_deserializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetModelInfoResponse.FromString,
+                request_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetModelInfoRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetModelInfoResponse.FromString,
                 _registered_method=True)
         self.GetServerInfo = channel.unary_unary(
                 '/jaxserve.v1.JaxServe/GetServerInfo',
-                request_serializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetServerInfoRequest.SerializeToString,
-                response_deserializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetServerInfoResponse.FromString,
+                request_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetServerInfoRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetServerInfoResponse.FromString,
                 _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/jaxserve.v1.JaxServe/Tokenize',
-                request_serializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.TokenizeRequest.SerializeToString,
-                response_deserializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.TokenizeResponse.FromString,
+                request_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
         self.Detokenize = channel.unary_unary(
                 '/jaxserve.v1.JaxServe/Detokenize',
-                request_serializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.DetokenizeRequest.SerializeToString,
-                response_deserializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.DetokenizeResponse.FromString,
+                request_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
 
 
@@ -121,33 +121,33 @@ def add_JaxServeServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
-                    request_deserializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GenerateRequest.FromString,
-                    response_serializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GenerateResponse.SerializeToString,
+                    request_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GenerateRequest.FromString,
+                    response_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GenerateResponse.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
-                    request_deserializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.AbortRequest.FromString,
-                    response_serializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.AbortResponse.SerializeToString,
+                    request_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.AbortRequest.FromString,
+                    response_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.AbortResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
-                    request_deserializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetModelInfoRequest.FromString,
-                    response_serializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetModelInfoResponse.SerializeToString,
+                    request_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetModelInfoRequest.FromString,
+                    response_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetModelInfoResponse.SerializeToString,
             ),
             'GetServerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerInfo,
-                    request_deserializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetServerInfoRequest.FromString,
-                    response_serializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetServerInfoResponse.SerializeToString,
+                    request_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetServerInfoRequest.FromString,
+                    response_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetServerInfoResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
-                    request_deserializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.TokenizeRequest.FromString,
-                    response_serializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.TokenizeResponse.SerializeToString,
+                    request_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.TokenizeRequest.FromString,
+                    response_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.TokenizeResponse.SerializeToString,
             ),
             'Detokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Detokenize,
-                    request_deserializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.DetokenizeRequest.FromString,
-                    response_serializer=server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.DetokenizeResponse.SerializeToString,
+                    request_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.DetokenizeRequest.FromString,
+                    response_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.DetokenizeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -176,8 +176,8 @@ class JaxServe(object):
             request,
             target,
             '/jaxserve.v1.JaxServe/Generate',
-            server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GenerateRequest.SerializeToString,
-            server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GenerateResponse.FromString,
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GenerateRequest.SerializeToString,
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -203,8 +203,8 @@ class JaxServe(object):
             request,
             target,
             '/jaxserve.v1.JaxServe/Abort',
-            server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.AbortRequest.SerializeToString,
-            server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.AbortResponse.FromString,
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.AbortRequest.SerializeToString,
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.AbortResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -230,8 +230,8 @@ class JaxServe(object):
             request,
             target,
             '/jaxserve.v1.JaxServe/GetModelInfo',
-            server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetModelInfoRequest.SerializeToString,
-            server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetModelInfoResponse.FromString,
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetModelInfoRequest.SerializeToString,
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetModelInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -257,8 +257,8 @@ class JaxServe(object):
             request,
             target,
             '/jaxserve.v1.JaxServe/GetServerInfo',
-            server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetServerInfoRequest.SerializeToString,
-            server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetServerInfoResponse.FromString,
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetServerInfoRequest.SerializeToString,
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.GetServerInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -284,8 +284,8 @@ class JaxServe(object):
             request,
             target,
             '/jaxserve.v1.JaxServe/Tokenize',
-            server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.TokenizeRequest.SerializeToString,
-            server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.TokenizeResponse.FromString,
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.TokenizeRequest.SerializeToString,
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.TokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -311,8 +311,8 @@ class JaxServe(object):
             request,
             target,
             '/jaxserve.v1.JaxServe/Detokenize',
-            server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.DetokenizeRequest.SerializeToString,
-            server_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.DetokenizeResponse.FromString,
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.DetokenizeRequest.SerializeToString,
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,
