@@ -33,11 +33,11 @@ import numpy as np
 from benchmarks import report
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.work import SHAPES
-from jaxserve.config import EngineConfig
+from jaxserve.config.settings import EngineConfig
 from jaxserve.pallas_kernels.cpu import linear
+from jaxserve.programs.step_programs import ProgramKey
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.runner.programs import ProgramKey
 from jaxserve.scheduler.plan import NO_DECODES, RowPlan, StepPlan
 
 PAGE_SIZE = 64

@@ -37,10 +37,9 @@ from benchmarks.experiments.sides import EngineSide
 from benchmarks.experiments.simulation_check import FIGURES, figures
 from benchmarks.experiments.workloads import beside_decodes, ten_requests
 from benchmarks.step_costs import MeteredRunner, StepMeter, describe, drive, sweep
-from jaxserve import gin_config
-from jaxserve.config import EngineConfig
+from jaxserve.config import gin_config
+from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.core import EngineCore
-from jaxserve.engine.replay import replay
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.simulator import (
     ClientRule,
@@ -55,6 +54,7 @@ from jaxserve.simulator import (
     with_options,
     write_costs,
 )
+from jaxserve.simulator.replay import replay
 from jaxserve.simulator.setup import find_target, set_up
 from jaxserve.simulator.simulation import fitting
 

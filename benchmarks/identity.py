@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import report
-from jaxserve import gin_config
-from jaxserve.config import EngineConfig
+from jaxserve.config import gin_config
+from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import AbortRequest, AddRequest, EngineFailed, EngineStats, RequestOutput, outputs
 from jaxserve.frontend.tokenizer import load_tokenizer

@@ -20,13 +20,13 @@ from benchmarks import report
 from benchmarks.host_overhead import send
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.work import SHAPES
-from jaxserve import gin_config
-from jaxserve.config import EngineConfig
+from jaxserve.config import gin_config
+from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import AddRequest
-from jaxserve.recorder import StepRecorded
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
+from jaxserve.telemetry.recorder import StepRecorded
 
 FULL = 0.03
 """The share that the project promises to stay below."""

@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.work import FIRST_ORDINARY_ID
-from jaxserve.config import EngineConfig
+from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import AddRequest, EngineFailed, RequestOutput
 from jaxserve.models import checkpoint
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import make_mesh
+from jaxserve.planning.resolve import resolve_shapes
+from jaxserve.programs.step_programs import products_of
 from jaxserve.request import EngineRequest
-from jaxserve.runner.programs import products_of
-from jaxserve.runner.resolve import resolve_shapes
 
 _STATUS = pathlib.Path("/proc/self/status")
 _FORGET_PEAK = "5"  # proc_pid_clear_refs(5): the peak becomes what is resident now

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks import report
+from jaxserve.config.scheduling import PredictionConfig
 from jaxserve.request import EngineRequest
 from jaxserve.scheduler.prediction import OutputLengthPredictor
-from jaxserve.scheduler_config import PredictionConfig
 from jaxserve.simulator.trace_files import read_trace
 from jaxserve.simulator.traces import Trace
 

@@ -28,17 +28,17 @@ from matplotlib.figure import Figure
 
 from benchmarks import report
 from benchmarks.work import SHAPES
-from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.scheduling import PolicyConfig, PreemptionConfig
+from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.models.config import ModelConfig
-from jaxserve.runner.costs import prefill_plan, prompt_row, swap_plans
+from jaxserve.planning.decode_roofline import token_bytes
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.runner.roofline import token_bytes
-from jaxserve.scheduler.costs import PreemptionCosts
-from jaxserve.scheduler.pace import Pace
+from jaxserve.runner.swap_timing import prefill_plan, prompt_row, swap_plans
 from jaxserve.scheduler.plan import Swap
-from jaxserve.scheduler.policies import POLICIES
+from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.scheduler.preemption import Preemption
-from jaxserve.scheduler_config import PolicyConfig, PreemptionConfig
+from jaxserve.scheduler.preemption_costs import PreemptionCosts
+from jaxserve.scheduler.step_time_estimator import Pace
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 BUDGET = 512

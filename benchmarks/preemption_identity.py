@@ -15,12 +15,12 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.identity import Tokens, make_requests, random_prompts, run, task_prompts
-from jaxserve import gin_config
-from jaxserve.config import EngineConfig
+from jaxserve.config import gin_config
+from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.inline import InlineEngine
+from jaxserve.planning.decode_roofline import token_bytes
+from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.request import EngineRequest
-from jaxserve.runner.resolve import resolve_shapes
-from jaxserve.runner.roofline import token_bytes
 
 LONGEST_REQUESTS = 8
 """Sequences of the greatest length that the overflowing pool holds."""

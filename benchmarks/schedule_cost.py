@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report
-from jaxserve.config import SchedulerConfig
+from jaxserve.config.scheduling import FORMATIONS
+from jaxserve.config.settings import SchedulerConfig
+from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.request import EngineRequest
 from jaxserve.scheduler import Scheduler, StepResult
 from jaxserve.scheduler.buckets import Buckets, powers
-from jaxserve.scheduler.page_pool import PagePool
-from jaxserve.scheduler.policies import POLICIES
-from jaxserve.scheduler_config import FORMATIONS
+from jaxserve.scheduler.policies.named import POLICIES
 
 RUNNING = 256
 WAITING = (10, 1_000, 100_000)

@@ -2,7 +2,7 @@
 
 Drives `EngineCore` over `ModelRunner` through batches that visit every bucket, with short and long contexts, prompts
 alone and prompts beside decodes; notes of every step what decides its cost and how long it took; and writes a file that
-`python -m jaxserve.simulate --model-cost FILE` fits (jaxserve/simulator/costs.py).
+`python -m jaxserve.simulate --model-cost FILE` fits (jaxserve/planning/step_cost_models.py).
 
 A step's time is that from when the results of the step before were there until its own are: with one step in flight
 the device goes from one to the next. Where the host takes longer than the device, that is the host's time.
@@ -19,16 +19,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks import report
-from jaxserve import gin_config
-from jaxserve.config import EngineConfig
+from jaxserve.config import gin_config
+from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import AddRequest
-from jaxserve.recorder import Recorder, StepRecorded
+from jaxserve.planning.step_cost_models import FittedCosts, HostCosts, StepShape, StepTime, shape_of, write_costs
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.protocol import Pending, Runner, RunnerInfo
 from jaxserve.scheduler.plan import StepPlan, StepResult
-from jaxserve.simulator.costs import FittedCosts, HostCosts, StepShape, StepTime, shape_of, write_costs
+from jaxserve.telemetry.recorder import Recorder, StepRecorded
 
 FIRST_ORDINARY_ID = 3
 _PAUSE = 2e-3

@@ -28,8 +28,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
-from jaxserve import gin_config
-from jaxserve.config import ServerConfig
+from jaxserve.config import gin_config
+from jaxserve.config.settings import ServerConfig
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.batch_errors import BatchFileError, LineError, reason
@@ -40,9 +40,9 @@ from jaxserve.frontend.delta import EngineDeadError
 from jaxserve.frontend.frontend import FrontEnd, Prepared
 from jaxserve.frontend.offline import Completion, TokenBar, run_all
 from jaxserve.frontend.openai import parse_body, response_body
+from jaxserve.frontend.stop_signals import StopSignals
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.request import FinishReason
-from jaxserve.stop_signals import StopSignals
 
 EXIT_FAILED = 1
 _FAREWELL = "jaxserve.batch: ended at once by a second signal; the same command resumes it"

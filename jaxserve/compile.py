@@ -15,10 +15,10 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from jaxserve import gin_config
-from jaxserve.runner.aot.build import CONTEXTS, REPORT_JSON, REPORT_MARKDOWN, UntunedMatmulError, build
-from jaxserve.runner.aot.plugin import PluginMissingError
-from jaxserve.runner.targets import LOCAL, known_targets, load_target, use_cpu_only
+from jaxserve.config import gin_config
+from jaxserve.planning.reports.compile_report import CONTEXTS, REPORT_JSON, REPORT_MARKDOWN, UntunedMatmulError, build
+from jaxserve.programs.aot.plugin import PluginMissingError
+from jaxserve.programs.target_devices import LOCAL, known_targets, load_target, use_cpu_only
 
 PROBLEMS_STATUS = 3
 """Exit code for programs that were compiled and fall short of what every program promises."""

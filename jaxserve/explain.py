@@ -14,10 +14,10 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from jaxserve import gin_config
-from jaxserve.runner.explain import LOAD_RATE, explain, local_target
-from jaxserve.runner.explain_report import to_json, to_text
-from jaxserve.runner.targets import known_targets, load_target, use_cpu_only
+from jaxserve.config import gin_config
+from jaxserve.planning.explanation import LOAD_RATE, explain, local_target
+from jaxserve.planning.explanation_report import to_json, to_text
+from jaxserve.programs.target_devices import known_targets, load_target, use_cpu_only
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from jaxserve.config import EngineConfig
+from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.frontend import FrontEnd, Prepared

@@ -11,7 +11,7 @@ import enum
 import math
 from collections.abc import Sequence
 
-from jaxserve.shown import shown
+from jaxserve.config.shown import shown
 
 MAX_INT32 = 2**31 - 1
 MAX_STOP_STRINGS = 16

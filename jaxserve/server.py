@@ -22,16 +22,16 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn, TypeVar
 
-from jaxserve import gin_config
-from jaxserve.config import ServerConfig
+from jaxserve.config import gin_config
+from jaxserve.config.settings import ServerConfig
 from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.process import LOG_FORMAT, EngineProcess, LaunchedEngine
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
-from jaxserve.frontend.memory import return_large_blocks
+from jaxserve.frontend.large_blocks import return_large_blocks
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
-from jaxserve.phases import Phases, seconds_since_start
 from jaxserve.serving.grpc_server import GrpcServer
 from jaxserve.serving.running_log import log_while_busy, phases_log, start_lines
+from jaxserve.telemetry.startup_spans import Phases, seconds_since_start
 
 T = TypeVar("T")
 

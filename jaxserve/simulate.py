@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxserve import gin_config
-from jaxserve.checks import did_you_mean
-from jaxserve.config import EngineConfig
+from jaxserve.config import gin_config
+from jaxserve.config.checks import did_you_mean
+from jaxserve.config.settings import EngineConfig
 from jaxserve.simulator import plots
 from jaxserve.simulator.capacity import Capacity, parts_of, search_capacity
 from jaxserve.simulator.command import add_simulation_options, assignments, literal, load_setup, load_trace, parts

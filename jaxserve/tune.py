@@ -17,12 +17,12 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from jaxserve import gin_config
-from jaxserve.config import EngineConfig
-from jaxserve.engine.replay import replay
+from jaxserve.config import gin_config
+from jaxserve.config.settings import EngineConfig
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.simulator.capacity import search_capacity
 from jaxserve.simulator.command import add_simulation_options, load_setup, load_trace
+from jaxserve.simulator.replay import replay
 from jaxserve.simulator.report import Slo
 from jaxserve.simulator.search import (
     MET,

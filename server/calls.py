@@ -19,7 +19,7 @@ from typing import Any
 
 import grpc
 
-from jaxserve.limits_config import LimitsConfig
+from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.serving.status import Status
 
 _log = logging.getLogger("jaxserve.server")

@@ -16,8 +16,8 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
-from jaxserve.limits_config import LimitsConfig
 from jaxserve.serving import health
 from jaxserve.serving.call_interceptor import CallInterceptor
 from jaxserve.serving.calls import OpenCalls, note_rpc_tasks

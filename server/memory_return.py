@@ -10,7 +10,7 @@ import asyncio
 import os
 import pathlib
 
-from jaxserve.frontend.memory import return_freed_memory
+from jaxserve.frontend.large_blocks import return_freed_memory
 
 CHECK_SECONDS = 5.0
 MOST_CHECK_SECONDS = 20.0

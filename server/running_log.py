@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from jaxserve.engine.messages import EngineReady, EngineStats
-from jaxserve.phases import Phase, phase_lines, phases_json
-from jaxserve.scheduler.page_pool import greatest_concurrency
+from jaxserve.kv_cache.page_pool import greatest_concurrency
+from jaxserve.telemetry.startup_spans import Phase, phase_lines, phases_json
 
 INTERVAL_SECONDS = 5.0
 

@@ -6,9 +6,9 @@ import dataclasses
 
 import grpc
 
+from jaxserve.config.shown import clipped
 from jaxserve.frontend.delta import Cause, DeadlineError, Delta, DuplicateRequestError, EngineDeadError, QueueFullError
 from jaxserve.request import FinishReason, InfeasibleError
-from jaxserve.shown import clipped
 
 RETRY_PUSHBACK_MS = 1000
 """How long a client should wait before it tries again when the queue is full, in milliseconds."""

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from jaxserve.batch_metrics import Spread, run_metrics, table
-from jaxserve.recorder import (
+from jaxserve.telemetry.batch_metrics import Spread, run_metrics, table
+from jaxserve.telemetry.recorder import (
     Event,
     FirstToken,
     RequestArrived,

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.composition import SUMMED, Composition, CompositionTracker, of_steps
-from jaxserve.config import EngineConfig
+from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import AddRequest, RequestOutput
-from jaxserve.recorder import Recorder, RequestPreempted, StepRecorded
 from jaxserve.request import EngineRequest
 from jaxserve.runner.fake import FakeRunner
+from jaxserve.telemetry.batch_timeline import SUMMED, Composition, CompositionTracker, of_steps
+from jaxserve.telemetry.recorder import Recorder, RequestPreempted, StepRecorded
 
 
 def step(time: float, rows: int = 1, seconds: float = 1.0, **fields) -> StepRecorded:

@@ -12,7 +12,7 @@ import random
 import pytest
 
 from jaxserve import LLM, SamplingParams
-from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE, generate_split

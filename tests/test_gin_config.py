@@ -9,9 +9,9 @@ from typing import Literal
 import gin
 import pytest
 
-from jaxserve import field_types, gin_config
-from jaxserve.config import EngineConfig, ServerConfig
-from jaxserve.gin_config import ConfigError
+from jaxserve.config import field_types, gin_config
+from jaxserve.config.gin_config import ConfigError
+from jaxserve.config.settings import EngineConfig, ServerConfig
 from jaxserve.models.config import ModelConfig, RopeScaling
 
 
@@ -100,7 +100,7 @@ def test_text_on_the_command_line_needs_no_quotes(load, value):
 
 
 def test_binding_may_name_the_module(load):
-    assert load("jaxserve.config.ServerConfig.port = 9").port == 9
+    assert load("jaxserve.config.settings.ServerConfig.port = 9").port == 9
     assert load("", "config.ServerConfig.port=9").port == 9
 
 

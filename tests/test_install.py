@@ -130,7 +130,7 @@ def test_wheel_installs_one_name(tmp_path, foreign):
         archive.extractall(place)
     assert {name for name in tops if not name.endswith(".dist-info")} == {"jaxserve"}
     assert {path.name for path in (place / "jaxserve" / "configs").glob("*.gin")} >= {"tiny.gin", "llama.gin"}
-    code = "import jaxserve.serving.client as c, jaxserve.gin_config as g; g.load('tiny.gin'); print(c.__file__)"
+    code = "import jaxserve.serving.client as c, jaxserve.config.gin_config as g; g.load('tiny.gin'); print(c.__file__)"
     done = run("-c", code, cwd=foreign, path=place)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(place))

@@ -46,8 +46,16 @@ def sources(*places: str) -> list[pathlib.Path]:
     [
         # numba and llvmlite compile the kernels for CPUs.
         (("pallas_kernels",), {"jax", "numpy", "numba", "llvmlite"}),
-        (("jaxserve/request.py", "jaxserve/config.py", "jaxserve/scheduler", "jaxserve/recorder.py"), {"numpy"}),
-        (("jaxserve/targets.py", "jaxserve/model_cost.py"), set()),
+        (
+            (
+                "jaxserve/request.py",
+                "jaxserve/config/settings.py",
+                "jaxserve/scheduler",
+                "jaxserve/telemetry/recorder.py",
+            ),
+            {"numpy"},
+        ),
+        (("jaxserve/config/targets.py", "jaxserve/planning/model_cost.py"), set()),
         (("jaxserve/simulator",), {"numpy", "matplotlib"}),  # to draw
         (("jaxserve/runner/protocol.py", "jaxserve/runner/fake.py", "models/config.py"), {"numpy"}),
     ],
@@ -71,7 +79,7 @@ def test_nothing_imports_an_entry_point():
 
 
 @pytest.mark.parametrize(
-    "module", ["jaxserve", "jaxserve.scheduler", "jaxserve.request", "jaxserve.gin_config", "jaxserve.simulator"]
+    "module", ["jaxserve", "jaxserve.scheduler", "jaxserve.request", "jaxserve.config.gin_config", "jaxserve.simulator"]
 )
 def test_loads_without_jax(module):
     code = (

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from jaxserve import gin_config
-from jaxserve.limits_config import LimitsConfig
+from jaxserve.config import gin_config
+from jaxserve.config.client_limits import LimitsConfig
 
 
 def test_limits_are_part_of_the_servers_configuration(tmp_path):

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from jaxserve.phases import Phases, phase_lines, phases_json
+from jaxserve.telemetry.startup_spans import Phases, phase_lines, phases_json
 
 
 def test_phases_are_told_in_the_order_of_their_beginnings():

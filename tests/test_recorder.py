@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from jaxserve.recorder import (
+from jaxserve.telemetry.recorder import (
     FirstToken,
     Origin,
     Recorder,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig, ServerConfig
+from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig, ServerConfig
 from jaxserve.request import InfeasibleError, ModelLimits, SamplingParams, check_identity, validate_request
 
 TEXT: Any = "x"

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
+from jaxserve.config.shown import clipped, shown, shown_seconds
 from jaxserve.request import SamplingParams
-from jaxserve.shown import clipped, shown, shown_seconds
 
 HUGE = 10**400
 

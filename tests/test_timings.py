@@ -1,6 +1,6 @@
 """Latencies calculated by hand from short histories; all times are sums of powers of two, so equality is exact."""
 
-from jaxserve.recorder import (
+from jaxserve.telemetry.recorder import (
     FirstToken,
     RequestArrived,
     RequestFinished,
@@ -8,7 +8,7 @@ from jaxserve.recorder import (
     RequestScheduled,
     TokensProduced,
 )
-from jaxserve.timings import request_timings
+from jaxserve.telemetry.timings import request_timings
 
 
 def arrived(time, name, prompt_tokens=4):

@@ -7,8 +7,8 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from jaxserve.config.scheduling import SchedulerConfig
 from jaxserve.request import EngineRequest
-from jaxserve.scheduler_config import SchedulerConfig
 from jaxserve.simulator.simulation import ClientRule
 from jaxserve.simulator.traces import Trace
 

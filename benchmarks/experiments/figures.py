@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.batch_metrics import Spread
-from jaxserve.recorder import Event, RequestPreempted, StepRecorded
 from jaxserve.request import COMPLETED
-from jaxserve.timings import RequestTimings, request_timings
+from jaxserve.telemetry.batch_metrics import Spread
+from jaxserve.telemetry.recorder import Event, RequestPreempted, StepRecorded
+from jaxserve.telemetry.timings import RequestTimings, request_timings
 
 _LATENCIES = ("queue_time", "ttft", "tpot", "e2e")
 

@@ -16,7 +16,7 @@ from benchmarks.experiments.cases import THROUGHPUT, Case, Experiment, Panel
 from benchmarks.experiments.figures import summary
 from benchmarks.experiments.sides import EngineSide, Side, SimulationSide
 from benchmarks.experiments.workloads import at_once
-from jaxserve.timings import request_timings
+from jaxserve.telemetry.timings import request_timings
 
 SIDES = {"simulation": SimulationSide, "engine": EngineSide}
 FULL = 0.7

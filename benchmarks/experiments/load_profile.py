@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.experiments import cases, harness
 from benchmarks.experiments.cases import Case, Experiment, Scale
 from benchmarks.experiments.workloads import tenants
-from jaxserve import gin_config
+from jaxserve.config import gin_config
 from jaxserve.simulator.simulation import ClientRule
 
 PRESETS = ("interactive", "balanced", "throughput")

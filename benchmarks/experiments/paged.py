@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.experiments import cases, harness
 from benchmarks.experiments.cases import Case, Experiment, Scale
 from benchmarks.experiments.workloads import at_once, chat
-from jaxserve.scheduler_config import PAGE_RESERVATIONS
+from jaxserve.config.scheduling import PAGE_RESERVATIONS
 from jaxserve.simulator.simulation import ClientRule
 
 _NAMES = {

@@ -19,8 +19,8 @@ from benchmarks.experiments.prediction import NoisyOracle
 from benchmarks.experiments.sides import SimulationSide
 from jaxserve.scheduler.kendall import kendall_tau
 from jaxserve.simulator.capacity import search_capacity
-from jaxserve.simulator.engine import SimulatedEngine
 from jaxserve.simulator.setup import with_options
+from jaxserve.simulator.simulated_engine import SimulatedEngine
 from jaxserve.simulator.simulation import ClientRule, SimulationResult, collect, fitting, requests_of, simulate
 from jaxserve.simulator.traces import Trace, make_trace
 
@@ -253,7 +253,7 @@ def _poisson(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _decode_step(rows: int, context: int) -> Any:
-    from jaxserve.simulator.costs import StepShape
+    from jaxserve.planning.step_cost_models import StepShape
 
     return StepShape(rows, rows, rows, float(rows * context), 0, 0.0, 0.0, context)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.experiments import cases, harness
 from benchmarks.experiments.cases import Case, Experiment, Scale
 from benchmarks.experiments.workloads import at_once, tenants
-from jaxserve.scheduler_config import PREEMPTION_MODES, VICTIMS
+from jaxserve.config.scheduling import PREEMPTION_MODES, VICTIMS
 from jaxserve.simulator.simulation import ClientRule
 
 

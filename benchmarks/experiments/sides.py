@@ -18,19 +18,19 @@ import numpy as np
 
 from benchmarks.experiments.cases import Case, Scale
 from benchmarks.experiments.figures import Run
-from jaxserve import gin_config
-from jaxserve.config import EngineConfig
+from jaxserve.config import gin_config
+from jaxserve.config.settings import EngineConfig
+from jaxserve.config.targets import load_target
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import AddRequest, FromEngine, outputs
-from jaxserve.recorder import Event, Recorder, RequestArrived
+from jaxserve.planning.roofline import Efficiency
 from jaxserve.request import EngineRequest
 from jaxserve.runner.protocol import Pending, Runner
 from jaxserve.scheduler.plan import StepPlan, StepResult
-from jaxserve.simulator.engine import SimulatedDevice, SimulatedEngine
-from jaxserve.simulator.roofline import Efficiency
 from jaxserve.simulator.setup import set_up, with_options
+from jaxserve.simulator.simulated_engine import SimulatedDevice, SimulatedEngine
 from jaxserve.simulator.simulation import fitting, requests_of
-from jaxserve.targets import load_target
+from jaxserve.telemetry.recorder import Event, Recorder, RequestArrived
 
 SWAP_GIB = 0.0625
 """Host memory of the engine for swapped sequences."""

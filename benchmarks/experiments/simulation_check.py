@@ -22,10 +22,8 @@ import numpy as np
 from benchmarks import report
 from benchmarks.spread import spread
 from benchmarks.step_costs import MeteredRunner, StepMeter
-from jaxserve import gin_config
-from jaxserve.config import EngineConfig
-from jaxserve.engine.replay import replay
-from jaxserve.recorder import Recorder
+from jaxserve.config import gin_config
+from jaxserve.config.settings import EngineConfig
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.simulator import (
     ClientRule,
@@ -39,6 +37,8 @@ from jaxserve.simulator import (
     synthetic_trace,
     with_options,
 )
+from jaxserve.simulator.replay import replay
+from jaxserve.telemetry.recorder import Recorder
 
 PROMISED = 0.10
 FIGURES = ("throughput", "ttft", "tpot")

@@ -21,9 +21,9 @@ from benchmarks.gpu import device, process
 from benchmarks.gpu.engine_step import Engine
 from benchmarks.gpu.record import AbsentError, Record, Settings
 from jaxserve.models.params import make_mesh
-from jaxserve.runner.aot.bundle import MANIFEST, Bundle, BundleError
-from jaxserve.runner.programs import ProgramKey, Shapes
-from jaxserve.runner.targets import LOCAL, known_targets, load_target
+from jaxserve.programs.aot.bundle import MANIFEST, Bundle, BundleError
+from jaxserve.programs.step_programs import ProgramKey, Shapes
+from jaxserve.programs.target_devices import LOCAL, known_targets, load_target
 
 COMPILE_SECONDS = 120.0
 CONTEXT = 100

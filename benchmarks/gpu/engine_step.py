@@ -14,9 +14,9 @@ import numpy as np
 from benchmarks.gpu import device
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import abstract_params, bind, make_mesh, products_for, random_params
-from jaxserve.runner.compiler import compile_program, compiler_options
-from jaxserve.runner.packing import ForwardPacker, SamplePacker
-from jaxserve.runner.programs import (
+from jaxserve.programs.compiler import compile_program, compiler_options
+from jaxserve.programs.slots import Slots
+from jaxserve.programs.step_programs import (
     ProgramKey,
     Shapes,
     Weights,
@@ -24,7 +24,7 @@ from jaxserve.runner.programs import (
     abstract_pools,
     abstract_state,
 )
-from jaxserve.runner.slots import Slots
+from jaxserve.runner.packing import ForwardPacker, SamplePacker
 from jaxserve.scheduler.plan import DecodeRows, StepPlan
 
 

@@ -12,10 +12,10 @@ import sys
 
 from benchmarks.gpu import llama
 from jaxserve.pallas_kernels.paged_attention import choose
-from jaxserve.runner.aot.bundle import BundleWriter
-from jaxserve.runner.compiler import compile_program, fresh_compilations
-from jaxserve.runner.programs import Shapes, program_keys
-from jaxserve.runner.targets import load_target, target_mesh, use_cpu_only
+from jaxserve.programs.aot.bundle import BundleWriter
+from jaxserve.programs.compiler import compile_program, fresh_compilations
+from jaxserve.programs.step_programs import Shapes, program_keys
+from jaxserve.programs.target_devices import load_target, target_mesh, use_cpu_only
 from jaxserve.scheduler.buckets import Buckets
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from benchmarks.gpu import device, engine_step, llama
 from benchmarks.gpu.engine_step import Engine
 from benchmarks.gpu.record import AbsentError, Record, Settings
-from jaxserve.runner.programs import Shapes
+from jaxserve.programs.step_programs import Shapes
 from jaxserve.scheduler.buckets import Buckets
 
 SPARE_BYTES = 4 * 2**30

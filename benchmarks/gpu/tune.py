@@ -27,7 +27,7 @@ from jaxserve.pallas_kernels.paged_attention import AttentionSpec
 from jaxserve.pallas_kernels.paged_attention.triton import tuning
 from jaxserve.pallas_kernels.paged_attention.triton.attention import paged_attention
 from jaxserve.pallas_kernels.paged_attention.triton.kv_write import kv_write, rotate_and_write
-from jaxserve.runner.aot import container, cubin
+from jaxserve.planning.reports import container, cubin
 
 PASSES = 2
 LEAST_GAIN = 0.99

@@ -13,11 +13,12 @@ import time
 from typing import Any
 
 from benchmarks import report
-from jaxserve import LLM, SamplingParams, gin_config
-from jaxserve.config import EngineConfig
+from jaxserve import LLM, SamplingParams
+from jaxserve.config import gin_config
+from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.tokenizer import load_tokenizer
-from jaxserve.recorder import StepRecorded
+from jaxserve.telemetry.recorder import StepRecorded
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import math
 import time
 from collections.abc import Callable
 
-from jaxserve.config import EngineConfig, ineffective_settings
+from jaxserve.config.settings import EngineConfig, ineffective_settings
 from jaxserve.engine.idle import IdleMeter
 from jaxserve.engine.messages import (
     AbortRequest,
@@ -38,13 +38,13 @@ from jaxserve.engine.messages import (
 )
 from jaxserve.engine.step_executor import DeviceFaultError, DispatchedStep, EngineBrokenError, StepExecutor
 from jaxserve.engine.step_time import StepTimePrediction
-from jaxserve.engine_events import EngineEvents, TurnTimes
-from jaxserve.recorder import Recorder
+from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.protocol import Runner
 from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepUpdate
 from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.page_pool import PagePool
+from jaxserve.telemetry.engine_events import EngineEvents, TurnTimes
+from jaxserve.telemetry.recorder import Recorder
 
 _log = logging.getLogger(__name__)
 

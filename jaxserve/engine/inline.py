@@ -8,14 +8,14 @@ import queue
 import time
 from collections.abc import Sequence
 
-from jaxserve.composition import Composition
-from jaxserve.config import EngineConfig
+from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.channel import END_SECONDS
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import EngineFailed, EngineReady, FromEngine, Progress, Shutdown, ToEngine
 from jaxserve.engine.step_executor import EngineBrokenError
 from jaxserve.runner.model_runner import ModelRunner, annotate
 from jaxserve.runner.protocol import Runner
+from jaxserve.telemetry.batch_timeline import Composition
 
 _log = logging.getLogger(__name__)
 

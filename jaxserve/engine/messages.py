@@ -12,8 +12,8 @@ from typing import Any
 
 import msgpack
 
-from jaxserve.phases import Phase
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits
+from jaxserve.telemetry.startup_spans import Phase
 
 
 @dataclasses.dataclass(frozen=True)

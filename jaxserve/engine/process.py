@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from jaxserve.config import EngineConfig
+from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.channel import END_SECONDS
 from jaxserve.engine.framing import FrameReader, FrameSender
 from jaxserve.engine.messages import (

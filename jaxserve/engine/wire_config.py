@@ -9,7 +9,7 @@ from typing import Any
 
 import msgpack
 
-from jaxserve.config import EngineConfig
+from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.messages import packb
 
 

@@ -16,16 +16,16 @@ import threading
 import time
 import traceback
 
-from jaxserve.composition import Composition
-from jaxserve.config import EngineConfig
+from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.framing import FrameReader, FrameSender
 from jaxserve.engine.messages import AskProgress, EngineFailed, FromEngine, Shutdown, ToEngine, decode, encode
 from jaxserve.engine.process import LOG_FORMAT
 from jaxserve.engine.step_executor import EngineBrokenError
 from jaxserve.engine.wire_config import config_from_bytes
-from jaxserve.phases import Phases
 from jaxserve.runner.model_runner import ModelRunner, annotate
+from jaxserve.telemetry.batch_timeline import Composition
+from jaxserve.telemetry.startup_spans import Phases
 
 _FLUSH_SECONDS = 5.0
 """How long a front end that reads slowly has for the last messages."""

@@ -21,8 +21,8 @@ from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.frontend import FrontEnd
 from jaxserve.frontend.preparation import is_time
+from jaxserve.frontend.preparation_steps import Steps, finish
 from jaxserve.frontend.reader import EngineReader
-from jaxserve.frontend.steps import Steps, finish
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.frontend.workers import Workers, WorkersClosedError
 from jaxserve.request import SamplingParams

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxserve.config.shown import shown_seconds
 from jaxserve.engine.channel import EngineSender
 from jaxserve.engine.messages import (
     AbortRequest,
@@ -36,10 +37,9 @@ from jaxserve.frontend.delta import (
 )
 from jaxserve.frontend.output import OutputState
 from jaxserve.frontend.preparation import Preparation, Prepared, is_time
-from jaxserve.frontend.steps import finish
+from jaxserve.frontend.preparation_steps import finish
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import EngineRequest, FinishReason, SamplingParams
-from jaxserve.shown import shown_seconds
 
 _log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ import json
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
+from jaxserve.config.shown import shown
 from jaxserve.frontend.offline import Completion
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import SamplingParams
-from jaxserve.shown import shown
 
 COMPLETIONS_URL = "/v1/completions"
 CHAT_URL = "/v1/chat/completions"

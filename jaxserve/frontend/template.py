@@ -18,8 +18,8 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxserve.config.shown import clipped
 from jaxserve.engine.framing import FrameReader, frames
-from jaxserve.shown import clipped
 
 _START_SECONDS = 60.0
 """How long the process may take to start; it imports transformers."""

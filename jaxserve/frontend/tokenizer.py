@@ -13,15 +13,15 @@ from typing import Any
 
 import tokenizers
 
-from jaxserve.config import EngineConfig
+from jaxserve.config.settings import EngineConfig
+from jaxserve.config.shown import shown
 from jaxserve.frontend.detokenizer import DecoderPlan, Detokenizer
 from jaxserve.frontend.encoding import Encoder
 from jaxserve.frontend.fast_tokenizers import fast_class
-from jaxserve.frontend.steps import Steps, finish
+from jaxserve.frontend.preparation_steps import Steps, finish
 from jaxserve.frontend.template import TemplateRenderer, one_line
 from jaxserve.models.config import check_config_file
 from jaxserve.models.older_tokenizers import has_older_format
-from jaxserve.shown import shown
 
 _IDS_PER_STEP = 64 * 1024
 

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 from jaxserve.frontend.delta import QueueFullError
 from jaxserve.frontend.encoding import PIECE_CHARACTERS
-from jaxserve.frontend.memory import return_freed_memory
-from jaxserve.frontend.steps import Steps
+from jaxserve.frontend.large_blocks import return_freed_memory
+from jaxserve.frontend.preparation_steps import Steps
 
 T = TypeVar("T")
 

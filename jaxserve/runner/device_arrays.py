@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from jaxserve.runner.programs import Shapes, abstract_pools, abstract_state
-from jaxserve.runner.slots import Slots
+from jaxserve.programs.slots import Slots
+from jaxserve.programs.step_programs import Shapes, abstract_pools, abstract_state
 
 
 class DeviceArrays:

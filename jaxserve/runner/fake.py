@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxserve.kv_cache.page_pool import PageState
 from jaxserve.request import EngineRequest
 from jaxserve.runner.protocol import RunnerInfo
-from jaxserve.scheduler.costs import PreemptionCosts
-from jaxserve.scheduler.page_pool import PageState
 from jaxserve.scheduler.plan import RowPlan, StepPlan, StepResult, Swap
+from jaxserve.scheduler.preemption_costs import PreemptionCosts
 
 
 def next_token(context: Sequence[int], request: EngineRequest, suppress_stop: bool, vocab_size: int) -> int:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
-from jaxserve.runner.memory import pages_in_transit
-from jaxserve.runner.programs import Shapes, abstract_pages
+from jaxserve.planning.memory_plan import pages_in_transit
+from jaxserve.programs.step_programs import Shapes, abstract_pages
 
 
 class HostPages:

@@ -14,47 +14,46 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve.config import EngineConfig
-from jaxserve.failpoints import Failpoints, InjectedFaultError
+from jaxserve.config.failpoints import Failpoints, InjectedFaultError
+from jaxserve.config.settings import EngineConfig
 from jaxserve.models.checkpoint import load, load_kv_scales, read_ahead
 from jaxserve.models.kv_scales import calibrate, placed
 from jaxserve.models.params import abstract_params, make_mesh, pack_for, random_params
 from jaxserve.pallas_kernels.paged_attention import is_quantised
-from jaxserve.phases import Phases
-from jaxserve.runner.aot.bundle import Bundle, bundled_cache
-from jaxserve.runner.aot.program_cache import CacheRefusedError, ProgramCache, default_directory
-from jaxserve.runner.build_set import SetBuilder
-from jaxserve.runner.compiler import CompilationCounter, CompileMissError, ProgramSet
-from jaxserve.runner.costs import measure, swap_plans
-from jaxserve.runner.device_arrays import DeviceArrays
-from jaxserve.runner.host_memory import keep_freed_memory
-from jaxserve.runner.host_pages import HostPages
-from jaxserve.runner.memory import (
+from jaxserve.planning.memory_plan import (
     DeviceMemory,
     MemoryPlan,
-    ProgramNeeds,
     check_available,
     claim_memory,
-    loaded,
     local_memory,
     plan_memory,
     plan_pool,
     roomy_plan,
 )
-from jaxserve.runner.packing import ForwardPacker, SamplePacker
-from jaxserve.runner.programs import (
+from jaxserve.planning.resolve import resolve_shapes
+from jaxserve.programs.aot.bundle import Bundle, bundled_cache
+from jaxserve.programs.aot.program_cache import CacheRefusedError, ProgramCache, default_directory
+from jaxserve.programs.build_set import SetBuilder
+from jaxserve.programs.compiler import CompilationCounter, CompileMissError, ProgramSet
+from jaxserve.programs.program_needs import ProgramNeeds, loaded
+from jaxserve.programs.step_programs import (
     ProgramKey,
     Shapes,
     Weights,
     products_of,
     program_keys,
 )
+from jaxserve.programs.swap_programs import swap_blocks, swap_in_vector
+from jaxserve.runner.device_arrays import DeviceArrays
+from jaxserve.runner.freed_memory import keep_freed_memory
+from jaxserve.runner.host_pages import HostPages
+from jaxserve.runner.packing import ForwardPacker, SamplePacker
 from jaxserve.runner.protocol import RunnerInfo, StepNotStartedError
-from jaxserve.runner.resolve import resolve_shapes
-from jaxserve.runner.step_costs import step_costs
-from jaxserve.runner.swap_programs import swap_blocks, swap_in_vector
-from jaxserve.scheduler.costs import PreemptionCosts
+from jaxserve.runner.step_cost_model import step_costs
+from jaxserve.runner.swap_timing import measure, swap_plans
 from jaxserve.scheduler.plan import NO_DECODES, StepPlan, StepResult, Swap
+from jaxserve.scheduler.preemption_costs import PreemptionCosts
+from jaxserve.telemetry.startup_spans import Phases
 
 _log = logging.getLogger(__name__)
 

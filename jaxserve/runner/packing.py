@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxserve.runner.layout import forward_layout, sample_layout
+from jaxserve.programs.layout import forward_layout, sample_layout
 from jaxserve.scheduler.plan import RowPlan, StepPlan
 
 

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from jaxserve.phases import Phase
-from jaxserve.scheduler.costs import PreemptionCosts
 from jaxserve.scheduler.plan import StepPlan, StepResult
+from jaxserve.scheduler.preemption_costs import PreemptionCosts
+from jaxserve.telemetry.startup_spans import Phase
 
 Pending = Any
 """What `dispatch` returns and `collect` takes: a step under way."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from jaxserve.scheduler_config import AdaptationConfig
+from jaxserve.config.scheduling import AdaptationConfig
 
 
 class AdaptiveBatchSize:

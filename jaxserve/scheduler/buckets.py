@@ -6,10 +6,10 @@ import bisect
 import dataclasses
 from typing import TYPE_CHECKING
 
-from jaxserve.scheduler_config import MIN_BUCKET
+from jaxserve.config.scheduling import MIN_BUCKET
 
 if TYPE_CHECKING:
-    from jaxserve.config import EngineConfig
+    from jaxserve.config.settings import EngineConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,11 +17,11 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from jaxserve.scheduler.formation import FORMATIONS, Formation, LengthBuckets
-from jaxserve.scheduler.policy import Policy
-from jaxserve.scheduler.progress import StepInProgress
+from jaxserve.config.scheduling import SchedulerConfig
+from jaxserve.scheduler.admission_order import FORMATIONS, Formation, LengthBuckets
+from jaxserve.scheduler.policies.policy import Policy
+from jaxserve.scheduler.step_in_progress import StepInProgress
 from jaxserve.scheduler.waiting import Waiting
-from jaxserve.scheduler_config import SchedulerConfig
 
 
 @dataclasses.dataclass(frozen=True)

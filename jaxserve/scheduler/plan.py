@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from jaxserve.kv_cache.page_pool import PageCopy
 from jaxserve.request import EngineRequest
 from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.page_pool import PageCopy
 
 
 @dataclasses.dataclass(frozen=True)

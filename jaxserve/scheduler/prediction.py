@@ -15,9 +15,9 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator
 
+from jaxserve.config.scheduling import PredictionConfig
 from jaxserve.request import EngineRequest
 from jaxserve.scheduler.kendall import kendall_tau
-from jaxserve.scheduler_config import PredictionConfig
 
 MAX_GROUPS = 4096
 """Groups remembered at most, of all tenants together; one takes 16 bytes for each request of its window."""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
 
-from jaxserve.scheduler.costs import PreemptionCosts
-from jaxserve.scheduler.policy import Policy
-from jaxserve.scheduler.queues import KeyedQueue, Standing
+from jaxserve.config.scheduling import PreemptionConfig
+from jaxserve.scheduler.keyed_queue import KeyedQueue, Standing
+from jaxserve.scheduler.policies.policy import Policy
+from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.running import Running
 from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler_config import PreemptionConfig
 
 
 class Preemption:

@@ -26,23 +26,23 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from jaxserve.config.scheduling import SchedulerConfig
+from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.request import COMPLETED, EngineRequest, FinishReason, RequestStatus
+from jaxserve.scheduler.batch_barrier import HeldAnswers
 from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.building import StepBuilder
-from jaxserve.scheduler.costs import PreemptionCosts
-from jaxserve.scheduler.held import HeldAnswers
-from jaxserve.scheduler.limits import Limits
+from jaxserve.scheduler.budgets import Limits
 from jaxserve.scheduler.modes import MODES
-from jaxserve.scheduler.pace import Pace
-from jaxserve.scheduler.page_pool import PagePool
-from jaxserve.scheduler.places import Places
 from jaxserve.scheduler.plan import NO_DECODES, NOT_FINITE, StepPlan, StepResult, Stretch
-from jaxserve.scheduler.policies import POLICIES
+from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.scheduler.prediction import OutputLengthPredictor
-from jaxserve.scheduler.progress import StepInProgress
+from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler.sequence_queues import Places
+from jaxserve.scheduler.step_builder import StepBuilder
+from jaxserve.scheduler.step_in_progress import StepInProgress
+from jaxserve.scheduler.step_time_estimator import Pace
 from jaxserve.scheduler.update import SequenceUpdate, StepUpdate
-from jaxserve.scheduler_config import SchedulerConfig
 
 
 class Scheduler:

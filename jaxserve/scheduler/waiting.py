@@ -5,9 +5,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
-from jaxserve.scheduler.formation import Formation
-from jaxserve.scheduler.policy import Policy
-from jaxserve.scheduler.queues import KeyedQueue
+from jaxserve.scheduler.admission_order import Formation
+from jaxserve.scheduler.keyed_queue import KeyedQueue
+from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.sequence import Sequence
 
 

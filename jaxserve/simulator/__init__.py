@@ -9,13 +9,21 @@
 `search_capacity` finds the highest rate that keeps the targets, plots.draw_all draws.
 """
 
+from jaxserve.planning.roofline import Efficiency, RooflineCosts
+from jaxserve.planning.step_cost_models import (
+    CostModel,
+    FittedCosts,
+    HostCosts,
+    StepShape,
+    StepTime,
+    read_costs,
+    write_costs,
+)
 from jaxserve.simulator.capacity import Capacity, parts_of, search_capacity
-from jaxserve.simulator.costs import CostModel, FittedCosts, HostCosts, StepShape, StepTime, read_costs, write_costs
-from jaxserve.simulator.engine import SimulatedDevice, SimulatedEngine
 from jaxserve.simulator.fleet import FleetConfig, FleetResult, simulate_fleet
 from jaxserve.simulator.report import Report, Slo, report, table
-from jaxserve.simulator.roofline import Efficiency, RooflineCosts
 from jaxserve.simulator.setup import Setup, find_target, set_up, with_options
+from jaxserve.simulator.simulated_engine import SimulatedDevice, SimulatedEngine
 from jaxserve.simulator.simulation import ClientRule, SimulationResult, simulate
 from jaxserve.simulator.synthetic import SyntheticConfig, synthetic_trace
 from jaxserve.simulator.trace_files import read_trace

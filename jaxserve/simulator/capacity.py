@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from jaxserve.checks import at_least, between
+from jaxserve.config.checks import at_least, between
 from jaxserve.simulator.traces import Trace
 
 _MOST_DOUBLINGS = 20

@@ -9,9 +9,9 @@ import pathlib
 import sys
 from typing import Any
 
-from jaxserve.checks import at_least
-from jaxserve.config import EngineConfig
-from jaxserve.simulator.roofline import Efficiency
+from jaxserve.config.checks import at_least
+from jaxserve.config.settings import EngineConfig
+from jaxserve.planning.roofline import Efficiency
 from jaxserve.simulator.setup import Setup, find_target, set_up
 from jaxserve.simulator.synthetic import SyntheticConfig, count_cut, synthetic_trace
 from jaxserve.simulator.trace_files import read_trace

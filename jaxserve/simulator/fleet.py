@@ -7,13 +7,13 @@ import math
 
 import numpy as np
 
-from jaxserve.checks import at_least, between, one_of
+from jaxserve.config.checks import at_least, between, one_of
+from jaxserve.planning.step_cost_models import CostModel, StepShape
 from jaxserve.request import EngineRequest
-from jaxserve.simulator.costs import CostModel, StepShape
-from jaxserve.simulator.engine import SimulatedEngine
 from jaxserve.simulator.forecast import FORECASTS, Forecast
 from jaxserve.simulator.routing import ROUTINGS, LeastLoaded, PredictedWork, RoundRobin, Router
 from jaxserve.simulator.setup import Setup
+from jaxserve.simulator.simulated_engine import SimulatedEngine
 from jaxserve.simulator.simulation import (
     ClientRule,
     Progress,

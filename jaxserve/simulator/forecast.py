@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from jaxserve.checks import between
+from jaxserve.config.checks import between
 
 
 class Forecast(Protocol):

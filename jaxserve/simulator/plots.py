@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve import composition
 from jaxserve.simulator.simulation import SimulationResult
+from jaxserve.telemetry import batch_timeline as composition
 
 _MOST_POINTS = 4000
 _FEW_DECADES = 300

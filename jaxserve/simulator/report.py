@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.batch_metrics import Spread
 from jaxserve.request import COMPLETED
 from jaxserve.simulator.simulation import SimulationResult
+from jaxserve.telemetry.batch_metrics import Spread
 
 METRICS = ("ttft", "tpot", "itl", "e2e", "queue_time")
 

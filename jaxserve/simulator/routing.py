@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxserve.config.scheduling import PredictionConfig
 from jaxserve.request import EngineRequest
 from jaxserve.scheduler.prediction import OutputLengthPredictor
-from jaxserve.scheduler_config import PredictionConfig
 
 
 class Router:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.checks import at_least
-from jaxserve.config import EngineConfig
+from jaxserve.config.checks import at_least
+from jaxserve.config.settings import EngineConfig
 from jaxserve.simulator.report import Slo
 from jaxserve.simulator.setup import with_options
 from jaxserve.simulator.simulation import SimulationResult

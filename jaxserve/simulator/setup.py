@@ -7,14 +7,14 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxserve.checks import did_you_mean
-from jaxserve.config import EngineConfig
-from jaxserve.model_cost import ModelCost
+from jaxserve.config.checks import did_you_mean
+from jaxserve.config.settings import EngineConfig
+from jaxserve.config.targets import LOCAL, Target, known_targets, load_target
 from jaxserve.models.config import ModelConfig
-from jaxserve.simulator.costs import CostModel, HostCosts, read_costs
-from jaxserve.simulator.engine import SimulatedDevice
-from jaxserve.simulator.roofline import Efficiency, RooflineCosts, pool_pages
-from jaxserve.targets import LOCAL, Target, known_targets, load_target
+from jaxserve.planning.model_cost import ModelCost
+from jaxserve.planning.roofline import Efficiency, RooflineCosts, pool_pages
+from jaxserve.planning.step_cost_models import CostModel, HostCosts, read_costs
+from jaxserve.simulator.simulated_engine import SimulatedDevice
 
 GIB = 2**30
 _POOL_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.config import EngineConfig
-from jaxserve.recorder import Recorder
+from jaxserve.config.settings import EngineConfig
+from jaxserve.planning.step_cost_models import CostModel
 from jaxserve.request import COMPLETED, EngineRequest
-from jaxserve.simulator.costs import CostModel
-from jaxserve.simulator.engine import STOP_ID, Outcome, SimulatedDevice, SimulatedEngine
+from jaxserve.simulator.simulated_engine import STOP_ID, Outcome, SimulatedDevice, SimulatedEngine
 from jaxserve.simulator.traces import Trace
+from jaxserve.telemetry.recorder import Recorder
 
 Progress = Callable[[int], object]
 """Called with the number of requests that have ended since the last call."""

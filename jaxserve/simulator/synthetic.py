@@ -11,7 +11,7 @@ import typing
 
 import numpy as np
 
-from jaxserve.checks import at_least, between, one_of
+from jaxserve.config.checks import at_least, between, one_of
 from jaxserve.simulator.traces import Trace, make_trace
 
 ARRIVALS = ("poisson", "gamma", "onoff", "even", "at_once")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.checks import between
+from jaxserve.config.checks import between
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import exact_match, identity, report
 from benchmarks.random_checkpoint import LLAMA_153M, write_checkpoint
-from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.models.checkpoint import load
 from jaxserve.models.config import ModelConfig

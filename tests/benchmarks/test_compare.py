@@ -17,11 +17,11 @@ from benchmarks.sides.contest import Contestant
 from benchmarks.sides.process import Run, Side, SideError, installed_peers
 from benchmarks.work import WORKLOADS, Work, engine_options, random_work
 from jaxserve import LLM
-from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.models.config import ModelConfig
-from jaxserve.recorder import StepRecorded
 from jaxserve.runner.fake import FakeRunner
+from jaxserve.telemetry.recorder import StepRecorded
 
 ANSWERS = """
     import json, sys, time

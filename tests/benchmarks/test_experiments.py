@@ -15,10 +15,10 @@ from benchmarks.experiments import chunk_size, fleets, harness, head_of_line, ma
 from benchmarks.experiments.cases import TTFT, Case, Experiment, Panel, Scale
 from benchmarks.experiments.figures import jain_index, summary
 from benchmarks.experiments.sides import EngineSide, SimulationSide
-from jaxserve.recorder import FirstToken, RequestFinished, StepRecorded, TokensProduced
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.simulator.simulation import ClientRule
 from jaxserve.simulator.traces import make_trace
+from jaxserve.telemetry.recorder import FirstToken, RequestFinished, StepRecorded, TokensProduced
 
 LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 32}
 TRACE = make_trace("mixed", np.zeros(9), [3, 9, 20] * 3, [1, 5, 12] * 3, tenants=["a", "b", "b"] * 3)

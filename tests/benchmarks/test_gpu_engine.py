@@ -8,8 +8,8 @@ import dataclasses
 import pytest
 
 from benchmarks import gpu_engine
-from jaxserve import gin_config
-from jaxserve.scheduler.costs import PreemptionCosts
+from jaxserve.config import gin_config
+from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.simulator import HostCosts, SimulatedDevice, StepShape, StepTime
 
 

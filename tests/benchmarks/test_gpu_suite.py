@@ -19,10 +19,10 @@ from benchmarks import gpu_suite
 from benchmarks.gpu import child, counts, dense, device, llama, pages, plots, process, step, tune, values
 from benchmarks.gpu.bundle import build, try_bundle
 from benchmarks.gpu.record import FAILED, NOT_RUN, OK, RUNNING, STATUSES, AbsentError, Record, Settings, dumps
-from jaxserve import gin_config
-from jaxserve.config import EngineConfig
+from jaxserve.config import gin_config
+from jaxserve.config.settings import EngineConfig
 from jaxserve.pallas_kernels.paged_attention.triton import tuning
-from jaxserve.runner.programs import Shapes
+from jaxserve.programs.step_programs import Shapes
 
 SCRIPT = process.ROOT / "benchmarks" / "gpu_suite.py"
 

@@ -8,14 +8,21 @@ from collections.abc import Iterator
 
 import pytest
 
-from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.scheduling import PolicyConfig, PreemptionConfig
+from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.core import STATS_SECONDS, EngineCore
 from jaxserve.engine.messages import AbortRequest, AddRequest, EngineStats, RequestOutput, Shutdown, outputs
 from jaxserve.models.config import ModelConfig
-from jaxserve.recorder import FirstToken, Recorder, RequestFinished, RequestPreempted, StepRecorded, TokensProduced
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.fake import FakeRunner
-from jaxserve.scheduler_config import PolicyConfig, PreemptionConfig
+from jaxserve.telemetry.recorder import (
+    FirstToken,
+    Recorder,
+    RequestFinished,
+    RequestPreempted,
+    StepRecorded,
+    TokensProduced,
+)
 from tests.scheduler.drive import alone
 
 MODEL = ModelConfig("LlamaForCausalLM", 101, 8, 8, 1, 1, 1, 8, 256)

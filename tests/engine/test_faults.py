@@ -10,18 +10,18 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.scheduling import FORMATIONS, MODES, PreemptionConfig
+from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.core import FAULT_SECONDS, EngineCore
 from jaxserve.engine.messages import AbortRequest, AddRequest, RequestOutput, outputs
 from jaxserve.engine.step_executor import EngineBrokenError
 from jaxserve.models.config import ModelConfig
-from jaxserve.recorder import Recorder, RequestPreempted
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.runner.protocol import StepNotStartedError
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.plan import StepPlan, Swap
-from jaxserve.scheduler_config import FORMATIONS, MODES, PreemptionConfig
+from jaxserve.telemetry.recorder import Recorder, RequestPreempted
 from tests.scheduler.drive import alone
 
 MODEL = ModelConfig("LlamaForCausalLM", 101, 8, 8, 1, 1, 1, 8, 256)

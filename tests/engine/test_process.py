@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.framing import frames
 from jaxserve.engine.inline import InlineEngine

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 
-from jaxserve.config import EngineConfig
+from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.step_time import StepTimePrediction
 from jaxserve.models.params import make_mesh
+from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.runner.protocol import StepCosts
-from jaxserve.runner.resolve import resolve_shapes
-from jaxserve.runner.step_costs import step_costs
+from jaxserve.runner.step_cost_model import step_costs
 from jaxserve.scheduler.plan import NO_DECODES, StepPlan
 
 

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from jaxserve.config import EngineConfig
+from jaxserve.config.settings import EngineConfig
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from tests.frontend.tokenizers_for_tests import BOS, byte_fallback, byte_level, load, save
 from tests.models.checkpoints import write_files

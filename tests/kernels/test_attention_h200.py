@@ -16,10 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxserve.pallas_kernels.paged_attention import is_quantised, kv_write, paged_attention
 from jaxserve.pallas_kernels.paged_attention.triton import tuning
 from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION
-from jaxserve.runner.aot import cubin, thunks
-from jaxserve.runner.aot.container import contents
-from jaxserve.runner.compiler import compiler_options, fresh_compilations
-from jaxserve.runner.targets import Target, load_target, target_mesh
+from jaxserve.planning.reports import cubin, thunks
+from jaxserve.planning.reports.container import contents
+from jaxserve.programs.compiler import compiler_options, fresh_compilations
+from jaxserve.programs.target_devices import Target, load_target, target_mesh
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
 

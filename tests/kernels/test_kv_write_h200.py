@@ -14,10 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.pallas_kernels.paged_attention import is_quantised, kv_write, rotate_and_write
 from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION
-from jaxserve.runner.aot import cubin
-from jaxserve.runner.aot.container import contents
-from jaxserve.runner.compiler import compiler_options, fresh_compilations
-from jaxserve.runner.targets import load_target, target_mesh
+from jaxserve.planning.reports import cubin
+from jaxserve.planning.reports.container import contents
+from jaxserve.programs.compiler import compiler_options, fresh_compilations
+from jaxserve.programs.target_devices import load_target, target_mesh
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
 

@@ -10,9 +10,9 @@ import jax
 import pytest
 from jax.sharding import Mesh
 
-from jaxserve.runner import build_set
-from jaxserve.runner.compiler import compile_program
-from jaxserve.runner.programs import ProgramKey, Shapes
+from jaxserve.programs import build_set
+from jaxserve.programs.compiler import compile_program
+from jaxserve.programs.step_programs import ProgramKey, Shapes
 
 
 class _Runtime:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.config import EngineConfig
+from jaxserve.config.settings import EngineConfig
+from jaxserve.kv_cache.page_pool import PagePool
+from jaxserve.programs.step_programs import ProgramKey
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.runner.programs import ProgramKey
 from jaxserve.scheduler import Scheduler
 from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.page_pool import PagePool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,14 +7,14 @@ import math
 
 import pytest
 
-from jaxserve import gin_config
+from jaxserve.config import gin_config
 from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION
-from jaxserve.runner.aot.build import Compiler
-from jaxserve.runner.aot.inspect import ProgramReport
-from jaxserve.runner.compiler import fresh_compilations
-from jaxserve.runner.programs import ProgramKey
-from jaxserve.runner.resolve import resolve_shapes
-from jaxserve.runner.targets import Target, load_target, target_mesh
+from jaxserve.planning.reports.compile_report import Compiler
+from jaxserve.planning.reports.inspection import ProgramReport
+from jaxserve.planning.resolve import resolve_shapes
+from jaxserve.programs.compiler import fresh_compilations
+from jaxserve.programs.step_programs import ProgramKey
+from jaxserve.programs.target_devices import Target, load_target, target_mesh
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
 

@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.models.config import ModelConfig
+from jaxserve.planning.reports.compile_report import build
+from jaxserve.programs import build_set
+from jaxserve.programs.aot import bundle as bundles
+from jaxserve.programs.aot.bundle import MANIFEST, Bundle, BundleError, BundleWriter
+from jaxserve.programs.aot.loaded import LoadedProgram
+from jaxserve.programs.step_programs import ProgramKey
+from jaxserve.programs.target_devices import load_target, target_mesh
 from jaxserve.request import EngineRequest
-from jaxserve.runner import build_set
-from jaxserve.runner.aot import bundle as bundles
-from jaxserve.runner.aot.build import build
-from jaxserve.runner.aot.bundle import MANIFEST, Bundle, BundleError, BundleWriter
-from jaxserve.runner.aot.loaded import LoadedProgram
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.runner.programs import ProgramKey
-from jaxserve.runner.targets import load_target, target_mesh
 from tests.runner.drive import drive
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

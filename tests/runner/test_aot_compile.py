@@ -11,10 +11,10 @@ import pytest
 
 from jaxserve import compile as compile_program
 from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION
-from jaxserve.runner.aot import plugin
-from jaxserve.runner.aot.inspect import ProgramReport
-from jaxserve.runner.aot.markdown import render
-from jaxserve.runner.targets import TARGET_DIRECTORY, Target, known_targets, load_target, target_mesh
+from jaxserve.planning.reports.inspection import ProgramReport
+from jaxserve.planning.reports.markdown import render
+from jaxserve.programs.aot import plugin
+from jaxserve.programs.target_devices import TARGET_DIRECTORY, Target, known_targets, load_target, target_mesh
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
 

@@ -13,18 +13,19 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION, pl, triton
-from jaxserve.runner.aot import cubin, hlo, plugin, thunks
-from jaxserve.runner.aot.build import Compiler
-from jaxserve.runner.aot.container import UnreadableError, contents, snappy
-from jaxserve.runner.aot.inspect import Inspected, triton_matmuls
-from jaxserve.runner.aot.traffic import pool_copies, program_traffic
-from jaxserve.runner.compiler import compiler_options, fresh_compilations
-from jaxserve.runner.programs import ProgramKey
-from jaxserve.runner.resolve import resolve_shapes
-from jaxserve.runner.targets import Target, load_target, target_mesh
+from jaxserve.planning.reports import cubin, thunks
+from jaxserve.planning.reports.compile_report import Compiler
+from jaxserve.planning.reports.container import UnreadableError, contents, snappy
+from jaxserve.planning.reports.inspection import Inspected, triton_matmuls
+from jaxserve.planning.reports.traffic import pool_copies, program_traffic
+from jaxserve.planning.resolve import resolve_shapes
+from jaxserve.programs.aot import hlo, plugin
+from jaxserve.programs.compiler import compiler_options, fresh_compilations
+from jaxserve.programs.step_programs import ProgramKey
+from jaxserve.programs.target_devices import Target, load_target, target_mesh
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
 

@@ -10,24 +10,19 @@ from typing import Any
 
 import pytest
 
-from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import make_mesh
-from jaxserve.runner import build_set, memory, model_runner
-from jaxserve.runner.build_set import SetBuilder, _Workers, longest_first
-from jaxserve.runner.compiler import ProgramMemory
-from jaxserve.runner.memory import (
-    LOADED_TIMES,
-    MARGIN_BYTES,
-    DeviceMemory,
-    ProgramNeeds,
-    pages_in_use,
-    plan_memory,
-    roomy_plan,
-)
+from jaxserve.planning import memory_plan as memory
+from jaxserve.planning.memory_plan import MARGIN_BYTES, DeviceMemory, pages_in_use, plan_memory, roomy_plan
+from jaxserve.planning.resolve import resolve_shapes
+from jaxserve.programs import build_set
+from jaxserve.programs.build_set import SetBuilder, _Workers, longest_first
+from jaxserve.programs.compiler import ProgramMemory
+from jaxserve.programs.program_needs import LOADED_TIMES, ProgramNeeds
+from jaxserve.programs.step_programs import ProgramKey, Shapes, program_keys
+from jaxserve.runner import model_runner
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.runner.programs import ProgramKey, Shapes, program_keys
-from jaxserve.runner.resolve import resolve_shapes
 
 MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
 CONFIG = EngineConfig(

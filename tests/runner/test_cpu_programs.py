@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.models.attention import AttentionSettings, dense_attend
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import bind, make_mesh, random_params

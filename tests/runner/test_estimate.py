@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from jaxserve.config import EngineConfig, SchedulerConfig
+from jaxserve.config.settings import EngineConfig, SchedulerConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import make_mesh
 from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION
-from jaxserve.runner.compiler import compile_program, program_memory
-from jaxserve.runner.estimate import WORKSPACE_BYTES, temporary_bytes
-from jaxserve.runner.memory import largest_keys
-from jaxserve.runner.programs import trace
-from jaxserve.runner.resolve import resolve_shapes
-from jaxserve.runner.targets import load_target, target_mesh
+from jaxserve.planning.estimate import WORKSPACE_BYTES, temporary_bytes
+from jaxserve.planning.resolve import resolve_shapes
+from jaxserve.programs.compiler import compile_program, program_memory
+from jaxserve.programs.program_needs import largest_keys
+from jaxserve.programs.step_programs import trace
+from jaxserve.programs.target_devices import load_target, target_mesh
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
 

@@ -11,21 +11,22 @@ import jax
 import pytest
 
 from jaxserve import explain as command
-from jaxserve import gin_config
-from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config import gin_config
+from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import make_mesh
 from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION
-from jaxserve.runner import explain as explaining
-from jaxserve.runner.aot.plugin import PluginMissingError
-from jaxserve.runner.compiler import compile_program, program_memory
-from jaxserve.runner.explain import COMPILE_SECONDS, Explanation, explain, local_target
-from jaxserve.runner.explain_report import to_json, to_text
-from jaxserve.runner.memory import MARGIN_BYTES, ProgramNeeds, largest_keys
-from jaxserve.runner.programs import program_keys
-from jaxserve.runner.resolve import resolve_shapes
-from jaxserve.runner.roofline import decode_step, token_bytes
-from jaxserve.runner.targets import Target, load_target
+from jaxserve.planning import explanation as explaining
+from jaxserve.planning.decode_roofline import decode_step, token_bytes
+from jaxserve.planning.explanation import COMPILE_SECONDS, Explanation, explain, local_target
+from jaxserve.planning.explanation_report import to_json, to_text
+from jaxserve.planning.memory_plan import MARGIN_BYTES
+from jaxserve.planning.resolve import resolve_shapes
+from jaxserve.programs.aot.plugin import PluginMissingError
+from jaxserve.programs.compiler import compile_program, program_memory
+from jaxserve.programs.program_needs import ProgramNeeds, largest_keys
+from jaxserve.programs.step_programs import program_keys
+from jaxserve.programs.target_devices import Target, load_target
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
 

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.config import EngineConfig
+from jaxserve.config.failpoints import Failpoint, Failpoints
+from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.core import FAULT_SECONDS, EngineCore
 from jaxserve.engine.messages import AddRequest, RequestOutput, outputs
 from jaxserve.engine.step_executor import EngineBrokenError
-from jaxserve.failpoints import Failpoint, Failpoints
+from jaxserve.programs.step_programs import ProgramKey
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.runner.programs import ProgramKey
 from jaxserve.runner.protocol import StepNotStartedError
 
 CONFIG = EngineConfig.from_options(

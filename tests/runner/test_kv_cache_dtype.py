@@ -7,13 +7,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.models import checkpoint, params
 from jaxserve.models.config import ModelConfig
+from jaxserve.planning.memory_plan import DeviceMemory, plan_memory
+from jaxserve.planning.resolve import resolve_shapes
+from jaxserve.programs.program_needs import ProgramNeeds
 from jaxserve.request import EngineRequest
-from jaxserve.runner.memory import DeviceMemory, ProgramNeeds, plan_memory
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.runner.resolve import resolve_shapes
 from tests.models.checkpoints import BASE, random_tensors, write_checkpoint
 from tests.runner.drive import drive
 

@@ -11,23 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import abstract_params, make_mesh
-from jaxserve.runner import memory
-from jaxserve.runner.compiler import ProgramMemory, compile_program, fresh_compilations, program_memory
-from jaxserve.runner.memory import (
-    MARGIN_BYTES,
-    DeviceMemory,
-    ProgramNeeds,
-    compiled_needs,
-    largest_keys,
-    local_memory,
-    plan_memory,
-    plan_pool,
-)
-from jaxserve.runner.programs import ProgramKey, Shapes, program_keys
-from jaxserve.runner.resolve import resolve_shapes
+from jaxserve.planning import memory_plan as memory
+from jaxserve.planning.memory_plan import MARGIN_BYTES, DeviceMemory, local_memory, plan_memory, plan_pool
+from jaxserve.planning.resolve import resolve_shapes
+from jaxserve.programs.compiler import ProgramMemory, compile_program, fresh_compilations, program_memory
+from jaxserve.programs.program_needs import ProgramNeeds, compiled_needs, largest_keys
+from jaxserve.programs.step_programs import ProgramKey, Shapes, program_keys
 
 MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
 CONFIG = EngineConfig(

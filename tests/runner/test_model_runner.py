@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import AddRequest
 from jaxserve.models.attention import AttentionSettings, dense_attend
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import bind, make_mesh, random_params
+from jaxserve.programs.compiler import CompileMissError
+from jaxserve.programs.step_programs import ProgramKey, program_keys
 from jaxserve.request import EngineRequest
-from jaxserve.runner.compiler import CompileMissError
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.runner.programs import ProgramKey, program_keys
 from jaxserve.runner.protocol import StepNotStartedError
 from jaxserve.scheduler import StepPlan
 from jaxserve.scheduler.plan import NO_DECODES

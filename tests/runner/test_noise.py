@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from jaxserve.runner.noise import gumbel, threefry
+from jaxserve.programs.noise import gumbel, threefry
 
 ONES = 0xFFFFFFFF
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
+from jaxserve.programs.layout import Field, Layout
+from jaxserve.programs.slots import Slots
+from jaxserve.programs.step_programs import attention_metadata
 from jaxserve.request import EngineRequest
-from jaxserve.runner.layout import Field, Layout
 from jaxserve.runner.packing import ForwardPacker, SamplePacker
-from jaxserve.runner.programs import attention_metadata
-from jaxserve.runner.slots import Slots
 from jaxserve.scheduler.plan import DecodeRows, RowPlan, StepPlan
 
 PAGE = 16

@@ -13,18 +13,18 @@ from collections.abc import Callable
 import jax
 import pytest
 
-from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import make_mesh
+from jaxserve.planning.resolve import resolve_shapes
+from jaxserve.programs import build_set
+from jaxserve.programs.aot import bundle, program_cache
+from jaxserve.programs.aot.bundle import source_files
+from jaxserve.programs.aot.loaded import LoadedProgram
+from jaxserve.programs.aot.program_cache import SUFFIX, CacheRefusedError, ProgramCache, default_directory
+from jaxserve.programs.step_programs import ProgramKey
 from jaxserve.request import EngineRequest
-from jaxserve.runner import build_set
-from jaxserve.runner.aot import bundle, program_cache
-from jaxserve.runner.aot.bundle import source_files
-from jaxserve.runner.aot.loaded import LoadedProgram
-from jaxserve.runner.aot.program_cache import SUFFIX, CacheRefusedError, ProgramCache, default_directory
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.runner.programs import ProgramKey
-from jaxserve.runner.resolve import resolve_shapes
 from tests.runner.drive import drive
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -276,7 +276,7 @@ def test_an_entry_is_found_by_all_that_decides_the_program(copy, monkeypatch):
 def test_every_module_that_programs_import_counts():
     """A source that is missing in the list would let a changed program be taken from the cache."""
     script = (
-        "import sys; before = set(sys.modules); import jaxserve.runner.programs\n"
+        "import sys; before = set(sys.modules); import jaxserve.programs.step_programs\n"
         "for name in set(sys.modules) - before:\n"
         "    if name.split('.')[0] == 'jaxserve':\n"
         "        print(sys.modules[name].__file__)"

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxserve import gin_config
-from jaxserve.config import CacheConfig, EngineConfig
+from jaxserve.config import gin_config
+from jaxserve.config.settings import CacheConfig, EngineConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import make_mesh
 from jaxserve.models.rope import RopeScaling
+from jaxserve.planning.resolve import resolve_model, resolve_shapes
+from jaxserve.programs.aot.bundle import identity
+from jaxserve.programs.step_programs import Shapes
 from jaxserve.runner import model_runner
-from jaxserve.runner.aot.bundle import identity
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.runner.programs import Shapes
-from jaxserve.runner.resolve import resolve_model, resolve_shapes
 from tests.models.checkpoints import BASE, random_tensors, write_files
 
 MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256)

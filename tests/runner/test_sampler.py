@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from jaxserve.runner.sampler import filter_logits, sample
-from jaxserve.runner.slots import Slots
+from jaxserve.programs.sampler import filter_logits, sample
+from jaxserve.programs.slots import Slots
 from jaxserve.scheduler.plan import NOT_FINITE
 
 VOCAB = 50

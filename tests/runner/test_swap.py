@@ -13,22 +13,23 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.kv_cache.page_pool import PageCopy, PageState
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import make_mesh
+from jaxserve.planning.resolve import resolve_shapes
+from jaxserve.programs.compiler import CompilationCounter, compile_program, program_memory
+from jaxserve.programs.slots import Slots
+from jaxserve.programs.step_programs import ProgramKey, Shapes, abstract_pools, program_keys
+from jaxserve.programs.swap_programs import SWAP_SIZES, swap_blocks, swap_in_vector
 from jaxserve.request import EngineRequest
-from jaxserve.runner import costs, host_pages
-from jaxserve.runner.compiler import CompilationCounter, compile_program, program_memory
+from jaxserve.runner import host_pages
+from jaxserve.runner import swap_timing as costs
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.runner.host_pages import HostPages
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.runner.programs import ProgramKey, Shapes, abstract_pools, program_keys
-from jaxserve.runner.resolve import resolve_shapes
-from jaxserve.runner.slots import Slots
-from jaxserve.runner.swap_programs import SWAP_SIZES, swap_blocks, swap_in_vector
-from jaxserve.scheduler.costs import PreemptionCosts
-from jaxserve.scheduler.page_pool import PageCopy, PageState
 from jaxserve.scheduler.plan import NO_DECODES, RowPlan, StepPlan, Swap
+from jaxserve.scheduler.preemption_costs import PreemptionCosts
 
 MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
 PAGE_BYTES = 2 * MODEL.num_key_value_heads * 16 * MODEL.head_dim * 4 * MODEL.num_hidden_layers

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxserve.config import ATTENTION, CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.settings import ATTENTION, CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS
 from jaxserve.request import EngineRequest

@@ -7,8 +7,8 @@ import pathlib
 
 import pytest
 
-from jaxserve.runner.aot import trust
-from jaxserve.runner.aot.trust import UntrustedError, check_directory, read_own
+from jaxserve.programs.aot import trust
+from jaxserve.programs.aot.trust import UntrustedError, check_directory, read_own
 
 
 @pytest.fixture

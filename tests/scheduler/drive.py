@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from jaxserve.config import SchedulerConfig
+from jaxserve.config.settings import SchedulerConfig
+from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.fake import FakeRunner, next_token
 from jaxserve.scheduler import Scheduler, StepPlan, StepResult, StepUpdate
 from jaxserve.scheduler.buckets import Buckets, powers
-from jaxserve.scheduler.page_pool import PagePool
-from jaxserve.scheduler.progress import StepInProgress
+from jaxserve.scheduler.step_in_progress import StepInProgress
 
 
 @dataclasses.dataclass

@@ -11,14 +11,7 @@ import random
 from collections import Counter
 from typing import Any
 
-from jaxserve.request import EngineRequest, FinishReason, RequestStatus
-from jaxserve.runner.fake import FakeRunner
-from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan
-from jaxserve.scheduler.buckets import Buckets, powers
-from jaxserve.scheduler.costs import PreemptionCosts
-from jaxserve.scheduler.page_pool import PagePool
-from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler_config import (
+from jaxserve.config.scheduling import (
     PAGE_RESERVATIONS,
     PHASE_ORDERS,
     PREEMPTION_MODES,
@@ -30,6 +23,13 @@ from jaxserve.scheduler_config import (
     PreemptionConfig,
     SchedulerConfig,
 )
+from jaxserve.kv_cache.page_pool import PagePool
+from jaxserve.request import EngineRequest, FinishReason, RequestStatus
+from jaxserve.runner.fake import FakeRunner
+from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan
+from jaxserve.scheduler.buckets import Buckets, powers
+from jaxserve.scheduler.preemption_costs import PreemptionCosts
+from jaxserve.scheduler.sequence import Sequence
 from tests.scheduler.drive import alone
 from tests.scheduler.order_model import OrderModel
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import math
 
+from jaxserve.config.scheduling import SchedulerConfig
 from jaxserve.scheduler import StepPlan
-from jaxserve.scheduler.policies import LATE_FACTOR
-from jaxserve.scheduler.policy import Policy
+from jaxserve.scheduler.policies.named import LATE_FACTOR
+from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler_config import SchedulerConfig
 
 
 class OrderModel:

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxserve.config.scheduling import AdaptationConfig
 from jaxserve.scheduler.adaptation import AdaptiveBatchSize, LoadProfile
-from jaxserve.scheduler_config import AdaptationConfig
 
 CONFIG = AdaptationConfig()
 NAMES = ("latency", "balanced", "throughput")

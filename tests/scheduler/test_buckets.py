@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxserve.config import EngineConfig
+from jaxserve.config.settings import EngineConfig
 from jaxserve.scheduler.buckets import Buckets
 
 OPTIONS = {"model": "m", "max_num_batched_tokens": 100, "max_num_seqs": 40}

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxserve.config.scheduling import AdmissionConfig, PolicyConfig, SchedulerConfig
 from jaxserve.request import EngineRequest
-from jaxserve.scheduler.formation import FORMATIONS, tier
-from jaxserve.scheduler.pace import Pace
-from jaxserve.scheduler.policies import POLICIES
+from jaxserve.scheduler.admission_order import FORMATIONS, tier
+from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler_config import AdmissionConfig, PolicyConfig, SchedulerConfig
+from jaxserve.scheduler.step_time_estimator import Pace
 from tests.scheduler.drive import make_scheduler, request
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from jaxserve.config.scheduling import AdmissionConfig, BatchingConfig, SchedulerConfig
 from jaxserve.request import FinishReason
 from jaxserve.scheduler import Scheduler, StepPlan, StepResult
-from jaxserve.scheduler_config import AdmissionConfig, BatchingConfig, SchedulerConfig
 from tests.scheduler.drive import drive, make_scheduler, request, start_decoding
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jaxserve.scheduler.page_pool import PageCopy, PagePool, PageState, greatest_concurrency
+from jaxserve.kv_cache.page_pool import PageCopy, PagePool, PageState, greatest_concurrency
 from tests.scheduler.pool_helpers import cached, counts, taken
 
 ACTIVE, CACHED, FREE, HOST = PageState.ACTIVE, PageState.CACHED, PageState.FREE, PageState.HOST

@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 import pytest
 
-from jaxserve.scheduler.page_pool import PagePool, PageState
+from jaxserve.kv_cache.page_pool import PagePool, PageState
 from tests.scheduler.pool_helpers import cached, taken
 
 

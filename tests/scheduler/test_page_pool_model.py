@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from jaxserve.scheduler.page_pool import PagePool, PageState
+from jaxserve.kv_cache.page_pool import PagePool, PageState
 
 PAGE_SIZE, NUM_PAGES, NUM_HOST_PAGES = 2, 9, 4
 PAGES = range(1, NUM_PAGES)

@@ -10,15 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxserve.config import scheduling
+from jaxserve.config.scheduling import PolicyConfig, PreemptionConfig, SchedulerConfig
 from jaxserve.request import EngineRequest, FinishReason
-from jaxserve.scheduler import Scheduler, StepPlan, StepResult
-from jaxserve.scheduler.fair import Fair
-from jaxserve.scheduler.pace import Pace
-from jaxserve.scheduler.policies import LATE_FACTOR, POLICIES
-from jaxserve.scheduler.policy import Policy
-from jaxserve.scheduler.queues import Standing
+from jaxserve.scheduler import Scheduler, StepPlan, StepResult, admission_order, modes
+from jaxserve.scheduler.keyed_queue import Standing
+from jaxserve.scheduler.policies.fair import Fair
+from jaxserve.scheduler.policies.named import LATE_FACTOR, POLICIES
+from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler_config import PolicyConfig, PreemptionConfig, SchedulerConfig
+from jaxserve.scheduler.step_time_estimator import Pace
 from tests.scheduler.drive import make_scheduler, request
 
 
@@ -91,11 +92,19 @@ class LastComeFirstServed(Policy):
         return (-sequence.order,)
 
 
-def test_a_policy_is_a_class_and_its_line(monkeypatch):
+def test_a_policy_is_a_class_and_its_lines(monkeypatch):
     with pytest.raises(ValueError, match="policy is 'lcfs'; it must be one of fcfs, sjf, priority, fair, deadline"):
         SchedulerConfig(policy="lcfs")
+    monkeypatch.setattr("jaxserve.config.scheduling.POLICIES", (*POLICIES, "lcfs"))
     monkeypatch.setitem(POLICIES, "lcfs", LastComeFirstServed)
     assert order_of_service("lcfs", [request(name, 3, 1) for name in "abc"]) == ["c", "b", "a"]
+
+
+def test_settings_name_every_class():
+    """The settings have names alone, so that they import no scheduler."""
+    assert tuple(POLICIES) == scheduling.POLICIES
+    assert tuple(admission_order.FORMATIONS) == scheduling.FORMATIONS
+    assert tuple(modes.MODES) == scheduling.MODES
 
 
 def test_weights_of_priority_are_settings():

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxserve.config.scheduling import PredictionConfig
 from jaxserve.request import EngineRequest
 from jaxserve.scheduler import prediction
 from jaxserve.scheduler.kendall import kendall_tau
 from jaxserve.scheduler.prediction import OutputLengthPredictor
-from jaxserve.scheduler_config import PredictionConfig
 
 
 def request(prompt: int = 50, max_tokens: int = 2048, tenant: str = "", min_tokens: int = 0, stop: bool = True):

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
+from jaxserve.config.scheduling import PreemptionConfig, SchedulerConfig
 from jaxserve.scheduler import Scheduler, StepPlan, StepResult
-from jaxserve.scheduler.costs import PreemptionCosts
-from jaxserve.scheduler_config import PreemptionConfig, SchedulerConfig
+from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from tests.scheduler.drive import alone, drive, make_scheduler, preempt, request, start_decoding
 
 

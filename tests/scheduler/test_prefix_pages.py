@@ -1,7 +1,7 @@
 """The page pool as a prefix cache: what match finds, for whom, and what is evicted first."""
 
-from jaxserve.scheduler.content_keys import KEY_BYTES, ContentKeys
-from jaxserve.scheduler.page_pool import PagePool, PageState
+from jaxserve.kv_cache.content_keys import KEY_BYTES, ContentKeys
+from jaxserve.kv_cache.page_pool import PagePool, PageState
 from tests.scheduler.pool_helpers import cached, counts, taken
 
 ACTIVE, CACHED, FREE = PageState.ACTIVE, PageState.CACHED, PageState.FREE

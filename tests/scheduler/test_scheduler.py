@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.config import SchedulerConfig
+from jaxserve.config.settings import SchedulerConfig
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.scheduler import Scheduler, StepResult
-from jaxserve.scheduler.formation import Greedy
+from jaxserve.scheduler.admission_order import Greedy
+from jaxserve.scheduler.keyed_queue import KeyedQueue
 from jaxserve.scheduler.plan import NO_DECODES
-from jaxserve.scheduler.queues import KeyedQueue
 from tests.scheduler.drive import alone, drive, make_scheduler, preempt, request, start_decoding
 
 
@@ -230,5 +230,5 @@ def test_plans_are_reproducible():
 
 
 def test_importing_the_scheduler_does_not_load_jax():
-    code = "import sys, jaxserve.scheduler, jaxserve.config, jaxserve.request; sys.exit('jax' in sys.modules)"
+    code = "import sys, jaxserve.scheduler, jaxserve.config.settings, jaxserve.request; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from jaxserve.scheduler.policies import POLICIES
-from jaxserve.scheduler_config import FORMATIONS, MODES
+from jaxserve.config.scheduling import FORMATIONS, MODES
+from jaxserve.scheduler.policies.named import POLICIES
 from tests.scheduler.history import run_history
 
 STEPS = 20_000

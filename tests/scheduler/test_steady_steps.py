@@ -12,15 +12,15 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from jaxserve.config.scheduling import FORMATIONS, MODES, SchedulerConfig
+from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.request import EngineRequest
 from jaxserve.scheduler import Scheduler, StepPlan, StepResult
 from jaxserve.scheduler.buckets import Buckets, powers
-from jaxserve.scheduler.fair import Fair
-from jaxserve.scheduler.page_pool import PagePool
 from jaxserve.scheduler.plan import NO_DECODES
-from jaxserve.scheduler.policies import POLICIES
+from jaxserve.scheduler.policies.fair import Fair
+from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.scheduler.update import SequenceUpdate
-from jaxserve.scheduler_config import FORMATIONS, MODES, SchedulerConfig
 from tests.scheduler.history import PAGE_SIZE, TENANTS, draw_config
 
 STOP = 7

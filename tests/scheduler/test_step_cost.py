@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxserve.config import SchedulerConfig
+from jaxserve.config.settings import SchedulerConfig
 from jaxserve.request import EngineRequest
 from jaxserve.scheduler import StepPlan, StepResult
 from tests.scheduler.drive import make_scheduler

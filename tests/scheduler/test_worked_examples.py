@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import pytest
 
+from jaxserve.config.scheduling import AdaptationConfig, AdmissionConfig, BatchingConfig, PolicyConfig, SchedulerConfig
+from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.request import EngineRequest
 from jaxserve.scheduler import Scheduler, StepPlan, StepResult
 from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.page_pool import PagePool
-from jaxserve.scheduler_config import AdaptationConfig, AdmissionConfig, BatchingConfig, PolicyConfig, SchedulerConfig
 from tests.scheduler.drive import Run, drive, make_scheduler, request, start_decoding
 
 LENGTHS = [10, 20, 15, 100, 25, 30, 15, 50, 40, 10]

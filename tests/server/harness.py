@@ -12,8 +12,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
-from jaxserve.limits_config import LimitsConfig
 from jaxserve.request import SamplingParams
 from jaxserve.serving.client import AsyncClient
 from jaxserve.serving.grpc_server import GrpcServer

@@ -9,7 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from jaxserve.limits_config import LimitsConfig
+from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.serving import connections, memory_return
 from jaxserve.serving.client import AsyncClient, generate_request
 from jaxserve.serving.connections import DescriptorError, connection_limit, reserve

@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from benchmarks.load import http2
-from jaxserve.limits_config import LimitsConfig
+from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.serving import health
 from jaxserve.serving.call_interceptor import CallContext
 from jaxserve.serving.calls import OpenCalls

@@ -15,9 +15,9 @@ import grpc
 import pytest
 
 from jaxserve.engine.messages import EngineStats
-from jaxserve.phases import seconds_since_start
 from jaxserve.serving.client import Client
 from jaxserve.serving.running_log import busy_line, start_lines
+from jaxserve.telemetry.startup_spans import seconds_since_start
 from tests.server.fakes import READY, WAIT_SECONDS, save_tokenizer
 from tests.server.harness import GREEDY
 from tests.server.process import Process

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.config import EngineConfig
+from jaxserve.config.settings import EngineConfig
 from jaxserve.models.config import ModelConfig
-from jaxserve.scheduler.costs import PreemptionCosts
-from jaxserve.simulator.costs import HostCosts, StepShape
-from jaxserve.simulator.engine import SimulatedDevice
+from jaxserve.planning.step_cost_models import HostCosts, StepShape
+from jaxserve.scheduler.preemption_costs import PreemptionCosts
+from jaxserve.simulator.simulated_engine import SimulatedDevice
 
 MODEL = ModelConfig("LlamaForCausalLM", 1000, 64, 160, 3, 4, 2, 16, 512)
 

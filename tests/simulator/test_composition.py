@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from jaxserve.composition import SUMMED, CompositionTracker
-from jaxserve.recorder import Recorder
+from jaxserve.planning.step_cost_models import HostCosts
 from jaxserve.simulator import plots
-from jaxserve.simulator.costs import HostCosts
 from jaxserve.simulator.fleet import FleetConfig, simulate_fleet
 from jaxserve.simulator.setup import Setup
 from jaxserve.simulator.simulation import SimulationResult, simulate
 from jaxserve.simulator.traces import make_trace
+from jaxserve.telemetry.batch_timeline import SUMMED, CompositionTracker
+from jaxserve.telemetry.recorder import Recorder
 from tests.simulator.helpers import SimpleCosts, make_config, make_device
 
 HOST = HostCosts(0.001, 0.0, 0.001, 0.0)

@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.batch_metrics import run_metrics
-from jaxserve.recorder import Recorder, StepRecorded
-from jaxserve.scheduler.policies import POLICIES
-from jaxserve.scheduler_config import FORMATIONS, MODES, VICTIMS
-from jaxserve.simulator.costs import HostCosts
-from jaxserve.simulator.engine import SimulatedEngine
+from jaxserve.config.scheduling import FORMATIONS, MODES, VICTIMS
+from jaxserve.planning.step_cost_models import HostCosts
+from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.simulator.report import report
+from jaxserve.simulator.simulated_engine import SimulatedEngine
 from jaxserve.simulator.simulation import ClientRule, SimulationResult, requests_of, simulate
 from jaxserve.simulator.stretch import stretch_times
 from jaxserve.simulator.traces import Trace, make_trace
-from jaxserve.timings import request_timings
+from jaxserve.telemetry.batch_metrics import run_metrics
+from jaxserve.telemetry.recorder import Recorder, StepRecorded
+from jaxserve.telemetry.timings import request_timings
 from tests.simulator.helpers import SimpleCosts, make_config, make_device
 
 

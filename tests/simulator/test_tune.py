@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from jaxserve import gin_config, tune
-from jaxserve.engine.replay import replay
+from jaxserve import tune
+from jaxserve.config import gin_config
 from jaxserve.runner.fake import FakeRunner
+from jaxserve.simulator.replay import replay
 from jaxserve.simulator.report import Slo
 from jaxserve.simulator.search import Score, candidates, owner_of, search_space, stressed, successive_halving
 from jaxserve.simulator.setup import with_options

@@ -1,0 +1,242 @@
+"""Every setting of the engine and its servers, as frozen dataclasses that validate themselves.
+
+Standard library only (and `jaxserve.models.config`, which adds numpy). gin binds these classes by name; nothing here
+knows gin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from jaxserve.config.checks import at_least, between, number, one_of
+from jaxserve.config.client_limits import LimitsConfig
+from jaxserve.config.failpoints import Failpoint
+from jaxserve.config.scheduling import MIN_BUCKET, SchedulerConfig
+from jaxserve.models.config import ModelConfig
+
+ATTENTION = ("auto", "triton", "cpu", "xla", "reference", "triton_interpret")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3", "int8")
+PAGE_SIZES = (16, 32, 64, 128)
+
+
+def _check_buckets(name: str, buckets: tuple[int, ...], limit: int) -> None:
+    if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < MIN_BUCKET:
+        raise ValueError(f"{name} is {buckets}; it must rise strictly from at least {MIN_BUCKET}")
+    if buckets[-1] < limit:
+        raise ValueError(f"{name} ends at {buckets[-1]}; it must reach the limit of {limit}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """The page pool.
+
+    page_size: tokens a page. num_pages: pages including the null page; None sizes the pool from memory.
+    kv_cache_memory_bytes: memory of the pool when num_pages is None; None takes what gpu_memory_utilization leaves
+    after weights and the compiler's temporaries.
+    kv_cache_dtype: what pages hold; "auto" is the model's dtype, "fp8" (the same as "fp8_e4m3") and "int8" are
+    quantised with a scale for each layer and head, from the checkpoint or measured at start.
+    swap_space: GiB of host memory for the pages of swapped sequences; 0 is none.
+    """
+
+    page_size: int = 16
+    num_pages: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.92
+    kv_cache_dtype: str = "auto"
+    swap_space: float = 0.0
+
+    def __post_init__(self) -> None:
+        between("swap_space", self.swap_space, 0.0)
+        one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        one_of("page_size", self.page_size, PAGE_SIZES)
+        if self.num_pages is not None:
+            at_least("num_pages", self.num_pages, 2)
+        if self.kv_cache_memory_bytes is not None:
+            at_least("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
+            if self.num_pages is not None:
+                raise ValueError(
+                    f"num_pages is {self.num_pages} and kv_cache_memory_bytes is {self.kv_cache_memory_bytes}; "
+                    "each fixes the size of the pool: give one"
+                )
+        number("gpu_memory_utilization", self.gpu_memory_utilization)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0 and at most 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """A model and how it is run.
+
+    model: Hugging Face or converted checkpoint directory. tokenizer: directory of the tokenizer; None is `model`.
+    architecture: the model's shape; None reads it from the checkpoint. Given both, they must agree.
+    load_format: "auto" reads the checkpoint, "dummy" makes random weights from `architecture`.
+    dtype: of weights, and of pages unless kv_cache_dtype says else; "auto" is the checkpoint's.
+    max_model_len: prompt and output tokens of one request together; None is the model's own context.
+    token_buckets, row_buckets: sizes that steps are padded to; None is powers of two from 8 to the limits, on
+        CPUs with the sizes halfway between them.
+    attention: implementation of paged attention; "auto" chooses by platform.
+    compilation_cache_dir: where compiled programs are kept for the next start (`~` is the home directory); "auto" is
+    jaxserve/programs in XDG_CACHE_HOME or ~/.cache, None keeps none. The directory must be this user's alone. Entries
+    are found by all that decides a program, jax's version and the device among it, so a stale one is never used.
+    compilation_cache_max_bytes: of what is kept; the entries that were not used for longest are removed.
+    bundle: directory of programs that `jaxserve.compile` wrote for this configuration and device; loaded instead of
+    compiling anything, and refused where it does not fit. Its number of pages counts where none is configured.
+    seed: base of the seeds drawn for requests that bring none.
+    composition_dir: directory for what steps consisted of over time, as JSON and a plot, written when the engine ends;
+    None writes nothing.
+    failpoints: faults that a test or a drill injects, see jaxserve/config/failpoints.py; none is right for a server.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    architecture: ModelConfig | None = None
+    load_format: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    scheduler: SchedulerConfig = SchedulerConfig()
+    cache: CacheConfig = CacheConfig()
+    token_buckets: tuple[int, ...] | None = None
+    row_buckets: tuple[int, ...] | None = None
+    attention: str = "auto"
+    compilation_cache_dir: str | None = "auto"
+    compilation_cache_max_bytes: int = 4 * 1024**3
+    bundle: str | None = None
+    seed: int = 0
+    composition_dir: str | None = None
+    failpoints: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        one_of("load_format", self.load_format, ("auto", "dummy"))
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("attention", self.attention, ATTENTION)
+        at_least("seed", self.seed, 0)
+        at_least("compilation_cache_max_bytes", self.compilation_cache_max_bytes, 0)
+        if self.max_model_len is not None:
+            at_least("max_model_len", self.max_model_len, 2)
+        object.__setattr__(self, "failpoints", tuple(self.failpoints))
+        for text in self.failpoints:
+            Failpoint.parse(text)
+        if self.model is None and self.load_format != "dummy":
+            raise ValueError(
+                "model is not set; give a checkpoint directory, or load_format 'dummy' and an architecture"
+            )
+        if self.model is None and self.architecture is None:
+            raise ValueError("architecture is not set; load_format 'dummy' without a model needs one")
+        for name, limit in (
+            ("token_buckets", self.scheduler.max_num_batched_tokens),
+            ("row_buckets", self.scheduler.max_num_seqs),
+        ):
+            buckets = getattr(self, name)
+            if buckets is not None:
+                object.__setattr__(self, name, tuple(buckets))
+                _check_buckets(name, tuple(buckets), limit)
+
+    @classmethod
+    def from_options(cls, **options: Any) -> EngineConfig:
+        """Builds the nested configuration from flat names (vLLM's), those that `LLM(model=..., ...)` takes."""
+        names = {"scheduling_policy": "policy", "block_size": "page_size"}
+        known = _option_names(cls)
+        for name in options:
+            if names.get(name, name) not in known:
+                raise ValueError(f"engine option {name!r} is unknown; known options are {', '.join(sorted(known))}")
+        return _from_flat(cls, {names.get(name, name): value for name, value in options.items()})
+
+
+def ineffective_settings(config: EngineConfig, max_model_len: int) -> list[str]:
+    """A line for each setting that has no effect, or less than it seems, because of another one.
+
+    max_model_len: as resolved, for a configuration that leaves it to the model.
+    """
+    scheduler, found = config.scheduler, []
+    if scheduler.preemption.preemption_mode == "swap" and not config.cache.swap_space:
+        found.append(
+            "preemption_mode is 'swap', but swap_space is 0: preempted sequences are computed again; set "
+            "CacheConfig.swap_space (GiB)"
+        )
+    if scheduler.ordering.drop_late and scheduler.policy != "deadline":
+        found.append(
+            f"drop_late is True, but policy is {scheduler.policy!r}: only policy 'deadline' drops what is late"
+        )
+    if not scheduler.enable_chunked_prefill and scheduler.max_num_batched_tokens < max_model_len:
+        found.append(
+            f"enable_chunked_prefill is False and max_num_batched_tokens {scheduler.max_num_batched_tokens} is below "
+            f"max_model_len {max_model_len}: longer prompts than the former are refused; raise it, or enable chunks"
+        )
+    return found
+
+
+def _sections(config: type) -> dict[str, type]:
+    """The fields of a config that are configs of their own and are always there."""
+    return {
+        field.name: type(field.default)
+        for field in dataclasses.fields(config)
+        if dataclasses.is_dataclass(field.default) and not isinstance(field.default, type)
+    }
+
+
+def _option_names(config: type) -> set[str]:
+    """Names of all fields, those of the sections in place of the sections."""
+    sections = _sections(config)
+    own = {field.name for field in dataclasses.fields(config)} - set(sections)
+    return own.union(*(_option_names(section) for section in sections.values()))
+
+
+def _from_flat(config: type, options: dict[str, Any]) -> Any:
+    """A config whose sections take their fields from the same flat options."""
+    nested = {
+        name: _from_flat(section, options)
+        for name, section in _sections(config).items()
+        if _option_names(section) & set(options)
+    }
+    own = {field.name for field in dataclasses.fields(config)} - set(_sections(config))
+    return config(**{name: value for name, value in options.items() if name in own}, **nested)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """The gRPC server.
+
+    host, port: where it listens; port 0 takes a free one. engine: the engine it serves.
+    engine_process: the engine runs in a process of its own, away from the front end's interpreter lock.
+    max_message_bytes: largest request message. served_model_name: what clients are told; None is the model's place.
+    drain_seconds: how long running requests may finish after SIGTERM.
+    max_unread_tokens: output tokens of one request that may wait for its reader, beyond what the connection buffers;
+    the request of a reader that falls further behind is ended. limits: what clients may hold open.
+    step_timeout: seconds in which a step of the engine must end and the engine's process must answer; else the server
+    ends. None is the larger of 60 and 20 times what the largest step is predicted to take.
+    """
+
+    engine: EngineConfig
+    host: str = "127.0.0.1"
+    port: int = 50051
+    engine_process: bool = True
+    max_message_bytes: int = 4 * 1024 * 1024
+    drain_seconds: float = 30.0
+    max_unread_tokens: int = 8192
+    limits: LimitsConfig = LimitsConfig()
+    served_model_name: str | None = None
+    step_timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.port, bool) or not isinstance(self.port, int):
+            raise ValueError(f"port is {self.port!r}; it must be a whole number")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}; it must be from 0 to 65535")
+        at_least("max_message_bytes", self.max_message_bytes, 1024)
+        at_least("max_unread_tokens", self.max_unread_tokens, 1)
+        if self.step_timeout is not None:
+            number("step_timeout", self.step_timeout)
+            if not 0.1 <= self.step_timeout < math.inf:
+                raise ValueError(
+                    f"step_timeout is {self.step_timeout}; it must be at least 0.1 and finite, or None to be chosen "
+                    "from the model and the device"
+                )
+        number("drain_seconds", self.drain_seconds)
+        if not self.drain_seconds >= 0:
+            raise ValueError(f"drain_seconds is {self.drain_seconds}; it must be at least 0")

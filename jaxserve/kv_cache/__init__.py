@@ -1,0 +1,1 @@
+"""The bookkeeping of the KV cache's pages. Imports no jax."""

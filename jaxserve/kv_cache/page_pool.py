@@ -1,0 +1,386 @@
+"""The host side of the paged KV cache: who holds which page, what it contains, and what to evict.
+
+The pool hands out page numbers; the arrays behind them belong to the runner. It alone changes a page's state:
+
+    FREE    -> ACTIVE   allocate
+    ACTIVE  -> FREE     release of the last reference, content without a key
+    ACTIVE  -> CACHED   release of the last reference, content with a key: kept, and reclaimable
+    CACHED  -> ACTIVE   match, share
+    CACHED  -> ACTIVE   allocate, when no page is free: the least recently used loses its content
+    ACTIVE <-> HOST     move: swap out and in
+
+`copy` and `move` only decide; each returns `PageCopy` records that the runner performs before the step, in the order
+in which the pool returned them: a page may be the source of one and the destination of a later one.
+
+Every call costs time in the pages it is given, none in the size of the pool; `check_integrity` alone looks at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+
+from jaxserve.kv_cache.content_keys import ContentKeys
+
+NULL_PAGE = 0
+"""Page 0 is never handed out: padding reads and writes it."""
+
+
+class PageState(enum.Enum):
+    """What a page is to the pool. ACTIVE and HOST also name the two tiers between which pages are copied."""
+
+    FREE = "free"
+    ACTIVE = "active"
+    CACHED = "cached"
+    HOST = "host"
+
+
+@dataclasses.dataclass(frozen=True)
+class PageCopy:
+    """One page to copy before the step. A tier is ACTIVE (a page of the device) or HOST (a page of host memory).
+
+    Device and host pages are numbered apart: device page 3 and host page 3 are different pages.
+    """
+
+    source: int
+    source_tier: PageState
+    destination: int
+    destination_tier: PageState
+
+
+class PagePool:
+    """Reference counts, content keys and the free and cached pages of one KV cache.
+
+    num_pages: pages of the device, the null page included. page_size: tokens per page.
+    num_host_pages: pages of host memory for swapped sequences, numbered from 0 (there is no null page).
+
+    Misuse (a page that is not held, twice in one call, out of range) is a ValueError, raised before anything changes.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, num_host_pages: int = 0) -> None:
+        for name, value, low in (
+            ("num_pages", num_pages, 2),
+            ("page_size", page_size, 1),
+            ("num_host_pages", num_host_pages, 0),
+        ):
+            if value < low:
+                raise ValueError(f"{name} is {value}; it must be at least {low}")
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.num_host_pages = num_host_pages
+        self._content_keys = ContentKeys()
+        self._references = [0] * num_pages
+        # The key of a committed page's content. Two pages can have the same content; `_page_of_key` names the one
+        # that `match` finds. The other keeps its key all the same: the next page of its sequence is linked to it.
+        self._keys: list[bytes | None] = [None] * num_pages
+        self._page_of_key: dict[bytes, int] = {}
+        self._free = list(range(num_pages - 1, NULL_PAGE, -1))  # a stack: low numbers first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._host_free = list(range(num_host_pages - 1, -1, -1))
+        self._host_keys: dict[int, bytes | None] = {}  # host pages in use, with the keys of their content
+
+    @property
+    def num_usable(self) -> int:
+        """Device pages that can be handed out at all: free + used + cached."""
+        return self.num_pages - 1
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        """Device pages with at least one reference."""
+        return self.num_usable - len(self._free) - len(self._cached)
+
+    @property
+    def num_available(self) -> int:
+        """Device pages that `allocate` can hand out now."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_host_free(self) -> int:
+        return len(self._host_free)
+
+    @property
+    def num_host_used(self) -> int:
+        return len(self._host_keys)
+
+    def state(self, page: int) -> PageState:
+        """The state of a device page: FREE, ACTIVE or CACHED."""
+        self._check_range(page)
+        if self._references[page]:
+            return PageState.ACTIVE
+        return PageState.CACHED if page in self._cached else PageState.FREE
+
+    def references(self, page: int) -> int:
+        """How many tables hold a device page."""
+        self._check_range(page)
+        return self._references[page]
+
+    def writable(self, page: int) -> bool:
+        """Whether its one owner may write an active page; if not, `copy` it first.
+
+        A committed page is full and others may find it by its content at any time: it is never written again.
+        """
+        self._check_active((page,))
+        return self._references[page] == 1 and self._keys[page] is None
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` private pages with one reference each, content undefined; None, and no change, when there are fewer.
+
+        Free pages first, then the least recently used cached ones.
+        """
+        if count < 0:
+            raise ValueError(f"count is {count}; it must be at least 0")
+        if count > self.num_available:
+            return None
+        pages = []
+        for _ in range(count):
+            page = self._free.pop() if self._free else self._reclaim()
+            self._references[page] = 1
+            pages.append(page)
+        return pages
+
+    def share(self, pages: Sequence[int]) -> None:
+        """One reference more for each active or cached page: for the table of a fork."""
+        self._check_distinct(pages)
+        for page in pages:
+            if self.state(page) is PageState.FREE:
+                raise ValueError(f"page {page} is free; only active and cached pages can be shared")
+        for page in pages:
+            self._take(page)
+
+    def release(self, pages: Sequence[int]) -> None:
+        """One reference less for each active page of one table, which is given in its order.
+
+        A page without references keeps its content as CACHED if `match` can find it, else it becomes FREE. Of one
+        table the later pages are reclaimed first: without the earlier ones no match would reach them.
+        """
+        self._check_active(pages)
+        for page in reversed(pages):
+            self._drop(page)
+
+    def commit(self, pages: Sequence[int], tokens: Sequence[int], salt: str, start: int = 0) -> int:
+        """Gives the full pages of a sequence their content keys; returns how many pages are committed now.
+
+        Call it when the content is known to be computed, so that the pages of a failed step are never found.
+
+        pages, tokens: the whole table and all tokens whose keys and values are in it.
+        salt: only sequences with the same salt share pages.
+        start: pages committed before (what the last call, or the number of pages `match`, returned). They are not
+            hashed again, so a step costs the pages that it filled.
+
+        Where another page has the same content already, `match` keeps finding that one. Raises ValueError when a page
+        holds other content already, is not active, or when page start - 1 was never committed.
+        """
+        full = len(tokens) // self.page_size
+        if not 0 <= start <= full:
+            raise ValueError(f"start is {start}; the {len(tokens)} tokens fill {full} pages")
+        if full > len(pages):
+            raise ValueError(f"pages has {len(pages)} pages; the {len(tokens)} tokens fill {full}")
+        filled = pages[start:full]
+        self._check_active(filled)
+        if not filled:
+            return full
+        key = self._keys[pages[start - 1]] if start else self._content_keys.root(salt)
+        if key is None:
+            raise ValueError(f"page {pages[start - 1]} before start {start} is not committed")
+        keys = []
+        for index, page in enumerate(filled, start):
+            key = self._content_keys.link(key, tokens[index * self.page_size : (index + 1) * self.page_size])
+            if self._keys[page] not in (None, key):
+                raise ValueError(f"page {page} is committed with other content")
+            keys.append(key)
+        for page, key in zip(filled, keys, strict=True):
+            self._keys[page] = key
+            self._page_of_key.setdefault(key, page)
+        return full
+
+    def match(self, tokens: Sequence[int], salt: str) -> list[int]:
+        """The pages that hold the longest run of full pages from the start of `tokens`, committed under `salt`.
+
+        One reference of each is the caller's; cached pages become active. A sequence needs at least one token to
+        compute, so pass a prompt without its last token.
+        """
+        pages = []
+        key = self._content_keys.root(salt)
+        for end in range(self.page_size, len(tokens) + 1, self.page_size):
+            key = self._content_keys.link(key, tokens[end - self.page_size : end])
+            page = self._page_of_key.get(key)
+            if page is None:
+                break
+            pages.append(page)
+        for page in pages:
+            self._take(page)
+        return pages
+
+    def copy(self, page: int) -> PageCopy | None:
+        """Exchanges the caller's reference to a page it may not write for a private copy.
+
+        Returns the copy to perform, whose destination replaces the page in the caller's table; None, and no change,
+        when no page is available. A page that is writable needs no copy: ValueError.
+        """
+        if self.writable(page):
+            raise ValueError(f"page {page} is writable by its one owner; it needs no copy")
+        private = self.allocate(1)
+        if private is None:
+            return None
+        self._drop(page)
+        return PageCopy(page, PageState.ACTIVE, private[0], PageState.ACTIVE)
+
+    def move(self, pages: Sequence[int], to: PageState) -> tuple[PageCopy, ...] | None:
+        """Swaps a sequence out (to HOST, given its device pages) or in (to ACTIVE, given its host pages).
+
+        Returns one copy per page, in table order; the destinations are the sequence's new table, private to it.
+        None, and no change, when the other tier has too few pages. The references to the source pages are released,
+        so a page that others share, or that is cached, stays on the device too. Content keys move along.
+        """
+        if to is PageState.HOST:
+            return self._move_out(pages)
+        if to is PageState.ACTIVE:
+            return self._move_in(pages)
+        raise ValueError(f"to is {to}; pages move to {PageState.HOST} or {PageState.ACTIVE}")
+
+    def release_host(self, pages: Sequence[int]) -> None:
+        """Frees the host pages of a sequence that ends while swapped out."""
+        self._check_host(pages)
+        for page in reversed(pages):
+            del self._host_keys[page]
+            self._host_free.append(page)
+
+    def check_integrity(self, tables: Iterable[Sequence[int]], host_tables: Iterable[Sequence[int]] = ()) -> None:
+        """Recomputes the accounts from the tables of all sequences and compares; AssertionError where they differ.
+
+        Takes time in the size of the pool: for tests and for when the engine is idle (then without tables).
+        """
+        held = _count_references(tables, "table")
+        _expect(NULL_PAGE not in held, f"page {NULL_PAGE} is the null page, but {held[NULL_PAGE]} tables hold it")
+        free = Counter(self._free)
+        for page in range(self.num_pages):
+            counted, kept = held.pop(page, 0), self._references[page]
+            _expect(counted == kept, f"page {page} is in {counted} tables, but has {kept} references")
+            lists = (kept > 0) + free[page] + (page in self._cached)
+            wanted = 0 if page == NULL_PAGE else 1
+            _expect(lists == wanted, f"page {page} is {lists} times active, free or cached, not {wanted}")
+            key = self._keys[page]
+            _expect(key is None or not free[page], f"page {page} is free, but has a content key")
+            found = None if key is None else self._page_of_key.get(key)
+            _expect(page not in self._cached or found == page, f"page {page} is cached, but its key finds {found}")
+        _expect(not held, f"pages {sorted(held)} are in tables, but the pool ends at {self.num_pages - 1}")
+        for key, page in self._page_of_key.items():
+            _expect(self._keys[page] == key, f"page {page} is found by key {key.hex()}, but has another")
+        used = sum(references > 0 for references in self._references)
+        total = len(self._free) + used + len(self._cached)
+        _expect(total == self.num_usable, f"free + used + cached pages are {total}, not {self.num_usable}")
+        self._check_host_integrity(host_tables)
+
+    def _check_host_integrity(self, tables: Iterable[Sequence[int]]) -> None:
+        held = _count_references(tables, "host table")
+        free = Counter(self._host_free)
+        for page in range(self.num_host_pages):
+            counted, kept = held.pop(page, 0), int(page in self._host_keys)
+            _expect(counted == kept, f"host page {page} is in {counted} tables, but has {kept} owners")
+            lists = kept + free[page]
+            _expect(lists == 1, f"host page {page} is {lists} times used or free, not 1")
+        _expect(not held, f"host pages {sorted(held)} are in tables, but there are {self.num_host_pages} host pages")
+        total = len(self._host_free) + len(self._host_keys)
+        _expect(total == self.num_host_pages, f"free + used host pages are {total}, not {self.num_host_pages}")
+
+    def _move_out(self, pages: Sequence[int]) -> tuple[PageCopy, ...] | None:
+        self._check_active(pages)
+        if len(pages) > len(self._host_free):
+            return None
+        copies = []
+        for page in pages:
+            host = self._host_free.pop()
+            self._host_keys[host] = self._keys[page]
+            copies.append(PageCopy(page, PageState.ACTIVE, host, PageState.HOST))
+        self.release(pages)
+        return tuple(copies)
+
+    def _move_in(self, pages: Sequence[int]) -> tuple[PageCopy, ...] | None:
+        self._check_host(pages)
+        targets = self.allocate(len(pages))
+        if targets is None:
+            return None
+        copies = []
+        for page, target in zip(pages, targets, strict=True):
+            key = self._keys[target] = self._host_keys[page]
+            if key is not None:
+                self._page_of_key.setdefault(key, target)
+            copies.append(PageCopy(page, PageState.HOST, target, PageState.ACTIVE))
+        self.release_host(pages)
+        return tuple(copies)
+
+    def _take(self, page: int) -> None:
+        if not self._references[page]:
+            del self._cached[page]
+        self._references[page] += 1
+
+    def _drop(self, page: int) -> None:
+        self._references[page] -= 1
+        if self._references[page]:
+            return
+        key = self._keys[page]
+        # `setdefault`: a duplicate takes over when the page found until now has been reclaimed.
+        if key is not None and self._page_of_key.setdefault(key, page) == page:
+            self._cached[page] = None
+        else:
+            self._keys[page] = None
+            self._free.append(page)
+
+    def _reclaim(self) -> int:
+        page, _ = self._cached.popitem(last=False)
+        key = self._keys[page]
+        assert key is not None, f"page {page} is cached without a content key"
+        del self._page_of_key[key]
+        self._keys[page] = None
+        return page
+
+    def _check_range(self, page: int) -> None:
+        if not NULL_PAGE < page < self.num_pages:
+            raise ValueError(f"page {page} does not exist; pages are numbered from 1 to {self.num_pages - 1}")
+
+    def _check_active(self, pages: Sequence[int]) -> None:
+        self._check_distinct(pages)
+        for page in pages:
+            self._check_range(page)
+            if not self._references[page]:
+                raise ValueError(f"page {page} is {self.state(page).value}; it must be active")
+
+    def _check_host(self, pages: Sequence[int]) -> None:
+        self._check_distinct(pages)
+        for page in pages:
+            if page not in self._host_keys:
+                raise ValueError(f"host page {page} is not in use; {len(self._host_keys)} of {self.num_host_pages} are")
+
+    @staticmethod
+    def _check_distinct(pages: Sequence[int]) -> None:
+        if len(set(pages)) != len(pages):
+            raise ValueError(f"pages {list(pages)} name a page twice; a table holds each page once")
+
+
+def greatest_concurrency(num_usable: int, page_size: int, length: int, max_num_seqs: int) -> float:
+    """How many sequences of `length` tokens run at once: as many as the usable pages hold, at most max_num_seqs."""
+    return min(num_usable / -(-length // page_size), max_num_seqs)
+
+
+def _count_references(tables: Iterable[Sequence[int]], name: str) -> Counter[int]:
+    held: Counter[int] = Counter()
+    for table in tables:
+        _expect(len(set(table)) == len(table), f"{name} {list(table)} holds a page twice")
+        held.update(table)
+    return held
+
+
+def _expect(holds: bool, message: str) -> None:
+    # Not an `assert` statement: an integrity check must not vanish under `python -O`.
+    if not holds:
+        raise AssertionError(message)

@@ -1,0 +1,60 @@
+"""What a decode step must move and compute, and the time that a device's peak rates allow for it.
+
+Counted: every weight once (of an embedding that is no output matrix, the rows of the step's tokens), the keys and
+values of every position once, those of the step's tokens written. Not counted: activations, logits, the sampler; so a
+measured step is slower than this bound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jaxserve.models.attention import AttentionSettings
+from jaxserve.planning.model_cost import ModelCost
+from jaxserve.programs.step_programs import Shapes
+from jaxserve.programs.target_devices import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeStep:
+    """One token for each of `batch` sequences of `context` positions, the new one included.
+
+    bytes: that must be moved. flops: floating-point operations, an FMA counted as two. seconds: the longer of the two
+    at peak rates, 0 where the target states none; bound: "memory" or "compute", "" where the target states none.
+    """
+
+    batch: int
+    context: int
+    bytes: int
+    flops: int
+    seconds: float
+    bound: str
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.batch / self.seconds if self.seconds else 0.0
+
+
+def token_bytes(shapes: Shapes) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    model = shapes.model
+    numbers = 2 * model.num_key_value_heads * model.head_dim * model.num_hidden_layers
+    return numbers * jnp.dtype(shapes.pool_dtype).itemsize
+
+
+def decode_step(shapes: Shapes, target: Target, batch: int, context: int) -> DecodeStep:
+    """The bound of one step on one device of the target."""
+    model = shapes.model
+    cost = ModelCost.of(model, jnp.dtype(shapes.dtype).name, jnp.dtype(shapes.pool_dtype).name)
+    matrices, rows = cost.layers + cost.head, cost.embedding_row
+    window = AttentionSettings.of(model).sliding_window
+    seen = context if window is None else min(context, window)
+    moved = (matrices + cost.norms + batch * rows) * cost.item_bytes + batch * (seen + 1) * token_bytes(shapes)
+    attention = cost.attention_flops * seen
+    flops = batch * (2 * matrices + attention)
+    by_memory = moved / target.memory_bandwidth if target.memory_bandwidth else 0.0
+    by_compute = flops / target.peak_flops[shapes.dtype] if target.peak_flops.get(shapes.dtype) else 0.0
+    bound = ("memory" if by_memory >= by_compute else "compute") if by_memory or by_compute else ""
+    return DecodeStep(batch, context, moved, flops, max(by_memory, by_compute), bound)

@@ -1,0 +1,193 @@
+"""An explanation of a configuration as text for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jaxserve.planning.explanation import Explanation
+from jaxserve.planning.memory_plan import MARGIN_BYTES, pages_in_use
+
+_MEANINGS = {
+    "beyond gpu_memory_utilization": "left to the driver and to others",
+    "weights": "",
+    "state": "slots, hidden states, what the host sends",
+    "temporaries": "of the largest program",
+    "code": "of all programs",
+    "margin": "for what the compiler does not see",
+    "pages": "",
+    "unused": "",
+}
+
+_UNITS = {"sample": "rows", "swap_in": "pages", "swap_out": "pages"}
+
+
+def to_text(explanation: Explanation) -> str:
+    """Several paragraphs, with a table whose total is the device's memory."""
+    paragraphs = [_model, _programs, _memory, _concurrency, _start, _decode]
+    return "\n\n".join("\n".join(paragraph(explanation)) for paragraph in paragraphs)
+
+
+def _model(explanation: Explanation) -> Iterator[str]:
+    shapes, target = explanation.shapes, explanation.target
+    yield (
+        f"{shapes.model.architecture}, {explanation.num_parameters / 1e6:,.2f}M parameters in {shapes.dtype}, "
+        f"contexts of up to {shapes.max_model_len:,} tokens"
+    )
+    yield f"target {target.name}: {target.device_kind}, {_size(target.device_memory_bytes)} of memory"
+    yield f"attention {shapes.attention}; keys and values in {shapes.pool_dtype}"
+
+
+def _programs(explanation: Explanation) -> Iterator[str]:
+    yield f"{sum(map(len, explanation.programs.values()))} programs, the closed set:"
+    for kind, sizes in explanation.programs.items():
+        unit = _UNITS.get(kind, "tokens")
+        yield f"  {kind} of {', '.join(map(str, sizes))} {unit}"
+
+
+def _memory(explanation: Explanation) -> Iterator[str]:
+    plan, shapes = explanation.plan, explanation.shapes
+    parts = plan.parts()
+    meanings = _MEANINGS | {
+        "swapped pages": _swapped(explanation),
+        "pages": f"{plan.num_pages:,} pages of {plan.page:,} bytes, {shapes.page_size} tokens each",
+        "unused": _unused(explanation),
+    }
+    if explanation.estimated:
+        meanings["temporaries"] = "an ESTIMATE, from above, of the largest program's"
+    yield f"memory of one device, gpu_memory_utilization {explanation.cache.gpu_memory_utilization:g}:"
+    rows = [(name, f"{size:,}", _size(size), meanings[name]) for name, size in parts.items()]
+    total = sum(parts.values())
+    rows.append(("total", f"{total:,}", _size(total), "the device's memory"))
+    yield from _table(("", "bytes", "", ""), rows, text_columns=(0, 3))
+    if explanation.estimated:
+        yield f"temporaries are an estimate: {explanation.estimated}"
+
+
+def _swapped(explanation: Explanation) -> str:
+    shapes, plan = explanation.shapes, explanation.plan
+    if plan.device.host:
+        return f"{shapes.num_host_pages:,} pages of sequences that are swapped out"
+    return f"on their way to and from {shapes.num_host_pages:,} pages of host memory"
+
+
+def _unused(explanation: Explanation) -> str:
+    plan = explanation.plan
+    if plan.margin < MARGIN_BYTES:
+        return f"and {MARGIN_BYTES - plan.margin:,} bytes of the margin are in use"
+    if plan.parts()["unused"] < plan.page:
+        return "less than a page"
+    if explanation.cache.num_pages is not None or explanation.cache.kv_cache_memory_bytes is not None:
+        return "the configuration sets the size of the pool"
+    if plan.num_pages == pages_in_use(explanation.shapes):
+        return "max_num_seqs sequences of max_model_len have no use for it"
+    return f"attention {explanation.shapes.attention} takes no larger pool"
+
+
+def _concurrency(explanation: Explanation) -> Iterator[str]:
+    slots = explanation.shapes.num_slots
+    yield f"{explanation.pool_tokens:,} tokens fit into the pages. Greatest concurrency (max_num_seqs {slots}):"
+    for one in explanation.concurrency:
+        name = " (max_model_len)" if one.length == explanation.shapes.max_model_len else ""
+        yield f"  {one.requests:,.1f} requests of {one.length:,} tokens{name}"
+        if one.requests < 1:
+            yield f"  a request of {one.length:,} tokens does not fit: lower max_model_len"
+
+
+def _start(explanation: Explanation) -> Iterator[str]:
+    start = explanation.start
+    yield f"expected start: {start.seconds:.0f} s, the longer of"
+    weights = _size(start.load_bytes)
+    yield f"  loading {weights} of weights at {start.load_rate / 1e9:g} GB/s (stated): {start.load_seconds:.0f} s"
+    yield f"  compiling on {start.workers} cores: {start.compile_seconds:.0f} s ({start.compile_source})"
+    yield "  From a bundle or a filled compilation cache compiling takes next to nothing."
+
+
+def _decode(explanation: Explanation) -> Iterator[str]:
+    target = explanation.target
+    if not target.memory_bandwidth:
+        yield f"no bound of a decode step: target {target.name} states no memory bandwidth"
+        return
+    rate = target.peak_flops.get(explanation.shapes.dtype, 0.0)
+    yield (
+        f"bound of a decode step, at {target.memory_bandwidth / 1e12:g} TB/s and {rate / 1e12:g} TFLOP/s "
+        f"({explanation.shapes.dtype}):"
+    )
+    rows = [
+        (
+            str(step.batch),
+            f"{step.context:,}",
+            f"{step.bytes / 1e9:.2f}",
+            f"{step.flops / 1e9:,.0f}",
+            f"{step.seconds * 1e3:.2f}",
+            step.bound,
+            f"{step.tokens_per_second:,.0f}",
+        )
+        for step in explanation.decode_steps
+    ]
+    yield from _table(("batch", "context", "GB", "GFLOP", "ms", "limited by", "tokens/s"), rows, text_columns=(5,))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int]) -> Iterator[str]:
+    """Columns of equal width, numbers to the right, text to the left."""
+    lines = [head, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    for line in lines:
+        cells = [
+            cell.ljust(width) if column in text_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        yield ("  " + "  ".join(cells)).rstrip()
+
+
+def _size(size: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.4g} {unit}"
+    return f"{size} B"
+
+
+def to_json(explanation: Explanation) -> dict[str, Any]:
+    """The explanation as what `json.dump` takes; sizes in bytes, times in seconds."""
+    shapes, target, plan, start = explanation.shapes, explanation.target, explanation.plan, explanation.start
+    return {
+        "target": {
+            "name": target.name,
+            "device_kind": target.device_kind,
+            "device_memory_bytes": target.device_memory_bytes,
+            "memory_bandwidth": target.memory_bandwidth,
+            "peak_flops": target.peak_flops.get(shapes.dtype, 0.0),
+        },
+        "model": {
+            "architecture": shapes.model.architecture,
+            "num_parameters": explanation.num_parameters,
+            "dtype": shapes.dtype,
+            "max_model_len": shapes.max_model_len,
+        },
+        "attention": shapes.attention,
+        "kv_cache_dtype": shapes.pool_dtype,
+        "programs": {kind: list(sizes) for kind, sizes in explanation.programs.items()},
+        "num_programs": sum(map(len, explanation.programs.values())),
+        "memory": {
+            "gpu_memory_utilization": explanation.cache.gpu_memory_utilization,
+            "limit_bytes": plan.device.limit,
+            "parts": plan.parts(),
+            "total_bytes": sum(plan.parts().values()),
+            "temporaries_estimated": explanation.estimated,
+            "page_bytes": plan.page,
+            "page_size": shapes.page_size,
+            "num_pages": plan.num_pages,
+            "pool_tokens": explanation.pool_tokens,
+        },
+        "concurrency": [dataclasses.asdict(one) for one in explanation.concurrency],
+        "start": {
+            **dataclasses.asdict(start),
+            "load_seconds": start.load_seconds,
+            "seconds": start.seconds,
+        },
+        "decode_steps": [
+            {**dataclasses.asdict(step), "tokens_per_second": step.tokens_per_second}
+            for step in explanation.decode_steps
+        ],
+    }

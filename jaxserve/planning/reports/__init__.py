@@ -1,0 +1,1 @@
+"""Reports on compiled programs: what a target's compiler made of each."""

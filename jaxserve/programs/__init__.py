@@ -1,0 +1,1 @@
+"""What a step compiles: the programs, their inputs, and the closed set of them."""

@@ -1,0 +1,138 @@
+"""Compiling the closed set of programs ahead of time, and refusing anything outside it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+
+from jaxserve.programs.aot import plugin
+from jaxserve.programs.step_programs import ProgramKey, Shapes, lower
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class CompileMissError(RuntimeError):
+    """A step asked for a program that was not compiled at start."""
+
+
+class CompilationCounter:
+    """Counts what the backend compiles in this process, whoever asks for it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._lock = threading.Lock()
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event == _COMPILE_EVENT:
+            with self._lock:
+                self.count += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramMemory:
+    """Bytes that the compiler says a program needs: beside its arguments, aliased with them, and of code."""
+
+    temporaries: int
+    outputs: int
+    aliased: int
+    code: int
+
+    @property
+    def extra(self) -> int:
+        """Bytes while it runs beyond arguments that exist anyway."""
+        return self.temporaries + max(0, self.outputs - self.aliased)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramSet:
+    """The programs by key, what each needs, the wall seconds they all took, and how many of them were not compiled but
+    taken from the compilation cache."""
+
+    executables: dict[ProgramKey, Any]
+    memory: dict[ProgramKey, ProgramMemory]
+    seconds: float
+    num_cached: int = 0
+
+    def get(self, key: ProgramKey) -> Callable[..., Any]:
+        """The executable of a program; CompileMissError where there is none."""
+        executable = self.executables.get(key)
+        if executable is None:
+            known = sorted(other.size for other in self.executables if other.kind == key.kind)
+            raise CompileMissError(
+                f"no {key.kind} program of size {key.size} was compiled at start; compiled sizes are {known}"
+            )
+        return executable
+
+
+@contextlib.contextmanager
+def fresh_compilations() -> Iterator[None]:
+    """Keeps jax's cache of compiled programs out of this process meanwhile.
+
+    What comes from the cache cannot be written to a bundle (serialised a second time it has lost its functions), and
+    leaves no dump.
+    """
+    if not cache_in_use():
+        yield
+        return
+    config: Any = jax.config
+    before = config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax asks once a process whether there is a cache
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def cache_in_use() -> bool:
+    """Whether a compilation may be served from jax's cache of compiled programs."""
+    config: Any = jax.config
+    return bool(config.jax_enable_compilation_cache and config.jax_compilation_cache_dir)
+
+
+def compiler_options(platform: str) -> dict[str, str | bool]:
+    """Options that every program for `platform` ("cpu", "gpu") is compiled with, whoever compiles it.
+
+    On a GPU: no Triton matmuls, whose tiles are defaults where no device was there to tune them (cuBLASLt instead), and
+    loops (the sampler's bisections) join the step's one command buffer. No rematerialisation: XLA takes a pool that
+    fills the device for a lack of memory, and computes values twice to save a few bytes. On a machine without CUDA also
+    where the assembler is, which says nothing about the program.
+    """
+    if platform != "gpu":
+        return {}
+    toolkit = plugin.toolkit_directory()
+    return {
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_disable_hlo_passes": "rematerialization",
+        "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,WHILE",
+    } | ({} if toolkit is None else {plugin.TOOLKIT_OPTION: toolkit})
+
+
+def compile_program(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Compiled:
+    """Lowers and compiles one program as the server will run it."""
+    return lower(key, shapes, mesh).compile(compiler_options(mesh.devices.flat[0].platform))
+
+
+def program_memory(executable: jax.stages.Compiled) -> ProgramMemory:
+    """What the compiler's memory analysis says of a program. It states no code for a CPU: there it is what the program
+    serialises to. One that was compiled for a target has no devices of its own."""
+    analysis: Any = executable.memory_analysis()
+    runtime: Any = executable.runtime_executable()
+    code = analysis.generated_code_size_in_bytes
+    if code == 0 and hasattr(runtime, "local_devices") and runtime.local_devices()[0].platform == "cpu":
+        code = len(runtime.serialize())
+    return ProgramMemory(
+        temporaries=analysis.temp_size_in_bytes,
+        outputs=analysis.output_size_in_bytes,
+        aliased=analysis.alias_size_in_bytes,
+        code=code,
+    )

@@ -1,0 +1,142 @@
+"""Logits to token ids, for rows that each have parameters of their own.
+
+Every option is data: one program serves greedy and random rows together, and `lax.cond` skips what no row uses.
+Random rows draw by the Gumbel-max trick with a key made of (seed, position) alone, so a token does not depend on the
+batch, the step or the slot. Filters find their threshold by bisection over the bits of the logits instead of sorting:
+32 passes of compare and sum, exact, ties kept together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.programs.noise import gumbel
+from jaxserve.programs.slots import Slots
+from jaxserve.scheduler.plan import NOT_FINITE
+
+_BLOCK = 128
+"""Values of a block of `_argmax`: the least width that divides the vocabulary and is no less than this."""
+
+
+def sample(
+    logits: jax.Array, slots: Slots, slot: jax.Array, position: jax.Array, suppress_stop: jax.Array
+) -> jax.Array:
+    """Draws one id for each row.
+
+    logits: float32 [R, V]. slot: int32 [R], the row's slot, clamped where out of range (padding).
+    position: int32 [R], of the token drawn. suppress_stop: int32 [R], 1 forbids the slot's stop token ids.
+    Returns int32 [R]; NOT_FINITE for a row whose logits are not all finite.
+    """
+    clamped = jnp.minimum(slot, slots.last_token.shape[0] - 1)
+    temperature = jnp.where(slot < slots.last_token.shape[0], slots.temperature[clamped], 0.0)
+    suppressed = jnp.any(suppress_stop > 0)
+    stops = slots.stop_token_ids[clamped], suppress_stop
+    finite = _all_finite(logits)
+    # Each branch reduces for itself: one that returned the logits as they are would copy them.
+    greedy = jax.lax.cond(suppressed, lambda: _argmax(_without_stop_ids(logits, *stops)), lambda: _argmax(logits))
+
+    def draw() -> jax.Array:
+        allowed = jax.lax.cond(suppressed, lambda: _without_stop_ids(logits, *stops), lambda: logits)
+        # Relative to the best logit, so that no temperature, however small, takes another token to infinity.
+        relative = allowed - jnp.max(allowed, axis=-1, keepdims=True)
+        scaled = relative / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+        scaled = filter_logits(
+            scaled, slots.top_k[clamped], slots.top_p[clamped], slots.min_p[clamped], temperature > 0
+        )
+        noise = gumbel(slots.seed[clamped], position, logits.shape[-1])
+        return _argmax(scaled + noise)
+
+    drawn = jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
+    return jnp.where(finite, jnp.where(temperature > 0, drawn, greedy), NOT_FINITE)
+
+
+def filter_logits(
+    logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array, active: jax.Array
+) -> jax.Array:
+    """Sets to -inf what min_p, then top_k, then top_p exclude; top_p counts probability among what is left by then.
+
+    logits: float32 [R, V], after temperature. top_k: int32 [R], 0 or less is off. top_p: float32 [R], 1 is off.
+    min_p: float32 [R], 0 is off. active: bool [R], rows whose result matters; a filter runs only for those.
+    """
+    size = logits.shape[-1]
+    use_top_k = active & (top_k > 0) & (top_k < size)
+    use_top_p = active & (top_p < 1.0)
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    floor = best + jnp.log(jnp.maximum(min_p, jnp.finfo(jnp.float32).tiny))[:, None]
+    logits = jnp.where((min_p > 0)[:, None] & (logits < floor), -jnp.inf, logits)
+
+    def keep_top_k(logits: jax.Array) -> jax.Array:
+        order = _ordered_bits(logits)
+        wanted = jnp.where(use_top_k, top_k, size)
+        threshold = _largest(order.shape[:1], lambda t: jnp.sum(order >= t[:, None], axis=-1) >= wanted)
+        return jnp.where(order >= threshold[:, None], logits, -jnp.inf)
+
+    def keep_top_p(logits: jax.Array) -> jax.Array:
+        order = _ordered_bits(logits)
+        weight = jnp.exp(logits - best)
+        wanted = jnp.where(use_top_p, top_p, 1.0) * jnp.sum(weight, axis=-1)
+        mass = lambda t: jnp.sum(jnp.where(order >= t[:, None], weight, 0.0), axis=-1)  # noqa: E731
+        threshold = _largest(order.shape[:1], lambda t: mass(t) >= wanted)
+        threshold = jnp.minimum(threshold, jnp.max(order, axis=-1))  # the best stays where top_p rounds to 0
+        kept = jnp.where(order >= threshold[:, None], logits, -jnp.inf)
+        return jnp.where(use_top_p[:, None], kept, logits)
+
+    logits = jax.lax.cond(jnp.any(use_top_k), keep_top_k, lambda logits: logits, logits)
+    return jax.lax.cond(jnp.any(use_top_p), keep_top_p, lambda logits: logits, logits)
+
+
+def _without_stop_ids(logits: jax.Array, stop_token_ids: jax.Array, suppress_stop: jax.Array) -> jax.Array:
+    size = logits.shape[-1]
+    columns = jnp.where((suppress_stop[:, None] > 0) & (stop_token_ids >= 0), stop_token_ids, size)
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return logits.at[rows, columns].set(-jnp.inf, mode="drop")
+
+
+def _all_finite(values: jax.Array) -> jax.Array:
+    """bool [R]: whether every one of a row's float32 [R, V] is finite.
+
+    A sum is finite only where every term is; each value is looked at only if some row's sum is not.
+    """
+    proven = jnp.isfinite(jnp.sum(values, axis=-1))
+    return jax.lax.cond(jnp.all(proven), lambda: proven, lambda: jnp.all(jnp.isfinite(values), axis=-1))
+
+
+def _argmax(values: jax.Array) -> jax.Array:
+    """int32 [R]: the lowest place of the largest of float32 [R, V]; any of the V in a row that holds NaN.
+
+    One pass finds the largest of each block, the rest looks at the first block that holds the row's. XLA's CPU back end
+    makes vector code of that pass, and none of a reduction over pairs of value and place.
+    """
+    rows, size = values.shape
+    width = next(width for width in range(min(_BLOCK, size), size + 1) if size % width == 0)
+    blocks = values.reshape(rows, size // width, width)
+    largest = jnp.max(blocks, axis=-1)
+    best = jnp.max(largest, axis=-1, keepdims=True)
+    block = _first(largest == best)
+    within = jnp.take_along_axis(blocks, block[:, None, None], axis=1, mode="clip")[:, 0]
+    return jnp.minimum(block * width + _first(within == best), size - 1)
+
+
+def _first(holds: jax.Array) -> jax.Array:
+    """int32 [R]: the lowest true place of each row of bool [R, N]; N where there is none."""
+    place = jax.lax.broadcasted_iota(jnp.int32, holds.shape, 1)
+    return jnp.min(jnp.where(holds, place, holds.shape[1]), axis=-1)
+
+
+def _ordered_bits(values: jax.Array) -> jax.Array:
+    """uint32 whose order is that of the float32 values."""
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest(shape: tuple[int, ...], holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The largest uint32 threshold of each row for which `holds` is true; 0 where it never is. `holds` must fall."""
+
+    def narrow(step: int, threshold: jax.Array) -> jax.Array:
+        candidate = threshold | (jnp.uint32(1 << 31) >> jnp.uint32(step))
+        return jnp.where(holds(candidate), candidate, threshold)
+
+    return jax.lax.fori_loop(0, 32, narrow, jnp.zeros(shape, jnp.uint32))

@@ -1,0 +1,329 @@
+"""The programs of a step, and the closed set of them that a server can need.
+
+    forward(weights, pools, slots, hidden, vector) -> pools, slots, hidden     one for each token bucket
+    sample(params, slots, hidden, vector)          -> slots, ids               one for each row bucket
+
+Where sequences are swapped to host memory, `swap_programs` for a few numbers of pages join them.
+
+Where the attention kernels gain by it, steps of decodes alone have forward programs of their own, without the part that
+attends for prompts.
+
+Pools, slots and the hidden buffer are donated: they keep their addresses. The hidden buffer has room for the largest
+token bucket, so the sample program's shape does not depend on the forward program that filled it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxserve.models.attention import (
+    POOL_PARTITION,
+    SCALE_PARTITION,
+    AttentionMetadata,
+    AttentionSettings,
+    layer_caches,
+    paged_attend,
+)
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.params import abstract_params, bind, products_for
+from jaxserve.models.products import Products
+from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, is_quantised, pool_spec
+from jaxserve.programs.layout import forward_layout, sample_layout, swap_in_layout
+from jaxserve.programs.sampler import sample
+from jaxserve.programs.slots import Slots
+from jaxserve.programs.swap_programs import SWAP_SIZES, swap_in, swap_out
+from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.plan import StepPlan
+
+NULL_SLOT = 0
+"""Where padding tokens write their keys and values: the first slot of the null page."""
+
+
+class Weights(NamedTuple):
+    """What a forward program computes with.
+
+    params: the model's parameters. kv_scales: for each layer float32 [K] and [K], what the stored keys and values of
+    each head are multiplied by; None unless pages are quantised.
+    """
+
+    params: Any
+    kv_scales: Any = None
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class ProgramKey:
+    """kind: "forward", "decode" (forward for a step in which no row has more than one token), "sample", "swap_in" or
+    "swap_out".
+
+    size: its token or row bucket, or its pages.
+    """
+
+    kind: str
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Everything that fixes the shapes of the programs.
+
+    kv_cache_dtype: name of the dtype of keys and values in pages; None is `dtype`.
+    packed: the CPU's kernels in whose order weights are, by name; "" for weights as they come.
+    num_host_pages: pages of host memory for swapped sequences; 0 where none are swapped.
+    """
+
+    model: ModelConfig
+    dtype: str
+    buckets: Buckets
+    num_slots: int
+    max_model_len: int
+    page_size: int
+    num_pages: int
+    attention: str
+    kv_cache_dtype: str | None = None
+    packed: str = ""
+    num_host_pages: int = 0
+
+    @property
+    def swap_sizes(self) -> tuple[int, ...]:
+        """Pages that the swap programs copy; () where no sequences are swapped to host memory."""
+        return tuple(size for size in SWAP_SIZES if size <= self.num_host_pages)
+
+    @property
+    def pool_dtype(self) -> str:
+        """Name of the dtype of keys and values in pages."""
+        return self.kv_cache_dtype or self.dtype
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of the longest sequence."""
+        return -(-self.max_model_len // self.page_size)
+
+    def forward_key(self, plan: StepPlan) -> ProgramKey:
+        """The forward program that computes a step."""
+        decode = plan.decode_only and IMPLEMENTATIONS[self.attention].decode_programs
+        return ProgramKey("decode" if decode else "forward", plan.token_bucket)
+
+
+def products_of(shapes: Shapes, mesh: Mesh) -> Products:
+    """How the model's layers multiply by their weights."""
+    return products_for(shapes.dtype, mesh, packed=bool(shapes.packed))
+
+
+def program_keys(shapes: Shapes) -> list[ProgramKey]:
+    """The closed set, largest first, so that a shape that does not fit fails at once."""
+    buckets = shapes.buckets
+    keys = [ProgramKey("forward", size) for size in buckets.tokens]
+    if IMPLEMENTATIONS[shapes.attention].decode_programs:
+        keys += [ProgramKey("decode", size) for size in buckets.decode_tokens]
+    keys += [ProgramKey("sample", size) for size in buckets.rows]
+    keys += [ProgramKey(kind, size) for kind in ("swap_in", "swap_out") for size in shapes.swap_sizes]
+    return sorted(keys, key=lambda key: (key.kind, -key.size))
+
+
+def decisive_shapes(shapes: Shapes) -> Shapes:
+    """`shapes` with the same values in what decides no program: those that are equal have the same set of programs.
+
+    Of the context only the part that is used counts. How many host pages there are decides only whether some programs
+    are in the set.
+    """
+    model = shapes.model.decisive
+    used = max(1, int(shapes.max_model_len / model.rope_scaling.context_factor))
+    model = dataclasses.replace(model, max_position_embeddings=used)
+    return dataclasses.replace(shapes, model=model, num_host_pages=0)  # swapped pages are arrays of their own
+
+
+def program_shapes(key: ProgramKey, shapes: Shapes) -> Shapes:
+    """`shapes` with the same values in what does not decide the program: those that are equal have the same one."""
+    shapes = decisive_shapes(shapes)
+    return dataclasses.replace(shapes, num_pages=2) if key.kind == "sample" else shapes
+
+
+def lower(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Lowered:
+    """Traces and lowers one program for the devices of `mesh`; nothing is allocated."""
+    # The mesh says what the kernels are lowered for: compile-only devices are not those of the default backend.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return trace(key, shapes, mesh).lower()
+
+
+def trace(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Traced:
+    """Traces one program, as `lower` does."""
+    function = _function(key, shapes, mesh)
+    arguments = abstract_arguments(key, shapes, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_results(key, shapes, mesh))
+    named: Callable[..., Any] = _named(function, f"{key.kind}_{key.size}")
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(named, donate_argnums=donated_arguments(key), out_shardings=shardings).trace(*arguments)
+
+
+def _function(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Callable[..., Any]:
+    match key.kind:
+        case "sample":
+            return functools.partial(sample_step, rows=key.size, shapes=shapes, mesh=mesh)
+        case "swap_in":
+            return swap_in
+        case "swap_out":
+            return functools.partial(swap_out, pages=key.size)
+        case _:
+            decode_only = key.kind == "decode"
+            return functools.partial(forward, tokens=key.size, shapes=shapes, mesh=mesh, decode_only=decode_only)
+
+
+def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any, ...]:
+    """The program's arguments as ShapeDtypeStructs with shardings."""
+    slots, hidden = abstract_state(shapes, mesh)
+    match key.kind:
+        case "sample":
+            params = abstract_params(shapes.model, shapes.dtype, mesh)
+            return params, slots, hidden, _int32(mesh, sample_layout(key.size).size)
+        case "swap_in":
+            vector = _int32(mesh, swap_in_layout(key.size).size)
+            return abstract_pools(shapes, mesh), slots, abstract_pages(key.size, shapes, mesh), vector
+        case "swap_out":
+            return abstract_pools(shapes, mesh), _int32(mesh, key.size)
+        case _:
+            weights = Weights(abstract_params(shapes.model, shapes.dtype, mesh), abstract_kv_scales(shapes, mesh))
+            size = forward_layout(key.size, shapes.buckets.rows_of(key.size), shapes.page_size).size
+            return weights, abstract_pools(shapes, mesh), slots, hidden, _int32(mesh, size)
+
+
+def abstract_results(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Any:
+    """The program's results as ShapeDtypeStructs with shardings."""
+    match key.kind:
+        case "sample":
+            return abstract_state(shapes, mesh)[0], _int32(mesh, key.size)
+        case "swap_in":
+            return *abstract_arguments(key, shapes, mesh)[:2], _int32(mesh, 1)
+        case "swap_out":
+            return abstract_pages(key.size, shapes, mesh)
+        case _:
+            return abstract_arguments(key, shapes, mesh)[1:4]
+
+
+def donated_arguments(key: ProgramKey) -> tuple[int, ...]:
+    """Numbers of the arguments that the program takes over: of pools, slots and the hidden buffer those that it
+    changes."""
+    return {"sample": (1,), "swap_in": (0, 1), "swap_out": ()}.get(key.kind, (1, 2, 3))
+
+
+def abstract_pages(count: int, shapes: Shapes, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Pages on their way to or from host memory, [L, 2, K, page_size, D] each, split as the pools are."""
+    pools = abstract_pools(shapes, mesh)
+    shape = (len(pools), *pools[0].shape[1:])
+    return (jax.ShapeDtypeStruct(shape, pools[0].dtype, sharding=NamedSharding(mesh, POOL_PARTITION)),) * count
+
+
+def _int32(mesh: Mesh, size: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=NamedSharding(mesh, P()))
+
+
+def abstract_pools(shapes: Shapes, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
+    """One pool a layer, split over the mesh by key-value head."""
+    model = shapes.model
+    pool = pool_spec(
+        shapes.num_pages,
+        model.num_key_value_heads,
+        shapes.page_size,
+        model.head_dim,
+        shapes.pool_dtype,
+        platform=mesh.devices.flat[0].platform,
+        sharding=NamedSharding(mesh, POOL_PARTITION),
+    )
+    return [pool] * model.num_hidden_layers
+
+
+def abstract_kv_scales(shapes: Shapes, mesh: Mesh) -> list[tuple[jax.ShapeDtypeStruct, ...]] | None:
+    """The scales of quantised pages, split as the pools are; None where pages are not quantised."""
+    if not is_quantised(shapes.pool_dtype):
+        return None
+    sharding = NamedSharding(mesh, SCALE_PARTITION)
+    scale = jax.ShapeDtypeStruct((shapes.model.num_key_value_heads,), jnp.float32, sharding=sharding)
+    return [(scale, scale)] * shapes.model.num_hidden_layers
+
+
+def abstract_state(shapes: Shapes, mesh: Mesh) -> tuple[Any, jax.ShapeDtypeStruct]:
+    """The slots and the hidden buffer [largest token bucket, H], the same on every device."""
+    replicated = NamedSharding(mesh, P())
+    slots = jax.eval_shape(lambda: Slots.zeros(shapes.num_slots, shapes.max_pages))
+    slots = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), slots)
+    hidden = (shapes.buckets.tokens[-1], shapes.model.hidden_size)
+    return slots, jax.ShapeDtypeStruct(hidden, jnp.dtype(shapes.dtype), sharding=replicated)
+
+
+def forward(
+    weights: Weights,
+    pools: list[jax.Array],
+    slots: Slots,
+    hidden: jax.Array,
+    vector: jax.Array,
+    *,
+    tokens: int,
+    shapes: Shapes,
+    mesh: Mesh,
+    decode_only: bool,
+) -> tuple[list[jax.Array], Slots, jax.Array]:
+    """Computes a step's tokens: keys and values into the pools, final hidden states into the first rows of `hidden`."""
+    layout = forward_layout(tokens, shapes.buckets.rows_of(tokens), shapes.page_size)
+    fields = layout.read(vector)
+    slots = slots.apply(fields)
+    told = fields["token_ids"]
+    token_ids = jnp.where(told < 0, slots.last_token[jnp.maximum(-1 - told, 0)], told)
+    metadata = attention_metadata(fields, slots, shapes.page_size)
+    attend = paged_attend(metadata, AttentionSettings.of(shapes.model), shapes.attention, mesh, decode_only=decode_only)
+    model = bind(shapes.model, weights.params, products_of(shapes, mesh))
+    computed, caches = model(token_ids, metadata.positions, layer_caches(pools, weights.kv_scales), attend)
+    pools = [cache.pool for cache in caches]
+    # Its place is always 0, but told by the host: XLA makes an update at a constant place an asynchronous copy, which
+    # cannot join the rest of the step in one CUDA graph.
+    hidden = jax.lax.dynamic_update_slice_in_dim(hidden, computed, fields["query_start_loc"][0], axis=0)
+    return pools, slots, hidden
+
+
+def sample_step(
+    params: Any, slots: Slots, hidden: jax.Array, vector: jax.Array, *, rows: int, shapes: Shapes, mesh: Mesh
+) -> tuple[Slots, jax.Array]:
+    """Draws the next token of each sampled row; the slots remember it for the forward program that follows."""
+    fields = sample_layout(rows).read(vector)
+    model = bind(shapes.model, params, products_of(shapes, mesh))
+    logits = model.logits(hidden[fields["token"]])
+    ids = sample(logits, slots, fields["slot"], fields["position"], fields["suppress_stop"])
+    last_token = slots.last_token.at[fields["slot"]].set(jnp.maximum(ids, 0), mode="drop")
+    return dataclasses.replace(slots, last_token=last_token), ids
+
+
+def attention_metadata(fields: dict[str, jax.Array], slots: Slots, page_size: int) -> AttentionMetadata:
+    """Positions, lengths, tables and slot mapping of a step, from what the host told and the slots hold."""
+    ends = fields["query_start_loc"]
+    tokens = jnp.arange(fields["token_ids"].shape[0], dtype=jnp.int32)
+    # Every comparison at once: a binary search is a loop, which cannot join the rest of the step in one CUDA graph.
+    row = jnp.searchsorted(ends[1:], tokens, side="right", method="compare_all").astype(jnp.int32)
+    row = jnp.minimum(row, ends.shape[0] - 2)
+    lengths = ends[1:] - ends[:-1]
+    page_table = slots.page_table[fields["row_slot"]]
+    real = tokens < ends[-1]
+    positions = jnp.where(real, fields["row_start"][row] + tokens - ends[row], 0)
+    page = page_table[row, positions // page_size]
+    return AttentionMetadata(
+        positions=positions,
+        page_table=page_table,
+        kv_lens=jnp.where(lengths > 0, fields["row_start"] + lengths, 0),
+        query_start_loc=ends,
+        slot_mapping=jnp.where(real, page * page_size + positions % page_size, NULL_SLOT),
+    )
+
+
+def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`function` under a name that profiles and dumps show."""
+
+    def call(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    call.__name__ = name
+    return call

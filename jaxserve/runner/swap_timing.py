@@ -1,0 +1,88 @@
+"""Measuring at warm-up what it costs to bring a preempted sequence back, by computing it again or by swapping."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from jaxserve.kv_cache.page_pool import PageCopy, PageState
+from jaxserve.programs.step_programs import Shapes
+from jaxserve.scheduler.plan import NO_DECODES, RowPlan, StepPlan, Swap
+from jaxserve.scheduler.preemption_costs import PreemptionCosts
+
+REPEATS = 3
+
+
+def prompt_row(shapes: Shapes, slot: int, first_page: int, start: int, end: int) -> RowPlan:
+    """Tokens `start` to `end` - 1 of a prompt whose pages follow one another from `first_page` on."""
+    held, needed = -(-start // shapes.page_size), -(-end // shapes.page_size)
+    return RowPlan(
+        request_id="",
+        order=-1,
+        slot=slot,
+        start=start,
+        token_ids=(0,) * (end - start),
+        sample=False,
+        suppress_stop=False,
+        first_new_page=held,
+        new_pages=tuple(range(first_page + held, first_page + needed)),
+        admit=None,
+    )
+
+
+def prefill_plan(shapes: Shapes, rows: tuple[RowPlan, ...]) -> StepPlan:
+    """A step of chunks of prompts alone, none of which samples."""
+    tokens = sum(row.num_tokens for row in rows)
+    return StepPlan(-1, NO_DECODES, rows, shapes.buckets.token_bucket(tokens), 0, tokens, 0)
+
+
+def _prompts(shapes: Shapes, tokens: int) -> tuple[RowPlan, ...]:
+    """`tokens` tokens of prompts as long as may be, from the first page and slot on."""
+    rows: list[RowPlan] = []
+    first_page = 1
+    while tokens:
+        count = min(tokens, shapes.max_model_len)
+        rows.append(prompt_row(shapes, len(rows), first_page, 0, count))
+        first_page, tokens = first_page + len(rows[-1].new_pages), tokens - count
+    return tuple(rows)
+
+
+def swap_plans(pages: int, *, null: bool = False) -> tuple[Swap, Swap]:
+    """The first `pages` device pages to the first host pages, and back to where they were. null: the null page each."""
+    device, host = [0] * pages if null else range(1, pages + 1), range(pages)
+    out = [PageCopy(page, PageState.ACTIVE, to, PageState.HOST) for page, to in zip(device, host, strict=True)]
+    back = [PageCopy(page, PageState.HOST, to, PageState.ACTIVE) for page, to in zip(host, device, strict=True)]
+    return Swap("", tuple(out), None), Swap("", tuple(back), 0)
+
+
+def measure(shapes: Shapes, compute: Callable[[StepPlan], None], swap: Callable[[Swap], None]) -> PreemptionCosts:
+    """The costs, the best of `REPEATS`.
+
+    A token's cost is that of a step of prompts which fills the largest token bucket, or the pool; a page's that of the
+    largest number of pages that one program swaps.
+
+    compute, swap: carry out a step, or a swap, and wait for it. The content of pages and slots is lost.
+    """
+    usable = shapes.num_pages - 1
+    tokens = min(shapes.buckets.tokens[-1], shapes.num_slots * shapes.max_model_len)
+    while (rows := _prompts(shapes, tokens))[-1].new_pages[-1] > usable:
+        tokens -= min(shapes.page_size, tokens - 1)
+    plan = prefill_plan(shapes, rows)
+    pages = max(size for size in shapes.swap_sizes if size <= usable)
+    out, back = swap_plans(pages)
+
+    def both() -> None:
+        swap(out)
+        swap(back)
+
+    return PreemptionCosts(_best(lambda: compute(plan)) / plan.num_tokens, _best(both) / pages)
+
+
+def _best(call: Callable[[], None]) -> float:
+    """Seconds of the fastest of `REPEATS` calls."""
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

@@ -1,0 +1,38 @@
+"""The limits in force: those of the settings, and what adaptation makes of them."""
+
+from __future__ import annotations
+
+from jaxserve.config.scheduling import SchedulerConfig
+from jaxserve.scheduler.adaptation import AdaptiveBatchSize, LoadProfile
+
+
+class Limits:
+    """max_num_seqs, max_num_batched_tokens, prefill_share, chunked: what `SchedulerConfig` calls so, as of the last
+    `update`.
+    profile: name of the load-dependent profile, "" without one."""
+
+    def __init__(self, config: SchedulerConfig):
+        self._config = config
+        adaptation = config.adaptation
+        self._batch_size = AdaptiveBatchSize(adaptation) if adaptation.adaptive_batch_size else None
+        self._profile = LoadProfile(adaptation) if adaptation.load_profile else None
+        self.max_num_seqs = config.max_num_seqs
+        self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.prefill_share = config.admission.prefill_share
+        self.chunked = config.enable_chunked_prefill
+        self.profile = ""
+
+    def arrived(self, prompt_tokens: int) -> None:
+        """A request came."""
+        if self._batch_size is not None:
+            self._batch_size.observe(prompt_tokens)
+            self.max_num_seqs = min(self._config.max_num_seqs, self._batch_size.limit)
+
+    def update(self, unfinished: int) -> None:
+        """So many requests are unfinished as a step begins."""
+        if self._profile is not None:
+            profile = self._profile.update(unfinished / self._config.max_num_seqs)
+            self.profile = profile.name
+            self.max_num_batched_tokens = min(self._config.max_num_batched_tokens, profile.max_num_batched_tokens)
+            self.prefill_share = min(self._config.admission.prefill_share, profile.prefill_share)
+            self.chunked = profile.enable_chunked_prefill and self._config.enable_chunked_prefill

@@ -1,0 +1,1 @@
+"""Scheduling policies: which request is served first."""

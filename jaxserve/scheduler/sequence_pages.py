@@ -1,0 +1,126 @@
+"""Which sequence holds which pages: what admission, growth, swapping and the end of a sequence mean for the pool."""
+
+from __future__ import annotations
+
+import math
+
+from jaxserve.config.scheduling import AdmissionConfig
+from jaxserve.kv_cache.page_pool import PagePool, PageState
+from jaxserve.scheduler.plan import Swap
+from jaxserve.scheduler.sequence import Sequence
+
+
+class Pages:
+    """max_model_len: tokens that page_reservation "max_model_len" holds pages for; elsewhere not needed."""
+
+    def __init__(self, pool: PagePool, config: AdmissionConfig, max_model_len: int | None):
+        if config.page_reservation == "max_model_len" and max_model_len is None:
+            raise ValueError("page_reservation is 'max_model_len'; it needs the max_model_len of the engine")
+        self._pool = pool
+        self._reservation = config.page_reservation
+        self._max_model_len = max_model_len
+        self._watermark = math.ceil(config.watermark * pool.num_usable)
+
+    @property
+    def reserves(self) -> bool:
+        """Whether sequences hold pages ahead of their tokens."""
+        return self._reservation != "none"
+
+    def admit(self, sequence: Sequence, count: int, alone: bool) -> bool:
+        """Takes what a sequence without pages needs for its first `count` tokens, and what is reserved for it; all or
+        nothing. alone: nobody runs, so nothing has to be left for the growth of others."""
+        needed, reserved = self._needed(sequence, count)
+        kept = 0 if alone else self._watermark
+        if needed + reserved + kept > self._pool.num_available:
+            return False
+        self._take(sequence, needed, reserved)
+        return True
+
+    def missing(self, sequence: Sequence, count: int) -> int:
+        """Pages that a running sequence has to take for `count` more tokens."""
+        return max(0, self._needed(sequence, count)[0] - len(sequence.pages) - len(sequence.reserved))
+
+    def fit(self, sequence: Sequence, count: int, spare: int) -> bool:
+        """Whether a swapped sequence, and `count` more tokens, fit the free pages, less `spare` of them."""
+        needed, reserved = self._needed(sequence, count)
+        return needed + reserved + spare <= self._pool.num_available
+
+    def swap_in(self, sequence: Sequence) -> Swap:
+        """Gives a swapped sequence that fits, and has a slot, its pages back, and what is reserved for it."""
+        _, reserved = self._needed(sequence, 0)
+        copies = self._pool.move(sequence.host_pages, PageState.ACTIVE)
+        assert copies is not None, "pages that fit are not there"
+        sequence.host_pages = []
+        sequence.pages = [copy.destination for copy in copies]
+        self._take(sequence, 0, reserved)
+        return Swap(sequence.request_id, copies, sequence.slot)
+
+    def swap_out(self, sequence: Sequence) -> Swap | None:
+        """Moves the pages of computed tokens to the host and releases the others; None, and no change, without room."""
+        held = -(-sequence.num_computed // self._pool.page_size)
+        copies = self._pool.move(sequence.pages[:held], PageState.HOST)
+        if copies is None:
+            return None
+        self._pool.release([*sequence.pages[held:], *sequence.reserved])
+        sequence.pages, sequence.reserved = [], []
+        sequence.host_pages = [copy.destination for copy in copies]
+        return Swap(sequence.request_id, copies, None)
+
+    def grow(self, sequence: Sequence, count: int) -> bool:
+        """Takes what `count` more tokens need beyond the pages held; all or nothing."""
+        needed = -(-(sequence.num_computed + count) // self._pool.page_size) - len(sequence.pages)
+        if needed <= 0:
+            return True
+        held = len(sequence.reserved)
+        if needed > held:
+            pages = self._pool.allocate(needed - held)
+            if pages is None:
+                return False
+            sequence.reserved.extend(pages)
+        sequence.pages.extend(sequence.reserved[:needed])
+        del sequence.reserved[:needed]
+        return True
+
+    def one_each(self, sequences: list[Sequence]) -> list[int] | None:
+        """A page for each of them at once; None, and no change, where some hold reserved ones or there are too few."""
+        return None if self.reserves else self._pool.allocate(len(sequences))
+
+    def one(self, sequence: Sequence) -> int | None:
+        """A page for a sequence; None when there is none."""
+        if sequence.reserved:
+            return sequence.reserved.pop(0)
+        pages = self._pool.allocate(1)
+        return None if pages is None else pages[0]
+
+    def give_back(self, sequence: Sequence, held: int) -> None:
+        """Gives up all pages of the table but the first `held`; where pages are reserved, they stay so."""
+        if self.reserves:
+            sequence.reserved[:0] = sequence.pages[held:]
+        else:
+            self._pool.release(sequence.pages[held:])
+        del sequence.pages[held:]
+
+    def release(self, sequence: Sequence) -> None:
+        """Releases all that a sequence holds, wherever it is. A step in flight may still write to those pages: whatever
+        is computed for their next owner is dispatched after it, so it is never seen."""
+        if sequence.host_pages:
+            self._pool.release_host(sequence.host_pages)
+        self._pool.release([*sequence.pages, *sequence.reserved])
+        sequence.pages, sequence.reserved, sequence.host_pages = [], [], []
+
+    def _needed(self, sequence: Sequence, count: int) -> tuple[int, int]:
+        """Pages of the tokens computed and `count` more, and the reserved ones beyond them."""
+        needed = -(-(sequence.num_computed + count) // self._pool.page_size)
+        tokens = {
+            "none": 0,
+            "max_tokens": sequence.last_position,
+            "max_model_len": max(self._max_model_len or 0, sequence.last_position),
+        }[self._reservation]
+        total = min(-(-tokens // self._pool.page_size), self._pool.num_usable)
+        return needed, max(0, total - needed)
+
+    def _take(self, sequence: Sequence, needed: int, reserved: int) -> None:
+        pages = self._pool.allocate(needed + reserved)
+        assert pages is not None, "pages that fit are not there"
+        sequence.pages.extend(pages[:needed])
+        sequence.reserved.extend(pages[needed:])

@@ -1,0 +1,154 @@
+"""Where every sequence is: waiting, running or swapped; and what moving it takes and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from jaxserve.config.scheduling import SchedulerConfig
+from jaxserve.kv_cache.page_pool import PagePool
+from jaxserve.request import RequestStatus
+from jaxserve.scheduler.admission_order import Formation
+from jaxserve.scheduler.modes import Counts
+from jaxserve.scheduler.policies.policy import Policy
+from jaxserve.scheduler.preemption import Preemption
+from jaxserve.scheduler.preemption_costs import PreemptionCosts
+from jaxserve.scheduler.running import Running
+from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler.sequence_pages import Pages
+from jaxserve.scheduler.step_in_progress import StepInProgress
+from jaxserve.scheduler.waiting import Waiting
+
+
+class Places:
+    """The three queues over one page pool.
+
+    waiting: new requests and those preempted to be computed again. swapped: those whose pages are in host memory, in
+    the order of the policy. preempted: by the last step; `start_step` forgets them. changed: somebody came or went
+    since the last step.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        policy: Policy,
+        formation: Formation,
+        pool: PagePool,
+        costs: PreemptionCosts | None,
+        max_model_len: int | None,
+    ):
+        self.pages = Pages(pool, config.admission, max_model_len)
+        self.preemption = Preemption(config.preemption, policy, pool.page_size, costs)
+        self.waiting = Waiting(policy, formation, self.preemption.urgency_queues())
+        self.running = Running(config.max_num_seqs, pool.page_size)
+        self.swapped = policy.queue()
+        self.preempted: list[Sequence] = []
+        self.preemptions = {"recompute": 0, "swap": 0}
+        self.changed = False
+
+    @property
+    def counts(self) -> Counts:
+        away = len(self.swapped) + len(self.waiting.returning)
+        return Counts(len(self.running.decoding), len(self.running.prefilling), away)
+
+    def start_step(self) -> None:
+        """Takes slot and pages from the sequences whose last allowed token is sampled, before its id is read."""
+        self.preempted = []
+        self.changed = False
+        for sequence in self.running.decoding.complete():
+            self._release(sequence)
+            sequence.status = RequestStatus.ENDING
+
+    def make_room(self, step: StepInProgress) -> None:
+        """Preempts the running sequence that the rules name, whatever it was given in this step."""
+        self.preempt(self.preemption.victim(self.running.sequences), step)
+
+    def preempt(self, sequence: Sequence, step: StepInProgress) -> None:
+        """Takes slot and pages from a running sequence, whatever it was given in this step. The tokens stay: their keys
+        and values go to the host, or are computed again when it is next admitted."""
+        step.drop(sequence)
+        self.running.leave(sequence)
+        self.preemption.boosted(sequence)
+        swap = None
+        if sequence.num_computed and self.preemption.prefers_swap(sequence.num_computed):
+            swap = self.pages.swap_out(sequence)
+        if swap is None:
+            self.pages.release(sequence)
+            sequence.num_computed = 0
+            sequence.status = RequestStatus.PREEMPTED
+            self.waiting.push_back(sequence)
+        else:
+            step.swaps.append(swap)
+            sequence.status = RequestStatus.SWAPPED
+            self.swapped.push(sequence)
+        self.preemptions["recompute" if swap is None else "swap"] += 1
+        self.preempted.append(sequence)
+
+    def restart(self, sequence: Sequence, swapped_out: Container[str]) -> bool:
+        """Takes a sequence back to what is certain when the device has lost its pages and the steps under way; whether
+        it must be computed again for that.
+
+        swapped_out: requests whose copies to host memory were lost on the way.
+        """
+        status = sequence.status
+        if status is RequestStatus.SWAPPED and sequence.request_id in swapped_out:
+            self.swapped.remove(sequence)
+            self.pages.release(sequence)
+        elif status is RequestStatus.RUNNING:
+            self._release(sequence)
+        elif status is not RequestStatus.ENDING:  # what was to be its last token is lost too
+            sequence.num_pending = 0
+            # What samples the next token is the computation of the last known one, which may have been in a lost step.
+            sequence.num_computed = min(sequence.num_computed, sequence.num_known - 1)
+            return False
+        self.changed = True
+        sequence.num_preemptions += 1
+        sequence.num_computed = sequence.num_pending = 0
+        sequence.status = RequestStatus.PREEMPTED
+        self.waiting.push_back(sequence)
+        self.preemptions["recompute"] += 1
+        return True
+
+    def leave(self, sequence: Sequence) -> None:
+        """Takes a sequence out of the place where it is, with all that it holds."""
+        self.changed = True
+        match sequence.status:
+            case RequestStatus.RUNNING:
+                self._release(sequence)
+            case RequestStatus.SWAPPED:
+                self.swapped.remove(sequence)
+                self.pages.release(sequence)
+                sequence.num_computed = 0
+            case RequestStatus.WAITING | RequestStatus.PREEMPTED:
+                self.waiting.remove(sequence)
+            case _:
+                pass  # ENDING: it holds nothing any more
+
+    def _release(self, sequence: Sequence) -> None:
+        """Returns slot and pages of a running sequence."""
+        self.running.leave(sequence)
+        self.pages.release(sequence)
+        sequence.num_computed = 0
+
+    def check_integrity(self, sequences: list[Sequence], pool: PagePool) -> None:
+        """Asserts invariant 1 of the design and that each of the unfinished `sequences` is in one place; O(pages)."""
+        tables = [[*sequence.pages, *sequence.reserved] for sequence in sequences]
+        pool.check_integrity(tables, [sequence.host_pages for sequence in sequences])
+        self.running.check_integrity()
+        statuses = [sequence.status for sequence in sequences]
+        assert statuses.count(RequestStatus.RUNNING) == len(self.running), "a sequence runs that does not"
+        assert statuses.count(RequestStatus.SWAPPED) == len(self.swapped), "a sequence is swapped that is not"
+        waiting = statuses.count(RequestStatus.WAITING) + statuses.count(RequestStatus.PREEMPTED)
+        assert waiting == len(self.waiting), "a sequence waits that does not, or the reverse"
+        for sequence in sequences:
+            if sequence.status is not RequestStatus.RUNNING:
+                assert not sequence.decoding, f"{sequence.request_id} decodes, but does not run"
+                assert not sequence.pages, f"{sequence.request_id} holds pages, but does not run"
+                assert not sequence.reserved, f"{sequence.request_id} holds reserved pages, but does not run"
+                assert sequence.slot is None, f"{sequence.request_id} holds a slot, but does not run"
+            swapped = sequence.status is RequestStatus.SWAPPED
+            assert swapped == bool(sequence.host_pages), f"{sequence.request_id} is not where its pages are"
+            held = len(sequence.pages) + len(sequence.host_pages)
+            assert sequence.num_computed <= held * pool.page_size, "computed tokens lack pages"
+        if not sequences:
+            assert pool.num_used == 0, f"{pool.num_used} pages are in use while idle"
+            assert pool.num_host_used == 0, f"{pool.num_host_used} host pages are in use while idle"

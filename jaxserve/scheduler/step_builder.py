@@ -1,0 +1,281 @@
+"""What one step holds: the order of docs/architecture.md, over the rules of the other files of this package."""
+
+from __future__ import annotations
+
+from jaxserve.config.scheduling import SchedulerConfig
+from jaxserve.request import RequestStatus
+from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.budgets import Limits
+from jaxserve.scheduler.modes import Mode, Work
+from jaxserve.scheduler.policies.policy import Policy
+from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler.sequence_queues import Places
+from jaxserve.scheduler.step_in_progress import Chunk, StepInProgress
+from jaxserve.scheduler.step_time_estimator import Pace
+
+MOST_PADDING = 0.2
+"""Share of a bucket that may be padding before prompts get less, or more, than their share of the step."""
+
+
+class StepBuilder:
+    """Builds steps. admitted: sequences that the last step let run. blocked_by: what kept the first that waits from
+    joining it: "slots", "pages", or None where nobody waits or something else did."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        buckets: Buckets,
+        limits: Limits,
+        mode: Mode,
+        policy: Policy,
+        places: Places,
+        pace: Pace,
+    ):
+        self._config = config
+        self._buckets = buckets
+        self._limits = limits
+        self._mode = mode
+        self._policy = policy
+        self._places = places
+        self._pace = pace
+        self.admitted: list[Sequence] = []
+        self.blocked_by: str | None = None
+
+    def build(self, now: float) -> StepInProgress:
+        """The next step, without rows where there is nothing to compute."""
+        self.admitted, self.blocked_by = [], None
+        places, decoding = self._places, self._places.running.decoding
+        work = self._mode.work(places.counts, places.waiting, now)
+        step, joined = self._begin(work), 0
+        if work.prefill and len(places.swapped):
+            self._swap_in(step, work)
+        if work.decode:
+            self._extend_decodes(step)
+        if work.prefill or not step.decodes:  # a step of decodes alone that finds no room for any
+            self._continue_prompts(step, work)
+            if not places.preempted:
+                joined = self._admit(step, work, now, work.admit)
+                if joined < work.admit and len(places.waiting.new) and len(places.running):
+                    joined += self._displace(step, work, now)
+            if not step.chunks and not work.decode and len(decoding):
+                step.decodes = len(decoding)  # no prompt finds room: the step decodes after all
+                self._extend_decodes(step)
+        if step.fill:
+            joined += self._fill(step, work, now, work.admit - joined)
+        if joined:
+            self._mode.admitted(joined)
+        return step
+
+    def _begin(self, work: Work) -> StepInProgress:
+        """The step as its decodes leave it."""
+        config, limits = self._config, self._limits
+        decodes = len(self._places.running.decoding) if work.decode else 0
+        budget = limits.max_num_batched_tokens - decodes
+        step = StepInProgress(decodes, max(0, budget), config.max_num_batched_tokens - decodes)
+        if decodes and limits.prefill_share < 1:
+            self._cap(step)
+        return step
+
+    def _cap(self, step: StepInProgress) -> None:
+        """Bounds the prompts' tokens by their share. Where that would pad much of a bucket the step ends with the one
+        below, if that leaves prompts half of their share: else `_fill` goes on to the end of the bucket."""
+        share = max(1, int(self._limits.prefill_share * self._limits.max_num_batched_tokens))
+        step.budget = min(step.budget, share)
+        wanted = step.decodes + share
+        bucket = self._buckets.token_bucket(min(wanted, self._buckets.tokens[-1]))
+        if not self._config.admission.fill_buckets or bucket - wanted <= MOST_PADDING * bucket:
+            return
+        within = self._buckets.largest_within(wanted) - step.decodes
+        if 2 * within >= share:
+            step.budget = min(step.budget, within)
+        else:
+            step.fill = True
+
+    def _swap_in(self, step: StepInProgress, work: Work) -> None:
+        """Brings swapped sequences back, best standing first, while slots, budget and pages last. The pages that
+        running ones need in this step are left to them, so that none is preempted for one that came back."""
+        pages, running = self._places.pages, self._places.running
+        needed = sum(pages.missing(one, self._chunk(one, step, work)) for one in running.prefilling.values())
+        if step.decodes:
+            needed += len(running.decoding.short())
+        while (sequence := self._places.swapped.peek()) is not None:
+            count = self._chunk(sequence, step, work)
+            if not count or not self._has_place(sequence, work) or not pages.fit(sequence, count, spare=needed):
+                return
+            self._places.swapped.remove(sequence)
+            running.start(sequence)
+            assert sequence.slot is not None
+            held = len(sequence.host_pages)
+            step.swaps.append(pages.swap_in(sequence))
+            grown = pages.grow(sequence, count)
+            assert grown, "pages that fit are not there"
+            self.admitted.append(sequence)
+            step.add(Chunk(sequence, count, held, admitted=True))
+
+    def _extend_decodes(self, step: StepInProgress) -> None:
+        """Gives a page to every sequence that decodes and needs one, preempting others of less standing, or itself
+        when it is the least."""
+        decoding = self._places.running.decoding
+        short = decoding.short()
+        pages = self._places.pages.one_each(short) if short else []
+        if pages is not None:
+            for sequence, page in zip(short, pages, strict=True):
+                decoding.give_page(sequence, page)
+            return
+        for sequence in short:
+            while sequence.status is RequestStatus.RUNNING:  # until it is preempted, now or for one before it
+                page = self._places.pages.one(sequence)
+                if page is not None:
+                    decoding.give_page(sequence, page)
+                    break
+                self._places.make_room(step)
+
+    def _continue_prompts(self, step: StepInProgress, work: Work) -> None:
+        """Gives a chunk to every prompt under way, preempting as `_extend_decodes` does."""
+        for sequence in list(self._places.running.prefilling.values()):
+            if sequence.status is not RequestStatus.RUNNING or sequence.request_id in step.chunks:
+                continue  # preempted for a sequence before it, or back from host memory with a chunk
+            count = self._chunk(sequence, step, work)
+            held = len(sequence.pages)
+            if not count:
+                continue
+            while sequence.status is RequestStatus.RUNNING and not self._places.pages.grow(sequence, count):
+                self._places.make_room(step)
+            if sequence.status is RequestStatus.RUNNING:
+                step.add(Chunk(sequence, count, held))
+
+    def _chunk(self, sequence: Sequence, step: StepInProgress, work: Work) -> int:
+        """Tokens of this sequence in this step, by the budget and the chunking rules; 0 is none."""
+        want, budget = sequence.num_known - sequence.num_computed, max(0, step.budget)
+        if work.chunk is not None:
+            return min(want, budget, work.chunk)
+        split = self._limits.chunked and sequence.num_known > self._config.admission.chunked_prefill_min_tokens
+        if split or want > self._config.max_num_batched_tokens:
+            return min(want, budget, self._config.long_prefill_token_threshold or want)
+        if sequence.num_computed:  # back from host memory, or begun while prompts were split
+            return min(want, budget)
+        whole = want <= budget or (not step.chunks and want <= step.room)
+        return want if whole else 0
+
+    def _has_place(self, sequence: Sequence, work: Work) -> bool:
+        """Whether a sequence could run now; one with a token on its way waits for its id."""
+        running = self._places.running
+        limit = min(self._limits.max_num_seqs, self._mode.max_running)
+        if sequence.num_pending or len(running.prefilling) >= work.prompts:
+            return False
+        return not running.full and len(running) < limit
+
+    def _admit(self, step: StepInProgress, work: Work, now: float, most: float) -> int:
+        """Lets waiting sequences run, in the order in which they are offered, until slots, budget or pages end; `most`
+        new ones at most. Returns how many new ones joined."""
+        joined = 0
+        if not len(self._places.swapped):
+            delayed = self._delayed(now)
+            for sequence in self._places.waiting.candidates(now):
+                if sequence.waits_new and (joined >= most or delayed):
+                    break
+                new = sequence.waits_new
+                if not self._join(sequence, step, work):
+                    break
+                joined += new
+        return joined
+
+    def _delayed(self, now: float) -> bool:
+        """Whether new prompts are held back so that more of them come together (scheduler_delay_factor)."""
+        factor, oldest = self._config.admission.scheduler_delay_factor, self._places.waiting.oldest()
+        if not factor or oldest is None or not len(self._places.running):
+            return False
+        return now - oldest < factor * self._pace.last_prefill_seconds
+
+    def _join(self, sequence: Sequence, step: StepInProgress, work: Work) -> bool:
+        """Lets a waiting sequence run if it fits."""
+        if not self._has_place(sequence, work):
+            self.blocked_by = None if sequence.num_pending else "slots"
+            return False
+        count = self._chunk(sequence, step, work)
+        if not count:
+            return False
+        if not self._places.pages.admit(sequence, count, alone=not len(self._places.running)):
+            self.blocked_by = "pages"
+            return False
+        if sequence.waits_new:
+            self._policy.admitted(sequence)
+        self._places.waiting.remove(sequence)
+        self._places.running.start(sequence)
+        self.admitted.append(sequence)
+        step.add(Chunk(sequence, count, held=0, admitted=True))
+        return True
+
+    def _displace(self, step: StepInProgress, work: Work, now: float) -> int:
+        """Lets one that waits take the place of a running one that must give way to it; how many joined."""
+        obstacle = self.blocked_by
+        for sequence, in_turn in self._places.waiting.urgent(now):
+            if self._may_pass(sequence) and self._displace_for(sequence, step, work, in_turn):
+                return 1
+            if self._places.preempted:
+                break  # not enough for it: what was taken is the next step's
+            self.blocked_by = obstacle
+        return 0
+
+    def _may_pass(self, sequence: Sequence) -> bool:
+        """Whether a new sequence may run before those that have run: it would take their places if they had them."""
+        away = self._places.swapped.peek(), self._places.waiting.returning.peek()
+        return all(one is None or self._places.preemption.far_better(sequence, one) for one in away)
+
+    def _displace_for(self, sequence: Sequence, step: StepInProgress, work: Work, in_turn: bool) -> bool:
+        """Preempts until a waiting sequence has joined; False where nobody (more) must give way to it."""
+        if self._loser(sequence, step, in_turn) is None:
+            return False
+        self.blocked_by = None
+        while not self._join(sequence, step, work):
+            loser = self._loser(sequence, step, in_turn)
+            if loser is None:
+                return False
+            if self._take_chunk(loser, sequence, step, work):
+                return True
+            if self.blocked_by is None:
+                return False  # it has a place, and tokens as soon as a step has some left
+            self._places.preempt(loser, step)
+            self.blocked_by = None
+        return True
+
+    def _loser(self, sequence: Sequence, step: StepInProgress, in_turn: bool) -> Sequence | None:
+        """Who must give way to a waiting sequence, if anybody; for want of pages alone only when it is its turn."""
+        places, short_of_pages = self._places, in_turn and self.blocked_by == "pages"
+        return places.preemption.gives_way(places.running, sequence, short_of_pages, spared=step.joined)
+
+    def _take_chunk(self, loser: Sequence, sequence: Sequence, step: StepInProgress, work: Work) -> bool:
+        """Lets a waiting sequence join in place of the chunk of a running one, which goes on with the next step; False,
+        and no change, where more than its chunk stands in the way."""
+        chunk = step.chunks.get(loser.request_id)
+        if step.budget > 0 or chunk is None or not self._has_place(sequence, work):
+            return False
+        pages = self._places.pages
+        pages.give_back(loser, chunk.held)
+        step.drop(loser)
+        if self._join(sequence, step, work):
+            return True
+        grown = pages.grow(loser, chunk.count)
+        assert grown, "pages that were given back are not there"
+        step.add(chunk)
+        return False
+
+    def _fill(self, step: StepInProgress, work: Work, now: float, most: float) -> int:
+        """Lets prompts that a cap cut short, then up to `most` new ones, compute in what the bucket would pad. Returns
+        how many new ones joined."""
+        if not step.chunks or not self._limits.chunked or work.chunk is not None:
+            return 0
+        spare = self._buckets.token_bucket(step.num_tokens) - step.num_tokens
+        threshold = self._config.long_prefill_token_threshold
+        for chunk in step.chunks.values():
+            sequence = chunk.sequence
+            count = min(spare, sequence.num_known - sequence.num_computed - chunk.count)
+            if threshold:
+                count = min(count, threshold - chunk.count)
+            if count > 0 and self._places.pages.grow(sequence, chunk.count + count):
+                step.extend(chunk, count)
+                spare -= count
+        if not spare or self._places.preempted:
+            return 0
+        step.budget = spare
+        return self._admit(step, work, now, most)

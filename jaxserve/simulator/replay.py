@@ -1,0 +1,196 @@
+"""A trace served by the engine in real time, in this process: what a simulation of the same trace is compared with.
+
+Requests arrive when the trace says, whether or not those before have been answered, with random prompts. As in a
+simulation they end at the trace's lengths, which the scheduler does not know: the runner is wrapped so that the last
+token of a request is its stop id, whatever the model sampled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import numpy as np
+
+from jaxserve.config.settings import EngineConfig
+from jaxserve.engine.core import EngineCore
+from jaxserve.engine.messages import AddRequest, FromEngine, RequestOutput
+from jaxserve.request import FinishReason
+from jaxserve.runner.protocol import Pending, Runner
+from jaxserve.scheduler.plan import StepPlan, StepResult
+from jaxserve.simulator.simulated_engine import SimulatedDevice
+from jaxserve.simulator.simulation import ClientRule, Progress, SimulationResult, fitting, requests_of
+from jaxserve.simulator.traces import Trace
+from jaxserve.telemetry.recorder import Event, Recorder, StepRecorded
+from jaxserve.telemetry.timings import RequestTimings, request_timings
+
+_NEVER = -1
+
+
+class LengthKeepingRunner:
+    """Runs the steps of another runner and puts a stop id where a request has its true length.
+
+    lengths: positions of the last tokens by request id, to be filled before the requests are admitted. The stop id lies
+    outside the vocabulary, so that the model cannot sample it. (The device keeps what it sampled; the request ends.)
+    """
+
+    def __init__(self, runner: Runner, num_slots: int):
+        self._runner = runner
+        self.info = runner.info
+        self.stop_id = runner.info.vocab_size
+        self.last_positions: dict[str, int] = {}
+        self._stop_at = np.full(num_slots, _NEVER)
+
+    @property
+    def num_compilations(self) -> int:
+        return self._runner.num_compilations
+
+    @property
+    def compile_misses(self) -> int:
+        return self._runner.compile_misses
+
+    def dispatch(self, plan: StepPlan) -> Pending:
+        decodes = plan.decodes
+        last = [decodes.starts + 1 == self._stop_at[decodes.slots]]
+        for chunk in plan.chunks:
+            if chunk.admit is not None:
+                self._stop_at[chunk.slot] = self.last_positions.get(chunk.request_id, _NEVER)
+            if chunk.sample:
+                last.append(np.array([chunk.start + chunk.num_tokens == self._stop_at[chunk.slot]]))
+        return self._runner.dispatch(plan), np.concatenate(last)
+
+    def reset(self) -> None:
+        self._runner.reset()
+
+    def done(self, pending: Pending) -> bool:
+        return self._runner.done(pending[0])
+
+    def collect(self, pending: Pending) -> StepResult:
+        result, last = self._runner.collect(pending[0]), pending[1]
+        return StepResult(np.where(last, self.stop_id, np.asarray(result.token_ids, np.int32)))
+
+
+def replay(
+    config: EngineConfig,
+    runner: Runner,
+    trace: Trace,
+    *,
+    client: ClientRule = ClientRule(),
+    seed: int = 0,
+    recorder: Recorder | None = None,
+    progress: Progress | None = None,
+) -> SimulationResult:
+    """Serves a trace in real time and returns what a simulation would return; times from the first arrival on.
+
+    config: also of the runner, whose programs must be those of its limits. seed: of the prompts' random ids.
+    recorder: gets the engine's events.
+    """
+    keeping = LengthKeepingRunner(runner, config.scheduler.max_num_seqs)
+    recorder = recorder or Recorder()
+    core = EngineCore(config, keeping, recorder=recorder)
+    events: list[Event] = []
+    recorder.subscribe(events.append)
+    device = SimulatedDevice(runner.info.num_pages, runner.info.max_model_len, runner.info.platform)
+    kept, skipped = fitting(config, trace, device, client)
+    rng = np.random.default_rng(seed)
+    requests = []
+    for request, length in requests_of(kept, device, config, client):
+        prompt = tuple(rng.integers(0, runner.info.vocab_size, len(request.prompt_token_ids)).tolist())
+        stops = (keeping.stop_id,) if request.stop_token_ids else ()
+        requests.append(dataclasses.replace(request, prompt_token_ids=prompt, stop_token_ids=stops))
+        keeping.last_positions[request.request_id] = len(prompt) + length - 1
+    refused: set[int] = set()
+    origin, wall = time.perf_counter(), time.time()
+    place = 0
+    while place < len(requests) or core.busy:
+        now = time.perf_counter() - origin
+        while place < len(requests) and requests[place].arrival_time <= now:
+            request = requests[place]
+            deadline = None if request.deadline is None else wall + request.deadline
+            moved = dataclasses.replace(request, arrival_time=wall + request.arrival_time, deadline=deadline)
+            refused |= _errors(core.handle(AddRequest(moved)))
+            place += 1
+        wait = core.pause if core.busy else np.inf
+        if wait:
+            coming = requests[place].arrival_time - now if place < len(requests) else np.inf
+            time.sleep(max(0.0, min(wait, coming)))
+            if core.pause:
+                continue
+        if core.busy:
+            messages = core.step()
+            if progress is not None and (ended := sum(_ends(message) for message in messages)):
+                progress(ended)
+    return _result(kept, skipped, core, events, origin, refused)
+
+
+def _errors(messages: list[FromEngine]) -> set[int]:
+    """Numbers of requests that were refused."""
+    return {
+        int(message.request_id)
+        for message in messages
+        if isinstance(message, RequestOutput) and message.finish_reason is FinishReason.ERROR
+    }
+
+
+def _ends(message: FromEngine) -> bool:
+    return isinstance(message, RequestOutput) and message.finish_reason is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+    """The token times of a run, as a simulation's `TokenLog` has them."""
+
+    times: list[np.ndarray]
+
+    def token_times(self, count: int) -> list[np.ndarray]:
+        return self.times
+
+
+def _result(
+    trace: Trace, skipped: int, core: EngineCore, events: list[Event], origin: float, refused: set[int]
+) -> SimulationResult:
+    timings = {int(each.request_id): each for each in request_timings(events)}
+
+    def column(name: str) -> np.ndarray:
+        values = [getattr(timings[index], name) if index in timings else None for index in range(len(trace))]
+        return np.array([np.nan if value is None else value - origin for value in values])
+
+    def reason(index: int, timing: RequestTimings | None) -> str:
+        return "refused" if index in refused or timing is None else timing.reason
+
+    found = [timings.get(index) for index in range(len(trace))]
+    result = SimulationResult(
+        trace=trace,
+        num_skipped=skipped,
+        cost_name=f"the engine in real time, {core.runner.info.architecture} on {core.runner.info.platform}",
+        scheduled=column("scheduled"),
+        first_token=column("first_token"),
+        finished=column("finished"),
+        output_tokens=np.array([0 if each is None else each.output_tokens for each in found], np.int64),
+        preemptions=np.array([0 if each is None else each.preemptions for each in found], np.int64),
+        reasons=tuple(reason(index, each) for index, each in enumerate(found)),
+        replica=np.zeros(len(trace), np.int64),
+        steps=(_steps([event for event in events if isinstance(event, StepRecorded)], origin),),
+        predictor_tau=(core.scheduler.predictor.kendall_tau,),
+        replica_seconds=0.0,
+        preemptions_by_kind=core.scheduler.num_preemptions_by_kind,
+        token_logs=(_Tokens([np.array([] if each is None else each.token_times) - origin for each in found]),),
+    )
+    return dataclasses.replace(result, replica_seconds=result.seconds)
+
+
+def _steps(records: list[StepRecorded], origin: float) -> dict[str, np.ndarray]:
+    """The columns of a simulation's steps. A step ends when its results have come, in the turn after its own."""
+    dispatched = [record.time + record.schedule_seconds + record.dispatch_seconds for record in records]
+    collected = [time + record.collect_seconds for time, record in zip(dispatched, records, strict=True)]
+    starts = [max(pair) for pair in zip(dispatched, collected, strict=True)]
+    columns = {
+        name: np.array([getattr(record, name) for record in records], np.float64)
+        for name in ("prefill_tokens", "decode_tokens", "rows", "token_bucket", "row_bucket", "pages_used", "waiting")
+    }
+    columns["running"] = np.array([record.running for record in records], np.float64)
+    columns["begin"] = np.array([record.time for record in records]) - origin
+    columns["start"] = np.array(starts) - origin
+    ends = np.array([*collected[1:], *collected[-1:]]) - origin
+    columns["end"] = np.maximum(ends, columns["start"])
+    return columns

@@ -1,0 +1,352 @@
+"""The engine's loop on a virtual clock: the real scheduler and page pool over a device that only takes time.
+
+As `jaxserve/engine/core.py`, turn by turn: take the messages that have come, schedule step N + 1 and dispatch it,
+wait for the ids of step N, take them in. So one step is always in flight (more where steps sample nothing), a request
+that comes meanwhile waits for the next turn, and a sequence that stops is seen one step late.
+
+A stretch of decode steps during which nothing arrives, ends or changes places is taken at once
+(`Scheduler.steady_steps`, `advance`): numpy adds up its times, and what is recorded and left behind is the same as
+step by step, bit by bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import math
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxserve.config.settings import EngineConfig
+from jaxserve.kv_cache.page_pool import PagePool
+from jaxserve.planning.step_cost_models import CostModel, StepShape, shape_of
+from jaxserve.request import EngineRequest, RequestStatus
+from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepResult, StepUpdate
+from jaxserve.scheduler.buckets import Buckets
+from jaxserve.simulator.records import StepLog, TokenLog
+from jaxserve.simulator.stretch import pages_over, stretch_times
+from jaxserve.telemetry.engine_events import EngineEvents, TurnTimes
+from jaxserve.telemetry.recorder import Recorder
+
+STOP_ID = 1
+"""What a simulated model emits as a request's last token; every other token is 0."""
+
+_NEVER = -1
+_LONGEST_STRETCH = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulatedDevice:
+    """What the engine would learn from its runner. num_pages counts the null page. platform decides the buckets."""
+
+    num_pages: int
+    max_model_len: int
+    platform: str = "gpu"
+    num_host_pages: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flight:
+    """A dispatched step: its plan and shape, its ids, when it ends, and whether one of its ids ends a sequence."""
+
+    plan: StepPlan
+    shape: StepShape
+    token_ids: np.ndarray
+    end: float
+    stops: bool
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of one request, in seconds of the virtual clock; nan is never. reason: "" while unfinished, "refused"
+    when the queue was full."""
+
+    scheduled: float = math.nan
+    first_token: float = math.nan
+    finished: float = math.nan
+    tokens: int = 0
+    preemptions: int = 0
+    reason: str = ""
+
+
+class SimulatedEngine:
+    """One replica. `submit` requests in order of arrival, `run_until` a moment; `now` is its clock.
+
+    Request ids are the requests' numbers as text; `outcomes`, `tokens` and `steps` say what happened.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        device: SimulatedDevice,
+        costs: CostModel,
+        *,
+        recorder: Recorder | None = None,
+        stretches: bool = True,
+        on_finish: Callable[[int], object] | None = None,
+        start: float = 0.0,
+    ):
+        """recorder: given, it gets every event of the real engine, which costs time for each step of a stretch too.
+        stretches: False goes step by step. on_finish: called with the number of each request that ends."""
+        pool = PagePool(device.num_pages, config.cache.page_size, device.num_host_pages)
+        buckets = Buckets.from_config(config, device.platform)
+        self.scheduler = Scheduler(
+            config.scheduler, pool, buckets, costs=costs.preemption, max_model_len=device.max_model_len
+        )
+        self.costs = costs
+        self.now = start
+        self.steps = StepLog()
+        self.tokens = TokenLog()
+        self.outcomes: dict[int, Outcome] = {}
+        self._host = costs.host
+        self._events = None if recorder is None else EngineEvents(recorder, self.scheduler)
+        self._stretches = stretches
+        self._on_finish = on_finish
+        self._inbox: deque[tuple[float, EngineRequest, int]] = deque()
+        self._deadlines: list[float] = []  # a heap
+        self._stop_at = np.full(config.scheduler.max_num_seqs, _NEVER)  # position of each slot's last token
+        self._last_positions: dict[str, int] = {}
+        self._in_flight: _Flight | None = None
+        self._free_at = start  # the device
+
+    @property
+    def busy(self) -> bool:
+        """A turn has something to do."""
+        return self.scheduler.unfinished or self._in_flight is not None
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests submitted and not ended."""
+        return len(self._inbox) + len(self._last_positions)
+
+    def submit(self, request: EngineRequest, output_tokens: int) -> None:
+        """A request that arrives at its arrival_time, not before those submitted. output_tokens: its true length."""
+        assert not self._inbox or self._inbox[-1][0] <= request.arrival_time, "requests come in order of arrival"
+        self._inbox.append((request.arrival_time, request, output_tokens))
+
+    def run_until(self, limit: float = math.inf) -> None:
+        """Takes every turn that begins before `limit`, with the requests submitted so far."""
+        while True:
+            self._take_messages()
+            if not self.busy:
+                if not self._inbox or self._inbox[0][0] >= limit:
+                    return
+                self.now = max(self.now, self._inbox[0][0])
+            elif self.now >= limit:
+                return
+            elif not self._take_stretch(limit):
+                self._turn(limit)
+
+    def _take_messages(self) -> None:
+        while self._inbox and self._inbox[0][0] <= self.now:
+            arrival, request, output_tokens = self._inbox.popleft()
+            index = int(request.request_id)
+            outcome = self.outcomes[index] = Outcome()
+            try:
+                self.scheduler.add(request)
+            except ValueError:
+                outcome.reason, outcome.finished = "refused", self.now
+                self._ended(index)
+                continue
+            self._last_positions[request.request_id] = len(request.prompt_token_ids) + output_tokens - 1
+            if request.deadline is not None:
+                heapq.heappush(self._deadlines, request.deadline)
+            if self._events is not None:
+                self._events.arrived(request, arrival)
+
+    def _turn(self, limit: float) -> None:
+        """One turn of the loop."""
+        previous, begin = self._in_flight, self.now
+        expired = self.scheduler.expire(begin)
+        plan = self.scheduler.schedule(begin)
+        time = begin
+        if plan is None:
+            self._in_flight = None
+        else:
+            time += self._host.before + self._host.before_per_row * plan.num_rows
+            self._in_flight = self._dispatch(plan, begin, time)
+        if previous is not None:
+            if previous.plan.num_sampled:
+                time = max(time, previous.end)  # otherwise there is nothing to wait for
+            update = self.scheduler.update(previous.plan, StepResult(previous.token_ids))
+            self._take_update(update, time)
+            time += self._host.after + self._host.after_per_row * previous.plan.num_rows
+        for each in expired:
+            self._take(each, time)
+        self.now = time
+        if plan is None and previous is None and not expired:
+            self._wait(limit)
+
+    def _dispatch(self, plan: StepPlan, begin: float, time: float) -> _Flight:
+        for sequence in self.scheduler.admitted:
+            if not sequence.num_preemptions:
+                self.outcomes[int(sequence.request_id)].scheduled = time
+        shape = shape_of(plan)
+        start = max(time, self._free_at)
+        free = start - self._free_at
+        idle, unused = (free, 0.0) if self._in_flight is not None else (0.0, free if plan.step else 0.0)
+        end = self._free_at = start + self.costs.seconds(shape)
+        pool, preempted = self.scheduler.pool, self.scheduler.preempted
+        swapped = sum(sequence.status is RequestStatus.SWAPPED for sequence in preempted)
+        self.steps.add(
+            (
+                begin,
+                start,
+                end,
+                shape.prefill_tokens,
+                shape.decode_rows,
+                plan.num_rows,
+                plan.token_bucket,
+                plan.row_bucket,
+                pool.num_used,
+                pool.num_cached,
+                pool.num_host_used,
+                self.scheduler.num_waiting,
+                self.scheduler.num_running,
+                self.scheduler.num_swapped,
+                len(preempted) - swapped,
+                swapped,
+            )
+        )
+        if self._events is not None:
+            previous = self._in_flight
+            collected = time if previous is None or not previous.plan.num_sampled else max(time, previous.end)
+            times = TurnTimes(begin, time, time, collected, collected + self._host.after)
+            self._events.planned(time)
+            self._events.step(plan, times, idle, unused, number=plan.step, pages_used=pool.num_used)
+        token_ids, stops = self._sample(plan)
+        return _Flight(plan, shape, token_ids, end, stops)
+
+    def _sample(self, plan: StepPlan) -> tuple[np.ndarray, bool]:
+        """The ids of a step, int64 [num_sampled], and whether one of them ends a sequence."""
+        decodes = plan.decodes
+        last = decodes.starts + 1 == self._stop_at[decodes.slots]
+        chunks = []
+        for chunk in plan.chunks:
+            if chunk.admit is not None:
+                self._stop_at[chunk.slot] = self._last_positions.get(chunk.request_id, _NEVER)
+            if chunk.sample:
+                chunks.append(chunk.start + chunk.num_tokens == self._stop_at[chunk.slot])
+        found = np.concatenate([last, np.array(chunks, bool)]) if chunks else last
+        return np.where(found, STOP_ID, 0), bool(found.any())
+
+    def _wait(self, limit: float) -> None:
+        """Nothing to compute until a batch fills, a delay ends or a request comes."""
+        wake = self.scheduler.wake_at()
+        until = min(math.inf if wake is None else wake, self._inbox[0][0] if self._inbox else math.inf, limit)
+        if math.isinf(until):
+            raise RuntimeError(f"the scheduler has requests, but nothing to compute and no time to wake: {self.now} s")
+        # A time to wake that has come already makes no progress by itself: the clock takes the least step.
+        self.now = max(until, math.nextafter(self.now, math.inf))
+
+    def _take_stretch(self, limit: float) -> bool:
+        """Takes the coming turns at once where they only repeat the step in flight; False where there are no two."""
+        previous = self._in_flight
+        if previous is None or not self._stretches or previous.stops or previous.plan.chunks:
+            return False
+        decodes = previous.plan.decodes
+        if len(decodes) != self.scheduler.num_running:
+            return False
+        most = min(self.scheduler.steady_steps(), _LONGEST_STRETCH)
+        if most < 2:
+            return False
+        most = min(most, int((self._stop_at[decodes.slots] - decodes.starts).min()) - 1)
+        if most < 2:
+            return False
+        before = self._host.before + self._host.before_per_row * len(decodes)
+        after = self._host.after + self._host.after_per_row * len(decodes)
+        shape = previous.shape._replace(
+            decode_context=previous.shape.decode_context + previous.shape.decode_rows,
+            longest=previous.shape.longest + 1,
+        )
+        begins, starts, ends = stretch_times(
+            self.now, previous.end, self.costs.stretch_seconds(shape, most), before, after
+        )
+        turns = int(begins.searchsorted(self._next_event(limit)))
+        if turns < 2:
+            return False
+        self._carry_out(previous, shape, begins[:turns], starts[:turns], ends[:turns])
+        self.now = float(starts[turns - 1]) + after
+        return True
+
+    def _next_event(self, limit: float) -> float:
+        """A turn that begins at this moment or later may find something new."""
+        moment = min(limit, self._inbox[0][0]) if self._inbox else limit
+        while self._deadlines and self._deadlines[0] <= self.now:
+            heapq.heappop(self._deadlines)
+        if self._deadlines:
+            moment = min(moment, self._deadlines[0])
+        wake = self.scheduler.wake_at()
+        return moment if wake is None or wake <= self.now else min(moment, wake)
+
+    def _carry_out(
+        self, previous: _Flight, shape: StepShape, begins: np.ndarray, starts: np.ndarray, ends: np.ndarray
+    ) -> None:
+        """The turns of a stretch: takes in `previous`, schedules as many steps and leaves the last in flight."""
+        turns = len(begins)
+        pool, scheduler = self.scheduler.pool, self.scheduler
+        request_ids = previous.plan.decodes.request_ids
+        update = scheduler.update(previous.plan, StepResult(previous.token_ids))
+        assert not update.others, "a step without a stop id ended a sequence"
+        used = pool.num_used
+        scheduler.advance(turns - 1, 0, begins[:-1].tolist())
+        plan = scheduler.schedule(float(begins[-1]))
+        assert plan is not None, "a steady step is missing"
+        assert plan.num_sampled == len(request_ids), "a steady step has other rows"
+        pages = pages_over(previous.plan, turns, used, pool.num_used)
+        count = shape.decode_rows
+        self.steps.add_many(
+            begins, starts, ends, 0, count, count, plan.token_bucket, plan.row_bucket, pages, pool.num_cached,
+            pool.num_host_used, scheduler.num_waiting, scheduler.num_running, scheduler.num_swapped, 0, 0,
+        )  # fmt: skip
+        self.tokens.add_many(request_ids, starts)
+        if self._events is not None:
+            before = self._host.before + self._host.before_per_row * count
+            numbers = range(plan.step - turns + 1, plan.step + 1)
+            for number, begin, start, used in zip(numbers, begins.tolist(), starts.tolist(), pages, strict=True):
+                times = TurnTimes(begin, begin + before, begin + before, start, start + self._host.after)
+                self._events.step(plan, times, 0.0, number=number, pages_used=int(used))
+                self._events.tokens(request_ids, start)
+        self._free_at = float(ends[-1])
+        token_ids, stops = self._sample(plan)
+        last = shape._replace(
+            decode_context=shape.decode_context + count * (turns - 1), longest=shape.longest + turns - 1
+        )
+        self._in_flight = _Flight(plan, last, token_ids, float(ends[-1]), stops)
+
+    def _take_update(self, update: StepUpdate, time: float) -> None:
+        request_ids = update.request_ids
+        if request_ids:
+            self.tokens.add(request_ids, time)
+        if self._events is not None:
+            others = [each.sequence.request_id for each in update.others if each.token_ids]
+            if request_ids or others:
+                self._events.tokens((*request_ids, *others), time)
+        for each in update.others:
+            self._take(each, time)
+
+    def _take(self, update: SequenceUpdate, time: float) -> None:
+        sequence = update.sequence
+        index = int(sequence.request_id)
+        outcome = self.outcomes[index]
+        if update.token_ids:
+            self.tokens.add_one(index, time)
+            if math.isnan(outcome.first_token):
+                outcome.first_token = time
+                if self._events is not None:
+                    self._events.first_token(sequence, time)
+        if update.finish_reason is None:
+            return
+        outcome.finished, outcome.reason = time, update.finish_reason.value
+        outcome.tokens = len(sequence.output_token_ids)
+        outcome.preemptions = sequence.num_preemptions
+        del self._last_positions[sequence.request_id]
+        if self._events is not None:
+            self._events.finished(sequence, update.finish_reason, time)
+        self._ended(index)
+
+    def _ended(self, index: int) -> None:
+        if self._on_finish is not None:
+            self._on_finish(index)

@@ -1,0 +1,1 @@
+"""What is recorded of requests, steps and starts, and the metrics and pictures made of it."""

@@ -1,0 +1,122 @@
+"""The events of an engine's loop, as the engine and its simulation both record them.
+
+A request that comes is `arrived`; a plan is `planned`, and a `step` when the loop's turn is over; an update gives
+`tokens`, `first_token` and `finished`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from jaxserve.request import EngineRequest, FinishReason, RequestStatus
+from jaxserve.scheduler import Scheduler, Sequence, StepPlan
+from jaxserve.telemetry.recorder import (
+    FirstToken,
+    Recorder,
+    RequestArrived,
+    RequestFinished,
+    RequestPreempted,
+    RequestScheduled,
+    StepRecorded,
+    TokensProduced,
+)
+
+
+class TurnTimes(NamedTuple):
+    """When a turn of the loop began, had scheduled, had dispatched, had the ids of the step before, and ended."""
+
+    begin: float
+    scheduled: float
+    dispatched: float
+    collected: float
+    end: float
+
+
+class EngineEvents:
+    """Writes what one scheduler and its loop do into a recorder. Times are of the recorder's clock."""
+
+    def __init__(self, recorder: Recorder, scheduler: Scheduler):
+        self._record = recorder.record
+        self._scheduler = scheduler
+
+    def arrived(self, request: EngineRequest, time: float) -> None:
+        """The scheduler accepted a request."""
+        self._record(
+            RequestArrived(
+                time=time,
+                request_id=request.request_id,
+                prompt_tokens=len(request.prompt_token_ids),
+                max_tokens=request.max_tokens,
+                tenant=request.tenant,
+                priority=request.priority,
+            )
+        )
+
+    def planned(self, time: float) -> None:
+        """Whom the last `schedule` preempted, and who was given tokens for the first time."""
+        for sequence in self._scheduler.preempted:
+            kind = "swap" if sequence.status is RequestStatus.SWAPPED else "recompute"
+            self._record(RequestPreempted(time, sequence.request_id, kind))
+        for sequence in self._scheduler.admitted:
+            if not sequence.num_preemptions:
+                self._record(RequestScheduled(time, sequence.request_id))
+
+    def restarted(self, sequences: Iterable[Sequence], time: float) -> None:
+        """The device lost its pages, and these sequences are to be computed again."""
+        for sequence in sequences:
+            self._record(RequestPreempted(time, sequence.request_id, "recompute"))
+
+    def step(
+        self, plan: StepPlan, times: TurnTimes, idle: float, unused: float = 0.0, *, number: int, pages_used: int
+    ) -> None:
+        """The turn that made `plan`. idle, unused: as in `StepRecorded`. number, pages_used: of the step, which
+        may be another of the plan's stretch."""
+        scheduler, pool = self._scheduler, self._scheduler.pool
+        begin, scheduled, dispatched, collected, end = times
+        self._record(
+            StepRecorded(
+                time=begin,
+                step=number,
+                prefill_tokens=plan.num_prefill_tokens,
+                decode_tokens=len(plan.decodes),
+                rows=plan.num_rows,
+                token_bucket=plan.token_bucket,
+                row_bucket=plan.row_bucket,
+                padding=plan.padding,
+                pages_used=pages_used,
+                pages_free=pool.num_usable - pages_used - pool.num_cached,
+                pages_cached=pool.num_cached,
+                waiting=scheduler.num_waiting,
+                running=scheduler.num_running,
+                schedule_seconds=scheduled - begin,
+                dispatch_seconds=dispatched - scheduled,
+                collect_seconds=collected - dispatched,
+                update_seconds=end - collected,
+                idle_seconds=idle,
+                pages_swapped=pool.num_host_used,
+                swapped=scheduler.num_swapped,
+                unused_seconds=unused,
+            )
+        )
+
+    def tokens(self, request_ids: Iterable[str], time: float) -> None:
+        """The host has a token for each of the requests."""
+        self._record(TokensProduced(time, tuple(request_ids)))
+
+    def first_token(self, sequence: Sequence, time: float) -> None:
+        """The host has the sequence's first token, which `tokens` counts too."""
+        self._record(FirstToken(time, sequence.request_id))
+
+    def finished(self, sequence: Sequence, reason: FinishReason, time: float) -> None:
+        """The sequence ended."""
+        self._record(
+            RequestFinished(
+                time=time,
+                request_id=sequence.request_id,
+                reason=reason.value,
+                prompt_tokens=sequence.num_prompt_tokens,
+                output_tokens=len(sequence.output_token_ids),
+                preemptions=sequence.num_preemptions,
+            )
+        )
