@@ -100,7 +100,7 @@ def test_text_on_the_command_line_needs_no_quotes(load, value):
 
 
 def test_binding_may_name_the_module(load):
-    assert load("jaxserve.config.settings.ServerConfig.port = 9").port == 9
+    assert load("jaxserve.config.ServerConfig.port = 9").port == 9
     assert load("", "config.ServerConfig.port=9").port == 9
 
 

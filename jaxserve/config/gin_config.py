@@ -397,5 +397,7 @@ def _has_default(field: dataclasses.Field) -> bool:
 
 @functools.cache  # gin refuses a second registration
 def _selector(config: type) -> str:
-    gin.external_configurable(config, module=config.__module__)
-    return f"{config.__module__}.{config.__name__}"
+    # Bindings may name the module, and what they name is the package: its files are nobody's business.
+    module = "jaxserve.config" if config.__module__.startswith("jaxserve.config.") else config.__module__
+    gin.external_configurable(config, module=module)
+    return f"{module}.{config.__name__}"

@@ -286,4 +286,4 @@ def test_every_module_that_programs_import_counts():
     root = pathlib.Path(build_set.__file__).parents[2]
     packages = {root / "jaxserve" / "__init__.py", root / "jaxserve" / "runner" / "__init__.py"}
     assert len(imported) > 30
-    assert imported - packages <= set(source_files())
+    assert imported - packages <= {path.resolve() for path in source_files()}

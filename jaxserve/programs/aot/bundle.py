@@ -50,23 +50,12 @@ MANIFEST = "manifest.json"
 _PROGRAMS = "programs"
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SOURCES = (
-    "models/*.py",
+    "config/*.py",
+    "kv_cache/*.py",
+    "models/**/*.py",
     "pallas_kernels/**/*.py",
     "pallas_kernels/**/*.json",
-    "config/checks.py",
-    "config/failpoints.py",
-    "config/client_limits.py",
-    "config/scheduling.py",
-    "config/settings.py",
-    "config/shown.py",
-    "kv_cache/*.py",
-    "programs/compiler.py",
-    "programs/layout.py",
-    "programs/noise.py",
-    "programs/sampler.py",
-    "programs/slots.py",
-    "programs/step_programs.py",
-    "programs/swap_programs.py",
+    "programs/*.py",
     "request.py",
     "scheduler/**/*.py",
 )
