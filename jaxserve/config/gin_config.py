@@ -166,7 +166,7 @@ class _Reader:
 
     def _config_named(self, selector: str, field: str, where: str) -> type:
         for config in self._configs:
-            if f".{config.__module__}.{config.__name__}".endswith(f".{selector}"):
+            if f".{_name(config)}".endswith(f".{selector}"):
                 return config
         names = [config.__name__ for config in self._configs]
         near = difflib.get_close_matches(selector, names, n=1) or [
@@ -397,7 +397,12 @@ def _has_default(field: dataclasses.Field) -> bool:
 
 @functools.cache  # gin refuses a second registration
 def _selector(config: type) -> str:
-    # Bindings may name the module, and what they name is the package: its files are nobody's business.
+    name = _name(config)
+    gin.external_configurable(config, module=name.rpartition(".")[0])
+    return name
+
+
+def _name(config: type) -> str:
+    """The full name of a class in bindings. Of jaxserve.config it has the package, and not the file in it."""
     module = "jaxserve.config" if config.__module__.startswith("jaxserve.config.") else config.__module__
-    gin.external_configurable(config, module=module)
     return f"{module}.{config.__name__}"
