@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from tokenizers import Tokenizer
@@ -16,6 +16,7 @@ from models.tiny.data import Mixer, held_out_batches, largest_size, make_example
 from models.tiny.tasks import KINDS, MAX_SIZE, generate, generate_split, is_held_out
 from models.tiny.tokenizer import BOS_ID, EOS_ID, FIRST_BYTE_ID, VOCAB_SIZE, build_tokenizer, encode_fast
 from models.tiny.words import EMOJI, KEY_WORDS
+from tests.budgets import budget
 
 CHECKPOINT = pathlib.Path(models.tiny.__file__).parent / "checkpoint"
 TOKENIZER = build_tokenizer()
@@ -121,7 +122,7 @@ def test_training_draws_nothing_held_out():
 
 
 @given(st.text())
-@settings(max_examples=300)
+@budget(300)
 def test_any_text_round_trips(text):
     specials = ("<pad>", "<bos>", "<eos>")
     if not any(special in text for special in specials):

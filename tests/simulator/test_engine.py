@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.batch_metrics import run_metrics
@@ -18,6 +18,7 @@ from jaxserve.simulator.simulation import ClientRule, SimulationResult, requests
 from jaxserve.simulator.stretch import stretch_times
 from jaxserve.simulator.traces import Trace, make_trace
 from jaxserve.timings import request_timings
+from tests.budgets import budget
 from tests.simulator.helpers import SimpleCosts, make_config, make_device
 
 
@@ -150,7 +151,7 @@ def cases(draw):
     return make_config(**options), trace, costs, device
 
 
-@settings(max_examples=60)
+@budget(60)
 @given(cases())
 def test_stretches_change_nothing(case):
     config, trace, costs, device = case
