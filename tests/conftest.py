@@ -43,9 +43,12 @@ _ONE_LANE = (
     "models/test_config.py",
     "models/test_end_tokens.py",
     "models/test_tiny_tasks.py",
+    "models/test_tiny_train.py",  # trains the shipped model, for developers
     "runner/test_explain.py",  # its plans and estimates have tests of their own
+    "runner/test_memory_measured.py",  # a process's memory; test_memory plans it on both
     "runner/test_packing.py",
     "runner/test_resolve.py",
+    "runner/test_triton_programs.py",  # interpreted; both compile for a GPU what is run here
     "runner/test_trust.py",
     # gRPC and processes: test_end_to_end and the quick ones run on both.
     "server/test_command_line.py",
@@ -59,7 +62,8 @@ _ONE_LANE = (
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks what `.ci/run` leaves out of its second lane, and takes out what only `make test-all` runs."""
+    """Marks what `.ci/run` leaves out of its second lane, takes out what only `make test-all` runs, and begins with the
+    slow ones, so that no worker is left with one at the end."""
     here = pathlib.Path(__file__).parent
     for item in items:
         if item.path.relative_to(here).as_posix().startswith(_ONE_LANE):
@@ -68,6 +72,7 @@ def pytest_collection_modifyitems(config, items):
         long = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_collection_finish():
