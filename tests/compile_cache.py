@@ -11,10 +11,12 @@ their children (servers, engines, scripts) only read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
 import pathlib
+import stat
 import tempfile
 import threading
 
@@ -32,7 +34,8 @@ def use(worker: str) -> tempfile.TemporaryDirectory[str] | None:
     """
     held = None
     if not worker:
-        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxserve-tests"
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        root = pathlib.Path(base if os.path.isabs(base) else "~/.cache").expanduser() / "jaxserve-tests"
         try:
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
             prune(root, MAX_BYTES)
@@ -66,12 +69,17 @@ def put(cache, key: str, value: bytes) -> None:
 
 def prune(root: pathlib.Path, max_bytes: int) -> None:
     """Removes the oldest files below `root` until the rest has at most `max_bytes`."""
-    found = sorted((entry.stat().st_mtime, entry.stat().st_size, entry) for entry in root.rglob("*") if entry.is_file())
+    found = []
+    for entry in root.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another run has renamed or removed it
+            status = entry.stat()
+            if stat.S_ISREG(status.st_mode):
+                found.append((status.st_mtime, status.st_size, entry))
     excess = sum(size for _, size, _ in found) - max_bytes
-    for _, size, entry in found:
+    for _, size, entry in sorted(found):
         if excess <= 0:
             return
-        entry.unlink()
+        entry.unlink(missing_ok=True)
         excess -= size
 
 
@@ -81,11 +89,8 @@ def _key() -> str:
     XLA divides a CPU program's work among the cores that it finds when it compiles.
     """
     cpuinfo = pathlib.Path("/proc/cpuinfo")
-    flags = (
-        [line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
-        if (cpuinfo.is_file())
-        else []
-    )
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    flags = [line for line in lines if line.startswith(("flags", "Features"))][:1]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpu = hashlib.sha256(repr((os.uname().machine, flags, cores)).encode()).hexdigest()[:12]
     return f"{importlib.metadata.version('jax')}-{importlib.metadata.version('jaxlib')}-{cpu}"
