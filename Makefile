@@ -1,5 +1,6 @@
 # make run     set up .venv and serve the default model over gRPC
 # make test    set up .venv and run every check: ruff, pyright, import contracts, tests
+# make test-all       every check with property tests of 20 times as many cases, drawn anew, and the tests marked `long`
 # make gpu-compiler    what .venv needs to compile for a GPU that is not here (python -m jaxserve.compile --target h200)
 #
 #   PYTHON=python3.12      the Python that makes the environment (3.11 or newer)
@@ -54,7 +55,7 @@ CUDA12_TOOLKIT := nvidia-cuda-nvcc-cu12==12.9.86
 CUDA13_TOOLKIT := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format pytest venv gpu-compiler protos clean
+.PHONY: help run test test-all lint format pytest venv gpu-compiler protos clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -63,6 +64,10 @@ run: $(RUN_STAMP)
 	$(BIN)/python -m jaxserve.server --config $(CONFIG) $(ARGS)
 
 test: lint pytest
+
+test-all: export JAXSERVE_TEST_ALL = 1
+test-all: PYTEST_ARGS += --timeout=3600
+test-all: lint pytest
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check

@@ -4,43 +4,78 @@ import os
 import pathlib
 import signal
 import sys
-import tempfile
+
+from tests import budgets, compile_cache
 
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could choose its platform")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-# Engines of the same configuration share their compiled programs within one run, in subprocesses and between the
-# workers of pytest-xdist too, which inherit the directory. jax's own cache is each worker's alone: jax does not write
-# an entry as a whole, so another process might read a part of it.
-worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-if not worker:
-    _cache = tempfile.TemporaryDirectory(prefix="jaxserve-tests-")
-    os.environ["XDG_CACHE_HOME"] = _cache.name
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "jax" + worker)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+_held = compile_cache.use(os.environ.get("PYTEST_XDIST_WORKER", ""))
 
 # A shell that runs the suite in the background has it ignore SIGINT; children that tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from hypothesis import HealthCheck, settings
+budgets.load_profile()
 
-# No deadline: the first example of a test may compile a program. Derandomized: the same commit gives the same result.
-settings.register_profile(
-    "ci", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+_ONE_LANE = (
+    # No jax in the process under test, or only by way of an engine that other files start on both.
+    "benchmarks",
+    "engine",
+    "frontend",
+    "scheduler",
+    "simulator",
+    "test_batch",  # and all whose names begin so
+    "test_checkpoint_meaning.py",
+    "test_composition.py",
+    "test_docs.py",
+    "test_gin_config.py",
+    "test_layers.py",
+    "test_limits_config.py",
+    "test_phases.py",
+    "test_recorder.py",
+    "test_request.py",
+    "test_shown.py",
+    "test_text.py",
+    "test_timings.py",
+    "models/test_checkpoint_files.py",
+    "models/test_config.py",
+    "models/test_end_tokens.py",
+    "models/test_tiny_tasks.py",
+    "models/test_tiny_train.py",  # trains the shipped model, for developers
+    "runner/test_explain.py",  # its plans and estimates have tests of their own
+    "runner/test_memory_measured.py",  # a process's memory; test_memory plans it on both
+    "runner/test_packing.py",
+    "runner/test_resolve.py",
+    "runner/test_triton_programs.py",  # interpreted; both compile for a GPU what is run here
+    "runner/test_trust.py",
+    # gRPC and processes: test_end_to_end and the quick ones run on both.
+    "server/test_command_line.py",
+    "server/test_connections.py",
+    "server/test_convert.py",
+    "server/test_held_open.py",
+    "server/test_large_messages.py",
+    "server/test_server_process.py",
 )
-# A developer's search for new counterexamples: `pytest --hypothesis-profile=explore`.
-settings.register_profile("explore", parent=settings.get_profile("ci"), derandomize=False, max_examples=1000)
-settings.load_profile("ci")
-
-_WITHOUT_JAX = ("benchmarks", "frontend", "scheduler", "simulator")
-"""Folders of tests that another jax cannot make fail: what they test never reaches jax, or only by way of a server."""
+"""Beginnings of paths of tests that neither another jax nor another Python can make fail; see docs/development.md."""
 
 
-def pytest_collection_modifyitems(items):
-    """Marks what `.ci/run` leaves out of its second lane."""
+def pytest_collection_modifyitems(config, items):
+    """Marks what `.ci/run` leaves out of its second lane, takes out what only `make test-all` runs, and begins with the
+    slow ones, so that no worker is left with one at the end."""
     here = pathlib.Path(__file__).parent
     for item in items:
-        if item.path.relative_to(here).parts[0] in _WITHOUT_JAX:
-            item.add_marker("without_jax")
+        if item.path.relative_to(here).as_posix().startswith(_ONE_LANE):
+            item.add_marker("one_lane")
+    if not budgets.ALL:
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish():
+    """Has this process write to jax's cache, if any test that it runs has imported jax."""
+    if "jax" in sys.modules:
+        compile_cache.write_whole_entries()

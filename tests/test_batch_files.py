@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.frontend import batch_files, batch_lines
@@ -18,6 +18,7 @@ from jaxserve.frontend.batch_errors import BatchFileError, reason
 from jaxserve.frontend.batch_files import OutputFile, open_input
 from jaxserve.frontend.batch_lines import read_lines
 from tests.batch_helpers import line, results, run, write
+from tests.budgets import budget
 from tests.frontend.fakes import RuleEngine
 from tests.frontend.tokenizers_for_tests import load
 
@@ -159,7 +160,7 @@ def unbroken(tmp_path_factory, tokenizer):
     return choices(out), (folder / "out.jsonl").read_bytes()
 
 
-@settings(max_examples=150)
+@budget(150)
 @given(st.data())
 def test_an_output_cut_at_any_byte_is_completed(tmp_path_factory, tokenizer, unbroken, data):
     expected, whole = unbroken

@@ -70,7 +70,7 @@ def bodies(number):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="three whole runs of the command over the real engine")
 def test_a_batch_killed_half_way_gives_what_an_unbroken_one_gives(folder):
     lines = [line(str(index), **body) for index, body in enumerate(bodies(295))]
     for index, bad in enumerate([b"{", line(3), line("b", "/v2"), line("c", prompt=""), line("0", prompt="again")]):

@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, given
 from hypothesis import strategies as st
 
 from jaxserve.config.scheduling import FORMATIONS, MODES, PreemptionConfig
@@ -22,6 +22,7 @@ from jaxserve.runner.protocol import StepNotStartedError
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.plan import StepPlan, Swap
 from jaxserve.telemetry.recorder import Recorder, RequestPreempted
+from tests.budgets import budget
 from tests.scheduler.drive import alone
 
 MODEL = ModelConfig("LlamaForCausalLM", 101, 8, 8, 1, 1, 1, 8, 256)
@@ -307,7 +308,7 @@ def test_many_faults_while_sequences_are_swapped(mode):
 FAULTS = st.sampled_from([None] * 6 + [NOT_STARTED, SWAPPED, LOST, LATE])
 
 
-@settings(max_examples=60, phases=[Phase.generate])
+@budget(60, phases=[Phase.generate])
 @given(
     st.lists(FAULTS, max_size=40),
     st.sampled_from(MODES),

@@ -6,13 +6,14 @@ import threading
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from jaxserve.frontend.encoding import PIECE_CHARACTERS, Encoder
 from jaxserve.frontend.pattern import Pattern, UnsupportedError
 from jaxserve.frontend.token_bound import _SHRINKING, TokenBound
+from tests.budgets import budget
 from tests.frontend.tokenizer_kinds import CORPUS, KINDS, LLAMA_3, PARTS, kind
 from tests.frontend.tokenizers_for_tests import byte_fallback, byte_level, load, metaspace
 
@@ -32,7 +33,7 @@ def encode_in_pieces(encoder, text, add_special_tokens):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=60, deadline=None)
+@budget(60)
 @given(text=TEXTS, size=st.integers(1, 20), special=st.booleans())
 def test_pieces_have_the_ids_of_the_whole(name, text, size, special):
     backend = kind(name)
@@ -46,7 +47,7 @@ def bound_of(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=60, deadline=None)
+@budget(60)
 @given(text=TEXTS)
 def test_no_text_has_fewer_tokens_than_the_bound_says(name, text):
     backend = kind(name)
@@ -224,7 +225,7 @@ SHRINKING = (
 
 
 @pytest.mark.parametrize("name", ["Qwen", "NFD", "NFKC, lowercase", "NFKD, byte fallback"])
-@settings(max_examples=60, deadline=None)
+@budget(60)
 @given(
     text=st.lists(st.sampled_from([*SHRINKING, " ", "a", "é", "K"]), max_size=60).map("".join),
     number=st.integers(1, 9),

@@ -106,6 +106,10 @@ def test_of_two_that_start_together_the_one_complete_first_wins():
     assert strings.stopped
 
 
+def test_the_one_complete_first_also_wins_while_an_earlier_one_may_still_come():
+    assert stream(["a", "b", "b", "b"], "", ["b", "bb", "abba"], 0) == ("a", 2, True)
+
+
 @pytest.mark.parametrize(("min_tokens", "text", "tokens"), [(0, "", 1), (1, "", 1), (2, "ab", 2), (3, "abab", 3)])
 def test_matches_complete_before_min_tokens_do_not_count(min_tokens, text, tokens):
     assert stream(["ab", "ab", "ab", "."], "", ["ab"], min_tokens) == (text, tokens, True)

@@ -146,16 +146,17 @@ class Memory:
 
 @functools.cache
 def _attend(shape: Shape, implementation: str, decode_only: bool):
-    return jax.jit(
-        functools.partial(
-            paged_attention,
-            scale=shape.head_dim**-0.5,
-            sliding_window=shape.sliding_window,
-            soft_cap=shape.soft_cap,
-            decode_only=decode_only,
-            implementation=implementation,
-        )
+    attend = functools.partial(
+        paged_attention,
+        scale=shape.head_dim**-0.5,
+        sliding_window=shape.sliding_window,
+        soft_cap=shape.soft_cap,
+        decode_only=decode_only,
+        implementation=implementation,
     )
+    # What is compared with, and what is interpreted, runs a few times and no product runs it so: it is not optimized.
+    cheap = implementation in ("reference", "triton_interpret")
+    return jax.jit(attend, compiler_options={"xla_backend_optimization_level": 0} if cheap else None)
 
 
 def arranged(pool: np.ndarray) -> np.ndarray:

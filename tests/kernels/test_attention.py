@@ -3,10 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.pallas_kernels.paged_attention import kv_write, largest, new_pool, paged_attention
+from tests.budgets import budget
 from tests.kernels.packing import Memory, Shape, Work, bits, for_cpu, needs_avx512_bf16
 
 SHAPES = [
@@ -50,7 +51,7 @@ def ragged(draw: st.DrawFn, shape: Shape) -> tuple[list[int], list[Work]]:
 def test_agrees_with_the_reference_and_ignores_unwritten_memory(shape: Shape):
     tolerance = {"float32": 2e-5, "bfloat16": 4e-2, "float16": 5e-3}[shape.dtype]
 
-    @settings(max_examples=12)
+    @budget(12)
     @given(case=ragged(shape), seed=st.integers(0, 2**31))
     def check(case: tuple[list[int], list[Work]], seed: int) -> None:
         lengths, items = case

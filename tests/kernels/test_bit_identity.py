@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.budgets import budget
 from tests.kernels.packing import Memory, Shape, Work, bits, for_cpu
 
 LENGTHS = [150, 3, 129, 64, 301, 17, 128]
@@ -38,7 +39,7 @@ def test_any_packing_in_any_bucket(shape: Shape):
     whole = _whole(memory)
     buckets = BUCKETS if shape == SHAPES[0] else FEWER_BUCKETS
 
-    @settings(max_examples=10 * len(buckets))
+    @budget(10 * len(buckets))
     @given(data=st.data())
     def check(data: st.DataObject) -> None:
         tokens, rows = data.draw(st.sampled_from(buckets))

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from jaxserve.pallas_kernels.cpu import features, linear, tiles
+from tests.budgets import budget
 
 pytestmark = pytest.mark.skipif(not features.has("avx512_bf16"), reason="this CPU has no AVX512_BF16 instructions")
 
@@ -30,7 +31,7 @@ def wide(array: jax.Array) -> np.ndarray:
     return np.asarray(array).astype(np.float64)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@budget(25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.integers(1, 300), panels=st.integers(1, 5), pairs=st.integers(1, 100), seed=st.integers(0, 2**32 - 1))
 def test_linear_is_the_product_in_float32(step: int, rows: int, panels: int, pairs: int, seed: int) -> None:
     pairs = -(-pairs // step) * step
@@ -42,7 +43,7 @@ def test_linear_is_the_product_in_float32(step: int, rows: int, panels: int, pai
     assert (np.abs(wide(got) - wide(x) @ wide(weight).T) <= 1e-6 * magnitude + 1e-30).all()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@budget(25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.integers(1, 40), halves=st.integers(1, 7), pairs=st.integers(1, 60), seed=st.integers(0, 2**32 - 1))
 def test_swiglu_is_that_of_float64_rounded_once(step: int, rows: int, halves: int, pairs: int, seed: int) -> None:
     pairs = -(-pairs // step) * step

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.pallas_kernels.paged_attention import (
@@ -22,6 +22,7 @@ from jaxserve.pallas_kernels.paged_attention import (
 )
 from jaxserve.pallas_kernels.paged_attention.cast import decode, encode
 from jaxserve.pallas_kernels.paged_attention.pool import QUANTISED_DTYPES
+from tests.budgets import budget
 from tests.kernels.packing import arranged, needs_avx512_bf16, plain
 
 PAGES, HEADS, PAGE_SIZE, DIM, TOKENS = 6, 2, 16, 40, 12
@@ -55,15 +56,21 @@ def scales_of(pool_dtype: str, heads: int, random: np.random.Generator) -> dict[
     return {name: (random.uniform(1, 3, heads) / limit).astype(np.float32) for name in ("k_scale", "v_scale")}
 
 
+def compiled(function, implementation: str, **settings):
+    """The function over one implementation. An interpreted kernel takes longer to optimize than it runs in a test."""
+    options = {"xla_backend_optimization_level": 0} if implementation == "triton_interpret" else None
+    return jax.jit(functools.partial(function, implementation=implementation, **settings), compiler_options=options)
+
+
 @functools.cache
 def writer(implementation: str):
-    return jax.jit(functools.partial(kv_write, implementation=implementation))
+    return compiled(kv_write, implementation)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("dtype", "pool_dtype"), PAIRS)
 def test_writes_each_slot_and_nothing_else_outside_the_null_page(dtype: str, pool_dtype: str, implementation: str):
-    @settings(max_examples=5 if implementation == "triton_interpret" else 20)
+    @budget(5 if implementation == "triton_interpret" else 20)
     @given(
         slots=st.lists(st.integers(PAGE_SIZE, PAGES * PAGE_SIZE - 1), unique=True, max_size=TOKENS),
         seed=st.integers(0, 2**31),
@@ -168,10 +175,10 @@ CPU_HEADS_AND_DTYPES = [
 def test_rotates_and_writes_in_one_go(shape: Heads, dtype: str, pool_dtype: str, implementation: str):
     """Against float64. A pair's products and their sum are rounded in float32, the result once more to the dtype."""
     pages = 5
-    run = jax.jit(functools.partial(rotate_and_write, dtype=dtype, implementation=implementation))
+    run = compiled(rotate_and_write, implementation, dtype=dtype)
     epsilon = float(jnp.finfo(dtype).eps)
 
-    @settings(max_examples=4)
+    @budget(4)
     @given(data=st.data(), seed=st.integers(0, 2**31))
     def check(data: st.DataObject, seed: int) -> None:
         random = np.random.default_rng(seed)

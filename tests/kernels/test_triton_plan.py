@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS
 from jaxserve.pallas_kernels.paged_attention.triton import limits, plan, tuning
 from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION, pl, triton
+from tests.budgets import budget
 
 DECODE = tuning.DecodeConfig(block=16, chunk=32, splits=4, programs=3, num_warps=4, num_stages=2)
 PREFILL = tuning.PrefillConfig(tile=32, block=16, num_warps=4, num_stages=2)
@@ -49,7 +50,7 @@ def rows(draw: st.DrawFn, max_len: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("window", [None, 1, 50])
-@settings(max_examples=60)
+@budget(60)
 @given(case=rows(500))
 def test_decode_items_cover_what_a_token_sees_once(window: int | None, case: tuple[np.ndarray, np.ndarray]):
     lengths, starts = case
@@ -79,7 +80,7 @@ def test_chunks_of_a_row_do_not_depend_on_how_long_rows_may_become(length: int):
     assert plan.chunk_lengths(span, 512, DECODE) == plan.chunk_lengths(span, 1 << 20, DECODE)
 
 
-@settings(max_examples=60)
+@budget(60)
 @given(case=rows(500))
 def test_prefill_tiles_cover_prompts_and_padding_once(case: tuple[np.ndarray, np.ndarray]):
     lengths, starts = case

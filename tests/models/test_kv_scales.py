@@ -136,6 +136,7 @@ def test_orbax_keeps_scales(tmp_path):
     assert checkpoint.load_kv_scales(tmp_path / "with", config) is None
 
 
+@pytest.mark.slow(reason="measures as the command does, in a process of its own")
 def test_measured_scales_are_the_greatest_magnitudes_with_their_margin():
     config = ModelConfig.from_hf(BASE | {"bos_token_id": 1})
     mesh = params.make_mesh()

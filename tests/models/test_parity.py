@@ -49,6 +49,7 @@ def test_paged_attention_gives_the_logits_and_greedy_tokens_of_transformers(mode
     np.testing.assert_allclose(logits[::LOGIT_STRIDE], recorded[f"{name}.logits"], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow(reason="runs every shape through torch")
 def test_recorded_numbers_are_what_transformers_computes_now(tmp_path, recorded):
     if importlib.util.find_spec("torch") is None:
         pytest.skip("torch is not installed here; its recorded numbers are compared instead")

@@ -62,6 +62,7 @@ RUN = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow(reason="compiles for one, two and four devices")
 def test_two_and_four_devices_agree_with_one():
     root = pathlib.Path(__file__).parents[2]
     environment = {

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from tokenizers import Tokenizer
@@ -15,6 +15,7 @@ from jaxserve.models.tiny.data import Mixer, held_out_batches, largest_size, mak
 from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE, generate, generate_split, is_held_out
 from jaxserve.models.tiny.tokenizer import BOS_ID, EOS_ID, FIRST_BYTE_ID, VOCAB_SIZE, build_tokenizer, encode_fast
 from jaxserve.models.tiny.words import EMOJI, KEY_WORDS
+from tests.budgets import budget
 
 CHECKPOINT = pathlib.Path(__file__).parents[2] / "models" / "tiny" / "checkpoint"
 TOKENIZER = build_tokenizer()
@@ -120,7 +121,7 @@ def test_training_draws_nothing_held_out():
 
 
 @given(st.text())
-@settings(max_examples=300)
+@budget(300)
 def test_any_text_round_trips(text):
     specials = ("<pad>", "<bos>", "<eos>")
     if not any(special in text for special in specials):

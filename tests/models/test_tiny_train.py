@@ -41,6 +41,7 @@ def test_sizes_grow_only_where_solved():
     assert progress.caps == train.FIRST_CAPS | {"copy": 18}
 
 
+@pytest.mark.slow(reason="compiles training, and trains")
 def test_a_leg_resumes_and_the_export_holds_its_weights(tmp_path):
     leg(tmp_path / "run", "--steps", "2", "--every", "1")
     leg(tmp_path / "run", "--steps", "3", "--every", "1", "--decay-steps", "1")

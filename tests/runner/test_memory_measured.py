@@ -41,6 +41,7 @@ MEASURE = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow(reason="compiles without a cache and serves until every page was used")
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="peaks are measured on Linux alone")
 def test_growth_after_the_start_is_within_the_plan():
     found = json.loads(run_script(MEASURE, json.dumps(OPTIONS)).splitlines()[-1])

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
@@ -17,6 +17,7 @@ from jaxserve.programs.step_programs import attention_metadata
 from jaxserve.request import EngineRequest
 from jaxserve.runner.packing import ForwardPacker, SamplePacker
 from jaxserve.scheduler.plan import DecodeRows, RowPlan, StepPlan
+from tests.budgets import budget
 
 PAGE = 16
 NUM_SLOTS = 8
@@ -112,7 +113,7 @@ def test_a_packed_vector_is_not_written_again():
     assert_array_equal(packer.pack(plan), before)
 
 
-@settings(max_examples=60)
+@budget(60)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)), min_size=1, max_size=5).map(
         lambda rows: sorted(rows, key=lambda row: row[1] > 0)

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from jaxserve.programs.sampler import filter_logits, sample
 from jaxserve.programs.slots import Slots
 from jaxserve.scheduler.plan import NOT_FINITE
+from tests.budgets import budget
 
 VOCAB = 50
 SLOTS = 16
@@ -42,7 +43,7 @@ def kept_by_sorting(logits: np.ndarray, top_k: int, top_p: float, min_p: float) 
     return kept
 
 
-@settings(max_examples=200)
+@budget(200)
 @given(
     seed=st.integers(0, 2**32 - 1),
     top_k=st.sampled_from([-1, 0, 1, 2, 7, 49, 50, 1000]),

@@ -8,10 +8,10 @@ wrong content, whatever the accounts say.
 import dataclasses
 
 import hypothesis.strategies as st
-from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from jaxserve.kv_cache.page_pool import PagePool, PageState
+from tests.budgets import budget
 
 PAGE_SIZE, NUM_PAGES, NUM_HOST_PAGES = 2, 9, 4
 PAGES = range(1, NUM_PAGES)
@@ -299,4 +299,4 @@ class PagePoolMachine(RuleBasedStateMachine):
 
 
 TestPagePoolMachine = PagePoolMachine.TestCase
-TestPagePoolMachine.settings = settings(max_examples=200, stateful_step_count=50)
+TestPagePoolMachine.settings = budget(80, stateful_step_count=50)

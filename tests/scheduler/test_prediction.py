@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.config.scheduling import PredictionConfig
@@ -13,6 +13,7 @@ from jaxserve.request import EngineRequest
 from jaxserve.scheduler import prediction
 from jaxserve.scheduler.kendall import kendall_tau
 from jaxserve.scheduler.prediction import OutputLengthPredictor
+from tests.budgets import budget
 
 
 def request(prompt: int = 50, max_tokens: int = 2048, tenant: str = "", min_tokens: int = 0, stop: bool = True):
@@ -178,7 +179,7 @@ requests = st.builds(
 histories = st.lists(st.tuples(requests, st.floats(0.0, 1.0)), max_size=30)
 
 
-@settings(max_examples=40)
+@budget(40)
 @given(histories, requests, st.floats(0.01, 0.99), st.floats(0.01, 0.99))
 def test_quantiles_are_ordered_and_keep_to_the_limits(
     history: list[tuple[EngineRequest, float]], asked: EngineRequest, q: float, other: float

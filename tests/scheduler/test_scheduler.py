@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.config.settings import SchedulerConfig
@@ -16,6 +16,7 @@ from jaxserve.scheduler import Scheduler, StepResult
 from jaxserve.scheduler.admission_order import Greedy
 from jaxserve.scheduler.keyed_queue import KeyedQueue
 from jaxserve.scheduler.plan import NO_DECODES
+from tests.budgets import budget
 from tests.scheduler.drive import alone, drive, make_scheduler, preempt, request, start_decoding
 
 
@@ -167,7 +168,7 @@ requests_strategy = st.lists(
 )
 
 
-@settings(max_examples=150)
+@budget(150)
 @given(
     drawn=requests_strategy,
     max_num_seqs=st.integers(1, 6),

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, given
 from hypothesis import strategies as st
 
 from jaxserve.config.scheduling import FORMATIONS, MODES
 from jaxserve.scheduler.policies.named import POLICIES
+from tests.budgets import ALL, budget
 from tests.scheduler.history import run_history
 
-STEPS = 20_000
-"""In each mode, at least: 100,000 in all."""
+STEPS = 20_000 if ALL else 6_000
+"""In each mode, at least."""
 
 EVERYWHERE = ("aborted waiting", "aborted running", "expired", "refused", "ended stop", "ended length", "chunked")
 MEMORY = ("several chunks", "recomputed", "swapped out", "swapped in")
@@ -38,7 +39,7 @@ def test_histories(mode: str):
     events: Counter[str] = Counter()
 
     def histories(policy: str, formation: str) -> None:
-        @settings(max_examples=examples, phases=[Phase.generate])  # a smaller seed is not a simpler history
+        @budget(examples, phases=[Phase.generate])  # a smaller seed is not a simpler history
         @given(st.integers(0, 2**32))
         def run(seed: int) -> None:
             events.update(run_history(seed, mode, formation, policy, steps))

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, given
 from hypothesis import strategies as st
 
 from jaxserve.config.scheduling import FORMATIONS, MODES, SchedulerConfig
@@ -21,6 +21,7 @@ from jaxserve.scheduler.plan import NO_DECODES
 from jaxserve.scheduler.policies.fair import Fair
 from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.scheduler.update import SequenceUpdate
+from tests.budgets import budget
 from tests.scheduler.history import PAGE_SIZE, TENANTS, draw_config
 
 STOP = 7
@@ -180,7 +181,7 @@ def test_a_stretch_equals_its_steps(mode: str):
     events: Counter[str] = Counter()
 
     def histories(policy: str) -> None:
-        @settings(max_examples=14, phases=[Phase.generate])  # a smaller seed is not a simpler history
+        @budget(14, phases=[Phase.generate])  # a smaller seed is not a simpler history
         @given(seed=st.integers(0, 2**32))
         def run(seed: int) -> None:
             rng = random.Random(f"{mode} {policy} {seed}")

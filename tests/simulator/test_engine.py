@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.config.scheduling import FORMATIONS, MODES, VICTIMS
@@ -18,6 +18,7 @@ from jaxserve.simulator.traces import Trace, make_trace
 from jaxserve.telemetry.batch_metrics import run_metrics
 from jaxserve.telemetry.recorder import Recorder, StepRecorded
 from jaxserve.telemetry.timings import request_timings
+from tests.budgets import budget
 from tests.simulator.helpers import SimpleCosts, make_config, make_device
 
 
@@ -150,7 +151,7 @@ def cases(draw):
     return make_config(**options), trace, costs, device
 
 
-@settings(max_examples=60)
+@budget(60)
 @given(cases())
 def test_stretches_change_nothing(case):
     config, trace, costs, device = case
