@@ -1,4 +1,4 @@
-"""How far the logits are from transformers' LlamaForCausalLM, shape by shape: `python -m benchmarks.llama_parity`.
+"""How far the logits of every family are from transformers, shape by shape: `python -m benchmarks.llama_parity`.
 
 Random float32 weights, a prompt of 16 tokens and 64 greedy ones. With torch installed transformers runs here; without
 it the numbers recorded in tests/models/references.npz stand for it. `dense` recomputes the whole sequence every step,
@@ -15,8 +15,9 @@ import tempfile
 import jax
 import numpy as np
 
-from jaxserve.models import checkpoint, params
+from jaxserve.models import params
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.loading import checkpoint
 from tests.models import generate
 from tests.models.checkpoints import NEW_TOKENS, SHAPES, Shape, prompt, write_shape
 

@@ -20,8 +20,8 @@ from benchmarks.work import FIRST_ORDINARY_ID
 from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import AddRequest, EngineFailed, RequestOutput
-from jaxserve.models import checkpoint
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.loading import checkpoint
 from jaxserve.models.params import make_mesh
 from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.programs.step_programs import products_of

@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.llama import hf_weights
-from jaxserve.models.weights import Slice
+from jaxserve.models.layers.parameter import Source
+from jaxserve.models.params import parameters
 
 LLAMA_153M: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -54,31 +54,32 @@ def write_checkpoint(directory: pathlib.Path, raw: dict[str, Any], seed: int = 0
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    slices = [part for parts in hf_weights(ModelConfig.from_directory(directory)).values() for part in parts]
+    declared = parameters(ModelConfig.from_directory(directory))
+    sources = [source for parameter in declared.values() for source in parameter.sources]
     rng = np.random.default_rng(seed)
     if shards == 1:
-        _write_file(directory / "model.safetensors", slices, rng)
+        _write_file(directory / "model.safetensors", sources, rng)
         return
     weight_map: dict[str, str] = {}
     for number in range(shards):
         name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        held = slices[number * len(slices) // shards : (number + 1) * len(slices) // shards]
+        held = sources[number * len(sources) // shards : (number + 1) * len(sources) // shards]
         _write_file(directory / name, held, rng)
         weight_map |= {part.tensor: name for part in held}
     index = json.dumps({"metadata": {}, "weight_map": weight_map})
     (directory / "model.safetensors.index.json").write_text(index, encoding="utf-8")
 
 
-def _write_file(path: pathlib.Path, slices: Sequence[Slice], rng: np.random.Generator) -> None:
+def _write_file(path: pathlib.Path, sources: Sequence[Source], rng: np.random.Generator) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for part in slices:
+    for part in sources:
         begin, end = end, end + 2 * math.prod(part.shape)
         header[part.tensor] = {"dtype": "BF16", "shape": list(part.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for part in slices:
+        for part in sources:
             if len(part.shape) == 1:
                 values = np.ones(part.shape, np.float32)
             else:

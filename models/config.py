@@ -1,4 +1,4 @@
-"""The architecture of a model as plain data, read from a Hugging Face `config.json` or written in gin.
+"""Holds the architecture of a model as plain data, read from a Hugging Face `config.json` or written in gin.
 
 Imports no jax, so that a configuration can be validated, explained and simulated without a device.
 """
@@ -6,16 +6,31 @@ Imports no jax, so that a configuration can be validated, explained and simulate
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxserve.models.end_tokens import as_ids, end_token_ids
-from jaxserve.models.json_files import brief, read_object
-from jaxserve.models.rope import RopeScaling, check_number
-from jaxserve.models.rope import from_hf as rope_from_hf
-from jaxserve.models.stored import (
+from jaxserve.models.families.family import Family
+from jaxserve.models.layer_specs import LayerSpec
+from jaxserve.models.layers.rope import RopeScaling
+from jaxserve.models.loading.config_keys import (
+    LARGEST,
+    OTHER_KEYS,
+    ConfigKeys,
+    dtype_name,
+    first_token,
+    flag,
+    nested_keys,
+    optional,
+    quantizes_weights,
+    required_count,
+)
+from jaxserve.models.loading.end_tokens import as_ids, end_token_ids
+from jaxserve.models.loading.json_files import read_object
+from jaxserve.models.loading.rope_settings import rope_settings
+from jaxserve.models.loading.stored import (
     EMBEDDING,
     HEAD,
     INDEX_FILE,
@@ -25,53 +40,26 @@ from jaxserve.models.stored import (
     has_safetensors,
     read_stored,
 )
-
-ARCHITECTURES = ("LlamaForCausalLM",)
-"""The names that `jaxserve.models.registry` has entries for; here, so that an unknown one is named without jax."""
-
-_INT32: int = 2**31 - 1
-
-_LARGEST: dict[str, int] = {"num_hidden_layers": 1024, "head_dim": 2**16}
-"""Bounds of what a start builds one by one, or computes on the host; other sizes must fit into 32 bits."""
+from jaxserve.models.registry import ARCHITECTURES, lookup
+from jaxserve.models.value_checks import INT32_MAX, brief, check_count, check_number
 
 _CONTEXT_KEYS = ("max_sequence_length", "max_seq_length", "max_seq_len", "seq_length", "n_positions")
 """Names under which a `config.json` may bound the context beside max_position_embeddings."""
 
-_OTHER_KEYS = (
-    "attention_multiplier", "attn_logit_softcapping", "clip_qkv", "embedding_multiplier", "final_logit_softcapping",
-    "layer_types", "logit_scale", "logits_scaling", "no_rope_layers", "num_experts", "num_local_experts",
-    "query_pre_attn_scalar", "residual_multiplier", "sliding_window", "use_qk_norm",
-)  # fmt: skip
-"""Keys of a `config.json` by which other architectures compute something else."""
-
-_NESTED_KEYS = (
-    "attention_bias", "bos_token_id", "dtype", "head_dim", "hidden_act", "hidden_size", "intermediate_size",
-    "max_position_embeddings", "mlp_bias", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
-    "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "torch_dtype", "vocab_size",
-)  # fmt: skip
-"""Keys that are read outside `text_config`, where models of several modalities have them."""
-
 _log = logging.getLogger(__name__)
-
-
-def check_architecture(name: str) -> None:
-    """Raises ValueError, with the known names, where an architecture is not known."""
-    if name not in ARCHITECTURES:
-        raise ValueError(
-            f"model architecture is {brief(name)}; known architectures are {', '.join(sorted(ARCHITECTURES))}"
-        )
-
-
-def _check_count(name: str, value: Any, most: int = _INT32) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {brief(value)}; it must be a whole number of at least 1")
-    if value > most:
-        raise ValueError(f"{name} is {brief(value)}; it must be at most {most}")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a decoder-only model. Sizes are counts of elements; names follow Hugging Face."""
+    """Architecture of a decoder-only model. Sizes are counts of elements; names follow Hugging Face.
+
+    Attributes:
+        attention_bias: all projections of attention have biases, in every layer.
+        mlp_bias: all matrices of the MLPs have biases.
+        sliding_window: positions that the layers with a window attend to; None where no layer has one.
+        layers: what each layer computes; None where the architecture's family makes it of the fields above, which is
+            so of all models whose layers are alike. `layer_specs` has it either way.
+    """
 
     architecture: str
     vocab_size: int
@@ -91,6 +79,8 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
+    sliding_window: int | None = None
+    layers: tuple[LayerSpec, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -103,7 +93,7 @@ class ModelConfig:
             "head_dim",
             "max_position_embeddings",
         ):
-            _check_count(f"model {name}", getattr(self, name), _LARGEST.get(name, _INT32))
+            check_count(f"model {name}", getattr(self, name), LARGEST.get(name, INT32_MAX))
         for name in ("rms_norm_eps", "rope_theta"):
             check_number(f"model {name}", getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
@@ -113,9 +103,25 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"model head_dim is {self.head_dim}; rotary embeddings need an even number")
-        _check_count("model context (max_position_embeddings times the rope_scaling factor)", self.context_length)
+        check_count("model context (max_position_embeddings times the rope_scaling factor)", self.context_length)
         as_ids("model eos_token_ids", list(self.eos_token_ids), self.vocab_size)
         as_ids("model bos_token_id", self.bos_token_id, self.vocab_size)
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Raises ValueError where the layers contradict the fields; layers that follow from the fields become None."""
+        alike = lookup(self.architecture).layers(vars(self))
+        if self.layers == alike:
+            object.__setattr__(self, "layers", None)
+        for name, value in shared_fields(self.layers or alike).items():
+            if getattr(self, name) != value:
+                made = "its layers have" if self.layers else f"{self.architecture} makes layers with"
+                raise ValueError(f"model {name} is {brief(getattr(self, name))}; {made} {brief(value)}")
+
+    @functools.cached_property
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """What each layer computes, first to last."""
+        return self.layers or lookup(self.architecture).layers(vars(self))
 
     @property
     def group_size(self) -> int:
@@ -152,9 +158,9 @@ class ModelConfig:
         if not directory.is_dir():
             raise ValueError(f"model is {str(directory)!r}; there is no such directory")
         raw = read_object(directory / "config.json")
-        config = cls.from_hf(raw)
+        config, told = cls._read(raw)
         ends, lines = end_token_ids(raw, directory, directory if tokenizer is None else pathlib.Path(tokenizer))
-        lines += _other_limits(raw, config, directory) + _unread_keys(raw, config)
+        lines += _other_limits(raw, config, directory) + told + nested_keys(raw)
         config = dataclasses.replace(config, eos_token_ids=ends)
         if has_safetensors(directory):
             config, more = _compared(config, raw, read_stored(directory))
@@ -166,59 +172,71 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Translates the fields of a Hugging Face `config.json`; a missing or unsupported one is a ValueError."""
-        architecture = _architecture(raw)
-        if _quantises_weights(raw.get("quantization_config") or raw.get("compression_config") or {}):
+        return cls._read(raw)[0]
+
+    @classmethod
+    def _read(cls, content: Mapping[str, Any]) -> tuple[ModelConfig, list[str]]:
+        """The configuration that a `config.json` describes, and a line where it has keys that are not used."""
+        family = lookup(_architecture(content))
+        raw = ConfigKeys(content, family.defaults)
+        if quantizes_weights(raw.get("quantization_config") or raw.get("compression_config") or {}):
             raise ValueError("config.json quantization_config is set; only unquantised weights are supported")
         if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
             raise ValueError(f"config.json hidden_act is {brief(raw['hidden_act'])}; only 'silu' is supported")
-        heads = _required_count(raw, "num_attention_heads")
-        hidden = _required_count(raw, "hidden_size")
+        heads = required_count(raw, "num_attention_heads")
+        hidden = required_count(raw, "hidden_size")
         if raw.get("head_dim") is None and hidden % heads:
             raise ValueError(
                 f"config.json hidden_size is {hidden}; without a head_dim it must be a multiple of num_attention_heads "
                 f"{heads}"
             )
-        theta, scaling = rope_from_hf(raw, _required_count(raw, "max_position_embeddings"))
+        theta, scaling = rope_settings(raw, required_count(raw, "max_position_embeddings"))
         context, scaling = _context(raw, scaling)
-        vocabulary = _required_count(raw, "vocab_size")
+        vocabulary = required_count(raw, "vocab_size")
         for name in ("eos_token_id", "bos_token_id"):
             as_ids(f"config.json {name}", raw.get(name), vocabulary)
-        return cls(
-            architecture=architecture,
+        layers = family.layers(raw)
+        config = cls(
+            architecture=family.architecture,
             vocab_size=vocabulary,
             hidden_size=hidden,
-            intermediate_size=_required_count(raw, "intermediate_size"),
-            num_hidden_layers=_required_count(raw, "num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=_optional(raw, "num_key_value_heads", heads),
-            head_dim=_optional(raw, "head_dim", hidden // heads),
+            num_key_value_heads=optional(raw, "num_key_value_heads", heads),
+            head_dim=optional(raw, "head_dim", hidden // heads),
             max_position_embeddings=context,
-            rms_norm_eps=_optional(raw, "rms_norm_eps", 1e-6),
+            rms_norm_eps=optional(raw, "rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
-            attention_bias=_flag(raw, "attention_bias"),
-            mlp_bias=_flag(raw, "mlp_bias"),
-            bos_token_id=_first_token(raw.get("bos_token_id")),
+            tie_word_embeddings=flag(raw, "tie_word_embeddings"),
+            bos_token_id=first_token(raw.get("bos_token_id")),
             eos_token_ids=as_ids("config.json eos_token_id", raw.get("eos_token_id")),
-            dtype=_dtype_name(raw) or "float32",
+            dtype=dtype_name(raw) or "float32",
+            layers=layers,
+            **shared_fields(layers),
         )
+        return config, _unread_keys(raw, family)
 
     def to_hf(self) -> dict[str, Any]:
         """The fields of a Hugging Face `config.json` that `from_hf` translates back to this configuration."""
+        family = lookup(self.architecture)
         raw: dict[str, Any] = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in ("architecture", "rope_scaling", "eos_token_ids")
+            if field.name not in ("architecture", "rope_scaling", "eos_token_ids", "layers")
         }
         raw |= {
             "architectures": [self.architecture],
+            "model_type": family.model_type,
             "hidden_act": "silu",
             "eos_token_id": list(self.eos_token_ids) or None,
             "rope_scaling": None,
         }
-        if self.architecture == "LlamaForCausalLM":
-            raw["model_type"] = "llama"
+        if self.sliding_window is not None:
+            kinds = ("full_attention", "sliding_attention")
+            windows = [layer.attention.sliding_window is not None for layer in self.layer_specs]
+            # Some families have no layer_types, and read the window for all layers.
+            told = {"max_window_layers": 0} if all(windows) else {"layer_types": [kinds[each] for each in windows]}
+            raw |= {"use_sliding_window": True, **told}
         scaling = self.rope_scaling
         if scaling.kind != "default":
             raw["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
@@ -231,7 +249,21 @@ class ModelConfig:
                 "high_freq_factor": scaling.high_freq_factor,
                 "original_max_position_embeddings": scaling.original_max_position_embeddings,
             }
+        if family.layers(ConfigKeys(raw, family.defaults)) != self.layer_specs:
+            raise ValueError(f"model layers are some that no config.json of {self.architecture} describes")
         return raw
+
+
+def shared_fields(layers: Sequence[LayerSpec]) -> dict[str, Any]:
+    """What the fields of a `ModelConfig` say of these layers together."""
+    attention = [layer.attention for layer in layers]
+    return {
+        "num_hidden_layers": len(layers),
+        "intermediate_size": max(layer.mlp.intermediate_size for layer in layers),
+        "attention_bias": all(each.qkv_bias and each.out_bias for each in attention),
+        "mlp_bias": all(layer.mlp.bias for layer in layers),
+        "sliding_window": max((each.sliding_window for each in attention if each.sliding_window), default=None),
+    }
 
 
 def check_config_file(directory: str | pathlib.Path) -> ModelConfig | None:
@@ -244,35 +276,6 @@ def check_config_file(directory: str | pathlib.Path) -> ModelConfig | None:
     return ModelConfig.from_hf(read_object(path)) if path.is_file() else None
 
 
-def _quantises_weights(quantization: Any) -> bool:
-    """Whether a `quantization_config` says more than how the key-value cache was calibrated."""
-    if not isinstance(quantization, dict):
-        return True
-    if quantization.get("quant_method") == "compressed-tensors":
-        return bool(quantization.get("config_groups"))
-    if quantization.get("quant_method") == "modelopt":
-        return quantization.get("quant_algo") is not None
-    return bool(quantization)
-
-
-def _required_count(raw: Mapping[str, Any], name: str) -> int:
-    if raw.get(name) is None:
-        raise ValueError(f"config.json has no {name}; a checkpoint without it cannot be served")
-    _check_count(f"config.json {name}", raw[name], _LARGEST.get(name, _INT32))
-    return raw[name]
-
-
-def _optional(raw: Mapping[str, Any], name: str, default: Any) -> Any:
-    return default if raw.get(name) is None else raw[name]
-
-
-def _flag(raw: Mapping[str, Any], name: str) -> bool:
-    value = _optional(raw, name, False)
-    if not isinstance(value, bool):
-        raise ValueError(f"config.json {name} is {brief(value)}; it must be true or false")
-    return value
-
-
 def _architecture(raw: Mapping[str, Any]) -> str:
     """The architecture, checked before everything else: of another one nothing else need be as here."""
     names = raw.get("architectures") or []
@@ -282,7 +285,6 @@ def _architecture(raw: Mapping[str, Any]) -> str:
             f"config.json architectures is {brief(names)}; exactly one name is needed; known architectures are "
             f"{', '.join(sorted(ARCHITECTURES))}{kind}"
         )
-    check_architecture(names[0])
     return names[0]
 
 
@@ -292,8 +294,8 @@ def _context(raw: Mapping[str, Any], scaling: RopeScaling) -> tuple[int, RopeSca
     Where scaling multiplies max_position_embeddings, a bound that is at most that bounds the context before scaling,
     and a larger one the context after it.
     """
-    context = _required_count(raw, "max_position_embeddings")
-    bounds = [_required_count(raw, name) for name in _CONTEXT_KEYS if raw.get(name) is not None]
+    context = required_count(raw, "max_position_embeddings")
+    bounds = [required_count(raw, name) for name in _CONTEXT_KEYS if raw.get(name) is not None]
     before = min([context, *bounds])
     after = min((bound for bound in bounds if bound > context), default=None)
     if after is None or after >= before * scaling.context_factor:
@@ -318,25 +320,25 @@ def _other_limits(raw: Mapping[str, Any], config: ModelConfig, directory: pathli
     return [f"the files of {directory} have {told}; the context is {config.context_length} tokens"]
 
 
-def _unread_keys(raw: Mapping[str, Any], config: ModelConfig) -> list[str]:
-    """A line where config.json has settings by which another architecture would compute something else."""
-    neutral = (None, False, 0, 1)
-    found = [name for name in _OTHER_KEYS if raw.get(name) not in neutral]
-    if raw.get("use_sliding_window") is False and "sliding_window" in found:
-        found.remove("sliding_window")
+def _unread_keys(keys: ConfigKeys, family: Family) -> list[str]:
+    """A line where config.json has settings that the family does not know.
+
+    Raises ValueError where another architecture would compute something else by them, unless the family allows it.
+    """
+    unread = keys.unread()
+    refused = [name for name in unread if name in OTHER_KEYS and not family.ignores_others]
+    if refused:
+        told = ", ".join(f"{name} {brief(keys[name])}" for name in refused)
+        raise ValueError(
+            f"config.json has {told}, by which models compute something else and which {family.architecture} does not "
+            "know; if the checkpoint was made without it, set it to null"
+        )
     lines = []
-    if found:
-        lines.append(f"config.json has {', '.join(found)}, which {config.architecture} does not know; not used")
-    nested = raw.get("text_config")
-    for name, value in nested.items() if isinstance(nested, dict) else ():
-        if name in _NESTED_KEYS and value is not None and value != raw.get(name):
-            lines.append(
-                f"config.json text_config has {name} {brief(value)}, and {brief(raw.get(name))} stands beside "
-                "text_config; the latter counts"
-            )
-    if raw.get("model_type") not in (None, "llama"):
+    if unread:
+        lines.append(f"config.json has {', '.join(unread)}, which {family.architecture} does not know; not used")
+    if keys.get("model_type") not in (None, family.model_type):
         lines.append(
-            f"config.json model_type is {brief(raw['model_type'])}; the architecture {config.architecture} counts"
+            f"config.json model_type is {brief(keys['model_type'])}; the architecture {family.architecture} counts"
         )
     return lines
 
@@ -347,7 +349,7 @@ def _compared(config: ModelConfig, raw: Mapping[str, Any], stored: Stored) -> tu
     if (stored.directory / SINGLE_FILE).exists() and (stored.directory / INDEX_FILE).exists():
         lines.append(f"checkpoint {stored.directory} holds {SINGLE_FILE} and {INDEX_FILE}; only the former is read")
     own = stored.dtype
-    if _dtype_name(raw) is None:
+    if dtype_name(raw) is None:
         config = dataclasses.replace(config, dtype=own or config.dtype)
     elif own is not None and own != config.dtype:
         lines.append(
@@ -361,27 +363,3 @@ def _compared(config: ModelConfig, raw: Mapping[str, Any], stored: Stored) -> tu
             "the stored head is used"
         )
     return config, lines
-
-
-def _first_token(value: Any) -> int | None:
-    """The token that a text begins with: an id, or a list of one."""
-    if isinstance(value, list):
-        if len(value) > 1:
-            raise ValueError(f"config.json bos_token_id is {brief(value)}; it must be one token id")
-        return value[0] if value else None
-    return value
-
-
-def _dtype_name(raw: Mapping[str, Any]) -> str | None:
-    """The dtype that config.json names; None where it names none."""
-    new, old = (_without_module(name, raw.get(name)) for name in ("dtype", "torch_dtype"))
-    if new and old and new != old:
-        raise ValueError(f"config.json dtype is {new!r} and torch_dtype is {old!r}; they contradict each other")
-    return new or old
-
-
-def _without_module(name: str, value: Any) -> str | None:
-    """The name of a dtype: early releases of transformers wrote torch.bfloat16, and "auto" names none."""
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"config.json {name} is {brief(value)}; it must be a name such as 'bfloat16'")
-    return None if value in (None, "", "auto") else value.removeprefix("torch.")

@@ -6,6 +6,7 @@ it passes through jit, device_put and orbax as it is; `bind` turns it into a mod
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -19,15 +20,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.products import Products
-from jaxserve.models.registry import lookup
-from jaxserve.models.weights import Params, Path, put
+from jaxserve.models.layers import matmul
+from jaxserve.models.layers.decoder import Decoder
+from jaxserve.models.layers.matmul import Products
+from jaxserve.models.layers.parameter import Initial, Packing, Parameter, Params, Path, get, put
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the dtypes that weights can be held in."""
-
-UNEVEN = ("embedding", "head")
-"""Parameters that every device holds whole where the mesh does not divide them (odd vocabularies)."""
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -54,17 +53,29 @@ def abstract_params(config: ModelConfig, dtype: Any, mesh: Mesh) -> Params:
     Args:
         config: the architecture; one that the registry does not know is a ValueError.
         dtype: of every parameter; see `resolve_dtype`.
-        mesh: with the axis `tensor`, whose size must divide the architecture's `split_fields` (ValueError).
+        mesh: with the axis `tensor`, whose size must divide the key-value heads and the width of MLPs (ValueError).
     """
     resolved = resolve_dtype(dtype)
     check_mesh(config, mesh)
-    partition = lookup(config.architecture).partition
-    _, shapes = _structure(config, Products())
     tree: Params = {}
-    for path, shape in shapes.items():
-        spec = _fitting(str(path[-1]), partition[str(path[-1])], shape, mesh)
-        put(tree, path, jax.ShapeDtypeStruct(shape, resolved, sharding=NamedSharding(mesh, spec)))
+    for path, parameter in parameters(config).items():
+        sharding = NamedSharding(mesh, _fitting(parameter, mesh))
+        put(tree, path, jax.ShapeDtypeStruct(parameter.shape, resolved, sharding=sharding))
     return tree
+
+
+def parameters(config: ModelConfig) -> dict[Path, Parameter]:
+    """Lists every parameter as its layer declares it, by path; sources have the names that a checkpoint has."""
+    declared = _structure(config, Products())[1]
+    return {path: _in_layer(path, parameter) for path, parameter in declared.items()}
+
+
+def _in_layer(path: Path, parameter: Parameter) -> Parameter:
+    if path[0] != "layers":
+        return parameter
+    prefix = f"model.layers.{path[1]}."
+    sources = (dataclasses.replace(source, tensor=prefix + source.tensor) for source in parameter.sources)
+    return dataclasses.replace(parameter, sources=tuple(sources))
 
 
 def random_params(config: ModelConfig, dtype: Any, mesh: Mesh, seed: int) -> Params:
@@ -73,15 +84,15 @@ def random_params(config: ModelConfig, dtype: Any, mesh: Mesh, seed: int) -> Par
     Matrices and biases are normal with variance 1 / (length of the dot), norm scales are 1. The same seed gives the
     same weights on every mesh. Arguments are those of `abstract_params`.
     """
-    contracted = lookup(config.architecture).contracted_axes
+    declared = parameters(config)
     root = jax.random.key(seed)
 
     def draw(number: int, path: Path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        name = str(path[-1])
-        if name == "scale":
+        if declared[path].initial is Initial.ONES:
             return jax.device_put(np.ones(leaf.shape, leaf.dtype), leaf.sharding)
-        fan_in = math.prod(leaf.shape[len(leaf.shape) - contracted.get(name, 1) :])
-        return _normal(leaf.shape, leaf.dtype, leaf.sharding, fan_in)(jax.random.fold_in(root, number))
+        return _normal(leaf.shape, leaf.dtype, leaf.sharding, declared[path].dot_length)(
+            jax.random.fold_in(root, number)
+        )
 
     tree: Params = {}
     for number, (path, leaf) in enumerate(leaves(abstract_params(config, dtype, mesh))):
@@ -91,7 +102,10 @@ def random_params(config: ModelConfig, dtype: Any, mesh: Mesh, seed: int) -> Par
 
 def packable(config: ModelConfig, dtype: Any) -> bool:
     """Whether this machine's CPU has kernels that read weights of `dtype` in packed order."""
-    return lookup(config.architecture).packable(config, resolve_dtype(dtype))
+    resolved = resolve_dtype(dtype)
+    if any(layer.mlp.bias for layer in config.layer_specs):
+        return False  # there is no kernel for gate and up with a bias
+    return matmul.packable(resolved, parameters(config).values())
 
 
 def products_for(dtype: Any, mesh: Mesh, *, packed: bool = False) -> Products:
@@ -109,8 +123,9 @@ def products_for(dtype: Any, mesh: Mesh, *, packed: bool = False) -> Products:
 
 def pack_for(config: ModelConfig, params: Params, products: Products) -> Params:
     """The parameters in the order that `products` reads, changed in place where that is another one."""
-    if products.packed:
-        lookup(config.architecture).pack(config, params)
+    for path, parameter in parameters(config).items() if products.packed else ():
+        if parameter.packing is not Packing.NONE:
+            put(params, path, matmul.packed(get(params, path), parameter))
     return params
 
 
@@ -136,27 +151,27 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     if "tensor" not in mesh.shape:
         raise ValueError(f"mesh axes are {tuple(mesh.shape)}; one of them must be 'tensor'")
     size = mesh.shape["tensor"]
-    for name in lookup(config.architecture).split_fields:
-        if getattr(config, name) % size:
-            raise ValueError(f"mesh axis tensor has {size} devices; it must divide {name} {getattr(config, name)}")
+    widths = dict.fromkeys(("intermediate_size", layer.mlp.intermediate_size) for layer in config.layer_specs)
+    for name, value in (("num_key_value_heads", config.num_key_value_heads), *widths):
+        if value % size:
+            raise ValueError(f"mesh axis tensor has {size} devices; it must divide {name} {value}")
 
 
-def _fitting(name: str, spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
-    for length, axis in zip(shape, spec, strict=True):
+def _fitting(parameter: Parameter, mesh: Mesh) -> P:
+    for length, axis in zip(parameter.shape, parameter.partition, strict=True):
         if axis is not None and length % mesh.shape[axis]:
-            assert name in UNEVEN, (name, shape)
-            return P(*(None for _ in shape))
-    return spec
+            assert parameter.whole_if_uneven, parameter
+            return P(*(None for _ in parameter.shape))
+    return parameter.partition
 
 
 @functools.lru_cache(maxsize=16)
-def _structure(config: ModelConfig, products: Products) -> tuple[Any, dict[Path, tuple[int, ...]]]:
-    """The module's graph definition and the shape of each parameter by path; no array is made."""
-    module = lookup(config.architecture).module
-    abstract = nnx.eval_shape(lambda: module(config, dtype=jnp.float32, products=products, rngs=nnx.Rngs(0)))
+def _structure(config: ModelConfig, products: Products) -> tuple[Any, dict[Path, Parameter]]:
+    """The module's graph definition and the declaration of each parameter by path; no array is made."""
+    abstract = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, products=products, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
-    shapes = {path: leaf.shape for path, leaf in leaves(nnx.to_pure_dict(state))}
-    return graph, shapes
+    flat: list[tuple[Any, Any]] = sorted(nnx.to_flat_state(state))
+    return graph, {path: leaf.get_metadata("spec") for path, leaf in flat}
 
 
 @functools.lru_cache(maxsize=64)

@@ -79,7 +79,7 @@ def test_type_checker_looks_behind_every_link():
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("models/rope.py", "import jaxserve.serving.client"),
+        ("models/layers/rope.py", "import jaxserve.serving.client"),
         ("jaxserve/scheduler/plan.py", "import jax"),
         ("pallas_kernels/paged_attention/spec.py", "import jaxserve.models.config"),
         ("server/calls.py", "import gin"),

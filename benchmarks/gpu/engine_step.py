@@ -128,7 +128,7 @@ class Engine:
         shapes = self.shapes
         products = products_for(shapes.dtype, self.mesh)
 
-        def attend(qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, dtype: Any) -> Any:
+        def attend(qkv: jax.Array, rotation: Any, cache: Any, spec: Any, sinks: Any, dtype: Any) -> Any:
             # Keys and values take part, so that no column of the projection is left out.
             return (qkv[..., :-2, :] + qkv[..., -2:-1, :] + qkv[..., -1:, :]).astype(dtype), cache
 

@@ -19,6 +19,7 @@ import re
 import sys
 import threading
 import tokenize
+import types
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -384,7 +385,7 @@ def _family(config: type) -> list[type]:
 
 def _inner_config(hint: Any) -> tuple[type | None, bool]:
     """The dataclass that a field's type names, and whether the field may be None instead."""
-    arguments = typing.get_args(hint)
+    arguments = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ()
     for choice in (hint, *arguments):
         if isinstance(choice, type) and dataclasses.is_dataclass(choice):
             return choice, type(None) in arguments

@@ -21,7 +21,7 @@ from jaxserve.frontend.fast_tokenizers import fast_class
 from jaxserve.frontend.preparation_steps import Steps, finish
 from jaxserve.frontend.template import TemplateRenderer, one_line
 from jaxserve.models.config import check_config_file
-from jaxserve.models.older_tokenizers import has_older_format
+from jaxserve.models.loading.older_tokenizers import has_older_format
 
 _IDS_PER_STEP = 64 * 1024
 

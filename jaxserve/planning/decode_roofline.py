@@ -11,7 +11,6 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jaxserve.models.attention import AttentionSettings
 from jaxserve.planning.model_cost import ModelCost
 from jaxserve.programs.step_programs import Shapes
 from jaxserve.programs.target_devices import Target
@@ -49,10 +48,11 @@ def decode_step(shapes: Shapes, target: Target, batch: int, context: int) -> Dec
     model = shapes.model
     cost = ModelCost.of(model, jnp.dtype(shapes.dtype).name, jnp.dtype(shapes.pool_dtype).name)
     matrices, rows = cost.layers + cost.head, cost.embedding_row
-    window = AttentionSettings.of(model).sliding_window
-    seen = context if window is None else min(context, window)
-    moved = (matrices + cost.norms + batch * rows) * cost.item_bytes + batch * (seen + 1) * token_bytes(shapes)
-    attention = cost.attention_flops * seen
+    count = model.num_hidden_layers
+    seen = sum(min(context, layer.attention.sliding_window or context) for layer in model.layer_specs)
+    kept = batch * (seen + count) * (token_bytes(shapes) // count)
+    moved = (matrices + cost.norms + batch * rows) * cost.item_bytes + kept
+    attention = cost.attention_flops // count * seen
     flops = batch * (2 * matrices + attention)
     by_memory = moved / target.memory_bandwidth if target.memory_bandwidth else 0.0
     by_compute = flops / target.peak_flops[shapes.dtype] if target.peak_flops.get(shapes.dtype) else 0.0

@@ -32,25 +32,27 @@ class ModelCost:
 
     @classmethod
     def of(cls, model: ModelConfig, dtype: str, pool_dtype: str) -> ModelCost:
-        """Of a decoder as in models/llama.py. dtype: of the weights; pool_dtype: of what pages hold.
+        """Of a decoder as in models/layers/decoder.py. dtype: of the weights; pool_dtype: of what pages hold.
 
         Raises ValueError for a dtype whose size is not known.
         """
         for name, value in (("dtype", dtype), ("pool dtype", pool_dtype)):
             if value not in ITEM_BYTES:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(ITEM_BYTES)}")
-        hidden, wide, heads = model.hidden_size, model.intermediate_size, model.num_attention_heads
+        hidden, heads = model.hidden_size, model.num_attention_heads
         projected = (heads + 2 * model.num_key_value_heads) * model.head_dim
-        layer = hidden * (projected + heads * model.head_dim + 3 * wide)
-        layer += (
-            model.attention_bias * projected + model.mlp_bias * 2 * wide
-        )  # biases of several axes, with the matrices
-        norms = hidden * (2 + model.attention_bias + model.mlp_bias)
+        layers, norms = 0, hidden
+        for layer in model.layer_specs:
+            attention, mlp = layer.attention, layer.mlp
+            layers += hidden * (projected + heads * model.head_dim + 3 * mlp.intermediate_size)
+            # What has several axes counts with the matrices.
+            layers += attention.qkv_bias * projected + attention.sinks * heads + mlp.bias * 2 * mlp.intermediate_size
+            norms += hidden * (2 + attention.out_bias + mlp.bias) + attention.qk_norm * 2 * model.head_dim
         table = model.vocab_size * hidden
         return cls(
-            layers=layer * model.num_hidden_layers,
+            layers=layers,
             head=table,
-            norms=norms * model.num_hidden_layers + hidden,
+            norms=norms,
             embedding_row=0 if model.tie_word_embeddings else hidden,
             embedding=0 if model.tie_word_embeddings else table,
             attention_flops=4 * heads * model.head_dim * model.num_hidden_layers,

@@ -6,9 +6,9 @@ import dataclasses
 import pathlib
 
 from jaxserve.config.settings import EngineConfig
-from jaxserve.models import checkpoint
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.end_tokens import check_vocabulary
+from jaxserve.models.loading import checkpoint
+from jaxserve.models.loading.end_tokens import check_vocabulary
 from jaxserve.models.params import DTYPES, packable
 from jaxserve.pallas_kernels.cpu import linear
 from jaxserve.pallas_kernels.paged_attention import Use, choose, is_quantised
@@ -109,10 +109,22 @@ def _check_same(wanted: ModelConfig, found: ModelConfig, config: EngineConfig) -
     for field in dataclasses.fields(ModelConfig):
         if field.name == "max_position_embeddings" and config.max_model_len is not None:
             continue  # it decides nothing then but whether max_model_len is too large, and the checkpoint's counts
-        if getattr(one, field.name) != getattr(other, field.name):
+        if field.name == "layers":
+            _check_layers(one, other, config)
+        elif getattr(one, field.name) != getattr(other, field.name):
             also = ", or set EngineConfig.max_model_len" if field.name == "max_position_embeddings" else ""
             raise ValueError(
                 f"architecture {field.name} is {getattr(wanted, field.name)!r}; the checkpoint {config.model} "
                 f"has {getattr(found, field.name)!r}: take the checkpoint's with "
                 f"--gin.EngineConfig.architecture=None (in Python architecture=None){also}"
+            )
+
+
+def _check_layers(one: ModelConfig, other: ModelConfig, config: EngineConfig) -> None:
+    """Raises ValueError, naming the first one, where layers of two models with the same fields differ."""
+    for number, (wanted, found) in enumerate(zip(one.layer_specs, other.layer_specs, strict=True)):
+        if wanted != found:
+            raise ValueError(
+                f"architecture layer {number} is {wanted}; the checkpoint {config.model} has {found}: take the "
+                "checkpoint's with --gin.EngineConfig.architecture=None (in Python architecture=None)"
             )

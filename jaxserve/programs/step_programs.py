@@ -24,17 +24,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.models.attention import (
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.layers.attention_backends import (
     POOL_PARTITION,
     SCALE_PARTITION,
     AttentionMetadata,
-    AttentionSettings,
     layer_caches,
     paged_attend,
 )
-from jaxserve.models.config import ModelConfig
+from jaxserve.models.layers.matmul import Products
 from jaxserve.models.params import abstract_params, bind, products_for
-from jaxserve.models.products import Products
 from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, is_quantised, pool_spec
 from jaxserve.programs.layout import forward_layout, sample_layout, swap_in_layout
 from jaxserve.programs.sampler import sample
@@ -276,7 +275,7 @@ def forward(
     told = fields["token_ids"]
     token_ids = jnp.where(told < 0, slots.last_token[jnp.maximum(-1 - told, 0)], told)
     metadata = attention_metadata(fields, slots, shapes.page_size)
-    attend = paged_attend(metadata, AttentionSettings.of(shapes.model), shapes.attention, mesh, decode_only=decode_only)
+    attend = paged_attend(metadata, shapes.attention, mesh, decode_only=decode_only)
     model = bind(shapes.model, weights.params, products_of(shapes, mesh))
     computed, caches = model(token_ids, metadata.positions, layer_caches(pools, weights.kv_scales), attend)
     pools = [cache.pool for cache in caches]

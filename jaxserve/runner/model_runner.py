@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 
 from jaxserve.config.failpoints import Failpoints, InjectedFaultError
 from jaxserve.config.settings import EngineConfig
-from jaxserve.models.checkpoint import load, load_kv_scales, read_ahead
-from jaxserve.models.kv_scales import calibrate, placed
+from jaxserve.models.loading.checkpoint import load, load_kv_scales, read_ahead
+from jaxserve.models.loading.kv_scales import calibrate, placed
 from jaxserve.models.params import abstract_params, make_mesh, pack_for, random_params
 from jaxserve.pallas_kernels.paged_attention import is_quantised
 from jaxserve.planning.memory_plan import (

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from flax import nnx
 
-from jaxserve.models.checkpoint import load
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.loading.checkpoint import load
 from jaxserve.models.params import bind, make_mesh
 from jaxserve.models.tiny.data import held_out_batches
 from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE

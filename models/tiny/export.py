@@ -16,38 +16,23 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from jaxserve.models.llama import Llama
+from jaxserve.models.layers.decoder import Decoder
+from jaxserve.models.layers.parameter import get
+from jaxserve.models.params import parameters, params_of
 from jaxserve.models.tiny.step import CONFIG, initial_params, make_optimizer
 from jaxserve.models.tiny.tokenizer import BOS, BOS_ID, CHAT_TEMPLATE, EOS, EOS_ID, PAD, PAD_ID, build_tokenizer
 from jaxserve.models.tiny.train import Progress, checkpoints, restore
 
 
-def hf_tensors(model: Llama) -> dict[str, np.ndarray]:
+def hf_tensors(model: Decoder) -> dict[str, np.ndarray]:
     """The model's weights under Hugging Face's names, fused projections taken apart, float32."""
-    config = model.config
-    width = config.hidden_size
-    group = config.group_size
-
-    def array(param: nnx.Param) -> np.ndarray:
-        return np.asarray(param[...], np.float32)
-
-    tensors = {"model.embed_tokens.weight": array(model.embedding), "model.norm.weight": array(model.norm.scale)}
-    for index, layer in enumerate(model.layers):
-        prefix = f"model.layers.{index}."
-        qkv = array(layer.attention.qkv)  # [K, G + 2, D, H]
-        gate_up = array(layer.mlp.gate_up)
-        tensors |= {
-            f"{prefix}input_layernorm.weight": array(layer.attention_norm.scale),
-            f"{prefix}self_attn.q_proj.weight": qkv[:, :group].reshape(-1, width),
-            f"{prefix}self_attn.k_proj.weight": qkv[:, group].reshape(-1, width),
-            f"{prefix}self_attn.v_proj.weight": qkv[:, group + 1].reshape(-1, width),
-            f"{prefix}self_attn.o_proj.weight": array(layer.attention.out).reshape(width, -1),
-            f"{prefix}post_attention_layernorm.weight": array(layer.mlp_norm.scale),
-            f"{prefix}mlp.gate_proj.weight": gate_up[0],
-            f"{prefix}mlp.up_proj.weight": gate_up[1],
-            f"{prefix}mlp.down_proj.weight": array(layer.mlp.down),
-        }
-    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    held = params_of(model)
+    tensors: dict[str, np.ndarray] = {}
+    for path, parameter in parameters(model.config).items():
+        values = np.asarray(get(held, path), np.float32)
+        for source in parameter.sources:
+            tensors[source.tensor] = np.ascontiguousarray(source.target(values).reshape(source.shape))
+    return tensors
 
 
 def hf_config() -> dict[str, Any]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxserve.models.llama import rope_frequencies
+from jaxserve.models.layers.rope import rope_frequencies
 from jaxserve.models.tiny.tokenizer import BOS_ID, EOS_ID, FIRST_BYTE_ID, FIRST_WHOLE_ID, VOCAB_SIZE
 from jaxserve.models.tiny.words import ACCENTED, EMOJI
 

@@ -13,11 +13,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxserve.models.attention import rotated
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.llama import Llama
-from jaxserve.models.products import Products
+from jaxserve.models.layers.attention_backends import rotated
+from jaxserve.models.layers.decoder import Decoder
+from jaxserve.models.layers.matmul import Products
+from jaxserve.models.layers.self_attention import Rotation
 from jaxserve.models.tiny.tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE
+from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -41,7 +43,7 @@ Params = Any
 
 
 def initial_params(seed: int) -> tuple[nnx.GraphDef, Params]:
-    model = Llama(CONFIG, dtype=jnp.dtype(jnp.float32), products=Products(), rngs=nnx.Rngs(seed))
+    model = Decoder(CONFIG, dtype=jnp.dtype(jnp.float32), products=Products(), rngs=nnx.Rngs(seed))
     graph, params = nnx.split(model, nnx.Param)
     return graph, params
 
@@ -55,10 +57,12 @@ def segment_bias(segments: jax.Array) -> jax.Array:
 
 
 def dense_attend(bias: jax.Array) -> Callable[..., tuple[jax.Array, None]]:
-    """Attention over whole rows, in the layout that `jaxserve.models.llama` asks of its caller."""
+    """Attention over whole rows, as `jaxserve.models.layers.self_attention.Attend` describes it."""
 
-    def attend(qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: None, dtype: np.dtype) -> tuple[jax.Array, None]:
-        q, k, v = rotated(qkv, cos, sin, dtype)
+    def attend(
+        qkv: jax.Array, rotation: Rotation | None, cache: None, spec: AttentionSpec, sinks: None, dtype: np.dtype
+    ) -> tuple[jax.Array, None]:
+        q, k, v = rotated(qkv, rotation, dtype)
         scores = jnp.einsum("blkgd,bmkd->bkglm", q, k, preferred_element_type=jnp.float32)
         probs = jax.nn.softmax(scores / math.sqrt(q.shape[-1]) + bias, axis=-1).astype(v.dtype)
         out = jnp.einsum("bkglm,bmkd->blkgd", probs, v, preferred_element_type=jnp.float32)

@@ -13,8 +13,8 @@ from benchmarks import exact_match, identity, report
 from benchmarks.random_checkpoint import LLAMA_153M, write_checkpoint
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.inline import InlineEngine
-from jaxserve.models.checkpoint import load
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.loading.checkpoint import load
 from jaxserve.models.params import make_mesh
 from jaxserve.request import FinishReason
 from jaxserve.runner.fake import FakeRunner

@@ -7,7 +7,7 @@ import pathlib
 from benchmarks import cpu_roofline
 from benchmarks.work import SHAPES
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.llama import hf_weights
+from jaxserve.models.params import parameters
 
 PROGRAM = """HloModule jit_forward_8
 
@@ -45,7 +45,7 @@ def test_a_step_reads_the_matrices_once_and_each_position(tmp_path: pathlib.Path
     shape = SHAPES["153m"]
     (tmp_path / "config.json").write_text(json.dumps(shape), encoding="utf-8")
     config = ModelConfig.from_directory(tmp_path)
-    tensors = {part.tensor: part.shape for parts in hf_weights(config).values() for part in parts}
+    tensors = {source.tensor: source.shape for each in parameters(config).values() for source in each.sources}
     matrices = sum(
         math.prod(size) for name, size in tensors.items() if len(size) == 2 and name != "model.embed_tokens.weight"
     )

@@ -1,4 +1,4 @@
-"""Random Llama checkpoints in Hugging Face's format, made from a seed, and the shapes the parity tests use."""
+"""Random checkpoints in Hugging Face's format, made from a seed, and the shapes the parity tests use."""
 
 import dataclasses
 import json
@@ -86,6 +86,41 @@ SHAPES: dict[str, Shape] = {
         shards=3,
         seed=60,
     ),
+    # Windows are shorter than PROMPT_TOKENS.
+    "mistral": Shape(
+        {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "sliding_window": 9,
+            "head_dim": 32,
+        },
+        shards=2,
+        seed=2,
+    ),
+    "qwen2": Shape(
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "max_window_layers": 1,
+            "num_hidden_layers": 3,
+            "tie_word_embeddings": True,
+        },
+        seed=4,
+    ),
+    "qwen3": Shape(
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "head_dim": 32,
+            "use_sliding_window": False,
+            "sliding_window": 9,
+            "attention_bias": True,
+        },
+        shards=3,
+        seed=11,
+    ),
 }
 
 PROMPT_TOKENS = 16
@@ -98,7 +133,7 @@ def prompt(shape: Shape) -> np.ndarray:
 
 
 def tensor_shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors that transformers' LlamaForCausalLM saves for a config.json, written down by hand."""
+    """The tensors that transformers saves for a config.json, written down by hand."""
     hidden, wide, heads = raw["hidden_size"], raw["intermediate_size"], raw["num_attention_heads"]
     dim = raw.get("head_dim") or hidden // heads
     q, kv = heads * dim, raw["num_key_value_heads"] * dim
@@ -111,8 +146,10 @@ def tensor_shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         matrices["self_attn.o_proj"] = (hidden, q)
         for name, size in matrices.items():
             shapes[f"{layer}{name}.weight"] = size
-            if raw.get("attention_bias"):
+            if raw.get("attention_bias") or (raw["model_type"] == "qwen2" and name != "self_attn.o_proj"):
                 shapes[f"{layer}{name}.bias"] = size[:1]
+        if raw["model_type"] == "qwen3":
+            shapes |= {f"{layer}self_attn.{name}.weight": (dim,) for name in ("q_norm", "k_norm")}
         for name, size in (("gate_proj", (wide, hidden)), ("up_proj", (wide, hidden)), ("down_proj", (hidden, wide))):
             shapes[f"{layer}mlp.{name}.weight"] = size
             if raw.get("mlp_bias"):

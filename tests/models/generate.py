@@ -8,17 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxserve.models.attention import (
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.layers.attention_backends import (
     POOL_PARTITION,
     AttentionMetadata,
-    AttentionSettings,
     Scales,
     dense_attend,
     layer_caches,
     paged_attend,
 )
-from jaxserve.models.config import ModelConfig
-from jaxserve.models.kv_scales import placed
+from jaxserve.models.loading.kv_scales import placed
 from jaxserve.models.params import bind, make_mesh
 from jaxserve.pallas_kernels.paged_attention import api
 from jaxserve.pallas_kernels.paged_attention.pool import new_pool
@@ -33,7 +32,7 @@ def dense_logits(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Arr
     """float32 [T, V] for int32 [T]."""
     model = bind(config, params)
     caches = [None] * config.num_hidden_layers
-    hidden, _ = model(tokens, jnp.arange(tokens.shape[0]), caches, dense_attend(AttentionSettings.of(config)))
+    hidden, _ = model(tokens, jnp.arange(tokens.shape[0]), caches, dense_attend())
     return model.logits(hidden)
 
 
@@ -59,7 +58,7 @@ def paged_step(
 ) -> tuple[jax.Array, list[jax.Array]]:
     """float32 logits [T, V] of a step, and the pools."""
     model = bind(config, params)
-    attend = paged_attend(metadata, AttentionSettings.of(config), implementation, mesh)
+    attend = paged_attend(metadata, implementation, mesh)
     hidden, caches = model(tokens, metadata.positions, layer_caches(pools, scales), attend)
     return model.logits(hidden), [cache.pool for cache in caches]
 

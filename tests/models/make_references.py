@@ -22,9 +22,10 @@ def reference(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     """Greedy tokens int32 [prompt + new] and float32 logits [every fifth position, vocab]."""
     with tempfile.TemporaryDirectory() as directory:
         path = write_shape(pathlib.Path(directory), shape)
-        model = transformers.LlamaForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager", device_map=None
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager", device_map=None, output_loading_info=True
         )
+    assert not any(loading[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
     assert next(model.parameters()).dtype == torch.float32
     model.eval()
     tokens = torch.from_numpy(prompt(shape)).long()[None]

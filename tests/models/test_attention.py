@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxserve.models import params
-from jaxserve.models.attention import AttentionMetadata, AttentionSettings, dense_attend
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.layers.attention_backends import AttentionMetadata, dense_attend
+from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
 from tests.models import generate
 from tests.models.checkpoints import BASE
 
@@ -21,10 +22,9 @@ def drawn(*shape, seed=0):
 
 
 def attend_unrotated(settings, segments, q, k, v, cache):
-    """Dense attention of float32 queries, keys and values as they are: angles are 0."""
+    """Dense attention of float32 queries, keys and values as they are."""
     qkv = jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
-    angles = (*qkv.shape[:-3], DIM // 2)
-    return dense_attend(settings, segments)(qkv, jnp.ones(angles), jnp.zeros(angles), cache, np.dtype(np.float32))
+    return dense_attend(segments)(qkv, None, cache, settings, None, np.dtype(np.float32))
 
 
 def by_hand(q, k, v, settings, segments):
@@ -48,11 +48,11 @@ def by_hand(q, k, v, settings, segments):
 @pytest.mark.parametrize(
     ("settings", "segments"),
     [
-        (AttentionSettings(0.5), [0] * 9),
-        (AttentionSettings(0.5), [0, 0, 0, 1, 1, 2, 2, 2, 2]),
-        (AttentionSettings(0.7, sliding_window=3), [0] * 9),
-        (AttentionSettings(2.0, soft_cap=1.5), [0, 0, 0, 0, 1, 1, 1, 1, 1]),
-        (AttentionSettings(1.0, sliding_window=2, soft_cap=4.0), [0, 0, 0, 0, 0, 1, 1, 1, 1]),
+        (AttentionSpec(0.5), [0] * 9),
+        (AttentionSpec(0.5), [0, 0, 0, 1, 1, 2, 2, 2, 2]),
+        (AttentionSpec(0.7, sliding_window=3), [0] * 9),
+        (AttentionSpec(2.0, soft_cap=1.5), [0, 0, 0, 0, 1, 1, 1, 1, 1]),
+        (AttentionSpec(1.0, sliding_window=2, soft_cap=4.0), [0, 0, 0, 0, 0, 1, 1, 1, 1]),
     ],
 )
 def test_dense_attention_is_the_sum_written_out(settings, segments):
@@ -66,7 +66,7 @@ def test_dense_attention_is_the_sum_written_out(settings, segments):
 def test_dense_attention_takes_a_batch():
     q, k, v = drawn(2, 5, KV_HEADS, GROUP, DIM), drawn(2, 5, KV_HEADS, DIM, seed=1), drawn(2, 5, KV_HEADS, DIM, seed=2)
     segments = jnp.array([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]])
-    settings = AttentionSettings(0.5)
+    settings = AttentionSpec(0.5)
     out, _ = attend_unrotated(settings, segments, q, k, v, None)
     assert out.shape == q.shape
     for row in range(2):
@@ -80,10 +80,6 @@ def test_metadata_is_a_pytree_of_its_arrays():
     leaves, tree = jax.tree.flatten(metadata)
     assert [leaf.shape for leaf in leaves] == [(4,), (2, 3), (2,), (3,), (4,)]
     assert isinstance(jax.tree.unflatten(tree, leaves), AttentionMetadata)
-
-
-def test_settings_of_a_model():
-    assert AttentionSettings.of(ModelConfig.from_hf(BASE)) == AttentionSettings(scale=0.25)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxserve.models import checkpoint, params
+from jaxserve.models import params
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.safetensors_file import read_header
+from jaxserve.models.loading import checkpoint
+from jaxserve.models.loading.safetensors_file import read_header
 from tests.models.checkpoints import (
     BASE,
     SHAPES,
@@ -173,7 +174,8 @@ def test_orbax_errors(tmp_path, sharded):
 
 RESTORE = textwrap.dedent("""
     import sys
-    from jaxserve.models import checkpoint, params
+    from jaxserve.models import params
+    from jaxserve.models.loading import checkpoint
     from jaxserve.models.config import ModelConfig
 
     config = ModelConfig.from_directory(sys.argv[1])

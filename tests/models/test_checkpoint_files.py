@@ -14,10 +14,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxserve.models import checkpoint, config, params, registry
+from jaxserve.models import config, params
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.rope import RopeScaling, rope_frequencies
-from jaxserve.models.stored import EMBEDDING, HEAD, INDEX_FILE, SINGLE_FILE
+from jaxserve.models.layers.rope import RopeScaling, rope_frequencies
+from jaxserve.models.loading import checkpoint
+from jaxserve.models.loading.stored import EMBEDDING, HEAD, INDEX_FILE, SINGLE_FILE
 from tests.models.checkpoints import BASE, random_tensors, write_safetensors
 from tests.models.checkpoints import write_files as write
 
@@ -251,10 +252,6 @@ def test_settings_that_contradict_or_cannot_be_are_refused(tmp_path, fields, mes
 # ---- the architecture first
 
 
-def test_the_names_are_those_of_the_registry():
-    assert set(config.ARCHITECTURES) == set(registry.ARCHITECTURES)
-
-
 NOTHING = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "rms_norm_eps"))
 
 
@@ -457,7 +454,7 @@ def test_checking_reads_no_weights(tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("jaxserve.models.safetensors_file.StoredTensor.view", refuse)
+    monkeypatch.setattr("jaxserve.models.loading.safetensors_file.StoredTensor.view", refuse)
     monkeypatch.setattr(jax, "device_put", refuse)
     checkpoint.check(directory, found)
 

@@ -6,16 +6,18 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve.models import checkpoint, params
+from jaxserve.models import params
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.weights import get
+from jaxserve.models.layers.parameter import get
+from jaxserve.models.loading import checkpoint
 from tests.models.checkpoints import BASE, SHAPES, tensor_shapes, write_checkpoint, write_shape
 from tests.models.scripts import run_script
 
 MEASURE = textwrap.dedent("""
     import re, sys
     import jax, numpy as np
-    from jaxserve.models import checkpoint, params
+    from jaxserve.models import params
+    from jaxserve.models.loading import checkpoint
     from jaxserve.models.config import ModelConfig
 
     def peak():

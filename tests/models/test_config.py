@@ -8,7 +8,7 @@ import pytest
 
 from jaxserve.models import registry
 from jaxserve.models.config import ModelConfig, RopeScaling
-from jaxserve.models.llama import rope_frequencies
+from jaxserve.models.layers.rope import rope_frequencies
 from tests.models.checkpoints import BASE, LLAMA3, SHAPES
 
 

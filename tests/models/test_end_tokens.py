@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.end_tokens import check_vocabulary
+from jaxserve.models.loading.end_tokens import check_vocabulary
 from tests.models.checkpoints import write_files as write
 
 TOKENS = {f"t{number}": number for number in range(150)}

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.models import checkpoint, kv_scales, params
-from jaxserve.models.attention import AttentionSettings, dense_attend, rotated
+from jaxserve.models import params
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.kv_scales import KVScales
+from jaxserve.models.layers.attention_backends import dense_attend, rotated
+from jaxserve.models.loading import checkpoint, kv_scales
+from jaxserve.models.loading.kv_scales import KVScales
 from tests.models.checkpoints import BASE, random_tensors, write_checkpoint
 
 LAYERS, HEADS = 2, 2
@@ -146,15 +147,15 @@ def test_measured_scales_are_the_greatest_magnitudes_with_their_margin():
     assert (tokens[:, 0] == 1).all()
     np.testing.assert_array_equal(tokens, kv_scales.calibration_tokens(config))
 
-    attend = dense_attend(AttentionSettings.of(config))
+    attend = dense_attend()
     greatest = np.zeros((LAYERS, 2, HEADS))
     for sequence in tokens:
         seen = []
 
-        def remember(qkv, cos, sin, cache, dtype, seen=seen):
-            _, k, v = rotated(qkv, cos, sin, dtype)
+        def remember(qkv, rotation, cache, spec, sinks, dtype, seen=seen):
+            _, k, v = rotated(qkv, rotation, dtype)
             seen.append([np.abs(np.asarray(x)).max(axis=(0, 2)) for x in (k, v)])
-            return attend(qkv, cos, sin, cache, dtype)
+            return attend(qkv, rotation, cache, spec, sinks, dtype)
 
         params.bind(config, weights)(jnp.asarray(sequence), jnp.arange(128), [None] * LAYERS, remember)
         greatest = np.maximum(greatest, seen)

@@ -1,4 +1,4 @@
-"""Logits and greedy tokens against transformers' LlamaForCausalLM, in float32."""
+"""Logits and greedy tokens against transformers, in float32: shapes of Llama, and the other families."""
 
 import importlib.util
 import pathlib
@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve.models import checkpoint, params
+from jaxserve.models import params
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.loading import checkpoint
 from tests.models import generate
 from tests.models.checkpoints import NEW_TOKENS, SHAPES, prompt, write_shape
 

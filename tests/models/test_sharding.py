@@ -9,12 +9,13 @@ import pytest
 
 from jaxserve.models import params
 from jaxserve.models.config import ModelConfig
-from tests.models.checkpoints import BASE, SHAPES
+from tests.models.checkpoints import BASE, SHAPES, tensor_shapes
 
 RUN = textwrap.dedent("""
     import pathlib, sys, tempfile
     import jax, numpy as np
-    from jaxserve.models import checkpoint, params
+    from jaxserve.models import params
+    from jaxserve.models.loading import checkpoint
     from jaxserve.models.config import ModelConfig
     from tests.models import generate
     from tests.models.checkpoints import BASE, Shape, prompt, write_shape
@@ -104,8 +105,10 @@ def test_a_mesh_that_does_not_fit_is_named(fields, mesh, message):
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_parameter_has_a_place_and_a_tensor(name):
     config = ModelConfig.from_hf(SHAPES[name].raw)
-    entry = params.lookup(config.architecture)
     abstract = dict(params.leaves(params.abstract_params(config, "bfloat16", params.make_mesh())))
-    assert abstract.keys() == entry.weights(config).keys()
+    declared = params.parameters(config)
+    assert abstract.keys() == declared.keys()
+    sources = [source for parameter in declared.values() for source in parameter.sources]
+    assert {source.tensor: source.shape for source in sources} == tensor_shapes(SHAPES[name].raw)
     for path, leaf in abstract.items():
         assert len(leaf.sharding.spec) == len(leaf.shape), path

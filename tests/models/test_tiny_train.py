@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from jaxserve.models.checkpoint import load
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.loading.checkpoint import load
 from jaxserve.models.params import make_mesh, params_of
 from jaxserve.models.tiny import export, train
 from jaxserve.models.tiny.step import CONFIG, initial_params

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
-from jaxserve.models.attention import AttentionSettings, dense_attend
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.layers.attention_backends import dense_attend
 from jaxserve.models.params import bind, make_mesh, random_params
 from jaxserve.pallas_kernels.cpu import linear
 from jaxserve.request import EngineRequest
@@ -74,9 +74,8 @@ def test_hidden_states_are_those_of_the_model_computed_densely(runner, requests)
     # The same weights in float32: what is left is the rounding of bfloat16 states, weights of attention and pages.
     params = random_params(MODEL, "bfloat16", make_mesh(), CONFIG.seed)
     model = bind(MODEL, params)
-    settings = AttentionSettings.of(MODEL)
     tokens = jnp.asarray(prompt, jnp.int32)
-    hidden, _ = model(tokens, jnp.arange(60, dtype=jnp.int32), [None] * 2, dense_attend(settings))
+    hidden, _ = model(tokens, jnp.arange(60, dtype=jnp.int32), [None] * 2, dense_attend())
     got, expected = (np.asarray(array, np.float32) for array in (runner._arrays.hidden[:60], hidden))
     assert np.abs(got - expected).max() < 2.0**-4 * np.abs(expected).max()
     assert np.abs(got - expected).mean() < 2.0**-8 * np.abs(expected).max()

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
-from jaxserve.models import checkpoint, params
+from jaxserve.models import params
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.loading import checkpoint
 from jaxserve.planning.memory_plan import DeviceMemory, plan_memory
 from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.programs.program_needs import ProgramNeeds

@@ -14,8 +14,8 @@ import pytest
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import AddRequest
-from jaxserve.models.attention import AttentionSettings, dense_attend
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.layers.attention_backends import dense_attend
 from jaxserve.models.params import bind, make_mesh, random_params
 from jaxserve.programs.compiler import CompileMissError
 from jaxserve.programs.step_programs import ProgramKey, program_keys
@@ -74,7 +74,7 @@ def test_greedy_tokens_are_the_dense_models(runner, requests):
     """Against the same weights through plain causal attention over the whole sequence, without pages or buckets."""
     params = random_params(MODEL, "float32", make_mesh(), CONFIG.seed)
     model = bind(MODEL, params)
-    attend = dense_attend(AttentionSettings.of(MODEL))
+    attend = dense_attend()
 
     @jax.jit
     def logits(tokens: jax.Array) -> jax.Array:

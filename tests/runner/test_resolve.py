@@ -11,8 +11,8 @@ import pytest
 from jaxserve.config import gin_config
 from jaxserve.config.settings import CacheConfig, EngineConfig
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.layers.rope import RopeScaling
 from jaxserve.models.params import make_mesh
-from jaxserve.models.rope import RopeScaling
 from jaxserve.planning.resolve import resolve_model, resolve_shapes
 from jaxserve.programs.aot.bundle import identity
 from jaxserve.programs.step_programs import Shapes

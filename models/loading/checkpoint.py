@@ -19,16 +19,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve.models import kv_scales
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.json_files import read_object
-from jaxserve.models.kv_scales import KVScales
-from jaxserve.models.params import abstract_params, leaves, make_mesh
-from jaxserve.models.registry import lookup
-from jaxserve.models.rope import RopeScaling, rope_frequencies
-from jaxserve.models.safetensors_file import DTYPES, StoredTensor
-from jaxserve.models.stored import EMBEDDING, HEAD, ROTARY_BUFFER, Stored, has_own_head, has_safetensors, read_stored
-from jaxserve.models.weights import Params, Path, Slice, get, path_text, put
+from jaxserve.models.layers.parameter import Params, Path, Source, get, path_text, put
+from jaxserve.models.layers.rope import RopeScaling, rope_frequencies
+from jaxserve.models.loading import kv_scales
+from jaxserve.models.loading.json_files import read_object
+from jaxserve.models.loading.kv_scales import KVScales
+from jaxserve.models.loading.safetensors_file import DTYPES, StoredTensor
+from jaxserve.models.loading.stored import (
+    EMBEDDING,
+    HEAD,
+    ROTARY_BUFFER,
+    Stored,
+    has_own_head,
+    has_safetensors,
+    read_stored,
+)
+from jaxserve.models.params import abstract_params, leaves, make_mesh, parameters
 
 ORBAX_FOLDER = "orbax"
 KV_SCALES_FILE = "kv_scales.json"
@@ -217,25 +224,24 @@ def _load_safetensors(directory: pathlib.Path, config: ModelConfig, dtype: Any, 
     abstract = abstract_params(config, dtype, mesh)
     used = _used_tensors(read_stored(directory), config)
     tree: Params = {}
-    for path, parts in lookup(config.architecture).weights(config).items():
-        put(tree, path, _assemble(get(abstract, path), parts, used))
+    for path, parameter in parameters(config).items():
+        put(tree, path, _assemble(get(abstract, path), parameter.sources, used))
     return tree
 
 
 def _used_tensors(stored: Stored, config: ModelConfig) -> dict[str, StoredTensor]:
     """The stored tensor of each tensor that the model needs. ValueError where they are not what it asks for."""
-    architecture = lookup(config.architecture)
     if stored.tensors and stored.num_layers < config.num_hidden_layers:
         raise ValueError(
             f"config.json num_hidden_layers is {config.num_hidden_layers}; checkpoint {stored.directory} has tensors "
             f"of {stored.num_layers} layers"
         )
     used: dict[str, StoredTensor] = {}
-    for path, parts in architecture.weights(config).items():
-        for part in parts:
-            used[part.tensor] = _check_tensor(stored, path, part, config)
+    for path, parameter in parameters(config).items():
+        for source in parameter.sources:
+            used[source.tensor] = _check_tensor(stored, path, source, config)
     taken = {tensor.name for tensor in used.values()}
-    unused = sorted(name for name in stored.tensors.keys() - taken if not architecture.unneeded(config, name))
+    unused = sorted(name for name in stored.tensors.keys() - taken if not _unneeded(name, config))
     if unused:
         more = (
             f"; num_hidden_layers is {config.num_hidden_layers}" if stored.num_layers > config.num_hidden_layers else ""
@@ -250,6 +256,14 @@ def _used_tensors(stored: Stored, config: ModelConfig) -> dict[str, StoredTensor
             "not be used"
         )
     return used
+
+
+def _unneeded(tensor: str, config: ModelConfig) -> bool:
+    """Whether a checkpoint may hold this tensor though no parameter takes it."""
+    if tensor == HEAD:
+        return config.tie_word_embeddings  # a duplicate of the embedding: they were compared
+    # Scales are a setting of quantised pages, not of the model.
+    return kv_scales.kv_scale(tensor) is not None or tensor.endswith(ROTARY_BUFFER)
 
 
 def _differing_buffers(stored: Stored, config: ModelConfig) -> list[str]:
@@ -277,31 +291,31 @@ def _differing_buffers(stored: Stored, config: ModelConfig) -> list[str]:
     ]
 
 
-def _assemble(leaf: jax.ShapeDtypeStruct, parts: tuple[Slice, ...], stored: Mapping[str, StoredTensor]) -> jax.Array:
+def _assemble(leaf: jax.ShapeDtypeStruct, sources: tuple[Source, ...], stored: Mapping[str, StoredTensor]) -> jax.Array:
     """One parameter on its devices. The host's buffer is gone on return, before the next one is made."""
     buffer = np.empty(leaf.shape, leaf.dtype)
-    for part in parts:
-        target = buffer[part.index]
+    for source in sources:
+        target = source.target(buffer)
         # Converts in small blocks from the mapped file to its place, with no array in between.
-        np.copyto(target, stored[part.tensor].view().reshape(target.shape), casting="unsafe")
+        np.copyto(target, source.values(stored[source.tensor].view(), target.shape), casting="unsafe")
     # Without the wait, buffers would queue up faster than a device takes them.
     return jax.block_until_ready(jax.device_put(buffer, leaf.sharding))
 
 
-def _check_tensor(stored: Stored, path: Path, part: Slice, config: ModelConfig) -> StoredTensor:
-    """The tensor of a part of a parameter. ValueError where it is missing or not as the part asks for."""
-    tensor = stored.find(part.tensor)
-    if tensor is None and part.tensor == EMBEDDING and config.tie_word_embeddings:
+def _check_tensor(stored: Stored, path: Path, source: Source, config: ModelConfig) -> StoredTensor:
+    """The tensor of a source. ValueError where it is missing or not as the source says."""
+    tensor = stored.find(source.tensor)
+    if tensor is None and source.tensor == EMBEDDING and config.tie_word_embeddings:
         tensor = stored.find(HEAD)  # one array under two names: safetensors keeps the first of them
     if tensor is None:
-        told = "config.json does not say tie_word_embeddings, and " if part.tensor == HEAD else ""
+        told = "config.json does not say tie_word_embeddings, and " if source.tensor == HEAD else ""
         raise ValueError(
-            f"{told}checkpoint {stored.directory} has no tensor {part.tensor}, which {path_text(path)} needs"
+            f"{told}checkpoint {stored.directory} has no tensor {source.tensor}, which {path_text(path)} needs"
         )
-    if tensor.shape != part.shape:
+    if tensor.shape != source.shape:
         raise ValueError(
             f"checkpoint file {tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}; "
-            f"config.json asks for {list(part.shape)}"
+            f"config.json asks for {list(source.shape)}"
         )
     if tensor.dtype not in DTYPES:
         raise ValueError(

@@ -14,8 +14,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxserve.models.json_files import parse
-from jaxserve.models.safetensors_file import DTYPES, StoredTensor, read_header, same_values
+from jaxserve.models.loading.json_files import parse
+from jaxserve.models.loading.safetensors_file import DTYPES, StoredTensor, read_header, same_values
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

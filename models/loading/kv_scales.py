@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,15 +20,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.models.attention import SCALE_PARTITION, AttentionSettings, Scales, dense_attend, rotated
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.llama import Cache
+from jaxserve.models.layers.attention_backends import SCALE_PARTITION, Scales, dense_attend, rotated
+from jaxserve.models.layers.matmul import Products
+from jaxserve.models.layers.parameter import Params
+from jaxserve.models.layers.self_attention import Cache, Rotation
+from jaxserve.models.loading.safetensors_file import DTYPES, StoredTensor
 from jaxserve.models.params import bind
-from jaxserve.models.products import Products
-from jaxserve.models.registry import lookup
-from jaxserve.models.safetensors_file import DTYPES, StoredTensor
-from jaxserve.models.weights import Params
 from jaxserve.pallas_kernels.paged_attention.pool import largest
+from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
 
 SEQUENCES, TOKENS = 8, 128
 """How many token sequences a measurement runs, and how long each is."""
@@ -68,24 +69,48 @@ class KVScales:
         return (self.values * (largest(self.dtype) / largest(dtype))).astype(np.float32)
 
 
+_KV_SCALE = re.compile(r"model\.layers\.(\d+)\.self_attn\.([a-z_.]+)")
+_KV_SIDES = {
+    "kv_scale": (0, 1),
+    "k_scale": (0,),
+    "v_scale": (1,),
+    "attn.k_scale": (0,),
+    "attn.v_scale": (1,),
+    "k_proj.k_scale": (0,),
+    "v_proj.v_scale": (1,),
+    "k_proj.output_scale": (0,),
+    "v_proj.output_scale": (1,),
+}
+
+
+def kv_scale(tensor: str) -> tuple[int, tuple[int, ...]] | None:
+    """(layer, sides) of a tensor that scales quantised keys (side 0), values (1) or both; None for any other.
+
+    The names are those that compressed-tensors, ModelOpt, Quark and early releases of vLLM's tools write.
+    """
+    found = _KV_SCALE.fullmatch(tensor)
+    if found is None or found[2] not in _KV_SIDES:
+        return None
+    return int(found[1]), _KV_SIDES[found[2]]
+
+
 def from_tensors(
     config: ModelConfig, stored: Mapping[str, StoredTensor], quantization: Mapping[str, Any] | None
 ) -> KVScales | None:
     """The scales among a checkpoint's tensors; None where it has none.
 
     Args:
-        config: the architecture, which knows the names of such tensors; each holds one number, or one a head.
-        stored: the checkpoint's tensors by name.
+        config: the architecture.
+        stored: the checkpoint's tensors by name; one of scales holds one number, or one a head.
         quantization: `quantization_config` of config.json, which says what the scales are for.
 
     Raises:
         ValueError: a scale is malformed, is given twice, or is missing beside others.
     """
-    named = lookup(config.architecture).kv_scale
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     values = np.full((layers, 2, heads), np.nan, np.float32)
     source: dict[tuple[int, int], str] = {}
-    places = {name: place for name in sorted(stored) if (place := named(name)) is not None}
+    places = {name: place for name in sorted(stored) if (place := kv_scale(name)) is not None}
     # A scale of keys or values alone takes precedence over one of both.
     for name, (layer, sides) in sorted(places.items(), key=lambda item: -len(item[1][1])):
         tensor = stored[name]
@@ -164,13 +189,18 @@ def calibrate(
     tokens = calibration_tokens(config)
 
     def measure(params: Params, tokens: jax.Array) -> jax.Array:
-        attend = dense_attend(AttentionSettings.of(config))
+        attend = dense_attend()
 
         def attend_and_measure(
-            qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache, dtype: np.dtype
+            qkv: jax.Array,
+            rotation: Rotation | None,
+            cache: Cache,
+            spec: AttentionSpec,
+            sinks: jax.Array | None,
+            dtype: np.dtype,
         ) -> tuple[jax.Array, Cache]:
-            out, _ = attend(qkv, cos, sin, cache, dtype)
-            _, k, v = rotated(qkv, cos, sin, dtype)
+            out, _ = attend(qkv, rotation, cache, spec, sinks, dtype)
+            _, k, v = rotated(qkv, rotation, dtype)
             both = jnp.abs(jnp.stack([k, v], axis=2).astype(jnp.float32))
             # XLA's CPU backend may leave NaN out of a maximum. [S, T, 2, K, D] -> [2, K]
             return out, jnp.where(jnp.isnan(both), jnp.inf, both).max(axis=(0, 1, 4))

@@ -7,7 +7,7 @@ from typing import Any
 
 from google.protobuf import empty_pb2, message, unknown_fields
 
-from jaxserve.models.json_files import read_object
+from jaxserve.models.loading.json_files import read_object
 
 _FORMATS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "tiktoken.model")
 

@@ -1,4 +1,4 @@
-"""How a layer multiplies by its weights: through XLA's dots, or on CPUs through kernels that read packed weights."""
+"""Multiplies by weights: through XLA's dots, or on CPUs through kernels that read packed weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.models.layers.parameter import Packing, Parameter
 from jaxserve.pallas_kernels.cpu import linear
 
 
@@ -78,32 +79,30 @@ def contract_each(x: jax.Array, weights: jax.Array, product: jax.typing.DTypeLik
     return jax.lax.dot_general(each, weights, (((axis,), (2,)), ((0,), (0,))), preferred_element_type=product)
 
 
-def packable(dtype: np.dtype, matrices: Iterable[tuple[int, int]], *, biased: bool) -> bool:
-    """Whether this CPU has kernels for weights of `dtype`, packed.
-
-    matrices: (out, in) of each; one that does not fit leaves all as they are. biased: gate and up have a bias, for
-    which there is no kernel.
-    """
+def packable(dtype: np.dtype, declared: Iterable[Parameter]) -> bool:
+    """Whether this CPU has kernels that read these parameters in `dtype`, all that can be packed."""
     return (
         dtype.name == "bfloat16"
-        and not biased
         and linear.runs_here()
-        and all(linear.fits(*matrix) for matrix in matrices)
+        and all(linear.fits(*_size(each)) for each in declared if each.packing is not Packing.NONE)
     )
 
 
-def packed(weight: jax.Array, axes: int) -> jax.Array:
-    """A weight in packed order, in its own shape; the argument is given up.
+def _size(parameter: Parameter) -> tuple[int, int]:
+    """(out, in) of the matrix that a kernel reads; gate and up have the same."""
+    out = math.prod(parameter.shape) // parameter.dot_length
+    return (out // 2 if parameter.packing is Packing.GATE_UP else out), parameter.dot_length
 
-    axes: how many trailing ones are summed over; 0 for gate and up [2, I, H], which are packed together.
-    """
-    return _packed(weight.sharding, axes)(weight)
+
+def packed(weight: jax.Array, parameter: Parameter) -> jax.Array:
+    """A weight in packed order, in its own shape; the argument is given up."""
+    return _packed(weight.sharding, parameter.packing, parameter.contracted)(weight)
 
 
 @functools.lru_cache(maxsize=16)
-def _packed(sharding: jax.sharding.Sharding, axes: int) -> Any:
+def _packed(sharding: jax.sharding.Sharding, packing: Packing, axes: int) -> Any:
     def pack(weight: jax.Array) -> jax.Array:
-        if axes == 0:
+        if packing is Packing.GATE_UP:
             return linear.pack_gate_up(weight)
         return linear.pack(_matrix(weight, axes)).reshape(weight.shape)
 

@@ -37,12 +37,6 @@ def parse(text: bytes, *, contradictions: bool = False) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def brief(value: Any) -> str:
-    """Returns the value as messages write it: as Python does, but short."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
 def _without_contradictions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):

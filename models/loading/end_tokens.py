@@ -13,8 +13,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxserve.models.json_files import brief, read_object
-from jaxserve.models.older_tokenizers import FILES, has_older_format, read_older
+from jaxserve.models.loading.json_files import read_object
+from jaxserve.models.loading.older_tokenizers import FILES, has_older_format, read_older
+from jaxserve.models.value_checks import brief
 
 TOKENIZER_FILE = "tokenizer.json"
 _GENERATION = "generation_config.json"

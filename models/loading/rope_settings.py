@@ -1,99 +1,16 @@
-"""Rotary embeddings: how their frequencies are stretched, and what a Hugging Face configuration says of it.
-
-Imports no jax.
-"""
+"""Reads the rotary settings of a `config.json`. Imports no jax."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from jaxserve.models.json_files import brief
-
-KINDS = ("default", "linear", "llama3")
-
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+from jaxserve.models.layers.rope import KINDS, LLAMA3_FIELDS, RopeScaling
+from jaxserve.models.value_checks import brief, check_number
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raises ValueError where a value is no finite number above 0."""
-    # The comparison comes last: no float holds a whole number of more than 308 digits.
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf or value > 1e308:
-        raise ValueError(f"{name} is {brief(value)}; it must be a finite number above 0")
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained context.
-
-    kind `linear` divides every frequency by `factor`; kind `llama3` divides only the long wavelengths and blends
-    in between (Llama 3.1 model card; `transformers.modeling_rope_utils` is the reference the tests compare with).
-
-    stretched: the model's max_position_embeddings is the context after scaling. It is so of `llama3` anyway; that of
-        `linear` is usually the context before it.
-    """
-
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-    stretched: bool = False
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"rope_scaling kind is {brief(self.kind)}; supported kinds are {', '.join(KINDS)}")
-        for name in _LLAMA3:
-            check_number(f"rope_scaling {name}", getattr(self, name))
-        if self.factor < 1.0:
-            raise ValueError(f"rope_scaling factor is {self.factor}; it must be at least 1")
-        if self.kind == "default" and self.factor != 1.0:
-            raise ValueError(f"rope_scaling factor is {self.factor}; kind 'default' has none, so it must be 1")
-        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(
-                f"rope_scaling low_freq_factor is {self.low_freq_factor}; it must be below "
-                f"high_freq_factor {self.high_freq_factor}"
-            )
-
-    @property
-    def normalized(self) -> RopeScaling:
-        """The same scaling with defaults in the fields that its kind does not read: equal ones compute the same."""
-        if self.factor == 1.0:
-            return RopeScaling()  # either kind then leaves every frequency as it is
-        if self.kind == "llama3":
-            return dataclasses.replace(self, stretched=False)  # it says nothing there
-        return RopeScaling(self.kind, self.factor, stretched=self.stretched)
-
-    @property
-    def context_factor(self) -> float:
-        """How many times max_position_embeddings the context is."""
-        return self.factor if self.kind == "linear" and not self.stretched else 1.0
-
-
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """Computes the inverse wavelengths in radians per position, float32 [D / 2].
-
-    They are computed on the host in float64 and rounded once, so that they are constants of the program and the same on
-    every device. Kinds of scaling: see `RopeScaling`.
-    """
-    freq = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling.kind == "linear":
-        freq = freq / scaling.factor
-    if scaling.kind == "llama3":
-        # Share of the unscaled frequency: 0 for waves longer than original / low, 1 for those shorter than original /
-        # high.
-        turns = scaling.original_max_position_embeddings * freq / (2 * math.pi)
-        share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        share = np.clip(share, 0.0, 1.0)
-        freq = (1 - share) * freq / scaling.factor + share * freq
-    return freq.astype(np.float32)
-
-
-def from_hf(raw: Mapping[str, Any], context: int) -> tuple[Any, RopeScaling]:
+def rope_settings(raw: Mapping[str, Any], context: int) -> tuple[Any, RopeScaling]:
     """Reads the base (theta) and the scaling of a `config.json`.
 
     transformers 5 writes `rope_parameters`, earlier releases `rope_scaling` with a `rope_theta` beside it.
@@ -154,7 +71,7 @@ def _scaling(raw: Mapping[str, Any], fields: Mapping[str, Any], context: int) ->
     kind = new or old or "default"
     if kind == "llama3":
         fields = {**fields, "original_max_position_embeddings": _original(raw, fields, context)}
-        return RopeScaling(kind, **_numbers(fields, kind, _LLAMA3))
+        return RopeScaling(kind, **_numbers(fields, kind, LLAMA3_FIELDS))
     if kind == "linear":
         scaling = RopeScaling(kind, **_numbers(fields, kind, ("factor",)))
         stretched = _is_stretched(_original(raw, fields, context), scaling.factor, context)

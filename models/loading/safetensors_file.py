@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from jaxserve.models.json_files import parse
+from jaxserve.models.loading.json_files import parse
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),

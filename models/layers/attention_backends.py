@@ -1,7 +1,7 @@
-"""What a model's `attend` does: attention over pages for serving, dense attention for training and reference.
+"""Makes a model's `attend`: attention over pages for serving, dense attention for training and reference.
 
 Letters in shapes: T tokens of a step, R rows (sequences) of a step, K key-value heads, G query heads per key-value
-head, D head dimension. Both makers return the `Attend` of models/llama.py.
+head, D head dimension. Both makers return an `Attend` (models/layers/self_attention.py).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.models.config import ModelConfig
-from jaxserve.models.llama import Attend, Cache
+from jaxserve.models.layers.self_attention import Attend, Cache, Rotation
 from jaxserve.pallas_kernels.paged_attention import api
 from jaxserve.pallas_kernels.paged_attention.rotary import rotate
+from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
 
 POOL_PARTITION = P(None, None, "tensor", None, None)
 """Where a layer's pool [num_pages, 2, K, page_size, D] lives on a mesh with the axis `tensor`."""
@@ -58,26 +58,6 @@ class AttentionMetadata:
     slot_mapping: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class AttentionSettings:
-    """What an attention layer computes beyond softmax(q k^T) v.
-
-    Attributes:
-        scale: multiplies the scores.
-        sliding_window: positions a token attends to, itself included; None for all before it.
-        soft_cap: scores become soft_cap * tanh(score / soft_cap); None for no cap.
-    """
-
-    scale: float
-    sliding_window: int | None = None
-    soft_cap: float | None = None
-
-    @classmethod
-    def of(cls, config: ModelConfig) -> AttentionSettings:
-        """The settings of every layer of a model."""
-        return cls(scale=config.head_dim**-0.5)
-
-
 class LayerCache(NamedTuple):
     """The cache of a layer of paged attention.
 
@@ -99,12 +79,7 @@ def layer_caches(pools: Sequence[jax.Array], kv_scales: Sequence[Scales] | None 
 
 
 def paged_attend(
-    metadata: AttentionMetadata,
-    settings: AttentionSettings,
-    implementation: str,
-    mesh: Mesh | None = None,
-    *,
-    decode_only: bool = False,
+    metadata: AttentionMetadata, implementation: str, mesh: Mesh | None = None, *, decode_only: bool = False
 ) -> Attend:
     """Attention over pages; the cache of a layer is a `LayerCache`.
 
@@ -113,7 +88,6 @@ def paged_attend(
 
     Args:
         metadata: of the step.
-        settings: of the layers.
         implementation: a name that `jaxserve.pallas_kernels.paged_attention.api.choose` returned.
         mesh: with the axis `tensor` where that has more than one device: each then works on its own heads. The
             kernels are opaque to the partitioner, so it is told. None for one device.
@@ -123,88 +97,121 @@ def paged_attend(
         ValueError: on a call, where a shape or dtype does not fit (see `jaxserve.pallas_kernels.paged_attention.api`).
     """
 
-    # Traced and lowered once, not once a layer; XLA inlines it.
-    @functools.partial(jax.jit, static_argnames="dtype")
+    # Traced and lowered once for each kind of layer, not for each layer; XLA inlines it.
+    @functools.partial(jax.jit, static_argnames=("spec", "dtype"))
     def attend_heads(
-        qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: LayerCache, step: AttentionMetadata, *, dtype: np.dtype
+        qkv: jax.Array,
+        rotation: Rotation | None,
+        cache: LayerCache,
+        step: AttentionMetadata,
+        sinks: jax.Array | None,
+        *,
+        spec: AttentionSpec,
+        dtype: np.dtype,
     ) -> tuple[jax.Array, LayerCache]:
         k_scale, v_scale = (None, None) if cache.scales is None else cache.scales
         scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale, "implementation": implementation}
-        q, pool = api.rotate_and_write(qkv, cos, sin, cache.pool, step.slot_mapping, dtype=dtype, **scales)
+        if rotation is None:
+            q, k, v = split_heads(qkv, dtype)
+            pool = api.kv_write(cache.pool, k, v, step.slot_mapping, **scales)
+        else:
+            q, pool = api.rotate_and_write(qkv, *rotation, cache.pool, step.slot_mapping, dtype=dtype, **scales)
         out = api.paged_attention(
             q,
             pool,
             step.page_table,
             step.kv_lens,
             step.query_start_loc,
-            **dataclasses.asdict(settings),
+            **dataclasses.asdict(spec),
+            sinks=sinks,
             decode_only=decode_only,
             **scales,
         )
         return out, LayerCache(pool, cache.scales)
 
     def attend(
-        qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: LayerCache, dtype: np.dtype
+        qkv: jax.Array,
+        rotation: Rotation | None,
+        cache: LayerCache,
+        spec: AttentionSpec,
+        sinks: jax.Array | None,
+        dtype: np.dtype,
     ) -> tuple[jax.Array, LayerCache]:
-        one = functools.partial(attend_heads, dtype=dtype)
+        one = functools.partial(attend_heads, spec=spec, dtype=dtype)
         if mesh is None or mesh.shape["tensor"] == 1:
-            return one(qkv, cos, sin, cache, metadata)
+            return one(qkv, rotation, cache, metadata, sinks)
         heads = P(None, "tensor")
         specs: Any = (POOL_PARTITION, None if cache.scales is None else (SCALE_PARTITION, SCALE_PARTITION))
         places = LayerCache(*specs)
         return jax.shard_map(
             one,
             mesh=mesh,
-            in_specs=(heads, P(), P(), places, P()),
+            in_specs=(heads, P(), places, P(), SCALE_PARTITION),
             out_specs=(heads, places),
             check_vma=False,  # the kernels do not say over which axes their results vary
-        )(qkv, cos, sin, cache, metadata)
+        )(qkv, rotation, cache, metadata, sinks)
 
     return attend
 
 
+def split_heads(qkv: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Splits [..., K, G + 2, D] into queries [..., K, G, D], keys [..., K, D] and values [..., K, D], in `dtype`."""
+    qkv = qkv.astype(dtype)
+    return qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+
+
 def rotated(
-    qkv: jax.Array, cos: jax.Array, sin: jax.Array, dtype: jax.typing.DTypeLike
+    qkv: jax.Array, rotation: Rotation | None, dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [..., K, G, D] and keys [..., K, D] after rotary embedding, and values [..., K, D], all in `dtype`.
 
     Args:
         qkv: [..., K, G + 2, D], as `Attend` takes it.
-        cos: float32 [..., D / 2].
-        sin: float32 [..., D / 2].
+        rotation: of the tokens; None leaves queries and keys as they are.
         dtype: what the results are rounded to, once.
     """
-    qk = rotate(qkv[..., :-1, :], cos, sin).astype(dtype)
+    if rotation is None:
+        return split_heads(qkv, dtype)
+    qk = rotate(qkv[..., :-1, :], *rotation).astype(dtype)
     return qk[..., :-1, :], qk[..., -1, :], qkv[..., -1, :].astype(dtype)
 
 
-def dense_attend(settings: AttentionSettings, segments: jax.Array | None = None) -> Attend:
+def dense_attend(segments: jax.Array | None = None) -> Attend:
     """Causal attention over the tokens of the call alone, all of them in one score matrix; caches pass through.
 
     The returned function takes any leading axes. A token attends to itself and to the tokens before it on the axis T
-    that have its segment.
+    that have its segment; a sliding window counts tokens on that axis.
 
     Args:
-        settings: of the layers; a sliding window counts tokens on the axis T.
         segments: int32 [..., T], which packed sequence each token belongs to; None where there is one.
     """
 
     def attend(
-        qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache, dtype: np.dtype
+        qkv: jax.Array,
+        rotation: Rotation | None,
+        cache: Cache,
+        spec: AttentionSpec,
+        sinks: jax.Array | None,
+        dtype: np.dtype,
     ) -> tuple[jax.Array, Cache]:
-        q, k, v = rotated(qkv, cos, sin, dtype)
-        score = jnp.einsum("...tkgd,...skd->...kgts", q, k, preferred_element_type=jnp.float32) * settings.scale
-        if settings.soft_cap is not None:
-            score = settings.soft_cap * jnp.tanh(score / settings.soft_cap)
+        q, k, v = rotated(qkv, rotation, dtype)
+        score = jnp.einsum("...tkgd,...skd->...kgts", q, k, preferred_element_type=jnp.float32) * spec.scale
+        if spec.soft_cap is not None:
+            score = spec.soft_cap * jnp.tanh(score / spec.soft_cap)
         place = jnp.arange(q.shape[-4])
         seen = place[None, :] <= place[:, None]
-        if settings.sliding_window is not None:
-            seen &= place[None, :] > place[:, None] - settings.sliding_window
+        if spec.sliding_window is not None:
+            seen &= place[None, :] > place[:, None] - spec.sliding_window
         if segments is not None:
             seen = seen & (segments[..., :, None] == segments[..., None, :])
             seen = seen[..., None, None, :, :]
-        # A token sees itself, so no row is masked whole.
-        weight = jax.nn.softmax(jnp.where(seen, score, -jnp.inf), axis=-1).astype(v.dtype)
+        score = jnp.where(seen, score, -jnp.inf)  # a token sees itself, so no row is masked whole
+        if sinks is not None:
+            sink = jnp.broadcast_to(sinks[:, :, None, None], (*score.shape[:-1], 1))
+            score = jnp.concatenate([score, sink], axis=-1)
+        weight = jax.nn.softmax(score, axis=-1).astype(v.dtype)
+        if sinks is not None:
+            weight = weight[..., :-1]
         out = jnp.einsum("...kgts,...skd->...tkgd", weight, v, preferred_element_type=jnp.float32)
         return out.astype(q.dtype), cache
 

@@ -1,0 +1,41 @@
+"""Reads which layers attend within a sliding window, where a `config.json` says it layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxserve.models.loading.config_keys import flag, optional_count, required_count
+from jaxserve.models.value_checks import brief
+
+_TYPES = ("full_attention", "sliding_attention")
+
+
+def layer_windows(keys: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Reads the window of each layer: of those that `layer_types` names, else of those from `max_window_layers` on.
+
+    Raises ValueError where the keys contradict each other or name another type of attention.
+    """
+    count = required_count(keys, "num_hidden_layers")
+    window = optional_count(keys, "sliding_window")
+    if not flag(keys, "use_sliding_window"):
+        window = None
+    full = keys.get("max_window_layers")
+    types = keys.get("layer_types")
+    if types is None:
+        if window is None:
+            return (None,) * count
+        if not isinstance(full, int) or isinstance(full, bool) or full < 0:
+            raise ValueError(f"config.json max_window_layers is {brief(full)}; it must be a whole number of at least 0")
+        types = [_TYPES[number >= full] for number in range(count)]
+    if not isinstance(types, list) or len(types) != count or any(kind not in _TYPES for kind in types):
+        raise ValueError(
+            f"config.json layer_types is {brief(types)}; it must list {' or '.join(_TYPES)} for each of "
+            f"num_hidden_layers {count}"
+        )
+    if window is None and _TYPES[1] in types:
+        raise ValueError(
+            "config.json layer_types has sliding_attention, which needs use_sliding_window true and a sliding_window; "
+            f"they are {brief(keys.get('use_sliding_window'))} and {brief(keys.get('sliding_window'))}"
+        )
+    return tuple(window if kind == _TYPES[1] else None for kind in types)

@@ -1,0 +1,24 @@
+"""Qwen2 and Qwen2.5: Llama's layers with biases on queries, keys and values, and windows on layers that are named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxserve.models.families.family import Family
+from jaxserve.models.families.layer_windows import layer_windows
+from jaxserve.models.layer_specs import LayerSpec, MLPSpec, SelfAttentionSpec
+from jaxserve.models.loading.config_keys import required_count
+
+
+def layers(keys: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
+    """Maps the keys of a `config.json` to layers."""
+    mlp = MLPSpec(required_count(keys, "intermediate_size"))
+    return tuple(
+        LayerSpec(SelfAttentionSpec(sliding_window=window, qkv_bias=True), mlp) for window in layer_windows(keys)
+    )
+
+
+QWEN2 = Family(
+    "Qwen2ForCausalLM", "qwen2", layers, {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+)

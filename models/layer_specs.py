@@ -1,0 +1,99 @@
+"""Describes what each layer of a model computes, as plain data: the list of layers of a model's configuration.
+
+A family (models/families/) maps a `config.json` to these specs, and models/layers/ builds modules from them. What all
+layers share (sizes, heads, rotary frequencies, the epsilon of norms) is in `jaxserve.models.config.ModelConfig`. A new
+kind of layer is one more field or choice here and its code in models/layers/. Imports no jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from jaxserve.models.value_checks import brief, check_count, check_number
+
+MLP_KINDS = ("swiglu",)
+"""Kinds of MLP: dense and gated. Experts join here, with sizes of their own in `MLPSpec`."""
+
+NORM_KINDS = ("rms",)
+NORM_PLACES = ("before",)
+"""Where a layer norms: the inputs of attention and MLP. Outputs ("after") join here."""
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"layer {name} is {brief(value)}; it must be one of {', '.join(choices)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfAttentionSpec:
+    """Describes the attention of one layer; heads are the model's.
+
+    Attributes:
+        sliding_window: positions a token attends to, itself included; None for all before it.
+        soft_cap: scores become soft_cap * tanh(score / soft_cap); None for no cap.
+        scale: multiplies the scores; None for head_dim ** -0.5.
+        sinks: each query head has a learned score without a value in its softmax (as in gpt-oss).
+        rotation: queries and keys are rotated by their positions.
+        qk_norm: each head's query and key is normed (RMS over head_dim, learned scale) before the rotation.
+        qkv_bias: the projections of queries, keys and values have biases.
+        out_bias: the output projection has a bias.
+    """
+
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    scale: float | None = None
+    sinks: bool = False
+    rotation: bool = True
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sliding_window is not None:
+            check_count("layer sliding_window", self.sliding_window)
+        if self.soft_cap is not None:
+            check_number("layer soft_cap", self.soft_cap)
+        if self.scale is not None and not math.isfinite(self.scale):
+            raise ValueError(f"layer scale is {self.scale}; it must be finite")
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPSpec:
+    """Describes the MLP of one layer.
+
+    Attributes:
+        intermediate_size: width of its hidden layer.
+        bias: its matrices have biases.
+        kind: of `MLP_KINDS`; "swiglu" is down(silu(gate(x)) * up(x)).
+    """
+
+    intermediate_size: int
+    bias: bool = False
+    kind: str = "swiglu"
+
+    def __post_init__(self) -> None:
+        check_count("layer intermediate_size", self.intermediate_size)
+        _check_choice("MLP kind", self.kind, MLP_KINDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """Describes one layer.
+
+    Attributes:
+        attention: what its attention computes.
+        mlp: what its MLP computes.
+        norm: kind of its norms, of `NORM_KINDS`.
+        norm_place: where they stand, of `NORM_PLACES`.
+    """
+
+    attention: SelfAttentionSpec
+    mlp: MLPSpec
+    norm: str = "rms"
+    norm_place: str = "before"
+
+    def __post_init__(self) -> None:
+        _check_choice("norm", self.norm, NORM_KINDS)
+        _check_choice("norm_place", self.norm_place, NORM_PLACES)

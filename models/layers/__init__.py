@@ -1,0 +1,1 @@
+"""What models are made of: parameters, norms, rotation, attention, MLPs, and the decoder that puts them together."""

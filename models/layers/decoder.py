@@ -1,0 +1,110 @@
+"""A decoder in flax nnx, put together from the list of layers of a model's configuration.
+
+The model computes hidden states for any packing of tokens; how keys and values are stored and attended to is the
+caller's: `attend` is called once a layer with that layer's cache. Training passes dense causal attention, serving
+passes paged attention (models/layers/attention_backends.py). Letters in shapes: H hidden, V vocabulary. `...` is any
+leading axes.
+
+Weights keep Hugging Face's [out, in] order and are contracted on their last axis, which is the fast layout of a CPU dot
+and free on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.layer_specs import LayerSpec
+from jaxserve.models.layers.matmul import Products, contract
+from jaxserve.models.layers.mlp import MLP
+from jaxserve.models.layers.norm import RMSNorm
+from jaxserve.models.layers.parameter import Packing, Parameter, Source
+from jaxserve.models.layers.rope import rope_frequencies
+from jaxserve.models.layers.self_attention import Attend, Cache, Rotation, SelfAttention
+from jaxserve.models.loading.stored import EMBEDDING, HEAD
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each after its norm, with residuals."""
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec, dtype: jnp.dtype, products: Products, rngs: nnx.Rngs):
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.attention_norm = RMSNorm("input_layernorm", hidden, eps, dtype, rngs)
+        self.attention = SelfAttention(
+            spec.attention,
+            hidden=hidden,
+            kv_heads=config.num_key_value_heads,
+            group=config.group_size,
+            head_dim=config.head_dim,
+            eps=eps,
+            dtype=dtype,
+            products=products,
+            rngs=rngs,
+        )
+        self.mlp_norm = RMSNorm("post_attention_layernorm", hidden, eps, dtype, rngs)
+        self.mlp = MLP(spec.mlp, hidden, dtype, products, rngs)
+
+    def __call__(
+        self, x: jax.Array, rotation: Rotation | None, cache: Cache, attend: Attend
+    ) -> tuple[jax.Array, Cache]:
+        attended, cache = self.attention(self.attention_norm(x), rotation, cache, attend)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Decoder(nnx.Module):
+    """Tokens to hidden states, and hidden states to logits.
+
+    dtype: of the parameters and the residual stream. products: how layers multiply by their weights; see
+    `jaxserve.models.params.products_for`. Logits are float32 whatever it is.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, products: Products, rngs: nnx.Rngs):
+        self.config = config
+        self.products = products
+        table, split = (config.vocab_size, config.hidden_size), P("tensor", None)
+        embedding = Parameter(table, split, (Source(EMBEDDING, table),), fan_in=2500, whole_if_uneven=True)
+        head = Parameter(table, split, (Source(HEAD, table),), packing=Packing.MATRIX, whole_if_uneven=True)
+        self.embedding = embedding.make(rngs, dtype)
+        self.layers = nnx.List([Layer(config, spec, dtype, products, rngs) for spec in config.layer_specs])
+        self.norm = RMSNorm("model.norm", config.hidden_size, config.rms_norm_eps, dtype, rngs)
+        self.head = None if config.tie_word_embeddings else head.make(rngs, dtype)
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, caches: Sequence[Cache], attend: Attend
+    ) -> tuple[jax.Array, list[Cache]]:
+        """Hidden states after the final norm.
+
+        tokens: int32 [...]; ids below vocab_size (the caller's duty: a gather clamps in silence).
+        positions: int32 [...], the place of each token in its own sequence.
+        caches: one per layer, handed to `attend` and returned as it returned them.
+        Returns (hidden [..., H] in the weights' dtype, caches).
+        """
+        rotation = self._rotation(positions)
+        x = self.embedding[...][tokens]
+        updated = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer(x, rotation, cache, attend)
+            updated.append(cache)
+        return self.norm(x), updated
+
+    def _rotation(self, positions: jax.Array) -> Rotation | None:
+        """What the layers that rotate share; None where none does."""
+        config = self.config
+        if not any(spec.attention.rotation for spec in config.layer_specs):
+            return None
+        freq = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        angles = positions[..., None].astype(jnp.float32) * freq
+        # Without the barrier XLA's CPU backend computes them again in every layer, for every head.
+        return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 [..., V] for hidden [..., H]."""
+        if self.head is None:
+            return contract(hidden, self.embedding[...])
+        return Products(packed=self.products.packed).contract(hidden, self.head[...])

@@ -1,0 +1,141 @@
+"""Declares parameters where layers use them: everything that is known of one stands in its `Parameter`.
+
+What is held, where it lives on a mesh, how a dot reads it and which tensors of a checkpoint fill it follow from these
+declarations alone (`jaxserve.models.params.parameters` lists those of a model).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+Path = tuple[str | int, ...]
+"""Place of a parameter in the parameter tree, such as ("layers", 0, "attention", "qkv")."""
+
+Params = dict[Any, Any]
+"""Nested dicts of arrays (or of ShapeDtypeStructs), keyed by the parts of each parameter's path."""
+
+
+class Form(enum.Enum):
+    """How a parameter is held. Quantised forms (fp8, int8, int4, MXFP4) join here, each with its scales."""
+
+    DENSE = "dense"
+
+
+class Packing(enum.Enum):
+    """Which kernel for CPUs reads a parameter in an order of its own (`jaxserve.models.layers.matmul`)."""
+
+    NONE = "none"
+    MATRIX = "matrix"
+    GATE_UP = "gate and up"
+
+
+class Initial(enum.Enum):
+    """What a parameter is before training."""
+
+    NORMAL = "normal"
+    ZEROS = "zeros"
+    ONES = "ones"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Says which tensor of a checkpoint fills a parameter, or a range of one of its axes.
+
+    Attributes:
+        tensor: name in the checkpoint.
+        shape: shape in the checkpoint.
+        axis: axis of the parameter of which the range [start, stop) is filled; None fills all of it.
+        start: see `axis`.
+        stop: see `axis`.
+        rows: the rows [first, last) of the tensor that are taken, where it holds several parts; None takes all.
+        transposed: the tensor's two axes are the other way round.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    axis: int | None = None
+    start: int = 0
+    stop: int = 0
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+    def target(self, parameter: np.ndarray) -> np.ndarray:
+        """The part of a parameter that is filled, as a view."""
+        if self.axis is None:
+            return parameter
+        return parameter[(slice(None),) * self.axis + (slice(self.start, self.stop),)]
+
+    def values(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The numbers of a tensor that fill a part of this shape; a view where nothing is transposed."""
+        if self.rows is not None:
+            tensor = tensor[self.rows[0] : self.rows[1]]
+        return (tensor.T if self.transposed else tensor).reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """Describes one parameter.
+
+    Attributes:
+        shape: its shape.
+        partition: which of its axes the mesh's axis `tensor` splits; an entry for each axis.
+        sources: the tensors that fill it, together once; names are relative to the layer where there is one.
+        contracted: how many trailing axes a dot sums over.
+        packing: the order that packed matrix products read it in.
+        initial: what it is before training.
+        fan_in: length of the dot that its variance before training is 1 over; None for that of `contracted`.
+        whole_if_uneven: every device holds all of it where the mesh does not divide it (odd vocabularies).
+        form: how it is held.
+    """
+
+    shape: tuple[int, ...]
+    partition: P
+    sources: tuple[Source, ...]
+    contracted: int = 1
+    packing: Packing = Packing.NONE
+    initial: Initial = Initial.NORMAL
+    fan_in: int | None = None
+    whole_if_uneven: bool = False
+    form: Form = Form.DENSE
+
+    @property
+    def dot_length(self) -> int:
+        """How many products a dot with it sums up."""
+        return math.prod(self.shape[len(self.shape) - self.contracted :])
+
+    def make(self, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike) -> nnx.Param:
+        """The variable that a module holds, filled as before training; `spec` among its metadata is this."""
+        if self.initial is Initial.NORMAL:
+            drawn = jax.random.normal(rngs.params(), self.shape, jnp.float32)
+            value = (drawn / math.sqrt(self.fan_in or self.dot_length)).astype(dtype)
+        else:
+            value = jnp.full(self.shape, self.initial is Initial.ONES, dtype)
+        return nnx.Param(value, spec=self)
+
+
+def put(tree: Params, path: Path, leaf: Any) -> None:
+    """Stores a leaf, making the dicts on the way."""
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = leaf
+
+
+def get(tree: Params, path: Path) -> Any:
+    """Returns the leaf, or raises KeyError."""
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def path_text(path: Path) -> str:
+    """Writes the path as messages do: layers.0.attention.qkv."""
+    return ".".join(str(part) for part in path)
