@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 import grpc
 
 import jaxserve
+from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.engine.messages import EngineReady
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.preparation_steps import Steps
-from jaxserve.request import check_count
 from jaxserve.serving import convert
 from jaxserve.serving.call_interceptor import CallContext
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb

@@ -39,7 +39,7 @@ from jaxserve.frontend.output import OutputState
 from jaxserve.frontend.preparation import Preparation, Prepared, is_time
 from jaxserve.frontend.preparation_steps import finish
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import EngineRequest, FinishReason, SamplingParams
+from jaxserve.request import ROW_FIELDS, SAMPLING_FIELDS, EngineRequest, FinishReason, SamplingParams
 
 _log = logging.getLogger(__name__)
 
@@ -209,17 +209,16 @@ class FrontEnd:
         stop_token_ids = tuple(
             dict.fromkeys((() if params.ignore_eos else self._limits.eos_token_ids) + params.stop_token_ids)
         )
+        resolved = {name: SAMPLING_FIELDS[name].resolved(getattr(params, name)) for name in ROW_FIELDS}
+        resolved["stop_token_ids"] = stop_token_ids
+        if params.seed is None:
+            resolved["seed"] = self._random.getrandbits(63)
         request = EngineRequest(
             request_id=self._engine_id(request_id),
             prompt_token_ids=prepared.prompt_token_ids,
             max_tokens=prepared.max_tokens,
-            temperature=float(params.temperature),
-            top_k=max(params.top_k, 0),
-            top_p=float(params.top_p),
-            min_p=float(params.min_p),
-            seed=self._random.getrandbits(63) if params.seed is None else params.seed,
             min_tokens=params.min_tokens,
-            stop_token_ids=stop_token_ids,
+            **resolved,
             tenant=prepared.tenant,
             priority=prepared.priority,
             deadline=deadline,

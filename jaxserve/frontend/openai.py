@@ -11,14 +11,14 @@ from typing import Any
 from jaxserve.config.shown import shown
 from jaxserve.frontend.offline import Completion
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import SamplingParams
+from jaxserve.request import SAMPLING_FIELDS, SamplingParams
 
 COMPLETIONS_URL = "/v1/completions"
 CHAT_URL = "/v1/chat/completions"
 URLS = (COMPLETIONS_URL, CHAT_URL)
 
 _OWNERSHIP = ("tenant", "priority", "deadline")
-_SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
+_SAMPLING = tuple(SAMPLING_FIELDS)
 _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "n": (1,),
     "best_of": (1,),

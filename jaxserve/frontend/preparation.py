@@ -10,11 +10,12 @@ import sys
 import uuid
 from collections.abc import Sequence
 
+from jaxserve.config.sampling_fields import MAX_INT32
 from jaxserve.config.shown import shown
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import MAX_INT32, ModelLimits, SamplingParams, check_identity, check_length, validate_request
+from jaxserve.request import ModelLimits, SamplingParams, check_identity, check_length, validate_request
 
 
 @dataclasses.dataclass(frozen=True)

@@ -143,8 +143,9 @@ def test_options_reach_the_engine(run, served):
     assert (request.seed, request.max_tokens, request.stop_token_ids) == (3, 9, ())
     assert (request.tenant, request.priority) == ("t", 5)
     assert request.deadline is not None
-    assert run("a")[0] == 0
-    assert served.engine.requests[-1].temperature == 0.0
+    assert run(*"--ignore-eos --stop-token-ids 7 --stop-token-ids 9 --min-tokens 2 a".split())[0] == 0
+    request = served.engine.requests[-1]
+    assert (request.temperature, request.stop_token_ids, request.min_tokens) == (0.0, (7, 9), 2)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ _SOURCES = (
     "config/checks.py",
     "config/failpoints.py",
     "config/client_limits.py",
+    "config/sampling_fields.py",
     "config/scheduling.py",
     "config/settings.py",
     "config/shown.py",
