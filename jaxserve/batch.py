@@ -150,9 +150,7 @@ class BatchRun:
         params = request.params
         if params.seed is None:
             params = dataclasses.replace(params, seed=_seed_for(self._seed, line.custom_id))
-        prepared = self._front_end.prepare(
-            request.prompt, params, request_id=f"line-{line.number}", **request.ownership
-        )
+        prepared = self._front_end.prepare(request.prompt, params, request.options, request_id=f"line-{line.number}")
         if request.model not in (None, self._model) and request.model not in self._other_models:
             if len(self._other_models) < 10:
                 _say(f"line {line.number} asks for model {request.model!r}; this run serves {self._model!r}")

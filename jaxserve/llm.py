@@ -15,7 +15,7 @@ from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.frontend import FrontEnd, Prepared
 from jaxserve.frontend.offline import Completion, TokenBar, run_all
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
-from jaxserve.request import InfeasibleError, SamplingParams
+from jaxserve.request import InfeasibleError, RequestOptions, SamplingParams
 
 Prompt = str | Mapping[str, Any]
 """Text, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
@@ -117,10 +117,8 @@ class LLM:
                 prepared = self._front_end.prepare(
                     content,
                     prompt_params,
+                    RequestOptions(tenants[index], priorities[index], deadlines[index]),
                     request_id=str(next(self._ids)),
-                    priority=priorities[index],
-                    tenant=tenants[index],
-                    deadline=deadlines[index],
                 )
             except ValueError as error:
                 kind = InfeasibleError if isinstance(error, InfeasibleError) else ValueError

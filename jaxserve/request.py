@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 
@@ -186,6 +187,49 @@ class ModelLimits:
     eos_token_ids: tuple[int, ...]
 
 
+def check_identity(name: str, value: str) -> None:
+    """Bounds a client-chosen name (request id, tenant, cache salt), and refuses what is no valid Unicode."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {shown(value)}; it must be text")
+    if len(value) > MAX_ID_LENGTH:
+        raise ValueError(f"{name} has {len(value)} characters; at most {MAX_ID_LENGTH} are allowed")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{name} is {shown(value)}; it must be valid Unicode")
+
+
+def _is_time(value: object) -> bool:
+    """Whether the value is a number of seconds that can be compared with a clock."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # also no for NaN, and yes for whole numbers that a float can hold
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOptions:
+    """Whom a request is for and how urgent it is: one value, unchanged from the front end to the scheduler's sequence.
+
+    tenant: whom service is counted for. priority: higher is more urgent. deadline: seconds of `time.time`, or None.
+    cache_salt: requests share cached pages only with the same salt. Raises ValueError, where it is made, naming the
+    field, its value and the limit.
+    """
+
+    tenant: str = ""
+    priority: int = 0
+    deadline: float | None = None
+    cache_salt: str = ""
+
+    def __post_init__(self) -> None:
+        check_identity("tenant", self.tenant)
+        check_identity("cache_salt", self.cache_salt)
+        priority, deadline = self.priority, self.deadline
+        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_INT32:
+            raise ValueError(
+                f"priority is {shown(priority)}; it must be a whole number from {-MAX_INT32} to {MAX_INT32}"
+            )
+        if deadline is not None and not _is_time(deadline):
+            raise ValueError(f"deadline is {shown(deadline)}; it must be a finite number of seconds")
+
+
 @dataclasses.dataclass(frozen=True)
 class EngineRequest(RowSampling):
     """A validated request as the engine receives it: token ids, resolved parameters, and whose it is.
@@ -200,10 +244,7 @@ class EngineRequest(RowSampling):
     temperature: float = field(default=0.0, kw_only=True)
     seed: int = field(default=0, kw_only=True)
     min_tokens: int = 0
-    tenant: str = ""
-    priority: int = 0
-    deadline: float | None = None
-    cache_salt: str = ""
+    options: RequestOptions = RequestOptions()
     arrival_time: float = 0.0
 
 
@@ -262,11 +303,3 @@ def check_length(length: int, params: SamplingParams, limits: ModelLimits, *, si
             "pages"
         )
     return max_tokens
-
-
-def check_identity(name: str, value: str) -> None:
-    """Bounds a client-chosen name (request id, tenant, cache salt)."""
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {shown(value)}; it must be text")
-    if len(value) > MAX_ID_LENGTH:
-        raise ValueError(f"{name} has {len(value)} characters; at most {MAX_ID_LENGTH} are allowed")

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.messages import EngineFailed, EngineReady, EngineStats, FromEngine
@@ -20,12 +20,11 @@ from jaxserve.engine.watchdog import Watchdog
 from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.frontend import FrontEnd
-from jaxserve.frontend.preparation import is_time
 from jaxserve.frontend.preparation_steps import Steps, finish
 from jaxserve.frontend.reader import EngineReader
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.frontend.workers import Workers, WorkersClosedError
-from jaxserve.request import SamplingParams
+from jaxserve.request import RequestOptions, SamplingParams
 
 T = TypeVar("T")
 
@@ -158,7 +157,7 @@ class AsyncFrontEnd:
         self._max_unread_tokens = max_unread_tokens
         self._loop = asyncio.get_running_loop()
         # An engine on the CPU computes on the very cores that stream its tokens.
-        share = CPU_SHARE if client.ready.platform == "cpu" else 1.0
+        share = CPU_SHARE if client.ready.info.platform == "cpu" else 1.0
         self._reader = EngineReader(client, self._loop, share)
         self._core = FrontEnd(self._reader, tokenizer, seed=seed)
         self._streams: dict[str, Stream] = {}
@@ -199,29 +198,19 @@ class AsyncFrontEnd:
         self,
         prompt: str | Sequence[int],
         params: SamplingParams,
+        options: RequestOptions = RequestOptions(),
         *,
         request_id: str | None = None,
-        tenant: str = "",
-        priority: int = 0,
-        deadline: float | None = None,
-        cache_salt: str = "",
     ) -> Stream:
         """Sends a request and returns its stream. Raises as `FrontEnd.submit` does, at once."""
-        identity: dict[str, Any] = {
-            "request_id": request_id,
-            "tenant": tenant,
-            "priority": priority,
-            "deadline": deadline,
-            "cache_salt": cache_salt,
-        }
         self._check_accepting()
-        self._core.check_new(request_id, deadline)
-        steps = self._core.preparation.steps(prompt, params, **identity)
+        self._core.check_new(request_id, options.deadline)
+        steps = self._core.preparation.steps(prompt, params, options, request_id)
         size = _num_bytes(prompt)
         if size <= SHORT_TEXT:
             prepared = finish(steps)
         else:
-            prepared = await self._work_until(deadline, steps, size)
+            prepared = await self._work_until(options.deadline, steps, size)
             self._check_accepting()
         request_id = self._core.start(prepared)
         stream = self._streams[request_id] = Stream(self, request_id)
@@ -230,14 +219,19 @@ class AsyncFrontEnd:
         return stream
 
     async def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams, **identity: Any
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        options: RequestOptions = RequestOptions(),
+        *,
+        request_id: str | None = None,
     ) -> AsyncIterator[Delta]:
         """`submit`, then its deltas; the errors of `submit` come with the first step of the iteration.
 
         An iteration that is left early should be closed (`contextlib.aclosing`); then, as when its task is canceled,
         the request is aborted.
         """
-        async with await self.submit(prompt, params, **identity) as stream:
+        async with await self.submit(prompt, params, options, request_id=request_id) as stream:
             async for delta in stream:
                 yield delta
 
@@ -269,8 +263,7 @@ class AsyncFrontEnd:
         if deadline is None:
             return await self.work(steps, num_bytes)
         try:
-            # What is no valid time is refused by the first step.
-            async with asyncio.timeout(deadline - self._core.now() if is_time(deadline) else None):
+            async with asyncio.timeout(deadline - self._core.now()):
                 return await self.work(steps, num_bytes)
         except TimeoutError:
             raise DeadlineError("deadline passed while the prompt was tokenized") from None
