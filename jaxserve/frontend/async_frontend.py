@@ -34,7 +34,7 @@ CPU_SHARE = 0.3
 """Share of the loop's time that streaming may take beside an engine on the CPU (see `EngineReader`)."""
 
 
-class Stream:
+class DeltaStream:
     """One request's deltas: an async iterator that ends after the delta with a finish reason.
 
     Closing it (`aclose`, or leaving `async with`) before then, or cancelling the task that waits in it, aborts the
@@ -59,7 +59,7 @@ class Stream:
         """Whether the last delta has arrived, read or not."""
         return self._finished
 
-    def __aiter__(self) -> Stream:
+    def __aiter__(self) -> DeltaStream:
         return self
 
     @property
@@ -112,7 +112,7 @@ class Stream:
         """`close`, for `contextlib.aclosing` and `async with`."""
         self.close()
 
-    async def __aenter__(self) -> Stream:
+    async def __aenter__(self) -> DeltaStream:
         return self
 
     async def __aexit__(
@@ -160,7 +160,7 @@ class AsyncFrontEnd:
         share = CPU_SHARE if client.ready.info.platform == "cpu" else 1.0
         self._reader = EngineReader(client, self._loop, share)
         self._core = FrontEnd(self._reader, tokenizer, seed=seed)
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, DeltaStream] = {}
         self._closing = ""
         self._idle = asyncio.Event()
         self._idle.set()
@@ -201,7 +201,7 @@ class AsyncFrontEnd:
         options: RequestOptions = RequestOptions(),
         *,
         request_id: str | None = None,
-    ) -> Stream:
+    ) -> DeltaStream:
         """Sends a request and returns its stream. Raises as `FrontEnd.submit` does, at once."""
         self._check_accepting()
         self._core.check_new(request_id, options.deadline)
@@ -213,7 +213,7 @@ class AsyncFrontEnd:
             prepared = await self._work_until(options.deadline, steps, size)
             self._check_accepting()
         request_id = self._core.start(prepared)
-        stream = self._streams[request_id] = Stream(self, request_id)
+        stream = self._streams[request_id] = DeltaStream(self, request_id)
         self._idle.clear()
         self._set_timer()
         return stream
@@ -334,7 +334,7 @@ class AsyncFrontEnd:
         if not self._core.num_open:
             self._idle.set()
 
-    def _end_unread(self, stream: Stream) -> None:
+    def _end_unread(self, stream: DeltaStream) -> None:
         """Ends the request of a reader that is too far behind, and drops what waits for it."""
         error = (
             f"{stream.num_unread} output tokens wait to be read; at most {self._max_unread_tokens} (max_unread_tokens) "

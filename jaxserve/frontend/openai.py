@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from jaxserve.config.shown import shown
-from jaxserve.frontend.offline import Completion
+from jaxserve.frontend.offline import FinishedRequest
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import SAMPLING_FIELDS, RequestOptions, SamplingParams
 
@@ -107,7 +107,7 @@ def parse_body(url: str, body: Mapping[str, Any], tokenizer: Tokenizer | None) -
     return BodyRequest(prompt, params, model, options)
 
 
-def response_body(url: str, number: int, model: str, created: int, completion: Completion) -> dict[str, Any]:
+def response_body(url: str, number: int, model: str, created: int, completion: FinishedRequest) -> dict[str, Any]:
     """The response object of a finished request; choices[0].token_ids are an addition to OpenAI's.
 
     number: makes the id. created: seconds since the epoch.
