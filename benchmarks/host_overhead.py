@@ -64,6 +64,7 @@ class PackingRunner:
             num_pages=num_pages, num_parameters=0, architecture="none", dtype="none", platform="none",
             attention="none", num_executables=0, compile_seconds=0.0, kv_cache="none",
         )  # fmt: skip
+        self.step_costs = None
         self.num_compilations = self.compile_misses = 0
         self.pack_seconds = self.own_seconds = 0.0
         self._forward = {

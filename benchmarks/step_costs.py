@@ -41,6 +41,7 @@ class MeteredRunner:
     def __init__(self, runner: Runner):
         self._runner = runner
         self.info = runner.info
+        self.step_costs = runner.step_costs
         self.shapes: list[StepShape] = []
 
     @property

@@ -70,6 +70,7 @@ class ScriptedRunner:
         self._runner = runner
         self._last_positions = last_positions
         self._stop_at = np.full(num_slots, -1)
+        self.step_costs = runner.step_costs
         self.info = runner.info if num_pages is None else dataclasses.replace(runner.info, num_pages=num_pages + 1)
 
     @property
@@ -218,9 +219,11 @@ def _serve(core: EngineCore, clients: _Clients) -> dict[str, float]:
         while (due := clients.next_at()) is not None and start + due <= time.perf_counter():
             request, _ = clients.take()
             arrival = start + request.arrival_time if due else time.perf_counter()
-            deadline = None if request.deadline is None else request.deadline - request.arrival_time + arrival
             sent[request.request_id] = arrival
-            hear(core.handle(AddRequest(dataclasses.replace(request, arrival_time=arrival, deadline=deadline))))
+            options = request.options
+            if options.deadline is not None:
+                options = dataclasses.replace(options, deadline=options.deadline - request.arrival_time + arrival)
+            hear(core.handle(AddRequest(dataclasses.replace(request, arrival_time=arrival, options=options))))
         if core.busy and not core.pause:
             hear(core.step())
             continue

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from typing import Any
 
-import msgpack
+import msgspec
 
 from jaxserve.config.settings import EngineConfig
-from jaxserve.engine.messages import packb
 
 
 def config_to_bytes(config: EngineConfig) -> bytes:
     """msgpack of the nested fields by name."""
-    return packb(dataclasses.asdict(config))
+    return msgspec.msgpack.encode(config)
 
 
 def config_from_bytes(data: bytes) -> EngineConfig:
     """The configuration in `data`, validated anew; raises ValueError where it is not one."""
-    return _build(EngineConfig, msgpack.unpackb(data, use_list=False))
+    values = msgspec.msgpack.decode(data)
+    config = msgspec.convert(values, EngineConfig)
+    _refuse_unknown(config, values)
+    return config
 
 
-def _build(kind: type, values: dict[str, Any]) -> Any:
-    hints = typing.get_type_hints(kind)
-    unknown = set(values) - set(hints)
-    if unknown:
-        raise ValueError(f"{kind.__name__} has unknown fields {sorted(unknown)}")
-    return kind(**{name: _field(hints[name], value) for name, value in values.items()})
-
-
-def _field(hint: Any, value: Any) -> Any:
-    """A nested dataclass is built from its dict; anything else is already what it should be."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    nested = [option for option in options if dataclasses.is_dataclass(option)]
-    return _build(typing.cast(type, nested[0]), value) if nested and isinstance(value, dict) else value
+def _refuse_unknown(config: Any, values: dict[str, Any]) -> None:
+    """Raises ValueError for fields that a config does not have: msgspec passes over those of a dataclass."""
+    known = {field.name for field in dataclasses.fields(config)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{type(config).__name__} has unknown fields {unknown}")
+    for name, value in values.items():
+        nested = getattr(config, name)
+        if dataclasses.is_dataclass(nested):
+            _refuse_unknown(nested, value)

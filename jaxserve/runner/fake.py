@@ -57,6 +57,7 @@ class FakeRunner:
             num_host_pages=num_host_pages,
             preemption_costs=preemption_costs,
         )
+        self.step_costs = None
         self.num_compilations = 0
         self.compile_misses = 0
         self._pages: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]

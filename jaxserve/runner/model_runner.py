@@ -141,8 +141,8 @@ class ModelRunner:
             memory=tuple(made.plan.parts().items()),
             num_host_pages=self._shapes.num_host_pages,
             preemption_costs=costs,
-            step_costs=step_costs(self._shapes, mesh),
         )
+        self.step_costs = step_costs(self._shapes, mesh)
 
     @property
     def num_compilations(self) -> int:

@@ -25,11 +25,15 @@ class StepCosts:
 
 @dataclasses.dataclass(frozen=True)
 class RunnerInfo:
-    """What a runner turned out to be; the meaning of the fields is that of `EngineReady`.
+    """What a runner turned out to be: plain values, which the engine passes on to the front end.
 
-    num_pages counts the null page. num_host_pages: pages of host memory for swapped sequences. preemption_costs:
-    measured at warm-up; None where nothing can be swapped. step_costs: predicts the seconds of a step; None where
-    nothing is known of the device.
+    num_pages: of the pool, the null page included. attention: the implementation in use. num_executables: compiled
+    programs. compile_seconds: wall time of compiling, or loading, them. kv_cache: dtype of keys and values in pages,
+    and where the scales of a quantised one are from. bundle: the directory that the programs were loaded from; None
+    where they were compiled at start. num_cached_executables: those that were taken from the compilation cache.
+    phases: name, begin and seconds of each part of the start, where the process began at 0; some run side by side.
+    memory: bytes of the device, by what they are planned for; the sum is all of them. num_host_pages: pages of host
+    memory for swapped sequences. preemption_costs: measured at warm-up; None where nothing can be swapped.
     """
 
     vocab_size: int
@@ -51,7 +55,11 @@ class RunnerInfo:
     memory: tuple[tuple[str, int], ...] = ()
     num_host_pages: int = 0
     preemption_costs: PreemptionCosts | None = None
-    step_costs: StepCosts | None = None
+
+    @property
+    def usable_pages(self) -> int:
+        """Pages that requests can have: all but the null page."""
+        return self.num_pages - 1
 
 
 class StepNotStartedError(RuntimeError):
@@ -71,6 +79,11 @@ class Runner(Protocol):
 
     @property
     def info(self) -> RunnerInfo: ...
+
+    @property
+    def step_costs(self) -> StepCosts | None:
+        """Predicts the seconds of a step; None where nothing is known of the device."""
+        ...
 
     @property
     def num_compilations(self) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.core import EngineCore
-from jaxserve.engine.messages import AddRequest, FromEngine, RequestOutput
+from jaxserve.engine.messages import AddRequest, EngineOutput, FromEngine
 from jaxserve.request import FinishReason
 from jaxserve.runner.protocol import Pending, Runner
 from jaxserve.scheduler.plan import StepPlan, StepResult
@@ -37,6 +37,7 @@ class LengthKeepingRunner:
     def __init__(self, runner: Runner, num_slots: int):
         self._runner = runner
         self.info = runner.info
+        self.step_costs = runner.step_costs
         self.stop_id = runner.info.vocab_size
         self.last_positions: dict[str, int] = {}
         self._stop_at = np.full(num_slots, _NEVER)
@@ -106,8 +107,9 @@ def replay(
         now = time.perf_counter() - origin
         while place < len(requests) and requests[place].arrival_time <= now:
             request = requests[place]
-            deadline = None if request.deadline is None else wall + request.deadline
-            moved = dataclasses.replace(request, arrival_time=wall + request.arrival_time, deadline=deadline)
+            deadline = None if request.options.deadline is None else wall + request.options.deadline
+            options = dataclasses.replace(request.options, deadline=deadline)
+            moved = dataclasses.replace(request, arrival_time=wall + request.arrival_time, options=options)
             refused |= _errors(core.handle(AddRequest(moved)))
             place += 1
         wait = core.pause if core.busy else np.inf
@@ -128,12 +130,12 @@ def _errors(messages: list[FromEngine]) -> set[int]:
     return {
         int(message.request_id)
         for message in messages
-        if isinstance(message, RequestOutput) and message.finish_reason is FinishReason.ERROR
+        if isinstance(message, EngineOutput) and message.finish_reason is FinishReason.ERROR
     }
 
 
 def _ends(message: FromEngine) -> bool:
-    return isinstance(message, RequestOutput) and message.finish_reason is not None
+    return isinstance(message, EngineOutput) and message.finish_reason is not None
 
 
 @dataclasses.dataclass(frozen=True)

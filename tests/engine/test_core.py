@@ -11,9 +11,9 @@ import pytest
 from jaxserve.config.scheduling import PolicyConfig, PreemptionConfig
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.core import STATS_SECONDS, EngineCore
-from jaxserve.engine.messages import AbortRequest, AddRequest, EngineStats, RequestOutput, Shutdown, outputs
+from jaxserve.engine.messages import AbortRequest, AddRequest, EngineOutput, EngineStats, Shutdown, outputs
 from jaxserve.models.config import ModelConfig
-from jaxserve.request import EngineRequest, FinishReason
+from jaxserve.request import EngineRequest, FinishReason, RequestOptions
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.telemetry.recorder import (
     FirstToken,
@@ -60,8 +60,8 @@ def make_core(num_pages: int = 64, now=lambda: 0.0, clock=time.perf_counter, **l
     return EngineCore(config, WatchedRunner(num_pages=num_pages), recorder=Recorder(), now=now, clock=clock)
 
 
-def run(core: EngineCore) -> dict[str, list[RequestOutput]]:
-    answers: dict[str, list[RequestOutput]] = {}
+def run(core: EngineCore) -> dict[str, list[EngineOutput]]:
+    answers: dict[str, list[EngineOutput]] = {}
     while core.busy:
         for message in core.step():
             for output in outputs(message):
@@ -111,7 +111,7 @@ def test_a_cancelled_request_frees_its_pages_at_once():
         core.step()
     used = core.stats().pages_used
     (final,) = core.handle(AbortRequest("a"))
-    assert isinstance(final, RequestOutput)
+    assert isinstance(final, EngineOutput)
     assert final.finish_reason is FinishReason.ABORT
     assert core.stats().pages_used == 1 < used
     assert core.handle(AbortRequest("a")) == []
@@ -124,7 +124,7 @@ def test_a_request_that_cannot_be_queued_is_answered_at_once():
     add(core, EngineRequest("a", (1,), max_tokens=3), EngineRequest("b", (1,), max_tokens=3))
     for name, message in (("a", "in use"), ("c", "max_num_waiting 1")):
         (answer,) = core.handle(AddRequest(EngineRequest(name, (1,), max_tokens=3)))
-        assert isinstance(answer, RequestOutput)
+        assert isinstance(answer, EngineOutput)
         assert answer.finish_reason is FinishReason.ERROR
         assert message in answer.error
 
@@ -134,14 +134,15 @@ def test_shutdown_answers_everyone():
     add(core, *(EngineRequest(name, (1, 2), max_tokens=9) for name in "abcdef"))
     core.step()
     answers = core.handle(Shutdown())
-    assert sorted(answer.request_id for answer in answers if isinstance(answer, RequestOutput)) == list("abcdef")
+    assert sorted(answer.request_id for answer in answers if isinstance(answer, EngineOutput)) == list("abcdef")
     assert core.stats().pages_used == 0
 
 
 def test_deadline_passed_in_the_queue():
     clock = [0.0]
     core = make_core(now=lambda: clock[0], max_num_seqs=1)
-    add(core, EngineRequest("a", (1,), max_tokens=6), EngineRequest("b", (1,), max_tokens=6, deadline=5.0))
+    late = EngineRequest("b", (1,), max_tokens=6, options=RequestOptions(deadline=5.0))
+    add(core, EngineRequest("a", (1,), max_tokens=6), late)
     core.step()
     clock[0] = 6.0
     answers = run(core)
@@ -231,7 +232,7 @@ def test_rows_that_go_on_share_a_message():
     while core.busy:
         steps.append([message for message in core.step() if not isinstance(message, EngineStats)])
     kinds = [[(type(message).__name__, len(outputs(message))) for message in step] for step in steps]
-    one = ("RequestOutput", 1)
+    one = ("EngineOutput", 1)
     assert kinds == [
         [],
         [one] * 3,
