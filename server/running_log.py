@@ -26,8 +26,10 @@ def start_lines(ready: EngineReady, name: str) -> list[str]:
         origin = f"loaded {programs} from the compilation cache"
     else:
         cached = f" and loaded {ready.num_cached_executables} from the compilation cache"
-        compiled = ready.num_executables - ready.num_cached_executables
+        compiled = ready.num_executables - ready.num_cached_executables - ready.num_missing_executables
         origin = f"compiled {compiled} executables{cached if ready.num_cached_executables else ''}"
+        if ready.num_missing_executables:
+            origin += f", {ready.num_missing_executables} more follow while it serves,"
     concurrency = greatest_concurrency(ready.num_pages, ready.page_size, ready.max_model_len, ready.max_num_seqs)
     lines = [
         f"model {name}: {ready.architecture}, {ready.num_parameters / 1e6:.2f}M parameters, {ready.dtype} on "

@@ -140,6 +140,7 @@ class EngineCore:
             platform=info.platform,
             attention=info.attention,
             num_executables=info.num_executables,
+            num_missing_executables=info.num_missing_executables,
             compile_seconds=info.compile_seconds,
             kv_cache=info.kv_cache,
             bundle=info.bundle,
@@ -191,6 +192,7 @@ class EngineCore:
         with self._annotate("Schedule"):
             expired = self._expire()
             plan = self.scheduler.schedule(self._now())
+            plan = None if plan is None else self.runner.fitted(plan)
         messages += [self._output(update, begin) for update in expired]
         scheduled = dispatched = collected = self._look(previous)
         idle = unused = 0.0
@@ -271,7 +273,7 @@ class EngineCore:
             pages_free=pool.num_free,
             pages_used=pool.num_used,
             pages_cached=pool.num_cached,
-            num_executables=self.runner.info.num_executables,
+            num_executables=self.runner.num_executables,
             num_compilations=self.runner.num_compilations,
             compile_misses=self.runner.compile_misses,
             num_preemptions=scheduler.num_preemptions,

@@ -50,13 +50,14 @@ class EngineReady:
     """Engine -> front end, once: the engine accepts requests.
 
     attention: implementation in use. kv_cache: dtype of keys and values in pages, and where the scales of a quantised
-    one are from. num_pages: usable pages (null page not counted). num_executables: compiled programs. bundle: the
-    directory that they were loaded from; None where they were compiled at start. num_cached_executables: those of them
-    that were taken from the compilation cache. compile_seconds, start_seconds: wall time of compiling, or loading, and
-    of start-up altogether. phases: name, begin and seconds of each part of the engine's start, where its process began
-    at 0; some run side by side. memory: bytes of the device, by what they are planned for; the sum is all of them.
-    num_host_pages: for swapped sequences. recompute_seconds_per_token, swap_seconds_per_page: what bringing a preempted
-    sequence back was measured to cost; 0 where nothing can be swapped.
+    one are from. num_pages: usable pages (null page not counted). num_executables: programs of the closed set;
+    num_missing_executables of them join while it serves. bundle: the directory that they were loaded from; None where
+    they were compiled. num_cached_executables: those of them that were taken from the compilation cache.
+    compile_seconds, start_seconds: wall time of compiling, or loading, and of start-up altogether. phases: name, begin
+    and seconds of each part of the engine's start, where its process began at 0; some run side by side. memory: bytes
+    of the device, by what they are planned for; the sum is all of them. num_host_pages: for swapped sequences.
+    recompute_seconds_per_token, swap_seconds_per_page: what bringing a preempted sequence back was measured to cost; 0
+    where nothing can be swapped.
     """
 
     vocab_size: int
@@ -78,6 +79,7 @@ class EngineReady:
     kv_cache: str
     bundle: str | None = None
     num_cached_executables: int = 0
+    num_missing_executables: int = 0
     phases: tuple[Phase, ...] = ()
     memory: tuple[tuple[str, int], ...] = ()
     num_host_pages: int = 0
@@ -125,7 +127,8 @@ class EngineStats:
     """Engine -> front end: counts as of now, several times a second and when it becomes idle, for GetServerInfo and the
     running log.
 
-    num_compilations: programs that the backend compiled in the engine's process, at start and ever after.
+    num_executables: programs that are there. num_compilations: programs that the backend compiled in the engine's
+    process, at start and ever after.
     num_steps, compile_misses, num_preemptions, prompt_tokens, generation_tokens, computed_tokens, padding_tokens,
     num_dropped (requests ended in the queue since they were late, or would be):
     totals since start; a prompt counts when its first output token is there.

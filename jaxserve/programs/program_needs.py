@@ -63,6 +63,13 @@ def largest_keys(shapes: Shapes) -> list[ProgramKey]:
     return list(largest.values())
 
 
+def servable_keys(shapes: Shapes) -> list[ProgramKey]:
+    """Programs that can serve every request, if need be with more padding: the largest of each kind, since any smaller
+    step can be padded to it, and all that copy pages, which pad nothing."""
+    largest = largest_keys(shapes)
+    return [key for key in program_keys(shapes) if key in largest or key.kind in ("swap_in", "swap_out")]
+
+
 def loaded(needs: ProgramNeeds, mesh: Mesh) -> ProgramNeeds:
     """`needs`, and on a CPU what programs take there beyond it.
 

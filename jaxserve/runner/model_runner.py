@@ -54,10 +54,19 @@ def annotate(name: str) -> contextlib.AbstractContextManager[object]:
 class ModelRunner:
     """Runner over a model: carries out steps over what `Startup` has made."""
 
-    def __init__(self, config: EngineConfig, *, progress: bool = False, phases: Phases | None = None):
-        """progress: shows how far compiling is. phases: of this process so far; those of this start are added."""
+    def __init__(
+        self, config: EngineConfig, *, progress: bool = False, phases: Phases | None = None, server: bool = False
+    ):
+        """Starts.
+
+        Args:
+            config: the engine's settings.
+            progress: shows how far compiling is.
+            phases: of this process so far; those of this start are added.
+            server: the engine is a server's; `EngineConfig.ready_when` "auto" depends on it.
+        """
         phases = Phases() if phases is None else phases
-        startup = Startup(config, progress=progress, phases=phases)
+        startup = Startup(config, progress=progress, phases=phases, server=server)
         made = startup.make()
         self._failpoints = Failpoints(config.failpoints)
         self._shapes, self._programs, self._weights = made.shapes, made.programs, made.weights
@@ -70,6 +79,7 @@ class ModelRunner:
             costs = self._measure_costs() if self._shapes.num_host_pages else None
         startup.log_allocator()
         self.info = startup.info(made, costs)
+        startup.finish(made)
 
     @property
     def num_compilations(self) -> int:
@@ -78,6 +88,17 @@ class ModelRunner:
     @property
     def programs(self) -> ProgramSet:
         return self._programs
+
+    @property
+    def num_executables(self) -> int:
+        return len(self._programs.executables)
+
+    def fitted(self, plan: StepPlan) -> StepPlan:
+        if not self._programs.missing:
+            return plan
+        tokens = self._programs.standing_in(self._shapes.forward_key(plan)).size
+        rows = self._programs.standing_in(ProgramKey("sample", plan.row_bucket)).size if plan.row_bucket else 0
+        return dataclasses.replace(plan, token_bucket=tokens, row_bucket=rows)
 
     def dispatch(self, plan: StepPlan) -> PendingStep:
         arrays, begun, swapped = self._arrays, False, False  # begun: what was enqueued must not be enqueued again
@@ -131,10 +152,12 @@ class ModelRunner:
         return forward, self._sample_call(plan.row_bucket, plan) if plan.row_bucket else None
 
     def _forward_call(self, key: ProgramKey, plan: StepPlan) -> _Call:
+        key = self._programs.standing_in(key)
         return _Call(self._program(key), self._forward_packers[key.size].pack(plan))
 
     def _sample_call(self, rows: int, plan: StepPlan) -> _Call:
-        return _Call(self._program(ProgramKey("sample", rows)), self._sample_packers[rows].pack(plan))
+        key = self._programs.standing_in(ProgramKey("sample", rows))
+        return _Call(self._program(key), self._sample_packers[key.size].pack(plan))
 
     def _forward(self, call: _Call) -> None:
         arrays = self._arrays
@@ -183,9 +206,11 @@ class ModelRunner:
             raise
 
     def _warm_up(self) -> None:
-        """Runs every program once on padding alone, so that the first request finds them loaded."""
+        """Runs every program that is there once on padding alone, so that the first request finds them loaded."""
         nothing = StepPlan(-1, NO_DECODES, (), token_bucket=0, row_bucket=0, num_tokens=0, num_sampled=0)
         for key in program_keys(self._shapes):
+            if key in self._programs.missing:
+                continue
             if key.kind == "sample":
                 self._sample(self._sample_call(key.size, nothing)).block_until_ready()
             elif key.kind in ("forward", "decode"):

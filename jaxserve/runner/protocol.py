@@ -27,9 +27,10 @@ class StepCosts:
 class RunnerInfo:
     """What a runner turned out to be; the meaning of the fields is that of `EngineReady`.
 
-    num_pages counts the null page. num_host_pages: pages of host memory for swapped sequences. preemption_costs:
-    measured at warm-up; None where nothing can be swapped. step_costs: predicts the seconds of a step; None where
-    nothing is known of the device.
+    num_executables: programs of the closed set. num_missing_executables: those of them that join later. num_pages
+    counts the null page. num_host_pages: pages of host memory for swapped sequences. preemption_costs: measured at
+    warm-up; None where nothing can be swapped. step_costs: predicts the seconds of a step; None where nothing is known
+    of the device.
     """
 
     vocab_size: int
@@ -47,6 +48,7 @@ class RunnerInfo:
     kv_cache: str
     bundle: str | None = None
     num_cached_executables: int = 0
+    num_missing_executables: int = 0
     phases: tuple[Phase, ...] = ()
     memory: tuple[tuple[str, int], ...] = ()
     num_host_pages: int = 0
@@ -80,6 +82,16 @@ class Runner(Protocol):
     @property
     def compile_misses(self) -> int:
         """Steps that asked for a program outside the compiled set."""
+        ...
+
+    @property
+    def num_executables(self) -> int:
+        """Programs that are there now."""
+        ...
+
+    def fitted(self, plan: StepPlan) -> StepPlan:
+        """The plan with the buckets that it will be padded to: larger ones stand in for programs that are not there
+        yet."""
         ...
 
     def dispatch(self, plan: StepPlan) -> Pending:

@@ -13,6 +13,8 @@ import contextlib
 import dataclasses
 import logging
 import math
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 
 import jax
@@ -29,11 +31,12 @@ from jaxserve.programs.aot.bundle import Bundle, bundled_cache
 from jaxserve.programs.aot.program_cache import CacheRefusedError, ProgramCache, default_directory
 from jaxserve.programs.build_set import SetBuilder
 from jaxserve.programs.compiler import ProgramSet
-from jaxserve.programs.program_needs import ProgramNeeds, loaded
+from jaxserve.programs.program_needs import ProgramNeeds, largest_keys, loaded
 from jaxserve.programs.step_programs import Shapes, Weights, products_of
 from jaxserve.runner.device_arrays import DeviceArrays
 from jaxserve.runner.freed_memory import keep_freed_memory
 from jaxserve.runner.host_pages import HostPages
+from jaxserve.runner.late_programs import LatePrograms
 from jaxserve.runner.protocol import RunnerInfo
 from jaxserve.runner.step_cost_model import step_costs
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
@@ -65,24 +68,27 @@ class Started:
 class Startup:
     """One start. `make` makes everything; `info` then says what came of it."""
 
-    def __init__(self, config: EngineConfig, *, progress: bool, phases: Phases):
+    def __init__(self, config: EngineConfig, *, progress: bool, phases: Phases, server: bool):
         """Finds the devices and resolves the shapes.
 
         Args:
             config: the engine's settings.
             progress: shows how far compiling is.
             phases: those of this process so far; those of this start are added.
+            server: the engine is a server's, so that `ready_when` "auto" may be "servable".
 
         Raises:
             ValueError: configuration, checkpoint and devices contradict each other.
         """
         self._config, self._progress, self._phases = config, progress, phases
+        self._program_cache: ProgramCache | None = None
         with phases.phase("devices"):
             claim_memory(config.cache)
             self._mesh = make_mesh()
             memory = local_memory(self._mesh, config.cache.gpu_memory_utilization)
         with phases.phase("shapes"):
             self._shapes = resolve_shapes(config, self._platform)
+            self._servable = _ready_when_servable(config, self._platform, server)
         with phases.phase("kernels"):
             products_of(self._shapes, self._mesh).prepare()
         self._planner = MemoryPlanner(self._shapes, config.cache, self._mesh, memory)
@@ -126,7 +132,8 @@ class Startup:
             dtype=shapes.dtype,
             platform=self._platform,
             attention=shapes.attention,
-            num_executables=len(programs.executables),
+            num_executables=len(programs.executables) + len(programs.missing),
+            num_missing_executables=len(programs.missing),
             num_cached_executables=programs.num_cached,
             compile_seconds=programs.seconds,
             kv_cache=started.kv_cache,
@@ -137,6 +144,22 @@ class Startup:
             preemption_costs=costs,
             step_costs=step_costs(shapes, self._mesh),
         )
+
+    def finish(self, started: Started) -> None:
+        """Has the programs that are missing compiled while the engine serves; call it last of all."""
+        programs = started.programs
+        if not programs.missing:
+            return
+        total = len(programs.executables) + len(programs.missing)
+        _log.info(
+            "ready with %d of %d programs; the others are compiled in the background", len(programs.executables), total
+        )
+        cache = self._program_cache
+        if cache is None:
+            scratch = tempfile.TemporaryDirectory(prefix="jaxserve-programs-")
+            weakref.finalize(programs, scratch.cleanup)
+            cache = ProgramCache.open(scratch.name, self._config.compilation_cache_max_bytes, self._mesh)
+        LatePrograms(self._config, started.shapes, programs, cache)
 
     def log_allocator(self) -> None:
         """Logs how much of the plan a GPU's allocator has in use, and the largest block that it has left."""
@@ -156,7 +179,8 @@ class Startup:
         """Sizes the pool and compiles the programs, or finds them in the cache, while the weights are loaded."""
         cache, planner = self._config.cache, self._planner
         explicit = cache.num_pages is not None or cache.kv_cache_memory_bytes is not None
-        with SetBuilder(self._mesh, self._cache(), progress=self._progress) as builder:
+        self._program_cache = self._cache()
+        with SetBuilder(self._mesh, self._program_cache, progress=self._progress) as builder:
             with self._phases.phase("plan"):
                 plan = planner.pool(lambda: _NOTHING) if explicit else planner.roomy()
             with self._weights_meanwhile() as weights:
@@ -166,7 +190,7 @@ class Startup:
                 while True:
                     self._take(plan)
                     with self._phases.phase("programs"):
-                        self._programs = builder.build(self._shapes)
+                        self._programs = builder.build(self._shapes, servable=self._servable)
                     found = self._found()
                     if found.fits or explicit:
                         break
@@ -194,9 +218,14 @@ class Startup:
         self._shapes = dataclasses.replace(self._shapes, num_pages=plan.num_pages)
 
     def _found(self) -> MemoryPlan:
-        """The plan with what the programs turned out to need."""
-        needs = loaded(ProgramNeeds.of(self._programs.memory.values()), self._mesh)
-        self._plan = self._planner.plan(self._shapes.num_pages, needs)
+        """The plan with what the programs turned out to need; those that are missing need no more than the largest."""
+        memory = self._programs.memory
+        if self._programs.missing:
+            largest = {key: memory[key] for key in largest_keys(self._shapes)}
+            needs = ProgramNeeds.from_largest(largest, self._shapes)
+        else:
+            needs = ProgramNeeds.of(memory.values())
+        self._plan = self._planner.plan(self._shapes.num_pages, loaded(needs, self._mesh))
         return self._plan
 
     def _cache(self) -> ProgramCache | None:
@@ -244,6 +273,17 @@ class Startup:
         """The weights, and what the start-up log says of the pages' dtype and scales."""
         with self._phases.phase("weights"):
             return _read_weights(self._config, self._shapes, self._mesh)
+
+
+def _ready_when_servable(config: EngineConfig, platform: str, server: bool) -> bool:
+    """Whether the start waits only for the programs that can serve every request. Raises
+    ValueError where that cannot be."""
+    if config.ready_when == "servable" and platform != "cpu":
+        raise ValueError(
+            f"ready_when is 'servable' on a {platform}, whose compiler measures kernels on the device beside the steps "
+            "that serve; set it to 'complete' (a bundle or the compilation cache makes such a start fast)"
+        )
+    return config.ready_when == "servable" or (config.ready_when == "auto" and server and platform == "cpu")
 
 
 def _read_weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> tuple[Weights, str]:

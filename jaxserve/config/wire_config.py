@@ -1,4 +1,4 @@
-"""An EngineConfig as msgpack, for the engine's process."""
+"""An EngineConfig as msgpack, for other processes of this engine."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 import msgpack
 
 from jaxserve.config.settings import EngineConfig
-from jaxserve.engine.messages import packb
 
 
 def config_to_bytes(config: EngineConfig) -> bytes:
     """msgpack of the nested fields by name."""
-    return packb(dataclasses.asdict(config))
+    packed = msgpack.packb(dataclasses.asdict(config))
+    assert packed is not None  # the package's stubs allow None
+    return packed
 
 
 def config_from_bytes(data: bytes) -> EngineConfig:
