@@ -19,17 +19,20 @@ _log = logging.getLogger("jaxserve.server")
 def start_lines(ready: EngineReady, name: str) -> list[str]:
     """The figures of an engine that has become ready, one line each."""
     pool_tokens = ready.limits.pool_tokens
-    programs = f"{ready.num_executables} executables"
+    missing = ready.num_missing_executables
+    there = ready.num_executables - missing
+    programs = f"{there} of {ready.num_executables} executables" if missing else f"{there} executables"
     if ready.bundle is not None:
         origin = f"loaded {programs} from bundle {ready.bundle}"
-    elif ready.num_cached_executables == ready.num_executables:
+    elif ready.num_cached_executables == there:
         origin = f"loaded {programs} from the compilation cache"
+    elif ready.num_cached_executables:
+        cached, compiled = ready.num_cached_executables, there - ready.num_cached_executables
+        of_all = f" of {ready.num_executables}" if missing else ""
+        origin = f"compiled {compiled}{of_all} executables and loaded {cached} from the compilation cache"
     else:
-        cached = f" and loaded {ready.num_cached_executables} from the compilation cache"
-        compiled = ready.num_executables - ready.num_cached_executables - ready.num_missing_executables
-        origin = f"compiled {compiled} executables{cached if ready.num_cached_executables else ''}"
-        if ready.num_missing_executables:
-            origin += f", {ready.num_missing_executables} more follow while it serves,"
+        origin = f"compiled {programs}"
+    follow = "; the others follow while it serves" if missing else ""
     concurrency = greatest_concurrency(ready.num_pages, ready.page_size, ready.max_model_len, ready.max_num_seqs)
     lines = [
         f"model {name}: {ready.architecture}, {ready.num_parameters / 1e6:.2f}M parameters, {ready.dtype} on "
@@ -37,7 +40,7 @@ def start_lines(ready: EngineReady, name: str) -> list[str]:
         f"page pool: {pool_tokens:,} tokens ({ready.num_pages:,} pages of {ready.page_size}), {ready.kv_cache}",
         f"greatest concurrency at max_model_len {ready.max_model_len:,}: {concurrency:.1f} requests "
         f"(max_num_seqs {ready.max_num_seqs})",
-        f"{origin} in {ready.compile_seconds:.1f} s; engine start {ready.start_seconds:.1f} s",
+        f"{origin} in {ready.compile_seconds:.1f} s{follow}; engine start {ready.start_seconds:.1f} s",
     ]
     if ready.num_host_pages:
         token, page = (seconds * 1e6 for seconds in (ready.recompute_seconds_per_token, ready.swap_seconds_per_page))

@@ -80,7 +80,8 @@ class LatePrograms:
         """Takes in what the process says is there, until it ends."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with self._process as process, contextlib.suppress(BrokenPipeError):  # one that has died says so below
+        process = self._process
+        with contextlib.suppress(BrokenPipeError), process:  # of one that has died its exit code tells
             task.write(self._process.stdin)
             for line in self._process.stdout:
                 kind, size, *error = line.decode().split(maxsplit=2)

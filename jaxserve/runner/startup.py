@@ -218,13 +218,10 @@ class Startup:
         self._shapes = dataclasses.replace(self._shapes, num_pages=plan.num_pages)
 
     def _found(self) -> MemoryPlan:
-        """The plan with what the programs turned out to need; those that are missing need no more than the largest."""
+        """The plan with what the programs turned out to need; one that is missing needs no more than the largest."""
         memory = self._programs.memory
-        if self._programs.missing:
-            largest = {key: memory[key] for key in largest_keys(self._shapes)}
-            needs = ProgramNeeds.from_largest(largest, self._shapes)
-        else:
-            needs = ProgramNeeds.of(memory.values())
+        largest = {key.kind: memory[key] for key in largest_keys(self._shapes)}
+        needs = ProgramNeeds.of([*memory.values(), *(largest[key.kind] for key in self._programs.missing)])
         self._plan = self._planner.plan(self._shapes.num_pages, loaded(needs, self._mesh))
         return self._plan
 
