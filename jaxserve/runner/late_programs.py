@@ -1,6 +1,6 @@
 """The programs of the closed set that are compiled while the engine serves.
 
-A process of its own compiles them into the compilation cache, with the lowest priority: neither the interpreter lock
+A process of its own compiles them into the compilation cache, with a low priority: neither the interpreter lock
 nor the compiler's threads, which know no priorities, ever hold up a step. From the cache this process loads each as
 soon as it is there, which takes some milliseconds.
 """
@@ -23,8 +23,9 @@ from jaxserve.programs.compiler import ProgramSet
 from jaxserve.programs.step_programs import ProgramKey, Shapes
 from jaxserve.runner.late_compiler import CompileTask
 
-_NICE = 19
-"""The lowest priority: a step takes a core from it at once."""
+_NICE = 10
+"""A step takes a core from it at once, and where no core is ever idle it gets a tenth of each. With the lowest priority,
+19, a server that is busy from its first second on would go on padding for half an hour."""
 
 _log = logging.getLogger(__name__)
 

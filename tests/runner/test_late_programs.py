@@ -17,6 +17,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import make_mesh
 from jaxserve.programs.aot.program_cache import ProgramCache
 from jaxserve.programs.compiler import CompileMissError, ProgramMemory, ProgramSet
+from jaxserve.programs.program_needs import servable_keys
 from jaxserve.programs.step_programs import ProgramKey, program_keys
 from jaxserve.request import EngineRequest
 from jaxserve.runner import late_programs, startup
@@ -26,12 +27,12 @@ from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.scheduler.plan import NO_DECODES, StepPlan
 from tests.runner.drive import drive
 
-MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
+MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 1, 4, 2, 8, 256, tie_word_embeddings=True)
 CONFIG = EngineConfig(
     architecture=MODEL,
     load_format="dummy",
-    scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=32),
-    cache=CacheConfig(num_pages=64, swap_space=1e-3),
+    scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=32),
+    cache=CacheConfig(num_pages=64),
     token_buckets=(8, 16, 32),
     seed=3,
 )
@@ -115,42 +116,45 @@ def early(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> tuple[Mode
 
 def test_tokens_are_the_same_before_and_after_the_others_join(early, caplog):
     runner, asked = early
-    complete = ModelRunner(CONFIG)
-    everything = set(program_keys(complete._shapes))
-    swaps = {key for key in everything if key.kind.startswith("swap")}
-    assert swaps
-    assert set(runner.programs.executables) == {*keys_of("forward", 32), *keys_of("sample", 8), *swaps}
-    assert runner.info.num_executables == complete.info.num_executables == len(everything)
+    everything = set(program_keys(runner._shapes))
+    assert set(runner.programs.executables) == {*keys_of("forward", 16, 32), *keys_of("sample", 16)}
+    assert runner.info.num_executables == len(everything) == 5
     assert runner.info.num_missing_executables == 2
-    assert runner.num_executables == len(everything) - 2
-    # The plan of the memory has room for all of them.
-    parts, of_all = dict(runner.info.memory), dict(complete.info.memory)
-    assert parts["temporaries"] >= of_all["temporaries"]
-    assert parts["code"] >= of_all["code"]
-
-    wanted = drive(complete, CONFIG, REQUESTS)
-    assert wanted.programs == set(keys_of("forward", 8, 16, 32)), "the test is to use them all"
-    assert drive(runner, CONFIG, REQUESTS).tokens == wanted.tokens
+    assert runner.num_executables == 3
     plan = StepPlan(0, NO_DECODES, (), token_bucket=8, row_bucket=8, num_tokens=3, num_sampled=1)
-    assert (runner.fitted(plan).token_bucket, runner.fitted(plan).padding) == (32, 29)
-    assert complete.fitted(plan) is plan
+    fitted = runner.fitted(plan)
+    assert (fitted.token_bucket, fitted.row_bucket, fitted.padding) == (16, 16, 13)
+    before = drive(runner, CONFIG, REQUESTS).tokens
 
     compiled = runner.num_compilations
     ((config, shapes, programs, cache),) = asked
     with caplog.at_level(logging.INFO, "jaxserve"):
         LatePrograms(config, shapes, programs, cache)
         wait_for(lambda: " programs are there" in caplog.text)
-    assert f"all {len(everything)} programs are there after" in caplog.text
+    assert "all 5 programs are there after" in caplog.text
     assert not runner.programs.missing
     assert set(runner.programs.executables) == everything
     assert runner.fitted(plan) is plan
-    assert drive(runner, CONFIG, REQUESTS).tokens == wanted.tokens
+    assert drive(runner, CONFIG, REQUESTS).tokens == before
     assert runner.num_compilations == compiled, "nothing was compiled in the process that serves"
     assert runner.compile_misses == 0
 
-    again = ModelRunner(config)
-    assert again.info.num_missing_executables == 0, "the next start finds them all in the cache"
-    assert again.info.num_cached_executables == len(everything)
+    complete = ModelRunner(config)  # finds them all in the cache
+    assert complete.info.num_missing_executables == 0
+    assert complete.info.num_cached_executables == 5
+    wanted = drive(complete, CONFIG, REQUESTS)
+    assert wanted.programs >= set(keys_of("forward", 8, 32)), "the test is to use those that were missing"
+    assert wanted.tokens == before
+    # The plan of the memory had room for all of them.
+    parts, of_all = dict(runner.info.memory), dict(complete.info.memory)
+    assert parts["temporaries"] >= of_all["temporaries"]
+    assert parts["code"] >= of_all["code"]
+
+
+def test_what_copies_pages_is_made_before_anything_is_served():
+    shapes = dataclasses.replace(startup.resolve_shapes(CONFIG, "cpu"), num_host_pages=16)
+    swaps = {*keys_of("swap_in", 1, 4, 16), *keys_of("swap_out", 1, 4, 16)}
+    assert set(servable_keys(shapes)) == {*keys_of("forward", 16, 32), *keys_of("sample", 16), *swaps}
 
 
 def start_with(script: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, programs: ProgramSet) -> None:
