@@ -52,6 +52,13 @@ class MeteredRunner:
     def compile_misses(self) -> int:
         return self._runner.compile_misses
 
+    @property
+    def num_executables(self) -> int:
+        return self._runner.num_executables
+
+    def fitted(self, plan: StepPlan) -> StepPlan:
+        return self._runner.fitted(plan)
+
     def dispatch(self, plan: StepPlan) -> Pending:
         self.shapes.append(shape_of(plan))
         return self._runner.dispatch(plan)

@@ -20,15 +20,20 @@ def start_lines(ready: EngineReady, name: str) -> list[str]:
     """The figures of an engine that has become ready, one line each."""
     info, costs = ready.info, ready.info.preemption_costs
     pool_tokens = ready.limits.pool_tokens
-    programs = f"{info.num_executables} executables"
+    missing = info.num_missing_executables
+    there = info.num_executables - missing
+    programs = f"{there} of {info.num_executables} executables" if missing else f"{there} executables"
     if info.bundle is not None:
         origin = f"loaded {programs} from bundle {info.bundle}"
-    elif info.num_cached_executables == info.num_executables:
+    elif info.num_cached_executables == there:
         origin = f"loaded {programs} from the compilation cache"
+    elif info.num_cached_executables:
+        cached, compiled = info.num_cached_executables, there - info.num_cached_executables
+        of_all = f" of {info.num_executables}" if missing else ""
+        origin = f"compiled {compiled}{of_all} executables and loaded {cached} from the compilation cache"
     else:
-        cached = f" and loaded {info.num_cached_executables} from the compilation cache"
-        compiled = info.num_executables - info.num_cached_executables
-        origin = f"compiled {compiled} executables{cached if info.num_cached_executables else ''}"
+        origin = f"compiled {programs}"
+    follow = "; the others follow while it serves" if missing else ""
     concurrency = greatest_concurrency(info.usable_pages, info.page_size, info.max_model_len, ready.max_num_seqs)
     lines = [
         f"model {name}: {info.architecture}, {info.num_parameters / 1e6:.2f}M parameters, {info.dtype} on "
@@ -36,7 +41,7 @@ def start_lines(ready: EngineReady, name: str) -> list[str]:
         f"page pool: {pool_tokens:,} tokens ({info.usable_pages:,} pages of {info.page_size}), {info.kv_cache}",
         f"greatest concurrency at max_model_len {info.max_model_len:,}: {concurrency:.1f} requests "
         f"(max_num_seqs {ready.max_num_seqs})",
-        f"{origin} in {info.compile_seconds:.1f} s; engine start {ready.start_seconds:.1f} s",
+        f"{origin} in {info.compile_seconds:.1f} s{follow}; engine start {ready.start_seconds:.1f} s",
     ]
     if info.num_host_pages and costs is not None:
         token, page = 1e6 * costs.recompute_seconds_per_token, 1e6 * costs.swap_seconds_per_page

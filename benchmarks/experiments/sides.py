@@ -81,6 +81,13 @@ class ScriptedRunner:
     def compile_misses(self) -> int:
         return self._runner.compile_misses
 
+    @property
+    def num_executables(self) -> int:
+        return self._runner.num_executables
+
+    def fitted(self, plan: StepPlan) -> StepPlan:
+        return self._runner.fitted(plan)
+
     def dispatch(self, plan: StepPlan) -> Pending:
         last = [plan.decodes.starts + 1 == self._stop_at[plan.decodes.slots]]
         for chunk in plan.chunks:

@@ -173,6 +173,7 @@ class EngineCore:
         with self._annotate("Schedule"):
             expired = self._expire()
             plan = self.scheduler.schedule(self._now())
+            plan = None if plan is None else self.runner.fitted(plan)
         messages += [self._output(update, begin) for update in expired]
         scheduled = dispatched = collected = self._look(previous)
         idle = unused = 0.0
@@ -253,7 +254,7 @@ class EngineCore:
             pages_free=pool.num_free,
             pages_used=pool.num_used,
             pages_cached=pool.num_cached,
-            num_executables=self.runner.info.num_executables,
+            num_executables=self.runner.num_executables,
             num_compilations=self.runner.num_compilations,
             compile_misses=self.runner.compile_misses,
             num_preemptions=scheduler.num_preemptions,

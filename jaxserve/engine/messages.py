@@ -84,7 +84,8 @@ class EngineStats(_Message, frozen=True):
     """Engine -> front end: counts as of now, several times a second and when it becomes idle, for GetServerInfo and the
     running log.
 
-    num_compilations: programs that the backend compiled in the engine's process, at start and ever after.
+    num_executables: programs that are there. num_compilations: programs that the backend compiled in the engine's
+    process, at start and ever after.
     num_steps, compile_misses, num_preemptions, prompt_tokens, generation_tokens, computed_tokens, padding_tokens,
     num_dropped (requests ended in the queue since they were late, or would be):
     totals since start; a prompt counts when its first output token is there.

@@ -27,10 +27,11 @@ class StepCosts:
 class RunnerInfo:
     """What a runner turned out to be: plain values, which the engine passes on to the front end.
 
-    num_pages: of the pool, the null page included. attention: the implementation in use. num_executables: compiled
-    programs. compile_seconds: wall time of compiling, or loading, them. kv_cache: dtype of keys and values in pages,
-    and where the scales of a quantised one are from. bundle: the directory that the programs were loaded from; None
-    where they were compiled at start. num_cached_executables: those that were taken from the compilation cache.
+    num_pages: of the pool, the null page included. attention: the implementation in use. num_executables: programs of
+    the closed set; num_missing_executables of them join while it serves. compile_seconds: wall time of compiling, or
+    loading, them. kv_cache: dtype of keys and values in pages, and where the scales of a quantised one are from.
+    bundle: the directory that the programs were loaded from; None where they were compiled. num_cached_executables:
+    those that were taken from the compilation cache.
     phases: name, begin and seconds of each part of the start, where the process began at 0; some run side by side.
     memory: bytes of the device, by what they are planned for; the sum is all of them. num_host_pages: pages of host
     memory for swapped sequences. preemption_costs: measured at warm-up; None where nothing can be swapped.
@@ -51,6 +52,7 @@ class RunnerInfo:
     kv_cache: str
     bundle: str | None = None
     num_cached_executables: int = 0
+    num_missing_executables: int = 0
     phases: tuple[Phase, ...] = ()
     memory: tuple[tuple[str, int], ...] = ()
     num_host_pages: int = 0
@@ -93,6 +95,16 @@ class Runner(Protocol):
     @property
     def compile_misses(self) -> int:
         """Steps that asked for a program outside the compiled set."""
+        ...
+
+    @property
+    def num_executables(self) -> int:
+        """Programs that are there now."""
+        ...
+
+    def fitted(self, plan: StepPlan) -> StepPlan:
+        """The plan with the buckets that it will be padded to: larger ones stand in for programs that are not there
+        yet."""
         ...
 
     def dispatch(self, plan: StepPlan) -> Pending:

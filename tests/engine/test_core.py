@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterator
@@ -163,6 +164,17 @@ def test_a_dropped_request_is_told_which_targets_it_missed():
     assert "dropped after 6.000 s in the queue" in answer.error
     assert "late for ttft_target 2 s and tpot_target 0.1 s; raise the targets, set drop_late to False" in answer.error
     assert core.stats().num_dropped == 1
+
+
+def test_padding_to_the_program_that_stands_in_is_counted(monkeypatch):
+    core = make_core()
+    monkeypatch.setattr(core.runner, "fitted", lambda plan: dataclasses.replace(plan, token_bucket=64))
+    one = EngineRequest("r", (1, 2, 3), max_tokens=2)
+    add(core, one)
+    assert tuple(token for output in run(core)["r"] for token in output.token_ids) == tuple(alone(one)[0])
+    steps = [event for event in core.recorder if isinstance(event, StepRecorded)]
+    assert [(event.token_bucket, event.padding) for event in steps] == [(64, 61), (64, 63)]
+    assert core.stats().padding_tokens == 61 + 63
 
 
 def test_the_recorder_hears_everything():

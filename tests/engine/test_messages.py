@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.wire_config import config_from_bytes, config_to_bytes
 from jaxserve.engine.messages import (
     AbortRequest,
     AddRequest,
@@ -23,7 +24,6 @@ from jaxserve.engine.messages import (
     decode,
     encode,
 )
-from jaxserve.engine.wire_config import config_from_bytes, config_to_bytes
 from jaxserve.models.config import ModelConfig, RopeScaling
 from jaxserve.request import EngineRequest, FinishReason, RequestOptions
 from jaxserve.scheduler.preemption_costs import PreemptionCosts

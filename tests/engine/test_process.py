@@ -15,6 +15,7 @@ import time
 import pytest
 
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.wire_config import config_to_bytes
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.framing import frames
 from jaxserve.engine.inline import InlineEngine
@@ -28,7 +29,6 @@ from jaxserve.engine.messages import (
     outputs,
 )
 from jaxserve.engine.process import EngineProcess
-from jaxserve.engine.wire_config import config_to_bytes
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import EngineRequest, FinishReason
 
@@ -179,7 +179,7 @@ def test_the_engine_ends_at_once_when_its_front_end_dies_during_start():
 ORPHAN = """
 import os, sys
 from jaxserve.engine.process import EngineProcess
-from jaxserve.engine.wire_config import config_to_bytes
+from jaxserve.config.wire_config import config_to_bytes
 from tests.engine.test_process import CONFIG
 client = EngineProcess(CONFIG)
 print(client.pid, flush=True)

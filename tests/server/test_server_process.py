@@ -274,6 +274,15 @@ def test_figures_of_the_start():
     ):
         ready = changed(READY, num_cached_executables=cached)
         assert start_lines(ready, "echo")[-1] == f"{origin} in 1.5 s; engine start 2.5 s"
+    for cached, origin in (
+        (0, "compiled 2 of 7 executables"),
+        (1, "compiled 1 of 7 executables and loaded 1 from the compilation cache"),
+        (2, "loaded 2 of 7 executables from the compilation cache"),
+    ):
+        early = changed(READY, num_cached_executables=cached, num_missing_executables=5)
+        assert start_lines(early, "echo")[-1] == (
+            f"{origin} in 1.5 s; the others follow while it serves; engine start 2.5 s"
+        )
     planned = changed(READY, memory=(("weights", 5_000_000), ("pages", 1_234_500_000)))
     assert start_lines(planned, "echo")[3] == "memory, MB: weights 5.0, pages 1,234.5"
     swapping = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""An EngineConfig as msgpack, for the engine's process."""
+"""An EngineConfig as msgpack, for other processes of this engine."""
 
 from __future__ import annotations
 
