@@ -24,8 +24,8 @@ from jaxserve.programs.step_programs import ProgramKey, Shapes
 from jaxserve.runner.late_compiler import CompileTask
 
 _NICE = 10
-"""A step takes a core from it at once; where no core is ever idle it gets a tenth of each. With the lowest priority,
-19, a server that is busy from its first second on would go on padding for half an hour."""
+"""A step takes a core from it at once, and where no core is ever idle it gets a tenth of each. With the lowest
+priority, 19, a server that is busy from its first second on would go on padding for half an hour."""
 
 _log = logging.getLogger(__name__)
 
