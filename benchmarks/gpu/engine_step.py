@@ -102,8 +102,8 @@ class Engine:
         return Vectors(forward.pack(plan), SamplePacker(plan.row_bucket, shapes.num_slots).pack(plan))
 
     def use(self, programs: Mapping[ProgramKey, Any]) -> None:
-        """Takes these executables instead of compiling its own."""
-        self._programs |= programs
+        """Takes these executables; those that are not among them are compiled when they are first asked for."""
+        self._programs = dict(programs)
 
     def program(self, key: ProgramKey) -> Any:
         """The executable, compiled as the server compiles it."""
