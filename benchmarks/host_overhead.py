@@ -57,12 +57,16 @@ class PackingRunner:
             num_pages=num_pages, num_parameters=0, architecture="none", dtype="none", platform="none",
             attention="none", num_executables=0, compile_seconds=0.0, kv_cache="none",
         )  # fmt: skip
-        self.num_compilations = self.compile_misses = 0
+        self.step_costs = None
+        self.num_compilations = self.compile_misses = self.num_executables = 0
         self._forward = {
             size: ForwardPacker(size, buckets.rows_of(size), PAGE_SIZE, num_slots) for size in buckets.tokens
         }
         self._sample = {size: SamplePacker(size, num_slots) for size in buckets.rows}
         self._ids = np.random.default_rng(0).integers(3, VOCAB, (64, num_slots), np.int32)
+
+    def fitted(self, plan: StepPlan) -> StepPlan:
+        return plan
 
     def dispatch(self, plan: StepPlan) -> np.ndarray:
         self._forward[plan.token_bucket].pack(plan)

@@ -22,7 +22,7 @@ from benchmarks import report
 from jaxserve.config import gin_config
 from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.inline import InlineEngine
-from jaxserve.engine.messages import AbortRequest, AddRequest, EngineFailed, EngineStats, RequestOutput, outputs
+from jaxserve.engine.messages import AbortRequest, AddRequest, EngineFailed, EngineOutput, EngineStats, outputs
 from jaxserve.frontend.tokenizer import load_tokenizer
 from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE, generate_split
 from jaxserve.planning.decode_roofline import token_bytes
@@ -77,7 +77,7 @@ def make_requests(prompts: Sequence[tuple[int, ...]], name: str, *, sampled: boo
     return requests
 
 
-def collect(engine: InlineEngine, tokens: dict[str, list[int]]) -> tuple[list[RequestOutput], EngineStats | None]:
+def collect(engine: InlineEngine, tokens: dict[str, list[int]]) -> tuple[list[EngineOutput], EngineStats | None]:
     """One call of `receive`: appends new ids to `tokens`; returns the final outputs and the last statistics."""
     finished, stats = [], None
     for message in engine.receive():
@@ -206,11 +206,11 @@ def random_requests(engine: InlineEngine, name: str, count: int, seed: int) -> l
     """Requests of any length that fits and any sampling parameters."""
     rng = random.Random(seed)
     ready = engine.ready
-    longest = min(ready.max_model_len, 512)
+    longest = min(ready.limits.max_model_len, 512)
     requests = []
     for number in range(count):
-        prompt = tuple(rng.randrange(ready.vocab_size) for _ in range(rng.randint(1, longest - 40)))
-        stop = tuple(rng.randrange(ready.vocab_size) for _ in range(rng.choice((0, 0, 3))))
+        prompt = tuple(rng.randrange(ready.limits.vocab_size) for _ in range(rng.randint(1, longest - 40)))
+        stop = tuple(rng.randrange(ready.limits.vocab_size) for _ in range(rng.choice((0, 0, 3))))
         requests.append(
             EngineRequest(
                 f"{name}-{number}",
@@ -275,7 +275,7 @@ def check_cancels(engine: InlineEngine, count: int, seed: int) -> dict[str, Any]
         finished_first += sum(name != victim for name in reasons)
     while engine.core.busy:
         collect(engine, tokens)
-    stats, pages = engine.core.stats(), engine.ready.num_pages
+    stats, pages = engine.core.stats(), engine.ready.info.usable_pages
     return {
         "requests": count,
         "cancelled": cancelled,

@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.work import FIRST_ORDINARY_ID
 from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.inline import InlineEngine
-from jaxserve.engine.messages import AddRequest, EngineFailed, RequestOutput
+from jaxserve.engine.messages import AddRequest, EngineFailed, EngineOutput
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loading import checkpoint
 from jaxserve.models.params import make_mesh
@@ -76,9 +76,9 @@ def engine(options: dict[str, Any], requests: int) -> dict[str, Any]:
         "start_peak": started["VmHWM"],
         "ready": started["VmRSS"],
         "load_peak": resident()["VmHWM"],
-        "plan": dict(client.ready.memory),
+        "plan": dict(client.ready.info.memory),
         "pool_tokens": client.ready.limits.pool_tokens,
-        "cached": client.ready.num_cached_executables,
+        "cached": client.ready.info.num_cached_executables,
         "steps": steps,
     }
 
@@ -86,11 +86,11 @@ def engine(options: dict[str, Any], requests: int) -> dict[str, Any]:
 def _run(client: InlineEngine, requests: int) -> int:
     """Runs requests to their ends, each with its share of the pool, greedy and sampled alike; returns the steps."""
     ready = client.ready
-    share = min(ready.limits.pool_tokens // ready.max_num_seqs, ready.max_model_len) - 1
+    share = min(ready.limits.pool_tokens // ready.max_num_seqs, ready.limits.max_model_len) - 1
     rng = np.random.default_rng(0)
     for number in range(requests):
         outputs = max(1, share // 8)
-        prompt = rng.integers(FIRST_ORDINARY_ID, ready.vocab_size, share - outputs)
+        prompt = rng.integers(FIRST_ORDINARY_ID, ready.limits.vocab_size, share - outputs)
         client.send(
             AddRequest(
                 EngineRequest(
@@ -108,7 +108,7 @@ def _run(client: InlineEngine, requests: int) -> int:
         for message in client.receive():
             if isinstance(message, EngineFailed):
                 raise RuntimeError(message.error)
-            if isinstance(message, RequestOutput):
+            if isinstance(message, EngineOutput):
                 if message.error:
                     raise RuntimeError(message.error)
                 left -= message.finish_reason is not None

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import report
 from jaxserve.config.scheduling import PredictionConfig
-from jaxserve.request import EngineRequest
+from jaxserve.request import EngineRequest, RequestOptions
 from jaxserve.scheduler.prediction import OutputLengthPredictor
 from jaxserve.simulator.trace_files import read_trace
 from jaxserve.simulator.traces import Trace
@@ -47,7 +47,7 @@ def measure(trace: Trace, max_tokens: int, window: int) -> dict[str, Any]:
             prompt_token_ids=(0,) * int(trace.prompt_tokens[row]),
             max_tokens=limit,
             stop_token_ids=(1,),
-            tenant=trace.tenants[row],
+            options=RequestOptions(tenant=trace.tenants[row]),
         )
         output = min(int(trace.output_tokens[row]), limit)
         expected = timed("expected", lambda request=request: predictor.expected(request))

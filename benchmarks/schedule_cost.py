@@ -24,7 +24,7 @@ from benchmarks import report
 from jaxserve.config.scheduling import FORMATIONS
 from jaxserve.config.settings import SchedulerConfig
 from jaxserve.kv_cache.page_pool import PagePool
-from jaxserve.request import EngineRequest
+from jaxserve.request import EngineRequest, RequestOptions
 from jaxserve.scheduler import Scheduler, StepResult
 from jaxserve.scheduler.buckets import Buckets, powers
 from jaxserve.scheduler.policies.named import POLICIES
@@ -105,8 +105,7 @@ class Load:
             self._rng.choice(self._prompts),
             max_tokens=FOREVER,
             stop_token_ids=(STOP,),
-            tenant=f"tenant {self._rng.randrange(TENANTS)}",
-            priority=self._rng.randrange(PRIORITIES),
+            options=RequestOptions(f"tenant {self._rng.randrange(TENANTS)}", self._rng.randrange(PRIORITIES)),
             arrival_time=self._now,
         )
 

@@ -41,6 +41,7 @@ class MeteredRunner:
     def __init__(self, runner: Runner):
         self._runner = runner
         self.info = runner.info
+        self.step_costs = runner.step_costs
         self.shapes: list[StepShape] = []
 
     @property
@@ -50,6 +51,13 @@ class MeteredRunner:
     @property
     def compile_misses(self) -> int:
         return self._runner.compile_misses
+
+    @property
+    def num_executables(self) -> int:
+        return self._runner.num_executables
+
+    def fitted(self, plan: StepPlan) -> StepPlan:
+        return self._runner.fitted(plan)
 
     def dispatch(self, plan: StepPlan) -> Pending:
         self.shapes.append(shape_of(plan))

@@ -38,7 +38,7 @@ from jaxserve.frontend.batch_lines import BatchLine, KeyedLine, count_lines, key
 from jaxserve.frontend.batch_resume import SETTINGS_BYTES, Digest, Resumption
 from jaxserve.frontend.delta import EngineDeadError
 from jaxserve.frontend.frontend import FrontEnd, Prepared
-from jaxserve.frontend.offline import Completion, TokenBar, run_all
+from jaxserve.frontend.offline import FinishedRequest, TokenBar, run_all
 from jaxserve.frontend.openai import parse_body, response_body
 from jaxserve.frontend.stop_signals import StopSignals
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
@@ -150,9 +150,7 @@ class BatchRun:
         params = request.params
         if params.seed is None:
             params = dataclasses.replace(params, seed=_seed_for(self._seed, line.custom_id))
-        prepared = self._front_end.prepare(
-            request.prompt, params, request_id=f"line-{line.number}", **request.ownership
-        )
+        prepared = self._front_end.prepare(request.prompt, params, request.options, request_id=f"line-{line.number}")
         if request.model not in (None, self._model) and request.model not in self._other_models:
             if len(self._other_models) < 10:
                 _say(f"line {line.number} asks for model {request.model!r}; this run serves {self._model!r}")
@@ -162,7 +160,7 @@ class BatchRun:
     def _digest(self, keyed: KeyedLine) -> Digest:
         return Digest(keyed.digest, self._settings)
 
-    def _result(self, keyed: KeyedLine, completion: Completion) -> dict[str, Any]:
+    def _result(self, keyed: KeyedLine, completion: FinishedRequest) -> dict[str, Any]:
         assert keyed.line is not None
         body = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), completion)
         return {

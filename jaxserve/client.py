@@ -22,7 +22,8 @@ from typing import Any
 
 import grpc
 
-from jaxserve.request import SamplingParams
+from jaxserve.config.sampling_fields import Flag, Ids, Number, SamplingField, Texts
+from jaxserve.request import SAMPLING_FIELDS, SamplingParams
 from jaxserve.serving.client import DEFAULT_ADDRESS, Client, join
 
 EXIT_FAILED = 1
@@ -241,22 +242,15 @@ def _decoded(data: bytes, where: str) -> str:
 
 def _options(parsed: argparse.Namespace) -> _Options:
     """Raises ValueError naming the option."""
-    stop = [unescape(text) for text in parsed.stop] if parsed.escapes else parsed.stop
+    params: dict[str, Any] = {name: getattr(parsed, name) for name in SAMPLING_FIELDS}
+    if parsed.escapes:
+        params["stop"] = [unescape(text) for text in parsed.stop]
     if parsed.timeout is not None and not parsed.timeout > 0:
         raise ValueError(f"timeout is {parsed.timeout:g}; it must be above 0 seconds")
     if not -(2**31) <= parsed.priority < 2**31:
         raise ValueError(f"priority is {parsed.priority}; it must be from {-(2**31)} to {2**31 - 1}")
     return _Options(
-        params=SamplingParams(
-            temperature=parsed.temperature,
-            top_k=parsed.top_k,
-            top_p=parsed.top_p,
-            min_p=parsed.min_p,
-            seed=parsed.seed,
-            max_tokens=parsed.max_tokens,
-            stop=tuple(stop),
-            ignore_eos=parsed.ignore_eos,
-        ),
+        params=SamplingParams(**params),
         fields={"tenant": parsed.tenant, "priority": parsed.priority},
         timeout=parsed.timeout,
         escapes=parsed.escapes,
@@ -286,18 +280,27 @@ def _parser() -> tuple[argparse.ArgumentParser, list[argparse.Action]]:
     add("-e", "--escapes", action="store_true", help=r"\n, \t, \r and \\ in prompts and stop strings are escapes")
     add("-n", "--newline", action="store_true", help="end each prompt with a newline, as the tiny model's tasks do")
     add("--json", action="store_true", help="one JSON line an answer: ids, text, finish reason and usage")
-    add("--max-tokens", type=int, metavar="N", help="output tokens at most (default: the rest of the context)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
-    add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default: all)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens of total probability P")
-    add("--min-p", type=float, default=0.0, metavar="P", help="no token less likely than P times the likeliest")
-    add("--seed", type=int, metavar="N", help="makes random draws repeatable")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
-    add("--ignore-eos", action="store_true", help="go on after the model's own end of sequence")
+    for name, field in SAMPLING_FIELDS.items():
+        add(f"--{name.replace('_', '-')}", **_sampling_option(field))
     add("--tenant", default="", metavar="NAME", help="whom the work is counted for")
     add("--priority", type=int, default=0, metavar="N", help="a higher number is more urgent (default: 0)")
     add("--timeout", type=float, metavar="SECONDS", help="give up after so many seconds")
     return parser, actions
+
+
+def _sampling_option(field: SamplingField) -> dict[str, Any]:
+    """What argparse is told of a sampling parameter. Decoding is greedy by default, unlike the API's."""
+    default = 0.0 if field.name == "temperature" else field.default
+    match field.kind:
+        case Flag():
+            return {"action": "store_true", "help": field.meaning}
+        case Texts() | Ids():
+            kind, metavar = (str, "TEXT") if isinstance(field.kind, Texts) else (int, "ID")
+            return {"action": "append", "default": [], "type": kind, "metavar": metavar, "help": field.meaning}
+        case _:
+            shown_default = "" if default is None else f" (default: {default:g})"
+            kind = float if isinstance(field.kind, Number) else int
+            return {"type": kind, "default": default, "metavar": "N", "help": field.meaning + shown_default}
 
 
 def _code(error: Any) -> grpc.StatusCode:

@@ -13,9 +13,9 @@ from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.frontend import FrontEnd, Prepared
-from jaxserve.frontend.offline import Completion, TokenBar, run_all
+from jaxserve.frontend.offline import FinishedRequest, TokenBar, run_all
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
-from jaxserve.request import InfeasibleError, SamplingParams
+from jaxserve.request import InfeasibleError, RequestOptions, SamplingParams
 
 Prompt = str | Mapping[str, Any]
 """Text, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
@@ -117,10 +117,8 @@ class LLM:
                 prepared = self._front_end.prepare(
                     content,
                     prompt_params,
+                    RequestOptions(tenants[index], priorities[index], deadlines[index]),
                     request_id=str(next(self._ids)),
-                    priority=priorities[index],
-                    tenant=tenants[index],
-                    deadline=deadlines[index],
                 )
             except ValueError as error:
                 kind = InfeasibleError if isinstance(error, InfeasibleError) else ValueError
@@ -133,8 +131,8 @@ class LLM:
             for text, request in zip(texts, requests, strict=True)
         ]
 
-    def _complete(self, requests: Sequence[Prepared], use_tqdm: bool) -> dict[str, Completion]:
-        completions: dict[str, Completion] = {}
+    def _complete(self, requests: Sequence[Prepared], use_tqdm: bool) -> dict[str, FinishedRequest]:
+        completions: dict[str, FinishedRequest] = {}
         bar = TokenBar(len(requests), enabled=use_tqdm)
         try:
             with contextlib.closing(
@@ -208,7 +206,7 @@ def _content(prompt: Prompt) -> str | Sequence[int]:
     )
 
 
-def _request_output(text: str | None, completion: Completion) -> RequestOutput:
+def _request_output(text: str | None, completion: FinishedRequest) -> RequestOutput:
     output = CompletionOutput(
         index=0,
         text=completion.text,

@@ -8,16 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import field
 
+from jaxserve.config.sampling_fields import (
+    MAX_INT32,
+    Flag,
+    Ids,
+    Number,
+    SamplingField,
+    SlotValue,
+    Texts,
+    Whole,
+    fields_of,
+    sampling,
+)
 from jaxserve.config.shown import shown
 
-MAX_INT32 = 2**31 - 1
-MAX_STOP_STRINGS = 16
-MAX_STOP_STRING_LENGTH = 256
-MAX_STOP_TOKEN_IDS = 16
 MAX_ID_LENGTH = 256
+MAX_STOP_TOKEN_IDS = 16
+STOP_WIDTH = 32
+"""Stop token ids that a slot has room for: the model's own and the client's."""
 
 
 class FinishReason(enum.Enum):
@@ -53,56 +65,108 @@ class InfeasibleError(ValueError):
     """A well-formed request that this server could never run, however long it waits."""
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen and when to stop. Names are vLLM's.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowSampling:
+    """The sampling parameters that the device keeps for each row: the table that slots, layout and packing follow.
 
-    temperature: 0 is greedy; else logits are divided by it.
-    top_k: keep the k most likely tokens; 0 or -1 keeps all.
-    top_p: keep the smallest set of tokens whose probability reaches top_p.
-    min_p: drop tokens less likely than min_p times the likeliest.
-    seed: fixes the random draw, which depends on (seed, position) alone; None lets the server draw a seed.
-    max_tokens: output tokens at most; None is the rest of the context, or of the page pool where that is smaller.
-    min_tokens: stop token ids cannot be drawn, and stop strings do not count, before this many output tokens.
-    stop: strings that end the text; they are not part of it. They are looked for in what is generated, which includes
-        special tokens ("<|im_end|>"), although the text does not show them; not in the prompt.
-    stop_token_ids: token ids that end the output, besides the model's own.
-    ignore_eos: the model's own end-of-sequence ids are ordinary tokens.
+    A field is a row: name, type and default, and in its metadata what is allowed, what it means and how a slot holds
+    it. `SamplingParams` adds what only the host looks at.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    max_tokens: int | None = None
-    min_tokens: int = 0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
+    temperature: float = field(
+        default=1.0,
+        metadata=sampling(
+            Number(0.0, 100.0),
+            "0 takes the likeliest token (greedy); else logits are divided by it",
+            SlotValue("float32"),
+        ),
+    )
+    top_k: int = field(
+        default=0,
+        metadata=sampling(
+            Whole(-1, MAX_INT32), "draw from the k likeliest tokens; 0 or -1: from all", SlotValue("int32", least=0)
+        ),
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata=sampling(
+            Number(0.0, 1.0, open_low=True),
+            "draw from the smallest set of tokens whose probability reaches it",
+            SlotValue("float32", idle=1.0),
+        ),
+    )
+    min_p: float = field(
+        default=0.0,
+        metadata=sampling(
+            Number(0.0, 1.0), "draw no token less likely than it times the likeliest", SlotValue("float32")
+        ),
+    )
+    seed: int | None = field(
+        default=None,
+        metadata=sampling(
+            Whole(0, 2**63 - 1),
+            "fixes the random draws, which depend on (seed, position) alone; none: the server draws a seed",
+            SlotValue("uint32", width=2),
+        ),
+    )
+    stop_token_ids: tuple[int, ...] = field(
+        default=(),
+        metadata=sampling(
+            Ids(MAX_STOP_TOKEN_IDS),
+            "token ids that end the output, besides the model's own",
+            SlotValue("int32", width=STOP_WIDTH, idle=-1),
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams(RowSampling):
+    """How tokens are chosen and when to stop. Names are vLLM's.
+
+    What a field means and takes is said where it is defined, and in docs/sampling.md, which follows from that. Raises
+    ValueError, where it is made, naming the field, its value and the limit.
+    """
+
+    max_tokens: int | None = field(
+        default=None,
+        metadata=sampling(
+            Whole(1, MAX_INT32),
+            "output tokens at most; none: the rest of the context, or of the page pool where that is smaller",
+        ),
+    )
+    min_tokens: int = field(
+        default=0,
+        metadata=sampling(
+            Whole(0, MAX_INT32),
+            "before so many output tokens, stop token ids cannot be drawn and stop strings do not count",
+        ),
+    )
+    # Stop strings are looked for in what is generated, which includes special tokens, although the text does not show
+    # them; not in the prompt.
+    stop: tuple[str, ...] = field(
+        default=(),
+        metadata=sampling(
+            Texts(16, 256), "strings that end the text and are not part of it; looked for in special tokens too"
+        ),
+    )
+    ignore_eos: bool = field(
+        default=False, metadata=sampling(Flag(), "the model's own end-of-sequence ids are ordinary tokens")
+    )
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", _as_tuple("stop", self.stop, MAX_STOP_STRINGS, "strings"))
-        ids = _as_tuple("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS, "ids")
-        object.__setattr__(self, "stop_token_ids", ids)
-        _check_number("temperature", self.temperature, 0.0, 100.0)
-        _check_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _check_number("min_p", self.min_p, 0.0, 1.0)
-        _check_whole("top_k", self.top_k, -1, MAX_INT32)
-        if self.seed is not None:
-            _check_whole("seed", self.seed, 0, 2**63 - 1)
-        if self.max_tokens is not None:
-            _check_whole("max_tokens", self.max_tokens, 1, MAX_INT32)
-        _check_whole("min_tokens", self.min_tokens, 0, MAX_INT32)
+        for name, row in SAMPLING_FIELDS.items():
+            object.__setattr__(self, name, row.checked(getattr(self, name)))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}; it must be at most max_tokens {self.max_tokens}")
-        _check_stop_strings(self.stop)
-        for token_id in self.stop_token_ids:
-            _check_whole("stop_token_ids", token_id, 0, MAX_INT32)
-        if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos is {shown(self.ignore_eos)}; it must be true or false")
+
+
+ROW_FIELDS: Mapping[str, SlotValue] = {
+    name: row.slot for name, row in fields_of(RowSampling).items() if row.slot is not None
+}
+"""How a slot holds each parameter of `RowSampling`."""
+
+SAMPLING_FIELDS: Mapping[str, SamplingField] = fields_of(SamplingParams)
+"""The whole table, by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,30 +187,64 @@ class ModelLimits:
     eos_token_ids: tuple[int, ...]
 
 
+def check_identity(name: str, value: str) -> None:
+    """Bounds a client-chosen name (request id, tenant, cache salt), and refuses what is no valid Unicode."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {shown(value)}; it must be text")
+    if len(value) > MAX_ID_LENGTH:
+        raise ValueError(f"{name} has {len(value)} characters; at most {MAX_ID_LENGTH} are allowed")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{name} is {shown(value)}; it must be valid Unicode")
+
+
+def _is_time(value: object) -> bool:
+    """Whether the value is a number of seconds that can be compared with a clock."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # also no for NaN, and yes for whole numbers that a float can hold
+
+
 @dataclasses.dataclass(frozen=True)
-class EngineRequest:
+class RequestOptions:
+    """Whom a request is for and how urgent it is: one value, unchanged from the front end to the scheduler's sequence.
+
+    tenant: whom service is counted for. priority: higher is more urgent. deadline: seconds of `time.time`, or None.
+    cache_salt: requests share cached pages only with the same salt. Raises ValueError, where it is made, naming the
+    field, its value and the limit.
+    """
+
+    tenant: str = ""
+    priority: int = 0
+    deadline: float | None = None
+    cache_salt: str = ""
+
+    def __post_init__(self) -> None:
+        check_identity("tenant", self.tenant)
+        check_identity("cache_salt", self.cache_salt)
+        priority, deadline = self.priority, self.deadline
+        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_INT32:
+            raise ValueError(
+                f"priority is {shown(priority)}; it must be a whole number from {-MAX_INT32} to {MAX_INT32}"
+            )
+        if deadline is not None and not _is_time(deadline):
+            raise ValueError(f"deadline is {shown(deadline)}; it must be a finite number of seconds")
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineRequest(RowSampling):
     """A validated request as the engine receives it: token ids, resolved parameters, and whose it is.
 
     max_tokens and seed are resolved (never None). stop_token_ids include the model's own unless ignore_eos.
-    Stop strings are the front end's business and are not here.
-    tenant: whom service is counted for. priority: higher is more urgent. deadline: seconds of `time.time`, or None.
-    cache_salt: requests share cached pages only with the same salt. arrival_time: seconds of `time.time`.
+    Stop strings are the front end's business and are not here. arrival_time: seconds of `time.time`.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     max_tokens: int
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
+    temperature: float = field(default=0.0, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
     min_tokens: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-    tenant: str = ""
-    priority: int = 0
-    deadline: float | None = None
-    cache_salt: str = ""
+    options: RequestOptions = RequestOptions()
     arrival_time: float = 0.0
 
 
@@ -205,63 +303,3 @@ def check_length(length: int, params: SamplingParams, limits: ModelLimits, *, si
             "pages"
         )
     return max_tokens
-
-
-def check_count(name: str, count: int, limit: int, things: str) -> None:
-    """Bounds how many items a client's list has, before any of them is looked at."""
-    if count > limit:
-        raise ValueError(f"{name} has {count} {things}; at most {limit} are allowed")
-
-
-def check_identity(name: str, value: str) -> None:
-    """Bounds a client-chosen name (request id, tenant, cache salt)."""
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {shown(value)}; it must be text")
-    if len(value) > MAX_ID_LENGTH:
-        raise ValueError(f"{name} has {len(value)} characters; at most {MAX_ID_LENGTH} are allowed")
-
-
-def _as_tuple(name: str, value: object, limit: int, things: str) -> tuple:
-    """A list, tuple or range of at most `limit` things as a tuple; None is none."""
-    if value is None:
-        return ()
-    if not isinstance(value, Sequence):
-        raise ValueError(f"{name} is {shown(value)}; it must be a list")
-    check_count(name, len(value), limit, things)
-    return tuple(value)
-
-
-def _check_number(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} is {shown(value)}; it must be a number")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} is {shown(value)}; it must be a finite number")
-    _check_digits(name, value, high)
-    if not (low < value if open_low else low <= value) or value > high:
-        raise ValueError(
-            f"{name} is {value}; it must be {'above' if open_low else 'at least'} {low:g} and at most {high:g}"
-        )
-
-
-def _check_whole(name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} is {shown(value)}; it must be a whole number")
-    _check_digits(name, value, high)
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}; it must be from {low} to {high}")
-
-
-def _check_digits(name: str, value: float, high: float) -> None:
-    """Refuses whole numbers too long to be compared with a float or printed."""
-    if isinstance(value, int) and value.bit_length() > 64:
-        raise ValueError(f"{name} is a whole number of {value.bit_length()} bits; it must be at most {high:g}")
-
-
-def _check_stop_strings(stop: tuple[str, ...]) -> None:
-    for text in stop:
-        if not isinstance(text, str) or not text:
-            raise ValueError(f"stop has {shown(text)}; each stop must be a string of at least one character")
-        if len(text) > MAX_STOP_STRING_LENGTH:
-            raise ValueError(
-                f"stop has a string of {len(text)} characters; at most {MAX_STOP_STRING_LENGTH} are allowed"
-            )

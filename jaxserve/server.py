@@ -139,7 +139,7 @@ class _Server:
                 step_timeout=self._config.step_timeout,
             )
             await server.serve(frontend, tokenizer)
-        for line in (*start_lines(engine.ready, self._name), *phases_log(self._phases.all(), engine.ready.phases)):
+        for line in (*start_lines(engine.ready, self._name), *phases_log(self._phases.all(), engine.ready.info.phases)):
             _log.info("%s", line)
         _log.info("ready on %s in %.1f s", server.address, seconds_since_start())
         log_task = asyncio.ensure_future(log_while_busy(lambda: frontend.stats))

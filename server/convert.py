@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from google.protobuf import message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from jaxserve.request import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, FinishReason, SamplingParams, check_count
+from jaxserve.config.shown import shown
+from jaxserve.request import SAMPLING_FIELDS, FinishReason, RequestOptions, SamplingParams
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 _REASONS = {
@@ -18,42 +19,29 @@ _REASONS = {
 }
 _REASONS_BACK = {number: reason for reason, number in _REASONS.items()}
 
+_PARAMETERS = {field.name: field for field in pb.SamplingParams.DESCRIPTOR.fields}
+"""The parameters that the wire carries: each is a row of the table of sampling fields, by its name."""
+
 _SMALL = 64 * 1024
 """Bytes of a message up to which its unknown fields may be listed."""
 
 
 def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
     """The message that `params_from_proto` reads back unchanged. Raises ValueError for what the wire cannot carry."""
-    return pb.SamplingParams(
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        seed=params.seed,
-        max_tokens=params.max_tokens,
-        min_tokens=params.min_tokens,
-        stop=params.stop,
-        stop_token_ids=params.stop_token_ids,
-        ignore_eos=params.ignore_eos,
-    )
+    for name, row in SAMPLING_FIELDS.items():
+        if name not in _PARAMETERS and getattr(params, name) != row.default:
+            raise ValueError(f"{name} is {shown(getattr(params, name))}; the gRPC API does not have it: leave it out")
+    return pb.SamplingParams(**{name: getattr(params, name) for name in _PARAMETERS})
 
 
 def params_from_proto(proto: pb.SamplingParams) -> SamplingParams:
     """The sampling parameters of a request; unset fields have their defaults. Raises ValueError naming the field."""
-    check_count("stop", len(proto.stop), MAX_STOP_STRINGS, "strings")
-    check_count("stop_token_ids", len(proto.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids")
-    defaults = SamplingParams()
     return SamplingParams(
-        temperature=proto.temperature if proto.HasField("temperature") else defaults.temperature,
-        top_k=proto.top_k,
-        top_p=proto.top_p if proto.HasField("top_p") else defaults.top_p,
-        min_p=proto.min_p,
-        seed=proto.seed if proto.HasField("seed") else None,
-        max_tokens=proto.max_tokens if proto.HasField("max_tokens") else None,
-        min_tokens=proto.min_tokens,
-        stop=tuple(proto.stop),
-        stop_token_ids=tuple(proto.stop_token_ids),
-        ignore_eos=proto.ignore_eos,
+        **{
+            name: getattr(proto, name)
+            for name, field in _PARAMETERS.items()
+            if not field.has_presence or proto.HasField(name)
+        }
     )
 
 
@@ -71,6 +59,16 @@ def prompt_from_proto(request: pb.GenerateRequest) -> str | Sequence[int]:
             return request.token_ids.ids
         case _:
             raise ValueError("prompt is not set; give text or token_ids")
+
+
+def options_from_proto(request: pb.GenerateRequest, call_deadline: float | None) -> RequestOptions:
+    """Whom a request is for; the earlier of its deadline and the call's counts. Raises ValueError naming the field."""
+    return RequestOptions(
+        tenant=request.tenant,
+        priority=request.priority,
+        deadline=deadline_from_proto(request, call_deadline),
+        cache_salt=request.cache_salt,
+    )
 
 
 def deadline_from_proto(request: pb.GenerateRequest, call_deadline: float | None) -> float | None:

@@ -18,35 +18,41 @@ _log = logging.getLogger("jaxserve.server")
 
 def start_lines(ready: EngineReady, name: str) -> list[str]:
     """The figures of an engine that has become ready, one line each."""
+    info, costs = ready.info, ready.info.preemption_costs
     pool_tokens = ready.limits.pool_tokens
-    programs = f"{ready.num_executables} executables"
-    if ready.bundle is not None:
-        origin = f"loaded {programs} from bundle {ready.bundle}"
-    elif ready.num_cached_executables == ready.num_executables:
+    missing = info.num_missing_executables
+    there = info.num_executables - missing
+    programs = f"{there} of {info.num_executables} executables" if missing else f"{there} executables"
+    if info.bundle is not None:
+        origin = f"loaded {programs} from bundle {info.bundle}"
+    elif info.num_cached_executables == there:
         origin = f"loaded {programs} from the compilation cache"
+    elif info.num_cached_executables:
+        cached, compiled = info.num_cached_executables, there - info.num_cached_executables
+        of_all = f" of {info.num_executables}" if missing else ""
+        origin = f"compiled {compiled}{of_all} executables and loaded {cached} from the compilation cache"
     else:
-        cached = f" and loaded {ready.num_cached_executables} from the compilation cache"
-        compiled = ready.num_executables - ready.num_cached_executables
-        origin = f"compiled {compiled} executables{cached if ready.num_cached_executables else ''}"
-    concurrency = greatest_concurrency(ready.num_pages, ready.page_size, ready.max_model_len, ready.max_num_seqs)
+        origin = f"compiled {programs}"
+    follow = "; the others follow while it serves" if missing else ""
+    concurrency = greatest_concurrency(info.usable_pages, info.page_size, info.max_model_len, ready.max_num_seqs)
     lines = [
-        f"model {name}: {ready.architecture}, {ready.num_parameters / 1e6:.2f}M parameters, {ready.dtype} on "
-        f"{ready.platform}, attention {ready.attention}",
-        f"page pool: {pool_tokens:,} tokens ({ready.num_pages:,} pages of {ready.page_size}), {ready.kv_cache}",
-        f"greatest concurrency at max_model_len {ready.max_model_len:,}: {concurrency:.1f} requests "
+        f"model {name}: {info.architecture}, {info.num_parameters / 1e6:.2f}M parameters, {info.dtype} on "
+        f"{info.platform}, attention {info.attention}",
+        f"page pool: {pool_tokens:,} tokens ({info.usable_pages:,} pages of {info.page_size}), {info.kv_cache}",
+        f"greatest concurrency at max_model_len {info.max_model_len:,}: {concurrency:.1f} requests "
         f"(max_num_seqs {ready.max_num_seqs})",
-        f"{origin} in {ready.compile_seconds:.1f} s; engine start {ready.start_seconds:.1f} s",
+        f"{origin} in {info.compile_seconds:.1f} s{follow}; engine start {ready.start_seconds:.1f} s",
     ]
-    if ready.num_host_pages:
-        token, page = (seconds * 1e6 for seconds in (ready.recompute_seconds_per_token, ready.swap_seconds_per_page))
-        tokens = ready.num_host_pages * ready.page_size
+    if info.num_host_pages and costs is not None:
+        token, page = 1e6 * costs.recompute_seconds_per_token, 1e6 * costs.swap_seconds_per_page
+        tokens = info.num_host_pages * info.page_size
         lines.insert(
             2,
-            f"swap space: {tokens:,} tokens ({ready.num_host_pages:,} pages of host memory); to bring back a sequence "
+            f"swap space: {tokens:,} tokens ({info.num_host_pages:,} pages of host memory); to bring back a sequence "
             f"takes {token:,.0f} us a token computed again, {page:,.0f} us a page swapped out and in",
         )
-    if ready.memory:
-        parts = ", ".join(f"{part} {size / 1e6:,.1f}" for part, size in ready.memory)
+    if info.memory:
+        parts = ", ".join(f"{part} {size / 1e6:,.1f}" for part, size in info.memory)
         lines.insert(-1, f"memory, MB: {parts}")
     return lines
 

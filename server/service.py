@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 import grpc
 
 import jaxserve
+from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.engine.messages import EngineReady
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.preparation_steps import Steps
-from jaxserve.request import check_count
 from jaxserve.serving import convert
 from jaxserve.serving.call_interceptor import CallContext
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
@@ -116,11 +116,8 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         stream = await frontend.submit(
             prompt,
             params,
+            convert.options_from_proto(request, _call_deadline(context)),
             request_id=request.request_id or None,
-            tenant=request.tenant,
-            priority=request.priority,
-            deadline=convert.deadline_from_proto(request, _call_deadline(context)),
-            cache_salt=request.cache_salt,
         )
         context.set_backlog(lambda: stream.num_unread * _BYTES_PER_TOKEN)
         async with stream:  # left early, it aborts the request
@@ -140,15 +137,16 @@ class JaxServeService(pb_grpc.JaxServeServicer):
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         convert.refuse_unknown_fields(request)
         ready: EngineReady = self._started().ready
+        info, limits = ready.info, ready.limits
         return pb.GetModelInfoResponse(
             name=self._model_name,
-            architecture=ready.architecture,
-            num_parameters=ready.num_parameters,
-            dtype=ready.dtype,
-            vocab_size=ready.vocab_size,
-            max_model_len=ready.max_model_len,
-            max_prompt_len=min(ready.max_prompt_len, ready.max_model_len - 1),
-            eos_token_ids=ready.eos_token_ids,
+            architecture=info.architecture,
+            num_parameters=info.num_parameters,
+            dtype=info.dtype,
+            vocab_size=limits.vocab_size,
+            max_model_len=limits.max_model_len,
+            max_prompt_len=min(limits.max_prompt_len, limits.max_model_len - 1),
+            eos_token_ids=limits.eos_token_ids,
             has_tokenizer=self._tokenizer is not None,
         )
 
@@ -156,17 +154,18 @@ class JaxServeService(pb_grpc.JaxServeServicer):
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
         convert.refuse_unknown_fields(request)
         ready: EngineReady = self._started().ready
+        info = ready.info
         stats = self._started().stats
         return pb.GetServerInfoResponse(
             version=jaxserve.__version__,
-            platform=ready.platform,
-            attention=ready.attention,
-            page_size=ready.page_size,
-            num_pages=ready.num_pages,
+            platform=info.platform,
+            attention=info.attention,
+            page_size=info.page_size,
+            num_pages=info.usable_pages,
             max_num_seqs=ready.max_num_seqs,
             max_num_waiting=ready.max_num_waiting,
-            num_executables=ready.num_executables,
-            compile_seconds=ready.compile_seconds,
+            num_executables=info.num_executables,
+            compile_seconds=info.compile_seconds,
             start_seconds=ready.start_seconds,
             uptime_seconds=time.monotonic() - self._ready_since,
             draining=self._draining,
@@ -185,7 +184,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         check_count("token_ids", len(request.token_ids), MAX_DETOKENIZED, "ids")
         convert.refuse_unknown_fields(request)
-        vocab_size = self._started().ready.vocab_size
+        vocab_size = self._started().ready.limits.vocab_size
         steps = self._tokenizer_or_error().decode_steps(request.token_ids, vocab_size)
         text = await self._started().work(steps, _BYTES_PER_ID * len(request.token_ids))
         return pb.DetokenizeResponse(text=text)

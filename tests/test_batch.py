@@ -65,7 +65,7 @@ def test_whose_a_line_is_and_how_urgent_reaches_the_engine(tmp_path, tokenizer):
     engine, deadline = RuleEngine(), time.time() + 1000
     run(tmp_path, [line("a", prompt=[5], tenant="x", priority=-3, deadline=deadline)], tokenizer, engine)
     (request,) = engine.requests
-    assert (request.tenant, request.priority, request.deadline) == ("x", -3, deadline)
+    assert (request.options.tenant, request.options.priority, request.options.deadline) == ("x", -3, deadline)
 
 
 def test_faulty_owners_and_late_lines_are_error_lines(tmp_path, tokenizer):

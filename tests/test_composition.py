@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.inline import InlineEngine
-from jaxserve.engine.messages import AddRequest, RequestOutput
+from jaxserve.engine.messages import AddRequest, EngineOutput
 from jaxserve.request import EngineRequest
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.telemetry.batch_timeline import SUMMED, Composition, CompositionTracker, of_steps
@@ -96,7 +96,7 @@ def run(client: InlineEngine, count: int) -> None:
     ended = 0
     while ended < count:
         ended += sum(
-            isinstance(message, RequestOutput) and message.finish_reason is not None for message in client.receive()
+            isinstance(message, EngineOutput) and message.finish_reason is not None for message in client.receive()
         )
     client.close()
 

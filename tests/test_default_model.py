@@ -17,6 +17,7 @@ from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE, generate_split
 from jaxserve.runner.model_runner import ModelRunner
+from jaxserve.scheduler.plan import StepPlan
 
 CHECKPOINT = pathlib.Path(__file__).parents[1] / "models" / "tiny" / "checkpoint"
 CONFIG = EngineConfig(
@@ -46,6 +47,13 @@ class WithPool:
     @property
     def compile_misses(self) -> int:
         return self._runner.compile_misses
+
+    @property
+    def num_executables(self) -> int:
+        return self._runner.num_executables
+
+    def fitted(self, plan: StepPlan) -> StepPlan:
+        return self._runner.fitted(plan)
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,8 @@ def main() -> None:
     engine.core.recorder.subscribe(lambda event: steps.append(event) if isinstance(event, StepRecorded) else None)
     ready = {
         "start_seconds": engine.ready.start_seconds,
-        "executables": engine.ready.num_executables,
-        "kv_cache": engine.ready.kv_cache,
+        "executables": engine.ready.info.num_executables,
+        "kv_cache": engine.ready.info.kv_cache,
     }
     with LLM(client=engine, tokenizer=load_tokenizer(config), config=config) as llm:
         say({"side": "ready", "versions": report.versions(), **ready})

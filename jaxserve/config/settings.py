@@ -20,6 +20,7 @@ ATTENTION = ("auto", "triton", "cpu", "xla", "reference", "triton_interpret")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3", "int8")
 PAGE_SIZES = (16, 32, 64, 128)
+READY_WHEN = ("auto", "servable", "complete")
 
 
 def _check_buckets(name: str, buckets: tuple[int, ...], limit: int) -> None:
@@ -84,6 +85,9 @@ class EngineConfig:
     jaxserve/programs in XDG_CACHE_HOME or ~/.cache, None keeps none. The directory must be this user's alone. Entries
     are found by all that decides a program, jax's version and the device among it, so a stale one is never used.
     compilation_cache_max_bytes: of what is kept; the entries that were not used for longest are removed.
+    ready_when: "complete" serves when all programs of the closed set are there, "servable" when those are that can
+    serve every request, with more padding: the others are compiled meanwhile, by a process of their own with a
+    low priority, and join one by one. "auto" is "servable" for a server on CPUs and "complete" everywhere else.
     bundle: directory of programs that `jaxserve.compile` wrote for this configuration and device; loaded instead of
     compiling anything, and refused where it does not fit. Its number of pages counts where none is configured.
     seed: base of the seeds drawn for requests that bring none.
@@ -106,6 +110,7 @@ class EngineConfig:
     attention: str = "auto"
     compilation_cache_dir: str | None = "auto"
     compilation_cache_max_bytes: int = 4 * 1024**3
+    ready_when: str = "auto"
     bundle: str | None = None
     seed: int = 0
     composition_dir: str | None = None
@@ -115,6 +120,7 @@ class EngineConfig:
         one_of("load_format", self.load_format, ("auto", "dummy"))
         one_of("dtype", self.dtype, DTYPES)
         one_of("attention", self.attention, ATTENTION)
+        one_of("ready_when", self.ready_when, READY_WHEN)
         at_least("seed", self.seed, 0)
         at_least("compilation_cache_max_bytes", self.compilation_cache_max_bytes, 0)
         if self.max_model_len is not None:

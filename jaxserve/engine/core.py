@@ -5,7 +5,7 @@
            pending = executor.dispatch(plan)           returns without waiting
            result  = executor.collect(previous)        the only wait
            updates = scheduler.update(previous plan, result)
-    -> one TokenBatch for the rows that go on, a RequestOutput for each of the others
+    -> one TokenBatch for the rows that go on, a EngineOutput for each of the others
 
 What `step` returns is sent while the device computes the step after. The loop knows the scheduler and the Runner
 protocol and nothing of jax, sockets or text.
@@ -28,18 +28,18 @@ from jaxserve.engine.messages import (
     AbortRequest,
     AddRequest,
     AskProgress,
+    EngineOutput,
     EngineReady,
     EngineStats,
     FromEngine,
     Progress,
-    RequestOutput,
     ToEngine,
     TokenBatch,
 )
 from jaxserve.engine.step_executor import DeviceFaultError, DispatchedStep, EngineBrokenError, StepExecutor
 from jaxserve.engine.step_time import StepTimePrediction
 from jaxserve.kv_cache.page_pool import PagePool
-from jaxserve.request import EngineRequest, FinishReason
+from jaxserve.request import EngineRequest, FinishReason, ModelLimits
 from jaxserve.runner.protocol import Runner
 from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepUpdate
 from jaxserve.scheduler.buckets import Buckets
@@ -92,7 +92,7 @@ class EngineCore:
         self._annotate = annotate
         self._in_flight: DispatchedStep | None = None
         self._executor = StepExecutor(runner, buckets)
-        self._step_time = StepTimePrediction(info.step_costs)
+        self._step_time = StepTimePrediction(runner.step_costs)
         self._fault_at = -math.inf  # on the clock
         self._turns = 0
         self._in_turn = False
@@ -123,34 +123,16 @@ class EngineCore:
 
     def ready(self, start_seconds: float) -> EngineReady:
         """The message that tells the front end what it talks to."""
-        info, limits = self.runner.info, self.config.scheduler
-        costs = info.preemption_costs
-        return EngineReady(
+        info, scheduler = self.runner.info, self.config.scheduler
+        chunked = scheduler.enable_chunked_prefill
+        limits = ModelLimits(
             vocab_size=info.vocab_size,
             max_model_len=info.max_model_len,
-            max_prompt_len=info.max_model_len if limits.enable_chunked_prefill else limits.max_num_batched_tokens,
+            pool_tokens=info.page_size * info.usable_pages,
+            max_prompt_len=info.max_model_len if chunked else scheduler.max_num_batched_tokens,
             eos_token_ids=info.eos_token_ids,
-            page_size=info.page_size,
-            num_pages=info.num_pages - 1,
-            max_num_seqs=limits.max_num_seqs,
-            max_num_waiting=limits.max_num_waiting,
-            num_parameters=info.num_parameters,
-            architecture=info.architecture,
-            dtype=info.dtype,
-            platform=info.platform,
-            attention=info.attention,
-            num_executables=info.num_executables,
-            compile_seconds=info.compile_seconds,
-            kv_cache=info.kv_cache,
-            bundle=info.bundle,
-            num_cached_executables=info.num_cached_executables,
-            phases=info.phases,
-            memory=info.memory,
-            num_host_pages=info.num_host_pages,
-            recompute_seconds_per_token=costs.recompute_seconds_per_token if costs else 0.0,
-            swap_seconds_per_page=costs.swap_seconds_per_page if costs else 0.0,
-            start_seconds=start_seconds,
         )
+        return EngineReady(info, limits, scheduler.max_num_seqs, scheduler.max_num_waiting, start_seconds)
 
     def handle(self, message: ToEngine) -> list[FromEngine]:
         """Takes one message. A request that cannot be queued is answered with an error at once."""
@@ -191,6 +173,7 @@ class EngineCore:
         with self._annotate("Schedule"):
             expired = self._expire()
             plan = self.scheduler.schedule(self._now())
+            plan = None if plan is None else self.runner.fitted(plan)
         messages += [self._output(update, begin) for update in expired]
         scheduled = dispatched = collected = self._look(previous)
         idle = unused = 0.0
@@ -271,7 +254,7 @@ class EngineCore:
             pages_free=pool.num_free,
             pages_used=pool.num_used,
             pages_cached=pool.num_cached,
-            num_executables=self.runner.info.num_executables,
+            num_executables=self.runner.num_executables,
             num_compilations=self.runner.num_compilations,
             compile_misses=self.runner.compile_misses,
             num_preemptions=scheduler.num_preemptions,
@@ -291,7 +274,7 @@ class EngineCore:
         try:
             self.scheduler.add(request)
         except ValueError as error:
-            return [RequestOutput(request.request_id, (), FinishReason.ERROR, str(error))]
+            return [EngineOutput(request.request_id, (), FinishReason.ERROR, str(error))]
         self._events.arrived(request, self._clock())
         return []
 
@@ -327,14 +310,14 @@ class EngineCore:
         messages += [self._output(other, now) for other in update.others]
         return messages
 
-    def _output(self, update: SequenceUpdate, now: float) -> RequestOutput:
+    def _output(self, update: SequenceUpdate, now: float) -> EngineOutput:
         sequence = update.sequence
         if update.token_ids and len(sequence.output_token_ids) == len(update.token_ids):
             self._totals["prompt_tokens"] += sequence.num_prompt_tokens
             self._events.first_token(sequence, now)
         if update.finish_reason is not None:
             self._events.finished(sequence, update.finish_reason, now)
-        return RequestOutput(
+        return EngineOutput(
             sequence.request_id, update.token_ids, update.finish_reason, update.error, sequence.num_cached_tokens
         )
 

@@ -1,102 +1,63 @@
 """The typed messages between front end and engine, and their msgpack encoding.
 
-Every message is a frozen dataclass of plain values; on the wire it is [kind, fields...]. Both ends run the same
-version, so fields are positional; an unknown kind or a wrong field count is a ValueError, never a guess.
+Each message is one frozen struct; on the wire it is [its name, its fields in order]. Both ends run the same version, so
+fields are positional. An unknown name, a field too many, or one of another type is a ValueError, never a guess.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import msgpack
+import msgspec
 
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits
-from jaxserve.telemetry.startup_spans import Phase
+from jaxserve.runner.protocol import RunnerInfo
 
 
-@dataclasses.dataclass(frozen=True)
-class AddRequest:
+class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """What all messages are."""
+
+
+class AddRequest(_Message, frozen=True):
     """Front end -> engine: run this request."""
 
     request: EngineRequest
 
 
-@dataclasses.dataclass(frozen=True)
-class AbortRequest:
+class AbortRequest(_Message, frozen=True):
     """Front end -> engine: stop computing and free pages; idempotent.
 
-    The engine answers a request that it still knew with a final RequestOutput of reason ABORT.
+    The engine answers a request that it still knew with a final EngineOutput of reason ABORT.
     """
 
     request_id: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Shutdown:
+class Shutdown(_Message, frozen=True):
     """Front end -> engine: abort everything and end."""
 
 
-@dataclasses.dataclass(frozen=True)
-class AskProgress:
+class AskProgress(_Message, frozen=True):
     """Front end -> engine: say how far the loop is. beat: rises with every question."""
 
     beat: int
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineReady:
+class EngineReady(_Message, frozen=True):
     """Engine -> front end, once: the engine accepts requests.
 
-    attention: implementation in use. kv_cache: dtype of keys and values in pages, and where the scales of a quantised
-    one are from. num_pages: usable pages (null page not counted). num_executables: compiled programs. bundle: the
-    directory that they were loaded from; None where they were compiled at start. num_cached_executables: those of them
-    that were taken from the compilation cache. compile_seconds, start_seconds: wall time of compiling, or loading, and
-    of start-up altogether. phases: name, begin and seconds of each part of the engine's start, where its process began
-    at 0; some run side by side. memory: bytes of the device, by what they are planned for; the sum is all of them.
-    num_host_pages: for swapped sequences. recompute_seconds_per_token, swap_seconds_per_page: what bringing a preempted
-    sequence back was measured to cost; 0 where nothing can be swapped.
+    limits: what requests are checked against. start_seconds: wall time of start-up altogether.
     """
 
-    vocab_size: int
-    max_model_len: int
-    max_prompt_len: int
-    eos_token_ids: tuple[int, ...]
-    page_size: int
-    num_pages: int
+    info: RunnerInfo
+    limits: ModelLimits
     max_num_seqs: int
     max_num_waiting: int
-    num_parameters: int
-    architecture: str
-    dtype: str
-    platform: str
-    attention: str
-    num_executables: int
-    compile_seconds: float
     start_seconds: float
-    kv_cache: str
-    bundle: str | None = None
-    num_cached_executables: int = 0
-    phases: tuple[Phase, ...] = ()
-    memory: tuple[tuple[str, int], ...] = ()
-    num_host_pages: int = 0
-    recompute_seconds_per_token: float = 0.0
-    swap_seconds_per_page: float = 0.0
-
-    @property
-    def limits(self) -> ModelLimits:
-        return ModelLimits(
-            vocab_size=self.vocab_size,
-            max_model_len=self.max_model_len,
-            pool_tokens=self.page_size * self.num_pages,
-            max_prompt_len=self.max_prompt_len,
-            eos_token_ids=self.eos_token_ids,
-        )
 
 
-@dataclasses.dataclass(frozen=True)
-class RequestOutput:
+class EngineOutput(_Message, frozen=True):
     """Engine -> front end: new tokens of one request, in order; the last one carries a finish reason.
 
     error: one line, set when finish_reason is ERROR. num_cached_tokens: prompt tokens taken from the prefix cache.
@@ -109,8 +70,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenBatch:
+class TokenBatch(_Message, frozen=True):
     """Engine -> front end: one new token of each of these requests, which all go on: what most rows of a step bring.
 
     A request stands in it once.
@@ -120,12 +80,12 @@ class TokenBatch:
     token_ids: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineStats:
+class EngineStats(_Message, frozen=True):
     """Engine -> front end: counts as of now, several times a second and when it becomes idle, for GetServerInfo and the
     running log.
 
-    num_compilations: programs that the backend compiled in the engine's process, at start and ever after.
+    num_executables: programs that are there. num_compilations: programs that the backend compiled in the engine's
+    process, at start and ever after.
     num_steps, compile_misses, num_preemptions, prompt_tokens, generation_tokens, computed_tokens, padding_tokens,
     num_dropped (requests ended in the queue since they were late, or would be):
     totals since start; a prompt counts when its first output token is there.
@@ -156,8 +116,7 @@ class EngineStats:
     kendall_tau: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Progress:
+class Progress(_Message, frozen=True):
     """Engine -> front end, in answer to AskProgress: how far the loop is, said by another thread than the loop's.
 
     beat: that of the question. turns: of the loop, begun so far. in_turn: one is under way. largest_step_seconds: what
@@ -170,42 +129,36 @@ class Progress:
     largest_step_seconds: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineFailed:
+class EngineFailed(_Message, frozen=True):
     """Engine -> front end: the engine ends; every unfinished request has failed with this one line."""
 
     error: str
 
 
 ToEngine = AddRequest | AbortRequest | Shutdown | AskProgress
-FromEngine = EngineReady | RequestOutput | TokenBatch | EngineStats | EngineFailed | Progress
+FromEngine = EngineReady | EngineOutput | TokenBatch | EngineStats | EngineFailed | Progress
 Message = ToEngine | FromEngine
 
-_KINDS: tuple[type, ...] = (
-    AddRequest,
-    AbortRequest,
-    Shutdown,
-    EngineReady,
-    RequestOutput,
-    TokenBatch,
-    EngineStats,
-    EngineFailed,
-    AskProgress,
-    Progress,
-)
-_CODES = {kind: code for code, kind in enumerate(_KINDS)}
-_NAMES = {
-    kind: tuple(field.name for field in dataclasses.fields(kind)) for kind in (*_KINDS, EngineRequest)
-}  # looked up once: `dataclasses.fields` costs more than the rest of a message
+
+def _plain(value: Any) -> Any:
+    """Subclasses of numbers and texts, as numpy has some, as what they are; other types have no place in a message."""
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    raise TypeError(f"a message cannot hold a {type(value).__name__}")
 
 
-def outputs(message: FromEngine) -> Sequence[RequestOutput]:
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)
+_DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def outputs(message: FromEngine) -> Sequence[EngineOutput]:
     """What a message says of requests, one by one; nothing for messages about the engine."""
-    if isinstance(message, RequestOutput):
+    if isinstance(message, EngineOutput):
         return (message,)
     if isinstance(message, TokenBatch):
         return [
-            RequestOutput(request_id, (token_id,))
+            EngineOutput(request_id, (token_id,))
             for request_id, token_id in zip(message.request_ids, message.token_ids, strict=True)
         ]
     return ()
@@ -213,40 +166,12 @@ def outputs(message: FromEngine) -> Sequence[RequestOutput]:
 
 def encode(message: Message) -> bytes:
     """msgpack bytes of one message."""
-    return packb([_CODES[type(message)], *_fields(message)])
+    return _ENCODER.encode(message)
 
 
 def decode(data: bytes) -> Message:
     """The message in `data`; raises ValueError when it is not one."""
-    values = msgpack.unpackb(data, use_list=False)
-    if not isinstance(values, tuple) or not values or not 0 <= values[0] < len(_KINDS):
-        raise ValueError("engine message is malformed: unknown kind")
-    kind = _KINDS[values[0]]
-    fields = values[1:]
-    if len(fields) != len(_NAMES[kind]):
-        raise ValueError(f"engine message {kind.__name__} has {len(fields)} fields, not {len(_NAMES[kind])}")
-    if kind is AddRequest:
-        return AddRequest(EngineRequest(*fields[0]))
-    if kind is RequestOutput:
-        request_id, token_ids, reason, *rest = fields
-        return RequestOutput(request_id, token_ids, None if reason is None else FinishReason(reason), *rest)
-    return kind(*fields)
-
-
-def packb(value: Any) -> bytes:
-    """msgpack bytes of plain values."""
-    packed = msgpack.packb(value)
-    assert packed is not None  # the package's stubs allow None
-    return packed
-
-
-def _fields(message: Any) -> list[Any]:
-    values = []
-    for name in _NAMES[type(message)]:
-        value = getattr(message, name)
-        if isinstance(value, FinishReason):
-            value = value.value
-        elif isinstance(value, EngineRequest):
-            value = _fields(value)
-        values.append(value)
-    return values
+    try:
+        return _DECODER.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ValueError(f"engine message is malformed: {error}") from error

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxserve.config.settings import EngineConfig
+from jaxserve.config.wire_config import config_to_bytes
 from jaxserve.engine.channel import END_SECONDS
 from jaxserve.engine.framing import FrameReader, FrameSender
 from jaxserve.engine.messages import (
@@ -27,7 +28,6 @@ from jaxserve.engine.messages import (
     decode,
     encode,
 )
-from jaxserve.engine.wire_config import config_to_bytes
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 """Of the server and of its engine's process, which write to the same standard error."""

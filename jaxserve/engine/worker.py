@@ -17,12 +17,12 @@ import time
 import traceback
 
 from jaxserve.config.settings import EngineConfig
+from jaxserve.config.wire_config import config_from_bytes
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.framing import FrameReader, FrameSender
 from jaxserve.engine.messages import AskProgress, EngineFailed, FromEngine, Shutdown, ToEngine, decode, encode
 from jaxserve.engine.process import LOG_FORMAT
 from jaxserve.engine.step_executor import EngineBrokenError
-from jaxserve.engine.wire_config import config_from_bytes
 from jaxserve.runner.model_runner import ModelRunner, annotate
 from jaxserve.telemetry.batch_timeline import Composition
 from jaxserve.telemetry.startup_spans import Phases
@@ -128,7 +128,7 @@ class _Mailbox:
 def _build_core(config: EngineConfig) -> EngineCore:
     phases = Phases()
     phases.until_now("interpreter, imports, configuration")
-    return EngineCore(config, ModelRunner(config, progress=True, phases=phases), annotate=annotate)
+    return EngineCore(config, ModelRunner(config, progress=True, phases=phases, server=True), annotate=annotate)
 
 
 def _one_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.messages import EngineFailed, EngineReady, EngineStats, FromEngine
@@ -20,12 +20,11 @@ from jaxserve.engine.watchdog import Watchdog
 from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.frontend import FrontEnd
-from jaxserve.frontend.preparation import is_time
 from jaxserve.frontend.preparation_steps import Steps, finish
 from jaxserve.frontend.reader import EngineReader
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.frontend.workers import Workers, WorkersClosedError
-from jaxserve.request import SamplingParams
+from jaxserve.request import RequestOptions, SamplingParams
 
 T = TypeVar("T")
 
@@ -35,7 +34,7 @@ CPU_SHARE = 0.3
 """Share of the loop's time that streaming may take beside an engine on the CPU (see `EngineReader`)."""
 
 
-class Stream:
+class DeltaStream:
     """One request's deltas: an async iterator that ends after the delta with a finish reason.
 
     Closing it (`aclose`, or leaving `async with`) before then, or cancelling the task that waits in it, aborts the
@@ -60,7 +59,7 @@ class Stream:
         """Whether the last delta has arrived, read or not."""
         return self._finished
 
-    def __aiter__(self) -> Stream:
+    def __aiter__(self) -> DeltaStream:
         return self
 
     @property
@@ -113,7 +112,7 @@ class Stream:
         """`close`, for `contextlib.aclosing` and `async with`."""
         self.close()
 
-    async def __aenter__(self) -> Stream:
+    async def __aenter__(self) -> DeltaStream:
         return self
 
     async def __aexit__(
@@ -158,10 +157,10 @@ class AsyncFrontEnd:
         self._max_unread_tokens = max_unread_tokens
         self._loop = asyncio.get_running_loop()
         # An engine on the CPU computes on the very cores that stream its tokens.
-        share = CPU_SHARE if client.ready.platform == "cpu" else 1.0
+        share = CPU_SHARE if client.ready.info.platform == "cpu" else 1.0
         self._reader = EngineReader(client, self._loop, share)
         self._core = FrontEnd(self._reader, tokenizer, seed=seed)
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, DeltaStream] = {}
         self._closing = ""
         self._idle = asyncio.Event()
         self._idle.set()
@@ -199,45 +198,40 @@ class AsyncFrontEnd:
         self,
         prompt: str | Sequence[int],
         params: SamplingParams,
+        options: RequestOptions = RequestOptions(),
         *,
         request_id: str | None = None,
-        tenant: str = "",
-        priority: int = 0,
-        deadline: float | None = None,
-        cache_salt: str = "",
-    ) -> Stream:
+    ) -> DeltaStream:
         """Sends a request and returns its stream. Raises as `FrontEnd.submit` does, at once."""
-        identity: dict[str, Any] = {
-            "request_id": request_id,
-            "tenant": tenant,
-            "priority": priority,
-            "deadline": deadline,
-            "cache_salt": cache_salt,
-        }
         self._check_accepting()
-        self._core.check_new(request_id, deadline)
-        steps = self._core.preparation.steps(prompt, params, **identity)
+        self._core.check_new(request_id, options.deadline)
+        steps = self._core.preparation.steps(prompt, params, options, request_id)
         size = _num_bytes(prompt)
         if size <= SHORT_TEXT:
             prepared = finish(steps)
         else:
-            prepared = await self._work_until(deadline, steps, size)
+            prepared = await self._work_until(options.deadline, steps, size)
             self._check_accepting()
         request_id = self._core.start(prepared)
-        stream = self._streams[request_id] = Stream(self, request_id)
+        stream = self._streams[request_id] = DeltaStream(self, request_id)
         self._idle.clear()
         self._set_timer()
         return stream
 
     async def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams, **identity: Any
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        options: RequestOptions = RequestOptions(),
+        *,
+        request_id: str | None = None,
     ) -> AsyncIterator[Delta]:
         """`submit`, then its deltas; the errors of `submit` come with the first step of the iteration.
 
         An iteration that is left early should be closed (`contextlib.aclosing`); then, as when its task is canceled,
         the request is aborted.
         """
-        async with await self.submit(prompt, params, **identity) as stream:
+        async with await self.submit(prompt, params, options, request_id=request_id) as stream:
             async for delta in stream:
                 yield delta
 
@@ -269,8 +263,7 @@ class AsyncFrontEnd:
         if deadline is None:
             return await self.work(steps, num_bytes)
         try:
-            # What is no valid time is refused by the first step.
-            async with asyncio.timeout(deadline - self._core.now() if is_time(deadline) else None):
+            async with asyncio.timeout(deadline - self._core.now()):
                 return await self.work(steps, num_bytes)
         except TimeoutError:
             raise DeadlineError("deadline passed while the prompt was tokenized") from None
@@ -341,7 +334,7 @@ class AsyncFrontEnd:
         if not self._core.num_open:
             self._idle.set()
 
-    def _end_unread(self, stream: Stream) -> None:
+    def _end_unread(self, stream: DeltaStream) -> None:
         """Ends the request of a reader that is too far behind, and drops what waits for it."""
         error = (
             f"{stream.num_unread} output tokens wait to be read; at most {self._max_unread_tokens} (max_unread_tokens) "

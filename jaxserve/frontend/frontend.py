@@ -11,7 +11,6 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from jaxserve.config.shown import shown_seconds
 from jaxserve.engine.channel import EngineSender
@@ -19,11 +18,11 @@ from jaxserve.engine.messages import (
     AbortRequest,
     AddRequest,
     EngineFailed,
+    EngineOutput,
     EngineReady,
     EngineStats,
     FromEngine,
     Progress,
-    RequestOutput,
     ToEngine,
     TokenBatch,
 )
@@ -36,10 +35,10 @@ from jaxserve.frontend.delta import (
     QueueFullError,
 )
 from jaxserve.frontend.output import OutputState
-from jaxserve.frontend.preparation import Preparation, Prepared, is_time
+from jaxserve.frontend.preparation import Preparation, Prepared
 from jaxserve.frontend.preparation_steps import finish
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import EngineRequest, FinishReason, SamplingParams
+from jaxserve.request import ROW_FIELDS, SAMPLING_FIELDS, EngineRequest, FinishReason, RequestOptions, SamplingParams
 
 _log = logging.getLogger(__name__)
 
@@ -137,38 +136,30 @@ class FrontEnd:
         self,
         prompt: str | Sequence[int],
         params: SamplingParams,
+        options: RequestOptions = RequestOptions(),
         *,
         request_id: str | None = None,
-        tenant: str = "",
-        priority: int = 0,
-        deadline: float | None = None,
-        cache_salt: str = "",
     ) -> str:
         """Tokenizes, validates and sends a request; returns its id (a new one when request_id is None).
 
-        params.seed None draws a seed. deadline: seconds of `time.time`.
+        params.seed None draws a seed.
         Raises ValueError (the request can never be valid), InfeasibleError (never on this server),
         DuplicateRequestError, QueueFullError, DeadlineError (already past) or EngineDeadError; nothing is sent then.
         """
         self.check_accepting()
-        self.check_new(request_id, deadline)
-        prepared = self.prepare(
-            prompt,
-            params,
-            request_id=request_id,
-            tenant=tenant,
-            priority=priority,
-            deadline=deadline,
-            cache_salt=cache_salt,
-        )
-        return self.start(prepared)
+        self.check_new(request_id, options.deadline)
+        return self.start(self.prepare(prompt, params, options, request_id=request_id))
 
-    def prepare(self, prompt: str | Sequence[int], params: SamplingParams, **identity: Any) -> Prepared:
-        """The part of `submit` that depends on the request alone; may run in any thread. Raises ValueError.
-
-        identity: what `submit` takes by name.
-        """
-        return finish(self._preparation.steps(prompt, params, **identity))
+    def prepare(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        options: RequestOptions = RequestOptions(),
+        *,
+        request_id: str | None = None,
+    ) -> Prepared:
+        """The part of `submit` that depends on the request alone; may run in any thread. Raises ValueError."""
+        return finish(self._preparation.steps(prompt, params, options, request_id))
 
     @property
     def preparation(self) -> Preparation:
@@ -193,37 +184,33 @@ class FrontEnd:
     def check_new(self, request_id: str | None, deadline: float | None) -> None:
         """Raises DuplicateRequestError or DeadlineError where `start` would, before a prompt is tokenized for nothing.
 
-        What is no valid id or time is left to `prepare`.
+        What is no valid id is left to `prepare`.
         """
         if isinstance(request_id, str) and request_id in self._open:
             raise DuplicateRequestError(f"request_id {request_id!r} belongs to an unfinished request; choose another")
-        if deadline is not None and is_time(deadline) and deadline <= (now := self._clock()):
+        if deadline is not None and deadline <= (now := self._clock()):
             raise DeadlineError(f"deadline passed {shown_seconds(now - deadline)} before the request arrived")
 
     def start(self, prepared: Prepared) -> str:
         """Sends a prepared request to the engine and returns its id. Raises as `submit` does, but for ValueError."""
         self.check_accepting()
-        request_id, params, deadline = prepared.request_id, prepared.params, prepared.deadline
+        request_id, params, deadline = prepared.request_id, prepared.params, prepared.options.deadline
         self.check_new(request_id, deadline)
         now = self._clock()
         stop_token_ids = tuple(
             dict.fromkeys((() if params.ignore_eos else self._limits.eos_token_ids) + params.stop_token_ids)
         )
+        resolved = {name: SAMPLING_FIELDS[name].resolved(getattr(params, name)) for name in ROW_FIELDS}
+        resolved["stop_token_ids"] = stop_token_ids
+        if params.seed is None:
+            resolved["seed"] = self._random.getrandbits(63)
         request = EngineRequest(
             request_id=self._engine_id(request_id),
             prompt_token_ids=prepared.prompt_token_ids,
             max_tokens=prepared.max_tokens,
-            temperature=float(params.temperature),
-            top_k=max(params.top_k, 0),
-            top_p=float(params.top_p),
-            min_p=float(params.min_p),
-            seed=self._random.getrandbits(63) if params.seed is None else params.seed,
             min_tokens=params.min_tokens,
-            stop_token_ids=stop_token_ids,
-            tenant=prepared.tenant,
-            priority=prepared.priority,
-            deadline=deadline,
-            cache_salt=prepared.cache_salt,
+            **resolved,
+            options=prepared.options,
             arrival_time=now,
         )
         try:
@@ -271,7 +258,7 @@ class FrontEnd:
         match message:
             case TokenBatch():
                 return self._handle_batch(message)
-            case RequestOutput():
+            case EngineOutput():
                 delta = self._handle_output(message)
                 return [] if delta is None else [delta]
             case EngineStats():
@@ -293,7 +280,7 @@ class FrontEnd:
                 deltas.append(delta)
         return deltas
 
-    def _handle_output(self, message: RequestOutput) -> Delta | None:
+    def _handle_output(self, message: EngineOutput) -> Delta | None:
         opened = self._opened(message.request_id)
         if opened is None:
             if message.finish_reason is not None:
@@ -312,7 +299,7 @@ class FrontEnd:
     def _advance(
         self, opened: _Open, token_ids: tuple[int, ...], ended: FinishReason | None, error: str
     ) -> Delta | None:
-        """Takes the engine's next tokens of one request. ended: set with the last ones; error as in RequestOutput."""
+        """Takes the engine's next tokens of one request. ended: set with the last ones; error as in EngineOutput."""
         reason, cause = ended, None
         try:
             text = opened.output.add(token_ids, reason)

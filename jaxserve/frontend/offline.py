@@ -18,7 +18,7 @@ from jaxserve.request import FinishReason
 
 
 @dataclasses.dataclass(frozen=True)
-class Completion:
+class FinishedRequest:
     """A finished request. error: one line when finish_reason is ERROR or ABORT."""
 
     request_id: str
@@ -36,12 +36,12 @@ class _Collected:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     text: list[str] = dataclasses.field(default_factory=list)
 
-    def add(self, delta: Delta) -> Completion | None:
+    def add(self, delta: Delta) -> FinishedRequest | None:
         self.token_ids.extend(delta.token_ids)
         self.text.append(delta.text)
         if delta.finish_reason is None:
             return None
-        return Completion(
+        return FinishedRequest(
             request_id=delta.request_id,
             prompt_token_ids=self.prompt_token_ids,
             token_ids=tuple(self.token_ids),
@@ -57,7 +57,7 @@ def run_all(
     client: EngineClient,
     requests: Iterable[Prepared | None],
     on_tokens: Callable[[int], None] = lambda count: None,
-) -> Generator[Completion, None, None]:
+) -> Generator[FinishedRequest, None, None]:
     """Yields each request's completion as it finishes; requests are taken from the iterable only as there is room.
 
     At most twice max_num_seqs requests are under way, which keeps the engine busy and memory bounded.
@@ -104,8 +104,8 @@ def run_all(
             front_end.abort(request_id)
 
 
-def _too_late(prepared: Prepared, error: str) -> Completion:
-    return Completion(prepared.request_id, prepared.prompt_token_ids, (), "", FinishReason.ABORT, error, 0)
+def _too_late(prepared: Prepared, error: str) -> FinishedRequest:
+    return FinishedRequest(prepared.request_id, prepared.prompt_token_ids, (), "", FinishReason.ABORT, error, 0)
 
 
 class _Terminal:

@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from jaxserve.config.shown import shown
-from jaxserve.frontend.offline import Completion
+from jaxserve.frontend.offline import FinishedRequest
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import SamplingParams
+from jaxserve.request import SAMPLING_FIELDS, RequestOptions, SamplingParams
 
 COMPLETIONS_URL = "/v1/completions"
 CHAT_URL = "/v1/chat/completions"
 URLS = (COMPLETIONS_URL, CHAT_URL)
 
-_OWNERSHIP = ("tenant", "priority", "deadline")
-_SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
+_OPTIONS = ("tenant", "priority", "deadline")
+_SAMPLING = tuple(SAMPLING_FIELDS)
 _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "n": (1,),
     "best_of": (1,),
@@ -68,12 +68,12 @@ _PART_TEXTS = ("text", "refusal")
 @dataclasses.dataclass(frozen=True)
 class BodyRequest:
     """A parsed request body. prompt: text or token ids. model: the name that it asks for, None when it has none.
-    ownership: of tenant, priority and deadline those that it has, which `FrontEnd.prepare` checks."""
+    options: its tenant, priority and deadline."""
 
     prompt: str | Sequence[int]
     params: SamplingParams
     model: str | None
-    ownership: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: RequestOptions = RequestOptions()
 
 
 def parse_body(url: str, body: Mapping[str, Any], tokenizer: Tokenizer | None) -> BodyRequest:
@@ -85,7 +85,7 @@ def parse_body(url: str, body: Mapping[str, Any], tokenizer: Tokenizer | None) -
     """
     fields = {name: value for name, value in body.items() if value is not None}
     own = "prompt" if url == COMPLETIONS_URL else "messages"
-    allowed = {own, "model", "metadata", *_LABELS, *_SAMPLING, *_OWNERSHIP}
+    allowed = {own, "model", "metadata", *_LABELS, *_SAMPLING, *_OPTIONS}
     allowed |= {"max_completion_tokens"} if url == CHAT_URL else set()
     for name, value in fields.items():
         if name in _NEUTRAL:
@@ -103,10 +103,11 @@ def parse_body(url: str, body: Mapping[str, Any], tokenizer: Tokenizer | None) -
     _check_text("model", fields.get("model", ""))
     params = _parse_params(fields)
     prompt = _parse_prompt(fields[own]) if own == "prompt" else _parse_messages(fields[own], tokenizer)
-    return BodyRequest(prompt, params, model, {name: fields[name] for name in _OWNERSHIP if name in fields})
+    options = RequestOptions(**{name: fields[name] for name in _OPTIONS if name in fields})
+    return BodyRequest(prompt, params, model, options)
 
 
-def response_body(url: str, number: int, model: str, created: int, completion: Completion) -> dict[str, Any]:
+def response_body(url: str, number: int, model: str, created: int, completion: FinishedRequest) -> dict[str, Any]:
     """The response object of a finished request; choices[0].token_ids are an addition to OpenAI's.
 
     number: makes the id. created: seconds since the epoch.

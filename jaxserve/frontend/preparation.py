@@ -6,15 +6,13 @@ What costs nothing comes first: names, numbers and the prompt's length before it
 from __future__ import annotations
 
 import dataclasses
-import sys
 import uuid
 from collections.abc import Sequence
 
-from jaxserve.config.shown import shown
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import MAX_INT32, ModelLimits, SamplingParams, check_identity, check_length, validate_request
+from jaxserve.request import ModelLimits, RequestOptions, SamplingParams, check_identity, check_length, validate_request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +23,7 @@ class Prepared:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     max_tokens: int
-    tenant: str
-    priority: int
-    deadline: float | None
-    cache_salt: str
+    options: RequestOptions
 
 
 class Preparation:
@@ -42,12 +37,8 @@ class Preparation:
         self,
         prompt: str | Sequence[int],
         params: SamplingParams,
-        *,
+        options: RequestOptions,
         request_id: str | None = None,
-        tenant: str = "",
-        priority: int = 0,
-        deadline: float | None = None,
-        cache_salt: str = "",
     ) -> Steps[Prepared]:
         """The prepared request. Each step may run in any thread; the first takes no longer for a long prompt.
 
@@ -57,21 +48,12 @@ class Preparation:
             request_id = uuid.uuid4().hex
         elif not request_id:
             raise ValueError("request_id is empty; leave it out to be given one")
-        for name, value in (("request_id", request_id), ("tenant", tenant), ("cache_salt", cache_salt)):
-            check_identity(name, value)
-            if any("\ud800" <= character <= "\udfff" for character in value):
-                raise ValueError(f"{name} is {shown(value)}; it must be valid Unicode")
-        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_INT32:
-            raise ValueError(
-                f"priority is {shown(priority)}; it must be a whole number from {-MAX_INT32} to {MAX_INT32}"
-            )
-        if deadline is not None and not is_time(deadline):
-            raise ValueError(f"deadline is {shown(deadline)}; it must be a finite number of seconds")
+        check_identity("request_id", request_id)
         if params.stop and self._tokenizer is None:
             raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")
         token_ids = yield from self._encode_steps(prompt, params)
         max_tokens = validate_request(token_ids, params, self._limits)
-        return Prepared(request_id, token_ids, params, max_tokens, tenant, priority, deadline, cache_salt)
+        return Prepared(request_id, token_ids, params, max_tokens, options)
 
     def _encode_steps(self, prompt: str | Sequence[int], params: SamplingParams) -> Steps[tuple[int, ...]]:
         """The token ids of a prompt, which are not yet checked against the model. Raises ValueError.
@@ -127,10 +109,3 @@ class Preparation:
         """Refuses a text that has too many tokens, of which it has at least so many."""
         if len(text) > SHORT_TEXT:  # a shorter one is encoded in no time; the error has the exact number then
             check_length(least, params, self._limits, size=f"{len(text)} characters")
-
-
-def is_time(value: object) -> bool:
-    """Whether the value is a number of seconds that can be compared with a clock."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= sys.float_info.max  # also no for NaN, and yes for whole numbers that a float can hold

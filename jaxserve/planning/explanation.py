@@ -22,7 +22,7 @@ from jaxserve.kv_cache.page_pool import greatest_concurrency
 from jaxserve.models.params import abstract_params, make_mesh
 from jaxserve.planning.decode_roofline import DecodeStep, decode_step
 from jaxserve.planning.estimate import temporary_bytes
-from jaxserve.planning.memory_plan import DeviceMemory, MemoryPlan, plan_pool
+from jaxserve.planning.memory_plan import DeviceMemory, MemoryPlan, MemoryPlanner
 from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.programs.aot.plugin import PluginMissingError
 from jaxserve.programs.compiler import ProgramMemory, compile_program, program_memory
@@ -125,7 +125,7 @@ def explain(
         target.device_memory_bytes, config.cache.gpu_memory_utilization, host=target.platform == "cpu"
     )
     with jax.sharding.use_abstract_mesh(_described(target)):  # the kernels' limits depend on the device
-        plan = plan_pool(shapes, config.cache, mesh, device, lambda: needs.programs)
+        plan = MemoryPlanner(shapes, config.cache, mesh, device).pool(lambda: needs.programs)
     plan = dataclasses.replace(plan, programs=needs.programs)
     plan.check()
     start = Start(plan.weights, load_rate, needs.compile_seconds, needs.compile_source, workers)

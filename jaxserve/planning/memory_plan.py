@@ -135,59 +135,136 @@ class MemoryPlan:
             )
 
 
-def roomy_plan(shapes: Shapes, cache: CacheConfig, mesh: Mesh, device: DeviceMemory) -> MemoryPlan | None:
-    """The plan where what the programs need hardly matters: all pages that can be in use take at most half of what
-    weights and state leave. None where they take more, or the configuration says how many there are.
+@dataclasses.dataclass(frozen=True)
+class MemoryPlanner:
+    """Plans the memory of one device of a mesh.
 
-    It is what `plan_pool` decides if the programs find room in the other half, which the caller must check when they
-    are there; no program need be compiled to find out how many pages fit.
+    shapes: of the programs; their number of pages is ignored. cache: what is configured. device: its memory.
     """
-    if cache.num_pages is not None or cache.kv_cache_memory_bytes is not None:
-        return None
-    plan = plan_memory(dataclasses.replace(shapes, num_pages=pages_in_use(shapes)), mesh, device, ProgramNeeds(0, 0))
-    if plan.pages > (device.limit - plan.fixed - MARGIN_BYTES) // 2:
-        return None
-    return dataclasses.replace(plan, num_pages=_most_addressable(shapes, mesh, plan.num_pages))
 
+    shapes: Shapes
+    cache: CacheConfig
+    mesh: Mesh
+    device: DeviceMemory
 
-def plan_pool(
-    shapes: Shapes, cache: CacheConfig, mesh: Mesh, device: DeviceMemory, needs: Callable[[], ProgramNeeds]
-) -> MemoryPlan:
-    """Decides the number of pages and what everything else takes; `shapes.num_pages` is ignored.
+    def plan(self, num_pages: int, programs: ProgramNeeds) -> MemoryPlan:
+        """What a pool of so many pages takes, with programs that need `programs`, whether it fits or not."""
+        shapes = dataclasses.replace(self.shapes, num_pages=num_pages)
+        params, pools, *state = abstract_arguments(ProgramKey("forward", shapes.buckets.tokens[-1]), shapes, self.mesh)
+        page = _bytes_per_device(pools) // num_pages
+        swapped = shapes.num_host_pages if self.device.host else pages_in_transit(shapes, page)
+        return MemoryPlan(
+            device=self.device,
+            weights=_bytes_per_device(params),
+            state=_bytes_per_device(state),
+            programs=programs,
+            page=page,
+            num_pages=num_pages,
+            swapped=page * swapped,
+        )
 
-    Without an explicit number of pages the pool takes what the rest leaves of the limit (or kv_cache_memory_bytes), but
-    no more than max_num_seqs sequences of max_model_len can use and the attention implementation can address.
+    def roomy(self) -> MemoryPlan | None:
+        """The plan where what the programs need hardly matters: all pages that can be in use take at most half of what
+        weights and state leave. None where they take more, or the configuration says how many there are.
 
-    needs: called for what programs need, once and only when the number of pages depends on it; else they count as
-        nothing, and the plan that is made with the compiled programs must be checked.
+        It is what `pool` decides if the programs find room in the other half, which the caller must check when they
+        are there; no program need be compiled to find out how many pages fit.
+        """
+        if self.cache.num_pages is not None or self.cache.kv_cache_memory_bytes is not None:
+            return None
+        plan = self.plan(pages_in_use(self.shapes), ProgramNeeds(0, 0))
+        if plan.pages > (self.device.limit - plan.fixed - MARGIN_BYTES) // 2:
+            return None
+        return dataclasses.replace(plan, num_pages=self._most_addressable(plan.num_pages))
 
-    Raises ValueError when fewer than two pages fit, or when an explicit number cannot fit whatever programs need, or be
-    addressed.
-    """
-    probe = plan_memory(dataclasses.replace(shapes, num_pages=2), mesh, device, ProgramNeeds(0, 0))
-    if cache.num_pages is not None:
-        _check_addressable(shapes, mesh, cache.num_pages)
-        plan = dataclasses.replace(probe, num_pages=cache.num_pages)
+    def pool(self, needs: Callable[[], ProgramNeeds]) -> MemoryPlan:
+        """Decides the number of pages and what everything else takes.
+
+        Without an explicit number of pages the pool takes what the rest leaves of the limit (or
+        kv_cache_memory_bytes), but no more than max_num_seqs sequences of max_model_len can use and the attention
+        implementation can address.
+
+        Args:
+            needs: called for what programs need, once and only when the number of pages depends on it; else they count
+                as nothing, and the plan that is made with the compiled programs must be checked.
+
+        Raises:
+            ValueError: fewer than two pages fit, or an explicit number cannot fit whatever programs need, or be
+                addressed.
+        """
+        cache, probe = self.cache, self.plan(2, ProgramNeeds(0, 0))
+        if cache.num_pages is not None:
+            self._check_addressable(cache.num_pages)
+            plan = dataclasses.replace(probe, num_pages=cache.num_pages)
+            plan.check()
+            return plan
+        if cache.kv_cache_memory_bytes is not None:
+            room = cache.kv_cache_memory_bytes // probe.page
+        else:
+            probe = dataclasses.replace(probe, programs=needs())
+            room = probe.room
+        if room < 2:
+            raise ValueError(
+                f"page pool has room for {room} pages of {probe.page} bytes; at least 2 are needed, beside weights of "
+                f"{probe.weights} bytes, {probe.fixed - probe.weights} for {_beside(probe)} and a margin of "
+                f"{MARGIN_BYTES}, in the {self.device.limit} bytes that gpu_memory_utilization allows: raise it or "
+                f"kv_cache_memory_bytes, or lower {'swap_space or ' * bool(probe.swapped)}max_num_batched_tokens"
+            )
+        if cache.kv_cache_memory_bytes is None and self.device.host:
+            room = _steady(room)
+        num_pages = self._most_addressable(min(room, pages_in_use(self.shapes)))
+        plan = dataclasses.replace(probe, num_pages=num_pages)
         plan.check()
         return plan
-    if cache.kv_cache_memory_bytes is not None:
-        room = cache.kv_cache_memory_bytes // probe.page
-    else:
-        probe = dataclasses.replace(probe, programs=needs())
-        room = probe.room
-    if room < 2:
-        raise ValueError(
-            f"page pool has room for {room} pages of {probe.page} bytes; at least 2 are needed, beside weights of "
-            f"{probe.weights} bytes, {probe.fixed - probe.weights} for {_beside(probe)} and a margin of "
-            f"{MARGIN_BYTES}, in the {device.limit} bytes that gpu_memory_utilization allows: raise it or "
-            f"kv_cache_memory_bytes, or lower {'swap_space or ' * bool(probe.swapped)}max_num_batched_tokens"
-        )
-    if cache.kv_cache_memory_bytes is None and device.host:
-        room = _steady(room)
-    num_pages = _most_addressable(shapes, mesh, min(room, pages_in_use(shapes)))
-    plan = dataclasses.replace(probe, num_pages=num_pages)
-    plan.check()
-    return plan
+
+    def check_available(self, plan: MemoryPlan) -> None:
+        """Raises ValueError where the host has not enough memory for what is still to be made when weights and programs
+        are there: on a CPU state, temporaries and pages (the plan has only an allowance for the programs themselves),
+        beside a GPU the swapped pages.
+        """
+        available = available_memory()
+        if self.mesh.devices.flat[0].platform != "cpu":
+            swapped = self.shapes.num_host_pages * plan.page * self.mesh.size
+            if swapped > available:
+                raise ValueError(
+                    f"swap_space takes {swapped} bytes for {self.shapes.num_host_pages} pages; {available} bytes of "
+                    "host memory are available: lower it"
+                )
+            return
+        needed = plan.state + plan.programs.temporaries + plan.swapped + plan.pages
+        if needed > available:
+            raise ValueError(
+                f"page pool of {plan.num_pages} pages has {plan.pages} bytes; with {needed - plan.pages} for "
+                f"{_beside(plan)} it exceeds the {available} bytes that are available beside weights and programs: "
+                f"lower {'swap_space, ' * bool(plan.swapped)}num_pages, kv_cache_memory_bytes or gpu_memory_utilization"
+            )
+
+    def _check_addressable(self, num_pages: int) -> None:
+        """Raises ValueError where the attention implementation cannot take a pool of that many pages."""
+        shapes = self.shapes
+        pool = abstract_pools(dataclasses.replace(shapes, num_pages=num_pages), self.mesh)[0]
+        check = IMPLEMENTATIONS[shapes.attention].check
+        if check is not None:
+            one = jax.ShapeDtypeStruct(pool.sharding.shard_shape(pool.shape), pool.dtype)  # what a device's kernels see
+            check(one, shapes.buckets.tokens[-1], shapes.model.group_size)
+
+    def _most_addressable(self, num_pages: int) -> int:
+        """The most pages, up to num_pages, that the attention implementation can take.
+
+        Raises ValueError where it cannot take even two. Below the first size that it cannot take, it takes all.
+        """
+
+        def fails(number: int) -> bool:
+            try:
+                self._check_addressable(number)
+            except ValueError:
+                return True
+            return False
+
+        self._check_addressable(2)
+        if not fails(num_pages):
+            return num_pages
+        return 2 + bisect.bisect_left(range(2, num_pages), True, key=fails) - 1
 
 
 def _steady(room: int) -> int:
@@ -200,52 +277,9 @@ def _steady(room: int) -> int:
     return room // unit * unit
 
 
-def _check_addressable(shapes: Shapes, mesh: Mesh, num_pages: int) -> None:
-    """Raises ValueError where the attention implementation cannot take a pool of that many pages."""
-    pool = abstract_pools(dataclasses.replace(shapes, num_pages=num_pages), mesh)[0]
-    check = IMPLEMENTATIONS[shapes.attention].check
-    if check is not None:
-        pool = jax.ShapeDtypeStruct(pool.sharding.shard_shape(pool.shape), pool.dtype)  # what a device's kernels see
-        check(pool, shapes.buckets.tokens[-1], shapes.model.group_size)
-
-
-def _most_addressable(shapes: Shapes, mesh: Mesh, num_pages: int) -> int:
-    """The most pages, up to num_pages, that the attention implementation can take.
-
-    Raises ValueError where it cannot take even two. Below the first size that it cannot take, it takes all.
-    """
-
-    def fails(number: int) -> bool:
-        try:
-            _check_addressable(shapes, mesh, number)
-        except ValueError:
-            return True
-        return False
-
-    _check_addressable(shapes, mesh, 2)
-    if not fails(num_pages):
-        return num_pages
-    return 2 + bisect.bisect_left(range(2, num_pages), True, key=fails) - 1
-
-
 def pages_in_use(shapes: Shapes) -> int:
     """Pages that max_num_seqs sequences of max_model_len hold, and the null page."""
     return shapes.num_slots * shapes.max_pages + 1
-
-
-def plan_memory(shapes: Shapes, mesh: Mesh, device: DeviceMemory, programs: ProgramNeeds) -> MemoryPlan:
-    """What `shapes` takes of each device, with programs that need `programs`."""
-    params, pools, *state = abstract_arguments(ProgramKey("forward", shapes.buckets.tokens[-1]), shapes, mesh)
-    page = _bytes_per_device(pools) // shapes.num_pages
-    return MemoryPlan(
-        device=device,
-        weights=_bytes_per_device(params),
-        state=_bytes_per_device(state),
-        programs=programs,
-        page=page,
-        num_pages=shapes.num_pages,
-        swapped=page * (shapes.num_host_pages if device.host else pages_in_transit(shapes, page)),
-    )
 
 
 def pages_in_transit(shapes: Shapes, page: int) -> int:
@@ -275,29 +309,6 @@ def local_memory(mesh: Mesh, utilization: float) -> DeviceMemory:
         return DeviceMemory.share(available_memory(), utilization, host=True)
     limit = device.memory_stats()["bytes_limit"]
     return DeviceMemory(limit, limit)
-
-
-def check_available(plan: MemoryPlan, shapes: Shapes, mesh: Mesh) -> None:
-    """Raises ValueError where the host has not enough memory for what is still to be made when weights and programs are
-    there: on a CPU state, temporaries and pages (the plan has only an allowance for the programs themselves), beside a
-    GPU the swapped pages.
-    """
-    available = available_memory()
-    if mesh.devices.flat[0].platform != "cpu":
-        swapped = shapes.num_host_pages * plan.page * mesh.size
-        if swapped > available:
-            raise ValueError(
-                f"swap_space takes {swapped} bytes for {shapes.num_host_pages} pages; {available} bytes of host memory "
-                "are available: lower it"
-            )
-        return
-    needed = plan.state + plan.programs.temporaries + plan.swapped + plan.pages
-    if needed > available:
-        raise ValueError(
-            f"page pool of {plan.num_pages} pages has {plan.pages} bytes; with {needed - plan.pages} for "
-            f"{_beside(plan)} it exceeds the {available} bytes that are available beside weights and programs: lower "
-            f"{'swap_space, ' * bool(plan.swapped)}num_pages, kv_cache_memory_bytes or gpu_memory_utilization"
-        )
 
 
 def _beside(plan: MemoryPlan) -> str:

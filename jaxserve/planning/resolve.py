@@ -13,9 +13,8 @@ from jaxserve.models.params import DTYPES, packable
 from jaxserve.pallas_kernels.cpu import linear
 from jaxserve.pallas_kernels.paged_attention import Use, choose, is_quantised
 from jaxserve.planning.decode_roofline import token_bytes
-from jaxserve.programs.layout import STOP_WIDTH
 from jaxserve.programs.step_programs import Shapes
-from jaxserve.request import MAX_STOP_TOKEN_IDS
+from jaxserve.request import MAX_STOP_TOKEN_IDS, STOP_WIDTH
 from jaxserve.scheduler.buckets import Buckets
 
 GIB = 2**30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import heapq
 import itertools
 import logging
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from jaxserve.programs.aot.program_cache import ProgramCache
 from jaxserve.programs.compiler import ProgramMemory, ProgramSet, compile_program, fresh_compilations, program_memory
-from jaxserve.programs.program_needs import ProgramNeeds, largest_keys, loaded
+from jaxserve.programs.program_needs import ProgramNeeds, largest_keys, loaded, servable_keys
 from jaxserve.programs.step_programs import ProgramKey, Shapes, program_keys, program_shapes
 
 PROGRESS_SECONDS = 5.0
@@ -28,6 +29,9 @@ PROGRESS_SECONDS = 5.0
 
 _KINDS = ("forward", "decode", "sample", "swap_in", "swap_out")
 """Kinds of programs, from those that take longest to compile to those that take least."""
+
+_AT_ONCE = (-1, 0)
+"""Rank of a look into the cache, which takes milliseconds."""
 
 _log = logging.getLogger(__name__)
 
@@ -118,12 +122,16 @@ class SetBuilder:
         if self._cache is not None and self._compiled:
             self._cache.prune()
 
-    def ask(self, key: ProgramKey, shapes: Shapes) -> concurrent.futures.Future:
-        """The program, its memory and whether it is from the cache, in the future."""
+    def ask(self, key: ProgramKey, shapes: Shapes, rank: tuple[int, int] | None = None) -> concurrent.futures.Future:
+        """The program, its memory and whether it is from the cache, in the future.
+
+        rank: programs of a lower one are made before it; None has those come first that take longest.
+        """
         shapes = program_shapes(key, shapes)
+        rank = _rank(key) if rank is None else rank
         with self._lock:
             if (key, shapes) not in self._made:
-                self._made[key, shapes] = self._workers.add(_rank(key), lambda: self._make(key, shapes))
+                self._made[key, shapes] = self._workers.add(rank, lambda: self._make(key, shapes))
             return self._made[key, shapes]
 
     def needs(self, shapes: Shapes) -> ProgramNeeds:
@@ -139,23 +147,41 @@ class SetBuilder:
         needs = ProgramNeeds.from_largest({key: future.result()[1] for key, future in largest.items()}, shapes)
         return loaded(needs, self.mesh)
 
-    def build(self, shapes: Shapes) -> ProgramSet:
-        """The closed set of `shapes`. The first program that cannot be compiled ends it with its error."""
+    def build(self, shapes: Shapes, *, servable: bool = False) -> ProgramSet:
+        """The closed set of `shapes`. The first program that cannot be compiled ends it with its error.
+
+        servable: compiles those programs alone that can serve every request; of the others only those are there that
+            the cache has, and the rest is missing in the set.
+        """
         keys = longest_first(program_keys(shapes))
-        futures = {self.ask(key, shapes): key for key in keys}
+        now = servable_keys(shapes) if servable else keys
+        kept = {
+            key: self._workers.add(_AT_ONCE, functools.partial(self._cached, key, shapes))
+            for key in keys
+            if key not in now
+        }
+        futures = {self.ask(key, shapes): key for key in now}
         made: dict[ProgramKey, tuple[Any, ProgramMemory, bool]] = {}
         for future in self._shown(futures):
             made[futures[future]] = future.result()
+        made |= {key: found for key, future in kept.items() if (found := future.result()) is not None}
+        there = [key for key in keys if key in made]
         return ProgramSet(
-            executables={key: made[key][0] for key in keys},
-            memory={key: made[key][1] for key in keys},
+            executables={key: made[key][0] for key in there},
+            memory={key: made[key][1] for key in there},
             seconds=time.perf_counter() - self._start,
             num_cached=sum(cached for _, _, cached in made.values()),
+            missing=set(keys) - set(made),
         )
 
+    def _cached(self, key: ProgramKey, shapes: Shapes) -> tuple[Any, ProgramMemory, bool] | None:
+        """The program from the cache; None where that has it not."""
+        found = None if self._cache is None else self._cache.load(key, shapes)
+        return None if found is None else (*found, True)
+
     def _make(self, key: ProgramKey, shapes: Shapes) -> tuple[Any, ProgramMemory, bool]:
-        if self._cache is not None and (found := self._cache.load(key, shapes)) is not None:
-            return *found, True
+        if (found := self._cached(key, shapes)) is not None:
+            return found
         compiled: jax.stages.Compiled = compile_program(key, shapes, self.mesh)
         if self._cache is not None:
             self._cache.keep(key, shapes, compiled)

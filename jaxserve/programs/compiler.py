@@ -54,12 +54,34 @@ class ProgramMemory:
 @dataclasses.dataclass(frozen=True)
 class ProgramSet:
     """The programs by key, what each needs, the wall seconds they all took, and how many of them were not compiled but
-    taken from the compilation cache."""
+    taken from the compilation cache.
+
+    missing: those of the closed set that are not there yet. They join one by one, from another thread; the next larger
+    program of their kind stands in for them meanwhile.
+    """
 
     executables: dict[ProgramKey, Any]
     memory: dict[ProgramKey, ProgramMemory]
     seconds: float
     num_cached: int = 0
+    missing: set[ProgramKey] = dataclasses.field(default_factory=set)
+
+    def join(self, key: ProgramKey, executable: Any, memory: ProgramMemory) -> None:
+        """Takes in a program that was missing; steps use it from now on."""
+        self.memory[key] = memory
+        self.executables[key] = executable
+        self.missing.discard(key)
+
+    def standing_in(self, key: ProgramKey) -> ProgramKey:
+        """The program that computes what `key` is for: itself, or the next larger one of its kind while it is missing.
+
+        Padding is larger then; nothing else differs.
+        """
+        if key not in self.missing:
+            return key
+        # A list is made at once; the dict itself may grow in another thread while it is walked.
+        larger = [other for other in list(self.executables) if other.kind == key.kind and other.size > key.size]
+        return min(larger, default=key)
 
     def get(self, key: ProgramKey) -> Callable[..., Any]:
         """The executable of a program; CompileMissError where there is none."""

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxserve.request import ROW_FIELDS
+
 Shape = tuple[int, ...]
 
 
@@ -53,7 +55,8 @@ def forward_layout(tokens: int, rows: int, page_size: int) -> Layout:
     token_ids [tokens]: an id, or -1 - slot for the token sampled last in that slot; padding is id 0.
     row_slot [rows]: slot of each row; row_start: its tokens computed before; query_start_loc [rows + 1].
     page_*: entries of the page table to set, (slot, index, page); the slot of padding is out of range.
-    admit_slot and the parameters after it: slots taken by new requests; the slot of padding is out of range.
+    admit_slot and the sampling parameters after it (`ROW_FIELDS`): slots taken by new requests; the slot of padding is
+    out of range.
     """
     updates = tokens // page_size + rows  # a row of n tokens takes at most n / page_size + 1 pages
     return Layout(
@@ -66,12 +69,10 @@ def forward_layout(tokens: int, rows: int, page_size: int) -> Layout:
             "page_index": Field((updates,)),
             "page": Field((updates,)),
             "admit_slot": Field((rows,)),
-            "temperature": Field((rows,), "float32"),
-            "top_k": Field((rows,)),
-            "top_p": Field((rows,), "float32"),
-            "min_p": Field((rows,), "float32"),
-            "seed": Field((rows, 2), "uint32"),
-            "stop_token_ids": Field((rows, STOP_WIDTH)),
+            **{
+                name: Field((rows,) if value.width is None else (rows, value.width), value.dtype)
+                for name, value in ROW_FIELDS.items()
+            },
         }
     )
 
@@ -99,7 +100,3 @@ def swap_in_layout(pages: int) -> Layout:
     range writes none.
     """
     return Layout({"page": Field((pages,)), "slot": Field((1,)), "index": Field((1,))})
-
-
-STOP_WIDTH = 32
-"""Stop token ids that a slot has room for: the model's own and the client's; unused ones are -1."""

@@ -63,6 +63,17 @@ def largest_keys(shapes: Shapes) -> list[ProgramKey]:
     return list(largest.values())
 
 
+def servable_keys(shapes: Shapes) -> list[ProgramKey]:
+    """Programs that can serve every request, if need be with more padding: the largest of each kind, since any smaller
+    step can be padded to it, and all that copy pages, which pad nothing.
+
+    With them the one that has room for a token of every row: padded to the largest, decodes would take so many times
+    longer that a server with much to do would be overwhelmed.
+    """
+    wanted = [*largest_keys(shapes), ProgramKey("forward", shapes.buckets.decode_tokens[-1])]
+    return [key for key in program_keys(shapes) if key in wanted or key.kind in ("swap_in", "swap_out")]
+
+
 def loaded(needs: ProgramNeeds, mesh: Mesh) -> ProgramNeeds:
     """`needs`, and on a CPU what programs take there beyond it.
 

@@ -31,9 +31,13 @@ def sample(
     Returns int32 [R]; NOT_FINITE for a row whose logits are not all finite.
     """
     clamped = jnp.minimum(slot, slots.last_token.shape[0] - 1)
-    temperature = jnp.where(slot < slots.last_token.shape[0], slots.temperature[clamped], 0.0)
+
+    def of_rows(name: str) -> jax.Array:
+        return slots.sampling[name][clamped]
+
+    temperature = jnp.where(slot < slots.last_token.shape[0], of_rows("temperature"), 0.0)
     suppressed = jnp.any(suppress_stop > 0)
-    stops = slots.stop_token_ids[clamped], suppress_stop
+    stops = of_rows("stop_token_ids"), suppress_stop
     finite = _all_finite(logits)
     # Each branch reduces for itself: one that returned the logits as they are would copy them.
     greedy = jax.lax.cond(suppressed, lambda: _argmax(_without_stop_ids(logits, *stops)), lambda: _argmax(logits))
@@ -43,10 +47,8 @@ def sample(
         # Relative to the best logit, so that no temperature, however small, takes another token to infinity.
         relative = allowed - jnp.max(allowed, axis=-1, keepdims=True)
         scaled = relative / jnp.where(temperature > 0, temperature, 1.0)[:, None]
-        scaled = filter_logits(
-            scaled, slots.top_k[clamped], slots.top_p[clamped], slots.min_p[clamped], temperature > 0
-        )
-        noise = gumbel(slots.seed[clamped], position, logits.shape[-1])
+        scaled = filter_logits(scaled, of_rows("top_k"), of_rows("top_p"), of_rows("min_p"), temperature > 0)
+        noise = gumbel(of_rows("seed"), position, logits.shape[-1])
         return _argmax(scaled + noise)
 
     drawn = jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)

@@ -57,13 +57,18 @@ class FakeRunner:
             num_host_pages=num_host_pages,
             preemption_costs=preemption_costs,
         )
+        self.step_costs = None
         self.num_compilations = 0
         self.compile_misses = 0
+        self.num_executables = 0
         self._pages: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
         self._host_pages: list[list[int | None]] = [[None] * page_size for _ in range(num_host_pages)]
         self._tables: dict[int, dict[int, int]] = {}
         self._requests: dict[int, EngineRequest] = {}
         self._last: dict[int, int] = {}
+
+    def fitted(self, plan: StepPlan) -> StepPlan:
+        return plan
 
     def dispatch(self, plan: StepPlan) -> StepResult:
         for swap in plan.swaps:

@@ -2,60 +2,27 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
-import logging
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxserve.config.failpoints import Failpoints, InjectedFaultError
 from jaxserve.config.settings import EngineConfig
-from jaxserve.models.loading.checkpoint import load, load_kv_scales, read_ahead
-from jaxserve.models.loading.kv_scales import calibrate, placed
-from jaxserve.models.params import abstract_params, make_mesh, pack_for, random_params
-from jaxserve.pallas_kernels.paged_attention import is_quantised
-from jaxserve.planning.memory_plan import (
-    DeviceMemory,
-    MemoryPlan,
-    check_available,
-    claim_memory,
-    local_memory,
-    plan_memory,
-    plan_pool,
-    roomy_plan,
-)
-from jaxserve.planning.resolve import resolve_shapes
-from jaxserve.programs.aot.bundle import Bundle, bundled_cache
-from jaxserve.programs.aot.program_cache import CacheRefusedError, ProgramCache, default_directory
-from jaxserve.programs.build_set import SetBuilder
 from jaxserve.programs.compiler import CompilationCounter, CompileMissError, ProgramSet
-from jaxserve.programs.program_needs import ProgramNeeds, loaded
-from jaxserve.programs.step_programs import (
-    ProgramKey,
-    Shapes,
-    Weights,
-    products_of,
-    program_keys,
-)
+from jaxserve.programs.step_programs import ProgramKey, Shapes, program_keys
 from jaxserve.programs.swap_programs import swap_blocks, swap_in_vector
-from jaxserve.runner.device_arrays import DeviceArrays
-from jaxserve.runner.freed_memory import keep_freed_memory
-from jaxserve.runner.host_pages import HostPages
 from jaxserve.runner.packing import ForwardPacker, SamplePacker
-from jaxserve.runner.protocol import RunnerInfo, StepNotStartedError
+from jaxserve.runner.protocol import StepNotStartedError
+from jaxserve.runner.startup import Startup
 from jaxserve.runner.step_cost_model import step_costs
 from jaxserve.runner.swap_timing import measure, swap_plans
 from jaxserve.scheduler.plan import NO_DECODES, StepPlan, StepResult, Swap
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.telemetry.startup_spans import Phases
-
-_log = logging.getLogger(__name__)
 
 _COUNTER = CompilationCounter()  # one listener a process: jax keeps listeners for good
 
@@ -80,69 +47,41 @@ class _Call(NamedTuple):
     vector: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class _Made:
-    """What a start makes: the shapes with the pool's size, programs, weights and the plan that holds them all.
-
-    kv_cache: what the start-up log says of the pages' dtype and scales.
-    """
-
-    shapes: Shapes
-    programs: ProgramSet
-    weights: Weights
-    kv_cache: str
-    plan: MemoryPlan
-
-
 def annotate(name: str) -> contextlib.AbstractContextManager[object]:
     """Names what the host does inside the `with`, where jax's profiler is on."""
     return jax.profiler.TraceAnnotation(name)
 
 
 class ModelRunner:
-    """Runner over a model. Start-up loads the weights while it compiles, or loads, every program of the closed set."""
+    """Runner over a model: carries out steps over what `Startup` has made."""
 
-    def __init__(self, config: EngineConfig, *, progress: bool = False, phases: Phases | None = None):
-        """progress: shows how far compiling is. phases: of this process so far; those of this start are added."""
+    def __init__(
+        self, config: EngineConfig, *, progress: bool = False, phases: Phases | None = None, server: bool = False
+    ):
+        """Starts.
+
+        Args:
+            config: the engine's settings.
+            progress: shows how far compiling is.
+            phases: of this process so far; those of this start are added.
+            server: the engine is a server's; `EngineConfig.ready_when` "auto" depends on it.
+        """
         phases = Phases() if phases is None else phases
-        with phases.phase("devices"):
-            claim_memory(config.cache)
-            mesh = make_mesh()
-            memory = local_memory(mesh, config.cache.gpu_memory_utilization)
-        with phases.phase("shapes"):
-            shapes = resolve_shapes(config, mesh.devices.flat[0].platform)
-        with phases.phase("kernels"):
-            products_of(shapes, mesh).prepare()
-        if config.bundle is None:
-            with SetBuilder(mesh, _cache(config, mesh), progress=progress) as builder:
-                made = _build(config, shapes, memory, builder, phases)
-        else:
-            made = _load_bundle(config, config.bundle, shapes, memory, mesh, phases)
-        self._mesh, self._failpoints = mesh, Failpoints(config.failpoints)
-        self._shapes, self._programs = made.shapes, made.programs
-        self._weights, self._kv_cache = made.weights, made.kv_cache
-        if mesh.devices.flat[0].platform == "cpu":
-            keep_freed_memory()
-        check_available(made.plan, self._shapes, mesh)
-        with phases.phase("pool"):
-            self._arrays = DeviceArrays(self._shapes, mesh)
-        self._copies = mesh.devices.flat[0].platform != "cpu"  # there the host reads the device's own memory
-        self._host_pages = HostPages(self._shapes, mesh, made.plan.page)
+        startup = Startup(config, progress=progress, phases=phases, server=server)
+        made = startup.make()
+        self._failpoints = Failpoints(config.failpoints)
+        self._shapes, self._programs, self._weights = made.shapes, made.programs, made.weights
+        self._arrays, self._host_pages = made.arrays, made.host_pages
+        self._copies = made.mesh.devices.flat[0].platform != "cpu"  # there the host reads the device's own memory
         self._forward_packers, self._sample_packers = packers(self._shapes)
         self.compile_misses = 0
         with phases.phase("warm-up"):
             self._warm_up()
             costs = self._measure_costs() if self._shapes.num_host_pages else None
-        _log_allocator(made.plan, mesh)
-        info = _info(self._shapes, self._programs, mesh, self._kv_cache, config.bundle)
-        self.info = dataclasses.replace(
-            info,
-            phases=phases.all(),
-            memory=tuple(made.plan.parts().items()),
-            num_host_pages=self._shapes.num_host_pages,
-            preemption_costs=costs,
-            step_costs=step_costs(self._shapes, mesh),
-        )
+        startup.log_allocator()
+        self.info = startup.info(made, costs)
+        self.step_costs = step_costs(self._shapes, made.mesh)
+        startup.finish(made)
 
     @property
     def num_compilations(self) -> int:
@@ -151,6 +90,17 @@ class ModelRunner:
     @property
     def programs(self) -> ProgramSet:
         return self._programs
+
+    @property
+    def num_executables(self) -> int:
+        return len(self._programs.executables)
+
+    def fitted(self, plan: StepPlan) -> StepPlan:
+        if not self._programs.missing:
+            return plan
+        tokens = self._programs.standing_in(self._shapes.forward_key(plan)).size
+        rows = self._programs.standing_in(ProgramKey("sample", plan.row_bucket)).size if plan.row_bucket else 0
+        return dataclasses.replace(plan, token_bucket=tokens, row_bucket=rows)
 
     def dispatch(self, plan: StepPlan) -> PendingStep:
         arrays, begun, swapped = self._arrays, False, False  # begun: what was enqueued must not be enqueued again
@@ -204,10 +154,12 @@ class ModelRunner:
         return forward, self._sample_call(plan.row_bucket, plan) if plan.row_bucket else None
 
     def _forward_call(self, key: ProgramKey, plan: StepPlan) -> _Call:
+        key = self._programs.standing_in(key)
         return _Call(self._program(key), self._forward_packers[key.size].pack(plan))
 
     def _sample_call(self, rows: int, plan: StepPlan) -> _Call:
-        return _Call(self._program(ProgramKey("sample", rows)), self._sample_packers[rows].pack(plan))
+        key = self._programs.standing_in(ProgramKey("sample", rows))
+        return _Call(self._program(key), self._sample_packers[key.size].pack(plan))
 
     def _forward(self, call: _Call) -> None:
         arrays = self._arrays
@@ -256,9 +208,11 @@ class ModelRunner:
             raise
 
     def _warm_up(self) -> None:
-        """Runs every program once on padding alone, so that the first request finds them loaded."""
+        """Runs every program that is there once on padding alone, so that the first request finds them loaded."""
         nothing = StepPlan(-1, NO_DECODES, (), token_bucket=0, row_bucket=0, num_tokens=0, num_sampled=0)
         for key in program_keys(self._shapes):
+            if key in self._programs.missing:
+                continue
             if key.kind == "sample":
                 self._sample(self._sample_call(key.size, nothing)).block_until_ready()
             elif key.kind in ("forward", "decode"):
@@ -283,138 +237,6 @@ class ModelRunner:
         return measure(self._shapes, compute, swap)
 
 
-def _log_allocator(plan: MemoryPlan, mesh: Mesh) -> None:
-    """Logs how much of the plan a GPU's allocator has in use, and the largest block that it has left."""
-    stats = mesh.devices.flat[0].memory_stats() or {}
-    if mesh.devices.flat[0].platform != "cpu" and "bytes_in_use" in stats:
-        _log.info(
-            "device memory: %d bytes in use, planned %d beside temporaries of %d; largest free block %d of %d",
-            stats["bytes_in_use"],
-            plan.total - plan.programs.temporaries - plan.programs.code,
-            plan.programs.temporaries,
-            stats.get("largest_free_block_bytes", 0),
-            stats["bytes_limit"],
-        )
-
-
-def _build(config: EngineConfig, shapes: Shapes, memory: DeviceMemory, builder: SetBuilder, phases: Phases) -> _Made:
-    """Sizes the pool and compiles the programs, or finds them in the cache, while the weights are loaded."""
-    mesh, cache = builder.mesh, config.cache
-    explicit = cache.num_pages is not None or cache.kv_cache_memory_bytes is not None
-    with phases.phase("plan"):
-        if explicit:
-            plan = plan_pool(shapes, cache, mesh, memory, lambda: ProgramNeeds(0, 0))
-        else:
-            plan = roomy_plan(shapes, cache, mesh, memory)
-    with _weights_meanwhile(config, shapes, mesh, phases) as weights:
-        if plan is None:
-            with phases.phase("largest programs"):
-                plan = plan_pool(shapes, cache, mesh, memory, lambda: builder.needs(shapes))
-        while True:
-            shapes = dataclasses.replace(shapes, num_pages=plan.num_pages)
-            with phases.phase("programs"):
-                programs = builder.build(shapes)
-            needs = loaded(ProgramNeeds.of(programs.memory.values()), mesh)
-            found = plan_memory(shapes, mesh, memory, needs)
-            if found.fits or explicit:
-                break
-            plan = plan_pool(shapes, cache, mesh, memory, lambda needs=needs: needs)  # they need more than was foreseen
-        found.check()
-        return _Made(shapes, programs, *weights(), found)
-
-
-def _load_bundle(
-    config: EngineConfig, directory: str, shapes: Shapes, memory: DeviceMemory, mesh: Mesh, phases: Phases
-) -> _Made:
-    """As `_build`, with the bundle's programs."""
-    with phases.phase("plan"):
-        bundle = Bundle.open(directory)
-        plan = plan_pool(shapes, bundled_cache(config.cache, bundle), mesh, memory, lambda: ProgramNeeds(0, 0))
-        shapes = dataclasses.replace(shapes, num_pages=plan.num_pages)
-        bundle.check(shapes, mesh)  # before the weights take their time
-    with concurrent.futures.ThreadPoolExecutor(1) as loader:
-        loading = loader.submit(_weights, config, shapes, mesh, phases)
-        with phases.phase("programs"):
-            programs = bundle.load(shapes, mesh, checked=True)
-        needs = loaded(ProgramNeeds.of(programs.memory.values()), mesh)
-        found = plan_memory(shapes, mesh, memory, needs)
-        found.check()
-        return _Made(shapes, programs, *loading.result(), found)
-
-
-def _cache(config: EngineConfig, mesh: Mesh) -> ProgramCache | None:
-    """Where programs are kept between starts. A configured directory must do; without the default one it starts too."""
-    directory = config.compilation_cache_dir
-    if directory is None:
-        return None
-    size = config.compilation_cache_max_bytes
-    if directory != "auto":
-        return ProgramCache.open(directory, size, mesh)
-    try:
-        return ProgramCache.open(default_directory(), size, mesh)
-    except CacheRefusedError as error:
-        _log.warning("compiled programs are not kept for the next start: %s", error)
-        return None
-
-
-@contextlib.contextmanager
-def _weights_meanwhile(
-    config: EngineConfig, shapes: Shapes, mesh: Mesh, phases: Phases
-) -> Iterator[Callable[[], tuple[Weights, str]]]:
-    """What returns the weights, for use when the programs are there. A thread loads them meanwhile; for a GPU it only
-    reads the checkpoint, so that the host has it in its file cache.
-
-    A GPU's compiler tries kernels on the device. Weights placed between what it takes and frees leave holes that no
-    pool of pages fills: an 8B model's lost 2.3 GB on an H200, far more than the plan's margin.
-    """
-    with concurrent.futures.ThreadPoolExecutor(1) as loader:
-        if mesh.devices.flat[0].platform == "cpu":
-            yield loader.submit(_weights, config, shapes, mesh, phases).result
-        else:
-            reading = loader.submit(_read_ahead, config, shapes, phases)
-
-            def place() -> tuple[Weights, str]:
-                reading.result()
-                return _weights(config, shapes, mesh, phases)
-
-            yield place
-
-
-def _read_ahead(config: EngineConfig, shapes: Shapes, phases: Phases) -> None:
-    """Checks the checkpoint and reads it once."""
-    if config.load_format != "dummy":
-        with phases.phase("read ahead"):
-            read_ahead(str(config.model), shapes.model)
-
-
-def _weights(config: EngineConfig, shapes: Shapes, mesh: Mesh, phases: Phases) -> tuple[Weights, str]:
-    """The weights, and what the start-up log says of the pages' dtype and scales."""
-    with phases.phase("weights"):
-        return _read_weights(config, shapes, mesh)
-
-
-def _read_weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> tuple[Weights, str]:
-    dummy = config.load_format == "dummy"
-    stored = None
-    quantised = is_quantised(shapes.pool_dtype)
-    if quantised and not dummy:
-        stored = load_kv_scales(str(config.model), shapes.model)  # malformed ones fail before the weights are read
-    if dummy:
-        params = random_params(shapes.model, shapes.dtype, mesh, config.seed)
-    else:
-        params = load(str(config.model), shapes.model, shapes.dtype, mesh)
-    products = products_of(shapes, mesh)
-    scales, told = None, shapes.pool_dtype
-    if quantised and stored is not None:
-        scales, told = stored.of(shapes.pool_dtype), f"{told}, scales from the checkpoint"
-    elif quantised:
-        plain = dataclasses.replace(products, packed=False)
-        scales = calibrate(shapes.model, params, shapes.pool_dtype, mesh, plain)
-        told = f"{told}, scales measured with random tokens"
-    params = pack_for(shapes.model, params, products)
-    return Weights(params, None if scales is None else placed(scales, mesh)), told
-
-
 def _is_ready(array: Any) -> bool:
     """Whether an array is computed; jax's own type stubs do not have the method."""
     return array.is_ready()
@@ -425,24 +247,3 @@ def packers(shapes: Shapes) -> tuple[dict[int, ForwardPacker], dict[int, SampleP
     buckets, num_slots = shapes.buckets, shapes.num_slots
     forward = {size: ForwardPacker(size, buckets.rows_of(size), shapes.page_size, num_slots) for size in buckets.tokens}
     return forward, {size: SamplePacker(size, num_slots) for size in buckets.rows}
-
-
-def _info(shapes: Shapes, programs: ProgramSet, mesh: Mesh, kv_cache: str, bundle: str | None) -> RunnerInfo:
-    params = jax.tree.leaves(abstract_params(shapes.model, shapes.dtype, mesh))
-    return RunnerInfo(
-        vocab_size=shapes.model.vocab_size,
-        max_model_len=shapes.max_model_len,
-        eos_token_ids=shapes.model.eos_token_ids,
-        page_size=shapes.page_size,
-        num_pages=shapes.num_pages,
-        num_parameters=sum(math.prod(leaf.shape) for leaf in params),
-        architecture=shapes.model.architecture,
-        dtype=shapes.dtype,
-        platform=mesh.devices.flat[0].platform,
-        attention=shapes.attention,
-        num_executables=len(programs.executables),
-        num_cached_executables=programs.num_cached,
-        compile_seconds=programs.seconds,
-        kv_cache=kv_cache,
-        bundle=bundle,
-    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from jaxserve.programs.layout import forward_layout, sample_layout
+from jaxserve.request import ROW_FIELDS
 from jaxserve.scheduler.plan import RowPlan, StepPlan
 
 
@@ -22,7 +23,8 @@ class ForwardPacker:
         fields = self.layout.views(self._empty)
         fields["page_slot"][:] = num_slots
         fields["admit_slot"][:] = num_slots
-        fields["stop_token_ids"][:] = -1
+        for name, value in ROW_FIELDS.items():
+            fields[name][:] = value.idle
         self._counts = np.arange(rows + 1, dtype=np.int32)
 
     def pack(self, plan: StepPlan) -> np.ndarray:
@@ -100,9 +102,10 @@ def _pack_parameters(chunk: RowPlan, fields: dict[str, np.ndarray], place: int) 
     request = chunk.admit
     assert request is not None
     fields["admit_slot"][place] = chunk.slot
-    fields["temperature"][place] = request.temperature
-    fields["top_k"][place] = request.top_k
-    fields["top_p"][place] = request.top_p
-    fields["min_p"][place] = request.min_p
-    fields["seed"][place] = (request.seed >> 32, request.seed & 0xFFFFFFFF)
-    fields["stop_token_ids"][place, : len(request.stop_token_ids)] = request.stop_token_ids
+    for name, held in ROW_FIELDS.items():
+        value = getattr(request, name)
+        if held.width is None:
+            fields[name][place] = value
+        else:
+            elements = held.elements(value)
+            fields[name][place, : len(elements)] = elements

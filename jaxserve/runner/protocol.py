@@ -25,11 +25,16 @@ class StepCosts:
 
 @dataclasses.dataclass(frozen=True)
 class RunnerInfo:
-    """What a runner turned out to be; the meaning of the fields is that of `EngineReady`.
+    """What a runner turned out to be: plain values, which the engine passes on to the front end.
 
-    num_pages counts the null page. num_host_pages: pages of host memory for swapped sequences. preemption_costs:
-    measured at warm-up; None where nothing can be swapped. step_costs: predicts the seconds of a step; None where
-    nothing is known of the device.
+    num_pages: of the pool, the null page included. attention: the implementation in use. num_executables: programs of
+    the closed set; num_missing_executables of them join while it serves. compile_seconds: wall time of compiling, or
+    loading, them. kv_cache: dtype of keys and values in pages, and where the scales of a quantised one are from.
+    bundle: the directory that the programs were loaded from; None where they were compiled. num_cached_executables:
+    those that were taken from the compilation cache.
+    phases: name, begin and seconds of each part of the start, where the process began at 0; some run side by side.
+    memory: bytes of the device, by what they are planned for; the sum is all of them. num_host_pages: pages of host
+    memory for swapped sequences. preemption_costs: measured at warm-up; None where nothing can be swapped.
     """
 
     vocab_size: int
@@ -47,11 +52,16 @@ class RunnerInfo:
     kv_cache: str
     bundle: str | None = None
     num_cached_executables: int = 0
+    num_missing_executables: int = 0
     phases: tuple[Phase, ...] = ()
     memory: tuple[tuple[str, int], ...] = ()
     num_host_pages: int = 0
     preemption_costs: PreemptionCosts | None = None
-    step_costs: StepCosts | None = None
+
+    @property
+    def usable_pages(self) -> int:
+        """Pages that requests can have: all but the null page."""
+        return self.num_pages - 1
 
 
 class StepNotStartedError(RuntimeError):
@@ -73,6 +83,11 @@ class Runner(Protocol):
     def info(self) -> RunnerInfo: ...
 
     @property
+    def step_costs(self) -> StepCosts | None:
+        """Predicts the seconds of a step; None where nothing is known of the device."""
+        ...
+
+    @property
     def num_compilations(self) -> int:
         """Programs that the backend has compiled so far, whoever asked for them."""
         ...
@@ -80,6 +95,16 @@ class Runner(Protocol):
     @property
     def compile_misses(self) -> int:
         """Steps that asked for a program outside the compiled set."""
+        ...
+
+    @property
+    def num_executables(self) -> int:
+        """Programs that are there now."""
+        ...
+
+    def fitted(self, plan: StepPlan) -> StepPlan:
+        """The plan with the buckets that it will be padded to: larger ones stand in for programs that are not there
+        yet."""
         ...
 
     def dispatch(self, plan: StepPlan) -> Pending:

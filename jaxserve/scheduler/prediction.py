@@ -177,9 +177,9 @@ def _group_keys(request: EngineRequest) -> Iterator[Hashable]:
     """The groups of a request, from fine to coarse: limits by their powers of two, prompts by these and by quarters."""
     limits = (request.max_tokens.bit_length(), request.min_tokens.bit_length(), bool(request.stop_token_ids))
     quarter = int(4 * math.log2(len(request.prompt_token_ids) or 1))
-    yield request.tenant, "quarter", quarter, limits
-    yield request.tenant, "power", quarter // 4, limits
-    yield request.tenant, limits
+    yield request.options.tenant, "quarter", quarter, limits
+    yield request.options.tenant, "power", quarter // 4, limits
+    yield request.options.tenant, limits
     yield "quarter", quarter, limits
     yield "power", quarter // 4, limits
     yield limits

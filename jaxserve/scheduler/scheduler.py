@@ -134,13 +134,13 @@ class Scheduler:
                 f"max_num_waiting {self._config.max_num_waiting} allow no more: retry later"
             )
         sequence = Sequence(request, self._arrivals, self.predictor.expected(request))
-        sequence.tenant_number = self.policy.tenant_number(request.tenant)
+        sequence.tenant_number = self.policy.tenant_number(request.options.tenant)
         self._arrivals += 1
         self._sequences[request.request_id] = sequence
         self._places.waiting.push(sequence)
         self._places.changed = True
         lowest, highest = self._priorities_seen
-        self._priorities_seen = min(lowest, request.priority), max(highest, request.priority)
+        self._priorities_seen = min(lowest, request.options.priority), max(highest, request.options.priority)
         self._limits.arrived(sequence.num_prompt_tokens)
         return sequence
 
@@ -176,10 +176,10 @@ class Scheduler:
         """
         ended = self._let_go() if self._held else []
         while (sequence := self._places.waiting.expired(now)) is not None:
-            late = now - (sequence.request.deadline or now)
+            late = now - (sequence.request.options.deadline or now)
             ended.append(self._finish(sequence, FinishReason.ABORT, error=f"deadline passed {late:.3f} s ago"))
         while (sequence := self._places.waiting.late(now)) is not None:
-            if sequence.request.deadline is None and not self._config.ordering.drop_late:
+            if sequence.request.options.deadline is None and not self._config.ordering.drop_late:
                 self._places.waiting.demote(sequence)
                 continue
             ended.append(self._finish(sequence, FinishReason.ABORT, error=self._too_late(sequence, now)))
@@ -318,7 +318,7 @@ class Scheduler:
 
     def _too_late(self, sequence: Sequence, now: float) -> str:
         """What a request is told that ends since it would be late."""
-        if sequence.request.deadline is not None:
+        if sequence.request.options.deadline is not None:
             return "deadline cannot be met by what the engine computes in a second"
         waited, late = now - sequence.request.arrival_time, now - self.policy.due(sequence)
         ordering = self._config.ordering

@@ -41,7 +41,7 @@ class Sequence:
     @property
     def priority(self) -> int:
         """Higher is more urgent; preemptions have raised it."""
-        return self.request.priority + self.boost
+        return self.request.options.priority + self.boost
 
     @property
     def expected_length(self) -> float:

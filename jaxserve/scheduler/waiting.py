@@ -59,8 +59,8 @@ class Waiting:
         """A request that never ran."""
         self._policy.queued(sequence)
         self._push(sequence)
-        if sequence.request.deadline is not None:
-            self._deadlines.push(sequence.request.deadline, sequence, len(self.new))
+        if sequence.request.options.deadline is not None:
+            self._deadlines.push(sequence.request.options.deadline, sequence, len(self.new))
         if self._policy.clocked:
             self._due.push(self._policy.due(sequence), sequence, len(self.new))
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.core import EngineCore
-from jaxserve.engine.messages import AddRequest, FromEngine, RequestOutput
+from jaxserve.engine.messages import AddRequest, EngineOutput, FromEngine
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.protocol import Pending, Runner
 from jaxserve.scheduler.plan import StepPlan, StepResult
@@ -38,6 +38,7 @@ class LengthKeepingRunner:
     def __init__(self, runner: Runner, num_slots: int):
         self._runner = runner
         self.info = runner.info
+        self.step_costs = runner.step_costs
         self.stop_id = runner.info.vocab_size
         self.last_positions: dict[str, int] = {}
         self._stop_at = np.full(num_slots, _NEVER)
@@ -49,6 +50,13 @@ class LengthKeepingRunner:
     @property
     def compile_misses(self) -> int:
         return self._runner.compile_misses
+
+    @property
+    def num_executables(self) -> int:
+        return self._runner.num_executables
+
+    def fitted(self, plan: StepPlan) -> StepPlan:
+        return self._runner.fitted(plan)
 
     def dispatch(self, plan: StepPlan) -> Pending:
         decodes = plan.decodes
@@ -133,9 +141,12 @@ def serve(
         while place < len(requests) and free and (concurrency or requests[place].arrival_time <= now):
             request = requests[place]
             arrival = request.arrival_time if concurrency is None else time.perf_counter() - origin
-            deadline = None if request.deadline is None else wall + request.deadline - request.arrival_time + arrival
+            deadline = request.options.deadline
+            if deadline is not None:
+                deadline += wall + arrival - request.arrival_time
             sent[request.request_id] = origin + arrival
-            moved = dataclasses.replace(request, arrival_time=wall + arrival, deadline=deadline)
+            options = dataclasses.replace(request.options, deadline=deadline)
+            moved = dataclasses.replace(request, arrival_time=wall + arrival, options=options)
             answers = core.handle(AddRequest(moved))
             refused |= _errors(answers)
             place, free = place + 1, free - 1 + sum(map(_ends, answers))
@@ -161,12 +172,12 @@ def _errors(messages: list[FromEngine]) -> set[int]:
     return {
         int(message.request_id)
         for message in messages
-        if isinstance(message, RequestOutput) and message.finish_reason is FinishReason.ERROR
+        if isinstance(message, EngineOutput) and message.finish_reason is FinishReason.ERROR
     }
 
 
 def _ends(message: FromEngine) -> bool:
-    return isinstance(message, RequestOutput) and message.finish_reason is not None
+    return isinstance(message, EngineOutput) and message.finish_reason is not None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -151,8 +151,8 @@ class SimulatedEngine:
                 self._ended(index)
                 continue
             self._last_positions[request.request_id] = len(request.prompt_token_ids) + output_tokens - 1
-            if request.deadline is not None:
-                heapq.heappush(self._deadlines, request.deadline)
+            if request.options.deadline is not None:
+                heapq.heappush(self._deadlines, request.options.deadline)
             if self._events is not None:
                 self._events.arrived(request, arrival)
 

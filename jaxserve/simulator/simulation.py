@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxserve.config.settings import EngineConfig
 from jaxserve.planning.step_cost_models import CostModel
-from jaxserve.request import COMPLETED, EngineRequest
+from jaxserve.request import COMPLETED, EngineRequest, RequestOptions
 from jaxserve.simulator.simulated_engine import STOP_ID, Outcome, SimulatedDevice, SimulatedEngine
 from jaxserve.simulator.traces import Trace
 from jaxserve.telemetry.recorder import Recorder
@@ -189,9 +189,7 @@ def requests_of(
                 (0,) * prompt,
                 max_tokens=limit,
                 stop_token_ids=(STOP_ID,) if output < limit else (),
-                tenant=tenant,
-                priority=priority,
-                deadline=None if math.isinf(deadline) else arrival + deadline,
+                options=RequestOptions(tenant, priority, None if math.isinf(deadline) else arrival + deadline),
                 arrival_time=arrival,
             ),
             output,

@@ -48,8 +48,8 @@ class EngineEvents:
                 request_id=request.request_id,
                 prompt_tokens=len(request.prompt_token_ids),
                 max_tokens=request.max_tokens,
-                tenant=request.tenant,
-                priority=request.priority,
+                tenant=request.options.tenant,
+                priority=request.options.priority,
             )
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterator
@@ -11,9 +12,9 @@ import pytest
 from jaxserve.config.scheduling import PolicyConfig, PreemptionConfig
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.core import STATS_SECONDS, EngineCore
-from jaxserve.engine.messages import AbortRequest, AddRequest, EngineStats, RequestOutput, Shutdown, outputs
+from jaxserve.engine.messages import AbortRequest, AddRequest, EngineOutput, EngineStats, Shutdown, outputs
 from jaxserve.models.config import ModelConfig
-from jaxserve.request import EngineRequest, FinishReason
+from jaxserve.request import EngineRequest, FinishReason, RequestOptions
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.telemetry.recorder import (
     FirstToken,
@@ -60,8 +61,8 @@ def make_core(num_pages: int = 64, now=lambda: 0.0, clock=time.perf_counter, **l
     return EngineCore(config, WatchedRunner(num_pages=num_pages), recorder=Recorder(), now=now, clock=clock)
 
 
-def run(core: EngineCore) -> dict[str, list[RequestOutput]]:
-    answers: dict[str, list[RequestOutput]] = {}
+def run(core: EngineCore) -> dict[str, list[EngineOutput]]:
+    answers: dict[str, list[EngineOutput]] = {}
     while core.busy:
         for message in core.step():
             for output in outputs(message):
@@ -111,7 +112,7 @@ def test_a_cancelled_request_frees_its_pages_at_once():
         core.step()
     used = core.stats().pages_used
     (final,) = core.handle(AbortRequest("a"))
-    assert isinstance(final, RequestOutput)
+    assert isinstance(final, EngineOutput)
     assert final.finish_reason is FinishReason.ABORT
     assert core.stats().pages_used == 1 < used
     assert core.handle(AbortRequest("a")) == []
@@ -124,7 +125,7 @@ def test_a_request_that_cannot_be_queued_is_answered_at_once():
     add(core, EngineRequest("a", (1,), max_tokens=3), EngineRequest("b", (1,), max_tokens=3))
     for name, message in (("a", "in use"), ("c", "max_num_waiting 1")):
         (answer,) = core.handle(AddRequest(EngineRequest(name, (1,), max_tokens=3)))
-        assert isinstance(answer, RequestOutput)
+        assert isinstance(answer, EngineOutput)
         assert answer.finish_reason is FinishReason.ERROR
         assert message in answer.error
 
@@ -134,14 +135,15 @@ def test_shutdown_answers_everyone():
     add(core, *(EngineRequest(name, (1, 2), max_tokens=9) for name in "abcdef"))
     core.step()
     answers = core.handle(Shutdown())
-    assert sorted(answer.request_id for answer in answers if isinstance(answer, RequestOutput)) == list("abcdef")
+    assert sorted(answer.request_id for answer in answers if isinstance(answer, EngineOutput)) == list("abcdef")
     assert core.stats().pages_used == 0
 
 
 def test_deadline_passed_in_the_queue():
     clock = [0.0]
     core = make_core(now=lambda: clock[0], max_num_seqs=1)
-    add(core, EngineRequest("a", (1,), max_tokens=6), EngineRequest("b", (1,), max_tokens=6, deadline=5.0))
+    late = EngineRequest("b", (1,), max_tokens=6, options=RequestOptions(deadline=5.0))
+    add(core, EngineRequest("a", (1,), max_tokens=6), late)
     core.step()
     clock[0] = 6.0
     answers = run(core)
@@ -162,6 +164,17 @@ def test_a_dropped_request_is_told_which_targets_it_missed():
     assert "dropped after 6.000 s in the queue" in answer.error
     assert "late for ttft_target 2 s and tpot_target 0.1 s; raise the targets, set drop_late to False" in answer.error
     assert core.stats().num_dropped == 1
+
+
+def test_padding_to_the_program_that_stands_in_is_counted(monkeypatch):
+    core = make_core()
+    monkeypatch.setattr(core.runner, "fitted", lambda plan: dataclasses.replace(plan, token_bucket=64))
+    one = EngineRequest("r", (1, 2, 3), max_tokens=2)
+    add(core, one)
+    assert tuple(token for output in run(core)["r"] for token in output.token_ids) == tuple(alone(one)[0])
+    steps = [event for event in core.recorder if isinstance(event, StepRecorded)]
+    assert [(event.token_bucket, event.padding) for event in steps] == [(64, 61), (64, 63)]
+    assert core.stats().padding_tokens == 61 + 63
 
 
 def test_the_recorder_hears_everything():
@@ -231,7 +244,7 @@ def test_rows_that_go_on_share_a_message():
     while core.busy:
         steps.append([message for message in core.step() if not isinstance(message, EngineStats)])
     kinds = [[(type(message).__name__, len(outputs(message))) for message in step] for step in steps]
-    one = ("RequestOutput", 1)
+    one = ("EngineOutput", 1)
     assert kinds == [
         [],
         [one] * 3,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxserve.config.scheduling import FORMATIONS, MODES, PreemptionConfig
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.core import FAULT_SECONDS, EngineCore
-from jaxserve.engine.messages import AbortRequest, AddRequest, RequestOutput, outputs
+from jaxserve.engine.messages import AbortRequest, AddRequest, EngineOutput, outputs
 from jaxserve.engine.step_executor import EngineBrokenError
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import EngineRequest, FinishReason
@@ -108,7 +108,7 @@ def requests(count: int, output: int = 9) -> list[EngineRequest]:
 def serve(core: EngineCore, wanted: list[EngineRequest]) -> dict[str, tuple[list[int], FinishReason, str]]:
     """Tokens, reason and error of each request; every one has exactly one final answer."""
     tokens: dict[str, list[int]] = {one.request_id: [] for one in wanted}
-    ends: dict[str, RequestOutput] = {}
+    ends: dict[str, EngineOutput] = {}
     for one in wanted:
         assert core.handle(AddRequest(one)) == []
     while core.busy:
@@ -328,7 +328,7 @@ def test_any_faults_at_any_time(faults, mode, formation, poisoned, num_pages, ab
     core = make_core(FaultyRunner(calls, names, **sizes), mode=mode, formation=formation, preemption=preemption)
     expected = undisturbed(wanted)
     tokens: dict[str, list[int]] = {name: [] for name in expected}
-    ends: dict[str, RequestOutput] = {}
+    ends: dict[str, EngineOutput] = {}
 
     def take(messages) -> None:
         for message in messages:

@@ -15,6 +15,7 @@ import time
 import pytest
 
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.wire_config import config_to_bytes
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.framing import frames
 from jaxserve.engine.inline import InlineEngine
@@ -22,13 +23,12 @@ from jaxserve.engine.messages import (
     AbortRequest,
     AddRequest,
     EngineFailed,
+    EngineOutput,
     EngineStats,
-    RequestOutput,
     TokenBatch,
     outputs,
 )
 from jaxserve.engine.process import EngineProcess
-from jaxserve.engine.wire_config import config_to_bytes
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import EngineRequest, FinishReason
 
@@ -76,20 +76,20 @@ def test_tokens_are_those_of_the_inline_engine(engine):
     inline = InlineEngine(CONFIG)
     assert answers(engine) == answers(inline)
     assert (
-        (engine.ready.vocab_size, engine.ready.num_pages)
+        (engine.ready.limits.vocab_size, engine.ready.info.usable_pages)
         == (96, 63)
-        == (inline.ready.vocab_size, inline.ready.num_pages)
+        == (inline.ready.limits.vocab_size, inline.ready.info.usable_pages)
     )
 
 
 def test_an_abort_is_answered_and_frees_the_pages(engine):
     engine.send(AddRequest(EngineRequest("long", (1, 2, 3), max_tokens=250)))
-    assert any(isinstance(message, RequestOutput | TokenBatch | EngineStats) for message in engine.receive())
+    assert any(isinstance(message, EngineOutput | TokenBatch | EngineStats) for message in engine.receive())
     engine.send(AbortRequest("long"))
     reason, pages_used = None, None
     while reason is None or pages_used != 0:
         for message in engine.receive():
-            if isinstance(message, RequestOutput) and message.finish_reason is not None:
+            if isinstance(message, EngineOutput) and message.finish_reason is not None:
                 reason = message.finish_reason
             if isinstance(message, EngineStats):
                 pages_used = message.pages_used
@@ -179,7 +179,7 @@ def test_the_engine_ends_at_once_when_its_front_end_dies_during_start():
 ORPHAN = """
 import os, sys
 from jaxserve.engine.process import EngineProcess
-from jaxserve.engine.wire_config import config_to_bytes
+from jaxserve.config.wire_config import config_to_bytes
 from tests.engine.test_process import CONFIG
 client = EngineProcess(CONFIG)
 print(client.pid, flush=True)

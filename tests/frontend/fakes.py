@@ -1,6 +1,5 @@
 """An engine that a test plays by hand, and one that answers by a rule; no model, no jax."""
 
-import dataclasses
 import threading
 from collections import deque
 
@@ -8,34 +7,23 @@ from jaxserve.engine.messages import (
     AbortRequest,
     AddRequest,
     EngineFailed,
-    EngineReady,
+    EngineOutput,
     EngineStats,
     Progress,
-    RequestOutput,
     Shutdown,
 )
-from jaxserve.request import FinishReason
+from jaxserve.request import FinishReason, RequestOptions
+from tests.engine_ready import changed, engine_ready
 
-READY = EngineReady(
-    vocab_size=300,
-    max_model_len=64,
-    max_prompt_len=64,
-    eos_token_ids=(2,),
-    page_size=16,
-    num_pages=3,
-    max_num_seqs=2,
-    max_num_waiting=2,
-    num_parameters=0,
-    architecture="fake",
-    dtype="float32",
-    platform="cpu",
-    attention="none",
-    num_executables=0,
-    compile_seconds=0.0,
-    kv_cache="none",
-    start_seconds=0.0,
+READY = engine_ready(
+    vocab_size=300, max_model_len=64, eos_token_ids=(2,), usable_pages=3, max_num_seqs=2, max_num_waiting=2
 )
 """Context 64, a pool of 48 tokens, four unfinished requests at most."""
+
+
+def asked(request_id=None, **options):
+    """What `submit` takes beside prompt and parameters, of one flat list of names."""
+    return {"request_id": request_id, "options": RequestOptions(**options)}
 
 
 class HealthyEngine:
@@ -56,7 +44,7 @@ class HandPlayedEngine(HealthyEngine):
     """Records what is sent; `receive` blocks until the test `play`s messages. Works from several threads."""
 
     def __init__(self, **ready):
-        self.ready = dataclasses.replace(READY, **ready)
+        self.ready = changed(READY, **ready)
         self.sent = []
         self.closed = False
         self.send_error = None
@@ -105,7 +93,7 @@ class RuleEngine(HealthyEngine):
     """
 
     def __init__(self, on_step=None, **ready):
-        self.ready = dataclasses.replace(READY, max_model_len=512, max_prompt_len=512, num_pages=64, **ready)
+        self.ready = changed(READY, max_model_len=512, usable_pages=64, **ready)
         self.requests = []  # every request that was ever added
         self.max_unfinished = 0
         self.closed = False
@@ -125,7 +113,7 @@ class RuleEngine(HealthyEngine):
                 self.max_unfinished = max(self.max_unfinished, len(self._live))
             case AbortRequest(request_id):
                 if self._live.pop(request_id, None) is not None:
-                    self._out.append(RequestOutput(request_id, (), FinishReason.ABORT, "aborted"))
+                    self._out.append(EngineOutput(request_id, (), FinishReason.ABORT, "aborted"))
             case Shutdown():
                 self.close()
 
@@ -150,7 +138,7 @@ class RuleEngine(HealthyEngine):
         answer = [token_id for token_id in request.prompt_token_ids if token_id != 1] + [2]
         if 0 in answer:
             del self._live[request.request_id]
-            return RequestOutput(request.request_id, (), FinishReason.ERROR, "logits are not finite")
+            return EngineOutput(request.request_id, (), FinishReason.ERROR, "logits are not finite")
         token_id = answer[given] if given < len(answer) else 2
         entry[1] = given + 1
         reason = None
@@ -160,7 +148,7 @@ class RuleEngine(HealthyEngine):
             reason = FinishReason.LENGTH
         if reason is not None:
             del self._live[request.request_id]
-        return RequestOutput(request.request_id, (token_id,), reason)
+        return EngineOutput(request.request_id, (token_id,), reason)
 
     def close(self, seconds=0.0):
         self.closed = True

@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from jaxserve.engine.messages import AddRequest, EngineFailed, EngineStats, RequestOutput, TokenBatch
+from jaxserve.engine.messages import AddRequest, EngineFailed, EngineOutput, EngineStats, TokenBatch
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.delta import Cause, DeadlineError, DuplicateRequestError, EngineDeadError, QueueFullError
 from jaxserve.frontend.encoding import SHORT_TEXT, Encoder
 from jaxserve.request import FinishReason, SamplingParams
-from tests.frontend.fakes import HandPlayedEngine, RuleEngine
+from tests.frontend.fakes import HandPlayedEngine, RuleEngine, asked
 from tests.frontend.tokenizers_for_tests import EOS, load
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=20)
@@ -53,7 +53,7 @@ def ids(tokenizer, text):
 
 
 def output(request_id, token_ids=(), reason=None):
-    return RequestOutput(request_id, tuple(token_ids), reason)
+    return EngineOutput(request_id, tuple(token_ids), reason)
 
 
 def test_a_stream_from_submit_to_the_last_delta(tokenizer):
@@ -98,7 +98,7 @@ def test_many_streams_at_once_over_an_inline_engine(tokenizer):
 
 def test_a_reader_that_is_behind_finds_one_delta(tokenizer):
     async def scenario():
-        engine = HandPlayedEngine(max_model_len=4000, num_pages=250)
+        engine = HandPlayedEngine(max_model_len=4000, usable_pages=250)
         async with serving(engine, tokenizer) as front_end:
             stream = await front_end.submit("hi", SamplingParams(max_tokens=2000), request_id="r")
             (a,) = ids(tokenizer, "a")
@@ -116,7 +116,7 @@ def test_a_reader_that_is_behind_finds_one_delta(tokenizer):
 
 def test_a_reader_that_is_too_far_behind_loses_its_request_and_no_other(tokenizer):
     async def scenario():
-        engine = HandPlayedEngine(max_model_len=4000, num_pages=250)
+        engine = HandPlayedEngine(max_model_len=4000, usable_pages=250)
         (a,) = ids(tokenizer, "a")
         front_end = AsyncFrontEnd(engine, tokenizer, max_unread_tokens=100)
         slow = await front_end.submit("hi", SamplingParams(max_tokens=1000), request_id="slow")
@@ -231,7 +231,7 @@ def test_errors_are_raised_by_submit(tokenizer):
             with pytest.raises(ValueError, match=r"^prompt is empty"):
                 await anext(front_end.generate([], PARAMS))
             with pytest.raises(DeadlineError, match=r"before the request arrived$"):
-                await front_end.submit("hi", PARAMS, deadline=time.time() - 1)
+                await front_end.submit("hi", PARAMS, **asked(deadline=time.time() - 1))
             streams = [await front_end.submit("hi", PARAMS, request_id=name) for name in "abc"]
             with pytest.raises(DuplicateRequestError, match=r"^request_id 'a' belongs"):
                 await front_end.submit("hi", PARAMS, request_id="a")
@@ -245,7 +245,7 @@ def test_errors_are_raised_by_submit(tokenizer):
 
 def test_a_large_prompt_is_tokenized_in_a_thread(tokenizer):
     async def scenario():
-        engine = HandPlayedEngine(max_model_len=20000, max_prompt_len=20000, num_pages=2000)
+        engine = HandPlayedEngine(max_model_len=20000, max_prompt_len=20000, usable_pages=2000)
         async with serving(engine, tokenizer) as front_end:
             await front_end.submit("a" * (SHORT_TEXT + 1), PARAMS, request_id="r")
             assert len(engine.requests["r"].prompt_token_ids) == SHORT_TEXT + 2
@@ -276,7 +276,7 @@ def encoding_held(monkeypatch):
             go_on.set()
 
 
-LONG_CONTEXT = {"max_model_len": 10**6, "max_prompt_len": 10**6, "num_pages": 10**5}
+LONG_CONTEXT = {"max_model_len": 10**6, "max_prompt_len": 10**6, "usable_pages": 10**5}
 
 
 def test_a_deadline_that_passes_while_a_prompt_is_encoded(tokenizer, monkeypatch):
@@ -285,13 +285,13 @@ def test_a_deadline_that_passes_while_a_prompt_is_encoded(tokenizer, monkeypatch
         async with serving(engine, tokenizer) as front_end:
             with encoding_held(monkeypatch):
                 with pytest.raises(DeadlineError, match=r"^deadline passed while the prompt was tokenized$"):
-                    await front_end.submit("a" * 5000, PARAMS, deadline=time.time() + 0.1)
+                    await front_end.submit("a" * 5000, PARAMS, **asked(deadline=time.time() + 0.1))
                 with pytest.raises(DeadlineError, match=r"before the request arrived$"):
-                    await front_end.submit("a" * 5000, PARAMS, deadline=-1e308)
+                    await front_end.submit("a" * 5000, PARAMS, **asked(deadline=-1e308))
                 with pytest.raises(ValueError, match=r"^deadline is nan; it must be"):
-                    await front_end.submit("a" * 5000, PARAMS, deadline=math.nan)
+                    await front_end.submit("a" * 5000, PARAMS, **asked(deadline=math.nan))
             assert not engine.sent
-            await front_end.submit("a" * 5000, PARAMS, deadline=1e308)
+            await front_end.submit("a" * 5000, PARAMS, **asked(deadline=1e308))
 
     run(scenario())
 
@@ -316,8 +316,8 @@ def test_a_deadline_ends_a_stream(tokenizer):
     async def scenario():
         engine = HandPlayedEngine()
         async with serving(engine, tokenizer) as front_end:
-            late = await front_end.submit("hi", PARAMS, deadline=time.time() + 1000)
-            soon = await front_end.submit("hi", PARAMS, request_id="soon", deadline=time.time() + 0.05)
+            late = await front_end.submit("hi", PARAMS, **asked(deadline=time.time() + 1000))
+            soon = await front_end.submit("hi", PARAMS, **asked(request_id="soon", deadline=time.time() + 0.05))
             deltas = [delta async for delta in soon]
             assert [(d.finish_reason, d.cause) for d in deltas] == [(FinishReason.ABORT, Cause.DEADLINE)]
             assert deltas[0].error == "deadline passed after 0 output tokens"

@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from jaxserve.engine.messages import AbortRequest, AddRequest, EngineFailed, EngineStats, RequestOutput
+from jaxserve.engine.messages import AbortRequest, AddRequest, EngineFailed, EngineOutput, EngineStats
 from jaxserve.frontend.delta import Cause, DeadlineError, DuplicateRequestError, EngineDeadError, QueueFullError
 from jaxserve.frontend.frontend import FrontEnd
-from jaxserve.request import FinishReason, InfeasibleError, SamplingParams
-from tests.frontend.fakes import HandPlayedEngine
+from jaxserve.request import FinishReason, InfeasibleError, RequestOptions, SamplingParams
+from tests.frontend.fakes import HandPlayedEngine, asked
 from tests.frontend.tokenizers_for_tests import EOS, load
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
@@ -49,7 +49,7 @@ def ids(tokenizer, text):
 
 def output(front_end, request_id, token_ids=(), reason=None, error="", cached=0):
     """The one delta that an engine output gives, or None."""
-    deltas = front_end.handle(RequestOutput(request_id, tuple(token_ids), reason, error, cached))
+    deltas = front_end.handle(EngineOutput(request_id, tuple(token_ids), reason, error, cached))
     assert len(deltas) <= 1
     return deltas[0] if deltas else None
 
@@ -59,14 +59,14 @@ def output(front_end, request_id, token_ids=(), reason=None, error="", cached=0)
 
 def test_a_text_prompt_is_tokenized_and_resolved(front_end, engine, tokenizer):
     params = SamplingParams(temperature=1, top_k=-1, top_p=0.5, min_p=0.25, seed=7, min_tokens=3, stop_token_ids=(9, 2))
-    request_id = front_end.submit("hi", params, tenant="t", priority=3, deadline=1001.5, cache_salt="s")
+    request_id = front_end.submit("hi", params, **asked(tenant="t", priority=3, deadline=1001.5, cache_salt="s"))
     (request,) = engine.requests.values()
     assert request.request_id == request_id
     assert request.prompt_token_ids == tuple(tokenizer.encode("hi"))
     assert request.max_tokens == 48 - 3 + 1  # the rest of the pool, which is smaller than the context
     assert (request.temperature, request.top_k, request.top_p, request.min_p) == (1.0, 0, 0.5, 0.25)
     assert (request.seed, request.min_tokens, request.stop_token_ids) == (7, 3, (EOS, 9))
-    assert (request.tenant, request.priority, request.deadline, request.cache_salt) == ("t", 3, 1001.5, "s")
+    assert request.options == RequestOptions("t", 3, 1001.5, "s")
     assert request.arrival_time == 1000.0
 
 
@@ -120,7 +120,7 @@ def test_drawn_seeds_differ_and_follow_from_the_base_seed(tokenizer):
 )
 def test_invalid_requests(front_end, engine, prompt, options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        front_end.submit(prompt, GREEDY, **options)
+        front_end.submit(prompt, GREEDY, **asked(**options))
     assert not engine.sent
     assert not front_end.num_open
 
@@ -171,7 +171,7 @@ def test_a_full_queue(front_end, engine):
 
 def test_a_deadline_already_past(front_end, engine):
     with pytest.raises(DeadlineError, match=r"^deadline passed 1\.500 s before the request arrived$"):
-        front_end.submit([5], GREEDY, deadline=998.5)
+        front_end.submit([5], GREEDY, **asked(deadline=998.5))
     assert not engine.sent
 
 
@@ -305,9 +305,9 @@ def test_an_id_used_again_is_not_confused_with_the_aborted_request(front_end, en
 
 
 def test_deadlines(front_end, engine, clock, tokenizer):
-    front_end.submit("hi", GREEDY, request_id="late", deadline=1002.0)
-    front_end.submit("hi", GREEDY, request_id="early", deadline=1001.0)
-    front_end.submit("hi", GREEDY, request_id="done", deadline=1000.5)
+    front_end.submit("hi", GREEDY, **asked(request_id="late", deadline=1002.0))
+    front_end.submit("hi", GREEDY, **asked(request_id="early", deadline=1001.0))
+    front_end.submit("hi", GREEDY, **asked(request_id="done", deadline=1000.5))
     output(front_end, "done", [EOS], FinishReason.STOP)
     output(front_end, "early", ids(tokenizer, "ab"))
     assert front_end.next_deadline == 1001.0
@@ -323,14 +323,14 @@ def test_deadlines(front_end, engine, clock, tokenizer):
 
 
 def test_a_deadline_that_the_engine_notices_first(front_end, clock):
-    front_end.submit("hi", GREEDY, request_id="r", deadline=1001.0)
+    front_end.submit("hi", GREEDY, **asked(request_id="r", deadline=1001.0))
     clock.now = 1001.5
     delta = output(front_end, "r", (), FinishReason.ABORT, "deadline passed")
     assert (delta.cause, delta.error) == (Cause.DEADLINE, "deadline passed")
 
 
 def test_a_deadline_that_the_engine_cannot_meet(front_end, clock):
-    front_end.submit("hi", GREEDY, request_id="r", deadline=clock.now + 1000)
+    front_end.submit("hi", GREEDY, **asked(request_id="r", deadline=clock.now + 1000))
     delta = output(front_end, "r", (), FinishReason.ABORT, "deadline cannot be met")
     assert (delta.cause, delta.error) == (Cause.DEADLINE, "deadline cannot be met")
 

@@ -11,7 +11,7 @@ from jaxserve.frontend.delta import DeadlineError, DuplicateRequestError
 from jaxserve.frontend.encoding import PIECE_CHARACTERS, Encoder
 from jaxserve.frontend.frontend import FrontEnd
 from jaxserve.request import InfeasibleError, SamplingParams
-from tests.frontend.fakes import HandPlayedEngine
+from tests.frontend.fakes import HandPlayedEngine, asked
 from tests.frontend.tokenizers_for_tests import byte_level, load, metaspace
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
@@ -109,15 +109,15 @@ def test_max_tokens_and_the_pool_count_for_a_text_that_is_not_encoded(tmp_path, 
 
 
 def test_what_is_refused_anyway_is_not_encoded(front_end, encoded, tokenizer):
-    front_end = FrontEnd(HandPlayedEngine(max_model_len=10**6, max_prompt_len=10**6, num_pages=10**6), tokenizer)
+    front_end = FrontEnd(HandPlayedEngine(max_model_len=10**6, max_prompt_len=10**6, usable_pages=10**6), tokenizer)
     front_end.submit([5], GREEDY, request_id="a")
     text = "x" * 10_000
     for options, kind in (({"request_id": "a"}, DuplicateRequestError), ({"deadline": 1.0}, DeadlineError)):
         with pytest.raises(kind):
-            front_end.submit(text, GREEDY, **options)
+            front_end.submit(text, GREEDY, **asked(**options))
     for options in ({"tenant": "x" * 257}, {"priority": 2**40}, {"deadline": math.nan}):
         with pytest.raises(ValueError, match=next(iter(options))):
-            front_end.submit(text, GREEDY, **options)
+            front_end.submit(text, GREEDY, **asked(**options))
     assert not encoded
     front_end.submit(text, GREEDY)
     assert encoded == [text]
@@ -142,7 +142,7 @@ def test_what_is_refused_anyway_is_not_encoded(front_end, encoded, tokenizer):
 )
 def test_messages_are_short_whatever_was_sent(front_end, engine, options):
     with pytest.raises((ValueError, DeadlineError), match=next(iter(options))) as caught:
-        front_end.submit([5], GREEDY, **options)
+        front_end.submit([5], GREEDY, **asked(**options))
     assert len(str(caught.value)) < 300
     assert not engine.sent
 

@@ -7,7 +7,8 @@ import pytest
 
 from jaxserve.frontend.delta import EngineDeadError
 from jaxserve.llm import LLM
-from jaxserve.request import InfeasibleError, SamplingParams
+from jaxserve.request import InfeasibleError, RequestOptions, SamplingParams
+from tests.engine_ready import changed
 from tests.frontend.fakes import RuleEngine
 from tests.frontend.tokenizers_for_tests import BOS, load
 
@@ -56,8 +57,10 @@ def test_priority_tenant_and_deadline_one_for_all_or_for_each(tokenizer):
     engine, deadline = RuleEngine(), time.time() + 1000
     llm = LLM(client=engine, tokenizer=tokenizer)
     llm.generate(["a", "b"], use_tqdm=False, priority=[3, -1], tenant="x", deadline=[None, deadline])
-    found = [(request.priority, request.tenant, request.deadline) for request in engine.requests]
-    assert found == [(3, "x", None), (-1, "x", deadline)]
+    assert [request.options for request in engine.requests] == [
+        RequestOptions("x", 3),
+        RequestOptions("x", -1, deadline),
+    ]
     for options, message in (
         ({"priority": "high"}, "prompts[0]: priority is 'high'; it must be a whole number"),
         ({"priority": [1, 2.5]}, "prompts[1]: priority is 2.5; it must be a whole number"),
@@ -120,7 +123,7 @@ def test_an_invalid_prompt_stops_the_call_before_anything_is_computed(tokenizer,
 
 def test_an_infeasible_prompt_keeps_its_kind(tokenizer):
     engine = RuleEngine()
-    engine.ready = engine.ready.__class__(**{**vars(engine.ready), "num_pages": 1})
+    engine.ready = changed(engine.ready, usable_pages=1)
     with pytest.raises(InfeasibleError, match=r"^prompts\[0\]: prompt has 21 tokens"):
         LLM(client=engine, tokenizer=tokenizer).generate(["a" * 20], SamplingParams(max_tokens=8))
 

@@ -14,14 +14,14 @@ from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import make_mesh
 from jaxserve.planning import memory_plan as memory
-from jaxserve.planning.memory_plan import MARGIN_BYTES, DeviceMemory, pages_in_use, plan_memory, roomy_plan
+from jaxserve.planning.memory_plan import MARGIN_BYTES, DeviceMemory, MemoryPlanner, pages_in_use
 from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.programs import build_set
 from jaxserve.programs.build_set import SetBuilder, _Workers, longest_first
 from jaxserve.programs.compiler import ProgramMemory
 from jaxserve.programs.program_needs import LOADED_TIMES, ProgramNeeds
 from jaxserve.programs.step_programs import ProgramKey, Shapes, program_keys
-from jaxserve.runner import model_runner
+from jaxserve.runner import startup
 from jaxserve.runner.model_runner import ModelRunner
 
 MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
@@ -135,24 +135,25 @@ def test_progress_is_logged_where_there_is_no_terminal(monkeypatch, caplog):
 def test_a_pool_with_room_to_spare_needs_no_program_to_be_sized():
     shapes, mesh = shapes_of(2), make_mesh()
     most = pages_in_use(shapes)
-    fixed = plan_memory(dataclasses.replace(shapes, num_pages=2), mesh, DeviceMemory(1, 1), ProgramNeeds(0, 0))
+    planner = MemoryPlanner(shapes, CacheConfig(), mesh, DeviceMemory(1, 1))
+    fixed = planner.plan(2, ProgramNeeds(0, 0))
     enough = fixed.fixed + MARGIN_BYTES + 2 * most * fixed.page
-    plan = roomy_plan(shapes, CacheConfig(), mesh, DeviceMemory(enough, enough))
+    plan = dataclasses.replace(planner, device=DeviceMemory(enough, enough)).roomy()
     assert plan is not None
     assert plan.num_pages == most
-    assert roomy_plan(shapes, CacheConfig(), mesh, DeviceMemory(enough, enough - 2)) is None
-    plenty = DeviceMemory(10**12, 10**12)
-    assert roomy_plan(shapes, CacheConfig(num_pages=9), mesh, plenty) is None
-    assert roomy_plan(shapes, CacheConfig(kv_cache_memory_bytes=10**6), mesh, plenty) is None
+    assert dataclasses.replace(planner, device=DeviceMemory(enough, enough - 2)).roomy() is None
+    plenty = dataclasses.replace(planner, device=DeviceMemory(10**12, 10**12))
+    assert dataclasses.replace(plenty, cache=CacheConfig(num_pages=9)).roomy() is None
+    assert dataclasses.replace(plenty, cache=CacheConfig(kv_cache_memory_bytes=10**6)).roomy() is None
 
 
 def test_programs_that_need_more_than_was_foreseen_shrink_the_pool(monkeypatch):
     """The pool was sized without compiling; then the programs ask for most of the memory."""
     monkeypatch.setattr(memory, "MARGIN_BYTES", 0)
     shapes, mesh = shapes_of(2), make_mesh()
-    bare = plan_memory(shapes, mesh, DeviceMemory(1, 1), ProgramNeeds(0, 0))
+    bare = MemoryPlanner(shapes, CacheConfig(), mesh, DeviceMemory(1, 1)).plan(2, ProgramNeeds(0, 0))
     room = 2 * pages_in_use(shapes) * bare.page
-    monkeypatch.setattr(model_runner, "local_memory", lambda *_: DeviceMemory(bare.fixed + room, bare.fixed + room))
+    monkeypatch.setattr(startup, "local_memory", lambda *_: DeviceMemory(bare.fixed + room, bare.fixed + room))
     asked: list[int] = []
     real = build_set.program_memory
 

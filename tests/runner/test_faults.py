@@ -13,7 +13,7 @@ import pytest
 from jaxserve.config.failpoints import Failpoint, Failpoints
 from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.core import FAULT_SECONDS, EngineCore
-from jaxserve.engine.messages import AddRequest, RequestOutput, outputs
+from jaxserve.engine.messages import AddRequest, EngineOutput, outputs
 from jaxserve.engine.step_executor import EngineBrokenError
 from jaxserve.programs.step_programs import ProgramKey
 from jaxserve.request import EngineRequest, FinishReason
@@ -44,7 +44,7 @@ def runner() -> ModelRunner:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(runner) -> dict[str, RequestOutput]:
+def undisturbed(runner) -> dict[str, EngineOutput]:
     answers, core = serve(runner)
     assert core.stats().num_preemptions_swap > 1, "nothing was in host memory"
     return answers
@@ -52,7 +52,7 @@ def undisturbed(runner) -> dict[str, RequestOutput]:
 
 def serve(
     runner: ModelRunner, *failpoints: str, seconds: float = FAULT_SECONDS
-) -> tuple[dict[str, RequestOutput], EngineCore]:
+) -> tuple[dict[str, EngineOutput], EngineCore]:
     """The whole answer to each request, through a small pool. seconds: between two looks at the clock."""
     runner._failpoints = Failpoints(())
     runner.reset()
@@ -60,7 +60,7 @@ def serve(
     times = itertools.count(0.0, seconds)
     core = EngineCore(CONFIG, runner, clock=lambda: next(times))
     tokens: dict[str, tuple[int, ...]] = {}
-    ends: dict[str, RequestOutput] = {}
+    ends: dict[str, EngineOutput] = {}
     for one in REQUESTS:
         core.handle(AddRequest(one))
     while core.busy:
@@ -70,7 +70,7 @@ def serve(
                 assert name not in ends, "an output after the end"
                 tokens[name] = tokens.get(name, ()) + output.token_ids
                 if output.finish_reason is not None:
-                    ends[name] = RequestOutput(name, tokens[name], output.finish_reason, output.error)
+                    ends[name] = EngineOutput(name, tokens[name], output.finish_reason, output.error)
         core.check_integrity()
     return ends, core
 

@@ -11,7 +11,7 @@ from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.models import params
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loading import checkpoint
-from jaxserve.planning.memory_plan import DeviceMemory, plan_memory
+from jaxserve.planning.memory_plan import DeviceMemory, MemoryPlanner
 from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.programs.program_needs import ProgramNeeds
 from jaxserve.request import EngineRequest
@@ -72,11 +72,11 @@ def test_tokens_do_not_depend_on_scheduling(name: str, held: str, requests):
 def test_the_memory_plan_counts_what_pages_hold(name: str, held: str, bytes_a_number: int):
     shapes = resolve_shapes(with_pages(name), "cpu")
     assert shapes.pool_dtype == held
-    plan = plan_memory(shapes, params.make_mesh(), DeviceMemory(10**9, 10**9), ProgramNeeds(0, 0))
+    planner = MemoryPlanner(shapes, CacheConfig(), params.make_mesh(), DeviceMemory(10**9, 10**9))
+    plan = planner.plan(2, ProgramNeeds(0, 0))
     assert plan.page == 2 * 2 * 16 * 8 * bytes_a_number * MODEL.num_hidden_layers
-    weights = plan_memory(
-        resolve_shapes(CONFIG, "cpu"), params.make_mesh(), DeviceMemory(10**9, 10**9), ProgramNeeds(0, 0)
-    ).weights
+    plain = dataclasses.replace(planner, shapes=resolve_shapes(CONFIG, "cpu"))
+    weights = plain.plan(2, ProgramNeeds(0, 0)).weights
     scales = 4 * 2 * MODEL.num_key_value_heads * MODEL.num_hidden_layers
     assert plan.weights == weights + (scales if bytes_a_number == 1 else 0)
 

@@ -15,7 +15,7 @@ from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import abstract_params, make_mesh
 from jaxserve.planning import memory_plan as memory
-from jaxserve.planning.memory_plan import MARGIN_BYTES, DeviceMemory, local_memory, plan_memory, plan_pool
+from jaxserve.planning.memory_plan import MARGIN_BYTES, DeviceMemory, MemoryPlanner, local_memory
 from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.programs.compiler import ProgramMemory, compile_program, fresh_compilations, program_memory
 from jaxserve.programs.program_needs import ProgramNeeds, compiled_needs, largest_keys
@@ -51,32 +51,33 @@ def not_asked() -> ProgramNeeds:
 
 def test_explicit_sizes_need_no_compilation(shapes):
     mesh = make_mesh()
-    assert plan_pool(shapes, CacheConfig(num_pages=7), mesh, PLENTY, not_asked).num_pages == 7
+    assert MemoryPlanner(shapes, CacheConfig(num_pages=7), mesh, PLENTY).pool(not_asked).num_pages == 7
     ten = CacheConfig(kv_cache_memory_bytes=10 * PAGE + 1)
-    assert plan_pool(shapes, ten, mesh, PLENTY, not_asked).num_pages == 10
+    assert MemoryPlanner(shapes, ten, mesh, PLENTY).pool(not_asked).num_pages == 10
     most = 8 * 256 // 16 + 1
-    assert plan_pool(shapes, CacheConfig(kv_cache_memory_bytes=10**9), mesh, PLENTY, not_asked).num_pages == most
+    assert (
+        MemoryPlanner(shapes, CacheConfig(kv_cache_memory_bytes=10**9), mesh, PLENTY).pool(not_asked).num_pages == most
+    )
     with pytest.raises(ValueError, match="page pool has room for 1 pages"):
-        plan_pool(shapes, CacheConfig(kv_cache_memory_bytes=PAGE), mesh, PLENTY, not_asked)
+        MemoryPlanner(shapes, CacheConfig(kv_cache_memory_bytes=PAGE), mesh, PLENTY).pool(not_asked)
 
 
 def test_the_pool_takes_what_the_rest_leaves(shapes, compiled):
     mesh, needs = make_mesh(), ProgramNeeds.of(compiled.values())
     weights = sum(4 * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract_params(MODEL, "float32", mesh)))
-    bare = plan_memory(shapes, mesh, PLENTY, needs)
+    bare = MemoryPlanner(shapes, CacheConfig(), mesh, PLENTY).plan(2, needs)
     assert (bare.page, bare.weights) == (PAGE, weights)
     assert bare.programs.temporaries >= max(program.temporaries for program in compiled.values()) > 0
     assert bare.fixed == weights + bare.state + needs.temporaries + needs.code
     for room in (20, 21):
         limit = bare.fixed + MARGIN_BYTES + room * PAGE
         for spare in (0, PAGE - 1):
-            plan = plan_pool(shapes, CacheConfig(), mesh, DeviceMemory(10**12, limit + spare), lambda: needs)
+            plan = MemoryPlanner(shapes, CacheConfig(), mesh, DeviceMemory(10**12, limit + spare)).pool(lambda: needs)
             assert plan.num_pages == room
             assert plan.parts()["unused"] == spare
     with pytest.raises(ValueError, match="page pool has room for 1 pages"):
-        plan_pool(
-            shapes, CacheConfig(), mesh, DeviceMemory(10**12, bare.fixed + MARGIN_BYTES + 2 * PAGE - 1), lambda: needs
-        )
+        short = DeviceMemory(10**12, bare.fixed + MARGIN_BYTES + 2 * PAGE - 1)
+        MemoryPlanner(shapes, CacheConfig(), mesh, short).pool(lambda: needs)
 
 
 def test_the_largest_programs_stand_for_all(shapes, compiled):
@@ -98,7 +99,7 @@ def test_the_largest_programs_stand_for_all(shapes, compiled):
 @pytest.mark.parametrize("cache", [CacheConfig(), CacheConfig(num_pages=9), CacheConfig(gpu_memory_utilization=0.3)])
 def test_the_parts_sum_to_the_device(shapes, cache):
     device = DeviceMemory.share(10**9 + 7, cache.gpu_memory_utilization)
-    plan = plan_pool(shapes, cache, make_mesh(), device, lambda: ProgramNeeds(12_345, 678))
+    plan = MemoryPlanner(shapes, cache, make_mesh(), device).pool(lambda: ProgramNeeds(12_345, 678))
     parts = plan.parts()
     assert sum(parts.values()) == 10**9 + 7
     assert min(parts.values()) >= 0
@@ -109,8 +110,8 @@ def test_a_pool_that_cannot_fit_is_refused_before_compiling(shapes):
     mesh = make_mesh()
     small = DeviceMemory(2_000_000, 1_000_000)
     with pytest.raises(ValueError, match=r"page pool of 100000 pages has \d+ bytes; .* exceeds the 1000000 bytes"):
-        plan_pool(shapes, CacheConfig(num_pages=100_000), mesh, small, not_asked)
-    plan = plan_memory(dataclasses.replace(shapes, num_pages=64), mesh, PLENTY, ProgramNeeds(1000, 10))
+        MemoryPlanner(shapes, CacheConfig(num_pages=100_000), mesh, small).pool(not_asked)
+    plan = MemoryPlanner(shapes, CacheConfig(), mesh, PLENTY).plan(64, ProgramNeeds(1000, 10))
     dataclasses.replace(plan, device=DeviceMemory(10**12, plan.total)).check()
     for use in (lambda plan: plan.check(), lambda plan: plan.parts()):
         with pytest.raises(ValueError, match="lower num_pages or kv_cache_memory_bytes"):
@@ -118,7 +119,7 @@ def test_a_pool_that_cannot_fit_is_refused_before_compiling(shapes):
 
 
 def test_an_explicit_size_may_take_of_the_margin(shapes):
-    plan = plan_memory(dataclasses.replace(shapes, num_pages=64), make_mesh(), PLENTY, ProgramNeeds(1000, 10))
+    plan = MemoryPlanner(shapes, CacheConfig(), make_mesh(), PLENTY).plan(64, ProgramNeeds(1000, 10))
     for left in (0, 1, MARGIN_BYTES - 1, MARGIN_BYTES, MARGIN_BYTES + 5):
         tight = dataclasses.replace(plan, device=DeviceMemory(10**12, plan.total + left))
         parts = tight.parts()
@@ -133,41 +134,42 @@ def test_device_memory_is_checked():
 
 
 def test_a_pool_that_no_longer_fits_when_the_programs_are_there(shapes, monkeypatch):
-    plan = plan_memory(dataclasses.replace(shapes, num_pages=64), make_mesh(), PLENTY, ProgramNeeds(1000, 10**9))
+    planner = MemoryPlanner(shapes, CacheConfig(), make_mesh(), PLENTY)
+    plan = planner.plan(64, ProgramNeeds(1000, 10**9))
     needed = plan.state + 1000 + 64 * PAGE
     monkeypatch.setattr(memory, "available_memory", lambda: needed)
-    memory.check_available(plan, shapes, make_mesh())
+    planner.check_available(plan)
     monkeypatch.setattr(memory, "available_memory", lambda: needed - 1)
     with pytest.raises(ValueError, match=rf"exceeds the {needed - 1} bytes that are available beside"):
-        memory.check_available(plan, shapes, make_mesh())
-    memory.check_available(plan, shapes, GPU)
+        planner.check_available(plan)
+    dataclasses.replace(planner, mesh=GPU).check_available(plan)
 
 
 def test_swapped_pages_are_host_memory(shapes, monkeypatch):
     """They are part of a CPU's memory; of a GPU's those on their way, and the host must have room for all."""
     swapping = dataclasses.replace(shapes, num_host_pages=10**6)
-    cpu, gpu = (
-        plan_memory(swapping, make_mesh(), dataclasses.replace(PLENTY, host=host), NOTHING) for host in (True, False)
-    )
+    on_cpu = MemoryPlanner(swapping, CacheConfig(), make_mesh(), dataclasses.replace(PLENTY, host=True))
+    on_gpu = dataclasses.replace(on_cpu, device=PLENTY)
+    cpu, gpu = (planner.plan(64, NOTHING) for planner in (on_cpu, on_gpu))
     assert cpu.parts()["swapped pages"] == 10**6 * PAGE
     assert gpu.parts()["swapped pages"] == memory.TRANSIT_BYTES // PAGE * PAGE < 10**6 * PAGE
     for plan in (cpu, gpu):
         assert sum(plan.parts().values()) == 10**12
-        bare = plan_memory(shapes, make_mesh(), plan.device, NOTHING)
+        bare = MemoryPlanner(shapes, CacheConfig(), make_mesh(), plan.device).plan(64, NOTHING)
         assert "swapped pages" not in bare.parts()
         assert plan.room == bare.room - plan.swapped // PAGE
     with pytest.raises(ValueError, match=r"for steps and swapped pages .* lower swap_space, num_pages or"):
         dataclasses.replace(cpu, device=DeviceMemory(10**12, 10**9, host=True)).check()
     few = DeviceMemory(10**12, MARGIN_BYTES + 10**6 * PAGE, host=True)
     with pytest.raises(ValueError, match="or lower swap_space or max_num_batched_tokens"):
-        plan_pool(swapping, CacheConfig(), make_mesh(), few, lambda: NOTHING)
+        MemoryPlanner(swapping, CacheConfig(), make_mesh(), few).pool(lambda: NOTHING)
     monkeypatch.setattr(memory, "available_memory", lambda: 10**6 * PAGE)
     with pytest.raises(ValueError, match="lower swap_space, num_pages, kv_cache_memory_bytes or"):
-        memory.check_available(cpu, swapping, make_mesh())
-    memory.check_available(gpu, swapping, GPU)
+        on_cpu.check_available(cpu)
+    dataclasses.replace(on_gpu, mesh=GPU).check_available(gpu)
     monkeypatch.setattr(memory, "available_memory", lambda: 10**6 * PAGE - 1)
     with pytest.raises(ValueError, match=rf"swap_space takes {10**6 * PAGE} bytes for 1000000 pages.*lower it"):
-        memory.check_available(gpu, swapping, GPU)
+        dataclasses.replace(on_gpu, mesh=GPU).check_available(gpu)
 
 
 def test_memory_of_this_machine(monkeypatch):
@@ -205,6 +207,6 @@ def test_a_pool_that_the_kernels_cannot_address_is_made_smaller_or_refused(shape
     shapes = dataclasses.replace(shapes, num_slots=64)
     for room, num_pages in ((99, 99), (100, 99), (101, 99), (150, 99), (199, 99), (200, 200), (201, 201)):
         cache = CacheConfig(kv_cache_memory_bytes=room * PAGE)
-        assert plan_pool(shapes, cache, mesh, PLENTY, not_asked).num_pages == num_pages
+        assert MemoryPlanner(shapes, cache, mesh, PLENTY).pool(not_asked).num_pages == num_pages
     with pytest.raises(ValueError, match="pool has 150 pages; take at most 99, or at least 200"):
-        plan_pool(shapes, CacheConfig(num_pages=150), mesh, PLENTY, not_asked)
+        MemoryPlanner(shapes, CacheConfig(num_pages=150), mesh, PLENTY).pool(not_asked)

@@ -16,7 +16,7 @@ from jaxserve.models.params import make_mesh
 from jaxserve.planning.resolve import resolve_model, resolve_shapes
 from jaxserve.programs.aot.bundle import identity
 from jaxserve.programs.step_programs import Shapes
-from jaxserve.runner import model_runner
+from jaxserve.runner import startup
 from jaxserve.runner.model_runner import ModelRunner
 from tests.models.checkpoints import BASE, random_tensors, write_files
 
@@ -241,7 +241,7 @@ def test_a_faulty_checkpoint_is_refused_before_anything_is_compiled(tmp_path, na
         raise AssertionError("a start went on with a faulty checkpoint")
 
     for later in ("SetBuilder", "products_of", "load", "random_params"):
-        monkeypatch.setattr(model_runner, later, refuse)
+        monkeypatch.setattr(startup, later, refuse)
     config = EngineConfig(model=directory, **options)
     with pytest.raises(ValueError, match=message) as refused:
         ModelRunner(config)

@@ -62,7 +62,10 @@ def test_filters_keep_what_sorting_keeps(seed, top_k, top_p, min_p, spread):
 
 
 def make_slots(**fields) -> Slots:
-    return dataclasses.replace(Slots.zeros(SLOTS, 4), **{name: jnp.asarray(value) for name, value in fields.items()})
+    slots = Slots.zeros(SLOTS, 4)
+    set_ones = {name: jnp.asarray(value) for name, value in fields.items()}
+    assert set(set_ones) <= set(slots.sampling)
+    return dataclasses.replace(slots, sampling=slots.sampling | set_ones)
 
 
 def call(logits, slots, slot, position=None, suppress=None) -> np.ndarray:

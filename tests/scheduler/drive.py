@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from jaxserve.config.settings import SchedulerConfig
 from jaxserve.kv_cache.page_pool import PagePool
-from jaxserve.request import EngineRequest, FinishReason
+from jaxserve.request import EngineRequest, FinishReason, RequestOptions
 from jaxserve.runner.fake import FakeRunner, next_token
 from jaxserve.scheduler import Scheduler, StepPlan, StepResult, StepUpdate
 from jaxserve.scheduler.buckets import Buckets, powers
@@ -32,9 +32,10 @@ def make_scheduler(
     return Scheduler(config, PagePool(num_pages, page_size, num_host_pages), buckets, **others)
 
 
-def request(name: str, prompt: int, output: int, **fields) -> EngineRequest:
+def request(name: str, prompt: int, output: int, *, arrival_time: float = 0.0, **options) -> EngineRequest:
     """A request of `prompt` tokens that ends after `output` of its own."""
-    return EngineRequest(name, tuple((7 * i + len(name)) % 101 for i in range(prompt)), max_tokens=output, **fields)
+    ids = tuple((7 * i + len(name)) % 101 for i in range(prompt))
+    return EngineRequest(name, ids, max_tokens=output, options=RequestOptions(**options), arrival_time=arrival_time)
 
 
 def start_decoding(scheduler: Scheduler, *requests: EngineRequest) -> None:

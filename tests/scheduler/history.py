@@ -24,7 +24,7 @@ from jaxserve.config.scheduling import (
     SchedulerConfig,
 )
 from jaxserve.kv_cache.page_pool import PagePool
-from jaxserve.request import EngineRequest, FinishReason, RequestStatus
+from jaxserve.request import EngineRequest, FinishReason, RequestOptions, RequestStatus
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan
 from jaxserve.scheduler.buckets import Buckets, powers
@@ -107,10 +107,12 @@ class History:
             max_tokens=output,
             min_tokens=rng.randint(0, min(3, output)),
             stop_token_ids=tuple(sorted(rng.sample(range(101), rng.choice((0, 3, 12))))),
-            priority=rng.choice((0, 0, 3, 5, 8, 12)),
-            tenant=rng.choice(list(TENANTS)),
+            options=RequestOptions(
+                priority=rng.choice((0, 0, 3, 5, 8, 12)),
+                tenant=rng.choice(list(TENANTS)),
+                deadline=self.now + rng.uniform(0.1, 4.0) if rng.random() < 0.1 else None,
+            ),
             arrival_time=self.now,
-            deadline=self.now + rng.uniform(0.1, 4.0) if rng.random() < 0.1 else None,
         )
         try:
             sequence = self.scheduler.add(request)

@@ -30,10 +30,10 @@ class OrderModel:
         self.passed = 0
 
     def add(self, sequence: Sequence) -> None:
-        tenant = sequence.request.tenant
+        tenant = sequence.request.options.tenant
         self._tenant_of[sequence.request_id] = tenant
-        if all(one.request.tenant != tenant for one in self._waiting):
-            waiting = {one.request.tenant for one in self._waiting}
+        if all(one.request.options.tenant != tenant for one in self._waiting):
+            waiting = {one.request.options.tenant for one in self._waiting}
             floor = min((self._counters[one] for one in waiting), default=self._last_departed)
             self._counters[tenant] = max(self._counters.get(tenant, 0.0), floor)
         self._waiting.append(sequence)
@@ -43,8 +43,8 @@ class OrderModel:
         if sequence not in self._waiting:
             return
         self._waiting.remove(sequence)
-        tenant = sequence.request.tenant
-        if all(one.request.tenant != tenant for one in self._waiting):
+        tenant = sequence.request.options.tenant
+        if all(one.request.options.tenant != tenant for one in self._waiting):
             self._last_departed = self._counters[tenant]
 
     def step(
@@ -70,7 +70,7 @@ class OrderModel:
                 if displaced or not self._may_displace(sequence, ran):
                     raise
                 displaced = True
-            tenant = sequence.request.tenant
+            tenant = sequence.request.options.tenant
             self._counters[tenant] += sequence.num_prompt_tokens * self._cost(tenant, output=False)
             self.remove(sequence)
             joined.append(sequence)
@@ -94,7 +94,7 @@ class OrderModel:
 
     def _far_better(self, sequence: Sequence, other: Sequence) -> bool:
         gap, ratio = self._config.preemption.preempt_priority_gap, self._config.preemption.preempt_length_ratio
-        if gap is not None and sequence.priority - other.request.priority > gap:
+        if gap is not None and sequence.priority - other.request.options.priority > gap:
             return True  # before what preemptions have added to the other's
         return ratio is not None and sequence.expected_length * ratio <= other.expected_length
 
@@ -115,7 +115,7 @@ class OrderModel:
                 waited = -request.arrival_time  # the clock is the same for all
                 return -(10 * sequence.priority + 0.1 * waited - sequence.expected_output)
             case "fair":
-                return self._counters[request.tenant]
+                return self._counters[request.options.tenant]
             case "deadline":
                 assert sequence.start_by is not None
                 return sequence.start_by + sequence.lateness
@@ -129,7 +129,7 @@ class OrderModel:
         oldest: dict[str, Sequence] = {}
         for one in sorted(members, key=lambda one: one.order):
             if self._key(one) == least:
-                oldest.setdefault(one.request.tenant, one)
+                oldest.setdefault(one.request.options.tenant, one)
         return list(oldest.values())
 
     def _check_formation(self, sequence: Sequence, joined: list[Sequence], now: float) -> None:
@@ -220,8 +220,8 @@ class OrderModel:
                 gain = 10 * (joins.priority - waits.priority) + waits.expected_output - joins.expected_output
                 return gain / 0.1 + 1e-6
             case "fair":
-                return 0.0 if joins.request.tenant == waits.request.tenant else math.inf
-            case "deadline" if joins.request.deadline is None and waits.request.deadline is None:
+                return 0.0 if joins.request.options.tenant == waits.request.options.tenant else math.inf
+            case "deadline" if joins.request.options.deadline is None and waits.request.options.deadline is None:
                 assert joins.start_by is not None
                 assert waits.start_by is not None
                 prefill = waits.request.arrival_time + config.ttft_target - waits.start_by

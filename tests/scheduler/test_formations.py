@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.config.scheduling import AdmissionConfig, PolicyConfig, SchedulerConfig
-from jaxserve.request import EngineRequest
+from jaxserve.request import EngineRequest, RequestOptions
 from jaxserve.scheduler.admission_order import FORMATIONS, tier
 from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.scheduler.sequence import Sequence
@@ -91,7 +91,7 @@ def draw_sequence(rng: random.Random, order: int) -> Sequence:
         str(order),
         (1,) * rng.choice((rng.randint(1, 9), rng.randint(20, 60))),
         max_tokens=rng.randint(1, 30),
-        priority=rng.randint(0, 10),
+        options=RequestOptions(priority=rng.randint(0, 10)),
         arrival_time=order / 10,
     )
     return Sequence(one, order, float(one.max_tokens))

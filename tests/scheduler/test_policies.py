@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxserve.config import scheduling
 from jaxserve.config.scheduling import PolicyConfig, PreemptionConfig, SchedulerConfig
-from jaxserve.request import EngineRequest, FinishReason
+from jaxserve.request import EngineRequest, FinishReason, RequestOptions
 from jaxserve.scheduler import Scheduler, StepPlan, StepResult, admission_order, modes
 from jaxserve.scheduler.keyed_queue import Standing
 from jaxserve.scheduler.policies.fair import Fair
@@ -213,10 +213,14 @@ KEYS = {
     ),
     "deadline": lambda one, config: (
         (one.request.arrival_time + config.ttft_target)
-        if one.request.deadline is None
-        else one.request.deadline,
+        if one.request.options.deadline is None
+        else one.request.options.deadline,
     ),
 }  # fmt: skip
+
+
+def tenant_of(sequence: Sequence) -> str:
+    return sequence.request.options.tenant
 
 
 def draw_sequence(rng: random.Random, order: int) -> Sequence:
@@ -224,10 +228,12 @@ def draw_sequence(rng: random.Random, order: int) -> Sequence:
         str(order),
         (1,) * rng.randint(1, 9),
         max_tokens=rng.randint(1, 30),
-        priority=rng.randint(0, 12),
         arrival_time=order * rng.choice((0.0, 0.25)),
-        tenant=rng.choice("abc"),
-        deadline=order + rng.randint(1, 9) if rng.random() < 0.3 else None,
+        options=RequestOptions(
+            priority=rng.randint(0, 12),
+            tenant=rng.choice("abc"),
+            deadline=order + rng.randint(1, 9) if rng.random() < 0.3 else None,
+        ),
     )
     return Sequence(one, order, float(one.max_tokens))
 
@@ -271,17 +277,17 @@ def test_fair_counters_against_a_plain_implementation(seed: int):
         waiting.remove(one)
         queue.remove(one)
         policy.dequeued(one)
-        if all(other.request.tenant != one.request.tenant for other in waiting):
-            departed = counters[one.request.tenant]
+        if all(tenant_of(other) != tenant_of(one) for other in waiting):
+            departed = counters[tenant_of(one)]
 
     for order in range(150):
         action = rng.random()
         if action < 0.4:
             one = draw_sequence(rng, order)
-            tenant = one.request.tenant
+            tenant = tenant_of(one)
             one.tenant_number = policy.tenant_number(tenant)
-            if all(other.request.tenant != tenant for other in waiting):
-                floor = min((counters[other.request.tenant] for other in waiting), default=departed)
+            if all(tenant_of(other) != tenant for other in waiting):
+                floor = min((counters[tenant_of(other)] for other in waiting), default=departed)
                 counters[tenant] = max(counters.get(tenant, 0.0), floor)
             waiting.append(one)
             policy.queued(one)
@@ -289,9 +295,9 @@ def test_fair_counters_against_a_plain_implementation(seed: int):
         elif action < 0.6 and waiting:
             best = queue.peek()
             assert best is not None
-            assert counters[best.request.tenant] == min(counters[other.request.tenant] for other in waiting)
-            assert best.order == min(one.order for one in waiting if one.request.tenant == best.request.tenant)
-            counters[best.request.tenant] += best.num_prompt_tokens / weights[best.request.tenant]
+            assert counters[tenant_of(best)] == min(counters[tenant_of(other)] for other in waiting)
+            assert best.order == min(one.order for one in waiting if tenant_of(one) == tenant_of(best))
+            counters[tenant_of(best)] += best.num_prompt_tokens / weights[tenant_of(best)]
             policy.admitted(best)
             leaves(best)
             running.append(best)
@@ -305,6 +311,6 @@ def test_fair_counters_against_a_plain_implementation(seed: int):
             rows = [one for one in running if rng.random() < 0.7]
             times = rng.choice((1, 5))
             for one in rows:
-                counters[one.request.tenant] += times * 2.0 / weights[one.request.tenant]
+                counters[tenant_of(one)] += times * 2.0 / weights[tenant_of(one)]
             policy.decoded(np.array([one.tenant_number for one in rows], np.int32), times)
         assert {tenant: policy.service(tenant) for tenant in counters} == counters

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.config.scheduling import PredictionConfig
-from jaxserve.request import EngineRequest
+from jaxserve.request import EngineRequest, RequestOptions
 from jaxserve.scheduler import prediction
 from jaxserve.scheduler.kendall import kendall_tau
 from jaxserve.scheduler.prediction import OutputLengthPredictor
@@ -22,7 +22,7 @@ def request(prompt: int = 50, max_tokens: int = 2048, tenant: str = "", min_toke
         prompt_token_ids=(1,) * prompt,
         max_tokens=max_tokens,
         min_tokens=min_tokens,
-        tenant=tenant,
+        options=RequestOptions(tenant=tenant),
         stop_token_ids=(2,) if stop else (),
     )
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jaxserve.config.scheduling import FORMATIONS, MODES, SchedulerConfig
 from jaxserve.kv_cache.page_pool import PagePool
-from jaxserve.request import EngineRequest
+from jaxserve.request import EngineRequest, RequestOptions
 from jaxserve.scheduler import Scheduler, StepPlan, StepResult
 from jaxserve.scheduler.buckets import Buckets, powers
 from jaxserve.scheduler.plan import NO_DECODES
@@ -69,10 +69,12 @@ class Twins:
                 tuple(rng.randrange(50) for _ in range(prompt)),
                 max_tokens=rng.randint(1, 36),
                 stop_token_ids=(STOP,),
-                priority=rng.choice((0, self.urgent)),
-                tenant=rng.choice(list(TENANTS)),
+                options=RequestOptions(
+                    priority=rng.choice((0, self.urgent)),
+                    tenant=rng.choice(list(TENANTS)),
+                    deadline=self.now + rng.uniform(0, 9) if rng.random() < 0.05 else None,
+                ),
                 arrival_time=self.now,
-                deadline=self.now + rng.uniform(0, 9) if rng.random() < 0.05 else None,
             )
             for scheduler in self.both:
                 try:

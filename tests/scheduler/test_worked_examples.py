@@ -145,14 +145,14 @@ def test_two_tenants_gap_of_service(policy: str):
     requests += [request(f"other{i}", 4, 3 + i % 9, tenant="other") for i in range(350)]
     service = {"flood": 0.0, "other": 0.0}
     gaps = []
-    tenant = {one.request_id: one.tenant for one in requests}
+    tenant = {one.request_id: one.options.tenant for one in requests}
 
     def count(plan: StepPlan) -> None:
         for row in plan.chunks:
             service[tenant[row.request_id]] += len(row.token_ids)
         for row in plan.sampled:
             service[tenant[row.request_id]] += 2.0
-        waiting = {one.tenant for one in requests if scheduler_waits(scheduler, one)}
+        waiting = {one.options.tenant for one in requests if scheduler_waits(scheduler, one)}
         if len(waiting) == 2:
             gaps.append(abs(service["flood"] - service["other"]))
 

@@ -14,36 +14,31 @@ from jaxserve.engine.messages import (
     AbortRequest,
     AddRequest,
     EngineFailed,
+    EngineOutput,
     EngineReady,
     EngineStats,
     FromEngine,
     Progress,
-    RequestOutput,
     Shutdown,
     ToEngine,
 )
 from jaxserve.models.tiny.tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, build_tokenizer
 from jaxserve.request import EngineRequest, FinishReason
+from tests.engine_ready import engine_ready
 
 WAIT_SECONDS = 60.0
 
-READY = EngineReady(
+READY = engine_ready(
     vocab_size=VOCAB_SIZE,
     max_model_len=512,
-    max_prompt_len=512,
     eos_token_ids=(EOS_ID,),
-    page_size=16,
-    num_pages=16,
+    usable_pages=16,
     max_num_seqs=8,
     max_num_waiting=32,
     num_parameters=1234,
     architecture="EchoForCausalLM",
-    dtype="float32",
-    platform="cpu",
-    attention="none",
     num_executables=7,
     compile_seconds=1.5,
-    kv_cache="none",
     start_seconds=2.5,
 )
 """A context of 512 tokens and a pool of 256: some prompts fit one and not the other."""
@@ -108,7 +103,7 @@ class EchoEngine:
                 case AbortRequest(request_id):
                     self.aborted.append(request_id)
                     if self._running.pop(request_id, None) is not None:
-                        self._outbox.append(RequestOutput(request_id, (), FinishReason.ABORT))
+                        self._outbox.append(EngineOutput(request_id, (), FinishReason.ABORT))
                 case Shutdown():
                     self.closed = True
             self._changed.notify_all()
@@ -144,11 +139,11 @@ class EchoEngine:
 
     def fail_request(self, request_id: str, error: str) -> None:
         """Ends one request as the engine would when its row cannot be computed."""
-        self._emit(RequestOutput(request_id, (), FinishReason.ERROR, error), request_id)
+        self._emit(EngineOutput(request_id, (), FinishReason.ERROR, error), request_id)
 
     def finish_request(self, request_id: str, reason: FinishReason) -> None:
         """Ends one request of the engine's own accord."""
-        self._emit(RequestOutput(request_id, (), reason), request_id)
+        self._emit(EngineOutput(request_id, (), reason), request_id)
 
     def die(self, error: str) -> None:
         """The engine is gone, with every request."""
@@ -196,5 +191,5 @@ class EchoEngine:
                 del self._running[request_id]
                 self._changed.notify_all()
             self._generated += 1
-            self._outbox.append(RequestOutput(request_id, (token_id,), reason, num_cached_tokens=1))
+            self._outbox.append(EngineOutput(request_id, (token_id,), reason, num_cached_tokens=1))
         self._outbox.append(EngineStats(num_running=len(self._running), generation_tokens=self._generated))

@@ -1,7 +1,6 @@
 """A client that goes away, is too late or reads slowly: the engine is told, and nobody else notices."""
 
 import asyncio
-import dataclasses
 import time
 
 import grpc
@@ -9,6 +8,7 @@ import pytest
 
 from jaxserve.request import SamplingParams
 from jaxserve.serving.client import AsyncClient, Client, generate_request
+from tests.engine_ready import changed
 from tests.server.fakes import READY, EchoEngine
 from tests.server.harness import GREEDY, Served, run_served, serving_in_thread, status_of
 
@@ -85,13 +85,13 @@ def test_the_deadline_of_the_call_reaches_the_engine(tokenizer):
     async def body(served: Served) -> None:
         before = time.time()
         await served.client.generate_text("a", GREEDY, timeout=1000.0)
-        deadline = served.engine.requests[0].deadline
+        deadline = served.engine.requests[0].options.deadline
         assert deadline is not None
         assert before + 900 < deadline < time.time() + 1100  # gRPC rounds long timeouts up
         await served.client.generate_text("a", GREEDY, timeout=1000.0, deadline=before + 500)
-        assert served.engine.requests[1].deadline == before + 500
+        assert served.engine.requests[1].options.deadline == before + 500
         await served.client.generate_text("a", GREEDY, timeout=1000.0, deadline=before + 5000)
-        assert served.engine.requests[2].deadline < before + 5000
+        assert served.engine.requests[2].options.deadline < before + 5000
 
     run_served(body, tokenizer)
 
@@ -160,7 +160,7 @@ def test_a_reader_that_stops_reading_loses_its_request_and_nobody_else_does(toke
         assert code is Code.RESOURCE_EXHAUSTED
         assert "output tokens wait to be read; at most 500 (max_unread_tokens) may: read faster" in details
 
-    ready = dataclasses.replace(READY, max_model_len=60_000, num_pages=4_000)
+    ready = changed(READY, max_model_len=60_000, usable_pages=4_000)
     run_served(body, tokenizer, EchoEngine(ready), max_unread_tokens=500)
 
 

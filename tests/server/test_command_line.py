@@ -86,7 +86,7 @@ def test_the_value_of_an_option_may_begin_with_a_dash(run, served, value):
     assert run("--stop", value, f"ab{value}cd")[:2] == (0, "ab\n")
     assert run(f"--stop={value}", f"ab{value}cd")[:2] == (0, "ab\n")
     assert run("--ten", value, "a")[0] == 0
-    assert served.engine.requests[-1].tenant == value
+    assert served.engine.requests[-1].options.tenant == value
 
 
 @pytest.mark.parametrize(
@@ -141,10 +141,11 @@ def test_options_reach_the_engine(run, served):
     request = served.engine.requests[-1]
     assert (request.temperature, request.top_k, request.top_p, request.min_p) == (0.5, 4, 0.5, 0.25)
     assert (request.seed, request.max_tokens, request.stop_token_ids) == (3, 9, ())
-    assert (request.tenant, request.priority) == ("t", 5)
-    assert request.deadline is not None
-    assert run("a")[0] == 0
-    assert served.engine.requests[-1].temperature == 0.0
+    assert (request.options.tenant, request.options.priority) == ("t", 5)
+    assert request.options.deadline is not None
+    assert run(*"--ignore-eos --stop-token-ids 7 --stop-token-ids 9 --min-tokens 2 a".split())[0] == 0
+    request = served.engine.requests[-1]
+    assert (request.temperature, request.stop_token_ids, request.min_tokens) == (0.0, (7, 9), 2)
 
 
 @pytest.mark.parametrize(

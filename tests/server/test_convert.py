@@ -1,8 +1,9 @@
+import dataclasses
 import math
 
 import pytest
 
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
 from jaxserve.serving import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
@@ -30,6 +31,24 @@ def test_unset_parameters_have_the_defaults_of_sampling_params():
 def test_parameters_survive_the_wire(params):
     wire = convert.params_to_proto(params).SerializeToString()
     assert convert.params_from_proto(pb.SamplingParams.FromString(wire)) == params
+
+
+def test_every_parameter_of_the_wire_is_a_row_of_the_table_with_its_default():
+    names = [field.name for field in pb.SamplingParams.DESCRIPTOR.fields]
+    assert set(names) <= set(SAMPLING_FIELDS)
+    assert set(names) == {field.name for field in dataclasses.fields(SamplingParams)}, "the wire carries all today"
+    for field in pb.SamplingParams.DESCRIPTOR.fields:
+        default = SAMPLING_FIELDS[field.name].default
+        unset = () if field.is_repeated else field.default_value
+        assert field.has_presence or default == unset, f"{field.name} unset on the wire is {unset}, not {default}"
+
+
+def test_a_parameter_that_the_wire_does_not_have_is_refused_unless_it_asks_for_nothing(monkeypatch):
+    without = {name: field for name, field in convert._PARAMETERS.items() if name != "min_p"}
+    monkeypatch.setattr(convert, "_PARAMETERS", without)
+    assert convert.params_to_proto(SamplingParams(top_k=3)) == pb.SamplingParams(temperature=1.0, top_k=3, top_p=1.0)
+    with pytest.raises(ValueError, match=r"min_p is 0\.5; the gRPC API does not have it"):
+        convert.params_to_proto(SamplingParams(min_p=0.5))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Messages just under the size limit, over gRPC: refused early, or answered in full, with nobody else held up."""
 
 import asyncio
-import dataclasses
 import random
 import re
 import sys
@@ -19,6 +18,7 @@ from jaxserve.serving.oversized import check_generate
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 from jaxserve.serving.status import MAX_DETAILS
+from tests.engine_ready import changed
 from tests.server import harness
 from tests.server.fakes import READY, EchoEngine, save_tokenizer
 from tests.server.harness import GREEDY, Served, health_of, run_served, status_of
@@ -109,7 +109,7 @@ def test_a_call_that_is_canceled_frees_its_place(tokenizer):
 
 @pytest.mark.parametrize("rpc", ["Generate", "Tokenize", "Detokenize"])
 def test_too_much_text_that_waits_is_resource_exhausted(tokenizer, rpc):
-    ready = dataclasses.replace(READY, max_model_len=10**6, max_prompt_len=10**6, num_pages=10**6)
+    ready = changed(READY, max_model_len=10**6, max_prompt_len=10**6, usable_pages=10**6)
 
     async def body(served: Served) -> None:
         budget = served.frontend._workers._long.budget

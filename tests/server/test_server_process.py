@@ -18,6 +18,7 @@ from jaxserve.engine.messages import EngineStats
 from jaxserve.serving.client import Client
 from jaxserve.serving.running_log import busy_line, start_lines
 from jaxserve.telemetry.startup_spans import seconds_since_start
+from tests.engine_ready import changed
 from tests.server.fakes import READY, WAIT_SECONDS, save_tokenizer
 from tests.server.harness import GREEDY
 from tests.server.process import Process
@@ -271,9 +272,18 @@ def test_figures_of_the_start():
         (3, "compiled 4 executables and loaded 3 from the compilation cache"),
         (7, "loaded 7 executables from the compilation cache"),
     ):
-        ready = dataclasses.replace(READY, num_cached_executables=cached)
+        ready = changed(READY, num_cached_executables=cached)
         assert start_lines(ready, "echo")[-1] == f"{origin} in 1.5 s; engine start 2.5 s"
-    planned = dataclasses.replace(READY, memory=(("weights", 5_000_000), ("pages", 1_234_500_000)))
+    for cached, origin in (
+        (0, "compiled 2 of 7 executables"),
+        (1, "compiled 1 of 7 executables and loaded 1 from the compilation cache"),
+        (2, "loaded 2 of 7 executables from the compilation cache"),
+    ):
+        early = changed(READY, num_cached_executables=cached, num_missing_executables=5)
+        assert start_lines(early, "echo")[-1] == (
+            f"{origin} in 1.5 s; the others follow while it serves; engine start 2.5 s"
+        )
+    planned = changed(READY, memory=(("weights", 5_000_000), ("pages", 1_234_500_000)))
     assert start_lines(planned, "echo")[3] == "memory, MB: weights 5.0, pages 1,234.5"
     swapping = dataclasses.replace(
         planned,
@@ -286,7 +296,7 @@ def test_figures_of_the_start():
         "again, 2,000 us a page swapped out and in"
     )
     assert start_lines(swapping, "echo")[3:] == start_lines(planned, "echo")[2:]
-    loaded = dataclasses.replace(READY, bundle="bundles/echo")
+    loaded = changed(READY, bundle="bundles/echo")
     assert start_lines(loaded, "echo")[-1] == (
         "loaded 7 executables from bundle bundles/echo in 1.5 s; engine start 2.5 s"
     )

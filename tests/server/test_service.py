@@ -81,8 +81,8 @@ def test_every_field_of_a_request_reaches_the_engine(tokenizer):
         assert (request.temperature, request.top_k, request.top_p, request.min_p) == (0.5, 7, 0.75, 0.125)
         assert (request.seed, request.max_tokens, request.min_tokens) == (11, 5, 2)
         assert request.stop_token_ids == (9,)
-        assert (request.tenant, request.priority, request.cache_salt) == ("t", -3, "s")
-        assert request.deadline == deadline
+        assert (request.options.tenant, request.options.priority, request.options.cache_salt) == ("t", -3, "s")
+        assert request.options.deadline == deadline
 
     run_served(body, tokenizer)
 
@@ -93,8 +93,8 @@ def test_unset_fields_have_their_defaults(tokenizer):
         assert len(answer.request_id) >= 16
         (request,) = served.engine.requests
         assert request.temperature == 1.0
-        assert request.max_tokens == READY.num_pages * READY.page_size - 3 + 1  # <bos>, a, b; the last needs no page
-        assert request.deadline is None
+        assert request.max_tokens == READY.limits.pool_tokens - 3 + 1  # <bos>, a, b; the last needs no page
+        assert request.options.deadline is None
         assert request.stop_token_ids == (2,)
 
     run_served(body, tokenizer)
@@ -134,10 +134,10 @@ def test_many_streams_at_once_each_have_their_own_answer(tokenizer):
         ("", GREEDY, "text is empty"),
         ([], GREEDY, "token_ids is empty"),
         ([1, -1], GREEDY, "prompt_token_ids[1] is -1"),
-        ([READY.vocab_size], GREEDY, f"prompt_token_ids[0] is {READY.vocab_size}"),
-        ("a" * 600, GREEDY, f"max_model_len {READY.max_model_len}"),
+        ([READY.limits.vocab_size], GREEDY, f"prompt_token_ids[0] is {READY.limits.vocab_size}"),
+        ("a" * 600, GREEDY, f"max_model_len {READY.limits.max_model_len}"),
         ("abcd", SamplingParams(max_tokens=510), "prompt has 5 tokens and max_tokens is 510; together 515"),
-        ("a", SamplingParams(stop_token_ids=(READY.vocab_size,)), "stop_token_ids"),
+        ("a", SamplingParams(stop_token_ids=(READY.limits.vocab_size,)), "stop_token_ids"),
     ],
 )
 def test_invalid_argument_names_field_value_and_limit(tokenizer, prompt, params, words):
@@ -403,7 +403,7 @@ def test_tokenize_and_detokenize(tokenizer):
         assert await served.client.detokenize(token_ids) == "copy: hé😀\n"
         assert await served.client.tokenize("") == [1]
         assert await served.client.detokenize([]) == ""
-        for bad in (-1, READY.vocab_size):
+        for bad in (-1, READY.limits.vocab_size):
             code, details = await status_of(served.client.detokenize([3, bad]))
             assert code is Code.INVALID_ARGUMENT
             assert f"token_ids[1] is {bad}" in details
@@ -430,7 +430,7 @@ def test_model_info(tokenizer):
             architecture="EchoForCausalLM",
             num_parameters=1234,
             dtype="float32",
-            vocab_size=READY.vocab_size,
+            vocab_size=READY.limits.vocab_size,
             max_model_len=512,
             max_prompt_len=511,
             eos_token_ids=[2],

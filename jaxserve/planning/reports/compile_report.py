@@ -22,7 +22,7 @@ from jaxserve.config.settings import EngineConfig
 from jaxserve.pallas_kernels.paged_attention.pool import value_dtype
 from jaxserve.pallas_kernels.paged_attention.triton.tuning import DecodeConfig, lookup
 from jaxserve.planning import decode_roofline as roofline
-from jaxserve.planning.memory_plan import DeviceMemory, MemoryPlan, plan_memory, plan_pool
+from jaxserve.planning.memory_plan import DeviceMemory, MemoryPlan, MemoryPlanner
 from jaxserve.planning.reports import thunks
 from jaxserve.planning.reports.attention_traffic import Scenario, kernel_traffic
 from jaxserve.planning.reports.inspection import Inspected, ProgramReport, inspect_program, roofline_seconds
@@ -164,13 +164,14 @@ def _build(
     device = DeviceMemory.share(
         target.device_memory_bytes, config.cache.gpu_memory_utilization, host=target.platform == "cpu"
     )
-    plan = plan_pool(shapes, config.cache, mesh, device, lambda: loaded(compiled_needs(shapes, mesh), mesh))
+    planner = MemoryPlanner(shapes, config.cache, mesh, device)
+    plan = planner.pool(lambda: loaded(compiled_needs(shapes, mesh), mesh))
     shapes = dataclasses.replace(shapes, num_pages=plan.num_pages)
     output.mkdir(parents=True, exist_ok=True, mode=0o755)  # see BundleWriter
     writer = None if report_only else BundleWriter(output, shapes, mesh, target)
     compiler = Compiler(shapes, mesh, target, contexts[0])
     programs = _compile_set(compiler, writer, progress)
-    plan = plan_memory(shapes, mesh, device, loaded(_needs(programs), mesh))
+    plan = planner.plan(shapes.num_pages, loaded(_needs(programs), mesh))
     plan.check()
     report = _report(compiler, programs, contexts, plan, time.perf_counter() - start)
     if writer is not None:

@@ -59,7 +59,7 @@ class Fair(Policy):
         return 0.0 if number is None else self.counter(number)
 
     def queued(self, sequence: Sequence) -> None:
-        tenant, name = sequence.tenant_number, sequence.request.tenant
+        tenant, name = sequence.tenant_number, sequence.request.options.tenant
         self._unfinished[name] = self._unfinished.get(name, 0) + 1
         if tenant not in self._waiting:
             least = self._heap.least(self._waiting)
@@ -76,14 +76,14 @@ class Fair(Policy):
             self._last_departed = self.counter(tenant)
 
     def admitted(self, sequence: Sequence) -> None:
-        cost = self.config.prompt_token_weight / self._weight(sequence.request.tenant)
+        cost = self.config.prompt_token_weight / self._weight(sequence.request.options.tenant)
         self._counters[sequence.tenant_number] += cost * sequence.num_prompt_tokens
 
     def decoded(self, tenants: np.ndarray, times: int = 1) -> None:
         np.add.at(self._counters, tenants, self._costs[tenants] * times)
 
     def ended(self, sequence: Sequence) -> None:
-        name = sequence.request.tenant
+        name = sequence.request.options.tenant
         self._unfinished[name] -= 1
         if not self._unfinished[name]:
             del self._unfinished[name]

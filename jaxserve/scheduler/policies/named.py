@@ -77,11 +77,11 @@ class EarliestDeadlineFirst(Policy):
             request = sequence.request
             prefill = sequence.num_known * self.pace.seconds_per_token
             gaps, step = sequence.expected_output - 1, self.pace.seconds_per_step
-            if request.deadline is None:
+            if request.options.deadline is None:
                 behind = gaps * max(0.0, step - self.config.tpot_target)
                 sequence.start_by = request.arrival_time + self.config.ttft_target - prefill - behind
             else:
-                sequence.start_by = request.deadline - prefill - gaps * step
+                sequence.start_by = request.options.deadline - prefill - gaps * step
         return sequence.start_by
 
 

@@ -163,7 +163,7 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., attention: _Optional[str] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., num_executables: _Optional[int] = ..., compile_seconds: _Optional[float] = ..., start_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., draining: bool = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "pages_free", "pages_used", "pages_cached", "num_steps", "compile_misses", "num_preemptions", "prompt_tokens", "generation_tokens", "computed_tokens", "padding_tokens", "num_compilations", "num_swapped", "pages_swapped", "num_preemptions_recompute", "num_preemptions_swap", "kendall_tau", "num_dropped")
+    __slots__ = ("num_running", "num_waiting", "pages_free", "pages_used", "pages_cached", "num_steps", "compile_misses", "num_preemptions", "prompt_tokens", "generation_tokens", "computed_tokens", "padding_tokens", "num_compilations", "num_swapped", "pages_swapped", "num_preemptions_recompute", "num_preemptions_swap", "kendall_tau", "num_dropped", "num_executables")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     PAGES_FREE_FIELD_NUMBER: _ClassVar[int]
@@ -183,6 +183,7 @@ class EngineStats(_message.Message):
     NUM_PREEMPTIONS_SWAP_FIELD_NUMBER: _ClassVar[int]
     KENDALL_TAU_FIELD_NUMBER: _ClassVar[int]
     NUM_DROPPED_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXECUTABLES_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     pages_free: int
@@ -202,7 +203,8 @@ class EngineStats(_message.Message):
     num_preemptions_swap: int
     kendall_tau: float
     num_dropped: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_cached: _Optional[int] = ..., num_steps: _Optional[int] = ..., compile_misses: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., padding_tokens: _Optional[int] = ..., num_compilations: _Optional[int] = ..., num_swapped: _Optional[int] = ..., pages_swapped: _Optional[int] = ..., num_preemptions_recompute: _Optional[int] = ..., num_preemptions_swap: _Optional[int] = ..., kendall_tau: _Optional[float] = ..., num_dropped: _Optional[int] = ...) -> None: ...
+    num_executables: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_cached: _Optional[int] = ..., num_steps: _Optional[int] = ..., compile_misses: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., padding_tokens: _Optional[int] = ..., num_compilations: _Optional[int] = ..., num_swapped: _Optional[int] = ..., pages_swapped: _Optional[int] = ..., num_preemptions_recompute: _Optional[int] = ..., num_preemptions_swap: _Optional[int] = ..., kendall_tau: _Optional[float] = ..., num_dropped: _Optional[int] = ..., num_executables: _Optional[int] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text",)

@@ -1,0 +1,222 @@
+"""What the definition of a sampling parameter says beside its name, type and default, and what follows from it.
+
+The table itself is the fields of `jaxserve.request.SamplingParams`: each carries the metadata that `sampling` makes.
+Validation, the device's slots, the layout and packing of admitted requests, the wire's conversion, the command line's
+options and docs/sampling.md all read it there, so that a new parameter is one more field. Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from jaxserve.config.shown import shown
+
+MAX_INT32 = 2**31 - 1
+
+_KEY = "sampling"
+
+
+class Kind(Protocol):
+    """What values a parameter takes."""
+
+    def checked(self, name: str, value: Any) -> Any:
+        """Returns the value as it is kept. Raises ValueError naming the parameter, the value and the limit."""
+        ...
+
+    @property
+    def limits(self) -> str:
+        """Says in a few words what is taken."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A finite number from low to high; open_low excludes low itself."""
+
+    low: float
+    high: float
+    open_low: bool = False
+
+    def checked(self, name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name} is {shown(value)}; it must be a number")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {shown(value)}; it must be a finite number")
+        _check_digits(name, value, self.high)
+        if not (self.low < value if self.open_low else self.low <= value) or value > self.high:
+            least = f"{'above' if self.open_low else 'at least'} {self.low:g}"
+            raise ValueError(f"{name} is {value}; it must be {least} and at most {self.high:g}")
+        return value
+
+    @property
+    def limits(self) -> str:
+        return f"{'above' if self.open_low else 'from'} {self.low:g} to {self.high:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A whole number from low to high."""
+
+    low: int
+    high: int
+
+    def checked(self, name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name} is {shown(value)}; it must be a whole number")
+        _check_digits(name, value, self.high)
+        if not self.low <= value <= self.high:
+            raise ValueError(f"{name} is {value}; it must be from {self.low} to {self.high}")
+        return value
+
+    @property
+    def limits(self) -> str:
+        bits = (self.high + 1).bit_length() - 1
+        high = f"2^{bits} - 1" if self.high + 1 == 1 << bits else str(self.high)
+        return f"whole numbers from {self.low} to {high}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """True or false."""
+
+    def checked(self, name: str, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {shown(value)}; it must be true or false")
+        return value
+
+    @property
+    def limits(self) -> str:
+        return "true or false"
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """At most max_items texts of 1 to max_length characters; one text alone is a list of it, None is none."""
+
+    max_items: int
+    max_length: int
+
+    def checked(self, name: str, value: Any) -> tuple[str, ...]:
+        texts = (value,) if isinstance(value, str) else as_tuple(name, value, self.max_items, "strings")
+        for text in texts:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"{name} has {shown(text)}; each {name} must be a string of at least one character")
+            if len(text) > self.max_length:
+                raise ValueError(
+                    f"{name} has a string of {len(text)} characters; at most {self.max_length} are allowed"
+                )
+        return texts
+
+    @property
+    def limits(self) -> str:
+        return f"at most {self.max_items} texts, each of 1 to {self.max_length} characters"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ids:
+    """At most max_items token ids; None is none."""
+
+    max_items: int
+
+    def checked(self, name: str, value: Any) -> tuple[int, ...]:
+        ids = as_tuple(name, value, self.max_items, "ids")
+        each = Whole(0, MAX_INT32)
+        for token_id in ids:
+            each.checked(name, token_id)
+        return ids
+
+    @property
+    def limits(self) -> str:
+        return f"at most {self.max_items} token ids"
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotValue:
+    """How the device keeps a parameter, for each slot.
+
+    dtype: int32, uint32 or float32. width: elements, where a slot has several; None is a scalar. idle: what elements
+    hold that no request has set. least: a smaller value means the same, and becomes this one.
+    """
+
+    dtype: str
+    width: int | None = None
+    idle: float = 0
+    least: int | None = None
+
+    def elements(self, value: int | tuple[int, ...]) -> Sequence[int]:
+        """The first elements of a slot that has several: those of a tuple, or a number in 32-bit words, high first."""
+        if isinstance(value, tuple):
+            return value
+        return [value >> 32 * word & 0xFFFFFFFF for word in reversed(range(self.width or 1))]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingField:
+    """One row of the table. meaning: one sentence. slot: None for a parameter that only the host looks at."""
+
+    name: str
+    default: Any
+    kind: Kind
+    meaning: str
+    slot: SlotValue | None
+
+    def checked(self, value: Any) -> Any:
+        """Returns the value as it is kept; None only where that is the default. Raises ValueError."""
+        return None if value is None and self.default is None else self.kind.checked(self.name, value)
+
+    def resolved(self, value: Any) -> Any:
+        """A checked value as the engine has it."""
+        if isinstance(self.kind, Number):
+            return float(value)
+        least = None if self.slot is None else self.slot.least
+        return value if least is None else max(value, least)
+
+
+def sampling(kind: Kind, meaning: str, slot: SlotValue | None = None) -> dict[str, Any]:
+    """The metadata of a field of the table; `SamplingField` says what the arguments are."""
+    return {_KEY: (kind, meaning, slot)}
+
+
+@functools.cache
+def fields_of(table: type) -> Mapping[str, SamplingField]:
+    """The rows of a dataclass whose fields have metadata of `sampling`, in their order; other fields are no rows."""
+    return {
+        field.name: SamplingField(field.name, field.default, *field.metadata[_KEY])
+        for field in dataclasses.fields(table)
+        if _KEY in field.metadata
+    }
+
+
+def markdown_table(fields: Mapping[str, SamplingField]) -> list[str]:
+    """The lines of the table, for people: docs/sampling.md has them."""
+    lines = ["| parameter | default | allowed | meaning |", "|---|---|---|---|"]
+    for field in fields.values():
+        default = "none" if field.default in (None, ()) else str(field.default).lower()
+        lines.append(f"| `{field.name}` | {default} | {field.kind.limits} | {field.meaning} |")
+    return lines
+
+
+def as_tuple(name: str, value: object, limit: int, things: str) -> tuple:
+    """A list, tuple or range of at most `limit` things as a tuple; None is none. Raises ValueError."""
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence):
+        raise ValueError(f"{name} is {shown(value)}; it must be a list")
+    check_count(name, len(value), limit, things)
+    return tuple(value)
+
+
+def check_count(name: str, count: int, limit: int, things: str) -> None:
+    """Bounds how many items a client's list has, before any of them is looked at."""
+    if count > limit:
+        raise ValueError(f"{name} has {count} {things}; at most {limit} are allowed")
+
+
+def _check_digits(name: str, value: float, high: float) -> None:
+    """Refuses whole numbers too long to be compared with a float or printed."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise ValueError(f"{name} is a whole number of {value.bit_length()} bits; it must be at most {high:g}")

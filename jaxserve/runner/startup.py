@@ -1,0 +1,303 @@
+"""Starts a runner: one object owns mesh, shapes and device memory until everything that a runner needs is made.
+
+    devices -> shapes -> kernels -> plan -> programs, with the weights beside them -> pool
+
+The order is that of what can fail: a configuration that contradicts its checkpoint is refused before anything is
+compiled, a pool that cannot fit before the weights are read.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import logging
+import math
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.sharding import Mesh
+
+from jaxserve.config.settings import EngineConfig
+from jaxserve.models.loading.checkpoint import load, load_kv_scales, read_ahead
+from jaxserve.models.loading.kv_scales import calibrate, placed
+from jaxserve.models.params import abstract_params, make_mesh, pack_for, random_params
+from jaxserve.pallas_kernels.paged_attention import is_quantised
+from jaxserve.planning.memory_plan import MemoryPlan, MemoryPlanner, claim_memory, local_memory
+from jaxserve.planning.resolve import resolve_shapes
+from jaxserve.programs.aot.bundle import Bundle, bundled_cache
+from jaxserve.programs.aot.program_cache import CacheRefusedError, ProgramCache, default_directory
+from jaxserve.programs.build_set import SetBuilder
+from jaxserve.programs.compiler import ProgramSet
+from jaxserve.programs.program_needs import ProgramNeeds, largest_keys, loaded
+from jaxserve.programs.step_programs import Shapes, Weights, products_of
+from jaxserve.runner.device_arrays import DeviceArrays
+from jaxserve.runner.freed_memory import keep_freed_memory
+from jaxserve.runner.host_pages import HostPages
+from jaxserve.runner.late_programs import LatePrograms
+from jaxserve.runner.protocol import RunnerInfo
+from jaxserve.scheduler.preemption_costs import PreemptionCosts
+from jaxserve.telemetry.startup_spans import Phases
+
+_log = logging.getLogger(__name__)
+
+_NOTHING = ProgramNeeds(0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """What a start has made.
+
+    shapes: with the pool's number of pages. kv_cache: what the start-up log says of the pages' dtype and scales. plan:
+    of the device's memory, which holds all of it.
+    """
+
+    mesh: Mesh
+    shapes: Shapes
+    programs: ProgramSet
+    weights: Weights
+    kv_cache: str
+    plan: MemoryPlan
+    arrays: DeviceArrays
+    host_pages: HostPages
+
+
+class Startup:
+    """One start. `make` makes everything; `info` then says what came of it."""
+
+    def __init__(self, config: EngineConfig, *, progress: bool, phases: Phases, server: bool):
+        """Finds the devices and resolves the shapes.
+
+        Args:
+            config: the engine's settings.
+            progress: shows how far compiling is.
+            phases: those of this process so far; those of this start are added.
+            server: the engine is a server's, so that `ready_when` "auto" may be "servable".
+
+        Raises:
+            ValueError: configuration, checkpoint and devices contradict each other.
+        """
+        self._config, self._progress, self._phases = config, progress, phases
+        self._program_cache: ProgramCache | None = None
+        with phases.phase("devices"):
+            claim_memory(config.cache)
+            self._mesh = make_mesh()
+            memory = local_memory(self._mesh, config.cache.gpu_memory_utilization)
+        with phases.phase("shapes"):
+            self._shapes = resolve_shapes(config, self._platform)
+            self._servable = _ready_when_servable(config, self._platform, server)
+        with phases.phase("kernels"):
+            products_of(self._shapes, self._mesh).prepare()
+        self._planner = MemoryPlanner(self._shapes, config.cache, self._mesh, memory)
+
+    @property
+    def _platform(self) -> str:
+        return self._mesh.devices.flat[0].platform
+
+    def make(self) -> Started:
+        """Makes programs, weights and arrays.
+
+        Raises:
+            ValueError: the plan of the memory does not fit, or a checkpoint or a bundle cannot be used.
+        """
+        weights, kv_cache = self._build() if self._config.bundle is None else self._load_bundle(self._config.bundle)
+        if self._platform == "cpu":
+            keep_freed_memory()
+        self._planner.check_available(self._plan)
+        with self._phases.phase("pool"):
+            arrays = DeviceArrays(self._shapes, self._mesh)
+        host_pages = HostPages(self._shapes, self._mesh, self._plan.page)
+        return Started(self._mesh, self._shapes, self._programs, weights, kv_cache, self._plan, arrays, host_pages)
+
+    def info(self, started: Started, costs: PreemptionCosts | None) -> RunnerInfo:
+        """Describes the runner.
+
+        Args:
+            started: what `make` returned.
+            costs: of a preemption, as measured at warm-up.
+        """
+        shapes, programs = started.shapes, started.programs
+        params = jax.tree.leaves(abstract_params(shapes.model, shapes.dtype, self._mesh))
+        return RunnerInfo(
+            vocab_size=shapes.model.vocab_size,
+            max_model_len=shapes.max_model_len,
+            eos_token_ids=shapes.model.eos_token_ids,
+            page_size=shapes.page_size,
+            num_pages=shapes.num_pages,
+            num_parameters=sum(math.prod(leaf.shape) for leaf in params),
+            architecture=shapes.model.architecture,
+            dtype=shapes.dtype,
+            platform=self._platform,
+            attention=shapes.attention,
+            num_executables=len(programs.executables) + len(programs.missing),
+            num_missing_executables=len(programs.missing),
+            num_cached_executables=programs.num_cached,
+            compile_seconds=programs.seconds,
+            kv_cache=started.kv_cache,
+            bundle=self._config.bundle,
+            phases=self._phases.all(),
+            memory=tuple(started.plan.parts().items()),
+            num_host_pages=shapes.num_host_pages,
+            preemption_costs=costs,
+        )
+
+    def finish(self, started: Started) -> None:
+        """Has the programs that are missing compiled while the engine serves; call it last of all."""
+        programs = started.programs
+        if not programs.missing:
+            return
+        total = len(programs.executables) + len(programs.missing)
+        _log.info(
+            "ready with %d of %d programs; the others are compiled in the background", len(programs.executables), total
+        )
+        cache = self._program_cache
+        if cache is None:
+            scratch = tempfile.TemporaryDirectory(prefix="jaxserve-programs-")
+            weakref.finalize(programs, scratch.cleanup)
+            cache = ProgramCache.open(scratch.name, self._config.compilation_cache_max_bytes, self._mesh)
+        LatePrograms(self._config, started.shapes, programs, cache)
+
+    def log_allocator(self) -> None:
+        """Logs how much of the plan a GPU's allocator has in use, and the largest block that it has left."""
+        stats = self._mesh.devices.flat[0].memory_stats() or {}
+        if self._platform != "cpu" and "bytes_in_use" in stats:
+            programs = self._plan.programs
+            _log.info(
+                "device memory: %d bytes in use, planned %d beside temporaries of %d; largest free block %d of %d",
+                stats["bytes_in_use"],
+                self._plan.total - programs.temporaries - programs.code,
+                programs.temporaries,
+                stats.get("largest_free_block_bytes", 0),
+                stats["bytes_limit"],
+            )
+
+    def _build(self) -> tuple[Weights, str]:
+        """Sizes the pool and compiles the programs, or finds them in the cache, while the weights are loaded."""
+        cache, planner = self._config.cache, self._planner
+        explicit = cache.num_pages is not None or cache.kv_cache_memory_bytes is not None
+        self._program_cache = self._cache()
+        with SetBuilder(self._mesh, self._program_cache, progress=self._progress) as builder:
+            with self._phases.phase("plan"):
+                plan = planner.pool(lambda: _NOTHING) if explicit else planner.roomy()
+            with self._weights_meanwhile() as weights:
+                if plan is None:
+                    with self._phases.phase("largest programs"):
+                        plan = planner.pool(lambda: builder.needs(self._shapes))
+                while True:
+                    self._take(plan)
+                    with self._phases.phase("programs"):
+                        self._programs = builder.build(self._shapes, servable=self._servable)
+                    found = self._found()
+                    if found.fits or explicit:
+                        break
+                    plan = planner.pool(lambda needs=found.programs: needs)  # they need more than was foreseen
+                found.check()
+                return weights()
+
+    def _load_bundle(self, directory: str) -> tuple[Weights, str]:
+        """As `_build`, with the bundle's programs."""
+        with self._phases.phase("plan"):
+            bundle = Bundle.open(directory)
+            planner = dataclasses.replace(self._planner, cache=bundled_cache(self._config.cache, bundle))
+            self._take(planner.pool(lambda: _NOTHING))
+            bundle.check(self._shapes, self._mesh)  # before the weights take their time
+        with concurrent.futures.ThreadPoolExecutor(1) as loader:
+            loading = loader.submit(self._weights)
+            with self._phases.phase("programs"):
+                self._programs = bundle.load(self._shapes, self._mesh, checked=True)
+            self._found().check()
+            return loading.result()
+
+    def _take(self, plan: MemoryPlan) -> None:
+        """Makes the plan's number of pages that of the programs."""
+        self._plan = plan
+        self._shapes = dataclasses.replace(self._shapes, num_pages=plan.num_pages)
+
+    def _found(self) -> MemoryPlan:
+        """The plan with what the programs turned out to need; one that is missing needs no more than the largest."""
+        memory = self._programs.memory
+        largest = {key.kind: memory[key] for key in largest_keys(self._shapes)}
+        needs = ProgramNeeds.of([*memory.values(), *(largest[key.kind] for key in self._programs.missing)])
+        self._plan = self._planner.plan(self._shapes.num_pages, loaded(needs, self._mesh))
+        return self._plan
+
+    def _cache(self) -> ProgramCache | None:
+        """Where programs are kept between starts. A configured directory must do; without the default one it starts
+        too."""
+        directory = self._config.compilation_cache_dir
+        if directory is None:
+            return None
+        size = self._config.compilation_cache_max_bytes
+        if directory != "auto":
+            return ProgramCache.open(directory, size, self._mesh)
+        try:
+            return ProgramCache.open(default_directory(), size, self._mesh)
+        except CacheRefusedError as error:
+            _log.warning("compiled programs are not kept for the next start: %s", error)
+            return None
+
+    @contextlib.contextmanager
+    def _weights_meanwhile(self) -> Iterator[Callable[[], tuple[Weights, str]]]:
+        """What returns the weights, for use when the programs are there. A thread loads them meanwhile; for a GPU it
+        only reads the checkpoint, so that the host has it in its file cache.
+
+        A GPU's compiler tries kernels on the device. Weights placed between what it takes and frees leave holes that no
+        pool of pages fills: an 8B model's lost 2.3 GB on an H200, far more than the plan's margin.
+        """
+        with concurrent.futures.ThreadPoolExecutor(1) as loader:
+            if self._platform == "cpu":
+                yield loader.submit(self._weights).result
+            else:
+                reading = loader.submit(self._read_ahead)
+
+                def place() -> tuple[Weights, str]:
+                    reading.result()
+                    return self._weights()
+
+                yield place
+
+    def _read_ahead(self) -> None:
+        """Checks the checkpoint and reads it once."""
+        if self._config.load_format != "dummy":
+            with self._phases.phase("read ahead"):
+                read_ahead(str(self._config.model), self._shapes.model)
+
+    def _weights(self) -> tuple[Weights, str]:
+        """The weights, and what the start-up log says of the pages' dtype and scales."""
+        with self._phases.phase("weights"):
+            return _read_weights(self._config, self._shapes, self._mesh)
+
+
+def _ready_when_servable(config: EngineConfig, platform: str, server: bool) -> bool:
+    """Whether the start waits only for the programs that can serve every request. Raises
+    ValueError where that cannot be."""
+    if config.ready_when == "servable" and platform != "cpu":
+        raise ValueError(
+            f"ready_when is 'servable' on a {platform}, whose compiler measures kernels on the device beside the steps "
+            "that serve; set it to 'complete' (a bundle or the compilation cache makes such a start fast)"
+        )
+    return config.ready_when == "servable" or (config.ready_when == "auto" and server and platform == "cpu")
+
+
+def _read_weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> tuple[Weights, str]:
+    dummy = config.load_format == "dummy"
+    stored = None
+    quantised = is_quantised(shapes.pool_dtype)
+    if quantised and not dummy:
+        stored = load_kv_scales(str(config.model), shapes.model)  # malformed ones fail before the weights are read
+    if dummy:
+        params = random_params(shapes.model, shapes.dtype, mesh, config.seed)
+    else:
+        params = load(str(config.model), shapes.model, shapes.dtype, mesh)
+    products = products_of(shapes, mesh)
+    scales, told = None, shapes.pool_dtype
+    if quantised and stored is not None:
+        scales, told = stored.of(shapes.pool_dtype), f"{told}, scales from the checkpoint"
+    elif quantised:
+        plain = dataclasses.replace(products, packed=False)
+        scales = calibrate(shapes.model, params, shapes.pool_dtype, mesh, plain)
+        told = f"{told}, scales measured with random tokens"
+    params = pack_for(shapes.model, params, products)
+    return Weights(params, None if scales is None else placed(scales, mesh)), told
