@@ -109,7 +109,7 @@ def checkpoint(model: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.before_after", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="benchmarks.before_after", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--against", type=pathlib.Path, required=True, metavar="DIR", help="the other checkout")
     parser.add_argument("--workloads", default="153m,single", help=f"offline, of {','.join(WORKLOADS)}")
     parser.add_argument("--serving", default="tiny,153m", help=f"over gRPC, of tiny,{','.join(SHAPES)}")

@@ -162,7 +162,7 @@ def part_milliseconds(runner: ModelRunner, plan: StepPlan, repeats: int) -> dict
     """Milliseconds a step in each part, from the profiler. Operations inside loops and branches count with theirs."""
     parts: dict[str, str] = {}
     for kind in ("forward", "sample"):
-        text = runner.programs.get(ProgramKey(kind, plan.token_bucket)).as_text()
+        text = runner.programs.executables[ProgramKey(kind, plan.token_bucket)].as_text()
         parts |= parts_of_instructions(text, kind)
     with tempfile.TemporaryDirectory() as folder:
         options = jax.profiler.ProfileOptions()

@@ -165,7 +165,7 @@ def _send(*steps: tuple[str, signal.Signals] | float) -> Callable[[Server], None
 
     def act(server: Server) -> None:
         for step in steps:
-            if isinstance(step, float):
+            if isinstance(step, int | float):
                 time.sleep(step)
             else:
                 os.kill(server.engine if step[0] == "engine" else server.process.pid, step[1])
@@ -235,6 +235,7 @@ def _run(case: Case, server: Server, client: Client, tokens: int, expected: dict
     asked = list(_ask(client, threads)) if case.asks else []
     for thread in threads:
         thread.join(_END_SECONDS)
+    answers = probe.answers
     if not case.ends:
         time.sleep(2 * _PROBE_SECONDS)
         answers = list(probe.answers)
@@ -242,8 +243,6 @@ def _run(case: Case, server: Server, client: Client, tokens: int, expected: dict
     code = server.process.wait(_END_SECONDS)
     ended = time.perf_counter()
     probe.close()
-    if case.ends:
-        answers = probe.answers
     engine_gone = _gone_after(server.engine, ended)
     served = [one for one in streams if one.status in ("stop", "length")]
     if not expected:
@@ -316,7 +315,7 @@ def _gone_after(pid: int, since: float) -> float | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.fault_drill", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="benchmarks.fault_drill", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", default="tiny.gin")
     parser.add_argument("--tokens", type=int, default=400, help="of each stream")
     parser.add_argument("--only", help="part of the names of the cases to run beside the first")

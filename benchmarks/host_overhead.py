@@ -1,12 +1,7 @@
 """The engine's own cost of a step: `python -m benchmarks.host_overhead`.
 
-An engine over a runner that packs every step into the real vectors and computes nothing: its ids come from a table, and
-that time is not counted. Four parts are timed with what the loop of the engine's process does in each:
-
-    schedule   expire deadlines, decide the step
-    pack       the vectors of the forward and the sample program
-    update     take the sampled ids: append, finish, free pages
-    outputs    messages, events, statistics, encoding and framing, up to the call that would send them
+An engine over a runner that packs every step into the real vectors and computes nothing: its ids come from a table. The
+parts of a step are those of benchmarks/host_step.py.
 
 Cases: `steady`, every request decodes from the first step measured to the last; `mixed`, requests end and others join
 all the time; `queue`, the same with 4,000 requests waiting. A profile shows where the time goes, as its own run.
@@ -20,17 +15,16 @@ import dataclasses
 import gc
 import io
 import pstats
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from benchmarks import report
+from benchmarks.host_step import PARTS, HostMeter, by_part, send
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.core import EngineCore
-from jaxserve.engine.framing import frames
-from jaxserve.engine.messages import AddRequest, FromEngine, encode, outputs
+from jaxserve.engine.messages import AddRequest, outputs
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import EngineRequest
 from jaxserve.runner.packing import ForwardPacker, SamplePacker
@@ -40,7 +34,6 @@ from jaxserve.scheduler.plan import StepPlan, StepResult
 
 VOCAB = 32_000
 PAGE_SIZE = 16
-PARTS = ("schedule", "pack", "update", "outputs")
 QUEUE = 4_000
 MODEL = ModelConfig("LlamaForCausalLM", VOCAB, 8, 8, 1, 1, 1, 8, 4096)
 
@@ -56,7 +49,7 @@ class Case:
 
 
 class PackingRunner:
-    """Runner protocol: packs, and answers with random ids. seconds: what packing took; own: what answering took."""
+    """Runner protocol: packs, and answers with random ids."""
 
     def __init__(self, buckets: Buckets, num_slots: int, num_pages: int):
         self.info = RunnerInfo(
@@ -66,7 +59,6 @@ class PackingRunner:
         )  # fmt: skip
         self.step_costs = None
         self.num_compilations = self.compile_misses = self.num_executables = 0
-        self.pack_seconds = self.own_seconds = 0.0
         self._forward = {
             size: ForwardPacker(size, buckets.rows_of(size), PAGE_SIZE, num_slots) for size in buckets.tokens
         }
@@ -77,16 +69,16 @@ class PackingRunner:
         return plan
 
     def dispatch(self, plan: StepPlan) -> np.ndarray:
-        begin = time.perf_counter()
         self._forward[plan.token_bucket].pack(plan)
         if plan.row_bucket:
             self._sample[plan.row_bucket].pack(plan)
-        end = time.perf_counter()
-        self.pack_seconds = end - begin
         return self._ids[plan.step % len(self._ids), : plan.num_sampled]
 
     def done(self, pending: np.ndarray) -> bool:
         return False
+
+    def reset(self) -> None:
+        pass
 
     def collect(self, pending: np.ndarray) -> StepResult:
         return StepResult(pending)
@@ -129,35 +121,6 @@ def make_core(running: int) -> EngineCore:
     return EngineCore(config, PackingRunner(Buckets.from_config(config, "cpu"), running, config.cache.num_pages))
 
 
-def step(core: EngineCore) -> tuple[dict[str, float], int]:
-    """One turn of the engine's loop: seconds of each part, and the requests that ended.
-
-    The parts come from the loop itself: `EngineCore.step` is timed as a whole and, within it, the calls of scheduler
-    and runner; what is left is outputs.
-    """
-    scheduler, runner = core.scheduler, core.runner
-    spent: dict[str, float] = {}
-    scheduler_parts = {"schedule": scheduler.schedule, "update": scheduler.update}
-    for name, function in scheduler_parts.items():
-        setattr(scheduler, name, _timed(function, name, spent))
-    begin = time.perf_counter()
-    messages = core.step()
-    send(messages)
-    whole = time.perf_counter() - begin
-    for name in scheduler_parts:
-        delattr(scheduler, name)
-    assert isinstance(runner, PackingRunner)
-    spent["pack"] = runner.pack_seconds
-    spent["outputs"] = whole - sum(spent.values())
-    ended = sum(output.finish_reason is not None for message in messages for output in outputs(message))
-    return spent, ended
-
-
-def send(messages: list[FromEngine]) -> bytes:
-    """What the engine's process does with messages, short of the system call."""
-    return frames(map(encode, messages))
-
-
 def run(core: EngineCore, case: Case, running: int, steps: int, each: Callable[[EngineCore], Any]) -> list[Any]:
     """Fills the engine, lets it settle, then calls `each` for every step, adding a request for each that ends."""
     wanted = running + case.queue
@@ -185,24 +148,17 @@ def run(core: EngineCore, case: Case, running: int, steps: int, each: Callable[[
 def measure(case: Case, running: int, steps: int) -> dict[str, Any]:
     """Microseconds of each part and of all, and what the steps did."""
     core = make_core(running)
-    timed = run(core, case, running, steps, step)
-    columns = {part: np.array([spent[part] for spent, _ in timed]) * 1e6 for part in PARTS}
-    columns["all"] = sum(columns.values(), np.zeros(len(timed)))
+    with HostMeter() as meter:
+        turns = run(core, case, running, steps, meter.step)
     core.check_integrity()
+    ended = sum(one.finish_reason is not None for _, made in turns for message in made for one in outputs(message))
     return {
         "case": case.name,
         "running": running,
         "steps": steps,
-        "ended_per_step": sum(ended for _, ended in timed) / steps,
+        "ended_per_step": ended / steps,
         "waiting": core.scheduler.num_waiting,
-        "microseconds": {
-            name: {
-                "mean": float(values.mean()),
-                "p50": float(np.percentile(values, 50)),
-                "p99": float(np.percentile(values, 99)),
-            }
-            for name, values in columns.items()
-        },
+        "microseconds": by_part([spent for spent, _ in turns]),
     }
 
 
@@ -224,16 +180,6 @@ def profile(case: Case, running: int, steps: int, lines: int) -> list[str]:
 
 def _first(lines: list[str], start: str) -> str:
     return next(line for line in lines if line.startswith(start))
-
-
-def _timed(function: Callable[..., Any], name: str, spent: dict[str, float]) -> Callable[..., Any]:
-    def call(*arguments: Any) -> Any:
-        begin = time.perf_counter()
-        result = function(*arguments)
-        spent[name] = spent.get(name, 0.0) + time.perf_counter() - begin
-        return result
-
-    return call
 
 
 def main() -> int:

@@ -1,8 +1,11 @@
 """Tokens do not depend on scheduling: `python -m benchmarks.identity` shows it on the shipped model (or --config NAME).
 
 The same prompts run alone (one at a time), batched, in chunks of 16 tokens, and over a pool so small that requests are
-preempted; greedy and seeded sampling each. Then random requests must compile nothing, and cancels must leave the pool
-whole. Exit status 1 where any claim does not hold.
+preempted; greedy and seeded sampling each. Random requests must compile nothing, and cancels must leave the pool whole.
+
+With `--preemption` requests that are greedy and seeded in turn run over a pool that holds them all, and over one that
+overflows: there preempted sequences are computed again, swapped to host memory, or swapped as long as a few host pages
+are free; each kind must happen. Exit status 1 where any claim does not hold.
 """
 
 from __future__ import annotations
@@ -22,9 +25,17 @@ from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import AbortRequest, AddRequest, EngineFailed, EngineOutput, EngineStats, outputs
 from jaxserve.frontend.tokenizer import load_tokenizer
 from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE, generate_split
+from jaxserve.planning.decode_roofline import token_bytes
+from jaxserve.planning.resolve import resolve_model, resolve_shapes
 from jaxserve.request import EngineRequest, FinishReason
 
 CHUNK = 16
+MOST_NEW_TOKENS = 48
+LONGEST_REQUESTS = 8
+"""Sequences of the greatest length that a pool holds which overflows."""
+
+ENOUGH_HOST_PAGES = 8192
+FEW_HOST_PAGES = 24
 Tokens = dict[str, tuple[int, ...]]
 
 
@@ -53,7 +64,7 @@ def make_requests(prompts: Sequence[tuple[int, ...]], name: str, *, sampled: boo
     rng = random.Random(seed)
     requests = []
     for number, prompt in enumerate(prompts):
-        request = EngineRequest(f"{name}-{number}", prompt, rng.randint(16, 48), seed=rng.randrange(2**63))
+        request = EngineRequest(f"{name}-{number}", prompt, rng.randint(16, MOST_NEW_TOKENS), seed=rng.randrange(2**63))
         if sampled:
             request = dataclasses.replace(
                 request,
@@ -102,52 +113,90 @@ def run(engine: InlineEngine, requests: Sequence[EngineRequest], *, alone: bool 
     return {name: tuple(ids) for name, ids in tokens.items()}
 
 
-def small_pool(config: EngineConfig, prompts: Sequence[tuple[int, ...]]) -> int:
-    """Pages for about three of the longest requests, the null page included."""
-    longest = max(len(prompt) for prompt in prompts) + 48
-    return 3 * -(-longest // config.cache.page_size) + 1
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to run the same requests. alone: one at a time."""
+
+    name: str
+    config: EngineConfig
+    alone: bool = False
 
 
-def variants(config: EngineConfig, prompts: Sequence[tuple[int, ...]]) -> list[tuple[str, EngineConfig, bool]]:
-    """(name, configuration, one at a time) of every way to run the prompts; the first is the reference."""
+def pool_of(config: EngineConfig, count: int, tokens: int) -> int:
+    """Pages, the null page included, that `count` sequences of so many tokens fill."""
+    return count * -(-tokens // config.cache.page_size) + 1
+
+
+def schedules(config: EngineConfig, requests: Sequence[EngineRequest]) -> list[Way]:
+    """Ways to schedule requests over one kind of pool; the first is the reference."""
     chunked = dataclasses.replace(config.scheduler, long_prefill_token_threshold=CHUNK)
-    tight = dataclasses.replace(config.cache, num_pages=small_pool(config, prompts))
+    longest = max(len(request.prompt_token_ids) for request in requests) + MOST_NEW_TOKENS
+    tight = dataclasses.replace(config.cache, num_pages=pool_of(config, 3, longest))
     return [
-        ("alone", config, True),
-        ("batched", config, False),
-        (f"chunks of {CHUNK}", dataclasses.replace(config, scheduler=chunked), False),
-        ("small pool", dataclasses.replace(config, cache=tight), False),
+        Way("alone", config, alone=True),
+        Way("batched", config),
+        Way(f"chunks of {CHUNK}", dataclasses.replace(config, scheduler=chunked)),
+        Way("small pool", dataclasses.replace(config, cache=tight)),
     ]
 
 
-def compare(config: EngineConfig, prompts: Sequence[tuple[int, ...]], seed: int) -> list[dict[str, Any]]:
-    """Runs every variant with a new engine; what it gave beside the reference."""
-    reference: dict[bool, Tokens] = {}
+def preemptions(config: EngineConfig, requests: Sequence[EngineRequest]) -> list[Way]:
+    """Pools that overflow, by the way in which preempted sequences come back, after one that holds everything."""
+    longest = max(len(request.prompt_token_ids) + request.max_tokens for request in requests)
+    small = pool_of(config, LONGEST_REQUESTS, longest)
+    page_bytes = token_bytes(resolve_shapes(config, "cpu")) * config.cache.page_size
+
+    def way(name: str, pages: int, mode: str, host_pages: int) -> Way:
+        swap_space = (host_pages + 0.5) * page_bytes / 2**30 if host_pages else 0.0
+        cache = dataclasses.replace(config.cache, num_pages=pages, swap_space=swap_space)
+        preemption = dataclasses.replace(config.scheduler.preemption, preemption_mode=mode)
+        scheduler = dataclasses.replace(config.scheduler, preemption=preemption)
+        return Way(name, dataclasses.replace(config, cache=cache, scheduler=scheduler))
+
+    return [
+        way("large pool", LONGEST_REQUESTS * small, "recompute", 0),
+        way("recompute", small, "recompute", 0),
+        way("swap", small, "swap", ENOUGH_HOST_PAGES),
+        way("swap, few host pages", small, "swap", FEW_HOST_PAGES),
+    ]
+
+
+def compare(ways: Sequence[Way], sets: dict[str, list[EngineRequest]]) -> list[dict[str, Any]]:
+    """Runs each set of requests in every way; what it gave beside the first way."""
+    reference: dict[str, Tokens] = {}
     results = []
     engine, current = None, None
-    for name, variant, alone in variants(config, prompts):
-        if engine is None or variant != current:
+    for way in ways:
+        if engine is None or way.config != current:
             if engine is not None:
                 engine.close()
-            engine, current = InlineEngine(variant), variant
-        for sampled in (False, True):
-            before, start = engine.core.stats(), time.perf_counter()
-            got = run(engine, make_requests(prompts, "request", sampled=sampled, seed=seed), alone=alone)
-            after = engine.core.stats()
-            expected = reference.setdefault(sampled, got)
+            engine, current = InlineEngine(way.config), way.config
+        info, scheduler = engine.core.runner.info, engine.core.scheduler
+        for sampling, requests in sets.items():
+            before, kinds, start = engine.core.stats(), dict(scheduler.num_preemptions_by_kind), time.perf_counter()
+            got = run(engine, requests, alone=way.alone)
+            seconds, after = time.perf_counter() - start, engine.core.stats()
+            expected = reference.setdefault(sampling, got)
+            tokens = sum(map(len, got.values()))
             results.append(
                 {
-                    "way": name,
-                    "sampling": "seeded" if sampled else "greedy",
+                    "way": way.name,
+                    "sampling": sampling,
                     "identical": sum(got[one] == expected[one] for one in expected),
                     "requests": len(expected),
-                    "tokens": sum(map(len, got.values())),
+                    "tokens": tokens,
                     "steps": after.num_steps - before.num_steps,
                     "preemptions": after.num_preemptions - before.num_preemptions,
-                    "seconds": time.perf_counter() - start,
+                    "recomputed": scheduler.num_preemptions_by_kind["recompute"] - kinds["recompute"],
+                    "swapped": scheduler.num_preemptions_by_kind["swap"] - kinds["swap"],
+                    "pages": info.num_pages - 1,
+                    "host_pages": info.num_host_pages,
+                    "computed_tokens": after.computed_tokens - before.computed_tokens,
+                    "seconds": seconds,
+                    "output_tokens_per_second": tokens / seconds,
                 }
             )
-            print(f"{name}, {results[-1]['sampling']}: {results[-1]['identical']}/{len(expected)}", flush=True)
+            print(f"{way.name}, {sampling}: {results[-1]['identical']}/{len(expected)}", flush=True)
     assert engine is not None
     engine.close()
     return results
@@ -239,50 +288,79 @@ def check_cancels(engine: InlineEngine, count: int, seed: int) -> dict[str, Any]
     }
 
 
+def check_schedules(
+    config: EngineConfig, prompts: list[tuple[int, ...]], options: argparse.Namespace
+) -> tuple[Any, list[dict[str, Any]], str]:
+    """All claims but that on preemption; results, their rows, and what does not hold."""
+    engine = InlineEngine(config)
+    compiled = check_compilations(engine, options.random_requests, options.seed)
+    cancels = check_cancels(engine, options.cancels, options.seed)
+    engine.close()
+    del engine
+    sets = {
+        name: make_requests(prompts, "request", sampled=name == "seeded", seed=options.seed)
+        for name in ("greedy", "seeded")
+    }
+    rows = compare(schedules(config, sets["greedy"]), sets)
+    print(f"random requests after warm-up: {compiled}\ncancels: {cancels}")
+    preempted = min(row["preemptions"] for row in rows if row["way"] == "small pool")
+    trouble = ""
+    if not compiled["unchanged"] or not cancels["whole"]:
+        trouble = "something was compiled, or the pool is not whole"
+    elif preempted < options.min_preemptions:
+        trouble = f"only {preempted} preemptions; at least {options.min_preemptions} are wanted"
+    return {"identity": rows, "compilations": compiled, "cancels": cancels}, rows, trouble
+
+
+def check_preemptions(
+    config: EngineConfig, prompts: list[tuple[int, ...]], options: argparse.Namespace
+) -> tuple[Any, list[dict[str, Any]], str]:
+    """The claim on preemption, with requests greedy and seeded in turn; as `check_schedules` returns it."""
+    pairs = [make_requests(prompts, "request", sampled=sampled, seed=options.seed) for sampled in (False, True)]
+    mixed = [pair[number % 2] for number, pair in enumerate(zip(*pairs, strict=True))]
+    rows = compare(preemptions(config, mixed), {"greedy and seeded in turn": mixed})
+    large, recompute, swap, both = ((row["recomputed"], row["swapped"]) for row in rows)
+    wanted = not any(large) and recompute[0] and swap[1] and all(both)
+    trouble = "" if wanted else f"a kind of preemption is missing, or the large pool overflowed: {rows}"
+    return rows, rows, trouble
+
+
 def main() -> int:
     """Prints the tables and writes the result; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preemption", action="store_true", help="the ways in which preempted requests come back")
     parser.add_argument("--model", help="a checkpoint directory in place of the configuration's")
-    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--prompts", type=int, help="default: 200; with --preemption 2,000")
     parser.add_argument("--random-requests", type=int, default=500)
     parser.add_argument("--cancels", type=int, default=200)
     parser.add_argument("--min-preemptions", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options, server, _ = gin_config.load_from_command_line(parser)
+    options.prompts = options.prompts or (2000 if options.preemption else 200)
     config = server.engine
     if options.model is not None:
         config = dataclasses.replace(config, model=options.model, tokenizer=None, architecture=None)
-    engine = InlineEngine(config)
     prompts = task_prompts(config, options.prompts, options.seed)
     source = "held-out tasks" if prompts else "random ids"
-    prompts = prompts or random_prompts(engine.ready.limits.vocab_size, options.prompts, options.seed)
-    compiled = check_compilations(engine, options.random_requests, options.seed)
-    cancels = check_cancels(engine, options.cancels, options.seed)
-    engine.close()
-    del engine
-    results = compare(config, prompts, options.seed)
-
-    failures = [row for row in results if row["identical"] != row["requests"]]
-    preempted = [row["preemptions"] for row in results if row["way"] == "small pool"]
+    vocab_size = resolve_model(config, planning=True).vocab_size
+    prompts = prompts or random_prompts(vocab_size, options.prompts, options.seed)
+    check = check_preemptions if options.preemption else check_schedules
+    results, rows, trouble = check(config, prompts, options)
     own = {"model": "given" if options.model else "the configuration's", "prompts_from": source}
     settings = vars(options) | own | {"config": pathlib.PurePath(options.config).name}
-    document = {"identity": results, "compilations": compiled, "cancels": cancels}
-    path = report.write(f"identity_jax{report.versions()['jax']}", settings, document)
+    name = f"{'preemption_' * options.preemption}identity_jax{report.versions()['jax']}"
+    path = report.write(name, settings, results)
     print(f"{report.describe()}\n{options.prompts} prompts: {source}")
-    header = ("", "sampling", "identical", "tokens", "steps", "preemptions", "seconds")
-    rows = [
-        (row["way"], row["sampling"], f"{row['identical']}/{row['requests']}", *(row[name] for name in header[3:]))
-        for row in results
+    header = ("tokens", "steps", "recomputed", "swapped", "pages", "host_pages", "computed_tokens", "seconds")
+    cells = [
+        (row["way"], row["sampling"], f"{row['identical']}/{row['requests']}", *(row[name] for name in header))
+        for row in rows
     ]
-    print(report.table(header, rows))
-    print(f"random requests after warm-up: {compiled}")
-    print(f"cancels: {cancels}")
+    print(report.table(("", "sampling", "identical", *header), cells))
     print(f"written: {path}")
-    if failures or not compiled["unchanged"] or not cancels["whole"]:
-        return report.fail("NOT identical, or something was compiled, or the pool is not whole")
-    if min(preempted) < options.min_preemptions:
-        return report.fail(f"only {min(preempted)} preemptions; at least {options.min_preemptions} are wanted")
-    return 0
+    if any(row["identical"] != row["requests"] for row in rows):
+        return report.fail("NOT identical")
+    return report.fail(trouble) if trouble else 0
 
 
 if __name__ == "__main__":

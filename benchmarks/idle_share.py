@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report
-from benchmarks.host_overhead import send
+from benchmarks.host_step import send
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.work import SHAPES
 from jaxserve.config import gin_config

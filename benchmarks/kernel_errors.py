@@ -49,11 +49,15 @@ def errors(problem: dense.Problem, device: str, interpret: bool) -> dict[str, fl
     )
     spec = AttentionSpec(problem.scale, problem.sliding_window, problem.soft_cap)
 
-    def attend(*arrays: jax.Array | None) -> jax.Array:
+    def attend(q: Any, pool: Any, table: Any, lens: Any, starts: Any, *scales_and_sinks: Any) -> jax.Array:
         return paged_attention(
-            *arrays[:5],
+            q,
+            pool,
+            table,
+            lens,
+            starts,
             spec,
-            *arrays[5:],
+            *scales_and_sinks,
             interpret=interpret,
             decode_config=choose("decode"),
             prefill_config=choose("prefill"),

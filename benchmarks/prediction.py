@@ -67,7 +67,7 @@ def measure(trace: Trace, max_tokens: int, window: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.prediction", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="benchmarks.prediction", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("traces", nargs="+", type=pathlib.Path, metavar="TRACE", help="CSV or JSONL files")
     parser.add_argument("--limit", type=int, help="requests of each trace at most")
     parser.add_argument("--max-tokens", type=int, default=2048, help="where the trace does not say (%(default)s)")

@@ -79,7 +79,7 @@ class Costs:
         for start in range(0, tokens, BUDGET):
             row = prompt_row(self.shapes, 0, 1, start, min(tokens, start + BUDGET))
             plan = prefill_plan(self.shapes, (row,))
-            self._runner._forward(self.shapes.forward_key(plan), plan)
+            self._runner._forward(self._runner._forward_call(self.shapes.forward_key(plan), plan))
         jax.block_until_ready(self._runner._arrays.hidden)
 
     def swap(self, tokens: int) -> None:

@@ -30,7 +30,6 @@ from benchmarks.load.server_process import started_server
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.sides.process import start_jaxserve
 from benchmarks.spread import spread_text
-from benchmarks.throughput import bounds
 from benchmarks.work import SHAPES
 from jaxserve.serving.client import AsyncClient
 from jaxserve.simulator.trace_files import trace_rows
@@ -203,6 +202,14 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         options.limits = parse_goodput(options.goodput)
     except ValueError as error:
         parser.error(str(error))
+
+
+def bounds(text: str) -> tuple[int, int]:
+    """LEAST,MOST as two whole numbers."""
+    least, most = (int(part) for part in text.split(","))
+    if not 1 <= least <= most:
+        raise argparse.ArgumentTypeError(f"{text} is no range; give LEAST,MOST with 1 <= LEAST <= MOST")
+    return least, most
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -113,7 +113,7 @@ class Scale:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """name: of its module and files. question: what it answers. cases: made for a side's scale.
+    """name: of its function and files. question: what it answers. cases: made for a side's scale.
 
     xlabel: of a plot over numbers; "" plots bars, one a case. limits: settings of the side's engine, by the side's
     name, on top of its own. engine_rounds: how often the engine runs all cases, one after another; a row then has the
@@ -133,3 +133,18 @@ class Experiment:
     ttft_target: Mapping[str, float] = dataclasses.field(default_factory=dict)
     engine_rounds: int = 2
     sides: tuple[str, ...] = ("simulation", "engine")
+
+
+EXPERIMENTS: dict[str, Experiment] = {}
+"""Every experiment by its name, once the modules that hold them are imported."""
+
+
+def experiment(**fields: Any) -> Callable[[Callable[[Scale], list[Case]]], Callable[[Scale], list[Case]]]:
+    """Makes a function that makes cases an experiment of the same name; `fields` are those of `Experiment`."""
+
+    def register(make_cases: Callable[[Scale], list[Case]]) -> Callable[[Scale], list[Case]]:
+        name = make_cases.__name__
+        EXPERIMENTS[name] = Experiment(name=name, cases=make_cases, **fields)
+        return make_cases
+
+    return register

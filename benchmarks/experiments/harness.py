@@ -27,23 +27,6 @@ LIMITS: dict[str, dict[str, Any]] = {
 """Settings of a side's engine where an experiment says nothing else."""
 
 
-def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
-    """The command line of an experiment; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.experiments.{experiment.name}", description=experiment.question
-    )
-    add_sides(parser)
-    run(experiment, parser.parse_args(arguments))
-    return 0
-
-
-def add_sides(parser: argparse.ArgumentParser) -> None:
-    """The options that say where to run."""
-    parser.add_argument("--engine", action="store_true", help="only on the engine with the default model")
-    parser.add_argument("--simulate", action="store_true", help="only in simulation, an 8B model on an H200")
-    parser.add_argument("--redraw", action="store_true", help="only the plots, from the results there are")
-
-
 def run(experiment: Experiment, options: argparse.Namespace) -> None:
     """Runs an experiment on the sides that were chosen; on all of its own where none was."""
     wanted = {"engine": options.engine, "simulation": options.simulate}
@@ -53,7 +36,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> None:
         if options.redraw:
             draw(experiment, name)
         else:
-            side = SIDES[name](LIMITS[name] | experiment.limits.get(name, {}))
+            side = SIDES[name]({**LIMITS[name], **experiment.limits.get(name, {})})
             present(experiment, side, run_cases(experiment, side))
 
 

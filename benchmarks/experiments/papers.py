@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report
-from benchmarks.experiments.prediction import NoisyOracle
+from benchmarks.experiments.batching import NoisyOracle
 from benchmarks.experiments.sides import SimulationSide
 from jaxserve.scheduler.kendall import kendall_tau
 from jaxserve.simulator.capacity import search_capacity

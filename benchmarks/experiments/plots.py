@@ -39,7 +39,7 @@ def draw(experiment: Experiment, rows: Sequence[Row], title: str, path: pathlib.
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 4), frameon=False)
     figure.suptitle(title, fontsize=11)
-    figure.get_layout_engine().set(w_pad=0.12)  # pyright: ignore[reportOptionalMemberAccess] # last tick labels
+    figure.get_layout_engine().set(w_pad=0.12)  # pyright: ignore[reportCallIssue, reportOptionalMemberAccess]
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 

@@ -11,7 +11,7 @@ import functools
 import gc
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,11 +22,10 @@ from jaxserve.config import gin_config
 from jaxserve.config.settings import EngineConfig
 from jaxserve.config.targets import load_target
 from jaxserve.engine.core import EngineCore
-from jaxserve.engine.messages import AddRequest, FromEngine, outputs
 from jaxserve.planning.roofline import Efficiency
 from jaxserve.request import EngineRequest
-from jaxserve.runner.protocol import Pending, Runner
-from jaxserve.scheduler.plan import StepPlan, StepResult
+from jaxserve.runner.protocol import Runner
+from jaxserve.simulator.replay import LengthKeepingRunner, serve
 from jaxserve.simulator.setup import set_up, with_options
 from jaxserve.simulator.simulated_engine import SimulatedDevice, SimulatedEngine
 from jaxserve.simulator.simulation import fitting, requests_of
@@ -35,9 +34,7 @@ from jaxserve.telemetry.recorder import Event, Recorder, RequestArrived
 SWAP_GIB = 0.0625
 """Host memory of the engine for swapped sequences."""
 
-STOP_ID = 2
-_OTHER_ID = 3
-"""What stands for a stop id that the model samples before the request's time."""
+FIRST_ORDINARY_ID = 3
 
 
 class Side(Protocol):
@@ -58,79 +55,6 @@ def configured(config: EngineConfig, case: Case) -> EngineConfig:
     if case.scheduler is not None:
         return dataclasses.replace(config, scheduler=case.scheduler)
     return dataclasses.replace(config, scheduler=with_options(config, case.options).scheduler)
-
-
-class ScriptedRunner:
-    """A runner whose requests end where a trace says: there a stop id stands in for what the model sampled.
-
-    last_positions: of the last token of each request, by id. What the device computes is the model's own.
-    """
-
-    def __init__(self, runner: Runner, num_slots: int, last_positions: Mapping[str, int], num_pages: int | None = None):
-        self._runner = runner
-        self._last_positions = last_positions
-        self._stop_at = np.full(num_slots, -1)
-        self.step_costs = runner.step_costs
-        self.info = runner.info if num_pages is None else dataclasses.replace(runner.info, num_pages=num_pages + 1)
-
-    @property
-    def num_compilations(self) -> int:
-        return self._runner.num_compilations
-
-    @property
-    def compile_misses(self) -> int:
-        return self._runner.compile_misses
-
-    @property
-    def num_executables(self) -> int:
-        return self._runner.num_executables
-
-    def fitted(self, plan: StepPlan) -> StepPlan:
-        return self._runner.fitted(plan)
-
-    def dispatch(self, plan: StepPlan) -> Pending:
-        last = [plan.decodes.starts + 1 == self._stop_at[plan.decodes.slots]]
-        for chunk in plan.chunks:
-            if chunk.admit is not None:
-                self._stop_at[chunk.slot] = self._last_positions[chunk.request_id]
-            if chunk.sample:
-                last.append(np.array([chunk.start + chunk.num_tokens == self._stop_at[chunk.slot]]))
-        return self._runner.dispatch(plan), np.concatenate(last)
-
-    def done(self, pending: Pending) -> bool:
-        return self._runner.done(pending[0])
-
-    def reset(self) -> None:
-        self._runner.reset()
-
-    def collect(self, pending: Pending) -> StepResult:
-        ids = np.array(self._runner.collect(pending[0]).token_ids)
-        ids[ids == STOP_ID] = _OTHER_ID
-        ids[pending[1]] = STOP_ID
-        return StepResult(ids)
-
-
-class _Clients:
-    """The requests of a case in order, each due at its time, or when one before it has ended."""
-
-    def __init__(self, case: Case, requests: Iterator[tuple[EngineRequest, int]]):
-        self._waiting = deque(requests)
-        self._free = case.concurrency
-
-    def next_at(self) -> float | None:
-        """When the next request is sent as far as is known; None where it waits for another, or none is left."""
-        if not self._waiting or self._free == 0:
-            return None
-        return self._waiting[0][0].arrival_time if self._free is None else 0.0
-
-    def take(self) -> tuple[EngineRequest, int]:
-        if self._free is not None:
-            self._free -= 1
-        return self._waiting.popleft()
-
-    def ended(self) -> None:
-        if self._free is not None:
-            self._free += 1
 
 
 RUNNERS = ((64, 2048), (256, 8192))
@@ -188,16 +112,17 @@ class EngineSide:
             (self._real(request), length) for request, length in requests_of(trace, device, config, case.client)
         ]
         lengths = {request.request_id: length for request, length in prepared}
-        last = {request.request_id: len(request.prompt_token_ids) + length - 1 for request, length in prepared}
-        runner = ScriptedRunner(self.runner, config.scheduler.max_num_seqs, last, case.num_pages)
+        runner = LengthKeepingRunner(self.runner, config.scheduler.max_num_seqs)
+        runner.info = dataclasses.replace(runner.info, num_pages=pages)
+        runner.last_positions |= {one.request_id: len(one.prompt_token_ids) + length - 1 for one, length in prepared}
         events: list[Event] = []
         recorder = Recorder(capacity=1, clock=time.perf_counter)
         recorder.subscribe(events.append)
-        core = EngineCore(config, runner, recorder=recorder, now=time.perf_counter, clock=time.perf_counter)
+        core = EngineCore(config, runner, recorder=recorder)
         if case.predictor is not None:
             core.scheduler.predictor = case.predictor(lengths)  # pyright: ignore[reportAttributeAccessIssue]
         gc.collect()
-        sent = _serve(core, _Clients(case, iter(prepared)))
+        sent, _ = serve(core, [request for request, _ in prepared], concurrency=case.concurrency)
         core.check_integrity()
         assert runner.compile_misses == 0, "a step asked for a program that was not compiled"
         scheduler = core.scheduler
@@ -206,39 +131,9 @@ class EngineSide:
     def _real(self, request: EngineRequest) -> EngineRequest:
         """The request with random ids that nobody shares, in place of none."""
         rng = np.random.default_rng((self._seed, int(request.request_id)))
-        ids = rng.integers(_OTHER_ID, self.runner.info.vocab_size, len(request.prompt_token_ids))
-        stops = (STOP_ID,) if request.stop_token_ids else ()
+        ids = rng.integers(FIRST_ORDINARY_ID, self.runner.info.vocab_size, len(request.prompt_token_ids))
+        stops = (self.runner.info.vocab_size,) if request.stop_token_ids else ()  # the stop id of LengthKeepingRunner
         return dataclasses.replace(request, prompt_token_ids=tuple(ids.tolist()), stop_token_ids=stops)
-
-
-def _serve(core: EngineCore, clients: _Clients) -> dict[str, float]:
-    """Turns the engine's loop until everything has ended; when each request was sent, by id."""
-    start = time.perf_counter()
-    sent: dict[str, float] = {}
-
-    def hear(messages: list[FromEngine]) -> None:
-        for message in messages:
-            for output in outputs(message):
-                if output.finish_reason is not None:
-                    clients.ended()
-
-    while True:
-        while (due := clients.next_at()) is not None and start + due <= time.perf_counter():
-            request, _ = clients.take()
-            arrival = start + request.arrival_time if due else time.perf_counter()
-            sent[request.request_id] = arrival
-            options = request.options
-            if options.deadline is not None:
-                options = dataclasses.replace(options, deadline=options.deadline - request.arrival_time + arrival)
-            hear(core.handle(AddRequest(dataclasses.replace(request, arrival_time=arrival, options=options))))
-        if core.busy and not core.pause:
-            hear(core.step())
-            continue
-        pauses = [due + start - time.perf_counter()] if due is not None else []
-        pauses += [core.pause] if core.busy and core.pause else []
-        if not pauses:
-            return sent
-        time.sleep(max(0.0, min(pauses)))
 
 
 def _from_sending(events: list[Event], sent: Mapping[str, float]) -> list[Event]:
@@ -277,7 +172,7 @@ class SimulationSide:
             device = dataclasses.replace(device, num_pages=case.num_pages + 1)
         trace, _ = fitting(config, case.trace, device, case.client)
         prepared = list(requests_of(trace, device, config, case.client))
-        clients = _Clients(case, iter(prepared))
+        waiting = deque(prepared)
         events: list[Event] = []
         recorder = Recorder(capacity=1)
         recorder.subscribe(events.append)
@@ -286,25 +181,26 @@ class SimulationSide:
         def on_finish(index: int) -> None:
             nonlocal ended
             ended += 1
-            clients.ended()
             if case.concurrency is not None:
-                send()
+                send_next()
 
         engine = SimulatedEngine(config, device, self.costs, recorder=recorder, on_finish=on_finish)
 
-        def send() -> None:
-            while clients.next_at() is not None:
-                request, length = clients.take()
-                if case.concurrency is not None:
-                    request = dataclasses.replace(request, arrival_time=engine.now)
-                else:
-                    engine.run_until(request.arrival_time)
-                engine.submit(request, length)
+        def send_next() -> None:
+            if waiting:
+                request, length = waiting.popleft()
+                engine.submit(dataclasses.replace(request, arrival_time=engine.now), length)
 
         if case.predictor is not None:
             lengths = {request.request_id: length for request, length in prepared}
             engine.scheduler.predictor = case.predictor(lengths)  # pyright: ignore[reportAttributeAccessIssue]
-        send()
+        if case.concurrency is None:
+            for request, length in prepared:
+                engine.run_until(request.arrival_time)
+                engine.submit(request, length)
+        else:
+            for _ in range(case.concurrency):
+                send_next()
         engine.run_until()
         assert ended == len(prepared), "a request was lost"
         scheduler = engine.scheduler

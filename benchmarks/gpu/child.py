@@ -1,4 +1,4 @@
-"""Runs one part in this process: `python -m benchmarks.gpu.child PART SETTINGS.json SECONDS`."""
+"""Runs one part in this process: `python -m benchmarks.gpu.child PART SETTINGS.json BUDGET SECONDS`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from benchmarks.gpu.record import ABSENT, FAILED, NOT_RUN, OK, AbsentError, Reco
 
 def main(arguments: list[str]) -> int:
     """Writes the part's results; the exit status is 0 unless the part as a whole broke."""
-    name, settings_path, seconds = arguments[0], pathlib.Path(arguments[1]), float(arguments[2])
+    name, settings_path = arguments[0], pathlib.Path(arguments[1])
+    budget, seconds = map(float, arguments[2:])
     faulthandler.enable()
     # What every thread is doing when the time is nearly up: the parent ends a part that hangs a little later.
     faulthandler.dump_traceback_later(seconds + 5, exit=False)
     settings = Settings(**json.loads(settings_path.read_text(encoding="utf-8")))
-    record = Record(settings.result(name), time.time() + seconds)
+    record = Record(settings.result(name), time.time() + seconds, budget)
     record.summary.pop("error", None)
     try:
         module = importlib.import_module(f"benchmarks.gpu.{name}")

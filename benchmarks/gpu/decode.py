@@ -67,9 +67,6 @@ def shapes(settings: Settings) -> Iterator[Shape]:
     if not settings.gpu:
         yield from (Shape(1, 64, 16), Shape(4, 64, 16), Shape(4, 128), Shape(4, 64, 16, ragged=True))
         return
-    if settings.quick:
-        yield from (Shape(batch, context) for batch in (1, 64) for context in (512, 8192))
-        return
     for context in (2048, 8192, 512, 32768, 131072):
         yield from (Shape(batch, context) for batch in (64, 1, 256, 8))
     for ragged in ((64, 4096), (256, 1024)):

@@ -23,6 +23,7 @@ import numpy as np
 
 from benchmarks.gpu.record import Record, Settings
 from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, choose
+from jaxserve.programs.compiler import compiler_options
 
 CACHE_BYTES = 64 * 2**20
 """No less than the level-2 cache of the GPUs this runs on (H100 and H200: 50 MB; A100: 40; L4: 48)."""
@@ -80,8 +81,12 @@ def recover() -> bool:
 
 
 def compile_program(function: Callable[..., Any], *arguments: Any, donate: Sequence[int] = ()) -> Any:
-    """The function compiled for these arguments (arrays or ShapeDtypeStructs)."""
-    return jax.jit(function, donate_argnums=tuple(donate)).lower(*arguments).compile()
+    """The function compiled for these arguments (arrays or ShapeDtypeStructs), with the engine's own options.
+
+    With XLA's defaults a matrix product of one-byte values is tried as dozens of Triton kernels, which takes minutes.
+    """
+    lowered = jax.jit(function, donate_argnums=tuple(donate)).lower(*arguments)
+    return lowered.compile(compiler_options(jax.default_backend()))
 
 
 def time_launches(
@@ -98,6 +103,7 @@ def time_launches(
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
+        done: Any = None
         for _ in range(launches):
             done = launch()
         jax.block_until_ready(done)

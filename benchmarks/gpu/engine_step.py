@@ -65,12 +65,9 @@ class Engine:
         pages = -(-context // size)
         table[:batch, :pages] = device.page_tables(1, batch, pages, self.shapes.num_pages, seed)[0]
         fresh = Slots.zeros(self.shapes.num_slots, self.shapes.max_pages)
-        self.slots = dataclasses.replace(
-            fresh,
-            page_table=jnp.asarray(table),
-            temperature=jnp.full_like(fresh.temperature, temperature),
-            top_p=jnp.full_like(fresh.top_p, top_p),
-        )
+        given = {"temperature": temperature, "top_p": top_p}
+        sampling = fresh.sampling | {name: jnp.full_like(fresh.sampling[name], value) for name, value in given.items()}
+        self.slots = dataclasses.replace(fresh, page_table=jnp.asarray(table), sampling=sampling)
 
     def plan(self, batch: int, context: int) -> StepPlan:
         """A step in which each of `batch` rows decodes the token at position `context` - 1."""
@@ -102,8 +99,8 @@ class Engine:
         return Vectors(forward.pack(plan), SamplePacker(plan.row_bucket, shapes.num_slots).pack(plan))
 
     def use(self, programs: Mapping[ProgramKey, Any]) -> None:
-        """Takes these executables instead of compiling its own."""
-        self._programs |= programs
+        """Takes these executables; those that are not among them are compiled when they are first asked for."""
+        self._programs = dict(programs)
 
     def program(self, key: ProgramKey) -> Any:
         """The executable, compiled as the server compiles it."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from benchmarks.gpu import device
 from benchmarks.gpu.record import AbsentError, Record, Settings
 
-_PACKAGES = ("jax", "nvidia", "torch", "triton", "flashinfer", "flax", "numpy", "ml_dtypes", "matplotlib", "cupy")
+_PACKAGES = ("jax", "nvidia", "torch", "triton", "flax", "numpy", "ml_dtypes", "matplotlib", "cupy")
 _QUERY = (
     "name,driver_version,memory.total,memory.used,pcie.link.gen.current,clocks.sm,clocks.mem,clocks.max.sm,"
     "clocks.max.mem,power.limit,temperature.gpu,mig.mode.current,compute_mode"

@@ -12,7 +12,7 @@ CPU_NOTE = (
 
 Row = Mapping[str, Any]
 
-PEERS = ("peers_jax", "peers_torch", "peers_flashinfer")
+PEERS = ("peers_jax", "peers_torch")
 
 _DECODE = (
     ("batch", "batch"),
@@ -69,10 +69,33 @@ COLUMNS: dict[str, tuple[tuple[str, str], ...]] = {
         ("sample_ms", "sampling, ms"),
         ("tokens_per_s", "tokens/s"),
     ),
-    "bundle": (("case", "program"), ("load_ms", "load, ms"), ("microseconds", "time, µs"), ("agrees", "agrees")),
+    "products": (
+        ("rows", "rows"),
+        ("way", "operands"),
+        ("step_ms", "all of a step, ms"),
+        ("tflop_per_s", "TFLOP/s"),
+    ),
+    "host": (
+        ("case", "case"),
+        ("start_seconds", "start, s"),
+        ("step_ms", "step, ms"),
+        ("schedule_us", "schedule, µs"),
+        ("pack_us", "pack, µs"),
+        ("dispatch_us", "dispatch, µs"),
+        ("collect_us", "wait, µs"),
+        ("update_us", "update, µs"),
+        ("outputs_us", "outputs, µs"),
+        ("tokens_per_s", "tokens/s"),
+    ),
+    "bundle": (
+        ("case", "program"),
+        ("load_ms", "load, ms"),
+        ("microseconds", "time, µs"),
+        ("microseconds_compiled_here", "compiled here, µs"),
+        ("agrees", "agrees"),
+    ),
     "peers_jax": _PEER,
     "peers_torch": _PEER,
-    "peers_flashinfer": _PEER,
     "tune": (
         ("case", "kernel"),
         ("tried", "configurations"),
@@ -146,8 +169,9 @@ def _part(part: Row) -> list[str]:
     summary = part["summary"]
     if summary.get("implementation"):
         lines += [f"Implementation: {summary['implementation']}.", ""]
-    if summary.get("note"):
-        lines += [summary["note"], ""]
+    for name in ("note", "bundle"):
+        if summary.get(name):
+            lines += [f"{name.capitalize()}: {_cell(summary[name])}", ""]
     if summary.get("largest_relative_error"):
         worst = [(kind, f"{error:.2e}") for kind, error in summary["largest_relative_error"].items()]
         lines += [*_table(("largest relative error", ""), worst), ""]

@@ -50,7 +50,7 @@ def decode_shapes(settings: Settings) -> list[Shape]:
     if not settings.gpu:
         return [Shape("decode", 4, 64, 1, 16)]
     chosen = [(64, 2048), (1, 8192), (64, 8192), (256, 2048), (8, 32768), (1, 512)]
-    return [Shape("decode", batch, context, 1) for batch, context in chosen[: 2 if settings.quick else None]]
+    return [Shape("decode", batch, context, 1) for batch, context in chosen]
 
 
 def prefill_shapes(settings: Settings) -> list[Shape]:
@@ -58,4 +58,4 @@ def prefill_shapes(settings: Settings) -> list[Shape]:
     if not settings.gpu:
         return [Shape("prefill", 1, 40, 40)]
     chosen = [(1, 8192), (4, 2048), (16, 512), (1, 32768)]
-    return [Shape("prefill", batch, new, new) for batch, new in chosen[: 2 if settings.quick else None]]
+    return [Shape("prefill", batch, new, new) for batch, new in chosen]

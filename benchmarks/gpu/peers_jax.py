@@ -24,23 +24,22 @@ OPS = "jax.experimental.pallas.ops.gpu"
 
 
 def run(settings: Settings, record: Record) -> None:
-    """Every peer over its shapes."""
+    """The peers in turn, each over its shapes."""
     name = device.prepare(settings, record)
     dense = "cudnn" if settings.gpu else "xla"
     peers: tuple[tuple[str, Callable[..., dict[str, Any]], list[Shape]], ...] = (
         ("Pallas paged_attention (upstream)", upstream_paged, decode_shapes(settings)),
         (f"jax.nn {dense}, not paged", dense_attention, prefill_shapes(settings) + decode_shapes(settings)),
         ("Pallas mha (upstream), not paged", upstream_mha, prefill_shapes(settings)),
-        ("Pallas gqa (upstream), not paged", upstream_gqa, decode_shapes(settings)),
     )
     record.case("upstream paged_attention against this one", lambda: check_upstream(settings, name))
-    for peer, measure, shapes in peers:
-        for shape in shapes:
-            record.case(
-                f"{peer}: {shape.label}",
-                lambda measure=measure, shape=shape: measure(settings, shape),
-                **shape.fields(peer),
-            )
+    turns = itertools.zip_longest(*([(peer, measure, shape) for shape in shapes] for peer, measure, shapes in peers))
+    for peer, measure, shape in (one for turn in turns for one in turn if one is not None):
+        record.case(
+            f"{peer}: {shape.label}",
+            lambda measure=measure, shape=shape: measure(settings, shape),
+            **shape.fields(peer),
+        )
 
 
 def upstream(module: str) -> Any:
@@ -138,7 +137,7 @@ def dense_attention(settings: Settings, shape: Shape) -> dict[str, Any]:
         options["is_causal"] = True
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, lens: jax.Array) -> jax.Array:
-        more = {} if shape.kind == "prefill" else {"key_value_seq_lengths": lens}
+        more: dict[str, Any] = {} if shape.kind == "prefill" else {"key_value_seq_lengths": lens}
         return jax.nn.dot_product_attention(q, k, v, **options, **more)
 
     return unpaged(settings, shape, attend, lens, repeat=1)
@@ -154,18 +153,6 @@ def upstream_mha(settings: Settings, shape: Shape) -> dict[str, Any]:
 
     lens = jnp.zeros((shape.batch,), jnp.int32)
     return unpaged(settings, shape, attend, lens, repeat=paged.heads_of(settings).group)
-
-
-def upstream_gqa(settings: Settings, shape: Shape) -> dict[str, Any]:
-    """Upstream's decode kernel over keys and values [B, S, K, D]."""
-    kernel = upstream("decode_attention").gqa
-
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, lens: jax.Array) -> jax.Array:
-        options = {"k_splits": 16 if settings.gpu else 1, "interpret": not settings.gpu}
-        return kernel(q[:, 0], k, v, kv_seq_len=lens, **options)[:, None]
-
-    lens = jnp.full((shape.batch,), shape.context, jnp.int32)
-    return unpaged(settings, shape, attend, lens, repeat=1)
 
 
 def unpaged(

@@ -14,17 +14,18 @@ from typing import Any
 from benchmarks.gpu import process
 
 Cases = list[dict[str, Any]]
+NAMES = ("decode.png", "prefill.png", "step.png")
 
 
 def draw_in_a_process(output: pathlib.Path, seconds: float) -> tuple[list[str], str]:
     """Names of the plots drawn in `output` within so many seconds, and why there are none."""
-    for old in output.glob("*.png"):
-        old.unlink()
-    log = output / "logs" / "plots.log"
+    for name in NAMES:
+        (output / name).unlink(missing_ok=True)
+    log = output / "suite.log"
     ended = process.run(
         process.python("benchmarks.gpu.plots", str(output)), log, seconds, env=process.environment(gpu=False)
     )
-    drawn = sorted(path.name for path in output.glob("*.png"))
+    drawn = [name for name in NAMES if (output / name).is_file()]
     if ended.status == 0:
         return drawn, "" if drawn else "there are no figures to draw"
     lines = process.tail(log).strip().splitlines()
@@ -86,7 +87,7 @@ def prefill_plot(good: Mapping[str, Cases], machine: Mapping[str, Any], document
     for case in ours:
         line = lines.setdefault("jaxserve", {})
         line[case["new"]] = max(case["tflop_per_s"], line.get(case["new"], 0.0))  # with prompts enough, or one alone
-    for name in ("peers_jax", "peers_torch", "peers_flashinfer"):
+    for name in ("peers_jax", "peers_torch"):
         for case in good.get(name, ()):
             if case.get("kind") == "prefill":
                 lines.setdefault(case["peer"], {})[case["new"]] = case["tflop_per_s"]

@@ -74,13 +74,11 @@ def shapes(settings: Settings) -> Iterator[Shape]:
     if not settings.gpu:
         yield from (Shape(1, 40), Shape(1, 24, before=32), Shape(1, 24, decodes=2))
         return
-    if settings.quick:
-        yield from (Shape(8, 1024), Shape(1, 8192), Shape(1, 2048, before=8192))
-        return
-    for new in (8192, 2048, 512, 32768, 1024, 4096, 16384):
+    yield from (Shape(1, 8192), Shape(8, 1024), Shape(1, 2048, before=8192), Shape(4, 2048))
+    for new in (512, 32768, 4096, 16384):
         yield Shape(max(1, 8192 // new), new)
-    for before in (8192, 30720):
-        yield from (Shape(1, new, before=before) for new in (2048, 512))
+    yield Shape(1, 512, before=8192)
+    yield from (Shape(1, new, before=30720) for new in (2048, 512))
     yield Shape(1, 2048, before=4096, decodes=64)
     yield Shape(1, 512)
     yield Shape(1, 2048)

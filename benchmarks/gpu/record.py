@@ -34,19 +34,24 @@ class AbsentError(Exception):
     """What a case or a part needs is not on this machine; the message says what."""
 
 
+class NoTimeError(Exception):
+    """A case found that less time is left than it takes; it is run again when there is more."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What the command line says, and where the parts find each other's results.
 
     mode: "gpu", or "cpu" for a trial of the suite itself with tiny sizes, whose times say nothing about a GPU.
-    quick: fewer cases. implementation: of the kernels under test; "auto" takes the platform's.
-    output: directory of the results. bundle: directory of compiled programs, or None. seed: of every random input.
+    implementation: of the kernels under test; "auto" takes the platform's.
+    output: directory of the results; scratch: of what the parts tell each other, which does not outlive the command.
+    bundle: directory of compiled programs, or None. seed: of every random input.
     """
 
     mode: str
-    quick: bool
     implementation: str
     output: str
+    scratch: str
     bundle: str | None
     seed: int
 
@@ -54,9 +59,14 @@ class Settings:
     def gpu(self) -> bool:
         return self.mode == "gpu"
 
+    @property
+    def file(self) -> pathlib.Path:
+        """Where these settings are written for the parts."""
+        return pathlib.Path(self.scratch) / "settings.json"
+
     def result(self, part: str) -> pathlib.Path:
         """The file that holds a part's results."""
-        return pathlib.Path(self.output) / "parts" / f"{part}.json"
+        return pathlib.Path(self.scratch) / "parts" / f"{part}.json"
 
     def load(self, part: str) -> dict[str, Any]:
         """The results of a part that ran before; {} where there are none."""
@@ -72,11 +82,13 @@ class Record:
     Args:
         path: of the file; what it holds already is kept, and its cases are not run again.
         deadline: Unix time after which no further case is started.
+        budget: Seconds from the first case on after which none is started either.
     """
 
-    def __init__(self, path: pathlib.Path, deadline: float):
+    def __init__(self, path: pathlib.Path, deadline: float, budget: float = math.inf):
         self._path = path
         self._deadline = deadline
+        self._budget = budget
         self._recover: Callable[[], bool] = lambda: True
         self.cases: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
@@ -106,19 +118,20 @@ class Record:
         """
         if label in self._done:
             return next((case for case in self.cases if case["case"] == label and case["status"] == OK), None)
+        # What a process takes to start says nothing of its cases.
+        self._deadline, self._budget = min(self._deadline, time.time() + self._budget), math.inf
         row: dict[str, Any] = {"case": label, **fields, "status": RUNNING}
         self.cases.append(row)
         self._done.add(label)
         if self.seconds_left <= 0:
-            row |= {"status": NOT_RUN, "reason": "time"}
-            self._done.discard(label)
-            self.write()
-            return None
+            return self._not_run(row)
         self.write()
         start = time.perf_counter()
         try:
             row |= run()
             row["status"] = FAILED if row.get("reason") else OK
+        except NoTimeError:
+            return self._not_run(row)
         except AbsentError as error:
             row |= {"status": ABSENT, "reason": str(error)}
         except Exception as error:
@@ -130,6 +143,11 @@ class Record:
         self.write()
         print(f"case {label}: {row['status']} ({row['case_seconds']:.1f} s) {_brief(row)}", flush=True)
         return row if row["status"] == OK else None
+
+    def _not_run(self, row: dict[str, Any]) -> None:
+        row |= {"status": NOT_RUN, "reason": "time"}
+        self._done.discard(row["case"])
+        self.write()
 
     def _failed(self, row: dict[str, Any], error: Exception) -> None:
         text = f"{type(error).__name__}: {error}"

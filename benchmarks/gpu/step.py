@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -15,7 +15,6 @@ from benchmarks.gpu import device, engine_step, llama
 from benchmarks.gpu.engine_step import Engine
 from benchmarks.gpu.record import AbsentError, Record, Settings
 from jaxserve.programs.step_programs import Shapes
-from jaxserve.scheduler.buckets import Buckets
 
 SPARE_BYTES = 4 * 2**30
 """Left beside weights and pages: logits, temporaries, what makes the random values."""
@@ -30,7 +29,7 @@ KINDS = (
 
 
 def run(settings: Settings, record: Record) -> None:
-    """One case a batch and context, then a profile of one of them."""
+    """One case a batch and context, and a profile of the first of them."""
     name = device.prepare(settings, record)
     ceiling = device.copy_bandwidth(settings)
     shapes = make_shapes(settings, name)
@@ -56,62 +55,55 @@ def run(settings: Settings, record: Record) -> None:
             held.clear()  # its donated arrays may be gone
             raise
 
-    def profile_once() -> None:
-        batch, context, _ = cases(settings)[0]
+    def measured(chosen: Iterable[tuple[int, int, str]]) -> None:
+        for batch, context, pool_dtype in chosen:
+            record.case(
+                f"batch {batch} context {context} {pool_dtype}".rstrip(),
+                lambda batch=batch, context=context, pool_dtype=pool_dtype: on(
+                    pool_dtype, lambda engine: measure(engine, batch, context, ceiling, settings)
+                ),
+                batch=batch,
+                context=context,
+                pool_dtype=pool_dtype,
+                model="Llama-3.1-8B" if settings.gpu else "a tiny model",
+            )
+
+    found = cases(settings)
+    measured(found[:PROFILED])
+    for batch, context, _ in found[:PROFILED]:  # should the profiler hang, what counts most is there already
         record.case(
             f"profile of batch {batch} context {context}",
-            lambda: on("", lambda engine: profile(engine, batch, context)),
+            lambda batch=batch, context=context: on("", lambda engine: profile(engine, batch, context)),
         )
+    measured(found[PROFILED:])
 
-    profiled = False
-    for batch, context, pool_dtype in cases(settings):
-        if pool_dtype and not profiled:  # should the profiler hang, little is left to lose
-            profile_once()
-            profiled = True
-        record.case(
-            f"batch {batch} context {context} {pool_dtype}".rstrip(),
-            lambda batch=batch, context=context, pool_dtype=pool_dtype: on(
-                pool_dtype, lambda engine: measure(engine, batch, context, ceiling, settings)
-            ),
-            batch=batch,
-            context=context,
-            pool_dtype=pool_dtype,
-            model="Llama-3.1-8B" if settings.gpu else "a tiny model",
-        )
-    if not profiled:
-        profile_once()
+
+PROFILED = 3
+"""The first cases, those that are profiled too."""
 
 
 def cases(settings: Settings) -> list[tuple[int, int, str]]:
     """(batch, context, dtype of the pages or "" for the model's), the most telling first."""
     if not settings.gpu:
-        return [(4, 64, "")]
-    chosen = [(64, 1024), (1, 1024), (256, 1024), (8, 1024), (64, 4096), (256, 2048), (1, 32768), (8, 32768)]
-    plain = [(batch, context, "") for batch, context in chosen[: 4 if settings.quick else None]]
-    return plain if settings.quick else [*plain, (64, 4096, "float8_e4m3fn"), (256, 2048, "float8_e4m3fn")]
+        return [(4, 64, ""), (1, 64, ""), (8, 64, "")]
+    plain = [(64, 1024), (1, 1024), (256, 1024), (8, 1024), (64, 4096), (256, 2048), (1, 32768), (8, 32768)]
+    return [*((batch, context, "") for batch, context in plain)] + [
+        (64, 4096, "float8_e4m3fn"),
+        (256, 2048, "float8_e4m3fn"),
+    ]
 
 
 def make_shapes(settings: Settings, name: str, pool_dtype: str = "") -> Shapes:
-    """The shapes of the programs; as many pages as the largest case needs, or as memory has room for."""
-    model = llama.LLAMA_8B if settings.gpu else llama.TINY
-    sizes = (8, 64, 256) if settings.gpu else (8,)
-    shapes = Shapes(
-        model=model,
-        dtype=model.dtype,
-        buckets=Buckets(sizes, sizes),
-        num_slots=llama.NUM_SLOTS if settings.gpu else 8,
-        max_model_len=model.max_position_embeddings,
-        page_size=llama.PAGE_SIZE if settings.gpu else 16,
-        num_pages=2,
-        attention=name,
-        kv_cache_dtype=pool_dtype or None,
-    )
-    wanted = max(batch * -(-context // shapes.page_size) for batch, context, _ in cases(settings)) + 64
-    room = device.device_memory() - engine_step.weight_bytes(model, model.dtype) - SPARE_BYTES
-    pages = min(wanted, room // engine_step.page_bytes(shapes)) if settings.gpu else wanted
-    if pages < 128 and settings.gpu:
+    """The shapes of the engine's programs; on a GPU with little memory fewer pages than the largest case needs."""
+    fields: dict[str, Any] = {"attention": name} | ({"kv_cache_dtype": pool_dtype} if pool_dtype else {})
+    shapes = llama.engine_shapes(settings.mode, **fields)
+    if not settings.gpu:
+        return shapes
+    room = device.device_memory() - engine_step.weight_bytes(shapes.model, shapes.dtype) - SPARE_BYTES
+    pages = min(shapes.num_pages, room // engine_step.page_bytes(shapes) // 64 * 64)
+    if pages < 128:
         raise AbsentError(f"{device.device_memory() / 2**30:.0f} GiB of memory do not hold the model")
-    return dataclasses.replace(shapes, num_pages=pages // 64 * 64)
+    return dataclasses.replace(shapes, num_pages=pages)
 
 
 def measure(engine: Engine, batch: int, context: int, ceiling: float | None, settings: Settings) -> dict[str, Any]:
@@ -171,19 +163,17 @@ def profile(engine: Engine, batch: int, context: int, steps: int = 5) -> dict[st
     jax.block_until_ready(step())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for _ in range(steps):
-                done = step()
-            jax.block_until_ready(done)
-        kernels = device_events(pathlib.Path(folder))
+            jax.block_until_ready([step() for _ in range(steps)])
+        kernels, span = device_events(pathlib.Path(folder))
     if not kernels:
         raise AbsentError("the profile has no events of a device: is CUPTI there?")
     kinds: dict[str, float] = {}
     for name, (seconds, _) in kernels.items():
         kind = next((kind for kind, words in KINDS if any(word in name.lower() for word in words)), "other")
         kinds[kind] = kinds.get(kind, 0.0) + seconds * 1e3 / steps
-    longest = sorted(kernels.items(), key=lambda item: -item[1][0])[:25]
+    longest = sorted(kernels.items(), key=lambda item: -item[1][0])
     return {
-        "ms_per_step": kinds,
+        "ms_per_step": kinds | {"nothing runs": span * 1e3 / steps - sum(kinds.values())},
         "kernels": [
             {"name": name, "ms_per_step": seconds * 1e3 / steps, "launches_per_step": count / steps}
             for name, (seconds, count) in longest
@@ -191,9 +181,12 @@ def profile(engine: Engine, batch: int, context: int, steps: int = 5) -> dict[st
     }
 
 
-def device_events(folder: pathlib.Path) -> dict[str, tuple[float, int]]:
-    """Seconds and launches of each kernel on the GPU's streams in the traces under `folder`."""
+def device_events(folder: pathlib.Path) -> tuple[dict[str, tuple[float, int]], float]:
+    """Seconds and launches of each kernel on the GPU's streams in the traces under `folder`, and the seconds from the
+    begin of the first to the end of the last.
+    """
     found: dict[str, tuple[float, int]] = {}
+    begins, ends = [], []
     for path in sorted(folder.rglob("*.xplane.pb")):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
             if not plane.name.startswith("/device:GPU"):
@@ -204,4 +197,6 @@ def device_events(folder: pathlib.Path) -> dict[str, tuple[float, int]]:
                 for event in line.events:
                     seconds, count = found.get(event.name, (0.0, 0))
                     found[event.name] = seconds + event.duration_ns * 1e-9, count + 1
-    return found
+                    begins.append(event.start_ns)
+                    ends.append(event.start_ns + event.duration_ns)
+    return found, (max(ends) - min(begins)) * 1e-9 if begins else 0.0

@@ -92,8 +92,6 @@ def targets(settings: Settings) -> list[Target]:
         return [Target("decode", "float32", "float32", small), Target("kv_write", "float32", "float32", small)]
     llama = Heads()
     found = [Target(kernel, "bfloat16", "bfloat16", llama) for kernel in ("decode", "prefill", "kv_write")]
-    if settings.quick:
-        return found
     for pool_dtype in ("float8_e4m3fn", "int8"):
         found += [Target(kernel, "bfloat16", pool_dtype, llama) for kernel in ("decode", "prefill")]
     for size in (64, 256):
@@ -124,7 +122,7 @@ def grid(settings: Settings, kernel: str) -> Grid:
         },
         "kv_write": {"tokens": (1, 2, 4, 8, 16, 32), "num_warps": (1, 2, 4)},
     }
-    return {field: steps[: 2 if settings.quick else None] for field, steps in grids[kernel].items()}
+    return grids[kernel]
 
 
 def search(record: Record, bench: Bench, start: Any, fields: Grid) -> tuple[float, float, Any, int] | None:

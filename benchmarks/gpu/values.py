@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ TOLERANCE = {"float32": 2e-3, "bfloat16": 1e-2, "float16": 2e-3}
 DECODE = tuple((1, length) for length in (1, 15, 16, 17, 300, 1000, 4097))
 MIXED = ((1, 300), (77, 77), (1, 1), (130, 1500), (0, 0), (33, 64), (1, 2000))
 PREFILL = ((512, 512), (100, 700), (16, 16))
+PLAIN = 6
+"""The first problems: plain ones of every kind, checked before the writes and before the options."""
 
 
 def run(settings: Settings, record: Record) -> None:
@@ -28,17 +31,24 @@ def run(settings: Settings, record: Record) -> None:
     name = device.prepare(settings, record)
     record.summary |= {"implementation": name, "tolerance": TOLERANCE}
     problems = attention_problems() if settings.gpu else small_problems()
-    if settings.gpu and settings.quick:
-        problems = dict(list(problems.items())[::3])
     first = problems["decode"]
+
+    def attention(labels: Iterable[str]) -> None:
+        for label in labels:
+            problem = problems[label]
+            record.case(
+                f"attention {label}",
+                lambda problem=problem, label=label: check_attention(
+                    problem, name, settings.seed + list(problems).index(label)
+                ),
+                **{field: value for field, value in dataclasses.asdict(problem).items() if field != "rows"},
+                rows=[list(row) for row in problem.rows],
+            )
+
     record.case("batch invariance", lambda: check_invariance(first, name, settings.seed))
-    for number, (label, problem) in enumerate(problems.items()):
-        record.case(
-            f"attention {label}",
-            lambda problem=problem, number=number: check_attention(problem, name, settings.seed + number),
-            **{field: value for field, value in dataclasses.asdict(problem).items() if field != "rows"},
-            rows=[list(row) for row in problem.rows],
-        )
+    attention(list(problems)[:PLAIN])
+    check_writes(settings, record, name)
+    attention(list(problems)[PLAIN:])
     for stored, pages in far_pools(settings):
         problem = dataclasses.replace(first, pool_dtype=stored, page_size=64)
         record.case(
@@ -47,6 +57,16 @@ def run(settings: Settings, record: Record) -> None:
             dtype=problem.dtype,
             pool_dtype=stored,
         )
+    worst: dict[str, float] = {}
+    for case in record.cases:
+        if isinstance(case.get("relative_error"), float):
+            kind = f"{case['dtype']} queries, {case['pool_dtype'] or case['dtype']} pool"
+            worst[kind] = max(worst.get(kind, 0.0), case["relative_error"])
+    record.summary["largest_relative_error"] = worst
+
+
+def check_writes(settings: Settings, record: Record, name: str) -> None:
+    """Both writes into pools of each dtype."""
     for stored in ("bfloat16", "float32", "float8_e4m3fn", "int8"):
         dtype = "float32" if stored == "float32" else "bfloat16"
         for label, check in (("kv_write", check_write), ("rotate_and_write", check_rotate)):
@@ -57,12 +77,6 @@ def run(settings: Settings, record: Record) -> None:
                 dtype=dtype,
                 pool_dtype=stored,
             )
-    worst: dict[str, float] = {}
-    for case in record.cases:
-        if isinstance(case.get("relative_error"), float):
-            kind = f"{case['dtype']} queries, {case['pool_dtype'] or case['dtype']} pool"
-            worst[kind] = max(worst.get(kind, 0.0), case["relative_error"])
-    record.summary["largest_relative_error"] = worst
 
 
 def attention_problems() -> dict[str, Problem]:
@@ -75,23 +89,23 @@ def attention_problems() -> dict[str, Problem]:
         "decode long": Problem(((1, 40_000), (1, 131_072), (1, 5)), kv_heads=2, decode_only=True),
         "chunk on context": Problem(((256, 9_000), (1, 4_000)), kv_heads=2),
     }
-    kinds = {"decode": DECODE, "mixed": MIXED}
-    for kind, rows in kinds.items():
-        base = Problem(rows, decode_only=kind == "decode")
-        for size in (64, 80, 96, 256):
-            found[f"{kind} head {size}"] = dataclasses.replace(base, head_dim=size)
-        for stored in dense.LARGEST:
-            found[f"{kind} {stored}"] = dataclasses.replace(base, pool_dtype=stored)
-        for dtype in ("float16", "float32"):
-            found[f"{kind} {dtype}"] = dataclasses.replace(base, dtype=dtype, kv_heads=4)
-        for size in (32, 64, 128):
-            found[f"{kind} page {size}"] = dataclasses.replace(base, page_size=size)
-        for group in (1, 8, 16):
-            found[f"{kind} group {group}"] = dataclasses.replace(base, group=group, kv_heads=2)
-        found[f"{kind} window"] = dataclasses.replace(base, sliding_window=100)
-        found[f"{kind} soft cap"] = dataclasses.replace(base, soft_cap=20.0)
-        found[f"{kind} sinks"] = dataclasses.replace(base, sinks=True, head_dim=64)
-    return found
+    assert len(found) == PLAIN
+    variants: dict[str, dict[str, Any]] = {
+        **{stored: {"pool_dtype": stored} for stored in dense.LARGEST},
+        **{f"page {size}": {"page_size": size} for size in (64, 128, 32)},
+        **{f"head {size}": {"head_dim": size} for size in (64, 256, 80, 96)},
+        **{dtype: {"dtype": dtype, "kv_heads": 4} for dtype in ("float16", "float32")},
+        **{f"group {group}": {"group": group, "kv_heads": 2} for group in (8, 1, 16)},
+        "window": {"sliding_window": 100},
+        "soft cap": {"soft_cap": 20.0},
+        "sinks": {"sinks": True, "head_dim": 64},
+    }
+    bases = {"decode": Problem(DECODE, decode_only=True), "mixed": Problem(MIXED)}
+    return found | {
+        f"{kind} {variant}": dataclasses.replace(base, **fields)
+        for variant, fields in variants.items()
+        for kind, base in bases.items()
+    }
 
 
 def small_problems() -> dict[str, Problem]:

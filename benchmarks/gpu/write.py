@@ -27,7 +27,7 @@ def run(settings: Settings, record: Record) -> None:
     name = device.prepare(settings, record)
     ceiling = device.copy_bandwidth(settings)
     record.summary |= {"implementation": name, "copy_bytes_per_s": ceiling}
-    for pool_dtype in ("", "float8_e4m3fn", "int8") if settings.gpu and not settings.quick else ("",):
+    for pool_dtype in ("", "float8_e4m3fn", "int8") if settings.gpu else ("",):
         dtype = pool_dtype or paged.query_dtype(settings)
         make = functools.partial(paged.make_pool, settings, 64, dtype, 262_144 if settings.gpu else 2048)
         pool = [make()]

@@ -73,6 +73,7 @@ def held_out(per_kind: int, seed: int, scale: float) -> list[Example]:
         largest = max(1, round(MAX_SIZE[kind] * scale))
         seen: set[str] = set()
         for _ in range(per_kind):
+            prompt = answer = ""
             for _ in range(100):
                 prompt, answer = generate_split(kind, rng, rng.randint(1, largest), held_out=True)
                 if prompt not in seen:

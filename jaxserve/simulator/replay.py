@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
 from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import AddRequest, EngineOutput, FromEngine
-from jaxserve.request import FinishReason
+from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.protocol import Pending, Runner
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.simulator.simulated_engine import SimulatedDevice
@@ -107,29 +108,63 @@ def replay(
         stops = (keeping.stop_id,) if request.stop_token_ids else ()
         requests.append(dataclasses.replace(request, prompt_token_ids=prompt, stop_token_ids=stops))
         keeping.last_positions[request.request_id] = len(prompt) + length - 1
+    origin = time.perf_counter()
+    _, refused = serve(core, requests, progress=progress)
+    return _result(kept, skipped, core, events, origin, refused)
+
+
+def serve(
+    core: EngineCore,
+    requests: Sequence[EngineRequest],
+    *,
+    concurrency: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[str, float], set[int]]:
+    """Turns the engine's loop until every request has ended.
+
+    Args:
+        core: An engine whose `now` is `time.time`.
+        requests: In the order in which they are sent; arrival times and deadlines count from the start of this call.
+        concurrency: So many clients send a request each, the next one when it has ended, whatever the arrival times
+            say; None sends each request when it is due.
+        progress: Told how many requests have ended.
+
+    Returns:
+        When each request was sent, on `time.perf_counter`'s clock, by id; and the numbers of those that were refused.
+    """
+    sent: dict[str, float] = {}
     refused: set[int] = set()
     origin, wall = time.perf_counter(), time.time()
-    place = 0
+    place, free = 0, len(requests) if concurrency is None else concurrency
     while place < len(requests) or core.busy:
         now = time.perf_counter() - origin
-        while place < len(requests) and requests[place].arrival_time <= now:
+        while place < len(requests) and free and (concurrency or requests[place].arrival_time <= now):
             request = requests[place]
-            deadline = None if request.options.deadline is None else wall + request.options.deadline
+            arrival = request.arrival_time if concurrency is None else time.perf_counter() - origin
+            deadline = request.options.deadline
+            if deadline is not None:
+                deadline += wall + arrival - request.arrival_time
+            sent[request.request_id] = origin + arrival
             options = dataclasses.replace(request.options, deadline=deadline)
-            moved = dataclasses.replace(request, arrival_time=wall + request.arrival_time, options=options)
-            refused |= _errors(core.handle(AddRequest(moved)))
-            place += 1
+            moved = dataclasses.replace(request, arrival_time=wall + arrival, options=options)
+            answers = core.handle(AddRequest(moved))
+            refused |= _errors(answers)
+            place, free = place + 1, free - 1 + sum(map(_ends, answers))
+        if place == len(requests) and not core.busy:
+            break  # the last one was refused
         wait = core.pause if core.busy else np.inf
         if wait:
-            coming = requests[place].arrival_time - now if place < len(requests) else np.inf
+            due = place < len(requests) and concurrency is None
+            coming = requests[place].arrival_time - now if due else np.inf
             time.sleep(max(0.0, min(wait, coming)))
             if core.pause:
                 continue
         if core.busy:
-            messages = core.step()
-            if progress is not None and (ended := sum(_ends(message) for message in messages)):
+            ended = sum(map(_ends, core.step()))
+            free += ended
+            if progress is not None and ended:
                 progress(ended)
-    return _result(kept, skipped, core, events, origin, refused)
+    return sent, refused
 
 
 def _errors(messages: list[FromEngine]) -> set[int]:

@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 
-from benchmarks import compare, throughput
+from benchmarks import compare
 from benchmarks.cpu_time import process_tree
 from benchmarks.sides import contest, jaxserve_side
 from benchmarks.sides.contest import Contestant
@@ -269,13 +269,3 @@ def test_shares_of_steps():
     assert shares["padding_share"] == pytest.approx(10 / 40)
     assert shares["idle_share"] == pytest.approx(0.01 / 0.5)
     assert jaxserve_side.step_shares([])["padding_share"] == 0
-
-
-def test_throughput_of_the_median_repeat():
-    work = Work([[5] * 30, [5] * 10], [7, 3])
-    details = [{"compilations": 0, "steps": {"steps": number}} for number in range(3)]
-    runs = [Run(seconds, 10, 4.0, detail) for seconds, detail in zip((4.0, 2.0, 1.0), details, strict=True)]
-    found = throughput.summary(work, runs)
-    assert (found["output_throughput"], found["total_token_throughput"], found["best_output_throughput"]) == (5, 25, 10)
-    assert found["steps"] == {"steps": 1}
-    assert (found["cpu_cores"], found["compilations"]) == (2.0, 0)

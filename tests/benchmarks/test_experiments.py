@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 from typing import Any
 
@@ -11,8 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks.experiments import __main__ as all_experiments
-from benchmarks.experiments import chunk_size, fleets, harness, head_of_line, max_wait, plots
-from benchmarks.experiments.cases import TTFT, Case, Experiment, Panel, Scale
+from benchmarks.experiments import fleets, harness, plots
+from benchmarks.experiments.cases import EXPERIMENTS, TTFT, Case, Experiment, Panel, Scale
 from benchmarks.experiments.figures import jain_index, summary
 from benchmarks.experiments.sides import EngineSide, SimulationSide
 from jaxserve.runner.fake import FakeRunner
@@ -105,8 +104,8 @@ def test_rounds_of_the_engine_are_medians() -> None:
 
 
 def test_two_chunks_beside_each_other_are_as_long_a_gap_as_a_limit_twice_as_large() -> None:
-    side = SimulationSide({**harness.LIMITS["simulation"], **chunk_size.EXPERIMENT.limits["simulation"]})
-    cases = {(case.series, case.x): case for case in chunk_size.make_cases(side.scale)}
+    side = SimulationSide({**harness.LIMITS["simulation"], **EXPERIMENTS["chunk_size"].limits["simulation"]})
+    cases = {(case.series, case.x): case for case in EXPERIMENTS["chunk_size"].cases(side.scale)}
     assert [x for series, x in cases if series == "chunk size"] == [256, 512, 1024, 2048]
     assert [x for series, x in cases if series == "prefill limit of a step"] == [512, 2048, 8192]
     chunks, limit = (
@@ -119,7 +118,7 @@ def test_two_chunks_beside_each_other_are_as_long_a_gap_as_a_limit_twice_as_larg
 def test_long_ones_that_give_way_let_short_ones_in_at_once() -> None:
     side = SimulationSide(harness.LIMITS["simulation"] | {"max_num_seqs": 8, "swap_space": 4.0})
     scale = dataclasses.replace(side.scale, prompt=200, output=100)
-    keep, recompute, swap = (summary(side.run(case)) for case in head_of_line.make_cases(scale)[1:])
+    keep, recompute, swap = (summary(side.run(case)) for case in EXPERIMENTS["head_of_line"].cases(scale)[1:])
     assert keep["preemptions"] == 0
     assert recompute["preemptions"] > 0
     assert swap["preempted_by_swap"] == swap["preemptions"] > 0
@@ -172,14 +171,13 @@ def test_labels_of_fleets_that_cost_the_same_do_not_overlap(tmp_path: Any, monke
 
 
 def test_waits_are_drawn_on_an_axis_of_decades_where_batches_are_so_far_from_continuous() -> None:
-    assert {panel.key for panel in max_wait.EXPERIMENT.panels if panel.log} == {"ttft_mean", "ttft_p99", "e2e_mean"}
+    assert {panel.key for panel in EXPERIMENTS["max_wait"].panels if panel.log} == {"ttft_mean", "ttft_p99", "e2e_mean"}
 
 
-@pytest.mark.parametrize("name", all_experiments.NAMES)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_cases_of_every_experiment_are_valid(name: str) -> None:
     """Their settings exist and agree with the limits of both sides, and no two rows of a plot are one."""
-    experiment = importlib.import_module(f"benchmarks.experiments.{name}").EXPERIMENT
-    assert experiment.name == name
+    experiment = EXPERIMENTS[name]
     for side in experiment.sides:
         limits = harness.LIMITS[side] | experiment.limits.get(side, {})
         scale = Scale(side, 20, 64, 48, limits["max_num_seqs"], limits["max_num_batched_tokens"], limits)
@@ -203,4 +201,4 @@ def test_experiments_run_by_name_or_all(monkeypatch):
     assert all_experiments.main(["modes", "--simulate"]) == 0
     assert len(ran) == 1
     assert all_experiments.main(["--all", "--simulate"]) == 0
-    assert len(ran) == 1 + len(all_experiments.NAMES)
+    assert len(ran) == 1 + len(EXPERIMENTS)

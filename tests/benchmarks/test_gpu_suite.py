@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -10,25 +11,29 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from benchmarks import gpu_suite
-from benchmarks.gpu import child, counts, dense, device, llama, pages, plots, process, step, tune, values
-from benchmarks.gpu.bundle import build, try_bundle
+from benchmarks.gpu import child, counts, dense, device, kit, llama, pages, plots, process, products, tune, values
+from benchmarks.gpu.bundle import try_bundle, usable
+from benchmarks.gpu.parts import PARTS, TUNING, Part
 from benchmarks.gpu.record import FAILED, NOT_RUN, OK, RUNNING, STATUSES, AbsentError, Record, Settings, dumps
 from jaxserve.config import gin_config
 from jaxserve.config.settings import EngineConfig
+from jaxserve.models.params import abstract_params, make_mesh
 from jaxserve.pallas_kernels.paged_attention.triton import tuning
-from jaxserve.programs.step_programs import Shapes
 
 SCRIPT = process.ROOT / "benchmarks" / "gpu_suite.py"
+ABOUT = {"tune": False, "probe": {"platform": "cpu"}, "commands": []}
 
 
 def settings(output: pathlib.Path, mode: str = "cpu") -> Settings:
-    return Settings(mode, True, "auto", str(output), None, 0)
+    return Settings(mode, "auto", str(output), str(output), None, 0)
 
 
 def record(tmp_path: pathlib.Path, seconds: float = 60) -> Record:
@@ -56,7 +61,7 @@ def test_the_measured_model_is_that_of_llama_gin():
     config, _ = gin_config.build(EngineConfig, "llama.gin")
     assert config.architecture == llama.LLAMA_8B
     assert config.cache.page_size == llama.PAGE_SIZE
-    assert config.scheduler.max_num_seqs == llama.NUM_SLOTS
+    assert config.scheduler.max_num_seqs == llama.engine_config(gpu=True).scheduler.max_num_seqs
 
 
 def test_page_tables_use_every_page_but_the_null_page_before_one_comes_again():
@@ -134,6 +139,17 @@ def test_a_part_started_again_goes_on_after_the_case_that_ended_it(tmp_path: pat
     assert [case["status"] for case in second.cases] == [OK, FAILED, OK]
 
 
+def test_the_budget_counts_from_the_first_case(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    clock = [1000.0]
+    monkeypatch.setattr("benchmarks.gpu.record.time.time", lambda: clock[0])
+    kept = Record(tmp_path / "parts" / "x.json", 2000.0, budget=20.0)
+    clock[0] = 1500.0  # a process that was slow to start
+    for label, later in (("a", 19.0), ("b", 2.0), ("c", 0.0)):
+        kept.case(label, dict)
+        clock[0] += later
+    assert [case["status"] for case in kept.cases] == [OK, OK, NOT_RUN]
+
+
 def test_nothing_is_started_when_the_time_is_up(tmp_path: pathlib.Path):
     kept = record(tmp_path, seconds=-1)
     kept.case("a", dict)
@@ -179,12 +195,26 @@ kept.write()
 
 def test_parts_that_crash_or_hang_cost_only_themselves(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu_suite, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(gpu_suite, "START_SECONDS", 0.5)
     monkeypatch.setattr(gpu_suite, "REPORT_SECONDS", 0.0)
     code = FAKE_PART.format(root=str(process.ROOT))
     monkeypatch.setattr(process, "python", lambda module, *rest: [sys.executable, "-c", code, *rest])
-    parts = [gpu_suite.Part(name, name, weight) for name, weight in (("crashes", 2), ("hangs", 1), ("fine", 1))]
-    suite = gpu_suite.Suite(settings(tmp_path), parts, time.monotonic() + 16, False)
+    parts = [Part(name, name, seconds, 0) for name, seconds in (("crashes", 8), ("hangs", 3), ("fine", 8))]
+    suite = gpu_suite.Suite(settings(tmp_path), parts, time.monotonic() + 30)
+    suite.about = ABOUT
+    written: dict[str, str] = {}
+
+    def heard(line: str) -> None:
+        """What is in the file by the time that a case is told: a suite that is killed then has lost nothing."""
+        if line.startswith("   case "):
+            cases = [
+                case for part in json.loads((tmp_path / "suite.json").read_text())["parts"] for case in part["cases"]
+            ]
+            written[line.split()[1].rstrip(":")] = cases[-1]["case"]
+
+    monkeypatch.setattr(gpu_suite, "say", heard)
     suite.run()
+    assert written == {"first": "first", "third": "third"}
     crashes, hangs, fine = (suite.results[name] for name in ("crashes", "hangs", "fine"))
     assert [(case["case"], case["status"]) for case in crashes["cases"]] == [
         ("first", OK),
@@ -198,8 +228,10 @@ def test_parts_that_crash_or_hang_cost_only_themselves(tmp_path: pathlib.Path, m
 
 
 def test_parts_without_time_are_not_run(tmp_path: pathlib.Path):
-    suite = gpu_suite.Suite(settings(tmp_path), gpu_suite.PARTS, time.monotonic(), False)
+    suite = gpu_suite.Suite(settings(tmp_path), PARTS, time.monotonic())
+    suite.about = ABOUT
     suite.run()
+    suite.write(final=False)
     document = json.loads((tmp_path / "suite.json").read_text())
     assert {part["status"] for part in document["parts"]} == {NOT_RUN}
     check_document(document)
@@ -213,7 +245,7 @@ def check_document(document: dict[str, Any]) -> None:
     assert document["benchmark"] == "gpu_suite"
     assert document["mode"] in ("gpu", "cpu")
     assert bool(document["note"]) == (document["mode"] == "cpu")
-    assert {"date", "complete", "quick", "tune", "machine", "versions", "settings", "probe"} <= set(document)
+    assert {"date", "complete", "tune", "machine", "versions", "settings", "probe", "commands"} <= set(document)
     for part in document["parts"]:
         assert {"name", "title", "status", "reason", "seconds", "summary", "cases"} <= set(part)
         assert part["status"] in STATUSES
@@ -222,18 +254,91 @@ def check_document(document: dict[str, Any]) -> None:
             assert case["status"] == OK or case["reason"]
 
 
-def test_the_suite_tries_itself_on_a_cpu(tmp_path: pathlib.Path):
-    command = [sys.executable, str(SCRIPT), "--quick", "--only", "environment,write", "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_the_suite_goes_on_with_results_and_tries_itself_on_a_cpu(tmp_path: pathlib.Path):
+    measured = {"case": "copy 4 MiB", "status": OK, "gb_per_s": 123.0, "microseconds": 1.0}
+    before = gpu_suite.Suite(settings(tmp_path), PARTS, 0)
+    before.about = ABOUT | {"commands": [{"minutes": 9.0}]}
+    before.results["environment"] = gpu_suite._entry(PARTS[0], OK, "") | {
+        "cases": [measured],
+        "summary": {"copy_bytes_per_s": 123e9},
+    }
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(dumps(before.document(complete=False)))
+    command = [sys.executable, str(SCRIPT), "--cpu", "--only", "environment,products", "--resume", str(earlier)]
+    output = tmp_path / "output"
+    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    document = json.loads((tmp_path / "suite.json").read_text())
+    document = json.loads((output / "suite.json").read_text())
     check_document(document)
     assert document["complete"]
     assert document["mode"] == "cpu"
-    assert [part["status"] for part in document["parts"]] == [OK, OK]
-    assert document["parts"][0]["summary"]["copy_bytes_per_s"] > 0
-    assert all(case["gb_per_s"] > 0 for case in document["parts"][1]["cases"])
-    assert pages.CPU_NOTE in (tmp_path / "suite.md").read_text()
+    assert [command["minutes"] for command in document["commands"]] == [9.0, 9.0]
+    environment, products_part = document["parts"]
+    assert environment["cases"] == [measured]
+    assert products_part["status"] == OK
+    assert products_part["summary"]["copy_bytes_per_s"] == 123e9
+    assert all(case["tflop_per_s"] > 0 for case in products_part["cases"])
+    assert pages.CPU_NOTE in (output / "suite.md").read_text()
+    assert {path.name for path in output.iterdir()} == {"suite.json", "suite.md", "suite.log"}
+
+
+def test_what_a_command_did_not_end_is_run_again(tmp_path: pathlib.Path):
+    cases = {"done": (OK, ""), "wrong": (FAILED, "above"), "under way": (RUNNING, ""), "cut": (NOT_RUN, "time")}
+    part = Part("environment", "Machine", 10, 1)
+    entry = gpu_suite._entry(part, RUNNING, "") | {
+        "cases": [{"case": name, "status": status, "reason": reason} for name, (status, reason) in cases.items()]
+    }
+    absent = Part("peers_torch", "Peers in torch", 10, 1)
+    suite = gpu_suite.Suite(settings(tmp_path), [part, absent], time.monotonic())
+    suite.resume({"parts": [entry, gpu_suite._entry(absent, "absent", "torch is not here")]})
+    assert gpu_suite.unfinished(suite.results["environment"], again=False)
+    assert not gpu_suite.unfinished(suite.results["peers_torch"], again=True)
+    kept = Record(settings(tmp_path).result("environment"), time.time() + 60)
+    again: list[str] = []
+    for name in cases:
+        kept.case(name, lambda name=name: again.append(name) or {})
+    assert again == ["under way", "cut"]
+
+
+def test_results_of_something_else_are_not_gone_on_with(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    document = {"benchmark": "gpu_suite", "format": 1, "parts": []}
+    (tmp_path / "suite.json").write_text(json.dumps(document))
+    with pytest.raises(SystemExit):
+        gpu_suite.main(["--output", str(tmp_path), "--resume", str(tmp_path / "suite.json")])
+    assert "format 2" in capsys.readouterr().err
+    assert (tmp_path / "suite.json").is_file()
+
+
+def test_the_plan_fits_the_first_command():
+    starts = 5 * len(PARTS)  # seconds
+    assert starts + sum(part.budget for part in PARTS) <= 60 * gpu_suite.MINUTES - gpu_suite.REPORT_SECONDS
+    assert all(part.case_seconds <= part.budget for part in (*PARTS, *TUNING))
+    assert len(gpu_suite.RESULTS) <= 8
+    for part in (*PARTS, *TUNING):
+        assert importlib.util.find_spec(f"benchmarks.gpu.{part.name}") is not None
+
+
+def test_a_kit_is_unpacked_as_it_was_packed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    def compile_it(command: Sequence[str], **_: Any) -> None:
+        made = pathlib.Path(command[-2])
+        (made / "programs").mkdir()
+        (made / "programs" / "decode_8").write_bytes(b"code" * 1000)
+        (made / "manifest.json").write_text("{}")
+
+    monkeypatch.setattr(kit.subprocess, "run", compile_it)
+    kit.pack_bundle(tmp_path, "h200")
+    assert (tmp_path / kit.BUNDLE).stat().st_size < 1000
+    found = kit.unpack_bundle(tmp_path, tmp_path / "unpacked")
+    assert found is not None
+    assert (found / "programs" / "decode_8").read_bytes() == b"code" * 1000
+    assert kit.unpack_bundle(found, tmp_path / "other") is None
+    assert kit.install_wheels(tmp_path, tmp_path / "site") is None
+
+
+def test_programs_are_compiled_with_the_options_of_the_engine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(device, "compiler_options", lambda platform: {"xla_no_such_option": platform})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        device.compile_program(lambda x: x + 1, np.ones(3, np.float32))
 
 
 def test_a_termination_leaves_what_was_measured(tmp_path: pathlib.Path):
@@ -248,7 +353,7 @@ def test_a_termination_leaves_what_was_measured(tmp_path: pathlib.Path):
         assert running.wait() == 130
     document = json.loads((tmp_path / "suite.json").read_text())
     check_document(document)
-    assert [part["reason"] for part in document["parts"]] == ["interrupted", "interrupted"]
+    assert [part["reason"] for part in document["parts"]] == [gpu_suite.INTERRUPTED] * 2
     assert document["parts"][0]["cases"][0]["status"] == OK
     assert (tmp_path / "suite.md").is_file()
 
@@ -356,7 +461,10 @@ def test_machine_code_that_cannot_be_read_leaves_spills_unknown(monkeypatch: pyt
 def test_a_broken_bundle_ends_its_own_case_alone(tmp_path: pathlib.Path):
     (tmp_path / "manifest.json").write_text("{")
     kept = record(tmp_path)
-    try_bundle(kept, settings(tmp_path), tmp_path, "broken")
+    brought = dataclasses.replace(settings(tmp_path), bundle=str(tmp_path))
+    assert usable(brought, kept) is None
+    assert "has a manifest.json that is not valid JSON" in kept.summary["bundle"]
+    try_bundle(kept, brought, tmp_path, "broken")
     (case,) = kept.cases
     assert (case["case"], case["status"]) == ("broken: load", "absent")
     assert "has a manifest.json that is not valid JSON" in case["reason"]
@@ -376,7 +484,10 @@ def test_the_table_that_tuning_writes_is_one_that_kernels_read(tmp_path: pathlib
     assert other == tuning.lookup("NVIDIA H200", "decode", "bfloat16", "bfloat16", 64)
 
 
-def test_shapes_come_back_from_a_manifest(tmp_path: pathlib.Path):
-    shapes = step.make_shapes(settings(tmp_path), "xla")
-    shapes = dataclasses.replace(shapes, model=llama.LLAMA_8B)
-    assert build(Shapes, json.loads(json.dumps(dataclasses.asdict(shapes)))) == shapes
+def test_the_products_of_a_step_are_all_of_its_weights():
+    model = llama.LLAMA_8B
+    weights = sum(count * inputs * outputs for inputs, outputs, count in products.matrices(model).values())
+    leaves = jax.tree.leaves(abstract_params(model, model.dtype, make_mesh()))
+    vectors = (2 * model.num_hidden_layers + 1) * model.hidden_size
+    embedding = model.vocab_size * model.hidden_size
+    assert weights == sum(leaf.size for leaf in leaves) - vectors - embedding

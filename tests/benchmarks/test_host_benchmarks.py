@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
-from benchmarks import host_overhead, idle_share
-from benchmarks.host_overhead import PARTS, Case, PackingRunner, make_core
+from benchmarks import host_overhead, host_step, idle_share
+from benchmarks.host_overhead import Case, PackingRunner, make_core
+from benchmarks.host_step import PARTS, HostMeter
+from jaxserve.scheduler import Scheduler
 
 
 @pytest.mark.parametrize(
@@ -23,6 +27,21 @@ def test_the_engine_stays_full_and_the_parts_add_up(case, ends):
     spent = found["microseconds"]
     assert all(spent[part]["mean"] > 0 for part in PARTS)
     assert spent["all"]["mean"] == pytest.approx(sum(spent[part]["mean"] for part in PARTS))
+
+
+def test_a_part_is_timed_without_what_it_calls_and_the_engine_is_left_as_it_was(monkeypatch):
+    """A clock that goes on by a second whenever it is read: what lies between two reads is known."""
+    before = Scheduler.__dict__["schedule"]
+    core = make_core(5)
+    with HostMeter() as meter:
+        clock = itertools.count()
+        monkeypatch.setattr(host_step.time, "perf_counter", lambda: float(next(clock)))
+        spent, _ = meter.step(core)
+        monkeypatch.undo()
+    # Nothing to do: expire and schedule read it twice each, one right after the other.
+    assert spent == {"schedule": 2.0, "pack": 0, "dispatch": 0, "collect": 0, "update": 0, "outputs": spent["outputs"]}
+    assert spent["outputs"] == next(clock) - 1 - spent["schedule"]
+    assert Scheduler.__dict__["schedule"] is before
 
 
 def test_the_profile_names_what_a_step_calls():
