@@ -1,8 +1,5 @@
 """The gRPC server: `python -m jaxserve.server --config tiny.gin [--gin.BINDING=VALUE ...]`.
 
-Life of the process: read the configuration, bind the port, start the engine and load the tokenizer side by side, serve;
-on SIGTERM or SIGINT let running requests finish for at most drain_seconds, on a second signal end at once.
-
 The exit code is 0 where a signal ended the process and the engine ended when it was asked to. It is 1, with one line on
 stderr, where the start failed, the engine died or hung, or had to be killed at the end; whatever signals came.
 """
@@ -10,41 +7,12 @@ stderr, where the start failed, the engine died or hung, or had to be killed at 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
-import importlib
-import logging
-import os
-import pathlib
-import signal
 import sys
-import threading
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn, TypeVar
+from collections.abc import Sequence
 
 from jaxserve.config import gin_config
-from jaxserve.config.settings import ServerConfig
-from jaxserve.engine.channel import END_SECONDS, EngineClient
-from jaxserve.engine.process import LOG_FORMAT, EngineProcess, LaunchedEngine
-from jaxserve.frontend.async_frontend import AsyncFrontEnd
-from jaxserve.frontend.large_blocks import return_large_blocks
-from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
-from jaxserve.serving.grpc_server import GrpcServer
-from jaxserve.serving.running_log import log_while_busy, phases_log, start_lines
-from jaxserve.telemetry.startup_spans import Phases, seconds_since_start
-
-T = TypeVar("T")
-
-EXIT_FAILED = 1
-_WATCH_SECONDS = 0.1
-_HURRY_SECONDS = 2.0
-"""How long an engine may take to end after a second signal, or once it has failed, before it is killed."""
-
-_log = logging.getLogger("jaxserve.server")
-
-
-class _StopError(Exception):
-    """A signal asked the process to end before it was ready."""
+from jaxserve.serving.server_run import run_server
+from jaxserve.telemetry.startup_spans import Phases
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,208 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jaxserve.server", description="Serves a model over gRPC.")
     with phases.phase("configuration"):
         _, config, operative = gin_config.load_from_command_line(parser, arguments)
-    if config.engine_process:  # an engine in this process has its own ways with memory
-        return_large_blocks()
-    # Texts are encoded one a call: threads of the tokenizers' own would only make one wait for another.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(format=LOG_FORMAT, stream=sys.stderr, force=True)
-    logging.getLogger("jaxserve").setLevel(logging.INFO)
-    for line in operative.splitlines():
-        if line.strip() and not line.startswith("#"):
-            _log.info("config: %s", line.strip())
-    return asyncio.run(_Server(config, phases).run())
-
-
-class _Server:
-    """One run of the server. phases: of this process so far."""
-
-    def __init__(self, config: ServerConfig, phases: Phases):
-        self._config = config
-        self._phases = phases
-        self._stop = asyncio.Event()
-        self._hurry = asyncio.Event()
-        # The end of the path, much as a hub names models: OWNER/NAME.
-        self._name = config.served_model_name or "/".join(pathlib.PurePath(config.engine.model or "dummy").parts[-2:])
-
-    async def run(self) -> int:
-        """Returns the process's exit code."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
-        config = self._config
-        launch = _launch_engine(config)  # its imports take longer than all that follows here
-        try:
-            with self._phases.phase("bind"):
-                server = GrpcServer(
-                    config.host,
-                    config.port,
-                    config.max_message_bytes,
-                    self._name,
-                    config.limits,
-                    returns_memory=config.engine_process,
-                )
-                await server.start()
-        except OSError as error:
-            launch.kill()
-            return _fail(str(error))
-        _log.info("listening on %s; loading model %s", server.address, self._name)
-        try:
-            engine, tokenizer = await self._load(launch.start)
-        except _StopError:
-            launch.kill()
-            await server.stop()
-            _exit_now(0)
-        except (ValueError, OSError, MemoryError) as error:
-            launch.kill()
-            await server.stop()
-            _exit_now(_fail(f"the model cannot be served: {_one_line(error)}"))
-        # What a client sent may still keep threads busy, and a hung engine its own: nothing waits for them.
-        _exit_now(await self._serve(server, engine, tokenizer))
-
-    async def _load(self, start_engine: Callable[[], EngineClient]) -> tuple[EngineClient, Tokenizer | None]:
-        """The engine and the tokenizer, each loaded in a thread; the first error of either counts."""
-        engine = _in_thread(lambda: self._timed("engine", start_engine))
-        tokenizer = _in_thread(lambda: self._timed("tokenizer", lambda: load_tokenizer(self._config.engine)))
-        stop = asyncio.ensure_future(self._stop.wait())
-        pending: set[asyncio.Future] = {engine, tokenizer}
-        while pending:
-            done, _ = await asyncio.wait({stop, *pending}, return_when=asyncio.FIRST_COMPLETED)
-            if stop in done:
-                raise _StopError
-            for future in done:
-                future.result()
-            pending -= done
-        stop.cancel()
-        return engine.result(), tokenizer.result()
-
-    async def _serve(self, server: GrpcServer, engine: EngineClient, tokenizer: Tokenizer | None) -> int:
-        """Serves until a signal or the engine's death, then ends the engine and the server."""
-        with self._phases.phase("serve"):
-            frontend = AsyncFrontEnd(
-                engine,
-                tokenizer,
-                seed=self._config.engine.seed,
-                max_unread_tokens=self._config.max_unread_tokens,
-                step_timeout=self._config.step_timeout,
-            )
-            await server.serve(frontend, tokenizer)
-        for line in (*start_lines(engine.ready, self._name), *phases_log(self._phases.all(), engine.ready.info.phases)):
-            _log.info("%s", line)
-        _log.info("ready on %s in %.1f s", server.address, seconds_since_start())
-        log_task = asyncio.ensure_future(log_while_busy(lambda: frontend.stats))
-        died = asyncio.ensure_future(_death(frontend))
-        stop = asyncio.ensure_future(self._stop.wait())
-        await asyncio.wait({died, stop}, return_when=asyncio.FIRST_COMPLETED)
-        await server.drain()
-        if not died.done():
-            await self._drain(frontend, died)
-        for task in (log_task, died, stop):
-            task.cancel()
-        problem = f"the engine has died: {frontend.failure}" if frontend.failure else ""
-        ended = await self._end(frontend, _HURRY_SECONDS if problem else END_SECONDS)
-        problem = problem or ended
-        await server.stop()
-        return _fail(problem) if problem else 0
-
-    def _timed(self, name: str, call: Callable[[], T]) -> T:
-        with self._phases.phase(name):
-            return call()
-
-    async def _drain(self, frontend: AsyncFrontEnd, died: asyncio.Future[str]) -> None:
-        """Lets what runs finish, until drain_seconds are over, a second signal comes, or the engine dies."""
-        if frontend.num_open:
-            _log.info("%d requests may finish for %g s", frontend.num_open, self._config.drain_seconds)
-        draining = asyncio.ensure_future(frontend.drain(self._config.drain_seconds))
-        hurry = asyncio.ensure_future(self._hurry.wait())
-        await asyncio.wait({draining, hurry, died}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (draining, hurry):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-
-    async def _end(self, frontend: AsyncFrontEnd, seconds: float) -> str:
-        """Ends what still runs, and the engine; returns one line on what went wrong with it, or "".
-
-        seconds: until an engine that does not end is killed; a second signal leaves it _HURRY_SECONDS.
-        """
-        closing = asyncio.ensure_future(frontend.close(0.0, seconds))
-        hurry = asyncio.ensure_future(self._hurry.wait())
-        await asyncio.wait({closing, hurry}, return_when=asyncio.FIRST_COMPLETED)
-        hurry.cancel()
-        if not closing.done():
-            await asyncio.wait({closing}, timeout=_HURRY_SECONDS)
-            frontend.kill()
-        return await closing
-
-    def _on_signal(self, number: signal.Signals) -> None:
-        if self._stop.is_set():
-            _log.info("%s again: ending at once", number.name)
-            self._hurry.set()
-        else:
-            _log.info("%s: shutting down", number.name)
-            self._stop.set()
-
-
-async def _death(frontend: AsyncFrontEnd) -> str:
-    """Returns when the engine has ended, with its last line."""
-    # The streams have been told by then; this is for the health status and the exit code.
-    while not frontend.failure:  # noqa: ASYNC110  the front end has no event for it
-        await asyncio.sleep(_WATCH_SECONDS)
-    return frontend.failure
-
-
-class _Launch(NamedTuple):
-    """An engine that is on its way. start: waits for it and returns it. kill: ends its process, if it has one."""
-
-    start: Callable[[], EngineClient]
-    kill: Callable[[], None] = lambda: None
-
-
-def _launch_engine(config: ServerConfig) -> _Launch:
-    """Launches an engine. One in a process of its own begins with its imports at once."""
-    if config.engine_process:
-        launched = LaunchedEngine()
-        return _Launch(lambda: EngineProcess(config.engine, launched), launched.process.kill)
-    # Imported late: an engine brings jax, which takes seconds, and the port should be bound before that.
-    return _Launch(lambda: importlib.import_module("jaxserve.engine.inline").InlineEngine(config.engine, progress=True))
-
-
-def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
-    """The result of `function`, run in a thread that does not keep the process from ending."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(set_it: Callable[..., None], value: object) -> None:
-        if not future.done():
-            set_it(value)
-
-    def run() -> None:
-        try:
-            result = function()
-        except BaseException as error:
-            loop.call_soon_threadsafe(settle, future.set_exception, error)
-        else:
-            loop.call_soon_threadsafe(settle, future.set_result, result)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _fail(message: str) -> int:
-    print(f"jaxserve.server: {message}", file=sys.stderr, flush=True)
-    return EXIT_FAILED
-
-
-def _exit_now(code: int) -> NoReturn:
-    """Ends without waiting for threads that load a model; an engine process ends when it sees us gone."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    return run_server(config, operative, phases)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def sources(*places: str) -> list[pathlib.Path]:
             {"numpy"},
         ),
         (("jaxserve/config/targets.py", "jaxserve/planning/model_cost.py"), set()),
-        (("jaxserve/simulator",), {"numpy", "matplotlib"}),  # to draw
+        (("jaxserve/simulator",), {"numpy", "matplotlib", "tqdm"}),  # to draw, and to show how far it is
         (("jaxserve/runner/protocol.py", "jaxserve/runner/fake.py", "models/config.py"), {"numpy"}),
     ],
 )

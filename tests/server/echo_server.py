@@ -10,6 +10,7 @@ import sys
 import threading
 
 from jaxserve import server
+from jaxserve.serving import server_run
 from tests.server.fakes import EchoEngine
 
 
@@ -47,6 +48,6 @@ def obey(engine: EchoEngine) -> None:
 
 if __name__ == "__main__":
     control, tokenizer, *overrides = sys.argv[1:]
-    server._launch_engine = lambda config: server._Launch(lambda: start_engine(control))
+    server_run.launch_engine = lambda config: server_run.Launch(lambda: start_engine(control))
     bindings = [f"--gin.EngineConfig.tokenizer='{tokenizer}'", "--gin.ServerConfig.port=0", *overrides]
     sys.exit(server.main(["--config", "tiny.gin", *bindings]))

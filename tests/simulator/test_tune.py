@@ -6,6 +6,7 @@ import pytest
 from jaxserve import tune
 from jaxserve.config import gin_config
 from jaxserve.runner.fake import FakeRunner
+from jaxserve.simulator import tuning
 from jaxserve.simulator.replay import replay
 from jaxserve.simulator.report import Slo
 from jaxserve.simulator.search import Score, candidates, owner_of, search_space, stressed, successive_halving
@@ -137,7 +138,7 @@ def test_a_file_that_cannot_be_read_is_not_written(tmp_path):
     output = tmp_path / "tuned.gin"
     output.write_text("# before")
     with pytest.raises(ValueError, match="no_such"):
-        tune.write_readable(output, "no_such.setting = 3\n")
+        tuning.write_readable(output, "no_such.setting = 3\n", gin_config.load)
     assert [path.name for path in tmp_path.iterdir()] == ["tuned.gin"]
     assert output.read_text() == "# before"
 
@@ -149,21 +150,20 @@ def test_the_engine_confirms(monkeypatch, tmp_path):
         made.append(config)
         return FakeRunner(num_pages=65, page_size=16, max_model_len=256)
 
-    monkeypatch.setattr(tune, "ModelRunner", runner)
     config, trace = make_config(), make_trace("t", np.arange(12) * 0.02, 20, 5)
-    trial = tune.Trial({"policy": "sjf"}, 12, Score(1.0, 1.0, -1.0, 1.0))
+    trial = tuning.Trial({"policy": "sjf"}, 12, Score(1.0, 1.0, -1.0, 1.0))
     parsed = tune.make_parser().parse_args(["--confirm-seconds=0.1"])
-    found = tune.confirm(config, trace, Slo(ttft=30.0), ClientRule(), tune.Evidence(trial, trial), parsed)
+    found = tuning.confirm(config, trace, Slo(ttft=30.0), ClientRule(), tuning.Evidence(trial, trial), parsed, runner)
     assert [each.scheduler.policy for each in made] == ["fcfs", "sjf"]
     assert found.engine_requests == 5
     assert found.engine_after is not None
     assert found.engine_after.good_share == 1.0
     # What the engine refutes is not set.
     scores = iter([Score(2.0, 1.0, -1.0, 1.0), Score(1.0, 1.0, -1.0, 1.0)])
-    monkeypatch.setattr(tune, "replay", lambda *arguments, **options: None)
+    monkeypatch.setattr(tuning, "replay", lambda *arguments, **options: None)
     monkeypatch.setattr(Score, "of", lambda result, slo: next(scores))
-    before = tune.Trial({}, 12, Score(0.5, 1.0, -1.0, 1.0))
-    found = tune.confirm(config, trace, Slo(ttft=30.0), ClientRule(), tune.Evidence(trial, before), parsed)
+    before = tuning.Trial({}, 12, Score(0.5, 1.0, -1.0, 1.0))
+    found = tuning.confirm(config, trace, Slo(ttft=30.0), ClientRule(), tuning.Evidence(trial, before), parsed, runner)
     assert found.best is before
     assert found.refuted is trial
 
@@ -179,14 +179,14 @@ def test_the_engine_refutes_beyond_a_tolerance():
         (1.95, 120.0, -9.0, False),
         (2.05, 10.0, -9.0, False),
     ):
-        assert Score(goodput, tokens, promptness, 1.0).clearly_below(base, tune.REFUTED) is below
+        assert Score(goodput, tokens, promptness, 1.0).clearly_below(base, tuning.REFUTED) is below
     never = Score(0.0, 0.0, -np.inf, 0.0)
-    assert not never.clearly_below(never, tune.REFUTED)
-    assert never.clearly_below(base, tune.REFUTED)
+    assert not never.clearly_below(never, tuning.REFUTED)
+    assert never.clearly_below(base, tuning.REFUTED)
 
 
 def test_where_nothing_is_better_the_file_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tune, "successive_halving", lambda config, *rest, **named: [trials(config)] * 2)
+    monkeypatch.setattr(tuning, "successive_halving", lambda config, *rest, **named: [trials(config)] * 2)
     output = tmp_path / "tuned.gin"
     assert tune.main(["--config=llama.gin", "--trace=synthetic:count=20,rate=40", f"--output={output}"]) == 0
     said = "none of 1 others simulated better: no option is better than the configuration, which stays as it is"
@@ -199,15 +199,15 @@ def test_where_nothing_is_better_the_file_says_so(tmp_path, monkeypatch, capsys)
 
 
 def test_candidates_that_all_refuse_more_are_no_options(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tune, "successive_halving", lambda config, *rest, **named: [trials(config)[:1]])
+    monkeypatch.setattr(tuning, "successive_halving", lambda config, *rest, **named: [trials(config)[:1]])
     with pytest.raises(SystemExit, match="2"):
         tune.main(["--config=llama.gin", "--trace=synthetic:count=20,rate=40", f"--output={tmp_path / 'tuned.gin'}"])
     assert "none of the other 53 candidates can serve the trace" in capsys.readouterr().err
 
 
 def trials(config):
-    own = tune.Trial({}, 20, Score(2.0, 1.0, -1.0, 1.0))
-    return [own, tune.Trial({"policy": "sjf"}, 20, Score(1.0, 1.0, -1.0, 1.0))]
+    own = tuning.Trial({}, 20, Score(2.0, 1.0, -1.0, 1.0))
+    return [own, tuning.Trial({"policy": "sjf"}, 20, Score(1.0, 1.0, -1.0, 1.0))]
 
 
 @pytest.mark.parametrize(
