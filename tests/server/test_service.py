@@ -457,7 +457,7 @@ def test_server_info(tokenizer):
 
 def test_the_counts_on_the_wire_are_the_engines():
     wire = set(pb.EngineStats.DESCRIPTOR.fields_by_name)
-    assert wire <= set(EngineStats.__dataclass_fields__)
+    assert wire <= set(EngineStats.__struct_fields__)
 
 
 async def _first(call):
