@@ -39,7 +39,10 @@ _NESTED_KEYS = (
 )  # fmt: skip
 """Keys that are read outside `text_config`, where models of several modalities have them."""
 
-_NEUTRAL = (None, False, 0, 1, "", [], {})
+
+def _is_neutral(value: Any) -> bool:
+    """Whether a setting with this value leaves everything as it is: nothing, off, or a factor of 1."""
+    return value is not True and any(value == neutral for neutral in (None, False, 0, 1, "", [], {}))
 
 
 class ConfigKeys(Mapping[str, Any]):
@@ -64,9 +67,7 @@ class ConfigKeys(Mapping[str, Any]):
         named = self._content.keys() - self._read - INERT_KEYS
         if self._content.get("use_sliding_window") is False:
             named -= {"sliding_window", "max_window_layers"}
-        return sorted(
-            name for name in named if not name.startswith("_") and not any(self._content[name] == v for v in _NEUTRAL)
-        )
+        return sorted(name for name in named if not name.startswith("_") and not _is_neutral(self._content[name]))
 
 
 def required_count(raw: Mapping[str, Any], name: str) -> int:

@@ -90,3 +90,77 @@ def test_rotary_frequencies_by_hand():
     # Turns in 128 positions: 20.4 (kept), 2.04 (a share (2.04 - 1) / 3 kept), 0.2 and 0.02 (an eighth).
     share = (128 * 0.1 / (2 * math.pi) - 1) / 3
     np.testing.assert_allclose(scaled, [1, 0.1 * share + 0.0125 * (1 - share), 0.00125, 0.000125], rtol=1e-6)
+
+
+FAMILIES = {
+    name: BASE | {"architectures": [f"{prefix}ForCausalLM"], "model_type": name}
+    for name, prefix in (("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
+}
+WINDOWED = {"use_sliding_window": True, "sliding_window": 9}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "windows"),
+    [
+        ("mistral", {}, [4096, 4096]),  # what transformers takes for a missing key
+        ("mistral", {"sliding_window": None}, [None, None]),
+        ("mistral", {"sliding_window": 9}, [9, 9]),
+        ("qwen2", {}, [None, None]),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 9, "max_window_layers": 0}, [None, None]),
+        ("qwen2", WINDOWED, [None, None]),  # from layer 28 on
+        ("qwen2", WINDOWED | {"max_window_layers": 1}, [None, 9]),
+        ("qwen2", WINDOWED | {"max_window_layers": 0}, [9, 9]),
+        ("qwen2", WINDOWED | {"layer_types": ["sliding_attention", "full_attention"]}, [9, None]),
+        ("qwen3", WINDOWED | {"layer_types": ["full_attention", "full_attention"]}, [None, None]),
+        ("qwen3", WINDOWED | {"max_window_layers": 1}, [None, 9]),
+    ],
+)
+def test_windows_of_layers_and_back(family, fields, windows):
+    config = ModelConfig.from_hf(FAMILIES[family] | fields)
+    assert [layer.attention.sliding_window for layer in config.layer_specs] == windows
+    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+def test_what_a_family_takes_for_missing_keys():
+    sizes = {"hidden_size": 320, "num_attention_heads": 32}
+    missing = {name: value for name, value in (FAMILIES["qwen3"] | sizes).items() if name != "num_key_value_heads"}
+    config = ModelConfig.from_hf(missing)
+    assert (config.head_dim, config.num_key_value_heads) == (128, 32)
+    assert ModelConfig.from_hf(FAMILIES["qwen2"]).head_dim == 16
+    assert all(layer.attention.qkv_bias for layer in ModelConfig.from_hf(FAMILIES["qwen2"]).layer_specs)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("mistral", {"attn_logit_softcapping": 30.0}, r"^config.json has attn_logit_softcapping 30.0, by which models"),
+        (
+            "mistral",
+            {"layer_types": ["full_attention"] * 2},
+            r"^config.json has layer_types \['full_attention', 'full_",
+        ),
+        ("mistral", {"sliding_window": 0}, r"^config.json sliding_window is 0; it must be a whole number of at least"),
+        ("mistral", {"sliding_window": 9, "use_sliding_window": False}, r"^config.json sliding_window is 9 and use_sl"),
+        ("qwen2", {"use_sliding_window": 1}, r"^config.json use_sliding_window is 1; it must be true or false$"),
+        ("qwen2", WINDOWED | {"max_window_layers": "x"}, r"^config.json max_window_layers is 'x'; it must be a whole"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, r"^config.json layer_types has sliding_attention, which"),
+        ("qwen3", {"layer_types": ["full_attention"]}, r"layer_types is \['full_attention'\]; it must list .* each of"),
+        ("qwen3", {"layer_types": ["full_attention", "linear"]}, r"^config.json layer_types is .*it must list full_at"),
+        ("qwen3", {"num_experts": 8}, r"^config.json has num_experts 8, by which models compute something else and w"),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"^rope_scaling kind is 'yarn'; supported"),
+    ],
+)
+def test_a_key_that_a_family_does_not_serve_is_refused(family, fields, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        ModelConfig.from_hf(FAMILIES[family] | fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_keys_that_nobody_reads_are_told_and_inert_ones_are_not(tmp_path, caplog):
+    raw = FAMILIES["qwen2"] | {"attention_dropout": 0.1, "initializer_range": 0.02, "use_cache": True, "_name": "x"}
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"use_mrope": False, "sliding_window": 5}))
+    ModelConfig.from_directory(tmp_path)
+    assert not caplog.messages
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"use_mrope": True, "invented": [3]}))
+    ModelConfig.from_directory(tmp_path)
+    assert caplog.messages == ["config.json has invented, use_mrope, which Qwen2ForCausalLM does not know; not used"]

@@ -19,6 +19,7 @@ RUN = textwrap.dedent("""
     from jaxserve.models.config import ModelConfig
     from tests.models import generate
     from tests.models.checkpoints import BASE, Shape, prompt, write_shape
+    from tests.models.test_layer_kinds import MIXED
 
     assert jax.device_count() == 4
     shape = Shape(BASE | {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 138, "attention_bias": True,
@@ -50,6 +51,11 @@ RUN = textwrap.dedent("""
         assert not np.array_equal(quantised[1], paged)
         np.testing.assert_array_equal(quantised[0], quantised_of_one[0])
         np.testing.assert_allclose(quantised[1], quantised_of_one[1], rtol=0, atol=0.05)
+        if count == 2:  # layers that differ, with sinks and without rotation
+            mixed = [params.random_params(MIXED, "float32", on, seed=1) for on in (params.make_mesh(), mesh)]
+            parts = [np.asarray(generate.dense_logits(MIXED, mixed[0], tokens))]
+            parts.append(generate.PagedSequence(MIXED, mixed[1], 16, "xla", mesh).extend(tokens, 16))
+            np.testing.assert_allclose(*parts, rtol=0, atol=5e-5)
         if count == 4:
             checkpoint.save_orbax(weights, config, directory / "converted")
             wide = params.make_mesh(jax.devices()[2:])
