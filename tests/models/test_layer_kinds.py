@@ -11,7 +11,10 @@ from jaxserve.models import params
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layer_specs import LayerSpec, MLPSpec, SelfAttentionSpec
 from jaxserve.models.layers.parameter import Source
+from jaxserve.pallas_kernels.paged_attention import api
 from jaxserve.planning.model_cost import ModelCost
+from jaxserve.planning.resolve import resolve_shapes
+from jaxserve.programs import step_programs as programs
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
 from tests.models import generate
@@ -109,8 +112,11 @@ def test_pages_compute_each_layer_as_its_spec_says(weights, expected):
     np.testing.assert_allclose(paged, expected, rtol=0, atol=1e-4)
 
 
-def test_an_engine_serves_layers_whose_windows_alternate():
-    """With kernels that have decode programs of their own; tests/models/test_families.py has the others."""
+def test_an_engine_serves_layers_whose_windows_alternate(monkeypatch):
+    """Where steps of decodes have programs of their own; tests/models/test_families.py has the others."""
+    patched = {"xla": dataclasses.replace(api.IMPLEMENTATIONS["xla"], decode_programs=True)}
+    for module in (api, programs):
+        monkeypatch.setattr(module, "IMPLEMENTATIONS", {**api.IMPLEMENTATIONS, **patched})
     model = dataclasses.replace(
         ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 2, 1, 16, 256),
         layers=tuple(LayerSpec(SelfAttentionSpec(sliding_window=window), MLPSpec(48)) for window in (6, None)),
@@ -119,7 +125,7 @@ def test_an_engine_serves_layers_whose_windows_alternate():
     config = EngineConfig(
         architecture=model,
         load_format="dummy",
-        attention="triton_interpret",
+        attention="xla",
         scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=16),
         cache=CacheConfig(num_pages=16),
         token_buckets=(16,),
@@ -130,6 +136,7 @@ def test_an_engine_serves_layers_whose_windows_alternate():
     prompts = [tuple(np.random.RandomState(number).randint(0, 96, 20 + number).tolist()) for number in range(2)]
     requests = [EngineRequest(f"r{number}", prompt, max_tokens=12) for number, prompt in enumerate(prompts)]
     drawn = params.random_params(model, "float32", params.make_mesh(), config.seed)
+    assert "decode" in {key.kind for key in programs.program_keys(resolve_shapes(config, "cpu"))}
     for prompt, tokens in zip(prompts, drive(ModelRunner(config), config, requests).tokens, strict=True):
         greedy = generate.dense_greedy(model, drawn, jnp.asarray(prompt, jnp.int32), 12)
         assert list(tokens) == np.asarray(greedy)[len(prompt) :].tolist()
