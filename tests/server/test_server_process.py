@@ -1,7 +1,6 @@
 """The server as a process: what it logs, and how signals, faulty starts and a dying engine end it."""
 
 import contextlib
-import dataclasses
 import json
 import queue
 import re
@@ -12,9 +11,11 @@ import threading
 from collections.abc import Callable, Iterator
 
 import grpc
+import msgspec
 import pytest
 
 from jaxserve.engine.messages import EngineStats
+from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.serving.client import Client
 from jaxserve.serving.running_log import busy_line, start_lines
 from jaxserve.telemetry.startup_spans import seconds_since_start
@@ -250,8 +251,8 @@ def test_the_line_while_busy():
         "prompt 10.0 tok/s, generation 20.0 tok/s, running 3, waiting 4, swapped 0, pool 18.8%, padding 25.0%"
     )
     assert busy_line(
-        dataclasses.replace(now, num_preemptions_recompute=2, num_preemptions_swap=3),
-        dataclasses.replace(
+        msgspec.structs.replace(now, num_preemptions_recompute=2, num_preemptions_swap=3),
+        msgspec.structs.replace(
             now, num_swapped=5, num_preemptions_recompute=2, num_preemptions_swap=7, num_dropped=2, kendall_tau=0.416
         ),
         5.0,
@@ -285,12 +286,7 @@ def test_figures_of_the_start():
         )
     planned = changed(READY, memory=(("weights", 5_000_000), ("pages", 1_234_500_000)))
     assert start_lines(planned, "echo")[3] == "memory, MB: weights 5.0, pages 1,234.5"
-    swapping = dataclasses.replace(
-        planned,
-        num_host_pages=512,
-        recompute_seconds_per_token=123e-6,
-        swap_seconds_per_page=2e-3,
-    )
+    swapping = changed(planned, num_host_pages=512, preemption_costs=PreemptionCosts(123e-6, 2e-3))
     assert start_lines(swapping, "echo")[2] == (
         "swap space: 8,192 tokens (512 pages of host memory); to bring back a sequence takes 123 us a token computed "
         "again, 2,000 us a page swapped out and in"
