@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 from jaxserve.config import gin_config
+from jaxserve.config.changed import changed_settings
 from jaxserve.config.settings import ServerConfig
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
@@ -195,12 +196,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", required=True, metavar="FILE", help="results; an existing file is resumed; - is standard output"
     )
     parser.add_argument("--composition", metavar="DIR", help="write what steps consisted of, as JSON and a plot")
-    parsed, config, operative = gin_config.load_from_command_line(parser, arguments)
+    parsed, config, _ = gin_config.load_from_command_line(parser, arguments)
     if parsed.composition is not None:
         engine = dataclasses.replace(config.engine, composition_dir=parsed.composition)
         config = dataclasses.replace(config, engine=engine)
     _fill_standard_streams()
-    job = _Job(config, operative)
+    job = _Job(config)
     try:
         with StopSignals(_FAREWELL) as signals:
             _prepare_composition(config.engine.composition_dir, (parsed.input, parsed.output))
@@ -221,9 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class _Job:
     """One run of the command over opened files."""
 
-    def __init__(self, config: ServerConfig, operative: str):
+    def __init__(self, config: ServerConfig):
         self._config = config
-        self._operative = operative
         self._total: int | None = None
         self._done_before = 0
         self._resume = "the same command begins it again"
@@ -235,9 +235,8 @@ class _Job:
         config, engine = self._config, self._config.engine
         self._survey(source, output)
         tokenizer = load_tokenizer(engine)
-        for line in self._operative.splitlines():
-            if line.strip() and not line.startswith("#"):
-                _say(f"config: {line.strip()}")
+        for line in changed_settings(config):
+            _say(f"config: {line}")
         client = InlineEngine(engine, progress=True)
         with _closing(lambda: _close(client, engine.composition_dir)):
             self._run = run = BatchRun(

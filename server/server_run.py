@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn, TypeVar
 
+from jaxserve.config.changed import changed_settings
 from jaxserve.config.settings import ServerConfig
 from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.process import LOG_FORMAT, EngineProcess, LaunchedEngine
@@ -55,10 +56,12 @@ def run_server(config: ServerConfig, operative: str, phases: Phases) -> int:
     # Texts are encoded one a call: threads of the tokenizers' own would only make one wait for another.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format=LOG_FORMAT, stream=sys.stderr, force=True)
-    logging.getLogger("jaxserve").setLevel(logging.INFO)
+    logging.getLogger("jaxserve").setLevel(config.log_level.upper())
+    for line in changed_settings(config):
+        _log.info("config: %s", line)
     for line in operative.splitlines():
         if line.strip() and not line.startswith("#"):
-            _log.info("config: %s", line.strip())
+            _log.debug("config, defaults included: %s", line.strip())
     return asyncio.run(_Server(config, phases).run())
 
 

@@ -10,6 +10,7 @@ import gin
 import pytest
 
 from jaxserve.config import field_types, gin_config
+from jaxserve.config.changed import changed_settings
 from jaxserve.config.gin_config import ConfigError
 from jaxserve.config.settings import EngineConfig, ServerConfig
 from jaxserve.models.config import ModelConfig, RopeScaling
@@ -339,3 +340,11 @@ def test_every_field_of_every_configuration_has_a_type_that_can_be_checked():
     for config in gin_config._family(ServerConfig):
         for name, hint in field_types.hints(config).items():
             assert field_types.describe(hint), f"{config.__name__}.{name}"
+
+
+def test_changed_settings_are_those_that_differ(load):
+    assert list(changed_settings(ServerConfig(EngineConfig(model="x")))) == ["EngineConfig.model = 'x'"]
+    config = load("ServerConfig.port = 7\nSchedulerConfig.policy = 'fair'\nLimitsConfig.max_open_calls = 8192")
+    assert "ServerConfig.port = 7" in changed_settings(config)
+    assert "SchedulerConfig.policy = 'fair'" in changed_settings(config)
+    assert not any("max_open_calls" in line for line in changed_settings(config))

@@ -16,6 +16,8 @@ from jaxserve.config.failpoints import Failpoint
 from jaxserve.config.scheduling import MIN_BUCKET, SchedulerConfig
 from jaxserve.models.config import ModelConfig
 
+LOG_LEVELS = ("debug", "info", "warning")
+
 ATTENTION = ("auto", "triton", "cpu", "xla", "reference", "triton_interpret")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3", "int8")
@@ -215,7 +217,8 @@ class ServerConfig:
     max_unread_tokens: output tokens of one request that may wait for its reader, beyond what the connection buffers;
     the request of a reader that falls further behind is ended. limits: what clients may hold open.
     step_timeout: seconds in which a step of the engine must end and the engine's process must answer; else the server
-    ends. None is the larger of 60 and 20 times what the largest step is predicted to take.
+    ends. None is the larger of 60 and 20 times what the largest step is predicted to take. log_level: "info" logs the
+    settings that differ from their defaults, "debug" all of them.
     """
 
     engine: EngineConfig
@@ -228,8 +231,10 @@ class ServerConfig:
     limits: LimitsConfig = LimitsConfig()
     served_model_name: str | None = None
     step_timeout: float | None = None
+    log_level: str = "info"
 
     def __post_init__(self) -> None:
+        one_of("log_level", self.log_level, LOG_LEVELS)
         if isinstance(self.port, bool) or not isinstance(self.port, int):
             raise ValueError(f"port is {self.port!r}; it must be a whole number")
         if not 0 <= self.port <= 65535:
