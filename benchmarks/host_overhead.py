@@ -72,7 +72,7 @@ class PackingRunner:
         self._sample = {size: SamplePacker(size, num_slots) for size in buckets.rows}
         self._ids = np.random.default_rng(0).integers(3, VOCAB, (64, num_slots), np.int32)
 
-    def dispatch(self, plan: StepPlan) -> np.ndarray:
+    def dispatch_forward(self, plan: StepPlan) -> np.ndarray:
         begin = time.perf_counter()
         self._forward[plan.token_bucket].pack(plan)
         if plan.row_bucket:
@@ -80,6 +80,9 @@ class PackingRunner:
         end = time.perf_counter()
         self.pack_seconds = end - begin
         return self._ids[plan.step % len(self._ids), : plan.num_sampled]
+
+    def dispatch_sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
+        pass  # packed with the forward program's vector
 
     def done(self, pending: np.ndarray) -> bool:
         return False

@@ -80,14 +80,14 @@ class ScriptedRunner:
     def compile_misses(self) -> int:
         return self._runner.compile_misses
 
-    def dispatch(self, plan: StepPlan) -> Pending:
-        last = [plan.decodes.starts + 1 == self._stop_at[plan.decodes.slots]]
+    def dispatch_forward(self, plan: StepPlan) -> Pending:
         for chunk in plan.chunks:
             if chunk.admit is not None:
                 self._stop_at[chunk.slot] = self._last_positions[chunk.request_id]
-            if chunk.sample:
-                last.append(np.array([chunk.start + chunk.num_tokens == self._stop_at[chunk.slot]]))
-        return self._runner.dispatch(plan), np.concatenate(last)
+        return self._runner.dispatch_forward(plan), plan.samples.positions == self._stop_at[plan.samples.slots]
+
+    def dispatch_sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
+        self._runner.dispatch_sample(plan, masks)
 
     def done(self, pending: Pending) -> bool:
         return self._runner.done(pending[0])

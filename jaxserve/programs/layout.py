@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxserve.scheduler.plan import TABLE_RUN
+
 Shape = tuple[int, ...]
 
 
@@ -80,7 +82,8 @@ def sample_layout(rows: int) -> Layout:
     """What a sample program of `rows` rows is told.
 
     token [rows]: place of the row's last token in the step; slot: out of range for padding.
-    position: of the token to be drawn. suppress_stop: 1 where stop ids cannot be drawn yet.
+    position: of the token to be drawn. suppress_stop: 1 where stop ids cannot be drawn yet. masked: 1 where only what
+    the slot's mask allows can be drawn.
     """
     return Layout(
         {
@@ -88,17 +91,26 @@ def sample_layout(rows: int) -> Layout:
             "slot": Field((rows,)),
             "position": Field((rows,)),
             "suppress_stop": Field((rows,)),
+            "masked": Field((rows,)),
         }
     )
 
 
-def swap_in_layout(pages: int) -> Layout:
-    """What a program that swaps in `pages` pages is told.
+def table_layout() -> Layout:
+    """What the program that writes page tables is told: entries to set, (slot, index, page), as in `forward_layout`."""
+    return Layout({name: Field((TABLE_RUN,)) for name in ("page_slot", "page_index", "page")})
 
-    page [pages]: of the device. slot [1], index [1]: where the first of them stands in the page table; a slot out of
-    range writes none.
+
+def mask_layout(words: int) -> Layout:
+    """What the program that writes masks is told.
+
+    slot [MASK_ROWS]: out of range for padding. bits [MASK_ROWS, words]: bit v % 32 of word v // 32 allows token v.
     """
-    return Layout({"page": Field((pages,)), "slot": Field((1,)), "index": Field((1,))})
+    return Layout({"slot": Field((MASK_ROWS,)), "bits": Field((MASK_ROWS, words), "uint32")})
+
+
+MASK_ROWS = 8
+"""Masks that one call writes: rows of a vocabulary of 128k have 16 kB each."""
 
 
 STOP_WIDTH = 32

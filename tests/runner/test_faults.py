@@ -181,7 +181,7 @@ def test_dispatch_tells_what_may_be_tried_again(runner):
     for point, kind in (("pack", StepNotStartedError), ("enqueue", StepNotStartedError), ("execute", RuntimeError)):
         runner._failpoints = Failpoints([f"{point}=raise,times=1"])
         with pytest.raises(kind) as error:
-            runner.dispatch(plan)
+            runner.dispatch_forward(plan)
         assert runner._arrays.intact == isinstance(error.value, StepNotStartedError)
     runner.reset()
 

@@ -9,6 +9,7 @@ from jaxserve.config.settings import SchedulerConfig
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.fake import FakeRunner, next_token
+from jaxserve.runner.protocol import Pending, Runner
 from jaxserve.scheduler import Scheduler, StepPlan, StepResult, StepUpdate
 from jaxserve.scheduler.buckets import Buckets, powers
 from jaxserve.scheduler.step_in_progress import StepInProgress
@@ -54,6 +55,21 @@ def preempt(scheduler: Scheduler, request_id: str) -> None:
     places.preempt(sequence, StepInProgress(0, 0, 0))
 
 
+def columns(plan: StepPlan) -> list[tuple]:
+    """What a plan samples, sample by sample."""
+    samples = plan.samples
+    wants = [0] * len(samples) if samples.wants is None else samples.wants.tolist()
+    found = (samples.hidden_rows, samples.slots, samples.positions, samples.suppress_stop)
+    return list(zip(*(column.tolist() for column in found), wants, strict=True))
+
+
+def dispatch(runner: Runner, plan: StepPlan) -> Pending:
+    """Starts both halves of a step whose samples want no masks."""
+    pending = runner.dispatch_forward(plan)
+    runner.dispatch_sample(plan)
+    return pending
+
+
 def drive(
     scheduler: Scheduler,
     requests: Sequence[EngineRequest],
@@ -71,7 +87,7 @@ def drive(
         if before_step is not None:
             before_step(step)
         plan = scheduler.schedule()
-        dispatched = None if plan is None else (plan, runner.dispatch(plan))
+        dispatched = None if plan is None else (plan, dispatch(runner, plan))
         scheduler.check_integrity()
         if in_flight is not None:
             take(run, in_flight[0], scheduler.update(in_flight[0], runner.collect(in_flight[1])))

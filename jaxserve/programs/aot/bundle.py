@@ -65,6 +65,7 @@ _SOURCES = (
     "programs/noise.py",
     "programs/sampler.py",
     "programs/slots.py",
+    "programs/state_programs.py",
     "programs/step_programs.py",
     "programs/swap_programs.py",
     "request.py",
