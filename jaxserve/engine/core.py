@@ -81,7 +81,7 @@ class EngineCore:
         self.runner = runner
         for line in ineffective_settings(config, info.max_model_len):
             _log.warning("%s", line)
-        buckets = Buckets.from_config(config, info.platform)
+        buckets = Buckets.from_config(config, info.platform, info.tokens_per_step)
         self.scheduler = Scheduler(
             config.scheduler,
             PagePool(info.num_pages, info.page_size, info.num_host_pages),

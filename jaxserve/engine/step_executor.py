@@ -186,9 +186,9 @@ class StepExecutor:
             return self._start(share)
         except StepNotStartedError as error:
             self._check(share.without_copies(error).plan, error)
-            (request_id,) = share.plan.request_ids
-            _log.error("request %r cannot be computed: %s", request_id, error, exc_info=error)
-            failed.append((request_id, f"the request cannot be computed: {error}"))
+            for request_id in share.plan.request_ids:  # one, unless the step only copies pages
+                _log.error("request %r cannot be computed: %s", request_id, error, exc_info=error)
+                failed.append((request_id, f"the request cannot be computed: {error}"))
             return None
 
     def _check(self, part: StepPlan, error: StepNotStartedError) -> None:
@@ -227,5 +227,5 @@ def _joined(results: list[StepResult]) -> StepResult:
     """Puts the results of parts together: the ids of the rows that decode come first in each, and only one part has
     both these and chunks."""
     token_ids = np.concatenate([np.asarray(one.token_ids, np.int32) for one in results])
-    counts = [one.counts for one in results if one.counts is not None]
+    counts = [np.asarray(one.counts, np.int32) for one in results if one.counts is not None]
     return StepResult(token_ids, np.concatenate(counts) if counts else None)

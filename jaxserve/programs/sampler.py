@@ -35,23 +35,24 @@ def sample(logits: jax.Array, slots: Slots, masks: jax.Array, fields: dict[str, 
     temperature = jnp.where(slot < slots.last_token.shape[0], slots.temperature[clamped], 0.0)
     finite = _all_finite(logits)
 
-    def without_stop_ids() -> jax.Array:
-        return _without_stop_ids(logits, slots.stop_token_ids[clamped], suppress_stop)
+    any_masked = jnp.any(masked > 0)
+    restricted = any_masked | jnp.any(suppress_stop > 0)
 
-    def within_masks() -> jax.Array:
-        return jnp.where(_allowed(masks[clamped], masked, logits.shape[-1]), without_stop_ids(), -jnp.inf)
+    def permitted() -> jax.Array:
+        found = _without_stop_ids(logits, slots.stop_token_ids[clamped], suppress_stop)
+        within = lambda: jnp.where(_allowed(masks[clamped], masked, found.shape[-1]), found, -jnp.inf)  # noqa: E731
+        return jax.lax.cond(any_masked, within, lambda: found)
 
-    def greedy_within_masks() -> jax.Array:
-        found = within_masks()
-        return jnp.where(jnp.max(found, axis=-1) > -jnp.inf, _argmax(found), NOTHING_ALLOWED)
+    def greedy_of_permitted() -> jax.Array:
+        found = permitted()
+        some = (masked == 0) | (jnp.max(found, axis=-1) > -jnp.inf)
+        return jnp.where(some, _argmax(found), NOTHING_ALLOWED)
 
-    # What the most demanding row needs: nothing, stop ids left out, masks. A step without masks pays nothing for them.
-    need = jnp.where(jnp.any(masked > 0), 2, jnp.any(suppress_stop > 0).astype(jnp.int32))
     # Each branch reduces for itself: one that returned the logits as they are would copy them.
-    greedy = jax.lax.switch(need, [lambda: _argmax(logits), lambda: _argmax(without_stop_ids()), greedy_within_masks])
+    greedy = jax.lax.cond(restricted, greedy_of_permitted, lambda: _argmax(logits))
 
     def draw() -> jax.Array:
-        allowed = jax.lax.switch(need, [lambda: logits, without_stop_ids, within_masks])
+        allowed = jax.lax.cond(restricted, permitted, lambda: logits)
         # Relative to the best logit, so that no temperature, however small, takes another token to infinity.
         relative = allowed - jnp.max(allowed, axis=-1, keepdims=True)
         scaled = relative / jnp.where(temperature > 0, temperature, 1.0)[:, None]

@@ -287,7 +287,7 @@ class StepPlan:
         the copies of pages and the writes to page tables. Rows and samples keep their order, so the ids of the parts,
         put together, are those of the step."""
         decoding, end_token, parts = len(self.decodes), 0, []
-        for begin in range(0, self.num_rows, most_rows):
+        for begin in range(0, max(1, self.num_rows), most_rows):
             end = begin + most_rows
             decodes = self.decodes.part(begin, end)
             chunks = self.chunks[max(0, begin - decoding) : max(0, end - decoding)]

@@ -62,11 +62,13 @@ class Scheduler:
         max_model_len: int | None = None,
         tokens_per_step: int = 1,
     ):
-        if config.max_num_seqs * tokens_per_step > config.max_num_batched_tokens:
-            raise ValueError(
-                f"max_num_batched_tokens is {config.max_num_batched_tokens}; max_num_seqs {config.max_num_seqs} rows "
-                f"of {tokens_per_step} tokens need {config.max_num_seqs * tokens_per_step}: raise it"
-            )
+        needed, rows = config.max_num_seqs * tokens_per_step, buckets.rows[-1] if tokens_per_step > 1 else None
+        for name, limit in (("max_num_batched_tokens", config.max_num_batched_tokens), ("row_buckets", rows)):
+            if limit is not None and needed > limit:
+                raise ValueError(
+                    f"{name} ends at {limit}; max_num_seqs {config.max_num_seqs} rows of {tokens_per_step} tokens need "
+                    f"{needed}: raise it"
+                )
         self._config = config
         self._buckets = buckets
         self._pace = Pace()
@@ -271,7 +273,7 @@ class Scheduler:
 
     def _update_several(self, plan: StepPlan, token_ids: np.ndarray, result: StepResult) -> StepUpdate:
         """As `update`, for a plan whose rows have several samples, of which so many hold as `result.counts` says."""
-        counts = np.zeros(0, np.int32) if result.counts is None else np.asarray(result.counts)
+        counts = np.zeros(0, np.int32) if result.counts is None else np.asarray(result.counts, np.int32)
         if len(counts) != len(plan.decodes):
             raise ValueError(f"step {plan.step} has {len(counts)} counts; it decoded {len(plan.decodes)} rows")
         others = []

@@ -55,10 +55,8 @@ class StepBuilder:
         """Returns the next step, of this number; None where there is nothing to compute."""
         self.admitted, self.blocked_by = [], None
         step = self._filled(now)
-        if step.decodes or step.chunks:
-            return self._plan(step, number)
-        assert not step.copies, "pages are to be copied in no step"
-        return None
+        # Copies alone are a step where the others wait for the results of guesses in flight.
+        return self._plan(step, number) if step.decodes or step.chunks or step.copies else None
 
     def _filled(self, now: float) -> StepInProgress:
         """Decides who computes how much, and takes the pages for it."""

@@ -187,7 +187,7 @@ def test_pages_are_copied_within_the_device(runner):
     over."""
     runner._arrays.pools = random_pools(runner._shapes, seed=2)
     expected = bits(runner._arrays.pools)
-    copies = fork([5, 6, 7, 8, 9, 6, 31, 5], [6, 7, 8, 30, 31, 40, 32, 31])
+    copies = fork([5, 6, 7, 8, 9, 5, 31, 6], [30, 31, 32, 33, 6, 34, 7, 31])
     assert [len(block) for block in copy_blocks(copies)] == [4, 1, 1, 1, 1]
     runner._copy(copies)
     for copy in copies:

@@ -29,7 +29,8 @@ class Run:
 def make_scheduler(
     config: SchedulerConfig, num_pages: int = 64, page_size: int = 4, num_host_pages: int = 0, **others
 ) -> Scheduler:
-    buckets = Buckets(powers(config.max_num_batched_tokens), powers(config.max_num_seqs))
+    rows = config.max_num_seqs * others.get("tokens_per_step", 1)
+    buckets = Buckets(powers(config.max_num_batched_tokens), powers(rows))
     return Scheduler(config, PagePool(num_pages, page_size, num_host_pages), buckets, **others)
 
 
