@@ -9,10 +9,9 @@ That, and any other error of a runner, is a `DeviceFaultError`: the content of i
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -84,7 +83,7 @@ class StepExecutor:
     def dispatch_forward(self, plan: StepPlan) -> DispatchedStep:
         """Starts a step: its forward program and, unless a sample wants a mask, its sample program. Raises
         DeviceFaultError."""
-        with _naming(plan):
+        try:
             if not plan.constrained:
                 return self._dispatch(_Share(plan, None))
             if self._too_large(plan):
@@ -93,12 +92,15 @@ class StepExecutor:
                 return DispatchedStep(plan, ((plan, self._guarded(plan, self._runner.dispatch_forward)),), waits=True)
             except StepNotStartedError as error:
                 return DispatchedStep(plan, (), waits=True, not_started=error)
+        except DeviceFaultError as fault:
+            fault.plan = plan  # and not the part of it that failed
+            raise
 
     def dispatch_sample(self, step: DispatchedStep, masks: np.ndarray) -> DispatchedStep:
         """Samples a step that waits for masks, uint32 [M, words], one for each of `plan.samples.masked`. Raises
         DeviceFaultError."""
         plan, share = step.plan, _Share(step.plan, masks)
-        with _naming(plan):
+        try:
             if not step.parts:
                 return self._dispatch(share) if step.not_started is None else self._retry(share, step.not_started)
             try:
@@ -106,6 +108,9 @@ class StepExecutor:
             except StepNotStartedError as error:
                 return self._retry(share, error)
             return dataclasses.replace(step, waits=False)
+        except DeviceFaultError as fault:
+            fault.plan = plan
+            raise
 
     def _dispatch(self, share: _Share) -> DispatchedStep:
         plan = share.plan
@@ -130,8 +135,11 @@ class StepExecutor:
 
     def collect(self, step: DispatchedStep) -> StepResult:
         """Waits for a step and returns its ids, NOT_FINITE for rows that were given up. Raises DeviceFaultError."""
-        with _naming(step.plan):
+        try:
             results = [self._collect(*part) for part in step.parts]
+        except DeviceFaultError as fault:
+            fault.plan = step.plan
+            raise
         self._most_rows = None
         return results[0] if len(results) == 1 else _joined(results)
 
@@ -142,9 +150,14 @@ class StepExecutor:
         self._most_rows = max(1, failed.num_rows // 2)
 
     def _start(self, share: _Share) -> Pending:
-        pending = self._guarded(share.plan, self._runner.dispatch_forward)
-        self._guarded(share.plan, lambda plan: self._runner.dispatch_sample(plan, share.masks))
-        return pending
+        try:
+            pending = self._runner.dispatch_forward(share.plan)
+            self._runner.dispatch_sample(share.plan, share.masks)
+            return pending
+        except StepNotStartedError:
+            raise
+        except Exception as error:
+            raise DeviceFaultError(share.plan, error) from error
 
     def _guarded(self, plan: StepPlan, call: Callable[[StepPlan], Pending]) -> Pending:
         """Calls the runner; what is no StepNotStartedError is a DeviceFaultError."""
@@ -211,16 +224,6 @@ class StepExecutor:
 
     def _halves(self, share: _Share) -> list[_Share]:
         return share.parts(max(1, -(-share.plan.num_rows // 2)), self._buckets)
-
-
-@contextlib.contextmanager
-def _naming(plan: StepPlan) -> Iterator[None]:
-    """Makes a fault one of the whole plan, and not of the part of it that failed."""
-    try:
-        yield
-    except DeviceFaultError as fault:
-        fault.plan = plan
-        raise
 
 
 def _joined(results: list[StepResult]) -> StepResult:

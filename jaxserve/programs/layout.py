@@ -29,12 +29,14 @@ class Layout:
     """Fields placed one after another in an int32 vector of `size` elements."""
 
     def __init__(self, fields: dict[str, Field]):
-        self._fields = fields
-        self._starts: dict[str, int] = {}
+        # Name, place, dtype and shape of each; the last two None where a slice of the vector has them already.
+        self._views: list[tuple[str, slice, str | None, Shape | None]] = []
         size = 0
         for name, field in fields.items():
-            self._starts[name] = size
-            size += math.prod(field.shape)
+            place = slice(size, size + math.prod(field.shape))
+            dtype = None if field.dtype == "int32" else field.dtype
+            self._views.append((name, place, dtype, field.shape if len(field.shape) != 1 else None))
+            size = place.stop
         self.size = size
 
     def views(self, vector: np.ndarray) -> dict[str, np.ndarray]:
@@ -43,10 +45,13 @@ class Layout:
 
     def read(self, vector: Any) -> dict[str, Any]:
         """The fields of `vector`: of a numpy array as views, of an array inside a program as slices."""
-        return {
-            name: vector[start : start + math.prod(field.shape)].view(field.dtype).reshape(field.shape)
-            for (name, field), start in zip(self._fields.items(), self._starts.values(), strict=True)
-        }
+        fields = {}
+        for name, place, dtype, shape in self._views:
+            field = vector[place]
+            if dtype is not None:
+                field = field.view(dtype)
+            fields[name] = field if shape is None else field.reshape(shape)
+        return fields
 
 
 def forward_layout(tokens: int, rows: int, page_size: int) -> Layout:

@@ -71,8 +71,9 @@ class DecodingSet:
         self._stop_ids = _widened(self._stop_ids, len(stop_ids))
         self._stop_ids[slot] = _NO_ID
         self._stop_ids[slot, : len(stop_ids)] = stop_ids
-        self._wants[slot] = sequence.wants
-        self._num_wanting += sequence.wants != Wants.NONE
+        if sequence.wants:
+            self._wants[slot] = sequence.wants
+            self._num_wanting += 1
         self._by_slot[slot] = sequence
         self._rows = None
         sequence.decoding = True
@@ -85,7 +86,9 @@ class DecodingSet:
         sequence.num_computed = int(self._position[slot])
         sequence.num_pending = sequence.num_computed + 1 - sequence.num_known
         sequence.decoding = False
-        self._num_wanting -= sequence.wants != Wants.NONE
+        if sequence.wants:
+            self._wants[slot] = Wants.NONE
+            self._num_wanting -= 1
         self._order[slot] = _NOBODY
         del self._by_slot[slot]
         self._taken.pop(slot, None)

@@ -180,20 +180,20 @@ class Samples:
         """Places of the samples that want a mask, in order: int64 [M]."""
         return _NO_PLACES if self.wants is None else (self.wants & Wants.MASK).nonzero()[0]
 
-    def followed_by(self, other: Samples) -> Samples:
-        """Returns both, one after the other."""
-        wants = None
-        if self.wants is not None or other.wants is not None:
-            wants = np.concatenate(
-                [np.zeros(len(one), np.uint8) if one.wants is None else one.wants for one in (self, other)]
-            )
-        return Samples(
-            hidden_rows=np.concatenate([self.hidden_rows, other.hidden_rows]),
-            slots=np.concatenate([self.slots, other.slots]),
-            positions=np.concatenate([self.positions, other.positions]),
-            suppress_stop=np.concatenate([self.suppress_stop, other.suppress_stop]),
-            wants=wants,
-        )
+    def followed_by(self, more: Sequence[tuple[int, int, int, bool, int]]) -> Samples:
+        """Returns these and then others, each given as (hidden row, slot, position, suppress_stop, wants)."""
+        count = len(self.slots)
+        columns = np.empty((5, count + len(more)), np.int32)
+        columns[0, :count] = self.hidden_rows
+        columns[1, :count] = self.slots
+        columns[2, :count] = self.positions
+        columns[3, :count] = self.suppress_stop
+        columns[4, :count] = 0 if self.wants is None else self.wants
+        for place, sample in enumerate(more, start=count):
+            columns[:, place] = sample
+        unwanting = self.wants is None and not any(sample[4] for sample in more)
+        wants = None if unwanting else columns[4].astype(np.uint8)
+        return Samples(columns[0], columns[1], columns[2], columns[3].astype(bool), wants)
 
     def within(self, begin: int, end: int) -> Samples:
         """Returns those of the tokens `begin` to `end` - 1, as they are in a step of these tokens alone."""
@@ -208,16 +208,12 @@ class Samples:
 
     @classmethod
     def of(cls, samples: Iterable[tuple[int, int, int, bool, int]]) -> Samples:
-        """Makes the columns of samples given as (hidden row, slot, position, suppress_stop, wants)."""
-        table = np.array(list(samples), np.int32).reshape(-1, 5)
-        hidden_rows, slots, positions, suppress_stop, wants = table.T
-        return cls(
-            hidden_rows, slots, positions, suppress_stop.astype(bool), wants.astype(np.uint8) if wants.any() else None
-        )
+        """Makes the columns of samples given as `followed_by` takes them."""
+        return NO_SAMPLES.followed_by(list(samples))
 
 
 _NO_PLACES = np.zeros(0, np.int64)
-NO_SAMPLES = Samples.of(())
+NO_SAMPLES = Samples(*(np.zeros(0, np.int32) for _ in range(3)), suppress_stop=np.zeros(0, bool))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,7 +142,7 @@ class Scheduler:
                 f"max_num_waiting {self._config.max_num_waiting} allow no more: retry later"
             )
         sequence = Sequence(request, self._arrivals, self.predictor.expected(request))
-        sequence.wants = wants
+        sequence.wants = int(wants)
         sequence.tenant_number = self.policy.tenant_number(request.tenant)
         self._arrivals += 1
         self._sequences[request.request_id] = sequence

@@ -9,7 +9,7 @@ from jaxserve.request import RequestStatus
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.budgets import Limits
 from jaxserve.scheduler.modes import Mode, Work
-from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, PageTableWrite, RowPlan, Samples, StepPlan
+from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, PageTableWrite, RowPlan, StepPlan
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import Places
@@ -91,15 +91,16 @@ class StepBuilder:
         num_tokens, chunks, table_writes = decodes.num_tokens, (), ()
         if step.chunks:
             chunks, sampled, table_writes = self._chunks(step, num_tokens)
-            num_tokens += sum(chunk.num_tokens for chunk in chunks)
-            samples = samples.followed_by(sampled)
+            num_tokens += sum([chunk.count for chunk in step.chunks.values()])
+            samples = samples.followed_by(sampled) if sampled else samples
+        num_sampled = len(samples)
         return StepPlan(
             step=number,
             decodes=decodes,
             chunks=chunks,
             samples=samples,
             token_bucket=self._buckets.token_bucket(max(num_tokens, floors[0])),
-            row_bucket=self._buckets.row_bucket(max(len(samples), floors[1]) if len(samples) else 0),
+            row_bucket=self._buckets.row_bucket(max(num_sampled, floors[1]) if num_sampled else 0),
             num_tokens=num_tokens,
             copies=tuple(step.copies),
             table_writes=table_writes,
@@ -107,25 +108,26 @@ class StepBuilder:
 
     def _chunks(
         self, step: StepInProgress, end: int
-    ) -> tuple[tuple[RowPlan, ...], Samples, tuple[PageTableWrite, ...]]:
-        """The chunks of prompts behind `end` tokens, what is sampled of them and what page tables must know before."""
+    ) -> tuple[tuple[RowPlan, ...], list[tuple[int, int, int, bool, int]], tuple[PageTableWrite, ...]]:
+        """The chunks of prompts behind `end` tokens, what is sampled of them (where all known tokens are computed), and
+        what page tables must know before."""
         rows: list[RowPlan] = []
         sampled: list[tuple[int, int, int, bool, int]] = []
         table_writes: list[PageTableWrite] = []
         for chunk in step.chunks.values():
             row, sequence = chunk.row(), chunk.sequence
             rows.append(row)
-            table_writes += chunk.table_writes()
-            samples, position = chunk.samples, row.start + chunk.count
-            sequence.num_computed = position
+            if chunk.admitted and chunk.held:
+                table_writes += chunk.table_writes()
+            position = sequence.num_computed = row.start + chunk.count
             end += chunk.count
-            if samples:
+            if position == sequence.num_known:
                 suppress_stop = position < sequence.stop_position
                 sampled.append((end - 1, row.slot, position, suppress_stop, sequence.wants))
                 self._running.decode(sequence)
                 if self._policy.counts_tokens:
                     self._policy.decoded(np.array([sequence.tenant_number]))
-        return tuple(rows), Samples.of(sampled), tuple(table_writes)
+        return tuple(rows), sampled, tuple(table_writes)
 
     def _begin(self, work: Work) -> StepInProgress:
         """The step as its decodes leave it."""

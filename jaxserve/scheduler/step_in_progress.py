@@ -21,16 +21,11 @@ class Chunk:
     held: int
     admitted: bool = False
 
-    @property
-    def samples(self) -> bool:
-        """Whether its last token yields a new one: all known tokens are computed then."""
-        return self.sequence.num_computed + self.count == self.sequence.num_known
-
     def table_writes(self) -> list[PageTableWrite]:
-        """Makes the slot's page table know the pages that were filled before the sequence got the slot."""
-        slot = self.sequence.slot
-        assert slot is not None
-        return table_writes(0, slot, self.sequence.pages[: self.held]) if self.admitted else []
+        """Makes the page table of its new slot know the pages that were filled before the sequence got it."""
+        assert self.admitted
+        assert self.sequence.slot is not None
+        return table_writes(0, self.sequence.slot, self.sequence.pages[: self.held])
 
     def row(self) -> RowPlan:
         """Makes its row in the plan."""
