@@ -38,7 +38,7 @@ from jaxserve.pallas_kernels.cpu import linear
 from jaxserve.programs.step_programs import ProgramKey
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.scheduler.plan import NO_DECODES, RowPlan, StepPlan
+from jaxserve.scheduler.plan import NO_DECODES, RowPlan, Samples, StepPlan
 
 PAGE_SIZE = 64
 PARTS = (
@@ -115,15 +115,14 @@ def decode_plan(rows: int, context: int, *, admit: bool) -> StepPlan:
             slot=slot,
             start=context,
             token_ids=(3 + slot,),
-            sample=True,
-            suppress_stop=False,
             first_new_page=0,
             new_pages=tuple(order[slot].tolist()) if admit else (),
             admit=EngineRequest(str(slot), (3,), 1) if admit else None,
         )
         for slot in range(rows)
     )
-    return StepPlan(0, NO_DECODES, chunks, rows, rows, rows, rows)
+    samples = Samples.of((row, row, context + 1, False, 0) for row in range(rows))
+    return StepPlan(0, NO_DECODES, chunks, samples, rows, rows, rows)
 
 
 def give_pages(runner: ModelRunner, rows: int, context: int) -> None:
@@ -139,12 +138,14 @@ def give_pages(runner: ModelRunner, rows: int, context: int) -> None:
             )
             for row in plan.chunks
         )
-        runner.collect(runner.dispatch(dataclasses.replace(plan, chunks=chunks)))
+        run(runner, dataclasses.replace(plan, chunks=chunks))
 
 
 def run(runner: ModelRunner, plan: StepPlan) -> None:
     """One step, host's work included."""
-    runner.collect(runner.dispatch(plan))
+    pending = runner.dispatch_forward(plan)
+    runner.dispatch_sample(plan)
+    runner.collect(pending)
 
 
 def timed_steps(runner: ModelRunner, plan: StepPlan, repeats: int, memory: Memory) -> list[tuple[float, float]]:

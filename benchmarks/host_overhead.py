@@ -68,11 +68,14 @@ class PackingRunner:
     def fitted(self, plan: StepPlan) -> StepPlan:
         return plan
 
-    def dispatch(self, plan: StepPlan) -> np.ndarray:
+    def dispatch_forward(self, plan: StepPlan) -> np.ndarray:
         self._forward[plan.token_bucket].pack(plan)
         if plan.row_bucket:
             self._sample[plan.row_bucket].pack(plan)
         return self._ids[plan.step % len(self._ids), : plan.num_sampled]
+
+    def dispatch_sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
+        pass  # packed with the forward program's vector
 
     def done(self, pending: np.ndarray) -> bool:
         return False

@@ -20,7 +20,7 @@ import math
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,11 +30,11 @@ from benchmarks import report
 from benchmarks.work import SHAPES
 from jaxserve.config.scheduling import PolicyConfig, PreemptionConfig
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.kv_cache.page_pool import PageCopy
 from jaxserve.models.config import ModelConfig
 from jaxserve.planning.decode_roofline import token_bytes
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.runner.swap_timing import prefill_plan, prompt_row, swap_plans
-from jaxserve.scheduler.plan import Swap
+from jaxserve.runner.swap_timing import prefill_plan, prompt_row, swap_copies
 from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.scheduler.preemption import Preemption
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
@@ -79,17 +79,18 @@ class Costs:
         for start in range(0, tokens, BUDGET):
             row = prompt_row(self.shapes, 0, 1, start, min(tokens, start + BUDGET))
             plan = prefill_plan(self.shapes, (row,))
-            self._runner._forward(self._runner._forward_call(self.shapes.forward_key(plan), plan))
+            self._runner.dispatch_forward(plan)
+            self._runner.dispatch_sample(plan)
         jax.block_until_ready(self._runner._arrays.hidden)
 
     def swap(self, tokens: int) -> None:
         """The pages of a sequence of that length, out and in."""
-        out, back = swap_plans(-(-tokens // self.shapes.page_size))
-        self._swap(out)
-        self._swap(back)
+        out, back = swap_copies(-(-tokens // self.shapes.page_size))
+        self._copy(out)
+        self._copy(back)
 
-    def _swap(self, swap: Swap) -> None:
-        self._runner._swap(swap)
+    def _copy(self, copies: Sequence[PageCopy]) -> None:
+        self._runner._copy(copies)
         self._runner._host_pages.wait()
         jax.block_until_ready(self._runner._arrays.pools)
 

@@ -59,9 +59,12 @@ class MeteredRunner:
     def fitted(self, plan: StepPlan) -> StepPlan:
         return self._runner.fitted(plan)
 
-    def dispatch(self, plan: StepPlan) -> Pending:
+    def dispatch_forward(self, plan: StepPlan) -> Pending:
         self.shapes.append(shape_of(plan))
-        return self._runner.dispatch(plan)
+        return self._runner.dispatch_forward(plan)
+
+    def dispatch_sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
+        self._runner.dispatch_sample(plan, masks)
 
     def done(self, pending: Pending) -> bool:
         return self._runner.done(pending)

@@ -21,11 +21,12 @@ from jaxserve.programs.step_programs import (
     Shapes,
     Weights,
     abstract_kv_scales,
+    abstract_masks,
     abstract_pools,
     abstract_state,
 )
 from jaxserve.runner.packing import ForwardPacker, SamplePacker
-from jaxserve.scheduler.plan import DecodeRows, StepPlan
+from jaxserve.scheduler.plan import DecodeRows, Samples, StepPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Engine:
         _, hidden = abstract_state(shapes, self.mesh)
         self.hidden = jnp.zeros(hidden.shape, hidden.dtype, device=hidden.sharding)
         self.slots = Slots.zeros(shapes.num_slots, shapes.max_pages)
+        masks = abstract_masks(shapes, self.mesh)
+        self._masks = jnp.zeros(masks.shape, masks.dtype, device=masks.sharding)
         self._programs: dict[ProgramKey, Any] = {}
         self._dense: dict[int, Any] = {}
 
@@ -76,7 +79,6 @@ class Engine:
             orders=np.arange(batch),
             slots=np.arange(batch, dtype=np.int32),
             starts=np.full(batch, context - 1, np.int32),
-            suppress_stop=np.zeros(batch, bool),
             page_rows=np.zeros(0, np.int32),
             pages=np.zeros(0, np.int32),
             page_size=self.shapes.page_size,
@@ -86,10 +88,10 @@ class Engine:
             step=0,
             decodes=rows,
             chunks=(),
+            samples=Samples.of((slot, slot, context, False, 0) for slot in range(batch)),
             token_bucket=buckets.token_bucket(batch),
             row_bucket=buckets.row_bucket(batch),
             num_tokens=batch,
-            num_sampled=batch,
         )
 
     def vectors(self, plan: StepPlan) -> Vectors:
@@ -117,7 +119,9 @@ class Engine:
 
     def sample(self, size: int, vector: Any) -> jax.Array:
         """Runs a sample program; returns the ids."""
-        self.slots, ids = self.program(ProgramKey("sample", size))(self.weights.params, self.slots, self.hidden, vector)
+        self.slots, ids = self.program(ProgramKey("sample", size))(
+            self.weights.params, self.slots, self.hidden, self._masks, vector
+        )
         return ids
 
     def without_attention(self, tokens: int) -> tuple[Any, tuple[Any, ...]]:

@@ -2,10 +2,11 @@
 
     message -> handle -> Scheduler.add
     step:  plan    = scheduler.schedule(now)
-           pending = executor.dispatch(plan)           returns without waiting
+           pending = executor.dispatch_forward(plan)   returns without waiting; samples too, unless a row wants a mask
            result  = executor.collect(previous)        the only wait
            updates = scheduler.update(previous plan, result)
-    -> one TokenBatch for the rows that go on, a EngineOutput for each of the others
+           executor.dispatch_sample(pending, masks)    where one does: its mask needs the ids of the step before
+    -> one TokenBatch for the rows that go on, an EngineOutput for each of the others
 
 What `step` returns is sent while the device computes the step after. The loop knows the scheduler and the Runner
 protocol and nothing of jax, sockets or text.
@@ -20,9 +21,10 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from jaxserve.config.settings import EngineConfig, ineffective_settings
+from jaxserve.engine.constraints import Constraints, masks_of
 from jaxserve.engine.idle import IdleMeter
 from jaxserve.engine.messages import (
     AbortRequest,
@@ -41,7 +43,7 @@ from jaxserve.engine.step_time import StepTimePrediction
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits
 from jaxserve.runner.protocol import Runner
-from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepUpdate
+from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepUpdate, Wants
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.telemetry.engine_events import EngineEvents, TurnTimes
 from jaxserve.telemetry.recorder import Recorder
@@ -70,21 +72,25 @@ class EngineCore:
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.perf_counter,
         annotate: Callable[[str], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+        constraints: Constraints | None = None,
     ):
-        """annotate: names a part of the loop in a profile of the host."""
+        """annotate: names a part of the loop in a profile of the host. constraints: of requests that may draw only
+        certain tokens."""
         info = runner.info
         self.config = config
         self.runner = runner
         for line in ineffective_settings(config, info.max_model_len):
             _log.warning("%s", line)
-        buckets = Buckets.from_config(config, info.platform)
+        buckets = Buckets.from_config(config, info.platform, info.tokens_per_step)
         self.scheduler = Scheduler(
             config.scheduler,
             PagePool(info.num_pages, info.page_size, info.num_host_pages),
             buckets,
             costs=info.preemption_costs,
             max_model_len=info.max_model_len,
+            tokens_per_step=info.tokens_per_step,
         )
+        self._constraints = constraints
         self.recorder = recorder or Recorder(clock=clock)
         self._events = EngineEvents(self.recorder, self.scheduler)
         self._now = now
@@ -181,7 +187,7 @@ class EngineCore:
         if plan is None:
             self._in_flight = None
         else:
-            self._in_flight = self._executor.dispatch(plan)
+            self._in_flight = self._executor.dispatch_forward(plan)
             dispatched = collected = self._clock()
             if previous is not None:
                 idle = self._idle.idle(self._executor.done(previous), dispatched)
@@ -190,13 +196,15 @@ class EngineCore:
             self._idle.dispatched(dispatched)
             self._events.planned(dispatched)
             self._count(plan)
-            self._fail_rows(self._in_flight, dispatched, messages)
+            self._fail(self._in_flight.failed, dispatched, messages)
         if previous is not None:
             result = self._executor.collect(previous)
             collected = self._look(self._in_flight)
             if plan is None:
                 self._idle.emptied(collected)
             messages += self._outputs(self.scheduler.update(previous.plan, result), collected)
+        if self._in_flight is not None and self._in_flight.waits:
+            self._sample(self._in_flight, messages)
         end = self._look(self._in_flight)
         if plan is not None:
             times = TurnTimes(begin, scheduled, dispatched, collected, end)
@@ -207,9 +215,18 @@ class EngineCore:
                 self._step_time.observe(previous.plan, collected - begin)
             messages.append(self.stats())
 
-    def _fail_rows(self, step: DispatchedStep, now: float, messages: list[FromEngine]) -> None:
-        """Ends the requests whose rows could not be computed."""
-        for request_id, error in step.failed:
+    def _sample(self, step: DispatchedStep, messages: list[FromEngine]) -> None:
+        """Makes the masks of a step while the device computes its forward program, and has it sampled."""
+        assert self._constraints is not None, "a sample wants a mask and nothing makes any"
+        with self._annotate("Mask"):
+            sequences = self.scheduler.masked_sequences(step.plan)
+            masks, failed = masks_of(self._constraints, sequences, self.runner.info.vocab_size)
+        self._in_flight = self._executor.dispatch_sample(step, masks)
+        self._fail((*failed, *self._in_flight.failed), self._clock(), messages)
+
+    def _fail(self, failed: Iterable[tuple[str, str]], now: float, messages: list[FromEngine]) -> None:
+        """Ends requests, each with its error: their rows could not be computed, or their masks not be made."""
+        for request_id, error in failed:
             update = self.scheduler.fail(request_id, error)
             if update is not None:
                 messages.append(self._output(update, now))
@@ -228,7 +245,9 @@ class EngineCore:
         _log.error("step %d failed, running requests are computed again: %s", fault.plan.step, fault, exc_info=fault)
         lost, other = [fault.plan], self._in_flight
         self._in_flight = None
-        if other is not None and (other.plan.step > fault.plan.step or not self._rescue(other, messages)):
+        if other is None or other.plan.step == fault.plan.step:
+            pass  # the step that failed was the only one under way
+        elif other.plan.step > fault.plan.step or not self._rescue(other, messages):
             lost.append(other.plan)
         self._events.restarted(self.scheduler.restart(lost), now)
         try:
@@ -272,7 +291,8 @@ class EngineCore:
 
     def _add(self, request: EngineRequest) -> list[FromEngine]:
         try:
-            self.scheduler.add(request)
+            constrained = self._constraints is not None and self._constraints.constrains(request)
+            self.scheduler.add(request, Wants.MASK if constrained else Wants.NONE)
         except ValueError as error:
             return [EngineOutput(request.request_id, (), FinishReason.ERROR, str(error))]
         self._events.arrived(request, self._clock())
@@ -303,7 +323,7 @@ class EngineCore:
         if request_ids:
             messages.append(TokenBatch(request_ids, tuple(update.token_ids)))
         if update.others:
-            request_ids += tuple(other.sequence.request_id for other in update.others if other.token_ids)
+            request_ids += tuple(other.sequence.request_id for other in update.others for _ in other.token_ids)
         if request_ids:
             self._totals["generation_tokens"] += len(request_ids)
             self._events.tokens(request_ids, now)

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxserve.runner.protocol import Pending, Runner, StepNotStartedError
 from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.plan import NO_DECODES, NOT_FINITE, StepPlan, StepResult
+from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, NOT_FINITE, StepPlan, StepResult
 
 _log = logging.getLogger(__name__)
 
@@ -38,12 +40,36 @@ class DeviceFaultError(RuntimeError):
 class DispatchedStep:
     """A plan under way: its parts in order, each with what the runner made of it; None for a row that was given up.
 
-    failed: request ids of those rows, and why, in one line.
+    failed: request ids of those rows, and why, in one line. waits: its samples want masks and are not dispatched yet;
+    the forward program is, unless there are no parts: then `dispatch_sample` starts the whole step. not_started: why
+    its forward program was not started.
     """
 
     plan: StepPlan
     parts: tuple[tuple[StepPlan, Pending | None], ...]
     failed: tuple[tuple[str, str], ...] = ()
+    waits: bool = False
+    not_started: StepNotStartedError | None = None
+
+
+class _Share(NamedTuple):
+    """A step, or a part of one, and its masks as `Runner.dispatch_sample` takes them."""
+
+    plan: StepPlan
+    masks: np.ndarray | None
+
+    def parts(self, most_rows: int, buckets: Buckets) -> list[_Share]:
+        """Splits it as `StepPlan.parts` does."""
+        shares, place = [], 0
+        for part in self.plan.parts(most_rows, buckets):
+            count = len(part.samples.masked)
+            shares.append(_Share(part, None if self.masks is None or not count else self.masks[place : place + count]))
+            place += count
+        return shares
+
+    def without_copies(self, error: StepNotStartedError) -> _Share:
+        """Returns it as it is to be tried again: copies of pages that were made are not made a second time."""
+        return self._replace(plan=dataclasses.replace(self.plan, copies=())) if error.copied else self
 
 
 class StepExecutor:
@@ -54,25 +80,57 @@ class StepExecutor:
         self._buckets = buckets
         self._most_rows: int | None = None
 
-    def dispatch(self, plan: StepPlan) -> DispatchedStep:
-        """Starts a step. Raises DeviceFaultError."""
+    def dispatch_forward(self, plan: StepPlan) -> DispatchedStep:
+        """Starts a step: its forward program and, unless a sample wants a mask, its sample program. Raises
+        DeviceFaultError."""
         try:
-            return self._dispatch(plan)
+            if not plan.constrained:
+                return self._dispatch(_Share(plan, None))
+            if self._too_large(plan):
+                return DispatchedStep(plan, (), waits=True)
+            try:
+                return DispatchedStep(plan, ((plan, self._guarded(plan, self._runner.dispatch_forward)),), waits=True)
+            except StepNotStartedError as error:
+                return DispatchedStep(plan, (), waits=True, not_started=error)
         except DeviceFaultError as fault:
             fault.plan = plan  # and not the part of it that failed
             raise
 
-    def _dispatch(self, plan: StepPlan) -> DispatchedStep:
-        if self._most_rows is not None and plan.num_rows > self._most_rows:
-            return self._in_parts(plan, plan.parts(self._most_rows, self._buckets))
+    def dispatch_sample(self, step: DispatchedStep, masks: np.ndarray) -> DispatchedStep:
+        """Samples a step that waits for masks, uint32 [M, words], one for each of `plan.samples.masked`. Raises
+        DeviceFaultError."""
+        plan, share = step.plan, _Share(step.plan, masks)
         try:
-            return DispatchedStep(plan, ((plan, self._start(plan)),))
+            if not step.parts:
+                return self._dispatch(share) if step.not_started is None else self._retry(share, step.not_started)
+            try:
+                self._guarded(plan, lambda plan: self._runner.dispatch_sample(plan, masks))
+            except StepNotStartedError as error:
+                return self._retry(share, error)
+            return dataclasses.replace(step, waits=False)
+        except DeviceFaultError as fault:
+            fault.plan = plan
+            raise
+
+    def _dispatch(self, share: _Share) -> DispatchedStep:
+        plan = share.plan
+        if self._most_rows is not None and self._too_large(plan):
+            return self._in_parts(plan, share.parts(self._most_rows, self._buckets))
+        try:
+            return DispatchedStep(plan, ((plan, self._start(share)),))
         except StepNotStartedError as error:
-            _log.warning("step %d, %d rows, not started: %s; trying halves of it", plan.step, plan.num_rows, error)
-            return self._in_parts(plan, self._halves(_without_copies(plan, error)))
+            return self._retry(share, error)
+
+    def _retry(self, share: _Share, error: StepNotStartedError) -> DispatchedStep:
+        plan = share.plan
+        _log.warning("step %d, %d rows, not started: %s; trying halves of it", plan.step, plan.num_rows, error)
+        return self._in_parts(plan, self._halves(share.without_copies(error)))
+
+    def _too_large(self, plan: StepPlan) -> bool:
+        return self._most_rows is not None and plan.num_rows > self._most_rows
 
     def done(self, step: DispatchedStep) -> bool:
-        """Whether the device has finished a step; never waits."""
+        """Whether the device has finished what was dispatched of a step; never waits."""
         return all(pending is None or self._runner.done(pending) for _, pending in step.parts)
 
     def collect(self, step: DispatchedStep) -> StepResult:
@@ -83,7 +141,7 @@ class StepExecutor:
             fault.plan = step.plan
             raise
         self._most_rows = None
-        return results[0] if len(results) == 1 else StepResult(np.concatenate([one.token_ids for one in results]))
+        return results[0] if len(results) == 1 else _joined(results)
 
     def reset(self, failed: StepPlan) -> None:
         """Makes the device's arrays anew after a DeviceFaultError; steps have at most half of the rows of the one that
@@ -91,9 +149,20 @@ class StepExecutor:
         self._runner.reset()
         self._most_rows = max(1, failed.num_rows // 2)
 
-    def _start(self, plan: StepPlan) -> Pending:
+    def _start(self, share: _Share) -> Pending:
         try:
-            return self._runner.dispatch(plan)
+            pending = self._runner.dispatch_forward(share.plan)
+            self._runner.dispatch_sample(share.plan, share.masks)
+            return pending
+        except StepNotStartedError:
+            raise
+        except Exception as error:
+            raise DeviceFaultError(share.plan, error) from error
+
+    def _guarded(self, plan: StepPlan, call: Callable[[StepPlan], Pending]) -> Pending:
+        """Calls the runner; what is no StepNotStartedError is a DeviceFaultError."""
+        try:
+            return call(plan)
         except StepNotStartedError:
             raise
         except Exception as error:
@@ -101,61 +170,65 @@ class StepExecutor:
 
     def _collect(self, plan: StepPlan, pending: Pending | None) -> StepResult:
         if pending is None:
-            return StepResult(np.full(plan.num_sampled, NOT_FINITE, np.int32))
+            counts = None if plan.decodes.counts is None else np.ones(len(plan.decodes), np.int32)
+            return StepResult(np.full(plan.num_sampled, NOT_FINITE, np.int32), counts)
         try:
             return self._runner.collect(pending)
         except Exception as error:
             raise DeviceFaultError(plan, error) from error
 
-    def _in_parts(self, plan: StepPlan, todo: list[StepPlan]) -> DispatchedStep:
+    def _in_parts(self, plan: StepPlan, todo: list[_Share]) -> DispatchedStep:
         """Starts parts one after another, and halves of those that are not started."""
         parts: list[tuple[StepPlan, Pending | None]] = []
         failed: list[tuple[str, str]] = []
         while todo:
-            part = todo.pop(0)
+            share = todo.pop(0)
             try:
-                parts.append((part, self._start(part)))
+                parts.append((share.plan, self._start(share)))
             except StepNotStartedError as error:
-                part = _without_copies(part, error)
-                if part.num_rows > 1:
-                    todo[:0] = self._halves(part)
+                share = share.without_copies(error)
+                if share.plan.num_rows > 1:
+                    todo[:0] = self._halves(share)
                 else:
-                    parts.append((part, self._alone(part, failed)))
+                    parts.append((share.plan, self._alone(share, failed)))
         return DispatchedStep(plan, tuple(parts), tuple(failed))
 
-    def _alone(self, part: StepPlan, failed: list[tuple[str, str]]) -> Pending | None:
+    def _alone(self, share: _Share, failed: list[tuple[str, str]]) -> Pending | None:
         """Tries a single row once more, and notes it among `failed` where it is the row that cannot be computed."""
         try:
-            return self._start(part)
+            return self._start(share)
         except StepNotStartedError as error:
-            self._check(_without_copies(part, error), error)
-            (request_id,) = part.request_ids
-            _log.error("request %r cannot be computed: %s", request_id, error, exc_info=error)
-            failed.append((request_id, f"the request cannot be computed: {error}"))
+            self._check(share.without_copies(error).plan, error)
+            for request_id in share.plan.request_ids:  # one, unless the step only copies pages
+                _log.error("request %r cannot be computed: %s", request_id, error, exc_info=error)
+                failed.append((request_id, f"the request cannot be computed: {error}"))
             return None
 
     def _check(self, part: StepPlan, error: StepNotStartedError) -> None:
         """Raises DeviceFaultError where a step without rows cannot be started either: then it is no row's fault. It
-        makes the part's copies of pages, which others may need."""
+        makes the part's copies of pages and writes to page tables, which others may need."""
         nothing = dataclasses.replace(
             part,
             decodes=NO_DECODES,
             chunks=(),
+            samples=NO_SAMPLES,
             token_bucket=self._buckets.tokens[0],
             row_bucket=self._buckets.rows[0],
             num_tokens=0,
-            num_sampled=0,
         )
         try:
-            pending = self._start(nothing)
+            pending = self._start(_Share(nothing, None))
         except StepNotStartedError as again:
             raise DeviceFaultError(part, again) from error
         self._collect(nothing, pending)
 
-    def _halves(self, plan: StepPlan) -> list[StepPlan]:
-        return plan.parts(max(1, -(-plan.num_rows // 2)), self._buckets)
+    def _halves(self, share: _Share) -> list[_Share]:
+        return share.parts(max(1, -(-share.plan.num_rows // 2)), self._buckets)
 
 
-def _without_copies(plan: StepPlan, error: StepNotStartedError) -> StepPlan:
-    """The plan as it is to be tried again: copies of pages that were made are not made a second time."""
-    return dataclasses.replace(plan, swaps=()) if error.swapped else plan
+def _joined(results: list[StepResult]) -> StepResult:
+    """Puts the results of parts together: the ids of the rows that decode come first in each, and only one part has
+    both these and chunks."""
+    token_ids = np.concatenate([np.asarray(one.token_ids, np.int32) for one in results])
+    counts = [np.asarray(one.counts, np.int32) for one in results if one.counts is not None]
+    return StepResult(token_ids, np.concatenate(counts) if counts else None)

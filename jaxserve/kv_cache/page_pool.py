@@ -42,12 +42,14 @@ class PageCopy:
     """One page to copy before the step. A tier is ACTIVE (a page of the device) or HOST (a page of host memory).
 
     Device and host pages are numbered apart: device page 3 and host page 3 are different pages.
+    group: of the layers whose keys and values the page holds; 0 where all layers are alike.
     """
 
     source: int
     source_tier: PageState
     destination: int
     destination_tier: PageState
+    group: int = 0
 
 
 class PagePool:

@@ -20,7 +20,13 @@ _MEANINGS = {
     "unused": "",
 }
 
-_UNITS = {"sample": "rows", "swap_in": "pages", "swap_out": "pages"}
+_UNITS = {
+    "sample": "rows",
+    "table_write": "entries",
+    "mask_write": "masks",
+    "swap_in": "pages",
+    "swap_out": "pages",
+}
 
 
 def to_text(explanation: Explanation) -> str:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jaxserve.config.settings import CacheConfig
 from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS
 from jaxserve.programs.program_needs import ProgramNeeds
-from jaxserve.programs.step_programs import ProgramKey, Shapes, abstract_arguments, abstract_pools
+from jaxserve.programs.step_programs import ProgramKey, Shapes, abstract_arguments, abstract_masks, abstract_pools
 from jaxserve.programs.swap_programs import SWAP_SIZES
 from jaxserve.programs.target_devices import available_memory
 
@@ -63,7 +63,7 @@ class DeviceMemory:
 class MemoryPlan:
     """Bytes of one device and what they are spent on.
 
-    weights: as the programs take them. state: slots, hidden buffer and the vector that the host sends.
+    weights: as the programs take them. state: slots, hidden buffer, masks and the vector that the host sends.
     page: one page in all layers. num_pages: pages of the pool, the null page included. swapped: pages of swapped
     sequences, as far as they are in the device's memory.
     """
@@ -156,7 +156,7 @@ class MemoryPlanner:
         return MemoryPlan(
             device=self.device,
             weights=_bytes_per_device(params),
-            state=_bytes_per_device(state),
+            state=_bytes_per_device((state, abstract_masks(shapes, self.mesh))),
             programs=programs,
             page=page,
             num_pages=num_pages,

@@ -23,7 +23,7 @@ class StepShape(NamedTuple):
     token_bucket, row_bucket: sizes of its programs, padding included. decode_rows: rows of one token.
     decode_context: positions that they attend to, in all. prefill_tokens: of prompts; prefill_pairs: (token, position)
     pairs of their attention; prefill_context: positions that the chunks read. longest: context of the longest row.
-    swapped_pages: pages copied to or from host memory.
+    swapped_pages: pages copied, to or from host memory as a rule.
     """
 
     token_bucket: int
@@ -58,7 +58,7 @@ def shape_of(plan: StepPlan) -> StepShape:
         prefill_pairs=pairs,
         prefill_context=context,
         longest=longest,
-        swapped_pages=sum(len(swap.copies) for swap in plan.swaps),
+        swapped_pages=len(plan.copies),
     )
 
 

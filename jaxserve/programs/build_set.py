@@ -27,7 +27,7 @@ from jaxserve.programs.step_programs import ProgramKey, Shapes, program_keys, pr
 PROGRESS_SECONDS = 5.0
 """How often the log tells how far compiling is, where standard error is no terminal."""
 
-_KINDS = ("forward", "decode", "sample", "swap_in", "swap_out")
+_KINDS = ("forward", "decode", "sample", "swap_in", "swap_out", "table_write", "mask_write")
 """Kinds of programs, from those that take longest to compile to those that take least."""
 
 _AT_ONCE = (-1, 0)
@@ -142,7 +142,7 @@ class SetBuilder:
         probe = dataclasses.replace(shapes, num_pages=2)
         largest = {key: self.ask(key, probe) for key in longest_first(largest_keys(shapes))}
         for key in longest_first(program_keys(shapes)):
-            if key.kind == "sample":
+            if not key.uses_pools:
                 self.ask(key, shapes)
         needs = ProgramNeeds.from_largest({key: future.result()[1] for key, future in largest.items()}, shapes)
         return loaded(needs, self.mesh)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxserve.request import ROW_FIELDS
+from jaxserve.scheduler.plan import TABLE_RUN
 
 Shape = tuple[int, ...]
 
@@ -29,12 +30,14 @@ class Layout:
     """Fields placed one after another in an int32 vector of `size` elements."""
 
     def __init__(self, fields: dict[str, Field]):
-        self._fields = fields
-        self._starts: dict[str, int] = {}
+        # Name, place, dtype and shape of each; the last two None where a slice of the vector has them already.
+        self._views: list[tuple[str, slice, str | None, Shape | None]] = []
         size = 0
         for name, field in fields.items():
-            self._starts[name] = size
-            size += math.prod(field.shape)
+            place = slice(size, size + math.prod(field.shape))
+            dtype = None if field.dtype == "int32" else field.dtype
+            self._views.append((name, place, dtype, field.shape if len(field.shape) != 1 else None))
+            size = place.stop
         self.size = size
 
     def views(self, vector: np.ndarray) -> dict[str, np.ndarray]:
@@ -43,10 +46,13 @@ class Layout:
 
     def read(self, vector: Any) -> dict[str, Any]:
         """The fields of `vector`: of a numpy array as views, of an array inside a program as slices."""
-        return {
-            name: vector[start : start + math.prod(field.shape)].view(field.dtype).reshape(field.shape)
-            for (name, field), start in zip(self._fields.items(), self._starts.values(), strict=True)
-        }
+        fields = {}
+        for name, place, dtype, shape in self._views:
+            field = vector[place]
+            if dtype is not None:
+                field = field.view(dtype)
+            fields[name] = field if shape is None else field.reshape(shape)
+        return fields
 
 
 def forward_layout(tokens: int, rows: int, page_size: int) -> Layout:
@@ -81,7 +87,8 @@ def sample_layout(rows: int) -> Layout:
     """What a sample program of `rows` rows is told.
 
     token [rows]: place of the row's last token in the step; slot: out of range for padding.
-    position: of the token to be drawn. suppress_stop: 1 where stop ids cannot be drawn yet.
+    position: of the token to be drawn. suppress_stop: 1 where stop ids cannot be drawn yet. masked: 1 where only what
+    the slot's mask allows can be drawn.
     """
     return Layout(
         {
@@ -89,14 +96,23 @@ def sample_layout(rows: int) -> Layout:
             "slot": Field((rows,)),
             "position": Field((rows,)),
             "suppress_stop": Field((rows,)),
+            "masked": Field((rows,)),
         }
     )
 
 
-def swap_in_layout(pages: int) -> Layout:
-    """What a program that swaps in `pages` pages is told.
+def table_layout() -> Layout:
+    """What the program that writes page tables is told: entries to set, (slot, index, page), as in `forward_layout`."""
+    return Layout({name: Field((TABLE_RUN,)) for name in ("page_slot", "page_index", "page")})
 
-    page [pages]: of the device. slot [1], index [1]: where the first of them stands in the page table; a slot out of
-    range writes none.
+
+def mask_layout(words: int) -> Layout:
+    """What the program that writes masks is told.
+
+    slot [MASK_ROWS]: out of range for padding. bits [MASK_ROWS, words]: bit v % 32 of word v // 32 allows token v.
     """
-    return Layout({"page": Field((pages,)), "slot": Field((1,)), "index": Field((1,))})
+    return Layout({"slot": Field((MASK_ROWS,)), "bits": Field((MASK_ROWS, words), "uint32")})
+
+
+MASK_ROWS = 8
+"""Masks that one call writes: rows of a vocabulary of 128k have 16 kB each."""

@@ -15,35 +15,48 @@ import jax.numpy as jnp
 
 from jaxserve.programs.noise import gumbel
 from jaxserve.programs.slots import Slots
-from jaxserve.scheduler.plan import NOT_FINITE
+from jaxserve.scheduler.plan import NOT_FINITE, NOTHING_ALLOWED
 
 _BLOCK = 128
 """Values of a block of `_argmax`: the least width that divides the vocabulary and is no less than this."""
 
 
-def sample(
-    logits: jax.Array, slots: Slots, slot: jax.Array, position: jax.Array, suppress_stop: jax.Array
-) -> jax.Array:
+def sample(logits: jax.Array, slots: Slots, masks: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
     """Draws one id for each row.
 
-    logits: float32 [R, V]. slot: int32 [R], the row's slot, clamped where out of range (padding).
-    position: int32 [R], of the token drawn. suppress_stop: int32 [R], 1 forbids the slot's stop token ids.
-    Returns int32 [R]; NOT_FINITE for a row whose logits are not all finite.
+    logits: float32 [R, V]. masks: uint32 [S, words], bit v % 32 of word v // 32 allows the slot token v.
+    fields: int32 [R] each, of `layout.sample_layout`: slot, clamped where out of range (padding); position, of the
+        token drawn; suppress_stop, 1 forbids the slot's stop token ids; masked, 1 forbids what its mask does not allow.
+    Returns int32 [R]; NOT_FINITE for a row whose logits are not all finite, NOTHING_ALLOWED for one all of whose tokens
+    are forbidden.
     """
+    slot, position, suppress_stop, masked = (fields[name] for name in ("slot", "position", "suppress_stop", "masked"))
     clamped = jnp.minimum(slot, slots.last_token.shape[0] - 1)
 
     def of_rows(name: str) -> jax.Array:
         return slots.sampling[name][clamped]
 
     temperature = jnp.where(slot < slots.last_token.shape[0], of_rows("temperature"), 0.0)
-    suppressed = jnp.any(suppress_stop > 0)
-    stops = of_rows("stop_token_ids"), suppress_stop
     finite = _all_finite(logits)
+
+    any_masked = jnp.any(masked > 0)
+    restricted = any_masked | jnp.any(suppress_stop > 0)
+
+    def permitted() -> jax.Array:
+        found = _without_stop_ids(logits, of_rows("stop_token_ids"), suppress_stop)
+        within = lambda: jnp.where(_allowed(masks[clamped], masked, found.shape[-1]), found, -jnp.inf)  # noqa: E731
+        return jax.lax.cond(any_masked, within, lambda: found)
+
+    def greedy_of_permitted() -> jax.Array:
+        found = permitted()
+        some = (masked == 0) | (jnp.max(found, axis=-1) > -jnp.inf)
+        return jnp.where(some, _argmax(found), NOTHING_ALLOWED)
+
     # Each branch reduces for itself: one that returned the logits as they are would copy them.
-    greedy = jax.lax.cond(suppressed, lambda: _argmax(_without_stop_ids(logits, *stops)), lambda: _argmax(logits))
+    greedy = jax.lax.cond(restricted, greedy_of_permitted, lambda: _argmax(logits))
 
     def draw() -> jax.Array:
-        allowed = jax.lax.cond(suppressed, lambda: _without_stop_ids(logits, *stops), lambda: logits)
+        allowed = jax.lax.cond(restricted, permitted, lambda: logits)
         # Relative to the best logit, so that no temperature, however small, takes another token to infinity.
         relative = allowed - jnp.max(allowed, axis=-1, keepdims=True)
         scaled = relative / jnp.where(temperature > 0, temperature, 1.0)[:, None]
@@ -52,7 +65,8 @@ def sample(
         return _argmax(scaled + noise)
 
     drawn = jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
-    return jnp.where(finite, jnp.where(temperature > 0, drawn, greedy), NOT_FINITE)
+    drawn = jnp.where((temperature > 0) & (greedy != NOTHING_ALLOWED), drawn, greedy)
+    return jnp.where(finite, drawn, NOT_FINITE)
 
 
 def filter_logits(
@@ -95,6 +109,12 @@ def _without_stop_ids(logits: jax.Array, stop_token_ids: jax.Array, suppress_sto
     columns = jnp.where((suppress_stop[:, None] > 0) & (stop_token_ids >= 0), stop_token_ids, size)
     rows = jnp.arange(logits.shape[0])[:, None]
     return logits.at[rows, columns].set(-jnp.inf, mode="drop")
+
+
+def _allowed(masks: jax.Array, masked: jax.Array, size: int) -> jax.Array:
+    """bool [R, size]: what uint32 [R, words] allow, and everything in rows that are not `masked`, int32 [R]."""
+    bits = (masks[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return (bits.reshape(masks.shape[0], -1)[:, :size] > 0) | (masked[:, None] == 0)
 
 
 def _all_finite(values: jax.Array) -> jax.Array:

@@ -1,15 +1,17 @@
 """The programs of a step, and the closed set of them that a server can need.
 
     forward(weights, pools, slots, hidden, vector) -> pools, slots, hidden     one for each token bucket
-    sample(params, slots, hidden, vector)          -> slots, ids               one for each row bucket
+    sample(params, slots, hidden, masks, vector)   -> slots, ids               one for each row bucket
 
-Where sequences are swapped to host memory, `swap_programs` for a few numbers of pages join them.
+One program each of `state_programs` sets page tables and masks. Where sequences are swapped to host memory,
+`swap_programs` for a few numbers of pages join them.
 
 Where the attention kernels gain by it, steps of decodes alone have forward programs of their own, without the part that
 attends for prompts.
 
 Pools, slots and the hidden buffer are donated: they keep their addresses. The hidden buffer has room for the largest
-token bucket, so the sample program's shape does not depend on the forward program that filled it.
+token bucket, so the sample program's shape does not depend on the forward program that filled it. The sample program
+reads the masks where a row is masked.
 """
 
 from __future__ import annotations
@@ -35,12 +37,13 @@ from jaxserve.models.layers.attention_backends import (
 from jaxserve.models.layers.matmul import Products
 from jaxserve.models.params import abstract_params, bind, products_for
 from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, is_quantised, pool_spec
-from jaxserve.programs.layout import forward_layout, sample_layout, swap_in_layout
+from jaxserve.programs.layout import MASK_ROWS, forward_layout, mask_layout, sample_layout, table_layout
 from jaxserve.programs.sampler import sample
 from jaxserve.programs.slots import Slots
+from jaxserve.programs.state_programs import mask_words, write_masks, write_tables
 from jaxserve.programs.swap_programs import SWAP_SIZES, swap_in, swap_out
 from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.plan import StepPlan
+from jaxserve.scheduler.plan import TABLE_RUN, StepPlan
 
 NULL_SLOT = 0
 """Where padding tokens write their keys and values: the first slot of the null page."""
@@ -59,14 +62,23 @@ class Weights(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, order=True)
 class ProgramKey:
-    """kind: "forward", "decode" (forward for a step in which no row has more than one token), "sample", "swap_in" or
-    "swap_out".
+    """kind: "forward", "decode" (forward for a step in which no row has more than one token), "sample", "table_write",
+    "mask_write", "swap_in" or "swap_out".
 
-    size: its token or row bucket, or its pages.
+    size: its token or row bucket, its entries of page tables, its masks, or its pages.
     """
 
     kind: str
     size: int
+
+    @property
+    def uses_pools(self) -> bool:
+        """Whether the pools are among its arguments, so that their size decides it."""
+        return self.kind not in ("sample", "table_write", "mask_write")
+
+
+TABLE_WRITE = ProgramKey("table_write", TABLE_RUN)
+MASK_WRITE = ProgramKey("mask_write", MASK_ROWS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +135,7 @@ def program_keys(shapes: Shapes) -> list[ProgramKey]:
     if IMPLEMENTATIONS[shapes.attention].decode_programs:
         keys += [ProgramKey("decode", size) for size in buckets.decode_tokens]
     keys += [ProgramKey("sample", size) for size in buckets.rows]
+    keys += [TABLE_WRITE, MASK_WRITE]
     keys += [ProgramKey(kind, size) for kind in ("swap_in", "swap_out") for size in shapes.swap_sizes]
     return sorted(keys, key=lambda key: (key.kind, -key.size))
 
@@ -142,7 +155,7 @@ def decisive_shapes(shapes: Shapes) -> Shapes:
 def program_shapes(key: ProgramKey, shapes: Shapes) -> Shapes:
     """`shapes` with the same values in what does not decide the program: those that are equal have the same one."""
     shapes = decisive_shapes(shapes)
-    return dataclasses.replace(shapes, num_pages=2) if key.kind == "sample" else shapes
+    return shapes if key.uses_pools else dataclasses.replace(shapes, num_pages=2)
 
 
 def lower(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.Lowered:
@@ -166,6 +179,10 @@ def _function(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Callable[..., Any]
     match key.kind:
         case "sample":
             return functools.partial(sample_step, rows=key.size, shapes=shapes, mesh=mesh)
+        case "table_write":
+            return write_tables
+        case "mask_write":
+            return write_masks
         case "swap_in":
             return swap_in
         case "swap_out":
@@ -181,10 +198,14 @@ def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any
     match key.kind:
         case "sample":
             params = abstract_params(shapes.model, shapes.dtype, mesh)
-            return params, slots, hidden, _int32(mesh, sample_layout(key.size).size)
+            return params, slots, hidden, abstract_masks(shapes, mesh), _int32(mesh, sample_layout(key.size).size)
+        case "table_write":
+            return slots, _int32(mesh, table_layout().size)
+        case "mask_write":
+            masks = abstract_masks(shapes, mesh)
+            return masks, _int32(mesh, mask_layout(masks.shape[1]).size)
         case "swap_in":
-            vector = _int32(mesh, swap_in_layout(key.size).size)
-            return abstract_pools(shapes, mesh), slots, abstract_pages(key.size, shapes, mesh), vector
+            return abstract_pools(shapes, mesh), abstract_pages(key.size, shapes, mesh), _int32(mesh, key.size)
         case "swap_out":
             return abstract_pools(shapes, mesh), _int32(mesh, key.size)
         case _:
@@ -198,8 +219,10 @@ def abstract_results(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Any:
     match key.kind:
         case "sample":
             return abstract_state(shapes, mesh)[0], _int32(mesh, key.size)
+        case "table_write" | "mask_write":
+            return abstract_arguments(key, shapes, mesh)[0]
         case "swap_in":
-            return *abstract_arguments(key, shapes, mesh)[:2], _int32(mesh, 1)
+            return abstract_pools(shapes, mesh), _int32(mesh, 1)
         case "swap_out":
             return abstract_pages(key.size, shapes, mesh)
         case _:
@@ -207,9 +230,10 @@ def abstract_results(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Any:
 
 
 def donated_arguments(key: ProgramKey) -> tuple[int, ...]:
-    """Numbers of the arguments that the program takes over: of pools, slots and the hidden buffer those that it
+    """Numbers of the arguments that the program takes over: of pools, slots, the hidden buffer and masks those that it
     changes."""
-    return {"sample": (1,), "swap_in": (0, 1), "swap_out": ()}.get(key.kind, (1, 2, 3))
+    few = {"sample": (1,), "table_write": (0,), "mask_write": (0,), "swap_in": (0,), "swap_out": ()}
+    return few.get(key.kind, (1, 2, 3))
 
 
 def abstract_pages(count: int, shapes: Shapes, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -256,6 +280,12 @@ def abstract_state(shapes: Shapes, mesh: Mesh) -> tuple[Any, jax.ShapeDtypeStruc
     return slots, jax.ShapeDtypeStruct(hidden, jnp.dtype(shapes.dtype), sharding=replicated)
 
 
+def abstract_masks(shapes: Shapes, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """What each slot may draw, uint32 [S, words of the vocabulary], the same on every device."""
+    shape = (shapes.num_slots, mask_words(shapes.model.vocab_size))
+    return jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=NamedSharding(mesh, P()))
+
+
 def forward(
     weights: Weights,
     pools: list[jax.Array],
@@ -286,13 +316,21 @@ def forward(
 
 
 def sample_step(
-    params: Any, slots: Slots, hidden: jax.Array, vector: jax.Array, *, rows: int, shapes: Shapes, mesh: Mesh
+    params: Any,
+    slots: Slots,
+    hidden: jax.Array,
+    masks: jax.Array,
+    vector: jax.Array,
+    *,
+    rows: int,
+    shapes: Shapes,
+    mesh: Mesh,
 ) -> tuple[Slots, jax.Array]:
     """Draws the next token of each sampled row; the slots remember it for the forward program that follows."""
     fields = sample_layout(rows).read(vector)
     model = bind(shapes.model, params, products_of(shapes, mesh))
     logits = model.logits(hidden[fields["token"]])
-    ids = sample(logits, slots, fields["slot"], fields["position"], fields["suppress_stop"])
+    ids = sample(logits, slots, masks, fields)
     last_token = slots.last_token.at[fields["slot"]].set(jnp.maximum(ids, 0), mode="drop")
     return dataclasses.replace(slots, last_token=last_token), ids
 

@@ -1,4 +1,4 @@
-"""The arrays that a runner's programs take over and give back: the page pools, the slots and the hidden buffer."""
+"""The arrays that a runner's programs take over and give back: page pools, slots, hidden buffer and masks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.programs.slots import Slots
-from jaxserve.programs.step_programs import Shapes, abstract_pools, abstract_state
+from jaxserve.programs.step_programs import Shapes, abstract_masks, abstract_pools, abstract_state
 
 
 class DeviceArrays:
-    """pools: one a layer; slots; hidden: [largest token bucket, H]. All zero when made.
+    """pools: one a layer; slots; hidden: [largest token bucket, H]; masks: [S, words]. All zero when made.
 
     A program that takes an array over deletes it and returns its successor, which the caller puts in its place. One
     that fails in execution returns none, so that what it had taken over is lost.
@@ -29,8 +29,8 @@ class DeviceArrays:
         self.pools: list[jax.Array] = [
             jnp.zeros(pool.shape, pool.dtype, device=pool.sharding) for pool in abstract_pools(self._shapes, self._mesh)
         ]
-        self.slots, self.hidden = _initial_state(self._shapes, self._mesh)
-        jax.block_until_ready((self.pools, self.slots, self.hidden))
+        self.slots, self.hidden, self.masks = _initial_state(self._shapes, self._mesh)
+        jax.block_until_ready((self.pools, self.slots, self.hidden, self.masks))
 
     def delete(self) -> None:
         """Frees what no program has taken over: the device has no room for old and new at once."""
@@ -44,19 +44,22 @@ class DeviceArrays:
         return not any(leaf.is_deleted() for leaf in self._leaves())
 
     def _leaves(self) -> list[jax.Array]:
-        return jax.tree.leaves((self.pools, self.slots, self.hidden))
+        return jax.tree.leaves((self.pools, self.slots, self.hidden, self.masks))
 
 
 @functools.lru_cache(maxsize=4)
-def _state_maker(num_slots: int, max_pages: int, hidden: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Any:
-    """Makes slots and hidden buffer in one program; for each array its own would take longer to compile than to run."""
+def _state_maker(
+    max_pages: int, hidden: jax.ShapeDtypeStruct, masks: jax.ShapeDtypeStruct, sharding: NamedSharding
+) -> Any:
+    """Makes slots, hidden buffer and masks in one program: one for each would take longer to compile than to run."""
 
-    def make() -> tuple[Slots, jax.Array]:
-        return Slots.zeros(num_slots, max_pages), jnp.zeros(hidden.shape, hidden.dtype)
+    def make() -> tuple[Slots, jax.Array, jax.Array]:
+        slots = Slots.zeros(masks.shape[0], max_pages)
+        return slots, jnp.zeros(hidden.shape, hidden.dtype), jnp.zeros(masks.shape, masks.dtype)
 
     return jax.jit(make, out_shardings=sharding)
 
 
-def _initial_state(shapes: Shapes, mesh: Mesh) -> tuple[Slots, jax.Array]:
+def _initial_state(shapes: Shapes, mesh: Mesh) -> tuple[Slots, jax.Array, jax.Array]:
     _, hidden = abstract_state(shapes, mesh)
-    return _state_maker(shapes.num_slots, shapes.max_pages, hidden, hidden.sharding)()
+    return _state_maker(shapes.max_pages, hidden, abstract_masks(shapes, mesh), hidden.sharding)()

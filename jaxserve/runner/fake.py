@@ -6,28 +6,62 @@ so a wrong page, a stale slot or a missing write changes the tokens (or fails), 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
-from jaxserve.kv_cache.page_pool import PageState
+import numpy as np
+
+from jaxserve.kv_cache.page_pool import PageCopy, PageState
 from jaxserve.request import EngineRequest
 from jaxserve.runner.protocol import RunnerInfo
-from jaxserve.scheduler.plan import RowPlan, StepPlan, StepResult, Swap
+from jaxserve.scheduler.plan import NOTHING_ALLOWED, RowPlan, StepPlan, StepResult
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 
+Page = list[tuple[int, int] | None]
+"""What a page holds at each of its places: the group of layers that wrote there and the token, or nothing."""
 
-def next_token(context: Sequence[int], request: EngineRequest, suppress_stop: bool, vocab_size: int) -> int:
-    """The token after `context`: a weighted sum of all of it, moved by the seed where sampling is random."""
+
+def next_token(
+    context: Sequence[int],
+    request: EngineRequest,
+    suppress_stop: bool,
+    vocab_size: int,
+    mask: np.ndarray | None = None,
+) -> int:
+    """Returns the token after `context`: a weighted sum of all of it, moved by the seed where sampling is random, or
+    the next one that may be drawn. mask: uint32 [words]; None allows all."""
     total = sum(place * token for place, token in enumerate(context, start=1)) + 7 * len(context)
     if request.temperature > 0:
         total += 13 * request.seed
-    token = total % vocab_size
-    while suppress_stop and token in request.stop_token_ids:
-        token = (token + 1) % vocab_size
-    return token
+    for token in ((total + more) % vocab_size for more in range(vocab_size)):
+        forbidden = suppress_stop and token in request.stop_token_ids
+        if not forbidden and (mask is None or mask[token // 32] >> np.uint32(token % 32) & 1):
+            return token
+    return NOTHING_ALLOWED
+
+
+def guess_holds(context: Sequence[int]) -> bool:
+    """Whether the token that the runner guesses after `context` is the one that follows."""
+    return sum(context) % 3 != 0
+
+
+@dataclasses.dataclass(eq=False)
+class FakeStep:
+    """A step under way; its result is there when it is sampled. tokens: those computed of each row that decodes, by
+    slot."""
+
+    plan: StepPlan
+    tokens: dict[int, tuple[int, ...]]
+    result: StepResult | None = None
 
 
 class FakeRunner:
-    """Runner protocol over plain lists. Steps are computed at dispatch; `collect` hands the ids over."""
+    """Runner protocol over plain lists. Steps are computed at dispatch; `collect` hands the ids over.
+
+    num_groups: of layers with a page table each. The rows' own new pages are those of group 0; those of the others come
+    as page table writes. tokens_per_step: of a row that decodes at most; those beyond the one sampled last are guesses,
+    of which some do not hold (`guess_holds`), and the positions of such rows are known here alone.
+    """
 
     def __init__(
         self,
@@ -39,6 +73,8 @@ class FakeRunner:
         eos_token_ids: tuple[int, ...] = (),
         num_host_pages: int = 0,
         preemption_costs: PreemptionCosts | None = None,
+        num_groups: int = 1,
+        tokens_per_step: int = 1,
     ):
         self.info = RunnerInfo(
             vocab_size=vocab_size,
@@ -56,70 +92,150 @@ class FakeRunner:
             kv_cache="none",
             num_host_pages=num_host_pages,
             preemption_costs=preemption_costs,
+            tokens_per_step=tokens_per_step,
         )
         self.step_costs = None
         self.num_compilations = 0
         self.compile_misses = 0
         self.num_executables = 0
-        self._pages: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
-        self._host_pages: list[list[int | None]] = [[None] * page_size for _ in range(num_host_pages)]
-        self._tables: dict[int, dict[int, int]] = {}
-        self._requests: dict[int, EngineRequest] = {}
-        self._last: dict[int, int] = {}
+        self._num_groups = num_groups
+        self._host_pages: list[Page] = [[None] * page_size for _ in range(num_host_pages)]
+        self._forget()
 
     def fitted(self, plan: StepPlan) -> StepPlan:
         return plan
 
-    def dispatch(self, plan: StepPlan) -> StepResult:
-        for swap in plan.swaps:
-            self._swap(swap)
-        rows = plan.rows
-        for row in rows:
-            self._write(row)
-        return StepResult([self._sample(row) for row in rows if row.sample])
+    def dispatch_forward(self, plan: StepPlan) -> FakeStep:
+        for copy in plan.copies:
+            self._copy(copy)
+        for write in plan.table_writes:
+            assert write.group < self._num_groups, f"group {write.group} does not exist"
+            self._table(write.group, write.slot).update(enumerate(write.pages, start=write.first))
+        self._unsampled = FakeStep(plan, {row.slot: self._decode(row) for row in plan.decodes.rows()})
+        for row in plan.chunks:
+            self._prefill(row)
+        return self._unsampled
 
-    def done(self, pending: StepResult) -> bool:
+    def dispatch_sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
+        step, self._unsampled = self._unsampled, None
+        assert step is not None, "a step is sampled twice, or before its forward program"
+        assert step.plan is plan, "another step is sampled than was dispatched last"
+        masked = plan.samples.masked.tolist()
+        assert len(masked) == (0 if masks is None else len(masks)), "a sample that wants a mask has none"
+        mask_of = dict(zip(masked, () if masks is None else masks, strict=True))
+        drawn: list[int] = []
+        counts: list[int] | None = None
+        if plan.decodes.counts is not None:
+            counts = []
+            for row in plan.decodes.rows():
+                sampled, held = self._sample_guesses(row, step.tokens[row.slot], mask_of.get(len(drawn)))
+                drawn += sampled
+                counts.append(held)
+        slots, positions = plan.samples.slots.tolist(), plan.samples.positions.tolist()
+        suppress_stop = plan.samples.suppress_stop.tolist()
+        for place in range(len(drawn), len(slots)):
+            drawn.append(self._sample(slots[place], positions[place], suppress_stop[place], mask_of.get(place)))
+        step.result = StepResult(drawn, counts)
+
+    def done(self, pending: FakeStep) -> bool:
         return True
 
-    def collect(self, pending: StepResult) -> StepResult:
-        return pending
+    def collect(self, pending: FakeStep) -> StepResult:
+        assert pending.result is not None, "a step is collected that was not sampled"
+        return pending.result
 
     def reset(self) -> None:
-        self._pages = [[None] * self.info.page_size for _ in self._pages]
-        self._tables, self._requests, self._last = {}, {}, {}
+        self._forget()
 
-    def _swap(self, swap: Swap) -> None:
-        """A page that was swapped in is lost on the host: read again, it fails."""
-        tier = PageState.HOST if swap.slot is None else PageState.ACTIVE
-        for copy in swap.copies:
-            assert copy.destination_tier is tier is not copy.source_tier, f"{swap.request_id} goes another way"
-            if swap.slot is None:
-                self._host_pages[copy.destination] = list(self._pages[copy.source])
-            else:
-                self._pages[copy.destination] = self._host_pages[copy.source]
-                self._host_pages[copy.source] = [None] * self.info.page_size
-        if swap.slot is not None:
-            self._tables[swap.slot] = {index: copy.destination for index, copy in enumerate(swap.copies)}
+    def _forget(self) -> None:
+        self._pages: list[Page] = [[None] * self.info.page_size for _ in range(self.info.num_pages)]
+        self._tables: dict[tuple[int, int], dict[int, int]] = {}  # of a group and slot: page by index
+        self._requests: dict[int, EngineRequest] = {}
+        self._last: dict[int, int] = {}
+        self._lengths: dict[int, int] = {}  # tokens of each slot that are computed, and were not wrong guesses
+        self._unsampled: FakeStep | None = None
 
-    def _write(self, row: RowPlan) -> None:
+    def _table(self, group: int, slot: int) -> dict[int, int]:
+        return self._tables.setdefault((group, slot), {})
+
+    def _copy(self, copy: PageCopy) -> None:
+        """Copies a page. One that comes from the host is lost there: read again, it fails."""
+        source = self._tier(copy.source_tier)
+        groups = {place[0] for place in source[copy.source] if place is not None}
+        assert groups <= {copy.group}, f"a page of groups {groups} is copied as one of group {copy.group}"
+        self._tier(copy.destination_tier)[copy.destination] = list(source[copy.source])
+        if copy.source_tier is PageState.HOST:
+            source[copy.source] = [None] * self.info.page_size
+
+    def _tier(self, tier: PageState) -> list[Page]:
+        return {PageState.ACTIVE: self._pages, PageState.HOST: self._host_pages}[tier]
+
+    def _prefill(self, row: RowPlan) -> None:
         if row.admit is not None:
             self._requests[row.slot] = row.admit
-        table = self._tables.setdefault(row.slot, {})
-        table.update(enumerate(row.new_pages, start=row.first_new_page))
-        tokens = (self._last[row.slot],) if row.decodes else row.token_ids
-        for position, token in enumerate(tokens, start=row.start):
-            index, offset = divmod(position, self.info.page_size)
-            assert table[index] != 0, "a real token is written to the null page"
-            self._pages[table[index]][offset] = token
+        self._write(row, row.start, row.token_ids)
+        self._lengths[row.slot] = row.start + row.num_tokens
 
-    def _sample(self, row: RowPlan) -> int:
-        table = self._tables[row.slot]
-        context = []
-        for position in range(row.start + row.num_tokens):
+    def _decode(self, row: RowPlan) -> tuple[int, ...]:
+        """Computes the token sampled last in the row's slot and, where the row has more, guesses behind it."""
+        start = self._lengths[row.slot] if self.info.tokens_per_step > 1 else row.start
+        assert start <= row.start, f"{row.request_id} is further than the scheduler takes it to be"
+        tokens = (self._last[row.slot],)
+        self._write(row, start, tokens)
+        while len(tokens) < row.num_tokens:
+            context = self._read(row.slot, start + len(tokens))
+            token = self._next(row.slot, context)
+            tokens += (token if guess_holds(context) else (token + 1) % self.info.vocab_size,)
+            self._write(row, start + len(tokens) - 1, tokens[-1:])
+        if self.info.tokens_per_step == 1:
+            self._lengths[row.slot] = start + 1
+        return tokens
+
+    def _write(self, row: RowPlan, start: int, tokens: Sequence[int]) -> None:
+        """Puts tokens, from position `start` on, into the pages of every group."""
+        self._table(0, row.slot).update(enumerate(row.new_pages, start=row.first_new_page))
+        for group in range(self._num_groups):
+            table = self._table(group, row.slot)
+            for position, token in enumerate(tokens, start=start):
+                index, offset = divmod(position, self.info.page_size)
+                assert table[index] != 0, "a real token is written to the null page"
+                self._pages[table[index]][offset] = group, token
+
+    def _read(self, slot: int, count: int) -> list[int]:
+        """Returns the first tokens of a slot, which the pages of every group must hold."""
+        context: list[int] = []
+        for position in range(count):
             index, offset = divmod(position, self.info.page_size)
-            token = self._pages[table[index]][offset]
-            assert token is not None, f"position {position} of {row.request_id} is read before it is written"
-            context.append(token)
-        token = next_token(context, self._requests[row.slot], row.suppress_stop, self.info.vocab_size)
-        self._last[row.slot] = token
+            places = [self._pages[self._table(group, slot)[index]][offset] for group in range(self._num_groups)]
+            name = self._requests[slot].request_id
+            assert None not in places, f"position {position} of {name} is read before it is written"
+            tokens = [place[1] for place in places if place is not None]
+            assert places == list(enumerate(tokens)), f"a page of another group is read for {name}"
+            assert len(set(tokens)) == 1, f"the groups of {name} hold different tokens at position {position}"
+            context.append(tokens[0])
+        return context
+
+    def _next(self, slot: int, context: Sequence[int], mask: np.ndarray | None = None) -> int:
+        """Returns the token after `context` of a row whose position only the device knows."""
+        request = self._requests[slot]
+        suppress_stop = len(context) < len(request.prompt_token_ids) + request.min_tokens
+        return next_token(context, request, suppress_stop, self.info.vocab_size, mask)
+
+    def _sample(self, slot: int, position: int, suppress_stop: bool, mask: np.ndarray | None = None) -> int:
+        context = self._read(slot, position)
+        token = next_token(context, self._requests[slot], suppress_stop, self.info.vocab_size, mask)
+        self._last[slot] = token
         return token
+
+    def _sample_guesses(self, row: RowPlan, tokens: tuple[int, ...], mask: np.ndarray | None) -> tuple[list[int], int]:
+        """Samples behind every token of a row that decodes; how many of the samples hold: the first, and each behind a
+        guess that was right."""
+        start = self._lengths[row.slot]
+        contexts = [self._read(row.slot, start + count) for count in range(1, len(tokens) + 1)]
+        sampled = [self._next(row.slot, context, mask) for context in contexts]
+        held = 1
+        while held < len(tokens) and tokens[held] == sampled[held - 1]:
+            held += 1
+        self._lengths[row.slot] = start + held
+        self._last[row.slot] = sampled[held - 1]
+        return sampled, held

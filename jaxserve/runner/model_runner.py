@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,39 +13,44 @@ import numpy as np
 
 from jaxserve.config.failpoints import Failpoints, InjectedFaultError
 from jaxserve.config.settings import EngineConfig
+from jaxserve.kv_cache.page_pool import PageCopy, PageState
 from jaxserve.programs.compiler import CompilationCounter, CompileMissError, ProgramSet
-from jaxserve.programs.step_programs import ProgramKey, Shapes, program_keys
-from jaxserve.programs.swap_programs import swap_blocks, swap_in_vector
-from jaxserve.runner.packing import ForwardPacker, SamplePacker
+from jaxserve.programs.state_programs import mask_words
+from jaxserve.programs.step_programs import MASK_WRITE, TABLE_WRITE, ProgramKey, Shapes, program_keys
+from jaxserve.programs.swap_programs import copy_blocks, way
+from jaxserve.runner.packing import ForwardPacker, SamplePacker, mask_vectors, table_vectors
 from jaxserve.runner.protocol import StepNotStartedError
 from jaxserve.runner.startup import Startup
 from jaxserve.runner.step_cost_model import step_costs
-from jaxserve.runner.swap_timing import measure, swap_plans
-from jaxserve.scheduler.plan import NO_DECODES, StepPlan, StepResult, Swap
+from jaxserve.runner.swap_timing import measure, swap_copies
+from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, PageTableWrite, StepPlan, StepResult
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.telemetry.startup_spans import Phases
 
 _COUNTER = CompilationCounter()  # one listener a process: jax keeps listeners for good
 
 
-@dataclasses.dataclass(frozen=True)
-class PendingStep:
-    """A dispatched step.
-
-    hidden: what its forward program made, until the next step takes it. ids: its sampled ids on the device, int32 [row
-    bucket], the first `count` of them real; None where no row samples.
-    """
-
-    hidden: jax.Array
-    ids: jax.Array | None
-    count: int
-
-
 class _Call(NamedTuple):
-    """A program and the packed step that it is called with."""
+    """A program and the packed vector that it is called with."""
 
     program: Callable[..., Any]
     vector: np.ndarray
+
+
+@dataclasses.dataclass(eq=False)
+class PendingStep:
+    """A step under way.
+
+    hidden: what its forward program made, until the next step takes it. sample: what samples it; None where nothing is
+    sampled. copied: copies of pages were made for it. ids: its sampled ids on the device, int32 [row bucket], as many
+    of them real as `plan.samples`; None until they are dispatched.
+    """
+
+    plan: StepPlan
+    hidden: jax.Array
+    sample: _Call | None
+    copied: bool
+    ids: jax.Array | None = None
 
 
 def annotate(name: str) -> contextlib.AbstractContextManager[object]:
@@ -54,6 +60,8 @@ def annotate(name: str) -> contextlib.AbstractContextManager[object]:
 
 class ModelRunner:
     """Runner over a model: carries out steps over what `Startup` has made."""
+
+    _unsampled: PendingStep | None = None  # the step whose forward program was dispatched last, until it is sampled
 
     def __init__(
         self, config: EngineConfig, *, progress: bool = False, phases: Phases | None = None, server: bool = False
@@ -102,31 +110,63 @@ class ModelRunner:
         rows = self._programs.standing_in(ProgramKey("sample", plan.row_bucket)).size if plan.row_bucket else 0
         return dataclasses.replace(plan, token_bucket=tokens, row_bucket=rows)
 
-    def dispatch(self, plan: StepPlan) -> PendingStep:
-        arrays, begun, swapped = self._arrays, False, False  # begun: what was enqueued must not be enqueued again
+    @functools.cached_property
+    def _no_masks(self) -> np.ndarray:
+        """The masks of a step in which no sample wants one: uint32 [0, words]."""
+        return np.zeros((0, mask_words(self._shapes.model.vocab_size)), np.uint32)
+
+    def dispatch_forward(self, plan: StepPlan) -> PendingStep:
+        arrays, begun, copied = self._arrays, False, False  # begun: what was enqueued must not be enqueued again
         try:
             with annotate("Execute"):
-                forward, sample = self._prepare(plan)
-                begun = bool(plan.swaps)
-                for swap in plan.swaps:
-                    self._swap(swap)
-                swapped, begun = begun, False
+                forward, sample, tables = self._prepare(plan)
+                begun = bool(plan.copies)
+                self._copy(plan.copies)
+                copied, begun = begun, False
+                for call in tables:
+                    arrays.slots = call.program(arrays.slots, call.vector)
                 self._fail_at("enqueue", plan)
                 self._forward(forward)
                 self._fail_at("execute", plan, lose=True)
-            if sample is None:
-                return PendingStep(arrays.hidden, None, 0)
+        except Exception as error:
+            raise self._not_started(error, begun=begun, copied=copied) from error
+        self._unsampled = PendingStep(plan, arrays.hidden, sample, copied)
+        return self._unsampled
+
+    def dispatch_sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
+        step, self._unsampled = self._unsampled, None
+        if step is None or step.plan is not plan:
+            raise ValueError(f"step {plan.step} is to be sampled; its forward program was not the last one dispatched")
+        if step.sample is None:
+            return
+        masked, begun = plan.samples.masked, False
+        masks = self._no_masks if masks is None else masks
+        if masks.shape != (len(masked), self._no_masks.shape[1]) or masks.dtype != np.uint32:
+            raise ValueError(
+                f"masks of step {plan.step} are {masks.dtype}{list(masks.shape)}; its samples need "
+                f"uint32{[len(masked), self._no_masks.shape[1]]}"
+            )
+        try:
             with annotate("Sample"):
-                ids = self._sample(sample)
+                for vector in mask_vectors(plan.samples.slots[masked], masks, self._shapes.num_slots):
+                    self._arrays.masks = self._program(MASK_WRITE)(self._arrays.masks, vector)
+                ids = self._sample(step.sample)
                 begun = True
                 if self._copies:
                     ids.copy_to_host_async()
-            return PendingStep(arrays.hidden, ids, plan.num_sampled)
         except Exception as error:
-            # Computing the same tokens a second time writes the same keys and values; copying pages twice does not.
-            if begun or not self._arrays.intact:
-                raise
-            raise StepNotStartedError(f"{type(error).__name__}: {error}", swapped=swapped) from error
+            raise self._not_started(error, begun=begun, copied=step.copied) from error
+        step.ids = ids
+
+    def _not_started(self, error: Exception, *, begun: bool, copied: bool) -> Exception:
+        """What to raise for an error while a step was dispatched: itself where the step must not be tried again.
+
+        Computing the same tokens a second time writes the same keys and values, as do page tables and masks; copying
+        pages twice does not.
+        """
+        if begun or not self._arrays.intact:
+            return error
+        return StepNotStartedError(f"{type(error).__name__}: {error}", copied=copied)
 
     def done(self, pending: PendingStep) -> bool:
         if pending.ids is not None:
@@ -135,23 +175,30 @@ class ModelRunner:
 
     def collect(self, pending: PendingStep) -> StepResult:
         self._fail_at("collect", None, lose=True)
-        if pending.ids is None:
+        if pending.sample is None:
             return StepResult(())
-        return StepResult(np.asarray(pending.ids)[: pending.count])
+        assert pending.ids is not None, "a step is collected that was not sampled"
+        return StepResult(np.asarray(pending.ids)[: pending.plan.num_sampled])
 
     def reset(self) -> None:
         self._arrays.delete()
         self._host_pages.forget_transit()
         self._arrays.make()
+        self._unsampled = None
 
-    def _prepare(self, plan: StepPlan) -> tuple[_Call, _Call | None]:
-        """Packs a step and finds all of its programs, so that what can fail on the host does so before any of them."""
+    def _prepare(self, plan: StepPlan) -> tuple[_Call, _Call | None, list[_Call]]:
+        """Packs a step and finds all of its programs, so that what can fail on the host does so before any of them.
+
+        Returns those of the forward program, of the sample program, and of the writes to page tables.
+        """
         self._fail_at("pack", plan)
-        for swap in plan.swaps:
-            for size in swap_blocks(len(swap.copies)):
-                self._program(ProgramKey("swap_out" if swap.slot is None else "swap_in", size))
+        for block in copy_blocks(plan.copies):
+            for kind in way(block[0]):
+                self._program(ProgramKey(kind, len(block)))
+        vectors = table_vectors(plan.table_writes, self._shapes.num_slots)
+        tables = [_Call(self._program(TABLE_WRITE), vector) for vector in vectors]
         forward = self._forward_call(self._shapes.forward_key(plan), plan)
-        return forward, self._sample_call(plan.row_bucket, plan) if plan.row_bucket else None
+        return forward, self._sample_call(plan.row_bucket, plan) if plan.row_bucket else None, tables
 
     def _forward_call(self, key: ProgramKey, plan: StepPlan) -> _Call:
         key = self._programs.standing_in(key)
@@ -169,7 +216,7 @@ class ModelRunner:
 
     def _sample(self, call: _Call) -> jax.Array:
         arrays = self._arrays
-        arrays.slots, ids = call.program(self._weights.params, arrays.slots, arrays.hidden, call.vector)
+        arrays.slots, ids = call.program(self._weights.params, arrays.slots, arrays.hidden, arrays.masks, call.vector)
         return ids
 
     def _fail_at(self, point: str, plan: StepPlan | None, *, lose: bool = False) -> None:
@@ -183,22 +230,25 @@ class ModelRunner:
                 self._arrays.delete()
             raise
 
-    def _swap(self, swap: Swap) -> None:
-        """Starts the programs that copy a sequence's pages; each reads what the one before it left."""
-        arrays, begin = self._arrays, 0
-        for size in swap_blocks(len(swap.copies)):
-            block = swap.copies[begin : begin + size]
+    def _copy(self, copies: Sequence[PageCopy]) -> None:
+        """Starts the programs that copy pages; each reads what the one before it left."""
+        arrays, host = self._arrays, self._host_pages
+        for block in copy_blocks(copies):
+            size, (first, *_) = len(block), block
             sources, destinations = [copy.source for copy in block], [copy.destination for copy in block]
-            self._host_pages.wait_for_room(size)
-            if swap.slot is None:
-                pages = self._program(ProgramKey("swap_out", size))(arrays.pools, np.array(sources, np.int32))
-                self._host_pages.store(destinations, pages)
+            if way(first) != ("swap_out", "swap_in"):
+                host.wait_for_room(size)
+            if first.source_tier is PageState.HOST:
+                pages = host.take(sources)
             else:
-                program = self._program(ProgramKey("swap_in", size))
-                pages, vector = self._host_pages.take(sources), swap_in_vector(destinations, swap.slot, begin)
-                arrays.pools, arrays.slots, placed = program(arrays.pools, arrays.slots, pages, vector)
-                self._host_pages.taken(size, placed)
-            begin += size
+                pages = self._program(ProgramKey("swap_out", size))(arrays.pools, np.array(sources, np.int32))
+            if first.destination_tier is PageState.HOST:
+                host.store(destinations, pages)
+                continue
+            program = self._program(ProgramKey("swap_in", size))
+            arrays.pools, placed = program(arrays.pools, pages, np.array(destinations, np.int32))
+            if first.source_tier is PageState.HOST:
+                host.taken(size, placed)
 
     def _program(self, key: ProgramKey) -> Callable[..., Any]:
         try:
@@ -209,7 +259,8 @@ class ModelRunner:
 
     def _warm_up(self) -> None:
         """Runs every program that is there once on padding alone, so that the first request finds them loaded."""
-        nothing = StepPlan(-1, NO_DECODES, (), token_bucket=0, row_bucket=0, num_tokens=0, num_sampled=0)
+        nothing = StepPlan(-1, NO_DECODES, (), NO_SAMPLES, token_bucket=0, row_bucket=0, num_tokens=0)
+        arrays, padding = self._arrays, self._shapes.num_slots
         for key in program_keys(self._shapes):
             if key in self._programs.missing:
                 continue
@@ -217,9 +268,13 @@ class ModelRunner:
                 self._sample(self._sample_call(key.size, nothing)).block_until_ready()
             elif key.kind in ("forward", "decode"):
                 self._forward(self._forward_call(key, nothing))
+        (vector,) = table_vectors([PageTableWrite(0, padding, 0, (0,))], padding)
+        arrays.slots = self._program(TABLE_WRITE)(arrays.slots, vector)
+        (vector,) = mask_vectors(np.array([padding]), np.zeros((1, self._no_masks.shape[1]), np.uint32), padding)
+        arrays.masks = self._program(MASK_WRITE)(arrays.masks, vector)
         for size in self._shapes.swap_sizes:
-            for swap in swap_plans(size, null=True):
-                self._swap(swap)
+            for copies in swap_copies(size, null=True):
+                self._copy(copies)
 
     def _measure_costs(self) -> PreemptionCosts:
         """What a preemption costs here; nothing may run yet."""
@@ -228,8 +283,8 @@ class ModelRunner:
             self._forward(self._forward_call(self._shapes.forward_key(plan), plan))
             jax.block_until_ready(self._arrays.hidden)
 
-        def swap(swap: Swap) -> None:
-            self._swap(swap)
+        def swap(copies: Sequence[PageCopy]) -> None:
+            self._copy(copies)
             self._host_pages.wait()
             jax.block_until_ready(self._arrays.pools)
 

@@ -6,11 +6,13 @@ vector itself is never used again: the device may still read it while the next s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from jaxserve.programs.layout import forward_layout, sample_layout
+from jaxserve.programs.layout import MASK_ROWS, forward_layout, mask_layout, sample_layout, table_layout
 from jaxserve.request import ROW_FIELDS
-from jaxserve.scheduler.plan import RowPlan, StepPlan
+from jaxserve.scheduler.plan import TABLE_RUN, PageTableWrite, RowPlan, StepPlan, Wants
 
 
 class ForwardPacker:
@@ -32,6 +34,10 @@ class ForwardPacker:
         vector = self._empty.copy()
         fields = self.layout.views(vector)
         decodes = plan.decodes
+        if decodes.counts is not None:
+            raise ValueError(
+                "counts gives rows that decode several tokens; a forward program takes one each: leave it None"
+            )
         count, updates = len(decodes), len(decodes.pages)
         np.subtract(-1, decodes.slots, out=fields["token_ids"][:count])
         fields["row_slot"][:count] = decodes.slots
@@ -54,28 +60,57 @@ class SamplePacker:
         self.layout = sample_layout(rows)
         self._empty = np.zeros(self.layout.size, np.int32)
         self.layout.views(self._empty)["slot"][:] = num_slots
-        self._counts = np.arange(rows, dtype=np.int32)
 
     def pack(self, plan: StepPlan) -> np.ndarray:
         """int32 [layout.size]."""
         vector = self._empty.copy()
         fields = self.layout.views(vector)
-        decodes = plan.decodes
-        count = len(decodes)
-        fields["token"][:count] = self._counts[:count]
-        fields["slot"][:count] = decodes.slots
-        np.add(decodes.starts, 1, out=fields["position"][:count])
-        fields["suppress_stop"][:count] = decodes.suppress_stop
-        end = place = count
-        for row in plan.chunks:
-            end += row.num_tokens
-            if row.sample:
-                fields["token"][place] = end - 1
-                fields["slot"][place] = row.slot
-                fields["position"][place] = row.start + row.num_tokens
-                fields["suppress_stop"][place] = row.suppress_stop
-                place += 1
+        samples = plan.samples
+        count = len(samples)
+        fields["token"][:count] = samples.hidden_rows
+        fields["slot"][:count] = samples.slots
+        fields["position"][:count] = samples.positions
+        fields["suppress_stop"][:count] = samples.suppress_stop
+        if samples.wants is not None:
+            fields["masked"][:count] = samples.wants & Wants.MASK
         return vector
+
+
+def table_vectors(writes: Sequence[PageTableWrite], num_slots: int) -> list[np.ndarray]:
+    """What the program that writes page tables is told, `layout.table_layout` each, for as many calls as it takes.
+
+    Raises ValueError for a group that the device has no table of.
+    """
+    for write in writes:
+        if write.group:
+            raise ValueError(f"group is {write.group}; all layers are alike here, so a page table write is of group 0")
+    entries = [(write.slot, write.first + index, page) for write in writes for index, page in enumerate(write.pages)]
+    layout, vectors = table_layout(), []
+    for begin in range(0, len(entries), TABLE_RUN):
+        block = np.array(entries[begin : begin + TABLE_RUN], np.int32)
+        vector = np.zeros(layout.size, np.int32)
+        fields = layout.views(vector)
+        fields["page_slot"][:] = num_slots
+        fields["page_slot"][: len(block)], fields["page_index"][: len(block)], fields["page"][: len(block)] = block.T
+        vectors.append(vector)
+    return vectors
+
+
+def mask_vectors(slots: np.ndarray, masks: np.ndarray, num_slots: int) -> list[np.ndarray]:
+    """What the program that writes masks is told, `layout.mask_layout` each, for as many calls as it takes.
+
+    slots: int32 [M]. masks: uint32 [M, words], of each slot.
+    """
+    layout, vectors = mask_layout(masks.shape[1]), []
+    for begin in range(0, len(slots), MASK_ROWS):
+        vector = np.zeros(layout.size, np.int32)
+        fields = layout.views(vector)
+        count = len(slots[begin : begin + MASK_ROWS])
+        fields["slot"][:] = num_slots
+        fields["slot"][:count] = slots[begin : begin + count]
+        fields["bits"][:count] = masks[begin : begin + count]
+        vectors.append(vector)
+    return vectors
 
 
 def _pack_chunks(chunks: tuple[RowPlan, ...], fields: dict[str, np.ndarray], row: int, update: int) -> None:

@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
+
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.telemetry.startup_spans import Phase
 
 Pending = Any
-"""What `dispatch` returns and `collect` takes: a step under way."""
+"""What `dispatch_forward` returns and `collect` takes: a step under way."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,7 @@ class RunnerInfo:
     phases: name, begin and seconds of each part of the start, where the process began at 0; some run side by side.
     memory: bytes of the device, by what they are planned for; the sum is all of them. num_host_pages: pages of host
     memory for swapped sequences. preemption_costs: measured at warm-up; None where nothing can be swapped.
+    tokens_per_step: that a row which decodes may have in a step (`DecodeRows.counts`).
     """
 
     vocab_size: int
@@ -57,6 +60,7 @@ class RunnerInfo:
     memory: tuple[tuple[str, int], ...] = ()
     num_host_pages: int = 0
     preemption_costs: PreemptionCosts | None = None
+    tokens_per_step: int = 1
 
     @property
     def usable_pages(self) -> int:
@@ -68,16 +72,16 @@ class StepNotStartedError(RuntimeError):
     """A step was not started: packing failed, a program is missing, memory was refused. The device holds what it held
     before, so the step, or a part of it, may be tried again.
 
-    swapped: the plan's copies between device and host memory were made, and must not be made again.
+    copied: the plan's copies of pages were made, and must not be made again.
     """
 
-    def __init__(self, message: str, *, swapped: bool = False):
+    def __init__(self, message: str, *, copied: bool = False):
         super().__init__(message)
-        self.swapped = swapped
+        self.copied = copied
 
 
 class Runner(Protocol):
-    """Carries out steps in the order of dispatch."""
+    """Carries out steps in the order of dispatch, each in two halves: forward, then sample."""
 
     @property
     def info(self) -> RunnerInfo: ...
@@ -107,11 +111,24 @@ class Runner(Protocol):
         yet."""
         ...
 
-    def dispatch(self, plan: StepPlan) -> Pending:
-        """Starts a step and returns without waiting for it. Rows may refer to ids of steps not collected yet.
+    def dispatch_forward(self, plan: StepPlan) -> Pending:
+        """Starts a step's copies of pages, its writes to page tables and its forward program, and returns without
+        waiting for them. Rows may refer to ids of steps not collected yet.
 
-        Raises StepNotStartedError where the step may be tried again. After any other error, here or in `collect`, pages
-        and slots are lost and `reset` must come before the next step.
+        Raises StepNotStartedError where the step may be tried again. After any other error, here, in `dispatch_sample`
+        or in `collect`, pages and slots are lost and `reset` must come before the next step.
+        """
+        ...
+
+    def dispatch_sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
+        """Starts to sample the step whose forward program was dispatched last, and returns without waiting for it. It
+        must come before the next step and before this one is collected, also where the step samples nothing.
+
+        masks: uint32 [M, ceil(vocab_size / 32)], one for each of `plan.samples.masked`: bit v % 32 of word v // 32
+            allows token v. None where no sample wants one.
+
+        Raises StepNotStartedError where the step may be tried again, from its forward program on; ValueError for masks
+        of another shape.
         """
         ...
 

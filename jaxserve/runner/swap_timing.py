@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxserve.kv_cache.page_pool import PageCopy, PageState
 from jaxserve.programs.step_programs import Shapes
-from jaxserve.scheduler.plan import NO_DECODES, RowPlan, StepPlan, Swap
+from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, RowPlan, StepPlan
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 
 REPEATS = 3
@@ -22,8 +22,6 @@ def prompt_row(shapes: Shapes, slot: int, first_page: int, start: int, end: int)
         slot=slot,
         start=start,
         token_ids=(0,) * (end - start),
-        sample=False,
-        suppress_stop=False,
         first_new_page=held,
         new_pages=tuple(range(first_page + held, first_page + needed)),
         admit=None,
@@ -33,7 +31,7 @@ def prompt_row(shapes: Shapes, slot: int, first_page: int, start: int, end: int)
 def prefill_plan(shapes: Shapes, rows: tuple[RowPlan, ...]) -> StepPlan:
     """A step of chunks of prompts alone, none of which samples."""
     tokens = sum(row.num_tokens for row in rows)
-    return StepPlan(-1, NO_DECODES, rows, shapes.buckets.token_bucket(tokens), 0, tokens, 0)
+    return StepPlan(-1, NO_DECODES, rows, NO_SAMPLES, shapes.buckets.token_bucket(tokens), 0, tokens)
 
 
 def _prompts(shapes: Shapes, tokens: int) -> tuple[RowPlan, ...]:
@@ -47,21 +45,23 @@ def _prompts(shapes: Shapes, tokens: int) -> tuple[RowPlan, ...]:
     return tuple(rows)
 
 
-def swap_plans(pages: int, *, null: bool = False) -> tuple[Swap, Swap]:
+def swap_copies(pages: int, *, null: bool = False) -> tuple[tuple[PageCopy, ...], tuple[PageCopy, ...]]:
     """The first `pages` device pages to the first host pages, and back to where they were. null: the null page each."""
     device, host = [0] * pages if null else range(1, pages + 1), range(pages)
     out = [PageCopy(page, PageState.ACTIVE, to, PageState.HOST) for page, to in zip(device, host, strict=True)]
     back = [PageCopy(page, PageState.HOST, to, PageState.ACTIVE) for page, to in zip(host, device, strict=True)]
-    return Swap("", tuple(out), None), Swap("", tuple(back), 0)
+    return tuple(out), tuple(back)
 
 
-def measure(shapes: Shapes, compute: Callable[[StepPlan], None], swap: Callable[[Swap], None]) -> PreemptionCosts:
+def measure(
+    shapes: Shapes, compute: Callable[[StepPlan], None], swap: Callable[[Sequence[PageCopy]], None]
+) -> PreemptionCosts:
     """The costs, the best of `REPEATS`.
 
     A token's cost is that of a step of prompts which fills the largest token bucket, or the pool; a page's that of the
     largest number of pages that one program swaps.
 
-    compute, swap: carry out a step, or a swap, and wait for it. The content of pages and slots is lost.
+    compute, swap: carry out a step, or copies of pages, and wait for it. The content of pages and slots is lost.
     """
     usable = shapes.num_pages - 1
     tokens = min(shapes.buckets.tokens[-1], shapes.num_slots * shapes.max_model_len)
@@ -69,7 +69,7 @@ def measure(shapes: Shapes, compute: Callable[[StepPlan], None], swap: Callable[
         tokens -= min(shapes.page_size, tokens - 1)
     plan = prefill_plan(shapes, rows)
     pages = max(size for size in shapes.swap_sizes if size <= usable)
-    out, back = swap_plans(pages)
+    out, back = swap_copies(pages)
 
     def both() -> None:
         swap(out)

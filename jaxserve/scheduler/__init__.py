@@ -3,7 +3,7 @@
 `Scheduler.schedule` makes a `StepPlan`, the runner carries it out, `Scheduler.update` takes the sampled ids.
 """
 
-from jaxserve.scheduler.plan import DecodeRows, RowPlan, StepPlan, StepResult, Stretch, Swap
+from jaxserve.scheduler.plan import DecodeRows, RowPlan, Samples, StepPlan, StepResult, Stretch, Wants
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.update import SequenceUpdate, StepUpdate
@@ -11,6 +11,7 @@ from jaxserve.scheduler.update import SequenceUpdate, StepUpdate
 __all__ = [
     "DecodeRows",
     "RowPlan",
+    "Samples",
     "Scheduler",
     "Sequence",
     "SequenceUpdate",
@@ -18,5 +19,5 @@ __all__ = [
     "StepResult",
     "StepUpdate",
     "Stretch",
-    "Swap",
+    "Wants",
 ]

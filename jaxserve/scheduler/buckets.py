@@ -20,16 +20,16 @@ class Buckets:
     rows: tuple[int, ...]
 
     @classmethod
-    def from_config(cls, config: EngineConfig, platform: str) -> Buckets:
+    def from_config(cls, config: EngineConfig, platform: str, tokens_per_step: int = 1) -> Buckets:
         """The configured sizes, or those that suit a platform ("cpu", "gpu", ...).
 
         A CPU's step costs what its rows cost, so sizes lie closer there; a GPU's costs what the weights cost, and
-        every size is a program more to compile.
+        every size is a program more to compile. tokens_per_step: that a row which decodes may have, and sample from.
         """
         sizes = close if platform == "cpu" else powers
         return cls(
             tokens=config.token_buckets or sizes(config.scheduler.max_num_batched_tokens),
-            rows=config.row_buckets or sizes(config.scheduler.max_num_seqs),
+            rows=config.row_buckets or sizes(config.scheduler.max_num_seqs * tokens_per_step),
         )
 
     def token_bucket(self, count: int) -> int:

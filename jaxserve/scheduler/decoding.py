@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxserve.scheduler.plan import NOT_FINITE, DecodeRows, Stretch
+from jaxserve.scheduler.plan import NOTHING_ALLOWED, DecodeRows, Samples, Stretch, Wants
 from jaxserve.scheduler.sequence import Sequence
 
 _NOBODY = -1
+_NO_ID = NOTHING_ALLOWED - 1
+"""What no sample is: neither an id nor one of the values that stand for none."""
 
 
 class DecodingSet:
     """Sequences of which only the token sampled last is left to compute: one row each in every step.
+
+    tokens_per_step: of a row at most. Beyond the one that was sampled last they are guesses of the device, and how many
+    of them held is told by the step's result (`take_several`); until then the position is what it is if all hold. With
+    one token a row it is exact.
 
     A sequence `join`s when its first token (or, computed again after a preemption, its next one) is sampled, and
     `leave`s with its slot. In between a step costs a few numpy calls for all of them; Python looks at one of them only
@@ -19,12 +25,15 @@ class DecodingSet:
 
     Columns, one entry a slot: order int64, that of the sequence, _NOBODY where none decodes; position int32, of the
     token sampled last, which is the number of tokens computed; capacity int32, tokens that its pages hold;
-    last_position, stop_position, tenant (its number) int32, as in `Sequence`; stop_ids int32 [S, W], unused ones
-    NOT_FINITE - 1, where W is the most that a sequence has had.
+    last_position, stop_position, tenant (its number) int32 and wants uint8, as in `Sequence`; stop_ids int32 [S, W],
+    unused ones _NO_ID, where W is the most that a sequence has had.
     """
 
-    def __init__(self, num_slots: int, page_size: int):
+    def __init__(self, num_slots: int, page_size: int, tokens_per_step: int = 1):
+        if not 1 <= tokens_per_step <= page_size:
+            raise ValueError(f"tokens_per_step is {tokens_per_step}; it must be from 1 to page_size {page_size}")
         self._page_size = page_size
+        self._tokens_per_step = tokens_per_step
         self._by_slot: dict[int, Sequence] = {}  # in the order of joining, which is that of the rows
         self._order = np.full(num_slots, _NOBODY, np.int64)
         self._position = np.zeros(num_slots, np.int32)
@@ -32,7 +41,10 @@ class DecodingSet:
         self._last_position = np.zeros(num_slots, np.int32)
         self._stop_position = np.zeros(num_slots, np.int32)
         self._tenant = np.zeros(num_slots, np.int32)
-        self._stop_ids = np.full((num_slots, 1), NOT_FINITE - 1, np.int32)
+        self._wants = np.zeros(num_slots, np.uint8)
+        self._num_wanting = 0  # members whose wants are not NONE
+        self._numbers = np.arange(num_slots * tokens_per_step, dtype=np.int32)
+        self._stop_ids = np.full((num_slots, 1), _NO_ID, np.int32)
         self._row = np.zeros(num_slots, np.int32)  # of each slot, as of `_rows`
         self._taken: dict[int, int] = {}  # slot -> page taken for the step being planned
         self._rows: tuple[tuple[str, ...], np.ndarray, np.ndarray] | None = None  # until someone joins or leaves
@@ -57,8 +69,11 @@ class DecodingSet:
         self._stop_position[slot] = sequence.stop_position
         self._tenant[slot] = sequence.tenant_number
         self._stop_ids = _widened(self._stop_ids, len(stop_ids))
-        self._stop_ids[slot] = NOT_FINITE - 1
+        self._stop_ids[slot] = _NO_ID
         self._stop_ids[slot, : len(stop_ids)] = stop_ids
+        if sequence.wants:
+            self._wants[slot] = sequence.wants
+            self._num_wanting += 1
         self._by_slot[slot] = sequence
         self._rows = None
         sequence.decoding = True
@@ -71,13 +86,19 @@ class DecodingSet:
         sequence.num_computed = int(self._position[slot])
         sequence.num_pending = sequence.num_computed + 1 - sequence.num_known
         sequence.decoding = False
+        if sequence.wants:
+            self._wants[slot] = Wants.NONE
+            self._num_wanting -= 1
         self._order[slot] = _NOBODY
         del self._by_slot[slot]
         self._taken.pop(slot, None)
         self._rows = None
 
     def complete(self) -> list[Sequence]:
-        """Sequences whose last allowed token is sampled: they have nothing left to compute."""
+        """Sequences whose last allowed token is sampled: they have nothing left to compute. None where guesses in
+        flight may not hold: then they end when that is known."""
+        if self._tokens_per_step > 1:
+            return []
         _, _, slots = self._current_rows()
         done = slots[self._position[slots] == self._last_position[slots]]
         return [self._by_slot[slot] for slot in done.tolist()]
@@ -85,7 +106,11 @@ class DecodingSet:
     def short(self) -> list[Sequence]:
         """Sequences that need another page for their next row, in the order of rows."""
         _, _, slots = self._current_rows()
-        short = slots[self._position[slots] == self._capacity[slots]]
+        if self._tokens_per_step > 1:
+            slots, counts = self._open_slots(slots)
+            short = slots[self._position[slots] + counts > self._capacity[slots]]
+        else:
+            short = slots[self._position[slots] == self._capacity[slots]]
         return [self._by_slot[slot] for slot in short.tolist()]
 
     def give_page(self, sequence: Sequence, page: int) -> None:
@@ -95,30 +120,95 @@ class DecodingSet:
         self._capacity[sequence.slot] += self._page_size
         self._taken[sequence.slot] = page
 
-    def advance(self) -> DecodeRows:
-        """The next row of every sequence; from now on those tokens count as computed, and one more as sampled."""
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows of the next step."""
+        if self._tokens_per_step == 1:
+            return len(self._by_slot)
+        return int(self._open_slots(self._current_rows()[2])[1].sum())
+
+    def next_tokens(self, sequence: Sequence) -> int:
+        """Tokens of one sequence's row in the next step."""
+        if self._tokens_per_step == 1:
+            return 1
+        return int(self._open_slots(np.array([sequence.slot], np.int32))[1].sum())
+
+    def advance(self) -> tuple[DecodeRows, Samples]:
+        """Returns the next row of every sequence and what it samples; from now on those tokens count as computed, and
+        one more as sampled."""
+        if self._tokens_per_step > 1:
+            return self._advance_several()
         request_ids, orders, slots = self._current_rows()
         starts = self._position[slots]
         positions = starts + 1
         self._position[slots] = positions
         page_rows, pages = self._take_pages()
-        return DecodeRows(
+        rows = DecodeRows(
             request_ids=request_ids,
             orders=orders,
             slots=slots,
             starts=starts,
-            suppress_stop=positions < self._stop_position[slots],
             page_rows=page_rows,
             pages=pages,
             page_size=self._page_size,
         )
+        return rows, Samples(
+            hidden_rows=self._numbers[: len(request_ids)],
+            slots=slots,
+            positions=positions,
+            suppress_stop=positions < self._stop_position[slots],
+            wants=self._wants[slots] if self._num_wanting else None,
+        )
 
-    def tenants(self) -> np.ndarray:
-        """Numbers of the tenants of the rows: int32 [R]."""
-        return self._tenant[self._current_rows()[2]]
+    def _advance_several(self) -> tuple[DecodeRows, Samples]:
+        """As `advance`, with as many tokens a row as it may still have; a row that may have none pauses until the
+        results of the steps in flight say how many of their tokens held."""
+        slots, counts = self._open_slots(self._current_rows()[2])
+        starts = self._position[slots]
+        self._position[slots] = starts + counts
+        self._row[slots] = np.arange(len(slots))
+        page_rows, pages = self._take_pages()
+        rows = DecodeRows(
+            request_ids=tuple([self._by_slot[slot].request_id for slot in slots.tolist()]),
+            orders=self._order[slots],
+            slots=slots,
+            starts=starts,
+            page_rows=page_rows,
+            pages=pages,
+            page_size=self._page_size,
+            counts=counts,
+        )
+        sampled = np.repeat(slots, counts)
+        first = np.repeat(np.cumsum(counts, dtype=np.int32) - counts, counts)
+        hidden_rows = self._numbers[: len(sampled)]
+        positions = np.repeat(starts, counts) + 1 + hidden_rows - first
+        return rows, Samples(
+            hidden_rows=hidden_rows,
+            slots=sampled,
+            positions=positions,
+            suppress_stop=positions < self._stop_position[sampled],
+            wants=self._wants[sampled] if self._num_wanting else None,
+        )
+
+    def _open_slots(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Those of `slots` that may have tokens in the next step, and how many, both int32: one where a mask must be
+        made of the tokens before it."""
+        left = np.minimum(self._last_position[slots] - self._position[slots], self._tokens_per_step)
+        left = np.where(self._wants[slots] & Wants.MASK, np.minimum(left, 1), left)
+        return slots[left > 0], left[left > 0]
+
+    def tenants(self, rows: DecodeRows | None = None) -> np.ndarray:
+        """Numbers of the tenants of the tokens of `rows`, or of one token of every sequence: int32 [tokens]."""
+        if rows is None:
+            return self._tenant[self._current_rows()[2]]
+        tenants = self._tenant[rows.slots]
+        return tenants if rows.counts is None else np.repeat(tenants, rows.counts)
 
     def steady_steps(self, num_pages: int) -> int:
-        """Steps in which nobody ends by its length and `num_pages` pages suffice for all."""
+        """Steps in which nobody ends by its length and `num_pages` pages suffice for all; 0 where rows have several
+        tokens."""
+        if self._tokens_per_step > 1:
+            return 0
         _, _, slots = self._current_rows()
         position, capacity = self._position[slots], self._capacity[slots]
         steps = int((self._last_position[slots] - position).min()) - 1
@@ -150,14 +240,15 @@ class DecodingSet:
         missing = self._position[slots] + steps - self._capacity[slots]
         return np.maximum(-(-missing // self._page_size), 0)
 
-    def take(self, rows: DecodeRows, token_ids: np.ndarray) -> np.ndarray:
-        """Gives the sampled `token_ids`, int32 [R], to the sequences of `rows` that decode on.
+    def take(self, rows: DecodeRows, samples: Samples, token_ids: np.ndarray) -> np.ndarray:
+        """Gives the sampled `token_ids`, int32 [R], to the sequences of `rows` that decode on; `samples` of the step
+        begin with theirs.
 
         Returns which, bool [R]. The sequences of the other rows have left, or end with this token.
         """
-        slots, positions = rows.slots, rows.starts + 1
-        ends = (self._stop_ids[slots] == token_ids[:, None]).any(axis=1) & ~rows.suppress_stop
-        ends |= (token_ids == NOT_FINITE) | (positions == self._last_position[slots])
+        slots, count = rows.slots, len(token_ids)
+        ends = (self._stop_ids[slots] == token_ids[:, None]).any(axis=1) & ~samples.suppress_stop[:count]
+        ends |= (token_ids < 0) | (samples.positions[:count] == self._last_position[slots])
         stay = (self._order[slots] == rows.orders) & ~ends
         if not stay.all():
             slots, token_ids = slots[stay], token_ids[stay]
@@ -165,6 +256,11 @@ class DecodingSet:
         for slot, token_id in zip(slots.tolist(), token_ids.tolist(), strict=True):
             by_slot[slot].output_token_ids.append(token_id)
         return stay
+
+    def give_back(self, sequence: Sequence, tokens: int) -> None:
+        """Tells that so many guesses of a sequence's step did not hold: they were not computed after all."""
+        assert sequence.slot is not None
+        self._position[sequence.slot] -= tokens
 
     def check_integrity(self) -> None:
         """Asserts that the columns say what the sequences say."""
@@ -179,7 +275,9 @@ class DecodingSet:
                 "the capacity is not that of the pages"
             )
             assert position <= self._capacity[slot], "computed tokens lack pages"
-            assert 0 <= pending <= 2, f"{sequence.request_id} has {pending} pending tokens with two steps in flight"
+            assert 0 <= pending <= 2 * self._tokens_per_step, (
+                f"{sequence.request_id} has {pending} pending tokens with two steps in flight"
+            )
             assert position <= sequence.last_position, "a sequence goes on past its last token"
         assert (self._order[free] == _NOBODY).all(), "a slot decodes for a sequence that is gone"
         assert not self._taken, "a page was taken for no step"
@@ -210,4 +308,4 @@ _NONE = np.zeros(0, np.int32)
 def _widened(stop_ids: np.ndarray, width: int) -> np.ndarray:
     """`stop_ids` with at least `width` columns."""
     missing = width - stop_ids.shape[1]
-    return stop_ids if missing <= 0 else np.pad(stop_ids, ((0, 0), (0, missing)), constant_values=NOT_FINITE - 1)
+    return stop_ids if missing <= 0 else np.pad(stop_ids, ((0, 0), (0, missing)), constant_values=_NO_ID)

@@ -12,8 +12,8 @@ from jaxserve.scheduler.sequence import Sequence
 class Running:
     """decoding: sequences of which only the newest token is left to compute. prefilling: the others, by request id."""
 
-    def __init__(self, num_slots: int, page_size: int):
-        self.decoding = DecodingSet(num_slots, page_size)
+    def __init__(self, num_slots: int, page_size: int, tokens_per_step: int = 1):
+        self.decoding = DecodingSet(num_slots, page_size, tokens_per_step)
         self.prefilling: dict[str, Sequence] = {}
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))

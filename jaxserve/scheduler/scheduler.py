@@ -5,7 +5,7 @@
     update     the sampled ids are appended; who has ended leaves
 
 What varies has a place of its own: modes.py (which work a step may hold), formation.py (whom it takes in), policies.py
-(who goes first), preemption.py (who gives way), limits.py (how much). building.py puts a step together from them.
+(who goes first), preemption.py (who gives way), limits.py (how much). step_builder.py puts a step together from them.
 
 The sequences that decode are columns (`DecodingSet`): a step changes them together, at a few numpy calls whatever their
 number. The scheduler itself touches the others, and those that take a page, end or are preempted.
@@ -27,20 +27,19 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from jaxserve.config.scheduling import SchedulerConfig
-from jaxserve.kv_cache.page_pool import PagePool
+from jaxserve.kv_cache.page_pool import PagePool, PageState
 from jaxserve.request import COMPLETED, EngineRequest, FinishReason, RequestStatus
 from jaxserve.scheduler.batch_barrier import HeldAnswers
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.budgets import Limits
 from jaxserve.scheduler.modes import MODES
-from jaxserve.scheduler.plan import NO_DECODES, NOT_FINITE, StepPlan, StepResult, Stretch
+from jaxserve.scheduler.plan import NOTHING_ALLOWED, StepPlan, StepResult, Stretch, Wants
 from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.scheduler.prediction import OutputLengthPredictor
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import Places
 from jaxserve.scheduler.step_builder import StepBuilder
-from jaxserve.scheduler.step_in_progress import StepInProgress
 from jaxserve.scheduler.step_time_estimator import Pace
 from jaxserve.scheduler.update import SequenceUpdate, StepUpdate
 
@@ -49,7 +48,8 @@ class Scheduler:
     """Owns the waiting, running and swapped sequences and the page pool's use.
 
     Times are seconds on the clock of the requests' arrival times and deadlines. costs: of preemption, where measured.
-    max_model_len: tokens of the longest sequence, for page_reservation "max_model_len".
+    max_model_len: tokens of the longest sequence, for page_reservation "max_model_len". tokens_per_step: of a row that
+    decodes at most: more than one where the device guesses tokens and tells how many of them held.
     """
 
     def __init__(
@@ -60,14 +60,22 @@ class Scheduler:
         *,
         costs: PreemptionCosts | None = None,
         max_model_len: int | None = None,
+        tokens_per_step: int = 1,
     ):
+        needed, rows = config.max_num_seqs * tokens_per_step, buckets.rows[-1] if tokens_per_step > 1 else None
+        for name, limit in (("max_num_batched_tokens", config.max_num_batched_tokens), ("row_buckets", rows)):
+            if limit is not None and needed > limit:
+                raise ValueError(
+                    f"{name} ends at {limit}; max_num_seqs {config.max_num_seqs} rows of {tokens_per_step} tokens need "
+                    f"{needed}: raise it"
+                )
         self._config = config
         self._buckets = buckets
         self._pace = Pace()
         self._limits = Limits(config)
         self.policy = POLICIES[config.policy](config.ordering, self._pace)
         self._mode = MODES[config.mode](config, self.policy)
-        self._places = Places(config, self.policy, self._mode.formation, pool, costs, max_model_len)
+        self._places = Places(config, self.policy, self._mode.formation, pool, costs, max_model_len, tokens_per_step)
         self._builder = StepBuilder(config, buckets, self._limits, self._mode, self.policy, self._places, self._pace)
         self._sequences: dict[str, Sequence] = {}
         self._held = HeldAnswers()
@@ -123,9 +131,9 @@ class Scheduler:
         """Ids of the unfinished requests, in order of arrival."""
         return list(self._sequences)
 
-    def add(self, request: EngineRequest) -> Sequence:
-        """Puts a request in the waiting queue. Raises ValueError when its id is in use or the server is full:
-        max_num_seqs requests running (or about to) and max_num_waiting behind them."""
+    def add(self, request: EngineRequest, wants: Wants = Wants.NONE) -> Sequence:
+        """Puts a request in the waiting queue; `wants` is what each of its samples wants. Raises ValueError when its id
+        is in use or the server is full: max_num_seqs requests running (or about to) and max_num_waiting behind them."""
         if request.request_id in self._sequences:
             raise ValueError(f"request_id {request.request_id!r} is in use; ids of unfinished requests must differ")
         if len(self._sequences) >= self._config.max_num_seqs + self._config.max_num_waiting:
@@ -134,6 +142,7 @@ class Scheduler:
                 f"max_num_waiting {self._config.max_num_waiting} allow no more: retry later"
             )
         sequence = Sequence(request, self._arrivals, self.predictor.expected(request))
+        sequence.wants = int(wants)
         sequence.tenant_number = self.policy.tenant_number(request.options.tenant)
         self._arrivals += 1
         self._sequences[request.request_id] = sequence
@@ -162,9 +171,10 @@ class Scheduler:
         tokens has counted them already), and what they should have copied to host memory is not there. Other pages in
         host memory stay valid. Returns the preempted sequences. O(unfinished requests).
         """
-        swapped_out = {swap.request_id for plan in lost for swap in plan.swaps if swap.slot is None}
+        copies = itertools.chain.from_iterable(plan.copies for plan in lost)
+        lost_pages = {copy.destination for copy in copies if copy.destination_tier is PageState.HOST}
         going_on = [sequence for name, sequence in self._sequences.items() if name not in self._held]
-        preempted = [sequence for sequence in going_on if self._places.restart(sequence, swapped_out)]
+        preempted = [sequence for sequence in going_on if self._places.restart(sequence, lost_pages)]
         self._steady = False
         self._pace.begins(None, 0.0)
         return preempted
@@ -190,14 +200,13 @@ class Scheduler:
         self._pace.ends(now)
         self._places.start_step()
         self._limits.update(len(self._sequences))
-        step = self._builder.build(now)
+        plan = self._builder.build(now, self._steps)
         if self._mode.holds:
             for sequence in self._builder.admitted:
                 self._held.joined(sequence, self._steps)
-        plan = self._plan(step) if step.decodes or step.chunks else None
-        assert plan is not None or not step.swaps, "pages are to be copied in no step"
         self._pace.begins(plan, now)
-        self._steady = bool(step.decodes) and not step.chunks
+        self._steps += plan is not None
+        self._steady = plan is not None and not plan.chunks
         return plan
 
     def wake_at(self) -> float | None:
@@ -209,18 +218,26 @@ class Scheduler:
         token_ids = np.asarray(result.token_ids, np.int32)
         if len(token_ids) != plan.num_sampled:
             raise ValueError(f"step {plan.step} has {len(token_ids)} token ids; it sampled {plan.num_sampled} rows")
+        if plan.decodes.counts is not None:
+            return self._update_several(plan, token_ids, result)
         request_ids, sampled = plan.decodes.request_ids, token_ids[: len(plan.decodes)]
-        stay = self._places.running.decoding.take(plan.decodes, sampled)
+        stay = self._places.running.decoding.take(plan.decodes, plan.samples, sampled)
         others = []
         for request_id, order, token_id in _one_by_one(plan, token_ids, ~stay):
-            sequence = self._sequences.get(request_id)
-            if sequence is not None and sequence.order == order and request_id not in self._held:
-                others.append(self._take(sequence, token_id))
+            sequence = self._owner(request_id, order)
+            if sequence is not None:
+                others.append(self._take(sequence, (token_id,)))
         if self._held:
             others += self._let_go()
         if not stay.all():
             request_ids, sampled = tuple(itertools.compress(request_ids, stay.tolist())), sampled[stay]
         return StepUpdate(request_ids, sampled.tolist(), others)
+
+    def masked_sequences(self, plan: StepPlan) -> list[Sequence | None]:
+        """Returns the sequence of each sample of `plan` that wants a mask, in order; None for those that have ended.
+        All of its tokens before that sample are known if the step before was taken in."""
+        owners = {row.slot: (row.request_id, row.order) for row in plan.rows}
+        return [self._owner(*owners[slot]) for slot in plan.samples.slots[plan.samples.masked].tolist()]
 
     def steady_steps(self) -> int:
         """How many of the coming steps are decodes of the same rows, if nothing arrives and no stop id is sampled:
@@ -254,53 +271,55 @@ class Scheduler:
         self._held.check_integrity(set(self._sequences))
         self._places.check_integrity(list(self._sequences.values()), self.pool)
 
-    def _plan(self, step: StepInProgress) -> StepPlan:
-        running = self._places.running
-        floor_tokens, floor_rows = self._mode.padded(step)
-        decodes = running.decoding.advance() if step.decodes else NO_DECODES
-        if self.policy.counts_tokens and step.decodes:
-            self.policy.decoded(running.decoding.tenants())
-        chunks = []
-        num_tokens = num_sampled = len(decodes)
-        for chunk in step.chunks.values():
-            row = chunk.row()
-            chunks.append(row)
-            num_tokens += chunk.count
-            num_sampled += row.sample
-            chunk.sequence.num_computed += chunk.count
-            if row.sample:
-                running.decode(chunk.sequence)
-                if self.policy.counts_tokens:
-                    self.policy.decoded(np.array([chunk.sequence.tenant_number]))
-        plan = StepPlan(
-            step=self._steps,
-            decodes=decodes,
-            chunks=tuple(chunks),
-            token_bucket=self._buckets.token_bucket(max(num_tokens, floor_tokens)),
-            row_bucket=self._buckets.row_bucket(max(num_sampled, floor_rows) if num_sampled else 0),
-            num_tokens=num_tokens,
-            num_sampled=num_sampled,
-            swaps=tuple(step.swaps),
-        )
-        self._steps += 1
-        return plan
+    def _update_several(self, plan: StepPlan, token_ids: np.ndarray, result: StepResult) -> StepUpdate:
+        """As `update`, for a plan whose rows have several samples, of which so many hold as `result.counts` says."""
+        counts = np.zeros(0, np.int32) if result.counts is None else np.asarray(result.counts, np.int32)
+        if len(counts) != len(plan.decodes):
+            raise ValueError(f"step {plan.step} has {len(counts)} counts; it decoded {len(plan.decodes)} rows")
+        others = []
+        for request_id, order, planned, found in _several(plan, token_ids, counts):
+            sequence = self._owner(request_id, order)
+            if sequence is None:
+                continue
+            refused = planned - len(found)
+            if sequence.decoding:
+                self._places.running.decoding.give_back(sequence, refused)
+            else:  # preempted meanwhile; computed again from the start, or swapped as if all had held
+                sequence.num_pending -= refused
+                sequence.num_computed -= refused if sequence.num_computed else 0
+            others.append(self._take(sequence, found))
+        if self._held:
+            others += self._let_go()
+        return StepUpdate((), [], others)
 
-    def _take(self, sequence: Sequence, token_id: int) -> SequenceUpdate:
-        """Gives one sequence its next token."""
+    def _owner(self, request_id: str, order: int) -> Sequence | None:
+        """The sequence that a row was planned for, if it still wants tokens."""
+        sequence = self._sequences.get(request_id)
+        return None if sequence is None or sequence.order != order or request_id in self._held else sequence
+
+    def _take(self, sequence: Sequence, token_ids: tuple[int, ...]) -> SequenceUpdate:
+        """Gives one sequence its next tokens, up to the one that ends it."""
         if not sequence.decoding:
-            sequence.num_pending -= 1
-        if token_id == NOT_FINITE:
-            return self._finish(sequence, FinishReason.ERROR, error="the model's logits are not finite")
-        sequence.output_token_ids.append(token_id)
-        reason = _finish_reason(sequence, token_id)
-        if reason is None:
-            return SequenceUpdate(sequence, (token_id,))
+            sequence.num_pending -= len(token_ids)
+        for count, token_id in enumerate(token_ids):
+            if token_id < 0:
+                return dataclasses.replace(
+                    self._finish(sequence, FinishReason.ERROR, _no_token(token_id)), token_ids=token_ids[:count]
+                )
+            sequence.output_token_ids.append(token_id)
+            reason = _finish_reason(sequence, token_id)
+            if reason is not None:
+                return self._end(sequence, reason, token_ids[: count + 1])
+        return SequenceUpdate(sequence, token_ids)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, token_ids: tuple[int, ...]) -> SequenceUpdate:
+        """Ends a sequence with its last tokens; in a static batch its place is kept until all of it have ended."""
         if self._mode.holds:
             self._places.leave(sequence)
             sequence.status = RequestStatus.ENDING
             self._held.hold(sequence, reason)
-            return SequenceUpdate(sequence, (token_id,))
-        return dataclasses.replace(self._finish(sequence, reason), token_ids=(token_id,))
+            return SequenceUpdate(sequence, token_ids)
+        return dataclasses.replace(self._finish(sequence, reason), token_ids=token_ids)
 
     def _let_go(self) -> list[SequenceUpdate]:
         """The final answers of static batches whose sequences have all ended."""
@@ -344,9 +363,34 @@ def _one_by_one(plan: StepPlan, token_ids: np.ndarray, special: np.ndarray) -> I
     """Request id, order and sampled id of the `special` decodes, bool [R], and of the chunks that sample."""
     for row in special.nonzero()[0].tolist():
         yield plan.decodes.request_ids[row], int(plan.decodes.orders[row]), int(token_ids[row])
-    sampled = (row for row in plan.chunks if row.sample)
-    for row, token_id in zip(sampled, token_ids[len(plan.decodes) :].tolist(), strict=True):
-        yield row.request_id, row.order, token_id
+    if plan.chunks:
+        by_slot = {row.slot: row for row in plan.chunks}
+        slots = plan.samples.slots[len(plan.decodes) :]
+        for slot, token_id in zip(slots.tolist(), token_ids[len(plan.decodes) :].tolist(), strict=True):
+            yield by_slot[slot].request_id, by_slot[slot].order, token_id
+
+
+def _several(
+    plan: StepPlan, token_ids: np.ndarray, counts: np.ndarray
+) -> Iterator[tuple[str, int, int, tuple[int, ...]]]:
+    """Request id, order, samples planned and the sampled ids that hold, of the rows that decode and the chunks that
+    sample."""
+    decodes, place = plan.decodes, 0
+    assert decodes.counts is not None
+    columns = zip(decodes.request_ids, decodes.orders.tolist(), decodes.counts.tolist(), counts.tolist(), strict=True)
+    for request_id, order, planned, count in columns:
+        if not 1 <= count <= planned:
+            raise ValueError(f"count of {request_id!r} is {count}; its row has {planned} tokens: it must be 1 to that")
+        yield request_id, order, planned, tuple(token_ids[place : place + count].tolist())
+        place += planned
+    by_slot = {row.slot: row for row in plan.chunks}
+    for slot, token_id in zip(plan.samples.slots[place:].tolist(), token_ids[place:].tolist(), strict=True):
+        yield by_slot[slot].request_id, by_slot[slot].order, 1, (token_id,)
+
+
+def _no_token(token_id: int) -> str:
+    """What a request is told for which none could be drawn."""
+    return "its mask allows no token" if token_id == NOTHING_ALLOWED else "the model's logits are not finite"
 
 
 def _finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:

@@ -10,9 +10,10 @@ class Sequence:
 
     order: place in the order of arrival. decoding: it is in the `DecodingSet`, whose columns then say how far it is;
     the next two count only while it does not. num_computed: tokens whose keys and values are in pages (or will be, by
-    the steps dispatched). num_pending: tokens sampled by dispatched steps whose ids the host has not read yet.
+    the steps dispatched). num_pending: tokens sampled by dispatched steps whose ids the host has not read yet, at most.
     expected_output: output tokens that the predictor expected on arrival. boost: added to the priority by preemptions.
-    tenant_number: what the policy calls its tenant. start_by, lateness: see the policy that uses them.
+    tenant_number: what the policy calls its tenant. wants: `Wants` of each of its samples. start_by, lateness: see the
+    policy that uses them.
     pages: of the device, in the order of the table; reserved: pages held for it beyond them; host_pages: those of a
     swapped sequence.
     """
@@ -31,6 +32,7 @@ class Sequence:
         self.expected_output = expected_output
         self.boost = 0
         self.tenant_number = 0
+        self.wants = 0
         self.start_by: float | None = None
         self.lateness = 0.0
         self.pages: list[int] = []

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 from jaxserve.config.scheduling import AdmissionConfig
-from jaxserve.kv_cache.page_pool import PagePool, PageState
-from jaxserve.scheduler.plan import Swap
+from jaxserve.kv_cache.page_pool import PageCopy, PagePool, PageState
 from jaxserve.scheduler.sequence import Sequence
 
 
@@ -43,20 +42,22 @@ class Pages:
     def fit(self, sequence: Sequence, count: int, spare: int) -> bool:
         """Whether a swapped sequence, and `count` more tokens, fit the free pages, less `spare` of them."""
         needed, reserved = self._needed(sequence, count)
+        needed = max(needed, len(sequence.host_pages))  # guesses that did not hold may have filled the last one
         return needed + reserved + spare <= self._pool.num_available
 
-    def swap_in(self, sequence: Sequence) -> Swap:
-        """Gives a swapped sequence that fits, and has a slot, its pages back, and what is reserved for it."""
+    def swap_in(self, sequence: Sequence) -> tuple[PageCopy, ...]:
+        """Gives a swapped sequence that fits its pages back, and what is reserved for it; how they are to be copied."""
         _, reserved = self._needed(sequence, 0)
         copies = self._pool.move(sequence.host_pages, PageState.ACTIVE)
         assert copies is not None, "pages that fit are not there"
         sequence.host_pages = []
         sequence.pages = [copy.destination for copy in copies]
         self._take(sequence, 0, reserved)
-        return Swap(sequence.request_id, copies, sequence.slot)
+        return copies
 
-    def swap_out(self, sequence: Sequence) -> Swap | None:
-        """Moves the pages of computed tokens to the host and releases the others; None, and no change, without room."""
+    def swap_out(self, sequence: Sequence) -> tuple[PageCopy, ...] | None:
+        """Moves the pages of computed tokens to the host, by the copies returned, and releases the others; None, and no
+        change, without room."""
         held = -(-sequence.num_computed // self._pool.page_size)
         copies = self._pool.move(sequence.pages[:held], PageState.HOST)
         if copies is None:
@@ -64,7 +65,7 @@ class Pages:
         self._pool.release([*sequence.pages[held:], *sequence.reserved])
         sequence.pages, sequence.reserved = [], []
         sequence.host_pages = [copy.destination for copy in copies]
-        return Swap(sequence.request_id, copies, None)
+        return copies
 
     def grow(self, sequence: Sequence, count: int) -> bool:
         """Takes what `count` more tokens need beyond the pages held; all or nothing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Set
 
 from jaxserve.config.scheduling import SchedulerConfig
 from jaxserve.kv_cache.page_pool import PagePool
@@ -35,11 +35,12 @@ class Places:
         pool: PagePool,
         costs: PreemptionCosts | None,
         max_model_len: int | None,
+        tokens_per_step: int = 1,
     ):
         self.pages = Pages(pool, config.admission, max_model_len)
         self.preemption = Preemption(config.preemption, policy, pool.page_size, costs)
         self.waiting = Waiting(policy, formation, self.preemption.urgency_queues())
-        self.running = Running(config.max_num_seqs, pool.page_size)
+        self.running = Running(config.max_num_seqs, pool.page_size, tokens_per_step)
         self.swapped = policy.queue()
         self.preempted: list[Sequence] = []
         self.preemptions = {"recompute": 0, "swap": 0}
@@ -65,32 +66,32 @@ class Places:
     def preempt(self, sequence: Sequence, step: StepInProgress) -> None:
         """Takes slot and pages from a running sequence, whatever it was given in this step. The tokens stay: their keys
         and values go to the host, or are computed again when it is next admitted."""
-        step.drop(sequence)
+        step.drop(sequence, self.running.decoding.next_tokens(sequence) if sequence.decoding else 0)
         self.running.leave(sequence)
         self.preemption.boosted(sequence)
-        swap = None
+        copies = None
         if sequence.num_computed and self.preemption.prefers_swap(sequence.num_computed):
-            swap = self.pages.swap_out(sequence)
-        if swap is None:
+            copies = self.pages.swap_out(sequence)
+        if copies is None:
             self.pages.release(sequence)
             sequence.num_computed = 0
             sequence.status = RequestStatus.PREEMPTED
             self.waiting.push_back(sequence)
         else:
-            step.swaps.append(swap)
+            step.copies.extend(copies)
             sequence.status = RequestStatus.SWAPPED
             self.swapped.push(sequence)
-        self.preemptions["recompute" if swap is None else "swap"] += 1
+        self.preemptions["recompute" if copies is None else "swap"] += 1
         self.preempted.append(sequence)
 
-    def restart(self, sequence: Sequence, swapped_out: Container[str]) -> bool:
+    def restart(self, sequence: Sequence, lost_pages: Set[int]) -> bool:
         """Takes a sequence back to what is certain when the device has lost its pages and the steps under way; whether
         it must be computed again for that.
 
-        swapped_out: requests whose copies to host memory were lost on the way.
+        lost_pages: pages of host memory that were to be filled and were not.
         """
         status = sequence.status
-        if status is RequestStatus.SWAPPED and sequence.request_id in swapped_out:
+        if status is RequestStatus.SWAPPED and not lost_pages.isdisjoint(sequence.host_pages):
             self.swapped.remove(sequence)
             self.pages.release(sequence)
         elif status is RequestStatus.RUNNING:

@@ -1,12 +1,15 @@
-"""What one step holds: the order of docs/architecture.md, over the rules of the other files of this package."""
+"""Makes the plan of one step: the order of docs/architecture.md, over the rules of the other files of this package."""
 
 from __future__ import annotations
+
+import numpy as np
 
 from jaxserve.config.scheduling import SchedulerConfig
 from jaxserve.request import RequestStatus
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.budgets import Limits
 from jaxserve.scheduler.modes import Mode, Work
+from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, PageTableWrite, RowPlan, StepPlan
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import Places
@@ -18,8 +21,11 @@ MOST_PADDING = 0.2
 
 
 class StepBuilder:
-    """Builds steps. admitted: sequences that the last step let run. blocked_by: what kept the first that waits from
-    joining it: "slots", "pages", or None where nobody waits or something else did."""
+    """Builds the plans of steps.
+
+    admitted: sequences that the last step let run. blocked_by: what kept the first that waits from joining it: "slots",
+    "pages", or None where nobody waits or something else did.
+    """
 
     def __init__(
         self,
@@ -37,17 +43,27 @@ class StepBuilder:
         self._mode = mode
         self._policy = policy
         self._places = places
+        self._pages = places.pages
+        self._running = places.running
+        self._waiting = places.waiting
+        self._swapped = places.swapped
         self._pace = pace
         self.admitted: list[Sequence] = []
         self.blocked_by: str | None = None
 
-    def build(self, now: float) -> StepInProgress:
-        """The next step, without rows where there is nothing to compute."""
+    def build(self, now: float, number: int) -> StepPlan | None:
+        """Returns the next step, of this number; None where there is nothing to compute."""
         self.admitted, self.blocked_by = [], None
-        places, decoding = self._places, self._places.running.decoding
-        work = self._mode.work(places.counts, places.waiting, now)
+        step = self._filled(now)
+        # Copies alone are a step where the others wait for the results of guesses in flight.
+        return self._plan(step, number) if step.decodes or step.chunks or step.copies else None
+
+    def _filled(self, now: float) -> StepInProgress:
+        """Decides who computes how much, and takes the pages for it."""
+        places, decoding = self._places, self._running.decoding
+        work = self._mode.work(places.counts, self._waiting, now)
         step, joined = self._begin(work), 0
-        if work.prefill and len(places.swapped):
+        if work.prefill and len(self._swapped):
             self._swap_in(step, work)
         if work.decode:
             self._extend_decodes(step)
@@ -55,10 +71,10 @@ class StepBuilder:
             self._continue_prompts(step, work)
             if not places.preempted:
                 joined = self._admit(step, work, now, work.admit)
-                if joined < work.admit and len(places.waiting.new) and len(places.running):
+                if joined < work.admit and len(self._waiting.new) and len(self._running):
                     joined += self._displace(step, work, now)
             if not step.chunks and not work.decode and len(decoding):
-                step.decodes = len(decoding)  # no prompt finds room: the step decodes after all
+                step.decodes = decoding.num_tokens  # no prompt finds room: the step decodes after all
                 self._extend_decodes(step)
         if step.fill:
             joined += self._fill(step, work, now, work.admit - joined)
@@ -66,10 +82,57 @@ class StepBuilder:
             self._mode.admitted(joined)
         return step
 
+    def _plan(self, step: StepInProgress, number: int) -> StepPlan:
+        """Counts what was decided as computed, and makes the plan of it."""
+        running, floors = self._running, self._mode.padded(step)
+        decodes, samples = running.decoding.advance() if step.decodes else (NO_DECODES, NO_SAMPLES)
+        if self._policy.counts_tokens and step.decodes:
+            self._policy.decoded(running.decoding.tenants(decodes))
+        num_tokens, chunks, table_writes = decodes.num_tokens, (), ()
+        if step.chunks:
+            chunks, sampled, table_writes = self._chunks(step, num_tokens)
+            num_tokens += sum([chunk.count for chunk in step.chunks.values()])
+            samples = samples.followed_by(sampled) if sampled else samples
+        num_sampled = len(samples)
+        return StepPlan(
+            step=number,
+            decodes=decodes,
+            chunks=chunks,
+            samples=samples,
+            token_bucket=self._buckets.token_bucket(max(num_tokens, floors[0])),
+            row_bucket=self._buckets.row_bucket(max(num_sampled, floors[1]) if num_sampled else 0),
+            num_tokens=num_tokens,
+            copies=tuple(step.copies),
+            table_writes=table_writes,
+        )
+
+    def _chunks(
+        self, step: StepInProgress, end: int
+    ) -> tuple[tuple[RowPlan, ...], list[tuple[int, int, int, bool, int]], tuple[PageTableWrite, ...]]:
+        """The chunks of prompts behind `end` tokens, what is sampled of them (where all known tokens are computed), and
+        what page tables must know before."""
+        rows: list[RowPlan] = []
+        sampled: list[tuple[int, int, int, bool, int]] = []
+        table_writes: list[PageTableWrite] = []
+        for chunk in step.chunks.values():
+            row, sequence = chunk.row(), chunk.sequence
+            rows.append(row)
+            if chunk.admitted and chunk.held:
+                table_writes += chunk.table_writes()
+            position = sequence.num_computed = row.start + chunk.count
+            end += chunk.count
+            if position == sequence.num_known:
+                suppress_stop = position < sequence.stop_position
+                sampled.append((end - 1, row.slot, position, suppress_stop, sequence.wants))
+                self._running.decode(sequence)
+                if self._policy.counts_tokens:
+                    self._policy.decoded(np.array([sequence.tenant_number]))
+        return tuple(rows), sampled, tuple(table_writes)
+
     def _begin(self, work: Work) -> StepInProgress:
         """The step as its decodes leave it."""
         config, limits = self._config, self._limits
-        decodes = len(self._places.running.decoding) if work.decode else 0
+        decodes = self._running.decoding.num_tokens if work.decode else 0
         budget = limits.max_num_batched_tokens - decodes
         step = StepInProgress(decodes, max(0, budget), config.max_num_batched_tokens - decodes)
         if decodes and limits.prefill_share < 1:
@@ -94,19 +157,18 @@ class StepBuilder:
     def _swap_in(self, step: StepInProgress, work: Work) -> None:
         """Brings swapped sequences back, best standing first, while slots, budget and pages last. The pages that
         running ones need in this step are left to them, so that none is preempted for one that came back."""
-        pages, running = self._places.pages, self._places.running
+        pages, running = self._pages, self._running
         needed = sum(pages.missing(one, self._chunk(one, step, work)) for one in running.prefilling.values())
         if step.decodes:
             needed += len(running.decoding.short())
-        while (sequence := self._places.swapped.peek()) is not None:
+        while (sequence := self._swapped.peek()) is not None:
             count = self._chunk(sequence, step, work)
             if not count or not self._has_place(sequence, work) or not pages.fit(sequence, count, spare=needed):
                 return
-            self._places.swapped.remove(sequence)
+            self._swapped.remove(sequence)
             running.start(sequence)
-            assert sequence.slot is not None
             held = len(sequence.host_pages)
-            step.swaps.append(pages.swap_in(sequence))
+            step.copies.extend(pages.swap_in(sequence))
             grown = pages.grow(sequence, count)
             assert grown, "pages that fit are not there"
             self.admitted.append(sequence)
@@ -115,16 +177,16 @@ class StepBuilder:
     def _extend_decodes(self, step: StepInProgress) -> None:
         """Gives a page to every sequence that decodes and needs one, preempting others of less standing, or itself
         when it is the least."""
-        decoding = self._places.running.decoding
+        decoding = self._running.decoding
         short = decoding.short()
-        pages = self._places.pages.one_each(short) if short else []
+        pages = self._pages.one_each(short) if short else []
         if pages is not None:
             for sequence, page in zip(short, pages, strict=True):
                 decoding.give_page(sequence, page)
             return
         for sequence in short:
             while sequence.status is RequestStatus.RUNNING:  # until it is preempted, now or for one before it
-                page = self._places.pages.one(sequence)
+                page = self._pages.one(sequence)
                 if page is not None:
                     decoding.give_page(sequence, page)
                     break
@@ -132,14 +194,14 @@ class StepBuilder:
 
     def _continue_prompts(self, step: StepInProgress, work: Work) -> None:
         """Gives a chunk to every prompt under way, preempting as `_extend_decodes` does."""
-        for sequence in list(self._places.running.prefilling.values()):
+        for sequence in list(self._running.prefilling.values()):
             if sequence.status is not RequestStatus.RUNNING or sequence.request_id in step.chunks:
                 continue  # preempted for a sequence before it, or back from host memory with a chunk
             count = self._chunk(sequence, step, work)
             held = len(sequence.pages)
             if not count:
                 continue
-            while sequence.status is RequestStatus.RUNNING and not self._places.pages.grow(sequence, count):
+            while sequence.status is RequestStatus.RUNNING and not self._pages.grow(sequence, count):
                 self._places.make_room(step)
             if sequence.status is RequestStatus.RUNNING:
                 step.add(Chunk(sequence, count, held))
@@ -159,7 +221,7 @@ class StepBuilder:
 
     def _has_place(self, sequence: Sequence, work: Work) -> bool:
         """Whether a sequence could run now; one with a token on its way waits for its id."""
-        running = self._places.running
+        running = self._running
         limit = min(self._limits.max_num_seqs, self._mode.max_running)
         if sequence.num_pending or len(running.prefilling) >= work.prompts:
             return False
@@ -169,9 +231,9 @@ class StepBuilder:
         """Lets waiting sequences run, in the order in which they are offered, until slots, budget or pages end; `most`
         new ones at most. Returns how many new ones joined."""
         joined = 0
-        if not len(self._places.swapped):
+        if not len(self._swapped):
             delayed = self._delayed(now)
-            for sequence in self._places.waiting.candidates(now):
+            for sequence in self._waiting.candidates(now):
                 if sequence.waits_new and (joined >= most or delayed):
                     break
                 new = sequence.waits_new
@@ -182,8 +244,8 @@ class StepBuilder:
 
     def _delayed(self, now: float) -> bool:
         """Whether new prompts are held back so that more of them come together (scheduler_delay_factor)."""
-        factor, oldest = self._config.admission.scheduler_delay_factor, self._places.waiting.oldest()
-        if not factor or oldest is None or not len(self._places.running):
+        factor, oldest = self._config.admission.scheduler_delay_factor, self._waiting.oldest()
+        if not factor or oldest is None or not len(self._running):
             return False
         return now - oldest < factor * self._pace.last_prefill_seconds
 
@@ -195,13 +257,13 @@ class StepBuilder:
         count = self._chunk(sequence, step, work)
         if not count:
             return False
-        if not self._places.pages.admit(sequence, count, alone=not len(self._places.running)):
+        if not self._pages.admit(sequence, count, alone=not len(self._running)):
             self.blocked_by = "pages"
             return False
         if sequence.waits_new:
             self._policy.admitted(sequence)
-        self._places.waiting.remove(sequence)
-        self._places.running.start(sequence)
+        self._waiting.remove(sequence)
+        self._running.start(sequence)
         self.admitted.append(sequence)
         step.add(Chunk(sequence, count, held=0, admitted=True))
         return True
@@ -209,7 +271,7 @@ class StepBuilder:
     def _displace(self, step: StepInProgress, work: Work, now: float) -> int:
         """Lets one that waits take the place of a running one that must give way to it; how many joined."""
         obstacle = self.blocked_by
-        for sequence, in_turn in self._places.waiting.urgent(now):
+        for sequence, in_turn in self._waiting.urgent(now):
             if self._may_pass(sequence) and self._displace_for(sequence, step, work, in_turn):
                 return 1
             if self._places.preempted:
@@ -219,7 +281,7 @@ class StepBuilder:
 
     def _may_pass(self, sequence: Sequence) -> bool:
         """Whether a new sequence may run before those that have run: it would take their places if they had them."""
-        away = self._places.swapped.peek(), self._places.waiting.returning.peek()
+        away = self._swapped.peek(), self._waiting.returning.peek()
         return all(one is None or self._places.preemption.far_better(sequence, one) for one in away)
 
     def _displace_for(self, sequence: Sequence, step: StepInProgress, work: Work, in_turn: bool) -> bool:
@@ -250,7 +312,7 @@ class StepBuilder:
         chunk = step.chunks.get(loser.request_id)
         if step.budget > 0 or chunk is None or not self._has_place(sequence, work):
             return False
-        pages = self._places.pages
+        pages = self._pages
         pages.give_back(loser, chunk.held)
         step.drop(loser)
         if self._join(sequence, step, work):
@@ -272,7 +334,7 @@ class StepBuilder:
             count = min(spare, sequence.num_known - sequence.num_computed - chunk.count)
             if threshold:
                 count = min(count, threshold - chunk.count)
-            if count > 0 and self._places.pages.grow(sequence, chunk.count + count):
+            if count > 0 and self._pages.grow(sequence, chunk.count + count):
                 step.extend(chunk, count)
                 spare -= count
         if not spare or self._places.preempted:

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxserve.scheduler.plan import RowPlan, Swap
+from jaxserve.kv_cache.page_pool import PageCopy
+from jaxserve.scheduler.plan import PageTableWrite, RowPlan, table_writes
 from jaxserve.scheduler.sequence import Sequence
 
 
 @dataclasses.dataclass
 class Chunk:
-    """The share of one prompt in the step under construction. held: pages held before it."""
+    """The share of one prompt in the step under construction.
+
+    held: pages held before it. admitted: it gets its slot in this step, whose page table knows none of them.
+    """
 
     sequence: Sequence
     count: int
     held: int
     admitted: bool = False
 
+    def table_writes(self) -> list[PageTableWrite]:
+        """Makes the page table of its new slot know the pages that were filled before the sequence got it."""
+        assert self.admitted
+        assert self.sequence.slot is not None
+        return table_writes(0, self.sequence.slot, self.sequence.pages[: self.held])
+
     def row(self) -> RowPlan:
-        """Its row in the plan."""
+        """Makes its row in the plan."""
         sequence, count = self.sequence, self.count
         start = sequence.num_computed
         assert sequence.slot is not None
@@ -28,8 +38,6 @@ class Chunk:
             slot=sequence.slot,
             start=start,
             token_ids=sequence.known_token_ids(start, start + count),
-            sample=start + count == sequence.num_known,
-            suppress_stop=start + count < sequence.stop_position,
             first_new_page=self.held,
             new_pages=tuple(sequence.pages[self.held :]),
             admit=sequence.request if self.admitted else None,
@@ -39,9 +47,10 @@ class Chunk:
 class StepInProgress:
     """What the step under construction was given so far.
 
-    decodes: rows that decode; each has its token. budget: prefill tokens that the settings leave; room: tokens that the
-    largest step leaves, which a prompt that must not be split may use when it is alone. fill: prompts go on to the
-    end of the bucket, past the budget. chunks: by request id, in order. swaps: in order.
+    decodes: tokens of the rows that decode, one each unless the device guesses some. budget: prefill tokens that the
+    settings leave; room: tokens that the largest step leaves, which a prompt that must not be split may use when it is
+    alone. fill: prompts go on to the end of the bucket, past the budget. chunks: by request id, in order. copies: of
+    pages, in order.
     """
 
     def __init__(self, decodes: int, budget: int, room: int):
@@ -50,7 +59,7 @@ class StepInProgress:
         self.room = room
         self.fill = False
         self.chunks: dict[str, Chunk] = {}
-        self.swaps: list[Swap] = []
+        self.copies: list[PageCopy] = []
 
     @property
     def num_tokens(self) -> int:
@@ -69,10 +78,11 @@ class StepInProgress:
         self._spend(count)
         chunk.count += count
 
-    def drop(self, sequence: Sequence) -> Chunk | None:
-        """Takes back what a sequence was given, if anything."""
+    def drop(self, sequence: Sequence, decoding_tokens: int = 0) -> Chunk | None:
+        """Takes back what a sequence was given, if anything; `decoding_tokens` where it decodes and decodes are given
+        any."""
         chunk = self.chunks.pop(sequence.request_id, None)
-        given = chunk.count if chunk is not None else int(sequence.decoding and self.decodes > 0)
+        given = chunk.count if chunk is not None else decoding_tokens if self.decodes > 0 else 0
         if chunk is None:
             self.decodes -= given
         self._spend(-given)

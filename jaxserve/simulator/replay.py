@@ -58,15 +58,14 @@ class LengthKeepingRunner:
     def fitted(self, plan: StepPlan) -> StepPlan:
         return self._runner.fitted(plan)
 
-    def dispatch(self, plan: StepPlan) -> Pending:
-        decodes = plan.decodes
-        last = [decodes.starts + 1 == self._stop_at[decodes.slots]]
+    def dispatch_forward(self, plan: StepPlan) -> Pending:
         for chunk in plan.chunks:
             if chunk.admit is not None:
                 self._stop_at[chunk.slot] = self.last_positions.get(chunk.request_id, _NEVER)
-            if chunk.sample:
-                last.append(np.array([chunk.start + chunk.num_tokens == self._stop_at[chunk.slot]]))
-        return self._runner.dispatch(plan), np.concatenate(last)
+        return self._runner.dispatch_forward(plan), plan.samples.positions == self._stop_at[plan.samples.slots]
+
+    def dispatch_sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
+        self._runner.dispatch_sample(plan, masks)
 
     def reset(self) -> None:
         self._runner.reset()

@@ -221,15 +221,10 @@ class SimulatedEngine:
 
     def _sample(self, plan: StepPlan) -> tuple[np.ndarray, bool]:
         """The ids of a step, int64 [num_sampled], and whether one of them ends a sequence."""
-        decodes = plan.decodes
-        last = decodes.starts + 1 == self._stop_at[decodes.slots]
-        chunks = []
         for chunk in plan.chunks:
             if chunk.admit is not None:
                 self._stop_at[chunk.slot] = self._last_positions.get(chunk.request_id, _NEVER)
-            if chunk.sample:
-                chunks.append(chunk.start + chunk.num_tokens == self._stop_at[chunk.slot])
-        found = np.concatenate([last, np.array(chunks, bool)]) if chunks else last
+        found = plan.samples.positions == self._stop_at[plan.samples.slots]
         return np.where(found, STOP_ID, 0), bool(found.any())
 
     def _wait(self, limit: float) -> None:

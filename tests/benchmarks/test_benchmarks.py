@@ -17,8 +17,8 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.loading.checkpoint import load
 from jaxserve.models.params import make_mesh
 from jaxserve.request import FinishReason
-from jaxserve.runner.fake import FakeRunner
-from jaxserve.scheduler.plan import StepPlan, StepResult
+from jaxserve.runner.fake import FakeRunner, FakeStep
+from jaxserve.scheduler.plan import StepPlan
 from jaxserve.serving.client import Completion, Usage
 
 ARCHITECTURE = ModelConfig("LlamaForCausalLM", 101, 8, 8, 1, 1, 1, 8, 2048)
@@ -62,10 +62,10 @@ class Compiling(FakeRunner):
 
     steps = 0
 
-    def dispatch(self, plan: StepPlan) -> StepResult:
+    def dispatch_forward(self, plan: StepPlan) -> FakeStep:
         self.steps += 1
         self.num_compilations += self.steps == 5
-        return super().dispatch(plan)
+        return super().dispatch_forward(plan)
 
 
 def test_a_late_compilation_is_noticed():

@@ -38,10 +38,14 @@ class WatchedRunner(FakeRunner):
         self.looks: Iterator[bool] = itertools.repeat(True)  # what `done` answers
         self._steps: list[int] = []
 
-    def dispatch(self, plan):
-        self.calls.append(("dispatch", plan.step))
+    def dispatch_forward(self, plan):
+        self.calls.append(("forward", plan.step))
         self._steps.append(plan.step)
-        return super().dispatch(plan)
+        return super().dispatch_forward(plan)
+
+    def dispatch_sample(self, plan, masks=None):
+        self.calls.append(("sample", plan.step))
+        super().dispatch_sample(plan, masks)
 
     def done(self, pending):
         return next(self.looks)
@@ -82,12 +86,16 @@ def test_step_n_plus_1_is_dispatched_before_step_n_is_read():
     run(core)
     assert isinstance(core.runner, WatchedRunner)
     assert core.runner.calls == [
-        ("dispatch", 0),
-        ("dispatch", 1),
+        ("forward", 0),
+        ("sample", 0),
+        ("forward", 1),
+        ("sample", 1),
         ("collect", 0),
-        ("dispatch", 2),
+        ("forward", 2),
+        ("sample", 2),
         ("collect", 1),
-        ("dispatch", 3),
+        ("forward", 3),
+        ("sample", 3),
         ("collect", 2),
         ("collect", 3),
     ]

@@ -15,23 +15,24 @@ from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.core import FAULT_SECONDS, EngineCore
 from jaxserve.engine.messages import AbortRequest, AddRequest, EngineOutput, outputs
 from jaxserve.engine.step_executor import EngineBrokenError
+from jaxserve.kv_cache.page_pool import PageCopy
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.runner.protocol import StepNotStartedError
 from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.plan import StepPlan, Swap
+from jaxserve.scheduler.plan import StepPlan
 from jaxserve.telemetry.recorder import Recorder, RequestPreempted
 from tests.budgets import budget
 from tests.scheduler.drive import alone
 
 MODEL = ModelConfig("LlamaForCausalLM", 101, 8, 8, 1, 1, 1, 8, 256)
-NOT_STARTED, SWAPPED, LOST, LATE = "not started", "not started, swapped", "lost", "lost when collected"
+NOT_STARTED, COPIED, LOST, LATE = "not started", "not started, copied", "lost", "lost when collected"
 
 
 class FaultyRunner(FakeRunner):
-    """Fails as it is told. faults: what the calls of `dispatch` do, in order; None does nothing. poisoned: requests
-    that no step can be started with. most_rows: of a step that can be started."""
+    """Fails as it is told. faults: what the calls of `dispatch_forward` do, in order; None does nothing. poisoned:
+    requests that no step can be started with. most_rows: of a step that can be started."""
 
     def __init__(self, faults=(), poisoned=(), most_rows=1_000, **sizes):
         super().__init__(**sizes)
@@ -43,20 +44,20 @@ class FaultyRunner(FakeRunner):
         self._lost = False
         self._late: set[int] = set()
 
-    def dispatch(self, plan: StepPlan):
+    def dispatch_forward(self, plan: StepPlan):
         assert not self._lost, "a step is dispatched to a device that has lost its pages"
         self.rows.append(plan.num_rows)
         fault = next(self.faults, None)
         if fault == NOT_STARTED or self.poisoned & set(plan.request_ids) or plan.num_rows > self.most_rows:
             raise StepNotStartedError("memory is short")
-        if fault == SWAPPED:
-            for swap in plan.swaps:
-                self._swap(swap)
-            raise StepNotStartedError("memory is short", swapped=True)
+        if fault == COPIED:
+            for copy in plan.copies:
+                self._copy(copy)
+            raise StepNotStartedError("memory is short", copied=True)
         if fault == LOST:
             self._lose()
             raise RuntimeError("a program failed\nin its third line")
-        result = super().dispatch(plan)
+        result = super().dispatch_forward(plan)
         if fault == LATE:
             self._late.add(id(result))
         return result
@@ -220,21 +221,21 @@ def test_arrays_that_a_fault_has_spoiled_are_made_anew():
 
 
 def test_copies_of_a_row_that_is_given_up_are_made_once():
-    """The swaps of its part are those of other rows, too."""
-    made: list[Swap] = []
+    """The copies of its part are those of other rows, too."""
+    made: list[PageCopy] = []
 
     class Counting(FaultyRunner):
-        def _swap(self, swap) -> None:
-            made.append(swap)
-            super()._swap(swap)
+        def _copy(self, copy) -> None:
+            made.append(copy)
+            super()._copy(copy)
 
     wanted = requests(10)
     for at in range(40):
         made.clear()
-        runner = Counting([None] * at + [NOT_STARTED, NOT_STARTED, SWAPPED] * 3, num_pages=14, num_host_pages=24)
+        runner = Counting([None] * at + [NOT_STARTED, NOT_STARTED, COPIED] * 3, num_pages=14, num_host_pages=24)
         core = make_core(runner, preemption=PreemptionConfig(preemption_mode="swap"))
         serve(core, wanted)
-        assert len({id(swap) for swap in made}) == len(made)
+        assert len({id(copy) for copy in made}) == len(made)
 
 
 def test_after_a_fault_in_a_program_the_step_has_half_of_the_rows():
@@ -283,7 +284,10 @@ def test_parts_of_a_plan_are_its_rows_in_order():
         parts = plan.parts(most_rows, buckets)
         assert [row for part in parts for row in part.rows] == list(plan.rows)
         assert sum(part.num_tokens for part in parts) == plan.num_tokens
-        assert sum(part.num_sampled for part in parts) == plan.num_sampled
+        assert [row for part in parts for row in part.sampled] == list(plan.sampled)
+        begins = [sum(part.num_tokens for part in parts[:place]) for place in range(len(parts))]
+        hidden_rows = [begin + part.samples.hidden_rows for begin, part in zip(begins, parts, strict=True)]
+        assert np.concatenate(hidden_rows).tolist() == plan.samples.hidden_rows.tolist()
         assert all(part.num_rows <= most_rows for part in parts)
         assert all(part.token_bucket >= part.num_tokens and part.row_bucket >= part.num_sampled for part in parts)
         assert np.concatenate([part.decodes.pages for part in parts]).tolist() == plan.decodes.pages.tolist()
@@ -305,7 +309,7 @@ def test_many_faults_while_sequences_are_swapped(mode):
     assert swapped > 100 or mode == "none"  # which has one request at a time
 
 
-FAULTS = st.sampled_from([None] * 6 + [NOT_STARTED, SWAPPED, LOST, LATE])
+FAULTS = st.sampled_from([None] * 6 + [NOT_STARTED, COPIED, LOST, LATE])
 
 
 @budget(60, phases=[Phase.generate])

@@ -12,11 +12,11 @@ from jaxserve.models.params import make_mesh
 from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.runner.protocol import StepCosts
 from jaxserve.runner.step_cost_model import step_costs
-from jaxserve.scheduler.plan import NO_DECODES, StepPlan
+from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, StepPlan
 
 
 def plan(tokens: int) -> StepPlan:
-    return StepPlan(0, NO_DECODES, (), token_bucket=tokens, row_bucket=0, num_tokens=tokens, num_sampled=0)
+    return StepPlan(0, NO_DECODES, (), NO_SAMPLES, token_bucket=tokens, row_bucket=0, num_tokens=tokens)
 
 
 def test_the_prediction_is_corrected_by_what_is_measured():

@@ -15,6 +15,7 @@ from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.scheduler import Scheduler
 from jaxserve.scheduler.buckets import Buckets
+from tests.scheduler.drive import dispatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ def drive(
         dispatched = None
         if plan is not None:
             programs.add(runner._shapes.forward_key(plan))
-            dispatched = (plan, runner.dispatch(plan))
+            dispatched = (plan, dispatch(runner, plan))
         if in_flight is not None:
             scheduler.update(in_flight[0], runner.collect(in_flight[1]))
         scheduler.check_integrity()

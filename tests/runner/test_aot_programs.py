@@ -174,7 +174,7 @@ def test_swaps_move_their_pages_alone(kind, dtype, mesh, target):
     pages = 16 * report.pool_bytes // 4096
     assert pages <= report.bytes_read < report.pool_bytes
     assert pages <= report.bytes_written < 1.1 * pages
-    assert (report.alias_bytes > report.pool_bytes) == (kind == "swap_in")
+    assert (report.alias_bytes >= report.pool_bytes) == (kind == "swap_in")
 
 
 def test_every_broken_promise_is_named(step, target):

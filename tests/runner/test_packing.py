@@ -16,7 +16,7 @@ from jaxserve.programs.slots import Slots
 from jaxserve.programs.step_programs import attention_metadata
 from jaxserve.request import EngineRequest
 from jaxserve.runner.packing import ForwardPacker, SamplePacker
-from jaxserve.scheduler.plan import DecodeRows, RowPlan, StepPlan
+from jaxserve.scheduler.plan import NO_SAMPLES, DecodeRows, RowPlan, Samples, StepPlan, Wants
 from tests.budgets import budget
 
 PAGE = 16
@@ -34,16 +34,16 @@ def place(slots: Slots, vector: jax.Array):
 
 
 def row(name: str, slot: int, start: int, tokens: tuple[int, ...], **fields) -> RowPlan:
-    values = {"sample": True, "suppress_stop": False, "first_new_page": 0, "new_pages": ()}
+    values = {"first_new_page": 0, "new_pages": ()}
     return RowPlan(name, 0, slot, start, tokens, admit=fields.pop("admit", None), **{**values, **fields})
 
 
-def plan_of(*rows: RowPlan, token_bucket: int = 32, row_bucket: int = 8) -> StepPlan:
+def plan_of(*rows: RowPlan, token_bucket: int = 32, row_bucket: int = 8, samples: Samples = NO_SAMPLES) -> StepPlan:
     decodes = DecodeRows.of([one for one in rows if one.decodes], PAGE)
     chunks = tuple(one for one in rows if not one.decodes)
     assert (*decodes.rows(), *chunks) == rows
-    num_tokens, num_sampled = sum(one.num_tokens for one in rows), sum(one.sample for one in rows)
-    return StepPlan(0, decodes, chunks, token_bucket, row_bucket, num_tokens, num_sampled)
+    num_tokens = sum(one.num_tokens for one in rows)
+    return StepPlan(0, decodes, chunks, samples, token_bucket, row_bucket, num_tokens)
 
 
 def test_a_layout_carries_every_dtype_to_the_bit():
@@ -88,19 +88,15 @@ def test_pack_forward_says_what_the_plan_says():
     assert_array_equal(fields["stop_token_ids"][0], [9, 8] + [-1] * 30)
 
 
-def test_pack_sample_points_at_last_tokens():
-    plan = plan_of(
-        row("d", 6, 30, (), suppress_stop=True, first_new_page=2),
-        row("a", 3, 20, (1,)),
-        row("b", 5, 0, (1, 2, 3), sample=False),
-        row("c", 1, 4, (1, 2), suppress_stop=True),
-    )
+def test_pack_sample_says_what_the_samples_say():
+    plan = plan_of(samples=Samples.of([(0, 6, 31, True, 0), (1, 3, 21, False, Wants.MASK), (6, 1, 6, True, 0)]))
     packer = SamplePacker(8, NUM_SLOTS)
     fields = packer.layout.views(packer.pack(plan))
     assert_array_equal(fields["token"][:3], [0, 1, 6])
     assert_array_equal(fields["slot"], [6, 3, 1] + [NUM_SLOTS] * 5)
     assert_array_equal(fields["position"][:3], [31, 21, 6])
     assert_array_equal(fields["suppress_stop"][:3], [1, 0, 1])
+    assert_array_equal(fields["masked"], [0, 1] + [0] * 6)
 
 
 def test_a_packed_vector_is_not_written_again():

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
+from jaxserve.engine.constraints import pack_mask
 from jaxserve.programs.sampler import filter_logits, sample
 from jaxserve.programs.slots import Slots
-from jaxserve.scheduler.plan import NOT_FINITE
+from jaxserve.scheduler.plan import NOT_FINITE, NOTHING_ALLOWED
 from tests.budgets import budget
 
 VOCAB = 50
@@ -68,13 +69,13 @@ def make_slots(**fields) -> Slots:
     return dataclasses.replace(slots, sampling=slots.sampling | set_ones)
 
 
-def call(logits, slots, slot, position=None, suppress=None) -> np.ndarray:
-    rows = len(slot)
-    position = np.zeros(rows, np.int32) if position is None else np.asarray(position, np.int32)
-    suppress = np.zeros(rows, np.int32) if suppress is None else np.asarray(suppress, np.int32)
-    return np.asarray(
-        sample_jit(jnp.asarray(logits, jnp.float32), slots, np.asarray(slot, np.int32), position, suppress)
-    )
+def call(logits, slots, slot, position=None, suppress=None, masked=None, masks=None) -> np.ndarray:
+    """masks: bool [slots, vocabulary], of the slots."""
+    told = {"slot": slot, "position": position, "suppress_stop": suppress, "masked": masked}
+    fields = {name: np.array(np.zeros(len(slot)) if row is None else row, np.int32) for name, row in told.items()}
+    masks = np.zeros((SLOTS, np.shape(logits)[1]), bool) if masks is None else masks
+    packed = np.stack([pack_mask(mask) for mask in masks])
+    return np.asarray(sample_jit(jnp.asarray(logits, jnp.float32), slots, packed, fields))
 
 
 def test_greedy_is_argmax():
@@ -225,3 +226,49 @@ def test_a_row_whose_every_token_is_suppressed_takes_one_of_them(temperature):
     logits = np.random.default_rng(9).standard_normal((8, 32))
     ids = call(logits, slots, range(8), suppress=np.ones(8))
     assert ((ids >= 0) & (ids < 32)).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_mask_leaves_what_it_allows_and_the_neighbours_alone(temperature):
+    rng = np.random.default_rng(11)
+    logits = rng.standard_normal((8, VOCAB))
+    slots = make_slots(
+        temperature=np.full(SLOTS, temperature, np.float32),
+        seed=rng.integers(0, 2**32, (SLOTS, 2), dtype=np.uint32),
+        stop_token_ids=np.tile(np.array([7, 9, *[-1] * 30], np.int32), (SLOTS, 1)),
+    )
+    masks = rng.random((SLOTS, VOCAB)) < 0.2
+    masks[3] = np.arange(VOCAB) == 49  # the last one, in a word that is not full
+    masks[4] = np.isin(np.arange(VOCAB), (7, 9, 20))  # but for two that min_tokens forbids
+    free, masked = call(logits, slots, range(8)), np.array([0, 1, 0, 1, 1, 0, 0, 0])
+    suppress = [0, 0, 0, 0, 1, 0, 0, 0]
+    for step in range(5):
+        position = np.full(8, step)
+        free = call(logits, slots, range(8), position)
+        found = call(logits, slots, range(8), position, suppress, masked, masks)
+        assert_array_equal(found[masked == 0], free[masked == 0])
+        assert masks[1][found[1]]
+        assert (found[3], found[4]) == (49, 20)
+        # What is allowed is drawn as if there were nothing else.
+        alone = call(np.where(masks[:8] | (masked == 0)[:, None], logits, -1e30), slots, range(8), position, suppress)
+        if not temperature:
+            assert_array_equal(found, alone)
+    everything = np.ones((SLOTS, VOCAB), bool)
+    free = call(logits, slots, range(8))
+    assert_array_equal(call(logits, slots, range(8), None, None, masked, everything), free)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_row_that_may_draw_nothing_is_told(temperature):
+    logits = np.random.default_rng(12).standard_normal((8, VOCAB))
+    logits[5] = np.nan
+    slots = make_slots(
+        temperature=np.full(SLOTS, temperature, np.float32),
+        stop_token_ids=np.tile(np.array([7, *[-1] * 31], np.int32), (SLOTS, 1)),
+    )
+    masks = np.zeros((SLOTS, VOCAB), bool)
+    masks[3, 7] = True  # a stop id, which min_tokens forbids
+    found = call(logits, slots, range(8), None, [0, 0, 0, 1, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1, 0, 0], masks)
+    free = call(logits, slots, range(8))
+    assert found[[1, 3, 5]].tolist() == [NOTHING_ALLOWED, NOTHING_ALLOWED, NOT_FINITE]
+    assert_array_equal(found[[0, 2, 4, 6, 7]], free[[0, 2, 4, 6, 7]])

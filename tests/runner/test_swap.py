@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import random
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -19,17 +20,17 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import make_mesh
 from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.programs.compiler import CompilationCounter, compile_program, program_memory
-from jaxserve.programs.slots import Slots
 from jaxserve.programs.step_programs import ProgramKey, Shapes, abstract_pools, program_keys
-from jaxserve.programs.swap_programs import SWAP_SIZES, swap_blocks, swap_in_vector
+from jaxserve.programs.swap_programs import SWAP_SIZES, copy_blocks, swap_blocks
 from jaxserve.request import EngineRequest
 from jaxserve.runner import host_pages
 from jaxserve.runner import swap_timing as costs
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.runner.host_pages import HostPages
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.scheduler.plan import NO_DECODES, RowPlan, StepPlan, Swap
+from jaxserve.scheduler.plan import NO_DECODES, PageTableWrite, RowPlan, Samples, StepPlan, table_writes
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
+from tests.scheduler.drive import dispatch
 
 MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
 PAGE_BYTES = 2 * MODEL.num_key_value_heads * 16 * MODEL.head_dim * 4 * MODEL.num_hidden_layers
@@ -46,14 +47,16 @@ CONFIG = EngineConfig(
 FLOOR = dataclasses.replace(CONFIG.cache, swap_space=22 * PAGE_BYTES / 2**30 - 1e-9)
 
 
-def swap_out(pages: Sequence[int], host: Sequence[int]) -> Swap:
-    copies = [PageCopy(page, PageState.ACTIVE, to, PageState.HOST) for page, to in zip(pages, host, strict=True)]
-    return Swap("r", tuple(copies), None)
+def swap_out(pages: Sequence[int], host: Sequence[int]) -> tuple[PageCopy, ...]:
+    return tuple(PageCopy(page, PageState.ACTIVE, to, PageState.HOST) for page, to in zip(pages, host, strict=True))
 
 
-def swap_in(host: Sequence[int], pages: Sequence[int], slot: int) -> Swap:
-    copies = [PageCopy(page, PageState.HOST, to, PageState.ACTIVE) for page, to in zip(host, pages, strict=True)]
-    return Swap("r", tuple(copies), slot)
+def swap_in(host: Sequence[int], pages: Sequence[int]) -> tuple[PageCopy, ...]:
+    return tuple(PageCopy(page, PageState.HOST, to, PageState.ACTIVE) for page, to in zip(host, pages, strict=True))
+
+
+def fork(pages: Sequence[int], others: Sequence[int]) -> tuple[PageCopy, ...]:
+    return tuple(PageCopy(page, PageState.ACTIVE, to, PageState.ACTIVE) for page, to in zip(pages, others, strict=True))
 
 
 def bits(pools: Sequence[jax.Array]) -> np.ndarray:
@@ -100,16 +103,12 @@ def test_pages_keep_their_bits(dtype):
     pools = random_pools(shapes)
     before = bits(pools)
     pages: Any = out[1](pools, np.array([7, 2, 40, 11], np.int32))
-    slots = Slots.zeros(shapes.num_slots, shapes.max_pages)
-    moved: Any = back[1](ones(pools), slots, pages, swap_in_vector([3, 47, 2, 9], slot=5, index=6))
-    pools, slots, placed = moved
+    moved: Any = back[1](ones(pools), pages, np.array([3, 47, 2, 9], np.int32))
+    pools, placed = moved
     after = bits(pools)
     assert (after[[3, 47, 2, 9]] == before[[7, 2, 40, 11]]).all()
     assert (np.delete(after, [3, 47, 2, 9], axis=0) == 255).all()
-    table = np.zeros((shapes.num_slots, shapes.max_pages), np.int32)
-    table[5, 6:10] = [3, 47, 2, 9]
-    assert (np.asarray(slots.page_table) == table).all()
-    assert placed.tolist() == [5]
+    assert placed.tolist() == [3]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8"])
@@ -125,8 +124,7 @@ def test_no_program_copies_a_pool(kind, dtype):
     assert not re.search(rf"= \w+{pool_shape}\S* (copy|transpose|convert)\(", text)
     assert memory.temporaries < size
     if kind == "swap_in":
-        slots = Slots.zeros(shapes.num_slots, shapes.max_pages)
-        assert memory.aliased == size * len(pools) + sum(leaf.nbytes for leaf in jax.tree.leaves(slots))
+        assert memory.aliased == size * len(pools)
 
 
 def test_any_number_of_pages_is_a_sum_of_programs():
@@ -143,13 +141,13 @@ def test_swap_space_decides_programs_and_pages():
     assert shapes.num_host_pages == 21
     assert resolve_shapes(dataclasses.replace(CONFIG, cache=FLOOR), "cpu").num_host_pages == 21
     kinds = {key.kind for key in program_keys(shapes)}
-    assert kinds == {"forward", "sample", "swap_in", "swap_out"}
+    assert kinds == {"forward", "sample", "table_write", "mask_write", "swap_in", "swap_out"}
     assert [key.size for key in program_keys(shapes) if key.kind == "swap_in"] == [16, 4, 1]
     few = program_keys(dataclasses.replace(shapes, num_host_pages=15))
     assert [key.size for key in few if key.kind == "swap_out"] == [4, 1]
     none = resolve_shapes(dataclasses.replace(CONFIG, cache=CacheConfig()), "cpu")
     assert none.num_host_pages == 0
-    assert {key.kind for key in program_keys(none)} == {"forward", "sample"}
+    assert {key.kind for key in program_keys(none)} == {"forward", "sample", "table_write", "mask_write"}
     with pytest.raises(ValueError, match=rf"swap_space is 1e-06 GiB; a page has {PAGE_BYTES} bytes, so it must be"):
         resolve_shapes(dataclasses.replace(CONFIG, cache=CacheConfig(swap_space=1e-6)), "cpu")
 
@@ -158,54 +156,95 @@ def test_swap_space_decides_programs_and_pages():
 
 
 def test_swaps_are_carried_out_in_order(runner):
-    """Pages that a swap frees are filled by a later one of the same plan, on both sides."""
+    """Pages that a copy frees are filled by a later one of the same plan, on both sides."""
     runner._arrays.pools = random_pools(runner._shapes)
     before = bits(runner._arrays.pools)
     many = range(20, 41)  # 16 + 4 + 1
-    runner._swap(swap_out(many, range(21)))
+    runner._copy(swap_out(many, range(21)))
     runner._arrays.pools = ones(runner._arrays.pools)
-    runner._swap(swap_in(range(21), range(47, 26, -1), slot=2))
+    runner._copy(swap_in(range(21), range(47, 26, -1)))
     assert (bits(runner._arrays.pools)[range(47, 26, -1)] == before[20:41]).all()
-    assert np.asarray(runner._arrays.slots.page_table)[2, :16].tolist() == list(range(47, 31, -1))
     runner._arrays.pools = random_pools(runner._shapes, seed=1)
     before = bits(runner._arrays.pools)
-    runner._swap(swap_out([1, 2], [19, 20]))
-    plan = [
-        swap_out([3, 4, 5], [0, 1, 2]),
-        swap_in([19, 20], [4, 3], slot=0),
-        swap_out([6, 7], [20, 19]),
-        swap_in([0, 1, 2], [6, 7, 1], slot=1),
-        swap_in([19, 20], [2, 5], slot=3),
-    ]
-    for swap in plan:
-        runner._swap(swap)
+    runner._copy(swap_out([1, 2], [19, 20]))
+    runner._copy(
+        (
+            *swap_out([3, 4, 5], [0, 1, 2]),
+            *swap_in([19, 20], [4, 3]),
+            *swap_out([6, 7], [20, 19]),
+            *swap_in([0, 1, 2], [6, 7, 1]),
+            *swap_in([19, 20], [2, 5]),
+        )
+    )
     found = bits(runner._arrays.pools)
     for page, content in {4: 1, 3: 2, 6: 3, 7: 4, 1: 5, 2: 7, 5: 6}.items():
         assert (found[page] == before[content]).all(), page
     assert len(runner._host_pages) == 0
 
 
+def test_pages_are_copied_within_the_device(runner):
+    """For forks: one after another where a copy reads what one before it wrote, at once where it reads what it wrote
+    over."""
+    runner._arrays.pools = random_pools(runner._shapes, seed=2)
+    expected = bits(runner._arrays.pools)
+    copies = fork([5, 6, 7, 8, 9, 5, 31, 6], [30, 31, 32, 33, 6, 34, 7, 31])
+    assert [len(block) for block in copy_blocks(copies)] == [4, 1, 1, 1, 1]
+    runner._copy(copies)
+    for copy in copies:
+        expected[copy.destination] = expected[copy.source]
+    assert (bits(runner._arrays.pools) == expected).all()
+
+
+def test_blocks_of_copies_depend_on_nothing_that_they_write():
+    rng = random.Random(0)
+    for _ in range(200):
+        pages, tiers = [1, 2, 3, 4, 5, 6], [PageState.ACTIVE, PageState.HOST]
+        copies = [
+            PageCopy(rng.choice(pages), source, rng.choice(pages), destination)
+            for source, destination in (rng.choice([tiers, tiers[::-1], tiers[:1] * 2]) for _ in range(12))
+        ]
+        one_by_one = {(tier, page): (tier, page) for tier in tiers for page in pages}
+        in_blocks = dict(one_by_one)
+        for copy in copies:
+            one_by_one[copy.destination_tier, copy.destination] = one_by_one[copy.source_tier, copy.source]
+        for block in copy_blocks(copies):
+            read = [in_blocks[copy.source_tier, copy.source] for copy in block]
+            written = [(copy.destination_tier, copy.destination) for copy in block]
+            assert len(set(written)) == len(block)
+            in_blocks |= dict(zip(written, read, strict=True))
+        assert in_blocks == one_by_one
+
+
+def test_a_copy_that_no_program_makes_is_refused():
+    between = PageCopy(1, PageState.HOST, 2, PageState.HOST)
+    with pytest.raises(ValueError, match="page 1 is to be copied from host to host; one of the two must be on the dev"):
+        list(copy_blocks([between]))
+    with pytest.raises(ValueError, match="group is 1; all layers are alike here"):
+        list(copy_blocks([dataclasses.replace(fork([1], [2])[0], group=1)]))
+
+
 def test_the_host_pool_is_bounded(runner):
-    runner._swap(swap_out([1, 1], [0, 20]))
+    runner._copy(swap_out([1, 1], [0, 20]))
     with pytest.raises(ValueError, match="host page 21 does not exist; there are 21"):
-        runner._swap(swap_out([1], [21]))
-    runner._swap(swap_out([1, 1], [20, 0]))
+        runner._copy(swap_out([1], [21]))
+    runner._copy(swap_out([1, 1], [20, 0]))
     assert len(runner._host_pages) == 2
-    runner._swap(swap_in([0, 20], [0, 0], slot=0))
+    runner._copy(swap_in([0, 20], [0, 0]))
     with pytest.raises(KeyError):
-        runner._swap(swap_in([0], [1], slot=0))
+        runner._copy(swap_in([0], [1]))
 
 
 def chunk(slot: int, start: int, tokens: tuple[int, ...], pages: Sequence[int], request: EngineRequest | None):
     first = -(-start // 16)
-    return RowPlan("r", 0, slot, start, tokens, True, False, first, tuple(pages), request)
+    return RowPlan("r", 0, slot, start, tokens, first, tuple(pages), request)
 
 
 def generate(runner: ModelRunner | FakeRunner, request: EngineRequest, *, swapped: bool) -> list[int]:
     """16 tokens after a prompt of 20. swapped: after 8 of them its pages move, through the host, to another place."""
     tokens = list(request.prompt_token_ids)
     plans = [chunk(2, 0, tuple(tokens), (5, 6), request)]
-    swaps: tuple[Swap, ...] = ()
+    copies: tuple[PageCopy, ...] = ()
+    writes: list[PageTableWrite] = []
     for number in range(16):
         if number:
             slot = 4 if swapped and number >= 8 else 2
@@ -214,16 +253,20 @@ def generate(runner: ModelRunner | FakeRunner, request: EngineRequest, *, swappe
             row = chunk(slot, start, tuple(tokens[-1:]), new, None)
             if swapped and number == 8:
                 # The request of another sequence takes over its old pages in the same step.
-                swaps = (swap_out((5, 6), (9, 3)), swap_in((9, 3), (6, 2), slot))
+                copies = (*swap_out((5, 6), (9, 3)), *swap_in((9, 3), (6, 2)))
+                writes = table_writes(0, slot, (6, 2))
                 row = dataclasses.replace(row, admit=request)
             plans.append(row)
         rows = (plans[-1],)
-        if swaps:
+        if copies:
             rows += (dataclasses.replace(chunk(2, 0, (1,) * 20, (5, 3), request), order=1),)
-        num_tokens = sum(row.num_tokens for row in rows)
-        step = StepPlan(number, NO_DECODES, rows, 32, 8, num_tokens, len(rows), swaps)
-        swaps = ()
-        tokens.append(int(runner.collect(runner.dispatch(step)).token_ids[0]))
+        ends = list(itertools.accumulate(row.num_tokens for row in rows))
+        samples = Samples.of(
+            (end - 1, row.slot, row.start + row.num_tokens, False, 0) for row, end in zip(rows, ends, strict=True)
+        )
+        step = StepPlan(number, NO_DECODES, rows, samples, 32, 8, ends[-1], copies, tuple(writes))
+        copies, writes = (), []
+        tokens.append(int(runner.collect(dispatch(runner, step)).token_ids[0]))
     return tokens[20:]
 
 
@@ -244,15 +287,16 @@ def test_the_fake_runner_swaps_too():
     fake = FakeRunner(**wide)
     assert fake.info.num_host_pages == 10
     assert generate(fake, request, swapped=True) == undisturbed
-    fake._swap(swap_in((9,), (1,), 0))
-    with pytest.raises(AssertionError, match="is read before it is written"):
-        fake._sample(chunk(0, 0, (1,), (), request))
+    fake._copy(*swap_in((9,), (6,)))  # what was swapped in before is lost
+    with pytest.raises(AssertionError, match="position 0 of r is read before it is written"):
+        fake._sample(4, 20, False)
 
 
 def test_nothing_compiles_for_a_swap(runner):
     before = runner.num_compilations
-    runner._swap(swap_out(range(1, 22), range(21)))
-    runner._swap(swap_in(range(21), range(1, 22), slot=0))
+    runner._copy(swap_out(range(1, 22), range(21)))
+    runner._copy(swap_in(range(21), range(1, 22)))
+    runner._copy(fork(range(1, 22), range(22, 43)))
     assert runner.num_compilations == before > 0
 
 
@@ -265,7 +309,6 @@ def test_beside_a_device_pages_are_pinned_and_few_are_on_their_way(monkeypatch):
     (shapes, out), (_, back) = (compiled(ProgramKey(kind, 4), "bfloat16") for kind in ("swap_out", "swap_in"))
     host = HostPages(shapes, make_mesh(), PAGE_BYTES, pinned=True)
     pools: Any = random_pools(shapes)
-    slots: Any = Slots.zeros(shapes.num_slots, shapes.max_pages)
     before = bits(pools)
     counter = CompilationCounter()
     for first in (0, 4, 8):
@@ -280,8 +323,8 @@ def test_beside_a_device_pages_are_pinned_and_few_are_on_their_way(monkeypatch):
         assert sum(count for count, _ in host._transit) <= 1
         taken = host.take(range(first, first + 4))
         assert {page.sharding.memory_kind for page in taken} == {"device"}
-        moved: Any = back(pools, slots, taken, swap_in_vector(range(first + 20, first + 24), 1, first))
-        pools, slots, placed = moved
+        moved: Any = back(pools, taken, np.arange(first + 20, first + 24, dtype=np.int32))
+        pools, placed = moved
         host.taken(4, placed)
     assert (bits(pools)[20:32] == before[:12]).all()
     assert len(host) == 0
@@ -309,9 +352,9 @@ def test_costs_are_those_of_the_largest_step_and_swap(monkeypatch, num_pages, to
         seen.append(plan)
         clock[0] += 2.0 if len(seen) == 2 else 9.0
 
-    def swap(swap: Swap) -> None:
-        seen.append(swap)
-        clock[0] += 0.25 if swap.slot is None else 0.5
+    def swap(copies: Sequence[PageCopy]) -> None:
+        seen.append(copies)
+        clock[0] += 0.25 if copies[0].destination_tier is PageState.HOST else 0.5
 
     monkeypatch.setattr(costs.time, "perf_counter", lambda: clock[0])
     assert costs.measure(shapes, compute, swap) == PreemptionCosts(2.0 / tokens, 0.75 / pages)
@@ -321,8 +364,8 @@ def test_costs_are_those_of_the_largest_step_and_swap(monkeypatch, num_pages, to
     taken = [page for row in plan.chunks for page in row.new_pages]
     assert sorted(taken) == list(range(1, len(taken) + 1))
     assert len(taken) < num_pages
-    moved = [copy for one in seen if isinstance(one, Swap) and one.slot is None for copy in one.copies]
-    assert {copy.source for copy in moved} == set(range(1, pages + 1))
+    moved = [copy for one in seen if isinstance(one, tuple) for copy in one]
+    assert {copy.source for copy in moved if copy.source_tier is PageState.ACTIVE} == set(range(1, pages + 1))
 
 
 def test_costs_are_checked():

@@ -9,6 +9,7 @@ from jaxserve.config.settings import SchedulerConfig
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.request import EngineRequest, FinishReason, RequestOptions
 from jaxserve.runner.fake import FakeRunner, next_token
+from jaxserve.runner.protocol import Pending, Runner
 from jaxserve.scheduler import Scheduler, StepPlan, StepResult, StepUpdate
 from jaxserve.scheduler.buckets import Buckets, powers
 from jaxserve.scheduler.step_in_progress import StepInProgress
@@ -28,7 +29,8 @@ class Run:
 def make_scheduler(
     config: SchedulerConfig, num_pages: int = 64, page_size: int = 4, num_host_pages: int = 0, **others
 ) -> Scheduler:
-    buckets = Buckets(powers(config.max_num_batched_tokens), powers(config.max_num_seqs))
+    rows = config.max_num_seqs * others.get("tokens_per_step", 1)
+    buckets = Buckets(powers(config.max_num_batched_tokens), powers(rows))
     return Scheduler(config, PagePool(num_pages, page_size, num_host_pages), buckets, **others)
 
 
@@ -55,6 +57,21 @@ def preempt(scheduler: Scheduler, request_id: str) -> None:
     places.preempt(sequence, StepInProgress(0, 0, 0))
 
 
+def columns(plan: StepPlan) -> list[tuple]:
+    """What a plan samples, sample by sample."""
+    samples = plan.samples
+    wants = [0] * len(samples) if samples.wants is None else samples.wants.tolist()
+    found = (samples.hidden_rows, samples.slots, samples.positions, samples.suppress_stop)
+    return list(zip(*(column.tolist() for column in found), wants, strict=True))
+
+
+def dispatch(runner: Runner, plan: StepPlan) -> Pending:
+    """Starts both halves of a step whose samples want no masks."""
+    pending = runner.dispatch_forward(plan)
+    runner.dispatch_sample(plan)
+    return pending
+
+
 def drive(
     scheduler: Scheduler,
     requests: Sequence[EngineRequest],
@@ -72,7 +89,7 @@ def drive(
         if before_step is not None:
             before_step(step)
         plan = scheduler.schedule()
-        dispatched = None if plan is None else (plan, runner.dispatch(plan))
+        dispatched = None if plan is None else (plan, dispatch(runner, plan))
         scheduler.check_integrity()
         if in_flight is not None:
             take(run, in_flight[0], scheduler.update(in_flight[0], runner.collect(in_flight[1])))

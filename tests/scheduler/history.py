@@ -23,14 +23,14 @@ from jaxserve.config.scheduling import (
     PreemptionConfig,
     SchedulerConfig,
 )
-from jaxserve.kv_cache.page_pool import PagePool
+from jaxserve.kv_cache.page_pool import PagePool, PageState
 from jaxserve.request import EngineRequest, FinishReason, RequestOptions, RequestStatus
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan
 from jaxserve.scheduler.buckets import Buckets, powers
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.sequence import Sequence
-from tests.scheduler.drive import alone
+from tests.scheduler.drive import alone, dispatch
 from tests.scheduler.order_model import OrderModel
 
 PAGE_SIZE = 4
@@ -137,7 +137,7 @@ class History:
         scheduler.check_integrity()
         all_back = all(one.status is RequestStatus.RUNNING for one in away)
         self.away = [] if all_back else away
-        self.in_flight = None if plan is None else (plan, self.runner.dispatch(plan))
+        self.in_flight = None if plan is None else (plan, dispatch(self.runner, plan))
         self.check_plan(plan)
         if previous is not None:
             update = scheduler.update(previous[0], self.runner.collect(previous[1]))
@@ -187,13 +187,16 @@ class History:
             assert len(chunks) <= self.config.batching.max_prefill_seqs, (
                 "more prompts in a step than its phase may have"
             )
-        for swap in plan.swaps:
-            if swap.slot is not None:
-                events["swapped in"] += 1
-                assert chunks[swap.request_id].slot == swap.slot, "a sequence is back, but has no chunk"
-                assert chunks[swap.request_id].admit is self.requests[swap.request_id]
+        back = {copy.destination for copy in plan.copies if copy.source_tier is PageState.HOST}
+        written = {page for write in plan.table_writes for page in write.pages}
+        assert back == written, "a page is back that no table knows, or the reverse"
+        for slot in {write.slot for write in plan.table_writes}:
+            events["swapped in"] += 1
+            (chunk,) = (row for row in plan.chunks if row.slot == slot)  # a sequence is back, so it has a chunk
+            assert chunk.admit is self.requests[chunk.request_id]
+            assert chunk.first_new_page == sum(len(one.pages) for one in plan.table_writes if one.slot == slot)
         events["mixed"] += bool(len(plan.decodes) and plan.chunks)
-        events["chunked"] += any(not row.sample for row in plan.chunks)
+        events["chunked"] += plan.num_sampled < plan.num_rows
         events["several chunks"] += len(plan.chunks) > 1
 
     def check_answers(self) -> None:

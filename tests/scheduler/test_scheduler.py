@@ -15,9 +15,9 @@ from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.scheduler import Scheduler, StepResult
 from jaxserve.scheduler.admission_order import Greedy
 from jaxserve.scheduler.keyed_queue import KeyedQueue
-from jaxserve.scheduler.plan import NO_DECODES
+from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES
 from tests.budgets import budget
-from tests.scheduler.drive import alone, drive, make_scheduler, preempt, request, start_decoding
+from tests.scheduler.drive import alone, columns, drive, make_scheduler, preempt, request, start_decoding
 
 
 def test_long_prefill_threshold_leaves_budget_to_others():
@@ -225,7 +225,8 @@ def test_plans_are_reproducible():
     def plans() -> list:
         scheduler = make_scheduler(SchedulerConfig(max_num_seqs=3, max_num_batched_tokens=16), 20)
         run = drive(scheduler, [request(str(i), 3 + 5 * i, 12) for i in range(6)])
-        return [(plan.rows, dataclasses.replace(plan, decodes=NO_DECODES)) for plan in run.plans]
+        rest = {"decodes": NO_DECODES, "samples": NO_SAMPLES}
+        return [(plan.rows, columns(plan), dataclasses.replace(plan, **rest)) for plan in run.plans]
 
     assert plans() == plans()
 

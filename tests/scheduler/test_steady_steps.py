@@ -17,11 +17,12 @@ from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.request import EngineRequest, RequestOptions
 from jaxserve.scheduler import Scheduler, StepPlan, StepResult
 from jaxserve.scheduler.buckets import Buckets, powers
-from jaxserve.scheduler.plan import NO_DECODES
+from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES
 from jaxserve.scheduler.policies.fair import Fair
 from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.scheduler.update import SequenceUpdate
 from tests.budgets import budget
+from tests.scheduler.drive import columns
 from tests.scheduler.history import PAGE_SIZE, TENANTS, draw_config
 
 STOP = 7
@@ -123,7 +124,7 @@ class Twins:
             plan = self.stepped.schedule(now)
             assert plan is not None
             assert plan.decodes.request_ids == tuple(row.request_id for row in rows)
-            assert (plan.chunks, plan.swaps) == ((), ())
+            assert (plan.chunks, plan.copies) == ((), ())
             assert self.stepped.preempted == []
             update = self.stepped.update(plan, StepResult([0] * plan.num_sampled))
             assert update.others == []
@@ -155,8 +156,10 @@ def _without_pages(plan: StepPlan | None) -> tuple | None:
     if plan is None:
         return None
     rows = [dataclasses.replace(row, new_pages=(len(row.new_pages),)) for row in plan.rows]
-    swaps = [(swap.request_id, len(swap.copies), swap.slot) for swap in plan.swaps]
-    return rows, swaps, dataclasses.replace(plan, decodes=NO_DECODES, chunks=(), swaps=())
+    tiers = [(copy.source_tier, copy.destination_tier) for copy in plan.copies]
+    writes = [(write.slot, write.first, len(write.pages)) for write in plan.table_writes]
+    rest = dataclasses.replace(plan, decodes=NO_DECODES, chunks=(), samples=NO_SAMPLES, copies=(), table_writes=())
+    return rows, columns(plan), tiers, writes, rest
 
 
 def _state(scheduler: Scheduler) -> tuple:

@@ -166,7 +166,7 @@ def inspect_program(
         temp_bytes=memory.temporaries,
         alias_bytes=memory.aliased,
         donated_bytes=sum(_bytes(arguments[number]) for number in donated_arguments(key)),
-        pool_bytes=0 if key.kind == "sample" else _bytes(pools),
+        pool_bytes=_bytes(pools) if key.uses_pools else 0,
         pool_copies=len(pool_copies(module, _array_shape(pools[0]))),
         command_buffers=None if thunks is None else thunks.command_buffers,
         outside_command_buffers=None if thunks is None else thunks.outside,

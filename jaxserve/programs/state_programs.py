@@ -1,0 +1,35 @@
+"""The programs that change what a step finds on the device beside its own vectors: page tables and masks.
+
+    write_tables(slots, vector) -> slots     runs of pages that a sequence holds before its step, when it gets its slot
+    write_masks(masks, vector)  -> masks     what rows may draw next, between the forward and the sample program
+
+Both take their array over. They are apart from the programs of a step so that neither has room for what few steps
+need: a table write has TABLE_RUN entries whatever the token bucket, a mask as many bits as the vocabulary has tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from jaxserve.programs.layout import mask_layout, table_layout
+from jaxserve.programs.slots import Slots
+
+
+def mask_words(vocab_size: int) -> int:
+    """Returns the uint32 words of a mask."""
+    return -(-vocab_size // 32)
+
+
+def write_tables(slots: Slots, vector: jax.Array) -> Slots:
+    """Sets entries of page tables as `vector` (`table_layout`) says; those whose slot is out of range are dropped."""
+    fields = table_layout().read(vector)
+    table = slots.page_table.at[fields["page_slot"], fields["page_index"]].set(fields["page"], mode="drop")
+    return dataclasses.replace(slots, page_table=table)
+
+
+def write_masks(masks: jax.Array, vector: jax.Array) -> jax.Array:
+    """Sets the masks of slots, uint32 [S, words], as `vector` (`mask_layout`) says; slots out of range are dropped."""
+    fields = mask_layout(masks.shape[1]).read(vector)
+    return masks.at[fields["slot"]].set(fields["bits"], mode="drop")
