@@ -79,7 +79,7 @@ def test_tokens_do_not_depend_on_guesses(seed, tokens_per_step, mode, formation,
         answers = core.handle(AbortRequest("r4")) if next(steps) == abort else []
         return [*answers, *handle()]
 
-    core.step = step  # type: ignore[method-assign]
+    core.step = step
     answers = serve(core, wanted)
     for one in wanted:
         tokens, reason = alone(one)

@@ -24,7 +24,7 @@ from jaxserve.planning.reports.traffic import pool_copies, program_traffic
 from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.programs.aot import hlo, plugin
 from jaxserve.programs.compiler import compiler_options, fresh_compilations
-from jaxserve.programs.step_programs import ProgramKey
+from jaxserve.programs.step_programs import MASK_WRITE, TABLE_WRITE, ProgramKey
 from jaxserve.programs.target_devices import Target, load_target, target_mesh
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
@@ -175,6 +175,17 @@ def test_swaps_move_their_pages_alone(kind, dtype, mesh, target):
     assert pages <= report.bytes_read < report.pool_bytes
     assert pages <= report.bytes_written < 1.1 * pages
     assert (report.alias_bytes >= report.pool_bytes) == (kind == "swap_in")
+
+
+@pytest.mark.parametrize("key", [TABLE_WRITE, MASK_WRITE, ProgramKey("sample", 8)], ids=lambda key: key.kind)
+def test_what_a_step_needs_beside_its_forward_program_touches_no_pool(key, mesh, target):
+    shapes = dataclasses.replace(resolve_shapes(CONFIG, "gpu"), num_pages=4096)
+    with fresh_compilations():
+        _, inspected = Compiler(shapes, mesh, target).compile(key, bundle=False)
+    report = inspected.report
+    assert report.problems(target) == []
+    assert (report.pool_bytes, report.pool_copies) == (0, 0)
+    assert report.alias_bytes > 0
 
 
 def test_every_broken_promise_is_named(step, target):
