@@ -106,7 +106,7 @@ class Bench:
     # ------------------------------------------------------------------------------------------------------- parts
 
     def start(self) -> dict[str, Any]:
-        """Phases in seconds, the plan's parts and the allocator's figures in bytes."""
+        """StartupSpans in seconds, the plan's parts and the allocator's figures in bytes."""
         stats = jax.devices()[0].memory_stats() or {}
         info = self.runner.info
         return {

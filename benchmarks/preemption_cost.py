@@ -38,7 +38,7 @@ from jaxserve.runner.swap_timing import prefill_plan, prompt_row, swap_copies
 from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.scheduler.preemption import Preemption
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
-from jaxserve.scheduler.step_time_estimator import Pace
+from jaxserve.scheduler.step_time_estimator import StepTimeEstimator
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 BUDGET = 512
@@ -105,7 +105,7 @@ def timed(call: Callable[[], None]) -> float:
 def rule(costs: PreemptionCosts, page_size: int) -> Preemption:
     """The scheduler's own, with these costs."""
     config = PreemptionConfig(preemption_mode="auto")
-    return Preemption(config, POLICIES["fcfs"](PolicyConfig(), Pace()), page_size, costs)
+    return Preemption(config, POLICIES["fcfs"](PolicyConfig(), StepTimeEstimator()), page_size, costs)
 
 
 def compared(engine: Costs, costs: PreemptionCosts, tokens: int, factor: int, repeats: int) -> dict[str, Any]:

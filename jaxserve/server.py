@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 from jaxserve.config import gin_config
 from jaxserve.serving.server_run import run_server
-from jaxserve.telemetry.startup_spans import Phases
+from jaxserve.telemetry.startup_spans import StartupSpans
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until a signal; returns the exit code when the port cannot be bound, and else ends the process with it."""
-    phases = Phases()
+    phases = StartupSpans()
     phases.until_now("interpreter, imports")
     parser = argparse.ArgumentParser(prog="jaxserve.server", description="Serves a model over gRPC.")
     with phases.phase("configuration"):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from jaxserve.engine.messages import EngineReady, EngineStats
 from jaxserve.kv_cache.page_pool import greatest_concurrency
-from jaxserve.telemetry.startup_spans import Phase, phase_lines, phases_json
+from jaxserve.telemetry.startup_spans import StartupSpan, phase_lines, phases_json
 
 INTERVAL_SECONDS = 5.0
 
@@ -57,7 +57,7 @@ def start_lines(ready: EngineReady, name: str) -> list[str]:
     return lines
 
 
-def phases_log(server: Sequence[Phase], engine: Sequence[Phase]) -> list[str]:
+def phases_log(server: Sequence[StartupSpan], engine: Sequence[StartupSpan]) -> list[str]:
     """Where the time of the start went, for people and, in the last line, for programs."""
     lines = phase_lines("start of the server", server)
     if engine:

@@ -27,7 +27,7 @@ from jaxserve.frontend.large_blocks import return_large_blocks
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.serving.grpc_server import GrpcServer
 from jaxserve.serving.running_log import log_while_busy, phases_log, start_lines
-from jaxserve.telemetry.startup_spans import Phases, seconds_since_start
+from jaxserve.telemetry.startup_spans import StartupSpans, seconds_since_start
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class _StopError(Exception):
     """A signal asked the process to end before it was ready."""
 
 
-def run_server(config: ServerConfig, operative: str, phases: Phases) -> int:
+def run_server(config: ServerConfig, operative: str, phases: StartupSpans) -> int:
     """Serves until a signal; returns the exit code when the port cannot be bound, and else ends the process with it.
 
     Args:
@@ -68,7 +68,7 @@ def run_server(config: ServerConfig, operative: str, phases: Phases) -> int:
 class _Server:
     """One run of the server. phases: of this process so far."""
 
-    def __init__(self, config: ServerConfig, phases: Phases):
+    def __init__(self, config: ServerConfig, phases: StartupSpans):
         self._config = config
         self._phases = phases
         self._stop = asyncio.Event()

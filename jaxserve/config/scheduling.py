@@ -124,8 +124,8 @@ class PreemptionConfig:
 
     preemption_mode: "recompute" computes the tokens again later; "swap" copies the pages to host memory, while
     CacheConfig.swap_space has room; "auto" does what costs less.
-    victim: "policy" is the one of least standing; "lowest_priority", "most_pages", "least_progress" (output tokens) and
-    "cheapest" (to bring back) go by that, then by standing.
+    victim: "policy" is the sequence with the highest priority key; "lowest_priority", "most_pages", "least_progress"
+    (output tokens) and "cheapest" (to bring back) go by that, then by priority key.
     preemption_boost, preemption_boost_limit: what a preemption adds to a request's priority, and in all at most.
     preempt_priority_gap: a waiting request, wherever in the queue, that exceeds a running one's priority by more takes
     its place; None never.

@@ -45,7 +45,7 @@ from jaxserve.request import EngineRequest, FinishReason, ModelLimits
 from jaxserve.runner.protocol import Runner
 from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepUpdate, Wants
 from jaxserve.scheduler.buckets import Buckets
-from jaxserve.telemetry.engine_events import EngineEvents, TurnTimes
+from jaxserve.telemetry.engine_events import EngineEvents, IterationTimes
 from jaxserve.telemetry.recorder import Recorder
 
 _log = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ class EngineCore:
             self._sample(self._in_flight, messages)
         end = self._look(self._in_flight)
         if plan is not None:
-            times = TurnTimes(begin, scheduled, dispatched, collected, end)
+            times = IterationTimes(begin, scheduled, dispatched, collected, end)
             self._events.step(plan, times, idle, unused, number=plan.step, pages_used=self.scheduler.pool.num_used)
         if end >= self._stats_due or not self.busy:
             self._stats_due = end + STATS_SECONDS

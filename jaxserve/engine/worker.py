@@ -25,7 +25,7 @@ from jaxserve.engine.process import LOG_FORMAT
 from jaxserve.engine.step_executor import EngineBrokenError
 from jaxserve.runner.model_runner import ModelRunner, annotate
 from jaxserve.telemetry.batch_timeline import Composition
-from jaxserve.telemetry.startup_spans import Phases
+from jaxserve.telemetry.startup_spans import StartupSpans
 
 _FLUSH_SECONDS = 5.0
 """How long a front end that reads slowly has for the last messages."""
@@ -126,7 +126,7 @@ class _Mailbox:
 
 
 def _build_core(config: EngineConfig) -> EngineCore:
-    phases = Phases()
+    phases = StartupSpans()
     phases.until_now("interpreter, imports, configuration")
     return EngineCore(config, ModelRunner(config, progress=True, phases=phases, server=True), annotate=annotate)
 

@@ -56,7 +56,10 @@ class Layout:
 
 
 def forward_layout(tokens: int, rows: int, page_size: int) -> Layout:
-    """What a forward program of `tokens` tokens and `rows` rows is told. Unused entries are padding.
+    """Returns the host inputs of the forward program for a bucket of `tokens` tokens and `rows` rows.
+
+    Unused entries are padding.
+
 
     token_ids [tokens]: an id, or -1 - slot for the token sampled last in that slot; padding is id 0.
     row_slot [rows]: slot of each row; row_start: its tokens computed before; query_start_loc [rows + 1].
@@ -84,7 +87,7 @@ def forward_layout(tokens: int, rows: int, page_size: int) -> Layout:
 
 
 def sample_layout(rows: int) -> Layout:
-    """What a sample program of `rows` rows is told.
+    """Returns the host inputs of the sample program for a bucket of `rows` rows.
 
     token [rows]: place of the row's last token in the step; slot: out of range for padding.
     position: of the token to be drawn. suppress_stop: 1 where stop ids cannot be drawn yet. masked: 1 where only what

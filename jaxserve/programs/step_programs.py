@@ -302,8 +302,8 @@ def forward(
     layout = forward_layout(tokens, shapes.buckets.rows_of(tokens), shapes.page_size)
     fields = layout.read(vector)
     slots = slots.apply(fields)
-    told = fields["token_ids"]
-    token_ids = jnp.where(told < 0, slots.last_token[jnp.maximum(-1 - told, 0)], told)
+    inputs = fields["token_ids"]
+    token_ids = jnp.where(inputs < 0, slots.last_token[jnp.maximum(-1 - inputs, 0)], inputs)
     metadata = attention_metadata(fields, slots, shapes.page_size)
     attend = paged_attend(metadata, shapes.attention, mesh, decode_only=decode_only)
     model = bind(shapes.model, weights.params, products_of(shapes, mesh))

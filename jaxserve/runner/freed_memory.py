@@ -1,4 +1,4 @@
-"""The C library's memory allocator, told to keep what it has.
+"""Configures glibc malloc to retain freed memory.
 
 XLA's CPU backend allocates every program's temporaries anew in each step. glibc hands blocks of that size back to the
 kernel when they are freed, so that each step pays for its pages a second time: a fault and a cleared page every 4 KiB,

@@ -25,7 +25,7 @@ from jaxserve.runner.step_cost_model import step_costs
 from jaxserve.runner.swap_timing import measure, swap_copies
 from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, PageTableWrite, StepPlan, StepResult
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
-from jaxserve.telemetry.startup_spans import Phases
+from jaxserve.telemetry.startup_spans import StartupSpans
 
 _COUNTER = CompilationCounter()  # one listener a process: jax keeps listeners for good
 
@@ -64,7 +64,7 @@ class ModelRunner:
     _unsampled: PendingStep | None = None  # the step whose forward program was dispatched last, until it is sampled
 
     def __init__(
-        self, config: EngineConfig, *, progress: bool = False, phases: Phases | None = None, server: bool = False
+        self, config: EngineConfig, *, progress: bool = False, phases: StartupSpans | None = None, server: bool = False
     ):
         """Starts.
 
@@ -74,7 +74,7 @@ class ModelRunner:
             phases: of this process so far; those of this start are added.
             server: the engine is a server's; `EngineConfig.ready_when` "auto" depends on it.
         """
-        phases = Phases() if phases is None else phases
+        phases = StartupSpans() if phases is None else phases
         startup = Startup(config, progress=progress, phases=phases, server=server)
         made = startup.make()
         self._failpoints = Failpoints(config.failpoints)

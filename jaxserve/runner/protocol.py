@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
-from jaxserve.telemetry.startup_spans import Phase
+from jaxserve.telemetry.startup_spans import StartupSpan
 
 Pending = Any
 """What `dispatch_forward` returns and `collect` takes: a step under way."""
@@ -56,7 +56,7 @@ class RunnerInfo:
     bundle: str | None = None
     num_cached_executables: int = 0
     num_missing_executables: int = 0
-    phases: tuple[Phase, ...] = ()
+    phases: tuple[StartupSpan, ...] = ()
     memory: tuple[tuple[str, int], ...] = ()
     num_host_pages: int = 0
     preemption_costs: PreemptionCosts | None = None

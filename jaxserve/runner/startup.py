@@ -39,7 +39,7 @@ from jaxserve.runner.host_pages import HostPages
 from jaxserve.runner.late_programs import LatePrograms
 from jaxserve.runner.protocol import RunnerInfo
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
-from jaxserve.telemetry.startup_spans import Phases
+from jaxserve.telemetry.startup_spans import StartupSpans
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Started:
 class Startup:
     """One start. `make` makes everything; `info` then says what came of it."""
 
-    def __init__(self, config: EngineConfig, *, progress: bool, phases: Phases, server: bool):
+    def __init__(self, config: EngineConfig, *, progress: bool, phases: StartupSpans, server: bool):
         """Finds the devices and resolves the shapes.
 
         Args:

@@ -3,13 +3,14 @@
 `Scheduler.schedule` makes a `StepPlan`, the runner carries it out, `Scheduler.update` takes the sampled ids.
 """
 
-from jaxserve.scheduler.plan import DecodeRows, RowPlan, Samples, StepPlan, StepResult, Stretch, Wants
+from jaxserve.scheduler.plan import DecodeRows, FastForward, RowPlan, Samples, StepPlan, StepResult, Wants
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.update import SequenceUpdate, StepUpdate
 
 __all__ = [
     "DecodeRows",
+    "FastForward",
     "RowPlan",
     "Samples",
     "Scheduler",
@@ -18,6 +19,5 @@ __all__ = [
     "StepPlan",
     "StepResult",
     "StepUpdate",
-    "Stretch",
     "Wants",
 ]

@@ -24,7 +24,7 @@ _CLASSES_PER_TOLERANCE = 4
 """Length classes are so many times finer than the tolerance."""
 
 
-class Formation(ABC):
+class AdmissionOrder(ABC):
     """An index of those that wait."""
 
     @abstractmethod
@@ -38,7 +38,7 @@ class Formation(ABC):
         """The next one to take, again and again; each must be removed before the next is asked for."""
 
 
-class Greedy(Formation):
+class Greedy(AdmissionOrder):
     """In the order of the queue."""
 
     def __init__(self, policy: Policy, config: SchedulerConfig):
@@ -55,7 +55,7 @@ class Greedy(Formation):
             yield first
 
 
-class LengthBalanced(Formation):
+class LengthBalanced(AdmissionOrder):
     """The first of the queue, those whose prompts are as long (within length_tolerance), then the next first.
 
     Each round begins with the first of the queue, so none can be passed over by more rounds than were before it.
@@ -107,7 +107,7 @@ class LengthBalanced(Formation):
         return math.floor(math.log(max(length, 1.0)) / self._ratio)
 
 
-class _Guarded(Formation):
+class _Guarded(AdmissionOrder):
     """Departs from the queue's order, but not for long: see the module."""
 
     def __init__(self, policy: Policy, config: SchedulerConfig):
@@ -150,12 +150,12 @@ class _Levels(_Guarded):
         policy: Policy,
         config: SchedulerConfig,
         level: Callable[[Sequence], int],
-        inner: Callable[[Policy, SchedulerConfig], Formation],
+        inner: Callable[[Policy, SchedulerConfig], AdmissionOrder],
     ):
         super().__init__(policy, config)
         self._level = level
         self._make = lambda: inner(policy, config)
-        self._members: dict[int, Formation] = {}
+        self._members: dict[int, AdmissionOrder] = {}
         self._sizes: dict[int, int] = {}
         self._rising: list[int] = []  # levels in use
 
@@ -212,7 +212,7 @@ class ThroughputAware(_Guarded):
             yield first
 
 
-class LengthBuckets(Formation):
+class LengthBuckets(AdmissionOrder):
     """Prompts of one multiple of length_bucket, once there are batch_size (or as many as can run) or the oldest has
     waited max_wait_seconds.
 
@@ -279,7 +279,7 @@ def _arrival(sequence: Sequence) -> tuple[float, ...]:
     return (sequence.request.arrival_time, sequence.order)
 
 
-FORMATIONS: dict[str, Callable[[Policy, SchedulerConfig], Formation]] = {
+FORMATIONS: dict[str, Callable[[Policy, SchedulerConfig], AdmissionOrder]] = {
     "greedy": Greedy,
     "length_balanced": LengthBalanced,
     "priority": PriorityFirst,

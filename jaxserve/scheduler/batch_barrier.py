@@ -1,4 +1,4 @@
-"""Final answers that wait until the whole batch has ended."""
+"""Delays final outputs under static batching."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from jaxserve.request import FinishReason
 from jaxserve.scheduler.sequence import Sequence
 
 
-class HeldAnswers:
-    """Of batches whose requests have their final answers together. A batch is what joined in one step, by its number;
-    the next one may begin before the last ids of the one before are read."""
+class BatchBarrier:
+    """Holds a request's final output until every request of its batch has finished.
+
+    A batch consists of the requests that joined in one step, and has that step's number. The next batch may begin
+    before the last ids of the one before are read.
+    """
 
     def __init__(self) -> None:
         self._batches: dict[str, int] = {}
-        self._going_on: Counter[int] = Counter()  # members of each batch that have not ended
+        self._unfinished: Counter[int] = Counter()  # members of each batch that have not ended
         self._reasons: dict[str, tuple[Sequence, FinishReason]] = {}
 
     def __contains__(self, request_id: str) -> bool:
@@ -27,7 +30,7 @@ class HeldAnswers:
         """A sequence runs; only the first time counts."""
         if sequence.request_id not in self._batches:
             self._batches[sequence.request_id] = step
-            self._going_on[step] += 1
+            self._unfinished[step] += 1
 
     def hold(self, sequence: Sequence, reason: FinishReason) -> None:
         """A member has ended; its answer waits for the others."""
@@ -46,16 +49,16 @@ class HeldAnswers:
         return [
             (sequence, reason)
             for sequence, reason in self._reasons.values()
-            if self._batches[sequence.request_id] not in self._going_on
+            if self._batches[sequence.request_id] not in self._unfinished
         ]
 
     def check_integrity(self, request_ids: set[str]) -> None:
         """Asserts that members are unfinished requests, and counted."""
         assert set(self._reasons) <= set(self._batches) <= request_ids, "an answer is held back for nobody"
         going_on = Counter(batch for name, batch in self._batches.items() if name not in self._reasons)
-        assert going_on == self._going_on, "members of a batch are counted wrong"
+        assert going_on == self._unfinished, "members of a batch are counted wrong"
 
     def _ended(self, batch: int) -> None:
-        self._going_on[batch] -= 1
-        if not self._going_on[batch]:
-            del self._going_on[batch]
+        self._unfinished[batch] -= 1
+        if not self._unfinished[batch]:
+            del self._unfinished[batch]

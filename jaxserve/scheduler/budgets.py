@@ -6,7 +6,7 @@ from jaxserve.config.scheduling import SchedulerConfig
 from jaxserve.scheduler.adaptation import AdaptiveBatchSize, LoadProfile
 
 
-class Limits:
+class Budgets:
     """max_num_seqs, max_num_batched_tokens, prefill_share, chunked: what `SchedulerConfig` calls so, as of the last
     `update`.
     profile: name of the load-dependent profile, "" without one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxserve.scheduler.plan import NOTHING_ALLOWED, DecodeRows, Samples, Stretch, Wants
+from jaxserve.scheduler.plan import NOTHING_ALLOWED, DecodeRows, FastForward, Samples, Wants
 from jaxserve.scheduler.sequence import Sequence
 
 _NOBODY = -1
@@ -103,18 +103,18 @@ class DecodingSet:
         done = slots[self._position[slots] == self._last_position[slots]]
         return [self._by_slot[slot] for slot in done.tolist()]
 
-    def short(self) -> list[Sequence]:
+    def needing_page(self) -> list[Sequence]:
         """Sequences that need another page for their next row, in the order of rows."""
         _, _, slots = self._current_rows()
         if self._tokens_per_step > 1:
             slots, counts = self._open_slots(slots)
-            short = slots[self._position[slots] + counts > self._capacity[slots]]
+            needing_page = slots[self._position[slots] + counts > self._capacity[slots]]
         else:
-            short = slots[self._position[slots] == self._capacity[slots]]
-        return [self._by_slot[slot] for slot in short.tolist()]
+            needing_page = slots[self._position[slots] == self._capacity[slots]]
+        return [self._by_slot[slot] for slot in needing_page.tolist()]
 
     def give_page(self, sequence: Sequence, page: int) -> None:
-        """The page of a `short` sequence for its next row."""
+        """The page of a `needing_page` sequence for its next row."""
         assert sequence.slot is not None
         sequence.pages.append(page)
         self._capacity[sequence.slot] += self._page_size
@@ -204,7 +204,7 @@ class DecodingSet:
         tenants = self._tenant[rows.slots]
         return tenants if rows.counts is None else np.repeat(tenants, rows.counts)
 
-    def steady_steps(self, num_pages: int) -> int:
+    def fast_forward_steps(self, num_pages: int) -> int:
         """Steps in which nobody ends by its length and `num_pages` pages suffice for all; 0 where rows have several
         tokens."""
         if self._tokens_per_step > 1:
@@ -220,7 +220,7 @@ class DecodingSet:
         """Pages that all rows take in so many steps."""
         return int(self._pages_needed(self._current_rows()[2], steps).sum())
 
-    def repeat(self, steps: int, token_id: int, pages: list[int]) -> Stretch:
+    def repeat(self, steps: int, token_id: int, pages: list[int]) -> FastForward:
         """What `steps` times `advance` and `take` do, where every row samples `token_id` and nobody ends; `pages` are
         as many as `pages_needed`."""
         request_ids, _, slots = self._current_rows()
@@ -234,7 +234,7 @@ class DecodingSet:
             if count:
                 sequence.pages.extend(pages[place : place + count])
                 place += count
-        return Stretch(request_ids, starts, steps)
+        return FastForward(request_ids, starts, steps)
 
     def _pages_needed(self, slots: np.ndarray, steps: int) -> np.ndarray:
         missing = self._position[slots] + steps - self._capacity[slots]

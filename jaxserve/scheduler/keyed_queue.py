@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from jaxserve.scheduler.sequence import Sequence
 
-Standing = tuple[float, ...]
+PriorityKey = tuple[float, ...]
 """The smallest is served first and preempted last."""
 
 
@@ -30,16 +30,16 @@ class Queue(ABC):
         """The best member, or None."""
 
     @abstractmethod
-    def rank(self) -> Standing:
+    def rank(self) -> PriorityKey:
         """What the best member of a queue that has one is compared by with those of like queues."""
 
 
 class KeyedQueue(Queue):
     """Ordered by a key that a sequence has when it is pushed."""
 
-    def __init__(self, key: Callable[[Sequence], Standing]):
+    def __init__(self, key: Callable[[Sequence], PriorityKey]):
         self._key = key
-        self._heap: list[tuple[Standing, int, Sequence]] = []  # the second is the number of the push
+        self._heap: list[tuple[PriorityKey, int, Sequence]] = []  # the second is the number of the push
         self._pushes = 0
         self._members: dict[int, int] = {}  # order of arrival -> number of the push that counts
 
@@ -68,7 +68,7 @@ class KeyedQueue(Queue):
             heapq.heappop(self._heap)
         return None
 
-    def rank(self) -> Standing:
+    def rank(self) -> PriorityKey:
         best = self.peek()
         assert best is not None, "an empty queue has no rank"
         return (*self._heap[0][0], best.order)

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable
 
 from jaxserve.config.scheduling import SchedulerConfig
-from jaxserve.scheduler.admission_order import FORMATIONS, Formation, LengthBuckets
+from jaxserve.scheduler.admission_order import FORMATIONS, AdmissionOrder, LengthBuckets
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.step_in_progress import StepInProgress
 from jaxserve.scheduler.waiting import Waiting
@@ -31,15 +31,15 @@ class Counts:
 
     decoding: int
     prefilling: int
-    away: int
+    preempted: int
 
     @property
     def nobody(self) -> bool:
-        return not (self.decoding or self.prefilling or self.away)
+        return not (self.decoding or self.prefilling or self.preempted)
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class StepLimits:
     """What a step may hold. decode, prefill: rows of each kind. admit: new requests at most. prompts: under way at
     most, those that come back among them. chunk: tokens of one prompt at most; None is what the settings say."""
 
@@ -65,7 +65,7 @@ class Mode:
         self.config = config
         self.formation = self.make_formation(policy)
 
-    def make_formation(self, policy: Policy) -> Formation:
+    def make_formation(self, policy: Policy) -> AdmissionOrder:
         return FORMATIONS[self.config.formation](policy, self.config)
 
     @property
@@ -73,8 +73,8 @@ class Mode:
         """Sequences that run at most, beside max_num_seqs."""
         return math.inf
 
-    def work(self, running: Counts, waiting: Waiting, now: float) -> Work:
-        return Work()
+    def step_limits(self, running: Counts, waiting: Waiting, now: float) -> StepLimits:
+        return StepLimits()
 
     def wake_at(self, waiting: Waiting) -> float | None:
         """When somebody may join who may not now, while nothing runs; None: an event will tell."""
@@ -91,8 +91,8 @@ class Mode:
 class OneAtATime(Mode):
     closed = True
 
-    def work(self, running: Counts, waiting: Waiting, now: float) -> Work:
-        return Work(admit=1 if running.nobody else 0)
+    def step_limits(self, running: Counts, waiting: Waiting, now: float) -> StepLimits:
+        return StepLimits(admit=1 if running.nobody else 0)
 
 
 class Separated(Mode):
@@ -108,8 +108,8 @@ class Separated(Mode):
     def max_running(self) -> float:
         return self.config.batching.max_decode_seqs
 
-    def work(self, running: Counts, waiting: Waiting, now: float) -> Work:
-        prompts = bool(running.prefilling or running.away or len(waiting))
+    def step_limits(self, running: Counts, waiting: Waiting, now: float) -> StepLimits:
+        prompts = bool(running.prefilling or running.preempted or len(waiting))
         order = self.config.batching.phase_order
         prefill = prompts and (
             not running.decoding
@@ -117,7 +117,7 @@ class Separated(Mode):
             or (order == "alternating" and self._decoded_last)  # decode_first: only when nobody decodes
         )
         self._decoded_last = not prefill
-        return Work(decode=not prefill, prefill=prefill, prompts=self.config.batching.max_prefill_seqs)
+        return StepLimits(decode=not prefill, prefill=prefill, prompts=self.config.batching.max_prefill_seqs)
 
 
 class Static(Mode):
@@ -130,16 +130,16 @@ class Static(Mode):
         super().__init__(config, policy)
         self._size = 0  # of the batch that runs
 
-    def work(self, running: Counts, waiting: Waiting, now: float) -> Work:
+    def step_limits(self, running: Counts, waiting: Waiting, now: float) -> StepLimits:
         if running.nobody:
             self._size = self._next_size(waiting, now)
             chunk = max(1, self.config.max_num_batched_tokens // max(self._size, 1))
-            return Work(decode=False, admit=self._size, chunk=chunk)
+            return StepLimits(decode=False, admit=self._size, chunk=chunk)
         # Rows whose last tokens were lost with the device's pages come back when their batch seemed to have ended.
-        self._size = max(self._size, running.decoding + running.prefilling + running.away)
-        prompts = running.prefilling or running.away
+        self._size = max(self._size, running.decoding + running.prefilling + running.preempted)
+        prompts = running.prefilling or running.preempted
         chunk = max(1, self.config.max_num_batched_tokens // self._size)
-        return Work(decode=not prompts, prefill=bool(prompts), admit=0, chunk=chunk)
+        return StepLimits(decode=not prompts, prefill=bool(prompts), admit=0, chunk=chunk)
 
     def wake_at(self, waiting: Waiting) -> float | None:
         oldest = waiting.oldest()
@@ -162,7 +162,7 @@ class Static(Mode):
 
 
 class Dynamic(Static):
-    def make_formation(self, policy: Policy) -> Formation:
+    def make_formation(self, policy: Policy) -> AdmissionOrder:
         self._buckets = LengthBuckets(policy, self.config)
         return self._buckets
 

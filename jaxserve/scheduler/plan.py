@@ -1,4 +1,4 @@
-"""What one step computes: made by the scheduler, carried out by the runner."""
+"""The plan of one step: the scheduler makes it and the runner carries it out."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ class Samples:
 
     @property
     def masked(self) -> np.ndarray:
-        """Places of the samples that want a mask, in order: int64 [M]."""
+        """Indices of the samples that want a mask, in order: int64 [M]."""
         return _NO_PLACES if self.wants is None else (self.wants & Wants.MASK).nonzero()[0]
 
     def followed_by(self, more: Sequence[tuple[int, int, int, bool, int]]) -> Samples:
@@ -307,7 +307,7 @@ class StepPlan:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stretch:
+class FastForward:
     """Steps of the same R rows, which all decode, taken at once: `starts` int32 [R] are as of the first of them."""
 
     request_ids: tuple[str, ...]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable
 
 from jaxserve.config.scheduling import PreemptionConfig
-from jaxserve.scheduler.keyed_queue import KeyedQueue, Standing
+from jaxserve.scheduler.keyed_queue import KeyedQueue, PriorityKey
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.running import Running
@@ -20,7 +20,7 @@ class Preemption:
 
     def __init__(self, config: PreemptionConfig, policy: Policy, page_size: int, costs: PreemptionCosts | None):
         self._config = config
-        self._standing = policy.standing
+        self._priority_key = policy.priority_key
         self._page_size = page_size
         self._per_token = config.recompute_seconds_per_token
         self._per_page = config.swap_seconds_per_page
@@ -62,23 +62,31 @@ class Preemption:
         sequence.num_preemptions += 1
         sequence.boost = min(sequence.boost + self._config.preemption_boost, self._config.preemption_boost_limit)
 
-    def gives_way(
+    def running_to_preempt(
         self, running: Running, waiting: Sequence, short_of_pages: bool = False, spared: Container[str] = ()
     ) -> Sequence | None:
-        """Whose place a waiting sequence takes: one of far lower priority; or the longest one, where the waiting one is
-        far shorter (head-of-line); or one of less standing, where only pages are missing. None without such. Looks at
-        single running sequences only where there can be one. spared: ids of those that keep their places."""
+        """Selects the running sequence to preempt so that `waiting` can be admitted, or None.
+
+        Checked in order: the priority gap, the length ratio (head-of-line), and the policy's order when only pages are
+        short. Single running sequences are looked at only where one can qualify.
+
+        Args:
+            running: the running sequences.
+            waiting: the sequence to admit.
+            short_of_pages: a slot is free and only pages are missing.
+            spared: ids of sequences that are not preempted.
+        """
         if running and self._far_above(waiting, running.lowest_priority):
             lower = [one for one in self._may_lose(running, spared) if self._far_above(waiting, one.priority)]
             if lower:
-                return max(lower, key=lambda one: (-one.priority, *self._standing(one)))
+                return max(lower, key=lambda one: (-one.priority, *self._priority_key(one)))
         if self._config.preempt_length_ratio is not None:
             longest = max(self._may_lose(running, spared), key=lambda one: one.expected_length, default=None)
             if longest is not None and self._far_shorter(waiting, longest):
                 return longest
         if short_of_pages and self._config.preempt_for_pages:
-            standing = self._standing(waiting)
-            worse = [one for one in self._may_lose(running, spared) if self._standing(one) > standing]
+            priority_key = self._priority_key(waiting)
+            worse = [one for one in self._may_lose(running, spared) if self._priority_key(one) > priority_key]
             return max(worse, key=self._order, default=None)
         return None
 
@@ -95,7 +103,7 @@ class Preemption:
         """Whether a waiting sequence is of far higher priority than another, or far shorter."""
         return self._far_above(waiting, other.priority) or self._far_shorter(waiting, other)
 
-    def displaces(self, lowest_priority: int, highest_priority: int) -> bool:
+    def preempts_for(self, lowest_priority: int, highest_priority: int) -> bool:
         """Whether, among requests of such priorities, a waiting one may take a running one's place at all."""
         gap = self._config.preempt_priority_gap
         return self._config.preempt_length_ratio is not None or (
@@ -119,8 +127,8 @@ class Preemption:
         has computed most would always be the one to lose it."""
         return len(sequence.pages) if sequence.num_preemptions < self._config.max_preemptions else 0
 
-    def _order(self, sequence: Sequence) -> Standing:
-        return (self._rule(sequence), *self._standing(sequence))
+    def _order(self, sequence: Sequence) -> PriorityKey:
+        return (self._rule(sequence), *self._priority_key(sequence))
 
     def _pages(self, num_computed: int) -> int:
         return -(-num_computed // self._page_size)

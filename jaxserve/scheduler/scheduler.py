@@ -29,18 +29,18 @@ import numpy as np
 from jaxserve.config.scheduling import SchedulerConfig
 from jaxserve.kv_cache.page_pool import PagePool, PageState
 from jaxserve.request import COMPLETED, EngineRequest, FinishReason, RequestStatus
-from jaxserve.scheduler.batch_barrier import HeldAnswers
+from jaxserve.scheduler.batch_barrier import BatchBarrier
 from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.budgets import Limits
+from jaxserve.scheduler.budgets import Budgets
 from jaxserve.scheduler.modes import MODES
-from jaxserve.scheduler.plan import NOTHING_ALLOWED, StepPlan, StepResult, Stretch, Wants
+from jaxserve.scheduler.plan import NOTHING_ALLOWED, FastForward, StepPlan, StepResult, Wants
 from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.scheduler.prediction import OutputLengthPredictor
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler.sequence_queues import Places
+from jaxserve.scheduler.sequence_queues import SequenceQueues
 from jaxserve.scheduler.step_builder import StepBuilder
-from jaxserve.scheduler.step_time_estimator import Pace
+from jaxserve.scheduler.step_time_estimator import StepTimeEstimator
 from jaxserve.scheduler.update import SequenceUpdate, StepUpdate
 
 
@@ -71,14 +71,18 @@ class Scheduler:
                 )
         self._config = config
         self._buckets = buckets
-        self._pace = Pace()
-        self._limits = Limits(config)
-        self.policy = POLICIES[config.policy](config.ordering, self._pace)
+        self._step_times = StepTimeEstimator()
+        self._budgets = Budgets(config)
+        self.policy = POLICIES[config.policy](config.ordering, self._step_times)
         self._mode = MODES[config.mode](config, self.policy)
-        self._places = Places(config, self.policy, self._mode.formation, pool, costs, max_model_len, tokens_per_step)
-        self._builder = StepBuilder(config, buckets, self._limits, self._mode, self.policy, self._places, self._pace)
+        self._queues = SequenceQueues(
+            config, self.policy, self._mode.formation, pool, costs, max_model_len, tokens_per_step
+        )
+        self._builder = StepBuilder(
+            config, buckets, self._budgets, self._mode, self.policy, self._queues, self._step_times
+        )
         self._sequences: dict[str, Sequence] = {}
-        self._held = HeldAnswers()
+        self._barrier = BatchBarrier()
         self._arrivals = 0
         self._steps = 0
         self._steady = False
@@ -88,20 +92,20 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._places.waiting)
+        return len(self._queues.waiting)
 
     @property
     def num_running(self) -> int:
-        return len(self._places.running)
+        return len(self._queues.running)
 
     @property
     def num_swapped(self) -> int:
-        return len(self._places.swapped)
+        return len(self._queues.swapped)
 
     @property
     def preempted(self) -> list[Sequence]:
         """Sequences preempted by the last `schedule`; status tells how: PREEMPTED (recompute) or SWAPPED."""
-        return self._places.preempted
+        return self._queues.preempted
 
     @property
     def admitted(self) -> list[Sequence]:
@@ -111,16 +115,16 @@ class Scheduler:
     @property
     def num_preemptions_by_kind(self) -> dict[str, int]:
         """Since the start: "recompute" and "swap"."""
-        return dict(self._places.preemptions)
+        return dict(self._queues.preemptions)
 
     @property
     def num_preemptions(self) -> int:
-        return sum(self._places.preemptions.values())
+        return sum(self._queues.preemptions.values())
 
     @property
     def profile(self) -> str:
         """The load-dependent profile in force; "" without one."""
-        return self._limits.profile
+        return self._budgets.profile
 
     @property
     def unfinished(self) -> bool:
@@ -146,11 +150,11 @@ class Scheduler:
         sequence.tenant_number = self.policy.tenant_number(request.options.tenant)
         self._arrivals += 1
         self._sequences[request.request_id] = sequence
-        self._places.waiting.push(sequence)
-        self._places.changed = True
+        self._queues.waiting.push(sequence)
+        self._queues.changed = True
         lowest, highest = self._priorities_seen
         self._priorities_seen = min(lowest, request.options.priority), max(highest, request.options.priority)
-        self._limits.arrived(sequence.num_prompt_tokens)
+        self._budgets.arrived(sequence.num_prompt_tokens)
         return sequence
 
     def abort(self, request_id: str) -> SequenceUpdate | None:
@@ -173,10 +177,10 @@ class Scheduler:
         """
         copies = itertools.chain.from_iterable(plan.copies for plan in lost)
         lost_pages = {copy.destination for copy in copies if copy.destination_tier is PageState.HOST}
-        going_on = [sequence for name, sequence in self._sequences.items() if name not in self._held]
-        preempted = [sequence for sequence in going_on if self._places.restart(sequence, lost_pages)]
+        going_on = [sequence for name, sequence in self._sequences.items() if name not in self._barrier]
+        preempted = [sequence for sequence in going_on if self._queues.restart(sequence, lost_pages)]
         self._steady = False
-        self._pace.begins(None, 0.0)
+        self._step_times.begins(None, 0.0)
         return preempted
 
     def expire(self, now: float) -> list[SequenceUpdate]:
@@ -184,34 +188,34 @@ class Scheduler:
 
         Also returns the final answers of a static batch that has ended otherwise than by a step.
         """
-        ended = self._let_go() if self._held else []
-        while (sequence := self._places.waiting.expired(now)) is not None:
+        ended = self._let_go() if self._barrier else []
+        while (sequence := self._queues.waiting.expired(now)) is not None:
             late = now - (sequence.request.options.deadline or now)
             ended.append(self._finish(sequence, FinishReason.ABORT, error=f"deadline passed {late:.3f} s ago"))
-        while (sequence := self._places.waiting.late(now)) is not None:
+        while (sequence := self._queues.waiting.late(now)) is not None:
             if sequence.request.options.deadline is None and not self._config.ordering.drop_late:
-                self._places.waiting.demote(sequence)
+                self._queues.waiting.demote(sequence)
                 continue
             ended.append(self._finish(sequence, FinishReason.ABORT, error=self._too_late(sequence, now)))
         return ended
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
         """Decides the next step; None when there is nothing to compute now (see `wake_at`)."""
-        self._pace.ends(now)
-        self._places.start_step()
-        self._limits.update(len(self._sequences))
+        self._step_times.ends(now)
+        self._queues.start_step()
+        self._budgets.update(len(self._sequences))
         plan = self._builder.build(now, self._steps)
         if self._mode.holds:
             for sequence in self._builder.admitted:
-                self._held.joined(sequence, self._steps)
-        self._pace.begins(plan, now)
+                self._barrier.joined(sequence, self._steps)
+        self._step_times.begins(plan, now)
         self._steps += plan is not None
         self._steady = plan is not None and not plan.chunks
         return plan
 
     def wake_at(self) -> float | None:
         """When `schedule` can have something to do that has nothing now and hears of nothing new; None is never."""
-        return self._mode.wake_at(self._places.waiting) if self._places.waiting.new else None
+        return self._mode.wake_at(self._queues.waiting) if self._queues.waiting.new else None
 
     def update(self, plan: StepPlan, result: StepResult) -> StepUpdate:
         """Takes the sampled ids of `plan`; returns what changed. Ids of ended sequences are dropped."""
@@ -221,13 +225,13 @@ class Scheduler:
         if plan.decodes.counts is not None:
             return self._update_several(plan, token_ids, result)
         request_ids, sampled = plan.decodes.request_ids, token_ids[: len(plan.decodes)]
-        stay = self._places.running.decoding.take(plan.decodes, plan.samples, sampled)
+        stay = self._queues.running.decoding.take(plan.decodes, plan.samples, sampled)
         others = []
         for request_id, order, token_id in _one_by_one(plan, token_ids, ~stay):
             sequence = self._owner(request_id, order)
             if sequence is not None:
                 others.append(self._take(sequence, (token_id,)))
-        if self._held:
+        if self._barrier:
             others += self._let_go()
         if not stay.all():
             request_ids, sampled = tuple(itertools.compress(request_ids, stay.tolist())), sampled[stay]
@@ -239,37 +243,38 @@ class Scheduler:
         owners = {row.slot: (row.request_id, row.order) for row in plan.rows}
         return [self._owner(*owners[slot]) for slot in plan.samples.slots[plan.samples.masked].tolist()]
 
-    def steady_steps(self) -> int:
+    def fast_forward_steps(self) -> int:
         """How many of the coming steps are decodes of the same rows, if nothing arrives and no stop id is sampled:
         nobody joins, ends or is preempted, and the pages they take are free. 0 where that is not certain.
 
         For a simulation, which may then take them at once: `advance`. No plan may be in flight whose update ends a row.
         """
-        places = self._places
-        if not self._steady or places.changed or places.counts.away or places.pages.reserves:
+        queues = self._queues
+        if not self._steady or queues.changed or queues.counts.preempted or queues.pages.reserves:
             return 0
-        if not len(places.running.decoding) or not self._mode.steady:
+        if not len(queues.running.decoding) or not self._mode.steady:
             return 0
-        if len(places.waiting) and not self._obstacle_stays():
+        if len(queues.waiting) and not self._obstacle_stays():
             return 0
-        return places.running.decoding.steady_steps(self.pool.num_available)
+        return queues.running.decoding.fast_forward_steps(self.pool.num_available)
 
-    def advance(self, steps: int, token_id: int, begins: Iterable[float] = ()) -> Stretch:
-        """Does what so many times `schedule` and `update` do, at most `steady_steps`, with `token_id` sampled in every
-        row: the state is the same afterwards. begins: the moment of each `schedule`, which the pace is learned from."""
-        decoding = self._places.running.decoding
+    def advance(self, steps: int, token_id: int, begins: Iterable[float] = ()) -> FastForward:
+        """Does what so many times `schedule` and `update` do, at most `fast_forward_steps`, with `token_id` sampled in
+        every row: the state is the same afterwards. begins: the moment of each `schedule`, from which step times are
+        learned."""
+        decoding = self._queues.running.decoding
         pages = self.pool.allocate(decoding.pages_needed(steps))
         assert pages is not None, "more steps than are steady"
         if self.policy.counts_tokens:
             self.policy.decoded(decoding.tenants(), steps)
-        self._pace.decodes(len(decoding), begins)
+        self._step_times.decodes(len(decoding), begins)
         self._steps += steps
         return decoding.repeat(steps, token_id, pages)
 
     def check_integrity(self) -> None:
         """Asserts invariant 1 of the design and that every sequence is in one place; O(pages), for tests."""
-        self._held.check_integrity(set(self._sequences))
-        self._places.check_integrity(list(self._sequences.values()), self.pool)
+        self._barrier.check_integrity(set(self._sequences))
+        self._queues.check_integrity(list(self._sequences.values()), self.pool)
 
     def _update_several(self, plan: StepPlan, token_ids: np.ndarray, result: StepResult) -> StepUpdate:
         """As `update`, for a plan whose rows have several samples, of which so many hold as `result.counts` says."""
@@ -283,19 +288,19 @@ class Scheduler:
                 continue
             refused = planned - len(found)
             if sequence.decoding:
-                self._places.running.decoding.give_back(sequence, refused)
+                self._queues.running.decoding.give_back(sequence, refused)
             else:  # preempted meanwhile; computed again from the start, or swapped as if all had held
                 sequence.num_pending -= refused
                 sequence.num_computed -= refused if sequence.num_computed else 0
             others.append(self._take(sequence, found))
-        if self._held:
+        if self._barrier:
             others += self._let_go()
         return StepUpdate((), [], others)
 
     def _owner(self, request_id: str, order: int) -> Sequence | None:
         """The sequence that a row was planned for, if it still wants tokens."""
         sequence = self._sequences.get(request_id)
-        return None if sequence is None or sequence.order != order or request_id in self._held else sequence
+        return None if sequence is None or sequence.order != order or request_id in self._barrier else sequence
 
     def _take(self, sequence: Sequence, token_ids: tuple[int, ...]) -> SequenceUpdate:
         """Gives one sequence its next tokens, up to the one that ends it."""
@@ -315,19 +320,19 @@ class Scheduler:
     def _end(self, sequence: Sequence, reason: FinishReason, token_ids: tuple[int, ...]) -> SequenceUpdate:
         """Ends a sequence with its last tokens; in a static batch its place is kept until all of it have ended."""
         if self._mode.holds:
-            self._places.leave(sequence)
+            self._queues.leave(sequence)
             sequence.status = RequestStatus.ENDING
-            self._held.hold(sequence, reason)
+            self._barrier.hold(sequence, reason)
             return SequenceUpdate(sequence, token_ids)
         return dataclasses.replace(self._finish(sequence, reason), token_ids=token_ids)
 
     def _let_go(self) -> list[SequenceUpdate]:
         """The final answers of static batches whose sequences have all ended."""
-        return [self._finish(sequence, reason) for sequence, reason in self._held.released()]
+        return [self._finish(sequence, reason) for sequence, reason in self._barrier.released()]
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str = "") -> SequenceUpdate:
-        self._places.leave(sequence)
-        self._held.forget(sequence)
+        self._queues.leave(sequence)
+        self._barrier.forget(sequence)
         del self._sequences[sequence.request_id]
         sequence.status = RequestStatus.FINISHED
         self.policy.ended(sequence)
@@ -349,14 +354,14 @@ class Scheduler:
 
     def _obstacle_stays(self) -> bool:
         """Whether those that wait will wait on while nothing arrives or leaves, whatever the clock says."""
-        blocked_by, waiting = self._builder.blocked_by, self._places.waiting
+        blocked_by, waiting = self._builder.blocked_by, self._queues.waiting
         if self.policy.clocked or waiting.timed or self._config.admission.scheduler_delay_factor:
             return False
         if self._mode.closed:
             return True
         if self.policy.timeless and self._config.formation == "greedy":
             return blocked_by is not None
-        return blocked_by == "slots" and not self._places.preemption.displaces(*self._priorities_seen)
+        return blocked_by == "slots" and not self._queues.preemption.preempts_for(*self._priorities_seen)
 
 
 def _one_by_one(plan: StepPlan, token_ids: np.ndarray, special: np.ndarray) -> Iterator[tuple[str, int, int]]:

@@ -1,4 +1,4 @@
-"""Where every sequence is: waiting, running or swapped; and what moving it takes and gives back."""
+"""Holds every sequence in one queue, waiting, running or swapped, and moves it with its slot and pages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Set
 from jaxserve.config.scheduling import SchedulerConfig
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.request import RequestStatus
-from jaxserve.scheduler.admission_order import Formation
+from jaxserve.scheduler.admission_order import AdmissionOrder
 from jaxserve.scheduler.modes import Counts
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.preemption import Preemption
@@ -19,7 +19,7 @@ from jaxserve.scheduler.step_in_progress import StepInProgress
 from jaxserve.scheduler.waiting import Waiting
 
 
-class Places:
+class SequenceQueues:
     """The three queues over one page pool.
 
     waiting: new requests and those preempted to be computed again. swapped: those whose pages are in host memory, in
@@ -31,7 +31,7 @@ class Places:
         self,
         config: SchedulerConfig,
         policy: Policy,
-        formation: Formation,
+        formation: AdmissionOrder,
         pool: PagePool,
         costs: PreemptionCosts | None,
         max_model_len: int | None,
@@ -48,8 +48,8 @@ class Places:
 
     @property
     def counts(self) -> Counts:
-        away = len(self.swapped) + len(self.waiting.returning)
-        return Counts(len(self.running.decoding), len(self.running.prefilling), away)
+        preempted = len(self.swapped) + len(self.waiting.returning)
+        return Counts(len(self.running.decoding), len(self.running.prefilling), preempted)
 
     def start_step(self) -> None:
         """Takes slot and pages from the sequences whose last allowed token is sampled, before its id is read."""

@@ -7,14 +7,14 @@ import numpy as np
 from jaxserve.config.scheduling import SchedulerConfig
 from jaxserve.request import RequestStatus
 from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.budgets import Limits
-from jaxserve.scheduler.modes import Mode, Work
+from jaxserve.scheduler.budgets import Budgets
+from jaxserve.scheduler.modes import Mode, StepLimits
 from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, PageTableWrite, RowPlan, StepPlan
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler.sequence_queues import Places
+from jaxserve.scheduler.sequence_queues import SequenceQueues
 from jaxserve.scheduler.step_in_progress import Chunk, StepInProgress
-from jaxserve.scheduler.step_time_estimator import Pace
+from jaxserve.scheduler.step_time_estimator import StepTimeEstimator
 
 MOST_PADDING = 0.2
 """Share of a bucket that may be padding before prompts get less, or more, than their share of the step."""
@@ -31,23 +31,23 @@ class StepBuilder:
         self,
         config: SchedulerConfig,
         buckets: Buckets,
-        limits: Limits,
+        limits: Budgets,
         mode: Mode,
         policy: Policy,
-        places: Places,
-        pace: Pace,
+        queues: SequenceQueues,
+        step_times: StepTimeEstimator,
     ):
         self._config = config
         self._buckets = buckets
-        self._limits = limits
+        self._budgets = limits
         self._mode = mode
         self._policy = policy
-        self._places = places
-        self._pages = places.pages
-        self._running = places.running
-        self._waiting = places.waiting
-        self._swapped = places.swapped
-        self._pace = pace
+        self._queues = queues
+        self._pages = queues.pages
+        self._running = queues.running
+        self._waiting = queues.waiting
+        self._swapped = queues.swapped
+        self._step_times = step_times
         self.admitted: list[Sequence] = []
         self.blocked_by: str | None = None
 
@@ -60,24 +60,24 @@ class StepBuilder:
 
     def _filled(self, now: float) -> StepInProgress:
         """Decides who computes how much, and takes the pages for it."""
-        places, decoding = self._places, self._running.decoding
-        work = self._mode.work(places.counts, self._waiting, now)
-        step, joined = self._begin(work), 0
-        if work.prefill and len(self._swapped):
-            self._swap_in(step, work)
-        if work.decode:
+        queues, decoding = self._queues, self._running.decoding
+        step_limits = self._mode.step_limits(queues.counts, self._waiting, now)
+        step, joined = self._begin(step_limits), 0
+        if step_limits.prefill and len(self._swapped):
+            self._swap_in(step, step_limits)
+        if step_limits.decode:
             self._extend_decodes(step)
-        if work.prefill or not step.decodes:  # a step of decodes alone that finds no room for any
-            self._continue_prompts(step, work)
-            if not places.preempted:
-                joined = self._admit(step, work, now, work.admit)
-                if joined < work.admit and len(self._waiting.new) and len(self._running):
-                    joined += self._displace(step, work, now)
-            if not step.chunks and not work.decode and len(decoding):
+        if step_limits.prefill or not step.decodes:  # a step of decodes alone that finds no room for any
+            self._continue_prompts(step, step_limits)
+            if not queues.preempted:
+                joined = self._admit(step, step_limits, now, step_limits.admit)
+                if joined < step_limits.admit and len(self._waiting.new) and len(self._running):
+                    joined += self._preempt_for_waiting(step, step_limits, now)
+            if not step.chunks and not step_limits.decode and len(decoding):
                 step.decodes = decoding.num_tokens  # no prompt finds room: the step decodes after all
                 self._extend_decodes(step)
         if step.fill:
-            joined += self._fill(step, work, now, work.admit - joined)
+            joined += self._fill(step, step_limits, now, step_limits.admit - joined)
         if joined:
             self._mode.admitted(joined)
         return step
@@ -129,10 +129,10 @@ class StepBuilder:
                     self._policy.decoded(np.array([sequence.tenant_number]))
         return tuple(rows), sampled, tuple(table_writes)
 
-    def _begin(self, work: Work) -> StepInProgress:
+    def _begin(self, step_limits: StepLimits) -> StepInProgress:
         """The step as its decodes leave it."""
-        config, limits = self._config, self._limits
-        decodes = self._running.decoding.num_tokens if work.decode else 0
+        config, limits = self._config, self._budgets
+        decodes = self._running.decoding.num_tokens if step_limits.decode else 0
         budget = limits.max_num_batched_tokens - decodes
         step = StepInProgress(decodes, max(0, budget), config.max_num_batched_tokens - decodes)
         if decodes and limits.prefill_share < 1:
@@ -142,7 +142,7 @@ class StepBuilder:
     def _cap(self, step: StepInProgress) -> None:
         """Bounds the prompts' tokens by their share. Where that would pad much of a bucket the step ends with the one
         below, if that leaves prompts half of their share: else `_fill` goes on to the end of the bucket."""
-        share = max(1, int(self._limits.prefill_share * self._limits.max_num_batched_tokens))
+        share = max(1, int(self._budgets.prefill_share * self._budgets.max_num_batched_tokens))
         step.budget = min(step.budget, share)
         wanted = step.decodes + share
         bucket = self._buckets.token_bucket(min(wanted, self._buckets.tokens[-1]))
@@ -154,16 +154,16 @@ class StepBuilder:
         else:
             step.fill = True
 
-    def _swap_in(self, step: StepInProgress, work: Work) -> None:
-        """Brings swapped sequences back, best standing first, while slots, budget and pages last. The pages that
+    def _swap_in(self, step: StepInProgress, step_limits: StepLimits) -> None:
+        """Brings swapped sequences back, lowest priority key first, while slots, budget and pages last. The pages that
         running ones need in this step are left to them, so that none is preempted for one that came back."""
         pages, running = self._pages, self._running
-        needed = sum(pages.missing(one, self._chunk(one, step, work)) for one in running.prefilling.values())
+        needed = sum(pages.missing(one, self._chunk(one, step, step_limits)) for one in running.prefilling.values())
         if step.decodes:
-            needed += len(running.decoding.short())
+            needed += len(running.decoding.needing_page())
         while (sequence := self._swapped.peek()) is not None:
-            count = self._chunk(sequence, step, work)
-            if not count or not self._has_place(sequence, work) or not pages.fit(sequence, count, spare=needed):
+            count = self._chunk(sequence, step, step_limits)
+            if not count or not self._has_place(sequence, step_limits) or not pages.fit(sequence, count, spare=needed):
                 return
             self._swapped.remove(sequence)
             running.start(sequence)
@@ -175,43 +175,43 @@ class StepBuilder:
             step.add(Chunk(sequence, count, held, admitted=True))
 
     def _extend_decodes(self, step: StepInProgress) -> None:
-        """Gives a page to every sequence that decodes and needs one, preempting others of less standing, or itself
-        when it is the least."""
+        """Gives a page to every sequence that decodes and needs one, preempting others with a higher priority key, or the
+        sequence itself when its key is the highest."""
         decoding = self._running.decoding
-        short = decoding.short()
-        pages = self._pages.one_each(short) if short else []
+        needing_page = decoding.needing_page()
+        pages = self._pages.one_each(needing_page) if needing_page else []
         if pages is not None:
-            for sequence, page in zip(short, pages, strict=True):
+            for sequence, page in zip(needing_page, pages, strict=True):
                 decoding.give_page(sequence, page)
             return
-        for sequence in short:
+        for sequence in needing_page:
             while sequence.status is RequestStatus.RUNNING:  # until it is preempted, now or for one before it
                 page = self._pages.one(sequence)
                 if page is not None:
                     decoding.give_page(sequence, page)
                     break
-                self._places.make_room(step)
+                self._queues.make_room(step)
 
-    def _continue_prompts(self, step: StepInProgress, work: Work) -> None:
+    def _continue_prompts(self, step: StepInProgress, step_limits: StepLimits) -> None:
         """Gives a chunk to every prompt under way, preempting as `_extend_decodes` does."""
         for sequence in list(self._running.prefilling.values()):
             if sequence.status is not RequestStatus.RUNNING or sequence.request_id in step.chunks:
                 continue  # preempted for a sequence before it, or back from host memory with a chunk
-            count = self._chunk(sequence, step, work)
+            count = self._chunk(sequence, step, step_limits)
             held = len(sequence.pages)
             if not count:
                 continue
             while sequence.status is RequestStatus.RUNNING and not self._pages.grow(sequence, count):
-                self._places.make_room(step)
+                self._queues.make_room(step)
             if sequence.status is RequestStatus.RUNNING:
                 step.add(Chunk(sequence, count, held))
 
-    def _chunk(self, sequence: Sequence, step: StepInProgress, work: Work) -> int:
+    def _chunk(self, sequence: Sequence, step: StepInProgress, step_limits: StepLimits) -> int:
         """Tokens of this sequence in this step, by the budget and the chunking rules; 0 is none."""
         want, budget = sequence.num_known - sequence.num_computed, max(0, step.budget)
-        if work.chunk is not None:
-            return min(want, budget, work.chunk)
-        split = self._limits.chunked and sequence.num_known > self._config.admission.chunked_prefill_min_tokens
+        if step_limits.chunk is not None:
+            return min(want, budget, step_limits.chunk)
+        split = self._budgets.chunked and sequence.num_known > self._config.admission.chunked_prefill_min_tokens
         if split or want > self._config.max_num_batched_tokens:
             return min(want, budget, self._config.long_prefill_token_threshold or want)
         if sequence.num_computed:  # back from host memory, or begun while prompts were split
@@ -219,15 +219,15 @@ class StepBuilder:
         whole = want <= budget or (not step.chunks and want <= step.room)
         return want if whole else 0
 
-    def _has_place(self, sequence: Sequence, work: Work) -> bool:
+    def _has_place(self, sequence: Sequence, step_limits: StepLimits) -> bool:
         """Whether a sequence could run now; one with a token on its way waits for its id."""
         running = self._running
-        limit = min(self._limits.max_num_seqs, self._mode.max_running)
-        if sequence.num_pending or len(running.prefilling) >= work.prompts:
+        limit = min(self._budgets.max_num_seqs, self._mode.max_running)
+        if sequence.num_pending or len(running.prefilling) >= step_limits.prompts:
             return False
         return not running.full and len(running) < limit
 
-    def _admit(self, step: StepInProgress, work: Work, now: float, most: float) -> int:
+    def _admit(self, step: StepInProgress, step_limits: StepLimits, now: float, most: float) -> int:
         """Lets waiting sequences run, in the order in which they are offered, until slots, budget or pages end; `most`
         new ones at most. Returns how many new ones joined."""
         joined = 0
@@ -237,7 +237,7 @@ class StepBuilder:
                 if sequence.waits_new and (joined >= most or delayed):
                     break
                 new = sequence.waits_new
-                if not self._join(sequence, step, work):
+                if not self._join(sequence, step, step_limits):
                     break
                 joined += new
         return joined
@@ -247,14 +247,14 @@ class StepBuilder:
         factor, oldest = self._config.admission.scheduler_delay_factor, self._waiting.oldest()
         if not factor or oldest is None or not len(self._running):
             return False
-        return now - oldest < factor * self._pace.last_prefill_seconds
+        return now - oldest < factor * self._step_times.last_prefill_seconds
 
-    def _join(self, sequence: Sequence, step: StepInProgress, work: Work) -> bool:
+    def _join(self, sequence: Sequence, step: StepInProgress, step_limits: StepLimits) -> bool:
         """Lets a waiting sequence run if it fits."""
-        if not self._has_place(sequence, work):
+        if not self._has_place(sequence, step_limits):
             self.blocked_by = None if sequence.num_pending else "slots"
             return False
-        count = self._chunk(sequence, step, work)
+        count = self._chunk(sequence, step, step_limits)
         if not count:
             return False
         if not self._pages.admit(sequence, count, alone=not len(self._running)):
@@ -268,13 +268,13 @@ class StepBuilder:
         step.add(Chunk(sequence, count, held=0, admitted=True))
         return True
 
-    def _displace(self, step: StepInProgress, work: Work, now: float) -> int:
+    def _preempt_for_waiting(self, step: StepInProgress, step_limits: StepLimits, now: float) -> int:
         """Lets one that waits take the place of a running one that must give way to it; how many joined."""
         obstacle = self.blocked_by
         for sequence, in_turn in self._waiting.urgent(now):
-            if self._may_pass(sequence) and self._displace_for(sequence, step, work, in_turn):
+            if self._may_pass(sequence) and self._preempt_for(sequence, step, step_limits, in_turn):
                 return 1
-            if self._places.preempted:
+            if self._queues.preempted:
                 break  # not enough for it: what was taken is the next step's
             self.blocked_by = obstacle
         return 0
@@ -282,50 +282,50 @@ class StepBuilder:
     def _may_pass(self, sequence: Sequence) -> bool:
         """Whether a new sequence may run before those that have run: it would take their places if they had them."""
         away = self._swapped.peek(), self._waiting.returning.peek()
-        return all(one is None or self._places.preemption.far_better(sequence, one) for one in away)
+        return all(one is None or self._queues.preemption.far_better(sequence, one) for one in away)
 
-    def _displace_for(self, sequence: Sequence, step: StepInProgress, work: Work, in_turn: bool) -> bool:
+    def _preempt_for(self, sequence: Sequence, step: StepInProgress, step_limits: StepLimits, in_turn: bool) -> bool:
         """Preempts until a waiting sequence has joined; False where nobody (more) must give way to it."""
         if self._loser(sequence, step, in_turn) is None:
             return False
         self.blocked_by = None
-        while not self._join(sequence, step, work):
+        while not self._join(sequence, step, step_limits):
             loser = self._loser(sequence, step, in_turn)
             if loser is None:
                 return False
-            if self._take_chunk(loser, sequence, step, work):
+            if self._take_chunk(loser, sequence, step, step_limits):
                 return True
             if self.blocked_by is None:
                 return False  # it has a place, and tokens as soon as a step has some left
-            self._places.preempt(loser, step)
+            self._queues.preempt(loser, step)
             self.blocked_by = None
         return True
 
     def _loser(self, sequence: Sequence, step: StepInProgress, in_turn: bool) -> Sequence | None:
         """Who must give way to a waiting sequence, if anybody; for want of pages alone only when it is its turn."""
-        places, short_of_pages = self._places, in_turn and self.blocked_by == "pages"
-        return places.preemption.gives_way(places.running, sequence, short_of_pages, spared=step.joined)
+        queues, short_of_pages = self._queues, in_turn and self.blocked_by == "pages"
+        return queues.preemption.running_to_preempt(queues.running, sequence, short_of_pages, spared=step.joined)
 
-    def _take_chunk(self, loser: Sequence, sequence: Sequence, step: StepInProgress, work: Work) -> bool:
+    def _take_chunk(self, loser: Sequence, sequence: Sequence, step: StepInProgress, step_limits: StepLimits) -> bool:
         """Lets a waiting sequence join in place of the chunk of a running one, which goes on with the next step; False,
         and no change, where more than its chunk stands in the way."""
         chunk = step.chunks.get(loser.request_id)
-        if step.budget > 0 or chunk is None or not self._has_place(sequence, work):
+        if step.budget > 0 or chunk is None or not self._has_place(sequence, step_limits):
             return False
         pages = self._pages
         pages.give_back(loser, chunk.held)
         step.drop(loser)
-        if self._join(sequence, step, work):
+        if self._join(sequence, step, step_limits):
             return True
         grown = pages.grow(loser, chunk.count)
         assert grown, "pages that were given back are not there"
         step.add(chunk)
         return False
 
-    def _fill(self, step: StepInProgress, work: Work, now: float, most: float) -> int:
+    def _fill(self, step: StepInProgress, step_limits: StepLimits, now: float, most: float) -> int:
         """Lets prompts that a cap cut short, then up to `most` new ones, compute in what the bucket would pad. Returns
         how many new ones joined."""
-        if not step.chunks or not self._limits.chunked or work.chunk is not None:
+        if not step.chunks or not self._budgets.chunked or step_limits.chunk is not None:
             return 0
         spare = self._buckets.token_bucket(step.num_tokens) - step.num_tokens
         threshold = self._config.long_prefill_token_threshold
@@ -337,7 +337,7 @@ class StepBuilder:
             if count > 0 and self._pages.grow(sequence, chunk.count + count):
                 step.extend(chunk, count)
                 spare -= count
-        if not spare or self._places.preempted:
+        if not spare or self._queues.preempted:
             return 0
         step.budget = spare
-        return self._admit(step, work, now, most)
+        return self._admit(step, step_limits, now, most)

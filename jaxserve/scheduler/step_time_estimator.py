@@ -1,4 +1,4 @@
-"""How fast steps follow one another, learned while they do."""
+"""Estimates the time of a step from those that went before."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from jaxserve.scheduler.plan import StepPlan
 _WEIGHT = 0.05
 
 
-class Pace:
-    """Moving averages: seconds a step of decodes alone, seconds a token of a step with a prefill; 0 until seen.
+class StepTimeEstimator:
+    """Keeps moving averages: seconds a step of decodes alone, seconds a token of a step with a prefill; 0 until seen.
 
     last_prefill_seconds: of the last step that had a prefill. The time of a step is that from its scheduling to the
     next one's, which in a busy engine is the time that the device takes.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
-from jaxserve.scheduler.admission_order import Formation
+from jaxserve.scheduler.admission_order import AdmissionOrder
 from jaxserve.scheduler.keyed_queue import KeyedQueue
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.sequence import Sequence
@@ -43,7 +43,7 @@ class Waiting:
     of the policy. by_urgency: queues of new requests, in each of which the best takes a running one's place first.
     """
 
-    def __init__(self, policy: Policy, formation: Formation, by_urgency: tuple[KeyedQueue, ...]):
+    def __init__(self, policy: Policy, formation: AdmissionOrder, by_urgency: tuple[KeyedQueue, ...]):
         self._policy = policy
         self._formation = formation
         self._deadlines = _Times()
@@ -112,7 +112,7 @@ class Waiting:
         return bool(self._deadlines)
 
     def demote(self, sequence: Sequence) -> None:
-        """Gives a late member the standing that its policy has for such."""
+        """Gives a late member the priority key that its policy has for late ones."""
         self._remove(sequence)
         self._policy.demote(sequence)
         self._push(sequence)

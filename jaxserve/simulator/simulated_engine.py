@@ -25,9 +25,9 @@ from jaxserve.planning.step_cost_models import CostModel, StepShape, shape_of
 from jaxserve.request import EngineRequest, RequestStatus
 from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepResult, StepUpdate
 from jaxserve.scheduler.buckets import Buckets
+from jaxserve.simulator.fast_forward import pages_over, stretch_times
 from jaxserve.simulator.records import StepLog, TokenLog
-from jaxserve.simulator.stretch import pages_over, stretch_times
-from jaxserve.telemetry.engine_events import EngineEvents, TurnTimes
+from jaxserve.telemetry.engine_events import EngineEvents, IterationTimes
 from jaxserve.telemetry.recorder import Recorder
 
 STOP_ID = 1
@@ -213,7 +213,7 @@ class SimulatedEngine:
         if self._events is not None:
             previous = self._in_flight
             collected = time if previous is None or not previous.plan.num_sampled else max(time, previous.end)
-            times = TurnTimes(begin, time, time, collected, collected + self._host.after)
+            times = IterationTimes(begin, time, time, collected, collected + self._host.after)
             self._events.planned(time)
             self._events.step(plan, times, idle, unused, number=plan.step, pages_used=pool.num_used)
         token_ids, stops = self._sample(plan)
@@ -244,7 +244,7 @@ class SimulatedEngine:
         decodes = previous.plan.decodes
         if len(decodes) != self.scheduler.num_running:
             return False
-        most = min(self.scheduler.steady_steps(), _LONGEST_STRETCH)
+        most = min(self.scheduler.fast_forward_steps(), _LONGEST_STRETCH)
         if most < 2:
             return False
         most = min(most, int((self._stop_at[decodes.slots] - decodes.starts).min()) - 1)
@@ -301,7 +301,7 @@ class SimulatedEngine:
             before = self._host.before + self._host.before_per_row * count
             numbers = range(plan.step - turns + 1, plan.step + 1)
             for number, begin, start, used in zip(numbers, begins.tolist(), starts.tolist(), pages, strict=True):
-                times = TurnTimes(begin, begin + before, begin + before, start, start + self._host.after)
+                times = IterationTimes(begin, begin + before, begin + before, start, start + self._host.after)
                 self._events.step(plan, times, 0.0, number=number, pages_used=int(used))
                 self._events.tokens(request_ids, start)
         self._free_at = float(ends[-1])

@@ -23,7 +23,7 @@ from jaxserve.telemetry.recorder import (
 )
 
 
-class TurnTimes(NamedTuple):
+class IterationTimes(NamedTuple):
     """When a turn of the loop began, had scheduled, had dispatched, had the ids of the step before, and ended."""
 
     begin: float
@@ -68,7 +68,7 @@ class EngineEvents:
             self._record(RequestPreempted(time, sequence.request_id, "recompute"))
 
     def step(
-        self, plan: StepPlan, times: TurnTimes, idle: float, unused: float = 0.0, *, number: int, pages_used: int
+        self, plan: StepPlan, times: IterationTimes, idle: float, unused: float = 0.0, *, number: int, pages_used: int
     ) -> None:
         """The turn that made `plan`. idle, unused: as in `StepRecorded`. number, pages_used: of the step, which
         may be another of the plan's stretch."""

@@ -52,9 +52,9 @@ def start_decoding(scheduler: Scheduler, *requests: EngineRequest) -> None:
 
 def preempt(scheduler: Scheduler, request_id: str) -> None:
     """Takes the place of one running sequence, as if memory were short, outside of a step."""
-    places = scheduler._places
-    sequence = next(one for one in places.running.sequences if one.request_id == request_id)
-    places.preempt(sequence, StepInProgress(0, 0, 0))
+    queues = scheduler._queues
+    sequence = next(one for one in queues.running.sequences if one.request_id == request_id)
+    queues.preempt(sequence, StepInProgress(0, 0, 0))
 
 
 def columns(plan: StepPlan) -> list[tuple]:

@@ -13,7 +13,7 @@ from jaxserve.request import EngineRequest, RequestOptions
 from jaxserve.scheduler.admission_order import FORMATIONS, tier
 from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler.step_time_estimator import Pace
+from jaxserve.scheduler.step_time_estimator import StepTimeEstimator
 from tests.scheduler.drive import make_scheduler, request
 
 
@@ -104,7 +104,7 @@ def test_offers_against_a_search_of_all_that_wait(formation: str, policy: str, s
     """Pushes and removals at random; now and then all offers of a step, each with what a search would choose."""
     rng = random.Random(seed)
     config = SchedulerConfig(formation=formation, admission=AdmissionConfig(max_passed_over_seconds=3.0))
-    ordering = POLICIES[policy](PolicyConfig(), Pace())
+    ordering = POLICIES[policy](PolicyConfig(), StepTimeEstimator())
     made = FORMATIONS[formation](ordering, config)
     waiting: list[Sequence] = []
     for order in range(80):
@@ -120,7 +120,7 @@ def test_offers_against_a_search_of_all_that_wait(formation: str, policy: str, s
         anchors: list[Sequence] = []
         count = rng.randint(1, len(waiting) + 1)
         for offered, _ in zip(made.candidates(now), range(count), strict=False):
-            waiting.sort(key=lambda one: (*ordering.standing(one), one.order))
+            waiting.sort(key=lambda one: (*ordering.priority_key(one), one.order))
             assert offered in _wanted(formation, waiting, anchors, now)
             anchors.append(offered)
             waiting.remove(offered)

@@ -14,12 +14,12 @@ from jaxserve.config import scheduling
 from jaxserve.config.scheduling import PolicyConfig, PreemptionConfig, SchedulerConfig
 from jaxserve.request import EngineRequest, FinishReason, RequestOptions
 from jaxserve.scheduler import Scheduler, StepPlan, StepResult, admission_order, modes
-from jaxserve.scheduler.keyed_queue import Standing
+from jaxserve.scheduler.keyed_queue import PriorityKey
 from jaxserve.scheduler.policies.fair import Fair
 from jaxserve.scheduler.policies.named import LATE_FACTOR, POLICIES
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler.step_time_estimator import Pace
+from jaxserve.scheduler.step_time_estimator import StepTimeEstimator
 from tests.scheduler.drive import make_scheduler, request
 
 
@@ -71,10 +71,10 @@ def test_shortest_job_first_and_what_waiting_makes_up_for():
 )
 def test_score_of_priority(priority: int, waited: float, expected: int, score: float):
     """10 x priority + 0.1 x seconds waited - expected length, as it is at a time."""
-    policy = POLICIES["priority"](PolicyConfig(), Pace())
+    policy = POLICIES["priority"](PolicyConfig(), StepTimeEstimator())
     now = 1_000.0
     one = Sequence(request("a", 3, expected, priority=priority, arrival_time=now - waited), 0, float(expected))
-    assert -policy.standing(one)[0] + 0.1 * now == pytest.approx(score)
+    assert -policy.priority_key(one)[0] + 0.1 * now == pytest.approx(score)
 
 
 def test_priority_ages_and_long_requests_pay():
@@ -88,7 +88,7 @@ def test_priority_ages_and_long_requests_pay():
 
 
 class LastComeFirstServed(Policy):
-    def standing(self, sequence: Sequence) -> Standing:
+    def priority_key(self, sequence: Sequence) -> PriorityKey:
         return (-sequence.order,)
 
 
@@ -244,7 +244,7 @@ def test_a_queue_is_a_sorted_list(policy: str, seed: int):
     """Pushes, removals from anywhere and looks at the best, against sorting everything each time."""
     rng = random.Random(seed)
     config = PolicyConfig()
-    queue = POLICIES[policy](config, Pace()).queue()
+    queue = POLICIES[policy](config, StepTimeEstimator()).queue()
     members: list[Sequence] = []
     for order in range(120):
         if members and rng.random() < 0.45:
@@ -265,7 +265,7 @@ def test_fair_counters_against_a_plain_implementation(seed: int):
     """Arrivals, admissions in the order of the queue, departures and output tokens, each counted one by one."""
     rng = random.Random(seed)
     weights = {"a": 1.0, "b": 2.0, "c": 0.5}
-    policy = Fair(PolicyConfig(tenant_weights=weights), Pace())
+    policy = Fair(PolicyConfig(tenant_weights=weights), StepTimeEstimator())
     queue = policy.queue()
     counters: dict[str, float] = {}
     waiting: list[Sequence] = []

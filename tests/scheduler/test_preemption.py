@@ -189,7 +189,7 @@ def test_whose_pages_go_when_memory_is_short(victim: str):
     scheduler.add(request("late", 12, 50, priority=2))
     for _ in range(6):
         take_step(scheduler)
-    assert len(scheduler._places.running.decoding) == 5
+    assert len(scheduler._queues.running.decoding) == 5
     assert scheduler.pool.allocate(scheduler.pool.num_available) is not None
     while not scheduler.preempted:
         plan = scheduler.schedule()

@@ -102,7 +102,7 @@ def test_cancelled_requests_leave_the_waiting_queue():
         scheduler.add(request(f"r{i}", 3, 5))
         scheduler.abort(f"r{i}")
     assert scheduler.num_waiting == 1
-    waiting = scheduler._places.waiting
+    waiting = scheduler._queues.waiting
     assert len(waiting.new._heap) < 200
     assert isinstance(waiting._formation, Greedy)
     assert isinstance(waiting._formation._queue, KeyedQueue)

@@ -18,10 +18,10 @@ from collections.abc import Container
 import numpy as np
 
 from jaxserve.config.scheduling import PolicyConfig
-from jaxserve.scheduler.keyed_queue import KeyedQueue, Queue, Standing
+from jaxserve.scheduler.keyed_queue import KeyedQueue, PriorityKey, Queue
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler.step_time_estimator import Pace
+from jaxserve.scheduler.step_time_estimator import StepTimeEstimator
 
 _MAX_TENANTS = 65536
 """Tenants remembered before those are forgotten that a return would lift anyway."""
@@ -33,8 +33,8 @@ class Fair(Policy):
     counts_tokens = True
     timeless = False
 
-    def __init__(self, config: PolicyConfig, pace: Pace):
-        super().__init__(config, pace)
+    def __init__(self, config: PolicyConfig, step_times: StepTimeEstimator):
+        super().__init__(config, step_times)
         self._numbers: dict[str, int] = {}
         self._unused: list[int] = []  # numbers of tenants that were forgotten
         self._unfinished: dict[str, int] = {}  # requests by tenant
@@ -44,7 +44,7 @@ class Fair(Policy):
         self._last_departed = 0.0  # counter of the tenant whose queue ran empty last
         self._heap = _TenantHeap(self)
 
-    def standing(self, sequence: Sequence) -> Standing:
+    def priority_key(self, sequence: Sequence) -> PriorityKey:
         return (self.counter(sequence.tenant_number), sequence.order)
 
     def queue(self) -> Queue:
@@ -173,7 +173,7 @@ class _FairQueue(Queue):
         tenant = self._tenants.least(self._queues)
         return None if tenant is None else self._queues[tenant].peek()
 
-    def rank(self) -> Standing:
+    def rank(self) -> PriorityKey:
         best = self.peek()
         assert best is not None, "an empty queue has no rank"
-        return self._policy.standing(best)
+        return self._policy.priority_key(best)

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from jaxserve.config.scheduling import PolicyConfig
-from jaxserve.scheduler.keyed_queue import Standing
+from jaxserve.scheduler.keyed_queue import PriorityKey
 from jaxserve.scheduler.policies.fair import Fair
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler.step_time_estimator import Pace
+from jaxserve.scheduler.step_time_estimator import StepTimeEstimator
 
 LATE_FACTOR = 10
 """How many times ttft_target later the due time of a request is set that missed it."""
@@ -21,7 +21,7 @@ LATE_FACTOR = 10
 class FirstComeFirstServed(Policy):
     """By arrival. Bound: nobody that arrived later starts before."""
 
-    def standing(self, sequence: Sequence) -> Standing:
+    def priority_key(self, sequence: Sequence) -> PriorityKey:
         return (sequence.order,)
 
 
@@ -31,7 +31,7 @@ class ShortestJobFirst(Policy):
     Bound: whoever arrived (own expectation - theirs) / sjf_ageing seconds later, or more, starts after it.
     """
 
-    def standing(self, sequence: Sequence) -> Standing:
+    def priority_key(self, sequence: Sequence) -> PriorityKey:
         return (sequence.expected_output + self.config.sjf_ageing * sequence.request.arrival_time, sequence.order)
 
 
@@ -42,7 +42,7 @@ class HighestPriorityFirst(Policy):
     it.
     """
 
-    def standing(self, sequence: Sequence) -> Standing:
+    def priority_key(self, sequence: Sequence) -> PriorityKey:
         config = self.config
         score = (
             config.priority_weight * sequence.priority
@@ -65,7 +65,7 @@ class EarliestDeadlineFirst(Policy):
     timeless = False
     clocked = True
 
-    def standing(self, sequence: Sequence) -> Standing:
+    def priority_key(self, sequence: Sequence) -> PriorityKey:
         return (self.due(sequence) + sequence.lateness, sequence.order)
 
     def demote(self, sequence: Sequence) -> None:
@@ -75,8 +75,8 @@ class EarliestDeadlineFirst(Policy):
         """The latest start. Fixed when first asked: the estimates move, a place in a queue does not."""
         if sequence.start_by is None:
             request = sequence.request
-            prefill = sequence.num_known * self.pace.seconds_per_token
-            gaps, step = sequence.expected_output - 1, self.pace.seconds_per_step
+            prefill = sequence.num_known * self.step_times.seconds_per_token
+            gaps, step = sequence.expected_output - 1, self.step_times.seconds_per_step
             if request.options.deadline is None:
                 behind = gaps * max(0.0, step - self.config.tpot_target)
                 sequence.start_by = request.arrival_time + self.config.ttft_target - prefill - behind
@@ -85,7 +85,7 @@ class EarliestDeadlineFirst(Policy):
         return sequence.start_by
 
 
-POLICIES: dict[str, Callable[[PolicyConfig, Pace], Policy]] = {
+POLICIES: dict[str, Callable[[PolicyConfig, StepTimeEstimator], Policy]] = {
     "fcfs": FirstComeFirstServed,
     "sjf": ShortestJobFirst,
     "priority": HighestPriorityFirst,

@@ -1,6 +1,6 @@
-"""Who goes first. A policy maps a sequence to its standing; the smallest is served first and preempted last.
+"""Scheduling policies. A policy maps a sequence to a priority key; lower keys are scheduled first and preempted last.
 
-A standing that grows better with waiting does so by the same amount for everyone, so it is written without the clock:
+A key that improves with waiting does so by the same amount for every sequence, so it is written without the clock:
     score of now = value + ageing * (now - arrival)    orders as    value - ageing * arrival
 and a queue never has to be sorted again.
 
@@ -15,13 +15,13 @@ import math
 import numpy as np
 
 from jaxserve.config.scheduling import PolicyConfig
-from jaxserve.scheduler.keyed_queue import KeyedQueue, Queue, Standing
+from jaxserve.scheduler.keyed_queue import KeyedQueue, PriorityKey, Queue
 from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler.step_time_estimator import Pace
+from jaxserve.scheduler.step_time_estimator import StepTimeEstimator
 
 
 class Policy:
-    """A subclass gives `standing`; the rest is for policies that count service or look at the clock.
+    """A subclass gives `priority_key`; the rest is for policies that count service or look at the clock.
 
     counts_tokens: `decoded` is to be called. timeless: the order of those that wait changes with arrivals and
     departures alone. clocked: it also changes with time (`due`).
@@ -31,17 +31,17 @@ class Policy:
     timeless = True
     clocked = False
 
-    def __init__(self, config: PolicyConfig, pace: Pace):
+    def __init__(self, config: PolicyConfig, step_times: StepTimeEstimator):
         self.config = config
-        self.pace = pace
+        self.step_times = step_times
 
-    def standing(self, sequence: Sequence) -> Standing:
+    def priority_key(self, sequence: Sequence) -> PriorityKey:
         """Fixed while the sequence waits, and compared anew each time among running ones."""
         raise NotImplementedError
 
     def queue(self) -> Queue:
         """An empty queue in the order of this policy."""
-        return KeyedQueue(self.standing)
+        return KeyedQueue(self.priority_key)
 
     def queued(self, sequence: Sequence) -> None:
         """A new request waits."""
@@ -67,4 +67,4 @@ class Policy:
         return math.inf
 
     def demote(self, sequence: Sequence) -> None:
-        """Gives a late sequence, which is in no queue now, another standing."""
+        """Gives a late sequence, which is in no queue now, another priority key."""

@@ -1,15 +1,15 @@
-"""Phases of a start: what is measured, in which order it is told, and how."""
+"""StartupSpans of a start: what is measured, in which order it is told, and how."""
 
 import json
 import threading
 
 import pytest
 
-from jaxserve.telemetry.startup_spans import Phases, phase_lines, phases_json
+from jaxserve.telemetry.startup_spans import StartupSpans, phase_lines, phases_json
 
 
 def test_phases_are_told_in_the_order_of_their_beginnings():
-    phases = Phases()
+    phases = StartupSpans()
     inside, leave = threading.Event(), threading.Event()
 
     def beside() -> None:
@@ -37,7 +37,7 @@ def test_phases_are_told_in_the_order_of_their_beginnings():
 
 
 def test_a_phase_that_fails_is_not_told():
-    phases = Phases()
+    phases = StartupSpans()
     with pytest.raises(ZeroDivisionError), phases.phase("failing"):
         _ = 1 // 0
     assert phases.all() == ()

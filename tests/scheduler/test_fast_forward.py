@@ -1,4 +1,4 @@
-"""Steps taken at once (`steady_steps`, `advance`) against the same steps one by one."""
+"""Steps taken at once (`fast_forward_steps`, `advance`) against the same steps one by one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from hypothesis import Phase, given
+from hypothesis import StartupSpan, given
 from hypothesis import strategies as st
 
 from jaxserve.config.scheduling import FORMATIONS, MODES, SchedulerConfig
@@ -107,11 +107,11 @@ class Twins:
 
     def leap(self) -> None:
         """As many steps as can be taken at once, or some of them: at once, and one by one."""
-        steady = self.stepped.steady_steps()
-        assert steady == self.leaping.steady_steps()
+        steady = self.stepped.fast_forward_steps()
+        assert steady == self.leaping.fast_forward_steps()
         if not steady:
             return
-        rows = list(self.stepped._places.running.decoding.sequences)
+        rows = list(self.stepped._queues.running.decoding.sequences)
         until_stop = min(self.lengths[row.request_id] - len(row.output_token_ids) for row in rows) - 1
         steps = min(steady, until_stop)
         if steps < 1:
@@ -164,8 +164,8 @@ def _without_pages(plan: StepPlan | None) -> tuple | None:
 
 def _state(scheduler: Scheduler) -> tuple:
     """All that later plans depend on, with numbers of pages for their names."""
-    pool, places = scheduler.pool, scheduler._places
-    decoding = places.running.decoding
+    pool, queues = scheduler.pool, scheduler._queues
+    decoding = queues.running.decoding
     slots = list(decoding._by_slot)
     sequences = [
         (one.request_id, one.status, one.slot, one.order, one.output_token_ids, one.num_computed, one.num_pending,
@@ -177,7 +177,7 @@ def _state(scheduler: Scheduler) -> tuple:
     if isinstance(scheduler.policy, Fair):
         service = tuple(scheduler.policy.service(tenant) for tenant in TENANTS)
     counts = (pool.num_free, pool.num_used, pool.num_host_used, scheduler.num_waiting, scheduler._steps)
-    return sequences, slots, columns, service, counts, vars(scheduler._pace), scheduler.steady_steps()
+    return sequences, slots, columns, service, counts, vars(scheduler._step_times), scheduler.fast_forward_steps()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -186,7 +186,7 @@ def test_a_stretch_equals_its_steps(mode: str):
     events: Counter[str] = Counter()
 
     def histories(policy: str) -> None:
-        @budget(14, phases=[Phase.generate])  # a smaller seed is not a simpler history
+        @budget(14, phases=[StartupSpan.generate])  # a smaller seed is not a simpler history
         @given(seed=st.integers(0, 2**32))
         def run(seed: int) -> None:
             rng = random.Random(f"{mode} {policy} {seed}")
