@@ -175,8 +175,8 @@ class StepBuilder:
             step.add(Chunk(sequence, count, held, admitted=True))
 
     def _extend_decodes(self, step: StepInProgress) -> None:
-        """Gives a page to every sequence that decodes and needs one, preempting others with a higher priority key, or the
-        sequence itself when its key is the highest."""
+        """Gives a page to every sequence that decodes and needs one, preempting others with a higher priority key, or
+        the sequence itself when its key is the highest."""
         decoding = self._running.decoding
         needing_page = decoding.needing_page()
         pages = self._pages.one_each(needing_page) if needing_page else []
