@@ -52,7 +52,7 @@ _MAX_MESSAGE = 1000  # characters of an error line's message: a client's value i
 
 @dataclasses.dataclass
 class Summary:
-    """Lines of the input by what became of them. resumed: their results were in the output before."""
+    """Counts the lines of the input by their outcome. resumed: their results were in the output before."""
 
     completed: int = 0
     errors: int = 0
@@ -64,10 +64,13 @@ class Summary:
 
 
 class BatchRun:
-    """One pass over an input file.
+    """Serves one pass over an input file.
 
-    model: the name in responses. seed: base of the seeds of requests that bring none. settings: what else decides the
-    tokens, of which results keep a digest. check_stop: called after each step; may raise.
+    Attributes:
+        model: the name in responses.
+        seed: base of the seeds of requests that set none.
+        settings: everything else that determines the tokens; results keep a digest of it.
+        check_stop: called after each step; may raise.
     """
 
     def __init__(
@@ -91,9 +94,17 @@ class BatchRun:
         self.summary = Summary()
 
     def run(self, source: InputFile, output: OutputFile, bar: TokenBar) -> None:
-        """Serves every line of `source` that is not done. What is written stays valid, whatever is raised.
+        """Serves every unfinished line of `source`. Results that were written stay valid, whatever is raised.
 
-        Raises EngineDeadError, BatchFileError, and what check_stop raises.
+        Args:
+            source: the input.
+            output: takes the results, and holds those of earlier runs.
+            bar: shows the progress.
+
+        Raises:
+            EngineDeadError: the engine failed.
+            BatchFileError: a file cannot be read or written.
+            Exception: whatever check_stop raises.
         """
         requests = self._requests(source, output, bar)
 
@@ -115,9 +126,9 @@ class BatchRun:
         output.repair()
 
     def _requests(self, source: InputFile, output: OutputFile, bar: TokenBar) -> Iterator[Prepared | None]:
-        """The requests that are still to be computed; writes the error lines on the way.
+        """Yields the requests that are still to be computed, and writes error lines on the way.
 
-        None stands for a pipe that has no line at present, while requests are under way that must not wait for it.
+        Yields None where a pipe has no line at present while requests are running that must not wait for it.
         """
         earlier = Resumption(output.path, output.done, self._settings)
         lines = read_lines(source, lambda: not self._under_way or source.line_is_there())
@@ -220,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Job:
-    """One run of the command over opened files."""
+    """Runs the command once over opened files."""
 
     def __init__(self, config: ServerConfig):
         self._config = config
@@ -231,7 +242,7 @@ class _Job:
         self.under_way = False
 
     def run(self, source: InputFile, output: OutputFile, check_stop: Callable[[], None]) -> int:
-        """Returns the exit code. Raises what `main` turns into words."""
+        """Returns the exit code. Raises the errors that `main` reports as messages."""
         config, engine = self._config, self._config.engine
         self._survey(source, output)
         tokenizer = load_tokenizer(engine)
@@ -254,7 +265,7 @@ class _Job:
         return 0 if said else EXIT_FAILED
 
     def standing(self) -> str:
-        """How many lines are done and how to go on, in words."""
+        """Describes how many lines are done and how to resume."""
         summary = self._run.summary if self._run is not None else Summary()
         done = max(self._done_before, summary.resumed) + summary.completed + summary.errors
         lines = f"{done} lines are done" if self._total is None else f"{done} of {self._total} lines are done"
@@ -288,7 +299,7 @@ class _Job:
 
 @contextlib.contextmanager
 def _closing(close: Callable[[], None]) -> Iterator[None]:
-    """Closes at the end; an error of that is only mentioned when another one is on its way."""
+    """Calls `close` at the end; its error is only mentioned when another error is already propagating."""
     try:
         yield
     except BaseException:
@@ -301,7 +312,9 @@ def _closing(close: Callable[[], None]) -> Iterator[None]:
 
 
 def _prepare_composition(directory: str | None, files: Sequence[str]) -> None:
-    """Makes the directory, before the model is loaded for nothing, unless what is written there would erase a file."""
+    """Creates the directory before the model is loaded, and refuses one where its output would overwrite a
+    file.
+    """
     if directory is None:
         return
     try:
@@ -328,7 +341,7 @@ def _model_name(config: ServerConfig) -> str:
 
 
 def _settings(config: ServerConfig) -> str:
-    """What decides the tokens beside the request, the model's name and the seed, as text."""
+    """Returns as text all settings that determine the tokens, besides the request, the model's name and the seed."""
     engine = config.engine
     paths = [path and str(pathlib.Path(path).resolve()) for path in (engine.model, engine.tokenizer)]
     others = (engine.architecture, engine.load_format, engine.dtype, engine.max_model_len, engine.cache.kv_cache_dtype)
@@ -365,7 +378,7 @@ def _fill_standard_streams() -> None:
 
 
 def _print(text: str, stream: TextIO) -> bool:
-    """Prints a line, and returns whether that went well; what the results are in is not affected by it."""
+    """Prints a line and returns whether that succeeded; a failure does not affect the results."""
     try:
         print(f"jaxserve.batch: {text}", file=stream, flush=True)
     except OSError as error:

@@ -41,7 +41,7 @@ class _PromptError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """What holds for every prompt of one run."""
+    """Holds the options of one run, which apply to every prompt."""
 
     params: SamplingParams
     fields: dict[str, Any]
@@ -51,7 +51,7 @@ class _Options:
     json: bool
 
     def prompt(self, text: str) -> str:
-        """The prompt that is sent for what the user wrote."""
+        """Returns the prompt to send for the user's input."""
         if self.escapes:
             text = unescape(text)
         if self.newline and not text.endswith("\n"):
@@ -60,7 +60,7 @@ class _Options:
 
 
 def unescape(text: str) -> str:
-    r"""Makes the escapes \n, \t, \r and \\ the characters that they mean; any other backslash stays as it is."""
+    r"""Replaces the escapes \n, \t, \r and \\ by the characters they denote; any other backslash is kept."""
     return re.sub(r"\\([ntr\\])", lambda match: _ESCAPES[match.group(1)], text)
 
 
@@ -98,13 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def split_prompt(arguments: Sequence[str], actions: Sequence[argparse.Action]) -> tuple[list[str], str | None, bool]:
-    """Parts the command line into its options and its prompt, either of which may begin with a dash.
+    """Splits the command line into its options and its prompt, either of which may begin with a dash.
 
     argparse takes every argument with a dash for an option, and refuses values with one. An option's value is whatever
     follows it. The rest is the prompt, unless it looks like an option: letters behind one dash of which all are
-    options, or behind two dashes one word. Behind `--` everything is the prompt, and `--` alone is one.
-    Returns the options in a form that argparse takes, the prompt, and whether it stood behind `--`.
-    Raises ValueError for an option that is unknown and for a second prompt.
+    options, or behind two dashes one word. Behind `--` everything is the prompt, and `--` alone is one. Returns the
+    options in a form that argparse takes, the prompt, and whether it stood behind `--`. Raises ValueError for an option
+    that is unknown and for a second prompt.
     """
     takes_value = {name: action.nargs != 0 for action in actions for name in action.option_strings}
     letters = "".join(name[1] for name in takes_value if len(name) == 2)
@@ -132,7 +132,7 @@ def split_prompt(arguments: Sequence[str], actions: Sequence[argparse.Action]) -
 
 
 def _full_name(name: str, known: Collection[str]) -> str:
-    """The option that a name, or the beginning of one, stands for."""
+    """Expands an option's name or its prefix to the full name."""
     found = [name] if name in known else [option for option in known if option.startswith(name)]
     if len(found) == 1:
         return found[0]
@@ -142,7 +142,7 @@ def _full_name(name: str, known: Collection[str]) -> str:
 
 
 def _marked(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The type of an option whose values come with the mark."""
+    """Returns an argparse type for options whose values carry the mark."""
 
     def convert(text: str) -> Any:
         try:
@@ -160,7 +160,7 @@ def _only(prompts: Sequence[str]) -> str | None:
 
 
 def _answer_all(client: Client, prompts: Iterator[str], options: _Options) -> int:
-    """Answers the prompts in turn. One that the server refuses is reported, and the others are still answered."""
+    """Answers the prompts in order. One that the server refuses is reported, and the others are still answered."""
     code = 0
     for text in prompts:
         try:
@@ -221,7 +221,7 @@ def _answer(client: Client, text: str, options: _Options) -> None:
 
 
 def _prompts(parsed: argparse.Namespace) -> Iterator[str]:
-    """The prompts of the command line or of standard input, as they come."""
+    """Yields the prompts of the command line or of standard input, as they arrive."""
     if not parsed.from_stdin:
         yield parsed.prompt
     elif parsed.whole:
@@ -241,7 +241,7 @@ def _decoded(data: bytes, where: str) -> str:
 
 
 def _options(parsed: argparse.Namespace) -> _Options:
-    """Raises ValueError naming the option."""
+    """Builds the options from the parsed arguments. Raises ValueError naming the option."""
     params: dict[str, Any] = {name: getattr(parsed, name) for name in SAMPLING_FIELDS}
     if parsed.escapes:
         params["stop"] = [unescape(text) for text in parsed.stop]
@@ -260,7 +260,7 @@ def _options(parsed: argparse.Namespace) -> _Options:
 
 
 def _parser() -> tuple[argparse.ArgumentParser, list[argparse.Action]]:
-    """The parser, and its options."""
+    """Returns the parser and its options."""
     description = (__doc__ or "").partition("\n\n")[2]
     parser = argparse.ArgumentParser(prog="jaxserve.client", description=description, add_help=False)
     actions = []
@@ -289,7 +289,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[argparse.Action]]:
 
 
 def _sampling_option(field: SamplingField) -> dict[str, Any]:
-    """What argparse is told of a sampling parameter. Decoding is greedy by default, unlike the API's."""
+    """Returns argparse's arguments for a sampling parameter. Decoding is greedy by default, unlike the API's."""
     default = 0.0 if field.name == "temperature" else field.default
     match field.kind:
         case Flag():
@@ -308,7 +308,7 @@ def _code(error: Any) -> grpc.StatusCode:
 
 
 def _describe(error: Any, address: str) -> str:
-    """One line for a failed call."""
+    """Describes a failed call in one line."""
     code, details = _code(error), " ".join((error.details() or "").split())
     if code is grpc.StatusCode.UNAVAILABLE and re.search("failed to connect|connection refused|resol", details, re.I):
         return f"no server answers at {address}; start one with: python -m jaxserve.server"

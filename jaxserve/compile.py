@@ -21,7 +21,7 @@ from jaxserve.programs.aot.plugin import PluginMissingError
 from jaxserve.programs.target_devices import LOCAL, known_targets, load_target, use_cpu_only
 
 PROBLEMS_STATUS = 3
-"""Exit code for programs that were compiled and fall short of what every program promises."""
+"""Exit code when the programs were compiled but the report lists problems."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

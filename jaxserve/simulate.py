@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line, --config and --gin.* left out."""
+    """Returns the command line's parser, without --config and --gin.*."""
     parser = argparse.ArgumentParser(prog="jaxserve.simulate", description="Simulates a configuration and a trace.")
     add_simulation_options(parser)
     add = parser.add_argument

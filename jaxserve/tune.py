@@ -19,7 +19,7 @@ from jaxserve.simulator.command import add_simulation_options
 from jaxserve.simulator.tuning import tune
 
 LIMIT = 2000
-"""Requests of the trace that are taken, where --limit does not say."""
+"""Number of the trace's requests that are used where --limit is not given."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line, --config and --gin.* left out."""
+    """Returns the command line's parser, without --config and --gin.*."""
     parser = argparse.ArgumentParser(prog="jaxserve.tune", description="Finds options that serve a trace well.")
     add_simulation_options(parser, LIMIT)
     add = parser.add_argument

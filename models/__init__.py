@@ -1,1 +1,1 @@
-"""Model definitions, attention metadata and checkpoint loading; knows nothing of requests."""
+"""Defines models, attention metadata and checkpoint loading, independently of requests."""

@@ -44,14 +44,14 @@ from jaxserve.models.registry import ARCHITECTURES, lookup
 from jaxserve.models.value_checks import INT32_MAX, brief, check_count, check_number
 
 _CONTEXT_KEYS = ("max_sequence_length", "max_seq_length", "max_seq_len", "seq_length", "n_positions")
-"""Names under which a `config.json` may bound the context beside max_position_embeddings."""
+"""Keys under which a `config.json` may give the context length besides max_position_embeddings."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a decoder-only model. Sizes are counts of elements; names follow Hugging Face.
+    """Describes the architecture of a decoder-only model. Sizes are counts of elements; names follow Hugging Face.
 
     Attributes:
         attention_bias: all projections of attention have biases, in every layer.
@@ -120,29 +120,31 @@ class ModelConfig:
 
     @functools.cached_property
     def layer_specs(self) -> tuple[LayerSpec, ...]:
-        """What each layer computes, first to last."""
+        """Returns the specification of each layer, first to last."""
         return self.layers or lookup(self.architecture).layers(vars(self))
 
     @property
     def group_size(self) -> int:
-        """Query heads that share one key-value head."""
+        """Number of query heads that share one key-value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
     @property
     def decisive(self) -> ModelConfig:
-        """The same architecture with the same values in all that decides no program: equal ones compute the same."""
+        """Returns this architecture with normalized values in fields that affect no program: equal ones compile to the
+        same.
+        """
         return dataclasses.replace(
             self, bos_token_id=None, eos_token_ids=(), dtype="float32", rope_scaling=self.rope_scaling.normalized
         )
 
     @property
     def context_length(self) -> int:
-        """Positions that the model can be used for."""
+        """Maximum number of positions the model can be used for."""
         return int(self.max_position_embeddings * self.rope_scaling.context_factor)
 
     @classmethod
     def from_directory(cls, directory: str | pathlib.Path, tokenizer: str | pathlib.Path | None = None) -> ModelConfig:
-        """Reads what the files of a checkpoint directory say together.
+        """Reads the configuration from all files of a checkpoint directory.
 
         These are `config.json`, `generation_config.json`, the tokenizer's files, and the safetensors files where there
         are some. Where they disagree on what does not stop a start, one line is logged.
@@ -176,7 +178,7 @@ class ModelConfig:
 
     @classmethod
     def _read(cls, content: Mapping[str, Any]) -> tuple[ModelConfig, list[str]]:
-        """The configuration that a `config.json` describes, and a line where it has keys that are not used."""
+        """Returns the configuration that a `config.json` describes, and a log line where it has unused keys."""
         family = lookup(_architecture(content))
         raw = ConfigKeys(content, family.defaults)
         if quantizes_weights(raw.get("quantization_config") or raw.get("compression_config") or {}):
@@ -217,7 +219,7 @@ class ModelConfig:
         return config, _unread_keys(raw, family)
 
     def to_hf(self) -> dict[str, Any]:
-        """The fields of a Hugging Face `config.json` that `from_hf` translates back to this configuration."""
+        """Returns the fields of a Hugging Face `config.json` that `from_hf` translates back to this configuration."""
         family = lookup(self.architecture)
         raw: dict[str, Any] = {
             field.name: getattr(self, field.name)
@@ -255,7 +257,7 @@ class ModelConfig:
 
 
 def shared_fields(layers: Sequence[LayerSpec]) -> dict[str, Any]:
-    """What the fields of a `ModelConfig` say of these layers together."""
+    """Derives the fields of `ModelConfig` that these layers share."""
     attention = [layer.attention for layer in layers]
     return {
         "num_hidden_layers": len(layers),
@@ -269,15 +271,17 @@ def shared_fields(layers: Sequence[LayerSpec]) -> dict[str, Any]:
 def check_config_file(directory: str | pathlib.Path) -> ModelConfig | None:
     """Reads a checkpoint's `config.json`, if there is one. Raises ValueError as `ModelConfig.from_hf` does.
 
-    It takes no time: who reads other files of a checkpoint asks this first, so that the cause is named and not an
-    effect.
+    It takes no time: call it before reading a checkpoint's other files, so that the error names the cause and not a
+    symptom.
     """
     path = pathlib.Path(directory) / "config.json"
     return ModelConfig.from_hf(read_object(path)) if path.is_file() else None
 
 
 def _architecture(raw: Mapping[str, Any]) -> str:
-    """The architecture, checked before everything else: of another one nothing else need be as here."""
+    """Returns the architecture; checked first, because for another architecture no other key need have the same
+    meaning.
+    """
     names = raw.get("architectures") or []
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         kind = f" (model_type is {brief(raw['model_type'])})" if raw.get("model_type") else ""
@@ -289,10 +293,10 @@ def _architecture(raw: Mapping[str, Any]) -> str:
 
 
 def _context(raw: Mapping[str, Any], scaling: RopeScaling) -> tuple[int, RopeScaling]:
-    """max_position_embeddings, or what bounds it under another name, and the scaling that this context has.
+    """Returns max_position_embeddings, or the context length under another key, and the scaling that applies to it.
 
-    Where scaling multiplies max_position_embeddings, a bound that is at most that bounds the context before scaling,
-    and a larger one the context after it.
+    Where scaling multiplies max_position_embeddings, a limit of at most that bounds the context before scaling, and a
+    larger one the context after it.
     """
     context = required_count(raw, "max_position_embeddings")
     bounds = [required_count(raw, name) for name in _CONTEXT_KEYS if raw.get(name) is not None]
@@ -304,9 +308,9 @@ def _context(raw: Mapping[str, Any], scaling: RopeScaling) -> tuple[int, RopeSca
 
 
 def _other_limits(raw: Mapping[str, Any], config: ModelConfig, directory: pathlib.Path) -> list[str]:
-    """A line where other keys that tell the context disagree with it.
+    """Returns a log line where other keys that give the context length disagree with it.
 
-    A tokenizer's model_max_length is often that of a training run, or absurd, so it only has the line.
+    A tokenizer's model_max_length is often that of a training run, or absurd, so it is only logged.
     """
     keys = ("max_position_embeddings", *_CONTEXT_KEYS)
     found = {name: raw[name] for name in keys if raw.get(name) is not None}
@@ -321,9 +325,10 @@ def _other_limits(raw: Mapping[str, Any], config: ModelConfig, directory: pathli
 
 
 def _unread_keys(keys: ConfigKeys, family: Family) -> list[str]:
-    """A line where config.json has settings that the family does not know.
+    """Returns a log line where config.json has settings that the family does not know.
 
-    Raises ValueError where another architecture would compute something else by them, unless the family allows it.
+    Raises ValueError where another architecture would compute something different because of them, unless the family
+    allows it.
     """
     unread = keys.unread()
     refused = [name for name in unread if name in OTHER_KEYS and not family.ignores_others]
@@ -344,7 +349,7 @@ def _unread_keys(keys: ConfigKeys, family: Family) -> list[str]:
 
 
 def _compared(config: ModelConfig, raw: Mapping[str, Any], stored: Stored) -> tuple[ModelConfig, list[str]]:
-    """The configuration with what the stored tensors say of it, and a line for each disagreement."""
+    """Returns the configuration updated from the stored tensors, and a line for each disagreement."""
     lines = []
     if (stored.directory / SINGLE_FILE).exists() and (stored.directory / INDEX_FILE).exists():
         lines.append(f"checkpoint {stored.directory} holds {SINGLE_FILE} and {INDEX_FILE}; only the former is read")

@@ -1,4 +1,5 @@
-"""A model's parameters as a plain pytree: their shapes, dtypes and places, made without reading a checkpoint.
+"""Represents a model's parameters as a plain pytree, and creates their shapes, dtypes and shardings without a
+checkpoint.
 
 The tree is nested dicts keyed by the module's attribute names and layer numbers. It holds arrays and nothing else, so
 it passes through jit, device_put and orbax as it is; `bind` turns it into a module again.
@@ -26,17 +27,17 @@ from jaxserve.models.layers.matmul import Products
 from jaxserve.models.layers.parameter import Initial, Packing, Parameter, Params, Path, get, put
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""Names of the dtypes that weights can be held in."""
+"""Names of the supported weight dtypes."""
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the one axis `tensor` over the jax devices; None takes the first device alone."""
+    """Builds a mesh with the one axis `tensor` over the jax devices; None takes the first device alone."""
     devices = jax.devices()[:1] if devices is None else list(devices)
     return Mesh(np.array(devices), ("tensor",), axis_types=(AxisType.Auto,))
 
 
 def resolve_dtype(dtype: Any) -> np.dtype:
-    """The numpy dtype of a name or a dtype; a ValueError names the supported ones."""
+    """Returns the numpy dtype of a name or a dtype; a ValueError names the supported ones."""
     try:
         resolved = np.dtype(jnp.dtype(dtype))
     except TypeError:
@@ -48,7 +49,7 @@ def resolve_dtype(dtype: Any) -> np.dtype:
 
 
 def abstract_params(config: ModelConfig, dtype: Any, mesh: Mesh) -> Params:
-    """The parameters as ShapeDtypeStructs with NamedShardings: all that compiling needs of them.
+    """Returns the parameters as ShapeDtypeStructs with NamedShardings: all that compiling needs.
 
     Args:
         config: the architecture; one that the registry does not know is a ValueError.
@@ -79,7 +80,7 @@ def _in_layer(path: Path, parameter: Parameter) -> Parameter:
 
 
 def random_params(config: ModelConfig, dtype: Any, mesh: Mesh, seed: int) -> Params:
-    """Weights drawn on the devices, for measuring speed without a checkpoint.
+    """Draws random weights on the devices, for measuring speed without a checkpoint.
 
     Matrices and biases are normal with variance 1 / (length of the dot), norm scales are 1. The same seed gives the
     same weights on every mesh. Arguments are those of `abstract_params`.
@@ -101,7 +102,7 @@ def random_params(config: ModelConfig, dtype: Any, mesh: Mesh, seed: int) -> Par
 
 
 def packable(config: ModelConfig, dtype: Any) -> bool:
-    """Whether this machine's CPU has kernels that read weights of `dtype` in packed order."""
+    """Returns whether this machine's CPU has kernels that read weights of `dtype` in packed order."""
     resolved = resolve_dtype(dtype)
     if any(layer.mlp.bias for layer in config.layer_specs):
         return False  # there is no kernel for gate and up with a bias
@@ -109,12 +110,12 @@ def packable(config: ModelConfig, dtype: Any) -> bool:
 
 
 def products_for(dtype: Any, mesh: Mesh, *, packed: bool = False) -> Products:
-    """How layers with weights of `dtype`, `packed` or not, multiply on the devices of `mesh`; sums are float32 anyway.
+    """Selects the matrix products of layers with weights of `dtype`, `packed` or not, on the devices of `mesh`.
 
-    A GPU's matmul rounds in its epilogue, where it adds the residual too: float32 products would double what a step
-    moves beside the weights, and XLA would then sum the residual stream anew from all layers' products in every norm.
-    XLA's CPU backend has no fast dot with a bfloat16 result; with packed weights (`pack_for`, one device) its dots are
-    not used at all.
+    Sums are float32 in any case. A GPU's matmul rounds in its epilogue, where it adds the residual too: float32
+    products would double what a step moves besides the weights, and XLA would then sum the residual stream anew from
+    all layers' products in every norm. XLA's CPU backend has no fast dot with a bfloat16 result; with packed weights
+    (`pack_for`, one device) its dots are not used at all.
     """
     if mesh.devices.flat[0].platform != "cpu":
         return Products(resolve_dtype(dtype))
@@ -122,7 +123,7 @@ def products_for(dtype: Any, mesh: Mesh, *, packed: bool = False) -> Products:
 
 
 def pack_for(config: ModelConfig, params: Params, products: Products) -> Params:
-    """The parameters in the order that `products` reads, changed in place where that is another one."""
+    """Reorders the parameters in place into the order that `products` reads, where that differs."""
     for path, parameter in parameters(config).items() if products.packed else ():
         if parameter.packing is not Packing.NONE:
             put(params, path, matmul.packed(get(params, path), parameter))
@@ -130,24 +131,24 @@ def pack_for(config: ModelConfig, params: Params, products: Products) -> Params:
 
 
 def bind(config: ModelConfig, params: Params, products: Products = Products()) -> Any:
-    """The module with these parameters and products. Copies nothing, costs little, inside jit too."""
+    """Builds the module with these parameters and products. It copies nothing and is cheap, inside jit too."""
     graph, _ = _structure(config, products)
     return nnx.merge(graph, nnx.State(params))
 
 
 def params_of(model: nnx.Module) -> Params:
-    """The parameters of a module, as this module's functions and the checkpoint's take them."""
+    """Returns the parameters of a module as a tree, as this module's functions and the checkpoint's take them."""
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def leaves(params: Params) -> list[tuple[Path, Any]]:
-    """(path, leaf) of every parameter, in pytree order."""
+    """Returns (path, leaf) of every parameter, in pytree order."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     return [(tuple(entry.key for entry in path), leaf) for path, leaf in flat]
 
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
-    """A ValueError where the model cannot be split over the mesh's axis `tensor`."""
+    """Raises ValueError where the model cannot be split over the mesh's axis `tensor`."""
     if "tensor" not in mesh.shape:
         raise ValueError(f"mesh axes are {tuple(mesh.shape)}; one of them must be 'tensor'")
     size = mesh.shape["tensor"]
@@ -167,7 +168,7 @@ def _fitting(parameter: Parameter, mesh: Mesh) -> P:
 
 @functools.lru_cache(maxsize=16)
 def _structure(config: ModelConfig, products: Products) -> tuple[Any, dict[Path, Parameter]]:
-    """The module's graph definition and the declaration of each parameter by path; no array is made."""
+    """Returns the module's graph definition and the declaration of each parameter by path; no array is created."""
     abstract = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, products=products, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
     flat: list[tuple[Any, Any]] = sorted(nnx.to_flat_state(state))

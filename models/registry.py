@@ -1,4 +1,4 @@
-"""The families of models that can be served, by the name that a `config.json` gives them. Imports no jax.
+"""Registers the model families that can be served, by the name that a `config.json` gives them. Imports no jax.
 
 To add one, write its file in models/families/ and list it here (docs/models.md).
 """

@@ -1,4 +1,4 @@
-"""Checks numbers that a checkpoint or a configuration gives, and writes values in messages. Imports no jax."""
+"""Validates numbers of a checkpoint or a configuration, and formats values for messages. Imports no jax."""
 
 from __future__ import annotations
 

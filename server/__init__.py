@@ -1,1 +1,1 @@
-"""The gRPC interface: protos, service and server, and the client stubs."""
+"""Implements the gRPC interface: protos, service, server and client stubs."""

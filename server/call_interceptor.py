@@ -1,4 +1,4 @@
-"""What every call of every service goes through: its request is read and checked, its answers are written, in bounds.
+"""Intercepts every call: reads and checks its request and writes its responses, within bounds.
 
 Handlers are run as ones whose client streams, which is the same on the wire, so that the request message is read here.
 gRPC by itself waits for ever for one that does not arrive, forgets a call without one, and answers one that does not
@@ -22,11 +22,11 @@ from jaxserve.serving.status import Status, status_of
 _EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]  made at run time
 
 _LARGE = 256 * 1024
-"""Bytes of a message from which on parsing it takes milliseconds."""
+"""Message size in bytes from which parsing takes milliseconds."""
 
 
 class CallError(Exception):
-    """A call that ends because of its client. status: what the client is told."""
+    """Ends a call because of its client. status: the status sent to the client."""
 
     def __init__(self, status: Status):
         super().__init__(status.details)
@@ -34,9 +34,7 @@ class CallError(Exception):
 
 
 class CallContext:
-    """The context that handlers are given: gRPC's, with reads and writes that are bounded, of messages instead of
-    bytes.
-    """
+    """Wraps gRPC's context for handlers: reads and writes are bounded, and take messages instead of bytes."""
 
     def __init__(self, context: Any, call: Call, calls: OpenCalls, handler: Any):
         self._context = context
@@ -50,11 +48,14 @@ class CallContext:
         return getattr(self._context, name)
 
     def set_backlog(self, backlog: Callable[[], int]) -> None:
-        """backlog: tells how many bytes wait in memory behind a message that the client does not take."""
+        """Sets a function that returns the number of bytes queued behind a message that the client does not read."""
         self._call.backlog = backlog
 
     async def read(self) -> Any:
-        """The next message of the client, or grpc.aio.EOF. Raises CallError when it is none or does not come."""
+        """Returns the client's next message, or grpc.aio.EOF.
+
+        Raises CallError when it is malformed or does not arrive.
+        """
         self._calls.reads(self._call)
         try:
             data = await self._context.read()
@@ -80,7 +81,7 @@ class CallContext:
             raise CallError(status_of(error) or _malformed(str(error))) from error
 
     async def write(self, message: Any) -> None:
-        """Sends a message; returns when the client has taken it."""
+        """Sends a message; returns when the client has read it."""
         data = self._serialize(message)
         self._calls.writes(self._call, len(data))
         try:
@@ -94,12 +95,12 @@ class CallContext:
         await self._context.abort(code, details, tuple(trailing_metadata))
 
     async def requests(self) -> AsyncIterator[Any]:
-        """The messages of a client that streams."""
+        """Yields the messages of a streaming client."""
         while (message := await self.read()) is not _EOF:
             yield message
 
     async def request(self) -> Any:
-        """The only message of a client that does not stream. Raises CallError where there is none."""
+        """Returns the only message of a client that does not stream. Raises CallError where there is none."""
         message = await self.read()
         if message is _EOF:
             raise CallError(_malformed("the call ended without a whole message"))
@@ -167,9 +168,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 async def _answer(handler: Any, holder: list[Any], context: CallContext) -> bytes:
-    """Runs a handler with one answer, and returns that serialized, as a handler of large ones may do by itself.
+    """Runs a unary handler and returns its response serialized; handlers of large responses may serialize by
+    themselves.
 
-    holder: the request, or the requests, taken out of it.
+    Args:
+        handler: the handler of the RPC.
+        holder: holds the request, or the requests, which are removed from it.
+        context: of the call.
     """
     behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
     answer = await behavior(holder.pop(), context)
@@ -177,7 +182,7 @@ async def _answer(handler: Any, holder: list[Any], context: CallContext) -> byte
 
 
 async def _stream(handler: Any, holder: list[Any], context: CallContext) -> None:
-    """Runs a handler with any number of answers, which it yields or writes by itself. holder: as for `_answer`."""
+    """Runs a handler with any number of responses, which it yields or writes itself. holder: as for `_answer`."""
     behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
     answers = behavior(holder.pop(), context)
     if not hasattr(answers, "__aiter__"):

@@ -1,8 +1,8 @@
-"""Bounds what calls hold open: how many there are, and how long each may keep the server waiting for its client.
+"""Bounds the open calls: their number, and how long each may wait for its client.
 
-A call waits for its client in two places. Its request message may never arrive in whole, and what it answers may never
-be taken: the message then stands in gRPC's flow control, and whatever awaits the write with it. gRPC bounds neither,
-and cannot tell the client of the second: the status stands behind the message. Such a call is canceled.
+A call waits for its client in two places. Its request message may never arrive completely, and its response may never
+be read: the message then stays in gRPC's flow control, and whatever awaits the write stays with it. gRPC bounds
+neither, and cannot report the second to the client: the status is queued behind the message. Such a call is canceled.
 """
 
 from __future__ import annotations
@@ -25,21 +25,28 @@ from jaxserve.serving.status import Status
 _log = logging.getLogger("jaxserve.server")
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
-"""Methods whose calls count neither as open nor as use of their connection, so that probes get in."""
+"""Prefix of methods whose calls count neither as open nor as use of their connection, so that probes are admitted."""
 
 SWEEP_SECONDS = 0.25
 LOG_SECONDS = 5.0
 GRACE_SECONDS = 1.0
-"""A call that has waited for its client no longer than this is not ended for the number or bytes of such calls."""
+"""A call that has waited for its client no longer than this is not ended to reduce the number or bytes of waiting
+calls."""
 
 _RETRY_PUSHBACK = (("grpc-retry-pushback-ms", "1000"),)
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Call:
-    """One open call. peer: its connection, as gRPC names it. handler, rpc: the task that runs the handler, and gRPC's
-    own around it, which holds the call. size: bytes of the message that waits for the client; backlog: those of what
-    waits behind it. refusal: why it was ended while its request message was awaited.
+    """Tracks one open call.
+
+    Attributes:
+        peer: its connection, as gRPC names it.
+        handler: the task that runs the handler.
+        rpc: gRPC's own task around it, which holds the call.
+        size: bytes of the message that waits for the client.
+        backlog: returns the bytes queued behind that message.
+        refusal: the reason it was ended while its request message was awaited.
     """
 
     method: str
@@ -52,22 +59,22 @@ class Call:
 
     @property
     def is_probe(self) -> bool:
-        """Whether it asks for health."""
+        """Whether it is a health check."""
         return self.method.startswith(HEALTH_PREFIX)
 
     def bytes_unread(self) -> int:
-        """Bytes of answers that wait for the client."""
+        """Bytes of responses that wait for the client."""
         return self.size + self.backlog()
 
     def cancel(self) -> None:
-        """Ends the call, whatever gRPC still holds of it."""
+        """Ends the call, including what gRPC still holds of it."""
         self.handler.cancel()
         if self.rpc is not None:
             self.rpc.cancel()
 
 
 class OpenCalls:
-    """The open calls of one server. limits: what they may hold. most_peers: connections that calls may occupy."""
+    """Tracks the open calls of one server. limits: the bounds. most_peers: connections that calls may occupy."""
 
     def __init__(self, limits: LimitsConfig, most_peers: int):
         self._limits = limits
@@ -86,7 +93,7 @@ class OpenCalls:
     # ---- what the interceptor says ----
 
     def refusal(self, call: Call) -> Status | None:
-        """Why the call must not be opened, or None."""
+        """Returns the reason why the call must not be opened, or None."""
         limits = self._limits
         if call.is_probe:
             return None
@@ -102,14 +109,14 @@ class OpenCalls:
         return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{reason}; try again later", _RETRY_PUSHBACK)
 
     def opened(self, call: Call) -> None:
-        """Counts a call that is not refused."""
+        """Registers a call that is not refused."""
         self._used.add(call.peer)
         if not call.is_probe:
             self._num_open += 1
             self._peers[call.peer] += 1
 
     def closed(self, call: Call) -> None:
-        """The call's task is done, whatever ended it."""
+        """Removes a call whose task has ended, for any reason."""
         self._reading.pop(call, None)
         self._writing.pop(call, None)
         if not call.is_probe:
@@ -119,14 +126,14 @@ class OpenCalls:
                 del self._peers[call.peer]
 
     def reads(self, call: Call) -> None:
-        """From now on the call waits for a message of its client."""
+        """Marks the call as waiting for a message of its client."""
         self._reading[call] = time.monotonic()
 
     def has_read(self, call: Call) -> None:
         self._reading.pop(call, None)
 
     def writes(self, call: Call, size: int) -> None:
-        """From now on the call waits until its client has taken a message of so many bytes."""
+        """Marks the call as waiting until its client has read a message of `size` bytes."""
         call.size = size
         self._writing[call] = time.monotonic()
 
@@ -137,25 +144,25 @@ class OpenCalls:
 
     @property
     def num_ended(self) -> collections.Counter[str]:
-        """Calls ended so far, by the setting that ended them."""
+        """Returns the number of calls ended so far, by the setting that ended them."""
         return self._num_logged + self._unlogged
 
     @property
     def num_open(self) -> int:
-        """Open calls, those for health left out."""
+        """Number of open calls, except health checks."""
         return self._num_open
 
     def has_calls(self, peer: str) -> bool:
-        """Whether a connection has open calls, those for health left out."""
+        """Returns whether a connection has open calls, except health checks."""
         return peer in self._peers
 
     def take_used(self) -> set[str]:
-        """Connections of which calls were opened since this was asked last."""
+        """Returns the connections on which calls were opened since the last call of this method."""
         used, self._used = self._used, set()
         return used
 
     async def watch(self) -> None:
-        """Keeps the bounds, until canceled."""
+        """Enforces the bounds, until canceled."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
@@ -164,7 +171,7 @@ class OpenCalls:
                 _log.exception("open calls could not be checked")
 
     def sweep(self) -> None:
-        """Ends the calls that are over a bound."""
+        """Ends the calls that exceed a bound."""
         now, ended = time.monotonic(), self._unlogged
         for call, setting in self._overdue(self._reading, "max_receive_seconds", "max_receiving_calls", now):
             call.refusal = self._late(setting)
@@ -194,7 +201,9 @@ class OpenCalls:
     def _overdue(
         self, waiting: dict[Call, float], age_setting: str, number_setting: str, now: float
     ) -> Iterator[tuple[Call, str]]:
-        """Takes out the calls that have waited too long or, where too many wait, for longest, with the setting."""
+        """Removes and returns the calls that have waited too long or, where too many wait, longest, with the setting
+        exceeded.
+        """
         seconds, most = getattr(self._limits, age_setting), getattr(self._limits, number_setting)
         while waiting:
             call, since = next(iter(waiting.items()))
@@ -208,7 +217,7 @@ class OpenCalls:
             yield call, setting
 
     def _over_bytes(self, now: float) -> list[Call]:
-        """The calls to end so that the answers that wait take no more than max_unread_bytes."""
+        """Selects the calls to end so that unread responses take no more than max_unread_bytes."""
         excess = sum(call.bytes_unread() for call in self._writing) - self._limits.max_unread_bytes
         found = []
         for call, since in self._writing.items():
@@ -219,7 +228,7 @@ class OpenCalls:
         return found
 
     def _late(self, setting: str) -> Status:
-        """What a client is told whose request does not arrive."""
+        """Returns the status for a client whose request does not arrive."""
         limit = getattr(self._limits, setting)
         if setting == "max_receive_seconds":
             reason = f"the request message has not arrived in whole within {limit:g} s ({setting})"
@@ -234,7 +243,9 @@ _rpc_task: contextvars.ContextVar[weakref.ref[asyncio.Task[Any]] | None] = conte
 
 
 def rpc_task() -> asyncio.Task[Any] | None:
-    """gRPC's own task around the handler that runs in this one, or None where `note_rpc_tasks` does not know it."""
+    """Returns gRPC's own task around the handler that runs in this task, or None where `note_rpc_tasks` does not know
+    it.
+    """
     reference = _rpc_task.get()
     return None if reference is None else reference()
 

@@ -1,4 +1,4 @@
-"""Client stubs: `Client` for ordinary code and `AsyncClient` for asyncio, alike in everything but `await`.
+"""Provides client stubs: `Client` for synchronous code and `AsyncClient` for asyncio, with the same methods.
 
 Every call raises `grpc.RpcError` when it fails; its `code()` is the status (the proto file lists what each means) and
 its `details()` the server's one line.
@@ -31,7 +31,7 @@ _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Tokens of a finished request; cached_tokens are those of the prompt that came from the prefix cache."""
+    """Token counts of a finished request; cached_tokens are the prompt's tokens found in the prefix cache."""
 
     prompt_tokens: int
     output_tokens: int
@@ -40,7 +40,7 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """What one message of a stream brings: new token ids and text, and in the last one why it ended and its usage."""
+    """One message of a stream: new token ids and text, and in the last one the finish reason and usage."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -51,7 +51,7 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """A whole answer."""
+    """A complete response."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -70,10 +70,16 @@ def generate_request(
     deadline: float | None = None,
     cache_salt: str = "",
 ) -> pb.GenerateRequest:
-    """The message of a Generate call.
+    """Builds the message of a Generate call.
 
-    prompt: text or token ids. params: None leaves every choice to the server. deadline: Unix seconds. The other fields
-    are those of the proto. Raises ValueError for a value that the wire cannot carry.
+    Args:
+        prompt: text or token ids.
+        params: None leaves every choice to the server.
+        deadline: Unix seconds.
+
+    The other arguments are the fields of the proto.
+
+    Raises ValueError for a value that the wire cannot carry.
     """
     is_text = isinstance(prompt, str)
     return pb.GenerateRequest(
@@ -89,9 +95,10 @@ def generate_request(
 
 
 class Client:
-    """Blocking calls to one server; a context manager. May be used from several threads.
+    """Makes blocking calls to one server; a context manager. May be used from several threads.
 
-    address: HOST:PORT.
+    Args:
+        address: HOST:PORT.
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS):
@@ -137,7 +144,7 @@ class Client:
         timeout: float | None = None,
         **fields: Any,
     ) -> Completion:
-        """The whole answer at once; arguments as for `generate`."""
+        """Returns the complete response; arguments as for `generate`."""
         return join(list(self.generate(prompt, params, timeout=timeout, **fields)))
 
     def abort(self, request_id: str) -> bool:
@@ -151,19 +158,19 @@ class Client:
         return True
 
     def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
-        """What model is served, and its limits."""
+        """Returns the served model and its limits."""
         return self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout)
 
     def server_info(self, timeout: float | None = None) -> pb.GetServerInfoResponse:
-        """How the server runs, and what it is doing now."""
+        """Returns the server's configuration and current state."""
         return self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout)
 
     def tokenize(self, text: str) -> list[int]:
-        """The token ids of a text, as a prompt would be read."""
+        """Returns the token ids of a text, encoded as a prompt would be."""
         return list(self._stub.Tokenize(pb.TokenizeRequest(text=text)).token_ids)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
+        """Returns the text of token ids, without special tokens."""
         return self._stub.Detokenize(pb.DetokenizeRequest(token_ids=token_ids)).text
 
     def wait_ready(self, timeout: float = 60.0) -> None:
@@ -183,9 +190,10 @@ class Client:
 
 
 class AsyncClient:
-    """The same calls for asyncio; an asynchronous context manager, made and used within one event loop.
+    """Makes the same calls with asyncio; an asynchronous context manager, created and used within one event loop.
 
-    address: HOST:PORT.
+    Args:
+        address: HOST:PORT.
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS):
@@ -231,7 +239,7 @@ class AsyncClient:
         timeout: float | None = None,
         **fields: Any,
     ) -> Completion:
-        """The whole answer at once; arguments as for `generate`."""
+        """Returns the complete response; arguments as for `generate`."""
         return join([chunk async for chunk in self.generate(prompt, params, timeout=timeout, **fields)])
 
     async def abort(self, request_id: str) -> bool:
@@ -245,19 +253,19 @@ class AsyncClient:
         return True
 
     async def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
-        """What model is served, and its limits."""
+        """Returns the served model and its limits."""
         return await self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout)
 
     async def server_info(self, timeout: float | None = None) -> pb.GetServerInfoResponse:
-        """How the server runs, and what it is doing now."""
+        """Returns the server's configuration and current state."""
         return await self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout)
 
     async def tokenize(self, text: str) -> list[int]:
-        """The token ids of a text, as a prompt would be read."""
+        """Returns the token ids of a text, encoded as a prompt would be."""
         return list((await self._stub.Tokenize(pb.TokenizeRequest(text=text))).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
+        """Returns the text of token ids, without special tokens."""
         return (await self._stub.Detokenize(pb.DetokenizeRequest(token_ids=token_ids))).text
 
     async def wait_ready(self, timeout: float = 60.0) -> None:
@@ -277,7 +285,7 @@ class AsyncClient:
 
 
 def join(chunks: Sequence[Chunk]) -> Completion:
-    """Puts the chunks of one finished stream together."""
+    """Joins the chunks of one finished stream."""
     last = chunks[-1]
     if last.finish_reason is None or last.usage is None:
         raise ValueError(f"request {last.request_id} has no finish reason yet; join takes a finished stream")

@@ -1,9 +1,9 @@
-"""Keeps room for new connections, so that a probe gets in while others hold all they can.
+"""Reserves connections, so that a health probe can connect while other clients hold as many as they can.
 
-gRPC refuses connections over a number. That alone lets idle ones keep everybody else out. So some are kept free: calls
-may occupy all but a reserve, and when half of the reserve is taken, connections without calls are closed until half is
-free again; first those that never had a call, and of these and the others the longest idle. gRPC does not tell its
-connections, but they are descriptors of this process.
+gRPC refuses connections over a limit. That alone lets idle connections keep all other clients out. So some are kept
+free: calls may occupy all but a reserve, and when half of the reserve is taken, connections without calls are closed
+until half is free again; first those that never had a call, then the others, longest idle first. gRPC does not expose
+its connections, but they are file descriptors of this process.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from jaxserve.serving.calls import OpenCalls
 _log = logging.getLogger("jaxserve.server")
 
 MOST_CONNECTIONS = 4096
-"""Connections at most where the configuration leaves it to the limit of open files."""
+"""Maximum number of connections where the configuration leaves it to the limit of open files."""
 
 SPARE_DESCRIPTORS = 24
-"""Descriptors that may be needed beside connections: the engine's socket, pipes, files, and a few for a moment."""
+"""Descriptors reserved besides connections: the engine's socket, pipes, files, and a few short-lived ones."""
 
 FEWEST_CONNECTIONS = 8
 _DESCRIPTORS = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
@@ -47,7 +47,7 @@ class DescriptorError(OSError):
 
 
 def connection_limit(wanted: int | None) -> int:
-    """How many connections the server may have: `wanted`, or what the limit of open files allows.
+    """Returns the maximum number of connections: `wanted`, or what the limit of open files allows.
 
     Raises this process's soft limit to the hard one. Raises DescriptorError when too few descriptors are left.
     """
@@ -70,13 +70,18 @@ def connection_limit(wanted: int | None) -> int:
 
 
 def reserve(limit: int) -> int:
-    """How many of `limit` connections are kept for probes: half of them free, half so that a probe is not cut off."""
+    """Returns how many of `limit` connections are reserved for probes: half kept free, half so that no probe is cut
+    off.
+    """
     return min(limit // 2, _MOST_RESERVED)
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Connection:
-    """An accepted connection. since: when it was seen first or had a call last; used: whether it ever had one."""
+    """Tracks an accepted connection.
+
+    since: when it was seen first or had a call last; used: whether it ever had one.
+    """
 
     descriptor: int
     inode: int
@@ -98,7 +103,7 @@ class ConnectionGuard:
         self._last_log = -_LOG_SECONDS
 
     async def watch(self) -> None:
-        """Keeps the bound, until canceled."""
+        """Enforces the bound, until canceled."""
         due = 0.0
         while True:
             before, closed = time.thread_time(), 0
@@ -112,7 +117,7 @@ class ConnectionGuard:
             await asyncio.sleep(_BUSY_SCAN_SECONDS if closed else rest)
 
     def make_room(self) -> int:
-        """Closes idle connections until no more than the bound are open; returns how many were closed."""
+        """Closes idle connections until the bound is met; returns how many were closed."""
         now = time.monotonic()
         found = {connection.inode: connection for connection in self._scan(now)}
         used = self._calls.take_used()
@@ -131,7 +136,7 @@ class ConnectionGuard:
         return closed
 
     def _scan(self, now: float) -> Iterator[_Connection]:
-        """The server's connections."""
+        """Yields the server's connections."""
         seen: dict[int, _Connection | None] = {}
         for descriptor in _descriptors():
             try:
@@ -163,7 +168,7 @@ class ConnectionGuard:
 
 
 def _descriptors() -> list[int]:
-    """The open descriptors of this process."""
+    """Returns the open descriptors of this process."""
     return [int(name) for name in os.listdir(_DESCRIPTORS)]
 
 
@@ -172,7 +177,7 @@ def _num_descriptors() -> int:
 
 
 def _peer(descriptor: int, port: int) -> str | None:
-    """gRPC's name of the other end, or None where the descriptor is not a connection that was accepted on the port."""
+    """Returns gRPC's name of the peer, or None where the descriptor is no connection accepted on the port."""
     try:
         with socket.socket(fileno=os.dup(descriptor)) as copy:
             if copy.family not in (socket.AF_INET, socket.AF_INET6) or copy.type != socket.SOCK_STREAM:
@@ -188,7 +193,10 @@ def _peer(descriptor: int, port: int) -> str | None:
 
 
 def _shut(connection: _Connection) -> bool:
-    """Ends a connection as if its peer had; gRPC then closes the descriptor. False where it was gone already."""
+    """Ends a connection as if its peer had; gRPC then closes the descriptor.
+
+    Returns False where it was closed already.
+    """
     try:
         with socket.socket(fileno=os.dup(connection.descriptor)) as copy:
             if os.fstat(copy.fileno()).st_ino != connection.inode:

@@ -1,4 +1,4 @@
-"""Between the messages on the wire and the types of jaxserve, for server and client alike."""
+"""Converts between the messages on the wire and jaxserve's types, for server and client alike."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ _REASONS = {
 _REASONS_BACK = {number: reason for reason, number in _REASONS.items()}
 
 _PARAMETERS = {field.name: field for field in pb.SamplingParams.DESCRIPTOR.fields}
-"""The parameters that the wire carries: each is a row of the table of sampling fields, by its name."""
+"""Parameters of the wire format, each a row of the table of sampling fields, by name."""
 
 _SMALL = 64 * 1024
-"""Bytes of a message up to which its unknown fields may be listed."""
+"""Message size in bytes up to which its unknown fields may be listed."""
 
 
 def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
-    """The message that `params_from_proto` reads back unchanged. Raises ValueError for what the wire cannot carry."""
+    """Returns the message that `params_from_proto` reads back unchanged.
+
+    Raises ValueError for values the wire cannot carry.
+    """
     for name, row in SAMPLING_FIELDS.items():
         if name not in _PARAMETERS and getattr(params, name) != row.default:
             raise ValueError(f"{name} is {shown(getattr(params, name))}; the gRPC API does not have it: leave it out")
@@ -35,7 +38,7 @@ def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
 
 
 def params_from_proto(proto: pb.SamplingParams) -> SamplingParams:
-    """The sampling parameters of a request; unset fields have their defaults. Raises ValueError naming the field."""
+    """Returns the sampling parameters of a request; unset fields have defaults. Raises ValueError naming the field."""
     return SamplingParams(
         **{
             name: getattr(proto, name)
@@ -46,7 +49,7 @@ def params_from_proto(proto: pb.SamplingParams) -> SamplingParams:
 
 
 def prompt_from_proto(request: pb.GenerateRequest) -> str | Sequence[int]:
-    """The prompt as text or token ids, which are not copied. Raises ValueError when there is none."""
+    """Returns the prompt as text or token ids, which are not copied. Raises ValueError when there is none."""
     match request.WhichOneof("prompt"):
         case "text":
             text = request.text  # decoded anew each time
@@ -62,7 +65,10 @@ def prompt_from_proto(request: pb.GenerateRequest) -> str | Sequence[int]:
 
 
 def options_from_proto(request: pb.GenerateRequest, call_deadline: float | None) -> RequestOptions:
-    """Whom a request is for; the earlier of its deadline and the call's counts. Raises ValueError naming the field."""
+    """Returns the request's identity options; its deadline is the earlier of its own and the call's.
+
+    Raises ValueError naming the field.
+    """
     return RequestOptions(
         tenant=request.tenant,
         priority=request.priority,
@@ -72,7 +78,7 @@ def options_from_proto(request: pb.GenerateRequest, call_deadline: float | None)
 
 
 def deadline_from_proto(request: pb.GenerateRequest, call_deadline: float | None) -> float | None:
-    """The earlier of the request's deadline and the call's, in Unix seconds; None when there is neither.
+    """Returns the earlier of the request's deadline and the call's, in Unix seconds; None when there is neither.
 
     Raises ValueError for one that is not finite.
     """
@@ -84,12 +90,12 @@ def deadline_from_proto(request: pb.GenerateRequest, call_deadline: float | None
 
 
 def reason_to_proto(reason: FinishReason | None) -> pb.FinishReason:
-    """The wire's finish reason; None is FINISH_REASON_UNSPECIFIED. ERROR has none: it is a status code."""
+    """Returns the wire's finish reason; None is FINISH_REASON_UNSPECIFIED. ERROR has none: it is a status code."""
     return pb.FINISH_REASON_UNSPECIFIED if reason is None else _REASONS[reason]
 
 
 def reason_from_proto(reason: pb.FinishReason) -> FinishReason | None:
-    """The finish reason of a response, or None while there is none. Raises ValueError for one that is not known."""
+    """Returns the finish reason of a response, or None while there is none. Raises ValueError for an unknown one."""
     if reason == pb.FINISH_REASON_UNSPECIFIED:
         return None
     if reason not in _REASONS_BACK:
@@ -98,8 +104,9 @@ def reason_from_proto(reason: pb.FinishReason) -> FinishReason | None:
 
 
 def refuse_unknown_fields(*messages: message.Message) -> None:
-    """Raises ValueError when a message has fields that our proto does not define: a newer client's option, or a typo
-    in a hand-written message, must not be ignored in silence."""
+    """Raises ValueError when a message has fields that our proto does not define: a newer client's option, or a typo in
+    a hand-written message, must not be ignored silently.
+    """
     for proto in messages:
         size = proto.ByteSize()
         if size <= _SMALL:

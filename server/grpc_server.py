@@ -1,4 +1,4 @@
-"""The gRPC server: a port, the JaxServe service, grpc.health.v1 and reflection.
+"""Runs the gRPC server: a port, the JaxServe service, grpc.health.v1 and reflection.
 
 It listens before the model is loaded, so that a port in use is found at once and probes see NOT_SERVING meanwhile.
 """
@@ -32,20 +32,27 @@ SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["JaxServe"].full_name
 _CLOSE_SECONDS = 1.0
 _UNLIMITED = 2**31 - 1
 _MOST_PENDING = 32_768
-"""Calls of one method that may wait for Python, of 15 kB each. gRPC cancels further ones without a reason."""
+"""Maximum number of calls of one method that wait for Python, 15 kB each. gRPC cancels further ones without a
+reason."""
 
 
 class BindError(OSError):
-    """The server cannot listen where it should; the text is one line that names the address and the remedy."""
+    """The server cannot listen on its address; the text is one line that names the address and the remedy."""
 
 
 class GrpcServer:
-    """One listening server. `start`, `serve` when the model is loaded, `drain`, `stop`, in this order.
+    """Serves one port. Call `start`, `serve` when the model is loaded, `drain`, `stop`, in this order.
 
-    host, port: where it listens; port 0 takes a free one. max_message_bytes: largest request message; a larger one is
-    refused with RESOURCE_EXHAUSTED. model_name: what the model is called in GetModelInfo. limits: what clients may hold
-    open. returns_memory: whether what a burst of calls took is returned, see `memory`. Raises DescriptorError when the
-    limit of open files is too low.
+    Args:
+        host: address to listen on.
+        port: 0 takes a free one.
+        max_message_bytes: largest request message; a larger one is refused with RESOURCE_EXHAUSTED.
+        model_name: name of the model in GetModelInfo.
+        limits: bounds of what clients may hold open.
+        returns_memory: whether memory used by a burst of calls is returned to the system, see `memory_return`.
+
+    Raises:
+        DescriptorError: the limit of open files is too low.
     """
 
     def __init__(
@@ -80,7 +87,7 @@ class GrpcServer:
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     async def start(self) -> None:
-        """Binds the port and answers from now on, NOT_SERVING and UNAVAILABLE. Sets `port`. Raises BindError."""
+        """Binds the port and starts answering with NOT_SERVING and UNAVAILABLE. Sets `port`. Raises BindError."""
         _check_free(self.host, self.port)
         try:
             self.port = self._server.add_insecure_port(_address(self.host, self.port))
@@ -94,17 +101,17 @@ class GrpcServer:
             self._watches.append(asyncio.ensure_future(return_memory()))
 
     async def serve(self, frontend: AsyncFrontEnd, tokenizer: Any) -> None:
-        """Takes requests and reports SERVING. tokenizer: the front end's, or None."""
+        """Accepts requests and reports SERVING. tokenizer: the front end's, or None."""
         self._service.serve(frontend, tokenizer)
         self._set_health(health.Status.SERVING)
 
     async def drain(self) -> None:
-        """Reports NOT_SERVING for good and refuses new requests; running streams go on."""
+        """Reports NOT_SERVING permanently and refuses new requests; running streams continue."""
         self._service.drain()
         self._health.shut_down()
 
     async def stop(self) -> None:
-        """Closes the port; calls still open have a moment to end. The streams should have ended before."""
+        """Closes the port; open calls get a moment to end. Streams should have ended before."""
         self._health.shut_down()
         await self._server.stop(_CLOSE_SECONDS)
         for watch in self._watches:
@@ -122,7 +129,7 @@ class GrpcServer:
 
 
 def _client_gone_in_a_line(record: logging.LogRecord) -> bool:
-    """Cuts gRPC's traceback for a client that was gone before its status was sent to one line."""
+    """Shortens gRPC's traceback for a client that disconnected before its status was sent to one line."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, grpc.aio.InternalError):
         record.msg, record.args, record.exc_info = f"a client was gone before it was answered: {record.msg}", (), None

@@ -1,7 +1,7 @@
-"""The health service, grpc.health.v1.Health.
+"""Implements the health service, grpc.health.v1.Health.
 
-grpc_health's own holds a lock while it writes to a watcher, so that one that does not read its stream keeps the status
-from changing, and the server from draining; and it lets any number watch.
+grpc_health's own implementation holds a lock while it writes to a watcher, so a watcher that does not read its stream
+blocks status changes and the server's drain; and it does not limit the number of watchers.
 """
 
 # ruff: noqa: N802  the names of RPCs are those of the proto
@@ -21,7 +21,7 @@ _pb: Any = health_pb2  # its stub lacks List
 
 
 class HealthService(health_pb2_grpc.HealthServicer):
-    """Tells the status of services. most_watches: calls of Watch at one time."""
+    """Reports the status of services. most_watches: maximum number of concurrent Watch calls."""
 
     def __init__(self, most_watches: int):
         self._most_watches = most_watches
@@ -31,14 +31,14 @@ class HealthService(health_pb2_grpc.HealthServicer):
         self._final = False
 
     def set(self, service: str, status: Any) -> None:
-        """Sets a service's status; its watchers are told. Without effect after `shut_down`."""
+        """Sets a service's status and notifies its watchers. Has no effect after `shut_down`."""
         if not self._final:
             self._statuses[service] = status
             self._changed.set()
             self._changed = asyncio.Event()
 
     def shut_down(self) -> None:
-        """Sets every status to NOT_SERVING, for good."""
+        """Sets every status to NOT_SERVING permanently."""
         for service in self._statuses:
             self.set(service, Status.NOT_SERVING)
         self._final = True

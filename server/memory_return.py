@@ -1,7 +1,7 @@
-"""Returns the memory that a burst of calls took.
+"""Returns memory used by a burst of calls to the operating system.
 
-What gRPC frees stays in the C library's arenas, between blocks that live on: after 300 requests of 4 MB that broke off,
-550 of 640 MB. glibc returns it when asked.
+What gRPC frees stays in the C library's arenas, between live blocks: after 300 requests of 4 MB that broke off, 550 of
+640 MB. glibc returns it on request.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from jaxserve.frontend.large_blocks import return_freed_memory
 
 CHECK_SECONDS = 5.0
 MOST_CHECK_SECONDS = 20.0
-"""How long it takes until the next attempt after some that returned little."""
+"""Maximum seconds until the next attempt after attempts that returned little."""
 
 GROWTH_BYTES = 16 * 1024 * 1024
-"""How much more memory than it once had makes an attempt worth its milliseconds."""
+"""Growth in bytes over an earlier size from which an attempt is worth its milliseconds."""
 
 _STATM = pathlib.Path("/proc/self/statm")
 
 
 def resident_bytes() -> int:
-    """Returns the memory that this process occupies, 0 where the system has no /proc to tell it."""
+    """Returns the resident memory of this process; 0 where the system has no /proc."""
     if not _STATM.exists():
         return 0
     return int(_STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 async def return_memory() -> None:
-    """Has free memory returned while the process is larger than it once was, until canceled.
+    """Returns free memory to the system while the process is larger than it once was, until canceled.
 
-    Not for a process with an engine on the CPU, which is to keep what it has freed.
+    It must not run in a process with an engine on the CPU, which is to retain freed memory.
     """
     least, wait = resident_bytes(), CHECK_SECONDS
     while True:

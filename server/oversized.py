@@ -1,7 +1,7 @@
-"""Refuses requests whose parts are too large before they are parsed.
+"""Refuses requests with oversized fields before they are parsed.
 
-To parse 4 MB of text and take it from the message keeps everybody else waiting for up to 15 ms. And protobuf makes an
-object of every item of a message: two million stop strings in 4 MB take 50 ms and 80 MB. The few fields of a message
+Parsing 4 MB of text and copying it from the message blocks all other calls for up to 15 ms. And protobuf allocates an
+object for every item of a message: two million stop strings in 4 MB take 50 ms and 80 MB. The few fields of a message
 can be measured without that.
 """
 
@@ -16,11 +16,11 @@ from google.protobuf.message import DecodeError
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 _LARGE = 256 * 1024
-"""Bytes of a message from which on its parts are measured."""
+"""Message size in bytes from which its fields are measured."""
 _MAX_PARAMS_BYTES = 64 * 1024
-"""Sampling parameters with the most and longest stop strings have a third of it."""
+"""Limit on bytes of sampling parameters; the most and longest stop strings take a third of it."""
 _MAX_FIELDS = 64
-"""Fields of one request. It has a dozen; only one that sends them again and again has more."""
+"""Limit on fields of one request. A request has a dozen; only repeated fields exceed this."""
 
 _GENERATE = f"/{pb.DESCRIPTOR.services_by_name['JaxServe'].full_name}/Generate"
 _PARAMS, _TEXT, _TOKEN_IDS = (
@@ -32,9 +32,11 @@ CheckPromptBytes = Callable[[int, bool], None]
 
 
 class OversizedInterceptor(grpc.aio.ServerInterceptor):
-    """Makes parsers raise errors for requests with oversized parts; it stands behind those that answer them.
+    """Makes parsers raise errors for requests with oversized fields; it is placed behind the interceptor that answers
+    them.
 
-    check_prompt_bytes: raises ValueError for a prompt of too many bytes, of text or, where not, of a TokenIds message.
+    Args:
+        check_prompt_bytes: raises ValueError for a prompt of too many bytes, of text or else of a TokenIds message.
     """
 
     def __init__(self, check_prompt_bytes: CheckPromptBytes) -> None:
@@ -71,8 +73,9 @@ def _checking(parse: Callable[[bytes], Any], check_prompt_bytes: CheckPromptByte
 
 
 def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
-    """Raises DecodeError when a GenerateRequest, not yet parsed, has oversized sampling parameters; and what
-    `check_prompt_bytes` raises for its prompt, the last one where it has several."""
+    """Raises DecodeError when an unparsed GenerateRequest has oversized sampling parameters; and whatever
+    `check_prompt_bytes` raises for its prompt, the last one where it has several.
+    """
     size, prompt = 0, (0, True)
     for count, (number, length) in enumerate(_fields(data), start=1):
         if count > _MAX_FIELDS:
@@ -89,7 +92,7 @@ def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int]]:
-    """The number and length of each field of a message. What is malformed is left to the parser."""
+    """Yields the number and length of each field of a message. Malformed data is left to the parser."""
     place = 0
     while place < len(data):
         tag, place = _varint(data, place)
@@ -110,7 +113,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:
-    """A number, and the place behind it."""
+    """Decodes a varint; returns it and the offset behind it."""
     value = 0
     for index, byte in enumerate(data[place : place + 10]):
         value |= (byte & 0x7F) << (7 * index)

@@ -1,4 +1,4 @@
-"""What the server says of itself: a few lines at the start, one every few seconds while busy, nothing when idle."""
+"""Formats the server's log: a few lines at the start, one every few seconds while busy, none when idle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger("jaxserve.server")
 
 
 def start_lines(ready: EngineReady, name: str) -> list[str]:
-    """The figures of an engine that has become ready, one line each."""
+    """Returns the metrics of an engine that has become ready, one line each."""
     info, costs = ready.info, ready.info.preemption_costs
     pool_tokens = ready.limits.pool_tokens
     missing = info.num_missing_executables
@@ -58,7 +58,7 @@ def start_lines(ready: EngineReady, name: str) -> list[str]:
 
 
 def phases_log(server: Sequence[StartupSpan], engine: Sequence[StartupSpan]) -> list[str]:
-    """Where the time of the start went, for people and, in the last line, for programs."""
+    """Formats the startup spans for people and, in the last line, as JSON."""
     lines = phase_lines("start of the server", server)
     if engine:
         lines += phase_lines("start of the engine's process", engine)
@@ -66,7 +66,7 @@ def phases_log(server: Sequence[StartupSpan], engine: Sequence[StartupSpan]) -> 
 
 
 def busy_line(before: EngineStats, now: EngineStats, seconds: float) -> str | None:
-    """One line for what happened between two counts that lie `seconds` apart, or None when nothing did."""
+    """Returns one line on the activity between two counts `seconds` apart, or None when there was none."""
     computed = now.computed_tokens - before.computed_tokens
     if now.num_steps == before.num_steps and not (now.num_running or now.num_waiting or now.num_swapped):
         return None
@@ -88,7 +88,7 @@ def busy_line(before: EngineStats, now: EngineStats, seconds: float) -> str | No
 
 
 async def log_while_busy(stats: Callable[[], EngineStats], interval: float = INTERVAL_SECONDS) -> None:
-    """Logs a line every `interval` seconds in which the engine did something, until canceled."""
+    """Logs a line for every `interval` seconds in which the engine was active, until canceled."""
     before, since = stats(), time.monotonic()
     while True:
         await asyncio.sleep(interval)

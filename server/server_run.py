@@ -1,7 +1,7 @@
-"""One run of the gRPC server, from a configuration to the exit code.
+"""Runs the gRPC server once, from a configuration to the exit code.
 
-Life of the process: bind the port, start the engine and load the tokenizer side by side, serve; on SIGTERM or SIGINT
-let running requests finish for at most drain_seconds, on a second signal end at once.
+The process binds the port, starts the engine and loads the tokenizer concurrently, then serves; on SIGTERM or SIGINT it
+lets running requests finish for at most drain_seconds, on a second signal it ends at once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ T = TypeVar("T")
 EXIT_FAILED = 1
 _WATCH_SECONDS = 0.1
 _HURRY_SECONDS = 2.0
-"""How long an engine may take to end after a second signal, or once it has failed, before it is killed."""
+"""Seconds an engine may take to end after a second signal, or after it has failed, before it is killed."""
 
 _log = logging.getLogger("jaxserve.server")
 
@@ -66,7 +66,7 @@ def run_server(config: ServerConfig, operative: str, phases: StartupSpans) -> in
 
 
 class _Server:
-    """One run of the server. phases: of this process so far."""
+    """Runs the server once. phases: startup spans of this process so far."""
 
     def __init__(self, config: ServerConfig, phases: StartupSpans):
         self._config = config
@@ -77,7 +77,7 @@ class _Server:
         self._name = config.served_model_name or "/".join(pathlib.PurePath(config.engine.model or "dummy").parts[-2:])
 
     async def run(self) -> int:
-        """Returns the process's exit code."""
+        """Runs and returns the process's exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
@@ -112,7 +112,7 @@ class _Server:
         _exit_now(await self._serve(server, engine, tokenizer))
 
     async def _load(self, start_engine: Callable[[], EngineClient]) -> tuple[EngineClient, Tokenizer | None]:
-        """The engine and the tokenizer, each loaded in a thread; the first error of either counts."""
+        """Loads the engine and the tokenizer, each in a thread; the first error of either is raised."""
         engine = _in_thread(lambda: self._timed("engine", start_engine))
         tokenizer = _in_thread(lambda: self._timed("tokenizer", lambda: load_tokenizer(self._config.engine)))
         stop = asyncio.ensure_future(self._stop.wait())
@@ -161,7 +161,9 @@ class _Server:
             return call()
 
     async def _drain(self, frontend: AsyncFrontEnd, died: asyncio.Future[str]) -> None:
-        """Lets what runs finish, until drain_seconds are over, a second signal comes, or the engine dies."""
+        """Waits for running requests to finish, until drain_seconds are over, a second signal arrives, or the engine
+        dies.
+        """
         if frontend.num_open:
             _log.info("%d requests may finish for %g s", frontend.num_open, self._config.drain_seconds)
         draining = asyncio.ensure_future(frontend.drain(self._config.drain_seconds))
@@ -173,9 +175,9 @@ class _Server:
                 await task
 
     async def _end(self, frontend: AsyncFrontEnd, seconds: float) -> str:
-        """Ends what still runs, and the engine; returns one line on what went wrong with it, or "".
+        """Ends the running requests and the engine; returns one line on what went wrong with it, or "".
 
-        seconds: until an engine that does not end is killed; a second signal leaves it _HURRY_SECONDS.
+        seconds: time after which an engine that does not end is killed; a second signal reduces it to _HURRY_SECONDS.
         """
         closing = asyncio.ensure_future(frontend.close(0.0, seconds))
         hurry = asyncio.ensure_future(self._hurry.wait())
@@ -196,7 +198,7 @@ class _Server:
 
 
 async def _death(frontend: AsyncFrontEnd) -> str:
-    """Returns when the engine has ended, with its last line."""
+    """Waits until the engine has ended and returns its last line."""
     # The streams have been told by then; this is for the health status and the exit code.
     while not frontend.failure:  # noqa: ASYNC110  the front end has no event for it
         await asyncio.sleep(_WATCH_SECONDS)
@@ -204,14 +206,14 @@ async def _death(frontend: AsyncFrontEnd) -> str:
 
 
 class Launch(NamedTuple):
-    """An engine that is on its way. start: waits for it and returns it. kill: ends its process, if it has one."""
+    """An engine that is starting. start: waits for it and returns it. kill: kills its process, if it has one."""
 
     start: Callable[[], EngineClient]
     kill: Callable[[], None] = lambda: None
 
 
 def launch_engine(config: ServerConfig) -> Launch:
-    """Launches an engine. One in a process of its own begins with its imports at once."""
+    """Launches an engine. An engine process starts its imports at once."""
     if config.engine_process:
         launched = LaunchedEngine()
         return Launch(lambda: EngineProcess(config.engine, launched), launched.process.kill)
@@ -220,7 +222,7 @@ def launch_engine(config: ServerConfig) -> Launch:
 
 
 def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
-    """The result of `function`, run in a thread that does not keep the process from ending."""
+    """Runs `function` in a thread that does not keep the process alive; returns its future result."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
@@ -250,7 +252,7 @@ def _fail(message: str) -> int:
 
 
 def _exit_now(code: int) -> NoReturn:
-    """Ends without waiting for threads that load a model; an engine process ends when it sees us gone."""
+    """Ends the process without waiting for threads that load a model; an engine process then ends by itself."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,7 +1,7 @@
-"""The JaxServe service: each RPC in terms of the front end.
+"""Implements the JaxServe service: each RPC in terms of the front end.
 
-A request's life here: read the message, submit it to the front end with the earlier of its two deadlines, write every
-delta as it comes, and on any way out but the last delta (the client gone, canceled, too late) abort it at once.
+A request is read, submitted to the front end with the earlier of its two deadlines, and every delta is written as it
+arrives; on any exit before the last delta (client disconnected, canceled, deadline exceeded) it is aborted at once.
 """
 
 # ruff: noqa: N802  the names of RPCs are those of the proto
@@ -34,20 +34,20 @@ Context = CallContext
 Behavior = TypeVar("Behavior", bound=Callable[..., Any])
 
 _BYTES_PER_TOKEN = 48
-"""What an output token that waits to be read takes in memory, its text and its id together."""
+"""Memory in bytes of an output token that waits to be read, its text and its id together."""
 
 _MOST_BYTES_PER_ID = 11
-"""What a token id takes in a message at most: a tag, and ten bytes where it is negative."""
+"""Maximum bytes of a token id in a message: a tag, and ten bytes where it is negative."""
 
 _BYTES_PER_ID = 16
-"""What decoding takes for each token id; the text is as large as one can be that is encoded."""
+"""Bytes that decoding takes per token id; the text counts as the largest text that can be encoded."""
 
 MAX_DETOKENIZED = 2**20
-"""Token ids that Detokenize takes in one call: they are decoded in one go."""
+"""Maximum number of token ids of one Detokenize call: they are decoded in one call."""
 
 
 def _errors_as_status(behavior: Behavior) -> Behavior:
-    """Ends the call with the status of whatever error leaves its behavior; one that we did not foresee is INTERNAL."""
+    """Ends the call with the status of any error that its behavior raises; an unforeseen one is INTERNAL."""
 
     @functools.wraps(behavior)
     async def behave(self: JaxServeService, request: Any, context: Context) -> Any:
@@ -72,9 +72,10 @@ def _errors_as_status(behavior: Behavior) -> Behavior:
 
 
 class JaxServeService(pb_grpc.JaxServeServicer):
-    """Answers UNAVAILABLE until `serve` is given a front end, and again after `drain`.
+    """Implements the RPCs. Answers UNAVAILABLE until `serve` is given a front end, and again after `drain`.
 
-    model_name: the name that the model is served under.
+    Args:
+        model_name: name under which the model is served.
     """
 
     def __init__(self, model_name: str):
@@ -85,17 +86,17 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         self._draining = False
 
     def serve(self, frontend: AsyncFrontEnd, tokenizer: Any) -> None:
-        """From now on requests are taken. tokenizer: the front end's, or None."""
+        """Starts accepting requests. tokenizer: the front end's, or None."""
         self._frontend = frontend
         self._tokenizer = tokenizer
         self._ready_since = time.monotonic()
 
     def drain(self) -> None:
-        """From now on nothing new is taken; what runs goes on."""
+        """Stops accepting requests; running ones continue."""
         self._draining = True
 
     def check_prompt_bytes(self, num_bytes: int, is_text: bool) -> None:
-        """Refuses a prompt of so many bytes, of text or of a TokenIds, that cannot fit, before it is read.
+        """Refuses a prompt of `num_bytes` bytes, of text or of a TokenIds, that cannot fit, before it is read.
 
         Raises ValueError.
         """
@@ -207,7 +208,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
 
 
 def _tokenize_steps(tokenizer: Any, request: pb.TokenizeRequest) -> Steps[bytes]:
-    """The serialized TokenizeResponse in steps. The text is taken from the message when its turn has come."""
+    """Serializes the TokenizeResponse in steps. The text is taken from the message when its first step runs."""
     yield 0
     # Messages of one type, one behind the other, are one message with the fields of all: a million token ids take a
     # byte or three each this way, and the interpreter lock for no longer than those of a piece do.
@@ -221,7 +222,7 @@ def _tokenize_steps(tokenizer: Any, request: pb.TokenizeRequest) -> Steps[bytes]
 
 
 def _call_deadline(context: Context) -> float | None:
-    """The gRPC deadline that the client gave the call, in Unix seconds."""
+    """Returns the gRPC deadline that the client set for the call, in Unix seconds."""
     remaining = context.time_remaining()
     return None if remaining is None else time.time() + remaining
 

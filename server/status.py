@@ -1,4 +1,4 @@
-"""What a failure is on the wire: one table from exceptions to gRPC status codes."""
+"""Maps exceptions to gRPC status codes, in one table."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from jaxserve.frontend.delta import Cause, DeadlineError, Delta, DuplicateReques
 from jaxserve.request import FinishReason, InfeasibleError
 
 RETRY_PUSHBACK_MS = 1000
-"""How long a client should wait before it tries again when the queue is full, in milliseconds."""
+"""Milliseconds after which a client should retry when the queue is full."""
 
 MAX_DETAILS = 800
-"""Characters of the line for the client: clients refuse trailers beyond 8 kB, and each may take nine bytes there."""
+"""Maximum characters of the client's line: clients refuse trailers beyond 8 kB, and each may take nine bytes there."""
 
 
 class NotFoundError(LookupError):
-    """There is no unfinished request with this id."""
+    """No unfinished request has this id."""
 
 
 class UnavailableError(RuntimeError):
@@ -30,11 +30,11 @@ class NoTokenizerError(RuntimeError):
 
 
 class SlowReaderError(RuntimeError):
-    """Too much output waited for the client to read it."""
+    """Too much output was queued for a client that does not read it."""
 
 
 class RequestFailedError(RuntimeError):
-    """The engine could not compute one request; the others are not touched."""
+    """The engine could not compute one request; others are not affected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
 
 
 def status_of(error: Exception) -> Status | None:
-    """The status that tells a client of this error, or None for one that only a fault of ours can cause."""
+    """Returns the status to send for this error, or None for one that only a bug of ours can cause."""
     for kind, code in _CODES:
         if isinstance(error, kind):
             metadata = ()
@@ -74,10 +74,10 @@ def status_of(error: Exception) -> Status | None:
 
 
 def check_delta(delta: Delta) -> None:
-    """Raises the error that a last delta stands for; returns when it is an answer.
+    """Raises the error that a last delta represents; returns when it is a result.
 
     A deadline, a slow reader and the end of the server are errors, and so is a request that failed. One that the client
-    itself aborted is an answer, cut short.
+    itself aborted is a result, cut short.
     """
     match delta.cause:
         case Cause.DEADLINE:

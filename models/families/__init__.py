@@ -1,1 +1,1 @@
-"""The families of models that can be served, a file each."""
+"""Model families that can be served, one file each."""

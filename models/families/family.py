@@ -1,4 +1,4 @@
-"""What a family of models says: how the keys of its `config.json` become layers."""
+"""Defines how a model family maps the keys of its `config.json` to layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxserve.models.layer_specs import LayerSpec
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One architecture that can be served.
+    """Describes one architecture that can be served.
 
     Attributes:
         architecture: its name in `architectures` of a `config.json`.

@@ -1,4 +1,4 @@
-"""Reads which layers attend within a sliding window, where a `config.json` says it layer by layer."""
+"""Reads the per-layer sliding windows of a `config.json`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TYPES = ("full_attention", "sliding_attention")
 
 
 def layer_windows(keys: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Reads the window of each layer: of those that `layer_types` names, else of those from `max_window_layers` on.
+    """Returns the window of each layer, from `layer_types` if given, else from `max_window_layers`.
 
     Raises ValueError where the keys contradict each other or name another type of attention.
     """

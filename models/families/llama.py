@@ -1,4 +1,6 @@
-"""Llama 2 and 3, and what has their architecture: full attention, all layers alike, biases everywhere or nowhere."""
+"""Llama 2 and 3, and models of the same architecture: full attention, identical layers, biases everywhere or
+nowhere.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama's layers with biases on queries, keys and values, and windows on layers that are named."""
+"""Qwen2 and Qwen2.5: Llama's layers with biases on queries, keys and values, and sliding windows on listed layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3 (dense): Llama's layers with queries and keys normed in each head; windows are told as for Qwen2."""
+"""Qwen3 (dense): Llama's layers with per-head norms of queries and keys; windows are configured as for Qwen2."""
 
 from __future__ import annotations
 

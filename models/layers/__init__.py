@@ -1,1 +1,3 @@
-"""What models are made of: parameters, norms, rotation, attention, MLPs, and the decoder that puts them together."""
+"""Building blocks of models: parameters, norms, rotary embedding, attention, MLPs and the decoder that combines
+them.
+"""

@@ -1,4 +1,4 @@
-"""Makes a model's `attend`: attention over pages for serving, dense attention for training and reference.
+"""Builds a model's `attend` function: paged attention for serving, dense attention for training and reference.
 
 Letters in shapes: T tokens of a step, R rows (sequences) of a step, K key-value heads, G query heads per key-value
 head, D head dimension. Both makers return an `Attend` (models/layers/self_attention.py).
@@ -23,14 +23,14 @@ from jaxserve.pallas_kernels.paged_attention.rotary import rotate
 from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
 
 POOL_PARTITION = P(None, None, "tensor", None, None)
-"""Where a layer's pool [num_pages, 2, K, page_size, D] lives on a mesh with the axis `tensor`."""
+"""Partition of a layer's pool [num_pages, 2, K, page_size, D] on a mesh with the axis `tensor`."""
 
 SCALE_PARTITION = P("tensor")
-"""Where a scale [K] of a quantised pool lives."""
+"""Partition of a scale [K] of a quantized pool."""
 
 Scales = tuple[jax.Array, jax.Array]
-"""Of a layer's quantised pool: float32 [K] for keys, [K] for values. Arrays of their own, and not slices of one for all
-layers, because XLA copies each slice in every step to hand it to a kernel."""
+"""Scales of a layer's quantized pool: float32 [K] for keys, [K] for values. Arrays of their own, and not slices of one
+for all layers, because XLA copies each slice in every step to hand it to a kernel."""
 
 
 @functools.partial(
@@ -40,15 +40,15 @@ layers, because XLA copies each slice in every step to hand it to a kernel."""
 )
 @dataclasses.dataclass(frozen=True)
 class AttentionMetadata:
-    """Which tokens a step computes and where their keys and values are.
+    """Maps a step's tokens to rows and to their places in the paged key-value cache.
 
     Attributes:
-        positions: int32 [T], each token's place in its own sequence.
+        positions: int32 [T], each token's position in its own sequence.
         page_table: int32 [R, max_pages], the pages of each row in order.
         kv_lens: int32 [R], each row's length, this step's tokens included; 0 for an empty row.
-        query_start_loc: int32 [R + 1], where each row's tokens start; tokens past the last entry are padding.
-        slot_mapping: int32 [T], page * page_size + offset where each token's key and value go; slots of page 0 for
-            padding.
+        query_start_loc: int32 [R + 1], offsets of each row's first token; tokens past the last entry are padding.
+        slot_mapping: int32 [T], page * page_size + offset at which each token's key and value are written; slots of
+            page 0 for padding.
     """
 
     positions: jax.Array
@@ -59,12 +59,11 @@ class AttentionMetadata:
 
 
 class LayerCache(NamedTuple):
-    """The cache of a layer of paged attention.
+    """Holds one layer's paged key-value cache.
 
     Attributes:
         pool: [num_pages, 2, K, page_size, D].
-        scales: what the stored keys and the stored values of each head are multiplied by; None unless the pool is
-            quantised.
+        scales: per-head factors of the stored keys and the stored values; None unless the pool is quantized.
     """
 
     pool: jax.Array
@@ -72,7 +71,7 @@ class LayerCache(NamedTuple):
 
 
 def layer_caches(pools: Sequence[jax.Array], kv_scales: Sequence[Scales] | None = None) -> list[LayerCache]:
-    """The caches of all layers: their pools, and the scales of each where they are quantised."""
+    """Returns the caches of all layers, with their scales where the pools are quantized."""
     if kv_scales is None:
         return [LayerCache(pool) for pool in pools]
     return [LayerCache(pool, scales) for pool, scales in zip(pools, kv_scales, strict=True)]
@@ -81,7 +80,7 @@ def layer_caches(pools: Sequence[jax.Array], kv_scales: Sequence[Scales] | None 
 def paged_attend(
     metadata: AttentionMetadata, implementation: str, mesh: Mesh | None = None, *, decode_only: bool = False
 ) -> Attend:
-    """Attention over pages; the cache of a layer is a `LayerCache`.
+    """Returns an `Attend` over pages; the cache of a layer is a `LayerCache`.
 
     The returned function writes this step's keys and values into the pool and then attends over it, so it also reads
     them from there: a token sees the same bits whether its predecessors were computed in this step or an earlier one.
@@ -89,8 +88,8 @@ def paged_attend(
     Args:
         metadata: of the step.
         implementation: a name that `jaxserve.pallas_kernels.paged_attention.api.choose` returned.
-        mesh: with the axis `tensor` where that has more than one device: each then works on its own heads. The
-            kernels are opaque to the partitioner, so it is told. None for one device.
+        mesh: with the axis `tensor` where that has more than one device: each device then computes its own heads. The
+            kernels are opaque to the partitioner, so they are sharded explicitly. None for one device.
         decode_only: no row has more than one token, and row r's is token r.
 
     Raises:
@@ -163,7 +162,7 @@ def split_heads(qkv: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array,
 def rotated(
     qkv: jax.Array, rotation: Rotation | None, dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [..., K, G, D] and keys [..., K, D] after rotary embedding, and values [..., K, D], all in `dtype`.
+    """Applies rotary embedding to queries [..., K, G, D] and keys [..., K, D]; returns them and the values in `dtype`.
 
     Args:
         qkv: [..., K, G + 2, D], as `Attend` takes it.
@@ -177,7 +176,7 @@ def rotated(
 
 
 def dense_attend(segments: jax.Array | None = None) -> Attend:
-    """Causal attention over the tokens of the call alone, all of them in one score matrix; caches pass through.
+    """Returns an `Attend` for dense causal attention over the tokens of the call alone; caches pass through.
 
     The returned function takes any leading axes. A token attends to itself and to the tokens before it on the axis T
     that have its segment; a sliding window counts tokens on that axis.

@@ -1,4 +1,4 @@
-"""A decoder in flax nnx, put together from the list of layers of a model's configuration.
+"""Implements the decoder in flax nnx, assembled from the list of layers of a model's configuration.
 
 The model computes hidden states for any packing of tokens; how keys and values are stored and attended to is the
 caller's: `attend` is called once a layer with that layer's cache. Training passes dense causal attention, serving
@@ -30,7 +30,7 @@ from jaxserve.models.loading.stored import EMBEDDING, HEAD
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each after its norm, with residuals."""
+    """Applies attention and MLP, each after its norm, with residuals."""
 
     def __init__(self, config: ModelConfig, spec: LayerSpec, dtype: jnp.dtype, products: Products, rngs: nnx.Rngs):
         hidden, eps = config.hidden_size, config.rms_norm_eps
@@ -58,10 +58,12 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Tokens to hidden states, and hidden states to logits.
+    """Maps tokens to hidden states, and hidden states to logits.
 
-    dtype: of the parameters and the residual stream. products: how layers multiply by their weights; see
-    `jaxserve.models.params.products_for`. Logits are float32 whatever it is.
+    Attributes:
+        dtype: of the parameters and the residual stream.
+        products: how layers multiply by their weights; see `jaxserve.models.params.products_for`. Logits are float32
+            whatever it is.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, products: Products, rngs: nnx.Rngs):
@@ -78,12 +80,15 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, caches: Sequence[Cache], attend: Attend
     ) -> tuple[jax.Array, list[Cache]]:
-        """Hidden states after the final norm.
+        """Computes hidden states after the final norm.
 
-        tokens: int32 [...]; ids below vocab_size (the caller's duty: a gather clamps in silence).
-        positions: int32 [...], the place of each token in its own sequence.
-        caches: one per layer, handed to `attend` and returned as it returned them.
-        Returns (hidden [..., H] in the weights' dtype, caches).
+        Args:
+            tokens: int32 [...]; ids below vocab_size (the caller must ensure this: a gather clamps silently).
+            positions: int32 [...], the position of each token in its own sequence.
+            caches: one per layer, passed to `attend` and returned as it returned them.
+
+        Returns:
+            (hidden [..., H] in the weights' dtype, caches).
         """
         rotation = self._rotation(positions)
         x = self.embedding[...][tokens]
@@ -94,7 +99,7 @@ class Decoder(nnx.Module):
         return self.norm(x), updated
 
     def _rotation(self, positions: jax.Array) -> Rotation | None:
-        """What the layers that rotate share; None where none does."""
+        """Computes the rotation that the layers share; None where no layer rotates."""
         config = self.config
         if not any(spec.attention.rotation for spec in config.layer_specs):
             return None
@@ -104,7 +109,7 @@ class Decoder(nnx.Module):
         return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """float32 [..., V] for hidden [..., H]."""
+        """Computes the logits, float32 [..., V], of hidden [..., H]."""
         if self.head is None:
             return contract(hidden, self.embedding[...])
         return Products(packed=self.products.packed).contract(hidden, self.head[...])

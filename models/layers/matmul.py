@@ -18,24 +18,24 @@ from jaxserve.pallas_kernels.cpu import linear
 
 @dataclasses.dataclass(frozen=True)
 class Products:
-    """The matrix products of a model's layers; sums are float32 whatever it is.
+    """Selects the matrix products of a model's layers; sums are always float32.
 
     Attributes:
-        dtype: what products are rounded to.
-        packed: weights are bfloat16 in the order of `pallas_kernels.cpu.linear`, which needs a CPU where that runs;
-            what it makes of a result is float32.
+        dtype: dtype to which products are rounded.
+        packed: weights are bfloat16 in the order of `pallas_kernels.cpu.linear`, which needs a CPU that supports it;
+            its results are float32.
     """
 
     dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
     packed: bool = False
 
     def prepare(self) -> None:
-        """Gets ready what programs with these products call; before one is loaded or run."""
+        """Registers the kernels that programs with these products call; must precede loading or running one."""
         if self.packed:
             linear.prepare()
 
     def contract(self, x: jax.Array, weight: jax.Array, axes: int = 1) -> jax.Array:
-        """Dot of the last `axes` axes of x and weight: [..., out...]."""
+        """Contracts the last `axes` axes of x and weight: [..., out...]."""
         if not self.packed:
             return contract(x, weight, axes, self.dtype)
         matrix = _matrix(weight, axes)
@@ -44,7 +44,7 @@ class Products:
         return y.reshape(*lead, *weight.shape[: weight.ndim - axes])
 
     def swiglu(self, x: jax.Array, gate_up: jax.Array, bias: jax.Array | None) -> jax.Array:
-        """silu(x gate^T) * (x up^T) for gate_up [2, I, H] and bias [2, I] or None: [..., I] in x's dtype."""
+        """Computes silu(x gate^T) * (x up^T) for gate_up [2, I, H] and bias [2, I] or None: [..., I] in x's dtype."""
         if self.packed:
             assert bias is None, "packed weights with a bias"
             y = linear.swiglu(x.reshape(-1, x.shape[-1]), gate_up)
@@ -57,11 +57,11 @@ class Products:
 
 
 def contract(x: jax.Array, weight: jax.Array, axes: int = 1, product: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """Dot of the last `axes` axes of x and weight, accumulated in float32 and returned as `product`: [..., out...].
+    """Contracts the last `axes` axes of x and weight, accumulated in float32 and returned as `product`: [..., out...].
 
-    The operands keep their dtype. What a float32 dot multiplies in (a GPU may use TF32, training uses bfloat16) is
-    the caller's `jax.default_matmul_precision`. The weight goes into the dot as a matrix: from one with more axes XLA's
-    CPU backend makes a transposed copy, every time.
+    The operands keep their dtype. The precision of a float32 dot (a GPU may use TF32, training uses bfloat16) is the
+    caller's `jax.default_matmul_precision`. The weight enters the dot as a matrix: of a weight with more axes XLA's CPU
+    backend makes a transposed copy, every time.
     """
     matrix = _matrix(weight, axes)
     x = x.reshape(*x.shape[: x.ndim - axes], -1)
@@ -70,7 +70,7 @@ def contract(x: jax.Array, weight: jax.Array, axes: int = 1, product: jax.typing
 
 
 def contract_each(x: jax.Array, weights: jax.Array, product: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """`contract` of x with each of weights [N, out, in]: [N, ..., out].
+    """Contracts x with each of weights [N, out, in]: [N, ..., out].
 
     N is a batch axis and not part of the rows, so that `out` can be split over devices as it is stored.
     """
@@ -80,7 +80,7 @@ def contract_each(x: jax.Array, weights: jax.Array, product: jax.typing.DTypeLik
 
 
 def packable(dtype: np.dtype, declared: Iterable[Parameter]) -> bool:
-    """Whether this CPU has kernels that read these parameters in `dtype`, all that can be packed."""
+    """Returns whether this CPU has kernels for all packable ones of these parameters in `dtype`."""
     return (
         dtype.name == "bfloat16"
         and linear.runs_here()
@@ -89,13 +89,13 @@ def packable(dtype: np.dtype, declared: Iterable[Parameter]) -> bool:
 
 
 def _size(parameter: Parameter) -> tuple[int, int]:
-    """(out, in) of the matrix that a kernel reads; gate and up have the same."""
+    """Returns (out, in) of the matrix that a kernel reads; gate and up have the same."""
     out = math.prod(parameter.shape) // parameter.dot_length
     return (out // 2 if parameter.packing is Packing.GATE_UP else out), parameter.dot_length
 
 
 def packed(weight: jax.Array, parameter: Parameter) -> jax.Array:
-    """A weight in packed order, in its own shape; the argument is given up."""
+    """Returns a weight in packed order, in its own shape; the argument is donated."""
     return _packed(weight.sharding, parameter.packing, parameter.contracted)(weight)
 
 

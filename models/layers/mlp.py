@@ -1,4 +1,4 @@
-"""The MLP of a layer. Letters in shapes: H hidden, I intermediate."""
+"""Implements the MLP of a layer. Letters in shapes: H hidden, I intermediate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxserve.models.layers.parameter import Initial, Packing, Parameter, Source
 
 
 class MLP(nnx.Module):
-    """SwiGLU with the gate and up projections fused: gate_up [2, I, H], down [H, I]."""
+    """Computes SwiGLU with the gate and up projections fused: gate_up [2, I, H], down [H, I]."""
 
     def __init__(self, spec: MLPSpec, hidden: int, dtype: jnp.dtype, products: Products, rngs: nnx.Rngs):
         wide = spec.intermediate_size

@@ -1,4 +1,4 @@
-"""Norms of the residual stream and of single heads."""
+"""Implements norms of the residual stream and of single heads."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from jaxserve.models.layers.parameter import Initial, Parameter, Source
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis, computed in float32.
+    """Normalizes the last axis by its root mean square, computed in float32.
 
-    name: of its scale in a checkpoint, less ".weight".
+    Attributes:
+        name: name of its scale in a checkpoint, without ".weight".
     """
 
     def __init__(self, name: str, size: int, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs):

@@ -18,20 +18,20 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 Path = tuple[str | int, ...]
-"""Place of a parameter in the parameter tree, such as ("layers", 0, "attention", "qkv")."""
+"""Path of a parameter in the parameter tree, such as ("layers", 0, "attention", "qkv")."""
 
 Params = dict[Any, Any]
 """Nested dicts of arrays (or of ShapeDtypeStructs), keyed by the parts of each parameter's path."""
 
 
 class Form(enum.Enum):
-    """How a parameter is held. Quantised forms (fp8, int8, int4, MXFP4) join here, each with its scales."""
+    """Storage format of a parameter. Quantised forms (fp8, int8, int4, MXFP4) join here, each with its scales."""
 
     DENSE = "dense"
 
 
 class Packing(enum.Enum):
-    """Which kernel for CPUs reads a parameter in an order of its own (`jaxserve.models.layers.matmul`)."""
+    """Selects the CPU kernel whose packed order a parameter can take (`jaxserve.models.layers.matmul`)."""
 
     NONE = "none"
     MATRIX = "matrix"
@@ -39,7 +39,7 @@ class Packing(enum.Enum):
 
 
 class Initial(enum.Enum):
-    """What a parameter is before training."""
+    """Initial value of a parameter before training."""
 
     NORMAL = "normal"
     ZEROS = "zeros"
@@ -69,13 +69,13 @@ class Source:
     transposed: bool = False
 
     def target(self, parameter: np.ndarray) -> np.ndarray:
-        """The part of a parameter that is filled, as a view."""
+        """Returns the part of a parameter that this source fills, as a view."""
         if self.axis is None:
             return parameter
         return parameter[(slice(None),) * self.axis + (slice(self.start, self.stop),)]
 
     def values(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The numbers of a tensor that fill a part of this shape; a view where nothing is transposed."""
+        """Returns the numbers of a tensor that fill a part of this shape; a view where nothing is transposed."""
         if self.rows is not None:
             tensor = tensor[self.rows[0] : self.rows[1]]
         return (tensor.T if self.transposed else tensor).reshape(shape)
@@ -109,11 +109,13 @@ class Parameter:
 
     @property
     def dot_length(self) -> int:
-        """How many products a dot with it sums up."""
+        """Number of products that a dot with it sums up."""
         return math.prod(self.shape[len(self.shape) - self.contracted :])
 
     def make(self, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike) -> nnx.Param:
-        """The variable that a module holds, filled as before training; `spec` among its metadata is this."""
+        """Returns the module's variable, initialized as before training; its metadata holds this parameter as
+        `spec`.
+        """
         if self.initial is Initial.NORMAL:
             drawn = jax.random.normal(rngs.params(), self.shape, jnp.float32)
             value = (drawn / math.sqrt(self.fan_in or self.dot_length)).astype(dtype)

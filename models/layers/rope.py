@@ -1,4 +1,4 @@
-"""Computes the frequencies of rotary embeddings, stretched where the context was extended. Imports no jax."""
+"""Computes the frequencies of rotary embeddings, scaled where the context was extended. Imports no jax."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained context.
+    """Describes how rotary frequencies are scaled beyond the trained context.
 
-    kind `linear` divides every frequency by `factor`; kind `llama3` divides only the long wavelengths and blends
-    in between (Llama 3.1 model card; `transformers.modeling_rope_utils` is the reference the tests compare with).
+    kind `linear` divides every frequency by `factor`; kind `llama3` divides only the long wavelengths and blends in
+    between (Llama 3.1 model card; `transformers.modeling_rope_utils` is the reference the tests compare with).
 
-    stretched: the model's max_position_embeddings is the context after scaling. It is so of `llama3` anyway; that of
-        `linear` is usually the context before it.
+    stretched: the model's max_position_embeddings is the context after scaling. This always holds for `llama3`; for
+        `linear` it is usually the context before scaling.
     """
 
     kind: str = "default"
@@ -50,7 +50,7 @@ class RopeScaling:
 
     @property
     def normalized(self) -> RopeScaling:
-        """The same scaling with defaults in the fields that its kind does not read: equal ones compute the same."""
+        """Returns this scaling with defaults in the fields that its kind does not read: equal ones compute the same."""
         if self.factor == 1.0:
             return RopeScaling()  # either kind then leaves every frequency as it is
         if self.kind == "llama3":
@@ -59,7 +59,7 @@ class RopeScaling:
 
     @property
     def context_factor(self) -> float:
-        """How many times max_position_embeddings the context is."""
+        """Factor by which the context exceeds max_position_embeddings."""
         return self.factor if self.kind == "linear" and not self.stretched else 1.0
 
 

@@ -1,4 +1,4 @@
-"""The attention of a layer, less what the caller does: keeping keys and values, and attending to them.
+"""Implements the attention of a layer, except for storing keys and values and attending to them, which the caller does.
 
 Letters in shapes: T tokens, H hidden, K key-value heads, G query heads per key-value head, D head dimension. `...` is
 any leading axes.
@@ -27,7 +27,7 @@ Rotation = tuple[jax.Array, jax.Array]
 
 
 class Attend(Protocol):
-    """Keeps a layer's keys and values and attends to them (see `jaxserve.models.layers.attention_backends`)."""
+    """Stores a layer's keys and values and attends to them (see `jaxserve.models.layers.attention_backends`)."""
 
     def __call__(
         self,
@@ -56,7 +56,7 @@ class Attend(Protocol):
 
 
 class SelfAttention(nnx.Module):
-    """Fused QKV projection, the caller's rotation and attention, output projection.
+    """Applies the fused QKV projection, the caller's rotation and attention, and the output projection.
 
     Q, K and V are one matrix whose outer axis is the key-value head, so that tensor parallelism splits it (and the
     attention that follows) by key-value heads alone.

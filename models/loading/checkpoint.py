@@ -1,4 +1,4 @@
-"""Loading weights: Hugging Face directories of safetensors, and the same weights saved with orbax.
+"""Loads weights: Hugging Face directories of safetensors, and the same weights saved with orbax.
 
 A Hugging Face directory is read tensor by tensor. Each parameter is put together in one host buffer of the target
 dtype, straight from the mapped file, sent to its devices, and the buffer is dropped before the next is made: beside the
@@ -42,13 +42,13 @@ KV_SCALES_FILE = "kv_scales.json"
 
 
 READ_BYTES = 16 * 1024 * 1024
-"""Read at a time by `read_ahead`."""
+"""Bytes that `read_ahead` reads at a time."""
 
 _log = logging.getLogger(__name__)
 
 
 def has_weights(directory: str | pathlib.Path) -> bool:
-    """Whether a directory holds weights of either kind."""
+    """Returns whether a directory holds weights of either kind."""
     directory = pathlib.Path(directory)
     return has_safetensors(directory) or (directory / ORBAX_FOLDER).is_dir()
 
@@ -77,7 +77,7 @@ def check(directory: str | pathlib.Path, config: ModelConfig, *, scales: bool = 
 
 
 def load(directory: str | pathlib.Path, config: ModelConfig, dtype: Any, mesh: Mesh) -> Params:
-    """The parameters of a checkpoint directory on the mesh's devices.
+    """Loads the parameters of a checkpoint directory onto the mesh's devices.
 
     Args:
         directory: holds `model.safetensors`, or `model.safetensors.index.json` and its shards, or what `save_orbax`
@@ -118,9 +118,9 @@ def read_ahead(directory: str | pathlib.Path, config: ModelConfig) -> None:
 
 
 def load_kv_scales(directory: str | pathlib.Path, config: ModelConfig) -> KVScales | None:
-    """The scales of quantised keys and values in a checkpoint directory; None where it has none.
+    """Loads the scales of quantized keys and values of a checkpoint directory; None where it has none.
 
-    Arguments are those of `load`. Raises ValueError where they are malformed or incomplete.
+    Arguments are those of `load`. Raises ValueError where the scales are malformed or incomplete.
     """
     directory = pathlib.Path(directory)
     if (directory / ORBAX_FOLDER).is_dir():
@@ -153,12 +153,12 @@ def save_orbax(
 
 
 def _orbax() -> Any:
-    """orbax, imported late: it takes half a second, which a start from safetensors need not pay."""
+    """Imports orbax, late: it takes half a second, which a start from safetensors need not pay."""
     return importlib.import_module("orbax.checkpoint")
 
 
 def restore_orbax(directory: str | pathlib.Path, config: ModelConfig, dtype: Any, mesh: Mesh) -> Params:
-    """The parameters that `save_orbax` saved, restored straight into `dtype` and their places on the mesh.
+    """Restores the parameters that `save_orbax` saved, directly into `dtype` and the mesh's shardings.
 
     Arguments and result are those of `load`. Raises ValueError where nothing is saved there, where it cannot be read,
     and where its parameters are not those of the architecture.
@@ -178,7 +178,7 @@ def restore_orbax(directory: str | pathlib.Path, config: ModelConfig, dtype: Any
 
 
 def _check_orbax(directory: pathlib.Path, config: ModelConfig) -> None:
-    """Compares the parameters that were saved with the architecture's; their dtypes may differ."""
+    """Compares the saved parameters with the architecture's; their dtypes may differ."""
     abstract = abstract_params(config, "float32", make_mesh())
     folder = (directory / ORBAX_FOLDER).absolute()
     with _reading(folder) as checkpointer:
@@ -187,7 +187,7 @@ def _check_orbax(directory: pathlib.Path, config: ModelConfig) -> None:
 
 @contextlib.contextmanager
 def _reading(folder: pathlib.Path) -> Iterator[Any]:
-    """A checkpointer of orbax, whose errors become a ValueError of one line."""
+    """Yields an orbax checkpointer whose errors become a one-line ValueError."""
     with _orbax().StandardCheckpointer() as checkpointer:
         try:
             yield checkpointer
@@ -211,7 +211,10 @@ def _check_saved(checkpointer: Any, folder: pathlib.Path, expected: Mapping[str,
 
 
 def _holds_orbax(directory: pathlib.Path) -> bool:
-    """Whether a checkpoint was saved with orbax. ValueError where there is no directory, or one with both kinds."""
+    """Returns whether a checkpoint was saved with orbax.
+
+    Raises ValueError without a directory, or where it has both kinds.
+    """
     if not directory.is_dir():
         raise ValueError(f"model is {str(directory)!r}; there is no such directory")
     orbax = (directory / ORBAX_FOLDER).is_dir()
@@ -230,7 +233,7 @@ def _load_safetensors(directory: pathlib.Path, config: ModelConfig, dtype: Any, 
 
 
 def _used_tensors(stored: Stored, config: ModelConfig) -> dict[str, StoredTensor]:
-    """The stored tensor of each tensor that the model needs. ValueError where they are not what it asks for."""
+    """Returns the stored tensor of each tensor the model needs. Raises ValueError where they do not match."""
     if stored.tensors and stored.num_layers < config.num_hidden_layers:
         raise ValueError(
             f"config.json num_hidden_layers is {config.num_hidden_layers}; checkpoint {stored.directory} has tensors "
@@ -259,7 +262,7 @@ def _used_tensors(stored: Stored, config: ModelConfig) -> dict[str, StoredTensor
 
 
 def _unneeded(tensor: str, config: ModelConfig) -> bool:
-    """Whether a checkpoint may hold this tensor though no parameter takes it."""
+    """Returns whether a checkpoint may hold this tensor although no parameter uses it."""
     if tensor == HEAD:
         return config.tie_word_embeddings  # a duplicate of the embedding: they were compared
     # Scales are a setting of quantised pages, not of the model.
@@ -267,7 +270,7 @@ def _unneeded(tensor: str, config: ModelConfig) -> bool:
 
 
 def _differing_buffers(stored: Stored, config: ModelConfig) -> list[str]:
-    """A line where stored rotary frequencies are not those that config.json asks for, which are the ones computed.
+    """Returns a line where stored rotary frequencies differ from those computed from config.json.
 
     Early releases of transformers saved them, before or after scaling, in the dtype of the weights.
     """
@@ -292,7 +295,7 @@ def _differing_buffers(stored: Stored, config: ModelConfig) -> list[str]:
 
 
 def _assemble(leaf: jax.ShapeDtypeStruct, sources: tuple[Source, ...], stored: Mapping[str, StoredTensor]) -> jax.Array:
-    """One parameter on its devices. The host's buffer is gone on return, before the next one is made."""
+    """Assembles one parameter on its devices. The host buffer is freed on return, before the next one is made."""
     buffer = np.empty(leaf.shape, leaf.dtype)
     for source in sources:
         target = source.target(buffer)
@@ -303,7 +306,7 @@ def _assemble(leaf: jax.ShapeDtypeStruct, sources: tuple[Source, ...], stored: M
 
 
 def _check_tensor(stored: Stored, path: Path, source: Source, config: ModelConfig) -> StoredTensor:
-    """The tensor of a source. ValueError where it is missing or not as the source says."""
+    """Returns the tensor of a source. Raises ValueError where it is missing or does not match the source."""
     tensor = stored.find(source.tensor)
     if tensor is None and source.tensor == EMBEDDING and config.tie_word_embeddings:
         tensor = stored.find(HEAD)  # one array under two names: safetensors keeps the first of them
@@ -326,6 +329,6 @@ def _check_tensor(stored: Stored, path: Path, source: Source, config: ModelConfi
 
 
 def _some(names: list[str]) -> str:
-    """A count and the first names: `2 tensors (a, b)`."""
+    """Formats a count and the first names: `2 tensors (a, b)`."""
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"

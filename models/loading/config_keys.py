@@ -1,4 +1,4 @@
-"""Reads single keys of a `config.json` and remembers which were read, so that none is dropped in silence."""
+"""Reads single keys of a `config.json` and records which were read, so that none is dropped silently."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from jaxserve.models.value_checks import INT32_MAX, brief, check_count
 
 LARGEST: dict[str, int] = {"num_hidden_layers": 1024, "head_dim": 2**16}
-"""Bounds of what a start builds one by one, or computes on the host; other sizes must fit into 32 bits."""
+"""Upper bounds of sizes that a start iterates over or computes on the host; other sizes must fit into 32 bits."""
 
 OTHER_KEYS = frozenset(
     "attention_multiplier attn_logit_softcapping clip_qkv embedding_multiplier final_logit_softcapping layer_types "
     "logit_scale logits_scaling no_rope_layers num_experts num_local_experts query_pre_attn_scalar residual_multiplier "
     "sliding_window use_qk_norm".split()
 )
-"""Keys by which some architecture computes something else than one that does not read them."""
+"""Keys that change what some architecture computes; an architecture that does not read them would differ."""
 
 INERT_KEYS = frozenset(
     "architectures model_type transformers_version auto_map id2label label2id num_labels problem_type tokenizer_class "
@@ -30,23 +30,23 @@ INERT_KEYS = frozenset(
     "exponential_decay_length_penalty remove_invalid_values gradient_checkpointing unsloth_version unsloth_fixed "
     "text_config".split()
 )
-"""Keys that decide no logits: what describes a checkpoint, trains it or samples from it."""
+"""Keys that affect no logits: they describe a checkpoint, its training or sampling from it."""
 
 _NESTED_KEYS = (
     "attention_bias", "bos_token_id", "dtype", "head_dim", "hidden_act", "hidden_size", "intermediate_size",
     "max_position_embeddings", "mlp_bias", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
     "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "torch_dtype", "vocab_size",
 )  # fmt: skip
-"""Keys that are read outside `text_config`, where models of several modalities have them."""
+"""Keys that are read outside `text_config`, where multimodal models have them."""
 
 
 def _is_neutral(value: Any) -> bool:
-    """Whether a setting with this value leaves everything as it is: nothing, off, or a factor of 1."""
+    """Returns whether a setting with this value has no effect: nothing, off, or a factor of 1."""
     return value is not True and any(value == neutral for neutral in (None, False, 0, 1, "", [], {}))
 
 
 class ConfigKeys(Mapping[str, Any]):
-    """The content of a `config.json`, with a family's defaults for keys that are missing. Remembers what is read."""
+    """Wraps a `config.json` with a family's defaults for missing keys, and records the keys that are read."""
 
     def __init__(self, raw: Mapping[str, Any], defaults: Mapping[str, Any]):
         self._content = {**defaults, **raw}
@@ -63,7 +63,7 @@ class ConfigKeys(Mapping[str, Any]):
         return len(self._content)
 
     def unread(self) -> list[str]:
-        """Keys that say something, decide logits as far as is known, and were not read."""
+        """Returns the keys that are set, may affect logits, and were not read."""
         named = self._content.keys() - self._read - INERT_KEYS
         if self._content.get("use_sliding_window") is False:
             named -= {"sliding_window", "max_window_layers"}
@@ -71,7 +71,7 @@ class ConfigKeys(Mapping[str, Any]):
 
 
 def required_count(raw: Mapping[str, Any], name: str) -> int:
-    """The whole number of a key that must be there."""
+    """Returns the integer of a required key."""
     if raw.get(name) is None:
         raise ValueError(f"config.json has no {name}; a checkpoint without it cannot be served")
     check_count(f"config.json {name}", raw[name], LARGEST.get(name, INT32_MAX))
@@ -79,17 +79,17 @@ def required_count(raw: Mapping[str, Any], name: str) -> int:
 
 
 def optional_count(raw: Mapping[str, Any], name: str) -> int | None:
-    """The whole number of a key, or None."""
+    """Returns the integer of a key, or None."""
     return None if raw.get(name) is None else required_count(raw, name)
 
 
 def optional(raw: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of a key; the default where it is missing or null."""
+    """Returns the value of a key; the default where it is missing or null."""
     return default if raw.get(name) is None else raw[name]
 
 
 def flag(raw: Mapping[str, Any], name: str) -> bool:
-    """The truth value of a key, which is false where it is missing or null."""
+    """Returns the boolean of a key; false where it is missing or null."""
     value = optional(raw, name, False)
     if not isinstance(value, bool):
         raise ValueError(f"config.json {name} is {brief(value)}; it must be true or false")
@@ -97,7 +97,7 @@ def flag(raw: Mapping[str, Any], name: str) -> bool:
 
 
 def quantizes_weights(quantization: Any) -> bool:
-    """Whether a `quantization_config` says more than how the key-value cache was calibrated."""
+    """Returns whether a `quantization_config` covers more than the calibration of the key-value cache."""
     if not isinstance(quantization, dict):
         return True
     if quantization.get("quant_method") == "compressed-tensors":
@@ -108,7 +108,7 @@ def quantizes_weights(quantization: Any) -> bool:
 
 
 def first_token(value: Any) -> int | None:
-    """The token that a text begins with: an id, or a list of one."""
+    """Returns the beginning-of-sequence token: an id, or a list of one."""
     if isinstance(value, list):
         if len(value) > 1:
             raise ValueError(f"config.json bos_token_id is {brief(value)}; it must be one token id")
@@ -117,7 +117,7 @@ def first_token(value: Any) -> int | None:
 
 
 def dtype_name(raw: Mapping[str, Any]) -> str | None:
-    """The dtype that config.json names; None where it names none."""
+    """Returns the dtype that config.json names; None where it names none."""
     new, old = (_without_module(name, raw.get(name)) for name in ("dtype", "torch_dtype"))
     if new and old and new != old:
         raise ValueError(f"config.json dtype is {new!r} and torch_dtype is {old!r}; they contradict each other")
@@ -125,14 +125,16 @@ def dtype_name(raw: Mapping[str, Any]) -> str | None:
 
 
 def _without_module(name: str, value: Any) -> str | None:
-    """The name of a dtype: early releases of transformers wrote torch.bfloat16, and "auto" names none."""
+    """Strips the module from a dtype's name: early transformers releases wrote torch.bfloat16, and "auto" names
+    none.
+    """
     if value is not None and not isinstance(value, str):
         raise ValueError(f"config.json {name} is {brief(value)}; it must be a name such as 'bfloat16'")
     return None if value in (None, "", "auto") else value.removeprefix("torch.")
 
 
 def nested_keys(raw: Mapping[str, Any]) -> list[str]:
-    """A line for each key of `text_config` that says something else than the key beside it."""
+    """Returns a line for each key of `text_config` whose value differs from that of the same top-level key."""
     nested = raw.get("text_config")
     return [
         f"config.json text_config has {name} {brief(value)}, and {brief(raw.get(name))} stands beside text_config; the "

@@ -1,4 +1,4 @@
-"""The tokens that end a text, and the tokens that a tokenizer has, as the files of a checkpoint say together.
+"""Determines the end tokens and the token ids of a tokenizer from the files of a checkpoint.
 
 Files are read, and no tokenizer is loaded, so that end tokens are known where none is.
 
@@ -111,7 +111,7 @@ def check_vocabulary(tokenizer: pathlib.Path, vocab_size: int) -> None:
 
 
 def _eos_text(path: pathlib.Path) -> str | None:
-    """The end token that a tokenizer's file names: a text, or an object that holds it."""
+    """Returns the end token that a tokenizer's file names: a text, or an object that holds it."""
     if not path.is_file():
         return None
     value = read_object(path).get("eos_token")
@@ -124,7 +124,7 @@ def _eos_text(path: pathlib.Path) -> str | None:
 
 
 def _ids_by_text(tokenizer: pathlib.Path) -> dict[str, int]:
-    """The id of each token by its text; added tokens take precedence over the vocabulary's."""
+    """Returns the id of each token by its text; added tokens take precedence over the vocabulary's."""
     files = [tokenizer / name for name in (TOKENIZER_FILE, _TOKENIZER_CONFIG, *FILES)]
     stats = [path.stat() for path in files if path.is_file()]
     return _read_ids(tokenizer, tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats))
@@ -132,7 +132,7 @@ def _ids_by_text(tokenizer: pathlib.Path) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=1)
 def _read_ids(tokenizer: pathlib.Path, files: tuple[tuple[int, ...], ...]) -> dict[str, int]:
-    """`_ids_by_text` of files of that identity."""
+    """Computes `_ids_by_text` of files with that identity."""
     ids: dict[Any, Any] = {}
     if (tokenizer / TOKENIZER_FILE).is_file():
         content = read_object(tokenizer / TOKENIZER_FILE, contradictions=True)
@@ -149,7 +149,7 @@ def _read_ids(tokenizer: pathlib.Path, files: tuple[tuple[int, ...], ...]) -> di
 
 
 def _vocabulary(model: Mapping[str, Any]) -> dict[Any, Any]:
-    """The vocabulary of tokenizer.json: an object, or for unigrams a list of pieces with their scores."""
+    """Returns the vocabulary of tokenizer.json: an object, or for unigrams a list of pieces with their scores."""
     vocabulary = model.get("vocab") or {}
     if isinstance(vocabulary, list):
         return {piece[0]: number for number, piece in enumerate(vocabulary)}
@@ -157,7 +157,7 @@ def _vocabulary(model: Mapping[str, Any]) -> dict[Any, Any]:
 
 
 def _decoder_ids(path: pathlib.Path, known: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Ids that added_tokens_decoder gives to texts that no other file has."""
+    """Returns ids that added_tokens_decoder gives to texts that no other file has."""
     added = read_object(path).get("added_tokens_decoder") or {}
     try:
         found = {token["content"]: int(number) for number, token in added.items()}

@@ -1,4 +1,4 @@
-"""Reads the JSON files of a checkpoint, with one clear line for each that cannot be read."""
+"""Reads the JSON files of a checkpoint; each unreadable one raises a one-line error."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Scales of quantised keys and values, one a layer and key-value head: from the checkpoint, or measured.
+"""Determines the scales of quantized keys and values, one per layer and key-value head: read or calibrated.
 
-A pool stores x / scale, so a head's scale is the greatest magnitude that it shall hold over the greatest that the
-pool's dtype has (448 for float8_e4m3fn, 127 for int8). A checkpoint that was calibrated with text has the better
-scales; they take precedence.
+A pool stores x / scale, so a head's scale is the greatest magnitude to represent over the greatest that the pool's
+dtype has (448 for float8_e4m3fn, 127 for int8). Scales in the checkpoint, calibrated with text, are better and take
+precedence.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from jaxserve.pallas_kernels.paged_attention.pool import largest
 from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
 
 SEQUENCES, TOKENS = 8, 128
-"""How many token sequences a measurement runs, and how long each is."""
+"""Number and length of the token sequences that a calibration runs."""
 
 MARGINS = {"float8_e4m3fn": 2.0, "int8": 1.25}
-"""How far above the greatest magnitude measured saturation begins. Random tokens are not the text to come. A factor of
-two costs a floating-point dtype nothing but its smallest numbers; int8 loses a third of a bit by its margin."""
+"""Safety factor between the greatest measured magnitude and saturation. Random tokens are not the text to come. A
+factor of two costs a floating-point dtype nothing but its smallest numbers; int8 loses a third of a bit by its margin.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class KVScales:
             )
 
     def of(self, dtype: str) -> np.ndarray:
-        """The scales, float32 [L, 2, K], with which a pool of `dtype` saturates at the same magnitudes."""
+        """Returns the scales, float32 [L, 2, K], with which a pool of `dtype` saturates at the same magnitudes."""
         if dtype == self.dtype:
             return self.values
         return (self.values * (largest(self.dtype) / largest(dtype))).astype(np.float32)
@@ -84,7 +85,7 @@ _KV_SIDES = {
 
 
 def kv_scale(tensor: str) -> tuple[int, tuple[int, ...]] | None:
-    """(layer, sides) of a tensor that scales quantised keys (side 0), values (1) or both; None for any other.
+    """Parses a tensor's name: (layer, sides) if it scales quantized keys (side 0), values (1) or both; None otherwise.
 
     The names are those that compressed-tensors, ModelOpt, Quark and early releases of vLLM's tools write.
     """
@@ -97,7 +98,7 @@ def kv_scale(tensor: str) -> tuple[int, tuple[int, ...]] | None:
 def from_tensors(
     config: ModelConfig, stored: Mapping[str, StoredTensor], quantization: Mapping[str, Any] | None
 ) -> KVScales | None:
-    """The scales among a checkpoint's tensors; None where it has none.
+    """Returns the scales among a checkpoint's tensors; None where it has none.
 
     Args:
         config: the architecture.
@@ -134,7 +135,9 @@ def from_tensors(
 
 
 def _dtype_of(quantization: Mapping[str, Any]) -> str:
-    """What scales are for: `kv_cache_scheme` (compressed-tensors) or `kv_cache_quant_algo` (ModelOpt) says int8."""
+    """Returns the dtype the scales are for: int8 if `kv_cache_scheme` (compressed-tensors) or `kv_cache_quant_algo`
+    (ModelOpt) says so.
+    """
     scheme = quantization.get("kv_cache_scheme")
     integers = isinstance(scheme, Mapping) and scheme.get("type") == "int"
     return "int8" if integers or quantization.get("kv_cache_quant_algo") == "INT8" else "float8_e4m3fn"
@@ -147,7 +150,7 @@ def save(scales: KVScales, path: pathlib.Path) -> None:
 
 
 def read(path: pathlib.Path, config: ModelConfig) -> KVScales:
-    """The scales that `save` wrote; a ValueError names the file where they do not fit the architecture."""
+    """Reads the scales that `save` wrote; a ValueError names the file where they do not fit the architecture."""
     wanted = (config.num_hidden_layers, 2, config.num_key_value_heads)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -160,7 +163,9 @@ def read(path: pathlib.Path, config: ModelConfig) -> KVScales:
 
 
 def placed(values: np.ndarray, mesh: Mesh) -> list[Scales]:
-    """Scales float32 [L, 2, K] on the mesh's devices, split by head: for each layer those of keys and of values."""
+    """Places scales float32 [L, 2, K] on the mesh's devices, split by head: for each layer those of keys and of
+    values.
+    """
     sharding = NamedSharding(mesh, SCALE_PARTITION)
     return [(jax.device_put(k, sharding), jax.device_put(v, sharding)) for k, v in values]
 
@@ -168,7 +173,7 @@ def placed(values: np.ndarray, mesh: Mesh) -> list[Scales]:
 def calibrate(
     config: ModelConfig, params: Params, dtype: str, mesh: Mesh, products: Products = Products()
 ) -> np.ndarray:
-    """Measures scales: the greatest key and value of each head over fixed random tokens, times `MARGINS[dtype]`.
+    """Calibrates scales: the greatest key and value of each head over fixed random tokens, times `MARGINS[dtype]`.
 
     Runs `SEQUENCES` sequences of `TOKENS` tokens, drawn once and for all from the whole vocabulary, densely through the
     model. Each starts with the model's first token, if it has one: its keys are often the greatest of all.
@@ -223,7 +228,7 @@ def calibrate(
 
 
 def calibration_tokens(config: ModelConfig) -> np.ndarray:
-    """int32 [SEQUENCES, TOKENS or the model's whole context], the same for the same vocabulary."""
+    """Returns int32 [SEQUENCES, TOKENS or the model's whole context]; deterministic for a given vocabulary."""
     length = min(TOKENS, config.context_length)
     tokens = np.random.RandomState(0).randint(0, config.vocab_size, (SEQUENCES, length)).astype(np.int32)
     if config.bos_token_id is not None:

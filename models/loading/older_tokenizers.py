@@ -1,4 +1,4 @@
-"""Reads the ids of the tokens in tokenizer files that are older than tokenizer.json, without loading a tokenizer."""
+"""Reads token ids from tokenizer files older than tokenizer.json, without loading a tokenizer."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _TEKKEN = "tekken.json"
 _JSON = ("vocab.json", "added_tokens.json")
 
 FILES = (*_SENTENCEPIECE, _TEKKEN, *_JSON)
-"""The files that are read."""
+"""Names of the files that are read."""
 
 
 def has_older_format(tokenizer: pathlib.Path) -> bool:
-    """Whether a directory holds a tokenizer that is not in tokenizer.json."""
+    """Returns whether a directory holds a tokenizer in a format other than tokenizer.json."""
     return any((tokenizer / name).is_file() for name in _FORMATS)
 
 
 def read_older(tokenizer: pathlib.Path) -> dict[Any, Any]:
-    """The id of each token by its text; those of a file in another format are missing.
+    """Returns the id of each token by its text; tokens of files in other formats are missing.
 
     Raises ValueError, one line that names the file, where a JSON file is malformed.
     """
@@ -42,7 +42,7 @@ def read_older(tokenizer: pathlib.Path) -> dict[Any, Any]:
 
 
 def _pieces(path: pathlib.Path) -> dict[str, int]:
-    """The pieces of a sentencepiece model by their places; none where the file, whose name others use, is no such.
+    """Returns the pieces of a sentencepiece model by id; empty where the file is of another format under that name.
 
     It is a protobuf message whose field 1 holds a message for each piece, whose field 1 in turn is the text.
     """
@@ -57,13 +57,15 @@ def _pieces(path: pathlib.Path) -> dict[str, int]:
 
 
 def _fields(encoded: bytes, number: int) -> list[Any]:
-    """The values of one field of an encoded message, of which nothing else need be known."""
+    """Returns the values of one field of an encoded protobuf message, without its schema."""
     found = unknown_fields.UnknownFieldSet(empty_pb2.Empty.FromString(encoded))
     return [field.data for field in found if field.field_number == number]
 
 
 def _tekken(path: pathlib.Path) -> dict[Any, Any]:
-    """The tokens of Mistral's format: special ones first, then so many others as the vocabulary has room for."""
+    """Reads the tokens of Mistral's tekken format: special tokens first, then as many others as the vocabulary
+    holds.
+    """
     content = read_object(path, contradictions=True)
     try:
         settings = content["config"]

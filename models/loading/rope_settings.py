@@ -34,7 +34,7 @@ def rope_settings(raw: Mapping[str, Any], context: int) -> tuple[Any, RopeScalin
 
 
 def _fields(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The rotary settings of either name. Both may be there only where they agree."""
+    """Returns the rotary settings under either key. Both may be present only where they agree."""
     given = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
     for name, fields in given.items():
         if not isinstance(fields, dict):
@@ -92,7 +92,7 @@ def _original(raw: Mapping[str, Any], fields: Mapping[str, Any], context: int) -
 
 
 def _is_stretched(original: Any, factor: float, context: int) -> bool:
-    """Whether max_position_embeddings (`context`) of linear scaling is the context after it already."""
+    """Returns whether max_position_embeddings (`context`) of linear scaling already is the context after scaling."""
     check_number("config.json original_max_position_embeddings", original)
     if original == context:
         return False

@@ -1,4 +1,4 @@
-"""Reading safetensors files lazily: the header first, then each tensor as a view of the mapped file.
+"""Reads safetensors files lazily: the header first, then each tensor as a view of the mapped file.
 
 The format (https://github.com/huggingface/safetensors#format): 8 bytes of little-endian header length, a JSON header
 naming dtype, shape and byte range of each tensor, then the bytes. It is read here rather than by the safetensors
@@ -25,17 +25,17 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""The dtypes of weights, by their names in the format; tensors of others are listed but cannot be read."""
+"""Supported dtypes of weights by their names in the format; other tensors are listed but cannot be read."""
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 
 _BLOCK = 4 * 1024 * 1024
-"""Elements that `same_values` compares at a time."""
+"""Number of elements that `same_values` compares at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: its dtype as the format names it, its shape, and where its bytes begin in the file."""
+    """Locates a tensor in a file: its dtype as named in the format, its shape, and the offset of its bytes."""
 
     name: str
     path: pathlib.Path
@@ -44,12 +44,15 @@ class StoredTensor:
     offset: int
 
     def view(self) -> np.ndarray:
-        """The tensor, read-only. Its pages are read when they are touched and unmapped when the view is dropped."""
+        """Returns the tensor as a read-only view.
+
+        Its pages are read when they are touched and unmapped when the view is dropped.
+        """
         return np.memmap(self.path, dtype=DTYPES[self.dtype], mode="r", offset=self.offset, shape=self.shape)
 
 
 def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
-    """Reads the tensors of a file by name; no byte of their data.
+    """Reads the tensors of a file by name, from the header alone.
 
     Raises ValueError, one line that names the file, where it is missing, unreadable, truncated or malformed.
     """
@@ -74,7 +77,7 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
 
 
 def same_values(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors of a dtype in `DTYPES` have the same shape and values.
+    """Returns whether two tensors of a dtype in `DTYPES` have the same shape and values.
 
     Reads both in blocks, up to the first difference; equal tensors of one dtype may hold NaN.
     """
@@ -113,7 +116,7 @@ def _header(path: pathlib.Path, file: BinaryIO, size: int) -> bytes:
 
 
 def _entry(path: pathlib.Path, name: str, fields: Any, data: int, size: int) -> tuple[StoredTensor, int]:
-    """A tensor and where its bytes end in the file."""
+    """Parses one header entry: the tensor and the offset of its end in the file."""
     try:
         dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
         if not isinstance(dtype, str) or not all(

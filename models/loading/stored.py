@@ -1,4 +1,4 @@
-"""The tensors that the safetensors files of a checkpoint directory hold, by the headers of its files.
+"""Lists the tensors of a checkpoint directory from the headers of its safetensors files.
 
 Imports no jax, so that a configuration can be compared with the tensors wherever it is read.
 """
@@ -23,23 +23,23 @@ INDEX_FILE = "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 ROTARY_BUFFER = "rotary_emb.inv_freq"
-"""How the names of rotary frequencies end, which early releases of transformers saved."""
+"""Suffix of the names of rotary frequencies, which early releases of transformers saved."""
 
 _NAMES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""The dtype that weights stored in each dtype are served in; none is served in float64."""
+"""Serving dtype of weights by their stored dtype; float64 is never served."""
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """The tensors of a checkpoint directory.
+    """Lists the tensors of a checkpoint directory.
 
     Attributes:
-        directory: where the files are.
+        directory: directory of the files.
         tensors: every tensor that was found, by name.
-        absent: the line for a tensor that is not in the file that the index names, by its name.
-        unusable: the line for one in a file that is missing or malformed, or in two files.
+        absent: the error for a tensor that is not in the file that the index names, by its name.
+        unusable: the error for one in a file that is missing or malformed, or in two files.
     """
 
     directory: pathlib.Path
@@ -60,13 +60,13 @@ class Stored:
 
     @property
     def num_layers(self) -> int:
-        """Layers that tensors are listed for: one more than the greatest number of a layer."""
+        """Number of layers with listed tensors: one more than the greatest layer index."""
         found = [_LAYER.match(name) for name in (*self.tensors, *self.absent, *self.unusable)]
         return max((int(match[1]) + 1 for match in found if match and len(match[1]) < 10), default=0)
 
     @property
     def dtype(self) -> str | None:
-        """Name of the dtype that most bytes of the weights are in; None where none is in a dtype of `DTYPES`."""
+        """Name of the dtype of most bytes of the weights; None where no weight has a dtype of `DTYPES`."""
         sizes: collections.Counter[str] = collections.Counter()
         for tensor in self.tensors.values():
             if tensor.dtype in DTYPES:
@@ -75,12 +75,12 @@ class Stored:
 
 
 def has_safetensors(directory: pathlib.Path) -> bool:
-    """Whether a directory holds weights as safetensors."""
+    """Returns whether a directory holds weights as safetensors."""
     return (directory / SINGLE_FILE).exists() or (directory / INDEX_FILE).exists()
 
 
 def has_own_head(stored: Stored) -> bool:
-    """Whether a checkpoint that is said to be tied holds a head that differs from its embedding.
+    """Returns whether a checkpoint configured as tied holds an output matrix that differs from its embedding.
 
     Raises ValueError where both are listed and cannot be compared.
     """
@@ -98,7 +98,7 @@ def has_own_head(stored: Stored) -> bool:
 
 @functools.lru_cache(maxsize=8)  # a start asks several times, and the two may be a gigabyte
 def _same_values(one: StoredTensor, other: StoredTensor, files: tuple[tuple[int, ...], ...]) -> bool:
-    """`same_values` of tensors in files of that identity."""
+    """Computes `same_values` of tensors in files with that identity."""
     return same_values(one, other)
 
 
@@ -136,7 +136,7 @@ def read_stored(directory: pathlib.Path) -> Stored:
 
 
 def _shard_of(index: pathlib.Path) -> dict[str, str]:
-    """The file of each tensor, as the index says."""
+    """Returns the file of each tensor according to the index."""
     try:
         shard_of: Any = parse(index.read_bytes())["weight_map"]
         shards = set(shard_of.values())
