@@ -312,9 +312,7 @@ def _closing(close: Callable[[], None]) -> Iterator[None]:
 
 
 def _prepare_composition(directory: str | None, files: Sequence[str]) -> None:
-    """Creates the directory before the model is loaded, and refuses one where its output would overwrite a
-    file.
-    """
+    """Creates the directory before the model is loaded, and refuses one where the output would erase a file."""
     if directory is None:
         return
     try:

@@ -1,8 +1,8 @@
-"""The front end on an asyncio event loop: one stream of deltas per request.
+"""Runs the front end on an asyncio event loop, with one stream of deltas per request.
 
-A thread waits for the engine's messages and hands them to the loop, which turns them into deltas. A reader that is
-behind finds one delta with everything new. What waits to be read is bounded: the request of a reader that falls further
-behind is ended, so that it holds neither memory nor a place in the engine for long. No reader ever holds up another.
+A thread waits for the engine's messages and passes them to the loop, which turns them into deltas. A slow reader finds
+one delta with everything new. Unread output is bounded: the request of a reader that falls further behind is ended, so
+that it holds neither memory nor a place in the engine for long. No reader ever blocks another.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 CPU_SHARE = 0.3
-"""Share of the loop's time that streaming may take beside an engine on the CPU (see `EngineReader`)."""
+"""Maximum share of the loop's time for streaming when the engine runs on the CPU (see `EngineReader`)."""
 
 
 class DeltaStream:
-    """One request's deltas: an async iterator that ends after the delta with a finish reason.
+    """Iterates asynchronously over one request's deltas and ends after the delta with a finish reason.
 
     Closing it (`aclose`, or leaving `async with`) before then, or cancelling the task that waits in it, aborts the
-    request. One task may read it.
+    request. Only one task may read it.
     """
 
     def __init__(self, front_end: AsyncFrontEnd, request_id: str):
@@ -64,7 +64,7 @@ class DeltaStream:
 
     @property
     def num_unread(self) -> int:
-        """Token ids that wait to be read."""
+        """Number of token ids that wait to be read."""
         return self._num_unread
 
     async def __anext__(self) -> Delta:
@@ -84,7 +84,7 @@ class DeltaStream:
         return unread[0] if len(unread) == 1 else _merged(unread)
 
     def push(self, delta: Delta) -> None:
-        """The front end's side: adds news. Never waits."""
+        """Adds a delta; called by the front end. Never waits."""
         self._unread.append(delta)
         self._num_unread += len(delta.token_ids)
         if len(self._unread) > 64:  # keeps what is unread small: not one object a token
@@ -93,7 +93,7 @@ class DeltaStream:
         self._wake()
 
     def drop_unread(self) -> None:
-        """Forgets what was not read."""
+        """Discards unread deltas."""
         self._unread, self._num_unread = [], 0
 
     def close(self) -> None:
@@ -109,7 +109,7 @@ class DeltaStream:
             self._news.set_result(None)
 
     async def aclose(self) -> None:
-        """`close`, for `contextlib.aclosing` and `async with`."""
+        """Calls `close`, for `contextlib.aclosing` and `async with`."""
         self.close()
 
     async def __aenter__(self) -> DeltaStream:
@@ -122,7 +122,7 @@ class DeltaStream:
 
 
 def _merged(deltas: Sequence[Delta]) -> Delta:
-    """One delta with the news of all."""
+    """Merges deltas into one."""
     return dataclasses.replace(
         deltas[-1],
         token_ids=tuple([token_id for delta in deltas for token_id in delta.token_ids]),
@@ -131,18 +131,20 @@ def _merged(deltas: Sequence[Delta]) -> Delta:
 
 
 def _num_bytes(prompt: object) -> int:
-    """The most bytes that a text can have, by its length alone; of a list of token ids their number."""
+    """Returns an upper bound of a text's bytes from its length alone; for a list of token ids its length."""
     if isinstance(prompt, str):
         return len(prompt) if prompt.isascii() else 4 * len(prompt)
     return len(prompt) if isinstance(prompt, Sequence) else 0
 
 
 class AsyncFrontEnd:
-    """Streams requests of one engine on the running event loop, in which it must be made and used.
+    """Streams requests of one engine on the running event loop, in which it must be created and used.
 
-    seed: as for `FrontEnd`. max_unread_tokens: token ids of one request that may wait to be read; the request of a
-    reader that is further behind ends with ABORT and cause READER, and what waited is dropped. step_timeout: as
-    `ServerConfig.step_timeout`; an engine that does not keep it has failed, and is killed.
+    Args:
+        seed: as for `FrontEnd`.
+        max_unread_tokens: unread token ids that one request may have; the request of a slower reader ends with ABORT
+            and cause READER, and its unread output is dropped.
+        step_timeout: as `ServerConfig.step_timeout`; an engine that exceeds it has failed, and is killed.
     """
 
     def __init__(
@@ -172,7 +174,7 @@ class AsyncFrontEnd:
 
     @property
     def ready(self) -> EngineReady:
-        """What the engine said when it became ready."""
+        """The engine's ready message."""
         return self._core.ready
 
     @property
@@ -186,12 +188,12 @@ class AsyncFrontEnd:
 
     @property
     def failure(self) -> str:
-        """The line with which the engine ended; empty while it runs."""
+        """The engine's last line once it has ended; empty while it runs."""
         return self._core.failure
 
     @property
     def num_open(self) -> int:
-        """Unfinished requests."""
+        """Number of unfinished requests."""
         return self._core.num_open
 
     async def submit(
@@ -226,7 +228,7 @@ class AsyncFrontEnd:
         *,
         request_id: str | None = None,
     ) -> AsyncIterator[Delta]:
-        """`submit`, then its deltas; the errors of `submit` come with the first step of the iteration.
+        """Submits a request and yields its deltas; errors of `submit` are raised by the first step of the iteration.
 
         An iteration that is left early should be closed (`contextlib.aclosing`); then, as when its task is canceled,
         the request is aborted.
@@ -236,21 +238,29 @@ class AsyncFrontEnd:
                 yield delta
 
     def check_size(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
-        """Refuses what is certainly too long, in no time. Raises as `submit` does."""
+        """Refuses a prompt that is certainly too long, in constant time. Raises as `submit` does."""
         self._core.preparation.check_size(prompt, params)
 
     def check_text_bytes(self, num_bytes: int) -> None:
-        """Refuses a text of so many bytes that is certainly too long, before it is read. Raises as `submit` does."""
+        """Refuses a text of `num_bytes` bytes that is certainly too long, before it is read.
+
+        Raises as `submit` does.
+        """
         self._core.preparation.check_text_bytes(num_bytes)
 
     def check_ids_bytes(self, num_bytes: int, most_bytes_per_id: int) -> None:
-        """Refuses so many bytes of token ids, of at most so many each, likewise."""
+        """Refuses `num_bytes` bytes of token ids, of at most `most_bytes_per_id` each, if they are certainly too
+        many.
+        """
         self._core.preparation.check_ids_bytes(num_bytes, most_bytes_per_id)
 
     async def work(self, steps: Steps[T], num_bytes: int) -> T:
-        """The result of `steps`, which work on so many bytes, in threads where these are many. Raises as they do.
+        """Runs `steps`, which process `num_bytes` bytes, in threads where these are many; returns their result.
 
-        Raises EngineDeadError when the front end is closed meanwhile, and QueueFullError where too much text waits.
+        Raises:
+            EngineDeadError: the front end is closed meanwhile.
+            QueueFullError: too much text waits.
+            Exception: whatever the steps raise.
         """
         if num_bytes <= SHORT_TEXT:
             return finish(steps)
@@ -269,14 +279,17 @@ class AsyncFrontEnd:
             raise DeadlineError("deadline passed while the prompt was tokenized") from None
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request; its stream's last delta says so. False when there is no such unfinished request."""
+        """Ends a request, which its stream's last delta reports.
+
+        Returns False when there is no such unfinished request.
+        """
         delta = self._core.abort(request_id)
         if delta is not None:
             self._deliver([delta])
         return delta is not None
 
     async def drain(self, seconds: float) -> None:
-        """Refuses new requests and lets open ones finish for up to so many seconds."""
+        """Refuses new requests and lets open ones finish for up to `seconds` seconds."""
         if not self._closing:
             self._closing = "the server is shutting down"
         try:
@@ -300,7 +313,7 @@ class AsyncFrontEnd:
         return await self._loop.run_in_executor(None, self._reader.close, end_seconds)
 
     def kill(self) -> None:
-        """Ends an engine that hangs without asking it; `close` says what came of it."""
+        """Kills a hung engine without asking it; `close` reports the outcome."""
         self._reader.kill()
 
     def _check_accepting(self) -> None:
@@ -313,7 +326,7 @@ class AsyncFrontEnd:
             self._deliver(self._core.handle(message))
 
     def _watch(self) -> None:
-        """Looks whether the engine makes progress; one that hangs has failed."""
+        """Checks periodically that the engine makes progress; one that hangs has failed."""
         problem = self._watchdog.look(self._loop.time(), self._reader.progress())
         if self.failure:
             return
@@ -335,7 +348,7 @@ class AsyncFrontEnd:
             self._idle.set()
 
     def _end_unread(self, stream: DeltaStream) -> None:
-        """Ends the request of a reader that is too far behind, and drops what waits for it."""
+        """Ends the request of a reader that is too far behind, and drops its unread output."""
         error = (
             f"{stream.num_unread} output tokens wait to be read; at most {self._max_unread_tokens} (max_unread_tokens) "
             "may: read faster"

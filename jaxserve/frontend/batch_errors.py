@@ -1,4 +1,4 @@
-"""Errors of a batch's files and lines, and those of the operating system in words."""
+"""Defines errors of a batch's files and lines, and describes errors of the operating system."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _REMEDIES = {
 
 
 class BatchFileError(ValueError):
-    """A file that cannot be used as it is; the text is one line."""
+    """A file cannot be used as it is; the text is one line."""
 
 
 class LineError(ValueError):
-    """What is wrong with one line. code: a word for programs. key: the line's custom_id, None when it has none."""
+    """One line is faulty. code: machine-readable. key: the line's custom_id, None when it has none."""
 
     def __init__(self, code: str, message: str, key: str | None = None):
         super().__init__(message)
@@ -40,7 +40,7 @@ class LineError(ValueError):
 
 
 def reason(error: OSError) -> str:
-    """Returns the system's own words for an error, and behind them the remedy where there is one."""
+    """Returns the system's description of an error, followed by the remedy where there is one."""
     words = error.strerror or str(error) or type(error).__name__
     remedy = _REMEDIES.get(error.errno or 0)
     return f"{words}; {remedy}" if remedy else words

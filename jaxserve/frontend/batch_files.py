@@ -1,7 +1,7 @@
-"""The two files of an offline batch: the input, a file or a pipe, and the results, with what an earlier run left.
+"""Reads and writes the two files of an offline batch: the input, a file or a pipe, and the results.
 
-The output holds each key once and beside it a digest of what was asked, which is how a run that was stopped is resumed.
-Nothing of a file that is not a batch's output is ever changed.
+The output holds each key once, with a digest of its request, so that a run that was stopped can be resumed. A file that
+is not a batch's output is never changed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxserve.frontend.batch_lines import MAX_LINE_BYTES
 from jaxserve.frontend.batch_resume import Digest, Results
 
 MAX_RESULT_BYTES = 256 * 1024 * 1024
-"""No line of an output is longer; a file with a longer line is something else."""
+"""Maximum length of an output line; a file with a longer line is not an output."""
 
 _BLOCK = 1024 * 1024
 _STANDARD = {"input": ("-", "/dev/stdin"), "output": ("-", "/dev/stdout")}
@@ -43,7 +43,7 @@ _DIGEST_FIELD = "request_digest"
 
 
 class InputFile:
-    """An open input: a file, which can be read again, or a pipe, whose lines are read as they come.
+    """Reads lines of an open input: a file, which can be read again, or a pipe, whose lines are read as they arrive.
 
     Raises BatchFileError, from the constructor and from reading.
     """
@@ -69,12 +69,12 @@ class InputFile:
         self._reader.close()
 
     def rewind(self) -> None:
-        """Goes back to where a file was when it was opened."""
+        """Seeks back to the position at which a file was opened."""
         with _naming("input", "read", self._path):
             self._reader.seek(self._start)
 
     def readline(self, size: int) -> bytes:
-        """Returns the next line, or `size` bytes of it where it is longer; waits for it. Empty at the end."""
+        """Returns the next line, or `size` bytes of it where it is longer; blocks until available. Empty at the end."""
         with _naming("input", "read", self._path):
             if self.is_regular:
                 return self._reader.readline(size)
@@ -87,7 +87,7 @@ class InputFile:
             return line
 
     def line_is_there(self) -> bool:
-        """Returns whether `readline` need not wait."""
+        """Returns whether `readline` would not block."""
         if self.is_regular:
             return True
         with _naming("input", "read", self._path):
@@ -114,7 +114,7 @@ class InputFile:
 
 
 def open_input(path: str) -> InputFile:
-    """Opens a file, or a pipe: `-` is the standard input. Raises BatchFileError when it cannot be read."""
+    """Opens a file, or a pipe: `-` is standard input. Raises BatchFileError when it cannot be read."""
     return InputFile(path)
 
 
@@ -122,10 +122,10 @@ def open_input(path: str) -> InputFile:
 
 
 class OutputFile:
-    """The results, appended to what an earlier run wrote (`done`); a pipe or a terminal takes them too.
+    """Appends results to those of an earlier run (`done`); also writes to a pipe or a terminal.
 
-    Raises BatchFileError when it cannot be written, is no batch output, or another run is writing it; nothing of it is
-    changed then, nor before the first `write` or `repair`. notes: lines for the user. is_standard: the results go where
+    Raises BatchFileError when it cannot be written, is no batch output, or another run is writing it; it is not changed
+    then, nor before the first `write` or `repair`. notes: lines for the user. is_standard: the results go where
     standard output goes.
     """
 
@@ -167,7 +167,7 @@ class OutputFile:
         return os.dup(1) if standard else os.open(self.path, os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
 
     def _lock(self) -> None:
-        """Keeps a second run out, by whichever kind of lock the file system has."""
+        """Locks the output against a second run, with whichever kind of lock the file system supports."""
         refusal = ""
         for lock in (fcntl.flock, fcntl.lockf):
             try:
@@ -222,7 +222,7 @@ class OutputFile:
             raise BatchFileError(f"output {self.path!r} is being written by another program; give another name")
 
     def repair(self) -> None:
-        """Removes the beginning of a line that an earlier run has not finished."""
+        """Removes an incomplete last line of an earlier run."""
         if self._torn:
             with _naming("output", "written", self.path):
                 if os.fstat(self._fd).st_size != self._end + self._torn:
@@ -236,7 +236,7 @@ class OutputFile:
     # ---- writing -----------------------------------------------------------------------------------------------------
 
     def write(self, result: Mapping[str, Any], digest: Digest) -> None:
-        """Appends one line, whole, and hands it to the operating system: a kill afterwards does not lose it."""
+        """Appends one complete line and hands it to the operating system: a later kill does not lose it."""
         self.repair()
         self._append(json.dumps({**result, _DIGEST_FIELD: str(digest)}).encode() + b"\n")
 
@@ -257,7 +257,7 @@ class OutputFile:
         self._end += len(data)
 
     def close(self) -> None:
-        """Makes the results safe on the disk; idempotent. Raises BatchFileError where the system reports a loss."""
+        """Flushes the results to disk; idempotent. Raises BatchFileError where the system reports a loss."""
         if self._closed:
             return
         self._closed = True
@@ -290,7 +290,7 @@ class OutputFile:
 
 
 def _parse_result(data: bytes) -> tuple[str, Digest | None]:
-    """The key and digest of a line of an output. Raises ValueError when it is anything else."""
+    """Parses the key and digest of an output line. Raises ValueError when it is anything else."""
     try:
         value = json.loads(data)
     except RecursionError as error:
@@ -315,7 +315,7 @@ _REST_OF_A_LINE = ('{"status_code": 200, "request_id": "line-', 'null, "error": 
 
 
 def _is_torn(data: bytes) -> bool:
-    """Whether bytes may be the beginning of a line that `OutputFile.write` has written."""
+    """Returns whether bytes may be the beginning of a line that `OutputFile.write` has written."""
     if not data or re.search(rb"[^ -~]", data):
         return False
     rest = data.decode("ascii")
@@ -343,7 +343,7 @@ def _is_standard(role: str, path: str) -> bool:
 
 
 def _status(role: str, path: str) -> os.stat_result | None:
-    """What stands at a path, or is standard input or output; None when there is nothing. Raises OSError."""
+    """Returns the status of a path, or of standard input or output; None when nothing is there. Raises OSError."""
     if _is_standard(role, path):
         if (sys.stdin if role == "input" else sys.stdout) is None:
             raise BatchFileError(f"{role} {path!r} is closed; give a file")
@@ -357,7 +357,7 @@ def _status(role: str, path: str) -> os.stat_result | None:
 
 
 def _refuse_kind(role: str, path: str, status: os.stat_result) -> None:
-    """Refuses what is neither a file nor a pipe. A terminal and the null device do no harm."""
+    """Refuses anything but a file or a pipe. A terminal and the null device are harmless."""
     standard = _is_standard(role, path)
     if stat.S_ISCHR(status.st_mode):
         for harmless in (os.devnull, "/dev/tty"):

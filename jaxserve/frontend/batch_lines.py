@@ -1,4 +1,4 @@
-"""The lines of a batch's input: OpenAI batch lines, each with a key and a digest of what it asks for.
+"""Parses the lines of a batch's input: OpenAI batch lines, each with a key and a digest of its request.
 
 A line's key is its custom_id, or `malformed-line-<number>` when it has none of its own. No key occurs twice.
 """
@@ -16,13 +16,13 @@ from jaxserve.frontend.openai import URLS
 from jaxserve.request import MAX_ID_LENGTH
 
 MAX_LINE_BYTES = 64 * 1024 * 1024
-"""A longer line becomes an error line."""
+"""Maximum bytes of a line; a longer line becomes an error line."""
 
 MAX_UNENDED_BYTES = 1024 * 1024 * 1024
-"""A line that has not ended by then ends the run: it may be a device or a program that never writes a newline."""
+"""Bytes after which a line without an end stops the run: its source may never write a newline."""
 
 MAX_NESTING = 100
-"""Objects and lists within one another."""
+"""Maximum nesting depth of objects and lists."""
 
 MALFORMED_PREFIX = "malformed-line-"
 DIGEST_BYTES = 16
@@ -32,7 +32,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class LineSource(Protocol):
-    """What lines are read from."""
+    """Source of lines."""
 
     def readline(self, size: int, /) -> bytes:
         """Returns the next line, or `size` bytes of it where it is longer; empty at the end."""
@@ -41,7 +41,7 @@ class LineSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class BatchLine:
-    """A well-formed line; the body is not yet read. number: from 1."""
+    """Holds a well-formed line; its body is not yet parsed. number: from 1."""
 
     number: int
     custom_id: str
@@ -51,9 +51,11 @@ class BatchLine:
 
 @dataclasses.dataclass(frozen=True)
 class KeyedLine:
-    """A line of the input, well-formed (`line`) or not (`fault`).
+    """Holds a line of the input, well-formed (`line`) or not (`fault`).
 
-    number: from 1. digest: of all that the line says but for its custom_id; how its JSON is laid out does not matter.
+    Attributes:
+        number: from 1.
+        digest: of the line's whole content except its custom_id, independent of the layout of its JSON.
     """
 
     number: int
@@ -64,7 +66,7 @@ class KeyedLine:
 
 
 class Keys:
-    """A set of keys that takes 16 bytes for each, however long they are."""
+    """Stores a set of keys in 16 bytes each, however long they are."""
 
     def __init__(self) -> None:
         self._digests: set[bytes] = set()
@@ -77,15 +79,21 @@ class Keys:
 
 
 def key_digest(key: str) -> bytes:
-    """Returns 16 bytes that stand for a key."""
+    """Returns a 16-byte digest of a key."""
     return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
 
 
 def read_lines(file: LineSource, ready: Callable[[], bool] = lambda: True) -> Iterator[tuple[int, bytes] | None]:
-    """Yields numbers and bytes of the lines that are not blank; None when no line is there to be read.
+    """Yields numbers and bytes of the lines that are not blank; None when no line is available.
 
-    Of a line over MAX_LINE_BYTES only the beginning is kept. ready: whether reading another line is allowed now; it
-    may have to wait. Raises BatchFileError for a line that does not end.
+    Only the beginning of a line over MAX_LINE_BYTES is kept.
+
+    Args:
+        file: the source of lines.
+        ready: returns whether reading another line, which may block, is allowed now.
+
+    Raises:
+        BatchFileError: a line does not end.
     """
     number = 0
     while True:
@@ -113,7 +121,7 @@ def count_lines(file: LineSource) -> int:
 
 
 def keyed_lines(lines: Iterable[tuple[int, bytes] | None]) -> Iterator[KeyedLine | None]:
-    """Parses what `read_lines` yields. A custom_id that an earlier line has used is a fault."""
+    """Parses the lines that `read_lines` yields. A custom_id that an earlier line has used is a fault."""
     seen = Keys()
     for item in lines:
         if item is None:
@@ -151,7 +159,7 @@ def parse_line(number: int, line: Any) -> BatchLine:
 
 
 def _read(number: int, data: bytes) -> tuple[BatchLine | None, LineError | None, bytes]:
-    """A line, or what is wrong with it, and its digest: that of its bytes where they are no JSON object."""
+    """Returns a line or its fault, and its digest: that of its bytes where they are no JSON object."""
     digest = _digest(b"bytes", data)
     try:
         value = _load(data)
@@ -163,7 +171,7 @@ def _read(number: int, data: bytes) -> tuple[BatchLine | None, LineError | None,
 
 
 def _load(data: bytes) -> Any:
-    """The JSON value of a line. Raises LineError."""
+    """Parses the JSON value of a line. Raises LineError."""
     if len(data) > MAX_LINE_BYTES:
         raise LineError("line_too_long", f"line has more than {MAX_LINE_BYTES} bytes")
     try:
@@ -182,7 +190,7 @@ def _load(data: bytes) -> Any:
 
 
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object. Of two equal names JSON leaves open which one counts, so they are refused."""
+    """Builds an object; refuses duplicate names, because JSON does not define which one counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -192,7 +200,7 @@ def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_nesting(value: Any) -> None:
-    """Raises RecursionError. The interpreter's own limit depends on who calls, and so would the digest."""
+    """Raises RecursionError. The interpreter's own limit depends on the caller's depth, and the digest must not."""
     level = [value]
     for _ in range(MAX_NESTING):
         children = (item.values() if isinstance(item, dict) else item for item in level)
@@ -203,7 +211,7 @@ def _check_nesting(value: Any) -> None:
 
 
 def _canonical(line: Mapping[str, Any]) -> bytes:
-    """All that a line says but for its custom_id, the same for every layout. Absent and null are the same."""
+    """Serializes a line's content except its custom_id, independent of its layout. Absent and null are the same."""
     said = {name: value for name, value in line.items() if name != "custom_id" and value is not None}
     if isinstance(said.get("body"), dict):
         said["body"] = {name: value for name, value in said["body"].items() if value is not None}

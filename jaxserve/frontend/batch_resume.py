@@ -1,7 +1,7 @@
-"""What a batch's output holds of earlier runs, and whether it still answers what the input asks.
+"""Indexes the results of earlier runs in a batch's output and checks them against the input.
 
-Nothing stale passes in silence: a line whose request has changed stops the run before it computes anything, and results
-that cannot be compared, or come from other settings, are counted and mentioned.
+Stale results are always reported: a line whose request has changed stops the run before it computes anything, and
+results that cannot be compared, or come from other settings, are counted and mentioned.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ _DIGEST = re.compile(f"([0-9a-f]{{{2 * DIGEST_BYTES}}})\\.([0-9a-f]{{{2 * SETTIN
 
 @dataclasses.dataclass(frozen=True)
 class Digest:
-    """What a result came from. request: digest of the input line. settings: of what else decides the tokens."""
+    """Identifies the origin of a result.
+
+    request: digest of the input line. settings: of the other settings that determine the tokens.
+    """
 
     request: bytes
     settings: bytes
@@ -30,7 +33,7 @@ class Digest:
 
     @classmethod
     def parse(cls, text: object) -> Digest:
-        """Reads what `str` gives. Raises ValueError."""
+        """Parses the output of `str`. Raises ValueError."""
         match = _DIGEST.fullmatch(text) if isinstance(text, str) else None
         if match is None:
             raise ValueError(f"{text!r} is no digest of a request")
@@ -39,14 +42,17 @@ class Digest:
 
 @dataclasses.dataclass(frozen=True)
 class Earlier:
-    """A result of an earlier run. line: its number in the output. digest: None from versions that wrote none."""
+    """Describes a result of an earlier run.
+
+    line: its number in the output. digest: None from versions that wrote none.
+    """
 
     line: int
     digest: Digest | None
 
 
 class Results:
-    """The results that earlier runs left, by key, in some 150 bytes for each."""
+    """Indexes the results of earlier runs by key, in some 150 bytes each."""
 
     def __init__(self) -> None:
         self._indices: dict[bytes, int] = {}
@@ -59,7 +65,7 @@ class Results:
         return key_digest(key) in self._indices
 
     def add(self, key: str, digest: Digest | None) -> None:
-        """Takes in the result of the output's next line."""
+        """Adds the result of the output's next line."""
         self._indices[key_digest(key)] = len(self._indices)
         self._digests += bytes(DIGEST_BYTES + SETTINGS_BYTES) if digest is None else digest.request + digest.settings
 
@@ -89,10 +95,13 @@ class Resumption:
         self._other_settings = 0
         self.lines = 0
         self.matched = 0
-        """Lines whose result is in the output."""
+        """Number of lines whose result is in the output."""
 
     def survey(self, lines: Iterable[KeyedLine | None]) -> None:
-        """Compares the whole input, before anything is computed. Raises BatchFileError when it must not be resumed."""
+        """Compares the whole input with the output, before anything is computed.
+
+        Raises BatchFileError when it must not be resumed.
+        """
         for line in lines:
             if line is not None:
                 self._compare(line)
@@ -110,7 +119,7 @@ class Resumption:
         return done
 
     def notes(self) -> list[str]:
-        """Lines for the user on results that stay although they may not be what this run would give."""
+        """Returns lines for the user on kept results that may differ from what this run would produce."""
         found = []
         if self._without_digest:
             found.append(

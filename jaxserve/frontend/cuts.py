@@ -1,8 +1,8 @@
-"""Where a text may be cut, so that the token ids of its pieces, one behind the other, are those of the whole text.
+"""Finds positions at which a text can be split so that the token ids of its pieces concatenate to those of the text.
 
-A tokenizer takes a text through added tokens, a normalizer, a pre-tokenizer and a model. A place between two characters
-is a safe cut when each step treats what is on either side as it would without the other side. What is not known here
-is never called safe: a text without safe cuts is encoded in one go.
+A tokenizer passes a text through added tokens, a normalizer, a pre-tokenizer and a model. A position between two
+characters is a safe cut when each step treats either side as it would without the other. Steps that are not known here
+are never called safe: a text without safe cuts is encoded in one call.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import tokenizers
 from jaxserve.frontend.pattern import Pattern, UnsupportedError, is_stable
 
 _BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""The expression by which the ByteLevel pre-tokenizer splits, GPT-2's."""
+"""GPT-2's regular expression, by which the ByteLevel pre-tokenizer splits."""
 
 _MAX_KNOWN = 64 * 1024
-"""Pairs of characters whose answer is remembered, some 10 MB; clients choose how many pairs there are."""
+"""Maximum number of cached character pairs, some 10 MB; clients determine how many pairs there are."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Seam:
-    """A possible cut, as one step left it. left, right: the characters beside it.
+    """Represents a possible cut after one step. left, right: the characters beside it.
 
     agrees: so far, either side is split as in the whole text. apart: a word ends there in the whole text.
     """
@@ -39,7 +39,7 @@ class _Seam:
 
 
 class Cuts:
-    """The safe cuts of one tokenizer. Thread-safe."""
+    """Finds the safe cuts of one tokenizer. Thread-safe."""
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self._backend = backend
@@ -58,15 +58,15 @@ class Cuts:
             self._normalizers, self._splitters, self._possible = [], [], False
 
     def last(self, text: str, start: int, stop: int) -> int | None:
-        """The last safe cut in (start, stop]: the index of the character behind it. None without one."""
+        """Returns the last safe cut in (start, stop]: the index of the character behind it. None without one."""
         return self._first_of(text, range(min(stop, len(text) - 1), start, -1))
 
     def first(self, text: str, start: int) -> int | None:
-        """The first safe cut after `start`. None without one."""
+        """Returns the first safe cut after `start`. None without one."""
         return self._first_of(text, range(start + 1, len(text)))
 
     def rest(self, text: str, cut: int, stop: int) -> str:
-        """What to encode for text[cut:stop]. A space is left out that the tokenizer puts before every text."""
+        """Returns the text to encode for text[cut:stop], without a space that the tokenizer prepends to every text."""
         return text[cut + len(self._dropped) if cut else 0 : stop]
 
     def _first_of(self, text: str, places: range) -> int | None:
@@ -85,7 +85,9 @@ class Cuts:
         return None
 
     def _may_drop(self, text: str, place: int) -> bool:
-        """Whether the text goes on after the space at `place` as if it began there, and does not begin with it."""
+        """Returns whether the text continues after the space at `place` as if it began there, and does not begin with
+        it.
+        """
         following = text[place + 1 : place + 2]
         if not following or following.isspace():
             return False
@@ -95,7 +97,7 @@ class Cuts:
         )
 
     def _allows(self, left: str, right: str) -> bool:
-        """Whether every text may be cut between these two characters."""
+        """Returns whether every text may be cut between these two characters."""
         if not self._added_allow(left, right):
             return False
         raw = _Seam(left, right)
@@ -123,7 +125,7 @@ class Cuts:
         return self._knows(seam.left, seam.right) or has_all_byte_tokens(self._backend)
 
     def _added_allow(self, left: str, right: str) -> bool:
-        """Whether no added token lies across the cut, or takes characters on its other side."""
+        """Returns whether no added token spans the cut, or takes characters on its other side."""
         if left + right in self._added_pairs:
             return False
         for token, contents in self._greedy:
@@ -138,7 +140,7 @@ class Cuts:
         return True
 
     def _contents(self, token: tokenizers.AddedToken) -> Sequence[str]:
-        """The texts that an added token is found by."""
+        """Returns the texts by which an added token is found."""
         normalizer = self._backend.normalizer
         if normalizer is None or not token.normalized:
             return (token.content,)
@@ -152,7 +154,7 @@ class Cuts:
 
     @functools.cached_property
     def _merges(self) -> bool:
-        """Whether the model may merge symbols: the first merge makes a token of two."""
+        """Returns whether the model may merge symbols: the first merge makes a token of two."""
         return self._backend.model.byte_fallback or any(len(token) == 2 for token in self._vocab)
 
     @functools.cached_property
@@ -161,7 +163,7 @@ class Cuts:
 
     @functools.cached_property
     def _is_plain_bpe(self) -> bool:
-        """Whether merges alone decide, so that none reaches across two characters that no token has in a row."""
+        """Returns whether merges alone decide, so that none spans two characters that are adjacent in no token."""
         model = self._backend.model
         return (
             isinstance(model, tokenizers.models.BPE)
@@ -173,7 +175,10 @@ class Cuts:
         )
 
     def _knows(self, left: str, right: str) -> bool:
-        """Whether the model has both symbols. Others are dropped, or become one unknown token with their neighbors."""
+        """Returns whether the model has both symbols.
+
+        Unknown symbols are dropped, or merge with their neighbors into one token.
+        """
         return left in self._vocab and right in self._vocab
 
     # ---- the normalizer --------------------------------------------------------------------------------------------
@@ -193,7 +198,7 @@ class Cuts:
 
 
 def component_specs(component: Any, sequence: str, members: str) -> list[dict[str, Any]]:
-    """The settings of a tokenizer's normalizer or pre-tokenizer, as tokenizer.json has them: each step of it."""
+    """Returns the settings of each step of a tokenizer's normalizer or pre-tokenizer, as in tokenizer.json."""
     if component is None:
         return []
     spec = json.loads(component.__getstate__())
@@ -209,7 +214,7 @@ def component_specs(component: Any, sequence: str, members: str) -> list[dict[st
 
 
 def has_all_byte_tokens(backend: tokenizers.Tokenizer) -> bool:
-    """Whether the model has a token for every byte of characters that it does not know."""
+    """Returns whether the model has a token for every byte of characters that it does not know."""
     model = backend.model
     return bool(getattr(model, "byte_fallback", False)) and all(
         model.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256)
@@ -221,7 +226,7 @@ def _pairs(texts: Any) -> Any:
 
 
 def _normalizer(spec: dict[str, Any]) -> Any:
-    """A function from the two characters beside a cut to what becomes of them, or None where the cut is unsafe."""
+    """Returns a function that normalizes the two characters beside a cut, or gives None where the cut is unsafe."""
     match spec:
         case {"type": "Replace", "pattern": {"String": pattern}, "content": content} if pattern:
             return functools.partial(_replaced, pattern, content)
@@ -242,7 +247,7 @@ def _replaced(pattern: str, content: str, left: str, right: str) -> _Seam | None
 
 
 def _inert(form: Any, character: str) -> bool:
-    """Whether a character is neither changed by a normal form nor joined with a neighbor that is so, too."""
+    """Returns whether a character is neither changed by a normal form nor joined with a neighbor that is inert, too."""
     code = ord(character)
     jamo = 0x1100 <= code <= 0x11FF or 0xA960 <= code <= 0xA97F or 0xAC00 <= code <= 0xD7FF
     return (
@@ -258,12 +263,12 @@ def _inert(form: Any, character: str) -> bool:
 
 
 class _Splitter:
-    """One step of a pre-tokenizer. keeps: it neither drops nor adds characters, wherever the text is cut."""
+    """Models one step of a pre-tokenizer. keeps: it neither drops nor adds characters, wherever the text is cut."""
 
     keeps = True
 
     def split(self, seam: _Seam) -> _Seam | None:
-        """The seam after this step; None where the step makes the cut unsafe."""
+        """Returns the seam after this step; None where the step makes the cut unsafe."""
         raise NotImplementedError
 
 
@@ -299,7 +304,7 @@ class _ByCharacter(_Splitter):
 
 
 class _Bytes(_Splitter):
-    """The ByteLevel pre-tokenizer: bytes become symbols."""
+    """Models the ByteLevel pre-tokenizer: bytes become symbols."""
 
     def __init__(self, add_prefix_space: bool, use_regex: bool):
         self._add_prefix_space = add_prefix_space
@@ -317,12 +322,12 @@ _BYTES_ALONE = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_r
 
 
 def byte_symbols(character: str) -> str:
-    """The symbols that stand for a character's bytes."""
+    """Returns the symbols of a character's bytes."""
     return "".join(piece for piece, _ in _BYTES_ALONE.pre_tokenize_str(character))
 
 
 class _Marks(_Splitter):
-    """The Metaspace pre-tokenizer: spaces become marks, before which words are split."""
+    """Models the Metaspace pre-tokenizer: spaces become marks, before which words are split."""
 
     def __init__(self, mark: str, prepends: bool, split: bool):
         self._mark = mark
@@ -337,7 +342,7 @@ class _Marks(_Splitter):
 
 
 def _splitter(spec: dict[str, Any]) -> _Splitter:
-    """Raises UnsupportedError for a kind that is not known here."""
+    """Builds the splitter of a step. Raises UnsupportedError for a kind that is not known here."""
     match spec:
         case {"type": "Split", "pattern": pattern, "behavior": behavior, "invert": _}:
             found = Pattern(pattern["Regex"]) if "Regex" in pattern else Pattern.literal(pattern["String"])

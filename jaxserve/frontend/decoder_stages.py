@@ -1,4 +1,6 @@
-"""The steps of tokenizer decoders, one token at a time: each takes text and returns the text that is now certain."""
+"""Implements the steps of tokenizer decoders one token at a time: each takes text and returns the text that is
+final.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +18,30 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Stage:
-    """One step of a decoder. Two stages are equal when they return the same text for whatever follows."""
+    """Transforms the text of one decoder step.
+
+    Two stages are equal when they return the same text for any continuation.
+    """
 
     def feed(self, text: str) -> Sequence[str]:
-        """Takes the next token (behind a step that joins tokens: the next text) and returns what is now certain."""
+        """Takes the next token (behind a step that joins tokens: the next text) and returns the text that is now
+        final.
+        """
         raise NotImplementedError
 
     def finish(self) -> Sequence[str]:
-        """Returns what is still held back, as the text ends here."""
+        """Returns the text still held back, as the input ends here."""
         return ()
 
     def end_prompt(self) -> Sequence[str]:
-        """Returns what the prompt's own text shows of what is held back, which then counts as returned.
+        """Returns the part of the held-back text that the prompt's own text shows, which then counts as returned.
 
         An incomplete character stays held back: the output may complete it.
         """
         return ()
 
     def copy(self) -> Self:
-        """Returns a stage that goes on from here by itself."""
+        """Returns an independent copy in the same state."""
         other = object.__new__(type(self))
         vars(other).update(vars(self))
         return other
@@ -112,7 +119,7 @@ class ByteFallback(Stage):
 
 
 def byte_of(piece: str) -> int | None:
-    """Returns the byte that a token of byte fallback stands for; None for other tokens."""
+    """Returns the byte of a byte-fallback token; None for other tokens."""
     match = _BYTE_TOKEN.fullmatch(piece)
     return None if match is None else int(match[1], 16)
 
@@ -130,9 +137,9 @@ class PerToken(Stage):
 
 
 class WordEnd(Stage):
-    """Puts a space for the suffix that marks the end of a word (BPEDecoder), but nothing for that of the last token.
+    """Replaces the suffix that marks the end of a word by a space (BPEDecoder), but drops that of the last token.
 
-    Returns a token in two parts, so nothing but a step that joins tokens may follow.
+    Returns a token in two parts, so only a step that joins tokens may follow.
     """
 
     def __init__(self, suffix: str):
@@ -151,7 +158,7 @@ class WordEnd(Stage):
 
 
 class Ctc(Stage):
-    """Drops tokens that repeat the one before, and those of which `change`, which takes padding out, leaves nothing."""
+    """Drops tokens that repeat the previous one, and those that `change`, which removes padding, leaves empty."""
 
     def __init__(self, change: Callable[[str], str]):
         self._change = change
@@ -216,7 +223,7 @@ class ReplaceText(Stage):
 
 
 class Whole(Stage):
-    """Leaves the rest of a chain that cannot run token by token to the library: all of the text comes at the end.
+    """Passes the rest of a chain that cannot run token by token to the library: all of the text is returned at the end.
 
     fused: a step before it joins the tokens.
     """

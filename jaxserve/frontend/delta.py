@@ -1,4 +1,4 @@
-"""What a front end tells a client about a request, and the errors with which it refuses one."""
+"""Defines the updates that a front end sends about a request, and the errors with which it refuses one."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from jaxserve.request import FinishReason
 
 
 class FrontEndError(RuntimeError):
-    """A valid request that is not accepted now; the text is one line."""
+    """A valid request cannot be accepted now; the text is one line."""
 
 
 class DuplicateRequestError(FrontEndError):
-    """A request with this id is unfinished."""
+    """An unfinished request has this id."""
 
 
 class QueueFullError(FrontEndError):
-    """As many requests are unfinished, or as much text waits to be tokenized, as may be; try again later."""
+    """The limit of unfinished requests, or of text waiting to be tokenized, is reached; retry later."""
 
 
 class DeadlineError(FrontEndError):
@@ -25,11 +25,11 @@ class DeadlineError(FrontEndError):
 
 
 class EngineDeadError(FrontEndError):
-    """The engine has ended, or is about to: no request is accepted any more."""
+    """The engine has ended, or is about to: no further requests are accepted."""
 
 
 class Cause(enum.Enum):
-    """Why a request ended with ABORT or ERROR.
+    """Reason why a request ended with ABORT or ERROR.
 
     CLIENT: `abort` was called, or the stream was closed. READER: too much output waited to be read. DEADLINE: its
     deadline passed. REQUEST: this request failed, others go on. ENGINE: the engine failed, and with it every request.
@@ -46,14 +46,21 @@ class Cause(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """News of one request. Exactly one delta of a request, its last, has a finish reason.
+    """Carries an update of one request. Exactly one delta of a request, its last, has a finish reason.
 
-    token_ids, text: new since the delta before. The text continues the prompt's: both together are the text of all
-    tokens, and a character that the prompt leaves incomplete is in the output. Text may lag behind token ids: it is
-    held back while it may still become a stop string or a whole character. A token id that ended the output is in
-    token_ids, its text is not in text; what a stop string cuts off is in neither.
-    error, cause: set when finish_reason is ABORT or ERROR; error is one line.
-    prompt_tokens, cached_tokens: of the whole prompt. output_tokens: so far, these included.
+    The text continues the prompt's: both together are the text of all tokens, and a character that the prompt leaves
+    incomplete is in the output. Text may lag behind token ids: it is held back while it may still become a stop string
+    or a whole character. A token id that ended the output is in token_ids, its text is not in text; what a stop string
+    cuts off is in neither.
+
+    Attributes:
+        token_ids: new since the previous delta.
+        text: new since the previous delta.
+        error: one line; set when finish_reason is ABORT or ERROR.
+        cause: set when finish_reason is ABORT or ERROR.
+        prompt_tokens: of the whole prompt.
+        cached_tokens: of the whole prompt.
+        output_tokens: so far, these included.
     """
 
     request_id: str

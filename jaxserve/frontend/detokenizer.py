@@ -1,9 +1,9 @@
-"""Turns token ids into text as they arrive, at a constant cost per token.
+"""Converts token ids to text as they arrive, at a constant cost per token.
 
-A tokenizer's decoder is a chain of small steps over a list of tokens. `DecoderPlan` reads that chain from the
-tokenizer and a `Detokenizer` runs the same steps one token at a time. What has been returned is final: the deltas of a
-request, put together, are exactly what `tokenizers.Tokenizer.decode(ids)` has for prompt and output together beyond the
-text of the prompt, for any ids.
+A tokenizer's decoder is a chain of small steps over a list of tokens. `DecoderPlan` reads that chain from the tokenizer
+and a `Detokenizer` runs the same steps one token at a time. Returned text is final: the deltas of a request,
+concatenated, are exactly what `tokenizers.Tokenizer.decode(ids)` gives for prompt and output together beyond the text
+of the prompt, for any ids.
 
 Text is held back only while later tokens can still change it: the first bytes of a character, and, in tokenizers with
 byte fallback (sentencepiece), a whole run of byte tokens, because such a decoder replaces every byte of a run that
@@ -37,14 +37,15 @@ from jaxserve.frontend.decoder_stages import (
 _log = logging.getLogger(__name__)
 
 _PROMPT_TAIL = 16
-"""Tokens with text at the end of the prompt that decide how its text goes on, but for a run of byte tokens."""
+"""Number of tokens with text at the end of the prompt that determine its continuation, except for a run of byte
+tokens."""
 
 _PROMPT_TAIL_LIMIT = 1024
-"""Tokens of a prompt that are looked at, at most."""
+"""Maximum number of prompt tokens that are examined."""
 
 
 class DecoderPlan:
-    """The part that all detokenizers of a tokenizer share: which pieces ids stand for, and the stages of its decoder.
+    """Holds what all detokenizers of a tokenizer share: the pieces of its ids and the stages of its decoder.
 
     Raises ValueError for a decoder that fails on some texts.
     """
@@ -158,7 +159,7 @@ class DecoderPlan:
         return [factory() for factory in self._factories]
 
     def piece(self, token_id: int) -> str | None:
-        """Returns what the first stage takes for a token; None for ids without a token."""
+        """Returns the first stage's input for a token; None for ids without a token."""
         try:
             return self._pieces[token_id]
         except KeyError:
@@ -170,7 +171,7 @@ class DecoderPlan:
             return piece
 
     def shown_piece(self, token_id: int) -> str | None:
-        """Returns what `piece` returns, but None for special tokens, which are not shown."""
+        """Returns the result of `piece`, but None for special tokens, which are not shown."""
         try:
             return self._shown_pieces[token_id]
         except KeyError:
@@ -180,11 +181,13 @@ class DecoderPlan:
 
 
 class Detokenizer:
-    """The text of one request's output, token by token: what the text of all tokens has beyond that of the prompt.
+    """Detokenizes one request's output token by token: the text of all tokens beyond that of the prompt.
 
     The text of the prompt is that of its tokens without an incomplete character at its end, which belongs to the
     output, where it is completed or becomes U+FFFD.
-    skip_special_tokens: special tokens give no text, as in the text that is shown.
+
+    Args:
+        skip_special_tokens: special tokens give no text, as in the text that is shown.
     """
 
     def __init__(self, plan: DecoderPlan, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True):
@@ -195,7 +198,7 @@ class Detokenizer:
             self._end(self._prompt_tail(prompt_token_ids), of_prompt=True)
 
     def _prompt_tail(self, token_ids: Sequence[int]) -> list[str]:
-        """Returns the pieces of the prompt's last tokens, so many that stages which take them stand as behind all."""
+        """Returns the pieces of the prompt's last tokens that put the stages into the state after the whole prompt."""
         tail: list[str] = []
         for token_id in reversed(token_ids[-_PROMPT_TAIL_LIMIT:]):
             piece = self._piece(token_id)
@@ -213,11 +216,11 @@ class Detokenizer:
         return tail
 
     def add(self, token_ids: Iterable[int]) -> str:
-        """Takes the next tokens and returns the text that they make certain; may be empty."""
+        """Takes the next tokens and returns the text that they make final; may be empty."""
         return "".join([self.add_token(token_id) for token_id in token_ids])
 
     def add_token(self, token_id: int) -> str:
-        """Does what `add` does for one token."""
+        """Does the same as `add` for one token."""
         piece = self._piece(token_id)
         if piece is None:
             return ""
@@ -234,26 +237,26 @@ class Detokenizer:
         return self._end()
 
     def peek(self) -> str:
-        """Returns what `finish` would, and goes on."""
+        """Returns the result of `finish` without ending the text."""
         return self.copy().finish()
 
     def is_special(self, token_id: int) -> bool:
-        """Whether a token has a text that `skip_special_tokens` leaves out."""
+        """Returns whether a token has a text that `skip_special_tokens` leaves out."""
         return self._plan.shown_piece(token_id) is None and self._plan.piece(token_id) is not None
 
     def copy(self, *, skip_special_tokens: bool = True) -> Self:
-        """Returns a detokenizer that goes on from here by itself."""
+        """Returns an independent detokenizer in the same state."""
         other = object.__new__(type(self))
         other._plan, other._piece = self._plan, _piece_of(self._plan, skip_special_tokens)
         other._stages = [stage.copy() for stage in self._stages]
         return other
 
     def goes_on_like(self, other: Detokenizer) -> bool:
-        """Whether both give the same text for whatever tokens follow, special ones aside."""
+        """Returns whether both give the same text for any continuation, special tokens aside."""
         return self._stages == other._stages
 
     def _end(self, pieces: Iterable[str] = (), of_prompt: bool = False) -> str:
-        """Feeds pieces and then ends the text of each stage in turn; returns all that becomes certain."""
+        """Feeds pieces and then ends the text of each stage in order; returns all text that becomes final."""
         for stage in self._stages:
             pieces = [text for piece in pieces for text in stage.feed(piece)]
             pieces.extend(stage.end_prompt() if of_prompt else stage.finish())
@@ -284,7 +287,7 @@ _CLEANUP = (
     (" do not", " don't"),
     *((f" {end}", end) for end in ("'s", "'ve", "'re")),
 )
-"""What the library's WordPiece and CTC decoders replace in English text, in this order."""
+"""Replacements of the library's WordPiece and CTC decoders in English text, in this order."""
 
 
 def _ctc_replace(pad: str, delimiter: str, cleanup: bool) -> list[tuple[str, str]]:

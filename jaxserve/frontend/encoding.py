@@ -1,7 +1,7 @@
 """Encodes texts in pieces of bounded size, with exactly the token ids of the whole text.
 
-One call for a whole text of 4 MB takes seconds and a gigabyte. A piece takes milliseconds and a few megabytes; between
-two of them others get their turn, and a text that turns out too long is given up.
+One call for a whole text of 4 MB takes seconds and a gigabyte. A piece takes milliseconds and a few megabytes; other
+work runs between two pieces, and encoding stops once a text turns out to be too long.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from jaxserve.frontend.cuts import Cuts
 from jaxserve.frontend.token_bound import TokenBound
 
 PIECE_CHARACTERS = 64 * 1024
-"""Characters that are encoded in one call, where the text can be cut: 256 kB at most."""
+"""Maximum characters that are encoded in one call, where the text can be cut: 256 kB at most."""
 
 SHORT_TEXT = 4096
-"""Characters up to which keeping the interpreter lock costs others less than letting go of it."""
+"""Text length in characters up to which holding the interpreter lock costs other threads less than releasing it."""
 
 
 class Encoder:
-    """Text to token ids. Thread-safe. piece_characters: see PIECE_CHARACTERS. bound: the fewest tokens of a text."""
+    """Encodes texts to token ids.
+
+    Thread-safe. piece_characters: see PIECE_CHARACTERS. bound: the fewest tokens of a text.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer, piece_characters: int = PIECE_CHARACTERS):
         self._backend = backend
@@ -31,7 +34,7 @@ class Encoder:
         self._around = _around(backend)
 
     def pieces(self, text: str) -> Iterator[tuple[str, int]]:
-        """What to encode, one after the other, in place of the whole text, each with the characters that follow it.
+        """Yields the pieces to encode in place of the whole text, each with the number of characters that follow it.
 
         A piece is longer than piece_characters only where there is no safe cut.
         """
@@ -47,7 +50,9 @@ class Encoder:
         yield self._cuts.rest(text, start, len(text)), 0
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """The token ids of one text or piece; with add_special_tokens, what the tokenizer puts around a text, too."""
+        """Returns the token ids of one text or piece; with add_special_tokens, with the special tokens around a
+        text.
+        """
         if len(text) <= SHORT_TEXT:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         # Unlike `encode`, it lets go of the interpreter lock, and it computes no offsets.
@@ -55,13 +60,13 @@ class Encoder:
 
     @property
     def around(self) -> tuple[list[int], list[int]]:
-        """The special tokens before and behind every text. Only for a text of several pieces."""
+        """Returns the special tokens before and after every text. Only for a text of several pieces."""
         assert self._around is not None
         return self._around
 
 
 def _around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]] | None:
-    """The special tokens that are put before and behind a text, or None where that cannot be told."""
+    """Returns the special tokens put before and after a text, or None where they cannot be determined."""
     probe = backend.encode("a", add_special_tokens=True)
     plain = backend.encode("a", add_special_tokens=False).ids
     inner = [place for place, special in enumerate(probe.special_tokens_mask) if not special]

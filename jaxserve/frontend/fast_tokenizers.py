@@ -1,4 +1,4 @@
-"""transformers' class for fast tokenizers, imported late and without advice."""
+"""Imports transformers' class for fast tokenizers, late and without its advice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def fast_class() -> Any:
-    """PreTrainedTokenizerFast, imported late: transformers takes a second, which token id prompts need not pay.
+    """Returns PreTrainedTokenizerFast, imported late: transformers takes a second, which token id prompts need not pay.
 
     AutoTokenizer would take seconds more, because it imports torch where torch is installed.
     """
@@ -21,5 +21,5 @@ def fast_class() -> Any:
 
 
 def _is_not_advice(record: logging.LogRecord) -> bool:
-    """False for the advice to install torch, which nothing here needs."""
+    """Returns False for the advice to install torch, which nothing here needs."""
     return "PyTorch was not found" not in record.getMessage()

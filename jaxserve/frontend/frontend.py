@@ -1,4 +1,4 @@
-"""The front end without input or output of its own: requests in, engine messages out; engine messages in, deltas out.
+"""Translates requests to engine messages and engine messages to deltas, without input or output of its own.
 
 `LLM` drives it in the caller's thread, `AsyncFrontEnd` on an event loop. Nothing here blocks, waits or starts threads.
 """
@@ -43,12 +43,12 @@ from jaxserve.request import ROW_FIELDS, SAMPLING_FIELDS, EngineRequest, FinishR
 _log = logging.getLogger(__name__)
 
 MAX_UNSENT_BYTES = 64 * 1024 * 1024
-"""Bytes of requests that may wait for an engine's process to take them, as one that is stopped does not."""
+"""Maximum bytes of requests that wait for an engine's process to read them; a stopped process reads none."""
 
 
 @dataclasses.dataclass
 class _Open:
-    """A request that has not had its last delta. engine_id: its name in messages (see `FrontEnd._engine_id`)."""
+    """Tracks a request without its last delta. engine_id: its name in messages (see `FrontEnd._engine_id`)."""
 
     request_id: str
     engine_id: str
@@ -59,12 +59,13 @@ class _Open:
 
 
 class FrontEnd:
-    """Every unfinished request of one engine. Not thread-safe, except `prepare`.
+    """Tracks every unfinished request of one engine. Not thread-safe, except `prepare`.
 
-    tokenizer: None serves token ids only: text prompts and stop strings are then refused.
-    seed: base of the seeds drawn for requests that bring none (the same requests in the same order then draw the same
-    seeds); None draws them from the operating system's randomness.
-    clock: seconds as `time.time` gives them, which deadlines are compared with.
+    Args:
+        tokenizer: None serves token ids only: text prompts and stop strings are then refused.
+        seed: base of the seeds drawn for requests that set none (the same requests in the same order then draw the same
+            seeds); None draws them from the operating system's randomness.
+        clock: seconds as `time.time` gives them, which deadlines are compared with.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class FrontEnd:
 
     @property
     def ready(self) -> EngineReady:
-        """What the engine said when it became ready."""
+        """The engine's ready message."""
         return self._client.ready
 
     @property
@@ -106,28 +107,28 @@ class FrontEnd:
 
     @property
     def failure(self) -> str:
-        """The line with which the engine ended; empty while it runs."""
+        """The engine's last line once it has ended; empty while it runs."""
         return self._failure
 
     @property
     def num_open(self) -> int:
-        """Requests that have not had their last delta."""
+        """Number of requests without their last delta."""
         return len(self._open)
 
     @property
     def has_room(self) -> bool:
-        """Whether another request would be accepted now. Requests that the engine has yet to let go of count."""
+        """Returns whether another request would be accepted now. Requests that the engine has yet to release count."""
         return len(self._by_engine_id) + len(self._ending) < self._max_open
 
     @property
     def next_deadline(self) -> float | None:
-        """When `expire` next has something to do."""
+        """Time at which `expire` next has something to do."""
         while self._deadlines and self._deadlines[0][1] not in self._by_engine_id:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
     def now(self) -> float:
-        """The time that deadlines are compared with, in seconds of `time.time`."""
+        """Returns the time that deadlines are compared with, in seconds of `time.time`."""
         return self._clock()
 
     # ---- requests ------------------------------------------------------------------------------------------------
@@ -142,9 +143,15 @@ class FrontEnd:
     ) -> str:
         """Tokenizes, validates and sends a request; returns its id (a new one when request_id is None).
 
-        params.seed None draws a seed.
-        Raises ValueError (the request can never be valid), InfeasibleError (never on this server),
-        DuplicateRequestError, QueueFullError, DeadlineError (already past) or EngineDeadError; nothing is sent then.
+        params.seed None draws a seed. Nothing is sent when an error is raised.
+
+        Raises:
+            ValueError: the request can never be valid.
+            InfeasibleError: the request can never be served on this server.
+            DuplicateRequestError: an unfinished request has this id.
+            QueueFullError: too many requests are unfinished.
+            DeadlineError: the deadline has already passed.
+            EngineDeadError: the engine has ended.
         """
         self.check_accepting()
         self.check_new(request_id, options.deadline)
@@ -158,16 +165,16 @@ class FrontEnd:
         *,
         request_id: str | None = None,
     ) -> Prepared:
-        """The part of `submit` that depends on the request alone; may run in any thread. Raises ValueError."""
+        """Runs the part of `submit` that depends on the request alone; may run in any thread. Raises ValueError."""
         return finish(self._preparation.steps(prompt, params, options, request_id))
 
     @property
     def preparation(self) -> Preparation:
-        """What `prepare` does, in steps."""
+        """The steps of `prepare`."""
         return self._preparation
 
     def check_accepting(self) -> None:
-        """Raises QueueFullError or EngineDeadError where `start` would, before a prompt is tokenized for nothing."""
+        """Raises QueueFullError or EngineDeadError where `start` would, before a prompt is tokenized in vain."""
         if self._failure:
             raise EngineDeadError(f"the engine has ended: {self._failure}")
         if not self.has_room:
@@ -182,9 +189,9 @@ class FrontEnd:
             )
 
     def check_new(self, request_id: str | None, deadline: float | None) -> None:
-        """Raises DuplicateRequestError or DeadlineError where `start` would, before a prompt is tokenized for nothing.
+        """Raises DuplicateRequestError or DeadlineError where `start` would, before a prompt is tokenized in vain.
 
-        What is no valid id is left to `prepare`.
+        Invalid ids are left to `prepare`.
         """
         if isinstance(request_id, str) and request_id in self._open:
             raise DuplicateRequestError(f"request_id {request_id!r} belongs to an unfinished request; choose another")
@@ -254,7 +261,10 @@ class FrontEnd:
     # ---- messages ------------------------------------------------------------------------------------------------
 
     def handle(self, message: FromEngine) -> list[Delta]:
-        """The deltas that follow from a message of the engine. Never raises because of what one request says."""
+        """Returns the deltas that follow from a message of the engine.
+
+        Never raises because of one request's content.
+        """
         match message:
             case TokenBatch():
                 return self._handle_batch(message)
@@ -290,7 +300,7 @@ class FrontEnd:
         return self._advance(opened, message.token_ids, message.finish_reason, message.error)
 
     def _opened(self, engine_id: str) -> _Open | None:
-        """The request that the engine speaks of; None for one that has ended here, and the engine may not know yet."""
+        """Returns the request an engine message refers to; None for one that has ended here, unknown to the engine."""
         opened = self._by_engine_id.get(engine_id)
         if opened is None and engine_id not in self._ending:
             _log.warning("the engine sent output of a request that is not open: %r", engine_id)
@@ -299,7 +309,10 @@ class FrontEnd:
     def _advance(
         self, opened: _Open, token_ids: tuple[int, ...], ended: FinishReason | None, error: str
     ) -> Delta | None:
-        """Takes the engine's next tokens of one request. ended: set with the last ones; error as in EngineOutput."""
+        """Processes the engine's next tokens of one request.
+
+        ended: set with the last ones; error as in EngineOutput.
+        """
         reason, cause = ended, None
         try:
             text = opened.output.add(token_ids, reason)
@@ -351,8 +364,10 @@ class FrontEnd:
         return delta
 
     def _forget(self, opened: _Open, told_engine: bool) -> None:
-        """Closes a request. told_engine: the engine has ended it too; else it is told to, and its outputs until then
-        are ignored."""
+        """Closes a request.
+
+        told_engine: the engine has ended it too; else an abort is sent, and its outputs until then are ignored.
+        """
         del self._open[opened.request_id]
         del self._by_engine_id[opened.engine_id]
         if not told_engine:
@@ -367,7 +382,9 @@ class FrontEnd:
             _log.debug("the engine cannot be reached", exc_info=True)
 
     def _engine_id(self, request_id: str) -> str:
-        """The request's id, with a number behind it while the engine may still speak of an earlier one of that id."""
+        """Returns the request's id, with a number appended while the engine may still refer to an earlier one of that
+        id.
+        """
         engine_id, number = request_id, 1
         while engine_id in self._ending or engine_id in self._by_engine_id:
             number += 1

@@ -1,4 +1,4 @@
-"""The C library's memory allocator in a process that holds large messages for moments: what is freed is given back."""
+"""Configures glibc malloc to return freed memory, for processes that hold large messages briefly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LARGE_BLOCK = 1024 * 1024
 
 
 def return_large_blocks() -> None:
-    """Makes the allocator give large blocks back as soon as they are freed, for the whole process and for good.
+    """Makes the allocator return large blocks as soon as they are freed, for the whole process and permanently.
 
     glibc does so at first, but with each freed block it takes blocks of that size for common, up to 32 MB, and keeps
     them from then on.
@@ -22,12 +22,12 @@ def return_large_blocks() -> None:
 
 
 def return_freed_memory() -> None:
-    """Gives back what is free now: a thread's part of glibc's heap keeps what a long text took in small blocks."""
+    """Returns free memory now: a thread's part of glibc's heap keeps small blocks that a long text used."""
     trim = _function("malloc_trim")
     if trim is not None:
         trim(0)
 
 
 def _function(name: str) -> Any:
-    """A function of glibc, or None where there is none."""
+    """Returns a function of glibc, or None where there is none."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

@@ -1,4 +1,4 @@
-"""Runs many requests to their ends in the caller's thread: the loop beneath `LLM` and the offline batch."""
+"""Runs many requests to completion in the caller's thread: the loop beneath `LLM` and the offline batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxserve.request import FinishReason
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRequest:
-    """A finished request. error: one line when finish_reason is ERROR or ABORT."""
+    """Holds a finished request. error: one line when finish_reason is ERROR or ABORT."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -58,13 +58,18 @@ def run_all(
     requests: Iterable[Prepared | None],
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Generator[FinishedRequest, None, None]:
-    """Yields each request's completion as it finishes; requests are taken from the iterable only as there is room.
+    """Yields each request's completion as it finishes; takes requests from the iterable only as there is room.
 
-    At most twice max_num_seqs requests are under way, which keeps the engine busy and memory bounded.
-    requests: None stands for nothing at present; it may only come while requests are under way.
-    A request whose deadline passes ends with ABORT, before it starts or between two steps.
-    on_tokens: called after each step with the output tokens that it gave; what it raises ends the iteration.
-    Raises EngineDeadError when the engine fails. Leaving the iteration early aborts what is under way.
+    At most twice max_num_seqs requests are unfinished, which keeps the engine busy and memory bounded. A request whose
+    deadline passes ends with ABORT, before it starts or between two steps. Leaving the iteration early aborts the
+    unfinished requests.
+
+    Args:
+        requests: None means that no request is available now; it may only occur while requests are unfinished.
+        on_tokens: called after each step with the output tokens that it gave; an exception of it ends the iteration.
+
+    Raises:
+        EngineDeadError: the engine failed.
     """
     source = iter(requests)
     window = 2 * front_end.ready.max_num_seqs
@@ -109,7 +114,7 @@ def _too_late(prepared: Prepared, error: str) -> FinishedRequest:
 
 
 class _Terminal:
-    """Standard error for a progress bar, without its errors: a bar that nobody can see stops no run."""
+    """Wraps standard error for a progress bar and ignores its errors: an unwritable bar stops no run."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -127,9 +132,11 @@ class _Terminal:
 
 
 class TokenBar:
-    """A progress bar over requests that shows output tokens per second.
+    """Shows a progress bar over requests, with output tokens per second.
 
-    total: requests altogether, None when unknown. done: those of an earlier run, which the bar starts with.
+    Args:
+        total: number of requests, None when unknown.
+        done: requests of an earlier run, which the bar starts with.
     """
 
     def __init__(self, total: int | None, done: int = 0, *, unit: str = "prompt", enabled: bool = True):
@@ -159,7 +166,7 @@ class TokenBar:
 
     @property
     def speed(self) -> str:
-        """Tokens per second since the bar was made, in words."""
+        """Formats tokens per second since the bar was created."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
         return f"in {self._prompt_tokens / seconds:.0f} tok/s, out {self._output_tokens / seconds:.0f} tok/s"
 

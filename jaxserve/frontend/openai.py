@@ -1,4 +1,4 @@
-"""OpenAI's completion and chat completion bodies: requests in, response objects out."""
+"""Parses OpenAI's completion and chat completion bodies and builds response objects."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "service_tier": ("auto", "default"),
     "prompt_cache_retention": ("in_memory", "in-memory"),
 }
-"""OpenAI's fields that are not supported, with the values that ask for nothing; null always does."""
+"""Unsupported OpenAI fields with the values that have no effect; null never has."""
 
 _LABELS = ("user", "safety_identifier", "prompt_cache_key")
-"""OpenAI's fields that mark a request and change nothing in its answer."""
+"""OpenAI's fields that label a request and do not affect its response."""
 
 _NEUTRAL_IN_MESSAGE: Mapping[str, Sequence[Any]] = {
     "tool_calls": ([],),
@@ -59,7 +59,7 @@ _NEUTRAL_IN_MESSAGE: Mapping[str, Sequence[Any]] = {
     "annotations": ([],),
 }
 _NEUTRAL_IN_PART: Mapping[str, Sequence[Any]] = {"annotations": ([],), "logprobs": ([],)}
-"""Fields of an assistant's part, as OpenAI's answers have them."""
+"""Fields of an assistant's content part, as in OpenAI's responses."""
 
 _MESSAGE_TEXTS = ("name", "refusal", "tool_call_id")
 _PART_TEXTS = ("text", "refusal")
@@ -67,8 +67,13 @@ _PART_TEXTS = ("text", "refusal")
 
 @dataclasses.dataclass(frozen=True)
 class BodyRequest:
-    """A parsed request body. prompt: text or token ids. model: the name that it asks for, None when it has none.
-    options: its tenant, priority and deadline."""
+    """Holds a parsed request body.
+
+    Attributes:
+        prompt: text or token ids.
+        model: the requested model name, None when it has none.
+        options: its tenant, priority and deadline.
+    """
 
     prompt: str | Sequence[int]
     params: SamplingParams
@@ -77,11 +82,14 @@ class BodyRequest:
 
 
 def parse_body(url: str, body: Mapping[str, Any], tokenizer: Tokenizer | None) -> BodyRequest:
-    """Reads the body of a request to one of URLS. A field that is null counts as absent.
+    """Parses the body of a request to one of URLS. A field that is null counts as absent.
 
     tenant, priority (higher is more urgent) and deadline (Unix seconds) are additions to OpenAI's, as in the gRPC API.
-    A chat's messages become token ids by the tokenizer's chat template. Raises ValueError naming the field: unknown
-    fields, wrong types, values out of range, and what would change the answer and is not supported.
+    A chat's messages become token ids by the tokenizer's chat template.
+
+    Raises:
+        ValueError: names the field: unknown fields, wrong types, values out of range, and unsupported fields that would
+            change the response.
     """
     fields = {name: value for name, value in body.items() if value is not None}
     own = "prompt" if url == COMPLETIONS_URL else "messages"
@@ -108,9 +116,14 @@ def parse_body(url: str, body: Mapping[str, Any], tokenizer: Tokenizer | None) -
 
 
 def response_body(url: str, number: int, model: str, created: int, completion: FinishedRequest) -> dict[str, Any]:
-    """The response object of a finished request; choices[0].token_ids are an addition to OpenAI's.
+    """Builds the response object of a finished request; choices[0].token_ids is an addition to OpenAI's.
 
-    number: makes the id. created: seconds since the epoch.
+    Args:
+        url: of the request, one of URLS.
+        number: determines the id.
+        model: name in the response.
+        created: seconds since the epoch.
+        completion: the finished request.
     """
     chat = url == CHAT_URL
     choice: dict[str, Any] = {"index": 0}
@@ -156,7 +169,7 @@ def _parse_params(fields: Mapping[str, Any]) -> SamplingParams:
 
 
 def _parse_prompt(prompt: Any) -> str | list[int]:
-    """A list of one prompt is that prompt."""
+    """Parses a prompt; a list of one prompt is that prompt."""
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, str):
@@ -178,9 +191,9 @@ def _parse_messages(messages: Any, tokenizer: Tokenizer | None) -> list[int]:
 
 
 def _parse_message(where: str, message: Any) -> dict[str, str]:
-    """A message as chat templates know it: role and content, and name and tool_call_id where it has them.
+    """Converts a message for chat templates: role and content, and name and tool_call_id where present.
 
-    The developer's messages are the system's under another name, which few templates know.
+    The developer role is the system role under another name, which few templates support.
     """
     if not isinstance(message, dict):
         raise ValueError(f"{where} is of type {type(message).__name__}; it must be an object")
@@ -210,7 +223,7 @@ def _parse_message(where: str, message: Any) -> dict[str, str]:
 
 
 def _parse_content(where: str, content: Any, role: str) -> str:
-    """The text of a message; its parts are lines."""
+    """Returns the text of a message; its parts are joined by newlines."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
@@ -243,14 +256,14 @@ def _check_text(name: str, value: Any) -> None:
 
 
 def _check_neutral(name: str, value: Any, neutral: Sequence[Any]) -> None:
-    """Raises ValueError unless the value is one of those that ask for nothing."""
+    """Raises ValueError unless the value is one of the neutral ones."""
     if not any(_is_same(value, one) for one in neutral):
         words = " or ".join(json.dumps(one) for one in neutral) or "null"
         raise ValueError(f"{name} is {shown(value)}; only {words} is supported")
 
 
 def _is_same(value: Any, neutral: Any) -> bool:
-    """Whether a value says what `neutral` says; of an object's fields all may be absent or null."""
+    """Returns whether a value means the same as `neutral`; fields of an object may be absent or null."""
     if isinstance(value, dict) and isinstance(neutral, dict):
         return all(part is None or (name in neutral and _is_same(part, neutral[name])) for name, part in value.items())
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)

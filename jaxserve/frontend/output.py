@@ -1,4 +1,4 @@
-"""One request's output on its way from token ids to released token ids and text."""
+"""Converts one request's output from token ids to released token ids and text."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from jaxserve.request import FinishReason
 
 
 class OutputState:
-    """Detokenizers, stop strings and held-back tokens of one request.
+    """Combines detokenizers, stop strings and held-back tokens of one request.
 
-    shown: gives the text, without special tokens; None gives no text. generated: gives the text in which stop strings
-    are looked for, with special tokens; needed where there are stop strings.
-    stop_token_ids: ids whose text is left out when one of them ends the output.
+    Args:
+        shown: produces the text without special tokens; None produces no text.
+        generated: produces the text in which stop strings are searched, with special tokens; needed with stop strings.
+        stop_token_ids: ids whose text is left out when one of them ends the output.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class OutputState:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that belong to the output, as far as is known."""
+        """Number of tokens known to belong to the output."""
         return self._stop.num_tokens
 
     def add(self, token_ids: Sequence[int], reason: FinishReason | None) -> str:
@@ -88,7 +89,9 @@ class OutputState:
         return self._stop.add_special(text[:length], text[length:], self._waiting + shown.peek())
 
     def _add_differing(self, shown: Detokenizer, generated: Detokenizer, token_id: int, text: str) -> str:
-        """Adds a token that makes `text` certain of the shown text, and may make another certain of the generated."""
+        """Adds a token that makes `text` of the shown text final, and may make a different part of the generated text
+        final.
+        """
         self._waiting += text
         text = generated.add_token(token_id)
         if not text and not generated.goes_on_like(shown):
@@ -110,7 +113,7 @@ class OutputState:
         return self._stop.finish(self._generated.finish(), self._waiting + rest)
 
     def take_token_ids(self) -> tuple[int, ...]:
-        """The token ids that are now known to belong to the output and were not taken before."""
+        """Returns the token ids that are now known to belong to the output and were not returned before."""
         count = self._stop.num_tokens - self._taken
         taken = tuple(self._token_ids[:count])
         del self._token_ids[:count]

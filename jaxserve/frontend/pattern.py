@@ -1,9 +1,9 @@
-"""What the regular expressions of pre-tokenizers can match across a place in a text, without running them.
+"""Determines which characters the regular expressions of pre-tokenizers can match in a row, without running them.
 
-A text may be cut between two characters where no match can take both, one right after the other: then nothing before
-the cut is matched otherwise because of what follows, and nothing behind it because of what came before. The
-follow relation of Glushkov's automaton (The abstract theory of automata, 1961) tells which characters a match can take
-in a row. Look-aheads count as characters taken. Everything unclear is answered so that a text is rather not cut.
+A text may be cut between two characters where no match can take both in a row: then nothing before the cut is matched
+differently because of what follows, and nothing behind it because of what came before. The follow relation of
+Glushkov's automaton (The abstract theory of automata, 1961) gives the characters that a match can take in a row.
+Look-aheads count as characters taken. The analysis is conservative: in unclear cases a text is not cut.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _SPACES = " \t\n\r\f"
 
 
 class UnsupportedError(ValueError):
-    """A regular expression has something that is not analyzed here."""
+    """A regular expression has a construct that is not analyzed here."""
 
 
 def is_stable(character: str) -> bool:
-    """Whether the character's category is the same in all versions of Unicode, whichever a library was built with."""
+    """Returns whether the character's category is the same in all versions of Unicode that a library may use."""
     return (
         character.isascii()
         or "Cn" != unicodedata.ucd_3_2_0.category(character) == unicodedata.category(character) != "Co"
@@ -34,7 +34,7 @@ def is_stable(character: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Class:
-    """The characters that one position of an expression takes: `may` errs towards yes, `must` towards no."""
+    """Represents the characters that one position of an expression takes: `may` errs towards yes, `must` towards no."""
 
     may: Callable[[str], bool]
     must: Callable[[str], bool]
@@ -45,10 +45,10 @@ class _Class:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A part of an expression, by the numbers of its positions.
+    """Represents a part of an expression, by the numbers of its positions.
 
-    nullable: it may match nothing. skippable: it can always match nothing, whatever follows.
-    alone: the positions whose character, by itself, it can always match, whatever follows.
+    nullable: it may match nothing. skippable: it can always match nothing, whatever follows. alone: the positions whose
+    character, by itself, it can always match, whatever follows.
     """
 
     nullable: bool
@@ -59,10 +59,10 @@ class _Part:
 
 
 class Pattern:
-    """A regular expression in the syntax of Oniguruma, as tokenizer.json holds them.
+    """Analyzes a regular expression in the syntax of Oniguruma, as in tokenizer.json.
 
-    Raises UnsupportedError for what is not analyzed: look-behind, anchors, back references, nested classes, options in
-    the middle, and expressions that match the empty text.
+    Raises UnsupportedError for constructs that are not analyzed: look-behind, anchors, back references, nested classes,
+    options in the middle, and expressions that match the empty text.
     """
 
     def __init__(self, expression: str):
@@ -80,19 +80,19 @@ class Pattern:
 
     @classmethod
     def literal(cls, text: str) -> Pattern:
-        """The expression that matches this text."""
+        """Returns the expression that matches this text."""
         return cls(re.sub(r"([^\w\s])", r"\\\1", text))
 
     def joins(self, left: str, right: str) -> bool:
-        """Whether a match, or what it looks ahead at, may take these two characters in a row."""
+        """Returns whether a match or its look-ahead may take these two characters in a row."""
         return any(self._classes[a].may(left) and self._classes[b].may(right) for a, b in self._follow)
 
     def touches(self, character: str) -> bool:
-        """Whether a match, or what it looks ahead at, may take this character."""
+        """Returns whether a match or its look-ahead may take this character."""
         return any(one.may(character) for one in self._classes)
 
     def starts_with(self, character: str) -> bool:
-        """Whether there is certainly a match where this character is, whatever follows it."""
+        """Returns whether there is certainly a match at this character, whatever follows it."""
         return any(self._classes[place].must(character) for place in self._alone)
 
     # ---- the parser ------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ class Pattern:
         return found.negated() if negated else found
 
     def _escape(self) -> _Class:
-        """What an escape stands for; `_escaped` is its character where it stands for one alone."""
+        """Returns the class of an escape; `_escaped` is its character where it denotes a single one."""
         character = self._next()
         self._escaped = ""
         if character in "sSdDwW":
@@ -268,7 +268,7 @@ def _category(name: str) -> _Class:
 
 
 def _may_be(categories: str, character: str) -> bool:
-    """Whether a character beyond ASCII may belong to a class whose members have these categories."""
+    """Returns whether a character beyond ASCII may belong to a class whose members have these categories."""
     return not is_stable(character) or unicodedata.category(character)[0] in categories
 
 

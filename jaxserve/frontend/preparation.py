@@ -1,6 +1,6 @@
-"""What is done with a request before the engine hears of it: checks, and the token ids of its prompt.
+"""Validates and tokenizes a request before it is sent to the engine.
 
-What costs nothing comes first: names, numbers and the prompt's length before its contents.
+The cheapest checks come first: names, numbers and the prompt's length before its contents.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxserve.request import ModelLimits, RequestOptions, SamplingParams, check_
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved."""
+    """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -27,7 +27,7 @@ class Prepared:
 
 
 class Preparation:
-    """Checks and tokenizes requests to one engine. Thread-safe. tokenizer: None refuses texts and stop strings."""
+    """Validates and tokenizes requests to one engine. Thread-safe. tokenizer: None refuses texts and stop strings."""
 
     def __init__(self, tokenizer: Tokenizer | None, limits: ModelLimits):
         self._tokenizer = tokenizer
@@ -40,9 +40,11 @@ class Preparation:
         options: RequestOptions,
         request_id: str | None = None,
     ) -> Steps[Prepared]:
-        """The prepared request. Each step may run in any thread; the first takes no longer for a long prompt.
+        """Prepares a request in steps. Each step may run in any thread; the first takes no longer for a long prompt.
 
-        Raises ValueError (the request can never be valid) or InfeasibleError (never on this server).
+        Raises:
+            ValueError: the request can never be valid.
+            InfeasibleError: the request can never be served on this server.
         """
         if request_id is None:
             request_id = uuid.uuid4().hex
@@ -56,9 +58,9 @@ class Preparation:
         return Prepared(request_id, token_ids, params, max_tokens, options)
 
     def _encode_steps(self, prompt: str | Sequence[int], params: SamplingParams) -> Steps[tuple[int, ...]]:
-        """The token ids of a prompt, which are not yet checked against the model. Raises ValueError.
+        """Encodes a prompt to token ids, which are not yet checked against the model. Raises ValueError.
 
-        Ends as soon as it is certain that the prompt is too long.
+        Ends as soon as the prompt is known to be too long.
         """
         if isinstance(prompt, str):
             if self._tokenizer is None:
@@ -81,7 +83,8 @@ class Preparation:
         return tuple(prompt)
 
     def check_size(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
-        """Refuses what is certainly too long, in no time: by the number of its token ids or characters alone.
+        """Refuses a prompt that is certainly too long, in constant time: by the number of its token ids or characters
+        alone.
 
         Raises as `steps` does.
         """
@@ -92,7 +95,7 @@ class Preparation:
             check_length(len(prompt), params, self._limits)
 
     def check_text_bytes(self, num_bytes: int) -> None:
-        """Refuses a text of so many bytes that is certainly too long, whatever it says and whatever is asked for.
+        """Refuses a text of `num_bytes` bytes that is certainly too long, whatever its content and parameters.
 
         Raises as `steps` does.
         """
@@ -101,11 +104,11 @@ class Preparation:
             check_length(max(least, 1), SamplingParams(), self._limits, size=f"{num_bytes} bytes")
 
     def check_ids_bytes(self, num_bytes: int, most_bytes_per_id: int) -> None:
-        """Refuses a message of so many bytes of token ids, likewise."""
+        """Refuses a message of `num_bytes` bytes of token ids that is certainly too long."""
         least = max(num_bytes // most_bytes_per_id, 1)
         check_length(least, SamplingParams(), self._limits, size=f"{num_bytes} bytes of token ids")
 
     def _check_text_size(self, least: int, text: str, params: SamplingParams) -> None:
-        """Refuses a text that has too many tokens, of which it has at least so many."""
+        """Refuses a text with too many tokens, given that it has at least `least`."""
         if len(text) > SHORT_TEXT:  # a shorter one is encoded in no time; the error has the exact number then
             check_length(least, params, self._limits, size=f"{len(text)} characters")

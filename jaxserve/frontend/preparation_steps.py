@@ -1,7 +1,7 @@
-"""Long work in steps: a generator that yields before each step, so that whoever drives it decides where and when.
+"""Runs long work in steps: a generator that yields before each step, so that its driver decides where and when.
 
-What it yields is the number of characters that the next step takes in one call that cannot be interrupted; 0 is a step
-that takes next to nothing. Its return value is the result.
+It yields the number of characters that the next step processes in one uninterruptible call; 0 is a negligible step. Its
+return value is the result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Steps = Generator[int, None, T]
 
 
 def finish(steps: Steps[T]) -> T:
-    """Takes all steps in this thread and returns the result."""
+    """Runs all steps in this thread and returns the result."""
     while True:
         try:
             next(steps)

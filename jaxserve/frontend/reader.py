@@ -1,4 +1,4 @@
-"""The thread that waits for an engine's messages on behalf of an event loop."""
+"""Waits in a thread for an engine's messages on behalf of an event loop."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from jaxserve.engine.messages import EngineFailed, EngineReady, FromEngine, Prog
 _log = logging.getLogger(__name__)
 
 LONGEST_WAIT = 0.05
-"""Seconds that a message may wait for the loop to rest."""
+"""Maximum seconds that a message waits for the loop to rest."""
 
 
 class EngineReader:
-    """An EngineSender; the messages that its engine sends go to `deliver`, on the loop, in order.
+    """Implements EngineSender; passes the messages that its engine sends to `deliver`, on the loop, in order.
 
-    share: of the loop's time, at most, that may go into what messages lead to, streaming tokens above all. Where it is
-    used up, messages wait (LONGEST_WAIT at most) and arrive together, which costs less: one delta of a stream brings
-    the tokens of several steps. 1 delivers everything at once.
-    busy: whether the engine has work, asked in the reader's thread. An engine that runs in the caller's thread
-    (InlineEngine) is then called again at once; otherwise the reader sleeps until the next `send`.
+    Args:
+        share: maximum share of the loop's time for processing messages, mainly streaming tokens. Where it is used up,
+            messages wait (LONGEST_WAIT at most) and arrive together, which costs less: one delta of a stream carries
+            the tokens of several steps. 1 delivers everything at once.
+        busy: returns whether the engine has work; called in the reader's thread. An engine that runs in the caller's
+            thread (InlineEngine) is then called again at once; otherwise the reader sleeps until the next `send`.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class EngineReader:
         self._thread = threading.Thread(target=self._run, name="engine reader", daemon=True)
 
     def start(self, deliver: Callable[[Sequence[FromEngine]], None], busy: Callable[[], bool]) -> None:
-        """Begins to read."""
+        """Starts reading."""
         self._deliver = deliver
         self._busy = busy
         self._thread.start()
@@ -68,17 +69,17 @@ class EngineReader:
         return self._client.unsent_bytes
 
     def progress(self) -> Progress:
-        """As `EngineClient.progress`."""
+        """Returns `EngineClient.progress`."""
         return self._client.progress()
 
     def kill(self) -> None:
-        """As `EngineClient.kill`."""
+        """Calls `EngineClient.kill`."""
         self._client.kill()
 
     def close(self, seconds: float = END_SECONDS) -> str:
-        """Ends the engine and the thread; may take seconds, so not on the loop. Idempotent, from any thread.
+        """Ends the engine and the thread; may block for seconds, so call it off the loop. Idempotent, from any thread.
 
-        seconds: until the engine is killed, or given up. Returns one line on what went wrong, or "".
+        seconds: time after which the engine is killed, or given up. Returns one line on what went wrong, or "".
         """
         self._stopping = True
         self._sent.set()
@@ -106,7 +107,9 @@ class EngineReader:
                 self._sent.wait()
 
     def _hand_over(self, messages: Sequence[FromEngine]) -> bool:
-        """Leaves messages for the loop, which is woken once however many wait; False when the loop has ended."""
+        """Queues messages for the loop, which is woken once however many wait; returns False when the loop has
+        ended.
+        """
         with self._inbox_lock:
             first = not self._inbox
             self._inbox.extend(messages)

@@ -1,7 +1,7 @@
-"""Stop strings: text is released only when no stop string can begin in it, whatever tokens and chunks it came in.
+"""Finds stop strings: text is released only when no stop string can begin in it, however tokens and chunks divide it.
 
-Stop strings are looked for in the text that is generated, which has the text of special tokens, and cut the text that
-is shown, which has not. As long as both are the same, they are one string here.
+Stop strings are searched in the generated text, which includes special tokens, and cut the shown text, which does not.
+As long as both are equal, they are stored as one string.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class _Gap:
-    """A stretch where the texts differ: positions [start, end) of the generated text, `shown` characters of the other.
+    """Records a range where the texts differ: positions [start, end) of the generated text, `shown` characters of the
+    other.
 
     Those characters count as in front of all of the generated ones but the first. tail: text that is shown when the
-    output ends within the gap, though not (yet) when it goes on.
+    output ends within the gap, but not (yet) when it continues.
     """
 
     start: int
@@ -26,7 +27,7 @@ class _Gap:
 
 @dataclasses.dataclass(frozen=True)
 class _Match:
-    """An occurrence of a stop string: text positions [start, end), completed by token number `num_tokens` (from 1)."""
+    """Records an occurrence of a stop string: text positions [start, end), completed by token `num_tokens` (from 1)."""
 
     start: int
     end: int
@@ -47,7 +48,7 @@ class _Matcher:
             self._shorter.append(length + 1 if text[length] == character else 0)
 
     def feed(self, character: str) -> bool:
-        """Whether the stop string ends with this character."""
+        """Returns whether the stop string ends with this character."""
         length = self.length
         while length and (length == len(self.text) or self.text[length] != character):
             length = self._shorter[length]
@@ -55,7 +56,7 @@ class _Matcher:
         return self.length == len(self.text)
 
     def open_length(self) -> int:
-        """Characters at the end of the stream that may become a further occurrence."""
+        """Number of characters at the end of the stream that may become a further occurrence."""
         return self._shorter[self.length] if self.length == len(self.text) else self.length
 
 
@@ -86,13 +87,15 @@ class StopStrings:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens known to belong to the output, whatever follows: those up to a match that may win, else all."""
+        """Number of tokens known to belong to the output: those up to a match that may win, else all."""
         return self._num_tokens if self._match is None else self._match.num_tokens
 
     def add(self, text: str, shown: str | None = None) -> str:
-        """Takes the text that the next token makes certain (often empty) and returns the text that is released.
+        """Takes the text that the next token makes final (often empty) and returns the text that is released.
 
-        text: of the generated text. shown: the same of the shown text; None when it is that of the generated text.
+        Args:
+            text: of the generated text.
+            shown: the same of the shown text; None when it equals that of the generated text.
         """
         self._num_tokens += 1
         if not self._matchers:
@@ -117,7 +120,10 @@ class StopStrings:
         return self._decide()
 
     def finish(self, text: str = "", shown: str | None = None) -> str:
-        """Takes what was not certain before, and returns the rest of the text. Nothing may be added afterwards."""
+        """Takes the text that was not final before, and returns the rest of the text.
+
+        Nothing may be added afterwards.
+        """
         if not self._matchers:
             return text
         self._take_both(text, text if shown is None else shown)

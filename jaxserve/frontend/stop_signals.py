@@ -1,4 +1,4 @@
-"""Orderly stops of a program that works in its main thread: SIGINT, SIGTERM and SIGHUP alike."""
+"""Stops a program that works in its main thread in an orderly way on SIGINT, SIGTERM and SIGHUP."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Chat templates within a budget: rendered in a process of their own, which is ended when it takes too much.
+"""Renders chat templates within a budget, in a separate process that is ended when it exceeds it.
 
-A template is a program of the checkpoint, and what it does may grow with a client's messages. The sandbox of
-transformers keeps it from reaching anything, but not from running on, nor from asking for all memory in one operation:
-no thread of this process could stop that. The process starts with the first conversation.
+A template is a program of the checkpoint, and its cost may grow with a client's messages. The sandbox of transformers
+keeps it from reaching anything, but not from running on, nor from allocating all memory in one operation: no thread of
+this process could stop that. The process starts with the first conversation.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from jaxserve.config.shown import clipped
 from jaxserve.engine.framing import FrameReader, frames
 
 _START_SECONDS = 60.0
-"""How long the process may take to start; it imports transformers."""
+"""Maximum seconds that the process takes to start; it imports transformers."""
 _WALL_FACTOR = 5.0
-"""Seconds on the clock for each second of computing: the machine may be busy."""
+"""Wall-clock seconds per second of CPU time: the machine may be busy."""
 _MAX_ERROR = 500
 
 
 class TemplateProcessError(ChildProcessError):
-    """The process for chat templates cannot be started, whatever the conversation."""
+    """The process for chat templates cannot be started, for any conversation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TemplateBudget:
-    """What one conversation may take: seconds of computing, characters of output, bytes of memory beyond the start."""
+    """Bounds one conversation: seconds of CPU time, characters of output, bytes of memory beyond the start."""
 
     seconds: float = 2.0
     characters: int = 16 * 1024 * 1024
@@ -42,7 +42,7 @@ class TemplateBudget:
 
 
 class TemplateRenderer:
-    """Renders conversations. Thread-safe; they are rendered one after the other."""
+    """Renders conversations, one after another. Thread-safe."""
 
     def __init__(self, budget: TemplateBudget | None = None):
         self._budget = budget or TemplateBudget()
@@ -52,11 +52,14 @@ class TemplateRenderer:
     def render(
         self, template: str, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, Any] | None = None
     ) -> str:
-        """The text of a conversation, up to where the answer begins.
+        """Renders a conversation, up to the generation prompt.
 
-        special_tokens: texts that the template may use, such as bos_token.
-        Raises ValueError, one line, for what the template raises and for a budget that it exceeds, and
-        TemplateProcessError where the process does not start.
+        Args:
+            special_tokens: texts that the template may use, such as bos_token.
+
+        Raises:
+            ValueError: one line, when the template raises an error or exceeds the budget.
+            TemplateProcessError: the process does not start.
         """
         request = json.dumps(
             {
@@ -77,7 +80,9 @@ class TemplateRenderer:
         return answer["text"]
 
     def _ask(self, request: bytes) -> tuple[dict[str, Any] | None, str]:
-        """The answer of a process that runs; None with what ended it, or with nothing where its time was over."""
+        """Returns the response of a running process; None with the reason it ended, or with "" where its time was
+        over.
+        """
         if self._worker is not None and self._worker.has_ended:
             self._worker.end()
             self._worker = None
@@ -103,7 +108,7 @@ class TemplateRenderer:
 
 
 class _Worker:
-    """A process that renders: `python -m jaxserve.frontend.template_worker FD`. It ends with this object."""
+    """Wraps a rendering process: `python -m jaxserve.frontend.template_worker FD`. It ends with this object."""
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair()
@@ -122,7 +127,7 @@ class _Worker:
         self.end = weakref.finalize(self, _end, self._process, self._socket)
 
     def ask(self, request: bytes, seconds: float) -> dict[str, Any] | None:
-        """The answer to a message; None when there is none in time, or the process has ended."""
+        """Returns the response to a message; None when there is none in time, or the process has ended."""
         self._socket.settimeout(seconds)
         try:
             self._socket.sendall(frames([request]))
@@ -140,7 +145,7 @@ class _Worker:
 
     @property
     def fault(self) -> str:
-        """After `ask` gave None, what ended the process; empty where its time was over."""
+        """Returns why the process ended, after `ask` returned None; empty where its time was over."""
         if self._timed_out or (code := self._process.wait()) == -signal.SIGVTALRM:
             return ""
         return f"the process for chat templates ended with exit code {code}"
@@ -153,6 +158,6 @@ def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's text, of bounded length."""
+    """Returns the first line of an error's text, of bounded length."""
     lines = str(error).strip().splitlines()
     return clipped(lines[0], _MAX_ERROR) if lines else type(error).__name__

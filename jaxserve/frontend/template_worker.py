@@ -1,4 +1,4 @@
-"""The process that renders chat templates: `python -m jaxserve.frontend.template_worker FD`, see `TemplateRenderer`.
+"""Renders chat templates in a process: `python -m jaxserve.frontend.template_worker FD`, see `TemplateRenderer`.
 
 When the front end dies, it reads the end of the stream and ends too; while it renders, its own timer ends it.
 """
@@ -20,15 +20,15 @@ from jaxserve.frontend.fast_tokenizers import fast_class
 from jaxserve.frontend.template import TemplateBudget, one_line
 
 _SIGNAL_GRACE = 2.0
-"""Times its seconds, after which a template that does not let Python raise an error has its process ended."""
+"""Multiple of its time after which the process is ended, if a template does not let Python raise an error."""
 
 
 class _OutOfTimeError(BaseException):
-    """The budget of time is used up. A template cannot catch it, nor can what it calls."""
+    """The time budget is used up. Neither a template nor what it calls can catch this."""
 
 
 def serve(connection: socket.socket) -> None:
-    """Renders what the front end at the other end sends, until it closes."""
+    """Renders the requests of the front end at the other end of the socket, until it closes."""
     reader = FrameReader(connection)
     first = reader.read()
     if first is None:
@@ -41,7 +41,7 @@ def serve(connection: socket.socket) -> None:
 
 
 class _Rendering:
-    """Renders conversations within a budget, from when it is made on."""
+    """Renders conversations within a budget that starts at construction."""
 
     def __init__(self, budget: TemplateBudget):
         self._budget = budget
@@ -57,7 +57,7 @@ class _Rendering:
         signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
 
     def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer: the text, or an error; `last` where this process should not go on."""
+        """Returns the response: the text, or an error; `last` where this process should not continue."""
         budget = self._budget
         try:
             signal.setitimer(signal.ITIMER_PROF, budget.seconds)

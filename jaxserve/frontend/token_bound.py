@@ -1,4 +1,4 @@
-"""The fewest tokens that a text can have by its size: what can never fit is refused before it is encoded."""
+"""Bounds the number of tokens of a text from below by its size, to refuse what can never fit before it is encoded."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from jaxserve.frontend.cuts import byte_symbols, component_specs, has_all_byte_t
 _GROWING = ("Prepend", "ByteLevel")
 """Normalizers that never shorten a text."""
 _SHRINKING = {"NFC": 4, "NFD": 3, "NFKC": 4, "NFKD": 4, "Lowercase": 3}
-"""Normalizers that make at least one byte of so many: of three characters of 7 bytes, U+1FBE U+0308 U+0301, NFC makes
-U+0390 of 2; NFKC makes letters of mathematical ones."""
+"""Maximum bytes that each of these normalizers reduces to one: of three characters of 7 bytes, U+1FBE U+0308 U+0301, NFC
+makes U+0390 of 2; NFKC makes letters of mathematical ones."""
 _KEEPING = ("ByteLevel", "Metaspace", "Digits", "UnicodeScripts")
 """Pre-tokenizers that never drop a character."""
 
 _WHOLE = 2**32
-"""A token, in the parts that its bytes have of it; rounded down, they never come to more."""
+"""Fixed-point representation of one token, shared among its bytes; rounded down, the shares never exceed it."""
 _BLOCK = 64 * 1024
 
 
 class TokenBound:
-    """The fewest tokens of texts, by the longest tokens of one tokenizer."""
+    """Computes lower bounds of the tokens of texts, from the longest tokens of one tokenizer."""
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self._longest: int | None = None
@@ -45,15 +45,15 @@ class TokenBound:
 
     @property
     def bytes_per_token(self) -> int | None:
-        """The most bytes of a text, in UTF-8, that one of its tokens can stand for; None where there is no bound."""
+        """Maximum bytes of UTF-8 text per token; None where there is no bound."""
         return self._longest
 
     def of_size(self, num_bytes: int) -> int:
-        """The fewest tokens that a text of so many bytes, or more, can have; 0 where nothing can be said."""
+        """Returns the fewest tokens that a text of at least `num_bytes` bytes can have; 0 where nothing is known."""
         return -(-num_bytes // self._longest) if self._longest else 0
 
     def of_text(self, data: bytes) -> int:
-        """The fewest tokens of a text in UTF-8: letters are not in the longest tokens, which are lines and spaces.
+        """Returns the fewest tokens of a UTF-8 text: letters are not in the longest tokens, which are lines and spaces.
 
         A token gives each of its bytes an equal share of one. No byte has less than that of the longest token that it
         is in, so the sum over a text is at most the number of its tokens.
@@ -67,11 +67,11 @@ class TokenBound:
 
 
 def _check_steps(backend: tokenizers.Tokenizer) -> tuple[bool, int] | None:
-    """Whether tokens are of bytes, and of how many bytes at most the normalizer makes one.
+    """Returns whether tokens are of bytes, and the maximum number of bytes that the normalizer reduces to one.
 
     There is no bound, None, where a text can lose characters before the model sees it (stripping, dropped whitespace,
-    added tokens that take the whitespace beside them), and none where the model drops what it does not know or makes
-    one token of any amount of it.
+    added tokens that take the whitespace beside them), or where the model drops unknown characters or makes one token
+    of any number of them.
     """
     byte_level, shrink = False, 1
     for spec in component_specs(backend.normalizer, "Sequence", "normalizers"):
@@ -90,7 +90,7 @@ def _check_steps(backend: tokenizers.Tokenizer) -> tuple[bool, int] | None:
 
 
 def _token_texts(backend: tokenizers.Tokenizer, byte_level: bool) -> list[bytes]:
-    """What tokens stand for, at most, each as a text of bytes. A character that is unknown takes four at most."""
+    """Returns upper bounds of the texts of tokens, as bytes. A character that is unknown takes four at most."""
     vocab = backend.get_vocab(with_added_tokens=False)
     if byte_level:  # its symbols are characters that stand for a byte each
         table = _symbol_bytes()
@@ -105,7 +105,7 @@ def _token_texts(backend: tokenizers.Tokenizer, byte_level: bool) -> list[bytes]
 
 
 def _shares(texts: list[bytes], longest: int) -> np.ndarray:
-    """For each byte the share of a token that it has at least, in parts of _WHOLE: [256] int64."""
+    """Returns for each byte its minimum share of a token, in parts of _WHOLE: [256] int64."""
     shares = np.full(256, _WHOLE // longest, np.int64)
     missing = set(range(256))
     for text in sorted(texts, key=len, reverse=True):
@@ -116,7 +116,7 @@ def _shares(texts: list[bytes], longest: int) -> np.ndarray:
 
 
 def _symbol_bytes() -> dict[str, int]:
-    """The byte that each symbol of a byte-level vocabulary stands for, of those that occur in UTF-8."""
+    """Returns the byte of each symbol of a byte-level vocabulary, for bytes that occur in UTF-8."""
     codes = [*range(0xC0), *(lead << 6 for lead in range(2, 0x20)), 0x800, *(lead << 12 for lead in range(1, 0x10))]
     table: dict[str, int] = {}
     for code in (*codes, 0x10000, *(lead << 18 for lead in range(1, 5))):
@@ -136,7 +136,7 @@ def _keeps(behavior: str) -> bool:
 
 
 def _unknown_is_bounded(backend: tokenizers.Tokenizer, byte_level: bool) -> bool:
-    """Whether every character that the model does not know costs tokens: at least one, for four bytes at most."""
+    """Returns whether every unknown character costs tokens: at least one, for four bytes at most."""
     model = backend.model
     if isinstance(model, tokenizers.models.BPE):
         if byte_level and all(

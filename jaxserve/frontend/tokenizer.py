@@ -1,6 +1,6 @@
-"""Text to token ids and back, with the tokenizer of a Hugging Face checkpoint directory.
+"""Encodes text and decodes token ids with the tokenizer of a Hugging Face checkpoint directory.
 
-Only files of that directory are read: no network, and no code of the checkpoint runs.
+Only files of that directory are read: no network access, and no code of the checkpoint runs.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ _IDS_PER_STEP = 64 * 1024
 
 
 class Tokenizer:
-    """The tokenizer in `directory`: tokenizer.json, with the special tokens and chat template of its configuration.
+    """Wraps the tokenizer in `directory`: tokenizer.json, with its special tokens and chat template.
 
-    A directory without tokenizer.json but with an older format is converted by transformers where it can be.
-    Raises ValueError, one line that names the file, when the tokenizer is missing, corrupt or cannot be streamed.
-    Encoding and decoding are thread-safe.
+    A directory without tokenizer.json but with an older format is converted by transformers where it can be. Encoding
+    and decoding are thread-safe.
+
+    Raises:
+        ValueError: one line that names the file, when the tokenizer is missing, corrupt or cannot be streamed.
     """
 
     def __init__(self, directory: str | pathlib.Path):
@@ -50,7 +52,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below this, added tokens included; the model's vocabulary may be larger (padding)."""
+        """Exclusive upper bound of token ids, added tokens included; the model's vocabulary may be larger (padding)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -58,7 +60,8 @@ class Tokenizer:
         return self._transformers.chat_template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with the special tokens (such as <bos>) that the tokenizer itself puts around a text.
+        """Returns the token ids of `text`, with the special tokens (such as <bos>) that the tokenizer puts around a
+        text.
 
         Raises ValueError when the text holds a lone surrogate, that is, came from invalid UTF-8 or UTF-16.
         """
@@ -69,10 +72,12 @@ class Tokenizer:
     def encode_steps(
         self, text: str, take: Callable[[list[int], int], object], add_special_tokens: bool = True
     ) -> Steps[None]:
-        """`encode` in steps of bounded size, where the text allows it.
+        """Encodes as `encode` does, in steps of bounded size where the text allows it.
 
-        take: is given the token ids of each step, in order, and the fewest tokens that can follow; for the first time
-        before the first step, without ids. What it raises ends the work.
+        Args:
+            text: the text.
+            take: called with the token ids of each step, in order, and the fewest tokens that can follow; for the
+                first time before the first step, without ids. An exception of it ends the work.
         """
         bound = self._encoder.bound
         take([], bound.of_size(len(text)))
@@ -95,11 +100,13 @@ class Tokenizer:
         take(behind, 0)
 
     def least_tokens(self, num_bytes: int) -> int:
-        """The fewest tokens that a text of at least so many bytes (UTF-8) can have; 0 where nothing can be said."""
+        """Returns the fewest tokens that a text of at least `num_bytes` bytes (UTF-8) can have; 0 where nothing is
+        known.
+        """
         return self._encoder.bound.of_size(num_bytes)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids; bytes that are no valid UTF-8 become U+FFFD. Ids without a token give no text.
+        """Returns the text of token ids; bytes that are no valid UTF-8 become U+FFFD. Ids without a token give no text.
 
         Raises ValueError when an id is negative or over 2^32 - 1.
         """
@@ -108,7 +115,7 @@ class Tokenizer:
     def decode_steps(
         self, token_ids: Sequence[int], vocab_size: int = 2**32, skip_special_tokens: bool = True
     ) -> Steps[str]:
-        """`decode` in steps. Raises ValueError when an id is negative or not below vocab_size."""
+        """Decodes as `decode` does, in steps. Raises ValueError when an id is negative or not below vocab_size."""
         checked: list[int] = []
         for start in range(0, len(token_ids), _IDS_PER_STEP):
             yield 0
@@ -128,7 +135,7 @@ class Tokenizer:
         return Detokenizer(self._plan, prompt_token_ids, skip_special_tokens=skip_special_tokens)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation in the checkpoint's chat template, up to where the assistant's answer begins.
+        """Returns the token ids of a conversation in the checkpoint's chat template, up to the generation prompt.
 
         The template runs in the sandbox of transformers, in a process of its own, within a budget of time, output and
         memory. Raises ValueError without a template, when it fails, and when it exceeds its budget.
@@ -136,7 +143,7 @@ class Tokenizer:
         return self.encode(self.render_chat(messages), add_special_tokens=False)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text that `encode_chat` encodes."""
+        """Returns the text that `encode_chat` encodes."""
         return self._renderer.render(self._template, messages, self._transformers.special_tokens_map)
 
     @functools.cached_property
@@ -150,7 +157,7 @@ class Tokenizer:
 
 
 def _load(directory: pathlib.Path) -> Any:
-    """The tokenizer as a PreTrainedTokenizerFast."""
+    """Loads the tokenizer as a PreTrainedTokenizerFast."""
     if not directory.is_dir():
         raise ValueError(f"tokenizer directory {str(directory)!r} does not exist; set EngineConfig.tokenizer")
     path = directory / "tokenizer.json"
@@ -201,7 +208,7 @@ def _check_json(path: pathlib.Path) -> None:
 
 
 def _bytes(text: str) -> bytes:
-    """The text in UTF-8. Raises ValueError for text that is not valid."""
+    """Encodes the text as UTF-8. Raises ValueError for text that is not valid."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -211,7 +218,7 @@ def _bytes(text: str) -> bytes:
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
-    """The tokenizer that a configuration names; None with skip_tokenizer_init or when there is no directory to read.
+    """Loads the tokenizer that a configuration names; None with skip_tokenizer_init or without a directory.
 
     Raises ValueError as `Tokenizer` does, and where the model's own directory does not exist or its `config.json` is
     faulty, or where a tokenizer that had to be converted has more tokens than the model.

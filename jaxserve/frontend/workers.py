@@ -1,8 +1,8 @@
-"""Threads of the front end for what takes long with one client's text: encoding, decoding.
+"""Runs long encoding and decoding of clients' texts in threads of the front end.
 
-Work comes in steps (see `steps`), and between two steps others get their turn. Native calls let go of the interpreter
-lock, so the event loop goes on meanwhile. Long texts have threads and a budget of their own: a short one never waits
-behind them, and what they hold in memory is bounded, however many there are: those that wait, too.
+Work is divided into steps (see `preparation_steps`), and other work runs between two steps. Native calls release the
+interpreter lock, so the event loop continues meanwhile. Long texts have threads and a budget of their own: a short text
+never waits behind them, and the memory they hold is bounded, however many there are, those that wait included.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from jaxserve.frontend.preparation_steps import Steps
 T = TypeVar("T")
 
 MAX_BYTES = 16 * 1024 * 1024
-"""Bytes of text that are worked on at one time; what is larger by itself is worked on alone."""
+"""Maximum bytes of text processed at one time; a larger text is processed alone."""
 
 MAX_WAITING_BYTES = 64 * 1024 * 1024
 MAX_WAITING = 1024
-"""Bytes and number of the texts that may wait behind those, of short and of long ones each."""
+"""Maximum bytes and number of the texts waiting behind those, of short and of long ones each."""
 
 _SHORT_BYTES = 256 * 1024
-"""Bytes up to which a text is short."""
+"""Maximum bytes of a short text."""
 _SHORT_SHARE = MAX_BYTES // 4
 
 
@@ -37,9 +37,11 @@ class WorkersClosedError(RuntimeError):
 
 
 class ByteBudget:
-    """Bounds the bytes that are worked on at one time; who comes first is served first. For one event loop.
+    """Bounds the bytes that are processed at one time, in first-come, first-served order. For one event loop.
 
-    max_waiting_bytes, max_waiting: what may wait, together; one may always.
+    Args:
+        max_waiting_bytes: total bytes that may wait; one text may always.
+        max_waiting: number of texts that may wait.
     """
 
     def __init__(self, limit: int, max_waiting_bytes: int = MAX_WAITING_BYTES, max_waiting: int = MAX_WAITING):
@@ -52,16 +54,16 @@ class ByteBudget:
 
     @property
     def held(self) -> int:
-        """Bytes that are worked on."""
+        """Number of bytes being processed."""
         return self._held
 
     @property
     def waiting(self) -> int:
-        """Bytes that wait."""
+        """Number of bytes that wait."""
         return self._waiting_bytes
 
     async def acquire(self, num_bytes: int) -> None:
-        """Waits until so many bytes more may be worked on; more than the whole budget, until nothing else is.
+        """Waits until `num_bytes` more may be processed; if that exceeds the whole budget, until nothing else is.
 
         Raises QueueFullError, at once, where too much waits already.
         """
@@ -81,7 +83,7 @@ class ByteBudget:
             raise
 
     def release(self, num_bytes: int) -> None:
-        """Gives back what was acquired."""
+        """Releases bytes that were acquired."""
         self._held -= num_bytes
         self._grant()
 
@@ -119,7 +121,7 @@ class ByteBudget:
 
 
 class Workers:
-    """Runs steps in threads, for one event loop. `close` it."""
+    """Runs steps in threads, for one event loop. Must be closed with `close`."""
 
     def __init__(self) -> None:
         self._short = _Lane(2, _SHORT_SHARE, "short text")
@@ -129,10 +131,16 @@ class Workers:
         self._closed = False
 
     async def run(self, steps: Steps[T], num_bytes: int) -> T:
-        """The result of `steps`, which work on so many bytes. The first step is taken at once, on the loop.
+        """Runs `steps`, which process `num_bytes` bytes, and returns their result.
 
-        Raises what a step raises, WorkersClosedError, and QueueFullError where too much text waits already.
-        Canceled, it takes no further step.
+        The first step runs at once, on the loop.
+
+        When canceled, it runs no further step.
+
+        Raises:
+            WorkersClosedError: the workers were closed before the end.
+            QueueFullError: too much text waits already.
+            Exception: whatever a step raises.
         """
         first = _advance(steps)
         if first.done:
@@ -161,7 +169,7 @@ class Workers:
             self._release(lane, num_bytes, running)
 
     def close(self) -> None:
-        """Lets the steps that run end by themselves, and ends everything else with WorkersClosedError."""
+        """Lets running steps end by themselves, and ends everything else with WorkersClosedError."""
         self._closed = True
         for lane in (self._short, self._long):
             lane.budget.close()
@@ -185,7 +193,7 @@ class Workers:
 
 
 class _Lane:
-    """Threads, and a budget of what they work on."""
+    """Holds threads and the budget of bytes they process."""
 
     def __init__(self, num_threads: int, max_bytes: int, name: str):
         self.threads = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
@@ -193,7 +201,7 @@ class _Lane:
 
 
 class _Advanced:
-    """What became of a step: the size of the next one, or the result."""
+    """Result of a step: the size of the next one, or the final result."""
 
     def __init__(self, *, done: bool, size: int = 0, result: Any = None):
         self.done = done

@@ -1,1 +1,1 @@
-"""What is recorded of requests, steps and starts, and the metrics and pictures made of it."""
+"""Records events of requests, steps and starts, and derives metrics and plots from them."""

@@ -1,4 +1,4 @@
-"""Figures of a run from its recorded events: latencies of requests, and how well steps were filled."""
+"""Computes metrics of a run from its recorded events: latencies of requests, and the utilization of steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxserve.telemetry.timings import RequestTimings, request_timings
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Mean and percentiles of `count` values, in their unit; between two values percentiles are interpolated."""
+    """Summarizes `count` values, in their unit, by mean and percentiles, which are interpolated between values."""
 
     count: int
     mean: float
@@ -26,7 +26,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float] | np.ndarray) -> Spread | None:
-        """None of no values."""
+        """Returns the summary of the values; None if there are none."""
         if not len(values):
             return None
         p50, p90, p99 = np.percentile(values, (50, 90, 99))
@@ -37,7 +37,8 @@ class Spread:
 class RequestMetrics:
     """Latencies in seconds (see `RequestTimings`), over the requests that have them; itl is over all tokens' gaps.
 
-    finished: requests that ended, by finish reason.
+    Attributes:
+        finished: requests that ended, by finish reason.
     """
 
     finished: Mapping[str, int]
@@ -68,11 +69,11 @@ class RequestMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """How steps were filled.
+    """Describes the utilization of steps.
 
     Per step: sequences, tokens (useful ones), padding, prefill_share (of the useful tokens), waiting, running, swapped
-    (requests), page_use (pages that sequences hold, of all), gap_seconds (in which the device had nothing to do before
-    the step, at most). Over all steps: prefill_tokens, decode_tokens, utilisation (useful over computed tokens) and
+    (requests), page_use (pages that sequences hold, of all), gap_seconds (upper bound of the device's idle time before
+    the step). Over all steps: prefill_tokens, decode_tokens, utilisation (useful over computed tokens) and
     device_utilisation (time in which the device had a step to compute, over the time of the run). preemptions: by kind.
     """
 
@@ -96,7 +97,10 @@ class StepMetrics:
     def of(
         cls, steps: Sequence[StepRecorded], preemptions: Mapping[str, int], busy: float, seconds: float
     ) -> StepMetrics | None:
-        """None of no steps. busy: seconds in which the device had one to compute. seconds: of the run."""
+        """Summarizes the steps; None if there are none.
+
+        busy: seconds in which the device had a step. seconds: of the run.
+        """
         if not steps:
             return None
 
@@ -134,9 +138,10 @@ class StepMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class RunMetrics:
-    """A run: its seconds from the first event to the last, throughput over them, its requests and its steps.
+    """Holds the metrics of a run: seconds from the first event to the last, throughput over them, requests and steps.
 
-    requests_per_second: those that ended with all of their tokens, by a stop id or their limit.
+    Attributes:
+        requests_per_second: requests that ended with all of their tokens, by a stop id or their limit.
     """
 
     seconds: float
@@ -147,15 +152,15 @@ class RunMetrics:
     steps: StepMetrics | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Returns plain values, for JSON."""
         return dataclasses.asdict(self)
 
 
 def run_metrics(events: Iterable[Event]) -> RunMetrics:
-    """The figures of a recording, whose events stand in order of time.
+    """Computes the metrics of a recording, whose events are in order of time.
 
-    A full recorder has lost its oldest events: figures then are of the requests that arrived since, and of the steps
-    that are left.
+    A full recorder has lost its oldest events: the metrics then cover the requests that arrived since, and the
+    remaining steps.
     """
     events = tuple(events)
     steps = [event for event in events if isinstance(event, StepRecorded)]
@@ -175,8 +180,9 @@ def run_metrics(events: Iterable[Event]) -> RunMetrics:
 
 
 def _busy_seconds(steps: Sequence[StepRecorded], events: Iterable[Event]) -> float:
-    """Seconds in which the device had a step to compute, at least: from the first dispatch to the last tokens,
-    less the gaps and the time in which no step was under way."""
+    """Returns a lower bound of the seconds in which the device had a step to compute: from the first dispatch to the
+    last tokens, less the gaps and the time in which no step was in flight.
+    """
     if not steps:
         return 0.0
     first, last = steps[0], steps[-1]
@@ -207,7 +213,7 @@ _FILLS = (
 
 
 def table(metrics: RunMetrics) -> list[str]:
-    """The figures for people, as the lines of a table; what never happened has no line."""
+    """Formats the metrics as the lines of a table; events that never happened have no line."""
     requests, steps = metrics.requests, metrics.steps
     reasons = ", ".join(f"{count} {reason}" for reason, count in requests.finished.items()) or "none"
     lines = [

@@ -1,9 +1,9 @@
-"""What steps consisted of over time: batch size, tokens, pages, queues and preemptions, in bounded memory.
+"""Tracks batch size, tokens, pages, queues and preemptions of steps over time, in bounded memory.
 
     with contextlib.closing(Composition(recorder, "directory")):
         ...                                             writes composition.json, and composition.png with matplotlib
 
-A `CompositionTracker` listens to a recorder of the engine or of the simulator alike: it reads events and no clock.
+A `CompositionTracker` subscribes to a recorder of the engine or of the simulator alike: it reads events and no clock.
 """
 
 from __future__ import annotations
@@ -38,19 +38,20 @@ SUMMED = (
     "preempted_recompute",
     "preempted_swap",
 )
-"""Columns of a composition that are sums over the steps of a point: a mean is one of them over its `steps`."""
+"""Columns of a timeline that are sums over the steps of a point: a mean is one of them over its `steps`."""
 
 MAX_POINTS = 8192
-"""Points that a composition has at most."""
+"""Maximum number of points of a timeline."""
 
 _log = logging.getLogger(__name__)
 
 
 class CompositionTracker:
-    """Sums over runs of consecutive steps, one step a point as long as there are few.
+    """Accumulates sums over runs of consecutive steps, one step a point as long as there are few.
 
-    max_points: when so many are full, neighbours are joined two by two, and each holds twice as many steps from then
-    on; memory and the size of what is written do not grow with the run.
+    Args:
+        max_points: when that many are full, neighbors are joined in pairs, and each point holds twice as many steps
+            from then on; memory and the size of the output do not grow with the run.
     """
 
     def __init__(self, max_points: int = MAX_POINTS) -> None:
@@ -63,16 +64,16 @@ class CompositionTracker:
         self._pages = 0
 
     def __call__(self, event: Event) -> None:
-        """Takes in one event: the listener for `Recorder.subscribe`."""
+        """Processes one event: the listener for `Recorder.subscribe`."""
         if isinstance(event, StepRecorded):
             self.add(event)
         elif isinstance(event, RequestPreempted):
             self._preempted[event.kind] += 1
 
     def add(self, step: StepRecorded, count: int = 1, seconds: float | None = None) -> None:
-        """Takes in `count` steps like `step`, of which the first began then, and which took `seconds` together.
+        """Adds `count` steps like `step`, the first of which began then, and which took `seconds` together.
 
-        seconds: None is as long as the host took for `step`, count times.
+        seconds: None is the host time of `step`, times count.
         """
         columns = self._columns
         steps = columns["steps"]
@@ -96,7 +97,9 @@ class CompositionTracker:
             columns[name].append(value)
 
     def to_dict(self) -> dict[str, Any]:
-        """{"pages": usable pages, "points": {"begin": seconds since the first step, and each of SUMMED: a sum}}."""
+        """Returns {"pages": usable pages, "points": {"begin": seconds since the first step, and each of SUMMED: a
+        sum}}.
+        """
         points: dict[str, list[float]] = {name: list(values) for name, values in self._columns.items()}
         points["begin"] = [time - points["begin"][0] for time in points["begin"]]
         return {"pages": self._pages, "points": points}
@@ -113,9 +116,13 @@ class CompositionTracker:
 def of_steps(
     pages: int, begin: np.ndarray, seconds: np.ndarray, columns: Mapping[str, np.ndarray], max_points: int = MAX_POINTS
 ) -> dict[str, Any]:
-    """What `CompositionTracker.to_dict` gives, of steps that are columns already: float64 [steps] each, in order.
+    """Returns the same as `CompositionTracker.to_dict`, for steps given as columns: float64 [steps] each, in order.
 
-    pages: usable ones. begin, seconds: of each step. columns: of SUMMED; those that are missing are 0.
+    Args:
+        pages: usable ones.
+        begin: of each step.
+        seconds: of each step.
+        columns: of SUMMED; missing ones are 0.
     """
     count = len(begin)
     starts = np.arange(0, count, max(1, -(-count // max_points)))
@@ -130,10 +137,15 @@ def of_steps(
 
 
 def write(found: Mapping[str, Any], directory: pathlib.Path, title: str = "", stem: str = "composition") -> None:
-    """Writes STEM.json, and STEM.png where matplotlib is installed, into the directory, over what is there.
+    """Writes STEM.json, and STEM.png where matplotlib is installed, into the directory, over existing files.
 
-    found: of `CompositionTracker.to_dict` or `of_steps`. title: what the plot is of. The directory is made where it is
-    missing; of no steps there is no plot.
+    The directory is created where it is missing; without steps there is no plot.
+
+    Args:
+        found: from `CompositionTracker.to_dict` or `of_steps`.
+        directory: takes the files.
+        title: of the plot.
+        stem: of the files' names.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{stem}.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
@@ -146,9 +158,9 @@ def write(found: Mapping[str, Any], directory: pathlib.Path, title: str = "", st
 
 
 class Composition:
-    """Tracks what a recorder records until `close`, which writes it; without a directory, nothing.
+    """Tracks a recorder's events until `close`, which writes the timeline; does nothing without a directory.
 
-    Raises OSError at once, not after the run, where the directory cannot be made.
+    Raises OSError at once, not after the run, where the directory cannot be created.
     """
 
     def __init__(self, recorder: Recorder, directory: str | os.PathLike[str] | None, title: str = "") -> None:

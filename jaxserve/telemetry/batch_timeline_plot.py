@@ -1,4 +1,4 @@
-"""Draws a composition: sequences, tokens, pages and queues over time, one panel each."""
+"""Plots a batch timeline: sequences, tokens, pages and queues over time, one panel each."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 _MAX_DRAWN = 600
-"""Points beyond which neighbours are drawn as one: a plot has no more pixels to show them."""
+"""Number of points beyond which neighbors are drawn as one: a plot has no more pixels to show them."""
 
 _PREFILL, _DECODE, _PADDING, _OTHER, _LATE = "#d95f02", "#1b9e77", "#bbbbbb", "#7570b3", "#e7298a"
 
 
 def draw(composition: Mapping[str, Any], path: str | os.PathLike[str], title: str = "") -> None:
-    """Writes the plot of what `CompositionTracker.to_dict` returns, of at least one point.
+    """Plots the output of `CompositionTracker.to_dict`, with at least one point, to a file.
 
     Raises ImportError without matplotlib, which serving itself does not need.
     """
@@ -65,7 +65,9 @@ def draw(composition: Mapping[str, Any], path: str | os.PathLike[str], title: st
 def _steps_over_time(
     points: Mapping[str, Sequence[float]],
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Times, and for each column the mean over the steps from that time on, and the sum; zero where nothing ran."""
+    """Returns times, and for each column the mean over the steps from that time on, and the sum; zero where none
+    ran.
+    """
     columns = {name: np.asarray(values, dtype=np.float64) for name, values in points.items()}
     begin = columns.pop("begin")
     end = begin + columns["seconds"]

@@ -1,7 +1,7 @@
-"""The events of an engine's loop, as the engine and its simulation both record them.
+"""Records the events of an engine's loop, for the engine and its simulation alike.
 
-A request that comes is `arrived`; a plan is `planned`, and a `step` when the loop's turn is over; an update gives
-`tokens`, `first_token` and `finished`.
+A request that arrives is `arrived`; a plan is `planned`, and a `step` when the loop's iteration is over; an update
+gives `tokens`, `first_token` and `finished`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from jaxserve.telemetry.recorder import (
 
 
 class IterationTimes(NamedTuple):
-    """When a turn of the loop began, had scheduled, had dispatched, had the ids of the step before, and ended."""
+    """Times at which an iteration of the loop began, had scheduled, had dispatched, had the previous step's ids, and
+    ended.
+    """
 
     begin: float
     scheduled: float
@@ -34,14 +36,14 @@ class IterationTimes(NamedTuple):
 
 
 class EngineEvents:
-    """Writes what one scheduler and its loop do into a recorder. Times are of the recorder's clock."""
+    """Writes the events of one scheduler and its loop into a recorder. Times are of the recorder's clock."""
 
     def __init__(self, recorder: Recorder, scheduler: Scheduler):
         self._record = recorder.record
         self._scheduler = scheduler
 
     def arrived(self, request: EngineRequest, time: float) -> None:
-        """The scheduler accepted a request."""
+        """Records that the scheduler accepted a request."""
         self._record(
             RequestArrived(
                 time=time,
@@ -54,7 +56,7 @@ class EngineEvents:
         )
 
     def planned(self, time: float) -> None:
-        """Whom the last `schedule` preempted, and who was given tokens for the first time."""
+        """Records the sequences that the last `schedule` preempted or scheduled for the first time."""
         for sequence in self._scheduler.preempted:
             kind = "swap" if sequence.status is RequestStatus.SWAPPED else "recompute"
             self._record(RequestPreempted(time, sequence.request_id, kind))
@@ -63,15 +65,18 @@ class EngineEvents:
                 self._record(RequestScheduled(time, sequence.request_id))
 
     def restarted(self, sequences: Iterable[Sequence], time: float) -> None:
-        """The device lost its pages, and these sequences are to be computed again."""
+        """Records that the device lost its pages, and that these sequences will be recomputed."""
         for sequence in sequences:
             self._record(RequestPreempted(time, sequence.request_id, "recompute"))
 
     def step(
         self, plan: StepPlan, times: IterationTimes, idle: float, unused: float = 0.0, *, number: int, pages_used: int
     ) -> None:
-        """The turn that made `plan`. idle, unused: as in `StepRecorded`. number, pages_used: of the step, which
-        may be another of the plan's stretch."""
+        """Records the iteration that created `plan`.
+
+        idle, unused: as in `StepRecorded`. number, pages_used: of the step, which may be another of the plan's
+        fast-forwarded steps.
+        """
         scheduler, pool = self._scheduler, self._scheduler.pool
         begin, scheduled, dispatched, collected, end = times
         self._record(
@@ -101,15 +106,15 @@ class EngineEvents:
         )
 
     def tokens(self, request_ids: Iterable[str], time: float) -> None:
-        """The host has a token for each of the requests."""
+        """Records that the host has a token for each of the requests."""
         self._record(TokensProduced(time, tuple(request_ids)))
 
     def first_token(self, sequence: Sequence, time: float) -> None:
-        """The host has the sequence's first token, which `tokens` counts too."""
+        """Records that the host has the sequence's first token, which `tokens` counts too."""
         self._record(FirstToken(time, sequence.request_id))
 
     def finished(self, sequence: Sequence, reason: FinishReason, time: float) -> None:
-        """The sequence ended."""
+        """Records that the sequence ended."""
         self._record(
             RequestFinished(
                 time=time,

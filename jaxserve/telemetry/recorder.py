@@ -1,7 +1,7 @@
-"""The engine's one record of what happened: events, kept in a bounded buffer and passed on to listeners.
+"""Records the engine's events in a bounded buffer and passes them on to listeners.
 
-Metrics, traces, plots and the timings of `timings.py` all read these events and nothing else. Times are
-seconds of the engine's monotonic clock; `Recorder.origin` ties that clock to the calendar.
+Metrics, traces, plots and the timings of `timings.py` all read these events and nothing else. Times are seconds of the
+engine's monotonic clock; `Recorder.origin` relates that clock to the calendar.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RequestArrived:
-    """The engine accepted a request. max_tokens: output tokens at most."""
+    """The engine accepted a request. max_tokens: maximum number of output tokens."""
 
     time: float
     request_id: str
@@ -29,7 +29,7 @@ class RequestArrived:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RequestScheduled:
-    """A step was given tokens of the request for the first time: its queue time ends. Not repeated after preemption."""
+    """A step computes tokens of the request for the first time: its queue time ends. Not repeated after preemption."""
 
     time: float
     request_id: str
@@ -53,7 +53,7 @@ class TokensProduced:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RequestPreempted:
-    """The request lost its pages. kind: computed again later, or swapped to host memory."""
+    """The request lost its pages. kind: to be recomputed, or swapped to host memory."""
 
     time: float
     request_id: str
@@ -74,16 +74,24 @@ class RequestFinished:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepRecorded:
-    """One step of the engine loop. time: when it began.
+    """One step of the engine loop.
 
-    prefill_tokens, decode_tokens: useful tokens computed. rows: requests in the step. token_bucket, row_bucket: the
-    shapes that its programs were compiled for. padding: token_bucket less the useful tokens.
-    pages_used, pages_free, pages_cached: pages of the device in each state, null page not counted. pages_swapped: pages
-    in host memory. waiting, running, swapped: requests; those swapped wait for their pages to come back.
-    *_seconds: host time of the four parts of the loop; collect is the wait for the step before. idle_seconds: how long
-    at most the device had nothing to do between the step before and this one; 0 when it was still busy at dispatch, or
-    when no step was under way then. unused_seconds: how long none was, since the step before was taken in; 0 when there
-    was none before.
+    Attributes:
+        time: when it began.
+        prefill_tokens: useful tokens computed.
+        decode_tokens: useful tokens computed.
+        rows: requests in the step.
+        token_bucket: the shape that its forward program was compiled for.
+        row_bucket: the shape that its sample program was compiled for.
+        padding: token_bucket less the useful tokens.
+        pages_used: pages of the device in this state, null page not counted; so are pages_free and pages_cached.
+        pages_swapped: pages in host memory.
+        waiting: requests; so are running and swapped. Those swapped wait for their pages to be swapped in.
+        *_seconds: host time of the four parts of the loop; collect is the wait for the previous step.
+        idle_seconds: upper bound of the device's idle time between the previous step and this one; 0 when it was still
+            busy at dispatch, or when no step was in flight then.
+        unused_seconds: time without a step in flight, since the previous step was collected; 0 when there was none
+            before.
     """
 
     time: float
@@ -110,7 +118,7 @@ class StepRecorded:
 
     @property
     def seconds(self) -> float:
-        """Host time of the whole step: about until the next begins, while there is one."""
+        """Host time of the whole step: approximately until the next begins, while there is one."""
         return self.schedule_seconds + self.dispatch_seconds + self.collect_seconds + self.update_seconds
 
 
@@ -135,22 +143,23 @@ _KINDS: dict[str, type] = {
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """One moment on both clocks: an event's date is unix_time + (event.time - clock_time)."""
+    """Relates both clocks at one moment: an event's date is unix_time + (event.time - clock_time)."""
 
     clock_time: float
     unix_time: float
 
 
 class Recorder:
-    """Keeps the last events, of `capacity` entries in all, and hands every event to the listeners.
+    """Keeps the last events, of `capacity` entries in all, and passes every event to the listeners.
 
     An event is one entry, a `TokensProduced` as many as it has tokens, so that capacity bounds memory. A full buffer
-    loses its oldest events to each new one, and `dropped` counts them: whoever needs all events subscribes. `record`
-    takes constant time besides what the listeners take.
+    loses its oldest events to each new one, and `dropped` counts them: consumers that need all events subscribe.
+    `record` takes constant time besides what the listeners take. A recorder has no length, so that an empty one is not
+    false: `recorder or Recorder()` is safe.
 
-    clock: the clock that event times are read from. wall_clock: seconds since 1970. Both are read once, for `origin`.
-
-    A recorder has no length, so that an empty one is not false: `recorder or Recorder()` is safe.
+    Args:
+        clock: the clock that event times are read from.
+        wall_clock: seconds since 1970. Both are read once, for `origin`.
     """
 
     def __init__(
@@ -171,23 +180,23 @@ class Recorder:
 
     @property
     def capacity(self) -> int:
-        """Entries kept at most."""
+        """Maximum number of entries kept."""
         return self._capacity
 
     @property
     def num_recorded(self) -> int:
-        """Events recorded so far, the dropped ones included."""
+        """Number of events recorded so far, the dropped ones included."""
         return self._num_recorded
 
     @property
     def dropped(self) -> int:
-        """Events that the buffer no longer holds."""
+        """Number of events that the buffer no longer holds."""
         return self._num_recorded - len(self._events)
 
     def record(self, event: Event) -> None:
         """Keeps the event, then calls the listeners in order of subscription.
 
-        What a listener raises is raised here, when the event is already kept.
+        An exception of a listener is raised here, when the event is already kept.
         """
         self._events.append(event)
         self._num_recorded += 1
@@ -214,7 +223,7 @@ class Recorder:
         return unsubscribe
 
     def __iter__(self) -> Iterator[Event]:
-        """The events kept, oldest first, as of now: recording may go on meanwhile."""
+        """Iterates over the events kept, oldest first, as of now: recording may continue meanwhile."""
         return iter(tuple(self._events))
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
@@ -231,7 +240,7 @@ class Recorder:
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """What `Recorder.to_jsonl` wrote. dropped: events that were lost before the first of `events`."""
+    """Holds the content of a file that `Recorder.to_jsonl` wrote. dropped: events lost before the first of `events`."""
 
     origin: Origin
     dropped: int

@@ -1,4 +1,4 @@
-"""Where the time of a start goes: named phases of a process, some of them side by side."""
+"""Measures startup spans: named phases of a process's start, some of them concurrent."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import time
 from collections.abc import Iterator, Sequence
 
 StartupSpan = tuple[str, float, float]
-"""Name, when it began (seconds since its process started), and how many seconds it took."""
+"""Name, begin (seconds since its process started), and duration in seconds."""
 
 _imported = time.monotonic()  # a fallback where the system does not say when the process started
 
 
 def seconds_since_start() -> float:
-    """Seconds since this process started, the interpreter's own start included where /proc tells."""
+    """Returns seconds since this process started, including the interpreter's start where /proc is available."""
     try:
         after_name = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")
@@ -27,7 +27,7 @@ def seconds_since_start() -> float:
 
 
 class StartupSpans:
-    """The phases of this process's start, in the order of their beginnings. Safe for several threads."""
+    """Collects the startup spans of this process, in the order of their beginnings. Thread-safe."""
 
     def __init__(self) -> None:
         self._origin = time.perf_counter() - seconds_since_start()
@@ -36,17 +36,17 @@ class StartupSpans:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measures what happens within; a phase that fails is not kept."""
+        """Measures the enclosed block; a phase that fails is not kept."""
         begin = time.perf_counter()
         yield
         self._add(name, begin, time.perf_counter())
 
     def until_now(self, name: str) -> None:
-        """A phase from the start of the process until now."""
+        """Adds a phase from the start of the process until now."""
         self._add(name, self._origin, time.perf_counter())
 
     def all(self) -> tuple[StartupSpan, ...]:
-        """The phases that have ended."""
+        """Returns the phases that have ended."""
         with self._lock:
             return tuple(sorted(self._phases, key=lambda phase: phase[1]))
 
@@ -56,7 +56,7 @@ class StartupSpans:
 
 
 def phase_lines(title: str, phases: Sequence[StartupSpan]) -> list[str]:
-    """One line for each phase and one before them, for a log."""
+    """Formats the phases for a log: a title and one line each."""
     width = max((len(name) for name, _, _ in phases), default=0)
     return [
         f"{title}, seconds (begin, duration):",
@@ -65,7 +65,7 @@ def phase_lines(title: str, phases: Sequence[StartupSpan]) -> list[str]:
 
 
 def phases_json(**parts: Sequence[StartupSpan]) -> str:
-    """The phases of several processes as one line of JSON: lists of {name, begin, seconds} by process."""
+    """Formats the phases of several processes as one line of JSON: lists of {name, begin, seconds} by process."""
     return json.dumps(
         {
             part: [

@@ -1,4 +1,4 @@
-"""Latencies of requests, calculated from recorded events."""
+"""Computes latencies of requests from recorded events."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from jaxserve.telemetry.recorder import (
 
 @dataclasses.dataclass(frozen=True)
 class RequestTimings:
-    """When things happened to one request, and the latencies that follow. All in seconds; None is "not yet, or never".
+    """Event times of one request, and the latencies derived from them. All in seconds; None is "not yet, or never".
 
-    arrived, scheduled, first_token, finished: times of the events. token_times: one for each output token.
-    reason: finish reason, "" while unfinished. preemptions: so far.
+    Attributes:
+        arrived: time of the event; so are scheduled, first_token and finished.
+        token_times: one for each output token.
+        reason: finish reason, "" while unfinished.
+        preemptions: so far.
     """
 
     request_id: str
@@ -43,22 +46,22 @@ class RequestTimings:
 
     @property
     def queue_time(self) -> float | None:
-        """From arrival to the first step that computes the request."""
+        """Time from arrival to the first step that computes the request."""
         return _difference(self.arrived, self.scheduled)
 
     @property
     def prefill_time(self) -> float | None:
-        """From the end of the queue to the first token."""
+        """Time from the end of the queue to the first token."""
         return _difference(self.scheduled, self.first_token)
 
     @property
     def ttft(self) -> float | None:
-        """Time to first token: from arrival."""
+        """Time to first token, from arrival."""
         return _difference(self.arrived, self.first_token)
 
     @property
     def decode_time(self) -> float | None:
-        """From the first token to the last one so far."""
+        """Time from the first token to the last one so far."""
         return _difference(self.first_token, self.token_times[-1] if self.token_times else None)
 
     @property
@@ -79,12 +82,12 @@ class RequestTimings:
 
     @property
     def e2e(self) -> float | None:
-        """End to end: from arrival to finish."""
+        """End-to-end latency, from arrival to finish."""
         return _difference(self.arrived, self.finished)
 
 
 def request_timings(events: Iterable[Event]) -> tuple[RequestTimings, ...]:
-    """The timings of every request whose arrival is among the events, in order of arrival.
+    """Returns the timings of every request whose arrival is among the events, in order of arrival.
 
     A request whose arrival a full recorder has dropped is left out: its other figures could be wrong. An id that
     arrives again after its request finished is another request.
@@ -109,7 +112,7 @@ def request_timings(events: Iterable[Event]) -> tuple[RequestTimings, ...]:
 
 
 class _Progress:
-    """Gathers the events of one request."""
+    """Accumulates the events of one request."""
 
     def __init__(self, arrival: RequestArrived) -> None:
         self._arrival = arrival
