@@ -13,8 +13,8 @@ from jaxserve.frontend.cuts import byte_symbols, component_specs, has_all_byte_t
 _GROWING = ("Prepend", "ByteLevel")
 """Normalizers that never shorten a text."""
 _SHRINKING = {"NFC": 4, "NFD": 3, "NFKC": 4, "NFKD": 4, "Lowercase": 3}
-"""Maximum bytes that each of these normalizers reduces to one: of three characters of 7 bytes, U+1FBE U+0308 U+0301, NFC
-makes U+0390 of 2; NFKC makes letters of mathematical ones."""
+"""Maximum bytes that each of these normalizers reduces to one: of three characters of 7 bytes, U+1FBE U+0308 U+0301,
+NFC makes U+0390 of 2; NFKC makes letters of mathematical ones."""
 _KEEPING = ("ByteLevel", "Metaspace", "Digits", "UnicodeScripts")
 """Pre-tokenizers that never drop a character."""
 
