@@ -1,1 +1,1 @@
-"""What a configuration will take on a device: memory, bytes and seconds, before it runs."""
+"""Estimates a configuration's memory, bytes and seconds on a device before it runs."""

@@ -1,4 +1,4 @@
-"""What a decode step must move and compute, and the time that a device's peak rates allow for it.
+"""Computes the bytes and operations of a decode step, and its time at a device's peak rates.
 
 Counted: every weight once (of an embedding that is no output matrix, the rows of the step's tokens), the keys and
 values of every position once, those of the step's tokens written. Not counted: activations, logits, the sampler; so a
@@ -18,10 +18,13 @@ from jaxserve.programs.target_devices import Target
 
 @dataclasses.dataclass(frozen=True)
 class DecodeStep:
-    """One token for each of `batch` sequences of `context` positions, the new one included.
+    """Describes a step of one token for each of `batch` sequences of `context` positions, the new one included.
 
-    bytes: that must be moved. flops: floating-point operations, an FMA counted as two. seconds: the longer of the two
-    at peak rates, 0 where the target states none; bound: "memory" or "compute", "" where the target states none.
+    Attributes:
+        bytes: that must be moved.
+        flops: floating-point operations, an FMA counted as two.
+        seconds: the longer of the two at peak rates, 0 where the target states none.
+        bound: "memory" or "compute", "" where the target states none.
     """
 
     batch: int
@@ -37,14 +40,14 @@ class DecodeStep:
 
 
 def token_bytes(shapes: Shapes) -> int:
-    """Bytes of one token's keys and values in all layers."""
+    """Returns the bytes of one token's keys and values in all layers."""
     model = shapes.model
     numbers = 2 * model.num_key_value_heads * model.head_dim * model.num_hidden_layers
     return numbers * jnp.dtype(shapes.pool_dtype).itemsize
 
 
 def decode_step(shapes: Shapes, target: Target, batch: int, context: int) -> DecodeStep:
-    """The bound of one step on one device of the target."""
+    """Returns the roofline bound of one step on one device of the target."""
     model = shapes.model
     cost = ModelCost.of(model, jnp.dtype(shapes.dtype).name, jnp.dtype(shapes.pool_dtype).name)
     matrices, rows = cost.layers + cost.head, cost.embedding_row

@@ -1,4 +1,4 @@
-"""An upper bound of a program's temporaries from its trace, for where its compiler is not at hand.
+"""Computes an upper bound of a program's temporaries from its trace, where its compiler is not available.
 
 The program's operations are taken in the order in which they were traced, each result in a buffer of its own until its
 last use. The compiler fuses operations, so that most of these results never exist, and orders them for memory; it adds
@@ -23,7 +23,7 @@ _BARE = frozenset({"pallas_call"})  # its inner program runs in registers and sh
 
 @dataclasses.dataclass
 class _Operation:
-    """One operation. Values are numbered; `sizes` are the bytes of the results.
+    """Represents one operation. Values are numbered; `sizes` are the bytes of the results.
 
     in_place: pairs of an operand and a result that takes over its buffer. extra: bytes needed only while it runs.
     """
@@ -36,14 +36,17 @@ class _Operation:
 
 
 def temporary_bytes(traced: jax.stages.Traced) -> int:
-    """Bytes beside its arguments that a program needs at most, workspace included, on a mesh of one device."""
+    """Returns the maximum bytes a program needs besides its arguments, workspace included, on a mesh of one device."""
     arguments = jax.tree.leaves(traced.args_info)
     donated = {place: 0 for place, argument in enumerate(arguments) if argument.donated}
     return _peak(traced.jaxpr.jaxpr, donated) + WORKSPACE_BYTES
 
 
 def _peak(jaxpr: core.Jaxpr, owned: dict[int, int]) -> int:
-    """Greatest sum of bytes alive at once. owned: arguments whose buffers may be updated, with the bytes they count."""
+    """Returns the peak of bytes alive at once.
+
+    owned: arguments whose buffers may be updated, with the bytes they count.
+    """
     program = _Program()
     numbers = [program.number() for _ in jaxpr.invars]
     results = program.flatten(jaxpr, numbers)
@@ -72,7 +75,7 @@ def _peak(jaxpr: core.Jaxpr, owned: dict[int, int]) -> int:
 
 
 class _Program:
-    """The operations of a program one after another, calls of inner functions replaced by their operations."""
+    """Flattens a program into a list of operations, with calls of inner functions replaced by their operations."""
 
     def __init__(self) -> None:
         self.operations: list[_Operation] = []
@@ -103,7 +106,7 @@ class _Program:
 
 
 def _called(equation: Any) -> core.Jaxpr | None:
-    """The function that an equation calls once with its own operands, if that is what it does."""
+    """Returns the function that an equation calls exactly once with its own operands, or None."""
     if equation.primitive.name in _BARE:
         return None
     for name in ("jaxpr", "call_jaxpr"):
@@ -137,7 +140,9 @@ def _operation(equation: Any, operands: list[int], results: list[int]) -> _Opera
 
 
 def _branches(equation: Any) -> Iterator[core.Jaxpr]:
-    """The functions that a `cond` chooses from, or the body of a `scan`, whose carry is not counted as in place."""
+    """Yields the functions that a `cond` chooses from, or the body of a `scan`, whose carry is not counted as in
+    place.
+    """
     if equation.primitive.name == "cond":
         yield from map(_open, equation.params["branches"])
     elif equation.primitive.name == "scan":

@@ -1,7 +1,7 @@
-"""What a configuration means on a device, found out without starting it: programs, memory, concurrency, speed, start.
+"""Explains a configuration on a device without starting it: programs, memory, concurrency, speed, start time.
 
-The plan of the memory is the one that start-up makes. Only the largest program of each kind is compiled, for the
-target; where the target's compiler is not installed, their temporaries are bounded by `estimate` and marked so.
+The memory plan is the one that start-up makes. Only the largest program of each kind is compiled, for the target; where
+the target's compiler is not installed, their temporaries are bounded by `estimate` and marked so.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ LOAD_RATE = 0.8e9
 """Bytes/s: a 306 MB safetensors checkpoint from the page cache, with two cores of a 2 GHz server processor."""
 
 COMPILE_SECONDS = 6.0
-"""For one program, where nothing was compiled here: the largest of an 8B model for an H200 took 2.5 to 10 s each."""
+"""Seconds to compile one program, where nothing was compiled here: the largest of an 8B model for an H200 took 2.5 to
+10 s each."""
 
 LENGTHS = (1024, 4096, 16384, 65536)
-"""Lengths of requests, in tokens, whose greatest concurrency is told beside that of max_model_len."""
+"""Lengths of requests, in tokens, whose maximum concurrency is reported besides that of max_model_len."""
 
 BATCHES = (1, 8, 64, 256)
 CONTEXTS = (1024, 8192)
@@ -45,7 +46,7 @@ CONTEXTS = (1024, 8192)
 
 @dataclasses.dataclass(frozen=True)
 class Concurrency:
-    """The most requests of `length` tokens each that run at once, pages and max_num_seqs considered."""
+    """Maximum number of concurrent requests of `length` tokens each, limited by pages and max_num_seqs."""
 
     length: int
     requests: float
@@ -53,10 +54,13 @@ class Concurrency:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a start takes: the weights are loaded while the programs are compiled, on `workers` cores.
+    """Estimates a start: the weights are loaded while the programs are compiled, on `workers` cores.
 
-    load_bytes: of weights; load_rate: bytes/s. compile_seconds: for all programs with nothing kept from before.
-    compile_source: where that figure is from.
+    Attributes:
+        load_bytes: of weights.
+        load_rate: bytes/s.
+        compile_seconds: for all programs with an empty cache.
+        compile_source: source of that figure.
     """
 
     load_bytes: int
@@ -71,16 +75,19 @@ class Start:
 
     @property
     def seconds(self) -> float:
-        """With an empty compilation cache and no bundle."""
+        """Seconds with an empty compilation cache and no bundle."""
         return max(self.load_seconds, self.compile_seconds)
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What `explain` found.
+    """Result of `explain`.
 
-    cache: as configured. programs: bucket sizes by kind, rising. estimated: why temporaries are an estimate; "" where
-    they are the compiler's figures. decode_steps: those that fit into the pages.
+    Attributes:
+        cache: as configured.
+        programs: bucket sizes by kind, ascending.
+        estimated: why temporaries are an estimate; "" where they are the compiler's figures.
+        decode_steps: those that fit into the pages.
     """
 
     shapes: Shapes
@@ -110,12 +117,14 @@ class _Needs:
 def explain(
     config: EngineConfig, target: Target, *, load_rate: float = LOAD_RATE, report: pathlib.Path | None = None
 ) -> Explanation:
-    """Explains one device of the target.
+    """Explains a configuration on one device of the target.
 
-    load_rate: bytes/s at which weights reach the device. report: report.json of `jaxserve.compile` for the same target,
-    whose compile times are taken.
+    Args:
+        load_rate: bytes/s at which weights reach the device.
+        report: report.json of `jaxserve.compile` for the same target, whose compile times are used.
 
-    Raises ValueError where the configuration does not fit the model or the device, or the report is another target's.
+    Raises:
+        ValueError: the configuration does not fit the model or the device, or the report is another target's.
     """
     shapes = resolve_shapes(config, target.platform, planning=True)
     workers = os.cpu_count() or 1
@@ -152,7 +161,7 @@ def explain(
 
 
 def local_target() -> Target:
-    """The target that describes this machine's first device.
+    """Returns the target that describes this machine's first device.
 
     Raises ValueError where it is a GPU that no target describes.
     """
@@ -171,14 +180,14 @@ def local_target() -> Target:
 
 
 def _described(target: Target) -> jax.sharding.AbstractMesh:
-    """A mesh of one such device, which need not exist nor be compiled for."""
+    """Returns an abstract mesh of one such device, which need not exist nor be compiled for."""
     platform = "cpu" if target.is_local else "cuda"
     device = jax.sharding.AbstractDevice(target.device_kind, target.sm_count or None, platform)
     return jax.sharding.AbstractMesh((1,), ("tensor",), abstract_device=device)
 
 
 def _compile(shapes: Shapes, target: Target, workers: int) -> _Needs:
-    """Compiles the largest program of each kind, or estimates what they need where their compiler is missing."""
+    """Compiles the largest program of each kind, or estimates their needs where their compiler is missing."""
     counts = collections.Counter(key.kind for key in program_keys(shapes))
     try:
         mesh = target_mesh(target)
@@ -206,7 +215,7 @@ def _estimate(shapes: Shapes, seconds: float, reason: str) -> _Needs:
 
 
 def _reported(report: pathlib.Path, target: Target, sizes: dict[str, tuple[int, ...]]) -> tuple[float, str]:
-    """Seconds that the programs of a report took altogether, and a name for the report."""
+    """Returns the total compile seconds of a report's programs, and a name for the report."""
     try:
         told = json.loads(report.read_text(encoding="utf-8"))
         name = told["target"]["name"]

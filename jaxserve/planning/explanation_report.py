@@ -1,4 +1,4 @@
-"""An explanation of a configuration as text for people and as JSON for programs."""
+"""Formats an explanation of a configuration as text and as JSON."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _UNITS = {
 
 
 def to_text(explanation: Explanation) -> str:
-    """Several paragraphs, with a table whose total is the device's memory."""
+    """Formats the explanation as several paragraphs, with a table whose total is the device's memory."""
     paragraphs = [_model, _programs, _memory, _concurrency, _start, _decode]
     return "\n\n".join("\n".join(paragraph(explanation)) for paragraph in paragraphs)
 
@@ -136,7 +136,7 @@ def _decode(explanation: Explanation) -> Iterator[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int]) -> Iterator[str]:
-    """Columns of equal width, numbers to the right, text to the left."""
+    """Formats columns of equal width, numbers right-aligned, text left-aligned."""
     lines = [head, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     for line in lines:
@@ -155,7 +155,7 @@ def _size(size: int) -> str:
 
 
 def to_json(explanation: Explanation) -> dict[str, Any]:
-    """The explanation as what `json.dump` takes; sizes in bytes, times in seconds."""
+    """Converts the explanation to values for `json.dump`; sizes in bytes, times in seconds."""
     shapes, target, plan, start = explanation.shapes, explanation.target, explanation.plan, explanation.start
     return {
         "target": {

@@ -1,11 +1,11 @@
-"""What a device's memory is spent on, and how many pages fit: from the compiler's own figures, not from a guess.
+"""Plans the use of a device's memory and the number of pages, from the compiler's own figures.
 
     device memory = what gpu_memory_utilization keeps out of reach
                   + weights + state + temporaries + code + swapped pages + margin + pages + unused
 
-The device runs one program at a time, so temporaries are those of the largest program; code is that of all of them.
-The margin stands for what the compiler does not see (library workspaces, fragmentation); a pool of an explicit size
-may take of it. Swapped pages are in host memory, which on a CPU is the device's; a GPU's memory holds those that are on
+The device runs one program at a time, so temporaries are those of the largest program; code is that of all of them. The
+margin stands for what the compiler does not see (library workspaces, fragmentation); a pool of an explicit size may
+take of it. Swapped pages are in host memory, which on a CPU is the device's; a GPU's memory holds those that are on
 their way. Start-up, `jaxserve.compile` and `jaxserve.explain` make the same plan from the same functions.
 """
 
@@ -30,9 +30,9 @@ from jaxserve.programs.target_devices import available_memory
 MARGIN_BYTES = 256 * 1024 * 1024
 
 TRANSIT_BYTES = 512 * 1024 * 1024
-"""Pages that are on their way between a GPU and host memory at one time, all layers together, at most."""
+"""Maximum bytes of pages in transit between a GPU and host memory at one time, all layers together."""
 
-# How XLA is told the limit of pinned host memory, what it is without, and what it takes beside swapped pages.
+# Settings of XLA's limit of pinned host memory: its name, its default, and what it takes besides swapped pages.
 _PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 _PINNED_GIB = 64
 _PINNED_SPARE_GIB = 8
@@ -40,9 +40,11 @@ _PINNED_SPARE_GIB = 8
 
 @dataclasses.dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes of one device: all of it, and the share that may be used.
+    """Describes the memory of one device in bytes: the total, and the usable share.
 
-    host: it is the host's memory. What is available there differs a little at every start, and swapped pages are in it.
+    Attributes:
+        host: it is the host's memory. What is available there varies a little between starts, and swapped pages are in
+            it.
     """
 
     total: int
@@ -55,17 +57,20 @@ class DeviceMemory:
 
     @classmethod
     def share(cls, total: int, utilization: float, *, host: bool = False) -> DeviceMemory:
-        """`utilization` (0 to 1, CacheConfig.gpu_memory_utilization) of `total` bytes, rounded down."""
+        """Takes `utilization` (0 to 1, CacheConfig.gpu_memory_utilization) of `total` bytes, rounded down."""
         return cls(total, int(total * utilization), host)
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one device and what they are spent on.
+    """Divides the bytes of one device among their uses.
 
-    weights: as the programs take them. state: slots, hidden buffer, masks and the vector that the host sends.
-    page: one page in all layers. num_pages: pages of the pool, the null page included. swapped: pages of swapped
-    sequences, as far as they are in the device's memory.
+    Attributes:
+        weights: as the programs take them.
+        state: slots, hidden buffer, masks and the vector that the host sends.
+        page: one page in all layers.
+        num_pages: pages of the pool, the null page included.
+        swapped: pages of swapped sequences, as far as they are in the device's memory.
     """
 
     device: DeviceMemory
@@ -83,28 +88,28 @@ class MemoryPlan:
 
     @property
     def fixed(self) -> int:
-        """Bytes that are needed whatever the number of pages."""
+        """Bytes needed for any number of pages."""
         return self.weights + self.state + self.programs.temporaries + self.programs.code + self.swapped
 
     @property
     def total(self) -> int:
-        """Bytes that are needed, without the margin."""
+        """Bytes needed, without the margin."""
         return self.fixed + self.pages
 
     @property
     def margin(self) -> int:
-        """Bytes of MARGIN_BYTES that are left; negative when even `total` does not fit."""
+        """Remaining bytes of MARGIN_BYTES; negative when even `total` does not fit."""
         return min(MARGIN_BYTES, self.device.limit - self.total)
 
     @property
     def room(self) -> int:
-        """Pages that fit beside everything else and the whole margin."""
+        """Number of pages that fit besides everything else and the whole margin."""
         return max(0, (self.device.limit - self.fixed - MARGIN_BYTES) // self.page)
 
     def parts(self) -> dict[str, int]:
-        """The device's memory, part by part; the sum is `device.total`. Raises ValueError as `check` does.
+        """Returns the device's memory by use; the sum is `device.total`. Raises ValueError as `check` does.
 
-        "swapped pages" are there only where there are any.
+        "swapped pages" is included only where there are any.
         """
         self.check()
         return {
@@ -121,11 +126,11 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether it is within the limit."""
+        """Returns whether the plan is within the limit."""
         return self.total <= self.device.limit
 
     def check(self) -> None:
-        """Raises ValueError when it is more than the limit."""
+        """Raises ValueError when the plan exceeds the limit."""
         if not self.fits:
             raise ValueError(
                 f"page pool of {self.num_pages} pages has {self.pages} bytes; with weights of {self.weights} and "
@@ -139,7 +144,10 @@ class MemoryPlan:
 class MemoryPlanner:
     """Plans the memory of one device of a mesh.
 
-    shapes: of the programs; their number of pages is ignored. cache: what is configured. device: its memory.
+    Args:
+        shapes: of the programs; their number of pages is ignored.
+        cache: as configured.
+        device: its memory.
     """
 
     shapes: Shapes
@@ -148,7 +156,9 @@ class MemoryPlanner:
     device: DeviceMemory
 
     def plan(self, num_pages: int, programs: ProgramNeeds) -> MemoryPlan:
-        """What a pool of so many pages takes, with programs that need `programs`, whether it fits or not."""
+        """Returns the plan for a pool of `num_pages` pages with programs that need `programs`, whether it fits or
+        not.
+        """
         shapes = dataclasses.replace(self.shapes, num_pages=num_pages)
         params, pools, *state = abstract_arguments(ProgramKey("forward", shapes.buckets.tokens[-1]), shapes, self.mesh)
         page = _bytes_per_device(pools) // num_pages
@@ -164,11 +174,11 @@ class MemoryPlanner:
         )
 
     def roomy(self) -> MemoryPlan | None:
-        """The plan where what the programs need hardly matters: all pages that can be in use take at most half of what
-        weights and state leave. None where they take more, or the configuration says how many there are.
+        """Returns the plan where the programs' needs hardly matter: all pages that can be in use take at most half of
+        what weights and state leave. Returns None where they take more, or the configuration sets their number.
 
-        It is what `pool` decides if the programs find room in the other half, which the caller must check when they
-        are there; no program need be compiled to find out how many pages fit.
+        It is what `pool` decides if the programs fit into the other half, which the caller must check when they are
+        compiled; no program need be compiled to determine the number of pages.
         """
         if self.cache.num_pages is not None or self.cache.kv_cache_memory_bytes is not None:
             return None
@@ -218,9 +228,10 @@ class MemoryPlanner:
         return plan
 
     def check_available(self, plan: MemoryPlan) -> None:
-        """Raises ValueError where the host has not enough memory for what is still to be made when weights and programs
-        are there: on a CPU state, temporaries and pages (the plan has only an allowance for the programs themselves),
-        beside a GPU the swapped pages.
+        """Raises ValueError where the host has too little memory for what is allocated after weights and programs.
+
+        On a CPU these are state, temporaries and pages (the plan has only an allowance for the programs themselves),
+        with a GPU the swapped pages.
         """
         available = available_memory()
         if self.mesh.devices.flat[0].platform != "cpu":
@@ -249,9 +260,10 @@ class MemoryPlanner:
             check(one, shapes.buckets.tokens[-1], shapes.model.group_size)
 
     def _most_addressable(self, num_pages: int) -> int:
-        """The most pages, up to num_pages, that the attention implementation can take.
+        """Returns the maximum number of pages, up to num_pages, that the attention implementation can address.
 
-        Raises ValueError where it cannot take even two. Below the first size that it cannot take, it takes all.
+        Raises ValueError where it cannot address even two. Below the first size that it cannot address, it can address
+        all.
         """
 
         def fails(number: int) -> bool:
@@ -268,31 +280,33 @@ class MemoryPlanner:
 
 
 def _steady(room: int) -> int:
-    """`room` rounded down to five binary digits, at most a sixteenth less.
+    """Rounds `room` down to five binary digits, at most a sixteenth less.
 
-    What is available on a CPU differs a little at every start. Programs for another number of pages are other programs,
-    so without this none would be found in the compilation cache.
+    The memory available on a CPU varies a little between starts. Programs for another number of pages are other
+    programs, so without this none would be found in the compilation cache.
     """
     unit = 1 << max(0, room.bit_length() - 5)
     return room // unit * unit
 
 
 def pages_in_use(shapes: Shapes) -> int:
-    """Pages that max_num_seqs sequences of max_model_len hold, and the null page."""
+    """Returns the pages that max_num_seqs sequences of max_model_len hold, and the null page."""
     return shapes.num_slots * shapes.max_pages + 1
 
 
 def pages_in_transit(shapes: Shapes, page: int) -> int:
-    """Pages, of `page` bytes on one device, that may be on their way between a GPU and host memory at one time."""
+    """Returns the maximum pages, of `page` bytes on one device, in transit between a GPU and host memory at one
+    time.
+    """
     return min(shapes.num_host_pages, max(SWAP_SIZES[-1], TRANSIT_BYTES // page))
 
 
 def claim_memory(cache: CacheConfig) -> None:
-    """Lets jax's allocator hand out gpu_memory_utilization of a GPU's memory; by itself it takes three quarters.
+    """Lets jax's allocator use gpu_memory_utilization of a GPU's memory; its default is three quarters.
 
-    Pinned host memory is limited to 64 GiB by itself; a larger swap_space is let through.
+    Pinned host memory is limited to 64 GiB by default; the limit is raised for a larger swap_space.
 
-    Has an effect only before the process first asks jax for its devices; later the allocator keeps what it has.
+    Has an effect only before the process first asks jax for its devices; later the allocator keeps its limit.
     """
     jax.config.update("jax_pjrt_client_create_options", {"memory_fraction": cache.gpu_memory_utilization})
     if cache.swap_space > _PINNED_GIB - _PINNED_SPARE_GIB:
@@ -300,7 +314,8 @@ def claim_memory(cache: CacheConfig) -> None:
 
 
 def local_memory(mesh: Mesh, utilization: float) -> DeviceMemory:
-    """The memory of this machine's devices: of a CPU a share of what is available now, of a GPU what its allocator has.
+    """Returns the memory of this machine's devices: of a CPU a share of what is available now, of a GPU its
+    allocator's.
 
     `claim_memory` has given the GPU's allocator its share, so its whole limit may be used.
     """

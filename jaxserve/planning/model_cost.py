@@ -1,4 +1,4 @@
-"""What a model's shape makes a step move and compute: counted from the architecture, without weights. No jax."""
+"""Counts the bytes and operations of a model's steps from its architecture, without weights or jax."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ import dataclasses
 from jaxserve.models.config import ModelConfig
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
-"""Bytes of one number by dtype."""
+"""Bytes per number by dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelCost:
-    """Counts of one model; numbers unless a name says bytes.
+    """Counts of one model; numbers of elements unless a name says bytes.
 
-    layers: weights of the layers' matrices. head: of the output matrix. norms: weights that no product uses.
-    embedding_row: numbers looked up for a token; 0 where the embedding is the output matrix.
-    embedding: numbers of an embedding that is no output matrix.
-    attention_flops: of one query token and one position, in all layers. token_bytes: keys and values of one token in
-    all layers. item_bytes: of one weight.
+    Attributes:
+        layers: weights of the layers' matrices.
+        head: of the output matrix.
+        norms: weights that no matmul uses.
+        embedding_row: numbers looked up for a token; 0 where the embedding is the output matrix.
+        embedding: numbers of an embedding that is no output matrix.
+        attention_flops: of one query token and one position, in all layers.
+        token_bytes: keys and values of one token in all layers.
+        item_bytes: of one weight.
     """
 
     layers: int
@@ -32,9 +36,9 @@ class ModelCost:
 
     @classmethod
     def of(cls, model: ModelConfig, dtype: str, pool_dtype: str) -> ModelCost:
-        """Of a decoder as in models/layers/decoder.py. dtype: of the weights; pool_dtype: of what pages hold.
+        """Counts a decoder as in models/layers/decoder.py. dtype: of the weights; pool_dtype: of the pages.
 
-        Raises ValueError for a dtype whose size is not known.
+        Raises ValueError for a dtype of unknown size.
         """
         for name, value in (("dtype", dtype), ("pool dtype", pool_dtype)):
             if value not in ITEM_BYTES:
@@ -66,5 +70,5 @@ class ModelCost:
 
     @property
     def weight_bytes(self) -> int:
-        """Of all weights."""
+        """Bytes of all weights."""
         return (self.layers + self.head + self.norms + self.embedding) * self.item_bytes

@@ -1,4 +1,4 @@
-"""What a configuration and the checkpoint that it names say together."""
+"""Combines a configuration with the checkpoint that it names."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ GIB = 2**30
 
 
 def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = False) -> Shapes:
-    """The shapes of the programs on devices of `platform` ("cpu", "gpu"); the number of pages is left at 2.
+    """Returns the shapes of the programs on devices of `platform` ("cpu", "gpu"); the number of pages is left at 2.
 
-    planning: weights will not be read, so a configured architecture does without the checkpoint.
+    Args:
+        config: the engine's configuration.
+        platform: of the devices.
+        planning: weights will not be read, so a configured architecture does without the checkpoint.
 
-    Raises ValueError where configuration and checkpoint contradict each other.
+    Raises:
+        ValueError: configuration and checkpoint contradict each other.
     """
     model = resolve_model(config, planning=planning)
     max_model_len = config.max_model_len or model.context_length
@@ -61,7 +65,7 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
 
 
 def _host_pages(swap_space: float, shapes: Shapes) -> int:
-    """Pages that fit into `swap_space` GiB. Raises ValueError where it is not 0 and too little for one."""
+    """Returns the pages that fit into `swap_space` GiB. Raises ValueError where it is not 0 and too small for one."""
     page = token_bytes(shapes) * shapes.page_size
     pages = int(swap_space * GIB) // page
     if swap_space and not pages:
@@ -73,7 +77,7 @@ def _host_pages(swap_space: float, shapes: Shapes) -> int:
 
 
 def _check_checkpoint(config: EngineConfig, model: ModelConfig, *, scales: bool, planning: bool) -> None:
-    """Compares the checkpoint's tensors and tokenizer with its model; done before anything is compiled."""
+    """Compares the checkpoint's tensors and tokenizer with its model, before anything is compiled."""
     if config.load_format == "dummy" or config.model is None:
         return
     if planning and not checkpoint.has_weights(config.model):
@@ -84,11 +88,12 @@ def _check_checkpoint(config: EngineConfig, model: ModelConfig, *, scales: bool,
 
 
 def resolve_model(config: EngineConfig, *, planning: bool = False) -> ModelConfig:
-    """The architecture: configured, or read from the checkpoint; a ValueError names the field where they differ.
+    """Returns the architecture: configured, or read from the checkpoint; a ValueError names the field where they
+    differ.
 
-    End tokens, the first token and the dtype are the checkpoint's where both say them: no program depends on them.
+    End tokens, the first token and the dtype are the checkpoint's where both define them: no program depends on them.
 
-    planning: as for `resolve_shapes`; a checkpoint that is there is compared all the same.
+    planning: as for `resolve_shapes`; an existing checkpoint is compared all the same.
     """
     wanted = config.architecture
     if wanted is not None and config.load_format == "dummy":
@@ -103,7 +108,9 @@ def resolve_model(config: EngineConfig, *, planning: bool = False) -> ModelConfi
 
 
 def _check_same(wanted: ModelConfig, found: ModelConfig, config: EngineConfig) -> None:
-    """Raises ValueError where the configured architecture and the checkpoint's differ in what programs depend on."""
+    """Raises ValueError where the configured architecture and the checkpoint's differ in fields that affect
+    programs.
+    """
     one, other = wanted.decisive, found.decisive
     for field in dataclasses.fields(ModelConfig):
         if field.name == "max_position_embeddings" and config.max_model_len is not None:

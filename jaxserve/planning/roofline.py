@@ -1,4 +1,4 @@
-"""Costs of steps from a device's peak rates and a model's shape: no device and no weights needed.
+"""Computes step costs from a device's peak rates and a model's shape, without a device or weights.
 
 A step's parts run one after another and each takes the longer of its two bounds:
 
@@ -30,15 +30,19 @@ from jaxserve.scheduler.preemption_costs import PreemptionCosts
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-    """What of a device's peak rates the programs reach. The defaults are those of this engine's steps with Llama-3.1-8B
-    on an H200, within 15 % of most (benchmarks/results/gpu_engine_h200_jax0.11.2.json): the first three were chosen to
-    suit them, the fourth is the kernel's own.
+    """Holds the fractions of a device's peak rates that the programs reach.
 
-    memory: of the bandwidth, weights and logits; a copy reaches 0.88.
-    compute: of the matrix rate, in whole steps; a single bfloat16 product of 8,192 x 8,192 reaches 0.70.
-    decode_attention: of the bandwidth.
-    prefill_attention: of the matrix rate; 317 of 989.5 TFLOP/s.
-    launch_seconds: of a step, beyond its programs' work. link_bytes: bytes/s between device and host memory.
+    The defaults are those of this engine's steps with Llama-3.1-8B on an H200, within 15 % of most
+    (benchmarks/results/gpu_engine_h200_jax0.11.2.json): the first three were fitted to them, the fourth is the kernel's
+    own.
+
+    Attributes:
+        memory: of the bandwidth, weights and logits; a copy reaches 0.88.
+        compute: of the matrix rate, in whole steps; a single bfloat16 product of 8,192 x 8,192 reaches 0.70.
+        decode_attention: of the bandwidth.
+        prefill_attention: of the matrix rate; 317 of 989.5 TFLOP/s.
+        launch_seconds: of a step, beyond its programs' work.
+        link_bytes: bytes/s between device and host memory.
     """
 
     memory: float = 0.68
@@ -56,7 +60,7 @@ class Efficiency:
 
 
 class RooflineCosts:
-    """`CostModel` of a model on a target."""
+    """Implements `CostModel` for a model on a target."""
 
     def __init__(
         self,
@@ -70,7 +74,7 @@ class RooflineCosts:
         host: HostCosts = HostCosts(),
         report: pathlib.Path | None = None,
     ):
-        """report: report.json of `jaxserve.compile` for this target and model.
+        """Initializes the costs. report: report.json of `jaxserve.compile` for this target and model.
 
         Raises ValueError where the target states no rates, or the report is another target's.
         """
@@ -97,7 +101,7 @@ class RooflineCosts:
         self.preemption = PreemptionCosts(per_token, 2 * self._copy_seconds)
 
     def seconds(self, shape: StepShape) -> float:
-        """Of one step."""
+        """Returns the seconds of one step."""
         seconds = self._of_buckets(shape)
         if shape.prefill_tokens:
             pairs, read = self._pair_seconds * shape.prefill_pairs, self._position_seconds * shape.prefill_context
@@ -107,7 +111,7 @@ class RooflineCosts:
         return float(seconds + self._position_seconds * shape.decode_context)
 
     def stretch_seconds(self, shape: StepShape, steps: int) -> np.ndarray:
-        """Of a decode-only step and those after it, float64 [steps]."""
+        """Returns the seconds of a decode-only step and those after it, float64 [steps]."""
         context = shape.decode_context + shape.decode_rows * np.arange(steps)
         return self._of_buckets(shape) + self._position_seconds * context
 
@@ -127,7 +131,7 @@ class RooflineCosts:
         return max(moved / self._bandwidth, flops / self._flops)
 
     def _counted(self, kind: str, size: int) -> tuple[float, float]:
-        """Bytes and operations of a program, attention left out."""
+        """Returns the bytes and operations of a program, without attention."""
         cost = self.cost
         if kind == "sample":
             logits = 2 * 4 * size * self._vocab_size  # float32, written and read once
@@ -139,7 +143,8 @@ class RooflineCosts:
 def _read_report(
     path: pathlib.Path, target: Target, cost: ModelCost, dtype: str
 ) -> dict[tuple[str, int], tuple[float, float]]:
-    """Bytes and operations by kind and size of program, without those of attention, which the step's rows decide.
+    """Reads bytes and operations by kind and size of program, without those of attention, which the step's rows
+    determine.
 
     The report counts a decode program with a full bucket of rows of one context, a forward program with one prompt.
     """
@@ -175,11 +180,11 @@ def _read_report(
 def pool_pages(
     model: ModelConfig, target: Target, *, dtype: str, pool_dtype: str, page_size: int, **limits: Any
 ) -> int:
-    """Pages, the null page included, that fit beside the weights: an estimate without compiling.
+    """Estimates the pages, the null page included, that fit besides the weights, without compiling.
 
-    limits: gpu_memory_utilization, max_num_batched_tokens, max_num_seqs, max_model_len. `jaxserve.explain` tells the
-    compiler's own figure; for Llama-3.1-8B on an H200 they are less than 1 % apart.
-    Raises ValueError where not even one sequence fits.
+    limits: gpu_memory_utilization, max_num_batched_tokens, max_num_seqs, max_model_len. `jaxserve.explain` reports the
+    compiler's own figure; for Llama-3.1-8B on an H200 they are less than 1 % apart. Raises ValueError where not even
+    one sequence fits.
     """
     cost = ModelCost.of(model, dtype, pool_dtype)
     tokens, rows = limits["max_num_batched_tokens"], limits["max_num_seqs"]
@@ -198,4 +203,4 @@ def pool_pages(
 
 
 _MARGIN_BYTES = 512 * 1024 * 1024
-"""For code, workspace and what the compiler does not see."""
+"""Allowance for code, workspace and memory unknown to the compiler."""

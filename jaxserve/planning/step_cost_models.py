@@ -1,4 +1,6 @@
-"""What a step costs: the seam between the simulated engine and a device, and costs fitted to measured step times."""
+"""Defines step costs: the interface between the simulated engine and a device, and costs fitted to measured step
+times.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,18 @@ from jaxserve.scheduler.preemption_costs import PreemptionCosts
 
 
 class StepShape(NamedTuple):
-    """What of a plan decides its cost.
+    """Holds the properties of a plan that determine its cost.
 
-    token_bucket, row_bucket: sizes of its programs, padding included. decode_rows: rows of one token.
-    decode_context: positions that they attend to, in all. prefill_tokens: of prompts; prefill_pairs: (token, position)
-    pairs of their attention; prefill_context: positions that the chunks read. longest: context of the longest row.
-    swapped_pages: pages copied, to or from host memory as a rule.
+    Attributes:
+        token_bucket: size of its forward program, padding included.
+        row_bucket: size of its sample program, padding included.
+        decode_rows: rows of one token.
+        decode_context: positions that they attend to, in all.
+        prefill_tokens: of prompts.
+        prefill_pairs: (token, position) pairs of their attention.
+        prefill_context: positions that the chunks read.
+        longest: context of the longest row.
+        swapped_pages: pages copied, usually to or from host memory.
     """
 
     token_bucket: int
@@ -38,7 +46,7 @@ class StepShape(NamedTuple):
 
 
 def shape_of(plan: StepPlan) -> StepShape:
-    """The shape of a plan."""
+    """Returns the shape of a plan."""
     decodes = plan.decodes
     rows = len(decodes)
     tokens, pairs, context = 0, 0.0, 0.0
@@ -64,9 +72,11 @@ def shape_of(plan: StepPlan) -> StepShape:
 
 @dataclasses.dataclass(frozen=True)
 class HostCosts:
-    """Seconds of the engine's loop on the host, a constant and so much for each row of the step.
+    """Gives the engine loop's host time in seconds, a constant plus a rate per row of the step.
 
-    before: from the start of a turn until the step is dispatched. after: taking in the step before.
+    Attributes:
+        before: from the start of an iteration until the step is dispatched.
+        after: to process the results of the previous step.
     """
 
     before: float = 2e-4
@@ -82,11 +92,11 @@ class HostCosts:
 
 
 class CostModel(Protocol):
-    """Seconds of steps on one device."""
+    """Predicts the seconds of steps on one device."""
 
     @property
     def name(self) -> str:
-        """One line that says what the figures are from."""
+        """One line that names the source of the figures."""
         ...
 
     @property
@@ -94,24 +104,25 @@ class CostModel(Protocol):
 
     @property
     def preemption(self) -> PreemptionCosts:
-        """What the scheduler's rule of swap or recompute goes by."""
+        """Costs by which the scheduler chooses swap or recompute."""
         ...
 
     def seconds(self, shape: StepShape) -> float:
-        """Of one step on the device, from its start to its last sampled id."""
+        """Returns the seconds of one step on the device, from its start to its last sampled id."""
         ...
 
     def stretch_seconds(self, shape: StepShape, steps: int) -> np.ndarray:
-        """float64 [steps]: of a decode-only step and of those after it with the same rows, each one token longer.
+        """Returns the seconds of a decode-only step and of those after it with the same rows, each one token longer.
 
-        Each must equal what `seconds` says of that step, bit by bit.
+        float64 [steps]. Each must equal what `seconds` returns for that step, bit by bit.
         """
         ...
 
 
 class StepTime(NamedTuple):
-    """Measured steps that ran one after another: a step that samples nothing gives nothing to wait for, so its time is
-    known only together with that of the steps up to the next that samples."""
+    """Records measured steps that ran back to back: a step that samples nothing returns nothing to wait for, so its
+    time is known only together with that of the steps up to the next that samples.
+    """
 
     shapes: tuple[StepShape, ...]
     seconds: float
@@ -128,17 +139,22 @@ _TERMS: tuple[str, ...] = (
     "prefill_steps",
     "prefill_slots",
 )
-"""What the time of a step rises with besides its buckets. padded_context: token_bucket x longest, for kernels that let
-every row take as long as the longest. longest: for what they do once for all rows. prefill_steps, prefill_slots: 1 and
-the token bucket of a step with prefill tokens, whose program also has room for tiles of more than one token."""
+"""Quantities besides its buckets with which the time of a step grows. padded_context: token_bucket x longest, for
+kernels that let every row take as long as the longest. longest: for what they do once for all rows. prefill_steps,
+prefill_slots: 1 and the token bucket of a step with prefill tokens, whose program also has room for tiles of more than
+one token."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FittedCosts:
-    """Costs fitted to measured steps: a time for each token bucket and each row bucket, and rates of attention.
+    """Predicts costs fitted to measured steps: a time for each token bucket and each row bucket, and rates of
+    attention.
 
-    token_seconds, row_seconds: by bucket, those measured; between them and beyond lies a straight line.
-    rates: seconds a unit of each of `_TERMS`. error: mean of |fitted - measured| over mean measured.
+    Attributes:
+        token_seconds: by measured bucket; linear between and beyond them.
+        row_seconds: by measured bucket; linear between and beyond them.
+        rates: seconds a unit of each of `_TERMS`.
+        error: mean of |fitted - measured| over mean measured.
     """
 
     name: str
@@ -160,7 +176,7 @@ class FittedCosts:
         host: HostCosts | None = None,
         swap_seconds_per_page: float = 0.0,
     ) -> FittedCosts:
-        """Least squares with no negative part, so that every step costs something and more work never costs less.
+        """Fits by non-negative least squares, so that every step costs something and more work never costs less.
 
         swap_seconds_per_page: a page out and in. Raises ValueError where there is no step to fit.
         """
@@ -234,7 +250,7 @@ def write_costs(
     swap_seconds_per_page: float = 0.0,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes measured steps as a file that `read_costs` reads. about: whatever says where they were measured."""
+    """Writes measured steps as a file that `read_costs` reads. about: describes where they were measured."""
     columns = {
         field: [getattr(shape, field) for step in steps for shape in step.shapes]
         for field in StepShape._fields
@@ -280,7 +296,7 @@ def read_costs(path: str | os.PathLike[str]) -> FittedCosts:
 
 
 def _features(shapes: Sequence[StepShape], token_sizes: list[int], row_sizes: list[int]) -> list[float]:
-    """Sums over the shapes: of each bucket the number, and of each of `_TERMS`."""
+    """Sums over the shapes: the count of each bucket, and each of `_TERMS`."""
     tokens = [shape.token_bucket for shape in shapes]
     rows = [shape.row_bucket for shape in shapes]
     return [
@@ -297,9 +313,9 @@ def _features(shapes: Sequence[StepShape], token_sizes: list[int], row_sizes: li
 
 
 def _non_negative(columns: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Least squares with solutions of at least 0: the most negative part is set to 0 until none is left.
+    """Solves least squares with solutions of at least 0: the most negative part is set to 0 until none is left.
 
-    Not always the optimum that Lawson and Hanson's method finds, but within these few well-separated columns near it.
+    Not always the optimum that Lawson and Hanson's method finds, but close to it for these few well-separated columns.
     """
     scale = np.sqrt((columns**2).sum(axis=0))
     scale[scale == 0] = 1.0
@@ -316,7 +332,7 @@ def _non_negative(columns: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def _between(points: Sequence[tuple[int, float]], size: int) -> float:
-    """The value at `size`: interpolated, and beyond the largest point in proportion to it."""
+    """Interpolates the value at `size`; beyond the largest point it is proportional to it."""
     sizes, values = zip(*points, strict=True)
     if size > sizes[-1]:
         return values[-1] * size / sizes[-1]

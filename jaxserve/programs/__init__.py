@@ -1,1 +1,1 @@
-"""What a step compiles: the programs, their inputs, and the closed set of them."""
+"""Defines the compiled programs of a step, their inputs, and the closed set of them."""

@@ -1,4 +1,4 @@
-"""Making the closed set of programs at start: each from the compilation cache, or compiled where that has it not."""
+"""Builds the closed set of programs at start: each from the compilation cache, or compiled on a miss."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from jaxserve.programs.program_needs import ProgramNeeds, largest_keys, loaded, 
 from jaxserve.programs.step_programs import ProgramKey, Shapes, program_keys, program_shapes
 
 PROGRESS_SECONDS = 5.0
-"""How often the log tells how far compiling is, where standard error is no terminal."""
+"""Interval of log lines on compile progress, where standard error is no terminal."""
 
 _KINDS = ("forward", "decode", "sample", "swap_in", "swap_out", "table_write", "mask_write")
-"""Kinds of programs, from those that take longest to compile to those that take least."""
+"""Kinds of programs, in descending order of compile time."""
 
 _AT_ONCE = (-1, 0)
-"""Rank of a look into the cache, which takes milliseconds."""
+"""Rank of a cache lookup, which takes milliseconds."""
 
 _log = logging.getLogger(__name__)
 
 
 def longest_first(keys: Iterable[ProgramKey]) -> list[ProgramKey]:
-    """Programs in the order in which to compile them, so that no long one is left when the other cores are done."""
+    """Orders programs for compilation, so that no long one is left when the other cores are done."""
     return sorted(keys, key=_rank)
 
 
@@ -46,7 +46,7 @@ def _rank(key: ProgramKey) -> tuple[int, int]:
 
 
 class _Workers:
-    """Threads, one a core, that take the most urgent task first; a task that was added later may come before others."""
+    """Runs threads, one a core, that take the most urgent task first."""
 
     def __init__(self) -> None:
         self._tasks: list[tuple[tuple[int, int], int, Callable[[], None]]] = []
@@ -58,7 +58,7 @@ class _Workers:
             thread.start()
 
     def add(self, rank: tuple[int, int], call: Callable[[], Any]) -> concurrent.futures.Future:
-        """The future result of `call`; a lower rank is more urgent."""
+        """Queues `call` and returns its future result; a lower rank is more urgent."""
         future: concurrent.futures.Future = concurrent.futures.Future()
 
         def run() -> None:
@@ -73,7 +73,7 @@ class _Workers:
         return future
 
     def close(self) -> None:
-        """Drops what nobody has begun and waits for the rest."""
+        """Drops tasks that have not started and waits for the rest."""
         with self._changed:
             self._closed = True
             self._tasks.clear()
@@ -93,13 +93,16 @@ class _Workers:
 
 
 class SetBuilder:
-    """Makes programs on every core, those that take longest first; use it in a `with`.
+    """Builds programs on every core, the slowest to compile first; use it as a context manager.
 
-    Programs may be asked for more than once and are made once. Within the `with`, jax's own cache is out of use.
+    Programs may be requested more than once and are built once. Within the context, jax's own cache is disabled.
     """
 
     def __init__(self, mesh: Mesh, cache: ProgramCache | None, *, progress: bool):
-        """progress: shows a bar on standard error, or, where that is no terminal, logs a line now and then."""
+        """Initializes the builder.
+
+        progress: shows a bar on standard error, or, where that is no terminal, logs lines.
+        """
         self.mesh = mesh
         self._cache = cache
         self._progress = progress
@@ -123,9 +126,9 @@ class SetBuilder:
             self._cache.prune()
 
     def ask(self, key: ProgramKey, shapes: Shapes, rank: tuple[int, int] | None = None) -> concurrent.futures.Future:
-        """The program, its memory and whether it is from the cache, in the future.
+        """Returns the future program, its memory and whether it is from the cache.
 
-        rank: programs of a lower one are made before it; None has those come first that take longest.
+        rank: programs of a lower rank are built first; None orders by compile time, longest first.
         """
         shapes = program_shapes(key, shapes)
         rank = _rank(key) if rank is None else rank
@@ -135,9 +138,10 @@ class SetBuilder:
             return self._made[key, shapes]
 
     def needs(self, shapes: Shapes) -> ProgramNeeds:
-        """What the closed set needs, from its largest programs over a pool of two pages: all that is made twice.
+        """Returns the memory needs of the closed set, from its largest programs over a pool of two pages, compiled for
+        this.
 
-        Cores that have none of these make programs that do not depend on the size of the pool meanwhile.
+        Idle cores meanwhile build programs that do not depend on the size of the pool.
         """
         probe = dataclasses.replace(shapes, num_pages=2)
         largest = {key: self.ask(key, probe) for key in longest_first(largest_keys(shapes))}
@@ -148,10 +152,10 @@ class SetBuilder:
         return loaded(needs, self.mesh)
 
     def build(self, shapes: Shapes, *, servable: bool = False) -> ProgramSet:
-        """The closed set of `shapes`. The first program that cannot be compiled ends it with its error.
+        """Builds the closed set of `shapes`. Raises the error of the first program that cannot be compiled.
 
-        servable: compiles those programs alone that can serve every request; of the others only those are there that
-            the cache has, and the rest is missing in the set.
+        servable: compiles only the programs that can serve every request; of the others only those in the cache are
+            included, and the rest is missing in the set.
         """
         keys = longest_first(program_keys(shapes))
         now = servable_keys(shapes) if servable else keys
@@ -175,7 +179,7 @@ class SetBuilder:
         )
 
     def _cached(self, key: ProgramKey, shapes: Shapes) -> tuple[Any, ProgramMemory, bool] | None:
-        """The program from the cache; None where that has it not."""
+        """Returns the program from the cache; None on a miss."""
         found = None if self._cache is None else self._cache.load(key, shapes)
         return None if found is None else (*found, True)
 
@@ -190,7 +194,7 @@ class SetBuilder:
         return compiled, program_memory(compiled), False
 
     def _shown(self, futures: Iterable[concurrent.futures.Future]) -> Iterator[concurrent.futures.Future]:
-        """The futures as they are done, with progress."""
+        """Yields the futures as they complete, with progress."""
         pending = set(futures)
         total = len(pending)
         shown = time.perf_counter()

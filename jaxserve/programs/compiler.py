@@ -1,4 +1,4 @@
-"""Compiling the closed set of programs ahead of time, and refusing anything outside it."""
+"""Compiles the closed set of programs ahead of time, and refuses anything outside it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CompileMissError(RuntimeError):
 
 
 class CompilationCounter:
-    """Counts what the backend compiles in this process, whoever asks for it."""
+    """Counts the backend's compilations in this process, from any caller."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -38,7 +38,7 @@ class CompilationCounter:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramMemory:
-    """Bytes that the compiler says a program needs: beside its arguments, aliased with them, and of code."""
+    """Bytes that the compiler reports for a program: besides its arguments, aliased with them, and of code."""
 
     temporaries: int
     outputs: int
@@ -47,17 +47,16 @@ class ProgramMemory:
 
     @property
     def extra(self) -> int:
-        """Bytes while it runs beyond arguments that exist anyway."""
+        """Bytes that the program uses while it runs, beyond arguments that exist anyway."""
         return self.temporaries + max(0, self.outputs - self.aliased)
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramSet:
-    """The programs by key, what each needs, the wall seconds they all took, and how many of them were not compiled but
-    taken from the compilation cache.
+    """Holds the programs by key, their memory, total wall seconds, and how many came from the compilation cache.
 
-    missing: those of the closed set that are not there yet. They join one by one, from another thread; the next larger
-    program of their kind stands in for them meanwhile.
+    missing: programs of the closed set that are not compiled yet. They join one by one, from another thread; the next
+    larger program of their kind substitutes for them meanwhile.
     """
 
     executables: dict[ProgramKey, Any]
@@ -67,13 +66,13 @@ class ProgramSet:
     missing: set[ProgramKey] = dataclasses.field(default_factory=set)
 
     def join(self, key: ProgramKey, executable: Any, memory: ProgramMemory) -> None:
-        """Takes in a program that was missing; steps use it from now on."""
+        """Adds a program that was missing; steps use it from now on."""
         self.memory[key] = memory
         self.executables[key] = executable
         self.missing.discard(key)
 
     def standing_in(self, key: ProgramKey) -> ProgramKey:
-        """The program that computes what `key` is for: itself, or the next larger one of its kind while it is missing.
+        """Returns the program to run for `key`: itself, or the next larger one of its kind while it is missing.
 
         Padding is larger then; nothing else differs.
         """
@@ -84,7 +83,7 @@ class ProgramSet:
         return min(larger, default=key)
 
     def get(self, key: ProgramKey) -> Callable[..., Any]:
-        """The executable of a program; CompileMissError where there is none."""
+        """Returns the executable of a program; CompileMissError where there is none."""
         executable = self.executables.get(key)
         if executable is None:
             known = sorted(other.size for other in self.executables if other.kind == key.kind)
@@ -96,9 +95,9 @@ class ProgramSet:
 
 @contextlib.contextmanager
 def fresh_compilations() -> Iterator[None]:
-    """Keeps jax's cache of compiled programs out of this process meanwhile.
+    """Disables jax's cache of compiled programs in this process within the context.
 
-    What comes from the cache cannot be written to a bundle (serialised a second time it has lost its functions), and
+    A program from the cache cannot be written to a bundle (serialized a second time it has lost its functions), and
     leaves no dump.
     """
     if not cache_in_use():
@@ -116,18 +115,18 @@ def fresh_compilations() -> Iterator[None]:
 
 
 def cache_in_use() -> bool:
-    """Whether a compilation may be served from jax's cache of compiled programs."""
+    """Returns whether a compilation may be served from jax's cache of compiled programs."""
     config: Any = jax.config
     return bool(config.jax_enable_compilation_cache and config.jax_compilation_cache_dir)
 
 
 def compiler_options(platform: str) -> dict[str, str | bool]:
-    """Options that every program for `platform` ("cpu", "gpu") is compiled with, whoever compiles it.
+    """Returns the options with which every program for `platform` ("cpu", "gpu") is compiled.
 
-    On a GPU: no Triton matmuls, whose tiles are defaults where no device was there to tune them (cuBLASLt instead), and
-    loops (the sampler's bisections) join the step's one command buffer. No rematerialisation: XLA takes a pool that
-    fills the device for a lack of memory, and computes values twice to save a few bytes. On a machine without CUDA also
-    where the assembler is, which says nothing about the program.
+    On a GPU: no Triton matmuls, whose tiles are defaults without a device to tune them on (cuBLASLt instead), and loops
+    (the sampler's bisections) join the step's one command buffer. No rematerialization: XLA takes a pool that fills the
+    device for a lack of memory, and computes values twice to save a few bytes. On a machine without CUDA also the path
+    of the assembler, which does not affect the program.
     """
     if platform != "gpu":
         return {}
@@ -145,8 +144,11 @@ def compile_program(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.C
 
 
 def program_memory(executable: jax.stages.Compiled) -> ProgramMemory:
-    """What the compiler's memory analysis says of a program. It states no code for a CPU: there it is what the program
-    serialises to. One that was compiled for a target has no devices of its own."""
+    """Returns the compiler's memory analysis of a program.
+
+    It reports no code size for a CPU: there it is the size of the serialized program. A program that was compiled for a
+    target has no devices of its own.
+    """
     analysis: Any = executable.memory_analysis()
     runtime: Any = executable.runtime_executable()
     code = analysis.generated_code_size_in_bytes

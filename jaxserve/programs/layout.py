@@ -1,7 +1,7 @@
-"""One int32 vector carries everything the host tells a program: one transfer a step, whatever its fields.
+"""Packs all host inputs of a program into one int32 vector: one transfer per step, whatever its fields.
 
-A layout names the fields, their shapes and places. The host writes through numpy views of one vector, the program
-reads static slices of it. float32 fields travel as their bits. numpy only: a program's arrays have the same methods.
+A layout defines the fields, their shapes and offsets. The host writes through numpy views of one vector, the program
+reads static slices of it. float32 fields are bit-cast. numpy only: a program's arrays have the same methods.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """shape and dtype (int32, float32 or uint32) of one field."""
+    """Describes one field: its shape and dtype (int32, float32 or uint32)."""
 
     shape: Shape
     dtype: str = "int32"
 
 
 class Layout:
-    """Fields placed one after another in an int32 vector of `size` elements."""
+    """Places fields one after another in an int32 vector of `size` elements."""
 
     def __init__(self, fields: dict[str, Field]):
         # Name, place, dtype and shape of each; the last two None where a slice of the vector has them already.
@@ -41,11 +41,11 @@ class Layout:
         self.size = size
 
     def views(self, vector: np.ndarray) -> dict[str, np.ndarray]:
-        """Writable views of the fields in `vector`, int32 [size]."""
+        """Returns writable views of the fields in `vector`, int32 [size]."""
         return self.read(vector)
 
     def read(self, vector: Any) -> dict[str, Any]:
-        """The fields of `vector`: of a numpy array as views, of an array inside a program as slices."""
+        """Returns the fields of `vector`: of a numpy array as views, of an array inside a program as slices."""
         fields = {}
         for name, place, dtype, shape in self._views:
             field = vector[place]
@@ -60,12 +60,11 @@ def forward_layout(tokens: int, rows: int, page_size: int) -> Layout:
 
     Unused entries are padding.
 
-
     token_ids [tokens]: an id, or -1 - slot for the token sampled last in that slot; padding is id 0.
     row_slot [rows]: slot of each row; row_start: its tokens computed before; query_start_loc [rows + 1].
     page_*: entries of the page table to set, (slot, index, page); the slot of padding is out of range.
     admit_slot and the sampling parameters after it (`ROW_FIELDS`): slots taken by new requests; the slot of padding is
-    out of range.
+        out of range.
     """
     updates = tokens // page_size + rows  # a row of n tokens takes at most n / page_size + 1 pages
     return Layout(
@@ -89,9 +88,9 @@ def forward_layout(tokens: int, rows: int, page_size: int) -> Layout:
 def sample_layout(rows: int) -> Layout:
     """Returns the host inputs of the sample program for a bucket of `rows` rows.
 
-    token [rows]: place of the row's last token in the step; slot: out of range for padding.
-    position: of the token to be drawn. suppress_stop: 1 where stop ids cannot be drawn yet. masked: 1 where only what
-    the slot's mask allows can be drawn.
+    token [rows]: index of the row's last token in the step; slot: out of range for padding. position: of the token to
+    be drawn. suppress_stop: 1 where stop ids cannot be drawn yet. masked: 1 where only tokens that the slot's mask
+    allows can be drawn.
     """
     return Layout(
         {
@@ -105,12 +104,14 @@ def sample_layout(rows: int) -> Layout:
 
 
 def table_layout() -> Layout:
-    """What the program that writes page tables is told: entries to set, (slot, index, page), as in `forward_layout`."""
+    """Returns the host inputs of the table-write program: entries to set, (slot, index, page), as in
+    `forward_layout`.
+    """
     return Layout({name: Field((TABLE_RUN,)) for name in ("page_slot", "page_index", "page")})
 
 
 def mask_layout(words: int) -> Layout:
-    """What the program that writes masks is told.
+    """Returns the host inputs of the mask-write program.
 
     slot [MASK_ROWS]: out of range for padding. bits [MASK_ROWS, words]: bit v % 32 of word v // 32 allows token v.
     """
@@ -118,4 +119,4 @@ def mask_layout(words: int) -> Layout:
 
 
 MASK_ROWS = 8
-"""Masks that one call writes: rows of a vocabulary of 128k have 16 kB each."""
+"""Number of masks that one call writes: rows of a vocabulary of 128k have 16 kB each."""

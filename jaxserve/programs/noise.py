@@ -1,7 +1,7 @@
-"""Random numbers that are functions of (seed, position, place) alone.
+"""Generates random numbers that are functions of (seed, position, index) alone.
 
-They are those of `jax.random` to the bit: `gumbel(fold_in(seed, position), (size,))` with partitionable Threefry keys.
-They are written out here because on a CPU jax makes the rounds of the cipher a loop, which stores and loads every
+They equal those of `jax.random` bit by bit: `gumbel(fold_in(seed, position), (size,))` with partitionable Threefry
+keys. They are written out here because on a CPU jax makes the rounds of the cipher a loop, which stores and loads every
 number several times; in one expression XLA keeps them in registers.
 """
 
@@ -15,7 +15,7 @@ _PARITY = 0x1BD11BDA
 
 
 def gumbel(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
-    """Float32 [R, size] from the standard Gumbel distribution. seed: uint32 [R, 2]; position: int32 [R]."""
+    """Draws float32 [R, size] from the standard Gumbel distribution. seed: uint32 [R, 2]; position: int32 [R]."""
     zero = jnp.zeros_like(seed[:, 0])
     high, low = threefry(seed[:, 0], seed[:, 1], zero, position.astype(jnp.uint32))
     place = jax.lax.broadcasted_iota(jnp.uint32, (seed.shape[0], size), 1)
@@ -27,7 +27,7 @@ def gumbel(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
 
 
 def threefry(high: jax.Array, low: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32-20 of a block (first, second) under a key (high, low); uint32 arrays that broadcast.
+    """Computes Threefry-2x32-20 of a block (first, second) under a key (high, low); uint32 arrays that broadcast.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """

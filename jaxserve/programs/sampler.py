@@ -1,9 +1,9 @@
-"""Logits to token ids, for rows that each have parameters of their own.
+"""Samples token ids from logits, for rows that each have parameters of their own.
 
-Every option is data: one program serves greedy and random rows together, and `lax.cond` skips what no row uses.
-Random rows draw by the Gumbel-max trick with a key made of (seed, position) alone, so a token does not depend on the
-batch, the step or the slot. Filters find their threshold by bisection over the bits of the logits instead of sorting:
-32 passes of compare and sum, exact, ties kept together.
+Every option is data: one program serves greedy and random rows together, and `lax.cond` skips what no row uses. Random
+rows draw by the Gumbel-max trick with a key made of (seed, position) alone, so a token does not depend on the batch,
+the step or the slot. Filters find their threshold by bisection over the bits of the logits instead of sorting: 32
+passes of compare and sum, exact, ties kept together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxserve.programs.slots import Slots
 from jaxserve.scheduler.plan import NOT_FINITE, NOTHING_ALLOWED
 
 _BLOCK = 128
-"""Values of a block of `_argmax`: the least width that divides the vocabulary and is no less than this."""
+"""Block size of `_argmax`: the least width that divides the vocabulary and is no less than this."""
 
 
 def sample(logits: jax.Array, slots: Slots, masks: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
@@ -72,10 +72,14 @@ def sample(logits: jax.Array, slots: Slots, masks: jax.Array, fields: dict[str, 
 def filter_logits(
     logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array, active: jax.Array
 ) -> jax.Array:
-    """Sets to -inf what min_p, then top_k, then top_p exclude; top_p counts probability among what is left by then.
+    """Masks tokens to -inf by min_p, then top_k, then top_p; top_p counts probability among the tokens left by then.
 
-    logits: float32 [R, V], after temperature. top_k: int32 [R], 0 or less is off. top_p: float32 [R], 1 is off.
-    min_p: float32 [R], 0 is off. active: bool [R], rows whose result matters; a filter runs only for those.
+    Args:
+        logits: float32 [R, V], after temperature.
+        top_k: int32 [R], 0 or less is off.
+        top_p: float32 [R], 1 is off.
+        min_p: float32 [R], 0 is off.
+        active: bool [R], rows whose result matters; a filter runs only for those.
     """
     size = logits.shape[-1]
     use_top_k = active & (top_k > 0) & (top_k < size)
@@ -112,25 +116,25 @@ def _without_stop_ids(logits: jax.Array, stop_token_ids: jax.Array, suppress_sto
 
 
 def _allowed(masks: jax.Array, masked: jax.Array, size: int) -> jax.Array:
-    """bool [R, size]: what uint32 [R, words] allow, and everything in rows that are not `masked`, int32 [R]."""
+    """Returns bool [R, size]: tokens allowed by uint32 [R, words], and all in rows that are not `masked`, int32 [R]."""
     bits = (masks[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     return (bits.reshape(masks.shape[0], -1)[:, :size] > 0) | (masked[:, None] == 0)
 
 
 def _all_finite(values: jax.Array) -> jax.Array:
-    """bool [R]: whether every one of a row's float32 [R, V] is finite.
+    """Returns bool [R]: whether all of a row's float32 [R, V] are finite.
 
-    A sum is finite only where every term is; each value is looked at only if some row's sum is not.
+    A sum is finite only where every term is; single values are examined only if some row's sum is not.
     """
     proven = jnp.isfinite(jnp.sum(values, axis=-1))
     return jax.lax.cond(jnp.all(proven), lambda: proven, lambda: jnp.all(jnp.isfinite(values), axis=-1))
 
 
 def _argmax(values: jax.Array) -> jax.Array:
-    """int32 [R]: the lowest place of the largest of float32 [R, V]; any of the V in a row that holds NaN.
+    """Returns int32 [R]: the lowest index of the maximum of float32 [R, V]; any of the V in a row that holds NaN.
 
-    One pass finds the largest of each block, the rest looks at the first block that holds the row's. XLA's CPU back end
-    makes vector code of that pass, and none of a reduction over pairs of value and place.
+    One pass finds the maximum of each block, the rest examines the first block that holds the row's. XLA's CPU backend
+    vectorizes that pass, but not a reduction over pairs of value and index.
     """
     rows, size = values.shape
     width = next(width for width in range(min(_BLOCK, size), size + 1) if size % width == 0)
@@ -143,19 +147,22 @@ def _argmax(values: jax.Array) -> jax.Array:
 
 
 def _first(holds: jax.Array) -> jax.Array:
-    """int32 [R]: the lowest true place of each row of bool [R, N]; N where there is none."""
+    """Returns int32 [R]: the lowest true index of each row of bool [R, N]; N where there is none."""
     place = jax.lax.broadcasted_iota(jnp.int32, holds.shape, 1)
     return jnp.min(jnp.where(holds, place, holds.shape[1]), axis=-1)
 
 
 def _ordered_bits(values: jax.Array) -> jax.Array:
-    """uint32 whose order is that of the float32 values."""
+    """Returns uint32 whose order is that of the float32 values."""
     bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _largest(shape: tuple[int, ...], holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest uint32 threshold of each row for which `holds` is true; 0 where it never is. `holds` must fall."""
+    """Returns the largest uint32 threshold of each row for which `holds` is true; 0 where it never is.
+
+    `holds` must be monotonically decreasing.
+    """
 
     def narrow(step: int, threshold: jax.Array) -> jax.Array:
         candidate = threshold | (jnp.uint32(1 << 31) >> jnp.uint32(step))

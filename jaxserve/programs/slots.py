@@ -1,4 +1,4 @@
-"""The device's record of the running requests: one row of each array for a request's whole run.
+"""Holds the device's state of the running requests: one row of each array for a request's whole run.
 
 The host sends differences only (`layout.forward_layout`): the parameters of a newly admitted request, and the pages
 that its table gained. The arrays are donated from step to step and never read back.
@@ -20,10 +20,12 @@ from jaxserve.request import ROW_FIELDS
 )
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """S slots, P pages a table at most.
+    """Holds S slots with page tables of at most P pages.
 
-    last_token: int32 [S], the id sampled last. page_table: int32 [S, P]; entries past a request's length are stale.
-    sampling: for each of `ROW_FIELDS` an array [S] or [S, width], written once, at admission.
+    Attributes:
+        last_token: int32 [S], the id sampled last.
+        page_table: int32 [S, P]; entries past a request's length are stale.
+        sampling: for each of `ROW_FIELDS` an array [S] or [S, width], written once, at admission.
     """
 
     last_token: jax.Array
@@ -32,7 +34,7 @@ class Slots:
 
     @classmethod
     def zeros(cls, num_slots: int, max_pages: int) -> Slots:
-        """Slots that no request has taken yet."""
+        """Creates unused slots."""
         sampling = {
             name: jnp.full((num_slots,) if value.width is None else (num_slots, value.width), value.idle, value.dtype)
             for name, value in ROW_FIELDS.items()
@@ -44,7 +46,7 @@ class Slots:
         )
 
     def apply(self, fields: dict[str, jax.Array]) -> Slots:
-        """The slots after the differences of a step; entries whose slot is out of range are padding and dropped."""
+        """Applies the differences of a step; entries whose slot is out of range are padding and dropped."""
         admit = fields["admit_slot"]
         sampling = {name: held.at[admit].set(fields[name], mode="drop") for name, held in self.sampling.items()}
         page_table = self.page_table.at[fields["page_slot"], fields["page_index"]].set(fields["page"], mode="drop")

@@ -1,9 +1,9 @@
-"""The programs that change what a step finds on the device beside its own vectors: page tables and masks.
+"""Defines the programs that update device state besides a step's own vectors: page tables and masks.
 
     write_tables(slots, vector) -> slots     runs of pages that a sequence holds before its step, when it gets its slot
     write_masks(masks, vector)  -> masks     what rows may draw next, between the forward and the sample program
 
-Both take their array over. They are apart from the programs of a step so that neither has room for what few steps
+Both donate their array. They are separate from the programs of a step so that neither reserves space for what few steps
 need: a table write has TABLE_RUN entries whatever the token bucket, a mask as many bits as the vocabulary has tokens.
 """
 
@@ -18,7 +18,7 @@ from jaxserve.programs.slots import Slots
 
 
 def mask_words(vocab_size: int) -> int:
-    """Returns the uint32 words of a mask."""
+    """Returns the number of uint32 words of a mask."""
     return -(-vocab_size // 32)
 
 

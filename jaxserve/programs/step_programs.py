@@ -1,4 +1,4 @@
-"""The programs of a step, and the closed set of them that a server can need.
+"""Defines the programs of a step, and the closed set of them that a server can need.
 
     forward(weights, pools, slots, hidden, vector) -> pools, slots, hidden     one for each token bucket
     sample(params, slots, hidden, masks, vector)   -> slots, ids               one for each row bucket
@@ -6,8 +6,8 @@
 One program each of `state_programs` sets page tables and masks. Where sequences are swapped to host memory,
 `swap_programs` for a few numbers of pages join them.
 
-Where the attention kernels gain by it, steps of decodes alone have forward programs of their own, without the part that
-attends for prompts.
+Where the attention kernels benefit, decode-only steps have forward programs of their own, without the attention for
+prompts.
 
 Pools, slots and the hidden buffer are donated: they keep their addresses. The hidden buffer has room for the largest
 token bucket, so the sample program's shape does not depend on the forward program that filled it. The sample program
@@ -46,14 +46,16 @@ from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.plan import TABLE_RUN, StepPlan
 
 NULL_SLOT = 0
-"""Where padding tokens write their keys and values: the first slot of the null page."""
+"""Slot to which padding tokens write their keys and values: the first slot of the null page."""
 
 
 class Weights(NamedTuple):
-    """What a forward program computes with.
+    """Holds the weights of a forward program.
 
-    params: the model's parameters. kv_scales: for each layer float32 [K] and [K], what the stored keys and values of
-    each head are multiplied by; None unless pages are quantised.
+    Attributes:
+        params: the model's parameters.
+        kv_scales: for each layer float32 [K] and [K], per-head factors of the stored keys and values; None unless
+            pages are quantized.
     """
 
     params: Any
@@ -62,10 +64,12 @@ class Weights(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, order=True)
 class ProgramKey:
-    """kind: "forward", "decode" (forward for a step in which no row has more than one token), "sample", "table_write",
-    "mask_write", "swap_in" or "swap_out".
+    """Identifies a program of the closed set.
 
-    size: its token or row bucket, its entries of page tables, its masks, or its pages.
+    Attributes:
+        kind: "forward", "decode" (forward for a step in which no row has more than one token), "sample", "table_write",
+            "mask_write", "swap_in" or "swap_out".
+        size: its token or row bucket, its entries of page tables, its masks, or its pages.
     """
 
     kind: str
@@ -73,7 +77,7 @@ class ProgramKey:
 
     @property
     def uses_pools(self) -> bool:
-        """Whether the pools are among its arguments, so that their size decides it."""
+        """Returns whether the pools are among its arguments, so that it depends on their size."""
         return self.kind not in ("sample", "table_write", "mask_write")
 
 
@@ -83,11 +87,12 @@ MASK_WRITE = ProgramKey("mask_write", MASK_ROWS)
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Everything that fixes the shapes of the programs.
+    """Holds everything that determines the shapes of the programs.
 
-    kv_cache_dtype: name of the dtype of keys and values in pages; None is `dtype`.
-    packed: the CPU's kernels in whose order weights are, by name; "" for weights as they come.
-    num_host_pages: pages of host memory for swapped sequences; 0 where none are swapped.
+    Attributes:
+        kv_cache_dtype: name of the dtype of keys and values in pages; None is `dtype`.
+        packed: name of the CPU kernels in whose order weights are packed; "" for unpacked weights.
+        num_host_pages: pages of host memory for swapped sequences; 0 where none are swapped.
     """
 
     model: ModelConfig
@@ -104,7 +109,7 @@ class Shapes:
 
     @property
     def swap_sizes(self) -> tuple[int, ...]:
-        """Pages that the swap programs copy; () where no sequences are swapped to host memory."""
+        """Numbers of pages that the swap programs copy; () where no sequences are swapped to host memory."""
         return tuple(size for size in SWAP_SIZES if size <= self.num_host_pages)
 
     @property
@@ -114,22 +119,22 @@ class Shapes:
 
     @property
     def max_pages(self) -> int:
-        """Pages of the longest sequence."""
+        """Maximum number of pages of a sequence."""
         return -(-self.max_model_len // self.page_size)
 
     def forward_key(self, plan: StepPlan) -> ProgramKey:
-        """The forward program that computes a step."""
+        """Returns the forward program that computes a step."""
         decode = plan.decode_only and IMPLEMENTATIONS[self.attention].decode_programs
         return ProgramKey("decode" if decode else "forward", plan.token_bucket)
 
 
 def products_of(shapes: Shapes, mesh: Mesh) -> Products:
-    """How the model's layers multiply by their weights."""
+    """Returns the matrix products of the model's layers."""
     return products_for(shapes.dtype, mesh, packed=bool(shapes.packed))
 
 
 def program_keys(shapes: Shapes) -> list[ProgramKey]:
-    """The closed set, largest first, so that a shape that does not fit fails at once."""
+    """Returns the closed set, largest first, so that a shape that does not fit fails at once."""
     buckets = shapes.buckets
     keys = [ProgramKey("forward", size) for size in buckets.tokens]
     if IMPLEMENTATIONS[shapes.attention].decode_programs:
@@ -141,10 +146,11 @@ def program_keys(shapes: Shapes) -> list[ProgramKey]:
 
 
 def decisive_shapes(shapes: Shapes) -> Shapes:
-    """`shapes` with the same values in what decides no program: those that are equal have the same set of programs.
+    """Returns `shapes` with normalized values in fields that affect no program: equal ones have the same set of
+    programs.
 
-    Of the context only the part that is used counts. How many host pages there are decides only whether some programs
-    are in the set.
+    Only the part of the context that is used counts. The number of host pages determines only whether some programs are
+    in the set.
     """
     model = shapes.model.decisive
     used = max(1, int(shapes.max_model_len / model.rope_scaling.context_factor))
@@ -153,7 +159,9 @@ def decisive_shapes(shapes: Shapes) -> Shapes:
 
 
 def program_shapes(key: ProgramKey, shapes: Shapes) -> Shapes:
-    """`shapes` with the same values in what does not decide the program: those that are equal have the same one."""
+    """Returns `shapes` with normalized values in fields that do not affect the program: equal ones have the same
+    one.
+    """
     shapes = decisive_shapes(shapes)
     return shapes if key.uses_pools else dataclasses.replace(shapes, num_pages=2)
 
@@ -193,7 +201,7 @@ def _function(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Callable[..., Any]
 
 
 def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any, ...]:
-    """The program's arguments as ShapeDtypeStructs with shardings."""
+    """Returns the program's arguments as ShapeDtypeStructs with shardings."""
     slots, hidden = abstract_state(shapes, mesh)
     match key.kind:
         case "sample":
@@ -215,7 +223,7 @@ def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any
 
 
 def abstract_results(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Any:
-    """The program's results as ShapeDtypeStructs with shardings."""
+    """Returns the program's results as ShapeDtypeStructs with shardings."""
     match key.kind:
         case "sample":
             return abstract_state(shapes, mesh)[0], _int32(mesh, key.size)
@@ -230,14 +238,15 @@ def abstract_results(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Any:
 
 
 def donated_arguments(key: ProgramKey) -> tuple[int, ...]:
-    """Numbers of the arguments that the program takes over: of pools, slots, the hidden buffer and masks those that it
-    changes."""
+    """Returns the indices of the donated arguments: of pools, slots, the hidden buffer and masks those that it
+    changes.
+    """
     few = {"sample": (1,), "table_write": (0,), "mask_write": (0,), "swap_in": (0,), "swap_out": ()}
     return few.get(key.kind, (1, 2, 3))
 
 
 def abstract_pages(count: int, shapes: Shapes, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Pages on their way to or from host memory, [L, 2, K, page_size, D] each, split as the pools are."""
+    """Returns pages in transit to or from host memory, [L, 2, K, page_size, D] each, split as the pools are."""
     pools = abstract_pools(shapes, mesh)
     shape = (len(pools), *pools[0].shape[1:])
     return (jax.ShapeDtypeStruct(shape, pools[0].dtype, sharding=NamedSharding(mesh, POOL_PARTITION)),) * count
@@ -248,7 +257,7 @@ def _int32(mesh: Mesh, size: int) -> jax.ShapeDtypeStruct:
 
 
 def abstract_pools(shapes: Shapes, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
-    """One pool a layer, split over the mesh by key-value head."""
+    """Returns one pool a layer, split over the mesh by key-value head."""
     model = shapes.model
     pool = pool_spec(
         shapes.num_pages,
@@ -263,7 +272,7 @@ def abstract_pools(shapes: Shapes, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
 
 
 def abstract_kv_scales(shapes: Shapes, mesh: Mesh) -> list[tuple[jax.ShapeDtypeStruct, ...]] | None:
-    """The scales of quantised pages, split as the pools are; None where pages are not quantised."""
+    """Returns the scales of quantized pages, split as the pools are; None where pages are not quantized."""
     if not is_quantised(shapes.pool_dtype):
         return None
     sharding = NamedSharding(mesh, SCALE_PARTITION)
@@ -272,7 +281,7 @@ def abstract_kv_scales(shapes: Shapes, mesh: Mesh) -> list[tuple[jax.ShapeDtypeS
 
 
 def abstract_state(shapes: Shapes, mesh: Mesh) -> tuple[Any, jax.ShapeDtypeStruct]:
-    """The slots and the hidden buffer [largest token bucket, H], the same on every device."""
+    """Returns the slots and the hidden buffer [largest token bucket, H], replicated on every device."""
     replicated = NamedSharding(mesh, P())
     slots = jax.eval_shape(lambda: Slots.zeros(shapes.num_slots, shapes.max_pages))
     slots = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), slots)
@@ -281,7 +290,7 @@ def abstract_state(shapes: Shapes, mesh: Mesh) -> tuple[Any, jax.ShapeDtypeStruc
 
 
 def abstract_masks(shapes: Shapes, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """What each slot may draw, uint32 [S, words of the vocabulary], the same on every device."""
+    """Returns the masks of the slots, uint32 [S, words of the vocabulary], replicated on every device."""
     shape = (shapes.num_slots, mask_words(shapes.model.vocab_size))
     return jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=NamedSharding(mesh, P()))
 
@@ -336,7 +345,7 @@ def sample_step(
 
 
 def attention_metadata(fields: dict[str, jax.Array], slots: Slots, page_size: int) -> AttentionMetadata:
-    """Positions, lengths, tables and slot mapping of a step, from what the host told and the slots hold."""
+    """Returns positions, lengths, tables and slot mapping of a step, from the host inputs and the slots."""
     ends = fields["query_start_loc"]
     tokens = jnp.arange(fields["token_ids"].shape[0], dtype=jnp.int32)
     # Every comparison at once: a binary search is a loop, which cannot join the rest of the step in one CUDA graph.
@@ -357,7 +366,7 @@ def attention_metadata(fields: dict[str, jax.Array], slots: Slots, page_size: in
 
 
 def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """`function` under a name that profiles and dumps show."""
+    """Returns `function` under a name that profiles and dumps show."""
 
     def call(*arguments: Any) -> Any:
         return function(*arguments)

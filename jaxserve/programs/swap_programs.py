@@ -1,11 +1,11 @@
-"""The programs that copy pages of the pools out of them and back, all layers at once.
+"""Defines the programs that copy pages out of the pools and back, all layers at once.
 
     swap_out(pools, vector)       -> pages           reads the pools
     swap_in(pools, pages, vector) -> pools, placed   the pools are donated
 
 Pages that `swap_out` has read go to host memory, or at once to `swap_in` where the copy is from device to device.
 
-A page on its way is one array [L, 2, K, page_size, D] of the pools' dtype, bits included, so a round trip changes
+A page in transit is one array [L, 2, K, page_size, D] of the pools' dtype, bits included, so a round trip changes
 nothing whatever the pages hold. There are programs for `SWAP_SIZES` pages; any number is a sum of these, without
 padding.
 """
@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from jaxserve.kv_cache.page_pool import PageCopy, PageState
 
 SWAP_SIZES = (1, 4, 16)
-"""Pages that one program copies."""
+"""Numbers of pages that one program copies."""
 
 
 def swap_blocks(count: int) -> list[int]:
-    """The fewest of `SWAP_SIZES` whose sum is `count`, largest first."""
+    """Returns the fewest of `SWAP_SIZES` whose sum is `count`, largest first."""
     blocks = []
     for size in reversed(SWAP_SIZES):
         blocks += [size] * (count // size)
@@ -44,7 +44,7 @@ def copy_blocks(copies: Sequence[PageCopy]) -> Iterator[Sequence[PageCopy]]:
 
 
 def _run_end(copies: Sequence[PageCopy], begin: int) -> int:
-    """Where the copies from `begin` on end that can be made at once."""
+    """Returns the end of the longest run of copies from `begin` on that can be made at once."""
     written: set[tuple[PageState, int]] = set()
     for place in range(begin, len(copies)):
         copy = copies[place]
@@ -74,8 +74,10 @@ _WAYS = {
 
 
 def swap_out(pools: list[jax.Array], vector: jax.Array, *, pages: int) -> tuple[jax.Array, ...]:
-    """The pages `vector`, int32 [pages], of every layer's pool [N, 2, K, page_size, D]: `pages` arrays [L, 2, K,
-    page_size, D]."""
+    """Gathers the pages `vector`, int32 [pages], of every layer's pool [N, 2, K, page_size, D].
+
+    Returns `pages` arrays [L, 2, K, page_size, D].
+    """
     found = [pool.at[vector].get(mode="promise_in_bounds") for pool in pools]
     return tuple(jnp.stack([layer[place] for layer in found]) for place in range(pages))
 
@@ -83,7 +85,7 @@ def swap_out(pools: list[jax.Array], vector: jax.Array, *, pages: int) -> tuple[
 def swap_in(pools: list[jax.Array], pages: Sequence[jax.Array], vector: jax.Array) -> tuple[list[jax.Array], jax.Array]:
     """Writes `pages`, arrays as `swap_out` makes them, as the device's pages `vector`, int32 [pages].
 
-    Returns pools, and the first of these numbers, int32 [1], for who wants to know when the pages have been read.
+    Returns pools, and the first of these numbers, int32 [1], which signals when the pages have been read.
     """
     pools = [
         pool.at[vector].set(jnp.stack([page[layer] for page in pages]), mode="promise_in_bounds")

@@ -1,4 +1,4 @@
-"""Devices to compile for, so that the device itself need not be here; `jaxserve/config/targets.py` describes them."""
+"""Provides devices to compile for, which need not be present; `jaxserve/config/targets.py` describes them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from jaxserve.programs.aot.plugin import find_plugin, plugin_module, quiet_loadi
 
 
 def target_mesh(target: Target, devices: int = 1) -> Mesh:
-    """A mesh of that many devices of the target, on the axis `tensor`: of this machine's for the CPU, else devices that
-    can be compiled for and nothing else.
+    """Returns a mesh of that many devices of the target, on the axis `tensor`.
 
-    Raises PluginMissingError where compiling for the target needs a plugin that is not installed, ValueError where this
-    machine has fewer devices.
+    For the CPU they are this machine's, else devices that can only be compiled for.
+
+    Raises:
+        PluginMissingError: compiling for the target needs a plugin that is not installed.
+        ValueError: this machine has fewer devices.
     """
     if target.is_local:
         local = jax.devices("cpu")
@@ -29,7 +31,7 @@ def target_mesh(target: Target, devices: int = 1) -> Mesh:
 
 
 def _topology(text: str, devices: int) -> topologies.TopologyDescription:
-    """Devices of the text's kind, all in one host."""
+    """Returns devices of the text's kind, all in one host."""
     name, _ = find_plugin()
     arguments: dict[str, Any] = {"topology": f"1x1x{devices}", "target_config": text}
     with quiet_loading():

@@ -1,4 +1,4 @@
-"""Serving simulated on a virtual clock: the real scheduler and page pool, costs in place of a device. No jax.
+"""Simulates serving on a virtual clock: the real scheduler and page pool, with costs in place of a device. No jax.
 
     setup = set_up(config, target=find_target("h200"))          or model_cost=FILE with measured step times
     trace = read_trace("trace.csv")                             or synthetic_trace(SyntheticConfig(rate=4, count=1000))

@@ -1,4 +1,4 @@
-"""The highest rate at which enough requests meet their targets, by bisection."""
+"""Finds the highest rate at which enough requests meet their targets, by bisection."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ _MOST_DOUBLINGS = 20
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
-    """rates: requests a second, the highest found in each round that kept the target. points: (rate, share of requests
-    within the targets) of all simulations. tolerance: each rate is known within this share of itself."""
+    """Result of a capacity search.
+
+    Attributes:
+        rates: requests a second, the highest found in each round that met the target.
+        points: (rate, share of requests within the targets) of all simulations.
+        tolerance: relative precision of each rate.
+    """
 
     rates: tuple[float, ...]
     points: tuple[tuple[float, float], ...]
@@ -23,7 +28,7 @@ class Capacity:
 
     @property
     def rate(self) -> float:
-        """The median over the rounds."""
+        """Median of the rounds' rates."""
         ordered = sorted(self.rates)
         middle = len(ordered) // 2
         return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
@@ -44,8 +49,12 @@ def search_capacity(
 ) -> Capacity:
     """Bisects the arrival rate of each round's trace, whose requests stay the same.
 
-    good_share: of a trace's requests, those within their targets. target: the share to keep.
-    Raises ValueError where a trace has no rate to change, or the target is missed at any rate.
+    Args:
+        good_share: returns the share of a trace's requests within their targets.
+        target: the share to reach.
+
+    Raises:
+        ValueError: a trace has no rate to change, or the target is missed at any rate.
     """
     between("capacity target", target, 0.01, 1.0)
     between("capacity tolerance", tolerance, 1e-4, 1.0)
@@ -56,7 +65,7 @@ def search_capacity(
 
 
 def parts_of(trace: Trace, rounds: int) -> list[Trace]:
-    """A trace cut into rounds of equal numbers of requests, so that a capacity has a spread."""
+    """Splits a trace into rounds of equal numbers of requests, so that a capacity has a spread."""
     at_least("capacity rounds", rounds, 1)
     size = len(trace) // rounds
     if size < 2:

@@ -1,4 +1,4 @@
-"""What the command lines of jaxserve.simulate and jaxserve.tune share: the trace, the device, the costs."""
+"""Shared options of the command lines of jaxserve.simulate and jaxserve.tune: the trace, the device, the costs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TARGETS = "a name or a file of configs/targets/ (default h200, none where costs
 
 
 def add_simulation_options(parser: argparse.ArgumentParser, limit: int | None = None) -> None:
-    """What to simulate: trace, device, costs. limit: the default of --limit, None for the whole trace."""
+    """Adds the options for trace, device and costs. limit: the default of --limit, None for the whole trace."""
     add = parser.add_argument
     add("--trace", default="synthetic", metavar="FILE", help="a .csv or .jsonl file, or synthetic[:NAME=VALUE,...]")
     whole = f"default {limit:,}" if limit else "default: all"
@@ -47,7 +47,7 @@ def add_simulation_options(parser: argparse.ArgumentParser, limit: int | None = 
 
 
 def load_trace(parsed: argparse.Namespace) -> Trace:
-    """The trace of the command line."""
+    """Loads the trace of the command line."""
     if parsed.limit is not None:
         at_least("--limit", parsed.limit, 1)
     kind, _, text = parsed.trace.partition(":")
@@ -62,7 +62,7 @@ def load_trace(parsed: argparse.Namespace) -> Trace:
 
 
 def _tell_cuts(config: SyntheticConfig) -> None:
-    """Says on stderr how many lengths were drawn longer than max_length."""
+    """Reports on stderr how many lengths were drawn longer than max_length."""
     cuts = [f"{count:,} {name}s" for name, count in count_cut(config).items() if count]
     if cuts:
         print(
@@ -72,7 +72,7 @@ def _tell_cuts(config: SyntheticConfig) -> None:
 
 
 def load_setup(parsed: argparse.Namespace, config: EngineConfig) -> Setup:
-    """What the command line simulates: on the target, or the H200 where no costs were measured."""
+    """Sets up the simulation of the command line: on the target, or the H200 where no costs were measured."""
     efficiency = assignments("efficiency", parsed.efficiency)
     known = [field.name for field in dataclasses.fields(Efficiency)]
     if unknown := set(efficiency) - set(known):
@@ -88,7 +88,7 @@ def load_setup(parsed: argparse.Namespace, config: EngineConfig) -> Setup:
 
 
 def assignments(what: str, text: str) -> dict[str, Any]:
-    """Reads "NAME=VALUE,NAME=VALUE"; what: the option's name, for its errors."""
+    """Parses "NAME=VALUE,NAME=VALUE"; what: the option's name, for its errors."""
     found = {}
     for item in filter(None, text.split(",")):
         name, equals, value = item.partition("=")
@@ -99,7 +99,7 @@ def assignments(what: str, text: str) -> dict[str, Any]:
 
 
 def parts(text: str) -> list[str]:
-    """What stands between commas, those inside brackets and braces left alone."""
+    """Splits at commas, except inside brackets and braces."""
     found, depth = [""], 0
     for char in text:
         depth += (char in "([{") - (char in ")]}")
@@ -111,7 +111,7 @@ def parts(text: str) -> list[str]:
 
 
 def literal(text: str) -> Any:
-    """A Python literal, or text."""
+    """Parses a Python literal, or returns the text."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -1,4 +1,4 @@
-"""Configurations that are simulated over one trace and compared: what `jaxserve.simulate` does with its arguments."""
+"""Simulates several configurations over one trace and compares them: the body of `jaxserve.simulate`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FLEET_OPTIONS = {field.name for field in dataclasses.fields(FleetConfig)}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One of the configurations that are compared."""
+    """Holds one of the compared configurations."""
 
     name: str
     setup: Setup
@@ -38,7 +38,7 @@ class Run:
 
 
 def run_comparison(parsed: argparse.Namespace, config: EngineConfig) -> None:
-    """Simulates, prints and writes what the command line asks for.
+    """Simulates, prints and writes as the command line requests.
 
     Raises:
         ValueError: an argument, the trace or the file of costs is faulty.
@@ -59,7 +59,10 @@ def run_comparison(parsed: argparse.Namespace, config: EngineConfig) -> None:
 
 
 def compared(given: Sequence[Sequence[str]], known: set[str]) -> dict[str, list[Any]]:
-    """The values to try by option. Raises ValueError for an option that is unknown, or stands or has a value twice."""
+    """Returns the values to try by option.
+
+    Raises ValueError for an option that is unknown, or stands or has a value twice.
+    """
     varied: dict[str, list[Any]] = {}
     for item in itertools.chain.from_iterable(given):
         name, equals, text = item.partition("=")
@@ -77,8 +80,11 @@ def compared(given: Sequence[Sequence[str]], known: set[str]) -> dict[str, list[
 
 
 def make_runs(parsed: argparse.Namespace, config: EngineConfig) -> Iterator[Run]:
-    """All combinations of what --compare varies, less those that the configuration refuses, which are named. A run's
-    name says the options in which the runs differ."""
+    """Yields all combinations of the --compare options, except those that the configuration refuses, which are
+    reported.
+
+    A run's name lists the options in which the runs differ.
+    """
     base = {"replicas": parsed.replicas, "routing": parsed.routing, "scaling": parsed.scaling}
     base |= assignments("fleet", parsed.fleet)
     unknown = set(base) - FLEET_OPTIONS
@@ -102,7 +108,7 @@ def make_runs(parsed: argparse.Namespace, config: EngineConfig) -> Iterator[Run]
 
 
 def describe(trace: Trace, runs: Sequence[Run]) -> str:
-    """What is simulated, in two lines."""
+    """Describes the simulation in two lines."""
     first = runs[0].setup
     return (
         f"{trace.name}: {len(trace):,} requests in {trace.seconds:,.1f} s ({trace.rate:.3g}/s), prompts of "

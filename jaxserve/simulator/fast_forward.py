@@ -1,4 +1,4 @@
-"""A stretch of decode steps of the same rows: its times and its pages, as if they had been taken one by one."""
+"""Fast-forwards decode steps of the same rows: computes their times and pages as if they had been run one by one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ from jaxserve.scheduler import StepPlan
 def stretch_times(
     now: float, end: float, seconds: np.ndarray, before: float, after: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """When the turns of a stretch begin, and when their steps start and end on the device: float64, one a step.
+    """Returns when the iterations of a fast-forward begin, and when their steps start and end on the device: float64
+    each.
 
-    now: when the first turn begins. end: of the step in flight. seconds: of the steps. before, after: of the host.
-    A step starts when it is dispatched and the one before has ended; then that one's ids are taken in.
+    A step starts when it is dispatched and the previous one has ended; then that one's ids are processed.
+
+    Args:
+        now: when the first iteration begins.
+        end: of the step in flight.
+        seconds: of the steps.
+        before: of the host, see `HostCosts`.
+        after: of the host, see `HostCosts`.
     """
     ends = np.cumsum(np.concatenate([[end], seconds]))
     starts, ends = ends[:-1], ends[1:]
@@ -31,7 +38,9 @@ def stretch_times(
 
 
 def pages_over(plan: StepPlan, turns: int, before: int, after: int) -> np.ndarray:
-    """Pages in use at each of the steps after `plan`: a row takes one when its position is a multiple of the size."""
+    """Returns the pages in use at each step after `plan`: a row takes one when its position is a multiple of the page
+    size.
+    """
     size = plan.decodes.page_size
     needed = np.bincount(-(plan.decodes.starts + 1) % size, minlength=size)
     taken = np.cumsum(needed[np.arange(turns) % size])

@@ -1,4 +1,4 @@
-"""Several simulated replicas behind a router, as many as a policy of the fleet wants."""
+"""Simulates several replicas behind a router, scaled by a policy."""
 
 from __future__ import annotations
 
@@ -27,21 +27,27 @@ from jaxserve.simulator.traces import Trace
 SCALINGS = ("fixed", "forecast", "cost_aware")
 
 _TYPICAL_ROWS = 32
-"""Rows of the step by which the router values an output token."""
+"""Rows of the step in which the router estimates the cost of an output token."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FleetConfig:
-    """replicas: at the start. routing: "round_robin"; "least_loaded", by requests under way; "predicted_work", by the
-    seconds that they are expected to take.
+    """Configures a fleet.
 
-    scaling: "fixed"; "forecast": as many replicas as the expected rate needs at target_load; "cost_aware": the number
-    that costs least, replicas and latency together.
-    min_replicas, max_replicas: bounds. forecast: "ewma" or "holt". interval_seconds: between decisions.
-    startup_seconds: from the decision until a new replica serves, and how far ahead the forecast looks.
-    replica_rate: requests a second that one replica serves at most; needed unless scaling is "fixed".
-    target_load: share of it that "forecast" plans for. latency_price: what a second of one request's latency costs, in
-    replica-seconds, under "cost_aware".
+    Attributes:
+        replicas: at the start.
+        routing: "round_robin"; "least_loaded", by unfinished requests; "predicted_work", by the seconds that they are
+            expected to take.
+        scaling: "fixed"; "forecast": as many replicas as the expected rate needs at target_load; "cost_aware": the
+            number that costs least, replicas and latency together.
+        min_replicas: lower bound.
+        max_replicas: upper bound.
+        forecast: "ewma" or "holt".
+        interval_seconds: between decisions.
+        startup_seconds: from the decision until a new replica serves, and the horizon of the forecast.
+        replica_rate: requests a second that one replica serves at most; needed unless scaling is "fixed".
+        target_load: share of it that "forecast" plans for.
+        latency_price: cost of a second of one request's latency, in replica-seconds, under "cost_aware".
     """
 
     replicas: int = 1
@@ -81,7 +87,12 @@ class FleetConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FleetResult:
-    """result: of all replicas. changes: (time, replicas up from then on, those that start or end included)."""
+    """Result of a fleet.
+
+    Attributes:
+        result: of all replicas.
+        changes: (time, replicas up from then on, those that start or end included).
+    """
 
     result: SimulationResult
     changes: list[tuple[float, int]]
@@ -89,7 +100,7 @@ class FleetResult:
 
 @dataclasses.dataclass
 class _Replica:
-    """engine, when it was asked for, when it takes requests, when it stops to take them, and when it is gone."""
+    """A replica: its engine, and when it was requested, becomes ready, is drained, and ends."""
 
     engine: SimulatedEngine
     asked: float
@@ -109,7 +120,7 @@ def simulate_fleet(
     client: ClientRule = ClientRule(),
     progress: Progress | None = None,
 ) -> FleetResult:
-    """Serves a trace with a fleet of engines like `setup`; the same inputs give the same result.
+    """Serves a trace with a fleet of engines configured by `setup`; the same inputs give the same result.
 
     The router knows of an end as soon as the replica's step has taken it in.
     """
@@ -125,7 +136,7 @@ def simulate_fleet(
 
 
 class _Run:
-    """A fleet while it serves."""
+    """Runs a fleet."""
 
     def __init__(self, setup: Setup, fleet: FleetConfig, progress: Progress | None):
         self._setup = setup
@@ -140,7 +151,7 @@ class _Run:
             self._start(0.0, 0.0)
 
     def until(self, now: float) -> None:
-        """Everything up to `now`, decisions of the fleet included."""
+        """Simulates everything up to `now`, scaling decisions included."""
         while self._scaler is not None and self._decision <= now:
             self._advance(self._decision)
             self._decide(self._scaler, self._decision)
@@ -148,7 +159,7 @@ class _Run:
         self._advance(now)
 
     def take(self, request: EngineRequest, length: int) -> int:
-        """Places a request; returns the number of its replica."""
+        """Routes a request; returns the number of its replica."""
         now = request.arrival_time
         open_ones = [number for number, each in enumerate(self.replicas) if each.takes(now)]
         chosen = self._router.place(request, open_ones)
@@ -159,13 +170,15 @@ class _Run:
         return chosen
 
     def finish(self) -> None:
-        """Serves what is under way."""
+        """Serves the remaining requests."""
         for each in self.replicas:
             each.engine.run_until()
             each.gone = min(each.gone, max(each.engine.now, each.ready))
 
     def replica_seconds(self) -> float:
-        """Time that replicas were up: all until the last has served its last request, unless they left before."""
+        """Returns the total time that replicas were up: all until the last request's end, unless they were removed
+        before.
+        """
         end = max(each.gone for each in self.replicas)
         return sum((each.gone if each.leaves < math.inf else end) - each.asked for each in self.replicas)
 
@@ -193,7 +206,7 @@ class _Run:
         wanted = scaler.wanted()
         for _ in range(wanted - len(staying)):
             self._start(now, self._fleet.startup_seconds)
-        # The youngest leave first; one that takes requests must stay.
+        # The youngest are removed first; one that accepts requests must remain.
         for each in reversed(staying[wanted:]):
             if sum(other.takes(now) for other in self.replicas) > each.takes(now):
                 each.leaves = now
@@ -219,7 +232,7 @@ class _Run:
 
 
 class Scaler:
-    """How many replicas are wanted."""
+    """Decides the number of replicas."""
 
     def __init__(self, fleet: FleetConfig, costs: CostModel):
         self._fleet = fleet
@@ -236,11 +249,11 @@ class Scaler:
             self._output = _blend(self._output, output_tokens)
 
     def observe(self, rate: float) -> None:
-        """Requests a second in the interval that has ended."""
+        """Records the arrival rate, in requests a second, of the interval that has ended."""
         self._forecast.observe(rate)
 
     def wanted(self) -> int:
-        """Replicas for when one that is asked for now would be ready."""
+        """Returns the replicas needed at the time when one that is requested now would be ready."""
         fleet = self._fleet
         rate = self._forecast.rate(fleet.startup_seconds / fleet.interval_seconds)
         if fleet.scaling == "forecast":
@@ -250,9 +263,9 @@ class Scaler:
         return min(counts, key=lambda count: (self._price(count, rate), count))
 
     def _price(self, count: int, rate: float) -> float:
-        """Replica-seconds a second: of the replicas, and of the latency that so many make.
+        """Returns replica-seconds a second: of the replicas, and of the latency that `count` of them cause.
 
-        The latency is that of a request alone over what a queue leaves idle, 1 / (1 - load).
+        The latency is that of a request alone over the idle share of a queue, 1 / (1 - load).
         """
         load = rate / (count * self._fleet.replica_rate)
         alone = self._prompt * self._seconds[0] + self._output * self._step
@@ -262,14 +275,14 @@ class Scaler:
 
 
 def make_router(routing: str, costs: CostModel) -> Router:
-    """The router of that name."""
+    """Creates the router of that name."""
     if routing == "predicted_work":
         return PredictedWork(*token_seconds(costs))
     return RoundRobin() if routing == "round_robin" else LeastLoaded()
 
 
 def token_seconds(costs: CostModel) -> tuple[float, float]:
-    """Seconds of a device that a prompt token and an output token take, where a step has many of them."""
+    """Returns the device seconds of a prompt token and an output token, where a step has many of them."""
     return costs.preemption.recompute_seconds_per_token, costs.seconds(_typical_step()) / _TYPICAL_ROWS
 
 

@@ -1,4 +1,4 @@
-"""How many requests will arrive: smoothed arrival rates, without seasons."""
+"""Forecasts arrival rates by smoothing, without seasons."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from jaxserve.config.checks import between
 
 
 class Forecast(Protocol):
-    """Learns from the arrivals of intervals of one length."""
+    """Learns from the arrivals of intervals of equal length."""
 
     def observe(self, rate: float) -> None:
-        """Requests a second in the interval that has ended."""
+        """Records the arrival rate, in requests a second, of the interval that has ended."""
         ...
 
     def rate(self, intervals: float) -> float:
-        """Requests a second to expect so many intervals ahead."""
+        """Returns the expected requests a second `intervals` intervals ahead."""
         ...
 
 
 class Ewma:
-    """An exponentially weighted moving average: no trend, so it lags behind one. weight: of a new interval."""
+    """Averages with exponential weights: no trend, so it lags behind one. weight: of a new interval."""
 
     def __init__(self, weight: float = 0.3):
         between("ewma weight", weight, 0.001, 1.0)
@@ -35,7 +35,7 @@ class Ewma:
 
 
 class Holt:
-    """Holt's linear method: a smoothed level and a smoothed trend, which is carried forward.
+    """Applies Holt's linear method: a smoothed level and a smoothed trend, which is extrapolated.
 
     Source: Holt, 1957 (International Journal of Forecasting 20, 2004). level_weight, trend_weight: of a new interval.
     """

@@ -1,4 +1,4 @@
-"""Plots of simulations. matplotlib is imported when one is drawn; nothing else here needs it."""
+"""Plots simulations. matplotlib is imported when one is drawn; nothing else here needs it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jaxserve.telemetry import batch_timeline as composition
 _MOST_POINTS = 4000
 _FEW_DECADES = 300
 _LETTER, _HANDLE = 0.085, 0.6
-"""Inches of a legend that a letter takes, and the line and space beside a label."""
+"""Width of a letter in a legend in inches, and of the line and space beside a label."""
 
 
 def draw_all(results: Mapping[str, SimulationResult], directory: pathlib.Path) -> list[pathlib.Path]:
-    """latency.png, over_time.png and, of two tenants or more, tenants.png. Returns what was written.
+    """Plots latency.png, over_time.png and, with two tenants or more, tenants.png. Returns the paths written.
 
     Raises ImportError without matplotlib.
     """
@@ -30,7 +30,7 @@ def draw_all(results: Mapping[str, SimulationResult], directory: pathlib.Path) -
 
 
 def latencies(results: Mapping[str, SimulationResult], path: pathlib.Path) -> pathlib.Path:
-    """How many of the requests had at most so long a time to the first token, a token, and in all."""
+    """Plots the cumulative share of requests by time to first token, time per token, and end-to-end latency."""
     figure, axes = _figure(1, 3, (13, 4.4))
     panels = (("ttft", "time to first token (s)"), ("tpot", "time per output token (s)"), ("e2e", "end to end (s)"))
     for axis, (name, label) in zip(axes, panels, strict=True):
@@ -51,7 +51,7 @@ def latencies(results: Mapping[str, SimulationResult], path: pathlib.Path) -> pa
 
 
 def over_time(results: Mapping[str, SimulationResult], path: pathlib.Path) -> pathlib.Path:
-    """Requests running and waiting, and pages in use, of all replicas together over time."""
+    """Plots running and waiting requests, and pages in use, of all replicas together over time."""
     figure, axes = _figure(3, 1, (11, 8))
     panels = (("running", "requests running"), ("waiting", "requests waiting"), ("pages_used", "pages in use"))
     for run, result in results.items():
@@ -67,8 +67,12 @@ def over_time(results: Mapping[str, SimulationResult], path: pathlib.Path) -> pa
 
 
 def compositions(result: SimulationResult, pages: int, directory: pathlib.Path) -> list[pathlib.Path]:
-    """What the steps of each replica consisted of: composition.png and .json, or composition_1, composition_2, ... of
-    several. pages: usable ones of a replica. Returns the plots that were written."""
+    """Plots the batch timeline of each replica: composition.png and .json, or composition_1, composition_2, ...
+
+    of several.
+
+    pages: usable ones of a replica. Returns the plots that were written.
+    """
     made = []
     for number, steps in enumerate(result.steps, start=1):
         several = len(result.steps) > 1
@@ -79,7 +83,7 @@ def compositions(result: SimulationResult, pages: int, directory: pathlib.Path) 
 
 
 def by_tenant(results: Mapping[str, SimulationResult], path: pathlib.Path) -> pathlib.Path:
-    """Mean and 99th percentile of the time to the first token of each tenant."""
+    """Plots mean and 99th percentile of the time to first token of each tenant."""
     tenants = sorted({tenant for result in results.values() for tenant in result.trace.tenants})
     figure, axes = _figure(1, 2, (max(8.0, 2 + 1.6 * len(tenants)), 4.4))
     width = 0.8 / len(results)
@@ -101,7 +105,7 @@ def by_tenant(results: Mapping[str, SimulationResult], path: pathlib.Path) -> pa
 
 
 def capacity(points: Mapping[str, list[tuple[float, float]]], target: float, path: pathlib.Path) -> pathlib.Path:
-    """points: for each run (rate in requests a second, share of requests within the targets)."""
+    """Plots goodput by rate. points: for each run (rate in requests a second, share of requests within the targets)."""
     figure, (axis,) = _figure(1, 1, (7.5, 4.8))
     for run, found in points.items():
         ordered = sorted(found)
@@ -116,7 +120,10 @@ def capacity(points: Mapping[str, list[tuple[float, float]]], target: float, pat
 
 
 def replicas(changes: Mapping[str, list[tuple[float, int]]], rates: Any, path: pathlib.Path) -> pathlib.Path:
-    """changes: for each run (time, replicas from then on). rates: (times, arrivals a second) of the trace."""
+    """Plots replicas over time.
+
+    changes: for each run (time, replicas from then on). rates: (times, arrivals a second) of the trace.
+    """
     figure, axes = _figure(2, 1, (11, 6))
     times, values = rates
     axes[0].step(times, values, where="post", color="grey", label="arrivals")
@@ -136,7 +143,7 @@ def replicas(changes: Mapping[str, list[tuple[float, int]]], rates: Any, path: p
 
 
 def _composition(steps: Mapping[str, np.ndarray], pages: int) -> dict[str, Any]:
-    """On the device's clock: a step is there from its start to its end."""
+    """Returns the batch timeline on the device's clock: a step lasts from its start to its end."""
     padding = steps["token_bucket"] - steps["prefill_tokens"] - steps["decode_tokens"]
     idle = np.maximum(steps["start"][1:] - steps["end"][:-1], 0.0)
     columns = {**steps, "padding": padding, "idle_seconds": np.append(np.zeros(min(1, len(padding))), idle)}
@@ -148,7 +155,7 @@ def _p99(values: np.ndarray) -> float:
 
 
 def _sampled(steps: Mapping[str, np.ndarray], name: str, grid: np.ndarray) -> np.ndarray:
-    """A column at moments: that of the step under way, 0 while none is."""
+    """Samples a column at times of a grid: the value of the step in flight, 0 without one."""
     if not len(steps["begin"]):
         return np.zeros(len(grid))
     place = np.searchsorted(steps["begin"], grid, side="right") - 1
@@ -164,7 +171,9 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
 
 
 def _plain_numbers(axis: Any) -> None:
-    """Ticks of a logarithmic axis at 1, 2 and 5 times the powers of ten, or at the powers alone where that is many."""
+    """Sets ticks of a logarithmic axis at 1, 2 and 5 times the powers of ten, or at the powers alone if those are
+    many.
+    """
     from matplotlib import ticker
 
     low, high = axis.get_view_interval()
@@ -175,7 +184,7 @@ def _plain_numbers(axis: Any) -> None:
 
 
 def _save(figure: Any, axis: Any, entries: int, path: pathlib.Path) -> pathlib.Path:
-    """One legend below all panels: within a panel it would lie over a line sooner or later."""
+    """Saves the figure with one legend below all panels: within a panel it could cover a line."""
     handles, labels = axis.get_legend_handles_labels()
     width = max((len(label) for label in labels), default=1) * _LETTER + _HANDLE
     columns = max(1, min(entries, int(figure.get_figwidth() / width)))

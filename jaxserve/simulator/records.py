@@ -1,4 +1,4 @@
-"""What a simulated engine did, kept compactly: columns of steps, and token times as stretches of steps."""
+"""Records the steps and tokens of a simulated engine compactly: columns of steps, and token times of runs of steps."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ STEP_COLUMNS = (
     "preempted_recompute",
     "preempted_swap",
 )
-"""begin: of the turn that made the step; start, end: on the device; seconds. preempted_*: sequences, as the step was
-decided. The others: as in `StepRecorded`."""
+"""Columns of the step log. begin: of the iteration that created the step; start, end: on the device; seconds.
+preempted_*: sequences, as the step was decided. The others: as in `StepRecorded`."""
 
 
 class StepLog:
-    """A row of `STEP_COLUMNS` for each step, whether it came alone or in a stretch."""
+    """Stores a row of `STEP_COLUMNS` for each step, single or fast-forwarded."""
 
     def __init__(self) -> None:
         self._blocks: list[np.ndarray] = []
@@ -39,7 +39,7 @@ class StepLog:
         self._rows.append(row)
 
     def add_many(self, *columns: np.ndarray | float) -> None:
-        """Steps one after another; a number stands for all of them. The first column is an array."""
+        """Adds consecutive steps; a number applies to all of them. The first column is an array."""
         self._seal()
         block = np.empty((len(np.asarray(columns[0])), len(STEP_COLUMNS)))
         for place, column in enumerate(columns):
@@ -47,7 +47,7 @@ class StepLog:
         self._blocks.append(block)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """float64 [steps] for each column."""
+        """Returns float64 [steps] for each column."""
         self._seal()
         table = np.concatenate(self._blocks) if self._blocks else np.empty((0, len(STEP_COLUMNS)))
         self._blocks = [table]
@@ -60,10 +60,10 @@ class StepLog:
 
 
 class TokenLog:
-    """When each request got its tokens.
+    """Stores the times of each request's tokens.
 
-    Requests that decode on get one token in each of many steps, mostly the same requests as in the step before: for
-    these the log keeps one time a step, and one list of requests for as long as it stays the same object.
+    Decoding requests get one token in each of many steps, mostly the same requests as in the previous step: for these
+    the log keeps one time a step, and one list of requests for as long as it stays the same object.
     """
 
     def __init__(self) -> None:
@@ -74,24 +74,24 @@ class TokenLog:
         self._others: dict[int, list[float]] = {}
 
     def add(self, request_ids: Sequence[str], time: float) -> None:
-        """A token for each of the requests."""
+        """Adds a token for each of the requests."""
         self._epoch(request_ids)
         self._single.append(time)
         self._count += 1
 
     def add_many(self, request_ids: Sequence[str], times: np.ndarray) -> None:
-        """A token for each of the requests at each of the times."""
+        """Adds a token for each of the requests at each of the times."""
         self._epoch(request_ids)
         self._seal()
         self._times.append(times)
         self._count += len(times)
 
     def add_one(self, index: int, time: float) -> None:
-        """A token for the request of that number alone."""
+        """Adds a token for the request of that index alone."""
         self._others.setdefault(index, []).append(time)
 
     def token_times(self, count: int) -> list[np.ndarray]:
-        """The token times of requests 0 to count - 1, float64, rising."""
+        """Returns the token times of requests 0 to count - 1, float64, ascending."""
         self._seal()
         times = np.concatenate([*self._times, np.empty(0)])
         spans: list[list[list[int]]] = [[] for _ in range(count)]

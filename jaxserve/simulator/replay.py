@@ -1,8 +1,8 @@
-"""A trace served by the engine in real time, in this process: what a simulation of the same trace is compared with.
+"""Replays a trace on the real engine in this process, to compare a simulation of the same trace with.
 
-Requests arrive when the trace says, whether or not those before have been answered, with random prompts. As in a
-simulation they end at the trace's lengths, which the scheduler does not know: the runner is wrapped so that the last
-token of a request is its stop id, whatever the model sampled.
+Requests arrive at the trace's times, whether or not earlier ones have finished, with random prompts. As in a simulation
+they end at the trace's lengths, which the scheduler does not know: the runner is wrapped so that the last token of a
+request is its stop id, whatever the model sampled.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NEVER = -1
 
 
 class LengthKeepingRunner:
-    """Runs the steps of another runner and puts a stop id where a request has its true length.
+    """Wraps a runner and emits a stop id where a request reaches its true length.
 
     lengths: positions of the last tokens by request id, to be filled before the requests are admitted. The stop id lies
     outside the vocabulary, so that the model cannot sample it. (The device keeps what it sampled; the request ends.)
@@ -88,10 +88,13 @@ def replay(
     recorder: Recorder | None = None,
     progress: Progress | None = None,
 ) -> SimulationResult:
-    """Serves a trace in real time and returns what a simulation would return; times from the first arrival on.
+    """Serves a trace in real time and returns the same result type as a simulation; times are from the first arrival
+    on.
 
-    config: also of the runner, whose programs must be those of its limits. seed: of the prompts' random ids.
-    recorder: gets the engine's events.
+    Args:
+        config: also of the runner, whose programs must match its limits.
+        seed: of the prompts' random ids.
+        recorder: receives the engine's events.
     """
     keeping = LengthKeepingRunner(runner, config.scheduler.max_num_seqs)
     recorder = recorder or Recorder()
@@ -119,14 +122,14 @@ def serve(
     concurrency: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, float], set[int]]:
-    """Turns the engine's loop until every request has ended.
+    """Runs the engine's loop until every request has ended.
 
     Args:
         core: An engine whose `now` is `time.time`.
         requests: In the order in which they are sent; arrival times and deadlines count from the start of this call.
-        concurrency: So many clients send a request each, the next one when it has ended, whatever the arrival times
-            say; None sends each request when it is due.
-        progress: Told how many requests have ended.
+        concurrency: Number of clients that each send a request, and the next one when it has ended, whatever the
+            arrival times; None sends each request when it is due.
+        progress: Called with the number of requests that have ended.
 
     Returns:
         When each request was sent, on `time.perf_counter`'s clock, by id; and the numbers of those that were refused.
@@ -167,7 +170,7 @@ def serve(
 
 
 def _errors(messages: list[FromEngine]) -> set[int]:
-    """Numbers of requests that were refused."""
+    """Returns the numbers of requests that were refused."""
     return {
         int(message.request_id)
         for message in messages
@@ -181,7 +184,7 @@ def _ends(message: FromEngine) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Tokens:
-    """The token times of a run, as a simulation's `TokenLog` has them."""
+    """Collects the token times of a run in the form of a simulation's `TokenLog`."""
 
     times: list[np.ndarray]
 
@@ -223,7 +226,7 @@ def _result(
 
 
 def _steps(records: list[StepRecorded], origin: float) -> dict[str, np.ndarray]:
-    """The columns of a simulation's steps. A step ends when its results have come, in the turn after its own."""
+    """Returns the columns of a simulation's steps. A step ends when its results arrive, in the next iteration."""
     dispatched = [record.time + record.schedule_seconds + record.dispatch_seconds for record in records]
     collected = [time + record.collect_seconds for time, record in zip(dispatched, records, strict=True)]
     starts = [max(pair) for pair in zip(dispatched, collected, strict=True)]

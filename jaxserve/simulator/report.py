@@ -1,4 +1,4 @@
-"""What a simulation says: throughput, latencies, goodput under targets, fairness; as a table and as JSON."""
+"""Reports a simulation: throughput, latencies, goodput under targets, fairness; as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METRICS = ("ttft", "tpot", "itl", "e2e", "queue_time")
 
 @dataclasses.dataclass(frozen=True)
 class Slo:
-    """Targets in seconds that a request meets all of, or does not; infinite is no target."""
+    """Latency targets in seconds, all of which a request must meet; infinite is no target."""
 
     ttft: float = math.inf
     tpot: float = math.inf
@@ -27,7 +27,7 @@ class Slo:
 
     @classmethod
     def parse(cls, text: str) -> Slo:
-        """Reads "ttft=0.5,tpot=0.05". Raises ValueError for what is neither."""
+        """Parses "ttft=0.5,tpot=0.05". Raises ValueError for anything else."""
         names = [field.name for field in dataclasses.fields(cls)]
         found: dict[str, float] = {}
         for item in filter(None, text.split(",")):
@@ -47,18 +47,20 @@ class Slo:
         return ",".join(parts) or "none"
 
     def met(self, result: SimulationResult) -> np.ndarray:
-        """bool [N]: requests that ended with all tokens and within every target; a single token has no tpot."""
+        """Returns bool [N]: requests that ended with all tokens and within every target; a single token has no tpot."""
         good = result.completed & (result.ttft <= self.ttft) & (result.e2e <= self.e2e)
         return good & ~(result.tpot > self.tpot)
 
     def share(self, result: SimulationResult) -> float:
-        """Of all requests that came, those that met every target: skipped, refused and dropped ones did not."""
+        """Returns the share of all arrived requests that met every target: skipped, refused and dropped ones did
+        not.
+        """
         return _share(self.met(result).sum(), result.num_requests)
 
 
 @dataclasses.dataclass(frozen=True)
 class TenantReport:
-    """Figures of one tenant's requests. service: tokens computed for it, prompt and output."""
+    """Metrics of one tenant's requests. service: tokens computed for it, prompt and output."""
 
     requests: int
     completed: int
@@ -70,14 +72,19 @@ class TenantReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Figures of a run. Latencies in seconds, of requests that ended with all of their tokens.
+    """Metrics of a run. Latencies are in seconds, of requests that ended with all of their tokens.
 
-    requests: all that came; skipped: of these, too long to be taken. seconds: from the first arrival to the last end.
-    goodput: requests a second that met the targets; good_share: of all that came. batch_utilisation: useful over
-    computed tokens. device_utilisation: time in which the devices computed, over the time that replicas were up.
-    kendall_tau: of the predictors (a mean over replicas). jain: Jain's index of the tenants' mean time to the first
-    token, 1 where all wait alike. replica_seconds_per_1000_tokens: replicas' time for 1,000 output tokens, the measure
-    of cost.
+    Attributes:
+        requests: all that arrived.
+        skipped: of these, too long to be served.
+        seconds: from the first arrival to the last end.
+        goodput: requests a second that met the targets.
+        good_share: of all that arrived.
+        batch_utilisation: useful over computed tokens.
+        device_utilisation: time in which the devices computed, over the time that replicas were up.
+        kendall_tau: of the predictors (a mean over replicas).
+        jain: Jain's index of the tenants' mean time to the first token, 1 where all wait alike.
+        replica_seconds_per_1000_tokens: replicas' time for 1,000 output tokens, the measure of cost.
     """
 
     requests: int
@@ -109,12 +116,12 @@ class Report:
     costs: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Returns plain values, for JSON."""
         return dataclasses.asdict(self)
 
 
 def report(result: SimulationResult, slo: Slo = Slo()) -> Report:
-    """The figures of a result."""
+    """Computes the metrics of a result."""
     done, trace, seconds = result.completed, result.trace, result.seconds
     good = slo.met(result)
     outputs, prompts = int(result.output_tokens.sum()), int(trace.prompt_tokens[~np.isnan(result.first_token)].sum())
@@ -157,7 +164,7 @@ def report(result: SimulationResult, slo: Slo = Slo()) -> Report:
 
 
 def jain_index(values: Sequence[float]) -> float:
-    """(sum x)^2 / (n sum x^2): 1 where all are equal, 1 / n where one has everything.
+    """Computes (sum x)^2 / (n sum x^2): 1 where all are equal, 1 / n where one has everything.
 
     Source: Jain, Chiu and Hawe, 1984.
     """
@@ -166,7 +173,7 @@ def jain_index(values: Sequence[float]) -> float:
 
 
 def table(reports: Mapping[str, Report]) -> str:
-    """One column for each report, for the terminal; times in milliseconds."""
+    """Formats one column for each report, for the terminal; times in milliseconds."""
     names = list(reports)
     rows: list[tuple[str, list[str]]] = [
         ("requests", [f"{each.requests:,}" for each in reports.values()]),

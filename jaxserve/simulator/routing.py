@@ -1,4 +1,4 @@
-"""Which replica of a fleet a request goes to."""
+"""Routes requests to the replicas of a fleet."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from jaxserve.scheduler.prediction import OutputLengthPredictor
 
 
 class Router:
-    """Chooses among the replicas that take requests, and keeps what each has under way."""
+    """Chooses among the replicas that accept requests, and tracks the load of each."""
 
     def __init__(self) -> None:
         self._placed: dict[int, tuple[int, float, EngineRequest]] = {}
         self._load: dict[int, float] = {}
 
     def choose(self, request: EngineRequest, replicas: Sequence[int]) -> int:
-        """The number of one of the replicas."""
+        """Returns the number of one of the replicas."""
         raise NotImplementedError
 
     def work(self, request: EngineRequest) -> float:
-        """What the request adds to its replica's load."""
+        """Returns the load that the request adds to its replica."""
         return 1.0
 
     def place(self, request: EngineRequest, replicas: Sequence[int]) -> int:
-        """Chooses and takes note."""
+        """Chooses a replica and records the request's load."""
         replica, work = self.choose(request, replicas), self.work(request)
         self._placed[int(request.request_id)] = replica, work, request
         self._load[replica] = self._load.get(replica, 0.0) + work
         return replica
 
     def ended(self, index: int, output_tokens: int) -> EngineRequest:
-        """A request has ended."""
+        """Records that a request has ended."""
         replica, work, request = self._placed.pop(index)
         self._load[replica] -= work
         return request
@@ -42,7 +42,7 @@ class Router:
 
 
 class RoundRobin(Router):
-    """One after another."""
+    """Routes to the replicas in rotation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,17 +54,20 @@ class RoundRobin(Router):
 
 
 class LeastLoaded(Router):
-    """The fewest requests under way."""
+    """Routes to the replica with the fewest unfinished requests."""
 
     def choose(self, request: EngineRequest, replicas: Sequence[int]) -> int:
         return min(replicas, key=lambda replica: (self.load(replica), replica))
 
 
 class PredictedWork(LeastLoaded):
-    """The least work under way, in seconds of a device: prompts, and outputs as long as the router's own predictor
-    expects from the requests that it has seen end.
+    """Routes to the replica with the least predicted work, in device seconds: prompts, and outputs of predicted length.
 
-    seconds_per_prompt_token, seconds_per_output_token: what a token costs where others share the step.
+    The router's own predictor learns from the requests that it has seen end.
+
+    Attributes:
+        seconds_per_prompt_token: cost of a token where others share the step.
+        seconds_per_output_token: cost of a token where others share the step.
     """
 
     def __init__(self, seconds_per_prompt_token: float, seconds_per_output_token: float):

@@ -1,4 +1,4 @@
-"""Which options serve a trace best: random candidates, halved again and again on growing prefixes of the trace."""
+"""Searches options for a trace by successive halving: random candidates on growing prefixes of the trace."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ Serve = Callable[[EngineConfig, Trace], SimulationResult]
 """Serves a trace under a configuration; ValueError where the configuration cannot be used."""
 
 MET = 0.9
-"""The share of requests within the targets that a server is expected to keep."""
+"""Share of requests within the targets that a server is expected to reach."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Score:
-    """How good a run was, worst first: requests a second within the targets; where that is equal, output tokens a
-    second and how little time the first token took on average."""
+    """Ranks a run, higher is better: requests a second within the targets; where equal, output tokens a second and a
+    shorter mean time to first token.
+    """
 
     goodput: float
     tokens_per_second: float
@@ -46,8 +47,9 @@ class Score:
         )
 
     def clearly_below(self, other: Score, tolerance: float) -> bool:
-        """Whether it is worse, and the first of its figures that is not within a share of `tolerance` of the other's is
-        the lower one."""
+        """Returns whether it is worse, and its first metric that differs from the other's by more than the share
+        `tolerance` is the lower one.
+        """
         if self < other:
             for name in ("goodput", "tokens_per_second", "promptness"):
                 mine, theirs = getattr(self, name), getattr(other, name)
@@ -58,8 +60,12 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A candidate on a prefix of the trace. options: what differs from the configuration; {} is itself. skipped: of the
-    requests, those that are too long for it."""
+    """Result of a candidate on a prefix of the trace.
+
+    Attributes:
+        options: differences from the configuration; {} is itself.
+        skipped: requests that are too long for it.
+    """
 
     options: Options
     requests: int
@@ -68,9 +74,9 @@ class Trial:
 
 
 def search_space(config: EngineConfig, trace: Trace) -> dict[str, tuple[Any, ...]]:
-    """Values to try for each option, around those configured.
+    """Returns the values to try for each option, around those configured.
 
-    Policies that go by tenants, priorities or deadlines are tried where the trace has any. Limits stay within twice the
+    Policies that use tenants, priorities or deadlines are tried where the trace has any. Limits stay within twice the
     configured ones, for which memory was planned.
     """
     limits = config.scheduler
@@ -99,10 +105,10 @@ def search_space(config: EngineConfig, trace: Trace) -> dict[str, tuple[Any, ...
 def candidates(
     config: EngineConfig, space: Mapping[str, Sequence[Any]], count: int, seed: int, slo: Slo = Slo()
 ) -> list[Options]:
-    """The configuration itself and count - 1 random others, each valid and none twice.
+    """Returns the configuration itself and count - 1 random others, each valid and without duplicates.
 
-    A candidate changes some of the options only, so that what helps is not hidden by what does not. Where the policy
-    is "deadline" it aims at the targets of `slo`.
+    A candidate changes only some of the options, so that harmful changes do not hide helpful ones. Where the policy is
+    "deadline" it aims at the targets of `slo`.
     """
     targets = {"ttft_target": slo.ttft, "tpot_target": slo.tpot}
     aims = {name: target for name, target in targets.items() if math.isfinite(target)}
@@ -134,11 +140,14 @@ def successive_halving(
     rungs: int = 3,
     seed: int = 0,
 ) -> list[list[Trial]]:
-    """The trials of each rung, best first. The last rung serves the whole trace; one before it `keep` of it, and so on.
-    The configuration itself is in every rung, for comparison; candidates that skip more requests than it are left out,
-    since less work would make them look faster.
+    """Runs successive halving and returns the trials of each rung, best first.
+
+    The last rung serves the whole trace; each one before it the share `keep` of the next. The configuration itself is
+    in every rung, for comparison; candidates that skip more requests than it are left out, since less work would make
+    them look faster.
 
     Source: Jamieson and Talwalkar, "Non-stochastic best arm identification", AISTATS 2016.
+
     Raises ValueError where the configuration itself cannot serve the trace.
     """
     at_least("rungs", rungs, 1)
@@ -165,8 +174,9 @@ def successive_halving(
 
 
 def stressed(config: EngineConfig, trace: Trace, slo: Slo, serve: Serve, share: float = MET) -> float:
-    """The factor of the trace's rate, a power of 1.25 of at least 1, at which fewer than `share` of the requests meet
-    the targets: where they all do, no option could show that it is better."""
+    """Returns the factor of the trace's rate, a power of 1.25 of at least 1, at which fewer than `share` of the
+    requests meet the targets: where all do, no option could prove better.
+    """
     factor = 1.0
     while factor < 1000:
         result = serve(config, trace.faster(factor))
@@ -179,12 +189,12 @@ def stressed(config: EngineConfig, trace: Trace, slo: Slo, serve: Serve, share: 
 
 
 def value_of(config: Any, name: str) -> Any:
-    """The value of a field of the configuration or of one of its sections."""
+    """Returns the value of a field of the configuration or of one of its sections."""
     return getattr(owner_of(config, name), name)
 
 
 def owner_of(config: Any, name: str) -> Any:
-    """The configuration, or the section, that has the field. Raises ValueError where none has."""
+    """Returns the configuration, or the section, that has the field. Raises ValueError where none has."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name == name:

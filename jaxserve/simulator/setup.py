@@ -1,4 +1,4 @@
-"""What to simulate, from a configuration: the model's shape, the device's pages, the costs of its steps."""
+"""Sets up a simulation from a configuration: the model's shape, the device's pages, the costs of its steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _POOL_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A configuration on a device: what `simulate` takes."""
+    """Holds the inputs of `simulate`: a configuration on a device."""
 
     config: EngineConfig
     device: SimulatedDevice
@@ -30,7 +30,7 @@ class Setup:
 
 
 def find_target(name: str) -> Target:
-    """A target by its name (h200) or the path of either of its files (configs/targets/h200.json)."""
+    """Finds a target by its name (h200) or the path of either of its files (configs/targets/h200.json)."""
     path = pathlib.Path(name)
     if name not in known_targets() and not path.suffix:
         raise ValueError(
@@ -41,7 +41,7 @@ def find_target(name: str) -> Target:
 
 
 def rated_targets() -> list[str]:
-    """The targets whose rates are known, so that they have a roofline."""
+    """Returns the targets whose rates are known, so that they have a roofline."""
     return [name for name in known_targets() if name != LOCAL]
 
 
@@ -54,10 +54,12 @@ def set_up(
     efficiency: Efficiency = Efficiency(),
     host: HostCosts = HostCosts(),
 ) -> Setup:
-    """Costs measured in the file `model_cost`, or else those of the target's roofline; pages as configured, or else as
-    many as fit the target beside the weights. A report of `jaxserve.compile` sharpens the roofline.
+    """Builds a setup: costs measured in the file `model_cost`, or else those of the target's roofline.
 
-    Raises ValueError where the model, its costs or its pages cannot be told.
+    Pages are as configured, or else as many as fit the target besides the weights. A report of `jaxserve.compile`
+    refines the roofline.
+
+    Raises ValueError where the model, its costs or its pages cannot be determined.
     """
     model = model_of(config)
     dtype = model.dtype if config.dtype == "auto" else config.dtype
@@ -113,7 +115,7 @@ def set_up(
 
 
 def model_of(config: EngineConfig) -> ModelConfig:
-    """The configured architecture, or the checkpoint's."""
+    """Returns the configured architecture, or the checkpoint's."""
     if config.architecture is not None:
         return config.architecture
     if config.model is None:
@@ -122,9 +124,9 @@ def model_of(config: EngineConfig) -> ModelConfig:
 
 
 def with_options(config: EngineConfig, options: Mapping[str, Any]) -> EngineConfig:
-    """The configuration with some of its fields, or of its sections' fields, set by their flat names.
+    """Returns the configuration with some of its fields, or of its sections' fields, set by their flat names.
 
-    Raises ValueError for a name that none has, or a value that its field refuses.
+    Raises ValueError for an unknown name, or a value that its field refuses.
     """
     changed, used = _replaced(config, options)
     for name in options:
@@ -135,7 +137,7 @@ def with_options(config: EngineConfig, options: Mapping[str, Any]) -> EngineConf
 
 
 def option_names(config: Any) -> set[str]:
-    """The flat names of the fields of a configuration and of its sections."""
+    """Returns the flat names of the fields of a configuration and of its sections."""
     names: set[str] = set()
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -161,7 +163,7 @@ def _replaced(config: Any, options: Mapping[str, Any]) -> tuple[Any, set[str]]:
 
 
 def _check_kind(name: str, given: Any, current: Any) -> None:
-    """Text that stands for a truth value would be true, whatever it says."""
+    """Rejects text for a boolean field, because any text would be true."""
     for kind, wanted in ((bool, "True or False"), (Mapping, "a mapping such as {'a': 2}")):
         if isinstance(current, kind) and not isinstance(given, kind):
             raise ValueError(f"{name} is {given!r}; it must be {wanted}")

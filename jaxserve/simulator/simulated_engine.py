@@ -1,12 +1,12 @@
-"""The engine's loop on a virtual clock: the real scheduler and page pool over a device that only takes time.
+"""Runs the engine's loop on a virtual clock: the real scheduler and page pool over a device that only takes time.
 
-As `jaxserve/engine/core.py`, turn by turn: take the messages that have come, schedule step N + 1 and dispatch it,
-wait for the ids of step N, take them in. So one step is always in flight (more where steps sample nothing), a request
-that comes meanwhile waits for the next turn, and a sequence that stops is seen one step late.
+Each iteration, as in `jaxserve/engine/core.py`, takes the messages that have arrived, schedules and dispatches a step,
+waits for the ids of the previous step and processes them. So one step is always in flight (more where steps sample
+nothing), a request that arrives meanwhile waits for the next iteration, and a sequence that stops is seen one step
+late.
 
-A stretch of decode steps during which nothing arrives, ends or changes places is taken at once
-(`Scheduler.steady_steps`, `advance`): numpy adds up its times, and what is recorded and left behind is the same as
-step by step, bit by bit.
+Decode steps during which nothing arrives, ends or changes places are fast-forwarded (`Scheduler.steady_steps`,
+`advance`): numpy sums their times, and the records and final state equal those of single steps, bit by bit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from jaxserve.telemetry.engine_events import EngineEvents, IterationTimes
 from jaxserve.telemetry.recorder import Recorder
 
 STOP_ID = 1
-"""What a simulated model emits as a request's last token; every other token is 0."""
+"""Token that a simulated model emits as a request's last; every other token is 0."""
 
 _NEVER = -1
 _LONGEST_STRETCH = 4096
@@ -39,7 +39,12 @@ _LONGEST_STRETCH = 4096
 
 @dataclasses.dataclass(frozen=True)
 class SimulatedDevice:
-    """What the engine would learn from its runner. num_pages counts the null page. platform decides the buckets."""
+    """Describes what the engine would learn from its runner.
+
+    Attributes:
+        num_pages: counts the null page.
+        platform: determines the buckets.
+    """
 
     num_pages: int
     max_model_len: int
@@ -49,7 +54,7 @@ class SimulatedDevice:
 
 @dataclasses.dataclass(frozen=True)
 class _Flight:
-    """A dispatched step: its plan and shape, its ids, when it ends, and whether one of its ids ends a sequence."""
+    """A step in flight: its plan and shape, its ids, when it ends, and whether one of its ids ends a sequence."""
 
     plan: StepPlan
     shape: StepShape
@@ -60,8 +65,10 @@ class _Flight:
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of one request, in seconds of the virtual clock; nan is never. reason: "" while unfinished, "refused"
-    when the queue was full."""
+    """Result of one request, in seconds of the virtual clock; nan is never.
+
+    reason: "" while unfinished, "refused" when the queue was full.
+    """
 
     scheduled: float = math.nan
     first_token: float = math.nan
@@ -72,9 +79,9 @@ class Outcome:
 
 
 class SimulatedEngine:
-    """One replica. `submit` requests in order of arrival, `run_until` a moment; `now` is its clock.
+    """Simulates one replica. `submit` requests in order of arrival and `run_until` a time; `now` is its clock.
 
-    Request ids are the requests' numbers as text; `outcomes`, `tokens` and `steps` say what happened.
+    Request ids are the requests' numbers as text; `outcomes`, `tokens` and `steps` hold the results.
     """
 
     def __init__(
@@ -113,21 +120,24 @@ class SimulatedEngine:
 
     @property
     def busy(self) -> bool:
-        """A turn has something to do."""
+        """Whether an iteration has something to do."""
         return self.scheduler.unfinished or self._in_flight is not None
 
     @property
     def num_unfinished(self) -> int:
-        """Requests submitted and not ended."""
+        """Number of requests submitted and not ended."""
         return len(self._inbox) + len(self._last_positions)
 
     def submit(self, request: EngineRequest, output_tokens: int) -> None:
-        """A request that arrives at its arrival_time, not before those submitted. output_tokens: its true length."""
+        """Submits a request that arrives at its arrival_time, not before earlier ones.
+
+        output_tokens: its true length.
+        """
         assert not self._inbox or self._inbox[-1][0] <= request.arrival_time, "requests come in order of arrival"
         self._inbox.append((request.arrival_time, request, output_tokens))
 
     def run_until(self, limit: float = math.inf) -> None:
-        """Takes every turn that begins before `limit`, with the requests submitted so far."""
+        """Runs every iteration that begins before `limit`, with the requests submitted so far."""
         while True:
             self._take_messages()
             if not self.busy:
@@ -157,7 +167,7 @@ class SimulatedEngine:
                 self._events.arrived(request, arrival)
 
     def _turn(self, limit: float) -> None:
-        """One turn of the loop."""
+        """Runs one iteration of the loop."""
         previous, begin = self._in_flight, self.now
         expired = self.scheduler.expire(begin)
         plan = self.scheduler.schedule(begin)
@@ -220,7 +230,7 @@ class SimulatedEngine:
         return _Flight(plan, shape, token_ids, end, stops)
 
     def _sample(self, plan: StepPlan) -> tuple[np.ndarray, bool]:
-        """The ids of a step, int64 [num_sampled], and whether one of them ends a sequence."""
+        """Returns the ids of a step, int64 [num_sampled], and whether one of them ends a sequence."""
         for chunk in plan.chunks:
             if chunk.admit is not None:
                 self._stop_at[chunk.slot] = self._last_positions.get(chunk.request_id, _NEVER)
@@ -228,7 +238,7 @@ class SimulatedEngine:
         return np.where(found, STOP_ID, 0), bool(found.any())
 
     def _wait(self, limit: float) -> None:
-        """Nothing to compute until a batch fills, a delay ends or a request comes."""
+        """Advances the clock until a batch fills, a delay ends or a request arrives."""
         wake = self.scheduler.wake_at()
         until = min(math.inf if wake is None else wake, self._inbox[0][0] if self._inbox else math.inf, limit)
         if math.isinf(until):
@@ -237,7 +247,9 @@ class SimulatedEngine:
         self.now = max(until, math.nextafter(self.now, math.inf))
 
     def _take_stretch(self, limit: float) -> bool:
-        """Takes the coming turns at once where they only repeat the step in flight; False where there are no two."""
+        """Fast-forwards iterations that only repeat the step in flight; returns False where there are fewer than
+        two.
+        """
         previous = self._in_flight
         if previous is None or not self._stretches or previous.stops or previous.plan.chunks:
             return False
@@ -267,7 +279,7 @@ class SimulatedEngine:
         return True
 
     def _next_event(self, limit: float) -> float:
-        """A turn that begins at this moment or later may find something new."""
+        """Returns the earliest time at which an iteration may find something new."""
         moment = min(limit, self._inbox[0][0]) if self._inbox else limit
         while self._deadlines and self._deadlines[0] <= self.now:
             heapq.heappop(self._deadlines)
@@ -279,7 +291,9 @@ class SimulatedEngine:
     def _carry_out(
         self, previous: _Flight, shape: StepShape, begins: np.ndarray, starts: np.ndarray, ends: np.ndarray
     ) -> None:
-        """The turns of a stretch: takes in `previous`, schedules as many steps and leaves the last in flight."""
+        """Runs fast-forwarded iterations: processes `previous`, schedules as many steps and leaves the last in
+        flight.
+        """
         turns = len(begins)
         pool, scheduler = self.scheduler.pool, self.scheduler
         request_ids = previous.plan.decodes.request_ids

@@ -1,4 +1,4 @@
-"""One call simulates a trace: `simulate(config, trace, costs, device) -> SimulationResult`."""
+"""Simulates a trace in one call: `simulate(config, trace, costs, device) -> SimulationResult`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ Progress = Callable[[int], object]
 
 @dataclasses.dataclass(frozen=True)
 class ClientRule:
-    """What clients set as max_tokens where the trace does not say.
+    """Determines the max_tokens of clients where the trace does not give it.
 
-    max_tokens: a number; "context" is the rest of the context, as of a client that sets nothing; "exact" is the true
-    length (ignore_eos with max_tokens, as benchmarks do), so that the scheduler knows it.
+    Attributes:
+        max_tokens: a number; "context" is the rest of the context, as of a client that sets nothing; "exact" is the
+            true length (ignore_eos with max_tokens, as in benchmarks), so that the scheduler knows it.
     """
 
     max_tokens: int | str = "context"
@@ -38,20 +39,25 @@ class ClientRule:
 
     @classmethod
     def parse(cls, text: str) -> ClientRule:
-        """From the command line."""
+        """Parses the command-line form."""
         return cls(int(text) if text.isdecimal() else text)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SimulationResult:
-    """What became of the N requests of a trace; times in seconds of the virtual clock, nan for never.
+    """Holds the results of the N requests of a trace; times in seconds of the virtual clock, nan for never.
 
-    trace: those that could be served: requests that fit neither context nor pool are `num_skipped`.
-    finished: the final answer. reasons: "stop" and "length", "abort" for deadlines missed, "refused" for a full queue.
-    output_tokens: int64 [N], those made. replica: int64 [N]. steps: columns of `records.STEP_COLUMNS` of each replica.
-    token_times: float64 arrays, one a request. seconds: from the first arrival to the end of the last request.
-    predictor_tau: Kendall's tau of each replica's predictor, None where it saw too few requests.
-    replica_seconds: that replicas were up, in all; costs are counted by it.
+    Attributes:
+        trace: those that could be served: requests that fit neither context nor pool are `num_skipped`.
+        finished: time of the final output.
+        reasons: "stop" and "length", "abort" for deadlines missed, "refused" for a full queue.
+        output_tokens: int64 [N], those generated.
+        replica: int64 [N].
+        steps: columns of `records.STEP_COLUMNS` of each replica.
+        token_times: float64 arrays, one a request.
+        seconds: from the first arrival to the end of the last request.
+        predictor_tau: Kendall's tau of each replica's predictor, None where it saw too few requests.
+        replica_seconds: total time that replicas were up, the basis of costs.
     """
 
     trace: Trace
@@ -72,7 +78,7 @@ class SimulationResult:
 
     @property
     def num_requests(self) -> int:
-        """All that came, those that could not be served included."""
+        """Number of requests that arrived, those that could not be served included."""
         return len(self.trace) + self.num_skipped
 
     @property
@@ -82,12 +88,12 @@ class SimulationResult:
 
     @functools.cached_property
     def completed(self) -> np.ndarray:
-        """bool [N]: requests that ended with all of their tokens."""
+        """Returns bool [N]: requests that ended with all of their tokens."""
         return np.array([reason in COMPLETED for reason in self.reasons], bool)
 
     @property
     def queue_time(self) -> np.ndarray:
-        """From arrival to the first step that computes the request."""
+        """Seconds from arrival to the first step that computes the request."""
         return self.scheduled - self.trace.arrivals
 
     @property
@@ -96,7 +102,7 @@ class SimulationResult:
 
     @functools.cached_property
     def last_token(self) -> np.ndarray:
-        """When the last token came, which may be before the final answer."""
+        """Time of the last token, which may be before the final output."""
         return np.array([times[-1] if len(times) else np.nan for times in self.token_times])
 
     @functools.cached_property
@@ -111,7 +117,7 @@ class SimulationResult:
 
     @functools.cached_property
     def token_times(self) -> list[np.ndarray]:
-        """When each request got its tokens."""
+        """Times of each request's tokens."""
         found: list[np.ndarray] = [np.empty(0)] * len(self.trace)
         for log in self.token_logs:
             for index, times in enumerate(log.token_times(len(self.trace))):
@@ -121,7 +127,7 @@ class SimulationResult:
 
     @functools.cached_property
     def itl(self) -> np.ndarray:
-        """Gaps between the tokens of all requests, one after another."""
+        """Gaps between the tokens of all requests, concatenated."""
         return np.concatenate([np.empty(0), *(np.diff(times) for times in self.token_times)])
 
 
@@ -151,7 +157,7 @@ def simulate(
 
 
 def fitting(config: EngineConfig, trace: Trace, device: SimulatedDevice, client: ClientRule) -> tuple[Trace, int]:
-    """The requests that the engine would accept, and the number of the others."""
+    """Returns the requests that the engine would accept, and the number of the others."""
     most = min(device.max_model_len, (device.num_pages - 1) * config.cache.page_size)
     wanted = trace.output_tokens if client.max_tokens == "exact" else np.minimum(trace.output_tokens, 1)
     wanted = np.maximum(wanted, trace.max_tokens)
@@ -166,7 +172,7 @@ def fitting(config: EngineConfig, trace: Trace, device: SimulatedDevice, client:
 def requests_of(
     trace: Trace, device: SimulatedDevice, config: EngineConfig, client: ClientRule
 ) -> Iterator[tuple[EngineRequest, int]]:
-    """The requests of a trace that fits, in order, each with the tokens that it will generate."""
+    """Converts the requests of a trace that fits, in order, each with the number of tokens that it will generate."""
     most = min(device.max_model_len, (device.num_pages - 1) * config.cache.page_size + 1)
     rows = zip(
         trace.arrivals.tolist(),
@@ -203,7 +209,7 @@ def collect(
     replica: np.ndarray,
     replica_seconds: float | None = None,
 ) -> SimulationResult:
-    """The result of engines that are done."""
+    """Collects the result of engines that are done."""
     nothing = Outcome()
     found = [engines[where].outcomes.get(index, nothing) for index, where in enumerate(replica.tolist())]
     kinds: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Made-up traces: arrival processes and distributions of lengths, seeded.
+"""Generates synthetic traces from arrival processes and length distributions, seeded.
 
 As text, on the command line: `synthetic:rate=5,count=1000,arrivals=gamma,burstiness=0.25,lengths=azure_conv,seed=1`.
 """
@@ -17,7 +17,7 @@ from jaxserve.simulator.traces import Trace, make_trace
 ARRIVALS = ("poisson", "gamma", "onoff", "even", "at_once")
 
 Mixture = tuple[tuple[float, float, float], ...]
-"""(weight, mu, sigma) of the natural logarithm of tokens, log-normal parts."""
+"""Components of a log-normal mixture: (weight, mu, sigma) of the natural logarithm of tokens."""
 
 LENGTHS: dict[str, tuple[Mixture, Mixture]] = {
     "azure_conv": (
@@ -31,17 +31,23 @@ LENGTHS: dict[str, tuple[Mixture, Mixture]] = {
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticConfig:
-    """What `synthetic_trace` makes.
+    """Configures `synthetic_trace`.
 
-    rate: requests a second on average. count: requests. seed: of everything random.
-    arrivals: "poisson"; "gamma" with gaps whose coefficient of variation is 1 / sqrt(burstiness); "onoff": Poisson
-    bursts with silence between them, on_seconds and off_seconds long on average (exponential), which keep the rate on
-    average; "even" gaps; "at_once".
-    lengths: "azure_conv" or "azure_code", the mixtures fitted to those traces. prompt, output: instead of it "N",
-    "LOW-HIGH" (uniform, both included) or "N/N/..." (in turn). max_length: longer prompts and outputs are cut to it.
-    max_tokens: as the clients set it; 0 leaves it to the rule of the simulation.
-    tenants: "NAME:WEIGHT/NAME:WEIGHT/...": shares of the requests. priorities: the same with numbers for names.
-    deadline: seconds after the arrival; 0 is none.
+    Attributes:
+        rate: requests a second on average.
+        count: requests.
+        seed: of everything random.
+        arrivals: "poisson"; "gamma" with gaps whose coefficient of variation is 1 / sqrt(burstiness); "onoff": Poisson
+            bursts with silence between them, on_seconds and off_seconds long on average (exponential), which keep the
+            rate on average; "even" gaps; "at_once".
+        lengths: "azure_conv" or "azure_code", the mixtures fitted to those traces.
+        prompt: instead of it "N", "LOW-HIGH" (uniform, both included) or "N/N/..." (in rotation).
+        output: as prompt.
+        max_length: longer prompts and outputs are cut to it.
+        max_tokens: as the clients set it; 0 leaves it to the rule of the simulation.
+        tenants: "NAME:WEIGHT/NAME:WEIGHT/...": shares of the requests.
+        priorities: the same with numbers for names.
+        deadline: seconds after the arrival; 0 is none.
     """
 
     rate: float = 4.0
@@ -75,7 +81,7 @@ class SyntheticConfig:
 
     @classmethod
     def parse(cls, text: str) -> SyntheticConfig:
-        """Reads "NAME=VALUE,NAME=VALUE"; "" is the defaults. Raises ValueError naming what cannot be read."""
+        """Parses "NAME=VALUE,NAME=VALUE"; "" is the defaults. Raises ValueError naming what cannot be parsed."""
         types = typing.get_type_hints(cls)
         options: dict[str, typing.Any] = {}
         for item in filter(None, text.split(",")):
@@ -90,9 +96,10 @@ class SyntheticConfig:
 
 
 def synthetic_trace(config: SyntheticConfig) -> Trace:
-    """The trace that the configuration describes; the same one for the same configuration.
+    """Generates the trace that the configuration describes, deterministically.
 
-    Arrivals, lengths, tenants and priorities are drawn from streams of their own: another rate leaves the lengths.
+    Arrivals, lengths, tenants and priorities are drawn from separate streams: another rate leaves the lengths
+    unchanged.
     """
     streams = _streams(config)
     arrivals, tenants, priorities = streams[0], streams[3], streams[4]
@@ -113,19 +120,19 @@ def synthetic_trace(config: SyntheticConfig) -> Trace:
 
 
 def count_cut(config: SyntheticConfig) -> dict[str, int]:
-    """How many prompts and outputs `synthetic_trace` cuts to max_length."""
+    """Counts the prompts and outputs that `synthetic_trace` cuts to max_length."""
     drawn = _drawn(config, _streams(config))
     counts = [int((lengths > config.max_length).sum()) for lengths in drawn]
     return dict(zip(("prompt", "output"), counts, strict=True))
 
 
 def _streams(config: SyntheticConfig) -> list[np.random.Generator]:
-    """Of arrivals, prompts, outputs, tenants and priorities."""
+    """Returns the random streams of arrivals, prompts, outputs, tenants and priorities."""
     return [np.random.default_rng([config.seed, stream]) for stream in range(5)]
 
 
 def _drawn(config: SyntheticConfig, streams: list[np.random.Generator]) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths of prompts and outputs, not yet cut."""
+    """Draws lengths of prompts and outputs, not yet cut."""
     prompts, outputs = LENGTHS[config.lengths]
     return (
         _lengths("prompt", config.prompt, prompts, config, streams[1]),
@@ -146,7 +153,9 @@ def _arrivals(config: SyntheticConfig, rng: np.random.Generator) -> np.ndarray:
 
 
 def _with_silence(times: np.ndarray, config: SyntheticConfig, rng: np.random.Generator) -> np.ndarray:
-    """Poisson times squeezed into bursts: time that runs only while a burst does, and faster by what silence takes."""
+    """Compresses Poisson times into bursts: time advances only during a burst, and faster to make up for the
+    silence.
+    """
     share = config.on_seconds / (config.on_seconds + config.off_seconds)
     busy = times * share  # time within bursts
     ends = np.zeros(0)

@@ -1,9 +1,9 @@
-"""Trace files: the Azure LLM inference traces (CSV: TIMESTAMP, ContextTokens, GeneratedTokens), the Mooncake traces
-(JSONL: timestamp in ms, input_length, output_length, hash_ids), and any CSV or JSONL file with the same columns.
+"""Reads trace files: the Azure LLM inference traces (CSV: TIMESTAMP, ContextTokens, GeneratedTokens), the Mooncake
+traces (JSONL: timestamp in ms, input_length, output_length, hash_ids), and any CSV or JSONL file with the same columns.
 
 Either may also have `tenant`, `priority`, `deadline` (seconds after the arrival) and `max_tokens`.
 
-    read_trace(path) -> Trace          what the simulator takes
+    read_trace(path) -> Trace          for the simulator
     trace_rows(path) -> TraceRow ...   line by line, with the prompts' blocks
 """
 
@@ -25,19 +25,19 @@ from typing import Any
 from jaxserve.simulator.traces import Trace, make_trace
 
 BLOCK = 512
-"""Tokens of a prompt that one of a Mooncake trace's hash_ids stands for."""
+"""Number of prompt tokens that one of a Mooncake trace's hash_ids stands for."""
 
 
 OPTIONAL = ("tenant", "priority", "deadline", "max_tokens", "hash_ids")
-"""Columns that a file may have beside those of its format."""
+"""Optional columns besides those of a file's format."""
 
 NEAR = 0.8
-"""How alike (difflib's ratio) a column's name is to an optional one to be taken for a misspelling of it."""
+"""Similarity (difflib's ratio) from which a column's name counts as a misspelling of an optional one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Columns:
-    """Names of the columns of one format, and how many of its time units are a second."""
+    """Column names of one format, and its number of time units per second."""
 
     arrival: str
     prompt: str
@@ -53,8 +53,10 @@ MOONCAKE = _Columns("timestamp", "input_length", "output_length", 1000.0)
 class TraceRow:
     """One request: arrival in seconds from any origin, lengths in tokens, deadline in seconds after the arrival.
 
-    max_tokens is 0 where the file does not say. blocks: ids of the prompt's content, `BLOCK` tokens each, equal where
-    the content is; empty where the file has none.
+    Attributes:
+        max_tokens: 0 where the file does not give it.
+        blocks: ids of the prompt's content, `BLOCK` tokens each, equal where the content is; empty where the file has
+            none.
     """
 
     arrival: float
@@ -68,7 +70,10 @@ class TraceRow:
 
 
 def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
-    """The trace of a .csv or .jsonl file; limit: requests at most, the first of the file. Raises as `trace_rows`."""
+    """Reads the trace of a .csv or .jsonl file; limit: maximum requests, the first of the file.
+
+    Raises as `trace_rows`.
+    """
     found = list(itertools.islice(trace_rows(path), limit))
     return make_trace(
         pathlib.Path(path).stem,
@@ -83,9 +88,9 @@ def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
 
 
 def trace_rows(path: str | os.PathLike[str]) -> Iterator[TraceRow]:
-    """The requests of a .csv or .jsonl file in its order.
+    """Yields the requests of a .csv or .jsonl file in its order.
 
-    Raises ValueError naming the file, the line and the column of what cannot be read, or that there are no requests.
+    Raises ValueError naming the file, the line and the column that cannot be read, or where there are no requests.
     """
     path = pathlib.Path(path)
     if path.suffix not in (".csv", ".jsonl"):
@@ -103,7 +108,7 @@ def trace_rows(path: str | os.PathLike[str]) -> Iterator[TraceRow]:
 
 
 class _Reader:
-    """Reads the fields of one line."""
+    """Parses the fields of one line."""
 
     def __init__(self, path: pathlib.Path, line: int, fields: Mapping[str, Any]):
         self._where = f"trace {path.name} line {line}"
@@ -200,7 +205,7 @@ def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 @contextlib.contextmanager
 def _naming(path: pathlib.Path) -> Iterator[None]:
-    """Puts the file's name into the errors of reading it."""
+    """Adds the file's name to the errors of reading it."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -213,7 +218,7 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
 
 
 def _check_spelling(path: pathlib.Path, line: int, names: tuple[str, ...]) -> None:
-    """Raises ValueError for a column that is not known and nearly has the name of an optional one that is not there."""
+    """Raises ValueError for an unknown column whose name resembles that of a missing optional one."""
     absent = [name for name in OPTIONAL if name not in names]
     for name in names:
         if isinstance(name, str) and name not in OPTIONAL:

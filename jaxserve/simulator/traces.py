@@ -1,4 +1,4 @@
-"""Request traces: when requests arrive, how long they are and whose they are."""
+"""Defines request traces: arrival times, lengths, tenants, priorities and deadlines."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from jaxserve.config.checks import between
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trace:
-    """N requests in order of arrival.
+    """Holds N requests in order of arrival.
 
-    arrivals: float64 [N], seconds, the first at 0. prompt_tokens, output_tokens: int64 [N], at least 1 each;
-    output_tokens is what the model would generate, which no scheduler knows beforehand.
-    max_tokens: int64 [N], as the client sets it, 0 where the trace does not say.
-    tenants: N names. priorities: int64 [N]. deadlines: float64 [N], seconds after the arrival, infinite for none.
+    Attributes:
+        arrivals: float64 [N], seconds, the first at 0.
+        prompt_tokens: int64 [N], at least 1 each.
+        output_tokens: int64 [N], at least 1 each; the tokens the model would generate, which no scheduler knows
+            beforehand.
+        max_tokens: int64 [N], as the client sets it, 0 where the trace does not give it.
+        tenants: N names.
+        priorities: int64 [N].
+        deadlines: float64 [N], seconds after the arrival, infinite for none.
     """
 
     name: str
@@ -35,21 +40,21 @@ class Trace:
 
     @property
     def seconds(self) -> float:
-        """From the first arrival to the last."""
+        """Seconds from the first arrival to the last."""
         return float(self.arrivals[-1]) if len(self) else 0.0
 
     @property
     def rate(self) -> float:
-        """Arrivals a second, on average; infinite where all arrive at once."""
+        """Average arrivals a second; infinite where all arrive at once."""
         return (len(self) - 1) / self.seconds if self.seconds else math.inf
 
     def faster(self, factor: float) -> Trace:
-        """The same requests at `factor` times the rate; deadlines stay as they are."""
+        """Returns the same requests at `factor` times the rate; deadlines stay as they are."""
         between("rate factor", factor, 1e-9)
         return dataclasses.replace(self, name=f"{self.name} x{factor:g}", arrivals=self.arrivals / factor)
 
     def part(self, start: int, stop: int) -> Trace:
-        """Requests start to stop - 1, the first of them at 0."""
+        """Returns requests start to stop - 1, the first of them at 0."""
         arrivals = self.arrivals[start:stop]
         return dataclasses.replace(
             self,
@@ -62,7 +67,7 @@ class Trace:
         )
 
     def select(self, keep: np.ndarray) -> Trace:
-        """The requests where `keep`, bool [N], holds; arrival times stay."""
+        """Returns the requests where `keep`, bool [N], holds; arrival times stay."""
         return dataclasses.replace(
             self,
             arrivals=self.arrivals[keep],
@@ -85,7 +90,7 @@ def make_trace(
     priorities: Any = 0,
     deadlines: Any = math.inf,
 ) -> Trace:
-    """A trace from columns, sorted by arrival; a single value stands for all requests.
+    """Builds a trace from columns, sorted by arrival; a single value applies to all requests.
 
     Raises ValueError where a column has another length, or a length is below 1.
     """

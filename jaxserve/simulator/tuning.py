@@ -1,4 +1,6 @@
-"""Options for a trace: the search in simulation, its confirmation on the engine, and the gin file with the evidence."""
+"""Tunes options for a trace: searches in simulation, confirms on the engine, and writes a gin file with the
+evidence.
+"""
 
 from __future__ import annotations
 
@@ -35,24 +37,31 @@ from jaxserve.simulator.simulation import ClientRule, SimulationResult, simulate
 from jaxserve.simulator.traces import Trace
 
 CAPACITY_TOLERANCE = 0.03
-"""How closely the capacities of the evidence are searched."""
+"""Relative tolerance of the capacities in the evidence."""
 
 
 REFUTED = 0.05
-"""How much worse than the configuration itself the engine must have served, as a share, for options not to be set: runs
+"""Share by which the engine must have served worse than with the configuration itself for options to be rejected: runs
 in real time differ by less from one to the next."""
 
 
 UNCHANGED = "no option is better than the configuration, which stays as it is"
-"""Said where a file changes nothing."""
+"""Message where a file changes nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What was found. before, after: of the configuration and of `best`, in simulation and, where confirmed, on the
-    engine. capacities: of both in simulation, requests a second. costs: what the simulation went by. reason: why it was
-    not confirmed. refuted: what simulated better and served worse than the configuration itself. candidates: how many
-    were simulated, the configuration itself among them."""
+    """Results of the tuning.
+
+    Attributes:
+        before: of the configuration, in simulation and, where confirmed, on the engine.
+        after: of `best`, in simulation and, where confirmed, on the engine.
+        capacities: of both in simulation, requests a second.
+        costs: source of the simulation's costs.
+        reason: why it was not confirmed.
+        refuted: options that simulated better and served worse than the configuration itself.
+        candidates: number simulated, the configuration itself among them.
+    """
 
     best: Trial
     before: Trial
@@ -67,7 +76,7 @@ class Evidence:
 
     @property
     def tried(self) -> Trial:
-        """What simulated best."""
+        """Candidate with the best simulation."""
         return self.refuted or self.best
 
 
@@ -83,11 +92,11 @@ def tune(
 
     Args:
         parsed: the command line of `jaxserve.tune`.
-        given: the same as it was given, for the file's comments.
-        config: what is configured.
+        given: the arguments as they were given, for the file's comments.
+        config: the configuration.
         overrides: NAME=VALUE of the command line, which the file repeats.
-        make_runner: starts the engine's runner, to confirm what was found.
-        load: reads a gin file; raises ValueError where that cannot be.
+        make_runner: starts the engine's runner, to confirm the result.
+        load: reads a gin file; raises ValueError where it cannot.
 
     Raises:
         ValueError: an argument, the trace or the file of costs is faulty.
@@ -121,7 +130,7 @@ def tune(
 def search(
     config: EngineConfig, trace: Trace, slo: Slo, serve: Serve, parsed: argparse.Namespace
 ) -> tuple[Evidence, float]:
-    """The best candidate and the configuration itself on the whole trace, and by how much its rate was raised."""
+    """Returns the best candidate and the configuration itself on the whole trace, and the factor of its rate."""
     drawn = candidates(config, search_space(config, trace), parsed.candidates, parsed.seed, slo)
     if len(drawn) == 1:
         raise ValueError(
@@ -166,8 +175,10 @@ def confirm(
     parsed: argparse.Namespace,
     make_runner: Callable[[EngineConfig], Runner],
 ) -> Evidence:
-    """Serves the first seconds of the trace on the engine, as configured and with the best options. Where these turn
-    out worse there by more than REFUTED, the configuration itself is the best."""
+    """Serves the first seconds of the trace on the engine, as configured and with the best options.
+
+    Where these are worse by more than REFUTED, the configuration itself is the best.
+    """
     if not evidence.best.options:
         return dataclasses.replace(evidence, reason="no options to confirm")
     if not parsed.confirm_seconds:
@@ -189,7 +200,7 @@ def confirm(
 
 
 def gin_text(config: EngineConfig, options: Options, base: str, overrides: Sequence[str], about: Sequence[str]) -> str:
-    """A gin file that includes `base`, repeats the overrides and sets the options; about: its comments."""
+    """Returns a gin file that includes `base`, repeats the overrides and sets the options; about: its comments."""
     lines = [f"# {line}".rstrip() for line in about]
     lines += ["", f"include {base!r}", ""]
     for override in overrides:
@@ -202,7 +213,7 @@ def gin_text(config: EngineConfig, options: Options, base: str, overrides: Seque
 
 
 def write_readable(path: pathlib.Path, text: str, load: Callable[[str], object]) -> None:
-    """Writes a gin file once `load` could read it; what was there stays until then."""
+    """Writes a gin file once `load` could read it; the existing file stays until then."""
     draft = path.with_name(f".{path.stem}.draft.gin")
     try:
         draft.write_text(text, encoding="utf-8")
@@ -253,7 +264,7 @@ def _told(score: Score) -> str:
 
 
 def _public(arguments: Sequence[str]) -> list[str]:
-    """The arguments with paths cut to their last part, so that the file says nothing of the machine."""
+    """Returns the arguments with paths cut to their last part, so that the file reveals nothing of the machine."""
     found = []
     for argument in arguments:
         name, equals, value = argument.rpartition("=")
@@ -264,7 +275,7 @@ def _public(arguments: Sequence[str]) -> list[str]:
 
 
 def _literal(text: str) -> str:
-    """A gin value: text that is no literal goes into quotes, as overrides on the command line may leave out."""
+    """Formats a gin value: text that is no literal is quoted, as overrides on the command line may omit quotes."""
     try:
         compile(text, "value", "eval")
         bare = text.isidentifier() and text not in ("True", "False", "None")

@@ -1,1 +1,1 @@
-"""Reports on compiled programs: what a target's compiler made of each."""
+"""Reports on compiled programs, from the output of a target's compiler."""

@@ -1,4 +1,4 @@
-"""What the attention kernels move, which depends on the lengths of the rows: no program holds them."""
+"""Counts the memory traffic of attention kernels, which depends on the rows' lengths: no program contains them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ _PAGE_NUMBER_BYTES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """The step whose traffic is counted.
+    """Describes the step whose traffic is counted.
 
-    rows: sequences that compute one token each, with `context` positions, that token's included.
-    prompt: tokens of one prompt, computed from its start; 0 for none.
+    Attributes:
+        rows: sequences that compute one token each, with `context` positions, that token's included.
+        prompt: tokens of one prompt, computed from its start; 0 for none.
     """
 
     rows: int = 0
@@ -27,7 +28,7 @@ class Scenario:
 
     @classmethod
     def of(cls, kind: str, size: int, context: int) -> Scenario:
-        """What a program is mostly used for: a full bucket of decodes at `context`, or of one prompt."""
+        """Returns a program's typical use: a full bucket of decodes at `context`, or of one prompt."""
         match kind:
             case "decode":
                 return cls(rows=size, context=context)
@@ -38,7 +39,9 @@ class Scenario:
 
 
 def kernel_traffic(scenario: Scenario, config: DecodeConfig) -> KernelTraffic:
-    """For `traffic.program_traffic`: the attention kernels in that step, tuned so; other kernels are not known."""
+    """Returns the traffic of the attention kernels in that step for `traffic.program_traffic`; None for other
+    kernels.
+    """
 
     def traffic(one: Instruction, operands: list[ArrayShape]) -> Traffic | None:
         match one.kernel:
@@ -55,7 +58,9 @@ def kernel_traffic(scenario: Scenario, config: DecodeConfig) -> KernelTraffic:
 
 
 def chunks_of(context: int, config: DecodeConfig) -> int:
-    """Chunks that a row of `context` positions is cut into: see `chunk_lengths` of the kernels' plan."""
+    """Returns the number of chunks that a row of `context` positions is cut into: see `chunk_lengths` of the kernels'
+    plan.
+    """
     length = config.chunk
     while context > length * config.splits:
         length *= 2
@@ -99,11 +104,11 @@ def _pool_and_query(operands: list[ArrayShape]) -> tuple[ArrayShape, ArrayShape]
 
 
 def _position_bytes(pool: ArrayShape) -> int:
-    """Bytes of one position's keys and values in a layer."""
+    """Returns the bytes of one position's keys and values in a layer."""
     _, _, kv_heads, _, head_dim = pool.dims
     return 2 * kv_heads * head_dim * item_bits(pool.dtype) // 8
 
 
 def _partials_of_item(heads: int, head_dim: int) -> int:
-    """Bytes of a chunk's partial softmaxes: exponent, sum and weighted values of each query head."""
+    """Returns the bytes of a chunk's partial softmaxes: exponent, sum and weighted values of each query head."""
     return heads * (head_dim + 2) * _PARTIAL_BYTES

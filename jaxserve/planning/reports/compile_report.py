@@ -1,4 +1,4 @@
-"""Compiling the closed set for a target: the bundle, and the report on what was compiled."""
+"""Compiles the closed set for a target and writes the AOT bundle and a report on the programs."""
 
 from __future__ import annotations
 
@@ -39,17 +39,21 @@ from jaxserve.programs.target_devices import Target, target_mesh
 T = TypeVar("T")
 
 CONTEXTS = (1024, 8192)
-"""Positions of each row for which a decode step's bytes are counted."""
+"""Context lengths for which a decode step's bytes are counted."""
 
 REPORT_JSON, REPORT_MARKDOWN = "report.json", "report.md"
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeStepReport:
-    """A decode and a sample program over `rows` sequences of `context` positions.
+    """Describes a decode and a sample program over `rows` sequences of `context` positions.
 
-    must_bytes: weights, keys and values that the step must move (`roofline.decode_step`). moved_bytes: what both
-    programs move. ratio: of them. roofline_seconds: of what is moved. tokens_per_second: at that time.
+    Attributes:
+        must_bytes: weights, keys and values that the step must move (`roofline.decode_step`).
+        moved_bytes: bytes that both programs move.
+        ratio: of moved_bytes to must_bytes.
+        roofline_seconds: of the bytes moved.
+        tokens_per_second: at that time.
     """
 
     rows: int
@@ -63,7 +67,7 @@ class DecodeStepReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Everything that one run of the compiler told; as JSON, `report.json`."""
+    """Holds everything that one run of the compiler reported; as JSON, `report.json`."""
 
     versions: dict[str, str]
     target: dict[str, Any]
@@ -80,12 +84,12 @@ class Report:
 
 
 class UntunedMatmulError(RuntimeError):
-    """A program holds a matrix product as a Triton kernel that nobody tuned; no bundle of it is written."""
+    """A program contains a matmul as an untuned Triton kernel; no bundle of it is written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiler:
-    """Compiles the programs of `shapes` for the devices of `mesh`, and reads them; within `fresh_compilations`."""
+    """Compiles the programs of `shapes` for the devices of `mesh`, and inspects them; within `fresh_compilations`."""
 
     shapes: Shapes
     mesh: Mesh
@@ -98,10 +102,10 @@ class Compiler:
         return lookup(self.target.device_kind, "decode", self.shapes.dtype, pool, self.shapes.model.head_dim)
 
     def compile(self, key: ProgramKey, *, bundle: bool) -> tuple[jax.stages.Compiled, Inspected]:
-        """Compiles as the server does, and reads the result.
+        """Compiles as the server does, and inspects the result.
 
-        Only XLA's dump shows what a GPU program launches, and the place of the dump becomes part of the executable. So
-        what a bundle will hold (`bundle`) is compiled without it, and once more for the report.
+        Only XLA's dump shows what a GPU program launches, and the dump's path becomes part of the executable. So the
+        programs of a bundle (`bundle`) are compiled without it, and once more for the report.
         """
         options = compiler_options(self.target.platform)
         lowered, lowering = _timed(lambda: lower(key, self.shapes, self.mesh))
@@ -140,10 +144,15 @@ def build(
 ) -> Report:
     """Compiles every program of the closed set and writes bundle and report into `output`.
 
-    report_only: no bundle. contexts: of the decode steps that are counted; the first one also of the decode programs.
-    merge: report.json of other runs, for the same page. progress: a bar on standard error.
+    Args:
+        report_only: write no bundle.
+        contexts: of the decode steps that are counted; the first one also of the decode programs.
+        merge: report.json of other runs, for the same page.
+        progress: shows a bar on standard error.
 
-    Raises ValueError where the configuration does not fit the target, UntunedMatmulError.
+    Raises:
+        ValueError: the configuration does not fit the target.
+        UntunedMatmulError: a program contains an untuned matmul.
     """
     with fresh_compilations():
         return _build(config, target, output, report_only, contexts, merge, progress)

@@ -1,8 +1,8 @@
-"""The bytes inside a serialised XLA executable: a Riegeli record file, compressed with Snappy.
+"""Reads the bytes inside a serialized XLA executable: a Riegeli record file, compressed with Snappy.
 
 Formats: https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md and
-https://github.com/google/snappy/blob/main/format_description.txt. Only what XLA writes is read: simple chunks, without
-compression or with Snappy. The executable's messages are not parsed, the caller finds what it looks for in them.
+https://github.com/google/snappy/blob/main/format_description.txt. Only what XLA writes is supported: simple chunks,
+without compression or with Snappy. The executable's messages are not parsed; the caller searches them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _CHUNK_HEADER = struct.Struct("<QQQQQ")  # header hash, data size, data hash, ch
 
 
 class UnreadableError(ValueError):
-    """Bytes that are not in the format that this module knows."""
+    """The bytes are in an unsupported format."""
 
 
 def contents(serialized: bytes) -> bytes:
-    """All that a serialised executable holds, decompressed and in order; record files within records too.
+    """Returns the decompressed content of a serialized executable, in order; record files within records too.
 
-    serialized: what an executable's `serialize()` returned. One that holds no record file is returned as it is.
-    Raises UnreadableError where a chunk is of a kind that XLA does not write today, or damaged.
+    serialized: the result of an executable's `serialize()`. One that holds no record file is returned as it is. Raises
+    UnreadableError where a chunk is damaged, or of a kind that XLA does not write today.
     """
     start = serialized.find(_SIGNATURE)
     if start < 0:
@@ -54,7 +54,9 @@ def contents(serialized: bytes) -> bytes:
 
 
 def _read(file: memoryview, place: int, size: int) -> tuple[bytes, int]:
-    """`size` bytes from `place` on, without the headers that stand at every block's start; and the place after them."""
+    """Reads `size` bytes from `place` on, without the headers at every block's start; returns them and the position
+    after.
+    """
     parts: list[bytes] = []
     while size:
         if place % _BLOCK == 0:
@@ -70,7 +72,7 @@ def _read(file: memoryview, place: int, size: int) -> tuple[bytes, int]:
 
 
 def _records(chunk: bytes) -> bytes:
-    """The records of a simple chunk, one after another."""
+    """Returns the concatenated records of a simple chunk."""
     compression = chunk[:1]
     if compression not in (b"\0", b"s"):
         raise UnreadableError(f"executable is compressed in way {compression!r}; Snappy ('s') is known")

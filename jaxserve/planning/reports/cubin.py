@@ -1,4 +1,4 @@
-"""What the machine code of a kernel uses, read from the cubins inside a serialised executable.
+"""Reads the resource usage of kernels' machine code from the cubins inside a serialized executable.
 
 A cubin is an ELF file with a section of code for each kernel. Registers stand in the section .nv.info, static shared
 memory is a section of its own. Spills stand nowhere: they are counted as the assembler counts them, from the
@@ -35,22 +35,26 @@ _INSTRUCTION = 16
 _STORE_LOCAL = 0x387
 _LOAD_LOCAL = 0x983
 _RESERVED_SHARED = 1024
-"""Bytes of a block's shared memory that the system takes from compute capability 9.0 on, counted with the kernel's."""
+"""Bytes of a block's shared memory that the system reserves from compute capability 9.0 on, included in the
+kernel's."""
 
 _WIDTHS = (1, 1, 2, 2, 4, 8, 16, 16)
 """Bytes of a memory access by its width code: U8, S8, U16, S16, 32, 64, 128, U.128."""
 
 COMPUTE_CAPABILITIES = (80, 86, 87, 89, 90)
-"""Whose instructions are known to be encoded in this way."""
+"""Compute capabilities whose instructions are known to be encoded in this way."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelCode:
-    """One kernel's machine code.
+    """Describes one kernel's machine code.
 
-    registers: of a thread. static_shared_memory_bytes: of a block, fixed in the code. spill_store_bytes,
-    spill_load_bytes: widths of the code's accesses of local memory, each instruction counted once, as ptxas does.
-    code_bytes: size of the code.
+    Attributes:
+        registers: of a thread.
+        static_shared_memory_bytes: of a block, fixed in the code.
+        spill_store_bytes: widths of the code's stores to local memory, each instruction counted once, as ptxas does.
+        spill_load_bytes: the same of its loads.
+        code_bytes: size of the code.
     """
 
     name: str
@@ -62,7 +66,7 @@ class KernelCode:
 
 
 def kernels(data: bytes) -> list[KernelCode]:
-    """The kernels of every cubin in `data`, in order. Raises ValueError for machine code of an unknown kind."""
+    """Returns the kernels of every cubin in `data`, in order. Raises ValueError for machine code of an unknown kind."""
     found: list[KernelCode] = []
     for start in _cubins(data):
         found.extend(_kernels_of(data, start))
@@ -115,9 +119,9 @@ def _kernels_of(data: bytes, start: int) -> Iterator[KernelCode]:
 
 
 def _compute_capability(flags: int) -> int:
-    """Times ten, from an ELF header's flags; ValueError where the encoding of instructions is not known.
+    """Returns ten times the compute capability from an ELF header's flags; ValueError where the encoding is not known.
 
-    The number stands in the lowest byte, in newer cubins in the second one.
+    The number is in the lowest byte, in newer cubins in the second one.
     """
     capability = flags & 0xFF
     if capability not in COMPUTE_CAPABILITIES:
@@ -131,7 +135,7 @@ def _compute_capability(flags: int) -> int:
 
 
 def _registers(info: bytes, symbols: bytes) -> dict[int, int]:
-    """Registers of a thread by the number of the section that holds the function's code."""
+    """Returns the registers of a thread by the number of the section that holds the function's code."""
     found: dict[int, int] = {}
     place = 0
     while place + 4 <= len(info):

@@ -1,4 +1,4 @@
-"""What is known of one compiled program without running it."""
+"""Inspects a compiled program without running it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DTYPES = {
     "f8e4m3fn": "float8_e4m3fn",
     "s8": "int8",
 }
-"""XLA's names of the dtypes that a target's peak rates are given for."""
+"""XLA's names of the dtypes for which a target states peak rates."""
 
 MIN_GRAPH_LAUNCHES = 5
 """XLA makes no command buffer of fewer (its xla_gpu_graph_min_graph_size); only swaps launch so few kernels."""
@@ -38,10 +38,14 @@ _TRITON_FUSION = re.compile(r'"kind":"(__triton[^"]*)"')
 
 @dataclasses.dataclass(frozen=True)
 class KernelReport:
-    """A kernel as a program launches it.
+    """Describes a kernel as a program launches it.
 
-    launches: places in the program. pallas: whether it is one of ours, not XLA's. shared_memory_bytes: of a block,
-    static and dynamic. The figures of the machine code are None for a kernel that the runtime brings.
+    Attributes:
+        launches: places in the program.
+        pallas: whether it is one of ours, not XLA's.
+        shared_memory_bytes: of a block, static and dynamic.
+
+    The figures of the machine code are None for a kernel of the runtime.
     """
 
     name: str
@@ -57,13 +61,17 @@ class KernelReport:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramReport:
-    """One program; a program for the CPU has no kernels, command buffers or library calls.
+    """Describes one program; a program for the CPU has no kernels, command buffers or library calls.
 
-    seconds: to lower and compile, beside the other programs. bytes_read, bytes_written, flops (by dtype): as
-    `traffic.program_traffic` counts them for `Scenario.of`. roofline_seconds: the longer of both at the target's rates,
-    0 where it has none; `problems` names a dtype without a rate. donated_bytes: of all arguments that the program takes
-    over, which alias_bytes must equal. pool_bytes: of the page pools alone. outside_command_buffers: launches that no
-    command buffer holds. library_calls, by XLA's name of the kind: cuBLASLt, copies.
+    Attributes:
+        seconds: to lower and compile, concurrently with the other programs.
+        bytes_read: as `traffic.program_traffic` counts it for `Scenario.of`; so are bytes_written and flops (by dtype).
+        roofline_seconds: the longer of both at the target's rates, 0 where it has none; `problems` names a dtype
+            without a rate.
+        donated_bytes: of all donated arguments, which alias_bytes must equal.
+        pool_bytes: of the page pools alone.
+        outside_command_buffers: launches outside of command buffers.
+        library_calls: by XLA's name of the kind: cuBLASLt, copies.
     """
 
     kind: str
@@ -87,7 +95,7 @@ class ProgramReport:
     roofline_seconds: float
 
     def problems(self, target: Target) -> list[str]:
-        """What falls short of what every program promises, one line each."""
+        """Returns the ways in which the program falls short of what every program must satisfy, one line each."""
         found = []
         for kernel in self.kernels:
             code = (kernel.registers, kernel.spill_store_bytes, kernel.spill_load_bytes)
@@ -125,7 +133,9 @@ class ProgramReport:
 
 @dataclasses.dataclass(frozen=True)
 class Inspected:
-    """A program's report, the program itself for counts that depend on the context, and the memory that it needs."""
+    """Holds a program's report, the program itself for counts that depend on the context, and the memory that it
+    needs.
+    """
 
     report: ProgramReport
     module: hlo.Module
@@ -144,9 +154,14 @@ def inspect_program(
     context: int,
     decode_config: DecodeConfig,
 ) -> Inspected:
-    """Reads a program. thunks: None for the CPU. context: positions of each row of a decode program.
+    """Inspects a program.
 
-    Raises ValueError where the program or its machine code are in a format that is not known.
+    Args:
+        thunks: None for the CPU.
+        context: positions of each row of a decode program.
+
+    Raises:
+        ValueError: the program or its machine code is in an unknown format.
     """
     text = compiled.as_text() or ""
     module = hlo.parse(text)
@@ -182,7 +197,7 @@ def inspect_program(
 
 
 def triton_matmuls(module: hlo.Module) -> int:
-    """Matrix products that XLA made Triton kernels of; without a device to tune them on they are slow."""
+    """Counts the matmuls for which XLA generated Triton kernels; without a device to tune them on they are slow."""
     found = 0
     for _, one in module.executed():
         kind = _TRITON_FUSION.search(one.text) if one.opcode == "fusion" else None
@@ -193,7 +208,7 @@ def triton_matmuls(module: hlo.Module) -> int:
 
 
 def roofline_seconds(traffic: Traffic, target: Target) -> float:
-    """The longer of moving and computing at the target's rates; 0 where it has none.
+    """Returns the longer of moving and computing at the target's rates; 0 where it has none.
 
     Operations of a dtype without a rate take no time here: `ProgramReport.problems` names them.
     """
@@ -206,7 +221,7 @@ def roofline_seconds(traffic: Traffic, target: Target) -> float:
 
 
 def _kernels(thunks: Thunks, serialized: bytes, module: hlo.Module) -> tuple[KernelReport, ...]:
-    """Kernels by name and launch dimensions, in the order of the program."""
+    """Returns the kernels by name and launch dimensions, in program order."""
     codes: dict[str, cubin.KernelCode] = {}
     for code in cubin.kernels(contents(serialized)):
         known = codes.setdefault(code.name, code)
@@ -234,14 +249,14 @@ def _kernel(launch: Launch, count: int, code: cubin.KernelCode | None, ours: set
 
 
 def _array_shape(leaf: jax.ShapeDtypeStruct) -> hlo.ArrayShape:
-    """What one device holds of an array, as a program's text says it."""
+    """Returns one device's shard of an array, as a program's text writes it."""
     names = {name: xla for xla, name in DTYPES.items()} | {"uint8": "u8", "uint16": "u16", "int16": "s16"}
     assert leaf.sharding is not None
     return hlo.ArrayShape(names[leaf.dtype.name], leaf.sharding.shard_shape(leaf.shape))
 
 
 def _bytes(tree: object) -> int:
-    """On one device."""
+    """Returns the bytes on one device."""
     leaves = jax.tree.leaves(tree)
     total = 0
     for leaf in leaves:

@@ -1,4 +1,4 @@
-"""The report as a page: one run, or several side by side."""
+"""Formats the report as a page: one run, or several side by side."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ _GIB = 1024**3
 
 
 def render(reports: Sequence[dict[str, Any]]) -> str:
-    """A Markdown page of what `Report.to_json` returned for one configuration and target, in several runs; the first
-    one leads.
+    """Returns a Markdown page of several runs' `Report.to_json` for one configuration and target; the first one
+    leads.
     """
     parts = (_head, _summary, _programs, _kernels, _roofline, _decode, _memory)
     sections = ("\n".join(part(reports)) for part in parts)
@@ -45,7 +45,7 @@ def _head(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _summary(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What every program promises, and whether it holds."""
+    """Summarizes the properties that every program must have, and whether they hold."""
     yield "## What was checked"
     yield ""
     rows: list[list[object]] = []
@@ -134,7 +134,7 @@ def _programs(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _kernels(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Our kernels one by one, XLA's in a line for each kind of program."""
+    """Lists our kernels one by one, XLA's in one line per kind of program."""
     if not any(program["kernels"] for report in reports for program in report["programs"]):
         return
     yield "## Kernels"
@@ -281,7 +281,7 @@ def _span(values: list[int]) -> str:
 
 
 def _listed(programs: list[str]) -> str:
-    """decode 8, 16, 32; forward 8"""
+    """Formats programs as "decode 8, 16, 32; forward 8"."""
     by_kind: dict[str, list[str]] = {}
     for program in programs:
         kind, _, size = program.partition(" ")

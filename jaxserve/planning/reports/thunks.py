@@ -1,4 +1,4 @@
-"""Reading XLA's dump of what a GPU program launches, in order: its thunk sequence.
+"""Parses XLA's dump of a GPU program's thunk sequence: its launches in order.
 
 Each line is one launch: its number, kind, dependencies in brackets, then the kernel's name, grid, threads of a block
 and bytes of dynamic shared memory. What a loop, a conditional or a command buffer (a CUDA graph) holds is indented
@@ -22,7 +22,7 @@ _CONTAINERS = (_COMMAND_BUFFER, "kSequential", "kWhile", "kConditional")
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A kernel with its launch dimensions; shared_memory_bytes: dynamic, of a block."""
+    """A kernel's launch dimensions; shared_memory_bytes: dynamic, of a block."""
 
     name: str
     grid: tuple[int, ...]
@@ -32,11 +32,13 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Thunks:
-    """What a program launches.
+    """Lists a program's launches.
 
-    command_buffers: CUDA graphs. outside: launches of any kind (kernels, library calls, copies) that are in none.
-    launches: places in the program that launch a kernel in this way. others: the same for library calls and copies, by
-    XLA's name for the kind.
+    Attributes:
+        command_buffers: CUDA graphs.
+        outside: launches of any kind (kernels, library calls, copies) that are in none.
+        launches: number of places in the program that launch a kernel in this way.
+        others: the same for library calls and copies, by XLA's name for the kind.
     """
 
     command_buffers: int
@@ -46,7 +48,10 @@ class Thunks:
 
 
 def parse(text: str) -> Thunks:
-    """Raises ValueError for a text without any line of a thunk sequence, or a kernel without dimensions."""
+    """Parses a thunk sequence.
+
+    Raises ValueError for a text without any of its lines, or a kernel without dimensions.
+    """
     buffers = outside = 0
     launches: Counter[Launch] = Counter()
     others: Counter[str] = Counter()
@@ -78,7 +83,7 @@ def parse(text: str) -> Thunks:
 
 
 def read(directory: pathlib.Path) -> Thunks:
-    """The thunks of the one program that was dumped to `directory`, after all passes."""
+    """Reads the thunks of the single program that was dumped to `directory`, after all passes."""
     for suffix in ("thunk_sequence_after_thunk_passes.txt", "thunk_sequence.txt"):
         found = sorted(directory.glob(f"*.{suffix}"))
         if len(found) == 1:

@@ -1,4 +1,4 @@
-"""Bytes that an optimized program moves and operations that it computes, as if nothing stayed in a cache.
+"""Counts the bytes and operations of an optimized program, assuming no cache.
 
 Each instruction reads its operands and writes its result. Less is counted where it touches less: a gather or slice
 reads what it returns, an update in place writes what it is given. A fusion is one pass: what its computation does to
@@ -26,7 +26,13 @@ _DIMENSIONS = re.compile(r'"?lhs_contracting_dim(?:ension)?s"?[=:][\[{]([^\]}]*)
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """read, written: bytes. flops: operations of matrix products by dtype, a multiply-add as two."""
+    """Counts memory traffic and operations.
+
+    Attributes:
+        read: bytes.
+        written: bytes.
+        flops: operations of matmuls by dtype, a multiply-add as two.
+    """
 
     read: int = 0
     written: int = 0
@@ -44,11 +50,11 @@ class Traffic:
 
 
 KernelTraffic = Callable[[Instruction, list[ArrayShape]], Traffic | None]
-"""What a Pallas kernel moves, from its custom call and the shapes of its operands; None where it is not known."""
+"""Returns a Pallas kernel's traffic from its custom call and the shapes of its operands; None where it is not known."""
 
 
 def program_traffic(module: Module, kernel_traffic: KernelTraffic) -> Traffic:
-    """What one run of a program moves and computes."""
+    """Counts the traffic and operations of one run of a program."""
     return _Counting(module, kernel_traffic).of(module.entry)
 
 
@@ -110,7 +116,7 @@ class _Counting:
 
 
 def parameter_read(body: Computation, parameter: Instruction) -> int:
-    """Bytes of a fusion's parameter that its computation reads; at most all of it."""
+    """Returns the bytes of a fusion's parameter that its computation reads; at most all of it."""
     read = 0
     pending = [parameter]
     while pending:
@@ -126,7 +132,7 @@ def parameter_read(body: Computation, parameter: Instruction) -> int:
 
 
 def _read_by(user: Instruction, place: int, operand: Instruction) -> int:
-    """Bytes that an instruction reads of its operand number `place`."""
+    """Returns the bytes that an instruction reads of its operand number `place`."""
     if place == 0 and user.opcode in SLICING:
         return min(operand.bytes, _items(user) * operand.bytes // max(1, _items(operand)))
     if place == 0 and user.opcode in ("dynamic-update-slice", "scatter"):
@@ -139,7 +145,7 @@ def _items(one: Instruction) -> int:
 
 
 def _written_by(computation: Computation, one: Instruction) -> int:
-    """Bytes that an instruction, or the root of a fusion, writes."""
+    """Returns the bytes that an instruction, or the root of a fusion, writes."""
     if one.opcode == "tuple":
         return sum(_written_by(computation, computation.instructions[name]) for name in one.operands)
     source = computation.origin(one.name)
@@ -161,10 +167,10 @@ def _dot_flops(one: Instruction, lhs: Instruction) -> Counter[str]:
 
 
 def pool_copies(module: Module, pool: ArrayShape) -> list[str]:
-    """Instructions that make an array of a layer's pool's size other than by updating the pool in place.
+    """Returns the names of instructions that create an array of a layer's pool's size other than by an in-place update.
 
     pool: one layer's pool. Arrays of as many elements or as many bytes count, whatever their dtype and dims: converted,
-    transposed, reshaped. Returns names of the instructions; none is what a program is meant to have.
+    transposed, reshaped. A program should have none.
     """
 
     def of_its_size(shape: ArrayShape) -> bool:
@@ -194,7 +200,7 @@ def pool_copies(module: Module, pool: ArrayShape) -> list[str]:
 
 
 def _in_place(computation: Computation, one: Instruction) -> bool:
-    """Whether a value is an update of something that is there: of a parameter, or of another such update."""
+    """Returns whether a value is an in-place update: of a parameter, or of another such update."""
     source = computation.origin(one.name)
     while source.opcode in ("dynamic-update-slice", "scatter"):
         source = computation.origin(source.operands[0])

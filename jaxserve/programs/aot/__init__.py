@@ -1,1 +1,1 @@
-"""Programs compiled ahead of time: for a device that is not here, kept in a bundle, and described by a report."""
+"""Compiles programs ahead of time, for a device that need not be here, and keeps them in AOT bundles."""

@@ -1,12 +1,11 @@
-"""Compiled programs in a directory: written where they are compiled, loaded by an engine of the same kind elsewhere.
+"""Stores compiled programs in a directory, an AOT bundle, to be loaded by an engine of the same kind elsewhere.
 
     manifest.json        what the programs were compiled from, by and for; of each program its file and its arguments
-    programs/KIND_SIZE   the runtime's own serialised executable
+    programs/KIND_SIZE   the runtime's own serialized executable
 
-Loading verifies everything and refuses with the name of what differs: an executable that was made for other shapes,
-another version or another device would at best fail and at worst compute something else. Nothing is unpickled, but an
-executable is machine code all the same: a bundle is loaded only where nobody but this user can have put it (see
-`trust`).
+Loading verifies everything and names the difference when it refuses: an executable for other shapes, another version or
+another device would at best fail and at worst compute something else. Nothing is unpickled, but an executable is
+machine code all the same: a bundle is loaded only where no other user can have written it (see `trust`).
 """
 
 from __future__ import annotations
@@ -59,20 +58,20 @@ _SOURCES = (
     "request.py",
     "scheduler/**/*.py",
 )
-"""Files whose content decides what programs compute: all that `programs` imports."""
+"""Files whose content determines what programs compute: all that `programs` imports."""
 
 
 class BundleError(ValueError):
-    """A bundle that cannot be used here; the text names the bundle, what is wrong with it and the remedy."""
+    """A bundle cannot be used here; the text names the bundle, the fault and the remedy."""
 
     @classmethod
     def of(cls, directory: object, text: str) -> BundleError:
-        """That the bundle in `directory` is as `text` says."""
+        """Builds the error that `text` describes, for the bundle in `directory`."""
         return cls(f"bundle {directory} {text}; compile it anew with python -m jaxserve.compile")
 
 
 def identity(shapes: Shapes, mesh: Mesh) -> dict[str, Any]:
-    """What a process must have in common with the bundle that it loads, as JSON holds it."""
+    """Returns the properties that a process must share with the bundle that it loads, as JSON values."""
     device = mesh.devices.flat[0]
     name, version = plugin.find_plugin() if device.platform == "gpu" else ("", "")
     options = {key: value for key, value in compiler_options(device.platform).items() if key != plugin.TOOLKIT_OPTION}
@@ -157,7 +156,7 @@ class BundleWriter:
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A bundle that was opened, not yet verified. manifest: as it stands in the file."""
+    """Represents a bundle that was opened, not yet verified. manifest: as it is in the file."""
 
     directory: pathlib.Path
     manifest: dict[str, Any]
@@ -166,8 +165,8 @@ class Bundle:
     def open(cls, directory: str | pathlib.Path) -> Bundle:
         """Reads the manifest.
 
-        Raises BundleError where there is none or it is no JSON object, and where somebody else may have put it there
-        (see `trust`).
+        Raises BundleError where there is none or it is no JSON object, and where another user may have written it (see
+        `trust`).
         """
         root = pathlib.Path(directory).expanduser()
         try:
@@ -185,11 +184,14 @@ class Bundle:
 
     @property
     def num_pages(self) -> int:
-        """Pages of the pool that the programs were compiled for. Raises BundleError where the manifest does not say."""
+        """Returns the pages of the pool that the programs were compiled for.
+
+        Raises BundleError where the manifest does not say.
+        """
         return _field(_field(self.manifest, "shapes", dict, self.directory), "num_pages", int, self.directory)
 
     def check(self, shapes: Shapes, mesh: Mesh) -> None:
-        """Raises BundleError where anything differs from what this process would compile, or a file was damaged."""
+        """Raises BundleError where anything differs from what this process would compile, or a file is damaged."""
         for field, expected in identity(shapes, mesh).items():
             _same(field, expected, self.manifest.get(field), self.directory)
         if mesh.devices.flat[0].platform == "cpu":
@@ -203,12 +205,16 @@ class Bundle:
             _read(self.directory, listed[key])
 
     def load(self, shapes: Shapes, mesh: Mesh, *, checked: bool = False) -> ProgramSet:
-        """The closed set of programs for `shapes`, loaded; nothing is compiled.
+        """Loads the closed set of programs for `shapes`; nothing is compiled.
 
-        checked: that the caller has called `check` with the same arguments; only the files are then verified again, as
-        they are read.
+        Args:
+            shapes: of the programs.
+            mesh: whose devices run them.
+            checked: the caller has called `check` with the same arguments; only the files are then verified again, as
+                they are read.
 
-        Raises BundleError as `check` does, and where the runtime refuses a program.
+        Raises:
+            BundleError: as `check` raises it, or the runtime refuses a program.
         """
         start = time.perf_counter()
         if not checked:
@@ -232,7 +238,7 @@ class Bundle:
 
 
 def bundled_cache(cache: CacheConfig, bundle: Bundle) -> CacheConfig:
-    """The settings of the page pool with the bundle's number of pages, where the configuration names none itself."""
+    """Returns the page pool's settings with the bundle's number of pages, where the configuration sets none itself."""
     if cache.num_pages is not None or cache.kv_cache_memory_bytes is not None:
         return cache
     return dataclasses.replace(cache, num_pages=bundle.num_pages)
@@ -240,7 +246,7 @@ def bundled_cache(cache: CacheConfig, bundle: Bundle) -> CacheConfig:
 
 @functools.cache
 def machine() -> dict[str, Any]:
-    """This machine's CPU: its architecture and the extensions of its instruction set, sorted."""
+    """Returns this machine's CPU: its architecture and the sorted extensions of its instruction set."""
     features: set[str] = set()
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -259,7 +265,7 @@ def _write(path: pathlib.Path, data: bytes) -> None:
 
 
 def _trusted(path: pathlib.Path, use: Callable[[pathlib.Path], T]) -> T:
-    """What `use`, a function of `trust`, returns; BundleError where it does not trust the directory or file."""
+    """Returns the result of `use`, a function of `trust`; raises BundleError where it does not trust the path."""
     try:
         return use(path)
     except UntrustedError as error:
@@ -320,18 +326,18 @@ def _memory(entry: dict[str, Any], directory: object) -> ProgramMemory:
 
 
 def program_trees(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """A program's arguments and results as trees of ShapeDtypeStructs."""
+    """Returns a program's arguments and results as trees of ShapeDtypeStructs."""
     return abstract_arguments(key, shapes, mesh), abstract_results(key, shapes, mesh)
 
 
 def _describe(tree: object) -> list[list[Any]]:
-    """Place in the tree, dtype and shape of every array, in order."""
+    """Returns the path in the tree, dtype and shape of every array, in order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [[jax.tree_util.keystr(path), str(leaf.dtype), list(leaf.shape)] for path, leaf in leaves]
 
 
 def _donated(key: ProgramKey, arguments: tuple[Any, ...]) -> list[int]:
-    """Flat numbers of the donated arguments."""
+    """Returns the flat indices of the donated arguments."""
     numbers = []
     first = 0
     for number, argument in enumerate(arguments):
@@ -343,12 +349,12 @@ def _donated(key: ProgramKey, arguments: tuple[Any, ...]) -> list[int]:
 
 
 def kept_arguments(compiled: Any) -> list[int]:
-    """Flat numbers of the arguments that the executable takes, in its order."""
+    """Returns the flat indices of the arguments that the executable takes, in its order."""
     return sorted(compiled._executable._kept_var_idx)  # jax has no public name for it
 
 
 def _checked_arguments(compiled: Any, flat: list[jax.ShapeDtypeStruct]) -> list[int]:
-    """`kept_arguments`, checked against the program's own parameters."""
+    """Returns `kept_arguments`, checked against the program's own parameters."""
     kept = kept_arguments(compiled)
     parameters = [one.shapes[0].dims for one in hlo.parse(compiled.as_text()).entry.parameters()]
     shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in (flat[number] for number in kept)]
@@ -385,12 +391,12 @@ def _same(field: str, expected: Any, found: Any, directory: object) -> None:
 
 
 def _xla_flags() -> list[str]:
-    """Flags of the environment's XLA_FLAGS in their order, without those that only say what is dumped and where."""
+    """Returns the flags of the environment's XLA_FLAGS in their order, without those that only configure dumps."""
     return [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_dump")]
 
 
 def source_files() -> list[pathlib.Path]:
-    """Files whose content decides what programs compute."""
+    """Returns the files whose content determines what programs compute."""
     return sorted({path for pattern in _SOURCES for path in _ROOT.glob(pattern)})
 
 

@@ -1,4 +1,4 @@
-"""Reading the text of an optimized XLA program: what `Compiled.as_text()` prints."""
+"""Parses the text of an optimized XLA program, as printed by `Compiled.as_text()`."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _KERNEL = re.compile(r'\bname = "([^"]*)"')
 FREE = frozenset(
     "parameter constant get-tuple-element tuple bitcast optimization-barrier after-all copy-done partition-id".split()
 )
-"""Opcodes that move nothing: names for what is there already."""
+"""Opcodes that move nothing: aliases of existing values."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayShape:
-    """dtype as XLA names it ("bf16", "s32"), dims in order."""
+    """Shape of an array: dtype as XLA names it ("bf16", "s32"), dims in order."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -49,7 +49,7 @@ class ArrayShape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line. shapes: of its result, the leaves of a tuple one after another; text: what follows the operands."""
+    """Represents one line. shapes: of its result, the leaves of a tuple in order; text: what follows the operands."""
 
     name: str
     opcode: str
@@ -63,7 +63,7 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations it calls: the body and the condition of a loop, the branches of a conditional."""
+        """Returns the computations it calls: the body and condition of a loop, the branches of a conditional."""
         found = _CALLED.findall(self.text)
         for branches in _BRANCHES.findall(self.text):
             found += _NAME.findall(branches) or [name.strip() for name in branches.split(",")]
@@ -84,36 +84,36 @@ class Instruction:
 
     @property
     def aliases(self) -> dict[int, int]:
-        """Of a custom call: number of the operand that each result (its number; 0 where there is one) is written to."""
+        """Returns the operand that each result of a custom call (by index; 0 for a single one) is written to."""
         text = self.text.partition("output_to_operand_aliasing=")[2].partition("}}")[0] + "}"
         return {int(result or 0): int(operand) for result, operand in _ALIAS.findall(text)}
 
     @property
     def trip_count(self) -> int:
-        """Of a loop: how often it runs, 1 where the compiler does not know."""
+        """Trip count of a loop, 1 where the compiler does not know it."""
         match = _TRIPS.search(self.text)
         return int(match[1]) if match else 1
 
 
 TRITON_KERNEL = "__gpu$xla.gpu.triton"
-"""Custom call of a Pallas kernel on the Triton backend."""
+"""Custom call target of a Pallas kernel on the Triton backend."""
 
 CUBLASLT = "__cublas$lt$matmul"
-"""Prefix of the custom calls to cuBLASLt."""
+"""Prefix of the custom call targets of cuBLASLt."""
 
 CUBLAS = "__cublas$gemm"
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """A function: its instructions by name, in order; the last one printed as ROOT."""
+    """Represents a function: its instructions by name, in order; the last one printed as ROOT."""
 
     name: str
     instructions: dict[str, Instruction]
     root: Instruction
 
     def parameters(self) -> list[Instruction]:
-        """In order of their numbers."""
+        """Returns the parameters in order of their numbers."""
         found = [one for one in self.instructions.values() if one.opcode == "parameter"]
         return sorted(found, key=lambda one: int(one.text.split(")")[0]))
 
@@ -121,7 +121,7 @@ class Computation:
         return [one for one in self.instructions.values() if name in one.operands]
 
     def origin(self, name: str) -> Instruction:
-        """What a value is another name of: follows bitcasts."""
+        """Returns the instruction that a value is an alias of: follows bitcasts."""
         one = self.instructions[name]
         while one.opcode == "bitcast":
             one = self.instructions[one.operands[0]]
@@ -130,13 +130,15 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """computations by name; entry is where the program starts."""
+    """Holds the computations by name; execution starts at entry."""
 
     computations: dict[str, Computation]
     entry: Computation
 
     def executed(self) -> Iterator[tuple[Computation, Instruction]]:
-        """Every instruction of the entry and of the bodies and branches that it calls, not those within fusions."""
+        """Yields every instruction of the entry and of the bodies and branches that it calls, not those within
+        fusions.
+        """
         pending = [self.entry]
         while pending:
             computation = pending.pop()
@@ -147,7 +149,7 @@ class Module:
 
 
 def item_bits(dtype: str) -> int:
-    """Bits of one element: "bf16" has 16, "f8e4m3fn" 8, "s4" 4."""
+    """Returns the bits of one element: "bf16" has 16, "f8e4m3fn" 8, "s4" 4."""
     if dtype in _ITEM_BITS:
         return _ITEM_BITS[dtype]
     match = re.match(r"[a-z]+(\d+)", dtype)
@@ -157,7 +159,7 @@ def item_bits(dtype: str) -> int:
 
 
 def parse(text: str) -> Module:
-    """The module that `text` prints. Raises ValueError where it has no entry computation."""
+    """Parses the module that `text` prints. Raises ValueError where it has no entry computation."""
     computations: dict[str, Computation] = {}
     entry: Computation | None = None
     name = ""
@@ -204,7 +206,7 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Place of the parenthesis that closes the one at `opening`."""
+    """Returns the index of the parenthesis that closes the one at `opening`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, opening):
         depth += 1 if match[0] == "(" else -1

@@ -1,4 +1,4 @@
-"""A program that the runtime has loaded, called with trees of arrays as a compiled program is."""
+"""Calls a program that the runtime has loaded with trees of arrays, as a compiled program is called."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]  compiled
 class LoadedProgram:
     """Calls an executable that the runtime has loaded, as fast as jax calls one that it has compiled.
 
-    executable: what the client's `deserialize_executable` returned. arguments, results: the program's trees of
-    ShapeDtypeStructs with shardings. kept: numbers of the flat arguments that the executable takes, in its order; the
-    compiler drops what a program does not use.
+    Args:
+        executable: the result of the client's `deserialize_executable`.
+        arguments: the program's tree of ShapeDtypeStructs with shardings.
+        results: the program's tree of ShapeDtypeStructs with shardings.
+        kept: indices of the flat arguments that the executable takes, in its order; the compiler drops unused ones.
     """
 
     def __init__(
@@ -31,14 +33,14 @@ class LoadedProgram:
         self._call = fast_call(self)
 
     def __call__(self, *arguments: Any) -> Any:
-        """Runs it and returns without waiting. Donated arguments are deleted, as by a compiled program.
+        """Runs the program and returns without waiting. Donated arguments are deleted, as by a compiled program.
 
         Raises TypeError where the arguments' tree, a shape or a dtype differs from the program's.
         """
         return self._call(*arguments)
 
     def run(self, *arguments: Any) -> Any:
-        """The same through public interfaces alone, which takes 0.1 to 0.2 ms longer."""
+        """Runs the program through public interfaces alone, which takes 0.1 to 0.2 ms longer."""
         flat, tree = jax.tree.flatten(arguments)
         if tree != self._tree:
             raise TypeError(f"program takes arguments of the structure {self._tree}; it was called with {tree}")
@@ -52,7 +54,7 @@ class LoadedProgram:
         return jax.tree.unflatten(self._result_tree, arrays)
 
     def dispatch_data(self, outputs: Any) -> Any:
-        """What jax's dispatch needs to run the program itself; outputs: of the first run."""
+        """Returns the data with which jax's dispatch runs the program itself; outputs: of the first run."""
         arrays = jax.tree.leaves(outputs)
         kept = frozenset(self._kept)
         return pxla.MeshExecutableFastpathData(
@@ -81,9 +83,9 @@ class LoadedProgram:
 
 
 def fast_call(program: LoadedProgram) -> Callable[..., Any]:
-    """`program.run` behind the dispatch that jax uses for its own compiled programs.
+    """Wraps `program.run` in the dispatch that jax uses for its own compiled programs.
 
-    It asks `run` for arguments of a kind that it has not seen, and takes over for all further ones of that kind. jax
+    It calls `run` for arguments of a kind that it has not seen, and handles all further ones of that kind itself. jax
     has no public name for it (jax/_src/interpreters/pxla.py, MeshExecutable.create_cpp_call).
     """
 

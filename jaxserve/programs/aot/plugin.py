@@ -1,7 +1,7 @@
-"""Finding the CUDA plugin, which holds XLA's GPU compiler, on a machine that may have no GPU.
+"""Finds the CUDA plugin, which contains XLA's GPU compiler, on a machine that may have no GPU.
 
-A GPU machine has it in its environment. A machine without one must not: jax would try to start it with every process
-and fail loudly. `make gpu-compiler` puts it into a directory of its own, which is looked into only on demand.
+A GPU machine has it in its environment. A machine without one must not: jax would try to start it in every process and
+fail loudly. `make gpu-compiler` installs it into a separate directory, which is searched only on demand.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from collections.abc import Iterator, Sequence
 import jax
 
 DIRECTORY = "gpu-compiler"
-"""Under sys.prefix: where `make gpu-compiler` installs."""
+"""Directory under sys.prefix into which `make gpu-compiler` installs."""
 
 TOOLKIT_OPTION = "xla_gpu_cuda_data_dir"
-"""The compiler option that says where CUDA's assembler and device library are."""
+"""Compiler option for the directory of CUDA's assembler and device library."""
 
 _LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 _NOISE = re.compile(r"Could not find cuda drivers on your machine|before absl::InitializeLog\(\) is called")
@@ -36,7 +36,7 @@ class PluginMissingError(RuntimeError):
 
 
 def use_cpu_only() -> None:
-    """Keeps jax from starting the CUDA plugin as a backend: compiling for a device needs none to be here.
+    """Keeps jax from starting the CUDA plugin as a backend: compiling for a device does not need it to be present.
 
     Has an effect only before the first use of a device in this process.
     """
@@ -76,11 +76,11 @@ def find_plugin() -> tuple[str, str]:
 
 
 def toolkit_directory() -> str | None:
-    """Where `make gpu-compiler` put CUDA's assembler and device library; None where the plugin is one of jax's own
-    environment, which finds its own.
+    """Returns the directory of CUDA's assembler and device library from `make gpu-compiler`.
 
-    Handed to the compiler as TOOLKIT_OPTION, so that no other CUDA of this machine takes part: registers and
-    spills depend on the assembler's version.
+    Returns None where the plugin is one of jax's own environment, which finds its own. The directory is passed to the
+    compiler as TOOLKIT_OPTION, so that no other CUDA of this machine takes part: registers and spills depend on the
+    assembler's version.
     """
     root = pathlib.Path(sys.prefix) / DIRECTORY
     elsewhere = [place for place in sys.path if place != str(root)]
@@ -91,7 +91,7 @@ def toolkit_directory() -> str | None:
 
 
 def assembler_version() -> str:
-    """Version of CUDA's assembler that `toolkit_directory` holds; "" where jax finds its own."""
+    """Returns the version of CUDA's assembler in `toolkit_directory`; "" where jax finds its own."""
     directory = toolkit_directory()
     if directory is None:
         return ""
@@ -117,13 +117,13 @@ def start_plugin(module: str) -> None:
 
 
 def plugin_module(name: str) -> str:
-    """The module under jax_plugins of a distribution that `find_plugin` named."""
+    """Returns the module under jax_plugins of a distribution that `find_plugin` named."""
     return f"xla_{name.removeprefix('jax-').removesuffix('-plugin')}"
 
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Drops what the plugin's libraries log about a machine without a GPU; all else still reaches standard error."""
+    """Drops the log of the plugin's libraries about a missing GPU; all else still reaches standard error."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as caught:
@@ -141,7 +141,7 @@ def quiet_loading() -> Iterator[None]:
 
 
 def _importable(places: Sequence[str]) -> str | None:
-    """The newest xla_cuda* module under jax_plugins in directories of sys.path."""
+    """Returns the newest xla_cuda* module under jax_plugins in directories of sys.path."""
     modules: list[str] = []
     for place in places:
         directory = pathlib.Path(place or ".") / "jax_plugins"

@@ -1,11 +1,11 @@
-"""Compiled programs kept between starts, in a directory that belongs to this user alone.
+"""Caches compiled programs between starts, in a directory that only this user can write to.
 
-    NAME.program     NAME: hash of all that decides what the program is
-                     32 bytes: SHA-256 of the rest; one line of JSON: what it is; the runtime's serialised executable
+    NAME.program     NAME: hash of everything that determines the program
+                     32 bytes: SHA-256 of the rest; one line of JSON: what it is; the runtime's serialized executable
 
-An entry is written beside its place and renamed, so that it is there as a whole or not at all, and verified before the
-runtime sees it: one that was damaged is thrown away and compiled anew. jax's own cache does neither, and needs every
-program traced and lowered before it can be found, which for a large model takes as long as loading it.
+An entry is written to a temporary file and renamed, so that it is complete or absent, and verified before it reaches
+the runtime: a damaged one is discarded and compiled anew. jax's own cache does neither, and needs every program traced
+and lowered before it can be found, which for a large model takes as long as loading it.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ _HARMLESS_OPTIONS = (
     "jax_include_full_tracebacks",
     "jax_dump",
 )
-"""Beginnings of the names of jax's options that say nothing about what a program computes."""
+"""Prefixes of jax's options that do not affect what a program computes."""
 
 _log = logging.getLogger(__name__)
 
 
 class CacheRefusedError(ValueError):
-    """A directory in which compiled programs cannot be kept safely; the text names it, the reason and the remedy."""
+    """Compiled programs cannot be kept safely in a directory; the text names it, the reason and the remedy."""
 
 
 def default_directory() -> pathlib.Path:
-    """Where this user's compiled programs are kept: XDG_CACHE_HOME, else ~/.cache, and in it jaxserve/programs.
+    """Returns this user's cache directory: jaxserve/programs in XDG_CACHE_HOME, else in ~/.cache.
 
     Raises CacheRefusedError where the user has no home directory.
     """
@@ -74,7 +74,7 @@ def default_directory() -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramCache:
-    """The entries in one directory, for the devices of one mesh. max_bytes: of all entries together.
+    """Manages the entries in one directory, for the devices of one mesh. max_bytes: of all entries together.
 
     Safe for several threads and several processes at once.
     """
@@ -85,9 +85,9 @@ class ProgramCache:
 
     @classmethod
     def open(cls, directory: str | pathlib.Path, max_bytes: int, mesh: Mesh) -> ProgramCache:
-        """Makes the directory if need be, for this user alone.
+        """Creates the directory if necessary, for this user alone.
 
-        Raises CacheRefusedError where it cannot be used, or somebody else may put programs there (see `trust`).
+        Raises CacheRefusedError where it cannot be used, or another user may put programs there (see `trust`).
         """
         path = pathlib.Path(directory).expanduser()
         try:
@@ -102,7 +102,7 @@ class ProgramCache:
         return cls(path, max_bytes, mesh)
 
     def load(self, key: ProgramKey, shapes: Shapes) -> tuple[LoadedProgram, ProgramMemory] | None:
-        """The program, verified and loaded; None where it is not there or cannot be used, which is logged."""
+        """Returns the program, verified and loaded; None where it is absent or unusable, which is logged."""
         what = self._identity(key, shapes)
         path = self._path(what)
         try:
@@ -128,7 +128,7 @@ class ProgramCache:
         return program, memory
 
     def keep(self, key: ProgramKey, shapes: Shapes, compiled: jax.stages.Compiled) -> None:
-        """Keeps a program, which must have been compiled within `fresh_compilations`; what prevents it is logged."""
+        """Stores a program, which must have been compiled within `fresh_compilations`; failures are logged."""
         what = self._identity(key, shapes)
         executable: Any = compiled.runtime_executable()
         head = {
@@ -150,7 +150,7 @@ class ProgramCache:
             _log.warning("%s %d is not kept in the compilation cache: %s", key.kind, key.size, error)
 
     def prune(self) -> None:
-        """Removes the entries that were not used for longest, until the rest has at most `max_bytes`."""
+        """Removes the least recently used entries, until the rest has at most `max_bytes`."""
         found: list[tuple[float, int, pathlib.Path]] = []
         now = time.time()
         for path in self.directory.iterdir():
@@ -171,7 +171,7 @@ class ProgramCache:
         return self.directory / (hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest() + SUFFIX)
 
     def _identity(self, key: ProgramKey, shapes: Shapes) -> dict[str, Any]:
-        """All that decides what the program is."""
+        """Returns everything that determines the program."""
         shapes = program_shapes(key, shapes)
         local = self.mesh.devices.flat[0].platform == "cpu"
         return identity(shapes, self.mesh) | {
@@ -184,7 +184,7 @@ class ProgramCache:
 
 
 def _verified(content: bytes, what: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """The head and the executable of an entry. Raises ValueError where it was damaged, or is another program's."""
+    """Returns the head and the executable of an entry. Raises ValueError where it is damaged, or another program's."""
     digest, rest = content[:_DIGEST_BYTES], memoryview(content)[_DIGEST_BYTES:]
     if hashlib.sha256(rest).digest() != digest:
         raise ValueError("it was damaged")
@@ -200,7 +200,7 @@ def _cores() -> int:
 
 
 def _jax_options() -> dict[str, Any]:
-    """jax's options that may decide what a program computes, as JSON holds them."""
+    """Returns jax's options that may affect what a program computes, as JSON values."""
     values: dict[str, Any] = jax.config.values
     return {
         name: value if isinstance(value, bool | int | float | str) else str(value)

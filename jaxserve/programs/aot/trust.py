@@ -1,8 +1,8 @@
-"""Whose compiled programs are run: this user's alone.
+"""Checks that compiled programs belong to this user alone before they are run.
 
-An executable is machine code, and whoever can put one where it is loaded from has it run. One rule holds for the
-compilation cache and for bundles: a directory and the files in it belong to this user and nobody else may write to
-them, and nobody else may rename or replace them by writing to a directory above.
+An executable is machine code, and any user who can write one to where it is loaded from gets it run. One rule holds for
+the compilation cache and for bundles: a directory and the files in it belong to this user and no other user may write
+to them, rename them or replace them by writing to a parent directory.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 class UntrustedError(ValueError):
-    """A place where somebody else could put programs; the text says why, and the remedy."""
+    """Another user could put programs into a place; the text gives the reason and the remedy."""
 
 
 def check_directory(path: pathlib.Path) -> None:
-    """Checks a directory and all that lead to it, by its name and after links.
+    """Checks a directory and all its parents, by its name and after resolving links.
 
     Raises:
-        UntrustedError: somebody else may write there; its text begins with what follows the directory's name.
-        OSError: a directory cannot be looked at.
+        UntrustedError: another user may write there; its text begins with what follows the directory's name.
+        OSError: a directory cannot be read.
     """
     _check_own(path.stat(), "700")
     lexical = pathlib.Path(os.path.abspath(path))
@@ -35,7 +35,7 @@ def read_own(path: pathlib.Path) -> bytes:
     """Reads a file whose directory was checked.
 
     Raises:
-        UntrustedError: somebody else may write to it; its text begins with what follows the file's name.
+        UntrustedError: another user may write to it; its text begins with what follows the file's name.
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
@@ -44,7 +44,7 @@ def read_own(path: pathlib.Path) -> bytes:
 
 
 def _check_own(status: os.stat_result, mode: str) -> None:
-    """Raises UntrustedError where another user owns the thing or may write to it."""
+    """Raises UntrustedError where another user owns the file or directory, or may write to it."""
     if not hasattr(os, "getuid"):
         return
     if status.st_uid != os.getuid():
@@ -56,13 +56,13 @@ def _check_own(status: os.stat_result, mode: str) -> None:
 
 
 def _check_above(path: pathlib.Path) -> None:
-    """Raises UntrustedError where others may replace what lies in `path`."""
+    """Raises UntrustedError where other users may replace the content of `path`."""
     status = path.stat()
     if not hasattr(os, "getuid"):
         return
     if status.st_uid not in (os.getuid(), 0):
         raise UntrustedError(f"lies in {path}, which belongs to user {status.st_uid}")
-    # A sticky directory, such as /tmp, keeps everybody from touching what is not theirs.
+    # A sticky directory, such as /tmp, keeps users from changing files that they do not own.
     if status.st_mode & _OTHERS and not status.st_mode & stat.S_ISVTX and not _private_group(status):
         raise UntrustedError(
             f"lies in {path}, which has the mode {stat.S_IMODE(status.st_mode):04o}: others may replace it; chmod go-w "
@@ -71,5 +71,5 @@ def _check_above(path: pathlib.Path) -> None:
 
 
 def _private_group(status: os.stat_result) -> bool:
-    """Whether only the owner's own group may write: many systems give each user one, and let it write by default."""
+    """Returns whether the group contains only the owner: many systems give each user one, writable by default."""
     return not status.st_mode & stat.S_IWOTH and status.st_gid == status.st_uid
