@@ -1,4 +1,4 @@
-"""Offline batches: `python -m jaxserve.batch --config tiny.gin --input in.jsonl --output out.jsonl`.
+"""Runs offline batches: `python -m jaxserve.batch --config tiny.gin --input in.jsonl --output out.jsonl`.
 
 The input holds OpenAI batch lines (custom_id, method, url, body); the output gets one line for each, as requests
 finish. A body may also say tenant, priority (higher is more urgent) and deadline (Unix seconds; a line whose deadline

@@ -1,4 +1,4 @@
-"""The command line client: `python -m jaxserve.client "PROMPT"`, from standard input, or interactive.
+"""Runs the command line client: `python -m jaxserve.client "PROMPT"`, from standard input, or interactive.
 
 One prompt on the command line; `-` or a pipe: one prompt a line (--whole: all of it is one); neither: a dialogue, each
 prompt on its own. Text is printed as its tokens arrive. Decoding is greedy unless --temperature says otherwise.

@@ -1,4 +1,4 @@
-"""Programs ahead of time: `python -m jaxserve.compile --config llama.gin --target h200 --output DIR`.
+"""Compiles programs ahead of time: `python -m jaxserve.compile --config llama.gin --target h200 --output DIR`.
 
 Compiles every program of the closed set for a device that need not be here and writes a bundle, which an engine loads
 with `--gin.EngineConfig.bundle='DIR'`, and a report (report.json, report.md). Weights are not needed where the file

@@ -1,4 +1,4 @@
-"""What a configuration means: `python -m jaxserve.explain --config llama.gin [--target h200] [--json]`.
+"""Explains a configuration: `python -m jaxserve.explain --config llama.gin [--target h200] [--json]`.
 
 Prints the closed set of programs, the plan of a device's memory, the greatest concurrency, the expected start time and
 the bound of a decode step. Nothing is loaded or served; weights are not needed where the file holds the architecture.

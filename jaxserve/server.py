@@ -1,4 +1,4 @@
-"""The gRPC server: `python -m jaxserve.server --config tiny.gin [--gin.BINDING=VALUE ...]`.
+"""Runs the gRPC server: `python -m jaxserve.server --config tiny.gin [--gin.BINDING=VALUE ...]`.
 
 The exit code is 0 where a signal ended the process and the engine ended when it was asked to. It is 1, with one line on
 stderr, where the start failed, the engine died or hung, or had to be killed at the end; whatever signals came.

@@ -1,4 +1,4 @@
-"""A configuration and a trace, simulated: `python -m jaxserve.simulate --config llama.gin --trace FILE --target h200`.
+"""Simulates a trace: `python -m jaxserve.simulate --config llama.gin --trace FILE --target h200`.
 
 Neither weights nor a device are needed: the real scheduler and page pool run on a virtual clock, and steps cost what a
 target's roofline says, or what was measured (--model-cost, a file of benchmarks/step_costs.py): see docs/simulator.md.

@@ -1,4 +1,4 @@
-"""Options for a trace: `python -m jaxserve.tune --config X.gin --trace T --slo ttft=0.5,tpot=0.05 --output tuned.gin`.
+"""Tunes options: `python -m jaxserve.tune --config X.gin --trace T --slo ttft=0.5,tpot=0.05 --output tuned.gin`.
 
 Searches in simulation (jaxserve/simulator/search.py), confirms the best on the engine where the model is at
 hand, and writes a gin file on top of the one that was given, with the evidence as comments: see docs/simulator.md.

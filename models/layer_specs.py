@@ -14,11 +14,11 @@ from typing import Any
 from jaxserve.models.value_checks import brief, check_count, check_number
 
 MLP_KINDS = ("swiglu",)
-"""Kinds of MLP: dense and gated. Experts join here, with sizes of their own in `MLPSpec`."""
+"""Kinds of MLP: dense and gated. Experts will be added here, with sizes of their own in `MLPSpec`."""
 
 NORM_KINDS = ("rms",)
 NORM_PLACES = ("before",)
-"""Where a layer norms: the inputs of attention and MLP. Outputs ("after") join here."""
+"""Positions of a layer's norms: the inputs of attention and MLP. Outputs ("after") will be added here."""
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -72,7 +72,7 @@ class CallContext:
         try:
             if len(data) < _LARGE:
                 return self._parse(data)
-            async with self._calls.parsing:  # others get their turn between two large ones
+            async with self._calls.parsing:  # other calls run between two large ones
                 await asyncio.sleep(0)
                 return self._parse(data)
         except DecodeError as error:

@@ -30,8 +30,7 @@ HEALTH_PREFIX = "/grpc.health.v1.Health/"
 SWEEP_SECONDS = 0.25
 LOG_SECONDS = 5.0
 GRACE_SECONDS = 1.0
-"""A call that has waited for its client no longer than this is not ended to reduce the number or bytes of waiting
-calls."""
+"""Minimum wait for its client before a call may be ended to reduce the number or bytes of waiting calls."""
 
 _RETRY_PUSHBACK = (("grpc-retry-pushback-ms", "1000"),)
 
@@ -88,7 +87,7 @@ class OpenCalls:
         self._unlogged: collections.Counter[str] = collections.Counter()
         self._num_logged: collections.Counter[str] = collections.Counter()
         self._last_log = -LOG_SECONDS
-        self.parsing = asyncio.Lock()  # held for each large message in turn
+        self.parsing = asyncio.Lock()  # held while one large message is parsed
 
     # ---- what the interceptor says ----
 

@@ -199,7 +199,7 @@ class _Server:
 
 async def _death(frontend: AsyncFrontEnd) -> str:
     """Waits until the engine has ended and returns its last line."""
-    # The streams have been told by then; this is for the health status and the exit code.
+    # The streams have ended by then; this is for the health status and the exit code.
     while not frontend.failure:  # noqa: ASYNC110  the front end has no event for it
         await asyncio.sleep(_WATCH_SECONDS)
     return frontend.failure

@@ -101,7 +101,7 @@ class DeltaStream:
         self._closed = True
         if not self._finished:
             self._front_end.abort(self._request_id)
-        self.drop_unread()  # with the last delta: nobody reads that of a closed stream
+        self.drop_unread()  # with the last delta: a closed stream's is never read
         self._wake()
 
     def _wake(self) -> None:

@@ -106,7 +106,7 @@ class InputFile:
     def _fill(self) -> None:
         try:
             block = os.read(self._fd, _BLOCK)
-        except BlockingIOError:  # who shares the pipe may have set it so
+        except BlockingIOError:  # a process that shares the pipe may have set it non-blocking
             _poll(self._fd, select.POLLIN)
             return
         self._buffer += block
@@ -247,7 +247,7 @@ class OutputFile:
                 while rest:
                     try:
                         rest = rest[os.write(self._fd, rest) :]
-                    except BlockingIOError:  # who shares the pipe may have set it so
+                    except BlockingIOError:  # a process that shares the pipe may have set it non-blocking
                         _poll(self._fd, select.POLLOUT)
         except BaseException:  # a signal too
             if self._locked:  # else the end may be another's; what stays behind is removed by the next run

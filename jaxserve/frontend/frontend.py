@@ -93,7 +93,7 @@ class FrontEnd:
 
     @property
     def ready(self) -> EngineReady:
-        """The engine's ready message."""
+        """Ready message of the engine."""
         return self._client.ready
 
     @property
@@ -102,7 +102,7 @@ class FrontEnd:
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's latest counts."""
+        """Latest counts of the engine."""
         return self._stats
 
     @property
@@ -170,7 +170,7 @@ class FrontEnd:
 
     @property
     def preparation(self) -> Preparation:
-        """The steps of `prepare`."""
+        """Steps of `prepare`."""
         return self._preparation
 
     def check_accepting(self) -> None:

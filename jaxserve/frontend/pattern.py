@@ -255,7 +255,7 @@ class Pattern:
 
 
 def _category(name: str) -> _Class:
-    """The characters of a general category, or of anything else that \\p can name, of which nothing is known."""
+    """Returns the characters of a general category, or of any other \\p property, of which nothing is known."""
     known = re.fullmatch("[LMNPSZC][a-z]?", name) is not None
 
     def in_category(character: str) -> bool:

@@ -79,7 +79,7 @@ class ByteBudget:
                 self.release(num_bytes)
             elif granted in self._waiting:
                 self._leave(granted)
-                self._grant()  # whoever waited behind it
+                self._grant()  # texts that waited behind it
             raise
 
     def release(self, num_bytes: int) -> None:
@@ -126,7 +126,7 @@ class Workers:
     def __init__(self) -> None:
         self._short = _Lane(2, _SHORT_SHARE, "short text")
         self._long = _Lane(min(4, max(1, (os.cpu_count() or 1) // 4)), MAX_BYTES - _SHORT_SHARE, "long text")
-        # A text that cannot be cut is one call, of seconds and 500 MB for 4 MB: one at a time, and in nobody's way.
+        # A text that cannot be cut is one call, of seconds and 500 MB for 4 MB: one at a time, without blocking others.
         self._uncut = ThreadPoolExecutor(1, thread_name_prefix="uncut text")
         self._closed = False
 
@@ -186,7 +186,7 @@ class Workers:
         loop = asyncio.get_running_loop()
 
         def release(_: Future[Any]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nothing waits any more
                 loop.call_soon_threadsafe(self._release, lane, num_bytes, None)
 
         running.add_done_callback(release)

@@ -19,7 +19,7 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class CompileMissError(RuntimeError):
-    """A step asked for a program that was not compiled at start."""
+    """A step requested a program that was not compiled at start."""
 
 
 class CompilationCounter:

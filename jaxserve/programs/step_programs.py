@@ -318,7 +318,7 @@ def forward(
     model = bind(shapes.model, weights.params, products_of(shapes, mesh))
     computed, caches = model(token_ids, metadata.positions, layer_caches(pools, weights.kv_scales), attend)
     pools = [cache.pool for cache in caches]
-    # Its place is always 0, but told by the host: XLA makes an update at a constant place an asynchronous copy, which
+    # Its index is always 0, but sent by the host: XLA makes an update at a constant index an asynchronous copy, which
     # cannot join the rest of the step in one CUDA graph.
     hidden = jax.lax.dynamic_update_slice_in_dim(hidden, computed, fields["query_start_loc"][0], axis=0)
     return pools, slots, hidden

@@ -27,7 +27,7 @@ def stretch_times(
     begins = np.concatenate([[now], starts[:-1] + after])
     if (begins + before <= starts).all():
         return begins, starts, ends
-    # The host is slower than the device in places: turn by turn.
+    # The host is slower than the device in some iterations: one by one.
     begins, starts, ends = (np.empty(len(seconds)) for _ in range(3))
     for turn, each in enumerate(seconds.tolist()):
         start = max(now + before, end)

@@ -12,7 +12,7 @@ from jaxserve.models.value_checks import brief, check_number
 KINDS = ("default", "linear", "llama3")
 
 LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-"""The fields of `RopeScaling` that kind `llama3` reads."""
+"""Fields of `RopeScaling` that kind `llama3` reads."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,7 +59,7 @@ def check(directory: str | pathlib.Path, config: ModelConfig, *, scales: bool = 
     Args:
         directory: as for `load`.
         config: from `ModelConfig.from_directory`.
-        scales: that scales of quantised keys and values will be asked for; they are read.
+        scales: also checks scales of quantized keys and values, which are read.
 
     Raises:
         ValueError: as `load` and, with `scales`, `load_kv_scales` raise it.
@@ -139,7 +139,7 @@ def save_orbax(
         params: as `load` or `params_of` return them.
         config: their architecture.
         directory: made if missing; one that holds a checkpoint already is a ValueError.
-        scales: of quantised keys and values, as `load_kv_scales` returns them; saved as `kv_scales.json`.
+        scales: of quantized keys and values, as `load_kv_scales` returns them; saved as `kv_scales.json`.
     """
     directory = pathlib.Path(directory).absolute()
     if (directory / ORBAX_FOLDER).exists() or has_safetensors(directory):
@@ -265,7 +265,7 @@ def _unneeded(tensor: str, config: ModelConfig) -> bool:
     """Returns whether a checkpoint may hold this tensor although no parameter uses it."""
     if tensor == HEAD:
         return config.tie_word_embeddings  # a duplicate of the embedding: they were compared
-    # Scales are a setting of quantised pages, not of the model.
+    # Scales are a setting of quantized pages, not of the model.
     return kv_scales.kv_scale(tensor) is not None or tensor.endswith(ROTARY_BUFFER)
 
 

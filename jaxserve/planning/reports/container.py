@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 
 _SIGNATURE = bytes.fromhex("83af70d10d884a3f") + bytes(8) + (64).to_bytes(8, "little")
-"""The hash of the header of a file's first block, and its two distances."""
+"""Hash of the header of a file's first block, and its two distances."""
 
 _CHUNKS = "sr"
 _MOST_RECORDS = 1 << 32

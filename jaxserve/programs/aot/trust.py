@@ -1,6 +1,6 @@
 """Checks that compiled programs belong to this user alone before they are run.
 
-An executable is machine code, and any user who can write one to where it is loaded from gets it run. One rule holds for
+An executable is machine code, and any user that can write to its directory can have code run. One rule holds for
 the compilation cache and for bundles: a directory and the files in it belong to this user and no other user may write
 to them, rename them or replace them by writing to a parent directory.
 """
