@@ -114,7 +114,7 @@ class CostModel(Protocol):
     def stretch_seconds(self, shape: StepShape, steps: int) -> np.ndarray:
         """Returns the seconds of a decode-only step and of those after it with the same rows, each one token longer.
 
-        float64 [steps]. Each must equal what `seconds` returns for that step, bit by bit.
+        The result is float64 [steps]. Each must equal what `seconds` returns for that step, bit by bit.
         """
         ...
 

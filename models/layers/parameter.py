@@ -25,7 +25,7 @@ Params = dict[Any, Any]
 
 
 class Form(enum.Enum):
-    """Storage format of a parameter. Quantized forms (fp8, int8, int4, MXFP4), with their scales, will be added here."""
+    """Storage format of a parameter. Quantized forms (fp8, int8, int4, MXFP4) and their scales will be added here."""
 
     DENSE = "dense"
 
