@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-Phase = tuple[str, float, float]
+StartupSpan = tuple[str, float, float]
 """Name, when it began (seconds since its process started), and how many seconds it took."""
 
 _imported = time.monotonic()  # a fallback where the system does not say when the process started
@@ -32,7 +32,7 @@ class StartupSpans:
     def __init__(self) -> None:
         self._origin = time.perf_counter() - seconds_since_start()
         self._lock = threading.Lock()
-        self._phases: list[Phase] = []
+        self._phases: list[StartupSpan] = []
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -45,7 +45,7 @@ class StartupSpans:
         """A phase from the start of the process until now."""
         self._add(name, self._origin, time.perf_counter())
 
-    def all(self) -> tuple[Phase, ...]:
+    def all(self) -> tuple[StartupSpan, ...]:
         """The phases that have ended."""
         with self._lock:
             return tuple(sorted(self._phases, key=lambda phase: phase[1]))
@@ -55,7 +55,7 @@ class StartupSpans:
             self._phases.append((name, begin - self._origin, end - begin))
 
 
-def phase_lines(title: str, phases: Sequence[Phase]) -> list[str]:
+def phase_lines(title: str, phases: Sequence[StartupSpan]) -> list[str]:
     """One line for each phase and one before them, for a log."""
     width = max((len(name) for name, _, _ in phases), default=0)
     return [
@@ -64,7 +64,7 @@ def phase_lines(title: str, phases: Sequence[Phase]) -> list[str]:
     ]
 
 
-def phases_json(**parts: Sequence[Phase]) -> str:
+def phases_json(**parts: Sequence[StartupSpan]) -> str:
     """The phases of several processes as one line of JSON: lists of {name, begin, seconds} by process."""
     return json.dumps(
         {
