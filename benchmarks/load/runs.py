@@ -10,10 +10,10 @@ from typing import Any
 
 from benchmarks.cpu_time import cpu_seconds, process_tree
 from benchmarks.load.arrivals import gamma_arrivals, scaled
-from benchmarks.load.client import Slowness, drive
 from benchmarks.load.datasets import LoadRequest, as_work
-from benchmarks.load.figures import Seen, figures, statistics_ms
-from benchmarks.sides.process import Side
+from benchmarks.load.load_client import Slowness, drive
+from benchmarks.load.load_figures import Seen, figures, statistics_ms
+from benchmarks.sides.side_process import Side
 from benchmarks.spread import spread
 
 SWEEP = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1)

@@ -78,7 +78,7 @@ def loaded(needs: ProgramNeeds, mesh: Mesh) -> ProgramNeeds:
     """`needs`, and on a CPU what programs take there beyond it.
 
     What is resident of a loaded program is many times its code (LOADED_TIMES). The allocator keeps what is freed
-    (runner/host_memory.py) and gives it to the next that asks, of any size: in the end each program's temporaries have
+    (runner/freed_memory.py) and gives it to the next that asks, of any size: in the end each program's temporaries have
     a place of their own.
     """
     if mesh.devices.flat[0].platform != "cpu":

@@ -18,9 +18,9 @@ from jaxserve.programs.compiler import CompilationCounter, CompileMissError, Pro
 from jaxserve.programs.state_programs import mask_words
 from jaxserve.programs.step_programs import MASK_WRITE, TABLE_WRITE, ProgramKey, Shapes, program_keys
 from jaxserve.programs.swap_programs import copy_blocks, way
+from jaxserve.runner.engine_startup import Startup
 from jaxserve.runner.packing import ForwardPacker, SamplePacker, mask_vectors, table_vectors
 from jaxserve.runner.protocol import StepNotStartedError
-from jaxserve.runner.startup import Startup
 from jaxserve.runner.step_cost_model import step_costs
 from jaxserve.runner.swap_timing import measure, swap_copies
 from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, PageTableWrite, StepPlan, StepResult

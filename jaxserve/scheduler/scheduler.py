@@ -32,10 +32,10 @@ from jaxserve.request import COMPLETED, EngineRequest, FinishReason, RequestStat
 from jaxserve.scheduler.batch_barrier import BatchBarrier
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.budgets import Budgets
+from jaxserve.scheduler.length_prediction import OutputLengthPredictor
 from jaxserve.scheduler.modes import MODES
 from jaxserve.scheduler.plan import NOTHING_ALLOWED, FastForward, StepPlan, StepResult, Wants
 from jaxserve.scheduler.policies.named import POLICIES
-from jaxserve.scheduler.prediction import OutputLengthPredictor
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import SequenceQueues

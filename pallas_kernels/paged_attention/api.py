@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.paged_attention import reference, xla, xla_plan
-from jaxserve.pallas_kernels.paged_attention.cpu import calls as cpu
+from jaxserve.pallas_kernels.paged_attention.cpu import attention_calls as cpu
 from jaxserve.pallas_kernels.paged_attention.pool import FLOAT_DTYPES, check_page_size, is_quantised, value_dtype
 from jaxserve.pallas_kernels.paged_attention.rotary import split_and_rotate
 from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec, Use

@@ -14,7 +14,7 @@ from jaxserve.pallas_kernels.paged_attention import (
     pool_spec,
     rotate_and_write,
 )
-from jaxserve.pallas_kernels.paged_attention.cpu import calls
+from jaxserve.pallas_kernels.paged_attention.cpu import attention_calls as calls
 from tests.kernels.packing import needs_avx512_bf16
 
 T, R, K, G, D = 8, 3, 2, 2, 40

@@ -181,7 +181,7 @@ def test_a_bundle_that_does_not_fit_is_refused(copy, name, monkeypatch):
     def refuse(*_: object) -> None:
         raise AssertionError("weights were loaded for a bundle that does not fit")
 
-    monkeypatch.setattr("jaxserve.runner.startup.random_params", refuse)
+    monkeypatch.setattr("jaxserve.runner.engine_startup.random_params", refuse)
     spoil, reason = REFUSALS[name]
     spoil(copy)
     with pytest.raises(BundleError, match=reason) as refused:

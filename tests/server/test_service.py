@@ -13,7 +13,7 @@ from jaxserve.engine.messages import EngineStats
 from jaxserve.frontend.delta import Cause, Delta
 from jaxserve.request import FinishReason, SamplingParams
 from jaxserve.serving.call_interceptor import CallContext
-from jaxserve.serving.client import generate_request, join
+from jaxserve.serving.grpc_client import generate_request, join
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 from jaxserve.serving.service import _errors_as_status

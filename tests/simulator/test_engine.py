@@ -11,9 +11,9 @@ from jaxserve.config.scheduling import FORMATIONS, MODES, VICTIMS
 from jaxserve.planning.step_cost_models import HostCosts
 from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.simulator.fast_forward import stretch_times
-from jaxserve.simulator.report import report
 from jaxserve.simulator.simulated_engine import SimulatedEngine
 from jaxserve.simulator.simulation import ClientRule, SimulationResult, requests_of, simulate
+from jaxserve.simulator.simulation_report import report
 from jaxserve.simulator.traces import Trace, make_trace
 from jaxserve.telemetry.batch_metrics import run_metrics
 from jaxserve.telemetry.recorder import Recorder, StepRecorded

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
-from jaxserve.pallas_kernels.paged_attention.triton import plan as plans
+from jaxserve.pallas_kernels.paged_attention.triton import kernel_plan as plans
 from jaxserve.pallas_kernels.paged_attention.triton.attend import (
     LOG2_E,
     LOWEST_EXPONENT,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
-from jaxserve.pallas_kernels.paged_attention.triton import plan as plans
+from jaxserve.pallas_kernels.paged_attention.triton import kernel_plan as plans
 from jaxserve.pallas_kernels.paged_attention.triton.attend import Pages, Queries, Tile, addressed, attend, initial_state
 from jaxserve.pallas_kernels.paged_attention.triton.backend import pl, triton
 from jaxserve.pallas_kernels.paged_attention.triton.tuning import PrefillConfig

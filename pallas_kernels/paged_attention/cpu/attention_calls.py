@@ -17,7 +17,9 @@ from numba import cfunc, njit, types
 from jaxserve.pallas_kernels.cpu import features, ffi
 from jaxserve.pallas_kernels.cpu.emitter import LANES
 from jaxserve.pallas_kernels.paged_attention.cast import encode
-from jaxserve.pallas_kernels.paged_attention.cpu import attend, vectors, write
+from jaxserve.pallas_kernels.paged_attention.cpu import attend_loops as attend
+from jaxserve.pallas_kernels.paged_attention.cpu import vectors
+from jaxserve.pallas_kernels.paged_attention.cpu import write_loops as write
 from jaxserve.pallas_kernels.paged_attention.pool import new_pool, value_dtype
 from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec, Use
 

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu import device, llama
+from benchmarks.gpu import device
+from benchmarks.gpu import llama_shape as llama
 from benchmarks.gpu.record import AbsentError, Record, Settings
 from jaxserve.models.config import ModelConfig
 
