@@ -97,7 +97,7 @@ class DecodingSet:
     def complete(self) -> list[Sequence]:
         """Returns the sequences whose last allowed token is sampled, so that nothing remains to compute.
 
-        Returns none of those with draft tokens in flight that may be rejected: they end once the result is known.
+        Returns none when draft tokens in flight may be rejected: those sequences end once the result is known.
         """
         if self._tokens_per_step > 1:
             return []
