@@ -150,7 +150,8 @@ class SlotValue:
     least: int | None = None
 
     def elements(self, value: int | tuple[int, ...]) -> Sequence[int]:
-        """The first elements of a slot that has several: those of a tuple, or a number in 32-bit words, high first."""
+        """Returns the first elements of a slot that has several: those of a tuple, or a number in 32-bit words, high
+        first."""
         if isinstance(value, tuple):
             return value
         return [value >> 32 * word & 0xFFFFFFFF for word in reversed(range(self.width or 1))]

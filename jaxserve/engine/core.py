@@ -1,4 +1,4 @@
-"""The engine loop: schedule step N + 1 and dispatch it, then read the ids of step N.
+"""Runs the engine loop: schedules step N + 1 and dispatches it, then reads the ids of step N.
 
     message -> handle -> Scheduler.add
     step:  plan    = scheduler.schedule(now)

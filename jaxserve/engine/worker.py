@@ -58,7 +58,7 @@ def serve(connection: socket.socket) -> int:
         with contextlib.closing(tracking):
             _loop(core, sender, mailbox.inbox)
     except ConnectionError:
-        return 0  # the front end is gone and nobody is left to answer
+        return 0  # the front end has gone, so no answer is needed
     except EngineBrokenError as error:  # the log has the faults that led to it
         sender.send([encode(EngineFailed(str(error)))])
         return 1

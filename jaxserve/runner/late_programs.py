@@ -90,7 +90,7 @@ class LatePrograms:
             self._process.stdin.close()
         programs = self._programs()
         if programs is None:
-            return  # nobody waits for the rest
+            return  # the rest is no longer needed
         self._cache.prune()
         there, seconds = len(programs.executables), time.perf_counter() - self._start
         if not programs.missing:

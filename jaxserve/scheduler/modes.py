@@ -124,7 +124,7 @@ class Separated(Mode):
         prefill = prompts and (
             not running.decoding
             or order == "prefill_first"
-            or (order == "alternating" and self._decoded_last)  # decode_first: only when nobody decodes
+            or (order == "alternating" and self._decoded_last)  # decode_first: only when no sequence decodes
         )
         self._decoded_last = not prefill
         return StepLimits(decode=not prefill, prefill=prefill, prompts=self.config.batching.max_prefill_seqs)

@@ -1,4 +1,4 @@
-"""The plan of one step: the scheduler makes it and the runner carries it out."""
+"""Defines the plan of one step: the scheduler makes it and the runner executes it."""
 
 from __future__ import annotations
 

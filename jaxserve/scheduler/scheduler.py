@@ -4,8 +4,9 @@
                prompts in progress continue; waiting ones are admitted; padding of the bucket is filled
     update     the sampled ids are appended; finished sequences leave
 
-What varies has a place of its own: modes.py (which work a step may hold), formation.py (whom it takes in), policies.py
-(who goes first), preemption.py (who gives way), limits.py (how much). step_builder.py puts a step together from them.
+The rules are in files of their own: modes.py (which work a step may hold), admission_order.py (which requests join),
+policies/ (in which order), preemption.py (which ones are preempted), budgets.py (how many tokens). step_builder.py
+builds a step from them.
 
 Decoding sequences are columns (`DecodingSet`): a step updates all of them with a few numpy calls, whatever their
 number. The scheduler itself handles the others, and those that allocate a page, end or are preempted.
