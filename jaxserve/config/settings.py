@@ -212,8 +212,8 @@ class ServerConfig:
 
     host, port: where it listens; port 0 takes a free one. engine: the engine it serves.
     engine_process: the engine runs in a process of its own, away from the front end's interpreter lock.
-    max_message_bytes: largest request message. served_model_name: the model name that clients see; None is the last
-    part of the model's path.
+    max_message_bytes: largest request message. served_model_name: the model name that clients see; None derives it from
+    the end of the model's path.
     drain_seconds: how long running requests may finish after SIGTERM.
     max_unread_tokens: output tokens of one request that may wait for its reader, beyond what the connection buffers;
     the request of a reader that falls further behind is ended. limits: bounds what clients may hold open.
