@@ -1,7 +1,7 @@
 """The matrix products of a decode step of Llama-3.1-8B, in bfloat16 and in fp8: where a step's time would go without
 anything else.
 
-Compiled as the engine compiles them. An fp8 product is timed alone, and with what quantised weights need around it: a
+Compiled as the engine compiles them. An fp8 product is timed alone, and with what quantized weights need around it: a
 scale of each row and one of each column on the sum in float32, rounded once.
 """
 

@@ -103,7 +103,7 @@ def slow_readers(
     gaps: dict[str, list[float]] = {"all_fast": [], "with_slow": []}
     for repeat in range(repeats):
         found = {}
-        for name in list(gaps) if repeat % 2 == 0 else list(gaps)[::-1]:  # so that a drift favours neither
+        for name in list(gaps) if repeat % 2 == 0 else list(gaps)[::-1]:  # so that a drift favors neither
             seen, _ = _drive(target, requests, rate, marks if name == "with_slow" else None, slowness)
             others = [one for one, mark in zip(seen, marks, strict=True) if not mark]
             gaps[name] += [gap for one in others if not one.error for gap in one.itls]

@@ -173,7 +173,7 @@ class FittedCosts:
         columns = np.array([_features(step.shapes, token_sizes, row_sizes) for step in steps])
         found = _non_negative(columns, measured)
         for _ in range(_REWEIGHTINGS):
-            # Weighted by what is fitted, never by what was measured: that would favour the steps that happened to be
+            # Weighted by what is fitted, never by what was measured: that would favor the steps that happened to be
             # fast, and the sum of all steps would come out too small.
             weight = 1 / np.sqrt(np.maximum(columns @ found, measured.mean() / 100))
             found = _non_negative(columns * weight[:, None], measured * weight)

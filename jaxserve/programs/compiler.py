@@ -98,7 +98,7 @@ class ProgramSet:
 def fresh_compilations() -> Iterator[None]:
     """Keeps jax's cache of compiled programs out of this process meanwhile.
 
-    What comes from the cache cannot be written to a bundle (serialised a second time it has lost its functions), and
+    What comes from the cache cannot be written to a bundle (serialized a second time it has lost its functions), and
     leaves no dump.
     """
     if not cache_in_use():
@@ -146,7 +146,7 @@ def compile_program(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.stages.C
 
 def program_memory(executable: jax.stages.Compiled) -> ProgramMemory:
     """What the compiler's memory analysis says of a program. It states no code for a CPU: there it is what the program
-    serialises to. One that was compiled for a target has no devices of its own."""
+    serializes to. One that was compiled for a target has no devices of its own."""
     analysis: Any = executable.memory_analysis()
     runtime: Any = executable.runtime_executable()
     code = analysis.generated_code_size_in_bytes

@@ -13,10 +13,10 @@ from jaxserve.programs.step_programs import ProgramKey, Shapes, program_keys
 
 CODE_BYTES = 4 * 1024 * 1024
 """Allowance for a program's code and command buffer where the compiler states none, as those for GPUs do: an 8B model's
-programs serialise to at most 2 MB."""
+programs serialize to at most 2 MB."""
 
 LOADED_TIMES = 22
-"""Resident bytes of a program that XLA's CPU backend has loaded, for each byte that it serialises to: measured 20 to
+"""Resident bytes of a program that XLA's CPU backend has loaded, for each byte that it serializes to: measured 20 to
 23, for programs of 0.3 and of 1.2 MB."""
 
 

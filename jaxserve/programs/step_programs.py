@@ -36,7 +36,7 @@ from jaxserve.models.layers.attention_backends import (
 )
 from jaxserve.models.layers.matmul import Products
 from jaxserve.models.params import abstract_params, bind, products_for
-from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, is_quantised, pool_spec
+from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, is_quantized, pool_spec
 from jaxserve.programs.layout import MASK_ROWS, forward_layout, mask_layout, sample_layout, table_layout
 from jaxserve.programs.sampler import sample
 from jaxserve.programs.slots import Slots
@@ -53,7 +53,7 @@ class Weights(NamedTuple):
     """What a forward program computes with.
 
     params: the model's parameters. kv_scales: for each layer float32 [K] and [K], what the stored keys and values of
-    each head are multiplied by; None unless pages are quantised.
+    each head are multiplied by; None unless pages are quantized.
     """
 
     params: Any
@@ -263,8 +263,8 @@ def abstract_pools(shapes: Shapes, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
 
 
 def abstract_kv_scales(shapes: Shapes, mesh: Mesh) -> list[tuple[jax.ShapeDtypeStruct, ...]] | None:
-    """The scales of quantised pages, split as the pools are; None where pages are not quantised."""
-    if not is_quantised(shapes.pool_dtype):
+    """The scales of quantized pages, split as the pools are; None where pages are not quantized."""
+    if not is_quantized(shapes.pool_dtype):
         return None
     sharding = NamedSharding(mesh, SCALE_PARTITION)
     scale = jax.ShapeDtypeStruct((shapes.model.num_key_value_heads,), jnp.float32, sharding=sharding)

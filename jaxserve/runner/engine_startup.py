@@ -24,7 +24,7 @@ from jaxserve.config.settings import EngineConfig
 from jaxserve.models.loading.checkpoint import load, load_kv_scales, read_ahead
 from jaxserve.models.loading.kv_scales import calibrate, placed
 from jaxserve.models.params import abstract_params, make_mesh, pack_for, random_params
-from jaxserve.pallas_kernels.paged_attention import is_quantised
+from jaxserve.pallas_kernels.paged_attention import is_quantized
 from jaxserve.planning.memory_plan import MemoryPlan, MemoryPlanner, claim_memory, local_memory
 from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.programs.aot.bundle import Bundle, bundled_cache
@@ -295,8 +295,8 @@ def _ready_when_servable(config: EngineConfig, platform: str, server: bool) -> b
 def _read_weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> tuple[Weights, str]:
     dummy = config.load_format == "dummy"
     stored = None
-    quantised = is_quantised(shapes.pool_dtype)
-    if quantised and not dummy:
+    quantized = is_quantized(shapes.pool_dtype)
+    if quantized and not dummy:
         stored = load_kv_scales(str(config.model), shapes.model)  # malformed ones fail before the weights are read
     if dummy:
         params = random_params(shapes.model, shapes.dtype, mesh, config.seed)
@@ -304,9 +304,9 @@ def _read_weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> tuple[Wei
         params = load(str(config.model), shapes.model, shapes.dtype, mesh)
     products = products_of(shapes, mesh)
     scales, told = None, shapes.pool_dtype
-    if quantised and stored is not None:
+    if quantized and stored is not None:
         scales, told = stored.of(shapes.pool_dtype), f"{told}, scales from the checkpoint"
-    elif quantised:
+    elif quantized:
         plain = dataclasses.replace(products, packed=False)
         scales = calibrate(shapes.model, params, shapes.pool_dtype, mesh, plain)
         told = f"{told}, scales measured with random tokens"

@@ -72,15 +72,15 @@ class StepMetrics:
 
     Per step: sequences, tokens (useful ones), padding, prefill_share (of the useful tokens), waiting, running, swapped
     (requests), page_use (pages that sequences hold, of all), gap_seconds (in which the device had nothing to do before
-    the step, at most). Over all steps: prefill_tokens, decode_tokens, utilisation (useful over computed tokens) and
-    device_utilisation (time in which the device had a step to compute, over the time of the run). preemptions: by kind.
+    the step, at most). Over all steps: prefill_tokens, decode_tokens, utilization (useful over computed tokens) and
+    device_utilization (time in which the device had a step to compute, over the time of the run). preemptions: by kind.
     """
 
     steps: int
     prefill_tokens: int
     decode_tokens: int
-    utilisation: float
-    device_utilisation: float
+    utilization: float
+    device_utilization: float
     preemptions: Mapping[str, int]
     sequences: Spread
     tokens: Spread
@@ -117,8 +117,8 @@ class StepMetrics:
             steps=len(steps),
             prefill_tokens=int(prefill.sum()),
             decode_tokens=int(decode.sum()),
-            utilisation=_share(useful.sum(), useful.sum() + padding.sum()),
-            device_utilisation=_share(busy, seconds),
+            utilization=_share(useful.sum(), useful.sum() + padding.sum()),
+            device_utilization=_share(busy, seconds),
             preemptions=dict(preemptions),
             sequences=spread(column("rows")),
             tokens=spread(useful),
@@ -219,8 +219,8 @@ def table(metrics: RunMetrics) -> list[str]:
     if steps is not None:
         kinds = ", ".join(f"{count} by {kind}" for kind, count in steps.preemptions.items())
         lines.append(
-            f"{steps.steps} steps: batch utilisation {100 * steps.utilisation:.1f} %, device utilisation "
-            f"{100 * steps.device_utilisation:.1f} %, preemptions: {kinds}"
+            f"{steps.steps} steps: batch utilization {100 * steps.utilization:.1f} %, device utilization "
+            f"{100 * steps.device_utilization:.1f} %, preemptions: {kinds}"
         )
         rows += [(name, getattr(steps, field), unit) for name, field, unit in _FILLS]
     lines.append(f"{'':18}{'mean':>12}{'p50':>12}{'p90':>12}{'p99':>12}")

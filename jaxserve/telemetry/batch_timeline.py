@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 class CompositionTracker:
     """Sums over runs of consecutive steps, one step a point as long as there are few.
 
-    max_points: when so many are full, neighbours are joined two by two, and each holds twice as many steps from then
+    max_points: when so many are full, neighbors are joined two by two, and each holds twice as many steps from then
     on; memory and the size of what is written do not grow with the run.
     """
 
@@ -90,7 +90,7 @@ class CompositionTracker:
                 columns[name][-1] += value
             return
         if len(steps) == self._max_points:
-            self._join_neighbours()
+            self._join_neighbors()
         columns["begin"].append(step.time)
         for name, value in values.items():
             columns[name].append(value)
@@ -101,7 +101,7 @@ class CompositionTracker:
         points["begin"] = [time - points["begin"][0] for time in points["begin"]]
         return {"pages": self._pages, "points": points}
 
-    def _join_neighbours(self) -> None:
+    def _join_neighbors(self) -> None:
         self._steps_of_a_point *= 2
         for name, values in self._columns.items():
             first, second = values[::2], values[1::2]

@@ -26,10 +26,10 @@ POOL_PARTITION = P(None, None, "tensor", None, None)
 """Where a layer's pool [num_pages, 2, K, page_size, D] lives on a mesh with the axis `tensor`."""
 
 SCALE_PARTITION = P("tensor")
-"""Where a scale [K] of a quantised pool lives."""
+"""Where a scale [K] of a quantized pool lives."""
 
 Scales = tuple[jax.Array, jax.Array]
-"""Of a layer's quantised pool: float32 [K] for keys, [K] for values. Arrays of their own, and not slices of one for all
+"""Of a layer's quantized pool: float32 [K] for keys, [K] for values. Arrays of their own, and not slices of one for all
 layers, because XLA copies each slice in every step to hand it to a kernel."""
 
 
@@ -64,7 +64,7 @@ class LayerCache(NamedTuple):
     Attributes:
         pool: [num_pages, 2, K, page_size, D].
         scales: what the stored keys and the stored values of each head are multiplied by; None unless the pool is
-            quantised.
+            quantized.
     """
 
     pool: jax.Array
@@ -72,7 +72,7 @@ class LayerCache(NamedTuple):
 
 
 def layer_caches(pools: Sequence[jax.Array], kv_scales: Sequence[Scales] | None = None) -> list[LayerCache]:
-    """The caches of all layers: their pools, and the scales of each where they are quantised."""
+    """The caches of all layers: their pools, and the scales of each where they are quantized."""
     if kv_scales is None:
         return [LayerCache(pool) for pool in pools]
     return [LayerCache(pool, scales) for pool, scales in zip(pools, kv_scales, strict=True)]

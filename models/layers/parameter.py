@@ -25,7 +25,7 @@ Params = dict[Any, Any]
 
 
 class Form(enum.Enum):
-    """How a parameter is held. Quantised forms (fp8, int8, int4, MXFP4) join here, each with its scales."""
+    """How a parameter is held. Quantized forms (fp8, int8, int4, MXFP4) join here, each with its scales."""
 
     DENSE = "dense"
 

@@ -59,7 +59,7 @@ def check(directory: str | pathlib.Path, config: ModelConfig, *, scales: bool = 
     Args:
         directory: as for `load`.
         config: from `ModelConfig.from_directory`.
-        scales: that scales of quantised keys and values will be asked for; they are read.
+        scales: that scales of quantized keys and values will be asked for; they are read.
 
     Raises:
         ValueError: as `load` and, with `scales`, `load_kv_scales` raise it.
@@ -118,7 +118,7 @@ def read_ahead(directory: str | pathlib.Path, config: ModelConfig) -> None:
 
 
 def load_kv_scales(directory: str | pathlib.Path, config: ModelConfig) -> KVScales | None:
-    """The scales of quantised keys and values in a checkpoint directory; None where it has none.
+    """The scales of quantized keys and values in a checkpoint directory; None where it has none.
 
     Arguments are those of `load`. Raises ValueError where they are malformed or incomplete.
     """
@@ -139,7 +139,7 @@ def save_orbax(
         params: as `load` or `params_of` return them.
         config: their architecture.
         directory: made if missing; one that holds a checkpoint already is a ValueError.
-        scales: of quantised keys and values, as `load_kv_scales` returns them; saved as `kv_scales.json`.
+        scales: of quantized keys and values, as `load_kv_scales` returns them; saved as `kv_scales.json`.
     """
     directory = pathlib.Path(directory).absolute()
     if (directory / ORBAX_FOLDER).exists() or has_safetensors(directory):
@@ -262,7 +262,7 @@ def _unneeded(tensor: str, config: ModelConfig) -> bool:
     """Whether a checkpoint may hold this tensor though no parameter takes it."""
     if tensor == HEAD:
         return config.tie_word_embeddings  # a duplicate of the embedding: they were compared
-    # Scales are a setting of quantised pages, not of the model.
+    # Scales are a setting of quantized pages, not of the model.
     return kv_scales.kv_scale(tensor) is not None or tensor.endswith(ROTARY_BUFFER)
 
 

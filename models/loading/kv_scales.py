@@ -1,4 +1,4 @@
-"""Scales of quantised keys and values, one a layer and key-value head: from the checkpoint, or measured.
+"""Scales of quantized keys and values, one a layer and key-value head: from the checkpoint, or measured.
 
 A pool stores x / scale, so a head's scale is the greatest magnitude that it shall hold over the greatest that the
 pool's dtype has (448 for float8_e4m3fn, 127 for int8). A checkpoint that was calibrated with text has the better
@@ -84,7 +84,7 @@ _KV_SIDES = {
 
 
 def kv_scale(tensor: str) -> tuple[int, tuple[int, ...]] | None:
-    """(layer, sides) of a tensor that scales quantised keys (side 0), values (1) or both; None for any other.
+    """(layer, sides) of a tensor that scales quantized keys (side 0), values (1) or both; None for any other.
 
     The names are those that compressed-tensors, ModelOpt, Quark and early releases of vLLM's tools write.
     """

@@ -134,7 +134,7 @@ def test_lengths_at_the_edges_of_pages_blocks_and_chunks(layer: Layer):
 
 
 @pytest.mark.parametrize("pool_dtype", QUANTISED_DTYPES)
-def test_quantised_values_come_out_within_their_rounding(pool_dtype: str):
+def test_quantized_values_come_out_within_their_rounding(pool_dtype: str):
     layer = Layer(pool_dtype=pool_dtype)
     step = Step(layer, [Row(200, 1), Row(256, 20), Row(9, 9)], 3)
     assert step.scales is not None

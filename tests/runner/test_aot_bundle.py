@@ -90,7 +90,7 @@ def test_an_engine_starts_from_a_bundle_without_compiling(bundle, monkeypatch):
     assert loaded.info.num_executables == 5
     assert (compiled.info.bundle, loaded.info.bundle) == (None, str(bundle))
     for key, memory in compiled.programs.memory.items():
-        # Serialised, a program holds its compiler's options too, and a bundle's has more of them.
+        # Serialized, a program holds its compiler's options too, and a bundle's has more of them.
         code = pytest.approx(memory.code, rel=0.01, abs=256)
         assert dataclasses.asdict(loaded.programs.memory[key]) == dataclasses.asdict(memory) | {"code": code}
     assert loaded.programs.memory.keys() == compiled.programs.memory.keys()

@@ -212,7 +212,7 @@ def mixed(temperature: float) -> Iterator[EngineRequest]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_constrained_request_obeys_and_its_neighbours_do_not_notice(runner, temperature):
+def test_a_constrained_request_obeys_and_its_neighbors_do_not_notice(runner, temperature):
     free, _ = serve(runner, list(mixed(temperature)), None)
     timed = Timed(runner)
     found, _ = serve(timed, list(mixed(temperature)), timed)

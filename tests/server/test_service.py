@@ -240,7 +240,7 @@ def test_a_request_id_in_use_already_exists(tokenizer):
     run_served(body, tokenizer)
 
 
-def test_a_failed_request_is_internal_and_its_neighbour_goes_on(tokenizer):
+def test_a_failed_request_is_internal_and_its_neighbor_goes_on(tokenizer):
     async def body(served: Served) -> None:
         served.engine.pause()
         good = asyncio.ensure_future(served.client.generate_text("good", GREEDY, request_id="good"))

@@ -205,8 +205,8 @@ def test_the_device_is_not_used_while_there_are_no_requests():
     result = simulate(make_config(), trace, SimpleCosts(), make_device(), client=ClientRule("exact"), recorder=recorder)
     steps = run_metrics(recorder).steps
     assert steps is not None
-    assert steps.device_utilisation == pytest.approx(8 / 16)
-    assert report(result).device_utilisation == pytest.approx(8 / 16)
+    assert steps.device_utilization == pytest.approx(8 / 16)
+    assert report(result).device_utilization == pytest.approx(8 / 16)
     unused = [event.unused_seconds for event in recorder if isinstance(event, StepRecorded)]
     assert unused == [0.0] * 4 + [8.0] + [0.0] * 3
 

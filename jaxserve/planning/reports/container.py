@@ -1,4 +1,4 @@
-"""The bytes inside a serialised XLA executable: a Riegeli record file, compressed with Snappy.
+"""The bytes inside a serialized XLA executable: a Riegeli record file, compressed with Snappy.
 
 Formats: https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md and
 https://github.com/google/snappy/blob/main/format_description.txt. Only what XLA writes is read: simple chunks, without
@@ -24,7 +24,7 @@ class UnreadableError(ValueError):
 
 
 def contents(serialized: bytes) -> bytes:
-    """All that a serialised executable holds, decompressed and in order; record files within records too.
+    """All that a serialized executable holds, decompressed and in order; record files within records too.
 
     serialized: what an executable's `serialize()` returned. One that holds no record file is returned as it is.
     Raises UnreadableError where a chunk is of a kind that XLA does not write today, or damaged.

@@ -1,4 +1,4 @@
-"""What the machine code of a kernel uses, read from the cubins inside a serialised executable.
+"""What the machine code of a kernel uses, read from the cubins inside a serialized executable.
 
 A cubin is an ELF file with a section of code for each kernel. Registers stand in the section .nv.info, static shared
 memory is a section of its own. Spills stand nowhere: they are counted as the assembler counts them, from the

@@ -1,7 +1,7 @@
 """Compiled programs in a directory: written where they are compiled, loaded by an engine of the same kind elsewhere.
 
     manifest.json        what the programs were compiled from, by and for; of each program its file and its arguments
-    programs/KIND_SIZE   the runtime's own serialised executable
+    programs/KIND_SIZE   the runtime's own serialized executable
 
 Loading verifies everything and refuses with the name of what differs: an executable that was made for other shapes,
 another version or another device would at best fail and at worst compute something else. Nothing is unpickled, but an
@@ -124,7 +124,7 @@ class BundleWriter:
 
     def add(self, key: ProgramKey, compiled: jax.stages.Compiled) -> int:
         """Writes one program, which must have been compiled within `fresh_compilations`; returns its bytes."""
-        assert not cache_in_use(), "what comes from jax's cache cannot be serialised again"
+        assert not cache_in_use(), "what comes from jax's cache cannot be serialized again"
         name = f"{key.kind}_{key.size}"
         executable: Any = compiled.runtime_executable()
         data = executable.serialize()

@@ -1,7 +1,7 @@
 """Compiled programs kept between starts, in a directory that belongs to this user alone.
 
     NAME.program     NAME: hash of all that decides what the program is
-                     32 bytes: SHA-256 of the rest; one line of JSON: what it is; the runtime's serialised executable
+                     32 bytes: SHA-256 of the rest; one line of JSON: what it is; the runtime's serialized executable
 
 An entry is written beside its place and renamed, so that it is there as a whole or not at all, and verified before the
 runtime sees it: one that was damaged is thrown away and compiled anew. jax's own cache does neither, and needs every

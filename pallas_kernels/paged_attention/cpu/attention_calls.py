@@ -61,7 +61,7 @@ _OUTLINED: dict[Any, tuple[Any, Any]] = {}
 
 
 def _outlined(work: Any) -> Any:
-    """The njit function that does `work` behind a pointer, where it is not optimised again with each of its callers."""
+    """The njit function that does `work` behind a pointer, where it is not optimized again with each of its callers."""
     with _LOCK:
         if work not in _OUTLINED:
             vectors.compile_functions()
