@@ -20,10 +20,10 @@ from benchmarks.load import datasets, runs
 from benchmarks.load.runs import Target
 from benchmarks.load.server_process import started_server
 from benchmarks.random_checkpoint import write_checkpoint
-from benchmarks.sides.process import Side, start_jaxserve
+from benchmarks.sides.side_process import Side, start_jaxserve
 from benchmarks.spread import spread, spread_text
 from benchmarks.work import SHAPES, WORKLOADS
-from jaxserve.serving.client import Client
+from jaxserve.serving.grpc_client import Client
 
 MODEL_LEN = 1024
 ROWS = 64

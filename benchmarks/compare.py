@@ -27,7 +27,7 @@ from benchmarks.sides.contest import (
     started,
     take_turns,
 )
-from benchmarks.sides.process import Side, SideError
+from benchmarks.sides.side_process import Side, SideError
 from benchmarks.work import SHAPES, WORKLOADS, Work, Workload
 
 

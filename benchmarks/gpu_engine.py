@@ -32,7 +32,7 @@ import numpy as np
 from benchmarks import report
 from benchmarks.experiments.batching import MODES
 from benchmarks.experiments.cases import Case
-from benchmarks.experiments.figures import summary
+from benchmarks.experiments.run_figures import summary
 from benchmarks.experiments.sides import EngineSide
 from benchmarks.experiments.simulation_check import FIGURES, figures
 from benchmarks.experiments.workloads import beside_decodes, ten_requests

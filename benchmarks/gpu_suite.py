@@ -32,7 +32,10 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks import report
-from benchmarks.gpu import kit, pages, plots, process
+from benchmarks.gpu import kit
+from benchmarks.gpu import suite_pages as pages
+from benchmarks.gpu import suite_plots as plots
+from benchmarks.gpu import suite_process as process
 from benchmarks.gpu.parts import PARTS, TUNING, Part
 from benchmarks.gpu.record import FAILED, NOT_RUN, OK, RESTART_STATUS, RUNNING, Settings, dumps
 

@@ -32,7 +32,8 @@ _PLACES: tuple[tuple[type, str, str], ...] = (
     (Scheduler, "schedule", "schedule"),
     (ForwardPacker, "pack", "pack"),
     (SamplePacker, "pack", "pack"),
-    (StepExecutor, "dispatch", "dispatch"),
+    (StepExecutor, "dispatch_forward", "dispatch"),
+    (StepExecutor, "dispatch_sample", "dispatch"),
     (StepExecutor, "collect", "collect"),
     (Scheduler, "update", "update"),
 )

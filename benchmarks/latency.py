@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report
-from benchmarks.load.figures import statistics_ms
+from benchmarks.load.load_figures import statistics_ms
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.sides import contest
 from benchmarks.sides.contest import Contestant
-from benchmarks.sides.process import Run
+from benchmarks.sides.side_process import Run
 from benchmarks.spread import spread_text
 from benchmarks.work import SHAPES, Work, random_work
 

@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks import report
 from jaxserve.config.scheduling import PredictionConfig
 from jaxserve.request import EngineRequest, RequestOptions
-from jaxserve.scheduler.prediction import OutputLengthPredictor
+from jaxserve.scheduler.length_prediction import OutputLengthPredictor
 from jaxserve.simulator.trace_files import read_trace
 from jaxserve.simulator.traces import Trace
 

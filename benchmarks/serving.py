@@ -21,17 +21,17 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.load import datasets, runs
-from benchmarks.load.client import Slowness
 from benchmarks.load.datasets import LoadRequest
-from benchmarks.load.figures import parse_goodput
-from benchmarks.load.plots import latency_against_throughput
+from benchmarks.load.load_client import Slowness
+from benchmarks.load.load_figures import parse_goodput
+from benchmarks.load.load_plots import latency_against_throughput
 from benchmarks.load.runs import Target
 from benchmarks.load.server_process import started_server
 from benchmarks.random_checkpoint import write_checkpoint
-from benchmarks.sides.process import start_jaxserve
+from benchmarks.sides.side_process import start_jaxserve
 from benchmarks.spread import spread_text
 from benchmarks.work import SHAPES
-from jaxserve.serving.client import AsyncClient
+from jaxserve.serving.grpc_client import AsyncClient
 from jaxserve.simulator.trace_files import trace_rows
 
 RANDOM_MODEL_LEN = 1024

@@ -24,7 +24,7 @@ import grpc
 
 from jaxserve.config.sampling_fields import Flag, Ids, Number, SamplingField, Texts
 from jaxserve.request import SAMPLING_FIELDS, SamplingParams
-from jaxserve.serving.client import DEFAULT_ADDRESS, Client, join
+from jaxserve.serving.grpc_client import DEFAULT_ADDRESS, Client, join
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130

@@ -1,4 +1,4 @@
-"""Offline generation in Python: `LLM(model=...).generate(prompts, params)`; names follow vLLM's."""
+"""Generates text offline in Python: `LLM(model=...).generate(prompts, params)`; names follow vLLM's."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.request import InfeasibleError, RequestOptions, SamplingParams
 
 Prompt = str | Mapping[str, Any]
-"""Text, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
+"""A prompt: text, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CompletionOutput:
-    """One generated output.
+    """Holds one generated output.
 
     text: continues the prompt, so that both together are the text of all tokens; special tokens are not shown.
     finish_reason: "stop", "length", "abort" when its deadline passed or was out of reach, or "error" when this request
@@ -38,7 +38,7 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:
-    """A prompt and what became of it.
+    """Holds a prompt and its result.
 
     prompt: None when token ids were given. num_cached_tokens: prompt tokens taken from the prefix cache.
     error: one line when outputs[0].finish_reason is "abort" or "error".
@@ -54,7 +54,7 @@ class RequestOutput:
 
 
 class LLM:
-    """A model and an engine in this process.
+    """Runs a model and an engine in this process.
 
     model: checkpoint directory; options are the fields of EngineConfig, SchedulerConfig and CacheConfig (vLLM's names).
     config: the whole configuration instead of model and options.
@@ -84,7 +84,7 @@ class LLM:
         return self._front_end
 
     def get_tokenizer(self) -> Tokenizer | None:
-        """The tokenizer; None with skip_tokenizer_init."""
+        """Returns the tokenizer; None with skip_tokenizer_init."""
         return self._front_end.tokenizer
 
     def generate(
@@ -97,13 +97,22 @@ class LLM:
         tenant: str | Sequence[str] = "",
         deadline: float | Sequence[float | None] | None = None,
     ) -> list[RequestOutput]:
-        """The outputs of the prompts, in their order, however many there are.
+        """Generates an output for each prompt and returns them in order, however many there are.
 
-        sampling_params: one for all, one for each, or None for the defaults. priority (higher is more urgent), tenant
-        (whom service is counted for), deadline (seconds of `time.time`; what has not ended by then ends with "abort"):
-        one for all or one for each. Policies go by them among the requests under way, twice max_num_seqs at most.
-        Raises ValueError, naming the prompt's index, before anything is computed when any prompt is invalid;
-        EngineDeadError when the engine fails.
+        priority, tenant and deadline are one value for all prompts or one for each. Policies apply them among the
+        requests in flight, at most twice max_num_seqs.
+
+        Args:
+            prompts: one prompt, or several.
+            sampling_params: one for all, one for each, or None for the defaults.
+            use_tqdm: shows a progress bar.
+            priority: higher is more urgent.
+            tenant: the tenant that service is counted for.
+            deadline: seconds of `time.time`; a request that has not ended by then ends with "abort".
+
+        Raises:
+            ValueError: a prompt is invalid; the error names its index and comes before anything is computed.
+            EngineDeadError: the engine failed.
         """
         given: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = _params_for(given, sampling_params)
@@ -183,7 +192,7 @@ def _params_for(
 
 
 def _one_each(name: str, prompts: Sequence[Prompt], value: Any) -> Sequence[Any]:
-    """The values for the prompts: a list or tuple has one for each, anything else is for all."""
+    """Returns the values for the prompts: a list or tuple has one for each, any other value applies to all."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         return [value] * len(prompts)
     if len(value) != len(prompts):
@@ -192,7 +201,7 @@ def _one_each(name: str, prompts: Sequence[Prompt], value: Any) -> Sequence[Any]
 
 
 def _content(prompt: Prompt) -> str | Sequence[int]:
-    """The text or token ids of a prompt. Raises ValueError when it is neither."""
+    """Returns the text or token ids of a prompt. Raises ValueError when it is neither."""
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, Mapping):

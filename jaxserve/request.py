@@ -1,4 +1,4 @@
-"""What a client asks for and what becomes of it: sampling parameters, requests, statuses, finish reasons.
+"""Defines requests and their outcomes: sampling parameters, options, statuses, finish reasons.
 
 Standard library only. A `SamplingParams` validates itself where it is made, so nothing invalid travels further;
 what depends on the model (vocabulary, context, pool) is checked by `validate_request`.
@@ -29,11 +29,11 @@ from jaxserve.config.shown import shown
 MAX_ID_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 16
 STOP_WIDTH = 32
-"""Stop token ids that a slot has room for: the model's own and the client's."""
+"""Maximum number of stop token ids in a slot: the model's own and the client's."""
 
 
 class FinishReason(enum.Enum):
-    """Why a request's last token is its last; the values are the words that clients see."""
+    """Enumerates the reasons why a request ended; the values are the words that clients see."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -42,11 +42,11 @@ class FinishReason(enum.Enum):
 
 
 COMPLETED = frozenset({FinishReason.STOP.value, FinishReason.LENGTH.value})
-"""The words of requests that got all of their tokens."""
+"""Finish reasons of requests that got all of their tokens."""
 
 
 class RequestStatus(enum.Enum):
-    """Where a request stands.
+    """Enumerates the states of a request.
 
     PREEMPTED waits like WAITING, in front of it, with its tokens kept; SWAPPED too, with its pages kept in host memory.
     ENDING has its last token sampled, but its id is not read yet, or its batch not at its end: it holds neither slot
@@ -62,12 +62,13 @@ class RequestStatus(enum.Enum):
 
 
 class InfeasibleError(ValueError):
-    """A well-formed request that this server could never run, however long it waits."""
+    """Signals a well-formed request that this server could never run, however long it waits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowSampling:
-    """The sampling parameters that the device keeps for each row: the table that slots, layout and packing follow.
+    """Defines the sampling parameters that the device stores for each row: the table that slots, layout and packing
+    follow.
 
     A field is a row: name, type and default, and in its metadata what is allowed, what it means and how a slot holds
     it. `SamplingParams` adds what only the host looks at.
@@ -121,7 +122,7 @@ class RowSampling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams(RowSampling):
-    """How tokens are chosen and when to stop. Names are vLLM's.
+    """Controls how tokens are sampled and when generation stops. Names are vLLM's.
 
     What a field means and takes is said where it is defined, and in docs/sampling.md, which follows from that. Raises
     ValueError, where it is made, naming the field, its value and the limit.
@@ -163,15 +164,15 @@ class SamplingParams(RowSampling):
 ROW_FIELDS: Mapping[str, SlotValue] = {
     name: row.slot for name, row in fields_of(RowSampling).items() if row.slot is not None
 }
-"""How a slot holds each parameter of `RowSampling`."""
+"""Slot representation of each parameter of `RowSampling`."""
 
 SAMPLING_FIELDS: Mapping[str, SamplingField] = fields_of(SamplingParams)
-"""The whole table, by name."""
+"""All sampling parameters, by name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelLimits:
-    """The figures of a running engine that a request is checked against.
+    """Holds the limits of a running engine that a request is checked against.
 
     vocab_size: token ids lie in [0, vocab_size).
     max_model_len: prompt and output tokens of one request together, at most.
@@ -188,7 +189,7 @@ class ModelLimits:
 
 
 def check_identity(name: str, value: str) -> None:
-    """Bounds a client-chosen name (request id, tenant, cache salt), and refuses what is no valid Unicode."""
+    """Checks the length of a client-chosen name (request id, tenant, cache salt), and refuses invalid Unicode."""
     if not isinstance(value, str):
         raise ValueError(f"{name} is {shown(value)}; it must be text")
     if len(value) > MAX_ID_LENGTH:
@@ -198,7 +199,7 @@ def check_identity(name: str, value: str) -> None:
 
 
 def _is_time(value: object) -> bool:
-    """Whether the value is a number of seconds that can be compared with a clock."""
+    """Tells whether the value is a number of seconds that can be compared with a clock."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= sys.float_info.max  # also no for NaN, and yes for whole numbers that a float can hold
@@ -206,9 +207,11 @@ def _is_time(value: object) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class RequestOptions:
-    """Whom a request is for and how urgent it is: one value, unchanged from the front end to the scheduler's sequence.
+    """Holds a request's tenant, priority, deadline and cache salt: one value, unchanged from the front end to the
+    scheduler.
 
-    tenant: whom service is counted for. priority: higher is more urgent. deadline: seconds of `time.time`, or None.
+    tenant: the tenant that service is counted for. priority: higher is more urgent. deadline: seconds of `time.time`,
+    or None.
     cache_salt: requests share cached pages only with the same salt. Raises ValueError, where it is made, naming the
     field, its value and the limit.
     """
@@ -232,10 +235,10 @@ class RequestOptions:
 
 @dataclasses.dataclass(frozen=True)
 class EngineRequest(RowSampling):
-    """A validated request as the engine receives it: token ids, resolved parameters, and whose it is.
+    """Represents a validated request as the engine receives it: token ids, resolved parameters and options.
 
     max_tokens and seed are resolved (never None). stop_token_ids include the model's own unless ignore_eos.
-    Stop strings are the front end's business and are not here. arrival_time: seconds of `time.time`.
+    Stop strings are handled by the front end. arrival_time: seconds of `time.time`.
     """
 
     request_id: str
@@ -251,7 +254,7 @@ class EngineRequest(RowSampling):
 def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, limits: ModelLimits) -> int:
     """Checks a prompt and its parameters against the engine; returns the resolved max_tokens.
 
-    The prompt's length is looked at before its ids. Raises ValueError (the client's fault) or InfeasibleError (fits the
+    The prompt's length is checked before its ids. Raises ValueError (the client's fault) or InfeasibleError (fits the
     context, never the pool), each naming the field, its value and the limit.
     """
     max_tokens = check_length(len(prompt_token_ids), params, limits)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from jaxserve.config import gin_config
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.simulator.command import add_simulation_options
-from jaxserve.simulator.tuning import tune
+from jaxserve.simulator.tune_run import tune
 
 LIMIT = 2000
 """Number of the trace's requests that are used where --limit is not given."""

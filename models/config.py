@@ -182,7 +182,7 @@ class ModelConfig:
         family = lookup(_architecture(content))
         raw = ConfigKeys(content, family.defaults)
         if quantizes_weights(raw.get("quantization_config") or raw.get("compression_config") or {}):
-            raise ValueError("config.json quantization_config is set; only unquantised weights are supported")
+            raise ValueError("config.json quantization_config is set; only unquantized weights are supported")
         if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
             raise ValueError(f"config.json hidden_act is {brief(raw['hidden_act'])}; only 'silu' is supported")
         heads = required_count(raw, "num_attention_heads")

@@ -90,9 +90,9 @@ def test_figures_of_steps():
     steps = run_metrics(HISTORY).steps
     assert steps is not None
     assert (steps.steps, steps.prefill_tokens, steps.decode_tokens) == (4, 10, 3)
-    assert steps.utilisation == 13 / 32
+    assert steps.utilization == 13 / 32
     # The first is dispatched at 1.25 and the last token comes at 8; half a second was without work.
-    assert steps.device_utilisation == (8.0 - 1.25 - 0.5) / 8.0
+    assert steps.device_utilization == (8.0 - 1.25 - 0.5) / 8.0
     assert steps.preemptions == {"recompute": 0, "swap": 1}
     means = {
         name: getattr(steps, name).mean
@@ -124,7 +124,7 @@ def test_time_without_requests_is_no_use_of_the_device():
         ]
     steps = run_metrics(events).steps
     assert steps is not None
-    assert steps.device_utilisation == pytest.approx(2 / 101.25)  # from 0.25 to 1.25, from 100.25 to 101.25
+    assert steps.device_utilization == pytest.approx(2 / 101.25)  # from 0.25 to 1.25, from 100.25 to 101.25
 
 
 def test_an_aborted_request_is_no_throughput():
@@ -157,4 +157,4 @@ def test_figures_are_plain_values_and_a_table():
         line.startswith("TTFT, ms") and line.split()[2:] == ["2250.00", "2250.00", "2450.00", "2495.00"]
         for line in lines
     )
-    assert any("batch utilisation 40.6 %" in line and "1 by swap" in line for line in lines)
+    assert any("batch utilization 40.6 %" in line and "1 by swap" in line for line in lines)

@@ -38,7 +38,9 @@ class WithPool:
     def __init__(self, runner: ModelRunner, num_pages: int):
         self._runner = runner
         self.info = dataclasses.replace(runner.info, num_pages=num_pages)
-        self.dispatch, self.done, self.collect = runner.dispatch, runner.done, runner.collect
+        self.step_costs = runner.step_costs
+        self.dispatch_forward, self.dispatch_sample = runner.dispatch_forward, runner.dispatch_sample
+        self.done, self.collect, self.reset = runner.done, runner.collect, runner.reset
 
     @property
     def num_compilations(self) -> int:

@@ -79,7 +79,7 @@ def test_type_checker_looks_behind_every_link():
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("models/layers/rope.py", "import jaxserve.serving.client"),
+        ("models/layers/rope.py", "import jaxserve.serving.grpc_client"),
         ("jaxserve/scheduler/plan.py", "import jax"),
         ("pallas_kernels/paged_attention/spec.py", "import jaxserve.models.config"),
         ("server/calls.py", "import gin"),
@@ -130,7 +130,8 @@ def test_wheel_installs_one_name(tmp_path, foreign):
         archive.extractall(place)
     assert {name for name in tops if not name.endswith(".dist-info")} == {"jaxserve"}
     assert {path.name for path in (place / "jaxserve" / "configs").glob("*.gin")} >= {"tiny.gin", "llama.gin"}
-    code = "import jaxserve.serving.client as c, jaxserve.config.gin_config as g; g.load('tiny.gin'); print(c.__file__)"
+    lines = ("import jaxserve.serving.grpc_client as client", "from jaxserve.config import gin_config")
+    code = "\n".join((*lines, "gin_config.load('tiny.gin')", "print(client.__file__)"))
     done = run("-c", code, cwd=foreign, path=place)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(place))

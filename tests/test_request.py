@@ -125,8 +125,8 @@ def test_identities_are_bounded():
         (lambda: EngineConfig(model="m", token_buckets=(8, 64)), "token_buckets ends at 64; it must reach .* 512"),
         (lambda: EngineConfig(model="m", row_buckets=(64, 8)), r"row_buckets is \(64, 8\); it must rise strictly"),
         (
-            lambda: EngineConfig.from_options(model="m", colour=1),
-            "engine option 'colour' is unknown; known options are",
+            lambda: EngineConfig.from_options(model="m", color=1),
+            "engine option 'color' is unknown; known options are",
         ),
         (lambda: ServerConfig(EngineConfig(model="m"), port=70_000), "port is 70000; it must be from 0 to 65535"),
     ],

@@ -38,7 +38,7 @@ MODES: dict[str, dict[str, Any]] = {
 @experiment(
     question="Batching modes on requests of 10 to 100 output tokens",
     engine_rounds=3,
-    panels=(cases.THROUGHPUT, dataclasses.replace(cases.TTFT, log=True), cases.E2E_P99, cases.UTILISATION),
+    panels=(cases.THROUGHPUT, dataclasses.replace(cases.TTFT, log=True), cases.E2E_P99, cases.UTILIZATION),
     limits={side: {"max_num_seqs": BATCH} for side in ("engine", "simulation")},
 )
 def modes(scale: Scale) -> list[Case]:
@@ -62,7 +62,7 @@ def modes(scale: Scale) -> list[Case]:
 @experiment(
     question="Formations of a batch: continuous in overload, static at 0.7 of what continuous can do",
     engine_rounds=3,
-    panels=(cases.THROUGHPUT, cases.TTFT, cases.TTFT_P99, cases.E2E, cases.E2E_P99, cases.UTILISATION),
+    panels=(cases.THROUGHPUT, cases.TTFT, cases.TTFT_P99, cases.E2E, cases.E2E_P99, cases.UTILIZATION),
     by_tenant=True,
     limits={
         "engine": {"max_num_seqs": 32, "preempt_priority_gap": None},
@@ -144,7 +144,7 @@ NEVER = 1e9
         dataclasses.replace(cases.TTFT_P99, log=True),
         cases.TPOT,
         cases.ITL_P99,
-        cases.UTILISATION,
+        cases.UTILIZATION,
     ),
     xlabel="load (arrivals over what the engine can do)",
     limits={
@@ -192,7 +192,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     panels=(cases.THROUGHPUT, cases.SERVICE, cases.SERVICE_P99, cases.TTFT, cases.TPOT, cases.ITL_P99),
     columns=(
         cases.THROUGHPUT, cases.SERVICE, cases.SERVICE_P99, cases.TTFT, cases.TTFT_P99, cases.TPOT, cases.ITL,
-        cases.ITL_P99, cases.UTILISATION, cases.SEQUENCES,
+        cases.ITL_P99, cases.UTILIZATION, cases.SEQUENCES,
     ),
     xlabel="sequences at once (max_num_seqs)",
     log_x=True,
@@ -240,7 +240,7 @@ WAITS = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
     panels=(
         cases.THROUGHPUT,
         *(dataclasses.replace(panel, log=True) for panel in (cases.TTFT, cases.TTFT_P99, cases.E2E)),
-        cases.UTILISATION,
+        cases.UTILIZATION,
         cases.SEQUENCES,
     ),
     xlabel="max_wait_seconds",

@@ -30,7 +30,7 @@ class Predictor(Protocol):
 class Case:
     """One run of an engine.
 
-    x: its place on the horizontal axis of a plot over numbers; None is all along it. series: its line or bar colour.
+    x: its place on the horizontal axis of a plot over numbers; None is all along it. series: its line or bar color.
     options: flat scheduler settings, on top of those of the side. scheduler: all of them instead.
     load: the trace's requests arrive at this share of the rate at which the engine gets through them when all are there
     at once with its own settings; None leaves the arrivals as they are. reference: the trace that this is said of,
@@ -76,7 +76,7 @@ E2E_P99 = Panel("e2e_p99", "p99", "p99 end to end, s")
 QUEUE = Panel("queue_mean", "queue ms", "mean queue time, ms", 1e3)
 SERVICE = Panel("service_mean", "service s", "mean time in service, s")
 SERVICE_P99 = Panel("service_p99", "p99", "p99 time in service, s")
-UTILISATION = Panel("utilisation", "useful %", "useful of computed tokens, %", 100)
+UTILIZATION = Panel("utilisation", "useful %", "useful of computed tokens, %", 100)
 SEQUENCES = Panel("sequences", "seqs", "sequences per step")
 PAGE_USE = Panel("page_use", "pages %", "pages in use, %", 100)
 PREEMPTIONS = Panel("preemptions", "preempted", "preemptions")
@@ -85,7 +85,7 @@ TAU = Panel("kendall_tau", "tau", "Kendall tau of predictions")
 IN_TIME = Panel("in_time", "in time %", "first token in time, %", 100)
 JAIN = Panel("jain", "Jain", "Jain index of tenants' service")
 
-COLUMNS = (THROUGHPUT, TTFT, TTFT_P99, TPOT, ITL, ITL_P99, E2E, E2E_P99, QUEUE, UTILISATION, PREEMPTIONS, TAU)
+COLUMNS = (THROUGHPUT, TTFT, TTFT_P99, TPOT, ITL, ITL_P99, E2E, E2E_P99, QUEUE, UTILIZATION, PREEMPTIONS, TAU)
 """What a table shows where an experiment does not choose."""
 
 

@@ -90,12 +90,12 @@ def draw(rows: list[dict[str, Any]], trace: Trace, path: pathlib.Path) -> None:
         "forecast holt": ("#7570b3", (6, -14)),
         "cost aware": ("#d95f02", (20, 5)),
     }  # where the middle of each one's labels is, in points
-    for kind, (colour, offset) in kinds.items():
+    for kind, (color, offset) in kinds.items():
         mine = [each for each in rows if each["fleet"].startswith(kind)]
         cost.plot(
             [each["replica_seconds_per_million_tokens"] for each in mine],
             [each["ttft_p99"] for each in mine],
-            "o-", color=colour, label=kind,
+            "o-", color=color, label=kind,
         )  # fmt: skip
         for each in mine:
             cost.annotate(
@@ -104,7 +104,7 @@ def draw(rows: list[dict[str, Any]], trace: Trace, path: pathlib.Path) -> None:
                 offset,
                 textcoords="offset points",
                 fontsize=8,
-                color=colour,
+                color=color,
                 ha="center",
                 va="center",
                 bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
@@ -119,10 +119,10 @@ def draw(rows: list[dict[str, Any]], trace: Trace, path: pathlib.Path) -> None:
     counts, edges = np.histogram(trace.arrivals, bins=np.arange(0, SECONDS + 1, 30))
     needed = counts / 30 / REPLICA_RATE
     over_time.plot(edges[:-1] / 60, needed, color="#bbbbbb", label="arrivals, in replicas at their limit")
-    for name, colour in (("forecast holt, load 0.7", "#7570b3"), ("cost aware, price 0.05", "#d95f02")):
+    for name, color in (("forecast holt, load 0.7", "#7570b3"), ("cost aware, price 0.05", "#d95f02")):
         changes = next(each for each in rows if each["fleet"] == name)["changes"]
         times, numbers = zip(*changes, (SECONDS, changes[-1][1]), strict=True)
-        over_time.step(np.array(times) / 60, numbers, where="post", color=colour, label=name)
+        over_time.step(np.array(times) / 60, numbers, where="post", color=color, label=name)
     over_time.set_xlim(0, SECONDS / 60)
     over_time.set_ylim(bottom=0)
     over_time.set_xlabel("minutes")

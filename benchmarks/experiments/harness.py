@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import report
-from benchmarks.experiments import plots
+from benchmarks.experiments import experiment_plots as plots
 from benchmarks.experiments.cases import THROUGHPUT, Case, Experiment, Panel
-from benchmarks.experiments.figures import summary
+from benchmarks.experiments.run_figures import summary
 from benchmarks.experiments.sides import EngineSide, Side, SimulationSide
 from benchmarks.experiments.workloads import at_once
 from jaxserve.telemetry.timings import request_timings

@@ -48,12 +48,12 @@ def orca() -> Claim:
     count = 800
     trace = make_trace("orca", _poisson(rng, count), rng.integers(32, 513, count), rng.integers(1, 129, count))
     alone = simulate(side.config, trace.part(0, 20).faster(0.01), side.costs, side.device, client=ClientRule("exact"))
-    limit = 2 * float(np.median(_normalised(alone)))
-    rates = {"iteration level": _capacity(side, trace, {}, lambda result: _median(_normalised(result), limit))}
+    limit = 2 * float(np.median(_normalized(alone)))
+    rates = {"iteration level": _capacity(side, trace, {}, lambda result: _median(_normalized(result), limit))}
     for size in (8, 16, 32, 64, 128):
         options = {"mode": "static", "batch_size": size, "max_wait_seconds": 0.0}
         rates[f"request level, batches of {size}"] = _capacity(
-            side, trace, options, lambda result: _median(_normalised(result), limit)
+            side, trace, options, lambda result: _median(_normalized(result), limit)
         )
     best = max(rate for name, rate in rates.items() if name.startswith("request"))
     return Claim(
@@ -80,7 +80,7 @@ def vllm() -> Claim:
     outputs = np.clip(rng.lognormal(np.log(338) - 0.3, 0.77, count), 4, 1024).astype(int)
     trace = make_trace("sharegpt", _poisson(rng, count), prompts, outputs)
     alone = simulate(side.config, trace.part(0, 20).faster(0.01), side.costs, side.device)
-    limit = 5 * float(np.mean(_normalised(alone)))
+    limit = 5 * float(np.mean(_normalized(alone)))
     names = {
         "pages as tokens come": {},
         "reserved: true length": {"page_reservation": "max_tokens"},
@@ -90,7 +90,7 @@ def vllm() -> Claim:
     for name, options in names.items():
         client = ClientRule("exact" if "true" in name else "context")
         rates[name] = _capacity(
-            side, trace, options, lambda result: float(np.nanmean(_normalised(result)) <= limit), client
+            side, trace, options, lambda result: float(np.nanmean(_normalized(result)) <= limit), client
         )
     return Claim(
         "pages over reserve-the-maximum (vLLM)",
@@ -161,7 +161,7 @@ def learning_to_rank() -> list[Claim]:
             assert result.completed.all(), "a request was refused or lost"
             tau = found if name == "sjf" else tau
             if figures is latency:
-                figures[name] = float(np.nanmean(_normalised(result)))
+                figures[name] = float(np.nanmean(_normalized(result)))
             else:
                 figures[name] = float(np.sort(result.finished)[999])
     why = (
@@ -239,7 +239,7 @@ def _capacity(
     return rate
 
 
-def _normalised(result: SimulationResult) -> np.ndarray:
+def _normalized(result: SimulationResult) -> np.ndarray:
     """End-to-end seconds for each output token; nan where a request did not end."""
     return result.e2e / np.maximum(result.output_tokens, 1)
 
@@ -292,10 +292,10 @@ def draw(claims: list[Claim], gap: dict[str, Any]) -> None:
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     ratios, over_time = figure.subplots(1, 2, width_ratios=(3, 2))
     shown = [claim for claim in claims if "VTC" not in claim.name]
-    for offset, colour, label in ((-0.2, "#1b9e77", "here"), (0.2, "#bbbbbb", "published")):
+    for offset, color, label in ((-0.2, "#1b9e77", "here"), (0.2, "#bbbbbb", "published")):
         for place, claim in enumerate(shown):
             value = claim.measured if label == "here" else claim.bar
-            ratios.barh(place + offset, value, 0.38, color=colour, label=label if not place else None)
+            ratios.barh(place + offset, value, 0.38, color=color, label=label if not place else None)
             text = f"{claim.measured:.1f}x" if label == "here" else claim.published
             ratios.annotate(text, (value, place + offset), (3, 0), textcoords="offset points", va="center", fontsize=8)
     ratios.set_yticks(range(len(shown)), [claim.name.replace(" (", "\n(") for claim in shown], fontsize=8)
@@ -305,8 +305,8 @@ def draw(claims: list[Claim], gap: dict[str, Any]) -> None:
     ratios.set_xlabel("ratio")
     ratios.legend(loc="lower right")
     ratios.grid(visible=True, axis="x", alpha=0.3)
-    for colour, (policy, curve) in zip(("#d95f02", "#1b9e77"), gap["curves"].items(), strict=True):
-        over_time.plot(curve["seconds"], np.array(curve["gap"]) / 1000, color=colour, label=policy)
+    for color, (policy, curve) in zip(("#d95f02", "#1b9e77"), gap["curves"].items(), strict=True):
+        over_time.plot(curve["seconds"], np.array(curve["gap"]) / 1000, color=color, label=policy)
     over_time.axhline(gap["bound"] / 1000, color="#666666", linestyle="--", label="bound of VTC")
     over_time.set_xlabel("seconds")
     over_time.set_ylabel("service gap, thousand weighted tokens")

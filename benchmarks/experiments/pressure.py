@@ -27,7 +27,7 @@ LATENCIES = (
     Panel("decoding.tpot_mean", "TPOT ms", "", 1e3),
     Panel("prompt.ttft_mean", "long TTFT ms", "", 1e3),
 )
-WORK = (cases.UTILISATION, Panel("steps", "steps", ""))
+WORK = (cases.UTILIZATION, Panel("steps", "steps", ""))
 """Panels, and two parts of the columns, of experiments with `beside_decodes`."""
 
 
@@ -94,7 +94,7 @@ def chunk_size(scale: Scale) -> list[Case]:
 
 @experiment(
     question="Prefill tokens as a share of a step that decodes too",
-    panels=(cases.THROUGHPUT, cases.TTFT, cases.TTFT_P99, cases.TPOT, cases.ITL_P99, cases.UTILISATION),
+    panels=(cases.THROUGHPUT, cases.TTFT, cases.TTFT_P99, cases.TPOT, cases.ITL_P99, cases.UTILIZATION),
     xlabel="prefill_share",
     limits={"engine": {"max_num_batched_tokens": 512}, "simulation": {"max_num_batched_tokens": 4096}},
 )

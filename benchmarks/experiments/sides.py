@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from benchmarks.experiments.cases import Case, Scale
-from benchmarks.experiments.figures import Run
+from benchmarks.experiments.run_figures import Run
 from jaxserve.config import gin_config
 from jaxserve.config.settings import EngineConfig
 from jaxserve.config.targets import load_target

@@ -54,7 +54,7 @@ def down(experiment: str, sides: Sequence[str], columns: Sequence[Panel], series
     for side in sides:
         head += [f"{side}: {panel.column}" if len(sides) > 1 else panel.column for panel in columns]
         mine = [row for row in _cases(experiment, side) if series in (None, row["series"])]
-        # With as many series as cases a series is only a colour of a plot; with fewer it tells cases apart.
+        # With as many series as cases a series is only a color of a plot; with fewer it tells cases apart.
         ambiguous = len({row["case"] for row in mine}) < len(mine)
         for row in mine:
             name = f"{row['series']}: {row['case']}" if ambiguous else row["case"]
@@ -153,7 +153,7 @@ _MODES = (
     cases.TTFT,
     cases.TTFT_P99,
     _named("p99 e2e s", cases.E2E_P99),
-    cases.UTILISATION,
+    cases.UTILIZATION,
     cases.TAU,
 )
 _POLICIES = (
@@ -165,13 +165,13 @@ _POLICIES = (
     _named("TTFT of chat ms", cases.TTFT, "chat"),
     _named("code", cases.TTFT, "code"),
     _named("write", cases.TTFT, "write"),
-    cases.UTILISATION,
+    cases.UTILIZATION,
     cases.IN_TIME,
     _named("Jain index", cases.JAIN),
     cases.TAU,
 )
 _PREDICTION = (cases.TTFT, cases.E2E, _named("p99 e2e", cases.E2E_P99), cases.TAU)
-_FORMATIONS = (cases.THROUGHPUT, cases.TTFT, cases.TTFT_P99, cases.E2E, cases.UTILISATION, cases.TAU)
+_FORMATIONS = (cases.THROUGHPUT, cases.TTFT, cases.TTFT_P99, cases.E2E, cases.UTILIZATION, cases.TAU)
 _BATCH_SIZE = (cases.THROUGHPUT, cases.SERVICE, cases.SERVICE_P99, cases.TPOT)
 _CHUNKED = (
     Panel("decoding.itl_max", "longest gap ms", "", 1e3),
@@ -191,14 +191,14 @@ _PROFILE = (
     cases.TTFT,
     _named("p99 TTFT ms", cases.TTFT_P99),
     cases.ITL_P99,
-    cases.UTILISATION,
+    cases.UTILIZATION,
     cases.TAU,
 )
 _CHUNK_SIZE = (
     *_CHUNKED,
     _named("p99", Panel("prompt.ttft_p99", "", "", 1e3)),
     Panel("decoding.tpot_mean", "TPOT ms", "", 1e3),
-    cases.UTILISATION,
+    cases.UTILIZATION,
 )
 _HEAD_OF_LINE = (
     _named("short TTFT ms", cases.TTFT, "short"),

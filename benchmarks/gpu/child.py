@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     record = Record(settings.result(name), time.time() + seconds, budget)
     record.summary.pop("error", None)
     try:
-        module = importlib.import_module(f"benchmarks.gpu.{name}")
+        module = importlib.import_module(f"benchmarks.gpu.{name}_part")
         module.run(settings, record)
         record.summary["status"], record.summary["reason"] = verdict(record)
     except AbsentError as error:

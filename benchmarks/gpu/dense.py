@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
-"""Largest magnitude that a quantised pool stores."""
+"""Largest magnitude that a quantized pool stores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Problem:
         return self.pool_dtype or self.dtype
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         return self.stored in LARGEST
 
     @property
@@ -99,7 +99,7 @@ def make_inputs(problem: Problem, seed: int) -> Inputs:
         expected[start : start + count] = _attend(problem, q[start : start + count], held, sinks)
         taken, start = taken + pages[row], start + count
     starts = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
-    k_scale, v_scale = (scales.astype(np.float32)) if problem.quantised else (None, None)
+    k_scale, v_scale = (scales.astype(np.float32)) if problem.quantized else (None, None)
     return Inputs(q, pool, table, lengths, starts, k_scale, v_scale, sinks, expected)
 
 
@@ -122,7 +122,7 @@ def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 
 def _scales(values: list[np.ndarray], side: int, problem: Problem) -> np.ndarray:
     """float64 [K], exact in float32: the largest magnitude of each head over the largest that the pool stores."""
-    if not problem.quantised:
+    if not problem.quantized:
         return np.ones(problem.kv_heads)
     most = np.max([np.abs(one[:, side]).max((0, 2), initial=1e-3) for one in values], axis=0)
     return (most / LARGEST[problem.stored]).astype(np.float32).astype(np.float64)

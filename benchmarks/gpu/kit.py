@@ -36,7 +36,7 @@ def pack_bundle(directory: pathlib.Path, target: str) -> None:
     """Compiles the suite's bundle in a process of its own and packs it."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
-            (sys.executable, "-m", "benchmarks.gpu.bundle", folder, target),
+            (sys.executable, "-m", "benchmarks.gpu.bundle_part", folder, target),
             cwd=report.ROOT,
             check=True,
             stdout=sys.stderr,

@@ -25,7 +25,7 @@ MOST_SETS = 8
 
 @dataclasses.dataclass
 class Pool:
-    """pages: [num_pages, 2, K, P, D]; k_scale, v_scale: f32 [K] where the pool is quantised, else None."""
+    """pages: [num_pages, 2, K, P, D]; k_scale, v_scale: f32 [K] where the pool is quantized, else None."""
 
     heads: Heads
     page_size: int
@@ -35,7 +35,7 @@ class Pool:
 
     @property
     def options(self) -> dict[str, jax.Array]:
-        """The arguments of the api that a quantised pool needs."""
+        """The arguments of the api that a quantized pool needs."""
         if self.k_scale is None or self.v_scale is None:
             return {}
         return {"k_scale": self.k_scale, "v_scale": self.v_scale}
@@ -84,8 +84,8 @@ def make_pool(
     pages = max(64, positions // page_size // 64 * 64)
     shape = (pages, 2, heads.kv_heads, page_size, heads.head_dim)
     content = device.random_array(jax.random.key(settings.seed), shape, dtype)
-    quantised = dtype.itemsize == 1
-    scale = jnp.full((heads.kv_heads,), 0.02 if dtype == jnp.int8 else 1.0, jnp.float32) if quantised else None
+    quantized = dtype.itemsize == 1
+    scale = jnp.full((heads.kv_heads,), 0.02 if dtype == jnp.int8 else 1.0, jnp.float32) if quantized else None
     return Pool(heads, page_size, content, scale, scale)
 
 

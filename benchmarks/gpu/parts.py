@@ -13,7 +13,7 @@ import dataclasses
 class Part:
     """One part of the suite, run in a process of its own.
 
-    name: of the module under benchmarks/gpu.
+    name: of the module NAME_part under benchmarks/gpu.
     budget: seconds from its first case on, after which it begins no further one.
     case_seconds: what its longest case takes; no case begins for which less of the command's time is left.
     """

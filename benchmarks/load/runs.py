@@ -10,10 +10,10 @@ from typing import Any
 
 from benchmarks.cpu_time import cpu_seconds, process_tree
 from benchmarks.load.arrivals import gamma_arrivals, scaled
-from benchmarks.load.client import Slowness, drive
 from benchmarks.load.datasets import LoadRequest, as_work
-from benchmarks.load.figures import Seen, figures, statistics_ms
-from benchmarks.sides.process import Side
+from benchmarks.load.load_client import Slowness, drive
+from benchmarks.load.load_figures import Seen, figures, statistics_ms
+from benchmarks.sides.side_process import Side
 from benchmarks.spread import spread
 
 SWEEP = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1)
@@ -103,7 +103,7 @@ def slow_readers(
     gaps: dict[str, list[float]] = {"all_fast": [], "with_slow": []}
     for repeat in range(repeats):
         found = {}
-        for name in list(gaps) if repeat % 2 == 0 else list(gaps)[::-1]:  # so that a drift favours neither
+        for name in list(gaps) if repeat % 2 == 0 else list(gaps)[::-1]:  # so that a drift favors neither
             seen, _ = _drive(target, requests, rate, marks if name == "with_slow" else None, slowness)
             others = [one for one, mark in zip(seen, marks, strict=True) if not mark]
             gaps[name] += [gap for one in others if not one.error for gap in one.itls]

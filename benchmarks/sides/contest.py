@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.sides.process import PEERS, Run, Side, SideError, installed_peers, start_jaxserve, start_peer
+from benchmarks.sides.side_process import PEERS, Run, Side, SideError, installed_peers, start_jaxserve, start_peer
 from benchmarks.spread import spread
 from benchmarks.work import SHAPES, Work, engine_options
 

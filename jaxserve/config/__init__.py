@@ -1,1 +1,1 @@
-"""Settings of the engine and its servers, their gin files, and the checks that values must pass."""
+"""Defines the settings of the engine and its servers, reads their gin files, and checks values."""

@@ -1,4 +1,4 @@
-"""Which settings of a configuration differ from their defaults. Standard library only."""
+"""Finds the settings of a configuration that differ from their defaults. Standard library only."""
 
 from __future__ import annotations
 

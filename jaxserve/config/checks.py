@@ -1,4 +1,4 @@
-"""Checks of configured values; each error names the field, its value and the limit. Standard library only."""
+"""Checks configured values; each error names the field, its value and the limit. Standard library only."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error about a name that is unknown: the nearest known one, or else all of them."""
+    """Returns the end of an error about an unknown name: the nearest known one, or else all of them."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"

@@ -1,4 +1,4 @@
-"""Bounds of what clients may hold open at the server, as a frozen dataclass that validates itself.
+"""Bounds what clients may hold open at the server, as a frozen dataclass that validates itself.
 
 Standard library only; server/calls.py and server/connections.py say how each bound is kept.
 """
@@ -12,7 +12,8 @@ from jaxserve.config.checks import at_least, number
 
 @dataclasses.dataclass(frozen=True)
 class LimitsConfig:
-    """What clients may hold open, in number, bytes and age. Health checks are answered whatever else is at its limit.
+    """Bounds what clients may hold open, in number, bytes and age. Health checks are answered whatever else is at its
+    limit.
 
     max_connections: connections at one time; a share of them is kept for probes. Connections without calls make room
     for new ones, the longest idle first; None takes what the limit of open files allows, at most 4,096.

@@ -1,4 +1,4 @@
-"""Faults that a test or a drill injects into an engine, by name: `EngineConfig.failpoints`.
+"""Injects faults into an engine for tests and drills, by name: `EngineConfig.failpoints`.
 
 A failpoint is POINT=ACTION[,times=N][,after=N][,request=ID]:
 
@@ -24,18 +24,18 @@ POINTS = {
     "execute": "a program fails in execution, and its donated arguments are gone",
     "collect": "a step's ids cannot be read, since one of its programs failed",
 }
-"""Where an engine can be made to fail, and what a `raise` there stands for."""
+"""Points where an engine can be made to fail, each with the failure that a `raise` there simulates."""
 
 _FORM = re.compile(r"(?P<point>\w+)=(?P<action>raise|sleep\((?P<seconds>\d+(\.\d+)?)\))(?P<options>(,\w+=[^,]+)*)")
 
 
 class InjectedFaultError(RuntimeError):
-    """What a failpoint raises."""
+    """Signals that a failpoint raised."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Failpoint:
-    """One parsed failpoint; seconds: None raises."""
+    """Holds one parsed failpoint; seconds: None raises."""
 
     point: str
     seconds: float | None = None
@@ -45,7 +45,7 @@ class Failpoint:
 
     @classmethod
     def parse(cls, text: str) -> Failpoint:
-        """Reads the form of the module's docstring. Raises ValueError naming the text and what it should be."""
+        """Parses the form in the module's docstring. Raises ValueError naming the text and what it should be."""
         form = "POINT=raise or POINT=sleep(SECONDS), then any of ,times=N ,after=N ,request=ID"
         match = _FORM.fullmatch(text)
         if match is None:
@@ -64,7 +64,7 @@ class Failpoint:
 
 
 class Failpoints:
-    """The failpoints of one engine, with how often each was passed."""
+    """Holds the failpoints of one engine, and counts how often each was passed."""
 
     def __init__(self, failpoints: Sequence[str], sleep: Callable[[float], None] = time.sleep):
         self._armed = [Failpoint.parse(text) for text in failpoints]
@@ -75,7 +75,7 @@ class Failpoints:
         return bool(self._armed)
 
     def hit(self, point: str, request_ids: Collection[str]) -> None:
-        """Passes a point with a step of these requests; raises InjectedFaultError or sleeps where told to."""
+        """Passes a point with a step of these requests; raises InjectedFaultError or sleeps if a failpoint says so."""
         for index, failpoint in enumerate(self._armed):
             if failpoint.point != point or (failpoint.request is not None and failpoint.request not in request_ids):
                 continue

@@ -20,13 +20,13 @@ _WORDS = {
 
 @functools.cache
 def hints(config: type) -> dict[str, Any]:
-    """The annotated type of every field of a dataclass, by name."""
+    """Returns the annotated type of every field of a dataclass, by name."""
     annotated = typing.get_type_hints(config)
     return {field.name: annotated[field.name] for field in dataclasses.fields(config) if field.init}
 
 
 def accepts(hint: Any, value: Any) -> bool:
-    """Whether a field of this type takes this value."""
+    """Tells whether a field of this type accepts this value."""
     try:
         convert(hint, value)
     except TypeError:
@@ -35,7 +35,8 @@ def accepts(hint: Any, value: Any) -> bool:
 
 
 def convert(hint: Any, value: Any) -> Any:
-    """The value as a field of this type keeps it (1 becomes 1.0, a list a tuple); TypeError if it does not fit."""
+    """Converts a value to the form that a field of this type stores (1 becomes 1.0, a list a tuple); raises TypeError
+    if it does not fit."""
     if hint is Any:
         return value
     if hint is float and type(value) in (int, float):
@@ -70,7 +71,7 @@ def convert(hint: Any, value: Any) -> Any:
 
 
 def describe(hint: Any) -> str:
-    """What a field of this type takes, in words that fit behind "it must be"."""
+    """Describes the values that a field of this type accepts, in words that fit after "it must be"."""
     if hint in _WORDS:
         return _WORDS[hint]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

@@ -33,11 +33,12 @@ from jaxserve.config.settings import ServerConfig
 T = TypeVar("T")
 
 CONFIG_DIRECTORY = pathlib.Path(__file__).resolve().parents[1] / "configs"
-"""The shipped files: inside the package, in a checkout by way of a symbolic link."""
+"""Directory of the shipped files: inside the package, in a checkout by way of a symbolic link."""
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the text is one line that names where, what and the nearest remedy."""
+    """Signals a configuration that cannot be used; the text is one line that names where, what and the nearest
+    remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ class _Binding:
 
 
 def find_file(name: str, beside: pathlib.Path | None = None) -> pathlib.Path:
-    """A path as given (or beside the including file), else under configs/, where `.gin` may be left out."""
+    """Finds a path as given (or beside the including file), else under configs/, where `.gin` may be left out."""
     places = [pathlib.Path(name), CONFIG_DIRECTORY / name, CONFIG_DIRECTORY / f"{name}.gin"]
     if beside is not None:
         places.insert(0, beside / name)
@@ -83,7 +84,7 @@ def find_file(name: str, beside: pathlib.Path | None = None) -> pathlib.Path:
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Parts command line arguments into the bindings of every `--gin.BINDING=VALUE` and all the others, in order."""
+    """Splits command line arguments into the bindings of every `--gin.BINDING=VALUE` and all others, in order."""
     overrides: list[str] = []
     others: list[str] = []
     for argument in arguments:
@@ -301,7 +302,7 @@ def build(root: type[T], name: str, overrides: Sequence[str] = ()) -> tuple[T, s
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> tuple[ServerConfig, str]:
-    """The server's configuration (the engine's within) and its operative text; see `build`.
+    """Returns the server's configuration (which contains the engine's) and its operative text; see `build`.
 
     A relative model or tokenizer path that is not found from the working directory is looked for beside the package,
     where a checkout and an installed copy keep the shipped model.
@@ -378,13 +379,13 @@ class _Builder:
 
 
 def _family(config: type) -> list[type]:
-    """The dataclass and those that its fields name, in turn."""
+    """Returns the dataclass and, recursively, those that its fields name."""
     inner = [_inner_config(hint)[0] for hint in field_types.hints(config).values()]
     return [config, *(member for nested in inner if nested is not None for member in _family(nested))]
 
 
 def _inner_config(hint: Any) -> tuple[type | None, bool]:
-    """The dataclass that a field's type names, and whether the field may be None instead."""
+    """Returns the dataclass that a field's type names, and whether the field may be None instead."""
     arguments = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ()
     for choice in (hint, *arguments):
         if isinstance(choice, type) and dataclasses.is_dataclass(choice):
@@ -404,6 +405,6 @@ def _selector(config: type) -> str:
 
 
 def _name(config: type) -> str:
-    """The full name of a class in bindings. Of jaxserve.config it has the package, and not the file in it."""
+    """Returns the full name of a class in bindings. Of jaxserve.config it has the package, and not the file in it."""
     module = "jaxserve.config" if config.__module__.startswith("jaxserve.config.") else config.__module__
     return f"{module}.{config.__name__}"

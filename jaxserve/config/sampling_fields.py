@@ -1,4 +1,4 @@
-"""What the definition of a sampling parameter says beside its name, type and default, and what follows from it.
+"""Defines the metadata of sampling parameters beside name, type and default, and derives from it.
 
 The table itself is the fields of `jaxserve.request.SamplingParams`: each carries the metadata that `sampling` makes.
 Validation, the device's slots, the layout and packing of admitted requests, the wire's conversion, the command line's
@@ -21,21 +21,22 @@ _KEY = "sampling"
 
 
 class Kind(Protocol):
-    """What values a parameter takes."""
+    """Defines the values that a parameter accepts."""
 
     def checked(self, name: str, value: Any) -> Any:
-        """Returns the value as it is kept. Raises ValueError naming the parameter, the value and the limit."""
+        """Returns the value in the form in which it is stored. Raises ValueError naming the parameter, the value and
+        the limit."""
         ...
 
     @property
     def limits(self) -> str:
-        """Says in a few words what is taken."""
+        """Describes the accepted values in a few words."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A finite number from low to high; open_low excludes low itself."""
+    """Accepts a finite number from low to high; open_low excludes low itself."""
 
     low: float
     high: float
@@ -59,7 +60,7 @@ class Number:
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """A whole number from low to high."""
+    """Accepts a whole number from low to high."""
 
     low: int
     high: int
@@ -81,7 +82,7 @@ class Whole:
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """True or false."""
+    """Accepts true or false."""
 
     def checked(self, name: str, value: Any) -> bool:
         if not isinstance(value, bool):
@@ -95,7 +96,8 @@ class Flag:
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """At most max_items texts of 1 to max_length characters; one text alone is a list of it, None is none."""
+    """Accepts at most max_items texts of 1 to max_length characters; a single text becomes a list of it, None an empty
+    one."""
 
     max_items: int
     max_length: int
@@ -118,7 +120,7 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True)
 class Ids:
-    """At most max_items token ids; None is none."""
+    """Accepts at most max_items token ids; None means none."""
 
     max_items: int
 
@@ -136,10 +138,10 @@ class Ids:
 
 @dataclasses.dataclass(frozen=True)
 class SlotValue:
-    """How the device keeps a parameter, for each slot.
+    """Describes how the device stores a parameter in each slot.
 
-    dtype: int32, uint32 or float32. width: elements, where a slot has several; None is a scalar. idle: what elements
-    hold that no request has set. least: a smaller value means the same, and becomes this one.
+    dtype: int32, uint32 or float32. width: elements, where a slot has several; None is a scalar. idle: the value of
+    elements that no request has set. least: a smaller value means the same, and becomes this one.
     """
 
     dtype: str
@@ -148,7 +150,8 @@ class SlotValue:
     least: int | None = None
 
     def elements(self, value: int | tuple[int, ...]) -> Sequence[int]:
-        """The first elements of a slot that has several: those of a tuple, or a number in 32-bit words, high first."""
+        """Returns the first elements of a slot that has several: those of a tuple, or a number in 32-bit words, high
+        first."""
         if isinstance(value, tuple):
             return value
         return [value >> 32 * word & 0xFFFFFFFF for word in reversed(range(self.width or 1))]
@@ -156,7 +159,7 @@ class SlotValue:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingField:
-    """One row of the table. meaning: one sentence. slot: None for a parameter that only the host looks at."""
+    """Describes one row of the table. meaning: one sentence. slot: None for a parameter that only the host looks at."""
 
     name: str
     default: Any
@@ -169,7 +172,7 @@ class SamplingField:
         return None if value is None and self.default is None else self.kind.checked(self.name, value)
 
     def resolved(self, value: Any) -> Any:
-        """A checked value as the engine has it."""
+        """Returns a checked value in the form that the engine uses."""
         if isinstance(self.kind, Number):
             return float(value)
         least = None if self.slot is None else self.slot.least
@@ -177,13 +180,13 @@ class SamplingField:
 
 
 def sampling(kind: Kind, meaning: str, slot: SlotValue | None = None) -> dict[str, Any]:
-    """The metadata of a field of the table; `SamplingField` says what the arguments are."""
+    """Makes the metadata of a field of the table; `SamplingField` documents the arguments."""
     return {_KEY: (kind, meaning, slot)}
 
 
 @functools.cache
 def fields_of(table: type) -> Mapping[str, SamplingField]:
-    """The rows of a dataclass whose fields have metadata of `sampling`, in their order; other fields are no rows."""
+    """Returns the rows of a dataclass whose fields have metadata of `sampling`, in order; other fields are no rows."""
     return {
         field.name: SamplingField(field.name, field.default, *field.metadata[_KEY])
         for field in dataclasses.fields(table)
@@ -192,7 +195,7 @@ def fields_of(table: type) -> Mapping[str, SamplingField]:
 
 
 def markdown_table(fields: Mapping[str, SamplingField]) -> list[str]:
-    """The lines of the table, for people: docs/sampling.md has them."""
+    """Returns the lines of the table in Markdown, as in docs/sampling.md."""
     lines = ["| parameter | default | allowed | meaning |", "|---|---|---|---|"]
     for field in fields.values():
         default = "none" if field.default in (None, ()) else str(field.default).lower()
@@ -201,7 +204,7 @@ def markdown_table(fields: Mapping[str, SamplingField]) -> list[str]:
 
 
 def as_tuple(name: str, value: object, limit: int, things: str) -> tuple:
-    """A list, tuple or range of at most `limit` things as a tuple; None is none. Raises ValueError."""
+    """Converts a list, tuple or range of at most `limit` things to a tuple; None becomes empty. Raises ValueError."""
     if value is None:
         return ()
     if not isinstance(value, Sequence):
@@ -211,7 +214,7 @@ def as_tuple(name: str, value: object, limit: int, things: str) -> tuple:
 
 
 def check_count(name: str, count: int, limit: int, things: str) -> None:
-    """Bounds how many items a client's list has, before any of them is looked at."""
+    """Bounds the number of items in a client's list, before any of them is checked."""
     if count > limit:
         raise ValueError(f"{name} has {count} {things}; at most {limit} are allowed")
 

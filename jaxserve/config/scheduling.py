@@ -1,4 +1,4 @@
-"""Every setting of the scheduler, as frozen dataclasses that validate themselves. Standard library only.
+"""Defines every setting of the scheduler, as frozen dataclasses that validate themselves. Standard library only.
 
 A section for each part of the scheduler; docs/scheduling.md says which to choose when.
 """
@@ -23,7 +23,7 @@ VICTIMS = ("policy", "lowest_priority", "most_pages", "least_progress", "cheapes
 
 @dataclasses.dataclass(frozen=True)
 class BatchingConfig:
-    """Settings of single batching modes.
+    """Configures individual batching modes.
 
     batch_size: requests of a static or dynamic batch. max_wait_seconds: how long the first of them waits for the
     others at most. length_bucket: tokens; a dynamic batch holds prompts of one multiple of it.
@@ -47,7 +47,7 @@ class BatchingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AdmissionConfig:
-    """What a step may take in.
+    """Configures what a step may admit.
 
     watermark: share of all pages that admission leaves free while others run, so that they can grow.
     page_reservation: pages taken at admission: "none" is those of the tokens computed, "max_tokens" those of prompt and
@@ -56,11 +56,12 @@ class AdmissionConfig:
     not be split is taken whole, alone with the decodes, where it is longer.
     fill_buckets: prefill tokens take what much padding would take of a bucket. Where prefill_share would pad more than
     a fifth, the step ends with the bucket below, if that leaves prompts half of their share; else with the next.
-    scheduler_delay_factor: no prompt is admitted before the first that waits has waited this many times as long as the
-    last step with a prefill took; 0 never delays.
+    scheduler_delay_factor: no prompt is admitted until the first waiting one has waited this many times the duration of
+    the last step with a prefill; 0 never delays.
     chunked_prefill_min_tokens: prompts up to this many tokens are not split over steps; 0 splits any.
     length_tolerance: prompts differ from the first of a length-balanced batch by this share of its length at most.
-    max_passed_over_seconds: a formation other than greedy may pass over the first of the queue for so long.
+    max_passed_over_seconds: the longest time for which a formation other than greedy may pass over the head of the
+    queue.
     """
 
     watermark: float = 0.0
@@ -84,7 +85,7 @@ class AdmissionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
-    """Settings of single policies.
+    """Configures individual policies.
 
     sjf_ageing: expected output tokens that a second of waiting makes up for.
     priority_weight, priority_ageing, priority_length_weight: of a request's priority, of a second waited, and of an
@@ -120,7 +121,7 @@ class PolicyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PreemptionConfig:
-    """When running sequences lose their pages, which, and how.
+    """Configures when running sequences are preempted, which ones, and how.
 
     preemption_mode: "recompute" computes the tokens again later; "swap" copies the pages to host memory, while
     CacheConfig.swap_space has room; "auto" does what costs less.
@@ -130,8 +131,8 @@ class PreemptionConfig:
     preempt_priority_gap: a waiting request, wherever in the queue, that exceeds a running one's priority by more takes
     its place; None never.
     preempt_length_ratio: a waiting request so many times shorter than the longest running one takes its place; None
-    never. preempt_for_pages: a waiting request that only memory keeps out takes the pages of running ones that stand
-    worse by the policy.
+    never. preempt_for_pages: a waiting request that only memory keeps out takes the pages of running ones with a higher
+    priority key.
     max_preemptions: a sequence preempted so often loses its place to no waiting request any more, and counts as one
     without pages for "most_pages".
     recompute_seconds_per_token, swap_seconds_per_page: costs that "auto" and "cheapest" go by (a page: out and in);
@@ -165,8 +166,11 @@ class PreemptionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PredictionConfig:
-    """The predictor of output lengths. prediction_quantile: of the lengths to expect, taken as the expected one.
-    prediction_window: finished requests that each of its statistics remembers."""
+    """Configures the predictor of output lengths.
+
+    prediction_quantile: quantile of the predicted distribution that is used as the expected length.
+    prediction_window: number of finished requests that each of its statistics keeps.
+    """
 
     prediction_quantile: float = 0.5
     prediction_window: int = 512
@@ -178,7 +182,7 @@ class PredictionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AdaptationConfig:
-    """Limits that follow the load.
+    """Configures limits that follow the load.
 
     adaptive_batch_size: running requests at most are target_batch_tokens over the moving average of prompt lengths,
     from min_batch_size to max_batch_size (and never above max_num_seqs). batch_size_smoothing: weight of a new prompt.
@@ -227,7 +231,7 @@ class AdaptationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
-    """Limits and rules of one scheduling step.
+    """Configures the limits and rules of scheduling.
 
     max_num_seqs: requests that run at once (and slots on the device).
     max_num_batched_tokens: tokens computed in one step, prefill chunks and decodes together.

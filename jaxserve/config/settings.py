@@ -1,4 +1,4 @@
-"""Every setting of the engine and its servers, as frozen dataclasses that validate themselves.
+"""Defines every setting of the engine and its servers, as frozen dataclasses that validate themselves.
 
 Standard library only (and `jaxserve.models.config`, which adds numpy). gin binds these classes by name; nothing here
 knows gin.
@@ -34,13 +34,13 @@ def _check_buckets(name: str, buckets: tuple[int, ...], limit: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-    """The page pool.
+    """Configures the page pool.
 
     page_size: tokens a page. num_pages: pages including the null page; None sizes the pool from memory.
     kv_cache_memory_bytes: memory of the pool when num_pages is None; None takes what gpu_memory_utilization leaves
     after weights and the compiler's temporaries.
     kv_cache_dtype: what pages hold; "auto" is the model's dtype, "fp8" (the same as "fp8_e4m3") and "int8" are
-    quantised with a scale for each layer and head, from the checkpoint or measured at start.
+    quantized with a scale for each layer and head, from the checkpoint or measured at start.
     swap_space: GiB of host memory for the pages of swapped sequences; 0 is none.
     """
 
@@ -73,7 +73,7 @@ class CacheConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """A model and how it is run.
+    """Configures a model and how it is run.
 
     model: Hugging Face or converted checkpoint directory. tokenizer: directory of the tokenizer; None is `model`.
     architecture: the model's shape; None reads it from the checkpoint. Given both, they must agree.
@@ -157,7 +157,7 @@ class EngineConfig:
 
 
 def ineffective_settings(config: EngineConfig, max_model_len: int) -> list[str]:
-    """A line for each setting that has no effect, or less than it seems, because of another one.
+    """Returns a line for each setting that has no effect, or less than it seems, because of another one.
 
     max_model_len: as resolved, for a configuration that leaves it to the model.
     """
@@ -180,7 +180,7 @@ def ineffective_settings(config: EngineConfig, max_model_len: int) -> list[str]:
 
 
 def _sections(config: type) -> dict[str, type]:
-    """The fields of a config that are configs of their own and are always there."""
+    """Returns the fields of a config that are configs of their own and always present."""
     return {
         field.name: type(field.default)
         for field in dataclasses.fields(config)
@@ -189,14 +189,14 @@ def _sections(config: type) -> dict[str, type]:
 
 
 def _option_names(config: type) -> set[str]:
-    """Names of all fields, those of the sections in place of the sections."""
+    """Returns the names of all fields, with those of the sections in place of the sections."""
     sections = _sections(config)
     own = {field.name for field in dataclasses.fields(config)} - set(sections)
     return own.union(*(_option_names(section) for section in sections.values()))
 
 
 def _from_flat(config: type, options: dict[str, Any]) -> Any:
-    """A config whose sections take their fields from the same flat options."""
+    """Builds a config whose sections take their fields from the same flat options."""
     nested = {
         name: _from_flat(section, options)
         for name, section in _sections(config).items()
@@ -208,14 +208,15 @@ def _from_flat(config: type, options: dict[str, Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ServerConfig:
-    """The gRPC server.
+    """Configures the gRPC server.
 
     host, port: where it listens; port 0 takes a free one. engine: the engine it serves.
     engine_process: the engine runs in a process of its own, away from the front end's interpreter lock.
-    max_message_bytes: largest request message. served_model_name: what clients are told; None is the model's place.
+    max_message_bytes: largest request message. served_model_name: the model name that clients see; None derives it from
+    the end of the model's path.
     drain_seconds: how long running requests may finish after SIGTERM.
     max_unread_tokens: output tokens of one request that may wait for its reader, beyond what the connection buffers;
-    the request of a reader that falls further behind is ended. limits: what clients may hold open.
+    the request of a reader that falls further behind is ended. limits: bounds what clients may hold open.
     step_timeout: seconds in which a step of the engine must end and the engine's process must answer; else the server
     ends. None is the larger of 60 and 20 times what the largest step is predicted to take. log_level: "info" logs the
     settings that differ from their defaults, "debug" all of them.

@@ -1,4 +1,4 @@
-"""Descriptions of devices under configs/targets/, read without any of them. Standard library only.
+"""Reads descriptions of devices under configs/targets/, without needing the devices. Standard library only.
 
 NAME.txtpb is XLA's GpuTargetConfigProto in text form; NAME.json beside it holds what a roofline needs in addition:
 
@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 TARGET_DIRECTORY = pathlib.Path(__file__).resolve().parents[1] / "configs" / "targets"
-"""The shipped targets: inside the package, in a checkout by way of a symbolic link."""
+"""Directory of the shipped targets: inside the package, in a checkout by way of a symbolic link."""
 
 LOCAL = "cpu"
 """Name of the target that is this machine's CPU."""
@@ -27,7 +27,7 @@ LOCAL = "cpu"
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A device to compile for.
+    """Describes a device to compile for.
 
     name: as on the command line. platform: what `jax.Device.platform` says: "gpu" or "cpu". device_kind: the device's
     own name. text: XLA's description, empty for the CPU. device_memory_bytes: of one device. memory_bandwidth: bytes/s;
@@ -52,17 +52,17 @@ class Target:
 
     @property
     def is_local(self) -> bool:
-        """Whether programs are compiled for this machine's CPU."""
+        """Tells whether programs are compiled for this machine's CPU."""
         return self.platform == "cpu"
 
 
 def known_targets() -> list[str]:
-    """Names that `load_target` knows without a path."""
+    """Returns the names that `load_target` knows without a path."""
     return [LOCAL] + sorted(path.stem for path in TARGET_DIRECTORY.glob("*.txtpb"))
 
 
 def load_target(name: str) -> Target:
-    """The target of that name (see `known_targets`), or the one that the .txtpb file at that path describes.
+    """Loads the target of that name (see `known_targets`), or the one that the .txtpb file at that path describes.
 
     Raises ValueError when there is none, or when a file lacks a field.
     """
@@ -112,7 +112,7 @@ def load_target(name: str) -> Target:
 
 
 def available_memory() -> int:
-    """Bytes of this machine's memory that are available now."""
+    """Returns the bytes of this machine's memory that are available now."""
     meminfo = pathlib.Path("/proc/meminfo")
     if meminfo.is_file():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
@@ -124,7 +124,7 @@ _TOKEN = re.compile(r'\s+|#[^\n]*|(?P<token>"(?:[^"\\]|\\.)*"|[{}:]|[^\s{}:#"]+)
 
 
 def _message(text: str, path: pathlib.Path) -> dict[str, Any]:
-    """A protocol buffer message in text form as nested dicts; of a repeated field the last value."""
+    """Parses a protocol buffer message in text form into nested dicts; the last value of a repeated field wins."""
     tokens = [match["token"] for match in _TOKEN.finditer(text) if match["token"]]
     place = 0
 

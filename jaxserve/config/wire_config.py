@@ -1,4 +1,4 @@
-"""An EngineConfig as msgpack, for other processes of this engine."""
+"""Encodes an EngineConfig as msgpack, for other processes of this engine."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from jaxserve.config.settings import EngineConfig
 
 
 def config_to_bytes(config: EngineConfig) -> bytes:
-    """msgpack of the nested fields by name."""
+    """Encodes the nested fields by name as msgpack."""
     return msgspec.msgpack.encode(config)
 
 
 def config_from_bytes(data: bytes) -> EngineConfig:
-    """The configuration in `data`, validated anew; raises ValueError where it is not one."""
+    """Decodes and validates a configuration; raises ValueError when `data` is not one."""
     values = msgspec.msgpack.decode(data)
     config = msgspec.convert(values, EngineConfig)
     _refuse_unknown(config, values)

@@ -1,1 +1,1 @@
-"""The engine loop and the messages by which a front end reaches it."""
+"""Runs the engine loop and defines the messages by which a front end reaches it."""

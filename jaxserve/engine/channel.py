@@ -1,4 +1,4 @@
-"""How a front end reaches an engine: one interface, in one process or in two.
+"""Connects a front end to an engine through one interface, in one process or in two.
 
 `EngineClient` is the front end's side. `InlineEngine` runs the engine's steps in the caller's thread (`LLM`, tests);
 `jaxserve.engine.process.EngineProcess` runs it in a process of its own and talks msgpack over a socket pair.
@@ -12,20 +12,20 @@ from typing import Protocol
 from jaxserve.engine.messages import EngineReady, FromEngine, Progress, ToEngine
 
 END_SECONDS = 10.0
-"""How long a closing engine may take to end before it is killed."""
+"""Seconds that a closing engine may take to end before it is killed."""
 
 
 class EngineSender(Protocol):
-    """Where a front end sends its messages."""
+    """Sends a front end's messages to the engine."""
 
     @property
     def ready(self) -> EngineReady:
-        """What the engine said when it became ready."""
+        """Returns the message with which the engine reported that it was ready."""
         ...
 
     @property
     def unsent_bytes(self) -> int:
-        """Bytes of messages that the engine's process has not taken yet."""
+        """Returns the bytes of messages that the engine's process has not received yet."""
         ...
 
     def send(self, message: ToEngine) -> None:
@@ -34,10 +34,10 @@ class EngineSender(Protocol):
 
 
 class EngineClient(EngineSender, Protocol):
-    """The engine as the front end sees it. Not thread-safe, except that `receive` may run in a thread of its own."""
+    """Represents the engine to the front end. Not thread-safe, except that `receive` may run in a thread of its own."""
 
     def receive(self) -> Sequence[FromEngine]:
-        """The next messages in order, blocking until there is one.
+        """Returns the next messages in order, blocking until there is one.
 
         Inline: runs one step if there is work; returns an empty sequence when idle.
         Returns [EngineFailed] once when the engine has died, whatever the cause.
@@ -54,5 +54,12 @@ class EngineClient(EngineSender, Protocol):
         ...
 
     def close(self, seconds: float = END_SECONDS) -> str:
-        """Ends the engine; idempotent. seconds: until it is killed. Returns one line on what went wrong, or ""."""
+        """Ends the engine; idempotent.
+
+        Args:
+            seconds: time until it is killed.
+
+        Returns:
+            One line on what went wrong, or "".
+        """
         ...

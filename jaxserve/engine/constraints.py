@@ -1,4 +1,4 @@
-"""Which requests may draw only certain tokens, and the masks that say so, made while the device computes.
+"""Constrains the tokens that requests may sample, by masks that are made while the device computes.
 
 A mask is packed: uint32 [ceil(vocab_size / 32)], where bit v % 32 of word v // 32 allows token v.
 """
@@ -18,10 +18,10 @@ _log = logging.getLogger(__name__)
 
 
 class Constraints(Protocol):
-    """Says what requests may draw. It is asked in the engine's process, between two steps."""
+    """Decides which tokens a request may sample. It is asked in the engine's process, between two steps."""
 
     def constrains(self, request: EngineRequest) -> bool:
-        """Whether a request is constrained at all: asked once, when it arrives."""
+        """Tells whether a request is constrained at all; called once, when it arrives."""
         ...
 
     def mask(self, request: EngineRequest, output_token_ids: List[int]) -> np.ndarray:
@@ -41,8 +41,8 @@ def masks_of(
 ) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """Makes the masks of a step, uint32 [M, words], one for each of the sequences whose samples want one.
 
-    A sequence that has ended (None) may draw anything: nobody reads it. So may one whose mask cannot be made; the
-    second result names such requests, with the reason in a line each, and they must end.
+    A sequence that has ended (None) gets a mask that allows every token, since its sample is discarded. So does one
+    whose mask cannot be made; the second result lists such requests, each with a one-line reason, and they must end.
     """
     words = -(-vocab_size // 32)
     masks = np.full((len(sequences), words), 0xFFFFFFFF, np.uint32)

@@ -1,18 +1,19 @@
-"""The engine loop: schedule step N + 1 and dispatch it, then read the ids of step N.
+"""Runs the engine loop: schedules step N + 1 and dispatches it, then reads the ids of step N.
 
     message -> handle -> Scheduler.add
     step:  plan    = scheduler.schedule(now)
            pending = executor.dispatch_forward(plan)   returns without waiting; samples too, unless a row wants a mask
            result  = executor.collect(previous)        the only wait
            updates = scheduler.update(previous plan, result)
-           executor.dispatch_sample(pending, masks)    where one does: its mask needs the ids of the step before
+           executor.dispatch_sample(pending, masks)    if one does: its mask needs the ids of the step before
     -> one TokenBatch for the rows that go on, an EngineOutput for each of the others
 
 What `step` returns is sent while the device computes the step after. The loop knows the scheduler and the Runner
 protocol and nothing of jax, sockets or text.
 
-A step that fails after it was started takes the content of the device's pages along. The loop then has the runner make
-them anew, preempts whatever ran to be computed again, and goes on; a second such fault within `FAULT_SECONDS` ends it.
+A step that fails after it was started destroys the content of the device's pages. The loop then has the runner allocate
+them anew, preempts all running requests for recomputation, and goes on; a second such fault within `FAULT_SECONDS` ends
+it.
 """
 
 from __future__ import annotations
@@ -51,17 +52,17 @@ from jaxserve.telemetry.recorder import Recorder
 _log = logging.getLogger(__name__)
 
 STATS_SECONDS = 0.1
-"""How often the front end is told the counts while steps follow one another."""
+"""Interval, in seconds, at which the front end receives the counts while steps follow one another."""
 
 FAULT_SECONDS = 60.0
-"""An engine whose steps fail twice within this time is taken for broken."""
+"""An engine whose steps fail twice within this many seconds is considered broken."""
 
 RANKING_SECONDS = 1.0
-"""How often Kendall's tau is calculated anew: it takes about half a millisecond."""
+"""Interval, in seconds, at which Kendall's tau is recalculated, which takes about half a millisecond."""
 
 
 class EngineCore:
-    """One scheduler over one runner. `handle` and `step` return messages for the front end, in order."""
+    """Runs one scheduler over one runner. `handle` and `step` return messages for the front end, in order."""
 
     def __init__(
         self,
@@ -74,8 +75,17 @@ class EngineCore:
         annotate: Callable[[str], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
         constraints: Constraints | None = None,
     ):
-        """annotate: names a part of the loop in a profile of the host. constraints: of requests that may draw only
-        certain tokens."""
+        """Creates the scheduler and the page pool that fit the runner.
+
+        Args:
+            config: the engine's settings.
+            runner: executes the steps.
+            recorder: receives the engine's events; by default a new one.
+            now: seconds of `time.time`, the clock of arrival times and deadlines.
+            clock: a monotonic clock, in seconds.
+            annotate: names a part of the loop in a profile of the host.
+            constraints: makes the masks of requests whose output is constrained; None if there are none.
+        """
         info = runner.info
         self.config = config
         self.runner = runner
@@ -113,14 +123,15 @@ class EngineCore:
 
     @property
     def busy(self) -> bool:
-        """Requests are unfinished, or a step is under way."""
+        """Tells whether requests are unfinished or a step is in flight."""
         return self.scheduler.unfinished or self._in_flight is not None
 
     @property
     def pause(self) -> float | None:
-        """Seconds until `step` has something to do, if no message comes before; None where it has already.
+        """Returns the seconds until `step` next has something to do if no message arrives first; None if it has
+        already.
 
-        A batch that waits for more requests makes such a pause, and nothing else does.
+        Only a batch that waits for more requests causes such a pause.
         """
         if self._in_flight is not None or not self._nothing_to_do:
             return None
@@ -128,7 +139,7 @@ class EngineCore:
         return None if wake_at is None else max(0.0, wake_at - self._now())
 
     def ready(self, start_seconds: float) -> EngineReady:
-        """The message that tells the front end what it talks to."""
+        """Returns the message that describes the engine to the front end."""
         info, scheduler = self.runner.info, self.config.scheduler
         chunked = scheduler.enable_chunked_prefill
         limits = ModelLimits(
@@ -141,7 +152,7 @@ class EngineCore:
         return EngineReady(info, limits, scheduler.max_num_seqs, scheduler.max_num_waiting, start_seconds)
 
     def handle(self, message: ToEngine) -> list[FromEngine]:
-        """Takes one message. A request that cannot be queued is answered with an error at once."""
+        """Handles one message. A request that cannot be queued is answered with an error at once."""
         self._nothing_to_do = False
         if isinstance(message, AddRequest):
             return self._add(message.request)
@@ -155,9 +166,11 @@ class EngineCore:
         return [*messages, self.stats()] if messages and not self.busy else messages
 
     def step(self) -> list[FromEngine]:
-        """Dispatches the next step and takes in the one before; call it while `busy`.
+        """Dispatches the next step and collects the one before; call it while `busy`.
 
-        Raises EngineBrokenError when the engine cannot go on; every request under way is lost then.
+
+        Raises:
+            EngineBrokenError: the engine cannot go on; every unfinished request is lost.
         """
         messages: list[FromEngine] = []
         self._turns, self._in_turn = self._turns + 1, True
@@ -170,7 +183,11 @@ class EngineCore:
         return messages
 
     def progress(self, beat: int) -> Progress:
-        """How far the loop is; may be called from any thread. beat: the number of the question."""
+        """Reports how far the loop is; may be called from any thread.
+
+        Args:
+            beat: the number of the question, which the answer repeats.
+        """
         return Progress(beat, self._turns, self._in_turn, self._step_time.largest_seconds)
 
     def _step(self, messages: list[FromEngine]) -> None:
@@ -216,7 +233,7 @@ class EngineCore:
             messages.append(self.stats())
 
     def _sample(self, step: DispatchedStep, messages: list[FromEngine]) -> None:
-        """Makes the masks of a step while the device computes its forward program, and has it sampled."""
+        """Makes a step's masks while the device runs its forward program, then dispatches its sampling."""
         assert self._constraints is not None, "a sample wants a mask and nothing makes any"
         with self._annotate("Mask"):
             sequences = self.scheduler.masked_sequences(step.plan)
@@ -225,14 +242,14 @@ class EngineCore:
         self._fail((*failed, *self._in_flight.failed), self._clock(), messages)
 
     def _fail(self, failed: Iterable[tuple[str, str]], now: float, messages: list[FromEngine]) -> None:
-        """Ends requests, each with its error: their rows could not be computed, or their masks not be made."""
+        """Ends each request with its error: its row could not be computed, or its mask could not be made."""
         for request_id, error in failed:
             update = self.scheduler.fail(request_id, error)
             if update is not None:
                 messages.append(self._output(update, now))
 
     def _recover(self, fault: DeviceFaultError, messages: list[FromEngine]) -> None:
-        """Goes on after a fault that took the content of the device's pages along.
+        """Continues after a fault that destroyed the content of the device's pages.
 
         Raises EngineBrokenError when it is the second one within FAULT_SECONDS, or the device does not recover.
         """
@@ -256,7 +273,7 @@ class EngineCore:
             raise EngineBrokenError(f"step {fault.plan.step} failed, and the device with it: {error}") from fault
 
     def _rescue(self, step: DispatchedStep, messages: list[FromEngine]) -> bool:
-        """Takes in the step before the one that failed; False where its ids cannot be read any more."""
+        """Collects the step before the one that failed; returns False when its ids cannot be read any more."""
         try:
             result = self._executor.collect(step)
         except DeviceFaultError:
@@ -265,7 +282,7 @@ class EngineCore:
         return True
 
     def stats(self) -> EngineStats:
-        """Counts as of now."""
+        """Returns the current counts."""
         scheduler, pool = self.scheduler, self.scheduler.pool
         return EngineStats(
             num_running=scheduler.num_running,
@@ -299,7 +316,8 @@ class EngineCore:
         return []
 
     def _expire(self) -> list[SequenceUpdate]:
-        """Those that wait in vain, and what a static batch held back."""
+        """Returns the updates of requests dropped while waiting, and the final outputs that a static batch held
+        back."""
         ended = self.scheduler.expire(self._now())
         self._totals["num_dropped"] += sum(update.finish_reason is FinishReason.ABORT for update in ended)
         return ended
@@ -310,14 +328,14 @@ class EngineCore:
         return [self._output(update, now) for update in updates if update is not None]
 
     def _look(self, in_flight: DispatchedStep | None) -> float:
-        """The time, and a look at whether the device is busy."""
+        """Returns the time, and samples whether the device is busy."""
         now = self._clock()
         if in_flight is not None:
             self._idle.look(self._executor.done(in_flight), now)
         return now
 
     def _outputs(self, update: StepUpdate, now: float) -> list[FromEngine]:
-        """The messages of a step's update, and its events."""
+        """Returns the messages of a step's update and records its events."""
         messages: list[FromEngine] = []
         request_ids = update.request_ids
         if request_ids:

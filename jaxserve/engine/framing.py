@@ -1,4 +1,4 @@
-"""Messages over a stream socket: each is its length in four bytes, then its msgpack bytes."""
+"""Frames messages over a stream socket: each is its length in four bytes, then its msgpack bytes."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class FrameSender:
 
     @property
     def queued_bytes(self) -> int:
-        """Bytes that wait for the other end to make room."""
+        """Returns the bytes that wait for the other end to make room."""
         return self._queued
 
     def close(self, seconds: float) -> None:
-        """Gives the thread so long to send what is queued; the socket stays open."""
+        """Gives the sending thread up to `seconds` to send what is queued; the socket stays open."""
         if self._thread is not None:
             self._behind.put(None)
             self._thread.join(seconds)
@@ -73,14 +73,14 @@ class FrameSender:
 
 
 class FrameReader:
-    """Splits what arrives into payloads."""
+    """Splits received bytes into payloads."""
 
     def __init__(self, connection: socket.socket):
         self._connection = connection
         self._buffer = bytearray()
 
     def read(self) -> list[bytes] | None:
-        """Every payload that is complete, waiting for at least one; None when the other end has closed."""
+        """Returns every complete payload, waiting for at least one; None when the other end has closed."""
         while True:
             payloads = self._complete()
             if payloads:
@@ -108,5 +108,5 @@ class FrameReader:
 
 
 def frames(payloads: Iterable[bytes]) -> bytes:
-    """The payloads as they are sent."""
+    """Returns the payloads as bytes on the wire."""
     return b"".join([part for payload in payloads for part in (_LENGTH.pack(len(payload)), payload)])

@@ -1,4 +1,4 @@
-"""How long the device waits for the host between two steps."""
+"""Measures how long the device waits for the host between two steps."""
 
 from __future__ import annotations
 
@@ -16,22 +16,27 @@ class IdleMeter:
         self._emptied_at: float | None = None
 
     def dispatched(self, now: float) -> None:
-        """A step was handed to the device."""
+        """Records that a step was dispatched to the device."""
         self._busy_at = now
 
     def emptied(self, now: float) -> None:
-        """The last step under way was taken in."""
+        """Records that the last step in flight was collected."""
         self._emptied_at = now
 
     def unused(self, now: float) -> float:
-        """Seconds since the last step under way was taken in, where none has been dispatched since."""
+        """Returns the seconds since the last step in flight was collected, if none has been dispatched since."""
         return 0.0 if self._emptied_at is None else now - self._emptied_at
 
     def look(self, done: bool, now: float) -> None:
-        """The step under way was found done or not."""
+        """Records whether the step in flight was found done."""
         if not done:
             self._busy_at = now
 
     def idle(self, done: bool, now: float) -> float:
-        """Seconds, at most, that the device has been without work. done: whether the step under way is."""
+        """Returns an upper bound of the seconds that the device has been without work.
+
+        Args:
+            done: whether the step in flight is done.
+            now: the current time.
+        """
         return now - self._busy_at if done and self._busy_at is not None else 0.0

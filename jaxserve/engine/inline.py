@@ -1,4 +1,4 @@
-"""The engine in the caller's own process: `receive` runs a step. For `LLM`, tests and debugging."""
+"""Runs the engine in the caller's own process, where `receive` runs a step. It serves `LLM`, tests and debugging."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class InlineEngine:
-    """EngineClient without a second process. Any runner will do; by default the model of `config` is loaded.
+    """Implements EngineClient without a second process. Any runner will do; by default the model of `config` is loaded.
 
     `send` may be called from any thread; everything else happens in the thread that calls `receive`.
     """
@@ -43,7 +43,8 @@ class InlineEngine:
         self._inbox.put(message)
 
     def receive(self) -> Sequence[FromEngine]:
-        """Takes in what was sent, runs one step if there is work, and returns what came of it; empty when idle."""
+        """Handles sent messages, runs one step if there is work, and returns the resulting messages; empty when
+        idle."""
         messages: list[FromEngine] = []
         if self._failed:
             return messages
@@ -70,7 +71,7 @@ class InlineEngine:
         return self.core.progress(self._beat)
 
     def kill(self) -> None:
-        """Nothing: a thread cannot be ended from outside; it ends with the process."""
+        """Does nothing: a thread cannot be ended from outside; it ends with the process."""
 
     def close(self, seconds: float = END_SECONDS) -> str:
         self.send(Shutdown())

@@ -1,4 +1,4 @@
-"""The typed messages between front end and engine, and their msgpack encoding.
+"""Defines the typed messages between front end and engine, and their msgpack encoding.
 
 Each message is one frozen struct; on the wire it is [its name, its fields in order]. Both ends run the same version, so
 fields are positional. An unknown name, a field too many, or one of another type is a ValueError, never a guess.
@@ -16,7 +16,7 @@ from jaxserve.runner.protocol import RunnerInfo
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """What all messages are."""
+    """Sets the encoding that all messages share."""
 
 
 class AddRequest(_Message, frozen=True):
@@ -71,9 +71,8 @@ class EngineOutput(_Message, frozen=True):
 
 
 class TokenBatch(_Message, frozen=True):
-    """Engine -> front end: one new token of each of these requests, which all go on: what most rows of a step bring.
-
-    A request stands in it once.
+    """Engine -> front end: one new token for each of these requests, none of which ends; most rows of a step yield one.
+    A request occurs in it once.
     """
 
     request_ids: tuple[str, ...]
@@ -84,10 +83,10 @@ class EngineStats(_Message, frozen=True):
     """Engine -> front end: counts as of now, several times a second and when it becomes idle, for GetServerInfo and the
     running log.
 
-    num_executables: programs that are there. num_compilations: programs that the backend compiled in the engine's
+    num_executables: programs that are available. num_compilations: programs that the backend compiled in the engine's
     process, at start and ever after.
     num_steps, compile_misses, num_preemptions, prompt_tokens, generation_tokens, computed_tokens, padding_tokens,
-    num_dropped (requests ended in the queue since they were late, or would be):
+    num_dropped (requests ended in the queue because they were late, or would be):
     totals since start; a prompt counts when its first output token is there.
     pages_free + pages_used + pages_cached are all usable pages. num_swapped, pages_swapped: requests whose pages are in
     host memory, and those pages. kendall_tau: how well predicted output lengths rank the last window of finished
@@ -117,7 +116,7 @@ class EngineStats(_Message, frozen=True):
 
 
 class Progress(_Message, frozen=True):
-    """Engine -> front end, in answer to AskProgress: how far the loop is, said by another thread than the loop's.
+    """Engine -> front end, in answer to AskProgress: how far the loop is, reported by a thread other than the loop's.
 
     beat: that of the question. turns: of the loop, begun so far. in_turn: one is under way. largest_step_seconds: what
     the largest step is predicted to take; 0 where nothing is known.
@@ -141,7 +140,7 @@ Message = ToEngine | FromEngine
 
 
 def _plain(value: Any) -> Any:
-    """Subclasses of numbers and texts, as numpy has some, as what they are; other types have no place in a message."""
+    """Converts subclasses of numbers and texts, as numpy has some, to the plain type; rejects other types."""
     for kind in (int, float, str):
         if isinstance(value, kind):
             return kind(value)
@@ -153,7 +152,7 @@ _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
 def outputs(message: FromEngine) -> Sequence[EngineOutput]:
-    """What a message says of requests, one by one; nothing for messages about the engine."""
+    """Returns a message's outputs, one for each request; empty for messages about the engine."""
     if isinstance(message, EngineOutput):
         return (message,)
     if isinstance(message, TokenBatch):
@@ -165,12 +164,12 @@ def outputs(message: FromEngine) -> Sequence[EngineOutput]:
 
 
 def encode(message: Message) -> bytes:
-    """msgpack bytes of one message."""
+    """Returns the msgpack bytes of one message."""
     return _ENCODER.encode(message)
 
 
 def decode(data: bytes) -> Message:
-    """The message in `data`; raises ValueError when it is not one."""
+    """Decodes a message; raises ValueError when `data` is not one."""
     try:
         return _DECODER.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""The engine in a process of its own, away from the front end's interpreter lock.
+"""Runs the engine in its own process, away from the front end's interpreter lock.
 
 `EngineProcess` is the front end's side and loads no jax. It starts `python -m jaxserve.engine.worker FD` with one end
 of a socket pair and sends the configuration; the engine answers EngineReady or EngineFailed, and messages flow both
@@ -30,14 +30,15 @@ from jaxserve.engine.messages import (
 )
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-"""Of the server and of its engine's process, which write to the same standard error."""
+"""Log format of the server and of its engine's process, which write to the same standard error."""
 
 _EXIT_SECONDS = 5.0
-"""How long an engine that has closed its connection may take to exit before it is killed."""
+"""Seconds that an engine that has closed its connection may take to exit before it is killed."""
 
 
 class LaunchedEngine:
-    """A child process that imports what an engine needs, seconds of work, and then waits for its configuration."""
+    """Starts a child process that imports what an engine needs, which takes seconds, and then waits for its
+    configuration."""
 
     def __init__(self) -> None:
         self.socket, theirs = socket.socketpair()
@@ -50,9 +51,9 @@ class LaunchedEngine:
 
 
 class EngineProcess:
-    """EngineClient over a child process. The constructor returns when the engine is ready.
+    """Implements EngineClient over a child process. The constructor returns when the engine is ready.
 
-    launched: its process, where that was started before; nobody else may use it.
+    launched: its process, if already started; it must not be shared.
     Raises ValueError with the engine's own line when it cannot start.
     """
 
@@ -78,8 +79,8 @@ class EngineProcess:
         return self._sender.queued_bytes
 
     def send(self, message: ToEngine) -> None:
-        """Never waits, not even for an engine that is stopped. To a dead one it sends nothing: `receive` tells the
-        front end."""
+        """Sends a message without ever waiting, even if the engine is stopped. Sends nothing to a dead engine, which
+        `receive` reports."""
         with contextlib.suppress(OSError):
             self._sender.send([encode(message)])
 
@@ -131,7 +132,7 @@ class EngineProcess:
         return messages
 
     def _ended(self) -> str:
-        """How a process that has closed its connection ended."""
+        """Describes how a process that has closed its connection ended."""
         try:
             return f"ended with exit code {self._process.wait(_EXIT_SECONDS)}"
         except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""Carries out plans on a runner, in parts where a whole one cannot be started.
+"""Executes plans on a runner, in parts when a whole one cannot be started.
 
 A step that was not started (`StepNotStartedError`) changed nothing, so its rows are tried again in halves, and a half
 that is not started either in halves of its own. A row that fails alone is tried once more, and then given up; the
@@ -24,11 +24,14 @@ _log = logging.getLogger(__name__)
 
 
 class EngineBrokenError(RuntimeError):
-    """The engine cannot go on; the text is one line that says why."""
+    """Signals that the engine cannot go on; the text is one line that says why."""
 
 
 class DeviceFaultError(RuntimeError):
-    """A step failed after it was started, or none can be started: what the device held is lost. plan: of the step."""
+    """Signals that a step failed after it was started, or that none can be started: the device's state is lost.
+
+    plan: of the step.
+    """
 
     def __init__(self, plan: StepPlan, error: Exception):
         lines = str(error).splitlines() or [""]  # the first says what, the others where
@@ -38,7 +41,8 @@ class DeviceFaultError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class DispatchedStep:
-    """A plan under way: its parts in order, each with what the runner made of it; None for a row that was given up.
+    """Represents a plan in flight: its parts in order, each with the runner's handle, or None for a row that was given
+    up.
 
     failed: request ids of those rows, and why, in one line. waits: its samples want masks and are not dispatched yet;
     the forward program is, unless there are no parts: then `dispatch_sample` starts the whole step. not_started: why
@@ -53,13 +57,13 @@ class DispatchedStep:
 
 
 class _Share(NamedTuple):
-    """A step, or a part of one, and its masks as `Runner.dispatch_sample` takes them."""
+    """Pairs a step, or a part of one, with its masks as `Runner.dispatch_sample` takes them."""
 
     plan: StepPlan
     masks: np.ndarray | None
 
     def parts(self, most_rows: int, buckets: Buckets) -> list[_Share]:
-        """Splits it as `StepPlan.parts` does."""
+        """Splits the step as `StepPlan.parts` does."""
         shares, place = [], 0
         for part in self.plan.parts(most_rows, buckets):
             count = len(part.samples.masked)
@@ -68,12 +72,12 @@ class _Share(NamedTuple):
         return shares
 
     def without_copies(self, error: StepNotStartedError) -> _Share:
-        """Returns it as it is to be tried again: copies of pages that were made are not made a second time."""
+        """Returns the share to retry: page copies that were made are not made again."""
         return self._replace(plan=dataclasses.replace(self.plan, copies=())) if error.copied else self
 
 
 class StepExecutor:
-    """The steps of one runner."""
+    """Executes the steps of one runner."""
 
     def __init__(self, runner: Runner, buckets: Buckets):
         self._runner = runner
@@ -130,7 +134,7 @@ class StepExecutor:
         return self._most_rows is not None and plan.num_rows > self._most_rows
 
     def done(self, step: DispatchedStep) -> bool:
-        """Whether the device has finished what was dispatched of a step; never waits."""
+        """Tells whether the device has finished what was dispatched of a step; never waits."""
         return all(pending is None or self._runner.done(pending) for _, pending in step.parts)
 
     def collect(self, step: DispatchedStep) -> StepResult:
@@ -144,8 +148,10 @@ class StepExecutor:
         return results[0] if len(results) == 1 else _joined(results)
 
     def reset(self, failed: StepPlan) -> None:
-        """Makes the device's arrays anew after a DeviceFaultError; steps have at most half of the rows of the one that
-        failed until one of them has succeeded."""
+        """Recreates the device's arrays after a DeviceFaultError.
+
+        Steps then have at most half the rows of the failed one, until one of them succeeds.
+        """
         self._runner.reset()
         self._most_rows = max(1, failed.num_rows // 2)
 
@@ -160,7 +166,7 @@ class StepExecutor:
             raise DeviceFaultError(share.plan, error) from error
 
     def _guarded(self, plan: StepPlan, call: Callable[[StepPlan], Pending]) -> Pending:
-        """Calls the runner; what is no StepNotStartedError is a DeviceFaultError."""
+        """Calls the runner and converts every error but StepNotStartedError to a DeviceFaultError."""
         try:
             return call(plan)
         except StepNotStartedError:
@@ -178,7 +184,7 @@ class StepExecutor:
             raise DeviceFaultError(plan, error) from error
 
     def _in_parts(self, plan: StepPlan, todo: list[_Share]) -> DispatchedStep:
-        """Starts parts one after another, and halves of those that are not started."""
+        """Starts parts one after another, and halves of those that cannot be started."""
         parts: list[tuple[StepPlan, Pending | None]] = []
         failed: list[tuple[str, str]] = []
         while todo:
@@ -194,7 +200,7 @@ class StepExecutor:
         return DispatchedStep(plan, tuple(parts), tuple(failed))
 
     def _alone(self, share: _Share, failed: list[tuple[str, str]]) -> Pending | None:
-        """Tries a single row once more, and notes it among `failed` where it is the row that cannot be computed."""
+        """Retries a single row once, and adds it to `failed` when that row itself cannot be computed."""
         try:
             return self._start(share)
         except StepNotStartedError as error:
@@ -205,7 +211,7 @@ class StepExecutor:
             return None
 
     def _check(self, part: StepPlan, error: StepNotStartedError) -> None:
-        """Raises DeviceFaultError where a step without rows cannot be started either: then it is no row's fault. It
+        """Raises DeviceFaultError when a step without rows cannot be started either, so that no row is at fault. It
         makes the part's copies of pages and writes to page tables, which others may need."""
         nothing = dataclasses.replace(
             part,
@@ -227,8 +233,8 @@ class StepExecutor:
 
 
 def _joined(results: list[StepResult]) -> StepResult:
-    """Puts the results of parts together: the ids of the rows that decode come first in each, and only one part has
-    both these and chunks."""
+    """Concatenates the results of parts: the ids of the decoding rows come first in each, and only one part has both
+    these and chunks."""
     token_ids = np.concatenate([np.asarray(one.token_ids, np.int32) for one in results])
     counts = [np.asarray(one.counts, np.int32) for one in results if one.counts is not None]
     return StepResult(token_ids, np.concatenate(counts) if counts else None)

@@ -1,4 +1,4 @@
-"""How long the largest step may take: predicted from the device's rates, corrected by the steps that were measured."""
+"""Predicts the time of the largest step from the device's rates, corrected by measured steps."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ from jaxserve.runner.protocol import StepCosts
 from jaxserve.scheduler.plan import StepPlan
 
 _DECAY = 0.95
-"""Weight of what was measured so far when another step is."""
+"""Weight that earlier measurements keep when another step is measured."""
 
 _LONGEST = 4.0
-"""A step that takes longer than this, times what the corrected prediction says, was held up: so much of it counts."""
+"""Factor over the corrected prediction at which a measured step is clipped: a longer one was held up."""
 
 _LARGEST_CORRECTION = 10.0
 _SHARE = 0.01
-"""Of the largest step's predicted time: shorter steps say more of the host than of the device."""
+"""Minimum share of the largest step's predicted time: shorter steps measure the host rather than the device."""
 
 
 class StepTimePrediction:
-    """costs: of the runner's steps; None where nothing is known of them, and nothing is predicted then.
+    """Predicts step times, corrected by measurements.
 
-    The correction is seconds measured over seconds predicted, both summed with old steps fading: long steps, which say
-    most about the largest one, count most, and the shortest not at all. A step that was held up moves it little, so
+    costs: of the runner's steps; None when they are unknown, and then nothing is predicted.
+
+    The correction is seconds measured over seconds predicted, both summed with exponential decay: long steps, which are
+    most like the largest one, weigh most, and the shortest are ignored. A step that was held up changes it little, so
     that one stall does not hide the next.
     """
 
@@ -30,7 +32,7 @@ class StepTimePrediction:
         self.largest_seconds = 0.0 if costs is None else costs.largest_seconds
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
-        """A step was measured."""
+        """Records the measured seconds of a step."""
         if self._costs is None:
             return
         predicted = self._costs.seconds(plan)

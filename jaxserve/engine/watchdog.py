@@ -1,9 +1,9 @@
-"""Tells an engine that is at work from one that hangs, by what it says of its progress.
+"""Distinguishes a working engine from one that hangs, by its reported progress.
 
-The engine is asked again and again how far its loop is (`EngineClient.progress`). Two things must not last: that it
-does not answer, as a process that is stopped does not; and that one turn of its loop, a step, is under way. Both are
-timed by the looks of the watchdog, and between two looks at most twice their interval counts: when the front end itself
-was stopped, or busy, the time in which it did not look does not count against the engine.
+The watchdog polls the engine's progress (`EngineClient.progress`). Two conditions must not last: that the engine does
+not answer, as a stopped process does not; and that one iteration of its loop, a step, is in progress. Both are timed by
+the polls, and between two polls at most twice their interval counts: time in which the front end itself was stopped or
+busy does not count against the engine.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ from __future__ import annotations
 from jaxserve.engine.messages import Progress
 
 SHORTEST_LIMIT = 60.0
-"""Seconds of the limit that is not configured, at least."""
+"""Minimum limit in seconds when none is configured."""
 
 LARGEST_STEPS = 20.0
-"""The same, in largest steps as predicted."""
+"""Minimum limit in predicted times of the largest step when none is configured."""
 
 _LONGEST_INTERVAL = 1.0
 _LOOKS = 8
-"""Looks within the limit, at least."""
+"""Minimum number of polls within the limit."""
 
 
 class Watchdog:
-    """step_timeout: seconds, as `ServerConfig.step_timeout`; None follows the engine's prediction."""
+    """Times the engine's silence and steps.
+
+    step_timeout: seconds, as `ServerConfig.step_timeout`; None follows the engine's prediction.
+    """
 
     def __init__(self, step_timeout: float | None = None):
         self._step_timeout = step_timeout
@@ -33,18 +36,26 @@ class Watchdog:
 
     @property
     def limit(self) -> float:
-        """Seconds that a step, or silence, may last."""
+        """Returns the maximum seconds of a step, or of silence."""
         if self._step_timeout is not None:
             return self._step_timeout
         return max(SHORTEST_LIMIT, LARGEST_STEPS * self._last.largest_step_seconds)
 
     @property
     def interval(self) -> float:
-        """Seconds between two looks."""
+        """Returns the seconds between two polls."""
         return min(_LONGEST_INTERVAL, self.limit / _LOOKS)
 
     def look(self, now: float, progress: Progress) -> str | None:
-        """Takes the engine's latest answer. Returns one line on what is wrong, or None. now: of a monotonic clock."""
+        """Checks the engine's latest answer.
+
+        Args:
+            now: seconds of a monotonic clock.
+            progress: the answer.
+
+        Returns:
+            One line on what is wrong, or None.
+        """
         passed = 0.0 if self._looked_at is None else min(now - self._looked_at, 2 * self.interval)
         self._looked_at = now
         answered = progress.beat != self._last.beat

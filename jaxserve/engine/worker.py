@@ -1,4 +1,4 @@
-"""The engine's side of two processes: `python -m jaxserve.engine.worker FD`, started by `EngineProcess`.
+"""Runs the engine's process: `python -m jaxserve.engine.worker FD`, started by `EngineProcess`.
 
 When the front end dies, the engine reads the end of the stream and ends too.
 """
@@ -28,10 +28,11 @@ from jaxserve.telemetry.batch_timeline import Composition
 from jaxserve.telemetry.startup_spans import StartupSpans
 
 _FLUSH_SECONDS = 5.0
-"""How long a front end that reads slowly has for the last messages."""
+"""Seconds that a slowly reading front end has for the last messages."""
 
 _ORPHAN_SECONDS = 2 * _FLUSH_SECONDS
-"""How long a step under way may go on when the front end is gone: a hung one would keep the device for ever."""
+"""Seconds that a step in flight may continue after the front end has gone: one that hangs would keep the device
+forever."""
 
 
 def serve(connection: socket.socket) -> int:
@@ -57,7 +58,7 @@ def serve(connection: socket.socket) -> int:
         with contextlib.closing(tracking):
             _loop(core, sender, mailbox.inbox)
     except ConnectionError:
-        return 0  # the front end is gone and nobody is left to answer
+        return 0  # the front end has gone, so no answer is needed
     except EngineBrokenError as error:  # the log has the faults that led to it
         sender.send([encode(EngineFailed(str(error)))])
         return 1
@@ -91,7 +92,7 @@ def _loop(core: EngineCore, sender: FrameSender, inbox: queue.SimpleQueue[ToEngi
 class _Mailbox:
     """Moves messages from the socket to `inbox`, so that the front end never waits for a step; None is the end.
 
-    What is asked of the loop's progress is answered here, whatever the loop is doing. core: None while the model loads;
+    Questions about the loop's progress are answered here, whatever the loop is doing. core: None while the model loads;
     a front end that ends meanwhile ends this process at once, and later one whose loop does not end by itself.
     """
 

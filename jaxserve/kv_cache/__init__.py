@@ -1,1 +1,1 @@
-"""The bookkeeping of the KV cache's pages. Imports no jax."""
+"""Keeps the accounts of the KV cache's pages. Imports no jax."""

@@ -1,4 +1,4 @@
-"""Names for the content of pages: a chain of keyed hashes over salt and tokens."""
+"""Derives content keys of pages: a chain of keyed hashes over salt and tokens."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class ContentKeys:
         self._secret = secrets.token_bytes(hashlib.blake2b.MAX_KEY_SIZE)
 
     def root(self, salt: str) -> bytes:
-        """The key that the first page of every sequence under `salt` is linked to."""
+        """Returns the key that the first page of every sequence under `salt` is linked to."""
         # `person` separates the two uses: no salt, whatever its bytes, can equal the key of a page.
         text = salt.encode("utf-8", "surrogatepass")
         return hashlib.blake2b(text, digest_size=KEY_BYTES, key=self._secret, person=b"salt").digest()
 
     def link(self, previous: bytes, tokens: Sequence[int]) -> bytes:
-        """The key of a full page of `tokens` that follows the page, or the root, with the key `previous`."""
+        """Returns the key of a full page of `tokens` that follows the page (or root) with the key `previous`."""
         text = previous + array("q", tokens).tobytes()
         return hashlib.blake2b(text, digest_size=KEY_BYTES, key=self._secret, person=b"page").digest()

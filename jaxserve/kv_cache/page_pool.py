@@ -1,4 +1,4 @@
-"""The host side of the paged KV cache: who holds which page, what it contains, and what to evict.
+"""Manages the host side of the paged KV cache: reference counts, content keys and eviction of pages.
 
 The pool hands out page numbers; the arrays behind them belong to the runner. It alone changes a page's state:
 
@@ -12,7 +12,7 @@ The pool hands out page numbers; the arrays behind them belong to the runner. It
 `copy` and `move` only decide; each returns `PageCopy` records that the runner performs before the step, in the order
 in which the pool returned them: a page may be the source of one and the destination of a later one.
 
-Every call costs time in the pages it is given, none in the size of the pool; `check_integrity` alone looks at all.
+Every call takes time proportional to the pages it is given, not to the size of the pool, except `check_integrity`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from collections.abc import Iterable, Sequence
 from jaxserve.kv_cache.content_keys import ContentKeys
 
 NULL_PAGE = 0
-"""Page 0 is never handed out: padding reads and writes it."""
+"""Page 0 is never allocated: padding reads and writes it."""
 
 
 class PageState(enum.Enum):
-    """What a page is to the pool. ACTIVE and HOST also name the two tiers between which pages are copied."""
+    """Enumerates the states of a page. ACTIVE and HOST also name the two tiers between which pages are copied."""
 
     FREE = "free"
     ACTIVE = "active"
@@ -39,10 +39,11 @@ class PageState(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class PageCopy:
-    """One page to copy before the step. A tier is ACTIVE (a page of the device) or HOST (a page of host memory).
+    """Describes one page to copy before the step. A tier is ACTIVE (a page of the device) or HOST (a page of host
+    memory).
 
     Device and host pages are numbered apart: device page 3 and host page 3 are different pages.
-    group: of the layers whose keys and values the page holds; 0 where all layers are alike.
+    group: the group of layers whose keys and values the page holds; 0 where all layers are alike.
     """
 
     source: int
@@ -53,7 +54,7 @@ class PageCopy:
 
 
 class PagePool:
-    """Reference counts, content keys and the free and cached pages of one KV cache.
+    """Keeps the reference counts, content keys, and free and cached pages of one KV cache.
 
     num_pages: pages of the device, the null page included. page_size: tokens per page.
     num_host_pages: pages of host memory for swapped sequences, numbered from 0 (there is no null page).
@@ -85,7 +86,7 @@ class PagePool:
 
     @property
     def num_usable(self) -> int:
-        """Device pages that can be handed out at all: free + used + cached."""
+        """Returns the number of device pages that can be allocated at all: free + used + cached."""
         return self.num_pages - 1
 
     @property
@@ -98,12 +99,12 @@ class PagePool:
 
     @property
     def num_used(self) -> int:
-        """Device pages with at least one reference."""
+        """Returns the number of device pages with at least one reference."""
         return self.num_usable - len(self._free) - len(self._cached)
 
     @property
     def num_available(self) -> int:
-        """Device pages that `allocate` can hand out now."""
+        """Returns the number of device pages that `allocate` can return now."""
         return len(self._free) + len(self._cached)
 
     @property
@@ -115,29 +116,30 @@ class PagePool:
         return len(self._host_keys)
 
     def state(self, page: int) -> PageState:
-        """The state of a device page: FREE, ACTIVE or CACHED."""
+        """Returns the state of a device page: FREE, ACTIVE or CACHED."""
         self._check_range(page)
         if self._references[page]:
             return PageState.ACTIVE
         return PageState.CACHED if page in self._cached else PageState.FREE
 
     def references(self, page: int) -> int:
-        """How many tables hold a device page."""
+        """Returns the number of page tables that hold a device page."""
         self._check_range(page)
         return self._references[page]
 
     def writable(self, page: int) -> bool:
-        """Whether its one owner may write an active page; if not, `copy` it first.
+        """Tells whether the only owner of an active page may write it; if not, `copy` it first.
 
-        A committed page is full and others may find it by its content at any time: it is never written again.
+        A committed page is full, and other sequences may match its content at any time, so it is never written again.
         """
         self._check_active((page,))
         return self._references[page] == 1 and self._keys[page] is None
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` private pages with one reference each, content undefined; None, and no change, when there are fewer.
+        """Allocates `count` private pages with one reference each and undefined content; returns None, and changes
+        nothing, when fewer are available.
 
-        Free pages first, then the least recently used cached ones.
+        Takes free pages first, then the least recently used cached ones.
         """
         if count < 0:
             raise ValueError(f"count is {count}; it must be at least 0")
@@ -151,7 +153,7 @@ class PagePool:
         return pages
 
     def share(self, pages: Sequence[int]) -> None:
-        """One reference more for each active or cached page: for the table of a fork."""
+        """Adds one reference to each active or cached page, for the table of a fork."""
         self._check_distinct(pages)
         for page in pages:
             if self.state(page) is PageState.FREE:
@@ -160,7 +162,7 @@ class PagePool:
             self._take(page)
 
     def release(self, pages: Sequence[int]) -> None:
-        """One reference less for each active page of one table, which is given in its order.
+        """Drops one reference to each active page of one table, given in table order.
 
         A page without references keeps its content as CACHED if `match` can find it, else it becomes FREE. Of one
         table the later pages are reclaimed first: without the earlier ones no match would reach them.
@@ -170,9 +172,9 @@ class PagePool:
             self._drop(page)
 
     def commit(self, pages: Sequence[int], tokens: Sequence[int], salt: str, start: int = 0) -> int:
-        """Gives the full pages of a sequence their content keys; returns how many pages are committed now.
+        """Assigns content keys to the full pages of a sequence; returns how many of its pages are now committed.
 
-        Call it when the content is known to be computed, so that the pages of a failed step are never found.
+        Call it when the content is known to be computed, so that the pages of a failed step are never matched.
 
         pages, tokens: the whole table and all tokens whose keys and values are in it.
         salt: only sequences with the same salt share pages.
@@ -206,9 +208,10 @@ class PagePool:
         return full
 
     def match(self, tokens: Sequence[int], salt: str) -> list[int]:
-        """The pages that hold the longest run of full pages from the start of `tokens`, committed under `salt`.
+        """Returns the pages that hold the longest run of full pages from the start of `tokens` that is committed under
+        `salt`.
 
-        One reference of each is the caller's; cached pages become active. A sequence needs at least one token to
+        The caller gets one reference to each; cached pages become active. A sequence needs at least one token to
         compute, so pass a prompt without its last token.
         """
         pages = []
@@ -258,7 +261,7 @@ class PagePool:
             self._host_free.append(page)
 
     def check_integrity(self, tables: Iterable[Sequence[int]], host_tables: Iterable[Sequence[int]] = ()) -> None:
-        """Recomputes the accounts from the tables of all sequences and compares; AssertionError where they differ.
+        """Recomputes the reference counts from the tables of all sequences; raises AssertionError when they differ.
 
         Takes time in the size of the pool: for tests and for when the engine is idle (then without tables).
         """
@@ -370,7 +373,8 @@ class PagePool:
 
 
 def greatest_concurrency(num_usable: int, page_size: int, length: int, max_num_seqs: int) -> float:
-    """How many sequences of `length` tokens run at once: as many as the usable pages hold, at most max_num_seqs."""
+    """Returns how many sequences of `length` tokens can run at once: as many as the usable pages hold, at most
+    max_num_seqs."""
     return min(num_usable / -(-length // page_size), max_num_seqs)
 
 

@@ -11,7 +11,7 @@ from jaxserve.models.loading import checkpoint
 from jaxserve.models.loading.end_tokens import check_vocabulary
 from jaxserve.models.params import DTYPES, packable
 from jaxserve.pallas_kernels.cpu import linear
-from jaxserve.pallas_kernels.paged_attention import Use, choose, is_quantised
+from jaxserve.pallas_kernels.paged_attention import Use, choose, is_quantized
 from jaxserve.planning.decode_roofline import token_bytes
 from jaxserve.programs.step_programs import Shapes
 from jaxserve.request import MAX_STOP_TOKEN_IDS, STOP_WIDTH
@@ -47,7 +47,7 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
         raise ValueError(f"model dtype is {dtype!r}; set EngineConfig.dtype to one of {', '.join(DTYPES)}")
     pages = config.cache.kv_cache_dtype
     kv_cache_dtype = {"auto": dtype, "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}.get(pages, pages)
-    _check_checkpoint(config, model, scales=is_quantised(kv_cache_dtype), planning=planning)
+    _check_checkpoint(config, model, scales=is_quantized(kv_cache_dtype), planning=planning)
     use = Use(dtype, kv_cache_dtype, config.cache.page_size, model.head_dim, model.group_size)
     shapes = Shapes(
         model=model,

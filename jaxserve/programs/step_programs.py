@@ -36,7 +36,7 @@ from jaxserve.models.layers.attention_backends import (
 )
 from jaxserve.models.layers.matmul import Products
 from jaxserve.models.params import abstract_params, bind, products_for
-from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, is_quantised, pool_spec
+from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, is_quantized, pool_spec
 from jaxserve.programs.layout import MASK_ROWS, forward_layout, mask_layout, sample_layout, table_layout
 from jaxserve.programs.sampler import sample
 from jaxserve.programs.slots import Slots

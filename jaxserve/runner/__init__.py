@@ -1,1 +1,1 @@
-"""What carries out a step plan. Only this package (and what is below it) touches jax; `protocol` and `fake` do not."""
+"""Runners execute step plans. Only this package (and what is below it) touches jax; `protocol` and `fake` do not."""

@@ -1,4 +1,4 @@
-"""The arrays that a runner's programs take over and give back: page pools, slots, hidden buffer and masks."""
+"""Holds the arrays that a runner's programs take over and return: page pools, slots, hidden buffer and masks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from jaxserve.programs.step_programs import Shapes, abstract_masks, abstract_poo
 
 
 class DeviceArrays:
-    """pools: one a layer; slots; hidden: [largest token bucket, H]; masks: [S, words]. All zero when made.
+    """Holds the device's arrays, all zero when made.
 
-    A program that takes an array over deletes it and returns its successor, which the caller puts in its place. One
-    that fails in execution returns none, so that what it had taken over is lost.
+    pools: one a layer. hidden: [largest token bucket, H]. masks: [S, words].
+
+    A program that takes an array over deletes it and returns its successor, which the caller stores in its place. One
+    that fails in execution returns none, so that the arrays it took over are lost.
     """
 
     def __init__(self, shapes: Shapes, mesh: Mesh):
@@ -25,7 +27,7 @@ class DeviceArrays:
         self.make()
 
     def make(self) -> None:
-        """Makes all of them anew; returns when they are there."""
+        """Allocates all arrays anew; returns when they are there."""
         self.pools: list[jax.Array] = [
             jnp.zeros(pool.shape, pool.dtype, device=pool.sharding) for pool in abstract_pools(self._shapes, self._mesh)
         ]
@@ -33,14 +35,14 @@ class DeviceArrays:
         jax.block_until_ready((self.pools, self.slots, self.hidden, self.masks))
 
     def delete(self) -> None:
-        """Frees what no program has taken over: the device has no room for old and new at once."""
+        """Frees all arrays that no program has taken over: the device has no room for old and new at once."""
         for leaf in self._leaves():
             if not leaf.is_deleted():
                 leaf.delete()
 
     @property
     def intact(self) -> bool:
-        """Whether all of them are there."""
+        """Tells whether all arrays exist."""
         return not any(leaf.is_deleted() for leaf in self._leaves())
 
     def _leaves(self) -> list[jax.Array]:

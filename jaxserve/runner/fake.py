@@ -1,4 +1,4 @@
-"""A runner without a model, whose every token can be worked out by hand.
+"""Implements a runner without a model, whose every token can be computed by hand.
 
 It keeps pages, of both sides, and slots as the devices do and reads a row's whole context back through its page table,
 so a wrong page, a stale slot or a missing write changes the tokens (or fails), as it would with a model.
@@ -18,7 +18,7 @@ from jaxserve.scheduler.plan import NOTHING_ALLOWED, RowPlan, StepPlan, StepResu
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 
 Page = list[tuple[int, int] | None]
-"""What a page holds at each of its places: the group of layers that wrote there and the token, or nothing."""
+"""Content of a page: for each position the group of layers that wrote there and the token, or None."""
 
 
 def next_token(
@@ -41,14 +41,14 @@ def next_token(
 
 
 def guess_holds(context: Sequence[int]) -> bool:
-    """Whether the token that the runner guesses after `context` is the one that follows."""
+    """Tells whether the draft token after `context` is accepted."""
     return sum(context) % 3 != 0
 
 
 @dataclasses.dataclass(eq=False)
 class FakeStep:
-    """A step under way; its result is there when it is sampled. tokens: those computed of each row that decodes, by
-    slot."""
+    """Represents a step in flight; its result is available once it is sampled. tokens: those computed for each decoding
+    row, by slot."""
 
     plan: StepPlan
     tokens: dict[int, tuple[int, ...]]
@@ -56,11 +56,11 @@ class FakeStep:
 
 
 class FakeRunner:
-    """Runner protocol over plain lists. Steps are computed at dispatch; `collect` hands the ids over.
+    """Implements the Runner protocol over plain lists. Steps are computed at dispatch; `collect` returns the ids.
 
     num_groups: of layers with a page table each. The rows' own new pages are those of group 0; those of the others come
-    as page table writes. tokens_per_step: of a row that decodes at most; those beyond the one sampled last are guesses,
-    of which some do not hold (`guess_holds`), and the positions of such rows are known here alone.
+    as page table writes. tokens_per_step: maximum tokens of a decoding row; those beyond the one sampled last are draft
+    tokens, of which some are rejected (`guess_holds`), and only the runner knows the positions of such rows.
     """
 
     def __init__(
@@ -228,8 +228,8 @@ class FakeRunner:
         return token
 
     def _sample_guesses(self, row: RowPlan, tokens: tuple[int, ...], mask: np.ndarray | None) -> tuple[list[int], int]:
-        """Samples behind every token of a row that decodes; how many of the samples hold: the first, and each behind a
-        guess that was right."""
+        """Samples after every token of a decoding row, and counts the accepted samples: the first, and each after a
+        correct draft."""
         start = self._lengths[row.slot]
         contexts = [self._read(row.slot, start + count) for count in range(1, len(tokens) + 1)]
         sampled = [self._next(row.slot, context, mask) for context in contexts]

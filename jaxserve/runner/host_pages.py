@@ -1,4 +1,4 @@
-"""The pages of swapped sequences, in host memory."""
+"""Stores the pages of swapped sequences in host memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from jaxserve.programs.step_programs import Shapes, abstract_pages
 
 
 class HostPages:
-    """Host pages by number, each an array [L, 2, K, page_size, D] that `swap_out` made.
+    """Holds host pages by number, each an array [L, 2, K, page_size, D] that `swap_out` made.
 
     On a CPU that array is the host page. Beside other devices it is copied to pinned host memory and back, on the
-    device's copy streams: nobody waits for a copy but the program that reads it. What is on its way takes memory of
-    the device, so the host waits for the oldest copy when `pages_in_transit` would be exceeded.
+    device's copy streams: only the program that reads a copy waits for it. Pages in transit take memory of the device,
+    so the host waits for the oldest copy when `pages_in_transit` would be exceeded.
     """
 
     def __init__(self, shapes: Shapes, mesh: Mesh, page_bytes: int, *, pinned: bool | None = None):
@@ -35,22 +35,22 @@ class HostPages:
         return len(self._pages)
 
     def wait_for_room(self, count: int) -> None:
-        """Waits until `count` more pages may be on their way."""
+        """Waits until `count` more pages may be in transit."""
         while self._transit and sum(pages for pages, _ in self._transit) + count > self._room:
             self._transit.popleft()[1].block_until_ready()
 
     def wait(self) -> None:
-        """Waits until nothing is on its way."""
+        """Waits until no page is in transit."""
         while self._transit:
             self._transit.popleft()[1].block_until_ready()
         jax.block_until_ready(list(self._pages.values()))
 
     def forget_transit(self) -> None:
-        """Waits for nothing that is on its way: the device has lost it, or need not tell when it is there."""
+        """Drops the pages in transit without waiting: the device has lost them, or need not report their arrival."""
         self._transit.clear()
 
     def store(self, numbers: Sequence[int], pages: Sequence[jax.Array]) -> None:
-        """Takes pages of the device as host pages `numbers`, whose content until now is lost; does not wait.
+        """Stores device pages as host pages `numbers`, replacing their content; does not wait.
 
         Raises ValueError where a number is not that of a host page.
         """
@@ -63,7 +63,7 @@ class HostPages:
         self._pages.update(zip(numbers, pages, strict=True))
 
     def take(self, numbers: Sequence[int]) -> tuple[jax.Array, ...]:
-        """Host pages `numbers` as arrays of the device, for one `swap_in`; their memory is free when that has run.
+        """Returns host pages `numbers` as device arrays for one `swap_in`; their memory is free when that has run.
 
         Raises KeyError where a page was not stored.
         """
@@ -71,6 +71,6 @@ class HostPages:
         return tuple(jax.device_put(list(pages), self._on_device)) if self._pinned else pages
 
     def taken(self, count: int, placed: jax.Array) -> None:
-        """Tells that the program which reads the `count` pages taken last was started; `placed` is ready after it."""
+        """Records that the program which reads the `count` pages taken last was started; `placed` is ready after it."""
         if self._pinned:
             self._transit.append((count, placed))

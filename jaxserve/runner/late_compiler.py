@@ -30,8 +30,11 @@ _LENGTH_BYTES = 8
 
 @dataclasses.dataclass(frozen=True)
 class CompileTask:
-    """Programs to compile: `keys`, in this order, of the engine of `config` over a pool of `num_pages` pages, into the
-    cache `directory`, which is not pruned."""
+    """Describes programs to compile.
+
+    keys: the programs, in this order. config, num_pages: the engine and its pool's number of pages. directory: the
+    cache to fill, which is not pruned.
+    """
 
     config: EngineConfig
     num_pages: int
@@ -48,7 +51,7 @@ class CompileTask:
 
     @classmethod
     def read(cls, file: IO[bytes]) -> CompileTask | None:
-        """The task that `write` wrote; None where the other end has closed before it was whole."""
+        """Reads the task that `write` wrote; returns None if the other end closes before it is complete."""
         length = int.from_bytes(file.read(_LENGTH_BYTES), "big")
         data = file.read(length)
         if not length or len(data) < length:
@@ -58,7 +61,7 @@ class CompileTask:
 
 
 def run(task: CompileTask) -> None:
-    """Compiles the programs and says of each that it is there."""
+    """Compiles the programs and reports each as soon as it is available."""
     mesh = make_mesh()
     shapes = dataclasses.replace(resolve_shapes(task.config, mesh.devices.flat[0].platform), num_pages=task.num_pages)
     products_of(shapes, mesh).prepare()
@@ -77,7 +80,7 @@ def _end_with(file: IO[bytes]) -> None:
 
 
 def main() -> NoReturn:
-    """Carries out the task on standard input and ends the process."""
+    """Performs the task on standard input and ends the process."""
     task = CompileTask.read(sys.stdin.buffer)
     if task is not None:
         threading.Thread(target=_end_with, args=(sys.stdin.buffer,), daemon=True).start()

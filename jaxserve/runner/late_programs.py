@@ -1,4 +1,4 @@
-"""The programs of the closed set that are compiled while the engine serves.
+"""Compiles the missing programs of the closed set while the engine serves.
 
 A process of its own compiles them into the compilation cache, with a low priority: neither the interpreter lock
 nor the compiler's threads, which know no priorities, ever hold up a step. From the cache this process loads each as
@@ -24,14 +24,14 @@ from jaxserve.programs.step_programs import ProgramKey, Shapes
 from jaxserve.runner.late_compiler import CompileTask
 
 _NICE = 10
-"""A step takes a core from it at once, and where no core is ever idle it gets a tenth of each. With the lowest
-priority, 19, a server that is busy from its first second on would go on padding for half an hour."""
+"""Niceness of the compiling process: a step preempts it at once, and when no core is ever idle it gets a tenth of each.
+With the lowest priority, 19, a server that is busy from its first second on would go on padding for half an hour."""
 
 _log = logging.getLogger(__name__)
 
 
 def most_useful_first(keys: Iterable[ProgramKey]) -> list[ProgramKey]:
-    """Programs in the order in which to make them while larger ones stand in for them.
+    """Orders programs for compilation while larger ones stand in for them.
 
     The smallest of each kind first, which serves a single request; then always the middle of the longest run of sizes
     that are still missing, which saves most padding for all others.
@@ -56,7 +56,7 @@ def _halved(keys: list[ProgramKey]) -> list[ProgramKey]:
 
 
 class LatePrograms:
-    """Has the missing programs of a set compiled, and joins them to it; ends when the set is no longer used."""
+    """Has the missing programs of a set compiled, and adds them to it; ends when the set is no longer used."""
 
     def __init__(self, config: EngineConfig, shapes: Shapes, programs: ProgramSet, cache: ProgramCache):
         """Starts at once and returns.
@@ -78,7 +78,7 @@ class LatePrograms:
         threading.Thread(target=self._follow, args=(task,), daemon=True).start()
 
     def _follow(self, task: CompileTask) -> None:
-        """Takes in what the process says is there, until it ends."""
+        """Loads each program that the process reports, until it ends."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         process = self._process
@@ -90,7 +90,7 @@ class LatePrograms:
             self._process.stdin.close()
         programs = self._programs()
         if programs is None:
-            return  # nobody waits for the rest
+            return  # the rest is no longer needed
         self._cache.prune()
         there, seconds = len(programs.executables), time.perf_counter() - self._start
         if not programs.missing:

@@ -1,4 +1,5 @@
-"""The runner that computes: weights, pages and slots on the devices, and the compiled programs over them."""
+"""Implements the runner over a model: weights, pages and slots on the devices, and the compiled programs that use
+them."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ from jaxserve.programs.compiler import CompilationCounter, CompileMissError, Pro
 from jaxserve.programs.state_programs import mask_words
 from jaxserve.programs.step_programs import MASK_WRITE, TABLE_WRITE, ProgramKey, Shapes, program_keys
 from jaxserve.programs.swap_programs import copy_blocks, way
+from jaxserve.runner.engine_startup import Startup
 from jaxserve.runner.packing import ForwardPacker, SamplePacker, mask_vectors, table_vectors
 from jaxserve.runner.protocol import StepNotStartedError
-from jaxserve.runner.startup import Startup
 from jaxserve.runner.step_cost_model import step_costs
 from jaxserve.runner.swap_timing import measure, swap_copies
 from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, PageTableWrite, StepPlan, StepResult
@@ -31,7 +32,7 @@ _COUNTER = CompilationCounter()  # one listener a process: jax keeps listeners f
 
 
 class _Call(NamedTuple):
-    """A program and the packed vector that it is called with."""
+    """Pairs a program with the packed vector it is called with."""
 
     program: Callable[..., Any]
     vector: np.ndarray
@@ -39,11 +40,11 @@ class _Call(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class PendingStep:
-    """A step under way.
+    """Represents a step in flight.
 
-    hidden: what its forward program made, until the next step takes it. sample: what samples it; None where nothing is
-    sampled. copied: copies of pages were made for it. ids: its sampled ids on the device, int32 [row bucket], as many
-    of them real as `plan.samples`; None until they are dispatched.
+    hidden: the output of its forward program, until the next step takes it over. sample: the call that samples it; None
+    when nothing is sampled. copied: its page copies were made. ids: its sampled ids on the device, int32 [row bucket],
+    of which as many are real as `plan.samples` has; None until sampling is dispatched.
     """
 
     plan: StepPlan
@@ -54,25 +55,25 @@ class PendingStep:
 
 
 def annotate(name: str) -> contextlib.AbstractContextManager[object]:
-    """Names what the host does inside the `with`, where jax's profiler is on."""
+    """Names what the host does inside the `with`, while jax's profiler is on."""
     return jax.profiler.TraceAnnotation(name)
 
 
 class ModelRunner:
-    """Runner over a model: carries out steps over what `Startup` has made."""
+    """Runs a model: executes steps with the programs and arrays that `Startup` has made."""
 
     _unsampled: PendingStep | None = None  # the step whose forward program was dispatched last, until it is sampled
 
     def __init__(
         self, config: EngineConfig, *, progress: bool = False, phases: StartupSpans | None = None, server: bool = False
     ):
-        """Starts.
+        """Starts the runner.
 
         Args:
             config: the engine's settings.
-            progress: shows how far compiling is.
-            phases: of this process so far; those of this start are added.
-            server: the engine is a server's; `EngineConfig.ready_when` "auto" depends on it.
+            progress: shows the progress of compilation.
+            phases: startup spans of this process so far; those of this start are added.
+            server: the engine belongs to a server; `EngineConfig.ready_when` "auto" depends on it.
         """
         phases = StartupSpans() if phases is None else phases
         startup = Startup(config, progress=progress, phases=phases, server=server)
@@ -112,7 +113,7 @@ class ModelRunner:
 
     @functools.cached_property
     def _no_masks(self) -> np.ndarray:
-        """The masks of a step in which no sample wants one: uint32 [0, words]."""
+        """Returns the masks of a step in which no sample wants one: uint32 [0, words]."""
         return np.zeros((0, mask_words(self._shapes.model.vocab_size)), np.uint32)
 
     def dispatch_forward(self, plan: StepPlan) -> PendingStep:
@@ -159,7 +160,8 @@ class ModelRunner:
         step.ids = ids
 
     def _not_started(self, error: Exception, *, begun: bool, copied: bool) -> Exception:
-        """What to raise for an error while a step was dispatched: itself where the step must not be tried again.
+        """Returns the exception to raise for an error during dispatch: the error itself when the step must not be
+        retried.
 
         Computing the same tokens a second time writes the same keys and values, as do page tables and masks; copying
         pages twice does not.
@@ -187,9 +189,13 @@ class ModelRunner:
         self._unsampled = None
 
     def _prepare(self, plan: StepPlan) -> tuple[_Call, _Call | None, list[_Call]]:
-        """Packs a step and finds all of its programs, so that what can fail on the host does so before any of them.
+        """Packs a step and looks up all of its programs, so that whatever can fail on the host does so before any of
+        them runs.
 
-        Returns those of the forward program, of the sample program, and of the writes to page tables.
+
+        Returns:
+            The calls of the forward program, of the sample program (None without samples), and of the page-table
+            writes.
         """
         self._fail_at("pack", plan)
         for block in copy_blocks(plan.copies):
@@ -220,7 +226,13 @@ class ModelRunner:
         return ids
 
     def _fail_at(self, point: str, plan: StepPlan | None, *, lose: bool = False) -> None:
-        """Passes a failpoint. lose: as after a program that fails in execution, its donated arguments are gone."""
+        """Triggers the failpoints at `point`.
+
+        Args:
+            point: one of `failpoints.POINTS`.
+            plan: the step, if there is one.
+            lose: deletes the donated arguments too, as a program does that fails in execution.
+        """
         if not self._failpoints:
             return
         try:
@@ -231,7 +243,7 @@ class ModelRunner:
             raise
 
     def _copy(self, copies: Sequence[PageCopy]) -> None:
-        """Starts the programs that copy pages; each reads what the one before it left."""
+        """Starts the programs that copy pages; each reads the result of the one before it."""
         arrays, host = self._arrays, self._host_pages
         for block in copy_blocks(copies):
             size, (first, *_) = len(block), block
@@ -258,7 +270,7 @@ class ModelRunner:
             raise
 
     def _warm_up(self) -> None:
-        """Runs every program that is there once on padding alone, so that the first request finds them loaded."""
+        """Runs every available program once on padding alone, so that the first request finds them loaded."""
         nothing = StepPlan(-1, NO_DECODES, (), NO_SAMPLES, token_bucket=0, row_bucket=0, num_tokens=0)
         arrays, padding = self._arrays, self._shapes.num_slots
         for key in program_keys(self._shapes):
@@ -277,7 +289,7 @@ class ModelRunner:
                 self._copy(copies)
 
     def _measure_costs(self) -> PreemptionCosts:
-        """What a preemption costs here; nothing may run yet."""
+        """Measures the cost of a preemption on this device; no step may be in flight."""
 
         def compute(plan: StepPlan) -> None:
             self._forward(self._forward_call(self._shapes.forward_key(plan), plan))
@@ -293,12 +305,12 @@ class ModelRunner:
 
 
 def _is_ready(array: Any) -> bool:
-    """Whether an array is computed; jax's own type stubs do not have the method."""
+    """Tells whether an array is computed; jax's type stubs lack the method."""
     return array.is_ready()
 
 
 def packers(shapes: Shapes) -> tuple[dict[int, ForwardPacker], dict[int, SamplePacker]]:
-    """What packs the steps of each forward program, by token bucket, and of each sample program, by row bucket."""
+    """Makes the packers of all forward programs, by token bucket, and of all sample programs, by row bucket."""
     buckets, num_slots = shapes.buckets, shapes.num_slots
     forward = {size: ForwardPacker(size, buckets.rows_of(size), shapes.page_size, num_slots) for size in buckets.tokens}
     return forward, {size: SamplePacker(size, num_slots) for size in buckets.rows}

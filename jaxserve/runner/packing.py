@@ -1,4 +1,4 @@
-"""A step plan as the padded vectors that its two programs read. numpy only.
+"""Packs a step plan into the padded vectors that its two programs read. Uses numpy only.
 
 A packer keeps the vector of a step without rows: every step begins as a copy of it and writes what its rows say. The
 vector itself is never used again: the device may still read it while the next step is packed.
@@ -16,7 +16,8 @@ from jaxserve.scheduler.plan import TABLE_RUN, PageTableWrite, RowPlan, StepPlan
 
 
 class ForwardPacker:
-    """Vectors of one forward program: `tokens` tokens, `rows` rows; see `layout.forward_layout` for the fields."""
+    """Packs the input vector of the forward program for `tokens` tokens and `rows` rows; see
+    `layout.forward_layout`."""
 
     def __init__(self, tokens: int, rows: int, page_size: int, num_slots: int):
         self.layout = forward_layout(tokens, rows, page_size)
@@ -30,7 +31,7 @@ class ForwardPacker:
         self._counts = np.arange(rows + 1, dtype=np.int32)
 
     def pack(self, plan: StepPlan) -> np.ndarray:
-        """int32 [layout.size]."""
+        """Returns the vector of a plan, int32 [layout.size]."""
         vector = self._empty.copy()
         fields = self.layout.views(vector)
         decodes = plan.decodes
@@ -54,7 +55,7 @@ class ForwardPacker:
 
 
 class SamplePacker:
-    """Vectors of the sample program of `rows` rows; see `layout.sample_layout` for the fields."""
+    """Packs the input vector of the sample program for `rows` rows; see `layout.sample_layout`."""
 
     def __init__(self, rows: int, num_slots: int):
         self.layout = sample_layout(rows)
@@ -62,7 +63,7 @@ class SamplePacker:
         self.layout.views(self._empty)["slot"][:] = num_slots
 
     def pack(self, plan: StepPlan) -> np.ndarray:
-        """int32 [layout.size]."""
+        """Returns the vector of a plan, int32 [layout.size]."""
         vector = self._empty.copy()
         fields = self.layout.views(vector)
         samples = plan.samples
@@ -77,7 +78,7 @@ class SamplePacker:
 
 
 def table_vectors(writes: Sequence[PageTableWrite], num_slots: int) -> list[np.ndarray]:
-    """What the program that writes page tables is told, `layout.table_layout` each, for as many calls as it takes.
+    """Packs the input vectors of the page-table program, one `layout.table_layout` for each call needed.
 
     Raises ValueError for a group that the device has no table of.
     """
@@ -97,9 +98,12 @@ def table_vectors(writes: Sequence[PageTableWrite], num_slots: int) -> list[np.n
 
 
 def mask_vectors(slots: np.ndarray, masks: np.ndarray, num_slots: int) -> list[np.ndarray]:
-    """What the program that writes masks is told, `layout.mask_layout` each, for as many calls as it takes.
+    """Packs the input vectors of the mask program, one `layout.mask_layout` for each call needed.
 
-    slots: int32 [M]. masks: uint32 [M, words], of each slot.
+    Args:
+        slots: int32 [M].
+        masks: uint32 [M, words], of each slot.
+        num_slots: number of the device's slots.
     """
     layout, vectors = mask_layout(masks.shape[1]), []
     for begin in range(0, len(slots), MASK_ROWS):
@@ -114,7 +118,7 @@ def mask_vectors(slots: np.ndarray, masks: np.ndarray, num_slots: int) -> list[n
 
 
 def _pack_chunks(chunks: tuple[RowPlan, ...], fields: dict[str, np.ndarray], row: int, update: int) -> None:
-    """Writes chunks behind `row` rows of one token each and `update` entries of the page table."""
+    """Packs chunks after `row` rows of one token each and `update` entries of the page table."""
     end, admitted = row, 0
     for index, chunk in enumerate(chunks, start=row):
         begin, end = end, end + chunk.num_tokens

@@ -1,4 +1,4 @@
-"""What a step is predicted to take on the runner's device, from the rates of the device and the shape of the model."""
+"""Predicts step times on the runner's device from the rates of the device and the shape of the model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from jaxserve.runner.protocol import StepCosts
 
 _SLOW_BANDWIDTH = 1e10
 _SLOW_FLOPS = 2e11
-"""Rates of a device that no target describes, bytes/s and operations/s: those of a slow machine's two CPU cores."""
+"""Rates of a device without a target, bytes/s and operations/s: those of a slow machine's two CPU cores."""
 
 
 def step_costs(shapes: Shapes, mesh: Mesh) -> StepCosts:
-    """Predictions for the steps of `shapes` on the devices of `mesh`."""
+    """Returns the predictor for the steps of `shapes` on the devices of `mesh`."""
     costs = RooflineCosts(
         shapes.model,
         _target(mesh.devices.flat[0], shapes.dtype),
@@ -32,8 +32,8 @@ def step_costs(shapes: Shapes, mesh: Mesh) -> StepCosts:
 
 
 def largest_step(shapes: Shapes) -> StepShape:
-    """A step that no step of `shapes` exceeds: the largest buckets full of prompts' tokens at the end of the longest
-    contexts, beside as many decodes of such contexts as the pages hold."""
+    """Returns a step that no step of `shapes` exceeds: the largest buckets full of prompts' tokens at the end of the
+    longest contexts, beside as many decodes of such contexts as the pages hold."""
     tokens, rows = shapes.buckets.tokens[-1], shapes.buckets.rows[-1]
     held = min(rows * shapes.max_model_len, (shapes.num_pages - 1) * shapes.page_size)
     return StepShape(
@@ -50,7 +50,8 @@ def largest_step(shapes: Shapes) -> StepShape:
 
 
 def _target(device: Any, dtype: str) -> Target:
-    """The target that describes a jax device; a slow one where none does, or none that knows the dtype's rate."""
+    """Returns the target that describes a jax device; a slow one when none does, or none that knows the dtype's
+    rate."""
     for name in known_targets():
         target = load_target(name)
         if target.device_kind == device.device_kind and target.memory_bandwidth and target.peak_flops.get(dtype):

@@ -1,4 +1,4 @@
-"""Measuring at warm-up what it costs to bring a preempted sequence back, by computing it again or by swapping."""
+"""Measures at warm-up what it costs to bring a preempted sequence back, by recomputation or by swapping."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REPEATS = 3
 
 
 def prompt_row(shapes: Shapes, slot: int, first_page: int, start: int, end: int) -> RowPlan:
-    """Tokens `start` to `end` - 1 of a prompt whose pages follow one another from `first_page` on."""
+    """Makes a row of tokens `start` to `end` - 1 of a prompt whose pages are consecutive from `first_page` on."""
     held, needed = -(-start // shapes.page_size), -(-end // shapes.page_size)
     return RowPlan(
         request_id="",
@@ -29,13 +29,13 @@ def prompt_row(shapes: Shapes, slot: int, first_page: int, start: int, end: int)
 
 
 def prefill_plan(shapes: Shapes, rows: tuple[RowPlan, ...]) -> StepPlan:
-    """A step of chunks of prompts alone, none of which samples."""
+    """Makes a step of prompt chunks alone, none of which samples."""
     tokens = sum(row.num_tokens for row in rows)
     return StepPlan(-1, NO_DECODES, rows, NO_SAMPLES, shapes.buckets.token_bucket(tokens), 0, tokens)
 
 
 def _prompts(shapes: Shapes, tokens: int) -> tuple[RowPlan, ...]:
-    """`tokens` tokens of prompts as long as may be, from the first page and slot on."""
+    """Makes rows of `tokens` prompt tokens, in prompts as long as possible, from the first page and slot on."""
     rows: list[RowPlan] = []
     first_page = 1
     while tokens:
@@ -46,7 +46,10 @@ def _prompts(shapes: Shapes, tokens: int) -> tuple[RowPlan, ...]:
 
 
 def swap_copies(pages: int, *, null: bool = False) -> tuple[tuple[PageCopy, ...], tuple[PageCopy, ...]]:
-    """The first `pages` device pages to the first host pages, and back to where they were. null: the null page each."""
+    """Returns the copies of the first `pages` device pages to the first host pages, and those back.
+
+    null: copies the null page each time.
+    """
     device, host = [0] * pages if null else range(1, pages + 1), range(pages)
     out = [PageCopy(page, PageState.ACTIVE, to, PageState.HOST) for page, to in zip(device, host, strict=True)]
     back = [PageCopy(page, PageState.HOST, to, PageState.ACTIVE) for page, to in zip(host, device, strict=True)]
@@ -56,12 +59,15 @@ def swap_copies(pages: int, *, null: bool = False) -> tuple[tuple[PageCopy, ...]
 def measure(
     shapes: Shapes, compute: Callable[[StepPlan], None], swap: Callable[[Sequence[PageCopy]], None]
 ) -> PreemptionCosts:
-    """The costs, the best of `REPEATS`.
+    """Measures both costs, taking the best of `REPEATS`.
 
-    A token's cost is that of a step of prompts which fills the largest token bucket, or the pool; a page's that of the
-    largest number of pages that one program swaps.
+    A token's cost is that of a step of prompts that fills the largest token bucket, or the pool; a page's is that of
+    the largest number of pages that one program swaps.
 
-    compute, swap: carry out a step, or copies of pages, and wait for it. The content of pages and slots is lost.
+    Args:
+        shapes: of the programs.
+        compute: runs a step and waits for it.
+        swap: copies pages and waits for it. The content of pages and slots is lost.
     """
     usable = shapes.num_pages - 1
     tokens = min(shapes.buckets.tokens[-1], shapes.num_slots * shapes.max_model_len)
@@ -79,7 +85,7 @@ def measure(
 
 
 def _best(call: Callable[[], None]) -> float:
-    """Seconds of the fastest of `REPEATS` calls."""
+    """Returns the seconds of the fastest of `REPEATS` calls."""
     seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()

@@ -1,6 +1,6 @@
-"""Which requests run, how many tokens each computes, and on which pages: plain Python, no device.
+"""Decides which requests run, how many tokens each computes, and on which pages, in plain Python without a device.
 
-`Scheduler.schedule` makes a `StepPlan`, the runner carries it out, `Scheduler.update` takes the sampled ids.
+`Scheduler.schedule` makes a `StepPlan`, the runner executes it, and `Scheduler.update` takes the sampled ids.
 """
 
 from jaxserve.scheduler.plan import DecodeRows, FastForward, RowPlan, Samples, StepPlan, StepResult, Wants

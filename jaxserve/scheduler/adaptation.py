@@ -1,4 +1,4 @@
-"""Limits that follow the load: the running requests by the prompts' length, the step by how much there is to do."""
+"""Adapts limits to the load: the number of running requests to prompt lengths, the step's size to the queue."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from jaxserve.config.scheduling import AdaptationConfig
 
 
 class AdaptiveBatchSize:
-    """How many requests may run at once: target tokens over the moving average of prompt lengths, within bounds."""
+    """Limits the number of running requests to target tokens over the moving average of prompt lengths, within
+    bounds."""
 
     def __init__(self, config: AdaptationConfig) -> None:
         self._config = config
@@ -17,12 +18,13 @@ class AdaptiveBatchSize:
 
     @property
     def average(self) -> float | None:
-        """Moving average of the prompt lengths, in tokens; the first prompt is where it starts. None before it."""
+        """Returns the moving average of prompt lengths in tokens, which starts at the first prompt; None before it.
+        None before it."""
         return self._average
 
     @property
     def limit(self) -> int:
-        """Requests that may run at once; max_batch_size before the first prompt."""
+        """Returns the maximum number of running requests; max_batch_size before the first prompt."""
         config = self._config
         if self._average is None:
             return config.max_batch_size
@@ -30,7 +32,7 @@ class AdaptiveBatchSize:
         return min(max(wanted, config.min_batch_size), config.max_batch_size)
 
     def observe(self, prompt_tokens: int) -> None:
-        """Takes in the prompt of one more request, of at least one token."""
+        """Adds the prompt of one more request, of at least one token, to the average."""
         if self._average is None:
             self._average = float(prompt_tokens)
         else:
@@ -39,8 +41,8 @@ class AdaptiveBatchSize:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """What a step may compute under a load: tokens at most, prefill's share of them beside decodes, and whether prompts
-    may be split."""
+    """Bounds what a step may compute under a load: its tokens, prefill's share of them beside decodes, and whether
+    prompts may be split."""
 
     name: Literal["latency", "balanced", "throughput"]
     max_num_batched_tokens: int
@@ -49,7 +51,7 @@ class Profile:
 
 
 class LoadProfile:
-    """The profile for a load, which changes only when the load is past a bound by more than the hysteresis."""
+    """Selects the profile for a load; it changes only when the load passes a bound by more than the hysteresis."""
 
     def __init__(self, config: AdaptationConfig) -> None:
         self._bounds = (config.load_low, config.load_high)
@@ -62,7 +64,11 @@ class LoadProfile:
         self._current: int | None = None
 
     def update(self, load: float) -> Profile:
-        """The profile from now on. load: unfinished requests over max_num_seqs; the first one counts without margin."""
+        """Returns the profile from now on.
+
+        Args:
+            load: unfinished requests over max_num_seqs; the first call applies no margin.
+        """
         margin = 0.0 if self._current is None else self._hysteresis
         low, high = self._bounds
         rise = (load >= low + margin) + (load >= high + margin)

@@ -1,11 +1,11 @@
-"""Formation of the batch: in which order those that wait are offered to a step.
+"""Implements admission orders: the order in which waiting sequences are offered to a step.
 
-`candidates` offers one sequence at a time; the step takes it (and `remove`s it) or is done. The order of the queue is
-the policy's; a formation departs from it to put together what fits together. A formation other than greedy that may
-pass over the first of the queue does so for max_passed_over_seconds at most: then the first goes first. So the wait of
-a request has a bound whatever the formation: that of the policy, and max_passed_over_seconds for each one before it.
+`candidates` offers one sequence at a time; the step takes it (and `remove`s it) or is done. The queue is in the
+policy's order; an admission order departs from it to batch requests that fit together. One that may pass over the head
+of the queue does so for at most max_passed_over_seconds. The wait of a request is therefore bounded by the policy's
+bound plus max_passed_over_seconds for each request ahead of it.
 
-Nothing here costs time in the number of those that wait, beyond the logarithm of a heap.
+Every operation takes at most logarithmic time in the number of waiting requests.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.sequence import Sequence
 
 _CLASSES_PER_TOLERANCE = 4
-"""Length classes are so many times finer than the tolerance."""
+"""Number of length classes per tolerance: classes are this much finer."""
 
 
 class AdmissionOrder(ABC):
-    """An index of those that wait."""
+    """Indexes waiting sequences and offers them to a step one by one."""
 
     @abstractmethod
     def push(self, sequence: Sequence) -> None: ...
@@ -35,11 +35,11 @@ class AdmissionOrder(ABC):
 
     @abstractmethod
     def candidates(self, now: float) -> Iterator[Sequence]:
-        """The next one to take, again and again; each must be removed before the next is asked for."""
+        """Yields the next sequence to admit, repeatedly; each must be removed before the next is requested."""
 
 
 class Greedy(AdmissionOrder):
-    """In the order of the queue."""
+    """Offers sequences in queue order."""
 
     def __init__(self, policy: Policy, config: SchedulerConfig):
         self._queue = policy.queue()
@@ -56,9 +56,11 @@ class Greedy(AdmissionOrder):
 
 
 class LengthBalanced(AdmissionOrder):
-    """The first of the queue, those whose prompts are as long (within length_tolerance), then the next first.
+    """Offers the head of the queue, then sequences of similar prompt length (within length_tolerance), then the next
+    head.
 
-    Each round begins with the first of the queue, so none can be passed over by more rounds than were before it.
+    Each round begins with the head of the queue, so a sequence is passed over by at most as many rounds as there were
+    sequences ahead of it.
     """
 
     def __init__(self, policy: Policy, config: SchedulerConfig):
@@ -90,8 +92,8 @@ class LengthBalanced(AdmissionOrder):
                 yield near
 
     def _near(self, length: int) -> Sequence | None:
-        """The best of those within the tolerance. Of a class that the tolerance cuts, only the best member counts:
-        the others are looked at when it has gone."""
+        """Returns the first by policy of the sequences within the tolerance. Of a class that the tolerance cuts, only
+        the best member is considered; the others follow when it has left."""
         low, high = length * (1 - self._tolerance), length * (1 + self._tolerance)
         best: Queue | None = None
         for number in range(self._class(low), self._class(high) + 1):
@@ -108,7 +110,7 @@ class LengthBalanced(AdmissionOrder):
 
 
 class _Guarded(AdmissionOrder):
-    """Departs from the queue's order, but not for long: see the module."""
+    """Departs from the queue's order for a bounded time, as the module's docstring says."""
 
     def __init__(self, policy: Policy, config: SchedulerConfig):
         self._queue = policy.queue()
@@ -139,11 +141,11 @@ class _Guarded(AdmissionOrder):
 
     @abstractmethod
     def _candidates(self, now: float) -> Iterator[Sequence]:
-        """All members, the preferred ones first."""
+        """Yields all members, the preferred ones first."""
 
 
 class _Levels(_Guarded):
-    """The highest level first, and of each what a formation of its own offers."""
+    """Offers the highest level first, and within a level the candidates of an inner admission order."""
 
     def __init__(
         self,
@@ -181,21 +183,21 @@ class _Levels(_Guarded):
 
 
 class PriorityFirst(_Levels):
-    """The highest priority first."""
+    """Offers the highest priority first."""
 
     def __init__(self, policy: Policy, config: SchedulerConfig):
         super().__init__(policy, config, lambda sequence: sequence.priority, Greedy)
 
 
 class Hybrid(_Levels):
-    """Three tiers of priority (8 and above, 4 to 7, below 4), balanced by length inside a tier."""
+    """Offers three tiers of priority (8 and above, 4 to 7, below 4), balanced by length within a tier."""
 
     def __init__(self, policy: Policy, config: SchedulerConfig):
         super().__init__(policy, config, lambda sequence: tier(sequence.priority), LengthBalanced)
 
 
 class ThroughputAware(_Guarded):
-    """The smallest prompt and expected output first: more requests fit into the same memory."""
+    """Offers the smallest sum of prompt and expected output first, so that more requests fit into the same memory."""
 
     def __init__(self, policy: Policy, config: SchedulerConfig):
         super().__init__(policy, config)
@@ -213,10 +215,10 @@ class ThroughputAware(_Guarded):
 
 
 class LengthBuckets(AdmissionOrder):
-    """Prompts of one multiple of length_bucket, once there are batch_size (or as many as can run) or the oldest has
-    waited max_wait_seconds.
+    """Offers prompts of one length bucket (a multiple of length_bucket) once the bucket is ready.
 
-    Of several buckets that are ready, the one whose oldest member has waited longest.
+    A bucket is ready when it has batch_size requests (or as many as can run), or when its oldest has waited
+    max_wait_seconds. Among ready buckets, the one whose oldest member has waited longest goes first.
     """
 
     def __init__(self, policy: Policy, config: SchedulerConfig):
@@ -240,11 +242,12 @@ class LengthBuckets(AdmissionOrder):
             del self._buckets[number]
 
     def ready_at(self) -> float | None:
-        """When the next bucket is ready, by the clock of arrival times; None while none waits."""
+        """Returns the time at which the next bucket is ready, on the clock of arrival times; None while no request
+        waits."""
         return min((self._ready_at(number) for number in self._buckets), default=None)
 
     def ready_size(self, now: float) -> int:
-        """How many wait in the bucket that runs next, and run in one batch at most; 0 where none is ready."""
+        """Returns the batch size of the bucket that runs next; 0 when none is ready."""
         queue = self._ready(now)
         return 0 if queue is None else min(len(queue), self._size)
 
@@ -254,7 +257,7 @@ class LengthBuckets(AdmissionOrder):
             yield first
 
     def _ready(self, now: float) -> Queue | None:
-        """Of the buckets that are ready, the one whose oldest member waits longest."""
+        """Returns the ready bucket whose oldest member has waited longest, or None."""
         ready = [pair for number, pair in self._buckets.items() if self._ready_at(number) <= now]
         return min(ready, key=lambda pair: pair[1].rank())[0] if ready else None
 
@@ -271,7 +274,7 @@ class LengthBuckets(AdmissionOrder):
 
 
 def tier(priority: int) -> int:
-    """The tier of a priority: 2 from 8 on, 1 from 4 to 7, 0 below."""
+    """Returns the tier of a priority: 2 from 8 on, 1 from 4 to 7, 0 below."""
     return 2 if priority >= 8 else 1 if priority >= 4 else 0
 
 

@@ -27,25 +27,25 @@ class BatchBarrier:
         return bool(self._reasons)
 
     def joined(self, sequence: Sequence, step: int) -> None:
-        """A sequence runs; only the first time counts."""
+        """Adds a sequence that runs to the batch of `step`; only its first call counts."""
         if sequence.request_id not in self._batches:
             self._batches[sequence.request_id] = step
             self._unfinished[step] += 1
 
     def hold(self, sequence: Sequence, reason: FinishReason) -> None:
-        """A member has ended; its answer waits for the others."""
+        """Holds the final output of a member that has ended."""
         self._reasons[sequence.request_id] = sequence, reason
         self._ended(self._batches[sequence.request_id])
 
     def forget(self, sequence: Sequence) -> None:
-        """A request has its final answer, whether it joined or not."""
+        """Removes a request whose final output is sent, whether it joined a batch or not."""
         batch = self._batches.pop(sequence.request_id, None)
         held = self._reasons.pop(sequence.request_id, None)
         if batch is not None and held is None:
             self._ended(batch)
 
     def released(self) -> list[tuple[Sequence, FinishReason]]:
-        """The answers of batches in which nobody goes on."""
+        """Returns the held outputs of batches whose members have all ended."""
         return [
             (sequence, reason)
             for sequence, reason in self._reasons.values()
@@ -53,7 +53,7 @@ class BatchBarrier:
         ]
 
     def check_integrity(self, request_ids: set[str]) -> None:
-        """Asserts that members are unfinished requests, and counted."""
+        """Asserts that members are unfinished requests and correctly counted."""
         assert set(self._reasons) <= set(self._batches) <= request_ids, "an answer is held back for nobody"
         going_on = Counter(batch for name, batch in self._batches.items() if name not in self._reasons)
         assert going_on == self._unfinished, "members of a batch are counted wrong"

@@ -1,4 +1,4 @@
-"""The fixed shapes that steps are padded to."""
+"""Defines the fixed shapes that steps are padded to."""
 
 from __future__ import annotations
 
@@ -14,17 +14,25 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """tokens: sizes of the forward program; rows: sizes of the sample program; both rising."""
+    """Holds the bucket sizes, in ascending order.
+
+    tokens: sizes of the forward program. rows: sizes of the sample program.
+    """
 
     tokens: tuple[int, ...]
     rows: tuple[int, ...]
 
     @classmethod
     def from_config(cls, config: EngineConfig, platform: str, tokens_per_step: int = 1) -> Buckets:
-        """The configured sizes, or those that suit a platform ("cpu", "gpu", ...).
+        """Returns the configured sizes, or defaults for the platform.
 
-        A CPU's step costs what its rows cost, so sizes lie closer there; a GPU's costs what the weights cost, and
-        every size is a program more to compile. tokens_per_step: that a row which decodes may have, and sample from.
+        A CPU's step costs in proportion to its rows, so sizes are closer there; a GPU's step is dominated by reading
+        the weights, and every size is one more program to compile.
+
+        Args:
+            config: the engine's settings.
+            platform: "cpu", "gpu", ...
+            tokens_per_step: maximum tokens of a decoding row, each of which it may sample from.
         """
         sizes = close if platform == "cpu" else powers
         return cls(
@@ -33,30 +41,31 @@ class Buckets:
         )
 
     def token_bucket(self, count: int) -> int:
-        """The smallest token bucket that holds `count` tokens."""
+        """Returns the smallest token bucket that holds `count` tokens."""
         return self.tokens[bisect.bisect_left(self.tokens, count)]
 
     def largest_within(self, count: int) -> int:
-        """The largest token bucket of at most `count` tokens; 0 where none is so small."""
+        """Returns the largest token bucket of at most `count` tokens; 0 when none is that small."""
         place = bisect.bisect_right(self.tokens, count)
         return self.tokens[place - 1] if place else 0
 
     def row_bucket(self, count: int) -> int:
-        """The smallest row bucket that holds `count` rows; 0 for none."""
+        """Returns the smallest row bucket that holds `count` rows; 0 for none."""
         return self.rows[bisect.bisect_left(self.rows, count)] if count else 0
 
     @property
     def decode_tokens(self) -> tuple[int, ...]:
-        """Token buckets that a step of one token a row can need."""
+        """Returns the token buckets that a step of one token a row can need."""
         return tuple(size for size in self.tokens if size <= self.token_bucket(self.rows[-1]))
 
     def rows_of(self, token_bucket: int) -> int:
-        """Rows that a forward program of `token_bucket` tokens has room for: every row has a token."""
+        """Returns the number of rows that a forward program of `token_bucket` tokens has room for: every row has a
+        token."""
         return min(token_bucket, self.rows[-1])
 
 
 def powers(limit: int) -> tuple[int, ...]:
-    """Powers of two from MIN_BUCKET, ended by `limit` itself (at least MIN_BUCKET)."""
+    """Returns the powers of two from MIN_BUCKET, ended by `limit` itself (at least MIN_BUCKET)."""
     sizes = []
     size = MIN_BUCKET
     while size < limit:
@@ -66,7 +75,7 @@ def powers(limit: int) -> tuple[int, ...]:
 
 
 def close(limit: int) -> tuple[int, ...]:
-    """`powers`, and halfway between two of them where that is a multiple of MIN_BUCKET."""
+    """Returns `powers` and the midpoints between them that are multiples of MIN_BUCKET."""
     sizes = powers(limit)
     between = (low + low // 2 for low in sizes if low >= 2 * MIN_BUCKET and low + low // 2 < limit)
     return tuple(sorted({*sizes, *between}))

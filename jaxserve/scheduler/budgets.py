@@ -1,4 +1,4 @@
-"""The limits in force: those of the settings, and what adaptation makes of them."""
+"""Keeps the limits in force: those of the settings, as adjusted by adaptation."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from jaxserve.scheduler.adaptation import AdaptiveBatchSize, LoadProfile
 
 
 class Budgets:
-    """max_num_seqs, max_num_batched_tokens, prefill_share, chunked: what `SchedulerConfig` calls so, as of the last
-    `update`.
-    profile: name of the load-dependent profile, "" without one."""
+    """Holds the limits as of the last `update`.
+
+    max_num_seqs, max_num_batched_tokens, prefill_share: as in `SchedulerConfig`. chunked: its enable_chunked_prefill.
+    profile: name of the load-dependent profile, or "".
+    """
 
     def __init__(self, config: SchedulerConfig):
         self._config = config
@@ -23,13 +25,13 @@ class Budgets:
         self.profile = ""
 
     def arrived(self, prompt_tokens: int) -> None:
-        """A request came."""
+        """Updates the limits for a request that arrived."""
         if self._batch_size is not None:
             self._batch_size.observe(prompt_tokens)
             self.max_num_seqs = min(self._config.max_num_seqs, self._batch_size.limit)
 
     def update(self, unfinished: int) -> None:
-        """So many requests are unfinished as a step begins."""
+        """Updates the limits at the start of a step, given the number of unfinished requests."""
         if self._profile is not None:
             profile = self._profile.update(unfinished / self._config.max_num_seqs)
             self.profile = profile.name

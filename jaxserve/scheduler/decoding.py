@@ -1,4 +1,4 @@
-"""The running sequences that decode, as numpy columns that a step changes by difference."""
+"""Keeps the decoding sequences as numpy columns that each step updates in place."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from jaxserve.scheduler.sequence import Sequence
 
 _NOBODY = -1
 _NO_ID = NOTHING_ALLOWED - 1
-"""What no sample is: neither an id nor one of the values that stand for none."""
+"""A value that no sample can have: neither a token id nor one of the error codes."""
 
 
 class DecodingSet:
-    """Sequences of which only the token sampled last is left to compute: one row each in every step.
+    """Holds the sequences in which only the token sampled last remains to be computed; each has one row in every step.
 
-    tokens_per_step: of a row at most. Beyond the one that was sampled last they are guesses of the device, and how many
-    of them held is told by the step's result (`take_several`); until then the position is what it is if all hold. With
+    tokens_per_step: maximum tokens of a row. Those beyond the token sampled last are draft tokens of the device, and
+    the step's result says how many were accepted (`take_several`); until then the position assumes that all are. With
     one token a row it is exact.
 
     A sequence `join`s when its first token (or, computed again after a preemption, its next one) is sampled, and
-    `leave`s with its slot. In between a step costs a few numpy calls for all of them; Python looks at one of them only
-    when it takes a page, meets a stop id or ends.
+    `leave`s with its slot. In between, a step costs a few numpy calls for all sequences together; Python handles a
+    single sequence only when it allocates a page, samples a stop id or ends.
 
-    Columns, one entry a slot: order int64, that of the sequence, _NOBODY where none decodes; position int32, of the
-    token sampled last, which is the number of tokens computed; capacity int32, tokens that its pages hold;
-    last_position, stop_position, tenant (its number) int32 and wants uint8, as in `Sequence`; stop_ids int32 [S, W],
-    unused ones _NO_ID, where W is the most that a sequence has had.
+    Columns, one entry a slot: order int64, that of the sequence, or _NOBODY for a slot without a decoding sequence;
+    position int32, of the token sampled last, which equals the number of tokens computed; capacity int32, tokens that
+    its pages hold; last_position, stop_position, tenant (its number) int32 and wants uint8, as in `Sequence`; stop_ids
+    int32 [S, W], padded with _NO_ID, where W is the largest number of stop ids that any sequence has had.
     """
 
     def __init__(self, num_slots: int, page_size: int, tokens_per_step: int = 1):
@@ -54,11 +54,11 @@ class DecodingSet:
 
     @property
     def sequences(self) -> list[Sequence]:
-        """In the order of rows."""
+        """Returns the sequences in the order of rows."""
         return list(self._by_slot.values())
 
     def join(self, sequence: Sequence) -> None:
-        """Takes in a running sequence whose next token has just been sampled, at position `num_computed`."""
+        """Adds a running sequence whose next token has just been sampled, at position `num_computed`."""
         slot, stop_ids = sequence.slot, sequence.request.stop_token_ids
         assert slot is not None
         assert self._order[slot] == _NOBODY, f"slot {slot} is taken"
@@ -79,7 +79,7 @@ class DecodingSet:
         sequence.decoding = True
 
     def leave(self, sequence: Sequence) -> None:
-        """Lets a sequence go that still has its slot, and tells it how many of its tokens are pending."""
+        """Removes a sequence that still has its slot, and sets its number of pending tokens."""
         slot = sequence.slot
         assert slot is not None
         assert self._order[slot] == sequence.order, f"slot {slot} is another sequence's"
@@ -95,8 +95,10 @@ class DecodingSet:
         self._rows = None
 
     def complete(self) -> list[Sequence]:
-        """Sequences whose last allowed token is sampled: they have nothing left to compute. None where guesses in
-        flight may not hold: then they end when that is known."""
+        """Returns the sequences whose last allowed token is sampled, so that nothing remains to compute.
+
+        Returns none when draft tokens in flight may be rejected: those sequences end once the result is known.
+        """
         if self._tokens_per_step > 1:
             return []
         _, _, slots = self._current_rows()
@@ -104,7 +106,7 @@ class DecodingSet:
         return [self._by_slot[slot] for slot in done.tolist()]
 
     def needing_page(self) -> list[Sequence]:
-        """Sequences that need another page for their next row, in the order of rows."""
+        """Returns the sequences that need another page for their next row, in the order of rows."""
         _, _, slots = self._current_rows()
         if self._tokens_per_step > 1:
             slots, counts = self._open_slots(slots)
@@ -114,7 +116,7 @@ class DecodingSet:
         return [self._by_slot[slot] for slot in needing_page.tolist()]
 
     def give_page(self, sequence: Sequence, page: int) -> None:
-        """The page of a `needing_page` sequence for its next row."""
+        """Assigns `page` to a `needing_page` sequence for its next row."""
         assert sequence.slot is not None
         sequence.pages.append(page)
         self._capacity[sequence.slot] += self._page_size
@@ -122,20 +124,20 @@ class DecodingSet:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all rows of the next step."""
+        """Returns the number of tokens of all rows of the next step."""
         if self._tokens_per_step == 1:
             return len(self._by_slot)
         return int(self._open_slots(self._current_rows()[2])[1].sum())
 
     def next_tokens(self, sequence: Sequence) -> int:
-        """Tokens of one sequence's row in the next step."""
+        """Returns the number of tokens of one sequence's row in the next step."""
         if self._tokens_per_step == 1:
             return 1
         return int(self._open_slots(np.array([sequence.slot], np.int32))[1].sum())
 
     def advance(self) -> tuple[DecodeRows, Samples]:
-        """Returns the next row of every sequence and what it samples; from now on those tokens count as computed, and
-        one more as sampled."""
+        """Returns the next row of every sequence and its samples. From now on those tokens count as computed, and one
+        more per row as sampled."""
         if self._tokens_per_step > 1:
             return self._advance_several()
         request_ids, orders, slots = self._current_rows()
@@ -161,8 +163,11 @@ class DecodingSet:
         )
 
     def _advance_several(self) -> tuple[DecodeRows, Samples]:
-        """As `advance`, with as many tokens a row as it may still have; a row that may have none pauses until the
-        results of the steps in flight say how many of their tokens held."""
+        """Does what `advance` does, with as many tokens a row as are still allowed.
+
+        A row that is allowed none pauses until the results of the steps in flight say how many of their tokens were
+        accepted.
+        """
         slots, counts = self._open_slots(self._current_rows()[2])
         starts = self._position[slots]
         self._position[slots] = starts + counts
@@ -191,22 +196,24 @@ class DecodingSet:
         )
 
     def _open_slots(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Those of `slots` that may have tokens in the next step, and how many, both int32: one where a mask must be
-        made of the tokens before it."""
+        """Returns those of `slots` that may have tokens in the next step and how many each, both int32.
+
+        A row that needs a mask gets one token, since its mask depends on the tokens before it.
+        """
         left = np.minimum(self._last_position[slots] - self._position[slots], self._tokens_per_step)
         left = np.where(self._wants[slots] & Wants.MASK, np.minimum(left, 1), left)
         return slots[left > 0], left[left > 0]
 
     def tenants(self, rows: DecodeRows | None = None) -> np.ndarray:
-        """Numbers of the tenants of the tokens of `rows`, or of one token of every sequence: int32 [tokens]."""
+        """Returns the tenant numbers of the tokens of `rows`, or of one token of every sequence: int32 [tokens]."""
         if rows is None:
             return self._tenant[self._current_rows()[2]]
         tenants = self._tenant[rows.slots]
         return tenants if rows.counts is None else np.repeat(tenants, rows.counts)
 
     def fast_forward_steps(self, num_pages: int) -> int:
-        """Steps in which nobody ends by its length and `num_pages` pages suffice for all; 0 where rows have several
-        tokens."""
+        """Returns the number of steps in which no sequence reaches its length limit and `num_pages` pages suffice; 0
+        when rows have several tokens."""
         if self._tokens_per_step > 1:
             return 0
         _, _, slots = self._current_rows()
@@ -217,12 +224,17 @@ class DecodingSet:
         return max(0, steps)
 
     def pages_needed(self, steps: int) -> int:
-        """Pages that all rows take in so many steps."""
+        """Returns the number of pages that all rows allocate in `steps` steps."""
         return int(self._pages_needed(self._current_rows()[2], steps).sum())
 
     def repeat(self, steps: int, token_id: int, pages: list[int]) -> FastForward:
-        """What `steps` times `advance` and `take` do, where every row samples `token_id` and nobody ends; `pages` are
-        as many as `pages_needed`."""
+        """Does what `steps` times `advance` and `take` do when every row samples `token_id` and no sequence ends.
+
+        Args:
+            steps: number of steps.
+            token_id: the id sampled in every row.
+            pages: as many pages as `pages_needed`.
+        """
         request_ids, _, slots = self._current_rows()
         starts = self._position[slots]
         needed = self._pages_needed(slots, steps)
@@ -241,10 +253,16 @@ class DecodingSet:
         return np.maximum(-(-missing // self._page_size), 0)
 
     def take(self, rows: DecodeRows, samples: Samples, token_ids: np.ndarray) -> np.ndarray:
-        """Gives the sampled `token_ids`, int32 [R], to the sequences of `rows` that decode on; `samples` of the step
-        begin with theirs.
+        """Appends the sampled `token_ids` to the sequences of `rows` that go on decoding.
 
-        Returns which, bool [R]. The sequences of the other rows have left, or end with this token.
+        Args:
+            rows: the decoding rows of the step, R of them.
+            samples: the step's samples, which begin with those of the rows.
+            token_ids: int32 [R].
+
+        Returns:
+            bool [R], True for each row whose sequence goes on. The sequences of the other rows have left, or end with
+            this token.
         """
         slots, count = rows.slots, len(token_ids)
         ends = (self._stop_ids[slots] == token_ids[:, None]).any(axis=1) & ~samples.suppress_stop[:count]
@@ -258,12 +276,12 @@ class DecodingSet:
         return stay
 
     def give_back(self, sequence: Sequence, tokens: int) -> None:
-        """Tells that so many guesses of a sequence's step did not hold: they were not computed after all."""
+        """Rolls back `tokens` rejected draft tokens of a sequence: they no longer count as computed."""
         assert sequence.slot is not None
         self._position[sequence.slot] -= tokens
 
     def check_integrity(self) -> None:
-        """Asserts that the columns say what the sequences say."""
+        """Asserts that the columns agree with the sequences."""
         free = np.ones(len(self._order), bool)
         for slot, sequence in self._by_slot.items():
             free[slot] = False
@@ -283,7 +301,7 @@ class DecodingSet:
         assert not self._taken, "a page was taken for no step"
 
     def _current_rows(self) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-        """Request ids, orders and slots of the rows."""
+        """Returns the request ids, orders and slots of the rows."""
         if self._rows is None:
             request_ids = tuple([sequence.request_id for sequence in self._by_slot.values()])
             slots = np.fromiter(self._by_slot, np.int32, len(request_ids))
@@ -292,7 +310,7 @@ class DecodingSet:
         return self._rows
 
     def _take_pages(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and pages of those that took one for this step."""
+        """Returns the rows that allocated a page for this step, and those pages."""
         if not self._taken:
             return _NONE, _NONE
         count = len(self._taken)
@@ -306,6 +324,6 @@ _NONE = np.zeros(0, np.int32)
 
 
 def _widened(stop_ids: np.ndarray, width: int) -> np.ndarray:
-    """`stop_ids` with at least `width` columns."""
+    """Pads `stop_ids` to at least `width` columns."""
     missing = width - stop_ids.shape[1]
     return stop_ids if missing <= 0 else np.pad(stop_ids, ((0, 0), (0, missing)), constant_values=_NO_ID)

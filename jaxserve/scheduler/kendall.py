@@ -1,4 +1,4 @@
-"""Kendall's tau-b: how well one ranking agrees with another, ties allowed. Standard library only."""
+"""Computes Kendall's tau-b, which measures how well two rankings agree, ties allowed. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Hashable, Iterable, Sequence
 
 
 def kendall_tau(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """tau-b of the pairs (x, y): 1 where y rises with x throughout, -1 where it falls, near 0 where they are unrelated.
+    """Returns tau-b of the pairs (x, y): 1 where y rises with x throughout, -1 where it falls, near 0 where they are
+    unrelated.
 
     None below two pairs, and where all x or all y are equal: there is no ranking then. O(n log n): discordant pairs are
     the inversions of y in order of x (Knight, A computer method for calculating Kendall's tau with ungrouped data,
@@ -29,12 +30,12 @@ def _pairs_of(count: int) -> int:
 
 
 def _tied(values: Iterable[Hashable]) -> int:
-    """Pairs of equal values."""
+    """Counts pairs of equal values."""
     return sum(_pairs_of(count) for count in Counter(values).values())
 
 
 def _inversions(values: Sequence[float]) -> int:
-    """Pairs in which the earlier value is the greater one."""
+    """Counts pairs in which the earlier value is the greater one."""
     ranks = {value: rank for rank, value in enumerate(sorted(set(values)), start=1)}
     counts = [0] * (len(ranks) + 1)  # Fenwick tree over ranks
     inversions = 0

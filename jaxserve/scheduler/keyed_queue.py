@@ -1,4 +1,5 @@
-"""Queues of waiting sequences: heaps with removal by marking. Every operation is O(log n) amortised, length O(1)."""
+"""Implements queues of waiting sequences as heaps with removal by marking. Every operation is O(log n) amortized,
+length O(1)."""
 
 from __future__ import annotations
 
@@ -9,11 +10,14 @@ from collections.abc import Callable
 from jaxserve.scheduler.sequence import Sequence
 
 PriorityKey = tuple[float, ...]
-"""The smallest is served first and preempted last."""
+"""Orders sequences: the smallest key is scheduled first and preempted last."""
 
 
 class Queue(ABC):
-    """Sequences, best first. A member is pushed once; what it is ordered by stays while it waits."""
+    """Orders sequences, best first.
+
+    A member is pushed once; its key does not change while it waits.
+    """
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -23,19 +27,19 @@ class Queue(ABC):
 
     @abstractmethod
     def remove(self, sequence: Sequence) -> None:
-        """Takes a member out."""
+        """Removes a member."""
 
     @abstractmethod
     def peek(self) -> Sequence | None:
-        """The best member, or None."""
+        """Returns the best member, or None."""
 
     @abstractmethod
     def rank(self) -> PriorityKey:
-        """What the best member of a queue that has one is compared by with those of like queues."""
+        """Returns the key that compares the best member of this nonempty queue with those of similar queues."""
 
 
 class KeyedQueue(Queue):
-    """Ordered by a key that a sequence has when it is pushed."""
+    """Orders sequences by a key computed when each is pushed."""
 
     def __init__(self, key: Callable[[Sequence], PriorityKey]):
         self._key = key
@@ -52,7 +56,7 @@ class KeyedQueue(Queue):
         heapq.heappush(self._heap, (self._key(sequence), self._pushes, sequence))
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a member out. Its heap entry goes when it comes to the top, or when too many such have gathered."""
+        """Removes a member. Its heap entry goes when it comes to the top, or when too many such have gathered."""
         del self._members[sequence.order]
         if self._heap and self._heap[0][2] is sequence:
             heapq.heappop(self._heap)

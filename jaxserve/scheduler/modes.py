@@ -1,14 +1,15 @@
-"""Batching modes: which work a step may hold, whether it may take in who waits, and what padding it computes.
+"""Implements the batching modes: which work a step may hold, whether waiting requests may join, and what padding it
+computes.
 
 none         one request at a time
 static       a batch of requests from first token to last; nothing joins until the longest ends
 dynamic      as static, of prompts of about one length
-continuous   every step: who has ended leaves, who waits joins
+continuous   in every step finished requests leave and waiting ones join
 separated    as continuous, but a step either computes prompts or decodes
 
 Static and dynamic batches are those of engines without iteration-level scheduling: prompts are padded to the longest,
-rows that have ended are computed on until the longest ends, and only then do their requests have their final answers.
-The padding is tokens of the step's bucket, which cost what tokens cost in everything but attention.
+finished rows are computed until the longest ends, and only then are the final outputs released. The padding consists of
+tokens of the step's bucket, which cost as much as real tokens in everything but attention.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from jaxserve.scheduler.waiting import Waiting
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Counts of running sequences: those that decode, those whose prompts are under way, those swapped out or preempted
-    (which have run and will again)."""
+    """Counts running sequences by phase.
+
+    decoding: those that decode. prefilling: those whose prompts are in progress. preempted: those swapped out or
+    preempted, which have run and will run again.
+    """
 
     decoding: int
     prefilling: int
@@ -40,8 +44,12 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class StepLimits:
-    """What a step may hold. decode, prefill: rows of each kind. admit: new requests at most. prompts: under way at
-    most, those that come back among them. chunk: tokens of one prompt at most; None is what the settings say."""
+    """Limits what a step may hold.
+
+    decode, prefill: whether it may hold rows of that kind. admit: maximum number of new requests. prompts: maximum
+    number of prompts in progress, returning ones included. chunk: maximum tokens of one prompt; None follows the
+    settings.
+    """
 
     decode: bool = True
     prefill: bool = True
@@ -51,10 +59,10 @@ class StepLimits:
 
 
 class Mode:
-    """Continuous batching unless a subclass says else.
+    """Implements continuous batching; subclasses implement the other modes.
 
-    holds: final answers wait for the end of the batch. closed: nobody joins while somebody runs. steady: a step that
-    decodes alone is followed by one like it while nobody joins or ends.
+    holds: final outputs wait for the end of the batch. closed: no request joins while another runs. steady: a
+    decode-only step is followed by another while no request joins or ends.
     """
 
     holds = False
@@ -70,21 +78,22 @@ class Mode:
 
     @property
     def max_running(self) -> float:
-        """Sequences that run at most, beside max_num_seqs."""
+        """Limits the number of running sequences, beside max_num_seqs."""
         return math.inf
 
     def step_limits(self, running: Counts, waiting: Waiting, now: float) -> StepLimits:
         return StepLimits()
 
     def wake_at(self, waiting: Waiting) -> float | None:
-        """When somebody may join who may not now, while nothing runs; None: an event will tell."""
+        """Returns the time at which a request may join that may not join now, while nothing runs; None means that an
+        event will trigger it."""
         return None
 
     def admitted(self, count: int) -> None:
-        """So many new requests joined the step."""
+        """Records that `count` new requests joined the step."""
 
     def padded(self, step: StepInProgress) -> tuple[int, int]:
-        """Tokens and rows that a step computes at least."""
+        """Returns the minimum numbers of tokens and rows that a step computes."""
         return 0, 0
 
 
@@ -96,7 +105,8 @@ class OneAtATime(Mode):
 
 
 class Separated(Mode):
-    """Either phase in a step. A phase that has nothing to do, or finds no room, leaves the step to the other."""
+    """Runs either prefill or decode in a step. A phase that has nothing to do, or finds no room, leaves the step to the
+    other."""
 
     steady = False
 
@@ -114,14 +124,15 @@ class Separated(Mode):
         prefill = prompts and (
             not running.decoding
             or order == "prefill_first"
-            or (order == "alternating" and self._decoded_last)  # decode_first: only when nobody decodes
+            or (order == "alternating" and self._decoded_last)  # decode_first: only when no sequence decodes
         )
         self._decoded_last = not prefill
         return StepLimits(decode=not prefill, prefill=prefill, prompts=self.config.batching.max_prefill_seqs)
 
 
 class Static(Mode):
-    """A batch at a time: its prompts are computed together, then its rows decode together until the longest ends."""
+    """Runs one batch at a time: its prompts are computed together, then its rows decode together until the longest
+    ends."""
 
     holds = True
     closed = True

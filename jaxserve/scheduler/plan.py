@@ -1,4 +1,4 @@
-"""The plan of one step: the scheduler makes it and the runner carries it out."""
+"""Defines the plan of one step: the scheduler makes it and the runner executes it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from jaxserve.request import EngineRequest
 from jaxserve.scheduler.buckets import Buckets
 
 TABLE_RUN = 64
-"""Pages of one `PageTableWrite` at most."""
+"""Maximum number of pages in one `PageTableWrite`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PageTableWrite:
-    """A run of entries of one page table, set before the forward program: those from `first` on become `pages`.
+    """Sets a run of entries of one slot's page table before the forward program: entries from `first` on become
+    `pages`.
 
-    group: of the layers whose table it is; 0 where all layers are alike. pages: at most TABLE_RUN.
+    group: the group of layers that the table belongs to; 0 where all layers are alike. pages: at most TABLE_RUN.
 
-    The pages that rows take for their own tokens need none: `RowPlan.new_pages` and `DecodeRows.pages` say them.
+    Pages that rows allocate for their own tokens need no such write: `RowPlan.new_pages` and `DecodeRows.pages` carry
+    them.
     """
 
     group: int
@@ -43,16 +45,16 @@ def table_writes(group: int, slot: int, pages: Sequence[int]) -> list[PageTableW
 
 @dataclasses.dataclass(frozen=True)
 class RowPlan:
-    """One request's share of a step.
+    """Describes one request's share of a step.
 
-    order: its place in the order of arrival, which tells apart two requests that used one id after another.
+    order: its index in order of arrival, which distinguishes two requests that used the same id one after the other.
     slot: its row in the device's slot arrays.
     start: tokens of the sequence computed before this step; the first token here has position `start`.
     token_ids: the ids to compute. Empty in a row that decodes: its first token is the one sampled last in the slot,
     whose id only the device may know yet.
-    first_new_page, new_pages: the pages taken for this step and the index in the page table of the first of them.
+    first_new_page, new_pages: the pages allocated for this step and the page-table index of the first of them.
     admit: set in the step that gives the request its slot; its sampling parameters are written there.
-    count: tokens of a row that decodes, as in `DecodeRows`.
+    count: tokens of a decoding row, as in `DecodeRows`.
     """
 
     request_id: str
@@ -76,15 +78,15 @@ class RowPlan:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DecodeRows:
-    """The R rows of a step that decode, as columns. Each computes the token sampled last and samples the next one.
+    """Holds the R decoding rows of a step as columns. Each computes the token sampled last and samples the next one.
 
     request_ids: R of them; orders: int64 [R]; slots, starts: int32 [R]; as in `RowPlan`.
-    page_rows, pages: int32 [P], the pages taken for this step and the row of each; a row takes one at most, for the
+    page_rows, pages: int32 [P], the pages allocated for this step and the row of each; a row gets at most one, for the
     tokens from `start` on.
     page_size: tokens a page.
-    counts: int32 [R], tokens of each row: the one sampled last and guesses of the device's, whose samples tell how many
-    of them hold. None is one each. A `start` then counts what steps in flight yield at most; what they do yield, and so
-    the true position, only the device knows.
+    counts: int32 [R], tokens of each row: the token sampled last and draft tokens of the device, whose samples
+    determine how many are accepted. None means one each. With drafts, `start` is an upper bound: it assumes that steps
+    in flight accept all drafts, and only the device knows the true position.
     """
 
     request_ids: tuple[str, ...]
@@ -104,7 +106,7 @@ class DecodeRows:
         return len(self.request_ids) if self.counts is None else int(self.counts.sum())
 
     def rows(self) -> Iterator[RowPlan]:
-        """Yields the same row by row."""
+        """Yields the rows one by one as `RowPlan`s."""
         new = dict(zip(self.page_rows.tolist(), self.pages.tolist(), strict=True))
         counts = [1] * len(self) if self.counts is None else self.counts.tolist()
         columns = zip(
@@ -131,7 +133,7 @@ class DecodeRows:
 
     @classmethod
     def of(cls, rows: Sequence[RowPlan], page_size: int) -> DecodeRows:
-        """Makes the columns of rows that decode one token and take a page at most."""
+        """Builds the columns from rows that each decode one token and allocate at most one page."""
         new = [(index, page) for index, row in enumerate(rows) for page in row.new_pages]
         return cls(
             request_ids=tuple(row.request_id for row in rows),
@@ -148,22 +150,22 @@ NO_DECODES = DecodeRows.of((), 1)
 
 
 class Wants(enum.IntFlag):
-    """What a sample needs or yields beside its token id."""
+    """Flags what a sample needs or returns beside its token id."""
 
     NONE = 0
     MASK = 1
-    """Only tokens of a mask may be drawn, which is given to `Runner.dispatch_sample`."""
+    """The token is drawn under a mask, which is passed to `Runner.dispatch_sample`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Samples:
-    """The tokens that a step draws, as columns of S entries, in the order of `StepResult`: those of the rows that
-    decode, `counts` of each, then those of the chunks.
+    """Holds the S tokens that a step samples, as columns in the order of `StepResult`: first those of the decoding
+    rows, `counts` of each, then those of the chunks.
 
-    hidden_rows: int32 [S], the token of the step whose hidden state each is drawn from.
-    slots: int32 [S], whose sampling parameters count. positions: int32 [S], of the token drawn.
-    suppress_stop: bool [S], stop token ids cannot be drawn yet (min_tokens).
-    wants: uint8 [S], the `Wants` of each; None where nobody wants more than the id.
+    hidden_rows: int32 [S], index of the token in the step whose hidden state each sample is drawn from.
+    slots: int32 [S], whose sampling parameters apply. positions: int32 [S], position of the sampled token.
+    suppress_stop: bool [S], stop token ids must not be sampled yet (min_tokens).
+    wants: uint8 [S], the `Wants` of each; None when no sample wants more than the id.
     """
 
     hidden_rows: np.ndarray
@@ -177,11 +179,15 @@ class Samples:
 
     @property
     def masked(self) -> np.ndarray:
-        """Indices of the samples that want a mask, in order: int64 [M]."""
+        """Returns the indices of the samples that want a mask, in order: int64 [M]."""
         return _NO_PLACES if self.wants is None else (self.wants & Wants.MASK).nonzero()[0]
 
     def followed_by(self, more: Sequence[tuple[int, int, int, bool, int]]) -> Samples:
-        """Returns these and then others, each given as (hidden row, slot, position, suppress_stop, wants)."""
+        """Appends samples and returns the result.
+
+        Args:
+            more: the samples to append, each as (hidden row, slot, position, suppress_stop, wants).
+        """
         count = len(self.slots)
         columns = np.empty((5, count + len(more)), np.int32)
         columns[0, :count] = self.hidden_rows
@@ -196,7 +202,7 @@ class Samples:
         return Samples(columns[0], columns[1], columns[2], columns[3].astype(bool), wants)
 
     def within(self, begin: int, end: int) -> Samples:
-        """Returns those of the tokens `begin` to `end` - 1, as they are in a step of these tokens alone."""
+        """Returns the samples of tokens `begin` to `end` - 1, renumbered for a step of those tokens alone."""
         inside = (self.hidden_rows >= begin) & (self.hidden_rows < end)
         return Samples(
             hidden_rows=self.hidden_rows[inside] - begin,
@@ -208,7 +214,7 @@ class Samples:
 
     @classmethod
     def of(cls, samples: Iterable[tuple[int, int, int, bool, int]]) -> Samples:
-        """Makes the columns of samples given as `followed_by` takes them."""
+        """Builds the columns from samples given in the form that `followed_by` takes."""
         return NO_SAMPLES.followed_by(list(samples))
 
 
@@ -218,12 +224,12 @@ NO_SAMPLES = Samples(*(np.zeros(0, np.int32) for _ in range(3)), suppress_stop=n
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """One step: first the rows that decode, then chunks of prompts, in the order in which they are packed, what is
-    sampled of them, and the shapes they are padded to.
+    """Describes one step: its decoding rows, then its prompt chunks, in packing order; what is sampled; and the bucket
+    sizes that both are padded to.
 
     token_bucket: tokens of the forward program. row_bucket: rows of the sample program; 0 when nothing is sampled.
-    copies: carried out one after another before anything else of the step: a page freed by one may be filled by a later
-    one or by the step itself. table_writes: made after them and before the forward program.
+    copies: page copies, executed in order before the rest of the step: a page freed by one may be filled by a later one
+    or by the step itself. table_writes: applied after the copies and before the forward program.
     """
 
     step: int
@@ -242,23 +248,23 @@ class StepPlan:
 
     @property
     def constrained(self) -> bool:
-        """Whether a sample wants a mask, so that sampling waits for it."""
+        """Tells whether any sample wants a mask, in which case sampling waits for it."""
         return self.samples.wants is not None and len(self.samples.masked) > 0
 
     @property
     def rows(self) -> tuple[RowPlan, ...]:
-        """All rows one by one, in order: for reading, not for the hot path."""
+        """Returns all rows one by one, in order. For inspection, not for the hot path."""
         return (*self.decodes.rows(), *self.chunks)
 
     @property
     def sampled(self) -> tuple[RowPlan, ...]:
-        """The row of each sample, in the order of `StepResult`: for reading, not for the hot path."""
+        """Returns the row of each sample, in the order of `StepResult`. For inspection, not for the hot path."""
         by_slot = {row.slot: row for row in self.rows}
         return tuple(by_slot[slot] for slot in self.samples.slots.tolist())
 
     @property
     def request_ids(self) -> tuple[str, ...]:
-        """Of the rows, in order."""
+        """Returns the request ids of the rows, in order."""
         return (*self.decodes.request_ids, *(row.request_id for row in self.chunks))
 
     @property
@@ -271,7 +277,7 @@ class StepPlan:
 
     @property
     def decode_only(self) -> bool:
-        """Whether no row computes more than one token."""
+        """Tells whether no row computes more than one token."""
         return self.num_tokens == self.num_rows
 
     @property
@@ -279,9 +285,15 @@ class StepPlan:
         return self.token_bucket - self.num_tokens
 
     def parts(self, most_rows: int, buckets: Buckets) -> list[StepPlan]:
-        """Splits the work into steps of at most `most_rows` rows, to be carried out one after another; the first makes
-        the copies of pages and the writes to page tables. Rows and samples keep their order, so the ids of the parts,
-        put together, are those of the step."""
+        """Splits the plan into steps of at most `most_rows` rows, to be run one after another.
+
+        The first part makes the page copies and page-table writes. Rows and samples keep their order, so concatenating
+        the ids of the parts gives those of the step.
+
+        Args:
+            most_rows: maximum number of rows of one part.
+            buckets: the sizes that each part is padded to.
+        """
         decoding, end_token, parts = len(self.decodes), 0, []
         for begin in range(0, max(1, self.num_rows), most_rows):
             end = begin + most_rows
@@ -308,7 +320,10 @@ class StepPlan:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FastForward:
-    """Steps of the same R rows, which all decode, taken at once: `starts` int32 [R] are as of the first of them."""
+    """Represents several decode steps of the same R rows taken at once.
+
+    starts: int32 [R], as of the first of the steps.
+    """
 
     request_ids: tuple[str, ...]
     starts: np.ndarray
@@ -317,12 +332,12 @@ class FastForward:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepResult:
-    """What a step yields, as columns; those that not every step has are None in the others.
+    """Holds the results of a step as columns; columns that only some steps have are None in the others.
 
-    token_ids: int32 [num_sampled] or a sequence, the id of each of `StepPlan.samples`. NOT_FINITE stands for one whose
-    logits were not finite, NOTHING_ALLOWED for one whose mask left no token: that request fails, its neighbours do not.
-    counts: int32 [R], of the samples of each row that decodes how many hold, from the first on and at least one; the
-    others are of no use. None where every row has one sample.
+    token_ids: int32 [num_sampled] or a sequence, the id of each of `StepPlan.samples`. NOT_FINITE marks a sample whose
+    logits were not finite, NOTHING_ALLOWED one whose mask left no token: that request fails, its neighbors do not.
+    counts: int32 [R], number of accepted samples of each decoding row, from the first on and at least one; the others
+    are discarded. None when every row has one sample.
     """
 
     token_ids: Sequence[int] | np.ndarray

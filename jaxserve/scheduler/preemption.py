@@ -1,6 +1,7 @@
-"""Who loses its pages, how, and to whom.
+"""Selects victims of preemption, how they are preempted, and for which waiting sequences.
 
-Victims are chosen among running sequences only, so a choice costs time in their number, and only when one is needed.
+Victims are chosen among running sequences only, so a choice takes time proportional to their number, and only when one
+is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from jaxserve.scheduler.sequence import Sequence
 
 
 class Preemption:
-    """The rules of `PreemptionConfig`. costs: as measured; the configured ones count first."""
+    """Applies the rules of `PreemptionConfig`. costs: as measured; configured ones take precedence."""
 
     def __init__(self, config: PreemptionConfig, policy: Policy, page_size: int, costs: PreemptionCosts | None):
         self._config = config
@@ -37,11 +38,12 @@ class Preemption:
         self._rule = rules[config.victim]
 
     def victim(self, running: Iterable[Sequence]) -> Sequence:
-        """Whose pages go when memory is short."""
+        """Selects the running sequence to preempt when pages run out."""
         return max(running, key=self._order)
 
     def prefers_swap(self, num_computed: int) -> bool:
-        """Whether a sequence of so many computed tokens is swapped, where host memory has room for it."""
+        """Tells whether a sequence of `num_computed` tokens is swapped rather than recomputed, if host memory has
+        room."""
         if self._config.preemption_mode != "auto":
             return self._config.preemption_mode == "swap"
         if self._per_token is None or self._per_page is None:
@@ -49,7 +51,8 @@ class Preemption:
         return self._per_page * self._pages(num_computed) < self._per_token * num_computed
 
     def cost(self, num_computed: int) -> float:
-        """Seconds to bring back a sequence of so many computed tokens; without known costs, its tokens."""
+        """Returns the seconds to bring back a sequence of `num_computed` tokens; without known costs, `num_computed`
+        itself."""
         if self._per_token is None:
             return float(num_computed)
         recompute = self._per_token * num_computed
@@ -58,7 +61,7 @@ class Preemption:
         return min(recompute, self._per_page * self._pages(num_computed))
 
     def boosted(self, sequence: Sequence) -> None:
-        """Notes a preemption: the sequence stands better from now on."""
+        """Records a preemption, which raises the sequence's priority."""
         sequence.num_preemptions += 1
         sequence.boost = min(sequence.boost + self._config.preemption_boost, self._config.preemption_boost_limit)
 
@@ -68,7 +71,7 @@ class Preemption:
         """Selects the running sequence to preempt so that `waiting` can be admitted, or None.
 
         Checked in order: the priority gap, the length ratio (head-of-line), and the policy's order when only pages are
-        short. Single running sequences are looked at only where one can qualify.
+        short. Individual running sequences are examined only when one can qualify.
 
         Args:
             running: the running sequences.
@@ -91,7 +94,7 @@ class Preemption:
         return None
 
     def urgency_queues(self) -> tuple[KeyedQueue, ...]:
-        """Empty queues of those that wait: the best of each is the first that `far_better` may be true of."""
+        """Returns empty queues for waiting sequences; the best of each is the first for which `far_better` may hold."""
         queues: list[KeyedQueue] = []
         if self._config.preempt_priority_gap is not None:
             queues.append(KeyedQueue(lambda sequence: (-sequence.priority,)))
@@ -100,11 +103,11 @@ class Preemption:
         return tuple(queues)
 
     def far_better(self, waiting: Sequence, other: Sequence) -> bool:
-        """Whether a waiting sequence is of far higher priority than another, or far shorter."""
+        """Tells whether a waiting sequence exceeds another by the priority gap, or is shorter by the length ratio."""
         return self._far_above(waiting, other.priority) or self._far_shorter(waiting, other)
 
     def preempts_for(self, lowest_priority: int, highest_priority: int) -> bool:
-        """Whether, among requests of such priorities, a waiting one may take a running one's place at all."""
+        """Tells whether, among requests of such priorities, a waiting one may ever preempt a running one."""
         gap = self._config.preempt_priority_gap
         return self._config.preempt_length_ratio is not None or (
             gap is not None and highest_priority - lowest_priority > gap
@@ -123,8 +126,11 @@ class Preemption:
         return [one for one in running.sequences if one.num_preemptions < most and one.request_id not in spared]
 
     def _pages_held(self, sequence: Sequence) -> float:
-        """Nothing once it was preempted max_preemptions times: else two large ones could take turns for ever, since who
-        has computed most would always be the one to lose it."""
+        """Returns the pages of a sequence, or 0 once it was preempted max_preemptions times.
+
+        Otherwise two large sequences could preempt each other forever, since the one with the most computed tokens
+        would always be the victim.
+        """
         return len(sequence.pages) if sequence.num_preemptions < self._config.max_preemptions else 0
 
     def _order(self, sequence: Sequence) -> PriorityKey:

@@ -1,4 +1,4 @@
-"""What bringing a preempted sequence back costs, as measured where the engine runs."""
+"""Holds the measured costs of bringing a preempted sequence back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from jaxserve.config.checks import between
 
 @dataclasses.dataclass(frozen=True)
 class PreemptionCosts:
-    """recompute_seconds_per_token: of a prefill in the largest bucket. swap_seconds_per_page: a page out and in."""
+    """Holds the costs of recomputation and swapping.
+
+    recompute_seconds_per_token: of a prefill in the largest bucket. swap_seconds_per_page: a page out and in.
+    """
 
     recompute_seconds_per_token: float
     swap_seconds_per_page: float

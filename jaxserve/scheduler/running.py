@@ -1,4 +1,4 @@
-"""The sequences that run: those that decode and those whose prompts are under way, with the slots they hold."""
+"""Keeps the running sequences, decoding ones and those whose prompts are in progress, and their slots."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from jaxserve.scheduler.sequence import Sequence
 
 
 class Running:
-    """decoding: sequences of which only the newest token is left to compute. prefilling: the others, by request id."""
+    """Holds the running sequences.
+
+    decoding: those in which only the newest token remains to be computed. prefilling: the others, by request id.
+    """
 
     def __init__(self, num_slots: int, page_size: int, tokens_per_step: int = 1):
         self.decoding = DecodingSet(num_slots, page_size, tokens_per_step)
@@ -32,23 +35,23 @@ class Running:
 
     @property
     def lowest_priority(self) -> int:
-        """Of those that run; there must be one."""
+        """Returns the lowest priority among the running sequences; there must be one."""
         return min(self._priorities)
 
     def start(self, sequence: Sequence) -> None:
-        """Gives a sequence a slot; its known tokens are to be computed."""
+        """Assigns a slot to a sequence, whose known tokens are then to be computed."""
         sequence.status = RequestStatus.RUNNING
         sequence.slot = self._free_slots.pop()
         self.prefilling[sequence.request_id] = sequence
         self._priorities[sequence.priority] += 1
 
     def decode(self, sequence: Sequence) -> None:
-        """All of its known tokens are computed: from now on it decodes."""
+        """Moves a sequence whose known tokens are all computed to the decoding ones."""
         del self.prefilling[sequence.request_id]
         self.decoding.join(sequence)
 
     def leave(self, sequence: Sequence) -> None:
-        """Takes back the slot; what the sequence holds else is its own affair."""
+        """Frees the slot of a sequence; its pages are not touched."""
         if sequence.decoding:
             self.decoding.leave(sequence)
         else:
@@ -61,7 +64,7 @@ class Running:
             del self._priorities[sequence.priority]
 
     def check_integrity(self) -> None:
-        """Asserts that slots are owned once and that the columns say what the sequences say."""
+        """Asserts that each slot has one owner and that the columns agree with the sequences."""
         running = self.sequences
         slots = [sequence.slot for sequence in running if sequence.slot is not None]
         assert sorted([*self._free_slots, *slots]) == list(range(self._num_slots)), "slots are not owned once"

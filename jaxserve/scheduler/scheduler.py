@@ -1,18 +1,19 @@
 """Decides one step at a time: which requests run, how many tokens each computes, on which pages.
 
-    schedule   sequences whose last token is sampled leave; swapped ones come back; those that decode get a token each;
-               prompts under way go on; those that wait join; what a bucket would pad is filled
-    update     the sampled ids are appended; who has ended leaves
+    schedule   sequences whose last token is sampled leave; swapped ones return; decoding ones get a token each;
+               prompts in progress continue; waiting ones are admitted; padding of the bucket is filled
+    update     the sampled ids are appended; finished sequences leave
 
-What varies has a place of its own: modes.py (which work a step may hold), formation.py (whom it takes in), policies.py
-(who goes first), preemption.py (who gives way), limits.py (how much). step_builder.py puts a step together from them.
+The rules are in files of their own: modes.py (which work a step may hold), admission_order.py (which requests join),
+policies/ (in which order), preemption.py (which ones are preempted), budgets.py (how many tokens). step_builder.py
+builds a step from them.
 
-The sequences that decode are columns (`DecodingSet`): a step changes them together, at a few numpy calls whatever their
-number. The scheduler itself touches the others, and those that take a page, end or are preempted.
+Decoding sequences are columns (`DecodingSet`): a step updates all of them with a few numpy calls, whatever their
+number. The scheduler itself handles the others, and those that allocate a page, end or are preempted.
 
-The engine dispatches a step before it has read the ids of the one before, so tokens are counted whose ids are not known
-yet. A sequence that turns out to have stopped is dropped at `update`, together with what the step in flight computed
-for it.
+The engine dispatches a step before it has read the ids of the one before, so it counts tokens whose ids are not known
+yet. A sequence that turns out to have stopped is dropped at `update`, along with what the step in flight computed for
+it.
 
 Source of the iteration-level design: Orca (OSDI 2022); of paging, recompute and swap preemption: vLLM (SOSP 2023); of
 chunked prefill mixed with decodes: Sarathi-Serve (OSDI 2024).
@@ -32,10 +33,10 @@ from jaxserve.request import COMPLETED, EngineRequest, FinishReason, RequestStat
 from jaxserve.scheduler.batch_barrier import BatchBarrier
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.budgets import Budgets
+from jaxserve.scheduler.length_prediction import OutputLengthPredictor
 from jaxserve.scheduler.modes import MODES
 from jaxserve.scheduler.plan import NOTHING_ALLOWED, FastForward, StepPlan, StepResult, Wants
 from jaxserve.scheduler.policies.named import POLICIES
-from jaxserve.scheduler.prediction import OutputLengthPredictor
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import SequenceQueues
@@ -47,9 +48,10 @@ from jaxserve.scheduler.update import SequenceUpdate, StepUpdate
 class Scheduler:
     """Owns the waiting, running and swapped sequences and the page pool's use.
 
-    Times are seconds on the clock of the requests' arrival times and deadlines. costs: of preemption, where measured.
-    max_model_len: tokens of the longest sequence, for page_reservation "max_model_len". tokens_per_step: of a row that
-    decodes at most: more than one where the device guesses tokens and tells how many of them held.
+    Times are seconds on the clock of the requests' arrival times and deadlines. costs: the measured costs of
+    preemption, if any.
+    max_model_len: tokens of the longest sequence, for page_reservation "max_model_len". tokens_per_step: maximum tokens
+    of a decoding row; more than one when the device drafts tokens and reports how many were accepted.
     """
 
     def __init__(
@@ -104,17 +106,17 @@ class Scheduler:
 
     @property
     def preempted(self) -> list[Sequence]:
-        """Sequences preempted by the last `schedule`; status tells how: PREEMPTED (recompute) or SWAPPED."""
+        """Returns the sequences preempted by the last `schedule`; their status is PREEMPTED (recompute) or SWAPPED."""
         return self._queues.preempted
 
     @property
     def admitted(self) -> list[Sequence]:
-        """Sequences that the last `schedule` let run, those that it brought back among them."""
+        """Returns the sequences that the last `schedule` admitted or brought back."""
         return self._builder.admitted
 
     @property
     def num_preemptions_by_kind(self) -> dict[str, int]:
-        """Since the start: "recompute" and "swap"."""
+        """Returns the number of preemptions since the start by kind, "recompute" and "swap"."""
         return dict(self._queues.preemptions)
 
     @property
@@ -123,7 +125,7 @@ class Scheduler:
 
     @property
     def profile(self) -> str:
-        """The load-dependent profile in force; "" without one."""
+        """Returns the name of the load-dependent profile in force, or ""."""
         return self._budgets.profile
 
     @property
@@ -132,12 +134,20 @@ class Scheduler:
 
     @property
     def request_ids(self) -> list[str]:
-        """Ids of the unfinished requests, in order of arrival."""
+        """Returns the ids of the unfinished requests, in order of arrival."""
         return list(self._sequences)
 
     def add(self, request: EngineRequest, wants: Wants = Wants.NONE) -> Sequence:
-        """Puts a request in the waiting queue; `wants` is what each of its samples wants. Raises ValueError when its id
-        is in use or the server is full: max_num_seqs requests running (or about to) and max_num_waiting behind them."""
+        """Puts a request in the waiting queue.
+
+        Args:
+            request: the request.
+            wants: what each of its samples wants.
+
+        Raises:
+            ValueError: its id is in use, or the server is full: max_num_seqs requests are running (or about to) and
+                max_num_waiting are queued behind them.
+        """
         if request.request_id in self._sequences:
             raise ValueError(f"request_id {request.request_id!r} is in use; ids of unfinished requests must differ")
         if len(self._sequences) >= self._config.max_num_seqs + self._config.max_num_waiting:
@@ -158,22 +168,37 @@ class Scheduler:
         return sequence
 
     def abort(self, request_id: str) -> SequenceUpdate | None:
-        """Ends a request and frees its pages at once; None when the id is not (or no longer) known."""
+        """Ends a request and frees its pages at once; returns None when the id is not (or no longer) known."""
         sequence = self._sequences.get(request_id)
         return None if sequence is None else self._finish(sequence, FinishReason.ABORT)
 
     def fail(self, request_id: str, error: str) -> SequenceUpdate | None:
-        """Ends a request that cannot be computed, with ERROR and this line, and frees its pages at once; None when the
-        id is not (or no longer) known. Ids that a step under way samples for it are dropped at `update`."""
+        """Ends a request that cannot be computed and frees its pages at once.
+
+        Ids that a step in flight samples for it are dropped at `update`.
+
+        Args:
+            request_id: id of the request.
+            error: one line for the client, with finish reason ERROR.
+
+        Returns:
+            The update, or None when the id is not (or no longer) known.
+        """
         sequence = self._sequences.get(request_id)
         return None if sequence is None else self._finish(sequence, FinishReason.ERROR, error)
 
     def restart(self, lost: Iterable[StepPlan]) -> list[Sequence]:
-        """Preempts every sequence that holds pages of the device, whose content is lost, to be computed again.
+        """Preempts, for recomputation, every sequence that holds device pages, whose content is lost. O(unfinished
+        requests).
 
-        lost: plans that were dispatched and whose ids never come: their tokens are sampled again (a policy that counts
-        tokens has counted them already), and what they should have copied to host memory is not there. Other pages in
-        host memory stay valid. Returns the preempted sequences. O(unfinished requests).
+        Other pages in host memory stay valid.
+
+        Args:
+            lost: plans that were dispatched and whose ids will not arrive: their tokens are sampled again (a policy
+                that counts tokens has already counted them), and their copies to host memory did not take place.
+
+        Returns:
+            The preempted sequences.
         """
         copies = itertools.chain.from_iterable(plan.copies for plan in lost)
         lost_pages = {copy.destination for copy in copies if copy.destination_tier is PageState.HOST}
@@ -184,9 +209,9 @@ class Scheduler:
         return preempted
 
     def expire(self, now: float) -> list[SequenceUpdate]:
-        """Ends requests that wait in vain, before they cost a prefill: past their deadline, or beyond reach of it.
+        """Ends waiting requests that have missed their deadline or cannot meet it, before they cost a prefill.
 
-        Also returns the final answers of a static batch that has ended otherwise than by a step.
+        Also returns the final outputs of a static batch that has ended otherwise than by a step.
         """
         ended = self._let_go() if self._barrier else []
         while (sequence := self._queues.waiting.expired(now)) is not None:
@@ -200,7 +225,7 @@ class Scheduler:
         return ended
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
-        """Decides the next step; None when there is nothing to compute now (see `wake_at`)."""
+        """Decides the next step; returns None when there is nothing to compute now (see `wake_at`)."""
         self._step_times.ends(now)
         self._queues.start_step()
         self._budgets.update(len(self._sequences))
@@ -214,11 +239,13 @@ class Scheduler:
         return plan
 
     def wake_at(self) -> float | None:
-        """When `schedule` can have something to do that has nothing now and hears of nothing new; None is never."""
+        """Returns the time at which an idle `schedule` may next have something to do without a new event; None is
+        never."""
         return self._mode.wake_at(self._queues.waiting) if self._queues.waiting.new else None
 
     def update(self, plan: StepPlan, result: StepResult) -> StepUpdate:
-        """Takes the sampled ids of `plan`; returns what changed. Ids of ended sequences are dropped."""
+        """Appends the sampled ids of `plan` to their sequences and returns what changed. Ids of ended sequences are
+        dropped."""
         token_ids = np.asarray(result.token_ids, np.int32)
         if len(token_ids) != plan.num_sampled:
             raise ValueError(f"step {plan.step} has {len(token_ids)} token ids; it sampled {plan.num_sampled} rows")
@@ -239,15 +266,17 @@ class Scheduler:
 
     def masked_sequences(self, plan: StepPlan) -> list[Sequence | None]:
         """Returns the sequence of each sample of `plan` that wants a mask, in order; None for those that have ended.
-        All of its tokens before that sample are known if the step before was taken in."""
+        If the step before has been passed to `update`, all tokens before that sample are known."""
         owners = {row.slot: (row.request_id, row.order) for row in plan.rows}
         return [self._owner(*owners[slot]) for slot in plan.samples.slots[plan.samples.masked].tolist()]
 
     def fast_forward_steps(self) -> int:
-        """How many of the coming steps are decodes of the same rows, if nothing arrives and no stop id is sampled:
-        nobody joins, ends or is preempted, and the pages they take are free. 0 where that is not certain.
+        """Returns the number of coming steps that only decode the same rows, if nothing arrives and no stop id is
+        sampled.
 
-        For a simulation, which may then take them at once: `advance`. No plan may be in flight whose update ends a row.
+        In these steps no sequence joins, ends or is preempted, and the pages they need are free. Returns 0 when that is
+        not certain. A simulation may take all of them at once with `advance`. No plan may be in flight whose update
+        ends a row.
         """
         queues = self._queues
         if not self._steady or queues.changed or queues.counts.preempted or queues.pages.reserves:
@@ -259,9 +288,14 @@ class Scheduler:
         return queues.running.decoding.fast_forward_steps(self.pool.num_available)
 
     def advance(self, steps: int, token_id: int, begins: Iterable[float] = ()) -> FastForward:
-        """Does what so many times `schedule` and `update` do, at most `fast_forward_steps`, with `token_id` sampled in
-        every row: the state is the same afterwards. begins: the moment of each `schedule`, from which step times are
-        learned."""
+        """Does what `steps` times `schedule` and `update` do, with `token_id` sampled in every row; the final state is
+        the same.
+
+        Args:
+            steps: number of steps, at most `fast_forward_steps`.
+            token_id: the id sampled in every row.
+            begins: the time of each `schedule`, from which step times are learned.
+        """
         decoding = self._queues.running.decoding
         pages = self.pool.allocate(decoding.pages_needed(steps))
         assert pages is not None, "more steps than are steady"
@@ -272,12 +306,13 @@ class Scheduler:
         return decoding.repeat(steps, token_id, pages)
 
     def check_integrity(self) -> None:
-        """Asserts invariant 1 of the design and that every sequence is in one place; O(pages), for tests."""
+        """Asserts invariant 1 of the design and that every sequence is in exactly one queue."""
         self._barrier.check_integrity(set(self._sequences))
         self._queues.check_integrity(list(self._sequences.values()), self.pool)
 
     def _update_several(self, plan: StepPlan, token_ids: np.ndarray, result: StepResult) -> StepUpdate:
-        """As `update`, for a plan whose rows have several samples, of which so many hold as `result.counts` says."""
+        """Does what `update` does, for a plan whose rows have several samples; `result.counts` says how many are
+        accepted."""
         counts = np.zeros(0, np.int32) if result.counts is None else np.asarray(result.counts, np.int32)
         if len(counts) != len(plan.decodes):
             raise ValueError(f"step {plan.step} has {len(counts)} counts; it decoded {len(plan.decodes)} rows")
@@ -298,12 +333,12 @@ class Scheduler:
         return StepUpdate((), [], others)
 
     def _owner(self, request_id: str, order: int) -> Sequence | None:
-        """The sequence that a row was planned for, if it still wants tokens."""
+        """Returns the sequence that a row was planned for, if it still needs tokens."""
         sequence = self._sequences.get(request_id)
         return None if sequence is None or sequence.order != order or request_id in self._barrier else sequence
 
     def _take(self, sequence: Sequence, token_ids: tuple[int, ...]) -> SequenceUpdate:
-        """Gives one sequence its next tokens, up to the one that ends it."""
+        """Appends the next tokens to one sequence, up to the one that ends it."""
         if not sequence.decoding:
             sequence.num_pending -= len(token_ids)
         for count, token_id in enumerate(token_ids):
@@ -318,7 +353,8 @@ class Scheduler:
         return SequenceUpdate(sequence, token_ids)
 
     def _end(self, sequence: Sequence, reason: FinishReason, token_ids: tuple[int, ...]) -> SequenceUpdate:
-        """Ends a sequence with its last tokens; in a static batch its place is kept until all of it have ended."""
+        """Ends a sequence with its last tokens; under static batching it stays registered until its whole batch has
+        ended."""
         if self._mode.holds:
             self._queues.leave(sequence)
             sequence.status = RequestStatus.ENDING
@@ -327,7 +363,7 @@ class Scheduler:
         return dataclasses.replace(self._finish(sequence, reason), token_ids=token_ids)
 
     def _let_go(self) -> list[SequenceUpdate]:
-        """The final answers of static batches whose sequences have all ended."""
+        """Returns the final outputs of static batches whose sequences have all ended."""
         return [self._finish(sequence, reason) for sequence, reason in self._barrier.released()]
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str = "") -> SequenceUpdate:
@@ -341,7 +377,7 @@ class Scheduler:
         return SequenceUpdate(sequence, (), reason, error)
 
     def _too_late(self, sequence: Sequence, now: float) -> str:
-        """What a request is told that ends since it would be late."""
+        """Returns the error line for a request that is dropped because it would be late."""
         if sequence.request.options.deadline is not None:
             return "deadline cannot be met by what the engine computes in a second"
         waited, late = now - sequence.request.arrival_time, now - self.policy.due(sequence)
@@ -353,7 +389,7 @@ class Scheduler:
         )
 
     def _obstacle_stays(self) -> bool:
-        """Whether those that wait will wait on while nothing arrives or leaves, whatever the clock says."""
+        """Tells whether waiting sequences will stay blocked, whatever the time, until a request arrives or leaves."""
         blocked_by, waiting = self._builder.blocked_by, self._queues.waiting
         if self.policy.clocked or waiting.timed or self._config.admission.scheduler_delay_factor:
             return False
@@ -365,7 +401,7 @@ class Scheduler:
 
 
 def _one_by_one(plan: StepPlan, token_ids: np.ndarray, special: np.ndarray) -> Iterator[tuple[str, int, int]]:
-    """Request id, order and sampled id of the `special` decodes, bool [R], and of the chunks that sample."""
+    """Yields request id, order and sampled id of the `special` decodes, bool [R], and of the chunks that sample."""
     for row in special.nonzero()[0].tolist():
         yield plan.decodes.request_ids[row], int(plan.decodes.orders[row]), int(token_ids[row])
     if plan.chunks:
@@ -378,8 +414,7 @@ def _one_by_one(plan: StepPlan, token_ids: np.ndarray, special: np.ndarray) -> I
 def _several(
     plan: StepPlan, token_ids: np.ndarray, counts: np.ndarray
 ) -> Iterator[tuple[str, int, int, tuple[int, ...]]]:
-    """Request id, order, samples planned and the sampled ids that hold, of the rows that decode and the chunks that
-    sample."""
+    """Yields request id, order, planned samples and accepted ids of the decoding rows and of the chunks that sample."""
     decodes, place = plan.decodes, 0
     assert decodes.counts is not None
     columns = zip(decodes.request_ids, decodes.orders.tolist(), decodes.counts.tolist(), counts.tolist(), strict=True)
@@ -394,7 +429,7 @@ def _several(
 
 
 def _no_token(token_id: int) -> str:
-    """What a request is told for which none could be drawn."""
+    """Returns the error line for a request whose token could not be sampled."""
     return "its mask allows no token" if token_id == NOTHING_ALLOWED else "the model's logits are not finite"
 
 

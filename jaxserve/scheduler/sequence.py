@@ -1,4 +1,4 @@
-"""The scheduler's record of one request while it lives."""
+"""Defines the scheduler's record of one unfinished request."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from jaxserve.request import EngineRequest, RequestStatus
 
 
 class Sequence:
-    """A request, its tokens so far, and what it holds.
+    """Represents a request, its tokens so far, and the slot and pages it holds.
 
-    order: place in the order of arrival. decoding: it is in the `DecodingSet`, whose columns then say how far it is;
-    the next two count only while it does not. num_computed: tokens whose keys and values are in pages (or will be, by
-    the steps dispatched). num_pending: tokens sampled by dispatched steps whose ids the host has not read yet, at most.
+    order: index in order of arrival. decoding: it is in the `DecodingSet`, whose columns then hold its progress; the
+    next two fields are valid only while it is not. num_computed: tokens whose keys and values are in pages (or will be,
+    by the steps dispatched). num_pending: tokens sampled by dispatched steps whose ids the host has not read yet, at
+    most.
     expected_output: output tokens that the predictor expected on arrival. boost: added to the priority by preemptions.
-    tenant_number: what the policy calls its tenant. wants: `Wants` of each of its samples. start_by, lateness: see the
-    policy that uses them.
+    tenant_number: the policy's number for its tenant. wants: `Wants` of each of its samples. start_by, lateness: see
+    the policy that uses them.
     pages: of the device, in the order of the table; reserved: pages held for it beyond them; host_pages: those of a
     swapped sequence.
     """
@@ -42,17 +43,17 @@ class Sequence:
 
     @property
     def priority(self) -> int:
-        """Higher is more urgent; preemptions have raised it."""
+        """Returns the priority, which preemptions have raised; higher is more urgent."""
         return self.request.options.priority + self.boost
 
     @property
     def expected_length(self) -> float:
-        """Prompt and expected output tokens."""
+        """Returns the number of prompt tokens and expected output tokens."""
         return len(self.request.prompt_token_ids) + self.expected_output
 
     @property
     def waits_new(self) -> bool:
-        """It waits and has never run."""
+        """Tells whether it waits and has never run."""
         return self.status is RequestStatus.WAITING
 
     @property
@@ -61,17 +62,17 @@ class Sequence:
 
     @property
     def num_known(self) -> int:
-        """Tokens whose ids the host knows."""
+        """Counts the tokens whose ids the host knows."""
         return len(self.request.prompt_token_ids) + len(self.output_token_ids)
 
     @property
     def last_position(self) -> int:
-        """Position of the last token allowed."""
+        """Returns the position of the last token allowed."""
         return len(self.request.prompt_token_ids) + self.request.max_tokens - 1
 
     @property
     def stop_position(self) -> int:
-        """Position of the first token that may be a stop id (min_tokens)."""
+        """Returns the position of the first token that may be a stop id (min_tokens)."""
         return len(self.request.prompt_token_ids) + self.request.min_tokens
 
     @property
@@ -79,7 +80,7 @@ class Sequence:
         return self.status is RequestStatus.FINISHED
 
     def known_token_ids(self, start: int, stop: int) -> tuple[int, ...]:
-        """Ids of the known tokens at positions start to stop - 1."""
+        """Returns the ids of the known tokens at positions start to stop - 1."""
         prompt = self.request.prompt_token_ids
         split = len(prompt)
         if start >= split:

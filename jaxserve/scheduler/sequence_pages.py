@@ -1,4 +1,4 @@
-"""Which sequence holds which pages: what admission, growth, swapping and the end of a sequence mean for the pool."""
+"""Allocates pages to sequences on admission, growth and swapping, and releases them at the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from jaxserve.scheduler.sequence import Sequence
 
 
 class Pages:
-    """max_model_len: tokens that page_reservation "max_model_len" holds pages for; elsewhere not needed."""
+    """Manages which sequence holds which pages of the pool.
+
+    max_model_len: tokens that page_reservation "max_model_len" holds pages for; otherwise not needed.
+    """
 
     def __init__(self, pool: PagePool, config: AdmissionConfig, max_model_len: int | None):
         if config.page_reservation == "max_model_len" and max_model_len is None:
@@ -22,12 +25,17 @@ class Pages:
 
     @property
     def reserves(self) -> bool:
-        """Whether sequences hold pages ahead of their tokens."""
+        """Tells whether sequences hold pages ahead of their tokens."""
         return self._reservation != "none"
 
     def admit(self, sequence: Sequence, count: int, alone: bool) -> bool:
-        """Takes what a sequence without pages needs for its first `count` tokens, and what is reserved for it; all or
-        nothing. alone: nobody runs, so nothing has to be left for the growth of others."""
+        """Allocates the pages that a new sequence needs, and those reserved for it; all or nothing.
+
+        Args:
+            sequence: a sequence without pages.
+            count: number of its first tokens to hold.
+            alone: no other sequence runs, so no pages need to be left for growth.
+        """
         needed, reserved = self._needed(sequence, count)
         kept = 0 if alone else self._watermark
         if needed + reserved + kept > self._pool.num_available:
@@ -36,17 +44,18 @@ class Pages:
         return True
 
     def missing(self, sequence: Sequence, count: int) -> int:
-        """Pages that a running sequence has to take for `count` more tokens."""
+        """Returns the number of pages that a running sequence must allocate for `count` more tokens."""
         return max(0, self._needed(sequence, count)[0] - len(sequence.pages) - len(sequence.reserved))
 
     def fit(self, sequence: Sequence, count: int, spare: int) -> bool:
-        """Whether a swapped sequence, and `count` more tokens, fit the free pages, less `spare` of them."""
+        """Tells whether a swapped sequence and `count` more tokens fit the free pages, less `spare` of them."""
         needed, reserved = self._needed(sequence, count)
         needed = max(needed, len(sequence.host_pages))  # guesses that did not hold may have filled the last one
         return needed + reserved + spare <= self._pool.num_available
 
     def swap_in(self, sequence: Sequence) -> tuple[PageCopy, ...]:
-        """Gives a swapped sequence that fits its pages back, and what is reserved for it; how they are to be copied."""
+        """Allocates the pages of a swapped sequence that fits, and those reserved for it; returns the copies to
+        perform."""
         _, reserved = self._needed(sequence, 0)
         copies = self._pool.move(sequence.host_pages, PageState.ACTIVE)
         assert copies is not None, "pages that fit are not there"
@@ -56,8 +65,11 @@ class Pages:
         return copies
 
     def swap_out(self, sequence: Sequence) -> tuple[PageCopy, ...] | None:
-        """Moves the pages of computed tokens to the host, by the copies returned, and releases the others; None, and no
-        change, without room."""
+        """Moves the pages of computed tokens to host memory and releases the others.
+
+        Returns:
+            The copies to perform; None, and nothing changes, when host memory has no room.
+        """
         held = -(-sequence.num_computed // self._pool.page_size)
         copies = self._pool.move(sequence.pages[:held], PageState.HOST)
         if copies is None:
@@ -68,7 +80,7 @@ class Pages:
         return copies
 
     def grow(self, sequence: Sequence, count: int) -> bool:
-        """Takes what `count` more tokens need beyond the pages held; all or nothing."""
+        """Allocates the pages that `count` more tokens need beyond those held; all or nothing."""
         needed = -(-(sequence.num_computed + count) // self._pool.page_size) - len(sequence.pages)
         if needed <= 0:
             return True
@@ -83,18 +95,19 @@ class Pages:
         return True
 
     def one_each(self, sequences: list[Sequence]) -> list[int] | None:
-        """A page for each of them at once; None, and no change, where some hold reserved ones or there are too few."""
+        """Allocates a page for each sequence at once; returns None, and changes nothing, when some hold reserved pages
+        or too few are free."""
         return None if self.reserves else self._pool.allocate(len(sequences))
 
     def one(self, sequence: Sequence) -> int | None:
-        """A page for a sequence; None when there is none."""
+        """Allocates a page for a sequence; returns None when there is none."""
         if sequence.reserved:
             return sequence.reserved.pop(0)
         pages = self._pool.allocate(1)
         return None if pages is None else pages[0]
 
     def give_back(self, sequence: Sequence, held: int) -> None:
-        """Gives up all pages of the table but the first `held`; where pages are reserved, they stay so."""
+        """Releases all pages of the table but the first `held`; reserved pages stay reserved."""
         if self.reserves:
             sequence.reserved[:0] = sequence.pages[held:]
         else:
@@ -102,15 +115,19 @@ class Pages:
         del sequence.pages[held:]
 
     def release(self, sequence: Sequence) -> None:
-        """Releases all that a sequence holds, wherever it is. A step in flight may still write to those pages: whatever
-        is computed for their next owner is dispatched after it, so it is never seen."""
+        """Releases all pages that a sequence holds, on device and host.
+
+        A step in flight may still write to them. That is safe: whatever is computed for their next owner is dispatched
+        after it.
+        """
         if sequence.host_pages:
             self._pool.release_host(sequence.host_pages)
         self._pool.release([*sequence.pages, *sequence.reserved])
         sequence.pages, sequence.reserved, sequence.host_pages = [], [], []
 
     def _needed(self, sequence: Sequence, count: int) -> tuple[int, int]:
-        """Pages of the tokens computed and `count` more, and the reserved ones beyond them."""
+        """Returns the number of pages for the computed tokens and `count` more, and of the reserved pages beyond
+        them."""
         needed = -(-(sequence.num_computed + count) // self._pool.page_size)
         tokens = {
             "none": 0,

@@ -1,4 +1,4 @@
-"""Holds every sequence in one queue, waiting, running or swapped, and moves it with its slot and pages."""
+"""Keeps every sequence in one queue, waiting, running or swapped, and moves it with its slot and pages."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from jaxserve.scheduler.waiting import Waiting
 
 
 class SequenceQueues:
-    """The three queues over one page pool.
+    """Keeps the three queues over one page pool.
 
     waiting: new requests and those preempted to be computed again. swapped: those whose pages are in host memory, in
-    the order of the policy. preempted: by the last step; `start_step` forgets them. changed: somebody came or went
-    since the last step.
+    the order of the policy. preempted: sequences preempted by the last step; `start_step` clears them. changed: a
+    sequence arrived or left since the last step.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class SequenceQueues:
         return Counts(len(self.running.decoding), len(self.running.prefilling), preempted)
 
     def start_step(self) -> None:
-        """Takes slot and pages from the sequences whose last allowed token is sampled, before its id is read."""
+        """Frees slot and pages of sequences whose last allowed token is sampled, before its id is read."""
         self.preempted = []
         self.changed = False
         for sequence in self.running.decoding.complete():
@@ -60,12 +60,14 @@ class SequenceQueues:
             sequence.status = RequestStatus.ENDING
 
     def make_room(self, step: StepInProgress) -> None:
-        """Preempts the running sequence that the rules name, whatever it was given in this step."""
+        """Preempts the running sequence that the preemption rules select, and drops its share of this step."""
         self.preempt(self.preemption.victim(self.running.sequences), step)
 
     def preempt(self, sequence: Sequence, step: StepInProgress) -> None:
-        """Takes slot and pages from a running sequence, whatever it was given in this step. The tokens stay: their keys
-        and values go to the host, or are computed again when it is next admitted."""
+        """Preempts a running sequence: frees its slot and pages, and drops its share of this step.
+
+        Its tokens stay; their keys and values are moved to host memory or recomputed when it is next admitted.
+        """
         step.drop(sequence, self.running.decoding.next_tokens(sequence) if sequence.decoding else 0)
         self.running.leave(sequence)
         self.preemption.boosted(sequence)
@@ -85,10 +87,14 @@ class SequenceQueues:
         self.preempted.append(sequence)
 
     def restart(self, sequence: Sequence, lost_pages: Set[int]) -> bool:
-        """Takes a sequence back to what is certain when the device has lost its pages and the steps under way; whether
-        it must be computed again for that.
+        """Rolls a sequence back to its known tokens after the device has lost its pages and the steps in flight.
 
-        lost_pages: pages of host memory that were to be filled and were not.
+        Args:
+            sequence: an unfinished sequence.
+            lost_pages: host pages whose copies from the device did not take place.
+
+        Returns:
+            True when the sequence must be recomputed.
         """
         status = sequence.status
         if status is RequestStatus.SWAPPED and not lost_pages.isdisjoint(sequence.host_pages):
@@ -110,7 +116,7 @@ class SequenceQueues:
         return True
 
     def leave(self, sequence: Sequence) -> None:
-        """Takes a sequence out of the place where it is, with all that it holds."""
+        """Removes a sequence from its queue, and frees all that it holds."""
         self.changed = True
         match sequence.status:
             case RequestStatus.RUNNING:
@@ -125,13 +131,13 @@ class SequenceQueues:
                 pass  # ENDING: it holds nothing any more
 
     def _release(self, sequence: Sequence) -> None:
-        """Returns slot and pages of a running sequence."""
+        """Frees slot and pages of a running sequence."""
         self.running.leave(sequence)
         self.pages.release(sequence)
         sequence.num_computed = 0
 
     def check_integrity(self, sequences: list[Sequence], pool: PagePool) -> None:
-        """Asserts invariant 1 of the design and that each of the unfinished `sequences` is in one place; O(pages)."""
+        """Asserts invariant 1 of the design and that each of the unfinished `sequences` is in one queue; O(pages)."""
         tables = [[*sequence.pages, *sequence.reserved] for sequence in sequences]
         pool.check_integrity(tables, [sequence.host_pages for sequence in sequences])
         self.running.check_integrity()

@@ -1,4 +1,5 @@
-"""Makes the plan of one step: the order of docs/architecture.md, over the rules of the other files of this package."""
+"""Builds the plan of one step, in the order given in docs/architecture.md, from the rules in this package's other
+files."""
 
 from __future__ import annotations
 
@@ -17,14 +18,14 @@ from jaxserve.scheduler.step_in_progress import Chunk, StepInProgress
 from jaxserve.scheduler.step_time_estimator import StepTimeEstimator
 
 MOST_PADDING = 0.2
-"""Share of a bucket that may be padding before prompts get less, or more, than their share of the step."""
+"""Share of a bucket that may be padding before the prefill budget is lowered or raised to a bucket boundary."""
 
 
 class StepBuilder:
     """Builds the plans of steps.
 
-    admitted: sequences that the last step let run. blocked_by: what kept the first that waits from joining it: "slots",
-    "pages", or None where nobody waits or something else did.
+    admitted: sequences that the last step admitted. blocked_by: what kept the first waiting sequence from joining it:
+    "slots", "pages", or None when none waits or the cause is another.
     """
 
     def __init__(
@@ -52,14 +53,14 @@ class StepBuilder:
         self.blocked_by: str | None = None
 
     def build(self, now: float, number: int) -> StepPlan | None:
-        """Returns the next step, of this number; None where there is nothing to compute."""
+        """Builds the next step, with this number; returns None when there is nothing to compute."""
         self.admitted, self.blocked_by = [], None
         step = self._filled(now)
         # Copies alone are a step where the others wait for the results of guesses in flight.
         return self._plan(step, number) if step.decodes or step.chunks or step.copies else None
 
     def _filled(self, now: float) -> StepInProgress:
-        """Decides who computes how much, and takes the pages for it."""
+        """Decides how many tokens each sequence computes, and allocates their pages."""
         queues, decoding = self._queues, self._running.decoding
         step_limits = self._mode.step_limits(queues.counts, self._waiting, now)
         step, joined = self._begin(step_limits), 0
@@ -83,7 +84,7 @@ class StepBuilder:
         return step
 
     def _plan(self, step: StepInProgress, number: int) -> StepPlan:
-        """Counts what was decided as computed, and makes the plan of it."""
+        """Counts the decided tokens as computed and makes the `StepPlan`."""
         running, floors = self._running, self._mode.padded(step)
         decodes, samples = running.decoding.advance() if step.decodes else (NO_DECODES, NO_SAMPLES)
         if self._policy.counts_tokens and step.decodes:
@@ -109,8 +110,10 @@ class StepBuilder:
     def _chunks(
         self, step: StepInProgress, end: int
     ) -> tuple[tuple[RowPlan, ...], list[tuple[int, int, int, bool, int]], tuple[PageTableWrite, ...]]:
-        """The chunks of prompts behind `end` tokens, what is sampled of them (where all known tokens are computed), and
-        what page tables must know before."""
+        """Returns the rows of the prompt chunks that follow `end` tokens, their samples and their page-table writes.
+
+        A chunk is sampled when it completes the sequence's known tokens.
+        """
         rows: list[RowPlan] = []
         sampled: list[tuple[int, int, int, bool, int]] = []
         table_writes: list[PageTableWrite] = []
@@ -130,7 +133,7 @@ class StepBuilder:
         return tuple(rows), sampled, tuple(table_writes)
 
     def _begin(self, step_limits: StepLimits) -> StepInProgress:
-        """The step as its decodes leave it."""
+        """Starts the step with its decodes."""
         config, limits = self._config, self._budgets
         decodes = self._running.decoding.num_tokens if step_limits.decode else 0
         budget = limits.max_num_batched_tokens - decodes
@@ -140,8 +143,11 @@ class StepBuilder:
         return step
 
     def _cap(self, step: StepInProgress) -> None:
-        """Bounds the prompts' tokens by their share. Where that would pad much of a bucket the step ends with the one
-        below, if that leaves prompts half of their share: else `_fill` goes on to the end of the bucket."""
+        """Caps the prefill tokens at prefill_share.
+
+        When that would leave much of a bucket to padding, the step ends at the next smaller bucket if prompts then keep
+        half of their share; otherwise `_fill` extends it to the end of the bucket.
+        """
         share = max(1, int(self._budgets.prefill_share * self._budgets.max_num_batched_tokens))
         step.budget = min(step.budget, share)
         wanted = step.decodes + share
@@ -155,8 +161,11 @@ class StepBuilder:
             step.fill = True
 
     def _swap_in(self, step: StepInProgress, step_limits: StepLimits) -> None:
-        """Brings swapped sequences back, lowest priority key first, while slots, budget and pages last. The pages that
-        running ones need in this step are left to them, so that none is preempted for one that came back."""
+        """Swaps sequences back in, lowest priority key first, while slots, budget and pages last.
+
+        Pages that running sequences need in this step are left to them, so that none is preempted for a sequence that
+        returned.
+        """
         pages, running = self._pages, self._running
         needed = sum(pages.missing(one, self._chunk(one, step, step_limits)) for one in running.prefilling.values())
         if step.decodes:
@@ -175,8 +184,8 @@ class StepBuilder:
             step.add(Chunk(sequence, count, held, admitted=True))
 
     def _extend_decodes(self, step: StepInProgress) -> None:
-        """Gives a page to every sequence that decodes and needs one, preempting others with a higher priority key, or
-        the sequence itself when its key is the highest."""
+        """Allocates a page to every decoding sequence that needs one, preempting sequences with a higher priority key,
+        or the sequence itself when its key is the highest."""
         decoding = self._running.decoding
         needing_page = decoding.needing_page()
         pages = self._pages.one_each(needing_page) if needing_page else []
@@ -193,7 +202,7 @@ class StepBuilder:
                 self._queues.make_room(step)
 
     def _continue_prompts(self, step: StepInProgress, step_limits: StepLimits) -> None:
-        """Gives a chunk to every prompt under way, preempting as `_extend_decodes` does."""
+        """Schedules a chunk of every prompt in progress, preempting as `_extend_decodes` does."""
         for sequence in list(self._running.prefilling.values()):
             if sequence.status is not RequestStatus.RUNNING or sequence.request_id in step.chunks:
                 continue  # preempted for a sequence before it, or back from host memory with a chunk
@@ -207,7 +216,8 @@ class StepBuilder:
                 step.add(Chunk(sequence, count, held))
 
     def _chunk(self, sequence: Sequence, step: StepInProgress, step_limits: StepLimits) -> int:
-        """Tokens of this sequence in this step, by the budget and the chunking rules; 0 is none."""
+        """Returns the number of tokens that this sequence computes in this step under the budget and the chunking
+        rules; 0 is none."""
         want, budget = sequence.num_known - sequence.num_computed, max(0, step.budget)
         if step_limits.chunk is not None:
             return min(want, budget, step_limits.chunk)
@@ -220,7 +230,7 @@ class StepBuilder:
         return want if whole else 0
 
     def _has_place(self, sequence: Sequence, step_limits: StepLimits) -> bool:
-        """Whether a sequence could run now; one with a token on its way waits for its id."""
+        """Tells whether a sequence could run now; one with a token in flight waits for its id."""
         running = self._running
         limit = min(self._budgets.max_num_seqs, self._mode.max_running)
         if sequence.num_pending or len(running.prefilling) >= step_limits.prompts:
@@ -228,8 +238,17 @@ class StepBuilder:
         return not running.full and len(running) < limit
 
     def _admit(self, step: StepInProgress, step_limits: StepLimits, now: float, most: float) -> int:
-        """Lets waiting sequences run, in the order in which they are offered, until slots, budget or pages end; `most`
-        new ones at most. Returns how many new ones joined."""
+        """Admits waiting sequences in admission order until slots, budget or pages run out.
+
+        Args:
+            step: the step under construction.
+            step_limits: the limits that the batching mode sets.
+            now: the current time.
+            most: maximum number of new requests.
+
+        Returns:
+            The number of new requests admitted.
+        """
         joined = 0
         if not len(self._swapped):
             delayed = self._delayed(now)
@@ -243,14 +262,14 @@ class StepBuilder:
         return joined
 
     def _delayed(self, now: float) -> bool:
-        """Whether new prompts are held back so that more of them come together (scheduler_delay_factor)."""
+        """Tells whether new prompts are delayed so that more of them are batched together (scheduler_delay_factor)."""
         factor, oldest = self._config.admission.scheduler_delay_factor, self._waiting.oldest()
         if not factor or oldest is None or not len(self._running):
             return False
         return now - oldest < factor * self._step_times.last_prefill_seconds
 
     def _join(self, sequence: Sequence, step: StepInProgress, step_limits: StepLimits) -> bool:
-        """Lets a waiting sequence run if it fits."""
+        """Admits a waiting sequence if it fits; returns whether it did."""
         if not self._has_place(sequence, step_limits):
             self.blocked_by = None if sequence.num_pending else "slots"
             return False
@@ -269,7 +288,7 @@ class StepBuilder:
         return True
 
     def _preempt_for_waiting(self, step: StepInProgress, step_limits: StepLimits, now: float) -> int:
-        """Lets one that waits take the place of a running one that must give way to it; how many joined."""
+        """Preempts running sequences for a waiting one that takes precedence; returns how many joined."""
         obstacle = self.blocked_by
         for sequence, in_turn in self._waiting.urgent(now):
             if self._may_pass(sequence) and self._preempt_for(sequence, step, step_limits, in_turn):
@@ -280,12 +299,13 @@ class StepBuilder:
         return 0
 
     def _may_pass(self, sequence: Sequence) -> bool:
-        """Whether a new sequence may run before those that have run: it would take their places if they had them."""
+        """Tells whether a new sequence may run ahead of preempted ones: it would preempt them if they were running."""
         away = self._swapped.peek(), self._waiting.returning.peek()
         return all(one is None or self._queues.preemption.far_better(sequence, one) for one in away)
 
     def _preempt_for(self, sequence: Sequence, step: StepInProgress, step_limits: StepLimits, in_turn: bool) -> bool:
-        """Preempts until a waiting sequence has joined; False where nobody (more) must give way to it."""
+        """Preempts until a waiting sequence has joined; returns False when no running sequence (or no further one) may
+        be preempted for it."""
         if self._loser(sequence, step, in_turn) is None:
             return False
         self.blocked_by = None
@@ -302,13 +322,16 @@ class StepBuilder:
         return True
 
     def _loser(self, sequence: Sequence, step: StepInProgress, in_turn: bool) -> Sequence | None:
-        """Who must give way to a waiting sequence, if anybody; for want of pages alone only when it is its turn."""
+        """Selects the running sequence to preempt for a waiting one, or None; pages alone are a reason only when it is
+        first in turn."""
         queues, short_of_pages = self._queues, in_turn and self.blocked_by == "pages"
         return queues.preemption.running_to_preempt(queues.running, sequence, short_of_pages, spared=step.joined)
 
     def _take_chunk(self, loser: Sequence, sequence: Sequence, step: StepInProgress, step_limits: StepLimits) -> bool:
-        """Lets a waiting sequence join in place of the chunk of a running one, which goes on with the next step; False,
-        and no change, where more than its chunk stands in the way."""
+        """Admits a waiting sequence in place of a running one's chunk, which is deferred to the next step.
+
+        Returns False, and changes nothing, when more than that chunk stands in the way.
+        """
         chunk = step.chunks.get(loser.request_id)
         if step.budget > 0 or chunk is None or not self._has_place(sequence, step_limits):
             return False
@@ -323,8 +346,12 @@ class StepBuilder:
         return False
 
     def _fill(self, step: StepInProgress, step_limits: StepLimits, now: float, most: float) -> int:
-        """Lets prompts that a cap cut short, then up to `most` new ones, compute in what the bucket would pad. Returns
-        how many new ones joined."""
+        """Fills the bucket's padding with prompt tokens: first of prompts that a cap cut short, then of up to `most`
+        new requests.
+
+        Returns:
+            The number of new requests admitted.
+        """
         if not step.chunks or not self._budgets.chunked or step_limits.chunk is not None:
             return 0
         spare = self._buckets.token_bucket(step.num_tokens) - step.num_tokens

@@ -1,4 +1,4 @@
-"""A step while the scheduler decides it: the chunks of prompts, and the tokens that are left to give."""
+"""Represents a step while the scheduler builds it: its prompt chunks and the remaining token budget."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from jaxserve.scheduler.sequence import Sequence
 
 @dataclasses.dataclass
 class Chunk:
-    """The share of one prompt in the step under construction.
+    """Represents the share of one prompt in the step under construction.
 
-    held: pages held before it. admitted: it gets its slot in this step, whose page table knows none of them.
+    held: number of pages held before it. admitted: the sequence gets its slot in this step; the slot's page table knows
+    none of its pages yet.
     """
 
     sequence: Sequence
@@ -22,13 +23,13 @@ class Chunk:
     admitted: bool = False
 
     def table_writes(self) -> list[PageTableWrite]:
-        """Makes the page table of its new slot know the pages that were filled before the sequence got it."""
+        """Returns the writes that enter the pages filled before admission into the new slot's page table."""
         assert self.admitted
         assert self.sequence.slot is not None
         return table_writes(0, self.sequence.slot, self.sequence.pages[: self.held])
 
     def row(self) -> RowPlan:
-        """Makes its row in the plan."""
+        """Returns its row of the plan."""
         sequence, count = self.sequence, self.count
         start = sequence.num_computed
         assert sequence.slot is not None
@@ -45,9 +46,9 @@ class Chunk:
 
 
 class StepInProgress:
-    """What the step under construction was given so far.
+    """Accumulates the work of the step under construction.
 
-    decodes: tokens of the rows that decode, one each unless the device guesses some. budget: prefill tokens that the
+    decodes: tokens of the decoding rows, one each unless the device drafts more. budget: prefill tokens that the
     settings leave; room: tokens that the largest step leaves, which a prompt that must not be split may use when it is
     alone. fill: prompts go on to the end of the bucket, past the budget. chunks: by request id, in order. copies: of
     pages, in order.
@@ -67,7 +68,7 @@ class StepInProgress:
 
     @property
     def joined(self) -> set[str]:
-        """Ids of those that came with this step; they keep their places in it."""
+        """Returns the ids of sequences admitted in this step, which cannot be preempted in it."""
         return {name for name, chunk in self.chunks.items() if chunk.admitted}
 
     def add(self, chunk: Chunk) -> None:
@@ -79,8 +80,15 @@ class StepInProgress:
         chunk.count += count
 
     def drop(self, sequence: Sequence, decoding_tokens: int = 0) -> Chunk | None:
-        """Takes back what a sequence was given, if anything; `decoding_tokens` where it decodes and decodes are given
-        any."""
+        """Removes a sequence's share from the step.
+
+        Args:
+            sequence: the sequence.
+            decoding_tokens: its tokens if it decodes and the step has decodes.
+
+        Returns:
+            Its chunk, if it had one.
+        """
         chunk = self.chunks.pop(sequence.request_id, None)
         given = chunk.count if chunk is not None else decoding_tokens if self.decodes > 0 else 0
         if chunk is None:

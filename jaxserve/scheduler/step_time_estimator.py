@@ -1,4 +1,4 @@
-"""Estimates the time of a step from those that went before."""
+"""Estimates the time of a step from previous ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StepTimeEstimator:
         self._last: tuple[float, int, bool] | None = None
 
     def ends(self, now: float) -> None:
-        """The next step is about to be decided: the one before has taken until `now`."""
+        """Records that the step before has taken until `now`, when the next one is decided."""
         if self._last is None:
             return
         begin, tokens, prefill = self._last
@@ -35,11 +35,16 @@ class StepTimeEstimator:
             self.seconds_per_step = _blend(self.seconds_per_step, seconds)
 
     def begins(self, plan: StepPlan | None, now: float) -> None:
-        """A step begins at `now`; None: there is nothing to compute, so the time until the next is nobody's."""
+        """Records that a step begins at `now`.
+
+        Args:
+            plan: the step; None when there is nothing to compute, so that the time until the next step is not counted.
+            now: the current time.
+        """
         self._last = None if plan is None else (now, plan.num_tokens, bool(plan.chunks))
 
     def decodes(self, tokens: int, begins: Iterable[float]) -> None:
-        """As many steps as there are moments at which they begin, of `tokens` decodes and nothing else."""
+        """Records decode-only steps of `tokens` tokens, one beginning at each of `begins`."""
         for now in begins:
             self.ends(now)
             self._last = (now, tokens, False)

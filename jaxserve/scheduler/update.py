@@ -1,4 +1,4 @@
-"""What a step or an abort changed, as the engine is told."""
+"""Defines the changes that a step or an abort reports to the engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxserve.scheduler.sequence import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class SequenceUpdate:
-    """What a step or an abort changed for one sequence: its new token ids and, at its end, the reason."""
+    """Reports the change to one sequence: its new token ids and, at its end, the reason."""
 
     sequence: Sequence
     token_ids: tuple[int, ...]
@@ -20,10 +20,10 @@ class SequenceUpdate:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepUpdate:
-    """What a step changed.
+    """Reports the changes that a step made.
 
-    request_ids, token_ids: requests that decode on, and the one new token of each. others: every other sequence that
-    the step changed: it has its first token since it was admitted, or has ended.
+    request_ids, token_ids: requests that go on decoding, and the one new token of each. others: every other sequence
+    that the step changed: it got its first token since admission, or has ended.
     """
 
     request_ids: tuple[str, ...]

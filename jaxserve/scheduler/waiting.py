@@ -1,4 +1,4 @@
-"""Those that wait to run: preempted sequences in front, then new ones as the formation offers them."""
+"""Keeps the waiting sequences: preempted ones in front, then new ones in admission order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from jaxserve.scheduler.sequence import Sequence
 
 
 class _Times:
-    """New requests by a moment of each. Who waits no more, or has been demoted, drops out when it comes to the top."""
+    """Orders new requests by a time of each.
+
+    Entries of requests that no longer wait, or were demoted, are dropped when they reach the top.
+    """
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Sequence]] = []
@@ -21,7 +24,13 @@ class _Times:
         return len(self._heap)
 
     def push(self, moment: float, sequence: Sequence, waiting: int) -> None:
-        """waiting: how many wait, so that entries of others do not gather."""
+        """Adds an entry.
+
+        Args:
+            moment: the time to order by.
+            sequence: the request.
+            waiting: number of waiting requests, which bounds the stale entries kept.
+        """
         heapq.heappush(self._heap, (moment, sequence.order, sequence))
         if len(self._heap) > 2 * waiting + 64:
             self._heap = [entry for entry in self._heap if entry[2].waits_new]
@@ -37,10 +46,10 @@ class _Times:
 
 
 class Waiting:
-    """Members are pushed and removed; no operation looks at all of them.
+    """Indexes the waiting sequences; no operation scans all of them.
 
-    new: by arrival, those that never ran. returning: those whose pages were taken, to be computed again, in the order
-    of the policy. by_urgency: queues of new requests, in each of which the best takes a running one's place first.
+    new: requests that never ran, by arrival. returning: preempted sequences to be recomputed, in the policy's order.
+    by_urgency: queues of new requests; the best of each is the first to preempt a running sequence.
     """
 
     def __init__(self, policy: Policy, formation: AdmissionOrder, by_urgency: tuple[KeyedQueue, ...]):
@@ -56,7 +65,7 @@ class Waiting:
         return len(self.new) + len(self.returning)
 
     def push(self, sequence: Sequence) -> None:
-        """A request that never ran."""
+        """Adds a request that never ran."""
         self._policy.queued(sequence)
         self._push(sequence)
         if sequence.request.options.deadline is not None:
@@ -65,11 +74,11 @@ class Waiting:
             self._due.push(self._policy.due(sequence), sequence, len(self.new))
 
     def push_back(self, sequence: Sequence) -> None:
-        """A preempted sequence, to the front."""
+        """Adds a preempted sequence, in front of new ones."""
         self.returning.push(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a member out: it runs from now on, or has ended."""
+        """Removes a member that now runs or has ended."""
         if sequence.waits_new:
             self._remove(sequence)
             self._policy.dequeued(sequence)
@@ -77,14 +86,16 @@ class Waiting:
             self.returning.remove(sequence)
 
     def candidates(self, now: float) -> Iterator[Sequence]:
-        """Whom to take next, one at a time, each removed before the next is asked for."""
+        """Yields the next sequence to admit, repeatedly; each must be removed before the next is requested."""
         while (sequence := self.returning.peek()) is not None:
             yield sequence
         yield from self._formation.candidates(now)
 
     def urgent(self, now: float) -> Iterator[tuple[Sequence, bool]]:
-        """The new ones that may take a running one's place, and whether it is their turn: the best of each queue of
-        urgency, then whom the formation would take next."""
+        """Yields the new requests that may preempt a running sequence, each with whether it is first in turn.
+
+        The best of each urgency queue comes first, then the next in admission order.
+        """
         for queue in self._by_urgency:
             if (best := queue.peek()) is not None:
                 yield best, False
@@ -92,27 +103,27 @@ class Waiting:
             yield first, True
 
     def oldest(self) -> float | None:
-        """When the first of the new requests arrived; None while there is none."""
+        """Returns the arrival time of the oldest new request; None when there is none."""
         first = self.new.peek()
         return None if first is None else first.request.arrival_time
 
     def expired(self, now: float) -> Sequence | None:
-        """A new request whose deadline has passed; None where there is none (any more)."""
+        """Returns a new request whose deadline has passed, or None."""
         first = self._deadlines.first()
         return None if first is None or first[0] > now else first[1]
 
     def late(self, now: float) -> Sequence | None:
-        """A new request that can no longer meet its targets, wherever the formation has it; None as above."""
+        """Returns a new request that can no longer meet its targets, or None."""
         first = self._due.first()
         return None if first is None or first[0] >= now else first[1]
 
     @property
     def timed(self) -> bool:
-        """Somebody may wait who has a deadline."""
+        """Tells whether a waiting request may have a deadline."""
         return bool(self._deadlines)
 
     def demote(self, sequence: Sequence) -> None:
-        """Gives a late member the priority key that its policy has for late ones."""
+        """Gives a late member the priority key that its policy assigns to late ones."""
         self._remove(sequence)
         self._policy.demote(sequence)
         self._push(sequence)

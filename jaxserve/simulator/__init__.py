@@ -21,10 +21,10 @@ from jaxserve.planning.step_cost_models import (
 )
 from jaxserve.simulator.capacity import Capacity, parts_of, search_capacity
 from jaxserve.simulator.fleet import FleetConfig, FleetResult, simulate_fleet
-from jaxserve.simulator.report import Report, Slo, report, table
 from jaxserve.simulator.setup import Setup, find_target, set_up, with_options
 from jaxserve.simulator.simulated_engine import SimulatedDevice, SimulatedEngine
 from jaxserve.simulator.simulation import ClientRule, SimulationResult, simulate
+from jaxserve.simulator.simulation_report import Report, Slo, report, table
 from jaxserve.simulator.synthetic import SyntheticConfig, synthetic_trace
 from jaxserve.simulator.trace_files import read_trace
 from jaxserve.simulator.traces import Trace, make_trace

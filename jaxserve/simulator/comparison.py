@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from jaxserve.config.checks import did_you_mean
 from jaxserve.config.settings import EngineConfig
-from jaxserve.simulator import plots
+from jaxserve.simulator import simulation_plots as plots
 from jaxserve.simulator.capacity import Capacity, parts_of, search_capacity
 from jaxserve.simulator.command import assignments, literal, load_setup, load_trace, parts
 from jaxserve.simulator.fleet import FleetConfig, FleetResult, simulate_fleet
-from jaxserve.simulator.report import Slo, report, table
 from jaxserve.simulator.setup import Setup, option_names, with_options
 from jaxserve.simulator.simulation import ClientRule, fitting
+from jaxserve.simulator.simulation_report import Slo, report, table
 from jaxserve.simulator.traces import Trace
 
 FLEET_OPTIONS = {field.name for field in dataclasses.fields(FleetConfig)}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jaxserve.config.scheduling import PredictionConfig
 from jaxserve.request import EngineRequest
-from jaxserve.scheduler.prediction import OutputLengthPredictor
+from jaxserve.scheduler.length_prediction import OutputLengthPredictor
 
 
 class Router:

@@ -11,9 +11,9 @@ import numpy as np
 
 from jaxserve.config.checks import at_least
 from jaxserve.config.settings import EngineConfig
-from jaxserve.simulator.report import Slo
 from jaxserve.simulator.setup import with_options
 from jaxserve.simulator.simulation import SimulationResult
+from jaxserve.simulator.simulation_report import Slo
 from jaxserve.simulator.traces import Trace
 
 Options = Mapping[str, Any]

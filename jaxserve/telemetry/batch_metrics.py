@@ -80,8 +80,8 @@ class StepMetrics:
     steps: int
     prefill_tokens: int
     decode_tokens: int
-    utilisation: float
-    device_utilisation: float
+    utilization: float
+    device_utilization: float
     preemptions: Mapping[str, int]
     sequences: Spread
     tokens: Spread
@@ -121,8 +121,8 @@ class StepMetrics:
             steps=len(steps),
             prefill_tokens=int(prefill.sum()),
             decode_tokens=int(decode.sum()),
-            utilisation=_share(useful.sum(), useful.sum() + padding.sum()),
-            device_utilisation=_share(busy, seconds),
+            utilization=_share(useful.sum(), useful.sum() + padding.sum()),
+            device_utilization=_share(busy, seconds),
             preemptions=dict(preemptions),
             sequences=spread(column("rows")),
             tokens=spread(useful),
@@ -225,8 +225,8 @@ def table(metrics: RunMetrics) -> list[str]:
     if steps is not None:
         kinds = ", ".join(f"{count} by {kind}" for kind, count in steps.preemptions.items())
         lines.append(
-            f"{steps.steps} steps: batch utilisation {100 * steps.utilisation:.1f} %, device utilisation "
-            f"{100 * steps.device_utilisation:.1f} %, preemptions: {kinds}"
+            f"{steps.steps} steps: batch utilization {100 * steps.utilization:.1f} %, device utilization "
+            f"{100 * steps.device_utilization:.1f} %, preemptions: {kinds}"
         )
         rows += [(name, getattr(steps, field), unit) for name, field, unit in _FILLS]
     lines.append(f"{'':18}{'mean':>12}{'p50':>12}{'p90':>12}{'p99':>12}")

@@ -91,7 +91,7 @@ class CompositionTracker:
                 columns[name][-1] += value
             return
         if len(steps) == self._max_points:
-            self._join_neighbours()
+            self._join_neighbors()
         columns["begin"].append(step.time)
         for name, value in values.items():
             columns[name].append(value)
@@ -104,7 +104,7 @@ class CompositionTracker:
         points["begin"] = [time - points["begin"][0] for time in points["begin"]]
         return {"pages": self._pages, "points": points}
 
-    def _join_neighbours(self) -> None:
+    def _join_neighbors(self) -> None:
         self._steps_of_a_point *= 2
         for name, values in self._columns.items():
             first, second = values[::2], values[1::2]

@@ -38,9 +38,9 @@ def draw(composition: Mapping[str, Any], path: str | os.PathLike[str], title: st
     pages.set_ylabel(f"% of {composition['pages']:,} pages")
     pages.set_ylim(0, 102)
 
-    for name, colour in (("running", _DECODE), ("waiting", _PREFILL), ("swapped", _OTHER)):
+    for name, color in (("running", _DECODE), ("waiting", _PREFILL), ("swapped", _OTHER)):
         if name != "swapped" or means[name].any():
-            _line(queues, times, means[name], name, colour)
+            _line(queues, times, means[name], name, color)
     for name, label, marker in (
         ("preempted_recompute", "preempted, recompute", "v"),
         ("preempted_swap", "preempted, swap", "^"),
@@ -84,16 +84,16 @@ def _steps_over_time(
     return times, {name: values / steps for name, values in sums.items()}, sums
 
 
-def _line(axis: Any, times: np.ndarray, values: np.ndarray, label: str, colour: str) -> None:
-    axis.plot(times, values, drawstyle="steps-post", color=colour, linewidth=1.2, label=label)
+def _line(axis: Any, times: np.ndarray, values: np.ndarray, label: str, color: str) -> None:
+    axis.plot(times, values, drawstyle="steps-post", color=color, linewidth=1.2, label=label)
 
 
 def _stack(axis: Any, times: np.ndarray, values: Mapping[str, np.ndarray], layers: Sequence[tuple[str, str]]) -> None:
     bottom = np.zeros(len(times))
-    for name, colour in layers:
+    for name, color in layers:
         if not values[name].any():
             continue
         top = bottom + values[name]
         label = name.replace("_tokens", "").replace("pages_", "")
-        axis.fill_between(times, bottom, top, step="post", color=colour, linewidth=0, label=label)
+        axis.fill_between(times, bottom, top, step="post", color=color, linewidth=0, label=label)
         bottom = top

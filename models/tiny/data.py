@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE, generate_split, is_held_out, lookup_run
-from jaxserve.models.tiny.tokenizer import BOS_ID, EOS_ID, encode_fast
+from jaxserve.models.tiny.tiny_tokenizer import BOS_ID, EOS_ID, encode_fast
 
 
 @dataclasses.dataclass(frozen=True)

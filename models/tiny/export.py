@@ -19,9 +19,9 @@ from safetensors.numpy import save_file
 from jaxserve.models.layers.decoder import Decoder
 from jaxserve.models.layers.parameter import get
 from jaxserve.models.params import parameters, params_of
-from jaxserve.models.tiny.step import CONFIG, initial_params, make_optimizer
-from jaxserve.models.tiny.tokenizer import BOS, BOS_ID, CHAT_TEMPLATE, EOS, EOS_ID, PAD, PAD_ID, build_tokenizer
+from jaxserve.models.tiny.tiny_tokenizer import BOS, BOS_ID, CHAT_TEMPLATE, EOS, EOS_ID, PAD, PAD_ID, build_tokenizer
 from jaxserve.models.tiny.train import Progress, checkpoints, restore
+from jaxserve.models.tiny.training_step import CONFIG, initial_params, make_optimizer
 
 
 def hf_tensors(model: Decoder) -> dict[str, np.ndarray]:

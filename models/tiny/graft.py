@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.models.layers.rope import rope_frequencies
-from jaxserve.models.tiny.tokenizer import BOS_ID, EOS_ID, FIRST_BYTE_ID, FIRST_WHOLE_ID, VOCAB_SIZE
+from jaxserve.models.tiny.tiny_tokenizer import BOS_ID, EOS_ID, FIRST_BYTE_ID, FIRST_WHOLE_ID, VOCAB_SIZE
 from jaxserve.models.tiny.words import ACCENTED, EMOJI
 
 AMPLITUDES = (12.0, 12.0, 6.0, 4.0, 3.0, 2.0, 1.0)

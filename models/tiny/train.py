@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from jaxserve.models.tiny.data import Batch, Mixer, held_out_batches
 from jaxserve.models.tiny.graft import freeze_mask, graft_look_back
-from jaxserve.models.tiny.step import initial_params, make_optimizer, predict_step, train_step
 from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE
+from jaxserve.models.tiny.training_step import initial_params, make_optimizer, predict_step, train_step
 
 FIRST_CAPS = {"copy": 12, "reverse": 6, "sort": 6, "add": 3, "count": 6, "json": 2, "lookup": 8}
 GROW_AT = 0.85

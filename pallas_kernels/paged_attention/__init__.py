@@ -10,7 +10,7 @@ from jaxserve.pallas_kernels.paged_attention.api import (
 )
 from jaxserve.pallas_kernels.paged_attention.pool import (
     PAGE_SIZES,
-    is_quantised,
+    is_quantized,
     largest,
     new_pool,
     pool_spec,
@@ -27,7 +27,7 @@ __all__ = [
     "Implementation",
     "Use",
     "choose",
-    "is_quantised",
+    "is_quantized",
     "kv_write",
     "largest",
     "new_pool",

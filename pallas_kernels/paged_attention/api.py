@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.paged_attention import reference, xla, xla_plan
-from jaxserve.pallas_kernels.paged_attention.cpu import calls as cpu
-from jaxserve.pallas_kernels.paged_attention.pool import FLOAT_DTYPES, check_page_size, is_quantised, value_dtype
+from jaxserve.pallas_kernels.paged_attention.cpu import attention_calls as cpu
+from jaxserve.pallas_kernels.paged_attention.pool import FLOAT_DTYPES, check_page_size, is_quantized, value_dtype
 from jaxserve.pallas_kernels.paged_attention.rotary import split_and_rotate
 from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec, Use
 from jaxserve.pallas_kernels.paged_attention.triton import attention as triton
@@ -144,7 +144,7 @@ def kv_write(
         v: [T, K, D], of k's dtype.
         slot_mapping: int32 [T], page * page_size + offset; slots of page 0 for padding tokens. What page 0 then holds
             is undefined. A slot outside the pool writes nothing. No slot of another page may appear twice.
-        k_scale: float32 [K], positive, with a quantised pool and only there. It then stores k * (1 / k_scale), rounded
+        k_scale: float32 [K], positive, with a quantized pool and only there. It then stores k * (1 / k_scale), rounded
             to the nearest (ties to even) and saturated at 448 (float8_e4m3fn) or 127 (int8) in magnitude.
         v_scale: float32 [K], the same for values.
         implementation: a name that `choose` returned.
@@ -259,7 +259,7 @@ def paged_attention(
         scale: multiplies the scores.
         sliding_window: positions a token attends to, itself included; None for all.
         soft_cap: scores become soft_cap * tanh(score / soft_cap); None for no cap.
-        k_scale: float32 [K], multiplies the stored keys; with a quantised pool and only there.
+        k_scale: float32 [K], multiplies the stored keys; with a quantized pool and only there.
         v_scale: float32 [K], multiplies the stored values; likewise.
         sinks: float32 [K, G], one more score for each query head that joins the softmax's denominator and has no value
             (attention sinks as in gpt-oss; -inf has no effect); neither scaled nor capped. None for none.
@@ -314,14 +314,14 @@ def _check_float(name: str, dtype: jnp.dtype) -> None:
 
 
 def _check_pool(pool: jax.Array, k_scale: jax.Array | None, v_scale: jax.Array | None) -> None:
-    """Checks the pool's shape and dtype, and that there are scales exactly where it is quantised."""
+    """Checks the pool's shape and dtype, and that there are scales exactly where it is quantized."""
     if pool.ndim != 5 or pool.shape[1] != 2:
         raise ValueError(f"pool has shape {list(pool.shape)}; it must be [num_pages, 2, kv_heads, page_size, head_dim]")
     check_page_size(pool.shape[3])
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if (scale is not None) != is_quantised(pool.dtype):
+        if (scale is not None) != is_quantized(pool.dtype):
             held = value_dtype(pool.dtype).name
-            need = "it must be float32 [kv_heads]" if scale is None else "only a quantised pool takes one"
+            need = "it must be float32 [kv_heads]" if scale is None else "only a quantized pool takes one"
             raise ValueError(f"{name} is {'None' if scale is None else 'given'} for a pool of {held}; {need}")
         if scale is not None:
             _check(name, scale, (pool.shape[2],), jnp.float32)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxserve.pallas_kernels.paged_attention.pool import is_quantised, largest, value_dtype
+from jaxserve.pallas_kernels.paged_attention.pool import is_quantized, largest, value_dtype
 
 
 def encode(x: jax.Array, storage: jax.typing.DTypeLike, scale: jax.Array | None) -> jax.Array:
@@ -12,14 +12,14 @@ def encode(x: jax.Array, storage: jax.typing.DTypeLike, scale: jax.Array | None)
     Args:
         x: [..., K, D], a floating-point dtype.
         storage: the pool's dtype.
-        scale: float32 [K] for a quantised pool, else None.
+        scale: float32 [K] for a quantized pool, else None.
 
     Returns:
-        [..., K, D] in `storage`. Quantised: x times the reciprocal of its head's scale, rounded to the nearest (ties to
+        [..., K, D] in `storage`. Quantized: x times the reciprocal of its head's scale, rounded to the nearest (ties to
         even) and saturated at the greatest magnitude, `largest(storage)`.
     """
     dtype = value_dtype(storage)
-    if is_quantised(storage):
+    if is_quantized(storage):
         assert scale is not None
         limit = largest(storage)
         x = jnp.clip(x.astype(jnp.float32) * (1.0 / scale)[:, None], -limit, limit)
@@ -30,7 +30,7 @@ def encode(x: jax.Array, storage: jax.typing.DTypeLike, scale: jax.Array | None)
 
 
 def decode(stored: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """What a pool stores as numbers of `dtype`; those of a quantised pool are not multiplied by their scale."""
+    """What a pool stores as numbers of `dtype`; those of a quantized pool are not multiplied by their scale."""
     return held_as_values(stored).astype(dtype)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
-# Element types of keys and values: stored as they are computed, or quantised with a scale a head.
+# Element types of keys and values: stored as they are computed, or quantized with a scale a head.
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 QUANTISED_DTYPES = ("float8_e4m3fn", "int8")
 DTYPES = FLOAT_DTYPES + QUANTISED_DTYPES
@@ -52,13 +52,13 @@ def value_dtype(storage: jax.typing.DTypeLike) -> jnp.dtype:
     return dtype
 
 
-def is_quantised(storage: jax.typing.DTypeLike) -> bool:
+def is_quantized(storage: jax.typing.DTypeLike) -> bool:
     """Whether a pool of this dtype holds numbers that a scale multiplies."""
     return value_dtype(storage).name in QUANTISED_DTYPES
 
 
 def largest(dtype: jax.typing.DTypeLike) -> float:
-    """The greatest magnitude that a quantised pool stores: 448 (float8_e4m3fn) or 127 (int8, which leaves out -128)."""
+    """The greatest magnitude that a quantized pool stores: 448 (float8_e4m3fn) or 127 (int8, which leaves out -128)."""
     dtype = value_dtype(dtype)
     return 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
 

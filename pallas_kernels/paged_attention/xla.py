@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.paged_attention.cast import decode, encode
-from jaxserve.pallas_kernels.paged_attention.pool import is_quantised, value_dtype
+from jaxserve.pallas_kernels.paged_attention.pool import is_quantized, value_dtype
 from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
 from jaxserve.pallas_kernels.paged_attention.xla_plan import TilePass, Tiling, plan_tiles, tiling_for
 
@@ -236,8 +236,8 @@ def paged_attention(
     """
     num_tokens, num_kv_heads, group_heads, head_dim = q.shape
     dtype = q.dtype
-    if not is_quantised(pool.dtype):
-        # Dots of queries and keys in the wider of their dtypes; what a quantised pool holds is exact in any.
+    if not is_quantized(pool.dtype):
+        # Dots of queries and keys in the wider of their dtypes; what a quantized pool holds is exact in any.
         q = q.astype(jnp.promote_types(dtype, value_dtype(pool.dtype)))
     tiling = tiling or tiling_for(group_heads)
     settings = _Settings(spec, k_scale, v_scale, sinks)

@@ -14,7 +14,7 @@ from benchmarks import compare
 from benchmarks.cpu_time import process_tree
 from benchmarks.sides import contest, jaxserve_side
 from benchmarks.sides.contest import Contestant
-from benchmarks.sides.process import Run, Side, SideError, installed_peers
+from benchmarks.sides.side_process import Run, Side, SideError, installed_peers
 from benchmarks.work import WORKLOADS, Work, engine_options, random_work
 from jaxserve import LLM
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig

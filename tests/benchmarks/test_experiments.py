@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from benchmarks.experiments import __main__ as all_experiments
-from benchmarks.experiments import fleets, harness, plots
+from benchmarks.experiments import experiment_plots as plots
+from benchmarks.experiments import fleets, harness
 from benchmarks.experiments.cases import EXPERIMENTS, TTFT, Case, Experiment, Panel, Scale
-from benchmarks.experiments.figures import jain_index, summary
+from benchmarks.experiments.run_figures import jain_index, summary
 from benchmarks.experiments.sides import EngineSide, SimulationSide
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.simulator.simulation import ClientRule

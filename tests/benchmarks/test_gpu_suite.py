@@ -19,8 +19,15 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu_suite
-from benchmarks.gpu import child, counts, dense, device, kit, llama, pages, plots, process, products, tune, values
-from benchmarks.gpu.bundle import try_bundle, usable
+from benchmarks.gpu import child, counts, dense, device, kit
+from benchmarks.gpu import llama_shape as llama
+from benchmarks.gpu import products_part as products
+from benchmarks.gpu import suite_pages as pages
+from benchmarks.gpu import suite_plots as plots
+from benchmarks.gpu import suite_process as process
+from benchmarks.gpu import tune_part as tune
+from benchmarks.gpu import values_part as values
+from benchmarks.gpu.bundle_part import try_bundle, usable
 from benchmarks.gpu.parts import PARTS, TUNING, Part
 from benchmarks.gpu.record import FAILED, NOT_RUN, OK, RUNNING, STATUSES, AbsentError, Record, Settings, dumps
 from jaxserve.config import gin_config
@@ -315,7 +322,7 @@ def test_the_plan_fits_the_first_command():
     assert all(part.case_seconds <= part.budget for part in (*PARTS, *TUNING))
     assert len(gpu_suite.RESULTS) <= 8
     for part in (*PARTS, *TUNING):
-        assert importlib.util.find_spec(f"benchmarks.gpu.{part.name}") is not None
+        assert importlib.util.find_spec(f"benchmarks.gpu.{part.name}_part") is not None
 
 
 def test_a_kit_is_unpacked_as_it_was_packed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):

@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from benchmarks import latency
-from benchmarks.sides.process import Run
+from benchmarks.sides.side_process import Run
 
 
 def test_a_repeat_is_the_batch_with_one_new_token_and_whole():

@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.load import datasets
 from benchmarks.load.arrivals import gamma_arrivals, scaled
-from benchmarks.load.figures import Seen, figures, is_good, most_open, parse_goodput, statistics_ms
-from benchmarks.load.plots import latency_against_throughput
+from benchmarks.load.load_figures import Seen, figures, is_good, most_open, parse_goodput, statistics_ms
+from benchmarks.load.load_plots import latency_against_throughput
 from benchmarks.load.runs import line, slow_marks
 from benchmarks.spread import spread
 from jaxserve.models.tiny.tasks import KINDS, is_held_out

@@ -14,7 +14,7 @@ from benchmarks.load import runs
 from benchmarks.load.datasets import LoadRequest
 from benchmarks.load.runs import Target
 from benchmarks.serving import Served
-from benchmarks.sides.process import Run
+from benchmarks.sides.side_process import Run
 from benchmarks.work import Work
 from tests.server.fakes import EchoEngine
 from tests.server.harness import serving_in_thread

@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import StartupSpan, given
+from hypothesis import Phase, given
 from hypothesis import strategies as st
 
 from jaxserve.config.scheduling import FORMATIONS, MODES, PreemptionConfig
@@ -312,7 +312,7 @@ def test_many_faults_while_sequences_are_swapped(mode):
 FAULTS = st.sampled_from([None] * 6 + [NOT_STARTED, COPIED, LOST, LATE])
 
 
-@budget(60, phases=[StartupSpan.generate])
+@budget(60, phases=[Phase.generate])
 @given(
     st.lists(FAULTS, max_size=40),
     st.sampled_from(MODES),

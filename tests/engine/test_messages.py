@@ -141,8 +141,8 @@ def test_a_configuration_survives():
 
 def test_a_wrong_configuration_is_refused():
     values = dataclasses.asdict(EngineConfig(model="somewhere"))
-    with pytest.raises(ValueError, match=r"EngineConfig has unknown fields \['colour'\]"):
-        config_from_bytes(msgspec.msgpack.encode({**values, "colour": 1}))
+    with pytest.raises(ValueError, match=r"EngineConfig has unknown fields \['color'\]"):
+        config_from_bytes(msgspec.msgpack.encode({**values, "color": 1}))
     with pytest.raises(ValueError, match="page_size is 3"):
         config_from_bytes(msgspec.msgpack.encode({**values, "cache": {"page_size": 3}}))
 
@@ -150,7 +150,7 @@ def test_a_wrong_configuration_is_refused():
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"cache": {"page_size": 32, "colour": 1}}, r"CacheConfig has unknown fields \['colour'\]"),
+        ({"cache": {"page_size": 32, "color": 1}}, r"CacheConfig has unknown fields \['color'\]"),
         ({"seed": "1"}, "`int`"),
         ({"token_buckets": 5}, "`array"),
         ({"scheduler": {"policy": "lottery"}}, "policy is 'lottery'"),

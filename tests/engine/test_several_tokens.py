@@ -11,7 +11,7 @@ from jaxserve.config.scheduling import FORMATIONS, MODES, PreemptionConfig
 from jaxserve.config.settings import SchedulerConfig
 from jaxserve.engine.messages import AbortRequest
 from jaxserve.kv_cache.page_pool import PagePool
-from jaxserve.request import EngineRequest, FinishReason
+from jaxserve.request import EngineRequest, FinishReason, RequestOptions
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.scheduler import Scheduler, StepResult
 from jaxserve.scheduler.buckets import Buckets
@@ -48,7 +48,7 @@ def with_stop_ids(seed: int, count: int) -> list[EngineRequest]:
             max_tokens=int(rng.integers(1, 20)),
             min_tokens=0,
             stop_token_ids=tuple(rng.choice(101, rng.choice([0, 3, 12]), replace=False).tolist()),
-            tenant=str(rng.choice(["a", "b"])),
+            options=RequestOptions(tenant=str(rng.choice(["a", "b"]))),
         )
         for index in range(count)
     ]

@@ -6,7 +6,7 @@ import functools
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from jaxserve.models.tiny.tokenizer import build_tokenizer
+from jaxserve.models.tiny.tiny_tokenizer import build_tokenizer
 from tests.frontend.tokenizers_for_tests import byte_fallback, byte_level, metaspace
 
 CORPUS = (

@@ -64,8 +64,8 @@ class Memory:
 
     Attributes:
         pool: the pool, in its storage dtype.
-        values: what the pool stands for, float64; a quantised pool's numbers are multiplied by their scales.
-        scales: float32 [2, K] of a quantised pool, else None.
+        values: what the pool stands for, float64; a quantized pool's numbers are multiplied by their scales.
+        scales: float32 [2, K] of a quantized pool, else None.
         sinks: float32 [K, G] or None.
         queries: for each sequence, [length, K, G, D] in the shape's dtype.
     """
@@ -82,8 +82,8 @@ class Memory:
         size = (self.num_pages, 2, shape.kv_heads, shape.page_size, shape.head_dim)
         # An int8 pool cannot hold what is no number; its largest one stands for it.
         pool = np.full(size, 127 if dtype == np.int8 and fill else fill, dtype=np.float32).astype(dtype)
-        quantised = shape.stored in QUANTISED_DTYPES
-        self.scales = self._random.uniform(0.5, 2, (2, shape.kv_heads)).astype(np.float32) if quantised else None
+        quantized = shape.stored in QUANTISED_DTYPES
+        self.scales = self._random.uniform(0.5, 2, (2, shape.kv_heads)).astype(np.float32) if quantized else None
         if dtype == np.int8 and self.scales is not None:
             self.scales /= 32
         for length, table in zip(lengths, self.pages, strict=True):

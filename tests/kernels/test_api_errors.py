@@ -14,7 +14,7 @@ from jaxserve.pallas_kernels.paged_attention import (
     pool_spec,
     rotate_and_write,
 )
-from jaxserve.pallas_kernels.paged_attention.cpu import calls
+from jaxserve.pallas_kernels.paged_attention.cpu import attention_calls as calls
 from tests.kernels.packing import needs_avx512_bf16
 
 T, R, K, G, D = 8, 3, 2, 2, 40
@@ -94,7 +94,7 @@ def test_fitting_arguments_pass():
         ),
         ({"pool": INT8}, r"k_scale is None for a pool of int8; it must be float32 \[kv_heads\]"),
         ({"pool": INT8, "k_scale": SCALE}, "v_scale is None for a pool of int8"),
-        ({"k_scale": SCALE}, "k_scale is given for a pool of float32; only a quantised pool takes one"),
+        ({"k_scale": SCALE}, "k_scale is given for a pool of float32; only a quantized pool takes one"),
         ({"pool": INT8, "k_scale": SCALE, "v_scale": _shape(K)}, "v_scale has dtype int32; it must be float32"),
         ({"pool": INT8, "k_scale": _shape(K, 1), "v_scale": SCALE}, r"k_scale has shape \[2, 1\]; it must be \[2\]"),
         ({"sinks": _shape(G, K + 1, dtype="float32")}, r"sinks has shape \[2, 3\]; it must be \[2, 2\]"),

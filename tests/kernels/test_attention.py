@@ -219,7 +219,7 @@ def test_sinks_that_outweigh_everything_or_nothing(dtype: str):
 
 
 @pytest.mark.parametrize("pool_dtype", ["float8_e4m3fn", "int8"])
-def test_quantised_pages_change_attention_by_no_more_than_their_rounding(pool_dtype: str):
+def test_quantized_pages_change_attention_by_no_more_than_their_rounding(pool_dtype: str):
     """From write to read, against float64 over keys and values that were never rounded.
 
     With keys off by at most a and values by at most b, scores are off by e = scale |q|_1 a, so every weight by a factor

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.pallas_kernels.paged_attention import is_quantised, kv_write, paged_attention
+from jaxserve.pallas_kernels.paged_attention import is_quantized, kv_write, paged_attention
 from jaxserve.pallas_kernels.paged_attention.triton import tuning
 from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION
 from jaxserve.planning.reports import cubin, thunks
@@ -49,8 +49,8 @@ class Case:
         return PAGES, 2, KV_HEADS, self.page_size, self.head_dim
 
     @property
-    def quantised(self) -> bool:
-        return is_quantised(self.pool_dtype)
+    def quantized(self) -> bool:
+        return is_quantized(self.pool_dtype)
 
     def __str__(self) -> str:
         shape = f"D{self.head_dim}-P{self.page_size}-G{self.group_heads}"
@@ -104,7 +104,7 @@ def compiled(case: Case, mesh: Mesh, dump: pathlib.Path) -> jax.stages.Compiled:
     sharding = NamedSharding(mesh, PartitionSpec())
     options: dict[str, Any] = {"scale": case.head_dim**-0.5}
     named: dict[str, tuple[tuple[int, ...], str]] = {}
-    if case.quantised:
+    if case.quantized:
         named |= dict.fromkeys(("k_scale", "v_scale"), ((KV_HEADS,), "float32"))
     if not case.plain:
         options |= {"sliding_window": 1000, "soft_cap": 30.0}

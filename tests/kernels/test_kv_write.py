@@ -102,7 +102,7 @@ def test_writes_each_slot_and_nothing_else_outside_the_null_page(dtype: str, poo
 
 
 @pytest.mark.parametrize("dtype", QUANTISED_DTYPES)
-def test_quantised_numbers_are_the_nearest_and_saturate(dtype: str):
+def test_quantized_numbers_are_the_nearest_and_saturate(dtype: str):
     """Against distances in float64; the product with the reciprocal of the scale is off by two roundings in float32."""
     scale = np.array([0.037, 3.0], np.float32)
     grid = np.linspace(-600, 600, 4801, dtype=np.float32)

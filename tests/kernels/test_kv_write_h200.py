@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.pallas_kernels.paged_attention import is_quantised, kv_write, rotate_and_write
+from jaxserve.pallas_kernels.paged_attention import is_quantized, kv_write, rotate_and_write
 from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION
 from jaxserve.planning.reports import cubin
 from jaxserve.planning.reports.container import contents
@@ -32,7 +32,7 @@ def mesh() -> Mesh:
 def compiled(mesh: Mesh, function: Any, pool: tuple[int, ...], pool_dtype: str, *arguments: Any) -> Any:
     sharding = NamedSharding(mesh, PartitionSpec())
     scale = (pool[2:3], "float32")
-    scales = [scale, scale] if is_quantised(pool_dtype) else []
+    scales = [scale, scale] if is_quantized(pool_dtype) else []
 
     def call(pool: jax.Array, *rest: jax.Array) -> Any:
         given = dict(zip(("k_scale", "v_scale"), rest[len(arguments) :], strict=False))

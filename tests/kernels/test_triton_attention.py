@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import StartupSpan, given
+from hypothesis import Phase, given
 from hypothesis import strategies as st
 
 from jaxserve.pallas_kernels.paged_attention import rotate_and_write
@@ -18,7 +18,7 @@ from tests.kernels.packing import bits
 from tests.kernels.triton_steps import Layer, Row, Sequence, Step, assert_close
 
 # Without the search for an explanation, which traces every line of the compiler, and without shrinking, which compiles.
-PHASES = (StartupSpan.explicit, StartupSpan.reuse, StartupSpan.generate)
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
 @st.composite
@@ -134,7 +134,7 @@ def test_lengths_at_the_edges_of_pages_blocks_and_chunks(layer: Layer):
 
 
 @pytest.mark.parametrize("pool_dtype", QUANTISED_DTYPES)
-def test_quantised_values_come_out_within_their_rounding(pool_dtype: str):
+def test_quantized_values_come_out_within_their_rounding(pool_dtype: str):
     layer = Layer(pool_dtype=pool_dtype)
     step = Step(layer, [Row(200, 1), Row(256, 20), Row(9, 9)], 3)
     assert step.scales is not None

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS
-from jaxserve.pallas_kernels.paged_attention.triton import limits, plan, tuning
+from jaxserve.pallas_kernels.paged_attention.triton import kernel_plan as plan
+from jaxserve.pallas_kernels.paged_attention.triton import limits, tuning
 from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION, pl, triton
 from tests.budgets import budget
 

@@ -14,7 +14,7 @@ from jaxserve.pallas_kernels.paged_attention.triton.tuning import DecodeConfig, 
 
 # The most that a result may be off by, in units of the greatest value V. Weights each off by a share of e or less move
 # a mean of values by e V or less.
-# 16 bits: weights and result are each rounded to within half the relative distance of neighbouring numbers. A tenth
+# 16 bits: weights and result are each rounded to within half the relative distance of neighboring numbers. A tenth
 # more is for the second order, for what float32 loses and for float16's weights below its normal numbers.
 # float32: scores up to 64, off by 2^-23 of that, move weights by the same share.
 ROUNDING = {"float32": 64 * 2.0**-23, "bfloat16": 1.1 * 2.0**-7, "float16": 1.1 * 2.0**-10}
@@ -42,7 +42,7 @@ class Layer:
     prefill: PrefillConfig = PrefillConfig(tile=32, block=16, num_warps=4, num_stages=2)
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         return self.pool_dtype in QUANTISED_DTYPES
 
     def oldest(self, row: "Row") -> int:
@@ -75,7 +75,7 @@ class Step:
         self.layer, self.rows = layer, rows
         random = np.random.default_rng(seed)
         heads, dim = layer.kv_heads, layer.head_dim
-        self.scales = random.uniform(0.01, 0.1, (2, heads)).astype(np.float32) if layer.quantised else None
+        self.scales = random.uniform(0.01, 0.1, (2, heads)).astype(np.float32) if layer.quantized else None
         self.sinks = random.normal(0, 4, (heads, layer.group_heads)).astype(np.float32) if layer.sinks else None
         self.sequences = [
             Sequence(
@@ -122,7 +122,7 @@ class Step:
         """Row `number`'s outputs in float64, from its sequence alone."""
         layer, row, sequence = self.layer, self.rows[number], self.sequences[number]
         stored = sequence.stored.astype(np.float64)
-        if not layer.quantised:
+        if not layer.quantized:
             # As the kernels do; it changes nothing unless the pool's dtype is the wider one.
             stored = stored.astype(jnp.dtype(layer.dtype)).astype(np.float64)
         if self.scales is not None:

@@ -66,7 +66,7 @@ def paged_step(
 class PagedSequence:
     """One sequence in scattered pages, computed chunk by chunk; it sits in row 1 of a step, other rows are empty.
 
-    With scales float32 [L, 2, K] the pages hold `quantised` numbers.
+    With scales float32 [L, 2, K] the pages hold `quantized` numbers.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class PagedSequence:
         implementation: str,
         mesh: Mesh | None = None,
         scales: np.ndarray | None = None,
-        quantised: str = "int8",
+        quantized: str = "int8",
     ):
         self.scales = None if scales is None else placed(scales, mesh or make_mesh())
         self.config, self.params, self.implementation, self.mesh = config, params, implementation, mesh
         count = -(-length // PAGE_SIZE)
         # Page 0 is the null page; the sequence's pages are neither adjacent nor in order.
         self.pages = (1 + np.random.RandomState(0).permutation(2 * count)[:count]).astype(np.int32)
-        dtype = params["embedding"].dtype if scales is None else quantised
+        dtype = params["embedding"].dtype if scales is None else quantized
         sharding = None if mesh is None else NamedSharding(mesh, POOL_PARTITION)
         self.pools = [
             new_pool(2 * count + 1, config.num_key_value_heads, PAGE_SIZE, config.head_dim, dtype, sharding=sharding)

@@ -91,5 +91,5 @@ def test_pages_and_dense_attention_agree(dtype):
     assert dense.dtype == np.float32
     sequence = generate.PagedSequence(config, weights, len(tokens), "xla")
     paged = np.concatenate([sequence.extend(part, 16) for part in np.split(tokens, [3, 14, 15, 16])])
-    # bfloat16 keeps 8 bits: attention's sums in another order may round to a neighbour, and the head sums those.
+    # bfloat16 keeps 8 bits: attention's sums in another order may round to a neighbor, and the head sums those.
     np.testing.assert_allclose(paged, dense, rtol=0, atol=1e-4 if dtype == "float32" else 0.05)

@@ -1,4 +1,4 @@
-"""Scales of quantised keys and values: read from checkpoints of several tools, else measured."""
+"""Scales of quantized keys and values: read from checkpoints of several tools, else measured."""
 
 import json
 
@@ -105,8 +105,8 @@ def test_the_configuration_says_what_scales_are_for(quantization, dtype, tmp_pat
         "fp8",
     ],
 )
-def test_quantised_weights_are_refused(quantization):
-    with pytest.raises(ValueError, match="only unquantised weights are supported"):
+def test_quantized_weights_are_refused(quantization):
+    with pytest.raises(ValueError, match="only unquantized weights are supported"):
         ModelConfig.from_hf(BASE | {"quantization_config": quantization})
 
 

@@ -43,14 +43,14 @@ RUN = textwrap.dedent("""
         np.testing.assert_allclose(dense, expected[0], rtol=0, atol=2e-5)
         np.testing.assert_array_equal(made, expected[1])
         np.testing.assert_allclose(paged, expected[2], rtol=0, atol=2e-5)
-        # Pages of int8, with another scale for each head. Sums in another order may round a number to its neighbour.
+        # Pages of int8, with another scale for each head. Sums in another order may round a number to its neighbor.
         scales = np.linspace(0.02, 0.1, 2 * 2 * 4, dtype=np.float32).reshape(2, 2, 4)
-        quantised = generate.paged_greedy(config, weights, tokens, 8, mesh=mesh, scales=scales)
+        quantized = generate.paged_greedy(config, weights, tokens, 8, mesh=mesh, scales=scales)
         if count == 1:
-            quantised_of_one = quantised
-        assert not np.array_equal(quantised[1], paged)
-        np.testing.assert_array_equal(quantised[0], quantised_of_one[0])
-        np.testing.assert_allclose(quantised[1], quantised_of_one[1], rtol=0, atol=0.05)
+            quantized_of_one = quantized
+        assert not np.array_equal(quantized[1], paged)
+        np.testing.assert_array_equal(quantized[0], quantized_of_one[0])
+        np.testing.assert_allclose(quantized[1], quantized_of_one[1], rtol=0, atol=0.05)
         if count == 2:  # layers that differ, with sinks and without rotation
             mixed = [params.random_params(MIXED, "float32", on, seed=1) for on in (params.make_mesh(), mesh)]
             parts = [np.asarray(generate.dense_logits(MIXED, mixed[0], tokens))]

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from jaxserve.models.tiny.data import Mixer, held_out_batches, largest_size, make_example, make_lookup_lesson
 from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE, generate, generate_split, is_held_out
-from jaxserve.models.tiny.tokenizer import BOS_ID, EOS_ID, FIRST_BYTE_ID, VOCAB_SIZE, build_tokenizer, encode_fast
+from jaxserve.models.tiny.tiny_tokenizer import BOS_ID, EOS_ID, FIRST_BYTE_ID, VOCAB_SIZE, build_tokenizer, encode_fast
 from jaxserve.models.tiny.words import EMOJI, KEY_WORDS
 from tests.budgets import budget
 

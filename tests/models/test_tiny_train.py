@@ -9,8 +9,8 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.loading.checkpoint import load
 from jaxserve.models.params import make_mesh, params_of
 from jaxserve.models.tiny import export, train
-from jaxserve.models.tiny.step import CONFIG, initial_params
 from jaxserve.models.tiny.tasks import KINDS
+from jaxserve.models.tiny.training_step import CONFIG, initial_params
 
 
 def leg(out, *more: str) -> None:

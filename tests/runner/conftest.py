@@ -16,7 +16,7 @@ from jaxserve.programs.step_programs import ProgramKey, Shapes
 
 
 class _Runtime:
-    """What the runtime holds of a program, serialised once: a second time it may have lost its functions."""
+    """What the runtime holds of a program, serialized once: a second time it may have lost its functions."""
 
     def __init__(self, runtime: Any):
         self._runtime = runtime

@@ -21,7 +21,7 @@ from jaxserve.programs.build_set import SetBuilder, _Workers, longest_first
 from jaxserve.programs.compiler import ProgramMemory
 from jaxserve.programs.program_needs import LOADED_TIMES, ProgramNeeds
 from jaxserve.programs.step_programs import ProgramKey, Shapes, program_keys
-from jaxserve.runner import startup
+from jaxserve.runner import engine_startup as startup
 from jaxserve.runner.model_runner import ModelRunner
 
 MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)

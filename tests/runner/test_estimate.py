@@ -102,6 +102,10 @@ def test_kernels_need_their_results_alone(x):
 WIDE = ModelConfig("LlamaForCausalLM", 128256, 4096, 14336, 1, 32, 8, 128, 131072)
 
 
+SMALL_BYTES = 1024 * 1024
+"""What the estimate may have for a program that needs nothing: copies of what the host sends."""
+
+
 def test_it_bounds_what_the_compiler_for_gpus_needs():
     mesh = target_mesh(load_target("h200"))
     limits = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=8192)
@@ -110,4 +114,4 @@ def test_it_bounds_what_the_compiler_for_gpus_needs():
     for key in largest_keys(shapes):
         needed = program_memory(compile_program(key, shapes, mesh)).extra
         estimated = temporary_bytes(trace(key, shapes, make_mesh()))
-        assert needed <= estimated <= 4 * needed + WORKSPACE_BYTES
+        assert needed <= estimated <= 4 * needed + WORKSPACE_BYTES + SMALL_BYTES

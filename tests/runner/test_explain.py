@@ -90,7 +90,7 @@ def test_the_plan_of_8b_sums_to_the_device_without_its_compiler(target, monkeypa
     assert "temporaries are an estimate: the compiler is missing; install it" in text
 
 
-def test_quantised_pages_of_8b(monkeypatch):
+def test_quantized_pages_of_8b(monkeypatch):
     """Half the bytes a token, and the pool takes all memory."""
     monkeypatch.setattr(explaining, "target_mesh", no_plugin)
     explanation = explained("h200", "CacheConfig.kv_cache_dtype='fp8'")

@@ -20,7 +20,8 @@ from jaxserve.programs.compiler import CompileMissError, ProgramMemory, ProgramS
 from jaxserve.programs.program_needs import servable_keys
 from jaxserve.programs.step_programs import MASK_WRITE, TABLE_WRITE, ProgramKey, program_keys
 from jaxserve.request import EngineRequest
-from jaxserve.runner import late_programs, startup
+from jaxserve.runner import engine_startup as startup
+from jaxserve.runner import late_programs
 from jaxserve.runner.late_compiler import CompileTask
 from jaxserve.runner.late_programs import LatePrograms, most_useful_first
 from jaxserve.runner.model_runner import ModelRunner

@@ -41,7 +41,7 @@ def shapes() -> Shapes:
 
 @pytest.fixture(scope="module")
 def compiled(shapes) -> dict[ProgramKey, ProgramMemory]:
-    with fresh_compilations():  # a program from jax's cache serialises to less
+    with fresh_compilations():  # a program from jax's cache serializes to less
         return {key: program_memory(compile_program(key, shapes, make_mesh())) for key in program_keys(shapes)}
 
 

@@ -39,6 +39,8 @@ CONFIG = EngineConfig(
     seed=3,
 )
 FORWARD, SAMPLE = ProgramKey("forward", 16), ProgramKey("sample", 8)
+NUM_PROGRAMS = 5
+"""Two forward programs, one that samples, and those that write page tables and masks."""
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def test_a_second_start_compiles_nothing_and_says_the_same(filled, monkeypatch):
 
     monkeypatch.setattr(build_set, "compile_program", refuse)
     runner = start(directory)
-    assert runner.info.num_cached_executables == runner.info.num_executables == 3
+    assert runner.info.num_cached_executables == runner.info.num_executables == NUM_PROGRAMS
     assert all(isinstance(program, LoadedProgram) for program in runner.programs.executables.values())
     before = runner.num_compilations
     assert tokens(runner) == expected
@@ -133,9 +135,9 @@ def test_a_damaged_entry_is_compiled_anew(copy, filled, spoil: Callable[[pathlib
     with caplog.at_level(logging.WARNING, "jaxserve"):
         runner = start(copy)
     assert f"compilation cache entry {path} is thrown away: it " in caplog.text
-    assert runner.info.num_cached_executables == 2
+    assert runner.info.num_cached_executables == NUM_PROGRAMS - 1
     assert tokens(runner) == filled[1]
-    assert start(copy).info.num_cached_executables == 3
+    assert start(copy).info.num_cached_executables == NUM_PROGRAMS
 
 
 def test_what_the_runtime_refuses_is_compiled_anew(copy, monkeypatch, caplog):
@@ -145,7 +147,7 @@ def test_what_the_runtime_refuses_is_compiled_anew(copy, monkeypatch, caplog):
     )
     with caplog.at_level(logging.WARNING, "jaxserve"):
         assert start(copy).info.num_cached_executables == 0
-    assert caplog.text.count("is thrown away") == 3
+    assert caplog.text.count("is thrown away") == NUM_PROGRAMS
 
 
 def test_the_directory_is_this_users_alone(tmp_path):
@@ -174,7 +176,7 @@ def test_entries_are_this_users_alone(copy, caplog):
         path.chmod(0o666)
     with caplog.at_level(logging.WARNING, "jaxserve"):
         assert start(copy).info.num_cached_executables == 0
-    assert caplog.text.count("is not used: it has the mode 0666: others may write to it") == 3
+    assert caplog.text.count("is not used: it has the mode 0666: others may write to it") == NUM_PROGRAMS
 
 
 def test_another_users_directory_is_refused(tmp_path, monkeypatch):
@@ -242,7 +244,7 @@ def test_use_makes_an_entry_recent(copy):
     for path in copy.iterdir():
         os.utime(path, (1e9, 1e9))
     assert opened(copy).load(SAMPLE, shapes()) is not None
-    assert sorted(path.stat().st_mtime == 1e9 for path in copy.iterdir()) == [False, True, True]
+    assert sorted(path.stat().st_mtime == 1e9 for path in copy.iterdir()) == [False, *(NUM_PROGRAMS - 1) * [True]]
 
 
 def test_an_entry_is_found_by_all_that_decides_the_program(copy, monkeypatch):

@@ -16,7 +16,7 @@ from jaxserve.models.params import make_mesh
 from jaxserve.planning.resolve import resolve_model, resolve_shapes
 from jaxserve.programs.aot.bundle import identity
 from jaxserve.programs.step_programs import Shapes
-from jaxserve.runner import startup
+from jaxserve.runner import engine_startup as startup
 from jaxserve.runner.model_runner import ModelRunner
 from tests.models.checkpoints import BASE, random_tensors, write_files
 

@@ -103,7 +103,7 @@ def test_a_draw_depends_on_seed_and_position_alone():
     slots = make_slots(temperature=temperature, seed=seeds)
     position = np.arange(8) + 5
     ids = call(logits, slots, range(8), position)
-    for row in range(8):  # another slot of the same seed, another row, other neighbours
+    for row in range(8):  # another slot of the same seed, another row, other neighbors
         moved = np.roll(logits, 5 - row, axis=0)
         slot = [9 if row == 3 and i == 5 else (i + row - 5) % 8 for i in range(8)]
         assert call(moved, slots, slot, np.roll(position, 5 - row))[5] == ids[row]
@@ -155,7 +155,7 @@ def test_stop_ids_are_suppressed_where_asked():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_not_finite_rows_are_told_and_neighbours_unchanged(bad):
+def test_not_finite_rows_are_told_and_neighbors_unchanged(bad):
     logits = np.random.default_rng(4).standard_normal((8, VOCAB))
     slots = make_slots(temperature=np.ones(SLOTS, np.float32))
     clean = call(logits, slots, range(8))
@@ -207,7 +207,7 @@ def test_every_kind_of_not_finite_is_told_wherever_it_stands(temperature, suppre
         assert 0 <= ids[7] < VOCAB
 
 
-def test_a_suppressed_neighbour_changes_no_row():
+def test_a_suppressed_neighbor_changes_no_row():
     logits = np.random.default_rng(8).standard_normal((8, VOCAB)).astype(np.float32)
     logits[2] = 1.0
     temperature = np.where(np.arange(SLOTS) % 2, 0.7, 0.0).astype(np.float32)
@@ -229,7 +229,7 @@ def test_a_row_whose_every_token_is_suppressed_takes_one_of_them(temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_a_mask_leaves_what_it_allows_and_the_neighbours_alone(temperature):
+def test_a_mask_leaves_what_it_allows_and_the_neighbors_alone(temperature):
     rng = np.random.default_rng(11)
     logits = rng.standard_normal((8, VOCAB))
     slots = make_slots(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -211,7 +212,7 @@ def mixed(temperature: float) -> Iterator[EngineRequest]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_constrained_request_obeys_and_its_neighbours_do_not_notice(runner, temperature):
+def test_a_constrained_request_obeys_and_its_neighbors_do_not_notice(runner, temperature):
     free, _ = serve(runner, list(mixed(temperature)), None)
     timed = Timed(runner)
     found, _ = serve(timed, list(mixed(temperature)), timed)
@@ -257,6 +258,6 @@ def test_masks_of_another_shape_are_refused(runner):
 @pytest.mark.parametrize("key", [TABLE_WRITE, MASK_WRITE, ProgramKey("sample", 8)], ids=lambda key: key.kind)
 def test_what_these_programs_change_stays_in_place(runner, key):
     """Their arrays are aliased, and the sample program reads masks without taking them over."""
-    slots = sum(leaf.nbytes for leaf in vars(runner._arrays.slots).values())
+    slots = sum(leaf.nbytes for leaf in jax.tree.leaves(runner._arrays.slots))
     aliased = {"table_write": slots, "mask_write": runner._arrays.masks.nbytes, "sample": slots}
     assert runner.programs.memory[key].aliased == aliased[key.kind]

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from hypothesis import StartupSpan, given
+from hypothesis import Phase, given
 from hypothesis import strategies as st
 
 from jaxserve.config.scheduling import FORMATIONS, MODES, SchedulerConfig
@@ -186,7 +186,7 @@ def test_a_stretch_equals_its_steps(mode: str):
     events: Counter[str] = Counter()
 
     def histories(policy: str) -> None:
-        @budget(14, phases=[StartupSpan.generate])  # a smaller seed is not a simpler history
+        @budget(14, phases=[Phase.generate])  # a smaller seed is not a simpler history
         @given(seed=st.integers(0, 2**32))
         def run(seed: int) -> None:
             rng = random.Random(f"{mode} {policy} {seed}")

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from jaxserve.config.scheduling import PredictionConfig
 from jaxserve.request import EngineRequest, RequestOptions
-from jaxserve.scheduler import prediction
+from jaxserve.scheduler import length_prediction as prediction
 from jaxserve.scheduler.kendall import kendall_tau
-from jaxserve.scheduler.prediction import OutputLengthPredictor
+from jaxserve.scheduler.length_prediction import OutputLengthPredictor
 from tests.budgets import budget
 
 

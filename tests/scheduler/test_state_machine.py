@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import StartupSpan, given
+from hypothesis import Phase, given
 from hypothesis import strategies as st
 
 from jaxserve.config.scheduling import FORMATIONS, MODES
@@ -39,7 +39,7 @@ def test_histories(mode: str):
     events: Counter[str] = Counter()
 
     def histories(policy: str, formation: str) -> None:
-        @budget(examples, phases=[StartupSpan.generate])  # a smaller seed is not a simpler history
+        @budget(examples, phases=[Phase.generate])  # a smaller seed is not a simpler history
         @given(st.integers(0, 2**32))
         def run(seed: int) -> None:
             events.update(run_history(seed, mode, formation, policy, steps))

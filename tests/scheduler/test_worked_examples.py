@@ -54,7 +54,7 @@ def test_ten_requests_one_at_a_time():
     ("lengths", "useful", "computed", "mean_idle"),
     [([4, 12, 8], 24, 36, 4), ([10, 20, 50, 100], 180, 400, 55), ([50] * 31 + [500], 2_050, 16_000, 435.9375)],
 )
-def test_utilisation_of_a_static_batch(lengths: list[int], useful: int, computed: int, mean_idle: float):
+def test_utilization_of_a_static_batch(lengths: list[int], useful: int, computed: int, mean_idle: float):
     """67 % and 45 % of the computed tokens are useful; the third batch has 4.1 useful tokens a step."""
     run = run_lengths("static", lengths, batch=len(lengths))
     assert sum(plan.num_tokens for plan in run.plans) == useful

@@ -22,7 +22,7 @@ from jaxserve.engine.messages import (
     Shutdown,
     ToEngine,
 )
-from jaxserve.models.tiny.tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, build_tokenizer
+from jaxserve.models.tiny.tiny_tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, build_tokenizer
 from jaxserve.request import EngineRequest, FinishReason
 from tests.engine_ready import engine_ready
 

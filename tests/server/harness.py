@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.request import SamplingParams
-from jaxserve.serving.client import AsyncClient
+from jaxserve.serving.grpc_client import AsyncClient
 from jaxserve.serving.grpc_server import GrpcServer
 from tests.server.fakes import WAIT_SECONDS, EchoEngine
 

@@ -11,8 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.serving import connections, memory_return
-from jaxserve.serving.client import AsyncClient, generate_request
 from jaxserve.serving.connections import DescriptorError, connection_limit, reserve
+from jaxserve.serving.grpc_client import AsyncClient, generate_request
 from jaxserve.serving.grpc_server import GrpcServer
 from tests.server import raw_http2
 from tests.server.fakes import WAIT_SECONDS, save_tokenizer

@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from jaxserve.request import FinishReason, SamplingParams
-from jaxserve.serving.client import AsyncClient, Client, join
+from jaxserve.serving.grpc_client import AsyncClient, Client, join
 from tests.server.fakes import VOCAB_SIZE, save_tokenizer
 from tests.server.process import Process
 

@@ -13,7 +13,7 @@ from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.serving import health
 from jaxserve.serving.call_interceptor import CallContext
 from jaxserve.serving.calls import OpenCalls
-from jaxserve.serving.client import generate_request
+from jaxserve.serving.grpc_client import generate_request
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from tests.server import raw_http2
 from tests.server.harness import GREEDY, Served, health_of, run_served, status_of

@@ -9,7 +9,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from jaxserve.serving.client import AsyncClient, Client
+from jaxserve.serving.grpc_client import AsyncClient, Client
 from jaxserve.serving.grpc_server import SERVICE_NAME, BindError, GrpcServer
 from tests.server.harness import GREEDY, MAX_MESSAGE_BYTES, Served, health_of, run_served, serving_in_thread, status_of
 

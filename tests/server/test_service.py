@@ -13,7 +13,7 @@ from jaxserve.engine.messages import EngineStats
 from jaxserve.frontend.delta import Cause, Delta
 from jaxserve.request import FinishReason, SamplingParams
 from jaxserve.serving.call_interceptor import CallContext
-from jaxserve.serving.client import generate_request, join
+from jaxserve.serving.grpc_client import generate_request, join
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 from jaxserve.serving.service import _errors_as_status
@@ -240,7 +240,7 @@ def test_a_request_id_in_use_already_exists(tokenizer):
     run_served(body, tokenizer)
 
 
-def test_a_failed_request_is_internal_and_its_neighbour_goes_on(tokenizer):
+def test_a_failed_request_is_internal_and_its_neighbor_goes_on(tokenizer):
     async def body(served: Served) -> None:
         served.engine.pause()
         good = asyncio.ensure_future(served.client.generate_text("good", GREEDY, request_id="good"))

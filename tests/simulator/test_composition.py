@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxserve.planning.step_cost_models import HostCosts
-from jaxserve.simulator import plots
+from jaxserve.simulator import simulation_plots as plots
 from jaxserve.simulator.fleet import FleetConfig, simulate_fleet
 from jaxserve.simulator.setup import Setup
 from jaxserve.simulator.simulation import SimulationResult, simulate

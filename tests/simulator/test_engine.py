@@ -11,9 +11,9 @@ from jaxserve.config.scheduling import FORMATIONS, MODES, VICTIMS
 from jaxserve.planning.step_cost_models import HostCosts
 from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.simulator.fast_forward import stretch_times
-from jaxserve.simulator.report import report
 from jaxserve.simulator.simulated_engine import SimulatedEngine
 from jaxserve.simulator.simulation import ClientRule, SimulationResult, requests_of, simulate
+from jaxserve.simulator.simulation_report import report
 from jaxserve.simulator.traces import Trace, make_trace
 from jaxserve.telemetry.batch_metrics import run_metrics
 from jaxserve.telemetry.recorder import Recorder, StepRecorded
@@ -205,8 +205,8 @@ def test_the_device_is_not_used_while_there_are_no_requests():
     result = simulate(make_config(), trace, SimpleCosts(), make_device(), client=ClientRule("exact"), recorder=recorder)
     steps = run_metrics(recorder).steps
     assert steps is not None
-    assert steps.device_utilisation == pytest.approx(8 / 16)
-    assert report(result).device_utilisation == pytest.approx(8 / 16)
+    assert steps.device_utilization == pytest.approx(8 / 16)
+    assert report(result).device_utilization == pytest.approx(8 / 16)
     unused = [event.unused_seconds for event in recorder if isinstance(event, StepRecorded)]
     assert unused == [0.0] * 4 + [8.0] + [0.0] * 3
 

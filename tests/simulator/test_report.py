@@ -8,10 +8,10 @@ import pytest
 from jaxserve import simulate as command
 from jaxserve import tune
 from jaxserve.simulator.capacity import parts_of, search_capacity
-from jaxserve.simulator.report import Slo, jain_index, report, table
 from jaxserve.simulator.search import Score
 from jaxserve.simulator.setup import find_target, set_up, with_options
 from jaxserve.simulator.simulation import simulate
+from jaxserve.simulator.simulation_report import Slo, jain_index, report, table
 from jaxserve.simulator.synthetic import SyntheticConfig, synthetic_trace
 from jaxserve.simulator.traces import make_trace
 from tests.simulator.helpers import SimpleCosts, make_config, make_device

@@ -6,12 +6,12 @@ import pytest
 from jaxserve import tune
 from jaxserve.config import gin_config
 from jaxserve.runner.fake import FakeRunner
-from jaxserve.simulator import tuning
+from jaxserve.simulator import tune_run as tuning
 from jaxserve.simulator.replay import replay
-from jaxserve.simulator.report import Slo
 from jaxserve.simulator.search import Score, candidates, owner_of, search_space, stressed, successive_halving
 from jaxserve.simulator.setup import with_options
 from jaxserve.simulator.simulation import ClientRule, simulate
+from jaxserve.simulator.simulation_report import Slo
 from jaxserve.simulator.synthetic import SyntheticConfig, synthetic_trace
 from jaxserve.simulator.traces import make_trace
 from tests.simulator.helpers import SimpleCosts, make_config, make_device

@@ -123,7 +123,7 @@ class BundleWriter:
 
     def add(self, key: ProgramKey, compiled: jax.stages.Compiled) -> int:
         """Writes one program, which must have been compiled within `fresh_compilations`; returns its bytes."""
-        assert not cache_in_use(), "what comes from jax's cache cannot be serialised again"
+        assert not cache_in_use(), "what comes from jax's cache cannot be serialized again"
         name = f"{key.kind}_{key.size}"
         executable: Any = compiled.runtime_executable()
         data = executable.serialize()

@@ -1,1 +1,1 @@
-"""Scheduling policies: which request is served first."""
+"""Defines the scheduling policies, which order requests."""

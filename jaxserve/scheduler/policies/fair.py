@@ -1,6 +1,6 @@
-"""Fair service of tenants by virtual token counters.
+"""Shares service among tenants fairly by virtual token counters.
 
-Every tenant has a counter of the service it got, divided by its weight: prompt_token_weight a prompt token when a
+Every tenant has a counter of the service it received, divided by its weight: prompt_token_weight a prompt token when a
 request is admitted, output_token_weight an output token. The tenant of the smallest counter goes first, its own
 requests in order of arrival. A tenant that comes back after a pause is lifted to the smallest counter of those that
 wait, so a pause saves nothing.
@@ -24,11 +24,14 @@ from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.step_time_estimator import StepTimeEstimator
 
 _MAX_TENANTS = 65536
-"""Tenants remembered before those are forgotten that a return would lift anyway."""
+"""Number of tenants kept before those are dropped whose counters a return would lift anyway."""
 
 
 class Fair(Policy):
-    """Least served tenant first. Bound: that of the module, for tenants; within one, nobody later starts before."""
+    """Schedules the least served tenant first.
+
+    Bound: that of the module, for tenants; within one tenant, no later request starts earlier.
+    """
 
     counts_tokens = True
     timeless = False
@@ -54,7 +57,7 @@ class Fair(Policy):
         return float(self._counters[tenant])
 
     def service(self, tenant: str) -> float:
-        """The counter of a tenant; 0 where it was never seen."""
+        """Returns the counter of a tenant; 0 if it was never seen."""
         number = self._numbers.get(tenant)
         return 0.0 if number is None else self.counter(number)
 
@@ -102,8 +105,10 @@ class Fair(Policy):
         return number
 
     def _forget(self) -> None:
-        """Forgets the tenants without requests that a return would lift: their numbers can stand for others, whose
-        counters begin where theirs ended, which is no more than a new tenant's."""
+        """Drops tenants without requests whose counters a return would lift.
+
+        Their numbers may be reused: a counter that begins where theirs ended is no more than a new tenant's.
+        """
         least = self._heap.least(self._waiting)
         floor = self._last_departed if least is None else self.counter(least)
         for tenant, number in list(self._numbers.items()):
@@ -116,7 +121,8 @@ class Fair(Policy):
 
 
 class _TenantHeap:
-    """Tenants by counter. Counters only grow, so an entry that is too small is put in its place when it comes up."""
+    """Orders tenants by counter. Counters only grow, so an entry with an outdated counter is moved when it reaches the
+    top."""
 
     def __init__(self, policy: Fair):
         self._policy = policy
@@ -129,7 +135,7 @@ class _TenantHeap:
             heapq.heappush(self._heap, (self._policy.counter(tenant), tenant))
 
     def least(self, waiting: Container[int]) -> int | None:
-        """The tenant of the smallest counter that is in `waiting`; entries of others are dropped."""
+        """Returns the tenant in `waiting` with the smallest counter; entries of others are dropped."""
         while self._heap:
             counter, tenant = self._heap[0]
             if tenant not in waiting:
@@ -143,7 +149,7 @@ class _TenantHeap:
 
 
 class _FairQueue(Queue):
-    """A queue in order of arrival for each tenant, the least served tenant's first."""
+    """Keeps a queue in order of arrival for each tenant, and serves the least served tenant's first."""
 
     def __init__(self, policy: Fair):
         self._policy = policy

@@ -1,6 +1,6 @@
-"""The policies, and their names in the settings.
+"""Implements the policies and maps their names in the settings.
 
-Each class states what bounds the wait of a request: who can start before it although it arrived later.
+Each class states the bound of a request's wait: which requests can start before it although they arrived later.
 """
 
 from __future__ import annotations
@@ -15,20 +15,24 @@ from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.step_time_estimator import StepTimeEstimator
 
 LATE_FACTOR = 10
-"""How many times ttft_target later the due time of a request is set that missed it."""
+"""Multiple of ttft_target by which the due time of a late request is postponed."""
 
 
 class FirstComeFirstServed(Policy):
-    """By arrival. Bound: nobody that arrived later starts before."""
+    """Orders by arrival.
+
+    Bound: no request that arrived later starts earlier.
+    """
 
     def priority_key(self, sequence: Sequence) -> PriorityKey:
         return (sequence.order,)
 
 
 class ShortestJobFirst(Policy):
-    """By expected output, which waiting makes up for at sjf_ageing tokens a second.
+    """Orders by expected output, less sjf_ageing tokens for each second of waiting.
 
-    Bound: whoever arrived (own expectation - theirs) / sjf_ageing seconds later, or more, starts after it.
+    Bound: a request that arrived at least (own expectation - its expectation) / sjf_ageing seconds later starts after
+    it.
     """
 
     def priority_key(self, sequence: Sequence) -> PriorityKey:
@@ -36,10 +40,11 @@ class ShortestJobFirst(Policy):
 
 
 class HighestPriorityFirst(Policy):
-    """By priority_weight * priority + priority_ageing * seconds waited - priority_length_weight * expected output.
+    """Orders by priority_weight * priority + priority_ageing * seconds waited - priority_length_weight * expected
+    output.
 
-    Bound: whoever arrived (difference of the other two terms) / priority_ageing seconds later, or more, starts after
-    it.
+    Bound: a request that arrived at least (difference of the other two terms) / priority_ageing seconds later starts
+    after it.
     """
 
     def priority_key(self, sequence: Sequence) -> PriorityKey:
@@ -53,13 +58,13 @@ class HighestPriorityFirst(Policy):
 
 
 class EarliestDeadlineFirst(Policy):
-    """By the time at which a request must start to meet its deadline, or else the targets.
+    """Orders by the time at which a request must start to meet its deadline, or else the targets.
 
     The targets: the first token ttft_target after arrival, and one every tpot_target after it. Where steps take longer
     than tpot_target, a request must start sooner by what its expected output falls behind, and may be late from the
-    start. A request that is late is due LATE_FACTOR * ttft_target later, among the others. Bound: whoever is due later
-    starts after it, so with equal targets whoever arrived LATE_FACTOR * ttft_target later, or more, and later by the
-    longest prefill and the most that an output falls behind.
+    start. A request that is late is due LATE_FACTOR * ttft_target later, among the others. Bound: a request that is due
+    later starts after it; with equal targets, one that arrived later by at least LATE_FACTOR * ttft_target, the longest
+    prefill and the most that an output falls behind.
     """
 
     timeless = False
@@ -72,7 +77,8 @@ class EarliestDeadlineFirst(Policy):
         sequence.lateness = LATE_FACTOR * self.config.ttft_target
 
     def due(self, sequence: Sequence) -> float:
-        """The latest start. Fixed when first asked: the estimates move, a place in a queue does not."""
+        """Returns the latest start time, fixed at the first call: estimates change, but a position in a queue must
+        not."""
         if sequence.start_by is None:
             request = sequence.request
             prefill = sequence.num_known * self.step_times.seconds_per_token

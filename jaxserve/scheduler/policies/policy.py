@@ -21,10 +21,11 @@ from jaxserve.scheduler.step_time_estimator import StepTimeEstimator
 
 
 class Policy:
-    """A subclass gives `priority_key`; the rest is for policies that count service or look at the clock.
+    """Orders sequences. Subclasses define `priority_key`; the other methods serve policies that count service or use
+    the clock.
 
-    counts_tokens: `decoded` is to be called. timeless: the order of those that wait changes with arrivals and
-    departures alone. clocked: it also changes with time (`due`).
+    counts_tokens: `decoded` must be called. timeless: the order of waiting sequences changes only with arrivals and
+    departures. clocked: it also changes with time (`due`).
     """
 
     counts_tokens = False
@@ -36,35 +37,36 @@ class Policy:
         self.step_times = step_times
 
     def priority_key(self, sequence: Sequence) -> PriorityKey:
-        """Fixed while the sequence waits, and compared anew each time among running ones."""
+        """Returns the priority key, fixed while the sequence waits and recomputed for each comparison among running
+        ones."""
         raise NotImplementedError
 
     def queue(self) -> Queue:
-        """An empty queue in the order of this policy."""
+        """Returns an empty queue in the order of this policy."""
         return KeyedQueue(self.priority_key)
 
     def queued(self, sequence: Sequence) -> None:
-        """A new request waits."""
+        """Records that a new request waits."""
 
     def dequeued(self, sequence: Sequence) -> None:
-        """It waits no more: it is admitted, or has ended."""
+        """Records that a request no longer waits: it is admitted, or has ended."""
 
     def admitted(self, sequence: Sequence) -> None:
-        """A request is served for the first time."""
+        """Records that a request is admitted for the first time."""
 
     def decoded(self, tenants: np.ndarray, times: int = 1) -> None:
-        """So many output tokens of each row: int32 [R], numbers of their tenants as of `tenant_number`."""
+        """Records `times` output tokens of each row; tenants: int32 [R], as of `tenant_number`."""
 
     def ended(self, sequence: Sequence) -> None:
-        """A request has its final answer."""
+        """Records that a request's final output is sent."""
 
     def tenant_number(self, tenant: str) -> int:
-        """What stands for a tenant in `decoded`; 0 where the policy does not care."""
+        """Returns the number of a tenant for `decoded`; 0 when the policy does not distinguish tenants."""
         return 0
 
     def due(self, sequence: Sequence) -> float:
-        """The moment after which a waiting sequence can no longer meet its targets, for clocked policies."""
+        """Returns the time after which a waiting sequence can no longer meet its targets, for clocked policies."""
         return math.inf
 
     def demote(self, sequence: Sequence) -> None:
-        """Gives a late sequence, which is in no queue now, another priority key."""
+        """Assigns a late sequence, which is in no queue now, another priority key."""

@@ -39,7 +39,7 @@ class Queries(NamedTuple):
         values: for each part of a head [M, lanes], zero past the head dimension and in unused rows.
         newest: int32 [M] or scalar, the last position that a row sees.
         oldest: int32 [M] or scalar, the first one; None without a sliding window.
-        scale: float32 scalar or a number, multiplies the scores: the layer's scale, times that of quantised keys.
+        scale: float32 scalar or a number, multiplies the scores: the layer's scale, times that of quantized keys.
     """
 
     values: tuple[jax.Array, ...]

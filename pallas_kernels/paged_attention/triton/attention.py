@@ -15,7 +15,7 @@ import jax
 from jaxserve.pallas_kernels.paged_attention.cast import held_as_values
 from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
 from jaxserve.pallas_kernels.paged_attention.triton.decode import combine, decode
-from jaxserve.pallas_kernels.paged_attention.triton.plan import plan_decode, plan_prefill
+from jaxserve.pallas_kernels.paged_attention.triton.kernel_plan import plan_decode, plan_prefill
 from jaxserve.pallas_kernels.paged_attention.triton.prefill import prefill
 from jaxserve.pallas_kernels.paged_attention.triton.tuning import (
     INTERPRET_DEVICE,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
-from jaxserve.pallas_kernels.paged_attention.triton import plan as plans
+from jaxserve.pallas_kernels.paged_attention.triton import kernel_plan as plans
 from jaxserve.pallas_kernels.paged_attention.triton.attend import (
     LOG2_E,
     LOWEST_EXPONENT,
@@ -63,7 +63,7 @@ def decode(
     tile = Tile(rows=rows, block=config.block, head_dim=head_dim, pair=pair)
     slots = plan.items.shape[0]
     scales = [] if k_scale is None else [k_scale, v_scale]
-    kernel = functools.partial(_decode_kernel, spec=spec, tile=tile, programs=config.programs, quantised=bool(scales))
+    kernel = functools.partial(_decode_kernel, spec=spec, tile=tile, programs=config.programs, quantized=bool(scales))
     partial = jax.ShapeDtypeStruct((slots, kv_heads, group_heads), jnp.float32)
     return pl.pallas_call(
         kernel,
@@ -85,7 +85,7 @@ def _decode_kernel(
     spec: AttentionSpec,
     tile: Tile,
     programs: int,
-    quantised: bool,
+    quantized: bool,
 ) -> None:
     scale_refs, (exponent_ref, sum_ref, output_ref) = refs[:-3], refs[-3:]
     _, kv_heads, group_heads, head_dim = q_ref.shape
@@ -106,7 +106,7 @@ def _decode_kernel(
             ),
             newest=end - 1,
             oldest=None if spec.sliding_window is None else oldest,
-            scale=spec.scale * scale_refs[0][head] if quantised else spec.scale,
+            scale=spec.scale * scale_refs[0][head] if quantized else spec.scale,
         )
         pages = Pages(pool_ref, table_ref, row, head, queries.oldest, end)
         blocks = (end + tile.block - 1) // tile.block
@@ -114,7 +114,7 @@ def _decode_kernel(
         triton.store(exponent_ref.at[slot, head, member], state.exponent, mask=used)
         triton.store(sum_ref.at[slot, head, member], state.total, mask=used)
         for output, place, mask in zip(state.output, places, inside, strict=True):
-            value = output * scale_refs[1][head] if quantised else output
+            value = output * scale_refs[1][head] if quantized else output
             triton.store(output_ref.at[slot, head, member[:, None], place[None, :]], value, mask=mask)
         return carry
 

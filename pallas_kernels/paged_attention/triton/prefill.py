@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
-from jaxserve.pallas_kernels.paged_attention.triton import plan as plans
+from jaxserve.pallas_kernels.paged_attention.triton import kernel_plan as plans
 from jaxserve.pallas_kernels.paged_attention.triton.attend import Pages, Queries, Tile, addressed, attend, initial_state
 from jaxserve.pallas_kernels.paged_attention.triton.backend import pl, triton
 from jaxserve.pallas_kernels.paged_attention.triton.tuning import PrefillConfig
@@ -53,7 +53,7 @@ def prefill(
     tile = Tile(rows=config.tile, block=block, head_dim=head_dim, pair=pair)
     scales = [] if k_scale is None else [k_scale, v_scale]
     optional = [*scales, *([] if sinks is None else [sinks])]
-    kernel = functools.partial(_prefill_kernel, spec=spec, tile=tile, quantised=bool(scales), sinks=sinks is not None)
+    kernel = functools.partial(_prefill_kernel, spec=spec, tile=tile, quantized=bool(scales), sinks=sinks is not None)
     return pl.pallas_call(
         kernel,
         grid=(plan.tiles.shape[0], kv_heads),
@@ -72,7 +72,7 @@ def _prefill_kernel(
     *refs: Any,
     spec: AttentionSpec,
     tile: Tile,
-    quantised: bool,
+    quantized: bool,
     sinks: bool,
 ) -> None:
     out_ref = refs[-1]
@@ -113,7 +113,7 @@ def _prefill_kernel(
             values=load(),
             newest=newest,
             oldest=None if window is None else newest - (window - 1),
-            scale=spec.scale * refs[0][head] if quantised else spec.scale,
+            scale=spec.scale * refs[0][head] if quantized else spec.scale,
         )
         end = first_position + count
         oldest = None if window is None else first_position - (window - 1)
@@ -131,7 +131,7 @@ def _prefill_kernel(
             begin = jnp.maximum(first_position - (window - 1), 0) // tile.block
         state = attend(state, begin, (end + tile.block - 1) // tile.block, queries, pages, spec, tile)
         factor = 1 / jnp.where(used, state.total, 1)
-        if quantised:
+        if quantized:
             factor *= refs[1][head]
         store([output * factor[:, None] for output in state.output])
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu import device, llama
-from benchmarks.gpu.bundle import usable
+from benchmarks.gpu import device
+from benchmarks.gpu import llama_shape as llama
+from benchmarks.gpu.bundle_part import usable
 from benchmarks.gpu.record import Record, Settings
 from benchmarks.host_step import PARTS, HostMeter, by_part
 from jaxserve.engine.core import EngineCore

@@ -18,7 +18,6 @@ from jaxserve.runner.protocol import Runner
 from jaxserve.simulator.capacity import search_capacity
 from jaxserve.simulator.command import load_setup, load_trace
 from jaxserve.simulator.replay import replay
-from jaxserve.simulator.report import Slo
 from jaxserve.simulator.search import (
     MET,
     Options,
@@ -34,6 +33,7 @@ from jaxserve.simulator.search import (
 )
 from jaxserve.simulator.setup import with_options
 from jaxserve.simulator.simulation import ClientRule, SimulationResult, simulate
+from jaxserve.simulator.simulation_report import Slo
 from jaxserve.simulator.traces import Trace
 
 CAPACITY_TOLERANCE = 0.03

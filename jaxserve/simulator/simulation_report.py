@@ -103,8 +103,8 @@ class Report:
     e2e: Spread | None
     queue_time: Spread | None
     steps: int
-    batch_utilisation: float
-    device_utilisation: float
+    batch_utilization: float
+    device_utilization: float
     mean_batch_size: float
     preemptions: Mapping[str, int]
     kendall_tau: float | None
@@ -149,8 +149,8 @@ def report(result: SimulationResult, slo: Slo = Slo()) -> Report:
         e2e=_spread(result.e2e[done]),
         queue_time=_spread(result.queue_time[done]),
         steps=len(columns["begin"]),
-        batch_utilisation=_share(useful, columns["token_bucket"].sum()),
-        device_utilisation=_share((columns["end"] - columns["start"]).sum(), result.replica_seconds),
+        batch_utilization=_share(useful, columns["token_bucket"].sum()),
+        device_utilization=_share((columns["end"] - columns["start"]).sum(), result.replica_seconds),
         mean_batch_size=float(columns["rows"].mean()) if len(columns["rows"]) else 0.0,
         preemptions=result.preemptions_by_kind,
         kendall_tau=sum(taus) / len(taus) if taus else None,
@@ -194,8 +194,8 @@ def table(reports: Mapping[str, Report]) -> str:
     rows += [
         ("steps", [f"{each.steps:,}" for each in reports.values()]),
         ("mean batch size", [f"{each.mean_batch_size:.1f}" for each in reports.values()]),
-        ("batch utilisation, %", [f"{100 * each.batch_utilisation:.1f}" for each in reports.values()]),
-        ("device utilisation, %", [f"{100 * each.device_utilisation:.1f}" for each in reports.values()]),
+        ("batch utilization, %", [f"{100 * each.batch_utilization:.1f}" for each in reports.values()]),
+        ("device utilization, %", [f"{100 * each.device_utilization:.1f}" for each in reports.values()]),
         ("preemptions", [_counts(each.preemptions) for each in reports.values()]),
         ("Kendall tau", ["-" if (tau := each.kendall_tau) is None else f"{tau:.2f}" for each in reports.values()]),
     ]

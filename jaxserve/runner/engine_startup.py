@@ -1,9 +1,9 @@
-"""Starts a runner: one object owns mesh, shapes and device memory until everything that a runner needs is made.
+"""Starts a runner: one object owns mesh, shapes and device memory until everything that the runner needs exists.
 
     devices -> shapes -> kernels -> plan -> programs, with the weights beside them -> pool
 
-The order is that of what can fail: a configuration that contradicts its checkpoint is refused before anything is
-compiled, a pool that cannot fit before the weights are read.
+Cheap checks come first: a configuration that contradicts its checkpoint is refused before anything is compiled, and a
+pool that cannot fit before the weights are read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxserve.config.settings import EngineConfig
 from jaxserve.models.loading.checkpoint import load, load_kv_scales, read_ahead
 from jaxserve.models.loading.kv_scales import calibrate, placed
 from jaxserve.models.params import abstract_params, make_mesh, pack_for, random_params
-from jaxserve.pallas_kernels.paged_attention import is_quantised
+from jaxserve.pallas_kernels.paged_attention import is_quantized
 from jaxserve.planning.memory_plan import MemoryPlan, MemoryPlanner, claim_memory, local_memory
 from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.programs.aot.bundle import Bundle, bundled_cache
@@ -48,10 +48,10 @@ _NOTHING = ProgramNeeds(0, 0)
 
 @dataclasses.dataclass(frozen=True)
 class Started:
-    """What a start has made.
+    """Holds what a start has created.
 
-    shapes: with the pool's number of pages. kv_cache: what the start-up log says of the pages' dtype and scales. plan:
-    of the device's memory, which holds all of it.
+    shapes: include the pool's number of pages. kv_cache: the start-up log's description of the pages' dtype and scales.
+    plan: of the device's whole memory.
     """
 
     mesh: Mesh
@@ -65,16 +65,16 @@ class Started:
 
 
 class Startup:
-    """One start. `make` makes everything; `info` then says what came of it."""
+    """Performs one start: `make` creates everything, then `info` describes the result."""
 
     def __init__(self, config: EngineConfig, *, progress: bool, phases: StartupSpans, server: bool):
         """Finds the devices and resolves the shapes.
 
         Args:
             config: the engine's settings.
-            progress: shows how far compiling is.
-            phases: those of this process so far; those of this start are added.
-            server: the engine is a server's, so that `ready_when` "auto" may be "servable".
+            progress: shows the progress of compilation.
+            phases: startup spans of this process so far; those of this start are added.
+            server: the engine belongs to a server, so that `ready_when` "auto" may be "servable".
 
         Raises:
             ValueError: configuration, checkpoint and devices contradict each other.
@@ -97,10 +97,10 @@ class Startup:
         return self._mesh.devices.flat[0].platform
 
     def make(self) -> Started:
-        """Makes programs, weights and arrays.
+        """Creates programs, weights and arrays.
 
         Raises:
-            ValueError: the plan of the memory does not fit, or a checkpoint or a bundle cannot be used.
+            ValueError: the memory plan does not fit, or a checkpoint or a bundle cannot be used.
         """
         weights, kv_cache = self._build() if self._config.bundle is None else self._load_bundle(self._config.bundle)
         if self._platform == "cpu":
@@ -144,7 +144,7 @@ class Startup:
         )
 
     def finish(self, started: Started) -> None:
-        """Has the programs that are missing compiled while the engine serves; call it last of all."""
+        """Starts the compilation of missing programs in the background, while the engine serves; call it last."""
         programs = started.programs
         if not programs.missing:
             return
@@ -160,7 +160,7 @@ class Startup:
         LatePrograms(self._config, started.shapes, programs, cache)
 
     def log_allocator(self) -> None:
-        """Logs how much of the plan a GPU's allocator has in use, and the largest block that it has left."""
+        """Logs how much of the planned memory a GPU's allocator has in use, and its largest free block."""
         stats = self._mesh.devices.flat[0].memory_stats() or {}
         if self._platform != "cpu" and "bytes_in_use" in stats:
             programs = self._plan.programs
@@ -174,7 +174,7 @@ class Startup:
             )
 
     def _build(self) -> tuple[Weights, str]:
-        """Sizes the pool and compiles the programs, or finds them in the cache, while the weights are loaded."""
+        """Sizes the pool and compiles the programs, or finds them in the cache, while the weights load."""
         cache, planner = self._config.cache, self._planner
         explicit = cache.num_pages is not None or cache.kv_cache_memory_bytes is not None
         self._program_cache = self._cache()
@@ -197,7 +197,7 @@ class Startup:
                 return weights()
 
     def _load_bundle(self, directory: str) -> tuple[Weights, str]:
-        """As `_build`, with the bundle's programs."""
+        """Does what `_build` does, with the bundle's programs."""
         with self._phases.phase("plan"):
             bundle = Bundle.open(directory)
             planner = dataclasses.replace(self._planner, cache=bundled_cache(self._config.cache, bundle))
@@ -211,12 +211,15 @@ class Startup:
             return loading.result()
 
     def _take(self, plan: MemoryPlan) -> None:
-        """Makes the plan's number of pages that of the programs."""
+        """Adopts the plan's number of pages as that of the programs' shapes."""
         self._plan = plan
         self._shapes = dataclasses.replace(self._shapes, num_pages=plan.num_pages)
 
     def _found(self) -> MemoryPlan:
-        """The plan with what the programs turned out to need; one that is missing needs no more than the largest."""
+        """Updates and returns the plan with the memory that the programs turned out to need.
+
+        A missing program counts as needing no more than the largest of its kind.
+        """
         memory = self._programs.memory
         largest = {key.kind: memory[key] for key in largest_keys(self._shapes)}
         needs = ProgramNeeds.of([*memory.values(), *(largest[key.kind] for key in self._programs.missing)])
@@ -224,8 +227,11 @@ class Startup:
         return self._plan
 
     def _cache(self) -> ProgramCache | None:
-        """Where programs are kept between starts. A configured directory must do; without the default one it starts
-        too."""
+        """Opens the program cache, which keeps programs between starts.
+
+        Returns None without one: none is configured, or the default directory is refused. A configured directory that
+        is refused raises CacheRefusedError.
+        """
         directory = self._config.compilation_cache_dir
         if directory is None:
             return None
@@ -240,11 +246,13 @@ class Startup:
 
     @contextlib.contextmanager
     def _weights_meanwhile(self) -> Iterator[Callable[[], tuple[Weights, str]]]:
-        """What returns the weights, for use when the programs are there. A thread loads them meanwhile; for a GPU it
-        only reads the checkpoint, so that the host has it in its file cache.
+        """Overlaps weight loading with compilation; yields a function that returns the weights, to be called once the
+        programs exist.
 
-        A GPU's compiler tries kernels on the device. Weights placed between what it takes and frees leave holes that no
-        pool of pages fills: an 8B model's lost 2.3 GB on an H200, far more than the plan's margin.
+        On a CPU a thread loads the weights meanwhile. For a GPU it only reads the checkpoint, so that the host has it
+        in its file cache: a GPU's compiler autotunes kernels on the device, and weights placed between its allocations
+        leave holes that no pool of pages fills. An 8B model lost 2.3 GB to them on an H200, far more than the plan's
+        margin.
         """
         with concurrent.futures.ThreadPoolExecutor(1) as loader:
             if self._platform == "cpu":
@@ -259,20 +267,23 @@ class Startup:
                 yield place
 
     def _read_ahead(self) -> None:
-        """Checks the checkpoint and reads it once."""
+        """Checks the checkpoint and reads it once into the host's file cache."""
         if self._config.load_format != "dummy":
             with self._phases.phase("read ahead"):
                 read_ahead(str(self._config.model), self._shapes.model)
 
     def _weights(self) -> tuple[Weights, str]:
-        """The weights, and what the start-up log says of the pages' dtype and scales."""
+        """Loads the weights; also returns the start-up log's description of the pages' dtype and scales."""
         with self._phases.phase("weights"):
             return _read_weights(self._config, self._shapes, self._mesh)
 
 
 def _ready_when_servable(config: EngineConfig, platform: str, server: bool) -> bool:
-    """Whether the start waits only for the programs that can serve every request. Raises
-    ValueError where that cannot be."""
+    """Tells whether the start waits only for the programs that can serve every request.
+
+    Raises:
+        ValueError: the configuration asks for it on a platform that cannot do it.
+    """
     if config.ready_when == "servable" and platform != "cpu":
         raise ValueError(
             f"ready_when is 'servable' on a {platform}, whose compiler measures kernels on the device beside the steps "
@@ -284,8 +295,8 @@ def _ready_when_servable(config: EngineConfig, platform: str, server: bool) -> b
 def _read_weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> tuple[Weights, str]:
     dummy = config.load_format == "dummy"
     stored = None
-    quantised = is_quantised(shapes.pool_dtype)
-    if quantised and not dummy:
+    quantized = is_quantized(shapes.pool_dtype)
+    if quantized and not dummy:
         stored = load_kv_scales(str(config.model), shapes.model)  # malformed ones fail before the weights are read
     if dummy:
         params = random_params(shapes.model, shapes.dtype, mesh, config.seed)
@@ -293,9 +304,9 @@ def _read_weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> tuple[Wei
         params = load(str(config.model), shapes.model, shapes.dtype, mesh)
     products = products_of(shapes, mesh)
     scales, told = None, shapes.pool_dtype
-    if quantised and stored is not None:
+    if quantized and stored is not None:
         scales, told = stored.of(shapes.pool_dtype), f"{told}, scales from the checkpoint"
-    elif quantised:
+    elif quantized:
         plain = dataclasses.replace(products, packed=False)
         scales = calibrate(shapes.model, params, shapes.pool_dtype, mesh, plain)
         told = f"{told}, scales measured with random tokens"

@@ -18,7 +18,7 @@ from jaxserve.models.layers.attention_backends import rotated
 from jaxserve.models.layers.decoder import Decoder
 from jaxserve.models.layers.matmul import Products
 from jaxserve.models.layers.self_attention import Rotation
-from jaxserve.models.tiny.tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE
+from jaxserve.models.tiny.tiny_tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE
 from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
 
 CONFIG = ModelConfig(

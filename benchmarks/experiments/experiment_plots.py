@@ -55,13 +55,13 @@ def _series(rows: Sequence[Row]) -> list[str]:
 
 
 def _lines(axis: Any, panel: Panel, rows: Sequence[Row], experiment: Experiment) -> None:
-    for colour, name in zip(_COLOURS, _series(rows), strict=False):
+    for color, name in zip(_COLOURS, _series(rows), strict=False):
         points = [row for row in rows if row["series"] == name and row.get(panel.key) is not None]
         if points and points[0]["x"] is None:
-            axis.axhline(points[0][panel.key] * panel.factor, color=colour, linestyle="--", label=name)
+            axis.axhline(points[0][panel.key] * panel.factor, color=color, linestyle="--", label=name)
             continue
         values = [row[panel.key] * panel.factor for row in points]
-        axis.plot([row["x"] for row in points], values, "o-", markersize=4, color=colour, label=name)
+        axis.plot([row["x"] for row in points], values, "o-", markersize=4, color=color, label=name)
     if experiment.log_x:
         ticks = sorted({row["x"] for row in rows if row["x"] is not None})
         axis.set_xscale("log", base=2)
@@ -80,14 +80,14 @@ def _lines(axis: Any, panel: Panel, rows: Sequence[Row], experiment: Experiment)
 
 
 def _bars(axis: Any, panel: Panel, rows: Sequence[Row], experiment: Experiment) -> None:
-    colours = dict(zip(_series(rows), _COLOURS, strict=False))
+    colors = dict(zip(_series(rows), _COLOURS, strict=False))
     seen: set[str] = set()
     for place, row in enumerate(rows):
         value = row.get(panel.key)
         if value is None:
             continue
         name = row["series"]
-        axis.barh(place, value * panel.factor, color=colours[name], label=None if name in seen else name)
+        axis.barh(place, value * panel.factor, color=colors[name], label=None if name in seen else name)
         axis.annotate(
             _short(value * panel.factor), (value * panel.factor, place), (3, 0), textcoords="offset points",
             va="center", fontsize=8,

@@ -17,7 +17,9 @@ from numba import cfunc, njit, types
 from jaxserve.pallas_kernels.cpu import features, ffi
 from jaxserve.pallas_kernels.cpu.emitter import LANES
 from jaxserve.pallas_kernels.paged_attention.cast import encode
-from jaxserve.pallas_kernels.paged_attention.cpu import attend, vectors, write
+from jaxserve.pallas_kernels.paged_attention.cpu import attend_loops as attend
+from jaxserve.pallas_kernels.paged_attention.cpu import vectors
+from jaxserve.pallas_kernels.paged_attention.cpu import write_loops as write
 from jaxserve.pallas_kernels.paged_attention.pool import new_pool, value_dtype
 from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec, Use
 
@@ -59,7 +61,7 @@ _OUTLINED: dict[Any, tuple[Any, Any]] = {}
 
 
 def _outlined(work: Any) -> Any:
-    """The njit function that does `work` behind a pointer, where it is not optimised again with each of its callers."""
+    """The njit function that does `work` behind a pointer, where it is not optimized again with each of its callers."""
     with _LOCK:
         if work not in _OUTLINED:
             vectors.compile_functions()

@@ -1,10 +1,10 @@
-"""How many tokens a request will generate, learned online from those that have finished.
+"""Predicts how many tokens a request will generate, learned online from requests that have finished.
 
-Requests are grouped by what is known before they run, from fine to coarse; a group remembers the output lengths of its
-last requests. A request is predicted from the finest of its groups that has seen enough, as a quantile of what the
-group remembers. Whether outputs were within their predicted quantiles moves the level at which quantiles are read
-(adaptive conformal inference: Gibbs and Candès, Adaptive conformal inference under distribution shift, 2021), so that
-a share q of all outputs stays within the quantile q even while lengths drift.
+Requests are grouped by what is known before they run, from fine to coarse; a group keeps the output lengths of its last
+requests. The prediction for a request is a quantile of the lengths in the finest of its groups that has enough of them.
+Whether outputs were within their predicted quantiles moves the level at which quantiles are read (adaptive conformal
+inference: Gibbs and Candès, Adaptive conformal inference under distribution shift, 2021), so that a share q of all
+outputs stays within the quantile q even while lengths drift.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from jaxserve.request import EngineRequest
 from jaxserve.scheduler.kendall import kendall_tau
 
 MAX_GROUPS = 4096
-"""Groups remembered at most, of all tenants together; one takes 16 bytes for each request of its window."""
+"""Maximum number of groups kept, of all tenants together; one takes 16 bytes for each request of its window."""
 
 ENOUGH = 16
-"""Finished requests from which a group is believed."""
+"""Minimum number of finished requests for a group to be used."""
 
 CORRECTION_RATE = 0.005
-"""How far one finished request moves the level of a quantile."""
+"""Step by which one finished request moves the level of a quantile."""
 
 CORRECTED_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
-"""Quantiles whose coverage is followed, beside the configured one; between them corrections are interpolated."""
+"""Quantiles whose coverage is tracked, beside the configured one; corrections between them are interpolated."""
 
 UNKNOWN_OUTPUT = 1024
-"""Output tokens, beyond as many as the prompt has, that nobody expects of a request unlike all others."""
+"""Output tokens, beyond the prompt's length, that bound the prior of a request without similar predecessors."""
 
 _UNBOUNDED = 2**62  # the output length of a request that ended because of its max_tokens
 
@@ -56,20 +56,19 @@ class OutputLengthPredictor:
 
     @property
     def num_observed(self) -> int:
-        """Finished requests taken in so far."""
+        """Counts the finished requests observed so far."""
         return self._num_observed
 
     @property
     def num_groups(self) -> int:
-        """Groups remembered now."""
+        """Counts the groups kept now."""
         return len(self._groups)
 
     @property
     def kendall_tau(self) -> float | None:
-        """How well predictions ranked the last window of finished requests: tau-b of predicted against real lengths.
+        """Returns tau-b of predicted against actual lengths over the last window of finished requests.
 
-        A prediction is the one that `observe` was told of: what the scheduler went by. None while there is nothing to
-        rank.
+        The predictions are those passed to `observe`, which the scheduler used. None while there is nothing to rank.
         """
         if self._tau_of != self._num_observed:
             self._tau = kendall_tau(self._ranked)
@@ -77,19 +76,25 @@ class OutputLengthPredictor:
         return self._tau
 
     def expected(self, request: EngineRequest) -> float:
-        """Output tokens to expect of the request: the configured quantile; at least 1 and at most max_tokens."""
+        """Returns the expected output tokens of the request: the configured quantile; at least 1 and at most
+        max_tokens."""
         return self.quantile(request, self._quantile)
 
     def quantile(self, request: EngineRequest, q: float) -> float:
-        """Output tokens that the request exceeds with probability 1 - q, 0 < q < 1; from 1 to max_tokens."""
+        """Returns the output tokens that the request exceeds with probability 1 - q, 0 < q < 1; from 1 to
+        max_tokens."""
         if not 0.0 < q < 1.0:
             raise ValueError(f"q is {q}; it must be above 0 and below 1")
         return self._predict(request, self._group(request), q, self._level(q))
 
     def observe(self, request: EngineRequest, output_tokens: int, expected: float | None = None) -> None:
-        """Takes in a request that ended by itself (a stop id or its max_tokens, not an abort) after output_tokens.
+        """Records a request that ended by itself (a stop id or its max_tokens, not an abort).
 
-        expected: what `expected` gave when the request came, for `kendall_tau`; None leaves it out of the ranking.
+        Args:
+            request: the request.
+            output_tokens: the number of tokens it generated.
+            expected: the value of `expected` when the request arrived, for `kendall_tau`; None leaves it out of the
+                ranking.
         """
         if expected is not None:
             self._ranked.append((expected, output_tokens))
@@ -111,7 +116,8 @@ class OutputLengthPredictor:
         self._num_observed += 1
 
     def _group(self, request: EngineRequest) -> _Group | None:
-        """The finest group of the request that has seen enough, or else the coarsest; None where there is none."""
+        """Returns the finest group of the request with enough observations, or else the coarsest; None when there is
+        none."""
         group = None
         for key in _group_keys(request):
             group = self._groups.get(key)
@@ -120,7 +126,7 @@ class OutputLengthPredictor:
         return group
 
     def _level(self, q: float) -> float:
-        """Where quantile q is read, with the correction interpolated between the quantiles that are followed."""
+        """Returns the level at which quantile q is read, with the correction interpolated between tracked quantiles."""
         if q in self._levels:
             return self._levels[q]
         points = [(0.0, 0.0), *self._levels.items(), (1.0, 1.0)]
@@ -142,7 +148,7 @@ class OutputLengthPredictor:
 
 
 class _Group:
-    """Output lengths of the last requests of one kind, in order of finish and sorted."""
+    """Keeps the output lengths of the last requests of one kind, in order of finish and sorted."""
 
     __slots__ = ("_lengths", "_oldest", "_sorted", "_window")
 
@@ -166,7 +172,8 @@ class _Group:
         bisect.insort(self._sorted, length)
 
     def at(self, level: float) -> int:
-        """The least length that a next one exceeds with probability 1 - level at most; 0 and _UNBOUNDED lie outside."""
+        """Returns the smallest length that the next one exceeds with probability 1 - level at most; 0 and _UNBOUNDED
+        lie outside."""
         rank = math.ceil(level * (len(self._sorted) + 1) - 1e-9)
         if rank > len(self._sorted):
             return _UNBOUNDED
@@ -174,7 +181,8 @@ class _Group:
 
 
 def _group_keys(request: EngineRequest) -> Iterator[Hashable]:
-    """The groups of a request, from fine to coarse: limits by their powers of two, prompts by these and by quarters."""
+    """Yields the groups of a request, from fine to coarse: limits by powers of two, prompts by these and by
+    quarters."""
     limits = (request.max_tokens.bit_length(), request.min_tokens.bit_length(), bool(request.stop_token_ids))
     quarter = int(4 * math.log2(len(request.prompt_token_ids) or 1))
     yield request.options.tenant, "quarter", quarter, limits
@@ -187,7 +195,8 @@ def _group_keys(request: EngineRequest) -> Iterator[Hashable]:
 
 
 def _prior(request: EngineRequest, floor: int, q: float) -> float:
-    """What to expect of a request that resembles nothing seen: any order of magnitude within its limits."""
+    """Returns the quantile of a request unlike any observed: any order of magnitude within its limits is equally
+    likely."""
     if not request.stop_token_ids:
         return float(request.max_tokens)
     most = max(floor, min(request.max_tokens, UNKNOWN_OUTPUT + len(request.prompt_token_ids)))

@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu import dense, device, paged, values, write
+from benchmarks.gpu import dense, device, paged
+from benchmarks.gpu import values_part as values
+from benchmarks.gpu import write_part as write
 from benchmarks.gpu.counts import Heads
 from benchmarks.gpu.paged import Pool
 from benchmarks.gpu.record import AbsentError, Record, Settings, plain

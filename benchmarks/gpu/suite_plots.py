@@ -1,4 +1,4 @@
-"""Plots of the suite's results: `python -m benchmarks.gpu.plots DIR` draws those that DIR/suite.json has figures for.
+"""Plots of the suite's results: `python -m benchmarks.gpu.suite_plots DIR` draws what DIR/suite.json has figures for.
 
 matplotlib is optional, and is imported in a process of its own.
 """
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.gpu import process
+from benchmarks.gpu import suite_process as process
 
 Cases = list[dict[str, Any]]
 NAMES = ("decode.png", "prefill.png", "step.png")
@@ -23,7 +23,7 @@ def draw_in_a_process(output: pathlib.Path, seconds: float) -> tuple[list[str], 
         (output / name).unlink(missing_ok=True)
     log = output / "suite.log"
     ended = process.run(
-        process.python("benchmarks.gpu.plots", str(output)), log, seconds, env=process.environment(gpu=False)
+        process.python("benchmarks.gpu.suite_plots", str(output)), log, seconds, env=process.environment(gpu=False)
     )
     drawn = [name for name in NAMES if (output / name).is_file()]
     if ended.status == 0:

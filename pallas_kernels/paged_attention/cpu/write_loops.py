@@ -11,7 +11,7 @@ from __future__ import annotations
 from jaxserve.pallas_kernels.cpu import ffi
 from jaxserve.pallas_kernels.cpu.emitter import LANES
 from jaxserve.pallas_kernels.paged_attention.cpu import vectors
-from jaxserve.pallas_kernels.paged_attention.cpu.memory import argument, int32_at, result, set_int16, set_int32
+from jaxserve.pallas_kernels.paged_attention.cpu.pointers import argument, int32_at, result, set_int16, set_int32
 from jaxserve.pallas_kernels.paged_attention.cpu.vectors import compiled
 
 # What argument 0 of a call holds, int32.

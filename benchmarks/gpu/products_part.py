@@ -1,7 +1,7 @@
 """The matrix products of a decode step of Llama-3.1-8B, in bfloat16 and in fp8: where a step's time would go without
 anything else.
 
-Compiled as the engine compiles them. An fp8 product is timed alone, and with what quantised weights need around it: a
+Compiled as the engine compiles them. An fp8 product is timed alone, and with what quantized weights need around it: a
 scale of each row and one of each column on the sum in float32, rounded once.
 """
 
@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu import device, llama
+from benchmarks.gpu import device
+from benchmarks.gpu import llama_shape as llama
 from benchmarks.gpu.record import AbsentError, Record, Settings
 from jaxserve.models.config import ModelConfig
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.gpu import device, paged
 from benchmarks.gpu.counts import rotate_and_write_bytes, write_bytes
-from benchmarks.gpu.decode import rates
+from benchmarks.gpu.decode_part import rates
 from benchmarks.gpu.paged import Pool
 from benchmarks.gpu.record import Record, Settings
 from jaxserve.pallas_kernels.paged_attention import kv_write, rotate_and_write

@@ -16,7 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.gpu import device, llama, process
+from benchmarks.gpu import device
+from benchmarks.gpu import llama_shape as llama
+from benchmarks.gpu import suite_process as process
 from benchmarks.gpu.engine_step import Engine
 from benchmarks.gpu.record import AbsentError, NoTimeError, Record, Settings
 from jaxserve.models.params import make_mesh
@@ -71,7 +73,7 @@ def make(settings: Settings, record: Record, directory: pathlib.Path) -> dict[st
     shutil.rmtree(directory, ignore_errors=True)  # of a try for which there was not time enough
     log = directory.parent / "make_bundle.log"
     hidden = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    command = process.python("benchmarks.gpu.bundle", str(directory), names[0] if settings.gpu else LOCAL)
+    command = process.python("benchmarks.gpu.bundle_part", str(directory), names[0] if settings.gpu else LOCAL)
     ended = process.run(
         command,
         log,

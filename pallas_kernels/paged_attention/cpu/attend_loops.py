@@ -16,7 +16,7 @@ import numpy as np
 from jaxserve.pallas_kernels.cpu import ffi
 from jaxserve.pallas_kernels.cpu.emitter import LANES
 from jaxserve.pallas_kernels.paged_attention.cpu import vectors
-from jaxserve.pallas_kernels.paged_attention.cpu.memory import (
+from jaxserve.pallas_kernels.paged_attention.cpu.pointers import (
     argument,
     copy_masked,
     fill,

@@ -267,7 +267,7 @@ def write_inputs(problem: Problem, seed: int) -> dict[str, Any]:
         "slots": slots,
         "real": (slots >= size) & (slots < pages * size),
         "scales": scales,
-        "options": {"k_scale": scales[0], "v_scale": scales[1]} if problem.quantised else {},
+        "options": {"k_scale": scales[0], "v_scale": scales[1]} if problem.quantized else {},
         "random": random,
     }
 
@@ -313,7 +313,7 @@ def check_rotate(problem: Problem, name: str, seed: int) -> dict[str, Any]:
 def compare_pool(problem: Problem, given: dict[str, Any], out: np.ndarray, written: np.ndarray) -> dict[str, Any]:
     """written: float64 [T, 2, K, D], what the tokens' slots must hold up to one rounding of the pool's dtype."""
     expected = given["pool"].copy()
-    scale = given["scales"][None, :, :, None].astype(np.float64) if problem.quantised else np.ones((1, 1, 1, 1))
+    scale = given["scales"][None, :, :, None].astype(np.float64) if problem.quantized else np.ones((1, 1, 1, 1))
     size = problem.page_size
     for token in np.flatnonzero(given["real"]):
         slot = given["slots"][token]

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu import device, engine_step, llama
+from benchmarks.gpu import device, engine_step
+from benchmarks.gpu import llama_shape as llama
 from benchmarks.gpu.engine_step import Engine
 from benchmarks.gpu.record import AbsentError, Record, Settings
 from jaxserve.programs.step_programs import Shapes
