@@ -140,7 +140,8 @@ class SetBuilder:
     def needs(self, shapes: Shapes) -> ProgramNeeds:
         """Returns the memory needs of the closed set, from its largest programs over a pool of two pages.
 
-        These are the only programs built twice. Idle cores meanwhile build programs that do not depend on the size of the pool.
+        These are the only programs built twice. Idle cores meanwhile build programs that do not depend on the size of
+        the pool.
         """
         probe = dataclasses.replace(shapes, num_pages=2)
         largest = {key: self.ask(key, probe) for key in longest_first(largest_keys(shapes))}

@@ -273,7 +273,7 @@ def abstract_pools(shapes: Shapes, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
 
 def abstract_kv_scales(shapes: Shapes, mesh: Mesh) -> list[tuple[jax.ShapeDtypeStruct, ...]] | None:
     """Returns the scales of quantized pages, split as the pools are; None where pages are not quantized."""
-    if not is_quantised(shapes.pool_dtype):
+    if not is_quantized(shapes.pool_dtype):
         return None
     sharding = NamedSharding(mesh, SCALE_PARTITION)
     scale = jax.ShapeDtypeStruct((shapes.model.num_key_value_heads,), jnp.float32, sharding=sharding)
