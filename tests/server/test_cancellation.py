@@ -137,7 +137,7 @@ def test_a_reader_that_stops_reading_loses_its_request_and_nobody_else_does(toke
 
     async def body(served: Served) -> None:
         name = "slow".ljust(256, "-")
-        endless = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=50_000)
+        endless = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=5_000_000)
         slow = served.client._stub.Generate(generate_request("abc", endless, request_id=name))
         responses = aiter(slow)
         served.engine.pause()
@@ -160,7 +160,7 @@ def test_a_reader_that_stops_reading_loses_its_request_and_nobody_else_does(toke
         assert code is Code.RESOURCE_EXHAUSTED
         assert "output tokens wait to be read; at most 500 (max_unread_tokens) may: read faster" in details
 
-    ready = changed(READY, max_model_len=60_000, usable_pages=4_000)
+    ready = changed(READY, max_model_len=6_000_000, usable_pages=400_000)
     run_served(body, tokenizer, EchoEngine(ready), max_unread_tokens=500)
 
 
