@@ -27,7 +27,8 @@ from jaxserve.planning.step_cost_models import FittedCosts, HostCosts, StepShape
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.protocol import Pending, Runner, RunnerInfo
-from jaxserve.scheduler.plan import StepPlan, StepResult
+from jaxserve.runner.wrapper import RunnerWrapper
+from jaxserve.scheduler.plan import StepPlan
 from jaxserve.telemetry.recorder import Recorder, StepRecorded
 
 FIRST_ORDINARY_ID = 3
@@ -35,45 +36,16 @@ _PAUSE = 2e-3
 """Seconds between two turns of the loop, beyond which the engine was idle."""
 
 
-class MeteredRunner:
+class MeteredRunner(RunnerWrapper):
     """A runner that notes the shape of every step."""
 
     def __init__(self, runner: Runner):
-        self._runner = runner
-        self.info = runner.info
-        self.step_costs = runner.step_costs
+        super().__init__(runner)
         self.shapes: list[StepShape] = []
-
-    @property
-    def num_compilations(self) -> int:
-        return self._runner.num_compilations
-
-    @property
-    def compile_misses(self) -> int:
-        return self._runner.compile_misses
-
-    @property
-    def num_executables(self) -> int:
-        return self._runner.num_executables
-
-    def fitted(self, plan: StepPlan) -> StepPlan:
-        return self._runner.fitted(plan)
 
     def dispatch_forward(self, plan: StepPlan) -> Pending:
         self.shapes.append(shape_of(plan))
         return self._runner.dispatch_forward(plan)
-
-    def dispatch_sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
-        self._runner.dispatch_sample(plan, masks)
-
-    def done(self, pending: Pending) -> bool:
-        return self._runner.done(pending)
-
-    def reset(self) -> None:
-        self._runner.reset()
-
-    def collect(self, pending: Pending) -> StepResult:
-        return self._runner.collect(pending)
 
 
 class StepMeter:

@@ -16,7 +16,7 @@ from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import AddRequest, EngineOutput
 from jaxserve.request import EngineRequest
 from jaxserve.runner.fake import FakeRunner
-from jaxserve.telemetry.batch_timeline import SUMMED, Composition, CompositionTracker, of_steps
+from jaxserve.telemetry.batch_timeline import SUMMED, BatchTimelineFile, BatchTimelineTracker, of_steps
 from jaxserve.telemetry.recorder import Recorder, RequestPreempted, StepRecorded
 
 
@@ -27,7 +27,7 @@ def step(time: float, rows: int = 1, seconds: float = 1.0, **fields) -> StepReco
 
 
 def test_one_point_a_step():
-    tracker = CompositionTracker()
+    tracker = BatchTimelineTracker()
     tracker(step(5.0, rows=3, prefill_tokens=7, padding=1, pages_used=4, pages_free=6))
     tracker(RequestPreempted(6.0, "a", kind="swap"))
     tracker(RequestPreempted(6.0, "b", kind="swap"))
@@ -41,7 +41,7 @@ def test_one_point_a_step():
 
 
 def test_many_equal_steps_at_once_equal_one_by_one():
-    one, all_at_once = CompositionTracker(max_points=4), CompositionTracker(max_points=4)
+    one, all_at_once = BatchTimelineTracker(max_points=4), BatchTimelineTracker(max_points=4)
     for number in range(16):
         one.add(step(float(number), rows=5, decode_tokens=5))
     all_at_once.add(step(0.0, rows=5, decode_tokens=5), count=16, seconds=16.0)
@@ -51,7 +51,7 @@ def test_many_equal_steps_at_once_equal_one_by_one():
 
 @given(st.lists(st.integers(0, 9), max_size=70), st.integers(2, 9))
 def test_points_are_bounded_and_lose_nothing(rows: list[int], max_points: int):
-    tracker = CompositionTracker(max_points)
+    tracker = BatchTimelineTracker(max_points)
     for number, count in enumerate(rows):
         tracker.add(step(float(number), rows=count, waiting=count * 2))
     points = tracker.to_dict()["points"]
@@ -80,7 +80,7 @@ def test_columns_are_joined_without_loss(rows: list[int], max_points: int):
 @pytest.mark.parametrize("max_points", [0, 1])
 def test_one_point_cannot_be_joined(max_points: int):
     with pytest.raises(ValueError, match=f"max_points is {max_points}; it must be at least 2"):
-        CompositionTracker(max_points)
+        BatchTimelineTracker(max_points)
 
 
 def engine(directory: pathlib.Path | None) -> InlineEngine:
@@ -113,7 +113,7 @@ def test_an_engine_writes_its_composition(tmp_path):
 def test_without_a_directory_nobody_listens(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recorder = Recorder()
-    Composition(recorder, None).close()
+    BatchTimelineFile(recorder, None).close()
     run(engine(None), count=2)
     assert not list(tmp_path.iterdir())
 
@@ -127,13 +127,13 @@ def test_a_directory_that_cannot_be_made_stops_the_start(tmp_path):
 def test_without_matplotlib_the_figures_are_written_all_the_same(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     recorder = Recorder()
-    with contextlib.closing(Composition(recorder, tmp_path)):
+    with contextlib.closing(BatchTimelineFile(recorder, tmp_path)):
         recorder.record(step(1.0))
     assert [path.name for path in tmp_path.iterdir()] == ["composition.json"]
     assert "pip install 'jaxserve[plot]'" in caplog.text
 
 
 def test_a_run_without_steps_has_no_plot(tmp_path):
-    Composition(Recorder(), tmp_path).close()
+    BatchTimelineFile(Recorder(), tmp_path).close()
     assert json.loads((tmp_path / "composition.json").read_text())["points"]["begin"] == []
     assert not (tmp_path / "composition.png").exists()

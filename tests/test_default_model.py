@@ -17,7 +17,7 @@ from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE, generate_split
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.scheduler.plan import StepPlan
+from jaxserve.runner.wrapper import RunnerWrapper
 
 CHECKPOINT = pathlib.Path(__file__).parents[1] / "models" / "tiny" / "checkpoint"
 CONFIG = EngineConfig(
@@ -32,30 +32,12 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=300)
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, top_k=40, min_p=0.01, seed=11, max_tokens=60)
 
 
-class WithPool:
+class WithPool(RunnerWrapper):
     """The same runner, but its engine is told of fewer pages."""
 
     def __init__(self, runner: ModelRunner, num_pages: int):
-        self._runner = runner
+        super().__init__(runner)
         self.info = dataclasses.replace(runner.info, num_pages=num_pages)
-        self.step_costs = runner.step_costs
-        self.dispatch_forward, self.dispatch_sample = runner.dispatch_forward, runner.dispatch_sample
-        self.done, self.collect, self.reset = runner.done, runner.collect, runner.reset
-
-    @property
-    def num_compilations(self) -> int:
-        return self._runner.num_compilations
-
-    @property
-    def compile_misses(self) -> int:
-        return self._runner.compile_misses
-
-    @property
-    def num_executables(self) -> int:
-        return self._runner.num_executables
-
-    def fitted(self, plan: StepPlan) -> StepPlan:
-        return self._runner.fitted(plan)
 
 
 @pytest.fixture(scope="module")

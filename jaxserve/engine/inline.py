@@ -15,7 +15,7 @@ from jaxserve.engine.messages import EngineFailed, EngineReady, FromEngine, Prog
 from jaxserve.engine.step_executor import EngineBrokenError
 from jaxserve.runner.model_runner import ModelRunner, annotate
 from jaxserve.runner.protocol import Runner
-from jaxserve.telemetry.batch_timeline import Composition
+from jaxserve.telemetry.batch_timeline import BatchTimelineFile
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class InlineEngine:
         start = time.perf_counter()
         self.core = EngineCore(config, runner or ModelRunner(config, progress=progress), annotate=annotate)
         self.ready: EngineReady = self.core.ready(time.perf_counter() - start)
-        self._composition = Composition(self.core.recorder, config.composition_dir)
+        self._composition = BatchTimelineFile(self.core.recorder, config.composition_dir)
         self._failed = False
         self._beat = 0
         self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()

@@ -24,7 +24,7 @@ from jaxserve.engine.messages import AskProgress, EngineFailed, FromEngine, Shut
 from jaxserve.engine.process import LOG_FORMAT
 from jaxserve.engine.step_executor import EngineBrokenError
 from jaxserve.runner.model_runner import ModelRunner, annotate
-from jaxserve.telemetry.batch_timeline import Composition
+from jaxserve.telemetry.batch_timeline import BatchTimelineFile
 from jaxserve.telemetry.startup_spans import StartupSpans
 
 _FLUSH_SECONDS = 5.0
@@ -47,7 +47,7 @@ def serve(connection: socket.socket) -> int:
     try:
         try:
             core = _build_core(config_from_bytes(first[0]))
-            tracking = Composition(core.recorder, core.config.composition_dir)
+            tracking = BatchTimelineFile(core.recorder, core.config.composition_dir)
         except Exception as error:  # whatever it is, the front end must learn why
             if not isinstance(error, ValueError | OSError):
                 traceback.print_exc()

@@ -81,8 +81,8 @@ def loaded(needs: ProgramNeeds, mesh: Mesh) -> ProgramNeeds:
     """Returns `needs`, plus on a CPU the additional memory of loaded programs.
 
     A loaded program's resident size is many times its code (LOADED_TIMES). The allocator retains freed memory
-    (runner/host_memory.py) and reuses it for requests of any size: in the end each program's temporaries have memory of
-    their own.
+    (runner/freed_memory.py) and reuses it for requests of any size: in the end each program's temporaries have memory
+    of their own.
     """
     if mesh.devices.flat[0].platform != "cpu":
         return needs

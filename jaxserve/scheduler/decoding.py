@@ -7,7 +7,7 @@ import numpy as np
 from jaxserve.scheduler.plan import NOTHING_ALLOWED, DecodeRows, FastForward, Samples, Wants
 from jaxserve.scheduler.sequence import Sequence
 
-_NOBODY = -1
+_NO_SEQUENCE = -1
 _NO_ID = NOTHING_ALLOWED - 1
 """A value that no sample can have: neither a token id nor one of the error codes."""
 
@@ -23,7 +23,7 @@ class DecodingSet:
     `leave`s with its slot. In between, a step costs a few numpy calls for all sequences together; Python handles a
     single sequence only when it allocates a page, samples a stop id or ends.
 
-    Columns, one entry a slot: order int64, that of the sequence, or _NOBODY for a slot without a decoding sequence;
+    Columns, one entry a slot: order int64, that of the sequence, or _NO_SEQUENCE where no sequence decodes;
     position int32, of the token sampled last, which equals the number of tokens computed; capacity int32, tokens that
     its pages hold; last_position, stop_position, tenant (its number) int32 and wants uint8, as in `Sequence`; stop_ids
     int32 [S, W], padded with _NO_ID, where W is the largest number of stop ids that any sequence has had.
@@ -35,7 +35,7 @@ class DecodingSet:
         self._page_size = page_size
         self._tokens_per_step = tokens_per_step
         self._by_slot: dict[int, Sequence] = {}  # in the order of joining, which is that of the rows
-        self._order = np.full(num_slots, _NOBODY, np.int64)
+        self._order = np.full(num_slots, _NO_SEQUENCE, np.int64)
         self._position = np.zeros(num_slots, np.int32)
         self._capacity = np.zeros(num_slots, np.int32)
         self._last_position = np.zeros(num_slots, np.int32)
@@ -61,7 +61,7 @@ class DecodingSet:
         """Adds a running sequence whose next token has just been sampled, at position `num_computed`."""
         slot, stop_ids = sequence.slot, sequence.request.stop_token_ids
         assert slot is not None
-        assert self._order[slot] == _NOBODY, f"slot {slot} is taken"
+        assert self._order[slot] == _NO_SEQUENCE, f"slot {slot} is taken"
         self._order[slot] = sequence.order
         self._position[slot] = sequence.num_computed
         self._capacity[slot] = len(sequence.pages) * self._page_size
@@ -89,7 +89,7 @@ class DecodingSet:
         if sequence.wants:
             self._wants[slot] = Wants.NONE
             self._num_wanting -= 1
-        self._order[slot] = _NOBODY
+        self._order[slot] = _NO_SEQUENCE
         del self._by_slot[slot]
         self._taken.pop(slot, None)
         self._rows = None
@@ -297,7 +297,7 @@ class DecodingSet:
                 f"{sequence.request_id} has {pending} pending tokens with two steps in flight"
             )
             assert position <= sequence.last_position, "a sequence goes on past its last token"
-        assert (self._order[free] == _NOBODY).all(), "a slot decodes for a sequence that is gone"
+        assert (self._order[free] == _NO_SEQUENCE).all(), "a slot decodes for a sequence that is gone"
         assert not self._taken, "a page was taken for no step"
 
     def _current_rows(self) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:

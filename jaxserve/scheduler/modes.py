@@ -38,7 +38,7 @@ class Counts:
     preempted: int
 
     @property
-    def nobody(self) -> bool:
+    def idle(self) -> bool:
         return not (self.decoding or self.prefilling or self.preempted)
 
 
@@ -101,7 +101,7 @@ class OneAtATime(Mode):
     closed = True
 
     def step_limits(self, running: Counts, waiting: Waiting, now: float) -> StepLimits:
-        return StepLimits(admit=1 if running.nobody else 0)
+        return StepLimits(admit=1 if running.idle else 0)
 
 
 class Separated(Mode):
@@ -142,7 +142,7 @@ class Static(Mode):
         self._size = 0  # of the batch that runs
 
     def step_limits(self, running: Counts, waiting: Waiting, now: float) -> StepLimits:
-        if running.nobody:
+        if running.idle:
             self._size = self._next_size(waiting, now)
             chunk = max(1, self.config.max_num_batched_tokens // max(self._size, 1))
             return StepLimits(decode=False, admit=self._size, chunk=chunk)

@@ -32,7 +32,7 @@ class StepBuilder:
         self,
         config: SchedulerConfig,
         buckets: Buckets,
-        limits: Budgets,
+        budgets: Budgets,
         mode: Mode,
         policy: Policy,
         queues: SequenceQueues,
@@ -40,7 +40,7 @@ class StepBuilder:
     ):
         self._config = config
         self._buckets = buckets
-        self._budgets = limits
+        self._budgets = budgets
         self._mode = mode
         self._policy = policy
         self._queues = queues
@@ -134,11 +134,11 @@ class StepBuilder:
 
     def _begin(self, step_limits: StepLimits) -> StepInProgress:
         """Starts the step with its decodes."""
-        config, limits = self._config, self._budgets
+        config, budgets = self._config, self._budgets
         decodes = self._running.decoding.num_tokens if step_limits.decode else 0
-        budget = limits.max_num_batched_tokens - decodes
+        budget = budgets.max_num_batched_tokens - decodes
         step = StepInProgress(decodes, max(0, budget), config.max_num_batched_tokens - decodes)
-        if decodes and limits.prefill_share < 1:
+        if decodes and budgets.prefill_share < 1:
             self._cap(step)
         return step
 

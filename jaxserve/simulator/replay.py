@@ -18,6 +18,7 @@ from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import AddRequest, EngineOutput, FromEngine
 from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.protocol import Pending, Runner
+from jaxserve.runner.wrapper import RunnerWrapper
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.simulator.simulated_engine import SimulatedDevice
 from jaxserve.simulator.simulation import ClientRule, Progress, SimulationResult, fitting, requests_of
@@ -28,7 +29,7 @@ from jaxserve.telemetry.timings import RequestTimings, request_timings
 _NEVER = -1
 
 
-class LengthKeepingRunner:
+class LengthKeepingRunner(RunnerWrapper):
     """Wraps a runner and emits a stop id where a request reaches its true length.
 
     lengths: positions of the last tokens by request id, to be filled before the requests are admitted. The stop id lies
@@ -36,39 +37,16 @@ class LengthKeepingRunner:
     """
 
     def __init__(self, runner: Runner, num_slots: int):
-        self._runner = runner
-        self.info = runner.info
-        self.step_costs = runner.step_costs
+        super().__init__(runner)
         self.stop_id = runner.info.vocab_size
         self.last_positions: dict[str, int] = {}
         self._stop_at = np.full(num_slots, _NEVER)
-
-    @property
-    def num_compilations(self) -> int:
-        return self._runner.num_compilations
-
-    @property
-    def compile_misses(self) -> int:
-        return self._runner.compile_misses
-
-    @property
-    def num_executables(self) -> int:
-        return self._runner.num_executables
-
-    def fitted(self, plan: StepPlan) -> StepPlan:
-        return self._runner.fitted(plan)
 
     def dispatch_forward(self, plan: StepPlan) -> Pending:
         for chunk in plan.chunks:
             if chunk.admit is not None:
                 self._stop_at[chunk.slot] = self.last_positions.get(chunk.request_id, _NEVER)
         return self._runner.dispatch_forward(plan), plan.samples.positions == self._stop_at[plan.samples.slots]
-
-    def dispatch_sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
-        self._runner.dispatch_sample(plan, masks)
-
-    def reset(self) -> None:
-        self._runner.reset()
 
     def done(self, pending: Pending) -> bool:
         return self._runner.done(pending[0])

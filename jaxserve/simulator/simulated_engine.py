@@ -5,7 +5,7 @@ waits for the ids of the previous step and processes them. So one step is always
 nothing), a request that arrives meanwhile waits for the next iteration, and a sequence that stops is seen one step
 late.
 
-Decode steps during which nothing arrives, ends or changes places are fast-forwarded (`Scheduler.steady_steps`,
+Decode steps during which nothing arrives, ends or changes places are fast-forwarded (`Scheduler.fast_forward_steps`,
 `advance`): numpy sums their times, and the records and final state equal those of single steps, bit by bit.
 """
 

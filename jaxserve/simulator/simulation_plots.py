@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxserve.simulator.simulation import SimulationResult
-from jaxserve.telemetry import batch_timeline as composition
+from jaxserve.telemetry import batch_timeline
 
 _MOST_POINTS = 4000
 _FEW_DECADES = 300
@@ -77,7 +77,7 @@ def compositions(result: SimulationResult, pages: int, directory: pathlib.Path) 
     for number, steps in enumerate(result.steps, start=1):
         several = len(result.steps) > 1
         stem = f"composition_{number}" if several else "composition"
-        composition.write(_composition(steps, pages), directory, f"replica {number}" if several else "", stem)
+        batch_timeline.write(_composition(steps, pages), directory, f"replica {number}" if several else "", stem)
         made += [directory / f"{stem}.png"] * bool(len(steps["begin"]))
     return made
 
@@ -147,7 +147,7 @@ def _composition(steps: Mapping[str, np.ndarray], pages: int) -> dict[str, Any]:
     padding = steps["token_bucket"] - steps["prefill_tokens"] - steps["decode_tokens"]
     idle = np.maximum(steps["start"][1:] - steps["end"][:-1], 0.0)
     columns = {**steps, "padding": padding, "idle_seconds": np.append(np.zeros(min(1, len(padding))), idle)}
-    return composition.of_steps(pages, steps["start"], steps["end"] - steps["start"], columns)
+    return batch_timeline.of_steps(pages, steps["start"], steps["end"] - steps["start"], columns)
 
 
 def _p99(values: np.ndarray) -> float:

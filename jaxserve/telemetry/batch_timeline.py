@@ -1,9 +1,9 @@
 """Tracks batch size, tokens, pages, queues and preemptions of steps over time, in bounded memory.
 
-    with contextlib.closing(Composition(recorder, "directory")):
+    with contextlib.closing(BatchTimelineFile(recorder, "directory")):
         ...                                             writes composition.json, and composition.png with matplotlib
 
-A `CompositionTracker` subscribes to a recorder of the engine or of the simulator alike: it reads events and no clock.
+A `BatchTimelineTracker` subscribes to a recorder of the engine or of the simulator alike: it reads events and no clock.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MAX_POINTS = 8192
 _log = logging.getLogger(__name__)
 
 
-class CompositionTracker:
+class BatchTimelineTracker:
     """Accumulates sums over runs of consecutive steps, one step a point as long as there are few.
 
     Args:
@@ -116,7 +116,7 @@ class CompositionTracker:
 def of_steps(
     pages: int, begin: np.ndarray, seconds: np.ndarray, columns: Mapping[str, np.ndarray], max_points: int = MAX_POINTS
 ) -> dict[str, Any]:
-    """Returns the same as `CompositionTracker.to_dict`, for steps given as columns: float64 [steps] each, in order.
+    """Returns the same as `BatchTimelineTracker.to_dict`, for steps given as columns: float64 [steps] each, in order.
 
     Args:
         pages: usable ones.
@@ -142,7 +142,7 @@ def write(found: Mapping[str, Any], directory: pathlib.Path, title: str = "", st
     The directory is created where it is missing; without steps there is no plot.
 
     Args:
-        found: from `CompositionTracker.to_dict` or `of_steps`.
+        found: from `BatchTimelineTracker.to_dict` or `of_steps`.
         directory: takes the files.
         title: of the plot.
         stem: of the files' names.
@@ -157,7 +157,7 @@ def write(found: Mapping[str, Any], directory: pathlib.Path, title: str = "", st
         _log.warning("matplotlib is not installed, so that %s has no plot: pip install 'jaxserve[plot]'", directory)
 
 
-class Composition:
+class BatchTimelineFile:
     """Tracks a recorder's events until `close`, which writes the timeline; does nothing without a directory.
 
     Raises OSError at once, not after the run, where the directory cannot be created.
@@ -166,7 +166,7 @@ class Composition:
     def __init__(self, recorder: Recorder, directory: str | os.PathLike[str] | None, title: str = "") -> None:
         self._directory = directory
         self._title = title
-        self._tracker = CompositionTracker()
+        self._tracker = BatchTimelineTracker()
         self._unsubscribe: Callable[[], None] | None = None
         if directory is not None:
             pathlib.Path(directory).mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ _PREFILL, _DECODE, _PADDING, _OTHER, _LATE = "#d95f02", "#1b9e77", "#bbbbbb", "#
 
 
 def draw(composition: Mapping[str, Any], path: str | os.PathLike[str], title: str = "") -> None:
-    """Plots the output of `CompositionTracker.to_dict`, with at least one point, to a file.
+    """Plots the output of `BatchTimelineTracker.to_dict`, with at least one point, to a file.
 
     Raises ImportError without matplotlib, which serving itself does not need.
     """

@@ -10,7 +10,7 @@ from jaxserve.simulator.fleet import FleetConfig, simulate_fleet
 from jaxserve.simulator.setup import Setup
 from jaxserve.simulator.simulation import SimulationResult, simulate
 from jaxserve.simulator.traces import make_trace
-from jaxserve.telemetry.batch_timeline import SUMMED, CompositionTracker
+from jaxserve.telemetry.batch_timeline import SUMMED, BatchTimelineTracker
 from jaxserve.telemetry.recorder import Recorder
 from tests.simulator.helpers import SimpleCosts, make_config, make_device
 
@@ -23,7 +23,7 @@ def simulated(recorder: Recorder | None = None) -> SimulationResult:
 
 
 def test_events_and_columns_give_the_same(tmp_path):
-    recorder, tracker = Recorder(), CompositionTracker()
+    recorder, tracker = Recorder(), BatchTimelineTracker()
     recorder.subscribe(tracker)
     result = simulated(recorder)
     assert plots.compositions(result, 64, tmp_path) == [tmp_path / "composition.png"]
@@ -37,7 +37,7 @@ def test_events_and_columns_give_the_same(tmp_path):
 
 @pytest.mark.parametrize("preemption_mode", ["recompute", "swap"])
 def test_preemptions_are_in_the_columns_too(tmp_path, preemption_mode):
-    recorder, tracker = Recorder(), CompositionTracker()
+    recorder, tracker = Recorder(), BatchTimelineTracker()
     recorder.subscribe(tracker)
     trace = make_trace("t", [0.0] * 6, 40, 60)
     config = make_config(preemption_mode=preemption_mode)
@@ -53,7 +53,7 @@ def test_preemptions_are_in_the_columns_too(tmp_path, preemption_mode):
 
 def test_steps_take_the_host_until_the_next_begins():
     """Else a plot would show a pause after every step."""
-    tracker = CompositionTracker()
+    tracker = BatchTimelineTracker()
     recorder = Recorder()
     recorder.subscribe(tracker)
     simulated(recorder)

@@ -19,9 +19,7 @@ from collections.abc import Iterator
 _MAGIC = b"\x7fELF\x02\x01"
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
-_PROGRAM_HEADER_SIZE = 56
 _EM_CUDA = 190
-_NOBITS = 8
 
 _CODE = ".text."
 _INFO = ".nv.info"
