@@ -49,6 +49,7 @@ class Server:
         self.lines: list[str] = []
         settings = {
             "ServerConfig.port": port,
+            "ServerConfig.http_port": 0,
             "ServerConfig.step_timeout": STEP_TIMEOUT,
             "ServerConfig.drain_seconds": DRAIN_SECONDS,
         }

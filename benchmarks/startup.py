@@ -70,6 +70,7 @@ def start_once(arguments: Sequence[str], cache: pathlib.Path) -> dict[str, Any]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "jaxserve.server", "--config", "tiny.gin", f"--gin.ServerConfig.port={port}"]
+    command.append("--gin.ServerConfig.http_port=0")
     begin = time.perf_counter()
     with subprocess.Popen(
         [*command, *arguments],

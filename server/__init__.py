@@ -1,1 +1,1 @@
-"""Implements the gRPC interface: protos, service, server and client stubs."""
+"""Serves the engine over gRPC and HTTP; holds the protos and the clients."""

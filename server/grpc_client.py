@@ -17,7 +17,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.request import FinishReason, SamplingParams
-from jaxserve.serving import convert
+from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 

@@ -1,7 +1,7 @@
-"""Runs the gRPC server once, from a configuration to the exit code.
+"""Runs the server once, from a configuration to the exit code.
 
-The process binds the port, starts the engine and loads the tokenizer concurrently, then serves; on SIGTERM or SIGINT it
-lets running requests finish for at most drain_seconds, on a second signal it ends at once.
+The process binds its ports, starts the engine and loads the tokenizer concurrently, then serves; on SIGTERM or SIGINT
+it lets running requests finish for at most drain_seconds, on a second signal it ends at once.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pathlib
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from typing import NamedTuple, NoReturn, TypeVar
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn, Protocol, TypeVar
 
 from jaxserve.config.changed import changed_settings
 from jaxserve.config.settings import ServerConfig
@@ -25,8 +25,10 @@ from jaxserve.engine.process import LOG_FORMAT, EngineProcess, LaunchedEngine
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.large_blocks import return_large_blocks
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
-from jaxserve.serving.grpc_server import GrpcServer
+from jaxserve.serving.grpc_port.grpc_server import GrpcServer
+from jaxserve.serving.http_port.http_server import HttpServer
 from jaxserve.serving.running_log import log_while_busy, phases_log, start_lines
+from jaxserve.serving.served_model import ServedModel
 from jaxserve.telemetry.startup_spans import StartupSpans, seconds_since_start
 
 T = TypeVar("T")
@@ -74,7 +76,8 @@ class _Server:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         # The end of the path, much as a hub names models: OWNER/NAME.
-        self._name = config.served_model_name or "/".join(pathlib.PurePath(config.engine.model or "dummy").parts[-2:])
+        name = config.served_model_name or "/".join(pathlib.PurePath(config.engine.model or "dummy").parts[-2:])
+        self._served = ServedModel(name)
 
     async def run(self) -> int:
         """Runs and returns the process's exit code."""
@@ -83,33 +86,28 @@ class _Server:
             loop.add_signal_handler(number, self._on_signal, number)
         config = self._config
         launch = launch_engine(config)  # its imports take longer than all that follows here
+        ports = listeners(config, self._served)
         try:
             with self._phases.phase("bind"):
-                server = GrpcServer(
-                    config.host,
-                    config.port,
-                    config.max_message_bytes,
-                    self._name,
-                    config.limits,
-                    returns_memory=config.engine_process,
-                )
-                await server.start()
+                for port in ports:
+                    await port.start()
         except OSError as error:
             launch.kill()
             return _fail(str(error))
-        _log.info("listening on %s; loading model %s", server.address, self._name)
+        addresses = " and ".join(port.address for port in ports)
+        _log.info("listening on %s; loading model %s", addresses, self._served.name)
         try:
             engine, tokenizer = await self._load(launch.start)
         except _StopError:
             launch.kill()
-            await server.stop()
+            await _stop(ports)
             _exit_now(0)
         except (ValueError, OSError, MemoryError) as error:
             launch.kill()
-            await server.stop()
+            await _stop(ports)
             _exit_now(_fail(f"the model cannot be served: {_one_line(error)}"))
         # What a client sent may still keep threads busy, and a hung engine its own: nothing waits for them.
-        _exit_now(await self._serve(server, engine, tokenizer))
+        _exit_now(await self._serve(ports, engine, tokenizer))
 
     async def _load(self, start_engine: Callable[[], EngineClient]) -> tuple[EngineClient, Tokenizer | None]:
         """Loads the engine and the tokenizer, each in a thread; the first error of either is raised."""
@@ -127,7 +125,7 @@ class _Server:
         stop.cancel()
         return engine.result(), tokenizer.result()
 
-    async def _serve(self, server: GrpcServer, engine: EngineClient, tokenizer: Tokenizer | None) -> int:
+    async def _serve(self, ports: Sequence[Listener], engine: EngineClient, tokenizer: Tokenizer | None) -> int:
         """Serves until a signal or the engine's death, then ends the engine and the server."""
         with self._phases.phase("serve"):
             frontend = AsyncFrontEnd(
@@ -137,15 +135,22 @@ class _Server:
                 max_unread_tokens=self._config.max_unread_tokens,
                 step_timeout=self._config.step_timeout,
             )
-            await server.serve(frontend, tokenizer)
-        for line in (*start_lines(engine.ready, self._name), *phases_log(self._phases.all(), engine.ready.info.phases)):
+            self._served.serve(frontend, tokenizer)
+            for port in ports:
+                port.announce()
+        for line in (
+            *start_lines(engine.ready, self._served.name),
+            *phases_log(self._phases.all(), engine.ready.info.phases),
+        ):
             _log.info("%s", line)
-        _log.info("ready on %s in %.1f s", server.address, seconds_since_start())
+        _log.info("ready on %s in %.1f s", " and ".join(port.address for port in ports), seconds_since_start())
         log_task = asyncio.ensure_future(log_while_busy(lambda: frontend.stats))
         died = asyncio.ensure_future(_death(frontend))
         stop = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({died, stop}, return_when=asyncio.FIRST_COMPLETED)
-        await server.drain()
+        self._served.drain()
+        for port in ports:
+            port.drain()
         if not died.done():
             await self._drain(frontend, died)
         for task in (log_task, died, stop):
@@ -153,7 +158,7 @@ class _Server:
         problem = f"the engine has died: {frontend.failure}" if frontend.failure else ""
         ended = await self._end(frontend, _HURRY_SECONDS if problem else END_SECONDS)
         problem = problem or ended
-        await server.stop()
+        await _stop(ports)
         return _fail(problem) if problem else 0
 
     def _timed(self, name: str, call: Callable[[], T]) -> T:
@@ -203,6 +208,53 @@ async def _death(frontend: AsyncFrontEnd) -> str:
     while not frontend.failure:  # noqa: ASYNC110  the front end has no event for it
         await asyncio.sleep(_WATCH_SECONDS)
     return frontend.failure
+
+
+class Listener(Protocol):
+    """Serves one port. It listens from `start` on, so that a port in use is found before the model is loaded."""
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT."""
+        ...
+
+    async def start(self) -> None:
+        """Binds the port and answers that the model is loading. Raises OSError, in one line."""
+        ...
+
+    def announce(self) -> None:
+        """Tells probes that the model is loaded."""
+        ...
+
+    def drain(self) -> None:
+        """Tells probes that the server ends; running requests continue."""
+        ...
+
+    async def stop(self) -> None:
+        """Closes the port; open calls get a moment to end."""
+        ...
+
+
+def listeners(config: ServerConfig, served: ServedModel) -> list[Listener]:
+    """Returns the ports to serve."""
+    found: list[Listener] = [
+        GrpcServer(
+            config.host,
+            config.port,
+            config.max_message_bytes,
+            served,
+            config.limits,
+            returns_memory=config.engine_process,
+        )
+    ]
+    if config.http_port:
+        found.append(HttpServer(config.host, config.http_port, served))
+    return found
+
+
+async def _stop(ports: Sequence[Listener]) -> None:
+    for port in ports:
+        await port.stop()
 
 
 class Launch(NamedTuple):

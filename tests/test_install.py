@@ -82,7 +82,7 @@ def test_type_checker_looks_behind_every_link():
         ("models/layers/rope.py", "import jaxserve.serving.grpc_client"),
         ("jaxserve/scheduler/plan.py", "import jax"),
         ("pallas_kernels/paged_attention/spec.py", "import jaxserve.models.config"),
-        ("server/calls.py", "import gin"),
+        ("server/grpc_port/calls.py", "import gin"),
     ],
 )
 def test_forbidden_import_is_caught(file, line, tmp_path):

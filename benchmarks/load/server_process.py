@@ -27,7 +27,8 @@ def started_server(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "jaxserve.server", "--config", config, *overrides]
-    if root == report.ROOT:  # an earlier checkout is always complete, and does not know the setting
+    if root == report.ROOT:  # an earlier checkout is always complete, and knows neither setting
+        command.append("--gin.ServerConfig.http_port=0")
         command.append("--gin.EngineConfig.ready_when='complete'")  # nothing may be compiled beside what is measured
     process = subprocess.Popen(
         [*command, f"--gin.ServerConfig.port={port}"],

@@ -1,6 +1,6 @@
 """Bounds what clients may hold open at the server, as a frozen dataclass that validates itself.
 
-Standard library only; server/calls.py and server/connections.py say how each bound is kept.
+Standard library only; server/grpc_port/calls.py and server/grpc_port/connections.py say how each bound is kept.
 """
 
 from __future__ import annotations

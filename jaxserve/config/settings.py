@@ -208,9 +208,10 @@ def _from_flat(config: type, options: dict[str, Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ServerConfig:
-    """Configures the gRPC server.
+    """Configures the server.
 
-    host, port: where it listens; port 0 takes a free one. engine: the engine it serves.
+    host, port: where it listens for gRPC; port 0 takes a free one. http_port: where it listens for HTTP; 0 turns HTTP
+    off. engine: the engine it serves.
     engine_process: the engine runs in a process of its own, away from the front end's interpreter lock.
     max_message_bytes: largest request message. served_model_name: the model name that clients see; None derives it from
     the end of the model's path.
@@ -225,6 +226,7 @@ class ServerConfig:
     engine: EngineConfig
     host: str = "127.0.0.1"
     port: int = 50051
+    http_port: int = 8000
     engine_process: bool = True
     max_message_bytes: int = 4 * 1024 * 1024
     drain_seconds: float = 30.0
@@ -236,10 +238,14 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         one_of("log_level", self.log_level, LOG_LEVELS)
-        if isinstance(self.port, bool) or not isinstance(self.port, int):
-            raise ValueError(f"port is {self.port!r}; it must be a whole number")
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"port is {self.port}; it must be from 0 to 65535")
+        for name in ("port", "http_port"):
+            port = getattr(self, name)
+            if isinstance(port, bool) or not isinstance(port, int):
+                raise ValueError(f"{name} is {port!r}; it must be a whole number")
+            if not 0 <= port <= 65535:
+                raise ValueError(f"{name} is {port}; it must be from 0 to 65535")
+        if self.port and self.port == self.http_port:
+            raise ValueError(f"port and http_port are both {self.port}; give two, or http_port 0 for no HTTP")
         at_least("max_message_bytes", self.max_message_bytes, 1024)
         at_least("max_unread_tokens", self.max_unread_tokens, 1)
         if self.step_timeout is not None:

@@ -13,6 +13,8 @@ from jaxserve import server
 from jaxserve.serving import server_run
 from tests.server.fakes import EchoEngine
 
+PORTS = ("--gin.ServerConfig.port=0", "--gin.ServerConfig.http_port=0")
+
 
 def start_engine(control: str) -> EchoEngine:
     word, _, reason = control.partition(" ")
@@ -49,5 +51,5 @@ def obey(engine: EchoEngine) -> None:
 if __name__ == "__main__":
     control, tokenizer, *overrides = sys.argv[1:]
     server_run.launch_engine = lambda config: server_run.Launch(lambda: start_engine(control))
-    bindings = [f"--gin.EngineConfig.tokenizer='{tokenizer}'", "--gin.ServerConfig.port=0", *overrides]
+    bindings = [f"--gin.EngineConfig.tokenizer='{tokenizer}'", *PORTS, *overrides]
     sys.exit(server.main(["--config", "tiny.gin", *bindings]))

@@ -16,7 +16,8 @@ from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.request import SamplingParams
 from jaxserve.serving.grpc_client import AsyncClient
-from jaxserve.serving.grpc_server import GrpcServer
+from jaxserve.serving.grpc_port.grpc_server import GrpcServer
+from jaxserve.serving.served_model import ServedModel
 from tests.server.fakes import WAIT_SECONDS, EchoEngine
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -29,12 +30,18 @@ class Served:
 
     engine: EchoEngine
     frontend: AsyncFrontEnd
+    model: ServedModel
     server: GrpcServer
     client: AsyncClient
 
     @property
     def address(self) -> str:
         return self.server.address
+
+    def drain(self) -> None:
+        """Refuses new requests, as the server does before it ends."""
+        self.model.drain()
+        self.server.drain()
 
     async def until(self, wait: Callable[..., None], *arguments: Any) -> None:
         """Awaits one of the engine's blocking waits."""
@@ -47,13 +54,15 @@ async def serving(
 ) -> AsyncIterator[Served]:
     """A server that is ready. limits: what clients may hold open. options: of its AsyncFrontEnd."""
     engine = engine or EchoEngine()
-    server = GrpcServer("127.0.0.1", 0, MAX_MESSAGE_BYTES, "echo", limits)
+    served = ServedModel("echo")
+    server = GrpcServer("127.0.0.1", 0, MAX_MESSAGE_BYTES, served, limits)
     await server.start()
     frontend = AsyncFrontEnd(engine, tokenizer, **options)
-    await server.serve(frontend, tokenizer)
+    served.serve(frontend, tokenizer)
+    server.announce()
     async with AsyncClient(server.address) as client:
         try:
-            yield Served(engine, frontend, server, client)
+            yield Served(engine, frontend, served, server, client)
         finally:
             engine.resume()
             await frontend.close(0.0)

@@ -10,10 +10,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.config.client_limits import LimitsConfig
-from jaxserve.serving import connections, memory_return
-from jaxserve.serving.connections import DescriptorError, connection_limit, reserve
 from jaxserve.serving.grpc_client import AsyncClient, generate_request
-from jaxserve.serving.grpc_server import GrpcServer
+from jaxserve.serving.grpc_port import connections, memory_return
+from jaxserve.serving.grpc_port.connections import DescriptorError, connection_limit, reserve
+from jaxserve.serving.grpc_port.grpc_server import GrpcServer
+from jaxserve.serving.served_model import ServedModel
 from tests.server import raw_http2
 from tests.server.fakes import WAIT_SECONDS, save_tokenizer
 from tests.server.harness import GREEDY, MAX_MESSAGE_BYTES, Served, health_of, run_served
@@ -179,7 +180,7 @@ def test_a_connection_is_known_by_the_name_that_grpc_gives_it(host):
 
     async def body() -> None:
         try:
-            server = GrpcServer(host, 0, MAX_MESSAGE_BYTES, "echo")
+            server = GrpcServer(host, 0, MAX_MESSAGE_BYTES, ServedModel("echo"))
             await server.start()
         except OSError:
             pytest.skip("there is no IPv6 here")

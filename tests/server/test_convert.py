@@ -4,7 +4,7 @@ import math
 import pytest
 
 from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
-from jaxserve.serving import convert
+from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 

@@ -36,6 +36,7 @@ ModelConfig.bos_token_id = 1
 ModelConfig.eos_token_ids = (2,)
 ModelConfig.dtype = 'float32'
 ServerConfig.port = 0
+ServerConfig.http_port = 0
 """
 
 

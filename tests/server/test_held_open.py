@@ -10,10 +10,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from benchmarks.load import http2
 from jaxserve.config.client_limits import LimitsConfig
-from jaxserve.serving import health
-from jaxserve.serving.call_interceptor import CallContext
-from jaxserve.serving.calls import OpenCalls
 from jaxserve.serving.grpc_client import generate_request
+from jaxserve.serving.grpc_port import health
+from jaxserve.serving.grpc_port.call_interceptor import CallContext
+from jaxserve.serving.grpc_port.calls import OpenCalls
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from tests.server import raw_http2
 from tests.server.harness import GREEDY, Served, health_of, run_served, status_of
@@ -69,7 +69,7 @@ def test_calls_whose_answers_are_never_read_end(tokenizer, path, request_, caplo
 
 
 def test_of_too_many_unread_calls_the_oldest_end(tokenizer, monkeypatch):
-    monkeypatch.setattr("jaxserve.serving.calls.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("jaxserve.serving.grpc_port.calls.GRACE_SECONDS", 0.1)
 
     async def body(served: Served) -> None:
         async with raw_http2.connected(served.address, window=0) as connection:
@@ -89,7 +89,7 @@ def test_of_too_many_unread_calls_the_oldest_end(tokenizer, monkeypatch):
 
 
 def test_unread_answers_are_bounded_in_bytes(tokenizer, monkeypatch):
-    monkeypatch.setattr("jaxserve.serving.calls.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("jaxserve.serving.grpc_port.calls.GRACE_SECONDS", 0.1)
     request_ = pb.TokenizeRequest(text="a" * 10_000).SerializeToString()
 
     async def body(served: Served) -> None:
@@ -103,7 +103,7 @@ def test_unread_answers_are_bounded_in_bytes(tokenizer, monkeypatch):
 
 def test_what_waits_behind_a_message_counts_too(monkeypatch):
     """Tokens of a Generate call that wait in the front end while a message stands in gRPC."""
-    monkeypatch.setattr("jaxserve.serving.calls.GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("jaxserve.serving.grpc_port.calls.GRACE_SECONDS", 0.0)
     cancelled: list[int] = []
 
     class FakeCall:
@@ -191,7 +191,7 @@ def test_a_slow_request_that_arrives_is_answered(tokenizer):
 
 
 def test_of_too_many_requests_that_stay_away_the_oldest_are_refused(tokenizer, monkeypatch):
-    monkeypatch.setattr("jaxserve.serving.calls.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("jaxserve.serving.grpc_port.calls.GRACE_SECONDS", 0.1)
     half = [raw_http2.message(b"x" * 30_000, length=60_000)]
 
     async def body(served: Served) -> None:
@@ -319,7 +319,7 @@ def test_a_watcher_that_does_not_read_holds_up_nobody(tokenizer):
             await reaches(lambda: served.server._health._num_watches == 1)
             watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-            await served.server.drain()
+            served.drain()
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
             watch.cancel()
 

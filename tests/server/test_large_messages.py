@@ -12,12 +12,12 @@ from jaxserve.frontend.encoding import Encoder
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.frontend.workers import MAX_BYTES, MAX_WAITING_BYTES
 from jaxserve.request import SamplingParams
-from jaxserve.serving import service
-from jaxserve.serving.convert import refuse_unknown_fields
-from jaxserve.serving.oversized import check_generate
+from jaxserve.serving.grpc_port import service
+from jaxserve.serving.grpc_port.convert import refuse_unknown_fields
+from jaxserve.serving.grpc_port.oversized import check_generate
+from jaxserve.serving.problem import MAX_DETAILS
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
-from jaxserve.serving.status import MAX_DETAILS
 from tests.engine_ready import changed
 from tests.server import harness
 from tests.server.fakes import READY, EchoEngine, save_tokenizer

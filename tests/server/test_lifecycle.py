@@ -9,8 +9,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from jaxserve.serving.bind import BindError
 from jaxserve.serving.grpc_client import AsyncClient, Client
-from jaxserve.serving.grpc_server import SERVICE_NAME, BindError, GrpcServer
+from jaxserve.serving.grpc_port.grpc_server import SERVICE_NAME, GrpcServer
+from jaxserve.serving.served_model import ServedModel
 from tests.server.harness import GREEDY, MAX_MESSAGE_BYTES, Served, health_of, run_served, serving_in_thread, status_of
 
 Code = grpc.StatusCode
@@ -18,7 +20,7 @@ Code = grpc.StatusCode
 
 def test_before_it_is_ready_the_server_answers_not_serving():
     async def body() -> None:
-        server = GrpcServer("127.0.0.1", 0, MAX_MESSAGE_BYTES, "echo")
+        server = GrpcServer("127.0.0.1", 0, MAX_MESSAGE_BYTES, ServedModel("echo"))
         await server.start()
         assert server.port > 0
         async with AsyncClient(server.address) as client:
@@ -68,7 +70,7 @@ def test_a_port_in_use_is_one_clear_line(tokenizer, port_is_ours):
             other.bind(("127.0.0.1", 0))
             other.listen(1)
             port = served.server.port if port_is_ours else other.getsockname()[1]
-            second = GrpcServer("127.0.0.1", port, MAX_MESSAGE_BYTES, "echo")
+            second = GrpcServer("127.0.0.1", port, MAX_MESSAGE_BYTES, ServedModel("echo"))
             with pytest.raises(BindError, match=f"^port {port} is in use: [^\n]*$"):
                 await second.start()
             await second.stop()
@@ -80,7 +82,7 @@ def test_a_port_in_use_is_one_clear_line(tokenizer, port_is_ours):
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
 def test_a_host_that_is_not_ours_is_one_clear_line(host):
     async def body() -> None:
-        server = GrpcServer(host, 1, MAX_MESSAGE_BYTES, "echo")
+        server = GrpcServer(host, 1, MAX_MESSAGE_BYTES, ServedModel("echo"))
         with pytest.raises(BindError, match=f"^cannot listen on {host}:1: [^\n]*$"):
             await server.start()
         await server.stop()
@@ -93,7 +95,7 @@ def test_drain_finishes_what_runs_and_refuses_what_is_new(tokenizer):
         served.engine.pause()
         running = asyncio.ensure_future(served.client.generate_text("abc", GREEDY))
         await served.until(served.engine.wait_for_requests, 1)
-        await served.server.drain()
+        served.drain()
         assert await health_of(served.address) == "NOT_SERVING"
         assert (await served.client.server_info()).draining
         code, details = await status_of(served.client.generate_text("new", GREEDY))
@@ -112,7 +114,7 @@ def test_what_is_left_when_the_drain_ends_is_unavailable(tokenizer):
         served.engine.pause()
         running = asyncio.ensure_future(status_of(served.client.generate_text("abc", GREEDY)))
         await served.until(served.engine.wait_for_requests, 1)
-        await served.server.drain()
+        served.drain()
         await served.frontend.close(0.05)
         code, details = await running
         assert code is Code.UNAVAILABLE
@@ -139,15 +141,15 @@ def test_the_engines_death_makes_every_stream_unavailable(tokenizer):
 
 def test_a_health_watch_sees_every_change(tokenizer):
     async def body() -> None:
-        server = GrpcServer("127.0.0.1", 0, MAX_MESSAGE_BYTES, "echo")
+        server = GrpcServer("127.0.0.1", 0, MAX_MESSAGE_BYTES, ServedModel("echo"))
         await server.start()
         async with grpc.aio.insecure_channel(server.address) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
-            await server.serve(None, None)  # type: ignore[arg-type]
+            server.announce()
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-            await server.drain()
+            server.drain()
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
             watch.cancel()
         await server.stop()

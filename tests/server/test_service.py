@@ -12,12 +12,12 @@ from google.protobuf.message import DecodeError
 from jaxserve.engine.messages import EngineStats
 from jaxserve.frontend.delta import Cause, Delta
 from jaxserve.request import FinishReason, SamplingParams
-from jaxserve.serving.call_interceptor import CallContext
 from jaxserve.serving.grpc_client import generate_request, join
+from jaxserve.serving.grpc_port.call_interceptor import CallContext
+from jaxserve.serving.grpc_port.service import _errors_as_status
+from jaxserve.serving.problem import check_delta
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
-from jaxserve.serving.service import _errors_as_status
-from jaxserve.serving.status import check_delta
 from tests.server.fakes import READY
 from tests.server.harness import GREEDY, MAX_MESSAGE_BYTES, Served, run_served, status_of
 
@@ -314,7 +314,7 @@ def test_a_call_that_fails_lets_go_of_its_message_at_once(tokenizer, monkeypatch
         raise ValueError("refused")
 
     async def body(served: Served) -> None:
-        monkeypatch.setattr("jaxserve.serving.service.check_count", refuse)
+        monkeypatch.setattr("jaxserve.serving.grpc_port.service.check_count", refuse)
         gc.disable()
         try:
             for _ in range(3):
@@ -358,8 +358,8 @@ def test_a_refused_call_lets_go_of_what_it_read_at_once(tokenizer, monkeypatch, 
         self._parse = parse
 
     async def body(served: Served) -> None:
-        monkeypatch.setattr("jaxserve.serving.service.check_count", refuse)
-        monkeypatch.setattr("jaxserve.serving.convert.params_from_proto", refuse)
+        monkeypatch.setattr("jaxserve.serving.grpc_port.service.check_count", refuse)
+        monkeypatch.setattr("jaxserve.serving.grpc_port.convert.params_from_proto", refuse)
         monkeypatch.setattr(CallContext, "__init__", make_with_parse)
         gc.disable()
         try:

@@ -18,7 +18,7 @@ import stat
 import time
 from collections.abc import Iterator
 
-from jaxserve.serving.calls import OpenCalls
+from jaxserve.serving.grpc_port.calls import OpenCalls
 
 _log = logging.getLogger("jaxserve.server")
 

@@ -16,8 +16,8 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from jaxserve.serving.calls import Call, OpenCalls, rpc_task
-from jaxserve.serving.status import Status, status_of
+from jaxserve.serving.grpc_port.calls import Call, OpenCalls, rpc_task
+from jaxserve.serving.grpc_port.status import Status, status_of
 
 _EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]  made at run time
 

@@ -6,10 +6,7 @@ It listens before the model is loaded, so that a port in use is found at once an
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import os
-import socket
 from typing import Any
 
 import grpc
@@ -17,16 +14,17 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from jaxserve.config.client_limits import LimitsConfig
-from jaxserve.frontend.async_frontend import AsyncFrontEnd
-from jaxserve.serving import health
-from jaxserve.serving.call_interceptor import CallInterceptor
-from jaxserve.serving.calls import OpenCalls, note_rpc_tasks
-from jaxserve.serving.connections import ConnectionGuard, connection_limit, reserve
+from jaxserve.serving.bind import BindError, address_of, check_free
+from jaxserve.serving.grpc_port import health
+from jaxserve.serving.grpc_port.call_interceptor import CallInterceptor
+from jaxserve.serving.grpc_port.calls import OpenCalls, note_rpc_tasks
+from jaxserve.serving.grpc_port.connections import ConnectionGuard, connection_limit, reserve
+from jaxserve.serving.grpc_port.oversized import OversizedInterceptor
+from jaxserve.serving.grpc_port.service import JaxServeService
 from jaxserve.serving.memory_return import return_memory
-from jaxserve.serving.oversized import OversizedInterceptor
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
-from jaxserve.serving.service import JaxServeService
+from jaxserve.serving.served_model import ServedModel
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["JaxServe"].full_name
 _CLOSE_SECONDS = 1.0
@@ -36,18 +34,14 @@ _MOST_PENDING = 32_768
 reason."""
 
 
-class BindError(OSError):
-    """The server cannot listen on its address; the text is one line that names the address and the remedy."""
-
-
 class GrpcServer:
-    """Serves one port. Call `start`, `serve` when the model is loaded, `drain`, `stop`, in this order.
+    """Serves one port. Call `start`, `announce` when the model is loaded, `drain`, `stop`, in this order.
 
     Args:
         host: address to listen on.
         port: 0 takes a free one.
         max_message_bytes: largest request message; a larger one is refused with RESOURCE_EXHAUSTED.
-        model_name: name of the model in GetModelInfo.
+        served: the model.
         limits: bounds of what clients may hold open.
         returns_memory: whether memory used by a burst of calls is returned to the system, see `memory_return`.
 
@@ -60,7 +54,7 @@ class GrpcServer:
         host: str,
         port: int,
         max_message_bytes: int,
-        model_name: str,
+        served: ServedModel,
         limits: LimitsConfig | None = None,
         *,
         returns_memory: bool = False,
@@ -76,7 +70,7 @@ class GrpcServer:
         note_rpc_tasks(asyncio.get_running_loop())
         logging.getLogger("grpc._cython.cygrpc").addFilter(_client_gone_in_a_line)
         self._watches: list[asyncio.Task[None]] = []
-        self._service = JaxServeService(model_name)
+        self._service = JaxServeService(served)
         self._server = grpc.aio.server(
             interceptors=(CallInterceptor(self.calls), OversizedInterceptor(self._service.check_prompt_bytes)),
             options=_options(max_message_bytes, max_connections, limits),
@@ -88,11 +82,13 @@ class GrpcServer:
 
     async def start(self) -> None:
         """Binds the port and starts answering with NOT_SERVING and UNAVAILABLE. Sets `port`. Raises BindError."""
-        _check_free(self.host, self.port)
+        check_free(self.host, self.port)
         try:
-            self.port = self._server.add_insecure_port(_address(self.host, self.port))
+            self.port = self._server.add_insecure_port(address_of(self.host, self.port))
         except RuntimeError as error:
-            raise BindError(f"cannot listen on {_address(self.host, self.port)}; give another port or host") from error
+            raise BindError(
+                f"cannot listen on {address_of(self.host, self.port)}; give another port or host"
+            ) from error
         self._set_health(health.Status.NOT_SERVING)
         await self._server.start()
         guard = ConnectionGuard(self.port, self._most_connections, self.calls)
@@ -100,14 +96,12 @@ class GrpcServer:
         if self._returns_memory:
             self._watches.append(asyncio.ensure_future(return_memory()))
 
-    async def serve(self, frontend: AsyncFrontEnd, tokenizer: Any) -> None:
-        """Accepts requests and reports SERVING. tokenizer: the front end's, or None."""
-        self._service.serve(frontend, tokenizer)
+    def announce(self) -> None:
+        """Reports SERVING: the model is loaded."""
         self._set_health(health.Status.SERVING)
 
-    async def drain(self) -> None:
-        """Reports NOT_SERVING permanently and refuses new requests; running streams continue."""
-        self._service.drain()
+    def drain(self) -> None:
+        """Reports NOT_SERVING permanently; running streams continue."""
         self._health.shut_down()
 
     async def stop(self) -> None:
@@ -121,7 +115,7 @@ class GrpcServer:
     @property
     def address(self) -> str:
         """HOST:PORT."""
-        return _address(self.host, self.port)
+        return address_of(self.host, self.port)
 
     def _set_health(self, status: Any) -> None:
         for service in ("", SERVICE_NAME):
@@ -168,27 +162,3 @@ def _options(max_message_bytes: int, max_connections: int, limits: LimitsConfig)
 
 def _milliseconds(seconds: float) -> int:
     return round(1000 * seconds)
-
-
-def _check_free(host: str, port: int) -> None:
-    """Raises BindError when `port` cannot be bound. gRPC's own attempt reports no cause and writes to stderr."""
-    if port == 0:
-        return
-    try:
-        family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(target)
-            probe.listen(1)
-    except OSError as error:
-        address = _address(host, port)
-        if error.errno == errno.EADDRINUSE:
-            raise BindError(
-                f"port {port} is in use: someone listens on {address} already; give another port"
-            ) from error
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-        raise BindError(f"cannot listen on {address}: {reason}; give another host or port") from error
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

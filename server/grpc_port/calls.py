@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 
 from jaxserve.config.client_limits import LimitsConfig
-from jaxserve.serving.status import Status
+from jaxserve.serving.grpc_port.status import Status
 
 _log = logging.getLogger("jaxserve.server")
 

@@ -20,13 +20,14 @@ import jaxserve
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.engine.messages import EngineReady
-from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.preparation_steps import Steps
-from jaxserve.serving import convert
-from jaxserve.serving.call_interceptor import CallContext
+from jaxserve.serving.grpc_port import convert
+from jaxserve.serving.grpc_port.call_interceptor import CallContext
+from jaxserve.serving.grpc_port.status import status, status_of
+from jaxserve.serving.problem import NotFoundError, check_delta, unforeseen
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
-from jaxserve.serving.status import NotFoundError, NoTokenizerError, Status, UnavailableError, check_delta, status_of
+from jaxserve.serving.served_model import ServedModel
 
 _log = logging.getLogger("jaxserve.server")
 
@@ -56,15 +57,15 @@ def _errors_as_status(behavior: Behavior) -> Behavior:
         except grpc.aio.InternalError as error:  # gRPC's word for a client that was gone before it noticed
             raise asyncio.CancelledError("the client is gone") from error
         except Exception as error:
-            status = status_of(error)
-            if status is None:
+            answer = status_of(error)
+            if answer is None:
                 _log.exception("a call failed with an unforeseen error")
-                status = Status(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}")
+                answer = status(unforeseen(error))
         # gRPC keeps the error that `abort` raises, with all that it refers to, until the garbage collector finds the
         # circle. So it is raised where neither the first error nor the message, which may be large, is within reach.
         del request
         try:
-            await context.abort(status.code, status.details, status.metadata)
+            await context.abort(answer.code, answer.details, answer.metadata)
         except grpc.aio.InternalError as gone:
             raise asyncio.CancelledError("the client is gone") from gone
 
@@ -72,44 +73,26 @@ def _errors_as_status(behavior: Behavior) -> Behavior:
 
 
 class JaxServeService(pb_grpc.JaxServeServicer):
-    """Implements the RPCs. Answers UNAVAILABLE until `serve` is given a front end, and again after `drain`.
+    """Implements the RPCs. served: the model; its state decides whether requests are taken."""
 
-    Args:
-        model_name: name under which the model is served.
-    """
-
-    def __init__(self, model_name: str):
-        self._model_name = model_name
-        self._frontend: AsyncFrontEnd | None = None
-        self._tokenizer: Any = None
-        self._ready_since = 0.0
-        self._draining = False
-
-    def serve(self, frontend: AsyncFrontEnd, tokenizer: Any) -> None:
-        """Starts accepting requests. tokenizer: the front end's, or None."""
-        self._frontend = frontend
-        self._tokenizer = tokenizer
-        self._ready_since = time.monotonic()
-
-    def drain(self) -> None:
-        """Stops accepting requests; running ones continue."""
-        self._draining = True
+    def __init__(self, served: ServedModel):
+        self._served = served
 
     def check_prompt_bytes(self, num_bytes: int, is_text: bool) -> None:
         """Refuses a prompt of `num_bytes` bytes, of text or of a TokenIds, that cannot fit, before it is read.
 
         Raises ValueError.
         """
-        if self._frontend is None:
+        if (frontend := self._served.frontend) is None:
             return
         if is_text:
-            self._frontend.check_text_bytes(num_bytes)
+            frontend.check_text_bytes(num_bytes)
         else:
-            self._frontend.check_ids_bytes(num_bytes, _MOST_BYTES_PER_ID)
+            frontend.check_ids_bytes(num_bytes, _MOST_BYTES_PER_ID)
 
     @_errors_as_status
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
-        frontend = self._accepting()
+        frontend = self._served.accepting()
         params = convert.params_from_proto(request.sampling_params)
         prompt = convert.prompt_from_proto(request)
         frontend.check_size(prompt, params)  # before anything whose cost grows with it
@@ -130,17 +113,17 @@ class JaxServeService(pb_grpc.JaxServeServicer):
     @_errors_as_status
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         convert.refuse_unknown_fields(request)
-        if not self._started().abort(request.request_id):
+        if not self._served.started().abort(request.request_id):
             raise NotFoundError(f"request_id {shown(request.request_id)} names no unfinished request")
         return pb.AbortResponse()
 
     @_errors_as_status
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         convert.refuse_unknown_fields(request)
-        ready: EngineReady = self._started().ready
+        ready: EngineReady = self._served.started().ready
         info, limits = ready.info, ready.limits
         return pb.GetModelInfoResponse(
-            name=self._model_name,
+            name=self._served.name,
             architecture=info.architecture,
             num_parameters=info.num_parameters,
             dtype=info.dtype,
@@ -148,15 +131,15 @@ class JaxServeService(pb_grpc.JaxServeServicer):
             max_model_len=limits.max_model_len,
             max_prompt_len=min(limits.max_prompt_len, limits.max_model_len - 1),
             eos_token_ids=limits.eos_token_ids,
-            has_tokenizer=self._tokenizer is not None,
+            has_tokenizer=self._served.has_tokenizer,
         )
 
     @_errors_as_status
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
         convert.refuse_unknown_fields(request)
-        ready: EngineReady = self._started().ready
+        ready: EngineReady = self._served.started().ready
         info = ready.info
-        stats = self._started().stats
+        stats = self._served.started().stats
         return pb.GetServerInfoResponse(
             version=jaxserve.__version__,
             platform=info.platform,
@@ -168,8 +151,8 @@ class JaxServeService(pb_grpc.JaxServeServicer):
             num_executables=info.num_executables,
             compile_seconds=info.compile_seconds,
             start_seconds=ready.start_seconds,
-            uptime_seconds=time.monotonic() - self._ready_since,
-            draining=self._draining,
+            uptime_seconds=self._served.uptime_seconds,
+            draining=self._served.draining,
             stats=pb.EngineStats(
                 **{field.name: getattr(stats, field.name) for field in pb.EngineStats.DESCRIPTOR.fields}
             ),
@@ -178,33 +161,17 @@ class JaxServeService(pb_grpc.JaxServeServicer):
     @_errors_as_status
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> bytes:
         convert.refuse_unknown_fields(request)
-        steps = _tokenize_steps(self._tokenizer_or_error(), request)
-        return await self._started().work(steps, request.ByteSize())
+        steps = _tokenize_steps(self._served.tokenizer(), request)
+        return await self._served.started().work(steps, request.ByteSize())
 
     @_errors_as_status
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         check_count("token_ids", len(request.token_ids), MAX_DETOKENIZED, "ids")
         convert.refuse_unknown_fields(request)
-        vocab_size = self._started().ready.limits.vocab_size
-        steps = self._tokenizer_or_error().decode_steps(request.token_ids, vocab_size)
-        text = await self._started().work(steps, _BYTES_PER_ID * len(request.token_ids))
+        vocab_size = self._served.started().ready.limits.vocab_size
+        steps = self._served.tokenizer().decode_steps(request.token_ids, vocab_size)
+        text = await self._served.started().work(steps, _BYTES_PER_ID * len(request.token_ids))
         return pb.DetokenizeResponse(text=text)
-
-    def _started(self) -> AsyncFrontEnd:
-        if self._frontend is None:
-            raise UnavailableError("the server is starting: the model is not loaded yet; try again soon")
-        return self._frontend
-
-    def _accepting(self) -> AsyncFrontEnd:
-        if self._draining:
-            raise UnavailableError("the server is shutting down and takes no new requests")
-        return self._started()
-
-    def _tokenizer_or_error(self) -> Any:
-        self._started()
-        if self._tokenizer is None:
-            raise NoTokenizerError("the server runs without a tokenizer (skip_tokenizer_init)")
-        return self._tokenizer
 
 
 def _tokenize_steps(tokenizer: Any, request: pb.TokenizeRequest) -> Steps[bytes]:

@@ -1,0 +1,1 @@
+"""Serves the engine over HTTP."""

@@ -1,0 +1,1 @@
+"""Adds the routes of the HTTP port, a file for each purpose."""
