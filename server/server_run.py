@@ -86,9 +86,9 @@ class _Server:
             loop.add_signal_handler(number, self._on_signal, number)
         config = self._config
         launch = launch_engine(config)  # its imports take longer than all that follows here
-        ports = listeners(config, self._served)
         try:
             with self._phases.phase("bind"):
+                ports = listeners(config, self._served)
                 for port in ports:
                     await port.start()
         except OSError as error:
