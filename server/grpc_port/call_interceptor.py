@@ -17,6 +17,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from jaxserve.serving.grpc_port.calls import Call, OpenCalls, rpc_task
+from jaxserve.serving.grpc_port.oversized import check_few_fields
 from jaxserve.serving.grpc_port.status import Status, status_of
 
 _EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]  made at run time
@@ -34,7 +35,11 @@ class CallError(Exception):
 
 
 class CallContext:
-    """Wraps gRPC's context for handlers: reads and writes are bounded, and take messages instead of bytes."""
+    """Wraps gRPC's context for handlers: reads and writes are bounded, and take messages instead of bytes.
+
+    Attributes:
+        message_bytes: size of the message that was read last.
+    """
 
     def __init__(self, context: Any, call: Call, calls: OpenCalls, handler: Any):
         self._context = context
@@ -43,6 +48,7 @@ class CallContext:
         self._calls = calls
         self._parse = handler.request_deserializer
         self._serialize = handler.response_serializer
+        self.message_bytes = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
@@ -69,7 +75,9 @@ class CallContext:
             self._calls.has_read(self._call)
         if data is _EOF:
             return data
+        self.message_bytes = len(data)
         try:
+            check_few_fields(data)
             if len(data) < _LARGE:
                 return self._parse(data)
             async with self._calls.parsing:  # other calls run between two large ones

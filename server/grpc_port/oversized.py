@@ -17,10 +17,12 @@ from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 _LARGE = 256 * 1024
 """Message size in bytes from which its fields are measured."""
+_MEASURED = 64 * 1024
+"""Message size in bytes from which its fields are counted."""
 _MAX_PARAMS_BYTES = 64 * 1024
 """Limit on bytes of sampling parameters; the most and longest stop strings take a third of it."""
 _MAX_FIELDS = 64
-"""Limit on fields of one request. A request has a dozen; only repeated fields exceed this."""
+"""Limit on fields of one request."""
 
 _GENERATE = f"/{pb.DESCRIPTOR.services_by_name['JaxServe'].full_name}/Generate"
 _PARAMS, _TEXT, _TOKEN_IDS = (
@@ -72,14 +74,26 @@ def _checking(parse: Callable[[bytes], Any], check_prompt_bytes: CheckPromptByte
     return check_and_parse
 
 
+def check_few_fields(data: bytes) -> None:
+    """Raises DecodeError when an unparsed message of any method has more fields than a request can need.
+
+    The server's largest request has a dozen. Only a repeated field can have more, and is one field as clients send it.
+    """
+    if len(data) <= _MEASURED:
+        return
+    for count, _ in enumerate(_fields(data), start=1):
+        if count > _MAX_FIELDS:
+            raise DecodeError(
+                f"it has more than {_MAX_FIELDS} fields; send each field once, and repeated numbers as one (packed)"
+            )
+
+
 def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
     """Raises DecodeError when an unparsed GenerateRequest has oversized sampling parameters; and whatever
-    `check_prompt_bytes` raises for its prompt, the last one where it has several.
+    `check_prompt_bytes` raises for its prompt, the last one where it has several. Its fields are few.
     """
     size, prompt = 0, (0, True)
-    for count, (number, length) in enumerate(_fields(data), start=1):
-        if count > _MAX_FIELDS:
-            raise DecodeError(f"it has more than {_MAX_FIELDS} fields; send each field once")
+    for number, length in _fields(data):
         if number == _PARAMS:
             size += length
         elif number in (_TEXT, _TOKEN_IDS):

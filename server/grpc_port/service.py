@@ -96,7 +96,8 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         params = convert.params_from_proto(request.sampling_params)
         prompt = convert.prompt_from_proto(request)
         frontend.check_size(prompt, params)  # before anything whose cost grows with it
-        convert.refuse_unknown_fields(request, request.sampling_params, request.token_ids)
+        convert.refuse_unknown_fields(request, request.sampling_params)
+        convert.refuse_unknown_bytes(request.token_ids)
         stream = await frontend.submit(
             prompt,
             params,
@@ -162,7 +163,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> bytes:
         convert.refuse_unknown_fields(request)
         steps = _tokenize_steps(self._served.tokenizer(), request)
-        return await self._served.started().work(steps, request.ByteSize())
+        return await self._served.started().work(steps, context.message_bytes)
 
     @_errors_as_status
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:

@@ -13,7 +13,7 @@ from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.frontend.workers import MAX_BYTES, MAX_WAITING_BYTES
 from jaxserve.request import SamplingParams
 from jaxserve.serving.grpc_port import service
-from jaxserve.serving.grpc_port.convert import refuse_unknown_fields
+from jaxserve.serving.grpc_port.convert import refuse_unknown_bytes
 from jaxserve.serving.grpc_port.oversized import check_generate
 from jaxserve.serving.problem import MAX_DETAILS
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
@@ -207,13 +207,33 @@ def test_a_long_id_is_not_sent_back(tokenizer):
     run_served(body, tokenizer)
 
 
-def test_unknown_fields_of_large_messages_are_refused_too():
-    unknown = pb.TokenizeRequest.FromString(
-        pb.TokenizeRequest(text="a").SerializeToString() + b"\xf8\x07\x01" * 100_000
-    )
-    with pytest.raises(ValueError, match=r"^TokenizeRequest has 300000 bytes of unknown fields; this server does not"):
-        refuse_unknown_fields(unknown)
-    refuse_unknown_fields(pb.TokenizeRequest(text="x" * 1_000_000))
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("Tokenize", pb.TokenizeRequest(text="x" * 100_000)),
+        ("Detokenize", pb.DetokenizeRequest(token_ids=[3] * 100_000)),
+    ],
+)
+@pytest.mark.parametrize(
+    ("number", "words"), [(1, "has unknown field 127; this"), (100_000, "it has more than 64 fields")]
+)
+def test_unknown_fields_of_large_messages_are_refused(tokenizer, method, message, number, words):
+    async def body(served: Served) -> None:
+        async with grpc.aio.insecure_channel(served.address) as channel:
+            call = channel.unary_unary(f"/jaxserve.v1.JaxServe/{method}")
+            code, details = await status_of(call(message.SerializeToString() + b"\xf8\x07\x01" * number))
+        assert code is Code.INVALID_ARGUMENT
+        assert words in details
+
+    run_served(body, tokenizer)
+
+
+def test_unknown_fields_of_a_large_part_are_refused():
+    ids = pb.TokenIds(ids=[3] * 1_000_000)
+    refuse_unknown_bytes(ids)
+    ids.MergeFromString(b"\xf8\x07\x01" * 100_000)
+    with pytest.raises(ValueError, match=r"^TokenIds has 300000 bytes of unknown fields; this server does not"):
+        refuse_unknown_bytes(ids)
 
 
 @pytest.mark.parametrize(
