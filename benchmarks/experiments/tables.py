@@ -21,7 +21,9 @@ from benchmarks.experiments.cases import Panel
 
 PAGES = tuple(report.ROOT / "docs" / name for name in ("preemption.md", "scheduling.md", "simulator.md"))
 BOTH = ("engine", "simulation")
-_MARK = re.compile(r"(<!-- table (\S+) -->\n\n)(?:\|[^\n]*\n)*")
+MOST_COLUMNS = 7
+"""Maximum number of columns of a table: more are not read on a page."""
+_MARK = re.compile(r"(<!-- table (\S+) -->\n\n)(?:\|[^\n]*\n|\n(?=\|))*")
 _PREEMPTION_COST = "preemption_cost_jax0.11.2"
 
 
@@ -48,18 +50,20 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def down(experiment: str, sides: Sequence[str], columns: Sequence[Panel], series: str | None = None) -> str:
-    """A row for each case, of one series or of all; the columns of each side beside each other."""
-    head = [""]
-    rows: dict[str, list[str]] = {}
+    """A row for each case, of one series or of all; a table for each side, and two where it has too many columns."""
+    parts = -(-len(columns) // (MOST_COLUMNS - 1))
+    size = -(-len(columns) // parts)
+    tables = []
     for side in sides:
-        head += [f"{side}: {panel.column}" if len(sides) > 1 else panel.column for panel in columns]
         mine = [row for row in _cases(experiment, side) if series in (None, row["series"])]
         # With as many series as cases a series is only a color of a plot; with fewer it tells cases apart.
         ambiguous = len({row["case"] for row in mine}) < len(mine)
-        for row in mine:
-            name = f"{row['series']}: {row['case']}" if ambiguous else row["case"]
-            rows.setdefault(name, []).extend(_cells(row, columns))
-    return markdown(head, [[name, *cells] for name, cells in rows.items()])
+        names = [f"{row['series']}: {row['case']}" if ambiguous else row["case"] for row in mine]
+        for start in range(0, len(columns), size):
+            part = columns[start : start + size]
+            head = [side if len(sides) > 1 else "", *(panel.column for panel in part)]
+            tables.append(markdown(head, [[name, *_cells(row, part)] for name, row in zip(names, mine, strict=True)]))
+    return "\n".join(tables)
 
 
 def across(experiment: str, side: str, corner: str, columns: Sequence[Panel]) -> str:
