@@ -394,8 +394,8 @@ class FrontEnd:
             _log.debug("the engine cannot be reached", exc_info=True)
 
     def _engine_id(self, request_id: str) -> str:
-        """Returns the request's id, with a number appended while the engine knows another one by that id: an earlier one
-        that it may still refer to, or another owner's.
+        """Returns the request's id, with a number appended while the engine knows another request by that id: an
+        earlier one, or another owner's.
         """
         engine_id, number = request_id, 1
         while engine_id in self._ending or engine_id in self._by_engine_id:

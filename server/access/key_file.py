@@ -52,7 +52,7 @@ class KeyLine(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, kw
     name: str
     salt: str
     hash: str
-    tenant: str | None | msgspec.UnsetType = msgspec.UNSET
+    tenant: str | msgspec.UnsetType | None = msgspec.UNSET
     priority: int | None = 0
     admin: bool = False
     expires: str | None = None
@@ -125,7 +125,8 @@ def new_key(name: str, keys: Sequence[Key] = (), **fields: object) -> tuple[str,
     key = PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     salt = keys[-1].salt if keys else secrets.token_bytes(_SALT_BYTES)
     line = KeyLine(name=name, salt=salt.hex(), hash=key_digest(key.encode(), salt).hex(), **fields)  # pyright: ignore[reportArgumentType]
-    line.caller(), line.expiry()
+    line.caller()
+    line.expiry()
     return key, msgspec.json.encode(line).decode()
 
 

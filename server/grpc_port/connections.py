@@ -46,9 +46,10 @@ class DescriptorError(OSError):
     """The limit of open files is too low; the text is one line with the remedy."""
 
 
-def connection_limit(wanted: int | None) -> int:
+def connection_limit(wanted: int | None, others: int = 0) -> int:
     """Returns the maximum number of connections: `wanted`, or what the limit of open files allows.
 
+    others: connections that another port of this process may have.
     Raises this process's soft limit to the hard one. Raises DescriptorError when too few descriptors are left.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -58,7 +59,7 @@ def connection_limit(wanted: int | None) -> int:
             soft = hard
         except (OSError, ValueError) as error:  # macOS allows less than its hard limit says
             _log.info("the limit of open files stays at %d: %s", soft, error)
-    needed = len(_descriptors()) + SPARE_DESCRIPTORS
+    needed = len(_descriptors()) + SPARE_DESCRIPTORS + others
     room = MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else soft - needed
     least = wanted or FEWEST_CONNECTIONS
     if room < least:

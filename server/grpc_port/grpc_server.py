@@ -47,6 +47,7 @@ class GrpcServer:
         returns_memory: whether memory used by a burst of calls is returned to the system, see `memory_return`.
         reflection_enabled: whether clients may ask which services there are.
         tls: None takes connections in clear text.
+        other_connections: connections that another port of this process may have.
 
     Raises:
         DescriptorError: the limit of open files is too low.
@@ -63,12 +64,13 @@ class GrpcServer:
         returns_memory: bool = False,
         reflection_enabled: bool = True,
         tls: ServerTls | None = None,
+        other_connections: int = 0,
     ):
         limits = limits or LimitsConfig()
         self.host = host
         self.port = port
         self._returns_memory = returns_memory
-        max_connections = connection_limit(limits.max_connections)
+        max_connections = connection_limit(limits.max_connections, other_connections)
         reserved = reserve(max_connections)
         self._most_connections = max_connections - reserved // 2
         self.calls = OpenCalls(limits, max_connections - reserved)

@@ -100,7 +100,12 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         stream = await frontend.submit(
             prompt,
             params,
-            convert.options_from_proto(request, _call_deadline(context), context.caller),
+            context.caller.options(
+                request.tenant,
+                request.priority,
+                convert.deadline_from_proto(request, _call_deadline(context)),
+                request.cache_salt,
+            ),
             request_id=request.request_id or None,
             owner=context.caller.name,
         )

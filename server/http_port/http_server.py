@@ -5,20 +5,51 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Generator
+import ssl
+from collections.abc import Generator, Sequence
+from typing import Any
 
 import uvicorn
 
+from jaxserve.config.client_limits import LimitsConfig
+from jaxserve.serving.access.tls import ServerTls
 from jaxserve.serving.bind import address_of, check_free
 from jaxserve.serving.http_port.app import make_app
+from jaxserve.serving.http_port.bounded_protocol import bounded_protocol, most_connections
+from jaxserve.serving.http_port.guard import HttpGuard
 from jaxserve.serving.served_model import ServedModel
 
 _BACKLOG = 2048
+_MOST_RESERVED = 128
+"""Maximum number of connections that are kept for health checks."""
+
 _CLOSE_SECONDS = 1.0
 
 
 class _Uvicorn(uvicorn.Server):
-    """A uvicorn server that leaves signals to the process that it is a part of."""
+    """A uvicorn server that leaves signals to the process that it is a part of, and whose handshakes take no longer
+    than `handshake_seconds`."""
+
+    handshake_seconds = 10.0
+    tls: ssl.SSLContext | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts as uvicorn does, which leaves a minute for each handshake."""
+        await self.lifespan.startup()
+        loop, config = asyncio.get_running_loop(), self.config
+        make: Any = config.http_protocol_class
+
+        def connection() -> asyncio.Protocol:
+            return make(config=config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop)
+
+        seconds = None if self.tls is None else self.handshake_seconds
+        self.servers = [
+            await loop.create_server(
+                connection, sock=listening, ssl=self.tls, ssl_handshake_timeout=seconds, backlog=config.backlog
+            )
+            for listening in sockets or ()
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -32,19 +63,40 @@ class HttpServer:
         host: address to listen on.
         port: 0 takes a free one.
         served: the model.
+        limits: bounds of what clients may hold open.
+        web_origins: see `HttpGuard`.
+        tls: None takes connections in clear text.
     """
 
-    def __init__(self, host: str, port: int, served: ServedModel):
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        served: ServedModel,
+        limits: LimitsConfig | None = None,
+        *,
+        web_origins: Sequence[str] = (),
+        tls: ServerTls | None = None,
+    ):
+        limits = limits or LimitsConfig()
         self.host = host
         self.port = port
+        most = most_connections(limits)
+        most_open = min(limits.max_open_calls, most - min(most // 2, _MOST_RESERVED))
         config = uvicorn.Config(
-            make_app(served),
+            HttpGuard(make_app(served), served, web_origins, most_open),
+            http=bounded_protocol(limits, most),
+            ws="none",
             log_config=None,
             access_log=False,
             lifespan="off",
+            proxy_headers=False,  # who calls is told by the key, and never by a header that anybody can send
+            backlog=_BACKLOG,
             timeout_graceful_shutdown=round(_CLOSE_SECONDS),
         )
         self._uvicorn = _Uvicorn(config)
+        self._uvicorn.handshake_seconds = limits.handshake_seconds
+        self._uvicorn.tls = None if tls is None else tls.ssl_context()
         self._running: asyncio.Task[None] | None = None
 
     async def start(self) -> None:

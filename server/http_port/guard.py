@@ -1,0 +1,168 @@
+"""Stands before every route of the HTTP port: nobody passes without a key where keys are needed.
+
+It wraps the whole application, so that a route cannot be added without it; unknown paths, the OpenAPI document and its
+pages need a key too. Health checks alone need none: probes have none. Who calls is in `scope["state"]["caller"]`
+(`request.state.caller` in a route).
+"""
+
+from __future__ import annotations
+
+import http
+import ipaddress
+import json
+import math
+import urllib.parse
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+from jaxserve.config.shown import shown
+from jaxserve.serving.access.callers import Caller, require_admin
+from jaxserve.serving.problem import (
+    CallerLimitError,
+    ForbiddenError,
+    QueueFullError,
+    UnauthenticatedError,
+    problem_of,
+)
+from jaxserve.serving.served_model import ServedModel
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+HEALTH = "/health"
+ADMIN_PATHS = ("/metrics", "/admin")
+"""Paths, and all below them, that show or change the whole server; they need an admin's key."""
+
+_OPEN_METHODS = ("GET", "HEAD")
+_CHALLENGE = ((b"www-authenticate", b"Bearer"), (b"www-authenticate", b'Basic realm="jaxserve", charset="UTF-8"'))
+"""Ways to give a key. Basic is for browsers, which then ask for it: the password is the key."""
+
+_STATUSES: dict[type[Exception], tuple[int, str, str]] = {
+    UnauthenticatedError: (401, "authentication_error", "invalid_api_key"),
+    ForbiddenError: (403, "permission_error", "permission_denied"),
+    CallerLimitError: (429, "rate_limit_error", "rate_limit_exceeded"),
+    QueueFullError: (503, "overloaded_error", "overloaded"),
+}
+"""Statuses of what the guard refuses, with type and code of the error in OpenAI's shape."""
+
+
+class HttpGuard:
+    """Wraps an ASGI application.
+
+    Args:
+        app: what is guarded.
+        served: the model, whose callers and limits count.
+        web_origins: origins of pages, besides this server's own, whose calls are taken.
+        most_open: maximum number of requests at one time, except health checks.
+    """
+
+    def __init__(self, app: App, served: ServedModel, web_origins: Iterable[str] = (), most_open: int = 2**31):
+        self._app = app
+        self._served = served
+        self._web_origins = frozenset(web_origins)
+        self._most_open = most_open
+        self._num_open = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        match scope["type"]:
+            case "http":
+                await self._guard(scope, receive, send)
+            case "lifespan":  # of the process, and nobody's call
+                await self._app(scope, receive, send)
+            case _:
+                await send({"type": "websocket.close", "code": 1008, "reason": "this server has no WebSockets"})
+
+    async def _guard(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if is_health(scope["path"]) and scope["method"] in _OPEN_METHODS:
+            scope.setdefault("state", {})["caller"] = Caller()
+            await self._app(scope, receive, send)
+            return
+        try:
+            caller = self._admitted(scope)
+        except tuple(_STATUSES) as error:
+            await _refuse(error, send)
+            return
+        self._num_open += 1
+        try:
+            scope.setdefault("state", {})["caller"] = caller
+            await self._app(scope, receive, send)
+        finally:
+            self._num_open -= 1
+            self._served.limiter.closed(caller)
+
+    def _admitted(self, scope: Scope) -> Caller:
+        """Identifies the caller and counts the call with its limiter. Raises one of the errors of _STATUSES."""
+        credential = _only(scope, b"authorization")
+        caller = self._served.callers.identify(credential)
+        if not (credential or "").lower().startswith("bearer "):
+            self._check_page(scope, has_key=credential is not None and bool(caller.name))
+        if is_below(scope["path"], ADMIN_PATHS):
+            require_admin(caller, shown(scope["path"]))
+        if self._num_open >= self._most_open:
+            raise QueueFullError(
+                f"{self._num_open} requests are open; at most {self._most_open} may be (max_open_calls, and "
+                "max_connections less those kept for probes): try again later"
+            )
+        self._served.limiter.opened(caller)
+        return caller
+
+    def _check_page(self, scope: Scope, has_key: bool) -> None:
+        """Refuses what a foreign page in somebody's browser sends: the browser adds a password by itself, and where no
+        keys are needed, being on the server's machine is enough.
+
+        Raises ForbiddenError.
+        """
+        origin = _only(scope, b"origin")
+        if origin is None or origin in self._web_origins:
+            return
+        named = urllib.parse.urlsplit(origin).netloc
+        # A page whose name was made to point here (DNS rebinding) has the same host as the server; without a key, only
+        # names that nobody else can own are believed.
+        if not named or named != _only(scope, b"host") or not (has_key or _is_own(named)):
+            raise ForbiddenError(
+                f"origin is {shown(origin)}; pages of other servers may not call this one from a browser: add the "
+                "origin to AccessConfig.web_origins"
+            )
+
+
+def is_health(path: str) -> bool:
+    """Tells whether a path is that of a health check."""
+    return is_below(path, (HEALTH,))
+
+
+def is_below(path: str, roots: Iterable[str]) -> bool:
+    """Tells whether a path is one of the roots or below one."""
+    return any(path == root or path.startswith(f"{root}/") for root in roots)
+
+
+def _is_own(host: str) -> bool:
+    """Tells whether HOST or HOST:PORT is an address or this machine's own name for itself."""
+    name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name == "localhost"
+    return True
+
+
+def _only(scope: Scope, name: bytes) -> str | None:
+    """Returns the value of a header that stands once in a request; one that stands twice counts as absent."""
+    values = [value for key, value in scope["headers"] if key == name]
+    return values[0].decode("latin-1") if len(values) == 1 else None
+
+
+async def _refuse(error: Exception, send: Send) -> None:
+    """Answers with OpenAI's shape of an error."""
+    status, kind, code = next(found for known, found in _STATUSES.items() if isinstance(error, known))
+    problem = problem_of(error)
+    assert problem is not None
+    body = json.dumps({"error": {"message": problem.details, "type": kind, "param": None, "code": code}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == http.HTTPStatus.UNAUTHORIZED:
+        headers += _CHALLENGE
+    if problem.retry_seconds is not None:
+        headers.append((b"retry-after", str(math.ceil(problem.retry_seconds)).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
