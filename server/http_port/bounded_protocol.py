@@ -76,6 +76,9 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             super().send_400_response(msg)
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Logs nothing: whoever likes may ask for another protocol, and none is spoken here."""
+
     # ---- what the parser says ----
 
     def on_message_begin(self) -> None:

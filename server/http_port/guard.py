@@ -11,6 +11,7 @@ import http
 import ipaddress
 import json
 import math
+import re
 import urllib.parse
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
@@ -31,10 +32,10 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-HEALTH = "/health"
 ADMIN_PATHS = ("/metrics", "/admin")
 """Paths, and all below them, that show or change the whole server; they need an admin's key."""
 
+_HEALTH = re.compile("/health(/[a-z]+)?")
 _OPEN_METHODS = ("GET", "HEAD")
 _CHALLENGE = ((b"www-authenticate", b"Bearer"), (b"www-authenticate", b'Basic realm="jaxserve", charset="UTF-8"'))
 """Ways to give a key. Basic is for browsers, which then ask for it: the password is the key."""
@@ -128,8 +129,8 @@ class HttpGuard:
 
 
 def is_health(path: str) -> bool:
-    """Tells whether a path is that of a health check."""
-    return is_below(path, (HEALTH,))
+    """Tells whether a path is that of a health check. What climbs out of it (`/health/../x`) is none."""
+    return _HEALTH.fullmatch(path) is not None
 
 
 def is_below(path: str, roots: Iterable[str]) -> bool:
