@@ -13,7 +13,6 @@ from jaxserve.serving.access.api_keys import ApiKeys
 from jaxserve.serving.access.opened import open_access
 from jaxserve.serving.bind import address_of, check_free
 from jaxserve.serving.grpc_port.connections import connection_limit
-from jaxserve.serving.http_port.bounded_protocol import most_connections
 
 
 def dry_run(config: ServerConfig) -> Iterator[str]:
@@ -39,8 +38,7 @@ def dry_run(config: ServerConfig) -> Iterator[str]:
             continue
         check_free(config.host, port)
         yield f"{name} port: {address_of(config.host, port)} can be bound" if port else f"{name} port: any free one"
-    others = most_connections(config.limits) if config.http_port else 0
-    yield f"open files: enough for {connection_limit(config.limits.max_connections, others):,} gRPC connections"
+    yield f"open files: enough for {connection_limit(config.limits.max_connections):,} connections"
     tokenizer = load_tokenizer(config.engine)
     if tokenizer is None:
         yield "tokenizer: none"

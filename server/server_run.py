@@ -31,7 +31,6 @@ from jaxserve.serving.access.refresh import FileRefresher
 from jaxserve.serving.access.tls import ServerTls
 from jaxserve.serving.dry_run import dry_run
 from jaxserve.serving.grpc_port.grpc_server import GrpcServer
-from jaxserve.serving.http_port.bounded_protocol import most_connections
 from jaxserve.serving.http_port.http_server import HttpServer
 from jaxserve.serving.running_log import log_while_busy, phases_log, start_lines
 from jaxserve.serving.served_model import ServedModel
@@ -279,7 +278,6 @@ def listeners(config: ServerConfig, served: ServedModel, tls: ServerTls | None =
             returns_memory=config.engine_process,
             reflection_enabled=config.access.reflection,
             tls=tls,
-            other_connections=most_connections(config.limits) if config.http_port else 0,
         )
     ]
     if config.http_port:

@@ -46,10 +46,9 @@ class DescriptorError(OSError):
     """The limit of open files is too low; the text is one line with the remedy."""
 
 
-def connection_limit(wanted: int | None, others: int = 0) -> int:
+def connection_limit(wanted: int | None) -> int:
     """Returns the maximum number of connections: `wanted`, or what the limit of open files allows.
 
-    others: connections that another port of this process may have.
     Raises this process's soft limit to the hard one. Raises DescriptorError when too few descriptors are left.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -59,7 +58,7 @@ def connection_limit(wanted: int | None, others: int = 0) -> int:
             soft = hard
         except (OSError, ValueError) as error:  # macOS allows less than its hard limit says
             _log.info("the limit of open files stays at %d: %s", soft, error)
-    needed = len(_descriptors()) + SPARE_DESCRIPTORS + others
+    needed = len(_descriptors()) + SPARE_DESCRIPTORS
     room = MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else soft - needed
     least = wanted or FEWEST_CONNECTIONS
     if room < least:

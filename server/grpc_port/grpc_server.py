@@ -47,7 +47,6 @@ class GrpcServer:
         returns_memory: whether memory used by a burst of calls is returned to the system, see `memory_return`.
         reflection_enabled: whether clients may ask which services there are.
         tls: None takes connections in clear text.
-        other_connections: connections that another port of this process may have.
 
     Raises:
         DescriptorError: the limit of open files is too low.
@@ -64,13 +63,12 @@ class GrpcServer:
         returns_memory: bool = False,
         reflection_enabled: bool = True,
         tls: ServerTls | None = None,
-        other_connections: int = 0,
     ):
         limits = limits or LimitsConfig()
         self.host = host
         self.port = port
         self._returns_memory = returns_memory
-        max_connections = connection_limit(limits.max_connections, other_connections)
+        max_connections = connection_limit(limits.max_connections)
         reserved = reserve(max_connections)
         self._most_connections = max_connections - reserved // 2
         self.calls = OpenCalls(limits, max_connections - reserved)
@@ -157,8 +155,8 @@ def _options(max_message_bytes: int, max_connections: int, limits: LimitsConfig)
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", -1),
         # Between the two limits gRPC refuses at random.
-        ("grpc.max_metadata_size", limits.max_header_bytes),
-        ("grpc.absolute_max_metadata_size", limits.max_header_bytes),
+        ("grpc.max_metadata_size", limits.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),
         # gRPC refuses calls at random from 1,000 on that Python has not yet taken, and all that wait 30 seconds for it,
         # with a bare CANCELLED. How many may wait is the scheduler's to say (max_num_waiting), with a reason.
         ("grpc.server.max_pending_requests", _MOST_PENDING),

@@ -1,8 +1,7 @@
 """Stands before every route of the HTTP port: nobody passes without a key where keys are needed.
 
 It wraps the whole application, so that a route cannot be added without it; unknown paths, the OpenAPI document and its
-pages need a key too. Health checks alone need none: probes have none. Who calls is in `scope["state"]["caller"]`
-(`request.state.caller` in a route).
+pages need a key too. Health checks alone need none: probes have none. Who calls is in `scope["caller"]`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import http
 import ipaddress
 import json
 import math
-import re
 import urllib.parse
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
@@ -21,7 +19,6 @@ from jaxserve.serving.access.callers import Caller, require_admin
 from jaxserve.serving.problem import (
     CallerLimitError,
     ForbiddenError,
-    QueueFullError,
     UnauthenticatedError,
     problem_of,
 )
@@ -35,7 +32,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 ADMIN_PATHS = ("/metrics", "/admin")
 """Paths, and all below them, that show or change the whole server; they need an admin's key."""
 
-_HEALTH = re.compile("/health(/[a-z]+)?")
+PROBES = frozenset(("/health", "/health/live", "/health/ready"))
+"""Paths of health checks."""
+
 _OPEN_METHODS = ("GET", "HEAD")
 _CHALLENGE = ((b"www-authenticate", b"Bearer"), (b"www-authenticate", b'Basic realm="jaxserve", charset="UTF-8"'))
 """Ways to give a key. Basic is for browsers, which then ask for it: the password is the key."""
@@ -44,7 +43,6 @@ _STATUSES: dict[type[Exception], tuple[int, str, str]] = {
     UnauthenticatedError: (401, "authentication_error", "invalid_api_key"),
     ForbiddenError: (403, "permission_error", "permission_denied"),
     CallerLimitError: (429, "rate_limit_error", "rate_limit_exceeded"),
-    QueueFullError: (503, "overloaded_error", "overloaded"),
 }
 """Statuses of what the guard refuses, with type and code of the error in OpenAI's shape."""
 
@@ -56,15 +54,12 @@ class HttpGuard:
         app: what is guarded.
         served: the model, whose callers and limits count.
         web_origins: origins of pages, besides this server's own, whose calls are taken.
-        most_open: maximum number of requests at one time, except health checks.
     """
 
-    def __init__(self, app: App, served: ServedModel, web_origins: Iterable[str] = (), most_open: int = 2**31):
+    def __init__(self, app: App, served: ServedModel, web_origins: Iterable[str] = ()):
         self._app = app
         self._served = served
         self._web_origins = frozenset(web_origins)
-        self._most_open = most_open
-        self._num_open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         match scope["type"]:
@@ -76,8 +71,8 @@ class HttpGuard:
                 await send({"type": "websocket.close", "code": 1008, "reason": "this server has no WebSockets"})
 
     async def _guard(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if is_health(scope["path"]) and scope["method"] in _OPEN_METHODS:
-            scope.setdefault("state", {})["caller"] = Caller()
+        if scope["path"] in PROBES and scope["method"] in _OPEN_METHODS:
+            scope["caller"] = Caller()
             await self._app(scope, receive, send)
             return
         try:
@@ -85,12 +80,10 @@ class HttpGuard:
         except tuple(_STATUSES) as error:
             await _refuse(error, send)
             return
-        self._num_open += 1
         try:
-            scope.setdefault("state", {})["caller"] = caller
+            scope["caller"] = caller
             await self._app(scope, receive, send)
         finally:
-            self._num_open -= 1
             self._served.limiter.closed(caller)
 
     def _admitted(self, scope: Scope) -> Caller:
@@ -101,11 +94,6 @@ class HttpGuard:
             self._check_page(scope, has_key=credential is not None and bool(caller.name))
         if is_below(scope["path"], ADMIN_PATHS):
             require_admin(caller, shown(scope["path"]))
-        if self._num_open >= self._most_open:
-            raise QueueFullError(
-                f"{self._num_open} requests are open; at most {self._most_open} may be (max_open_calls, and "
-                "max_connections less those kept for probes): try again later"
-            )
         self._served.limiter.opened(caller)
         return caller
 
@@ -126,11 +114,6 @@ class HttpGuard:
                 f"origin is {shown(origin)}; pages of other servers may not call this one from a browser: add the "
                 "origin to AccessConfig.web_origins"
             )
-
-
-def is_health(path: str) -> bool:
-    """Tells whether a path is that of a health check. What climbs out of it (`/health/../x`) is none."""
-    return _HEALTH.fullmatch(path) is not None
 
 
 def is_below(path: str, roots: Iterable[str]) -> bool:

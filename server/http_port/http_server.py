@@ -15,14 +15,10 @@ from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.serving.access.tls import ServerTls
 from jaxserve.serving.bind import address_of, check_free
 from jaxserve.serving.http_port.app import make_app
-from jaxserve.serving.http_port.bounded_protocol import bounded_protocol, most_connections
 from jaxserve.serving.http_port.guard import HttpGuard
 from jaxserve.serving.served_model import ServedModel
 
 _BACKLOG = 2048
-_MOST_RESERVED = 128
-"""Maximum number of connections that are kept for health checks."""
-
 _CLOSE_SECONDS = 1.0
 
 
@@ -81,11 +77,8 @@ class HttpServer:
         limits = limits or LimitsConfig()
         self.host = host
         self.port = port
-        most = most_connections(limits)
-        most_open = min(limits.max_open_calls, most - min(most // 2, _MOST_RESERVED))
         config = uvicorn.Config(
-            HttpGuard(make_app(served), served, web_origins, most_open),
-            http=bounded_protocol(limits, most),
+            HttpGuard(make_app(served), served, web_origins),
             ws="none",
             log_config=None,
             access_log=False,

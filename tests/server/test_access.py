@@ -11,6 +11,7 @@ import pytest
 from google.protobuf import descriptor_pool
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from jaxserve import client as command
 from jaxserve.config.access_config import AccessConfig
 from jaxserve.serving.access.callers import Caller, require_admin
 from jaxserve.serving.http_port.app import make_app
@@ -161,6 +162,24 @@ def test_a_websocket_does_not_get_by(served):
             b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
         )
         assert b" 101 " not in connection.recv(4096)
+
+
+def test_the_command_line_client_takes_its_key_from_the_environment_or_an_option(served, keys, monkeypatch, capsys):
+    address = ["--address", served.grpc.address]
+    monkeypatch.setenv("JAXSERVE_API_KEY", keys.keys["alice"])
+    assert command.main(["abc", *address]) == 0
+    assert capsys.readouterr().out == "abc\n"
+    assert command.main(["abc", "--api-key", keys.keys["bob"], *address]) == 0
+    assert served.engine.requests[-1].options.tenant == "bob"
+    capsys.readouterr()
+    monkeypatch.delenv("JAXSERVE_API_KEY")
+    assert command.main(["abc", *address]) == 1
+    assert capsys.readouterr().err == (
+        "jaxserve.client: UNAUTHENTICATED: the API key is missing; send it as authorization: Bearer KEY (--api-key, or "
+        "the environment variable JAXSERVE_API_KEY)\n"
+    )
+    assert command.main(["abc", "--ca", "/none", *address]) == 1
+    assert "No such file" in capsys.readouterr().err
 
 
 # ---- whose is what ----

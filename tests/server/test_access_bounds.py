@@ -1,30 +1,25 @@
-"""What a client may send before it is anybody: headers, connections and time; and what of it reaches the log."""
+"""What a client may send before it is anybody, what of it reaches the log, that none of it is run; and --dry-run."""
 
 import ast
-import asyncio
 import logging
 import pathlib
 import socket
 
 import grpc
 import pytest
-import uvicorn
-from uvicorn.server import ServerState
 
 import jaxserve
 from jaxserve import server
 from jaxserve.config.access_config import AccessConfig
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.serving import server_run
-from jaxserve.serving.grpc_port.connections import connection_limit
-from jaxserve.serving.http_port.bounded_protocol import bounded_protocol
 from jaxserve.telemetry.log_lines import LOG_FORMAT, EscapingFormatter
-from tests.server.access_harness import Secured, secured
+from tests.server.access_harness import secured
 from tests.server.fakes import WAIT_SECONDS
 from tests.server.harness import GREEDY
 
 Code = grpc.StatusCode
-LIMITS = LimitsConfig(max_header_bytes=8192, handshake_seconds=0.5, max_receive_seconds=0.5, max_connections=8)
+LIMITS = LimitsConfig(max_metadata_bytes=8192)
 PACKAGE = pathlib.Path(jaxserve.__file__).parent
 
 
@@ -32,26 +27,6 @@ PACKAGE = pathlib.Path(jaxserve.__file__).parent
 def served(tokenizer):
     with secured(tokenizer, AccessConfig(), LIMITS) as served:
         yield served
-
-
-def connect(served: Secured) -> socket.socket:
-    connection = socket.create_connection(served.http.address.rsplit(":", 1), WAIT_SECONDS)
-    connection.settimeout(WAIT_SECONDS)
-    return connection
-
-
-def exchange(served: Secured, *parts: bytes) -> bytes:
-    """All that the HTTP port answers until it closes the connection; parts follow one another as they can be sent."""
-    with connect(served) as connection:
-        answer = b""
-        try:
-            for part in parts:
-                connection.sendall(part)
-            while data := connection.recv(65536):
-                answer += data
-        except ConnectionError:  # it was closed in the midst of what we send
-            pass
-        return answer
 
 
 # ---- headers ----
@@ -66,116 +41,6 @@ def test_fault_14_oversized_metadata_is_refused(served):
             assert caught.value.code() is Code.RESOURCE_EXHAUSTED
             assert client.tokenize("a")
         assert channel.unary_unary("/jaxserve.v1.JaxServe/Tokenize")(b"", metadata=[("x-large", "x" * 6_000)])
-
-
-@pytest.mark.parametrize(
-    "head",
-    [
-        b"GET /health HTTP/1.1\r\nhost: x\r\nx: " + b"y" * 9_000,
-        b"GET /" + b"x" * 9_000 + b" HTTP/1.1\r\nhost: x",
-        b"GET /health HTTP/1.1\r\nhost: x" + b"\r\na: b" * 2_000,
-    ],
-    ids=["value", "url", "many"],
-)
-def test_fault_14_oversized_headers_are_refused(served, head):
-    answer = exchange(served, head + b"\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 431 ")
-    assert b"more than 8192 bytes (max_header_bytes)" in answer
-    assert served.get("/health").status_code == 200
-
-
-class Transport(asyncio.Transport):
-    """A transport whose other end takes everything."""
-
-    def __init__(self):
-        super().__init__()
-        self.written, self.closed = b"", False
-
-    def write(self, data) -> None:
-        self.written += data
-
-    def close(self) -> None:
-        self.closed = True
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def pause_reading(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize(
-    ("begin", "more"),
-    [
-        (b"GET /health HTTP/1.1\r\nhost: x\r\nx: ", b"y" * 1000),
-        (b"GET /health HTTP/1.1\r\nhost: x\r\n", b"y" * 1000),
-        (b"GET /health HTTP/1.1\r\nhost: x\r\n", b"a: b\r\n" * 100),
-        (b"GET /", b"x" * 1000),
-        (b"POST /none HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n", b"a: b\r\n" * 100),
-        (b"POST /none HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\nx: ", b"y" * 1000),
-        (b"POST /none HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1;", b"e" * 1000),
-    ],
-    ids=["value", "name", "headers", "url", "trailers", "trailer", "chunk extension"],
-)
-def test_fault_14_what_has_no_end_is_not_kept(begin, more):
-    async def body() -> None:
-        async def app(_scope, _receive, _send) -> None:
-            await asyncio.Event().wait()
-
-        made = bounded_protocol(LIMITS, 8)
-        config = uvicorn.Config(app, http=made, ws="none", lifespan="off", log_config=None)
-        protocol, transport = made(config, ServerState(), {}), Transport()
-        protocol.connection_made(transport)
-        sent = 0
-        protocol.data_received(begin)
-        while not transport.closed:
-            protocol.data_received(more)
-            sent += len(more)
-            assert sent <= LIMITS.max_header_bytes + 2 * len(more)
-        assert b"HTTP/1.1 431 " in transport.written
-        protocol.connection_lost(None)
-        for task in protocol.tasks:
-            task.cancel()
-        await asyncio.gather(*protocol.tasks, return_exceptions=True)
-
-    asyncio.run(body())
-
-
-@pytest.mark.parametrize(
-    ("sent", "status"),
-    [
-        (b"", b""),
-        (b"GET /health HT", b"HTTP/1.1 408 "),
-        (b"GET /health HTTP/1.1\r\nhost: x\r\nx: y", b"HTTP/1.1 408 "),
-        (b"POST /docs HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nab", b"HTTP/1.1 405 "),
-    ],
-    ids=["nothing", "a line", "headers", "a body"],
-)
-def test_what_does_not_arrive_is_not_waited_for(served, sent, status):
-    answer = exchange(served, sent)
-    assert answer.startswith(status)
-    assert bool(answer) == bool(status)
-
-
-def test_idle_connections_make_room_for_probes(served):
-    """Twice as many connections as there may be, none of which asks anything for as long as it may."""
-    with connect(served) as used:
-        used.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
-        assert used.recv(4096).startswith(b"HTTP/1.1 200 ")
-        idle = [connect(served) for _ in range(16)]
-        try:
-            for _ in range(3):
-                assert served.get("/health").status_code == 200
-            assert len(served.http._uvicorn.server_state.connections) <= 8
-        finally:
-            for connection in idle:
-                connection.close()
-
-
-def test_a_port_leaves_descriptors_to_the_other():
-    assert connection_limit(None, others=100) <= connection_limit(None)
-    with pytest.raises(OSError, match="limit of open files"):
-        connection_limit(None, others=10**9)
 
 
 # ---- logs ----
@@ -213,7 +78,7 @@ def test_prompts_are_logged_only_when_asked_for(tokenizer, caplog):
                 with pytest.raises(grpc.RpcError):
                     client.generate_text("secret", GREEDY, **fields)
             served.get("/secret?secret=secret", method="POST", origin="http://secret", secret="secret")
-            with connect(served) as connection:
+            with socket.create_connection(served.http.address.rsplit(":", 1), WAIT_SECONDS) as connection:
                 connection.sendall(b"secret secret\r\n\r\n")
                 connection.recv(4096)
             served.engine.pause()
