@@ -24,6 +24,7 @@ import grpc
 
 from jaxserve.config.sampling_fields import Flag, Ids, Number, SamplingField, Texts
 from jaxserve.request import SAMPLING_FIELDS, SamplingParams
+from jaxserve.serving.client_credentials import KEY_VARIABLE, Credentials
 from jaxserve.serving.grpc_client import DEFAULT_ADDRESS, Client, join
 
 EXIT_FAILED = 1
@@ -75,12 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed.prompt, parsed.from_stdin = prompt, prompt is None or (prompt == "-" and not literal)
     try:
         options = _options(parsed)
+        credentials = Credentials(parsed.api_key, parsed.tls, parsed.ca, parsed.certificate, parsed.private_key)
     except ValueError as error:
         parser.error(str(error))
     with contextlib.suppress(AttributeError, ValueError):  # a stand-in for stdout need not have it
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        with Client(parsed.address) as client:
+        with Client(parsed.address, credentials) as client:
             if parsed.wait:
                 client.wait_ready(parsed.wait)
             if parsed.prompt is None and not parsed.whole and sys.stdin.isatty():
@@ -91,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone; nothing is left to do or say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except (TimeoutError, _PromptError) as error:
+    except (OSError, _PromptError) as error:
         return _fail(str(error))
     except grpc.RpcError as error:
         return _fail(_describe(error, parsed.address))
@@ -275,6 +277,16 @@ def _parser() -> tuple[argparse.ArgumentParser, list[argparse.Action]]:
     )
     add("-h", "--help", action="help", help="show this and end")
     add("--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="the server (default: %(default)s)")
+    add(
+        "--api-key",
+        metavar="KEY",
+        help="API key (default: the environment variable JAXSERVE_API_KEY, which others do "
+        "not see in the list of processes)",
+    )
+    add("--tls", action="store_true", help="connect by TLS; the system's authorities vouch for the server")
+    add("--ca", metavar="FILE", help="connect by TLS; the authorities of this PEM file vouch for the server")
+    add("--certificate", metavar="FILE", help="connect by TLS and show this certificate; PEM")
+    add("--private-key", metavar="FILE", help="of the certificate; PEM")
     add("--wait", type=float, default=0.0, metavar="SECONDS", help="wait so long for the server to become ready")
     add("--whole", action="store_true", help="all of standard input is one prompt")
     add("-e", "--escapes", action="store_true", help=r"\n, \t, \r and \\ in prompts and stop strings are escapes")
@@ -312,6 +324,8 @@ def _describe(error: Any, address: str) -> str:
     code, details = _code(error), " ".join((error.details() or "").split())
     if code is grpc.StatusCode.UNAVAILABLE and re.search("failed to connect|connection refused|resol", details, re.I):
         return f"no server answers at {address}; start one with: python -m jaxserve.server"
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        details += f" (--api-key, or the environment variable {KEY_VARIABLE})"
     return f"{code.name}: {details}"
 
 

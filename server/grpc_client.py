@@ -17,6 +17,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.serving.client_credentials import Credentials
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
@@ -99,11 +100,17 @@ class Client:
 
     Args:
         address: HOST:PORT.
+        credentials: API key and TLS. Raises OSError where one of their files cannot be read.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS):
+    def __init__(self, address: str = DEFAULT_ADDRESS, credentials: Credentials = Credentials()):
         self.address = address
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._metadata = credentials.metadata()
+        secure = credentials.channel_credentials()
+        if secure is None:
+            self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(address, secure, options=_OPTIONS)
         self._stub: Any = pb_grpc.JaxServeStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
@@ -129,7 +136,7 @@ class Client:
 
         timeout: seconds for the whole request, or None. fields: see `generate_request`.
         """
-        call = self._stub.Generate(generate_request(prompt, params, **fields), timeout=timeout)
+        call = self._stub.Generate(generate_request(prompt, params, **fields), timeout=timeout, metadata=self._metadata)
         try:
             for response in call:
                 yield _chunk(response)
@@ -150,7 +157,7 @@ class Client:
     def abort(self, request_id: str) -> bool:
         """Aborts a request; False when no unfinished one has this id."""
         try:
-            self._stub.Abort(pb.AbortRequest(request_id=request_id))
+            self._stub.Abort(pb.AbortRequest(request_id=request_id), metadata=self._metadata)
         except grpc.RpcError as error:
             if _code(error) is grpc.StatusCode.NOT_FOUND:
                 return False
@@ -159,19 +166,19 @@ class Client:
 
     def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
         """Returns the served model and its limits."""
-        return self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout)
+        return self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout, metadata=self._metadata)
 
     def server_info(self, timeout: float | None = None) -> pb.GetServerInfoResponse:
         """Returns the server's configuration and current state."""
-        return self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout)
+        return self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout, metadata=self._metadata)
 
     def tokenize(self, text: str) -> list[int]:
         """Returns the token ids of a text, encoded as a prompt would be."""
-        return list(self._stub.Tokenize(pb.TokenizeRequest(text=text)).token_ids)
+        return list(self._stub.Tokenize(pb.TokenizeRequest(text=text), metadata=self._metadata).token_ids)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Returns the text of token ids, without special tokens."""
-        return self._stub.Detokenize(pb.DetokenizeRequest(token_ids=token_ids)).text
+        return self._stub.Detokenize(pb.DetokenizeRequest(token_ids=token_ids), metadata=self._metadata).text
 
     def wait_ready(self, timeout: float = 60.0) -> None:
         """Returns when the server serves. Raises TimeoutError after `timeout` seconds."""
@@ -194,11 +201,17 @@ class AsyncClient:
 
     Args:
         address: HOST:PORT.
+        credentials: API key and TLS. Raises OSError where one of their files cannot be read.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS):
+    def __init__(self, address: str = DEFAULT_ADDRESS, credentials: Credentials = Credentials()):
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._metadata = credentials.metadata()
+        secure = credentials.channel_credentials()
+        if secure is None:
+            self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(address, secure, options=_OPTIONS)
         self._stub: Any = pb_grpc.JaxServeStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
@@ -224,7 +237,7 @@ class AsyncClient:
 
         timeout: seconds for the whole request, or None. fields: see `generate_request`.
         """
-        call = self._stub.Generate(generate_request(prompt, params, **fields), timeout=timeout)
+        call = self._stub.Generate(generate_request(prompt, params, **fields), timeout=timeout, metadata=self._metadata)
         try:
             async for response in call:
                 yield _chunk(response)
@@ -245,7 +258,7 @@ class AsyncClient:
     async def abort(self, request_id: str) -> bool:
         """Aborts a request; False when no unfinished one has this id."""
         try:
-            await self._stub.Abort(pb.AbortRequest(request_id=request_id))
+            await self._stub.Abort(pb.AbortRequest(request_id=request_id), metadata=self._metadata)
         except grpc.RpcError as error:
             if _code(error) is grpc.StatusCode.NOT_FOUND:
                 return False
@@ -254,19 +267,19 @@ class AsyncClient:
 
     async def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
         """Returns the served model and its limits."""
-        return await self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout)
+        return await self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout, metadata=self._metadata)
 
     async def server_info(self, timeout: float | None = None) -> pb.GetServerInfoResponse:
         """Returns the server's configuration and current state."""
-        return await self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout)
+        return await self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout, metadata=self._metadata)
 
     async def tokenize(self, text: str) -> list[int]:
         """Returns the token ids of a text, encoded as a prompt would be."""
-        return list((await self._stub.Tokenize(pb.TokenizeRequest(text=text))).token_ids)
+        return list((await self._stub.Tokenize(pb.TokenizeRequest(text=text), metadata=self._metadata)).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Returns the text of token ids, without special tokens."""
-        return (await self._stub.Detokenize(pb.DetokenizeRequest(token_ids=token_ids))).text
+        return (await self._stub.Detokenize(pb.DetokenizeRequest(token_ids=token_ids), metadata=self._metadata)).text
 
     async def wait_ready(self, timeout: float = 60.0) -> None:
         """Returns when the server serves. Raises TimeoutError after `timeout` seconds."""

@@ -53,6 +53,14 @@ class ForbiddenError(RuntimeError):
     """The caller is known, and may not do this."""
 
 
+class CallerLimitError(RuntimeError):
+    """The caller has reached a limit of its key. retry_seconds: when it should try again."""
+
+    def __init__(self, text: str, retry_seconds: float):
+        super().__init__(text)
+        self.retry_seconds = retry_seconds
+
+
 class NotFoundError(LookupError):
     """No unfinished request has this id."""
 
@@ -83,6 +91,7 @@ _CODES: tuple[tuple[type[Exception], Code], ...] = (
     (SlowReaderError, Code.RESOURCE_EXHAUSTED),
     (UnavailableError, Code.UNAVAILABLE),
     (UnauthenticatedError, Code.UNAUTHENTICATED),
+    (CallerLimitError, Code.RESOURCE_EXHAUSTED),
     (ForbiddenError, Code.PERMISSION_DENIED),
     (NotFoundError, Code.NOT_FOUND),
     (NoTokenizerError, Code.UNIMPLEMENTED),
@@ -95,7 +104,7 @@ def problem_of(error: Exception) -> Problem | None:
     """Returns what to tell the client about this error, or None for one that only a bug of ours can cause."""
     for kind, code in _CODES:
         if isinstance(error, kind):
-            retry_seconds = RETRY_SECONDS if kind is QueueFullError else None
+            retry_seconds = RETRY_SECONDS if kind is QueueFullError else getattr(error, "retry_seconds", None)
             return Problem(code, " ".join(clipped(str(error), MAX_DETAILS).split()), retry_seconds)
     return None
 

@@ -7,6 +7,7 @@ import time
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.serving.access.callers import Anybody, Callers
+from jaxserve.serving.access.limiter import CallLimiter
 from jaxserve.serving.problem import NoTokenizerError, UnavailableError
 
 
@@ -16,11 +17,15 @@ class ServedModel:
     Args:
         name: name under which clients know the model.
         callers: tells who calls.
+
+    Attributes:
+        limiter: keeps the callers' limits, on all ports together.
     """
 
     def __init__(self, name: str, callers: Callers = Anybody()):
         self.name = name
         self.callers = callers
+        self.limiter = CallLimiter()
         self._frontend: AsyncFrontEnd | None = None
         self._tokenizer: Tokenizer | None = None
         self._ready_since = time.monotonic()

@@ -19,18 +19,24 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn, Protocol, TypeVar
 
+from jaxserve.config.access_config import exposure_warnings
 from jaxserve.config.changed import changed_settings
 from jaxserve.config.settings import ServerConfig
 from jaxserve.engine.channel import END_SECONDS, EngineClient
-from jaxserve.engine.process import LOG_FORMAT, EngineProcess, LaunchedEngine
+from jaxserve.engine.process import EngineProcess, LaunchedEngine
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.large_blocks import return_large_blocks
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.serving.access.opened import Access, open_access
+from jaxserve.serving.access.refresh import FileRefresher
+from jaxserve.serving.access.tls import ServerTls
+from jaxserve.serving.dry_run import dry_run
 from jaxserve.serving.grpc_port.connections import connection_limit
 from jaxserve.serving.grpc_port.grpc_server import GrpcServer
 from jaxserve.serving.http_port.http_server import HttpServer
 from jaxserve.serving.running_log import log_while_busy, phases_log, start_lines
 from jaxserve.serving.served_model import ServedModel
+from jaxserve.telemetry.log_lines import escaped, log_to_stderr
 from jaxserve.telemetry.startup_spans import StartupSpans, seconds_since_start
 
 T = TypeVar("T")
@@ -59,38 +65,61 @@ def run_server(config: ServerConfig, operative: str, phases: StartupSpans) -> in
         return_large_blocks()
     # Texts are encoded one a call: threads of the tokenizers' own would only make one wait for another.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(format=LOG_FORMAT, stream=sys.stderr, force=True)
+    log_to_stderr()
     logging.getLogger("jaxserve").setLevel(config.log_level.upper())
     for line in changed_settings(config):
         _log.info("config: %s", line)
     for line in operative.splitlines():
         if line.strip() and not line.startswith("#"):
             _log.debug("config, defaults included: %s", line.strip())
-    return asyncio.run(_Server(config, phases).run())
+    try:
+        access = open_access(config.access)
+    except ValueError as error:
+        return _fail(_one_line(error))
+    for line in exposure_warnings(config.access, config.host):
+        _log.warning("%s", line)
+    return asyncio.run(_Server(config, access, phases).run())
+
+
+def run_checks(config: ServerConfig) -> int:
+    """Checks all that a start checks, without serving, and prints it; returns the exit code: 0, or 1 with one line."""
+    log_to_stderr()
+    try:
+        for line in dry_run(config):
+            print(escaped(line), flush=True)
+    except (ValueError, OSError, MemoryError) as error:
+        return _fail(_one_line(error))
+    print("nothing stands in the way of a start")
+    return 0
 
 
 class _Server:
-    """Runs the server once. phases: startup spans of this process so far."""
+    """Runs the server once. access: who may call. phases: startup spans of this process so far."""
 
-    def __init__(self, config: ServerConfig, phases: StartupSpans):
+    def __init__(self, config: ServerConfig, access: Access, phases: StartupSpans):
         self._config = config
+        self._access = access
         self._phases = phases
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         # The end of the path, much as a hub names models: OWNER/NAME.
         name = config.served_model_name or "/".join(pathlib.PurePath(config.engine.model or "dummy").parts[-2:])
-        self._served = ServedModel(name)
+        self._served = ServedModel(name, access.callers)
 
     async def run(self) -> int:
         """Runs and returns the process's exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
+        if self._access.reloadable:
+            refresher = FileRefresher(self._access.reloadable)
+            loop.add_signal_handler(signal.SIGHUP, refresher.refresh)
+            self._refreshing = asyncio.ensure_future(refresher.watch())  # until the process ends
         config = self._config
         launch = launch_engine(config)  # its imports take longer than all that follows here
         try:
             with self._phases.phase("bind"):
-                ports = listeners(config, self._served)
+                ports = listeners(config, self._served, self._access.tls)
                 for port in ports:
                     await port.start()
         except OSError as error:
@@ -136,6 +165,8 @@ class _Server:
                 seed=self._config.engine.seed,
                 max_unread_tokens=self._config.max_unread_tokens,
                 step_timeout=self._config.step_timeout,
+                on_tokens=self._served.limiter.charge,
+                log_prompts=self._config.access.log_prompts,
             )
             self._served.serve(frontend, tokenizer)
             for port in ports:
@@ -237,8 +268,8 @@ class Listener(Protocol):
         ...
 
 
-def listeners(config: ServerConfig, served: ServedModel) -> list[Listener]:
-    """Returns the ports to serve."""
+def listeners(config: ServerConfig, served: ServedModel, tls: ServerTls | None = None) -> list[Listener]:
+    """Returns the ports to serve. tls: None takes connections in clear text."""
     # Descriptors are shared alike.
     most = connection_limit(config.limits.max_connections, 2 if config.http_port else 1)
     limits = dataclasses.replace(config.limits, max_connections=most)
@@ -250,10 +281,23 @@ def listeners(config: ServerConfig, served: ServedModel) -> list[Listener]:
             served,
             limits,
             returns_memory=config.engine_process,
+            reflection_enabled=config.access.reflection,
+            tls=tls,
         )
     ]
     if config.http_port:
-        found.append(HttpServer(config.host, config.http_port, served, config.http, limits, config.max_message_bytes))
+        found.append(
+            HttpServer(
+                config.host,
+                config.http_port,
+                served,
+                config.http,
+                limits,
+                config.max_message_bytes,
+                web_origins=config.access.web_origins,
+                tls=tls,
+            )
+        )
     return found
 
 

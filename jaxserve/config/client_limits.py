@@ -26,6 +26,7 @@ class LimitsConfig:
     bytes together, and how long one message may wait. Those that waited longest are cancelled.
     max_receiving_calls, max_receive_seconds: calls whose request message has not arrived in whole, beyond their first
     second, and how long it may take. Each may hold max_message_bytes.
+    max_metadata_bytes: of a call's metadata; larger ones are refused before they are kept.
     max_health_watches: calls of Health.Watch at one time; each is ended after an hour.
     max_idle_seconds: a connection without calls is closed after so long.
     keepalive_seconds, keepalive_timeout_seconds: how often a silent peer is asked for a sign of life, and how long it
@@ -41,6 +42,7 @@ class LimitsConfig:
     max_unread_seconds: float = 60.0
     max_receiving_calls: int = 64
     max_receive_seconds: float = 30.0
+    max_metadata_bytes: int = 16 * 1024
     max_health_watches: int = 256
     max_idle_seconds: float = 300.0
     keepalive_seconds: float = 30.0

@@ -29,9 +29,6 @@ from jaxserve.engine.messages import (
     encode,
 )
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-"""Log format of the server and of its engine's process, which write to the same standard error."""
-
 _EXIT_SECONDS = 5.0
 """Seconds that an engine that has closed its connection may take to exit before it is killed."""
 

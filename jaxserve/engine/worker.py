@@ -21,10 +21,10 @@ from jaxserve.config.wire_config import config_from_bytes
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.framing import FrameReader, FrameSender
 from jaxserve.engine.messages import AskProgress, EngineFailed, FromEngine, Shutdown, ToEngine, decode, encode
-from jaxserve.engine.process import LOG_FORMAT
 from jaxserve.engine.step_executor import EngineBrokenError
 from jaxserve.runner.model_runner import ModelRunner, annotate
 from jaxserve.telemetry.batch_timeline import BatchTimelineFile
+from jaxserve.telemetry.log_lines import log_to_stderr
 from jaxserve.telemetry.startup_spans import StartupSpans
 
 _FLUSH_SECONDS = 5.0
@@ -137,7 +137,7 @@ def _one_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format=LOG_FORMAT)
+    log_to_stderr()
     logging.getLogger("jaxserve").setLevel(logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):  # the front end decides when to end
         signal.signal(number, signal.SIG_IGN)

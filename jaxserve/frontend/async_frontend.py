@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -30,6 +30,9 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
+_MOST_LOGGED = 2000
+"""Maximum characters or token ids of a prompt in the log, where prompts are logged at all."""
+
 CPU_SHARE = 0.3
 """Maximum share of the loop's time for streaming when the engine runs on the CPU (see `EngineReader`)."""
 
@@ -41,9 +44,10 @@ class DeltaStream:
     request. Only one task may read it.
     """
 
-    def __init__(self, front_end: AsyncFrontEnd, request_id: str):
+    def __init__(self, front_end: AsyncFrontEnd, request_id: str, owner: str = ""):
         self._front_end = front_end
         self._request_id = request_id
+        self._owner = owner
         self._unread: list[Delta] = []
         self._num_unread = 0
         self._news: asyncio.Future[None] | None = None  # what the reader waits for
@@ -53,6 +57,11 @@ class DeltaStream:
     @property
     def request_id(self) -> str:
         return self._request_id
+
+    @property
+    def owner(self) -> str:
+        """Whose request it is."""
+        return self._owner
 
     @property
     def finished(self) -> bool:
@@ -100,7 +109,7 @@ class DeltaStream:
         """Ends the stream and aborts the request if it is unfinished; idempotent. Unread news are dropped."""
         self._closed = True
         if not self._finished:
-            self._front_end.abort(self._request_id)
+            self._front_end.abort(self._request_id, owner=self._owner)
         self.drop_unread()  # with the last delta: a closed stream's is never read
         self._wake()
 
@@ -130,6 +139,13 @@ def _merged(deltas: Sequence[Delta]) -> Delta:
     )
 
 
+def _logged(prompt: str | Sequence[int]) -> str:
+    """Returns a prompt as a log that was asked to show prompts has it: on one line, and only its beginning."""
+    beginning = prompt[:_MOST_LOGGED]
+    more = f" ... {len(prompt)} in all" if len(prompt) > _MOST_LOGGED else ""
+    return f"{(beginning if isinstance(beginning, str) else list(beginning))!r}{more}"
+
+
 def _num_bytes(prompt: object) -> int:
     """Returns an upper bound of a text's bytes from its length alone; for a list of token ids its length."""
     if isinstance(prompt, str):
@@ -145,6 +161,9 @@ class AsyncFrontEnd:
         max_unread_tokens: unread token ids that one request may have; the request of a slower reader ends with ABORT
             and cause READER, and its unread output is dropped.
         step_timeout: as `ServerConfig.step_timeout`; an engine that exceeds it has failed, and is killed.
+        on_tokens: is told of tokens to be charged to an owner: those of a prompt when it is sent to the engine, those
+            of an output when it ends.
+        log_prompts: logs each request's prompt.
     """
 
     def __init__(
@@ -155,6 +174,8 @@ class AsyncFrontEnd:
         seed: int | None = None,
         max_unread_tokens: int = 8192,
         step_timeout: float | None = None,
+        on_tokens: Callable[[str, int], None] | None = None,
+        log_prompts: bool = False,
     ):
         self._max_unread_tokens = max_unread_tokens
         self._loop = asyncio.get_running_loop()
@@ -162,7 +183,9 @@ class AsyncFrontEnd:
         share = CPU_SHARE if client.ready.info.platform == "cpu" else 1.0
         self._reader = EngineReader(client, self._loop, share)
         self._core = FrontEnd(self._reader, tokenizer, seed=seed)
-        self._streams: dict[str, DeltaStream] = {}
+        self._streams: dict[tuple[str, str], DeltaStream] = {}  # by owner and request id
+        self._on_tokens = on_tokens
+        self._log_prompts = log_prompts
         self._closing = ""
         self._idle = asyncio.Event()
         self._idle.set()
@@ -203,10 +226,11 @@ class AsyncFrontEnd:
         options: RequestOptions = RequestOptions(),
         *,
         request_id: str | None = None,
+        owner: str = "",
     ) -> DeltaStream:
         """Sends a request and returns its stream. Raises as `FrontEnd.submit` does, at once."""
         self._check_accepting()
-        self._core.check_new(request_id, options.deadline)
+        self._core.check_new(request_id, options.deadline, owner)
         steps = self._core.preparation.steps(prompt, params, options, request_id)
         size = _num_bytes(prompt)
         if size <= SHORT_TEXT:
@@ -214,8 +238,11 @@ class AsyncFrontEnd:
         else:
             prepared = await self._work_until(options.deadline, steps, size)
             self._check_accepting()
-        request_id = self._core.start(prepared)
-        stream = self._streams[request_id] = DeltaStream(self, request_id)
+        request_id = self._core.start(prepared, owner)
+        stream = self._streams[owner, request_id] = DeltaStream(self, request_id, owner)
+        self._charge(owner, len(prepared.prompt_token_ids))
+        if self._log_prompts:
+            _log.info("request %r of %r: prompt %s", request_id, owner, _logged(prompt))
         self._idle.clear()
         self._set_timer()
         return stream
@@ -227,13 +254,14 @@ class AsyncFrontEnd:
         options: RequestOptions = RequestOptions(),
         *,
         request_id: str | None = None,
+        owner: str = "",
     ) -> AsyncIterator[Delta]:
         """Submits a request and yields its deltas; errors of `submit` are raised by the first step of the iteration.
 
         An iteration that is left early should be closed (`contextlib.aclosing`); then, as when its task is canceled,
         the request is aborted.
         """
-        async with await self.submit(prompt, params, options, request_id=request_id) as stream:
+        async with await self.submit(prompt, params, options, request_id=request_id, owner=owner) as stream:
             async for delta in stream:
                 yield delta
 
@@ -307,12 +335,12 @@ class AsyncFrontEnd:
         except TimeoutError:
             raise DeadlineError("deadline passed while the prompt was tokenized") from None
 
-    def abort(self, request_id: str) -> bool:
-        """Ends a request, which its stream's last delta reports.
+    def abort(self, request_id: str, owner: str = "") -> bool:
+        """Ends a request of the owner, which its stream's last delta reports.
 
-        Returns False when there is no such unfinished request.
+        Returns False when the owner has no such unfinished request, whatever others have.
         """
-        delta = self._core.abort(request_id)
+        delta = self._core.abort(request_id, owner=owner)
         if delta is not None:
             self._deliver([delta])
         return delta is not None
@@ -367,10 +395,10 @@ class AsyncFrontEnd:
 
     def _deliver(self, deltas: Sequence[Delta]) -> None:
         for delta in deltas:
-            stream = self._streams[delta.request_id]
+            stream = self._streams[delta.owner, delta.request_id]
             stream.push(delta)
             if delta.finish_reason is not None:
-                del self._streams[delta.request_id]
+                self._forget(stream, delta)
             elif stream.num_unread > self._max_unread_tokens:
                 self._end_unread(stream)
         if not self._core.num_open:
@@ -382,11 +410,19 @@ class AsyncFrontEnd:
             f"{stream.num_unread} output tokens wait to be read; at most {self._max_unread_tokens} (max_unread_tokens) "
             "may: read faster"
         )
-        last = self._core.abort(stream.request_id, error, Cause.READER)
+        last = self._core.abort(stream.request_id, error, Cause.READER, owner=stream.owner)
         assert last is not None  # it was unfinished
         stream.drop_unread()
         stream.push(dataclasses.replace(last, token_ids=(), text=""))
-        del self._streams[stream.request_id]
+        self._forget(stream, last)
+
+    def _forget(self, stream: DeltaStream, last: Delta) -> None:
+        del self._streams[stream.owner, stream.request_id]
+        self._charge(stream.owner, last.output_tokens)
+
+    def _charge(self, owner: str, num_tokens: int) -> None:
+        if self._on_tokens is not None:
+            self._on_tokens(owner, num_tokens)
 
     def _set_timer(self) -> None:
         deadline = self._core.next_deadline

@@ -54,6 +54,7 @@ class Delta:
     cuts off is in neither.
 
     Attributes:
+        owner: whose request it is; request ids are unique for each owner.
         token_ids: new since the previous delta.
         text: new since the previous delta.
         error: one line; set when finish_reason is ABORT or ERROR.
@@ -72,3 +73,4 @@ class Delta:
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
+    owner: str = ""

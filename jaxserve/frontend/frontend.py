@@ -50,6 +50,7 @@ MAX_UNSENT_BYTES = 64 * 1024 * 1024
 class _Open:
     """Tracks a request without its last delta. engine_id: its name in messages (see `FrontEnd._engine_id`)."""
 
+    owner: str
     request_id: str
     engine_id: str
     prompt_tokens: int
@@ -84,7 +85,7 @@ class FrontEnd:
         self._limits = ready.limits
         self._preparation = Preparation(tokenizer, ready.limits)
         self._max_open = ready.max_num_waiting + ready.max_num_seqs
-        self._open: dict[str, _Open] = {}
+        self._open: dict[tuple[str, str], _Open] = {}  # by owner and request id
         self._by_engine_id: dict[str, _Open] = {}
         self._ending: set[str] = set()  # engine ids of finished requests that the engine has yet to confirm
         self._deadlines: list[tuple[float, str]] = []  # heap of (deadline, engine id); finished ones are skipped
@@ -140,22 +141,24 @@ class FrontEnd:
         options: RequestOptions = RequestOptions(),
         *,
         request_id: str | None = None,
+        owner: str = "",
     ) -> str:
         """Tokenizes, validates and sends a request; returns its id (a new one when request_id is None).
 
-        params.seed None draws a seed. Nothing is sent when an error is raised.
+        params.seed None draws a seed. owner: whose request it is; owners may use the same ids without noticing one
+        another. Nothing is sent when an error is raised.
 
         Raises:
             ValueError: the request can never be valid.
             InfeasibleError: the request can never be served on this server.
-            DuplicateRequestError: an unfinished request has this id.
+            DuplicateRequestError: an unfinished request of the owner has this id.
             QueueFullError: too many requests are unfinished.
             DeadlineError: the deadline has already passed.
             EngineDeadError: the engine has ended.
         """
         self.check_accepting()
-        self.check_new(request_id, options.deadline)
-        return self.start(self.prepare(prompt, params, options, request_id=request_id))
+        self.check_new(request_id, options.deadline, owner)
+        return self.start(self.prepare(prompt, params, options, request_id=request_id), owner)
 
     def prepare(
         self,
@@ -188,21 +191,21 @@ class FrontEnd:
                 f"{MAX_UNSENT_BYTES} may: try again later"
             )
 
-    def check_new(self, request_id: str | None, deadline: float | None) -> None:
+    def check_new(self, request_id: str | None, deadline: float | None, owner: str = "") -> None:
         """Raises DuplicateRequestError or DeadlineError where `start` would, before a prompt is tokenized in vain.
 
         Invalid ids are left to `prepare`.
         """
-        if isinstance(request_id, str) and request_id in self._open:
+        if isinstance(request_id, str) and (owner, request_id) in self._open:
             raise DuplicateRequestError(f"request_id {request_id!r} belongs to an unfinished request; choose another")
         if deadline is not None and deadline <= (now := self._clock()):
             raise DeadlineError(f"deadline passed {shown_seconds(now - deadline)} before the request arrived")
 
-    def start(self, prepared: Prepared) -> str:
+    def start(self, prepared: Prepared, owner: str = "") -> str:
         """Sends a prepared request to the engine and returns its id. Raises as `submit` does, but for ValueError."""
         self.check_accepting()
         request_id, params, deadline = prepared.request_id, prepared.params, prepared.options.deadline
-        self.check_new(request_id, deadline)
+        self.check_new(request_id, deadline, owner)
         now = self._clock()
         stop_token_ids = tuple(
             dict.fromkeys((() if params.ignore_eos else self._limits.eos_token_ids) + params.stop_token_ids)
@@ -225,8 +228,8 @@ class FrontEnd:
         except OSError as error:
             raise EngineDeadError(f"the engine cannot be reached: {error}") from error
         output = self._output(prepared, stop_token_ids)
-        opened = _Open(request_id, request.request_id, len(request.prompt_token_ids), deadline, output)
-        self._open[request_id] = self._by_engine_id[request.request_id] = opened
+        opened = _Open(owner, request_id, request.request_id, len(request.prompt_token_ids), deadline, output)
+        self._open[owner, request_id] = self._by_engine_id[request.request_id] = opened
         if deadline is not None:
             heapq.heappush(self._deadlines, (deadline, request.request_id))
         return request_id
@@ -239,9 +242,16 @@ class FrontEnd:
                 generated = self._tokenizer.detokenizer(prompt, skip_special_tokens=False)
         return OutputState(shown, generated, params.stop, params.min_tokens, stop_token_ids)
 
-    def abort(self, request_id: str, error: str = "aborted by the client", cause: Cause = Cause.CLIENT) -> Delta | None:
-        """Ends a request and returns its last delta; None when there is no such unfinished request."""
-        opened = self._open.get(request_id)
+    def abort(
+        self,
+        request_id: str,
+        error: str = "aborted by the client",
+        cause: Cause = Cause.CLIENT,
+        *,
+        owner: str = "",
+    ) -> Delta | None:
+        """Ends a request of the owner and returns its last delta; None when there is no such unfinished request."""
+        opened = self._open.get((owner, request_id))
         return None if opened is None else self._end_early(opened, FinishReason.ABORT, error, cause)
 
     def expire(self, now: float | None = None) -> list[Delta]:
@@ -327,6 +337,7 @@ class FrontEnd:
                 prompt_tokens=opened.prompt_tokens,
                 output_tokens=opened.output.num_tokens,
                 cached_tokens=opened.cached_tokens,
+                owner=opened.owner,
             )
         if opened.output.stopped and reason in (None, FinishReason.LENGTH, FinishReason.STOP):
             reason, error = FinishReason.STOP, ""
@@ -354,6 +365,7 @@ class FrontEnd:
             prompt_tokens=opened.prompt_tokens,
             output_tokens=opened.output.num_tokens,
             cached_tokens=opened.cached_tokens,
+            owner=opened.owner,
         )
 
     def _end_early(self, opened: _Open, reason: FinishReason, error: str, cause: Cause) -> Delta:
@@ -368,7 +380,7 @@ class FrontEnd:
 
         told_engine: the engine has ended it too; else an abort is sent, and its outputs until then are ignored.
         """
-        del self._open[opened.request_id]
+        del self._open[opened.owner, opened.request_id]
         del self._by_engine_id[opened.engine_id]
         if not told_engine:
             self._ending.add(opened.engine_id)
@@ -382,8 +394,8 @@ class FrontEnd:
             _log.debug("the engine cannot be reached", exc_info=True)
 
     def _engine_id(self, request_id: str) -> str:
-        """Returns the request's id, with a number appended while the engine may still refer to an earlier one of that
-        id.
+        """Returns the request's id, with a number appended while the engine knows another request by that id: an
+        earlier one, or another owner's.
         """
         engine_id, number = request_id, 1
         while engine_id in self._ending or engine_id in self._by_engine_id:

@@ -115,20 +115,26 @@ class _Needs:
 
 
 def explain(
-    config: EngineConfig, target: Target, *, load_rate: float = LOAD_RATE, report: pathlib.Path | None = None
+    config: EngineConfig,
+    target: Target,
+    *,
+    load_rate: float = LOAD_RATE,
+    report: pathlib.Path | None = None,
+    compiles: bool = True,
 ) -> Explanation:
     """Explains a configuration on one device of the target.
 
     Args:
         load_rate: bytes/s at which weights reach the device.
         report: report.json of `jaxserve.compile` for the same target, whose compile times are used.
+        compiles: False estimates what programs need, from above, instead of compiling the largest ones.
 
     Raises:
         ValueError: the configuration does not fit the model or the device, or the report is another target's.
     """
     shapes = resolve_shapes(config, target.platform, planning=True)
     workers = os.cpu_count() or 1
-    needs = _compile(shapes, target, workers)
+    needs = _compile(shapes, target, workers) if compiles else _estimate(shapes, 0.0, "nothing was compiled")
     mesh = make_mesh(jax.devices("cpu")[:1])
     device = DeviceMemory.share(
         target.device_memory_bytes, config.cache.gpu_memory_utilization, host=target.platform == "cpu"

@@ -87,7 +87,7 @@ class Startup:
             memory = local_memory(self._mesh, config.cache.gpu_memory_utilization)
         with phases.phase("shapes"):
             self._shapes = resolve_shapes(config, self._platform)
-            self._servable = _ready_when_servable(config, self._platform, server)
+            self._servable = ready_when_servable(config, self._platform, server)
         with phases.phase("kernels"):
             products_of(self._shapes, self._mesh).prepare()
         self._planner = MemoryPlanner(self._shapes, config.cache, self._mesh, memory)
@@ -278,7 +278,7 @@ class Startup:
             return _read_weights(self._config, self._shapes, self._mesh)
 
 
-def _ready_when_servable(config: EngineConfig, platform: str, server: bool) -> bool:
+def ready_when_servable(config: EngineConfig, platform: str, server: bool) -> bool:
     """Tells whether the start waits only for the programs that can serve every request.
 
     Raises:

@@ -3,7 +3,8 @@
 Handlers are run as ones whose client streams, which is the same on the wire, so that the request message is read here.
 gRPC by itself waits for ever for one that does not arrive, forgets a call without one, and answers one that does not
 parse with UNKNOWN and a traceback in the server's log. Each answer is written here too, or its size noted, so that one
-that the client does not take is noticed.
+that the client does not take is noticed. And each caller is identified here, so that no service, however it is added,
+can be called without a key where keys are needed; only health checks can.
 """
 
 from __future__ import annotations
@@ -16,11 +17,17 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from jaxserve.serving.grpc_port.calls import Call, OpenCalls, rpc_task
+from jaxserve.serving.access.callers import Anybody, Caller, Callers
+from jaxserve.serving.access.limiter import CallLimiter
+from jaxserve.serving.grpc_port.calls import HEALTH_PREFIX, Call, OpenCalls, rpc_task
 from jaxserve.serving.grpc_port.oversized import check_few_fields
 from jaxserve.serving.grpc_port.status import Status, status_of
+from jaxserve.serving.problem import CallerLimitError, UnauthenticatedError
 
 _EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]  made at run time
+
+OPEN_METHODS = frozenset({HEALTH_PREFIX + "Check", HEALTH_PREFIX + "Watch"})
+"""Methods that may be called without a key: probes have none."""
 
 _LARGE = 256 * 1024
 """Message size in bytes from which parsing takes milliseconds."""
@@ -38,10 +45,12 @@ class CallContext:
     """Wraps gRPC's context for handlers: reads and writes are bounded, and take messages instead of bytes.
 
     Attributes:
+        caller: who calls.
         message_bytes: size of the message that was read last.
     """
 
-    def __init__(self, context: Any, call: Call, calls: OpenCalls, handler: Any):
+    def __init__(self, context: Any, call: Call, calls: OpenCalls, handler: Any, caller: Caller):
+        self.caller = caller
         self._context = context
         self._write = context.write
         self._call = call
@@ -116,10 +125,18 @@ class CallContext:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Opens each call in `calls` and runs its handler within the bounds. Handlers must be asynchronous."""
+    """Opens each call in `calls` and runs its handler within the bounds. Handlers must be asynchronous.
 
-    def __init__(self, calls: OpenCalls):
+    Args:
+        calls: tracks the open calls.
+        callers: tells who calls.
+        limiter: keeps the callers' limits.
+    """
+
+    def __init__(self, calls: OpenCalls, callers: Callers = Anybody(), limiter: CallLimiter | None = None):
         self._calls = calls
+        self._callers = callers
+        self._limiter = CallLimiter() if limiter is None else limiter
         self._handlers: dict[str, tuple[Any, Any]] = {}
 
     async def intercept_service(
@@ -128,9 +145,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(handler_call_details)
-        if handler is None:  # no such method, says gRPC
-            return None
         method = handler_call_details.method
+        if handler is None:
+            # gRPC says that there is no such method, but not to those who may not know.
+            refused = self._refused(method, handler_call_details.invocation_metadata)
+            return None if refused is None else grpc.unary_unary_rpc_method_handler(refused)
         known, bounded = self._handlers.get(method, (None, None))
         if known is not handler:
             make = (
@@ -142,6 +161,42 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._handlers[method] = (handler, bounded)
         return bounded
 
+    def _refused(self, method: str, metadata: Any) -> Callable[[Any, Any], Awaitable[bytes]] | None:
+        """Returns a handler that refuses a call without a key, or None where it has one or needs none."""
+        try:
+            self._identify(method, metadata)
+        except UnauthenticatedError as error:
+            answer = status_of(error)
+            assert answer is not None
+
+            async def refuse(_request: Any, context: Any) -> bytes:
+                await context.abort(answer.code, answer.details)
+                return b""
+
+            return refuse
+        return None
+
+    def _identify(self, method: str, metadata: Any) -> Caller:
+        """Returns who calls. Raises UnauthenticatedError."""
+        if method in OPEN_METHODS:
+            return Caller()
+        credential = next((value for name, value in metadata or () if name == "authorization"), None)
+        return self._callers.identify(credential if isinstance(credential, str) else None)
+
+    def _admitted(self, call: Call, metadata: Any) -> Caller | Status:
+        """Identifies a call's caller and counts the call as open; or returns why it is refused."""
+        try:
+            caller = self._identify(call.method, metadata)
+            if (refusal := self._calls.refusal(call)) is not None:
+                return refusal
+            self._limiter.opened(caller)
+        except (UnauthenticatedError, CallerLimitError) as error:
+            answer = status_of(error)
+            assert answer is not None
+            return answer
+        self._calls.opened(call)
+        return caller
+
     def _bounded(self, handler: Any, method: str) -> Callable[[Any, Any], Awaitable[bytes | None]]:
         calls = self._calls
         run = _stream if handler.response_streaming else _answer
@@ -151,11 +206,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             assert task is not None
             call = Call(method, grpc_context.peer(), task, rpc_task())
             try:
-                if (refusal := calls.refusal(call)) is not None:
-                    await grpc_context.abort(refusal.code, refusal.details, refusal.metadata)
-                calls.opened(call)
-                task.add_done_callback(lambda _: calls.closed(call))
-                context = CallContext(grpc_context, call, calls, handler)
+                caller = self._admitted(call, grpc_context.invocation_metadata())
+                if isinstance(caller, Status):
+                    await grpc_context.abort(caller.code, caller.details, caller.metadata)
+                    return None
+                task.add_done_callback(lambda _: self._closed(call, caller))
+                context = CallContext(grpc_context, call, calls, handler, caller)
                 last = failed = None
                 try:
                     holder = [context.requests() if handler.request_streaming else await context.request()]
@@ -173,6 +229,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return last
 
         return bounded
+
+    def _closed(self, call: Call, caller: Caller) -> None:
+        self._calls.closed(call)
+        self._limiter.closed(caller)
 
 
 async def _answer(handler: Any, holder: list[Any], context: CallContext) -> bytes:

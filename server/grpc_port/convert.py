@@ -9,7 +9,7 @@ from google.protobuf import message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from jaxserve.config.shown import shown
-from jaxserve.request import SAMPLING_FIELDS, FinishReason, RequestOptions, SamplingParams
+from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 _REASONS = {
@@ -62,19 +62,6 @@ def prompt_from_proto(request: pb.GenerateRequest) -> str | Sequence[int]:
             return request.token_ids.ids
         case _:
             raise ValueError("prompt is not set; give text or token_ids")
-
-
-def options_from_proto(request: pb.GenerateRequest, call_deadline: float | None) -> RequestOptions:
-    """Returns the request's identity options; its deadline is the earlier of its own and the call's.
-
-    Raises ValueError naming the field.
-    """
-    return RequestOptions(
-        tenant=request.tenant,
-        priority=request.priority,
-        deadline=deadline_from_proto(request, call_deadline),
-        cache_salt=request.cache_salt,
-    )
 
 
 def deadline_from_proto(request: pb.GenerateRequest, call_deadline: float | None) -> float | None:

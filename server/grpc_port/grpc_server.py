@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from jaxserve.config.client_limits import LimitsConfig
+from jaxserve.serving.access.tls import ServerTls
 from jaxserve.serving.bind import BindError, address_of, check_free
 from jaxserve.serving.grpc_port import health
 from jaxserve.serving.grpc_port.call_interceptor import CallInterceptor
@@ -44,6 +45,8 @@ class GrpcServer:
         served: the model.
         limits: bounds of what clients may hold open.
         returns_memory: whether memory used by a burst of calls is returned to the system, see `memory_return`.
+        reflection_enabled: whether clients may ask which services there are.
+        tls: None takes connections in clear text.
 
     Raises:
         DescriptorError: the limit of open files is too low.
@@ -58,6 +61,8 @@ class GrpcServer:
         limits: LimitsConfig | None = None,
         *,
         returns_memory: bool = False,
+        reflection_enabled: bool = True,
+        tls: ServerTls | None = None,
     ):
         limits = limits or LimitsConfig()
         self.host = host
@@ -72,19 +77,29 @@ class GrpcServer:
         self._watches: list[asyncio.Task[None]] = []
         self._service = JaxServeService(served)
         self._server = grpc.aio.server(
-            interceptors=(CallInterceptor(self.calls), OversizedInterceptor(self._service.check_prompt_bytes)),
+            interceptors=(
+                CallInterceptor(self.calls, served.callers, served.limiter),
+                OversizedInterceptor(self._service.check_prompt_bytes),
+            ),
             options=_options(max_message_bytes, max_connections, limits),
         )
         self._health = health.HealthService(limits.max_health_watches)
         pb_grpc.add_JaxServeServicer_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        if reflection_enabled:
+            services = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(services, self._server)
+        self._tls = tls
 
     async def start(self) -> None:
         """Binds the port and starts answering with NOT_SERVING and UNAVAILABLE. Sets `port`. Raises BindError."""
         check_free(self.host, self.port)
         try:
-            self.port = self._server.add_insecure_port(address_of(self.host, self.port))
+            address = address_of(self.host, self.port)
+            if self._tls is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                self.port = self._server.add_secure_port(address, self._tls.grpc_credentials())
         except RuntimeError as error:
             raise BindError(
                 f"cannot listen on {address_of(self.host, self.port)}; give another port or host"
@@ -139,6 +154,9 @@ def _options(max_message_bytes: int, max_connections: int, limits: LimitsConfig)
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", -1),
+        # Between the two limits gRPC refuses at random.
+        ("grpc.max_metadata_size", limits.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),
         # gRPC refuses calls at random from 1,000 on that Python has not yet taken, and all that wait 30 seconds for it,
         # with a bare CANCELLED. How many may wait is the scheduler's to say (max_num_waiting), with a reason.
         ("grpc.server.max_pending_requests", _MOST_PENDING),

@@ -19,7 +19,7 @@ import grpc
 import jaxserve
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
-from jaxserve.engine.messages import EngineReady
+from jaxserve.engine.messages import EngineReady, EngineStats
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.grpc_port.call_interceptor import CallContext
@@ -101,8 +101,14 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         stream = await frontend.submit(
             prompt,
             params,
-            convert.options_from_proto(request, _call_deadline(context)),
+            context.caller.options(
+                request.tenant,
+                request.priority,
+                convert.deadline_from_proto(request, _call_deadline(context)),
+                request.cache_salt,
+            ),
             request_id=request.request_id or None,
+            owner=context.caller.name,
         )
         context.set_backlog(lambda: stream.num_unread * _BYTES_PER_TOKEN)
         async with stream:  # left early, it aborts the request
@@ -114,7 +120,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
     @_errors_as_status
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         convert.refuse_unknown_fields(request)
-        if not self._served.started().abort(request.request_id):
+        if not self._served.started().abort(request.request_id, context.caller.name):
             raise NotFoundError(f"request_id {shown(request.request_id)} names no unfinished request")
         return pb.AbortResponse()
 
@@ -140,7 +146,6 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         convert.refuse_unknown_fields(request)
         ready: EngineReady = self._served.started().ready
         info = ready.info
-        stats = self._served.started().stats
         return pb.GetServerInfoResponse(
             version=jaxserve.__version__,
             platform=info.platform,
@@ -154,9 +159,8 @@ class JaxServeService(pb_grpc.JaxServeServicer):
             start_seconds=ready.start_seconds,
             uptime_seconds=self._served.uptime_seconds,
             draining=self._served.draining,
-            stats=pb.EngineStats(
-                **{field.name: getattr(stats, field.name) for field in pb.EngineStats.DESCRIPTOR.fields}
-            ),
+            # How much others do is for the administrator to see.
+            stats=_stats(self._served.started().stats) if context.caller.is_admin else None,
         )
 
     @_errors_as_status
@@ -187,6 +191,10 @@ def _tokenize_steps(tokenizer: Any, request: pb.TokenizeRequest) -> Steps[bytes]
 
     yield from tokenizer.encode_steps(request.text, take)
     return b"".join(parts)
+
+
+def _stats(stats: EngineStats) -> pb.EngineStats:
+    return pb.EngineStats(**{field.name: getattr(stats, field.name) for field in pb.EngineStats.DESCRIPTOR.fields})
 
 
 def _call_deadline(context: Context) -> float | None:

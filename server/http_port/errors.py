@@ -96,8 +96,6 @@ def problem_answer(problem: Problem) -> ErrorAnswer:
     headers = {}
     if problem.retry_seconds is not None:
         headers["retry-after"] = str(math.ceil(problem.retry_seconds))
-    if status == 401:
-        headers["www-authenticate"] = "Bearer"
     return ErrorAnswer(status, _body(problem.details, kind, problem.code.value, param), headers)
 
 

@@ -7,18 +7,22 @@ import contextlib
 import logging
 import math
 import socket
+import ssl
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from typing import Any
 
 import uvicorn
 
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.config.http_config import HttpConfig
 from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.serving.access.tls import ServerTls
 from jaxserve.serving.bind import address_of, check_free
 from jaxserve.serving.grpc_port.connections import connection_limit
 from jaxserve.serving.http_port.app import MAX_BODY_BYTES, make_app
 from jaxserve.serving.http_port.gate import Gate
+from jaxserve.serving.http_port.guard import HttpGuard
 from jaxserve.serving.http_port.http_connections import HttpConnections
 from jaxserve.serving.http_port.http_protocol import protocol_factory
 from jaxserve.serving.served_model import ServedModel
@@ -30,7 +34,29 @@ _CLOSE_SECONDS = 1.0
 
 
 class _Uvicorn(uvicorn.Server):
-    """A uvicorn server that leaves signals to the process that it is a part of."""
+    """A uvicorn server that leaves signals to the process that it is a part of, and whose handshakes take no longer
+    than `handshake_seconds`."""
+
+    handshake_seconds = 10.0
+    tls: ssl.SSLContext | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts as uvicorn does, which leaves a minute for each handshake."""
+        await self.lifespan.startup()
+        loop, config = asyncio.get_running_loop(), self.config
+        make: Any = config.http_protocol_class
+
+        def connection() -> asyncio.Protocol:
+            return make(config=config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop)
+
+        seconds = None if self.tls is None else self.handshake_seconds
+        self.servers = [
+            await loop.create_server(
+                connection, sock=listening, ssl=self.tls, ssl_handshake_timeout=seconds, backlog=config.backlog
+            )
+            for listening in sockets or ()
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -47,6 +73,8 @@ class HttpServer:
         config: of the port.
         limits: bounds of what clients may hold open.
         max_body_bytes: a larger body is refused.
+        web_origins: see `HttpGuard`.
+        tls: None takes connections in clear text.
 
     Raises:
         DescriptorError: the limit of open files is too low.
@@ -60,16 +88,19 @@ class HttpServer:
         config: HttpConfig | None = None,
         limits: LimitsConfig | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
+        *,
+        web_origins: Sequence[str] = (),
+        tls: ServerTls | None = None,
     ):
         self.host = host
         self.port = port
         self._served = served
         config, limits = config or HttpConfig(), limits or LimitsConfig()
         self.connections = HttpConnections(limits, limits.max_connections or connection_limit(None))
-        gate = Gate(make_app(served, config, max_body_bytes), served, self.connections)
+        app = Gate(make_app(served, config, max_body_bytes), self.connections)
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
-                gate,
+                HttpGuard(app, served, web_origins),
                 http=protocol_factory(self.connections, limits, config.max_header_bytes),  # pyright: ignore[reportArgumentType]  a type that is made
                 ws="none",
                 log_config=None,
@@ -77,11 +108,14 @@ class HttpServer:
                 lifespan="off",
                 interface="asgi3",
                 server_header=False,
-                proxy_headers=False,
+                proxy_headers=False,  # who calls is told by the key, and never by a header that anybody can send
+                backlog=_BACKLOG,
                 timeout_keep_alive=math.ceil(limits.max_idle_seconds),
                 timeout_graceful_shutdown=round(_CLOSE_SECONDS),
             )
         )
+        self._uvicorn.handshake_seconds = limits.handshake_seconds
+        self._uvicorn.tls = None if tls is None else tls.ssl_context()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
