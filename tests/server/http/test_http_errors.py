@@ -178,10 +178,10 @@ def test_every_route_but_health_needs_a_key(tokenizer):
             response = await client.request(method, url)
             assert response.status_code == 401, url
             assert error_of(response)["message"] == "the key is wrong"
-            assert response.headers["www-authenticate"] == "Bearer"
+            assert response.headers["www-authenticate"].startswith("Bearer")
         for url in ("/health", "/health/live", "/health/ready"):
             assert (await client.get(url)).status_code == 200
-        headers = {"authorization": "Bearer good", "x-tenant": "other", "x-priority": "9"}
+        headers = {"authorization": "Bearer good", "x-tenant": "of-key", "x-priority": "4"}
         response = await client.post("/v1/completions", json={"prompt": "a"}, headers=headers)
         assert response.is_success
         options = served.engine.requests[-1].options
