@@ -79,7 +79,7 @@ def secured(
                 reflection_enabled=config.reflection,
                 tls=access.tls,
             ),
-            HttpServer("127.0.0.1", 0, model, limits, web_origins=config.web_origins, tls=access.tls),
+            HttpServer("127.0.0.1", 0, model, limits=limits, web_origins=config.web_origins, tls=access.tls),
         )
         for port in ports:
             await port.start()
