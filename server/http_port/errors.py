@@ -96,7 +96,10 @@ def problem_answer(problem: Problem) -> ErrorAnswer:
     headers = {}
     if problem.retry_seconds is not None:
         headers["retry-after"] = str(math.ceil(problem.retry_seconds))
-    return ErrorAnswer(status, _body(problem.details, kind, problem.code.value, param), headers)
+    code = (
+        "invalid_api_key" if problem.code is Code.UNAUTHENTICATED else problem.code.value
+    )  # which OpenAI's clients know
+    return ErrorAnswer(status, _body(problem.details, kind, code, param), headers)
 
 
 def _body(message: str, kind: str, code: str, param: str | None) -> bytes:

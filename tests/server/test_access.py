@@ -22,7 +22,7 @@ from tests.server.fakes import WAIT_SECONDS
 from tests.server.harness import GREEDY
 
 Code = grpc.StatusCode
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PROPFIND")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND")
 OPEN_CALLS = {"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"}
 
 
@@ -109,7 +109,17 @@ def paths_of(app) -> set[str]:
 def test_every_route_and_method_needs_a_key_but_health(served, keys):
     paths = paths_of(make_app(served.model))
     assert {"/health", "/openapi.json"} <= paths
-    strange = {"/", "/no/such", "//v1/models", "/healthy", "/Health", "/health%2f..%2fv1/models", "/metrics", "/admin"}
+    strange = {
+        "/",
+        "/docs",
+        "/no/such",
+        "//v1/models",
+        "/healthy",
+        "/Health",
+        "/health%2f..%2fv1/models",
+        "/metrics",
+        "/admin",
+    }
     with httpx.Client(base_url=f"http://{served.http.address}") as client:
         for path in paths | strange:
             for method in METHODS:
