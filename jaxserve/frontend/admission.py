@@ -5,19 +5,22 @@ waiting from `accept` until its first output, and as unfinished until its end. C
 or were refused lately), whatever the number of requests.
 
 Places and waiting tokens are divided by `shares`. A tenant's share of the places is its weight over the mean service
-that its requests take, so that the service of its share is as its weight, under a policy that goes by arrival too.
+of its requests, times their mean stay (Little's law), corrected by how its service of late compares with its weight (`Fairness`), so that service is
+as the weights are, under a policy that goes by arrival too.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Iterable
 
 from jaxserve.config.queue_limits import QueueConfig, TenantConfig
 from jaxserve.config.shown import shown
 from jaxserve.frontend.delta import DeadlineError, QueueFullError
 from jaxserve.frontend.rates import Average, RateMeter, TokenBucket
 from jaxserve.frontend.shares import Claim, may_take, share
+from jaxserve.request import COMPLETED, FinishReason
 
 UNKNOWN_RETRY_SECONDS = 1.0
 """Seconds after which to try again while no rate of service is known."""
@@ -25,8 +28,19 @@ UNKNOWN_RETRY_SECONDS = 1.0
 _QUARTER = 4.0
 """A refused client is told to come back when about this part of the queue has been served."""
 
-_RUN_MARGIN = 1.25
-"""Factor over the mean time of an output, for a deadline to be within reach."""
+_REMEMBERED = 4
+"""Requests that are remembered in the comparison of service with weights, for each place."""
+
+_GAIN = 3.0
+"""Exponent of a correction: what is left of a constant error is its fourth root."""
+
+_MOST_CORRECTION = 4.0
+_LARGEST_UNIT = 1e9
+
+_MORE_CAUTION, _LESS_CAUTION, _MOST_CAUTION = 1.1, 0.998, 3.0
+"""What a missed and a met deadline do to the factor over predicted times: in the end about one in fifty is missed."""
+
+_LEAST_SECONDS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +65,13 @@ class _Tenant:
         self.name = name
         self.config = config
         self.num_open = self.num_waiting = self.waiting_tokens = 0
-        self.refused_until = -1.0
+        self.refused_until = -1.0  # its share is kept for it; ends when it is let in
+        self.wants_until = -1.0  # it counts among those that want more
+        self.served = 0.0  # in the units of `Fairness`
         self.service = Average()  # of a request
-        self.output = Average()  # tokens of a request
+        self.run = Average()  # seconds from first output to end
+        self.output = Average()  # tokens of a request that was complete
+        self.most_output = Average()  # what it might have had
         self.tokens = Average()  # that a request reserves
         self.starts = RateMeter()
         self.request_bucket = _bucket(config.requests_per_minute, now)
@@ -63,7 +81,7 @@ class _Tenant:
         """Whether nothing is lost when it is forgotten."""
         buckets = (self.request_bucket, self.token_bucket)
         full = all(bucket is None or bucket.is_full(now) for bucket in buckets)
-        return not self.num_open and now >= self.refused_until and full
+        return not self.num_open and now >= self.wants_until and full
 
 
 def _bucket(per_minute: float | None, now: float) -> TokenBucket | None:
@@ -77,11 +95,59 @@ class Ticket:
     tenant: _Tenant
     prompt_tokens: int
     max_tokens: int
+    accepted: float
+    deadline: float | None = None
     started: float | None = None
 
     @property
     def tokens(self) -> int:
         return self.prompt_tokens + self.max_tokens
+
+
+class Fairness:
+    """Compares the service that tenants had of late with their weights.
+
+    max_open: unfinished requests, of which a few times as many are remembered.
+    """
+
+    def __init__(self, max_open: int):
+        self._growth = 1 + 1 / max(_REMEMBERED * max_open, 100)
+        self._unit = 1.0
+
+    def add(self, tenant: _Tenant, service: float, tenants: Iterable[_Tenant]) -> None:
+        """Counts the service of a request that has ended; all that was counted before fades a little."""
+        self._unit *= self._growth
+        tenant.served += self._unit * service
+        if self._unit > _LARGEST_UNIT:
+            for each in {tenant, *tenants}:
+                each.served /= self._unit
+            self._unit = 1.0
+
+    def lift(self, tenant: _Tenant, active: Iterable[_Tenant]) -> None:
+        """Gives a tenant that comes back what the others had meanwhile, so that a pause saves nothing."""
+        served, weights = self._sums(active)
+        if weights:
+            tenant.served = max(tenant.served, tenant.config.weight * served / weights)
+
+    def corrections(self, tenants: Iterable[_Tenant], now: float) -> dict[_Tenant, float]:
+        """Returns by how much each tenant's share should differ from its weight.
+
+        Above 1 for one that had too little. Those that were not refused lately have what they want, and do not count.
+        """
+        wanting = [each for each in tenants if now < each.wants_until]
+        served, weights = self._sums(wanting)
+        found = dict.fromkeys(tenants, 1.0)
+        if served:
+            for each in wanting:
+                due = each.config.weight * served / weights
+                correction = (due / max(each.served, 1e-9)) ** _GAIN
+                found[each] = min(max(correction, 1 / _MOST_CORRECTION), _MOST_CORRECTION)
+        return found
+
+    @staticmethod
+    def _sums(tenants: Iterable[_Tenant]) -> tuple[float, float]:
+        pairs = [(each.served, each.config.weight) for each in tenants]
+        return sum(served for served, _ in pairs), sum(weight for _, weight in pairs)
 
 
 class Admission:
@@ -98,8 +164,11 @@ class Admission:
         self._others: _Tenant | None = None  # all tenants beyond max_tenants
         self.num_open = self.num_waiting = self.waiting_tokens = 0
         self._starts, self._started_tokens, self._ends = RateMeter(), RateMeter(), RateMeter()
+        self._fairness = Fairness(engine.max_open)
         self._service = Average()
-        self._output = Average()
+        self.output, self.most_output = Average(), Average()
+        self._wait, self.run = Average(), Average()
+        self._caution = 1.0
         self._seconds_per_token = Average()
         self._seen: float | None = None
         self.rejections: collections.Counter[str] = collections.Counter()
@@ -107,6 +176,11 @@ class Admission:
     @property
     def max_waiting_tokens(self) -> int:
         return self._config.max_waiting_tokens
+
+    @property
+    def _is_backlogged(self) -> bool:
+        """Whether more requests are unfinished than can run: only then do starts tell how fast a queue moves."""
+        return self.num_open > self._engine.max_num_seqs
 
     @property
     def finished_per_second(self) -> float | None:
@@ -147,12 +221,14 @@ class Admission:
         self._check_tokens(tenant, tokens, now)
         self._check_wait(tenant, max_tokens, deadline, now)
 
-    def accept(self, name: str, prompt_tokens: int, max_tokens: int, now: float) -> Ticket:
+    def accept(
+        self, name: str, prompt_tokens: int, max_tokens: int, now: float, *, deadline: float | None = None
+    ) -> Ticket:
         """Counts a request that was checked; returns what `started` and `ended` take."""
         self._pass(now)
         tenant = self._tenant(name, now)
-        ticket = Ticket(tenant, prompt_tokens, max_tokens)
-        self._active[tenant] = None
+        ticket = Ticket(tenant, prompt_tokens, max_tokens, now, deadline)
+        self._joins(tenant)
         tenant.refused_until = now
         tenant.tokens.add(ticket.tokens)
         for counts in (self, tenant):
@@ -170,18 +246,23 @@ class Admission:
         self._pass(now)
         ticket.started = now
         self._leaves_queue(ticket)
-        self._starts.happened()
-        self._started_tokens.happened(ticket.tokens)
-        ticket.tenant.starts.happened()
+        self._wait.add(max(now - ticket.accepted, 0.0))
+        if self._is_backlogged:
+            self._starts.happened()
+            self._started_tokens.happened(ticket.tokens)
+            ticket.tenant.starts.happened()
 
-    def ended(self, ticket: Ticket, output_tokens: int, now: float) -> None:
+    def ended(self, ticket: Ticket, output_tokens: int, now: float, reason: FinishReason = FinishReason.STOP) -> None:
         """Records the end of a request, for whatever reason. output_tokens: that were computed for it."""
         self._pass(now)
         tenant = ticket.tenant
         if ticket.started is None:
             self._leaves_queue(ticket)
         else:
-            self._learn(ticket, output_tokens, now)
+            self._learn(ticket, output_tokens, now, reason)
+        if ticket.deadline is not None:
+            factor = _MORE_CAUTION if reason is FinishReason.DEADLINE else _LESS_CAUTION
+            self._caution = min(max(self._caution * factor, 1.0), _MOST_CAUTION)
         self._ends.happened()
         for counts in (self, tenant):
             counts.num_open -= 1
@@ -194,15 +275,21 @@ class Admission:
             counts.num_waiting -= 1
             counts.waiting_tokens -= ticket.tokens
 
-    def _learn(self, ticket: Ticket, output_tokens: int, now: float) -> None:
+    def _learn(self, ticket: Ticket, output_tokens: int, now: float, reason: FinishReason) -> None:
         engine, tenant = self._engine, ticket.tenant
         service = engine.prompt_weight * ticket.prompt_tokens + engine.output_weight * output_tokens
         for known in (self._service, tenant.service):
             known.add(service)
-        for known in (self._output, tenant.output):
-            known.add(output_tokens)
-        if output_tokens > 1 and ticket.started is not None:
-            self._seconds_per_token.add(max(now - ticket.started, 0.0) / (output_tokens - 1))
+        self._fairness.add(tenant, service, self._tenants.values())
+        assert ticket.started is not None
+        seconds = max(now - ticket.started, 0.0)
+        if output_tokens > 1:
+            self._seconds_per_token.add(seconds / (output_tokens - 1))
+        for known in (self, tenant):
+            known.run.add(seconds)
+            if reason.value in COMPLETED:
+                known.output.add(output_tokens)
+                known.most_output.add(ticket.max_tokens)
 
     # ---- checks --------------------------------------------------------------------------------------------------
 
@@ -246,8 +333,9 @@ class Admission:
     def _check_places(self, tenant: _Tenant, ending: int, now: float) -> None:
         """Checks the number of unfinished requests, and the tenant's share of it."""
         capacity, used = self._engine.max_open, self.num_open + ending
-        own = self._place_claim(tenant, now)
-        others = [self._place_claim(each, now) for each in self._active if each is not tenant]
+        corrections = self._fairness.corrections({**self._active, tenant: None}, now)
+        own = self._place_claim(tenant, corrections[tenant], now)
+        others = [self._place_claim(each, corrections[each], now) for each in self._active if each is not tenant]
         if may_take(1, own, others, capacity, used):
             return
         seconds = self._until_ended(max(1.0, (used - self._engine.max_num_seqs) / _QUARTER), None)
@@ -291,7 +379,7 @@ class Admission:
 
     def _check_wait(self, tenant: _Tenant, max_tokens: int, deadline: float | None, now: float) -> None:
         """Checks the predicted wait, while there is a queue."""
-        if not self._engine.in_order or self.num_open <= self._engine.max_num_seqs:
+        if not self._engine.in_order or not self._is_backlogged:
             return
         wait = self._predicted_wait(tenant)
         if wait is None:
@@ -308,9 +396,10 @@ class Admission:
             )
         if deadline is None or not self._config.drop_unreachable:
             return
-        output = min(float(max_tokens), tenant.output.value or self._output.value or 1.0)
-        run = _RUN_MARGIN * (self._seconds_per_token.value or 0.0) * output
-        if now + wait + run > deadline:
+        known = tenant if tenant.output.value else self
+        output = max_tokens * min((known.output.value or 0.0) / (known.most_output.value or 1.0), 1.0)
+        run = (self._seconds_per_token.value or 0.0) * output
+        if now + self._caution * (wait + run) > deadline:
             self.rejections["deadline"] += 1
             raise DeadlineError(
                 f"deadline is in {deadline - now:.3f} s and cannot be met: {self.num_waiting} requests wait, which "
@@ -352,12 +441,20 @@ class Admission:
     def _wants(self, tenant: _Tenant, seconds: float, now: float) -> None:
         """Keeps the tenant's share for it until its clients have had the time to come back."""
         seconds = min(max(seconds, self._config.min_retry_seconds), self._config.max_retry_seconds)
-        tenant.refused_until = max(tenant.refused_until, now + 2 * seconds + 1)
-        self._active[tenant] = None
+        tenant.refused_until = tenant.wants_until = max(tenant.wants_until, now + 2 * seconds + 1)
+        self._joins(tenant)
 
-    def _place_claim(self, tenant: _Tenant, now: float) -> Claim:
+    def _joins(self, tenant: _Tenant) -> None:
+        """Counts a tenant among those that have or want something."""
+        if tenant not in self._active:
+            self._fairness.lift(tenant, self._active)
+            self._active[tenant] = None
+
+    def _place_claim(self, tenant: _Tenant, correction: float, now: float) -> Claim:
         service = tenant.service.value or self._service.value or 1.0
-        return Claim(tenant.config.weight / service, tenant.num_open, now < tenant.refused_until)
+        run = self.run.value if tenant.run.value is None else tenant.run.value
+        seconds = (self._wait.value or 0.0) + (run or 0.0) + _LEAST_SECONDS
+        return Claim(correction * tenant.config.weight / service * seconds, tenant.num_open, now < tenant.refused_until)
 
     def _token_claim(self, tenant: _Tenant, now: float) -> Claim:
         unit = tenant.tokens.value or 1.0
@@ -381,12 +478,12 @@ class Admission:
             seconds = now - self._seen
             if self.num_open:
                 self._ends.passed(seconds)
-            if self.num_waiting:
+            if self._is_backlogged:
                 self._starts.passed(seconds)
                 self._started_tokens.passed(seconds)
-            for tenant in self._active:
-                if tenant.num_waiting:
-                    tenant.starts.passed(seconds)
-            if any(not each.num_open and now >= each.refused_until for each in self._active):
-                self._active = {each: None for each in self._active if each.num_open or now < each.refused_until}
+                for tenant in self._active:
+                    if tenant.num_waiting:
+                        tenant.starts.passed(seconds)
+            if any(not each.num_open and now >= each.wants_until for each in self._active):
+                self._active = {each: None for each in self._active if each.num_open or now < each.wants_until}
         self._seen = now if self._seen is None else max(now, self._seen)

@@ -258,7 +258,7 @@ class FrontEnd:
         output = self._output(prepared, stop_token_ids)
         num_tokens, ticket = len(request.prompt_token_ids), None
         if self._admission is not None:
-            ticket = self._admission.accept(options.tenant, num_tokens, request.max_tokens, now)
+            ticket = self._admission.accept(options.tenant, num_tokens, request.max_tokens, now, deadline=deadline)
         opened = _Open(request_id, request.request_id, num_tokens, deadline, output, ticket)
         self._open[request_id] = self._by_engine_id[request.request_id] = opened
         if deadline is not None:

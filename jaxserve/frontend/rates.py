@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-_FADE_SECONDS = 10.0
+_FADE_SECONDS = 30.0
 """Seconds after which a measurement weighs 1/e of a new one."""
 
 _FEW = 4.0
