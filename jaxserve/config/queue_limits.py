@@ -51,6 +51,8 @@ class QueueConfig:
     DEADLINE_EXCEEDED instead of waiting. Both count only while more requests are unfinished than can run, under the
     policies "fcfs" and "fair".
     min_retry_seconds, max_retry_seconds: bounds of the time after which a refused client is told to try again.
+    refusal_seconds: while refusals come faster than 50 a second, each is answered after so long, so that clients that
+    come back at once take less of the server's time; 0 answers at once.
     tenants: by name. default_tenant: of those that are not named. max_tenants: tenants that are told apart at one time;
     further ones count as one.
     """
@@ -60,6 +62,7 @@ class QueueConfig:
     drop_unreachable: bool = True
     min_retry_seconds: float = 0.1
     max_retry_seconds: float = 30.0
+    refusal_seconds: float = 0.03
     tenants: Mapping[str, TenantConfig] = dataclasses.field(default_factory=dict)
     default_tenant: TenantConfig = TenantConfig()
     max_tenants: int = 1024
@@ -75,6 +78,7 @@ class QueueConfig:
                 f"max_retry_seconds is {self.max_retry_seconds}; it must be at least min_retry_seconds "
                 f"{self.min_retry_seconds}"
             )
+        between("refusal_seconds", self.refusal_seconds, 0.0, 1.0)
         at_least("max_tenants", self.max_tenants, 1)
         if len(self.tenants) > self.max_tenants:
             raise ValueError(

@@ -4,22 +4,22 @@ Everything here is arithmetic on a time that the caller passes: no clock, no inp
 waiting from `accept` until its first output, and as unfinished until its end. Checks cost O(tenants that have requests
 or were refused lately), whatever the number of requests.
 
-Places and waiting tokens are divided by `shares`. A tenant's share of the places is its weight over the mean service
-of its requests, times their mean stay (Little's law), corrected by how its service of late compares with its weight (`Fairness`), so that service is
-as the weights are, under a policy that goes by arrival too.
+Places and waiting tokens are divided by `shares`. A tenant's share of the places is its weight over the mean service of
+its requests, times their mean stay (Little's law), corrected by how its service of late compares with its weight
+(`Fairness`): service is then as the weights are, under a policy that goes by arrival too.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable
 
-from jaxserve.config.queue_limits import QueueConfig, TenantConfig
+from jaxserve.config.queue_limits import QueueConfig
 from jaxserve.config.shown import shown
 from jaxserve.frontend.delta import DeadlineError, QueueFullError
-from jaxserve.frontend.rates import Average, RateMeter, TokenBucket
+from jaxserve.frontend.rates import Average, RateMeter
 from jaxserve.frontend.shares import Claim, may_take, share
+from jaxserve.frontend.tenant_service import Fairness, Tenant
 from jaxserve.request import COMPLETED, FinishReason
 
 UNKNOWN_RETRY_SECONDS = 1.0
@@ -28,19 +28,14 @@ UNKNOWN_RETRY_SECONDS = 1.0
 _QUARTER = 4.0
 """A refused client is told to come back when about this part of the queue has been served."""
 
-_REMEMBERED = 4
-"""Requests that are remembered in the comparison of service with weights, for each place."""
-
-_GAIN = 3.0
-"""Exponent of a correction: what is left of a constant error is its fourth root."""
-
-_MOST_CORRECTION = 4.0
-_LARGEST_UNIT = 1e9
 
 _MORE_CAUTION, _LESS_CAUTION, _MOST_CAUTION = 1.1, 0.998, 3.0
 """What a missed and a met deadline do to the factor over predicted times: in the end about one in fifty is missed."""
 
 _LEAST_SECONDS = 1e-6
+_REFUSALS_FADE_SECONDS = 1.0
+_MANY_REFUSALS = 50.0
+"""Refusals a second from which they are answered late."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,41 +53,11 @@ class Engine:
     output_weight: float = 2.0
 
 
-class _Tenant:
-    """Tracks one tenant's requests."""
-
-    def __init__(self, name: str, config: TenantConfig, now: float):
-        self.name = name
-        self.config = config
-        self.num_open = self.num_waiting = self.waiting_tokens = 0
-        self.refused_until = -1.0  # its share is kept for it; ends when it is let in
-        self.wants_until = -1.0  # it counts among those that want more
-        self.served = 0.0  # in the units of `Fairness`
-        self.service = Average()  # of a request
-        self.run = Average()  # seconds from first output to end
-        self.output = Average()  # tokens of a request that was complete
-        self.most_output = Average()  # what it might have had
-        self.tokens = Average()  # that a request reserves
-        self.starts = RateMeter()
-        self.request_bucket = _bucket(config.requests_per_minute, now)
-        self.token_bucket = _bucket(config.tokens_per_minute, now)
-
-    def is_idle(self, now: float) -> bool:
-        """Whether nothing is lost when it is forgotten."""
-        buckets = (self.request_bucket, self.token_bucket)
-        full = all(bucket is None or bucket.is_full(now) for bucket in buckets)
-        return not self.num_open and now >= self.wants_until and full
-
-
-def _bucket(per_minute: float | None, now: float) -> TokenBucket | None:
-    return None if per_minute is None else TokenBucket(per_minute, now)
-
-
 @dataclasses.dataclass(eq=False)
 class Ticket:
     """Stands for one accepted request. started: the time of its first output, or None while it waits."""
 
-    tenant: _Tenant
+    tenant: Tenant
     prompt_tokens: int
     max_tokens: int
     accepted: float
@@ -104,52 +69,6 @@ class Ticket:
         return self.prompt_tokens + self.max_tokens
 
 
-class Fairness:
-    """Compares the service that tenants had of late with their weights.
-
-    max_open: unfinished requests, of which a few times as many are remembered.
-    """
-
-    def __init__(self, max_open: int):
-        self._growth = 1 + 1 / max(_REMEMBERED * max_open, 100)
-        self._unit = 1.0
-
-    def add(self, tenant: _Tenant, service: float, tenants: Iterable[_Tenant]) -> None:
-        """Counts the service of a request that has ended; all that was counted before fades a little."""
-        self._unit *= self._growth
-        tenant.served += self._unit * service
-        if self._unit > _LARGEST_UNIT:
-            for each in {tenant, *tenants}:
-                each.served /= self._unit
-            self._unit = 1.0
-
-    def lift(self, tenant: _Tenant, active: Iterable[_Tenant]) -> None:
-        """Gives a tenant that comes back what the others had meanwhile, so that a pause saves nothing."""
-        served, weights = self._sums(active)
-        if weights:
-            tenant.served = max(tenant.served, tenant.config.weight * served / weights)
-
-    def corrections(self, tenants: Iterable[_Tenant], now: float) -> dict[_Tenant, float]:
-        """Returns by how much each tenant's share should differ from its weight.
-
-        Above 1 for one that had too little. Those that were not refused lately have what they want, and do not count.
-        """
-        wanting = [each for each in tenants if now < each.wants_until]
-        served, weights = self._sums(wanting)
-        found = dict.fromkeys(tenants, 1.0)
-        if served:
-            for each in wanting:
-                due = each.config.weight * served / weights
-                correction = (due / max(each.served, 1e-9)) ** _GAIN
-                found[each] = min(max(correction, 1 / _MOST_CORRECTION), _MOST_CORRECTION)
-        return found
-
-    @staticmethod
-    def _sums(tenants: Iterable[_Tenant]) -> tuple[float, float]:
-        pairs = [(each.served, each.config.weight) for each in tenants]
-        return sum(served for served, _ in pairs), sum(weight for _, weight in pairs)
-
-
 class Admission:
     """Tracks unfinished requests by tenant and says which further ones may come.
 
@@ -159,9 +78,9 @@ class Admission:
     def __init__(self, config: QueueConfig, engine: Engine):
         self._config = config
         self._engine = engine
-        self._tenants: dict[str, _Tenant] = {}
-        self._active: dict[_Tenant, None] = {}  # those with requests or refused lately
-        self._others: _Tenant | None = None  # all tenants beyond max_tenants
+        self._tenants: dict[str, Tenant] = {}
+        self._active: dict[Tenant, None] = {}  # those with requests or refused lately
+        self._others: Tenant | None = None  # all tenants beyond max_tenants
         self.num_open = self.num_waiting = self.waiting_tokens = 0
         self._starts, self._started_tokens, self._ends = RateMeter(), RateMeter(), RateMeter()
         self._fairness = Fairness(engine.max_open)
@@ -169,6 +88,7 @@ class Admission:
         self.output, self.most_output = Average(), Average()
         self._wait, self.run = Average(), Average()
         self._caution = 1.0
+        self._refusals = RateMeter(_REFUSALS_FADE_SECONDS)
         self._seconds_per_token = Average()
         self._seen: float | None = None
         self.rejections: collections.Counter[str] = collections.Counter()
@@ -220,6 +140,11 @@ class Admission:
         self._check_places(tenant, ending, now)
         self._check_tokens(tenant, tokens, now)
         self._check_wait(tenant, max_tokens, deadline, now)
+
+    @property
+    def seconds_to_refuse(self) -> float:
+        """Seconds after which a refusal should be answered."""
+        return self._config.refusal_seconds if (self._refusals.rate or 0.0) > _MANY_REFUSALS else 0.0
 
     def accept(
         self, name: str, prompt_tokens: int, max_tokens: int, now: float, *, deadline: float | None = None
@@ -293,7 +218,7 @@ class Admission:
 
     # ---- checks --------------------------------------------------------------------------------------------------
 
-    def _check_tenant(self, tenant: _Tenant, tokens: int, now: float) -> None:
+    def _check_tenant(self, tenant: Tenant, tokens: int, now: float) -> None:
         """Checks the tenant's own limits."""
         config, who = tenant.config, f"tenant {shown(tenant.name)}"
         if config.max_requests is not None and tenant.num_open >= config.max_requests:
@@ -330,7 +255,7 @@ class Admission:
                     seconds,
                 )
 
-    def _check_places(self, tenant: _Tenant, ending: int, now: float) -> None:
+    def _check_places(self, tenant: Tenant, ending: int, now: float) -> None:
         """Checks the number of unfinished requests, and the tenant's share of it."""
         capacity, used = self._engine.max_open, self.num_open + ending
         corrections = self._fairness.corrections({**self._active, tenant: None}, now)
@@ -356,7 +281,7 @@ class Admission:
             seconds,
         )
 
-    def _check_tokens(self, tenant: _Tenant, tokens: int, now: float) -> None:
+    def _check_tokens(self, tenant: Tenant, tokens: int, now: float) -> None:
         """Checks the waiting tokens, and the tenant's share of them."""
         capacity, used = self._config.max_waiting_tokens, self.waiting_tokens
         if not used:
@@ -377,7 +302,7 @@ class Admission:
             seconds,
         )
 
-    def _check_wait(self, tenant: _Tenant, max_tokens: int, deadline: float | None, now: float) -> None:
+    def _check_wait(self, tenant: Tenant, max_tokens: int, deadline: float | None, now: float) -> None:
         """Checks the predicted wait, while there is a queue."""
         if not self._engine.in_order or not self._is_backlogged:
             return
@@ -409,7 +334,7 @@ class Admission:
 
     # ---- predictions ---------------------------------------------------------------------------------------------
 
-    def _predicted_wait(self, tenant: _Tenant) -> float | None:
+    def _predicted_wait(self, tenant: Tenant) -> float | None:
         """Returns the seconds until a request of the tenant that came now would start; None while no rate is known.
 
         The shorter of two predictions: by all requests that wait, and by the tenant's own.
@@ -417,7 +342,7 @@ class Admission:
         pairs = ((self.num_waiting, self._starts.rate), (tenant.num_waiting, tenant.starts.rate))
         return min((waiting / rate for waiting, rate in pairs if rate), default=None)
 
-    def _until_ended(self, count: float, tenant: _Tenant | None) -> float:
+    def _until_ended(self, count: float, tenant: Tenant | None) -> float:
         """Returns the seconds in which so many requests end, of one tenant or of all."""
         rate = self._ends.rate
         if not rate:
@@ -425,57 +350,59 @@ class Admission:
         part = 1.0 if tenant is None else tenant.num_open / max(self.num_open, 1)
         return count / (rate * part)
 
-    def _until_started(self, tenant: _Tenant) -> float:
+    def _until_started(self, tenant: Tenant) -> float:
         """Returns the seconds in which a quarter of the tenant's waiting requests start, and at least one."""
         rate = tenant.starts.rate or self._starts.rate
         return max(1.0, tenant.num_waiting / _QUARTER) / rate if rate else UNKNOWN_RETRY_SECONDS
 
     def _refusal(self, reason: str, text: str, seconds: float) -> QueueFullError:
         self.rejections[reason] += 1
+        self._refusals.happened()
         config = self._config
         seconds = min(max(seconds, config.min_retry_seconds), config.max_retry_seconds)
         return QueueFullError(text, retry_seconds=seconds)
 
     # ---- tenants -------------------------------------------------------------------------------------------------
 
-    def _wants(self, tenant: _Tenant, seconds: float, now: float) -> None:
+    def _wants(self, tenant: Tenant, seconds: float, now: float) -> None:
         """Keeps the tenant's share for it until its clients have had the time to come back."""
         seconds = min(max(seconds, self._config.min_retry_seconds), self._config.max_retry_seconds)
         tenant.refused_until = tenant.wants_until = max(tenant.wants_until, now + 2 * seconds + 1)
         self._joins(tenant)
 
-    def _joins(self, tenant: _Tenant) -> None:
+    def _joins(self, tenant: Tenant) -> None:
         """Counts a tenant among those that have or want something."""
         if tenant not in self._active:
             self._fairness.lift(tenant, self._active)
             self._active[tenant] = None
 
-    def _place_claim(self, tenant: _Tenant, correction: float, now: float) -> Claim:
+    def _place_claim(self, tenant: Tenant, correction: float, now: float) -> Claim:
         service = tenant.service.value or self._service.value or 1.0
         run = self.run.value if tenant.run.value is None else tenant.run.value
         seconds = (self._wait.value or 0.0) + (run or 0.0) + _LEAST_SECONDS
         return Claim(correction * tenant.config.weight / service * seconds, tenant.num_open, now < tenant.refused_until)
 
-    def _token_claim(self, tenant: _Tenant, now: float) -> Claim:
+    def _token_claim(self, tenant: Tenant, now: float) -> Claim:
         unit = tenant.tokens.value or 1.0
         return Claim(tenant.config.weight, tenant.waiting_tokens, now < tenant.refused_until, unit)
 
-    def _tenant(self, name: str, now: float) -> _Tenant:
+    def _tenant(self, name: str, now: float) -> Tenant:
         tenant = self._tenants.get(name)
         if tenant is not None:
             return tenant
         if len(self._tenants) >= self._config.max_tenants:
             self._tenants = {known: each for known, each in self._tenants.items() if not each.is_idle(now)}
         if len(self._tenants) >= self._config.max_tenants and name not in self._config.tenants:
-            self._others = self._others or _Tenant("(others)", self._config.default_tenant, now)
+            self._others = self._others or Tenant("(others)", self._config.default_tenant, now)
             return self._others
-        tenant = self._tenants[name] = _Tenant(name, self._config.tenant(name), now)
+        tenant = self._tenants[name] = Tenant(name, self._config.tenant(name), now)
         return tenant
 
     def _pass(self, now: float) -> None:
         """Counts the time since the last call for the rates, and forgets tenants that want nothing any more."""
         if self._seen is not None and now > self._seen:
             seconds = now - self._seen
+            self._refusals.passed(seconds)
             if self.num_open:
                 self._ends.passed(seconds)
             if self._is_backlogged:

@@ -18,7 +18,7 @@ from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.messages import EngineFailed, EngineReady, EngineStats, FromEngine
 from jaxserve.engine.watchdog import Watchdog
 from jaxserve.frontend.admission import Admission
-from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError
+from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError, QueueFullError
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.frontend import FrontEnd
 from jaxserve.frontend.preparation_steps import Steps, finish
@@ -213,8 +213,15 @@ class AsyncFrontEnd:
         *,
         request_id: str | None = None,
     ) -> DeltaStream:
-        """Sends a request and returns its stream. Raises as `FrontEnd.submit` does, at once."""
-        self._check_accepting(prompt, params, options)
+        """Sends a request and returns its stream. Raises as `FrontEnd.submit` does, at once or, among many
+        refusals, soon.
+        """
+        try:
+            self._check_accepting(prompt, params, options)
+        except QueueFullError:
+            if self._admission is not None and (seconds := self._admission.seconds_to_refuse):
+                await asyncio.sleep(seconds)
+            raise
         self._core.check_new(request_id, options.deadline)
         steps = self._core.preparation.steps(prompt, params, options, request_id)
         size = _num_bytes(prompt)

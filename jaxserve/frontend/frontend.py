@@ -354,7 +354,7 @@ class FrontEnd:
             text = opened.output.add(token_ids, reason)
         except Exception:  # one request's text must not stop the others' streams
             _log.exception("output of request %r cannot be turned into text", opened.request_id)
-            self._forget(opened, told_engine=reason is not None)
+            self._forget(opened, FinishReason.ERROR, told_engine=reason is not None)
             return Delta(
                 opened.request_id,
                 finish_reason=FinishReason.ERROR,
@@ -370,7 +370,7 @@ class FrontEnd:
             cause = Cause.DEADLINE if reason is FinishReason.DEADLINE else Cause.REQUEST
             error = error or f"the engine ended the request with {reason.value}"
         if reason is not None:
-            self._forget(opened, told_engine=ended is not None)
+            self._forget(opened, reason, told_engine=ended is not None)
         return self._delta(opened, text, reason, error, cause)
 
     def _delta(
@@ -393,20 +393,21 @@ class FrontEnd:
 
     def _end_early(self, opened: _Open, reason: FinishReason, error: str, cause: Cause) -> Delta:
         text = opened.output.finish()
-        self._forget(opened, told_engine=bool(self._failure))
+        self._forget(opened, reason, told_engine=bool(self._failure))
         delta = self._delta(opened, text, reason, error, cause)
         assert delta is not None  # it has a finish reason
         return delta
 
-    def _forget(self, opened: _Open, told_engine: bool) -> None:
+    def _forget(self, opened: _Open, reason: FinishReason, *, told_engine: bool) -> None:
         """Closes a request.
 
-        told_engine: the engine has ended it too; else an abort is sent, and its outputs until then are ignored.
+        reason: why it ended. told_engine: the engine has ended it too; else an abort is sent, and its outputs until
+        then are ignored.
         """
         del self._open[opened.request_id]
         del self._by_engine_id[opened.engine_id]
         if opened.ticket is not None and self._admission is not None:
-            self._admission.ended(opened.ticket, opened.output.num_tokens, self._clock())
+            self._admission.ended(opened.ticket, opened.output.num_tokens, self._clock(), reason)
         if not told_engine:
             self._ending.add(opened.engine_id)
             self._send_if_alive(AbortRequest(opened.engine_id))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.frontend.shares import Claim, may_take
@@ -49,7 +49,8 @@ def test_alone_a_tenant_has_all(capacity):
     assert taken == capacity
 
 
-@given(st.lists(st.integers(1, 8), min_size=2, max_size=5), st.integers(10, 60), st.randoms(use_true_random=False))
+@settings(max_examples=20)
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.integers(10, 24), st.randoms(use_true_random=False))
 def test_all_that_want_end_at_their_shares_whoever_came_first(weights, capacity, random):
     """The first tenant fills everything; then all try at random while one unit at a time, of whomever, comes back."""
     used = [0] * len(weights)
@@ -58,7 +59,8 @@ def test_all_that_want_end_at_their_shares_whoever_came_first(weights, capacity,
     def attempt(tenant: int) -> None:
         claims = [Claim(weight, held, wants) for weight, held, wants in zip(weights, used, refused, strict=True)]
         own = claims.pop(tenant)
-        if may_take(1, own, claims, capacity, sum(used)):
+        others = [claim for claim in claims if claim.used or claim.is_refused]
+        if may_take(1, own, others, capacity, sum(used)):
             used[tenant], refused[tenant] = used[tenant] + 1, False
         else:
             refused[tenant] = True
@@ -66,7 +68,7 @@ def test_all_that_want_end_at_their_shares_whoever_came_first(weights, capacity,
     for _ in range(capacity):
         attempt(0)
     assert used[0] == capacity
-    for _ in range(40 * capacity):
+    for _ in range(12 * capacity):
         for tenant in random.sample(range(len(weights)), len(weights)):
             attempt(tenant)
         holders = [tenant for tenant, held in enumerate(used) for _ in range(held)]
@@ -77,8 +79,8 @@ def test_all_that_want_end_at_their_shares_whoever_came_first(weights, capacity,
 
 
 def test_large_amounts_are_kept_by_the_unit_of_the_other():
-    other = Claim(1.0, 0.0, unit=30.0)
-    assert may_take(70, Claim(1.0, 0.0), [other], 100, 0)
-    assert not may_take(71, Claim(1.0, 0.0), [other], 100, 0)
-    assert may_take(51, Claim(1.0, 0.0), [Claim(1.0, 0.0, is_refused=True)], 100, 0)  # one is always within its share
-    assert not may_take(41, Claim(1.0, 10.0), [Claim(1.0, 0.0, is_refused=True)], 100, 0)
+    other, refused = Claim(1.0, 0.0, unit=30.0), Claim(1.0, 0.0, is_refused=True)
+    assert may_take(60, Claim(1.0, 10.0), [other], 100, 10)
+    assert not may_take(61, Claim(1.0, 10.0), [other], 100, 10)
+    assert may_take(51, Claim(1.0, 0.0), [refused], 100, 0)  # what it has nothing beside is within its share
+    assert not may_take(41, Claim(1.0, 10.0), [refused], 100, 10)
