@@ -226,7 +226,9 @@ def line(found: dict[str, Any]) -> list[Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs every load, prints the table and writes the JSON file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overload", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.overload", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--config", default="tiny.gin")
     parser.add_argument("--policy", default="fair")
     parser.add_argument("--factors", type=float, nargs="+", default=[0.9, 1.0, 3.0])
@@ -235,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--within", type=float, default=5.0, help="seconds in which a request counts as goodput")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="mean; from half to one and a half of it")
     parser.add_argument("--output-tokens", type=int, default=64, help="mean; from half to one and a half of it")
-    parser.add_argument("--max-num-seqs", type=int, default=32)
+    parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--max-num-waiting", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gin", action="append", default=[], metavar="BINDING=VALUE")

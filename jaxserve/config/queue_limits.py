@@ -44,8 +44,9 @@ class TenantConfig:
 class QueueConfig:
     """Configures the waiting room of a server, beside SchedulerConfig.max_num_waiting.
 
-    max_waiting_tokens: tokens of the prompts of all requests without output, and the output tokens that they may take.
-    A request that exceeds it alone is let in while nothing else waits.
+    max_waiting_tokens: tokens of the prompts of all requests without output, and the output tokens that they may take:
+    max_tokens, or where a request does not say, what those of its tenant usually have (1024 while none has ended). A
+    request that exceeds it alone is let in while nothing else waits.
     max_waiting_seconds: a request is refused when it would wait longer for its first token, as predicted from the rate
     at which requests start; None never. drop_unreachable: one whose deadline cannot be met by that prediction ends with
     DEADLINE_EXCEEDED instead of waiting. Both count only while more requests are unfinished than can run, under the

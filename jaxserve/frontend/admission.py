@@ -25,6 +25,9 @@ from jaxserve.request import COMPLETED, FinishReason
 UNKNOWN_RETRY_SECONDS = 1.0
 """Seconds after which to try again while no rate of service is known."""
 
+UNKNOWN_OUTPUT = 1024
+"""Output tokens that a request without max_tokens counts with while none has ended."""
+
 _QUARTER = 4.0
 """A refused client is told to come back when about this part of the queue has been served."""
 
@@ -113,7 +116,7 @@ class Admission:
         self,
         name: str,
         prompt_tokens: int,
-        max_tokens: int,
+        max_tokens: int | None,
         now: float,
         *,
         deadline: float | None = None,
@@ -124,7 +127,7 @@ class Admission:
         Args:
             name: the tenant.
             prompt_tokens: tokens of the prompt.
-            max_tokens: output tokens that the request may take.
+            max_tokens: output tokens that the request may take; None where it does not say.
             now: the present time.
             deadline: of the request.
             ending: requests that have ended here and that the engine has yet to release.
@@ -135,6 +138,7 @@ class Admission:
         """
         self._pass(now)
         tenant = self._tenant(name, now)
+        max_tokens = self._reserved(tenant, max_tokens)
         tokens = prompt_tokens + max_tokens
         self._check_tenant(tenant, tokens, now)
         self._check_places(tenant, ending, now)
@@ -147,12 +151,12 @@ class Admission:
         return self._config.refusal_seconds if (self._refusals.rate or 0.0) > _MANY_REFUSALS else 0.0
 
     def accept(
-        self, name: str, prompt_tokens: int, max_tokens: int, now: float, *, deadline: float | None = None
+        self, name: str, prompt_tokens: int, max_tokens: int | None, now: float, *, deadline: float | None = None
     ) -> Ticket:
         """Counts a request that was checked; returns what `started` and `ended` take."""
         self._pass(now)
         tenant = self._tenant(name, now)
-        ticket = Ticket(tenant, prompt_tokens, max_tokens, now, deadline)
+        ticket = Ticket(tenant, prompt_tokens, self._reserved(tenant, max_tokens), now, deadline)
         self._joins(tenant)
         tenant.refused_until = now
         tenant.tokens.add(ticket.tokens)
@@ -194,6 +198,13 @@ class Admission:
         if tenant.token_bucket is not None:
             used = output_tokens + (ticket.prompt_tokens if ticket.started is not None else 0)
             tenant.token_bucket.take(used - ticket.tokens, now)
+
+    def _reserved(self, tenant: Tenant, max_tokens: int | None) -> int:
+        """Returns the output tokens that a request counts with: its limit, or else what the tenant's usually have."""
+        if max_tokens is not None:
+            return max_tokens
+        usual = tenant.output.value or self.output.value
+        return UNKNOWN_OUTPUT if usual is None else max(round(usual), 1)
 
     def _leaves_queue(self, ticket: Ticket) -> None:
         for counts in (self, ticket.tenant):

@@ -181,9 +181,7 @@ class FrontEnd:
         """Steps of `prepare`."""
         return self._preparation
 
-    def check_accepting(
-        self, params: SamplingParams, options: RequestOptions, prompt_tokens: int = 1, max_tokens: int | None = None
-    ) -> None:
+    def check_accepting(self, params: SamplingParams, options: RequestOptions, prompt_tokens: int = 1) -> None:
         """Raises QueueFullError, DeadlineError or EngineDeadError where `start` would, before a prompt is tokenized in
         vain.
 
@@ -191,17 +189,14 @@ class FrontEnd:
             params: of the request.
             options: of the request.
             prompt_tokens: tokens of the prompt, at least.
-            max_tokens: as resolved; None takes what params say.
         """
         if self._failure:
             raise EngineDeadError(f"the engine has ended: {self._failure}")
         if self._admission is not None:
-            if max_tokens is None:
-                max_tokens = params.max_tokens or 1
             self._admission.check(
                 options.tenant,
                 prompt_tokens,
-                max_tokens,
+                params.max_tokens,
                 self._clock(),
                 deadline=options.deadline,
                 ending=len(self._ending),
@@ -230,7 +225,7 @@ class FrontEnd:
     def start(self, prepared: Prepared) -> str:
         """Sends a prepared request to the engine and returns its id. Raises as `submit` does, but for ValueError."""
         request_id, params, options = prepared.request_id, prepared.params, prepared.options
-        self.check_accepting(params, options, len(prepared.prompt_token_ids), prepared.max_tokens)
+        self.check_accepting(params, options, len(prepared.prompt_token_ids))
         deadline = options.deadline
         self.check_new(request_id, deadline)
         now = self._clock()
@@ -258,7 +253,7 @@ class FrontEnd:
         output = self._output(prepared, stop_token_ids)
         num_tokens, ticket = len(request.prompt_token_ids), None
         if self._admission is not None:
-            ticket = self._admission.accept(options.tenant, num_tokens, request.max_tokens, now, deadline=deadline)
+            ticket = self._admission.accept(options.tenant, num_tokens, params.max_tokens, now, deadline=deadline)
         opened = _Open(request_id, request.request_id, num_tokens, deadline, output, ticket)
         self._open[request_id] = self._by_engine_id[request.request_id] = opened
         if deadline is not None:

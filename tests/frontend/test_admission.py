@@ -125,6 +125,16 @@ def test_unused_output_is_given_back_to_the_tokens_of_a_minute():
     refusal(admission, "", 1, 1)
 
 
+def test_a_request_without_a_limit_counts_with_what_others_had():
+    admission = Admission(QueueConfig(), ENGINE)
+    first = admission.accept("", 5, None, 0.0)
+    assert admission.waiting_tokens == 5 + 1024
+    admission.started(first, 0.0)
+    admission.ended(first, 7, 1.0)
+    admission.accept("", 5, None, 1.0)
+    assert admission.waiting_tokens == 5 + 7
+
+
 def test_what_is_larger_than_the_queue_is_let_in_alone():
     admission = Admission(QueueConfig(max_waiting_tokens=10), ENGINE)
     ticket = admit(admission, "", 50, 50)
@@ -275,6 +285,7 @@ class Overload:
         try:
             self.admission.check(tenant, 1, output, self.now, deadline=deadline)
         except QueueFullError as error:
+            assert error.retry_seconds is not None
             seconds = error.retry_seconds * self.random.uniform(1.0, 1.2) if pause is None else pause
             if self.now + seconds < until:
                 self.at(self.now + seconds, self.ask, tenant, output, pause, patience, until)
@@ -299,6 +310,7 @@ class Overload:
 
     def _end(self, ticket: Ticket, output: int, deadline) -> None:
         late = deadline is not None and self.now >= deadline
+        assert ticket.started is not None
         output = round(self.now - ticket.started)
         self.admission.ended(ticket, output, self.now, FinishReason.DEADLINE if late else FinishReason.LENGTH)
         self.served[ticket.tenant.name] += output
