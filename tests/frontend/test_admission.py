@@ -285,8 +285,8 @@ class Overload:
         try:
             self.admission.check(tenant, 1, output, self.now, deadline=deadline)
         except QueueFullError as error:
-            assert error.retry_seconds is not None
-            seconds = error.retry_seconds * self.random.uniform(1.0, 1.2) if pause is None else pause
+            told = error.retry_seconds or 0.0
+            seconds = told * self.random.uniform(1.0, 1.2) if pause is None else pause
             if self.now + seconds < until:
                 self.at(self.now + seconds, self.ask, tenant, output, pause, patience, until)
         except DeadlineError:
