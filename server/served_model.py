@@ -9,6 +9,7 @@ from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.serving.access.callers import Anybody, Callers
 from jaxserve.serving.access.limiter import CallLimiter
 from jaxserve.serving.problem import NoTokenizerError, UnavailableError
+from jaxserve.serving.refusal_times import RefusalTimes
 
 
 class ServedModel:
@@ -20,12 +21,14 @@ class ServedModel:
 
     Attributes:
         limiter: keeps the callers' limits, on all ports together.
+        refusal_times: of requests that were refused to be retried later, which every port adds.
     """
 
     def __init__(self, name: str, callers: Callers = Anybody()):
         self.name = name
         self.callers = callers
         self.limiter = CallLimiter()
+        self.refusal_times = RefusalTimes()
         self._frontend: AsyncFrontEnd | None = None
         self._tokenizer: Tokenizer | None = None
         self._ready_since = time.monotonic()

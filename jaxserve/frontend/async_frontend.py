@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.messages import EngineFailed, EngineReady, EngineStats, FromEngine
 from jaxserve.engine.watchdog import Watchdog
-from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError
+from jaxserve.frontend.admission import Admission
+from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError, QueueFullError
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.frontend import FrontEnd
 from jaxserve.frontend.preparation_steps import Steps, finish
@@ -164,6 +165,7 @@ class AsyncFrontEnd:
         on_tokens: is told of tokens to be charged to an owner: those of a prompt when it is sent to the engine, those
             of an output when it ends.
         log_prompts: logs each request's prompt.
+        admission: decides which requests are let in; None bounds their number alone.
     """
 
     def __init__(
@@ -176,13 +178,15 @@ class AsyncFrontEnd:
         step_timeout: float | None = None,
         on_tokens: Callable[[str, int], None] | None = None,
         log_prompts: bool = False,
+        admission: Admission | None = None,
     ):
         self._max_unread_tokens = max_unread_tokens
         self._loop = asyncio.get_running_loop()
         # An engine on the CPU computes on the very cores that stream its tokens.
         share = CPU_SHARE if client.ready.info.platform == "cpu" else 1.0
         self._reader = EngineReader(client, self._loop, share)
-        self._core = FrontEnd(self._reader, tokenizer, seed=seed)
+        self._core = FrontEnd(self._reader, tokenizer, seed=seed, admission=admission)
+        self._admission = admission
         self._streams: dict[tuple[str, str], DeltaStream] = {}  # by owner and request id
         self._on_tokens = on_tokens
         self._log_prompts = log_prompts
@@ -210,6 +214,11 @@ class AsyncFrontEnd:
         return self._core.stats
 
     @property
+    def admission(self) -> Admission | None:
+        """What decides which requests are let in, for its counts."""
+        return self._admission
+
+    @property
     def failure(self) -> str:
         """The engine's last line once it has ended; empty while it runs."""
         return self._core.failure
@@ -228,8 +237,15 @@ class AsyncFrontEnd:
         request_id: str | None = None,
         owner: str = "",
     ) -> DeltaStream:
-        """Sends a request and returns its stream. Raises as `FrontEnd.submit` does, at once."""
-        self._check_accepting()
+        """Sends a request and returns its stream. Raises as `FrontEnd.submit` does, at once or, among many
+        refusals, soon.
+        """
+        try:
+            self._check_accepting(prompt, params, options)
+        except QueueFullError:
+            if self._admission is not None and (seconds := self._admission.seconds_to_refuse):
+                await asyncio.sleep(seconds)
+            raise
         self._core.check_new(request_id, options.deadline, owner)
         steps = self._core.preparation.steps(prompt, params, options, request_id)
         size = _num_bytes(prompt)
@@ -237,7 +253,7 @@ class AsyncFrontEnd:
             prepared = finish(steps)
         else:
             prepared = await self._work_until(options.deadline, steps, size)
-            self._check_accepting()
+            self._check_open()
         request_id = self._core.start(prepared, owner)
         stream = self._streams[owner, request_id] = DeltaStream(self, request_id, owner)
         self._charge(owner, len(prepared.prompt_token_ids))
@@ -373,10 +389,13 @@ class AsyncFrontEnd:
         """Kills a hung engine without asking it; `close` reports the outcome."""
         self._reader.kill()
 
-    def _check_accepting(self) -> None:
+    def _check_accepting(self, prompt: str | Sequence[int], params: SamplingParams, options: RequestOptions) -> None:
+        self._check_open()
+        self._core.check_accepting(params, options, self._core.preparation.least_tokens(prompt))
+
+    def _check_open(self) -> None:
         if self._closing:
             raise EngineDeadError(self._closing)
-        self._core.check_accepting()
 
     def _handle(self, messages: Sequence[FromEngine]) -> None:
         for message in messages:

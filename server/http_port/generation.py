@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from jaxserve.config.http_config import HttpConfig
 from jaxserve.config.shown import shown
 from jaxserve.frontend.async_frontend import AsyncFrontEnd, DeltaStream
-from jaxserve.frontend.delta import Delta
+from jaxserve.frontend.delta import Delta, QueueFullError
 from jaxserve.frontend.openai import COMPLETIONS_URL, BodyRequest, Dialect, parse_body
 from jaxserve.frontend.openai_responses import Answer, response_body
 from jaxserve.request import check_identity
@@ -56,6 +56,7 @@ class Generation:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received = time.perf_counter()
         exchange = Exchange(scope, receive, send, self._max_body_bytes)
         try:
             await self._serve(exchange)
@@ -63,6 +64,8 @@ class Generation:
             return
         except Exception as error:
             await exchange.fail(error)
+            if isinstance(error, QueueFullError):
+                self._served.refusal_times.observe(time.perf_counter() - received)
 
     async def _serve(self, exchange: Exchange) -> None:
         request_id = request_id_of(exchange)
