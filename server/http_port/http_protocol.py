@@ -38,6 +38,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._limits = limits
         self._max_header_bytes = max_header_bytes
         self._head_bytes = 0
+        self._unseen_bytes = 0  # since the parser last passed something on: what it keeps, of a trailer say
+        self._has_news = False
         self._in_head = True
         self._in_body = False
         self._refused = False
@@ -85,6 +87,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._refused or self.parser is None:  # the connection is lost
             return
         self._unset_keepalive_if_required()
+        self._has_news = False
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -95,7 +98,8 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._in_head:
             self._head_bytes += len(data)
-        if self._head_bytes > self._max_header_bytes:
+        self._unseen_bytes = 0 if self._has_news else self._unseen_bytes + len(data)
+        if max(self._head_bytes, self._unseen_bytes) > self._max_header_bytes:
             self.refuse(
                 431,
                 f"request line and headers have over {self._max_header_bytes} bytes (max_header_bytes); send fewer",
@@ -116,7 +120,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._tracked.begins(self)
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:
+            super().on_header(name, value)
+        else:  # a trailer, which nobody asks for: it is counted and not kept
+            self._head_bytes += len(name) + len(value) + 4
+
     def on_headers_complete(self) -> None:
+        self._has_news = True
         self._in_head = False
         self._in_body = True
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -127,6 +138,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self._has_news = True
         if self._head_bytes <= self._max_header_bytes:
             super().on_body(body)
 
