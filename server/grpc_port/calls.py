@@ -24,8 +24,9 @@ from jaxserve.serving.grpc_port.status import Status
 
 _log = logging.getLogger("jaxserve.server")
 
-HEALTH_PREFIX = "/grpc.health.v1.Health/"
-"""Prefix of methods whose calls count neither as open nor as use of their connection, so that probes are admitted."""
+PROBES = ("/grpc.health.v1.Health/", "/vllm.grpc.engine.VllmEngine/HealthCheck")
+"""Beginnings of methods whose calls count neither as open nor as use of their connection, so that probes are
+admitted."""
 
 SWEEP_SECONDS = 0.25
 LOG_SECONDS = 5.0
@@ -59,7 +60,7 @@ class Call:
     @property
     def is_probe(self) -> bool:
         """Whether it is a health check."""
-        return self.method.startswith(HEALTH_PREFIX)
+        return self.method.startswith(PROBES)
 
     def bytes_unread(self) -> int:
         """Bytes of responses that wait for the client."""
