@@ -101,17 +101,18 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
 
     # ---- what the gateway asks about the worker ----
 
+    @errors_as_status
     async def HealthCheck(self, request: pb.HealthCheckRequest, context: Context) -> pb.HealthCheckResponse:
-        served = self._served
-        if served.is_ready:
+        # Until the model is loaded it is an error: a gateway takes any answer for a worker that it can ask for its
+        # model, and asks once.
+        frontend = self._served.started()
+        if self._served.is_ready:
             message = "ready"
-        elif served.draining:
+        elif self._served.draining:
             message = "the server is shutting down"
-        elif served.frontend is None:
-            message = "the model is not loaded yet"
         else:
-            message = f"the engine has ended: {shown(served.frontend.failure)}"
-        return pb.HealthCheckResponse(healthy=served.is_ready, message=message)
+            message = f"the engine has ended: {shown(frontend.failure)}"
+        return pb.HealthCheckResponse(healthy=self._served.is_ready, message=message)
 
     @errors_as_status
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:

@@ -1,0 +1,136 @@
+"""Starts workers and a gateway in front of them on this machine, and ends them together.
+
+    python -m jaxserve.serving.deploy.gateway --smg .venv-gateway/bin/smg --config tiny.gin [--gin.BINDING=VALUE ...]
+
+The gateway is the program of the package smg, in an environment of its own; docs/gateway.md says what it adds. A worker
+that ends is reported and not replaced: the gateway goes on with the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+
+_LOOK_SECONDS = 0.5
+_END_SECONDS = 60.0
+"""Time that the processes have to end by themselves: a worker lets its requests finish for ServerConfig.drain_seconds.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs until a signal, or until the gateway or every worker has ended; returns the exit code."""
+    options, bindings = _parser().parse_known_args(arguments)
+    if wrong := [binding for binding in bindings if not binding.startswith("--gin.")]:
+        _parser().error(f"{wrong[0]} is not known; bindings for the workers begin with --gin.")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    ports = [options.worker_port + index for index in range(options.workers)]
+    workers = {f"grpc://127.0.0.1:{port}": _start(worker_command(options.config, port, bindings)) for port in ports}
+    gateway = _start(gateway_command(options.smg, options.port, options.metrics_port, list(workers)))
+    try:
+        return _watch(gateway, dict(workers), options.port, stop)
+    finally:
+        _end([gateway, *workers.values()])
+
+
+def worker_command(config: str, port: int, bindings: Sequence[str]) -> list[str]:
+    """Returns the command of a worker. It serves gRPC alone: the gateway is its HTTP."""
+    own = [f"--gin.ServerConfig.port={port}", "--gin.ServerConfig.http_port=0"]
+    return [sys.executable, "-m", "jaxserve.server", "--config", config, *own, *bindings]
+
+
+def gateway_command(smg: str, port: int, metrics_port: int, worker_urls: Sequence[str]) -> list[str]:
+    """Returns the command of the gateway, which waits for the workers to be ready."""
+    return [
+        *(smg, "launch", "--host", "127.0.0.1", "--port", str(port)),
+        *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),
+        *("--worker-urls", *worker_urls, "--policy", "cache_aware"),
+        *("--health-check-interval-secs", "5", "--log-level", "warn"),
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxserve.serving.deploy.gateway",
+        description="Workers and a gateway in front of them; Ctrl-C ends all. --gin.BINDING=VALUE goes to the workers.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--smg", required=True, metavar="PATH", help="the gateway's program")
+    parser.add_argument("--config", default="tiny.gin", metavar="NAME", help="what the workers serve (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="number of workers (%(default)s)")
+    parser.add_argument("--worker-port", type=int, default=50051, metavar="PORT", help="the first's (%(default)s)")
+    parser.add_argument("--port", type=int, default=30000, help="the gateway's (%(default)s)")
+    parser.add_argument("--metrics-port", type=int, default=29000, metavar="PORT", help="its metrics' (%(default)s)")
+    return parser
+
+
+def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Starts a process that Ctrl-C does not reach, so that all end in order."""
+    return subprocess.Popen(command, start_new_session=True)
+
+
+def _watch(
+    gateway: subprocess.Popen[bytes], workers: dict[str, subprocess.Popen[bytes]], port: int, stop: threading.Event
+) -> int:
+    """Waits for `stop`, and reports what becomes of the processes."""
+    announced = False
+    while not stop.wait(_LOOK_SECONDS):
+        if (code := gateway.poll()) is not None:
+            return _fail(f"the gateway has ended with exit code {code}")
+        for url, worker in list(workers.items()):
+            if (code := worker.poll()) is not None:
+                del workers[url]
+                _say(f"worker {url} has ended with exit code {code}; {len(workers)} are left")
+        if not workers:
+            return _fail("no worker is left")
+        if not announced and num_ready(port) >= len(workers):
+            announced = True
+            _say(f"ready: OpenAI http://127.0.0.1:{port}/v1, Anthropic http://127.0.0.1:{port}; Ctrl-C ends all")
+    _say("ending the gateway and the workers")
+    return 0
+
+
+def num_ready(port: int) -> int:
+    """Returns how many workers the gateway sends requests to; 0 while it does not answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/workers")
+        workers = json.load(connection.getresponse())["workers"]
+    except (OSError, http.client.HTTPException, ValueError):
+        return 0
+    finally:
+        connection.close()
+    return sum(worker["status"] == "ready" for worker in workers)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ends the processes: the gateway first, so that it sends nothing to workers that are going."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            _say(f"process {process.pid} has not ended after {_END_SECONDS:g} s and is killed")
+            process.kill()
+            process.wait()
+
+
+def _say(line: str) -> None:
+    print(f"gateway: {line}", file=sys.stderr, flush=True)
+
+
+def _fail(line: str) -> int:
+    _say(line)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
