@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _watch(gateway, dict(workers), options.port, stop)
     finally:
-        _end([gateway, *workers.values()])
+        _end([gateway])  # before the workers, so that it sends nothing to any that is going
+        _end(list(workers.values()))
 
 
 def worker_command(config: str, port: int, bindings: Sequence[str]) -> list[str]:
@@ -52,7 +53,7 @@ def gateway_command(smg: str, port: int, metrics_port: int, worker_urls: Sequenc
         *(smg, "launch", "--host", "127.0.0.1", "--port", str(port)),
         *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),
         *("--worker-urls", *worker_urls, "--policy", "cache_aware"),
-        *("--health-check-interval-secs", "5", "--log-level", "warn"),
+        *("--health-check-interval-secs", "5", "--shutdown-grace-period-secs", "30", "--log-level", "warn"),
     ]
 
 
@@ -111,7 +112,7 @@ def num_ready(port: int) -> int:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ends the processes: the gateway first, so that it sends nothing to workers that are going."""
+    """Ends processes, and waits for them."""
     for process in processes:
         process.terminate()
     for process in processes:
