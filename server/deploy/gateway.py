@@ -15,44 +15,67 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 _LOOK_SECONDS = 0.5
 _END_SECONDS = 60.0
 """Time that the processes have to end by themselves: a worker lets its requests finish for ServerConfig.drain_seconds.
 """
 
+Process = subprocess.Popen[bytes]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs until a signal, or until the gateway or every worker has ended; returns the exit code."""
-    options, bindings = _parser().parse_known_args(arguments)
+    parser = _parser()
+    options, bindings = parser.parse_known_args(arguments)
     if wrong := [binding for binding in bindings if not binding.startswith("--gin.")]:
-        _parser().error(f"{wrong[0]} is not known; bindings for the workers begin with --gin.")
+        parser.error(f"{wrong[0]} is not known; bindings for the workers begin with --gin.")
+    if options.workers < 1:
+        parser.error(f"--workers is {options.workers}; it must be at least 1")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    ports = [options.worker_port + index for index in range(options.workers)]
-    workers = {f"grpc://127.0.0.1:{port}": _start(worker_command(options.config, port, bindings)) for port in ports}
-    gateway = _start(gateway_command(options.smg, options.port, options.metrics_port, list(workers)))
+    addresses = [f"127.0.0.1:{options.worker_port + index}" for index in range(options.workers)]
+    workers: dict[str, Process] = {}
+    gateways: list[Process] = []
     try:
-        return _watch(gateway, dict(workers), options.port, stop)
+        for address in addresses:
+            workers[address] = _start(worker_command(options.config, address, bindings))
+        _wait_until_serving(workers, stop)
+        if not stop.is_set():
+            gateways.append(_start(gateway_command(options.smg, options.port, options.metrics_port, addresses)))
+            _watch(gateways[0], dict(workers), options.port, stop)
+    except (_EndedError, OSError) as error:  # OSError: the program is not there
+        _say(str(error))
+        return 1
     finally:
-        _end([gateway])  # before the workers, so that it sends nothing to any that is going
+        _end(gateways)  # before the workers, so that it sends nothing to any that is going
         _end(list(workers.values()))
+    return 0
 
 
-def worker_command(config: str, port: int, bindings: Sequence[str]) -> list[str]:
+class _EndedError(Exception):
+    """A process has ended without which the others are of no use."""
+
+
+def worker_command(config: str, address: str, bindings: Sequence[str]) -> list[str]:
     """Returns the command of a worker. It serves gRPC alone: the gateway is its HTTP."""
+    port = address.rpartition(":")[2]
     own = [f"--gin.ServerConfig.port={port}", "--gin.ServerConfig.http_port=0"]
     return [sys.executable, "-m", "jaxserve.server", "--config", config, *own, *bindings]
 
 
-def gateway_command(smg: str, port: int, metrics_port: int, worker_urls: Sequence[str]) -> list[str]:
-    """Returns the command of the gateway, which waits for the workers to be ready."""
+def gateway_command(smg: str, port: int, metrics_port: int, addresses: Sequence[str]) -> list[str]:
+    """Returns the command of the gateway. addresses: of the workers."""
     return [
         *(smg, "launch", "--host", "127.0.0.1", "--port", str(port)),
         *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),
-        *("--worker-urls", *worker_urls, "--policy", "cache_aware"),
+        *("--worker-urls", *(f"grpc://{address}" for address in addresses), "--policy", "cache_aware"),
         *("--health-check-interval-secs", "5", "--shutdown-grace-period-secs", "30", "--log-level", "warn"),
     ]
 
@@ -72,30 +95,49 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str]) -> Process:
     """Starts a process that Ctrl-C does not reach, so that all end in order."""
     return subprocess.Popen(command, start_new_session=True)
 
 
-def _watch(
-    gateway: subprocess.Popen[bytes], workers: dict[str, subprocess.Popen[bytes]], port: int, stop: threading.Event
-) -> int:
-    """Waits for `stop`, and reports what becomes of the processes."""
+def _wait_until_serving(workers: Mapping[str, Process], stop: threading.Event) -> None:
+    """Waits until every worker takes requests, or for `stop`. Raises _EndedError."""
+    waiting = dict(workers)
+    while waiting and not stop.wait(_LOOK_SECONDS):
+        for address, worker in list(waiting.items()):
+            if (code := worker.poll()) is not None:
+                raise _EndedError(f"worker {address} has ended with exit code {code}")
+            if is_serving(address):
+                del waiting[address]
+
+
+def is_serving(address: str) -> bool:
+    """Returns whether a worker takes requests, as its health service says."""
+    with grpc.insecure_channel(address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+        except grpc.RpcError:
+            return False
+    return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def _watch(gateway: Process, workers: dict[str, Process], port: int, stop: threading.Event) -> None:
+    """Reports what becomes of the processes, until `stop`. Raises _EndedError."""
     announced = False
     while not stop.wait(_LOOK_SECONDS):
         if (code := gateway.poll()) is not None:
-            return _fail(f"the gateway has ended with exit code {code}")
-        for url, worker in list(workers.items()):
+            raise _EndedError(f"the gateway has ended with exit code {code}")
+        for address, worker in list(workers.items()):
             if (code := worker.poll()) is not None:
-                del workers[url]
-                _say(f"worker {url} has ended with exit code {code}; {len(workers)} are left")
+                del workers[address]
+                _say(f"worker {address} has ended with exit code {code}; {len(workers)} left")
         if not workers:
-            return _fail("no worker is left")
+            raise _EndedError("no worker is left")
         if not announced and num_ready(port) >= len(workers):
             announced = True
             _say(f"ready: OpenAI http://127.0.0.1:{port}/v1, Anthropic http://127.0.0.1:{port}; Ctrl-C ends all")
     _say("ending the gateway and the workers")
-    return 0
 
 
 def num_ready(port: int) -> int:
@@ -111,7 +153,7 @@ def num_ready(port: int) -> int:
     return sum(worker["status"] == "ready" for worker in workers)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _end(processes: Sequence[Process]) -> None:
     """Ends processes, and waits for them."""
     for process in processes:
         process.terminate()
@@ -126,11 +168,6 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def _say(line: str) -> None:
     print(f"gateway: {line}", file=sys.stderr, flush=True)
-
-
-def _fail(line: str) -> int:
-    _say(line)
-    return 1
 
 
 if __name__ == "__main__":
