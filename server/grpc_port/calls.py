@@ -24,7 +24,8 @@ from jaxserve.serving.grpc_port.status import Status
 
 _log = logging.getLogger("jaxserve.server")
 
-PROBES = ("/grpc.health.v1.Health/", "/vllm.grpc.engine.VllmEngine/HealthCheck")
+HEALTH_PREFIX = "/grpc.health.v1.Health/"
+PROBES = (HEALTH_PREFIX, "/vllm.grpc.engine.VllmEngine/HealthCheck")
 """Beginnings of methods whose calls count neither as open nor as use of their connection, so that probes are
 admitted."""
 

@@ -36,6 +36,9 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 _NEUTRAL_REQUEST: Mapping[str, tuple[Any, ...]] = {"kv_transfer_params_json": ("",), "data_parallel_rank": (0,)}
 _REQUEST = frozenset({"request_id", "tokenized", "text", "sampling_params", "stream"})
 
+_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORT: "abort"}
+"""The gateway's words for finish reasons; the others are statuses, and its fourth, error, is never sent."""
+
 _NUMBERS = {name: field.number for name, field in pb.GenerateRequest.DESCRIPTOR.fields_by_name.items()}
 _ORIGINAL_TEXT = pb.TokenizedInput.DESCRIPTOR.fields_by_name["original_text"].number
 
@@ -135,7 +138,7 @@ def complete(delta: Delta, output_ids: Sequence[int], params: SamplingParams) ->
     assert delta.finish_reason is not None
     answer = pb.GenerateComplete(
         output_ids=output_ids,
-        finish_reason=delta.finish_reason.value,
+        finish_reason=_REASONS[delta.finish_reason],
         prompt_tokens=delta.prompt_tokens,
         completion_tokens=len(output_ids),
         cached_tokens=delta.cached_tokens,

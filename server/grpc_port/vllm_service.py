@@ -24,11 +24,11 @@ from jaxserve.config.shown import shown
 from jaxserve.frontend.async_frontend import DeltaStream
 from jaxserve.request import SamplingParams
 from jaxserve.serving.access.callers import Caller
-from jaxserve.serving.access.request_headers import options_from_headers
+from jaxserve.serving.access.request_headers import request_options
 from jaxserve.serving.grpc_port import vllm_convert as convert
 from jaxserve.serving.grpc_port.convert import refuse_unknown_fields
 from jaxserve.serving.grpc_port.oversized import CheckPromptBytes
-from jaxserve.serving.grpc_port.service import BYTES_PER_TOKEN, Context, call_deadline, errors_as_status
+from jaxserve.serving.grpc_port.service import _BYTES_PER_TOKEN, Context, _call_deadline, _errors_as_status
 from jaxserve.serving.grpc_port.tokenizer_bundle import tokenizer_zip
 from jaxserve.serving.grpc_port.vllm_load import ForwardedRequest, LoadRecord
 from jaxserve.serving.problem import NotFoundError, UnsupportedError, check_delta
@@ -70,7 +70,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
 
     # ---- requests ----
 
-    @errors_as_status
+    @_errors_as_status
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         caller = self._caller(context)
         frontend = self._served.accepting()
@@ -80,15 +80,15 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         prompt = convert.prompt_from_proto(request)
         frontend.check_size(prompt, params)  # before anything whose cost grows with it
         refuse_unknown_fields(request, request.sampling_params, request.tokenized)
-        options = options_from_headers(caller, _headers(context), time.time(), call_deadline(context))
+        options = request_options(caller, _headers(context), deadline=_call_deadline(context))
         streams = request.stream
         stream = await frontend.submit(prompt, params, options, request_id=request.request_id or None)
-        context.set_backlog(lambda: stream.num_unread * BYTES_PER_TOKEN)
+        context.set_backlog(lambda: stream.num_unread * _BYTES_PER_TOKEN)
         with self._load.forwarded(len(prompt)) as forwarded:
             async with stream:  # left early, it aborts the request
                 await _answer(stream, params, streams, context, forwarded)
 
-    @errors_as_status
+    @_errors_as_status
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         self._caller(context)
         refuse_unknown_fields(request)
@@ -101,7 +101,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
 
     # ---- what the gateway asks about the worker ----
 
-    @errors_as_status
+    @_errors_as_status
     async def HealthCheck(self, request: pb.HealthCheckRequest, context: Context) -> pb.HealthCheckResponse:
         # Until the model is loaded it is an error: a gateway takes any answer for a worker that it can ask for its
         # model, and asks once.
@@ -114,7 +114,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             message = f"the engine has ended: {shown(frontend.failure)}"
         return pb.HealthCheckResponse(healthy=self._served.is_ready, message=message)
 
-    @errors_as_status
+    @_errors_as_status
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         self._caller(context)
         refuse_unknown_fields(request)
@@ -137,7 +137,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             answer.pad_token_id = tokenizer.pad_token_id or 0
         return answer
 
-    @errors_as_status
+    @_errors_as_status
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
         self._caller(context)
         refuse_unknown_fields(request)
@@ -157,7 +157,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             max_num_seqs=ready.max_num_seqs,
         )
 
-    @errors_as_status
+    @_errors_as_status
     async def GetLoads(self, request: pb.GetLoadsRequest, context: Context) -> pb.GetLoadsResponse:
         self._caller(context)
         refuse_unknown_fields(request)
@@ -171,7 +171,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             loads=[self._load.measured(frontend.stats, frontend.ready, time.monotonic())],
         )
 
-    @errors_as_status
+    @_errors_as_status
     async def GetTokenizer(self, request: common_pb2.GetTokenizerRequest, context: Context) -> None:
         self._caller(context)
         refuse_unknown_fields(request)
@@ -187,27 +187,27 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
 
     # ---- what this server does not do ----
 
-    @errors_as_status
+    @_errors_as_status
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         raise self._unsupported(context, "Embed: this server generates, and computes no embeddings yet")
 
-    @errors_as_status
+    @_errors_as_status
     async def FlushCache(
         self, request: common_pb2.FlushCacheRequest, context: Context
     ) -> common_pb2.FlushCacheResponse:
         raise self._unsupported(context, "FlushCache: this server keeps no prefix cache yet")
 
-    @errors_as_status
+    @_errors_as_status
     async def StartProfile(
         self, request: common_pb2.StartProfileRequest, context: Context
     ) -> common_pb2.ProfileResponse:
         raise self._unsupported(context, "StartProfile: this server takes no profiles through this service yet")
 
-    @errors_as_status
+    @_errors_as_status
     async def StopProfile(self, request: common_pb2.StopProfileRequest, context: Context) -> common_pb2.ProfileResponse:
         raise self._unsupported(context, "StopProfile: this server takes no profiles through this service yet")
 
-    @errors_as_status
+    @_errors_as_status
     async def SubscribeKvEvents(self, request: common_pb2.SubscribeKvEventsRequest, context: Context) -> None:
         raise self._unsupported(
             context, "SubscribeKvEvents: this server publishes no events of its KV cache yet; poll GetLoads"
