@@ -1,4 +1,5 @@
 # make run     set up .venv and serve the default model over gRPC
+# make gateway  two workers on this machine behind one OpenAI and Anthropic endpoint (docs/gateway.md)
 # make test    set up .venv and run every check: ruff, pyright, import contracts, tests
 # make test-all       every check with property tests of 20 times as many cases, drawn anew, and the tests marked `long`
 # make gpu-compiler    what .venv needs to compile for a GPU that is not here (python -m jaxserve.compile --target h200)
@@ -6,7 +7,7 @@
 #   PYTHON=python3.12      the Python that makes the environment (3.11 or newer)
 #   VENV=.venv-312         where the environment stands; a second one does not disturb the first
 #   JAX_VERSION=0.11.2     pins jax; without it the newest jax that pyproject.toml and the Python allow
-#   CONFIG=llama.gin       what `make run` serves; ARGS="--gin.BINDING=VALUE ..." is handed on
+#   CONFIG=llama.gin       what `make run` and `make gateway` serve; ARGS="--gin.BINDING=VALUE ..." is handed on
 #   WORKERS=2              processes that run the tests at once; 0 runs them in pytest's own
 #   PYTEST_ARGS="-k page"  handed on to pytest
 
@@ -23,6 +24,10 @@ PYTEST_ARGS ?=
 # compare with recorded numbers.
 TORCH_VERSION := 2.13.0
 TORCH := torch==$(TORCH_VERSION)$(if $(filter Linux,$(shell uname -s)),+cpu)
+
+# The gateway has an environment of its own: what it needs is not ours to choose.
+SMG := smg==1.13.0
+SMG_VENV := .venv-gateway
 
 PROTOC := grpcio-tools==1.80.0
 
@@ -46,6 +51,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
 JAX_PIN := $(if $(JAX_VERSION),jax==$(JAX_VERSION))
 RUN_STAMP := $(VENV)/.installed-run-$(or $(JAX_VERSION),newest)
+GATEWAY_STAMP := $(VENV)/.installed-gateway-$(or $(JAX_VERSION),newest)
 TEST_STAMP := $(VENV)/.installed-test-$(or $(JAX_VERSION),newest)
 
 # XLA's compiler for GPUs is jax's CUDA plugin of the same version; with it CUDA's assembler and device library, pinned:
@@ -55,13 +61,16 @@ CUDA12_TOOLKIT := nvidia-cuda-nvcc-cu12==12.9.86
 CUDA13_TOOLKIT := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all lint format pytest venv gpu-compiler protos clean
+.PHONY: help run gateway test test-all lint format pytest venv gpu-compiler protos clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
 run: $(RUN_STAMP)
 	$(BIN)/python -m jaxserve.server --config $(CONFIG) $(ARGS)
+
+gateway: $(GATEWAY_STAMP) $(SMG_VENV)/bin/smg
+	$(BIN)/python -m jaxserve.serving.deploy.gateway --smg $(SMG_VENV)/bin/smg --config $(CONFIG) $(ARGS)
 
 test: lint pytest
 
@@ -96,7 +105,7 @@ protos:
 	    $$(find jaxserve/serving/protos/ -name '*.proto' | sort)
 
 clean:
-	rm -rf $(VENV) $(VENV)-protos build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-protos $(SMG_VENV) build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -109,6 +118,15 @@ $(RUN_STAMP): pyproject.toml | $(BIN)/python
 	@echo "Installing jaxserve and what it needs into $(VENV); a minute or two"
 	$(PIP_INSTALL) -e . $(JAX_PIN)
 	@touch $@
+
+$(GATEWAY_STAMP): pyproject.toml | $(BIN)/python
+	@echo "Installing jaxserve, what it needs and what gateways speak into $(VENV); a minute or two"
+	$(PIP_INSTALL) -e '.[gateway]' $(JAX_PIN)
+	@touch $@
+
+$(SMG_VENV)/bin/smg:
+	$(MAKE) $(SMG_VENV)/bin/python VENV=$(SMG_VENV)
+	$(SMG_VENV)/bin/python -m pip --disable-pip-version-check install -q $(SMG)
 
 $(TEST_STAMP): pyproject.toml | $(BIN)/python
 	@echo "Installing jaxserve, what it needs and its test tools into $(VENV); a minute or two"

@@ -73,6 +73,10 @@ class NoTokenizerError(RuntimeError):
     """Text must be encoded or decoded by a server that has no tokenizer."""
 
 
+class UnsupportedError(RuntimeError):
+    """A known protocol has this call, and this server does not answer it."""
+
+
 class SlowReaderError(RuntimeError):
     """Too much output was queued for a client that does not read it."""
 
@@ -95,6 +99,7 @@ _CODES: tuple[tuple[type[Exception], Code], ...] = (
     (ForbiddenError, Code.PERMISSION_DENIED),
     (NotFoundError, Code.NOT_FOUND),
     (NoTokenizerError, Code.UNIMPLEMENTED),
+    (UnsupportedError, Code.UNIMPLEMENTED),
     (RequestFailedError, Code.INTERNAL),
     (ValueError, Code.INVALID_ARGUMENT),
 )

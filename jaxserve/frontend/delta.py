@@ -66,6 +66,7 @@ class Delta:
         text: new since the previous delta.
         error: one line; set when finish_reason is ABORT, DEADLINE or ERROR.
         cause: set when finish_reason is ABORT, DEADLINE or ERROR.
+        stop_string: the stop string that ended the output.
         prompt_tokens: of the whole prompt.
         cached_tokens: of the whole prompt.
         output_tokens: so far, these included.
@@ -77,6 +78,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     error: str = ""
     cause: Cause | None = None
+    stop_string: str | None = None
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0

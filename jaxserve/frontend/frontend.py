@@ -392,6 +392,7 @@ class FrontEnd:
             finish_reason=reason,
             error=error,
             cause=cause,
+            stop_string=opened.output.stop_string if reason is FinishReason.STOP else None,
             prompt_tokens=opened.prompt_tokens,
             output_tokens=opened.output.num_tokens,
             cached_tokens=opened.cached_tokens,

@@ -42,6 +42,11 @@ class OutputState:
         return self._stop.stopped
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended the output; None while none has."""
+        return self._stop.found
+
+    @property
     def num_tokens(self) -> int:
         """Number of tokens known to belong to the output."""
         return self._stop.num_tokens

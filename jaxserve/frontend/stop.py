@@ -27,8 +27,11 @@ class _Gap:
 
 @dataclasses.dataclass(frozen=True)
 class _Match:
-    """Records an occurrence of a stop string: text positions [start, end), completed by token `num_tokens` (from 1)."""
+    """Records an occurrence of the stop string `text`: positions [start, end), completed by token `num_tokens` (from
+    1).
+    """
 
+    text: str
     start: int
     end: int
     num_tokens: int
@@ -84,6 +87,11 @@ class StopStrings:
     def stopped(self) -> bool:
         """Whether a stop string has been found: `num_tokens` is final, and no more may be added."""
         return self._decided
+
+    @property
+    def found(self) -> str | None:
+        """The stop string that has ended the output; None while none has."""
+        return self._match.text if self._decided and self._match is not None else None
 
     @property
     def num_tokens(self) -> int:
@@ -153,7 +161,7 @@ class StopStrings:
             self._end += 1
             for matcher in self._matchers:
                 if matcher.feed(character) and self._num_tokens >= self._min_tokens:
-                    self._note(_Match(self._end - len(matcher.text), self._end, self._num_tokens))
+                    self._note(_Match(matcher.text, self._end - len(matcher.text), self._end, self._num_tokens))
 
     def _decide(self) -> str:
         """Returns the text that no stop string can begin in; all of it, when a match is decided."""

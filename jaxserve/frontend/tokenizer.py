@@ -46,6 +46,7 @@ class Tokenizer:
         self._directory = pathlib.Path(directory)
         self._transformers = _load(self._directory)
         self._backend: tokenizers.Tokenizer = self._transformers.backend_tokenizer
+        self._cuts_or_pads = bool(self._backend.truncation or self._backend.padding)
         # tokenizer.json may carry the training run's truncation and padding; a prompt is never cut or padded.
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -60,6 +61,27 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Exclusive upper bound of token ids, added tokens included; the model's vocabulary may be larger (padding)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def directory(self) -> pathlib.Path:
+        """The directory that it was loaded from."""
+        return self._directory
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._transformers.bos_token_id
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._transformers.pad_token_id
+
+    def own_json(self) -> str | None:
+        """Returns the tokenizer.json that encodes as this tokenizer does, where the directory's does not: where there
+        is none, or one that cuts or pads. None where the directory's does.
+        """
+        if (self._directory / "tokenizer.json").is_file() and not self._cuts_or_pads:
+            return None
+        return self._backend.to_str()
 
     @property
     def has_chat_template(self) -> bool:

@@ -19,14 +19,14 @@ from google.protobuf.message import DecodeError
 
 from jaxserve.serving.access.callers import Anybody, Caller, Callers
 from jaxserve.serving.access.limiter import CallLimiter
-from jaxserve.serving.grpc_port.calls import HEALTH_PREFIX, Call, OpenCalls, rpc_task
+from jaxserve.serving.grpc_port.calls import GATEWAY_HEALTH, HEALTH_PREFIX, Call, OpenCalls, rpc_task
 from jaxserve.serving.grpc_port.oversized import check_few_fields
 from jaxserve.serving.grpc_port.status import Status, status_of
 from jaxserve.serving.problem import CallerLimitError, UnauthenticatedError
 
 _EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]  made at run time
 
-OPEN_METHODS = frozenset({HEALTH_PREFIX + "Check", HEALTH_PREFIX + "Watch"})
+OPEN_METHODS = frozenset({HEALTH_PREFIX + "Check", HEALTH_PREFIX + "Watch", GATEWAY_HEALTH})
 """Methods that may be called without a key: probes have none."""
 
 _LARGE = 256 * 1024

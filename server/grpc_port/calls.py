@@ -25,7 +25,10 @@ from jaxserve.serving.grpc_port.status import Status
 _log = logging.getLogger("jaxserve.server")
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
-"""Prefix of methods whose calls count neither as open nor as use of their connection, so that probes are admitted."""
+GATEWAY_HEALTH = "/vllm.grpc.engine.VllmEngine/HealthCheck"
+PROBES = (HEALTH_PREFIX, GATEWAY_HEALTH)
+"""Beginnings of methods whose calls count neither as open nor as use of their connection, so that probes are
+admitted."""
 
 SWEEP_SECONDS = 0.25
 LOG_SECONDS = 5.0
@@ -61,7 +64,7 @@ class Call:
     @property
     def is_probe(self) -> bool:
         """Whether it is a health check."""
-        return self.method.startswith(HEALTH_PREFIX)
+        return self.method.startswith(PROBES)
 
     def bytes_unread(self) -> int:
         """Bytes of responses that wait for the client."""

@@ -1,4 +1,4 @@
-"""Runs the gRPC server: a port, the JaxServe service, grpc.health.v1 and reflection.
+"""Runs the gRPC server: a port, the JaxServe service, the one that gateways speak, grpc.health.v1 and reflection.
 
 It listens before the model is loaded, so that a port in use is found at once and probes see NOT_SERVING meanwhile.
 """
@@ -6,6 +6,9 @@ It listens before the model is loaded, so that a port in use is found at once an
 from __future__ import annotations
 
 import asyncio
+import functools
+import importlib
+import importlib.util
 import logging
 from typing import Any
 
@@ -20,12 +23,14 @@ from jaxserve.serving.grpc_port import health
 from jaxserve.serving.grpc_port.call_interceptor import CallInterceptor
 from jaxserve.serving.grpc_port.calls import OpenCalls, note_rpc_tasks
 from jaxserve.serving.grpc_port.connections import ConnectionGuard, connection_limit, reserve
-from jaxserve.serving.grpc_port.oversized import OversizedInterceptor
+from jaxserve.serving.grpc_port.oversized import GENERATE, OversizedInterceptor, check_generate
 from jaxserve.serving.grpc_port.service import JaxServeService
 from jaxserve.serving.memory_return import return_memory
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 from jaxserve.serving.served_model import ServedModel
+
+_log = logging.getLogger("jaxserve.server")
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["JaxServe"].full_name
 _CLOSE_SECONDS = 1.0
@@ -75,19 +80,27 @@ class GrpcServer:
         note_rpc_tasks(asyncio.get_running_loop())
         logging.getLogger("grpc._cython.cygrpc").addFilter(_client_gone_in_a_line)
         self._watches: list[asyncio.Task[None]] = []
-        self._service = JaxServeService(served)
+        service = JaxServeService(served)
+        gateways = _gateway_service(served)
+        checks = {GENERATE: functools.partial(check_generate, check_prompt_bytes=service.check_prompt_bytes)}
+        if gateways is not None:
+            checks.update(gateways.oversized_checks(service.check_prompt_bytes))
         self._server = grpc.aio.server(
             interceptors=(
                 CallInterceptor(self.calls, served.callers, served.limiter),
-                OversizedInterceptor(self._service.check_prompt_bytes),
+                OversizedInterceptor(checks),
             ),
             options=_options(max_message_bytes, max_connections, limits),
         )
         self._health = health.HealthService(limits.max_health_watches)
-        pb_grpc.add_JaxServeServicer_to_server(self._service, self._server)
+        pb_grpc.add_JaxServeServicer_to_server(service, self._server)
+        self._services = [SERVICE_NAME]
+        if gateways is not None:
+            gateways.add_to(self._server)
+            self._services.append(gateways.name)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if reflection_enabled:
-            services = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            services = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(services, self._server)
         self._tls = tls
 
@@ -133,8 +146,16 @@ class GrpcServer:
         return address_of(self.host, self.port)
 
     def _set_health(self, status: Any) -> None:
-        for service in ("", SERVICE_NAME):
+        for service in ("", *self._services):
             self._health.set(service, status)
+
+
+def _gateway_service(served: ServedModel) -> Any | None:
+    """Returns the service that gateways speak; None, with a line in the log, where its package is not installed."""
+    if importlib.util.find_spec("smg_grpc_proto") is None:
+        _log.info("gateways are not served: smg-grpc-proto is not installed (pip install 'jaxserve[gateway]')")
+        return None
+    return importlib.import_module("jaxserve.serving.grpc_port.vllm_service").VllmEngineService(served)
 
 
 def _client_gone_in_a_line(record: logging.LogRecord) -> bool:

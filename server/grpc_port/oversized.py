@@ -7,7 +7,7 @@ can be measured without that.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 import grpc
@@ -15,16 +15,17 @@ from google.protobuf.message import DecodeError
 
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
-_LARGE = 256 * 1024
+LARGE = 256 * 1024
 """Message size in bytes from which its fields are measured."""
-_MEASURED = 64 * 1024
+MEASURED = 64 * 1024
 """Message size in bytes from which its fields are counted."""
-_MAX_PARAMS_BYTES = 64 * 1024
+MAX_PARAMS_BYTES = 64 * 1024
 """Limit on bytes of sampling parameters; the most and longest stop strings take a third of it."""
-_MAX_FIELDS = 64
-"""Limit on fields of one request."""
+MAX_FIELDS = 64
+"""Limit on fields of one request. A request has a dozen; only a repeated field can have more, and is one field as
+clients send it."""
 
-_GENERATE = f"/{pb.DESCRIPTOR.services_by_name['JaxServe'].full_name}/Generate"
+GENERATE = f"/{pb.DESCRIPTOR.services_by_name['JaxServe'].full_name}/Generate"
 _PARAMS, _TEXT, _TOKEN_IDS = (
     pb.GenerateRequest.DESCRIPTOR.fields_by_name[name].number for name in ("sampling_params", "text", "token_ids")
 )
@@ -38,12 +39,13 @@ class OversizedInterceptor(grpc.aio.ServerInterceptor):
     them.
 
     Args:
-        check_prompt_bytes: raises ValueError for a prompt of too many bytes, of text or else of a TokenIds message.
+        checks: by method, a function that raises ValueError or DecodeError for an unparsed request; it is called for
+            large ones.
     """
 
-    def __init__(self, check_prompt_bytes: CheckPromptBytes) -> None:
-        self._check_prompt_bytes = check_prompt_bytes
-        self._made: tuple[Any, Any] = (None, None)
+    def __init__(self, checks: Mapping[str, Callable[[bytes], None]]) -> None:
+        self._checks = checks
+        self._made: dict[str, tuple[Any, Any]] = {}
 
     async def intercept_service(
         self,
@@ -51,41 +53,40 @@ class OversizedInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method != _GENERATE:
+        method = handler_call_details.method
+        if handler is None or method not in self._checks:
             return handler
         # Of one handler always the same is made, as interceptors around this one may keep what they make of it.
-        made_of, checking = self._made
+        made_of, checking = self._made.get(method, (None, None))
         if made_of is not handler:
-            checking = grpc.unary_stream_rpc_method_handler(
-                handler.unary_stream,
-                request_deserializer=_checking(handler.request_deserializer, self._check_prompt_bytes),
+            make = (
+                (grpc.unary_stream_rpc_method_handler, handler.unary_stream)
+                if handler.response_streaming
+                else (grpc.unary_unary_rpc_method_handler, handler.unary_unary)
+            )
+            checking = make[0](
+                make[1],
+                request_deserializer=_checking(handler.request_deserializer, self._checks[method]),
                 response_serializer=handler.response_serializer,
             )
-            self._made = handler, checking
+            self._made[method] = handler, checking
         return checking
 
 
-def _checking(parse: Callable[[bytes], Any], check_prompt_bytes: CheckPromptBytes) -> Callable[[bytes], Any]:
+def _checking(parse: Callable[[bytes], Any], check: Callable[[bytes], None]) -> Callable[[bytes], Any]:
     def check_and_parse(data: bytes) -> Any:
-        if len(data) > _LARGE:
-            check_generate(data, check_prompt_bytes)
+        if len(data) > LARGE:
+            check(data)
         return parse(data)
 
     return check_and_parse
 
 
 def check_few_fields(data: bytes) -> None:
-    """Raises DecodeError when an unparsed message of any method has more fields than a request can need.
-
-    The server's largest request has a dozen. Only a repeated field can have more, and is one field as clients send it.
-    """
-    if len(data) <= _MEASURED:
-        return
-    for count, _ in enumerate(_fields(data), start=1):
-        if count > _MAX_FIELDS:
-            raise DecodeError(
-                f"it has more than {_MAX_FIELDS} fields; send each field once, and repeated numbers as one (packed)"
-            )
+    """Raises DecodeError when an unparsed message of any method has more fields than a request has."""
+    if len(data) > MEASURED:
+        for count, _ in enumerate(fields(data), start=1):
+            check_field_count(count)
 
 
 def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
@@ -93,20 +94,28 @@ def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
     `check_prompt_bytes` raises for its prompt, the last one where it has several. Its fields are few.
     """
     size, prompt = 0, (0, True)
-    for number, length in _fields(data):
+    for number, start, end in fields(data):
         if number == _PARAMS:
-            size += length
+            size += end - start
         elif number in (_TEXT, _TOKEN_IDS):
-            prompt = length, number == _TEXT
-    if size > _MAX_PARAMS_BYTES:
-        raise DecodeError(
-            f"sampling_params has {size} bytes; at most {_MAX_PARAMS_BYTES} are allowed: send fewer stops"
-        )
+            prompt = end - start, number == _TEXT
+    if size > MAX_PARAMS_BYTES:
+        raise DecodeError(f"sampling_params has {size} bytes; at most {MAX_PARAMS_BYTES} are allowed: send fewer stops")
     check_prompt_bytes(*prompt)
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yields the number and length of each field of a message. Malformed data is left to the parser."""
+def check_field_count(count: int) -> None:
+    """Raises DecodeError for more fields than a request has."""
+    if count > MAX_FIELDS:
+        raise DecodeError(
+            f"it has more than {MAX_FIELDS} fields; send each field once, and repeated numbers as one (packed)"
+        )
+
+
+def fields(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
+    """Yields the number of each field of a message, and where its value begins and ends. Malformed data is left to the
+    parser.
+    """
     place = 0
     while place < len(data):
         tag, place = _varint(data, place)
@@ -123,10 +132,10 @@ def _fields(data: bytes) -> Iterator[tuple[int, int]]:
                 place += 4
             case _:  # a group, which ends with its own tag
                 pass
-        yield tag >> 3, place - start
+        yield tag >> 3, start, place
 
 
-def _varint(data: bytes, place: int) -> tuple[int, int]:
+def _varint(data: bytes | memoryview, place: int) -> tuple[int, int]:
     """Decodes a varint; returns it and the offset behind it."""
     value = 0
     for index, byte in enumerate(data[place : place + 10]):

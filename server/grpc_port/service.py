@@ -35,7 +35,7 @@ _log = logging.getLogger("jaxserve.server")
 Context = CallContext
 Behavior = TypeVar("Behavior", bound=Callable[..., Any])
 
-_BYTES_PER_TOKEN = 48
+BYTES_PER_TOKEN = 48
 """Memory in bytes of an output token that waits to be read, its text and its id together."""
 
 _MOST_BYTES_PER_ID = 11
@@ -48,7 +48,7 @@ MAX_DETOKENIZED = 2**20
 """Maximum number of token ids of one Detokenize call: they are decoded in one call."""
 
 
-def _errors_as_status(behavior: Behavior) -> Behavior:
+def errors_as_status(behavior: Behavior) -> Behavior:
     """Ends the call with the status of any error that its behavior raises; an unforeseen one is INTERNAL."""
 
     @functools.wraps(behavior)
@@ -95,7 +95,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         else:
             frontend.check_ids_bytes(num_bytes, _MOST_BYTES_PER_ID)
 
-    @_errors_as_status
+    @errors_as_status
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         frontend = self._served.accepting()
         params = convert.params_from_proto(request.sampling_params)
@@ -106,11 +106,11 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         stream = await frontend.submit(
             prompt,
             params,
-            convert.options_from_proto(request, _call_deadline(context), context.caller, _text_metadata(context)),
+            convert.options_from_proto(request, call_deadline(context), context.caller, _text_metadata(context)),
             request_id=request.request_id or None,
             owner=context.caller.name,
         )
-        context.set_backlog(lambda: stream.num_unread * _BYTES_PER_TOKEN)
+        context.set_backlog(lambda: stream.num_unread * BYTES_PER_TOKEN)
         async with stream:  # left early, it aborts the request
             async for delta in stream:
                 if delta.finish_reason is FinishReason.DEADLINE:  # what there is until then is not lost
@@ -119,14 +119,14 @@ class JaxServeService(pb_grpc.JaxServeServicer):
                     check_delta(delta)
                 await context.write(_response(delta))
 
-    @_errors_as_status
+    @errors_as_status
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         convert.refuse_unknown_fields(request)
         if not self._served.started().abort(request.request_id, context.caller.name):
             raise NotFoundError(f"request_id {shown(request.request_id)} names no unfinished request")
         return pb.AbortResponse()
 
-    @_errors_as_status
+    @errors_as_status
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         convert.refuse_unknown_fields(request)
         ready: EngineReady = self._served.started().ready
@@ -143,7 +143,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
             has_tokenizer=self._served.has_tokenizer,
         )
 
-    @_errors_as_status
+    @errors_as_status
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
         convert.refuse_unknown_fields(request)
         ready: EngineReady = self._served.started().ready
@@ -177,13 +177,13 @@ class JaxServeService(pb_grpc.JaxServeServicer):
             ),
         )
 
-    @_errors_as_status
+    @errors_as_status
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> bytes:
         convert.refuse_unknown_fields(request)
         steps = _tokenize_steps(self._served.tokenizer(), request)
         return await self._served.started().work(steps, context.message_bytes)
 
-    @_errors_as_status
+    @errors_as_status
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         check_count("token_ids", len(request.token_ids), MAX_DETOKENIZED, "ids")
         convert.refuse_unknown_fields(request)
@@ -221,7 +221,7 @@ def _text_metadata(context: Context) -> dict[str, str]:
     return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
-def _call_deadline(context: Context) -> float | None:
+def call_deadline(context: Context) -> float | None:
     """Returns the gRPC deadline that the client set for the call, in Unix seconds."""
     remaining = context.time_remaining()
     return None if remaining is None else time.time() + remaining

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.request import SamplingParams
+from jaxserve.serving.access.callers import Anybody, Callers
 from jaxserve.serving.grpc_client import AsyncClient
 from jaxserve.serving.grpc_port.grpc_server import GrpcServer
 from jaxserve.serving.served_model import ServedModel
@@ -50,11 +51,15 @@ class Served:
 
 @contextlib.asynccontextmanager
 async def serving(
-    tokenizer: Any, engine: EchoEngine | None = None, limits: LimitsConfig | None = None, **options: Any
+    tokenizer: Any,
+    engine: EchoEngine | None = None,
+    limits: LimitsConfig | None = None,
+    callers: Callers = Anybody(),
+    **options: Any,
 ) -> AsyncIterator[Served]:
     """A server that is ready. limits: what clients may hold open. options: of its AsyncFrontEnd."""
     engine = engine or EchoEngine()
-    served = ServedModel("echo")
+    served = ServedModel("echo", callers)
     server = GrpcServer("127.0.0.1", 0, MAX_MESSAGE_BYTES, served, limits)
     await server.start()
     frontend = AsyncFrontEnd(engine, tokenizer, **options)

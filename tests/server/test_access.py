@@ -23,7 +23,11 @@ from tests.server.harness import GREEDY
 
 Code = grpc.StatusCode
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND")
-OPEN_CALLS = {"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"}
+OPEN_CALLS = {
+    "/grpc.health.v1.Health/Check",
+    "/grpc.health.v1.Health/Watch",
+    "/vllm.grpc.engine.VllmEngine/HealthCheck",
+}
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,12 @@ def test_reflection_lists_the_services_and_describes_ours(tokenizer):
             ]
             answers = [answer async for answer in stub.ServerReflectionInfo(iter(requests))]
         names = {service.name for service in answers[0].list_services_response.service}
-        assert names == {"jaxserve.v1.JaxServe", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+        assert names == {
+            "jaxserve.v1.JaxServe",
+            "vllm.grpc.engine.VllmEngine",
+            "grpc.health.v1.Health",
+            "grpc.reflection.v1alpha.ServerReflection",
+        }
         assert b"GetModelInfo" in answers[1].file_descriptor_response.file_descriptor_proto[0]
 
     run_served(body, tokenizer)

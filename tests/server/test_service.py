@@ -14,7 +14,7 @@ from jaxserve.frontend.delta import Cause, Delta
 from jaxserve.request import FinishReason, SamplingParams
 from jaxserve.serving.grpc_client import generate_request, join
 from jaxserve.serving.grpc_port.call_interceptor import CallContext
-from jaxserve.serving.grpc_port.service import _errors_as_status
+from jaxserve.serving.grpc_port.service import errors_as_status
 from jaxserve.serving.problem import check_delta
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
@@ -293,7 +293,7 @@ def test_a_client_that_is_gone_before_grpc_notices_is_a_cancellation(error):
         async def abort(self, *_: object) -> None:
             raise grpc.aio.InternalError("the status cannot be sent")
 
-    @_errors_as_status
+    @errors_as_status
     async def behavior(*_: object) -> None:
         raise error
 

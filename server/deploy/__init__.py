@@ -1,0 +1,1 @@
+"""Starts and deploys servers beside other programs."""

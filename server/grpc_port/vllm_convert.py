@@ -1,0 +1,150 @@
+"""Converts between the messages of vllm.grpc.engine and jaxserve's types.
+
+Most fields of these messages have no presence: a zero is what a client sends that does not set them, and means unset.
+So does an empty text or list. Fields that have presence are unset when they are absent, and zero is then a value. A
+field that is set and that is neither the engine's, nor neutral, nor without effect here, is refused by its name; so is
+one that a newer package adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from google.protobuf import message
+from google.protobuf.message import DecodeError
+from smg_grpc_proto.generated import vllm_engine_pb2 as pb
+
+from jaxserve.config.shown import shown
+from jaxserve.frontend.delta import Delta
+from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
+from jaxserve.serving.grpc_port.oversized import LARGE, MAX_PARAMS_BYTES, CheckPromptBytes, check_field_count, fields
+
+TEXT_ONLY = frozenset({"skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"})
+"""Sampling parameters about the text of the output, which the gateway makes of the token ids; any value is accepted.
+The ids include the token that completes a stop string."""
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "repetition_penalty": (1.0,),
+    "frequency_penalty": (0.0,),
+    "presence_penalty": (0.0,),
+    "json_object": (False,),
+}
+"""Values, beside unset, that ask for nothing of sampling parameters that the engine may lack."""
+
+_NEUTRAL_REQUEST: Mapping[str, tuple[Any, ...]] = {"kv_transfer_params_json": ("",), "data_parallel_rank": (0,)}
+_REQUEST = frozenset({"request_id", "tokenized", "text", "sampling_params", "stream"})
+
+_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORT: "abort"}
+"""The gateway's words for finish reasons; the others are statuses, and its fourth, error, is never sent."""
+
+_NUMBERS = {name: field.number for name, field in pb.GenerateRequest.DESCRIPTOR.fields_by_name.items()}
+_ORIGINAL_TEXT = pb.TokenizedInput.DESCRIPTOR.fields_by_name["original_text"].number
+
+
+def params_from_proto(proto: pb.SamplingParams) -> SamplingParams:
+    """Returns the sampling parameters of a request; unset fields have defaults. Raises ValueError naming the field."""
+    values = {}
+    for field, value in proto.ListFields():  # those that are set
+        name = field.name
+        if name in SAMPLING_FIELDS:
+            values[name] = tuple(value) if field.is_repeated else value
+        elif name not in TEXT_ONLY:
+            _refuse_unless_neutral(field, value, NEUTRAL)
+    return SamplingParams(**values)
+
+
+def check_request(request: pb.GenerateRequest) -> None:
+    """Raises ValueError naming a field of the request that asks for what this server does not do."""
+    for field, value in request.ListFields():
+        if field.name not in _REQUEST:
+            _refuse_unless_neutral(field, value, _NEUTRAL_REQUEST)
+
+
+def _refuse_unless_neutral(field: Any, value: Any, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+    if value in neutral.get(field.name, ()):
+        return
+    # A message may be large, and its representation larger.
+    said = "set" if field.is_repeated or isinstance(value, message.Message) else shown(value)
+    raise ValueError(f"{field.name} is {said}; this engine does not support it: leave it out")
+
+
+def prompt_from_proto(request: pb.GenerateRequest) -> str | Sequence[int]:
+    """Returns the prompt as text or token ids, which are not copied. Raises ValueError when there is none."""
+    match request.WhichOneof("input"):
+        case "text":
+            text = request.text  # decoded anew each time
+            if not text:
+                raise ValueError("text is empty; the prompt needs at least one token")
+            return text
+        case "tokenized":
+            if not request.tokenized.input_ids:
+                raise ValueError("input_ids of tokenized is empty; the prompt needs at least one token")
+            return request.tokenized.input_ids
+        case _:
+            raise ValueError("input is not set; give text or tokenized")
+
+
+def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
+    """Raises DecodeError when an unparsed GenerateRequest has more bytes outside its prompt than a request needs, and
+    whatever `check_prompt_bytes` raises for its prompt.
+    """
+    others, ids, text = 0, 0, 0
+    for count, (number, start, end) in enumerate(fields(data), start=1):
+        check_field_count(count)
+        if number == _NUMBERS["text"]:
+            text = end - start
+        elif number == _NUMBERS["tokenized"]:  # several are merged
+            ids += _id_bytes(memoryview(data)[start:end])
+        else:
+            others += end - start
+    if others > MAX_PARAMS_BYTES:
+        raise DecodeError(
+            f"the fields beside the prompt have {others} bytes; at most {MAX_PARAMS_BYTES} are allowed: send fewer"
+        )
+    check_prompt_bytes(max(ids, text), text > ids)
+
+
+def _id_bytes(tokenized: memoryview) -> int:
+    """Returns the bytes of a TokenizedInput that are not its original text, which nobody reads."""
+    size = len(tokenized)
+    for count, (number, start, end) in enumerate(fields(tokenized), start=1):
+        if count > 4:  # ids that are not packed, a field each
+            break
+        size -= end - start if number == _ORIGINAL_TEXT else 0
+    return size
+
+
+def check_small(data: bytes) -> None:
+    """Raises DecodeError: no request but Generate's needs so many bytes."""
+    raise DecodeError(f"it has {len(data)} bytes; at most {LARGE} are allowed")
+
+
+def chunk(delta: Delta) -> pb.GenerateResponse:
+    """Returns the message that carries the new ids of a delta; its completion_tokens count these ids alone."""
+    return pb.GenerateResponse(
+        chunk=pb.GenerateStreamChunk(
+            token_ids=delta.token_ids,
+            prompt_tokens=delta.prompt_tokens,
+            completion_tokens=len(delta.token_ids),
+            cached_tokens=delta.cached_tokens,
+        )
+    )
+
+
+def complete(delta: Delta, output_ids: Sequence[int], params: SamplingParams) -> pb.GenerateResponse:
+    """Returns the last message of a request. delta: its last one. output_ids: all of its ids."""
+    assert delta.finish_reason is not None
+    answer = pb.GenerateComplete(
+        output_ids=output_ids,
+        finish_reason=_REASONS[delta.finish_reason],
+        prompt_tokens=delta.prompt_tokens,
+        completion_tokens=len(output_ids),
+        cached_tokens=delta.cached_tokens,
+    )
+    if delta.stop_string is not None:
+        answer.matched_stop_str = delta.stop_string
+    elif delta.finish_reason is FinishReason.STOP and output_ids and output_ids[-1] in params.stop_token_ids:
+        answer.matched_token_id = output_ids[-1]
+    return pb.GenerateResponse(complete=answer)

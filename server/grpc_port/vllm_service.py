@@ -1,0 +1,232 @@
+"""Implements vllm.grpc.engine.VllmEngine, which gateways such as smg speak, in terms of the front end.
+
+The gateway encodes, decodes and parses: requests bring token ids, answers are token ids. What decides when the output
+ends, stop strings included, is the engine's. The messages are those of the package smg-grpc-proto, an optional one.
+"""
+
+# ruff: noqa: N802  the names of RPCs are those of the proto
+from __future__ import annotations
+
+import asyncio
+import datetime
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2_grpc
+from smg_grpc_proto.generated import vllm_engine_pb2 as pb
+
+import jaxserve
+from jaxserve.config.sampling_fields import check_count
+from jaxserve.config.shown import shown
+from jaxserve.frontend.async_frontend import DeltaStream
+from jaxserve.request import SamplingParams
+from jaxserve.serving.access.request_headers import request_options
+from jaxserve.serving.grpc_port import vllm_convert as convert
+from jaxserve.serving.grpc_port.convert import refuse_unknown_fields
+from jaxserve.serving.grpc_port.oversized import CheckPromptBytes
+from jaxserve.serving.grpc_port.service import BYTES_PER_TOKEN, Context, call_deadline, errors_as_status
+from jaxserve.serving.grpc_port.tokenizer_bundle import tokenizer_zip
+from jaxserve.serving.grpc_port.vllm_load import ForwardedRequest, LoadRecord
+from jaxserve.serving.problem import NotFoundError, UnsupportedError, check_delta
+from jaxserve.serving.served_model import ServedModel
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["VllmEngine"]
+SERVICE_NAME: str = _SERVICE.full_name
+
+MAX_ABORTS = 1024
+"""Maximum number of request ids of one Abort call."""
+
+_CHUNK_BYTES = 64 * 1024
+
+
+class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
+    """Implements the RPCs. served: the model; its state decides whether requests are taken."""
+
+    name = SERVICE_NAME
+
+    def __init__(self, served: ServedModel):
+        self._served = served
+        self._bundle: asyncio.Future[bytes] | None = None
+        self._load = LoadRecord()
+
+    def add_to(self, server: Any) -> None:
+        """Registers the service with a gRPC server."""
+        vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(self, server)
+
+    @staticmethod
+    def oversized_checks(check_prompt_bytes: CheckPromptBytes) -> Mapping[str, Callable[[bytes], None]]:
+        """Returns the check of a large unparsed request for each method, as `OversizedInterceptor` takes them."""
+        checks: dict[str, Callable[[bytes], None]] = {
+            f"/{SERVICE_NAME}/{method.name}": convert.check_small for method in _SERVICE.methods
+        }
+        checks[f"/{SERVICE_NAME}/Generate"] = functools.partial(
+            convert.check_generate, check_prompt_bytes=check_prompt_bytes
+        )
+        return checks
+
+    # ---- requests ----
+
+    @errors_as_status
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
+        caller = context.caller
+        frontend = self._served.accepting()
+        self._load.last_receive = time.time()
+        convert.check_request(request)
+        params = convert.params_from_proto(request.sampling_params)
+        prompt = convert.prompt_from_proto(request)
+        frontend.check_size(prompt, params)  # before anything whose cost grows with it
+        refuse_unknown_fields(request, request.sampling_params, request.tokenized)
+        options = request_options(caller, _headers(context), deadline=call_deadline(context))
+        streams = request.stream
+        stream = await frontend.submit(
+            prompt, params, options, request_id=request.request_id or None, owner=caller.name
+        )
+        context.set_backlog(lambda: stream.num_unread * BYTES_PER_TOKEN)
+        with self._load.forwarded(len(prompt)) as forwarded:
+            async with stream:  # left early, it aborts the request
+                await _answer(stream, params, streams, context, forwarded)
+
+    @errors_as_status
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
+        refuse_unknown_fields(request)
+        check_count("request_ids", len(request.request_ids), MAX_ABORTS, "ids")
+        frontend = self._served.started()
+        unknown = [
+            request_id for request_id in request.request_ids if not frontend.abort(request_id, context.caller.name)
+        ]
+        if unknown:  # the others are aborted
+            raise NotFoundError(f"request_ids {shown(unknown)} name no unfinished requests")
+        return pb.AbortResponse()
+
+    # ---- what the gateway asks about the worker ----
+
+    @errors_as_status
+    async def HealthCheck(self, request: pb.HealthCheckRequest, context: Context) -> pb.HealthCheckResponse:
+        # Until the model is loaded it is an error: a gateway takes any answer for a worker that it can ask for its
+        # model, and asks once.
+        frontend = self._served.started()
+        if self._served.is_ready:
+            message = "ready"
+        elif self._served.draining:
+            message = "the server is shutting down"
+        else:
+            message = f"the engine has ended: {shown(frontend.failure)}"
+        return pb.HealthCheckResponse(healthy=self._served.is_ready, message=message)
+
+    @errors_as_status
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
+        refuse_unknown_fields(request)
+        ready = self._served.started().ready
+        limits = ready.limits
+        answer = pb.GetModelInfoResponse(
+            model_path=self._served.name,  # where it lies on this machine is nobody's business
+            served_model_name=self._served.name,
+            is_generation=True,
+            max_context_length=limits.max_model_len,
+            max_req_input_len=min(limits.max_prompt_len, limits.max_model_len - 1),
+            vocab_size=limits.vocab_size,
+            architectures=[ready.info.architecture],
+            eos_token_ids=limits.eos_token_ids,
+        )
+        if self._served.has_tokenizer:
+            tokenizer = self._served.tokenizer()
+            answer.tokenizer_path = self._served.name
+            answer.bos_token_id = tokenizer.bos_token_id or 0
+            answer.pad_token_id = tokenizer.pad_token_id or 0
+        return answer
+
+    @errors_as_status
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
+        refuse_unknown_fields(request)
+        frontend = self._served.started()
+        ready = frontend.ready
+        return pb.GetServerInfoResponse(
+            server_type="jaxserve",
+            active_requests=frontend.num_open,
+            is_paused=self._served.draining,
+            last_receive_timestamp=self._load.last_receive,
+            uptime_seconds=self._served.uptime_seconds,
+            data_parallel_size=1,
+            kv_cache_dtype=ready.info.kv_cache,
+            model_dtype=ready.info.dtype,
+            block_size=ready.info.page_size,
+            attention_backend=ready.info.attention,
+            max_num_seqs=ready.max_num_seqs,
+        )
+
+    @errors_as_status
+    async def GetLoads(self, request: pb.GetLoadsRequest, context: Context) -> pb.GetLoadsResponse:
+        refuse_unknown_fields(request)
+        if request.dp_rank:
+            raise ValueError(f"dp_rank is {request.dp_rank}; this worker has rank 0 alone: leave it out")
+        frontend = self._served.started()
+        return pb.GetLoadsResponse(
+            timestamp=datetime.datetime.now(datetime.UTC).isoformat(),
+            version=jaxserve.__version__,
+            dp_rank_count=1,
+            loads=[self._load.measured(frontend.stats, frontend.ready, time.monotonic())],
+        )
+
+    @errors_as_status
+    async def GetTokenizer(self, request: common_pb2.GetTokenizerRequest, context: Context) -> None:
+        refuse_unknown_fields(request)
+        tokenizer = self._served.tokenizer()
+        if self._bundle is None or (self._bundle.done() and self._bundle.exception() is not None):
+            self._bundle = asyncio.ensure_future(asyncio.to_thread(tokenizer_zip, tokenizer))
+        data = await asyncio.shield(self._bundle)  # others may wait for it
+        for start in range(0, len(data), _CHUNK_BYTES):
+            part = data[start : start + _CHUNK_BYTES]
+            is_last = start + len(part) == len(data)
+            digest = hashlib.sha256(data).hexdigest() if is_last else ""
+            await context.write(common_pb2.GetTokenizerChunk(data=part, sha256=digest))
+
+    # ---- what this server does not do ----
+
+    @errors_as_status
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        raise UnsupportedError("Embed: this server generates, and computes no embeddings yet")
+
+    @errors_as_status
+    async def FlushCache(
+        self, request: common_pb2.FlushCacheRequest, context: Context
+    ) -> common_pb2.FlushCacheResponse:
+        raise UnsupportedError("FlushCache: this server keeps no prefix cache yet")
+
+    @errors_as_status
+    async def StartProfile(
+        self, request: common_pb2.StartProfileRequest, context: Context
+    ) -> common_pb2.ProfileResponse:
+        raise UnsupportedError("StartProfile: this server takes no profiles through this service yet")
+
+    @errors_as_status
+    async def StopProfile(self, request: common_pb2.StopProfileRequest, context: Context) -> common_pb2.ProfileResponse:
+        raise UnsupportedError("StopProfile: this server takes no profiles through this service yet")
+
+    @errors_as_status
+    async def SubscribeKvEvents(self, request: common_pb2.SubscribeKvEventsRequest, context: Context) -> None:
+        raise UnsupportedError("SubscribeKvEvents: this server publishes no events of its KV cache yet; poll GetLoads")
+
+
+async def _answer(
+    stream: DeltaStream, params: SamplingParams, streams: bool, context: Context, forwarded: ForwardedRequest
+) -> None:
+    """Writes the answer to a request. streams: new ids are sent as they come, too."""
+    output_ids: list[int] = []
+    async for delta in stream:
+        forwarded.answered(delta)
+        is_last = delta.finish_reason is not None
+        if is_last:
+            check_delta(delta)
+        output_ids += delta.token_ids
+        if streams and delta.token_ids:
+            await context.write(convert.chunk(delta))
+        if is_last:
+            await context.write(convert.complete(delta, output_ids, params))
+
+
+def _headers(context: Context) -> dict[str, str]:
+    """Returns the metadata of a call that is text; of a key that occurs several times, the last."""
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
