@@ -10,7 +10,8 @@ from jaxserve.config.sampling_fields import MAX_INT32, Flag, Ids, Kind, Number, 
 from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, field_names, neutral_values
 from jaxserve.request import MAX_ID_LENGTH, SAMPLING_FIELDS
 from jaxserve.serving.access.callers import Anybody
-from jaxserve.serving.http_port import request_headers
+from jaxserve.serving.access.request_headers import PRIORITY, TENANT, TIMEOUT
+from jaxserve.serving.http_port.exchange import REQUEST_ID
 from jaxserve.serving.http_port.routes.tokens import MAX_DETOKENIZED
 from jaxserve.serving.served_model import ServedModel
 
@@ -128,10 +129,10 @@ def _operation(
         operation["parameters"] = [
             {"name": name, "in": "header", "required": False, "schema": schema}
             for name, schema in (
-                (request_headers.REQUEST_ID, _NAME | {"minLength": 1, "pattern": r"^[!-~]+$"}),
-                (request_headers.TENANT, _NAME | {"pattern": r"^[!-~]*$"}),
-                (request_headers.PRIORITY, _whole(-MAX_INT32, MAX_INT32)),
-                (request_headers.TIMEOUT, {"type": "number", "exclusiveMinimum": 0}),
+                (REQUEST_ID, _NAME | {"minLength": 1, "pattern": r"^[!-~]+$"}),
+                (TENANT, _NAME | {"pattern": r"^[!-~]*$"}),
+                (PRIORITY, _whole(-MAX_INT32, MAX_INT32)),
+                (TIMEOUT, {"type": "number", "exclusiveMinimum": 0}),
             )
         ]
     return operation
