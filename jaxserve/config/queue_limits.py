@@ -63,7 +63,7 @@ class QueueConfig:
     drop_unreachable: bool = True
     min_retry_seconds: float = 0.1
     max_retry_seconds: float = 30.0
-    refusal_seconds: float = 0.03
+    refusal_seconds: float = 0.02
     tenants: Mapping[str, TenantConfig] = dataclasses.field(default_factory=dict)
     default_tenant: TenantConfig = TenantConfig()
     max_tenants: int = 1024

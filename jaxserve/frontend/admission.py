@@ -33,7 +33,8 @@ _QUARTER = 4.0
 
 
 _MORE_CAUTION, _LESS_CAUTION, _MOST_CAUTION = 1.1, 0.998, 3.0
-"""What a missed and a met deadline do to the factor over predicted times: in the end about one in fifty is missed."""
+"""What a missed and a met deadline do to the factor over predicted times. Where the two balance, one in fifty is
+missed; while the load changes, more are."""
 
 _LEAST_SECONDS = 1e-6
 _REFUSALS_FADE_SECONDS = 1.0
