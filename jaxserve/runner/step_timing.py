@@ -43,21 +43,22 @@ def _plans(shapes: Shapes) -> Iterator[StepPlan]:
     most_rows = min(shapes.num_slots, shapes.buckets.rows[-1])
     for size in shapes.buckets.tokens:
         chunk = min(size, longest)
-        yield _plan(shapes, 0, 0, chunk, 0)
+        yield _plan(shapes, size, 0, 0, chunk, 0)
         if longest - chunk > chunk:
-            yield _plan(shapes, 0, 0, chunk, longest - chunk)
+            yield _plan(shapes, size, 0, 0, chunk, longest - chunk)
         rows = min(size, most_rows)
         for context in (min(16, longest), min(longest, _DECODE_POSITIONS // rows, usable // rows)):
             if size <= shapes.buckets.token_bucket(most_rows):
-                yield _plan(shapes, rows, max(1, context), 0, 0)
+                yield _plan(shapes, size, rows, max(1, context), 0, 0)
         beside = min(rows // 2, 16)
         if beside and size > beside:
             chunk = min(size - beside, longest)
-            yield _plan(shapes, beside, max(1, min(longest // 4, usable // beside)), chunk, (longest - chunk) // 2)
+            context = max(1, min(longest // 4, usable // beside))
+            yield _plan(shapes, size, beside, context, chunk, (longest - chunk) // 2)
 
 
-def _plan(shapes: Shapes, rows: int, context: int, tokens: int, start: int) -> StepPlan:
-    """Makes a step of decoding rows with `context` positions each, and of a chunk that samples.
+def _plan(shapes: Shapes, bucket: int, rows: int, context: int, tokens: int, start: int) -> StepPlan:
+    """Makes a step of decoding rows with `context` positions each, and of a chunk that samples, padded to `bucket`.
 
     Pages are those of the pool in turn, so that rows may share some: what is computed does not matter.
     """
@@ -80,7 +81,7 @@ def _plan(shapes: Shapes, rows: int, context: int, tokens: int, start: int) -> S
         decodes=DecodeRows.of(decoding, size) if decoding else NO_DECODES,
         chunks=chunks,
         samples=Samples.of(samples),
-        token_bucket=shapes.buckets.token_bucket(rows + tokens),
+        token_bucket=bucket,
         row_bucket=shapes.buckets.row_bucket(len(samples)),
         num_tokens=rows + tokens,
         table_writes=tuple(writes),

@@ -63,7 +63,7 @@ class DecodeGap:
     def planned(self, plan: StepPlan, now: float, preempted: Iterable[int]) -> None:
         """Records a step that was planned at `now`, and the orders of the sequences preempted for it."""
         self.monitor.planned(plan.step, self.limit.planned(plan, now))
-        self.monitor.preempted(preempted)
+        self.monitor.preempted(plan.step, preempted)
 
     def collected(self, plan: StepPlan, orders: Sequence[int], now: float) -> tuple[GapExceeded, ...]:
         """Does what `GapMonitor.collected` does."""

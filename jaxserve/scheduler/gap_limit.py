@@ -107,7 +107,7 @@ class GapLimit:
         others = self._before + (0.0 if step.decodes else self._alone)
         filled, buckets = step.num_tokens, self._buckets
         count = largest_chunk(seconds, wanted, self.bound / self._costs.margin - others, filled, buckets)
-        floor = min(wanted, buckets.token_bucket(min(filled + buckets.tokens[0], buckets.tokens[-1])) - filled)
+        floor = smallest_chunk(wanted, filled, buckets)
         if count >= floor or step.prefill_tokens:
             return count
         total = others + seconds(floor)
@@ -149,6 +149,18 @@ class GapLimit:
         )
 
 
+def smallest_chunk(wanted: int, filled: int, buckets: Buckets) -> int:
+    """Returns the size of the chunk with which a prompt makes progress whatever the bound: it has the smallest bucket's
+    tokens, and the padding that they bring with them.
+
+    Args:
+        wanted: maximum number of tokens.
+        filled: tokens that the step has already.
+        buckets: the sizes that it is padded to.
+    """
+    return min(wanted, buckets.token_bucket(min(filled + buckets.tokens[0], buckets.tokens[-1])) - filled)
+
+
 def largest_chunk(seconds: Callable[[int], float], wanted: int, allowed: float, filled: int, buckets: Buckets) -> int:
     """Returns the largest number of tokens, up to `wanted`, of a step within `allowed` seconds; 0 when none fits.
 
@@ -162,7 +174,7 @@ def largest_chunk(seconds: Callable[[int], float], wanted: int, allowed: float, 
         filled: tokens that the step has already.
         buckets: the sizes that it is padded to.
     """
-    if seconds(wanted) <= allowed:
+    if wanted <= 0 or seconds(wanted) <= allowed:
         return wanted
     if wanted == 1 or seconds(1) > allowed:
         return 0

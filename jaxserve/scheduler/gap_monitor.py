@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from jaxserve.scheduler.corrected_step_costs import CorrectedStepCosts
 from jaxserve.scheduler.gap_limit import PROMISED_SHARE, TOLERANCE, PlannedStep
@@ -43,7 +43,7 @@ class GapMonitor:
         self._costs = costs
         self._planned: dict[int, PlannedStep] = {}  # by step
         self._token_times: dict[int, float] = {}  # of the last token of each sequence, by order
-        self._preempted: set[int] = set()  # orders of sequences without a token since their preemption
+        self._preempted: dict[int, int] = {}  # first step without it, by order, until it has a token of a later one
         self._unmeasured: list[PlannedStep] = []  # steps whose end is known only with that of the next that samples
         self._since_decodes: list[PlannedStep] = []  # steps after the last one that decoded
         self._padded_up = False  # one of them was padded to a larger bucket than planned
@@ -54,13 +54,13 @@ class GapMonitor:
         """Records a step of this number."""
         self._planned[number] = step
 
-    def preempted(self, orders: Iterable[int]) -> None:
-        """Records that these sequences were preempted."""
-        self._preempted.update(orders)
+    def preempted(self, number: int, orders: Iterable[int]) -> None:
+        """Records that these sequences were preempted for the step of this number; earlier ones may be in flight."""
+        self._preempted.update(dict.fromkeys(orders, number))
 
     def restarted(self, orders: Iterable[int]) -> None:
         """Records that all steps in flight are lost and these sequences are computed again."""
-        self.preempted(orders)
+        self.preempted(0, orders)
         self._planned.clear()
         self._unmeasured.clear()
         self._since_decodes.clear()
@@ -69,7 +69,7 @@ class GapMonitor:
     def ended(self, order: int) -> None:
         """Forgets a sequence."""
         self._token_times.pop(order, None)
-        self._preempted.discard(order)
+        self._preempted.pop(order, None)
 
     def collected(self, plan: StepPlan, orders: Sequence[int], now: float) -> tuple[GapExceeded, ...]:
         """Takes the result of a step, before its sequences end.
@@ -93,8 +93,13 @@ class GapMonitor:
         if not plan.num_sampled:
             return ()
         self._measure(now)
-        found = self._gaps(orders, now)
+        back: set[int] = set()
+        if self._preempted:
+            back = {order for order in orders if self._preempted.get(order, math.inf) <= plan.step}
+        found = self._gaps(orders, back, now)
         self._token_times.update(dict.fromkeys(orders, now))
+        for order in back:
+            del self._preempted[order]
         if len(plan.decodes) or not step.decode_seconds:
             self._since_decodes.clear()
             self._padded_up = False
@@ -110,23 +115,21 @@ class GapMonitor:
         self._unmeasured.clear()
         self._measured_until = now
 
-    def _gaps(self, orders: Sequence[int], now: float) -> tuple[GapExceeded, ...]:
+    def _gaps(self, orders: Sequence[int], back: Set[int], now: float) -> tuple[GapExceeded, ...]:
+        """Counts the gaps above the limit. back: of the sequences, those that were preempted since their last token."""
         limit, times = TOLERANCE * self._bound, self._token_times
         last = [times.get(order, now) for order in orders]
         if not last or now - min(last) <= limit:
-            if self._preempted:
-                self._preempted.difference_update(orders)
             return ()
         longest: dict[str, float] = {}
         counts: dict[str, int] = {}
         for order, time in zip(orders, last, strict=True):
             gap = now - time
             if gap > limit:
-                cause = "preemption" if order in self._preempted else self._cause(gap)
+                cause = "preemption" if order in back else self._cause(gap)
                 counts[cause] = counts.get(cause, 0) + 1
                 longest[cause] = max(gap, longest.get(cause, 0.0))
                 self.exceeded[cause] += 1
-        self._preempted.difference_update(orders)
         return tuple(GapExceeded(cause, count, longest[cause]) for cause, count in counts.items())
 
     def _cause(self, gap: float) -> str:
