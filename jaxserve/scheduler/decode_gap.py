@@ -60,10 +60,18 @@ class DecodeGap:
             )
         return cls(config.max_decode_gap, step_seconds, buckets)
 
-    def planned(self, plan: StepPlan, now: float, preempted: Iterable[int]) -> None:
-        """Records a step that was planned at `now`, and the orders of the sequences preempted for it."""
-        self.monitor.planned(plan.step, self.limit.planned(plan, now))
-        self.monitor.preempted(plan.step, preempted)
+    def planned(self, number: int, plan: StepPlan | None, now: float, preempted: Iterable[int]) -> None:
+        """Records a step.
+
+        Args:
+            number: of the step.
+            plan: the step; None when there is nothing to compute.
+            now: the time at which it was planned.
+            preempted: orders of the sequences preempted for it.
+        """
+        if plan is not None:
+            self.monitor.planned(number, self.limit.planned(plan, now))
+        self.monitor.preempted(number, preempted)
 
     def collected(self, plan: StepPlan, orders: Sequence[int], now: float) -> tuple[GapExceeded, ...]:
         """Does what `GapMonitor.collected` does."""

@@ -53,6 +53,7 @@ class GapLimit:
         self.bound = bound
         self._costs = costs
         self._buckets = buckets
+        self._decoding: DecodingSet | None = None
         self._rows = 0
         self._context = 0
         self._longest = 0
@@ -62,6 +63,7 @@ class GapLimit:
 
     def start_step(self, decoding: DecodingSet) -> None:
         """Starts to build a step beside the sequences that decode now."""
+        self._decoding = decoding
         self._rows = len(decoding)
         if not self._rows:
             self._alone = self._before = 0.0
@@ -84,7 +86,7 @@ class GapLimit:
     @property
     def active(self) -> bool:
         """Tells whether a sequence decodes, so that the step's time is bounded."""
-        return self._rows > 0
+        return self._decoding is not None and len(self._decoding) > 0  # this step may have preempted the last one
 
     def tokens(self, step: StepInProgress, start: int, wanted: int, copies: int = 0) -> int:
         """Returns how many of the next `wanted` tokens of a prompt the step has time for; 0 is none.
@@ -98,7 +100,7 @@ class GapLimit:
             wanted: tokens that the other limits allow.
             copies: pages that must be copied before.
         """
-        if not self._rows or wanted <= 0:
+        if wanted <= 0 or not self.active:
             return wanted
 
         def seconds(count: int) -> float:

@@ -10,7 +10,7 @@ from jaxserve.scheduler.corrected_step_costs import CorrectedStepCosts
 from jaxserve.scheduler.gap_limit import PROMISED_SHARE, TOLERANCE, PlannedStep
 from jaxserve.scheduler.plan import StepPlan
 
-CAUSES = ("decodes", "preemption", "swap", "minimum_chunk", "missing_program", "stall", "estimate")
+CAUSES: tuple[str, ...] = ("decodes", "preemption", "swap", "minimum_chunk", "missing_program", "stall", "estimate")
 """What makes a gap exceed the bound.
 
 decodes: decodes alone take more than the promised share of it. preemption: the request was preempted in between. swap:
@@ -43,7 +43,8 @@ class GapMonitor:
         self._costs = costs
         self._planned: dict[int, PlannedStep] = {}  # by step
         self._token_times: dict[int, float] = {}  # of the last token of each sequence, by order
-        self._preempted: dict[int, int] = {}  # first step without it, by order, until it has a token of a later one
+        # By order, the first steps without the sequence after its first and its last preemption since its last token.
+        self._preempted: dict[int, tuple[int, int]] = {}
         self._unmeasured: list[PlannedStep] = []  # steps whose end is known only with that of the next that samples
         self._since_decodes: list[PlannedStep] = []  # steps after the last one that decoded
         self._padded_up = False  # one of them was padded to a larger bucket than planned
@@ -56,7 +57,8 @@ class GapMonitor:
 
     def preempted(self, number: int, orders: Iterable[int]) -> None:
         """Records that these sequences were preempted for the step of this number; earlier ones may be in flight."""
-        self._preempted.update(dict.fromkeys(orders, number))
+        for order in orders:
+            self._preempted[order] = self._preempted.get(order, (number, number))[0], number
 
     def restarted(self, orders: Iterable[int]) -> None:
         """Records that all steps in flight are lost and these sequences are computed again."""
@@ -95,11 +97,13 @@ class GapMonitor:
         self._measure(now)
         back: set[int] = set()
         if self._preempted:
-            back = {order for order in orders if self._preempted.get(order, math.inf) <= plan.step}
+            back = {order for order in orders if order in self._preempted and self._preempted[order][0] <= plan.step}
         found = self._gaps(orders, back, now)
         self._token_times.update(dict.fromkeys(orders, now))
         for order in back:
-            del self._preempted[order]
+            last = self._preempted.pop(order)[1]
+            if last > plan.step:
+                self._preempted[order] = last, last
         if len(plan.decodes) or not step.decode_seconds:
             self._since_decodes.clear()
             self._padded_up = False

@@ -254,8 +254,9 @@ class Scheduler:
             for sequence in self._builder.admitted:
                 self._barrier.joined(sequence, self._steps)
         self._step_times.begins(plan, now)
-        if self.decode_gap is not None and plan is not None:
-            self.decode_gap.planned(plan, now, [sequence.order for sequence in self._queues.preempted])
+        if self.decode_gap is not None:
+            preempted = [sequence.order for sequence in self._queues.preempted]
+            self.decode_gap.planned(self._steps, plan, now, preempted)
         self._steps += plan is not None
         self._steady = plan is not None and not plan.chunks
         return plan

@@ -110,8 +110,14 @@ class VirtualEngine:
             elif plan is None:
                 if not waiting and not self.scheduler.unfinished:
                     return self
-                self.now = waiting[0].arrival_time if waiting else self.scheduler.wake_at() or self.now
+                self._sleep(waiting[0].arrival_time if waiting else None)
         raise AssertionError(f"not finished after {max_steps} steps: {self.scheduler.request_ids[:5]}")
+
+    def _sleep(self, arrival: float | None) -> None:
+        """Nothing runs: the next request must come, or the scheduler know until when it waits."""
+        times = [time for time in (arrival, self.scheduler.wake_at()) if time is not None]
+        assert times, f"asleep for ever: {self.scheduler.request_ids[:5]}"
+        self.now = max(self.now, min(times))
 
     def _collect(self, plan: StepPlan, end: float) -> None:
         if plan.num_sampled:

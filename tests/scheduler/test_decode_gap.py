@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from jaxserve.scheduler.gap_monitor import CAUSES
 from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.scheduler.step_shape import StepShape
 from tests.budgets import budget
+from tests.scheduler.drive import make_scheduler
 from tests.scheduler.gap_drive import FakeCosts, VirtualEngine, request
 
 LONGEST = 2000
@@ -146,7 +148,7 @@ def streams(count: int = 16, output: int = 3000) -> list:
 
 
 def config_of(bound: float | None, **options) -> SchedulerConfig:
-    sizes = {"max_num_seqs": 32, "max_num_batched_tokens": 2048} | options
+    sizes: dict[str, Any] = {"max_num_seqs": 32, "max_num_batched_tokens": 2048} | options
     return SchedulerConfig(max_decode_gap=bound, **sizes)
 
 
@@ -217,6 +219,7 @@ def test_each_cause_by_hand():
             if len(engine.plans) == 30:
                 slow[33] = 0.1
                 (one,) = [s for s in engine.scheduler._queues.running.sequences if s.request_id == "s2"]
+                assert engine.scheduler.decode_gap is not None
                 engine.scheduler.decode_gap.monitor.preempted(30, [one.order])
 
         engine._before_step = before_step
@@ -312,7 +315,7 @@ def test_a_bound_that_no_step_keeps_is_refused_with_the_figures():
     with pytest.raises(ValueError, match=r"max_decode_gap is 0.001 s; the smallest step, of 8 tokens, takes 0.0012 s"):
         VirtualEngine(config_of(0.001), COSTS.seconds)
     with pytest.raises(ValueError, match="predicts no step times"):
-        VirtualEngine(config_of(0.01), None)
+        make_scheduler(config_of(0.01))
     engine = VirtualEngine(config_of(0.0022), COSTS.seconds)
     assert engine.scheduler.decode_gap is not None
     (line,) = engine.scheduler.decode_gap.warnings
