@@ -39,7 +39,6 @@ from jaxserve.simulator.setup import Setup
 from jaxserve.telemetry.recorder import DecodeGapsExceeded, FirstToken, Recorder, TokensProduced
 
 RANDOM_MODEL_LEN = 8704
-MAX_NUM_SEQS = 32
 WARM_STEPS = 50
 WARM_SECONDS = 0.5
 """Steps on the engine, and seconds in simulation, that the streams decode before the first prompt arrives."""
@@ -118,10 +117,10 @@ class Side(Protocol):
 class EngineSide:
     """Runs every setting on one runner, whose programs and measured step times they share."""
 
-    def __init__(self, config: EngineConfig, largest: int):
+    def __init__(self, config: EngineConfig, seqs: int, largest: int):
         buckets = config.token_buckets or close(largest)
         limits = {
-            "max_num_seqs": MAX_NUM_SEQS,
+            "max_num_seqs": seqs,
             "max_num_batched_tokens": largest,
             "max_decode_gap": _LARGEST_BOUND,
             "token_buckets": buckets,
@@ -195,8 +194,8 @@ def _measured(recorder: Recorder, begin: float, arrivals: np.ndarray) -> Measure
 class SimulatedSide:
     """Simulates every setting on a target device."""
 
-    def __init__(self, config: EngineConfig, target: str, largest: int):
-        self._config = with_options(config, {"max_num_seqs": MAX_NUM_SEQS, "max_num_batched_tokens": largest})
+    def __init__(self, config: EngineConfig, target: str, seqs: int, largest: int):
+        self._config = with_options(config, {"max_num_seqs": seqs, "max_num_batched_tokens": largest})
         self._target = find_target(target)
         self.name = f"simulation, {self._setup({}).costs.name}"
         self.max_model_len = self._setup({}).device.max_model_len
@@ -341,9 +340,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.prompt_len = options.prompt_len or ([500, 1900] if small else [2000, 8000])
         largest = -(-(options.prompt_len[1] + options.streams) // 512) * 512
         if options.simulate:
-            side: EngineSide | SimulatedSide = SimulatedSide(config, options.target, largest)
+            side: EngineSide | SimulatedSide = SimulatedSide(config, options.target, 2 * options.streams, largest)
         else:
-            side = EngineSide(config, largest)
+            side = EngineSide(config, 2 * options.streams, largest)
         load = Load.of(options, side.max_model_len)
         if options.bounds is None:
             bounds = side.bounds(load, options.factors)
