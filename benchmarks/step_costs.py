@@ -23,12 +23,13 @@ from jaxserve.config import gin_config
 from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import AddRequest
-from jaxserve.planning.step_cost_models import FittedCosts, HostCosts, StepShape, StepTime, shape_of, write_costs
+from jaxserve.planning.step_cost_models import FittedCosts, HostCosts, StepTime, write_costs
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.protocol import Pending, Runner, RunnerInfo
 from jaxserve.runner.wrapper import RunnerWrapper
 from jaxserve.scheduler.plan import StepPlan
+from jaxserve.scheduler.step_shape import StepShape, shape_of
 from jaxserve.telemetry.recorder import Recorder, StepRecorded
 
 FIRST_ORDINARY_ID = 3

@@ -1,7 +1,8 @@
 """Explains a configuration: `python -m jaxserve.explain --config llama.gin [--target h200] [--json]`.
 
-Prints the closed set of programs, the plan of a device's memory, the greatest concurrency, the expected start time and
-the bound of a decode step. Nothing is loaded or served; weights are not needed where the file holds the architecture.
+Prints the closed set of programs, the plan of a device's memory, the greatest concurrency, the expected start time,
+the bound of a decode step and, where max_decode_gap is set, what it costs in prefill throughput. Nothing is loaded or
+served; weights are not needed where the file holds the architecture.
 
 Exit codes: 0; 1 the configuration does not fit the model or the device; 2 a faulty command line or configuration.
 """
@@ -44,6 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="report.json of jaxserve.compile, whose compile times are taken (default: measured or stated ones)",
     )
+    parser.add_argument(
+        "--model-cost",
+        type=pathlib.Path,
+        default=None,
+        metavar="FILE",
+        help="steps measured by benchmarks.step_costs, by which max_decode_gap is explained (default: the roofline)",
+    )
     parsed, config, _ = gin_config.load_from_command_line(parser, arguments)
     try:
         if parsed.target is None:
@@ -54,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     try:
-        explanation = explain(config.engine, target, load_rate=parsed.load_rate * 1e9, report=parsed.report)
+        explanation = explain(
+            config.engine, target, load_rate=parsed.load_rate * 1e9, report=parsed.report, model_cost=parsed.model_cost
+        )
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -253,7 +253,7 @@ def _poisson(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _decode_step(rows: int, context: int) -> Any:
-    from jaxserve.planning.step_cost_models import StepShape
+    from jaxserve.scheduler.step_shape import StepShape
 
     return StepShape(rows, rows, rows, float(rows * context), 0, 0.0, 0.0, context)
 

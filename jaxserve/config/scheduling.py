@@ -248,6 +248,9 @@ class SchedulerConfig:
     mode: how batches change over time: "none" (one request at a time), "static", "dynamic", "continuous", "separated".
     formation: how a batch is chosen from the waiting queue. policy: order of the waiting queue.
     max_num_waiting: requests that may queue before new ones are refused.
+    max_decode_gap: seconds that a running request waits for its next token at most because of other requests' prompts.
+    Chunks and the number of prompts under way follow from the measured times of steps, and prompts are split that
+    otherwise would not be; None is no bound.
     """
 
     max_num_seqs: int = 64
@@ -258,6 +261,7 @@ class SchedulerConfig:
     formation: str = "greedy"
     policy: str = "fcfs"
     max_num_waiting: int = 4096
+    max_decode_gap: float | None = None
     batching: BatchingConfig = BatchingConfig()
     admission: AdmissionConfig = AdmissionConfig()
     ordering: PolicyConfig = PolicyConfig()
@@ -277,6 +281,8 @@ class SchedulerConfig:
             raise ValueError(
                 f"long_prefill_token_threshold is {self.long_prefill_token_threshold}; it needs enable_chunked_prefill"
             )
+        if self.max_decode_gap is not None:
+            self._check_gap(self.max_decode_gap)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least max_num_seqs "
@@ -285,4 +291,17 @@ class SchedulerConfig:
         if self.mode == "dynamic" and self.formation != "greedy":
             raise ValueError(
                 f"formation is {self.formation!r}; mode 'dynamic' groups by length itself and needs formation 'greedy'"
+            )
+
+    def _check_gap(self, bound: float) -> None:
+        between("max_decode_gap", bound, 1e-4)
+        if not self.enable_chunked_prefill:
+            raise ValueError(
+                f"max_decode_gap is {bound:g}, but enable_chunked_prefill is False: a bound splits prompts; enable it, "
+                "or leave max_decode_gap unset"
+            )
+        if self.mode in ("static", "dynamic"):
+            raise ValueError(
+                f"max_decode_gap is {bound:g}, but mode is {self.mode!r}, in which the whole batch waits for its "
+                "longest prompt; choose mode 'continuous' or 'separated', or leave max_decode_gap unset"
             )

@@ -92,7 +92,8 @@ class EngineConfig:
     compilation_cache_max_bytes: of what is kept; the entries that were not used for longest are removed.
     ready_when: "complete" serves when all programs of the closed set are there, "servable" when those are that can
     serve every request, with more padding: the others are compiled meanwhile, by a process of their own with a
-    low priority, and join one by one. "auto" is "servable" for a server on CPUs and "complete" everywhere else.
+    low priority, and join one by one. "auto" is "servable" for a server on CPUs without max_decode_gap and "complete"
+    everywhere else.
     bundle: directory of programs that `jaxserve.compile` wrote for this configuration and device; loaded instead of
     compiling anything, and refused where it does not fit. Its number of pages counts where none is configured.
     seed: base of the seeds drawn for requests that bring none.

@@ -99,7 +99,10 @@ class EngineCore:
             costs=info.preemption_costs,
             max_model_len=info.max_model_len,
             tokens_per_step=info.tokens_per_step,
+            step_seconds=None if runner.step_costs is None else runner.step_costs.seconds,
         )
+        for line in () if self.scheduler.decode_gap is None else self.scheduler.decode_gap.warnings:
+            _log.warning("%s", line)
         self._constraints = constraints
         self.recorder = recorder or Recorder(clock=clock)
         self._events = EngineEvents(self.recorder, self.scheduler)
@@ -219,7 +222,7 @@ class EngineCore:
             collected = self._look(self._in_flight)
             if plan is None:
                 self._idle.emptied(collected)
-            messages += self._outputs(self.scheduler.update(previous.plan, result), collected)
+            messages += self._outputs(self.scheduler.update(previous.plan, result, self._now()), collected)
         if self._in_flight is not None and self._in_flight.waits:
             self._sample(self._in_flight, messages)
         end = self._look(self._in_flight)
@@ -278,7 +281,7 @@ class EngineCore:
             result = self._executor.collect(step)
         except DeviceFaultError:
             return False
-        messages += self._outputs(self.scheduler.update(step.plan, result), self._clock())
+        messages += self._outputs(self.scheduler.update(step.plan, result, self._now()), self._clock())
         return True
 
     def stats(self) -> EngineStats:
@@ -299,6 +302,7 @@ class EngineCore:
             num_preemptions_recompute=scheduler.num_preemptions_by_kind["recompute"],
             num_preemptions_swap=scheduler.num_preemptions_by_kind["swap"],
             kendall_tau=self._ranking(),
+            **{f"num_gap_exceeded_{cause}": count for cause, count in scheduler.num_gaps_exceeded.items()},
             **self._totals,
         )
 
@@ -337,6 +341,7 @@ class EngineCore:
     def _outputs(self, update: StepUpdate, now: float) -> list[FromEngine]:
         """Returns the messages of a step's update and records its events."""
         messages: list[FromEngine] = []
+        self._events.gaps_exceeded(update.gaps, now)
         request_ids = update.request_ids
         if request_ids:
             messages.append(TokenBatch(request_ids, tuple(update.token_ids)))

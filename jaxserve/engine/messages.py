@@ -92,6 +92,8 @@ class EngineStats(_Message, frozen=True):
     pages_free + pages_used + pages_cached are all usable pages. num_swapped, pages_swapped: requests whose pages are in
     host memory, and those pages. kendall_tau: how well predicted output lengths rank the last window of finished
     requests, as of at most a second ago; None while there is nothing to rank.
+    num_gap_exceeded_*: total of gaps between two tokens of a request that exceeded max_decode_gap, by cause
+    (`scheduler.gap_monitor.CAUSES`).
     """
 
     num_running: int = 0
@@ -114,6 +116,13 @@ class EngineStats(_Message, frozen=True):
     num_preemptions_swap: int = 0
     num_dropped: int = 0
     kendall_tau: float | None = None
+    num_gap_exceeded_decodes: int = 0
+    num_gap_exceeded_preemption: int = 0
+    num_gap_exceeded_swap: int = 0
+    num_gap_exceeded_minimum_chunk: int = 0
+    num_gap_exceeded_missing_program: int = 0
+    num_gap_exceeded_stall: int = 0
+    num_gap_exceeded_estimate: int = 0
 
 
 class Progress(_Message, frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jaxserve.runner.protocol import StepCosts
 from jaxserve.scheduler.plan import StepPlan
+from jaxserve.scheduler.step_shape import shape_of
 
 _DECAY = 0.95
 """Weight that earlier measurements keep when another step is measured."""
@@ -35,7 +36,7 @@ class StepTimePrediction:
         """Records the measured seconds of a step."""
         if self._costs is None:
             return
-        predicted = self._costs.seconds(plan)
+        predicted = self._costs.seconds(shape_of(plan))
         if predicted < _SHARE * self._costs.largest_seconds:
             return
         correction = self._measured / self._predicted if self._predicted else 1.0

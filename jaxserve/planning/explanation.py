@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,8 +23,11 @@ from jaxserve.kv_cache.page_pool import greatest_concurrency
 from jaxserve.models.params import abstract_params, make_mesh
 from jaxserve.planning.decode_roofline import DecodeStep, decode_step
 from jaxserve.planning.estimate import temporary_bytes
+from jaxserve.planning.gap_explanation import GapExplanation, explain_gap
 from jaxserve.planning.memory_plan import DeviceMemory, MemoryPlan, MemoryPlanner
 from jaxserve.planning.resolve import resolve_shapes
+from jaxserve.planning.roofline import RooflineCosts
+from jaxserve.planning.step_cost_models import CostModel, read_costs
 from jaxserve.programs.aot.plugin import PluginMissingError
 from jaxserve.programs.compiler import ProgramMemory, compile_program, program_memory
 from jaxserve.programs.program_needs import ProgramNeeds, largest_keys, loaded
@@ -88,6 +92,7 @@ class Explanation:
         programs: bucket sizes by kind, ascending.
         estimated: why temporaries are an estimate; "" where they are the compiler's figures.
         decode_steps: those that fit into the pages.
+        gap: what max_decode_gap costs; None without one.
     """
 
     shapes: Shapes
@@ -100,6 +105,7 @@ class Explanation:
     concurrency: tuple[Concurrency, ...]
     start: Start
     decode_steps: tuple[DecodeStep, ...]
+    gap: GapExplanation | None = None
 
     @property
     def pool_tokens(self) -> int:
@@ -121,6 +127,7 @@ def explain(
     load_rate: float = LOAD_RATE,
     report: pathlib.Path | None = None,
     compiles: bool = True,
+    model_cost: pathlib.Path | None = None,
 ) -> Explanation:
     """Explains a configuration on one device of the target.
 
@@ -128,6 +135,8 @@ def explain(
         load_rate: bytes/s at which weights reach the device.
         report: report.json of `jaxserve.compile` for the same target, whose compile times are used.
         compiles: False estimates what programs need, from above, instead of compiling the largest ones.
+        model_cost: measured steps, as `benchmarks.step_costs` writes them, by which max_decode_gap is explained;
+            otherwise it is explained by the target's roofline.
 
     Raises:
         ValueError: the configuration does not fit the model or the device, or the report is another target's.
@@ -147,6 +156,12 @@ def explain(
     if report is not None:
         seconds, source = _reported(report, target, _sizes(shapes))
         start = dataclasses.replace(start, compile_seconds=seconds / workers, compile_source=source)
+    cases = [
+        (batch, context)
+        for context in CONTEXTS
+        for batch in BATCHES
+        if context <= shapes.max_model_len and batch <= _concurrency(shapes, plan, context).requests
+    ]
     return Explanation(
         shapes=dataclasses.replace(shapes, num_pages=plan.num_pages),
         target=target,
@@ -157,13 +172,33 @@ def explain(
         estimated=needs.estimated,
         concurrency=tuple(_concurrency(shapes, plan, length) for length in _lengths(shapes.max_model_len)),
         start=start,
-        decode_steps=tuple(
-            decode_step(shapes, target, batch, context)
-            for context in CONTEXTS
-            for batch in BATCHES
-            if context <= shapes.max_model_len and batch <= _concurrency(shapes, plan, context).requests
-        ),
+        decode_steps=tuple(decode_step(shapes, target, batch, context) for batch, context in cases),
+        gap=_gap(config, shapes, target, model_cost, cases),
     )
+
+
+def _gap(
+    config: EngineConfig,
+    shapes: Shapes,
+    target: Target,
+    model_cost: pathlib.Path | None,
+    cases: Sequence[tuple[int, int]],
+) -> GapExplanation | None:
+    """Explains the configured max_decode_gap, if there is one."""
+    bound = config.scheduler.max_decode_gap
+    if bound is None:
+        return None
+    if model_cost is not None:
+        costs: CostModel = read_costs(model_cost)
+    elif target.memory_bandwidth and target.peak_flops.get(shapes.dtype):
+        costs = RooflineCosts(
+            shapes.model, target, dtype=shapes.dtype, pool_dtype=shapes.pool_dtype, page_size=shapes.page_size
+        )
+    else:
+        unknown = f"target {target.name} states no rates; measure its steps (benchmarks.step_costs), give --model-cost"
+        return GapExplanation(bound, "", unknown=unknown)
+    most_tokens = config.scheduler.max_num_batched_tokens
+    return explain_gap(costs.seconds, costs.name, bound, shapes.buckets, most_tokens, cases)
 
 
 def local_target() -> Target:

@@ -32,6 +32,8 @@ _UNITS = {
 def to_text(explanation: Explanation) -> str:
     """Formats the explanation as several paragraphs, with a table whose total is the device's memory."""
     paragraphs = [_model, _programs, _memory, _concurrency, _start, _decode]
+    if explanation.gap is not None:
+        paragraphs.append(_gap)
     return "\n\n".join("\n".join(paragraph(explanation)) for paragraph in paragraphs)
 
 
@@ -135,6 +137,37 @@ def _decode(explanation: Explanation) -> Iterator[str]:
     yield from _table(("batch", "context", "GB", "GFLOP", "ms", "limited by", "tokens/s"), rows, text_columns=(5,))
 
 
+def _gap(explanation: Explanation) -> Iterator[str]:
+    gap = explanation.gap
+    assert gap is not None
+    if gap.unknown:
+        yield f"max_decode_gap {gap.bound * 1e3:g} ms: its cost is unknown, {gap.unknown}"
+        return
+    yield (
+        f"max_decode_gap {gap.bound * 1e3:g} ms, promised where decodes alone take up to "
+        f"{gap.promised_seconds * 1e3:.3g} ms; prompt tokens beside decodes ({gap.cost_name}):"
+    )
+    rows = [
+        (
+            str(cost.rows),
+            f"{cost.context:,}",
+            f"{cost.decode_seconds * 1e3:.2f}",
+            f"{cost.tokens:,}" if cost.kept else f"({cost.tokens:,})",
+            f"{cost.seconds * 1e3:.2f}",
+            f"{cost.rate:,.0f}",
+            f"{cost.free_tokens:,}",
+            f"{cost.free_seconds * 1e3:.2f}",
+            f"{cost.free_rate:,.0f}",
+            f"{100 * cost.rate / cost.free_rate:.0f}" if cost.free_tokens else "",
+        )
+        for cost in gap.costs
+    ]
+    head = ("rows", "context", "alone ms", "tokens/step", "ms", "tokens/s", "without: tokens", "ms", "tokens/s", "%")
+    yield from _table(head, rows, text_columns=())
+    if not all(cost.kept for cost in gap.costs):
+        yield "  (in parentheses: the smallest chunk, with which prompts progress, exceeds the bound)"
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int]) -> Iterator[str]:
     """Formats columns of equal width, numbers right-aligned, text left-aligned."""
     lines = [head, *rows]
@@ -196,4 +229,5 @@ def to_json(explanation: Explanation) -> dict[str, Any]:
             {**dataclasses.asdict(step), "tokens_per_second": step.tokens_per_second}
             for step in explanation.decode_steps
         ],
+        "max_decode_gap": None if explanation.gap is None else dataclasses.asdict(explanation.gap),
     }

@@ -24,8 +24,9 @@ from jaxserve.config.checks import between
 from jaxserve.config.targets import Target
 from jaxserve.models.config import ModelConfig
 from jaxserve.planning.model_cost import ITEM_BYTES, ModelCost
-from jaxserve.planning.step_cost_models import HostCosts, StepShape
+from jaxserve.planning.step_cost_models import HostCosts
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
+from jaxserve.scheduler.step_shape import StepShape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -289,6 +289,8 @@ def ready_when_servable(config: EngineConfig, platform: str, server: bool) -> bo
             f"ready_when is 'servable' on a {platform}, whose compiler measures kernels on the device beside the steps "
             "that serve; set it to 'complete' (a bundle or the compilation cache makes such a start fast)"
         )
+    if config.scheduler.max_decode_gap is not None and config.ready_when == "auto":
+        return False  # the steps of every bucket are measured before the first request
     return config.ready_when == "servable" or (config.ready_when == "auto" and server and platform == "cpu")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxserve.config.failpoints import Failpoints, InjectedFaultError
 from jaxserve.config.settings import EngineConfig
 from jaxserve.kv_cache.page_pool import PageCopy, PageState
+from jaxserve.planning.step_cost_models import FittedCosts
 from jaxserve.programs.compiler import CompilationCounter, CompileMissError, ProgramSet
 from jaxserve.programs.state_programs import mask_words
 from jaxserve.programs.step_programs import MASK_WRITE, TABLE_WRITE, ProgramKey, Shapes, program_keys
@@ -23,6 +24,7 @@ from jaxserve.runner.engine_startup import Startup
 from jaxserve.runner.packing import ForwardPacker, SamplePacker, mask_vectors, table_vectors
 from jaxserve.runner.protocol import StepNotStartedError
 from jaxserve.runner.step_cost_model import step_costs
+from jaxserve.runner.step_timing import measure_steps
 from jaxserve.runner.swap_timing import measure, swap_copies
 from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, PageTableWrite, StepPlan, StepResult
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
@@ -87,9 +89,11 @@ class ModelRunner:
         with phases.phase("warm-up"):
             self._warm_up()
             costs = self._measure_costs() if self._shapes.num_host_pages else None
+            bounded = config.scheduler.max_decode_gap is not None
+            measured = self._measure_steps(costs) if bounded else None
         startup.log_allocator()
         self.info = startup.info(made, costs)
-        self.step_costs = step_costs(self._shapes, made.mesh)
+        self.step_costs = step_costs(self._shapes, made.mesh, measured)
         startup.finish(made)
 
     @property
@@ -302,6 +306,17 @@ class ModelRunner:
 
         jax.block_until_ready(self._arrays.pools)
         return measure(self._shapes, compute, swap)
+
+    def _measure_steps(self, costs: PreemptionCosts | None) -> FittedCosts:
+        """Measures the steps of every bucket on this device; no step may be in flight. costs: of a preemption."""
+
+        def compute(plan: StepPlan) -> None:
+            for vector in table_vectors(plan.table_writes, self._shapes.num_slots):
+                self._arrays.slots = self._program(TABLE_WRITE)(self._arrays.slots, vector)
+            self._forward(self._forward_call(self._shapes.forward_key(plan), plan))
+            self._sample(self._sample_call(plan.row_bucket, plan)).block_until_ready()
+
+        return measure_steps(self._shapes, compute, 0.0 if costs is None else costs.swap_seconds_per_page)
 
 
 def _is_ready(array: Any) -> bool:

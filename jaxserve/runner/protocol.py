@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
+from jaxserve.scheduler.step_shape import StepShape
 from jaxserve.telemetry.startup_spans import StartupSpan
 
 Pending = Any
@@ -19,10 +20,10 @@ Pending = Any
 
 @dataclasses.dataclass(frozen=True)
 class StepCosts:
-    """Predicts the seconds that steps take on a runner's device: `seconds` of a plan, and `largest_seconds` of a step
-    that no plan exceeds."""
+    """Predicts the seconds that steps take on a runner's device: `seconds` of a plan's shape, and `largest_seconds` of
+    a step that no plan exceeds."""
 
-    seconds: Callable[[StepPlan], float]
+    seconds: Callable[[StepShape], float]
     largest_seconds: float
 
 

@@ -10,17 +10,22 @@ from jax.sharding import Mesh
 
 from jaxserve.config.targets import LOCAL, Target, known_targets, load_target
 from jaxserve.planning.roofline import RooflineCosts
-from jaxserve.planning.step_cost_models import StepShape, shape_of
+from jaxserve.planning.step_cost_models import FittedCosts
 from jaxserve.programs.step_programs import Shapes
 from jaxserve.runner.protocol import StepCosts
+from jaxserve.scheduler.step_shape import StepShape
 
 _SLOW_BANDWIDTH = 1e10
 _SLOW_FLOPS = 2e11
 """Rates of a device without a target, bytes/s and operations/s: those of a slow machine's two CPU cores."""
 
 
-def step_costs(shapes: Shapes, mesh: Mesh) -> StepCosts:
-    """Returns the predictor for the steps of `shapes` on the devices of `mesh`."""
+def step_costs(shapes: Shapes, mesh: Mesh, measured: FittedCosts | None = None) -> StepCosts:
+    """Returns the predictor for the steps of `shapes` on the devices of `mesh`.
+
+    measured: costs of the steps that were measured at warm-up, if they were; the largest step is predicted to take no
+    less than without them, since they say little about contexts far beyond those measured.
+    """
     costs = RooflineCosts(
         shapes.model,
         _target(mesh.devices.flat[0], shapes.dtype),
@@ -28,7 +33,10 @@ def step_costs(shapes: Shapes, mesh: Mesh) -> StepCosts:
         pool_dtype=shapes.pool_dtype,
         page_size=shapes.page_size,
     )
-    return StepCosts(lambda plan: costs.seconds(shape_of(plan)), costs.seconds(largest_step(shapes)))
+    largest = largest_step(shapes)
+    if measured is None:
+        return StepCosts(costs.seconds, costs.seconds(largest))
+    return StepCosts(measured.seconds, max(costs.seconds(largest), measured.seconds(largest)))
 
 
 def largest_step(shapes: Shapes) -> StepShape:

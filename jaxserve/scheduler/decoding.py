@@ -204,6 +204,12 @@ class DecodingSet:
         left = np.where(self._wants[slots] & Wants.MASK, np.minimum(left, 1), left)
         return slots[left > 0], left[left > 0]
 
+    def context(self) -> tuple[int, int]:
+        """Returns the number of positions that one token of every sequence attends to, in all and at most; there must
+        be a sequence."""
+        positions = self._position[self._current_rows()[2]]
+        return int(positions.sum()) + len(positions), int(positions.max()) + 1
+
     def tenants(self, rows: DecodeRows | None = None) -> np.ndarray:
         """Returns the tenant numbers of the tokens of `rows`, or of one token of every sequence: int32 [tokens]."""
         if rows is None:

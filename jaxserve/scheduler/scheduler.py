@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -34,6 +34,8 @@ from jaxserve.scheduler.batch_barrier import BatchBarrier
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.budgets import Budgets
 from jaxserve.scheduler.deadline_check import DeadlineCheck
+from jaxserve.scheduler.decode_gap import DecodeGap
+from jaxserve.scheduler.gap_monitor import CAUSES
 from jaxserve.scheduler.length_prediction import OutputLengthPredictor
 from jaxserve.scheduler.modes import MODES
 from jaxserve.scheduler.plan import NOTHING_ALLOWED, FastForward, StepPlan, StepResult, Wants
@@ -42,6 +44,7 @@ from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import SequenceQueues
 from jaxserve.scheduler.step_builder import StepBuilder
+from jaxserve.scheduler.step_shape import StepShape
 from jaxserve.scheduler.step_time_estimator import StepTimeEstimator
 from jaxserve.scheduler.update import SequenceUpdate, StepUpdate
 
@@ -52,7 +55,8 @@ class Scheduler:
     Times are seconds on the clock of the requests' arrival times and deadlines. costs: the measured costs of
     preemption, if any.
     max_model_len: tokens of the longest sequence, for page_reservation "max_model_len". tokens_per_step: maximum tokens
-    of a decoding row; more than one when the device drafts tokens and reports how many were accepted.
+    of a decoding row; more than one when the device drafts tokens and reports how many were accepted. step_seconds:
+    predicts the time of a step, for max_decode_gap.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Scheduler:
         costs: PreemptionCosts | None = None,
         max_model_len: int | None = None,
         tokens_per_step: int = 1,
+        step_seconds: Callable[[StepShape], float] | None = None,
     ):
         needed, rows = config.max_num_seqs * tokens_per_step, buckets.rows[-1] if tokens_per_step > 1 else None
         for name, limit in (("max_num_batched_tokens", config.max_num_batched_tokens), ("row_buckets", rows)):
@@ -89,8 +94,16 @@ class Scheduler:
             tokens_per_step,
             deadline_check=self._deadline_check,
         )
+        self.decode_gap = DecodeGap.configured(config, step_seconds, buckets)
         self._builder = StepBuilder(
-            config, buckets, self._budgets, self._mode, self.policy, self._queues, self._step_times
+            config,
+            buckets,
+            self._budgets,
+            self._mode,
+            self.policy,
+            self._queues,
+            self._step_times,
+            None if self.decode_gap is None else self.decode_gap.limit,
         )
         self._sequences: dict[str, Sequence] = {}
         self._barrier = BatchBarrier()
@@ -131,6 +144,11 @@ class Scheduler:
     @property
     def num_preemptions(self) -> int:
         return sum(self._queues.preemptions.values())
+
+    @property
+    def num_gaps_exceeded(self) -> dict[str, int]:
+        """Returns by cause the number of gaps between tokens that exceeded max_decode_gap since the start."""
+        return dict.fromkeys(CAUSES, 0) if self.decode_gap is None else dict(self.decode_gap.monitor.exceeded)
 
     @property
     def profile(self) -> str:
@@ -215,6 +233,8 @@ class Scheduler:
         preempted = [sequence for sequence in going_on if self._queues.restart(sequence, lost_pages)]
         self._steady = False
         self._step_times.begins(None, 0.0)
+        if self.decode_gap is not None:
+            self.decode_gap.monitor.restarted([sequence.order for sequence in preempted])
         return preempted
 
     def expire(self, now: float) -> list[SequenceUpdate]:
@@ -243,6 +263,9 @@ class Scheduler:
             for sequence in self._builder.admitted:
                 self._barrier.joined(sequence, self._steps)
         self._step_times.begins(plan, now)
+        if self.decode_gap is not None:
+            preempted = [sequence.order for sequence in self._queues.preempted]
+            self.decode_gap.planned(self._steps, plan, now, preempted)
         self._steps += plan is not None
         self._steady = plan is not None and not plan.chunks
         return plan
@@ -252,9 +275,27 @@ class Scheduler:
         never."""
         return self._mode.wake_at(self._queues.waiting) if self._queues.waiting.new else None
 
-    def update(self, plan: StepPlan, result: StepResult) -> StepUpdate:
+    def update(self, plan: StepPlan, result: StepResult, now: float | None = None) -> StepUpdate:
         """Appends the sampled ids of `plan` to their sequences and returns what changed. Ids of ended sequences are
-        dropped."""
+        dropped.
+
+        Args:
+            plan: the step.
+            result: its ids.
+            now: the time at which they were there, for max_decode_gap; None where nobody measures it.
+        """
+        update = self._update(plan, result)
+        if self.decode_gap is None or now is None:
+            return update
+        orders = [self._sequences[request_id].order for request_id in update.request_ids]
+        orders += [other.sequence.order for other in update.others if other.token_ids]
+        gaps = self.decode_gap.collected(plan, orders, now)
+        for other in update.others:
+            if other.sequence.finished:
+                self.decode_gap.monitor.ended(other.sequence.order)
+        return dataclasses.replace(update, gaps=gaps) if gaps else update
+
+    def _update(self, plan: StepPlan, result: StepResult) -> StepUpdate:
         token_ids = np.asarray(result.token_ids, np.int32)
         if len(token_ids) != plan.num_sampled:
             raise ValueError(f"step {plan.step} has {len(token_ids)} token ids; it sampled {plan.num_sampled} rows")
@@ -292,7 +333,7 @@ class Scheduler:
             return 0
         if not len(queues.running.decoding) or not self._mode.steady:
             return 0
-        if len(queues.waiting) and not self._obstacle_stays():
+        if self.decode_gap is not None or (len(queues.waiting) and not self._obstacle_stays()):
             return 0
         return queues.running.decoding.fast_forward_steps(self.pool.num_available)
 
@@ -383,6 +424,8 @@ class Scheduler:
         self.policy.ended(sequence)
         if reason.value in COMPLETED:
             self.predictor.observe(sequence.request, len(sequence.output_token_ids), sequence.expected_output)
+        elif self.decode_gap is not None:
+            self.decode_gap.monitor.ended(sequence.order)  # that of a completed one is forgotten once it is measured
         return SequenceUpdate(sequence, (), reason, error)
 
     def _too_late(self, sequence: Sequence, now: float) -> str:

@@ -9,6 +9,7 @@ from jaxserve.config.scheduling import SchedulerConfig
 from jaxserve.request import RequestStatus
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.budgets import Budgets
+from jaxserve.scheduler.gap_limit import GapLimit
 from jaxserve.scheduler.modes import Mode, StepLimits
 from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, PageTableWrite, RowPlan, StepPlan
 from jaxserve.scheduler.policies.policy import Policy
@@ -37,6 +38,7 @@ class StepBuilder:
         policy: Policy,
         queues: SequenceQueues,
         step_times: StepTimeEstimator,
+        gap_limit: GapLimit | None = None,
     ):
         self._config = config
         self._buckets = buckets
@@ -49,6 +51,7 @@ class StepBuilder:
         self._waiting = queues.waiting
         self._swapped = queues.swapped
         self._step_times = step_times
+        self._gap_limit = gap_limit
         self.admitted: list[Sequence] = []
         self.blocked_by: str | None = None
 
@@ -138,6 +141,8 @@ class StepBuilder:
         decodes = self._running.decoding.num_tokens if step_limits.decode else 0
         budget = budgets.max_num_batched_tokens - decodes
         step = StepInProgress(decodes, max(0, budget), config.max_num_batched_tokens - decodes)
+        if self._gap_limit is not None:
+            self._gap_limit.start_step(self._running.decoding)
         if decodes and budgets.prefill_share < 1:
             self._cap(step)
         return step
@@ -152,13 +157,18 @@ class StepBuilder:
         step.budget = min(step.budget, share)
         wanted = step.decodes + share
         bucket = self._buckets.token_bucket(min(wanted, self._buckets.tokens[-1]))
-        if not self._config.admission.fill_buckets or bucket - wanted <= MOST_PADDING * bucket:
+        if not self._config.admission.fill_buckets or bucket - wanted <= MOST_PADDING * bucket or self._gap_bound:
             return
         within = self._buckets.largest_within(wanted) - step.decodes
         if 2 * within >= share:
             step.budget = min(step.budget, within)
         else:
             step.fill = True
+
+    @property
+    def _gap_bound(self) -> bool:
+        """Tells whether max_decode_gap bounds the time of the step."""
+        return self._gap_limit is not None and self._gap_limit.active
 
     def _swap_in(self, step: StepInProgress, step_limits: StepLimits) -> None:
         """Swaps sequences back in, lowest priority key first, while slots, budget and pages last.
@@ -216,13 +226,19 @@ class StepBuilder:
                 step.add(Chunk(sequence, count, held))
 
     def _chunk(self, sequence: Sequence, step: StepInProgress, step_limits: StepLimits) -> int:
-        """Returns the number of tokens that this sequence computes in this step under the budget and the chunking
-        rules; 0 is none."""
+        """Returns the number of tokens that this sequence computes in this step; 0 is none."""
+        count = self._budgeted_chunk(sequence, step, step_limits)
+        if self._gap_limit is None:
+            return count
+        return self._gap_limit.tokens(step, sequence.num_computed, count, len(sequence.host_pages))
+
+    def _budgeted_chunk(self, sequence: Sequence, step: StepInProgress, step_limits: StepLimits) -> int:
+        """Returns what `_chunk` does under the budget and the chunking rules alone."""
         want, budget = sequence.num_known - sequence.num_computed, max(0, step.budget)
         if step_limits.chunk is not None:
             return min(want, budget, step_limits.chunk)
         split = self._budgets.chunked and sequence.num_known > self._config.admission.chunked_prefill_min_tokens
-        if split or want > self._config.max_num_batched_tokens:
+        if split or want > self._config.max_num_batched_tokens or self._gap_bound:
             return min(want, budget, self._config.long_prefill_token_threshold or want)
         if sequence.num_computed:  # back from host memory, or begun while prompts were split
             return min(want, budget)
@@ -333,7 +349,7 @@ class StepBuilder:
         Returns False, and changes nothing, when more than that chunk stands in the way.
         """
         chunk = step.chunks.get(loser.request_id)
-        if step.budget > 0 or chunk is None or not self._has_place(sequence, step_limits):
+        if chunk is None or self._has_budget(step) or not self._has_place(sequence, step_limits):
             return False
         pages = self._pages
         pages.give_back(loser, chunk.held)
@@ -344,6 +360,10 @@ class StepBuilder:
         assert grown, "pages that were given back are not there"
         step.add(chunk)
         return False
+
+    def _has_budget(self, step: StepInProgress) -> bool:
+        """Tells whether the step may compute another prompt token."""
+        return step.budget > 0 and (self._gap_limit is None or self._gap_limit.tokens(step, 0, 1) > 0)
 
     def _fill(self, step: StepInProgress, step_limits: StepLimits, now: float, most: float) -> int:
         """Fills the bucket's padding with prompt tokens: first of prompts that a cap cut short, then of up to `most`

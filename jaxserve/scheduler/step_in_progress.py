@@ -52,6 +52,8 @@ class StepInProgress:
     settings leave; room: tokens that the largest step leaves, which a prompt that must not be split may use when it is
     alone. fill: prompts go on to the end of the bucket, past the budget. chunks: by request id, in order. copies: of
     pages, in order.
+    prefill_tokens, prefill_pairs, prefill_context: of the chunks, as in `StepShape`. longest: context of the longest
+    chunk that the step has had.
     """
 
     def __init__(self, decodes: int, budget: int, room: int):
@@ -61,10 +63,14 @@ class StepInProgress:
         self.fill = False
         self.chunks: dict[str, Chunk] = {}
         self.copies: list[PageCopy] = []
+        self.prefill_tokens = 0
+        self.prefill_pairs = 0.0
+        self.prefill_context = 0
+        self.longest = 0
 
     @property
     def num_tokens(self) -> int:
-        return self.decodes + sum(chunk.count for chunk in self.chunks.values())
+        return self.decodes + self.prefill_tokens
 
     @property
     def joined(self) -> set[str]:
@@ -73,11 +79,14 @@ class StepInProgress:
 
     def add(self, chunk: Chunk) -> None:
         self._spend(chunk.count)
+        self._count(chunk, 1)
         self.chunks[chunk.sequence.request_id] = chunk
 
     def extend(self, chunk: Chunk, count: int) -> None:
         self._spend(count)
+        self._count(chunk, -1)
         chunk.count += count
+        self._count(chunk, 1)
 
     def drop(self, sequence: Sequence, decoding_tokens: int = 0) -> Chunk | None:
         """Removes a sequence's share from the step.
@@ -93,8 +102,18 @@ class StepInProgress:
         given = chunk.count if chunk is not None else decoding_tokens if self.decodes > 0 else 0
         if chunk is None:
             self.decodes -= given
+        else:
+            self._count(chunk, -1)
         self._spend(-given)
         return chunk
+
+    def _count(self, chunk: Chunk, sign: int) -> None:
+        """Adds a chunk to the totals, or takes it from them."""
+        start, count = chunk.sequence.num_computed, chunk.count
+        self.prefill_tokens += sign * count
+        self.prefill_pairs += sign * (count * start + count * (count + 1) / 2)
+        self.prefill_context += sign * (start + count)
+        self.longest = max(self.longest, start + count)
 
     def _spend(self, tokens: int) -> None:
         self.budget -= tokens

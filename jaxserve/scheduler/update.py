@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxserve.request import FinishReason
+from jaxserve.scheduler.gap_monitor import GapExceeded
 from jaxserve.scheduler.sequence import Sequence
 
 
@@ -24,8 +25,10 @@ class StepUpdate:
 
     request_ids, token_ids: requests that go on decoding, and the one new token of each. others: every other sequence
     that the step changed: it got its first token since admission, or has ended.
+    gaps: between tokens of one request, which exceeded max_decode_gap.
     """
 
     request_ids: tuple[str, ...]
     token_ids: list[int]
     others: list[SequenceUpdate]
+    gaps: tuple[GapExceeded, ...] = ()

@@ -14,11 +14,11 @@ from jaxserve.planning.step_cost_models import (
     CostModel,
     FittedCosts,
     HostCosts,
-    StepShape,
     StepTime,
     read_costs,
     write_costs,
 )
+from jaxserve.scheduler.step_shape import StepShape
 from jaxserve.simulator.capacity import Capacity, parts_of, search_capacity
 from jaxserve.simulator.fleet import FleetConfig, FleetResult, simulate_fleet
 from jaxserve.simulator.setup import Setup, find_target, set_up, with_options

@@ -8,8 +8,9 @@ import math
 import numpy as np
 
 from jaxserve.config.checks import at_least, between, one_of
-from jaxserve.planning.step_cost_models import CostModel, StepShape
+from jaxserve.planning.step_cost_models import CostModel
 from jaxserve.request import EngineRequest
+from jaxserve.scheduler.step_shape import StepShape
 from jaxserve.simulator.forecast import FORECASTS, Forecast
 from jaxserve.simulator.routing import ROUTINGS, LeastLoaded, PredictedWork, RoundRobin, Router
 from jaxserve.simulator.setup import Setup

@@ -21,10 +21,11 @@ import numpy as np
 
 from jaxserve.config.settings import EngineConfig
 from jaxserve.kv_cache.page_pool import PagePool
-from jaxserve.planning.step_cost_models import CostModel, StepShape, shape_of
+from jaxserve.planning.step_cost_models import CostModel
 from jaxserve.request import EngineRequest, RequestStatus
 from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepResult, StepUpdate
 from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.step_shape import StepShape, shape_of
 from jaxserve.simulator.fast_forward import pages_over, stretch_times
 from jaxserve.simulator.records import StepLog, TokenLog
 from jaxserve.telemetry.engine_events import EngineEvents, IterationTimes
@@ -100,7 +101,12 @@ class SimulatedEngine:
         pool = PagePool(device.num_pages, config.cache.page_size, device.num_host_pages)
         buckets = Buckets.from_config(config, device.platform)
         self.scheduler = Scheduler(
-            config.scheduler, pool, buckets, costs=costs.preemption, max_model_len=device.max_model_len
+            config.scheduler,
+            pool,
+            buckets,
+            costs=costs.preemption,
+            max_model_len=device.max_model_len,
+            step_seconds=costs.seconds,
         )
         self.costs = costs
         self.now = start
@@ -180,7 +186,7 @@ class SimulatedEngine:
         if previous is not None:
             if previous.plan.num_sampled:
                 time = max(time, previous.end)  # otherwise there is nothing to wait for
-            update = self.scheduler.update(previous.plan, StepResult(previous.token_ids))
+            update = self.scheduler.update(previous.plan, StepResult(previous.token_ids), time)
             self._take_update(update, time)
             time += self._host.after + self._host.after_per_row * previous.plan.num_rows
         for each in expired:
@@ -330,6 +336,7 @@ class SimulatedEngine:
         if request_ids:
             self.tokens.add(request_ids, time)
         if self._events is not None:
+            self._events.gaps_exceeded(update.gaps, time)
             others = [each.sequence.request_id for each in update.others if each.token_ids]
             if request_ids or others:
                 self._events.tokens((*request_ids, *others), time)

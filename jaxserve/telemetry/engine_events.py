@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from jaxserve.request import EngineRequest, FinishReason, RequestStatus
 from jaxserve.scheduler import Scheduler, Sequence, StepPlan
+from jaxserve.scheduler.gap_monitor import GapExceeded
 from jaxserve.telemetry.recorder import (
+    DecodeGapsExceeded,
     FirstToken,
     Recorder,
     RequestArrived,
@@ -108,6 +110,11 @@ class EngineEvents:
     def tokens(self, request_ids: Iterable[str], time: float) -> None:
         """Records that the host has a token for each of the requests."""
         self._record(TokensProduced(time, tuple(request_ids)))
+
+    def gaps_exceeded(self, gaps: Iterable[GapExceeded], time: float) -> None:
+        """Records that requests waited longer for their tokens of `time` than max_decode_gap allows."""
+        for gap in gaps:
+            self._record(DecodeGapsExceeded(time, gap.cause, gap.count, gap.longest_seconds))
 
     def first_token(self, sequence: Sequence, time: float) -> None:
         """Records that the host has the sequence's first token, which `tokens` counts too."""

@@ -61,6 +61,17 @@ class RequestPreempted:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class DecodeGapsExceeded:
+    """A step came later than max_decode_gap allows. cause: one of `scheduler.gap_monitor.CAUSES`. count: requests that
+    waited so long for their next token; longest_seconds: the longest that one did."""
+
+    time: float
+    cause: str
+    count: int
+    longest_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class RequestFinished:
     """The request ended. reason: a value of `FinishReason`. output_tokens, preemptions: totals over its life."""
 
@@ -123,7 +134,14 @@ class StepRecorded:
 
 
 Event = (
-    RequestArrived | RequestScheduled | FirstToken | TokensProduced | RequestPreempted | RequestFinished | StepRecorded
+    RequestArrived
+    | RequestScheduled
+    | FirstToken
+    | TokensProduced
+    | RequestPreempted
+    | DecodeGapsExceeded
+    | RequestFinished
+    | StepRecorded
 )
 Listener = Callable[[Event], object]
 
@@ -135,6 +153,7 @@ _KINDS: dict[str, type] = {
         FirstToken,
         TokensProduced,
         RequestPreempted,
+        DecodeGapsExceeded,
         RequestFinished,
         StepRecorded,
     )

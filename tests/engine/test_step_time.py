@@ -13,6 +13,7 @@ from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.runner.protocol import StepCosts
 from jaxserve.runner.step_cost_model import step_costs
 from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, StepPlan
+from jaxserve.scheduler.step_shape import shape_of
 
 
 def plan(tokens: int) -> StepPlan:
@@ -20,7 +21,7 @@ def plan(tokens: int) -> StepPlan:
 
 
 def test_the_prediction_is_corrected_by_what_is_measured():
-    prediction = StepTimePrediction(StepCosts(lambda plan: plan.num_tokens * 0.01, largest_seconds=8.0))
+    prediction = StepTimePrediction(StepCosts(lambda shape: shape.token_bucket * 0.01, largest_seconds=8.0))
     assert prediction.largest_seconds == 8.0
     for tokens in (10, 400, 30) * 50:
         prediction.observe(plan(tokens), tokens * 0.02)
@@ -31,7 +32,7 @@ def test_the_prediction_is_corrected_by_what_is_measured():
 
 
 def test_long_steps_say_more_than_short_ones():
-    prediction = StepTimePrediction(StepCosts(lambda plan: plan.num_tokens * 0.01, largest_seconds=8.0))
+    prediction = StepTimePrediction(StepCosts(lambda shape: shape.token_bucket * 0.01, largest_seconds=8.0))
     for _ in range(50):
         prediction.observe(plan(1), 0.1)  # ten times what was predicted: what every step costs, however small
         prediction.observe(plan(1000), 10.0)
@@ -39,7 +40,7 @@ def test_long_steps_say_more_than_short_ones():
 
 
 def test_a_step_that_was_held_up_does_not_hide_the_next():
-    prediction = StepTimePrediction(StepCosts(lambda plan: plan.num_tokens * 0.01, largest_seconds=8.0))
+    prediction = StepTimePrediction(StepCosts(lambda shape: shape.token_bucket * 0.01, largest_seconds=8.0))
     for _ in range(20):
         prediction.observe(plan(10), 0.1)
     prediction.observe(plan(10), 1000.0)
@@ -47,7 +48,7 @@ def test_a_step_that_was_held_up_does_not_hide_the_next():
 
 
 def test_the_correction_has_a_bound_and_the_shortest_steps_no_say():
-    prediction = StepTimePrediction(StepCosts(lambda plan: plan.num_tokens * 0.01, largest_seconds=8.0))
+    prediction = StepTimePrediction(StepCosts(lambda shape: shape.token_bucket * 0.01, largest_seconds=8.0))
     for _ in range(100):
         prediction.observe(plan(1), 5.0)
     assert prediction.largest_seconds == 8.0
@@ -71,4 +72,4 @@ def test_a_device_is_predicted_to_take_longer_for_more(more):
         return step_costs(shapes, make_mesh())
 
     few = costs()
-    assert 0 < few.seconds(plan(8)) < few.largest_seconds < costs(**more).largest_seconds
+    assert 0 < few.seconds(shape_of(plan(8))) < few.largest_seconds < costs(**more).largest_seconds

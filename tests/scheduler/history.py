@@ -7,6 +7,7 @@ brute force over all that wait), that a request ends once and that its tokens ar
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 from typing import Any
@@ -46,7 +47,7 @@ class History:
         self.rng = rng
         self.events: Counter[str] = Counter()
         self.now = 100.0
-        self.config = draw_config(rng, mode, formation, policy)
+        self.config = with_gap(random.Random(f"gap {rng.getstate()[1][0]}"), draw_config(rng, mode, formation, policy))
         num_pages, host_pages = rng.randint(7, 20), rng.choice((0, 8, 24, 24))
         self.capacity = (num_pages - 1) * PAGE_SIZE
         self.scheduler = Scheduler(
@@ -55,6 +56,9 @@ class History:
             Buckets(powers(self.config.max_num_batched_tokens), powers(self.config.max_num_seqs)),
             costs=rng.choice((None, PreemptionCosts(1.0, 0.5), PreemptionCosts(1.0, 3.5), PreemptionCosts(1.0, 9.0))),
             max_model_len=self.capacity,
+            step_seconds=lambda shape: (
+                1e-3 * (4 + shape.token_bucket + shape.prefill_context / 4 + shape.swapped_pages)
+            ),
         )
         self.runner = FakeRunner(num_pages=num_pages, page_size=PAGE_SIZE, num_host_pages=host_pages)
         self.order = OrderModel(self.config, self.scheduler.policy)
@@ -140,7 +144,8 @@ class History:
         self.in_flight = None if plan is None else (plan, dispatch(self.runner, plan))
         self.check_plan(plan)
         if previous is not None:
-            update = scheduler.update(previous[0], self.runner.collect(previous[1]))
+            update = scheduler.update(previous[0], self.runner.collect(previous[1]), self.now)
+            self.events["gap exceeded"] += sum(gap.count for gap in update.gaps)
             for request_id, token_id in zip(update.request_ids, update.token_ids, strict=True):
                 assert request_id not in self.reasons, "a token after the end"
                 self.tokens[request_id].append(token_id)
@@ -266,6 +271,13 @@ def draw_config(rng: random.Random, mode: str, formation: str, policy: str) -> S
             throughput_tokens=32,
         ),
     )
+
+
+def with_gap(rng: random.Random, config: SchedulerConfig) -> SchedulerConfig:
+    """Sets max_decode_gap in some histories where it may be: from what allows the smallest chunks only to no limit."""
+    if not config.enable_chunked_prefill or config.mode in ("static", "dynamic") or rng.random() < 0.5:
+        return config
+    return dataclasses.replace(config, max_decode_gap=rng.choice((0.014, 0.02, 0.03, 0.1)))
 
 
 def run_history(seed: int, mode: str, formation: str, policy: str, steps: int) -> Counter[str]:

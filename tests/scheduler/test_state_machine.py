@@ -22,8 +22,8 @@ EVENTS = {
     "none": (),
     "static": (*MEMORY, "slept", "aborted ending"),
     "dynamic": (*MEMORY, "slept", "aborted ending"),
-    "continuous": (*MEMORY, "mixed", "displaced", "aborted preempted", "aborted swapped"),
-    "separated": (*MEMORY, "displaced", "aborted preempted", "aborted swapped"),
+    "continuous": (*MEMORY, "mixed", "gap exceeded", "displaced", "aborted preempted", "aborted swapped"),
+    "separated": (*MEMORY, "gap exceeded", "displaced", "aborted preempted", "aborted swapped"),
 }
 OFTEN = 10
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from jaxserve.config.settings import EngineConfig
 from jaxserve.models.config import ModelConfig
-from jaxserve.planning.step_cost_models import HostCosts, StepShape
+from jaxserve.planning.step_cost_models import HostCosts
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
+from jaxserve.scheduler.step_shape import StepShape
 from jaxserve.simulator.simulated_engine import SimulatedDevice
 
 MODEL = ModelConfig("LlamaForCausalLM", 1000, 64, 160, 3, 4, 2, 16, 512)

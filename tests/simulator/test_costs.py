@@ -12,7 +12,8 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import abstract_params, leaves, make_mesh
 from jaxserve.planning.model_cost import ModelCost
 from jaxserve.planning.roofline import Efficiency, RooflineCosts, pool_pages
-from jaxserve.planning.step_cost_models import FittedCosts, HostCosts, StepShape, StepTime, read_costs, write_costs
+from jaxserve.planning.step_cost_models import FittedCosts, HostCosts, StepTime, read_costs, write_costs
+from jaxserve.scheduler.step_shape import StepShape
 
 MODEL = ModelConfig("LlamaForCausalLM", 1000, 64, 160, 3, 4, 2, 16, 512)
 H200 = {"dtype": "bfloat16", "pool_dtype": "bfloat16", "page_size": 16}
