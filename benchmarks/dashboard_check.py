@@ -134,7 +134,7 @@ async def load(address: str, seconds: float, concurrency: int, seed: int = 0) ->
                             if sent % 40 == 0:
                                 break
 
-        await client.wait_ready(120)
+        await client.wait_ready(600)
         await asyncio.gather(*(user() for _ in range(concurrency)))
     return sent
 

@@ -84,13 +84,10 @@ class ServedModel:
 
     def accepting(self) -> AsyncFrontEnd:
         """Returns the front end for a new request. Raises UnavailableError before `serve` and after `drain`."""
-        try:
+        with self.metrics.rejections(lambda _: "unavailable"):
             if self._draining:
                 raise UnavailableError("the server is shutting down and takes no new requests")
             return self.started()
-        except UnavailableError as error:
-            self.metrics.reject("unavailable", error, self.metrics.clock())
-            raise
 
     def tokenizer(self) -> Tokenizer:
         """Returns the tokenizer. Raises UnavailableError before `serve`, and NoTokenizerError without one."""

@@ -9,6 +9,7 @@ Format: "Trace Event Format", the Chromium project. Times are microseconds since
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -114,7 +115,7 @@ def _device(steps: Sequence[StepRecorded], events: Sequence[Event], origin: floa
     """
     ended = 0.0
     last_token = max((event.time for event in events if type(event) is TokensProduced), default=origin) - origin
-    for step, after in zip(steps, [*steps[1:], None], strict=True):
+    for step, after in itertools.zip_longest(steps, steps[1:]):
         begin = max(ended, step.time - origin + step.schedule_seconds + step.dispatch_seconds)
         if after is None or after.step != step.step + 1 or after.unused_seconds > 0:
             # The ids came in an iteration without a step of its own, which is not recorded.
