@@ -117,7 +117,7 @@ def problem_of(result: Sequence[Any]) -> str:
 
 async def load(address: str, seconds: float, concurrency: int, seed: int = 0) -> int:
     """Keeps as many requests under way for so long; some are cut short, cancelled or refused. Returns their number."""
-    rng, sent, end = random.Random(seed), 0, time.monotonic() + seconds
+    rng, sent = random.Random(seed), 0
     async with AsyncClient(address) as client:
 
         async def user() -> None:
@@ -134,7 +134,7 @@ async def load(address: str, seconds: float, concurrency: int, seed: int = 0) ->
                             if sent % 40 == 0:
                                 break
 
-        await client.wait_ready(600)
+        end = time.monotonic() + seconds
         await asyncio.gather(*(user() for _ in range(concurrency)))
     return sent
 
@@ -150,6 +150,16 @@ def check(url: str) -> tuple[list[tuple[str, str]], int]:
     return rows, failed
 
 
+async def _checked(address: str, url: str, seconds: float, concurrency: int) -> tuple[int, Any]:
+    """The number of requests, and what `check` says when the load is about to end."""
+    async with AsyncClient(address) as client:
+        await client.wait_ready(600)
+    loading = asyncio.ensure_future(load(address, seconds, concurrency))
+    await asyncio.sleep(0.8 * seconds)
+    found = await asyncio.to_thread(check, url)
+    return await loading, found
+
+
 def main() -> int:
     """Prints each query and its value; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,8 +171,7 @@ def main() -> int:
     http_port = free_port()
     overrides = [*options.overrides, f"--gin.ServerConfig.http_port={http_port}"]
     with started_server(options.config, overrides) as (address, _), prometheus(http_port) as url:
-        sent = asyncio.run(load(address, options.seconds, options.concurrency))
-        rows, failed = check(url)
+        sent, (rows, failed) = asyncio.run(_checked(address, url, options.seconds, options.concurrency))
         (target,) = ask(url, "targets", state="active")["activeTargets"]
         version = ask(url, "status/buildinfo")["version"]
     print(f"{sent} requests; Prometheus {version}, target {target['health']} {target['lastError']}")

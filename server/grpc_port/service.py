@@ -93,14 +93,17 @@ class JaxServeService(pb_grpc.JaxServeServicer):
     @_errors_as_status
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         frontend = self._served.accepting()
-        params = convert.params_from_proto(request.sampling_params)
-        prompt = convert.prompt_from_proto(request)
+        with self._served.rejections():
+            params = convert.params_from_proto(request.sampling_params)
+            prompt = convert.prompt_from_proto(request)
         frontend.check_size(prompt, params)  # before anything whose cost grows with it
-        convert.refuse_unknown_fields(request, request.sampling_params, request.token_ids)
+        with self._served.rejections():
+            convert.refuse_unknown_fields(request, request.sampling_params, request.token_ids)
+            options = convert.options_from_proto(request, _call_deadline(context))
         stream = await frontend.submit(
             prompt,
             params,
-            convert.options_from_proto(request, _call_deadline(context)),
+            options,
             request_id=request.request_id or None,
             trace=self._served.trace(context.invocation_metadata() or (), "text_completion"),
         )

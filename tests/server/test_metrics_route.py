@@ -87,12 +87,15 @@ def test_counts_are_those_of_the_requests(tokenizer):
         ):
             with pytest.raises(error):
                 await served.frontend.submit(prompt, SamplingParams(max_tokens=5), options)
+        code, _ = await status_of(served.client.generate_text([], GREEDY))  # refused by the port itself
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
         served.engine.allow(1)
         assert len((await anext(stream)).token_ids) == 1
         stream.close()
         served.drain()
         code, _ = await status_of(served.client.generate_text("late", GREEDY))
         assert code is grpc.StatusCode.UNAVAILABLE
+        assert served.model.metrics.rejected["unavailable"] == 1
         values = samples((await scrape(served.model))[0])
         # <bos> stands before every prompt, and every answer that is not cut short ends with an id of its own.
         prompts, outputs = [4, 6, 7, 3], [4, 6, 2, 1]
@@ -100,8 +103,8 @@ def test_counts_are_those_of_the_requests(tokenizer):
         assert values["generation_tokens_total"] == sum(outputs)
         for reason, count in {"stop": 2, "length": 1, "abort": 1, "error": 0}.items():
             assert values[f"request_success_total{{'finished_reason': '{reason}'}}"] == count
-        reasons = dict.fromkeys(("duplicate", "invalid", "infeasible", "deadline", "unavailable"), 1)
-        for reason, count in (reasons | {"queue_full": 0, "other": 0}).items():
+        reasons = dict.fromkeys(("duplicate", "infeasible", "deadline", "unavailable"), 1) | {"invalid": 2}
+        for reason, count in (reasons | dict.fromkeys(("queue_full", "other", "forbidden"), 0)).items():
             assert values[f"admission_rejections_total{{'reason': '{reason}'}}"] == count, reason
         assert values["time_to_first_token_seconds_count"] == 4
         assert values["inter_token_latency_seconds_count"] == sum(outputs) - 4
