@@ -19,14 +19,17 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from jaxserve.config import gin_config
 from jaxserve.config.tracing_config import TracingConfig
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.request import SamplingParams
 from jaxserve.serving import tracing
 from jaxserve.serving.grpc_client import generate_request
+from jaxserve.serving.http_port.http_server import HttpServer
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 from jaxserve.telemetry import request_trace
 from jaxserve.telemetry.otel_spans import RequestSpans
 from jaxserve.telemetry.request_metrics import FinishedRequest, RequestMetrics
-from tests.server.harness import GREEDY, Served, run_served, status_of
+from tests.server.fakes import save_tokenizer
+from tests.server.harness import Served, run_served, status_of
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED = (("traceparent", f"00-{TRACE}-{SPAN}-01"), ("tracestate", "vendor=1"))
@@ -47,6 +50,13 @@ async def generate(served: Served, prompt: str, metadata: Sequence[tuple[str, st
             generate_request(prompt, SamplingParams(temperature=0.0, **params)), metadata=metadata
         ):
             pass
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(tmp_path_factory):
+    directory = save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    (directory / "tokenizer_config.json").write_text('{"chat_template": "{{ messages[0].content }}"}')
+    return Tokenizer(directory)
 
 
 def root_of(spans: Sequence[ReadableSpan]) -> ReadableSpan:
@@ -85,22 +95,36 @@ def test_a_grpc_request_continues_its_clients_trace(tokenizer):
     run_served(body, tokenizer)
 
 
-def test_an_http_request_does_too(tokenizer):
-    """What the routes of HTTP hand on: a request's headers."""
-
+@pytest.mark.parametrize(
+    ("url", "prompt", "operation"),
+    [
+        ("/v1/completions", {"prompt": "a"}, "text_completion"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "chat"),
+    ],
+)
+def test_an_http_request_does_too(chat_tokenizer, url, prompt, operation):
     async def body(served: Served) -> None:
         spans = traced(served.model.metrics)
-        headers = httpx.Headers([("Traceparent", SAMPLED[0][1]), ("authorization", "Bearer secret")])
-        trace = served.model.trace(headers.items(), "chat")
-        async with await served.frontend.submit("a", GREEDY, trace=trace) as stream:
-            assert [delta async for delta in stream][-1].finish_reason is FinishReason.STOP
-        root = root_of(spans())
-        assert root.name == "chat echo"
+        headers = {"Traceparent": SAMPLED[0][1], "authorization": "Bearer secret"}
+        http = HttpServer("127.0.0.1", 0, served.model)
+        await http.start()
+        async with httpx.AsyncClient(base_url=f"http://{http.address}", headers=headers) as client:
+            answer = await client.post(url, json=prompt | {"model": "echo", "max_tokens": 2})
+            assert answer.status_code == 200, answer.text
+            wrong = await client.post(url, json=prompt | {"max_tokenz": 2})
+            assert wrong.status_code == 400
+            foreign = await client.post(url, json=prompt | {"model": "other"})
+            assert foreign.status_code == 404
+        await http.stop()
+        root = root_of([span for span in spans() if not (span.attributes or {}).get("error.type")])
+        assert root.name == f"{operation} echo"
         assert root.context is not None
         assert f"{root.context.trace_id:032x}" == TRACE
+        assert (root.attributes or {})["gen_ai.response.id"] == answer.json()["id"].rpartition("-")[2]
         assert "secret" not in root.to_json()
+        assert served.model.metrics.rejected == {"invalid": 1, "other": 1}
 
-    run_served(body, tokenizer)
+    run_served(body, chat_tokenizer)
 
 
 def test_who_brings_no_trace_begins_one_and_who_is_not_sampled_has_none(tokenizer):

@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Awaitable, Callable
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from jaxserve.serving import engine_captures
+from jaxserve.serving.http_port.errors import error_answer
 from jaxserve.serving.served_model import ServedModel
-
-Seconds = Annotated[
-    float, Query(ge=engine_captures.LEAST_SECONDS, le=engine_captures.MOST_SECONDS, description="How long to capture.")
-]
 
 
 def router(served: ServedModel) -> APIRouter:
     """Returns the routes of captures. served: the model."""
-    routes = APIRouter()
+    routes = APIRouter(include_in_schema=False)  # a call takes as long as it is told to
 
-    @routes.post("/debug/timeline", response_class=Response)
-    async def timeline(request: Request, seconds: Seconds = 5.0) -> Response:
+    @routes.post("/debug/timeline")
+    async def timeline(request: Request) -> Response:
         """Answers with the steps and requests of the next seconds, as JSON that Perfetto opens."""
-        engine_captures.check_admin(served, request.headers.get("authorization"))
-        data = await engine_captures.timeline(served, seconds)
-        return Response(data, media_type="application/json", headers=_as_file("timeline.json"))
+        return await _captured(request, served, engine_captures.timeline, "application/json", "timeline.json")
 
-    @routes.post("/debug/profile", response_class=Response)
-    async def profile(request: Request, seconds: Seconds = 2.0) -> Response:
+    @routes.post("/debug/profile")
+    async def profile(request: Request) -> Response:
         """Answers with what jax's profiler saw in the next seconds, as a zip of its directory."""
-        engine_captures.check_admin(served, request.headers.get("authorization"))
-        data = await engine_captures.profile(served, seconds)
-        return Response(data, media_type="application/zip", headers=_as_file("profile.zip"))
+        return await _captured(request, served, engine_captures.profile, "application/zip", "profile.zip")
 
     return routes
 
 
-def _as_file(name: str) -> dict[str, str]:
-    return {"content-disposition": f'attachment; filename="{name}"', "cache-control": "no-store"}
+async def _captured(
+    request: Request,
+    served: ServedModel,
+    capture: Callable[[ServedModel, float], Awaitable[bytes]],
+    media_type: str,
+    name: str,
+) -> Response:
+    try:
+        engine_captures.check_admin(served, request.headers.get("authorization"))
+        data = await capture(served, engine_captures.seconds_of(request.query_params.multi_items()))
+    except Exception as error:  # in the shape of all others, and nothing of its text where it is unforeseen
+        answer = error_answer(error)
+        return Response(answer.body, answer.status, dict(answer.headers), "application/json")
+    headers = {"content-disposition": f'attachment; filename="{name}"', "cache-control": "no-store"}
+    return Response(data, headers=headers, media_type=media_type)

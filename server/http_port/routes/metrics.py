@@ -22,7 +22,7 @@ def router(served: ServedModel) -> APIRouter:
     routes = APIRouter()
     registry = prometheus_collector.registry(served)
 
-    @routes.get("/metrics", response_class=Response)
+    @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}, _OPENMETRICS: {}}}})
     async def metrics(request: Request) -> Response:
         """Answers with all metrics, see docs/metrics.md."""
         served.callers.identify(request.headers.get("authorization"))
