@@ -6,7 +6,7 @@ import dataclasses
 import enum
 
 from jaxserve.config.shown import clipped
-from jaxserve.frontend.captures import CaptureError
+from jaxserve.frontend.captures import CaptureBusyError, CaptureError
 from jaxserve.frontend.delta import (
     Cause,
     DeadlineError,
@@ -89,6 +89,7 @@ _CODES: tuple[tuple[type[Exception], Code], ...] = (
     (QueueFullError, Code.RESOURCE_EXHAUSTED),
     (DeadlineError, Code.DEADLINE_EXCEEDED),
     (EngineDeadError, Code.UNAVAILABLE),
+    (CaptureBusyError, Code.ALREADY_EXISTS),
     (CaptureError, Code.FAILED_PRECONDITION),
     (SlowReaderError, Code.RESOURCE_EXHAUSTED),
     (UnavailableError, Code.UNAVAILABLE),

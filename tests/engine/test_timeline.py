@@ -197,7 +197,8 @@ def test_one_capture_at_a_time_and_none_of_a_dead_engine():
         assert sent[2:] == [CaptureTimeline(True), CaptureTimeline(False)]
         failing = asyncio.ensure_future(captures.profile("d", 0.001))
         await asyncio.sleep(0)
-        captures.handle(ProfileCaptured("no room"))
+        captures.handle(ProfileCaptured("another"))  # of one that was given up
+        captures.handle(ProfileCaptured("d", "no room"))
         with pytest.raises(CaptureError, match="no room"):
             await failing
         dying = asyncio.ensure_future(captures.profile("d", 60.0))

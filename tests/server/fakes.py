@@ -112,7 +112,7 @@ class EchoEngine:
                     self._outbox.append(TimelineEvents((), last=not on))
                 case CaptureProfile(directory):
                     (pathlib.Path(directory) / "echo.txt").write_text("profile")
-                    self._outbox.append(ProfileCaptured())
+                    self._outbox.append(ProfileCaptured(directory))
                 case Shutdown():
                     self.closed = True
             self._changed.notify_all()

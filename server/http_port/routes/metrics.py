@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from prometheus_client import exposition
@@ -20,9 +22,12 @@ _OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 def router(served: ServedModel) -> APIRouter:
     """Returns the route of the metrics. served: the model."""
     routes = APIRouter()
+    formats: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}
+    }
     registry = prometheus_collector.registry(served)
 
-    @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}, _OPENMETRICS: {}}}})
+    @routes.get("/metrics", response_class=Response, responses=formats)
     async def metrics(request: Request) -> Response:
         """Answers with all metrics, see docs/metrics.md."""
         served.callers.identify(request.headers.get("authorization"))
