@@ -96,9 +96,7 @@ class Captures:
         if self._failure:
             raise EngineDeadError(f"the engine has ended: {self._failure}")
         if self._running:
-            raise CaptureBusyError(
-                f"a {self._running} is being captured; one capture is taken at a time: try again later"
-            )
+            raise CaptureBusyError(f"a {self._running} is being captured; one is taken at a time: try again later")
         self._running = kind
         self._answer = asyncio.get_running_loop().create_future()
         return self._answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pathlib
 from typing import Any
 
 import grpc
@@ -59,6 +60,19 @@ def test_every_name_is_there_before_the_engine_is():
     values = samples(text)
     assert values["engine_ready"] == 0
     assert all(f"admission_rejections_total{{'reason': '{reason}'}}" in values for reason in ("queue_full", "deadline"))
+
+
+def test_every_name_is_in_the_documentation_with_its_type():
+    text, _ = asyncio.run(scrape(ServedModel("echo")))
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    documented = {name.strip("|` ,"): row[1] for row in rows if len(row) == 3 for name in row[0].split("`, `")}
+    shown = {
+        family.name.removeprefix("jaxserve:") + ("_total" if family.type == "counter" else ""): family.type
+        for family in prometheus_client.parser.text_string_to_metric_families(text)
+        if family.name.startswith("jaxserve:")
+    }
+    assert documented == shown
 
 
 def test_openmetrics_on_request():
