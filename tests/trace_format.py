@@ -24,8 +24,8 @@ def check_trace(trace: dict[str, Any]) -> None:
         assert isinstance(event["pid"], int)
         assert isinstance(event["tid"], int)
         if kind == "M":
-            assert event["name"] in ("process_name", "thread_name")
-            assert isinstance(event["args"]["name"], str)
+            key = {"process_name": "name", "thread_name": "name", "process_sort_index": "sort_index"}[event["name"]]
+            assert isinstance(event["args"][key], int if key == "sort_index" else str)
             continue
         assert math.isfinite(event["ts"])
         assert event["ts"] >= 0
@@ -36,7 +36,7 @@ def check_trace(trace: dict[str, Any]) -> None:
             assert event["args"]
             assert all(isinstance(value, int | float) for value in event["args"].values())
         else:  # asynchronous: told apart by category, id and process
-            key = event["cat"], event["id"], event["pid"]
+            key = event["cat"], event["id2"]["local"], event["pid"]
             assert event["ts"] >= last.get(key, 0.0)
             last[key] = event["ts"]
             if kind == "b":

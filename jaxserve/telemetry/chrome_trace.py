@@ -42,6 +42,10 @@ def chrome_trace(events: Sequence[Event], *, dropped: int = 0, model: str = "") 
         _name("thread_name", STEPS, HOST, "host"),
         _name("thread_name", STEPS, DEVICE, "device"),
         _name("process_name", REQUESTS, 0, "requests"),
+        *(
+            {"ph": "M", "name": "process_sort_index", "pid": pid, "tid": 0, "args": {"sort_index": pid}}
+            for pid in (STEPS, REQUESTS)
+        ),
     ]
     steps = [event for event in events if type(event) is StepRecorded]
     for step in steps:
@@ -157,7 +161,7 @@ class _Track:
     def _add(self, kind: str, name: str, time: float, args: dict[str, Any] | None = None) -> None:
         self.found.append(
             {
-                "ph": kind, "name": name, "cat": "request", "id": self._id, "pid": REQUESTS, "tid": 0,
+                "ph": kind, "name": name, "cat": "request", "id2": {"local": self._id}, "pid": REQUESTS, "tid": 0,
                 "ts": _microseconds(time), "args": args or {},
             }
         )  # fmt: skip

@@ -116,12 +116,14 @@ def test_requests_are_tracks_as_long_as_they_took(capture):
     shown = [one for one in chrome_trace(events)["traceEvents"] if one["pid"] == REQUESTS and one["ph"] in "be"]
     spans: dict[str, dict[str, float]] = {}
     names = {
-        one["id"]: one["args"]["request_id"] for one in shown if one["name"].startswith("request ") and one["ph"] == "b"
+        one["id2"]["local"]: one["args"]["request_id"]
+        for one in shown
+        if one["name"].startswith("request ") and one["ph"] == "b"
     }
     for one in shown:
         phase = one["name"].split()[0]
         sign = -1 if one["ph"] == "b" else 1
-        track = spans.setdefault(names[one["id"]], {})
+        track = spans.setdefault(names[one["id2"]["local"]], {})
         track[phase] = track.get(phase, 0.0) + sign * one["ts"] / 1e6
     assert set(spans) == {"running", "new 0", "new 1", "new 2"}
     assert set(spans["running"]) == {"request", "decode"}  # nothing is known of what was before
