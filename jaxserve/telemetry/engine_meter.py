@@ -43,7 +43,7 @@ _MAX_STEPS = 4096
 
 class EngineMeter:
     """Listens to a recorder: subscribe it. Steps are only kept there, and counted together when somebody asks, which
-    takes less than a microsecond for each.
+    takes about a microsecond for each.
     """
 
     def __init__(self) -> None:
