@@ -169,8 +169,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="--gin.BINDING=VALUE", help="settings of the server, behind --")
     options = parser.parse_args()
     http_port = free_port()
-    overrides = [*options.overrides, f"--gin.ServerConfig.http_port={http_port}"]
-    with started_server(options.config, overrides) as (address, _), prometheus(http_port) as url:
+    server = started_server(options.config, options.overrides, http_port=http_port)
+    with server as (address, _), prometheus(http_port) as url:
         sent, (rows, failed) = asyncio.run(_checked(address, url, options.seconds, options.concurrency))
         (target,) = ask(url, "targets", state="active")["activeTargets"]
         version = ask(url, "status/buildinfo")["version"]

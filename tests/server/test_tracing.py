@@ -108,7 +108,7 @@ def test_an_http_request_does_too(chat_tokenizer, url, prompt, operation):
         headers = {"Traceparent": SAMPLED[0][1], "authorization": "Bearer secret"}
         http = HttpServer("127.0.0.1", 0, served.model)
         await http.start()
-        async with httpx.AsyncClient(base_url=f"http://{http.address}", headers=headers) as client:
+        async with httpx.AsyncClient(base_url=f"http://{http.address}", headers=headers, timeout=60) as client:
             answer = await client.post(url, json=prompt | {"model": "echo", "max_tokens": 2})
             assert answer.status_code == 200, answer.text
             wrong = await client.post(url, json=prompt | {"max_tokenz": 2})
