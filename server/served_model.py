@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterable
+from typing import Any
 
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.serving.access.callers import Anybody, Callers
 from jaxserve.serving.access.limiter import CallLimiter
-from jaxserve.serving.problem import NoTokenizerError, UnavailableError
+from jaxserve.serving.problem import NoTokenizerError, UnavailableError, rejection
 from jaxserve.serving.refusal_times import RefusalTimes
+from jaxserve.telemetry.request_metrics import RequestMetrics
+from jaxserve.telemetry.request_trace import RequestTrace, request_trace
 
 
 class ServedModel:
@@ -22,6 +27,7 @@ class ServedModel:
     Attributes:
         limiter: keeps the callers' limits, on all ports together.
         refusal_times: of requests that were refused to be retried later, which every port adds.
+        metrics: what requests are counted in, from before the model is loaded.
     """
 
     def __init__(self, name: str, callers: Callers = Anybody()):
@@ -29,6 +35,7 @@ class ServedModel:
         self.callers = callers
         self.limiter = CallLimiter()
         self.refusal_times = RefusalTimes()
+        self.metrics = RequestMetrics()
         self._frontend: AsyncFrontEnd | None = None
         self._tokenizer: Tokenizer | None = None
         self._ready_since = time.monotonic()
@@ -79,11 +86,25 @@ class ServedModel:
             raise UnavailableError("the server is starting: the model is not loaded yet; try again soon")
         return self._frontend
 
+    def trace(self, pairs: Iterable[tuple[str, Any]], operation: str) -> RequestTrace | None:
+        """Returns a request's place in a trace; None where requests are not traced.
+
+        Args:
+            pairs: the request's headers, or its gRPC metadata.
+            operation: "chat" or "text_completion".
+        """
+        return None if self.metrics.on_finished is None else request_trace(pairs, operation)
+
+    def rejections(self) -> contextlib.AbstractContextManager[float]:
+        """Counts an error that is raised inside as a request that was refused. `AsyncFrontEnd` counts its own."""
+        return self.metrics.rejections(rejection)
+
     def accepting(self) -> AsyncFrontEnd:
         """Returns the front end for a new request. Raises UnavailableError before `serve` and after `drain`."""
-        if self._draining:
-            raise UnavailableError("the server is shutting down and takes no new requests")
-        return self.started()
+        with self.rejections():
+            if self._draining:
+                raise UnavailableError("the server is shutting down and takes no new requests")
+            return self.started()
 
     def tokenizer(self) -> Tokenizer:
         """Returns the tokenizer. Raises UnavailableError before `serve`, and NoTokenizerError without one."""

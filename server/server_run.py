@@ -38,6 +38,7 @@ from jaxserve.serving.grpc_port.grpc_server import GrpcServer
 from jaxserve.serving.http_port.http_server import HttpServer
 from jaxserve.serving.running_log import log_while_busy, phases_log, start_lines
 from jaxserve.serving.served_model import ServedModel
+from jaxserve.serving.tracing import Tracing, start_tracing
 from jaxserve.telemetry.log_lines import escaped, log_to_stderr
 from jaxserve.telemetry.startup_spans import StartupSpans, seconds_since_start
 
@@ -107,6 +108,7 @@ class _Server:
         # The end of the path, much as a hub names models: OWNER/NAME.
         name = config.served_model_name or "/".join(pathlib.PurePath(config.engine.model or "dummy").parts[-2:])
         self._served = ServedModel(name, access.callers)
+        self._tracing: Tracing | None = None
 
     async def run(self) -> int:
         """Runs and returns the process's exit code."""
@@ -118,6 +120,10 @@ class _Server:
             loop.add_signal_handler(signal.SIGHUP, refresher.refresh)
             self._refreshing = asyncio.ensure_future(refresher.watch())  # until the process ends
         config = self._config
+        try:
+            self._tracing = self._served.metrics.on_finished = start_tracing(config.tracing, self._served.name)
+        except ValueError as error:
+            return _fail(str(error))
         launch = launch_engine(config)  # its imports take longer than all that follows here
         try:
             with self._phases.phase("bind"):
@@ -170,6 +176,7 @@ class _Server:
                 on_tokens=self._served.limiter.charge,
                 log_prompts=self._config.access.log_prompts,
                 admission=_admission(self._config, engine.ready),
+                metrics=self._served.metrics,
             )
             self._served.serve(frontend, tokenizer)
             for port in ports:
@@ -193,6 +200,8 @@ class _Server:
             task.cancel()
         problem = f"the engine has died: {frontend.failure}" if frontend.failure else ""
         ended = await self._end(frontend, _HURRY_SECONDS if problem else END_SECONDS)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         problem = problem or ended
         await _stop(ports)
         return _fail(problem) if problem else 0

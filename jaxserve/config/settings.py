@@ -17,6 +17,7 @@ from jaxserve.config.failpoints import Failpoint
 from jaxserve.config.http_config import HttpConfig
 from jaxserve.config.queue_limits import QueueConfig
 from jaxserve.config.scheduling import MIN_BUCKET, SchedulerConfig
+from jaxserve.config.tracing_config import TracingConfig
 from jaxserve.models.config import ModelConfig
 
 LOG_LEVELS = ("debug", "info", "warning")
@@ -222,7 +223,7 @@ class ServerConfig:
     drain_seconds: how long running requests may finish after SIGTERM.
     max_unread_tokens: output tokens of one request that may wait for its reader, beyond what the connection buffers;
     the request of a reader that falls further behind is ended. limits: bounds what clients may hold open. http: what
-    the HTTP port accepts. access: who may call, and TLS.
+    the HTTP port accepts. access: who may call, and TLS. tracing: where spans of requests go.
     queue: bounds what may wait for the engine, by tokens and by tenant. The tenants' weights are those of policy "fair"
     too (PolicyConfig.tenant_weights): they are set in one of the two places.
     step_timeout: seconds in which a step of the engine must end and the engine's process must answer; else the server
@@ -242,6 +243,7 @@ class ServerConfig:
     http: HttpConfig = HttpConfig()
     access: AccessConfig = AccessConfig()
     queue: QueueConfig = QueueConfig()
+    tracing: TracingConfig = TracingConfig()
     served_model_name: str | None = None
     step_timeout: float | None = None
     log_level: str = "info"

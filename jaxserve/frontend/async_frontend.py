@@ -18,7 +18,8 @@ from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.messages import EngineFailed, EngineReady, EngineStats, FromEngine
 from jaxserve.engine.watchdog import Watchdog
 from jaxserve.frontend.admission import Admission
-from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError, QueueFullError
+from jaxserve.frontend.captures import Captures
+from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError, QueueFullError, rejection_reason
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.frontend import FrontEnd
 from jaxserve.frontend.preparation_steps import Steps, finish
@@ -26,6 +27,8 @@ from jaxserve.frontend.reader import EngineReader
 from jaxserve.frontend.tokenizer import RenderedText, Tokenizer
 from jaxserve.frontend.workers import Workers, WorkersClosedError
 from jaxserve.request import RequestOptions, SamplingParams
+from jaxserve.telemetry.request_metrics import RequestMetrics
+from jaxserve.telemetry.request_trace import RequestTrace
 
 T = TypeVar("T")
 
@@ -166,6 +169,7 @@ class AsyncFrontEnd:
             of an output when it ends.
         log_prompts: logs each request's prompt.
         admission: decides which requests are let in; None bounds their number alone.
+        metrics: what requests are counted in.
     """
 
     def __init__(
@@ -179,13 +183,16 @@ class AsyncFrontEnd:
         on_tokens: Callable[[str, int], None] | None = None,
         log_prompts: bool = False,
         admission: Admission | None = None,
+        metrics: RequestMetrics | None = None,
     ):
         self._max_unread_tokens = max_unread_tokens
         self._loop = asyncio.get_running_loop()
         # An engine on the CPU computes on the very cores that stream its tokens.
         share = CPU_SHARE if client.ready.info.platform == "cpu" else 1.0
         self._reader = EngineReader(client, self._loop, share)
-        self._core = FrontEnd(self._reader, tokenizer, seed=seed, admission=admission)
+        self._metrics = metrics or RequestMetrics()
+        self._core = FrontEnd(self._reader, tokenizer, seed=seed, admission=admission, metrics=self._metrics)
+        self._captures = Captures(self._reader.send)
         self._admission = admission
         self._streams: dict[tuple[str, str], DeltaStream] = {}  # by owner and request id
         self._on_tokens = on_tokens
@@ -228,6 +235,11 @@ class AsyncFrontEnd:
         """Number of unfinished requests."""
         return self._core.num_open
 
+    @property
+    def captures(self) -> Captures:
+        """Captures of what the engine does."""
+        return self._captures
+
     async def submit(
         self,
         prompt: str | Sequence[int],
@@ -236,25 +248,29 @@ class AsyncFrontEnd:
         *,
         request_id: str | None = None,
         owner: str = "",
+        trace: RequestTrace | None = None,
     ) -> DeltaStream:
         """Sends a request and returns its stream. Raises as `FrontEnd.submit` does, at once or, among many
         refusals, soon.
+
+        owner: whose request it is. trace: the request's place in a trace.
         """
         try:
-            self._check_accepting(prompt, params, options)
+            with self._metrics.rejections(rejection_reason, request_id, trace) as arrived:
+                self._check_accepting(prompt, params, options)
+                self._core.check_new(request_id, options.deadline, owner)
+                steps = self._core.preparation.steps(prompt, params, options, request_id)
+                size = _num_bytes(prompt)
+                if size <= SHORT_TEXT:
+                    prepared = finish(steps)
+                else:
+                    prepared = await self._work_until(options.deadline, steps, size)
+                    self._check_open()
+                request_id = self._core.start(prepared, owner, arrived, trace)
         except QueueFullError:
             if self._admission is not None and (seconds := self._admission.seconds_to_refuse):
                 await asyncio.sleep(seconds)
             raise
-        self._core.check_new(request_id, options.deadline, owner)
-        steps = self._core.preparation.steps(prompt, params, options, request_id)
-        size = _num_bytes(prompt)
-        if size <= SHORT_TEXT:
-            prepared = finish(steps)
-        else:
-            prepared = await self._work_until(options.deadline, steps, size)
-            self._check_open()
-        request_id = self._core.start(prepared, owner)
         stream = self._streams[owner, request_id] = DeltaStream(self, request_id, owner)
         self._charge(owner, len(prepared.prompt_token_ids))
         if self._log_prompts:
@@ -283,20 +299,23 @@ class AsyncFrontEnd:
 
     def check_size(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
         """Refuses a prompt that is certainly too long, in constant time. Raises as `submit` does."""
-        self._core.preparation.check_size(prompt, params)
+        with self._metrics.rejections(rejection_reason):
+            self._core.preparation.check_size(prompt, params)
 
     def check_text_bytes(self, num_bytes: int) -> None:
         """Refuses a text of `num_bytes` bytes that is certainly too long, before it is read.
 
         Raises as `submit` does.
         """
-        self._core.preparation.check_text_bytes(num_bytes)
+        with self._metrics.rejections(rejection_reason):
+            self._core.preparation.check_text_bytes(num_bytes)
 
     def check_ids_bytes(self, num_bytes: int, most_bytes_per_id: int) -> None:
         """Refuses `num_bytes` bytes of token ids, of at most `most_bytes_per_id` each, if they are certainly too
         many.
         """
-        self._core.preparation.check_ids_bytes(num_bytes, most_bytes_per_id)
+        with self._metrics.rejections(rejection_reason):
+            self._core.preparation.check_ids_bytes(num_bytes, most_bytes_per_id)
 
     async def work(self, steps: Steps[T], num_bytes: int) -> T:
         """Runs `steps`, which process `num_bytes` bytes, in threads where these are many; returns their result.
@@ -399,6 +418,7 @@ class AsyncFrontEnd:
 
     def _handle(self, messages: Sequence[FromEngine]) -> None:
         for message in messages:
+            self._captures.handle(message)
             self._deliver(self._core.handle(message))
 
     def _watch(self) -> None:

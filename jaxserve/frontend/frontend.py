@@ -40,6 +40,8 @@ from jaxserve.frontend.preparation import Preparation, Prepared
 from jaxserve.frontend.preparation_steps import finish
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import ROW_FIELDS, SAMPLING_FIELDS, EngineRequest, FinishReason, RequestOptions, SamplingParams
+from jaxserve.telemetry.request_metrics import UNCOUNTED, RequestLife, RequestMetrics
+from jaxserve.telemetry.request_trace import RequestTrace
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class _Open:
     """Tracks a request without its last delta.
 
     engine_id: its name in messages (see `FrontEnd._engine_id`). ticket: of the admission, where there is one.
+    life: counts it.
     """
 
     owner: str
@@ -62,6 +65,7 @@ class _Open:
     output: OutputState
     ticket: Ticket | None = None
     cached_tokens: int = 0
+    life: RequestLife = UNCOUNTED
 
 
 class FrontEnd:
@@ -73,6 +77,7 @@ class FrontEnd:
             seeds); None draws them from the operating system's randomness.
         clock: seconds as `time.time` gives them, which deadlines are compared with.
         admission: decides which requests are let in; None bounds their number alone.
+        metrics: what requests are counted in; None counts nothing.
     """
 
     def __init__(
@@ -83,8 +88,10 @@ class FrontEnd:
         seed: int | None = None,
         clock: Callable[[], float] = time.time,
         admission: Admission | None = None,
+        metrics: RequestMetrics | None = None,
     ):
         self._client = client
+        self._metrics = metrics
         self._tokenizer = tokenizer
         self._random = random.Random(seed)
         self._clock = clock
@@ -225,8 +232,13 @@ class FrontEnd:
         if deadline is not None and deadline <= (now := self._clock()):
             raise DeadlineError(f"deadline passed {shown_seconds(now - deadline)} before the request arrived")
 
-    def start(self, prepared: Prepared, owner: str = "") -> str:
-        """Sends a prepared request to the engine and returns its id. Raises as `submit` does, but for ValueError."""
+    def start(
+        self, prepared: Prepared, owner: str = "", arrived: float | None = None, trace: RequestTrace | None = None
+    ) -> str:
+        """Sends a prepared request to the engine and returns its id. Raises as `submit` does, but for ValueError.
+
+        owner: whose request it is. arrived: of the metrics' clock; None is now. trace: the request's place in a trace.
+        """
         request_id, params, options = prepared.request_id, prepared.params, prepared.options
         self.check_accepting(params, options, len(prepared.prompt_token_ids))
         deadline = options.deadline
@@ -258,6 +270,8 @@ class FrontEnd:
         if self._admission is not None:
             ticket = self._admission.accept(options.tenant, num_tokens, params.max_tokens, now, deadline=deadline)
         opened = _Open(owner, request_id, request.request_id, num_tokens, deadline, output, ticket)
+        if self._metrics is not None:
+            opened.life = self._metrics.begin(request_id, num_tokens, request.max_tokens, arrived, trace)
         self._open[owner, request_id] = self._by_engine_id[request.request_id] = opened
         if deadline is not None:
             heapq.heappush(self._deadlines, (deadline, request.request_id))
@@ -324,7 +338,10 @@ class FrontEnd:
         deltas = []
         for request_id, token_id in zip(message.request_ids, message.token_ids, strict=True):
             opened = self._opened(request_id)
-            delta = None if opened is None else self._advance(opened, (token_id,), None, "")
+            if opened is None:
+                continue
+            opened.life.tokens(1, message.time)
+            delta = self._advance(opened, (token_id,), None, "")
             if delta is not None:
                 deltas.append(delta)
         return deltas
@@ -336,6 +353,9 @@ class FrontEnd:
                 self._ending.discard(message.request_id)
             return None
         opened.cached_tokens = max(opened.cached_tokens, message.num_cached_tokens)
+        opened.life.tokens(len(message.token_ids), message.time)
+        if message.queue_seconds is not None and message.prefill_seconds is not None:
+            opened.life.phases(message.queue_seconds, message.prefill_seconds)
         return self._advance(opened, message.token_ids, message.finish_reason, message.error)
 
     def _opened(self, engine_id: str) -> _Open | None:
@@ -383,8 +403,10 @@ class FrontEnd:
         self, opened: _Open, text: str, reason: FinishReason | None, error: str = "", cause: Cause | None = None
     ) -> Delta | None:
         token_ids = opened.output.take_token_ids()
-        if reason is None and not token_ids and not text:
-            return None
+        if reason is None:
+            opened.life.charged(opened.output.num_tokens)
+            if not token_ids and not text:
+                return None
         return Delta(
             request_id=opened.request_id,
             token_ids=token_ids,
@@ -407,7 +429,7 @@ class FrontEnd:
         return delta
 
     def _forget(self, opened: _Open, reason: FinishReason, *, told_engine: bool) -> None:
-        """Closes a request.
+        """Closes a request, which ends with `reason`.
 
         reason: why it ended. told_engine: the engine has ended it too; else an abort is sent, and its outputs until
         then are ignored.
@@ -416,6 +438,7 @@ class FrontEnd:
         del self._by_engine_id[opened.engine_id]
         if opened.ticket is not None and self._admission is not None:
             self._admission.ended(opened.ticket, opened.output.num_tokens, self._clock(), reason)
+        opened.life.finish(reason, opened.output.num_tokens, opened.cached_tokens)
         if not told_engine:
             self._ending.add(opened.engine_id)
             self._send_if_alive(AbortRequest(opened.engine_id))

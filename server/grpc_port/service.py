@@ -11,7 +11,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import grpc
@@ -98,17 +98,23 @@ class JaxServeService(pb_grpc.JaxServeServicer):
     @errors_as_status
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         frontend = self._served.accepting()
-        params = convert.params_from_proto(request.sampling_params)
-        prompt = convert.prompt_from_proto(request)
+        with self._served.rejections():
+            params = convert.params_from_proto(request.sampling_params)
+            prompt = convert.prompt_from_proto(request)
         frontend.check_size(prompt, params)  # before anything whose cost grows with it
-        convert.refuse_unknown_fields(request, request.sampling_params)
-        convert.refuse_unknown_bytes(request.token_ids)
+        metadata = context.invocation_metadata() or ()
+        with self._served.rejections():
+            convert.refuse_unknown_fields(request, request.sampling_params)
+            convert.refuse_unknown_bytes(request.token_ids)
+            headers = text_metadata(metadata)
+            options = convert.options_from_proto(request, call_deadline(context), context.caller, headers)
         stream = await frontend.submit(
             prompt,
             params,
-            convert.options_from_proto(request, call_deadline(context), context.caller, _text_metadata(context)),
+            options,
             request_id=request.request_id or None,
             owner=context.caller.name,
+            trace=self._served.trace(metadata, "text_completion"),
         )
         context.set_backlog(lambda: stream.num_unread * BYTES_PER_TOKEN)
         async with stream:  # left early, it aborts the request
@@ -216,9 +222,9 @@ def _is_refusal(answer: Status) -> bool:
     return answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED and bool(answer.metadata)
 
 
-def _text_metadata(context: Context) -> dict[str, str]:
-    """Returns the call's metadata by name; of a name that occurs twice the last value."""
-    return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+def text_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, str]:
+    """Returns a call's metadata by name; of a name that occurs twice the last value."""
+    return {name: value for name, value in metadata if isinstance(value, str)}
 
 
 def call_deadline(context: Context) -> float | None:

@@ -25,9 +25,9 @@ from jaxserve.frontend.async_frontend import DeltaStream
 from jaxserve.request import SamplingParams
 from jaxserve.serving.access.request_headers import request_options
 from jaxserve.serving.grpc_port import vllm_convert as convert
-from jaxserve.serving.grpc_port.convert import refuse_unknown_fields
+from jaxserve.serving.grpc_port.convert import refuse_unknown_bytes, refuse_unknown_fields
 from jaxserve.serving.grpc_port.oversized import CheckPromptBytes
-from jaxserve.serving.grpc_port.service import BYTES_PER_TOKEN, Context, call_deadline, errors_as_status
+from jaxserve.serving.grpc_port.service import BYTES_PER_TOKEN, Context, call_deadline, errors_as_status, text_metadata
 from jaxserve.serving.grpc_port.tokenizer_bundle import tokenizer_zip
 from jaxserve.serving.grpc_port.vllm_load import ForwardedRequest, LoadRecord
 from jaxserve.serving.problem import NotFoundError, UnsupportedError, check_delta
@@ -74,15 +74,23 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         caller = context.caller
         frontend = self._served.accepting()
         self._load.last_receive = time.time()
-        convert.check_request(request)
-        params = convert.params_from_proto(request.sampling_params)
-        prompt = convert.prompt_from_proto(request)
-        frontend.check_size(prompt, params)  # before anything whose cost grows with it
-        refuse_unknown_fields(request, request.sampling_params, request.tokenized)
-        options = request_options(caller, _headers(context), deadline=call_deadline(context))
+        metadata = context.invocation_metadata() or ()
+        with self._served.rejections():
+            convert.check_request(request)
+            params = convert.params_from_proto(request.sampling_params)
+            prompt = convert.prompt_from_proto(request)
+            frontend.check_size(prompt, params)  # before anything whose cost grows with it
+            refuse_unknown_fields(request, request.sampling_params)
+            refuse_unknown_bytes(request.tokenized)
+            options = request_options(caller, text_metadata(metadata), deadline=call_deadline(context))
         streams = request.stream
         stream = await frontend.submit(
-            prompt, params, options, request_id=request.request_id or None, owner=caller.name
+            prompt,
+            params,
+            options,
+            request_id=request.request_id or None,
+            owner=caller.name,
+            trace=self._served.trace(metadata, "text_completion"),
         )
         context.set_backlog(lambda: stream.num_unread * BYTES_PER_TOKEN)
         with self._load.forwarded(len(prompt)) as forwarded:
@@ -225,8 +233,3 @@ async def _answer(
             await context.write(convert.chunk(delta))
         if is_last:
             await context.write(convert.complete(delta, output_ids, params))
-
-
-def _headers(context: Context) -> dict[str, str]:
-    """Returns the metadata of a call that is text; of a key that occurs several times, the last."""
-    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}

@@ -25,6 +25,7 @@ from jaxserve.serving.http_port.exchange import REQUEST_ID, ClientGoneError, Exc
 from jaxserve.serving.http_port.json_bodies import Structure
 from jaxserve.serving.problem import check_delta
 from jaxserve.serving.served_model import ServedModel
+from jaxserve.telemetry.request_trace import TRACE_HEADERS
 
 _log = logging.getLogger("jaxserve.server")
 
@@ -74,7 +75,8 @@ class Generation:
         body = await exchange.read_json(frontend, self._parse, lambda found: self._check_structure(frontend, found))
         if body.request_id is not None:
             request_id = _renamed(exchange, body.request_id)
-        check_model(self._served.name, body.model)
+        with self._served.rejections():
+            check_model(self._served.name, body.model)
         if body.unknown:
             self._warn(exchange, body.unknown)
         with exchange.canceled_when_gone():
@@ -84,7 +86,8 @@ class Generation:
                 await (run.stream() if body.stream else run.complete())
 
     def _parse(self, body: dict[str, object]) -> BodyRequest:
-        return parse_body(self._url, body, self._dialect)
+        with self._served.rejections():
+            return parse_body(self._url, body, self._dialect)
 
     def _check_structure(self, frontend: AsyncFrontEnd, found: Structure) -> None:
         """Refuses a completion of a text that is certainly too long, undecoded. A template may shorten a chat."""
@@ -121,6 +124,7 @@ class _Run:
     ):
         self._frontend = frontend
         self._url = url
+        self._served = served
         self._model = served.name
         self._exchange = exchange
         self._request = request
@@ -135,14 +139,17 @@ class _Run:
         """Submits every prompt; all or none. open_streams: closes them, which aborts those unfinished."""
         request, frontend = self._request, self._frontend
         asked = request.options
-        options = request_options(
-            self._exchange.caller,
-            self._exchange.headers,
-            tenant=asked.tenant,
-            priority=asked.priority,
-            deadline=asked.deadline,
-            cache_salt=asked.cache_salt,
-        )
+        with self._served.rejections():
+            options = request_options(
+                self._exchange.caller,
+                self._exchange.headers,
+                tenant=asked.tenant,
+                priority=asked.priority,
+                deadline=asked.deadline,
+                cache_salt=asked.cache_salt,
+            )
+        headers = ((name, self._exchange.header(name)) for name in TRACE_HEADERS)
+        trace = self._served.trace(headers, "text_completion" if request.chat is None else "chat")
         prompts = request.prompts
         if (chat := request.chat) is not None:
             text = await frontend.render_chat(
@@ -156,7 +163,12 @@ class _Run:
         for index, prompt in enumerate(prompts):
             name = self._request_id if len(prompts) == 1 else f"{self._request_id}-{index}"
             stream = await frontend.submit(
-                prompt, request.params, options, request_id=name, owner=self._exchange.caller.name
+                prompt,
+                request.params,
+                options,
+                request_id=name,
+                owner=self._exchange.caller.name,
+                trace=trace,
             )
             self._streams.append(await open_streams.enter_async_context(stream))
 
