@@ -85,7 +85,7 @@ def test_one_at_a_time_and_only_for_administrators():
         for path in ("timeline", "profile"):
             refused = await client.post(f"/debug/{path}?seconds=0.1")
             assert refused.status_code == 403
-            assert "administrator's key" in refused.json()["error"]["message"]
+            assert "needs an admin's key" in refused.json()["error"]["message"]
 
     run_with_http(body)
 
