@@ -5,13 +5,13 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 import jaxserve
-from jaxserve.serving.http_port.routes import health
+from jaxserve.serving.http_port.routes import health, live, page
 from jaxserve.serving.served_model import ServedModel
 
 
 def make_app(served: ServedModel) -> FastAPI:
     """Returns the application. served: the model; its state decides whether requests are taken."""
     app = FastAPI(title="jaxserve", version=jaxserve.__version__)
-    for router in (health.router(served),):
+    for router in (health.router(served), live.router(served), page.router()):
         app.include_router(router)
     return app
