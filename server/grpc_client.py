@@ -8,7 +8,6 @@ its `details()` the server's one line.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Any
@@ -16,7 +15,9 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.request import SamplingParams
+from jaxserve.serving.client_access import ClientAccess
+from jaxserve.serving.client_results import Chunk, Completion, Conversation, Prompt, Usage, join
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
@@ -29,39 +30,8 @@ _POLL_SECONDS = 0.1
 _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0))
 
 
-@dataclasses.dataclass(frozen=True)
-class Usage:
-    """Token counts of a finished request; cached_tokens are the prompt's tokens found in the prefix cache."""
-
-    prompt_tokens: int
-    output_tokens: int
-    cached_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """One message of a stream: new token ids and text, and in the last one the finish reason and usage."""
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason | None = None
-    usage: Usage | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """A complete response."""
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason
-    usage: Usage
-
-
 def generate_request(
-    prompt: str | Sequence[int],
+    prompt: Prompt,
     params: SamplingParams | None = None,
     *,
     request_id: str = "",
@@ -73,7 +43,7 @@ def generate_request(
     """Builds the message of a Generate call.
 
     Args:
-        prompt: text or token ids.
+        prompt: text, token ids, or a conversation.
         params: None leaves every choice to the server.
         deadline: Unix seconds.
 
@@ -81,11 +51,17 @@ def generate_request(
 
     Raises ValueError for a value that the wire cannot carry.
     """
-    is_text = isinstance(prompt, str)
+    match prompt:
+        case str():
+            content: dict[str, Any] = {"text": prompt}
+        case Conversation():
+            messages = [pb.ChatMessage(**message) for message in prompt.messages]
+            content = {"messages": pb.ChatMessages(messages=messages)}
+        case _:
+            content = {"token_ids": pb.TokenIds(ids=prompt)}
     return pb.GenerateRequest(
         request_id=request_id,
-        text=prompt if is_text else None,
-        token_ids=None if is_text else pb.TokenIds(ids=prompt),
+        **content,
         sampling_params=None if params is None else convert.params_to_proto(params),
         tenant=tenant,
         priority=priority,
@@ -99,11 +75,13 @@ class Client:
 
     Args:
         address: HOST:PORT.
+        access: API key and TLS.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS):
+    def __init__(self, address: str = DEFAULT_ADDRESS, access: ClientAccess = ClientAccess()):
         self.address = address
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._channel = access.channel(address, _OPTIONS)
+        self._metadata = tuple(access.headers().items())
         self._stub: Any = pb_grpc.JaxServeStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
@@ -119,7 +97,7 @@ class Client:
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams | None = None,
         *,
         timeout: float | None = None,
@@ -129,7 +107,7 @@ class Client:
 
         timeout: seconds for the whole request, or None. fields: see `generate_request`.
         """
-        call = self._stub.Generate(generate_request(prompt, params, **fields), timeout=timeout)
+        call = self._stub.Generate(generate_request(prompt, params, **fields), timeout=timeout, metadata=self._metadata)
         try:
             for response in call:
                 yield _chunk(response)
@@ -138,7 +116,7 @@ class Client:
 
     def generate_text(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams | None = None,
         *,
         timeout: float | None = None,
@@ -150,7 +128,7 @@ class Client:
     def abort(self, request_id: str) -> bool:
         """Aborts a request; False when no unfinished one has this id."""
         try:
-            self._stub.Abort(pb.AbortRequest(request_id=request_id))
+            self._stub.Abort(pb.AbortRequest(request_id=request_id), metadata=self._metadata)
         except grpc.RpcError as error:
             if _code(error) is grpc.StatusCode.NOT_FOUND:
                 return False
@@ -159,19 +137,19 @@ class Client:
 
     def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
         """Returns the served model and its limits."""
-        return self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout)
+        return self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout, metadata=self._metadata)
 
     def server_info(self, timeout: float | None = None) -> pb.GetServerInfoResponse:
         """Returns the server's configuration and current state."""
-        return self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout)
+        return self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout, metadata=self._metadata)
 
     def tokenize(self, text: str) -> list[int]:
         """Returns the token ids of a text, encoded as a prompt would be."""
-        return list(self._stub.Tokenize(pb.TokenizeRequest(text=text)).token_ids)
+        return list(self._stub.Tokenize(pb.TokenizeRequest(text=text), metadata=self._metadata).token_ids)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Returns the text of token ids, without special tokens."""
-        return self._stub.Detokenize(pb.DetokenizeRequest(token_ids=token_ids)).text
+        return self._stub.Detokenize(pb.DetokenizeRequest(token_ids=token_ids), metadata=self._metadata).text
 
     def wait_ready(self, timeout: float = 60.0) -> None:
         """Returns when the server serves. Raises TimeoutError after `timeout` seconds."""
@@ -194,11 +172,13 @@ class AsyncClient:
 
     Args:
         address: HOST:PORT.
+        access: API key and TLS.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS):
+    def __init__(self, address: str = DEFAULT_ADDRESS, access: ClientAccess = ClientAccess()):
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._channel = access.async_channel(address, _OPTIONS)
+        self._metadata = tuple(access.headers().items())
         self._stub: Any = pb_grpc.JaxServeStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
@@ -214,7 +194,7 @@ class AsyncClient:
 
     async def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams | None = None,
         *,
         timeout: float | None = None,
@@ -224,7 +204,7 @@ class AsyncClient:
 
         timeout: seconds for the whole request, or None. fields: see `generate_request`.
         """
-        call = self._stub.Generate(generate_request(prompt, params, **fields), timeout=timeout)
+        call = self._stub.Generate(generate_request(prompt, params, **fields), timeout=timeout, metadata=self._metadata)
         try:
             async for response in call:
                 yield _chunk(response)
@@ -233,7 +213,7 @@ class AsyncClient:
 
     async def generate_text(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams | None = None,
         *,
         timeout: float | None = None,
@@ -245,7 +225,7 @@ class AsyncClient:
     async def abort(self, request_id: str) -> bool:
         """Aborts a request; False when no unfinished one has this id."""
         try:
-            await self._stub.Abort(pb.AbortRequest(request_id=request_id))
+            await self._stub.Abort(pb.AbortRequest(request_id=request_id), metadata=self._metadata)
         except grpc.RpcError as error:
             if _code(error) is grpc.StatusCode.NOT_FOUND:
                 return False
@@ -254,19 +234,19 @@ class AsyncClient:
 
     async def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
         """Returns the served model and its limits."""
-        return await self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout)
+        return await self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout, metadata=self._metadata)
 
     async def server_info(self, timeout: float | None = None) -> pb.GetServerInfoResponse:
         """Returns the server's configuration and current state."""
-        return await self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout)
+        return await self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout, metadata=self._metadata)
 
     async def tokenize(self, text: str) -> list[int]:
         """Returns the token ids of a text, encoded as a prompt would be."""
-        return list((await self._stub.Tokenize(pb.TokenizeRequest(text=text))).token_ids)
+        return list((await self._stub.Tokenize(pb.TokenizeRequest(text=text), metadata=self._metadata)).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Returns the text of token ids, without special tokens."""
-        return (await self._stub.Detokenize(pb.DetokenizeRequest(token_ids=token_ids))).text
+        return (await self._stub.Detokenize(pb.DetokenizeRequest(token_ids=token_ids), metadata=self._metadata)).text
 
     async def wait_ready(self, timeout: float = 60.0) -> None:
         """Returns when the server serves. Raises TimeoutError after `timeout` seconds."""
@@ -282,20 +262,6 @@ class AsyncClient:
                     return
             await asyncio.sleep(_POLL_SECONDS)
         raise TimeoutError(f"server at {self.address} was not ready within {timeout:g} s")
-
-
-def join(chunks: Sequence[Chunk]) -> Completion:
-    """Joins the chunks of one finished stream."""
-    last = chunks[-1]
-    if last.finish_reason is None or last.usage is None:
-        raise ValueError(f"request {last.request_id} has no finish reason yet; join takes a finished stream")
-    return Completion(
-        request_id=last.request_id,
-        token_ids=tuple(token_id for chunk in chunks for token_id in chunk.token_ids),
-        text="".join(chunk.text for chunk in chunks),
-        finish_reason=last.finish_reason,
-        usage=last.usage,
-    )
 
 
 def _chunk(response: pb.GenerateResponse) -> Chunk:

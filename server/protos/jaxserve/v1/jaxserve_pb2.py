@@ -24,47 +24,51 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n2jaxserve/serving/protos/jaxserve/v1/jaxserve.proto\x12\x0bjaxserve.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\x88\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x02\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x03H\x03\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x07 \x01(\x03\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\x05\x12\x12\n\nignore_eos\x18\n \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\r\n\x0b_max_tokens\"\xfb\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.jaxserve.v1.TokenIdsH\x00\x12\x34\n\x0fsampling_params\x18\x04 \x01(\x0b\x32\x1b.jaxserve.v1.SamplingParams\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x15\n\x08\x64\x65\x61\x64line\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\ncache_salt\x18\x08 \x01(\tB\x08\n\x06promptB\x0b\n\t_deadline\"L\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x15\n\routput_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\"\x9c\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.jaxserve.v1.FinishReason\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.jaxserve.v1.Usage\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x15\n\x13GetModelInfoRequest\"\xd2\x01\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x16\n\x0enum_parameters\x18\x03 \x01(\x03\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\x12\x15\n\rmax_model_len\x18\x06 \x01(\x05\x12\x16\n\x0emax_prompt_len\x18\x07 \x01(\x05\x12\x15\n\reos_token_ids\x18\x08 \x03(\x05\x12\x15\n\rhas_tokenizer\x18\t \x01(\x08\"\x16\n\x14GetServerInfoRequest\"\xbe\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08platform\x18\x02 \x01(\t\x12\x11\n\tattention\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x11\n\tnum_pages\x18\x05 \x01(\x05\x12\x14\n\x0cmax_num_seqs\x18\x06 \x01(\x05\x12\x17\n\x0fmax_num_waiting\x18\x07 \x01(\x05\x12\x17\n\x0fnum_executables\x18\x08 \x01(\x05\x12\x17\n\x0f\x63ompile_seconds\x18\t \x01(\x01\x12\x15\n\rstart_seconds\x18\n \x01(\x01\x12\x16\n\x0euptime_seconds\x18\x0b \x01(\x01\x12\x10\n\x08\x64raining\x18\x0c \x01(\x08\x12\'\n\x05stats\x18\r \x01(\x0b\x32\x18.jaxserve.v1.EngineStats\"\xfb\x03\n\x0b\x45ngineStats\x12\x13\n\x0bnum_running\x18\x01 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\x05\x12\x12\n\npages_free\x18\x03 \x01(\x05\x12\x12\n\npages_used\x18\x04 \x01(\x05\x12\x14\n\x0cpages_cached\x18\x05 \x01(\x05\x12\x11\n\tnum_steps\x18\x06 \x01(\x03\x12\x16\n\x0e\x63ompile_misses\x18\x07 \x01(\x03\x12\x17\n\x0fnum_preemptions\x18\x08 \x01(\x03\x12\x15\n\rprompt_tokens\x18\t \x01(\x03\x12\x19\n\x11generation_tokens\x18\n \x01(\x03\x12\x17\n\x0f\x63omputed_tokens\x18\x0b \x01(\x03\x12\x16\n\x0epadding_tokens\x18\x0c \x01(\x03\x12\x18\n\x10num_compilations\x18\r \x01(\x03\x12\x13\n\x0bnum_swapped\x18\x0e \x01(\x05\x12\x15\n\rpages_swapped\x18\x0f \x01(\x05\x12!\n\x19num_preemptions_recompute\x18\x10 \x01(\x03\x12\x1c\n\x14num_preemptions_swap\x18\x11 \x01(\x03\x12\x18\n\x0bkendall_tau\x18\x12 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0bnum_dropped\x18\x13 \x01(\x03\x12\x17\n\x0fnum_executables\x18\x14 \x01(\x05\x42\x0e\n\x0c_kendall_tau\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xda\x03\n\x08JaxServe\x12I\n\x08Generate\x12\x1c.jaxserve.v1.GenerateRequest\x1a\x1d.jaxserve.v1.GenerateResponse0\x01\x12>\n\x05\x41\x62ort\x12\x19.jaxserve.v1.AbortRequest\x1a\x1a.jaxserve.v1.AbortResponse\x12S\n\x0cGetModelInfo\x12 .jaxserve.v1.GetModelInfoRequest\x1a!.jaxserve.v1.GetModelInfoResponse\x12V\n\rGetServerInfo\x12!.jaxserve.v1.GetServerInfoRequest\x1a\".jaxserve.v1.GetServerInfoResponse\x12G\n\x08Tokenize\x12\x1c.jaxserve.v1.TokenizeRequest\x1a\x1d.jaxserve.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.jaxserve.v1.DetokenizeRequest\x1a\x1f.jaxserve.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n2jaxserve/serving/protos/jaxserve/v1/jaxserve.proto\x12\x0bjaxserve.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"H\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x11\n\x04name\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\":\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.jaxserve.v1.ChatMessage\"\x88\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x02\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x03H\x03\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x07 \x01(\x03\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\x05\x12\x12\n\nignore_eos\x18\n \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\r\n\x0b_max_tokens\"\xaa\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.jaxserve.v1.TokenIdsH\x00\x12-\n\x08messages\x18\t \x01(\x0b\x32\x19.jaxserve.v1.ChatMessagesH\x00\x12\x34\n\x0fsampling_params\x18\x04 \x01(\x0b\x32\x1b.jaxserve.v1.SamplingParams\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x15\n\x08\x64\x65\x61\x64line\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\ncache_salt\x18\x08 \x01(\tB\x08\n\x06promptB\x0b\n\t_deadline\"L\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x15\n\routput_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\"\x9c\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.jaxserve.v1.FinishReason\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.jaxserve.v1.Usage\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x15\n\x13GetModelInfoRequest\"\xd2\x01\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x16\n\x0enum_parameters\x18\x03 \x01(\x03\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\x12\x15\n\rmax_model_len\x18\x06 \x01(\x05\x12\x16\n\x0emax_prompt_len\x18\x07 \x01(\x05\x12\x15\n\reos_token_ids\x18\x08 \x03(\x05\x12\x15\n\rhas_tokenizer\x18\t \x01(\x08\"\x16\n\x14GetServerInfoRequest\"\xbe\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08platform\x18\x02 \x01(\t\x12\x11\n\tattention\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x11\n\tnum_pages\x18\x05 \x01(\x05\x12\x14\n\x0cmax_num_seqs\x18\x06 \x01(\x05\x12\x17\n\x0fmax_num_waiting\x18\x07 \x01(\x05\x12\x17\n\x0fnum_executables\x18\x08 \x01(\x05\x12\x17\n\x0f\x63ompile_seconds\x18\t \x01(\x01\x12\x15\n\rstart_seconds\x18\n \x01(\x01\x12\x16\n\x0euptime_seconds\x18\x0b \x01(\x01\x12\x10\n\x08\x64raining\x18\x0c \x01(\x08\x12\'\n\x05stats\x18\r \x01(\x0b\x32\x18.jaxserve.v1.EngineStats\"\xfb\x03\n\x0b\x45ngineStats\x12\x13\n\x0bnum_running\x18\x01 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\x05\x12\x12\n\npages_free\x18\x03 \x01(\x05\x12\x12\n\npages_used\x18\x04 \x01(\x05\x12\x14\n\x0cpages_cached\x18\x05 \x01(\x05\x12\x11\n\tnum_steps\x18\x06 \x01(\x03\x12\x16\n\x0e\x63ompile_misses\x18\x07 \x01(\x03\x12\x17\n\x0fnum_preemptions\x18\x08 \x01(\x03\x12\x15\n\rprompt_tokens\x18\t \x01(\x03\x12\x19\n\x11generation_tokens\x18\n \x01(\x03\x12\x17\n\x0f\x63omputed_tokens\x18\x0b \x01(\x03\x12\x16\n\x0epadding_tokens\x18\x0c \x01(\x03\x12\x18\n\x10num_compilations\x18\r \x01(\x03\x12\x13\n\x0bnum_swapped\x18\x0e \x01(\x05\x12\x15\n\rpages_swapped\x18\x0f \x01(\x05\x12!\n\x19num_preemptions_recompute\x18\x10 \x01(\x03\x12\x1c\n\x14num_preemptions_swap\x18\x11 \x01(\x03\x12\x18\n\x0bkendall_tau\x18\x12 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0bnum_dropped\x18\x13 \x01(\x03\x12\x17\n\x0fnum_executables\x18\x14 \x01(\x05\x42\x0e\n\x0c_kendall_tau\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xda\x03\n\x08JaxServe\x12I\n\x08Generate\x12\x1c.jaxserve.v1.GenerateRequest\x1a\x1d.jaxserve.v1.GenerateResponse0\x01\x12>\n\x05\x41\x62ort\x12\x19.jaxserve.v1.AbortRequest\x1a\x1a.jaxserve.v1.AbortResponse\x12S\n\x0cGetModelInfo\x12 .jaxserve.v1.GetModelInfoRequest\x1a!.jaxserve.v1.GetModelInfoResponse\x12V\n\rGetServerInfo\x12!.jaxserve.v1.GetServerInfoRequest\x1a\".jaxserve.v1.GetServerInfoResponse\x12G\n\x08Tokenize\x12\x1c.jaxserve.v1.TokenizeRequest\x1a\x1d.jaxserve.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.jaxserve.v1.DetokenizeRequest\x1a\x1f.jaxserve.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'jaxserve.serving.protos.jaxserve.v1.jaxserve_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2142
-  _globals['_FINISHREASON']._serialized_end=2262
+  _globals['_FINISHREASON']._serialized_start=2323
+  _globals['_FINISHREASON']._serialized_end=2443
   _globals['_TOKENIDS']._serialized_start=67
   _globals['_TOKENIDS']._serialized_end=90
-  _globals['_SAMPLINGPARAMS']._serialized_start=93
-  _globals['_SAMPLINGPARAMS']._serialized_end=357
-  _globals['_GENERATEREQUEST']._serialized_start=360
-  _globals['_GENERATEREQUEST']._serialized_end=611
-  _globals['_USAGE']._serialized_start=613
-  _globals['_USAGE']._serialized_end=689
-  _globals['_GENERATERESPONSE']._serialized_start=692
-  _globals['_GENERATERESPONSE']._serialized_end=848
-  _globals['_ABORTREQUEST']._serialized_start=850
-  _globals['_ABORTREQUEST']._serialized_end=884
-  _globals['_ABORTRESPONSE']._serialized_start=886
-  _globals['_ABORTRESPONSE']._serialized_end=901
-  _globals['_GETMODELINFOREQUEST']._serialized_start=903
-  _globals['_GETMODELINFOREQUEST']._serialized_end=924
-  _globals['_GETMODELINFORESPONSE']._serialized_start=927
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1137
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=1139
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=1161
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=1164
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=1482
-  _globals['_ENGINESTATS']._serialized_start=1485
-  _globals['_ENGINESTATS']._serialized_end=1992
-  _globals['_TOKENIZEREQUEST']._serialized_start=1994
-  _globals['_TOKENIZEREQUEST']._serialized_end=2025
-  _globals['_TOKENIZERESPONSE']._serialized_start=2027
-  _globals['_TOKENIZERESPONSE']._serialized_end=2064
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2066
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2104
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2106
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2140
-  _globals['_JAXSERVE']._serialized_start=2265
-  _globals['_JAXSERVE']._serialized_end=2739
+  _globals['_CHATMESSAGE']._serialized_start=92
+  _globals['_CHATMESSAGE']._serialized_end=164
+  _globals['_CHATMESSAGES']._serialized_start=166
+  _globals['_CHATMESSAGES']._serialized_end=224
+  _globals['_SAMPLINGPARAMS']._serialized_start=227
+  _globals['_SAMPLINGPARAMS']._serialized_end=491
+  _globals['_GENERATEREQUEST']._serialized_start=494
+  _globals['_GENERATEREQUEST']._serialized_end=792
+  _globals['_USAGE']._serialized_start=794
+  _globals['_USAGE']._serialized_end=870
+  _globals['_GENERATERESPONSE']._serialized_start=873
+  _globals['_GENERATERESPONSE']._serialized_end=1029
+  _globals['_ABORTREQUEST']._serialized_start=1031
+  _globals['_ABORTREQUEST']._serialized_end=1065
+  _globals['_ABORTRESPONSE']._serialized_start=1067
+  _globals['_ABORTRESPONSE']._serialized_end=1082
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1084
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1105
+  _globals['_GETMODELINFORESPONSE']._serialized_start=1108
+  _globals['_GETMODELINFORESPONSE']._serialized_end=1318
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=1320
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=1342
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=1345
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=1663
+  _globals['_ENGINESTATS']._serialized_start=1666
+  _globals['_ENGINESTATS']._serialized_end=2173
+  _globals['_TOKENIZEREQUEST']._serialized_start=2175
+  _globals['_TOKENIZEREQUEST']._serialized_end=2206
+  _globals['_TOKENIZERESPONSE']._serialized_start=2208
+  _globals['_TOKENIZERESPONSE']._serialized_end=2245
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2247
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2285
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2287
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2321
+  _globals['_JAXSERVE']._serialized_start=2446
+  _globals['_JAXSERVE']._serialized_end=2920
 # @@protoc_insertion_point(module_scope)
