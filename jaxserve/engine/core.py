@@ -118,16 +118,7 @@ class EngineCore:
         self._tau: float | None = None
         self._tau_due = 0.0  # on the clock
         self._totals = dict.fromkeys(
-            (
-                "num_steps",
-                "prompt_tokens",
-                "generation_tokens",
-                "computed_tokens",
-                "padding_tokens",
-                "num_dropped",
-                "prefill_tokens",
-            ),
-            0,
+            ("num_steps", "prompt_tokens", "generation_tokens", "computed_tokens", "padding_tokens", "num_dropped"), 0
         )
 
     @property
@@ -379,4 +370,3 @@ class EngineCore:
         self._totals["num_steps"] += 1
         self._totals["computed_tokens"] += plan.num_tokens
         self._totals["padding_tokens"] += plan.padding
-        self._totals["prefill_tokens"] += plan.num_prefill_tokens

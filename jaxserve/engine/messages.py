@@ -86,8 +86,8 @@ class EngineStats(_Message, frozen=True):
     num_executables: programs that are available. num_compilations: programs that the backend compiled in the engine's
     process, at start and ever after.
     num_steps, compile_misses, num_preemptions, prompt_tokens, generation_tokens, computed_tokens, padding_tokens,
-    num_dropped (requests ended in the queue because they were late, or would be), prefill_tokens (those of
-    computed_tokens that are not decodes'): totals since start; a prompt counts when its first output token is there.
+    num_dropped (requests ended in the queue because they were late, or would be):
+    totals since start; a prompt counts when its first output token is there.
     pages_free + pages_used + pages_cached are all usable pages. num_swapped, pages_swapped: requests whose pages are in
     host memory, and those pages. kendall_tau: how well predicted output lengths rank the last window of finished
     requests, as of at most a second ago; None while there is nothing to rank.
@@ -113,7 +113,6 @@ class EngineStats(_Message, frozen=True):
     num_preemptions_swap: int = 0
     num_dropped: int = 0
     kendall_tau: float | None = None
-    prefill_tokens: int = 0
 
 
 class Progress(_Message, frozen=True):

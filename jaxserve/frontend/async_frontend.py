@@ -20,7 +20,6 @@ from jaxserve.engine.watchdog import Watchdog
 from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.frontend import FrontEnd
-from jaxserve.frontend.latencies import Latencies
 from jaxserve.frontend.preparation_steps import Steps, finish
 from jaxserve.frontend.reader import EngineReader
 from jaxserve.frontend.tokenizer import Tokenizer
@@ -42,11 +41,9 @@ class DeltaStream:
     request. Only one task may read it.
     """
 
-    def __init__(self, front_end: AsyncFrontEnd, request_id: str, arrived: float):
+    def __init__(self, front_end: AsyncFrontEnd, request_id: str):
         self._front_end = front_end
         self._request_id = request_id
-        self._arrived = arrived  # on the loop's clock
-        self._last_delivery: float | None = None
         self._unread: list[Delta] = []
         self._num_unread = 0
         self._news: asyncio.Future[None] | None = None  # what the reader waits for
@@ -94,21 +91,6 @@ class DeltaStream:
             self._unread = [_merged(self._unread)]
         self._finished = delta.finish_reason is not None
         self._wake()
-
-    def measure(self, latencies: Latencies, delta: Delta, now: float) -> None:
-        """Adds how long the reader has waited for this delta's tokens; called by the front end.
-
-        now: time of the delivery, the same for all deltas of one.
-        """
-        if delta.output_tokens == len(delta.token_ids):
-            latencies.add(latencies.first_tokens, now - self._arrived)
-        elif self._last_delivery is not None and now > self._last_delivery:
-            latencies.add(latencies.gaps, now - self._last_delivery)
-        self._last_delivery = now
-
-    def forget_delivery(self) -> None:
-        """Leaves out the gap since the last delivery: nobody measured in between."""
-        self._last_delivery = None
 
     def drop_unread(self) -> None:
         """Discards unread deltas."""
@@ -185,7 +167,6 @@ class AsyncFrontEnd:
         self._idle = asyncio.Event()
         self._idle.set()
         self._timer: asyncio.TimerHandle | None = None
-        self._latencies: Latencies | None = None
         self._workers = Workers()
         self._reader.start(self._handle, busy=lambda: self._core.num_open > 0)
         self._watchdog = Watchdog(step_timeout)
@@ -215,12 +196,6 @@ class AsyncFrontEnd:
         """Number of unfinished requests."""
         return self._core.num_open
 
-    def measure(self, latencies: Latencies | None) -> None:
-        """Collects the latencies of all requests in `latencies` from now on; None ends it."""
-        self._latencies = latencies
-        for stream in self._streams.values():
-            stream.forget_delivery()
-
     async def submit(
         self,
         prompt: str | Sequence[int],
@@ -231,7 +206,6 @@ class AsyncFrontEnd:
     ) -> DeltaStream:
         """Sends a request and returns its stream. Raises as `FrontEnd.submit` does, at once."""
         self._check_accepting()
-        arrived = self._loop.time()
         self._core.check_new(request_id, options.deadline)
         steps = self._core.preparation.steps(prompt, params, options, request_id)
         size = _num_bytes(prompt)
@@ -241,7 +215,7 @@ class AsyncFrontEnd:
             prepared = await self._work_until(options.deadline, steps, size)
             self._check_accepting()
         request_id = self._core.start(prepared)
-        stream = self._streams[request_id] = DeltaStream(self, request_id, arrived)
+        stream = self._streams[request_id] = DeltaStream(self, request_id)
         self._idle.clear()
         self._set_timer()
         return stream
@@ -348,9 +322,8 @@ class AsyncFrontEnd:
         self._core.check_accepting()
 
     def _handle(self, messages: Sequence[FromEngine]) -> None:
-        now = self._loop.time()
         for message in messages:
-            self._deliver(self._core.handle(message), now)
+            self._deliver(self._core.handle(message))
 
     def _watch(self) -> None:
         """Checks periodically that the engine makes progress; one that hangs has failed."""
@@ -363,13 +336,9 @@ class AsyncFrontEnd:
             self._handle([EngineFailed(problem)])
             self._reader.kill()
 
-    def _deliver(self, deltas: Sequence[Delta], now: float | None = None) -> None:
-        """Hands deltas to their streams. now: when the engine's messages arrived; None where it sent none of them."""
-        latencies = self._latencies
+    def _deliver(self, deltas: Sequence[Delta]) -> None:
         for delta in deltas:
             stream = self._streams[delta.request_id]
-            if latencies is not None and now is not None and delta.token_ids:
-                stream.measure(latencies, delta, now)
             stream.push(delta)
             if delta.finish_reason is not None:
                 del self._streams[delta.request_id]
