@@ -58,6 +58,7 @@ class PackingRunner:
             attention="none", num_executables=0, compile_seconds=0.0, kv_cache="none",
         )  # fmt: skip
         self.step_costs = None
+        self.pack_seconds = 0.0
         self.num_compilations = self.compile_misses = self.num_executables = 0
         self._forward = {
             size: ForwardPacker(size, buckets.rows_of(size), PAGE_SIZE, num_slots) for size in buckets.tokens

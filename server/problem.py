@@ -6,6 +6,7 @@ import dataclasses
 import enum
 
 from jaxserve.config.shown import clipped
+from jaxserve.frontend.captures import CaptureError
 from jaxserve.frontend.delta import Cause, DeadlineError, Delta, DuplicateRequestError, EngineDeadError, QueueFullError
 from jaxserve.request import FinishReason, InfeasibleError
 
@@ -80,6 +81,7 @@ _CODES: tuple[tuple[type[Exception], Code], ...] = (
     (QueueFullError, Code.RESOURCE_EXHAUSTED),
     (DeadlineError, Code.DEADLINE_EXCEEDED),
     (EngineDeadError, Code.UNAVAILABLE),
+    (CaptureError, Code.FAILED_PRECONDITION),
     (SlowReaderError, Code.RESOURCE_EXHAUSTED),
     (UnavailableError, Code.UNAVAILABLE),
     (UnauthenticatedError, Code.UNAUTHENTICATED),

@@ -71,12 +71,15 @@ def busy_line(before: EngineStats, now: EngineStats, seconds: float) -> str | No
     if now.num_steps == before.num_steps and not (now.num_running or now.num_waiting or now.num_swapped):
         return None
     padding = now.padding_tokens - before.padding_tokens
+    looked_up = now.prefix_cache_queries - before.prefix_cache_queries
+    found = now.prefix_cache_hits - before.prefix_cache_hits
+    hits = f"prefix hits {_percent(found, looked_up)}, " if now.prefix_cache_queries else ""
     pages = now.pages_free + now.pages_used + now.pages_cached
     line = (
         f"prompt {(now.prompt_tokens - before.prompt_tokens) / seconds:.1f} tok/s, "
         f"generation {(now.generation_tokens - before.generation_tokens) / seconds:.1f} tok/s, "
         f"running {now.num_running}, waiting {now.num_waiting}, swapped {now.num_swapped}, "
-        f"pool {_percent(now.pages_used, pages)}, padding {_percent(padding, computed + padding)}"
+        f"pool {_percent(now.pages_used, pages)}, {hits}padding {_percent(padding, computed + padding)}"
     )
     for kind in ("recompute", "swap"):
         name = f"num_preemptions_{kind}"

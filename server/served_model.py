@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from typing import Any
 
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.serving.access.callers import Anybody, Callers
 from jaxserve.serving.problem import NoTokenizerError, UnavailableError
+from jaxserve.telemetry.request_metrics import RequestMetrics
+from jaxserve.telemetry.request_trace import RequestTrace, request_trace
 
 
 class ServedModel:
@@ -16,11 +20,15 @@ class ServedModel:
     Args:
         name: name under which clients know the model.
         callers: tells who calls.
+
+    Attributes:
+        metrics: what requests are counted in, from before the model is loaded.
     """
 
     def __init__(self, name: str, callers: Callers = Anybody()):
         self.name = name
         self.callers = callers
+        self.metrics = RequestMetrics()
         self._frontend: AsyncFrontEnd | None = None
         self._tokenizer: Tokenizer | None = None
         self._ready_since = time.monotonic()
@@ -65,11 +73,24 @@ class ServedModel:
             raise UnavailableError("the server is starting: the model is not loaded yet; try again soon")
         return self._frontend
 
+    def trace(self, pairs: Iterable[tuple[str, Any]], operation: str) -> RequestTrace | None:
+        """Returns a request's place in a trace; None where requests are not traced.
+
+        Args:
+            pairs: the request's headers, or its gRPC metadata.
+            operation: "chat" or "text_completion".
+        """
+        return None if self.metrics.on_finished is None else request_trace(pairs, operation)
+
     def accepting(self) -> AsyncFrontEnd:
         """Returns the front end for a new request. Raises UnavailableError before `serve` and after `drain`."""
-        if self._draining:
-            raise UnavailableError("the server is shutting down and takes no new requests")
-        return self.started()
+        try:
+            if self._draining:
+                raise UnavailableError("the server is shutting down and takes no new requests")
+            return self.started()
+        except UnavailableError as error:
+            self.metrics.reject("unavailable", error, self.metrics.clock())
+            raise
 
     def tokenizer(self) -> Tokenizer:
         """Returns the tokenizer. Raises UnavailableError before `serve`, and NoTokenizerError without one."""

@@ -29,6 +29,7 @@ from jaxserve.serving.grpc_port.grpc_server import GrpcServer
 from jaxserve.serving.http_port.http_server import HttpServer
 from jaxserve.serving.running_log import log_while_busy, phases_log, start_lines
 from jaxserve.serving.served_model import ServedModel
+from jaxserve.serving.tracing import Tracing, start_tracing
 from jaxserve.telemetry.startup_spans import StartupSpans, seconds_since_start
 
 T = TypeVar("T")
@@ -78,6 +79,7 @@ class _Server:
         # The end of the path, much as a hub names models: OWNER/NAME.
         name = config.served_model_name or "/".join(pathlib.PurePath(config.engine.model or "dummy").parts[-2:])
         self._served = ServedModel(name)
+        self._tracing: Tracing | None = None
 
     async def run(self) -> int:
         """Runs and returns the process's exit code."""
@@ -85,6 +87,10 @@ class _Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         config = self._config
+        try:
+            self._tracing = self._served.metrics.on_finished = start_tracing(config.tracing, self._served.name)
+        except ValueError as error:
+            return _fail(str(error))
         launch = launch_engine(config)  # its imports take longer than all that follows here
         ports = listeners(config, self._served)
         try:
@@ -134,6 +140,7 @@ class _Server:
                 seed=self._config.engine.seed,
                 max_unread_tokens=self._config.max_unread_tokens,
                 step_timeout=self._config.step_timeout,
+                metrics=self._served.metrics,
             )
             self._served.serve(frontend, tokenizer)
             for port in ports:
@@ -157,6 +164,8 @@ class _Server:
             task.cancel()
         problem = f"the engine has died: {frontend.failure}" if frontend.failure else ""
         ended = await self._end(frontend, _HURRY_SECONDS if problem else END_SECONDS)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         problem = problem or ended
         await _stop(ports)
         return _fail(problem) if problem else 0

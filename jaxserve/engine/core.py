@@ -31,11 +31,15 @@ from jaxserve.engine.messages import (
     AbortRequest,
     AddRequest,
     AskProgress,
+    CaptureProfile,
+    CaptureTimeline,
     EngineOutput,
     EngineReady,
     EngineStats,
     FromEngine,
+    ProfileCaptured,
     Progress,
+    TimelineEvents,
     ToEngine,
     TokenBatch,
 )
@@ -47,7 +51,9 @@ from jaxserve.runner.protocol import Runner
 from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepUpdate, Wants
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.telemetry.engine_events import EngineEvents, IterationTimes
+from jaxserve.telemetry.engine_meter import EngineMeter
 from jaxserve.telemetry.recorder import Recorder
+from jaxserve.telemetry.timeline_capture import TimelineCapture
 
 _log = logging.getLogger(__name__)
 
@@ -103,6 +109,9 @@ class EngineCore:
         self._constraints = constraints
         self.recorder = recorder or Recorder(clock=clock)
         self._events = EngineEvents(self.recorder, self.scheduler)
+        self._meter = EngineMeter()
+        self.recorder.subscribe(self._meter)
+        self._capture = TimelineCapture(self.recorder)
         self._now = now
         self._clock = clock
         self._annotate = annotate
@@ -161,6 +170,11 @@ class EngineCore:
             messages: list[FromEngine] = [] if update is None else [self._output(update, self._clock())]
         elif isinstance(message, AskProgress):
             return [self.progress(message.beat)]
+        elif isinstance(message, CaptureTimeline):
+            (self._capture.start if message.on else self._capture.stop)()
+            return [self._captured()]
+        elif isinstance(message, CaptureProfile):
+            return [ProfileCaptured("a profile needs an engine in a process of its own (engine_process)")]
         else:
             messages = self._abort_all()
         return [*messages, self.stats()] if messages and not self.busy else messages
@@ -210,7 +224,7 @@ class EngineCore:
                 idle = self._idle.idle(self._executor.done(previous), dispatched)
             else:
                 unused = self._idle.unused(dispatched)
-            self._idle.dispatched(dispatched)
+            self._idle.dispatched(dispatched, idle + unused)
             self._events.planned(dispatched)
             self._count(plan)
             self._fail(self._in_flight.failed, dispatched, messages)
@@ -225,12 +239,26 @@ class EngineCore:
         end = self._look(self._in_flight)
         if plan is not None:
             times = IterationTimes(begin, scheduled, dispatched, collected, end)
-            self._events.step(plan, times, idle, unused, number=plan.step, pages_used=self.scheduler.pool.num_used)
+            self._events.step(
+                plan,
+                times,
+                idle,
+                unused,
+                number=plan.step,
+                pages_used=self.scheduler.pool.num_used,
+                pack_seconds=self.runner.pack_seconds,
+            )
         if end >= self._stats_due or not self.busy:
             self._stats_due = end + STATS_SECONDS
             if previous is not None and plan is not None:
                 self._step_time.observe(previous.plan, collected - begin)
             messages.append(self.stats())
+            if self._capture.is_on:
+                messages.append(self._captured())
+
+    def _captured(self) -> TimelineEvents:
+        rows, dropped = self._capture.take()
+        return TimelineEvents(rows, not self._capture.is_on, dropped)
 
     def _sample(self, step: DispatchedStep, messages: list[FromEngine]) -> None:
         """Makes a step's masks while the device runs its forward program, then dispatches its sampling."""
@@ -262,6 +290,7 @@ class EngineCore:
         _log.error("step %d failed, running requests are computed again: %s", fault.plan.step, fault, exc_info=fault)
         lost, other = [fault.plan], self._in_flight
         self._in_flight = None
+        self._idle.emptied(now)
         if other is None or other.plan.step == fault.plan.step:
             pass  # the step that failed was the only one under way
         elif other.plan.step > fault.plan.step or not self._rescue(other, messages):
@@ -283,7 +312,7 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """Returns the current counts."""
-        scheduler, pool = self.scheduler, self.scheduler.pool
+        scheduler, pool, now = self.scheduler, self.scheduler.pool, self._clock()
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -298,7 +327,9 @@ class EngineCore:
             pages_swapped=pool.num_host_used,
             num_preemptions_recompute=scheduler.num_preemptions_by_kind["recompute"],
             num_preemptions_swap=scheduler.num_preemptions_by_kind["swap"],
-            kendall_tau=self._ranking(),
+            kendall_tau=self._ranking(now),
+            device_busy_seconds=self._idle.busy_seconds(now),
+            step_histograms=self._meter.step_histograms(),
             **self._totals,
         )
 
@@ -339,7 +370,7 @@ class EngineCore:
         messages: list[FromEngine] = []
         request_ids = update.request_ids
         if request_ids:
-            messages.append(TokenBatch(request_ids, tuple(update.token_ids)))
+            messages.append(TokenBatch(request_ids, tuple(update.token_ids), now))
         if update.others:
             request_ids += tuple(other.sequence.request_id for other in update.others for _ in other.token_ids)
         if request_ids:
@@ -349,18 +380,19 @@ class EngineCore:
         return messages
 
     def _output(self, update: SequenceUpdate, now: float) -> EngineOutput:
-        sequence = update.sequence
+        sequence, phases = update.sequence, (None, None)
         if update.token_ids and len(sequence.output_token_ids) == len(update.token_ids):
             self._totals["prompt_tokens"] += sequence.num_prompt_tokens
             self._events.first_token(sequence, now)
+            phases = self._meter.phases(sequence.request_id, now)
         if update.finish_reason is not None:
             self._events.finished(sequence, update.finish_reason, now)
+        cached = sequence.num_cached_tokens
         return EngineOutput(
-            sequence.request_id, update.token_ids, update.finish_reason, update.error, sequence.num_cached_tokens
+            sequence.request_id, update.token_ids, update.finish_reason, update.error, cached, now, *phases
         )
 
-    def _ranking(self) -> float | None:
-        now = self._clock()
+    def _ranking(self, now: float) -> float | None:
         if now >= self._tau_due or not self.busy:
             self._tau_due = now + RANKING_SECONDS
             self._tau = self.scheduler.predictor.kendall_tau

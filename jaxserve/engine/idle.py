@@ -14,14 +14,27 @@ class IdleMeter:
     def __init__(self) -> None:
         self._busy_at: float | None = None
         self._emptied_at: float | None = None
+        self._began_at: float | None = None
+        self._in_flight = False
+        self._without_work = 0.0  # seconds, since the first step was dispatched
 
-    def dispatched(self, now: float) -> None:
-        """Records that a step was dispatched to the device."""
+    def dispatched(self, now: float, without_work: float = 0.0) -> None:
+        """Records that a step was dispatched to the device. without_work: what `idle` or `unused` said of it."""
         self._busy_at = now
+        self._in_flight = True
+        if self._began_at is None:
+            self._began_at = now
+        self._without_work += without_work
 
     def emptied(self, now: float) -> None:
-        """Records that the last step in flight was collected."""
+        """Records that the last step in flight was collected, or lost."""
         self._emptied_at = now
+        self._in_flight = False
+
+    def busy_seconds(self, now: float) -> float:
+        """Returns a lower bound of the seconds in which the device has had a step to compute."""
+        end = now if self._in_flight else self._emptied_at
+        return 0.0 if self._began_at is None or end is None else end - self._began_at - self._without_work
 
     def unused(self, now: float) -> float:
         """Returns the seconds since the last step in flight was collected, if none has been dispatched since."""

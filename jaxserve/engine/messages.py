@@ -13,6 +13,7 @@ import msgspec
 
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits
 from jaxserve.runner.protocol import RunnerInfo
+from jaxserve.telemetry.histograms import HistogramCounts
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -44,6 +45,25 @@ class AskProgress(_Message, frozen=True):
     beat: int
 
 
+class CaptureTimeline(_Message, frozen=True):
+    """Front end -> engine: send the events of steps and requests from now on, or no longer.
+
+    Both are answered with TimelineEvents, the second time with the last ones.
+    """
+
+    on: bool
+
+
+class CaptureProfile(_Message, frozen=True):
+    """Front end -> engine: record a profile of the process for `seconds` into a directory, which exists.
+
+    Answered with ProfileCaptured, by a thread other than the loop's.
+    """
+
+    directory: str
+    seconds: float
+
+
 class EngineReady(_Message, frozen=True):
     """Engine -> front end, once: the engine accepts requests.
 
@@ -61,6 +81,8 @@ class EngineOutput(_Message, frozen=True):
     """Engine -> front end: new tokens of one request, in order; the last one carries a finish reason.
 
     error: one line, set when finish_reason is ERROR. num_cached_tokens: prompt tokens taken from the prefix cache.
+    time: seconds of the engine's clock at which the host had the tokens. queue_seconds, prefill_seconds: with the first
+    token: from arrival to the first step that computes the request, and from there to the token.
     """
 
     request_id: str
@@ -68,15 +90,19 @@ class EngineOutput(_Message, frozen=True):
     finish_reason: FinishReason | None = None
     error: str = ""
     num_cached_tokens: int = 0
+    time: float = 0.0
+    queue_seconds: float | None = None
+    prefill_seconds: float | None = None
 
 
 class TokenBatch(_Message, frozen=True):
     """Engine -> front end: one new token for each of these requests, none of which ends; most rows of a step yield one.
-    A request occurs in it once.
+    A request occurs in it once. time: as in EngineOutput.
     """
 
     request_ids: tuple[str, ...]
     token_ids: tuple[int, ...]
+    time: float = 0.0
 
 
 class EngineStats(_Message, frozen=True):
@@ -91,6 +117,9 @@ class EngineStats(_Message, frozen=True):
     pages_free + pages_used + pages_cached are all usable pages. num_swapped, pages_swapped: requests whose pages are in
     host memory, and those pages. kendall_tau: how well predicted output lengths rank the last window of finished
     requests, as of at most a second ago; None while there is nothing to rank.
+    prefix_cache_queries, prefix_cache_hits: prompt tokens looked up in the prefix cache and found there, since start.
+    device_busy_seconds: lower bound of the time in which the device has had a step to compute. step_histograms: of all
+    steps, by the names of STEP_HISTOGRAMS.
     """
 
     num_running: int = 0
@@ -113,6 +142,10 @@ class EngineStats(_Message, frozen=True):
     num_preemptions_swap: int = 0
     num_dropped: int = 0
     kendall_tau: float | None = None
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    device_busy_seconds: float = 0.0
+    step_histograms: dict[str, HistogramCounts] = {}
 
 
 class Progress(_Message, frozen=True):
@@ -128,14 +161,33 @@ class Progress(_Message, frozen=True):
     largest_step_seconds: float = 0.0
 
 
+class TimelineEvents(_Message, frozen=True):
+    """Engine -> front end: events since the last message of the kind, as rows of `recorder.event_row`.
+
+    last: no more follow. dropped: events that there was no room for.
+    """
+
+    rows: tuple[tuple[Any, ...], ...]
+    last: bool
+    dropped: int = 0
+
+
+class ProfileCaptured(_Message, frozen=True):
+    """Engine -> front end: the profile is written. error: one line on why it is not, else empty."""
+
+    error: str = ""
+
+
 class EngineFailed(_Message, frozen=True):
     """Engine -> front end: the engine ends; every unfinished request has failed with this one line."""
 
     error: str
 
 
-ToEngine = AddRequest | AbortRequest | Shutdown | AskProgress
-FromEngine = EngineReady | EngineOutput | TokenBatch | EngineStats | EngineFailed | Progress
+ToEngine = AddRequest | AbortRequest | Shutdown | AskProgress | CaptureTimeline | CaptureProfile
+FromEngine = (
+    EngineReady | EngineOutput | TokenBatch | EngineStats | EngineFailed | Progress | TimelineEvents | ProfileCaptured
+)
 Message = ToEngine | FromEngine
 
 
@@ -157,7 +209,7 @@ def outputs(message: FromEngine) -> Sequence[EngineOutput]:
         return (message,)
     if isinstance(message, TokenBatch):
         return [
-            EngineOutput(request_id, (token_id,))
+            EngineOutput(request_id, (token_id,), time=message.time)
             for request_id, token_id in zip(message.request_ids, message.token_ids, strict=True)
         ]
     return ()

@@ -20,10 +20,21 @@ from jaxserve.config.settings import EngineConfig
 from jaxserve.config.wire_config import config_from_bytes
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.framing import FrameReader, FrameSender
-from jaxserve.engine.messages import AskProgress, EngineFailed, FromEngine, Shutdown, ToEngine, decode, encode
+from jaxserve.engine.messages import (
+    AskProgress,
+    CaptureProfile,
+    EngineFailed,
+    FromEngine,
+    ProfileCaptured,
+    Shutdown,
+    ToEngine,
+    decode,
+    encode,
+)
 from jaxserve.engine.process import LOG_FORMAT
 from jaxserve.engine.step_executor import EngineBrokenError
 from jaxserve.runner.model_runner import ModelRunner, annotate
+from jaxserve.runner.profiling import record_profile
 from jaxserve.telemetry.batch_timeline import BatchTimelineFile
 from jaxserve.telemetry.startup_spans import StartupSpans
 
@@ -92,7 +103,8 @@ def _loop(core: EngineCore, sender: FrameSender, inbox: queue.SimpleQueue[ToEngi
 class _Mailbox:
     """Moves messages from the socket to `inbox`, so that the front end never waits for a step; None is the end.
 
-    Questions about the loop's progress are answered here, whatever the loop is doing. core: None while the model loads;
+    Questions about the loop's progress are answered here, whatever the loop is doing, and profiles are recorded in a
+    thread of their own. core: None while the model loads;
     a front end that ends meanwhile ends this process at once, and later one whose loop does not end by itself.
     """
 
@@ -122,8 +134,20 @@ class _Mailbox:
         if isinstance(message, AskProgress) and self.core is not None:
             with contextlib.suppress(OSError):  # the front end is gone, and the next read says so
                 self._sender.send([encode(self.core.progress(message.beat))])
+        elif isinstance(message, CaptureProfile):
+            threading.Thread(target=self._profile, args=(message,), name="profile", daemon=True).start()
         else:
             self.inbox.put(message)
+
+    def _profile(self, message: CaptureProfile) -> None:
+        error = ""
+        try:
+            record_profile(message.directory, message.seconds)
+        except Exception as failure:  # whatever it is, who asked must learn of it, and serving goes on
+            traceback.print_exc()
+            error = _one_line(failure)
+        with contextlib.suppress(OSError):
+            self._sender.send([encode(ProfileCaptured(error))])
 
 
 def _build_core(config: EngineConfig) -> EngineCore:

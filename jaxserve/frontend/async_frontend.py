@@ -17,7 +17,8 @@ from typing import TypeVar
 from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.messages import EngineFailed, EngineReady, EngineStats, FromEngine
 from jaxserve.engine.watchdog import Watchdog
-from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError
+from jaxserve.frontend.captures import Captures
+from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError, FrontEndError, rejection_reason
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.frontend import FrontEnd
 from jaxserve.frontend.preparation_steps import Steps, finish
@@ -25,6 +26,8 @@ from jaxserve.frontend.reader import EngineReader
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.frontend.workers import Workers, WorkersClosedError
 from jaxserve.request import RequestOptions, SamplingParams
+from jaxserve.telemetry.request_metrics import RequestMetrics
+from jaxserve.telemetry.request_trace import RequestTrace
 
 T = TypeVar("T")
 
@@ -145,6 +148,7 @@ class AsyncFrontEnd:
         max_unread_tokens: unread token ids that one request may have; the request of a slower reader ends with ABORT
             and cause READER, and its unread output is dropped.
         step_timeout: as `ServerConfig.step_timeout`; an engine that exceeds it has failed, and is killed.
+        metrics: what requests are counted in.
     """
 
     def __init__(
@@ -155,13 +159,16 @@ class AsyncFrontEnd:
         seed: int | None = None,
         max_unread_tokens: int = 8192,
         step_timeout: float | None = None,
+        metrics: RequestMetrics | None = None,
     ):
         self._max_unread_tokens = max_unread_tokens
         self._loop = asyncio.get_running_loop()
         # An engine on the CPU computes on the very cores that stream its tokens.
         share = CPU_SHARE if client.ready.info.platform == "cpu" else 1.0
         self._reader = EngineReader(client, self._loop, share)
-        self._core = FrontEnd(self._reader, tokenizer, seed=seed)
+        self._metrics = metrics or RequestMetrics()
+        self._core = FrontEnd(self._reader, tokenizer, seed=seed, metrics=self._metrics)
+        self._captures = Captures(self._reader.send)
         self._streams: dict[str, DeltaStream] = {}
         self._closing = ""
         self._idle = asyncio.Event()
@@ -196,6 +203,11 @@ class AsyncFrontEnd:
         """Number of unfinished requests."""
         return self._core.num_open
 
+    @property
+    def captures(self) -> Captures:
+        """Captures of what the engine does."""
+        return self._captures
+
     async def submit(
         self,
         prompt: str | Sequence[int],
@@ -203,8 +215,28 @@ class AsyncFrontEnd:
         options: RequestOptions = RequestOptions(),
         *,
         request_id: str | None = None,
+        trace: RequestTrace | None = None,
     ) -> DeltaStream:
-        """Sends a request and returns its stream. Raises as `FrontEnd.submit` does, at once."""
+        """Sends a request and returns its stream. Raises as `FrontEnd.submit` does, at once.
+
+        trace: the request's place in a trace.
+        """
+        arrived = self._metrics.clock()
+        try:
+            return await self._submit(prompt, params, options, request_id, arrived, trace)
+        except (FrontEndError, ValueError) as error:
+            self._metrics.reject(rejection_reason(error), error, arrived, request_id or "", trace)
+            raise
+
+    async def _submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        options: RequestOptions,
+        request_id: str | None,
+        arrived: float,
+        trace: RequestTrace | None,
+    ) -> DeltaStream:
         self._check_accepting()
         self._core.check_new(request_id, options.deadline)
         steps = self._core.preparation.steps(prompt, params, options, request_id)
@@ -214,7 +246,7 @@ class AsyncFrontEnd:
         else:
             prepared = await self._work_until(options.deadline, steps, size)
             self._check_accepting()
-        request_id = self._core.start(prepared)
+        request_id = self._core.start(prepared, arrived, trace)
         stream = self._streams[request_id] = DeltaStream(self, request_id)
         self._idle.clear()
         self._set_timer()
@@ -323,6 +355,7 @@ class AsyncFrontEnd:
 
     def _handle(self, messages: Sequence[FromEngine]) -> None:
         for message in messages:
+            self._captures.handle(message)
             self._deliver(self._core.handle(message))
 
     def _watch(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from jaxserve.request import FinishReason
+from jaxserve.request import FinishReason, InfeasibleError
 
 
 class FrontEndError(RuntimeError):
@@ -26,6 +26,25 @@ class DeadlineError(FrontEndError):
 
 class EngineDeadError(FrontEndError):
     """The engine has ended, or is about to: no further requests are accepted."""
+
+
+# The first kind that fits counts, so a kind stands before those it is derived from.
+_REJECTIONS: tuple[tuple[type[Exception], str], ...] = (
+    (InfeasibleError, "infeasible"),
+    (DuplicateRequestError, "duplicate"),
+    (QueueFullError, "queue_full"),
+    (DeadlineError, "deadline"),
+    (EngineDeadError, "unavailable"),
+    (ValueError, "invalid"),
+    (Exception, "other"),
+)
+REJECTION_REASONS = tuple(reason for _, reason in _REJECTIONS)
+"""Why a request may be refused, for the metrics."""
+
+
+def rejection_reason(error: Exception) -> str:
+    """Returns which of REJECTION_REASONS an error stands for."""
+    return next(reason for kind, reason in _REJECTIONS if isinstance(error, kind))
 
 
 class Cause(enum.Enum):

@@ -39,6 +39,8 @@ from jaxserve.frontend.preparation import Preparation, Prepared
 from jaxserve.frontend.preparation_steps import finish
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import ROW_FIELDS, SAMPLING_FIELDS, EngineRequest, FinishReason, RequestOptions, SamplingParams
+from jaxserve.telemetry.request_metrics import UNCOUNTED, RequestLife, RequestMetrics
+from jaxserve.telemetry.request_trace import RequestTrace
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +50,10 @@ MAX_UNSENT_BYTES = 64 * 1024 * 1024
 
 @dataclasses.dataclass
 class _Open:
-    """Tracks a request without its last delta. engine_id: its name in messages (see `FrontEnd._engine_id`)."""
+    """Tracks a request without its last delta. engine_id: its name in messages (see `FrontEnd._engine_id`).
+
+    life: counts it.
+    """
 
     request_id: str
     engine_id: str
@@ -56,6 +61,7 @@ class _Open:
     deadline: float | None
     output: OutputState
     cached_tokens: int = 0
+    life: RequestLife = UNCOUNTED
 
 
 class FrontEnd:
@@ -66,6 +72,7 @@ class FrontEnd:
         seed: base of the seeds drawn for requests that set none (the same requests in the same order then draw the same
             seeds); None draws them from the operating system's randomness.
         clock: seconds as `time.time` gives them, which deadlines are compared with.
+        metrics: what requests are counted in; None counts nothing.
     """
 
     def __init__(
@@ -75,8 +82,10 @@ class FrontEnd:
         *,
         seed: int | None = None,
         clock: Callable[[], float] = time.time,
+        metrics: RequestMetrics | None = None,
     ):
         self._client = client
+        self._metrics = metrics
         self._tokenizer = tokenizer
         self._random = random.Random(seed)
         self._clock = clock
@@ -198,8 +207,11 @@ class FrontEnd:
         if deadline is not None and deadline <= (now := self._clock()):
             raise DeadlineError(f"deadline passed {shown_seconds(now - deadline)} before the request arrived")
 
-    def start(self, prepared: Prepared) -> str:
-        """Sends a prepared request to the engine and returns its id. Raises as `submit` does, but for ValueError."""
+    def start(self, prepared: Prepared, arrived: float | None = None, trace: RequestTrace | None = None) -> str:
+        """Sends a prepared request to the engine and returns its id. Raises as `submit` does, but for ValueError.
+
+        arrived: of the metrics' clock; None is now. trace: the request's place in a trace.
+        """
         self.check_accepting()
         request_id, params, deadline = prepared.request_id, prepared.params, prepared.options.deadline
         self.check_new(request_id, deadline)
@@ -226,6 +238,8 @@ class FrontEnd:
             raise EngineDeadError(f"the engine cannot be reached: {error}") from error
         output = self._output(prepared, stop_token_ids)
         opened = _Open(request_id, request.request_id, len(request.prompt_token_ids), deadline, output)
+        if self._metrics is not None:
+            opened.life = self._metrics.begin(request_id, opened.prompt_tokens, request.max_tokens, arrived, trace)
         self._open[request_id] = self._by_engine_id[request.request_id] = opened
         if deadline is not None:
             heapq.heappush(self._deadlines, (deadline, request.request_id))
@@ -285,7 +299,10 @@ class FrontEnd:
         deltas = []
         for request_id, token_id in zip(message.request_ids, message.token_ids, strict=True):
             opened = self._opened(request_id)
-            delta = None if opened is None else self._advance(opened, (token_id,), None, "")
+            if opened is None:
+                continue
+            opened.life.tokens(1, message.time)
+            delta = self._advance(opened, (token_id,), None, "")
             if delta is not None:
                 deltas.append(delta)
         return deltas
@@ -297,6 +314,9 @@ class FrontEnd:
                 self._ending.discard(message.request_id)
             return None
         opened.cached_tokens = max(opened.cached_tokens, message.num_cached_tokens)
+        opened.life.tokens(len(message.token_ids), message.time)
+        if message.queue_seconds is not None and message.prefill_seconds is not None:
+            opened.life.phases(message.queue_seconds, message.prefill_seconds)
         return self._advance(opened, message.token_ids, message.finish_reason, message.error)
 
     def _opened(self, engine_id: str) -> _Open | None:
@@ -318,7 +338,7 @@ class FrontEnd:
             text = opened.output.add(token_ids, reason)
         except Exception:  # one request's text must not stop the others' streams
             _log.exception("output of request %r cannot be turned into text", opened.request_id)
-            self._forget(opened, told_engine=reason is not None)
+            self._forget(opened, FinishReason.ERROR, told_engine=reason is not None)
             return Delta(
                 opened.request_id,
                 finish_reason=FinishReason.ERROR,
@@ -335,15 +355,17 @@ class FrontEnd:
             cause = Cause.DEADLINE if reason is FinishReason.ABORT and error else Cause.REQUEST
             error = error or f"the engine ended the request with {reason.value}"
         if reason is not None:
-            self._forget(opened, told_engine=ended is not None)
+            self._forget(opened, reason, told_engine=ended is not None)
         return self._delta(opened, text, reason, error, cause)
 
     def _delta(
         self, opened: _Open, text: str, reason: FinishReason | None, error: str = "", cause: Cause | None = None
     ) -> Delta | None:
         token_ids = opened.output.take_token_ids()
-        if reason is None and not token_ids and not text:
-            return None
+        if reason is None:
+            opened.life.charged(opened.output.num_tokens)
+            if not token_ids and not text:
+                return None
         return Delta(
             request_id=opened.request_id,
             token_ids=token_ids,
@@ -358,18 +380,19 @@ class FrontEnd:
 
     def _end_early(self, opened: _Open, reason: FinishReason, error: str, cause: Cause) -> Delta:
         text = opened.output.finish()
-        self._forget(opened, told_engine=bool(self._failure))
+        self._forget(opened, reason, told_engine=bool(self._failure))
         delta = self._delta(opened, text, reason, error, cause)
         assert delta is not None  # it has a finish reason
         return delta
 
-    def _forget(self, opened: _Open, told_engine: bool) -> None:
-        """Closes a request.
+    def _forget(self, opened: _Open, reason: FinishReason, told_engine: bool) -> None:
+        """Closes a request, which ends with `reason`.
 
         told_engine: the engine has ended it too; else an abort is sent, and its outputs until then are ignored.
         """
         del self._open[opened.request_id]
         del self._by_engine_id[opened.engine_id]
+        opened.life.finish(reason, opened.output.num_tokens, opened.cached_tokens)
         if not told_engine:
             self._ending.add(opened.engine_id)
             self._send_if_alive(AbortRequest(opened.engine_id))

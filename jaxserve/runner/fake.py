@@ -97,6 +97,7 @@ class FakeRunner:
         self.step_costs = None
         self.num_compilations = 0
         self.compile_misses = 0
+        self.pack_seconds = 0.0
         self.num_executables = 0
         self._num_groups = num_groups
         self._host_pages: list[Page] = [[None] * page_size for _ in range(num_host_pages)]

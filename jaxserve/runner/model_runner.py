@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -84,6 +85,7 @@ class ModelRunner:
         self._copies = made.mesh.devices.flat[0].platform != "cpu"  # there the host reads the device's own memory
         self._forward_packers, self._sample_packers = packers(self._shapes)
         self.compile_misses = 0
+        self.pack_seconds = 0.0
         with phases.phase("warm-up"):
             self._warm_up()
             costs = self._measure_costs() if self._shapes.num_host_pages else None
@@ -120,7 +122,9 @@ class ModelRunner:
         arrays, begun, copied = self._arrays, False, False  # begun: what was enqueued must not be enqueued again
         try:
             with annotate("Execute"):
+                start = time.perf_counter()
                 forward, sample, tables = self._prepare(plan)
+                self.pack_seconds = time.perf_counter() - start
                 begun = bool(plan.copies)
                 self._copy(plan.copies)
                 copied, begun = begun, False

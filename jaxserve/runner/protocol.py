@@ -109,6 +109,12 @@ class Runner(Protocol):
         """Counts the programs that are available now."""
         ...
 
+    @property
+    def pack_seconds(self) -> float:
+        """Returns the host's time for packing the step whose forward program was dispatched last; 0 where it is not
+        measured."""
+        ...
+
     def fitted(self, plan: StepPlan) -> StepPlan:
         """Returns the plan with the buckets it will be padded to: larger ones replace those whose programs are not
         available yet."""

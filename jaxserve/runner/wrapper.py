@@ -31,6 +31,10 @@ class RunnerWrapper:
     def num_executables(self) -> int:
         return self._runner.num_executables
 
+    @property
+    def pack_seconds(self) -> float:
+        return self._runner.pack_seconds
+
     def fitted(self, plan: StepPlan) -> StepPlan:
         return self._runner.fitted(plan)
 

@@ -70,12 +70,20 @@ class EngineEvents:
             self._record(RequestPreempted(time, sequence.request_id, "recompute"))
 
     def step(
-        self, plan: StepPlan, times: IterationTimes, idle: float, unused: float = 0.0, *, number: int, pages_used: int
+        self,
+        plan: StepPlan,
+        times: IterationTimes,
+        idle: float,
+        unused: float = 0.0,
+        *,
+        number: int,
+        pages_used: int,
+        pack_seconds: float = 0.0,
     ) -> None:
         """Records the iteration that created `plan`.
 
-        idle, unused: as in `StepRecorded`. number, pages_used: of the step, which may be another of the plan's
-        fast-forwarded steps.
+        idle, unused, pack_seconds: as in `StepRecorded`. number, pages_used: of the step, which may be another of the
+        plan's fast-forwarded steps.
         """
         scheduler, pool = self._scheduler, self._scheduler.pool
         begin, scheduled, dispatched, collected, end = times
@@ -102,6 +110,7 @@ class EngineEvents:
                 pages_swapped=pool.num_host_used,
                 swapped=scheduler.num_swapped,
                 unused_seconds=unused,
+                pack_seconds=pack_seconds,
             )
         )
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 
@@ -88,6 +89,7 @@ class StepRecorded:
         pages_swapped: pages in host memory.
         waiting: requests; so are running and swapped. Those swapped wait for their pages to be swapped in.
         *_seconds: host time of the four parts of the loop; collect is the wait for the previous step.
+        pack_seconds: the part of dispatch_seconds in which the step's vectors were packed; 0 where it is not known.
         idle_seconds: upper bound of the device's idle time between the previous step and this one; 0 when it was still
             busy at dispatch, or when no step was in flight then.
         unused_seconds: time without a step in flight, since the previous step was collected; 0 when there was none
@@ -115,6 +117,7 @@ class StepRecorded:
     pages_swapped: int = 0
     swapped: int = 0
     unused_seconds: float = 0.0
+    pack_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -139,6 +142,24 @@ _KINDS: dict[str, type] = {
         StepRecorded,
     )
 }
+_VALUES = {kind: operator.attrgetter(*(field.name for field in dataclasses.fields(kind))) for kind in _KINDS.values()}
+
+
+def event_row(event: Event) -> tuple[Any, ...]:
+    """Returns an event as plain values, for a message: its kind, then its fields in order."""
+    kind = type(event)
+    return (kind.__name__, *_VALUES[kind](event))
+
+
+def event_of_row(row: Sequence[Any]) -> Event:
+    """Returns the event of which `event_row` made a row. Raises ValueError for anything else."""
+    try:
+        kind, values = _KINDS[row[0]], row[1:]
+        if kind is TokensProduced:
+            return TokensProduced(values[0], tuple(values[1]))
+        return kind(*values)
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"an event is {str(row)[:60]}, which is none: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +221,9 @@ class Recorder:
         """
         self._events.append(event)
         self._num_recorded += 1
-        self._entries += _entries(event)
+        self._entries += entries(event)
         while self._entries > self._capacity:
-            self._entries -= _entries(self._events.popleft())
+            self._entries -= entries(self._events.popleft())
         for listener in self._listeners:
             listener(event)
 
@@ -266,7 +287,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> Recording:
     return Recording(origin, dropped, tuple(events))
 
 
-def _entries(event: Event) -> int:
+def entries(event: Event) -> int:
+    """Returns how many entries of a recorder an event takes."""
     return len(event.request_ids) if type(event) is TokensProduced else 1
 
 

@@ -102,6 +102,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
             params,
             convert.options_from_proto(request, _call_deadline(context)),
             request_id=request.request_id or None,
+            trace=self._served.trace(context.invocation_metadata() or (), "text_completion"),
         )
         context.set_backlog(lambda: stream.num_unread * _BYTES_PER_TOKEN)
         async with stream:  # left early, it aborts the request

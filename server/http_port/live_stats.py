@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import math
+import dataclasses
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
 import msgspec
 
 import jaxserve
 from jaxserve.engine.messages import EngineStats
-from jaxserve.frontend.latencies import Latencies
 from jaxserve.serving.served_model import ServedModel
+from jaxserve.telemetry.histograms import HistogramCounts, no_counts
+from jaxserve.telemetry.request_metrics import REQUEST_HISTOGRAMS
 
 INTERVAL_SECONDS = 0.5
 MAX_SAMPLES = 240
@@ -27,7 +28,7 @@ class TooManyWatchersError(RuntimeError):
 
 
 class Quantiles(msgspec.Struct, frozen=True):
-    """Summarizes latencies in milliseconds."""
+    """Summarizes latencies in milliseconds, to the precision of the histogram that counts them."""
 
     count: int
     p50: float
@@ -78,6 +79,15 @@ class Server(msgspec.Struct, frozen=True):
     num_pages: int
     page_size: int
     can_chat: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Holds what is counted at one time, in Unix seconds: by the engine, and of requests by name."""
+
+    time: float
+    stats: EngineStats
+    requests: Mapping[str, HistogramCounts]
 
 
 class LiveStats:
@@ -147,22 +157,20 @@ class LiveStats:
         )
 
     async def _sample_repeatedly(self) -> None:
-        frontend, latencies = None, Latencies()
-        before, since = EngineStats(), time.monotonic()
+        before = self._totals()
         num_unwatched = 0
-        try:
-            while num_unwatched < MAX_SAMPLES:
-                if frontend is None and (frontend := self._served.frontend) is not None:
-                    frontend.measure(latencies)
-                    before = frontend.stats
-                now, time_now = EngineStats() if frontend is None else frontend.stats, time.monotonic()
-                self._add(sample(self._state(), before, now, time_now - since, latencies.take()))
-                before, since = now, time_now
-                num_unwatched = 0 if self._num_watchers else num_unwatched + 1
-                await asyncio.sleep(self._interval)
-        finally:
-            if frontend is not None:
-                frontend.measure(None)
+        while num_unwatched < MAX_SAMPLES:
+            await asyncio.sleep(self._interval if self._samples else 0)
+            now = self._totals()
+            self._add(sample(self._state(), before, now))
+            before = now
+            num_unwatched = 0 if self._num_watchers else num_unwatched + 1
+
+    def _totals(self) -> Totals:
+        frontend = self._served.frontend
+        return Totals(
+            time.time(), EngineStats() if frontend is None else frontend.stats, self._served.metrics.histograms()
+        )
 
     def _add(self, new: Sample) -> None:
         self._samples.append(new)
@@ -179,45 +187,65 @@ class LiveStats:
         return "draining" if self._served.draining else "ready"
 
 
-def sample(state: str, before: EngineStats, now: EngineStats, seconds: float, latencies: Latencies) -> Sample:
-    """Returns the sample of an interval.
-
-    Args:
-        before: totals at its begin.
-        now: totals at its end.
-        seconds: its length, above 0.
-    """
-    num_steps = now.num_steps - before.num_steps
-    prefill = now.prefill_tokens - before.prefill_tokens
+def sample(state: str, before: Totals, now: Totals) -> Sample:
+    """Returns the sample of the interval between two readings."""
+    old, new = before.stats, now.stats
+    num_steps = new.num_steps - old.num_steps
+    seconds = max(now.time - before.time, 1e-3)
+    padding = new.padding_tokens - old.padding_tokens
+    prefill, decode = (
+        _step_tokens(new, name) - _step_tokens(old, name) for name in ("prefill_tokens", "decode_tokens")
+    )
     per_step = 1 / num_steps if num_steps else 0.0
-    seconds = max(seconds, 1e-3)
     return Sample(
-        time=time.time(),
+        time=now.time,
         state=state,
-        running=now.num_running,
-        waiting=now.num_waiting,
-        swapped=now.num_swapped,
-        pages_used=now.pages_used,
-        pages_cached=now.pages_cached,
-        pages_free=now.pages_free,
+        running=new.num_running,
+        waiting=new.num_waiting,
+        swapped=new.num_swapped,
+        pages_used=new.pages_used,
+        pages_cached=new.pages_cached,
+        pages_free=new.pages_free,
         prefill=prefill * per_step,
-        decode=(now.computed_tokens - before.computed_tokens - prefill) * per_step,
-        padding=(now.padding_tokens - before.padding_tokens) * per_step,
+        decode=decode * per_step,
+        padding=padding * per_step,
         prefill_rate=prefill / seconds,
-        generation_rate=(now.generation_tokens - before.generation_tokens) / seconds,
+        generation_rate=(new.generation_tokens - old.generation_tokens) / seconds,
         step_rate=num_steps / seconds,
-        first_token=quantiles(latencies.first_tokens),
-        gap=quantiles(latencies.gaps),
+        first_token=_latency("time_to_first_token_seconds", before, now),
+        gap=_latency("inter_token_latency_seconds", before, now),
     )
 
 
-def quantiles(seconds: Sequence[float]) -> Quantiles | None:
-    """Summarizes latencies in seconds, by the nearest rank; None without any."""
-    if not seconds:
+def _step_tokens(stats: EngineStats, name: str) -> float:
+    counts = stats.step_histograms.get(name)  # none before the engine's first message
+    return 0.0 if counts is None else counts.total
+
+
+def _latency(name: str, before: Totals, now: Totals) -> Quantiles | None:
+    bounds = REQUEST_HISTOGRAMS[name]
+    old = before.requests.get(name, no_counts(bounds)).counts
+    return quantiles(bounds, [new - was for new, was in zip(now.requests[name].counts, old, strict=True)])
+
+
+def quantiles(bounds: Sequence[float], counts: Sequence[int]) -> Quantiles | None:
+    """Estimates quantiles in milliseconds as Prometheus does: linearly inside a bucket. None without any value.
+
+    Args:
+        bounds: upper bounds of the buckets in seconds.
+        counts: of values in each, the one above the last bound included, whose values count as that bound.
+    """
+    total = sum(counts)
+    if not total:
         return None
-    ordered = sorted(seconds)
+    lower, upper = (0.0, *bounds), (*bounds, bounds[-1])
 
-    def rank(share: float) -> float:
-        return 1000 * ordered[max(math.ceil(share * len(ordered)) - 1, 0)]
+    def quantile(share: float) -> float:
+        rank, below = share * total, 0
+        for low, high, count in zip(lower, upper, counts, strict=True):
+            if count and below + count >= rank:
+                return 1000 * (low + (high - low) * (rank - below) / count)
+            below += count
+        raise AssertionError("the last bucket has the last value")
 
-    return Quantiles(len(ordered), rank(0.50), rank(0.95), rank(0.99))
+    return Quantiles(total, quantile(0.50), quantile(0.95), quantile(0.99))

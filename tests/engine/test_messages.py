@@ -16,10 +16,14 @@ from jaxserve.config.wire_config import config_from_bytes, config_to_bytes
 from jaxserve.engine.messages import (
     AbortRequest,
     AddRequest,
+    CaptureProfile,
+    CaptureTimeline,
     EngineFailed,
     EngineOutput,
     EngineStats,
+    ProfileCaptured,
     Shutdown,
+    TimelineEvents,
     TokenBatch,
     decode,
     encode,
@@ -27,6 +31,7 @@ from jaxserve.engine.messages import (
 from jaxserve.models.config import ModelConfig, RopeScaling
 from jaxserve.request import EngineRequest, FinishReason, RequestOptions
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
+from jaxserve.telemetry.histograms import HistogramCounts
 from tests.engine_ready import engine_ready
 
 READY = engine_ready(
@@ -66,7 +71,15 @@ messages = st.one_of(
     st.just(READY),
     st.builds(EngineOutput, st.text(), ids, st.none() | st.sampled_from(FinishReason), st.text()),
     st.builds(TokenBatch, st.lists(st.text(max_size=9), max_size=4).map(tuple), ids),
-    st.builds(EngineStats, num_running=st.integers(0, 2**40)),
+    st.builds(
+        EngineStats,
+        num_running=st.integers(0, 2**40),
+        step_histograms=st.dictionaries(st.text(max_size=5), st.builds(HistogramCounts, ids, st.floats(0, 1e9))),
+    ),
+    st.builds(CaptureTimeline, st.booleans()),
+    st.builds(CaptureProfile, st.text(), st.floats(0, 1e3)),
+    st.builds(TimelineEvents, st.lists(st.tuples(st.text(), st.floats(0, 1e9)), max_size=3).map(tuple), st.booleans()),
+    st.builds(ProfileCaptured, st.text()),
     st.builds(EngineFailed, st.text()),
 )
 
@@ -123,7 +136,9 @@ def test_subclasses_of_plain_values_arrive_plain():
 
 def test_a_message_is_read_by_the_names_of_its_kind():
     """One that is sent as a list: its kind, then its fields in order."""
-    assert msgspec.msgpack.decode(encode(TokenBatch(("a", "b"), (5, 6)))) == ["TokenBatch", ["a", "b"], [5, 6]]
+    assert msgspec.msgpack.decode(encode(TokenBatch(("a", "b"), (5, 6), 0.5))) == [
+        "TokenBatch", ["a", "b"], [5, 6], 0.5,
+    ]  # fmt: skip
 
 
 def test_a_configuration_survives():

@@ -57,7 +57,7 @@ async def serving(
     served = ServedModel("echo")
     server = GrpcServer("127.0.0.1", 0, MAX_MESSAGE_BYTES, served, limits)
     await server.start()
-    frontend = AsyncFrontEnd(engine, tokenizer, **options)
+    frontend = AsyncFrontEnd(engine, tokenizer, metrics=served.metrics, **options)
     served.serve(frontend, tokenizer)
     server.announce()
     async with AsyncClient(server.address) as client:

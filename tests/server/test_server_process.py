@@ -261,6 +261,9 @@ def test_the_line_while_busy():
         "preempted by swap 4, dropped as late 2, length prediction tau 0.42"
     )
     assert busy_line(EngineStats(num_steps=9), EngineStats(num_steps=9), 5.0) is None
+    hits = busy_line(before, msgspec.structs.replace(now, prefix_cache_queries=80, prefix_cache_hits=20), 5.0)
+    assert hits is not None
+    assert "pool 18.8%, prefix hits 25.0%, padding 25.0%" in hits
 
 
 def test_figures_of_the_start():
