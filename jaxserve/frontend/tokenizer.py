@@ -26,6 +26,12 @@ from jaxserve.models.loading.older_tokenizers import has_older_format
 _IDS_PER_STEP = 64 * 1024
 
 
+class RenderedText(str):
+    """Text of a chat template, which has the special tokens around it already."""
+
+    __slots__ = ()
+
+
 class Tokenizer:
     """Wraps the tokenizer in `directory`: tokenizer.json, with its special tokens and chat template.
 
@@ -134,17 +140,50 @@ class Tokenizer:
         """Returns a new incremental detokenizer, for the output of one request."""
         return Detokenizer(self._plan, prompt_token_ids, skip_special_tokens=skip_special_tokens)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Returns the token ids of a conversation in the checkpoint's chat template, up to the generation prompt.
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Returns the token ids of a conversation in the checkpoint's chat template.
 
         The template runs in the sandbox of transformers, in a process of its own, within a budget of time, output and
-        memory. Raises ValueError without a template, when it fails, and when it exceeds its budget.
+        memory. Arguments are as for `TemplateRenderer.render`. Raises ValueError without a template, when it fails, and
+        when it exceeds its budget.
         """
-        return self.encode(self.render_chat(messages), add_special_tokens=False)
+        text = self.render_chat(
+            messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs or {}
+        )
+        return self.encode(text, add_special_tokens=False)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> RenderedText:
         """Returns the text that `encode_chat` encodes."""
-        return self._renderer.render(self._template, messages, self._transformers.special_tokens_map)
+        return RenderedText(
+            self._renderer.render(
+                self._template,
+                messages,
+                self._transformers.special_tokens_map,
+                add_generation_prompt=add_generation_prompt,
+                template_kwargs=template_kwargs or {},
+            )
+        )
+
+    def warm_chat(self) -> None:
+        """Starts the process for chat templates, so that the first conversation does not wait for it. May block."""
+        if self.has_chat_template:
+            self._renderer.warm()
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Returns the tokens as the vocabulary spells them; "" for ids without a token."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in token_ids]
 
     @functools.cached_property
     def _template(self) -> str:
