@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         others, prompt, literal = split_prompt(arguments, actions)
     except ValueError as error:
         parser.error(str(error))
+    parser.as_json = bool({"--json", "--json-events"} & set(others))
     parsed = parser.parse_args(others)
     if parsed.completion:
         print(completion_script(parsed.completion, "jaxserve.client", options_of(actions)), end="")

@@ -7,12 +7,14 @@ can be measured without that.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from jaxserve.serving.grpc_port.convert import MAX_MESSAGES
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 _LARGE = 256 * 1024
@@ -23,8 +25,9 @@ _MAX_FIELDS = 64
 """Limit on fields of one request. A request has a dozen; only repeated fields exceed this."""
 
 _GENERATE = f"/{pb.DESCRIPTOR.services_by_name['JaxServe'].full_name}/Generate"
-_PARAMS, _TEXT, _TOKEN_IDS = (
-    pb.GenerateRequest.DESCRIPTOR.fields_by_name[name].number for name in ("sampling_params", "text", "token_ids")
+_PARAMS, _TEXT, _TOKEN_IDS, _MESSAGES = (
+    pb.GenerateRequest.DESCRIPTOR.fields_by_name[name].number
+    for name in ("sampling_params", "text", "token_ids", "messages")
 )
 
 
@@ -73,17 +76,21 @@ def _checking(parse: Callable[[bytes], Any], check_prompt_bytes: CheckPromptByte
 
 
 def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
-    """Raises DecodeError when an unparsed GenerateRequest has oversized sampling parameters; and whatever
-    `check_prompt_bytes` raises for its prompt, the last one where it has several.
+    """Raises DecodeError when an unparsed GenerateRequest has oversized sampling parameters or too many messages; and
+    whatever `check_prompt_bytes` raises for its text or token ids, the last ones where it has several.
     """
-    size, prompt = 0, (0, True)
-    for count, (number, length) in enumerate(_fields(data), start=1):
+    size, prompt, num_messages = 0, (0, True), 0
+    for count, (number, length, end) in enumerate(_fields(data), start=1):
         if count > _MAX_FIELDS:
             raise DecodeError(f"it has more than {_MAX_FIELDS} fields; send each field once")
         if number == _PARAMS:
             size += length
         elif number in (_TEXT, _TOKEN_IDS):
             prompt = length, number == _TEXT
+        elif number == _MESSAGES:  # a conversation that is sent in several fields is one
+            num_messages += _count_fields(data[end - length : end], MAX_MESSAGES + 1 - num_messages)
+    if num_messages > MAX_MESSAGES:
+        raise DecodeError(f"messages has more than {MAX_MESSAGES} messages; leave out old ones")
     if size > _MAX_PARAMS_BYTES:
         raise DecodeError(
             f"sampling_params has {size} bytes; at most {_MAX_PARAMS_BYTES} are allowed: send fewer stops"
@@ -91,8 +98,16 @@ def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
     check_prompt_bytes(*prompt)
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yields the number and length of each field of a message. Malformed data is left to the parser."""
+def _count_fields(data: bytes, most: int) -> int:
+    """Returns the number of fields of a message, or `most` where it has as many."""
+    return sum(1 for _ in itertools.islice(_fields(data), most))
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yields the number and length of each field of a message, and the offset behind it.
+
+    Malformed data is left to the parser.
+    """
     place = 0
     while place < len(data):
         tag, place = _varint(data, place)
@@ -109,7 +124,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int]]:
                 place += 4
             case _:  # a group, which ends with its own tag
                 pass
-        yield tag >> 3, place - start
+        yield tag >> 3, place - start, place
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:

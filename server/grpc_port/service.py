@@ -11,7 +11,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -94,9 +94,14 @@ class JaxServeService(pb_grpc.JaxServeServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         frontend = self._served.accepting()
         params = convert.params_from_proto(request.sampling_params)
-        prompt = convert.prompt_from_proto(request)
-        frontend.check_size(prompt, params)  # before anything whose cost grows with it
-        convert.refuse_unknown_fields(request, request.sampling_params, request.token_ids)
+        prompt: str | Sequence[int]
+        if request.WhichOneof("prompt") == "messages":
+            convert.refuse_unknown_fields(request, request.sampling_params)
+            prompt = await frontend.render_chat(convert.messages_from_proto(request))
+        else:
+            prompt = convert.prompt_from_proto(request)
+            frontend.check_size(prompt, params)  # before anything whose cost grows with it
+            convert.refuse_unknown_fields(request, request.sampling_params, request.token_ids)
         stream = await frontend.submit(
             prompt,
             params,

@@ -24,10 +24,12 @@ export function useKey(value) {
 export async function* openEvents(path, options = {}) {
   const headers = { accept: "text/event-stream" };
   if (options.body) headers["content-type"] = "application/json";
+  // With a key of its own, a request carries no password that the browser may have for this server.
   if (key()) headers.authorization = `Bearer ${key()}`;
+  const credentials = key() ? "omit" : "same-origin";
   let response;
   try {
-    response = await fetch(path, { ...options, headers, cache: "no-store" });
+    response = await fetch(path, { ...options, headers, credentials, cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Problem("The server does not answer. Is it running? Start it with: python -m jaxserve.server", 0);

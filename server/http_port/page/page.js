@@ -87,9 +87,9 @@ class Live {
       if (error.name === "AbortError") return;
       if (!(error instanceof Problem)) throw error;
       wait = error.retrySeconds ?? wait;
-      const locked = error.status === 401 || error.status === 403;
-      this.tell(locked ? "locked" : "lost", locked ? "key needed" : "not connected", error.message);
-      if (locked) return;
+      const states = { 401: ["locked", "key needed"], 403: ["hidden", "no live figures"] };
+      this.tell(...(states[error.status] ?? ["lost", "not connected"]), error.message);
+      if (error.status in states) return; // until another key is given
     } finally {
       controller.abort();
     }
@@ -131,7 +131,7 @@ class Live {
     const box = element("notice");
     if (box.textContent !== notice) box.textContent = notice;
     box.hidden = !notice;
-    element("send").disabled = !["ready", "connecting", "lost"].includes(state) || this.server?.can_chat === false;
+    element("send").disabled = !["ready", "connecting", "lost", "hidden"].includes(state) || this.server?.can_chat === false;
   }
 
   draw() {

@@ -11,15 +11,17 @@ from collections.abc import AsyncIterator
 
 import msgspec
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from jaxserve.serving.http_port.errors import ErrorAnswer, error_answer, problem_answer
 from jaxserve.serving.http_port.live_stats import LiveStats, TooManyWatchersError
+from jaxserve.serving.problem import Code, Problem, UnauthenticatedError
 from jaxserve.serving.served_model import ServedModel
 
 _SEND_SECONDS = 15.0
 """Seconds after which a client that reads nothing is given up."""
-_RETRY_SECONDS = 10
+_RETRY_SECONDS = 10.0
 
 
 def router(served: ServedModel, live: LiveStats | None = None) -> APIRouter:
@@ -30,7 +32,10 @@ def router(served: ServedModel, live: LiveStats | None = None) -> APIRouter:
     @routes.get("/live", include_in_schema=False)
     async def live_events(request: Request) -> Response:
         """Streams what the server is doing; holds no content of requests."""
-        served.callers.identify(request.headers.get("authorization"))
+        try:
+            served.callers.identify(request.headers.get("authorization"))
+        except UnauthenticatedError as error:
+            return _response(error_answer(error))
         return _LiveResponse(stats)
 
     return routes
@@ -51,10 +56,8 @@ class _LiveResponse(Response):
             with self._stats.watching():
                 await self._stream(receive, send)
         except TooManyWatchersError as error:
-            body = {
-                "error": {"message": str(error), "type": "overloaded_error", "param": None, "code": "too_many_streams"}
-            }
-            await JSONResponse(body, 429, {"retry-after": str(_RETRY_SECONDS)})(scope, receive, send)
+            refusal = problem_answer(Problem(Code.RESOURCE_EXHAUSTED, str(error), _RETRY_SECONDS))
+            await _response(refusal)(scope, receive, send)
 
     async def _stream(self, receive: Receive, send: Send) -> None:
         writing = asyncio.ensure_future(self._write(send))
@@ -85,6 +88,10 @@ class _LiveResponse(Response):
             yield _event("samples", samples)
             if samples[-1].state == "failed":
                 return
+
+
+def _response(answer: ErrorAnswer) -> Response:
+    return Response(answer.body, answer.status, dict(answer.headers), "application/json")
 
 
 async def _disconnected(receive: Receive) -> None:
