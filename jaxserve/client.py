@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from_stdin = prompt is None or (prompt == "-" and not literal)
     try:
         target = parse_target(parsed.address, _access(parsed))
+        target.access.ssl_context()  # files that cannot be used are faulty options
         options = _options(parsed, None if from_stdin else prompt, dialogue=prompt is None)
     except ValueError as error:
         parser.error(str(error))

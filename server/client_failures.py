@@ -21,7 +21,9 @@ _NO_CONNECTION = re.compile(
     re.IGNORECASE,
 )
 """What gRPC's library says of a connection, and a server of ours never does."""
-_UNTRUSTED = re.compile("certificate.verify.failed|self.signed|unable to get local issuer|hostname mismatch|not valid for", re.I)
+_UNTRUSTED = re.compile(
+    "certificate.verify.failed|self.signed|local issuer|hostname mismatch|not valid for", re.IGNORECASE
+)
 
 
 @dataclasses.dataclass(frozen=True)

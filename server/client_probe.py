@@ -31,8 +31,9 @@ def probe(host: str, port: int) -> Answer | None:
             tls, protocol = _tls_protocol(connection, host)
         if tls and protocol:
             return Answer(protocol, tls)
-        with socket.create_connection((host, port), _SECONDS) as connection:
-            return Answer(_protocol(connection if not tls else _encrypted(connection, host, [])), tls)
+        connection = socket.create_connection((host, port), _SECONDS)
+        with _encrypted(connection, host, []) if tls else connection as either:
+            return Answer(_protocol(either), tls)
     except OSError:
         return None
 

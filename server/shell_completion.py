@@ -68,7 +68,7 @@ def _bash(module: str, function: str, options: Sequence[Option]) -> str:
             if option.values:
                 words = f'COMPREPLY=($(compgen -W {_quoted(" ".join(option.values))} -- "$cur"))'
             elif option.is_file:
-                words = 'compopt -o filenames 2>/dev/null; COMPREPLY=($(compgen -f -- "$cur"))'
+                words = f"{function}_files"
             else:
                 words = "COMPREPLY=()"
             cases.append(f"        {pattern}) {words}; return ;;")
@@ -84,10 +84,13 @@ def _bash(module: str, function: str, options: Sequence[Option]) -> str:
     if [[ $cur == -* ]]; then
         COMPREPLY=($(compgen -W {_quoted(names)} -- "$cur"))
     else
-        IFS=$'\\n'
-        compopt -o filenames 2>/dev/null
-        COMPREPLY=($(compgen -f -- "$cur"))
+        {function}_files
     fi
+}}
+{function}_files() {{
+    local IFS=$'\\n'  # names may have spaces
+    compopt -o filenames 2>/dev/null
+    COMPREPLY=($(compgen -f -- "$cur"))
 }}
 {function}_python() {{
     if [[ ${{COMP_WORDS[1]}} == -m && ${{COMP_WORDS[2]}} == {module} && $COMP_CWORD -gt 2 ]]; then
