@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -23,14 +22,12 @@ from typing import Any, NoReturn
 
 from jaxserve.config.sampling_fields import Flag, Ids, Number, SamplingField, Texts
 from jaxserve.request import SAMPLING_FIELDS, SamplingParams
-from jaxserve.serving.client_access import ClientAccess
 from jaxserve.serving.client_command import ClientOptions, run_client, unescape
+from jaxserve.serving.client_credentials import KEY_VARIABLE, Credentials
 from jaxserve.serving.client_failures import Failure
 from jaxserve.serving.client_target import parse_target
 from jaxserve.serving.grpc_client import DEFAULT_ADDRESS
 from jaxserve.serving.shell_completion import SHELLS, completion_script, options_of
-
-KEY_VARIABLE = "JAXSERVE_API_KEY"
 
 _MARK = "="
 """Stands before the values of options on their way through argparse, which takes a value of two dashes away."""
@@ -65,8 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     from_stdin = prompt is None or (prompt == "-" and not literal)
     try:
-        target = parse_target(parsed.address, _access(parsed))
-        target.access.ssl_context()  # files that cannot be used are faulty options
+        credentials = Credentials(parsed.api_key, parsed.tls, parsed.ca, parsed.certificate, parsed.private_key)
+        target = parse_target(parsed.address, credentials)
+        target.credentials.ssl_context()  # files that cannot be used are faulty options
         options = _options(parsed, None if from_stdin else prompt, dialogue=prompt is None)
     except ValueError as error:
         parser.error(str(error))
@@ -163,17 +161,6 @@ def _options(parsed: argparse.Namespace, prompt: str | None, dialogue: bool) -> 
         json=parsed.json,
         json_events=parsed.json_events,
         wait=parsed.wait,
-    )
-
-
-def _access(parsed: argparse.Namespace) -> ClientAccess:
-    """Builds key and TLS from the parsed arguments. Raises ValueError naming the option."""
-    return ClientAccess(
-        api_key=parsed.api_key or os.environ.get(KEY_VARIABLE) or None,
-        tls=parsed.tls or parsed.ca is not None or parsed.certificate is not None,
-        ca=parsed.ca,
-        certificate=parsed.certificate,
-        private_key=parsed.private_key,
     )
 
 

@@ -116,7 +116,7 @@ def _unreachable(target: Target, details: str) -> Failure:
 
 def _mismatch(target: Target, answer: Answer, details: str) -> Failure:
     protocol = answer.protocol or target.protocol
-    if (protocol, answer.tls) == (target.protocol, target.access.tls):
+    if (protocol, answer.tls) == (target.protocol, target.credentials.uses_tls):
         hint = ""
         if answer.tls:
             hint = "if the server asks for a certificate, give one with --certificate FILE and --private-key FILE"

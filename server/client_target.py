@@ -6,7 +6,7 @@ import dataclasses
 import re
 import urllib.parse
 
-from jaxserve.serving.client_access import ClientAccess
+from jaxserve.serving.client_credentials import Credentials
 from jaxserve.serving.grpc_client import Client
 from jaxserve.serving.http_client import HttpClient
 
@@ -24,26 +24,26 @@ class Target:
         address: as the user has given it.
         protocol: "grpc" or "http".
         host, port: where it listens; host is "" for addresses that only gRPC understands, such as unix:PATH.
-        access: key and TLS for it.
+        credentials: key and TLS for it.
     """
 
     address: str
     protocol: str
     host: str
     port: int
-    access: ClientAccess
+    credentials: Credentials
 
     def open(self) -> AnyClient:
         """Returns a client, which connects with its first call. Raises ValueError for files that cannot be used."""
         if self.protocol == "http":
-            return HttpClient(self.url, self.access)
-        return Client(f"{self._bracketed}:{self.port}" if self.host else self.address, self.access)
+            return HttpClient(self.url, self.credentials)
+        return Client(f"{self._bracketed}:{self.port}" if self.host else self.address, self.credentials)
 
     @property
     def url(self) -> str:
         """The address of an HTTP port, with its scheme, port and prefix."""
         path = urllib.parse.urlsplit(self.address).path
-        return f"{'https' if self.access.tls else 'http'}://{self._bracketed}:{self.port}{path}"
+        return f"{'https' if self.credentials.uses_tls else 'http'}://{self._bracketed}:{self.port}{path}"
 
     def spelled(self, protocol: str, tls: bool) -> str:
         """Returns how the same port is named with another protocol."""
@@ -56,15 +56,15 @@ class Target:
         return f"[{self.host}]" if ":" in self.host else self.host
 
 
-def parse_target(address: str, access: ClientAccess) -> Target:
+def parse_target(address: str, credentials: Credentials) -> Target:
     """Parses HOST:PORT and grpc://HOST:PORT (gRPC), grpcs:// (with TLS), http:// and https:// URLs.
 
-    access: key and TLS; a scheme turns TLS on. Raises ValueError naming the address.
+    credentials: key and TLS; a scheme turns TLS on. Raises ValueError naming the address.
     """
     scheme, separator, rest = address.partition("://")
     if not separator:
         if re.match(r"(unix|unix-abstract|dns|ipv4|ipv6|vsock|xds):", address):
-            return Target(address, "grpc", "", 0, access)
+            return Target(address, "grpc", "", 0, credentials)
         scheme, rest = "grpc", address
     if scheme not in _SCHEMES:
         raise ValueError(
@@ -79,5 +79,5 @@ def parse_target(address: str, access: ClientAccess) -> Target:
         raise ValueError(f"address is {address!r}; {error}") from error
     if not host or (not separator and port is None) or parts.username is not None:
         raise ValueError(f"address is {address!r}; it must be HOST:PORT, or a URL such as http://HOST:PORT")
-    access = dataclasses.replace(access, tls=True) if tls else access
-    return Target(address, protocol, host, _DEFAULT_PORTS[scheme] if port is None else port, access)
+    credentials = dataclasses.replace(credentials, tls=True) if tls else credentials
+    return Target(address, protocol, host, _DEFAULT_PORTS[scheme] if port is None else port, credentials)

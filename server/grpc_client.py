@@ -16,7 +16,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.request import SamplingParams
-from jaxserve.serving.client_access import ClientAccess
+from jaxserve.serving.client_credentials import Credentials
 from jaxserve.serving.client_results import Chunk, Completion, Conversation, Prompt, Usage, join
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
@@ -75,13 +75,17 @@ class Client:
 
     Args:
         address: HOST:PORT.
-        access: API key and TLS.
+        credentials: API key and TLS. Raises OSError where one of their files cannot be read.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, access: ClientAccess = ClientAccess()):
+    def __init__(self, address: str = DEFAULT_ADDRESS, credentials: Credentials = Credentials()):
         self.address = address
-        self._channel = access.channel(address, _OPTIONS)
-        self._metadata = tuple(access.headers().items())
+        self._metadata = credentials.metadata()
+        secure = credentials.channel_credentials()
+        if secure is None:
+            self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(address, secure, options=_OPTIONS)
         self._stub: Any = pb_grpc.JaxServeStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
@@ -172,13 +176,17 @@ class AsyncClient:
 
     Args:
         address: HOST:PORT.
-        access: API key and TLS.
+        credentials: API key and TLS. Raises OSError where one of their files cannot be read.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, access: ClientAccess = ClientAccess()):
+    def __init__(self, address: str = DEFAULT_ADDRESS, credentials: Credentials = Credentials()):
         self.address = address
-        self._channel = access.async_channel(address, _OPTIONS)
-        self._metadata = tuple(access.headers().items())
+        self._metadata = credentials.metadata()
+        secure = credentials.channel_credentials()
+        if secure is None:
+            self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(address, secure, options=_OPTIONS)
         self._stub: Any = pb_grpc.JaxServeStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 

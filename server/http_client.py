@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
-from jaxserve.serving.client_access import ClientAccess
+from jaxserve.serving.client_credentials import Credentials
 from jaxserve.serving.client_results import Chunk, Completion, Conversation, Prompt, Usage, join
 from jaxserve.serving.problem import Code
 
@@ -81,21 +81,21 @@ class HttpClient:
 
     Args:
         address: URL of the server, with a prefix where a proxy wants one.
-        access: API key and TLS; an https URL has TLS anyway.
+        credentials: API key and TLS; an https URL has TLS anyway.
 
     Raises ValueError for a URL or files that cannot be used.
     """
 
-    def __init__(self, address: str = DEFAULT_URL, access: ClientAccess = ClientAccess()):
+    def __init__(self, address: str = DEFAULT_URL, credentials: Credentials = Credentials()):
         parts = urllib.parse.urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"address is {address!r}; it must be http://HOST:PORT or https://HOST:PORT")
         self.address = address
         self._host, self._port = parts.hostname, parts.port
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
-        access = dataclasses.replace(access, tls=access.tls or parts.scheme == "https")
-        self._context = access.ssl_context()
-        self._headers = access.headers()
+        tls = credentials.tls or parts.scheme == "https"
+        self._context = dataclasses.replace(credentials, tls=tls).ssl_context()
+        self._headers = dict(credentials.metadata())
         self._model: HttpModelInfo | None = None
 
     def __enter__(self) -> HttpClient:

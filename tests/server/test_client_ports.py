@@ -25,7 +25,7 @@ from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import SamplingParams
 from jaxserve.serving.access.callers import Caller
-from jaxserve.serving.client_access import ClientAccess
+from jaxserve.serving.client_credentials import KEY_VARIABLE, Credentials
 from jaxserve.serving.client_failures import failure_of
 from jaxserve.serving.client_results import Conversation
 from jaxserve.serving.client_target import parse_target
@@ -119,7 +119,7 @@ def protocol(request):
 
 @pytest.fixture
 def client(ports, protocol):
-    with parse_target(ports.addresses[protocol], ClientAccess()).open() as client:
+    with parse_target(ports.addresses[protocol], Credentials()).open() as client:
         yield client
 
 
@@ -223,7 +223,7 @@ def test_keys_over_http(run, ports, monkeypatch):
     assert (code, error["code"]) == (1, "UNAUTHENTICATED")
     assert "--api-key" in error["remedy"]
     for key, expected in (("secret", 0), ("other", 1)):
-        monkeypatch.setenv(command.KEY_VARIABLE, key)
+        monkeypatch.setenv(KEY_VARIABLE, key)
         assert run("http", "abc")[0] == expected
         assert run("http", "--api-key", "secret", "abc")[1] == "abc\n"
 
@@ -244,7 +244,7 @@ def test_keys_over_grpc(run, monkeypatch):
     server.add_generic_rpc_handlers((Refusing(),))
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
-    monkeypatch.setenv(command.KEY_VARIABLE, "of-variable")
+    monkeypatch.setenv(KEY_VARIABLE, "of-variable")
     code, _, err = run(address, "a")
     run(address, "a", "--api-key", "of-option")
     server.stop(0).wait()
@@ -329,8 +329,8 @@ def test_certificates(run, tmp_path):
         (["--address", "ftp://x", "a"], "address is 'ftp://x'; it must be HOST:PORT or grpc://HOST:PORT"),
         (["--address", "host:port", "a"], "address is 'host:port'"),
         (["--system", "x", "a"], "system needs a conversation; use --chat"),
-        (["--api-key", "a b", "a"], "api_key has characters that no header can carry"),
-        (["--certificate", "x.pem", "a"], "certificate and private_key belong together"),
+        (["--api-key", "a\n", "a"], "api_key has characters that no key has"),
+        (["--certificate", "x.pem", "a"], "certificate is 'x.pem' and private_key is not set; give both"),
         (["--completion", "tcsh"], "invalid choice: 'tcsh'"),
     ],
 )
@@ -356,7 +356,7 @@ def test_files_that_cannot_be_used_are_named(capsys, tmp_path, protocol):
 def test_failures_of_the_network_are_told_apart_from_refusals():
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
-        target = parse_target(f"http://127.0.0.1:{free.getsockname()[1]}", ClientAccess())
+        target = parse_target(f"http://127.0.0.1:{free.getsockname()[1]}", Credentials())
         with pytest.raises(Exception, match="refused") as raised:
             target.open().model_info()
         failure = failure_of(raised.value, target)
