@@ -19,6 +19,7 @@ import threading
 import grpc
 import pytest
 import trustme
+from google.protobuf.message import DecodeError
 
 from jaxserve import client as command
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
@@ -32,6 +33,7 @@ from jaxserve.serving.client_target import parse_target
 from jaxserve.serving.grpc_client import Client, generate_request
 from jaxserve.serving.grpc_port.convert import MAX_MESSAGES
 from jaxserve.serving.grpc_port.grpc_server import GrpcServer
+from jaxserve.serving.grpc_port.oversized import check_generate
 from jaxserve.serving.http_client import HttpClient, HttpError
 from jaxserve.serving.http_port.http_server import HttpServer
 from jaxserve.serving.problem import UnauthenticatedError
@@ -209,11 +211,18 @@ def test_messages_are_checked(ports):
             with pytest.raises(Exception, match="INVALID_ARGUMENT") as raised:
                 client.generate_text(Conversation(messages))
             assert words in str(raised.value)
-        many = generate_request(Conversation([{"role": "", "content": ""}] * 150_000))
-        assert many.ByteSize() > 256 * 1024  # measured before it is parsed
     with HttpClient(ports.addresses["http"]) as client:
         with pytest.raises(HttpError, match="messages"):
             client.generate_text(Conversation([]))
+
+
+def test_very_many_messages_are_refused_before_they_are_parsed():
+    # Of a oneof field that is sent several times, the messages add up.
+    part = generate_request(Conversation([{"role": "u", "content": "c"}] * (MAX_MESSAGES // 2 + 1))).SerializeToString()
+    check_generate(part, lambda *_: None)
+    for times in (2, 40):
+        with pytest.raises(DecodeError, match=f"more than {MAX_MESSAGES} messages"):
+            check_generate(times * part, lambda *_: None)
 
 
 def test_keys_over_http(run, ports, monkeypatch):
