@@ -9,20 +9,47 @@ import pathlib
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Sequence
 
 import msgspec
 
+from jaxserve.config.checks import between
+from jaxserve.config.shown import shown
 from jaxserve.frontend.captures import CapturedTimeline, CaptureError
+from jaxserve.serving.problem import ForbiddenError
 from jaxserve.serving.served_model import ServedModel
 from jaxserve.telemetry.chrome_trace import chrome_trace
 
 LEAST_SECONDS = 0.1
 MOST_SECONDS = 60.0
+MOST_PROFILE_SECONDS = 10.0
+"""Maximum seconds of a profile: one of a busy engine has about 8 MB for each, and takes longer to be written."""
+
+DEFAULT_SECONDS = 2.0
 
 MAX_PROFILE_BYTES = 256 * 1024 * 1024
 """Maximum bytes of a profile's files; a larger one is discarded."""
 
 _log = logging.getLogger("jaxserve.server")
+
+
+def check_admin(served: ServedModel, authorization: str | None) -> None:
+    """Raises ForbiddenError for callers who may not take captures, and UnauthenticatedError for unknown ones."""
+    if not served.callers.identify(authorization).is_admin:
+        raise ForbiddenError("captures show every request's id and length; they need an administrator's key")
+
+
+def seconds_of(query: Sequence[tuple[str, str]], most: float) -> float:
+    """Returns the seconds, `most` at most, that the parameters of a query ask for. Raises ValueError."""
+    if unknown := [name for name, _ in query if name != "seconds"]:
+        raise ValueError(f"{shown(unknown[0])} is an unknown parameter of the query; 'seconds' is the only one")
+    values = [value for _, value in query] or [str(DEFAULT_SECONDS)]
+    try:
+        (seconds,) = map(float, values)
+    except ValueError:
+        raise ValueError(f"seconds is {shown(', '.join(values))}; it must be one number") from None
+    between("seconds", seconds, LEAST_SECONDS, most)
+    return seconds
 
 
 async def timeline(served: ServedModel, seconds: float) -> bytes:

@@ -6,8 +6,16 @@ import dataclasses
 import enum
 
 from jaxserve.config.shown import clipped
-from jaxserve.frontend.captures import CaptureError
-from jaxserve.frontend.delta import Cause, DeadlineError, Delta, DuplicateRequestError, EngineDeadError, QueueFullError
+from jaxserve.frontend.captures import CaptureBusyError, CaptureError
+from jaxserve.frontend.delta import (
+    Cause,
+    DeadlineError,
+    Delta,
+    DuplicateRequestError,
+    EngineDeadError,
+    QueueFullError,
+    rejection_reason,
+)
 from jaxserve.request import FinishReason, InfeasibleError
 
 RETRY_SECONDS = 1.0
@@ -81,6 +89,7 @@ _CODES: tuple[tuple[type[Exception], Code], ...] = (
     (QueueFullError, Code.RESOURCE_EXHAUSTED),
     (DeadlineError, Code.DEADLINE_EXCEEDED),
     (EngineDeadError, Code.UNAVAILABLE),
+    (CaptureBusyError, Code.ALREADY_EXISTS),
     (CaptureError, Code.FAILED_PRECONDITION),
     (SlowReaderError, Code.RESOURCE_EXHAUSTED),
     (UnavailableError, Code.UNAVAILABLE),
@@ -100,6 +109,19 @@ def problem_of(error: Exception) -> Problem | None:
             retry_seconds = RETRY_SECONDS if kind is QueueFullError else None
             return Problem(code, " ".join(clipped(str(error), MAX_DETAILS).split()), retry_seconds)
     return None
+
+
+REJECTIONS: tuple[tuple[type[Exception], str], ...] = (
+    (UnavailableError, "unavailable"),
+    (UnauthenticatedError, "unauthenticated"),
+    (ForbiddenError, "forbidden"),
+)
+"""Why a port refuses a request, for the metrics, beside `delta.REJECTION_REASONS`."""
+
+
+def rejection(error: Exception) -> str:
+    """Returns in a word why a request is refused, for the metrics."""
+    return next((reason for kind, reason in REJECTIONS if isinstance(error, kind)), rejection_reason(error))
 
 
 def unforeseen(error: Exception) -> Problem:

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 import jaxserve
 from jaxserve.engine.messages import EngineStats
 from jaxserve.frontend.delta import REJECTION_REASONS
+from jaxserve.serving.problem import REJECTIONS
 from jaxserve.serving.served_model import ServedModel
 from jaxserve.telemetry.engine_meter import STEP_HISTOGRAMS
 from jaxserve.telemetry.histograms import HistogramCounts, no_counts
@@ -144,7 +145,7 @@ class EngineCollector(Collector):
             "request_success", "Requests that ended, by finish reason.",
             [((reason,), count) for reason, count in metrics.finished.items()], ("finished_reason",),
         )  # fmt: skip
-        reasons = dict.fromkeys(REJECTION_REASONS, 0) | metrics.rejected
+        reasons = dict.fromkeys((*REJECTION_REASONS, *(reason for _, reason in REJECTIONS)), 0) | metrics.rejected
         yield self._counter(
             "admission_rejections", "Requests that were refused, by reason.",
             [((reason,), count) for reason, count in reasons.items()], ("reason",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.serving.access.callers import Anybody, Callers
-from jaxserve.serving.problem import NoTokenizerError, UnavailableError
+from jaxserve.serving.problem import NoTokenizerError, UnavailableError, rejection
 from jaxserve.telemetry.request_metrics import RequestMetrics
 from jaxserve.telemetry.request_trace import RequestTrace, request_trace
 
@@ -88,15 +89,16 @@ class ServedModel:
         """
         return None if self.metrics.on_finished is None else request_trace(pairs, operation)
 
+    def rejections(self) -> contextlib.AbstractContextManager[float]:
+        """Counts an error that is raised inside as a request that was refused. `AsyncFrontEnd` counts its own."""
+        return self.metrics.rejections(rejection)
+
     def accepting(self) -> AsyncFrontEnd:
         """Returns the front end for a new request. Raises UnavailableError before `serve` and after `drain`."""
-        try:
+        with self.rejections():
             if self._draining:
                 raise UnavailableError("the server is shutting down and takes no new requests")
             return self.started()
-        except UnavailableError as error:
-            self.metrics.reject("unavailable", error, self.metrics.clock())
-            raise
 
     def tokenizer(self) -> Tokenizer:
         """Returns the tokenizer. Raises UnavailableError before `serve`, and NoTokenizerError without one."""

@@ -28,7 +28,8 @@ def started_server(
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "jaxserve.server", "--config", config, *overrides]
     if root == report.ROOT:  # an earlier checkout is always complete, and knows neither setting
-        command.append("--gin.ServerConfig.http_port=0")
+        if not any(override.startswith("--gin.ServerConfig.http_port=") for override in overrides):
+            command.append("--gin.ServerConfig.http_port=0")
         command.append("--gin.EngineConfig.ready_when='complete'")  # nothing may be compiled beside what is measured
     process = subprocess.Popen(
         [*command, f"--gin.ServerConfig.port={port}"],

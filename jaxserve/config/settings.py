@@ -235,8 +235,8 @@ class ServerConfig:
     drain_seconds: float = 30.0
     max_unread_tokens: int = 8192
     limits: LimitsConfig = LimitsConfig()
-    tracing: TracingConfig = TracingConfig()
     http: HttpConfig = HttpConfig()
+    tracing: TracingConfig = TracingConfig()
     served_model_name: str | None = None
     step_timeout: float | None = None
     log_level: str = "info"

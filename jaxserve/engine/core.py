@@ -174,7 +174,8 @@ class EngineCore:
             (self._capture.start if message.on else self._capture.stop)()
             return [self._captured()]
         elif isinstance(message, CaptureProfile):
-            return [ProfileCaptured("a profile needs an engine in a process of its own (engine_process)")]
+            reason = "a profile needs an engine in a process of its own (engine_process)"
+            return [ProfileCaptured(message.directory, reason)]
         else:
             messages = self._abort_all()
         return [*messages, self.stats()] if messages and not self.busy else messages

@@ -173,8 +173,9 @@ class TimelineEvents(_Message, frozen=True):
 
 
 class ProfileCaptured(_Message, frozen=True):
-    """Engine -> front end: the profile is written. error: one line on why it is not, else empty."""
+    """Engine -> front end: the profile is in its directory. error: one line on why it is not, else empty."""
 
+    directory: str
     error: str = ""
 
 

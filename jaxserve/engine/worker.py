@@ -147,7 +147,7 @@ class _Mailbox:
             traceback.print_exc()
             error = _one_line(failure)
         with contextlib.suppress(OSError):
-            self._sender.send([encode(ProfileCaptured(error))])
+            self._sender.send([encode(ProfileCaptured(message.directory, error))])
 
 
 def _build_core(config: EngineConfig) -> EngineCore:

@@ -18,7 +18,7 @@ from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.messages import EngineFailed, EngineReady, EngineStats, FromEngine
 from jaxserve.engine.watchdog import Watchdog
 from jaxserve.frontend.captures import Captures
-from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError, FrontEndError, rejection_reason
+from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError, rejection_reason
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.frontend import FrontEnd
 from jaxserve.frontend.preparation_steps import Steps, finish
@@ -221,32 +221,17 @@ class AsyncFrontEnd:
 
         trace: the request's place in a trace.
         """
-        arrived = self._metrics.clock()
-        try:
-            return await self._submit(prompt, params, options, request_id, arrived, trace)
-        except (FrontEndError, ValueError) as error:
-            self._metrics.reject(rejection_reason(error), error, arrived, request_id or "", trace)
-            raise
-
-    async def _submit(
-        self,
-        prompt: str | Sequence[int],
-        params: SamplingParams,
-        options: RequestOptions,
-        request_id: str | None,
-        arrived: float,
-        trace: RequestTrace | None,
-    ) -> DeltaStream:
-        self._check_accepting()
-        self._core.check_new(request_id, options.deadline)
-        steps = self._core.preparation.steps(prompt, params, options, request_id)
-        size = _num_bytes(prompt)
-        if size <= SHORT_TEXT:
-            prepared = finish(steps)
-        else:
-            prepared = await self._work_until(options.deadline, steps, size)
+        with self._metrics.rejections(rejection_reason, request_id, trace) as arrived:
             self._check_accepting()
-        request_id = self._core.start(prepared, arrived, trace)
+            self._core.check_new(request_id, options.deadline)
+            steps = self._core.preparation.steps(prompt, params, options, request_id)
+            size = _num_bytes(prompt)
+            if size <= SHORT_TEXT:
+                prepared = finish(steps)
+            else:
+                prepared = await self._work_until(options.deadline, steps, size)
+                self._check_accepting()
+            request_id = self._core.start(prepared, arrived, trace)
         stream = self._streams[request_id] = DeltaStream(self, request_id)
         self._idle.clear()
         self._set_timer()
@@ -271,20 +256,23 @@ class AsyncFrontEnd:
 
     def check_size(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
         """Refuses a prompt that is certainly too long, in constant time. Raises as `submit` does."""
-        self._core.preparation.check_size(prompt, params)
+        with self._metrics.rejections(rejection_reason):
+            self._core.preparation.check_size(prompt, params)
 
     def check_text_bytes(self, num_bytes: int) -> None:
         """Refuses a text of `num_bytes` bytes that is certainly too long, before it is read.
 
         Raises as `submit` does.
         """
-        self._core.preparation.check_text_bytes(num_bytes)
+        with self._metrics.rejections(rejection_reason):
+            self._core.preparation.check_text_bytes(num_bytes)
 
     def check_ids_bytes(self, num_bytes: int, most_bytes_per_id: int) -> None:
         """Refuses `num_bytes` bytes of token ids, of at most `most_bytes_per_id` each, if they are certainly too
         many.
         """
-        self._core.preparation.check_ids_bytes(num_bytes, most_bytes_per_id)
+        with self._metrics.rejections(rejection_reason):
+            self._core.preparation.check_ids_bytes(num_bytes, most_bytes_per_id)
 
     async def work(self, steps: Steps[T], num_bytes: int) -> T:
         """Runs `steps`, which process `num_bytes` bytes, in threads where these are many; returns their result.

@@ -18,12 +18,17 @@ from jaxserve.engine.messages import (
 from jaxserve.frontend.delta import EngineDeadError, FrontEndError
 from jaxserve.telemetry.recorder import Event, event_of_row
 
-ANSWER_SECONDS = 60.0
-"""Seconds within which an engine must hand over what it has captured. Writing a profile takes it some of them."""
+ANSWER_SECONDS = 120.0
+"""Seconds within which an engine must hand over what it has captured. Writing a profile takes many of them where the
+cores are busy."""
 
 
 class CaptureError(FrontEndError):
     """A capture is not possible now, or has failed."""
+
+
+class CaptureBusyError(CaptureError):
+    """Another capture is being taken."""
 
 
 class CapturedTimeline(NamedTuple):
@@ -40,6 +45,7 @@ class Captures:
         self._send = send
         self._failure = ""
         self._running = ""
+        self._directory = ""  # of the profile that is recorded
         self._rows: list[TimelineEvents] = []
         self._answer: asyncio.Future[None] | None = None
 
@@ -50,14 +56,14 @@ class Captures:
                 self._rows.append(message)
                 if message.last:
                     self._settle(None)
-        elif isinstance(message, ProfileCaptured):
+        elif isinstance(message, ProfileCaptured) and message.directory == self._directory:
             self._settle(CaptureError(f"the profile cannot be recorded: {message.error}") if message.error else None)
         elif isinstance(message, EngineFailed):
             self._failure = message.error
             self._settle(EngineDeadError(f"the engine has ended: {message.error}"))
 
     async def timeline(self, seconds: float) -> CapturedTimeline:
-        """Captures the engine's events for `seconds`. Raises CaptureError while another capture is taken."""
+        """Captures the engine's events for `seconds`. Raises CaptureBusyError while another one is taken."""
         answer = self._begin("timeline")
         try:
             self._send(CaptureTimeline(True))
@@ -75,9 +81,10 @@ class Captures:
     async def profile(self, directory: str, seconds: float) -> None:
         """Lets the engine write a profile of `seconds` into a directory, which exists.
 
-        Raises CaptureError while another capture is taken, or where it fails.
+        Raises CaptureBusyError while another capture is taken, and CaptureError where it fails.
         """
         answer = self._begin("profile")
+        self._directory = directory
         try:
             self._send(CaptureProfile(directory, seconds))
             await asyncio.wait({answer}, timeout=seconds)
@@ -89,7 +96,7 @@ class Captures:
         if self._failure:
             raise EngineDeadError(f"the engine has ended: {self._failure}")
         if self._running:
-            raise CaptureError(f"a {self._running} is being captured; one capture is taken at a time: try again later")
+            raise CaptureBusyError(f"a {self._running} is being captured; one is taken at a time: try again later")
         self._running = kind
         self._answer = asyncio.get_running_loop().create_future()
         return self._answer
@@ -101,7 +108,7 @@ class Captures:
             raise CaptureError(f"the engine has not answered within {ANSWER_SECONDS:g} s") from None
 
     def _end(self) -> None:
-        self._running, self._answer, self._rows = "", None, []
+        self._running, self._answer, self._rows, self._directory = "", None, [], ""
 
     def _settle(self, error: Exception | None) -> None:
         if self._answer is None or self._answer.done():

@@ -9,6 +9,7 @@ Format: "Trace Event Format", the Chromium project. Times are microseconds since
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,6 +42,10 @@ def chrome_trace(events: Sequence[Event], *, dropped: int = 0, model: str = "") 
         _name("thread_name", STEPS, HOST, "host"),
         _name("thread_name", STEPS, DEVICE, "device"),
         _name("process_name", REQUESTS, 0, "requests"),
+        *(
+            {"ph": "M", "name": "process_sort_index", "pid": pid, "tid": 0, "args": {"sort_index": pid}}
+            for pid in (STEPS, REQUESTS)
+        ),
     ]
     steps = [event for event in events if type(event) is StepRecorded]
     for step in steps:
@@ -114,7 +119,7 @@ def _device(steps: Sequence[StepRecorded], events: Sequence[Event], origin: floa
     """
     ended = 0.0
     last_token = max((event.time for event in events if type(event) is TokensProduced), default=origin) - origin
-    for step, after in zip(steps, [*steps[1:], None], strict=True):
+    for step, after in itertools.zip_longest(steps, steps[1:]):
         begin = max(ended, step.time - origin + step.schedule_seconds + step.dispatch_seconds)
         if after is None or after.step != step.step + 1 or after.unused_seconds > 0:
             # The ids came in an iteration without a step of its own, which is not recorded.
@@ -156,7 +161,7 @@ class _Track:
     def _add(self, kind: str, name: str, time: float, args: dict[str, Any] | None = None) -> None:
         self.found.append(
             {
-                "ph": kind, "name": name, "cat": "request", "id": self._id, "pid": REQUESTS, "tid": 0,
+                "ph": kind, "name": name, "cat": "request", "id2": {"local": self._id}, "pid": REQUESTS, "tid": 0,
                 "ts": _microseconds(time), "args": args or {},
             }
         )  # fmt: skip

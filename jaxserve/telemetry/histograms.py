@@ -7,6 +7,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 
 class HistogramCounts(NamedTuple):
     """Holds the state of a histogram: counts of values in each bucket, the one above the last bound included, and the
@@ -35,6 +37,13 @@ class Histogram:
         """Counts a value, `count` times."""
         self._counts[bisect_left(self._bounds, value)] += count
         self._total += value * count
+
+    def observe_all(self, values: np.ndarray) -> None:
+        """Counts each of the values, float64 [N]."""
+        places = np.searchsorted(self._bounds, values)
+        for place, count in enumerate(np.bincount(places, minlength=len(self._counts)).tolist()):
+            self._counts[place] += count
+        self._total += float(values.sum())
 
     def read(self) -> HistogramCounts:
         """Returns the counts so far."""

@@ -6,11 +6,12 @@ first token and end to end. Times between tokens and of phases are of the engine
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from jaxserve.request import FinishReason
 from jaxserve.telemetry.histograms import Histogram, HistogramCounts, decades, powers_of_two
@@ -124,13 +125,25 @@ class RequestMetrics:
             self, request_id, prompt_tokens, max_tokens, self.clock() if arrived is None else arrived, trace
         )
 
-    def reject(
-        self, reason: str, error: Exception, arrived: float, request_id: str = "", trace: RequestTrace | None = None
-    ) -> None:
-        """Records that a request was refused. reason: one of a few words."""
-        self.rejected[reason] += 1
-        e2e = self.clock() - arrived
-        self.ended(FinishedRequest(request_id, "", type(error).__name__, 0, 0, 0, 0, self.now(), e2e, trace=trace))
+    @contextlib.contextmanager
+    def rejections(
+        self,
+        reason_of: Callable[[Exception], str],
+        request_id: str | None = None,
+        trace: RequestTrace | None = None,
+    ) -> Iterator[float]:
+        """Yields the time of arrival; records an error that is raised inside as a request that was refused.
+
+        reason_of: says why, in one of a few words.
+        """
+        arrived = self.clock()
+        try:
+            yield arrived
+        except Exception as error:
+            self.rejected[reason_of(error)] += 1
+            kind, e2e = type(error).__name__, self.clock() - arrived
+            self.ended(FinishedRequest(request_id or "", "", kind, 0, 0, 0, 0, self.now(), e2e, trace=trace))
+            raise
 
     def now(self) -> float:
         """Returns the time, in seconds of `time.time`."""

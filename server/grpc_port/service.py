@@ -11,7 +11,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import grpc
@@ -93,19 +93,22 @@ class JaxServeService(pb_grpc.JaxServeServicer):
     @_errors_as_status
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         frontend = self._served.accepting()
-        params = convert.params_from_proto(request.sampling_params)
-        prompt: str | Sequence[int]
-        if request.WhichOneof("prompt") == "messages":
-            convert.refuse_unknown_fields(request, request.sampling_params)
-            prompt = await frontend.render_chat(convert.messages_from_proto(request))
-        else:
-            prompt = convert.prompt_from_proto(request)
+        is_chat = request.WhichOneof("prompt") == "messages"
+        with self._served.rejections():
+            params = convert.params_from_proto(request.sampling_params)
+            messages = convert.messages_from_proto(request) if is_chat else ()
+            prompt = "" if is_chat else convert.prompt_from_proto(request)
+        if not is_chat:
             frontend.check_size(prompt, params)  # before anything whose cost grows with it
+        with self._served.rejections():
             convert.refuse_unknown_fields(request, request.sampling_params, request.token_ids)
+            options = convert.options_from_proto(request, _call_deadline(context))
+        if is_chat:
+            prompt = await frontend.render_chat(messages)
         stream = await frontend.submit(
             prompt,
             params,
-            convert.options_from_proto(request, _call_deadline(context)),
+            options,
             request_id=request.request_id or None,
             trace=self._served.trace(context.invocation_metadata() or (), "text_completion"),
         )

@@ -25,6 +25,7 @@ from jaxserve.serving.http_port.json_bodies import Structure
 from jaxserve.serving.http_port.request_headers import REQUEST_ID, options_of, request_id_of
 from jaxserve.serving.problem import check_delta
 from jaxserve.serving.served_model import ServedModel
+from jaxserve.telemetry.request_trace import TRACE_HEADERS
 
 _log = logging.getLogger("jaxserve.server")
 
@@ -71,7 +72,8 @@ class Generation:
         body = await exchange.read_json(frontend, self._parse, lambda found: self._check_structure(frontend, found))
         if body.request_id is not None:
             request_id = _renamed(exchange, body.request_id)
-        check_model(self._served.name, body.model)
+        with self._served.rejections():
+            check_model(self._served.name, body.model)
         if body.unknown:
             self._warn(exchange, body.unknown)
         with exchange.canceled_when_gone():
@@ -81,7 +83,8 @@ class Generation:
                 await (run.stream() if body.stream else run.complete())
 
     def _parse(self, body: dict[str, object]) -> BodyRequest:
-        return parse_body(self._url, body, self._dialect)
+        with self._served.rejections():
+            return parse_body(self._url, body, self._dialect)
 
     def _check_structure(self, frontend: AsyncFrontEnd, found: Structure) -> None:
         """Refuses a completion of a text that is certainly too long, undecoded. A template may shorten a chat."""
@@ -118,6 +121,7 @@ class _Run:
     ):
         self._frontend = frontend
         self._url = url
+        self._served = served
         self._model = served.name
         self._exchange = exchange
         self._request = request
@@ -131,7 +135,10 @@ class _Run:
     async def submit(self, open_streams: contextlib.AsyncExitStack) -> None:
         """Submits every prompt; all or none. open_streams: closes them, which aborts those unfinished."""
         request, frontend = self._request, self._frontend
-        options = options_of(self._exchange, request)
+        with self._served.rejections():
+            options = options_of(self._exchange, request)
+        headers = ((name, self._exchange.header(name)) for name in TRACE_HEADERS)
+        trace = self._served.trace(headers, "text_completion" if request.chat is None else "chat")
         prompts = request.prompts
         if (chat := request.chat) is not None:
             text = await frontend.render_chat(
@@ -144,7 +151,7 @@ class _Run:
             self._echoes = [await self._echo(prompt) for prompt in prompts]
         for index, prompt in enumerate(prompts):
             name = self._request_id if len(prompts) == 1 else f"{self._request_id}-{index}"
-            stream = await frontend.submit(prompt, request.params, options, request_id=name)
+            stream = await frontend.submit(prompt, request.params, options, request_id=name, trace=trace)
             self._streams.append(await open_streams.enter_async_context(stream))
 
     async def _echo(self, prompt: str | Sequence[int]) -> str:

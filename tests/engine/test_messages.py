@@ -79,7 +79,7 @@ messages = st.one_of(
     st.builds(CaptureTimeline, st.booleans()),
     st.builds(CaptureProfile, st.text(), st.floats(0, 1e3)),
     st.builds(TimelineEvents, st.lists(st.tuples(st.text(), st.floats(0, 1e9)), max_size=3).map(tuple), st.booleans()),
-    st.builds(ProfileCaptured, st.text()),
+    st.builds(ProfileCaptured, st.text(), st.text()),
     st.builds(EngineFailed, st.text()),
 )
 

@@ -13,13 +13,17 @@ from collections.abc import Sequence
 from jaxserve.engine.messages import (
     AbortRequest,
     AddRequest,
+    CaptureProfile,
+    CaptureTimeline,
     EngineFailed,
     EngineOutput,
     EngineReady,
     EngineStats,
     FromEngine,
+    ProfileCaptured,
     Progress,
     Shutdown,
+    TimelineEvents,
     ToEngine,
 )
 from jaxserve.models.tiny.tiny_tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, build_tokenizer
@@ -104,6 +108,11 @@ class EchoEngine:
                     self.aborted.append(request_id)
                     if self._running.pop(request_id, None) is not None:
                         self._outbox.append(EngineOutput(request_id, (), FinishReason.ABORT))
+                case CaptureTimeline(on):
+                    self._outbox.append(TimelineEvents((), last=not on))
+                case CaptureProfile(directory):
+                    (pathlib.Path(directory) / "echo.txt").write_text("profile")
+                    self._outbox.append(ProfileCaptured(directory))
                 case Shutdown():
                     self.closed = True
             self._changed.notify_all()

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
+import pathlib
 from typing import Any
 
+import grpc
 import httpx
 import prometheus_client.openmetrics.parser
 import prometheus_client.parser
 import pytest
 
+from benchmarks.dashboard_check import dashboard_queries, metric_names
 from jaxserve.engine.messages import EngineStats
 from jaxserve.frontend.delta import DuplicateRequestError
-from jaxserve.request import InfeasibleError, RequestOptions, SamplingParams
+from jaxserve.request import FinishReason, InfeasibleError, RequestOptions, SamplingParams
 from jaxserve.serving.http_port.app import make_app
 from jaxserve.serving.prometheus_collector import BusyWindow
 from jaxserve.serving.served_model import ServedModel
-from tests.server.fakes import EchoEngine
-from tests.server.harness import GREEDY, run_served
+from tests.server.harness import GREEDY, run_served, status_of
 
 COUNTERS = """num_preemptions prompt_tokens generation_tokens prefix_cache_queries prefix_cache_hits request_success
     admission_rejections bucket_padding_tokens compile_misses""".split()
@@ -62,6 +62,19 @@ def test_every_name_is_there_before_the_engine_is():
     assert all(f"admission_rejections_total{{'reason': '{reason}'}}" in values for reason in ("queue_full", "deadline"))
 
 
+def test_every_name_is_in_the_documentation_with_its_type():
+    text, _ = asyncio.run(scrape(ServedModel("echo")))
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    documented = {name.strip("|` ,"): row[1] for row in rows if len(row) == 3 for name in row[0].split("`, `")}
+    shown = {
+        family.name.removeprefix("jaxserve:") + ("_total" if family.type == "counter" else ""): family.type
+        for family in prometheus_client.parser.text_string_to_metric_families(text)
+        if family.name.startswith("jaxserve:")
+    }
+    assert documented == shown
+
+
 def test_openmetrics_on_request():
     text, content_type = asyncio.run(scrape(ServedModel("echo"), "application/openmetrics-text; version=1.0.0"))
     assert content_type.startswith("application/openmetrics-text")
@@ -74,9 +87,9 @@ def test_counts_are_those_of_the_requests(tokenizer):
 
     async def body(served: Any) -> None:
         for text in ("abc", "hello"):
-            assert (await served.client.complete(text, GREEDY)).finish_reason == "stop"
-        short = await served.client.complete("abcdef", SamplingParams(temperature=0.0, max_tokens=2))
-        assert short.finish_reason == "length"
+            assert (await served.client.generate_text(text, GREEDY)).finish_reason is FinishReason.STOP
+        short = await served.client.generate_text("abcdef", SamplingParams(temperature=0.0, max_tokens=2))
+        assert short.finish_reason is FinishReason.LENGTH
         served.engine.pause()
         stream = await served.frontend.submit("xy", GREEDY, request_id="twice")
         with pytest.raises(DuplicateRequestError):
@@ -88,12 +101,15 @@ def test_counts_are_those_of_the_requests(tokenizer):
         ):
             with pytest.raises(error):
                 await served.frontend.submit(prompt, SamplingParams(max_tokens=5), options)
+        code, _ = await status_of(served.client.generate_text([], GREEDY))  # refused by the port itself
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
         served.engine.allow(1)
         assert len((await anext(stream)).token_ids) == 1
         stream.close()
         served.drain()
-        with contextlib.suppress(Exception):
-            await served.client.complete("late", GREEDY)
+        code, _ = await status_of(served.client.generate_text("late", GREEDY))
+        assert code is grpc.StatusCode.UNAVAILABLE
+        assert served.model.metrics.rejected["unavailable"] == 1
         values = samples((await scrape(served.model))[0])
         # <bos> stands before every prompt, and every answer that is not cut short ends with an id of its own.
         prompts, outputs = [4, 6, 7, 3], [4, 6, 2, 1]
@@ -101,8 +117,8 @@ def test_counts_are_those_of_the_requests(tokenizer):
         assert values["generation_tokens_total"] == sum(outputs)
         for reason, count in {"stop": 2, "length": 1, "abort": 1, "error": 0}.items():
             assert values[f"request_success_total{{'finished_reason': '{reason}'}}"] == count
-        reasons = dict.fromkeys(("duplicate", "invalid", "infeasible", "deadline", "unavailable"), 1)
-        for reason, count in (reasons | {"queue_full": 0, "other": 0}).items():
+        reasons = dict.fromkeys(("duplicate", "infeasible", "deadline", "unavailable"), 1) | {"invalid": 2}
+        for reason, count in (reasons | dict.fromkeys(("queue_full", "other", "forbidden"), 0)).items():
             assert values[f"admission_rejections_total{{'reason': '{reason}'}}"] == count, reason
         assert values["time_to_first_token_seconds_count"] == 4
         assert values["inter_token_latency_seconds_count"] == sum(outputs) - 4
@@ -174,8 +190,6 @@ def test_the_busy_ratio_is_of_the_last_seconds():
 
 
 def test_a_dashboard_asks_for_names_that_exist():
-    from tests.server.dashboard import dashboard_queries, metric_names
-
     text, _ = asyncio.run(scrape(ServedModel("echo")))
     shown = {
         sample.name
@@ -187,10 +201,5 @@ def test_a_dashboard_asks_for_names_that_exist():
     unknown = {name for query in queries for name in metric_names(query)} - shown
     assert not unknown
     used = {name for query in queries for name in metric_names(query)}
-    for name in COUNTERS + GAUGES + HISTOGRAMS:  # and shows all that INTERFACES.md names
+    for name in COUNTERS + GAUGES + HISTOGRAMS:
         assert any(one.startswith(f"jaxserve:{name}") for one in used), name
-    assert json.dumps(queries)
-
-
-def test_echo_engines_are_what_this_page_says():
-    assert EchoEngine().ready.limits.max_model_len == 512

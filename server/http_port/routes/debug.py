@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Awaitable, Callable
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from jaxserve.serving import engine_captures
-from jaxserve.serving.problem import ForbiddenError
+from jaxserve.serving import engine_captures as captures
+from jaxserve.serving.http_port.errors import error_answer
 from jaxserve.serving.served_model import ServedModel
 
-Seconds = Annotated[
-    float, Query(ge=engine_captures.LEAST_SECONDS, le=engine_captures.MOST_SECONDS, description="How long to capture.")
-]
+_TYPES = {"json": "application/json", "zip": "application/zip"}
 
 
 def router(served: ServedModel) -> APIRouter:
     """Returns the routes of captures. served: the model."""
-    routes = APIRouter()
+    routes = APIRouter(include_in_schema=False)  # a call takes as long as it is told to
 
-    def check_admin(request: Request) -> None:
-        if not served.callers.identify(request.headers.get("authorization")).is_admin:
-            raise ForbiddenError("captures show every request's id and length; they need an administrator's key")
-
-    @routes.post("/debug/timeline", response_class=Response)
-    async def timeline(request: Request, seconds: Seconds = 5.0) -> Response:
+    @routes.post("/debug/timeline")
+    async def timeline(request: Request) -> Response:
         """Answers with the steps and requests of the next seconds, as JSON that Perfetto opens."""
-        check_admin(request)
-        data = await engine_captures.timeline(served, seconds)
-        return Response(data, media_type="application/json", headers=_as_file("timeline.json"))
+        return await _captured(request, served, captures.timeline, captures.MOST_SECONDS, "timeline.json")
 
-    @routes.post("/debug/profile", response_class=Response)
-    async def profile(request: Request, seconds: Seconds = 2.0) -> Response:
+    @routes.post("/debug/profile")
+    async def profile(request: Request) -> Response:
         """Answers with what jax's profiler saw in the next seconds, as a zip of its directory."""
-        check_admin(request)
-        data = await engine_captures.profile(served, seconds)
-        return Response(data, media_type="application/zip", headers=_as_file("profile.zip"))
+        return await _captured(request, served, captures.profile, captures.MOST_PROFILE_SECONDS, "profile.zip")
 
     return routes
 
 
-def _as_file(name: str) -> dict[str, str]:
-    return {"content-disposition": f'attachment; filename="{name}"', "cache-control": "no-store"}
+async def _captured(
+    request: Request,
+    served: ServedModel,
+    capture: Callable[[ServedModel, float], Awaitable[bytes]],
+    most_seconds: float,
+    name: str,
+) -> Response:
+    try:
+        captures.check_admin(served, request.headers.get("authorization"))
+        seconds = captures.seconds_of(request.query_params.multi_items(), most_seconds)
+        data = await capture(served, seconds)
+    except Exception as error:  # in the shape of all others, and nothing of its text where it is unforeseen
+        answer = error_answer(error)
+        return Response(answer.body, answer.status, dict(answer.headers), "application/json")
+    headers = {"content-disposition": f'attachment; filename="{name}"', "cache-control": "no-store"}
+    return Response(data, headers=headers, media_type=_TYPES[name.rpartition(".")[2]])
