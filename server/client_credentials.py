@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import ssl
 
 import grpc
 
@@ -35,6 +36,11 @@ class Credentials:
         if not self.key().isascii() or not self.key().isprintable():  # never shown: it may be right but for a line end
             raise ValueError("api_key has characters that no key has; copy it again, without the end of its line")
 
+    @property
+    def uses_tls(self) -> bool:
+        """Whether connections are encrypted."""
+        return self.tls or self.ca is not None or self.certificate is not None
+
     def key(self) -> str:
         """Returns the API key; "" is none."""
         return os.environ.get(KEY_VARIABLE, "") if self.api_key is None else self.api_key
@@ -45,10 +51,25 @@ class Credentials:
 
     def channel_credentials(self) -> grpc.ChannelCredentials | None:
         """Returns gRPC's credentials of a channel; None is clear text. Raises OSError where a file cannot be read."""
-        if not self.tls and self.ca is None and self.certificate is None:
+        if not self.uses_tls:
             return None
         ca, key, certificate = (
             None if path is None else pathlib.Path(path).read_bytes()
             for path in (self.ca, self.private_key, self.certificate)
         )
         return grpc.ssl_channel_credentials(ca, key, certificate)
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """Returns the context of HTTPS connections; None is clear text. Raises ValueError naming files that cannot be
+        used.
+        """
+        if not self.uses_tls:
+            return None
+        try:
+            context = ssl.create_default_context(cafile=self.ca)
+            if self.certificate is not None:
+                context.load_cert_chain(self.certificate, self.private_key)
+        except OSError as error:  # ssl.SSLError is one
+            named = ", ".join(repr(path) for path in (self.ca, self.certificate, self.private_key) if path)
+            raise ValueError(f"the TLS files {named} cannot be used: {error}") from error
+        return context

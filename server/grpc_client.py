@@ -8,7 +8,6 @@ its `details()` the server's one line.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Any
@@ -16,8 +15,9 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.request import SamplingParams
 from jaxserve.serving.client_credentials import Credentials
+from jaxserve.serving.client_results import Chunk, Completion, Conversation, Prompt, Usage, join
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
@@ -30,39 +30,8 @@ _POLL_SECONDS = 0.1
 _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0))
 
 
-@dataclasses.dataclass(frozen=True)
-class Usage:
-    """Token counts of a finished request; cached_tokens are the prompt's tokens found in the prefix cache."""
-
-    prompt_tokens: int
-    output_tokens: int
-    cached_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """One message of a stream: new token ids and text, and in the last one the finish reason and usage."""
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason | None = None
-    usage: Usage | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """A complete response."""
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason
-    usage: Usage
-
-
 def generate_request(
-    prompt: str | Sequence[int],
+    prompt: Prompt,
     params: SamplingParams | None = None,
     *,
     request_id: str = "",
@@ -74,7 +43,7 @@ def generate_request(
     """Builds the message of a Generate call.
 
     Args:
-        prompt: text or token ids.
+        prompt: text, token ids, or a conversation.
         params: None leaves every choice to the server.
         deadline: Unix seconds.
 
@@ -82,11 +51,17 @@ def generate_request(
 
     Raises ValueError for a value that the wire cannot carry.
     """
-    is_text = isinstance(prompt, str)
+    match prompt:
+        case str():
+            content: dict[str, Any] = {"text": prompt}
+        case Conversation():
+            messages = [pb.ChatMessage(**message) for message in prompt.messages]
+            content = {"messages": pb.ChatMessages(messages=messages)}
+        case _:
+            content = {"token_ids": pb.TokenIds(ids=prompt)}
     return pb.GenerateRequest(
         request_id=request_id,
-        text=prompt if is_text else None,
-        token_ids=None if is_text else pb.TokenIds(ids=prompt),
+        **content,
         sampling_params=None if params is None else convert.params_to_proto(params),
         tenant=tenant,
         priority=priority,
@@ -126,7 +101,7 @@ class Client:
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams | None = None,
         *,
         timeout: float | None = None,
@@ -145,7 +120,7 @@ class Client:
 
     def generate_text(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams | None = None,
         *,
         timeout: float | None = None,
@@ -227,7 +202,7 @@ class AsyncClient:
 
     async def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams | None = None,
         *,
         timeout: float | None = None,
@@ -246,7 +221,7 @@ class AsyncClient:
 
     async def generate_text(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams | None = None,
         *,
         timeout: float | None = None,
@@ -295,20 +270,6 @@ class AsyncClient:
                     return
             await asyncio.sleep(_POLL_SECONDS)
         raise TimeoutError(f"server at {self.address} was not ready within {timeout:g} s")
-
-
-def join(chunks: Sequence[Chunk]) -> Completion:
-    """Joins the chunks of one finished stream."""
-    last = chunks[-1]
-    if last.finish_reason is None or last.usage is None:
-        raise ValueError(f"request {last.request_id} has no finish reason yet; join takes a finished stream")
-    return Completion(
-        request_id=last.request_id,
-        token_ids=tuple(token_id for chunk in chunks for token_id in chunk.token_ids),
-        text="".join(chunk.text for chunk in chunks),
-        finish_reason=last.finish_reason,
-        usage=last.usage,
-    )
 
 
 def _chunk(response: pb.GenerateResponse) -> Chunk:

@@ -130,6 +130,10 @@ def test_wheel_installs_one_name(tmp_path, foreign):
         archive.extractall(place)
     assert {name for name in tops if not name.endswith(".dist-info")} == {"jaxserve"}
     assert {path.name for path in (place / "jaxserve" / "configs").glob("*.gin")} >= {"tiny.gin", "llama.gin"}
+    page = pathlib.Path("serving", "http_port", "page")
+    assert {path.name for path in (place / "jaxserve" / page).iterdir()} == {
+        path.name for path in (PACKAGE / page).iterdir()
+    }
     lines = ("import jaxserve.serving.grpc_client as client", "from jaxserve.config import gin_config")
     code = "\n".join((*lines, "gin_config.load('tiny.gin')", "print(client.__file__)"))
     done = run("-c", code, cwd=foreign, path=place)

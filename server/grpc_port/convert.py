@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from google.protobuf import message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
+from jaxserve.frontend.openai_messages import parse_messages
 from jaxserve.request import SAMPLING_FIELDS, FinishReason, RequestOptions, SamplingParams
 from jaxserve.serving.access.callers import Caller
 from jaxserve.serving.access.request_headers import request_options
@@ -24,6 +26,9 @@ _REASONS_BACK = {number: reason for reason, number in _REASONS.items()}
 
 _PARAMETERS = {field.name: field for field in pb.SamplingParams.DESCRIPTOR.fields}
 """Parameters of the wire format, each a row of the table of sampling fields, by name."""
+
+MAX_MESSAGES = 4096
+"""Maximum number of messages of one conversation."""
 
 _SMALL = 64 * 1024
 """Size in bytes of a part of a request up to which its unknown fields may be listed."""
@@ -51,6 +56,20 @@ def params_from_proto(proto: pb.SamplingParams) -> SamplingParams:
     )
 
 
+def messages_from_proto(request: pb.GenerateRequest) -> list[dict[str, str]]:
+    """Returns a request's conversation as chat templates take it. Raises ValueError naming the message."""
+    proto = request.messages
+    check_count("messages", len(proto.messages), MAX_MESSAGES, "messages")
+    refuse_unknown_fields(proto, *proto.messages)
+    return parse_messages(
+        [
+            {"role": message.role, "content": message.content}
+            | ({"name": message.name} if message.HasField("name") else {})
+            for message in proto.messages
+        ]
+    )
+
+
 def prompt_from_proto(request: pb.GenerateRequest) -> str | Sequence[int]:
     """Returns the prompt as text or token ids, which are not copied. Raises ValueError when there is none."""
     match request.WhichOneof("prompt"):
@@ -64,7 +83,7 @@ def prompt_from_proto(request: pb.GenerateRequest) -> str | Sequence[int]:
                 raise ValueError("token_ids is empty; the prompt needs at least one token")
             return request.token_ids.ids
         case _:
-            raise ValueError("prompt is not set; give text or token_ids")
+            raise ValueError("prompt is not set; give text, token_ids or messages")
 
 
 def options_from_proto(

@@ -7,12 +7,14 @@ can be measured without that.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from jaxserve.serving.grpc_port.convert import MAX_MESSAGES
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 LARGE = 256 * 1024
@@ -26,8 +28,9 @@ MAX_FIELDS = 64
 clients send it."""
 
 GENERATE = f"/{pb.DESCRIPTOR.services_by_name['JaxServe'].full_name}/Generate"
-_PARAMS, _TEXT, _TOKEN_IDS = (
-    pb.GenerateRequest.DESCRIPTOR.fields_by_name[name].number for name in ("sampling_params", "text", "token_ids")
+_PARAMS, _TEXT, _TOKEN_IDS, _MESSAGES = (
+    pb.GenerateRequest.DESCRIPTOR.fields_by_name[name].number
+    for name in ("sampling_params", "text", "token_ids", "messages")
 )
 
 
@@ -90,18 +93,27 @@ def check_few_fields(data: bytes) -> None:
 
 
 def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
-    """Raises DecodeError when an unparsed GenerateRequest has oversized sampling parameters; and whatever
-    `check_prompt_bytes` raises for its prompt, the last one where it has several. Its fields are few.
+    """Raises DecodeError when an unparsed GenerateRequest, of few fields, has oversized sampling parameters or too many
+    messages; and whatever `check_prompt_bytes` raises for its text or token ids, the last ones where it has several.
     """
-    size, prompt = 0, (0, True)
+    size, prompt, num_messages = 0, (0, True), 0
     for number, start, end in fields(data):
         if number == _PARAMS:
             size += end - start
         elif number in (_TEXT, _TOKEN_IDS):
             prompt = end - start, number == _TEXT
+        elif number == _MESSAGES:  # a conversation that is sent in several fields is one
+            num_messages += _count_fields(data[start:end], MAX_MESSAGES + 1 - num_messages)
+    if num_messages > MAX_MESSAGES:
+        raise DecodeError(f"messages has more than {MAX_MESSAGES} messages; leave out old ones")
     if size > MAX_PARAMS_BYTES:
         raise DecodeError(f"sampling_params has {size} bytes; at most {MAX_PARAMS_BYTES} are allowed: send fewer stops")
     check_prompt_bytes(*prompt)
+
+
+def _count_fields(data: bytes, most: int) -> int:
+    """Returns the number of fields of a message, or `most` where it has as many."""
+    return sum(1 for _ in itertools.islice(fields(data), most))
 
 
 def check_field_count(count: int) -> None:

@@ -98,16 +98,21 @@ class JaxServeService(pb_grpc.JaxServeServicer):
     @errors_as_status
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         frontend = self._served.accepting()
+        is_chat = request.WhichOneof("prompt") == "messages"
         with self._served.rejections():
             params = convert.params_from_proto(request.sampling_params)
-            prompt = convert.prompt_from_proto(request)
-        frontend.check_size(prompt, params)  # before anything whose cost grows with it
+            messages = convert.messages_from_proto(request) if is_chat else ()
+            prompt = "" if is_chat else convert.prompt_from_proto(request)
+        if not is_chat:
+            frontend.check_size(prompt, params)  # before anything whose cost grows with it
         metadata = context.invocation_metadata() or ()
         with self._served.rejections():
             convert.refuse_unknown_fields(request, request.sampling_params)
             convert.refuse_unknown_bytes(request.token_ids)
             headers = text_metadata(metadata)
             options = convert.options_from_proto(request, call_deadline(context), context.caller, headers)
+        if is_chat:
+            prompt = await frontend.render_chat(messages)
         stream = await frontend.submit(
             prompt,
             params,

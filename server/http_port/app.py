@@ -9,7 +9,7 @@ import jaxserve
 from jaxserve.config.http_config import HttpConfig
 from jaxserve.serving.http_port.errors import HttpError, error_answer
 from jaxserve.serving.http_port.openapi import document
-from jaxserve.serving.http_port.routes import debug, generate, health, metrics, models, tokens
+from jaxserve.serving.http_port.routes import debug, generate, health, live, metrics, models, page, tokens
 from jaxserve.serving.served_model import ServedModel
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
@@ -32,6 +32,8 @@ def make_app(served: ServedModel, config: HttpConfig = HttpConfig(), max_body_by
         health.router(served),
         metrics.router(served),
         debug.router(served),
+        live.router(served),
+        page.router(),
     ):
         app.include_router(router)
     app.add_exception_handler(HTTPException, _http_error)
