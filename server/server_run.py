@@ -134,6 +134,7 @@ class _Server:
                 seed=self._config.engine.seed,
                 max_unread_tokens=self._config.max_unread_tokens,
                 step_timeout=self._config.step_timeout,
+                failpoints=self._config.engine.failpoints,
             )
             self._served.serve(frontend, tokenizer)
             for port in ports:

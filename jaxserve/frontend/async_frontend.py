@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import TypeVar
 
+from jaxserve.config.failpoints import Failpoints, Hit
 from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.messages import EngineFailed, EngineReady, EngineStats, FromEngine
 from jaxserve.engine.watchdog import Watchdog
@@ -121,6 +122,19 @@ class DeltaStream:
         self.close()
 
 
+class _FaultyStream(DeltaStream):
+    """Passes the failpoint "send" before a delta is handed to whoever sends it. hit: passes it."""
+
+    def __init__(self, front_end: AsyncFrontEnd, request_id: str, hit: Hit):
+        super().__init__(front_end, request_id)
+        self._hit = hit
+
+    async def __anext__(self) -> Delta:
+        delta = await super().__anext__()
+        self._hit((self.request_id,))
+        return delta
+
+
 def _merged(deltas: Sequence[Delta]) -> Delta:
     """Merges deltas into one."""
     return dataclasses.replace(
@@ -145,6 +159,7 @@ class AsyncFrontEnd:
         max_unread_tokens: unread token ids that one request may have; the request of a slower reader ends with ABORT
             and cause READER, and its unread output is dropped.
         step_timeout: as `ServerConfig.step_timeout`; an engine that exceeds it has failed, and is killed.
+        failpoints: as `EngineConfig.failpoints`; only those of a front end count here.
     """
 
     def __init__(
@@ -155,13 +170,15 @@ class AsyncFrontEnd:
         seed: int | None = None,
         max_unread_tokens: int = 8192,
         step_timeout: float | None = None,
+        failpoints: Sequence[str] = (),
     ):
         self._max_unread_tokens = max_unread_tokens
         self._loop = asyncio.get_running_loop()
         # An engine on the CPU computes on the very cores that stream its tokens.
         share = CPU_SHARE if client.ready.info.platform == "cpu" else 1.0
         self._reader = EngineReader(client, self._loop, share)
-        self._core = FrontEnd(self._reader, tokenizer, seed=seed)
+        self._core = FrontEnd(self._reader, tokenizer, seed=seed, failpoints=failpoints)
+        self._send_hit = Failpoints(failpoints).at("send")
         self._streams: dict[str, DeltaStream] = {}
         self._closing = ""
         self._idle = asyncio.Event()
@@ -215,7 +232,9 @@ class AsyncFrontEnd:
             prepared = await self._work_until(options.deadline, steps, size)
             self._check_accepting()
         request_id = self._core.start(prepared)
-        stream = self._streams[request_id] = DeltaStream(self, request_id)
+        hit = self._send_hit
+        stream = DeltaStream(self, request_id) if hit is None else _FaultyStream(self, request_id, hit)
+        self._streams[request_id] = stream
         self._idle.clear()
         self._set_timer()
         return stream
