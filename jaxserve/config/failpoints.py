@@ -12,8 +12,8 @@ POINT is one of `POINTS`; ACTION is `raise`, or `sleep(SECONDS)`. after: passes 
 it acts on each Nth. apart: it acts again only after so many seconds. times: how often it acts; without it, always.
 request: only passes that concern this request count. Several failpoints act independently of each other.
 
-Whoever has such a point asks once, when it is made, whether there are failpoints at it (`Failpoints.at`): without any it
-does what it would do if they did not exist.
+Whoever has such a point asks once, when it is made, whether there are failpoints at it (`Failpoints.at`): without any
+it does what it would do if they did not exist.
 """
 
 from __future__ import annotations

@@ -254,8 +254,8 @@ class EngineCore:
                 messages.append(self._output(update, now))
 
     def _plan_anew(self, error: PageAllocationError, messages: list[FromEngine]) -> None:
-        """Ends the request whose pages could not be allocated while a step was planned. That plan is lost, so all running
-        requests are computed again, after the ids of the step before it are read."""
+        """Ends the request whose pages could not be allocated while a step was planned. That plan is lost, so all
+        running requests are computed again, after the ids of the step before it are read."""
         now = self._clock()
         _log.error("request %r cannot be computed: %s", error.request_id, error, exc_info=error)
         previous, self._in_flight = self._in_flight, None

@@ -15,6 +15,7 @@ import tokenizers
 
 from jaxserve.config.settings import EngineConfig
 from jaxserve.config.shown import shown
+from jaxserve.frontend.chat_text import ChatTexts, RenderedText
 from jaxserve.frontend.detokenizer import DecoderPlan, Detokenizer
 from jaxserve.frontend.encoding import Encoder
 from jaxserve.frontend.fast_tokenizers import fast_class
@@ -45,6 +46,7 @@ class Tokenizer:
         self._backend.no_padding()
         self._encoder = Encoder(self._backend)
         self._renderer = TemplateRenderer()
+        self._chat_texts = ChatTexts(self._backend)
         try:
             self._plan = DecoderPlan(self._backend)
         except ValueError as error:
@@ -75,25 +77,28 @@ class Tokenizer:
         """Encodes as `encode` does, in steps of bounded size where the text allows it.
 
         Args:
-            text: the text.
+            text: the text. In a `RenderedText` only the special tokens of its template are tokens.
             take: called with the token ids of each step, in order, and the fewest tokens that can follow; for the
                 first time before the first step, without ids. An exception of it ends the work.
         """
-        bound = self._encoder.bound
+        encoder = self._encoder
+        if isinstance(text, RenderedText) and text.renamed is not None:
+            encoder, text = self._chat_texts.encoder, text.renamed
+        bound = encoder.bound
         take([], bound.of_size(len(text)))
         yield 0
         take([], bound.of_text(_bytes(text)))
-        pieces = self._encoder.pieces(text)
+        pieces = encoder.pieces(text)
         piece, following = next(pieces)
         if not following:
             yield len(piece)
-            take(self._encoder.encode(piece, add_special_tokens), 0)
+            take(encoder.encode(piece, add_special_tokens), 0)
             return
-        before, behind = self._encoder.around if add_special_tokens else ([], [])
+        before, behind = encoder.around if add_special_tokens else ([], [])
         take(before, bound.of_size(len(text)))
         while True:
             yield len(piece)
-            take(self._encoder.encode(piece, add_special_tokens=False), bound.of_size(following))
+            take(encoder.encode(piece, add_special_tokens=False), bound.of_size(following))
             if not following:
                 break
             piece, following = next(pieces)
@@ -138,13 +143,17 @@ class Tokenizer:
         """Returns the token ids of a conversation in the checkpoint's chat template, up to the generation prompt.
 
         The template runs in the sandbox of transformers, in a process of its own, within a budget of time, output and
-        memory. Raises ValueError without a template, when it fails, and when it exceeds its budget.
+        memory. Special tokens that the messages spell stay text (see chat_text.py).
+
+        Raises ValueError without a template, when it fails, and when it exceeds its budget.
         """
         return self.encode(self.render_chat(messages), add_special_tokens=False)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> RenderedText:
         """Returns the text that `encode_chat` encodes."""
-        return self._renderer.render(self._template, messages, self._transformers.special_tokens_map)
+        marker, (marked,) = self._chat_texts.mark(self._template, messages)
+        text = self._renderer.render(self._template, marked, self._transformers.special_tokens_map)
+        return self._chat_texts.unmark(text, marker)
 
     @functools.cached_property
     def _template(self) -> str:

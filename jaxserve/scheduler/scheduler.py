@@ -235,8 +235,8 @@ class Scheduler:
         """Decides the next step; returns None when there is nothing to compute now (see `wake_at`).
 
         Raises:
-            PageAllocationError: the pages of one sequence cannot be allocated. Its request must be ended (`fail`) and the
-                others restarted (`restart`), as for a step that was dispatched and is lost: `lost_copies` of it.
+            PageAllocationError: the pages of one sequence cannot be allocated. Its request must be ended (`fail`) and
+                the others restarted (`restart`, with `lost_copies`), as for a step that was dispatched and is lost.
         """
         self._step_times.ends(now)
         self._queues.start_step()
