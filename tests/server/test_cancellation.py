@@ -132,7 +132,7 @@ def test_a_slow_reader_gets_everything_and_holds_up_nobody(tokenizer):
     run_served(body, tokenizer)
 
 
-def test_a_reader_that_stops_reading_loses_its_request_and_nobody_else_does(tokenizer):
+def test_fault_18_a_reader_that_stops_reading_loses_its_request_and_nobody_else_does(tokenizer):
     """The connection buffers some of the answer, the server 500 tokens of it; long ids make the messages large."""
 
     async def body(served: Served) -> None:
