@@ -40,7 +40,8 @@ from jaxserve.frontend.batch_resume import SETTINGS_BYTES, Digest, Resumption
 from jaxserve.frontend.delta import EngineDeadError
 from jaxserve.frontend.frontend import FrontEnd, Prepared
 from jaxserve.frontend.offline import FinishedRequest, TokenBar, run_all
-from jaxserve.frontend.openai import parse_body, response_body
+from jaxserve.frontend.openai import parse_body
+from jaxserve.frontend.openai_responses import Answer, response_body
 from jaxserve.frontend.stop_signals import StopSignals
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.request import FinishReason
@@ -158,11 +159,12 @@ class BatchRun:
                 _say(note)
 
     def _prepare(self, line: BatchLine) -> Prepared:
-        request = parse_body(line.url, line.body, self._front_end.tokenizer)
+        request = parse_body(line.url, line.body)
         params = request.params
         if params.seed is None:
             params = dataclasses.replace(params, seed=_seed_for(self._seed, line.custom_id))
-        prepared = self._front_end.prepare(request.prompt, params, request.options, request_id=f"line-{line.number}")
+        prompt = request.single_prompt(self._front_end.tokenizer)
+        prepared = self._front_end.prepare(prompt, params, request.options, request_id=f"line-{line.number}")
         if request.model not in (None, self._model) and request.model not in self._other_models:
             if len(self._other_models) < 10:
                 _say(f"line {line.number} asks for model {request.model!r}; this run serves {self._model!r}")
@@ -174,7 +176,15 @@ class BatchRun:
 
     def _result(self, keyed: KeyedLine, completion: FinishedRequest) -> dict[str, Any]:
         assert keyed.line is not None
-        body = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), completion)
+        answer = Answer(
+            completion.text,
+            completion.finish_reason.value,
+            len(completion.prompt_token_ids),
+            len(completion.token_ids),
+            completion.num_cached_tokens,
+            completion.token_ids,
+        )
+        body = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), [answer])
         return {
             "id": _result_id(keyed.number),
             "custom_id": keyed.key,

@@ -24,6 +24,7 @@ class ServedModel:
         self._frontend: AsyncFrontEnd | None = None
         self._tokenizer: Tokenizer | None = None
         self._ready_since = time.monotonic()
+        self._created = int(time.time())
         self._draining = False
 
     def serve(self, frontend: AsyncFrontEnd, tokenizer: Tokenizer | None) -> None:
@@ -49,6 +50,11 @@ class ServedModel:
     def uptime_seconds(self) -> float:
         """Seconds since requests were first accepted."""
         return time.monotonic() - self._ready_since
+
+    @property
+    def created(self) -> int:
+        """When the server was started, in Unix seconds."""
+        return self._created
 
     @property
     def is_ready(self) -> bool:

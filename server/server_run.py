@@ -249,7 +249,9 @@ def listeners(config: ServerConfig, served: ServedModel) -> list[Listener]:
         )
     ]
     if config.http_port:
-        found.append(HttpServer(config.host, config.http_port, served))
+        found.append(
+            HttpServer(config.host, config.http_port, served, config.http, config.limits, config.max_message_bytes)
+        )
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from jaxserve.config.checks import at_least, between, number, one_of
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.config.failpoints import Failpoint
+from jaxserve.config.http_config import HttpConfig
 from jaxserve.config.scheduling import MIN_BUCKET, SchedulerConfig
 from jaxserve.models.config import ModelConfig
 
@@ -217,7 +218,8 @@ class ServerConfig:
     the end of the model's path.
     drain_seconds: how long running requests may finish after SIGTERM.
     max_unread_tokens: output tokens of one request that may wait for its reader, beyond what the connection buffers;
-    the request of a reader that falls further behind is ended. limits: bounds what clients may hold open.
+    the request of a reader that falls further behind is ended. limits: bounds what clients may hold open. http: what
+    the HTTP port accepts.
     step_timeout: seconds in which a step of the engine must end and the engine's process must answer; else the server
     ends. None is the larger of 60 and 20 times what the largest step is predicted to take. log_level: "info" logs the
     settings that differ from their defaults, "debug" all of them.
@@ -232,6 +234,7 @@ class ServerConfig:
     drain_seconds: float = 30.0
     max_unread_tokens: int = 8192
     limits: LimitsConfig = LimitsConfig()
+    http: HttpConfig = HttpConfig()
     served_model_name: str | None = None
     step_timeout: float | None = None
     log_level: str = "info"

@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jaxserve.config.failpoints import Failpoints, Hit
 from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.messages import EngineFailed, EngineReady, EngineStats, FromEngine
 from jaxserve.engine.watchdog import Watchdog
+from jaxserve.frontend.chat_text import RenderedText
 from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.frontend import FrontEnd
@@ -285,6 +286,35 @@ class AsyncFrontEnd:
             return finish(steps)
         try:
             return await self._workers.run(steps, num_bytes)
+        except WorkersClosedError:
+            raise EngineDeadError(self._closing) from None
+
+    async def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> RenderedText:
+        """Returns a conversation as the text of a prompt. Arguments are as for `Tokenizer.render_chat`.
+
+        Raises:
+            ValueError: without a tokenizer, and as `Tokenizer.render_chat` does.
+            EngineDeadError: the front end is closed meanwhile.
+            QueueFullError: too many conversations wait.
+        """
+        if (tokenizer := self.tokenizer) is None:
+            raise ValueError("messages need a tokenizer, and this server has none; send a prompt of token ids")
+
+        def steps() -> Steps[RenderedText]:
+            yield 0  # what comes before runs on the loop, what comes behind in a thread
+            return tokenizer.render_chat(
+                messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
+            )
+
+        size = sum(len(text) for message in messages for text in message.values() if isinstance(text, str))
+        try:
+            return await self._workers.run(steps(), size, renders=True)
         except WorkersClosedError:
             raise EngineDeadError(self._closing) from None
 

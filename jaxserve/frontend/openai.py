@@ -1,15 +1,16 @@
-"""Parses OpenAI's completion and chat completion bodies and builds response objects."""
+"""Parses OpenAI's completion and chat completion bodies, for the HTTP port and the batch command alike."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-from collections.abc import Mapping, Sequence, Set
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
-from jaxserve.frontend.offline import FinishedRequest
+from jaxserve.frontend.openai_checks import check_neutral, check_text, checked_flag, checked_object, hint
+from jaxserve.frontend.openai_messages import parse_messages
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import SAMPLING_FIELDS, RequestOptions, SamplingParams
 
@@ -17,15 +18,13 @@ COMPLETIONS_URL = "/v1/completions"
 CHAT_URL = "/v1/chat/completions"
 URLS = (COMPLETIONS_URL, CHAT_URL)
 
-_OPTIONS = ("tenant", "priority", "deadline")
+_OPTIONS = ("tenant", "priority", "deadline", "cache_salt")
 _SAMPLING = tuple(SAMPLING_FIELDS)
 _NEUTRAL: Mapping[str, Sequence[Any]] = {
+    # OpenAI's
     "n": (1,),
     "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
-    "stream": (False,),
-    "stream_options": ({"include_usage": False, "include_obfuscation": True},),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "presence_penalty": (0,),
@@ -46,23 +45,80 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
     "prompt_cache_retention": ("in_memory", "in-memory"),
+    # vLLM's
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_reasoning": (True,),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "mm_processor_kwargs": ({},),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "repetition_penalty": (1,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
 }
-"""Unsupported OpenAI fields with the values that have no effect; null never has."""
+"""Unsupported fields of OpenAI and vLLM with the values that have no effect; null never has."""
+
+_STREAMING: Mapping[str, Sequence[Any]] = {
+    "stream": (False,),
+    "stream_options": ({"include_usage": False, "include_obfuscation": True},),
+    "echo": (False,),
+    "return_token_ids": (False,),
+}
+"""Fields that only a front that streams supports, with the values that have no effect elsewhere."""
+
+_OF_URL: Mapping[str, Mapping[str, Sequence[Any]]] = {
+    COMPLETIONS_URL: {"add_special_tokens": (True,)},
+    CHAT_URL: {"add_special_tokens": (False,), "echo": (False,)},
+}
+"""Unsupported fields whose neutral values depend on what is asked for."""
 
 _LABELS = ("user", "safety_identifier", "prompt_cache_key")
 """OpenAI's fields that label a request and do not affect its response."""
 
-_NEUTRAL_IN_MESSAGE: Mapping[str, Sequence[Any]] = {
-    "tool_calls": ([],),
-    "function_call": (),
-    "audio": (),
-    "annotations": ([],),
-}
-_NEUTRAL_IN_PART: Mapping[str, Sequence[Any]] = {"annotations": ([],), "logprobs": ([],)}
-"""Fields of an assistant's content part, as in OpenAI's responses."""
+_STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 
-_MESSAGE_TEXTS = ("name", "refusal", "tool_call_id")
-_PART_TEXTS = ("text", "refusal")
+
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """Says how a front differs from others in what it accepts.
+
+    streams: supports `stream`, `stream_options`, `echo`, `return_token_ids` and `request_id`. max_prompts: of one
+    request. lower_first: a lower `priority` is more urgent, as in vLLM; else a higher one is. allow_unknown: passes
+    over unknown fields, and names them in the result.
+    """
+
+    streams: bool = False
+    max_prompts: int = 1
+    lower_first: bool = False
+    allow_unknown: bool = False
+
+
+BATCH = Dialect()
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """Holds a conversation. add_generation_prompt, template_kwargs: what its chat template is given besides."""
+
+    messages: Sequence[Mapping[str, str]]
+    add_generation_prompt: bool = True
+    template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,22 +126,45 @@ class BodyRequest:
     """Holds a parsed request body.
 
     Attributes:
-        prompt: text or token ids.
+        prompts: of a completion: each a text or token ids. chat: of a chat. One of them is set.
         model: the requested model name, None when it has none.
-        options: its tenant, priority and deadline.
+        options: its tenant, priority (higher is more urgent, whatever the dialect), deadline and cache salt.
+        stream, include_usage: the answer is streamed, and ends with the usage.
+        echo: texts begin with their prompts.
+        return_token_ids: the answer has token ids, besides texts.
+        request_id: chosen by the client, or None.
+        unknown: names of fields that were passed over.
     """
 
-    prompt: str | Sequence[int]
+    prompts: Sequence[str | Sequence[int]]
+    chat: Chat | None
     params: SamplingParams
     model: str | None
     options: RequestOptions = RequestOptions()
+    stream: bool = False
+    include_usage: bool = False
+    echo: bool = False
+    return_token_ids: bool = False
+    request_id: str | None = None
+    unknown: Sequence[str] = ()
+
+    def single_prompt(self, tokenizer: Tokenizer | None) -> str | Sequence[int]:
+        """Returns the prompt of a request that has one; a chat's becomes token ids. Raises ValueError."""
+        if self.chat is None:
+            (prompt,) = self.prompts
+            return prompt
+        if tokenizer is None:
+            raise ValueError("messages need a tokenizer, and this server has none; send a prompt of token ids")
+        chat = self.chat
+        return tokenizer.encode_chat(
+            chat.messages, add_generation_prompt=chat.add_generation_prompt, template_kwargs=chat.template_kwargs
+        )
 
 
-def parse_body(url: str, body: Mapping[str, Any], tokenizer: Tokenizer | None) -> BodyRequest:
+def parse_body(url: str, body: Mapping[str, Any], dialect: Dialect = BATCH) -> BodyRequest:
     """Parses the body of a request to one of URLS. A field that is null counts as absent.
 
-    tenant, priority (higher is more urgent) and deadline (Unix seconds) are additions to OpenAI's, as in the gRPC API.
-    A chat's messages become token ids by the tokenizer's chat template.
+    tenant, priority and deadline (Unix seconds) are additions to OpenAI's, as in the gRPC API; others are vLLM's.
 
     Raises:
         ValueError: names the field: unknown fields, wrong types, values out of range, and unsupported fields that would
@@ -93,66 +172,101 @@ def parse_body(url: str, body: Mapping[str, Any], tokenizer: Tokenizer | None) -
     """
     fields = {name: value for name, value in body.items() if value is not None}
     own = "prompt" if url == COMPLETIONS_URL else "messages"
-    allowed = {own, "model", "metadata", *_LABELS, *_SAMPLING, *_OPTIONS}
-    allowed |= {"max_completion_tokens"} if url == CHAT_URL else set()
-    for name, value in fields.items():
-        if name in _NEUTRAL:
-            _check_neutral(name, value, _NEUTRAL[name])
-        elif name not in allowed:
-            raise ValueError(f"body has the unknown field {name!r}; {_hint(name, allowed | set(_NEUTRAL))}")
-    for name in _LABELS:
-        _check_text(name, fields.get(name, ""))
+    unknown = _check_names(url, own, fields, dialect)
+    for name in (*_LABELS, "model"):
+        check_text(name, fields.get(name, ""))
     metadata = fields.get("metadata", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"metadata is {shown(metadata)}; it must be an object whose values are texts")
     if own not in fields:
         raise ValueError(f"body has no {own}")
-    model = fields.get("model")
-    _check_text("model", fields.get("model", ""))
-    params = _parse_params(fields)
-    prompt = _parse_prompt(fields[own]) if own == "prompt" else _parse_messages(fields[own], tokenizer)
+    params = parse_params(fields)
+    chat = parse_chat(fields) if own == "messages" else None
+    stream = checked_flag("stream", fields.get("stream", False))
+    return BodyRequest(
+        prompts=() if chat is not None else _parse_prompts(fields["prompt"], dialect.max_prompts),
+        chat=chat,
+        params=params,
+        model=fields.get("model"),
+        options=_parse_options(fields, dialect),
+        stream=stream,
+        include_usage=_parse_stream_options(fields.get("stream_options"), stream),
+        echo=checked_flag("echo", fields.get("echo", False)),
+        return_token_ids=checked_flag("return_token_ids", fields.get("return_token_ids", False)),
+        request_id=fields.get("request_id"),
+        unknown=unknown,
+    )
+
+
+def field_names(url: str) -> list[str]:
+    """Returns the names of all fields that a body to `url` may have."""
+    own = "prompt" if url == COMPLETIONS_URL else "messages"
+    return sorted(_supported(url, own, Dialect(streams=True)) | set(_neutral(url, Dialect(streams=True))))
+
+
+def neutral_values(url: str) -> Mapping[str, Sequence[Any]]:
+    """Returns the fields to `url` that are accepted, over HTTP, with values that have no effect, and these values."""
+    return _neutral(url, Dialect(streams=True))
+
+
+def parse_chat(fields: Mapping[str, Any]) -> Chat:
+    """Parses what a conversation is rendered from. Raises ValueError naming the field."""
+    return Chat(
+        parse_messages(fields["messages"]),
+        checked_flag("add_generation_prompt", fields.get("add_generation_prompt", True)),
+        checked_object("chat_template_kwargs", fields.get("chat_template_kwargs", {})),
+    )
+
+
+def _neutral(url: str, dialect: Dialect) -> dict[str, Sequence[Any]]:
+    return {**_NEUTRAL, **({} if dialect.streams else _STREAMING), **_OF_URL[url]}
+
+
+def _supported(url: str, own: str, dialect: Dialect) -> set[str]:
+    names = {own, "model", "metadata", *_LABELS, *_SAMPLING, *_OPTIONS}
+    if url == CHAT_URL:
+        names |= {"max_completion_tokens", "add_generation_prompt", "chat_template_kwargs"}
+    if dialect.streams:
+        names |= {*_STREAMING, "request_id"}
+    return names
+
+
+def _check_names(url: str, own: str, fields: Mapping[str, Any], dialect: Dialect) -> list[str]:
+    """Checks the fields that must be neutral; returns the names of unknown ones, where they are allowed."""
+    neutral, supported = _neutral(url, dialect), _supported(url, own, dialect)
+    unknown = []
+    for name, value in fields.items():
+        if name in neutral:
+            check_neutral(name, value, neutral[name])
+        elif name not in supported:
+            if not dialect.allow_unknown:
+                raise ValueError(f"body has the unknown field {shown(name)}; {hint(name, supported | set(neutral))}")
+            unknown.append(name)
+    return unknown
+
+
+def _parse_options(fields: Mapping[str, Any], dialect: Dialect) -> RequestOptions:
     options = RequestOptions(**{name: fields[name] for name in _OPTIONS if name in fields})
-    return BodyRequest(prompt, params, model, options)
+    return dataclasses.replace(options, priority=-options.priority) if dialect.lower_first else options
 
 
-def response_body(url: str, number: int, model: str, created: int, completion: FinishedRequest) -> dict[str, Any]:
-    """Builds the response object of a finished request; choices[0].token_ids is an addition to OpenAI's.
-
-    Args:
-        url: of the request, one of URLS.
-        number: determines the id.
-        model: name in the response.
-        created: seconds since the epoch.
-        completion: the finished request.
-    """
-    chat = url == CHAT_URL
-    choice: dict[str, Any] = {"index": 0}
-    if chat:
-        choice["message"] = {"role": "assistant", "content": completion.text}
-    else:
-        choice["text"] = completion.text
-    choice |= {
-        "logprobs": None,
-        "finish_reason": completion.finish_reason.value,
-        "token_ids": list(completion.token_ids),
-    }
-    prompt_tokens, output_tokens = len(completion.prompt_token_ids), len(completion.token_ids)
-    return {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{number}",
-        "object": "chat.completion" if chat else "text_completion",
-        "created": created,
-        "model": model,
-        "choices": [choice],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": output_tokens,
-            "total_tokens": prompt_tokens + output_tokens,
-            "prompt_tokens_details": {"cached_tokens": completion.num_cached_tokens},
-        },
-    }
+def _parse_stream_options(options: Any, stream: bool) -> bool:
+    """Returns whether the usage is asked for. include_obfuscation has no effect: no stream here is padded."""
+    if options is None:
+        return False
+    checked_object("stream_options", options)
+    for name, value in options.items():
+        if name not in _STREAM_OPTIONS:
+            raise ValueError(f"stream_options has the unknown field {shown(name)}; {hint(name, set(_STREAM_OPTIONS))}")
+        if value is not None:
+            checked_flag(f"stream_options.{name}", value)
+    if options.get("include_usage") and not stream:
+        raise ValueError("stream_options is given without stream; set stream to true, or leave it out")
+    return bool(options.get("include_usage"))
 
 
-def _parse_params(fields: Mapping[str, Any]) -> SamplingParams:
+def parse_params(fields: Mapping[str, Any]) -> SamplingParams:
+    """Parses the sampling parameters of a body. Raises ValueError naming the field."""
     values = {name: fields[name] for name in _SAMPLING if name in fields}
     if "max_completion_tokens" in fields:
         if "max_tokens" in values:
@@ -160,110 +274,26 @@ def _parse_params(fields: Mapping[str, Any]) -> SamplingParams:
         values["max_tokens"] = fields["max_completion_tokens"]
     stop = values.get("stop", "")
     if not isinstance(stop, str | list):
-        raise ValueError(f"stop is {stop!r}; it must be text or a list of texts")
+        raise ValueError(f"stop is {shown(stop)}; it must be text or a list of texts")
     if stop == "" and "stop" in values:
         raise ValueError("stop has ''; each stop must be a string of at least one character")
     if not isinstance(values.get("stop_token_ids", []), list):
-        raise ValueError(f"stop_token_ids is {values['stop_token_ids']!r}; it must be a list of token ids")
+        raise ValueError(f"stop_token_ids is {shown(values['stop_token_ids'])}; it must be a list of token ids")
     return SamplingParams(**values)
 
 
-def _parse_prompt(prompt: Any) -> str | list[int]:
-    """Parses a prompt; a list of one prompt is that prompt."""
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-        prompt = prompt[0]
+def _parse_prompts(prompt: Any, most: int) -> list[str | list[int]]:
+    """Parses one prompt, a text or token ids, or a list of prompts."""
     if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, list):
-        if any(isinstance(item, str | list) for item in prompt):
-            raise ValueError(f"prompt is a list of {len(prompt)} prompts; send one prompt a request")
-        return prompt
-    raise ValueError(f"prompt is of type {type(prompt).__name__}; it must be text or a list of token ids")
-
-
-def _parse_messages(messages: Any, tokenizer: Tokenizer | None) -> list[int]:
-    if tokenizer is None:
-        raise ValueError("messages need a tokenizer, and this server has none; send a prompt of token ids")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("messages must be a list of at least one message")
-    messages = [_parse_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
-    return tokenizer.encode_chat(messages)
-
-
-def _parse_message(where: str, message: Any) -> dict[str, str]:
-    """Converts a message for chat templates: role and content, and name and tool_call_id where present.
-
-    The developer role is the system role under another name, which few templates support.
-    """
-    if not isinstance(message, dict):
-        raise ValueError(f"{where} is of type {type(message).__name__}; it must be an object")
-    fields = {name: value for name, value in message.items() if value is not None}
-    for name, value in fields.items():
-        if name in _NEUTRAL_IN_MESSAGE:
-            _check_neutral(f"{where}.{name}", value, _NEUTRAL_IN_MESSAGE[name])
-        elif name in _MESSAGE_TEXTS:
-            _check_text(f"{where}.{name}", value)
-        elif name not in ("role", "content"):
-            known = {"role", "content", *_MESSAGE_TEXTS, *_NEUTRAL_IN_MESSAGE}
-            raise ValueError(f"{where} has the unknown field {name!r}; {_hint(name, known)}")
-    role, content, refusal = fields.get("role"), fields.get("content"), fields.get("refusal", "")
-    if not isinstance(role, str):
-        raise ValueError(f"{where}.role must be text")
-    if refusal and role != "assistant":
-        raise ValueError(f"{where}.refusal is {shown(refusal)}; only an assistant's message has one")
-    if refusal and content:
-        raise ValueError(f"{where} has content and a refusal; an assistant answers with one of them")
-    if refusal or (role == "assistant" and content is None and "content" in message):
-        content = refusal
-    return {
-        "role": "system" if role == "developer" else role,
-        "content": _parse_content(f"{where}.content", content, role),
-        **{name: fields[name] for name in ("name", "tool_call_id") if name in fields},
-    }
-
-
-def _parse_content(where: str, content: Any, role: str) -> str:
-    """Returns the text of a message; its parts are joined by newlines."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        raise ValueError(f"{where} must be text" + (", or a list of at least one part" if content == [] else ""))
-    types = _PART_TEXTS if role == "assistant" else _PART_TEXTS[:1]
-    texts = []
-    for index, part in enumerate(content):
-        if not isinstance(part, dict):
-            raise ValueError(f"{where}[{index}] is of type {type(part).__name__}; it must be an object")
-        kind = part.get("type")
-        if kind not in types:
-            raise ValueError(f"{where}[{index}].type is {shown(kind)}; only {' and '.join(types)} is supported")
-        for name in sorted(name for name, value in part.items() if name not in ("type", kind) and value is not None):
-            if role != "assistant" or name not in _NEUTRAL_IN_PART:
-                raise ValueError(f"{where}[{index}] has the unknown field {name!r}; known are type, {kind}")
-            _check_neutral(f"{where}[{index}].{name}", part[name], _NEUTRAL_IN_PART[name])
-        _check_text(f"{where}[{index}].{kind}", part.get(kind))
-        texts.append(part[kind])
-    return "\n".join(texts)
-
-
-def _hint(name: str, known: Set[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-
-
-def _check_text(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {shown(value)}; it must be text")
-
-
-def _check_neutral(name: str, value: Any, neutral: Sequence[Any]) -> None:
-    """Raises ValueError unless the value is one of the neutral ones."""
-    if not any(_is_same(value, one) for one in neutral):
-        words = " or ".join(json.dumps(one) for one in neutral) or "null"
-        raise ValueError(f"{name} is {shown(value)}; only {words} is supported")
-
-
-def _is_same(value: Any, neutral: Any) -> bool:
-    """Returns whether a value means the same as `neutral`; fields of an object may be absent or null."""
-    if isinstance(value, dict) and isinstance(neutral, dict):
-        return all(part is None or (name in neutral and _is_same(part, neutral[name])) for name, part in value.items())
-    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+        return [prompt]
+    if not isinstance(prompt, list):
+        raise ValueError(f"prompt is of type {type(prompt).__name__}; it must be text or a list of token ids")
+    if not prompt or not any(isinstance(item, str | list) for item in itertools.islice(prompt, 2)):
+        return [prompt]
+    if most == 1 and len(prompt) > 1:
+        raise ValueError(f"prompt is a list of {len(prompt)} prompts; send one prompt a request")
+    check_count("prompt", len(prompt), most, "prompts")
+    for index, item in enumerate(prompt):
+        if not isinstance(item, str | list):
+            raise ValueError(f"prompt[{index}] is {shown(item)}; a list of prompts has texts and lists of token ids")
+    return prompt

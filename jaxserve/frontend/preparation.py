@@ -9,6 +9,7 @@ import dataclasses
 import uuid
 from collections.abc import Sequence
 
+from jaxserve.frontend.chat_text import RenderedText
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.frontend.tokenizer import Tokenizer
@@ -74,7 +75,7 @@ class Preparation:
                 token_ids.extend(more)
                 self._check_text_size(len(token_ids) + least_more, prompt, params)
 
-            yield from self._tokenizer.encode_steps(prompt, take)
+            yield from self._tokenizer.encode_steps(prompt, take, not isinstance(prompt, RenderedText))
             return tuple(token_ids)
         if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
             raise ValueError(f"prompt is of type {type(prompt).__name__}; it must be text or a sequence of token ids")

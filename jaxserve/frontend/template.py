@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxserve.config.shown import clipped
+from jaxserve.config.shown import clipped, shown
 from jaxserve.engine.framing import FrameReader, frames
 
 _START_SECONDS = 60.0
@@ -26,6 +26,11 @@ _START_SECONDS = 60.0
 _WALL_FACTOR = 5.0
 """Wall-clock seconds per second of CPU time: the machine may be busy."""
 _MAX_ERROR = 500
+_RESERVED = frozenset(
+    "add_generation_prompt chat_template continue_final_message conversation documents max_length messages padding "
+    "return_assistant_tokens_mask return_dict return_tensors self tokenize tokenizer_kwargs tools truncation".split()
+)
+"""Names of the template's own arguments, and of how transformers is to call it."""
 
 
 class TemplateProcessError(ChildProcessError):
@@ -50,22 +55,38 @@ class TemplateRenderer:
         self._worker: _Worker | None = None
 
     def render(
-        self, template: str, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, Any] | None = None
+        self,
+        template: str,
+        messages: Sequence[Mapping[str, Any]],
+        special_tokens: Mapping[str, Any] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """Renders a conversation, up to the generation prompt.
+        """Renders a conversation.
 
         Args:
             special_tokens: texts that the template may use, such as bos_token.
+            add_generation_prompt: whether the text ends with what an answer begins with, where the template has it.
+            template_kwargs: what the template may use besides, by name.
 
         Raises:
-            ValueError: one line, when the template raises an error or exceeds the budget.
+            ValueError: one line, when the template raises an error or exceeds the budget, and for names in
+                template_kwargs that are not the client's to choose.
             TemplateProcessError: the process does not start.
         """
+        special, given = dict(special_tokens or {}), dict(template_kwargs or {})
+        for name in given:
+            if name in _RESERVED or name in special:
+                raise ValueError(
+                    f"chat_template_kwargs has {shown(name)}, which is not for requests to set; leave it out"
+                )
         request = json.dumps(
             {
                 "template": template,
                 "messages": [dict(message) for message in messages],
-                "special_tokens": dict(special_tokens or {}),
+                "add_generation_prompt": add_generation_prompt,
+                "names": given | special,
             }
         ).encode()
         with self._lock:
@@ -78,6 +99,11 @@ class TemplateRenderer:
         if "error" in answer:
             raise ValueError(answer["error"])
         return answer["text"]
+
+    def warm(self) -> None:
+        """Starts the process. Raises TemplateProcessError."""
+        with self._lock:
+            self._worker = self._worker or self._start()
 
     def _ask(self, request: bytes) -> tuple[dict[str, Any] | None, str]:
         """Returns the response of a running process; None with the reason it ended, or with "" where its time was

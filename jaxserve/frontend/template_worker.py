@@ -68,8 +68,8 @@ class _Rendering:
                     request["messages"],
                     chat_template=request["template"],
                     tokenize=False,
-                    add_generation_prompt=True,
-                    **request["special_tokens"],
+                    add_generation_prompt=request["add_generation_prompt"],
+                    **request["names"],
                 )
             finally:
                 signal.setitimer(signal.ITIMER_PROF, 0)

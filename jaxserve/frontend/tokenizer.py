@@ -139,21 +139,52 @@ class Tokenizer:
         """Returns a new incremental detokenizer, for the output of one request."""
         return Detokenizer(self._plan, prompt_token_ids, skip_special_tokens=skip_special_tokens)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Returns the token ids of a conversation in the checkpoint's chat template, up to the generation prompt.
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Returns the token ids of a conversation in the checkpoint's chat template.
 
         The template runs in the sandbox of transformers, in a process of its own, within a budget of time, output and
-        memory. Special tokens that the messages spell stay text (see chat_text.py).
+        memory. Arguments are as for `TemplateRenderer.render`. Special tokens that the messages or arguments spell stay
+        text (see chat_text.py).
 
         Raises ValueError without a template, when it fails, and when it exceeds its budget.
         """
-        return self.encode(self.render_chat(messages), add_special_tokens=False)
+        text = self.render_chat(
+            messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs or {}
+        )
+        return self.encode(text, add_special_tokens=False)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> RenderedText:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> RenderedText:
         """Returns the text that `encode_chat` encodes."""
-        marker, (marked,) = self._chat_texts.mark(self._template, messages)
-        text = self._renderer.render(self._template, marked, self._transformers.special_tokens_map)
+        marker, (marked, given) = self._chat_texts.mark(self._template, messages, template_kwargs or {})
+        text = self._renderer.render(
+            self._template,
+            marked,
+            self._transformers.special_tokens_map,
+            add_generation_prompt=add_generation_prompt,
+            template_kwargs=given,
+        )
         return self._chat_texts.unmark(text, marker)
+
+    def warm_chat(self) -> None:
+        """Starts the process for chat templates, so that the first conversation does not wait for it. May block."""
+        if self.has_chat_template:
+            self._renderer.warm()
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Returns the tokens as the vocabulary spells them; "" for ids without a token."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in token_ids]
 
     @functools.cached_property
     def _template(self) -> str:

@@ -126,12 +126,15 @@ class Workers:
     def __init__(self) -> None:
         self._short = _Lane(2, _SHORT_SHARE, "short text")
         self._long = _Lane(min(4, max(1, (os.cpu_count() or 1) // 4)), MAX_BYTES - _SHORT_SHARE, "long text")
+        # One conversation is rendered at a time: those that wait for it do not take the threads of texts.
+        self._templates = _Lane(1, MAX_BYTES, "chat template")
         # A text that cannot be cut is one call, of seconds and 500 MB for 4 MB: one at a time, without blocking others.
         self._uncut = ThreadPoolExecutor(1, thread_name_prefix="uncut text")
         self._closed = False
 
-    async def run(self, steps: Steps[T], num_bytes: int) -> T:
-        """Runs `steps`, which process `num_bytes` bytes, and returns their result.
+    async def run(self, steps: Steps[T], num_bytes: int, *, renders: bool = False) -> T:
+        """Runs `steps`, which process `num_bytes` bytes, and returns their result. renders: they wait for the process
+        of chat templates.
 
         The first step runs at once, on the loop.
 
@@ -145,7 +148,7 @@ class Workers:
         first = _advance(steps)
         if first.done:
             return first.result
-        lane = self._short if num_bytes <= _SHORT_BYTES else self._long
+        lane = self._templates if renders else self._short if num_bytes <= _SHORT_BYTES else self._long
         if self._closed:
             raise WorkersClosedError
         await lane.budget.acquire(num_bytes)
@@ -171,7 +174,7 @@ class Workers:
     def close(self) -> None:
         """Lets running steps end by themselves, and ends everything else with WorkersClosedError."""
         self._closed = True
-        for lane in (self._short, self._long):
+        for lane in (self._short, self._long, self._templates):
             lane.budget.close()
             lane.threads.shutdown(wait=False, cancel_futures=True)
         self._uncut.shutdown(wait=False, cancel_futures=True)

@@ -26,11 +26,14 @@ FIRST_WHOLE_ID = FIRST_BYTE_ID + 256
 VOCAB_SIZE = FIRST_WHOLE_ID + len(WHOLE_TOKENS)
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt and not messages[-1]['content'].startswith('lookup:') "
-    "and not messages[-1]['content'].endswith('\\n') %}{{ '\\n' }}{% endif %}"
+    "{% set users = messages | selectattr('role', 'equalto', 'user') | list %}"
+    "{% if not users %}{{ raise_exception('messages need one of role user: its content is the task') }}{% endif %}"
+    "{% set task = users[-1]['content'].rstrip('\\r\\n') %}"
+    "{{ bos_token }}{{ task }}"
+    "{% if add_generation_prompt and not task.startswith('lookup:') %}{{ '\\n' }}{% endif %}"
 )
-"""Messages are joined as they are; a prompt of any task but lookup ends with a newline."""
+"""The last message of the user is the task, as in training: a line, or a lookup, which ends with its key. The model
+knows no conversation, so nothing else of one counts."""
 
 
 def byte_symbols() -> list[str]:

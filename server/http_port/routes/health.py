@@ -1,4 +1,7 @@
-"""Answers probes: whether the process lives, and whether it takes requests."""
+"""Answers probes: whether the process lives, and whether it takes requests.
+
+Both follow the progress of steps: an engine whose step takes longer than step_timeout, or that has ended, has failed.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,29 @@ from jaxserve.serving.served_model import ServedModel
 def router(served: ServedModel) -> APIRouter:
     """Returns the routes of health. served: the model."""
     routes = APIRouter()
+    unready = {503: {"description": "Starting, draining, or the engine has failed"}}
 
-    @routes.get("/health")
-    async def health() -> JSONResponse:
-        """Answers 200 while requests are taken, and else 503."""
-        return JSONResponse({"status": "ready" if served.is_ready else "not ready"}, 200 if served.is_ready else 503)
+    @routes.get("/health", responses=unready)
+    @routes.get("/health/ready", responses=unready)
+    async def ready() -> JSONResponse:
+        """Answers 200 while requests are taken, and else 503 with the reason."""
+        return _answer(served, served.is_ready)
+
+    @routes.get("/health/live", responses=unready)
+    async def live() -> JSONResponse:
+        """Answers 200 unless the engine has failed, after which the process ends."""
+        return _answer(served, _status(served) != "failed")
 
     return routes
+
+
+def _answer(served: ServedModel, good: bool) -> JSONResponse:
+    return JSONResponse({"status": _status(served)}, 200 if good else 503)
+
+
+def _status(served: ServedModel) -> str:
+    if served.frontend is None:
+        return "draining" if served.draining else "starting"
+    if served.frontend.failure:
+        return "failed"
+    return "draining" if served.draining else "ready"

@@ -1,0 +1,74 @@
+"""Builds OpenAI's response objects of completions and chat completions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jaxserve.frontend.openai import CHAT_URL
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Holds what one prompt was answered with; prompt_token_ids: None where the response does not show them."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    token_ids: Sequence[int] | None = None
+    prompt_token_ids: Sequence[int] | None = None
+
+
+def response_id(url: str, request_id: object) -> str:
+    """Returns the id of a response object."""
+    return f"{'chatcmpl' if url == CHAT_URL else 'cmpl'}-{request_id}"
+
+
+def response_body(url: str, request_id: object, model: str, created: int, answers: Sequence[Answer]) -> dict[str, Any]:
+    """Builds the response object of a finished request; a choice's token_ids are vLLM's addition to OpenAI's.
+
+    Args:
+        url: of the request, one of openai.URLS.
+        request_id: determines the id.
+        model: name in the response.
+        created: seconds since the epoch.
+        answers: one for each prompt.
+    """
+    chat = url == CHAT_URL
+    return {
+        "id": response_id(url, request_id),
+        "object": "chat.completion" if chat else "text_completion",
+        "created": created,
+        "model": model,
+        "choices": [_choice(chat, index, answer) for index, answer in enumerate(answers)],
+        "usage": usage(answers),
+    }
+
+
+def usage(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Builds the usage object of a request with these answers."""
+    prompt_tokens = sum(answer.prompt_tokens for answer in answers)
+    output_tokens = sum(answer.output_tokens for answer in answers)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(answer.cached_tokens for answer in answers)},
+    }
+
+
+def _choice(chat: bool, index: int, answer: Answer) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": index}
+    if chat:
+        choice["message"] = {"role": "assistant", "content": answer.text}
+    else:
+        choice["text"] = answer.text
+    choice |= {"logprobs": None, "finish_reason": answer.finish_reason}
+    if answer.token_ids is not None:
+        choice["token_ids"] = list(answer.token_ids)
+    if answer.prompt_token_ids is not None:
+        choice["prompt_token_ids"] = list(answer.prompt_token_ids)
+    return choice

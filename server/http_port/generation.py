@@ -1,0 +1,230 @@
+"""Answers completions and chat completions, whole or as a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from jaxserve.config.http_config import HttpConfig
+from jaxserve.config.shown import shown
+from jaxserve.frontend.async_frontend import AsyncFrontEnd, DeltaStream
+from jaxserve.frontend.delta import Delta
+from jaxserve.frontend.openai import COMPLETIONS_URL, BodyRequest, Dialect, parse_body
+from jaxserve.frontend.openai_responses import Answer, response_body
+from jaxserve.request import check_identity
+from jaxserve.serving.http_port.errors import check_model
+from jaxserve.serving.http_port.events import ChoiceEvents, StreamHead
+from jaxserve.serving.http_port.exchange import ClientGoneError, Exchange
+from jaxserve.serving.http_port.json_bodies import Structure
+from jaxserve.serving.http_port.request_headers import REQUEST_ID, options_of, request_id_of
+from jaxserve.serving.problem import check_delta
+from jaxserve.serving.served_model import ServedModel
+
+_log = logging.getLogger("jaxserve.server")
+
+_BYTES_PER_ID = 16
+"""Bytes that decoding takes per token id; the text counts as the largest text that can be encoded."""
+
+WARNING_HEADER = "x-jaxserve-warning"
+
+
+class Generation:
+    """Answers requests to one of openai.URLS; an ASGI application.
+
+    Args:
+        url: which one.
+        served: the model.
+        config: of the port.
+        max_body_bytes: of a request.
+    """
+
+    def __init__(self, url: str, served: ServedModel, config: HttpConfig, max_body_bytes: int):
+        self._url = url
+        self._served = served
+        self._max_body_bytes = max_body_bytes
+        self._dialect = Dialect(
+            streams=True,
+            max_prompts=config.max_prompts,
+            lower_first=True,
+            allow_unknown=config.allow_unknown_fields,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send, self._max_body_bytes)
+        try:
+            await self._serve(exchange)
+        except ClientGoneError:
+            return
+        except Exception as error:
+            await exchange.fail(error)
+
+    async def _serve(self, exchange: Exchange) -> None:
+        request_id = request_id_of(exchange)
+        exchange.add_header(REQUEST_ID, request_id)
+        frontend = self._served.accepting()
+        body = await exchange.read_json(frontend, self._parse, lambda found: self._check_structure(frontend, found))
+        if body.request_id is not None:
+            request_id = _renamed(exchange, body.request_id)
+        check_model(self._served.name, body.model)
+        if body.unknown:
+            self._warn(exchange, body.unknown)
+        with exchange.canceled_when_gone():
+            run = _Run(frontend, self._url, self._served, exchange, body, request_id)
+            async with contextlib.AsyncExitStack() as open_streams:
+                await run.submit(open_streams)
+                await (run.stream() if body.stream else run.complete())
+
+    def _parse(self, body: dict[str, object]) -> BodyRequest:
+        return parse_body(self._url, body, self._dialect)
+
+    def _check_structure(self, frontend: AsyncFrontEnd, found: Structure) -> None:
+        """Refuses a completion of a text that is certainly too long, undecoded. A template may shorten a chat."""
+        if self._url == COMPLETIONS_URL:
+            frontend.check_text_bytes(found.longest_text)
+
+    def _warn(self, exchange: Exchange, unknown: Sequence[str]) -> None:
+        names = ", ".join(shown(name) for name in list(unknown)[:8]) + (", ..." if len(unknown) > 8 else "")
+        _log.warning("a request to %s has unknown fields, which were passed over: %s", self._url, names)
+        exchange.add_header(WARNING_HEADER, f"unknown fields were passed over: {names}")
+
+
+def _renamed(exchange: Exchange, request_id: str) -> str:
+    """Returns the request id of the body, which takes the place of the drawn one. Raises ValueError."""
+    if exchange.header(REQUEST_ID):
+        raise ValueError(f"request_id is given in the body and in {REQUEST_ID}; give one of them")
+    check_identity("request_id", request_id)
+    exchange.extra = [(name, value) for name, value in exchange.extra if name != REQUEST_ID.encode()]
+    exchange.add_header(REQUEST_ID, request_id)
+    return request_id
+
+
+class _Run:
+    """Runs one parsed request."""
+
+    def __init__(
+        self,
+        frontend: AsyncFrontEnd,
+        url: str,
+        served: ServedModel,
+        exchange: Exchange,
+        request: BodyRequest,
+        request_id: str,
+    ):
+        self._frontend = frontend
+        self._url = url
+        self._model = served.name
+        self._exchange = exchange
+        self._request = request
+        self._request_id = request_id
+        self._created = int(time.time())
+        self._has_text = frontend.tokenizer is not None
+        self._sending = asyncio.Lock()
+        self._streams: list[DeltaStream] = []
+        self._echoes: list[str] = []
+
+    async def submit(self, open_streams: contextlib.AsyncExitStack) -> None:
+        """Submits every prompt; all or none. open_streams: closes them, which aborts those unfinished."""
+        request, frontend = self._request, self._frontend
+        options = options_of(self._exchange, request)
+        prompts = request.prompts
+        if (chat := request.chat) is not None:
+            text = await frontend.render_chat(
+                chat.messages, add_generation_prompt=chat.add_generation_prompt, template_kwargs=chat.template_kwargs
+            )
+            prompts = [text]
+        for prompt in prompts:
+            frontend.check_size(prompt, request.params)
+        if request.echo:
+            self._echoes = [await self._echo(prompt) for prompt in prompts]
+        for index, prompt in enumerate(prompts):
+            name = self._request_id if len(prompts) == 1 else f"{self._request_id}-{index}"
+            stream = await frontend.submit(prompt, request.params, options, request_id=name)
+            self._streams.append(await open_streams.enter_async_context(stream))
+
+    async def _echo(self, prompt: str | Sequence[int]) -> str:
+        """Returns a prompt as text."""
+        if isinstance(prompt, str):
+            return prompt
+        if (tokenizer := self._frontend.tokenizer) is None:
+            raise ValueError("echo needs text, and this server has no tokenizer; leave it out")
+        steps = tokenizer.decode_steps(prompt, self._frontend.ready.limits.vocab_size)
+        # A character that the prompt leaves incomplete is in the output.
+        return (await self._frontend.work(steps, _BYTES_PER_ID * len(prompt))).rstrip("\ufffd")
+
+    # ---- whole ---------------------------------------------------------------------------------------------------
+
+    async def complete(self) -> None:
+        """Answers with one object when every prompt has its answer."""
+        answers = [await self._collected(index, stream) for index, stream in enumerate(self._streams)]
+        body = response_body(self._url, self._request_id, self._model, self._created, answers)
+        await self._exchange.answer(200, msgspec.json.encode(body))
+
+    async def _collected(self, index: int, stream: DeltaStream) -> Answer:
+        texts = self._echoes[index : index + 1]
+        token_ids: list[int] = []
+        last = Delta("")
+        async for last in stream:
+            texts.append(last.text)
+            token_ids.extend(last.token_ids)
+        check_delta(last)
+        return self._answer(last, "".join(texts), token_ids if self._request.return_token_ids else None)
+
+    def _answer(self, last: Delta, text: str = "", token_ids: Sequence[int] | None = None) -> Answer:
+        assert last.finish_reason is not None  # a stream ends with one
+        return Answer(
+            text, last.finish_reason.value, last.prompt_tokens, last.output_tokens, last.cached_tokens, token_ids
+        )
+
+    # ---- streamed ------------------------------------------------------------------------------------------------
+
+    async def stream(self) -> None:
+        """Answers with events as tokens arrive; the response begins with the first of them."""
+        request, exchange = self._request, self._exchange
+        head = StreamHead(self._url, self._request_id, self._model, self._created, request.include_usage)
+        events = [
+            ChoiceEvents(head, index, shows_all=not self._has_text, token_ids=request.return_token_ids)
+            for index in range(len(self._streams))
+        ]
+        if len(events) == 1:
+            answers = [await self._pump(0, events[0])]
+        else:
+            answers = await self._pump_all(events)
+        await exchange.end_events(head.end(answers))
+
+    async def _pump(self, index: int, events: ChoiceEvents) -> Answer:
+        """Sends the events of one choice to its end."""
+        send, last = self._send, None
+        async for delta in self._streams[index]:
+            if delta.finish_reason is not None:
+                check_delta(delta)
+            if last is None and self._echoes:
+                await send(events.echo(self._echoes[index]))
+            last = delta
+            if data := events.of(delta):
+                await send(data)
+        assert last is not None  # a stream has at least the delta that ends it
+        return self._answer(last)
+
+    async def _send(self, data: bytes) -> None:
+        """Sends events; those of several choices one after the other."""
+        if len(self._streams) == 1:
+            await self._exchange.send_event(data)
+        else:
+            async with self._sending:
+                await self._exchange.send_event(data)
+
+    async def _pump_all(self, events: Sequence[ChoiceEvents]) -> list[Answer]:
+        """Sends the events of several choices as they come. The first error ends all."""
+        tasks = [asyncio.ensure_future(self._pump(index, one)) for index, one in enumerate(events)]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
