@@ -59,8 +59,9 @@ class Exchange:
         return None if value is None else value.decode("latin-1")
 
     def add_header(self, name: str, value: str) -> None:
-        """Adds a header to the response, which has not begun."""
-        self.extra.append((name.encode(), value.encode("latin-1", "backslashreplace")))
+        """Adds a header to the response, which has not begun. What a header cannot hold is escaped."""
+        printable = "".join(one if one.isprintable() else repr(one)[1:-1] for one in value)
+        self.extra.append((name.encode(), printable.encode("latin-1", "backslashreplace")))
 
     # ---- the request ---------------------------------------------------------------------------------------------
 
