@@ -116,8 +116,8 @@ class BatchRun:
         with contextlib.closing(run_all(self._front_end, self._client, requests, stepped)) as finished:
             for completion in finished:
                 keyed = self._under_way.pop(completion.request_id)
-                if completion.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                    late = completion.finish_reason is FinishReason.ABORT
+                if completion.finish_reason in (FinishReason.ERROR, FinishReason.ABORT, FinishReason.DEADLINE):
+                    late = completion.finish_reason is FinishReason.DEADLINE
                     code = "deadline_exceeded" if late else "request_failed"
                     self._write_error(output, keyed, code, completion.error)
                 else:

@@ -26,8 +26,8 @@ class CompletionOutput:
     """Holds one generated output.
 
     text: continues the prompt, so that both together are the text of all tokens; special tokens are not shown.
-    finish_reason: "stop", "length", "abort" when its deadline passed or was out of reach, or "error" when this request
-    failed in the engine.
+    finish_reason: "stop", "length", "deadline" when its deadline passed or was out of reach, or "error" when this
+    request failed in the engine.
     """
 
     index: int
@@ -41,7 +41,7 @@ class RequestOutput:
     """Holds a prompt and its result.
 
     prompt: None when token ids were given. num_cached_tokens: prompt tokens taken from the prefix cache.
-    error: one line when outputs[0].finish_reason is "abort" or "error".
+    error: one line when outputs[0].finish_reason is "deadline" or "error".
     """
 
     request_id: str
@@ -108,7 +108,7 @@ class LLM:
             use_tqdm: shows a progress bar.
             priority: higher is more urgent.
             tenant: the tenant that service is counted for.
-            deadline: seconds of `time.time`; a request that has not ended by then ends with "abort".
+            deadline: seconds of `time.time`; a request that has not ended by then ends with "deadline".
 
         Raises:
             ValueError: a prompt is invalid; the error names its index and comes before anything is computed.

@@ -33,11 +33,15 @@ STOP_WIDTH = 32
 
 
 class FinishReason(enum.Enum):
-    """Enumerates the reasons why a request ended; the values are the words that clients see."""
+    """Enumerates the reasons why a request ended; the values are the words that clients see.
+
+    DEADLINE: its deadline passed, or was out of reach before anything was computed for it.
+    """
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    DEADLINE = "deadline"
     ERROR = "error"
 
 
@@ -238,7 +242,8 @@ class EngineRequest(RowSampling):
     """Represents a validated request as the engine receives it: token ids, resolved parameters and options.
 
     max_tokens and seed are resolved (never None). stop_token_ids include the model's own unless ignore_eos.
-    Stop strings are handled by the front end. arrival_time: seconds of `time.time`.
+    Stop strings are handled by the front end. arrival_time: seconds of `time.time`. needed_tokens: output tokens
+    without which it cannot be complete, whatever is sampled.
     """
 
     request_id: str
@@ -249,6 +254,7 @@ class EngineRequest(RowSampling):
     min_tokens: int = 0
     options: RequestOptions = RequestOptions()
     arrival_time: float = 0.0
+    needed_tokens: int = 1
 
 
 def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, limits: ModelLimits) -> int:

@@ -10,7 +10,7 @@ from jaxserve.frontend.delta import Cause, DeadlineError, Delta, DuplicateReques
 from jaxserve.request import FinishReason, InfeasibleError
 
 RETRY_SECONDS = 1.0
-"""Seconds after which a client should retry when the queue is full."""
+"""Seconds after which a client should retry when the queue is full and no rate of service is known."""
 
 MAX_DETAILS = 800
 """Maximum characters of the client's line: gRPC's clients refuse trailers beyond 8 kB, and each may take nine bytes
@@ -95,7 +95,7 @@ def problem_of(error: Exception) -> Problem | None:
     """Returns what to tell the client about this error, or None for one that only a bug of ours can cause."""
     for kind, code in _CODES:
         if isinstance(error, kind):
-            retry_seconds = RETRY_SECONDS if kind is QueueFullError else None
+            retry_seconds = (error.retry_seconds or RETRY_SECONDS) if isinstance(error, QueueFullError) else None
             return Problem(code, " ".join(clipped(str(error), MAX_DETAILS).split()), retry_seconds)
     return None
 

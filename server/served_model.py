@@ -8,6 +8,7 @@ from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.serving.access.callers import Anybody, Callers
 from jaxserve.serving.problem import NoTokenizerError, UnavailableError
+from jaxserve.serving.refusal_times import RefusalTimes
 
 
 class ServedModel:
@@ -16,11 +17,14 @@ class ServedModel:
     Args:
         name: name under which clients know the model.
         callers: tells who calls.
+
+    refusal_times: of requests that were refused to be retried later, which every port adds.
     """
 
     def __init__(self, name: str, callers: Callers = Anybody()):
         self.name = name
         self.callers = callers
+        self.refusal_times = RefusalTimes()
         self._frontend: AsyncFrontEnd | None = None
         self._tokenizer: Tokenizer | None = None
         self._ready_since = time.monotonic()

@@ -21,7 +21,9 @@ from typing import NamedTuple, NoReturn, Protocol, TypeVar
 from jaxserve.config.changed import changed_settings
 from jaxserve.config.settings import ServerConfig
 from jaxserve.engine.channel import END_SECONDS, EngineClient
+from jaxserve.engine.messages import EngineReady
 from jaxserve.engine.process import LOG_FORMAT, EngineProcess, LaunchedEngine
+from jaxserve.frontend.admission import Admission, Engine
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.large_blocks import return_large_blocks
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
@@ -135,6 +137,7 @@ class _Server:
                 max_unread_tokens=self._config.max_unread_tokens,
                 step_timeout=self._config.step_timeout,
                 failpoints=self._config.engine.failpoints,
+                admission=_admission(self._config, engine.ready),
             )
             self._served.serve(frontend, tokenizer)
             for port in ports:
@@ -201,6 +204,21 @@ class _Server:
         else:
             _log.info("%s: shutting down", number.name)
             self._stop.set()
+
+
+def _admission(config: ServerConfig, ready: EngineReady) -> Admission:
+    """Returns what decides which requests are let in."""
+    scheduler = config.engine.scheduler
+    return Admission(
+        config.queue,
+        Engine(
+            max_num_seqs=ready.max_num_seqs,
+            max_open=ready.max_num_seqs + ready.max_num_waiting,
+            in_order=scheduler.policy in ("fcfs", "fair") and scheduler.formation == "greedy",
+            prompt_weight=scheduler.ordering.prompt_token_weight,
+            output_weight=scheduler.ordering.output_token_weight,
+        ),
+    )
 
 
 async def _death(frontend: AsyncFrontEnd) -> str:

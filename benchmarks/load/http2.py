@@ -32,7 +32,7 @@ class Http2Error(ConnectionError):
 @dataclasses.dataclass(eq=False)
 class Stream:
     """One call. number: 0 until it is sent. body: its message, of which to_send is left. chunks: (time of arrival,
-    bytes) of each DATA frame. status: gRPC's, None until the stream has ended.
+    bytes) of each DATA frame. status: gRPC's, None until the stream has ended. trailers: metadata that came with it.
 
     pause: seconds for which the reader stops after it has read; what it has read is acknowledged only then, so that the
     peer may send no more than the connection's window meanwhile.
@@ -47,6 +47,7 @@ class Stream:
     chunks: list[tuple[float, bytes]] = dataclasses.field(default_factory=list)
     status: int | None = None
     message: str = ""
+    trailers: dict[bytes, bytes] = dataclasses.field(default_factory=dict)
     ended: float = 0.0
     unread: int = 0
 
@@ -169,6 +170,7 @@ class Connection(asyncio.Protocol):
             fields = literal_fields(body)
             if b"grpc-status" in fields:
                 stream.status = int(fields[b"grpc-status"])
+                stream.trailers = fields
                 stream.message = urllib.parse.unquote(fields.get(b"grpc-message", b"").decode())
         if flags & _END_STREAM:
             status = 2 if stream.status is None else stream.status

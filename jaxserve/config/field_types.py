@@ -67,6 +67,11 @@ def convert(hint: Any, value: Any) -> Any:
         return {convert(arguments[0], key): convert(arguments[1], item) for key, item in value.items()}
     if isinstance(hint, type) and isinstance(value, hint):
         return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
+        fields = hints(hint)
+        if not value.keys() <= fields.keys():
+            raise TypeError
+        return hint(**{name: convert(fields[name], item) for name, item in value.items()})
     raise TypeError
 
 
@@ -85,4 +90,6 @@ def describe(hint: Any) -> str:
         return "a tuple of " + ", ".join(describe(argument) for argument in arguments)
     if origin is not None and issubclass(origin, Mapping):
         return f"a dict from {describe(arguments[0])} to {describe(arguments[1])}"
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return f"a dict of {', '.join(hints(hint))}"
     return getattr(hint, "__name__", str(hint))

@@ -16,6 +16,7 @@ PHASE_ORDERS = ("alternating", "prefill_first", "decode_first")
 POLICIES = ("fcfs", "sjf", "priority", "fair", "deadline")
 
 FORMATIONS = ("greedy", "length_balanced", "priority", "hybrid", "throughput")
+DEADLINE_CHECKS = ("past", "needed", "expected")
 PAGE_RESERVATIONS = ("none", "max_tokens", "max_model_len")
 PREEMPTION_MODES = ("recompute", "swap", "auto")
 VICTIMS = ("policy", "lowest_priority", "most_pages", "least_progress", "cheapest")
@@ -62,6 +63,11 @@ class AdmissionConfig:
     length_tolerance: prompts differ from the first of a length-balanced batch by this share of its length at most.
     max_passed_over_seconds: the longest time for which a formation other than greedy may pass over the head of the
     queue.
+    deadline_check: which waiting requests end because of their deadline, before anything is computed for them: "past"
+    is those whose deadline has passed; "needed" also those that could not have the tokens they need in time (the first,
+    min_tokens, or max_tokens where nothing ends them sooner) if every step took no longer than the fastest so far;
+    "expected" also those that could not have their expected output at the present time of a step. Policy "deadline"
+    always checks as "expected" does.
     """
 
     watermark: float = 0.0
@@ -72,8 +78,10 @@ class AdmissionConfig:
     chunked_prefill_min_tokens: int = 0
     length_tolerance: float = 0.2
     max_passed_over_seconds: float = 10.0
+    deadline_check: str = "needed"
 
     def __post_init__(self) -> None:
+        one_of("deadline_check", self.deadline_check, DEADLINE_CHECKS)
         between("watermark", self.watermark, 0.0, 0.5)
         one_of("page_reservation", self.page_reservation, PAGE_RESERVATIONS)
         between("prefill_share", self.prefill_share, 0.01, 1.0)

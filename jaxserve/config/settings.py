@@ -14,6 +14,7 @@ from jaxserve.config.checks import at_least, between, number, one_of
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.config.failpoints import Failpoint
 from jaxserve.config.http_config import HttpConfig
+from jaxserve.config.queue_limits import QueueConfig
 from jaxserve.config.scheduling import MIN_BUCKET, SchedulerConfig
 from jaxserve.models.config import ModelConfig
 
@@ -219,7 +220,8 @@ class ServerConfig:
     drain_seconds: how long running requests may finish after SIGTERM.
     max_unread_tokens: output tokens of one request that may wait for its reader, beyond what the connection buffers;
     the request of a reader that falls further behind is ended. limits: bounds what clients may hold open. http: what
-    the HTTP port accepts.
+    the HTTP port accepts. queue: bounds what may wait for the engine, by tokens and by tenant. The tenants' weights are
+    those of policy "fair" too (PolicyConfig.tenant_weights): they are set in one of the two places.
     step_timeout: seconds in which a step of the engine must end and the engine's process must answer; else the server
     ends. None is the larger of 60 and 20 times what the largest step is predicted to take. log_level: "info" logs the
     settings that differ from their defaults, "debug" all of them.
@@ -235,6 +237,7 @@ class ServerConfig:
     max_unread_tokens: int = 8192
     limits: LimitsConfig = LimitsConfig()
     http: HttpConfig = HttpConfig()
+    queue: QueueConfig = QueueConfig()
     served_model_name: str | None = None
     step_timeout: float | None = None
     log_level: str = "info"
@@ -261,3 +264,27 @@ class ServerConfig:
         number("drain_seconds", self.drain_seconds)
         if not self.drain_seconds >= 0:
             raise ValueError(f"drain_seconds is {self.drain_seconds}; it must be at least 0")
+        self._share_tenant_weights()
+
+    def _share_tenant_weights(self) -> None:
+        """Gives the weights of the tenants to the policy, or the policy's to the queue."""
+        ordering, queue = self.engine.scheduler.ordering, self.queue
+        weights = queue.relative_weights
+        if not weights and ordering.tenant_weights:
+            default = queue.default_tenant
+            tenants = {
+                name: dataclasses.replace(default, weight=default.weight * weight)
+                for name, weight in ordering.tenant_weights.items()
+            }
+            object.__setattr__(self, "queue", dataclasses.replace(queue, tenants=tenants))
+        elif not ordering.tenant_weights:
+            scheduler = self.engine.scheduler
+            scheduler = dataclasses.replace(scheduler, ordering=dataclasses.replace(ordering, tenant_weights=weights))
+            object.__setattr__(self, "engine", dataclasses.replace(self.engine, scheduler=scheduler))
+        elif weights.keys() != ordering.tenant_weights.keys() or any(
+            not math.isclose(weight, ordering.tenant_weights[name]) for name, weight in weights.items()
+        ):
+            raise ValueError(
+                f"tenant_weights is {dict(ordering.tenant_weights)} and the weights of tenants are {weights}: set the "
+                "weights in one of the two places"
+            )

@@ -341,7 +341,7 @@ class EngineCore:
         """Returns the updates of requests dropped while waiting, and the final outputs that a static batch held
         back."""
         ended = self.scheduler.expire(self._now())
-        self._totals["num_dropped"] += sum(update.finish_reason is FinishReason.ABORT for update in ended)
+        self._totals["num_dropped"] += sum(update.finish_reason is FinishReason.DEADLINE for update in ended)
         return ended
 
     def _abort_all(self) -> list[FromEngine]:

@@ -60,7 +60,8 @@ class EngineReady(_Message, frozen=True):
 class EngineOutput(_Message, frozen=True):
     """Engine -> front end: new tokens of one request, in order; the last one carries a finish reason.
 
-    error: one line, set when finish_reason is ERROR. num_cached_tokens: prompt tokens taken from the prefix cache.
+    error: one line, set when finish_reason is ERROR or DEADLINE. num_cached_tokens: prompt tokens taken from the prefix
+    cache.
     """
 
     request_id: str

@@ -18,6 +18,7 @@ from jaxserve.config.failpoints import Failpoints, Hit
 from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.messages import EngineFailed, EngineReady, EngineStats, FromEngine
 from jaxserve.engine.watchdog import Watchdog
+from jaxserve.frontend.admission import Admission
 from jaxserve.frontend.chat_text import RenderedText
 from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError
 from jaxserve.frontend.encoding import SHORT_TEXT
@@ -161,6 +162,7 @@ class AsyncFrontEnd:
             and cause READER, and its unread output is dropped.
         step_timeout: as `ServerConfig.step_timeout`; an engine that exceeds it has failed, and is killed.
         failpoints: as `EngineConfig.failpoints`; only those of a front end count here.
+        admission: decides which requests are let in; None bounds their number alone.
     """
 
     def __init__(
@@ -172,14 +174,16 @@ class AsyncFrontEnd:
         max_unread_tokens: int = 8192,
         step_timeout: float | None = None,
         failpoints: Sequence[str] = (),
+        admission: Admission | None = None,
     ):
         self._max_unread_tokens = max_unread_tokens
         self._loop = asyncio.get_running_loop()
         # An engine on the CPU computes on the very cores that stream its tokens.
         share = CPU_SHARE if client.ready.info.platform == "cpu" else 1.0
         self._reader = EngineReader(client, self._loop, share)
-        self._core = FrontEnd(self._reader, tokenizer, seed=seed, failpoints=failpoints)
+        self._core = FrontEnd(self._reader, tokenizer, seed=seed, failpoints=failpoints, admission=admission)
         self._send_hit = Failpoints(failpoints).at("send")
+        self._admission = admission
         self._streams: dict[str, DeltaStream] = {}
         self._closing = ""
         self._idle = asyncio.Event()
@@ -205,6 +209,11 @@ class AsyncFrontEnd:
         return self._core.stats
 
     @property
+    def admission(self) -> Admission | None:
+        """What decides which requests are let in, for its counts."""
+        return self._admission
+
+    @property
     def failure(self) -> str:
         """The engine's last line once it has ended; empty while it runs."""
         return self._core.failure
@@ -223,7 +232,7 @@ class AsyncFrontEnd:
         request_id: str | None = None,
     ) -> DeltaStream:
         """Sends a request and returns its stream. Raises as `FrontEnd.submit` does, at once."""
-        self._check_accepting()
+        self._check_accepting(prompt, params, options)
         self._core.check_new(request_id, options.deadline)
         steps = self._core.preparation.steps(prompt, params, options, request_id)
         size = _num_bytes(prompt)
@@ -231,7 +240,7 @@ class AsyncFrontEnd:
             prepared = finish(steps)
         else:
             prepared = await self._work_until(options.deadline, steps, size)
-            self._check_accepting()
+            self._check_open()
         request_id = self._core.start(prepared)
         hit = self._send_hit
         stream = DeltaStream(self, request_id) if hit is None else _FaultyStream(self, request_id, hit)
@@ -365,10 +374,13 @@ class AsyncFrontEnd:
         """Kills a hung engine without asking it; `close` reports the outcome."""
         self._reader.kill()
 
-    def _check_accepting(self) -> None:
+    def _check_accepting(self, prompt: str | Sequence[int], params: SamplingParams, options: RequestOptions) -> None:
+        self._check_open()
+        self._core.check_accepting(params, options, self._core.preparation.least_tokens(prompt))
+
+    def _check_open(self) -> None:
         if self._closing:
             raise EngineDeadError(self._closing)
-        self._core.check_accepting()
 
     def _handle(self, messages: Sequence[FromEngine]) -> None:
         for message in messages:

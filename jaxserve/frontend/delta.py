@@ -17,11 +17,18 @@ class DuplicateRequestError(FrontEndError):
 
 
 class QueueFullError(FrontEndError):
-    """The limit of unfinished requests, or of text waiting to be tokenized, is reached; retry later."""
+    """A limit of unfinished requests, of a tenant, or of text waiting to be tokenized is reached; retry later.
+
+    retry_seconds: when there should be room; None where that is unknown.
+    """
+
+    def __init__(self, text: str, retry_seconds: float | None = None):
+        super().__init__(text)
+        self.retry_seconds = retry_seconds
 
 
 class DeadlineError(FrontEndError):
-    """The deadline has passed before the request began."""
+    """The deadline has passed before the request began, or is out of reach."""
 
 
 class EngineDeadError(FrontEndError):
@@ -29,11 +36,11 @@ class EngineDeadError(FrontEndError):
 
 
 class Cause(enum.Enum):
-    """Reason why a request ended with ABORT or ERROR.
+    """Reason why a request ended with ABORT, DEADLINE or ERROR.
 
     CLIENT: `abort` was called, or the stream was closed. READER: too much output waited to be read. DEADLINE: its
-    deadline passed. REQUEST: this request failed, others go on. ENGINE: the engine failed, and with it every request.
-    CLOSING: the front end closed first.
+    deadline passed, or was out of reach. REQUEST: this request failed, others go on. ENGINE: the engine failed, and
+    with it every request. CLOSING: the front end closed first.
     """
 
     CLIENT = "client"
@@ -56,8 +63,8 @@ class Delta:
     Attributes:
         token_ids: new since the previous delta.
         text: new since the previous delta.
-        error: one line; set when finish_reason is ABORT or ERROR.
-        cause: set when finish_reason is ABORT or ERROR.
+        error: one line; set when finish_reason is ABORT, DEADLINE or ERROR.
+        cause: set when finish_reason is ABORT, DEADLINE or ERROR.
         prompt_tokens: of the whole prompt.
         cached_tokens: of the whole prompt.
         output_tokens: so far, these included.

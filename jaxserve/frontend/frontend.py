@@ -27,6 +27,7 @@ from jaxserve.engine.messages import (
     ToEngine,
     TokenBatch,
 )
+from jaxserve.frontend.admission import Admission, Ticket
 from jaxserve.frontend.delta import (
     Cause,
     DeadlineError,
@@ -49,13 +50,17 @@ MAX_UNSENT_BYTES = 64 * 1024 * 1024
 
 @dataclasses.dataclass
 class _Open:
-    """Tracks a request without its last delta. engine_id: its name in messages (see `FrontEnd._engine_id`)."""
+    """Tracks a request without its last delta.
+
+    engine_id: its name in messages (see `FrontEnd._engine_id`). ticket: of the admission, where there is one.
+    """
 
     request_id: str
     engine_id: str
     prompt_tokens: int
     deadline: float | None
     output: OutputState
+    ticket: Ticket | None = None
     cached_tokens: int = 0
 
 
@@ -68,6 +73,7 @@ class FrontEnd:
             seeds); None draws them from the operating system's randomness.
         clock: seconds as `time.time` gives them, which deadlines are compared with.
         failpoints: as `EngineConfig.failpoints`; only those at "detokenize" count here.
+        admission: decides which requests are let in; None bounds their number alone.
     """
 
     def __init__(
@@ -78,11 +84,13 @@ class FrontEnd:
         seed: int | None = None,
         clock: Callable[[], float] = time.time,
         failpoints: Sequence[str] = (),
+        admission: Admission | None = None,
     ):
         self._client = client
         self._tokenizer = tokenizer
         self._random = random.Random(seed)
         self._clock = clock
+        self._admission = admission
         ready = client.ready
         self._limits = ready.limits
         self._preparation = Preparation(tokenizer, ready.limits)
@@ -153,11 +161,11 @@ class FrontEnd:
             ValueError: the request can never be valid.
             InfeasibleError: the request can never be served on this server.
             DuplicateRequestError: an unfinished request has this id.
-            QueueFullError: too many requests are unfinished.
-            DeadlineError: the deadline has already passed.
+            QueueFullError: too many requests are unfinished, or a limit of the tenant is reached.
+            DeadlineError: the deadline has already passed, or is out of reach.
             EngineDeadError: the engine has ended.
         """
-        self.check_accepting()
+        self.check_accepting(params, options)
         self.check_new(request_id, options.deadline)
         return self.start(self.prepare(prompt, params, options, request_id=request_id))
 
@@ -177,11 +185,32 @@ class FrontEnd:
         """Steps of `prepare`."""
         return self._preparation
 
-    def check_accepting(self) -> None:
-        """Raises QueueFullError or EngineDeadError where `start` would, before a prompt is tokenized in vain."""
+    def check_accepting(
+        self, params: SamplingParams, options: RequestOptions, prompt_tokens: int = 1, max_tokens: int | None = None
+    ) -> None:
+        """Raises QueueFullError, DeadlineError or EngineDeadError where `start` would, before a prompt is tokenized in
+        vain.
+
+        Args:
+            params: of the request.
+            options: of the request.
+            prompt_tokens: tokens of the prompt, at least.
+            max_tokens: as resolved; None takes what params say.
+        """
         if self._failure:
             raise EngineDeadError(f"the engine has ended: {self._failure}")
-        if not self.has_room:
+        if self._admission is not None:
+            if max_tokens is None:
+                max_tokens = params.max_tokens or 1
+            self._admission.check(
+                options.tenant,
+                prompt_tokens,
+                max_tokens,
+                self._clock(),
+                deadline=options.deadline,
+                ending=len(self._ending),
+            )
+        elif not self.has_room:
             raise QueueFullError(
                 f"{len(self._by_engine_id) + len(self._ending)} requests are unfinished; at most {self._max_open} "
                 "(max_num_seqs + max_num_waiting) are allowed: try again later"
@@ -204,8 +233,9 @@ class FrontEnd:
 
     def start(self, prepared: Prepared) -> str:
         """Sends a prepared request to the engine and returns its id. Raises as `submit` does, but for ValueError."""
-        self.check_accepting()
-        request_id, params, deadline = prepared.request_id, prepared.params, prepared.options.deadline
+        request_id, params, options = prepared.request_id, prepared.params, prepared.options
+        self.check_accepting(params, options, len(prepared.prompt_token_ids), prepared.max_tokens)
+        deadline = options.deadline
         self.check_new(request_id, deadline)
         now = self._clock()
         stop_token_ids = tuple(
@@ -223,13 +253,17 @@ class FrontEnd:
             **resolved,
             options=prepared.options,
             arrival_time=now,
+            needed_tokens=_needed_tokens(prepared, stop_token_ids),
         )
         try:
             self._client.send(AddRequest(request))
         except OSError as error:
             raise EngineDeadError(f"the engine cannot be reached: {error}") from error
         output = self._output(prepared, stop_token_ids)
-        opened = _Open(request_id, request.request_id, len(request.prompt_token_ids), deadline, output)
+        num_tokens, ticket = len(request.prompt_token_ids), None
+        if self._admission is not None:
+            ticket = self._admission.accept(options.tenant, num_tokens, request.max_tokens, now, deadline=deadline)
+        opened = _Open(request_id, request.request_id, num_tokens, deadline, output, ticket)
         self._open[request_id] = self._by_engine_id[request.request_id] = opened
         if deadline is not None:
             heapq.heappush(self._deadlines, (deadline, request.request_id))
@@ -252,13 +286,13 @@ class FrontEnd:
         return None if opened is None else self._end_early(opened, FinishReason.ABORT, error, cause)
 
     def expire(self, now: float | None = None) -> list[Delta]:
-        """Ends the requests whose deadline has passed, with ABORT. now: None is the clock's time."""
+        """Ends the requests whose deadline has passed, with DEADLINE. now: None is the clock's time."""
         now = self._clock() if now is None else now
         deltas = []
         while (deadline := self.next_deadline) is not None and deadline <= now:
             opened = self._by_engine_id[heapq.heappop(self._deadlines)[1]]
             error = f"deadline passed after {opened.output.num_tokens} output tokens"
-            deltas.append(self._end_early(opened, FinishReason.ABORT, error, Cause.DEADLINE))
+            deltas.append(self._end_early(opened, FinishReason.DEADLINE, error, Cause.DEADLINE))
         return deltas
 
     def end_all(self, error: str, cause: Cause = Cause.CLOSING) -> list[Delta]:
@@ -321,6 +355,8 @@ class FrontEnd:
         ended: set with the last ones; error as in EngineOutput.
         """
         reason, cause = ended, None
+        if token_ids and opened.ticket is not None and opened.ticket.started is None and self._admission is not None:
+            self._admission.started(opened.ticket, self._clock())
         try:
             text = opened.output.add(token_ids, reason)
         except Exception:  # one request's text must not stop the others' streams
@@ -337,9 +373,8 @@ class FrontEnd:
             )
         if opened.output.stopped and reason in (None, FinishReason.LENGTH, FinishReason.STOP):
             reason, error = FinishReason.STOP, ""
-        if reason in (FinishReason.ABORT, FinishReason.ERROR):
-            # Of its own accord the engine aborts only what is too late, or will be; what it was asked to has no error.
-            cause = Cause.DEADLINE if reason is FinishReason.ABORT and error else Cause.REQUEST
+        if reason in (FinishReason.ABORT, FinishReason.DEADLINE, FinishReason.ERROR):
+            cause = Cause.DEADLINE if reason is FinishReason.DEADLINE else Cause.REQUEST
             error = error or f"the engine ended the request with {reason.value}"
         if reason is not None:
             self._forget(opened, told_engine=ended is not None)
@@ -377,6 +412,8 @@ class FrontEnd:
         """
         del self._open[opened.request_id]
         del self._by_engine_id[opened.engine_id]
+        if opened.ticket is not None and self._admission is not None:
+            self._admission.ended(opened.ticket, opened.output.num_tokens, self._clock())
         if not told_engine:
             self._ending.add(opened.engine_id)
             self._send_if_alive(AbortRequest(opened.engine_id))
@@ -397,3 +434,9 @@ class FrontEnd:
             number += 1
             engine_id = f"{request_id}#{number}"
         return engine_id
+
+
+def _needed_tokens(prepared: Prepared, stop_token_ids: tuple[int, ...]) -> int:
+    """Returns the output tokens that the request takes at least: all, where neither token nor text can stop it."""
+    endless = not stop_token_ids and not prepared.params.stop
+    return prepared.max_tokens if endless else max(1, prepared.params.min_tokens)

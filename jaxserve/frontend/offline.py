@@ -19,7 +19,7 @@ from jaxserve.request import FinishReason
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRequest:
-    """Holds a finished request. error: one line when finish_reason is ERROR or ABORT."""
+    """Holds a finished request. error: one line when finish_reason is ERROR, ABORT or DEADLINE."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -61,7 +61,7 @@ def run_all(
     """Yields each request's completion as it finishes; takes requests from the iterable only as there is room.
 
     At most twice max_num_seqs requests are unfinished, which keeps the engine busy and memory bounded. A request whose
-    deadline passes ends with ABORT, before it starts or between two steps. Leaving the iteration early aborts the
+    deadline passes ends with DEADLINE, before it starts or between two steps. Leaving the iteration early aborts the
     unfinished requests.
 
     Args:
@@ -110,7 +110,7 @@ def run_all(
 
 
 def _too_late(prepared: Prepared, error: str) -> FinishedRequest:
-    return FinishedRequest(prepared.request_id, prepared.prompt_token_ids, (), "", FinishReason.ABORT, error, 0)
+    return FinishedRequest(prepared.request_id, prepared.prompt_token_ids, (), "", FinishReason.DEADLINE, error, 0)
 
 
 class _Terminal:

@@ -95,6 +95,12 @@ class Preparation:
         else:
             check_length(len(prompt), params, self._limits)
 
+    def least_tokens(self, prompt: str | Sequence[int]) -> int:
+        """Returns the fewest tokens that a prompt can have, in constant time; at least 1 also of what is no prompt."""
+        if not isinstance(prompt, str):
+            return max(len(prompt), 1) if isinstance(prompt, Sequence) else 1
+        return 1 if self._tokenizer is None else max(self._tokenizer.least_tokens(len(prompt)), 1)
+
     def check_text_bytes(self, num_bytes: int) -> None:
         """Refuses a text of `num_bytes` bytes that is certainly too long, whatever its content and parameters.
 

@@ -34,6 +34,7 @@ from jaxserve.request import COMPLETED, EngineRequest, FinishReason, RequestStat
 from jaxserve.scheduler.batch_barrier import BatchBarrier
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.budgets import Budgets
+from jaxserve.scheduler.deadline_check import DeadlineCheck
 from jaxserve.scheduler.length_prediction import OutputLengthPredictor
 from jaxserve.scheduler.modes import MODES
 from jaxserve.scheduler.plan import NOTHING_ALLOWED, FastForward, StepPlan, StepResult, Wants
@@ -80,8 +81,17 @@ class Scheduler:
         self._budgets = Budgets(config)
         self.policy = POLICIES[config.policy](config.ordering, self._step_times)
         self._mode = MODES[config.mode](config, self.policy)
+        self._deadline_check = DeadlineCheck(config, self._step_times, tokens_per_step)
         self._queues = SequenceQueues(
-            config, self.policy, self._mode.formation, pool, costs, max_model_len, tokens_per_step, allocation_hit
+            config,
+            self.policy,
+            self._mode.formation,
+            pool,
+            costs,
+            max_model_len,
+            tokens_per_step,
+            allocation_hit,
+            deadline_check=self._deadline_check,
         )
         self._builder = StepBuilder(
             config, buckets, self._budgets, self._mode, self.policy, self._queues, self._step_times
@@ -223,12 +233,12 @@ class Scheduler:
         ended = self._let_go() if self._barrier else []
         while (sequence := self._queues.waiting.expired(now)) is not None:
             late = now - (sequence.request.options.deadline or now)
-            ended.append(self._finish(sequence, FinishReason.ABORT, error=f"deadline passed {late:.3f} s ago"))
+            ended.append(self._finish(sequence, FinishReason.DEADLINE, error=f"deadline passed {late:.3f} s ago"))
         while (sequence := self._queues.waiting.late(now)) is not None:
             if sequence.request.options.deadline is None and not self._config.ordering.drop_late:
                 self._queues.waiting.demote(sequence)
                 continue
-            ended.append(self._finish(sequence, FinishReason.ABORT, error=self._too_late(sequence, now)))
+            ended.append(self._finish(sequence, FinishReason.DEADLINE, error=self._too_late(sequence, now)))
         return ended
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
@@ -393,7 +403,7 @@ class Scheduler:
     def _too_late(self, sequence: Sequence, now: float) -> str:
         """Returns the error line for a request that is dropped because it would be late."""
         if sequence.request.options.deadline is not None:
-            return "deadline cannot be met by what the engine computes in a second"
+            return self._deadline_check.error(sequence, now)
         waited, late = now - sequence.request.arrival_time, now - self.policy.due(sequence)
         ordering = self._config.ordering
         return (

@@ -9,6 +9,7 @@ from jaxserve.config.scheduling import SchedulerConfig
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.request import RequestStatus
 from jaxserve.scheduler.admission_order import AdmissionOrder
+from jaxserve.scheduler.deadline_check import DeadlineCheck
 from jaxserve.scheduler.modes import Counts
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.preemption import Preemption
@@ -38,13 +39,15 @@ class SequenceQueues:
         max_model_len: int | None,
         tokens_per_step: int = 1,
         allocation_hit: Hit | None = None,
+        *,
+        deadline_check: DeadlineCheck,
     ):
         if allocation_hit is None:
             self.pages = Pages(pool, config.admission, max_model_len)
         else:
             self.pages = FaultyPages(pool, config.admission, max_model_len, allocation_hit)
         self.preemption = Preemption(config.preemption, policy, pool.page_size, costs)
-        self.waiting = Waiting(policy, formation, self.preemption.urgency_queues())
+        self.waiting = Waiting(policy, formation, self.preemption.urgency_queues(), deadline_check)
         self.running = Running(config.max_num_seqs, pool.page_size, tokens_per_step)
         self.swapped = policy.queue()
         self.preempted: list[Sequence] = []

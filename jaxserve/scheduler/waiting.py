@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Iterator
 
 from jaxserve.scheduler.admission_order import AdmissionOrder
+from jaxserve.scheduler.deadline_check import DeadlineCheck
 from jaxserve.scheduler.keyed_queue import KeyedQueue
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.sequence import Sequence
@@ -52,8 +53,15 @@ class Waiting:
     by_urgency: queues of new requests; the best of each is the first to preempt a running sequence.
     """
 
-    def __init__(self, policy: Policy, formation: AdmissionOrder, by_urgency: tuple[KeyedQueue, ...]):
+    def __init__(
+        self,
+        policy: Policy,
+        formation: AdmissionOrder,
+        by_urgency: tuple[KeyedQueue, ...],
+        deadline_check: DeadlineCheck,
+    ):
         self._policy = policy
+        self._deadline_check = deadline_check
         self._formation = formation
         self._deadlines = _Times()
         self._due = _Times()
@@ -72,6 +80,8 @@ class Waiting:
             self._deadlines.push(sequence.request.options.deadline, sequence, len(self.new))
         if self._policy.clocked:
             self._due.push(self._policy.due(sequence), sequence, len(self.new))
+        elif (start_by := self._deadline_check.start_by(sequence)) is not None:
+            self._due.push(start_by, sequence, len(self.new))
 
     def push_back(self, sequence: Sequence) -> None:
         """Adds a preempted sequence, in front of new ones."""
@@ -113,7 +123,7 @@ class Waiting:
         return None if first is None or first[0] > now else first[1]
 
     def late(self, now: float) -> Sequence | None:
-        """Returns a new request that can no longer meet its targets, or None."""
+        """Returns a new request that can no longer meet its deadline or its targets, or None."""
         first = self._due.first()
         return None if first is None or first[0] >= now else first[1]
 

@@ -50,7 +50,7 @@ class SimulationResult:
     Attributes:
         trace: those that could be served: requests that fit neither context nor pool are `num_skipped`.
         finished: time of the final output.
-        reasons: "stop" and "length", "abort" for deadlines missed, "refused" for a full queue.
+        reasons: "stop" and "length", "deadline" for deadlines missed, "refused" for a full queue.
         output_tokens: int64 [N], those generated.
         replica: int64 [N].
         steps: columns of `records.STEP_COLUMNS` of each replica.

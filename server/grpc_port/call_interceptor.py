@@ -47,6 +47,11 @@ class CallContext:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
+    @property
+    def received(self) -> float:
+        """When the call was opened, in seconds of `time.perf_counter`."""
+        return self._call.received
+
     def set_backlog(self, backlog: Callable[[], int]) -> None:
         """Sets a function that returns the number of bytes queued behind a message that the client does not read."""
         self._call.backlog = backlog

@@ -46,6 +46,7 @@ class Call:
         size: bytes of the message that waits for the client.
         backlog: returns the bytes queued behind that message.
         refusal: the reason it was ended while its request message was awaited.
+        received: when it was opened, in seconds of `time.perf_counter`.
     """
 
     method: str
@@ -55,6 +56,7 @@ class Call:
     size: int = 0
     backlog: Callable[[], int] = lambda: 0
     refusal: Status | None = None
+    received: float = dataclasses.field(default_factory=time.perf_counter)
 
     @property
     def is_probe(self) -> bool:

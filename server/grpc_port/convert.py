@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from google.protobuf import message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from jaxserve.config.shown import shown
 from jaxserve.request import SAMPLING_FIELDS, FinishReason, RequestOptions, SamplingParams
+from jaxserve.serving.access.callers import Caller
+from jaxserve.serving.access.request_headers import request_options
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 _REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.ABORT: pb.FINISH_REASON_ABORT,
+    FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
 }
 _REASONS_BACK = {number: reason for reason, number in _REASONS.items()}
 
@@ -64,12 +67,19 @@ def prompt_from_proto(request: pb.GenerateRequest) -> str | Sequence[int]:
             raise ValueError("prompt is not set; give text or token_ids")
 
 
-def options_from_proto(request: pb.GenerateRequest, call_deadline: float | None) -> RequestOptions:
-    """Returns the request's identity options; its deadline is the earlier of its own and the call's.
+def options_from_proto(
+    request: pb.GenerateRequest,
+    call_deadline: float | None,
+    caller: Caller = Caller(),
+    metadata: Mapping[str, str] = {},
+) -> RequestOptions:
+    """Returns the request's identity options; its deadline is the earliest of its own, the call's and the metadata's.
 
     Raises ValueError naming the field.
     """
-    return RequestOptions(
+    return request_options(
+        caller,
+        metadata,
         tenant=request.tenant,
         priority=request.priority,
         deadline=deadline_from_proto(request, call_deadline),

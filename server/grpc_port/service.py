@@ -21,9 +21,10 @@ from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.engine.messages import EngineReady
 from jaxserve.frontend.preparation_steps import Steps
+from jaxserve.request import FinishReason
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.grpc_port.call_interceptor import CallContext
-from jaxserve.serving.grpc_port.status import status, status_of
+from jaxserve.serving.grpc_port.status import Status, status, status_of
 from jaxserve.serving.problem import NotFoundError, check_delta, unforeseen
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
@@ -61,6 +62,7 @@ def _errors_as_status(behavior: Behavior) -> Behavior:
             if answer is None:
                 _log.exception("a call failed with an unforeseen error")
                 answer = status(unforeseen(error))
+        received = context.received if _is_refusal(answer) else None
         # gRPC keeps the error that `abort` raises, with all that it refers to, until the garbage collector finds the
         # circle. So it is raised where neither the first error nor the message, which may be large, is within reach.
         del request
@@ -68,6 +70,9 @@ def _errors_as_status(behavior: Behavior) -> Behavior:
             await context.abort(answer.code, answer.details, answer.metadata)
         except grpc.aio.InternalError as gone:
             raise asyncio.CancelledError("the client is gone") from gone
+        finally:
+            if received is not None:
+                self._served.refusal_times.observe(time.perf_counter() - received)
 
     return behave  # pyright: ignore[reportReturnType]  as `behavior` is
 
@@ -92,6 +97,8 @@ class JaxServeService(pb_grpc.JaxServeServicer):
 
     @_errors_as_status
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
+        metadata = _text_metadata(context)
+        caller = self._served.callers.identify(metadata.get("authorization"))
         frontend = self._served.accepting()
         params = convert.params_from_proto(request.sampling_params)
         prompt = convert.prompt_from_proto(request)
@@ -100,12 +107,14 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         stream = await frontend.submit(
             prompt,
             params,
-            convert.options_from_proto(request, _call_deadline(context)),
+            convert.options_from_proto(request, _call_deadline(context), caller, metadata),
             request_id=request.request_id or None,
         )
         context.set_backlog(lambda: stream.num_unread * _BYTES_PER_TOKEN)
         async with stream:  # left early, it aborts the request
             async for delta in stream:
+                if delta.finish_reason is FinishReason.DEADLINE:  # what there is until then is not lost
+                    await context.write(_response(delta))
                 if delta.finish_reason is not None:
                     check_delta(delta)
                 await context.write(_response(delta))
@@ -140,6 +149,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         ready: EngineReady = self._served.started().ready
         info = ready.info
         stats = self._served.started().stats
+        times, admission = self._served.refusal_times, self._served.started().admission
         return pb.GetServerInfoResponse(
             version=jaxserve.__version__,
             platform=info.platform,
@@ -155,6 +165,17 @@ class JaxServeService(pb_grpc.JaxServeServicer):
             draining=self._served.draining,
             stats=pb.EngineStats(
                 **{field.name: getattr(stats, field.name) for field in pb.EngineStats.DESCRIPTOR.fields}
+            ),
+            admission=None
+            if admission is None
+            else pb.AdmissionStats(
+                num_waiting=admission.num_waiting,
+                waiting_tokens=admission.waiting_tokens,
+                max_waiting_tokens=admission.max_waiting_tokens,
+                rejections=admission.rejections,
+                refusal_seconds_p50=times.quantile(0.5),
+                refusal_seconds_p99=times.quantile(0.99),
+                finished_per_second=admission.finished_per_second or 0.0,
             ),
         )
 
@@ -186,6 +207,16 @@ def _tokenize_steps(tokenizer: Any, request: pb.TokenizeRequest) -> Steps[bytes]
 
     yield from tokenizer.encode_steps(request.text, take)
     return b"".join(parts)
+
+
+def _is_refusal(answer: Status) -> bool:
+    """Whether the client is told to come back later."""
+    return answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED and bool(answer.metadata)
+
+
+def _text_metadata(context: Context) -> dict[str, str]:
+    """Returns the call's metadata by name; of a name that occurs twice the last value."""
+    return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
 def _call_deadline(context: Context) -> float | None:

@@ -155,7 +155,7 @@ def test_deadline_passed_in_the_queue():
     core.step()
     clock[0] = 6.0
     answers = run(core)
-    assert [output.finish_reason for output in answers["b"]] == [FinishReason.ABORT]
+    assert [output.finish_reason for output in answers["b"]] == [FinishReason.DEADLINE]
     assert "deadline" in answers["b"][0].error
     assert core.stats().num_dropped == 1
 
@@ -168,7 +168,7 @@ def test_a_dropped_request_is_told_which_targets_it_missed():
     core.step()
     clock[0] = 6.0
     (answer,) = run(core)["b"]
-    assert answer.finish_reason is FinishReason.ABORT
+    assert answer.finish_reason is FinishReason.DEADLINE
     assert "dropped after 6.000 s in the queue" in answer.error
     assert "late for ttft_target 2 s and tpot_target 0.1 s; raise the targets, set drop_late to False" in answer.error
     assert core.stats().num_dropped == 1

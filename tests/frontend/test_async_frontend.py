@@ -319,7 +319,7 @@ def test_a_deadline_ends_a_stream(tokenizer):
             late = await front_end.submit("hi", PARAMS, **asked(deadline=time.time() + 1000))
             soon = await front_end.submit("hi", PARAMS, **asked(request_id="soon", deadline=time.time() + 0.05))
             deltas = [delta async for delta in soon]
-            assert [(d.finish_reason, d.cause) for d in deltas] == [(FinishReason.ABORT, Cause.DEADLINE)]
+            assert [(d.finish_reason, d.cause) for d in deltas] == [(FinishReason.DEADLINE, Cause.DEADLINE)]
             assert deltas[0].error == "deadline passed after 0 output tokens"
             assert engine.aborted == ["soon"]
             assert not late.finished

@@ -314,7 +314,7 @@ def test_deadlines(front_end, engine, clock, tokenizer):
     clock.now = 1000.9
     assert front_end.expire() == []
     (delta,) = front_end.expire(1001.0)
-    assert (delta.request_id, delta.finish_reason, delta.cause) == ("early", FinishReason.ABORT, Cause.DEADLINE)
+    assert (delta.request_id, delta.finish_reason, delta.cause) == ("early", FinishReason.DEADLINE, Cause.DEADLINE)
     assert delta.error == "deadline passed after 2 output tokens"
     assert engine.aborted == ["early"]
     (delta,) = front_end.expire(2000.0)
@@ -325,13 +325,13 @@ def test_deadlines(front_end, engine, clock, tokenizer):
 def test_a_deadline_that_the_engine_notices_first(front_end, clock):
     front_end.submit("hi", GREEDY, **asked(request_id="r", deadline=1001.0))
     clock.now = 1001.5
-    delta = output(front_end, "r", (), FinishReason.ABORT, "deadline passed")
+    delta = output(front_end, "r", (), FinishReason.DEADLINE, "deadline passed")
     assert (delta.cause, delta.error) == (Cause.DEADLINE, "deadline passed")
 
 
 def test_a_deadline_that_the_engine_cannot_meet(front_end, clock):
     front_end.submit("hi", GREEDY, **asked(request_id="r", deadline=clock.now + 1000))
-    delta = output(front_end, "r", (), FinishReason.ABORT, "deadline cannot be met")
+    delta = output(front_end, "r", (), FinishReason.DEADLINE, "deadline cannot be met")
     assert (delta.cause, delta.error) == (Cause.DEADLINE, "deadline cannot be met")
 
 

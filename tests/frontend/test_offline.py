@@ -77,9 +77,9 @@ def test_a_prompt_whose_deadline_passes_ends_and_the_others_go_on(tokenizer):
     engine = RuleEngine(on_step=lambda step: time.sleep(0.3 if step == 2 else 0))
     llm = LLM(client=engine, tokenizer=tokenizer)
     late, passed, good = llm.generate(["abcdef"] * 3, use_tqdm=False, deadline=[time.time() - 5, deadline, None])
-    assert (late.outputs[0].finish_reason, late.outputs[0].token_ids) == ("abort", ())
+    assert (late.outputs[0].finish_reason, late.outputs[0].token_ids) == ("deadline", ())
     assert "before the request arrived" in late.error
-    assert passed.outputs[0].finish_reason == "abort"
+    assert passed.outputs[0].finish_reason == "deadline"
     assert passed.error.startswith("deadline passed after")
     assert good.outputs[0].text == "abcdef"
     assert llm.generate("abc", use_tqdm=False)[0].outputs[0].text == "abc"

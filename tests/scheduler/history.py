@@ -128,7 +128,7 @@ class History:
         """A turn of the engine's loop."""
         scheduler, previous = self.scheduler, self.in_flight
         for update in scheduler.expire(self.now):
-            self.events["expired"] += update.finish_reason is FinishReason.ABORT
+            self.events["expired"] += update.finish_reason is FinishReason.DEADLINE
             self.take(update)
         unfinished = [one for one in self.sequences.values() if one.request_id not in self.reasons]
         self.ran = [one for one in unfinished if one.status is RequestStatus.RUNNING]
@@ -204,7 +204,7 @@ class History:
         assert set(self.reasons) == set(self.requests)
         for request_id, request in self.requests.items():
             tokens, reason = alone(request)
-            if self.reasons[request_id] is FinishReason.ABORT:
+            if self.reasons[request_id] in (FinishReason.ABORT, FinishReason.DEADLINE):
                 assert self.tokens[request_id] == tokens[: len(self.tokens[request_id])]
             else:
                 assert (self.tokens[request_id], self.reasons[request_id]) == (tokens, reason)

@@ -146,7 +146,7 @@ def test_what_cannot_be_met_is_dropped_where_that_is_set(settings: dict[str, Any
         scheduler.add(request(name, prompt, 1, arrival_time=arrival, priority=8 if name == "can" else 0))
     ended = scheduler.expire(2.0)
     assert [update.sequence.request_id for update in ended] == ["missed", "missed too"]
-    assert {update.finish_reason for update in ended} == {FinishReason.ABORT}
+    assert {update.finish_reason for update in ended} == {FinishReason.DEADLINE}
 
 
 @pytest.mark.parametrize(("tpot_target", "first"), [(2.0, "short"), (0.75, "long")])

@@ -138,7 +138,7 @@ def test_a_deadline_that_passes_in_the_queue_costs_no_prefill():
     scheduler.add(request("late", 3, 5, deadline=10.0))
     assert scheduler.expire(9.0) == []
     (update,) = scheduler.expire(10.5)
-    assert update.finish_reason is FinishReason.ABORT
+    assert update.finish_reason is FinishReason.DEADLINE
     assert "deadline" in update.error
     assert scheduler.schedule() is None
 

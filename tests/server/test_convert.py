@@ -100,7 +100,7 @@ def test_the_earlier_deadline_wins():
 
 
 def test_every_reason_but_error_is_on_the_wire():
-    for reason in (None, FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT):
+    for reason in (None, FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT, FinishReason.DEADLINE):
         assert convert.reason_from_proto(convert.reason_to_proto(reason)) is reason
 
 

@@ -377,7 +377,7 @@ def test_a_refused_call_lets_go_of_what_it_read_at_once(tokenizer, monkeypatch, 
 @pytest.mark.parametrize(
     ("reason", "cause", "error"),
     [
-        (FinishReason.ABORT, Cause.DEADLINE, "DeadlineError"),
+        (FinishReason.DEADLINE, Cause.DEADLINE, "DeadlineError"),
         (FinishReason.ERROR, Cause.ENGINE, "UnavailableError"),
         (FinishReason.ERROR, Cause.CLOSING, "UnavailableError"),
         (FinishReason.ERROR, Cause.REQUEST, "RequestFailedError"),

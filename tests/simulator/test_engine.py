@@ -74,7 +74,7 @@ def test_a_full_queue_refuses_and_a_deadline_ends():
     config = make_config(max_num_seqs=1, max_num_waiting=1)
     trace = make_trace("three", [0.0, 0.1, 0.2], 10, 6, deadlines=[np.inf, 2.0, np.inf])
     result = simulate(config, trace, SimpleCosts(), make_device())
-    assert result.reasons == ("stop", "abort", "refused")
+    assert result.reasons == ("stop", "deadline", "refused")
     assert result.completed.tolist() == [True, False, False]
     assert np.isnan(result.first_token).tolist() == [False, True, True]
 

@@ -81,13 +81,14 @@ class EarliestDeadlineFirst(Policy):
         not."""
         if sequence.start_by is None:
             request = sequence.request
-            prefill = sequence.num_known * self.step_times.seconds_per_token
-            gaps, step = sequence.expected_output - 1, self.step_times.seconds_per_step
             if request.options.deadline is None:
+                prefill = sequence.num_known * self.step_times.seconds_per_token
+                gaps, step = sequence.expected_output - 1, self.step_times.seconds_per_step
                 behind = gaps * max(0.0, step - self.config.tpot_target)
                 sequence.start_by = request.arrival_time + self.config.ttft_target - prefill - behind
             else:
-                sequence.start_by = request.options.deadline - prefill - gaps * step
+                seconds = self.step_times.expected_seconds(sequence.num_known, sequence.expected_output)
+                sequence.start_by = request.options.deadline - seconds
         return sequence.start_by
 
 

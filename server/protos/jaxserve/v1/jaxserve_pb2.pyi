@@ -13,10 +13,12 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_ABORT: _ClassVar[FinishReason]
+    FINISH_REASON_DEADLINE: _ClassVar[FinishReason]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_ABORT: FinishReason
+FINISH_REASON_DEADLINE: FinishReason
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -133,7 +135,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "platform", "attention", "page_size", "num_pages", "max_num_seqs", "max_num_waiting", "num_executables", "compile_seconds", "start_seconds", "uptime_seconds", "draining", "stats")
+    __slots__ = ("version", "platform", "attention", "page_size", "num_pages", "max_num_seqs", "max_num_waiting", "num_executables", "compile_seconds", "start_seconds", "uptime_seconds", "draining", "stats", "admission")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PLATFORM_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +149,7 @@ class GetServerInfoResponse(_message.Message):
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
+    ADMISSION_FIELD_NUMBER: _ClassVar[int]
     version: str
     platform: str
     attention: str
@@ -160,7 +163,33 @@ class GetServerInfoResponse(_message.Message):
     uptime_seconds: float
     draining: bool
     stats: EngineStats
-    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., attention: _Optional[str] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., num_executables: _Optional[int] = ..., compile_seconds: _Optional[float] = ..., start_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., draining: bool = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ...) -> None: ...
+    admission: AdmissionStats
+    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., attention: _Optional[str] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., num_executables: _Optional[int] = ..., compile_seconds: _Optional[float] = ..., start_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., draining: bool = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., admission: _Optional[_Union[AdmissionStats, _Mapping]] = ...) -> None: ...
+
+class AdmissionStats(_message.Message):
+    __slots__ = ("num_waiting", "waiting_tokens", "max_waiting_tokens", "rejections", "refusal_seconds_p50", "refusal_seconds_p99", "finished_per_second")
+    class RejectionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REJECTIONS_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_SECONDS_P50_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_SECONDS_P99_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    num_waiting: int
+    waiting_tokens: int
+    max_waiting_tokens: int
+    rejections: _containers.ScalarMap[str, int]
+    refusal_seconds_p50: float
+    refusal_seconds_p99: float
+    finished_per_second: float
+    def __init__(self, num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., max_waiting_tokens: _Optional[int] = ..., rejections: _Optional[_Mapping[str, int]] = ..., refusal_seconds_p50: _Optional[float] = ..., refusal_seconds_p99: _Optional[float] = ..., finished_per_second: _Optional[float] = ...) -> None: ...
 
 class EngineStats(_message.Message):
     __slots__ = ("num_running", "num_waiting", "pages_free", "pages_used", "pages_cached", "num_steps", "compile_misses", "num_preemptions", "prompt_tokens", "generation_tokens", "computed_tokens", "padding_tokens", "num_compilations", "num_swapped", "pages_swapped", "num_preemptions_recompute", "num_preemptions_swap", "kendall_tau", "num_dropped", "num_executables")

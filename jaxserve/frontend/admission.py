@@ -1,0 +1,489 @@
+"""Decides which requests are let in: the bounds of the waiting room, of each tenant, and of what can be in time.
+
+Everything here is arithmetic on a time that the caller passes: no clock, no input or output. A request counts as
+waiting from `accept` until its first output, and as unfinished until its end. Checks cost O(tenants that have requests
+or were refused lately), whatever the number of requests.
+
+Places and waiting tokens are divided by `shares`. A tenant's share of the places is its weight over the mean service
+of its requests, times their mean stay (Little's law), corrected by how its service of late compares with its weight (`Fairness`), so that service is
+as the weights are, under a policy that goes by arrival too.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable
+
+from jaxserve.config.queue_limits import QueueConfig, TenantConfig
+from jaxserve.config.shown import shown
+from jaxserve.frontend.delta import DeadlineError, QueueFullError
+from jaxserve.frontend.rates import Average, RateMeter, TokenBucket
+from jaxserve.frontend.shares import Claim, may_take, share
+from jaxserve.request import COMPLETED, FinishReason
+
+UNKNOWN_RETRY_SECONDS = 1.0
+"""Seconds after which to try again while no rate of service is known."""
+
+_QUARTER = 4.0
+"""A refused client is told to come back when about this part of the queue has been served."""
+
+_REMEMBERED = 4
+"""Requests that are remembered in the comparison of service with weights, for each place."""
+
+_GAIN = 3.0
+"""Exponent of a correction: what is left of a constant error is its fourth root."""
+
+_MOST_CORRECTION = 4.0
+_LARGEST_UNIT = 1e9
+
+_MORE_CAUTION, _LESS_CAUTION, _MOST_CAUTION = 1.1, 0.998, 3.0
+"""What a missed and a met deadline do to the factor over predicted times: in the end about one in fifty is missed."""
+
+_LEAST_SECONDS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """Describes what the admission must know of the engine.
+
+    max_num_seqs: requests that run. max_open: unfinished requests. in_order: whether a tenant's requests start in order
+    of arrival, so that their wait can be predicted. prompt_weight, output_weight: what a token counts as service.
+    """
+
+    max_num_seqs: int
+    max_open: int
+    in_order: bool = True
+    prompt_weight: float = 1.0
+    output_weight: float = 2.0
+
+
+class _Tenant:
+    """Tracks one tenant's requests."""
+
+    def __init__(self, name: str, config: TenantConfig, now: float):
+        self.name = name
+        self.config = config
+        self.num_open = self.num_waiting = self.waiting_tokens = 0
+        self.refused_until = -1.0  # its share is kept for it; ends when it is let in
+        self.wants_until = -1.0  # it counts among those that want more
+        self.served = 0.0  # in the units of `Fairness`
+        self.service = Average()  # of a request
+        self.run = Average()  # seconds from first output to end
+        self.output = Average()  # tokens of a request that was complete
+        self.most_output = Average()  # what it might have had
+        self.tokens = Average()  # that a request reserves
+        self.starts = RateMeter()
+        self.request_bucket = _bucket(config.requests_per_minute, now)
+        self.token_bucket = _bucket(config.tokens_per_minute, now)
+
+    def is_idle(self, now: float) -> bool:
+        """Whether nothing is lost when it is forgotten."""
+        buckets = (self.request_bucket, self.token_bucket)
+        full = all(bucket is None or bucket.is_full(now) for bucket in buckets)
+        return not self.num_open and now >= self.wants_until and full
+
+
+def _bucket(per_minute: float | None, now: float) -> TokenBucket | None:
+    return None if per_minute is None else TokenBucket(per_minute, now)
+
+
+@dataclasses.dataclass(eq=False)
+class Ticket:
+    """Stands for one accepted request. started: the time of its first output, or None while it waits."""
+
+    tenant: _Tenant
+    prompt_tokens: int
+    max_tokens: int
+    accepted: float
+    deadline: float | None = None
+    started: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.max_tokens
+
+
+class Fairness:
+    """Compares the service that tenants had of late with their weights.
+
+    max_open: unfinished requests, of which a few times as many are remembered.
+    """
+
+    def __init__(self, max_open: int):
+        self._growth = 1 + 1 / max(_REMEMBERED * max_open, 100)
+        self._unit = 1.0
+
+    def add(self, tenant: _Tenant, service: float, tenants: Iterable[_Tenant]) -> None:
+        """Counts the service of a request that has ended; all that was counted before fades a little."""
+        self._unit *= self._growth
+        tenant.served += self._unit * service
+        if self._unit > _LARGEST_UNIT:
+            for each in {tenant, *tenants}:
+                each.served /= self._unit
+            self._unit = 1.0
+
+    def lift(self, tenant: _Tenant, active: Iterable[_Tenant]) -> None:
+        """Gives a tenant that comes back what the others had meanwhile, so that a pause saves nothing."""
+        served, weights = self._sums(active)
+        if weights:
+            tenant.served = max(tenant.served, tenant.config.weight * served / weights)
+
+    def corrections(self, tenants: Iterable[_Tenant], now: float) -> dict[_Tenant, float]:
+        """Returns by how much each tenant's share should differ from its weight.
+
+        Above 1 for one that had too little. Those that were not refused lately have what they want, and do not count.
+        """
+        wanting = [each for each in tenants if now < each.wants_until]
+        served, weights = self._sums(wanting)
+        found = dict.fromkeys(tenants, 1.0)
+        if served:
+            for each in wanting:
+                due = each.config.weight * served / weights
+                correction = (due / max(each.served, 1e-9)) ** _GAIN
+                found[each] = min(max(correction, 1 / _MOST_CORRECTION), _MOST_CORRECTION)
+        return found
+
+    @staticmethod
+    def _sums(tenants: Iterable[_Tenant]) -> tuple[float, float]:
+        pairs = [(each.served, each.config.weight) for each in tenants]
+        return sum(served for served, _ in pairs), sum(weight for _, weight in pairs)
+
+
+class Admission:
+    """Tracks unfinished requests by tenant and says which further ones may come.
+
+    Every `now` is of one clock, which deadlines are compared with, and may stand still.
+    """
+
+    def __init__(self, config: QueueConfig, engine: Engine):
+        self._config = config
+        self._engine = engine
+        self._tenants: dict[str, _Tenant] = {}
+        self._active: dict[_Tenant, None] = {}  # those with requests or refused lately
+        self._others: _Tenant | None = None  # all tenants beyond max_tenants
+        self.num_open = self.num_waiting = self.waiting_tokens = 0
+        self._starts, self._started_tokens, self._ends = RateMeter(), RateMeter(), RateMeter()
+        self._fairness = Fairness(engine.max_open)
+        self._service = Average()
+        self.output, self.most_output = Average(), Average()
+        self._wait, self.run = Average(), Average()
+        self._caution = 1.0
+        self._seconds_per_token = Average()
+        self._seen: float | None = None
+        self.rejections: collections.Counter[str] = collections.Counter()
+
+    @property
+    def max_waiting_tokens(self) -> int:
+        return self._config.max_waiting_tokens
+
+    @property
+    def _is_backlogged(self) -> bool:
+        """Whether more requests are unfinished than can run: only then do starts tell how fast a queue moves."""
+        return self.num_open > self._engine.max_num_seqs
+
+    @property
+    def finished_per_second(self) -> float | None:
+        """Rate at which requests end while there are any; None while it is unknown."""
+        return self._ends.rate
+
+    # ---- what may come -------------------------------------------------------------------------------------------
+
+    def check(
+        self,
+        name: str,
+        prompt_tokens: int,
+        max_tokens: int,
+        now: float,
+        *,
+        deadline: float | None = None,
+        ending: int = 0,
+    ) -> None:
+        """Raises where `accept` must not be called. Called before a prompt is tokenized, with the least tokens it has.
+
+        Args:
+            name: the tenant.
+            prompt_tokens: tokens of the prompt.
+            max_tokens: output tokens that the request may take.
+            now: the present time.
+            deadline: of the request.
+            ending: requests that have ended here and that the engine has yet to release.
+
+        Raises:
+            QueueFullError: it may come later; the error says when.
+            DeadlineError: it would be too late, as predicted.
+        """
+        self._pass(now)
+        tenant = self._tenant(name, now)
+        tokens = prompt_tokens + max_tokens
+        self._check_tenant(tenant, tokens, now)
+        self._check_places(tenant, ending, now)
+        self._check_tokens(tenant, tokens, now)
+        self._check_wait(tenant, max_tokens, deadline, now)
+
+    def accept(
+        self, name: str, prompt_tokens: int, max_tokens: int, now: float, *, deadline: float | None = None
+    ) -> Ticket:
+        """Counts a request that was checked; returns what `started` and `ended` take."""
+        self._pass(now)
+        tenant = self._tenant(name, now)
+        ticket = Ticket(tenant, prompt_tokens, max_tokens, now, deadline)
+        self._joins(tenant)
+        tenant.refused_until = now
+        tenant.tokens.add(ticket.tokens)
+        for counts in (self, tenant):
+            counts.num_open += 1
+            counts.num_waiting += 1
+            counts.waiting_tokens += ticket.tokens
+        if tenant.request_bucket is not None:
+            tenant.request_bucket.take(1, now)
+        if tenant.token_bucket is not None:
+            tenant.token_bucket.take(ticket.tokens, now)
+        return ticket
+
+    def started(self, ticket: Ticket, now: float) -> None:
+        """Records a request's first output."""
+        self._pass(now)
+        ticket.started = now
+        self._leaves_queue(ticket)
+        self._wait.add(max(now - ticket.accepted, 0.0))
+        if self._is_backlogged:
+            self._starts.happened()
+            self._started_tokens.happened(ticket.tokens)
+            ticket.tenant.starts.happened()
+
+    def ended(self, ticket: Ticket, output_tokens: int, now: float, reason: FinishReason = FinishReason.STOP) -> None:
+        """Records the end of a request, for whatever reason. output_tokens: that were computed for it."""
+        self._pass(now)
+        tenant = ticket.tenant
+        if ticket.started is None:
+            self._leaves_queue(ticket)
+        else:
+            self._learn(ticket, output_tokens, now, reason)
+        if ticket.deadline is not None:
+            factor = _MORE_CAUTION if reason is FinishReason.DEADLINE else _LESS_CAUTION
+            self._caution = min(max(self._caution * factor, 1.0), _MOST_CAUTION)
+        self._ends.happened()
+        for counts in (self, tenant):
+            counts.num_open -= 1
+        if tenant.token_bucket is not None:
+            used = output_tokens + (ticket.prompt_tokens if ticket.started is not None else 0)
+            tenant.token_bucket.take(used - ticket.tokens, now)
+
+    def _leaves_queue(self, ticket: Ticket) -> None:
+        for counts in (self, ticket.tenant):
+            counts.num_waiting -= 1
+            counts.waiting_tokens -= ticket.tokens
+
+    def _learn(self, ticket: Ticket, output_tokens: int, now: float, reason: FinishReason) -> None:
+        engine, tenant = self._engine, ticket.tenant
+        service = engine.prompt_weight * ticket.prompt_tokens + engine.output_weight * output_tokens
+        for known in (self._service, tenant.service):
+            known.add(service)
+        self._fairness.add(tenant, service, self._tenants.values())
+        assert ticket.started is not None
+        seconds = max(now - ticket.started, 0.0)
+        if output_tokens > 1:
+            self._seconds_per_token.add(seconds / (output_tokens - 1))
+        for known in (self, tenant):
+            known.run.add(seconds)
+            if reason.value in COMPLETED:
+                known.output.add(output_tokens)
+                known.most_output.add(ticket.max_tokens)
+
+    # ---- checks --------------------------------------------------------------------------------------------------
+
+    def _check_tenant(self, tenant: _Tenant, tokens: int, now: float) -> None:
+        """Checks the tenant's own limits."""
+        config, who = tenant.config, f"tenant {shown(tenant.name)}"
+        if config.max_requests is not None and tenant.num_open >= config.max_requests:
+            raise self._refusal(
+                "tenant_requests",
+                f"{who} has {tenant.num_open} unfinished requests; at most {config.max_requests} (max_requests) are "
+                "allowed: wait for one to end",
+                self._until_ended(1, tenant),
+            )
+        if config.max_waiting_requests is not None and tenant.num_waiting >= config.max_waiting_requests:
+            raise self._refusal(
+                "tenant_waiting_requests",
+                f"{who} has {tenant.num_waiting} waiting requests; at most {config.max_waiting_requests} "
+                "(max_waiting_requests) are allowed: try again later",
+                self._until_started(tenant),
+            )
+        most = config.max_waiting_tokens
+        if most is not None and tenant.waiting_tokens and tenant.waiting_tokens + tokens > most:
+            raise self._refusal(
+                "tenant_waiting_tokens",
+                f"{who} has {tenant.waiting_tokens} waiting tokens of prompts and max_tokens; with {tokens} of this "
+                f"request they would exceed max_waiting_tokens {most}: try again later or lower max_tokens",
+                self._until_started(tenant),
+            )
+        for bucket, amount, field, limit in (
+            (tenant.request_bucket, 1, "requests_per_minute", config.requests_per_minute),
+            (tenant.token_bucket, tokens, "tokens_per_minute", config.tokens_per_minute),
+        ):
+            if bucket is not None and (seconds := bucket.seconds_until(amount, now)) > 0:
+                words = "its next request" if amount == 1 else f"the {amount} tokens of this request"
+                raise self._refusal(
+                    f"tenant_{field}",
+                    f"{who} is over its {field} of {limit:g}: {words} may come in {seconds:.1f} s",
+                    seconds,
+                )
+
+    def _check_places(self, tenant: _Tenant, ending: int, now: float) -> None:
+        """Checks the number of unfinished requests, and the tenant's share of it."""
+        capacity, used = self._engine.max_open, self.num_open + ending
+        corrections = self._fairness.corrections({**self._active, tenant: None}, now)
+        own = self._place_claim(tenant, corrections[tenant], now)
+        others = [self._place_claim(each, corrections[each], now) for each in self._active if each is not tenant]
+        if may_take(1, own, others, capacity, used):
+            return
+        seconds = self._until_ended(max(1.0, (used - self._engine.max_num_seqs) / _QUARTER), None)
+        self._wants(tenant, seconds, now)
+        if used >= capacity:
+            raise self._refusal(
+                "queue_requests",
+                f"{used} requests are unfinished; at most {capacity} (max_num_seqs + max_num_waiting) are allowed: try "
+                "again later",
+                seconds,
+            )
+        total = own.weight + sum(other.weight for other in others)
+        raise self._refusal(
+            "tenant_share",
+            f"tenant {shown(tenant.name)} has {tenant.num_open} unfinished requests; its share of {capacity} "
+            f"(max_num_seqs + max_num_waiting) is {share(own.weight, total, capacity):.0f}, and others want theirs: "
+            "try again later",
+            seconds,
+        )
+
+    def _check_tokens(self, tenant: _Tenant, tokens: int, now: float) -> None:
+        """Checks the waiting tokens, and the tenant's share of them."""
+        capacity, used = self._config.max_waiting_tokens, self.waiting_tokens
+        if not used:
+            return
+        own = self._token_claim(tenant, now)
+        others = [self._token_claim(each, now) for each in self._active if each is not tenant]
+        if may_take(tokens, own, others, capacity, used):
+            return
+        lacking = max(used + tokens - capacity, used / _QUARTER)
+        rate = self._started_tokens.rate
+        seconds = lacking / rate if rate else UNKNOWN_RETRY_SECONDS
+        self._wants(tenant, seconds, now)
+        raise self._refusal(
+            "queue_tokens" if used + tokens > capacity else "tenant_share",
+            f"{used} tokens of prompts and max_tokens wait, {tenant.waiting_tokens} of them tenant "
+            f"{shown(tenant.name)}'s; with {tokens} of this request they would exceed max_waiting_tokens {capacity}, "
+            "or the tenant's share of it: try again later or lower max_tokens",
+            seconds,
+        )
+
+    def _check_wait(self, tenant: _Tenant, max_tokens: int, deadline: float | None, now: float) -> None:
+        """Checks the predicted wait, while there is a queue."""
+        if not self._engine.in_order or not self._is_backlogged:
+            return
+        wait = self._predicted_wait(tenant)
+        if wait is None:
+            return
+        most = self._config.max_waiting_seconds
+        if most is not None and wait > most:
+            seconds = max(wait - most, wait / _QUARTER)
+            self._wants(tenant, seconds, now)
+            raise self._refusal(
+                "queue_seconds",
+                f"a request would wait {wait:.2f} s for its first token; at most {most:g} s (max_waiting_seconds) are "
+                "allowed: try again later",
+                seconds,
+            )
+        if deadline is None or not self._config.drop_unreachable:
+            return
+        known = tenant if tenant.output.value else self
+        output = max_tokens * min((known.output.value or 0.0) / (known.most_output.value or 1.0), 1.0)
+        run = (self._seconds_per_token.value or 0.0) * output
+        if now + self._caution * (wait + run) > deadline:
+            self.rejections["deadline"] += 1
+            raise DeadlineError(
+                f"deadline is in {deadline - now:.3f} s and cannot be met: {self.num_waiting} requests wait, which "
+                f"takes about {wait:.3f} s, and {output:.0f} output tokens take about {run:.3f} s: allow more time "
+                "or try again later"
+            )
+
+    # ---- predictions ---------------------------------------------------------------------------------------------
+
+    def _predicted_wait(self, tenant: _Tenant) -> float | None:
+        """Returns the seconds until a request of the tenant that came now would start; None while no rate is known.
+
+        The shorter of two predictions: by all requests that wait, and by the tenant's own.
+        """
+        pairs = ((self.num_waiting, self._starts.rate), (tenant.num_waiting, tenant.starts.rate))
+        return min((waiting / rate for waiting, rate in pairs if rate), default=None)
+
+    def _until_ended(self, count: float, tenant: _Tenant | None) -> float:
+        """Returns the seconds in which so many requests end, of one tenant or of all."""
+        rate = self._ends.rate
+        if not rate:
+            return UNKNOWN_RETRY_SECONDS
+        part = 1.0 if tenant is None else tenant.num_open / max(self.num_open, 1)
+        return count / (rate * part)
+
+    def _until_started(self, tenant: _Tenant) -> float:
+        """Returns the seconds in which a quarter of the tenant's waiting requests start, and at least one."""
+        rate = tenant.starts.rate or self._starts.rate
+        return max(1.0, tenant.num_waiting / _QUARTER) / rate if rate else UNKNOWN_RETRY_SECONDS
+
+    def _refusal(self, reason: str, text: str, seconds: float) -> QueueFullError:
+        self.rejections[reason] += 1
+        config = self._config
+        seconds = min(max(seconds, config.min_retry_seconds), config.max_retry_seconds)
+        return QueueFullError(text, retry_seconds=seconds)
+
+    # ---- tenants -------------------------------------------------------------------------------------------------
+
+    def _wants(self, tenant: _Tenant, seconds: float, now: float) -> None:
+        """Keeps the tenant's share for it until its clients have had the time to come back."""
+        seconds = min(max(seconds, self._config.min_retry_seconds), self._config.max_retry_seconds)
+        tenant.refused_until = tenant.wants_until = max(tenant.wants_until, now + 2 * seconds + 1)
+        self._joins(tenant)
+
+    def _joins(self, tenant: _Tenant) -> None:
+        """Counts a tenant among those that have or want something."""
+        if tenant not in self._active:
+            self._fairness.lift(tenant, self._active)
+            self._active[tenant] = None
+
+    def _place_claim(self, tenant: _Tenant, correction: float, now: float) -> Claim:
+        service = tenant.service.value or self._service.value or 1.0
+        run = self.run.value if tenant.run.value is None else tenant.run.value
+        seconds = (self._wait.value or 0.0) + (run or 0.0) + _LEAST_SECONDS
+        return Claim(correction * tenant.config.weight / service * seconds, tenant.num_open, now < tenant.refused_until)
+
+    def _token_claim(self, tenant: _Tenant, now: float) -> Claim:
+        unit = tenant.tokens.value or 1.0
+        return Claim(tenant.config.weight, tenant.waiting_tokens, now < tenant.refused_until, unit)
+
+    def _tenant(self, name: str, now: float) -> _Tenant:
+        tenant = self._tenants.get(name)
+        if tenant is not None:
+            return tenant
+        if len(self._tenants) >= self._config.max_tenants:
+            self._tenants = {known: each for known, each in self._tenants.items() if not each.is_idle(now)}
+        if len(self._tenants) >= self._config.max_tenants and name not in self._config.tenants:
+            self._others = self._others or _Tenant("(others)", self._config.default_tenant, now)
+            return self._others
+        tenant = self._tenants[name] = _Tenant(name, self._config.tenant(name), now)
+        return tenant
+
+    def _pass(self, now: float) -> None:
+        """Counts the time since the last call for the rates, and forgets tenants that want nothing any more."""
+        if self._seen is not None and now > self._seen:
+            seconds = now - self._seen
+            if self.num_open:
+                self._ends.passed(seconds)
+            if self._is_backlogged:
+                self._starts.passed(seconds)
+                self._started_tokens.passed(seconds)
+                for tenant in self._active:
+                    if tenant.num_waiting:
+                        tenant.starts.passed(seconds)
+            if any(not each.num_open and now >= each.wants_until for each in self._active):
+                self._active = {each: None for each in self._active if each.num_open or now < each.wants_until}
+        self._seen = now if self._seen is None else max(now, self._seen)

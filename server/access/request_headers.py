@@ -1,0 +1,81 @@
+"""Reads who a request is for and how urgent it is from headers, or gRPC metadata, for every port alike.
+
+x-tenant is the tenant, x-priority a whole number, higher for what is more urgent, and x-request-timeout the seconds
+from the request's arrival until its answer is of no more use.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+
+from jaxserve.config.shown import shown
+from jaxserve.request import RequestOptions
+from jaxserve.serving.access.callers import Caller
+
+TENANT = "x-tenant"
+PRIORITY = "x-priority"
+TIMEOUT = "x-request-timeout"
+
+
+def request_options(
+    caller: Caller,
+    headers: Mapping[str, str],
+    *,
+    tenant: str = "",
+    priority: int = 0,
+    deadline: float | None = None,
+    cache_salt: str = "",
+    now: float | None = None,
+) -> RequestOptions:
+    """Returns a request's options.
+
+    What is fixed to the caller counts before what the request itself says, and that before the headers. Of several
+    deadlines the earliest counts.
+
+    Args:
+        caller: who sends it.
+        headers: by lower-case name.
+        tenant: as the request's body says; "" leaves it to the header.
+        priority: as the request's body says, higher first; 0 leaves it to the header.
+        deadline: earliest one known otherwise, in seconds of `time.time`.
+        cache_salt: as the request's body says.
+        now: when the request arrived; None is the present.
+
+    Raises:
+        ValueError: a header is malformed; the error names it.
+    """
+    timeout = _timeout(headers)
+    if timeout is not None:
+        end = (time.time() if now is None else now) + timeout
+        deadline = end if deadline is None else min(deadline, end)
+    return caller.options(
+        tenant=tenant or headers.get(TENANT, ""),
+        priority=priority or _priority(headers),
+        deadline=deadline,
+        cache_salt=cache_salt,
+    )
+
+
+def _priority(headers: Mapping[str, str]) -> int:
+    text = headers.get(PRIORITY)
+    if text is None:
+        return 0
+    digits = text.strip().removeprefix("-").removeprefix("+")
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= 10):
+        raise ValueError(f"{PRIORITY} is {shown(text)}; it must be a whole number, higher for what is more urgent")
+    return int(text)
+
+
+def _timeout(headers: Mapping[str, str]) -> float | None:
+    text = headers.get(TIMEOUT)
+    if text is None:
+        return None
+    try:
+        seconds = float(text) if len(text) <= 32 else math.nan
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"{TIMEOUT} is {shown(text)}; it must be a finite number of seconds above 0")
+    return seconds
