@@ -96,7 +96,7 @@ def test_the_deadline_of_the_call_reaches_the_engine(tokenizer):
     run_served(body, tokenizer)
 
 
-def test_a_deadline_in_the_past_is_refused_before_the_engine_hears_of_it(tokenizer):
+def test_fault_16_a_deadline_in_the_past_is_refused_before_the_engine_hears_of_it(tokenizer):
     async def body(served: Served) -> None:
         code, details = await status_of(served.client.generate_text("a", GREEDY, deadline=time.time() - 1))
         assert code is Code.DEADLINE_EXCEEDED
