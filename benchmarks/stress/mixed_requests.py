@@ -18,6 +18,7 @@ import grpc
 from benchmarks.load.datasets import LoadRequest
 from jaxserve.request import SamplingParams
 from jaxserve.serving.grpc_client import generate_request
+from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 
 PATIENCE = 180.0
@@ -95,9 +96,10 @@ class MixedClient:
         try:
             async for response in call:
                 outcome.tokens += len(response.token_ids)
-                if response.finish_reason:
+                reason = response.finish_reason
+                if reason not in (pb.FINISH_REASON_UNSPECIFIED, pb.FINISH_REASON_DEADLINE):  # its status follows
                     outcome.answers += 1
-                    outcome.status = {1: "stop", 2: "length", 3: "abort"}.get(response.finish_reason, "unknown")
+                    outcome.status = pb.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()
                 if outcome.kind == "slow":
                     await asyncio.sleep(self._random.uniform(0.0, 0.5))
         except grpc.aio.AioRpcError as error:

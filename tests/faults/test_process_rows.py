@@ -7,10 +7,12 @@ import contextlib
 import os
 import pathlib
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 
 import grpc
+import httpx
 import pytest
 
 from jaxserve.config.settings import EngineConfig
@@ -116,6 +118,46 @@ def test_fault_24_a_second_signal_while_many_streams_run_ends_the_server_at_once
 
     asyncio.run(body())
     assert process.end()[0] == 0
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_fault_24_streams_of_both_ports_end_alike(tmp_path, signals):
+    """When the drain is over, or at once with a second signal: each is told, and the exit code is 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = (f"http_port={port}", f"drain_seconds={600.0 if signals == 2 else 0.2}")
+    overrides = [f"--gin.ServerConfig.{setting}" for setting in settings]
+    directory = save_tokenizer(tmp_path)
+    process = Process([sys.executable, "-m", "tests.server.echo_server", "run", str(directory), *overrides])
+
+    async def body() -> None:
+        address = (await asyncio.to_thread(process.until, r"ready on (\S+) and (\S+) in"))[1]
+        process.order("pause")
+        fields = {"model": "tiny", "prompt": "abc", "stream": True}
+        async with httpx.AsyncClient(timeout=60.0) as http, AsyncClient(address) as client:
+            url = f"http://127.0.0.1:{port}"
+            streams = (
+                asyncio.ensure_future(http.post(f"{url}/v1/completions", json=fields)),
+                asyncio.ensure_future(status_of(client.generate_text("abc", GREEDY))),
+            )
+            await asyncio.to_thread(process.order, "wait 2")
+            assert (await http.get(f"{url}/health/ready")).status_code == 200
+            for number in range(signals):
+                process.popen.send_signal(signal.SIGTERM)  # which must be seen before the next, or they are one
+                await asyncio.to_thread(process.until, "ending at once" if number else "2 requests may finish")
+            answer, (code, details) = await asyncio.gather(*streams)
+            assert "shutting down" in answer.text
+            assert "[DONE]" not in answer.text
+            assert (code, "shutting down" in details) == (Code.UNAVAILABLE, True)
+
+    try:
+        asyncio.run(body())
+        code, lines = process.end()
+        assert code == 0, lines
+        assert not any("Traceback" in line for line in lines)
+    finally:
+        process.close()
 
 
 def test_fault_25_a_truncated_checkpoint_stops_the_start_with_one_line_and_runs_no_code(tmp_path):
