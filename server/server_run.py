@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib
 import logging
 import os
@@ -27,6 +28,7 @@ from jaxserve.frontend.admission import Admission, Engine
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.large_blocks import return_large_blocks
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.serving.grpc_port.connections import connection_limit
 from jaxserve.serving.grpc_port.grpc_server import GrpcServer
 from jaxserve.serving.http_port.http_server import HttpServer
 from jaxserve.serving.running_log import log_while_busy, phases_log, start_lines
@@ -256,20 +258,21 @@ class Listener(Protocol):
 
 def listeners(config: ServerConfig, served: ServedModel) -> list[Listener]:
     """Returns the ports to serve."""
+    # Descriptors are shared alike.
+    most = connection_limit(config.limits.max_connections, 2 if config.http_port else 1)
+    limits = dataclasses.replace(config.limits, max_connections=most)
     found: list[Listener] = [
         GrpcServer(
             config.host,
             config.port,
             config.max_message_bytes,
             served,
-            config.limits,
+            limits,
             returns_memory=config.engine_process,
         )
     ]
     if config.http_port:
-        found.append(
-            HttpServer(config.host, config.http_port, served, config.http, config.limits, config.max_message_bytes)
-        )
+        found.append(HttpServer(config.host, config.http_port, served, config.http, limits, config.max_message_bytes))
     return found
 
 

@@ -16,19 +16,23 @@ from benchmarks import report
 
 @contextlib.contextmanager
 def started_server(
-    config: str, overrides: Sequence[str], root: pathlib.Path = report.ROOT, open_files: int | None = None
+    config: str,
+    overrides: Sequence[str],
+    root: pathlib.Path = report.ROOT,
+    open_files: int | None = None,
+    http_port: int = 0,
 ) -> Iterator[tuple[str, int]]:
     """A server process on a free port; yields its address and process id, and ends it with SIGTERM.
 
     overrides: --gin.BINDING=VALUE. root: of the checkout that it runs. open_files: how many files each of its processes
-    may open.
+    may open. http_port: a free one, or 0 for no HTTP.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "jaxserve.server", "--config", config, *overrides]
     if root == report.ROOT:  # an earlier checkout is always complete, and knows neither setting
-        command.append("--gin.ServerConfig.http_port=0")
+        command.append(f"--gin.ServerConfig.http_port={http_port}")
         command.append("--gin.EngineConfig.ready_when='complete'")  # nothing may be compiled beside what is measured
     process = subprocess.Popen(
         [*command, f"--gin.ServerConfig.port={port}"],

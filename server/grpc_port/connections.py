@@ -46,8 +46,8 @@ class DescriptorError(OSError):
     """The limit of open files is too low; the text is one line with the remedy."""
 
 
-def connection_limit(wanted: int | None) -> int:
-    """Returns the maximum number of connections: `wanted`, or what the limit of open files allows.
+def connection_limit(wanted: int | None, num_ports: int = 1) -> int:
+    """Returns the maximum number of connections of each port: `wanted`, or what the limit of open files allows.
 
     Raises this process's soft limit to the hard one. Raises DescriptorError when too few descriptors are left.
     """
@@ -59,12 +59,13 @@ def connection_limit(wanted: int | None) -> int:
         except (OSError, ValueError) as error:  # macOS allows less than its hard limit says
             _log.info("the limit of open files stays at %d: %s", soft, error)
     needed = len(_descriptors()) + SPARE_DESCRIPTORS
-    room = MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else soft - needed
+    room = MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else (soft - needed) // num_ports
     least = wanted or FEWEST_CONNECTIONS
     if room < least:
         raise DescriptorError(
-            f"the limit of open files is {soft}; the server needs {needed} and one for each of at least {least} "
-            f"connections: raise the limit (ulimit -n {needed + least})" + (" or lower max_connections" * bool(wanted)),
+            f"the limit of open files is {soft}; the server needs {needed} and one for each of at least "
+            f"{least * num_ports} connections: raise the limit (ulimit -n {needed + least * num_ports})"
+            + (" or lower max_connections" * bool(wanted)),
         )
     return wanted or min(room, MOST_CONNECTIONS)
 

@@ -35,7 +35,7 @@ def make_app(served: ServedModel, config: HttpConfig = HttpConfig(), max_body_by
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _error)
     of_routes = app.openapi
-    app.openapi = lambda: document(of_routes(), served, max_body_bytes)
+    app.openapi = lambda: document(of_routes(), served, config)
     return app
 
 

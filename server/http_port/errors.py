@@ -42,7 +42,9 @@ _OF_HTTP: Mapping[int, tuple[str, str]] = {
 }
 """Type and code of what concerns HTTP itself."""
 
-_FIELD = re.compile(r"(?:body has the unknown field ')?([A-Za-z_][\w.\[\]-]*)(?:'; | (?:is|has|must|and|are|names)\b)")
+_FIELD = re.compile(
+    r"(?:body has the unknown field ')?([A-Za-z_][\w.\[\]-]*)(?:'; | (?:is|has|have|must|and|are|names|needs?|do)\b)"
+)
 
 
 class HttpError(Exception):

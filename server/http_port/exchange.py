@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -12,11 +13,14 @@ from starlette.types import Receive, Scope, Send
 
 from jaxserve.config.shown import shown
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
+from jaxserve.request import check_identity
 from jaxserve.serving.access.callers import Caller
 from jaxserve.serving.http_port.errors import HttpError, error_answer
 from jaxserve.serving.http_port.json_bodies import Structure, parse_steps
 
 T = TypeVar("T")
+
+REQUEST_ID = "x-request-id"
 
 _JSON = (b"content-type", b"application/json")
 _EVENTS = (
@@ -57,6 +61,19 @@ class Exchange:
         """Returns the value of a header; None without one. name: in lower case."""
         value = self._headers.get(name.encode())
         return None if value is None else value.decode("latin-1")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the request by name, in lower case; of several of one name the first."""
+        return {name.decode("latin-1"): value.decode("latin-1") for name, value in self._headers.items()}
+
+    def request_id(self) -> str:
+        """Returns the request id that the client has chosen in the headers, or a new one. Raises ValueError."""
+        value = self.header(REQUEST_ID)
+        if not value:
+            return uuid.uuid4().hex
+        check_identity(REQUEST_ID, value)
+        return value
 
     def add_header(self, name: str, value: str) -> None:
         """Adds a header to the response, which has not begun. What a header cannot hold is escaped."""

@@ -18,11 +18,11 @@ from jaxserve.frontend.delta import Delta
 from jaxserve.frontend.openai import COMPLETIONS_URL, BodyRequest, Dialect, parse_body
 from jaxserve.frontend.openai_responses import Answer, response_body
 from jaxserve.request import check_identity
+from jaxserve.serving.access.request_headers import request_options
 from jaxserve.serving.http_port.errors import check_model
 from jaxserve.serving.http_port.events import ChoiceEvents, StreamHead
-from jaxserve.serving.http_port.exchange import ClientGoneError, Exchange
+from jaxserve.serving.http_port.exchange import REQUEST_ID, ClientGoneError, Exchange
 from jaxserve.serving.http_port.json_bodies import Structure
-from jaxserve.serving.http_port.request_headers import REQUEST_ID, options_of, request_id_of
 from jaxserve.serving.problem import check_delta
 from jaxserve.serving.served_model import ServedModel
 
@@ -65,7 +65,7 @@ class Generation:
             await exchange.fail(error)
 
     async def _serve(self, exchange: Exchange) -> None:
-        request_id = request_id_of(exchange)
+        request_id = exchange.request_id()
         exchange.add_header(REQUEST_ID, request_id)
         frontend = self._served.accepting()
         body = await exchange.read_json(frontend, self._parse, lambda found: self._check_structure(frontend, found))
@@ -131,7 +131,15 @@ class _Run:
     async def submit(self, open_streams: contextlib.AsyncExitStack) -> None:
         """Submits every prompt; all or none. open_streams: closes them, which aborts those unfinished."""
         request, frontend = self._request, self._frontend
-        options = options_of(self._exchange, request)
+        asked = request.options
+        options = request_options(
+            self._exchange.caller,
+            self._exchange.headers,
+            tenant=asked.tenant,
+            priority=asked.priority,
+            deadline=asked.deadline,
+            cache_salt=asked.cache_salt,
+        )
         prompts = request.prompts
         if (chat := request.chat) is not None:
             text = await frontend.render_chat(

@@ -14,6 +14,9 @@ from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.serving.http_port.errors import HttpError, error_answer
 from jaxserve.serving.http_port.http_connections import HttpConnections
 
+_MOST_UNSENT = 64 * 1024
+"""Bytes that the system queues for one connection, besides those on their way."""
+
 
 def protocol_factory(
     connections: HttpConnections, limits: LimitsConfig, max_header_bytes: int
@@ -69,9 +72,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     # ---- asyncio.Protocol ----
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._keep_alive(transport.get_extra_info("socket"))
+        self._set_options(transport.get_extra_info("socket"))
         self._tracked.opened(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -79,7 +82,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
+        if self._refused or self.parser is None:  # the connection is lost
             return
         self._unset_keepalive_if_required()
         try:
@@ -116,7 +119,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._in_body = True
-        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         self._head_bytes = size
         if size > self._max_header_bytes:
             return  # data_received refuses it
@@ -141,8 +144,10 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self.pipeline and not self._in_body and not self.transport.is_closing():
             self._tracked.rests(self)
 
-    def _keep_alive(self, connection: socket.socket | None) -> None:
-        """Lets the system ask silent peers for a sign of life, and give up those that do not answer."""
+    def _set_options(self, connection: socket.socket | None) -> None:
+        """Lets the system ask silent peers for a sign of life, give up those that do not answer, and queue little for
+        those that do not read: it would take megabytes before a slow reader is noticed.
+        """
         if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
             return
         every, patience = round(self._limits.keepalive_seconds), self._limits.keepalive_timeout_seconds
@@ -151,6 +156,7 @@ class BoundedProtocol(HttpToolsProtocol):
             ("TCP_KEEPIDLE", max(1, every)),
             ("TCP_KEEPINTVL", max(1, round(patience / 4))),
             ("TCP_KEEPCNT", 4),
+            ("TCP_NOTSENT_LOWAT", _MOST_UNSENT),
         ):
             if hasattr(socket, name):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -65,7 +65,7 @@ class HttpServer:
         self.port = port
         self._served = served
         config, limits = config or HttpConfig(), limits or LimitsConfig()
-        self.connections = HttpConnections(limits, connection_limit(limits.max_connections))
+        self.connections = HttpConnections(limits, limits.max_connections or connection_limit(None))
         gate = Gate(make_app(served, config, max_body_bytes), served, self.connections)
         self._uvicorn = _Uvicorn(
             uvicorn.Config(

@@ -81,10 +81,8 @@ def _count_steps(data: bytes) -> Steps[Structure]:
         end = start + _PIECE
         piece = data[start:end]
         if end < len(data):  # what escapes the next byte stays with it
-            kept = piece.rstrip(b"\\")
-            if not kept:
-                raise ValueError(f"the body is no JSON that can be read: it has {_PIECE} backslashes in a row")
-            piece = kept
+            backslashes = len(piece) - len(piece.rstrip(b"\\"))
+            piece = piece[: len(piece) - backslashes % 2]
         start += len(piece)
         parts = piece.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
         outside = b"".join(parts[1 if inside else 0 :: 2])

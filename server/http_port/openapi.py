@@ -2,11 +2,309 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxserve.config.http_config import HttpConfig
+from jaxserve.config.sampling_fields import MAX_INT32, Flag, Ids, Kind, Number, Texts, Whole
+from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, field_names, neutral_values
+from jaxserve.request import MAX_ID_LENGTH, SAMPLING_FIELDS
+from jaxserve.serving.access.callers import Anybody
+from jaxserve.serving.access.request_headers import PRIORITY, TENANT, TIMEOUT
+from jaxserve.serving.http_port.exchange import REQUEST_ID
+from jaxserve.serving.http_port.routes.tokens import MAX_DETOKENIZED
 from jaxserve.serving.served_model import ServedModel
 
+Schema = dict[str, Any]
 
-def document(found: dict[str, Any], served: ServedModel, max_body_bytes: int) -> dict[str, Any]:
-    """Returns the document."""
-    return found
+_ERRORS: Mapping[int, str] = {
+    400: "The request is invalid; param names the field",
+    401: "The key is missing or wrong",
+    403: "The caller may not do this",
+    404: "The model or path is unknown",
+    408: "The request has not arrived in time",
+    409: "The request id belongs to an unfinished request",
+    413: "The body is too large",
+    415: "The body is not application/json",
+    429: "The queue is full; Retry-After says when to try again",
+    500: "The request failed",
+    501: "The server has no tokenizer",
+    503: "The server is starting or draining, or its engine has failed",
+    504: "The deadline has passed",
+}
+_ERROR: Schema = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_TEXT: Schema = {"type": "string"}
+_FLAG: Schema = {"type": "boolean"}
+_COUNT: Schema = {"type": "integer", "minimum": 0}
+_NAME: Schema = {"type": "string", "maxLength": MAX_ID_LENGTH}
+
+
+def document(found: Mapping[str, Any], served: ServedModel, config: HttpConfig) -> Schema:
+    """Returns the document. found: that of the routes that describe themselves."""
+    limits = _Limits(served)
+    generated = {
+        url: {"post": _operation(name, _body(url, limits, config), "Generation", headers=True, events=True)}
+        for url, name in ((COMPLETIONS_URL, "completions"), (CHAT_URL, "chat_completions"))
+    }
+    known = {
+        **generated,
+        "/tokenize": {"post": _operation("tokenize", _tokenize(limits), "Tokens")},
+        "/detokenize": {"post": _operation("detokenize", _detokenize(limits), "Text")},
+        "/v1/models": {"get": _operation("models", None, "Models")},
+        "/v1/models/{model}": {"get": _one_model(served.name)},
+        "/version": {"get": _operation("version", None, "Version")},
+    }
+    for path in ("/health", "/health/ready", "/health/live"):
+        get = _operation(path.strip("/").replace("/", "_"), None, "Health", errors=())
+        get["responses"]["503"] = {**get["responses"]["200"], "description": _ERRORS[503]}
+        known[path] = {"get": get | {"security": []}}
+    schemas = {**found.get("components", {}).get("schemas", {}), **_schemas()}
+    components: Schema = {**found.get("components", {}), "schemas": schemas}
+    whole: Schema = {**found, "paths": {**known, **found.get("paths", {})}, "components": components}
+    if not isinstance(served.callers, Anybody):
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        whole["security"] = [{"key": []}]
+    return whole
+
+
+class _Limits:
+    """Holds what bounds requests to this model; before it is loaded, what bounds those to any."""
+
+    def __init__(self, served: ServedModel):
+        limits = None if served.frontend is None else served.frontend.ready.limits
+        self.context = MAX_INT32 if limits is None else limits.max_model_len
+        self.token_id: Schema = {
+            "type": "integer",
+            "minimum": 0,
+            "maximum": MAX_INT32 if limits is None else limits.vocab_size - 1,
+        }
+        self.model: Schema = {"enum": [served.name, None], "description": "the served model"}
+
+
+def _operation(
+    name: str,
+    body: Schema | None,
+    answer: str,
+    *,
+    headers: bool = False,
+    events: bool = False,
+    errors: Sequence[int] = tuple(_ERRORS),
+) -> Schema:
+    content: Schema = {"application/json": {"schema": {"$ref": f"#/components/schemas/{answer}"}}}
+    if events:
+        content["text/event-stream"] = {"schema": _TEXT}
+    of_body = (408, 413, 415) if body is None else ()
+    operation: Schema = {
+        "operationId": name,
+        "responses": {
+            "200": {"description": "The answer", "content": content},
+            **{
+                str(status): {
+                    "description": _ERRORS[status],
+                    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+                }
+                for status in errors
+                if status not in of_body
+            },
+        },
+    }
+    if body is not None:
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+    if headers:
+        operation["parameters"] = [
+            {"name": name, "in": "header", "required": False, "schema": schema}
+            for name, schema in (
+                (REQUEST_ID, _NAME | {"minLength": 1, "pattern": r"^[!-~]+$"}),
+                (TENANT, _NAME | {"pattern": r"^[!-~]*$"}),
+                (PRIORITY, _whole(-MAX_INT32, MAX_INT32)),
+                (TIMEOUT, {"type": "number", "exclusiveMinimum": 0}),
+            )
+        ]
+    return operation
+
+
+def _one_model(name: str) -> Schema:
+    model: Schema = {
+        "name": "model",
+        "in": "path",
+        "required": True,
+        "schema": _TEXT | {"minLength": 1},
+        "example": name,
+    }
+    return _operation("one_model", None, "Model") | {"parameters": [model]}
+
+
+def _body(url: str, limits: _Limits, config: HttpConfig) -> Schema:
+    """Returns the schema of a body to one of openai.URLS."""
+    fields = {name: _of_kind(row.kind, limits) | {"description": row.meaning} for name, row in SAMPLING_FIELDS.items()}
+    fields |= {name: {"enum": list(values)} for name, values in neutral_values(url).items()}
+    fields |= {
+        "model": limits.model,
+        "metadata": {"type": "object", "additionalProperties": _TEXT},
+        **dict.fromkeys(("user", "safety_identifier", "prompt_cache_key"), _TEXT),
+        "stream": _FLAG,
+        "stream_options": _object({"include_usage": _FLAG, "include_obfuscation": _FLAG}),
+        "return_token_ids": _FLAG,
+        "request_id": _NAME | {"minLength": 1},
+        "tenant": _NAME,
+        "cache_salt": _NAME,
+        "priority": _whole(-MAX_INT32, MAX_INT32) | {"description": "lower is more urgent, as in vLLM"},
+        "deadline": {"type": "number", "description": "seconds since 1970"},
+    }
+    if url == COMPLETIONS_URL:
+        ids = {"type": "array", "items": limits.token_id, "minItems": 1, "maxItems": limits.context - 1}
+        text = _TEXT | {"minLength": 1}
+        some = {"type": "array", "items": {"anyOf": [text, ids]}, "minItems": 1, "maxItems": config.max_prompts}
+        own, fields = "prompt", {**fields, "echo": _FLAG, "prompt": {"anyOf": [text, ids, some]}}
+    else:
+        own, fields = "messages", {**fields, **_chat_fields(), "max_completion_tokens": fields["max_tokens"]}
+    names = set(field_names(url))
+    body = _object({name: schema for name, schema in fields.items() if name in names}, required=own)
+    return body | {"additionalProperties": True} if config.allow_unknown_fields else body
+
+
+def _chat_fields() -> Schema:
+    part = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": _TEXT}}
+    message = {
+        "type": "object",
+        "required": ["role", "content"],
+        "properties": {
+            "role": {"enum": ["user", "system", "developer", "assistant"]},
+            "content": {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": part | _CLOSED}]},
+            "name": _TEXT,
+        },
+    }
+    return {
+        "messages": {"type": "array", "minItems": 1, "items": message | _CLOSED},
+        "add_generation_prompt": _FLAG,
+        "chat_template_kwargs": {"type": "object"},
+    }
+
+
+def _tokenize(limits: _Limits) -> Schema:
+    both = {"model": limits.model, "add_special_tokens": _FLAG, "return_token_strs": _FLAG}
+    return {
+        "anyOf": [
+            _object({**both, "prompt": _TEXT}, required="prompt"),
+            _object({**both, **_chat_fields()}, required="messages"),
+        ]
+    }
+
+
+def _detokenize(limits: _Limits) -> Schema:
+    tokens = {"type": "array", "items": limits.token_id, "maxItems": MAX_DETOKENIZED}
+    return _object({"model": limits.model, "tokens": tokens}, required="tokens")
+
+
+_CLOSED: Schema = {"additionalProperties": False}
+
+
+def _object(fields: Mapping[str, Schema], required: str | None = None) -> Schema:
+    """Returns the schema of an object whose other fields may be null, and which has no further ones."""
+    return {
+        "type": "object",
+        "required": [] if required is None else [required],
+        "properties": {name: schema if name == required else _or_null(schema) for name, schema in fields.items()},
+        "additionalProperties": False,
+    }
+
+
+def _or_null(schema: Schema) -> Schema:
+    if "enum" in schema:
+        return schema | {"enum": [*(one for one in schema["enum"] if one is not None), None]}
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _whole(low: int, high: int) -> Schema:
+    return {"type": "integer", "minimum": low, "maximum": high}
+
+
+def _of_kind(kind: Kind, limits: _Limits) -> Schema:
+    match kind:
+        case Number(low, high, open_low):
+            return {"type": "number", "exclusiveMinimum" if open_low else "minimum": low, "maximum": high}
+        case Whole(low, high):
+            return _whole(low, high)
+        case Flag():
+            return dict(_FLAG)
+        case Texts(max_items, max_length):
+            text = {"type": "string", "minLength": 1, "maxLength": max_length}
+            return {"anyOf": [text, {"type": "array", "items": text, "maxItems": max_items}]}
+        case Ids(max_items):
+            return {"type": "array", "items": limits.token_id, "maxItems": max_items}
+        case _:
+            return {}
+
+
+def _schemas() -> Schema:
+    usage = {
+        "type": "object",
+        "required": ["prompt_tokens", "completion_tokens", "total_tokens"],
+        "properties": dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), _COUNT),
+    }
+    model = {
+        "type": "object",
+        "required": ["id", "object", "created", "owned_by"],
+        "properties": {"id": _TEXT, "object": {"const": "model"}, "created": _COUNT, "owned_by": _TEXT},
+    }
+    return {
+        "Error": _ERROR,
+        "Generation": {
+            "type": "object",
+            "required": ["id", "object", "created", "model", "choices", "usage"],
+            "properties": {
+                "id": _TEXT,
+                "object": {"enum": ["text_completion", "chat.completion"]},
+                "created": _COUNT,
+                "model": _TEXT,
+                "choices": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {
+                        "type": "object",
+                        "required": ["index", "finish_reason"],
+                        "properties": {"index": _COUNT, "finish_reason": {"enum": ["stop", "length", "abort"]}},
+                    },
+                },
+                "usage": usage,
+            },
+        },
+        "Model": model,
+        "Models": {
+            "type": "object",
+            "required": ["object", "data"],
+            "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": model}},
+        },
+        "Tokens": {
+            "type": "object",
+            "required": ["count", "max_model_len", "tokens"],
+            "properties": {
+                "count": _COUNT,
+                "max_model_len": _COUNT,
+                "tokens": {"type": "array", "items": _COUNT},
+                "token_strs": {"type": ["array", "null"], "items": _TEXT},
+            },
+        },
+        "Text": {"type": "object", "required": ["prompt"], "properties": {"prompt": _TEXT}},
+        "Version": {"type": "object", "required": ["version"], "properties": {"version": _TEXT}},
+        "Health": {
+            "type": "object",
+            "required": ["status"],
+            "properties": {"status": {"enum": ["ready", "starting", "draining", "failed"]}},
+        },
+    }

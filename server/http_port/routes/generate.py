@@ -14,5 +14,6 @@ from jaxserve.serving.served_model import ServedModel
 def router(served: ServedModel, config: HttpConfig, max_body_bytes: int) -> APIRouter:
     """Returns the routes. Arguments are as for `Generation`."""
     # ASGI applications of their own: nothing stands between an event and the connection.
-    routes = [Route(url, Generation(url, served, config, max_body_bytes), methods=["POST"], name=url) for url in URLS]
-    return APIRouter(routes=routes)
+    return APIRouter(
+        routes=[Route(url, Generation(url, served, config, max_body_bytes), methods=["POST"], name=url) for url in URLS]
+    )

@@ -13,16 +13,15 @@ from jaxserve.serving.served_model import ServedModel
 
 def router(served: ServedModel) -> APIRouter:
     """Returns the routes of health. served: the model."""
-    routes = APIRouter()
-    unready = {503: {"description": "Starting, draining, or the engine has failed"}}
+    routes = APIRouter(include_in_schema=False)  # openapi.py has them
 
-    @routes.get("/health", responses=unready)
-    @routes.get("/health/ready", responses=unready)
+    @routes.get("/health")
+    @routes.get("/health/ready")
     async def ready() -> JSONResponse:
         """Answers 200 while requests are taken, and else 503 with the reason."""
         return _answer(served, served.is_ready)
 
-    @routes.get("/health/live", responses=unready)
+    @routes.get("/health/live")
     async def live() -> JSONResponse:
         """Answers 200 unless the engine has failed, after which the process ends."""
         return _answer(served, _status(served) != "failed")
