@@ -244,7 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {name: value for name, value in vars(options).items() if name != "schemathesis"}
     print(report.write("fuzz", settings, results))
     problems = wrong(results)
-    return report.fail("; ".join(problems)) if problems else 0
+    shown = [problem[:300] for problem in problems[:5]] + [f"{len(problems)} in all"] * (len(problems) > 5)
+    return report.fail("\n".join(shown)) if problems else 0
 
 
 if __name__ == "__main__":

@@ -66,8 +66,14 @@ class StressServer:
 
     @property
     def bad_lines(self) -> list[str]:
-        """Lines of the log that tell of an error of the server's own."""
-        return [line for line in list(self.lines) if _BAD_LINE.search(line)]
+        """What in the log tells of an error of the server's own: each with the error that ends its traceback."""
+        lines, found = list(self.lines), []
+        for place, line in enumerate(lines):
+            if _BAD_LINE.search(line):
+                behind = lines[place + 1 : place + 120]
+                ends = [one for one in behind if re.match(r"[A-Za-z_.]+(Error|Exception|Group)\b", one)]
+                found.append(f"{line}: {ends[0] if ends else ''}")
+        return found
 
     def memory(self) -> dict[str, float]:
         """MB that the front end and its engine hold now."""

@@ -43,7 +43,7 @@ USAGE = {"choices": [], "usage": {"completion_tokens": 7}}
         (200, event(**END) + event(**END) + "data: [DONE]\n\n", True, 2, "stop"),
         (200, event(**TOKEN) + event(error={"code": "internal", "message": "m"}), True, 1, "error internal"),
         (400, "{}", True, 1, "HTTP 400"),
-        (200, json.dumps({"choices": [{"finish_reason": "length"}], **{"usage": USAGE["usage"]}}), False, 1, "length"),
+        (200, json.dumps({"choices": [{"finish_reason": "length"}], "usage": USAGE["usage"]}), False, 1, "length"),
         (200, '{"choices": [{"finish_', False, 0, "none"),
     ],
 )
