@@ -175,6 +175,7 @@ class _Server:
                 step_timeout=self._config.step_timeout,
                 on_tokens=self._served.limiter.charge,
                 log_prompts=self._config.access.log_prompts,
+                failpoints=self._config.engine.failpoints,
                 admission=_admission(self._config, engine.ready),
                 metrics=self._served.metrics,
             )

@@ -72,7 +72,7 @@ RESULT = {"id": "batch_req_1", "custom_id": "a", "response": {"status_code": 200
     ],
 )
 @pytest.mark.parametrize("before", [b"", json.dumps(RESULT | {"custom_id": "before"}).encode() + b"\n"])
-def test_a_foreign_output_is_refused_and_left_alone(tmp_path, source, content, before):
+def test_fault_36_a_foreign_output_is_refused_and_left_alone(tmp_path, source, content, before):
     path = tmp_path / "out.jsonl"
     path.write_bytes(before + content)
     number = 2 if before else 1
@@ -117,7 +117,7 @@ def test_one_custom_id_twice_in_an_output_is_refused(tmp_path, source):
         ("nul\0", "holds a NUL character"),
     ],
 )
-def test_an_output_that_is_no_file_is_refused_by_name(tmp_path, source, monkeypatch, name, words):
+def test_fault_36_an_output_that_is_no_file_is_refused_by_name(tmp_path, source, monkeypatch, name, words):
     monkeypatch.chdir(tmp_path)
     os.mkdir("folder")
     os.symlink("in.jsonl", "symbolic")
@@ -162,7 +162,7 @@ def unbroken(tmp_path_factory, tokenizer):
 
 @budget(150)
 @given(st.data())
-def test_an_output_cut_at_any_byte_is_completed(tmp_path_factory, tokenizer, unbroken, data):
+def test_fault_36_an_output_cut_at_any_byte_is_completed(tmp_path_factory, tokenizer, unbroken, data):
     expected, whole = unbroken
     length = data.draw(st.integers(0, len(whole)))
     folder = tmp_path_factory.mktemp("cut")
@@ -271,7 +271,9 @@ def failing_write(after, number, partial=30):
         (errno.ESTALE, "the file server has replaced it: mount the file system again"),
     ],
 )
-def test_a_disk_that_fails_is_named_and_leaves_whole_lines(tmp_path, tokenizer, monkeypatch, unbroken, number, remedy):
+def test_fault_36_a_disk_that_fails_is_named_and_leaves_whole_lines(
+    tmp_path, tokenizer, monkeypatch, unbroken, number, remedy
+):
     engine, path = RuleEngine(), tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", failing_write(unbroken[1].index(b"\n") + 1 + 400, number))

@@ -73,7 +73,7 @@ FIRST = [line(name, prompt=name, temperature=0.5, stop=["x", "y"]) for name in "
         b'{"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": 1}',
     ],
 )
-def test_a_request_that_changed_under_its_custom_id_is_refused_by_name(command, changed):
+def test_fault_36_a_request_that_changed_under_its_custom_id_is_refused_by_name(command, changed):
     assert command(FIRST)[0] == 0
     before = command.output.read_bytes()
     place = [json.loads(item)["custom_id"] for item in before.splitlines()].index("b") + 1

@@ -19,11 +19,13 @@ it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable
 
+from jaxserve.config.failpoints import Failpoints
 from jaxserve.config.settings import EngineConfig, ineffective_settings
 from jaxserve.engine.constraints import Constraints, masks_of
 from jaxserve.engine.idle import IdleMeter
@@ -48,7 +50,7 @@ from jaxserve.engine.step_time import StepTimePrediction
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits
 from jaxserve.runner.protocol import Runner
-from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepUpdate, Wants
+from jaxserve.scheduler import PageAllocationError, Scheduler, SequenceUpdate, StepPlan, StepUpdate, Wants
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.telemetry.engine_events import EngineEvents, IterationTimes
 from jaxserve.telemetry.engine_meter import EngineMeter
@@ -106,6 +108,7 @@ class EngineCore:
             max_model_len=info.max_model_len,
             tokens_per_step=info.tokens_per_step,
             step_seconds=None if runner.step_costs is None else runner.step_costs.seconds,
+            allocation_hit=Failpoints(config.failpoints).at("allocate"),
         )
         for line in () if self.scheduler.decode_gap is None else self.scheduler.decode_gap.warnings:
             _log.warning("%s", line)
@@ -193,7 +196,10 @@ class EngineCore:
         messages: list[FromEngine] = []
         self._turns, self._in_turn = self._turns + 1, True
         try:
-            self._step(messages)
+            try:
+                self._step(messages)
+            except PageAllocationError as error:
+                self._plan_anew(error, messages)
         except DeviceFaultError as fault:
             self._recover(fault, messages)
         finally:
@@ -212,10 +218,9 @@ class EngineCore:
         previous = self._in_flight
         begin = self._look(previous)
         with self._annotate("Schedule"):
-            expired = self._expire()
+            messages += [self._output(update, begin) for update in self._expire()]
             plan = self.scheduler.schedule(self._now())
             plan = None if plan is None else self.runner.fitted(plan)
-        messages += [self._output(update, begin) for update in expired]
         scheduled = dispatched = collected = self._look(previous)
         idle = unused = 0.0
         self._nothing_to_do = plan is None
@@ -280,6 +285,22 @@ class EngineCore:
             if update is not None:
                 messages.append(self._output(update, now))
 
+    def _plan_anew(self, error: PageAllocationError, messages: list[FromEngine]) -> None:
+        """Ends the request whose pages could not be allocated while a step was planned. That plan is lost, so all
+        running requests are computed again, after the ids of the step before it are read."""
+        now = self._clock()
+        _log.error("request %r cannot be computed: %s", error.request_id, error, exc_info=error)
+        previous, self._in_flight = self._in_flight, None
+        try:
+            if previous is not None:
+                result = self._executor.collect(previous)
+                self._idle.emptied(now)
+                messages += self._outputs(self.scheduler.update(previous.plan, result), now)
+        finally:
+            self._fail([(error.request_id, f"the request cannot be computed: {error}")], now, messages)
+            self._events.restarted(self.scheduler.restart(self.scheduler.lost_copies), now)
+            messages.append(self.stats())
+
     def _recover(self, fault: DeviceFaultError, messages: list[FromEngine]) -> None:
         """Continues after a fault that destroyed the content of the device's pages.
 
@@ -299,7 +320,8 @@ class EngineCore:
             pass  # the step that failed was the only one under way
         elif other.plan.step > fault.plan.step or not self._rescue(other, messages):
             lost.append(other.plan)
-        self._events.restarted(self.scheduler.restart(lost), now)
+        copies = itertools.chain.from_iterable(plan.copies for plan in lost)
+        self._events.restarted(self.scheduler.restart(copies), now)
         try:
             self._executor.reset(fault.plan)
         except Exception as error:

@@ -14,17 +14,19 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
+from jaxserve.config.failpoints import Failpoints, Hit
 from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.messages import EngineFailed, EngineReady, EngineStats, FromEngine
 from jaxserve.engine.watchdog import Watchdog
 from jaxserve.frontend.admission import Admission
 from jaxserve.frontend.captures import Captures
+from jaxserve.frontend.chat_text import RenderedText
 from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError, QueueFullError, rejection_reason
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.frontend import FrontEnd
 from jaxserve.frontend.preparation_steps import Steps, finish
 from jaxserve.frontend.reader import EngineReader
-from jaxserve.frontend.tokenizer import RenderedText, Tokenizer
+from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.frontend.workers import Workers, WorkersClosedError
 from jaxserve.request import RequestOptions, SamplingParams
 from jaxserve.telemetry.request_metrics import RequestMetrics
@@ -134,6 +136,19 @@ class DeltaStream:
         self.close()
 
 
+class _FaultyStream(DeltaStream):
+    """Passes the failpoint "send" before a delta is handed to whoever sends it. hit: passes it."""
+
+    def __init__(self, front_end: AsyncFrontEnd, request_id: str, owner: str, hit: Hit):
+        super().__init__(front_end, request_id, owner)
+        self._hit = hit
+
+    async def __anext__(self) -> Delta:
+        delta = await super().__anext__()
+        self._hit((self.request_id,))
+        return delta
+
+
 def _merged(deltas: Sequence[Delta]) -> Delta:
     """Merges deltas into one."""
     return dataclasses.replace(
@@ -168,6 +183,7 @@ class AsyncFrontEnd:
         on_tokens: is told of tokens to be charged to an owner: those of a prompt when it is sent to the engine, those
             of an output when it ends.
         log_prompts: logs each request's prompt.
+        failpoints: as `EngineConfig.failpoints`; only those of a front end count here.
         admission: decides which requests are let in; None bounds their number alone.
         metrics: what requests are counted in.
     """
@@ -182,6 +198,7 @@ class AsyncFrontEnd:
         step_timeout: float | None = None,
         on_tokens: Callable[[str, int], None] | None = None,
         log_prompts: bool = False,
+        failpoints: Sequence[str] = (),
         admission: Admission | None = None,
         metrics: RequestMetrics | None = None,
     ):
@@ -191,8 +208,11 @@ class AsyncFrontEnd:
         share = CPU_SHARE if client.ready.info.platform == "cpu" else 1.0
         self._reader = EngineReader(client, self._loop, share)
         self._metrics = metrics or RequestMetrics()
-        self._core = FrontEnd(self._reader, tokenizer, seed=seed, admission=admission, metrics=self._metrics)
+        self._core = FrontEnd(
+            self._reader, tokenizer, seed=seed, failpoints=failpoints, admission=admission, metrics=self._metrics
+        )
         self._captures = Captures(self._reader.send)
+        self._send_hit = Failpoints(failpoints).at("send")
         self._admission = admission
         self._streams: dict[tuple[str, str], DeltaStream] = {}  # by owner and request id
         self._on_tokens = on_tokens
@@ -271,7 +291,11 @@ class AsyncFrontEnd:
             if self._admission is not None and (seconds := self._admission.seconds_to_refuse):
                 await asyncio.sleep(seconds)
             raise
-        stream = self._streams[owner, request_id] = DeltaStream(self, request_id, owner)
+        if (hit := self._send_hit) is None:
+            stream = DeltaStream(self, request_id, owner)
+        else:
+            stream = _FaultyStream(self, request_id, owner, hit)
+        self._streams[owner, request_id] = stream
         self._charge(owner, len(prepared.prompt_token_ids))
         if self._log_prompts:
             _log.info("request %r of %r: prompt %s", request_id, owner, _logged(prompt))

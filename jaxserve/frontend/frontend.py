@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
+from jaxserve.config.failpoints import Failpoints
 from jaxserve.config.shown import shown_seconds
 from jaxserve.engine.channel import EngineSender
 from jaxserve.engine.messages import (
@@ -35,7 +36,7 @@ from jaxserve.frontend.delta import (
     EngineDeadError,
     QueueFullError,
 )
-from jaxserve.frontend.output import OutputState
+from jaxserve.frontend.output import FaultyOutput, OutputState
 from jaxserve.frontend.preparation import Preparation, Prepared
 from jaxserve.frontend.preparation_steps import finish
 from jaxserve.frontend.tokenizer import Tokenizer
@@ -76,6 +77,7 @@ class FrontEnd:
         seed: base of the seeds drawn for requests that set none (the same requests in the same order then draw the same
             seeds); None draws them from the operating system's randomness.
         clock: seconds as `time.time` gives them, which deadlines are compared with.
+        failpoints: as `EngineConfig.failpoints`; only those at "detokenize" count here.
         admission: decides which requests are let in; None bounds their number alone.
         metrics: what requests are counted in; None counts nothing.
     """
@@ -87,6 +89,7 @@ class FrontEnd:
         *,
         seed: int | None = None,
         clock: Callable[[], float] = time.time,
+        failpoints: Sequence[str] = (),
         admission: Admission | None = None,
         metrics: RequestMetrics | None = None,
     ):
@@ -106,6 +109,7 @@ class FrontEnd:
         self._deadlines: list[tuple[float, str]] = []  # heap of (deadline, engine id); finished ones are skipped
         self._stats = EngineStats()
         self._failure = ""
+        self._detokenize_hit = Failpoints(failpoints).at("detokenize")
 
     @property
     def ready(self) -> EngineReady:
@@ -283,6 +287,9 @@ class FrontEnd:
             shown = self._tokenizer.detokenizer(prompt)
             if params.stop:
                 generated = self._tokenizer.detokenizer(prompt, skip_special_tokens=False)
+        if (hit := self._detokenize_hit) is not None:
+            name = prepared.request_id
+            return FaultyOutput(shown, generated, params.stop, params.min_tokens, stop_token_ids, lambda: hit((name,)))
         return OutputState(shown, generated, params.stop, params.min_tokens, stop_token_ids)
 
     def abort(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from jaxserve.frontend.detokenizer import Detokenizer
 from jaxserve.frontend.stop import StopStrings
@@ -124,3 +124,23 @@ class OutputState:
         del self._token_ids[:count]
         self._taken += count
         return taken
+
+
+class FaultyOutput(OutputState):
+    """Passes the failpoint "detokenize" before tokens are turned into text. hit: passes it for this request."""
+
+    def __init__(
+        self,
+        shown: Detokenizer | None,
+        generated: Detokenizer | None,
+        stop: Sequence[str],
+        min_tokens: int,
+        stop_token_ids: Iterable[int],
+        hit: Callable[[], None],
+    ):
+        super().__init__(shown, generated, stop, min_tokens, stop_token_ids)
+        self._hit = hit
+
+    def add(self, token_ids: Sequence[int], reason: FinishReason | None) -> str:
+        self._hit()
+        return super().add(token_ids, reason)

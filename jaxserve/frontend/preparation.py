@@ -9,9 +9,10 @@ import dataclasses
 import uuid
 from collections.abc import Sequence
 
+from jaxserve.frontend.chat_text import RenderedText
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.preparation_steps import Steps
-from jaxserve.frontend.tokenizer import RenderedText, Tokenizer
+from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import ModelLimits, RequestOptions, SamplingParams, check_identity, check_length, validate_request
 
 

@@ -15,6 +15,7 @@ import tokenizers
 
 from jaxserve.config.settings import EngineConfig
 from jaxserve.config.shown import shown
+from jaxserve.frontend.chat_text import ChatTexts, RenderedText
 from jaxserve.frontend.detokenizer import DecoderPlan, Detokenizer
 from jaxserve.frontend.encoding import Encoder
 from jaxserve.frontend.fast_tokenizers import fast_class
@@ -24,12 +25,6 @@ from jaxserve.models.config import check_config_file
 from jaxserve.models.loading.older_tokenizers import has_older_format
 
 _IDS_PER_STEP = 64 * 1024
-
-
-class RenderedText(str):
-    """Text of a chat template, which has the special tokens around it already."""
-
-    __slots__ = ()
 
 
 class Tokenizer:
@@ -52,6 +47,7 @@ class Tokenizer:
         self._backend.no_padding()
         self._encoder = Encoder(self._backend)
         self._renderer = TemplateRenderer()
+        self._chat_texts = ChatTexts(self._backend)
         try:
             self._plan = DecoderPlan(self._backend)
         except ValueError as error:
@@ -103,25 +99,28 @@ class Tokenizer:
         """Encodes as `encode` does, in steps of bounded size where the text allows it.
 
         Args:
-            text: the text.
+            text: the text. In a `RenderedText` only the special tokens of its template are tokens.
             take: called with the token ids of each step, in order, and the fewest tokens that can follow; for the
                 first time before the first step, without ids. An exception of it ends the work.
         """
-        bound = self._encoder.bound
+        encoder = self._encoder
+        if isinstance(text, RenderedText) and text.renamed is not None:
+            encoder, text = self._chat_texts.encoder, text.renamed
+        bound = encoder.bound
         take([], bound.of_size(len(text)))
         yield 0
         take([], bound.of_text(_bytes(text)))
-        pieces = self._encoder.pieces(text)
+        pieces = encoder.pieces(text)
         piece, following = next(pieces)
         if not following:
             yield len(piece)
-            take(self._encoder.encode(piece, add_special_tokens), 0)
+            take(encoder.encode(piece, add_special_tokens), 0)
             return
-        before, behind = self._encoder.around if add_special_tokens else ([], [])
+        before, behind = encoder.around if add_special_tokens else ([], [])
         take(before, bound.of_size(len(text)))
         while True:
             yield len(piece)
-            take(self._encoder.encode(piece, add_special_tokens=False), bound.of_size(following))
+            take(encoder.encode(piece, add_special_tokens=False), bound.of_size(following))
             if not following:
                 break
             piece, following = next(pieces)
@@ -172,8 +171,10 @@ class Tokenizer:
         """Returns the token ids of a conversation in the checkpoint's chat template.
 
         The template runs in the sandbox of transformers, in a process of its own, within a budget of time, output and
-        memory. Arguments are as for `TemplateRenderer.render`. Raises ValueError without a template, when it fails, and
-        when it exceeds its budget.
+        memory. Arguments are as for `TemplateRenderer.render`. Special tokens that the messages or arguments spell stay
+        text (see chat_text.py).
+
+        Raises ValueError without a template, when it fails, and when it exceeds its budget.
         """
         text = self.render_chat(
             messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs or {}
@@ -188,15 +189,15 @@ class Tokenizer:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> RenderedText:
         """Returns the text that `encode_chat` encodes."""
-        return RenderedText(
-            self._renderer.render(
-                self._template,
-                messages,
-                self._transformers.special_tokens_map,
-                add_generation_prompt=add_generation_prompt,
-                template_kwargs=template_kwargs or {},
-            )
+        marker, (marked, given) = self._chat_texts.mark(self._template, messages, template_kwargs or {})
+        text = self._renderer.render(
+            self._template,
+            marked,
+            self._transformers.special_tokens_map,
+            add_generation_prompt=add_generation_prompt,
+            template_kwargs=given,
         )
+        return self._chat_texts.unmark(text, marker)
 
     def warm_chat(self) -> None:
         """Starts the process for chat templates, so that the first conversation does not wait for it. May block."""

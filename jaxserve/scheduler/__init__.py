@@ -6,11 +6,13 @@
 from jaxserve.scheduler.plan import DecodeRows, FastForward, RowPlan, Samples, StepPlan, StepResult, Wants
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler.sequence_pages import PageAllocationError
 from jaxserve.scheduler.update import SequenceUpdate, StepUpdate
 
 __all__ = [
     "DecodeRows",
     "FastForward",
+    "PageAllocationError",
     "RowPlan",
     "Samples",
     "Scheduler",

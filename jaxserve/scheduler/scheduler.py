@@ -27,8 +27,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from jaxserve.config.failpoints import Hit
 from jaxserve.config.scheduling import SchedulerConfig
-from jaxserve.kv_cache.page_pool import PagePool, PageState
+from jaxserve.kv_cache.page_pool import PageCopy, PagePool, PageState
 from jaxserve.request import COMPLETED, EngineRequest, FinishReason, RequestStatus
 from jaxserve.scheduler.batch_barrier import BatchBarrier
 from jaxserve.scheduler.buckets import Buckets
@@ -56,7 +57,8 @@ class Scheduler:
     preemption, if any.
     max_model_len: tokens of the longest sequence, for page_reservation "max_model_len". tokens_per_step: maximum tokens
     of a decoding row; more than one when the device drafts tokens and reports how many were accepted. step_seconds:
-    predicts the time of a step, for max_decode_gap.
+    predicts the time of a step, for max_decode_gap. allocation_hit: passes the failpoint "allocate" whenever pages are
+    allocated to a sequence; None where there is none.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Scheduler:
         max_model_len: int | None = None,
         tokens_per_step: int = 1,
         step_seconds: Callable[[StepShape], float] | None = None,
+        allocation_hit: Hit | None = None,
     ):
         needed, rows = config.max_num_seqs * tokens_per_step, buckets.rows[-1] if tokens_per_step > 1 else None
         for name, limit in (("max_num_batched_tokens", config.max_num_batched_tokens), ("row_buckets", rows)):
@@ -92,6 +95,7 @@ class Scheduler:
             costs,
             max_model_len,
             tokens_per_step,
+            allocation_hit,
             deadline_check=self._deadline_check,
         )
         self.decode_gap = DecodeGap.configured(config, step_seconds, buckets)
@@ -214,21 +218,25 @@ class Scheduler:
         sequence = self._sequences.get(request_id)
         return None if sequence is None else self._finish(sequence, FinishReason.ERROR, error)
 
-    def restart(self, lost: Iterable[StepPlan]) -> list[Sequence]:
+    @property
+    def lost_copies(self) -> tuple[PageCopy, ...]:
+        """Returns the copies of pages that the last `schedule` had decided when it raised an error."""
+        return self._builder.copies
+
+    def restart(self, lost: Iterable[PageCopy]) -> list[Sequence]:
         """Preempts, for recomputation, every sequence that holds device pages, whose content is lost. O(unfinished
         requests).
 
         Other pages in host memory stay valid.
 
         Args:
-            lost: plans that were dispatched and whose ids will not arrive: their tokens are sampled again (a policy
-                that counts tokens has already counted them), and their copies to host memory did not take place.
+            lost: copies of the plans whose ids will not arrive, none of which has taken place. Their tokens are sampled
+                again (a policy that counts tokens has already counted them).
 
         Returns:
             The preempted sequences.
         """
-        copies = itertools.chain.from_iterable(plan.copies for plan in lost)
-        lost_pages = {copy.destination for copy in copies if copy.destination_tier is PageState.HOST}
+        lost_pages = {copy.destination for copy in lost if copy.destination_tier is PageState.HOST}
         going_on = [sequence for name, sequence in self._sequences.items() if name not in self._barrier]
         preempted = [sequence for sequence in going_on if self._queues.restart(sequence, lost_pages)]
         self._steady = False
@@ -254,14 +262,21 @@ class Scheduler:
         return ended
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
-        """Decides the next step; returns None when there is nothing to compute now (see `wake_at`)."""
+        """Decides the next step; returns None when there is nothing to compute now (see `wake_at`).
+
+        Raises:
+            PageAllocationError: the pages of one sequence cannot be allocated. Its request must be ended (`fail`) and
+                the others restarted (`restart`, with `lost_copies`), as for a step that was dispatched and is lost.
+        """
         self._step_times.ends(now)
         self._queues.start_step()
         self._budgets.update(len(self._sequences))
-        plan = self._builder.build(now, self._steps)
-        if self._mode.holds:
-            for sequence in self._builder.admitted:
-                self._barrier.joined(sequence, self._steps)
+        try:
+            plan = self._builder.build(now, self._steps)
+        finally:
+            if self._mode.holds:
+                for sequence in self._builder.admitted:
+                    self._barrier.joined(sequence, self._steps)
         self._step_times.begins(plan, now)
         if self.decode_gap is not None:
             preempted = [sequence.order for sequence in self._queues.preempted]

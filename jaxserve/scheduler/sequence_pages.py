@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
+from jaxserve.config.failpoints import Hit, InjectedFaultError
 from jaxserve.config.scheduling import AdmissionConfig
 from jaxserve.kv_cache.page_pool import PageCopy, PagePool, PageState
 from jaxserve.scheduler.sequence import Sequence
+
+
+class PageAllocationError(RuntimeError):
+    """Signals that one sequence's pages could not be allocated, for a reason other than their number.
+
+    Nothing was allocated to it. request_id: its request.
+    """
+
+    def __init__(self, request_id: str, reason: str):
+        super().__init__(reason)
+        self.request_id = request_id
 
 
 class Pages:
@@ -142,3 +155,31 @@ class Pages:
         assert pages is not None, "pages that fit are not there"
         sequence.pages.extend(pages[:needed])
         sequence.reserved.extend(pages[needed:])
+
+
+class FaultyPages(Pages):
+    """Raises PageAllocationError for sequences at which a failpoint "allocate" acts. hit: passes that point."""
+
+    def __init__(self, pool: PagePool, config: AdmissionConfig, max_model_len: int | None, hit: Hit):
+        super().__init__(pool, config, max_model_len)
+        self._hit = hit
+
+    def admit(self, sequence: Sequence, count: int, alone: bool) -> bool:
+        self._pass([sequence])
+        return super().admit(sequence, count, alone)
+
+    def grow(self, sequence: Sequence, count: int) -> bool:
+        if self.missing(sequence, count):
+            self._pass([sequence])
+        return super().grow(sequence, count)
+
+    def one_each(self, sequences: list[Sequence]) -> list[int] | None:
+        self._pass(sequences)
+        return super().one_each(sequences)
+
+    def _pass(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            try:
+                self._hit((sequence.request_id,))
+            except InjectedFaultError as error:
+                raise PageAllocationError(sequence.request_id, str(error)) from error

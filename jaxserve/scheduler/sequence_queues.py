@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 
+from jaxserve.config.failpoints import Hit
 from jaxserve.config.scheduling import SchedulerConfig
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.request import RequestStatus
@@ -15,7 +16,7 @@ from jaxserve.scheduler.preemption import Preemption
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.running import Running
 from jaxserve.scheduler.sequence import Sequence
-from jaxserve.scheduler.sequence_pages import Pages
+from jaxserve.scheduler.sequence_pages import FaultyPages, Pages
 from jaxserve.scheduler.step_in_progress import StepInProgress
 from jaxserve.scheduler.waiting import Waiting
 
@@ -37,10 +38,14 @@ class SequenceQueues:
         costs: PreemptionCosts | None,
         max_model_len: int | None,
         tokens_per_step: int = 1,
+        allocation_hit: Hit | None = None,
         *,
         deadline_check: DeadlineCheck,
     ):
-        self.pages = Pages(pool, config.admission, max_model_len)
+        if allocation_hit is None:
+            self.pages = Pages(pool, config.admission, max_model_len)
+        else:
+            self.pages = FaultyPages(pool, config.admission, max_model_len, allocation_hit)
         self.preemption = Preemption(config.preemption, policy, pool.page_size, costs)
         self.waiting = Waiting(policy, formation, self.preemption.urgency_queues(), deadline_check)
         self.running = Running(config.max_num_seqs, pool.page_size, tokens_per_step)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from jaxserve.config.scheduling import SchedulerConfig
+from jaxserve.kv_cache.page_pool import PageCopy
 from jaxserve.request import RequestStatus
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.budgets import Budgets
@@ -54,10 +55,16 @@ class StepBuilder:
         self._gap_limit = gap_limit
         self.admitted: list[Sequence] = []
         self.blocked_by: str | None = None
+        self._step: StepInProgress | None = None
+
+    @property
+    def copies(self) -> tuple[PageCopy, ...]:
+        """Returns the copies of pages decided for the last step, whether it was built to its end or not."""
+        return () if self._step is None else tuple(self._step.copies)
 
     def build(self, now: float, number: int) -> StepPlan | None:
         """Builds the next step, with this number; returns None when there is nothing to compute."""
-        self.admitted, self.blocked_by = [], None
+        self.admitted, self.blocked_by, self._step = [], None, None
         step = self._filled(now)
         # Copies alone are a step where the others wait for the results of guesses in flight.
         return self._plan(step, number) if step.decodes or step.chunks or step.copies else None
@@ -67,6 +74,7 @@ class StepBuilder:
         queues, decoding = self._queues, self._running.decoding
         step_limits = self._mode.step_limits(queues.counts, self._waiting, now)
         step, joined = self._begin(step_limits), 0
+        self._step = step
         if step_limits.prefill and len(self._swapped):
             self._swap_in(step, step_limits)
         if step_limits.decode:

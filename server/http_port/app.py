@@ -37,7 +37,9 @@ def make_app(served: ServedModel, config: HttpConfig = HttpConfig(), max_body_by
     ):
         app.include_router(router)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _error)
+    # Errors that are foreseen have a handler of their kind: that of Exception raises them again, for the log.
+    for kind in (ValueError, LookupError, RuntimeError, Exception):
+        app.add_exception_handler(kind, _error)
     of_routes = app.openapi
     app.openapi = lambda: document(of_routes(), served, config)
     return app

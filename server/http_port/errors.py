@@ -23,7 +23,7 @@ _STATUS: Mapping[Code, tuple[int, str]] = {
     Code.ALREADY_EXISTS: (409, "conflict_error"),
     Code.FAILED_PRECONDITION: (400, "invalid_request_error"),
     Code.RESOURCE_EXHAUSTED: (429, "rate_limit_error"),
-    Code.DEADLINE_EXCEEDED: (504, "timeout_error"),
+    Code.DEADLINE_EXCEEDED: (408, "timeout_error"),
     Code.UNIMPLEMENTED: (501, "not_implemented_error"),
     Code.UNAVAILABLE: (503, "service_unavailable_error"),
     Code.INTERNAL: (500, "server_error"),

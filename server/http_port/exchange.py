@@ -76,8 +76,9 @@ class Exchange:
         return value
 
     def add_header(self, name: str, value: str) -> None:
-        """Adds a header to the response, which has not begun."""
-        self.extra.append((name.encode(), value.encode("latin-1", "backslashreplace")))
+        """Adds a header to the response, which has not begun. What a header cannot hold is escaped."""
+        printable = "".join(one if one.isprintable() else repr(one)[1:-1] for one in value)
+        self.extra.append((name.encode(), printable.encode("latin-1", "backslashreplace")))
 
     # ---- the request ---------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ _ERRORS: Mapping[int, str] = {
     500: "The request failed",
     501: "The server has no tokenizer",
     503: "The server is starting or draining, or its engine has failed",
-    504: "The deadline has passed",
+    408: "The deadline of the request has passed",
 }
 _ERROR: Schema = {
     "type": "object",

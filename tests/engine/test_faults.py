@@ -89,10 +89,13 @@ class Clock:
         return next(self._times)
 
 
-def make_core(runner: FakeRunner, seconds: float = FAULT_SECONDS, **limits) -> EngineCore:
+def make_core(
+    runner: FakeRunner, seconds: float = FAULT_SECONDS, failpoints: tuple[str, ...] = (), **limits
+) -> EngineCore:
     config = EngineConfig(
         architecture=MODEL,
         load_format="dummy",
+        failpoints=failpoints,
         scheduler=SchedulerConfig(**{"max_num_seqs": 8, "max_num_batched_tokens": 32, **limits}),
         cache=CacheConfig(num_pages=runner.info.num_pages, swap_space=1.0 if runner.info.num_host_pages else 0.0),
     )
@@ -269,6 +272,22 @@ def test_a_device_that_does_not_recover_ends_the_engine():
         serve(make_core(Dead([None, LOST])), requests(3))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("at", [0, 1, 4, 9, 14])
+def test_a_request_whose_pages_cannot_be_allocated_ends_and_nobody_elses_tokens_change(at, mode):
+    wanted = requests(5, 20)
+    runner = FaultyRunner(page_size=4)
+    core = make_core(runner, mode=mode, failpoints=(f"allocate=raise,after={at},times=1",))
+    answers, expected = serve(core, wanted), undisturbed(wanted)
+    (failed,) = [name for name, (_, reason, _) in answers.items() if reason is FinishReason.ERROR]
+    tokens, _, error = answers.pop(failed)
+    assert error.startswith("the request cannot be computed: failpoint allocate")
+    assert tokens == expected.pop(failed)[0][: len(tokens)]
+    assert answers == expected
+    assert runner.resets == 0
+    assert core.scheduler.pool.num_used == 0
+
+
 def test_parts_of_a_plan_are_its_rows_in_order():
     core = make_core(FakeRunner())
     for one in requests(3, output=30):
@@ -320,8 +339,9 @@ FAULTS = st.sampled_from([None] * 6 + [NOT_STARTED, COPIED, LOST, LATE])
     st.sets(st.integers(0, 9), max_size=2),
     st.integers(13, 30),
     st.lists(st.tuples(st.integers(1, 30), st.integers(0, 9)), max_size=3),
+    st.lists(st.integers(0, 60), max_size=3),
 )
-def test_any_faults_at_any_time(faults, mode, formation, poisoned, num_pages, aborts):
+def test_any_faults_at_any_time(faults, mode, formation, poisoned, num_pages, aborts, allocations):
     """Small pools, so that sequences are swapped and preempted between the faults; requests are aborted, too."""
     wanted = requests(10)
     sizes = {"num_pages": num_pages, "num_host_pages": 24, "page_size": 4}
@@ -329,7 +349,9 @@ def test_any_faults_at_any_time(faults, mode, formation, poisoned, num_pages, ab
     calls = [call for fault in faults for call in (fault, None)]  # what is not started is, the next time
     formation = "greedy" if mode == "dynamic" else formation
     preemption = PreemptionConfig(preemption_mode="swap", recompute_seconds_per_token=1.0, swap_seconds_per_page=1.0)
-    core = make_core(FaultyRunner(calls, names, **sizes), mode=mode, formation=formation, preemption=preemption)
+    failpoints = tuple(f"allocate=raise,after={passes},times=1" for passes in allocations)
+    runner = FaultyRunner(calls, names, **sizes)
+    core = make_core(runner, failpoints=failpoints, mode=mode, formation=formation, preemption=preemption)
     expected = undisturbed(wanted)
     tokens: dict[str, list[int]] = {name: [] for name in expected}
     ends: dict[str, EngineOutput] = {}
@@ -360,4 +382,6 @@ def test_any_faults_at_any_time(faults, mode, formation, poisoned, num_pages, ab
         else:
             assert tokens[name] == expected[name][0][: len(tokens[name])]
             assert end.finish_reason is (FinishReason.ERROR if end.error else FinishReason.ABORT)
-            assert name in names or name in {f"r{index}" for _, index in aborts}
+            unallocated = end.error.startswith("the request cannot be computed: failpoint allocate")
+            assert unallocated or name in names or name in {f"r{index}" for _, index in aborts}
+    assert sum("failpoint allocate" in end.error for end in ends.values()) <= len(allocations)

@@ -123,7 +123,7 @@ def test_a_dead_engine_is_told():
     client.close()
 
 
-def test_a_stopped_engine_holds_nobody_up(engine):
+def test_fault_30_a_stopped_engine_holds_nobody_up(engine):
     """What it is sent waits, however much; when it goes on it answers all of it."""
     before = engine.progress().beat
     os.kill(engine.pid, signal.SIGSTOP)

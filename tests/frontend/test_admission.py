@@ -216,7 +216,7 @@ def steady(
     return admission, now
 
 
-def test_a_deadline_behind_the_queue_is_out_of_reach():
+def test_fault_16_a_deadline_behind_the_queue_is_out_of_reach():
     admission, now = steady(QueueConfig())
     with pytest.raises(
         DeadlineError, match=r"^deadline is in 2\.500 s and cannot be met: 20 requests wait, which takes"
@@ -330,7 +330,7 @@ def arrive(overload: Overload, tenant: str, rate: float, until: float, outputs=(
 
 
 @pytest.mark.parametrize("lengths", ["alike", "different"])
-def test_shares_follow_weights_at_three_times_the_capacity_in_order_of_arrival(lengths):
+def test_fault_38_shares_follow_weights_at_three_times_the_capacity_in_order_of_arrival(lengths):
     """Three tenants of 1 : 2 : 4 ask alike for three times what there is; clients of the least one never pause."""
     weights = {"bronze": 1.0, "silver": 2.0, "gold": 4.0}
     config = QueueConfig(tenants={name: TenantConfig(weight=weight) for name, weight in weights.items()})
@@ -357,7 +357,7 @@ def test_a_tenant_that_asks_for_little_is_served_and_leaves_the_rest_to_others()
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])
-def test_goodput_is_kept_when_every_request_has_a_deadline(factor):
+def test_fault_38_goodput_is_kept_when_every_request_has_a_deadline(factor):
     """A place for many more than can be in time: without the prediction almost none would be, at three times."""
     overload = Overload(QueueConfig(), slots=16, places=400, seed=3)
     arrive(overload, "", factor * 1.6, 800.0, patience=60.0)

@@ -37,7 +37,7 @@ def renderer():
         ("{% for i in range(10 ** 9) %}{% endfor %}", r"Range too big"),
     ],
 )
-def test_a_template_without_end_is_refused(renderer, template, message):
+def test_fault_33_a_template_without_end_is_refused(renderer, template, message):
     begin = time.monotonic()
     with pytest.raises(ValueError, match=message) as caught:
         renderer.render(template, MESSAGES)

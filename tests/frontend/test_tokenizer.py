@@ -165,7 +165,7 @@ def test_what_tokenizer_json_puts_around_a_text_counts_as_in_transformers(tmp_pa
     assert (ids[0], len(ids)) == (BOS, 3)
 
 
-def test_code_of_the_checkpoint_never_runs(tmp_path):
+def test_fault_25_code_of_the_checkpoint_never_runs(tmp_path):
     save(tmp_path, byte_level(), tokenizer_class="Own", auto_map={"AutoTokenizer": [None, "own.Own"]})
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     Tokenizer(tmp_path)
@@ -198,7 +198,7 @@ def test_chat_without_a_template(tokenizer):
         ("{% for %}", "Expected an expression, got 'end of statement block'"),
     ],
 )
-def test_templates_that_fail_or_try_to_escape(tmp_path, template, reason):
+def test_fault_25_templates_that_fail_or_try_to_escape(tmp_path, template, reason):
     pytest.importorskip("jinja2")
     tokenizer = load(tmp_path, chat_template=template)
     with pytest.raises(ValueError, match=f"^messages do not fit the chat template: {re.escape(reason)}$"):

@@ -312,7 +312,7 @@ SINGLE_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", SINGLE_FAULTS)
-def test_a_broken_checkpoint_gets_one_clear_line(single, fault):
+def test_fault_25_a_broken_checkpoint_gets_one_clear_line(single, fault):
     load(single)  # sound before
     damage, message = SINGLE_FAULTS[fault]
     damage(single)

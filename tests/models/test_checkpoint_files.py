@@ -244,7 +244,7 @@ def test_a_line_says_what_else_tells_the_context(tmp_path, caplog):
         ),
     ],
 )
-def test_settings_that_contradict_or_cannot_be_are_refused(tmp_path, fields, message):
+def test_fault_37_settings_that_contradict_or_cannot_be_are_refused(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_directory(write(tmp_path, fields))
 
@@ -331,7 +331,7 @@ def edit_header(path: pathlib.Path, change: Any) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
 
-def test_headers_that_contradict_themselves_are_refused(tmp_path, monkeypatch):
+def test_fault_37_headers_that_contradict_themselves_are_refused(tmp_path, monkeypatch):
     def refused(change: Any) -> str:
         directory = write(tmp_path, {}, random_tensors(BASE, 0))
         edit_header(tmp_path / SINGLE_FILE, change)

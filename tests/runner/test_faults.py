@@ -191,7 +191,17 @@ def test_forms_of_failpoints():
     assert Failpoint.parse("pack=raise") == Failpoint("pack")
     assert Failpoint.parse("collect=sleep(0.5),after=3,times=1") == Failpoint("collect", 0.5, times=1, after=3)
     assert Failpoint.parse("execute=raise,request=a#2") == Failpoint("execute", request="a#2")
-    for text in ("", "pack", "pack=fall", "here=raise", "pack=raise,times=-1", "pack=raise,time=1", "pack=sleep(x)"):
+    assert Failpoint.parse("send=raise,every=7,apart=90") == Failpoint("send", every=7, apart=90)
+    for text in (
+        "pack=raise,every=0",
+        "",
+        "pack",
+        "pack=fall",
+        "here=raise",
+        "pack=raise,times=-1",
+        "pack=raise,time=1",
+        "pack=sleep(x)",
+    ):
         with pytest.raises(ValueError, match="failpoint"):
             Failpoint.parse(text)
     slept: list[float] = []
@@ -199,3 +209,18 @@ def test_forms_of_failpoints():
     for _ in range(5):
         failpoints.hit("collect", ())
     assert slept == [2.0, 2.0]
+
+
+def test_when_failpoints_act():
+    assert Failpoints(["pack=raise"]).at("send") is None
+    times, acted = [0.0], []
+    failpoints = Failpoints(["send=sleep(1),after=2,every=3,apart=10,times=2"], acted.append, lambda: times[0])
+    hit = failpoints.at("send")
+    assert hit is not None
+    passes = []
+    for number in range(1, 40):
+        times[0] += 2.0
+        hit(())
+        if len(acted) > len(passes):
+            passes.append(number)
+    assert passes == [5, 11]  # of every third pass, the first that is 10 s after the one before

@@ -30,14 +30,14 @@ def test_what_is_this_users_alone_is_trusted(directory):
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o775, 0o757, 0o1777, 0o722])
-def test_a_directory_that_others_may_write_to_is_not(directory, mode):
+def test_fault_35_a_directory_that_others_may_write_to_is_not(directory, mode):
     directory.chmod(mode)
     with pytest.raises(UntrustedError, match=rf"^has the mode {mode:04o}: others may write to it; chmod 700 it$"):
         check_directory(directory)
 
 
 @pytest.mark.parametrize("mode", [0o666, 0o664, 0o646])
-def test_nor_is_such_a_file(directory, mode):
+def test_fault_35_nor_is_such_a_file(directory, mode):
     (directory / "file").chmod(mode)
     with pytest.raises(UntrustedError, match=rf"^has the mode {mode:04o}: others may write to it; chmod go-w it$"):
         read_own(directory / "file")
@@ -74,7 +74,7 @@ def test_a_directory_above_may_be_written_to_by_the_owners_own_group_alone(direc
     assert not trust._private_group(with_group(status.st_uid, status.st_mode | 0o002))
 
 
-def test_nor_is_what_belongs_to_another_user(directory, monkeypatch):
+def test_fault_35_nor_is_what_belongs_to_another_user(directory, monkeypatch):
     owner = directory.stat().st_uid
     monkeypatch.setattr(trust.os, "getuid", lambda: owner + 1)
     for check, path in ((check_directory, directory), (read_own, directory / "file")):

@@ -33,7 +33,7 @@ def test_a_partial_page_is_not_committed():
     assert [pool.state(page) for page in pages] == [CACHED, FREE]
 
 
-def test_salt_isolates_tenants():
+def test_fault_27_salt_isolates_tenants():
     pool = PagePool(num_pages=8, page_size=2)
     pages = cached(pool, [1, 2, 3, 4], salt="tenant a")
     for salt in ("tenant b", "", "tenant a ", "tenant A"):

@@ -189,8 +189,8 @@ def test_the_command_line_client_takes_its_key_from_the_environment_or_an_option
     monkeypatch.delenv("JAXSERVE_API_KEY")
     assert command.main(["abc", *address]) == 1
     assert capsys.readouterr().err == (
-        "jaxserve.client: UNAUTHENTICATED: the API key is missing; send it as authorization: Bearer KEY (--api-key, or "
-        "the environment variable JAXSERVE_API_KEY)\n"
+        "jaxserve.client: UNAUTHENTICATED: the API key is missing; send it as authorization: Bearer KEY; give a key "
+        "of this server with --api-key or in JAXSERVE_API_KEY\n"
     )
     assert command.main(["abc", "--ca", "/none", *address]) == 1
     assert "No such file" in capsys.readouterr().err

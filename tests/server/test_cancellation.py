@@ -96,7 +96,7 @@ def test_the_deadline_of_the_call_reaches_the_engine(tokenizer):
     run_served(body, tokenizer)
 
 
-def test_a_deadline_in_the_past_is_refused_before_the_engine_hears_of_it(tokenizer):
+def test_fault_16_a_deadline_in_the_past_is_refused_before_the_engine_hears_of_it(tokenizer):
     async def body(served: Served) -> None:
         code, details = await status_of(served.client.generate_text("a", GREEDY, deadline=time.time() - 1))
         assert code is Code.DEADLINE_EXCEEDED
@@ -132,7 +132,7 @@ def test_a_slow_reader_gets_everything_and_holds_up_nobody(tokenizer):
     run_served(body, tokenizer)
 
 
-def test_a_reader_that_stops_reading_loses_its_request_and_nobody_else_does(tokenizer):
+def test_fault_18_a_reader_that_stops_reading_loses_its_request_and_nobody_else_does(tokenizer):
     """The connection buffers some of the answer, the server 500 tokens of it; long ids make the messages large."""
 
     async def body(served: Served) -> None:

@@ -60,7 +60,7 @@ async def probe(address: str, tries: int = 100) -> None:
     ],
     ids=["idle", "keepalive", "handshake"],
 )
-def test_silent_connections_are_closed(tokenizer, greet, limits):
+def test_fault_31_silent_connections_are_closed(tokenizer, greet, limits):
     """Half-open ones too: a peer that vanished does not answer a ping."""
 
     async def body(served: Served) -> None:
@@ -238,7 +238,7 @@ def with_files(limit: int, directory) -> Process:
     return Process(["bash", "-c", script, "bash", *server])
 
 
-def test_a_server_with_few_descriptors_answers_probes_throughout(tmp_path):
+def test_fault_31_a_server_with_few_descriptors_answers_probes_throughout(tmp_path):
     process = with_files(72, save_tokenizer(tmp_path))
     try:
         address = process.until(r"ready on (\S+) in").group(1)

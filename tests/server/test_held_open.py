@@ -46,7 +46,7 @@ async def reaches(condition) -> None:
         (REFLECTION, reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()),
     ],
 )
-def test_calls_whose_answers_are_never_read_end(tokenizer, path, request_, caplog):
+def test_fault_31_calls_whose_answers_are_never_read_end(tokenizer, path, request_, caplog):
     async def body(served: Served) -> None:
         async with (
             raw_http2.connected(served.address, window=0) as connection,
@@ -166,7 +166,7 @@ def test_generate_tells_how_much_waits_for_its_reader(tokenizer, monkeypatch):
     "path", [JAXSERVE + "Generate", JAXSERVE + "Abort", HEALTH + "Check", HEALTH + "Watch", REFLECTION]
 )
 @pytest.mark.parametrize("parts", [[], [b"\0\0"], [raw_http2.message(b"abc", length=4000)]])
-def test_requests_that_stay_away_are_refused(tokenizer, path, parts):
+def test_fault_31_requests_that_stay_away_are_refused(tokenizer, path, parts):
     async def body(served: Served) -> None:
         async with raw_http2.connected(served.address) as connection:
             stream = raw_http2.send(connection, path, parts, end=False)
@@ -256,7 +256,7 @@ def test_streams_of_a_connection_are_bounded(tokenizer):
     run_served(body, tokenizer, limits=LimitsConfig(max_streams_per_connection=5))
 
 
-def test_a_burst_ends_with_an_answer_for_each(tokenizer):
+def test_fault_31_a_burst_ends_with_an_answer_for_each(tokenizer):
     """A thousand calls that are never read, over some connections: each is refused or ended, and none is left."""
 
     async def body(served: Served) -> None:

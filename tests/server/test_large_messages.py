@@ -58,7 +58,7 @@ async def generate_raw(served: Served, message: bytes) -> tuple[grpc.StatusCode,
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(tokenizer, monkeypatch, text):
+def test_fault_29_a_text_that_cannot_fit_is_refused_before_it_is_encoded(tokenizer, monkeypatch, text):
     encode = Encoder.encode
 
     def refuse_long(self, piece, add_special_tokens):
@@ -80,7 +80,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(tokenizer, monke
     run_served(body, tokenizer)
 
 
-def test_others_are_answered_while_a_long_text_is_encoded(tokenizer):
+def test_fault_29_others_are_answered_while_a_long_text_is_encoded(tokenizer):
     async def body(served: Served) -> None:
         text = "".join(random.Random(0).choices(["copy: ", "é", " x", "\n", "12"], k=600_000))
         long = [asyncio.ensure_future(served.client.tokenize(text)) for _ in range(2)]
@@ -108,7 +108,7 @@ def test_a_call_that_is_canceled_frees_its_place(tokenizer):
 
 
 @pytest.mark.parametrize("rpc", ["Generate", "Tokenize", "Detokenize"])
-def test_too_much_text_that_waits_is_resource_exhausted(tokenizer, rpc):
+def test_fault_29_too_much_text_that_waits_is_resource_exhausted(tokenizer, rpc):
     ready = changed(READY, max_model_len=10**6, max_prompt_len=10**6, usable_pages=10**6)
 
     async def body(served: Served) -> None:
@@ -287,7 +287,7 @@ def test_details_fit_a_trailer(tokenizer):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_is_bounded_and_comes_back(directory):
+def test_fault_29_memory_is_bounded_and_comes_back(directory):
     process = Process([sys.executable, "-m", "tests.server.echo_server", "run", str(directory)])
     try:
         port = process.until(r"ready on 127\.0\.0\.1:(\d+) ")[1]

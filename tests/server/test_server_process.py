@@ -58,7 +58,7 @@ def in_background(call: Callable[[], object]) -> queue.Queue:
     return results
 
 
-def test_start_log_and_a_drain_that_ends_well(echo):
+def test_fault_24_start_log_and_a_drain_that_ends_well(echo):
     process = echo()
     address = process.until(r"ready on (127\.0\.0\.1:\d+) in \d+\.\d s$").group(1)
     log = "\n".join(process.seen)
@@ -93,7 +93,7 @@ def test_start_log_and_a_drain_that_ends_well(echo):
 
 
 @pytest.mark.parametrize("again", [True, False])
-def test_what_outlasts_the_drain_is_unavailable(echo, again):
+def test_fault_24_what_outlasts_the_drain_is_unavailable(echo, again):
     """With a second signal at once, without one when drain_seconds are over."""
     process = echo("run", f"--gin.ServerConfig.drain_seconds={600.0 if again else 0.2}")
     with Client(process.until(r"ready on (\S+) in").group(1)) as client:
@@ -111,7 +111,7 @@ def test_what_outlasts_the_drain_is_unavailable(echo, again):
     assert not any("Traceback" in line for line in lines)
 
 
-def test_a_dead_engine_is_one_line_and_a_failure(echo):
+def test_fault_22_a_dead_engine_is_one_line_and_a_failure(echo):
     process = echo()
     with Client(process.until(r"ready on (\S+) in").group(1)) as client:
         process.order("pause")
@@ -139,7 +139,7 @@ STEP_TIMEOUT = "--gin.ServerConfig.step_timeout=0.5"
         ),
     ],
 )
-def test_an_engine_that_hangs_is_one_line_and_a_failure(echo, state, line):
+def test_fault_23_an_engine_that_hangs_is_one_line_and_a_failure(echo, state, line):
     process = echo("run", STEP_TIMEOUT)
     with Client(process.until(r"ready on (\S+) in").group(1)) as client:
         process.order("pause")
@@ -167,7 +167,7 @@ def test_an_engine_that_hangs_while_idle(echo):
     "signals", [(signal.SIGTERM,), (signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)]
 )
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_the_exit_code_tells_of_a_hung_engine_whatever_signals_come(echo, signals, when):
+def test_fault_24_the_exit_code_tells_of_a_hung_engine_whatever_signals_come(echo, signals, when):
     process = echo("run", STEP_TIMEOUT if when == "before" else "--gin.ServerConfig.step_timeout=600.0")
     process.until("ready on")
     process.order("problem the engine process did not end within 2 s and was killed")
@@ -195,7 +195,7 @@ def test_an_engine_that_dies_while_it_drains(echo):
     assert (code, lines[-1]) == (1, "jaxserve.server: the engine has died: out of memory")
 
 
-def test_a_start_that_fails_is_one_line(echo, tmp_path):
+def test_fault_25_a_start_that_fails_is_one_line(echo, tmp_path):
     process = echo("fail model.safetensors is cut off: 10 of 20 bytes")
     code, lines = process.end()
     assert code == 1

@@ -1,0 +1,1 @@
+"""Puts a running server under what it must survive: random messages, and long mixed load with faults."""
