@@ -22,7 +22,7 @@ _ERRORS: Mapping[int, str] = {
     401: "The key is missing or wrong",
     403: "The caller may not do this",
     404: "The model or path is unknown",
-    408: "The request has not arrived in time",
+    408: "The request has not arrived in time, or its deadline has passed",
     409: "The request id belongs to an unfinished request",
     413: "The body is too large",
     415: "The body is not application/json",
@@ -30,7 +30,6 @@ _ERRORS: Mapping[int, str] = {
     500: "The request failed",
     501: "The server has no tokenizer",
     503: "The server is starting or draining, or its engine has failed",
-    408: "The deadline of the request has passed",
 }
 _ERROR: Schema = {
     "type": "object",

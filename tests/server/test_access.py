@@ -192,7 +192,8 @@ def test_the_command_line_client_takes_its_key_from_the_environment_or_an_option
         "jaxserve.client: UNAUTHENTICATED: the API key is missing; send it as authorization: Bearer KEY; give a key "
         "of this server with --api-key or in JAXSERVE_API_KEY\n"
     )
-    assert command.main(["abc", "--ca", "/none", *address]) == 1
+    with pytest.raises(SystemExit):
+        command.main(["abc", "--ca", "/none", *address])
     assert "No such file" in capsys.readouterr().err
 
 
