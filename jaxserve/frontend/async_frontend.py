@@ -11,10 +11,9 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, TypeVar
 
-from jaxserve.config.failpoints import Failpoints, Hit
+from jaxserve.config.failpoints import Failpoints
 from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.messages import EngineFailed, EngineReady, EngineStats, FromEngine
 from jaxserve.engine.watchdog import Watchdog
@@ -22,6 +21,7 @@ from jaxserve.frontend.admission import Admission
 from jaxserve.frontend.captures import Captures
 from jaxserve.frontend.chat_text import RenderedText
 from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError, QueueFullError, rejection_reason
+from jaxserve.frontend.delta_stream import DeltaStream, FaultyStream
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.frontend import FrontEnd
 from jaxserve.frontend.preparation_steps import Steps, finish
@@ -41,121 +41,6 @@ _MOST_LOGGED = 2000
 
 CPU_SHARE = 0.3
 """Maximum share of the loop's time for streaming when the engine runs on the CPU (see `EngineReader`)."""
-
-
-class DeltaStream:
-    """Iterates asynchronously over one request's deltas and ends after the delta with a finish reason.
-
-    Closing it (`aclose`, or leaving `async with`) before then, or cancelling the task that waits in it, aborts the
-    request. Only one task may read it.
-    """
-
-    def __init__(self, front_end: AsyncFrontEnd, request_id: str, owner: str = ""):
-        self._front_end = front_end
-        self._request_id = request_id
-        self._owner = owner
-        self._unread: list[Delta] = []
-        self._num_unread = 0
-        self._news: asyncio.Future[None] | None = None  # what the reader waits for
-        self._finished = False
-        self._closed = False
-
-    @property
-    def request_id(self) -> str:
-        return self._request_id
-
-    @property
-    def owner(self) -> str:
-        """Whose request it is."""
-        return self._owner
-
-    @property
-    def finished(self) -> bool:
-        """Whether the last delta has arrived, read or not."""
-        return self._finished
-
-    def __aiter__(self) -> DeltaStream:
-        return self
-
-    @property
-    def num_unread(self) -> int:
-        """Number of token ids that wait to be read."""
-        return self._num_unread
-
-    async def __anext__(self) -> Delta:
-        while not self._unread:
-            if self._finished or self._closed:
-                raise StopAsyncIteration
-            self._news = asyncio.get_running_loop().create_future()
-            try:
-                await self._news
-            except asyncio.CancelledError:
-                self.close()
-                raise
-            finally:
-                self._news = None
-        unread = self._unread
-        self.drop_unread()
-        return unread[0] if len(unread) == 1 else _merged(unread)
-
-    def push(self, delta: Delta) -> None:
-        """Adds a delta; called by the front end. Never waits."""
-        self._unread.append(delta)
-        self._num_unread += len(delta.token_ids)
-        if len(self._unread) > 64:  # keeps what is unread small: not one object a token
-            self._unread = [_merged(self._unread)]
-        self._finished = delta.finish_reason is not None
-        self._wake()
-
-    def drop_unread(self) -> None:
-        """Discards unread deltas."""
-        self._unread, self._num_unread = [], 0
-
-    def close(self) -> None:
-        """Ends the stream and aborts the request if it is unfinished; idempotent. Unread news are dropped."""
-        self._closed = True
-        if not self._finished:
-            self._front_end.abort(self._request_id, owner=self._owner)
-        self.drop_unread()  # with the last delta: a closed stream's is never read
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._news is not None and not self._news.done():
-            self._news.set_result(None)
-
-    async def aclose(self) -> None:
-        """Calls `close`, for `contextlib.aclosing` and `async with`."""
-        self.close()
-
-    async def __aenter__(self) -> DeltaStream:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class _FaultyStream(DeltaStream):
-    """Passes the failpoint "send" before a delta is handed to whoever sends it. hit: passes it."""
-
-    def __init__(self, front_end: AsyncFrontEnd, request_id: str, owner: str, hit: Hit):
-        super().__init__(front_end, request_id, owner)
-        self._hit = hit
-
-    async def __anext__(self) -> Delta:
-        delta = await super().__anext__()
-        self._hit((self.request_id,))
-        return delta
-
-
-def _merged(deltas: Sequence[Delta]) -> Delta:
-    """Merges deltas into one."""
-    return dataclasses.replace(
-        deltas[-1],
-        token_ids=tuple([token_id for delta in deltas for token_id in delta.token_ids]),
-        text="".join([delta.text for delta in deltas]),
-    )
 
 
 def _logged(prompt: str | Sequence[int]) -> str:
@@ -292,9 +177,9 @@ class AsyncFrontEnd:
                 await asyncio.sleep(seconds)
             raise
         if (hit := self._send_hit) is None:
-            stream = DeltaStream(self, request_id, owner)
+            stream = DeltaStream(self.abort, request_id, owner)
         else:
-            stream = _FaultyStream(self, request_id, owner, hit)
+            stream = FaultyStream(self.abort, request_id, owner, hit)
         self._streams[owner, request_id] = stream
         self._charge(owner, len(prepared.prompt_token_ids))
         if self._log_prompts:

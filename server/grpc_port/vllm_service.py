@@ -21,7 +21,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 import jaxserve
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
-from jaxserve.frontend.async_frontend import DeltaStream
+from jaxserve.frontend.delta_stream import DeltaStream
 from jaxserve.request import SamplingParams
 from jaxserve.serving.access.request_headers import request_options
 from jaxserve.serving.grpc_port import vllm_convert as convert

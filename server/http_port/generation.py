@@ -13,8 +13,9 @@ from starlette.types import Receive, Scope, Send
 
 from jaxserve.config.http_config import HttpConfig
 from jaxserve.config.shown import shown
-from jaxserve.frontend.async_frontend import AsyncFrontEnd, DeltaStream
+from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.delta import Delta, QueueFullError
+from jaxserve.frontend.delta_stream import DeltaStream
 from jaxserve.frontend.openai import COMPLETIONS_URL, BodyRequest, Dialect, parse_body
 from jaxserve.frontend.openai_responses import Answer, response_body
 from jaxserve.request import check_identity

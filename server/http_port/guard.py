@@ -30,6 +30,9 @@ ADMIN_PATHS = ("/metrics", "/debug", "/admin")
 PROBES = frozenset(("/health", "/health/live", "/health/ready"))
 """Paths of health checks."""
 
+_PAGE = "/page"
+"""Path below which the files of the page at `/` lie. They hold no secret; what the page asks for needs a key."""
+
 _OPEN_METHODS = ("GET", "HEAD")
 _CHALLENGE = ((b"www-authenticate", b"Bearer"), (b"www-authenticate", b'Basic realm="jaxserve", charset="UTF-8"'))
 """Ways to give a key. Basic is for browsers, which then ask for it: the password is the key."""
@@ -59,7 +62,7 @@ class HttpGuard:
                 await send({"type": "websocket.close", "code": 1008, "reason": "this server has no WebSockets"})
 
     async def _guard(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] in PROBES and scope["method"] in _OPEN_METHODS:
+        if scope["method"] in _OPEN_METHODS and _is_open(scope["path"]):
             scope["caller"] = Caller()
             await self._app(scope, receive, send)
             return
@@ -102,6 +105,11 @@ class HttpGuard:
                 f"origin is {shown(origin)}; pages of other servers may not call this one from a browser: add the "
                 "origin to AccessConfig.web_origins"
             )
+
+
+def _is_open(path: str) -> bool:
+    """Tells whether a path may be read without a key."""
+    return path in PROBES or path == "/" or is_below(path, (_PAGE,))
 
 
 def is_below(path: str, roots: Iterable[str]) -> bool:
