@@ -143,7 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.drive:
         lengths = (options.input_len, options.input_len), (options.output_len, options.output_len)
         requests = datasets.random_requests(options.streams, *lengths, vocab_size=256, seed=options.seed)
-        print(json.dumps(drive(*options.drive, requests)))
+        protocol, address = options.drive
+        print(json.dumps(drive(protocol, address, requests)))
         return 0
     results = run(options)
     settings = {name: value for name, value in vars(options).items() if name not in ("out", "drive")}

@@ -6,6 +6,7 @@ The answers come from the task generators, not from the engine; the examples are
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import random
 
@@ -16,6 +17,7 @@ from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE, generate_split
+from jaxserve.models.tiny.tiny_tokenizer import CHAT_TEMPLATE
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.wrapper import RunnerWrapper
 
@@ -103,3 +105,35 @@ def test_a_stop_string_over_several_tokens_ends_the_text(runner):
     params = dataclasses.replace(GREEDY, stop=("lo w",))
     (output,) = llm.generate(["copy: hello world\n"], params, use_tqdm=False)
     assert (output.outputs[0].text, output.outputs[0].finish_reason) == ("hel", "stop")
+
+
+# ---- chat ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(CHECKPOINT)
+
+
+def test_every_task_as_a_chat_is_the_prompt_of_training(tokenizer, examples):
+    """So its answer is that of the prompt, which the tests above compare."""
+    before = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "sort: cab"}]
+    before.append({"role": "assistant", "content": "abc"})
+    for kind, pairs in examples.items():
+        prompt, _ = pairs[0]
+        assert prompt.endswith("\n") or kind == "lookup"
+        for content in (prompt, prompt.rstrip("\n")):
+            message = {"role": "user", "content": content}
+            assert tokenizer.encode_chat([message]) == tokenizer.encode(prompt), kind
+        assert tokenizer.encode_chat([*before, message]) == tokenizer.encode(prompt), kind
+        assert tokenizer.encode_chat([message], add_generation_prompt=False) == tokenizer.encode(prompt.rstrip("\n"))
+
+
+def test_a_chat_without_a_task_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"^messages do not fit the chat template: messages need one of role user"):
+        tokenizer.encode_chat([{"role": "system", "content": "Be brief."}])
+
+
+def test_the_checkpoint_has_the_template_of_the_code():
+    settings = json.loads((CHECKPOINT / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert settings["chat_template"] == CHAT_TEMPLATE

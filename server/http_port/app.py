@@ -37,8 +37,8 @@ def make_app(served: ServedModel, config: HttpConfig = HttpConfig(), max_body_by
     ):
         app.include_router(router)
     app.add_exception_handler(HTTPException, _http_error)
-    # Errors that are foreseen have a handler of their kind: that of Exception raises them again, for the log.
-    for kind in (ValueError, LookupError, RuntimeError, Exception):
+    # Starlette raises again what only the last of these handles: a bug, whose traceback the log then has.
+    for kind in (HttpError, ValueError, LookupError, RuntimeError, Exception):
         app.add_exception_handler(kind, _error)
     of_routes = app.openapi
     app.openapi = lambda: document(of_routes(), served, config)

@@ -102,9 +102,9 @@ class Generation:
 
 
 def _renamed(exchange: Exchange, request_id: str) -> str:
-    """Returns the request id of the body, which takes the place of the drawn one. Raises ValueError."""
-    if exchange.header(REQUEST_ID):
-        raise ValueError(f"request_id is given in the body and in {REQUEST_ID}; give one of them")
+    """Returns the request id of the body, which takes the place of the header's and of a drawn one. Raises
+    ValueError.
+    """
     check_identity("request_id", request_id)
     exchange.extra = [(name, value) for name, value in exchange.extra if name != REQUEST_ID.encode()]
     exchange.add_header(REQUEST_ID, request_id)

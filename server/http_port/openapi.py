@@ -106,7 +106,7 @@ def _operation(
 ) -> Schema:
     content: Schema = {"application/json": {"schema": {"$ref": f"#/components/schemas/{answer}"}}}
     if events:
-        content["text/event-stream"] = {"schema": _TEXT}
+        content["text/event-stream"] = {}
     of_body = (408, 413, 415) if body is None else ()
     operation: Schema = {
         "operationId": name,
@@ -128,8 +128,8 @@ def _operation(
         operation["parameters"] = [
             {"name": name, "in": "header", "required": False, "schema": schema}
             for name, schema in (
-                (REQUEST_ID, _NAME | {"minLength": 1, "pattern": r"^[!-~]+$"}),
-                (TENANT, _NAME | {"pattern": r"^[!-~]*$"}),
+                (REQUEST_ID, _NAME),
+                (TENANT, _NAME),
                 (PRIORITY, _whole(-MAX_INT32, MAX_INT32)),
                 (TIMEOUT, {"type": "number", "exclusiveMinimum": 0}),
             )
@@ -185,7 +185,7 @@ def _chat_fields() -> Schema:
         "properties": {
             "role": {"enum": ["user", "system", "developer", "assistant"]},
             "content": {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": part | _CLOSED}]},
-            "name": _TEXT,
+            "name": _or_null(_TEXT),
         },
     }
     return {

@@ -15,13 +15,13 @@ def router(served: ServedModel) -> APIRouter:
     """Returns the routes of health. served: the model."""
     routes = APIRouter(include_in_schema=False)  # openapi.py has them
 
-    @routes.get("/health")
-    @routes.get("/health/ready")
+    @routes.api_route("/health", methods=["GET", "HEAD"])
+    @routes.api_route("/health/ready", methods=["GET", "HEAD"])
     async def ready() -> JSONResponse:
         """Answers 200 while requests are taken, and else 503 with the reason."""
         return _answer(served, served.is_ready)
 
-    @routes.get("/health/live")
+    @routes.api_route("/health/live", methods=["GET", "HEAD"])
     async def live() -> JSONResponse:
         """Answers 200 unless the engine has failed, after which the process ends."""
         return _answer(served, _status(served) != "failed")

@@ -141,10 +141,11 @@ def test_prompts_that_are_refused(server, http, prompt, words):
         ),
     ],
 )
-def test_errors_of_paths_methods_and_bodies(http, method, url, options, status, words):
+def test_errors_of_paths_methods_and_bodies(http, caplog, method, url, options, status, words):
     response = http.request(method, url, **options)
     assert response.status_code == status
     assert error_of(response)["message"].startswith(words)
+    assert caplog.records == []
 
 
 def test_unknown_fields_may_pass_with_a_warning(tokenizer, caplog):
