@@ -164,6 +164,8 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         every, patience = round(self._limits.keepalive_seconds), self._limits.keepalive_timeout_seconds
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # asyncio leaves it off for connections of a socket that it did not make, and each event then waits 40 ms.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for name, value in (
             ("TCP_KEEPIDLE", max(1, every)),
             ("TCP_KEEPINTVL", max(1, round(patience / 4))),

@@ -250,6 +250,20 @@ def test_a_reader_that_stops_is_ended(tokenizer):
     run_http(test, tokenizer, engine=large_engine(), limits=limits, max_unread_tokens=1000)
 
 
+def test_no_event_waits_for_the_one_before_to_be_acknowledged(tokenizer):
+    """Whatever made the listening socket, Nagle's algorithm is off for its connections."""
+
+    async def test(served):
+        _, writer = await connect(served)
+        await until(lambda: served.server.connections.num_open)
+        (connection,) = served.server.connections._all
+        raw = connection.transport.get_extra_info("socket")
+        assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        writer.close()
+
+    run_http(test, tokenizer)
+
+
 # ---- clients that go -------------------------------------------------------------------------------------------------
 
 
