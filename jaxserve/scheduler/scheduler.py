@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -39,9 +39,10 @@ from jaxserve.scheduler.decode_gap import DecodeGap
 from jaxserve.scheduler.gap_monitor import CAUSES
 from jaxserve.scheduler.length_prediction import OutputLengthPredictor
 from jaxserve.scheduler.modes import MODES
-from jaxserve.scheduler.plan import NOTHING_ALLOWED, FastForward, StepPlan, StepResult, Wants
+from jaxserve.scheduler.plan import FastForward, StepPlan, StepResult, Wants
 from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
+from jaxserve.scheduler.sampled_tokens import finish_reason, no_token, one_by_one, several
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import SequenceQueues
 from jaxserve.scheduler.step_builder import StepBuilder
@@ -319,7 +320,7 @@ class Scheduler:
         request_ids, sampled = plan.decodes.request_ids, token_ids[: len(plan.decodes)]
         stay = self._queues.running.decoding.take(plan.decodes, plan.samples, sampled)
         others = []
-        for request_id, order, token_id in _one_by_one(plan, token_ids, ~stay):
+        for request_id, order, token_id in one_by_one(plan, token_ids, ~stay):
             sequence = self._owner(request_id, order)
             if sequence is not None:
                 others.append(self._take(sequence, (token_id,)))
@@ -382,7 +383,7 @@ class Scheduler:
         if len(counts) != len(plan.decodes):
             raise ValueError(f"step {plan.step} has {len(counts)} counts; it decoded {len(plan.decodes)} rows")
         others = []
-        for request_id, order, planned, found in _several(plan, token_ids, counts):
+        for request_id, order, planned, found in several(plan, token_ids, counts):
             sequence = self._owner(request_id, order)
             if sequence is None:
                 continue
@@ -409,10 +410,10 @@ class Scheduler:
         for count, token_id in enumerate(token_ids):
             if token_id < 0:
                 return dataclasses.replace(
-                    self._finish(sequence, FinishReason.ERROR, _no_token(token_id)), token_ids=token_ids[:count]
+                    self._finish(sequence, FinishReason.ERROR, no_token(token_id)), token_ids=token_ids[:count]
                 )
             sequence.output_token_ids.append(token_id)
-            reason = _finish_reason(sequence, token_id)
+            reason = finish_reason(sequence, token_id)
             if reason is not None:
                 return self._end(sequence, reason, token_ids[: count + 1])
         return SequenceUpdate(sequence, token_ids)
@@ -465,44 +466,3 @@ class Scheduler:
         if self.policy.timeless and self._config.formation == "greedy":
             return blocked_by is not None
         return blocked_by == "slots" and not self._queues.preemption.preempts_for(*self._priorities_seen)
-
-
-def _one_by_one(plan: StepPlan, token_ids: np.ndarray, special: np.ndarray) -> Iterator[tuple[str, int, int]]:
-    """Yields request id, order and sampled id of the `special` decodes, bool [R], and of the chunks that sample."""
-    for row in special.nonzero()[0].tolist():
-        yield plan.decodes.request_ids[row], int(plan.decodes.orders[row]), int(token_ids[row])
-    if plan.chunks:
-        by_slot = {row.slot: row for row in plan.chunks}
-        slots = plan.samples.slots[len(plan.decodes) :]
-        for slot, token_id in zip(slots.tolist(), token_ids[len(plan.decodes) :].tolist(), strict=True):
-            yield by_slot[slot].request_id, by_slot[slot].order, token_id
-
-
-def _several(
-    plan: StepPlan, token_ids: np.ndarray, counts: np.ndarray
-) -> Iterator[tuple[str, int, int, tuple[int, ...]]]:
-    """Yields request id, order, planned samples and accepted ids of the decoding rows and of the chunks that sample."""
-    decodes, place = plan.decodes, 0
-    assert decodes.counts is not None
-    columns = zip(decodes.request_ids, decodes.orders.tolist(), decodes.counts.tolist(), counts.tolist(), strict=True)
-    for request_id, order, planned, count in columns:
-        if not 1 <= count <= planned:
-            raise ValueError(f"count of {request_id!r} is {count}; its row has {planned} tokens: it must be 1 to that")
-        yield request_id, order, planned, tuple(token_ids[place : place + count].tolist())
-        place += planned
-    by_slot = {row.slot: row for row in plan.chunks}
-    for slot, token_id in zip(plan.samples.slots[place:].tolist(), token_ids[place:].tolist(), strict=True):
-        yield by_slot[slot].request_id, by_slot[slot].order, 1, (token_id,)
-
-
-def _no_token(token_id: int) -> str:
-    """Returns the error line for a request whose token could not be sampled."""
-    return "its mask allows no token" if token_id == NOTHING_ALLOWED else "the model's logits are not finite"
-
-
-def _finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:
-    if token_id in sequence.request.stop_token_ids and len(sequence.output_token_ids) > sequence.request.min_tokens:
-        return FinishReason.STOP
-    if len(sequence.output_token_ids) >= sequence.request.max_tokens:
-        return FinishReason.LENGTH
-    return None
