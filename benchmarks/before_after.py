@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import pathlib
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -29,7 +31,7 @@ MODEL_LEN = 1024
 ROWS = 64
 
 
-def offline(name: str, against: pathlib.Path, rounds: int, folder: pathlib.Path) -> dict[str, Any]:
+def offline(name: str, against: pathlib.Path, rounds: int, folder: pathlib.Path) -> list[list[float]]:
     """One workload through the offline engines of both checkouts."""
     workload = WORKLOADS[name]
     model = checkpoint(workload.model, folder)
@@ -56,7 +58,7 @@ def offline(name: str, against: pathlib.Path, rounds: int, folder: pathlib.Path)
         return in_turn(sides, run, rounds)
 
 
-def serving(model: str, against: pathlib.Path, rounds: int, folder: pathlib.Path) -> dict[str, Any]:
+def serving(model: str, against: pathlib.Path, rounds: int, folder: pathlib.Path) -> list[list[float]]:
     """64 requests at once over gRPC to the servers of both checkouts: the shipped model ("tiny"), or a random one."""
     overrides = []
     vocab_size = 512
@@ -88,8 +90,8 @@ def serving(model: str, against: pathlib.Path, rounds: int, folder: pathlib.Path
         return in_turn(targets, run, rounds)
 
 
-def in_turn(sides: Sequence[Any], run: Callable[[Any, int], float], rounds: int) -> dict[str, Any]:
-    """Output tokens a second of [after, before] in each round, one warm-up round before, and their ratios."""
+def in_turn(sides: Sequence[Any], run: Callable[[Any, int], float], rounds: int) -> list[list[float]]:
+    """Output tokens a second of [after, before] in each round, one warm-up round before."""
     found: list[list[float]] = []
     for repeat in range(rounds + 1):
         order = (0, 1) if repeat % 2 else (1, 0)  # so that a drift favors neither
@@ -97,7 +99,14 @@ def in_turn(sides: Sequence[Any], run: Callable[[Any, int], float], rounds: int)
         if repeat:
             found.append([rates[0], rates[1]])
             print(f"  round {repeat}: {rates[0]:,.1f} after, {rates[1]:,.1f} before", flush=True)
-    return {"output_throughput": found, "ratio": spread([after / before for after, before in found])}
+    return found
+
+
+def in_pairs(measure: Callable[[], list[list[float]]], pairs: int) -> dict[str, Any]:
+    """Measures with `pairs` pairs of processes: two processes of one program differ by more than their rounds do."""
+    found = [measure() for _ in range(pairs)]
+    ratios = [statistics.median(after / before for after, before in rounds) for rounds in found]
+    return {"output_throughput": found, "ratio": spread(ratios)}
 
 
 def checkpoint(model: str, folder: pathlib.Path) -> pathlib.Path:
@@ -113,7 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", type=pathlib.Path, required=True, metavar="DIR", help="the other checkout")
     parser.add_argument("--workloads", default="153m,single", help=f"offline, of {','.join(WORKLOADS)}")
     parser.add_argument("--serving", default="tiny,153m", help=f"over gRPC, of tiny,{','.join(SHAPES)}")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3, help="of each pair of processes")
+    parser.add_argument(
+        "--pairs", type=int, default=3, help="pairs of processes; a ratio is the median of their medians"
+    )
     options = parser.parse_args(arguments)
     against = options.against.resolve()
     results: dict[str, Any] = {}
@@ -121,9 +133,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kind, measure, names in (("offline", offline, options.workloads), ("serving", serving, options.serving)):
             for name in filter(None, names.split(",")):
                 print(f"{kind} {name}", flush=True)
-                results[f"{kind} {name}"] = found = measure(name, against, options.rounds, pathlib.Path(scratch))
+                once = functools.partial(measure, name, against, options.rounds, pathlib.Path(scratch))
+                results[f"{kind} {name}"] = found = in_pairs(once, options.pairs)
                 print(f"{kind} {name}: after over before {spread_text(found['ratio'])}", flush=True)
-    settings = {"against": report.commit(against), "rounds": options.rounds, "max_model_len": MODEL_LEN}
+    settings = {
+        "against": report.commit(against),
+        "rounds": options.rounds,
+        "pairs": options.pairs,
+        "max_model_len": MODEL_LEN,
+    }
     print(report.write("before_after", settings, results))
     return 0
 
