@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "pairs": options.pairs,
         "max_model_len": MODEL_LEN,
     }
-    print(report.write("before_after", settings, results))
+    print(report.write("before_after", settings | {"max_model_len": MODEL_LEN}, results))
     return 0
 
 
