@@ -17,6 +17,8 @@ _held = compile_cache.use(os.environ.get("PYTEST_XDIST_WORKER", ""))
 # A shell that runs the suite in the background has it ignore SIGINT; children that tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 budgets.load_profile()
 

@@ -94,7 +94,7 @@ def test_a_task_arrives_as_it_was_sent():
 
 def test_only_a_server_on_cpus_is_ready_early_by_itself():
     def early(ready_when: str, platform: str, server: bool) -> bool:
-        return startup._ready_when_servable(dataclasses.replace(CONFIG, ready_when=ready_when), platform, server)
+        return startup.ready_when_servable(dataclasses.replace(CONFIG, ready_when=ready_when), platform, server)
 
     assert early("auto", "cpu", True)
     assert not early("auto", "cpu", False)
