@@ -56,12 +56,28 @@ _ONE_LANE = (
     "runner/test_triton_programs.py",  # interpreted; both compile for a GPU what is run here
     "runner/test_trust.py",
     # gRPC and processes: test_end_to_end and the quick ones run on both.
+    "faults",
+    "server/http/test_http_bounds.py",
+    "server/http/test_http_errors.py",
+    "server/http/test_http_tokens.py",
+    "server/test_access",
+    "server/test_admission_grpc.py",
+    "server/test_captures.py",
+    "server/test_client_ports.py",
     "server/test_command_line.py",
     "server/test_connections.py",
     "server/test_convert.py",
+    "server/test_deploy.py",
+    "server/test_gateway_launcher.py",
     "server/test_held_open.py",
     "server/test_large_messages.py",
+    "server/test_metrics_route.py",
+    "server/test_page.py",
+    "server/test_request_headers.py",
     "server/test_server_process.py",
+    "server/test_tracing.py",
+    "server/test_vllm",
+    "test_engine_meter.py",
 )
 """Beginnings of paths of tests that neither another jax nor another Python can make fail; see docs/development.md."""
 
