@@ -16,7 +16,6 @@ import msgspec
 from jaxserve.config.checks import between
 from jaxserve.config.shown import shown
 from jaxserve.frontend.captures import CapturedTimeline, CaptureError
-from jaxserve.serving.problem import ForbiddenError
 from jaxserve.serving.served_model import ServedModel
 from jaxserve.telemetry.chrome_trace import chrome_trace
 
@@ -31,12 +30,6 @@ MAX_PROFILE_BYTES = 256 * 1024 * 1024
 """Maximum bytes of a profile's files; a larger one is discarded."""
 
 _log = logging.getLogger("jaxserve.server")
-
-
-def check_admin(served: ServedModel, authorization: str | None) -> None:
-    """Raises ForbiddenError for callers who may not take captures, and UnauthenticatedError for unknown ones."""
-    if not served.callers.identify(authorization).is_admin:
-        raise ForbiddenError("captures show every request's id and length; they need an administrator's key")
 
 
 def seconds_of(query: Sequence[tuple[str, str]], most: float) -> float:

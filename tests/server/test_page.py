@@ -12,6 +12,7 @@ import pytest
 
 from jaxserve.engine.messages import EngineStats
 from jaxserve.serving.http_port import live_stats
+from jaxserve.serving.http_port.guard import HttpGuard
 from jaxserve.serving.http_port.live_stats import MAX_WATCHERS, LiveStats, Totals, quantiles, sample
 from jaxserve.serving.http_port.routes import live, page
 from jaxserve.serving.problem import UnauthenticatedError
@@ -301,8 +302,9 @@ def test_live_figures_need_a_key_where_there_are_keys():
             raise UnauthenticatedError(f"{credential} is no key")
 
     async def body():
-        async with watched(ServedModel("echo", Keys())) as (app, _):
-            stream = Stream(app, authorization="Bearer k")
+        served = ServedModel("echo", Keys())
+        async with watched(served) as (app, _):
+            stream = Stream(HttpGuard(app, served), authorization="Bearer k")
             assert (await stream.start())["status"] == 401
             assert b"Bearer k is no key" in (await stream.messages.get())["body"]
 

@@ -10,13 +10,13 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from jaxserve.serving.http_port.errors import ErrorAnswer, error_answer, problem_answer
+from jaxserve.serving.http_port.errors import ErrorAnswer, problem_answer
 from jaxserve.serving.http_port.live_stats import LiveStats, TooManyWatchersError
-from jaxserve.serving.problem import Code, Problem, UnauthenticatedError
+from jaxserve.serving.problem import Code, Problem
 from jaxserve.serving.served_model import ServedModel
 
 _SEND_SECONDS = 15.0
@@ -30,12 +30,8 @@ def router(served: ServedModel, live: LiveStats | None = None) -> APIRouter:
     stats = live or LiveStats(served)
 
     @routes.get("/live", include_in_schema=False)
-    async def live_events(request: Request) -> Response:
+    async def live_events() -> Response:
         """Streams what the server is doing; holds no content of requests."""
-        try:
-            served.callers.identify(request.headers.get("authorization"))
-        except UnauthenticatedError as error:
-            return _response(error_answer(error))
         return _LiveResponse(stats)
 
     return routes

@@ -30,7 +30,6 @@ def router(served: ServedModel) -> APIRouter:
     @routes.get("/metrics", response_class=Response, responses=formats)
     async def metrics(request: Request) -> Response:
         """Answers with all metrics, see docs/metrics.md."""
-        served.callers.identify(request.headers.get("authorization"))
         if "application/openmetrics-text" in request.headers.get("accept", ""):
             return _answer(openmetrics.generate_latest(registry, escaping=_AS_THEY_ARE), _OPENMETRICS)
         return _answer(exposition.generate_latest(registry, escaping=_AS_THEY_ARE), _TEXT)
