@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import heapq
 import logging
 import random
 import time
@@ -27,7 +25,7 @@ from jaxserve.engine.messages import (
     ToEngine,
     TokenBatch,
 )
-from jaxserve.frontend.admission import Admission, Ticket
+from jaxserve.frontend.admission import Admission
 from jaxserve.frontend.delta import (
     Cause,
     DeadlineError,
@@ -36,37 +34,19 @@ from jaxserve.frontend.delta import (
     EngineDeadError,
     QueueFullError,
 )
+from jaxserve.frontend.open_requests import OpenRequest, OpenRequests
 from jaxserve.frontend.output import FaultyOutput, OutputState
 from jaxserve.frontend.preparation import Preparation, Prepared
 from jaxserve.frontend.preparation_steps import finish
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import ROW_FIELDS, SAMPLING_FIELDS, EngineRequest, FinishReason, RequestOptions, SamplingParams
-from jaxserve.telemetry.request_metrics import UNCOUNTED, RequestLife, RequestMetrics
+from jaxserve.telemetry.request_metrics import RequestMetrics
 from jaxserve.telemetry.request_trace import RequestTrace
 
 _log = logging.getLogger(__name__)
 
 MAX_UNSENT_BYTES = 64 * 1024 * 1024
 """Maximum bytes of requests that wait for an engine's process to read them; a stopped process reads none."""
-
-
-@dataclasses.dataclass
-class _Open:
-    """Tracks a request without its last delta.
-
-    engine_id: its name in messages (see `FrontEnd._engine_id`). ticket: of the admission, where there is one.
-    life: counts it.
-    """
-
-    owner: str
-    request_id: str
-    engine_id: str
-    prompt_tokens: int
-    deadline: float | None
-    output: OutputState
-    ticket: Ticket | None = None
-    cached_tokens: int = 0
-    life: RequestLife = UNCOUNTED
 
 
 class FrontEnd:
@@ -103,10 +83,7 @@ class FrontEnd:
         self._limits = ready.limits
         self._preparation = Preparation(tokenizer, ready.limits)
         self._max_open = ready.max_num_waiting + ready.max_num_seqs
-        self._open: dict[tuple[str, str], _Open] = {}  # by owner and request id
-        self._by_engine_id: dict[str, _Open] = {}
-        self._ending: set[str] = set()  # engine ids of finished requests that the engine has yet to confirm
-        self._deadlines: list[tuple[float, str]] = []  # heap of (deadline, engine id); finished ones are skipped
+        self._requests = OpenRequests()
         self._stats = EngineStats()
         self._failure = ""
         self._detokenize_hit = Failpoints(failpoints).at("detokenize")
@@ -133,19 +110,17 @@ class FrontEnd:
     @property
     def num_open(self) -> int:
         """Number of requests without their last delta."""
-        return len(self._open)
+        return len(self._requests)
 
     @property
     def has_room(self) -> bool:
         """Returns whether another request would be accepted now. Requests that the engine has yet to release count."""
-        return len(self._by_engine_id) + len(self._ending) < self._max_open
+        return self._requests.num_unreleased < self._max_open
 
     @property
     def next_deadline(self) -> float | None:
         """Time at which `expire` next has something to do."""
-        while self._deadlines and self._deadlines[0][1] not in self._by_engine_id:
-            heapq.heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else None
+        return self._requests.next_deadline
 
     def now(self) -> float:
         """Returns the time that deadlines are compared with, in seconds of `time.time`."""
@@ -213,11 +188,11 @@ class FrontEnd:
                 params.max_tokens,
                 self._clock(),
                 deadline=options.deadline,
-                ending=len(self._ending),
+                ending=self._requests.num_ending,
             )
         elif not self.has_room:
             raise QueueFullError(
-                f"{len(self._by_engine_id) + len(self._ending)} requests are unfinished; at most {self._max_open} "
+                f"{self._requests.num_unreleased} requests are unfinished; at most {self._max_open} "
                 "(max_num_seqs + max_num_waiting) are allowed: try again later"
             )
         if self._client.unsent_bytes > MAX_UNSENT_BYTES:
@@ -231,7 +206,7 @@ class FrontEnd:
 
         Invalid ids are left to `prepare`.
         """
-        if isinstance(request_id, str) and (owner, request_id) in self._open:
+        if isinstance(request_id, str) and self._requests.find(owner, request_id) is not None:
             raise DuplicateRequestError(f"request_id {request_id!r} belongs to an unfinished request; choose another")
         if deadline is not None and deadline <= (now := self._clock()):
             raise DeadlineError(f"deadline passed {shown_seconds(now - deadline)} before the request arrived")
@@ -256,7 +231,7 @@ class FrontEnd:
         if params.seed is None:
             resolved["seed"] = self._random.getrandbits(63)
         request = EngineRequest(
-            request_id=self._engine_id(request_id),
+            request_id=self._requests.engine_id(request_id),
             prompt_token_ids=prepared.prompt_token_ids,
             max_tokens=prepared.max_tokens,
             min_tokens=params.min_tokens,
@@ -273,12 +248,10 @@ class FrontEnd:
         num_tokens, ticket = len(request.prompt_token_ids), None
         if self._admission is not None:
             ticket = self._admission.accept(options.tenant, num_tokens, params.max_tokens, now, deadline=deadline)
-        opened = _Open(owner, request_id, request.request_id, num_tokens, deadline, output, ticket)
+        opened = OpenRequest(owner, request_id, request.request_id, num_tokens, deadline, output, ticket)
         if self._metrics is not None:
             opened.life = self._metrics.begin(request_id, num_tokens, request.max_tokens, arrived, trace)
-        self._open[owner, request_id] = self._by_engine_id[request.request_id] = opened
-        if deadline is not None:
-            heapq.heappush(self._deadlines, (deadline, request.request_id))
+        self._requests.add(opened)
         return request_id
 
     def _output(self, prepared: Prepared, stop_token_ids: tuple[int, ...]) -> OutputState:
@@ -301,22 +274,21 @@ class FrontEnd:
         owner: str = "",
     ) -> Delta | None:
         """Ends a request of the owner and returns its last delta; None when there is no such unfinished request."""
-        opened = self._open.get((owner, request_id))
+        opened = self._requests.find(owner, request_id)
         return None if opened is None else self._end_early(opened, FinishReason.ABORT, error, cause)
 
     def expire(self, now: float | None = None) -> list[Delta]:
         """Ends the requests whose deadline has passed, with DEADLINE. now: None is the clock's time."""
         now = self._clock() if now is None else now
         deltas = []
-        while (deadline := self.next_deadline) is not None and deadline <= now:
-            opened = self._by_engine_id[heapq.heappop(self._deadlines)[1]]
+        while (opened := self._requests.pop_expired(now)) is not None:
             error = f"deadline passed after {opened.output.num_tokens} output tokens"
             deltas.append(self._end_early(opened, FinishReason.DEADLINE, error, Cause.DEADLINE))
         return deltas
 
     def end_all(self, error: str, cause: Cause = Cause.CLOSING) -> list[Delta]:
         """Ends every open request with ERROR and this line, and returns their last deltas."""
-        return [self._end_early(opened, FinishReason.ERROR, error, cause) for opened in list(self._open.values())]
+        return [self._end_early(opened, FinishReason.ERROR, error, cause) for opened in self._requests.all()]
 
     # ---- messages ------------------------------------------------------------------------------------------------
 
@@ -335,7 +307,7 @@ class FrontEnd:
                 self._stats = message
             case EngineFailed():
                 self._failure = self._failure or message.error or "the engine failed"
-                self._ending.clear()
+                self._requests.release_all()
                 return self.end_all(self._failure, Cause.ENGINE)
             case EngineReady() | Progress():
                 pass
@@ -357,7 +329,7 @@ class FrontEnd:
         opened = self._opened(message.request_id)
         if opened is None:
             if message.finish_reason is not None:
-                self._ending.discard(message.request_id)
+                self._requests.release(message.request_id)
             return None
         opened.cached_tokens = max(opened.cached_tokens, message.num_cached_tokens)
         opened.life.tokens(len(message.token_ids), message.time)
@@ -365,15 +337,15 @@ class FrontEnd:
             opened.life.phases(message.queue_seconds, message.prefill_seconds)
         return self._advance(opened, message.token_ids, message.finish_reason, message.error)
 
-    def _opened(self, engine_id: str) -> _Open | None:
+    def _opened(self, engine_id: str) -> OpenRequest | None:
         """Returns the request an engine message refers to; None for one that has ended here, unknown to the engine."""
-        opened = self._by_engine_id.get(engine_id)
-        if opened is None and engine_id not in self._ending:
+        opened = self._requests.find_engine(engine_id)
+        if opened is None and not self._requests.is_ending(engine_id):
             _log.warning("the engine sent output of a request that is not open: %r", engine_id)
         return opened
 
     def _advance(
-        self, opened: _Open, token_ids: tuple[int, ...], ended: FinishReason | None, error: str
+        self, opened: OpenRequest, token_ids: tuple[int, ...], ended: FinishReason | None, error: str
     ) -> Delta | None:
         """Processes the engine's next tokens of one request.
 
@@ -407,7 +379,7 @@ class FrontEnd:
         return self._delta(opened, text, reason, error, cause)
 
     def _delta(
-        self, opened: _Open, text: str, reason: FinishReason | None, error: str = "", cause: Cause | None = None
+        self, opened: OpenRequest, text: str, reason: FinishReason | None, error: str = "", cause: Cause | None = None
     ) -> Delta | None:
         token_ids = opened.output.take_token_ids()
         if reason is None:
@@ -428,26 +400,24 @@ class FrontEnd:
             owner=opened.owner,
         )
 
-    def _end_early(self, opened: _Open, reason: FinishReason, error: str, cause: Cause) -> Delta:
+    def _end_early(self, opened: OpenRequest, reason: FinishReason, error: str, cause: Cause) -> Delta:
         text = opened.output.finish()
         self._forget(opened, reason, told_engine=bool(self._failure))
         delta = self._delta(opened, text, reason, error, cause)
         assert delta is not None  # it has a finish reason
         return delta
 
-    def _forget(self, opened: _Open, reason: FinishReason, *, told_engine: bool) -> None:
+    def _forget(self, opened: OpenRequest, reason: FinishReason, *, told_engine: bool) -> None:
         """Closes a request, which ends with `reason`.
 
         reason: why it ended. told_engine: the engine has ended it too; else an abort is sent, and its outputs until
         then are ignored.
         """
-        del self._open[opened.owner, opened.request_id]
-        del self._by_engine_id[opened.engine_id]
+        self._requests.remove(opened, released=told_engine)
         if opened.ticket is not None and self._admission is not None:
             self._admission.ended(opened.ticket, opened.output.num_tokens, self._clock(), reason)
         opened.life.finish(reason, opened.output.num_tokens, opened.cached_tokens)
         if not told_engine:
-            self._ending.add(opened.engine_id)
             self._send_if_alive(AbortRequest(opened.engine_id))
 
     def _send_if_alive(self, message: ToEngine) -> None:
@@ -456,16 +426,6 @@ class FrontEnd:
         except OSError:
             # The engine is gone; `receive` says so, with the reason, and that ends every request.
             _log.debug("the engine cannot be reached", exc_info=True)
-
-    def _engine_id(self, request_id: str) -> str:
-        """Returns the request's id, with a number appended while the engine knows another request by that id: an
-        earlier one, or another owner's.
-        """
-        engine_id, number = request_id, 1
-        while engine_id in self._ending or engine_id in self._by_engine_id:
-            number += 1
-            engine_id = f"{request_id}#{number}"
-        return engine_id
 
 
 def _needed_tokens(prepared: Prepared, stop_token_ids: tuple[int, ...]) -> int:
