@@ -21,6 +21,7 @@ import grpc
 
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.serving.grpc_port.status import Status
+from jaxserve.serving.sweeping import GRACE_SECONDS, LOG_SECONDS, sweep_regularly
 
 _log = logging.getLogger("jaxserve.server")
 
@@ -29,11 +30,6 @@ GATEWAY_HEALTH = "/vllm.grpc.engine.VllmEngine/HealthCheck"
 PROBES = (HEALTH_PREFIX, GATEWAY_HEALTH)
 """Beginnings of methods whose calls count neither as open nor as use of their connection, so that probes are
 admitted."""
-
-SWEEP_SECONDS = 0.25
-LOG_SECONDS = 5.0
-GRACE_SECONDS = 1.0
-"""Minimum wait for its client before a call may be ended to reduce the number or bytes of waiting calls."""
 
 _RETRY_PUSHBACK = (("grpc-retry-pushback-ms", "1000"),)
 
@@ -167,12 +163,7 @@ class OpenCalls:
 
     async def watch(self) -> None:
         """Enforces the bounds, until canceled."""
-        while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            try:
-                self.sweep()
-            except Exception:  # the bounds must be kept for as long as the server lives
-                _log.exception("open calls could not be checked")
+        await sweep_regularly(self.sweep, "open calls")
 
     def sweep(self) -> None:
         """Ends the calls that exceed a bound."""

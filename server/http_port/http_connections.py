@@ -6,7 +6,6 @@ response to be read. Each has a time, and those that wait longest make room wher
 
 from __future__ import annotations
 
-import asyncio
 import collections
 import logging
 import time
@@ -14,13 +13,9 @@ from typing import Any, Protocol
 
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.serving.grpc_port.connections import reserve
+from jaxserve.serving.sweeping import GRACE_SECONDS, LOG_SECONDS, sweep_regularly
 
 _log = logging.getLogger("jaxserve.server")
-
-SWEEP_SECONDS = 0.25
-_LOG_SECONDS = 5.0
-_GRACE_SECONDS = 1.0
-"""Minimum wait for its client before a connection may be closed to reduce the number or bytes of waiting ones."""
 
 
 class Connection(Protocol):
@@ -61,7 +56,7 @@ class HttpConnections:
         self._unread: dict[Connection, float] = {}
         self._num_closed: collections.Counter[str] = collections.Counter()
         self._unlogged: collections.Counter[str] = collections.Counter()
-        self._last_log = -_LOG_SECONDS
+        self._last_log = -LOG_SECONDS
 
     # ---- what the protocol says ----
 
@@ -145,12 +140,7 @@ class HttpConnections:
 
     async def watch(self) -> None:
         """Enforces the bounds, until canceled."""
-        while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            try:
-                self.sweep()
-            except Exception:  # the bounds must be kept for as long as the server lives
-                _log.exception("open connections could not be checked")
+        await sweep_regularly(self.sweep, "open connections")
 
     def sweep(self) -> None:
         """Closes the connections that exceed a bound."""
@@ -189,7 +179,7 @@ class HttpConnections:
 
     def _too_many(self, waiting: dict[Connection, float], most: int, setting: str, now: float) -> list[Connection]:
         """Removes and returns those that have waited longest, where more than `most` wait."""
-        late = [one for one, since in waiting.items() if now - since >= _GRACE_SECONDS] if len(waiting) > most else []
+        late = [one for one, since in waiting.items() if now - since >= GRACE_SECONDS] if len(waiting) > most else []
         return self._taken(waiting, late[: max(0, len(late) - most)], setting)
 
     def _taken(self, waiting: dict[Connection, float], found: list[Connection], setting: str) -> list[Connection]:
@@ -203,7 +193,7 @@ class HttpConnections:
     def _bound_bytes(self, now: float) -> None:
         excess = sum(connection.unread_bytes for connection in self._unread) - self._limits.max_unread_bytes
         for connection, since in list(self._unread.items()):
-            if excess <= 0 or now - since < _GRACE_SECONDS:
+            if excess <= 0 or now - since < GRACE_SECONDS:
                 return
             excess -= connection.unread_bytes
             del self._unread[connection]
@@ -227,7 +217,7 @@ class HttpConnections:
         self._num_closed[setting] += 1
 
     def _tell(self, now: float) -> None:
-        if not self._unlogged.total() or now - self._last_log < _LOG_SECONDS:
+        if not self._unlogged.total() or now - self._last_log < LOG_SECONDS:
             return
         self._last_log = now
         for setting, count in (+self._unlogged).items():
