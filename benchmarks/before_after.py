@@ -25,7 +25,7 @@ from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.sides.side_process import Side, start_jaxserve
 from benchmarks.spread import spread, spread_text
 from benchmarks.work import SHAPES, WORKLOADS
-from jaxserve.serving.grpc_client import Client
+from jaxserve.serving.clients.grpc_client import Client
 
 MODEL_LEN = 1024
 ROWS = 64

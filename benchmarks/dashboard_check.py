@@ -31,7 +31,7 @@ import grpc
 from benchmarks import report
 from benchmarks.load.server_process import started_server
 from jaxserve.request import SamplingParams
-from jaxserve.serving.grpc_client import AsyncClient
+from jaxserve.serving.clients.grpc_client import AsyncClient
 
 OBSERVABILITY = report.ROOT / "server" / "observability"
 DASHBOARD = OBSERVABILITY / "grafana" / "dashboards" / "jaxserve.json"

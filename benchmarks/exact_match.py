@@ -18,7 +18,7 @@ from benchmarks.load.datasets import Example, held_out
 from benchmarks.load.server_process import started_server
 from jaxserve.models.tiny.tasks import KINDS
 from jaxserve.request import FinishReason, SamplingParams
-from jaxserve.serving.grpc_client import AsyncClient, Completion
+from jaxserve.serving.clients.grpc_client import AsyncClient, Completion
 
 
 async def ask_all(

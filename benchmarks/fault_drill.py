@@ -29,7 +29,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks import report
 from jaxserve.request import SamplingParams
-from jaxserve.serving.grpc_client import Client
+from jaxserve.serving.clients.grpc_client import Client
 
 STREAMS = 20
 STEP_TIMEOUT = 5.0

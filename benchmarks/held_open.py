@@ -25,7 +25,7 @@ from benchmarks.load import http2
 from benchmarks.load.probes import KINDS, probing
 from benchmarks.load.server_process import started_server
 from jaxserve.request import SamplingParams
-from jaxserve.serving.grpc_client import Client, generate_request
+from jaxserve.serving.clients.grpc_client import Client, generate_request
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 _METHOD = "/{}/Generate".format(pb.DESCRIPTOR.services_by_name["JaxServe"].full_name)

@@ -23,7 +23,7 @@ from benchmarks.load import datasets, load_client
 from benchmarks.load.datasets import LoadRequest
 from benchmarks.load.server_process import started_server
 from benchmarks.spread import spread, spread_text
-from jaxserve.serving.grpc_client import Client
+from jaxserve.serving.clients.grpc_client import Client
 
 PROTOCOLS = ("grpc", "http")
 _READ_BYTES = 256 * 1024

@@ -25,7 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from benchmarks import report
 from benchmarks.load.server_process import started_server
 from jaxserve.request import SamplingParams
-from jaxserve.serving.grpc_client import AsyncClient
+from jaxserve.serving.clients.grpc_client import AsyncClient
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 _SIZE = 4 * 1024 * 1024 - 1024

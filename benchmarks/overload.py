@@ -29,7 +29,7 @@ from benchmarks.load import http2
 from benchmarks.load.arrivals import gamma_arrivals
 from benchmarks.load.server_process import started_server
 from jaxserve.request import SamplingParams
-from jaxserve.serving.grpc_client import Client, generate_request
+from jaxserve.serving.clients.grpc_client import Client, generate_request
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 WEIGHTS = {"bronze": 1.0, "silver": 2.0, "gold": 4.0}

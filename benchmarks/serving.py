@@ -31,7 +31,7 @@ from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.sides.side_process import start_jaxserve
 from benchmarks.spread import spread_text
 from benchmarks.work import SHAPES
-from jaxserve.serving.grpc_client import AsyncClient
+from jaxserve.serving.clients.grpc_client import AsyncClient
 from jaxserve.simulator.trace_files import trace_rows
 
 RANDOM_MODEL_LEN = 1024

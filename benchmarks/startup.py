@@ -27,7 +27,7 @@ from benchmarks import report
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.work import SHAPES
 from jaxserve.request import SamplingParams
-from jaxserve.serving.grpc_client import Client
+from jaxserve.serving.clients.grpc_client import Client
 
 WAYS = ("cold", "cache", "bundle")
 _PHASES = "start phases: "

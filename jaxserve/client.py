@@ -22,12 +22,12 @@ from typing import Any, NoReturn
 
 from jaxserve.config.sampling_fields import Flag, Ids, Number, SamplingField, Texts
 from jaxserve.request import SAMPLING_FIELDS, SamplingParams
-from jaxserve.serving.client_command import ClientOptions, run_client, unescape
-from jaxserve.serving.client_credentials import KEY_VARIABLE, Credentials
-from jaxserve.serving.client_failures import Failure
-from jaxserve.serving.client_target import parse_target
-from jaxserve.serving.grpc_client import DEFAULT_ADDRESS
-from jaxserve.serving.shell_completion import SHELLS, completion_script, options_of
+from jaxserve.serving.clients.client_command import ClientOptions, run_client, unescape
+from jaxserve.serving.clients.client_credentials import KEY_VARIABLE, Credentials
+from jaxserve.serving.clients.client_failures import Failure
+from jaxserve.serving.clients.client_target import parse_target
+from jaxserve.serving.clients.grpc_client import DEFAULT_ADDRESS
+from jaxserve.serving.clients.shell_completion import SHELLS, completion_script, options_of
 
 _MARK = "="
 """Stands before the values of options on their way through argparse, which takes a value of two dashes away."""

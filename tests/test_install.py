@@ -79,7 +79,7 @@ def test_type_checker_looks_behind_every_link():
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("models/layers/rope.py", "import jaxserve.serving.grpc_client"),
+        ("models/layers/rope.py", "import jaxserve.serving.clients.grpc_client"),
         ("jaxserve/scheduler/plan.py", "import jax"),
         ("pallas_kernels/paged_attention/spec.py", "import jaxserve.models.config"),
         ("server/grpc_port/calls.py", "import gin"),
@@ -134,7 +134,7 @@ def test_wheel_installs_one_name(tmp_path, foreign):
     assert {path.name for path in (place / "jaxserve" / page).iterdir()} == {
         path.name for path in (PACKAGE / page).iterdir()
     }
-    lines = ("import jaxserve.serving.grpc_client as client", "from jaxserve.config import gin_config")
+    lines = ("import jaxserve.serving.clients.grpc_client as client", "from jaxserve.config import gin_config")
     code = "\n".join((*lines, "gin_config.load('tiny.gin')", "print(client.__file__)"))
     done = run("-c", code, cwd=foreign, path=place)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from benchmarks.load.server_process import started_server
-from jaxserve.serving.grpc_client import Client
+from jaxserve.serving.clients.grpc_client import Client
 
 HERE = pathlib.Path(__file__).parent
 PYTHON = {

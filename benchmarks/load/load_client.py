@@ -19,7 +19,7 @@ from benchmarks.load.datasets import LoadRequest
 from benchmarks.load.http2 import Connection, Http2Error, Stream, connect, messages
 from benchmarks.load.load_figures import Seen
 from jaxserve.request import SamplingParams
-from jaxserve.serving.grpc_client import generate_request
+from jaxserve.serving.clients.grpc_client import generate_request
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 

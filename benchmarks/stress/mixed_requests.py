@@ -17,7 +17,7 @@ import grpc
 
 from benchmarks.load.datasets import LoadRequest
 from jaxserve.request import SamplingParams
-from jaxserve.serving.grpc_client import generate_request
+from jaxserve.serving.clients.grpc_client import generate_request
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 

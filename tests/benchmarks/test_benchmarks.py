@@ -19,7 +19,7 @@ from jaxserve.models.params import make_mesh
 from jaxserve.request import FinishReason
 from jaxserve.runner.fake import FakeRunner, FakeStep
 from jaxserve.scheduler.plan import StepPlan
-from jaxserve.serving.grpc_client import Completion, Usage
+from jaxserve.serving.clients.grpc_client import Completion, Usage
 
 ARCHITECTURE = ModelConfig("LlamaForCausalLM", 101, 8, 8, 1, 1, 1, 8, 2048)
 CONFIG = EngineConfig(

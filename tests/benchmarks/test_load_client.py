@@ -10,7 +10,7 @@ from benchmarks.load.datasets import LoadRequest
 from benchmarks.load.http2 import Connection, Http2Error, literal_fields, messages, request_headers
 from benchmarks.load.load_client import Slowness, drive
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.serving.grpc_client import AsyncClient
+from jaxserve.serving.clients.grpc_client import AsyncClient
 from tests.server.fakes import EchoEngine, save_tokenizer
 from tests.server.harness import Served, run_served
 

@@ -21,7 +21,7 @@ from jaxserve.request import SamplingParams
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.wrapper import RunnerWrapper
 from jaxserve.scheduler.plan import StepPlan
-from jaxserve.serving.grpc_client import AsyncClient, Completion
+from jaxserve.serving.clients.grpc_client import AsyncClient, Completion
 from jaxserve.serving.grpc_port.grpc_server import GrpcServer
 from jaxserve.serving.served_model import ServedModel
 from tests.server import harness

@@ -17,7 +17,7 @@ from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.models.tiny.tiny_tokenizer import BOS_ID, EOS_ID
 from jaxserve.request import SamplingParams
 from jaxserve.serving.access.callers import Caller
-from jaxserve.serving.grpc_client import generate_request
+from jaxserve.serving.clients.grpc_client import generate_request
 from jaxserve.serving.http_port.http_server import HttpServer
 from jaxserve.serving.problem import UnauthenticatedError
 from tests.faults.fault_server import run_fault

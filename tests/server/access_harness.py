@@ -18,8 +18,8 @@ from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.serving.access.key_file import new_key
 from jaxserve.serving.access.opened import Access, open_access
-from jaxserve.serving.client_credentials import Credentials
-from jaxserve.serving.grpc_client import Client
+from jaxserve.serving.clients.client_credentials import Credentials
+from jaxserve.serving.clients.grpc_client import Client
 from jaxserve.serving.grpc_port.grpc_server import GrpcServer
 from jaxserve.serving.http_port.http_server import HttpServer
 from jaxserve.serving.served_model import ServedModel

@@ -16,7 +16,7 @@ from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.request import SamplingParams
 from jaxserve.serving.access.callers import Anybody, Callers
-from jaxserve.serving.grpc_client import AsyncClient
+from jaxserve.serving.clients.grpc_client import AsyncClient
 from jaxserve.serving.grpc_port.grpc_server import GrpcServer
 from jaxserve.serving.served_model import ServedModel
 from tests.server.fakes import WAIT_SECONDS, EchoEngine

@@ -24,8 +24,8 @@ from jaxserve.serving.access.key_file import MAX_KEYS, KeyFileError, new_key, pa
 from jaxserve.serving.access.limiter import CallLimiter
 from jaxserve.serving.access.refresh import FileRefresher
 from jaxserve.serving.access.tls import ServerTls, TlsError
-from jaxserve.serving.client_credentials import Credentials
-from jaxserve.serving.grpc_client import Client
+from jaxserve.serving.clients.client_credentials import Credentials
+from jaxserve.serving.clients.grpc_client import Client
 from jaxserve.serving.problem import CallerLimitError, UnauthenticatedError
 from tests.server.access_harness import Certificates, KeyFile, secured
 from tests.server.fakes import save_tokenizer

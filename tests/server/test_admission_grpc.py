@@ -9,7 +9,7 @@ import grpc
 from jaxserve.config.queue_limits import QueueConfig, TenantConfig
 from jaxserve.frontend.admission import Admission, Engine
 from jaxserve.request import FinishReason
-from jaxserve.serving.grpc_client import generate_request
+from jaxserve.serving.clients.grpc_client import generate_request
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.refusal_times import RefusalTimes
 from tests.server.fakes import READY

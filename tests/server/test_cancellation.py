@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from jaxserve.request import SamplingParams
-from jaxserve.serving.grpc_client import AsyncClient, Client, generate_request
+from jaxserve.serving.clients.grpc_client import AsyncClient, Client, generate_request
 from tests.engine_ready import changed
 from tests.server.fakes import READY, EchoEngine
 from tests.server.harness import GREEDY, Served, run_served, serving_in_thread, status_of

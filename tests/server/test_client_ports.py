@@ -26,19 +26,19 @@ from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import SamplingParams
 from jaxserve.serving.access.callers import Caller
-from jaxserve.serving.client_credentials import KEY_VARIABLE, Credentials
-from jaxserve.serving.client_failures import failure_of
-from jaxserve.serving.client_results import Conversation
-from jaxserve.serving.client_target import parse_target
-from jaxserve.serving.grpc_client import Client, generate_request
+from jaxserve.serving.clients.client_credentials import KEY_VARIABLE, Credentials
+from jaxserve.serving.clients.client_failures import failure_of
+from jaxserve.serving.clients.client_results import Conversation
+from jaxserve.serving.clients.client_target import parse_target
+from jaxserve.serving.clients.grpc_client import Client, generate_request
+from jaxserve.serving.clients.http_client import HttpClient, HttpError
+from jaxserve.serving.clients.shell_completion import SHELLS
 from jaxserve.serving.grpc_port.convert import MAX_MESSAGES
 from jaxserve.serving.grpc_port.grpc_server import GrpcServer
 from jaxserve.serving.grpc_port.oversized import check_generate
-from jaxserve.serving.http_client import HttpClient, HttpError
 from jaxserve.serving.http_port.http_server import HttpServer
 from jaxserve.serving.problem import UnauthenticatedError
 from jaxserve.serving.served_model import ServedModel
-from jaxserve.serving.shell_completion import SHELLS
 from tests.server.fakes import WAIT_SECONDS, EchoEngine, save_tokenizer
 
 TEMPLATE = "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"

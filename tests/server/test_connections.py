@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.serving import memory_return
-from jaxserve.serving.grpc_client import AsyncClient, generate_request
+from jaxserve.serving.clients.grpc_client import AsyncClient, generate_request
 from jaxserve.serving.grpc_port import connections
 from jaxserve.serving.grpc_port.connections import DescriptorError, connection_limit, reserve
 from jaxserve.serving.grpc_port.grpc_server import GrpcServer

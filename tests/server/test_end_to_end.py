@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.dashboard_check import free_port
 from jaxserve.request import FinishReason, SamplingParams
-from jaxserve.serving.grpc_client import AsyncClient, Client, join
+from jaxserve.serving.clients.grpc_client import AsyncClient, Client, join
 from tests.server.fakes import VOCAB_SIZE, save_tokenizer
 from tests.server.process import Process
 from tests.server.test_metrics_route import samples

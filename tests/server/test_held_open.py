@@ -10,7 +10,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from benchmarks.load import http2
 from jaxserve.config.client_limits import LimitsConfig
-from jaxserve.serving.grpc_client import generate_request
+from jaxserve.serving.clients.grpc_client import generate_request
 from jaxserve.serving.grpc_port import health
 from jaxserve.serving.grpc_port.call_interceptor import CallContext
 from jaxserve.serving.grpc_port.calls import OpenCalls

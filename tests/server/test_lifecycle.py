@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from jaxserve.serving.bind import BindError
-from jaxserve.serving.grpc_client import AsyncClient, Client
+from jaxserve.serving.clients.grpc_client import AsyncClient, Client
 from jaxserve.serving.grpc_port.grpc_server import SERVICE_NAME, GrpcServer
 from jaxserve.serving.served_model import ServedModel
 from tests.server.harness import GREEDY, MAX_MESSAGE_BYTES, Served, health_of, run_served, serving_in_thread, status_of

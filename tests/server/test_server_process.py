@@ -16,7 +16,7 @@ import pytest
 
 from jaxserve.engine.messages import EngineStats
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
-from jaxserve.serving.grpc_client import Client
+from jaxserve.serving.clients.grpc_client import Client
 from jaxserve.serving.running_log import busy_line, start_lines
 from jaxserve.telemetry.startup_spans import seconds_since_start
 from tests.engine_ready import changed

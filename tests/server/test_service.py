@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from jaxserve.engine.messages import EngineStats
 from jaxserve.frontend.delta import Cause, Delta
 from jaxserve.request import FinishReason, SamplingParams
-from jaxserve.serving.grpc_client import generate_request, join
+from jaxserve.serving.clients.grpc_client import generate_request, join
 from jaxserve.serving.grpc_port.call_interceptor import CallContext
 from jaxserve.serving.grpc_port.service import errors_as_status
 from jaxserve.serving.problem import check_delta

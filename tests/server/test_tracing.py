@@ -22,7 +22,7 @@ from jaxserve.config.tracing_config import TracingConfig
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import SamplingParams
 from jaxserve.serving import tracing
-from jaxserve.serving.grpc_client import generate_request
+from jaxserve.serving.clients.grpc_client import generate_request
 from jaxserve.serving.http_port.http_server import HttpServer
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 from jaxserve.telemetry import request_trace

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxserve.models.tiny.tiny_tokenizer import BOS_ID
 from jaxserve.request import SamplingParams
-from jaxserve.serving.grpc_client import Client
+from jaxserve.serving.clients.grpc_client import Client
 from tests.server.http.http_harness import JSON, error_of, events_of, run_http, texts_of
 
 HI = [{"role": "user", "content": "hi"}]

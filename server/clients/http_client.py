@@ -16,8 +16,8 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
-from jaxserve.serving.client_credentials import Credentials
-from jaxserve.serving.client_results import Chunk, Completion, Conversation, Prompt, Usage, join
+from jaxserve.serving.clients.client_credentials import Credentials
+from jaxserve.serving.clients.client_results import Chunk, Completion, Conversation, Prompt, Usage, join
 from jaxserve.serving.problem import Code
 
 DEFAULT_URL = "http://127.0.0.1:8000"

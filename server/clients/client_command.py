@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxserve.request import SamplingParams
-from jaxserve.serving.client_failures import FAILURES, Failure, failure_of
-from jaxserve.serving.client_output import JsonOutput, Output, TextOutput
-from jaxserve.serving.client_results import Conversation, join
-from jaxserve.serving.client_target import AnyClient, Target
+from jaxserve.serving.clients.client_failures import FAILURES, Failure, failure_of
+from jaxserve.serving.clients.client_output import JsonOutput, Output, TextOutput
+from jaxserve.serving.clients.client_results import Conversation, join
+from jaxserve.serving.clients.client_target import AnyClient, Target
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130

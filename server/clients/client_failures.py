@@ -9,9 +9,9 @@ from typing import Any
 
 import grpc
 
-from jaxserve.serving.client_probe import Answer, probe
-from jaxserve.serving.client_target import Target
-from jaxserve.serving.http_client import HttpConnectionError, HttpError
+from jaxserve.serving.clients.client_probe import Answer, probe
+from jaxserve.serving.clients.client_target import Target
+from jaxserve.serving.clients.http_client import HttpConnectionError, HttpError
 
 FAILURES = (grpc.RpcError, HttpError, HttpConnectionError)
 """Errors of the clients of both ports that `failure_of` describes."""

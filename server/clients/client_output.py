@@ -7,8 +7,8 @@ import json
 import sys
 from typing import Any
 
-from jaxserve.serving.client_failures import Failure
-from jaxserve.serving.client_results import Chunk, Completion, chunk_record
+from jaxserve.serving.clients.client_failures import Failure
+from jaxserve.serving.clients.client_results import Chunk, Completion, chunk_record
 
 
 class TextOutput:

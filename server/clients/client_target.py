@@ -6,9 +6,9 @@ import dataclasses
 import re
 import urllib.parse
 
-from jaxserve.serving.client_credentials import Credentials
-from jaxserve.serving.grpc_client import Client
-from jaxserve.serving.http_client import HttpClient
+from jaxserve.serving.clients.client_credentials import Credentials
+from jaxserve.serving.clients.grpc_client import Client
+from jaxserve.serving.clients.http_client import HttpClient
 
 AnyClient = Client | HttpClient
 

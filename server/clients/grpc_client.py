@@ -16,8 +16,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.request import SamplingParams
-from jaxserve.serving.client_credentials import Credentials
-from jaxserve.serving.client_results import Chunk, Completion, Conversation, Prompt, Usage, join
+from jaxserve.serving.clients.client_credentials import Credentials
+from jaxserve.serving.clients.client_results import Chunk, Completion, Conversation, Prompt, Usage, join
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
