@@ -54,7 +54,7 @@ class Exchange:
 
     @property
     def caller(self) -> Caller:
-        """Who calls, as the gate has found."""
+        """Who calls, as the guard has found."""
         return self.scope["caller"]
 
     def header(self, name: str) -> str | None:

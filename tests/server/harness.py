@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -20,6 +20,8 @@ from jaxserve.serving.clients.grpc_client import AsyncClient
 from jaxserve.serving.grpc_port.grpc_server import GrpcServer
 from jaxserve.serving.served_model import ServedModel
 from tests.server.fakes import WAIT_SECONDS, EchoEngine
+
+T = TypeVar("T")
 
 GREEDY = SamplingParams(temperature=0.0)
 MAX_MESSAGE_BYTES = 64 * 1024
@@ -88,13 +90,13 @@ def run_served(
 
 
 @contextlib.contextmanager
-def serving_in_thread(tokenizer: Any) -> Iterator[Served]:
+def in_thread(serving: contextlib.AbstractAsyncContextManager[T]) -> Iterator[T]:
     """A server in a thread with an event loop of its own, for tests that block."""
     started, stop = threading.Event(), threading.Event()
-    parts: list[Served] = []
+    parts: list[T] = []
 
     async def body() -> None:
-        async with serving(tokenizer) as served:
+        async with serving as served:
             parts.append(served)
             started.set()
             await asyncio.to_thread(stop.wait)
@@ -107,6 +109,11 @@ def serving_in_thread(tokenizer: Any) -> Iterator[Served]:
     finally:
         stop.set()
         thread.join()
+
+
+def serving_in_thread(tokenizer: Any) -> contextlib.AbstractContextManager[Served]:
+    """The server of `serving`, in a thread."""
+    return in_thread(serving(tokenizer))
 
 
 async def status_of(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str]:

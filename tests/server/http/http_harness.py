@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -20,7 +19,7 @@ from jaxserve.serving.grpc_port.grpc_server import GrpcServer
 from jaxserve.serving.http_port.http_server import HttpServer
 from jaxserve.serving.served_model import ServedModel
 from tests.server.fakes import WAIT_SECONDS, EchoEngine
-from tests.server.harness import MAX_MESSAGE_BYTES
+from tests.server.harness import MAX_MESSAGE_BYTES, in_thread
 
 JSON = {"content-type": "application/json"}
 
@@ -92,26 +91,9 @@ async def until(condition: Callable[[], Any]) -> None:
         await asyncio.sleep(0.005)
 
 
-@contextlib.contextmanager
-def http_serving_in_thread(tokenizer: Any, **options: Any) -> Iterator[HttpServed]:
-    """A server in a thread with an event loop of its own, for tests that block."""
-    started, stop = threading.Event(), threading.Event()
-    parts: list[HttpServed] = []
-
-    async def body() -> None:
-        async with http_serving(tokenizer, **options) as served:
-            parts.append(served)
-            started.set()
-            await asyncio.to_thread(stop.wait)
-
-    thread = threading.Thread(target=lambda: asyncio.run(body()))
-    thread.start()
-    try:
-        assert started.wait(WAIT_SECONDS), "the server did not start"
-        yield parts[0]
-    finally:
-        stop.set()
-        thread.join()
+def http_serving_in_thread(tokenizer: Any, **options: Any) -> contextlib.AbstractContextManager[HttpServed]:
+    """The server of `http_serving`, in a thread."""
+    return in_thread(http_serving(tokenizer, **options))
 
 
 def events_of(body: str) -> list[Any]:
