@@ -165,10 +165,10 @@ class Admission:
             counts.num_open += 1
             counts.num_waiting += 1
             counts.waiting_tokens += ticket.tokens
-        if tenant.request_bucket is not None:
-            tenant.request_bucket.take(1, now)
-        if tenant.token_bucket is not None:
-            tenant.token_bucket.take(ticket.tokens, now)
+        if tenant.request_allowance is not None:
+            tenant.request_allowance.take(1, now)
+        if tenant.token_allowance is not None:
+            tenant.token_allowance.take(ticket.tokens, now)
         return ticket
 
     def started(self, ticket: Ticket, now: float) -> None:
@@ -196,9 +196,9 @@ class Admission:
         self._ends.happened()
         for counts in (self, tenant):
             counts.num_open -= 1
-        if tenant.token_bucket is not None:
+        if tenant.token_allowance is not None:
             used = output_tokens + (ticket.prompt_tokens if ticket.started is not None else 0)
-            tenant.token_bucket.take(used - ticket.tokens, now)
+            tenant.token_allowance.take(used - ticket.tokens, now)
 
     def _reserved(self, tenant: Tenant, max_tokens: int | None) -> int:
         """Returns the output tokens that a request counts with: its limit, or else what the tenant's usually have."""
@@ -255,11 +255,11 @@ class Admission:
                 f"request they would exceed max_waiting_tokens {most}: try again later or lower max_tokens",
                 self._until_started(tenant),
             )
-        for bucket, amount, field, limit in (
-            (tenant.request_bucket, 1, "requests_per_minute", config.requests_per_minute),
-            (tenant.token_bucket, tokens, "tokens_per_minute", config.tokens_per_minute),
+        for allowance, amount, field, limit in (
+            (tenant.request_allowance, 1, "requests_per_minute", config.requests_per_minute),
+            (tenant.token_allowance, tokens, "tokens_per_minute", config.tokens_per_minute),
         ):
-            if bucket is not None and (seconds := bucket.seconds_until(amount, now)) > 0:
+            if allowance is not None and (seconds := allowance.seconds_until(amount, now)) > 0:
                 words = "its next request" if amount == 1 else f"the {amount} tokens of this request"
                 raise self._refusal(
                     f"tenant_{field}",

@@ -54,33 +54,33 @@ class Average:
         self.value = old + max(self._weight, 1 / self._count) * (value - old)
 
 
-class TokenBucket:
-    """Limits a rate: what a minute allows may come at once, and is then refilled evenly.
+class Allowance:
+    """Limits a rate as a token bucket does: what a minute allows may come at once, and is then refilled evenly.
 
-    per_minute: the rate, and what the bucket holds. A withdrawal of more than it holds takes all of a full one, and
+    per_minute: the rate, and what the allowance holds. A withdrawal of more than it holds takes all of a full one, and
     leaves it in debt. now: of the clock that later calls use.
     """
 
     def __init__(self, per_minute: float, now: float):
-        self._size = per_minute
+        self.per_minute = per_minute
         self._per_second = per_minute / 60.0
         self._level = per_minute
         self._since = now
 
     def level(self, now: float) -> float:
-        """Returns what the bucket holds; below 0 in debt."""
-        return min(self._size, self._level + self._per_second * max(now - self._since, 0.0))
+        """Returns what is left; below 0 in debt."""
+        return min(self.per_minute, self._level + self._per_second * max(now - self._since, 0.0))
 
     def seconds_until(self, amount: float, now: float) -> float:
         """Returns the seconds until so much can be taken; 0 when it can be now."""
-        lacking = min(amount, self._size) - self.level(now)
+        lacking = min(amount, self.per_minute) - self.level(now)
         return max(lacking / self._per_second, 0.0)
 
     def take(self, amount: float, now: float) -> None:
         """Takes an amount; a negative one is put back."""
-        self._level = min(self.level(now) - amount, self._size)
+        self._level = min(self.level(now) - amount, self.per_minute)
         self._since = max(now, self._since)
 
     def is_full(self, now: float) -> bool:
         """Whether nothing is missing."""
-        return self.level(now) >= self._size
+        return self.level(now) >= self.per_minute

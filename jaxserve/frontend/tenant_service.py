@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from jaxserve.config.queue_limits import TenantConfig
-from jaxserve.frontend.rates import Average, RateMeter, TokenBucket
+from jaxserve.frontend.rates import Allowance, Average, RateMeter
 
 _REMEMBERED = 4
 """Requests that are remembered in the comparison of service with weights, for each place."""
@@ -34,18 +34,18 @@ class Tenant:
         self.most_output = Average()  # what it might have had
         self.tokens = Average()  # that a request reserves
         self.starts = RateMeter()
-        self.request_bucket = _bucket(config.requests_per_minute, now)
-        self.token_bucket = _bucket(config.tokens_per_minute, now)
+        self.request_allowance = _allowance(config.requests_per_minute, now)
+        self.token_allowance = _allowance(config.tokens_per_minute, now)
 
     def is_idle(self, now: float) -> bool:
         """Whether nothing is lost when it is forgotten."""
-        buckets = (self.request_bucket, self.token_bucket)
-        full = all(bucket is None or bucket.is_full(now) for bucket in buckets)
+        allowances = (self.request_allowance, self.token_allowance)
+        full = all(one is None or one.is_full(now) for one in allowances)
         return not self.num_open and now >= self.wants_until and full
 
 
-def _bucket(per_minute: float | None, now: float) -> TokenBucket | None:
-    return None if per_minute is None else TokenBucket(per_minute, now)
+def _allowance(per_minute: float | None, now: float) -> Allowance | None:
+    return None if per_minute is None else Allowance(per_minute, now)
 
 
 class Fairness:

@@ -7,31 +7,12 @@ import math
 import time
 from collections.abc import Callable
 
+from jaxserve.frontend.rates import Allowance
 from jaxserve.serving.access.callers import Caller
 from jaxserve.serving.problem import CallerLimitError
 
-_MINUTE = 60.0
 _BUSY_SECONDS = 1.0
 """Seconds after which a caller with too many calls at one time should try again."""
-
-
-class _Allowance:
-    """Counts what is left of an allowance that grows steadily up to its amount a minute (a token bucket)."""
-
-    def __init__(self, per_minute: int, now: float):
-        self.per_minute = per_minute
-        self._left = float(per_minute)
-        self._at = now
-
-    def seconds_until(self, amount: float, now: float) -> float:
-        """Returns the seconds until `amount` is left; 0 where it is."""
-        self._left = min(self.per_minute, self._left + (now - self._at) * self.per_minute / _MINUTE)
-        self._at = now
-        return max(0.0, (amount - self._left) * _MINUTE / self.per_minute)
-
-    def take(self, amount: int) -> None:
-        """Takes an amount, more than is left if need be: what was computed is owed."""
-        self._left -= amount
 
 
 class CallLimiter:
@@ -40,7 +21,7 @@ class CallLimiter:
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self._open: collections.Counter[str] = collections.Counter()
-        self._allowances: dict[tuple[str, str], _Allowance] = {}
+        self._allowances: dict[tuple[str, str], Allowance] = {}
 
     def opened(self, caller: Caller) -> None:
         """Admits and counts a call; `closed` must follow. Raises CallerLimitError, and then counts nothing."""
@@ -65,7 +46,7 @@ class CallLimiter:
                     seconds,
                 )
         if requests is not None:
-            requests.take(1)
+            requests.take(1, now)
         self._open[caller.name] += 1
 
     def closed(self, caller: Caller) -> None:
@@ -78,14 +59,14 @@ class CallLimiter:
     def charge(self, name: str, num_tokens: int) -> None:
         """Counts tokens of the caller of this name."""
         if (allowance := self._allowances.get((name, "tokens_per_minute"))) is not None:
-            allowance.take(num_tokens)
+            allowance.take(num_tokens, self._clock())
 
-    def _allowance(self, name: str, kind: str, per_minute: int | None, now: float) -> _Allowance | None:
+    def _allowance(self, name: str, kind: str, per_minute: int | None, now: float) -> Allowance | None:
         """Returns the caller's allowance, a new one where it has none or its limit was changed."""
         if per_minute is None:
             self._allowances.pop((name, kind), None)
             return None
         known = self._allowances.get((name, kind))
         if known is None or known.per_minute != per_minute:
-            known = self._allowances[name, kind] = _Allowance(per_minute, now)
+            known = self._allowances[name, kind] = Allowance(per_minute, now)
         return known

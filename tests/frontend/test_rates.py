@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.frontend.rates import Average, RateMeter, TokenBucket
+from jaxserve.frontend.rates import Allowance, Average, RateMeter
 
 
 @given(st.lists(st.tuples(st.floats(0.0, 20.0), st.floats(0.5, 80.0)), max_size=30), st.floats(1.0, 100.0))
 def test_a_bucket_gives_no_more_than_a_minute_and_what_was_refilled(draws, per_minute):
-    bucket, now, taken = TokenBucket(per_minute, 0.0), 0.0, []
+    bucket, now, taken = Allowance(per_minute, 0.0), 0.0, []
     for pause, amount in draws:
         now += pause
         wait = bucket.seconds_until(amount, now)
@@ -26,7 +26,7 @@ def test_a_bucket_gives_no_more_than_a_minute_and_what_was_refilled(draws, per_m
 
 
 def test_what_is_put_back_does_not_overfill():
-    bucket = TokenBucket(60.0, 0.0)
+    bucket = Allowance(60.0, 0.0)
     bucket.take(30, 0.0)
     assert not bucket.is_full(0.0)
     bucket.take(-100, 0.0)
