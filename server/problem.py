@@ -82,7 +82,7 @@ class NoTokenizerError(RuntimeError):
     """Text must be encoded or decoded by a server that has no tokenizer."""
 
 
-class UnsupportedError(RuntimeError):
+class UnimplementedError(RuntimeError):
     """A known protocol has this call, and this server does not answer it."""
 
 
@@ -110,7 +110,7 @@ _CODES: tuple[tuple[type[Exception], Code], ...] = (
     (ForbiddenError, Code.PERMISSION_DENIED),
     (NotFoundError, Code.NOT_FOUND),
     (NoTokenizerError, Code.UNIMPLEMENTED),
-    (UnsupportedError, Code.UNIMPLEMENTED),
+    (UnimplementedError, Code.UNIMPLEMENTED),
     (RequestFailedError, Code.INTERNAL),
     (ValueError, Code.INVALID_ARGUMENT),
 )

@@ -24,7 +24,7 @@ from jaxserve.serving.problem import REJECTIONS
 from jaxserve.serving.served_model import ServedModel
 from jaxserve.telemetry.engine_meter import STEP_HISTOGRAMS
 from jaxserve.telemetry.histograms import HistogramCounts, no_counts
-from jaxserve.telemetry.request_metrics import REQUEST_HISTOGRAMS
+from jaxserve.telemetry.request_meter import REQUEST_HISTOGRAMS
 
 PREFIX = "jaxserve:"
 

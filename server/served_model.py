@@ -13,7 +13,7 @@ from jaxserve.serving.access.callers import Anybody, Callers
 from jaxserve.serving.access.limiter import CallLimiter
 from jaxserve.serving.problem import NoTokenizerError, UnavailableError, rejection
 from jaxserve.serving.refusal_times import RefusalTimes
-from jaxserve.telemetry.request_metrics import RequestMetrics
+from jaxserve.telemetry.request_meter import RequestMeter
 from jaxserve.telemetry.request_trace import RequestTrace, request_trace
 
 
@@ -35,7 +35,7 @@ class ServedModel:
         self.callers = callers
         self.limiter = CallLimiter()
         self.refusal_times = RefusalTimes()
-        self.metrics = RequestMetrics()
+        self.metrics = RequestMeter()
         self._frontend: AsyncFrontEnd | None = None
         self._tokenizer: Tokenizer | None = None
         self._ready_since = time.monotonic()
@@ -72,9 +72,18 @@ class ServedModel:
         return self._created
 
     @property
+    def state(self) -> str:
+        """What the server does: starting, ready, draining, or failed when its engine has ended."""
+        if self._frontend is not None and self._frontend.failure:
+            return "failed"
+        if self._draining:
+            return "draining"
+        return "starting" if self._frontend is None else "ready"
+
+    @property
     def is_ready(self) -> bool:
-        """Whether requests are accepted now: the model is loaded, the engine lives, and the server does not drain."""
-        return self._frontend is not None and not self._draining and not self._frontend.failure
+        """Whether requests are accepted now."""
+        return self.state == "ready"
 
     @property
     def has_tokenizer(self) -> bool:

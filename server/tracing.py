@@ -7,13 +7,13 @@ from typing import Protocol
 
 import jaxserve
 from jaxserve.config.tracing_config import TracingConfig
-from jaxserve.telemetry.request_metrics import FinishedRequest
+from jaxserve.telemetry.request_meter import RequestRecord
 
 
 class Tracing(Protocol):
     """Takes each request that has ended."""
 
-    def __call__(self, request: FinishedRequest) -> None: ...
+    def __call__(self, request: RequestRecord) -> None: ...
 
     def close(self) -> None:
         """Sends what waits to be sent; takes a few seconds at most."""

@@ -15,7 +15,7 @@ from jaxserve.request import FinishReason
 from jaxserve.telemetry.engine_meter import STEP_HISTOGRAMS, EngineMeter
 from jaxserve.telemetry.histograms import Histogram, decades, no_counts, powers_of_two
 from jaxserve.telemetry.recorder import Recorder, RequestArrived, RequestFinished, RequestScheduled
-from jaxserve.telemetry.request_metrics import FinishedRequest, RequestMetrics
+from jaxserve.telemetry.request_meter import RequestMeter, RequestRecord
 from tests.test_recorder import STEP
 
 
@@ -98,7 +98,7 @@ def test_busy_seconds_are_those_between_dispatch_and_end_less_the_gaps():
 def test_a_request_is_measured_by_both_clocks():
     """The front end's from arrival, the engine's between tokens."""
     now, ended = [100.0], []
-    metrics = RequestMetrics(clock=lambda: now[0], wall_clock=lambda: 1e9)
+    metrics = RequestMeter(clock=lambda: now[0], wall_clock=lambda: 1e9)
     metrics.on_finished = ended.append
     life = metrics.begin("r", prompt_tokens=7, max_tokens=9, arrived=99.0, trace=None)
     life.tokens(0, 4.0)
@@ -123,4 +123,4 @@ def test_a_request_is_measured_by_both_clocks():
         "request_generation_tokens": (1, 4.0),
     }
     assert (metrics.prompt_tokens, metrics.generation_tokens, metrics.finished["length"]) == (7, 4, 1)
-    assert ended == [FinishedRequest("r", "length", "", 7, 4, 3, 9, 1e9, 11.0, 3.0, 0.25, 0.5, 2.0)]
+    assert ended == [RequestRecord("r", "length", "", 7, 4, 3, 9, 1e9, 11.0, 3.0, 0.25, 0.5, 2.0)]

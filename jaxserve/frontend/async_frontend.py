@@ -29,7 +29,7 @@ from jaxserve.frontend.reader import EngineReader
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.frontend.workers import Workers, WorkersClosedError
 from jaxserve.request import RequestOptions, SamplingParams
-from jaxserve.telemetry.request_metrics import RequestMetrics
+from jaxserve.telemetry.request_meter import RequestMeter
 from jaxserve.telemetry.request_trace import RequestTrace
 
 T = TypeVar("T")
@@ -85,14 +85,14 @@ class AsyncFrontEnd:
         log_prompts: bool = False,
         failpoints: Sequence[str] = (),
         admission: Admission | None = None,
-        metrics: RequestMetrics | None = None,
+        metrics: RequestMeter | None = None,
     ):
         self._max_unread_tokens = max_unread_tokens
         self._loop = asyncio.get_running_loop()
         # An engine on the CPU computes on the very cores that stream its tokens.
         share = CPU_SHARE if client.ready.info.platform == "cpu" else 1.0
         self._reader = EngineReader(client, self._loop, share)
-        self._metrics = metrics or RequestMetrics()
+        self._metrics = metrics or RequestMeter()
         self._core = FrontEnd(
             self._reader, tokenizer, seed=seed, failpoints=failpoints, admission=admission, metrics=self._metrics
         )

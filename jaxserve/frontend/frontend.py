@@ -40,7 +40,7 @@ from jaxserve.frontend.preparation import Preparation, Prepared
 from jaxserve.frontend.preparation_steps import finish
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import ROW_FIELDS, SAMPLING_FIELDS, EngineRequest, FinishReason, RequestOptions, SamplingParams
-from jaxserve.telemetry.request_metrics import RequestMetrics
+from jaxserve.telemetry.request_meter import RequestMeter
 from jaxserve.telemetry.request_trace import RequestTrace
 
 _log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class FrontEnd:
         clock: Callable[[], float] = time.time,
         failpoints: Sequence[str] = (),
         admission: Admission | None = None,
-        metrics: RequestMetrics | None = None,
+        metrics: RequestMeter | None = None,
     ):
         self._client = client
         self._metrics = metrics

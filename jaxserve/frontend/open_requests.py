@@ -7,7 +7,7 @@ import heapq
 
 from jaxserve.frontend.admission import Ticket
 from jaxserve.frontend.output import OutputState
-from jaxserve.telemetry.request_metrics import UNCOUNTED, RequestLife
+from jaxserve.telemetry.request_meter import UNCOUNTED, RequestLife
 
 
 @dataclasses.dataclass

@@ -22,7 +22,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from jaxserve.config.tracing_config import TracingConfig
 from jaxserve.request import FinishReason
-from jaxserve.telemetry.request_metrics import FinishedRequest
+from jaxserve.telemetry.request_meter import RequestRecord
 
 _FLUSH_MILLISECONDS = 2000
 _DEFAULT_OPERATION = "text_completion"
@@ -57,7 +57,7 @@ class RequestSpans:
         self._tracer = self._provider.get_tracer("jaxserve", version)
         self._propagator = TraceContextTextMapPropagator()
 
-    def __call__(self, request: FinishedRequest) -> None:
+    def __call__(self, request: RequestRecord) -> None:
         """Makes the spans of one request."""
         trace = request.trace
         # An empty context and not the current one: that of the task which happens to deliver the last token.
@@ -81,7 +81,7 @@ class RequestSpans:
         """Sends what waits to be sent, for two seconds at most."""
         self._provider.force_flush(_FLUSH_MILLISECONDS)
 
-    def _attributes(self, request: FinishedRequest, operation: str) -> dict[str, Any]:
+    def _attributes(self, request: RequestRecord, operation: str) -> dict[str, Any]:
         found: dict[str, Any] = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "jaxserve",
@@ -108,7 +108,7 @@ class RequestSpans:
             }
         return found
 
-    def _phases(self, span: Any, request: FinishedRequest, begin: float) -> None:
+    def _phases(self, span: Any, request: RequestRecord, begin: float) -> None:
         """Makes the children. The phases are placed around the time at which the first token was there."""
         context = set_span_in_context(span, Context())
         if request.queue_seconds is None or request.prefill_seconds is None or request.ttft_seconds is None:

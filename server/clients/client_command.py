@@ -14,7 +14,7 @@ from jaxserve.request import SamplingParams
 from jaxserve.serving.clients.client_failures import FAILURES, Failure, failure_of
 from jaxserve.serving.clients.client_output import JsonOutput, Output, TextOutput
 from jaxserve.serving.clients.client_results import Conversation, join
-from jaxserve.serving.clients.client_target import AnyClient, Target
+from jaxserve.serving.clients.client_target import AnyClient, ServerTarget
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -67,7 +67,7 @@ def unescape(text: str) -> str:
     return re.sub(r"\\([ntr\\])", lambda match: _ESCAPES[match.group(1)], text)
 
 
-def run_client(target: Target, options: ClientOptions) -> int:
+def run_client(target: ServerTarget, options: ClientOptions) -> int:
     """Answers the prompts; returns the exit code: 0, 1 when a request failed, 130 after Ctrl-C."""
     with contextlib.suppress(AttributeError, ValueError):  # a stand-in for stdout need not have it
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -141,7 +141,7 @@ class _Answers:
         return text
 
 
-def _answer_all(answers: _Answers, prompts: Iterator[str], target: Target, output: Output) -> int:
+def _answer_all(answers: _Answers, prompts: Iterator[str], target: ServerTarget, output: Output) -> int:
     """Answers the prompts in order. One that the server refuses is reported, and the others are still answered."""
     code = 0
     for text in prompts:
@@ -161,7 +161,9 @@ def _answer_all(answers: _Answers, prompts: Iterator[str], target: Target, outpu
     return code
 
 
-def _converse(answers: _Answers, client: AnyClient, target: Target, options: ClientOptions, output: Output) -> int:
+def _converse(
+    answers: _Answers, client: AnyClient, target: ServerTarget, options: ClientOptions, output: Output
+) -> int:
     """Reads prompts from a terminal until Ctrl-D; Ctrl-C ends an answer, or the program where a prompt is expected."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() line editing and a history

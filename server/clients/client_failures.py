@@ -9,11 +9,11 @@ from typing import Any
 
 import grpc
 
-from jaxserve.serving.clients.client_probe import Answer, probe
-from jaxserve.serving.clients.client_target import Target
-from jaxserve.serving.clients.http_client import HttpConnectionError, HttpError
+from jaxserve.serving.clients.client_probe import ProbeAnswer, probe
+from jaxserve.serving.clients.client_target import ServerTarget
+from jaxserve.serving.clients.http_client import HttpCallError, HttpConnectionError
 
-FAILURES = (grpc.RpcError, HttpError, HttpConnectionError)
+FAILURES = (grpc.RpcError, HttpCallError, HttpConnectionError)
 """Errors of the clients of both ports that `failure_of` describes."""
 
 _NO_CONNECTION = re.compile(
@@ -57,10 +57,10 @@ class Failure:
         return {"error": dataclasses.asdict(self)}
 
 
-def failure_of(error: BaseException, target: Target) -> Failure:
+def failure_of(error: BaseException, target: ServerTarget) -> Failure:
     """Describes one of FAILURES."""
     match error:
-        case HttpError():
+        case HttpCallError():
             return _refused(error.code.name, str(error), error.retry_seconds)
         case grpc.RpcError():
             return _grpc_failure(error, target)
@@ -69,7 +69,7 @@ def failure_of(error: BaseException, target: Target) -> Failure:
     return _unreachable(target, str(error) or type(error).__name__)
 
 
-def _grpc_failure(error: Any, target: Target) -> Failure:
+def _grpc_failure(error: Any, target: ServerTarget) -> Failure:
     code, details = error.code(), " ".join((error.details() or "").split())
     if code is grpc.StatusCode.UNAVAILABLE and _NO_CONNECTION.search(details):
         return _unreachable(target, details)
@@ -92,7 +92,7 @@ def _refused(code: str, details: str, retry_seconds: float | None) -> Failure:
     return Failure(code, f"{code}: {details}", remedy, retry_seconds)
 
 
-def _unreachable(target: Target, details: str) -> Failure:
+def _unreachable(target: ServerTarget, details: str) -> Failure:
     """Describes a call that never reached a server, by what answers at its address."""
     if not target.host:
         return Failure("UNAVAILABLE", f"no server answers at {target.address}: {details}")
@@ -114,7 +114,7 @@ def _unreachable(target: Target, details: str) -> Failure:
     return _mismatch(target, answer, details)
 
 
-def _mismatch(target: Target, answer: Answer, details: str) -> Failure:
+def _mismatch(target: ServerTarget, answer: ProbeAnswer, details: str) -> Failure:
     protocol = answer.protocol or target.protocol
     if (protocol, answer.tls) == (target.protocol, target.credentials.uses_tls):
         hint = ""

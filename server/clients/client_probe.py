@@ -12,7 +12,7 @@ _REQUEST = b"GET /health HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n"
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class ProbeAnswer:
     """Describes what answers.
 
     Attributes:
@@ -24,16 +24,16 @@ class Answer:
     tls: bool
 
 
-def probe(host: str, port: int) -> Answer | None:
+def probe(host: str, port: int) -> ProbeAnswer | None:
     """Returns what answers at an address; None where nobody takes connections. Takes a few seconds at most."""
     try:
         with socket.create_connection((host, port), _SECONDS) as connection:
             tls, protocol = _tls_protocol(connection, host)
         if tls and protocol:
-            return Answer(protocol, tls)
+            return ProbeAnswer(protocol, tls)
         connection = socket.create_connection((host, port), _SECONDS)
         with _encrypted(connection, host, []) if tls else connection as either:
-            return Answer(_protocol(either), tls)
+            return ProbeAnswer(_protocol(either), tls)
     except OSError:
         return None
 

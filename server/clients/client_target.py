@@ -17,7 +17,7 @@ _DEFAULT_PORTS = {"http": 8000, "https": 443, "grpc": 50051, "grpcs": 50051}
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class ServerTarget:
     """Names a port of a server.
 
     Attributes:
@@ -56,7 +56,7 @@ class Target:
         return f"[{self.host}]" if ":" in self.host else self.host
 
 
-def parse_target(address: str, credentials: Credentials) -> Target:
+def parse_target(address: str, credentials: Credentials) -> ServerTarget:
     """Parses HOST:PORT and grpc://HOST:PORT (gRPC), grpcs:// (with TLS), http:// and https:// URLs.
 
     credentials: key and TLS; a scheme turns TLS on. Raises ValueError naming the address.
@@ -64,7 +64,7 @@ def parse_target(address: str, credentials: Credentials) -> Target:
     scheme, separator, rest = address.partition("://")
     if not separator:
         if re.match(r"(unix|unix-abstract|dns|ipv4|ipv6|vsock|xds):", address):
-            return Target(address, "grpc", "", 0, credentials)
+            return ServerTarget(address, "grpc", "", 0, credentials)
         scheme, rest = "grpc", address
     if scheme not in _SCHEMES:
         raise ValueError(
@@ -80,4 +80,4 @@ def parse_target(address: str, credentials: Credentials) -> Target:
     if not host or (not separator and port is None) or parts.username is not None:
         raise ValueError(f"address is {address!r}; it must be HOST:PORT, or a URL such as http://HOST:PORT")
     credentials = dataclasses.replace(credentials, tls=True) if tls else credentials
-    return Target(address, protocol, host, _DEFAULT_PORTS[scheme] if port is None else port, credentials)
+    return ServerTarget(address, protocol, host, _DEFAULT_PORTS[scheme] if port is None else port, credentials)

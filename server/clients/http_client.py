@@ -1,7 +1,7 @@
 """Provides `HttpClient`, which makes the calls of `grpc_client.Client` over HTTP, from blocking code.
 
-Its calls raise `HttpError` for what the server refuses, and `HttpConnectionError` where it cannot be reached or does
-not speak HTTP. From asyncio, or for all of OpenAI's API, use OpenAI's client.
+Its calls raise `HttpCallError` for what the server refuses, and `HttpConnectionError` where it cannot be reached or
+does not speak HTTP. From asyncio, or for all of OpenAI's API, use OpenAI's client.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _CODES = {
 }
 
 
-class HttpError(RuntimeError):
+class HttpCallError(RuntimeError):
     """The server refuses a call, or ends it with an error; the text is the server's line.
 
     Attributes:
@@ -169,7 +169,7 @@ class HttpClient:
         while (left := end - time.monotonic()) > 0:
             try:
                 self._answer("GET", "/health", timeout=left)
-            except HttpError as error:
+            except HttpCallError as error:
                 if error.code is not Code.UNAVAILABLE:
                     raise
             except HttpConnectionError as error:
@@ -181,13 +181,13 @@ class HttpClient:
         raise TimeoutError(f"server at {self.address} was not ready within {timeout:g} s")
 
     def _answer(self, method: str, path: str, body: Any = None, timeout: float | None = None) -> Any:
-        """Returns the JSON of a response. Raises HttpError."""
+        """Returns the JSON of a response. Raises HttpCallError."""
         with self._call(method, path, body, {}, timeout or _ANSWER_SECONDS) as response:
             content = response.read()
         try:
             return json.loads(content) if content else None
         except ValueError as error:
-            raise HttpError(
+            raise HttpCallError(
                 Code.INTERNAL, 200, f"{path} answers what is no JSON; is this a jaxserve server?"
             ) from error
 
@@ -195,7 +195,7 @@ class HttpClient:
     def _call(
         self, method: str, path: str, body: Any, headers: dict[str, str], timeout: float | None
     ) -> Iterator[http.client.HTTPResponse]:
-        """Yields the response to a request. Raises HttpError for one that is not 200, and HttpConnectionError."""
+        """Yields the response to a request. Raises HttpCallError for one that is not 200, and HttpConnectionError."""
         content = None if body is None else json.dumps(body).encode()
         headers = self._headers | headers | ({} if content is None else {"content-type": "application/json"})
         try:
@@ -231,7 +231,7 @@ def generate_body(prompt: Prompt, params: SamplingParams | None) -> tuple[str, d
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[Any]:
-    """Yields the objects of a stream of server-sent events. Raises HttpError where it breaks off."""
+    """Yields the objects of a stream of server-sent events. Raises HttpCallError where it breaks off."""
     while line := response.readline():
         if not line.startswith(b"data:"):
             continue
@@ -242,7 +242,7 @@ def _events(response: http.client.HTTPResponse) -> Iterator[Any]:
         if "error" in event:
             raise _error_of(event["error"], 200)
         yield event
-    raise HttpError(Code.UNAVAILABLE, 200, "the server ended the stream before the answer was complete")
+    raise HttpCallError(Code.UNAVAILABLE, 200, "the server ended the stream before the answer was complete")
 
 
 def _chunks(events: Iterator[Any]) -> Iterator[Chunk]:
@@ -266,7 +266,7 @@ def _chunks(events: Iterator[Any]) -> Iterator[Chunk]:
             return
 
 
-def _error(status: int, content: bytes, retry_after: str | None) -> HttpError:
+def _error(status: int, content: bytes, retry_after: str | None) -> HttpCallError:
     try:
         found = json.loads(content)
     except ValueError:
@@ -277,13 +277,13 @@ def _error(status: int, content: bytes, retry_after: str | None) -> HttpError:
     details = f"the server answers {status} {http.client.responses.get(status, '')}".strip()
     if isinstance(found, dict) and found.get("status"):
         details = f"the server is {found['status']}"
-    return HttpError(_CODES.get(status, Code.INTERNAL), status, details, retry_seconds)
+    return HttpCallError(_CODES.get(status, Code.INTERNAL), status, details, retry_seconds)
 
 
-def _error_of(error: Any, status: int, retry_seconds: float | None = None) -> HttpError:
-    """Returns an error in OpenAI's shape as HttpError. In a stream the kind of problem is in the error itself."""
+def _error_of(error: Any, status: int, retry_seconds: float | None = None) -> HttpCallError:
+    """Returns an error in OpenAI's shape as HttpCallError. In a stream the kind of problem is in the error itself."""
     error = error if isinstance(error, dict) else {"message": str(error)}
     number = error.get("code") if status == 200 and isinstance(error.get("code"), int) else status
-    return HttpError(
+    return HttpCallError(
         _CODES.get(number, Code.INTERNAL), status, " ".join(str(error.get("message", "")).split()), retry_seconds
     )

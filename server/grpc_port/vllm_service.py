@@ -30,7 +30,7 @@ from jaxserve.serving.grpc_port.oversized import CheckPromptBytes
 from jaxserve.serving.grpc_port.service import BYTES_PER_TOKEN, Context, call_deadline, errors_as_status, text_metadata
 from jaxserve.serving.grpc_port.tokenizer_bundle import tokenizer_zip
 from jaxserve.serving.grpc_port.vllm_load import ForwardedRequest, LoadRecord
-from jaxserve.serving.problem import NotFoundError, UnsupportedError, check_delta
+from jaxserve.serving.problem import NotFoundError, UnimplementedError, check_delta
 from jaxserve.serving.served_model import ServedModel
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["VllmEngine"]
@@ -195,27 +195,29 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
 
     @errors_as_status
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
-        raise UnsupportedError("Embed: this server generates, and computes no embeddings yet")
+        raise UnimplementedError("Embed: this server generates, and computes no embeddings yet")
 
     @errors_as_status
     async def FlushCache(
         self, request: common_pb2.FlushCacheRequest, context: Context
     ) -> common_pb2.FlushCacheResponse:
-        raise UnsupportedError("FlushCache: this server keeps no prefix cache yet")
+        raise UnimplementedError("FlushCache: this server keeps no prefix cache yet")
 
     @errors_as_status
     async def StartProfile(
         self, request: common_pb2.StartProfileRequest, context: Context
     ) -> common_pb2.ProfileResponse:
-        raise UnsupportedError("StartProfile: this server takes no profiles through this service yet")
+        raise UnimplementedError("StartProfile: this server takes no profiles through this service yet")
 
     @errors_as_status
     async def StopProfile(self, request: common_pb2.StopProfileRequest, context: Context) -> common_pb2.ProfileResponse:
-        raise UnsupportedError("StopProfile: this server takes no profiles through this service yet")
+        raise UnimplementedError("StopProfile: this server takes no profiles through this service yet")
 
     @errors_as_status
     async def SubscribeKvEvents(self, request: common_pb2.SubscribeKvEventsRequest, context: Context) -> None:
-        raise UnsupportedError("SubscribeKvEvents: this server publishes no events of its KV cache yet; poll GetLoads")
+        raise UnimplementedError(
+            "SubscribeKvEvents: this server publishes no events of its KV cache yet; poll GetLoads"
+        )
 
 
 async def _answer(

@@ -15,7 +15,7 @@ import jaxserve
 from jaxserve.engine.messages import EngineStats
 from jaxserve.serving.served_model import ServedModel
 from jaxserve.telemetry.histograms import HistogramCounts, no_counts
-from jaxserve.telemetry.request_metrics import REQUEST_HISTOGRAMS
+from jaxserve.telemetry.request_meter import REQUEST_HISTOGRAMS
 
 INTERVAL_SECONDS = 0.5
 MAX_SAMPLES = 240
@@ -162,7 +162,7 @@ class LiveStats:
         while num_unwatched < MAX_SAMPLES:
             await asyncio.sleep(self._interval if self._samples else 0)
             now = self._totals()
-            self._add(sample(self._state(), before, now))
+            self._add(sample(self._served.state, before, now))
             before = now
             num_unwatched = 0 if self._num_watchers else num_unwatched + 1
 
@@ -177,14 +177,6 @@ class LiveStats:
         self._num_sampled += 1
         self._news.set()
         self._news = asyncio.Event()
-
-    def _state(self) -> str:
-        frontend = self._served.frontend
-        if frontend is None:
-            return "starting"
-        if frontend.failure:
-            return "failed"
-        return "draining" if self._served.draining else "ready"
 
 
 def sample(state: str, before: Totals, now: Totals) -> Sample:

@@ -31,7 +31,7 @@ from jaxserve.serving.clients.client_failures import failure_of
 from jaxserve.serving.clients.client_results import Conversation
 from jaxserve.serving.clients.client_target import parse_target
 from jaxserve.serving.clients.grpc_client import Client, generate_request
-from jaxserve.serving.clients.http_client import HttpClient, HttpError
+from jaxserve.serving.clients.http_client import HttpCallError, HttpClient
 from jaxserve.serving.clients.shell_completion import SHELLS
 from jaxserve.serving.grpc_port.convert import MAX_MESSAGES
 from jaxserve.serving.grpc_port.grpc_server import GrpcServer
@@ -212,7 +212,7 @@ def test_messages_are_checked(ports):
                 client.generate_text(Conversation(messages))
             assert words in str(raised.value)
     with HttpClient(ports.addresses["http"]) as client:
-        with pytest.raises(HttpError, match="messages"):
+        with pytest.raises(HttpCallError, match="messages"):
             client.generate_text(Conversation([]))
 
 

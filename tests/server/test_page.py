@@ -18,7 +18,7 @@ from jaxserve.serving.http_port.routes import live, page
 from jaxserve.serving.problem import UnauthenticatedError
 from jaxserve.serving.served_model import ServedModel
 from jaxserve.telemetry.histograms import Histogram, HistogramCounts
-from jaxserve.telemetry.request_metrics import RequestMetrics
+from jaxserve.telemetry.request_meter import RequestMeter
 from tests.server.fakes import WAIT_SECONDS
 from tests.server.harness import GREEDY, serving
 
@@ -312,7 +312,7 @@ def test_live_figures_need_a_key_where_there_are_keys():
 
 
 def test_a_sample_is_the_difference_of_two_readings():
-    metrics = RequestMetrics()
+    metrics = RequestMeter()
     tokens = {"prefill_tokens": HistogramCounts((), 100.0), "decode_tokens": HistogramCounts((), 10.0)}
     before = Totals(10.0, EngineStats(num_steps=3, padding_tokens=7, step_histograms=tokens), metrics.histograms())
     metrics.observe("time_to_first_token_seconds", 0.5)

@@ -27,7 +27,7 @@ from jaxserve.serving.http_port.http_server import HttpServer
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 from jaxserve.telemetry import request_trace
 from jaxserve.telemetry.otel_spans import RequestSpans
-from jaxserve.telemetry.request_metrics import FinishedRequest, RequestMetrics
+from jaxserve.telemetry.request_meter import RequestMeter, RequestRecord
 from tests.server.fakes import save_tokenizer
 from tests.server.harness import Served, run_served, status_of
 
@@ -36,7 +36,7 @@ SAMPLED = (("traceparent", f"00-{TRACE}-{SPAN}-01"), ("tracestate", "vendor=1"))
 NOT_SAMPLED = (("traceparent", f"00-{TRACE}-{SPAN}-00"),)
 
 
-def traced(metrics: RequestMetrics, config: TracingConfig = TracingConfig()) -> Callable[[], Sequence[ReadableSpan]]:
+def traced(metrics: RequestMeter, config: TracingConfig = TracingConfig()) -> Callable[[], Sequence[ReadableSpan]]:
     """Traces requests in memory; returns what gives the spans."""
     exporter = InMemorySpanExporter()
     metrics.on_finished = RequestSpans(config, "echo", "1.0", SimpleSpanProcessor(exporter))
@@ -155,17 +155,17 @@ def test_a_refused_request_is_an_error(tokenizer):
     run_served(body, tokenizer)
 
 
-def finished(**changes: Any) -> FinishedRequest:
+def finished(**changes: Any) -> RequestRecord:
     values: dict[str, Any] = {
         "request_id": "r", "finish_reason": "stop", "error_type": "", "prompt_tokens": 5, "output_tokens": 4,
         "cached_tokens": 2, "max_tokens": 9, "ended": 1000.0, "e2e_seconds": 2.0, "ttft_seconds": 0.75,
         "queue_seconds": 0.25, "prefill_seconds": 0.5, "decode_seconds": 1.0,
     }  # fmt: skip
-    return FinishedRequest(**{**values, **changes})
+    return RequestRecord(**{**values, **changes})
 
 
 def test_phases_are_children_with_the_times_that_were_measured():
-    metrics = RequestMetrics()
+    metrics = RequestMeter()
     spans = traced(metrics)
     metrics.ended(finished())
     root = root_of(spans())
@@ -183,7 +183,7 @@ def test_phases_are_children_with_the_times_that_were_measured():
 
 
 def test_a_request_that_was_aborted_in_the_queue_has_no_other_phase():
-    metrics = RequestMetrics()
+    metrics = RequestMeter()
     spans = traced(metrics)
     nothing = dict.fromkeys(("ttft_seconds", "queue_seconds", "prefill_seconds", "decode_seconds"))
     metrics.ended(finished(finish_reason="abort", output_tokens=0, **nothing))
@@ -250,7 +250,7 @@ def test_large_or_foreign_headers_are_not_kept():
 
 
 def test_an_error_of_tracing_stops_nothing(caplog):
-    metrics = RequestMetrics()
+    metrics = RequestMeter()
     metrics.on_finished = lambda request: 1 / 0
     metrics.ended(finished())
     assert "request 'r' cannot be traced" in caplog.text

@@ -24,18 +24,10 @@ def router(served: ServedModel) -> APIRouter:
     @routes.api_route("/health/live", methods=["GET", "HEAD"])
     async def live() -> JSONResponse:
         """Answers 200 unless the engine has failed, after which the process ends."""
-        return _answer(served, _status(served) != "failed")
+        return _answer(served, served.state != "failed")
 
     return routes
 
 
 def _answer(served: ServedModel, good: bool) -> JSONResponse:
-    return JSONResponse({"status": _status(served)}, 200 if good else 503)
-
-
-def _status(served: ServedModel) -> str:
-    if served.frontend is None:
-        return "draining" if served.draining else "starting"
-    if served.frontend.failure:
-        return "failed"
-    return "draining" if served.draining else "ready"
+    return JSONResponse({"status": served.state}, 200 if good else 503)

@@ -37,7 +37,7 @@ REQUEST_HISTOGRAMS: Mapping[str, tuple[float, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class FinishedRequest:
+class RequestRecord:
     """Describes a request that has ended, or was refused. Seconds are None for what it never reached.
 
     Attributes:
@@ -65,7 +65,7 @@ class FinishedRequest:
 
 
 class RequestLife:
-    """Ignores what happens to one unfinished request; `RequestMetrics.begin` returns one that counts it."""
+    """Ignores what happens to one unfinished request; `RequestMeter.begin` returns one that counts it."""
 
     __slots__ = ()
 
@@ -86,7 +86,7 @@ UNCOUNTED = RequestLife()
 """The life of a request that nobody counts."""
 
 
-class RequestMetrics:
+class RequestMeter:
     """Counts the requests of one front end.
 
     Attributes:
@@ -105,7 +105,7 @@ class RequestMetrics:
         self.generation_tokens = 0
         self.finished: Counter[str] = Counter({reason.value: 0 for reason in FinishReason})
         self.rejected: Counter[str] = Counter()
-        self.on_finished: Callable[[FinishedRequest], object] | None = None
+        self.on_finished: Callable[[RequestRecord], object] | None = None
         self._histograms = {name: Histogram(bounds) for name, bounds in REQUEST_HISTOGRAMS.items()}
         self.observe_gap = self._histograms["inter_token_latency_seconds"].observe
 
@@ -142,14 +142,14 @@ class RequestMetrics:
         except Exception as error:
             self.rejected[reason_of(error)] += 1
             kind, e2e = type(error).__name__, self.clock() - arrived
-            self.ended(FinishedRequest(request_id or "", "", kind, 0, 0, 0, 0, self.now(), e2e, trace=trace))
+            self.ended(RequestRecord(request_id or "", "", kind, 0, 0, 0, 0, self.now(), e2e, trace=trace))
             raise
 
     def now(self) -> float:
         """Returns the time, in seconds of `time.time`."""
         return self._wall_clock()
 
-    def ended(self, request: FinishedRequest) -> None:
+    def ended(self, request: RequestRecord) -> None:
         """Hands a request that has ended to `on_finished`."""
         if self.on_finished is None:
             return
@@ -169,7 +169,7 @@ class _CountedLife(RequestLife):
 
     def __init__(
         self,
-        metrics: RequestMetrics,
+        metrics: RequestMeter,
         request_id: str,
         prompt_tokens: int,
         max_tokens: int,
@@ -223,7 +223,7 @@ class _CountedLife(RequestLife):
             if output_tokens > 1:
                 metrics.observe("request_time_per_output_token_seconds", decode / (output_tokens - 1))
         metrics.ended(
-            FinishedRequest(
+            RequestRecord(
                 request_id=self._request_id,
                 finish_reason=reason.value,
                 error_type="error" if reason is FinishReason.ERROR else "",
