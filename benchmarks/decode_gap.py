@@ -32,7 +32,9 @@ from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import AbortRequest, AddRequest
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
-from jaxserve.scheduler.buckets import close
+from jaxserve.scheduler.buckets import Buckets, close
+from jaxserve.scheduler.decode_gap import mixed_step
+from jaxserve.scheduler.gap_limit import PROMISED_SHARE
 from jaxserve.scheduler.gap_monitor import CAUSES
 from jaxserve.simulator import ClientRule, find_target, make_trace, set_up, simulate, with_options
 from jaxserve.simulator.setup import Setup
@@ -167,9 +169,15 @@ class EngineSide:
         return _measured(recorder, begin, np.array(arrivals))
 
     def bounds(self, load: Load, factors: Sequence[float]) -> list[float]:
-        """Returns bounds that are multiples of the median gap of the streams alone."""
+        """Returns bounds that are multiples of the median gap of the streams alone, or of the least bound that the
+        engine accepts, where it promises less than the streams alone would need."""
         alone = self.measure(Setting("alone", {}), dataclasses.replace(load, prompts=(16,)))
-        return [factor * float(np.median(alone.gaps)) for factor in factors]
+        least = 0.0
+        if self._runner.step_costs is not None:
+            buckets = Buckets.from_config(self._config, self._runner.info.platform)
+            smallest = mixed_step(load.streams, load.streams * load.stream_prompt, buckets.tokens[0], 0, buckets)
+            least = self._runner.step_costs.seconds(smallest) / PROMISED_SHARE
+        return [factor * max(float(np.median(alone.gaps)), least) for factor in factors]
 
 
 def _measured(recorder: Recorder, begin: float, arrivals: np.ndarray) -> Measured:
