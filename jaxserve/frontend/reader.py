@@ -17,6 +17,12 @@ _log = logging.getLogger(__name__)
 LONGEST_WAIT = 0.05
 """Maximum seconds that a message waits for the loop to rest."""
 
+_LEAST_CPU = 1e-5
+_USUAL_GAIN = 0.1
+_MOST_OF_USUAL = 2.0
+"""Maximum CPU time that counts for one delivery, over what one takes of late: whatever else has kept the loop busy, such
+as a message of megabytes, tokens do not wait for it any longer."""
+
 
 class EngineReader:
     """Implements EngineSender; passes the messages that its engine sends to `deliver`, on the loop, in order.
@@ -43,6 +49,7 @@ class EngineReader:
         self._share = share
         self._cpu_time = cpu_time
         self._delivered = (-math.inf, 0.0)  # when, on the loop's clock and in CPU seconds of its thread
+        self._usual_cpu: float | None = None  # CPU seconds of the loop from one delivery to the next
         self._busy: Callable[[], bool] = lambda: False
         self._deliver: Callable[[Sequence[FromEngine]], None] = lambda messages: None
         self._sent = threading.Event()
@@ -146,7 +153,7 @@ class EngineReader:
         then, cpu_then = self._delivered
         wait = 0.0
         if self._share < 1:
-            wait = (self._cpu_time() - cpu_then) / self._share - (self._loop.time() - then)
+            wait = self._counted(self._cpu_time() - cpu_then) / self._share - (self._loop.time() - then)
         if wait > 0:
             if self._polled is not None and self._polling:
                 self._loop.remove_reader(self._polled.fileno())
@@ -154,18 +161,30 @@ class EngineReader:
         else:
             self._empty_inbox()
 
+    def _counted(self, cpu: float) -> float:
+        """Returns how much of the loop's CPU time since a delivery counts as its own."""
+        return cpu if self._usual_cpu is None else min(cpu, _MOST_OF_USUAL * self._usual_cpu)
+
+    def _begin_delivery(self) -> None:
+        then, cpu_then = self._delivered
+        self._delivered = self._loop.time(), self._cpu_time()
+        if then > -math.inf:
+            cpu = self._counted(self._delivered[1] - cpu_then)
+            usual = cpu if self._usual_cpu is None else self._usual_cpu
+            self._usual_cpu = max(usual + _USUAL_GAIN * (cpu - usual), _LEAST_CPU)
+
     def _empty_inbox(self) -> None:
         if self._polled is not None and self._polling:
             self._poll(self._polled)
             return
-        self._delivered = self._loop.time(), self._cpu_time()
+        self._begin_delivery()
         with self._inbox_lock:
             messages, self._inbox = self._inbox, []
         self._deliver(messages)
 
     def _poll(self, client: PolledEngineClient) -> None:
         """Delivers what has arrived and waits for more, until the engine has ended."""
-        self._delivered = self._loop.time(), self._cpu_time()
+        self._begin_delivery()
         try:
             messages = client.poll()
         except Exception as error:  # as in `_run`

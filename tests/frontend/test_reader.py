@@ -92,6 +92,20 @@ def test_no_message_waits_long(loop):
     assert delivered == [[0], [1]]
 
 
+def test_tokens_do_not_wait_for_what_else_the_loop_has_done(loop):
+    hand_over, delivered = reader_on(loop, share=0.25)
+    for number in range(20):
+        hand_over(number)
+        loop.turn(0.01, cpu=0.001)
+    loop.turn(0.04, cpu=0.04)  # a message of megabytes
+    hand_over(20)
+    assert delivered[-1] == [20]
+    for number in range(21, 100):  # deliveries that become dearer for good are soon counted in full
+        hand_over(number)
+        loop.turn(0.012, cpu=0.012)
+    assert max(map(len, delivered)) >= 4
+
+
 class SocketEngine(HandPlayedEngine):
     """An engine whose messages arrive at a descriptor. `receive` says how it ended, when the test lets it."""
 
