@@ -19,9 +19,9 @@ LONGEST_WAIT = 0.05
 
 _LEAST_CPU = 1e-5
 _USUAL_GAIN = 0.1
-_MOST_OF_USUAL = 2.0
-"""Maximum CPU time that counts for one delivery, over what one takes of late: whatever else has kept the loop busy, such
-as a message of megabytes, tokens do not wait for it any longer."""
+_MOST_OF_USUAL = 4.0
+"""Maximum CPU time that counts for one delivery, over what one takes of late: tokens do not wait for the loop to rest
+from other work, such as a message of megabytes."""
 
 
 class EngineReader:
