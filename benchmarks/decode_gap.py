@@ -55,8 +55,8 @@ _LARGEST_BOUND = 3600.0
 class Setting:
     """Names a setting; options are flat names of `EngineConfig`.
 
-    bound: max_decode_gap in seconds, if it is one. alone: the prompts are short and few, so that the gaps are those that
-    the streams have by themselves.
+    bound: max_decode_gap in seconds, if it is one. alone: the prompts are short and few, so that the gaps are those
+    that the streams have by themselves.
     """
 
     name: str
