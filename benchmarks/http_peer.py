@@ -58,9 +58,11 @@ def write_tokenizer(directory: pathlib.Path, vocab_size: int) -> None:
 
 
 @contextlib.contextmanager
-def started_vllm(command: str, model: pathlib.Path, port: int, options: Sequence[str]) -> Iterator[str]:
-    """vLLM's server process; yields its URL when it is ready."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+def started_vllm(
+    command: str, model: pathlib.Path, port: int, options: Sequence[str], variables: Sequence[str]
+) -> Iterator[str]:
+    """vLLM's server process; yields its URL when it is ready. variables: of its environment, as NAME=VALUE."""
+    environment = _environment() | dict(variable.split("=", 1) for variable in variables)
     process = subprocess.Popen(
         [command, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options], env=environment
     )
@@ -107,9 +109,13 @@ def load(command: str, url: str, name: str, model: pathlib.Path, options: argpar
         }
         flags = ["--ignore-eos", "--save-result", "--disable-tqdm"]
         line = [command, "bench", "serve", *(str(part) for pair in arguments.items() for part in pair), *flags]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        subprocess.run(line, check=True, env=environment, stdout=sys.stderr, timeout=_START_SECONDS)
+        subprocess.run(line, check=True, env=_environment(), stdout=sys.stderr, timeout=_START_SECONDS)
         return json.loads((pathlib.Path(directory) / "result.json").read_text(encoding="utf-8"))
+
+
+def _environment() -> dict[str, str]:
+    """Returns this process's environment without what concerns its own Python."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", required=True, metavar="COMMAND", help="the program `vllm` of its own environment")
     parser.add_argument("--vllm-options", default="", help="of `vllm serve`, separated by spaces")
+    parser.add_argument("--vllm-env", nargs="*", default=[], metavar="NAME=VALUE", help="of its environment")
     parser.add_argument("--model", choices=list(SHAPES), default="153m")
     parser.add_argument("--num-prompts", type=int, default=48)
     parser.add_argument("--max-concurrency", type=int, default=16)
@@ -133,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_checkpoint(model, SHAPES[options.model])
         write_tokenizer(model, SHAPES[options.model]["vocab_size"])
         vllm_options = ["--served-model-name", "peer", *options.vllm_options.split()]
-        peer = stack.enter_context(started_vllm(options.vllm, model, options.port + 1, vllm_options))
+        peer = stack.enter_context(started_vllm(options.vllm, model, options.port + 1, vllm_options, options.vllm_env))
         overrides = [
             f"--gin.EngineConfig.model='{model}'",
             "--gin.EngineConfig.dtype='bfloat16'",
