@@ -18,8 +18,9 @@ from jaxserve.request import ModelLimits, RequestOptions, SamplingParams, check_
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved. truncated_tokens: cut
-    off the beginning of the prompt.
+    """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved.
+
+    truncated_tokens: cut off the beginning of the prompt.
     """
 
     request_id: str
