@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
@@ -121,4 +120,5 @@ def test_a_setting_that_is_unknown_is_told_with_the_nearest_one():
     ):
         EngineConfig.from_options(model="m", generation_confg="vllm")
     assert EngineConfig.from_options(model="m", generation_config="vllm").generation_config == "vllm"
-    assert dataclasses.replace(EngineConfig(model="m"), generation_config="vllm").generation_config == "vllm"
+    with pytest.raises(ValueError, match="generation_config is ''; it must be 'auto', 'vllm' or a directory's name"):
+        EngineConfig(model="m", generation_config="")

@@ -68,9 +68,10 @@ class JsonOutput:
 
     def answer(self, prompt: str, completion: Completion) -> None:
         """Prints an answer."""
-        record = dataclasses.asdict(completion) | {"finish_reason": completion.finish_reason.value}
+        usage = dataclasses.asdict(completion.usage)
         if not completion.usage.truncated_tokens:  # told where there are some
-            del record["usage"]["truncated_tokens"]
+            del usage["truncated_tokens"]
+        record = dataclasses.asdict(completion) | {"finish_reason": completion.finish_reason.value, "usage": usage}
         self._print("answer", {"prompt": prompt} | record)
 
     def failure(self, failure: Failure, prompt: str | None = None) -> None:

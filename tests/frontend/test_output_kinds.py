@@ -1,5 +1,7 @@
 """Updates of the three kinds against one another, for any deltas."""
 
+import dataclasses
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,6 +30,18 @@ def deltas_of(pieces):
 def updates_of(kind, deltas):
     updates = OutputUpdates(kind)
     return [updates.of(delta) for delta in deltas]
+
+
+@given(PIECES, st.lists(st.integers(0, 2), max_size=40))
+def test_each_sample_of_a_request_is_for_itself(pieces, order):
+    """The deltas of three samples side by side, against each of them alone."""
+    for kind in RequestOutputKind:
+        together, apart = OutputUpdates(kind), [OutputUpdates(kind) for _ in range(3)]
+        waiting = [[dataclasses.replace(delta, index=index) for delta in deltas_of(pieces)] for index in range(3)]
+        for index in [*order, *(index for index in range(3) for _ in pieces)]:
+            if waiting[index]:
+                delta = waiting[index].pop(0)
+                assert together.of(delta) == apart[index].of(delta)
 
 
 @given(PIECES)
