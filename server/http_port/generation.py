@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -18,6 +18,7 @@ from jaxserve.frontend.delta import Delta, QueueFullError
 from jaxserve.frontend.delta_stream import DeltaStream
 from jaxserve.frontend.openai import COMPLETIONS_URL, BodyRequest, Dialect, parse_body
 from jaxserve.frontend.openai_responses import Answer, response_body
+from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.request import check_identity
 from jaxserve.serving.access.request_headers import request_options
 from jaxserve.serving.http_port.errors import check_model
@@ -73,7 +74,11 @@ class Generation:
         request_id = exchange.request_id()
         exchange.add_header(REQUEST_ID, request_id)
         frontend = self._served.accepting()
-        body = await exchange.read_json(frontend, self._parse, lambda found: self._check_structure(frontend, found))
+        body = await exchange.read_json(
+            frontend,
+            lambda body: self._parse(body, frontend.ready.sampling_defaults),
+            lambda found: self._check_structure(frontend, found),
+        )
         if body.request_id is not None:
             request_id = _renamed(exchange, body.request_id)
         with self._served.rejections():
@@ -86,13 +91,16 @@ class Generation:
                 await run.submit(open_streams)
                 await (run.stream() if body.stream else run.complete())
 
-    def _parse(self, body: dict[str, object]) -> BodyRequest:
+    def _parse(self, body: dict[str, object], defaults: Mapping[str, int | float]) -> BodyRequest:
         with self._served.rejections():
-            return parse_body(self._url, body, self._dialect)
+            return parse_body(self._url, body, self._dialect, defaults)
 
     def _check_structure(self, frontend: AsyncFrontEnd, found: Structure) -> None:
-        """Refuses a completion of a text that is certainly too long, undecoded. A template may shorten a chat."""
-        if self._url == COMPLETIONS_URL:
+        """Refuses a completion of a text that is certainly too long, undecoded, unless it may be there to be truncated.
+
+        A template may shorten a chat.
+        """
+        if self._url == COMPLETIONS_URL and b'"truncate_prompt_tokens"' not in found.data:
             frontend.check_text_bytes(found.longest_text)
 
     def _warn(self, exchange: Exchange, unknown: Sequence[str]) -> None:
@@ -131,7 +139,7 @@ class _Run:
         self._request = request
         self._request_id = request_id
         self._created = int(time.time())
-        self._has_text = frontend.tokenizer is not None
+        self._has_text = frontend.tokenizer is not None and request.params.detokenize
         self._sending = asyncio.Lock()
         self._streams: list[DeltaStream] = []
         self._echoes: list[str] = []
@@ -204,7 +212,13 @@ class _Run:
     def _answer(self, last: Delta, text: str = "", token_ids: Sequence[int] | None = None) -> Answer:
         assert last.finish_reason is not None  # a stream ends with one
         return Answer(
-            text, last.finish_reason.value, last.prompt_tokens, last.output_tokens, last.cached_tokens, token_ids
+            text,
+            last.finish_reason.value,
+            last.prompt_tokens,
+            last.output_tokens,
+            last.cached_tokens,
+            token_ids,
+            truncated_tokens=last.truncated_tokens,
         )
 
     # ---- streamed ------------------------------------------------------------------------------------------------
@@ -226,13 +240,15 @@ class _Run:
     async def _pump(self, index: int, events: ChoiceEvents) -> Answer:
         """Sends the events of one choice to its end."""
         send, last = self._send, None
+        updates = OutputUpdates(self._request.params.output_kind)
         async for delta in self._streams[index]:
             if delta.finish_reason is not None:
                 check_delta(delta)
             if last is None and self._echoes:
                 await send(events.echo(self._echoes[index]))
             last = delta
-            if data := events.of(delta):
+            update = updates.of(delta)
+            if update is not None and (data := events.of(update)):
                 await send(data)
         assert last is not None  # a stream has at least the delta that ends it
         return self._answer(last)
