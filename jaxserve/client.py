@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
-from jaxserve.config.sampling_fields import Flag, Ids, Number, SamplingField, Texts
+from jaxserve.config.sampling_fields import Biases, Flag, Ids, Number, SamplingField, Texts
 from jaxserve.request import SAMPLING_FIELDS, SamplingParams
 from jaxserve.serving.clients.client_command import ClientOptions, run_client, unescape
 from jaxserve.serving.clients.client_credentials import KEY_VARIABLE, Credentials
@@ -207,15 +207,23 @@ def _parser() -> tuple[_Parser, list[argparse.Action]]:
     return parser, actions
 
 
+def bias(text: str) -> tuple[int, float]:
+    """Parses ID=NUMBER."""
+    token_id, _, number = text.partition("=")
+    return int(token_id), float(number)
+
+
 def _sampling_option(field: SamplingField) -> dict[str, Any]:
     """Returns argparse's arguments for a sampling parameter. Decoding is greedy by default, unlike the API's."""
     default = 0.0 if field.name == "temperature" else field.default
     match field.kind:
         case Flag():
             return {"action": "store_true", "help": field.meaning}
-        case Texts() | Ids():
-            kind, metavar = (str, "TEXT") if isinstance(field.kind, Texts) else (int, "ID")
-            return {"action": "append", "default": [], "type": kind, "metavar": metavar, "help": field.meaning}
+        case Texts() | Ids() | Biases():
+            kinds = {Texts: (str, "TEXT"), Ids: (int, "ID"), Biases: (bias, "ID=NUMBER")}
+            kind, metavar = kinds[type(field.kind)]
+            default = None if field.default is None else []
+            return {"action": "append", "default": default, "type": kind, "metavar": metavar, "help": field.meaning}
         case _:
             shown_default = "" if default is None else f" (default: {default:g})"
             kind = float if isinstance(field.kind, Number) else int

@@ -9,6 +9,7 @@ import dataclasses
 import uuid
 from collections.abc import Sequence
 
+from jaxserve.frontend.bad_words import bad_words_token_ids
 from jaxserve.frontend.chat_text import RenderedText
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.preparation_steps import Steps
@@ -18,13 +19,15 @@ from jaxserve.request import ModelLimits, RequestOptions, SamplingParams, check_
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved."""
+    """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved; bad_words_token_ids:
+    what the texts of bad_words are as tokens."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     max_tokens: int
     options: RequestOptions
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
 
 class Preparation:
@@ -56,7 +59,8 @@ class Preparation:
             raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")
         token_ids = yield from self._encode_steps(prompt, params)
         max_tokens = validate_request(token_ids, params, self._limits)
-        return Prepared(request_id, token_ids, params, max_tokens, options)
+        bad_words = bad_words_token_ids(params.bad_words, self._tokenizer, self._limits.vocab_size)
+        return Prepared(request_id, token_ids, params, max_tokens, options, bad_words)
 
     def _encode_steps(self, prompt: str | Sequence[int], params: SamplingParams) -> Steps[tuple[int, ...]]:
         """Encodes a prompt to token ids, which are not yet checked against the model. Raises ValueError.

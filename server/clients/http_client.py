@@ -15,6 +15,7 @@ import urllib.parse
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
+from jaxserve.config.sampling_fields import Biases
 from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
 from jaxserve.serving.clients.client_credentials import Credentials
 from jaxserve.serving.clients.client_results import Chunk, Completion, Conversation, Prompt, Usage, join
@@ -224,7 +225,7 @@ def generate_body(prompt: Prompt, params: SamplingParams | None) -> tuple[str, d
         for name, field in SAMPLING_FIELDS.items():
             value = getattr(params, name)
             if value != field.default:
-                body[name] = list(value) if isinstance(value, tuple) else value
+                body[name] = dict(value) if isinstance(field.kind, Biases) else value
     if isinstance(prompt, Conversation):
         return "/v1/chat/completions", body | {"messages": [dict(message) for message in prompt.messages]}
     return "/v1/completions", body | {"prompt": prompt if isinstance(prompt, str) else list(prompt)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from google.protobuf import message
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -27,6 +28,11 @@ _REASONS_BACK = {number: reason for reason, number in _REASONS.items()}
 _PARAMETERS = {field.name: field for field in pb.SamplingParams.DESCRIPTOR.fields}
 """Parameters of the wire format, each a row of the table of sampling fields, by name."""
 
+_MAPS = frozenset(
+    name for name, field in _PARAMETERS.items() if field.message_type and field.message_type.GetOptions().map_entry
+)
+"""Parameters that the wire holds as maps."""
+
 MAX_MESSAGES = 4096
 """Maximum number of messages of one conversation."""
 
@@ -42,18 +48,21 @@ def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
     for name, row in SAMPLING_FIELDS.items():
         if name not in _PARAMETERS and getattr(params, name) != row.default:
             raise ValueError(f"{name} is {shown(getattr(params, name))}; the gRPC API does not have it: leave it out")
-    return pb.SamplingParams(**{name: getattr(params, name) for name in _PARAMETERS})
+    values = {name: getattr(params, name) for name in _PARAMETERS}
+    return pb.SamplingParams(**{name: dict(value) if name in _MAPS else value for name, value in values.items()})
 
 
 def params_from_proto(proto: pb.SamplingParams) -> SamplingParams:
     """Returns the sampling parameters of a request; unset fields have defaults. Raises ValueError naming the field."""
-    return SamplingParams(
-        **{
-            name: getattr(proto, name)
-            for name, field in _PARAMETERS.items()
-            if not field.has_presence or proto.HasField(name)
-        }
-    )
+    values: dict[str, Any] = {}
+    for name, field in _PARAMETERS.items():
+        value = getattr(proto, name)
+        if field.is_repeated:
+            if len(value):  # an empty one is unset
+                values[name] = dict(value) if name in _MAPS else value
+        elif not field.has_presence or proto.HasField(name):
+            values[name] = value
+    return SamplingParams(**values)
 
 
 def messages_from_proto(request: pb.GenerateRequest) -> list[dict[str, str]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxserve.config.http_config import HttpConfig
-from jaxserve.config.sampling_fields import MAX_INT32, Flag, Ids, Kind, Number, Texts, Whole
+from jaxserve.config.sampling_fields import MAX_INT32, Biases, Flag, Ids, Kind, Number, Texts, Whole
 from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, field_names, neutral_values
 from jaxserve.request import MAX_ID_LENGTH, SAMPLING_FIELDS
 from jaxserve.serving.access.callers import Anybody
@@ -244,8 +244,12 @@ def _of_kind(kind: Kind, limits: _Limits) -> Schema:
         case Texts(max_items, max_length):
             text = {"type": "string", "minLength": 1, "maxLength": max_length}
             return {"anyOf": [text, {"type": "array", "items": text, "maxItems": max_items}]}
-        case Ids(max_items):
-            return {"type": "array", "items": limits.token_id, "maxItems": max_items}
+        case Ids(max_items, least_items):
+            return {"type": "array", "items": limits.token_id, "minItems": least_items, "maxItems": max_items}
+        case Biases(max_items, low, high):
+            number = {"type": "number", "minimum": low, "maximum": high}
+            keys = {"type": "string", "pattern": "^[0-9]{1,10}$"}
+            return {"type": "object", "propertyNames": keys, "additionalProperties": number, "maxProperties": max_items}
         case _:
             return {}
 
