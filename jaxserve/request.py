@@ -15,6 +15,7 @@ from dataclasses import field
 from jaxserve.config.keywords import refuses_unknown_keywords
 from jaxserve.config.sampling_fields import (
     MAX_INT32,
+    Biases,
     Flag,
     Ids,
     Number,
@@ -32,6 +33,11 @@ MAX_ID_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 16
 STOP_WIDTH = 32
 """Maximum number of stop token ids in a slot: the model's own and the client's."""
+MAX_BIASES = 1024
+ALLOWED_WIDTH = 1024
+"""Maximum number of allowed token ids in a slot; more of them are a mask, which the host writes for each step."""
+MAX_ALLOWED = 2**18
+MAX_BAD_WORDS = 256
 
 
 class FinishReason(enum.Enum):
@@ -119,10 +125,57 @@ class RowSampling:
             Number(0.0, 1.0), "draw no token less likely than it times the likeliest", SlotValue("float32")
         ),
     )
+    typical_p: float = field(
+        default=1.0,
+        metadata=sampling(
+            Number(0.0, 1.0, open_low=True),
+            "draw from the tokens whose information is closest to the distribution's entropy, as many as it takes to "
+            "reach this probability; after the other filters",
+            SlotValue("float32", idle=1.0),
+        ),
+    )
+    presence_penalty: float = field(
+        default=0.0,
+        metadata=sampling(
+            Number(-2.0, 2.0), "subtracted from the logits of tokens that the output has", SlotValue("float32")
+        ),
+    )
+    frequency_penalty: float = field(
+        default=0.0,
+        metadata=sampling(
+            Number(-2.0, 2.0),
+            "subtracted from a token's logit for each time that the output has it",
+            SlotValue("float32"),
+        ),
+    )
+    repetition_penalty: float = field(
+        default=1.0,
+        metadata=sampling(
+            Number(0.0, 1000.0, open_low=True),
+            "divides positive logits of tokens that prompt or output have, and multiplies negative ones",
+            SlotValue("float32", idle=1.0),
+        ),
+    )
+    logit_bias: tuple[tuple[int, float], ...] = field(
+        default=(),
+        metadata=sampling(
+            Biases(MAX_BIASES, -100.0, 100.0),
+            "added to the logits of these tokens",
+            SlotValue("int32", width=2 * MAX_BIASES, idle=-1, apart=True),
+        ),
+    )
+    allowed_token_ids: tuple[int, ...] | None = field(
+        default=None,
+        metadata=sampling(
+            Ids(MAX_ALLOWED, least_items=1),
+            "draw no token but these",
+            SlotValue("int32", width=ALLOWED_WIDTH, idle=-1, apart=True),
+        ),
+    )
     seed: int | None = field(
         default=None,
         metadata=sampling(
-            Whole(0, 2**63 - 1),
+            Whole(-(2**63), 2**63 - 1),
             "fixes the random draws, which depend on (seed, position) alone; none: the server draws a seed",
             SlotValue("uint32", width=2),
         ),
@@ -135,6 +188,11 @@ class RowSampling:
             SlotValue("int32", width=STOP_WIDTH, idle=-1),
         ),
     )
+
+    @property
+    def penalized(self) -> bool:
+        """Tells whether logits depend on the tokens so far, so that the request needs a penalty row."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
 
 @refuses_unknown_keywords
@@ -169,6 +227,14 @@ class SamplingParams(RowSampling):
             Texts(16, 256),
             "strings that end the text, and are part of it only with include_stop_str_in_output; looked for in special "
             "tokens too",
+        ),
+    )
+    bad_words: tuple[str, ...] = field(
+        default=(),
+        metadata=sampling(
+            Texts(MAX_BAD_WORDS, 256),
+            "texts whose tokens the output never has in a row, with a space before the text and without: the token "
+            "that would complete one is not drawn",
         ),
     )
     ignore_eos: bool = field(
@@ -225,6 +291,25 @@ ROW_FIELDS: Mapping[str, SlotValue] = {
     name: row.slot for name, row in fields_of(RowSampling).items() if row.slot is not None
 }
 """Slot representation of each parameter of `RowSampling`."""
+
+PENALTY_ROW = "penalty_row"
+"""Name of the slots' field that holds the request's penalty row, -1 without one; the scheduler chooses it."""
+
+
+def counted(name: str) -> str:
+    """Returns the name of the slots' field that holds how many elements of an `apart` field count."""
+    return f"num_{name}"
+
+
+APART_FIELDS: Mapping[str, SlotValue] = {name: value for name, value in ROW_FIELDS.items() if value.apart}
+"""Fields of `ROW_FIELDS` that a program of their own writes."""
+
+ADMITTED_FIELDS: Mapping[str, SlotValue] = {
+    **{name: value for name, value in ROW_FIELDS.items() if not value.apart},
+    **{counted(name): SlotValue("int32") for name in APART_FIELDS},
+    PENALTY_ROW: SlotValue("int32", idle=-1),
+}
+"""Fields of a slot that the forward program writes whenever a request gets it."""
 
 SAMPLING_FIELDS: Mapping[str, SamplingField] = fields_of(SamplingParams)
 """All sampling parameters, by name."""
@@ -310,7 +395,8 @@ class EngineRequest(RowSampling):
 
     max_tokens and seed are resolved (never None). stop_token_ids include the model's own unless ignore_eos.
     Stop strings are handled by the front end. arrival_time: seconds of `time.time`. needed_tokens: output tokens
-    without which it cannot be complete, whatever is sampled.
+    without which it cannot be complete, whatever is sampled. bad_words_token_ids: sequences that the output must not
+    have; each token that would complete one is forbidden.
     """
 
     request_id: str
@@ -322,6 +408,7 @@ class EngineRequest(RowSampling):
     options: RequestOptions = RequestOptions()
     arrival_time: float = 0.0
     needed_tokens: int = 1
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
 
 def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, limits: ModelLimits) -> int:
@@ -337,10 +424,25 @@ def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, li
                 f"prompt_token_ids[{index}] is {shown(token_id)}; token ids must be whole numbers from 0 to "
                 f"{limits.vocab_size - 1}"
             )
-    for token_id in params.stop_token_ids:
-        if token_id >= limits.vocab_size:
-            raise ValueError(f"stop_token_ids has {token_id}; token ids must be from 0 to {limits.vocab_size - 1}")
+    _check_ids(params, limits)
     return max_tokens
+
+
+def _check_ids(params: SamplingParams, limits: ModelLimits) -> None:
+    """Checks the token ids of sampling parameters against the vocabulary and each other."""
+    for name, ids in (
+        ("stop_token_ids", params.stop_token_ids),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
+        ("logit_bias", [token_id for token_id, _ in params.logit_bias]),
+    ):
+        if ids and max(ids) >= limits.vocab_size:
+            raise ValueError(f"{name} has {max(ids)}; token ids must be from 0 to {limits.vocab_size - 1}")
+    stop = {*params.stop_token_ids, *(() if params.ignore_eos else limits.eos_token_ids)}
+    if params.min_tokens and params.allowed_token_ids is not None and stop.issuperset(params.allowed_token_ids):
+        raise ValueError(
+            f"min_tokens is {params.min_tokens} and allowed_token_ids has only stop tokens, which cannot be drawn "
+            "before that: allow another token, or lower min_tokens to 0"
+        )
 
 
 def check_length(length: int, params: SamplingParams, limits: ModelLimits, *, size: str = "") -> int:

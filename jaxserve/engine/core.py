@@ -47,6 +47,7 @@ from jaxserve.engine.messages import (
 )
 from jaxserve.engine.step_executor import DeviceFaultError, DispatchedStep, EngineBrokenError, StepExecutor
 from jaxserve.engine.step_time import StepTimePrediction
+from jaxserve.engine.token_masks import TokenMasks
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits
@@ -93,7 +94,7 @@ class EngineCore:
             now: seconds of `time.time`, the clock of arrival times and deadlines.
             clock: a monotonic clock, in seconds.
             annotate: names a part of the loop in a profile of the host.
-            constraints: makes the masks of requests whose output is constrained; None if there are none.
+            constraints: makes the masks of requests whose output is constrained; None if lists of tokens alone do that.
         """
         info = runner.info
         self.config = config
@@ -113,7 +114,7 @@ class EngineCore:
         )
         for line in () if self.scheduler.decode_gap is None else self.scheduler.decode_gap.warnings:
             _log.warning("%s", line)
-        self._constraints = constraints
+        self._constraints: Constraints = TokenMasks(info.vocab_size) if constraints is None else constraints
         self.recorder = recorder or Recorder(clock=clock)
         self._events = EngineEvents(self.recorder, self.scheduler)
         self._meter = EngineMeter()
@@ -277,7 +278,6 @@ class EngineCore:
 
     def _sample(self, step: DispatchedStep, messages: list[FromEngine]) -> None:
         """Makes a step's masks while the device runs its forward program, then dispatches its sampling."""
-        assert self._constraints is not None, "a sample wants a mask and nothing makes any"
         with self._annotate("Mask"):
             sequences = self.scheduler.masked_sequences(step.plan)
             masks, failed = masks_of(self._constraints, sequences, self.runner.info.vocab_size)
@@ -372,7 +372,7 @@ class EngineCore:
 
     def _add(self, request: EngineRequest) -> list[FromEngine]:
         try:
-            constrained = self._constraints is not None and self._constraints.constrains(request)
+            constrained = self._constraints.constrains(request)
             self.scheduler.add(request, Wants.MASK if constrained else Wants.NONE)
         except ValueError as error:
             return [EngineOutput(request.request_id, (), FinishReason.ERROR, str(error))]

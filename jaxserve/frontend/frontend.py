@@ -239,6 +239,7 @@ class FrontEnd:
             options=prepared.options,
             arrival_time=now,
             needed_tokens=_needed_tokens(prepared, stop_token_ids),
+            bad_words_token_ids=prepared.bad_words_token_ids,
         )
         try:
             self._client.send(AddRequest(request))

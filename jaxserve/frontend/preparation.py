@@ -9,6 +9,7 @@ import dataclasses
 import uuid
 from collections.abc import Sequence
 
+from jaxserve.frontend.bad_words import bad_words_token_ids
 from jaxserve.frontend.chat_text import RenderedText
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.preparation_steps import Steps
@@ -20,7 +21,7 @@ from jaxserve.request import ModelLimits, RequestOptions, SamplingParams, check_
 class Prepared:
     """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved.
 
-    truncated_tokens: cut off the beginning of the prompt.
+    truncated_tokens: cut off the beginning of the prompt. bad_words_token_ids: the token sequences of bad_words.
     """
 
     request_id: str
@@ -29,6 +30,7 @@ class Prepared:
     max_tokens: int
     options: RequestOptions
     truncated_tokens: int = 0
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
 
 class Preparation:
@@ -61,7 +63,9 @@ class Preparation:
         kept = self._kept_tokens(params)
         token_ids, num_tokens = yield from self._encode_steps(prompt, params, kept)
         max_tokens = validate_request(token_ids, params, self._limits)
-        return Prepared(request_id, token_ids, params, max_tokens, options, num_tokens - len(token_ids))
+        bad_words = bad_words_token_ids(params.bad_words, self._tokenizer, self._limits.vocab_size)
+        truncated = num_tokens - len(token_ids)
+        return Prepared(request_id, token_ids, params, max_tokens, options, truncated, bad_words)
 
     def _kept_tokens(self, params: SamplingParams) -> int | None:
         """Returns the tokens at the end of a prompt to which it is truncated; None where that is not asked for.

@@ -60,6 +60,7 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
         max_model_len=max_model_len,
         page_size=config.cache.page_size,
         num_pages=2,
+        num_penalty_rows=config.scheduler.num_penalty_rows,
         packed=linear.kernels() if platform == "cpu" and packable(model, dtype) else "",
         attention=choose(platform, config.attention, use),
     )

@@ -1,9 +1,10 @@
 """Defines the programs of a step, and the closed set of them that a server can need.
 
-    forward(weights, pools, slots, hidden, vector) -> pools, slots, hidden     one for each token bucket
-    sample(params, slots, hidden, masks, vector)   -> slots, ids               one for each row bucket
+    forward(weights, pools, slots, hidden, vector)            -> pools, slots, hidden     one for each token bucket
+    sample(params, slots, hidden, masks, penalties, vector)   -> slots, penalties, ids    one for each row bucket
 
-One program each of `state_programs` sets page tables and masks. Where sequences are swapped to host memory,
+One program each of `state_programs` sets page tables, wide options and masks, and one of a few sizes fills penalty rows
+(`penalties.py`). Where sequences are swapped to host memory,
 `swap_programs` for a few numbers of pages join them.
 
 Where the attention kernels benefit, decode-only steps have forward programs of their own, without the attention for
@@ -11,7 +12,7 @@ prompts.
 
 Pools, slots and the hidden buffer are donated: they keep their addresses. The hidden buffer has room for the largest
 token bucket, so the sample program's shape does not depend on the forward program that filled it. The sample program
-reads the masks where a row is masked.
+reads the masks where a row is masked, and the penalty rows, which are donated too, where a row has one.
 """
 
 from __future__ import annotations
@@ -37,11 +38,22 @@ from jaxserve.models.layers.attention_backends import (
 from jaxserve.models.layers.matmul import Products
 from jaxserve.models.params import abstract_params, bind, products_for
 from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, is_quantized, pool_spec
-from jaxserve.programs.layout import MASK_ROWS, forward_layout, mask_layout, sample_layout, table_layout
+from jaxserve.programs.layout import (
+    MASK_ROWS,
+    PENALTY_RUNS,
+    forward_layout,
+    mask_layout,
+    option_layout,
+    penalty_layout,
+    sample_layout,
+    table_layout,
+)
+from jaxserve.programs.penalties import Penalties, add_ids, counted
 from jaxserve.programs.sampler import sample
 from jaxserve.programs.slots import Slots
-from jaxserve.programs.state_programs import mask_words, write_masks, write_tables
+from jaxserve.programs.state_programs import mask_words, write_masks, write_options, write_tables
 from jaxserve.programs.swap_programs import SWAP_SIZES, swap_in, swap_out
+from jaxserve.request import PENALTY_ROW
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.plan import TABLE_RUN, StepPlan
 
@@ -68,8 +80,8 @@ class ProgramKey:
 
     Attributes:
         kind: "forward", "decode" (forward for a step in which no row has more than one token), "sample", "table_write",
-            "mask_write", "swap_in" or "swap_out".
-        size: its token or row bucket, its entries of page tables, its masks, or its pages.
+            "option_write", "mask_write", "penalty_write", "swap_in" or "swap_out".
+        size: its token or row bucket, its entries of page tables, its slots, its masks, its token ids, or its pages.
     """
 
     kind: str
@@ -78,10 +90,11 @@ class ProgramKey:
     @property
     def uses_pools(self) -> bool:
         """Returns whether the pools are among its arguments, so that it depends on their size."""
-        return self.kind not in ("sample", "table_write", "mask_write")
+        return self.kind not in ("sample", "table_write", "option_write", "mask_write", "penalty_write")
 
 
 TABLE_WRITE = ProgramKey("table_write", TABLE_RUN)
+OPTION_WRITE = ProgramKey("option_write", 1)
 MASK_WRITE = ProgramKey("mask_write", MASK_ROWS)
 
 
@@ -93,6 +106,7 @@ class Shapes:
         kv_cache_dtype: name of the dtype of keys and values in pages; None is `dtype`.
         packed: name of the CPU kernels in whose order weights are packed; "" for unpacked weights.
         num_host_pages: pages of host memory for swapped sequences; 0 where none are swapped.
+        num_penalty_rows: requests with penalties that can run at once.
     """
 
     model: ModelConfig
@@ -106,6 +120,7 @@ class Shapes:
     kv_cache_dtype: str | None = None
     packed: str = ""
     num_host_pages: int = 0
+    num_penalty_rows: int = 1
 
     @property
     def swap_sizes(self) -> tuple[int, ...]:
@@ -140,7 +155,8 @@ def program_keys(shapes: Shapes) -> list[ProgramKey]:
     if IMPLEMENTATIONS[shapes.attention].decode_programs:
         keys += [ProgramKey("decode", size) for size in buckets.decode_tokens]
     keys += [ProgramKey("sample", size) for size in buckets.rows]
-    keys += [TABLE_WRITE, MASK_WRITE]
+    keys += [TABLE_WRITE, OPTION_WRITE, MASK_WRITE]
+    keys += [ProgramKey("penalty_write", size) for size in PENALTY_RUNS]
     keys += [ProgramKey(kind, size) for kind in ("swap_in", "swap_out") for size in shapes.swap_sizes]
     return sorted(keys, key=lambda key: (key.kind, -key.size))
 
@@ -189,8 +205,12 @@ def _function(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Callable[..., Any]
             return functools.partial(sample_step, rows=key.size, shapes=shapes, mesh=mesh)
         case "table_write":
             return write_tables
+        case "option_write":
+            return write_options
         case "mask_write":
             return write_masks
+        case "penalty_write":
+            return functools.partial(add_ids, ids=key.size)
         case "swap_in":
             return swap_in
         case "swap_out":
@@ -206,9 +226,14 @@ def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any
     match key.kind:
         case "sample":
             params = abstract_params(shapes.model, shapes.dtype, mesh)
-            return params, slots, hidden, abstract_masks(shapes, mesh), _int32(mesh, sample_layout(key.size).size)
+            rows = abstract_masks(shapes, mesh), abstract_penalties(shapes, mesh)
+            return params, slots, hidden, *rows, _int32(mesh, sample_layout(key.size).size)
         case "table_write":
             return slots, _int32(mesh, table_layout().size)
+        case "option_write":
+            return slots, _int32(mesh, option_layout().size)
+        case "penalty_write":
+            return abstract_penalties(shapes, mesh), _int32(mesh, penalty_layout(key.size).size)
         case "mask_write":
             masks = abstract_masks(shapes, mesh)
             return masks, _int32(mesh, mask_layout(masks.shape[1]).size)
@@ -226,8 +251,8 @@ def abstract_results(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Any:
     """Returns the program's results as ShapeDtypeStructs with shardings."""
     match key.kind:
         case "sample":
-            return abstract_state(shapes, mesh)[0], _int32(mesh, key.size)
-        case "table_write" | "mask_write":
+            return abstract_state(shapes, mesh)[0], abstract_penalties(shapes, mesh), _int32(mesh, key.size)
+        case "table_write" | "option_write" | "mask_write" | "penalty_write":
             return abstract_arguments(key, shapes, mesh)[0]
         case "swap_in":
             return abstract_pools(shapes, mesh), _int32(mesh, 1)
@@ -238,11 +263,12 @@ def abstract_results(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Any:
 
 
 def donated_arguments(key: ProgramKey) -> tuple[int, ...]:
-    """Returns the indices of the donated arguments: of pools, slots, the hidden buffer and masks those that it
-    changes.
+    """Returns the indices of the donated arguments: of pools, slots, the hidden buffer, masks and penalty rows those
+    that it changes.
     """
-    few = {"sample": (1,), "table_write": (0,), "mask_write": (0,), "swap_in": (0,), "swap_out": ()}
-    return few.get(key.kind, (1, 2, 3))
+    few = {"sample": (1, 4), "swap_out": ()}
+    of_kind = (1, 2, 3) if key.kind in ("forward", "decode") else (0,)
+    return few.get(key.kind, of_kind)
 
 
 def abstract_pages(count: int, shapes: Shapes, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -295,6 +321,13 @@ def abstract_masks(shapes: Shapes, mesh: Mesh) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=NamedSharding(mesh, P()))
 
 
+def abstract_penalties(shapes: Shapes, mesh: Mesh) -> Penalties:
+    """Returns the penalty rows, replicated on every device."""
+    rows = jax.eval_shape(lambda: Penalties.zeros(shapes.num_penalty_rows, shapes.model.vocab_size))
+    replicated = NamedSharding(mesh, P())
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), rows)
+
+
 def forward(
     weights: Weights,
     pools: list[jax.Array],
@@ -329,19 +362,22 @@ def sample_step(
     slots: Slots,
     hidden: jax.Array,
     masks: jax.Array,
+    penalties: Penalties,
     vector: jax.Array,
     *,
     rows: int,
     shapes: Shapes,
     mesh: Mesh,
-) -> tuple[Slots, jax.Array]:
-    """Draws the next token of each sampled row; the slots remember it for the forward program that follows."""
+) -> tuple[Slots, Penalties, jax.Array]:
+    """Draws the next token of each sampled row; the slots remember it for the forward program that follows, and the
+    penalty rows count it."""
     fields = sample_layout(rows).read(vector)
     model = bind(shapes.model, params, products_of(shapes, mesh))
     logits = model.logits(hidden[fields["token"]])
-    ids = sample(logits, slots, masks, fields)
+    ids = sample(logits, slots, masks, penalties, fields, on_cpu=mesh.devices.flat[0].platform == "cpu")
     last_token = slots.last_token.at[fields["slot"]].set(jnp.maximum(ids, 0), mode="drop")
-    return dataclasses.replace(slots, last_token=last_token), ids
+    penalty_rows = slots.sampling[PENALTY_ROW].at[fields["slot"]].get(mode="fill", fill_value=-1)
+    return dataclasses.replace(slots, last_token=last_token), counted(penalties, penalty_rows, ids), ids
 
 
 def attention_metadata(fields: dict[str, jax.Array], slots: Slots, page_size: int) -> AttentionMetadata:

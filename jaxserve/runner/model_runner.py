@@ -18,16 +18,32 @@ from jaxserve.config.settings import EngineConfig
 from jaxserve.kv_cache.page_pool import PageCopy, PageState
 from jaxserve.planning.step_cost_models import FittedCosts
 from jaxserve.programs.compiler import CompilationCounter, CompileMissError, ProgramSet
+from jaxserve.programs.layout import PENALTY_RUNS
 from jaxserve.programs.state_programs import mask_words
-from jaxserve.programs.step_programs import MASK_WRITE, TABLE_WRITE, ProgramKey, Shapes, program_keys
+from jaxserve.programs.step_programs import (
+    MASK_WRITE,
+    OPTION_WRITE,
+    TABLE_WRITE,
+    ProgramKey,
+    Shapes,
+    program_keys,
+)
 from jaxserve.programs.swap_programs import copy_blocks, way
 from jaxserve.runner.engine_startup import Startup
-from jaxserve.runner.packing import ForwardPacker, SamplePacker, mask_vectors, table_vectors
+from jaxserve.runner.packing import (
+    ForwardPacker,
+    SamplePacker,
+    mask_vectors,
+    option_vectors,
+    penalty_vectors,
+    table_vectors,
+    unused_option_vector,
+)
 from jaxserve.runner.protocol import StepNotStartedError
 from jaxserve.runner.step_cost_model import step_costs
 from jaxserve.runner.step_timing import measure_steps
 from jaxserve.runner.swap_timing import measure, swap_copies
-from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, PageTableWrite, StepPlan, StepResult
+from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, PageTableWrite, PenaltyWrite, StepPlan, StepResult
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.telemetry.startup_spans import StartupSpans
 
@@ -39,6 +55,13 @@ class _Call(NamedTuple):
 
     program: Callable[..., Any]
     vector: np.ndarray
+
+
+class _Writes(NamedTuple):
+    """Holds the calls that write a step's state before its forward program: to slots, and to penalty rows."""
+
+    slots: list[_Call]
+    penalties: list[_Call]
 
 
 @dataclasses.dataclass(eq=False)
@@ -127,13 +150,12 @@ class ModelRunner:
         try:
             with annotate("Execute"):
                 start = time.perf_counter()
-                forward, sample, tables = self._prepare(plan)
+                forward, sample, writes = self._prepare(plan)
                 self.pack_seconds = time.perf_counter() - start
                 begun = bool(plan.copies)
                 self._copy(plan.copies)
                 copied, begun = begun, False
-                for call in tables:
-                    arrays.slots = call.program(arrays.slots, call.vector)
+                self._write(writes)
                 self._fail_at("enqueue", plan)
                 self._forward(forward)
                 self._fail_at("execute", plan, lose=True)
@@ -171,8 +193,8 @@ class ModelRunner:
         """Returns the exception to raise for an error during dispatch: the error itself when the step must not be
         retried.
 
-        Computing the same tokens a second time writes the same keys and values, as do page tables and masks; copying
-        pages twice does not.
+        Computing the same tokens a second time writes the same keys and values, as do page tables, options and masks,
+        and penalty rows, which are emptied first; copying pages twice does not.
         """
         if begun or not self._arrays.intact:
             return error
@@ -196,23 +218,37 @@ class ModelRunner:
         self._arrays.make()
         self._unsampled = None
 
-    def _prepare(self, plan: StepPlan) -> tuple[_Call, _Call | None, list[_Call]]:
+    def _prepare(self, plan: StepPlan) -> tuple[_Call, _Call | None, _Writes]:
         """Packs a step and looks up all of its programs, so that whatever can fail on the host does so before any of
         them runs.
 
 
         Returns:
-            The calls of the forward program, of the sample program (None without samples), and of the page-table
-            writes.
+            The calls of the forward program, of the sample program (None without samples), and of the writes before
+            them.
         """
         self._fail_at("pack", plan)
         for block in copy_blocks(plan.copies):
             for kind in way(block[0]):
                 self._program(ProgramKey(kind, len(block)))
-        vectors = table_vectors(plan.table_writes, self._shapes.num_slots)
-        tables = [_Call(self._program(TABLE_WRITE), vector) for vector in vectors]
+        tables = table_vectors(plan.table_writes, self._shapes.num_slots)
+        slots = [_Call(self._program(TABLE_WRITE), vector) for vector in tables]
+        slots += [_Call(self._program(OPTION_WRITE), vector) for vector in option_vectors(plan.chunks)]
+        penalties = self._penalty_calls(plan.penalty_writes)
         forward = self._forward_call(self._shapes.forward_key(plan), plan)
-        return forward, self._sample_call(plan.row_bucket, plan) if plan.row_bucket else None, tables
+        sample = self._sample_call(plan.row_bucket, plan) if plan.row_bucket else None
+        return forward, sample, _Writes(slots, penalties)
+
+    def _penalty_calls(self, writes: Sequence[PenaltyWrite]) -> list[_Call]:
+        vectors = penalty_vectors(writes)
+        return [_Call(self._program(ProgramKey("penalty_write", size)), vector) for size, vector in vectors]
+
+    def _write(self, writes: _Writes) -> None:
+        arrays = self._arrays
+        for call in writes.slots:
+            arrays.slots = call.program(arrays.slots, call.vector)
+        for call in writes.penalties:
+            arrays.penalties = call.program(arrays.penalties, call.vector)
 
     def _forward_call(self, key: ProgramKey, plan: StepPlan) -> _Call:
         key = self._programs.standing_in(key)
@@ -230,7 +266,9 @@ class ModelRunner:
 
     def _sample(self, call: _Call) -> jax.Array:
         arrays = self._arrays
-        arrays.slots, ids = call.program(self._weights.params, arrays.slots, arrays.hidden, arrays.masks, call.vector)
+        arrays.slots, arrays.penalties, ids = call.program(
+            self._weights.params, arrays.slots, arrays.hidden, arrays.masks, arrays.penalties, call.vector
+        )
         return ids
 
     def _fail_at(self, point: str, plan: StepPlan | None, *, lose: bool = False) -> None:
@@ -290,6 +328,9 @@ class ModelRunner:
                 self._forward(self._forward_call(key, nothing))
         (vector,) = table_vectors([PageTableWrite(0, padding, 0, (0,))], padding)
         arrays.slots = self._program(TABLE_WRITE)(arrays.slots, vector)
+        arrays.slots = self._program(OPTION_WRITE)(arrays.slots, unused_option_vector(padding))
+        unused = [PenaltyWrite(self._shapes.num_penalty_rows, (0,) * size, ()) for size in PENALTY_RUNS]
+        self._write(_Writes([], self._penalty_calls(unused)))
         (vector,) = mask_vectors(np.array([padding]), np.zeros((1, self._no_masks.shape[1]), np.uint32), padding)
         arrays.masks = self._program(MASK_WRITE)(arrays.masks, vector)
         for size in self._shapes.swap_sizes:

@@ -16,7 +16,8 @@ class Sequence:
     tenant_number: the policy's number for its tenant. wants: `Wants` of each of its samples. start_by, lateness: see
     the policy that uses them.
     pages: of the device, in the order of the table; reserved: pages held for it beyond them; host_pages: those of a
-    swapped sequence.
+    swapped sequence. penalized: it needs a penalty row; penalty_row: the one that it holds while it runs. parked: its
+    queue does not offer it, since no row is free.
     """
 
     def __init__(self, request: EngineRequest, order: int, expected_output: float = 1.0):
@@ -40,6 +41,9 @@ class Sequence:
         self.reserved: list[int] = []
         self.host_pages: list[int] = []
         self.slot: int | None = None
+        self.penalized = request.penalized
+        self.penalty_row: int | None = None
+        self.parked = False
 
     @property
     def priority(self) -> int:

@@ -30,6 +30,11 @@ _REASONS_BACK = {number: reason for reason, number in _REASONS.items()}
 _PARAMETERS = {field.name: field for field in pb.SamplingParams.DESCRIPTOR.fields}
 """Parameters of the wire format, each a row of the table of sampling fields, by name."""
 
+_MAPS = frozenset(
+    name for name, field in _PARAMETERS.items() if field.message_type and field.message_type.GetOptions().map_entry
+)
+"""Parameters that the wire holds as maps."""
+
 MAX_MESSAGES = 4096
 """Maximum number of messages of one conversation."""
 

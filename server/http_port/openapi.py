@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxserve.config.http_config import HttpConfig
 from jaxserve.config.plain_params import Form, PlainField, plain_fields
-from jaxserve.config.sampling_fields import MAX_INT32, Flag, Ids, Number, Texts, Whole, word_of
+from jaxserve.config.sampling_fields import MAX_INT32, Biases, Flag, Ids, Number, Texts, Whole, word_of
 from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, field_names, neutral_values
 from jaxserve.request import MAX_ID_LENGTH
 from jaxserve.serving.access.callers import Anybody
@@ -247,8 +247,12 @@ def _of_param(field: PlainField, limits: _Limits) -> Schema:
         case Texts(max_items, max_length):
             text = {"type": "string", "minLength": 1, "maxLength": max_length}
             return {"anyOf": [text, {"type": "array", "items": text, "maxItems": max_items}]}
-        case Ids(max_items):
-            return {"type": "array", "items": limits.token_id, "maxItems": max_items}
+        case Ids(max_items, least_items):
+            return {"type": "array", "items": limits.token_id, "minItems": least_items, "maxItems": max_items}
+        case Biases(max_items, low, high):
+            number = {"type": "number", "minimum": low, "maximum": high}
+            keys = {"type": "string", "pattern": "^[0-9]{1,10}$"}
+            return {"type": "object", "propertyNames": keys, "additionalProperties": number, "maxProperties": max_items}
     match field.form:
         case Form.WORD:
             return {"enum": [word_of(member) for member in field.type]}

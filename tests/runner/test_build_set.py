@@ -89,6 +89,10 @@ def test_only_programs_that_depend_on_the_pools_size_are_made_twice(monkeypatch)
         (ProgramKey("forward", 16), 2),
         (ProgramKey("forward", 16), 64),
         (ProgramKey("mask_write", 8), 2),
+        (ProgramKey("option_write", 1), 2),
+        (ProgramKey("penalty_write", 64), 2),
+        (ProgramKey("penalty_write", 512), 2),
+        (ProgramKey("penalty_write", 4096), 2),
         (ProgramKey("sample", 8), 2),
         (ProgramKey("table_write", 64), 2),
     ]
