@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,7 @@ from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.frontend import FrontEnd, Prepared
+from jaxserve.frontend.logprob_outputs import PositionLogprobs, position_logprobs, prompt_positions
 from jaxserve.frontend.offline import FinishedRequest, TokenBar, run_all
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.request import InfeasibleError, RequestOptions, SamplingParams
@@ -28,12 +30,15 @@ class CompletionOutput:
     text: continues the prompt, so that both together are the text of all tokens; special tokens are not shown.
     finish_reason: "stop", "length", "deadline" when its deadline passed or was out of reach, or "error" when this
     request failed in the engine.
+    logprobs: of each token, by token id, and cumulative_logprob: the sum of the tokens' own, where they are wanted.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
+    logprobs: list[PositionLogprobs] | None = None
+    cumulative_logprob: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,7 @@ class RequestOutput:
 
     prompt: None when token ids were given. num_cached_tokens: prompt tokens taken from the prefix cache.
     error: one line when outputs[0].finish_reason is "deadline" or "error".
+    prompt_logprobs: of each token of the prompt, by token id, where they are wanted; None for the first.
     """
 
     request_id: str
@@ -51,6 +57,7 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int
     error: str = ""
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
 
 
 class LLM:
@@ -136,7 +143,7 @@ class LLM:
             requests.append(prepared)
         completions = self._complete(requests, use_tqdm)
         return [
-            _request_output(text, completions[request.request_id])
+            _request_output(text, completions[request.request_id], self.get_tokenizer())
             for text, request in zip(texts, requests, strict=True)
         ]
 
@@ -215,12 +222,21 @@ def _content(prompt: Prompt) -> str | Sequence[int]:
     )
 
 
-def _request_output(text: str | None, completion: FinishedRequest) -> RequestOutput:
+def _request_output(text: str | None, completion: FinishedRequest, tokenizer: Tokenizer | None) -> RequestOutput:
+    logprobs, cumulative, prompt_logprobs = completion.logprobs, None, None
+    positions = None
+    if logprobs is not None:
+        positions = position_logprobs(logprobs, completion.token_ids, tokenizer)
+        cumulative = math.fsum(logprobs.values.tolist())
+    if completion.prompt_logprobs is not None:
+        prompt_logprobs = prompt_positions(completion.prompt_logprobs, tokenizer)
     output = CompletionOutput(
         index=0,
         text=completion.text,
         token_ids=completion.token_ids,
         finish_reason=completion.finish_reason.value,
+        logprobs=positions,
+        cumulative_logprob=cumulative,
     )
     return RequestOutput(
         request_id=completion.request_id,
@@ -230,4 +246,5 @@ def _request_output(text: str | None, completion: FinishedRequest) -> RequestOut
         finished=True,
         num_cached_tokens=completion.num_cached_tokens,
         error=completion.error,
+        prompt_logprobs=prompt_logprobs,
     )

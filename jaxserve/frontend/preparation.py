@@ -13,18 +13,30 @@ from jaxserve.frontend.chat_text import RenderedText
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import ModelLimits, RequestOptions, SamplingParams, check_identity, check_length, validate_request
+from jaxserve.request import (
+    ModelLimits,
+    RequestOptions,
+    SamplingParams,
+    check_identity,
+    check_length,
+    check_logprobs,
+    validate_request,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved."""
+    """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved.
+
+    prompt_logprobs_start: index of the first prompt token whose log-probability counts.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     max_tokens: int
     options: RequestOptions
+    prompt_logprobs_start: int = 1
 
 
 class Preparation:
@@ -52,6 +64,7 @@ class Preparation:
         elif not request_id:
             raise ValueError("request_id is empty; leave it out to be given one")
         check_identity("request_id", request_id)
+        check_logprobs(params, self._limits)
         if params.stop and self._tokenizer is None:
             raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")
         token_ids = yield from self._encode_steps(prompt, params)
@@ -89,6 +102,7 @@ class Preparation:
 
         Raises as `steps` does.
         """
+        check_logprobs(params, self._limits)
         if isinstance(prompt, str):
             if self._tokenizer is not None:
                 self._check_text_size(self._tokenizer.least_tokens(len(prompt)), prompt, params)

@@ -30,22 +30,14 @@ def sample(logits: jax.Array, slots: Slots, masks: jax.Array, fields: dict[str, 
     Returns int32 [R]; NOT_FINITE for a row whose logits are not all finite, NOTHING_ALLOWED for one all of whose tokens
     are forbidden.
     """
-    slot, position, suppress_stop, masked = (fields[name] for name in ("slot", "position", "suppress_stop", "masked"))
-    clamped = jnp.minimum(slot, slots.last_token.shape[0] - 1)
-
-    def of_rows(name: str) -> jax.Array:
-        return slots.sampling[name][clamped]
-
-    temperature = jnp.where(slot < slots.last_token.shape[0], of_rows("temperature"), 0.0)
+    rows = _Rows(slots, fields)
+    temperature, masked = rows.temperature, fields["masked"]
     finite = _all_finite(logits)
 
-    any_masked = jnp.any(masked > 0)
-    restricted = any_masked | jnp.any(suppress_stop > 0)
+    restricted = rows.any_masked | jnp.any(fields["suppress_stop"] > 0)
 
     def permitted() -> jax.Array:
-        found = _without_stop_ids(logits, of_rows("stop_token_ids"), suppress_stop)
-        within = lambda: jnp.where(_allowed(masks[clamped], masked, found.shape[-1]), found, -jnp.inf)  # noqa: E731
-        return jax.lax.cond(any_masked, within, lambda: found)
+        return _permitted(logits, rows, masks)
 
     def greedy_of_permitted() -> jax.Array:
         found = permitted()
@@ -57,16 +49,67 @@ def sample(logits: jax.Array, slots: Slots, masks: jax.Array, fields: dict[str, 
 
     def draw() -> jax.Array:
         allowed = jax.lax.cond(restricted, permitted, lambda: logits)
-        # Relative to the best logit, so that no temperature, however small, takes another token to infinity.
-        relative = allowed - jnp.max(allowed, axis=-1, keepdims=True)
-        scaled = relative / jnp.where(temperature > 0, temperature, 1.0)[:, None]
-        scaled = filter_logits(scaled, of_rows("top_k"), of_rows("top_p"), of_rows("min_p"), temperature > 0)
-        noise = gumbel(of_rows("seed"), position, logits.shape[-1])
+        scaled = _filtered(allowed, rows)
+        noise = gumbel(rows.of("seed"), fields["position"], logits.shape[-1])
         return _argmax(scaled + noise)
 
     drawn = jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
     drawn = jnp.where((temperature > 0) & (greedy != NOTHING_ALLOWED), drawn, greedy)
     return jnp.where(finite, drawn, NOT_FINITE)
+
+
+class _Rows:
+    """Reads the parameters of the rows of a step.
+
+    temperature: float32 [R], 0 in padding. any_masked: bool, whether any row has a mask.
+    """
+
+    def __init__(self, slots: Slots, fields: dict[str, jax.Array]):
+        self._slots = slots
+        self.fields = fields
+        slot, count = fields["slot"], slots.last_token.shape[0]
+        self.slot = jnp.minimum(slot, count - 1)
+        self.temperature = jnp.where(slot < count, self.of("temperature"), 0.0)
+        self.any_masked = jnp.any(fields["masked"] > 0)
+
+    def of(self, name: str) -> jax.Array:
+        """Returns a sampling parameter, [R] or [R, width]."""
+        return self._slots.sampling[name][self.slot]
+
+
+def processed_logits(
+    logits: jax.Array, slots: Slots, masks: jax.Array, fields: dict[str, jax.Array], *, relative: bool
+) -> jax.Array:
+    """Returns what `sample` draws from, float32 [R, V]: -inf for tokens that cannot be drawn, the others divided by the
+    temperature; those of greedy rows, for which filters do not count, as they are.
+
+    Args:
+        logits, slots, masks, fields: as for `sample`.
+        relative: the best of each random row is 0, so that no temperature, however small, costs precision.
+    """
+    rows = _Rows(slots, fields)
+    temperature = rows.temperature[:, None]
+    allowed = _permitted(logits, rows, masks)
+    scaled = _filtered(allowed, rows)
+    if not relative:
+        scaled = scaled + jnp.max(allowed, axis=-1, keepdims=True) / jnp.where(temperature > 0, temperature, 1.0)
+    return jnp.where(temperature > 0, scaled, allowed)
+
+
+def _permitted(logits: jax.Array, rows: _Rows, masks: jax.Array) -> jax.Array:
+    """Masks forbidden tokens to -inf."""
+    found = _without_stop_ids(logits, rows.of("stop_token_ids"), rows.fields["suppress_stop"])
+    allowed = lambda: _allowed(masks[rows.slot], rows.fields["masked"], found.shape[-1])  # noqa: E731
+    return jax.lax.cond(rows.any_masked, lambda: jnp.where(allowed(), found, -jnp.inf), lambda: found)
+
+
+def _filtered(allowed: jax.Array, rows: _Rows) -> jax.Array:
+    """Divides by the temperature, and masks to -inf what the filters of random rows leave out."""
+    temperature = rows.temperature
+    # Relative to the best logit, so that no temperature, however small, takes another token to infinity.
+    relative = allowed - jnp.max(allowed, axis=-1, keepdims=True)
+    scaled = relative / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    return filter_logits(scaled, rows.of("top_k"), rows.of("top_p"), rows.of("min_p"), temperature > 0)
 
 
 def filter_logits(

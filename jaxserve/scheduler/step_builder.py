@@ -12,8 +12,9 @@ from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.budgets import Budgets
 from jaxserve.scheduler.gap_limit import GapLimit
 from jaxserve.scheduler.modes import Mode, StepLimits
-from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, PageTableWrite, RowPlan, StepPlan
+from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, NO_SCORES, PageTableWrite, RowPlan, StepPlan
 from jaxserve.scheduler.policies.policy import Policy
+from jaxserve.scheduler.scoring import planned_scores
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import SequenceQueues
 from jaxserve.scheduler.step_in_progress import Chunk, StepInProgress
@@ -100,8 +101,9 @@ class StepBuilder:
         decodes, samples = running.decoding.advance() if step.decodes else (NO_DECODES, NO_SAMPLES)
         if self._policy.counts_tokens and step.decodes:
             self._policy.decoded(running.decoding.tenants(decodes))
-        num_tokens, chunks, table_writes = decodes.num_tokens, (), ()
+        num_tokens, chunks, table_writes, scores = decodes.num_tokens, (), (), NO_SCORES
         if step.chunks:
+            scores = planned_scores(step, num_tokens)
             chunks, sampled, table_writes = self._chunks(step, num_tokens)
             num_tokens += sum([chunk.count for chunk in step.chunks.values()])
             samples = samples.followed_by(sampled) if sampled else samples
@@ -116,6 +118,7 @@ class StepBuilder:
             num_tokens=num_tokens,
             copies=tuple(step.copies),
             table_writes=table_writes,
+            scores=scores,
         )
 
     def _chunks(
