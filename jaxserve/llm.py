@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
+from jaxserve.frontend.continuations import SCORING, ScoreOutput, continued
 from jaxserve.frontend.frontend import FrontEnd, Prepared
 from jaxserve.frontend.logprob_outputs import PositionLogprobs, position_logprobs, prompt_positions
 from jaxserve.frontend.offline import FinishedRequest, TokenBar, run_all
@@ -128,7 +129,7 @@ class LLM:
         priorities = _one_each("priority", given, priority)
         tenants, deadlines = _one_each("tenant", given, tenant), _one_each("deadline", given, deadline)
         for index, (prompt, prompt_params) in enumerate(zip(given, params, strict=True)):
-            try:
+            with _naming(f"prompts[{index}]"):
                 content = _content(prompt)
                 prepared = self._front_end.prepare(
                     content,
@@ -136,9 +137,6 @@ class LLM:
                     RequestOptions(tenants[index], priorities[index], deadlines[index]),
                     request_id=str(next(self._ids)),
                 )
-            except ValueError as error:
-                kind = InfeasibleError if isinstance(error, InfeasibleError) else ValueError
-                raise kind(f"prompts[{index}]: {error}") from error
             texts.append(content if isinstance(content, str) else None)
             requests.append(prepared)
         completions = self._complete(requests, use_tqdm)
@@ -146,6 +144,46 @@ class LLM:
             _request_output(text, completions[request.request_id], self.get_tokenizer())
             for text, request in zip(texts, requests, strict=True)
         ]
+
+    def score(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        continuations: Prompt | Sequence[Prompt],
+        use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
+        deadline: float | Sequence[float | None] | None = None,
+    ) -> list[ScoreOutput]:
+        """Scores continuations of a prompt by the sum of their tokens' log-probabilities; returns them in order.
+
+        They are computed like prompts of `generate`, batched together; each computes the whole prompt. Prompt and
+        continuation together must be shorter than max_model_len.
+
+        Args:
+            prompt: of all continuations, or one for each. A text and a continuation's text are encoded as one.
+            continuations: one, or several.
+            use_tqdm: shows a progress bar.
+            priority, tenant, deadline: as for `generate`.
+
+        Raises:
+            ValueError: a prompt or continuation is invalid; the error names the continuation's index and comes before
+                anything is computed.
+            EngineDeadError: the engine failed.
+        """
+        given: list[Prompt] = [continuations] if isinstance(continuations, str | Mapping) else list(continuations)
+        prompts = [prompt] * len(given) if isinstance(prompt, str | Mapping) else _one_each("prompt", given, prompt)
+        priorities = _one_each("priority", given, priority)
+        tenants, deadlines = _one_each("tenant", given, tenant), _one_each("deadline", given, deadline)
+        requests: list[Prepared] = []
+        for index, (before, continuation) in enumerate(zip(prompts, given, strict=True)):
+            with _naming(f"continuations[{index}]"):
+                whole, start = continued(_content(before), _content(continuation), self.get_tokenizer())
+                options = RequestOptions(tenants[index], priorities[index], deadlines[index])
+                prepared = self._front_end.prepare(whole, SCORING, options, request_id=str(next(self._ids)))
+            requests.append(dataclasses.replace(prepared, prompt_logprobs_start=start))
+        completions = self._complete(requests, use_tqdm)
+        return [ScoreOutput.of(completions[request.request_id], request.prompt_logprobs_start) for request in requests]
 
     def _complete(self, requests: Sequence[Prepared], use_tqdm: bool) -> dict[str, FinishedRequest]:
         completions: dict[str, FinishedRequest] = {}
@@ -186,6 +224,16 @@ def _start(
         )
     # Before the engine: a faulty tokenizer is found in a moment, the model takes longer.
     return config, load_tokenizer(config), InlineEngine(config, progress=True)
+
+
+@contextlib.contextmanager
+def _naming(which: str) -> Iterator[None]:
+    """Puts in front of a ValueError which of several prompts it is about."""
+    try:
+        yield
+    except ValueError as error:
+        kind = InfeasibleError if isinstance(error, InfeasibleError) else ValueError
+        raise kind(f"{which}: {error}") from error
 
 
 def _params_for(

@@ -281,10 +281,12 @@ class EngineRequest(RowSampling):
     prompt_logprobs_start: int = 1
 
 
-def check_logprobs(params: SamplingParams, limits: ModelLimits) -> None:
-    """Checks what a request asks for of log-probabilities, in constant time. Raises ValueError naming the field."""
-    for name in ("logprobs", "prompt_logprobs"):
-        wanted = getattr(params, name)
+def check_logprobs(params: SamplingParams, limits: ModelLimits, name_of_output: str = "logprobs") -> None:
+    """Checks what a request asks for of log-probabilities, in constant time. Raises ValueError naming the field.
+
+    name_of_output: the field that the client gave for `logprobs`.
+    """
+    for name, wanted in ((name_of_output, params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if wanted is not None and wanted > limits.max_logprobs:
             raise ValueError(
                 f"{name} is {wanted}; this server returns at most max_logprobs {limits.max_logprobs} ids: ask for "

@@ -10,6 +10,12 @@ from typing import Any
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.frontend.openai_checks import check_neutral, check_text, checked_flag, checked_object, hint
+from jaxserve.frontend.openai_logprobs import (
+    ECHO_ONLY,
+    chat_logprobs,
+    check_prompt_logprobs,
+    completion_logprobs,
+)
 from jaxserve.frontend.openai_messages import parse_messages
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import SAMPLING_FIELDS, RequestOptions, SamplingParams
@@ -20,13 +26,12 @@ URLS = (COMPLETIONS_URL, CHAT_URL)
 
 _OPTIONS = ("tenant", "priority", "deadline", "cache_salt")
 _SAMPLING = tuple(SAMPLING_FIELDS)
+_LOGPROBS = ("logprobs", "prompt_logprobs")
 _NEUTRAL: Mapping[str, Sequence[Any]] = {
     # OpenAI's
     "n": (1,),
     "best_of": (1,),
     "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
@@ -62,9 +67,7 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "logits_processors": ([],),
     "mm_processor_kwargs": ({},),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "repetition_penalty": (1,),
-    "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
@@ -83,7 +86,7 @@ _STREAMING: Mapping[str, Sequence[Any]] = {
 """Fields that only a front that streams supports, with the values that have no effect elsewhere."""
 
 _OF_URL: Mapping[str, Mapping[str, Sequence[Any]]] = {
-    COMPLETIONS_URL: {"add_special_tokens": (True,)},
+    COMPLETIONS_URL: {"add_special_tokens": (True,), "top_logprobs": (0,)},
     CHAT_URL: {"add_special_tokens": (False,), "echo": (False,)},
 }
 """Unsupported fields whose neutral values depend on what is asked for."""
@@ -131,7 +134,10 @@ class BodyRequest:
         options: its tenant, priority (higher is more urgent, whatever the dialect), deadline and cache salt.
         stream, include_usage: the answer is streamed, and ends with the usage.
         echo: texts begin with their prompts.
+        echo_only: the answer is the prompt alone; `params` have it draw one token, which is left out.
         return_token_ids: the answer has token ids, besides texts.
+        prompt_logprobs: the answer has those of the prompt, apart from the tokens' own. tokens_as_ids: tokens with
+            log-probabilities are spelled by their ids.
         request_id: chosen by the client, or None.
         unknown: names of fields that were passed over.
     """
@@ -144,7 +150,10 @@ class BodyRequest:
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
+    echo_only: bool = False
     return_token_ids: bool = False
+    prompt_logprobs: bool = False
+    tokens_as_ids: bool = False
     request_id: str | None = None
     unknown: Sequence[str] = ()
 
@@ -180,9 +189,12 @@ def parse_body(url: str, body: Mapping[str, Any], dialect: Dialect = BATCH) -> B
         raise ValueError(f"metadata is {shown(metadata)}; it must be an object whose values are texts")
     if own not in fields:
         raise ValueError(f"body has no {own}")
-    params = parse_params(fields)
+    stream, echo = (checked_flag(name, fields.get(name, False)) for name in ("stream", "echo"))
+    echo_only = echo and fields.get("max_tokens") == 0 and fields["max_tokens"] is not False
+    check_prompt_logprobs(fields, stream)
+    logprobs = chat_logprobs(fields) if own == "messages" else completion_logprobs(fields, echo)
+    params = parse_params(fields | (ECHO_ONLY if echo_only else {}), logprobs)
     chat = parse_chat(fields) if own == "messages" else None
-    stream = checked_flag("stream", fields.get("stream", False))
     return BodyRequest(
         prompts=() if chat is not None else _parse_prompts(fields["prompt"], dialect.max_prompts),
         chat=chat,
@@ -191,8 +203,11 @@ def parse_body(url: str, body: Mapping[str, Any], dialect: Dialect = BATCH) -> B
         options=_parse_options(fields, dialect),
         stream=stream,
         include_usage=_parse_stream_options(fields.get("stream_options"), stream),
-        echo=checked_flag("echo", fields.get("echo", False)),
+        echo=echo,
+        echo_only=echo_only,
         return_token_ids=checked_flag("return_token_ids", fields.get("return_token_ids", False)),
+        prompt_logprobs="prompt_logprobs" in fields,
+        tokens_as_ids=checked_flag("return_tokens_as_token_ids", fields.get("return_tokens_as_token_ids", False)),
         request_id=fields.get("request_id"),
         unknown=unknown,
     )
@@ -223,9 +238,9 @@ def _neutral(url: str, dialect: Dialect) -> dict[str, Sequence[Any]]:
 
 
 def _supported(url: str, own: str, dialect: Dialect) -> set[str]:
-    names = {own, "model", "metadata", *_LABELS, *_SAMPLING, *_OPTIONS}
+    names = {own, "model", "metadata", "return_tokens_as_token_ids", *_LABELS, *_SAMPLING, *_OPTIONS}
     if url == CHAT_URL:
-        names |= {"max_completion_tokens", "add_generation_prompt", "chat_template_kwargs"}
+        names |= {"max_completion_tokens", "add_generation_prompt", "chat_template_kwargs", "top_logprobs"}
     if dialect.streams:
         names |= {*_STREAMING, "request_id"}
     return names
@@ -265,9 +280,13 @@ def _parse_stream_options(options: Any, stream: bool) -> bool:
     return bool(options.get("include_usage"))
 
 
-def parse_params(fields: Mapping[str, Any]) -> SamplingParams:
-    """Parses the sampling parameters of a body. Raises ValueError naming the field."""
-    values = {name: fields[name] for name in _SAMPLING if name in fields}
+def parse_params(fields: Mapping[str, Any], logprobs: Mapping[str, Any] = {}) -> SamplingParams:
+    """Parses the sampling parameters of a body. Raises ValueError naming the field.
+
+    logprobs: what its fields ask for of log-probabilities, as `openai_logprobs` finds it.
+    """
+    values = {name: fields[name] for name in _SAMPLING if name in fields and name not in _LOGPROBS}
+    values |= logprobs
     if "max_completion_tokens" in fields:
         if "max_tokens" in values:
             raise ValueError("max_tokens and max_completion_tokens are the same; give one of them")

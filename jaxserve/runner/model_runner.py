@@ -320,7 +320,7 @@ class ModelRunner:
                 self._sample(self._sample_call(key.size, nothing))[0].block_until_ready()
             elif key.kind in ("forward", "decode"):
                 self._forward(self._forward_call(key, nothing))
-        for call in self._score_calls(Scores(*np.zeros((2, 1), np.int32))):
+        for call in self._score_calls(Scores(np.zeros(1, np.int32), np.zeros(1, np.int32))):
             self._score(call).block_until_ready()
         (vector,) = table_vectors([PageTableWrite(0, padding, 0, (0,))], padding)
         arrays.slots = self._program(TABLE_WRITE)(arrays.slots, vector)

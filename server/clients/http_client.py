@@ -17,7 +17,15 @@ from typing import Any
 
 from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
 from jaxserve.serving.clients.client_credentials import Credentials
-from jaxserve.serving.clients.client_results import Chunk, Completion, Conversation, Prompt, Usage, join
+from jaxserve.serving.clients.client_results import (
+    Chunk,
+    Completion,
+    Conversation,
+    Prompt,
+    TokenLogprob,
+    Usage,
+    join,
+)
 from jaxserve.serving.problem import Code
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -225,6 +233,10 @@ def generate_body(prompt: Prompt, params: SamplingParams | None) -> tuple[str, d
             value = getattr(params, name)
             if value != field.default:
                 body[name] = list(value) if isinstance(value, tuple) else value
+    if "logprobs" in body:
+        body["return_tokens_as_token_ids"] = True
+        if isinstance(prompt, Conversation):
+            body["top_logprobs"], body["logprobs"] = body["logprobs"], True
     if isinstance(prompt, Conversation):
         return "/v1/chat/completions", body | {"messages": [dict(message) for message in prompt.messages]}
     return "/v1/completions", body | {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
@@ -254,7 +266,8 @@ def _chunks(events: Iterator[Any]) -> Iterator[Chunk]:
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or {}
             text = delta.get("content") if "delta" in choice else choice.get("text")
-            chunk = Chunk(request_id, tuple(choice.get("token_ids") or ()), text or "")
+            found = tuple(_logprobs(choice.get("logprobs") or {}))
+            chunk = Chunk(request_id, tuple(choice.get("token_ids") or ()), text or "", logprobs=found)
             if reason := choice.get("finish_reason"):
                 last = dataclasses.replace(chunk, finish_reason=FinishReason(reason))
             elif chunk.text or chunk.token_ids:
@@ -264,6 +277,22 @@ def _chunks(events: Iterator[Any]) -> Iterator[Chunk]:
             counts = usage["prompt_tokens"], usage["completion_tokens"], details.get("cached_tokens") or 0
             yield dataclasses.replace(last, usage=Usage(*counts))
             return
+
+
+def _logprobs(found: dict[str, Any]) -> Iterator[TokenLogprob]:
+    """Yields the log-probabilities of a choice's tokens, which are spelled by their ids."""
+    for entry in found.get("content") or ():  # of a chat
+        top = tuple((_id_of(one["token"]), one["logprob"]) for one in entry["top_logprobs"])
+        yield TokenLogprob(_id_of(entry["token"]), entry["logprob"], top=top)
+    for token, value, others in zip(
+        *(found.get(name) or () for name in ("tokens", "token_logprobs", "top_logprobs")), strict=True
+    ):
+        top = sorted(((_id_of(other), other_value) for other, other_value in others.items()), key=lambda one: -one[1])
+        yield TokenLogprob(_id_of(token), value, top=tuple(top))
+
+
+def _id_of(token: str) -> int:
+    return int(token.removeprefix("token_id:"))
 
 
 def _error(status: int, content: bytes, retry_after: str | None) -> HttpCallError:

@@ -32,8 +32,8 @@ SAMPLING = {
     "spaces_between_special_tokens": ("unset", True, NO_EFFECT),
     "ignore_eos": ("unset", True, True),
     "n": ("unset", 2, REFUSED),
-    "logprobs": ("zero asks for the log probability of each token; absent is none", 1, REFUSED),
-    "prompt_logprobs": ("zero asks for the log probability of each token; absent is none", 1, REFUSED),
+    "logprobs": ("zero asks for the log probability of each token; absent is none", 1, 1),
+    "prompt_logprobs": ("zero asks for the log probability of each token; absent is none", 1, 1),
     "seed": ("zero is a seed; absent draws one", 11, 11),
     "include_stop_str_in_output": ("unset", True, NO_EFFECT),
     "logit_bias": ("unset", {5: 1.0}, REFUSED),
@@ -113,7 +113,7 @@ def test_the_zero_of_a_sampling_parameter(name):
     assert pb.SamplingParams.FromString(proto.SerializeToString()) == proto
     if meaning == "unset":
         assert convert.params_from_proto(proto) == UNSET
-    elif name in ("temperature", "seed"):
+    elif name in ("temperature", "seed", "logprobs", "prompt_logprobs"):
         assert convert.params_from_proto(proto) == SamplingParams(**{name: 0})
     else:
         assert field.has_presence
