@@ -40,7 +40,8 @@ from jaxserve.frontend.batch_resume import SETTINGS_BYTES, Digest, Resumption
 from jaxserve.frontend.delta import EngineDeadError
 from jaxserve.frontend.frontend import FrontEnd, Prepared
 from jaxserve.frontend.offline import FinishedRequest, TokenBar, run_all
-from jaxserve.frontend.openai import parse_body
+from jaxserve.frontend.openai import CHAT_URL, parse_body
+from jaxserve.frontend.openai_logprobs import LogprobShapes
 from jaxserve.frontend.openai_responses import Answer, response_body
 from jaxserve.frontend.stop_signals import StopSignals
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
@@ -177,6 +178,13 @@ class BatchRun:
 
     def _result(self, keyed: KeyedLine, completion: FinishedRequest) -> dict[str, Any]:
         assert keyed.line is not None
+        body, prompt = keyed.line.body, completion.prompt_logprobs
+        shapes = LogprobShapes(
+            self._front_end.tokenizer,
+            chat=keyed.line.url == CHAT_URL,
+            as_ids=bool(body.get("return_tokens_as_token_ids")),
+        )
+        logprobs = None if completion.logprobs is None else shapes.of(completion.logprobs, completion.token_ids)
         answer = Answer(
             completion.text,
             completion.finish_reason.value,
@@ -185,12 +193,14 @@ class BatchRun:
             completion.num_cached_tokens,
             completion.token_ids,
             truncated_tokens=completion.num_truncated_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=None if prompt is None else shapes.of_prompt(prompt),
         )
-        body = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), [answer])
+        answered = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), [answer])
         return {
             "id": _result_id(keyed.number),
             "custom_id": keyed.key,
-            "response": {"status_code": 200, "request_id": completion.request_id, "body": body},
+            "response": {"status_code": 200, "request_id": completion.request_id, "body": answered},
             "error": None,
         }
 

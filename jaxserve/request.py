@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field
 
 from jaxserve.config.keywords import refuses_unknown_keywords
+from jaxserve.config.logprobs_config import MAX_LOGPROBS
 from jaxserve.config.sampling_fields import (
     MAX_INT32,
     Biases,
@@ -31,6 +32,8 @@ from jaxserve.config.shown import shown
 
 MAX_ID_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 16
+MAX_PROMPT_LOGPROBS = 2**24
+"""Maximum number of log-probabilities of a prompt, those of the likeliest ids included: they come in one message."""
 STOP_WIDTH = 32
 """Maximum number of stop token ids in a slot: the model's own and the client's."""
 MAX_BIASES = 1024
@@ -258,6 +261,18 @@ class SamplingParams(RowSampling):
     detokenize: bool = field(
         default=True, metadata=sampling(Flag(), "the output has text; off: token ids alone, and no stop strings")
     )
+    logprobs: int | None = field(
+        default=None,
+        metadata=sampling(
+            Whole(-1, MAX_INT32),
+            "returns each output token's log-probability and rank, and those of so many of the likeliest ids; -1: as "
+            "many as the server's `max_logprobs`",
+        ),
+    )
+    prompt_logprobs: int | None = field(
+        default=None,
+        metadata=sampling(Whole(-1, MAX_INT32), "the same of each prompt token but the first"),
+    )
     truncate_prompt_tokens: int | None = field(
         default=None,
         metadata=sampling(
@@ -325,6 +340,7 @@ class ModelLimits:
     max_prompt_len: prompt tokens at most (less than max_model_len only when chunked prefill is off).
     eos_token_ids: the model's own stop ids.
     default_max_tokens: of requests that set none, as far as there is room; None: all of the room.
+    max_logprobs: likeliest ids of one position that a request may ask for.
     """
 
     vocab_size: int
@@ -333,6 +349,7 @@ class ModelLimits:
     max_prompt_len: int
     eos_token_ids: tuple[int, ...]
     default_max_tokens: int | None = None
+    max_logprobs: int = MAX_LOGPROBS
 
     def room(self, length: int, min_tokens: int) -> int:
         """Returns the output tokens of a request that sets no limit, behind a prompt of `length` tokens."""
@@ -342,6 +359,10 @@ class ModelLimits:
     def most_prompt_tokens(self, max_tokens: int) -> int:
         """Returns the longest prompt beside `max_tokens` output tokens; below 1 where there is no room for one."""
         return min(self.max_prompt_len, self.max_model_len - max_tokens, self.pool_tokens - max_tokens + 1)
+
+    def resolved_logprobs(self, wanted: int | None) -> int | None:
+        """Returns how many of the likeliest ids a checked `logprobs` or `prompt_logprobs` asks for."""
+        return self.max_logprobs if wanted == -1 else wanted
 
 
 def check_identity(name: str, value: str) -> None:
@@ -396,7 +417,8 @@ class EngineRequest(RowSampling):
     max_tokens and seed are resolved (never None). stop_token_ids include the model's own unless ignore_eos.
     Stop strings are handled by the front end. arrival_time: seconds of `time.time`. needed_tokens: output tokens
     without which it cannot be complete, whatever is sampled. bad_words_token_ids: sequences that the output must not
-    have; each token that would complete one is forbidden.
+    have; each token that would complete one is forbidden. logprobs, prompt_logprobs: resolved (never -1).
+    prompt_logprobs_start: index of the first prompt token of which they are wanted; the first token of all has none.
     """
 
     request_id: str
@@ -409,6 +431,22 @@ class EngineRequest(RowSampling):
     arrival_time: float = 0.0
     needed_tokens: int = 1
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 1
+
+
+def check_logprobs(params: SamplingParams, limits: ModelLimits, name_of_output: str = "logprobs") -> None:
+    """Checks what a request asks for of log-probabilities, in constant time. Raises ValueError naming the field.
+
+    name_of_output: the field that the client gave for `logprobs`.
+    """
+    for name, wanted in ((name_of_output, params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if wanted is not None and wanted > limits.max_logprobs:
+            raise ValueError(
+                f"{name} is {wanted}; this server returns at most max_logprobs {limits.max_logprobs} ids: ask for "
+                "fewer, or raise LogprobsConfig.max_logprobs"
+            )
 
 
 def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, limits: ModelLimits) -> int:
@@ -418,6 +456,13 @@ def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, li
     context, never the pool), each naming the field, its value and the limit.
     """
     max_tokens = check_length(len(prompt_token_ids), params, limits)
+    check_logprobs(params, limits)
+    width = limits.resolved_logprobs(params.prompt_logprobs)
+    if width is not None and (total := len(prompt_token_ids) * (1 + width)) > MAX_PROMPT_LOGPROBS:
+        raise ValueError(
+            f"prompt_logprobs is {params.prompt_logprobs}; for {len(prompt_token_ids)} tokens, with {width} ids each, "
+            f"these are {total} values, and at most {MAX_PROMPT_LOGPROBS} are allowed: ask for fewer ids"
+        )
     for index, token_id in enumerate(prompt_token_ids):
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < limits.vocab_size:
             raise ValueError(

@@ -45,9 +45,10 @@ BOTH = {  # name: values that ask for nothing, beside null
     "temperature": [1, 0.0],
     "top_p": [1, 1.0],
     "max_tokens": [50],
+    "logprobs": [False],
+    "top_logprobs": [0],
     "user": ["u1", ""],
     "model": ["fake"],
-    "logprobs": [False],
 }
 CHAT = {
     "audio": [],
@@ -67,7 +68,6 @@ CHAT = {
     "store": [False],
     "tool_choice": ["none", "auto"],
     "tools": [[]],
-    "top_logprobs": [0],
     "verbosity": ["medium"],
     "web_search_options": [],
 }
@@ -106,9 +106,6 @@ def test_every_field_of_a_completion_with_its_default_or_null(tmp_path, tokenize
         ({"stream": 0}, "stream is 0; only false is supported"),
         ({"stream_options": {"include_usage": True}}, "stream_options is {'include_usage': True}; only"),
         ({"stream_options": {"other": False}}, "stream_options is {'other': False}; only"),
-        ({"logprobs": True}, "logprobs is True; only false is supported"),
-        ({"logprobs": 0}, "logprobs is 0; only false is supported"),
-        ({"top_logprobs": 5}, "top_logprobs is 5; only 0 is supported"),
         ({"presence_penalty": 0.5}, "presence_penalty is 0.5; only 0 is supported"),
         ({"frequency_penalty": -2}, "frequency_penalty is -2; only 0 is supported"),
         ({"logit_bias": {"5": -100}}, "logit_bias is {'5': -100}; only {} is supported"),
@@ -135,6 +132,8 @@ def test_every_field_of_a_completion_with_its_default_or_null(tmp_path, tokenize
         ({"store": True}, "store is True; only false is supported"),
         ({"service_tier": "flex"}, "service_tier is 'flex'; only"),
         ({"echo": True}, "echo is True; only false is supported"),
+        ({"top_logprobs": 5}, "top_logprobs is 5; "),
+        ({"prompt_logprobs": 21}, "prompt_logprobs is 21; this server returns at most max_logprobs 20 ids"),
         ({"suffix": "end"}, "suffix is 'end'; only \"\" is supported"),
         ({"user": 7}, "user is 7; it must be text"),
         ({"safety_identifier": ["s"]}, "safety_identifier is ['s']; it must be text"),

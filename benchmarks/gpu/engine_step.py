@@ -119,7 +119,7 @@ class Engine:
 
     def sample(self, size: int, vector: Any) -> jax.Array:
         """Runs a sample program; returns the ids."""
-        self.slots, ids = self.program(ProgramKey("sample", size))(
+        self.slots, ids, _ = self.program(ProgramKey("sample", size))(
             self.weights.params, self.slots, self.hidden, self._masks, vector
         )
         return ids

@@ -39,6 +39,7 @@ from jaxserve.engine.messages import (
     EngineReady,
     EngineStats,
     FromEngine,
+    Logprobs,
     ProfileCaptured,
     Progress,
     TimelineEvents,
@@ -170,6 +171,7 @@ class EngineCore:
             max_prompt_len=info.max_model_len if chunked else scheduler.max_num_batched_tokens,
             eos_token_ids=info.eos_token_ids,
             default_max_tokens=None if max_tokens is None else int(max_tokens),
+            max_logprobs=info.max_logprobs,
         )
         return EngineReady(info, limits, scheduler.max_num_seqs, scheduler.max_num_waiting, start_seconds, defaults)
 
@@ -373,7 +375,8 @@ class EngineCore:
     def _add(self, request: EngineRequest) -> list[FromEngine]:
         try:
             constrained = self._constraints.constrains(request)
-            self.scheduler.add(request, Wants.MASK if constrained else Wants.NONE)
+            wants = Wants.MASK if constrained else Wants.NONE
+            self.scheduler.add(request, wants if request.logprobs is None else wants | Wants.LOGPROBS)
         except ValueError as error:
             return [EngineOutput(request.request_id, (), FinishReason.ERROR, str(error))]
         self._events.arrived(request, self._clock())
@@ -405,6 +408,10 @@ class EngineCore:
         request_ids = update.request_ids
         if request_ids:
             messages.append(TokenBatch(request_ids, tuple(update.token_ids), now))
+        if (scored := update.scored) is not None:
+            logprobs = Logprobs.of(scored.logprobs)
+            messages.append(TokenBatch(scored.request_ids, tuple(scored.token_ids), now, logprobs))
+            request_ids += scored.request_ids
         if update.others:
             request_ids += tuple(other.sequence.request_id for other in update.others for _ in other.token_ids)
         if request_ids:
@@ -422,8 +429,9 @@ class EngineCore:
         if update.finish_reason is not None:
             self._events.finished(sequence, update.finish_reason, now)
         cached = sequence.num_cached_tokens
+        logprobs = Logprobs.of(update.logprobs), Logprobs.of(update.prompt_logprobs)
         return EngineOutput(
-            sequence.request_id, update.token_ids, update.finish_reason, update.error, cached, now, *phases
+            sequence.request_id, update.token_ids, update.finish_reason, update.error, cached, now, *phases, *logprobs
         )
 
     def _ranking(self, now: float) -> float | None:

@@ -13,7 +13,8 @@ from jaxserve.frontend.openai import CHAT_URL
 class Answer:
     """Holds what one prompt was answered with.
 
-    prompt_token_ids: None where the response does not show them. truncated_tokens: cut off the prompt.
+    prompt_token_ids, logprobs and prompt_logprobs (as `LogprobShapes` makes them): None where the response does not
+    show them. truncated_tokens: cut off the prompt.
     """
 
     text: str
@@ -24,6 +25,8 @@ class Answer:
     token_ids: Sequence[int] | None = None
     prompt_token_ids: Sequence[int] | None = None
     truncated_tokens: int = 0
+    logprobs: dict[str, Any] | None = None
+    prompt_logprobs: list[Any] | None = None
 
 
 def response_id(url: str, request_id: object) -> str:
@@ -42,7 +45,7 @@ def response_body(url: str, request_id: object, model: str, created: int, answer
         answers: one for each prompt.
     """
     chat = url == CHAT_URL
-    return {
+    body = {
         "id": response_id(url, request_id),
         "object": "chat.completion" if chat else "text_completion",
         "created": created,
@@ -50,6 +53,9 @@ def response_body(url: str, request_id: object, model: str, created: int, answer
         "choices": [_choice(chat, index, answer) for index, answer in enumerate(answers)],
         "usage": usage(answers),
     }
+    if chat and answers[0].prompt_logprobs is not None:  # vLLM's place
+        body["prompt_logprobs"] = answers[0].prompt_logprobs
+    return body
 
 
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -76,9 +82,11 @@ def _choice(chat: bool, index: int, answer: Answer) -> dict[str, Any]:
         choice["message"] = {"role": "assistant", "content": answer.text}
     else:
         choice["text"] = answer.text
-    choice |= {"logprobs": None, "finish_reason": answer.finish_reason}
+    choice |= {"logprobs": answer.logprobs, "finish_reason": answer.finish_reason}
     if answer.token_ids is not None:
         choice["token_ids"] = list(answer.token_ids)
     if answer.prompt_token_ids is not None:
         choice["prompt_token_ids"] = list(answer.prompt_token_ids)
+    if answer.prompt_logprobs is not None and not chat:
+        choice["prompt_logprobs"] = answer.prompt_logprobs
     return choice

@@ -14,7 +14,15 @@ from jaxserve.frontend.chat_text import RenderedText
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import ModelLimits, RequestOptions, SamplingParams, check_identity, check_length, validate_request
+from jaxserve.request import (
+    ModelLimits,
+    RequestOptions,
+    SamplingParams,
+    check_identity,
+    check_length,
+    check_logprobs,
+    validate_request,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +30,7 @@ class Prepared:
     """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved.
 
     truncated_tokens: cut off the beginning of the prompt. bad_words_token_ids: the token sequences of bad_words.
+    prompt_logprobs_start: index of the first prompt token whose log-probability counts.
     """
 
     request_id: str
@@ -31,6 +40,7 @@ class Prepared:
     options: RequestOptions
     truncated_tokens: int = 0
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    prompt_logprobs_start: int = 1
 
 
 class Preparation:
@@ -58,6 +68,7 @@ class Preparation:
         elif not request_id:
             raise ValueError("request_id is empty; leave it out to be given one")
         check_identity("request_id", request_id)
+        check_logprobs(params, self._limits)
         if params.stop and self._tokenizer is None:
             raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")
         kept = self._kept_tokens(params)
@@ -125,6 +136,7 @@ class Preparation:
 
         Raises as `steps` does.
         """
+        check_logprobs(params, self._limits)
         if (kept := self._kept_tokens(params)) is not None:
             if not isinstance(prompt, str):
                 check_length(min(len(prompt), kept), params, self._limits)

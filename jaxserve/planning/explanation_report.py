@@ -22,6 +22,7 @@ _MEANINGS = {
 
 _UNITS = {
     "sample": "rows",
+    "score": "rows",
     "table_write": "entries",
     "option_write": "slots",
     "mask_write": "masks",

@@ -31,6 +31,7 @@ _KINDS = (
     "forward",
     "decode",
     "sample",
+    "score",
     "swap_in",
     "swap_out",
     "penalty_write",

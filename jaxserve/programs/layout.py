@@ -90,7 +90,7 @@ def sample_layout(rows: int) -> Layout:
 
     token [rows]: index of the row's last token in the step; slot: out of range for padding. position: of the token to
     be drawn. suppress_stop: 1 where stop ids cannot be drawn yet. masked: 1 where only tokens that the slot's mask
-    allows can be drawn.
+    allows can be drawn. logprobs: 1 where log-probabilities are wanted.
     """
     return Layout(
         {
@@ -99,8 +99,17 @@ def sample_layout(rows: int) -> Layout:
             "position": Field((rows,)),
             "suppress_stop": Field((rows,)),
             "masked": Field((rows,)),
+            "logprobs": Field((rows,)),
         }
     )
+
+
+def score_layout(rows: int) -> Layout:
+    """Returns the host inputs of the score program for a block of `rows` rows.
+
+    token [rows]: index of a token in the step; target: the id that follows it. Both are 0 in padding.
+    """
+    return Layout({"token": Field((rows,)), "target": Field((rows,))})
 
 
 def table_layout() -> Layout:

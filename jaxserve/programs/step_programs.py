@@ -1,7 +1,8 @@
 """Defines the programs of a step, and the closed set of them that a server can need.
 
-    forward(weights, pools, slots, hidden, vector)            -> pools, slots, hidden     one for each token bucket
-    sample(params, slots, hidden, masks, penalties, vector)   -> slots, penalties, ids    one for each row bucket
+    forward(weights, pools, slots, hidden, vector)          -> pools, slots, hidden            one for each token bucket
+    sample(params, slots, hidden, masks, penalties, vector) -> slots, penalties, ids, logprobs  one for each row bucket
+    score(params, hidden, vector)                           -> logprobs                        one, for a block of rows
 
 One program each of `state_programs` sets page tables, wide options and masks, and one of a few sizes fills penalty rows
 (`penalties.py`). Where sequences are swapped to host memory,
@@ -11,8 +12,9 @@ Where the attention kernels benefit, decode-only steps have forward programs of 
 prompts.
 
 Pools, slots and the hidden buffer are donated: they keep their addresses. The hidden buffer has room for the largest
-token bucket, so the sample program's shape does not depend on the forward program that filled it. The sample program
-reads the masks where a row is masked, and the penalty rows, which are donated too, where a row has one.
+token bucket, so the shapes of the programs that read it do not depend on the forward program that filled it. The sample
+program reads the masks where a row is masked, and the penalty rows, which are donated too, where a row has one; it
+computes log-probabilities where a row wants them.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxserve.config.logprobs_config import MAX_LOGPROBS
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers.attention_backends import (
     POOL_PARTITION,
@@ -46,8 +49,10 @@ from jaxserve.programs.layout import (
     option_layout,
     penalty_layout,
     sample_layout,
+    score_layout,
     table_layout,
 )
+from jaxserve.programs.logprobs import drawn_logprobs, packed_logprobs, packed_width
 from jaxserve.programs.penalties import Penalties, add_ids, counted
 from jaxserve.programs.sampler import sample
 from jaxserve.programs.slots import Slots
@@ -79,9 +84,10 @@ class ProgramKey:
     """Identifies a program of the closed set.
 
     Attributes:
-        kind: "forward", "decode" (forward for a step in which no row has more than one token), "sample", "table_write",
-            "option_write", "mask_write", "penalty_write", "swap_in" or "swap_out".
-        size: its token or row bucket, its entries of page tables, its slots, its masks, its token ids, or its pages.
+        kind: "forward", "decode" (forward for a step in which no row has more than one token), "sample", "score",
+            "table_write", "option_write", "mask_write", "penalty_write", "swap_in" or "swap_out".
+        size: its token or row bucket, its rows, its entries of page tables, its slots, its masks, its token ids, or its
+            pages.
     """
 
     kind: str
@@ -90,8 +96,11 @@ class ProgramKey:
     @property
     def uses_pools(self) -> bool:
         """Returns whether the pools are among its arguments, so that it depends on their size."""
-        return self.kind not in ("sample", "table_write", "option_write", "mask_write", "penalty_write")
+        return self.kind not in ("sample", "score", "table_write", "option_write", "mask_write", "penalty_write")
 
+
+SCORE_ROWS = 64
+"""Maximum number of tokens whose successors one call of the score program scores."""
 
 TABLE_WRITE = ProgramKey("table_write", TABLE_RUN)
 OPTION_WRITE = ProgramKey("option_write", 1)
@@ -107,6 +116,8 @@ class Shapes:
         packed: name of the CPU kernels in whose order weights are packed; "" for unpacked weights.
         num_host_pages: pages of host memory for swapped sequences; 0 where none are swapped.
         num_penalty_rows: requests with penalties that can run at once.
+        max_logprobs: likeliest ids of one position that a request may ask for, at most as many as the vocabulary has.
+        logprobs_mode: as `LogprobsConfig.logprobs_mode`.
     """
 
     model: ModelConfig
@@ -121,6 +132,8 @@ class Shapes:
     packed: str = ""
     num_host_pages: int = 0
     num_penalty_rows: int = 1
+    max_logprobs: int = MAX_LOGPROBS
+    logprobs_mode: str = "raw_logprobs"
 
     @property
     def swap_sizes(self) -> tuple[int, ...]:
@@ -136,6 +149,11 @@ class Shapes:
     def max_pages(self) -> int:
         """Maximum number of pages of a sequence."""
         return -(-self.max_model_len // self.page_size)
+
+    @property
+    def score_key(self) -> ProgramKey:
+        """Identifies the program that scores tokens of a prompt: no step has more of them than it has tokens."""
+        return ProgramKey("score", min(SCORE_ROWS, self.buckets.tokens[-1]))
 
     def forward_key(self, plan: StepPlan) -> ProgramKey:
         """Returns the forward program that computes a step."""
@@ -155,7 +173,7 @@ def program_keys(shapes: Shapes) -> list[ProgramKey]:
     if IMPLEMENTATIONS[shapes.attention].decode_programs:
         keys += [ProgramKey("decode", size) for size in buckets.decode_tokens]
     keys += [ProgramKey("sample", size) for size in buckets.rows]
-    keys += [TABLE_WRITE, OPTION_WRITE, MASK_WRITE]
+    keys += [shapes.score_key, TABLE_WRITE, OPTION_WRITE, MASK_WRITE]
     keys += [ProgramKey("penalty_write", size) for size in PENALTY_RUNS]
     keys += [ProgramKey(kind, size) for kind in ("swap_in", "swap_out") for size in shapes.swap_sizes]
     return sorted(keys, key=lambda key: (key.kind, -key.size))
@@ -179,6 +197,10 @@ def program_shapes(key: ProgramKey, shapes: Shapes) -> Shapes:
     one.
     """
     shapes = decisive_shapes(shapes)
+    if key.kind != "sample":
+        shapes = dataclasses.replace(shapes, logprobs_mode="raw_logprobs")
+        if key.kind != "score":
+            shapes = dataclasses.replace(shapes, max_logprobs=0)
     return shapes if key.uses_pools else dataclasses.replace(shapes, num_pages=2)
 
 
@@ -203,6 +225,8 @@ def _function(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Callable[..., Any]
     match key.kind:
         case "sample":
             return functools.partial(sample_step, rows=key.size, shapes=shapes, mesh=mesh)
+        case "score":
+            return functools.partial(score_step, rows=key.size, shapes=shapes, mesh=mesh)
         case "table_write":
             return write_tables
         case "option_write":
@@ -228,6 +252,9 @@ def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any
             params = abstract_params(shapes.model, shapes.dtype, mesh)
             rows = abstract_masks(shapes, mesh), abstract_penalties(shapes, mesh)
             return params, slots, hidden, *rows, _int32(mesh, sample_layout(key.size).size)
+        case "score":
+            params = abstract_params(shapes.model, shapes.dtype, mesh)
+            return params, hidden, _int32(mesh, score_layout(key.size).size)
         case "table_write":
             return slots, _int32(mesh, table_layout().size)
         case "option_write":
@@ -251,7 +278,11 @@ def abstract_results(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Any:
     """Returns the program's results as ShapeDtypeStructs with shardings."""
     match key.kind:
         case "sample":
-            return abstract_state(shapes, mesh)[0], abstract_penalties(shapes, mesh), _int32(mesh, key.size)
+            slots, _ = abstract_state(shapes, mesh)
+            drawn = _int32(mesh, key.size), _abstract_logprobs(key, shapes, mesh)
+            return slots, abstract_penalties(shapes, mesh), *drawn
+        case "score":
+            return _abstract_logprobs(key, shapes, mesh)
         case "table_write" | "option_write" | "mask_write" | "penalty_write":
             return abstract_arguments(key, shapes, mesh)[0]
         case "swap_in":
@@ -266,7 +297,7 @@ def donated_arguments(key: ProgramKey) -> tuple[int, ...]:
     """Returns the indices of the donated arguments: of pools, slots, the hidden buffer, masks and penalty rows those
     that it changes.
     """
-    few = {"sample": (1, 4), "swap_out": ()}
+    few = {"sample": (1, 4), "score": (), "swap_out": ()}
     of_kind = (1, 2, 3) if key.kind in ("forward", "decode") else (0,)
     return few.get(key.kind, of_kind)
 
@@ -278,8 +309,12 @@ def abstract_pages(count: int, shapes: Shapes, mesh: Mesh) -> tuple[jax.ShapeDty
     return (jax.ShapeDtypeStruct(shape, pools[0].dtype, sharding=NamedSharding(mesh, POOL_PARTITION)),) * count
 
 
-def _int32(mesh: Mesh, size: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=NamedSharding(mesh, P()))
+def _int32(mesh: Mesh, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, P()))
+
+
+def _abstract_logprobs(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return _int32(mesh, key.size, packed_width(shapes.max_logprobs))
 
 
 def abstract_pools(shapes: Shapes, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
@@ -368,16 +403,32 @@ def sample_step(
     rows: int,
     shapes: Shapes,
     mesh: Mesh,
-) -> tuple[Slots, Penalties, jax.Array]:
+) -> tuple[Slots, Penalties, jax.Array, jax.Array]:
     """Draws the next token of each sampled row; the slots remember it for the forward program that follows, and the
-    penalty rows count it."""
+    penalty rows count it.
+
+    Returns slots, penalty rows, ids, and int32 [rows, columns] of `packed_logprobs`, which mean nothing unless a row
+    wants them.
+    """
     fields = sample_layout(rows).read(vector)
     model = bind(shapes.model, params, products_of(shapes, mesh))
     logits = model.logits(hidden[fields["token"]])
-    ids = sample(logits, slots, masks, penalties, fields, on_cpu=mesh.devices.flat[0].platform == "cpu")
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    ids = sample(logits, slots, masks, penalties, fields, on_cpu=on_cpu)
     last_token = slots.last_token.at[fields["slot"]].set(jnp.maximum(ids, 0), mode="drop")
     penalty_rows = slots.sampling[PENALTY_ROW].at[fields["slot"]].get(mode="fill", fill_value=-1)
-    return dataclasses.replace(slots, last_token=last_token), counted(penalties, penalty_rows, ids), ids
+    wanted = shapes.max_logprobs, shapes.logprobs_mode
+    found = drawn_logprobs(logits, ids, slots, masks, penalties, fields, *wanted, on_cpu=on_cpu)
+    return dataclasses.replace(slots, last_token=last_token), counted(penalties, penalty_rows, ids), ids, found
+
+
+def score_step(
+    params: Any, hidden: jax.Array, vector: jax.Array, *, rows: int, shapes: Shapes, mesh: Mesh
+) -> jax.Array:
+    """Scores the token that follows each row's; returns int32 [rows, columns] of `packed_logprobs`."""
+    fields = score_layout(rows).read(vector)
+    model = bind(shapes.model, params, products_of(shapes, mesh))
+    return packed_logprobs(model.logits(hidden[fields["token"]]), fields["target"], shapes.max_logprobs)
 
 
 def attention_metadata(fields: dict[str, jax.Array], slots: Slots, page_size: int) -> AttentionMetadata:

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxserve.config.logprobs_config import MAX_LOGPROBS
 from jaxserve.kv_cache.page_pool import PageCopy, PageState
+from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import EngineRequest
 from jaxserve.runner.protocol import RunnerInfo
 from jaxserve.scheduler.plan import NOTHING_ALLOWED, RowPlan, StepPlan, StepResult
@@ -47,13 +49,25 @@ def guess_holds(context: Sequence[int]) -> bool:
     return sum(context) % 3 != 0
 
 
+def fake_logprobs(tokens: Sequence[tuple[int, int]], width: int) -> LogprobColumns:
+    """Returns the log-probabilities of tokens given as (position, id): that of id i is -position - i / 256, so that
+    lower ids are likelier."""
+    return LogprobColumns.of(
+        [
+            (-position - token / 256, token + 1, [(other, -position - other / 256) for other in range(width)])
+            for position, token in tokens
+        ]
+    )
+
+
 @dataclasses.dataclass(eq=False)
 class FakeStep:
     """Represents a step in flight; its result is available once it is sampled. tokens: those computed for each decoding
-    row, by slot."""
+    row, by slot. scores: of the plan's."""
 
     plan: StepPlan
     tokens: dict[int, tuple[int, ...]]
+    scores: LogprobColumns | None = None
     result: StepResult | None = None
 
 
@@ -95,6 +109,7 @@ class FakeRunner:
             num_host_pages=num_host_pages,
             preemption_costs=preemption_costs,
             tokens_per_step=tokens_per_step,
+            max_logprobs=min(MAX_LOGPROBS, vocab_size),
         )
         self.step_costs = None
         self.num_compilations = 0
@@ -119,6 +134,8 @@ class FakeRunner:
         self._unsampled = FakeStep(plan, {row.slot: self._decode(row) for row in plan.decodes.rows()})
         for row in plan.chunks:
             self._prefill(row)
+        if len(plan.scores):
+            self._unsampled.scores = self._score(plan)
         return self._unsampled
 
     def dispatch_sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
@@ -140,7 +157,10 @@ class FakeRunner:
         suppress_stop = plan.samples.suppress_stop.tolist()
         for place in range(len(drawn), len(slots)):
             drawn.append(self._sample(slots[place], positions[place], suppress_stop[place], mask_of.get(place)))
-        step.result = StepResult(drawn, counts)
+        logprobs = None
+        if plan.wants_logprobs:
+            logprobs = fake_logprobs(list(zip(positions, drawn, strict=True)), self.info.max_logprobs)
+        step.result = StepResult(drawn, counts, logprobs, step.scores)
 
     def done(self, pending: FakeStep) -> bool:
         return True
@@ -176,6 +196,12 @@ class FakeRunner:
 
     def _tier(self, tier: PageState) -> list[Page]:
         return {PageState.ACTIVE: self._pages, PageState.HOST: self._host_pages}[tier]
+
+    def _score(self, plan: StepPlan) -> LogprobColumns:
+        """Scores the targets of a plan at the positions behind its rows."""
+        positions = [row.start + offset for row in plan.rows for offset in range(row.num_tokens)]
+        following = [positions[row] + 1 for row in plan.scores.hidden_rows.tolist()]
+        return fake_logprobs(list(zip(following, plan.scores.targets.tolist(), strict=True)), self.info.max_logprobs)
 
     def _prefill(self, row: RowPlan) -> None:
         if row.admit is not None:

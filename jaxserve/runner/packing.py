@@ -18,10 +18,11 @@ from jaxserve.programs.layout import (
     option_layout,
     penalty_layout,
     sample_layout,
+    score_layout,
     table_layout,
 )
 from jaxserve.request import ADMITTED_FIELDS, APART_FIELDS, PENALTY_ROW, ROW_FIELDS, EngineRequest, counted
-from jaxserve.scheduler.plan import TABLE_RUN, PageTableWrite, PenaltyWrite, RowPlan, StepPlan, Wants
+from jaxserve.scheduler.plan import TABLE_RUN, PageTableWrite, PenaltyWrite, RowPlan, Scores, StepPlan, Wants
 
 
 class ForwardPacker:
@@ -83,7 +84,21 @@ class SamplePacker:
         fields["suppress_stop"][:count] = samples.suppress_stop
         if samples.wants is not None:
             fields["masked"][:count] = samples.wants & Wants.MASK
+            fields["logprobs"][:count] = samples.wanting(Wants.LOGPROBS)
         return vector
+
+
+def score_vectors(scores: Scores, rows: int) -> list[np.ndarray]:
+    """Packs the input vectors of the score program, one `layout.score_layout` of `rows` rows for each call needed."""
+    layout, vectors = score_layout(rows), []
+    for begin in range(0, len(scores), rows):
+        vector = np.zeros(layout.size, np.int32)
+        fields = layout.views(vector)
+        count = len(scores.targets[begin : begin + rows])
+        fields["token"][:count] = scores.hidden_rows[begin : begin + rows]
+        fields["target"][:count] = scores.targets[begin : begin + rows]
+        vectors.append(vector)
+    return vectors
 
 
 def table_vectors(writes: Sequence[PageTableWrite], num_slots: int) -> list[np.ndarray]:

@@ -12,8 +12,9 @@ from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.budgets import Budgets
 from jaxserve.scheduler.gap_limit import GapLimit
 from jaxserve.scheduler.modes import Mode, StepLimits
-from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, PageTableWrite, PenaltyWrite, RowPlan, StepPlan
+from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, NO_SCORES, PageTableWrite, PenaltyWrite, RowPlan, StepPlan
 from jaxserve.scheduler.policies.policy import Policy
+from jaxserve.scheduler.scoring import planned_scores
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import SequenceQueues
 from jaxserve.scheduler.step_in_progress import Chunk, StepInProgress
@@ -103,10 +104,11 @@ class StepBuilder:
         decodes, samples = running.decoding.advance() if step.decodes else (NO_DECODES, NO_SAMPLES)
         if self._policy.counts_tokens and step.decodes:
             self._policy.decoded(running.decoding.tenants(decodes))
-        num_tokens, chunks = decodes.num_tokens, ()
+        num_tokens, chunks, scores = decodes.num_tokens, (), NO_SCORES
         table_writes: tuple[PageTableWrite, ...] = ()
         penalty_writes: tuple[PenaltyWrite, ...] = ()
         if step.chunks:
+            scores = planned_scores(step, num_tokens)
             admitted = [chunk for chunk in step.chunks.values() if chunk.admitted]
             table_writes = tuple(write for chunk in admitted if chunk.held for write in chunk.table_writes())
             penalty_writes = tuple(write for chunk in admitted if (write := chunk.penalty_write()) is not None)
@@ -125,6 +127,7 @@ class StepBuilder:
             copies=tuple(step.copies),
             table_writes=table_writes,
             penalty_writes=penalty_writes,
+            scores=scores,
         )
 
     def _chunks(

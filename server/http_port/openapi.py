@@ -89,6 +89,7 @@ class _Limits:
     def __init__(self, served: ServedModel):
         limits = None if served.frontend is None else served.frontend.ready.limits
         self.context = MAX_INT32 if limits is None else limits.max_model_len
+        self.max_logprobs = MAX_INT32 if limits is None else limits.max_logprobs
         self.token_id: Schema = {
             "type": "integer",
             "minimum": 0,
@@ -153,6 +154,10 @@ def _one_model(name: str) -> Schema:
 def _body(url: str, limits: _Limits, config: HttpConfig) -> Schema:
     """Returns the schema of a body to one of openai.URLS."""
     fields = {name: _of_param(field, limits) | {"description": field.row.meaning} for name, field in _PARAMS.items()}
+    logprobs = _whole(-1, limits.max_logprobs)
+    fields |= {name: fields[name] | {"maximum": limits.max_logprobs} for name in ("logprobs", "prompt_logprobs")}
+    if url == CHAT_URL:
+        fields |= {"logprobs": dict(_FLAG), "top_logprobs": logprobs | {"description": "needs logprobs"}}
     fields |= {name: {"enum": list(values)} for name, values in neutral_values(url).items()}
     fields |= {
         "model": limits.model,
@@ -161,6 +166,7 @@ def _body(url: str, limits: _Limits, config: HttpConfig) -> Schema:
         "stream": _FLAG,
         "stream_options": _object({"include_usage": _FLAG, "include_obfuscation": _FLAG}),
         "return_token_ids": _FLAG,
+        "return_tokens_as_token_ids": _FLAG,
         "request_id": _NAME | {"minLength": 1},
         "tenant": _NAME,
         "cache_salt": _NAME,

@@ -284,9 +284,12 @@ def test_fault_28_control_characters_in_names_are_escaped_in_logs(tokenizer, cap
 
 
 def test_fault_32_logprobs_are_refused_before_any_work(tokenizer):
-    """jaxserve.v1 has no logprobs yet: ten thousand ids of them are an unknown field."""
-    payload = b"".join(_varint(number) for number in range(10_000))
-    refused(tokenizer, Code.INVALID_ARGUMENT, (with_field(13, payload), "unknown"))
+    cases = [
+        (sampling(**{name: value}), f"{name} is {value}; {words}")
+        for name in ("logprobs", "prompt_logprobs")
+        for value, words in ((10_000, "this server returns at most max_logprobs 20 ids"), (-2, "it must be from -1"))
+    ]
+    refused(tokenizer, Code.INVALID_ARGUMENT, *cases)
 
 
 def test_fault_38_clients_that_retry_for_ever_are_refused_and_cost_the_others_nothing(tokenizer):

@@ -39,8 +39,8 @@ CONFIG = EngineConfig(
     seed=3,
 )
 FORWARD, SAMPLE = ProgramKey("forward", 16), ProgramKey("sample", 8)
-NUM_PROGRAMS = 5
-"""Two forward programs, one that samples, and those that write page tables and masks."""
+NUM_PROGRAMS = 6
+"""Two forward programs, one that samples, one that scores, and those that write page tables and masks."""
 
 
 @pytest.fixture(scope="module")

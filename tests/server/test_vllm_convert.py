@@ -119,7 +119,7 @@ def test_the_zero_of_a_sampling_parameter(name):
     assert pb.SamplingParams.FromString(proto.SerializeToString()) == proto
     if meaning == "unset":
         assert convert.params_from_proto(proto) == UNSET
-    elif name in ("temperature", "seed", "logprobs", "prompt_logprobs") and name in SAMPLING_FIELDS:
+    elif name in ("temperature", "seed", "logprobs", "prompt_logprobs"):
         assert convert.params_from_proto(proto) == SamplingParams(**{name: 0})
     elif OWN_NAMES.get(name) not in SAMPLING_FIELDS:
         assert field.has_presence

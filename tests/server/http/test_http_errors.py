@@ -29,7 +29,7 @@ def http(server):
     ("fields", "param", "words"),
     [
         ({"n": 2}, "n", "n is 2; only 1 is supported"),
-        ({"logprobs": True}, "logprobs", "logprobs is True; only false"),
+        ({"top_logprobs": 3}, "top_logprobs", "top_logprobs is 3; "),
         ({"best_of": 3}, "best_of", "best_of is 3; only 1"),
         ({"presence_penalty": 0.5}, "presence_penalty", "presence_penalty is 0.5; only 0"),
         ({"frequency_penalty": -1}, "frequency_penalty", "frequency_penalty is -1; only 0"),
@@ -40,7 +40,7 @@ def http(server):
         ({"suffix": "x"}, "suffix", "suffix is 'x'; only"),
         ({"guided_json": {}}, "guided_json", "guided_json is {}; only null"),
         ({"structured_outputs": {}}, "structured_outputs", "structured_outputs is {}; only null"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs", "prompt_logprobs is 1; only null"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "prompt_logprobs is 21; this server returns at most max_logprobs"),
         ({"chat_template": "x"}, "chat_template", "chat_template is 'x'; only null"),
         ({"skip_special_tokens": 1}, "skip_special_tokens", "skip_special_tokens is 1; it must be true or false"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "truncate_prompt_tokens is 0; it must be from -1 to"),
