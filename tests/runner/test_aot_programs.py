@@ -179,7 +179,14 @@ def test_swaps_move_their_pages_alone(kind, dtype, mesh, target):
 
 @pytest.mark.parametrize(
     "key",
-    [TABLE_WRITE, OPTION_WRITE, MASK_WRITE, ProgramKey("penalty_write", 512), ProgramKey("sample", 8)],
+    [
+        TABLE_WRITE,
+        OPTION_WRITE,
+        MASK_WRITE,
+        ProgramKey("penalty_write", 512),
+        ProgramKey("sample", 8),
+        ProgramKey("score", 64),
+    ],
     ids=lambda key: key.kind,
 )
 def test_what_a_step_needs_beside_its_forward_program_touches_no_pool(key, mesh, target):

