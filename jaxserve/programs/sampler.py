@@ -130,8 +130,8 @@ def processed_logits(
 
     They are -inf where a token cannot be drawn. A greedy row's are not divided, nor filtered.
 
-    relative: the best of each random row is 0, which changes no probability, so that no temperature, however small,
-        costs precision.
+    relative: the best of each random row is 0 before the filters, which changes no probability, so that no
+        temperature, however small, costs precision.
     """
     rows = _Rows(slots, masks, fields)
     temperature = rows.temperature[:, None]

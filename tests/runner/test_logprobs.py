@@ -21,6 +21,7 @@ from jaxserve.engine.inline import InlineEngine
 from jaxserve.llm import LLM, RequestOutput
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.programs.logprobs import drawn_logprobs, likeliest, packed_logprobs
+from jaxserve.programs.penalties import Penalties
 from jaxserve.programs.slots import Slots
 from jaxserve.request import SamplingParams
 from jaxserve.runner.model_runner import ModelRunner
@@ -225,7 +226,7 @@ def test_packed_values_against_float64():
 
 @pytest.mark.parametrize("mode", LOGPROBS_MODES)
 def test_modes_against_float64(mode):
-    """Rows: greedy; by temperature and filters; masked and suppressed; nearly greedy; padding."""
+    """Rows: greedy; by temperature and filters; masked, suppressed and penalized; nearly greedy; padding."""
     size, rng = 60, np.random.default_rng(8)
     logits = (rng.standard_normal((5, size)) * 3).astype(np.float32)
     temperature = np.array([0.0, 0.7, 1.3, 1e-30, 1.0], np.float32)
@@ -236,6 +237,10 @@ def test_modes_against_float64(mode):
         "top_k": np.array([5, 9, 0, 0, 0], np.int32),
         "top_p": np.array([0.1, 0.8, 1.0, 1.0, 1.0], np.float32),
         "min_p": np.array([0.9, 0.01, 0.0, 0.0, 0.0], np.float32),
+        "typical_p": np.ones(5, np.float32),
+        "penalty_row": np.array([-1, -1, 0, -1, -1], np.int32),
+        "presence_penalty": np.full(5, 1.5, np.float32),
+        "repetition_penalty": np.ones(5, np.float32),
         "stop_token_ids": np.tile(np.array([3] + [-1] * 31, np.int32), (5, 1)),
     }
     slots = dataclasses.replace(slots, sampling=slots.sampling | {name: jnp.asarray(v) for name, v in fields.items()})
@@ -248,14 +253,18 @@ def test_modes_against_float64(mode):
     }
     ids = np.array([0, int(np.argmax(logits[1])), int(np.argmax(np.where(mask, logits[2], -9))), 7, 1], np.int32)
     masks = np.stack([pack_mask(mask)] * 5)
-    call = jax.jit(drawn_logprobs, static_argnums=(5, 6))
-    found = LogprobColumns(np.asarray(call(logits, ids, slots, masks, told, 6, mode)))
+    seen = np.flatnonzero(mask)[:2]
+    penalties = Penalties.zeros(1, size)
+    penalties = dataclasses.replace(penalties, counts=penalties.counts.at[0, seen].set(2))
+    call = jax.jit(drawn_logprobs, static_argnums=(6, 7))
+    found = LogprobColumns(np.asarray(call(logits, ids, slots, masks, penalties, told, 6, mode)))
 
     values = logits.astype(np.float64)
     if mode.startswith("processed"):
         kept = kept_by_sorting(logits[1] / temperature[1], 9, 0.8, 0.01)
         values[1] = [value / temperature[1] if i in kept else -np.inf for i, value in enumerate(values[1])]
         allowed = mask & (np.arange(size) != 3)
+        values[2][seen] -= 1.5
         values[2] = np.where(allowed, values[2] / temperature[2], -np.inf)
         # No temperature of float32 divides these without an infinity: they are compared relative to the best.
         values[3] = np.where(values[3] == values[3].max(), 0.0, -np.inf) if mode == "processed_logprobs" else np.nan
@@ -275,5 +284,5 @@ def test_modes_against_float64(mode):
             continue
         assert_allclose(found.top_values[row], values[row][order], **close)
         assert_allclose(found.values[row], values[row][ids[row]], **close)
-    none = call(logits, ids, slots, masks, told | {"logprobs": np.zeros(5, np.int32)}, 6, mode)
+    none = call(logits, ids, slots, masks, penalties, told | {"logprobs": np.zeros(5, np.int32)}, 6, mode)
     assert not np.asarray(none).any()

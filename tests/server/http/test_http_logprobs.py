@@ -198,7 +198,7 @@ def test_no_token_at_all_may_be_asked_for_beside_the_prompt(http, stream):
         ("chat/", {"logprobs": 3}, "logprobs", "logprobs is 3; it must be true or false"),
         ("chat/", {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs is 21; this server"),
         ("chat/", {"logprobs": True, "top_logprobs": 2.5}, "top_logprobs", "top_logprobs is 2.5; it must be"),
-        ("chat/", {"logprobs": True, "top_logprobs": -2}, "top_logprobs", "top_logprobs is -2; it must be at"),
+        ("chat/", {"logprobs": True, "top_logprobs": -2}, "top_logprobs", "top_logprobs is -2; it must be from -1"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(http, url, body, param, message):
