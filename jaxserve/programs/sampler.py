@@ -77,23 +77,14 @@ class _Rows:
         return self._slots.sampling[name][self.slot]
 
 
-def processed_logits(
-    logits: jax.Array, slots: Slots, masks: jax.Array, fields: dict[str, jax.Array], *, relative: bool
-) -> jax.Array:
-    """Returns what `sample` draws from, float32 [R, V]: -inf for tokens that cannot be drawn, the others divided by the
-    temperature; those of greedy rows, for which filters do not count, as they are.
+def processed_logits(logits: jax.Array, slots: Slots, masks: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    """Returns float32 [R, V]: the logits that `sample`, with the same arguments, draws from.
 
-    Args:
-        logits, slots, masks, fields: as for `sample`.
-        relative: the best of each random row is 0, so that no temperature, however small, costs precision.
+    They are relative to the row's largest before temperature, a constant that changes no probability; -inf where a
+    token cannot be drawn. A greedy row's are not divided, nor filtered.
     """
     rows = _Rows(slots, fields)
-    temperature = rows.temperature[:, None]
-    allowed = _permitted(logits, rows, masks)
-    scaled = _filtered(allowed, rows)
-    if not relative:
-        scaled = scaled + jnp.max(allowed, axis=-1, keepdims=True) / jnp.where(temperature > 0, temperature, 1.0)
-    return jnp.where(temperature > 0, scaled, allowed)
+    return _filtered(_permitted(logits, rows, masks), rows)
 
 
 def _permitted(logits: jax.Array, rows: _Rows, masks: jax.Array) -> jax.Array:
@@ -109,7 +100,8 @@ def _filtered(allowed: jax.Array, rows: _Rows) -> jax.Array:
     # Relative to the best logit, so that no temperature, however small, takes another token to infinity.
     relative = allowed - jnp.max(allowed, axis=-1, keepdims=True)
     scaled = relative / jnp.where(temperature > 0, temperature, 1.0)[:, None]
-    return filter_logits(scaled, rows.of("top_k"), rows.of("top_p"), rows.of("min_p"), temperature > 0)
+    min_p = jnp.where(temperature > 0, rows.of("min_p"), 0.0)  # a row that does not draw keeps all its tokens
+    return filter_logits(scaled, rows.of("top_k"), rows.of("top_p"), min_p, temperature > 0)
 
 
 def filter_logits(

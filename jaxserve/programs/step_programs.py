@@ -41,7 +41,7 @@ from jaxserve.models.params import abstract_params, bind, products_for
 from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, is_quantized, pool_spec
 from jaxserve.programs.layout import MASK_ROWS, forward_layout, mask_layout, sample_layout, score_layout, table_layout
 from jaxserve.programs.logprobs import drawn_logprobs, packed_logprobs, packed_width
-from jaxserve.programs.sampler import sample
+from jaxserve.programs.sampler import processed_logits, sample
 from jaxserve.programs.slots import Slots
 from jaxserve.programs.state_programs import mask_words, write_masks, write_tables
 from jaxserve.programs.swap_programs import SWAP_SIZES, swap_in, swap_out
@@ -374,7 +374,8 @@ def sample_step(
     logits = model.logits(hidden[fields["token"]])
     ids = sample(logits, slots, masks, fields)
     last_token = slots.last_token.at[fields["slot"]].set(jnp.maximum(ids, 0), mode="drop")
-    found = drawn_logprobs(logits, ids, slots, masks, fields, shapes.max_logprobs, shapes.logprobs_mode)
+    processed = lambda: processed_logits(logits, slots, masks, fields)  # noqa: E731
+    found = drawn_logprobs(logits, ids, fields["logprobs"], processed, shapes.max_logprobs, shapes.logprobs_mode)
     return dataclasses.replace(slots, last_token=last_token), ids, found
 
 
