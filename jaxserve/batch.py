@@ -30,6 +30,7 @@ from typing import Any, TextIO
 
 from jaxserve.config import gin_config
 from jaxserve.config.changed import changed_settings
+from jaxserve.config.logprobs_config import LogprobsConfig
 from jaxserve.config.settings import ServerConfig
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
@@ -363,10 +364,12 @@ def _model_name(config: ServerConfig) -> str:
 
 
 def _settings(config: ServerConfig) -> str:
-    """Returns as text all settings that determine the tokens, besides the request, the model's name and the seed."""
+    """Returns as text all settings that determine the results, besides the request, the model's name and the seed."""
     engine = config.engine
     paths = [path and str(pathlib.Path(path).resolve()) for path in (engine.model, engine.tokenizer)]
     others = (engine.architecture, engine.load_format, engine.dtype, engine.max_model_len, engine.cache.kv_cache_dtype)
+    if engine.logprobs != LogprobsConfig():
+        others = (*others, engine.logprobs)
     defaults = sampling_defaults(engine)
     return repr((*paths, engine.skip_tokenizer_init, *others, *([defaults] if defaults else ())))
 

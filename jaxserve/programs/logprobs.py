@@ -6,12 +6,10 @@ A row is int32 [2 + 2 K]: the value of the row's token (float32 bits), its rank,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-
-from jaxserve.programs.penalties import Penalties
-from jaxserve.programs.sampler import processed_logits
-from jaxserve.programs.slots import Slots
 
 _BLOCK = 128
 """Least width of a block in `likeliest`."""
@@ -44,36 +42,28 @@ def packed_logprobs(logits: jax.Array, token_ids: jax.Array, most: int, *, norma
 def drawn_logprobs(
     logits: jax.Array,
     token_ids: jax.Array,
-    slots: Slots,
-    masks: jax.Array,
-    penalties: Penalties,
-    fields: dict[str, jax.Array],
+    wanted: jax.Array,
+    processed: Callable[[], jax.Array],
     most: int,
     mode: str,
-    *,
-    on_cpu: bool = True,
 ) -> jax.Array:
     """Returns `packed_logprobs` of drawn tokens, int32 [R, 2 + 2 most]; zeros where no row wants any.
 
     Args:
         logits: float32 [R, V], of the model.
         token_ids: int32 [R], as `sample` returns them.
-        slots, masks, penalties, fields, on_cpu: as `sample` takes them; fields["logprobs"] says which rows want
-            log-probabilities.
+        wanted: int32 [R], not 0 where a row wants log-probabilities.
+        processed: computes what the tokens are drawn from, float32 [R, V].
         most: as for `packed_logprobs`.
         mode: one of LOGPROBS_MODES.
     """
 
-    normalized = mode.endswith("logprobs")
-
     def found() -> jax.Array:
-        values = logits
-        if mode.startswith("processed"):
-            values = processed_logits(logits, slots, masks, penalties, fields, relative=normalized, on_cpu=on_cpu)
-        return packed_logprobs(values, token_ids, most, normalized=normalized)
+        values = processed() if mode.startswith("processed") else logits
+        return packed_logprobs(values, token_ids, most, normalized=mode.endswith("logprobs"))
 
     nothing = jnp.zeros((logits.shape[0], packed_width(most)), jnp.int32)
-    return jax.lax.cond(jnp.any(fields["logprobs"] > 0), found, lambda: nothing)
+    return jax.lax.cond(jnp.any(wanted > 0), found, lambda: nothing)
 
 
 def likeliest(values: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:

@@ -123,23 +123,16 @@ def processed_logits(
     penalties: Penalties,
     fields: dict[str, jax.Array],
     *,
-    relative: bool = True,
     on_cpu: bool = True,
 ) -> jax.Array:
     """Returns float32 [R, V]: the logits that `sample`, with the same arguments, draws from.
 
-    They are -inf where a token cannot be drawn. A greedy row's are not divided, nor filtered.
-
-    relative: the best of each random row is 0 before the filters, which changes no probability, so that no
-        temperature, however small, costs precision.
+    They are relative to the row's largest before temperature, a constant that changes no probability; -inf where a
+    token cannot be drawn. A greedy row's are not divided, nor filtered.
     """
     rows = _Rows(slots, masks, fields)
-    temperature = rows.temperature[:, None]
     found = jax.lax.cond(_changed(rows), lambda: _changed_logits(logits, rows, penalties), lambda: logits)
-    left = _filtered(found, rows, on_cpu)
-    if not relative:
-        left = left + jnp.max(found, axis=-1, keepdims=True) / jnp.where(temperature > 0, temperature, 1.0)
-    return jnp.where(temperature > 0, left, found)
+    return _filtered(found, rows, on_cpu)
 
 
 def _changed(rows: _Rows) -> jax.Array:

@@ -54,7 +54,7 @@ from jaxserve.programs.layout import (
 )
 from jaxserve.programs.logprobs import drawn_logprobs, packed_logprobs, packed_width
 from jaxserve.programs.penalties import Penalties, add_ids, counted
-from jaxserve.programs.sampler import sample
+from jaxserve.programs.sampler import processed_logits, sample
 from jaxserve.programs.slots import Slots
 from jaxserve.programs.state_programs import mask_words, write_masks, write_options, write_tables
 from jaxserve.programs.swap_programs import SWAP_SIZES, swap_in, swap_out
@@ -417,8 +417,8 @@ def sample_step(
     ids = sample(logits, slots, masks, penalties, fields, on_cpu=on_cpu)
     last_token = slots.last_token.at[fields["slot"]].set(jnp.maximum(ids, 0), mode="drop")
     penalty_rows = slots.sampling[PENALTY_ROW].at[fields["slot"]].get(mode="fill", fill_value=-1)
-    wanted = shapes.max_logprobs, shapes.logprobs_mode
-    found = drawn_logprobs(logits, ids, slots, masks, penalties, fields, *wanted, on_cpu=on_cpu)
+    processed = lambda: processed_logits(logits, slots, masks, penalties, fields, on_cpu=on_cpu)  # noqa: E731
+    found = drawn_logprobs(logits, ids, fields["logprobs"], processed, shapes.max_logprobs, shapes.logprobs_mode)
     return dataclasses.replace(slots, last_token=last_token), counted(penalties, penalty_rows, ids), ids, found
 
 

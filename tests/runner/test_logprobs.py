@@ -22,6 +22,7 @@ from jaxserve.llm import LLM, RequestOutput
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.programs.logprobs import drawn_logprobs, likeliest, packed_logprobs
 from jaxserve.programs.penalties import Penalties
+from jaxserve.programs.sampler import processed_logits
 from jaxserve.programs.slots import Slots
 from jaxserve.request import SamplingParams
 from jaxserve.runner.model_runner import ModelRunner
@@ -256,33 +257,34 @@ def test_modes_against_float64(mode):
     seen = np.flatnonzero(mask)[:2]
     penalties = Penalties.zeros(1, size)
     penalties = dataclasses.replace(penalties, counts=penalties.counts.at[0, seen].set(2))
-    call = jax.jit(drawn_logprobs, static_argnums=(6, 7))
-    found = LogprobColumns(np.asarray(call(logits, ids, slots, masks, penalties, told, 6, mode)))
+
+    def drawn(logits, ids, slots, masks, told):
+        processed = lambda: processed_logits(logits, slots, masks, penalties, told)  # noqa: E731
+        return drawn_logprobs(logits, ids, told["logprobs"], processed, 6, mode)
+
+    call = jax.jit(drawn)
+    found = LogprobColumns(np.asarray(call(logits, ids, slots, masks, told)))
 
     values = logits.astype(np.float64)
     if mode.startswith("processed"):
-        kept = kept_by_sorting(logits[1] / temperature[1], 9, 0.8, 0.01)
-        values[1] = [value / temperature[1] if i in kept else -np.inf for i, value in enumerate(values[1])]
         allowed = mask & (np.arange(size) != 3)
         values[2][seen] -= 1.5
-        values[2] = np.where(allowed, values[2] / temperature[2], -np.inf)
-        # No temperature of float32 divides these without an infinity: they are compared relative to the best.
-        values[3] = np.where(values[3] == values[3].max(), 0.0, -np.inf) if mode == "processed_logprobs" else np.nan
+        values[2] = np.where(allowed, values[2], -np.inf)
+        values -= values.max(-1, keepdims=True)
+        kept = kept_by_sorting(values[1] / temperature[1], 9, 0.8, 0.01)
+        values[1] = [value / temperature[1] if i in kept else -np.inf for i, value in enumerate(values[1])]
+        values[2] /= temperature[2]
+        values[3] = np.where(values[3] == 0, 0.0, -np.inf)  # so small a temperature leaves the best alone
     if mode.endswith("logprobs"):
         shifted = values - values.max(-1, keepdims=True)
         values = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     for row in range(5):
-        if np.isnan(values[row]).any():
-            continue
         order = np.argsort(-values[row], kind="stable")[:6]
         real = np.isfinite(values[row][order])
         assert_array_equal(found.top_ids[row][real], order[real])
-        close = {"rtol": 1e-6, "atol": 1e-5}
-        if row == 3 and mode.startswith("processed"):
-            assert found.top_values[row][0] == 0.0
-            assert (found.top_values[row][1:] < -1e20).all()
-            continue
-        assert_allclose(found.top_values[row], values[row][order], **close)
-        assert_allclose(found.values[row], values[row][ids[row]], **close)
-    none = call(logits, ids, slots, masks, penalties, told | {"logprobs": np.zeros(5, np.int32)}, 6, mode)
+        assert_allclose(found.top_values[row][real], values[row][order][real], rtol=1e-6, atol=1e-5)
+        assert (found.top_values[row][~real] < -1e20).all()
+        if np.isfinite(values[row][ids[row]]):
+            assert_allclose(found.values[row], values[row][ids[row]], rtol=1e-6, atol=1e-5)
+    none = call(logits, ids, slots, masks, told | {"logprobs": np.zeros(5, np.int32)})
     assert not np.asarray(none).any()
