@@ -46,6 +46,7 @@ from jaxserve.frontend.openai_logprobs import LogprobShapes
 from jaxserve.frontend.openai_responses import Answer, response_body
 from jaxserve.frontend.stop_signals import StopSignals
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
 from jaxserve.request import FinishReason
 
 EXIT_FAILED = 1
@@ -161,7 +162,7 @@ class BatchRun:
                 _say(note)
 
     def _prepare(self, line: BatchLine) -> Prepared:
-        request = parse_body(line.url, line.body)
+        request = parse_body(line.url, line.body, defaults=self._client.ready.sampling_defaults)
         params = request.params
         if params.seed is None:
             params = dataclasses.replace(params, seed=_seed_for(self._seed, line.custom_id))
@@ -192,6 +193,7 @@ class BatchRun:
             len(completion.token_ids),
             completion.num_cached_tokens,
             completion.token_ids,
+            truncated_tokens=completion.num_truncated_tokens,
             logprobs=logprobs,
             prompt_logprobs=None if prompt is None else shapes.of_prompt(prompt),
         )
@@ -270,6 +272,8 @@ class _Job:
         for line in changed_settings(config):
             _say(f"config: {line}")
         client = InlineEngine(engine, progress=True)
+        if defaults := client.ready.sampling_defaults:
+            _say(defaults_line(defaults))
         with _closing(lambda: _close(client, engine.composition_dir)):
             self._run = run = BatchRun(
                 client, tokenizer, _model_name(config), engine.seed, settings=_settings(config), check_stop=check_stop
@@ -364,9 +368,10 @@ def _settings(config: ServerConfig) -> str:
     engine = config.engine
     paths = [path and str(pathlib.Path(path).resolve()) for path in (engine.model, engine.tokenizer)]
     others = (engine.architecture, engine.load_format, engine.dtype, engine.max_model_len, engine.cache.kv_cache_dtype)
+    defaults = sampling_defaults(engine)
     if engine.logprobs != LogprobsConfig():
         others = (*others, engine.logprobs)
-    return repr((*paths, engine.skip_tokenizer_init, *others))
+    return repr((*paths, engine.skip_tokenizer_init, *others, *([defaults] if defaults else ())))
 
 
 def _settings_digest(model: str, seed: int, settings: str) -> bytes:

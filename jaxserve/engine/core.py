@@ -48,7 +48,9 @@ from jaxserve.engine.messages import (
 )
 from jaxserve.engine.step_executor import DeviceFaultError, DispatchedStep, EngineBrokenError, StepExecutor
 from jaxserve.engine.step_time import StepTimePrediction
+from jaxserve.engine.token_masks import TokenMasks
 from jaxserve.kv_cache.page_pool import PagePool
+from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits
 from jaxserve.runner.protocol import Runner
 from jaxserve.scheduler import PageAllocationError, Scheduler, SequenceUpdate, StepPlan, StepUpdate, Wants
@@ -93,7 +95,7 @@ class EngineCore:
             now: seconds of `time.time`, the clock of arrival times and deadlines.
             clock: a monotonic clock, in seconds.
             annotate: names a part of the loop in a profile of the host.
-            constraints: makes the masks of requests whose output is constrained; None if there are none.
+            constraints: makes the masks of requests whose output is constrained; None if lists of tokens alone do that.
         """
         info = runner.info
         self.config = config
@@ -113,7 +115,7 @@ class EngineCore:
         )
         for line in () if self.scheduler.decode_gap is None else self.scheduler.decode_gap.warnings:
             _log.warning("%s", line)
-        self._constraints = constraints
+        self._constraints: Constraints = TokenMasks(info.vocab_size) if constraints is None else constraints
         self.recorder = recorder or Recorder(clock=clock)
         self._events = EngineEvents(self.recorder, self.scheduler)
         self._meter = EngineMeter()
@@ -158,6 +160,10 @@ class EngineCore:
         """Returns the message that describes the engine to the front end."""
         info, scheduler = self.runner.info, self.config.scheduler
         chunked = scheduler.enable_chunked_prefill
+        defaults = sampling_defaults(self.config)
+        if defaults:
+            _log.info("%s", defaults_line(defaults))
+        max_tokens = defaults.get("max_tokens")
         limits = ModelLimits(
             vocab_size=info.vocab_size,
             max_model_len=info.max_model_len,
@@ -165,8 +171,9 @@ class EngineCore:
             max_prompt_len=info.max_model_len if chunked else scheduler.max_num_batched_tokens,
             eos_token_ids=info.eos_token_ids,
             max_logprobs=info.max_logprobs,
+            default_max_tokens=None if max_tokens is None else int(max_tokens),
         )
-        return EngineReady(info, limits, scheduler.max_num_seqs, scheduler.max_num_waiting, start_seconds)
+        return EngineReady(info, limits, scheduler.max_num_seqs, scheduler.max_num_waiting, start_seconds, defaults)
 
     def handle(self, message: ToEngine) -> list[FromEngine]:
         """Handles one message. A request that cannot be queued is answered with an error at once."""
@@ -273,7 +280,6 @@ class EngineCore:
 
     def _sample(self, step: DispatchedStep, messages: list[FromEngine]) -> None:
         """Makes a step's masks while the device runs its forward program, then dispatches its sampling."""
-        assert self._constraints is not None, "a sample wants a mask and nothing makes any"
         with self._annotate("Mask"):
             sequences = self.scheduler.masked_sequences(step.plan)
             masks, failed = masks_of(self._constraints, sequences, self.runner.info.vocab_size)
@@ -368,7 +374,7 @@ class EngineCore:
 
     def _add(self, request: EngineRequest) -> list[FromEngine]:
         try:
-            constrained = self._constraints is not None and self._constraints.constrains(request)
+            constrained = self._constraints.constrains(request)
             wants = Wants.MASK if constrained else Wants.NONE
             self.scheduler.add(request, wants if request.logprobs is None else wants | Wants.LOGPROBS)
         except ValueError as error:

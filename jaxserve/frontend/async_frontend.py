@@ -311,6 +311,7 @@ class AsyncFrontEnd:
             self._timer.cancel()
         self._watch_timer.cancel()
         self._workers.close()
+        self._reader.stop()
         return await self._loop.run_in_executor(None, self._reader.close, end_seconds)
 
     def kill(self) -> None:
@@ -319,7 +320,7 @@ class AsyncFrontEnd:
 
     def _check_accepting(self, prompt: str | Sequence[int], params: SamplingParams, options: RequestOptions) -> None:
         self._check_open()
-        self._core.check_accepting(params, options, self._core.preparation.least_tokens(prompt))
+        self._core.check_accepting(params, options, self._core.preparation.least_tokens(prompt, params))
 
     def _check_open(self) -> None:
         if self._closing:

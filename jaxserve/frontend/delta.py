@@ -105,8 +105,10 @@ class Delta:
         cause: set when finish_reason is ABORT, DEADLINE or ERROR.
         stop_string: the stop string that ended the output.
         prompt_tokens: of the whole prompt.
+        truncated_tokens: cut off the beginning of the prompt, as truncate_prompt_tokens asks; not in prompt_tokens.
         cached_tokens: of the whole prompt.
         output_tokens: so far, these included.
+        index: of the sample.
         logprobs: of token_ids, where the request wants them.
         prompt_logprobs: of the prompt, where the request wants them; with its first delta that has any content.
     """
@@ -122,5 +124,7 @@ class Delta:
     output_tokens: int = 0
     cached_tokens: int = 0
     owner: str = ""
+    truncated_tokens: int = 0
+    index: int = 0
     logprobs: LogprobColumns | None = None
     prompt_logprobs: PromptLogprobs | None = None

@@ -240,6 +240,7 @@ class FrontEnd:
             options=prepared.options,
             arrival_time=now,
             needed_tokens=_needed_tokens(prepared, stop_token_ids),
+            bad_words_token_ids=prepared.bad_words_token_ids,
             logprobs=self._limits.resolved_logprobs(params.logprobs),
             prompt_logprobs=self._limits.resolved_logprobs(params.prompt_logprobs),
             prompt_logprobs_start=prepared.prompt_logprobs_start,
@@ -253,6 +254,7 @@ class FrontEnd:
         if self._admission is not None:
             ticket = self._admission.accept(options.tenant, num_tokens, params.max_tokens, now, deadline=deadline)
         opened = OpenRequest(owner, request_id, request.request_id, num_tokens, deadline, output, ticket)
+        opened.truncated_tokens = prepared.truncated_tokens
         if request.logprobs is not None or request.prompt_logprobs is not None:
             opened.logprobs = LogprobQueue(request)
         if self._metrics is not None:
@@ -262,14 +264,21 @@ class FrontEnd:
 
     def _output(self, prepared: Prepared, stop_token_ids: tuple[int, ...]) -> OutputState:
         prompt, params, shown, generated = prepared.prompt_token_ids, prepared.params, None, None
-        if self._tokenizer is not None:
-            shown = self._tokenizer.detokenizer(prompt)
-            if params.stop:
+        if self._tokenizer is not None and params.detokenize:
+            shown = self._tokenizer.detokenizer(
+                prompt,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+            )
+            if params.stop and params.skip_special_tokens:
                 generated = self._tokenizer.detokenizer(prompt, skip_special_tokens=False)
+        include_stop = params.include_stop_str_in_output
         if (hit := self._detokenize_hit) is not None:
             name = prepared.request_id
-            return FaultyOutput(shown, generated, params.stop, params.min_tokens, stop_token_ids, lambda: hit((name,)))
-        return OutputState(shown, generated, params.stop, params.min_tokens, stop_token_ids)
+            return FaultyOutput(
+                shown, generated, params.stop, params.min_tokens, stop_token_ids, include_stop, lambda: hit((name,))
+            )
+        return OutputState(shown, generated, params.stop, params.min_tokens, stop_token_ids, include_stop)
 
     def abort(
         self,
@@ -410,6 +419,7 @@ class FrontEnd:
             output_tokens=opened.output.num_tokens,
             cached_tokens=opened.cached_tokens,
             owner=opened.owner,
+            truncated_tokens=opened.truncated_tokens,
             logprobs=None if queue is None else queue.take(len(token_ids)),
             prompt_logprobs=None if queue is None else queue.take_prompt(),
         )

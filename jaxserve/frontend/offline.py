@@ -20,8 +20,10 @@ from jaxserve.request import FinishReason
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRequest:
-    """Holds a finished request. error: one line when finish_reason is ERROR, ABORT or DEADLINE. logprobs: of its token
-    ids, prompt_logprobs: of its prompt, where it wants them and they are there."""
+    """Holds a finished request. error: one line when finish_reason is ERROR, ABORT or DEADLINE. num_truncated_tokens:
+    cut off the prompt, which prompt_token_ids do not have. logprobs: of its token ids, prompt_logprobs: of its prompt,
+    where it wants them and they are there.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -30,6 +32,7 @@ class FinishedRequest:
     finish_reason: FinishReason
     error: str
     num_cached_tokens: int
+    num_truncated_tokens: int = 0
     logprobs: LogprobColumns | None = None
     prompt_logprobs: PromptLogprobs | None = None
 
@@ -58,6 +61,7 @@ class _Collected:
             finish_reason=delta.finish_reason,
             error=delta.error,
             num_cached_tokens=delta.cached_tokens,
+            num_truncated_tokens=delta.truncated_tokens,
             logprobs=LogprobColumns.joined(self.logprobs) if self.logprobs else None,
             prompt_logprobs=self.prompt_logprobs,
         )

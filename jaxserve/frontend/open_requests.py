@@ -16,7 +16,7 @@ class OpenRequest:
     """Tracks a request without its last delta.
 
     engine_id: its name in messages (see `OpenRequests.engine_id`). ticket: of the admission, where there is one.
-    life: counts it. logprobs: those of its tokens, where it wants any.
+    life: counts it. truncated_tokens: cut off its prompt. logprobs: those of its tokens, where it wants any.
     """
 
     owner: str
@@ -28,6 +28,7 @@ class OpenRequest:
     ticket: Ticket | None = None
     cached_tokens: int = 0
     life: RequestLife = UNCOUNTED
+    truncated_tokens: int = 0
     logprobs: LogprobQueue | None = None
 
 

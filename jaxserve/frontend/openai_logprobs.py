@@ -6,10 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxserve.config.shown import shown
 from jaxserve.frontend.delta import PromptLogprobs
 from jaxserve.frontend.logprob_outputs import position_logprobs
-from jaxserve.frontend.openai_checks import checked_flag
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import SAMPLING_FIELDS
@@ -17,33 +15,23 @@ from jaxserve.request import SAMPLING_FIELDS
 LEAST = -9999.0
 """What a log-probability of minus infinity, which JSON does not have, is shown as; vLLM's."""
 
-ECHO_ONLY = {"max_tokens": 1}
-"""Sampling parameters of a completion that shows its prompt alone (`echo` with `max_tokens` 0): what is drawn is left
-out."""
+
+def asks_for_nothing(fields: Mapping[str, Any]) -> bool:
+    """Tells whether a completion asks for no output: with `echo` its prompt is then shown alone."""
+    return fields.get("max_tokens") == 0 and fields["max_tokens"] is not False
 
 
-def completion_logprobs(fields: Mapping[str, Any], echo: bool) -> dict[str, Any]:
-    """Returns the sampling parameters that a completion's fields ask for. Raises ValueError naming the field."""
-    values = {name: fields[name] for name in ("logprobs", "prompt_logprobs") if name in fields}
-    if values.get("logprobs") is False:
-        del values["logprobs"]
-    if echo and "logprobs" in values:
-        values.setdefault("prompt_logprobs", values["logprobs"])
-    return values
+def with_echo(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a completion that shows its prompt: with `logprobs` it wants those of the prompt, too.
 
-
-def chat_logprobs(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Does the same for a chat completion."""
-    values = {name: fields[name] for name in ("prompt_logprobs",) if name in fields}
-    wanted = checked_flag("logprobs", fields.get("logprobs", False))
-    top = fields.get("top_logprobs", 0)
-    if isinstance(top, bool) or not isinstance(top, int):
-        raise ValueError(f"top_logprobs is {shown(top)}; it must be a whole number")
-    if top < -1:
-        raise ValueError(f"top_logprobs is {shown(top)}; it must be at least -1")
-    if top and not wanted:
-        raise ValueError(f"top_logprobs is {shown(top)}; it needs logprobs: set logprobs to true")
-    return values | ({"logprobs": top} if wanted else {})
+    Where it asks for nothing else, one token is drawn, to be left out.
+    """
+    found = dict(fields)
+    if asks_for_nothing(fields):
+        found["max_tokens"] = 1
+    if found.get("logprobs") is not None and found["logprobs"] is not False:
+        found.setdefault("prompt_logprobs", found["logprobs"])
+    return found
 
 
 def check_prompt_logprobs(fields: Mapping[str, Any], stream: bool) -> None:

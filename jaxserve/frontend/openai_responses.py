@@ -11,8 +11,11 @@ from jaxserve.frontend.openai import CHAT_URL
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Holds what one prompt was answered with; prompt_token_ids, logprobs and prompt_logprobs (as `LogprobShapes` makes
-    them): None where the response does not show them."""
+    """Holds what one prompt was answered with.
+
+    prompt_token_ids, logprobs and prompt_logprobs (as `LogprobShapes` makes them): None where the response does not
+    show them. truncated_tokens: cut off the prompt.
+    """
 
     text: str
     finish_reason: str
@@ -21,6 +24,7 @@ class Answer:
     cached_tokens: int
     token_ids: Sequence[int] | None = None
     prompt_token_ids: Sequence[int] | None = None
+    truncated_tokens: int = 0
     logprobs: dict[str, Any] | None = None
     prompt_logprobs: list[Any] | None = None
 
@@ -55,14 +59,20 @@ def response_body(url: str, request_id: object, model: str, created: int, answer
 
 
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Builds the usage object of a request with these answers."""
+    """Builds the usage object of a request with these answers.
+
+    Where tokens were cut off prompts, it has their number, which is an addition to OpenAI's fields.
+    """
     prompt_tokens = sum(answer.prompt_tokens for answer in answers)
     output_tokens = sum(answer.output_tokens for answer in answers)
+    details = {"cached_tokens": sum(answer.cached_tokens for answer in answers)}
+    if truncated := sum(answer.truncated_tokens for answer in answers):
+        details["truncated_tokens"] = truncated
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": output_tokens,
         "total_tokens": prompt_tokens + output_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(answer.cached_tokens for answer in answers)},
+        "prompt_tokens_details": details,
     }
 
 

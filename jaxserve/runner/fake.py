@@ -7,6 +7,7 @@ so a wrong page, a stale slot or a missing write changes the tokens (or fails), 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,6 +38,7 @@ def next_token(
         total += 13 * request.seed
     for token in ((total + more) % vocab_size for more in range(vocab_size)):
         forbidden = suppress_stop and token in request.stop_token_ids
+        forbidden |= request.allowed_token_ids is not None and token not in request.allowed_token_ids
         if not forbidden and (mask is None or mask[token // 32] >> np.uint32(token % 32) & 1):
             return token
     return NOTHING_ALLOWED
@@ -127,6 +129,8 @@ class FakeRunner:
         for write in plan.table_writes:
             assert write.group < self._num_groups, f"group {write.group} does not exist"
             self._table(write.group, write.slot).update(enumerate(write.pages, start=write.first))
+        for write in plan.penalty_writes:
+            self._penalties[write.row] = set(write.prompt_token_ids), Counter(write.output_token_ids)
         self._unsampled = FakeStep(plan, {row.slot: self._decode(row) for row in plan.decodes.rows()})
         for row in plan.chunks:
             self._prefill(row)
@@ -173,6 +177,8 @@ class FakeRunner:
         self._tables: dict[tuple[int, int], dict[int, int]] = {}  # of a group and slot: page by index
         self._requests: dict[int, EngineRequest] = {}
         self._last: dict[int, int] = {}
+        self._penalties: dict[int, tuple[set[int], Counter[int]]] = {}  # of a row: prompt's ids, output's counts
+        self._penalty_rows: dict[int, int | None] = {}  # of a slot
         self._lengths: dict[int, int] = {}  # tokens of each slot that are computed, and were not wrong guesses
         self._unsampled: FakeStep | None = None
 
@@ -200,6 +206,7 @@ class FakeRunner:
     def _prefill(self, row: RowPlan) -> None:
         if row.admit is not None:
             self._requests[row.slot] = row.admit
+            self._penalty_rows[row.slot] = row.penalty_row
         self._write(row, row.start, row.token_ids)
         self._lengths[row.slot] = row.start + row.num_tokens
 
@@ -251,8 +258,21 @@ class FakeRunner:
     def _sample(self, slot: int, position: int, suppress_stop: bool, mask: np.ndarray | None = None) -> int:
         context = self._read(slot, position)
         token = next_token(context, self._requests[slot], suppress_stop, self.info.vocab_size, mask)
+        self._penalize(slot, context, [token])
         self._last[slot] = token
         return token
+
+    def _penalize(self, slot: int, context: Sequence[int], drawn: Sequence[int]) -> None:
+        """Counts drawn tokens in the row of a request with penalties, which must hold those before them."""
+        request, row = self._requests[slot], self._penalty_rows[slot]
+        assert request.penalized == (row is not None), f"{request.request_id} has the penalty row {row}"
+        if row is None:
+            return
+        split = len(request.prompt_token_ids)
+        prompt, counts = self._penalties[row]
+        assert prompt == set(context[:split]), f"row {row} of {request.request_id} has the ids of another prompt"
+        assert counts == Counter(context[split:]), f"row {row} of {request.request_id} has counts of another output"
+        counts.update(token for token in drawn if token >= 0)
 
     def _sample_guesses(self, row: RowPlan, tokens: tuple[int, ...], mask: np.ndarray | None) -> tuple[list[int], int]:
         """Samples after every token of a decoding row, and counts the accepted samples: the first, and each after a
@@ -263,6 +283,7 @@ class FakeRunner:
         held = 1
         while held < len(tokens) and tokens[held] == sampled[held - 1]:
             held += 1
+        self._penalize(row.slot, contexts[0], sampled[:held])
         self._lengths[row.slot] = start + held
         self._last[row.slot] = sampled[held - 1]
         return sampled, held

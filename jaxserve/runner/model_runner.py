@@ -19,16 +19,41 @@ from jaxserve.kv_cache.page_pool import PageCopy, PageState
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.planning.step_cost_models import FittedCosts
 from jaxserve.programs.compiler import CompilationCounter, CompileMissError, ProgramSet
+from jaxserve.programs.layout import PENALTY_RUNS
 from jaxserve.programs.state_programs import mask_words
-from jaxserve.programs.step_programs import MASK_WRITE, TABLE_WRITE, ProgramKey, Shapes, program_keys
+from jaxserve.programs.step_programs import (
+    MASK_WRITE,
+    OPTION_WRITE,
+    TABLE_WRITE,
+    ProgramKey,
+    Shapes,
+    program_keys,
+)
 from jaxserve.programs.swap_programs import copy_blocks, way
 from jaxserve.runner.engine_startup import Startup
-from jaxserve.runner.packing import ForwardPacker, SamplePacker, mask_vectors, score_vectors, table_vectors
+from jaxserve.runner.packing import (
+    ForwardPacker,
+    SamplePacker,
+    mask_vectors,
+    option_vectors,
+    penalty_vectors,
+    score_vectors,
+    table_vectors,
+    unused_option_vector,
+)
 from jaxserve.runner.protocol import StepNotStartedError
 from jaxserve.runner.step_cost_model import step_costs
 from jaxserve.runner.step_timing import measure_steps
 from jaxserve.runner.swap_timing import measure, swap_copies
-from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, PageTableWrite, Scores, StepPlan, StepResult
+from jaxserve.scheduler.plan import (
+    NO_DECODES,
+    NO_SAMPLES,
+    PageTableWrite,
+    PenaltyWrite,
+    Scores,
+    StepPlan,
+    StepResult,
+)
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.telemetry.startup_spans import StartupSpans
 
@@ -42,10 +67,17 @@ class _Call(NamedTuple):
     vector: np.ndarray
 
 
-class _Calls(NamedTuple):
-    """Holds the calls of a step's programs: of page-table writes, forward, sample (None without samples) and score."""
+class _Writes(NamedTuple):
+    """Holds the calls that write a step's state before its forward program: to slots, and to penalty rows."""
 
-    tables: list[_Call]
+    slots: list[_Call]
+    penalties: list[_Call]
+
+
+class _Calls(NamedTuple):
+    """Holds the calls of a step's programs: of the writes before it, forward, sample (None without samples), score."""
+
+    writes: _Writes
     forward: _Call
     sample: _Call | None
     scores: list[_Call]
@@ -145,8 +177,7 @@ class ModelRunner:
                 begun = bool(plan.copies)
                 self._copy(plan.copies)
                 copied, begun = begun, False
-                for call in calls.tables:
-                    arrays.slots = call.program(arrays.slots, call.vector)
+                self._write(calls.writes)
                 self._fail_at("enqueue", plan)
                 self._forward(calls.forward)
                 self._fail_at("execute", plan, lose=True)
@@ -187,8 +218,8 @@ class ModelRunner:
         """Returns the exception to raise for an error during dispatch: the error itself when the step must not be
         retried.
 
-        Computing the same tokens a second time writes the same keys and values, as do page tables and masks; copying
-        pages twice does not.
+        Computing the same tokens a second time writes the same keys and values, as do page tables, options and masks,
+        and penalty rows, which are emptied first; copying pages twice does not.
         """
         if begun or not self._arrays.intact:
             return error
@@ -227,11 +258,25 @@ class ModelRunner:
         for block in copy_blocks(plan.copies):
             for kind in way(block[0]):
                 self._program(ProgramKey(kind, len(block)))
-        vectors = table_vectors(plan.table_writes, self._shapes.num_slots)
-        tables = [_Call(self._program(TABLE_WRITE), vector) for vector in vectors]
+        tables = table_vectors(plan.table_writes, self._shapes.num_slots)
+        slots = [_Call(self._program(TABLE_WRITE), vector) for vector in tables]
+        slots += [_Call(self._program(OPTION_WRITE), vector) for vector in option_vectors(plan.chunks)]
+        penalties = self._penalty_calls(plan.penalty_writes)
         forward = self._forward_call(self._shapes.forward_key(plan), plan)
         sample = self._sample_call(plan.row_bucket, plan) if plan.row_bucket else None
-        return _Calls(tables, forward, sample, self._score_calls(plan.scores) if len(plan.scores) else [])
+        scores = self._score_calls(plan.scores) if len(plan.scores) else []
+        return _Calls(_Writes(slots, penalties), forward, sample, scores)
+
+    def _penalty_calls(self, writes: Sequence[PenaltyWrite]) -> list[_Call]:
+        vectors = penalty_vectors(writes)
+        return [_Call(self._program(ProgramKey("penalty_write", size)), vector) for size, vector in vectors]
+
+    def _write(self, writes: _Writes) -> None:
+        arrays = self._arrays
+        for call in writes.slots:
+            arrays.slots = call.program(arrays.slots, call.vector)
+        for call in writes.penalties:
+            arrays.penalties = call.program(arrays.penalties, call.vector)
 
     def _forward_call(self, key: ProgramKey, plan: StepPlan) -> _Call:
         key = self._programs.standing_in(key)
@@ -254,8 +299,8 @@ class ModelRunner:
     def _sample(self, call: _Call) -> tuple[jax.Array, jax.Array]:
         """Starts the sample program; returns ids and log-probabilities."""
         arrays = self._arrays
-        arrays.slots, ids, logprobs = call.program(
-            self._weights.params, arrays.slots, arrays.hidden, arrays.masks, call.vector
+        arrays.slots, arrays.penalties, ids, logprobs = call.program(
+            self._weights.params, arrays.slots, arrays.hidden, arrays.masks, arrays.penalties, call.vector
         )
         return ids, logprobs
 
@@ -324,6 +369,9 @@ class ModelRunner:
             self._score(call).block_until_ready()
         (vector,) = table_vectors([PageTableWrite(0, padding, 0, (0,))], padding)
         arrays.slots = self._program(TABLE_WRITE)(arrays.slots, vector)
+        arrays.slots = self._program(OPTION_WRITE)(arrays.slots, unused_option_vector(padding))
+        unused = [PenaltyWrite(self._shapes.num_penalty_rows, (0,) * size, ()) for size in PENALTY_RUNS]
+        self._write(_Writes([], self._penalty_calls(unused)))
         (vector,) = mask_vectors(np.array([padding]), np.zeros((1, self._no_masks.shape[1]), np.uint32), padding)
         arrays.masks = self._program(MASK_WRITE)(arrays.masks, vector)
         for size in self._shapes.swap_sizes:

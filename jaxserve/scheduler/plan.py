@@ -45,6 +45,20 @@ def table_writes(group: int, slot: int, pages: Sequence[int]) -> list[PageTableW
 
 
 @dataclasses.dataclass(frozen=True)
+class PenaltyWrite:
+    """Makes a penalty row that of one sequence, before the sample program: it then has the ids of the prompt and counts
+    those of the output, and nothing else.
+
+    row: its number. The steps add the ids that they draw themselves, so that only a sequence that gets its slot needs
+    this: a new one, or one that comes back.
+    """
+
+    row: int
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class RowPlan:
     """Describes one request's share of a step.
 
@@ -55,7 +69,8 @@ class RowPlan:
     whose id only the device may know yet.
     first_new_page, new_pages: the pages allocated for this step and the page-table index of the first of them.
     admit: set in the step that gives the request its slot; its sampling parameters are written there.
-    count: tokens of a decoding row, as in `DecodeRows`.
+    count: tokens of a decoding row, as in `DecodeRows`. penalty_row: with `admit`, the row of its penalties; None where
+    it has none.
     """
 
     request_id: str
@@ -67,6 +82,7 @@ class RowPlan:
     new_pages: tuple[int, ...]
     admit: EngineRequest | None
     count: int = 1
+    penalty_row: int | None = None
 
     @property
     def decodes(self) -> bool:
@@ -271,8 +287,8 @@ class StepPlan:
 
     token_bucket: tokens of the forward program. row_bucket: rows of the sample program; 0 when nothing is sampled.
     copies: page copies, executed in order before the rest of the step: a page freed by one may be filled by a later one
-    or by the step itself. table_writes: applied after the copies and before the forward program. scores: prompt tokens
-    whose log-probabilities are wanted.
+    or by the step itself. table_writes, penalty_writes: applied after the copies and before the forward program.
+    scores: prompt tokens whose log-probabilities are wanted.
     """
 
     step: int
@@ -284,6 +300,7 @@ class StepPlan:
     num_tokens: int
     copies: tuple[PageCopy, ...] = ()
     table_writes: tuple[PageTableWrite, ...] = ()
+    penalty_writes: tuple[PenaltyWrite, ...] = ()
     scores: Scores = NO_SCORES
 
     @property
@@ -336,8 +353,8 @@ class StepPlan:
     def parts(self, most_rows: int, buckets: Buckets) -> list[StepPlan]:
         """Splits the plan into steps of at most `most_rows` rows, to be run one after another.
 
-        The first part makes the page copies and page-table writes. Rows and samples keep their order, so concatenating
-        the ids of the parts gives those of the step.
+        The first part makes the page copies and the writes to page tables and penalty rows. Rows and samples keep their
+        order, so concatenating the ids of the parts gives those of the step.
 
         Args:
             most_rows: maximum number of rows of one part.
@@ -363,6 +380,7 @@ class StepPlan:
                     num_tokens=num_tokens,
                     copies=() if parts else self.copies,
                     table_writes=() if parts else self.table_writes,
+                    penalty_writes=() if parts else self.penalty_writes,
                     scores=scores,
                 )
             )

@@ -19,7 +19,8 @@ class Sequence:
     next_scored: index of the first prompt token that no dispatched step scores, where the request wants
     log-probabilities of its prompt. scores: those that the host has read and not handed on.
     pages: of the device, in the order of the table; reserved: pages held for it beyond them; host_pages: those of a
-    swapped sequence.
+    swapped sequence. penalized: it needs a penalty row; penalty_row: the one that it holds while it runs. parked: its
+    queue does not offer it, since no row is free.
     """
 
     def __init__(self, request: EngineRequest, order: int, expected_output: float = 1.0):
@@ -43,6 +44,9 @@ class Sequence:
         self.reserved: list[int] = []
         self.host_pages: list[int] = []
         self.slot: int | None = None
+        self.penalized = request.penalized
+        self.penalty_row: int | None = None
+        self.parked = False
         self.next_scored = request.prompt_logprobs_start
         self.scores: list[LogprobColumns] = []
 

@@ -15,12 +15,12 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from jaxserve.request import SamplingParams
 from jaxserve.serving.clients.client_credentials import Credentials
 from jaxserve.serving.clients.client_results import (
     Chunk,
     Completion,
     Conversation,
+    Params,
     Prompt,
     TokenLogprob,
     Usage,
@@ -40,7 +40,7 @@ _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 
 
 def generate_request(
     prompt: Prompt,
-    params: SamplingParams | None = None,
+    params: Params = None,
     *,
     request_id: str = "",
     tenant: str = "",
@@ -52,7 +52,7 @@ def generate_request(
 
     Args:
         prompt: text, token ids, or a conversation.
-        params: None leaves every choice to the server.
+        params: all sampling parameters; a mapping of some, or None, leaves the others to the server.
         deadline: Unix seconds.
 
     The other arguments are the fields of the proto.
@@ -110,7 +110,7 @@ class Client:
     def generate(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         **fields: Any,
@@ -129,13 +129,13 @@ class Client:
     def generate_text(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         **fields: Any,
     ) -> Completion:
         """Returns the complete response; arguments as for `generate`."""
-        return join(list(self.generate(prompt, params, timeout=timeout, **fields)))
+        return join(list(self.generate(prompt, params, timeout=timeout, **fields)), params)
 
     def abort(self, request_id: str) -> bool:
         """Aborts a request; False when no unfinished one has this id."""
@@ -211,7 +211,7 @@ class AsyncClient:
     async def generate(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         **fields: Any,
@@ -230,13 +230,13 @@ class AsyncClient:
     async def generate_text(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         **fields: Any,
     ) -> Completion:
         """Returns the complete response; arguments as for `generate`."""
-        return join([chunk async for chunk in self.generate(prompt, params, timeout=timeout, **fields)])
+        return join([chunk async for chunk in self.generate(prompt, params, timeout=timeout, **fields)], params)
 
     async def abort(self, request_id: str) -> bool:
         """Aborts a request; False when no unfinished one has this id."""
@@ -283,7 +283,8 @@ class AsyncClient:
 def _chunk(response: pb.GenerateResponse) -> Chunk:
     usage = None
     if response.HasField("usage"):
-        usage = Usage(response.usage.prompt_tokens, response.usage.output_tokens, response.usage.cached_tokens)
+        counts = response.usage
+        usage = Usage(counts.prompt_tokens, counts.output_tokens, counts.cached_tokens, counts.truncated_tokens)
     reason = convert.reason_from_proto(response.finish_reason)
     logprobs, prompt_logprobs = map(_logprobs, (response.logprobs, response.prompt_logprobs))
     return Chunk(

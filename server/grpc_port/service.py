@@ -20,6 +20,7 @@ import jaxserve
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.engine.messages import EngineReady, EngineStats
+from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.request import FinishReason, ModelLimits, SamplingParams
 from jaxserve.serving.grpc_port import convert
@@ -100,7 +101,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         frontend = self._served.accepting()
         is_chat = request.WhichOneof("prompt") == "messages"
         with self._served.rejections():
-            params = convert.params_from_proto(request.sampling_params)
+            params = convert.params_from_proto(request.sampling_params, frontend.ready.sampling_defaults)
             messages = convert.messages_from_proto(request) if is_chat else ()
             prompt = "" if is_chat else convert.prompt_from_proto(request)
         if not is_chat:
@@ -123,16 +124,21 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         )
         per_token = bytes_per_token(params, frontend.ready.limits)
         context.set_backlog(lambda: stream.num_unread * per_token)
+        updates, blocks = OutputUpdates(params.output_kind), iter(())
         async with stream:  # left early, it aborts the request
             async for delta in stream:
                 if delta.prompt_logprobs is not None:
-                    for block in convert.prompt_logprobs_to_proto(delta.prompt_logprobs):
-                        await context.write(pb.GenerateResponse(request_id=delta.request_id, prompt_logprobs=block))
+                    blocks = convert.prompt_logprobs_to_proto(delta.prompt_logprobs)
+                update = updates.of(delta)
+                if update is None:
+                    continue
+                for block in blocks:
+                    await context.write(pb.GenerateResponse(request_id=delta.request_id, prompt_logprobs=block))
                 if delta.finish_reason is FinishReason.DEADLINE:  # what there is until then is not lost
-                    await context.write(_response(delta))
+                    await context.write(_response(update))
                 if delta.finish_reason is not None:
                     check_delta(delta)
-                await context.write(_response(delta))
+                await context.write(_response(update))
 
     @errors_as_status
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
@@ -260,4 +266,5 @@ def _response(delta: Any) -> pb.GenerateResponse:
         response.usage.prompt_tokens = delta.prompt_tokens
         response.usage.output_tokens = delta.output_tokens
         response.usage.cached_tokens = delta.cached_tokens
+        response.usage.truncated_tokens = delta.truncated_tokens
     return response

@@ -72,7 +72,7 @@ class ChoiceEvents:
         self._shows_all = shows_all or token_ids or logprobs is not None
         self._token_ids = token_ids
         self._logprobs = logprobs
-        self._offset = 0  # length of the spelled tokens shown
+        self._base = self._offset = 0  # lengths of the spelled tokens of the prompt, and of all that are shown
 
     def of(self, delta: Delta) -> bytes:
         """Returns the event of a delta; empty for one that has nothing to show."""
@@ -90,6 +90,8 @@ class ChoiceEvents:
         ids = b',"token_ids":' + _encode(delta.token_ids) if self._token_ids else b""
         logprobs = b"null"
         if self._logprobs is not None and delta.logprobs is not None and delta.token_ids:
+            if len(delta.token_ids) == delta.output_tokens:  # the whole output so far
+                self._offset = self._base
             logprobs = _encode(self._logprobs.of(delta.logprobs, delta.token_ids, self._offset))
             self._offset += self._logprobs.length(delta.token_ids)
         end = b',"finish_reason":' + _encode(reason) + ids + b"}"
@@ -101,5 +103,5 @@ class ChoiceEvents:
         if self._logprobs is None or prompt is None:
             return self._first + _encode(text) + self._middle
         logprobs = _encode(self._logprobs.of(LogprobColumns.unknown(0, 0), (), prompt=prompt))
-        self._offset += self._logprobs.length(prompt.token_ids)
+        self._base = self._offset = self._logprobs.length(prompt.token_ids)
         return self._first + _encode(text) + self._close + logprobs + b',"finish_reason":null}' + self._behind

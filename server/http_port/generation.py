@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -20,6 +20,7 @@ from jaxserve.frontend.delta_stream import DeltaStream
 from jaxserve.frontend.openai import COMPLETIONS_URL, BodyRequest, Dialect, parse_body
 from jaxserve.frontend.openai_logprobs import LogprobShapes
 from jaxserve.frontend.openai_responses import Answer, response_body
+from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import FinishReason, check_identity, check_logprobs
 from jaxserve.serving.access.request_headers import request_options
@@ -76,7 +77,11 @@ class Generation:
         request_id = exchange.request_id()
         exchange.add_header(REQUEST_ID, request_id)
         frontend = self._served.accepting()
-        body = await exchange.read_json(frontend, self._parse, lambda found: self._check_structure(frontend, found))
+        body = await exchange.read_json(
+            frontend,
+            lambda body: self._parse(body, frontend.ready.sampling_defaults),
+            lambda found: self._check_structure(frontend, found),
+        )
         if body.request_id is not None:
             request_id = _renamed(exchange, body.request_id)
         with self._served.rejections():
@@ -89,13 +94,16 @@ class Generation:
                 await run.submit(open_streams)
                 await (run.stream() if body.stream else run.complete())
 
-    def _parse(self, body: dict[str, object]) -> BodyRequest:
+    def _parse(self, body: dict[str, object], defaults: Mapping[str, int | float]) -> BodyRequest:
         with self._served.rejections():
-            return parse_body(self._url, body, self._dialect)
+            return parse_body(self._url, body, self._dialect, defaults)
 
     def _check_structure(self, frontend: AsyncFrontEnd, found: Structure) -> None:
-        """Refuses a completion of a text that is certainly too long, undecoded. A template may shorten a chat."""
-        if self._url == COMPLETIONS_URL:
+        """Refuses a completion of a text that is certainly too long, undecoded, unless it may be there to be truncated.
+
+        A template may shorten a chat.
+        """
+        if self._url == COMPLETIONS_URL and b'"truncate_prompt_tokens"' not in found.data:
             frontend.check_text_bytes(found.longest_text)
 
     def _warn(self, exchange: Exchange, unknown: Sequence[str]) -> None:
@@ -134,8 +142,12 @@ class _Run:
         self._request = request
         self._request_id = request_id
         self._created = int(time.time())
-        self._has_text = frontend.tokenizer is not None
-        self._shapes = LogprobShapes(frontend.tokenizer, chat=request.chat is not None, as_ids=request.tokens_as_ids)
+        self._has_text = frontend.tokenizer is not None and request.params.detokenize
+        self._shapes = LogprobShapes(
+            frontend.tokenizer if request.params.detokenize else None,
+            chat=request.chat is not None,
+            as_ids=request.tokens_as_ids,
+        )
         self._sending = asyncio.Lock()
         self._streams: list[DeltaStream] = []
         self._echoes: list[str] = []
@@ -234,7 +246,14 @@ class _Run:
     def _answer(self, last: Delta) -> Answer:
         """Returns the answer that ends with a delta, without its content."""
         assert last.finish_reason is not None  # a stream ends with one
-        return Answer("", last.finish_reason.value, last.prompt_tokens, last.output_tokens, last.cached_tokens)
+        return Answer(
+            "",
+            last.finish_reason.value,
+            last.prompt_tokens,
+            last.output_tokens,
+            last.cached_tokens,
+            truncated_tokens=last.truncated_tokens,
+        )
 
     # ---- streamed ------------------------------------------------------------------------------------------------
 
@@ -261,6 +280,7 @@ class _Run:
     async def _pump(self, index: int, events: ChoiceEvents) -> Answer:
         """Sends the events of one choice to its end."""
         send, last = self._send, None
+        updates = OutputUpdates(self._request.params.output_kind)
         async for whole in self._streams[index]:
             delta = self._shown(whole)
             if delta.finish_reason is not None:
@@ -268,7 +288,8 @@ class _Run:
             if last is None and self._echoes:
                 await send(events.echo(self._echoes[index], delta.prompt_logprobs))
             last = delta
-            if data := events.of(delta):
+            update = updates.of(delta)
+            if update is not None and (data := events.of(update)):
                 await send(data)
         assert last is not None  # a stream has at least the delta that ends it
         return self._answer(last)

@@ -14,6 +14,7 @@ from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION
 from jaxserve.planning.reports.inspection import ProgramReport
 from jaxserve.planning.reports.markdown import render
 from jaxserve.programs.aot import plugin
+from jaxserve.programs.layout import PENALTY_RUNS
 from jaxserve.programs.target_devices import TARGET_DIRECTORY, Target, known_targets, load_target, target_mesh
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
@@ -57,8 +58,9 @@ def test_bundle_and_report_for_an_h200(config, tmp_path, capsys):
     report = json.loads((output / "report.json").read_text())
     assert report["problems"] == []
     programs = {(program["kind"], program["size"]): program for program in report["programs"]}
-    steps, writes = ("decode", "forward", "sample", "score"), (("table_write", 64), ("mask_write", 8))
-    assert set(programs) == {*((kind, 8) for kind in steps), *writes}
+    penalty_writes = {("penalty_write", size) for size in PENALTY_RUNS}
+    writes = {("table_write", 64), ("option_write", 1), ("mask_write", 8), *penalty_writes}
+    assert set(programs) == {*((kind, 8) for kind in ("decode", "forward", "sample", "score")), *writes}
     for (kind, _), program in programs.items():
         writes = kind in ("table_write", "mask_write")
         assert program["command_buffers"] == (0 if writes else 1)  # one kernel is no graph

@@ -24,7 +24,7 @@ from jaxserve.planning.reports.traffic import pool_copies, program_traffic
 from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.programs.aot import hlo, plugin
 from jaxserve.programs.compiler import compiler_options, fresh_compilations
-from jaxserve.programs.step_programs import MASK_WRITE, TABLE_WRITE, ProgramKey
+from jaxserve.programs.step_programs import MASK_WRITE, OPTION_WRITE, TABLE_WRITE, ProgramKey
 from jaxserve.programs.target_devices import Target, load_target, target_mesh
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
@@ -177,7 +177,11 @@ def test_swaps_move_their_pages_alone(kind, dtype, mesh, target):
     assert (report.alias_bytes >= report.pool_bytes) == (kind == "swap_in")
 
 
-@pytest.mark.parametrize("key", [TABLE_WRITE, MASK_WRITE, ProgramKey("sample", 8)], ids=lambda key: key.kind)
+@pytest.mark.parametrize(
+    "key",
+    [TABLE_WRITE, OPTION_WRITE, MASK_WRITE, ProgramKey("penalty_write", 512), ProgramKey("sample", 8)],
+    ids=lambda key: key.kind,
+)
 def test_what_a_step_needs_beside_its_forward_program_touches_no_pool(key, mesh, target):
     shapes = dataclasses.replace(resolve_shapes(CONFIG, "gpu"), num_pages=4096)
     with fresh_compilations():

@@ -16,7 +16,7 @@ from jaxserve.engine.constraints import pack_mask
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import AddRequest, outputs
 from jaxserve.models.config import ModelConfig
-from jaxserve.programs.step_programs import MASK_WRITE, TABLE_WRITE, ProgramKey
+from jaxserve.programs.step_programs import MASK_WRITE, OPTION_WRITE, TABLE_WRITE, ProgramKey
 from jaxserve.request import EngineRequest
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.runner.model_runner import ModelRunner
@@ -255,9 +255,14 @@ def test_masks_of_another_shape_are_refused(runner):
         runner.dispatch_sample(plan, np.zeros((1, 4), np.uint32))
 
 
-@pytest.mark.parametrize("key", [TABLE_WRITE, MASK_WRITE, ProgramKey("sample", 8)], ids=lambda key: key.kind)
+@pytest.mark.parametrize(
+    "key",
+    [TABLE_WRITE, OPTION_WRITE, MASK_WRITE, ProgramKey("penalty_write", 512), ProgramKey("sample", 8)],
+    ids=lambda key: key.kind,
+)
 def test_what_these_programs_change_stays_in_place(runner, key):
     """Their arrays are aliased, and the sample program reads masks without taking them over."""
     slots = sum(leaf.nbytes for leaf in jax.tree.leaves(runner._arrays.slots))
-    aliased = {"table_write": slots, "mask_write": runner._arrays.masks.nbytes, "sample": slots}
-    assert runner.programs.memory[key].aliased == aliased[key.kind]
+    penalties = sum(leaf.nbytes for leaf in jax.tree.leaves(runner._arrays.penalties))
+    others = {"mask_write": runner._arrays.masks.nbytes, "penalty_write": penalties, "sample": slots + penalties}
+    assert runner.programs.memory[key].aliased == others.get(key.kind, slots)
