@@ -144,7 +144,9 @@ class LLM:
             requests.append(prepared)
         completions = self._complete(requests, use_tqdm)
         return [
-            _request_output(text, completions[request.request_id], self.get_tokenizer())
+            _request_output(
+                text, completions[request.request_id], self.get_tokenizer() if request.params.detokenize else None
+            )
             for text, request in zip(texts, requests, strict=True)
         ]
 

@@ -80,6 +80,8 @@ _OF_URL: Mapping[str, Mapping[str, Sequence[Any]]] = {
 _LABELS = ("user", "safety_identifier", "prompt_cache_key")
 """OpenAI's fields that label a request and do not affect its response."""
 
+_EVERYWHERE = ("model", "metadata", "return_tokens_as_token_ids")
+
 _STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 
 
@@ -233,15 +235,7 @@ def _neutral(url: str, dialect: Dialect) -> dict[str, Sequence[Any]]:
 
 
 def _supported(url: str, own: str, dialect: Dialect) -> set[str]:
-    names = {
-        own,
-        "model",
-        "metadata",
-        "return_tokens_as_token_ids",
-        *_LABELS,
-        *sampling_names(url == CHAT_URL),
-        *_OPTIONS,
-    }
+    names = {own, *_EVERYWHERE, *_LABELS, *sampling_names(url == CHAT_URL), *_OPTIONS}
     if url == CHAT_URL:
         names |= {"add_generation_prompt", "chat_template_kwargs"}
     if dialect.streams:

@@ -118,8 +118,10 @@ def join(chunks: Sequence[Chunk], params: Params = None) -> Completion:
 
 
 def record_of(result: Chunk | Completion) -> dict[str, Any]:
-    """Returns a result as JSON has it; log-probabilities only where there are any."""
+    """Returns a result as JSON has it; log-probabilities and truncated tokens only where there are any."""
     record = dataclasses.asdict(result)
+    if result.usage is not None and not result.usage.truncated_tokens:
+        del record["usage"]["truncated_tokens"]
     for name in ("logprobs", "prompt_logprobs"):
         if not record[name]:
             del record[name]

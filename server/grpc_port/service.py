@@ -124,8 +124,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         )
         per_token = bytes_per_token(params, frontend.ready.limits)
         context.set_backlog(lambda: stream.num_unread * per_token)
-        updates = OutputUpdates(params.output_kind)
-        prompt_logprobs = None
+        updates, prompt_logprobs = OutputUpdates(params.output_kind), None
         async with stream:  # left early, it aborts the request
             async for delta in stream:
                 prompt_logprobs = delta.prompt_logprobs or prompt_logprobs

@@ -143,7 +143,11 @@ class _Run:
         self._request_id = request_id
         self._created = int(time.time())
         self._has_text = frontend.tokenizer is not None and request.params.detokenize
-        self._shapes = LogprobShapes(frontend.tokenizer, chat=request.chat is not None, as_ids=request.tokens_as_ids)
+        self._shapes = LogprobShapes(
+            frontend.tokenizer if request.params.detokenize else None,
+            chat=request.chat is not None,
+            as_ids=request.tokens_as_ids,
+        )
         self._sending = asyncio.Lock()
         self._streams: list[DeltaStream] = []
         self._echoes: list[str] = []
