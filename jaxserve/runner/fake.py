@@ -145,15 +145,17 @@ class FakeRunner:
         masked = plan.samples.masked.tolist()
         assert len(masked) == (0 if masks is None else len(masks)), "a sample that wants a mask has none"
         mask_of = dict(zip(masked, () if masks is None else masks, strict=True))
+        slots, positions = plan.samples.slots.tolist(), plan.samples.positions.tolist()
         drawn: list[int] = []
         counts: list[int] | None = None
         if plan.decodes.counts is not None:
             counts = []
             for row in plan.decodes.rows():
+                first = self._lengths[row.slot] + 1  # the plan assumes that all guesses before have held
                 sampled, held = self._sample_guesses(row, step.tokens[row.slot], mask_of.get(len(drawn)))
+                positions[len(drawn) : len(drawn) + len(sampled)] = range(first, first + len(sampled))
                 drawn += sampled
                 counts.append(held)
-        slots, positions = plan.samples.slots.tolist(), plan.samples.positions.tolist()
         suppress_stop = plan.samples.suppress_stop.tolist()
         for place in range(len(drawn), len(slots)):
             drawn.append(self._sample(slots[place], positions[place], suppress_stop[place], mask_of.get(place)))

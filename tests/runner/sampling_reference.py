@@ -89,8 +89,7 @@ def margin(logits: np.ndarray, **options: float) -> float:
         chances = softmax(before)
         key = -before
         if name == "typical_p":
-            with np.errstate(divide="ignore"):
-                information = -np.log(chances)
-            key = np.abs(information - np.nansum(np.where(chances > 0, chances * information, 0.0)))
+            information = -np.log(np.where(chances > 0, chances, 1.0))
+            key = np.where(chances > 0, np.abs(information - np.sum(chances * information)), np.inf)
         nearest = min(nearest, float(np.abs(np.cumsum(chances[np.argsort(key, kind="stable")]) - limit).min()))
     return nearest

@@ -104,7 +104,7 @@ def test_tokens_are_the_same_alone_batched_chunked_preempted_and_swapped(runner)
 
 
 def test_penalties_count_what_was_drawn(runner):
-    """The model's logits lie within less than 2 of each other, so that a token drawn before loses to any other."""
+    """A token drawn before loses to any other less than 2 behind; the four allowed ones are less than 4 apart."""
     plain = EngineRequest("plain", (1, 2, 3), 40)
     once = dataclasses.replace(plain, request_id="once", presence_penalty=2.0)
     evenly = dataclasses.replace(plain, request_id="evenly", frequency_penalty=2.0, allowed_token_ids=(5, 6, 7, 8))
@@ -112,7 +112,7 @@ def test_penalties_count_what_was_drawn(runner):
     assert len(set(tokens["plain"])) < 40 == len(set(tokens["once"]))
     for end in range(1, 41):
         counts = Counter(tokens["evenly"][:end])
-        assert max(counts.values()) - min(counts.get(token, 0) for token in (5, 6, 7, 8)) <= 1
+        assert max(counts.values()) - min(counts.get(token, 0) for token in (5, 6, 7, 8)) <= 2
 
 
 def test_the_prompt_counts_for_repetition_alone(runner):

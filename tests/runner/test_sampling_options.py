@@ -220,7 +220,7 @@ def test_draws_have_the_frequencies_of_float64(case):
     """Chi-square over 20,000 draws at fixed seeds; one call draws many, as rows of one vocabulary of 10."""
     vocab, rows = 10, 2_000
     logits = np.linspace(1.5, -1.5, vocab).astype(np.float32)
-    one = row(**CASES[case])
+    one = row(**{"temperature": 1.0, **CASES[case]})
     request = one.request
     packer = ForwardPacker(8, 8, 16, 8)
     plan = StepPlan(0, NO_DECODES, (RowPlan("r", 0, 0, 0, (1,), 0, (), request, penalty_row=0),), NO_SAMPLES, 8, 0, 1)
