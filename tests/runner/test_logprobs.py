@@ -135,7 +135,11 @@ def test_values_ranks_and_ids_are_those_of_transformers(config, runner, recorded
         assert output.prompt_logprobs[0] is None
         assert len(next(one for one in output.prompt_logprobs if one)) in (20, 21)
         assert compare(output.prompt_logprobs, tokens, 0, logprobs) == 16
-    assert found[0].prompt_logprobs == found[3].prompt_logprobs
+    for position, other in zip(found[0].prompt_logprobs or (), found[3].prompt_logprobs or (), strict=True):
+        # Products of float32 depend on the token bucket in their last bits.
+        assert (position or {}).keys() == (other or {}).keys()
+        for token, one in (position or {}).items():
+            assert_allclose(one.logprob, (other or {})[token].logprob, rtol=0, atol=1e-5)
     (answer,) = found[1].outputs
     assert list(answer.token_ids) == tokens[PROMPT_TOKENS:]
     assert answer.logprobs is not None
@@ -178,7 +182,7 @@ def test_continuations_are_scored_by_the_sum_of_their_tokens(config, runner, rec
     (longer,) = llm.score(prompt, {"prompt_token_ids": tokens[31:]}, use_tqdm=False)
     expected = [(whole.prompt_logprobs[place] or {})[tokens[place]] for place in range(31, len(tokens))]
     assert longer.token_ids == tuple(tokens[31:])
-    assert longer.token_logprobs == tuple(one.logprob for one in expected)
+    assert_allclose(longer.token_logprobs, [one.logprob for one in expected], rtol=0, atol=1e-5)
     assert longer.ranks == tuple(one.rank for one in expected)
     assert longer.score == pytest.approx(sum(longer.token_logprobs), abs=1e-9)
     # One prompt for each, in the order given.
@@ -189,7 +193,7 @@ def test_continuations_are_scored_by_the_sum_of_their_tokens(config, runner, rec
     )
     for n, pair in zip((5, 2, 40), pairs, strict=True):
         wanted = [(whole.prompt_logprobs[place] or {})[tokens[place]].logprob for place in range(n, n + 3)]
-        assert list(pair.token_logprobs) == wanted
+        assert_allclose(pair.token_logprobs, wanted, rtol=0, atol=1e-5)
 
 
 # ---- the programs ----------------------------------------------------------------------------------------------------
