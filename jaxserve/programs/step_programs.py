@@ -201,6 +201,8 @@ def program_shapes(key: ProgramKey, shapes: Shapes) -> Shapes:
         shapes = dataclasses.replace(shapes, logprobs_mode="raw_logprobs")
         if key.kind != "score":
             shapes = dataclasses.replace(shapes, max_logprobs=0)
+    if key.kind not in ("sample", "penalty_write"):
+        shapes = dataclasses.replace(shapes, num_penalty_rows=1)
     return shapes if key.uses_pools else dataclasses.replace(shapes, num_pages=2)
 
 

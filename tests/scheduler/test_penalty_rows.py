@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.config.scheduling import FORMATIONS, MODES, PreemptionConfig, SchedulerConfig
-from jaxserve.request import EngineRequest, FinishReason, RequestOptions, RequestStatus
+from jaxserve.request import EngineRequest, FinishReason, RequestStatus
 from jaxserve.runner.fake import FakeRunner
-from jaxserve.scheduler import Scheduler, StepResult
+from jaxserve.scheduler import Scheduler, StepPlan, StepResult
 from jaxserve.scheduler.policies.named import POLICIES
 from tests.budgets import budget
-from tests.scheduler.drive import alone, dispatch, drive, make_scheduler, preempt, request
+from tests.scheduler.drive import alone, dispatch, drive, make_scheduler, request
 
 
 def penalized(name: str, prompt: int, output: int, **options: Any) -> EngineRequest:
@@ -28,6 +28,15 @@ def penalized(name: str, prompt: int, output: int, **options: Any) -> EngineRequ
 
 def config(**fields: Any) -> SchedulerConfig:
     return SchedulerConfig(**{"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_penalty_rows": 1, **fields})
+
+
+def turn(scheduler: Scheduler, runner: FakeRunner) -> StepPlan:
+    """One step and its result."""
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.update(plan, runner.collect(dispatch(runner, plan)))
+    scheduler.check_integrity()
+    return plan
 
 
 def running(scheduler: Scheduler) -> set[str]:
@@ -57,47 +66,48 @@ def test_a_request_beyond_the_rows_waits_and_holds_up_no_others():
 
 
 def test_parked_requests_end_and_keep_their_turn():
-    scheduler = make_scheduler(config())
-    first, *others = [penalized(name, 2, 3) for name in ("a", "b", "c", "d")]
+    scheduler, runner = make_scheduler(config()), FakeRunner()
+    first, *others = [penalized(name, 2, 30) for name in ("a", "b", "c", "d")]
     scheduler.add(first)
-    scheduler.schedule()
+    turn(scheduler, runner)
     for one in others:
         scheduler.add(one)
-    scheduler.schedule()
+    turn(scheduler, runner)
     assert [scheduler._sequences[name].parked for name in "bcd"] == [True] * 3
     scheduler.abort("b")
-    late = dataclasses.replace(penalized("e", 2, 3), options=RequestOptions(deadline=5.0))
-    scheduler.add(late)
-    scheduler.schedule()
+    scheduler.add(penalized("e", 2, 3, deadline=5.0))
+    turn(scheduler, runner)
     assert [update.finish_reason for update in scheduler.expire(6.0)] == [FinishReason.DEADLINE]
     scheduler.check_integrity()
     scheduler.abort("a")
-    scheduler.schedule()
+    turn(scheduler, runner)
     assert running(scheduler) == {"c"}
     assert scheduler.num_waiting == 1
-    scheduler.check_integrity()
 
 
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
-def test_a_preempted_request_gives_its_row_to_others_and_has_its_ids_again_later(mode):
+def test_a_preempted_request_gives_its_row_to_another_and_has_its_ids_again_later(mode):
+    """It has a token in flight when it is preempted, whose id the host has read by the time it comes back."""
     scheduler = make_scheduler(config(preemption=PreemptionConfig(preemption_mode=mode)), num_host_pages=16)
     runner = FakeRunner(num_pages=64, page_size=4, num_host_pages=16)
-    first, second = penalized("a", 6, 9), penalized("b", 3, 4)
-    rows: list[dict[str, int | None]] = []
+    holder, urgent = penalized("holder", 6, 12), penalized("urgent", 3, 4, priority=9)
+    holders: list[dict[str, int | None]] = []
 
     def before_step(step: int) -> None:
-        rows.append({one.request_id: one.penalty_row for one in scheduler._queues.running.sequences})
+        holders.append({one.request_id: one.penalty_row for one in scheduler._queues.running.sequences})
         if step == 4:
-            preempt(scheduler, "a")
-            assert scheduler._sequences["a"].num_pending == 1  # sampled by the step in flight
+            scheduler.add(urgent)
 
-    run = drive(scheduler, [first, second], runner, before_step)
-    for one in (first, second):
+    run = drive(scheduler, [holder], runner, before_step)
+    for one in (holder, urgent):
         assert (run.tokens[one.request_id], run.reasons[one.request_id]) == alone(one)
-    assert {"b": 0} in rows  # in the row that a had
+    assert {"urgent": 0} in holders
+    assert scheduler.num_preemptions_by_kind[mode] == 1
     writes = [write for plan in run.plans for write in plan.penalty_writes]
-    assert [len(write.output_token_ids) for write in writes] == [0, 0, 4]
-    assert writes[2].output_token_ids == tuple(alone(first)[0][:4])
+    assert [write.prompt_token_ids for write in writes] == [one.prompt_token_ids for one in (holder, urgent, holder)]
+    assert [write.output_token_ids for write in writes[:2]] == [(), ()]
+    assert len(writes[2].output_token_ids) == 4
+    assert list(writes[2].output_token_ids) == alone(holder)[0][:4]
 
 
 def test_an_urgent_request_takes_the_row_of_one_far_below_and_of_no_other():
