@@ -34,9 +34,6 @@ _NEIGHBORS = 8
 _LOWEST = -104.0
 """The exponential function of any float32 below this is 0."""
 
-Measure = Callable[[jax.Array], jax.Array]
-"""Measures what a threshold, uint32 [R], keeps: [R]."""
-
 
 def filter_logits(
     logits: jax.Array,
@@ -123,17 +120,15 @@ def _kept(
         if more:
             everything = jnp.sum(more[0], axis=-1)
             wanted = limit * everything
-            measure: Measure = lambda t: jnp.sum(jnp.where(order >= t[:, None], more[0], 0.0), axis=-1)  # noqa: E731
         else:
             everything, wanted = jnp.sum(jnp.isfinite(keys), axis=-1), limit
-            measure = lambda t: jnp.sum(order >= t[:, None], axis=-1)  # noqa: E731
         if on_cpu:
             least = jnp.min(jnp.where(jnp.isfinite(keys), keys, jnp.inf), axis=-1)
             low = _ordered_bits(jnp.maximum(least, _value_of(top) + lowest))
             use = use & (everything >= wanted)  # else all that is finite stays
             interval = _Interval.of(low, top, everything, use & (wanted > 0))
             if more:
-                threshold = _checked(order, more[0], limit, interval, measure, wanted)
+                threshold = _checked(order, more[0], limit, interval, wanted)
             else:
                 threshold = _narrowed(order, None, interval, wanted, top).low
             threshold = jnp.where(wanted > 0, threshold, top)
@@ -256,12 +251,7 @@ def _spread(state: _Interval, top: jax.Array) -> list[jax.Array]:
 
 
 def _checked(
-    order: jax.Array,
-    weights: jax.Array,
-    limit: jax.Array,
-    interval: _Interval,
-    measure: Measure,
-    wanted: jax.Array,
+    order: jax.Array, weights: jax.Array, limit: jax.Array, interval: _Interval, wanted: jax.Array
 ) -> jax.Array:
     """Returns a threshold, uint32 [R], that keeps the fewest keys whose plain sum of weights is as much as is wanted.
 
@@ -270,7 +260,6 @@ def _checked(
         weights: float32 [R, V].
         limit: float32 [R], the share of all weights that is wanted.
         interval: begins the searches.
-        measure: the plain sum of the weights that a threshold keeps.
         wanted: float32 [R], `limit` of the plain sum of all.
     """
     shares = jnp.round(weights * (_WHOLE / interval.kept_low)[:, None]).astype(jnp.int32)
@@ -289,7 +278,7 @@ def _checked(
         halves = state.low + (state.high - state.low) // 2
         tried = jnp.where(state.step == 0, guess, jnp.where(state.step < _NEIGHBORS, tried, halves))
         tried = jnp.clip(tried, state.low + 1, jnp.maximum(state.high - 1, state.low + 1))
-        enough = measure(tried) >= wanted
+        enough = jnp.sum(jnp.where(order >= tried[:, None], weights, 0.0), axis=-1) >= wanted
         low, high = jnp.where(enough, tried, state.low), jnp.where(enough, state.high, tried)
         passed = (state.step > 0) & (state.step < _NEIGHBORS) & (up != enough)
         return state.moved(passed | (high - low <= 1), low=low, high=high)
