@@ -52,7 +52,8 @@ def test_every_parameter_of_the_wire_is_a_row_of_the_table_with_its_default():
         default = SAMPLING_FIELDS[field.name].default
         if field.enum_type is not None:
             assert default is None, f"{field.name} unset on the wire is none"
-        elif field.name == "allowed_token_ids":
+            continue
+        if field.name == "allowed_token_ids":
             assert default is None  # and no list of it is empty, so that an empty one is unset
             continue
         unset = () if field.is_repeated else field.default_value

@@ -160,7 +160,6 @@ def test_values_that_ask_for_nothing_are_accepted():
         (pb.SamplingParams(frequency_penalty=math.nan), "frequency_penalty"),
         (pb.SamplingParams(n=10**9), "n"),
         (pb.SamplingParams(max_tokens=2**31), "max_tokens"),
-        (pb.SamplingParams(seed=-1), "seed"),
         (pb.SamplingParams(stop=[""]), "stop"),
         (pb.SamplingParams(stop=["x"] * 10_000), "stop"),
         (pb.SamplingParams(stop_token_ids=[2**32 - 1]), "stop_token_ids"),
