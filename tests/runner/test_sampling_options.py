@@ -165,14 +165,14 @@ def rows_of_options(draw: Any) -> Row:
 def decided(one: Row, logits: np.ndarray) -> bool:
     """Whether float32 must keep what float64 does: something is left, and no limit falls between two roundings."""
     request = one.request
-    if not np.isfinite(one.reference(logits)).any():
-        return False
-    before = one.reference(logits) if request.temperature == 0 else processed(
+    before = processed(
         logits, prompt=request.prompt_token_ids, output=one.output,
         forbidden=request.stop_token_ids if one.suppress else (),
         bad_words_token_ids=request.bad_words_token_ids, allowed_token_ids=request.allowed_token_ids,
         **{name: getattr(request, name) for name in OPTIONS if name not in ("top_k", "top_p", "min_p", "typical_p")},
     )  # fmt: skip
+    if not np.isfinite(before).any() or not np.isfinite(one.reference(logits)).any():
+        return False
     if request.temperature == 0:
         return True
     filters = {name: getattr(request, name) for name in ("top_k", "top_p", "min_p", "typical_p")}
