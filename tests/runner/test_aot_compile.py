@@ -86,7 +86,7 @@ def test_bundle_and_report_for_an_h200(config, tmp_path, capsys):
     for expected in ("`paged_attention_decode`", "| decode 8 |", "## Roofline", "ratio", "jax"):
         assert expected in page
 
-    assert "| 1 | 0 | 0 to 1 | 5 | yes | 0 | 0 | " in page  # five of the writes are one kernel each
+    assert "| 1 | 0 | 0 to 1 | 5 | yes | 0 | 0 | " in page  # launches of the writes
     both = render([report, report | {"versions": {"jax": "9.9"}, "problems": ["a kernel spills"]}])
     for expected in ("ratio, run 2", "run 2, GiB", "Run 2, jax 9.9", "- run 2: a kernel spills"):
         assert expected in both
