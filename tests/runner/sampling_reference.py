@@ -72,6 +72,9 @@ def _least_mass(key: np.ndarray, chances: np.ndarray, mass: float) -> np.ndarray
 
 
 def softmax(values: np.ndarray) -> np.ndarray:
+    """Returns probabilities; zeros where nothing is left."""
+    if values.max() == -np.inf:
+        return np.zeros_like(values)
     weights = np.exp(values - values.max())
     return weights / weights.sum()
 
