@@ -28,6 +28,7 @@ from jaxserve.serving.clients.client_failures import Failure
 from jaxserve.serving.clients.client_target import parse_target
 from jaxserve.serving.clients.grpc_client import DEFAULT_ADDRESS
 from jaxserve.serving.clients.shell_completion import SHELLS, completion_script, options_of
+from jaxserve.structured_outputs import StructuredOutputs
 
 _MARK = "="
 """Stands before the values of options on their way through argparse, which takes a value of two dashes away."""
@@ -213,6 +214,8 @@ def _sampling_option(field: SamplingField) -> dict[str, Any]:
     match field.kind:
         case Flag():
             return {"action": "store_true", "help": field.meaning}
+        case StructuredOutputs():
+            return {"type": _object, "default": None, "metavar": "JSON", "help": field.meaning}
         case Texts() | Ids():
             kind, metavar = (str, "TEXT") if isinstance(field.kind, Texts) else (int, "ID")
             return {"action": "append", "default": [], "type": kind, "metavar": metavar, "help": field.meaning}
@@ -220,6 +223,11 @@ def _sampling_option(field: SamplingField) -> dict[str, Any]:
             shown_default = "" if default is None else f" (default: {default:g})"
             kind = float if isinstance(field.kind, Number) else int
             return {"type": kind, "default": default, "metavar": "N", "help": field.meaning + shown_default}
+
+
+def _object(text: str) -> Any:
+    """Reads the value of an option that is JSON. Raises ValueError."""
+    return json.loads(text)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from jaxserve.config.sampling_fields import (
     sampling,
 )
 from jaxserve.config.shown import shown
+from jaxserve.structured_outputs import StructuredOutputs, StructuredOutputsParams
 
 MAX_ID_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 16
@@ -157,6 +158,12 @@ class SamplingParams(RowSampling):
     ignore_eos: bool = field(
         default=False, metadata=sampling(Flag(), "the model's own end-of-sequence ids are ordinary tokens")
     )
+    structured_outputs: StructuredOutputsParams | None = field(
+        default=None,
+        metadata=sampling(
+            StructuredOutputs(), "a grammar that the output follows, see [structured outputs](structured_outputs.md)"
+        ),
+    )
 
     def __post_init__(self) -> None:
         for name, row in SAMPLING_FIELDS.items():
@@ -243,7 +250,8 @@ class EngineRequest(RowSampling):
 
     max_tokens and seed are resolved (never None). stop_token_ids include the model's own unless ignore_eos.
     Stop strings are handled by the front end. arrival_time: seconds of `time.time`. needed_tokens: output tokens
-    without which it cannot be complete, whatever is sampled.
+    without which it cannot be complete, whatever is sampled. grammar: of its output, as llguidance takes it; empty
+    where it has none.
     """
 
     request_id: str
@@ -255,6 +263,7 @@ class EngineRequest(RowSampling):
     options: RequestOptions = RequestOptions()
     arrival_time: float = 0.0
     needed_tokens: int = 1
+    grammar: str = ""
 
 
 def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, limits: ModelLimits) -> int:

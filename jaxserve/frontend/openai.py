@@ -11,6 +11,7 @@ from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.frontend.openai_checks import check_neutral, check_text, checked_flag, checked_object, hint
 from jaxserve.frontend.openai_messages import parse_messages
+from jaxserve.frontend.openai_structured import FORMAT_FIELDS, parse_structured_outputs
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import SAMPLING_FIELDS, RequestOptions, SamplingParams
 
@@ -30,7 +31,6 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -51,10 +51,6 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "chat_template": (),
     "continue_final_message": (False,),
     "documents": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_reasoning": (True,),
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
@@ -67,7 +63,6 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
@@ -223,7 +218,7 @@ def _neutral(url: str, dialect: Dialect) -> dict[str, Sequence[Any]]:
 
 
 def _supported(url: str, own: str, dialect: Dialect) -> set[str]:
-    names = {own, "model", "metadata", *_LABELS, *_SAMPLING, *_OPTIONS}
+    names = {own, "model", "metadata", *_LABELS, *_SAMPLING, *_OPTIONS, *FORMAT_FIELDS}
     if url == CHAT_URL:
         names |= {"max_completion_tokens", "add_generation_prompt", "chat_template_kwargs"}
     if dialect.streams:
@@ -279,6 +274,8 @@ def parse_params(fields: Mapping[str, Any]) -> SamplingParams:
         raise ValueError("stop has ''; each stop must be a string of at least one character")
     if not isinstance(values.get("stop_token_ids", []), list):
         raise ValueError(f"stop_token_ids is {shown(values['stop_token_ids'])}; it must be a list of token ids")
+    if (structured := parse_structured_outputs(fields)) is not None:
+        values["structured_outputs"] = structured
     return SamplingParams(**values)
 
 

@@ -9,8 +9,10 @@ import dataclasses
 import uuid
 from collections.abc import Sequence
 
+from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.frontend.chat_text import RenderedText
 from jaxserve.frontend.encoding import SHORT_TEXT
+from jaxserve.frontend.grammar_checker import GrammarChecker
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import ModelLimits, RequestOptions, SamplingParams, check_identity, check_length, validate_request
@@ -18,21 +20,35 @@ from jaxserve.request import ModelLimits, RequestOptions, SamplingParams, check_
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved."""
+    """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved. grammar: of its
+    output, checked; empty where it has none."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     max_tokens: int
     options: RequestOptions
+    grammar: str = ""
 
 
 class Preparation:
-    """Validates and tokenizes requests to one engine. Thread-safe. tokenizer: None refuses texts and stop strings."""
+    """Validates and tokenizes requests to one engine. Thread-safe.
 
-    def __init__(self, tokenizer: Tokenizer | None, limits: ModelLimits):
+    Args:
+        tokenizer: None refuses texts, stop strings and structured outputs.
+        limits: of the engine.
+        config: bounds the grammars of structured outputs.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        limits: ModelLimits,
+        config: StructuredOutputsConfig = StructuredOutputsConfig(),
+    ):
         self._tokenizer = tokenizer
         self._limits = limits
+        self._grammars = None if tokenizer is None else GrammarChecker(tokenizer.directory, config)
 
     def steps(
         self,
@@ -54,9 +70,26 @@ class Preparation:
         check_identity("request_id", request_id)
         if params.stop and self._tokenizer is None:
             raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")
+        grammar = self.known_grammar(params)
         token_ids = yield from self._encode_steps(prompt, params)
         max_tokens = validate_request(token_ids, params, self._limits)
-        return Prepared(request_id, token_ids, params, max_tokens, options)
+        if grammar is None:
+            assert self._grammars is not None
+            assert params.structured_outputs is not None
+            yield 0  # it waits for a process
+            grammar = self._grammars.check(params.structured_outputs)
+        return Prepared(request_id, token_ids, params, max_tokens, options, grammar)
+
+    def known_grammar(self, params: SamplingParams) -> str | None:
+        """Returns the checked grammar of a request, "" where it has none, and None where it has yet to be checked,
+        which may take seconds. Raises ValueError for one that is refused unread."""
+        structured = params.structured_outputs
+        if structured is None:
+            return ""
+        if self._grammars is None:
+            raise ValueError("structured_outputs need a tokenizer, and this server has none; leave them out")
+        self._grammars.check_size(structured)
+        return self._grammars.known(structured)
 
     def _encode_steps(self, prompt: str | Sequence[int], params: SamplingParams) -> Steps[tuple[int, ...]]:
         """Encodes a prompt to token ids, which are not yet checked against the model. Raises ValueError.

@@ -219,6 +219,15 @@ class Scheduler:
         sequence = self._sequences.get(request_id)
         return None if sequence is None else self._finish(sequence, FinishReason.ERROR, error)
 
+    def complete(self, request_id: str) -> SequenceUpdate | None:
+        """Ends a request whose output is complete, so that no token can follow, with STOP.
+
+        The token that a step in flight samples for it is dropped at `update`. Returns None when the id is not (or no
+        longer) known.
+        """
+        sequence = self._sequences.get(request_id)
+        return None if sequence is None else self._end(sequence, FinishReason.STOP, ())
+
     @property
     def lost_copies(self) -> tuple[PageCopy, ...]:
         """Returns the copies of pages that the last `schedule` had decided when it raised an error."""

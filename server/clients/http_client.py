@@ -19,6 +19,7 @@ from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
 from jaxserve.serving.clients.client_credentials import Credentials
 from jaxserve.serving.clients.client_results import Chunk, Completion, Conversation, Prompt, Usage, join
 from jaxserve.serving.problem import Code
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _CONNECT_SECONDS = 10.0
@@ -224,10 +225,17 @@ def generate_body(prompt: Prompt, params: SamplingParams | None) -> tuple[str, d
         for name, field in SAMPLING_FIELDS.items():
             value = getattr(params, name)
             if value != field.default:
-                body[name] = list(value) if isinstance(value, tuple) else value
+                body[name] = _as_json(value)
     if isinstance(prompt, Conversation):
         return "/v1/chat/completions", body | {"messages": [dict(message) for message in prompt.messages]}
     return "/v1/completions", body | {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
+
+
+def _as_json(value: Any) -> Any:
+    """Returns the value of a sampling parameter as a body has it."""
+    if isinstance(value, StructuredOutputsParams):
+        return value.as_dict()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from jaxserve.request import SAMPLING_FIELDS, FinishReason, RequestOptions, Samp
 from jaxserve.serving.access.callers import Caller
 from jaxserve.serving.access.request_headers import request_options
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 _REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -42,18 +43,39 @@ def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
     for name, row in SAMPLING_FIELDS.items():
         if name not in _PARAMETERS and getattr(params, name) != row.default:
             raise ValueError(f"{name} is {shown(getattr(params, name))}; the gRPC API does not have it: leave it out")
-    return pb.SamplingParams(**{name: getattr(params, name) for name in _PARAMETERS})
+    values = {name: getattr(params, name) for name in _PARAMETERS}
+    structured = params.structured_outputs
+    values["structured_outputs"] = None if structured is None else structured_to_proto(structured)
+    return pb.SamplingParams(**values)
 
 
 def params_from_proto(proto: pb.SamplingParams) -> SamplingParams:
     """Returns the sampling parameters of a request; unset fields have defaults. Raises ValueError naming the field."""
-    return SamplingParams(
-        **{
-            name: getattr(proto, name)
-            for name, field in _PARAMETERS.items()
-            if not field.has_presence or proto.HasField(name)
-        }
-    )
+    values = {
+        name: getattr(proto, name)
+        for name, field in _PARAMETERS.items()
+        if not field.has_presence or proto.HasField(name)
+    }
+    if (structured := values.get("structured_outputs")) is not None:
+        values["structured_outputs"] = structured_from_proto(structured)
+    return SamplingParams(**values)
+
+
+def structured_to_proto(params: StructuredOutputsParams) -> pb.StructuredOutputs:
+    """Returns the message that `structured_from_proto` reads back unchanged."""
+    values = params.as_dict()
+    if "choice" in values:
+        values["choice"] = pb.Choices(texts=values["choice"])
+    return pb.StructuredOutputs(**values)
+
+
+def structured_from_proto(proto: pb.StructuredOutputs) -> StructuredOutputsParams:
+    """Returns what an output is constrained to. Raises ValueError naming the field."""
+    refuse_unknown_fields(proto)
+    values = {field.name: value for field, value in proto.ListFields()}
+    if "choice" in values:
+        values["choice"] = list(proto.choice.texts)
+    return StructuredOutputsParams(**values)
 
 
 def messages_from_proto(request: pb.GenerateRequest) -> list[dict[str, str]]:

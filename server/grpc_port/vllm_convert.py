@@ -19,6 +19,7 @@ from jaxserve.config.shown import shown
 from jaxserve.frontend.delta import Delta
 from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
 from jaxserve.serving.grpc_port.oversized import LARGE, MAX_PARAMS_BYTES, CheckPromptBytes, check_field_count, fields
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 TEXT_ONLY = frozenset({"skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"})
 """Sampling parameters about the text of the output, which the gateway makes of the token ids; any value is accepted.
@@ -29,9 +30,19 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "repetition_penalty": (1.0,),
     "frequency_penalty": (0.0,),
     "presence_penalty": (0.0,),
-    "json_object": (False,),
+    "grammar_from_first_token": (False, True),
 }
 """Values, beside unset, that ask for nothing of sampling parameters that the engine may lack."""
+
+CONSTRAINTS: Mapping[str, str] = {
+    "json_schema": "json",
+    "regex": "regex",
+    "grammar": "grammar",
+    "structural_tag": "structural_tag",
+    "json_object": "json_object",
+    "choice": "choice",
+}
+"""Fields that constrain the output, of which one may be set, and their names here."""
 
 _NEUTRAL_REQUEST: Mapping[str, tuple[Any, ...]] = {"kv_transfer_params_json": ("",), "data_parallel_rank": (0,)}
 _REQUEST = frozenset({"request_id", "tokenized", "text", "sampling_params", "stream"})
@@ -50,9 +61,18 @@ def params_from_proto(proto: pb.SamplingParams) -> SamplingParams:
         name = field.name
         if name in SAMPLING_FIELDS:
             values[name] = tuple(value) if field.is_repeated else value
+        elif name in CONSTRAINTS:
+            values["structured_outputs"] = _structured(name, value)
         elif name not in TEXT_ONLY:
             _refuse_unless_neutral(field, value, NEUTRAL)
     return SamplingParams(**values)
+
+
+def _structured(name: str, value: Any) -> StructuredOutputsParams | None:
+    """Returns what an output is constrained to. Raises ValueError naming the field."""
+    if name == "json_object" and not value:
+        return None
+    return StructuredOutputsParams(**{CONSTRAINTS[name]: list(value.choices) if name == "choice" else value})
 
 
 def check_request(request: pb.GenerateRequest) -> None:
