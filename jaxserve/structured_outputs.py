@@ -116,13 +116,13 @@ def _json_text(name: str, value: Any) -> str | None:
         _check_text(name, value)
         return value
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name} is {shown(value)}; it must be an object, or its JSON as text")
+        raise ValueError(f"structured_outputs.{name} is {shown(value)}; it must be an object, or its JSON as text")
     try:
         text = json_module.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     except RecursionError as error:
-        raise ValueError(f"{name} is nested too deep to be written as JSON: make it flatter") from error
+        raise ValueError(f"structured_outputs.{name} is nested too deep for JSON: make it flatter") from error
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} is no JSON: {error}") from error
+        raise ValueError(f"structured_outputs.{name} is no JSON: {error}") from error
     _check_text(name, text)
     return text
 
@@ -131,21 +131,21 @@ def _check_text(name: str, value: Any) -> None:
     if value is None:
         return
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} is {shown(value)}; it must be a text of at least one character")
+        raise ValueError(f"structured_outputs.{name} is {shown(value)}; it must be a text of at least one character")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{name} has a lone surrogate; it must be valid Unicode")
+        raise ValueError(f"structured_outputs.{name} has a lone surrogate; it must be valid Unicode")
 
 
 def _check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise ValueError(f"{name} is {shown(value)}; it must be true or false")
+        raise ValueError(f"structured_outputs.{name} is {shown(value)}; it must be true or false")
 
 
 def _choices(value: Any) -> tuple[str, ...]:
     if isinstance(value, str | bytes) or not isinstance(value, Sequence) or not value:
-        raise ValueError(f"choice is {shown(value)}; it must be a list of at least one text")
+        raise ValueError(f"structured_outputs.choice is {shown(value)}; it must be a list of at least one text")
     if len(value) > MAX_CHOICES:
-        raise ValueError(f"choice has {len(value)} texts; at most {MAX_CHOICES} are allowed")
+        raise ValueError(f"structured_outputs.choice has {len(value)} texts; at most {MAX_CHOICES} are allowed")
     for text in value:
         _check_text("choice", text)
     return tuple(value)

@@ -59,7 +59,7 @@ class GrammarChecker:
         size = params.num_bytes
         if size > self._config.max_grammar_bytes:
             raise ValueError(
-                f"{params.kind} of structured_outputs has {size} bytes; at most {self._config.max_grammar_bytes} "
+                f"structured_outputs.{params.kind} has {size} bytes; at most {self._config.max_grammar_bytes} "
                 "(max_grammar_bytes) are allowed: make it shorter"
             )
 
@@ -77,7 +77,7 @@ class GrammarChecker:
         with self._places:
             answer, fault = self._ask(json.dumps(params.as_dict()).encode())
         if answer is None:
-            raise ValueError(f"{params.kind} of structured_outputs cannot be used: {fault}")
+            raise ValueError(f"structured_outputs.{params.kind} is refused: {fault}")
         if "error" in answer:
             raise ValueError(answer["error"])
         with self._lock:
@@ -95,6 +95,7 @@ class GrammarChecker:
 
     def _ask(self, request: bytes) -> tuple[dict[str, Any] | None, str]:
         """Returns the answer of a process; None with the reason where the grammar has ended it."""
+        fault = ""
         for _ in range(2):
             worker = self._take()
             answer = worker.ask(request, _WALL_FACTOR * self._config.max_grammar_seconds)

@@ -117,4 +117,4 @@ def _lark(text: str) -> str:
     try:
         return any_to_lark(text)
     except Exception as error:  # the conversion of GBNF raises what it stumbles over
-        raise ValueError(f"grammar cannot be read: {error}") from error
+        raise ValueError(f"grammar is refused: {next(iter(str(error).splitlines()), type(error).__name__)}") from error

@@ -80,15 +80,17 @@ class _Check:
             try:
                 answer = {"grammar": self._checked(StructuredOutputsParams(**fields))}
             except ValueError as error:
-                answer = {"error": str(error)}
+                answer = {"error": f"structured_outputs.{error}"}
             except RecursionError:
                 answer = {"error": "structured_outputs is nested too deep: make it flatter"}
             except MemoryError:
-                answer = {"error": f"structured_outputs takes more than {self._config.max_grammar_memory} MiB"}
+                memory = self._config.max_grammar_memory
+                answer = {"error": f"structured_outputs needs more than {memory} MiB of memory (max_grammar_memory)"}
             self._answers.put(answer)
 
     def _checked(self, params: StructuredOutputsParams) -> str:
-        """Returns the grammar, compiled once as the engine compiles it. Raises ValueError, one line."""
+        """Returns the grammar, compiled once as the engine compiles it. Raises ValueError, one line that begins with
+        the field of `params`."""
         vocabulary, began = self._vocabulary, time.process_time()
         grammar = grammar_of(params, vocabulary.special, self._config.max_grammar_depth)
         matcher = llguidance.LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=parser_limits())
@@ -96,9 +98,11 @@ class _Check:
             mask = np.empty(vocabulary.words, np.uint32)
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if matcher.is_error():
-            raise ValueError(f"{params.kind} of structured_outputs cannot be used: {first_line(matcher.get_error())}")
-        if (seconds := time.process_time() - began) > self._config.max_grammar_seconds:
-            raise ValueError(f"{params.kind} of structured_outputs takes {seconds:.2f} s to be compiled")
+            raise ValueError(f"{params.kind} is refused: {first_line(matcher.get_error())}")
+        if (seconds := time.process_time() - began) > (most := self._config.max_grammar_seconds):
+            raise ValueError(
+                f"{params.kind} needs {seconds:.2f} s to be compiled; its budget is {most:g} s (max_grammar_seconds)"
+            )
         return grammar
 
 

@@ -72,7 +72,11 @@ def _structured(name: str, value: Any) -> StructuredOutputsParams | None:
     """Returns what an output is constrained to. Raises ValueError naming the field."""
     if name == "json_object" and not value:
         return None
-    return StructuredOutputsParams(**{CONSTRAINTS[name]: list(value.choices) if name == "choice" else value})
+    value = list(value.choices) if name == "choice" else value
+    if not value:
+        raise ValueError(f"{name} is empty; leave it out to constrain nothing")
+    constraint: dict[str, Any] = {CONSTRAINTS[name]: value}
+    return StructuredOutputsParams(**constraint)
 
 
 def check_request(request: pb.GenerateRequest) -> None:

@@ -10,6 +10,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from jaxserve.frontend.delta import Delta
 from jaxserve.request import FinishReason, SamplingParams
 from jaxserve.serving.grpc_port import vllm_convert as convert
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 UNSET = SamplingParams()
 REFUSED = "refused by its name"
@@ -38,13 +39,17 @@ SAMPLING = {
     "include_stop_str_in_output": ("unset", True, NO_EFFECT),
     "logit_bias": ("unset", {5: 1.0}, REFUSED),
     "truncate_prompt_tokens": ("zero keeps nothing of the prompt; absent is no truncation", 8, REFUSED),
-    "grammar_from_first_token": ("unset", True, REFUSED),
-    "json_schema": ("empty is a schema; absent is none", "{}", REFUSED),
-    "regex": ("empty is an expression; absent is none", "a+", REFUSED),
-    "grammar": ("empty is a grammar; absent is none", "root ::= 'a'", REFUSED),
-    "structural_tag": ("empty is a tag; absent is none", "{}", REFUSED),
-    "json_object": ("unset", True, REFUSED),
-    "choice": ("empty is a choice; absent is none", pb.ChoiceConstraint(choices=["a"]), REFUSED),
+    "grammar_from_first_token": ("unset", True, NO_EFFECT),
+    "json_schema": ("empty is refused; absent is none", "{}", StructuredOutputsParams(json="{}")),
+    "regex": ("empty is refused; absent is none", "a+", StructuredOutputsParams(regex="a+")),
+    "grammar": ("empty is refused; absent is none", "start: /a/", StructuredOutputsParams(grammar="start: /a/")),
+    "structural_tag": ("empty is refused; absent is none", "{}", StructuredOutputsParams(structural_tag="{}")),
+    "json_object": ("unset", True, StructuredOutputsParams(json_object=True)),
+    "choice": (
+        "empty is refused; absent is none",
+        pb.ChoiceConstraint(choices=["a"]),
+        StructuredOutputsParams(choice=("a",)),
+    ),
 }
 
 REQUEST = {
@@ -131,6 +136,7 @@ def test_a_value_of_a_sampling_parameter(name):
     elif outcome == NO_EFFECT:
         assert convert.params_from_proto(proto) == UNSET
     else:
+        name = "structured_outputs" if name in convert.CONSTRAINTS else name
         assert convert.params_from_proto(proto) == SamplingParams(**{name: outcome})
 
 

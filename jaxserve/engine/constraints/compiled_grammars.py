@@ -57,9 +57,9 @@ class CompiledGrammars:
             self._compiled.popitem(last=False)
         return found
 
-    def close(self) -> None:
-        """Ends the threads once they have done what they are doing."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+    def drop(self, grammar: str) -> None:
+        """Forgets a compiled grammar, which is compiled anew for the next request."""
+        self._compiled.pop(grammar, None)
 
     def _compile(self, grammar: str) -> llguidance.LLMatcher:
         matcher = llguidance.LLMatcher(self.vocabulary.tokenizer, grammar, log_level=0, limits=parser_limits())

@@ -57,20 +57,22 @@ class GrammarConstraints:
         self._grammars = grammars
         self._eos = frozenset(eos_token_ids)
         self._executor = llguidance.LLExecutor(mask_threads)
+        self._compiled: dict[str, Future[llguidance.LLMatcher]] = {}  # of every open request, whatever the cache drops
         self._states: dict[str, _State] = {}
         self._idle: llguidance.LLMatcher | None = None  # one in an error state
 
     @property
     def num_open(self) -> int:
-        """Returns the number of requests whose output is followed."""
-        return len(self._states)
+        """Returns the number of requests of which anything is known."""
+        return len(self._compiled)
 
     def compiled(self, request: EngineRequest) -> Future[llguidance.LLMatcher]:
         """Begins to compile the request's grammar unless it is compiled; `fill` may be called when that is done."""
-        return self._grammars.get(request.grammar)
+        return self._compiled.setdefault(request.request_id, self._grammars.get(request.grammar))
 
     def forget(self, request_id: str) -> None:
         """Drops what is known of a request that has ended."""
+        self._compiled.pop(request_id, None)
         self._states.pop(request_id, None)
 
     def fill(self, rows: List[Row], masks: np.ndarray) -> tuple[list[Row], list[tuple[Row, str]]]:
@@ -93,13 +95,14 @@ class GrammarConstraints:
             return [], [(rows[index], line) for index, line in failed.items()]
         filled, may_end = self._masks([states[index] for index in computed])
         width = min(filled.shape[1], masks.shape[1])
-        anything = filled[:, :width].any(axis=1)
+        anything = np.any(filled[:, :width], axis=1).tolist()
         complete: list[Row] = []
         for place, index in enumerate(computed):
             row, state = rows[index], states[index]
             assert state is not None
             if not anything[place]:
                 if state.matcher.is_error():
+                    self._grammars.drop(state.grammar)  # others share its lexer
                     failed[index] = f"its grammar cannot go on: {first_line(state.matcher.get_error())}"
                 elif may_end[place]:
                     complete.append(row)
@@ -123,7 +126,7 @@ class GrammarConstraints:
         return known
 
     def _new_state(self, request: EngineRequest) -> _State:
-        matcher = self._grammars.get(request.grammar).result().deep_copy()
+        matcher = self.compiled(request).result().deep_copy()
         special = self._grammars.vocabulary.special_ids
         # Other stop ids of a client are text like any other: the grammar decides where they may be.
         ends = [number for number in request.stop_token_ids if number in self._eos or number in special]
@@ -146,6 +149,7 @@ class GrammarConstraints:
             for (index, state), accepted in zip(waiting, self._executor.consume_token_par(taken), strict=False):
                 state.consumed += 1
                 if not accepted:
+                    self._grammars.drop(state.grammar)
                     failed[index] = f"its output left its grammar: {first_line(state.matcher.get_error())}"
 
     def _masks(self, states: List[_State | None]) -> tuple[np.ndarray, np.ndarray]:

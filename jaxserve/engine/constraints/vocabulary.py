@@ -81,7 +81,9 @@ def _content(directory: pathlib.Path) -> dict[str, Any]:
     """Returns the content of a tokenizer.json, with the tokens that tokenizer_config.json adds to it."""
     path = directory / "tokenizer.json"
     if not path.is_file():
-        return json.loads(_converted(directory))
+        raise ValueError(
+            f"structured_outputs need the file {str(path)!r}, which does not exist; save the tokenizer in that form"
+        )
     try:
         content = json.loads(path.read_bytes())
         known = {token["content"] for token in content.get("added_tokens") or []} | set(_model_ids(content["model"]))
@@ -106,20 +108,6 @@ def _configured_tokens(path: pathlib.Path, known: set[str]) -> list[dict[str, An
         return []
     tokens = json.loads(path.read_bytes()).get("added_tokens_decoder") or {}
     return [dict(tokens[number]) for number in sorted(tokens, key=int) if tokens[number]["content"] not in known]
-
-
-def _converted(directory: pathlib.Path) -> str:
-    """Converts an older tokenizer format, as the front end does."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False, use_fast=True
-        )
-        return tokenizer.backend_tokenizer.to_str()
-    except Exception as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"structured_outputs need a tokenizer.json in {str(directory)!r}: {line}") from error
 
 
 def _model_ids(model: dict[str, Any]) -> dict[str, int]:
