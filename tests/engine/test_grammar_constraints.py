@@ -116,7 +116,7 @@ REGEXES = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(SCHEMAS, st.integers(0, 2**32))
 def test_what_masks_allow_follows_the_schema(vocabulary, tokenizer, schema, seed):
     one = request("a", text_of(json=schema), max_tokens=600)
@@ -125,7 +125,7 @@ def test_what_masks_allow_follows_the_schema(vocabulary, tokenizer, schema, seed
         jsonschema.validate(json.loads(tokenizer.decode(tokens)), schema, cls=jsonschema.Draft202012Validator)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(REGEXES, st.integers(0, 2**32))
 def test_what_masks_allow_matches_the_regular_expression(vocabulary, tokenizer, regex, seed):
     one = request("a", text_of(regex=regex))
@@ -278,20 +278,21 @@ def test_requests_end_where_their_grammar_does(alone, tokenizer):
     assert all(reason in (FinishReason.STOP, FinishReason.LENGTH) for _, reason in ends.values())
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_tokens_are_those_of_a_request_alone(vocabulary, alone, mode):
+@pytest.mark.parametrize(("mode", "host_pages"), [*((mode, 0) for mode in MODES), ("continuous", 60)])
+def test_tokens_are_those_of_a_request_alone(vocabulary, alone, mode, host_pages):
     """In a batch, with chunked prompts, and pages so few that sequences are preempted, computed again or swapped."""
-    for host_pages, preemption in ((0, PreemptionConfig()), (60, PreemptionConfig(preemption_mode="swap"))):
-        runner = FakeRunner(
-            vocab_size=VOCAB_SIZE, eos_token_ids=(EOS_ID,), max_model_len=512, num_pages=40, num_host_pages=host_pages
-        )
-        core = make_core(vocabulary, runner, mode=mode, preemption=preemption, max_num_batched_tokens=16)
-        assert served(core, mixed(12)) == alone
-        assert core._constraints._grammars.num_open == 0
-        assert core.stats().step_histograms["mask_seconds"].num_values > 0
+    preemption = PreemptionConfig(preemption_mode="swap") if host_pages else PreemptionConfig()
+    runner = FakeRunner(
+        vocab_size=VOCAB_SIZE, eos_token_ids=(EOS_ID,), max_model_len=512, num_pages=40, num_host_pages=host_pages
+    )
+    core = make_core(vocabulary, runner, mode=mode, preemption=preemption, max_num_batched_tokens=16)
+    assert served(core, mixed(12)) == alone
+    assert core._constraints._grammars.num_open == 0
+    assert core.stats().step_histograms["mask_seconds"].num_values > 0
+    assert core.stats().num_preemptions or mode in ("none", "static", "dynamic")
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([None, None, None, NOT_STARTED, LOST, LATE]), max_size=20))
 def test_a_step_that_fails_changes_no_token(vocabulary, alone, faults):
     calls = [call for fault in faults for call in (fault, None)]

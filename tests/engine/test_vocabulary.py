@@ -6,13 +6,17 @@ import json
 import pathlib
 
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders
 
 from jaxserve.engine.constraints.vocabulary import load_vocabulary, vocabulary_of
 from tests.frontend.tokenizer_kinds import CORPUS, KINDS, kind
 
 REFUSED = {"WordPiece", "WordLevel"}
 """Kinds whose tokens have no text of their own."""
+
+
+PIECES = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+"""The decoder of checkpoints with sentencepiece's tokens; some of the kinds, which are for encoding, have none."""
 
 
 def content(tokenizer: Tokenizer) -> dict:
@@ -22,7 +26,8 @@ def content(tokenizer: Tokenizer) -> dict:
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in REFUSED])
 def test_tokens_have_the_bytes_of_their_text(name):
     """The bytes of a text's tokens are the text, however a tokenizer marks spaces and what it has no token for."""
-    tokenizer = kind(name)
+    tokenizer = Tokenizer.from_str(kind(name).to_str())
+    tokenizer.decoder = tokenizer.decoder or PIECES
     vocabulary = vocabulary_of(content(tokenizer))
     added = {number for number, token in tokenizer.get_added_tokens_decoder().items()}
     for line in CORPUS.splitlines()[:6]:
@@ -30,7 +35,7 @@ def test_tokens_have_the_bytes_of_their_text(name):
         if any(number in added for number in ids):
             continue
         expected, found = tokenizer.decode(ids).encode(), vocabulary.tokenizer.decode_bytes(ids)
-        assert found.removeprefix(b" ") == expected.removeprefix(b" "), line
+        assert found.lstrip(b" ") == expected.lstrip(b" "), line
     assert vocabulary.end_id == vocabulary.tokenizer.vocab_size - 1
     assert vocabulary.tokenizer.eos_tokens == [vocabulary.end_id]
 

@@ -61,7 +61,7 @@ def nested(depth: int) -> str:
         ({"grammar": "start: " + "(" * 30_000 + '"a"' + ")" * 30_000}, r"^structured_outputs\.grammar is refused: "),
         ({"grammar": "start: other"}, r"^structured_outputs\.grammar is refused: "),
         ({"grammar": "nothing"}, r"^structured_outputs\.grammar is refused: "),
-        ({"grammar": "start: <|no such token|>"}, r"^structured_outputs\.grammar is refused: .*unknown special token"),
+        ({"grammar": "start: <|nope|>"}, r"^structured_outputs\.grammar is refused: .*unknown special token"),
         ({"choice": ["a" * 200_000]}, r"^structured_outputs\.choice has 200000 bytes; at most 131072"),
         ({"structural_tag": {}}, r"^structured_outputs\.structural_tag has neither format nor structures"),
     ],

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 from typing import Any
 
 import llguidance
@@ -20,6 +21,7 @@ import tokenizers
 _END = "<|end of the grammar|>"
 _HOLE = "<|no token {}|>"
 _BYTE_LEVEL = ("ByteLevel",)
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _UNREADABLE = ("WordPiece", "CTC", "BPEDecoder")
 
 
@@ -59,21 +61,31 @@ def vocabulary_of(content: dict[str, Any]) -> Vocabulary:
     _set_decoder(content)
     added = content["added_tokens"] = list(content.get("added_tokens") or [])
     ids = {token["content"]: token["id"] for token in added}
-    ids |= _model_ids(content["model"])
+    own = _model_ids(content["model"])
+    ids |= own
     byte_level = _has_step(content["decoder"], *_BYTE_LEVEL)
     for token in added:
         text = token["content"]
         token["special"] = bool(token["special"] or (byte_level and not text.isascii()))
+    if _has_step(content["decoder"], "ByteFallback"):  # llguidance takes these for bytes, and fails
+        texts = [piece for piece in own if piece.startswith("<0x") and not _BYTE.fullmatch(piece)]
+        added += [_special_token(own[piece], piece) for piece in texts]
     _fill_holes(content, ids)
     end_id = max(ids.values(), default=-1) + 1
     added.append(_special_token(end_id, _END))
     try:
         tokenizer = llguidance.LLTokenizer(json.dumps(content), n_vocab=end_id + 1, eos_token=[end_id])
-    except Exception as error:  # the bindings raise what Rust does
+    except BaseException as error:  # the bindings raise what Rust does, and a panic is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"structured_outputs cannot be used with this tokenizer: {line}") from error
-    special = {token["content"]: ids[token["content"]] for token in added if token["special"] and token["id"] != end_id}
-    special = {text: token_id for text, token_id in special.items() if not text.startswith(_HOLE.partition("{")[0])}
+    unnamed = (_END, _HOLE.partition("{")[0])
+    special = {
+        token["content"]: token["id"]
+        for token in added
+        if token["special"] and not token["content"].startswith(unnamed)
+    }
     return Vocabulary(tokenizer, end_id, special)
 
 
