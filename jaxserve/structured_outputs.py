@@ -47,8 +47,9 @@ class StructuredOutputsParams:
             object.__setattr__(self, "json_object", None)
         given = [name for name in KINDS if getattr(self, name) is not None]
         if len(given) != 1:
-            said = f"sets {' and '.join(given)}" if given else "sets none of its kinds"
-            raise ValueError(f"structured_outputs {said}; set exactly one of {', '.join(KINDS)}")
+            raise ValueError(
+                f"structured_outputs must have exactly one of {', '.join(KINDS)}; it has {' and '.join(given) or 'none'}"
+            )
         for name in ("json", "structural_tag"):
             object.__setattr__(self, name, _json_text(name, getattr(self, name)))
         for name in ("regex", "grammar", "whitespace_pattern"):

@@ -37,9 +37,9 @@ def deep(levels: int) -> dict:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "structured_outputs sets none of its kinds; set exactly one of json, regex"),
-        ({"regex": "a", "choice": ["a"]}, "structured_outputs sets regex and choice; set exactly one"),
-        ({"json_object": False}, "structured_outputs sets none"),
+        ({}, "structured_outputs must have exactly one of json, regex, .*; it has none"),
+        ({"regex": "a", "choice": ["a"]}, "structured_outputs must have exactly one of .*; it has regex and choice"),
+        ({"json_object": False}, "structured_outputs must have exactly one"),
         ({"json": 5}, r"structured_outputs\.json is 5; it must be an object"),
         ({"json": ""}, r"structured_outputs\.json is ''; it must be a text"),
         ({"json": {"a": math.nan}}, r"structured_outputs\.json is no JSON"),

@@ -39,7 +39,7 @@ def http(server):
         ({"response_format": {"type": "xml"}}, "response_format.type", "response_format.type is 'xml'; it must be one"),
         ({"suffix": "x"}, "suffix", "suffix is 'x'; only"),
         ({"guided_regex": 5}, "structured_outputs.regex", "structured_outputs.regex is 5; it must be a text"),
-        ({"structured_outputs": {}}, "structured_outputs", "structured_outputs sets none of its kinds"),
+        ({"structured_outputs": {}}, "structured_outputs", "structured_outputs must have exactly one of json"),
         ({"prompt_logprobs": 1}, "prompt_logprobs", "prompt_logprobs is 1; only null"),
         ({"chat_template": "x"}, "chat_template", "chat_template is 'x'; only null"),
         ({"skip_special_tokens": False}, "skip_special_tokens", "skip_special_tokens is False; only true"),
