@@ -47,9 +47,8 @@ class StructuredOutputsParams:
             object.__setattr__(self, "json_object", None)
         given = [name for name in KINDS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"structured_outputs must have exactly one of {', '.join(KINDS)}; it has {' and '.join(given) or 'none'}"
-            )
+            has = " and ".join(given) or "none"
+            raise ValueError(f"structured_outputs must have exactly one of {', '.join(KINDS)}; it has {has}")
         for name in ("json", "structural_tag"):
             object.__setattr__(self, name, _json_text(name, getattr(self, name)))
         for name in ("regex", "grammar", "whitespace_pattern"):
