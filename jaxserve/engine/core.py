@@ -412,7 +412,8 @@ class EngineCore:
         return messages
 
     def _refused(self, request: EngineRequest, error: str) -> list[FromEngine]:
-        self._constraints.forget(request.request_id)
+        if request.request_id not in self.scheduler:  # of another request, it may
+            self._constraints.forget(request.request_id)
         return [EngineOutput(request.request_id, (), FinishReason.ERROR, error)]
 
     def _abort(self, request_id: str) -> list[FromEngine]:

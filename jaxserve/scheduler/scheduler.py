@@ -169,6 +169,10 @@ class Scheduler:
         """Returns the ids of the unfinished requests, in order of arrival."""
         return list(self._sequences)
 
+    def __contains__(self, request_id: str) -> bool:
+        """Tells whether a request is unfinished."""
+        return request_id in self._sequences
+
     def add(self, request: EngineRequest, wants: Wants = Wants.NONE) -> Sequence:
         """Puts a request in the waiting queue.
 
