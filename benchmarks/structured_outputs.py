@@ -43,6 +43,13 @@ from jaxserve.llm import RequestOutput
 from jaxserve.telemetry.recorder import StepRecorded
 
 ROWS = 64
+PROGRAMS: dict[str, Any] = {
+    "max_num_seqs": ROWS,
+    "max_num_batched_tokens": 2 * ROWS,
+    "token_buckets": (ROWS, 2 * ROWS),
+    "row_buckets": (ROWS,),
+}
+"""Few programs: compiling takes longer than the measurements."""
 TEMPERATURE = 1.5
 SMALL = LLAMA_153M | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 ENDLESS = {
@@ -119,7 +126,7 @@ def guarantee(model: str, drawn: Sequence[GrammarCase], options: argparse.Namesp
         for number, case in enumerate(drawn)
     ]
     pages = ROWS * (options.max_tokens + 32) // 16 + 1
-    with LLM(model=model, max_num_seqs=ROWS, num_pages=pages, max_model_len=options.max_tokens + 64) as llm:
+    with LLM(model=model, num_pages=pages, max_model_len=options.max_tokens + 64, **PROGRAMS) as llm:
         begin = time.perf_counter()
         outputs = llm.generate([f"{case.kind}: " for case in drawn], params, use_tqdm=False)
         seconds = time.perf_counter() - begin
@@ -266,9 +273,8 @@ def _mask_sum(engine: InlineEngine) -> float:
 
 def cost(model: pathlib.Path, options: argparse.Namespace) -> dict[str, Any]:
     """Times of steps without and with 32 constrained rows, in turn."""
-    config = EngineConfig.from_options(
-        model=str(model), max_num_seqs=ROWS, max_model_len=1024, num_pages=ROWS * 1024 // 16 + 1
-    )
+    pages = ROWS * 1024 // 16 + 1
+    config = EngineConfig.from_options(model=str(model), max_model_len=1024, num_pages=pages, **PROGRAMS)
     stepper = Stepper(config)
     stepper.round(32, 8)
     rounds: dict[int, list[Round]] = {0: [], 32: []}
