@@ -21,7 +21,10 @@ from jaxserve.structured_outputs import StructuredOutputsParams
 KINDS = ("schema", "regex", "choice", "grammar", "tag")
 _WEIGHTS = (50, 25, 5, 15, 5)
 _PATTERNS = ("^[A-Z]{2,4}-[0-9]{1,3}$", "^(ja|nein|vielleicht)$", "^[äöü]{1,5}$")
-_PIECES = ("[a-f]", "[0-9]", "[äöüß]", "[^x\\n]", "é", "日", "\\.", "\\+", "ab", "\\w", " ", "[\\-_]", "/", "#", "😀")
+_PIECES = (
+    *("[a-f]", "[0-9]", "[äöüß]", "[^x\\n]", "é", "日", "\\.", "\\+", "ab"),
+    *("\\w", "\\W", "\\S", "[\\d\\s]", " ", "[\\-_]", "/", "#", "😀"),
+)
 _WORDS = ("name", "größe", "名前", "clé", "id", "note", "x-y", "a b", "Δ", "emoji😀", 'quo"te', "back\\slash")
 
 
@@ -110,38 +113,21 @@ def _leaf(rng: random.Random) -> dict[str, Any]:
 
 
 def regex_case(rng: random.Random) -> GrammarCase:
-    pattern = _regex(rng, 3)
+    pattern = _regex(rng, 2)
     whole = re.compile(pattern)
     return GrammarCase("regex", StructuredOutputsParams(regex=pattern), lambda text: whole.fullmatch(text) is not None)
 
 
 def _regex(rng: random.Random, depth: int) -> str:
+    """Returns an expression that Python's `re` matches without trying every way to divide a text."""
     parts = []
     for _ in range(rng.randint(1, 3)):
         if depth and rng.random() < 0.5:
             part = f"({'|'.join(_regex(rng, depth - 1) for _ in range(rng.randint(1, 3)))})"
-        else:
-            part = rng.choice(
-                (
-                    "[a-f]",
-                    "[0-9]",
-                    "[äöüß]",
-                    "[^x\\n]",
-                    "é",
-                    "日",
-                    "\\.",
-                    "\\+",
-                    "ab",
-                    "\\w",
-                    " ",
-                    "[\\-_]",
-                    "/",
-                    "#",
-                    "😀",
-                )
-            )
-            part = f"(?:{part})"
+            parts.append(part + rng.choice(("", "", "?", "{2}")))
+            continue
         low = rng.randint(0, 3)
+        part = f"(?:{rng.choice(_PIECES)})"
         parts.append(part + rng.choice(("", "", "?", f"{{{low},{low + rng.randint(1, 3)}}}", f"{{{low + 1}}}")))
     return "".join(parts)
 

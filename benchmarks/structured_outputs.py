@@ -307,7 +307,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5, help="of steps without and with grammars, in turn")
     parser.add_argument("--steps", type=int, default=30, help="in each of them")
-    parser.add_argument("--megabytes", type=float, default=4.0, help="of text that the vocabulary is trained on")
+    parser.add_argument("--megabytes", type=float, default=8.0, help="of text that the vocabulary is trained on")
     parser.add_argument("--parts", nargs="+", default=["tiny", "bpe", "cost"], choices=["tiny", "bpe", "cost"])
     return parser.parse_args(arguments)
 

@@ -10,10 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
-from jaxserve.frontend.structural_tags import TagGrammar, quoted
+from jaxserve.frontend.structural_tags import TagGrammar, lark_regex, quoted
 from jaxserve.structured_outputs import StructuredOutputsParams
 
 WHITESPACE = r"( |\r?\n[ \t]{0,40})"
@@ -40,7 +39,7 @@ def grammar_of(params: StructuredOutputsParams, special: Mapping[str, int], most
             return _json_grammar(_complete({"type": "object"}, params))
         case "regex":
             assert params.regex is not None
-            return f"%llguidance {{}}\nstart: /{regex_to_lark(params.regex, '')}/"
+            return f"%llguidance {{}}\nstart: /{lark_regex(params.regex)}/"
         case "choice":
             assert params.choice is not None
             return "%llguidance {}\nstart: " + " | ".join(quoted(text) for text in dict.fromkeys(params.choice))

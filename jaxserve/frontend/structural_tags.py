@@ -63,7 +63,7 @@ class TagGrammar:
             case "json_schema":
                 return self._json(_member(value, "json_schema", where))
             case "regex":
-                return self._rule(f"/{regex_to_lark(_text(value, 'pattern', where), '')}/")
+                return self._rule(f"/{lark_regex(_text(value, 'pattern', where))}/")
             case "any_text":
                 return self._rule(_ANY)
             case "sequence":
@@ -156,6 +156,29 @@ class TagGrammar:
 def quoted(text: str) -> str:
     """Returns a text as a string of a Lark grammar."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def lark_regex(pattern: str) -> str:
+    """Returns a regular expression as it stands between two slashes of a Lark grammar.
+
+    Its classes of characters, such as \\w, are those characters that every notation counts to them: what a text matches
+    must not depend on who checks it, and letters with marks, say, are letters to some alone.
+    """
+
+    def known(found: re.Match[str]) -> str:
+        return _CLASSES.get(found.group(), found.group())
+
+    return regex_to_lark(re.sub(r"\\.", known, pattern, flags=re.DOTALL), "")
+
+
+_CLASSES = {
+    r"\d": "[0-9]",
+    r"\w": "[0-9A-Za-z_]",
+    r"\s": r"[ \t\n\r\f\v]",
+    r"\D": r"[^\p{N}]",
+    r"\W": r"[^\w\p{N}]",
+    r"\S": r"[^\s\x1c-\x1f\u0085\uFEFF]",
+}
 
 
 def _escaped(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import llguidance
 import pytest
@@ -63,6 +64,19 @@ def test_regular_expressions_match_the_whole_output():
         False,
     ]
     assert accepted(StructuredOutputsParams(regex='[/"]{2}'), '/"', "//", "/") == [True, True, False]
+
+
+def test_classes_of_characters_are_what_every_notation_agrees_on():
+    """The rules are those of Python, for any character that is let through."""
+    texts = [*map(chr, range(0x250)), "\u0903", "\u0661", "²", "½", "\u2028", "\u3000", "字", "\ufeff", "😀"]
+    for pattern in (r"\d", r"\w", r"\s", r"\D", r"\W", r"\S", r"[\w.]", r"[^\d\s]"):
+        grammar = grammar_of(StructuredOutputsParams(regex=pattern), {}, 100)
+        found = [text for text in texts if accepts(grammar, text)]
+        assert all(re.fullmatch(pattern, text) for text in found), pattern
+        assert {text for text in texts if text.isascii() and re.fullmatch(pattern, text, re.ASCII)} - set(found) <= set(
+            "\x1c\x1d\x1e\x1f"
+        )
+    assert accepted(StructuredOutputsParams(regex=r"\\w"), "\\w", "\\a") == [True, False]
 
 
 def test_grammars_in_both_notations():

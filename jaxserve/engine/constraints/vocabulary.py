@@ -160,15 +160,17 @@ def _set_decoder(content: dict[str, Any]) -> None:
 
 def _fill_holes(content: dict[str, Any], ids: dict[str, int]) -> None:
     """Names the ids between others that have no token, as special tokens."""
-    taken = set(ids.values())
+    vocab = content["model"]["vocab"]
+    # A piece that a list has twice has two ids.
+    taken = set(ids.values()) | (set() if isinstance(vocab, dict) else set(range(len(vocab))))
     holes = [number for number in range(max(taken, default=-1) + 1) if number not in taken]
-    if holes and not isinstance(content["model"]["vocab"], dict):
+    if holes and not isinstance(vocab, dict):
         raise ValueError(
             f"structured_outputs cannot be used with this tokenizer: id {holes[0]} has no token, but {len(taken)} has"
         )
     for number in holes:
         name = _HOLE.format(number)
-        content["model"]["vocab"][name] = number
+        vocab[name] = number
         content["added_tokens"].append(_special_token(number, name))
 
 
