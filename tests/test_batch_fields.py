@@ -110,8 +110,7 @@ def test_every_field_of_a_completion_with_its_default_or_null(tmp_path, tokenize
         ({"frequency_penalty": -3}, "frequency_penalty is -3; it must be at least -2 and at most 2"),
         ({"logit_bias": {"5": -101}}, "logit_bias[5] is -101; it must be at least -100 and at most 100"),
         ({"logit_bias": []}, "logit_bias is []; it must be an object of token ids and numbers"),
-        ({"response_format": {"type": "json_object"}}, "response_format is {'type': 'json_object'}; only"),
-        ({"response_format": "text"}, "response_format is 'text'; only"),
+        ({"response_format": "text"}, "response_format is 'text'; it must be an object"),
         ({"modalities": ["text", "audio"]}, "modalities is ['text', 'audio']; only [\"text\"] is supported"),
         ({"audio": {"voice": "alloy"}}, "audio is {'voice': 'alloy'}; only null is supported"),
         (
