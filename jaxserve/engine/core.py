@@ -31,6 +31,7 @@ from jaxserve.engine.constraints import CombinedConstraints, Constraints
 from jaxserve.engine.constraints.compiled_grammars import CompiledGrammars
 from jaxserve.engine.constraints.grammar_constraints import GrammarConstraints
 from jaxserve.engine.constraints.grammar_wait import LOOK_SECONDS, GrammarWait
+from jaxserve.engine.constraints.token_masks import TokenMasks
 from jaxserve.engine.idle import IdleMeter
 from jaxserve.engine.messages import (
     AbortRequest,
@@ -51,7 +52,6 @@ from jaxserve.engine.messages import (
 )
 from jaxserve.engine.step_executor import DeviceFaultError, DispatchedStep, EngineBrokenError, StepExecutor
 from jaxserve.engine.step_time import StepTimePrediction
-from jaxserve.engine.constraints.token_masks import TokenMasks
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits

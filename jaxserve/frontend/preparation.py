@@ -98,9 +98,7 @@ class Preparation:
             assert params.structured_outputs is not None
             yield 0  # it waits for a process
             grammar = self._grammars.check(params.structured_outputs)
-        return Prepared(
-            request_id, token_ids, params, max_tokens, options, truncated, bad_words, grammar=grammar
-        )
+        return Prepared(request_id, token_ids, params, max_tokens, options, truncated, bad_words, grammar=grammar)
 
     def known_grammar(self, params: SamplingParams) -> str | None:
         """Returns the checked grammar of a request, "" where it has none, and None where it has yet to be checked,
