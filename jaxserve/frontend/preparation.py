@@ -32,8 +32,8 @@ class Prepared:
     """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved.
 
     truncated_tokens: cut off the beginning of the prompt. bad_words_token_ids: the token sequences of bad_words.
-    prompt_logprobs_start: index of the first prompt token whose log-probability counts. grammar: of the output, checked;
-    empty where it has none.
+    prompt_logprobs_start: index of the first prompt token whose log-probability counts. grammar: of the output,
+    checked; empty where it has none.
     """
 
     request_id: str
