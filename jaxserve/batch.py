@@ -48,6 +48,7 @@ from jaxserve.request import FinishReason
 
 EXIT_FAILED = 1
 _FAREWELL = "jaxserve.batch: ended at once by a second signal; the same command resumes it"
+_NOT_COMPLETED = frozenset({FinishReason.ERROR, FinishReason.ABORT, FinishReason.DEADLINE})
 _MAX_MESSAGE = 1000  # characters of an error line's message: a client's value in it may be of any length
 
 
@@ -116,8 +117,9 @@ class BatchRun:
         with contextlib.closing(run_all(self._front_end, self._client, requests, stepped)) as finished:
             for completion in finished:
                 keyed = self._under_way.pop(completion.request_id)
-                if completion.finish_reason in (FinishReason.ERROR, FinishReason.ABORT, FinishReason.DEADLINE):
-                    late = completion.finish_reason is FinishReason.DEADLINE
+                failed = _NOT_COMPLETED.intersection(sample.finish_reason for sample in completion.samples)
+                if failed:
+                    late = FinishReason.DEADLINE in failed
                     code = "deadline_exceeded" if late else "request_failed"
                     self._write_error(output, keyed, code, completion.error)
                 else:
@@ -176,15 +178,19 @@ class BatchRun:
 
     def _result(self, keyed: KeyedLine, completion: FinishedRequest) -> dict[str, Any]:
         assert keyed.line is not None
-        answer = Answer(
-            completion.text,
-            completion.finish_reason.value,
-            len(completion.prompt_token_ids),
-            len(completion.token_ids),
-            completion.num_cached_tokens,
-            completion.token_ids,
-        )
-        body = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), [answer])
+        answers = [
+            Answer(
+                sample.text,
+                sample.finish_reason.value,
+                len(completion.prompt_token_ids),
+                len(sample.token_ids),
+                completion.num_cached_tokens,
+                sample.token_ids,
+                index=index,
+            )
+            for index, sample in enumerate(completion.samples)
+        ]
+        body = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), answers)
         return {
             "id": _result_id(keyed.number),
             "custom_id": keyed.key,

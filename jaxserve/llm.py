@@ -23,7 +23,7 @@ Prompt = str | Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class CompletionOutput:
-    """Holds one generated output.
+    """Holds one generated output. index: of the sample (n).
 
     text: continues the prompt, so that both together are the text of all tokens; special tokens are not shown.
     finish_reason: "stop", "length", "deadline" when its deadline passed or was out of reach, or "error" when this
@@ -38,10 +38,10 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:
-    """Holds a prompt and its result.
+    """Holds a prompt and its result. outputs: one for each of the n samples.
 
     prompt: None when token ids were given. num_cached_tokens: prompt tokens taken from the prefix cache.
-    error: one line when outputs[0].finish_reason is "deadline" or "error".
+    error: one line when an output's finish_reason is "deadline" or "error": that of the first such one.
     """
 
     request_id: str
@@ -216,17 +216,17 @@ def _content(prompt: Prompt) -> str | Sequence[int]:
 
 
 def _request_output(text: str | None, completion: FinishedRequest) -> RequestOutput:
-    output = CompletionOutput(
-        index=0,
-        text=completion.text,
-        token_ids=completion.token_ids,
-        finish_reason=completion.finish_reason.value,
-    )
+    outputs = [
+        CompletionOutput(
+            index=index, text=sample.text, token_ids=sample.token_ids, finish_reason=sample.finish_reason.value
+        )
+        for index, sample in enumerate(completion.samples)
+    ]
     return RequestOutput(
         request_id=completion.request_id,
         prompt=text,
         prompt_token_ids=completion.prompt_token_ids,
-        outputs=(output,),
+        outputs=tuple(outputs),
         finished=True,
         num_cached_tokens=completion.num_cached_tokens,
         error=completion.error,

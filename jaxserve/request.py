@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 
+from jaxserve.config.parallel_samples import DEFAULT_MAX_N, MAX_SAMPLES
 from jaxserve.config.sampling_fields import (
     MAX_INT32,
     Flag,
@@ -132,6 +133,14 @@ class SamplingParams(RowSampling):
     ValueError, where it is made, naming the field, its value and the limit.
     """
 
+    n: int = field(
+        default=1,
+        metadata=sampling(
+            Whole(1, MAX_SAMPLES),
+            "samples drawn from the prompt, which is computed once; sample i is drawn as with seed + i. The server's max_n "
+            "bounds them",
+        ),
+    )
     max_tokens: int | None = field(
         default=None,
         metadata=sampling(
@@ -161,6 +170,10 @@ class SamplingParams(RowSampling):
     def __post_init__(self) -> None:
         for name, row in SAMPLING_FIELDS.items():
             object.__setattr__(self, name, row.checked(getattr(self, name)))
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(
+                f"n is {self.n} and temperature is 0; all samples would be the same: set n to 1 or raise temperature"
+            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}; it must be at most max_tokens {self.max_tokens}")
 
@@ -183,6 +196,7 @@ class ModelLimits:
     pool_tokens: tokens that the whole page pool can hold for one request.
     max_prompt_len: prompt tokens at most (less than max_model_len only when chunked prefill is off).
     eos_token_ids: the model's own stop ids.
+    max_n: samples of one request, at most.
     """
 
     vocab_size: int
@@ -190,6 +204,7 @@ class ModelLimits:
     pool_tokens: int
     max_prompt_len: int
     eos_token_ids: tuple[int, ...]
+    max_n: int = DEFAULT_MAX_N
 
 
 def check_identity(name: str, value: str) -> None:
@@ -256,6 +271,24 @@ class EngineRequest(RowSampling):
     arrival_time: float = 0.0
     needed_tokens: int = 1
 
+    def sample(self, index: int, request_id: str) -> EngineRequest:
+        """Returns the request of another sample of the prompt: its seed is `index` more, in 64 bits."""
+        return dataclasses.replace(self, request_id=request_id, seed=_signed(self.seed + index))
+
+
+def _signed(number: int) -> int:
+    """Returns the number of 64 bits that is equal to it modulo 2^64, and at least -2^63."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def check_samples(params: SamplingParams, limits: ModelLimits) -> None:
+    """Checks how many samples are asked for, before anything is done for one. Raises ValueError."""
+    if params.n > limits.max_n:
+        raise ValueError(
+            f"n is {params.n}; at most {limits.max_n} samples of one request are allowed (max_n, and max_num_seqs + "
+            "max_num_waiting): lower it or send several requests"
+        )
+
 
 def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, limits: ModelLimits) -> int:
     """Checks a prompt and its parameters against the engine; returns the resolved max_tokens.
@@ -263,6 +296,7 @@ def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, li
     The prompt's length is checked before its ids. Raises ValueError (the client's fault) or InfeasibleError (fits the
     context, never the pool), each naming the field, its value and the limit.
     """
+    check_samples(params, limits)
     max_tokens = check_length(len(prompt_token_ids), params, limits)
     for index, token_id in enumerate(prompt_token_ids):
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < limits.vocab_size:

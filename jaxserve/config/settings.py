@@ -15,6 +15,7 @@ from jaxserve.config.checks import at_least, between, number, one_of
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.config.failpoints import Failpoint
 from jaxserve.config.http_config import HttpConfig
+from jaxserve.config.parallel_samples import ParallelSamplesConfig
 from jaxserve.config.queue_limits import QueueConfig
 from jaxserve.config.scheduling import MIN_BUCKET, SchedulerConfig
 from jaxserve.config.tracing_config import TracingConfig
@@ -97,7 +98,7 @@ class EngineConfig:
     everywhere else.
     bundle: directory of programs that `jaxserve.compile` wrote for this configuration and device; loaded instead of
     compiling anything, and refused where it does not fit. Its number of pages counts where none is configured.
-    seed: base of the seeds drawn for requests that bring none.
+    seed: base of the seeds drawn for requests that bring none. samples: bounds the samples of one request.
     composition_dir: directory for what steps consisted of over time, as JSON and a plot, written when the engine ends;
     None writes nothing.
     failpoints: faults that a test or a drill injects, see jaxserve/config/failpoints.py; none is right for a server.
@@ -112,6 +113,7 @@ class EngineConfig:
     max_model_len: int | None = None
     scheduler: SchedulerConfig = SchedulerConfig()
     cache: CacheConfig = CacheConfig()
+    samples: ParallelSamplesConfig = ParallelSamplesConfig()
     token_buckets: tuple[int, ...] | None = None
     row_buckets: tuple[int, ...] | None = None
     attention: str = "auto"

@@ -163,6 +163,7 @@ class EngineCore:
             pool_tokens=info.page_size * info.usable_pages,
             max_prompt_len=info.max_model_len if chunked else scheduler.max_num_batched_tokens,
             eos_token_ids=info.eos_token_ids,
+            max_n=min(self.config.samples.max_n, scheduler.max_num_seqs + scheduler.max_num_waiting),
         )
         return EngineReady(info, limits, scheduler.max_num_seqs, scheduler.max_num_waiting, start_seconds)
 
@@ -170,7 +171,7 @@ class EngineCore:
         """Handles one message. A request that cannot be queued is answered with an error at once."""
         self._nothing_to_do = False
         if isinstance(message, AddRequest):
-            return self._add(message.request)
+            return self._add(message)
         if isinstance(message, AbortRequest):
             update = self.scheduler.abort(message.request_id)
             messages: list[FromEngine] = [] if update is None else [self._output(update, self._clock())]
@@ -364,14 +365,25 @@ class EngineCore:
         """Asserts the invariants of scheduler and pool; O(pages)."""
         self.scheduler.check_integrity()
 
-    def _add(self, request: EngineRequest) -> list[FromEngine]:
+    def _add(self, message: AddRequest) -> list[FromEngine]:
+        request, names = message.request, message.sample_ids
+        requests = [request, *[request.sample(index, name) for index, name in enumerate(names, start=1)]]
         try:
-            constrained = self._constraints is not None and self._constraints.constrains(request)
-            self.scheduler.add(request, Wants.MASK if constrained else Wants.NONE)
+            wants = [self._wants(one) for one in requests]
+            if names:
+                self.scheduler.add_samples(requests, wants)
+            else:
+                self.scheduler.add(request, wants[0])
         except ValueError as error:
-            return [EngineOutput(request.request_id, (), FinishReason.ERROR, str(error))]
-        self._events.arrived(request, self._clock())
+            return [EngineOutput(one.request_id, (), FinishReason.ERROR, str(error)) for one in requests]
+        now = self._clock()
+        for one in requests:
+            self._events.arrived(one, now)
         return []
+
+    def _wants(self, request: EngineRequest) -> Wants:
+        constrained = self._constraints is not None and self._constraints.constrains(request)
+        return Wants.MASK if constrained else Wants.NONE
 
     def _expire(self) -> list[SequenceUpdate]:
         """Returns the updates of requests dropped while waiting, and the final outputs that a static batch held
@@ -410,7 +422,10 @@ class EngineCore:
     def _output(self, update: SequenceUpdate, now: float) -> EngineOutput:
         sequence, phases = update.sequence, (None, None)
         if update.token_ids and len(sequence.output_token_ids) == len(update.token_ids):
-            self._totals["prompt_tokens"] += sequence.num_prompt_tokens
+            if sequence.prompt is None or not sequence.prompt.counted:
+                self._totals["prompt_tokens"] += sequence.num_prompt_tokens
+            if sequence.prompt is not None:
+                sequence.prompt.counted = True
             self._events.first_token(sequence, now)
             phases = self._meter.phases(sequence.request_id, now)
         if update.finish_reason is not None:

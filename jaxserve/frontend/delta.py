@@ -72,7 +72,7 @@ class Cause(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """Carries an update of one request. Exactly one delta of a request, its last, has a finish reason.
+    """Carries an update of one sample of a request. Exactly one delta of a sample, its last, has a finish reason.
 
     The text continues the prompt's: both together are the text of all tokens, and a character that the prompt leaves
     incomplete is in the output. Text may lag behind token ids: it is held back while it may still become a stop string
@@ -88,7 +88,9 @@ class Delta:
         stop_string: the stop string that ended the output.
         prompt_tokens: of the whole prompt.
         cached_tokens: of the whole prompt.
-        output_tokens: so far, these included.
+        output_tokens: of the sample so far, these included.
+        index: of the sample.
+        samples_left: samples of the request that go on.
     """
 
     request_id: str
@@ -102,3 +104,10 @@ class Delta:
     output_tokens: int = 0
     cached_tokens: int = 0
     owner: str = ""
+    index: int = 0
+    samples_left: int = 0
+
+    @property
+    def ends_request(self) -> bool:
+        """Tells whether it is the last delta of the whole request."""
+        return self.finish_reason is not None and not self.samples_left

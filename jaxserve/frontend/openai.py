@@ -22,7 +22,6 @@ _OPTIONS = ("tenant", "priority", "deadline", "cache_salt")
 _SAMPLING = tuple(SAMPLING_FIELDS)
 _NEUTRAL: Mapping[str, Sequence[Any]] = {
     # OpenAI's
-    "n": (1,),
     "best_of": (1,),
     "suffix": ("",),
     "logprobs": (False,),

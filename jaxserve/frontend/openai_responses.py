@@ -11,7 +11,11 @@ from jaxserve.frontend.openai import CHAT_URL
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Holds what one prompt was answered with; prompt_token_ids: None where the response does not show them."""
+    """Holds one sample that a prompt was answered with.
+
+    prompt_token_ids: None where the response does not show them. index: of the sample; the prompt's tokens count with
+    the first.
+    """
 
     text: str
     finish_reason: str
@@ -20,6 +24,7 @@ class Answer:
     cached_tokens: int
     token_ids: Sequence[int] | None = None
     prompt_token_ids: Sequence[int] | None = None
+    index: int = 0
 
 
 def response_id(url: str, request_id: object) -> str:
@@ -35,7 +40,7 @@ def response_body(url: str, request_id: object, model: str, created: int, answer
         request_id: determines the id.
         model: name in the response.
         created: seconds since the epoch.
-        answers: one for each prompt.
+        answers: the samples of the first prompt, those of the second, and so on; each is a choice.
     """
     chat = url == CHAT_URL
     return {
@@ -50,13 +55,14 @@ def response_body(url: str, request_id: object, model: str, created: int, answer
 
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:
     """Builds the usage object of a request with these answers."""
-    prompt_tokens = sum(answer.prompt_tokens for answer in answers)
+    firsts = [answer for answer in answers if not answer.index]
+    prompt_tokens = sum(answer.prompt_tokens for answer in firsts)
     output_tokens = sum(answer.output_tokens for answer in answers)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": output_tokens,
         "total_tokens": prompt_tokens + output_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(answer.cached_tokens for answer in answers)},
+        "prompt_tokens_details": {"cached_tokens": sum(answer.cached_tokens for answer in firsts)},
     }
 
 

@@ -13,7 +13,15 @@ from jaxserve.frontend.chat_text import RenderedText
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import ModelLimits, RequestOptions, SamplingParams, check_identity, check_length, validate_request
+from jaxserve.request import (
+    ModelLimits,
+    RequestOptions,
+    SamplingParams,
+    check_identity,
+    check_length,
+    check_samples,
+    validate_request,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +60,7 @@ class Preparation:
         elif not request_id:
             raise ValueError("request_id is empty; leave it out to be given one")
         check_identity("request_id", request_id)
+        check_samples(params, self._limits)
         if params.stop and self._tokenizer is None:
             raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")
         token_ids = yield from self._encode_steps(prompt, params)
@@ -89,6 +98,7 @@ class Preparation:
 
         Raises as `steps` does.
         """
+        check_samples(params, self._limits)
         if isinstance(prompt, str):
             if self._tokenizer is not None:
                 self._check_text_size(self._tokenizer.least_tokens(len(prompt)), prompt, params)

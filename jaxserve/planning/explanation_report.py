@@ -26,6 +26,7 @@ _UNITS = {
     "mask_write": "masks",
     "swap_in": "pages",
     "swap_out": "pages",
+    "page_copy": "pages",
 }
 
 

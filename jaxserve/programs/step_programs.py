@@ -3,8 +3,8 @@
     forward(weights, pools, slots, hidden, vector) -> pools, slots, hidden     one for each token bucket
     sample(params, slots, hidden, masks, vector)   -> slots, ids               one for each row bucket
 
-One program each of `state_programs` sets page tables and masks. Where sequences are swapped to host memory,
-`swap_programs` for a few numbers of pages join them.
+One program each of `state_programs` sets page tables and masks, and one of `swap_programs` copies pages. Where
+sequences are swapped to host memory, `swap_programs` for a few numbers of pages join them.
 
 Where the attention kernels benefit, decode-only steps have forward programs of their own, without the attention for
 prompts.
@@ -41,7 +41,7 @@ from jaxserve.programs.layout import MASK_ROWS, forward_layout, mask_layout, sam
 from jaxserve.programs.sampler import sample
 from jaxserve.programs.slots import Slots
 from jaxserve.programs.state_programs import mask_words, write_masks, write_tables
-from jaxserve.programs.swap_programs import SWAP_SIZES, swap_in, swap_out
+from jaxserve.programs.swap_programs import COPY_PAGES, SWAP_SIZES, page_copy, swap_in, swap_out
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.plan import TABLE_RUN, StepPlan
 
@@ -68,7 +68,7 @@ class ProgramKey:
 
     Attributes:
         kind: "forward", "decode" (forward for a step in which no row has more than one token), "sample", "table_write",
-            "mask_write", "swap_in" or "swap_out".
+            "mask_write", "page_copy", "swap_in" or "swap_out".
         size: its token or row bucket, its entries of page tables, its masks, or its pages.
     """
 
@@ -83,6 +83,7 @@ class ProgramKey:
 
 TABLE_WRITE = ProgramKey("table_write", TABLE_RUN)
 MASK_WRITE = ProgramKey("mask_write", MASK_ROWS)
+PAGE_COPY = ProgramKey("page_copy", COPY_PAGES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +141,7 @@ def program_keys(shapes: Shapes) -> list[ProgramKey]:
     if IMPLEMENTATIONS[shapes.attention].decode_programs:
         keys += [ProgramKey("decode", size) for size in buckets.decode_tokens]
     keys += [ProgramKey("sample", size) for size in buckets.rows]
-    keys += [TABLE_WRITE, MASK_WRITE]
+    keys += [TABLE_WRITE, MASK_WRITE, PAGE_COPY]
     keys += [ProgramKey(kind, size) for kind in ("swap_in", "swap_out") for size in shapes.swap_sizes]
     return sorted(keys, key=lambda key: (key.kind, -key.size))
 
@@ -191,6 +192,8 @@ def _function(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Callable[..., Any]
             return write_tables
         case "mask_write":
             return write_masks
+        case "page_copy":
+            return page_copy
         case "swap_in":
             return swap_in
         case "swap_out":
@@ -212,6 +215,8 @@ def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any
         case "mask_write":
             masks = abstract_masks(shapes, mesh)
             return masks, _int32(mesh, mask_layout(masks.shape[1]).size)
+        case "page_copy":
+            return abstract_pools(shapes, mesh), _int32(mesh, 2 * key.size)
         case "swap_in":
             return abstract_pools(shapes, mesh), abstract_pages(key.size, shapes, mesh), _int32(mesh, key.size)
         case "swap_out":
@@ -227,7 +232,7 @@ def abstract_results(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Any:
     match key.kind:
         case "sample":
             return abstract_state(shapes, mesh)[0], _int32(mesh, key.size)
-        case "table_write" | "mask_write":
+        case "table_write" | "mask_write" | "page_copy":
             return abstract_arguments(key, shapes, mesh)[0]
         case "swap_in":
             return abstract_pools(shapes, mesh), _int32(mesh, 1)
@@ -241,7 +246,7 @@ def donated_arguments(key: ProgramKey) -> tuple[int, ...]:
     """Returns the indices of the donated arguments: of pools, slots, the hidden buffer and masks those that it
     changes.
     """
-    few = {"sample": (1,), "table_write": (0,), "mask_write": (0,), "swap_in": (0,), "swap_out": ()}
+    few = {"sample": (1,), "table_write": (0,), "mask_write": (0,), "page_copy": (0,), "swap_in": (0,), "swap_out": ()}
     return few.get(key.kind, (1, 2, 3))
 
 

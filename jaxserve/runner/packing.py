@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxserve.programs.layout import MASK_ROWS, forward_layout, mask_layout, sample_layout, table_layout
 from jaxserve.request import ROW_FIELDS
-from jaxserve.scheduler.plan import TABLE_RUN, PageTableWrite, RowPlan, StepPlan, Wants
+from jaxserve.scheduler.plan import TABLE_RUN, Fork, PageTableWrite, RowPlan, StepPlan, Wants
 
 
 class ForwardPacker:
@@ -49,7 +49,7 @@ class ForwardPacker:
         fields["page_index"][:updates] = decodes.starts[decodes.page_rows] // self._page_size
         fields["page"][:updates] = decodes.pages
         if plan.chunks:
-            _pack_chunks(plan.chunks, fields, count, updates)
+            _pack_chunks(plan.chunks, plan.forks, fields, count, updates)
         ends[plan.num_rows + 1 :] = plan.num_tokens
         return vector
 
@@ -117,9 +117,12 @@ def mask_vectors(slots: np.ndarray, masks: np.ndarray, num_slots: int) -> list[n
     return vectors
 
 
-def _pack_chunks(chunks: tuple[RowPlan, ...], fields: dict[str, np.ndarray], row: int, update: int) -> None:
-    """Packs chunks after `row` rows of one token each and `update` entries of the page table."""
-    end, admitted = row, 0
+def _pack_chunks(
+    chunks: tuple[RowPlan, ...], forks: tuple[Fork, ...], fields: dict[str, np.ndarray], row: int, update: int
+) -> None:
+    """Packs chunks after `row` rows of one token each and `update` entries of the page table, and the parameters of
+    those that are new and of forks."""
+    end, new = row, [*[chunk for chunk in chunks if chunk.admit is not None], *forks]
     for index, chunk in enumerate(chunks, start=row):
         begin, end = end, end + chunk.num_tokens
         fields["token_ids"][begin:end] = chunk.token_ids
@@ -132,15 +135,14 @@ def _pack_chunks(chunks: tuple[RowPlan, ...], fields: dict[str, np.ndarray], row
             fields["page_index"][update : update + pages] = range(chunk.first_new_page, chunk.first_new_page + pages)
             fields["page"][update : update + pages] = chunk.new_pages
             update += pages
-        if chunk.admit is not None:
-            _pack_parameters(chunk, fields, admitted)
-            admitted += 1
+    for place, one in enumerate(new):
+        _pack_parameters(one, fields, place)
 
 
-def _pack_parameters(chunk: RowPlan, fields: dict[str, np.ndarray], place: int) -> None:
-    request = chunk.admit
+def _pack_parameters(new: RowPlan | Fork, fields: dict[str, np.ndarray], place: int) -> None:
+    request = new.admit
     assert request is not None
-    fields["admit_slot"][place] = chunk.slot
+    fields["admit_slot"][place] = new.slot
     for name, held in ROW_FIELDS.items():
         value = getattr(request, name)
         if held.width is None:

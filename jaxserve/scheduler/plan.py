@@ -76,6 +76,20 @@ class RowPlan:
         return len(self.token_ids) or self.count
 
 
+@dataclasses.dataclass(frozen=True)
+class Fork:
+    """Describes a request that joins a step without computing a token: its prompt is that of a chunk, from whose hidden
+    state its first token is drawn too. `StepPlan.table_writes` has its page table.
+
+    order, slot, admit: as in `RowPlan`.
+    """
+
+    request_id: str
+    order: int
+    slot: int
+    admit: EngineRequest
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class DecodeRows:
     """Holds the R decoding rows of a step as columns. Each computes the token sampled last and samples the next one.
@@ -229,7 +243,8 @@ class StepPlan:
 
     token_bucket: tokens of the forward program. row_bucket: rows of the sample program; 0 when nothing is sampled.
     copies: page copies, executed in order before the rest of the step: a page freed by one may be filled by a later one
-    or by the step itself. table_writes: applied after the copies and before the forward program.
+    or by the step itself. table_writes: applied after the copies and before the forward program. forks: further samples
+    of prompts that the chunks complete; token_bucket has room for a row of each, beside the chunks.
     """
 
     step: int
@@ -241,6 +256,7 @@ class StepPlan:
     num_tokens: int
     copies: tuple[PageCopy, ...] = ()
     table_writes: tuple[PageTableWrite, ...] = ()
+    forks: tuple[Fork, ...] = ()
 
     @property
     def num_sampled(self) -> int:
@@ -257,15 +273,16 @@ class StepPlan:
         return (*self.decodes.rows(), *self.chunks)
 
     @property
-    def sampled(self) -> tuple[RowPlan, ...]:
-        """Returns the row of each sample, in the order of `StepResult`. For inspection, not for the hot path."""
-        by_slot = {row.slot: row for row in self.rows}
+    def sampled(self) -> tuple[RowPlan | Fork, ...]:
+        """Returns the row or fork of each sample, in the order of `StepResult`. For inspection, not for the hot
+        path."""
+        by_slot = {row.slot: row for row in (*self.rows, *self.forks)}
         return tuple(by_slot[slot] for slot in self.samples.slots.tolist())
 
     @property
     def request_ids(self) -> tuple[str, ...]:
-        """Returns the request ids of the rows, in order."""
-        return (*self.decodes.request_ids, *(row.request_id for row in self.chunks))
+        """Returns the request ids of the rows and forks, in order."""
+        return (*self.decodes.request_ids, *(row.request_id for row in (*self.chunks, *self.forks)))
 
     @property
     def num_rows(self) -> int:
@@ -288,7 +305,7 @@ class StepPlan:
         """Splits the plan into steps of at most `most_rows` rows, to be run one after another.
 
         The first part makes the page copies and page-table writes. Rows and samples keep their order, so concatenating
-        the ids of the parts gives those of the step.
+        the ids of the parts gives those of the step. A fork is in the part of the chunk that it is drawn from.
 
         Args:
             most_rows: maximum number of rows of one part.
@@ -302,15 +319,18 @@ class StepPlan:
             num_tokens = decodes.num_tokens + sum(row.num_tokens for row in chunks)
             samples = self.samples.within(end_token, end_token + num_tokens)
             end_token += num_tokens
+            slots = set(samples.slots.tolist()) if self.forks else ()
+            forks = tuple(fork for fork in self.forks if fork.slot in slots)
             parts.append(
                 dataclasses.replace(
                     self,
                     decodes=decodes,
                     chunks=chunks,
                     samples=samples,
-                    token_bucket=buckets.token_bucket(num_tokens),
+                    token_bucket=buckets.token_bucket(max(num_tokens, len(chunks) + len(forks))),
                     row_bucket=buckets.row_bucket(len(samples)),
                     num_tokens=num_tokens,
+                    forks=forks,
                     copies=() if parts else self.copies,
                     table_writes=() if parts else self.table_writes,
                 )

@@ -12,11 +12,12 @@ from jaxserve.scheduler.sequence import Sequence
 
 
 def one_by_one(plan: StepPlan, token_ids: np.ndarray, special: np.ndarray) -> Iterator[tuple[str, int, int]]:
-    """Yields request id, order and sampled id of the `special` decodes, bool [R], and of the chunks that sample."""
+    """Yields request id, order and sampled id of the `special` decodes, bool [R], and of the chunks
+    and forks that sample."""
     for row in special.nonzero()[0].tolist():
         yield plan.decodes.request_ids[row], int(plan.decodes.orders[row]), int(token_ids[row])
     if plan.chunks:
-        by_slot = {row.slot: row for row in plan.chunks}
+        by_slot = {row.slot: row for row in (*plan.chunks, *plan.forks)}
         slots = plan.samples.slots[len(plan.decodes) :]
         for slot, token_id in zip(slots.tolist(), token_ids[len(plan.decodes) :].tolist(), strict=True):
             yield by_slot[slot].request_id, by_slot[slot].order, token_id
@@ -25,7 +26,8 @@ def one_by_one(plan: StepPlan, token_ids: np.ndarray, special: np.ndarray) -> It
 def several(
     plan: StepPlan, token_ids: np.ndarray, counts: np.ndarray
 ) -> Iterator[tuple[str, int, int, tuple[int, ...]]]:
-    """Yields request id, order, planned samples and accepted ids of the decoding rows and of the chunks that sample."""
+    """Yields request id, order, planned samples and accepted ids of the decoding rows and of the chunks and forks that
+    sample."""
     decodes, place = plan.decodes, 0
     assert decodes.counts is not None
     columns = zip(decodes.request_ids, decodes.orders.tolist(), decodes.counts.tolist(), counts.tolist(), strict=True)
@@ -34,7 +36,7 @@ def several(
             raise ValueError(f"count of {request_id!r} is {count}; its row has {planned} tokens: it must be 1 to that")
         yield request_id, order, planned, tuple(token_ids[place : place + count].tolist())
         place += planned
-    by_slot = {row.slot: row for row in plan.chunks}
+    by_slot = {row.slot: row for row in (*plan.chunks, *plan.forks)}
     for slot, token_id in zip(plan.samples.slots[place:].tolist(), token_ids[place:].tolist(), strict=True):
         yield by_slot[slot].request_id, by_slot[slot].order, 1, (token_id,)
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from jaxserve.request import EngineRequest, RequestStatus
+
+if TYPE_CHECKING:
+    from jaxserve.scheduler.shared_prompt import SharedPrompt
 
 
 class Sequence:
@@ -16,7 +21,8 @@ class Sequence:
     tenant_number: the policy's number for its tenant. wants: `Wants` of each of its samples. start_by, lateness: see
     the policy that uses them.
     pages: of the device, in the order of the table; reserved: pages held for it beyond them; host_pages: those of a
-    swapped sequence.
+    swapped sequence. prompt: what it shares with other samples of its request; None where it is the only one. parked:
+    it waits in no queue, until one of them has computed the prompt.
     """
 
     def __init__(self, request: EngineRequest, order: int, expected_output: float = 1.0):
@@ -40,6 +46,8 @@ class Sequence:
         self.reserved: list[int] = []
         self.host_pages: list[int] = []
         self.slot: int | None = None
+        self.prompt: SharedPrompt | None = None
+        self.parked = False
 
     @property
     def priority(self) -> int:

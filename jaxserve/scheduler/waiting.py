@@ -50,6 +50,7 @@ class Waiting:
     """Indexes the waiting sequences; no operation scans all of them.
 
     new: requests that never ran, by arrival. returning: preempted sequences to be recomputed, in the policy's order.
+    num_parked: requests that never ran and are in no queue, since another computes their prompt.
     by_urgency: queues of new requests; the best of each is the first to preempt a running sequence.
     """
 
@@ -68,6 +69,7 @@ class Waiting:
         self.new = KeyedQueue(lambda sequence: (sequence.request.arrival_time,))
         self.returning = policy.queue()
         self._by_urgency = by_urgency
+        self.num_parked = 0
 
     def __len__(self) -> int:
         return len(self.new) + len(self.returning)
@@ -75,6 +77,27 @@ class Waiting:
     def push(self, sequence: Sequence) -> None:
         """Adds a request that never ran."""
         self._policy.queued(sequence)
+        self._enter(sequence)
+
+    def push_parked(self, sequence: Sequence) -> None:
+        """Adds a request that never ran, and parks it."""
+        self._policy.queued(sequence)
+        sequence.parked = True
+        self.num_parked += 1
+
+    def park(self, sequence: Sequence) -> None:
+        """Takes a request that never ran out of the queues; it goes on waiting."""
+        self._remove(sequence)
+        sequence.parked = True
+        self.num_parked += 1
+
+    def unpark(self, sequence: Sequence) -> None:
+        """Puts a parked request into the queues."""
+        sequence.parked = False
+        self.num_parked -= 1
+        self._enter(sequence)
+
+    def _enter(self, sequence: Sequence) -> None:
         self._push(sequence)
         if sequence.request.options.deadline is not None:
             self._deadlines.push(sequence.request.options.deadline, sequence, len(self.new))
@@ -89,7 +112,11 @@ class Waiting:
 
     def remove(self, sequence: Sequence) -> None:
         """Removes a member that now runs or has ended."""
-        if sequence.waits_new:
+        if sequence.parked:
+            sequence.parked = False
+            self.num_parked -= 1
+            self._policy.dequeued(sequence)
+        elif sequence.waits_new:
             self._remove(sequence)
             self._policy.dequeued(sequence)
         else:
@@ -134,6 +161,9 @@ class Waiting:
 
     def demote(self, sequence: Sequence) -> None:
         """Gives a late member the priority key that its policy assigns to late ones."""
+        if sequence.parked:
+            self._policy.demote(sequence)
+            return
         self._remove(sequence)
         self._policy.demote(sequence)
         self._push(sequence)

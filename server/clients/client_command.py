@@ -13,7 +13,7 @@ from typing import Any
 from jaxserve.request import SamplingParams
 from jaxserve.serving.clients.client_failures import FAILURES, Failure, failure_of
 from jaxserve.serving.clients.client_output import JsonOutput, Output, TextOutput
-from jaxserve.serving.clients.client_results import Conversation, join
+from jaxserve.serving.clients.client_results import Chunk, Conversation, join_samples
 from jaxserve.serving.clients.client_target import AnyClient, ServerTarget
 
 EXIT_FAILED = 1
@@ -117,16 +117,23 @@ class _Answers:
         if options.chat:
             system = [{"role": "system", "content": options.system}] if options.system else []
             sent = Conversation([*system, *self._turns, question])
-        chunks = []
+        chunks: list[Chunk] = []
+        is_one = options.params is None or options.params.n == 1
         stream = self._client.generate(sent, options.params, timeout=options.timeout, **options.fields)
         with contextlib.closing(stream):  # Ctrl-C leaves through here, which cancels the call
             for chunk in stream:
                 chunks.append(chunk)
-                self._output.chunk(chunk)
-        completion = join(chunks)
-        self._output.answer(prompt, completion)
+                if is_one:
+                    self._output.chunk(chunk)
+        completions = join_samples(chunks)
+        for completion in completions:
+            if not is_one:  # samples arrive side by side, and are shown one after the other
+                for chunk in chunks:
+                    if chunk.index == completion.index:
+                        self._output.chunk(chunk)
+            self._output.answer(prompt, completion)
         if options.chat:
-            self._turns += [question, {"role": "assistant", "content": completion.text}]
+            self._turns += [question, {"role": "assistant", "content": completions[0].text}]
 
     def _prompt(self, text: str) -> str:
         """Returns the prompt to send for the user's input."""

@@ -59,7 +59,7 @@ class JsonOutput:
         """Prints a piece of an answer, where these are wanted."""
         if self._events and chunk.finish_reason is None:
             record = chunk_record(chunk)
-            self._print("chunk", {name: record[name] for name in ("request_id", "token_ids", "text")})
+            self._print("chunk", {name: record[name] for name in ("request_id", "index", "token_ids", "text")})
 
     def answer(self, prompt: str, completion: Completion) -> None:
         """Prints an answer."""

@@ -31,24 +31,29 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """One message of a stream: new token ids and text, and in the last one the finish reason and usage."""
+    """One message of a stream: new token ids and text of a sample, and in its last one the finish reason and usage.
+
+    usage: of the sample over gRPC; over HTTP, of all samples, in the last message of the stream. index: of the sample.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    index: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """A complete response."""
+    """A complete response, or one sample of it: usage and index are as in `Chunk`."""
 
     request_id: str
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason
     usage: Usage
+    index: int = 0
 
 
 class ModelInfo(Protocol):
@@ -62,8 +67,10 @@ class ModelInfo(Protocol):
 
 
 def join(chunks: Sequence[Chunk]) -> Completion:
-    """Joins the chunks of one finished stream."""
+    """Joins the chunks of one finished stream, or those of one sample of it."""
     last = chunks[-1]
+    if any(chunk.index != last.index for chunk in chunks):
+        raise ValueError(f"request {last.request_id} has several samples; join_samples takes its chunks")
     if last.finish_reason is None or last.usage is None:
         raise ValueError(f"request {last.request_id} has no finish reason yet; join takes a finished stream")
     return Completion(
@@ -72,7 +79,16 @@ def join(chunks: Sequence[Chunk]) -> Completion:
         text="".join(chunk.text for chunk in chunks),
         finish_reason=last.finish_reason,
         usage=last.usage,
+        index=last.index,
     )
+
+
+def join_samples(chunks: Sequence[Chunk]) -> list[Completion]:
+    """Joins the chunks of one finished stream to a completion for each sample, in the order of their indices."""
+    samples: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        samples.setdefault(chunk.index, []).append(chunk)
+    return [join(samples[index]) for index in sorted(samples)]
 
 
 def chunk_record(chunk: Chunk) -> dict[str, Any]:

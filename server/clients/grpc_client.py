@@ -277,7 +277,7 @@ def _chunk(response: pb.GenerateResponse) -> Chunk:
     if response.HasField("usage"):
         usage = Usage(response.usage.prompt_tokens, response.usage.output_tokens, response.usage.cached_tokens)
     reason = convert.reason_from_proto(response.finish_reason)
-    return Chunk(response.request_id, tuple(response.token_ids), response.text, reason, usage)
+    return Chunk(response.request_id, tuple(response.token_ids), response.text, reason, usage, response.index)
 
 
 def _code(error: Any) -> grpc.StatusCode:

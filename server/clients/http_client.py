@@ -246,23 +246,24 @@ def _events(response: http.client.HTTPResponse) -> Iterator[Any]:
 
 
 def _chunks(events: Iterator[Any]) -> Iterator[Chunk]:
-    """Yields the chunks of a stream. What is last, the finish reason and usage, comes in two events and makes one."""
-    last: Chunk | None = None
+    """Yields the chunks of a stream. What is last of a sample, its finish reason and the usage, comes in two events and
+    makes one."""
+    lasts: list[Chunk] = []
     request_id = ""
     for event in events:
         request_id = event.get("id", request_id)
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or {}
             text = delta.get("content") if "delta" in choice else choice.get("text")
-            chunk = Chunk(request_id, tuple(choice.get("token_ids") or ()), text or "")
+            chunk = Chunk(request_id, tuple(choice.get("token_ids") or ()), text or "", index=choice.get("index", 0))
             if reason := choice.get("finish_reason"):
-                last = dataclasses.replace(chunk, finish_reason=FinishReason(reason))
+                lasts.append(dataclasses.replace(chunk, finish_reason=FinishReason(reason)))
             elif chunk.text or chunk.token_ids:
                 yield chunk
-        if last is not None and (usage := event.get("usage")):
+        if lasts and (usage := event.get("usage")):
             details = usage.get("prompt_tokens_details") or {}
             counts = usage["prompt_tokens"], usage["completion_tokens"], details.get("cached_tokens") or 0
-            yield dataclasses.replace(last, usage=Usage(*counts))
+            yield from [dataclasses.replace(last, usage=Usage(*counts)) for last in lasts]
             return
 
 

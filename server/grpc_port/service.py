@@ -20,12 +20,13 @@ import jaxserve
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.engine.messages import EngineReady, EngineStats
+from jaxserve.frontend.delta import Delta
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.request import FinishReason
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.grpc_port.call_interceptor import CallContext
 from jaxserve.serving.grpc_port.status import Status, status, status_of
-from jaxserve.serving.problem import NotFoundError, check_delta, unforeseen
+from jaxserve.serving.problem import NotFoundError, check_delta, fails_alone, unforeseen
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 from jaxserve.serving.served_model import ServedModel
@@ -122,13 +123,19 @@ class JaxServeService(pb_grpc.JaxServeServicer):
             trace=self._served.trace(metadata, "text_completion"),
         )
         context.set_backlog(lambda: stream.num_unread * BYTES_PER_TOKEN)
+        failed: Delta | None = None
         async with stream:  # left early, it aborts the request
             async for delta in stream:
-                if delta.finish_reason is FinishReason.DEADLINE:  # what there is until then is not lost
-                    await context.write(_response(delta))
-                if delta.finish_reason is not None:
+                reason = delta.finish_reason
+                if reason is FinishReason.DEADLINE or fails_alone(delta):
+                    await context.write(_response(delta))  # what there is until then is not lost
+                    failed = failed or delta
+                    continue
+                if reason is not None:
                     check_delta(delta)
                 await context.write(_response(delta))
+        if failed is not None:
+            check_delta(failed)
 
     @errors_as_status
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
@@ -238,11 +245,12 @@ def call_deadline(context: Context) -> float | None:
     return None if remaining is None else time.time() + remaining
 
 
-def _response(delta: Any) -> pb.GenerateResponse:
+def _response(delta: Delta) -> pb.GenerateResponse:
     response = pb.GenerateResponse(
         request_id=delta.request_id,
         token_ids=delta.token_ids,
         text=delta.text,
+        index=delta.index,
     )
     if delta.finish_reason is not None:
         response.finish_reason = convert.reason_to_proto(delta.finish_reason)

@@ -25,7 +25,6 @@ TEXT_ONLY = frozenset({"skip_special_tokens", "spaces_between_special_tokens", "
 The ids include the token that completes a stop string."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
     "repetition_penalty": (1.0,),
     "frequency_penalty": (0.0,),
     "presence_penalty": (0.0,),
@@ -36,8 +35,13 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 _NEUTRAL_REQUEST: Mapping[str, tuple[Any, ...]] = {"kv_transfer_params_json": ("",), "data_parallel_rank": (0,)}
 _REQUEST = frozenset({"request_id", "tokenized", "text", "sampling_params", "stream"})
 
-_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORT: "abort"}
-"""The gateway's words for finish reasons; the others are statuses, and its fourth, error, is never sent."""
+_REASONS = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.ABORT: "abort",
+    FinishReason.ERROR: "error",
+}
+"""The gateway's words for finish reasons; the others are statuses, and so is error, except of one sample of several."""
 
 _NUMBERS = {name: field.number for name, field in pb.GenerateRequest.DESCRIPTOR.fields_by_name.items()}
 _ORIGINAL_TEXT = pb.TokenizedInput.DESCRIPTOR.fields_by_name["original_text"].number
@@ -129,12 +133,13 @@ def chunk(delta: Delta) -> pb.GenerateResponse:
             prompt_tokens=delta.prompt_tokens,
             completion_tokens=len(delta.token_ids),
             cached_tokens=delta.cached_tokens,
+            index=delta.index,
         )
     )
 
 
 def complete(delta: Delta, output_ids: Sequence[int], params: SamplingParams) -> pb.GenerateResponse:
-    """Returns the last message of a request. delta: its last one. output_ids: all of its ids."""
+    """Returns the last message of a sample. delta: its last one. output_ids: all of its ids."""
     assert delta.finish_reason is not None
     answer = pb.GenerateComplete(
         output_ids=output_ids,
@@ -142,6 +147,7 @@ def complete(delta: Delta, output_ids: Sequence[int], params: SamplingParams) ->
         prompt_tokens=delta.prompt_tokens,
         completion_tokens=len(output_ids),
         cached_tokens=delta.cached_tokens,
+        index=delta.index,
     )
     if delta.stop_string is not None:
         answer.matched_stop_str = delta.stop_string

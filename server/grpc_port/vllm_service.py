@@ -21,6 +21,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 import jaxserve
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
+from jaxserve.frontend.delta import Delta
 from jaxserve.frontend.delta_stream import DeltaStream
 from jaxserve.request import SamplingParams
 from jaxserve.serving.access.request_headers import request_options
@@ -30,7 +31,7 @@ from jaxserve.serving.grpc_port.oversized import CheckPromptBytes
 from jaxserve.serving.grpc_port.service import BYTES_PER_TOKEN, Context, call_deadline, errors_as_status, text_metadata
 from jaxserve.serving.grpc_port.tokenizer_bundle import tokenizer_zip
 from jaxserve.serving.grpc_port.vllm_load import ForwardedRequest, LoadRecord
-from jaxserve.serving.problem import NotFoundError, UnimplementedError, check_delta
+from jaxserve.serving.problem import NotFoundError, UnimplementedError, check_delta, fails_alone
 from jaxserve.serving.served_model import ServedModel
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["VllmEngine"]
@@ -224,14 +225,19 @@ async def _answer(
     stream: DeltaStream, params: SamplingParams, streams: bool, context: Context, forwarded: ForwardedRequest
 ) -> None:
     """Writes the answer to a request. streams: new ids are sent as they come, too."""
-    output_ids: list[int] = []
+    output_ids: list[list[int]] = [[] for _ in range(params.n)]
+    failed: Delta | None = None
     async for delta in stream:
         forwarded.answered(delta)
-        is_last = delta.finish_reason is not None
-        if is_last:
+        is_last, ids = delta.finish_reason is not None, output_ids[delta.index]
+        if fails_alone(delta):
+            failed = failed or delta
+        elif is_last:
             check_delta(delta)
-        output_ids += delta.token_ids
+        ids += delta.token_ids
         if streams and delta.token_ids:
             await context.write(convert.chunk(delta))
         if is_last:
-            await context.write(convert.complete(delta, output_ids, params))
+            await context.write(convert.complete(delta, ids, params))
+    if failed is not None:
+        check_delta(failed)

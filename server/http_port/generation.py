@@ -24,7 +24,7 @@ from jaxserve.serving.http_port.errors import check_model
 from jaxserve.serving.http_port.events import ChoiceEvents, StreamHead
 from jaxserve.serving.http_port.exchange import REQUEST_ID, ClientGoneError, Exchange
 from jaxserve.serving.http_port.json_bodies import Structure
-from jaxserve.serving.problem import check_delta
+from jaxserve.serving.problem import check_delta, fails_alone
 from jaxserve.serving.served_model import ServedModel
 from jaxserve.telemetry.request_trace import TRACE_HEADERS
 
@@ -187,55 +187,81 @@ class _Run:
 
     async def complete(self) -> None:
         """Answers with one object when every prompt has its answer."""
-        answers = [await self._collected(index, stream) for index, stream in enumerate(self._streams)]
+        collected = [await self._collected(index, stream) for index, stream in enumerate(self._streams)]
+        answers = [answer for samples in collected for answer in samples]
         body = response_body(self._url, self._request_id, self._model, self._created, answers)
         await self._exchange.answer(200, msgspec.json.encode(body))
 
-    async def _collected(self, index: int, stream: DeltaStream) -> Answer:
-        texts = self._echoes[index : index + 1]
-        token_ids: list[int] = []
-        last = Delta("")
-        async for last in stream:
-            texts.append(last.text)
-            token_ids.extend(last.token_ids)
-        check_delta(last)
-        return self._answer(last, "".join(texts), token_ids if self._request.return_token_ids else None)
+    async def _collected(self, index: int, stream: DeltaStream) -> list[Answer]:
+        """Returns the answers to one prompt, a sample each, when all have ended."""
+        samples = range(self._request.params.n)
+        texts = [self._echoes[index : index + 1] for _ in samples]
+        token_ids: list[list[int]] = [[] for _ in samples]
+        lasts: dict[int, Delta] = {}
+        async for delta in stream:
+            texts[delta.index].append(delta.text)
+            token_ids[delta.index].extend(delta.token_ids)
+            if delta.finish_reason is not None:
+                lasts[delta.index] = delta
+        for last in lasts.values():
+            check_delta(last)
+        shows_ids = self._request.return_token_ids
+        return [
+            self._answer(lasts[sample], "".join(texts[sample]), token_ids[sample] if shows_ids else None)
+            for sample in samples
+        ]
 
     def _answer(self, last: Delta, text: str = "", token_ids: Sequence[int] | None = None) -> Answer:
-        assert last.finish_reason is not None  # a stream ends with one
+        assert last.finish_reason is not None  # a sample ends with one
         return Answer(
-            text, last.finish_reason.value, last.prompt_tokens, last.output_tokens, last.cached_tokens, token_ids
+            text,
+            last.finish_reason.value,
+            last.prompt_tokens,
+            last.output_tokens,
+            last.cached_tokens,
+            token_ids,
+            index=last.index,
         )
 
     # ---- streamed ------------------------------------------------------------------------------------------------
 
     async def stream(self) -> None:
         """Answers with events as tokens arrive; the response begins with the first of them."""
-        request, exchange = self._request, self._exchange
+        request, exchange, samples = self._request, self._exchange, self._request.params.n
         head = StreamHead(self._url, self._request_id, self._model, self._created, request.include_usage)
+        shows_ids = request.return_token_ids
         events = [
-            ChoiceEvents(head, index, shows_all=not self._has_text, token_ids=request.return_token_ids)
+            [
+                ChoiceEvents(head, index * samples + sample, shows_all=not self._has_text, token_ids=shows_ids)
+                for sample in range(samples)
+            ]
             for index in range(len(self._streams))
         ]
-        if len(events) == 1:
-            answers = [await self._pump(0, events[0])]
-        else:
-            answers = await self._pump_all(events)
-        await exchange.end_events(head.end(answers))
+        pumped = [await self._pump(0, events[0])] if len(events) == 1 else await self._pump_all(events)
+        await exchange.end_events(head.end([answer for answers in pumped for answer in answers]))
 
-    async def _pump(self, index: int, events: ChoiceEvents) -> Answer:
-        """Sends the events of one choice to its end."""
-        send, last = self._send, None
+    async def _pump(self, index: int, events: Sequence[ChoiceEvents]) -> list[Answer]:
+        """Sends the events of one prompt's choices to their end. A choice that fails does not end the others; they are
+        followed by its error."""
+        send, failed = self._send, None
+        begun: set[int] = set()
+        lasts: list[Delta] = []
         async for delta in self._streams[index]:
             if delta.finish_reason is not None:
+                lasts.append(delta)
+                if fails_alone(delta):
+                    failed = failed or delta
+                    continue
                 check_delta(delta)
-            if last is None and self._echoes:
-                await send(events.echo(self._echoes[index]))
-            last = delta
-            if data := events.of(delta):
+            choice = events[delta.index]
+            if self._echoes and delta.index not in begun:
+                begun.add(delta.index)
+                await send(choice.echo(self._echoes[index]))
+            if data := choice.of(delta):
                 await send(data)
-        assert last is not None  # a stream has at least the delta that ends it
-        return self._answer(last)
+        if failed is not None:
+            check_delta(failed)
+        return [self._answer(last) for last in lasts]
 
     async def _send(self, data: bytes) -> None:
         """Sends events; those of several choices one after the other."""
@@ -245,7 +271,7 @@ class _Run:
             async with self._sending:
                 await self._exchange.send_event(data)
 
-    async def _pump_all(self, events: Sequence[ChoiceEvents]) -> list[Answer]:
+    async def _pump_all(self, events: Sequence[Sequence[ChoiceEvents]]) -> list[list[Answer]]:
         """Sends the events of several choices as they come. The first error ends all."""
         tasks = [asyncio.ensure_future(self._pump(index, one)) for index, one in enumerate(events)]
         try:
