@@ -137,8 +137,7 @@ class SamplingParams(RowSampling):
         default=1,
         metadata=sampling(
             Whole(1, MAX_SAMPLES),
-            "samples drawn from the prompt, which is computed once; sample i is drawn as with seed + i. The server's max_n "
-            "bounds them",
+            "samples of the prompt, which is computed once; sample i is drawn as with seed + i; `max_n` bounds them",
         ),
     )
     max_tokens: int | None = field(

@@ -35,7 +35,7 @@ class PromptSharing:
         self._running = running
         self._prompts: dict[SharedPrompt, None] = {}
         self._keeping: dict[SharedPrompt, None] = {}  # those with kept pages, oldest first
-        self._due: list[tuple[Sequence, PageCopy]] = []
+        self._due: list[tuple[SharedPrompt, Sequence, PageCopy]] = []
 
     @property
     def tables(self) -> list[list[int]]:
@@ -58,6 +58,7 @@ class PromptSharing:
     def joined(self, sequence: Sequence, prompt: SharedPrompt) -> None:
         """Records that a sample was admitted; it has its pages, which may be those that the prompt kept."""
         prompt.queued.pop(sequence.request_id, None)
+        prompt.parked.pop(sequence.request_id, None)  # where it took the place of the one that held the prompt
         prompt.begun[sequence.request_id] = sequence
         if not prompt.kept:
             self._keeping.pop(prompt, None)
@@ -77,7 +78,7 @@ class PromptSharing:
             if copies is None:
                 sequence.num_computed = 0
                 break
-            self._due += [(sequence, copy) for copy in copies]
+            self._due += [(prompt, sequence, copy) for copy in copies]
             del prompt.parked[sequence.request_id]
             self._waiting.remove(sequence)
             self._running.start(sequence)
@@ -86,9 +87,10 @@ class PromptSharing:
         return forked
 
     def take_due(self) -> list[PageCopy]:
-        """Returns the copies that the last step's forks need before they decode: the page was not yet written then."""
+        """Returns the copies that the last step's forks, or a prompt that keeps the pages of one, still need: when they
+        joined, the source was not yet written."""
         due, self._due = self._due, []
-        return [copy for sequence, copy in due if sequence.decoding]
+        return [copy for prompt, sequence, copy in due if sequence.decoding or copy.destination in prompt.kept]
 
     def computed(self, sequence: Sequence, prompt: SharedPrompt) -> None:
         """Records that a running sample has all of the prompt in its pages, by what is dispatched until now."""
@@ -122,6 +124,11 @@ class PromptSharing:
             del self._prompts[prompt]
         elif not was_parked:
             self._settle(prompt)
+
+    def held_back(self, sequence: Sequence) -> None:
+        """Records that a sample has ended, whose final output waits for those of its batch."""
+        if sequence.prompt is not None:
+            self._settle(sequence.prompt)
 
     def reclaim(self, spared: SharedPrompt | None = None) -> bool:
         """Frees the pages that one prompt keeps, the one that has kept them for longest; returns False where none does.

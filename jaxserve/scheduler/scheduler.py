@@ -453,6 +453,7 @@ class Scheduler:
         if self._mode.holds:
             self._queues.leave(sequence)
             sequence.status = RequestStatus.ENDING
+            self._queues.sharing.held_back(sequence)
             self._barrier.hold(sequence, reason)
             return SequenceUpdate(sequence, token_ids)
         return dataclasses.replace(self._finish(sequence, reason), token_ids=token_ids)

@@ -70,8 +70,8 @@ class SequenceQueues:
             sequence.status = RequestStatus.ENDING
 
     def make_room(self, step: StepInProgress) -> None:
-        """Frees the pages of a prompt that no sample runs with, or else preempts the running sequence that the preemption
-        rules select, and drops its share of this step."""
+        """Frees the pages of a prompt that no sample runs with, or else preempts the running sequence that the
+        preemption rules select, and drops its share of this step."""
         if self.sharing.reclaim():
             return
         self.preempt(self.preemption.victim(self.running.sequences), step)

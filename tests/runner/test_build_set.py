@@ -131,7 +131,7 @@ def test_progress_is_logged_where_there_is_no_terminal(monkeypatch, caplog):
         with caplog.at_level(logging.INFO, "jaxserve"):
             with SetBuilder(make_mesh(), None, progress=progress) as builder:
                 builder.build(shapes_of())
-        assert (" of 5 programs are ready, " in caplog.text) == progress
+        assert (" of 6 programs are ready, " in caplog.text) == progress
 
 
 def test_a_pool_with_room_to_spare_needs_no_program_to_be_sized():

@@ -39,7 +39,7 @@ CONFIG = EngineConfig(
     seed=3,
 )
 FORWARD, SAMPLE = ProgramKey("forward", 16), ProgramKey("sample", 8)
-NUM_PROGRAMS = 5
+NUM_PROGRAMS = 6
 """Two forward programs, one that samples, and those that write page tables and masks."""
 
 
