@@ -84,7 +84,9 @@ def test_bundle_and_report_for_an_h200(config, tmp_path, capsys):
     for expected in ("`paged_attention_decode`", "| decode 8 |", "## Roofline", "ratio", "jax"):
         assert expected in page
 
-    assert "| 1 | 0 | 0 to 1 | 2 | yes | 0 | 0 | " in page  # the writes of tables and masks are one kernel each
+    outside = [programs[writer]["outside_command_buffers"] for writer in sorted(writers)]
+    assert outside == [1, 2, 1], "writes are a kernel each, and copies of pages two: one reads, one writes"
+    assert "| 1 | 0 | 0 to 1 | 4 | yes | 0 | 0 | " in page
     both = render([report, report | {"versions": {"jax": "9.9"}, "problems": ["a kernel spills"]}])
     for expected in ("ratio, run 2", "run 2, GiB", "Run 2, jax 9.9", "- run 2: a kernel spills"):
         assert expected in both

@@ -203,7 +203,7 @@ def test_one_that_cannot_be_allocated_fails_alone():
 
 def test_no_sample_is_added_where_not_all_have_room():
     scheduler = make_scheduler(config(seqs=2, max_num_waiting=3))
-    with pytest.raises(ValueError, match="0 requests are unfinished; .* max_num_waiting 3 allow no 6 more"):
+    with pytest.raises(ValueError, match=r"0 requests are unfinished; .* max_num_waiting 3 allow no 6 more"):
         scheduler.add_samples(samples("r", 6, 5, 5), NOTHING * 6)
     scheduler.add_samples(samples("r", 4, 5, 5), NOTHING * 4)
     assert scheduler.num_waiting == 4

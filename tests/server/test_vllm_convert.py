@@ -31,7 +31,7 @@ SAMPLING = {
     "skip_special_tokens": ("unset", True, NO_EFFECT),
     "spaces_between_special_tokens": ("unset", True, NO_EFFECT),
     "ignore_eos": ("unset", True, True),
-    "n": ("unset", 2, REFUSED),
+    "n": ("unset", 2, 2),
     "logprobs": ("zero asks for the log probability of each token; absent is none", 1, REFUSED),
     "prompt_logprobs": ("zero asks for the log probability of each token; absent is none", 1, REFUSED),
     "seed": ("zero is a seed; absent draws one", 11, 11),
