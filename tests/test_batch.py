@@ -108,7 +108,7 @@ def test_fields_that_ask_for_nothing_are_taken(tmp_path, tokenizer):
 
 
 def test_samples_are_choices(tmp_path, tokenizer):
-    lines = [line("a", prompt="abc", n=3), chat("b", [{"role": "user", "content": "xyz"}], n=2, max_tokens=2)]
+    lines = [line("a", prompt="abc", n=3), line("b", prompt="xyz", n=2, max_tokens=2)]
     summary, out = run(tmp_path, [*lines, line("c", prompt=[0, 5], n=2), line("d", prompt="a", n=129)], tokenizer)
     assert (summary.completed, summary.errors) == (2, 2)
     body = out["a"]["response"]["body"]

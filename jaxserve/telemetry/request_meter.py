@@ -222,6 +222,7 @@ class _CountedLife(RequestLife):
 
     def finish(self, reason: FinishReason, output_tokens: int, cached_tokens: int) -> None:
         metrics, decode = self._metrics, None
+        metrics.generation_tokens += output_tokens - sum(self._charged)
         e2e = metrics.clock() - self._arrived
         metrics.finished[reason.value] += 1
         metrics.observe("e2e_request_latency_seconds", e2e)
