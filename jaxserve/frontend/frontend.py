@@ -39,7 +39,15 @@ from jaxserve.frontend.output import FaultyOutput, OutputState
 from jaxserve.frontend.preparation import Preparation, Prepared
 from jaxserve.frontend.preparation_steps import finish
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import ROW_FIELDS, SAMPLING_FIELDS, EngineRequest, FinishReason, RequestOptions, SamplingParams
+from jaxserve.request import (
+    ROW_FIELDS,
+    SAMPLING_FIELDS,
+    EngineRequest,
+    FinishReason,
+    RequestOptions,
+    SamplingParams,
+    check_samples,
+)
 from jaxserve.telemetry.request_meter import RequestMeter
 from jaxserve.telemetry.request_trace import RequestTrace
 
@@ -176,7 +184,7 @@ class FrontEnd:
 
     def check_accepting(self, params: SamplingParams, options: RequestOptions, prompt_tokens: int = 1) -> None:
         """Raises QueueFullError, DeadlineError or EngineDeadError where `start` would, before a prompt is tokenized in
-        vain.
+        vain, and ValueError for more samples than may ever be asked for.
 
         Args:
             params: of the request.
@@ -185,6 +193,7 @@ class FrontEnd:
         """
         if self._failure:
             raise EngineDeadError(f"the engine has ended: {self._failure}")
+        check_samples(params, self._limits)
         if self._admission is not None:
             self._admission.check(
                 options.tenant,

@@ -20,6 +20,7 @@ def test_unset_parameters_have_the_defaults_of_sampling_params():
         SamplingParams(
             temperature=0.7,
             seed=2**63 - 1,
+            n=7,
             max_tokens=2**31 - 1,
             min_tokens=3,
             stop=("a", "\n\n"),
@@ -46,7 +47,8 @@ def test_every_parameter_of_the_wire_is_a_row_of_the_table_with_its_default():
 def test_a_parameter_that_the_wire_does_not_have_is_refused_unless_it_asks_for_nothing(monkeypatch):
     without = {name: field for name, field in convert._PARAMETERS.items() if name != "min_p"}
     monkeypatch.setattr(convert, "_PARAMETERS", without)
-    assert convert.params_to_proto(SamplingParams(top_k=3)) == pb.SamplingParams(temperature=1.0, top_k=3, top_p=1.0)
+    expected = pb.SamplingParams(temperature=1.0, top_k=3, top_p=1.0, n=1)
+    assert convert.params_to_proto(SamplingParams(top_k=3)) == expected
     with pytest.raises(ValueError, match=r"min_p is 0\.5; the gRPC API does not have it"):
         convert.params_to_proto(SamplingParams(min_p=0.5))
 
@@ -99,8 +101,8 @@ def test_the_earlier_deadline_wins():
         convert.deadline_from_proto(pb.GenerateRequest(deadline=math.nan), 1.0)
 
 
-def test_every_reason_but_error_is_on_the_wire():
-    for reason in (None, FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT, FinishReason.DEADLINE):
+def test_every_reason_is_on_the_wire():
+    for reason in (None, *FinishReason):
         assert convert.reason_from_proto(convert.reason_to_proto(reason)) is reason
 
 
