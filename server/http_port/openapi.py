@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxserve.config.http_config import HttpConfig
+from jaxserve.config.parallel_samples import MAX_SAMPLES
 from jaxserve.config.sampling_fields import MAX_INT32, Flag, Ids, Kind, Number, Texts, Whole
 from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, field_names, neutral_values
 from jaxserve.request import MAX_ID_LENGTH, SAMPLING_FIELDS
@@ -87,6 +88,7 @@ class _Limits:
     def __init__(self, served: ServedModel):
         limits = None if served.frontend is None else served.frontend.ready.limits
         self.context = MAX_INT32 if limits is None else limits.max_model_len
+        self.samples = MAX_SAMPLES if limits is None else limits.max_n
         self.token_id: Schema = {
             "type": "integer",
             "minimum": 0,
@@ -151,6 +153,7 @@ def _one_model(name: str) -> Schema:
 def _body(url: str, limits: _Limits, config: HttpConfig) -> Schema:
     """Returns the schema of a body to one of openai.URLS."""
     fields = {name: _of_kind(row.kind, limits) | {"description": row.meaning} for name, row in SAMPLING_FIELDS.items()}
+    fields["n"]["maximum"] = limits.samples
     fields |= {name: {"enum": list(values)} for name, values in neutral_values(url).items()}
     fields |= {
         "model": limits.model,
