@@ -82,7 +82,9 @@ def collect(core: EngineCore, messages) -> dict[str, tuple[list[int], FinishReas
             found[output.request_id] = tokens, output.finish_reason, output.error
 
     for message in messages:
-        take(core.handle(decode(encode(message))))
+        sent = decode(encode(message))
+        assert isinstance(sent, AddRequest | AbortRequest)
+        take(core.handle(sent))
     while core.busy:
         take(core.step())
         core.check_integrity()

@@ -173,7 +173,7 @@ def test_swaps_move_their_pages_alone(kind, dtype, mesh, target):
     pages = 16 * report.pool_bytes // 4096
     assert report.temp_bytes < 1000 + (pages if kind == "page_copy" else 0)
     assert pages <= report.bytes_read < report.pool_bytes
-    assert pages <= report.bytes_written < 1.1 * pages
+    assert pages <= report.bytes_written < 1.1 * pages * (2 if kind == "page_copy" else 1)
     assert (report.alias_bytes >= report.pool_bytes) == (kind != "swap_out")
 
 

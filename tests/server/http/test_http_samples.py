@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import asyncio
 
+import httpx
 import pytest
 
 from tests.server.http.http_harness import HttpServed, error_of, events_of, run_http, texts_of
 
 
-def test_the_chunks_of_a_chat_begin_each_choice_with_its_role(tokenizer):
-    async def body(served: HttpServed) -> None:
-        asked = {"messages": [{"role": "user", "content": "hello"}], "n": 2, "stream": True, "max_tokens": 3}
-        events = events_of((await served.client.post("/v1/chat/completions", json=asked)).text)
-        assert texts_of(events) == {0: "hel", 1: "ell"}
-        deltas = [(one["index"], one["delta"]) for event in events[:-1] for one in event["choices"]]
-        for index in (0, 1):
-            mine = [delta for choice, delta in deltas if choice == index]
-            assert [delta.get("role") for delta in mine] == ["assistant"] + [None] * (len(mine) - 1)
-        ends = {one["index"]: one["finish_reason"] for event in events[:-1] for one in event["choices"]}
-        assert ends == {0: "length", 1: "length"}
-
-    run_http(body, tokenizer)
+def test_the_chunks_of_a_chat_begin_each_choice_with_its_role(server):
+    asked = {"messages": [{"role": "user", "content": "hello"}], "n": 2, "stream": True, "max_tokens": 3}
+    events = events_of(httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60).text)
+    assert texts_of(events) == {0: "hel", 1: "ell"}
+    choices = [choice for event in events[:-1] for choice in event["choices"]]
+    for index in (0, 1):
+        mine = [choice for choice in choices if choice["index"] == index]
+        assert [one["delta"].get("role") for one in mine] == ["assistant"] + [None] * (len(mine) - 1)
+        assert [one["finish_reason"] for one in mine] == [None] * (len(mine) - 1) + ["length"]
 
 
 def test_every_choice_echoes_its_prompt(tokenizer):
     async def body(served: HttpServed) -> None:
-        asked = {"prompt": ["ab", [6, 7]], "n": 2, "echo": True, "return_token_ids": True}
+        asked = {"prompt": ["ab", [102, 103]], "n": 2, "echo": True, "return_token_ids": True}
         whole = (await served.client.post("/v1/completions", json=asked)).json()
         assert [choice["text"] for choice in whole["choices"]] == ["abab", "abb", "cdcd", "cdd"]
         assert [len(choice["token_ids"]) for choice in whole["choices"]] == [3, 2, 3, 2]
@@ -61,11 +58,11 @@ def test_a_choice_that_fails_does_not_end_the_others(tokenizer, stream):
 def test_a_client_that_hangs_up_aborts_every_sample(tokenizer):
     async def body(served: HttpServed) -> None:
         served.engine.pause()
+        served.engine.allow(1)
         asked = {"prompt": "abcd", "n": 3, "stream": True}
         async with served.client.stream(
             "POST", "/v1/completions", json=asked, headers={"x-request-id": "r"}
         ) as response:
-            served.engine.allow(1)
             await anext(response.aiter_bytes())
         for name in ("r", "r/1", "r/2"):
             await served.until(served.engine.wait_for_abort, name)
