@@ -150,7 +150,7 @@ def test_too_many_samples_are_refused_before_anything_is_done(front_end, engine)
 
 def test_admission_counts_a_place_for_each_sample(engine, tokenizer):
     tenants = {"small": TenantConfig(max_requests=4)}
-    admission = Admission(QueueConfig(tenants=tenants), Engine(2, 16))
+    admission = Admission(QueueConfig(tenants=tenants), Engine(2, 5))
     front_end = FrontEnd(engine, tokenizer, seed=0, clock=lambda: 1000.0, admission=admission)
     with pytest.raises(ValueError, match=r"n is 5; tenant 'small' may have 4 unfinished samples \(max_requests\)"):
         front_end.submit("hi", SamplingParams(n=5), **asked(tenant="small"))
@@ -158,8 +158,8 @@ def test_admission_counts_a_place_for_each_sample(engine, tokenizer):
     assert (admission.num_open, admission.num_waiting, admission.waiting_tokens) == (3, 3, 3 + 3 * 8)
     with pytest.raises(QueueFullError, match="tenant 'small' has 3 unfinished requests; at most 4"):
         front_end.submit("hi", SamplingParams(n=2), **asked(tenant="small"))
-    with pytest.raises(QueueFullError, match="3 requests are unfinished; at most 16"):
-        front_end.submit("hi", SamplingParams(n=14), **asked(tenant="big"))
+    with pytest.raises(QueueFullError, match="3 requests are unfinished; at most 5"):
+        front_end.submit("hi", THREE, **asked(tenant="big"))
     handle(front_end, "r", ids(tokenizer, "a"))
     assert (admission.num_open, admission.num_waiting, admission.waiting_tokens) == (3, 0, 0)
     for name in NAMES:

@@ -318,4 +318,4 @@ def test_histories_of_samples(mode: str):
     more = () if mode == "none" else ("copied", "recomputed", "swapped in")
     forks = () if mode in ("none", "static", "dynamic") else ("forked",)
     for kind in (*kinds, *more, *forks):
-        assert events[kind] > 5, f"{kind}: {events}"
+        assert events[kind] >= 3, f"{kind}: {events}"

@@ -137,9 +137,10 @@ def test_json_has_ids_text_reason_and_usage(run):
 
 
 def test_samples_are_answers_one_after_the_other(run):
-    code, out, _ = run("--n", "3", "--max-tokens", "2", "abcd")
+    options = "--temperature", "1", "--max-tokens", "2"
+    code, out, _ = run("--n", "3", *options, "abcd")
     assert (code, out) == (0, "ab\nbc\ncd\n")
-    code, out, _ = run("--json", "--n", "2", "--max-tokens", "2", "abcd")
+    code, out, _ = run("--json", "--n", "2", *options, "abcd")
     assert [(one["index"], one["text"]) for one in map(json.loads, out.splitlines())] == [(0, "ab"), (1, "bc")]
 
 
