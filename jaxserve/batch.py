@@ -52,6 +52,7 @@ from jaxserve.request import FinishReason
 
 EXIT_FAILED = 1
 _FAREWELL = "jaxserve.batch: ended at once by a second signal; the same command resumes it"
+_NOT_COMPLETED = frozenset({FinishReason.ERROR, FinishReason.ABORT, FinishReason.DEADLINE})
 _MAX_MESSAGE = 1000  # characters of an error line's message: a client's value in it may be of any length
 
 
@@ -122,8 +123,9 @@ class BatchRun:
         with contextlib.closing(run_all(self._front_end, self._client, requests, stepped)) as finished:
             for completion in finished:
                 keyed = self._under_way.pop(completion.request_id)
-                if completion.finish_reason in (FinishReason.ERROR, FinishReason.ABORT, FinishReason.DEADLINE):
-                    late = completion.finish_reason is FinishReason.DEADLINE
+                failed = _NOT_COMPLETED.intersection(sample.finish_reason for sample in completion.samples)
+                if failed:
+                    late = FinishReason.DEADLINE in failed
                     code = "deadline_exceeded" if late else "request_failed"
                     self._write_error(output, keyed, code, completion.error)
                 else:
@@ -188,19 +190,22 @@ class BatchRun:
             chat=keyed.line.url == CHAT_URL,
             as_ids=bool(body.get("return_tokens_as_token_ids")),
         )
-        logprobs = None if completion.logprobs is None else shapes.of(completion.logprobs, completion.token_ids)
-        answer = Answer(
-            completion.text,
-            completion.finish_reason.value,
-            len(completion.prompt_token_ids),
-            len(completion.token_ids),
-            completion.num_cached_tokens,
-            completion.token_ids,
-            truncated_tokens=completion.num_truncated_tokens,
-            logprobs=logprobs,
-            prompt_logprobs=None if prompt is None else shapes.of_prompt(prompt),
-        )
-        answered = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), [answer])
+        answers = [
+            Answer(
+                sample.text,
+                sample.finish_reason.value,
+                len(completion.prompt_token_ids),
+                len(sample.token_ids),
+                completion.num_cached_tokens,
+                sample.token_ids,
+                truncated_tokens=completion.num_truncated_tokens,
+                logprobs=None if sample.logprobs is None else shapes.of(sample.logprobs, sample.token_ids),
+                prompt_logprobs=None if prompt is None else shapes.of_prompt(prompt),
+                index=index,
+            )
+            for index, sample in enumerate(completion.samples)
+        ]
+        answered = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), answers)
         return {
             "id": _result_id(keyed.number),
             "custom_id": keyed.key,
