@@ -44,6 +44,7 @@ from jaxserve.frontend.openai import parse_body
 from jaxserve.frontend.openai_responses import Answer, response_body
 from jaxserve.frontend.stop_signals import StopSignals
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
 from jaxserve.request import FinishReason
 
 EXIT_FAILED = 1
@@ -159,7 +160,7 @@ class BatchRun:
                 _say(note)
 
     def _prepare(self, line: BatchLine) -> Prepared:
-        request = parse_body(line.url, line.body)
+        request = parse_body(line.url, line.body, defaults=self._client.ready.sampling_defaults)
         params = request.params
         if params.seed is None:
             params = dataclasses.replace(params, seed=_seed_for(self._seed, line.custom_id))
@@ -183,6 +184,7 @@ class BatchRun:
             len(completion.token_ids),
             completion.num_cached_tokens,
             completion.token_ids,
+            truncated_tokens=completion.num_truncated_tokens,
         )
         body = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), [answer])
         return {
@@ -259,6 +261,8 @@ class _Job:
         for line in changed_settings(config):
             _say(f"config: {line}")
         client = InlineEngine(engine, progress=True)
+        if defaults := client.ready.sampling_defaults:
+            _say(defaults_line(defaults))
         with _closing(lambda: _close(client, engine.composition_dir)):
             self._run = run = BatchRun(
                 client, tokenizer, _model_name(config), engine.seed, settings=_settings(config), check_stop=check_stop
@@ -353,7 +357,8 @@ def _settings(config: ServerConfig) -> str:
     engine = config.engine
     paths = [path and str(pathlib.Path(path).resolve()) for path in (engine.model, engine.tokenizer)]
     others = (engine.architecture, engine.load_format, engine.dtype, engine.max_model_len, engine.cache.kv_cache_dtype)
-    return repr((*paths, engine.skip_tokenizer_init, *others))
+    defaults = sampling_defaults(engine)
+    return repr((*paths, engine.skip_tokenizer_init, *others, *([defaults] if defaults else ())))
 
 
 def _settings_digest(model: str, seed: int, settings: str) -> bytes:

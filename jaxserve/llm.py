@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from jaxserve.config.plain_params import params_of
 from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
@@ -41,7 +42,8 @@ class RequestOutput:
     """Holds a prompt and its result.
 
     prompt: None when token ids were given. num_cached_tokens: prompt tokens taken from the prefix cache.
-    error: one line when outputs[0].finish_reason is "deadline" or "error".
+    error: one line when outputs[0].finish_reason is "deadline" or "error". num_truncated_tokens: cut off the beginning
+    of the prompt, as truncate_prompt_tokens asks; prompt_token_ids are the others.
     """
 
     request_id: str
@@ -51,6 +53,7 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int
     error: str = ""
+    num_truncated_tokens: int = 0
 
 
 class LLM:
@@ -104,7 +107,7 @@ class LLM:
 
         Args:
             prompts: one prompt, or several.
-            sampling_params: one for all, one for each, or None for the defaults.
+            sampling_params: one for all, one for each, or None for those of `get_default_sampling_params`.
             use_tqdm: shows a progress bar.
             priority: higher is more urgent.
             tenant: the tenant that service is counted for.
@@ -115,7 +118,7 @@ class LLM:
             EngineDeadError: the engine failed.
         """
         given: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        params = _params_for(given, sampling_params)
+        params = self._params_for(given, sampling_params)
         texts: list[str | None] = []
         requests: list[Prepared] = []
         priorities = _one_each("priority", given, priority)
@@ -139,6 +142,21 @@ class LLM:
             _request_output(text, completions[request.request_id])
             for text, request in zip(texts, requests, strict=True)
         ]
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Returns the parameters of a request that brings none: the checkpoint's defaults, from its
+        generation_config.json, where it has some and EngineConfig.generation_config is not "vllm".
+        """
+        return SamplingParams(**self._client.ready.sampling_defaults)
+
+    def _params_for(
+        self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> Sequence[SamplingParams]:
+        if sampling_params is None:  # max_tokens, where it is a default, gives way to a long prompt
+            sampling_params = params_of({}, self._client.ready.sampling_defaults)
+        if isinstance(sampling_params, SamplingParams):
+            return [sampling_params] * len(prompts)
+        return _one_each("sampling_params", prompts, sampling_params)
 
     def _complete(self, requests: Sequence[Prepared], use_tqdm: bool) -> dict[str, FinishedRequest]:
         completions: dict[str, FinishedRequest] = {}
@@ -181,16 +199,6 @@ def _start(
     return config, load_tokenizer(config), InlineEngine(config, progress=True)
 
 
-def _params_for(
-    prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
-) -> Sequence[SamplingParams]:
-    if sampling_params is None:
-        sampling_params = SamplingParams()
-    if isinstance(sampling_params, SamplingParams):
-        return [sampling_params] * len(prompts)
-    return _one_each("sampling_params", prompts, sampling_params)
-
-
 def _one_each(name: str, prompts: Sequence[Prompt], value: Any) -> Sequence[Any]:
     """Returns the values for the prompts: a list or tuple has one for each, any other value applies to all."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
@@ -230,4 +238,5 @@ def _request_output(text: str | None, completion: FinishedRequest) -> RequestOut
         finished=True,
         num_cached_tokens=completion.num_cached_tokens,
         error=completion.error,
+        num_truncated_tokens=completion.num_truncated_tokens,
     )

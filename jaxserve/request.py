@@ -12,11 +12,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 
+from jaxserve.config.keywords import refuses_unknown_keywords
 from jaxserve.config.sampling_fields import (
     MAX_INT32,
     Flag,
     Ids,
     Number,
+    OneOf,
     SamplingField,
     SlotValue,
     Texts,
@@ -47,6 +49,17 @@ class FinishReason(enum.Enum):
 
 COMPLETED = frozenset({FinishReason.STOP.value, FinishReason.LENGTH.value})
 """Finish reasons of requests that got all of their tokens."""
+
+
+class RequestOutputKind(enum.Enum):
+    """Enumerates what each update of a request holds; names and values are vLLM's.
+
+    CUMULATIVE: all of the output so far. DELTA: what is new. FINAL_ONLY: everything, in one update at the end.
+    """
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
 
 
 class RequestStatus(enum.Enum):
@@ -124,6 +137,7 @@ class RowSampling:
     )
 
 
+@refuses_unknown_keywords
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams(RowSampling):
     """Controls how tokens are sampled and when generation stops. Names are vLLM's.
@@ -136,7 +150,8 @@ class SamplingParams(RowSampling):
         default=None,
         metadata=sampling(
             Whole(1, MAX_INT32),
-            "output tokens at most; none: the rest of the context, or of the page pool where that is smaller",
+            "output tokens at most; none: the checkpoint's max_new_tokens where it has one, else the rest of the "
+            "context, or of the page pool where that is smaller",
         ),
     )
     min_tokens: int = field(
@@ -151,11 +166,47 @@ class SamplingParams(RowSampling):
     stop: tuple[str, ...] = field(
         default=(),
         metadata=sampling(
-            Texts(16, 256), "strings that end the text and are not part of it; looked for in special tokens too"
+            Texts(16, 256),
+            "strings that end the text, and are part of it only with include_stop_str_in_output; looked for in special "
+            "tokens too",
         ),
     )
     ignore_eos: bool = field(
         default=False, metadata=sampling(Flag(), "the model's own end-of-sequence ids are ordinary tokens")
+    )
+    include_stop_str_in_output: bool = field(
+        default=False,
+        metadata=sampling(Flag(), "the text includes the stop string, or the text of the stop token, that ended it"),
+    )
+    skip_special_tokens: bool = field(
+        default=True, metadata=sampling(Flag(), "the text leaves out special tokens (`<|im_end|>`)")
+    )
+    spaces_between_special_tokens: bool = field(
+        default=True,
+        metadata=sampling(
+            Flag(),
+            "with skip_special_tokens off: added tokens that follow one another stand apart where the tokenizer's "
+            "decoder puts spaces before tokens",
+        ),
+    )
+    detokenize: bool = field(
+        default=True, metadata=sampling(Flag(), "the output has text; off: token ids alone, and no stop strings")
+    )
+    truncate_prompt_tokens: int | None = field(
+        default=None,
+        metadata=sampling(
+            Whole(-1, MAX_INT32, without=(0,)),
+            "only so many tokens at the end of the prompt are kept, -1: as many as the model and max_tokens leave room "
+            "for; the output says how many were cut; none: a prompt that is too long is refused",
+        ),
+    )
+    output_kind: RequestOutputKind | None = field(
+        default=None,
+        metadata=sampling(
+            OneOf(RequestOutputKind),
+            "what each update of a stream holds: all of the output so far, what is new, or all of it in one update at "
+            "the end; none: cumulative in Python, delta elsewhere",
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -163,6 +214,11 @@ class SamplingParams(RowSampling):
             object.__setattr__(self, name, row.checked(getattr(self, name)))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}; it must be at most max_tokens {self.max_tokens}")
+        if self.stop and not self.detokenize:
+            raise ValueError(
+                f"stop is {shown(self.stop)} and detokenize is False; stop strings are looked for in the text: leave "
+                "one of them out, or use stop_token_ids"
+            )
 
 
 ROW_FIELDS: Mapping[str, SlotValue] = {
@@ -183,6 +239,7 @@ class ModelLimits:
     pool_tokens: tokens that the whole page pool can hold for one request.
     max_prompt_len: prompt tokens at most (less than max_model_len only when chunked prefill is off).
     eos_token_ids: the model's own stop ids.
+    default_max_tokens: of requests that set none, as far as there is room; None: all of the room.
     """
 
     vocab_size: int
@@ -190,6 +247,16 @@ class ModelLimits:
     pool_tokens: int
     max_prompt_len: int
     eos_token_ids: tuple[int, ...]
+    default_max_tokens: int | None = None
+
+    def room(self, length: int, min_tokens: int) -> int:
+        """Returns the output tokens of a request that sets no limit, behind a prompt of `length` tokens."""
+        rest = self.max_model_len - length
+        return rest if self.default_max_tokens is None else min(rest, max(self.default_max_tokens, min_tokens))
+
+    def most_prompt_tokens(self, max_tokens: int) -> int:
+        """Returns the longest prompt beside `max_tokens` output tokens; below 1 where there is no room for one."""
+        return min(self.max_prompt_len, self.max_model_len - max_tokens, self.pool_tokens - max_tokens + 1)
 
 
 def check_identity(name: str, value: str) -> None:
@@ -296,7 +363,7 @@ def check_length(length: int, params: SamplingParams, limits: ModelLimits, *, si
             f"{prompt}; without chunked prefill at most max_num_batched_tokens {limits.max_prompt_len} are allowed: "
             "shorten it or enable chunked prefill"
         )
-    max_tokens = limits.max_model_len - length if params.max_tokens is None else params.max_tokens
+    max_tokens = limits.room(length, params.min_tokens) if params.max_tokens is None else params.max_tokens
     together = f"{prompt} and max_tokens is {max_tokens}; together {'' if known else 'at least '}{length + max_tokens}"
     if length + max_tokens > limits.max_model_len:
         raise ValueError(

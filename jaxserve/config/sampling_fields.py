@@ -8,6 +8,7 @@ options and docs/sampling.md all read it there, so that a new parameter is one m
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -60,24 +61,29 @@ class Number:
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """Accepts a whole number from low to high."""
+    """Accepts a whole number from low to high; without: those of them that it refuses all the same."""
 
     low: int
     high: int
+    without: tuple[int, ...] = ()
 
     def checked(self, name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"{name} is {shown(value)}; it must be a whole number")
         _check_digits(name, value, self.high)
-        if not self.low <= value <= self.high:
-            raise ValueError(f"{name} is {value}; it must be from {self.low} to {self.high}")
+        if not self.low <= value <= self.high or value in self.without:
+            raise ValueError(f"{name} is {value}; it must be from {self.low} to {self.high}{self._exception}")
         return value
 
     @property
     def limits(self) -> str:
         bits = (self.high + 1).bit_length() - 1
         high = f"2^{bits} - 1" if self.high + 1 == 1 << bits else str(self.high)
-        return f"whole numbers from {self.low} to {high}"
+        return f"whole numbers from {self.low} to {high}{self._exception}"
+
+    @property
+    def _exception(self) -> str:
+        return f", and not {' or '.join(map(str, self.without))}" if self.without else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +98,30 @@ class Flag:
     @property
     def limits(self) -> str:
         return "true or false"
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """Accepts a member of an enumeration, or its name in any case."""
+
+    words: type[enum.Enum]
+
+    def checked(self, name: str, value: Any) -> enum.Enum:
+        if isinstance(value, self.words):
+            return value
+        found = self.words.__members__.get(value.upper()) if isinstance(value, str) else None
+        if found is None:
+            raise ValueError(f"{name} is {shown(value)}; it must be one of {self.limits}")
+        return found
+
+    @property
+    def limits(self) -> str:
+        return ", ".join(word_of(member) for member in self.words)
+
+
+def word_of(member: enum.Enum) -> str:
+    """Returns the word by which clients name a member of an enumeration."""
+    return member.name.lower()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from jaxserve.config.access_config import AccessConfig
-from jaxserve.config.checks import at_least, between, number, one_of
+from jaxserve.config.checks import at_least, between, did_you_mean, number, one_of
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.config.failpoints import Failpoint
 from jaxserve.config.http_config import HttpConfig
@@ -98,6 +98,8 @@ class EngineConfig:
     bundle: directory of programs that `jaxserve.compile` wrote for this configuration and device; loaded instead of
     compiling anything, and refused where it does not fit. Its number of pages counts where none is configured.
     seed: base of the seeds drawn for requests that bring none.
+    generation_config: where defaults of sampling parameters come from: "auto" takes those of the model's
+    generation_config.json, "vllm" none, and a directory those of the file there. What a request sets always counts.
     composition_dir: directory for what steps consisted of over time, as JSON and a plot, written when the engine ends;
     None writes nothing.
     failpoints: faults that a test or a drill injects, see jaxserve/config/failpoints.py; none is right for a server.
@@ -120,6 +122,7 @@ class EngineConfig:
     ready_when: str = "auto"
     bundle: str | None = None
     seed: int = 0
+    generation_config: str = "auto"
     composition_dir: str | None = None
     failpoints: tuple[str, ...] = ()
 
@@ -157,7 +160,7 @@ class EngineConfig:
         known = _option_names(cls)
         for name in options:
             if names.get(name, name) not in known:
-                raise ValueError(f"engine option {name!r} is unknown; known options are {', '.join(sorted(known))}")
+                raise ValueError(f"engine option {name!r} is unknown; {did_you_mean(name, known | set(names))}")
         return _from_flat(cls, {names.get(name, name): value for name, value in options.items()})
 
 

@@ -48,6 +48,7 @@ from jaxserve.engine.messages import (
 from jaxserve.engine.step_executor import DeviceFaultError, DispatchedStep, EngineBrokenError, StepExecutor
 from jaxserve.engine.step_time import StepTimePrediction
 from jaxserve.kv_cache.page_pool import PagePool
+from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits
 from jaxserve.runner.protocol import Runner
 from jaxserve.scheduler import PageAllocationError, Scheduler, SequenceUpdate, StepPlan, StepUpdate, Wants
@@ -157,14 +158,19 @@ class EngineCore:
         """Returns the message that describes the engine to the front end."""
         info, scheduler = self.runner.info, self.config.scheduler
         chunked = scheduler.enable_chunked_prefill
+        defaults = sampling_defaults(self.config)
+        if defaults:
+            _log.info("%s", defaults_line(defaults))
+        max_tokens = defaults.get("max_tokens")
         limits = ModelLimits(
             vocab_size=info.vocab_size,
             max_model_len=info.max_model_len,
             pool_tokens=info.page_size * info.usable_pages,
             max_prompt_len=info.max_model_len if chunked else scheduler.max_num_batched_tokens,
             eos_token_ids=info.eos_token_ids,
+            default_max_tokens=None if max_tokens is None else int(max_tokens),
         )
-        return EngineReady(info, limits, scheduler.max_num_seqs, scheduler.max_num_waiting, start_seconds)
+        return EngineReady(info, limits, scheduler.max_num_seqs, scheduler.max_num_waiting, start_seconds, defaults)
 
     def handle(self, message: ToEngine) -> list[FromEngine]:
         """Handles one message. A request that cannot be queued is answered with an error at once."""

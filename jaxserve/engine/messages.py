@@ -67,7 +67,8 @@ class CaptureProfile(_Message, frozen=True):
 class EngineReady(_Message, frozen=True):
     """Engine -> front end, once: the engine accepts requests.
 
-    limits: what requests are checked against. start_seconds: wall time of start-up altogether.
+    limits: what requests are checked against. start_seconds: wall time of start-up altogether. sampling_defaults: the
+    checkpoint's own, of parameters that a request does not set.
     """
 
     info: RunnerInfo
@@ -75,6 +76,7 @@ class EngineReady(_Message, frozen=True):
     max_num_seqs: int
     max_num_waiting: int
     start_seconds: float
+    sampling_defaults: dict[str, int | float] = {}
 
 
 class EngineOutput(_Message, frozen=True):

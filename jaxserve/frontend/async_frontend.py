@@ -319,7 +319,7 @@ class AsyncFrontEnd:
 
     def _check_accepting(self, prompt: str | Sequence[int], params: SamplingParams, options: RequestOptions) -> None:
         self._check_open()
-        self._core.check_accepting(params, options, self._core.preparation.least_tokens(prompt))
+        self._core.check_accepting(params, options, self._core.preparation.least_tokens(prompt, params))
 
     def _check_open(self) -> None:
         if self._closing:

@@ -87,6 +87,7 @@ class Delta:
         cause: set when finish_reason is ABORT, DEADLINE or ERROR.
         stop_string: the stop string that ended the output.
         prompt_tokens: of the whole prompt.
+        truncated_tokens: cut off the beginning of the prompt, as truncate_prompt_tokens asks; not in prompt_tokens.
         cached_tokens: of the whole prompt.
         output_tokens: so far, these included.
     """
@@ -102,3 +103,4 @@ class Delta:
     output_tokens: int = 0
     cached_tokens: int = 0
     owner: str = ""
+    truncated_tokens: int = 0

@@ -71,14 +71,14 @@ class DeltaStream:
                 self._news = None
         unread = self._unread
         self.drop_unread()
-        return unread[0] if len(unread) == 1 else _merged(unread)
+        return unread[0] if len(unread) == 1 else merged(unread)
 
     def push(self, delta: Delta) -> None:
         """Adds a delta; called by the front end. Never waits."""
         self._unread.append(delta)
         self._num_unread += len(delta.token_ids)
         if len(self._unread) > 64:  # keeps what is unread small: not one object a token
-            self._unread = [_merged(self._unread)]
+            self._unread = [merged(self._unread)]
         self._finished = delta.finish_reason is not None
         self._wake()
 
@@ -124,7 +124,7 @@ class FaultyStream(DeltaStream):
         return delta
 
 
-def _merged(deltas: Sequence[Delta]) -> Delta:
+def merged(deltas: Sequence[Delta]) -> Delta:
     """Merges deltas into one."""
     return dataclasses.replace(
         deltas[-1],

@@ -249,6 +249,7 @@ class FrontEnd:
         if self._admission is not None:
             ticket = self._admission.accept(options.tenant, num_tokens, params.max_tokens, now, deadline=deadline)
         opened = OpenRequest(owner, request_id, request.request_id, num_tokens, deadline, output, ticket)
+        opened.truncated_tokens = prepared.truncated_tokens
         if self._metrics is not None:
             opened.life = self._metrics.begin(request_id, num_tokens, request.max_tokens, arrived, trace)
         self._requests.add(opened)
@@ -256,14 +257,21 @@ class FrontEnd:
 
     def _output(self, prepared: Prepared, stop_token_ids: tuple[int, ...]) -> OutputState:
         prompt, params, shown, generated = prepared.prompt_token_ids, prepared.params, None, None
-        if self._tokenizer is not None:
-            shown = self._tokenizer.detokenizer(prompt)
-            if params.stop:
+        if self._tokenizer is not None and params.detokenize:
+            shown = self._tokenizer.detokenizer(
+                prompt,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+            )
+            if params.stop and params.skip_special_tokens:
                 generated = self._tokenizer.detokenizer(prompt, skip_special_tokens=False)
+        include_stop = params.include_stop_str_in_output
         if (hit := self._detokenize_hit) is not None:
             name = prepared.request_id
-            return FaultyOutput(shown, generated, params.stop, params.min_tokens, stop_token_ids, lambda: hit((name,)))
-        return OutputState(shown, generated, params.stop, params.min_tokens, stop_token_ids)
+            return FaultyOutput(
+                shown, generated, params.stop, params.min_tokens, stop_token_ids, include_stop, lambda: hit((name,))
+            )
+        return OutputState(shown, generated, params.stop, params.min_tokens, stop_token_ids, include_stop)
 
     def abort(
         self,
@@ -398,6 +406,7 @@ class FrontEnd:
             output_tokens=opened.output.num_tokens,
             cached_tokens=opened.cached_tokens,
             owner=opened.owner,
+            truncated_tokens=opened.truncated_tokens,
         )
 
     def _end_early(self, opened: OpenRequest, reason: FinishReason, error: str, cause: Cause) -> Delta:

@@ -19,7 +19,9 @@ from jaxserve.request import FinishReason
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRequest:
-    """Holds a finished request. error: one line when finish_reason is ERROR, ABORT or DEADLINE."""
+    """Holds a finished request. error: one line when finish_reason is ERROR, ABORT or DEADLINE. num_truncated_tokens:
+    cut off the prompt, which prompt_token_ids do not have.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -28,6 +30,7 @@ class FinishedRequest:
     finish_reason: FinishReason
     error: str
     num_cached_tokens: int
+    num_truncated_tokens: int = 0
 
 
 @dataclasses.dataclass
@@ -49,6 +52,7 @@ class _Collected:
             finish_reason=delta.finish_reason,
             error=delta.error,
             num_cached_tokens=delta.cached_tokens,
+            num_truncated_tokens=delta.truncated_tokens,
         )
 
 

@@ -15,7 +15,7 @@ class OpenRequest:
     """Tracks a request without its last delta.
 
     engine_id: its name in messages (see `OpenRequests.engine_id`). ticket: of the admission, where there is one.
-    life: counts it.
+    life: counts it. truncated_tokens: cut off its prompt.
     """
 
     owner: str
@@ -27,6 +27,7 @@ class OpenRequest:
     ticket: Ticket | None = None
     cached_tokens: int = 0
     life: RequestLife = UNCOUNTED
+    truncated_tokens: int = 0
 
 
 class OpenRequests:

@@ -11,15 +11,15 @@ from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.frontend.openai_checks import check_neutral, check_text, checked_flag, checked_object, hint
 from jaxserve.frontend.openai_messages import parse_messages
+from jaxserve.frontend.openai_sampling import parse_params, sampling_names
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import SAMPLING_FIELDS, RequestOptions, SamplingParams
+from jaxserve.request import RequestOptions, SamplingParams
 
 COMPLETIONS_URL = "/v1/completions"
 CHAT_URL = "/v1/chat/completions"
 URLS = (COMPLETIONS_URL, CHAT_URL)
 
 _OPTIONS = ("tenant", "priority", "deadline", "cache_salt")
-_SAMPLING = tuple(SAMPLING_FIELDS)
 _NEUTRAL: Mapping[str, Sequence[Any]] = {
     # OpenAI's
     "n": (1,),
@@ -56,7 +56,6 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "guided_json": (),
     "guided_regex": (),
     "include_reasoning": (True,),
-    "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
@@ -65,14 +64,13 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "prompt_logprobs": (),
     "repetition_penalty": (1,),
     "return_tokens_as_token_ids": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
 }
-"""Unsupported fields of OpenAI and vLLM with the values that have no effect; null never has."""
+"""Unsupported fields of OpenAI and vLLM with the values that have no effect; null never has. A sampling parameter is none
+of them, once it is in the table.
+"""
 
 _STREAMING: Mapping[str, Sequence[Any]] = {
     "stream": (False,),
@@ -161,10 +159,18 @@ class BodyRequest:
         )
 
 
-def parse_body(url: str, body: Mapping[str, Any], dialect: Dialect = BATCH) -> BodyRequest:
+def parse_body(
+    url: str, body: Mapping[str, Any], dialect: Dialect = BATCH, defaults: Mapping[str, Any] = {}
+) -> BodyRequest:
     """Parses the body of a request to one of URLS. A field that is null counts as absent.
 
     tenant, priority and deadline (Unix seconds) are additions to OpenAI's, as in the gRPC API; others are vLLM's.
+
+    Args:
+        url: the path that the body is for.
+        body: the decoded JSON.
+        dialect: what the front accepts.
+        defaults: of sampling parameters that the body does not set (`EngineReady.sampling_defaults`).
 
     Raises:
         ValueError: names the field: unknown fields, wrong types, values out of range, and unsupported fields that would
@@ -180,7 +186,7 @@ def parse_body(url: str, body: Mapping[str, Any], dialect: Dialect = BATCH) -> B
         raise ValueError(f"metadata is {shown(metadata)}; it must be an object whose values are texts")
     if own not in fields:
         raise ValueError(f"body has no {own}")
-    params = parse_params(fields)
+    params = parse_params(fields, url == CHAT_URL, defaults)
     chat = parse_chat(fields) if own == "messages" else None
     stream = checked_flag("stream", fields.get("stream", False))
     return BodyRequest(
@@ -219,13 +225,15 @@ def parse_chat(fields: Mapping[str, Any]) -> Chat:
 
 
 def _neutral(url: str, dialect: Dialect) -> dict[str, Sequence[Any]]:
-    return {**_NEUTRAL, **({} if dialect.streams else _STREAMING), **_OF_URL[url]}
+    neutral = {**_NEUTRAL, **({} if dialect.streams else _STREAMING), **_OF_URL[url]}
+    supported = sampling_names(url == CHAT_URL)
+    return {name: values for name, values in neutral.items() if name not in supported}
 
 
 def _supported(url: str, own: str, dialect: Dialect) -> set[str]:
-    names = {own, "model", "metadata", *_LABELS, *_SAMPLING, *_OPTIONS}
+    names = {own, "model", "metadata", *_LABELS, *sampling_names(url == CHAT_URL), *_OPTIONS}
     if url == CHAT_URL:
-        names |= {"max_completion_tokens", "add_generation_prompt", "chat_template_kwargs"}
+        names |= {"add_generation_prompt", "chat_template_kwargs"}
     if dialect.streams:
         names |= {*_STREAMING, "request_id"}
     return names
@@ -263,23 +271,6 @@ def _parse_stream_options(options: Any, stream: bool) -> bool:
     if options.get("include_usage") and not stream:
         raise ValueError("stream_options is given without stream; set stream to true, or leave it out")
     return bool(options.get("include_usage"))
-
-
-def parse_params(fields: Mapping[str, Any]) -> SamplingParams:
-    """Parses the sampling parameters of a body. Raises ValueError naming the field."""
-    values = {name: fields[name] for name in _SAMPLING if name in fields}
-    if "max_completion_tokens" in fields:
-        if "max_tokens" in values:
-            raise ValueError("max_tokens and max_completion_tokens are the same; give one of them")
-        values["max_tokens"] = fields["max_completion_tokens"]
-    stop = values.get("stop", "")
-    if not isinstance(stop, str | list):
-        raise ValueError(f"stop is {shown(stop)}; it must be text or a list of texts")
-    if stop == "" and "stop" in values:
-        raise ValueError("stop has ''; each stop must be a string of at least one character")
-    if not isinstance(values.get("stop_token_ids", []), list):
-        raise ValueError(f"stop_token_ids is {shown(values['stop_token_ids'])}; it must be a list of token ids")
-    return SamplingParams(**values)
 
 
 def _parse_prompts(prompt: Any, most: int) -> list[str | list[int]]:

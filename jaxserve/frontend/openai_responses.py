@@ -11,7 +11,10 @@ from jaxserve.frontend.openai import CHAT_URL
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Holds what one prompt was answered with; prompt_token_ids: None where the response does not show them."""
+    """Holds what one prompt was answered with.
+
+    prompt_token_ids: None where the response does not show them. truncated_tokens: cut off the prompt.
+    """
 
     text: str
     finish_reason: str
@@ -20,6 +23,7 @@ class Answer:
     cached_tokens: int
     token_ids: Sequence[int] | None = None
     prompt_token_ids: Sequence[int] | None = None
+    truncated_tokens: int = 0
 
 
 def response_id(url: str, request_id: object) -> str:
@@ -49,14 +53,19 @@ def response_body(url: str, request_id: object, model: str, created: int, answer
 
 
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Builds the usage object of a request with these answers."""
+    """Builds the usage object of a request with these answers. Tokens that were cut off prompts are told where there are
+    some: an addition to OpenAI's fields.
+    """
     prompt_tokens = sum(answer.prompt_tokens for answer in answers)
     output_tokens = sum(answer.output_tokens for answer in answers)
+    details = {"cached_tokens": sum(answer.cached_tokens for answer in answers)}
+    if truncated := sum(answer.truncated_tokens for answer in answers):
+        details["truncated_tokens"] = truncated
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": output_tokens,
         "total_tokens": prompt_tokens + output_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(answer.cached_tokens for answer in answers)},
+        "prompt_tokens_details": details,
     }
 
 

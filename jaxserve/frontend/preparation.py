@@ -18,13 +18,16 @@ from jaxserve.request import ModelLimits, RequestOptions, SamplingParams, check_
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved."""
+    """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved. truncated_tokens: cut
+    off the beginning of the prompt.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     max_tokens: int
     options: RequestOptions
+    truncated_tokens: int = 0
 
 
 class Preparation:
@@ -54,14 +57,36 @@ class Preparation:
         check_identity("request_id", request_id)
         if params.stop and self._tokenizer is None:
             raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")
-        token_ids = yield from self._encode_steps(prompt, params)
+        kept = self._kept_tokens(params)
+        token_ids, num_tokens = yield from self._encode_steps(prompt, params, kept)
         max_tokens = validate_request(token_ids, params, self._limits)
-        return Prepared(request_id, token_ids, params, max_tokens, options)
+        return Prepared(request_id, token_ids, params, max_tokens, options, num_tokens - len(token_ids))
 
-    def _encode_steps(self, prompt: str | Sequence[int], params: SamplingParams) -> Steps[tuple[int, ...]]:
+    def _kept_tokens(self, params: SamplingParams) -> int | None:
+        """Returns the tokens at the end of a prompt to which it is truncated; None where that is not asked for.
+
+        Raises ValueError for more than the model has room for.
+        """
+        asked = params.truncate_prompt_tokens
+        if asked is None:
+            return None
+        limits = self._limits
+        if asked == -1:
+            return max(limits.most_prompt_tokens(params.max_tokens or max(params.min_tokens, 1)), 1)
+        if asked > (most := min(limits.max_prompt_len, limits.max_model_len - 1)):
+            raise ValueError(
+                f"truncate_prompt_tokens is {asked}; at most {most} prompt tokens fit max_model_len "
+                f"{limits.max_model_len} beside one output token: lower it, or use -1 for as many as fit"
+            )
+        return asked
+
+    def _encode_steps(
+        self, prompt: str | Sequence[int], params: SamplingParams, kept: int | None
+    ) -> Steps[tuple[tuple[int, ...], int]]:
         """Encodes a prompt to token ids, which are not yet checked against the model. Raises ValueError.
 
-        Ends as soon as the prompt is known to be too long.
+        Ends as soon as the prompt is known to be too long. Returns the last `kept` of them (None: all), and the number
+        of all.
         """
         if isinstance(prompt, str):
             if self._tokenizer is None:
@@ -70,18 +95,24 @@ class Preparation:
             if not prompt:
                 raise ValueError("prompt is empty; at least one token is needed")
             token_ids: list[int] = []
+            num_cut = 0
 
             def take(more: list[int], least_more: int) -> None:
+                nonlocal num_cut
                 token_ids.extend(more)
-                self._check_text_size(len(token_ids) + least_more, prompt, params)
+                if kept is None:
+                    self._check_text_size(len(token_ids) + least_more, prompt, params)
+                elif len(token_ids) > kept:
+                    num_cut += len(token_ids) - kept
+                    del token_ids[:-kept]
 
             yield from self._tokenizer.encode_steps(prompt, take, not isinstance(prompt, RenderedText))
-            return tuple(token_ids)
+            return tuple(token_ids), num_cut + len(token_ids)
         if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
             raise ValueError(f"prompt is of type {type(prompt).__name__}; it must be text or a sequence of token ids")
         self.check_size(prompt, params)
         yield 0
-        return tuple(prompt)
+        return tuple(prompt if kept is None else prompt[-kept:]), len(prompt)
 
     def check_size(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
         """Refuses a prompt that is certainly too long, in constant time: by the number of its token ids or characters
@@ -89,20 +120,27 @@ class Preparation:
 
         Raises as `steps` does.
         """
-        if isinstance(prompt, str):
+        if (kept := self._kept_tokens(params)) is not None:
+            if not isinstance(prompt, str):
+                check_length(min(len(prompt), kept), params, self._limits)
+        elif isinstance(prompt, str):
             if self._tokenizer is not None:
                 self._check_text_size(self._tokenizer.least_tokens(len(prompt)), prompt, params)
         else:
             check_length(len(prompt), params, self._limits)
 
-    def least_tokens(self, prompt: str | Sequence[int]) -> int:
+    def least_tokens(self, prompt: str | Sequence[int], params: SamplingParams) -> int:
         """Returns the fewest tokens that a prompt can have, in constant time; at least 1 also of what is no prompt."""
         if not isinstance(prompt, str):
-            return max(len(prompt), 1) if isinstance(prompt, Sequence) else 1
-        return 1 if self._tokenizer is None else max(self._tokenizer.least_tokens(len(prompt)), 1)
+            least = len(prompt) if isinstance(prompt, Sequence) else 1
+        else:
+            least = 1 if self._tokenizer is None else self._tokenizer.least_tokens(len(prompt))
+        kept = self._kept_tokens(params)
+        return max(least if kept is None else min(least, kept), 1)
 
     def check_text_bytes(self, num_bytes: int) -> None:
-        """Refuses a text of `num_bytes` bytes that is certainly too long, whatever its content and parameters.
+        """Refuses a text of `num_bytes` bytes that is certainly too long, whatever its content and parameters: but for
+        truncate_prompt_tokens.
 
         Raises as `steps` does.
         """

@@ -157,9 +157,20 @@ class Tokenizer:
         # Unlike `decode`, it lets go of the interpreter lock.
         return self._backend.decode_batch([checked], skip_special_tokens=skip_special_tokens)[0]
 
-    def detokenizer(self, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
+    def detokenizer(
+        self,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> Detokenizer:
         """Returns a new incremental detokenizer, for the output of one request."""
-        return Detokenizer(self._plan, prompt_token_ids, skip_special_tokens=skip_special_tokens)
+        return Detokenizer(
+            self._plan,
+            prompt_token_ids,
+            skip_special_tokens=skip_special_tokens,
+            spaces_between_special_tokens=spaces_between_special_tokens,
+        )
 
     def encode_chat(
         self,

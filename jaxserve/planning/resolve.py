@@ -9,6 +9,7 @@ from jaxserve.config.settings import EngineConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loading import checkpoint
 from jaxserve.models.loading.end_tokens import check_vocabulary
+from jaxserve.planning.checkpoint_defaults import sampling_defaults
 from jaxserve.models.params import DTYPES, packable
 from jaxserve.pallas_kernels.cpu import linear
 from jaxserve.pallas_kernels.paged_attention import Use, choose, is_quantized
@@ -32,6 +33,7 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
         ValueError: configuration and checkpoint contradict each other.
     """
     model = resolve_model(config, planning=planning)
+    sampling_defaults(config)  # a faulty file is told before anything is compiled
     max_model_len = config.max_model_len or model.context_length
     if max_model_len > model.context_length:
         scaled = ", scaled" if model.context_length != model.max_position_embeddings else ""

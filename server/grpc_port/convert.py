@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from google.protobuf import message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from jaxserve.config.plain_params import params_of, plain_fields
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.frontend.openai_messages import parse_messages
-from jaxserve.request import SAMPLING_FIELDS, FinishReason, RequestOptions, SamplingParams
+from jaxserve.request import FinishReason, RequestOptions, SamplingParams
 from jaxserve.serving.access.callers import Caller
 from jaxserve.serving.access.request_headers import request_options
+from jaxserve.serving.grpc_port.proto_values import made, read_fields
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 _REASONS = {
@@ -34,26 +37,32 @@ _SMALL = 64 * 1024
 """Size in bytes of a part of a request up to which its unknown fields may be listed."""
 
 
-def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
+def params_to_proto(params: SamplingParams | Mapping[str, Any]) -> pb.SamplingParams:
     """Returns the message that `params_from_proto` reads back unchanged.
 
-    Raises ValueError for values the wire cannot carry.
+    params: all parameters, each of which is sent; or plain values of some: the server has its own defaults of the
+    others.
+
+    Raises ValueError for values that are not allowed, or that the wire cannot carry.
     """
-    for name, row in SAMPLING_FIELDS.items():
-        if name not in _PARAMETERS and getattr(params, name) != row.default:
-            raise ValueError(f"{name} is {shown(getattr(params, name))}; the gRPC API does not have it: leave it out")
-    return pb.SamplingParams(**{name: getattr(params, name) for name in _PARAMETERS})
+    rows = plain_fields()
+    if isinstance(params, SamplingParams):
+        values = {name: row.written(getattr(params, name)) for name, row in rows.items()}
+    else:
+        checked = params_of(params, {})
+        values = {name: rows[name].written(getattr(checked, name)) for name in params}
+    for name in values.keys() - _PARAMETERS.keys():
+        if (value := values.pop(name)) != rows[name].written(rows[name].row.default):
+            raise ValueError(f"{name} is {shown(value)}; the gRPC API does not have it: leave it out")
+    return made(pb.SamplingParams, values)
 
 
-def params_from_proto(proto: pb.SamplingParams) -> SamplingParams:
-    """Returns the sampling parameters of a request; unset fields have defaults. Raises ValueError naming the field."""
-    return SamplingParams(
-        **{
-            name: getattr(proto, name)
-            for name, field in _PARAMETERS.items()
-            if not field.has_presence or proto.HasField(name)
-        }
-    )
+def params_from_proto(proto: pb.SamplingParams, defaults: Mapping[str, Any] = {}) -> SamplingParams:
+    """Returns the sampling parameters of a request. Raises ValueError naming the field.
+
+    defaults: of unset fields, where the checkpoint has its own.
+    """
+    return params_of(read_fields(proto), defaults)
 
 
 def messages_from_proto(request: pb.GenerateRequest) -> list[dict[str, str]]:
