@@ -37,10 +37,12 @@ from jaxserve.frontend.batch_errors import BatchFileError, LineError, reason
 from jaxserve.frontend.batch_files import InputFile, OutputFile, open_input
 from jaxserve.frontend.batch_lines import BatchLine, KeyedLine, count_lines, keyed_lines, read_lines
 from jaxserve.frontend.batch_resume import SETTINGS_BYTES, Digest, Resumption
+from jaxserve.frontend.chat_format import ReplyPlan
 from jaxserve.frontend.delta import EngineDeadError
 from jaxserve.frontend.frontend import FrontEnd, Prepared
 from jaxserve.frontend.offline import FinishedRequest, TokenBar, run_all
 from jaxserve.frontend.openai import parse_body
+from jaxserve.frontend.openai_replies import ReplyMessage
 from jaxserve.frontend.openai_responses import Answer, response_body
 from jaxserve.frontend.stop_signals import StopSignals
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
@@ -92,6 +94,7 @@ class BatchRun:
         self._settings = _settings_digest(model, seed, settings)
         self._check_stop = check_stop
         self._under_way: dict[str, KeyedLine] = {}
+        self._plans: dict[str, ReplyPlan] = {}  # of those under way whose replies are parsed
         self._other_models: set[str] = set()
         self.summary = Summary()
 
@@ -118,6 +121,7 @@ class BatchRun:
             for completion in finished:
                 keyed = self._under_way.pop(completion.request_id)
                 if completion.finish_reason in (FinishReason.ERROR, FinishReason.ABORT, FinishReason.DEADLINE):
+                    self._plans.pop(completion.request_id, None)
                     late = completion.finish_reason is FinishReason.DEADLINE
                     code = "deadline_exceeded" if late else "request_failed"
                     self._write_error(output, keyed, code, completion.error)
@@ -164,8 +168,18 @@ class BatchRun:
         params = request.params
         if params.seed is None:
             params = dataclasses.replace(params, seed=_seed_for(self._seed, line.custom_id))
-        prompt = request.single_prompt(self._front_end.tokenizer)
-        prepared = self._front_end.prepare(prompt, params, request.options, request_id=f"line-{line.number}")
+        tokenizer = self._front_end.tokenizer
+        prompt = request.single_prompt(tokenizer)
+        plan = dataclasses.replace(request, params=params).reply_plan(tokenizer, prompt)
+        prepared = self._front_end.prepare(
+            prompt,
+            plan.params,
+            request.options,
+            request_id=f"line-{line.number}",
+            shown_token_ids=plan.shown_token_ids,
+        )
+        if plan.is_parsed:
+            self._plans[prepared.request_id] = plan
         if request.model not in (None, self._model) and request.model not in self._other_models:
             if len(self._other_models) < 10:
                 _say(f"line {line.number} asks for model {request.model!r}; this run serves {self._model!r}")
@@ -186,6 +200,10 @@ class BatchRun:
             completion.token_ids,
             truncated_tokens=completion.num_truncated_tokens,
         )
+        if (plan := self._plans.pop(completion.request_id, None)) is not None:
+            message = ReplyMessage(plan)
+            message.add(answer.text)
+            answer = message.finish(answer)
         body = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), [answer])
         return {
             "id": _result_id(keyed.number),

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from jaxserve.config.access_config import AccessConfig
+from jaxserve.config.chat_config import ChatConfig
 from jaxserve.config.checks import at_least, between, did_you_mean, number, one_of
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.config.failpoints import Failpoint
@@ -114,6 +115,7 @@ class EngineConfig:
     max_model_len: int | None = None
     scheduler: SchedulerConfig = SchedulerConfig()
     cache: CacheConfig = CacheConfig()
+    chat: ChatConfig = ChatConfig()
     token_buckets: tuple[int, ...] | None = None
     row_buckets: tuple[int, ...] | None = None
     attention: str = "auto"

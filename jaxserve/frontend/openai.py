@@ -9,11 +9,14 @@ from typing import Any
 
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
+from jaxserve.frontend.chat_format import ReplyPlan
+from jaxserve.frontend.openai_chat import CHAT_FIELDS, NEUTRAL_EFFORTS, Chat, parse_chat
 from jaxserve.frontend.openai_checks import check_neutral, check_text, checked_flag, checked_object, hint
-from jaxserve.frontend.openai_messages import parse_messages
+from jaxserve.frontend.openai_constraints import response_format
 from jaxserve.frontend.openai_sampling import parse_params, sampling_names
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import RequestOptions, SamplingParams
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 COMPLETIONS_URL = "/v1/completions"
 CHAT_URL = "/v1/chat/completions"
@@ -30,17 +33,12 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "reasoning_effort": ("medium", "none"),  # the default of OpenAI's models before and since GPT-5.1
     "verbosity": ("medium",),
     "store": (False,),
     "service_tier": ("auto", "default"),
@@ -49,13 +47,11 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "allowed_token_ids": ([],),
     "bad_words": ([],),
     "chat_template": (),
-    "continue_final_message": (False,),
     "documents": ([],),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
-    "include_reasoning": (True,),
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
@@ -81,7 +77,15 @@ _STREAMING: Mapping[str, Sequence[Any]] = {
 """Fields that only a front that streams supports, with the values that have no effect elsewhere."""
 
 _OF_URL: Mapping[str, Mapping[str, Sequence[Any]]] = {
-    COMPLETIONS_URL: {"add_special_tokens": (True,)},
+    COMPLETIONS_URL: {
+        "add_special_tokens": (True,),
+        "continue_final_message": (False,),
+        "include_reasoning": (True,),
+        "parallel_tool_calls": (True, False),
+        "reasoning_effort": NEUTRAL_EFFORTS,
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+    },
     CHAT_URL: {"add_special_tokens": (False,), "echo": (False,)},
 }
 """Unsupported fields whose neutral values depend on what is asked for."""
@@ -108,15 +112,6 @@ class Dialect:
 
 
 BATCH = Dialect()
-
-
-@dataclasses.dataclass(frozen=True)
-class Chat:
-    """Holds a conversation. add_generation_prompt, template_kwargs: what its chat template is given besides."""
-
-    messages: Sequence[Mapping[str, str]]
-    add_generation_prompt: bool = True
-    template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,16 +142,22 @@ class BodyRequest:
     unknown: Sequence[str] = ()
 
     def single_prompt(self, tokenizer: Tokenizer | None) -> str | Sequence[int]:
-        """Returns the prompt of a request that has one; a chat's becomes token ids. Raises ValueError."""
+        """Returns the prompt of a request that has one; a chat's is rendered. Raises ValueError."""
         if self.chat is None:
             (prompt,) = self.prompts
             return prompt
         if tokenizer is None:
             raise ValueError("messages need a tokenizer, and this server has none; send a prompt of token ids")
+        return tokenizer.render_chat(self.chat.messages, **tokenizer.chat_format.arguments(self.chat))
+
+    def reply_plan(self, tokenizer: Tokenizer | None, prompt: str | Sequence[int]) -> ReplyPlan:
+        """Returns how the replies to the request's prompt are parsed: those of a completion are not. Raises
+        ValueError.
+        """
+        if self.chat is None or tokenizer is None or not isinstance(prompt, str):
+            return ReplyPlan(self.params)
         chat = self.chat
-        return tokenizer.encode_chat(
-            chat.messages, add_generation_prompt=chat.add_generation_prompt, template_kwargs=chat.template_kwargs
-        )
+        return tokenizer.chat_format.plan(chat.tools, prompt, self.params, shows_reasoning=chat.shows_reasoning)
 
 
 def parse_body(
@@ -186,7 +187,7 @@ def parse_body(
         raise ValueError(f"metadata is {shown(metadata)}; it must be an object whose values are texts")
     if own not in fields:
         raise ValueError(f"body has no {own}")
-    params = parse_params(fields, url == CHAT_URL, defaults)
+    params = _with_format(parse_params(fields, url == CHAT_URL, defaults), fields)
     chat = parse_chat(fields) if own == "messages" else None
     stream = checked_flag("stream", fields.get("stream", False))
     return BodyRequest(
@@ -215,13 +216,14 @@ def neutral_values(url: str) -> Mapping[str, Sequence[Any]]:
     return _neutral(url, Dialect(streams=True))
 
 
-def parse_chat(fields: Mapping[str, Any]) -> Chat:
-    """Parses what a conversation is rendered from. Raises ValueError naming the field."""
-    return Chat(
-        parse_messages(fields["messages"]),
-        checked_flag("add_generation_prompt", fields.get("add_generation_prompt", True)),
-        checked_object("chat_template_kwargs", fields.get("chat_template_kwargs", {})),
-    )
+def _with_format(params: SamplingParams, fields: Mapping[str, Any]) -> SamplingParams:
+    """Returns the parameters with what the body's `response_format` asks for. Raises ValueError."""
+    constraint = response_format(fields["response_format"]) if "response_format" in fields else None
+    if constraint is None:
+        return params
+    if params.structured_outputs is not None:
+        raise ValueError("response_format is given, and structured_outputs too; give one of them")
+    return dataclasses.replace(params, structured_outputs=StructuredOutputsParams(**constraint))
 
 
 def _neutral(url: str, dialect: Dialect) -> dict[str, Sequence[Any]]:
@@ -231,9 +233,9 @@ def _neutral(url: str, dialect: Dialect) -> dict[str, Sequence[Any]]:
 
 
 def _supported(url: str, own: str, dialect: Dialect) -> set[str]:
-    names = {own, "model", "metadata", *_LABELS, *sampling_names(url == CHAT_URL), *_OPTIONS}
+    names = {own, "model", "metadata", "response_format", *_LABELS, *sampling_names(url == CHAT_URL), *_OPTIONS}
     if url == CHAT_URL:
-        names |= {"add_generation_prompt", "chat_template_kwargs"}
+        names |= CHAT_FIELDS
     if dialect.streams:
         names |= {*_STREAMING, "request_id"}
     return names

@@ -47,3 +47,16 @@ def checked_object(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{name} is {shown(value)}; it must be an object")
     return value
+
+
+MAX_DEPTH = 64
+
+
+def check_depth(name: str, value: Any) -> None:
+    """Raises ValueError where objects and lists are nested deeper than MAX_DEPTH: what follows them recurses."""
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"{name} is nested more than {MAX_DEPTH} levels deep; make it flatter")
+        level = [item for one in level for item in (one.values() if isinstance(one, dict) else one)]

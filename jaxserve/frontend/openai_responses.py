@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxserve.frontend.openai import CHAT_URL
@@ -13,7 +13,8 @@ from jaxserve.frontend.openai import CHAT_URL
 class Answer:
     """Holds what one prompt was answered with.
 
-    prompt_token_ids: None where the response does not show them. truncated_tokens: cut off the prompt.
+    prompt_token_ids: None where the response does not show them. truncated_tokens: cut off the prompt. message: of a
+    chat; None where its content is the text.
     """
 
     text: str
@@ -24,6 +25,7 @@ class Answer:
     token_ids: Sequence[int] | None = None
     prompt_token_ids: Sequence[int] | None = None
     truncated_tokens: int = 0
+    message: Mapping[str, Any] | None = None
 
 
 def response_id(url: str, request_id: object) -> str:
@@ -72,7 +74,7 @@ def usage(answers: Sequence[Answer]) -> dict[str, Any]:
 def _choice(chat: bool, index: int, answer: Answer) -> dict[str, Any]:
     choice: dict[str, Any] = {"index": index}
     if chat:
-        choice["message"] = {"role": "assistant", "content": answer.text}
+        choice["message"] = answer.message or {"role": "assistant", "content": answer.text}
     else:
         choice["text"] = answer.text
     choice |= {"logprobs": None, "finish_reason": answer.finish_reason}

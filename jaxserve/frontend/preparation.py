@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from jaxserve.frontend.chat_text import RenderedText
 from jaxserve.frontend.encoding import SHORT_TEXT
@@ -18,8 +18,10 @@ from jaxserve.request import ModelLimits, RequestOptions, SamplingParams, check_
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved. truncated_tokens: cut
-    off the beginning of the prompt.
+    """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved.
+
+    truncated_tokens: cut off the beginning of the prompt. shown_token_ids: special tokens that the text shows, for a
+    parser.
     """
 
     request_id: str
@@ -28,6 +30,7 @@ class Prepared:
     max_tokens: int
     options: RequestOptions
     truncated_tokens: int = 0
+    shown_token_ids: Set[int] = frozenset()
 
 
 class Preparation:
@@ -43,6 +46,7 @@ class Preparation:
         params: SamplingParams,
         options: RequestOptions,
         request_id: str | None = None,
+        shown_token_ids: Set[int] = frozenset(),
     ) -> Steps[Prepared]:
         """Prepares a request in steps. Each step may run in any thread; the first takes no longer for a long prompt.
 
@@ -60,7 +64,8 @@ class Preparation:
         kept = self._kept_tokens(params)
         token_ids, num_tokens = yield from self._encode_steps(prompt, params, kept)
         max_tokens = validate_request(token_ids, params, self._limits)
-        return Prepared(request_id, token_ids, params, max_tokens, options, num_tokens - len(token_ids))
+        truncated = num_tokens - len(token_ids)
+        return Prepared(request_id, token_ids, params, max_tokens, options, truncated, shown_token_ids)
 
     def _kept_tokens(self, params: SamplingParams) -> int | None:
         """Returns the tokens at the end of a prompt to which it is truncated; None where that is not asked for.

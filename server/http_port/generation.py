@@ -14,14 +14,16 @@ from starlette.types import Receive, Scope, Send
 from jaxserve.config.http_config import HttpConfig
 from jaxserve.config.shown import shown
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
+from jaxserve.frontend.chat_format import ReplyPlan
 from jaxserve.frontend.delta import Delta, QueueFullError
 from jaxserve.frontend.delta_stream import DeltaStream
 from jaxserve.frontend.openai import COMPLETIONS_URL, BodyRequest, Dialect, parse_body
+from jaxserve.frontend.openai_replies import ReplyMessage
 from jaxserve.frontend.openai_responses import Answer, response_body
 from jaxserve.request import check_identity
 from jaxserve.serving.access.request_headers import request_options
 from jaxserve.serving.http_port.errors import check_model
-from jaxserve.serving.http_port.events import ChoiceEvents, StreamHead
+from jaxserve.serving.http_port.events import ChoiceEvents, ReplyEvents, StreamHead
 from jaxserve.serving.http_port.exchange import REQUEST_ID, ClientGoneError, Exchange
 from jaxserve.serving.http_port.json_bodies import Structure
 from jaxserve.serving.problem import check_delta
@@ -135,6 +137,7 @@ class _Run:
         self._sending = asyncio.Lock()
         self._streams: list[DeltaStream] = []
         self._echoes: list[str] = []
+        self._plan = ReplyPlan(request.params)
 
     async def submit(self, open_streams: contextlib.AsyncExitStack) -> None:
         """Submits every prompt; all or none. open_streams: closes them, which aborts those unfinished."""
@@ -153,10 +156,9 @@ class _Run:
         trace = self._served.trace(headers, "text_completion" if request.chat is None else "chat")
         prompts = request.prompts
         if (chat := request.chat) is not None:
-            text = await frontend.render_chat(
-                chat.messages, add_generation_prompt=chat.add_generation_prompt, template_kwargs=chat.template_kwargs
-            )
-            prompts = [text]
+            prompts = [await frontend.render_chat(chat)]
+            with self._served.rejections():
+                self._plan = request.reply_plan(frontend.tokenizer, prompts[0])
         for prompt in prompts:
             frontend.check_size(prompt, request.params)
         if request.echo:
@@ -165,11 +167,12 @@ class _Run:
             name = self._request_id if len(prompts) == 1 else f"{self._request_id}-{index}"
             stream = await frontend.submit(
                 prompt,
-                request.params,
+                self._plan.params,
                 options,
                 request_id=name,
                 owner=self._exchange.caller.name,
                 trace=trace,
+                shown_token_ids=self._plan.shown_token_ids,
             )
             self._streams.append(await open_streams.enter_async_context(stream))
 
@@ -194,12 +197,15 @@ class _Run:
     async def _collected(self, index: int, stream: DeltaStream) -> Answer:
         texts = self._echoes[index : index + 1]
         token_ids: list[int] = []
-        last = Delta("")
+        last, message = Delta(""), ReplyMessage(self._plan) if self._plan.is_parsed else None
         async for last in stream:
             texts.append(last.text)
             token_ids.extend(last.token_ids)
+            if message is not None:
+                message.add(last.text)
         check_delta(last)
-        return self._answer(last, "".join(texts), token_ids if self._request.return_token_ids else None)
+        answer = self._answer(last, "".join(texts), token_ids if self._request.return_token_ids else None)
+        return answer if message is None else message.finish(answer)
 
     def _answer(self, last: Delta, text: str = "", token_ids: Sequence[int] | None = None) -> Answer:
         assert last.finish_reason is not None  # a stream ends with one
@@ -213,23 +219,26 @@ class _Run:
         """Answers with events as tokens arrive; the response begins with the first of them."""
         request, exchange = self._request, self._exchange
         head = StreamHead(self._url, self._request_id, self._model, self._created, request.include_usage)
-        events = [
-            ChoiceEvents(head, index, shows_all=not self._has_text, token_ids=request.return_token_ids)
-            for index in range(len(self._streams))
-        ]
+        events = [self._events(head, index) for index in range(len(self._streams))]
         if len(events) == 1:
             answers = [await self._pump(0, events[0])]
         else:
             answers = await self._pump_all(events)
         await exchange.end_events(head.end(answers))
 
-    async def _pump(self, index: int, events: ChoiceEvents) -> Answer:
+    def _events(self, head: StreamHead, index: int) -> ChoiceEvents | ReplyEvents:
+        token_ids = self._request.return_token_ids
+        if self._plan.is_parsed:
+            return ReplyEvents(head, index, self._plan, token_ids=token_ids)
+        return ChoiceEvents(head, index, shows_all=not self._has_text, token_ids=token_ids)
+
+    async def _pump(self, index: int, events: ChoiceEvents | ReplyEvents) -> Answer:
         """Sends the events of one choice to its end."""
         send, last = self._send, None
         async for delta in self._streams[index]:
             if delta.finish_reason is not None:
                 check_delta(delta)
-            if last is None and self._echoes:
+            if last is None and self._echoes and isinstance(events, ChoiceEvents):  # only completions have them
                 await send(events.echo(self._echoes[index]))
             last = delta
             if data := events.of(delta):
@@ -245,7 +254,7 @@ class _Run:
             async with self._sending:
                 await self._exchange.send_event(data)
 
-    async def _pump_all(self, events: Sequence[ChoiceEvents]) -> list[Answer]:
+    async def _pump_all(self, events: Sequence[ChoiceEvents | ReplyEvents]) -> list[Answer]:
         """Sends the events of several choices as they come. The first error ends all."""
         tasks = [asyncio.ensure_future(self._pump(index, one)) for index, one in enumerate(events)]
         try:

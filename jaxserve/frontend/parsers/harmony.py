@@ -13,7 +13,7 @@ import re
 
 from jaxserve.frontend.parsers.json_calls import object_text
 from jaxserve.frontend.parsers.pieces import Call, Content, Machine, Piece, Reasoning, ToolSchemas, add_content
-from jaxserve.frontend.parsers.scanning import MarkerReader, may_begin
+from jaxserve.frontend.parsers.scanning import MAX_SPACE, MarkerReader, may_begin
 
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 END, RETURN, CALL = "<|end|>", "<|return|>", "<|call|>"
@@ -64,7 +64,8 @@ class _Harmony:
     def _read_start(self, pieces: list[Piece], text: str) -> str:
         self._start += text
         start = self._start.lstrip()
-        if not may_begin(start, CHANNEL, START, MESSAGE, "to="):  # no harmony: all is content
+        space = len(self._start) - len(start)
+        if space > MAX_SPACE or not may_begin(start, CHANNEL, START, MESSAGE, "to="):  # no harmony: all is content
             self._begin_body(Content)
         elif start.startswith((CHANNEL, START, MESSAGE, "to=")):
             self._state, self._head = self._read_header, ""

@@ -29,7 +29,7 @@ class _JsonString:
 
 def new_machine(tools: ToolSchemas | None = None) -> Machine:
     """Makes a machine for one reply."""
-    return TaggedCalls(TAGS, _parse, _JsonString)
+    return TaggedCalls(TAGS, _parse, lambda opened: _JsonString())
 
 
 def _parse(opened: str, body: str, closing: str) -> Sequence[Call] | None:

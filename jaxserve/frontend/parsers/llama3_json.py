@@ -38,7 +38,7 @@ class _Llama3:
         if self._scanner is None:
             self._add_content(pieces, self._outside.rest())
         else:
-            self._add_content(pieces, "".join(self._body))
+            self._add_content(pieces, "".join(self._body) or self._head)
         add_content(pieces, self._tag)
         return pieces
 
@@ -54,14 +54,19 @@ class _Llama3:
 
     def _read_object(self, pieces: list[Piece], text: str) -> str:
         assert self._scanner is not None
-        self._head += text[: _MAX_HEAD - len(self._head)]
+        if not self._body:
+            room = _MAX_HEAD - len(self._head)
+            self._head, text = self._head + text[:room], text[room:]
+            may_be_call = _may_be_call(self._head)
+            if may_be_call is None:
+                return text
+            text = self._head + text
+            if not may_be_call:
+                self._scanner = None
+                self._add_content(pieces, text[0])
+                return text[1:]
         end = self._scanner.end_in(text)
         self._body.append(text[:end])
-        if not _may_be_call(self._head):
-            body = "".join(self._body)
-            self._scanner = None
-            self._add_content(pieces, body[0])
-            return body[1:] + (text[end:] if end is not None else "")
         if end is None:
             return ""
         body, self._scanner = "".join(self._body), None
@@ -93,12 +98,12 @@ def new_machine(tools: ToolSchemas | None = None) -> Machine:
     return _Llama3(tools)
 
 
-def _may_be_call(head: str) -> bool:
-    """Returns whether an object with this beginning may be a call; no longer one says no where a shorter one did."""
+def _may_be_call(head: str) -> bool | None:
+    """Returns whether an object with this beginning may be a call; None where that is not certain yet."""
     rest = head[1:].lstrip()
     if not rest:
-        return len(head) < _MAX_HEAD
-    if rest[0] != '"':
-        return False
+        return None if len(head) < _MAX_HEAD else False
     key, quote, _ = rest[1:].partition('"')
-    return key in _KEYS if quote else any(known.startswith(key) for known in _KEYS)
+    if rest[0] != '"' or not any(known.startswith(key) for known in _KEYS):
+        return False
+    return key in _KEYS if quote else None

@@ -37,18 +37,27 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
 _MAX_ALTERNATIVES = 64
 
 
-class _Parameter:
-    """Tells whether the text of a call ends inside a parameter's value."""
+class _Parameters:
+    """Tells whether the text of a call ends inside a value, which may hold any of the tags: outside of one the last tag
+    is that of what was closed last. opened: the call's opening tag.
+    """
 
-    def __init__(self) -> None:
-        self._reader = MarkerReader(_PARAMETER, _END_PARAMETER)
-        self.is_open = False
+    def __init__(self, opened: str):
+        self._last = _END_PARAMETER if opened == _FUNCTION else _END_FUNCTION
+        self._first = MarkerReader(_PARAMETER)
+        self._has_value = False
+        self._tail = ""  # of the text, with one space for all that it ends with
 
     def feed(self, text: str) -> None:
-        while text:
-            _, tag, text = self._reader.read(text)
-            if tag is not None:
-                self.is_open = tag == _PARAMETER
+        if not self._has_value:
+            self._has_value = self._first.read(text)[1] is not None
+        text = self._tail + text
+        body = text.rstrip()
+        self._tail = body[-len(_END_PARAMETER) :] + text[len(body) :][:1]
+
+    @property
+    def is_open(self) -> bool:
+        return self._has_value and not self._tail.rstrip().endswith(self._last)
 
 
 class _Reader:
@@ -99,7 +108,7 @@ class _Reader:
 
 def new_machine(tools: ToolSchemas | None = None) -> Machine:
     """Makes a machine for one reply."""
-    return TaggedCalls(TAGS, _Reader(tools).parse, _Parameter)
+    return TaggedCalls(TAGS, _Reader(tools).parse, _Parameters)
 
 
 def _behind_space(text: str, position: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from jaxserve.frontend.parsers.pieces import CallArguments, CallStart, Content, Machine, Piece, Reasoning
+from jaxserve.frontend.parsers.scanning import MAX_PART
 
 
 class ReplyParser:
@@ -29,8 +30,12 @@ class ReplyParser:
         return self._seams.num_calls
 
     def feed(self, text: str) -> list[Piece]:
-        pieces = [Content(text)] if self._reasoning is None else self._reasoning.feed(text)
-        return self._seams.clean(self._with_calls(pieces))
+        found: list[Piece] = []
+        for start in range(0, len(text), MAX_PART):
+            part = text[start : start + MAX_PART]
+            pieces = [Content(part)] if self._reasoning is None else self._reasoning.feed(part)
+            found += self._seams.clean(self._with_calls(pieces))
+        return found
 
     def finish(self) -> list[Piece]:
         pieces = self._with_calls([] if self._reasoning is None else self._reasoning.finish())
@@ -55,10 +60,11 @@ class _Seams:
 
     def __init__(self, one_call: bool):
         self._one_call = one_call
-        self._space = ""  # of content
-        self._reasoning_space = ""
+        self._space: list[str] = []  # of content
+        self._reasoning_space: list[str] = []
         self._has_content = False
-        self._has_reasoning = False
+        self._has_reasoning = False  # with any text
+        self._has_thought = False
         self._ends_with_call = False
         self.num_calls = 0
 
@@ -79,8 +85,9 @@ class _Seams:
                 case CallArguments(text):
                     if self._is_wanted:
                         _add(found, piece)
-        if last and self._space and not (self._ends_with_call or (self._has_reasoning and not self._has_content)):
-            _add(found, Content(self._space))
+        space = "".join(self._space) if last else ""
+        if space and not (self._ends_with_call or (self._has_thought and not self._has_content)):
+            _add(found, Content(space))
         return found
 
     @property
@@ -90,20 +97,18 @@ class _Seams:
     def _add_content(self, found: list[Piece], text: str) -> None:
         body = text.rstrip()
         if body:
-            divides = self._has_content or not (self._has_reasoning or self.num_calls)
-            body = self._space + body if divides else (self._space + body).lstrip()
-            _add(found, Content(body))
-            self._space, self._has_content, self._ends_with_call = "", True, False
-        self._space += text[len(text.rstrip()) :]
+            divides = self._has_content or not (self._has_thought or self.num_calls)
+            _add(found, Content("".join([*self._space, body]) if divides else body.lstrip()))
+            self._space, self._has_content, self._ends_with_call = [], True, False
+        self._space.append(text[len(body) :])
 
     def _add_reasoning(self, found: list[Piece], text: str) -> None:
+        self._has_thought = True
         body = text.rstrip()
         if body:
-            body = self._reasoning_space + body
-            _add(found, Reasoning(body if self._has_reasoning else body.lstrip()))
-            self._reasoning_space = ""
-            self._has_reasoning = True
-        self._reasoning_space += text[len(text.rstrip()) :]
+            _add(found, Reasoning("".join([*self._reasoning_space, body]) if self._has_reasoning else body.lstrip()))
+            self._reasoning_space, self._has_reasoning = [], True
+        self._reasoning_space.append(text[len(body) :])
 
 
 def _add(found: list[Piece], piece: Content | Reasoning | CallArguments) -> None:

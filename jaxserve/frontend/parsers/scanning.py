@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import re
 
+MAX_PART = 256
+"""Characters that are given to a machine at one time: dividing them takes a time that grows with their square."""
+
+MAX_SPACE = 256
+"""Characters of white space before a marker that a reply begins with."""
+
 
 class MarkerReader:
     """Divides text at the first of several markers, none of which begins another one.

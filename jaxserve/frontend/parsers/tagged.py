@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from jaxserve.frontend.parsers.pieces import Call, Piece, add_content
-from jaxserve.frontend.parsers.scanning import MarkerReader
+from jaxserve.frontend.parsers.scanning import MAX_PART, MarkerReader
 
 ParseBody = Callable[[str, str, str], Sequence[Call] | None]
 """Parses what is between two tags. Arguments: the opening tag, the text, and the closing tag, which is "" where the
@@ -32,10 +32,11 @@ class TaggedCalls:
     Args:
         tags: the closing tag of each opening one.
         parse: parses what is between them.
-        value: makes a `Value` for one call; None where the first closing tag ends a call, whatever stands before it.
+        value: makes a `Value` for a call with this opening tag; None where the first closing tag ends a call, whatever
+            stands before it.
     """
 
-    def __init__(self, tags: Mapping[str, str], parse: ParseBody, value: Callable[[], Value] | None = None):
+    def __init__(self, tags: Mapping[str, str], parse: ParseBody, value: Callable[[str], Value] | None = None):
         self._tags = tags
         self._parse = parse
         self._new_value = value
@@ -67,17 +68,19 @@ class TaggedCalls:
             self._add_malformed(pieces, opened, body)
         else:
             # A value that is never closed has taken in all that followed it: other calls, perhaps.
-            again = TaggedCalls(self._tags, self._parse)
-            pieces += [*again.feed(opened + body), *again.finish()]
+            again, text = TaggedCalls(self._tags, self._parse), opened + body
+            for start in range(0, len(text), MAX_PART):
+                pieces += again.feed(text[start : start + MAX_PART])
+            pieces += again.finish()
         return pieces
 
     def _read_outside(self, pieces: list[Piece], text: str) -> str:
         before, tag, rest = self._outside.read(text)
         self._add_content(pieces, before)
-        if tag in self._tags:
+        if tag is not None and tag in self._tags:
             self._opened, self._body = tag, []
             self._inside = MarkerReader(self._tags[tag])
-            self._value = None if self._new_value is None else self._new_value()
+            self._value = None if self._new_value is None else self._new_value(tag)
         elif tag is not None and not self._behind_call:
             self._add_content(pieces, tag)
         return rest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxserve.frontend.parsers.pieces import Content, Piece, Reasoning, add_content
-from jaxserve.frontend.parsers.scanning import MarkerReader, may_begin
+from jaxserve.frontend.parsers.scanning import MAX_SPACE, MarkerReader, may_begin
 
 
 class Think:
@@ -27,7 +27,7 @@ class Think:
             return self._go_on(text)
         self._start += text
         start = self._start.lstrip()
-        if may_begin(start, self._begin):
+        if may_begin(start, self._begin) and len(self._start) - len(start) <= MAX_SPACE:
             if not start.startswith(self._begin):
                 return []
             self._is_reasoning, text = True, start.removeprefix(self._begin)
@@ -47,8 +47,7 @@ class Think:
         pieces: list[Piece] = []
         if self._is_reasoning:
             before, end, text = self._reasoning.read(text)
-            if before:
-                pieces.append(Reasoning(before))
+            pieces.append(Reasoning(before))  # also an empty one: there was reasoning
             self._is_reasoning = end is None
         if not self._is_reasoning:
             add_content(pieces, text)
