@@ -237,20 +237,22 @@ class ChatFormat:
         if not reasoning.end:
             token = self._token
             return (
-                f'lead: (analysis {token("<|end|>")} {token("<|start|>")} "assistant")? {token("<|channel|>")} "final" '
+                f'lead: (analysis {token("<|start|>")} "assistant")? {token("<|channel|>")} "final" '
                 f"{token('<|message|>')}\n"
-                f'analysis: {token("<|channel|>")} "analysis" {token("<|message|>")} TEXT\n'
-                "TEXT: /(.|\\n)*/"
+                f'analysis: {token("<|channel|>")} "analysis" {token("<|message|>")} text\n'
+                f"{self._text_to('<|end|>')}"
             )
         if prompt.rstrip().endswith(reasoning.end):
             return None
-        if reasoning.end in self._special_ids:
-            body = f"TEXT {self._token(reasoning.end)} SPACE\nTEXT: /(.|\\n)*/"
-        else:
-            body = f"text SPACE\ntext[suffix={json.dumps(reasoning.end)}]: /(.|\\n)*/"
-        opened = reasoning.is_open(prompt)
-        begin = "body" if opened else f"({self._token(reasoning.begin)} body)?"
-        return f"lead: {begin}\nbody: {body}\nSPACE: /[ \\n]{{0,2}}/"
+        begin = "" if reasoning.is_open(prompt) else f"{self._token(reasoning.begin)} "
+        lead = f"({begin}text SPACE)?" if begin else "text SPACE"
+        return f"lead: {lead}\n{self._text_to(reasoning.end)}\nSPACE: /[ \\n]{{0,2}}/"
+
+    def _text_to(self, end: str) -> str:
+        """Returns in Lark the rule `text`: any text, to the token that ends it, or to its letters."""
+        if end in self._special_ids:
+            return f"text: ANY {self._token(end)}\nANY: /(.|\\n)*/"
+        return f"text[suffix={json.dumps(end)}]: /(.|\\n)*/"
 
     def _token(self, text: str) -> str:
         """Returns a token's text in Lark: special ones are written by their ids."""
