@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jaxserve.request import SamplingParams
+from jaxserve.request import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve.llm import LLM
 
-__all__ = ["LLM", "SamplingParams"]
+__all__ = ["LLM", "RequestOutputKind", "SamplingParams"]
 __version__ = "0.1.0"
 
 

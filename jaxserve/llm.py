@@ -147,7 +147,7 @@ class LLM:
         """Returns the parameters of a request that brings none: the checkpoint's defaults, from its
         generation_config.json, where it has some and EngineConfig.generation_config is not "vllm".
         """
-        return SamplingParams(**self._client.ready.sampling_defaults)
+        return SamplingParams(**dict[str, Any](self._client.ready.sampling_defaults))
 
     def _params_for(
         self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None

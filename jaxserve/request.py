@@ -372,7 +372,7 @@ def check_length(length: int, params: SamplingParams, limits: ModelLimits, *, si
     if params.min_tokens > max_tokens:
         raise ValueError(f"min_tokens is {params.min_tokens}; only max_tokens {max_tokens} can be generated")
     if length + max_tokens - 1 > limits.pool_tokens:
-        if params.max_tokens is None and length + params.min_tokens <= limits.pool_tokens:
+        if params.max_tokens is None and length + max(params.min_tokens, 1) - 1 <= limits.pool_tokens:
             return limits.pool_tokens - length + 1
         raise InfeasibleError(
             f"{together} exceed the page pool of {limits.pool_tokens} tokens: lower max_tokens or give the server more "

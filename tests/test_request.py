@@ -126,7 +126,7 @@ def test_identities_are_bounded():
         (lambda: EngineConfig(model="m", row_buckets=(64, 8)), r"row_buckets is \(64, 8\); it must rise strictly"),
         (
             lambda: EngineConfig.from_options(model="m", color=1),
-            "engine option 'color' is unknown; known options are",
+            "engine option 'color' is unknown; known are",
         ),
         (lambda: ServerConfig(EngineConfig(model="m"), port=70_000), "port is 70000; it must be from 0 to 65535"),
     ],

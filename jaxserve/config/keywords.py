@@ -1,4 +1,4 @@
-"""Refuses unknown keyword arguments of dataclasses by naming the field that was probably meant. Standard library only."""
+"""Refuses unknown keyword arguments of dataclasses, naming the field that was probably meant. Standard library only."""
 
 from __future__ import annotations
 

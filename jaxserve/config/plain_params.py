@@ -17,9 +17,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxserve.config.checks import did_you_mean
+from jaxserve.config.keywords import UnknownFieldError
 from jaxserve.config.sampling_fields import Ids, SamplingField, Texts, fields_of, word_of
 from jaxserve.config.shown import shown
 from jaxserve.request import SamplingParams
+
+GENERATION_CONFIG: Mapping[str, str] = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "typical_p": "typical_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+"""Parameters of which a checkpoint may have defaults of its own, by their names in its generation_config.json."""
 
 
 class Form(enum.Enum):
@@ -74,20 +86,15 @@ class PlainField:
         return isinstance(self.row.kind, Texts)
 
 
+def plain_fields(table: type | None = None) -> Mapping[str, PlainField]:
+    """Returns the parameters of a table, by name, in its order. table: None is `SamplingParams`."""
+    return _fields_of(table or SamplingParams)
+
+
 @functools.cache
-def plain_fields(table: type = SamplingParams) -> Mapping[str, PlainField]:
-    """Returns the parameters of a table, by name, in its order."""
+def _fields_of(table: type) -> Mapping[str, PlainField]:
     hints = typing.get_type_hints(table)
     return {name: PlainField(row, *_form_of(hints[name])) for name, row in fields_of(table).items()}
-
-
-def read_params(values: Mapping[str, Any], table: type = SamplingParams) -> dict[str, Any]:
-    """Returns what `SamplingParams` takes for plain values by name, of which none is None. Raises ValueError."""
-    fields = plain_fields(table)
-    for name in values:
-        if name not in fields:
-            raise ValueError(f"sampling parameter {shown(name)} is unknown; {did_you_mean(name, fields)}")
-    return {name: fields[name].read(value) for name, value in values.items()}
 
 
 def params_of(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
@@ -97,12 +104,28 @@ def params_of(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Samplin
     (`ModelLimits.default_max_tokens`).
     """
     unset = {name: value for name, value in defaults.items() if name not in values and name != "max_tokens"}
-    return SamplingParams(**unset, **read_params(values))
+    rows = plain_fields()
+    for name in values:
+        if name not in rows:
+            raise UnknownFieldError(f"sampling parameter {shown(name)} is unknown; {did_you_mean(name, rows)}")
+    return SamplingParams(**unset, **{name: rows[name].read(value) for name, value in values.items()})
 
 
-def written_params(params: Any) -> dict[str, Any]:
-    """Returns the plain values of all parameters; None where there is none."""
-    return {name: field.written(getattr(params, name)) for name, field in plain_fields(type(params)).items()}
+def written(params: SamplingParams | Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the plain values that a message must say, so that they are read as these parameters.
+
+    Of all parameters these are those that a checkpoint may have defaults of, and what is not our default; of a mapping
+    all that it has. Raises ValueError.
+    """
+    rows = plain_fields()
+    if isinstance(params, SamplingParams):
+        values = {name: getattr(params, name) for name in rows}
+        own = set(GENERATION_CONFIG.values())
+        names = [name for name, value in values.items() if name in own or value != rows[name].row.default]
+    else:
+        checked = params_of(params, {})
+        values, names = {name: getattr(checked, name) for name in params}, list(params)
+    return {name: rows[name].written(values[name]) for name in names if values[name] is not None}
 
 
 def _form_of(hint: Any) -> tuple[Form, Any]:

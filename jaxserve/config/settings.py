@@ -134,6 +134,10 @@ class EngineConfig:
         one_of("attention", self.attention, ATTENTION)
         one_of("ready_when", self.ready_when, READY_WHEN)
         at_least("seed", self.seed, 0)
+        if not isinstance(self.generation_config, str) or not self.generation_config:
+            raise ValueError(
+                f"generation_config is {self.generation_config!r}; it must be 'auto', 'vllm' or a directory's name"
+            )
         at_least("compilation_cache_max_bytes", self.compilation_cache_max_bytes, 0)
         if self.max_model_len is not None:
             at_least("max_model_len", self.max_model_len, 2)

@@ -90,6 +90,7 @@ class Delta:
         truncated_tokens: cut off the beginning of the prompt, as truncate_prompt_tokens asks; not in prompt_tokens.
         cached_tokens: of the whole prompt.
         output_tokens: so far, these included.
+        index: of the sample.
     """
 
     request_id: str
@@ -104,3 +105,4 @@ class Delta:
     cached_tokens: int = 0
     owner: str = ""
     truncated_tokens: int = 0
+    index: int = 0

@@ -64,8 +64,8 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
 }
-"""Unsupported fields of OpenAI and vLLM with the values that have no effect; null never has. A sampling parameter is none
-of them, once it is in the table.
+"""Unsupported fields of OpenAI and vLLM with the values that have no effect; null never has. Those that are sampling
+parameters count only while these are not in their table.
 """
 
 _STREAMING: Mapping[str, Sequence[Any]] = {

@@ -55,8 +55,9 @@ def response_body(url: str, request_id: object, model: str, created: int, answer
 
 
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Builds the usage object of a request with these answers. Tokens that were cut off prompts are told where there are
-    some: an addition to OpenAI's fields.
+    """Builds the usage object of a request with these answers.
+
+    Where tokens were cut off prompts, it has their number, which is an addition to OpenAI's fields.
     """
     prompt_tokens = sum(answer.prompt_tokens for answer in answers)
     output_tokens = sum(answer.output_tokens for answer in answers)

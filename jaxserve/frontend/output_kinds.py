@@ -1,4 +1,4 @@
-"""Turns the deltas of one output into updates of the kind that its request asks for."""
+"""Turns the deltas of a request into updates of the kind that it asks for."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ _MOST_DELTAS = 64
 
 
 class OutputUpdates:
-    """Makes updates of deltas; None of a delta after which there is no update.
+    """Makes updates of the deltas of a request, of each sample for itself; None of a delta after which there is none.
 
     kind: what they hold; None is DELTA.
     """
 
     def __init__(self, kind: RequestOutputKind | None):
         self._kind = kind or RequestOutputKind.DELTA
-        self._held: list[Delta] = []
+        self._held: dict[int, list[Delta]] = {}  # by sample
 
     def of(self, delta: Delta) -> Delta | None:
-        """Takes the next delta of the output."""
+        """Takes the next delta of the request."""
         if self._kind is RequestOutputKind.DELTA:
             return delta
-        self._held.append(delta)
-        if self._kind is RequestOutputKind.CUMULATIVE or delta.finish_reason is not None:
-            self._held = [merged(self._held)]
-            return self._held[0]
-        if len(self._held) > _MOST_DELTAS:
-            self._held = [merged(self._held)]
-        return None
+        held = self._held.setdefault(delta.index, [])
+        held.append(delta)
+        is_due = self._kind is RequestOutputKind.CUMULATIVE or delta.finish_reason is not None
+        if is_due or len(held) > _MOST_DELTAS:
+            held[:] = [merged(held)]
+        return held[0] if is_due else None

@@ -5,22 +5,12 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Mapping
 
+from jaxserve.config.plain_params import GENERATION_CONFIG
 from jaxserve.config.settings import EngineConfig
 from jaxserve.models.loading.json_files import read_object
 from jaxserve.request import SAMPLING_FIELDS
 
 FILE = "generation_config.json"
-
-NAMES: Mapping[str, str] = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "typical_p": "typical_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}
-"""Sampling parameters by transformers' names of them."""
 
 
 def sampling_defaults(config: EngineConfig) -> dict[str, int | float]:
@@ -39,7 +29,7 @@ def sampling_defaults(config: EngineConfig) -> dict[str, int | float]:
         return {}
     content = read_object(path)
     found = {}
-    for key, name in NAMES.items():
+    for key, name in GENERATION_CONFIG.items():
         value, row = content.get(key), SAMPLING_FIELDS.get(name)
         if value is None or row is None:
             continue
@@ -59,5 +49,5 @@ def defaults_line(defaults: Mapping[str, int | float]) -> str:
     """Returns the line of the log about the defaults of a checkpoint."""
     values = ", ".join(f"{name} {value:g}" for name, value in defaults.items())
     return (
-        f"defaults of sampling parameters from {FILE}: {values}; EngineConfig.generation_config='vllm' takes none from it"
+        f"defaults of sampling parameters from {FILE}: {values}; EngineConfig.generation_config='vllm' turns them off"
     )

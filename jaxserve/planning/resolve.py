@@ -9,10 +9,10 @@ from jaxserve.config.settings import EngineConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loading import checkpoint
 from jaxserve.models.loading.end_tokens import check_vocabulary
-from jaxserve.planning.checkpoint_defaults import sampling_defaults
 from jaxserve.models.params import DTYPES, packable
 from jaxserve.pallas_kernels.cpu import linear
 from jaxserve.pallas_kernels.paged_attention import Use, choose, is_quantized
+from jaxserve.planning.checkpoint_defaults import sampling_defaults
 from jaxserve.planning.decode_roofline import token_bytes
 from jaxserve.programs.step_programs import Shapes
 from jaxserve.request import MAX_STOP_TOKEN_IDS, STOP_WIDTH

@@ -15,9 +15,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from jaxserve.request import SamplingParams
 from jaxserve.serving.clients.client_credentials import Credentials
-from jaxserve.serving.clients.client_results import Chunk, Completion, Conversation, Prompt, Usage, join
+from jaxserve.serving.clients.client_results import Chunk, Completion, Conversation, Params, Prompt, Usage, join
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
@@ -32,7 +31,7 @@ _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 
 
 def generate_request(
     prompt: Prompt,
-    params: SamplingParams | None = None,
+    params: Params = None,
     *,
     request_id: str = "",
     tenant: str = "",
@@ -44,7 +43,7 @@ def generate_request(
 
     Args:
         prompt: text, token ids, or a conversation.
-        params: None leaves every choice to the server.
+        params: all sampling parameters; a mapping of some, or None, leaves the others to the server.
         deadline: Unix seconds.
 
     The other arguments are the fields of the proto.
@@ -102,7 +101,7 @@ class Client:
     def generate(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         **fields: Any,
@@ -121,13 +120,13 @@ class Client:
     def generate_text(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         **fields: Any,
     ) -> Completion:
         """Returns the complete response; arguments as for `generate`."""
-        return join(list(self.generate(prompt, params, timeout=timeout, **fields)))
+        return join(list(self.generate(prompt, params, timeout=timeout, **fields)), params)
 
     def abort(self, request_id: str) -> bool:
         """Aborts a request; False when no unfinished one has this id."""
@@ -203,7 +202,7 @@ class AsyncClient:
     async def generate(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         **fields: Any,
@@ -222,13 +221,13 @@ class AsyncClient:
     async def generate_text(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         **fields: Any,
     ) -> Completion:
         """Returns the complete response; arguments as for `generate`."""
-        return join([chunk async for chunk in self.generate(prompt, params, timeout=timeout, **fields)])
+        return join([chunk async for chunk in self.generate(prompt, params, timeout=timeout, **fields)], params)
 
     async def abort(self, request_id: str) -> bool:
         """Aborts a request; False when no unfinished one has this id."""
@@ -275,7 +274,8 @@ class AsyncClient:
 def _chunk(response: pb.GenerateResponse) -> Chunk:
     usage = None
     if response.HasField("usage"):
-        usage = Usage(response.usage.prompt_tokens, response.usage.output_tokens, response.usage.cached_tokens)
+        counts = response.usage
+        usage = Usage(counts.prompt_tokens, counts.output_tokens, counts.cached_tokens, counts.truncated_tokens)
     reason = convert.reason_from_proto(response.finish_reason)
     return Chunk(response.request_id, tuple(response.token_ids), response.text, reason, usage)
 

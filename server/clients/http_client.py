@@ -12,12 +12,13 @@ import http.client
 import json
 import time
 import urllib.parse
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
+from jaxserve.config.plain_params import written
+from jaxserve.request import FinishReason, SamplingParams
 from jaxserve.serving.clients.client_credentials import Credentials
-from jaxserve.serving.clients.client_results import Chunk, Completion, Conversation, Prompt, Usage, join
+from jaxserve.serving.clients.client_results import Chunk, Completion, Conversation, Params, Prompt, Usage, join
 from jaxserve.serving.problem import Code
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -110,7 +111,7 @@ class HttpClient:
     def generate(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         tenant: str = "",
@@ -140,13 +141,13 @@ class HttpClient:
     def generate_text(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         **fields: Any,
     ) -> Completion:
         """Returns the complete response; arguments as for `generate`."""
-        return join(list(self.generate(prompt, params, timeout=timeout, **fields)))
+        return join(list(self.generate(prompt, params, timeout=timeout, **fields)), params)
 
     def model_info(self, timeout: float | None = None) -> HttpModelInfo:
         """Returns the served model; asks for it once."""
@@ -217,17 +218,26 @@ class HttpClient:
         return http.client.HTTPSConnection(self._host, self._port, timeout=_CONNECT_SECONDS, context=self._context)
 
 
-def generate_body(prompt: Prompt, params: SamplingParams | None) -> tuple[str, dict[str, Any]]:
-    """Returns the path and the body of a request that streams; params: None leaves every choice to the server."""
+def generate_body(prompt: Prompt, params: Params) -> tuple[str, dict[str, Any]]:
+    """Returns the path and the body of a request that streams.
+
+    params: all sampling parameters; a mapping of some, or None, leaves the others to the server.
+    """
     body: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
+    is_chat = isinstance(prompt, Conversation)
     if params is not None:
-        for name, field in SAMPLING_FIELDS.items():
-            value = getattr(params, name)
-            if value != field.default:
-                body[name] = list(value) if isinstance(value, tuple) else value
+        body |= _fields(params, is_chat)
     if isinstance(prompt, Conversation):
         return "/v1/chat/completions", body | {"messages": [dict(message) for message in prompt.messages]}
     return "/v1/completions", body | {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
+
+
+def _fields(params: SamplingParams | Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
+    """Returns the fields of a body that say the sampling parameters."""
+    fields = written(params)
+    if is_chat and "logprobs" in fields:  # in a chat it is a flag
+        fields |= {"logprobs": True, "top_logprobs": fields["logprobs"]}
+    return fields
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[Any]:
@@ -262,7 +272,8 @@ def _chunks(events: Iterator[Any]) -> Iterator[Chunk]:
         if last is not None and (usage := event.get("usage")):
             details = usage.get("prompt_tokens_details") or {}
             counts = usage["prompt_tokens"], usage["completion_tokens"], details.get("cached_tokens") or 0
-            yield dataclasses.replace(last, usage=Usage(*counts))
+            truncated = details.get("truncated_tokens") or 0
+            yield dataclasses.replace(last, usage=Usage(*counts, truncated))
             return
 
 

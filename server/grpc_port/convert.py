@@ -9,7 +9,7 @@ from typing import Any
 from google.protobuf import message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from jaxserve.config.plain_params import params_of, plain_fields
+from jaxserve.config.plain_params import params_of, written
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.frontend.openai_messages import parse_messages
@@ -40,20 +40,14 @@ _SMALL = 64 * 1024
 def params_to_proto(params: SamplingParams | Mapping[str, Any]) -> pb.SamplingParams:
     """Returns the message that `params_from_proto` reads back unchanged.
 
-    params: all parameters, each of which is sent; or plain values of some: the server has its own defaults of the
-    others.
+    params: all parameters; or plain values of some: the server has its own defaults of the others.
 
     Raises ValueError for values that are not allowed, or that the wire cannot carry.
     """
-    rows = plain_fields()
-    if isinstance(params, SamplingParams):
-        values = {name: row.written(getattr(params, name)) for name, row in rows.items()}
-    else:
-        checked = params_of(params, {})
-        values = {name: rows[name].written(getattr(checked, name)) for name in params}
-    for name in values.keys() - _PARAMETERS.keys():
-        if (value := values.pop(name)) != rows[name].written(rows[name].row.default):
-            raise ValueError(f"{name} is {shown(value)}; the gRPC API does not have it: leave it out")
+    values = written(params)
+    for name in values:
+        if name not in _PARAMETERS:
+            raise ValueError(f"{name} is {shown(values[name])}; the gRPC API does not have it: leave it out")
     return made(pb.SamplingParams, values)
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 
@@ -36,7 +36,7 @@ def made(message: type[Message], values: Mapping[str, Any]) -> Any:
     return message(**{name: _written(fields[name], value) for name, value in values.items() if value is not None})
 
 
-def _read(field: FieldDescriptor, value: Any) -> Any:
+def _read(field: Any, value: Any) -> Any:
     kind = field.message_type
     if kind is None:
         return tuple(value) if field.is_repeated else value
@@ -47,20 +47,19 @@ def _read(field: FieldDescriptor, value: Any) -> Any:
     return _read_message(kind, value)
 
 
-def _read_message(kind: Descriptor, value: Message) -> Any:
+def _read_message(kind: Any, value: Message) -> Any:
     name = _only_repeated(kind)
     return read_fields(value) if name is None else list(getattr(value, name))
 
 
-def _read_word(field: FieldDescriptor, number: int) -> str:
+def _read_word(field: Any, number: int) -> str:
     kind = field.enum_type
-    assert kind is not None
     if number not in kind.values_by_number:
         raise ValueError(f"{field.name} is {number}; it must be one of {', '.join(_words(kind))}")
     return kind.values_by_number[number].name.removeprefix(_prefix(kind)).lower()
 
 
-def _written(field: FieldDescriptor, value: Any) -> Any:
+def _written(field: Any, value: Any) -> Any:
     """Returns the value as a message's constructor takes it."""
     if field.enum_type is not None:
         return _words(field.enum_type)[value]
@@ -76,7 +75,7 @@ def _written(field: FieldDescriptor, value: Any) -> Any:
     return _written_message(kind, value)
 
 
-def _written_message(kind: Descriptor, value: Any) -> dict[str, Any]:
+def _written_message(kind: Any, value: Any) -> dict[str, Any]:
     name = _only_repeated(kind)
     if name is not None:
         return {name: value}
@@ -84,18 +83,18 @@ def _written_message(kind: Descriptor, value: Any) -> dict[str, Any]:
     return {name: _written(fields[name], part) for name, part in value.items() if part is not None}
 
 
-def _only_repeated(kind: Descriptor) -> str | None:
+def _only_repeated(kind: Any) -> str | None:
     """Returns the name of the field of a message that has only one, where it is repeated."""
     if len(kind.fields) != 1 or not kind.fields[0].is_repeated or kind.fields[0].message_type is not None:
         return None
     return kind.fields[0].name
 
 
-def _prefix(kind: EnumDescriptor) -> str:
+def _prefix(kind: Any) -> str:
     """Returns what the names of an enumeration's members begin with: OUTPUT_KIND_ of OutputKind."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", kind.name).upper() + "_"
 
 
-def _words(kind: EnumDescriptor) -> dict[str, int]:
+def _words(kind: Any) -> dict[str, int]:
     """Returns the numbers of an enumeration's members but the first by their words."""
     return {value.name.removeprefix(_prefix(kind)).lower(): value.number for value in kind.values if value.number}

@@ -21,6 +21,7 @@ from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.engine.messages import EngineReady, EngineStats
 from jaxserve.frontend.openai_chat import Chat
+from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.request import FinishReason
 from jaxserve.serving.grpc_port import convert
@@ -101,7 +102,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         frontend = self._served.accepting()
         is_chat = request.WhichOneof("prompt") == "messages"
         with self._served.rejections():
-            params = convert.params_from_proto(request.sampling_params)
+            params = convert.params_from_proto(request.sampling_params, frontend.ready.sampling_defaults)
             messages = convert.messages_from_proto(request) if is_chat else ()
             prompt = "" if is_chat else convert.prompt_from_proto(request)
         if not is_chat:
@@ -123,13 +124,17 @@ class JaxServeService(pb_grpc.JaxServeServicer):
             trace=self._served.trace(metadata, "text_completion"),
         )
         context.set_backlog(lambda: stream.num_unread * BYTES_PER_TOKEN)
+        updates = OutputUpdates(params.output_kind)
         async with stream:  # left early, it aborts the request
             async for delta in stream:
+                update = updates.of(delta)
+                if update is None:
+                    continue
                 if delta.finish_reason is FinishReason.DEADLINE:  # what there is until then is not lost
-                    await context.write(_response(delta))
+                    await context.write(_response(update))
                 if delta.finish_reason is not None:
                     check_delta(delta)
-                await context.write(_response(delta))
+                await context.write(_response(update))
 
     @errors_as_status
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
@@ -250,4 +255,5 @@ def _response(delta: Any) -> pb.GenerateResponse:
         response.usage.prompt_tokens = delta.prompt_tokens
         response.usage.output_tokens = delta.output_tokens
         response.usage.cached_tokens = delta.cached_tokens
+        response.usage.truncated_tokens = delta.truncated_tokens
     return response

@@ -15,14 +15,33 @@ from google.protobuf import message
 from google.protobuf.message import DecodeError
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
+from jaxserve.config.plain_params import params_of, plain_fields
 from jaxserve.config.shown import shown
 from jaxserve.frontend.delta import Delta
-from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
-from jaxserve.serving.grpc_port.oversized import LARGE, MAX_PARAMS_BYTES, CheckPromptBytes, check_field_count, fields
+from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.serving.grpc_port.oversized import (
+    LARGE,
+    MAX_PARAMS_BYTES,
+    CheckPromptBytes,
+    check_field_count,
+    fields,
+    has_field,
+)
+from jaxserve.serving.grpc_port.proto_values import read_fields
 
-TEXT_ONLY = frozenset({"skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"})
-"""Sampling parameters about the text of the output, which the gateway makes of the token ids; any value is accepted.
-The ids include the token that completes a stop string."""
+_STRUCTURED = "structured_outputs"
+_CONSTRAINTS: Mapping[str, str] = {
+    "json_schema": "json",
+    "regex": "regex",
+    "grammar": "grammar",
+    "structural_tag": "structural_tag",
+    "json_object": "json_object",
+    "choice": "choice",
+}
+"""Fields of structured_outputs by the gateway's names."""
+
+_FIRST_TOKEN = "grammar_from_first_token"
+"""Asks that a constraint begin at the first token, which it always does here."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -40,19 +59,31 @@ _REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReas
 """The gateway's words for finish reasons; the others are statuses, and its fourth, error, is never sent."""
 
 _NUMBERS = {name: field.number for name, field in pb.GenerateRequest.DESCRIPTOR.fields_by_name.items()}
+_TRUNCATE = pb.SamplingParams.DESCRIPTOR.fields_by_name["truncate_prompt_tokens"].number
 _ORIGINAL_TEXT = pb.TokenizedInput.DESCRIPTOR.fields_by_name["original_text"].number
 
 
-def params_from_proto(proto: pb.SamplingParams) -> SamplingParams:
-    """Returns the sampling parameters of a request; unset fields have defaults. Raises ValueError naming the field."""
-    values = {}
+def params_from_proto(proto: pb.SamplingParams, defaults: Mapping[str, Any] = {}) -> SamplingParams:
+    """Returns the sampling parameters of a request. Raises ValueError naming the field.
+
+    The text of the output is made by the gateway of the token ids, which include the token that completes a stop
+    string: parameters about the text alone change nothing here.
+
+    defaults: of unset fields, where the checkpoint has its own.
+    """
+    rows = plain_fields()
+    values: dict[str, Any] = {}
+    plain = read_fields(proto)
     for field, value in proto.ListFields():  # those that are set
         name = field.name
-        if name in SAMPLING_FIELDS:
-            values[name] = tuple(value) if field.is_repeated else value
-        elif name not in TEXT_ONLY:
+        if name in rows:
+            values[name] = plain[name]
+        elif name in _CONSTRAINTS and _STRUCTURED in rows:
+            if not (name == "json_object" and not value):
+                values[_STRUCTURED] = {_CONSTRAINTS[name]: plain[name]}
+        elif name != _FIRST_TOKEN or _STRUCTURED not in rows:
             _refuse_unless_neutral(field, value, NEUTRAL)
-    return SamplingParams(**values)
+    return params_of(values, defaults)
 
 
 def check_request(request: pb.GenerateRequest) -> None:
@@ -90,7 +121,7 @@ def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
     """Raises DecodeError when an unparsed GenerateRequest has more bytes outside its prompt than a request needs, and
     whatever `check_prompt_bytes` raises for its prompt.
     """
-    others, ids, text = 0, 0, 0
+    others, ids, text, params = 0, 0, 0, b""
     for count, (number, start, end) in enumerate(fields(data), start=1):
         check_field_count(count)
         if number == _NUMBERS["text"]:
@@ -99,11 +130,14 @@ def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
             ids += _id_bytes(memoryview(data)[start:end])
         else:
             others += end - start
+            if number == _NUMBERS["sampling_params"]:
+                params = data[start:end]
     if others > MAX_PARAMS_BYTES:
         raise DecodeError(
             f"the fields beside the prompt have {others} bytes; at most {MAX_PARAMS_BYTES} are allowed: send fewer"
         )
-    check_prompt_bytes(max(ids, text), text > ids)
+    if not has_field(params, _TRUNCATE):
+        check_prompt_bytes(max(ids, text), text > ids)
 
 
 def _id_bytes(tokenized: memoryview) -> int:

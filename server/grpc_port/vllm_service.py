@@ -77,7 +77,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         metadata = context.invocation_metadata() or ()
         with self._served.rejections():
             convert.check_request(request)
-            params = convert.params_from_proto(request.sampling_params)
+            params = convert.params_from_proto(request.sampling_params, frontend.ready.sampling_defaults)
             prompt = convert.prompt_from_proto(request)
             frontend.check_size(prompt, params)  # before anything whose cost grows with it
             refuse_unknown_fields(request, request.sampling_params)

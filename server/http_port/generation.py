@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -20,7 +20,8 @@ from jaxserve.frontend.delta_stream import DeltaStream
 from jaxserve.frontend.openai import COMPLETIONS_URL, BodyRequest, Dialect, parse_body
 from jaxserve.frontend.openai_replies import ReplyMessage
 from jaxserve.frontend.openai_responses import Answer, response_body
-from jaxserve.request import check_identity
+from jaxserve.frontend.output_kinds import OutputUpdates
+from jaxserve.request import RequestOutputKind, check_identity
 from jaxserve.serving.access.request_headers import request_options
 from jaxserve.serving.http_port.errors import check_model
 from jaxserve.serving.http_port.events import ChoiceEvents, ReplyEvents, StreamHead
@@ -75,7 +76,11 @@ class Generation:
         request_id = exchange.request_id()
         exchange.add_header(REQUEST_ID, request_id)
         frontend = self._served.accepting()
-        body = await exchange.read_json(frontend, self._parse, lambda found: self._check_structure(frontend, found))
+        body = await exchange.read_json(
+            frontend,
+            lambda body: self._parse(body, frontend.ready.sampling_defaults),
+            lambda found: self._check_structure(frontend, found),
+        )
         if body.request_id is not None:
             request_id = _renamed(exchange, body.request_id)
         with self._served.rejections():
@@ -88,13 +93,16 @@ class Generation:
                 await run.submit(open_streams)
                 await (run.stream() if body.stream else run.complete())
 
-    def _parse(self, body: dict[str, object]) -> BodyRequest:
+    def _parse(self, body: dict[str, object], defaults: Mapping[str, int | float]) -> BodyRequest:
         with self._served.rejections():
-            return parse_body(self._url, body, self._dialect)
+            return parse_body(self._url, body, self._dialect, defaults)
 
     def _check_structure(self, frontend: AsyncFrontEnd, found: Structure) -> None:
-        """Refuses a completion of a text that is certainly too long, undecoded. A template may shorten a chat."""
-        if self._url == COMPLETIONS_URL:
+        """Refuses a completion of a text that is certainly too long, undecoded, unless it may be there to be truncated.
+
+        A template may shorten a chat.
+        """
+        if self._url == COMPLETIONS_URL and b'"truncate_prompt_tokens"' not in found.data:
             frontend.check_text_bytes(found.longest_text)
 
     def _warn(self, exchange: Exchange, unknown: Sequence[str]) -> None:
@@ -133,7 +141,7 @@ class _Run:
         self._request = request
         self._request_id = request_id
         self._created = int(time.time())
-        self._has_text = frontend.tokenizer is not None
+        self._has_text = frontend.tokenizer is not None and request.params.detokenize
         self._sending = asyncio.Lock()
         self._streams: list[DeltaStream] = []
         self._echoes: list[str] = []
@@ -159,6 +167,7 @@ class _Run:
             prompts = [await frontend.render_chat(chat)]
             with self._served.rejections():
                 self._plan = request.reply_plan(frontend.tokenizer, prompts[0])
+                self._check_kind()
         for prompt in prompts:
             frontend.check_size(prompt, request.params)
         if request.echo:
@@ -175,6 +184,15 @@ class _Run:
                 shown_token_ids=self._plan.shown_token_ids,
             )
             self._streams.append(await open_streams.enter_async_context(stream))
+
+    def _check_kind(self) -> None:
+        """Raises ValueError for a stream of cumulative updates where replies are parsed, whose parts are deltas."""
+        request = self._request
+        if request.stream and self._plan.is_parsed and request.params.output_kind is RequestOutputKind.CUMULATIVE:
+            raise ValueError(
+                "output_kind is cumulative; a reply that may have calls of tools or reasoning is streamed as delta or "
+                "final_only"
+            )
 
     async def _echo(self, prompt: str | Sequence[int]) -> str:
         """Returns a prompt as text."""
@@ -210,7 +228,13 @@ class _Run:
     def _answer(self, last: Delta, text: str = "", token_ids: Sequence[int] | None = None) -> Answer:
         assert last.finish_reason is not None  # a stream ends with one
         return Answer(
-            text, last.finish_reason.value, last.prompt_tokens, last.output_tokens, last.cached_tokens, token_ids
+            text,
+            last.finish_reason.value,
+            last.prompt_tokens,
+            last.output_tokens,
+            last.cached_tokens,
+            token_ids,
+            truncated_tokens=last.truncated_tokens,
         )
 
     # ---- streamed ------------------------------------------------------------------------------------------------
@@ -235,13 +259,15 @@ class _Run:
     async def _pump(self, index: int, events: ChoiceEvents | ReplyEvents) -> Answer:
         """Sends the events of one choice to its end."""
         send, last = self._send, None
+        updates = OutputUpdates(self._request.params.output_kind)
         async for delta in self._streams[index]:
             if delta.finish_reason is not None:
                 check_delta(delta)
             if last is None and self._echoes and isinstance(events, ChoiceEvents):  # only completions have them
                 await send(events.echo(self._echoes[index]))
             last = delta
-            if data := events.of(delta):
+            update = updates.of(delta)
+            if update is not None and (data := events.of(update)):
                 await send(data)
         assert last is not None  # a stream has at least the delta that ends it
         return self._answer(last)

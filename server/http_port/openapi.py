@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxserve.config.http_config import HttpConfig
-from jaxserve.config.sampling_fields import MAX_INT32, Flag, Ids, Kind, Number, Texts, Whole
+from jaxserve.config.plain_params import Form, PlainField, plain_fields
+from jaxserve.config.sampling_fields import MAX_INT32, Flag, Ids, Number, Texts, Whole, word_of
 from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, field_names, neutral_values
-from jaxserve.request import MAX_ID_LENGTH, SAMPLING_FIELDS
+from jaxserve.request import MAX_ID_LENGTH
 from jaxserve.serving.access.callers import Anybody
 from jaxserve.serving.access.request_headers import PRIORITY, TENANT, TIMEOUT
 from jaxserve.serving.http_port.exchange import REQUEST_ID
@@ -47,6 +48,7 @@ _ERROR: Schema = {
         }
     },
 }
+_PARAMS: Mapping[str, PlainField] = plain_fields()
 _TEXT: Schema = {"type": "string"}
 _FLAG: Schema = {"type": "boolean"}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
@@ -150,7 +152,7 @@ def _one_model(name: str) -> Schema:
 
 def _body(url: str, limits: _Limits, config: HttpConfig) -> Schema:
     """Returns the schema of a body to one of openai.URLS."""
-    fields = {name: _of_kind(row.kind, limits) | {"description": row.meaning} for name, row in SAMPLING_FIELDS.items()}
+    fields = {name: _of_param(field, limits) | {"description": field.row.meaning} for name, field in _PARAMS.items()}
     fields |= {name: {"enum": list(values)} for name, values in neutral_values(url).items()}
     fields |= {
         "model": limits.model,
@@ -233,12 +235,13 @@ def _whole(low: int, high: int) -> Schema:
     return {"type": "integer", "minimum": low, "maximum": high}
 
 
-def _of_kind(kind: Kind, limits: _Limits) -> Schema:
-    match kind:
+def _of_param(field: PlainField, limits: _Limits) -> Schema:
+    """Returns the schema of a sampling parameter; where its kind is not known here, by its form."""
+    match field.row.kind:
         case Number(low, high, open_low):
             return {"type": "number", "exclusiveMinimum" if open_low else "minimum": low, "maximum": high}
-        case Whole(low, high):
-            return _whole(low, high)
+        case Whole(low, high, without):
+            return _whole(low, high) | ({"not": {"enum": list(without)}} if without else {})
         case Flag():
             return dict(_FLAG)
         case Texts(max_items, max_length):
@@ -246,6 +249,15 @@ def _of_kind(kind: Kind, limits: _Limits) -> Schema:
             return {"anyOf": [text, {"type": "array", "items": text, "maxItems": max_items}]}
         case Ids(max_items):
             return {"type": "array", "items": limits.token_id, "maxItems": max_items}
+    match field.form:
+        case Form.WORD:
+            return {"enum": [word_of(member) for member in field.type]}
+        case Form.LIST:
+            return {"type": "array"}
+        case Form.MAPPING:
+            return {"type": "object", "additionalProperties": {"type": "number"}}
+        case Form.OBJECT:
+            return {"type": "object"}
         case _:
             return {}
 

@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+from jaxserve.config import plain_params
 from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
@@ -39,6 +40,9 @@ def test_every_parameter_of_the_wire_is_a_row_of_the_table_with_its_default():
     assert set(names) == {field.name for field in dataclasses.fields(SamplingParams)}, "the wire carries all today"
     for field in pb.SamplingParams.DESCRIPTOR.fields:
         default = SAMPLING_FIELDS[field.name].default
+        if field.enum_type is not None:
+            assert default is None, f"{field.name} unset on the wire is none"
+            continue
         unset = () if field.is_repeated else field.default_value
         assert field.has_presence or default == unset, f"{field.name} unset on the wire is {unset}, not {default}"
 
@@ -46,6 +50,7 @@ def test_every_parameter_of_the_wire_is_a_row_of_the_table_with_its_default():
 def test_a_parameter_that_the_wire_does_not_have_is_refused_unless_it_asks_for_nothing(monkeypatch):
     without = {name: field for name, field in convert._PARAMETERS.items() if name != "min_p"}
     monkeypatch.setattr(convert, "_PARAMETERS", without)
+    monkeypatch.setattr(plain_params, "GENERATION_CONFIG", {"temperature": "temperature", "top_p": "top_p"})
     assert convert.params_to_proto(SamplingParams(top_k=3)) == pb.SamplingParams(temperature=1.0, top_k=3, top_p=1.0)
     with pytest.raises(ValueError, match=r"min_p is 0\.5; the gRPC API does not have it"):
         convert.params_to_proto(SamplingParams(min_p=0.5))
