@@ -13,6 +13,7 @@ from jaxserve.request import MAX_ID_LENGTH
 from jaxserve.serving.access.callers import Anybody
 from jaxserve.serving.access.request_headers import PRIORITY, TENANT, TIMEOUT
 from jaxserve.serving.http_port.exchange import REQUEST_ID
+from jaxserve.serving.http_port.openapi_chat import chat_fields, reply_fields, response_format
 from jaxserve.serving.http_port.routes.tokens import MAX_DETOKENIZED
 from jaxserve.serving.served_model import ServedModel
 
@@ -166,6 +167,7 @@ def _body(url: str, limits: _Limits, config: HttpConfig) -> Schema:
         "cache_salt": _NAME,
         "priority": _whole(-MAX_INT32, MAX_INT32) | {"description": "lower is more urgent, as in vLLM"},
         "deadline": {"type": "number", "description": "seconds since 1970"},
+        "response_format": response_format(),
     }
     if url == COMPLETIONS_URL:
         ids = {"type": "array", "items": limits.token_id, "minItems": 1, "maxItems": limits.context - 1}
@@ -173,28 +175,11 @@ def _body(url: str, limits: _Limits, config: HttpConfig) -> Schema:
         some = {"type": "array", "items": {"anyOf": [text, ids]}, "minItems": 1, "maxItems": config.max_prompts}
         own, fields = "prompt", {**fields, "echo": _FLAG, "prompt": {"anyOf": [text, ids, some]}}
     else:
-        own, fields = "messages", {**fields, **_chat_fields(), "max_completion_tokens": fields["max_tokens"]}
+        most = {"max_completion_tokens": fields["max_tokens"]}
+        own, fields = "messages", {**fields, **chat_fields(), **reply_fields(), **most}
     names = set(field_names(url))
     body = _object({name: schema for name, schema in fields.items() if name in names}, required=own)
     return body | {"additionalProperties": True} if config.allow_unknown_fields else body
-
-
-def _chat_fields() -> Schema:
-    part = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": _TEXT}}
-    message = {
-        "type": "object",
-        "required": ["role", "content"],
-        "properties": {
-            "role": {"enum": ["user", "system", "developer", "assistant"]},
-            "content": {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": part | _CLOSED}]},
-            "name": _or_null(_TEXT),
-        },
-    }
-    return {
-        "messages": {"type": "array", "minItems": 1, "items": message | _CLOSED},
-        "add_generation_prompt": _FLAG,
-        "chat_template_kwargs": {"type": "object"},
-    }
 
 
 def _tokenize(limits: _Limits) -> Schema:
@@ -202,7 +187,7 @@ def _tokenize(limits: _Limits) -> Schema:
     return {
         "anyOf": [
             _object({**both, "prompt": _TEXT}, required="prompt"),
-            _object({**both, **_chat_fields()}, required="messages"),
+            _object({**both, **chat_fields()}, required="messages"),
         ]
     }
 
@@ -210,9 +195,6 @@ def _tokenize(limits: _Limits) -> Schema:
 def _detokenize(limits: _Limits) -> Schema:
     tokens = {"type": "array", "items": limits.token_id, "maxItems": MAX_DETOKENIZED}
     return _object({"model": limits.model, "tokens": tokens}, required="tokens")
-
-
-_CLOSED: Schema = {"additionalProperties": False}
 
 
 def _object(fields: Mapping[str, Schema], required: str | None = None) -> Schema:
@@ -289,7 +271,10 @@ def _schemas() -> Schema:
                     "items": {
                         "type": "object",
                         "required": ["index", "finish_reason"],
-                        "properties": {"index": _COUNT, "finish_reason": {"enum": ["stop", "length", "abort"]}},
+                        "properties": {
+                            "index": _COUNT,
+                            "finish_reason": {"enum": ["stop", "length", "tool_calls", "abort"]},
+                        },
                     },
                 },
                 "usage": usage,
