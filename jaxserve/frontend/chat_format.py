@@ -43,6 +43,9 @@ class ReplyPlan:
         shown_token_ids: special tokens that the text must show.
         is_parsed: a reply may have more than content; else its text is the content, to the letter.
         shows_reasoning: reasoning is a part of the response.
+        reasoning, calls: the formats that are looked for.
+        id_length: characters of calls' ids; None leaves it open.
+        begins_open: replies begin inside of the reasoning.
     """
 
     params: SamplingParams
@@ -52,7 +55,8 @@ class ReplyPlan:
     shows_reasoning: bool = True
     reasoning: ReasoningFormat | None = None
     calls: ToolFormat | None = None
-    prompt: str = ""
+    id_length: int | None = None
+    begins_open: bool = False
 
     def parser(self) -> ReplyParser:
         """Makes the parser of one reply."""
@@ -62,13 +66,13 @@ class ReplyPlan:
             declared = self.tools.schemas if self.tools.choice == "auto" else {}
             reasoning: Machine | None = self.calls.new_machine(declared)
         else:
-            reasoning = None if self.reasoning is None else self.reasoning.machine(self.prompt)
+            reasoning = None if self.reasoning is None else self.reasoning.machine(is_open=self.begins_open)
         return ReplyParser(reasoning, calls, one_call=not self.tools.parallel)
 
     def call_id(self) -> str:
         """Returns a new id for a call."""
-        length = None if self.calls is None else self.calls.id_length
-        return f"call_{uuid.uuid4().hex[:24]}" if length is None else uuid.uuid4().hex[:length]
+        number = uuid.uuid4().hex
+        return f"call_{number[:24]}" if self.id_length is None else number[: self.id_length]
 
     def finish_reason(self, reason: str, num_calls: int) -> str:
         """Returns the finish reason of a reply: as OpenAI has it, a call that was asked for by name is no reason."""
@@ -166,36 +170,31 @@ class ChatFormat:
                 "name, or set ChatConfig.tool_call_parser"
             )
 
-    def plan(self, tools: Tools, prompt: str, params: SamplingParams, *, shows_reasoning: bool = True) -> ReplyPlan:
-        """Returns how the replies to a rendered conversation are parsed. Raises ValueError.
+    def plan(self, chat: Chat, prompt: str, params: SamplingParams) -> ReplyPlan:
+        """Returns how the replies to a conversation are parsed. Raises ValueError.
 
         Args:
-            tools: of the conversation.
+            chat: the conversation.
             prompt: its text.
-            params: its sampling parameters; a constraint of their own excludes calls that are forced.
-            shows_reasoning: reasoning is a part of the response.
+            params: its sampling parameters; a constraint of their own excludes calls.
         """
+        tools = chat.tools
         self.check(tools)
         if not params.detokenize:
-            if tools.choice in ("required", "named"):
+            if tools.forced:
                 raise ValueError("detokenize is false; calls of tools need text: leave it out")
             return ReplyPlan(params)
-        forced = forced_calls(tools)
-        given = params.structured_outputs
-        if forced is not None and given is not None:
+        given, forced = params.structured_outputs, forced_calls(tools)
+        if given is not None and tools.choice != "none":
             raise ValueError(
-                f"tool_choice is {shown(tools.name or tools.choice)}, and the output is constrained otherwise too; use "
-                "one of them"
-            )
-        if tools.choice == "auto" and given is not None:
-            raise ValueError(
-                "tool_choice is 'auto', and the output is constrained, which leaves no room for calls: use none, "
-                "required or a tool's name, or leave out what constrains it"
+                f"tool_choice is {shown(tools.name or tools.choice)}, and the output is constrained otherwise, which "
+                "leaves no room for calls: use none, or leave out what constrains it"
             )
         reasoning, whole = self._reasoning, self._tools is not None and self._tools.whole
+        opened = self._begins_open(chat, prompt)
         constraint = forced if given is None else _of_params(given)
         if constraint is not None:
-            lead = self._lead(prompt)
+            lead = None if chat.continue_final_message and not opened else self._lead(prompt, opened)
             led = None if lead is None else behind(lead, constraint)
             if lead is not None and led is None:  # it holds from the first token on
                 reasoning, whole = None, False
@@ -206,12 +205,21 @@ class ChatFormat:
             params=params,
             tools=tools,
             is_parsed=reasoning is not None or calls is not None or forced is not None,
-            shows_reasoning=shows_reasoning,
+            shows_reasoning=chat.shows_reasoning,
             reasoning=reasoning,
             calls=calls,
-            prompt=prompt,
+            id_length=None if self._tools is None else self._tools.id_length,
+            begins_open=opened,
         )
         return self._with_tokens(plan)
+
+    def _begins_open(self, chat: Chat, prompt: str) -> bool:
+        reasoning = self._reasoning
+        if reasoning is None or not reasoning.end:
+            return False
+        if chat.continue_final_message:
+            return reasoning.is_open_in(chat.messages[-1]["content"])
+        return reasoning.is_open(prompt)
 
     def _with_tokens(self, plan: ReplyPlan) -> ReplyPlan:
         """Returns a plan with the special tokens of its formats: those that are shown, and those that end a reply."""
@@ -229,7 +237,7 @@ class ChatFormat:
                 params = dataclasses.replace(params, stop_token_ids=merged)
         return dataclasses.replace(plan, params=params, shown_token_ids=ids)
 
-    def _lead(self, prompt: str) -> str | None:
+    def _lead(self, prompt: str, opened: bool) -> str | None:
         """Returns in Lark what a reply begins with before its answer; None for one that begins with the answer."""
         reasoning = self._reasoning
         if reasoning is None:
@@ -244,7 +252,7 @@ class ChatFormat:
             )
         if prompt.rstrip().endswith(reasoning.end):
             return None
-        begin = "" if reasoning.is_open(prompt) else f"{self._token(reasoning.begin)} "
+        begin = "" if opened else f"{self._token(reasoning.begin)} "
         lead = f"({begin}text SPACE)?" if begin else "text SPACE"
         return f"lead: {lead}\n{self._text_to(reasoning.end)}\nSPACE: /[ \\n]{{0,2}}/"
 
@@ -260,7 +268,7 @@ class ChatFormat:
         return json.dumps(text) if token_id is None else f"<[{token_id}]>"
 
 
-def _of_params(given: StructuredOutputsParams) -> Mapping[str, object]:
+def _of_params(given: StructuredOutputsParams) -> Mapping[str, Any]:
     """Returns the keywords of a constraint that are set."""
     fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     return {name: value for name, value in fields.items() if value not in (None, False)}

@@ -156,8 +156,7 @@ class BodyRequest:
         """
         if self.chat is None or tokenizer is None or not isinstance(prompt, str):
             return ReplyPlan(self.params)
-        chat = self.chat
-        return tokenizer.chat_format.plan(chat.tools, prompt, self.params, shows_reasoning=chat.shows_reasoning)
+        return tokenizer.chat_format.plan(self.chat, prompt, self.params)
 
 
 def parse_body(

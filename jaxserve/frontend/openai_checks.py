@@ -21,6 +21,12 @@ def check_text(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {shown(value)}; it must be text")
 
 
+def checked_text(name: str, value: Any) -> str:
+    """Returns the value. Raises ValueError unless it is text."""
+    check_text(name, value)
+    return value
+
+
 def check_neutral(name: str, value: Any, neutral: Sequence[Any]) -> None:
     """Raises ValueError unless the value is one of the neutral ones."""
     if not any(_is_same(value, one) for one in neutral):

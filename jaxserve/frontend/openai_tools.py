@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
-from jaxserve.frontend.openai_checks import check_depth, check_text, checked_flag, checked_object, hint
+from jaxserve.frontend.openai_checks import check_depth, check_text, checked_flag, checked_object, checked_text, hint
 from jaxserve.frontend.parsers.pieces import ToolSchemas
 
 MAX_TOOLS = 128
@@ -84,8 +84,7 @@ def _parse_tool(where: str, item: Any) -> Tool:
     for name in fields:
         if name not in _FUNCTION_FIELDS:
             raise ValueError(f"{where} has the unknown field {shown(name)}; {hint(name, _FUNCTION_FIELDS)}")
-    name = fields.get("name")
-    check_text(f"{where}.name", name)
+    name = checked_text(f"{where}.name", fields.get("name"))
     if not 0 < len(name) <= MAX_NAME_LENGTH:
         raise ValueError(f"{where}.name has {len(name)} characters; it must have 1 to {MAX_NAME_LENGTH}")
     check_text(f"{where}.description", fields.get("description", ""))

@@ -12,6 +12,7 @@ from jaxserve.config.chat_config import ChatConfig
 from jaxserve.config.settings import EngineConfig
 from jaxserve.frontend.chat_format import ChatFormat
 from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, parse_body
+from jaxserve.frontend.openai_chat import Chat
 from jaxserve.frontend.openai_constraints import behind, forced_calls
 from jaxserve.frontend.openai_tools import Tools, parse_tools
 from jaxserve.frontend.parsers.pieces import CallArguments, CallStart, Reasoning
@@ -41,6 +42,13 @@ def tools(choice="auto", **more) -> Tools:
         for name, schema in (("city", CITY), ("count", COUNT))
     ]
     return parse_tools({"tools": given, "tool_choice": choice, **more})
+
+
+def chat(tools_: Tools) -> Chat:
+    return Chat([{"role": "user", "content": "hi"}], tools=tools_)
+
+
+HI = chat(Tools())
 
 
 def accepts(grammar: str, text: str) -> bool:
@@ -101,19 +109,19 @@ def test_a_constraint_behind_reasoning(constraint, good, bad):
     format_ = ChatFormat(ChatConfig(reasoning_parser="qwen3"), "", {})
     given = StructuredOutputsParams(**constraint)
     for prompt, reasoning in (("", "<think>\nNot </thin {\n</think>\n\n"), ("<think>\n", "1 < 2\n</think>\n\n")):
-        plan = format_.plan(Tools(), prompt, SamplingParams(structured_outputs=given))
+        plan = format_.plan(HI, prompt, SamplingParams(structured_outputs=given))
         grammar = LLMatcher.grammar_from_lark(plan.params.structured_outputs.grammar)
         assert accepts(grammar, reasoning + good)
         assert not accepts(grammar, reasoning + bad)
         assert accepts(grammar, good) == (prompt == ""), "thinking is left out only where the prompt has not begun it"
-    plan = format_.plan(Tools(), "<think>\n\n</think>\n\n", SamplingParams(structured_outputs=given))
+    plan = format_.plan(HI, "<think>\n\n</think>\n\n", SamplingParams(structured_outputs=given))
     assert plan.params.structured_outputs == given, "the prompt has ended it"
 
 
 def test_a_constraint_that_cannot_follow_reasoning_holds_from_the_first_token():
     format_ = ChatFormat(ChatConfig(reasoning_parser="qwen3"), "", {})
     params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="[0-9]+"))
-    plan = format_.plan(Tools(), "<think>\n", params)
+    plan = format_.plan(HI, "<think>\n", params)
     assert plan.params == params
     parser = plan.parser()
     assert [piece.text for piece in (*parser.feed("42"), *parser.finish())] == ["42"]
@@ -130,7 +138,7 @@ def test_forced_calls_in_harmony(tmp_path):
     for format_, tokenizer in ((ChatFormat(HARMONY, "", {}), None), (None, chat_model(tmp_path, chat=HARMONY))):
         if tokenizer is not None:
             format_ = tokenizer.chat_format
-        plan = format_.plan(tools("required"), "", SamplingParams())
+        plan = format_.plan(chat(tools("required")), "", SamplingParams())
         grammar = LLMatcher.grammar_from_lark(plan.params.structured_outputs.grammar)
         if tokenizer is None:
             assert accepts(grammar, LEAD + call)
@@ -147,7 +155,7 @@ def test_forced_calls_in_harmony(tmp_path):
 
 def test_forced_calls_behind_special_tags(tmp_path):
     config = ChatConfig(tool_call_parser="hermes", reasoning_parser="qwen3")
-    plan = ChatFormat(config, "", {"<think>": 300, "</think>": 301}).plan(tools("required"), "", SamplingParams())
+    plan = ChatFormat(config, "", {"<think>": 300, "</think>": 301}).plan(chat(tools("required")), "", SamplingParams())
     grammar = LLMatcher.grammar_from_lark(plan.params.structured_outputs.grammar)
     assert "<[301]>" in grammar
     assert LLMatcher.validate_grammar(grammar) == ""
@@ -185,7 +193,7 @@ def test_settings_of_formats(tmp_path, caplog):
     assert off.lines() == []
     with pytest.raises(ValueError, match="this server has no parser for the calls of its model"):
         off.check(tools("auto"))
-    assert not off.plan(Tools(), "", SamplingParams()).is_parsed
+    assert not off.plan(HI, "", SamplingParams()).is_parsed
     with pytest.raises(ValueError, match="this server has enable_auto_tool_choice False"):
         Tokenizer(tmp_path, ChatConfig(enable_auto_tool_choice=False)).chat_format.check(tools("auto"))
     with pytest.raises(ValueError, match="tool_call_parser is 'x'; it must be auto, None or one of openai"):
@@ -240,7 +248,15 @@ def test_response_formats():
         )
 
 
+def test_a_message_that_is_continued_is_open_where_it_is():
+    format_ = ChatFormat(ChatConfig(reasoning_parser="deepseek_r1"), "", {})
+    for message, opened in (("<think>Hm", True), ("<think>Hm</think>An", False), ("An", False)):
+        continued = Chat([{"role": "assistant", "content": message}], continue_final_message=True)
+        assert format_.plan(continued, f"<｜Assistant｜>{message}", SamplingParams()).begins_open is opened
+    assert format_.plan(HI, "<｜Assistant｜>", SamplingParams()).begins_open, "this model always thinks"
+
+
 def test_ids_of_calls(tmp_path):
-    plan = ChatFormat(ChatConfig(tool_call_parser="mistral"), "", {}).plan(tools(), "", SamplingParams())
+    plan = ChatFormat(ChatConfig(tool_call_parser="mistral"), "", {}).plan(chat(tools()), "", SamplingParams())
     assert len({plan.call_id() for _ in range(20)}) == 20
     assert {len(plan.call_id()) for _ in range(20)} == {9}, "which Mistral's templates ask for"

@@ -48,16 +48,18 @@ class ReasoningFormat:
     signs: Sequence[str] = ()
     always: bool = False
 
-    def machine(self, prompt: str) -> Machine | None:
-        """Makes the parser of the reply to a rendered prompt."""
-        if not self.end:
-            return None
-        return Think(self.begin, self.end, is_open=self.is_open(prompt))
+    def machine(self, *, is_open: bool) -> Machine | None:
+        """Makes the parser of one reply. is_open: the reply begins inside of the reasoning."""
+        return Think(self.begin, self.end, is_open=is_open) if self.end else None
 
     def is_open(self, prompt: str) -> bool:
         """Returns whether the reply to a prompt begins inside of the reasoning."""
         prompt = prompt.rstrip()
         return prompt.endswith(self.begin) or (self.always and not prompt.endswith(self.end))
+
+    def is_open_in(self, message: str) -> bool:
+        """Returns whether a reply that continues a message does."""
+        return message.rfind(self.begin) > message.rfind(self.end)
 
 
 _HARMONY = ToolFormat(

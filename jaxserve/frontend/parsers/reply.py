@@ -33,7 +33,7 @@ class ReplyParser:
         found: list[Piece] = []
         for start in range(0, len(text), MAX_PART):
             part = text[start : start + MAX_PART]
-            pieces = [Content(part)] if self._reasoning is None else self._reasoning.feed(part)
+            pieces: list[Piece] = [Content(part)] if self._reasoning is None else self._reasoning.feed(part)
             found += self._seams.clean(self._with_calls(pieces))
         return found
 

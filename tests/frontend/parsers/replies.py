@@ -28,22 +28,24 @@ TOOLS = {
 }
 
 NEW: dict[str, Callable[[], ReplyParser]] = {
-    "hermes": lambda: ReplyParser(REASONING_FORMATS["qwen3"].machine(""), TOOL_FORMATS["hermes"].new_machine(TOOLS)),
+    "hermes": lambda: ReplyParser(
+        REASONING_FORMATS["qwen3"].machine(is_open=False), TOOL_FORMATS["hermes"].new_machine(TOOLS)
+    ),
     "hermes, open": lambda: ReplyParser(
-        REASONING_FORMATS["qwen3"].machine("<|im_start|>assistant\n<think>\n"),
+        REASONING_FORMATS["qwen3"].machine(is_open=True),
         TOOL_FORMATS["hermes"].new_machine(TOOLS),
     ),
-    "deepseek_r1": lambda: ReplyParser(REASONING_FORMATS["deepseek_r1"].machine("<｜Assistant｜>"), None),
+    "deepseek_r1": lambda: ReplyParser(REASONING_FORMATS["deepseek_r1"].machine(is_open=True), None),
     "qwen3_coder": lambda: ReplyParser(None, TOOL_FORMATS["qwen3_coder"].new_machine(TOOLS)),
     "llama3_json": lambda: ReplyParser(None, TOOL_FORMATS["llama3_json"].new_machine(TOOLS)),
     "pythonic": lambda: ReplyParser(None, TOOL_FORMATS["pythonic"].new_machine(TOOLS)),
     "mistral": lambda: ReplyParser(
-        REASONING_FORMATS["mistral"].machine(""), TOOL_FORMATS["mistral"].new_machine(TOOLS)
+        REASONING_FORMATS["mistral"].machine(is_open=False), TOOL_FORMATS["mistral"].new_machine(TOOLS)
     ),
     "openai": lambda: ReplyParser(TOOL_FORMATS["openai"].new_machine(TOOLS), None),
     "required": lambda: ReplyParser(None, RequiredCalls()),
     "named": lambda: ReplyParser(None, NamedCall("get_weather")),
-    "required, thinking": lambda: ReplyParser(REASONING_FORMATS["qwen3"].machine("<think>"), RequiredCalls()),
+    "required, thinking": lambda: ReplyParser(REASONING_FORMATS["qwen3"].machine(is_open=True), RequiredCalls()),
 }
 """Parsers, by their names and those of what is in front of them."""
 
