@@ -84,6 +84,7 @@ class EngineConfig:
     architecture: the model's shape; None reads it from the checkpoint. Given both, they must agree.
     load_format: "auto" reads the checkpoint, "dummy" makes random weights from `architecture`.
     dtype: of weights, and of pages unless kv_cache_dtype says else; "auto" is the checkpoint's.
+    chat: how conversations become prompts, and outputs replies.
     max_model_len: prompt and output tokens of one request together; None is the model's own context.
     token_buckets, row_buckets: sizes that steps are padded to; None is powers of two from 8 to the limits, on
         CPUs with the sizes halfway between them.
