@@ -12,11 +12,9 @@ from jaxserve.config.shown import shown
 from jaxserve.frontend.chat_format import ReplyPlan
 from jaxserve.frontend.openai_chat import CHAT_FIELDS, NEUTRAL_EFFORTS, Chat, parse_chat
 from jaxserve.frontend.openai_checks import check_neutral, check_text, checked_flag, checked_object, hint
-from jaxserve.frontend.openai_constraints import response_format
 from jaxserve.frontend.openai_sampling import parse_params, sampling_names
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import RequestOptions, SamplingParams
-from jaxserve.structured_outputs import StructuredOutputsParams
 
 COMPLETIONS_URL = "/v1/completions"
 CHAT_URL = "/v1/chat/completions"
@@ -186,7 +184,7 @@ def parse_body(
         raise ValueError(f"metadata is {shown(metadata)}; it must be an object whose values are texts")
     if own not in fields:
         raise ValueError(f"body has no {own}")
-    params = _with_format(parse_params(fields, url == CHAT_URL, defaults), fields)
+    params = parse_params(fields, url == CHAT_URL, defaults)
     chat = parse_chat(fields) if own == "messages" else None
     stream = checked_flag("stream", fields.get("stream", False))
     return BodyRequest(
@@ -215,16 +213,6 @@ def neutral_values(url: str) -> Mapping[str, Sequence[Any]]:
     return _neutral(url, Dialect(streams=True))
 
 
-def _with_format(params: SamplingParams, fields: Mapping[str, Any]) -> SamplingParams:
-    """Returns the parameters with what the body's `response_format` asks for. Raises ValueError."""
-    constraint = response_format(fields["response_format"]) if "response_format" in fields else None
-    if constraint is None:
-        return params
-    if params.structured_outputs is not None:
-        raise ValueError("response_format is given, and structured_outputs too; give one of them")
-    return dataclasses.replace(params, structured_outputs=StructuredOutputsParams(**constraint))
-
-
 def _neutral(url: str, dialect: Dialect) -> dict[str, Sequence[Any]]:
     neutral = {**_NEUTRAL, **({} if dialect.streams else _STREAMING), **_OF_URL[url]}
     supported = sampling_names(url == CHAT_URL)
@@ -232,7 +220,7 @@ def _neutral(url: str, dialect: Dialect) -> dict[str, Sequence[Any]]:
 
 
 def _supported(url: str, own: str, dialect: Dialect) -> set[str]:
-    names = {own, "model", "metadata", "response_format", *_LABELS, *sampling_names(url == CHAT_URL), *_OPTIONS}
+    names = {own, "model", "metadata", *_LABELS, *sampling_names(url == CHAT_URL), *_OPTIONS}
     if url == CHAT_URL:
         names |= CHAT_FIELDS
     if dialect.streams:

@@ -1,6 +1,4 @@
-"""Builds what constrains an output, as keywords of `StructuredOutputsParams`: by `response_format`, or by tools of
-which one must be called.
-"""
+"""Builds what constrains an output to calls, as keywords of `StructuredOutputsParams`."""
 
 from __future__ import annotations
 
@@ -8,46 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxserve.config.shown import shown
-from jaxserve.frontend.openai_checks import check_depth, check_text, checked_flag, checked_object, hint
 from jaxserve.frontend.openai_tools import Tool, Tools
 
 Constraint = Mapping[str, Any]
 """Keywords of `StructuredOutputsParams`."""
 
-_FORMATS = ("text", "json_object", "json_schema", "structural_tag")
-_SCHEMA_FIELDS = frozenset({"name", "description", "schema", "strict"})
 _VALUES = frozenset({"const", "default", "enum", "examples"})
 """Keywords of JSON schemas whose values are no schemas."""
-
-
-def response_format(value: Any) -> Constraint | None:
-    """Returns what a body's `response_format` asks for; None for text. Raises ValueError naming the field.
-
-    A structural tag is vLLM's addition, and given to the grammar as it is.
-    """
-    kind = checked_object("response_format", value).get("type")
-    if kind not in _FORMATS:
-        raise ValueError(f"response_format.type is {shown(kind)}; it must be one of {', '.join(_FORMATS)}")
-    if kind == "structural_tag":
-        check_depth("response_format", value)
-        return {"structural_tag": json.dumps(value)}
-    for name, field in value.items():
-        if field is not None and name != "type" and (name, kind) != ("json_schema", "json_schema"):
-            raise ValueError(f"response_format has the field {shown(name)}, which type {kind} does not have")
-    if kind != "json_schema":
-        return {"json_object": True} if kind == "json_object" else None
-    where = "response_format.json_schema"
-    fields = checked_object(where, value.get("json_schema"))
-    for name in fields:
-        if name not in _SCHEMA_FIELDS:
-            raise ValueError(f"{where} has the unknown field {shown(name)}; {hint(name, _SCHEMA_FIELDS)}")
-    for name in ("name", "description"):
-        check_text(f"{where}.{name}", "" if fields.get(name) is None else fields[name])
-    checked_flag(f"{where}.strict", bool(fields.get("strict") or False))
-    schema = checked_object(f"{where}.schema", fields.get("schema"))
-    check_depth(f"{where}.schema", schema)
-    return {"json": schema}
 
 
 def forced_calls(tools: Tools) -> Constraint | None:

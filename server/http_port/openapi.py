@@ -13,7 +13,7 @@ from jaxserve.request import MAX_ID_LENGTH
 from jaxserve.serving.access.callers import Anybody
 from jaxserve.serving.access.request_headers import PRIORITY, TENANT, TIMEOUT
 from jaxserve.serving.http_port.exchange import REQUEST_ID
-from jaxserve.serving.http_port.openapi_chat import chat_fields, reply_fields, response_format
+from jaxserve.serving.http_port.openapi_chat import chat_fields, reply_fields
 from jaxserve.serving.http_port.routes.tokens import MAX_DETOKENIZED
 from jaxserve.serving.served_model import ServedModel
 
@@ -167,7 +167,6 @@ def _body(url: str, limits: _Limits, config: HttpConfig) -> Schema:
         "cache_salt": _NAME,
         "priority": _whole(-MAX_INT32, MAX_INT32) | {"description": "lower is more urgent, as in vLLM"},
         "deadline": {"type": "number", "description": "seconds since 1970"},
-        "response_format": response_format(),
     }
     if url == COMPLETIONS_URL:
         ids = {"type": "array", "items": limits.token_id, "minItems": 1, "maxItems": limits.context - 1}

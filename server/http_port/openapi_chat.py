@@ -32,18 +32,6 @@ def reply_fields() -> dict[str, Schema]:
     return {"parallel_tool_calls": _FLAG, "include_reasoning": _FLAG}
 
 
-def response_format() -> Schema:
-    """Returns the schema of `response_format`."""
-    schema = _closed({"name": _TEXT, "description": _TEXT, "schema": {"type": "object"}, "strict": _FLAG}, "schema")
-    return {
-        "anyOf": [
-            _closed({"type": {"enum": ["text", "json_object"]}}, "type"),
-            _closed({"type": {"const": "json_schema"}, "json_schema": schema}, "type", "json_schema"),
-            {"type": "object", "required": ["type"], "properties": {"type": {"const": "structural_tag"}}},
-        ]
-    }
-
-
 def _message() -> Schema:
     part = _closed({"type": {"const": "text"}, "text": _TEXT}, "type", "text")
     return _closed(

@@ -11,7 +11,7 @@ from llguidance import LLMatcher, LLTokenizer
 from jaxserve.config.chat_config import ChatConfig
 from jaxserve.config.settings import EngineConfig
 from jaxserve.frontend.chat_format import ChatFormat
-from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, parse_body
+from jaxserve.frontend.openai import CHAT_URL, parse_body
 from jaxserve.frontend.openai_chat import Chat
 from jaxserve.frontend.openai_constraints import behind, forced_calls
 from jaxserve.frontend.openai_tools import Tools, parse_tools
@@ -224,28 +224,6 @@ def test_an_effort_for_a_template_that_knows_it(tmp_path):
     tokenizer = chat_model(tmp_path, chat=ChatConfig(chat_template=str(path)))
     body = {"messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "low"}
     assert parse_body(CHAT_URL, body).single_prompt(tokenizer) == "hi: low"
-
-
-def test_response_formats():
-    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}, "strict": True}}
-    tag = {"type": "structural_tag", "structures": [], "triggers": []}
-    for url, own in ((COMPLETIONS_URL, {"prompt": "x"}), (CHAT_URL, {"messages": [{"role": "user", "content": "x"}]})):
-
-        def params(value, url=url, own=own):
-            return parse_body(url, {**own, "response_format": value}).params.structured_outputs
-
-        assert params({"type": "text"}) is None
-        assert params({"type": "json_object"}) == StructuredOutputsParams(json_object=True)
-        assert params(schema) == StructuredOutputsParams(json={"type": "integer"})
-        assert params(tag) == StructuredOutputsParams(structural_tag=json.dumps(tag))
-    deep: object = {}
-    for _ in range(100):
-        deep = {"not": deep}
-    with pytest.raises(ValueError, match=r"response_format.json_schema.schema is nested more than 64 levels deep"):
-        parse_body(
-            COMPLETIONS_URL,
-            {"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"schema": deep}}},
-        )
 
 
 def test_a_message_that_is_continued_is_open_where_it_is():

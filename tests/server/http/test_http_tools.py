@@ -205,11 +205,6 @@ def test_a_message_that_is_continued(model):
             {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
             "tool_choice.function.name is 'x'; it must be the name of one of tools",
         ),
-        ({"response_format": {"type": "xml"}}, "response_format.type is 'xml'; it must be one of text, json_object"),
-        (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
-            "response_format.json_schema.schema is None; it must be an object",
-        ),
         (
             {"tools": TOOLS, "response_format": {"type": "json_object"}},
             "tool_choice is 'auto', and the output is constrained",
