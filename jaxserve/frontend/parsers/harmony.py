@@ -87,7 +87,9 @@ class _Harmony:
             return rest
         channel, recipient = _CHANNEL.search(self._head), _RECIPIENT.search(self._head)
         name = recipient[1] if recipient else ""
-        if name.startswith(_FUNCTIONS) or name in (self._tools or ()):
+        # Without tools nothing can be called: what is for somebody else is not for the user.
+        may_call = self._tools is None or len(self._tools) > 0
+        if may_call and (name.startswith(_FUNCTIONS) or name in (self._tools or ())):
             self._name = name.removeprefix(_FUNCTIONS)
             self._begin_body(None)
         else:

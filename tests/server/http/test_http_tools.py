@@ -244,3 +244,8 @@ def test_harmony(tmp_path):
             assert tokenizer.encode("<|call|>")[0] in stop_ids, "a call ends the reply, whatever the checkpoint says"
             choice = model.ask("<|channel|>final<|message|>Hi.<|end|>")
             assert (choice.message.content, choice.finish_reason) == ("Hi.", "stop")
+            choice = model.ask(
+                f"{call}<|start|>assistant<|channel|>final<|message|>Hi.", tools=TOOLS, tool_choice="none"
+            )
+            assert (choice.message.content, choice.message.tool_calls) == (None, None), "the call ends the reply"
+            assert choice.message.reasoning == '{"city": "Rome"}'
