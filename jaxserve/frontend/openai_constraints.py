@@ -6,10 +6,17 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxserve.frontend.openai_checks import check_depth
 from jaxserve.frontend.openai_tools import Tool, Tools
 
 Constraint = Mapping[str, Any]
 """Keywords of `StructuredOutputsParams`."""
+
+_WHITESPACE = r"( |\r?\n[ \t]{0,40})"
+"""White space between two parts of JSON, as where JSON is all of the output: never without end."""
+
+_MAX_TEXT = 64 * 1024
+"""Characters of a schema that is text, up to which it is read on the event loop."""
 
 _VALUES = frozenset({"const", "default", "enum", "examples"})
 """Keywords of JSON schemas whose values are no schemas."""
@@ -48,14 +55,35 @@ def behind(lead: str, constraint: Constraint) -> Constraint | None:
     ((kind, value),) = constraint.items()
     match kind:
         case "json":
-            answer = f"%json {value if isinstance(value, str) else json.dumps(value)}"
+            schema = _schema(value)
+            if schema is None:
+                return None
+            answer = f"%json {json.dumps(schema)}"
         case "json_object":
-            answer = '%json {"type": "object"}'
+            answer = f"%json {json.dumps(_schema({'type': 'object'}))}"
         case "choice":
             answer = " | ".join(json.dumps(text) for text in value)
         case _:
             return None
     return {"grammar": f"start: lead answer\n{lead}\nanswer: {answer}\n"}
+
+
+def _schema(value: Any) -> dict[str, Any] | None:
+    """Returns a schema that says how JSON may be spaced; None for what is none, or too large to be read here."""
+    if isinstance(value, str):
+        if len(value) > _MAX_TEXT:
+            return None
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(value, Mapping):
+        return None
+    try:
+        check_depth("json", value)
+    except ValueError:
+        return None
+    return {**value, "x-guidance": value.get("x-guidance", {"whitespace_pattern": _WHITESPACE})}
 
 
 def _call(tool: Tool, parameters: str) -> dict[str, Any]:
