@@ -30,6 +30,7 @@ from typing import Any, TextIO
 
 from jaxserve.config import gin_config
 from jaxserve.config.changed import changed_settings
+from jaxserve.config.logprobs_config import LogprobsConfig
 from jaxserve.config.settings import ServerConfig
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
@@ -41,7 +42,8 @@ from jaxserve.frontend.chat_format import ReplyPlan
 from jaxserve.frontend.delta import EngineDeadError
 from jaxserve.frontend.frontend import FrontEnd, Prepared
 from jaxserve.frontend.offline import FinishedRequest, TokenBar, run_all
-from jaxserve.frontend.openai import parse_body
+from jaxserve.frontend.openai import CHAT_URL, parse_body
+from jaxserve.frontend.openai_logprobs import LogprobShapes
 from jaxserve.frontend.openai_replies import ReplyMessage
 from jaxserve.frontend.openai_responses import Answer, response_body
 from jaxserve.frontend.stop_signals import StopSignals
@@ -191,6 +193,13 @@ class BatchRun:
 
     def _result(self, keyed: KeyedLine, completion: FinishedRequest) -> dict[str, Any]:
         assert keyed.line is not None
+        body, prompt = keyed.line.body, completion.prompt_logprobs
+        shapes = LogprobShapes(
+            self._front_end.tokenizer,
+            chat=keyed.line.url == CHAT_URL,
+            as_ids=bool(body.get("return_tokens_as_token_ids")),
+        )
+        logprobs = None if completion.logprobs is None else shapes.of(completion.logprobs, completion.token_ids)
         answer = Answer(
             completion.text,
             completion.finish_reason.value,
@@ -199,16 +208,18 @@ class BatchRun:
             completion.num_cached_tokens,
             completion.token_ids,
             truncated_tokens=completion.num_truncated_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=None if prompt is None else shapes.of_prompt(prompt),
         )
         if (plan := self._plans.pop(completion.request_id, None)) is not None:
             message = ReplyMessage(plan)
             message.add(answer.text)
             answer = message.finish(answer)
-        body = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), [answer])
+        answered = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), [answer])
         return {
             "id": _result_id(keyed.number),
             "custom_id": keyed.key,
-            "response": {"status_code": 200, "request_id": completion.request_id, "body": body},
+            "response": {"status_code": 200, "request_id": completion.request_id, "body": answered},
             "error": None,
         }
 
@@ -371,10 +382,12 @@ def _model_name(config: ServerConfig) -> str:
 
 
 def _settings(config: ServerConfig) -> str:
-    """Returns as text all settings that determine the tokens, besides the request, the model's name and the seed."""
+    """Returns as text all settings that determine the results, besides the request, the model's name and the seed."""
     engine = config.engine
     paths = [path and str(pathlib.Path(path).resolve()) for path in (engine.model, engine.tokenizer)]
     others = (engine.architecture, engine.load_format, engine.dtype, engine.max_model_len, engine.cache.kv_cache_dtype)
+    if engine.logprobs != LogprobsConfig():
+        others = (*others, engine.logprobs)
     defaults = sampling_defaults(engine)
     return repr((*paths, engine.skip_tokenizer_init, *others, *([defaults] if defaults else ())))
 

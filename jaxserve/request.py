@@ -13,8 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field
 
 from jaxserve.config.keywords import refuses_unknown_keywords
+from jaxserve.config.logprobs_config import MAX_LOGPROBS
 from jaxserve.config.sampling_fields import (
     MAX_INT32,
+    Biases,
     Flag,
     Ids,
     Number,
@@ -30,8 +32,15 @@ from jaxserve.config.shown import shown
 
 MAX_ID_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 16
+MAX_PROMPT_LOGPROBS = 2**24
+"""Maximum number of log-probabilities of a prompt, those of the likeliest ids included: they come in one message."""
 STOP_WIDTH = 32
 """Maximum number of stop token ids in a slot: the model's own and the client's."""
+MAX_BIASES = 1024
+ALLOWED_WIDTH = 1024
+"""Maximum number of allowed token ids in a slot; more of them are a mask, which the host writes for each step."""
+MAX_ALLOWED = 2**18
+MAX_BAD_WORDS = 256
 
 
 class FinishReason(enum.Enum):
@@ -119,10 +128,57 @@ class RowSampling:
             Number(0.0, 1.0), "draw no token less likely than it times the likeliest", SlotValue("float32")
         ),
     )
+    typical_p: float = field(
+        default=1.0,
+        metadata=sampling(
+            Number(0.0, 1.0, open_low=True),
+            "draw from the tokens whose information is closest to the distribution's entropy, as many as it takes to "
+            "reach this probability; after the other filters",
+            SlotValue("float32", idle=1.0),
+        ),
+    )
+    presence_penalty: float = field(
+        default=0.0,
+        metadata=sampling(
+            Number(-2.0, 2.0), "subtracted from the logits of tokens that the output has", SlotValue("float32")
+        ),
+    )
+    frequency_penalty: float = field(
+        default=0.0,
+        metadata=sampling(
+            Number(-2.0, 2.0),
+            "subtracted from a token's logit for each time that the output has it",
+            SlotValue("float32"),
+        ),
+    )
+    repetition_penalty: float = field(
+        default=1.0,
+        metadata=sampling(
+            Number(0.0, 1000.0, open_low=True),
+            "divides positive logits of tokens that prompt or output have, and multiplies negative ones",
+            SlotValue("float32", idle=1.0),
+        ),
+    )
+    logit_bias: tuple[tuple[int, float], ...] = field(
+        default=(),
+        metadata=sampling(
+            Biases(MAX_BIASES, -100.0, 100.0),
+            "added to the logits of these tokens",
+            SlotValue("int32", width=2 * MAX_BIASES, idle=-1, apart=True),
+        ),
+    )
+    allowed_token_ids: tuple[int, ...] | None = field(
+        default=None,
+        metadata=sampling(
+            Ids(MAX_ALLOWED, least_items=1),
+            "draw no token but these",
+            SlotValue("int32", width=ALLOWED_WIDTH, idle=-1, apart=True),
+        ),
+    )
     seed: int | None = field(
         default=None,
         metadata=sampling(
-            Whole(0, 2**63 - 1),
+            Whole(-(2**63), 2**63 - 1),
             "fixes the random draws, which depend on (seed, position) alone; none: the server draws a seed",
             SlotValue("uint32", width=2),
         ),
@@ -135,6 +191,11 @@ class RowSampling:
             SlotValue("int32", width=STOP_WIDTH, idle=-1),
         ),
     )
+
+    @property
+    def penalized(self) -> bool:
+        """Tells whether logits depend on the tokens so far, so that the request needs a penalty row."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
 
 @refuses_unknown_keywords
@@ -171,6 +232,14 @@ class SamplingParams(RowSampling):
             "tokens too",
         ),
     )
+    bad_words: tuple[str, ...] = field(
+        default=(),
+        metadata=sampling(
+            Texts(MAX_BAD_WORDS, 256),
+            "texts whose tokens the output never has in a row, with a space before the text and without: the token "
+            "that would complete one is not drawn",
+        ),
+    )
     ignore_eos: bool = field(
         default=False, metadata=sampling(Flag(), "the model's own end-of-sequence ids are ordinary tokens")
     )
@@ -191,6 +260,18 @@ class SamplingParams(RowSampling):
     )
     detokenize: bool = field(
         default=True, metadata=sampling(Flag(), "the output has text; off: token ids alone, and no stop strings")
+    )
+    logprobs: int | None = field(
+        default=None,
+        metadata=sampling(
+            Whole(-1, MAX_INT32),
+            "returns each output token's log-probability and rank, and those of so many of the likeliest ids; -1: as "
+            "many as the server's `max_logprobs`",
+        ),
+    )
+    prompt_logprobs: int | None = field(
+        default=None,
+        metadata=sampling(Whole(-1, MAX_INT32), "the same of each prompt token but the first"),
     )
     truncate_prompt_tokens: int | None = field(
         default=None,
@@ -226,6 +307,25 @@ ROW_FIELDS: Mapping[str, SlotValue] = {
 }
 """Slot representation of each parameter of `RowSampling`."""
 
+PENALTY_ROW = "penalty_row"
+"""Name of the slots' field that holds the request's penalty row, -1 without one; the scheduler chooses it."""
+
+
+def counted(name: str) -> str:
+    """Returns the name of the slots' field that holds how many elements of an `apart` field count."""
+    return f"num_{name}"
+
+
+APART_FIELDS: Mapping[str, SlotValue] = {name: value for name, value in ROW_FIELDS.items() if value.apart}
+"""Fields of `ROW_FIELDS` that a program of their own writes."""
+
+ADMITTED_FIELDS: Mapping[str, SlotValue] = {
+    **{name: value for name, value in ROW_FIELDS.items() if not value.apart},
+    **{counted(name): SlotValue("int32") for name in APART_FIELDS},
+    PENALTY_ROW: SlotValue("int32", idle=-1),
+}
+"""Fields of a slot that the forward program writes whenever a request gets it."""
+
 SAMPLING_FIELDS: Mapping[str, SamplingField] = fields_of(SamplingParams)
 """All sampling parameters, by name."""
 
@@ -240,6 +340,7 @@ class ModelLimits:
     max_prompt_len: prompt tokens at most (less than max_model_len only when chunked prefill is off).
     eos_token_ids: the model's own stop ids.
     default_max_tokens: of requests that set none, as far as there is room; None: all of the room.
+    max_logprobs: likeliest ids of one position that a request may ask for.
     """
 
     vocab_size: int
@@ -248,6 +349,7 @@ class ModelLimits:
     max_prompt_len: int
     eos_token_ids: tuple[int, ...]
     default_max_tokens: int | None = None
+    max_logprobs: int = MAX_LOGPROBS
 
     def room(self, length: int, min_tokens: int) -> int:
         """Returns the output tokens of a request that sets no limit, behind a prompt of `length` tokens."""
@@ -257,6 +359,10 @@ class ModelLimits:
     def most_prompt_tokens(self, max_tokens: int) -> int:
         """Returns the longest prompt beside `max_tokens` output tokens; below 1 where there is no room for one."""
         return min(self.max_prompt_len, self.max_model_len - max_tokens, self.pool_tokens - max_tokens + 1)
+
+    def resolved_logprobs(self, wanted: int | None) -> int | None:
+        """Returns how many of the likeliest ids a checked `logprobs` or `prompt_logprobs` asks for."""
+        return self.max_logprobs if wanted == -1 else wanted
 
 
 def check_identity(name: str, value: str) -> None:
@@ -310,7 +416,9 @@ class EngineRequest(RowSampling):
 
     max_tokens and seed are resolved (never None). stop_token_ids include the model's own unless ignore_eos.
     Stop strings are handled by the front end. arrival_time: seconds of `time.time`. needed_tokens: output tokens
-    without which it cannot be complete, whatever is sampled.
+    without which it cannot be complete, whatever is sampled. bad_words_token_ids: sequences that the output must not
+    have; each token that would complete one is forbidden. logprobs, prompt_logprobs: resolved (never -1).
+    prompt_logprobs_start: index of the first prompt token of which they are wanted; the first token of all has none.
     """
 
     request_id: str
@@ -322,6 +430,23 @@ class EngineRequest(RowSampling):
     options: RequestOptions = RequestOptions()
     arrival_time: float = 0.0
     needed_tokens: int = 1
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 1
+
+
+def check_logprobs(params: SamplingParams, limits: ModelLimits, name_of_output: str = "logprobs") -> None:
+    """Checks what a request asks for of log-probabilities, in constant time. Raises ValueError naming the field.
+
+    name_of_output: the field that the client gave for `logprobs`.
+    """
+    for name, wanted in ((name_of_output, params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if wanted is not None and wanted > limits.max_logprobs:
+            raise ValueError(
+                f"{name} is {wanted}; this server returns at most max_logprobs {limits.max_logprobs} ids: ask for "
+                "fewer, or raise LogprobsConfig.max_logprobs"
+            )
 
 
 def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, limits: ModelLimits) -> int:
@@ -331,16 +456,38 @@ def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, li
     context, never the pool), each naming the field, its value and the limit.
     """
     max_tokens = check_length(len(prompt_token_ids), params, limits)
+    check_logprobs(params, limits)
+    width = limits.resolved_logprobs(params.prompt_logprobs)
+    if width is not None and (total := len(prompt_token_ids) * (1 + width)) > MAX_PROMPT_LOGPROBS:
+        raise ValueError(
+            f"prompt_logprobs is {params.prompt_logprobs}; for {len(prompt_token_ids)} tokens, with {width} ids each, "
+            f"these are {total} values, and at most {MAX_PROMPT_LOGPROBS} are allowed: ask for fewer ids"
+        )
     for index, token_id in enumerate(prompt_token_ids):
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < limits.vocab_size:
             raise ValueError(
                 f"prompt_token_ids[{index}] is {shown(token_id)}; token ids must be whole numbers from 0 to "
                 f"{limits.vocab_size - 1}"
             )
-    for token_id in params.stop_token_ids:
-        if token_id >= limits.vocab_size:
-            raise ValueError(f"stop_token_ids has {token_id}; token ids must be from 0 to {limits.vocab_size - 1}")
+    _check_ids(params, limits)
     return max_tokens
+
+
+def _check_ids(params: SamplingParams, limits: ModelLimits) -> None:
+    """Checks the token ids of sampling parameters against the vocabulary and each other."""
+    for name, ids in (
+        ("stop_token_ids", params.stop_token_ids),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
+        ("logit_bias", [token_id for token_id, _ in params.logit_bias]),
+    ):
+        if ids and max(ids) >= limits.vocab_size:
+            raise ValueError(f"{name} has {max(ids)}; token ids must be from 0 to {limits.vocab_size - 1}")
+    stop = {*params.stop_token_ids, *(() if params.ignore_eos else limits.eos_token_ids)}
+    if params.min_tokens and params.allowed_token_ids is not None and stop.issuperset(params.allowed_token_ids):
+        raise ValueError(
+            f"min_tokens is {params.min_tokens} and allowed_token_ids has only stop tokens, which cannot be drawn "
+            "before that: allow another token, or lower min_tokens to 0"
+        )
 
 
 def check_length(length: int, params: SamplingParams, limits: ModelLimits, *, size: str = "") -> int:

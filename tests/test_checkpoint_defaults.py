@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 
 from jaxserve.config.plain_params import params_of
 from jaxserve.config.settings import EngineConfig
+from jaxserve.engine.core import EngineCore
+from jaxserve.engine.messages import EngineReady, decode, encode
 from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, parse_body
 from jaxserve.llm import LLM
+from jaxserve.models.config import ModelConfig
 from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
 from jaxserve.request import ModelLimits, SamplingParams, validate_request
+from jaxserve.runner.fake import FakeRunner
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from tests.engine_ready import changed
@@ -122,3 +127,23 @@ def test_a_setting_that_is_unknown_is_told_with_the_nearest_one():
     assert EngineConfig.from_options(model="m", generation_config="vllm").generation_config == "vllm"
     with pytest.raises(ValueError, match="generation_config is ''; it must be 'auto', 'vllm' or a directory's name"):
         EngineConfig(model="m", generation_config="")
+
+
+def test_the_engine_says_its_defaults_and_logs_them(tmp_path, caplog):
+    (tmp_path / "generation_config.json").write_text(json.dumps(QWEN))
+
+    def ready(setting):
+        model = ModelConfig("LlamaForCausalLM", 101, 8, 8, 1, 1, 1, 8, 256)
+        made = EngineConfig(architecture=model, load_format="dummy", generation_config=setting)
+        return decode(encode(EngineCore(made, FakeRunner()).ready(0.0)))
+
+    with caplog.at_level(logging.INFO, logger="jaxserve"):
+        found = ready(str(tmp_path))
+    assert isinstance(found, EngineReady)
+    assert (found.sampling_defaults, found.limits.default_max_tokens) == (DEFAULTS, 12)
+    assert [record.message for record in caplog.records] == [defaults_line(DEFAULTS)]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="jaxserve"):
+        found = ready("vllm")
+    assert isinstance(found, EngineReady)
+    assert (found.sampling_defaults, found.limits.default_max_tokens, caplog.records) == ({}, None, [])

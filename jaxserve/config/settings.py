@@ -16,6 +16,7 @@ from jaxserve.config.checks import at_least, between, did_you_mean, number, one_
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.config.failpoints import Failpoint
 from jaxserve.config.http_config import HttpConfig
+from jaxserve.config.logprobs_config import LogprobsConfig
 from jaxserve.config.queue_limits import QueueConfig
 from jaxserve.config.scheduling import MIN_BUCKET, SchedulerConfig
 from jaxserve.config.tracing_config import TracingConfig
@@ -105,6 +106,7 @@ class EngineConfig:
     composition_dir: directory for what steps consisted of over time, as JSON and a plot, written when the engine ends;
     None writes nothing.
     failpoints: faults that a test or a drill injects, see jaxserve/config/failpoints.py; none is right for a server.
+    logprobs: the log-probabilities that requests may ask for.
     """
 
     model: str | None = None
@@ -117,6 +119,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = SchedulerConfig()
     cache: CacheConfig = CacheConfig()
     chat: ChatConfig = ChatConfig()
+    logprobs: LogprobsConfig = LogprobsConfig()
     token_buckets: tuple[int, ...] | None = None
     row_buckets: tuple[int, ...] | None = None
     attention: str = "auto"

@@ -39,6 +39,7 @@ from jaxserve.engine.messages import (
     EngineReady,
     EngineStats,
     FromEngine,
+    Logprobs,
     ProfileCaptured,
     Progress,
     TimelineEvents,
@@ -47,6 +48,7 @@ from jaxserve.engine.messages import (
 )
 from jaxserve.engine.step_executor import DeviceFaultError, DispatchedStep, EngineBrokenError, StepExecutor
 from jaxserve.engine.step_time import StepTimePrediction
+from jaxserve.engine.token_masks import TokenMasks
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits
@@ -93,7 +95,7 @@ class EngineCore:
             now: seconds of `time.time`, the clock of arrival times and deadlines.
             clock: a monotonic clock, in seconds.
             annotate: names a part of the loop in a profile of the host.
-            constraints: makes the masks of requests whose output is constrained; None if there are none.
+            constraints: makes the masks of requests whose output is constrained; None if lists of tokens alone do that.
         """
         info = runner.info
         self.config = config
@@ -113,7 +115,7 @@ class EngineCore:
         )
         for line in () if self.scheduler.decode_gap is None else self.scheduler.decode_gap.warnings:
             _log.warning("%s", line)
-        self._constraints = constraints
+        self._constraints: Constraints = TokenMasks(info.vocab_size) if constraints is None else constraints
         self.recorder = recorder or Recorder(clock=clock)
         self._events = EngineEvents(self.recorder, self.scheduler)
         self._meter = EngineMeter()
@@ -169,6 +171,7 @@ class EngineCore:
             max_prompt_len=info.max_model_len if chunked else scheduler.max_num_batched_tokens,
             eos_token_ids=info.eos_token_ids,
             default_max_tokens=None if max_tokens is None else int(max_tokens),
+            max_logprobs=info.max_logprobs,
         )
         return EngineReady(info, limits, scheduler.max_num_seqs, scheduler.max_num_waiting, start_seconds, defaults)
 
@@ -277,7 +280,6 @@ class EngineCore:
 
     def _sample(self, step: DispatchedStep, messages: list[FromEngine]) -> None:
         """Makes a step's masks while the device runs its forward program, then dispatches its sampling."""
-        assert self._constraints is not None, "a sample wants a mask and nothing makes any"
         with self._annotate("Mask"):
             sequences = self.scheduler.masked_sequences(step.plan)
             masks, failed = masks_of(self._constraints, sequences, self.runner.info.vocab_size)
@@ -372,8 +374,9 @@ class EngineCore:
 
     def _add(self, request: EngineRequest) -> list[FromEngine]:
         try:
-            constrained = self._constraints is not None and self._constraints.constrains(request)
-            self.scheduler.add(request, Wants.MASK if constrained else Wants.NONE)
+            constrained = self._constraints.constrains(request)
+            wants = Wants.MASK if constrained else Wants.NONE
+            self.scheduler.add(request, wants if request.logprobs is None else wants | Wants.LOGPROBS)
         except ValueError as error:
             return [EngineOutput(request.request_id, (), FinishReason.ERROR, str(error))]
         self._events.arrived(request, self._clock())
@@ -405,6 +408,10 @@ class EngineCore:
         request_ids = update.request_ids
         if request_ids:
             messages.append(TokenBatch(request_ids, tuple(update.token_ids), now))
+        if (scored := update.scored) is not None:
+            logprobs = Logprobs.of(scored.logprobs)
+            messages.append(TokenBatch(scored.request_ids, tuple(scored.token_ids), now, logprobs))
+            request_ids += scored.request_ids
         if update.others:
             request_ids += tuple(other.sequence.request_id for other in update.others for _ in other.token_ids)
         if request_ids:
@@ -422,8 +429,9 @@ class EngineCore:
         if update.finish_reason is not None:
             self._events.finished(sequence, update.finish_reason, now)
         cached = sequence.num_cached_tokens
+        logprobs = Logprobs.of(update.logprobs), Logprobs.of(update.prompt_logprobs)
         return EngineOutput(
-            sequence.request_id, update.token_ids, update.finish_reason, update.error, cached, now, *phases
+            sequence.request_id, update.token_ids, update.finish_reason, update.error, cached, now, *phases, *logprobs
         )
 
     def _ranking(self, now: float) -> float | None:

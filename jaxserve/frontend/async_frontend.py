@@ -307,6 +307,7 @@ class AsyncFrontEnd:
             self._timer.cancel()
         self._watch_timer.cancel()
         self._workers.close()
+        self._reader.stop()
         return await self._loop.run_in_executor(None, self._reader.close, end_seconds)
 
     def kill(self) -> None:

@@ -9,6 +9,7 @@ from types import TracebackType
 
 from jaxserve.config.failpoints import Hit
 from jaxserve.frontend.delta import Delta
+from jaxserve.logprob_columns import LogprobColumns
 
 Abort = Callable[[str, str], bool]
 
@@ -126,8 +127,11 @@ class FaultyStream(DeltaStream):
 
 def merged(deltas: Sequence[Delta]) -> Delta:
     """Merges deltas into one."""
+    logprobs = [delta.logprobs for delta in deltas if delta.logprobs is not None]
     return dataclasses.replace(
         deltas[-1],
         token_ids=tuple([token_id for delta in deltas for token_id in delta.token_ids]),
         text="".join([delta.text for delta in deltas]),
+        logprobs=LogprobColumns.joined(logprobs) if logprobs else None,
+        prompt_logprobs=next((delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None), None),
     )

@@ -61,6 +61,7 @@ class DecoderPlan:
         self._factories: list[Callable[[], Stage]] = []
         self._fused = False
         self.has_byte_fallback = False
+        self._byte_level = False
         spec = json.loads(backend.to_str())["decoder"]
         if spec is None:
             self._factories.append(lambda: PerToken(lambda text, first: text if first else f" {text}"))
@@ -81,6 +82,7 @@ class DecoderPlan:
             case {"type": "Fuse"}:
                 self._fused = True
             case {"type": "ByteLevel"}:
+                self._byte_level = not self._factories and not self._changes
                 self._add_change(_byte_level_text)
                 self._factories.append(Utf8)
                 self._fused = True
@@ -180,6 +182,17 @@ class DecoderPlan:
             special = self._backend.id_to_token(token_id) in self._special
             piece = self._shown_pieces[token_id] = None if special else self.piece(token_id)
             return piece
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """Returns the bytes that a token alone stands for, which may be a part of a character; None where it stands for
+        text, or for nothing."""
+        piece = self.piece(token_id)
+        if piece is None:
+            return None
+        if self._byte_level:
+            return piece.encode("latin-1")
+        byte = byte_of(piece) if self.has_byte_fallback else None
+        return None if byte is None else bytes([byte])
 
 
 class Detokenizer:

@@ -34,6 +34,7 @@ from jaxserve.frontend.delta import (
     EngineDeadError,
     QueueFullError,
 )
+from jaxserve.frontend.logprob_queue import LogprobQueue
 from jaxserve.frontend.open_requests import OpenRequest, OpenRequests
 from jaxserve.frontend.output import FaultyOutput, OutputState
 from jaxserve.frontend.preparation import Preparation, Prepared
@@ -243,6 +244,10 @@ class FrontEnd:
             options=prepared.options,
             arrival_time=now,
             needed_tokens=_needed_tokens(prepared, stop_token_ids),
+            bad_words_token_ids=prepared.bad_words_token_ids,
+            logprobs=self._limits.resolved_logprobs(params.logprobs),
+            prompt_logprobs=self._limits.resolved_logprobs(params.prompt_logprobs),
+            prompt_logprobs_start=prepared.prompt_logprobs_start,
         )
         try:
             self._client.send(AddRequest(request))
@@ -254,6 +259,8 @@ class FrontEnd:
             ticket = self._admission.accept(options.tenant, num_tokens, params.max_tokens, now, deadline=deadline)
         opened = OpenRequest(owner, request_id, request.request_id, num_tokens, deadline, output, ticket)
         opened.truncated_tokens = prepared.truncated_tokens
+        if request.logprobs is not None or request.prompt_logprobs is not None:
+            opened.logprobs = LogprobQueue(request)
         if self._metrics is not None:
             opened.life = self._metrics.begin(request_id, num_tokens, request.max_tokens, arrived, trace)
         self._requests.add(opened)
@@ -328,11 +335,14 @@ class FrontEnd:
 
     def _handle_batch(self, message: TokenBatch) -> list[Delta]:
         deltas = []
-        for request_id, token_id in zip(message.request_ids, message.token_ids, strict=True):
+        logprobs = None if message.logprobs is None else message.logprobs.columns()
+        for place, (request_id, token_id) in enumerate(zip(message.request_ids, message.token_ids, strict=True)):
             opened = self._opened(request_id)
             if opened is None:
                 continue
             opened.life.tokens(1, message.time)
+            if logprobs is not None and opened.logprobs is not None:
+                opened.logprobs.add(logprobs.part(place, place + 1), None)
             delta = self._advance(opened, (token_id,), None, "")
             if delta is not None:
                 deltas.append(delta)
@@ -348,6 +358,9 @@ class FrontEnd:
         opened.life.tokens(len(message.token_ids), message.time)
         if message.queue_seconds is not None and message.prefill_seconds is not None:
             opened.life.phases(message.queue_seconds, message.prefill_seconds)
+        if opened.logprobs is not None:
+            found = (message.logprobs, message.prompt_logprobs)
+            opened.logprobs.add(*(None if one is None else one.columns() for one in found))
         return self._advance(opened, message.token_ids, message.finish_reason, message.error)
 
     def _opened(self, engine_id: str) -> OpenRequest | None:
@@ -394,10 +407,10 @@ class FrontEnd:
     def _delta(
         self, opened: OpenRequest, text: str, reason: FinishReason | None, error: str = "", cause: Cause | None = None
     ) -> Delta | None:
-        token_ids = opened.output.take_token_ids()
+        token_ids, queue = opened.output.take_token_ids(), opened.logprobs
         if reason is None:
             opened.life.charged(opened.output.num_tokens)
-            if not token_ids and not text:
+            if not token_ids and not text and (queue is None or not queue.has_prompt):
                 return None
         return Delta(
             request_id=opened.request_id,
@@ -412,6 +425,8 @@ class FrontEnd:
             cached_tokens=opened.cached_tokens,
             owner=opened.owner,
             truncated_tokens=opened.truncated_tokens,
+            logprobs=None if queue is None else queue.take(len(token_ids)),
+            prompt_logprobs=None if queue is None else queue.take_prompt(),
         )
 
     def _end_early(self, opened: OpenRequest, reason: FinishReason, error: str, cause: Cause) -> Delta:

@@ -6,6 +6,7 @@ import dataclasses
 import heapq
 
 from jaxserve.frontend.admission import Ticket
+from jaxserve.frontend.logprob_queue import LogprobQueue
 from jaxserve.frontend.output import OutputState
 from jaxserve.telemetry.request_meter import UNCOUNTED, RequestLife
 
@@ -15,7 +16,7 @@ class OpenRequest:
     """Tracks a request without its last delta.
 
     engine_id: its name in messages (see `OpenRequests.engine_id`). ticket: of the admission, where there is one.
-    life: counts it. truncated_tokens: cut off its prompt.
+    life: counts it. truncated_tokens: cut off its prompt. logprobs: those of its tokens, where it wants any.
     """
 
     owner: str
@@ -28,6 +29,7 @@ class OpenRequest:
     cached_tokens: int = 0
     life: RequestLife = UNCOUNTED
     truncated_tokens: int = 0
+    logprobs: LogprobQueue | None = None
 
 
 class OpenRequests:

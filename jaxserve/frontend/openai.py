@@ -12,6 +12,7 @@ from jaxserve.config.shown import shown
 from jaxserve.frontend.chat_format import ReplyPlan
 from jaxserve.frontend.openai_chat import CHAT_FIELDS, NEUTRAL_EFFORTS, Chat, parse_chat
 from jaxserve.frontend.openai_checks import check_neutral, check_text, checked_flag, checked_object, hint
+from jaxserve.frontend.openai_logprobs import check_prompt_logprobs, with_echo
 from jaxserve.frontend.openai_sampling import parse_params, sampling_names
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import RequestOptions, SamplingParams
@@ -26,11 +27,6 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "n": (1,),
     "best_of": (1,),
     "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -42,8 +38,6 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "service_tier": ("auto", "default"),
     "prompt_cache_retention": ("in_memory", "in-memory"),
     # vLLM's
-    "allowed_token_ids": ([],),
-    "bad_words": ([],),
     "chat_template": (),
     "documents": ([],),
     "guided_choice": (),
@@ -55,9 +49,6 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "logits_processors": ([],),
     "mm_processor_kwargs": ({},),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
-    "repetition_penalty": (1,),
-    "return_tokens_as_token_ids": (False,),
     "structured_outputs": (),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
@@ -77,6 +68,7 @@ _STREAMING: Mapping[str, Sequence[Any]] = {
 _OF_URL: Mapping[str, Mapping[str, Sequence[Any]]] = {
     COMPLETIONS_URL: {
         "add_special_tokens": (True,),
+        "top_logprobs": (0,),
         "continue_final_message": (False,),
         "include_reasoning": (True,),
         "parallel_tool_calls": (True, False),
@@ -90,6 +82,8 @@ _OF_URL: Mapping[str, Mapping[str, Sequence[Any]]] = {
 
 _LABELS = ("user", "safety_identifier", "prompt_cache_key")
 """OpenAI's fields that label a request and do not affect its response."""
+
+_EVERYWHERE = ("model", "metadata", "return_tokens_as_token_ids")
 
 _STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 
@@ -122,7 +116,10 @@ class BodyRequest:
         options: its tenant, priority (higher is more urgent, whatever the dialect), deadline and cache salt.
         stream, include_usage: the answer is streamed, and ends with the usage.
         echo: texts begin with their prompts.
+        echo_only: the answer is the prompt alone; `params` have it draw one token, which is left out.
         return_token_ids: the answer has token ids, besides texts.
+        prompt_logprobs: the answer has those of the prompt, apart from the tokens' own. tokens_as_ids: tokens with
+            log-probabilities are spelled by their ids.
         request_id: chosen by the client, or None.
         unknown: names of fields that were passed over.
     """
@@ -135,7 +132,10 @@ class BodyRequest:
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
+    echo_only: bool = False
     return_token_ids: bool = False
+    prompt_logprobs: bool = False
+    tokens_as_ids: bool = False
     request_id: str | None = None
     unknown: Sequence[str] = ()
 
@@ -184,9 +184,11 @@ def parse_body(
         raise ValueError(f"metadata is {shown(metadata)}; it must be an object whose values are texts")
     if own not in fields:
         raise ValueError(f"body has no {own}")
-    params = parse_params(fields, url == CHAT_URL, defaults)
+    stream, echo = (checked_flag(name, fields.get(name, False)) for name in ("stream", "echo"))
+    check_prompt_logprobs(fields, stream)
+    echo_only = echo and fields.get("max_tokens") == 0 and fields["max_tokens"] is not False
+    params = parse_params(with_echo(fields, echo_only) if echo else fields, url == CHAT_URL, defaults)
     chat = parse_chat(fields) if own == "messages" else None
-    stream = checked_flag("stream", fields.get("stream", False))
     return BodyRequest(
         prompts=() if chat is not None else _parse_prompts(fields["prompt"], dialect.max_prompts),
         chat=chat,
@@ -195,8 +197,11 @@ def parse_body(
         options=_parse_options(fields, dialect),
         stream=stream,
         include_usage=_parse_stream_options(fields.get("stream_options"), stream),
-        echo=checked_flag("echo", fields.get("echo", False)),
+        echo=echo,
+        echo_only=echo_only,
         return_token_ids=checked_flag("return_token_ids", fields.get("return_token_ids", False)),
+        prompt_logprobs="prompt_logprobs" in fields,
+        tokens_as_ids=checked_flag("return_tokens_as_token_ids", fields.get("return_tokens_as_token_ids", False)),
         request_id=fields.get("request_id"),
         unknown=unknown,
     )
@@ -220,7 +225,7 @@ def _neutral(url: str, dialect: Dialect) -> dict[str, Sequence[Any]]:
 
 
 def _supported(url: str, own: str, dialect: Dialect) -> set[str]:
-    names = {own, "model", "metadata", *_LABELS, *sampling_names(url == CHAT_URL), *_OPTIONS}
+    names = {own, *_EVERYWHERE, *_LABELS, *sampling_names(url == CHAT_URL), *_OPTIONS}
     if url == CHAT_URL:
         names |= CHAT_FIELDS
     if dialect.streams:

@@ -13,8 +13,8 @@ from jaxserve.frontend.openai import CHAT_URL
 class Answer:
     """Holds what one prompt was answered with.
 
-    prompt_token_ids: None where the response does not show them. truncated_tokens: cut off the prompt. message: of a
-    chat; None where its content is the text.
+    prompt_token_ids, logprobs and prompt_logprobs (as `LogprobShapes` makes them): None where the response does not
+    show them. truncated_tokens: cut off the prompt. message: of a chat; None where its content is the text.
     """
 
     text: str
@@ -25,6 +25,8 @@ class Answer:
     token_ids: Sequence[int] | None = None
     prompt_token_ids: Sequence[int] | None = None
     truncated_tokens: int = 0
+    logprobs: dict[str, Any] | None = None
+    prompt_logprobs: list[Any] | None = None
     message: Mapping[str, Any] | None = None
 
 
@@ -44,7 +46,7 @@ def response_body(url: str, request_id: object, model: str, created: int, answer
         answers: one for each prompt.
     """
     chat = url == CHAT_URL
-    return {
+    body = {
         "id": response_id(url, request_id),
         "object": "chat.completion" if chat else "text_completion",
         "created": created,
@@ -52,6 +54,9 @@ def response_body(url: str, request_id: object, model: str, created: int, answer
         "choices": [_choice(chat, index, answer) for index, answer in enumerate(answers)],
         "usage": usage(answers),
     }
+    if chat and answers[0].prompt_logprobs is not None:  # vLLM's place
+        body["prompt_logprobs"] = answers[0].prompt_logprobs
+    return body
 
 
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -78,9 +83,11 @@ def _choice(chat: bool, index: int, answer: Answer) -> dict[str, Any]:
         choice["message"] = answer.message or {"role": "assistant", "content": answer.text}
     else:
         choice["text"] = answer.text
-    choice |= {"logprobs": None, "finish_reason": answer.finish_reason}
+    choice |= {"logprobs": answer.logprobs, "finish_reason": answer.finish_reason}
     if answer.token_ids is not None:
         choice["token_ids"] = list(answer.token_ids)
     if answer.prompt_token_ids is not None:
         choice["prompt_token_ids"] = list(answer.prompt_token_ids)
+    if answer.prompt_logprobs is not None and not chat:
+        choice["prompt_logprobs"] = answer.prompt_logprobs
     return choice

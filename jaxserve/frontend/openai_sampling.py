@@ -57,7 +57,7 @@ def _read_top_logprobs(fields: Mapping[str, Any], values: dict[str, Any]) -> Non
     if wanted:
         values[_LOGPROBS] = number
     elif number:
-        raise ValueError(f"top_logprobs is {number}; it needs logprobs true")
+        raise ValueError(f"top_logprobs is {number}; it needs logprobs: set logprobs to true")
 
 
 def _read_guided(fields: Mapping[str, Any], values: dict[str, Any]) -> None:

@@ -9,19 +9,29 @@ import dataclasses
 import uuid
 from collections.abc import Sequence, Set
 
+from jaxserve.frontend.bad_words import bad_words_token_ids
 from jaxserve.frontend.chat_text import RenderedText
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import ModelLimits, RequestOptions, SamplingParams, check_identity, check_length, validate_request
+from jaxserve.request import (
+    ModelLimits,
+    RequestOptions,
+    SamplingParams,
+    check_identity,
+    check_length,
+    check_logprobs,
+    validate_request,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved.
 
-    truncated_tokens: cut off the beginning of the prompt. shown_token_ids: special tokens that the text shows, for a
-    parser.
+    truncated_tokens: cut off the beginning of the prompt. bad_words_token_ids: the token sequences of bad_words.
+    prompt_logprobs_start: index of the first prompt token whose log-probability counts.
+    shown_token_ids: special tokens that the text shows, for a parser.
     """
 
     request_id: str
@@ -30,6 +40,8 @@ class Prepared:
     max_tokens: int
     options: RequestOptions
     truncated_tokens: int = 0
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    prompt_logprobs_start: int = 1
     shown_token_ids: Set[int] = frozenset()
 
 
@@ -59,13 +71,24 @@ class Preparation:
         elif not request_id:
             raise ValueError("request_id is empty; leave it out to be given one")
         check_identity("request_id", request_id)
+        check_logprobs(params, self._limits)
         if params.stop and self._tokenizer is None:
             raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")
         kept = self._kept_tokens(params)
         token_ids, num_tokens = yield from self._encode_steps(prompt, params, kept)
         max_tokens = validate_request(token_ids, params, self._limits)
+        bad_words = bad_words_token_ids(params.bad_words, self._tokenizer, self._limits.vocab_size)
         truncated = num_tokens - len(token_ids)
-        return Prepared(request_id, token_ids, params, max_tokens, options, truncated, shown_token_ids)
+        return Prepared(
+            request_id,
+            token_ids,
+            params,
+            max_tokens,
+            options,
+            truncated,
+            bad_words,
+            shown_token_ids=shown_token_ids,
+        )
 
     def _kept_tokens(self, params: SamplingParams) -> int | None:
         """Returns the tokens at the end of a prompt to which it is truncated; None where that is not asked for.
@@ -125,6 +148,7 @@ class Preparation:
 
         Raises as `steps` does.
         """
+        check_logprobs(params, self._limits)
         if (kept := self._kept_tokens(params)) is not None:
             if not isinstance(prompt, str):
                 check_length(min(len(prompt), kept), params, self._limits)

@@ -60,8 +60,11 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
         max_model_len=max_model_len,
         page_size=config.cache.page_size,
         num_pages=2,
+        num_penalty_rows=config.scheduler.num_penalty_rows,
         packed=linear.kernels() if platform == "cpu" and packable(model, dtype) else "",
         attention=choose(platform, config.attention, use),
+        max_logprobs=min(config.logprobs.max_logprobs, model.vocab_size),
+        logprobs_mode=config.logprobs.logprobs_mode,
     )
     return dataclasses.replace(shapes, num_host_pages=_host_pages(config.cache.swap_space, shapes))
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxserve.config.logprobs_config import MAX_LOGPROBS
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.step_shape import StepShape
@@ -41,6 +42,7 @@ class RunnerInfo:
     memory: bytes of the device by purpose; they sum to all of its memory. num_host_pages: pages of host
     memory for swapped sequences. preemption_costs: measured at warm-up; None when swapping is impossible.
     tokens_per_step: maximum tokens of a decoding row in one step (`DecodeRows.counts`).
+    max_logprobs: likeliest ids of one position that a request may ask for.
     """
 
     vocab_size: int
@@ -64,6 +66,7 @@ class RunnerInfo:
     num_host_pages: int = 0
     preemption_costs: PreemptionCosts | None = None
     tokens_per_step: int = 1
+    max_logprobs: int = MAX_LOGPROBS
 
     @property
     def usable_pages(self) -> int:
@@ -122,7 +125,8 @@ class Runner(Protocol):
         ...
 
     def dispatch_forward(self, plan: StepPlan) -> Pending:
-        """Starts a step's page copies, page-table writes and forward program, and returns without waiting for them.
+        """Starts a step's page copies, page-table writes, forward program and the scoring of prompt tokens, and returns
+        without waiting for them.
 
         Rows may refer to ids of steps not collected yet.
 
@@ -156,7 +160,8 @@ class Runner(Protocol):
         ...
 
     def collect(self, pending: Pending) -> StepResult:
-        """Waits for a step and returns its sampled ids; this is the only place where the host waits for the device."""
+        """Waits for a step and returns its sampled ids, and the log-probabilities that it wants; this is the only place
+        where the host waits for the device."""
         ...
 
     def reset(self) -> None:

@@ -39,10 +39,11 @@ from jaxserve.scheduler.decode_gap import DecodeGap
 from jaxserve.scheduler.gap_monitor import CAUSES
 from jaxserve.scheduler.length_prediction import OutputLengthPredictor
 from jaxserve.scheduler.modes import MODES
-from jaxserve.scheduler.plan import FastForward, StepPlan, StepResult, Wants
+from jaxserve.scheduler.plan import NOT_FINITE, FastForward, StepPlan, StepResult, Wants
 from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.sampled_tokens import finish_reason, no_token, one_by_one, several
+from jaxserve.scheduler.scoring import read_scores, scored_tokens, with_logprobs
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import SequenceQueues
 from jaxserve.scheduler.step_builder import StepBuilder
@@ -240,6 +241,8 @@ class Scheduler:
         lost_pages = {copy.destination for copy in lost if copy.destination_tier is PageState.HOST}
         going_on = [sequence for name, sequence in self._sequences.items() if name not in self._barrier]
         preempted = [sequence for sequence in going_on if self._queues.restart(sequence, lost_pages)]
+        for sequence in going_on:
+            sequence.score_again()
         self._steady = False
         self._step_times.begins(None, 0.0)
         if self.decode_gap is not None:
@@ -303,7 +306,8 @@ class Scheduler:
         update = self._update(plan, result)
         if self.decode_gap is None or now is None:
             return update
-        orders = [self._sequences[request_id].order for request_id in update.request_ids]
+        going_on = update.request_ids if update.scored is None else update.request_ids + update.scored.request_ids
+        orders = [self._sequences[request_id].order for request_id in going_on]
         orders += [other.sequence.order for other in update.others if other.token_ids]
         gaps = self.decode_gap.collected(plan, orders, now)
         for other in update.others:
@@ -315,20 +319,39 @@ class Scheduler:
         token_ids = np.asarray(result.token_ids, np.int32)
         if len(token_ids) != plan.num_sampled:
             raise ValueError(f"step {plan.step} has {len(token_ids)} token ids; it sampled {plan.num_sampled} rows")
+        others = self._take_scores(plan, result) if len(plan.scores) else []
         if plan.decodes.counts is not None:
-            return self._update_several(plan, token_ids, result)
+            return self._update_several(plan, token_ids, result, others)
         request_ids, sampled = plan.decodes.request_ids, token_ids[: len(plan.decodes)]
         stay = self._queues.running.decoding.take(plan.decodes, plan.samples, sampled)
-        others = []
-        for request_id, order, token_id in one_by_one(plan, token_ids, ~stay):
+        for request_id, order, place, token_id in one_by_one(plan, token_ids, ~stay):
             sequence = self._owner(request_id, order)
             if sequence is not None:
-                others.append(self._take(sequence, (token_id,)))
+                others.append(with_logprobs(self._take(sequence, (token_id,)), result, place))
         if self._barrier:
             others += self._let_go()
+        scored = None
+        if result.logprobs is not None:
+            wanting = stay & plan.samples.wanting(Wants.LOGPROBS)[: len(stay)]
+            scored = scored_tokens(plan, sampled, wanting, result.logprobs, self._sequences)
+            stay = stay & ~wanting
         if not stay.all():
             request_ids, sampled = tuple(itertools.compress(request_ids, stay.tolist())), sampled[stay]
-        return StepUpdate(request_ids, sampled.tolist(), others)
+        return StepUpdate(request_ids, sampled.tolist(), others, scored=scored)
+
+    def _take_scores(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
+        """Hands the log-probabilities of prompt tokens to their sequences; returns the end of those whose are not
+        finite."""
+        failed = []
+        for request_id, order, scores in read_scores(plan, result):
+            sequence = self._owner(request_id, order)
+            if sequence is None:
+                continue
+            if np.isnan(scores.values).any():
+                failed.append(self._finish(sequence, FinishReason.ERROR, no_token(NOT_FINITE)))
+            else:
+                sequence.scores.append(scores.narrowed(sequence.request.prompt_logprobs or 0))
+        return failed
 
     def masked_sequences(self, plan: StepPlan) -> list[Sequence | None]:
         """Returns the sequence of each sample of `plan` that wants a mask, in order; None for those that have ended.
@@ -376,14 +399,15 @@ class Scheduler:
         self._barrier.check_integrity(set(self._sequences))
         self._queues.check_integrity(list(self._sequences.values()), self.pool)
 
-    def _update_several(self, plan: StepPlan, token_ids: np.ndarray, result: StepResult) -> StepUpdate:
+    def _update_several(
+        self, plan: StepPlan, token_ids: np.ndarray, result: StepResult, others: list[SequenceUpdate]
+    ) -> StepUpdate:
         """Does what `update` does, for a plan whose rows have several samples; `result.counts` says how many are
-        accepted."""
+        accepted. others: updates that the step has made already."""
         counts = np.zeros(0, np.int32) if result.counts is None else np.asarray(result.counts, np.int32)
         if len(counts) != len(plan.decodes):
             raise ValueError(f"step {plan.step} has {len(counts)} counts; it decoded {len(plan.decodes)} rows")
-        others = []
-        for request_id, order, planned, found in several(plan, token_ids, counts):
+        for request_id, order, place, planned, found in several(plan, token_ids, counts):
             sequence = self._owner(request_id, order)
             if sequence is None:
                 continue
@@ -393,7 +417,7 @@ class Scheduler:
             else:  # preempted meanwhile; computed again from the start, or swapped as if all had held
                 sequence.num_pending -= refused
                 sequence.num_computed -= refused if sequence.num_computed else 0
-            others.append(self._take(sequence, found))
+            others.append(with_logprobs(self._take(sequence, found), result, place))
         if self._barrier:
             others += self._let_go()
         return StepUpdate((), [], others)

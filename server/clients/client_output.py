@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from typing import Any
 
 from jaxserve.serving.clients.client_failures import Failure
-from jaxserve.serving.clients.client_results import Chunk, Completion, chunk_record
+from jaxserve.serving.clients.client_results import Chunk, Completion, record_of
+
+_OF_THE_END = ("finish_reason", "usage")
+"""Fields of a chunk that only the last one has."""
 
 
 class TextOutput:
@@ -63,16 +65,12 @@ class JsonOutput:
     def chunk(self, chunk: Chunk, news: bool) -> None:
         """Prints a piece of an answer, where these are wanted. news: does not matter here."""
         if self._events and chunk.finish_reason is None:
-            record = chunk_record(chunk)
-            self._print("chunk", {name: record[name] for name in ("request_id", "token_ids", "text")})
+            record = record_of(chunk)
+            self._print("chunk", {name: value for name, value in record.items() if name not in _OF_THE_END})
 
     def answer(self, prompt: str, completion: Completion) -> None:
         """Prints an answer."""
-        usage = dataclasses.asdict(completion.usage)
-        if not completion.usage.truncated_tokens:  # told where there are some
-            del usage["truncated_tokens"]
-        record = dataclasses.asdict(completion) | {"finish_reason": completion.finish_reason.value, "usage": usage}
-        self._print("answer", {"prompt": prompt} | record)
+        self._print("answer", {"prompt": prompt} | record_of(completion))
 
     def failure(self, failure: Failure, prompt: str | None = None) -> None:
         """Prints an error, with its prompt where it concerns one."""

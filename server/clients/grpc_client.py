@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.serving.clients.client_credentials import Credentials
-from jaxserve.serving.clients.client_results import Chunk, Completion, Conversation, Params, Prompt, Usage, join
+from jaxserve.serving.clients.client_results import (
+    Chunk,
+    Completion,
+    Conversation,
+    Params,
+    Prompt,
+    TokenLogprob,
+    Usage,
+    join,
+)
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
@@ -277,7 +286,19 @@ def _chunk(response: pb.GenerateResponse) -> Chunk:
         counts = response.usage
         usage = Usage(counts.prompt_tokens, counts.output_tokens, counts.cached_tokens, counts.truncated_tokens)
     reason = convert.reason_from_proto(response.finish_reason)
-    return Chunk(response.request_id, tuple(response.token_ids), response.text, reason, usage)
+    logprobs, prompt_logprobs = map(_logprobs, (response.logprobs, response.prompt_logprobs))
+    return Chunk(
+        response.request_id, tuple(response.token_ids), response.text, reason, usage, logprobs, prompt_logprobs
+    )
+
+
+def _logprobs(messages: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprob, ...]:
+    return tuple(
+        TokenLogprob(one.token_id, one.logprob, one.rank, tuple(zip(one.top_ids, one.top_logprobs, strict=True)))
+        if one.HasField("logprob")
+        else TokenLogprob(one.token_id)
+        for one in messages
+    )
 
 
 def _code(error: Any) -> grpc.StatusCode:

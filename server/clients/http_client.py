@@ -18,7 +18,16 @@ from typing import Any
 from jaxserve.config.plain_params import written
 from jaxserve.request import FinishReason, SamplingParams
 from jaxserve.serving.clients.client_credentials import Credentials
-from jaxserve.serving.clients.client_results import Chunk, Completion, Conversation, Params, Prompt, Usage, join
+from jaxserve.serving.clients.client_results import (
+    Chunk,
+    Completion,
+    Conversation,
+    Params,
+    Prompt,
+    TokenLogprob,
+    Usage,
+    join,
+)
 from jaxserve.serving.problem import Code
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -235,8 +244,10 @@ def generate_body(prompt: Prompt, params: Params) -> tuple[str, dict[str, Any]]:
 def _fields(params: SamplingParams | Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
     """Returns the fields of a body that say the sampling parameters."""
     fields = written(params)
-    if is_chat and "logprobs" in fields:  # in a chat it is a flag
-        fields |= {"logprobs": True, "top_logprobs": fields["logprobs"]}
+    if "logprobs" in fields:
+        fields["return_tokens_as_token_ids"] = True
+        if is_chat:  # there it is a flag
+            fields |= {"logprobs": True, "top_logprobs": fields["logprobs"]}
     return fields
 
 
@@ -264,7 +275,8 @@ def _chunks(events: Iterator[Any]) -> Iterator[Chunk]:
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or {}
             text = delta.get("content") if "delta" in choice else choice.get("text")
-            chunk = Chunk(request_id, tuple(choice.get("token_ids") or ()), text or "")
+            found = tuple(_logprobs(choice.get("logprobs") or {}))
+            chunk = Chunk(request_id, tuple(choice.get("token_ids") or ()), text or "", logprobs=found)
             if reason := choice.get("finish_reason"):
                 last = dataclasses.replace(chunk, finish_reason=FinishReason(reason))
             elif chunk.text or chunk.token_ids:
@@ -275,6 +287,22 @@ def _chunks(events: Iterator[Any]) -> Iterator[Chunk]:
             truncated = details.get("truncated_tokens") or 0
             yield dataclasses.replace(last, usage=Usage(*counts, truncated))
             return
+
+
+def _logprobs(found: dict[str, Any]) -> Iterator[TokenLogprob]:
+    """Yields the log-probabilities of a choice's tokens, which are spelled by their ids."""
+    for entry in found.get("content") or ():  # of a chat
+        top = tuple((_id_of(one["token"]), one["logprob"]) for one in entry["top_logprobs"])
+        yield TokenLogprob(_id_of(entry["token"]), entry["logprob"], top=top)
+    for token, value, others in zip(
+        *(found.get(name) or () for name in ("tokens", "token_logprobs", "top_logprobs")), strict=True
+    ):
+        top = sorted(((_id_of(other), other_value) for other, other_value in others.items()), key=lambda one: -one[1])
+        yield TokenLogprob(_id_of(token), value, top=tuple(top))
+
+
+def _id_of(token: str) -> int:
+    return int(token.removeprefix("token_id:"))
 
 
 def _error(status: int, content: bytes, retry_after: str | None) -> HttpCallError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from google.protobuf import message
@@ -12,7 +12,9 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from jaxserve.config.plain_params import params_of, written
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
+from jaxserve.frontend.delta import PromptLogprobs
 from jaxserve.frontend.openai_messages import parse_messages
+from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import FinishReason, RequestOptions, SamplingParams
 from jaxserve.serving.access.callers import Caller
 from jaxserve.serving.access.request_headers import request_options
@@ -30,8 +32,16 @@ _REASONS_BACK = {number: reason for reason, number in _REASONS.items()}
 _PARAMETERS = {field.name: field for field in pb.SamplingParams.DESCRIPTOR.fields}
 """Parameters of the wire format, each a row of the table of sampling fields, by name."""
 
+_MAPS = frozenset(
+    name for name, field in _PARAMETERS.items() if field.message_type and field.message_type.GetOptions().map_entry
+)
+"""Parameters that the wire holds as maps."""
+
 MAX_MESSAGES = 4096
 """Maximum number of messages of one conversation."""
+
+_MOST_LOGPROBS = 16 * 1024
+"""Maximum number of log-probabilities of a prompt in one response."""
 
 _SMALL = 64 * 1024
 """Size in bytes of a part of a request up to which its unknown fields may be listed."""
@@ -119,6 +129,33 @@ def deadline_from_proto(request: pb.GenerateRequest, call_deadline: float | None
     if not math.isfinite(request.deadline):
         raise ValueError(f"deadline is {request.deadline}; it must be a finite number of seconds since 1970")
     return request.deadline if call_deadline is None else min(request.deadline, call_deadline)
+
+
+def logprobs_to_proto(columns: LogprobColumns, token_ids: Sequence[int]) -> list[pb.TokenLogprobs]:
+    """Returns the messages of tokens, one for each of `token_ids`."""
+    rows = zip(
+        token_ids,
+        columns.values.tolist(),
+        columns.ranks.tolist(),
+        columns.top_ids.tolist(),
+        columns.top_values.tolist(),
+        strict=True,
+    )
+    return [
+        pb.TokenLogprobs(token_id=token_id, logprob=value, rank=rank, top_ids=top_ids, top_logprobs=top_values)
+        for token_id, value, rank, top_ids, top_values in rows
+    ]
+
+
+def prompt_logprobs_to_proto(prompt: PromptLogprobs) -> Iterator[list[pb.TokenLogprobs]]:
+    """Yields the messages of a prompt's tokens in blocks, each small enough for one response."""
+    columns, start = prompt.columns, prompt.start
+    block = [pb.TokenLogprobs(token_id=token_id) for token_id in prompt.token_ids[:start]]
+    size = max(1, _MOST_LOGPROBS // (1 + columns.width))
+    for begin in range(0, max(1, len(columns)), size):
+        part = columns.part(begin, begin + size)
+        yield block + logprobs_to_proto(part, prompt.token_ids[start + begin : start + begin + len(part)])
+        block = []
 
 
 def reason_to_proto(reason: FinishReason | None) -> pb.FinishReason:

@@ -110,7 +110,9 @@ def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
     if num_messages > MAX_MESSAGES:
         raise DecodeError(f"messages has more than {MAX_MESSAGES} messages; leave out old ones")
     if size > MAX_PARAMS_BYTES:
-        raise DecodeError(f"sampling_params has {size} bytes; at most {MAX_PARAMS_BYTES} are allowed: send fewer stops")
+        raise DecodeError(
+            f"sampling_params has {size} bytes; at most {MAX_PARAMS_BYTES} are allowed: send fewer stops or token ids"
+        )
     if not has_field(params, _TRUNCATE):
         check_prompt_bytes(*prompt)
 

@@ -23,7 +23,7 @@ from jaxserve.engine.messages import EngineReady, EngineStats
 from jaxserve.frontend.openai_chat import Chat
 from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.frontend.preparation_steps import Steps
-from jaxserve.request import FinishReason
+from jaxserve.request import FinishReason, ModelLimits, SamplingParams
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.grpc_port.call_interceptor import CallContext
 from jaxserve.serving.grpc_port.status import Status, status, status_of
@@ -123,13 +123,19 @@ class JaxServeService(pb_grpc.JaxServeServicer):
             owner=context.caller.name,
             trace=self._served.trace(metadata, "text_completion"),
         )
-        context.set_backlog(lambda: stream.num_unread * BYTES_PER_TOKEN)
-        updates = OutputUpdates(params.output_kind)
+        per_token = bytes_per_token(params, frontend.ready.limits)
+        context.set_backlog(lambda: stream.num_unread * per_token)
+        updates, prompt_logprobs = OutputUpdates(params.output_kind), None
         async with stream:  # left early, it aborts the request
             async for delta in stream:
+                prompt_logprobs = delta.prompt_logprobs or prompt_logprobs
                 update = updates.of(delta)
                 if update is None:
                     continue
+                if prompt_logprobs is not None:
+                    for block in convert.prompt_logprobs_to_proto(prompt_logprobs):
+                        await context.write(pb.GenerateResponse(request_id=delta.request_id, prompt_logprobs=block))
+                    prompt_logprobs = None
                 if delta.finish_reason is FinishReason.DEADLINE:  # what there is until then is not lost
                     await context.write(_response(update))
                 if delta.finish_reason is not None:
@@ -233,6 +239,12 @@ def _is_refusal(answer: Status) -> bool:
     return answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED and bool(answer.metadata)
 
 
+def bytes_per_token(params: SamplingParams, limits: ModelLimits) -> int:
+    """Returns the memory in bytes of an output token of a request that waits to be read."""
+    width = limits.resolved_logprobs(params.logprobs)
+    return BYTES_PER_TOKEN + (0 if width is None else 8 * (1 + width))
+
+
 def text_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, str]:
     """Returns a call's metadata by name; of a name that occurs twice the last value."""
     return {name: value for name, value in metadata if isinstance(value, str)}
@@ -249,6 +261,7 @@ def _response(delta: Any) -> pb.GenerateResponse:
         request_id=delta.request_id,
         token_ids=delta.token_ids,
         text=delta.text,
+        logprobs=() if delta.logprobs is None else convert.logprobs_to_proto(delta.logprobs, delta.token_ids),
     )
     if delta.finish_reason is not None:
         response.finish_reason = convert.reason_to_proto(delta.finish_reason)

@@ -17,7 +17,8 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from jaxserve.config.plain_params import params_of, plain_fields
 from jaxserve.config.shown import shown
-from jaxserve.frontend.delta import Delta
+from jaxserve.frontend.delta import Delta, PromptLogprobs
+from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import FinishReason, SamplingParams
 from jaxserve.serving.grpc_port.oversized import (
     LARGE,
@@ -157,14 +158,38 @@ def check_small(data: bytes) -> None:
 
 def chunk(delta: Delta) -> pb.GenerateResponse:
     """Returns the message that carries the new ids of a delta; its completion_tokens count these ids alone."""
+    prompt = delta.prompt_logprobs
     return pb.GenerateResponse(
         chunk=pb.GenerateStreamChunk(
             token_ids=delta.token_ids,
             prompt_tokens=delta.prompt_tokens,
             completion_tokens=len(delta.token_ids),
             cached_tokens=delta.cached_tokens,
+            output_logprobs=None if delta.logprobs is None else output_logprobs(delta.logprobs, delta.token_ids),
+            input_logprobs=None if prompt is None else input_logprobs(prompt),
         )
     )
+
+
+def output_logprobs(columns: LogprobColumns, token_ids: Sequence[int]) -> pb.OutputLogProbs:
+    """Returns the log-probabilities of output tokens."""
+    return pb.OutputLogProbs(token_logprobs=columns.values, token_ids=token_ids, top_logprobs=_top_logprobs(columns))
+
+
+def input_logprobs(prompt: PromptLogprobs) -> pb.InputLogProbs:
+    """Returns the log-probabilities of a prompt's tokens; the first has none."""
+    unknown, columns = prompt.start, prompt.columns
+    return pb.InputLogProbs(
+        token_logprobs=[pb.InputTokenLogProb()] * unknown
+        + [pb.InputTokenLogProb(value=value) for value in columns.values.tolist()],
+        token_ids=prompt.token_ids,
+        top_logprobs=[pb.TopLogProbs()] * unknown + _top_logprobs(columns),
+    )
+
+
+def _top_logprobs(columns: LogprobColumns) -> list[pb.TopLogProbs]:
+    pairs = zip(columns.top_values.tolist(), columns.top_ids.tolist(), strict=True)
+    return [pb.TopLogProbs(values=values, token_ids=token_ids) for values, token_ids in pairs]
 
 
 def complete(delta: Delta, output_ids: Sequence[int], params: SamplingParams) -> pb.GenerateResponse:

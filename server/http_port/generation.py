@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,15 @@ from jaxserve.config.http_config import HttpConfig
 from jaxserve.config.shown import shown
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.chat_format import ReplyPlan
-from jaxserve.frontend.delta import Delta, QueueFullError
+from jaxserve.frontend.delta import Delta, PromptLogprobs, QueueFullError
 from jaxserve.frontend.delta_stream import DeltaStream
 from jaxserve.frontend.openai import COMPLETIONS_URL, BodyRequest, Dialect, parse_body
+from jaxserve.frontend.openai_logprobs import LogprobShapes
 from jaxserve.frontend.openai_replies import ReplyMessage
 from jaxserve.frontend.openai_responses import Answer, response_body
 from jaxserve.frontend.output_kinds import OutputUpdates
-from jaxserve.request import RequestOutputKind, check_identity
+from jaxserve.logprob_columns import LogprobColumns
+from jaxserve.request import FinishReason, RequestOutputKind, check_identity, check_logprobs
 from jaxserve.serving.access.request_headers import request_options
 from jaxserve.serving.http_port.errors import check_model
 from jaxserve.serving.http_port.events import ChoiceEvents, ReplyEvents, StreamHead
@@ -142,6 +145,11 @@ class _Run:
         self._request_id = request_id
         self._created = int(time.time())
         self._has_text = frontend.tokenizer is not None and request.params.detokenize
+        self._shapes = LogprobShapes(
+            frontend.tokenizer if request.params.detokenize else None,
+            chat=request.chat is not None,
+            as_ids=request.tokens_as_ids,
+        )
         self._sending = asyncio.Lock()
         self._streams: list[DeltaStream] = []
         self._echoes: list[str] = []
@@ -152,6 +160,8 @@ class _Run:
         request, frontend = self._request, self._frontend
         asked = request.options
         with self._served.rejections():
+            name = "logprobs" if request.chat is None else "top_logprobs"
+            check_logprobs(request.params, frontend.ready.limits, name)
             options = request_options(
                 self._exchange.caller,
                 self._exchange.headers,
@@ -215,25 +225,49 @@ class _Run:
     async def _collected(self, index: int, stream: DeltaStream) -> Answer:
         texts = self._echoes[index : index + 1]
         token_ids: list[int] = []
+        logprobs: list[LogprobColumns] = []
+        prompt: PromptLogprobs | None = None
         last, message = Delta(""), ReplyMessage(self._plan) if self._plan.is_parsed else None
-        async for last in stream:
+        async for delta in stream:
+            last = self._shown(delta)
             texts.append(last.text)
-            token_ids.extend(last.token_ids)
             if message is not None:
                 message.add(last.text)
+            token_ids.extend(last.token_ids)
+            prompt = last.prompt_logprobs or prompt
+            if last.logprobs is not None:
+                logprobs.append(last.logprobs)
         check_delta(last)
-        answer = self._answer(last, "".join(texts), token_ids if self._request.return_token_ids else None)
+        request, answer = self._request, self._answer(last)
+        echoed = prompt if request.echo else None
+        answer = dataclasses.replace(
+            answer,
+            text="".join(texts),
+            token_ids=token_ids if request.return_token_ids else None,
+            logprobs=self._shapes.of(LogprobColumns.joined(logprobs), token_ids, prompt=echoed) if logprobs else None,
+            prompt_logprobs=self._shapes.of_prompt(prompt) if prompt and request.prompt_logprobs else None,
+        )
         return answer if message is None else message.finish(answer)
 
-    def _answer(self, last: Delta, text: str = "", token_ids: Sequence[int] | None = None) -> Answer:
+    def _shown(self, delta: Delta) -> Delta:
+        """Returns what an answer shows of a delta: nothing of the output where only the prompt is asked for."""
+        if not self._request.echo_only:
+            return delta
+        reason = FinishReason.LENGTH if delta.finish_reason is FinishReason.STOP else delta.finish_reason
+        logprobs = None if delta.logprobs is None else delta.logprobs.part(0, 0)
+        return dataclasses.replace(
+            delta, text="", token_ids=(), output_tokens=0, finish_reason=reason, logprobs=logprobs
+        )
+
+    def _answer(self, last: Delta) -> Answer:
+        """Returns the answer that ends with a delta, without its content."""
         assert last.finish_reason is not None  # a stream ends with one
         return Answer(
-            text,
+            "",
             last.finish_reason.value,
             last.prompt_tokens,
             last.output_tokens,
             last.cached_tokens,
-            token_ids,
             truncated_tokens=last.truncated_tokens,
         )
 
@@ -251,20 +285,29 @@ class _Run:
         await exchange.end_events(head.end(answers))
 
     def _events(self, head: StreamHead, index: int) -> ChoiceEvents | ReplyEvents:
-        token_ids = self._request.return_token_ids
+        request = self._request
+        logprobs = None if request.params.logprobs is None else self._shapes
         if self._plan.is_parsed:
-            return ReplyEvents(head, index, self._plan, token_ids=token_ids)
-        return ChoiceEvents(head, index, shows_all=not self._has_text, token_ids=token_ids)
+            return ReplyEvents(head, index, self._plan, token_ids=request.return_token_ids, logprobs=logprobs)
+        return ChoiceEvents(
+            head,
+            index,
+            shows_all=not self._has_text,
+            token_ids=request.return_token_ids,
+            logprobs=logprobs,
+            cumulative=request.params.output_kind is RequestOutputKind.CUMULATIVE,
+        )
 
     async def _pump(self, index: int, events: ChoiceEvents | ReplyEvents) -> Answer:
         """Sends the events of one choice to its end."""
         send, last = self._send, None
         updates = OutputUpdates(self._request.params.output_kind)
-        async for delta in self._streams[index]:
+        async for whole in self._streams[index]:
+            delta = self._shown(whole)
             if delta.finish_reason is not None:
                 check_delta(delta)
             if last is None and self._echoes and isinstance(events, ChoiceEvents):  # only completions have them
-                await send(events.echo(self._echoes[index]))
+                await send(events.echo(self._echoes[index], delta.prompt_logprobs))
             last = delta
             update = updates.of(delta)
             if update is not None and (data := events.of(update)):

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxserve.config.http_config import HttpConfig
 from jaxserve.config.plain_params import Form, PlainField, plain_fields
-from jaxserve.config.sampling_fields import MAX_INT32, Flag, Ids, Number, Texts, Whole, word_of
+from jaxserve.config.sampling_fields import MAX_INT32, Biases, Flag, Ids, Number, Texts, Whole, word_of
 from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, field_names, neutral_values
 from jaxserve.request import MAX_ID_LENGTH
 from jaxserve.serving.access.callers import Anybody
@@ -90,6 +90,7 @@ class _Limits:
     def __init__(self, served: ServedModel):
         limits = None if served.frontend is None else served.frontend.ready.limits
         self.context = MAX_INT32 if limits is None else limits.max_model_len
+        self.max_logprobs = MAX_INT32 if limits is None else limits.max_logprobs
         self.token_id: Schema = {
             "type": "integer",
             "minimum": 0,
@@ -154,6 +155,10 @@ def _one_model(name: str) -> Schema:
 def _body(url: str, limits: _Limits, config: HttpConfig) -> Schema:
     """Returns the schema of a body to one of openai.URLS."""
     fields = {name: _of_param(field, limits) | {"description": field.row.meaning} for name, field in _PARAMS.items()}
+    logprobs = _whole(-1, limits.max_logprobs)
+    fields |= {name: fields[name] | {"maximum": limits.max_logprobs} for name in ("logprobs", "prompt_logprobs")}
+    if url == CHAT_URL:
+        fields |= {"logprobs": dict(_FLAG), "top_logprobs": logprobs | {"description": "needs logprobs"}}
     fields |= {name: {"enum": list(values)} for name, values in neutral_values(url).items()}
     fields |= {
         "model": limits.model,
@@ -162,6 +167,7 @@ def _body(url: str, limits: _Limits, config: HttpConfig) -> Schema:
         "stream": _FLAG,
         "stream_options": _object({"include_usage": _FLAG, "include_obfuscation": _FLAG}),
         "return_token_ids": _FLAG,
+        "return_tokens_as_token_ids": _FLAG,
         "request_id": _NAME | {"minLength": 1},
         "tenant": _NAME,
         "cache_salt": _NAME,
@@ -228,8 +234,12 @@ def _of_param(field: PlainField, limits: _Limits) -> Schema:
         case Texts(max_items, max_length):
             text = {"type": "string", "minLength": 1, "maxLength": max_length}
             return {"anyOf": [text, {"type": "array", "items": text, "maxItems": max_items}]}
-        case Ids(max_items):
-            return {"type": "array", "items": limits.token_id, "maxItems": max_items}
+        case Ids(max_items, least_items):
+            return {"type": "array", "items": limits.token_id, "minItems": least_items, "maxItems": max_items}
+        case Biases(max_items, low, high):
+            number = {"type": "number", "minimum": low, "maximum": high}
+            keys = {"type": "string", "pattern": "^[0-9]{1,10}$"}
+            return {"type": "object", "propertyNames": keys, "additionalProperties": number, "maxProperties": max_items}
     match field.form:
         case Form.WORD:
             return {"enum": [word_of(member) for member in field.type]}

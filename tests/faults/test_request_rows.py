@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import struct
 
 import grpc
 import pytest
@@ -106,10 +105,14 @@ def test_fault_05_a_field_for_many_samples(tokenizer):
 
 def test_fault_06_numbers_that_are_not_finite_or_out_of_range(tokenizer):
     values = (float("nan"), float("inf"), float("-inf"), -0.5)
-    names = ("temperature", "top_p", "min_p")
+    names = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty")
     cases = [(sampling(**{name: value}), f"{name} is {value}") for value in values for name in names]
     cases.append((sampling(top_k=-2), "top_k is -2"))
-    cases.append((with_field(12, struct.pack("<d", float("nan"))), "unknown field 12"))  # a penalty, one day
+    cases += [
+        (sampling(**{name: value}), f"{name} is {value}")
+        for value in (float("nan"), 2.5)
+        for name in ("presence_penalty", "frequency_penalty")
+    ]
     refused(tokenizer, Code.INVALID_ARGUMENT, *cases)
 
 
@@ -161,21 +164,26 @@ def test_fault_09_too_many_stop_strings_or_an_empty_one(tokenizer):
 
 
 def test_fault_10_a_logit_bias(tokenizer):
-    """jaxserve.v1 has none yet: neither ids out of the vocabulary nor huge numbers get any further."""
-    entries = [struct.pack("<qd", token_id, bias) for token_id, bias in ((-1, 1.0), (2**40, 1.0), (5, 1e300))]
-    refused(tokenizer, Code.INVALID_ARGUMENT, *((with_field(20, entry), "unknown field 20") for entry in entries))
+    refused(
+        tokenizer,
+        Code.INVALID_ARGUMENT,
+        (sampling(logit_bias={-1: 1.0}), "logit_bias id is -1; it must be from 0"),
+        (sampling(logit_bias={VOCAB_SIZE: 1.0}), f"logit_bias has {VOCAB_SIZE}"),
+        (sampling(logit_bias={5: 1e300}), "logit_bias[5] is 1e+300; it must be at least -100 and at most 100"),
+        (sampling(logit_bias=dict.fromkeys(range(1025), 1.0)), "logit_bias has 1025 ids; at most 1024 are allowed"),
+    )
 
 
 def test_fault_11_a_grammar(tokenizer):
     """Not supported yet, and not read: however deep it is nested, and whatever regular expression it holds."""
     payloads = (b"(" * 60_000, b'{"pattern": "' + b"(a*)*" * 5_000 + b'b"}')
-    refused(tokenizer, Code.INVALID_ARGUMENT, *((with_field(21, payload), "unknown") for payload in payloads))
+    refused(tokenizer, Code.INVALID_ARGUMENT, *((with_field(27, payload), "unknown") for payload in payloads))
 
 
 def test_fault_12_many_different_schemas(tokenizer):
     """Not supported yet, and none is kept."""
     schemas = [b'{"type": "object", "title": "%d"}' % number for number in range(50)]
-    refused(tokenizer, Code.INVALID_ARGUMENT, *((with_field(22, schema), "unknown field 22") for schema in schemas))
+    refused(tokenizer, Code.INVALID_ARGUMENT, *((with_field(27, schema), "unknown field 27") for schema in schemas))
 
 
 def test_fault_13_a_message_over_the_size_limit(tokenizer):
@@ -284,9 +292,12 @@ def test_fault_28_control_characters_in_names_are_escaped_in_logs(tokenizer, cap
 
 
 def test_fault_32_logprobs_are_refused_before_any_work(tokenizer):
-    """jaxserve.v1 has no logprobs yet: ten thousand ids of them are an unknown field."""
-    payload = b"".join(_varint(number) for number in range(10_000))
-    refused(tokenizer, Code.INVALID_ARGUMENT, (with_field(13, payload), "unknown"))
+    cases = [
+        (sampling(**{name: value}), f"{name} is {value}; {words}")
+        for name in ("logprobs", "prompt_logprobs")
+        for value, words in ((10_000, "this server returns at most max_logprobs 20 ids"), (-2, "it must be from -1"))
+    ]
+    refused(tokenizer, Code.INVALID_ARGUMENT, *cases)
 
 
 def test_fault_38_clients_that_retry_for_ever_are_refused_and_cost_the_others_nothing(tokenizer):

@@ -27,6 +27,16 @@ def test_unset_parameters_have_the_defaults_of_sampling_params():
             stop_token_ids=(1, 2),
             ignore_eos=True,
         ),
+        SamplingParams(
+            typical_p=0.5,
+            presence_penalty=-2.0,
+            frequency_penalty=0.25,
+            repetition_penalty=1.5,
+            logit_bias={7: -100.0, 3: 0.5},  # type: ignore[arg-type]
+            allowed_token_ids=(5, 3, 7),
+            bad_words=("a", " b"),
+            seed=-(2**63),
+        ),
     ],
 )
 def test_parameters_survive_the_wire(params):
@@ -42,6 +52,9 @@ def test_every_parameter_of_the_wire_is_a_row_of_the_table_with_its_default():
         default = SAMPLING_FIELDS[field.name].default
         if field.enum_type is not None:
             assert default is None, f"{field.name} unset on the wire is none"
+            continue
+        if field.name == "allowed_token_ids":
+            assert default is None  # and no list of it is empty, so that an empty one is unset
             continue
         unset = () if field.is_repeated else field.default_value
         assert field.has_presence or default == unset, f"{field.name} unset on the wire is {unset}, not {default}"
@@ -65,7 +78,14 @@ def test_a_parameter_that_the_wire_does_not_have_is_refused_unless_it_asks_for_n
         (pb.SamplingParams(top_p=0), "top_p"),
         (pb.SamplingParams(min_p=math.nan), "min_p"),
         (pb.SamplingParams(top_k=-2), "top_k"),
-        (pb.SamplingParams(seed=-1), "seed"),
+        (pb.SamplingParams(typical_p=0), "typical_p"),
+        (pb.SamplingParams(presence_penalty=3), "presence_penalty"),
+        (pb.SamplingParams(frequency_penalty=math.nan), "frequency_penalty"),
+        (pb.SamplingParams(repetition_penalty=0), "repetition_penalty"),
+        (pb.SamplingParams(logit_bias={1: 200}), r"logit_bias\[1\]"),
+        (pb.SamplingParams(logit_bias={-1: 1}), "logit_bias id"),
+        (pb.SamplingParams(allowed_token_ids=[-1]), "allowed_token_ids"),
+        (pb.SamplingParams(bad_words=[""]), "bad_words"),
         (pb.SamplingParams(max_tokens=0), "max_tokens"),
         (pb.SamplingParams(max_tokens=-5), "max_tokens"),
         (pb.SamplingParams(max_tokens=2**31), "max_tokens"),

@@ -119,7 +119,7 @@ def test_the_zero_of_a_sampling_parameter(name):
     assert pb.SamplingParams.FromString(proto.SerializeToString()) == proto
     if meaning == "unset":
         assert convert.params_from_proto(proto) == UNSET
-    elif name in ("temperature", "seed", "logprobs", "prompt_logprobs") and name in SAMPLING_FIELDS:
+    elif name in ("temperature", "seed", "logprobs", "prompt_logprobs"):
         assert convert.params_from_proto(proto) == SamplingParams(**{name: 0})
     elif OWN_NAMES.get(name) not in SAMPLING_FIELDS:
         assert field.has_presence
@@ -160,7 +160,6 @@ def test_values_that_ask_for_nothing_are_accepted():
         (pb.SamplingParams(frequency_penalty=math.nan), "frequency_penalty"),
         (pb.SamplingParams(n=10**9), "n"),
         (pb.SamplingParams(max_tokens=2**31), "max_tokens"),
-        (pb.SamplingParams(seed=-1), "seed"),
         (pb.SamplingParams(stop=[""]), "stop"),
         (pb.SamplingParams(stop=["x"] * 10_000), "stop"),
         (pb.SamplingParams(stop_token_ids=[2**32 - 1]), "stop_token_ids"),
