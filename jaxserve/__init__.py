@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.request import RequestOutputKind, SamplingParams
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from jaxserve.llm import LLM
 
-__all__ = ["LLM", "RequestOutputKind", "SamplingParams"]
+__all__ = ["LLM", "RequestOutputKind", "SamplingParams", "StructuredOutputsParams"]
 __version__ = "0.1.0"
 
 

@@ -32,6 +32,7 @@ from jaxserve.config import gin_config
 from jaxserve.config.changed import changed_settings
 from jaxserve.config.logprobs_config import LogprobsConfig
 from jaxserve.config.settings import ServerConfig
+from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.batch_errors import BatchFileError, LineError, reason
@@ -77,6 +78,7 @@ class BatchRun:
         seed: base of the seeds of requests that set none.
         settings: everything else that determines the tokens; results keep a digest of it.
         check_stop: called after each step; may raise.
+        grammars: bounds the grammars of structured outputs.
     """
 
     def __init__(
@@ -88,9 +90,10 @@ class BatchRun:
         *,
         settings: str = "",
         check_stop: Callable[[], None] = lambda: None,
+        grammars: StructuredOutputsConfig = StructuredOutputsConfig(),
     ):
         self._client = client
-        self._front_end = FrontEnd(client, tokenizer, seed=seed)
+        self._front_end = FrontEnd(client, tokenizer, seed=seed, grammars=grammars)
         self._model = model
         self._seed = seed
         self._settings = _settings_digest(model, seed, settings)
@@ -294,7 +297,13 @@ class _Job:
             _say(defaults_line(defaults))
         with _closing(lambda: _close(client, engine.composition_dir)):
             self._run = run = BatchRun(
-                client, tokenizer, _model_name(config), engine.seed, settings=_settings(config), check_stop=check_stop
+                client,
+                tokenizer,
+                _model_name(config),
+                engine.seed,
+                settings=_settings(config),
+                check_stop=check_stop,
+                grammars=engine.structured_outputs,
             )
             self.under_way = True
             bar = TokenBar(self._total, self._done_before, unit="line")

@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxserve.config.plain_params import params_of
 from jaxserve.config.settings import EngineConfig
+from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.continuations import SCORING, ScoreOutput, continued
@@ -87,7 +88,12 @@ class LLM:
         elif model is not None or options:
             raise ValueError("client is an engine that is already running; it takes no model or engine options")
         self._client = client
-        self._front_end = FrontEnd(client, tokenizer, seed=0 if config is None else config.seed)
+        self._front_end = FrontEnd(
+            client,
+            tokenizer,
+            seed=0 if config is None else config.seed,
+            grammars=StructuredOutputsConfig() if config is None else config.structured_outputs,
+        )
         self._ids = itertools.count()
 
     @property

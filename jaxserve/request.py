@@ -29,6 +29,7 @@ from jaxserve.config.sampling_fields import (
     sampling,
 )
 from jaxserve.config.shown import shown
+from jaxserve.structured_outputs import StructuredOutputs, StructuredOutputsParams
 
 MAX_ID_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 16
@@ -289,6 +290,12 @@ class SamplingParams(RowSampling):
             "the end; none: cumulative in Python, delta elsewhere",
         ),
     )
+    structured_outputs: StructuredOutputsParams | None = field(
+        default=None,
+        metadata=sampling(
+            StructuredOutputs(), "a grammar that the output follows, see [structured outputs](structured_outputs.md)"
+        ),
+    )
 
     def __post_init__(self) -> None:
         for name, row in SAMPLING_FIELDS.items():
@@ -419,6 +426,7 @@ class EngineRequest(RowSampling):
     without which it cannot be complete, whatever is sampled. bad_words_token_ids: sequences that the output must not
     have; each token that would complete one is forbidden. logprobs, prompt_logprobs: resolved (never -1).
     prompt_logprobs_start: index of the first prompt token of which they are wanted; the first token of all has none.
+    grammar: of its output, as llguidance takes it; empty where it has none.
     """
 
     request_id: str
@@ -434,6 +442,7 @@ class EngineRequest(RowSampling):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     prompt_logprobs_start: int = 1
+    grammar: str = ""
 
 
 def check_logprobs(params: SamplingParams, limits: ModelLimits, name_of_output: str = "logprobs") -> None:

@@ -19,6 +19,7 @@ from jaxserve.config.http_config import HttpConfig
 from jaxserve.config.logprobs_config import LogprobsConfig
 from jaxserve.config.queue_limits import QueueConfig
 from jaxserve.config.scheduling import MIN_BUCKET, SchedulerConfig
+from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.config.tracing_config import TracingConfig
 from jaxserve.models.config import ModelConfig
 
@@ -90,6 +91,7 @@ class EngineConfig:
     token_buckets, row_buckets: sizes that steps are padded to; None is powers of two from 8 to the limits, on
         CPUs with the sizes halfway between them.
     attention: implementation of paged attention; "auto" chooses by platform.
+    structured_outputs: bounds the grammars of requests.
     compilation_cache_dir: where compiled programs are kept for the next start (`~` is the home directory); "auto" is
     jaxserve/programs in XDG_CACHE_HOME or ~/.cache, None keeps none. The directory must be this user's alone. Entries
     are found by all that decides a program, jax's version and the device among it, so a stale one is never used.
@@ -120,6 +122,7 @@ class EngineConfig:
     cache: CacheConfig = CacheConfig()
     chat: ChatConfig = ChatConfig()
     logprobs: LogprobsConfig = LogprobsConfig()
+    structured_outputs: StructuredOutputsConfig = StructuredOutputsConfig()
     token_buckets: tuple[int, ...] | None = None
     row_buckets: tuple[int, ...] | None = None
     attention: str = "auto"

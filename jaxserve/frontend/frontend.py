@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence, Set
 
 from jaxserve.config.failpoints import Failpoints
 from jaxserve.config.shown import shown_seconds
+from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.engine.channel import EngineSender
 from jaxserve.engine.messages import (
     AbortRequest,
@@ -61,6 +62,7 @@ class FrontEnd:
         failpoints: as `EngineConfig.failpoints`; only those at "detokenize" count here.
         admission: decides which requests are let in; None bounds their number alone.
         metrics: what requests are counted in; None counts nothing.
+        grammars: bounds the grammars of structured outputs.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class FrontEnd:
         failpoints: Sequence[str] = (),
         admission: Admission | None = None,
         metrics: RequestMeter | None = None,
+        grammars: StructuredOutputsConfig = StructuredOutputsConfig(),
     ):
         self._client = client
         self._metrics = metrics
@@ -82,7 +85,7 @@ class FrontEnd:
         self._admission = admission
         ready = client.ready
         self._limits = ready.limits
-        self._preparation = Preparation(tokenizer, ready.limits)
+        self._preparation = Preparation(tokenizer, ready.limits, grammars)
         self._max_open = ready.max_num_waiting + ready.max_num_seqs
         self._requests = OpenRequests()
         self._stats = EngineStats()
@@ -248,6 +251,7 @@ class FrontEnd:
             logprobs=self._limits.resolved_logprobs(params.logprobs),
             prompt_logprobs=self._limits.resolved_logprobs(params.prompt_logprobs),
             prompt_logprobs_start=prepared.prompt_logprobs_start,
+            grammar=prepared.grammar,
         )
         try:
             self._client.send(AddRequest(request))
@@ -459,5 +463,7 @@ class FrontEnd:
 
 def _needed_tokens(prepared: Prepared, stop_token_ids: tuple[int, ...]) -> int:
     """Returns the output tokens that the request takes at least: all, where neither token nor text can stop it."""
+    if prepared.grammar:
+        return 1  # it ends where its grammar does
     endless = not stop_token_ids and not prepared.params.stop
     return prepared.max_tokens if endless else max(1, prepared.params.min_tokens)

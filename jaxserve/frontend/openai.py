@@ -40,16 +40,11 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     # vLLM's
     "chat_template": (),
     "documents": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
     "mm_processor_kwargs": ({},),
     "prompt_embeds": (),
-    "structured_outputs": (),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
 }

@@ -8,12 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxserve.config.plain_params import params_of, plain_fields
-from jaxserve.config.shown import shown
 from jaxserve.frontend.openai_checks import checked_flag
+from jaxserve.frontend.openai_structured import FORMAT_FIELDS, parse_structured_outputs
 from jaxserve.request import SAMPLING_FIELDS, SamplingParams
-
-_GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
-"""Fields of structured_outputs by older names of vLLM's."""
 
 _LOGPROBS, _TOP_LOGPROBS, _STRUCTURED = "logprobs", "top_logprobs", "structured_outputs"
 
@@ -25,9 +22,7 @@ def sampling_names(is_chat: bool) -> set[str]:
         names.add("max_completion_tokens")
         if _LOGPROBS in names:
             names.add(_TOP_LOGPROBS)
-    if _STRUCTURED in names:
-        names |= _GUIDED.keys()
-    return names
+    return names | set(FORMAT_FIELDS)
 
 
 def parse_params(fields: Mapping[str, Any], is_chat: bool, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -45,8 +40,8 @@ def parse_params(fields: Mapping[str, Any], is_chat: bool, defaults: Mapping[str
             _read_top_logprobs(fields, values)
         elif values.get(_LOGPROBS) is False:  # a chat's way to ask for none
             del values[_LOGPROBS]
-    if _STRUCTURED in plain_fields():
-        _read_guided(fields, values)
+    if (structured := parse_structured_outputs(fields)) is not None:
+        values[_STRUCTURED] = structured
     return params_of(values, defaults)
 
 
@@ -58,13 +53,3 @@ def _read_top_logprobs(fields: Mapping[str, Any], values: dict[str, Any]) -> Non
         values[_LOGPROBS] = number
     elif number:
         raise ValueError(f"top_logprobs is {number}; it needs logprobs: set logprobs to true")
-
-
-def _read_guided(fields: Mapping[str, Any], values: dict[str, Any]) -> None:
-    given = {of: fields[name] for name, of in _GUIDED.items() if name in fields}
-    if not given:
-        return
-    if _STRUCTURED in values:
-        names = ", ".join(name for name in _GUIDED if name in fields)
-        raise ValueError(f"{_STRUCTURED} is {shown(values[_STRUCTURED])} and {names} is given; give one of them")
-    values[_STRUCTURED] = given

@@ -9,9 +9,11 @@ import dataclasses
 import uuid
 from collections.abc import Sequence, Set
 
+from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.frontend.bad_words import bad_words_token_ids
 from jaxserve.frontend.chat_text import RenderedText
 from jaxserve.frontend.encoding import SHORT_TEXT
+from jaxserve.frontend.grammar_checker import GrammarChecker
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import (
@@ -30,8 +32,8 @@ class Prepared:
     """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved.
 
     truncated_tokens: cut off the beginning of the prompt. bad_words_token_ids: the token sequences of bad_words.
-    prompt_logprobs_start: index of the first prompt token whose log-probability counts.
-    shown_token_ids: special tokens that the text shows, for a parser.
+    prompt_logprobs_start: index of the first prompt token whose log-probability counts. grammar: of the output,
+    checked; empty where it has none. shown_token_ids: special tokens that the text shows, for a parser.
     """
 
     request_id: str
@@ -42,15 +44,28 @@ class Prepared:
     truncated_tokens: int = 0
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     prompt_logprobs_start: int = 1
+    grammar: str = ""
     shown_token_ids: Set[int] = frozenset()
 
 
 class Preparation:
-    """Validates and tokenizes requests to one engine. Thread-safe. tokenizer: None refuses texts and stop strings."""
+    """Validates and tokenizes requests to one engine. Thread-safe.
 
-    def __init__(self, tokenizer: Tokenizer | None, limits: ModelLimits):
+    Args:
+        tokenizer: None refuses texts, stop strings and structured outputs.
+        limits: of the engine.
+        config: bounds the grammars of structured outputs.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        limits: ModelLimits,
+        config: StructuredOutputsConfig = StructuredOutputsConfig(),
+    ):
         self._tokenizer = tokenizer
         self._limits = limits
+        self._grammars = None if tokenizer is None else GrammarChecker(tokenizer.directory, config)
 
     def steps(
         self,
@@ -74,11 +89,17 @@ class Preparation:
         check_logprobs(params, self._limits)
         if params.stop and self._tokenizer is None:
             raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")
+        grammar = self.known_grammar(params)
         kept = self._kept_tokens(params)
         token_ids, num_tokens = yield from self._encode_steps(prompt, params, kept)
         max_tokens = validate_request(token_ids, params, self._limits)
         bad_words = bad_words_token_ids(params.bad_words, self._tokenizer, self._limits.vocab_size)
         truncated = num_tokens - len(token_ids)
+        if grammar is None:
+            assert self._grammars is not None
+            assert params.structured_outputs is not None
+            yield 0  # it waits for a process
+            grammar = self._grammars.check(params.structured_outputs)
         return Prepared(
             request_id,
             token_ids,
@@ -87,8 +108,20 @@ class Preparation:
             options,
             truncated,
             bad_words,
+            grammar=grammar,
             shown_token_ids=shown_token_ids,
         )
+
+    def known_grammar(self, params: SamplingParams) -> str | None:
+        """Returns the checked grammar of a request, "" where it has none, and None where it has yet to be checked,
+        which may take seconds. Raises ValueError for one that is refused unread."""
+        structured = params.structured_outputs
+        if structured is None:
+            return ""
+        if self._grammars is None:
+            raise ValueError("structured_outputs need a tokenizer, and this server has none; leave them out")
+        self._grammars.check_size(structured)
+        return self._grammars.known(structured)
 
     def _kept_tokens(self, params: SamplingParams) -> int | None:
         """Returns the tokens at the end of a prompt to which it is truncated; None where that is not asked for.

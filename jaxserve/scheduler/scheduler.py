@@ -170,6 +170,10 @@ class Scheduler:
         """Returns the ids of the unfinished requests, in order of arrival."""
         return list(self._sequences)
 
+    def __contains__(self, request_id: str) -> bool:
+        """Tells whether a request is unfinished."""
+        return request_id in self._sequences
+
     def add(self, request: EngineRequest, wants: Wants = Wants.NONE) -> Sequence:
         """Puts a request in the waiting queue.
 
@@ -219,6 +223,15 @@ class Scheduler:
         """
         sequence = self._sequences.get(request_id)
         return None if sequence is None else self._finish(sequence, FinishReason.ERROR, error)
+
+    def complete(self, request_id: str) -> SequenceUpdate | None:
+        """Ends a request whose output is complete, so that no token can follow, with STOP.
+
+        The token that a step in flight samples for it is dropped at `update`. Returns None when the id is not (or no
+        longer) known.
+        """
+        sequence = self._sequences.get(request_id)
+        return None if sequence is None else self._end(sequence, FinishReason.STOP, ())
 
     @property
     def lost_copies(self) -> tuple[PageCopy, ...]:

@@ -30,8 +30,7 @@ from jaxserve.serving.grpc_port.oversized import (
 )
 from jaxserve.serving.grpc_port.proto_values import read_fields
 
-_STRUCTURED = "structured_outputs"
-_CONSTRAINTS: Mapping[str, str] = {
+CONSTRAINTS: Mapping[str, str] = {
     "json_schema": "json",
     "regex": "regex",
     "grammar": "grammar",
@@ -49,7 +48,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "repetition_penalty": (1.0,),
     "frequency_penalty": (0.0,),
     "presence_penalty": (0.0,),
-    "json_object": (False,),
 }
 """Values, beside unset, that ask for nothing of sampling parameters that the engine may lack."""
 
@@ -79,10 +77,10 @@ def params_from_proto(proto: pb.SamplingParams, defaults: Mapping[str, Any] = {}
         name = field.name
         if name in rows:
             values[name] = plain[name]
-        elif name in _CONSTRAINTS and _STRUCTURED in rows:
+        elif name in CONSTRAINTS:
             if not (name == "json_object" and not value):
-                values[_STRUCTURED] = {_CONSTRAINTS[name]: plain[name]}
-        elif name != _FIRST_TOKEN or _STRUCTURED not in rows:
+                values["structured_outputs"] = {CONSTRAINTS[name]: plain[name]}
+        elif name != _FIRST_TOKEN:
             _refuse_unless_neutral(field, value, NEUTRAL)
     return params_of(values, defaults)
 

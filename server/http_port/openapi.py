@@ -13,9 +13,10 @@ from jaxserve.request import MAX_ID_LENGTH
 from jaxserve.serving.access.callers import Anybody
 from jaxserve.serving.access.request_headers import PRIORITY, TENANT, TIMEOUT
 from jaxserve.serving.http_port.exchange import REQUEST_ID
-from jaxserve.serving.http_port.openapi_chat import chat_fields, reply_fields
+from jaxserve.serving.http_port.openapi_chat import chat_fields, closed, reply_fields
 from jaxserve.serving.http_port.routes.tokens import MAX_DETOKENIZED
 from jaxserve.serving.served_model import ServedModel
+from jaxserve.structured_outputs import MAX_CHOICES
 
 Schema = dict[str, Any]
 
@@ -173,6 +174,7 @@ def _body(url: str, limits: _Limits, config: HttpConfig) -> Schema:
         "cache_salt": _NAME,
         "priority": _whole(-MAX_INT32, MAX_INT32) | {"description": "lower is more urgent, as in vLLM"},
         "deadline": {"type": "number", "description": "seconds since 1970"},
+        **_structured_fields(),
     }
     if url == COMPLETIONS_URL:
         ids = {"type": "array", "items": limits.token_id, "minItems": 1, "maxItems": limits.context - 1}
@@ -185,6 +187,30 @@ def _body(url: str, limits: _Limits, config: HttpConfig) -> Schema:
     names = set(field_names(url))
     body = _object({name: schema for name, schema in fields.items() if name in names}, required=own)
     return body | {"additionalProperties": True} if config.allow_unknown_fields else body
+
+
+def _structured_fields() -> Schema:
+    """Returns the schemas of the fields that constrain an output, of which a body has one."""
+    text = _TEXT | {"minLength": 1}
+    schema: Schema = {"anyOf": [{"type": "object"}, text]}
+    choices = {"type": "array", "items": text, "minItems": 1, "maxItems": MAX_CHOICES}
+    named = {"type": "object", "required": ["schema"], "properties": {"name": _TEXT, "schema": {"type": "object"}}}
+    formats: list[Schema] = [
+        closed({"type": {"enum": ["text", "json_object"]}}, "type"),
+        closed({"type": {"const": "json_schema"}, "json_schema": named}, "type", "json_schema"),
+        {"required": ["type"], "properties": {"type": {"const": "structural_tag"}}},
+    ]
+    kinds = {"json": schema, "regex": text, "choice": choices, "grammar": text, "structural_tag": schema}
+    options = {"disable_any_whitespace": _FLAG, "disable_additional_properties": _FLAG, "whitespace_pattern": text}
+    return {
+        "structured_outputs": _object({**kinds, "json_object": _FLAG, **options}),
+        "response_format": {"type": "object", "anyOf": formats},
+        "guided_json": schema,
+        "guided_regex": text,
+        "guided_choice": choices,
+        "guided_grammar": text,
+        "guided_whitespace_pattern": text,
+    }
 
 
 def _tokenize(limits: _Limits) -> Schema:

@@ -33,8 +33,8 @@ def reply_fields() -> dict[str, Schema]:
 
 
 def _message() -> Schema:
-    part = _closed({"type": {"const": "text"}, "text": _TEXT}, "type", "text")
-    return _closed(
+    part = closed({"type": {"const": "text"}, "text": _TEXT}, "type", "text")
+    return closed(
         {
             "role": {"enum": ["user", "system", "developer", "assistant", "tool"]},
             "content": {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": part}]},
@@ -48,9 +48,9 @@ def _message() -> Schema:
 
 def _calling_message() -> Schema:
     """Returns the schema of an assistant's message with calls or reasoning."""
-    function = _closed({"name": _TEXT, "arguments": _TEXT}, "name", "arguments")
-    call = _closed({"id": _TEXT, "type": {"const": "function"}, "function": function}, "function")
-    return _closed(
+    function = closed({"name": _TEXT, "arguments": _TEXT}, "name", "arguments")
+    call = closed({"id": _TEXT, "type": {"const": "function"}, "function": function}, "function")
+    return closed(
         {
             "role": {"const": "assistant"},
             "content": {"type": ["string", "null"]},
@@ -64,21 +64,21 @@ def _calling_message() -> Schema:
 
 
 def _tool() -> Schema:
-    function = _closed({"name": _NAME, "description": _TEXT, "parameters": {"type": "object"}, "strict": _FLAG}, "name")
-    return _closed({"type": {"const": "function"}, "function": function}, "type", "function")
+    function = closed({"name": _NAME, "description": _TEXT, "parameters": {"type": "object"}, "strict": _FLAG}, "name")
+    return closed({"type": {"const": "function"}, "function": function}, "type", "function")
 
 
 def _choice() -> Schema:
-    named = _closed({"type": {"const": "function"}, "function": _closed({"name": _NAME}, "name")}, "type", "function")
-    allowed = _closed(
+    named = closed({"type": {"const": "function"}, "function": closed({"name": _NAME}, "name")}, "type", "function")
+    allowed = closed(
         {"mode": {"enum": ["auto", "required"]}, "tools": {"type": "array", "minItems": 1, "items": named}},
         "mode",
         "tools",
     )
-    whole = _closed({"type": {"const": "allowed_tools"}, "allowed_tools": allowed}, "type", "allowed_tools")
+    whole = closed({"type": {"const": "allowed_tools"}, "allowed_tools": allowed}, "type", "allowed_tools")
     return {"anyOf": [named, whole]}
 
 
-def _closed(properties: dict[str, Schema], *required: str) -> Schema:
+def closed(properties: dict[str, Schema], *required: str) -> Schema:
     """Returns the schema of an object without further fields."""
     return {"type": "object", "required": list(required), "properties": properties, "additionalProperties": False}

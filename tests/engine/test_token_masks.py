@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
-from jaxserve.engine import token_masks
+from jaxserve.engine.constraints import token_masks
+from jaxserve.engine.constraints.token_masks import TokenMasks
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import AddRequest, outputs
-from jaxserve.engine.token_masks import TokenMasks
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import ALLOWED_WIDTH, EngineRequest
 from jaxserve.runner.fake import FakeRunner

@@ -12,7 +12,9 @@ import grpc
 import pytest
 
 from jaxserve.kv_cache.content_keys import ContentKeys
+from jaxserve.request import FinishReason, SamplingParams
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from jaxserve.structured_outputs import StructuredOutputsParams
 from tests.faults.fault_server import GREEDY, reaches, run_fault
 from tests.server import raw_http2
 from tests.server.fakes import READY
@@ -46,6 +48,10 @@ def refused(tokenizer, code: grpc.StatusCode, *cases: tuple[pb.GenerateRequest |
 
 def sampling(**params) -> pb.GenerateRequest:
     return pb.GenerateRequest(text="a", sampling_params=pb.SamplingParams(**params))
+
+
+def structured(**constraint) -> pb.GenerateRequest:
+    return sampling(structured_outputs=pb.StructuredOutputs(**constraint))
 
 
 def with_field(number: int, payload: bytes) -> bytes:
@@ -175,15 +181,31 @@ def test_fault_10_a_logit_bias(tokenizer):
 
 
 def test_fault_11_a_grammar(tokenizer):
-    """Not supported yet, and not read: however deep it is nested, and whatever regular expression it holds."""
-    payloads = (b"(" * 60_000, b'{"pattern": "' + b"(a*)*" * 5_000 + b'b"}')
-    refused(tokenizer, Code.INVALID_ARGUMENT, *((with_field(27, payload), "unknown") for payload in payloads))
+    """However deep it is nested, and whatever regular expression it holds."""
+    schema = '{"items":' * 3_000 + "{}" + "}" * 3_000
+    refused(
+        tokenizer,
+        Code.INVALID_ARGUMENT,
+        (structured(grammar="start: " + "(" * 60_000), "structured_outputs.grammar is refused"),
+        (structured(regex="(" * 60_000), "structured_outputs.regex is refused"),
+        (structured(json=schema), "structured_outputs.json is nested more than 100 deep"),
+        (structured(), "structured_outputs must have exactly one of json"),
+    )
 
 
 def test_fault_12_many_different_schemas(tokenizer):
-    """Not supported yet, and none is kept."""
-    schemas = [b'{"type": "object", "title": "%d"}' % number for number in range(50)]
-    refused(tokenizer, Code.INVALID_ARGUMENT, *((with_field(27, schema), "unknown field 27") for schema in schemas))
+    """Each is checked and served; how few are kept, tests/frontend/test_grammar_checker.py tells."""
+
+    async def body(served: Served) -> None:
+        for number in range(20):
+            params = SamplingParams(
+                structured_outputs=StructuredOutputsParams(json={"type": "object", "title": str(number)})
+            )
+            chunks = [chunk async for chunk in served.client.generate("a", params)]
+            assert chunks[-1].finish_reason is FinishReason.STOP
+            assert f'"title": "{number}"' in served.engine.requests[-1].grammar
+
+    run_fault(body, tokenizer)
 
 
 def test_fault_13_a_message_over_the_size_limit(tokenizer):

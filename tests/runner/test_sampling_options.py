@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from jaxserve.engine.constraints import pack_mask
-from jaxserve.engine.token_masks import TokenMasks
+from jaxserve.engine.constraints.token_masks import TokenMasks
 from jaxserve.programs.penalties import Penalties, add_ids, counted
 from jaxserve.programs.sampler import processed_logits, sample
 from jaxserve.programs.slots import Slots

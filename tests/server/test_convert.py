@@ -7,6 +7,7 @@ from jaxserve.config import plain_params
 from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 
 def test_unset_parameters_have_the_defaults_of_sampling_params():
@@ -36,6 +37,18 @@ def test_unset_parameters_have_the_defaults_of_sampling_params():
             allowed_token_ids=(5, 3, 7),
             bad_words=("a", " b"),
             seed=-(2**63),
+        ),
+        *(
+            SamplingParams(structured_outputs=StructuredOutputsParams(**given))
+            for given in (
+                {"json": {"type": "object"}, "disable_additional_properties": True},
+                {"json_object": True, "whitespace_pattern": " "},
+                {"json_object": True, "disable_any_whitespace": True},
+                {"regex": "[ä]+"},
+                {"choice": ["a", "ß\n"]},
+                {"grammar": "start: /a/"},
+                {"structural_tag": {"type": "structural_tag", "format": {"type": "any_text"}}},
+            )
         ),
     ],
 )

@@ -10,10 +10,12 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from jaxserve.frontend.delta import Delta
 from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
 from jaxserve.serving.grpc_port import vllm_convert as convert
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 UNSET = SamplingParams()
 REFUSED = "refused by its name"
 OF_THE_TABLE = "what the row of the table takes; refused by its name as long as there is none"
+NO_EFFECT = "asks for what is so anyway"
 
 SAMPLING = {
     # field: (what its zero means, a value, what that value does)
@@ -38,20 +40,18 @@ SAMPLING = {
     "include_stop_str_in_output": ("unset", True, True),
     "logit_bias": ("unset", {5: 1.0}, OF_THE_TABLE),
     "truncate_prompt_tokens": ("zero keeps nothing of the prompt; absent is no truncation", 8, 8),
-    "grammar_from_first_token": ("unset", True, OF_THE_TABLE),
-    "json_schema": ("empty is a schema; absent is none", "{}", OF_THE_TABLE),
-    "regex": ("empty is an expression; absent is none", "a+", OF_THE_TABLE),
-    "grammar": ("empty is a grammar; absent is none", "root ::= 'a'", OF_THE_TABLE),
-    "structural_tag": ("empty is a tag; absent is none", "{}", OF_THE_TABLE),
-    "json_object": ("unset", True, OF_THE_TABLE),
-    "choice": ("empty is a choice; absent is none", pb.ChoiceConstraint(choices=["a"]), OF_THE_TABLE),
+    "grammar_from_first_token": ("unset", True, NO_EFFECT),
+    "json_schema": ("empty is refused; absent is none", "{}", StructuredOutputsParams(json="{}")),
+    "regex": ("empty is refused; absent is none", "a+", StructuredOutputsParams(regex="a+")),
+    "grammar": ("empty is refused; absent is none", "start: /a/", StructuredOutputsParams(grammar="start: /a/")),
+    "structural_tag": ("empty is refused; absent is none", "{}", StructuredOutputsParams(structural_tag="{}")),
+    "json_object": ("unset", True, StructuredOutputsParams(json_object=True)),
+    "choice": (
+        "empty is refused; absent is none",
+        pb.ChoiceConstraint(choices=["a"]),
+        StructuredOutputsParams(choice=("a",)),
+    ),
 }
-
-OWN_NAMES = dict.fromkeys(
-    ("grammar_from_first_token", "json_schema", "regex", "grammar", "structural_tag", "json_object", "choice"),
-    "structured_outputs",
-)
-"""Rows of the table that stand for fields with other names; tests/test_reachable_params.py sets them."""
 
 REQUEST = {
     "request_id": ("unset: the server makes one", "mine", None),
@@ -121,9 +121,10 @@ def test_the_zero_of_a_sampling_parameter(name):
         assert convert.params_from_proto(proto) == UNSET
     elif name in ("temperature", "seed", "logprobs", "prompt_logprobs"):
         assert convert.params_from_proto(proto) == SamplingParams(**{name: 0})
-    elif OWN_NAMES.get(name) not in SAMPLING_FIELDS:
+    else:
         assert field.has_presence
-        with pytest.raises(ValueError, match=f"^{name} is "):
+        own = f"structured_outputs.{convert.CONSTRAINTS[name]}" if name in convert.CONSTRAINTS else name
+        with pytest.raises(ValueError, match=f"^{own} is "):
             convert.params_from_proto(proto)
 
 
@@ -135,10 +136,12 @@ def test_a_value_of_a_sampling_parameter(name):
         value = dict(value) if isinstance(value, dict) else value
         assert convert.params_from_proto(proto) == SamplingParams(**{name: value})
     elif outcome == OF_THE_TABLE:
-        if OWN_NAMES.get(name, name) not in SAMPLING_FIELDS:
-            with pytest.raises(ValueError, match=f"^{name} is .*; this engine does not support it: leave it out"):
-                convert.params_from_proto(proto)
+        with pytest.raises(ValueError, match=f"^{name} is .*; this engine does not support it: leave it out"):
+            convert.params_from_proto(proto)
+    elif outcome == NO_EFFECT:
+        assert convert.params_from_proto(proto) == UNSET
     else:
+        name = "structured_outputs" if name in convert.CONSTRAINTS else name
         assert convert.params_from_proto(proto) == SamplingParams(**{name: outcome})
 
 
