@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from jaxserve.config.chat_config import ChatConfig
 from jaxserve.config.shown import shown
 from jaxserve.frontend.openai_chat import NEUTRAL_EFFORTS, Chat
-from jaxserve.frontend.openai_constraints import behind, forced_calls
+from jaxserve.frontend.openai_constraints import forced_calls
 from jaxserve.frontend.openai_tools import Tools
 from jaxserve.frontend.parsers.forced import NamedCall, RequiredCalls
 from jaxserve.frontend.parsers.pieces import Machine
@@ -25,7 +25,7 @@ from jaxserve.frontend.parsers.registry import (
 )
 from jaxserve.frontend.parsers.reply import ReplyParser
 from jaxserve.request import MAX_STOP_TOKEN_IDS, SamplingParams
-from jaxserve.structured_outputs import StructuredOutputsParams
+from jaxserve.structured_outputs import ReplyStructuredOutputs
 
 T = TypeVar("T")
 
@@ -192,14 +192,13 @@ class ChatFormat:
             )
         reasoning, whole = self._reasoning, self._tools is not None and self._tools.whole
         opened = self._begins_open(chat, prompt)
-        constraint = forced if given is None else _of_params(given)
-        if constraint is not None:
-            lead = None if chat.continue_final_message and not opened else self._lead(prompt, opened)
-            led = None if lead is None else behind(lead, constraint)
-            if lead is not None and led is None:  # it holds from the first token on
-                reasoning, whole = None, False
-            if led is not None or forced is not None:
-                params = dataclasses.replace(params, structured_outputs=StructuredOutputsParams(**(led or constraint)))
+        lead = "" if chat.continue_final_message and not opened else self._lead(prompt, opened)
+        if forced is not None:
+            structured = ReplyStructuredOutputs(json=forced, lead=lead, source="tools")
+            params = dataclasses.replace(params, structured_outputs=structured)
+        elif given is not None and lead:
+            structured = ReplyStructuredOutputs(**given.as_dict(), lead=lead)
+            params = dataclasses.replace(params, structured_outputs=structured)
         calls = self._tools if whole or tools.choice == "auto" else None
         plan = ReplyPlan(
             params=params,
@@ -237,11 +236,11 @@ class ChatFormat:
                 params = dataclasses.replace(params, stop_token_ids=merged)
         return dataclasses.replace(plan, params=params, shown_token_ids=ids)
 
-    def _lead(self, prompt: str, opened: bool) -> str | None:
-        """Returns in Lark what a reply begins with before its answer; None for one that begins with the answer."""
+    def _lead(self, prompt: str, opened: bool) -> str:
+        """Returns in Lark what a reply begins with before its answer; "" for one that begins with the answer."""
         reasoning = self._reasoning
         if reasoning is None:
-            return None
+            return ""
         if not reasoning.end:
             token = self._token
             return (
@@ -251,7 +250,7 @@ class ChatFormat:
                 f"{self._text_to('<|end|>')}"
             )
         if prompt.rstrip().endswith(reasoning.end):
-            return None
+            return ""
         begin = "" if opened else f"{self._token(reasoning.begin)} "
         lead = f"({begin}text SPACE)?" if begin else "text SPACE"
         return f"lead: {lead}\n{self._text_to(reasoning.end)}\nSPACE: /[ \\n]{{0,2}}/"
@@ -266,12 +265,6 @@ class ChatFormat:
         """Returns a token's text in Lark: special ones are written by their ids."""
         token_id = self._special_ids.get(text)
         return json.dumps(text) if token_id is None else f"<[{token_id}]>"
-
-
-def _of_params(given: StructuredOutputsParams) -> Mapping[str, Any]:
-    """Returns the keywords of a constraint that are set."""
-    fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
-    return {name: value for name, value in fields.items() if value not in (None, False)}
 
 
 def _resolved(setting: str, name: str | None, known: Mapping[str, T], found: str | None) -> str | None:

@@ -11,9 +11,10 @@ from llguidance import LLMatcher, LLTokenizer
 from jaxserve.config.chat_config import ChatConfig
 from jaxserve.config.settings import EngineConfig
 from jaxserve.frontend.chat_format import ChatFormat
+from jaxserve.frontend.grammar_text import grammar_of
 from jaxserve.frontend.openai import CHAT_URL, parse_body
 from jaxserve.frontend.openai_chat import Chat
-from jaxserve.frontend.openai_constraints import behind, forced_calls
+from jaxserve.frontend.openai_constraints import forced_calls
 from jaxserve.frontend.openai_tools import Tools, parse_tools
 from jaxserve.frontend.parsers.pieces import CallArguments, CallStart, Reasoning
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
@@ -59,8 +60,12 @@ def accepts(grammar: str, text: str) -> bool:
     return matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()
 
 
-def schema_of(constraint) -> str:
-    return LLMatcher.grammar_from_json_schema(json.dumps(constraint["json"]))
+def schema_of(schema) -> str:
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema))
+
+
+def grammar_of_plan(plan) -> str:
+    return grammar_of(plan.params.structured_outputs, {}, 100)
 
 
 def test_required_calls_follow_the_schemas_of_their_tools():
@@ -96,6 +101,9 @@ def test_allowed_tools_are_those_that_are_left():
     assert ([tool.name for tool in parsed.declared], parsed.choice) == (["count"], "required")
 
 
+TAG = {"format": {"type": "tag", "begin": "[", "content": {"type": "regex", "pattern": "[0-9]"}, "end": "]"}}
+
+
 @pytest.mark.parametrize(
     ("constraint", "good", "bad"),
     [
@@ -103,6 +111,10 @@ def test_allowed_tools_are_those_that_are_left():
         ({"json": '{"type": "integer"}'}, "42", "x"),
         ({"json_object": True}, '{"a": [1]}', "[1]"),
         ({"choice": ['say "a"', "é\n"]}, "é\n", "b"),
+        ({"regex": "[0-9]+/"}, "42/", "x"),
+        ({"grammar": 'start: lead\nlead: "a" answer\nanswer: "b"'}, "ab", "b"),
+        ({"structural_tag": TAG}, "[1]", "1"),
+        ({"json": {"type": "array"}, "disable_any_whitespace": True}, "[1,2]", "[1, 2]"),
     ],
 )
 def test_a_constraint_behind_reasoning(constraint, good, bad):
@@ -110,22 +122,12 @@ def test_a_constraint_behind_reasoning(constraint, good, bad):
     given = StructuredOutputsParams(**constraint)
     for prompt, reasoning in (("", "<think>\nNot </thin {\n</think>\n\n"), ("<think>\n", "1 < 2\n</think>\n\n")):
         plan = format_.plan(HI, prompt, SamplingParams(structured_outputs=given))
-        grammar = LLMatcher.grammar_from_lark(plan.params.structured_outputs.grammar)
+        grammar = grammar_of_plan(plan)
         assert accepts(grammar, reasoning + good)
         assert not accepts(grammar, reasoning + bad)
         assert accepts(grammar, good) == (prompt == ""), "thinking is left out only where the prompt has not begun it"
     plan = format_.plan(HI, "<think>\n\n</think>\n\n", SamplingParams(structured_outputs=given))
     assert plan.params.structured_outputs == given, "the prompt has ended it"
-
-
-def test_a_constraint_that_cannot_follow_reasoning_holds_from_the_first_token():
-    format_ = ChatFormat(ChatConfig(reasoning_parser="qwen3"), "", {})
-    params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="[0-9]+"))
-    plan = format_.plan(HI, "<think>\n", params)
-    assert plan.params == params
-    parser = plan.parser()
-    assert [piece.text for piece in (*parser.feed("42"), *parser.finish())] == ["42"]
-    assert behind("lead: TEXT", {"regex": "x"}) is None
 
 
 HARMONY = ChatConfig(tool_call_parser="openai", reasoning_parser="openai_gptoss")
@@ -139,7 +141,7 @@ def test_forced_calls_in_harmony(tmp_path):
         if tokenizer is not None:
             format_ = tokenizer.chat_format
         plan = format_.plan(chat(tools("required")), "", SamplingParams())
-        grammar = LLMatcher.grammar_from_lark(plan.params.structured_outputs.grammar)
+        grammar = grammar_of_plan(plan)
         if tokenizer is None:
             assert accepts(grammar, LEAD + call)
             assert not accepts(grammar, LEAD + "[]")
@@ -156,7 +158,7 @@ def test_forced_calls_in_harmony(tmp_path):
 def test_forced_calls_behind_special_tags(tmp_path):
     config = ChatConfig(tool_call_parser="hermes", reasoning_parser="qwen3")
     plan = ChatFormat(config, "", {"<think>": 300, "</think>": 301}).plan(chat(tools("required")), "", SamplingParams())
-    grammar = LLMatcher.grammar_from_lark(plan.params.structured_outputs.grammar)
+    grammar = grammar_of_plan(plan)
     assert "<[301]>" in grammar
     assert LLMatcher.validate_grammar(grammar) == ""
     assert plan.shown_token_ids == {300, 301}
