@@ -39,11 +39,13 @@ from jaxserve.frontend.batch_errors import BatchFileError, LineError, reason
 from jaxserve.frontend.batch_files import InputFile, OutputFile, open_input
 from jaxserve.frontend.batch_lines import BatchLine, KeyedLine, count_lines, keyed_lines, read_lines
 from jaxserve.frontend.batch_resume import SETTINGS_BYTES, Digest, Resumption
+from jaxserve.frontend.chat_format import ReplyPlan
 from jaxserve.frontend.delta import EngineDeadError
 from jaxserve.frontend.frontend import FrontEnd, Prepared
 from jaxserve.frontend.offline import FinishedRequest, TokenBar, run_all
 from jaxserve.frontend.openai import CHAT_URL, parse_body
 from jaxserve.frontend.openai_logprobs import LogprobShapes
+from jaxserve.frontend.openai_replies import ReplyMessage
 from jaxserve.frontend.openai_responses import Answer, response_body
 from jaxserve.frontend.stop_signals import StopSignals
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
@@ -98,6 +100,7 @@ class BatchRun:
         self._settings = _settings_digest(model, seed, settings)
         self._check_stop = check_stop
         self._under_way: dict[str, KeyedLine] = {}
+        self._plans: dict[str, ReplyPlan] = {}  # of those under way whose replies are parsed
         self._other_models: set[str] = set()
         self.summary = Summary()
 
@@ -125,6 +128,7 @@ class BatchRun:
                 keyed = self._under_way.pop(completion.request_id)
                 failed = _NOT_COMPLETED.intersection(sample.finish_reason for sample in completion.samples)
                 if failed:
+                    self._plans.pop(completion.request_id, None)
                     late = FinishReason.DEADLINE in failed
                     code = "deadline_exceeded" if late else "request_failed"
                     self._write_error(output, keyed, code, completion.error)
@@ -171,8 +175,18 @@ class BatchRun:
         params = request.params
         if params.seed is None:
             params = dataclasses.replace(params, seed=_seed_for(self._seed, line.custom_id))
-        prompt = request.single_prompt(self._front_end.tokenizer)
-        prepared = self._front_end.prepare(prompt, params, request.options, request_id=f"line-{line.number}")
+        tokenizer = self._front_end.tokenizer
+        prompt = request.single_prompt(tokenizer)
+        plan = dataclasses.replace(request, params=params).reply_plan(tokenizer, prompt)
+        prepared = self._front_end.prepare(
+            prompt,
+            plan.params,
+            request.options,
+            request_id=f"line-{line.number}",
+            shown_token_ids=plan.shown_token_ids,
+        )
+        if plan.is_parsed:
+            self._plans[prepared.request_id] = plan
         if request.model not in (None, self._model) and request.model not in self._other_models:
             if len(self._other_models) < 10:
                 _say(f"line {line.number} asks for model {request.model!r}; this run serves {self._model!r}")
@@ -190,8 +204,10 @@ class BatchRun:
             chat=keyed.line.url == CHAT_URL,
             as_ids=bool(body.get("return_tokens_as_token_ids")),
         )
-        answers = [
-            Answer(
+        plan = self._plans.pop(completion.request_id, None)
+        answers = []
+        for index, sample in enumerate(completion.samples):
+            answer = Answer(
                 sample.text,
                 sample.finish_reason.value,
                 len(completion.prompt_token_ids),
@@ -203,8 +219,11 @@ class BatchRun:
                 prompt_logprobs=None if prompt is None else shapes.of_prompt(prompt),
                 index=index,
             )
-            for index, sample in enumerate(completion.samples)
-        ]
+            if plan is not None:
+                message = ReplyMessage(plan)
+                message.add(answer.text)
+                answer = message.finish(answer)
+            answers.append(answer)
         answered = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), answers)
         return {
             "id": _result_id(keyed.number),

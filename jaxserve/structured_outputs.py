@@ -66,6 +66,11 @@ class StructuredOutputsParams:
         return next(name for name in KINDS if getattr(self, name) is not None)
 
     @property
+    def where(self) -> str:
+        """Returns the field of a request that errors name."""
+        return f"structured_outputs.{self.kind}"
+
+    @property
     def num_bytes(self) -> int:
         """Returns the bytes of all texts together, in UTF-8."""
         texts = [getattr(self, name) for name in ("json", "regex", "grammar", "structural_tag", "whitespace_pattern")]
@@ -77,7 +82,7 @@ class StructuredOutputsParams:
         """Returns the fields that are set, as JSON has them."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["choice"] = None if self.choice is None else list(self.choice)
-        return {name: value for name, value in values.items() if value not in (None, False)}
+        return {name: value for name, value in values.items() if value not in (None, False, "")}
 
     def digest(self) -> bytes:
         """Returns 16 bytes that tell it from any other."""
@@ -86,6 +91,24 @@ class StructuredOutputsParams:
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 """Fields of `StructuredOutputsParams` of which exactly one is set."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplyStructuredOutputs(StructuredOutputsParams):
+    """Constrains the answer in a reply of a chat; front ends make it, and no request has it.
+
+    lead: what the reply begins with before the answer, such as reasoning: lines of Lark of which the first defines the
+    rule `lead`; "" for nothing. source: the field of the request that the constraint follows from, where that is not
+    structured_outputs.
+    """
+
+    lead: str = ""
+    source: str = ""
+
+    @property
+    def where(self) -> str:
+        """Returns the field of a request that errors name."""
+        return self.source or super().where
 
 
 @dataclasses.dataclass(frozen=True)

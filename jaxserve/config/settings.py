@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from jaxserve.config.access_config import AccessConfig
+from jaxserve.config.chat_config import ChatConfig
 from jaxserve.config.checks import at_least, between, did_you_mean, number, one_of
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.config.failpoints import Failpoint
@@ -86,6 +87,7 @@ class EngineConfig:
     architecture: the model's shape; None reads it from the checkpoint. Given both, they must agree.
     load_format: "auto" reads the checkpoint, "dummy" makes random weights from `architecture`.
     dtype: of weights, and of pages unless kv_cache_dtype says else; "auto" is the checkpoint's.
+    chat: how conversations become prompts, and outputs replies.
     max_model_len: prompt and output tokens of one request together; None is the model's own context.
     token_buckets, row_buckets: sizes that steps are padded to; None is powers of two from 8 to the limits, on
         CPUs with the sizes halfway between them.
@@ -119,6 +121,7 @@ class EngineConfig:
     max_model_len: int | None = None
     scheduler: SchedulerConfig = SchedulerConfig()
     cache: CacheConfig = CacheConfig()
+    chat: ChatConfig = ChatConfig()
     logprobs: LogprobsConfig = LogprobsConfig()
     structured_outputs: StructuredOutputsConfig = StructuredOutputsConfig()
     samples: ParallelSamplesConfig = ParallelSamplesConfig()

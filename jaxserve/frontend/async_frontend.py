@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Sequence, Set
+from typing import TypeVar
 
 from jaxserve.config.failpoints import Failpoints
 from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
@@ -20,11 +20,12 @@ from jaxserve.engine.messages import EngineFailed, EngineReady, EngineStats, Fro
 from jaxserve.engine.watchdog import Watchdog
 from jaxserve.frontend.admission import Admission
 from jaxserve.frontend.captures import Captures
-from jaxserve.frontend.chat_text import RenderedText
+from jaxserve.frontend.chat_text import RenderedText, texts_of
 from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError, QueueFullError, rejection_reason
 from jaxserve.frontend.delta_stream import DeltaStream, FaultyStream
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.frontend import FrontEnd
+from jaxserve.frontend.openai_chat import Chat
 from jaxserve.frontend.preparation_steps import Steps, finish
 from jaxserve.frontend.reader import EngineReader
 from jaxserve.frontend.tokenizer import Tokenizer
@@ -163,17 +164,19 @@ class AsyncFrontEnd:
         request_id: str | None = None,
         owner: str = "",
         trace: RequestTrace | None = None,
+        shown_token_ids: Set[int] = frozenset(),
     ) -> DeltaStream:
         """Sends a request and returns its stream. Raises as `FrontEnd.submit` does, at once or, among many
         refusals, soon.
 
-        owner: whose request it is. trace: the request's place in a trace.
+        owner: whose request it is. trace: the request's place in a trace. shown_token_ids: special tokens that the text
+        shows.
         """
         try:
             with self._metrics.rejections(rejection_reason, request_id, trace) as arrived:
                 self._check_accepting(prompt, params, options)
                 self._core.check_new(request_id, options.deadline, owner)
-                steps = self._core.preparation.steps(prompt, params, options, request_id)
+                steps = self._core.preparation.steps(prompt, params, options, request_id, shown_token_ids)
                 size = _num_bytes(prompt)
                 unchecked = self._core.preparation.known_grammar(params) is None
                 if size <= SHORT_TEXT and not unchecked:
@@ -252,30 +255,23 @@ class AsyncFrontEnd:
         except WorkersClosedError:
             raise EngineDeadError(self._closing) from None
 
-    async def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> RenderedText:
-        """Returns a conversation as the text of a prompt. Arguments are as for `Tokenizer.render_chat`.
+    async def render_chat(self, chat: Chat) -> RenderedText:
+        """Returns a conversation as the text of a prompt.
 
         Raises:
-            ValueError: without a tokenizer, and as `Tokenizer.render_chat` does.
+            ValueError: without a tokenizer, and as `Tokenizer.render_chat` and `ChatFormat.arguments` do.
             EngineDeadError: the front end is closed meanwhile.
             QueueFullError: too many conversations wait.
         """
         if (tokenizer := self.tokenizer) is None:
             raise ValueError("messages need a tokenizer, and this server has none; send a prompt of token ids")
+        given = tokenizer.chat_format.arguments(chat)
 
         def steps() -> Steps[RenderedText]:
             yield 0  # what comes before runs on the loop, what comes behind in a thread
-            return tokenizer.render_chat(
-                messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
-            )
+            return tokenizer.render_chat(chat.messages, **given)
 
-        size = sum(len(text) for message in messages for text in message.values() if isinstance(text, str))
+        size = sum(len(text) for text in texts_of([chat.messages, given["tools"], given["template_kwargs"]]))
         try:
             return await self._workers.run(steps(), size, renders=True)
         except WorkersClosedError:

@@ -4,9 +4,9 @@ A chat template makes one text of its own special tokens and of what the client 
 whoever wrote it. Here the client's are told apart by position, so that a template still sees the contents as they are
 and may search, strip and split them:
 
-    mark    a marker, one character that occurs nowhere else, is put into each special token in the messages, behind its
-            first character; and into what could become one at the beginning or end of a text, where a template puts
-            other text beside it
+    mark    a marker, one character that occurs nowhere else, is put into each special token in messages and tools,
+            behind its first character; and into what could become one at the beginning or end of a text, where a
+            template puts other text beside it
     render  the template runs
     unmark  the markers are taken out again; a special token in which there was one is the client's
     encode  where there is such a one: by a copy of the tokenizer in which special tokens have other names, which nobody
@@ -34,6 +34,7 @@ _MARKERS = range(0xF0000, 0xFFFFE)
 """Characters of a private use area, of which a marker is the first that does not occur."""
 
 _WORD = re.compile(r"\w")
+_NAME = re.compile(r"[\w.-]+")
 
 
 class RenderedText(str):
@@ -82,9 +83,9 @@ class ChatTexts:
         Returns:
             The marker, "" where nothing is marked, and the values, marked.
         """
-        if self._pattern is None or not any(self._places(text) for value in values for text in _texts(value)):
+        if self._pattern is None or not any(self._needs_marks(value) for value in values):
             return "", list(values)
-        used = set(template).union(*(text for value in values for text in _texts(value)))
+        used = set(template).union(*(text for value in values for text in texts_of(value)))
         marker = next(chr(number) for number in _MARKERS if chr(number) not in used)
         return marker, [self._marked(value, marker) for value in values]
 
@@ -125,15 +126,29 @@ class ChatTexts:
                 places.add(length - 1)
         return sorted(places)
 
+    def _key_places(self, key: str) -> list[int]:
+        """Returns where to mark the name of a member. A template finds members by their names, so one that is a word
+        and no special token stays as it is."""
+        assert self._pattern is not None
+        return self._places(key) if self._pattern.search(key) or not _NAME.fullmatch(key) else []
+
+    def _needs_marks(self, value: Any) -> bool:
+        if isinstance(value, str):
+            return bool(self._places(value))
+        if isinstance(value, Mapping):
+            return any(self._key_places(key) or self._needs_marks(item) for key, item in value.items())
+        return isinstance(value, Sequence) and any(self._needs_marks(item) for item in value)
+
     def _is_in(self, texts: Set[str], text: str) -> bool:
         return text in texts or (bool(self._folded) and text.lower() in texts)
 
     def _marked(self, value: Any, marker: str) -> Any:
         if isinstance(value, str):
-            places = [0, *self._places(value), len(value)]
-            return marker.join(value[start:stop] for start, stop in itertools.pairwise(places))
+            return _divided(value, self._places(value), marker)
         if isinstance(value, Mapping):
-            return {key: self._marked(item, marker) for key, item in value.items()}
+            return {
+                _divided(key, self._key_places(key), marker): self._marked(item, marker) for key, item in value.items()
+            }
         if isinstance(value, Sequence):
             return [self._marked(item, marker) for item in value]
         return value
@@ -157,21 +172,26 @@ class ChatTexts:
                 break
 
 
+def _divided(text: str, places: Sequence[int], marker: str) -> str:
+    return marker.join(text[start:stop] for start, stop in itertools.pairwise([0, *places, len(text)]))
+
+
 def _stands_alone(text: str, start: int, stop: int) -> bool:
     """Tells whether no character of a word stands beside text[start:stop]."""
     return not (_WORD.match(text[start - 1 : start]) or _WORD.match(text[stop : stop + 1]))
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yields the texts in a JSON value."""
+def texts_of(value: Any) -> Iterator[str]:
+    """Yields the texts in a JSON value, names of members among them."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
+        for key, item in value.items():
+            yield key
+            yield from texts_of(item)
     elif isinstance(value, Sequence):
         for item in value:
-            yield from _texts(item)
+            yield from texts_of(item)
 
 
 def _renamed(backend: tokenizers.Tokenizer, names: Mapping[str, str]) -> tokenizers.Tokenizer:

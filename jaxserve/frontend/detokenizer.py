@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any, Self
 
 import tokenizers
@@ -205,6 +205,7 @@ class Detokenizer:
         skip_special_tokens: special tokens give no text, as in the text that is shown.
         spaces_between_special_tokens: where False, and special tokens are not skipped, an added token behind an added
             one is its content alone, without the space that the decoder may put before a token (vLLM's meaning).
+        shown_token_ids: special tokens that are not skipped, whatever the others are.
     """
 
     def __init__(
@@ -214,10 +215,11 @@ class Detokenizer:
         *,
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
+        shown_token_ids: Set[int] = frozenset(),
     ):
         self._plan = plan
         self._skips = skip_special_tokens
-        self._piece = _piece_of(plan, skip_special_tokens)
+        self._piece = _piece_of(plan, skip_special_tokens, shown_token_ids)
         self._joins_added = not (skip_special_tokens or spaces_between_special_tokens)
         self._after_added = False
         self._stages = plan.stages()
@@ -276,7 +278,7 @@ class Detokenizer:
 
     def leaves_out(self, token_id: int) -> bool:
         """Returns whether a token has a text that is left out here, since it is special."""
-        return self._skips and self._plan.shown_piece(token_id) is None and self._plan.piece(token_id) is not None
+        return self._skips and self._piece(token_id) is None and self._plan.piece(token_id) is not None
 
     def copy(self, *, skip_special_tokens: bool = True) -> Self:
         """Returns an independent detokenizer in the same state."""
@@ -299,8 +301,14 @@ class Detokenizer:
         return "".join(pieces)
 
 
-def _piece_of(plan: DecoderPlan, skip_special_tokens: bool) -> Callable[[int], str | None]:
-    return plan.shown_piece if skip_special_tokens else plan.piece
+def _piece_of(
+    plan: DecoderPlan, skip_special_tokens: bool, shown_token_ids: Set[int] = frozenset()
+) -> Callable[[int], str | None]:
+    if not skip_special_tokens:
+        return plan.piece
+    if not shown_token_ids:
+        return plan.shown_piece
+    return lambda token_id: plan.piece(token_id) if token_id in shown_token_ids else plan.shown_piece(token_id)
 
 
 def _flat(step: dict[str, Any]) -> list[dict[str, Any]]:

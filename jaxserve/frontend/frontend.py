@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 from jaxserve.config.failpoints import Failpoints
 from jaxserve.config.shown import shown_seconds
@@ -177,9 +177,13 @@ class FrontEnd:
         options: RequestOptions = RequestOptions(),
         *,
         request_id: str | None = None,
+        shown_token_ids: Set[int] = frozenset(),
     ) -> Prepared:
-        """Runs the part of `submit` that depends on the request alone; may run in any thread. Raises ValueError."""
-        return finish(self._preparation.steps(prompt, params, options, request_id))
+        """Runs the part of `submit` that depends on the request alone; may run in any thread. Raises ValueError.
+
+        shown_token_ids: special tokens that the text shows.
+        """
+        return finish(self._preparation.steps(prompt, params, options, request_id, shown_token_ids))
 
     @property
     def preparation(self) -> Preparation:
@@ -291,6 +295,7 @@ class FrontEnd:
                 prompt,
                 skip_special_tokens=params.skip_special_tokens,
                 spaces_between_special_tokens=params.spaces_between_special_tokens,
+                shown_token_ids=prepared.shown_token_ids,
             )
             if params.stop and params.skip_special_tokens:
                 generated = self._tokenizer.detokenizer(prompt, skip_special_tokens=False)

@@ -59,7 +59,7 @@ class GrammarChecker:
         size = params.num_bytes
         if size > self._config.max_grammar_bytes:
             raise ValueError(
-                f"structured_outputs.{params.kind} has {size} bytes; at most {self._config.max_grammar_bytes} "
+                f"{params.where} has {size} bytes; at most {self._config.max_grammar_bytes} "
                 "(max_grammar_bytes) are allowed: make it shorter"
             )
 
@@ -77,7 +77,7 @@ class GrammarChecker:
         with self._places:
             answer, fault = self._ask(json.dumps(params.as_dict()).encode())
         if answer is None:
-            raise ValueError(f"structured_outputs.{params.kind} is refused: {fault}")
+            raise ValueError(f"{params.where} is refused: {fault}")
         if "error" in answer:
             raise ValueError(answer["error"])
         with self._lock:

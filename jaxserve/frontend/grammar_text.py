@@ -13,7 +13,7 @@ from typing import Any
 from llguidance.gbnf_to_lark import any_to_lark
 
 from jaxserve.frontend.structural_tags import TagGrammar, lark_regex, quoted
-from jaxserve.structured_outputs import StructuredOutputsParams
+from jaxserve.structured_outputs import ReplyStructuredOutputs, StructuredOutputsParams
 
 WHITESPACE = r"( |\r?\n[ \t]{0,40})"
 """Whitespace between two parts of JSON: one space, or the end of a line and an indentation. A model that cannot decide
@@ -29,8 +29,23 @@ def grammar_of(params: StructuredOutputsParams, special: Mapping[str, int], most
         most_depth: how deep brackets may nest.
 
     Raises:
-        ValueError: it is malformed, or nested too deep; the line names the field.
+        ValueError: it is malformed, or nested too deep; the line begins with the field of `params`.
     """
+    grammar = _answer_of(params, special, most_depth)
+    return _behind(params.lead, grammar) if isinstance(params, ReplyStructuredOutputs) and params.lead else grammar
+
+
+def _behind(lead: str, answer: str) -> str:
+    """Returns the grammar of outputs that begin with `lead`; the answer's rules keep their names apart."""
+    if answer.startswith("%llguidance"):
+        part = {"lark_grammar": answer}
+    else:
+        (part,) = json.loads(answer)["grammars"]
+    whole = {"grammars": [{"lark_grammar": f"start: lead @answer\n{lead}"}, {"name": "answer", **part}]}
+    return json.dumps(whole, ensure_ascii=False)
+
+
+def _answer_of(params: StructuredOutputsParams, special: Mapping[str, int], most_depth: int) -> str:
     match params.kind:
         case "json":
             check_depth("json", str(params.json), most_depth)

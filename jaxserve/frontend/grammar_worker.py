@@ -24,7 +24,7 @@ from jaxserve.engine.constraints.limits import first_line, parser_limits
 from jaxserve.engine.constraints.vocabulary import Vocabulary, load_vocabulary
 from jaxserve.engine.framing import FrameReader, frames
 from jaxserve.frontend.grammar_text import grammar_of
-from jaxserve.structured_outputs import StructuredOutputsParams
+from jaxserve.structured_outputs import ReplyStructuredOutputs, StructuredOutputsParams
 
 _STACK_BYTES = 1024 * 1024
 """Stack of the thread that compiles; it is smaller than that of the engine's threads, which then have enough."""
@@ -77,15 +77,16 @@ class _Check:
     def _run(self) -> None:
         while True:
             fields = self._asked.get()
+            params = ReplyStructuredOutputs(**fields)
             try:
-                answer = {"grammar": self._checked(StructuredOutputsParams(**fields))}
+                answer = {"grammar": self._checked(params)}
             except ValueError as error:
-                answer = {"error": f"structured_outputs.{error}"}
+                answer = {"error": f"{params.where}{str(error).removeprefix(params.kind)}"}
             except RecursionError:
-                answer = {"error": "structured_outputs is nested too deep: make it flatter"}
+                answer = {"error": f"{params.where} is nested too deep: make it flatter"}
             except MemoryError:
                 memory = self._config.max_grammar_memory
-                answer = {"error": f"structured_outputs needs more than {memory} MiB of memory (max_grammar_memory)"}
+                answer = {"error": f"{params.where} needs more than {memory} MiB of memory (max_grammar_memory)"}
             self._answers.put(answer)
 
     def _checked(self, params: StructuredOutputsParams) -> str:

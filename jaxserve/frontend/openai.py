@@ -9,9 +9,10 @@ from typing import Any
 
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
+from jaxserve.frontend.chat_format import ReplyPlan
+from jaxserve.frontend.openai_chat import CHAT_FIELDS, NEUTRAL_EFFORTS, Chat, parse_chat
 from jaxserve.frontend.openai_checks import check_neutral, check_text, checked_flag, checked_object, hint
 from jaxserve.frontend.openai_logprobs import check_prompt_logprobs, with_echo
-from jaxserve.frontend.openai_messages import parse_messages
 from jaxserve.frontend.openai_sampling import parse_params, sampling_names
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.request import RequestOptions, SamplingParams
@@ -29,21 +30,15 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "reasoning_effort": ("medium", "none"),  # the default of OpenAI's models before and since GPT-5.1
     "verbosity": ("medium",),
     "store": (False,),
     "service_tier": ("auto", "default"),
     "prompt_cache_retention": ("in_memory", "in-memory"),
     # vLLM's
     "chat_template": (),
-    "continue_final_message": (False,),
     "documents": ([],),
-    "include_reasoning": (True,),
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
@@ -65,7 +60,16 @@ _STREAMING: Mapping[str, Sequence[Any]] = {
 """Fields that only a front that streams supports, with the values that have no effect elsewhere."""
 
 _OF_URL: Mapping[str, Mapping[str, Sequence[Any]]] = {
-    COMPLETIONS_URL: {"add_special_tokens": (True,), "top_logprobs": (0,)},
+    COMPLETIONS_URL: {
+        "add_special_tokens": (True,),
+        "top_logprobs": (0,),
+        "continue_final_message": (False,),
+        "include_reasoning": (True,),
+        "parallel_tool_calls": (True, False),
+        "reasoning_effort": NEUTRAL_EFFORTS,
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+    },
     CHAT_URL: {"add_special_tokens": (False,), "echo": (False,)},
 }
 """Unsupported fields whose neutral values depend on what is asked for."""
@@ -94,15 +98,6 @@ class Dialect:
 
 
 BATCH = Dialect()
-
-
-@dataclasses.dataclass(frozen=True)
-class Chat:
-    """Holds a conversation. add_generation_prompt, template_kwargs: what its chat template is given besides."""
-
-    messages: Sequence[Mapping[str, str]]
-    add_generation_prompt: bool = True
-    template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,16 +134,21 @@ class BodyRequest:
     unknown: Sequence[str] = ()
 
     def single_prompt(self, tokenizer: Tokenizer | None) -> str | Sequence[int]:
-        """Returns the prompt of a request that has one; a chat's becomes token ids. Raises ValueError."""
+        """Returns the prompt of a request that has one; a chat's is rendered. Raises ValueError."""
         if self.chat is None:
             (prompt,) = self.prompts
             return prompt
         if tokenizer is None:
             raise ValueError("messages need a tokenizer, and this server has none; send a prompt of token ids")
-        chat = self.chat
-        return tokenizer.encode_chat(
-            chat.messages, add_generation_prompt=chat.add_generation_prompt, template_kwargs=chat.template_kwargs
-        )
+        return tokenizer.render_chat(self.chat.messages, **tokenizer.chat_format.arguments(self.chat))
+
+    def reply_plan(self, tokenizer: Tokenizer | None, prompt: str | Sequence[int]) -> ReplyPlan:
+        """Returns how the replies to the request's prompt are parsed: those of a completion are not. Raises
+        ValueError.
+        """
+        if self.chat is None or tokenizer is None or not isinstance(prompt, str):
+            return ReplyPlan(self.params)
+        return tokenizer.chat_format.plan(self.chat, prompt, self.params)
 
 
 def parse_body(
@@ -212,15 +212,6 @@ def neutral_values(url: str) -> Mapping[str, Sequence[Any]]:
     return _neutral(url, Dialect(streams=True))
 
 
-def parse_chat(fields: Mapping[str, Any]) -> Chat:
-    """Parses what a conversation is rendered from. Raises ValueError naming the field."""
-    return Chat(
-        parse_messages(fields["messages"]),
-        checked_flag("add_generation_prompt", fields.get("add_generation_prompt", True)),
-        checked_object("chat_template_kwargs", fields.get("chat_template_kwargs", {})),
-    )
-
-
 def _neutral(url: str, dialect: Dialect) -> dict[str, Sequence[Any]]:
     neutral = {**_NEUTRAL, **({} if dialect.streams else _STREAMING), **_OF_URL[url]}
     supported = sampling_names(url == CHAT_URL)
@@ -230,7 +221,7 @@ def _neutral(url: str, dialect: Dialect) -> dict[str, Sequence[Any]]:
 def _supported(url: str, own: str, dialect: Dialect) -> set[str]:
     names = {own, *_EVERYWHERE, *_LABELS, *sampling_names(url == CHAT_URL), *_OPTIONS}
     if url == CHAT_URL:
-        names |= {"add_generation_prompt", "chat_template_kwargs"}
+        names |= CHAT_FIELDS
     if dialect.streams:
         names |= {*_STREAMING, "request_id"}
     return names

@@ -21,6 +21,12 @@ def check_text(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {shown(value)}; it must be text")
 
 
+def checked_text(name: str, value: Any) -> str:
+    """Returns the value. Raises ValueError unless it is text."""
+    check_text(name, value)
+    return value
+
+
 def check_neutral(name: str, value: Any, neutral: Sequence[Any]) -> None:
     """Raises ValueError unless the value is one of the neutral ones."""
     if not any(_is_same(value, one) for one in neutral):
@@ -47,3 +53,16 @@ def checked_object(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{name} is {shown(value)}; it must be an object")
     return value
+
+
+MAX_DEPTH = 64
+
+
+def check_depth(name: str, value: Any) -> None:
+    """Raises ValueError where objects and lists are nested deeper than MAX_DEPTH: what follows them recurses."""
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"{name} is nested more than {MAX_DEPTH} levels deep; make it flatter")
+        level = [item for one in level for item in (one.values() if isinstance(one, dict) else one)]

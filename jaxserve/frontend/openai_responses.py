@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxserve.frontend.openai import CHAT_URL
@@ -15,6 +15,7 @@ class Answer:
 
     prompt_token_ids, logprobs and prompt_logprobs (as `LogprobShapes` makes them): None where the response does not
     show them. truncated_tokens: cut off the prompt. index: of the sample; the prompt's tokens count with the first.
+    message: of a chat; None where its content is the text.
     """
 
     text: str
@@ -28,6 +29,7 @@ class Answer:
     logprobs: dict[str, Any] | None = None
     prompt_logprobs: list[Any] | None = None
     index: int = 0
+    message: Mapping[str, Any] | None = None
 
 
 def response_id(url: str, request_id: object) -> str:
@@ -81,7 +83,7 @@ def usage(answers: Sequence[Answer]) -> dict[str, Any]:
 def _choice(chat: bool, index: int, answer: Answer) -> dict[str, Any]:
     choice: dict[str, Any] = {"index": index}
     if chat:
-        choice["message"] = {"role": "assistant", "content": answer.text}
+        choice["message"] = answer.message or {"role": "assistant", "content": answer.text}
     else:
         choice["text"] = answer.text
     choice |= {"logprobs": answer.logprobs, "finish_reason": answer.finish_reason}

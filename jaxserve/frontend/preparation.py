@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.frontend.bad_words import bad_words_token_ids
@@ -34,7 +34,7 @@ class Prepared:
 
     truncated_tokens: cut off the beginning of the prompt. bad_words_token_ids: the token sequences of bad_words.
     prompt_logprobs_start: index of the first prompt token whose log-probability counts. grammar: of the output,
-    checked; empty where it has none.
+    checked; empty where it has none. shown_token_ids: special tokens that the text shows, for a parser.
     """
 
     request_id: str
@@ -46,6 +46,7 @@ class Prepared:
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     prompt_logprobs_start: int = 1
     grammar: str = ""
+    shown_token_ids: Set[int] = frozenset()
 
 
 class Preparation:
@@ -73,6 +74,7 @@ class Preparation:
         params: SamplingParams,
         options: RequestOptions,
         request_id: str | None = None,
+        shown_token_ids: Set[int] = frozenset(),
     ) -> Steps[Prepared]:
         """Prepares a request in steps. Each step may run in any thread; the first takes no longer for a long prompt.
 
@@ -100,7 +102,17 @@ class Preparation:
             assert params.structured_outputs is not None
             yield 0  # it waits for a process
             grammar = self._grammars.check(params.structured_outputs)
-        return Prepared(request_id, token_ids, params, max_tokens, options, truncated, bad_words, grammar=grammar)
+        return Prepared(
+            request_id,
+            token_ids,
+            params,
+            max_tokens,
+            options,
+            truncated,
+            bad_words,
+            grammar=grammar,
+            shown_token_ids=shown_token_ids,
+        )
 
     def known_grammar(self, params: SamplingParams) -> str | None:
         """Returns the checked grammar of a request, "" where it has none, and None where it has yet to be checked,

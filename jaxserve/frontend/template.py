@@ -55,14 +55,18 @@ class TemplateRenderer:
         messages: Sequence[Mapping[str, Any]],
         special_tokens: Mapping[str, Any] | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """Renders a conversation.
 
         Args:
             special_tokens: texts that the template may use, such as bos_token.
+            tools: that the model may call, as OpenAI's API has them.
             add_generation_prompt: whether the text ends with what an answer begins with, where the template has it.
+            continue_final_message: the text ends with the last message, which the answer continues.
             template_kwargs: what the template may use besides, by name.
 
         Raises:
@@ -80,7 +84,9 @@ class TemplateRenderer:
             {
                 "template": template,
                 "messages": [dict(message) for message in messages],
+                "tools": None if tools is None else [dict(tool) for tool in tools],
                 "add_generation_prompt": add_generation_prompt,
+                "continue_final_message": continue_final_message,
                 "names": given | special,
             }
         ).encode()

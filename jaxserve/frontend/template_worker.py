@@ -68,7 +68,9 @@ class _Rendering:
                     request["messages"],
                     chat_template=request["template"],
                     tokenize=False,
+                    tools=request["tools"],
                     add_generation_prompt=request["add_generation_prompt"],
+                    continue_final_message=request["continue_final_message"],
                     **request["names"],
                 )
             finally:

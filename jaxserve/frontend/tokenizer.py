@@ -5,16 +5,18 @@ Only files of that directory are read: no network access, and no code of the che
 
 from __future__ import annotations
 
-import functools
 import json
+import logging
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import tokenizers
 
+from jaxserve.config.chat_config import ChatConfig
 from jaxserve.config.settings import EngineConfig
 from jaxserve.config.shown import shown
+from jaxserve.frontend.chat_format import ChatFormat
 from jaxserve.frontend.chat_text import ChatTexts, RenderedText
 from jaxserve.frontend.detokenizer import DecoderPlan, Detokenizer
 from jaxserve.frontend.encoding import Encoder
@@ -23,6 +25,8 @@ from jaxserve.frontend.preparation_steps import Steps, finish
 from jaxserve.frontend.template import TemplateRenderer, one_line
 from jaxserve.models.config import check_config_file
 from jaxserve.models.loading.older_tokenizers import has_older_format
+
+_log = logging.getLogger(__name__)
 
 _IDS_PER_STEP = 64 * 1024
 
@@ -33,11 +37,16 @@ class Tokenizer:
     A directory without tokenizer.json but with an older format is converted by transformers where it can be. Encoding
     and decoding are thread-safe.
 
+    Args:
+        directory: the checkpoint's.
+        chat: how conversations become prompts, and outputs replies.
+
     Raises:
-        ValueError: one line that names the file, when the tokenizer is missing, corrupt or cannot be streamed.
+        ValueError: one line that names the file, when the tokenizer is missing, corrupt or cannot be streamed, or the
+            file of a chat template cannot be read; or that names a setting of `chat`.
     """
 
-    def __init__(self, directory: str | pathlib.Path):
+    def __init__(self, directory: str | pathlib.Path, chat: ChatConfig = ChatConfig()):
         self._directory = pathlib.Path(directory)
         self._transformers = _load(self._directory)
         self._backend: tokenizers.Tokenizer = self._transformers.backend_tokenizer
@@ -48,6 +57,14 @@ class Tokenizer:
         self._encoder = Encoder(self._backend)
         self._renderer = TemplateRenderer()
         self._chat_texts = ChatTexts(self._backend)
+        if chat.chat_template is not None:
+            self._transformers.chat_template = _template_of(chat.chat_template)
+        self._special_ids = {
+            token.content: token_id
+            for token_id, token in self._backend.get_added_tokens_decoder().items()
+            if token.special
+        }
+        self.chat_format = ChatFormat(chat, _all_templates(self._transformers.chat_template), self._special_ids)
         self._token_texts: dict[int, str] = {}  # as many as there are ids
         try:
             self._plan = DecoderPlan(self._backend)
@@ -164,6 +181,7 @@ class Tokenizer:
         *,
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
+        shown_token_ids: Set[int] = frozenset(),
     ) -> Detokenizer:
         """Returns a new incremental detokenizer, for the output of one request."""
         return Detokenizer(
@@ -171,16 +189,19 @@ class Tokenizer:
             prompt_token_ids,
             skip_special_tokens=skip_special_tokens,
             spaces_between_special_tokens=spaces_between_special_tokens,
+            shown_token_ids=shown_token_ids,
         )
 
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Returns the token ids of a conversation in the checkpoint's chat template.
+        """Returns the token ids of a conversation in the chat template.
 
         The template runs in the sandbox of transformers, in a process of its own, within a budget of time, output and
         memory. Arguments are as for `TemplateRenderer.render`. Special tokens that the messages or arguments spell stay
@@ -189,7 +210,11 @@ class Tokenizer:
         Raises ValueError without a template, when it fails, and when it exceeds its budget.
         """
         text = self.render_chat(
-            messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs or {}
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
         )
         return self.encode(text, add_special_tokens=False)
 
@@ -197,16 +222,21 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> RenderedText:
         """Returns the text that `encode_chat` encodes."""
-        marker, (marked, given) = self._chat_texts.mark(self._template, messages, template_kwargs or {})
+        template = self._template(has_tools=bool(tools))
+        marker, (marked, marked_tools, given) = self._chat_texts.mark(template, messages, tools, template_kwargs or {})
         text = self._renderer.render(
-            self._template,
+            template,
             marked,
             self._transformers.special_tokens_map,
+            tools=marked_tools,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             template_kwargs=given,
         )
         return self._chat_texts.unmark(text, marker)
@@ -232,14 +262,27 @@ class Tokenizer:
         """Returns the tokens as the vocabulary spells them; "" for ids without a token."""
         return [self._backend.id_to_token(token_id) or "" for token_id in token_ids]
 
-    @functools.cached_property
-    def _template(self) -> str:
+    def _template(self, has_tools: bool) -> str:
+        """Returns the chat template; of several the one for conversations with tools or without."""
         if not self.has_chat_template:
             raise ValueError("messages cannot be used: the tokenizer has no chat template; send a prompt instead")
         try:
-            return self._transformers.get_chat_template()
+            return self._transformers.get_chat_template(tools=[{}] if has_tools else None)
         except Exception as error:  # several templates, and none is the default
             raise ValueError(f"messages cannot be used: {one_line(error)}") from error
+
+
+def _template_of(path: str) -> str:
+    """Reads the file of a chat template. Raises ValueError."""
+    try:
+        return pathlib.Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"chat_template is {path!r}; the file cannot be read: {one_line(error)}") from error
+
+
+def _all_templates(template: Any) -> str:
+    """Returns the source of a tokenizer's chat templates, of which it may have several by name."""
+    return "\n".join(template.values()) if isinstance(template, Mapping) else template or ""
 
 
 def _load(directory: pathlib.Path) -> Any:
@@ -320,7 +363,9 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
     model = None
     if config.model is not None and config.load_format != "dummy":
         model = check_config_file(config.model)
-    tokenizer = Tokenizer(directory)
+    tokenizer = Tokenizer(directory, config.chat)
+    for line in tokenizer.chat_format.lines():
+        _log.info("%s", line)
     # What tokenizer.json has is compared with the rest of the checkpoint; conversion may add tokens that no file has.
     converted = not (pathlib.Path(directory) / "tokenizer.json").is_file()
     if model is not None and converted and tokenizer.vocab_size > model.vocab_size:

@@ -21,6 +21,7 @@ from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.engine.messages import EngineReady, EngineStats
 from jaxserve.frontend.delta import Delta
+from jaxserve.frontend.openai_chat import Chat
 from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.request import FinishReason, ModelLimits, SamplingParams
@@ -114,7 +115,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
             headers = text_metadata(metadata)
             options = convert.options_from_proto(request, call_deadline(context), context.caller, headers)
         if is_chat:
-            prompt = await frontend.render_chat(messages)
+            prompt = await frontend.render_chat(Chat(messages))
         stream = await frontend.submit(
             prompt,
             params,

@@ -7,9 +7,11 @@ from typing import Any
 
 import msgspec
 
+from jaxserve.frontend.chat_format import ReplyPlan
 from jaxserve.frontend.delta import Delta, PromptLogprobs
 from jaxserve.frontend.openai import CHAT_URL
 from jaxserve.frontend.openai_logprobs import LogprobShapes
+from jaxserve.frontend.openai_replies import ReplyDeltas
 from jaxserve.frontend.openai_responses import Answer, response_id, usage
 from jaxserve.logprob_columns import LogprobColumns
 
@@ -107,3 +109,57 @@ class ChoiceEvents:
         logprobs = _encode(self._logprobs.of(LogprobColumns.unknown(0, 0), (), prompt=prompt))
         self._offset += self._logprobs.length(prompt.token_ids)
         return self._first + _encode(text) + self._close + logprobs + b',"finish_reason":null}' + self._behind
+
+
+class ReplyEvents:
+    """Makes the events of one choice of a chat whose replies are parsed: as `ChoiceEvents`, with other deltas.
+
+    Args:
+        head: of the response.
+        index: of the choice.
+        plan: how the reply is parsed.
+        token_ids: events have the token ids, too.
+        logprobs: makes the log-probabilities of the events' tokens; None where there are none.
+    """
+
+    def __init__(
+        self,
+        head: StreamHead,
+        index: int,
+        plan: ReplyPlan,
+        *,
+        token_ids: bool = False,
+        logprobs: LogprobShapes | None = None,
+    ):
+        self._begin = head.prefix + b'{"index":%d,"delta":' % index
+        self._behind = head.suffix
+        self._deltas = ReplyDeltas(plan)
+        self._role: dict[str, Any] = {"role": "assistant"}  # of the first delta
+        self._token_ids = token_ids
+        self._logprobs = logprobs
+
+    def of(self, delta: Delta) -> bytes:
+        """Returns the events of a delta; empty for one that makes nothing certain."""
+        parts, reason = self._deltas.of(delta.text), None
+        if delta.finish_reason is not None:
+            last, reason = self._deltas.finish(delta.finish_reason.value)
+            parts += last
+        of_tokens = self._token_ids or self._logprobs is not None
+        if not parts and (reason is not None or (of_tokens and delta.token_ids)):
+            parts = [{}]
+        if parts and self._role:
+            parts[0] = self._role | parts[0]
+            self._role = {}
+        events = [self._event(part, None, None) for part in parts[:-1]]
+        events += [self._event(part, reason, delta) for part in parts[-1:]]
+        return b"".join(events)
+
+    def _event(self, part: dict[str, Any], reason: str | None, delta: Delta | None) -> bytes:
+        """Returns one event. delta: that of which it is the last."""
+        ids, logprobs = b"", b"null"
+        if delta is not None and self._token_ids:
+            ids = b',"token_ids":' + _encode(delta.token_ids)
+        if delta is not None and self._logprobs is not None and delta.logprobs is not None and delta.token_ids:
+            logprobs = _encode(self._logprobs.of(delta.logprobs, delta.token_ids))
+        rest = b',"logprobs":' + logprobs + b',"finish_reason":' + _encode(reason) + ids + b"}"
+        return self._begin + _encode(part) + rest + self._behind

@@ -15,17 +15,19 @@ from starlette.types import Receive, Scope, Send
 from jaxserve.config.http_config import HttpConfig
 from jaxserve.config.shown import shown
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
+from jaxserve.frontend.chat_format import ReplyPlan
 from jaxserve.frontend.delta import Delta, PromptLogprobs, QueueFullError
 from jaxserve.frontend.delta_stream import DeltaStream
 from jaxserve.frontend.openai import COMPLETIONS_URL, BodyRequest, Dialect, parse_body
 from jaxserve.frontend.openai_logprobs import LogprobShapes
+from jaxserve.frontend.openai_replies import ReplyMessage
 from jaxserve.frontend.openai_responses import Answer, response_body
 from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import FinishReason, RequestOutputKind, check_identity, check_logprobs
 from jaxserve.serving.access.request_headers import request_options
 from jaxserve.serving.http_port.errors import check_model
-from jaxserve.serving.http_port.events import ChoiceEvents, StreamHead
+from jaxserve.serving.http_port.events import ChoiceEvents, ReplyEvents, StreamHead
 from jaxserve.serving.http_port.exchange import REQUEST_ID, ClientGoneError, Exchange
 from jaxserve.serving.http_port.json_bodies import Structure
 from jaxserve.serving.problem import check_delta, fails_alone
@@ -168,6 +170,7 @@ class _Run:
         self._sending = asyncio.Lock()
         self._streams: list[DeltaStream] = []
         self._echoes: list[str] = []
+        self._plan = ReplyPlan(request.params)
 
     async def submit(self, open_streams: contextlib.AsyncExitStack) -> None:
         """Submits every prompt; all or none. open_streams: closes them, which aborts those unfinished."""
@@ -188,10 +191,10 @@ class _Run:
         trace = self._served.trace(headers, "text_completion" if request.chat is None else "chat")
         prompts = request.prompts
         if (chat := request.chat) is not None:
-            text = await frontend.render_chat(
-                chat.messages, add_generation_prompt=chat.add_generation_prompt, template_kwargs=chat.template_kwargs
-            )
-            prompts = [text]
+            prompts = [await frontend.render_chat(chat)]
+            with self._served.rejections():
+                self._plan = request.reply_plan(frontend.tokenizer, prompts[0])
+                self._check_kind()
         for prompt in prompts:
             frontend.check_size(prompt, request.params)
         if request.echo:
@@ -200,13 +203,23 @@ class _Run:
             name = self._request_id if len(prompts) == 1 else f"{self._request_id}-{index}"
             stream = await frontend.submit(
                 prompt,
-                request.params,
+                self._plan.params,
                 options,
                 request_id=name,
                 owner=self._exchange.caller.name,
                 trace=trace,
+                shown_token_ids=self._plan.shown_token_ids,
             )
             self._streams.append(await open_streams.enter_async_context(stream))
+
+    def _check_kind(self) -> None:
+        """Raises ValueError for a stream of cumulative updates where replies are parsed, whose parts are deltas."""
+        request = self._request
+        if request.stream and self._plan.is_parsed and request.params.output_kind is RequestOutputKind.CUMULATIVE:
+            raise ValueError(
+                "output_kind is cumulative; a reply that may have calls of tools or reasoning is streamed as delta or "
+                "final_only"
+            )
 
     async def _echo(self, prompt: str | Sequence[int]) -> str:
         """Returns a prompt as text."""
@@ -229,27 +242,34 @@ class _Run:
 
     async def _collected(self, index: int, stream: DeltaStream) -> list[Answer]:
         """Returns the answers to one prompt, a sample each, when all have ended."""
-        request, echo = self._request, self._echoes[index : index + 1]
-        samples = [_Collected() for _ in range(request.params.n)]
+        echo, samples = self._echoes[index : index + 1], [_Collected() for _ in range(self._request.params.n)]
         prompt: PromptLogprobs | None = None
         async for delta in stream:
             samples[delta.index].add(self._shown(delta))
             prompt = delta.prompt_logprobs or prompt
         for sample in samples:
             check_delta(sample.last)
-        echoed = prompt if request.echo else None
-        return [
-            dataclasses.replace(
-                self._answer(sample.last),
-                text="".join([*echo, *sample.texts]),
-                token_ids=sample.token_ids if request.return_token_ids else None,
-                logprobs=self._shapes.of(LogprobColumns.joined(sample.logprobs), sample.token_ids, prompt=echoed)
-                if sample.logprobs
-                else None,
-                prompt_logprobs=self._shapes.of_prompt(prompt) if prompt and request.prompt_logprobs else None,
-            )
-            for sample in samples
-        ]
+        return [self._whole(sample, echo, prompt) for sample in samples]
+
+    def _whole(self, sample: _Collected, echo: Sequence[str], prompt: PromptLogprobs | None) -> Answer:
+        """Returns the answer of one sample, behind the prompt where that is echoed."""
+        request, logprobs = self._request, None
+        text = "".join(sample.texts)
+        if sample.logprobs:
+            columns = LogprobColumns.joined(sample.logprobs)
+            logprobs = self._shapes.of(columns, sample.token_ids, prompt=prompt if request.echo else None)
+        answer = dataclasses.replace(
+            self._answer(sample.last),
+            text="".join([*echo, text]),
+            token_ids=sample.token_ids if request.return_token_ids else None,
+            logprobs=logprobs,
+            prompt_logprobs=self._shapes.of_prompt(prompt) if prompt and request.prompt_logprobs else None,
+        )
+        if not self._plan.is_parsed:
+            return answer
+        message = ReplyMessage(self._plan)
+        message.add(text)
+        return message.finish(answer)
 
     def _shown(self, delta: Delta) -> Delta:
         """Returns what an answer shows of a delta: nothing of the output where only the prompt is asked for."""
@@ -281,23 +301,27 @@ class _Run:
         request, exchange, samples = self._request, self._exchange, self._request.params.n
         head = StreamHead(self._url, self._request_id, self._model, self._created, request.include_usage)
         events = [
-            [
-                ChoiceEvents(
-                    head,
-                    index * samples + sample,
-                    shows_all=not self._has_text,
-                    token_ids=request.return_token_ids,
-                    logprobs=None if request.params.logprobs is None else self._shapes,
-                    cumulative=request.params.output_kind is RequestOutputKind.CUMULATIVE,
-                )
-                for sample in range(samples)
-            ]
+            [self._events(head, index * samples + sample) for sample in range(samples)]
             for index in range(len(self._streams))
         ]
         pumped = [await self._pump(0, events[0])] if len(events) == 1 else await self._pump_all(events)
         await exchange.end_events(head.end([answer for answers in pumped for answer in answers]))
 
-    async def _pump(self, index: int, events: Sequence[ChoiceEvents]) -> list[Answer]:
+    def _events(self, head: StreamHead, index: int) -> ChoiceEvents | ReplyEvents:
+        request = self._request
+        logprobs = None if request.params.logprobs is None else self._shapes
+        if self._plan.is_parsed:
+            return ReplyEvents(head, index, self._plan, token_ids=request.return_token_ids, logprobs=logprobs)
+        return ChoiceEvents(
+            head,
+            index,
+            shows_all=not self._has_text,
+            token_ids=request.return_token_ids,
+            logprobs=logprobs,
+            cumulative=request.params.output_kind is RequestOutputKind.CUMULATIVE,
+        )
+
+    async def _pump(self, index: int, events: Sequence[ChoiceEvents | ReplyEvents]) -> list[Answer]:
         """Sends the events of one prompt's choices to their end. A choice that fails does not end the others; they are
         followed by its error."""
         send, failed, prompt = self._send, None, None
@@ -314,7 +338,7 @@ class _Run:
                     continue
                 check_delta(delta)
             choice, update = events[delta.index], updates.of(delta)
-            if self._echoes and delta.index not in begun:
+            if self._echoes and isinstance(choice, ChoiceEvents) and delta.index not in begun:  # only of completions
                 begun.add(delta.index)
                 await send(choice.echo(self._echoes[index], prompt))
             if update is not None and (data := choice.of(update)):
@@ -331,7 +355,7 @@ class _Run:
             async with self._sending:
                 await self._exchange.send_event(data)
 
-    async def _pump_all(self, events: Sequence[Sequence[ChoiceEvents]]) -> list[list[Answer]]:
+    async def _pump_all(self, events: Sequence[Sequence[ChoiceEvents | ReplyEvents]]) -> list[list[Answer]]:
         """Sends the events of several choices as they come. The first error ends all."""
         tasks = [asyncio.ensure_future(self._pump(index, one)) for index, one in enumerate(events)]
         try:

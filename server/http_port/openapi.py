@@ -14,6 +14,7 @@ from jaxserve.request import MAX_ID_LENGTH
 from jaxserve.serving.access.callers import Anybody
 from jaxserve.serving.access.request_headers import PRIORITY, TENANT, TIMEOUT
 from jaxserve.serving.http_port.exchange import REQUEST_ID
+from jaxserve.serving.http_port.openapi_chat import chat_fields, closed, reply_fields
 from jaxserve.serving.http_port.routes.tokens import MAX_DETOKENIZED
 from jaxserve.serving.served_model import ServedModel
 from jaxserve.structured_outputs import MAX_CHOICES
@@ -184,7 +185,8 @@ def _body(url: str, limits: _Limits, config: HttpConfig) -> Schema:
         some = {"type": "array", "items": {"anyOf": [text, ids]}, "minItems": 1, "maxItems": config.max_prompts}
         own, fields = "prompt", {**fields, "echo": _FLAG, "prompt": {"anyOf": [text, ids, some]}}
     else:
-        own, fields = "messages", {**fields, **_chat_fields(), "max_completion_tokens": fields["max_tokens"]}
+        most = {"max_completion_tokens": fields["max_tokens"]}
+        own, fields = "messages", {**fields, **chat_fields(), **reply_fields(), **most}
     names = set(field_names(url))
     body = _object({name: schema for name, schema in fields.items() if name in names}, required=own)
     return body | {"additionalProperties": True} if config.allow_unknown_fields else body
@@ -197,12 +199,8 @@ def _structured_fields() -> Schema:
     choices = {"type": "array", "items": text, "minItems": 1, "maxItems": MAX_CHOICES}
     named = {"type": "object", "required": ["schema"], "properties": {"name": _TEXT, "schema": {"type": "object"}}}
     formats: list[Schema] = [
-        {"required": ["type"], "properties": {"type": {"enum": ["text", "json_object"]}}} | _CLOSED,
-        {
-            "required": ["type", "json_schema"],
-            "properties": {"type": {"const": "json_schema"}, "json_schema": named},
-        }
-        | _CLOSED,
+        closed({"type": {"enum": ["text", "json_object"]}}, "type"),
+        closed({"type": {"const": "json_schema"}, "json_schema": named}, "type", "json_schema"),
         {"required": ["type"], "properties": {"type": {"const": "structural_tag"}}},
     ]
     kinds = {"json": schema, "regex": text, "choice": choices, "grammar": text, "structural_tag": schema}
@@ -218,30 +216,12 @@ def _structured_fields() -> Schema:
     }
 
 
-def _chat_fields() -> Schema:
-    part = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": _TEXT}}
-    message = {
-        "type": "object",
-        "required": ["role", "content"],
-        "properties": {
-            "role": {"enum": ["user", "system", "developer", "assistant"]},
-            "content": {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": part | _CLOSED}]},
-            "name": _or_null(_TEXT),
-        },
-    }
-    return {
-        "messages": {"type": "array", "minItems": 1, "items": message | _CLOSED},
-        "add_generation_prompt": _FLAG,
-        "chat_template_kwargs": {"type": "object"},
-    }
-
-
 def _tokenize(limits: _Limits) -> Schema:
     both = {"model": limits.model, "add_special_tokens": _FLAG, "return_token_strs": _FLAG}
     return {
         "anyOf": [
             _object({**both, "prompt": _TEXT}, required="prompt"),
-            _object({**both, **_chat_fields()}, required="messages"),
+            _object({**both, **chat_fields()}, required="messages"),
         ]
     }
 
@@ -249,9 +229,6 @@ def _tokenize(limits: _Limits) -> Schema:
 def _detokenize(limits: _Limits) -> Schema:
     tokens = {"type": "array", "items": limits.token_id, "maxItems": MAX_DETOKENIZED}
     return _object({"model": limits.model, "tokens": tokens}, required="tokens")
-
-
-_CLOSED: Schema = {"additionalProperties": False}
 
 
 def _object(fields: Mapping[str, Schema], required: str | None = None) -> Schema:
@@ -332,7 +309,10 @@ def _schemas() -> Schema:
                     "items": {
                         "type": "object",
                         "required": ["index", "finish_reason"],
-                        "properties": {"index": _COUNT, "finish_reason": {"enum": ["stop", "length", "abort"]}},
+                        "properties": {
+                            "index": _COUNT,
+                            "finish_reason": {"enum": ["stop", "length", "tool_calls", "abort"]},
+                        },
                     },
                 },
                 "usage": usage,

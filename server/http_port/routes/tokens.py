@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
-from jaxserve.frontend.openai import Chat, parse_chat
+from jaxserve.frontend.openai_chat import Chat, parse_chat
 from jaxserve.frontend.openai_checks import check_neutral, check_text, checked_flag, hint
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.frontend.tokenizer import Tokenizer
@@ -35,13 +35,15 @@ _CHAT_FIELDS = (
     "add_special_tokens",
     "return_token_strs",
     "add_generation_prompt",
+    "continue_final_message",
     "chat_template_kwargs",
+    "tools",
+    "tool_choice",
+    "reasoning_effort",
 )
 _CHAT_NEUTRAL: Mapping[str, Sequence[Any]] = {
     "chat_template": (),
-    "continue_final_message": (False,),
     "mm_processor_kwargs": ({},),
-    "tools": ([],),
 }
 
 
@@ -146,9 +148,7 @@ async def _tokenize(served: ServedModel, frontend: AsyncFrontEnd, exchange: Exch
     tokenizer = served.tokenizer()
     text = request.prompt
     if (chat := request.chat) is not None:
-        text = await frontend.render_chat(
-            chat.messages, add_generation_prompt=chat.add_generation_prompt, template_kwargs=chat.template_kwargs
-        )
+        text = await frontend.render_chat(chat)
     assert text is not None  # a request has a prompt or a chat
     limits = frontend.ready.limits
     return await frontend.work(_tokenize_steps(tokenizer, text, request, limits.max_model_len), 4 * len(text))

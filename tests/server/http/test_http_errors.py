@@ -42,7 +42,7 @@ def http(server):
         ({"logit_bias": {"5": 101}}, "logit_bias[5]", "logit_bias[5] is 101; it must be at least -100 and at most 100"),
         ({"logit_bias": {"-1": 1}}, "logit_bias", "logit_bias id is -1; it must be from 0 to"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "logit_bias has the key 'x'; its keys must be token ids"),
-        ({"tools": [{}]}, "tools", "tools is [{}]; only []"),
+        ({"tools": "x"}, "tools", "tools is 'x'; "),
         ({"response_format": {"type": "xml"}}, "response_format.type", "response_format.type is 'xml'; it must be one"),
         ({"suffix": "x"}, "suffix", "suffix is 'x'; only"),
         ({"guided_regex": 5}, "structured_outputs.regex", "structured_outputs.regex is 5; it must be a text"),
