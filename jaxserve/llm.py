@@ -1,4 +1,4 @@
-"""Generates text offline in Python: `LLM(model=...).generate(prompts, params)`; names follow vLLM's."""
+"""Generates and embeds text offline in Python: `LLM(model=...).generate(prompts, params)`; names follow vLLM's."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from types import TracebackType
 from typing import Any
 
 from jaxserve.config.settings import EngineConfig
+from jaxserve.embedding_output import EmbeddingOutput, EmbeddingRequestOutput
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.frontend import FrontEnd, Prepared
 from jaxserve.frontend.offline import FinishedRequest, TokenBar, run_all
+from jaxserve.frontend.openai_messages import parse_messages
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.pooling_params import PoolingParams
 from jaxserve.request import InfeasibleError, RequestOptions, SamplingParams
 
 Prompt = str | Mapping[str, Any]
@@ -27,13 +30,13 @@ class CompletionOutput:
 
     text: continues the prompt, so that both together are the text of all tokens; special tokens are not shown.
     finish_reason: "stop", "length", "deadline" when its deadline passed or was out of reach, or "error" when this
-    request failed in the engine.
+    request failed in the engine; "abort" and, before the end, None of AsyncLLM alone.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: str
+    finish_reason: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +118,102 @@ class LLM:
             EngineDeadError: the engine failed.
         """
         given: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        params = _params_for(given, sampling_params)
+        params = _one_each("sampling_params", given, SamplingParams() if sampling_params is None else sampling_params)
+        texts, requests = self._prepare(given, params, priority, tenant, deadline)
+        completions = self._complete(requests, use_tqdm)
+        return [
+            _request_output(text, completions[request.request_id])
+            for text, request in zip(texts, requests, strict=True)
+        ]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Generates the answer to a conversation, or to each of several, in the model's chat template.
+
+        Args:
+            messages: one conversation, a list of messages in OpenAI's form, or a list of conversations.
+            sampling_params: as for `generate`.
+            use_tqdm: shows a progress bar.
+            add_generation_prompt: ends the prompt where the answer begins.
+            chat_template_kwargs: further arguments of the template.
+            options: priority, tenant and deadline, as for `generate`.
+
+        Raises:
+            ValueError: there is no tokenizer or template, a message is invalid, or as `generate` does.
+            EngineDeadError: the engine failed.
+        """
+        tokenizer = self._front_end.tokenizer
+        if tokenizer is None:
+            raise ValueError("messages need a tokenizer, and this engine has none; use generate with prompt_token_ids")
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = messages if several else [messages]
+        prompts = [
+            tokenizer.render_chat(
+                parse_messages(list(conversation)),
+                add_generation_prompt=add_generation_prompt,
+                template_kwargs=chat_template_kwargs,
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm, **options)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
+        deadline: float | Sequence[float | None] | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Embeds each prompt and returns the embeddings in order, however many there are.
+
+        Args:
+            prompts: one prompt, or several.
+            pooling_params: one for all, one for each, or None for the defaults.
+            use_tqdm: shows a progress bar.
+            priority: as for `generate`, and so are tenant and deadline.
+            tenant: see priority.
+            deadline: see priority.
+
+        Raises:
+            ValueError: a prompt is invalid; the error names its index and comes before anything is computed.
+            EngineDeadError: the engine failed.
+        """
+        given: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        params = _one_each("pooling_params", given, PoolingParams() if pooling_params is None else pooling_params)
+        texts, requests = self._prepare(given, params, priority, tenant, deadline)
+        completions = self._complete(requests, use_tqdm)
+        return [
+            _embedding_output(text, completions[request.request_id])
+            for text, request in zip(texts, requests, strict=True)
+        ]
+
+    def _prepare(
+        self,
+        given: Sequence[Prompt],
+        params: Sequence[SamplingParams] | Sequence[PoolingParams],
+        priority: int | Sequence[int],
+        tenant: str | Sequence[str],
+        deadline: float | Sequence[float | None] | None,
+    ) -> tuple[list[str | None], list[Prepared]]:
+        """Returns the text of each prompt that is one, and the prepared requests. Raises ValueError."""
         texts: list[str | None] = []
         requests: list[Prepared] = []
         priorities = _one_each("priority", given, priority)
         tenants, deadlines = _one_each("tenant", given, tenant), _one_each("deadline", given, deadline)
         for index, (prompt, prompt_params) in enumerate(zip(given, params, strict=True)):
             try:
-                content = _content(prompt)
+                content = prompt_content(prompt)
                 prepared = self._front_end.prepare(
                     content,
                     prompt_params,
@@ -134,11 +225,7 @@ class LLM:
                 raise kind(f"prompts[{index}]: {error}") from error
             texts.append(content if isinstance(content, str) else None)
             requests.append(prepared)
-        completions = self._complete(requests, use_tqdm)
-        return [
-            _request_output(text, completions[request.request_id])
-            for text, request in zip(texts, requests, strict=True)
-        ]
+        return texts, requests
 
     def _complete(self, requests: Sequence[Prepared], use_tqdm: bool) -> dict[str, FinishedRequest]:
         completions: dict[str, FinishedRequest] = {}
@@ -181,16 +268,6 @@ def _start(
     return config, load_tokenizer(config), InlineEngine(config, progress=True)
 
 
-def _params_for(
-    prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
-) -> Sequence[SamplingParams]:
-    if sampling_params is None:
-        sampling_params = SamplingParams()
-    if isinstance(sampling_params, SamplingParams):
-        return [sampling_params] * len(prompts)
-    return _one_each("sampling_params", prompts, sampling_params)
-
-
 def _one_each(name: str, prompts: Sequence[Prompt], value: Any) -> Sequence[Any]:
     """Returns the values for the prompts: a list or tuple has one for each, any other value applies to all."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
@@ -200,7 +277,7 @@ def _one_each(name: str, prompts: Sequence[Prompt], value: Any) -> Sequence[Any]
     return value
 
 
-def _content(prompt: Prompt) -> str | Sequence[int]:
+def prompt_content(prompt: Prompt) -> str | Sequence[int]:
     """Returns the text or token ids of a prompt. Raises ValueError when it is neither."""
     if isinstance(prompt, str):
         return prompt
@@ -212,6 +289,17 @@ def _content(prompt: Prompt) -> str | Sequence[int]:
         raise ValueError(f"prompt has the keys {sorted(prompt)}; it takes either 'prompt' or 'prompt_token_ids'")
     raise ValueError(
         f"prompt is of type {type(prompt).__name__}; it must be text, {{'prompt': text}} or {{'prompt_token_ids': ids}}"
+    )
+
+
+def _embedding_output(text: str | None, completion: FinishedRequest) -> EmbeddingRequestOutput:
+    return EmbeddingRequestOutput(
+        request_id=completion.request_id,
+        prompt=text,
+        prompt_token_ids=completion.prompt_token_ids,
+        outputs=EmbeddingOutput.from_bytes(completion.embedding),
+        num_cached_tokens=completion.num_cached_tokens,
+        error=completion.error,
     )
 
 

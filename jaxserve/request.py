@@ -65,6 +65,16 @@ class RequestStatus(enum.Enum):
     FINISHED = "finished"
 
 
+class Pooling(enum.Enum):
+    """Enumerates how the hidden states of a prompt's tokens make one vector: that of the last or of the first (cls)
+    token, or the mean of all.
+    """
+
+    LAST = "last"
+    MEAN = "mean"
+    CLS = "cls"
+
+
 class InfeasibleError(ValueError):
     """Signals a well-formed request that this server could never run, however long it waits."""
 
@@ -183,6 +193,8 @@ class ModelLimits:
     pool_tokens: tokens that the whole page pool can hold for one request.
     max_prompt_len: prompt tokens at most (less than max_model_len only when chunked prefill is off).
     eos_token_ids: the model's own stop ids.
+    embedding_size: numbers in an embedding, unless fewer are asked for. pooling, normalize: how embeddings are made
+    where a request does not say.
     """
 
     vocab_size: int
@@ -190,6 +202,9 @@ class ModelLimits:
     pool_tokens: int
     max_prompt_len: int
     eos_token_ids: tuple[int, ...]
+    embedding_size: int = 0
+    pooling: Pooling = Pooling.LAST
+    normalize: bool = True
 
 
 def check_identity(name: str, value: str) -> None:
@@ -244,6 +259,8 @@ class EngineRequest(RowSampling):
     max_tokens and seed are resolved (never None). stop_token_ids include the model's own unless ignore_eos.
     Stop strings are handled by the front end. arrival_time: seconds of `time.time`. needed_tokens: output tokens
     without which it cannot be complete, whatever is sampled.
+    pooling: the request asks for the pooled hidden states of its prompt, and generates nothing; it then counts as one
+    of a single output token.
     """
 
     request_id: str
@@ -255,6 +272,7 @@ class EngineRequest(RowSampling):
     options: RequestOptions = RequestOptions()
     arrival_time: float = 0.0
     needed_tokens: int = 1
+    pooling: Pooling | None = None
 
 
 def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, limits: ModelLimits) -> int:
@@ -264,16 +282,21 @@ def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, li
     context, never the pool), each naming the field, its value and the limit.
     """
     max_tokens = check_length(len(prompt_token_ids), params, limits)
-    for index, token_id in enumerate(prompt_token_ids):
+    check_token_ids(prompt_token_ids, limits)
+    for token_id in params.stop_token_ids:
+        if token_id >= limits.vocab_size:
+            raise ValueError(f"stop_token_ids has {token_id}; token ids must be from 0 to {limits.vocab_size - 1}")
+    return max_tokens
+
+
+def check_token_ids(token_ids: Sequence[int], limits: ModelLimits) -> None:
+    """Checks that the ids of a prompt are in the vocabulary. Raises ValueError."""
+    for index, token_id in enumerate(token_ids):
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < limits.vocab_size:
             raise ValueError(
                 f"prompt_token_ids[{index}] is {shown(token_id)}; token ids must be whole numbers from 0 to "
                 f"{limits.vocab_size - 1}"
             )
-    for token_id in params.stop_token_ids:
-        if token_id >= limits.vocab_size:
-            raise ValueError(f"stop_token_ids has {token_id}; token ids must be from 0 to {limits.vocab_size - 1}")
-    return max_tokens
 
 
 def check_length(length: int, params: SamplingParams, limits: ModelLimits, *, size: str = "") -> int:

@@ -15,6 +15,7 @@ from jaxserve.config.checks import at_least, between, number, one_of
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.config.failpoints import Failpoint
 from jaxserve.config.http_config import HttpConfig
+from jaxserve.config.pooler_config import PoolerConfig
 from jaxserve.config.queue_limits import QueueConfig
 from jaxserve.config.scheduling import MIN_BUCKET, SchedulerConfig
 from jaxserve.config.tracing_config import TracingConfig
@@ -97,6 +98,7 @@ class EngineConfig:
     everywhere else.
     bundle: directory of programs that `jaxserve.compile` wrote for this configuration and device; loaded instead of
     compiling anything, and refused where it does not fit. Its number of pages counts where none is configured.
+    pooler: how embeddings are made where a request does not say.
     seed: base of the seeds drawn for requests that bring none.
     composition_dir: directory for what steps consisted of over time, as JSON and a plot, written when the engine ends;
     None writes nothing.
@@ -119,6 +121,7 @@ class EngineConfig:
     compilation_cache_max_bytes: int = 4 * 1024**3
     ready_when: str = "auto"
     bundle: str | None = None
+    pooler: PoolerConfig = PoolerConfig()
     seed: int = 0
     composition_dir: str | None = None
     failpoints: tuple[str, ...] = ()

@@ -48,7 +48,7 @@ from jaxserve.engine.messages import (
 from jaxserve.engine.step_executor import DeviceFaultError, DispatchedStep, EngineBrokenError, StepExecutor
 from jaxserve.engine.step_time import StepTimePrediction
 from jaxserve.kv_cache.page_pool import PagePool
-from jaxserve.request import EngineRequest, FinishReason, ModelLimits
+from jaxserve.request import EngineRequest, FinishReason, ModelLimits, Pooling
 from jaxserve.runner.protocol import Runner
 from jaxserve.scheduler import PageAllocationError, Scheduler, SequenceUpdate, StepPlan, StepUpdate, Wants
 from jaxserve.scheduler.buckets import Buckets
@@ -112,6 +112,8 @@ class EngineCore:
         )
         for line in () if self.scheduler.decode_gap is None else self.scheduler.decode_gap.warnings:
             _log.warning("%s", line)
+        pooling, self._normalize = config.pooler.resolved(config.model)
+        self._pooling = Pooling[pooling]
         self._constraints = constraints
         self.recorder = recorder or Recorder(clock=clock)
         self._events = EngineEvents(self.recorder, self.scheduler)
@@ -163,6 +165,9 @@ class EngineCore:
             pool_tokens=info.page_size * info.usable_pages,
             max_prompt_len=info.max_model_len if chunked else scheduler.max_num_batched_tokens,
             eos_token_ids=info.eos_token_ids,
+            embedding_size=info.hidden_size,
+            pooling=self._pooling,
+            normalize=self._normalize,
         )
         return EngineReady(info, limits, scheduler.max_num_seqs, scheduler.max_num_waiting, start_seconds)
 
@@ -408,7 +413,11 @@ class EngineCore:
         return messages
 
     def _output(self, update: SequenceUpdate, now: float) -> EngineOutput:
-        sequence, phases = update.sequence, (None, None)
+        sequence, phases, pooled = update.sequence, (None, None), b""
+        if sequence.pooled is not None and update.finish_reason is FinishReason.STOP:
+            pooled = sequence.pooled.vector(sequence.num_prompt_tokens).tobytes()
+            self._totals["prompt_tokens"] += sequence.num_prompt_tokens
+            phases = self._meter.phases(sequence.request_id, now)
         if update.token_ids and len(sequence.output_token_ids) == len(update.token_ids):
             self._totals["prompt_tokens"] += sequence.num_prompt_tokens
             self._events.first_token(sequence, now)
@@ -417,7 +426,7 @@ class EngineCore:
             self._events.finished(sequence, update.finish_reason, now)
         cached = sequence.num_cached_tokens
         return EngineOutput(
-            sequence.request_id, update.token_ids, update.finish_reason, update.error, cached, now, *phases
+            sequence.request_id, update.token_ids, update.finish_reason, update.error, cached, now, *phases, pooled
         )
 
     def _ranking(self, now: float) -> float | None:

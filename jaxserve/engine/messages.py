@@ -83,7 +83,8 @@ class EngineOutput(_Message, frozen=True):
     error: one line, set when finish_reason is ERROR or DEADLINE. num_cached_tokens: prompt tokens taken from the prefix
     cache.
     time: seconds of the engine's clock at which the host had the tokens. queue_seconds, prefill_seconds: with the first
-    token: from arrival to the first step that computes the request, and from there to the token.
+    token: from arrival to the first step that computes the request, and from there to the token. pooled: of a request
+    with `EngineRequest.pooling`, with the finish reason: its pooled hidden state, float64 numbers of this machine.
     """
 
     request_id: str
@@ -94,6 +95,7 @@ class EngineOutput(_Message, frozen=True):
     time: float = 0.0
     queue_seconds: float | None = None
     prefill_seconds: float | None = None
+    pooled: bytes = b""
 
 
 class TokenBatch(_Message, frozen=True):

@@ -177,7 +177,8 @@ class StepExecutor:
     def _collect(self, plan: StepPlan, pending: Pending | None) -> StepResult:
         if pending is None:
             counts = None if plan.decodes.counts is None else np.ones(len(plan.decodes), np.int32)
-            return StepResult(np.full(plan.num_sampled, NOT_FINITE, np.int32), counts)
+            pooled = np.full((plan.num_pooled, 1), np.nan) if plan.num_pooled else None
+            return StepResult(np.full(plan.num_sampled, NOT_FINITE, np.int32), counts, pooled)
         try:
             return self._runner.collect(pending)
         except Exception as error:
@@ -221,6 +222,7 @@ class StepExecutor:
             token_bucket=self._buckets.tokens[0],
             row_bucket=self._buckets.rows[0],
             num_tokens=0,
+            num_pooled=0,
         )
         try:
             pending = self._start(_Share(nothing, None))
@@ -237,4 +239,7 @@ def _joined(results: list[StepResult]) -> StepResult:
     these and chunks."""
     token_ids = np.concatenate([np.asarray(one.token_ids, np.int32) for one in results])
     counts = [np.asarray(one.counts, np.int32) for one in results if one.counts is not None]
-    return StepResult(token_ids, np.concatenate(counts) if counts else None)
+    pooled = [one.pooled for one in results if one.pooled is not None]
+    size = max((len(one[0]) for one in pooled), default=0)  # rows that were given up have one number
+    pooled = [np.broadcast_to(one, (len(one), size)) for one in pooled]
+    return StepResult(token_ids, np.concatenate(counts) if counts else None, np.concatenate(pooled) if pooled else None)

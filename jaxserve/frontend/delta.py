@@ -89,6 +89,7 @@ class Delta:
         prompt_tokens: of the whole prompt.
         cached_tokens: of the whole prompt.
         output_tokens: so far, these included.
+        embedding: of a request for one, in its only delta if it succeeds: float32 numbers, in little-endian order.
     """
 
     request_id: str
@@ -102,3 +103,4 @@ class Delta:
     output_tokens: int = 0
     cached_tokens: int = 0
     owner: str = ""
+    embedding: bytes = b""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import time
@@ -39,6 +40,7 @@ from jaxserve.frontend.output import FaultyOutput, OutputState
 from jaxserve.frontend.preparation import Preparation, Prepared
 from jaxserve.frontend.preparation_steps import finish
 from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.pooling_params import PoolingParams
 from jaxserve.request import ROW_FIELDS, SAMPLING_FIELDS, EngineRequest, FinishReason, RequestOptions, SamplingParams
 from jaxserve.telemetry.request_meter import RequestMeter
 from jaxserve.telemetry.request_trace import RequestTrace
@@ -131,7 +133,7 @@ class FrontEnd:
     def submit(
         self,
         prompt: str | Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         options: RequestOptions = RequestOptions(),
         *,
         request_id: str | None = None,
@@ -157,7 +159,7 @@ class FrontEnd:
     def prepare(
         self,
         prompt: str | Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         options: RequestOptions = RequestOptions(),
         *,
         request_id: str | None = None,
@@ -170,7 +172,9 @@ class FrontEnd:
         """Steps of `prepare`."""
         return self._preparation
 
-    def check_accepting(self, params: SamplingParams, options: RequestOptions, prompt_tokens: int = 1) -> None:
+    def check_accepting(
+        self, params: SamplingParams | PoolingParams, options: RequestOptions, prompt_tokens: int = 1
+    ) -> None:
         """Raises QueueFullError, DeadlineError or EngineDeadError where `start` would, before a prompt is tokenized in
         vain.
 
@@ -239,6 +243,7 @@ class FrontEnd:
             options=prepared.options,
             arrival_time=now,
             needed_tokens=_needed_tokens(prepared, stop_token_ids),
+            pooling=None if prepared.pooling is None else prepared.pooling.kind(self._limits),
         )
         try:
             self._client.send(AddRequest(request))
@@ -248,7 +253,9 @@ class FrontEnd:
         num_tokens, ticket = len(request.prompt_token_ids), None
         if self._admission is not None:
             ticket = self._admission.accept(options.tenant, num_tokens, params.max_tokens, now, deadline=deadline)
-        opened = OpenRequest(owner, request_id, request.request_id, num_tokens, deadline, output, ticket)
+        opened = OpenRequest(
+            owner, request_id, request.request_id, num_tokens, deadline, output, ticket, pooling=prepared.pooling
+        )
         if self._metrics is not None:
             opened.life = self._metrics.begin(request_id, num_tokens, request.max_tokens, arrived, trace)
         self._requests.add(opened)
@@ -256,7 +263,7 @@ class FrontEnd:
 
     def _output(self, prepared: Prepared, stop_token_ids: tuple[int, ...]) -> OutputState:
         prompt, params, shown, generated = prepared.prompt_token_ids, prepared.params, None, None
-        if self._tokenizer is not None:
+        if self._tokenizer is not None and prepared.pooling is None:
             shown = self._tokenizer.detokenizer(prompt)
             if params.stop:
                 generated = self._tokenizer.detokenizer(prompt, skip_special_tokens=False)
@@ -335,7 +342,19 @@ class FrontEnd:
         opened.life.tokens(len(message.token_ids), message.time)
         if message.queue_seconds is not None and message.prefill_seconds is not None:
             opened.life.phases(message.queue_seconds, message.prefill_seconds)
+        if message.pooled and opened.pooling is not None:
+            return self._embedded(opened, opened.pooling.embedding(message.pooled, self._limits))
         return self._advance(opened, message.token_ids, message.finish_reason, message.error)
+
+    def _embedded(self, opened: OpenRequest, embedding: bytes) -> Delta:
+        """Ends a request for an embedding with its result."""
+        opened.life.embedded()
+        if opened.ticket is not None and self._admission is not None:
+            self._admission.started(opened.ticket, self._clock())
+        self._forget(opened, FinishReason.STOP, told_engine=True)
+        delta = self._delta(opened, "", FinishReason.STOP)
+        assert delta is not None  # it has a finish reason
+        return dataclasses.replace(delta, embedding=embedding)
 
     def _opened(self, engine_id: str) -> OpenRequest | None:
         """Returns the request an engine message refers to; None for one that has ended here, unknown to the engine."""
@@ -415,7 +434,9 @@ class FrontEnd:
         """
         self._requests.remove(opened, released=told_engine)
         if opened.ticket is not None and self._admission is not None:
-            self._admission.ended(opened.ticket, opened.output.num_tokens, self._clock(), reason)
+            self._admission.ended(
+                opened.ticket, opened.output.num_tokens, self._clock(), reason, generates=opened.pooling is None
+            )
         opened.life.finish(reason, opened.output.num_tokens, opened.cached_tokens)
         if not told_engine:
             self._send_if_alive(AbortRequest(opened.engine_id))

@@ -19,7 +19,8 @@ from jaxserve.request import FinishReason
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRequest:
-    """Holds a finished request. error: one line when finish_reason is ERROR, ABORT or DEADLINE."""
+    """Holds a finished request. error: one line when finish_reason is ERROR, ABORT or DEADLINE. embedding: as in
+    `Delta`."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -28,6 +29,7 @@ class FinishedRequest:
     finish_reason: FinishReason
     error: str
     num_cached_tokens: int
+    embedding: bytes = b""
 
 
 @dataclasses.dataclass
@@ -49,6 +51,7 @@ class _Collected:
             finish_reason=delta.finish_reason,
             error=delta.error,
             num_cached_tokens=delta.cached_tokens,
+            embedding=delta.embedding,
         )
 
 

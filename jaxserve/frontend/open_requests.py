@@ -7,6 +7,7 @@ import heapq
 
 from jaxserve.frontend.admission import Ticket
 from jaxserve.frontend.output import OutputState
+from jaxserve.pooling_params import PoolingParams
 from jaxserve.telemetry.request_meter import UNCOUNTED, RequestLife
 
 
@@ -15,7 +16,7 @@ class OpenRequest:
     """Tracks a request without its last delta.
 
     engine_id: its name in messages (see `OpenRequests.engine_id`). ticket: of the admission, where there is one.
-    life: counts it.
+    life: counts it. pooling: what it asks for, where that is an embedding.
     """
 
     owner: str
@@ -27,6 +28,7 @@ class OpenRequest:
     ticket: Ticket | None = None
     cached_tokens: int = 0
     life: RequestLife = UNCOUNTED
+    pooling: PoolingParams | None = None
 
 
 class OpenRequests:

@@ -13,18 +13,32 @@ from jaxserve.frontend.chat_text import RenderedText
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import ModelLimits, RequestOptions, SamplingParams, check_identity, check_length, validate_request
+from jaxserve.pooling_params import PoolingParams, check_pooled_length
+from jaxserve.request import (
+    ModelLimits,
+    RequestOptions,
+    SamplingParams,
+    check_identity,
+    check_length,
+    check_token_ids,
+    validate_request,
+)
+
+_NOTHING_SAMPLED = SamplingParams(temperature=0.0, max_tokens=PoolingParams.max_tokens)
+"""Sampling parameters of a request for an embedding."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved."""
+    """Holds a tokenized and validated request, ready for `FrontEnd.start`. max_tokens is resolved. pooling: what a
+    request for an embedding asks for."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     max_tokens: int
     options: RequestOptions
+    pooling: PoolingParams | None = None
 
 
 class Preparation:
@@ -37,7 +51,7 @@ class Preparation:
     def steps(
         self,
         prompt: str | Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         options: RequestOptions,
         request_id: str | None = None,
     ) -> Steps[Prepared]:
@@ -52,13 +66,27 @@ class Preparation:
         elif not request_id:
             raise ValueError("request_id is empty; leave it out to be given one")
         check_identity("request_id", request_id)
+        if isinstance(params, PoolingParams):
+            return (yield from self._pooling_steps(prompt, params, options, request_id))
         if params.stop and self._tokenizer is None:
             raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")
         token_ids = yield from self._encode_steps(prompt, params)
         max_tokens = validate_request(token_ids, params, self._limits)
         return Prepared(request_id, token_ids, params, max_tokens, options)
 
-    def _encode_steps(self, prompt: str | Sequence[int], params: SamplingParams) -> Steps[tuple[int, ...]]:
+    def _pooling_steps(
+        self, prompt: str | Sequence[int], params: PoolingParams, options: RequestOptions, request_id: str
+    ) -> Steps[Prepared]:
+        """Prepares a request for an embedding, as `steps` does."""
+        params.check(self._limits)
+        token_ids = params.truncated((yield from self._encode_steps(prompt, params)), self._limits)
+        check_pooled_length(len(token_ids), self._limits)
+        check_token_ids(token_ids, self._limits)
+        return Prepared(request_id, token_ids, _NOTHING_SAMPLED, params.max_tokens, options, params)
+
+    def _encode_steps(
+        self, prompt: str | Sequence[int], params: SamplingParams | PoolingParams
+    ) -> Steps[tuple[int, ...]]:
         """Encodes a prompt to token ids, which are not yet checked against the model. Raises ValueError.
 
         Ends as soon as the prompt is known to be too long.
@@ -83,7 +111,7 @@ class Preparation:
         yield 0
         return tuple(prompt)
 
-    def check_size(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
+    def check_size(self, prompt: str | Sequence[int], params: SamplingParams | PoolingParams) -> None:
         """Refuses a prompt that is certainly too long, in constant time: by the number of its token ids or characters
         alone.
 
@@ -93,7 +121,7 @@ class Preparation:
             if self._tokenizer is not None:
                 self._check_text_size(self._tokenizer.least_tokens(len(prompt)), prompt, params)
         else:
-            check_length(len(prompt), params, self._limits)
+            self._check_length(len(prompt), params)
 
     def least_tokens(self, prompt: str | Sequence[int]) -> int:
         """Returns the fewest tokens that a prompt can have, in constant time; at least 1 also of what is no prompt."""
@@ -115,7 +143,14 @@ class Preparation:
         least = max(num_bytes // most_bytes_per_id, 1)
         check_length(least, SamplingParams(), self._limits, size=f"{num_bytes} bytes of token ids")
 
-    def _check_text_size(self, least: int, text: str, params: SamplingParams) -> None:
+    def _check_text_size(self, least: int, text: str, params: SamplingParams | PoolingParams) -> None:
         """Refuses a text with too many tokens, given that it has at least `least`."""
         if len(text) > SHORT_TEXT:  # a shorter one is encoded in no time; the error has the exact number then
-            check_length(least, params, self._limits, size=f"{len(text)} characters")
+            self._check_length(least, params, f"{len(text)} characters")
+
+    def _check_length(self, length: int, params: SamplingParams | PoolingParams, size: str = "") -> None:
+        """Refuses a prompt for its number of tokens. size: as for `check_length`."""
+        if isinstance(params, SamplingParams):
+            check_length(length, params, self._limits, size=size)
+        elif params.truncate_prompt_tokens is None:
+            check_pooled_length(length, self._limits, size=size)

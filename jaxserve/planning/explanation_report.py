@@ -22,6 +22,7 @@ _MEANINGS = {
 
 _UNITS = {
     "sample": "rows",
+    "pooling": "rows",
     "table_write": "entries",
     "mask_write": "masks",
     "swap_in": "pages",

@@ -2,6 +2,7 @@
 
     forward(weights, pools, slots, hidden, vector) -> pools, slots, hidden     one for each token bucket
     sample(params, slots, hidden, masks, vector)   -> slots, ids               one for each row bucket
+    pooling(hidden, vector)                        -> sums                     for few rows, and for all
 
 One program each of `state_programs` sets page tables and masks. Where sequences are swapped to host memory,
 `swap_programs` for a few numbers of pages join them.
@@ -37,7 +38,15 @@ from jaxserve.models.layers.attention_backends import (
 from jaxserve.models.layers.matmul import Products
 from jaxserve.models.params import abstract_params, bind, products_for
 from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, is_quantized, pool_spec
-from jaxserve.programs.layout import MASK_ROWS, forward_layout, mask_layout, sample_layout, table_layout
+from jaxserve.programs.layout import (
+    MASK_ROWS,
+    forward_layout,
+    mask_layout,
+    pooling_layout,
+    sample_layout,
+    table_layout,
+)
+from jaxserve.programs.pooling import pool
 from jaxserve.programs.sampler import sample
 from jaxserve.programs.slots import Slots
 from jaxserve.programs.state_programs import mask_words, write_masks, write_tables
@@ -67,8 +76,8 @@ class ProgramKey:
     """Identifies a program of the closed set.
 
     Attributes:
-        kind: "forward", "decode" (forward for a step in which no row has more than one token), "sample", "table_write",
-            "mask_write", "swap_in" or "swap_out".
+        kind: "forward", "decode" (forward for a step in which no row has more than one token), "sample", "pooling",
+            "table_write", "mask_write", "swap_in" or "swap_out".
         size: its token or row bucket, its entries of page tables, its masks, or its pages.
     """
 
@@ -78,7 +87,7 @@ class ProgramKey:
     @property
     def uses_pools(self) -> bool:
         """Returns whether the pools are among its arguments, so that it depends on their size."""
-        return self.kind not in ("sample", "table_write", "mask_write")
+        return self.kind not in ("sample", "pooling", "table_write", "mask_write")
 
 
 TABLE_WRITE = ProgramKey("table_write", TABLE_RUN)
@@ -113,6 +122,16 @@ class Shapes:
         return tuple(size for size in SWAP_SIZES if size <= self.num_host_pages)
 
     @property
+    def pooling_sizes(self) -> tuple[int, ...]:
+        """Numbers of rows of the pooling programs: prompts to be embedded come alone, or as many as run at once."""
+        rows = self.buckets.rows
+        return tuple(sorted({rows[0], rows[-1]}))
+
+    def pooling_key(self, num_pooled: int) -> ProgramKey:
+        """Returns the pooling program for so many rows."""
+        return ProgramKey("pooling", min(size for size in self.pooling_sizes if size >= num_pooled))
+
+    @property
     def pool_dtype(self) -> str:
         """Name of the dtype of keys and values in pages."""
         return self.kv_cache_dtype or self.dtype
@@ -140,6 +159,7 @@ def program_keys(shapes: Shapes) -> list[ProgramKey]:
     if IMPLEMENTATIONS[shapes.attention].decode_programs:
         keys += [ProgramKey("decode", size) for size in buckets.decode_tokens]
     keys += [ProgramKey("sample", size) for size in buckets.rows]
+    keys += [ProgramKey("pooling", size) for size in shapes.pooling_sizes]
     keys += [TABLE_WRITE, MASK_WRITE]
     keys += [ProgramKey(kind, size) for kind in ("swap_in", "swap_out") for size in shapes.swap_sizes]
     return sorted(keys, key=lambda key: (key.kind, -key.size))
@@ -187,6 +207,8 @@ def _function(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Callable[..., Any]
     match key.kind:
         case "sample":
             return functools.partial(sample_step, rows=key.size, shapes=shapes, mesh=mesh)
+        case "pooling":
+            return functools.partial(pool, rows=key.size)
         case "table_write":
             return write_tables
         case "mask_write":
@@ -207,6 +229,8 @@ def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any
         case "sample":
             params = abstract_params(shapes.model, shapes.dtype, mesh)
             return params, slots, hidden, abstract_masks(shapes, mesh), _int32(mesh, sample_layout(key.size).size)
+        case "pooling":
+            return hidden, _int32(mesh, pooling_layout(key.size).size)
         case "table_write":
             return slots, _int32(mesh, table_layout().size)
         case "mask_write":
@@ -227,6 +251,9 @@ def abstract_results(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Any:
     match key.kind:
         case "sample":
             return abstract_state(shapes, mesh)[0], _int32(mesh, key.size)
+        case "pooling":
+            sums = (key.size, 2 * shapes.model.hidden_size + 1)
+            return jax.ShapeDtypeStruct(sums, jnp.int32, sharding=NamedSharding(mesh, P()))
         case "table_write" | "mask_write":
             return abstract_arguments(key, shapes, mesh)[0]
         case "swap_in":
@@ -241,7 +268,7 @@ def donated_arguments(key: ProgramKey) -> tuple[int, ...]:
     """Returns the indices of the donated arguments: of pools, slots, the hidden buffer and masks those that it
     changes.
     """
-    few = {"sample": (1,), "table_write": (0,), "mask_write": (0,), "swap_in": (0,), "swap_out": ()}
+    few = {"sample": (1,), "pooling": (), "table_write": (0,), "mask_write": (0,), "swap_in": (0,), "swap_out": ()}
     return few.get(key.kind, (1, 2, 3))
 
 

@@ -141,6 +141,7 @@ class Startup:
             memory=tuple(started.plan.parts().items()),
             num_host_pages=shapes.num_host_pages,
             preemption_costs=costs,
+            hidden_size=shapes.model.hidden_size,
         )
 
     def finish(self, started: Started) -> None:

@@ -40,6 +40,14 @@ def next_token(
     return NOTHING_ALLOWED
 
 
+FAKE_HIDDEN_SIZE = 3
+
+
+def hidden_state(context: Sequence[int]) -> tuple[int, int, int]:
+    """Returns the hidden state of the last token of `context`: the token, its position, and the sum of all tokens."""
+    return context[-1], len(context) - 1, sum(context)
+
+
 def guess_holds(context: Sequence[int]) -> bool:
     """Tells whether the draft token after `context` is accepted."""
     return sum(context) % 3 != 0
@@ -53,6 +61,7 @@ class FakeStep:
     plan: StepPlan
     tokens: dict[int, tuple[int, ...]]
     result: StepResult | None = None
+    pooled: np.ndarray | None = None
 
 
 class FakeRunner:
@@ -93,6 +102,7 @@ class FakeRunner:
             num_host_pages=num_host_pages,
             preemption_costs=preemption_costs,
             tokens_per_step=tokens_per_step,
+            hidden_size=FAKE_HIDDEN_SIZE,
         )
         self.step_costs = None
         self.num_compilations = 0
@@ -115,6 +125,8 @@ class FakeRunner:
         self._unsampled = FakeStep(plan, {row.slot: self._decode(row) for row in plan.decodes.rows()})
         for row in plan.chunks:
             self._prefill(row)
+        if plan.num_pooled:
+            self._unsampled.pooled = np.array([self._pool(row) for row in plan.pooled_rows], np.float64)
         return self._unsampled
 
     def dispatch_sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
@@ -136,7 +148,7 @@ class FakeRunner:
         suppress_stop = plan.samples.suppress_stop.tolist()
         for place in range(len(drawn), len(slots)):
             drawn.append(self._sample(slots[place], positions[place], suppress_stop[place], mask_of.get(place)))
-        step.result = StepResult(drawn, counts)
+        step.result = StepResult(drawn, counts, step.pooled)
 
     def done(self, pending: FakeStep) -> bool:
         return True
@@ -176,6 +188,14 @@ class FakeRunner:
             self._requests[row.slot] = row.admit
         self._write(row, row.start, row.token_ids)
         self._lengths[row.slot] = row.start + row.num_tokens
+
+    def _pool(self, row: RowPlan) -> np.ndarray:
+        """Returns the sum of the hidden states of a chunk's pooled tokens, which its pages give."""
+        assert row.pooled is not None
+        first = row.start + row.pooled.first
+        assert row.pooled.first + row.pooled.count <= row.num_tokens, "tokens are pooled that the chunk does not have"
+        states = [hidden_state(self._read(row.slot, end)) for end in range(first + 1, first + row.pooled.count + 1)]
+        return np.array(states, np.float64).reshape(-1, FAKE_HIDDEN_SIZE).sum(axis=0)
 
     def _decode(self, row: RowPlan) -> tuple[int, ...]:
         """Computes the token sampled last in the row's slot and, where the row has more, guesses behind it."""

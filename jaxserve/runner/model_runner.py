@@ -18,11 +18,12 @@ from jaxserve.config.settings import EngineConfig
 from jaxserve.kv_cache.page_pool import PageCopy, PageState
 from jaxserve.planning.step_cost_models import FittedCosts
 from jaxserve.programs.compiler import CompilationCounter, CompileMissError, ProgramSet
+from jaxserve.programs.pooling import sums
 from jaxserve.programs.state_programs import mask_words
 from jaxserve.programs.step_programs import MASK_WRITE, TABLE_WRITE, ProgramKey, Shapes, program_keys
 from jaxserve.programs.swap_programs import copy_blocks, way
 from jaxserve.runner.engine_startup import Startup
-from jaxserve.runner.packing import ForwardPacker, SamplePacker, mask_vectors, table_vectors
+from jaxserve.runner.packing import ForwardPacker, SamplePacker, mask_vectors, pooling_vector, table_vectors
 from jaxserve.runner.protocol import StepNotStartedError
 from jaxserve.runner.step_cost_model import step_costs
 from jaxserve.runner.step_timing import measure_steps
@@ -47,7 +48,8 @@ class PendingStep:
 
     hidden: the output of its forward program, until the next step takes it over. sample: the call that samples it; None
     when nothing is sampled. copied: its page copies were made. ids: its sampled ids on the device, int32 [row bucket],
-    of which as many are real as `plan.samples` has; None until sampling is dispatched.
+    of which as many are real as `plan.samples` has; None until sampling is dispatched. pooled: what the pooling program
+    computed, of which the first `plan.num_pooled` rows are real; None when nothing is pooled.
     """
 
     plan: StepPlan
@@ -55,6 +57,7 @@ class PendingStep:
     sample: _Call | None
     copied: bool
     ids: jax.Array | None = None
+    pooled: jax.Array | None = None
 
 
 def annotate(name: str) -> contextlib.AbstractContextManager[object]:
@@ -124,10 +127,11 @@ class ModelRunner:
 
     def dispatch_forward(self, plan: StepPlan) -> PendingStep:
         arrays, begun, copied = self._arrays, False, False  # begun: what was enqueued must not be enqueued again
+        pooled = None
         try:
             with annotate("Execute"):
                 start = time.perf_counter()
-                forward, sample, tables = self._prepare(plan)
+                forward, sample, pooling, tables = self._prepare(plan)
                 self.pack_seconds = time.perf_counter() - start
                 begun = bool(plan.copies)
                 self._copy(plan.copies)
@@ -136,10 +140,12 @@ class ModelRunner:
                     arrays.slots = call.program(arrays.slots, call.vector)
                 self._fail_at("enqueue", plan)
                 self._forward(forward)
+                if pooling is not None:
+                    pooled = self._pool(pooling)
                 self._fail_at("execute", plan, lose=True)
         except Exception as error:
             raise self._not_started(error, begun=begun, copied=copied) from error
-        self._unsampled = PendingStep(plan, arrays.hidden, sample, copied)
+        self._unsampled = PendingStep(plan, arrays.hidden, sample, copied, pooled=pooled)
         return self._unsampled
 
     def dispatch_sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
@@ -185,10 +191,13 @@ class ModelRunner:
 
     def collect(self, pending: PendingStep) -> StepResult:
         self._fail_at("collect", None, lose=True)
-        if pending.sample is None:
-            return StepResult(())
-        assert pending.ids is not None, "a step is collected that was not sampled"
-        return StepResult(np.asarray(pending.ids)[: pending.plan.num_sampled])
+        plan, ids, pooled = pending.plan, (), None
+        if pending.pooled is not None:
+            pooled = sums(np.asarray(pending.pooled)[: plan.num_pooled], self._shapes.buckets.tokens[-1])
+        if pending.sample is not None:
+            assert pending.ids is not None, "a step is collected that was not sampled"
+            ids = np.asarray(pending.ids)[: plan.num_sampled]
+        return StepResult(ids, pooled=pooled)
 
     def reset(self) -> None:
         self._arrays.delete()
@@ -196,14 +205,14 @@ class ModelRunner:
         self._arrays.make()
         self._unsampled = None
 
-    def _prepare(self, plan: StepPlan) -> tuple[_Call, _Call | None, list[_Call]]:
+    def _prepare(self, plan: StepPlan) -> tuple[_Call, _Call | None, _Call | None, list[_Call]]:
         """Packs a step and looks up all of its programs, so that whatever can fail on the host does so before any of
         them runs.
 
 
         Returns:
-            The calls of the forward program, of the sample program (None without samples), and of the page-table
-            writes.
+            The calls of the forward program, of the sample program (None without samples), of the pooling program
+            (None when nothing is pooled), and of the page-table writes.
         """
         self._fail_at("pack", plan)
         for block in copy_blocks(plan.copies):
@@ -212,7 +221,9 @@ class ModelRunner:
         vectors = table_vectors(plan.table_writes, self._shapes.num_slots)
         tables = [_Call(self._program(TABLE_WRITE), vector) for vector in vectors]
         forward = self._forward_call(self._shapes.forward_key(plan), plan)
-        return forward, self._sample_call(plan.row_bucket, plan) if plan.row_bucket else None, tables
+        sample = self._sample_call(plan.row_bucket, plan) if plan.row_bucket else None
+        pooling = self._pooling_call(self._shapes.pooling_key(plan.num_pooled), plan) if plan.num_pooled else None
+        return forward, sample, pooling, tables
 
     def _forward_call(self, key: ProgramKey, plan: StepPlan) -> _Call:
         key = self._programs.standing_in(key)
@@ -221,6 +232,10 @@ class ModelRunner:
     def _sample_call(self, rows: int, plan: StepPlan) -> _Call:
         key = self._programs.standing_in(ProgramKey("sample", rows))
         return _Call(self._program(key), self._sample_packers[key.size].pack(plan))
+
+    def _pooling_call(self, key: ProgramKey, plan: StepPlan) -> _Call:
+        key = self._programs.standing_in(key)
+        return _Call(self._program(key), pooling_vector(plan, key.size))
 
     def _forward(self, call: _Call) -> None:
         arrays = self._arrays
@@ -232,6 +247,12 @@ class ModelRunner:
         arrays = self._arrays
         arrays.slots, ids = call.program(self._weights.params, arrays.slots, arrays.hidden, arrays.masks, call.vector)
         return ids
+
+    def _pool(self, call: _Call) -> jax.Array:
+        pooled = call.program(self._arrays.hidden, call.vector)
+        if self._copies:
+            pooled.copy_to_host_async()
+        return pooled
 
     def _fail_at(self, point: str, plan: StepPlan | None, *, lose: bool = False) -> None:
         """Triggers the failpoints at `point`.
@@ -286,6 +307,8 @@ class ModelRunner:
                 continue
             if key.kind == "sample":
                 self._sample(self._sample_call(key.size, nothing)).block_until_ready()
+            elif key.kind == "pooling":
+                self._pool(self._pooling_call(key, nothing)).block_until_ready()
             elif key.kind in ("forward", "decode"):
                 self._forward(self._forward_call(key, nothing))
         (vector,) = table_vectors([PageTableWrite(0, padding, 0, (0,))], padding)

@@ -10,7 +10,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxserve.programs.layout import MASK_ROWS, forward_layout, mask_layout, sample_layout, table_layout
+from jaxserve.programs.layout import (
+    MASK_ROWS,
+    forward_layout,
+    mask_layout,
+    pooling_layout,
+    sample_layout,
+    table_layout,
+)
 from jaxserve.request import ROW_FIELDS
 from jaxserve.scheduler.plan import TABLE_RUN, PageTableWrite, RowPlan, StepPlan, Wants
 
@@ -75,6 +82,20 @@ class SamplePacker:
         if samples.wants is not None:
             fields["masked"][:count] = samples.wants & Wants.MASK
         return vector
+
+
+def pooling_vector(plan: StepPlan, rows: int) -> np.ndarray:
+    """Packs the input vector of the pooling program for `rows` rows, of which `plan.num_pooled` are real."""
+    layout = pooling_layout(rows)
+    vector = np.zeros(layout.size, np.int32)
+    fields = layout.views(vector)
+    token, place = plan.decodes.num_tokens, 0
+    for row in plan.chunks:
+        if row.pooled is not None:
+            fields["first"][place], fields["count"][place] = token + row.pooled.first, row.pooled.count
+            place += 1
+        token += row.num_tokens
+    return vector
 
 
 def table_vectors(writes: Sequence[PageTableWrite], num_slots: int) -> list[np.ndarray]:

@@ -40,7 +40,8 @@ class RunnerInfo:
     phases: name, begin and seconds of each part of the start, where the process began at 0; some run side by side.
     memory: bytes of the device by purpose; they sum to all of its memory. num_host_pages: pages of host
     memory for swapped sequences. preemption_costs: measured at warm-up; None when swapping is impossible.
-    tokens_per_step: maximum tokens of a decoding row in one step (`DecodeRows.counts`).
+    tokens_per_step: maximum tokens of a decoding row in one step (`DecodeRows.counts`). hidden_size: numbers of a
+    hidden state, which pooling returns.
     """
 
     vocab_size: int
@@ -64,6 +65,7 @@ class RunnerInfo:
     num_host_pages: int = 0
     preemption_costs: PreemptionCosts | None = None
     tokens_per_step: int = 1
+    hidden_size: int = 0
 
     @property
     def usable_pages(self) -> int:

@@ -44,6 +44,19 @@ def table_writes(group: int, slot: int, pages: Sequence[int]) -> list[PageTableW
 
 
 @dataclasses.dataclass(frozen=True)
+class PooledTokens:
+    """Names the tokens of a chunk whose hidden states are pooled: `count` of them from the chunk's token `first` on;
+    there may be none.
+
+    last: the chunk is the prompt's last, and nothing is sampled after it.
+    """
+
+    first: int
+    count: int
+    last: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class RowPlan:
     """Describes one request's share of a step.
 
@@ -55,6 +68,7 @@ class RowPlan:
     first_new_page, new_pages: the pages allocated for this step and the page-table index of the first of them.
     admit: set in the step that gives the request its slot; its sampling parameters are written there.
     count: tokens of a decoding row, as in `DecodeRows`.
+    pooled: set in a chunk of a prompt that is embedded, if some of its tokens are pooled or it is the last.
     """
 
     request_id: str
@@ -66,6 +80,7 @@ class RowPlan:
     new_pages: tuple[int, ...]
     admit: EngineRequest | None
     count: int = 1
+    pooled: PooledTokens | None = None
 
     @property
     def decodes(self) -> bool:
@@ -230,6 +245,7 @@ class StepPlan:
     token_bucket: tokens of the forward program. row_bucket: rows of the sample program; 0 when nothing is sampled.
     copies: page copies, executed in order before the rest of the step: a page freed by one may be filled by a later one
     or by the step itself. table_writes: applied after the copies and before the forward program.
+    num_pooled: number of chunks with `RowPlan.pooled`.
     """
 
     step: int
@@ -241,6 +257,7 @@ class StepPlan:
     num_tokens: int
     copies: tuple[PageCopy, ...] = ()
     table_writes: tuple[PageTableWrite, ...] = ()
+    num_pooled: int = 0
 
     @property
     def num_sampled(self) -> int:
@@ -274,6 +291,11 @@ class StepPlan:
     @property
     def num_prefill_tokens(self) -> int:
         return self.num_tokens - self.decodes.num_tokens
+
+    @property
+    def pooled_rows(self) -> tuple[RowPlan, ...]:
+        """Returns the chunks of which tokens are pooled, in order."""
+        return tuple(row for row in self.chunks if row.pooled is not None) if self.num_pooled else ()
 
     @property
     def decode_only(self) -> bool:
@@ -313,6 +335,7 @@ class StepPlan:
                     num_tokens=num_tokens,
                     copies=() if parts else self.copies,
                     table_writes=() if parts else self.table_writes,
+                    num_pooled=sum(row.pooled is not None for row in chunks),
                 )
             )
         return parts
@@ -338,10 +361,13 @@ class StepResult:
     logits were not finite, NOTHING_ALLOWED one whose mask left no token: that request fails, its neighbors do not.
     counts: int32 [R], number of accepted samples of each decoding row, from the first on and at least one; the others
     are discarded. None when every row has one sample.
+    pooled: float64 [num_pooled, hidden size], for each of `StepPlan.pooled_rows` the sum of the hidden states of its
+    pooled tokens, exact; NaN where it is not known. None when nothing is pooled.
     """
 
     token_ids: Sequence[int] | np.ndarray
     counts: Sequence[int] | np.ndarray | None = None
+    pooled: np.ndarray | None = None
 
 
 NOT_FINITE = -1

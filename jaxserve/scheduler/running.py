@@ -13,21 +13,23 @@ class Running:
     """Holds the running sequences.
 
     decoding: those in which only the newest token remains to be computed. prefilling: the others, by request id.
+    ended: those that are only embedded and whose last chunk is in the step under way: they leave before the next.
     """
 
     def __init__(self, num_slots: int, page_size: int, tokens_per_step: int = 1):
         self.decoding = DecodingSet(num_slots, page_size, tokens_per_step)
         self.prefilling: dict[str, Sequence] = {}
+        self.ended: dict[str, Sequence] = {}
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._priorities: Counter[int] = Counter()
 
     def __len__(self) -> int:
-        return len(self.decoding) + len(self.prefilling)
+        return len(self.decoding) + len(self.prefilling) + len(self.ended)
 
     @property
     def sequences(self) -> list[Sequence]:
-        return [*self.decoding.sequences, *self.prefilling.values()]
+        return [*self.decoding.sequences, *self.prefilling.values(), *self.ended.values()]
 
     @property
     def full(self) -> bool:
@@ -50,11 +52,15 @@ class Running:
         del self.prefilling[sequence.request_id]
         self.decoding.join(sequence)
 
+    def computed(self, sequence: Sequence) -> None:
+        """Moves a sequence that generates nothing, and whose tokens are all computed, to the ended ones."""
+        self.ended[sequence.request_id] = self.prefilling.pop(sequence.request_id)
+
     def leave(self, sequence: Sequence) -> None:
         """Frees the slot of a sequence; its pages are not touched."""
         if sequence.decoding:
             self.decoding.leave(sequence)
-        else:
+        elif self.ended.pop(sequence.request_id, None) is None:
             del self.prefilling[sequence.request_id]
         assert sequence.slot is not None
         self._free_slots.append(sequence.slot)

@@ -187,7 +187,7 @@ class Scheduler:
                 f"{len(self._sequences)} requests are unfinished; max_num_seqs {self._config.max_num_seqs} and "
                 f"max_num_waiting {self._config.max_num_waiting} allow no more: retry later"
             )
-        sequence = Sequence(request, self._arrivals, self.predictor.expected(request))
+        sequence = Sequence(request, self._arrivals, 1.0 if request.pooling else self.predictor.expected(request))
         sequence.wants = int(wants)
         sequence.tenant_number = self.policy.tenant_number(request.options.tenant)
         self._arrivals += 1
@@ -324,6 +324,8 @@ class Scheduler:
             sequence = self._owner(request_id, order)
             if sequence is not None:
                 others.append(self._take(sequence, (token_id,)))
+        if plan.num_pooled:
+            others += self._take_pooled(plan, result)
         if self._barrier:
             others += self._let_go()
         if not stay.all():
@@ -394,6 +396,8 @@ class Scheduler:
                 sequence.num_pending -= refused
                 sequence.num_computed -= refused if sequence.num_computed else 0
             others.append(self._take(sequence, found))
+        if plan.num_pooled:
+            others += self._take_pooled(plan, result)
         if self._barrier:
             others += self._let_go()
         return StepUpdate((), [], others)
@@ -418,6 +422,26 @@ class Scheduler:
                 return self._end(sequence, reason, token_ids[: count + 1])
         return SequenceUpdate(sequence, token_ids)
 
+    def _take_pooled(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
+        """Adds the pooled hidden states of a step to their sequences, and ends those whose prompt is computed."""
+        assert result.pooled is not None, "a step pools hidden states, and its result has none"
+        updates = []
+        for row, values in zip(plan.pooled_rows, result.pooled, strict=True):
+            sequence = self._owner(row.request_id, row.order)
+            if sequence is None:
+                continue
+            assert row.pooled is not None
+            assert sequence.pooled is not None
+            sequence.pooled.add(row, values)
+            if not row.pooled.last:
+                continue
+            if np.isfinite(sequence.pooled.vector(sequence.num_prompt_tokens)).all():
+                updates.append(self._end(sequence, FinishReason.STOP, ()))
+            else:
+                error = "the model's hidden states are not finite, or too large to be pooled"
+                updates.append(self._finish(sequence, FinishReason.ERROR, error))
+        return updates
+
     def _end(self, sequence: Sequence, reason: FinishReason, token_ids: tuple[int, ...]) -> SequenceUpdate:
         """Ends a sequence with its last tokens; under static batching it stays registered until its whole batch has
         ended."""
@@ -438,7 +462,7 @@ class Scheduler:
         del self._sequences[sequence.request_id]
         sequence.status = RequestStatus.FINISHED
         self.policy.ended(sequence)
-        if reason.value in COMPLETED:
+        if reason.value in COMPLETED and sequence.pooled is None:
             self.predictor.observe(sequence.request, len(sequence.output_token_ids), sequence.expected_output)
         elif self.decode_gap is not None:
             self.decode_gap.monitor.ended(sequence.order)  # that of a completed one is forgotten once it is measured

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxserve.request import EngineRequest, RequestStatus
+from jaxserve.scheduler.pooled_sum import PooledSum
 
 
 class Sequence:
@@ -14,7 +15,7 @@ class Sequence:
     most.
     expected_output: output tokens that the predictor expected on arrival. boost: added to the priority by preemptions.
     tenant_number: the policy's number for its tenant. wants: `Wants` of each of its samples. start_by, lateness: see
-    the policy that uses them.
+    the policy that uses them. pooled: of a prompt that is embedded.
     pages: of the device, in the order of the table; reserved: pages held for it beyond them; host_pages: those of a
     swapped sequence.
     """
@@ -40,6 +41,7 @@ class Sequence:
         self.reserved: list[int] = []
         self.host_pages: list[int] = []
         self.slot: int | None = None
+        self.pooled: PooledSum | None = None if request.pooling is None else PooledSum(request.pooling)
 
     @property
     def priority(self) -> int:

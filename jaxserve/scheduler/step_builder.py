@@ -116,6 +116,7 @@ class StepBuilder:
             num_tokens=num_tokens,
             copies=tuple(step.copies),
             table_writes=table_writes,
+            num_pooled=sum([row.pooled is not None for row in chunks]),
         )
 
     def _chunks(
@@ -123,7 +124,7 @@ class StepBuilder:
     ) -> tuple[tuple[RowPlan, ...], list[tuple[int, int, int, bool, int]], tuple[PageTableWrite, ...]]:
         """Returns the rows of the prompt chunks that follow `end` tokens, their samples and their page-table writes.
 
-        A chunk is sampled when it completes the sequence's known tokens.
+        A chunk is sampled when it completes the sequence's known tokens, unless these are only embedded.
         """
         rows: list[RowPlan] = []
         sampled: list[tuple[int, int, int, bool, int]] = []
@@ -135,7 +136,9 @@ class StepBuilder:
                 table_writes += chunk.table_writes()
             position = sequence.num_computed = row.start + chunk.count
             end += chunk.count
-            if position == sequence.num_known:
+            if position == sequence.num_known and sequence.pooled is not None:
+                self._running.computed(sequence)
+            elif position == sequence.num_known:
                 suppress_stop = position < sequence.stop_position
                 sampled.append((end - 1, row.slot, position, suppress_stop, sequence.wants))
                 self._running.decode(sequence)

@@ -75,6 +75,9 @@ class RequestLife:
     def phases(self, queue_seconds: float, prefill_seconds: float) -> None:
         """Records how long the request waited for its first step, and computed until its first token."""
 
+    def embedded(self) -> None:
+        """Records that the prompt is computed, of a request that generates nothing."""
+
     def charged(self, output_tokens: int) -> None:
         """Records how many tokens the request has been charged for so far."""
 
@@ -204,6 +207,9 @@ class _CountedLife(RequestLife):
         self._queue_seconds, self._prefill_seconds = queue_seconds, prefill_seconds
         self._metrics.observe("request_queue_time_seconds", queue_seconds)
         self._metrics.observe("request_prefill_time_seconds", prefill_seconds)
+
+    def embedded(self) -> None:
+        self._metrics.prompt_tokens += self._prompt_tokens
 
     def charged(self, output_tokens: int) -> None:
         self._metrics.generation_tokens += output_tokens - self._charged
