@@ -28,8 +28,9 @@ class EmbeddingOutput:
 class EmbeddingRequestOutput:
     """Holds a prompt and its embedding.
 
-    prompt: None when token ids were given. num_cached_tokens: prompt tokens taken from the prefix cache. error: one line
-    when there is no embedding, because its deadline passed or it failed in the engine; outputs.embedding is then empty.
+    prompt: None when token ids were given. num_cached_tokens: prompt tokens taken from the prefix cache. error: one
+    line when there is no embedding, because its deadline passed or it failed in the engine; outputs.embedding is then
+    empty.
     """
 
     request_id: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -125,6 +126,15 @@ def cosine(first: bytes, second: bytes) -> float:
     """Returns the cosine of the angle between two embeddings, each float32 numbers as bytes."""
     a, b = (np.frombuffer(data, "<f4").astype(np.float64) for data in (first, second))
     return float(a @ b / max(float(np.sqrt(a @ a) * np.sqrt(b @ b)), _LEAST_LENGTH))
+
+
+def pair_scores(embeddings: Sequence[bytes], num_first: int) -> list[float]:
+    """Returns the cosine of each pair: of the first `num_first` embeddings with the others, one with each of several or
+    each with its own.
+    """
+    first, second = embeddings[:num_first], embeddings[num_first:]
+    firsts = [first[0]] * len(second) if num_first == 1 else first
+    return [cosine(one, other) for one, other in zip(firsts, second, strict=True)]
 
 
 def _check_whole(name: str, value: object, least: int) -> None:

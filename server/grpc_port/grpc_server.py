@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.serving.access.tls import ServerTls
 from jaxserve.serving.bind import BindError, address_of, check_free
-from jaxserve.serving.grpc_port import health
+from jaxserve.serving.grpc_port import embed_convert, health
 from jaxserve.serving.grpc_port.call_interceptor import CallInterceptor
 from jaxserve.serving.grpc_port.calls import OpenCalls, note_rpc_tasks
 from jaxserve.serving.grpc_port.connections import ConnectionGuard, connection_limit, reserve
@@ -83,6 +83,7 @@ class GrpcServer:
         service = JaxServeService(served)
         gateways = _gateway_service(served)
         checks = {GENERATE: functools.partial(check_generate, check_prompt_bytes=service.check_prompt_bytes)}
+        checks.update(embed_convert.oversized_checks())
         if gateways is not None:
             checks.update(gateways.oversized_checks(service.check_prompt_bytes))
         self._server = grpc.aio.server(
