@@ -24,12 +24,12 @@ import os
 import pathlib
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 from jaxserve.config import gin_config
 from jaxserve.config.changed import changed_settings
+from jaxserve.config.pooler_config import PoolerConfig
 from jaxserve.config.settings import ServerConfig
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
@@ -39,9 +39,10 @@ from jaxserve.frontend.batch_lines import BatchLine, KeyedLine, count_lines, key
 from jaxserve.frontend.batch_resume import SETTINGS_BYTES, Digest, Resumption
 from jaxserve.frontend.delta import EngineDeadError
 from jaxserve.frontend.frontend import FrontEnd, Prepared
-from jaxserve.frontend.offline import FinishedRequest, TokenBar, run_all
+from jaxserve.frontend.offline import TokenBar, run_all
+from jaxserve.frontend.open_lines import OpenLine
 from jaxserve.frontend.openai import parse_body
-from jaxserve.frontend.openai_responses import Answer, response_body
+from jaxserve.frontend.openai_embeddings import EMBEDDINGS_URL, EmbeddingBody, parse_embeddings
 from jaxserve.frontend.stop_signals import StopSignals
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.request import FinishReason
@@ -90,7 +91,7 @@ class BatchRun:
         self._seed = seed
         self._settings = _settings_digest(model, seed, settings)
         self._check_stop = check_stop
-        self._under_way: dict[str, KeyedLine] = {}
+        self._under_way: dict[str, OpenLine] = {}
         self._other_models: set[str] = set()
         self.summary = Summary()
 
@@ -115,16 +116,24 @@ class BatchRun:
 
         with contextlib.closing(run_all(self._front_end, self._client, requests, stepped)) as finished:
             for completion in finished:
-                keyed = self._under_way.pop(completion.request_id)
-                if completion.finish_reason in (FinishReason.ERROR, FinishReason.ABORT, FinishReason.DEADLINE):
-                    late = completion.finish_reason is FinishReason.DEADLINE
-                    code = "deadline_exceeded" if late else "request_failed"
-                    self._write_error(output, keyed, code, completion.error)
-                else:
-                    output.write(self._result(keyed, completion), self._digest(keyed))
-                    self.summary.completed += 1
-                bar.add_request(len(completion.prompt_token_ids))
+                opened = self._under_way.pop(completion.request_id)
+                opened.finished[completion.request_id] = completion
+                if len(opened.finished) == len(opened.request_ids):
+                    self._write(output, opened)
+                    bar.add_request(sum(len(one.prompt_token_ids) for one in opened.completions))
         output.repair()
+
+    def _write(self, output: OutputFile, opened: OpenLine) -> None:
+        """Writes the result of a line, or its error."""
+        keyed = opened.keyed
+        failures = (FinishReason.ERROR, FinishReason.ABORT, FinishReason.DEADLINE)
+        failed = next((one for one in opened.completions if one.finish_reason in failures), None)
+        if failed is None:
+            output.write(self._result(opened), self._digest(keyed))
+            self.summary.completed += 1
+            return
+        late = failed.finish_reason is FinishReason.DEADLINE
+        self._write_error(output, keyed, "deadline_exceeded" if late else "request_failed", failed.error)
 
     def _requests(self, source: InputFile, output: OutputFile, bar: TokenBar) -> Iterator[Prepared | None]:
         """Yields the requests that are still to be computed, and writes error lines on the way.
@@ -143,12 +152,13 @@ class BatchRun:
             fault = keyed.fault
             if keyed.line is not None:
                 try:
-                    prepared = self._prepare(keyed.line)
+                    requests, embeddings = self._prepare(keyed.line)
                 except ValueError as error:
                     fault = LineError("invalid_request", str(error))
                 else:
-                    self._under_way[prepared.request_id] = keyed
-                    yield prepared
+                    opened = OpenLine(keyed, [one.request_id for one in requests], embeddings)
+                    self._under_way.update(dict.fromkeys(opened.request_ids, opened))
+                    yield from requests
                     continue
             assert fault is not None
             self._write_error(output, keyed, fault.code, str(fault))
@@ -158,37 +168,42 @@ class BatchRun:
             for note in earlier.notes():
                 _say(note)
 
-    def _prepare(self, line: BatchLine) -> Prepared:
+    def _prepare(self, line: BatchLine) -> tuple[list[Prepared], EmbeddingBody | None]:
+        """Returns the requests of a line, and its body if it asks for embeddings. Raises ValueError."""
+        name, front_end = f"line-{line.number}", self._front_end
+        if line.url == EMBEDDINGS_URL:
+            body = parse_embeddings(line.body, lower_first=False)
+            self._note_model(line, body.model)
+            requests = [
+                front_end.prepare(one, body.params, body.options, request_id=f"{name}-{index}")
+                for index, one in enumerate(body.inputs)
+            ]
+            return requests, body
         request = parse_body(line.url, line.body)
         params = request.params
         if params.seed is None:
             params = dataclasses.replace(params, seed=_seed_for(self._seed, line.custom_id))
-        prompt = request.single_prompt(self._front_end.tokenizer)
-        prepared = self._front_end.prepare(prompt, params, request.options, request_id=f"line-{line.number}")
-        if request.model not in (None, self._model) and request.model not in self._other_models:
+        prompt = request.single_prompt(front_end.tokenizer)
+        prepared = front_end.prepare(prompt, params, request.options, request_id=name)
+        self._note_model(line, request.model)
+        return [prepared], None
+
+    def _note_model(self, line: BatchLine, model: str | None) -> None:
+        """Says once that lines ask for another model."""
+        if model not in (None, self._model) and model not in self._other_models:
             if len(self._other_models) < 10:
-                _say(f"line {line.number} asks for model {request.model!r}; this run serves {self._model!r}")
-            self._other_models.add(request.model)
-        return prepared
+                _say(f"line {line.number} asks for model {model!r}; this run serves {self._model!r}")
+            self._other_models.add(model)
 
     def _digest(self, keyed: KeyedLine) -> Digest:
         return Digest(keyed.digest, self._settings)
 
-    def _result(self, keyed: KeyedLine, completion: FinishedRequest) -> dict[str, Any]:
-        assert keyed.line is not None
-        answer = Answer(
-            completion.text,
-            completion.finish_reason.value,
-            len(completion.prompt_token_ids),
-            len(completion.token_ids),
-            completion.num_cached_tokens,
-            completion.token_ids,
-        )
-        body = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), [answer])
+    def _result(self, opened: OpenLine) -> dict[str, Any]:
+        keyed = opened.keyed
         return {
             "id": _result_id(keyed.number),
             "custom_id": keyed.key,
-            "response": {"status_code": 200, "request_id": completion.request_id, "body": body},
+            "response": {"status_code": 200, "request_id": f"line-{keyed.number}", "body": opened.body(self._model)},
             "error": None,
         }
 
@@ -353,7 +368,8 @@ def _settings(config: ServerConfig) -> str:
     engine = config.engine
     paths = [path and str(pathlib.Path(path).resolve()) for path in (engine.model, engine.tokenizer)]
     others = (engine.architecture, engine.load_format, engine.dtype, engine.max_model_len, engine.cache.kv_cache_dtype)
-    return repr((*paths, engine.skip_tokenizer_init, *others))
+    pooler = () if engine.pooler == PoolerConfig() else (engine.pooler,)
+    return repr((*paths, engine.skip_tokenizer_init, *others, *pooler))
 
 
 def _settings_digest(model: str, seed: int, settings: str) -> bytes:

@@ -154,14 +154,22 @@ def embedding_json(index: int, embedding: bytes, encoding_format: str) -> bytes:
     return head + msgspec.json.encode(np.frombuffer(embedding, "<f4").tolist()) + b"}"
 
 
-def embedding_value(index: int, embedding: bytes, encoding_format: str) -> dict[str, Any]:
-    """Returns an item of a response's data."""
-    return msgspec.json.decode(embedding_json(index, embedding, encoding_format))
-
-
 def embeddings_head(request_id: object, model: str, created: int) -> dict[str, Any]:
     """Returns the response object of a request for embeddings without its data and usage."""
     return {"id": f"embd-{request_id}", "object": "list", "created": created, "model": model}
+
+
+def embeddings_response(
+    request_id: object,
+    model: str,
+    created: int,
+    embeddings: Sequence[bytes],
+    encoding_format: str,
+    prompt_tokens: int,
+) -> dict[str, Any]:
+    """Builds the response object of a request for embeddings."""
+    data = [msgspec.json.decode(embedding_json(index, one, encoding_format)) for index, one in enumerate(embeddings)]
+    return {**embeddings_head(request_id, model, created), "data": data, "usage": embedding_usage(prompt_tokens)}
 
 
 def score_response(

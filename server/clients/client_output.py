@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxserve.serving.clients.client_failures import Failure
 from jaxserve.serving.clients.client_results import Chunk, Completion, chunk_record
+from jaxserve.serving.clients.embed_requests import Embeddings
 
 
 class TextOutput:
@@ -28,6 +29,10 @@ class TextOutput:
         if self._open_line or not completion.text:
             print(flush=True)
         self._open_line = False
+
+    def embedding(self, prompt: str, found: Embeddings) -> None:
+        """Prints an embedding as a line of JSON."""
+        print(json.dumps(found.embeddings[0]), flush=True)
 
     def failure(self, failure: Failure, prompt: str | None = None) -> None:
         """Prints an error, on a line of its own where an answer has begun on a terminal."""
@@ -65,6 +70,11 @@ class JsonOutput:
         """Prints an answer."""
         record = dataclasses.asdict(completion) | {"finish_reason": completion.finish_reason.value}
         self._print("answer", {"prompt": prompt} | record)
+
+    def embedding(self, prompt: str, found: Embeddings) -> None:
+        """Prints an embedding."""
+        record = {"embedding": found.embeddings[0], "usage": {"prompt_tokens": found.prompt_tokens}}
+        self._print("embedding", {"prompt": prompt} | record)
 
     def failure(self, failure: Failure, prompt: str | None = None) -> None:
         """Prints an error, with its prompt where it concerns one."""

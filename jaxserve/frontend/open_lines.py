@@ -1,0 +1,54 @@
+"""Keeps the lines of a batch that are under way, and builds the response objects of finished ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from jaxserve.frontend.batch_lines import KeyedLine
+from jaxserve.frontend.offline import FinishedRequest
+from jaxserve.frontend.openai_embeddings import EmbeddingBody, embeddings_response
+from jaxserve.frontend.openai_responses import Answer, response_body
+
+
+@dataclasses.dataclass
+class OpenLine:
+    """Holds a line under way: its requests' ids, one for each input, and what has finished of them. embeddings: its
+    body, where it asks for some.
+    """
+
+    keyed: KeyedLine
+    request_ids: Sequence[str]
+    embeddings: EmbeddingBody | None = None
+    finished: dict[str, FinishedRequest] = dataclasses.field(default_factory=dict)
+
+    @property
+    def completions(self) -> list[FinishedRequest]:
+        """Finished requests, all of them, in the order of the inputs."""
+        return [self.finished[name] for name in self.request_ids]
+
+    def body(self, model: str) -> dict[str, Any]:
+        """Returns the response object of the line, whose requests have all succeeded. model: the name in it."""
+        keyed, completions, created = self.keyed, self.completions, int(time.time())
+        assert keyed.line is not None
+        if self.embeddings is not None:
+            return embeddings_response(
+                keyed.number,
+                model,
+                created,
+                [one.embedding for one in completions],
+                self.embeddings.encoding_format,
+                sum(len(one.prompt_token_ids) for one in completions),
+            )
+        (completion,) = completions
+        answer = Answer(
+            completion.text,
+            completion.finish_reason.value,
+            len(completion.prompt_token_ids),
+            len(completion.token_ids),
+            completion.num_cached_tokens,
+            completion.token_ids,
+        )
+        return response_body(keyed.line.url, keyed.number, model, created, [answer])
