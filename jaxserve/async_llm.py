@@ -66,7 +66,7 @@ class AsyncLLM:
             assert config is not None
             self._tokenizer = load_tokenizer(config)
         self._front_end: AsyncFrontEnd | None = None
-        self._launch: asyncio.Future[EngineClient] | None = None
+        self._launch: asyncio.Future[EngineProcess] | None = None
         self._starting = asyncio.Lock()
         self._closed = False
 
@@ -91,9 +91,10 @@ class AsyncLLM:
     async def _launched(self) -> EngineClient:
         """Launches the engine's process once, whoever waits for it; a waiting task that is canceled leaves it be."""
         assert self._config is not None
-        if self._launch is None or (self._launch.done() and self._launch.exception() is not None):
-            self._launch = asyncio.ensure_future(asyncio.to_thread(EngineProcess, self._config))
-        return await asyncio.shield(self._launch)
+        launch = self._launch
+        if launch is None or (launch.done() and launch.exception() is not None):
+            launch = self._launch = asyncio.ensure_future(asyncio.to_thread(EngineProcess, self._config))
+        return await asyncio.shield(launch)
 
     async def generate(
         self,

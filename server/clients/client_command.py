@@ -112,8 +112,8 @@ class _Answers:
         self._turns = []
 
     def answer(self, text: str) -> None:
-        """Streams the answer to one prompt, or prints its embedding. A turn that fails or is canceled leaves no trace in
-        the conversation.
+        """Streams the answer to one prompt, or prints its embedding. A turn that fails or is canceled leaves no trace
+        in the conversation.
         """
         options = self._options
         prompt = self._prompt(text)

@@ -87,7 +87,7 @@ def test_an_engine_starts_from_a_bundle_without_compiling(bundle, monkeypatch):
     loaded = ModelRunner(with_bundle(bundle, dataclasses.replace(CONFIG, cache=CacheConfig())))
     assert loaded.num_compilations == before > 0
     assert loaded.info.num_pages == 64
-    assert loaded.info.num_executables == 5
+    assert loaded.info.num_executables == 6
     assert (compiled.info.bundle, loaded.info.bundle) == (None, str(bundle))
     for key, memory in compiled.programs.memory.items():
         # Serialized, a program holds its compiler's options too, and a bundle's has more of them.

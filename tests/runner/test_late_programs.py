@@ -118,11 +118,11 @@ def early(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> tuple[Mode
 def test_tokens_are_the_same_before_and_after_the_others_join(early, caplog):
     runner, asked = early
     everything = set(program_keys(runner._shapes))
-    writes = {TABLE_WRITE, MASK_WRITE}
-    assert set(runner.programs.executables) == {*keys_of("forward", 16, 32), *keys_of("sample", 16), *writes}
-    assert runner.info.num_executables == len(everything) == 7
-    assert runner.info.num_missing_executables == 2
-    assert runner.num_executables == 5
+    others = {TABLE_WRITE, MASK_WRITE, *keys_of("pooling", 16)}
+    assert set(runner.programs.executables) == {*keys_of("forward", 16, 32), *keys_of("sample", 16), *others}
+    assert runner.info.num_executables == len(everything) == 9
+    assert runner.info.num_missing_executables == 3
+    assert runner.num_executables == 6
     plan = StepPlan(0, NO_DECODES, (), NO_SAMPLES, token_bucket=8, row_bucket=8, num_tokens=3)
     fitted = runner.fitted(plan)
     assert (fitted.token_bucket, fitted.row_bucket, fitted.padding) == (16, 16, 13)
