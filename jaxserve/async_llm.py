@@ -1,6 +1,6 @@
 """Generates and embeds text with asyncio in Python: `AsyncLLM(model=...)`; names follow vLLM's.
 
-    async with AsyncLLM(model="models/tiny") as llm:
+    async with AsyncLLM(model="models/tiny/checkpoint") as llm:
         async for output in llm.generate("12+34=", SamplingParams(temperature=0), "request-1"):
             print(output.outputs[0].text)
 

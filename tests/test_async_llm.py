@@ -195,19 +195,19 @@ def test_options_are_checked_before_anything_starts(tokenizer):
     with pytest.raises(ValueError, match="it takes no model or engine options"):
         AsyncLLM("x", client=EchoEngine())
     with pytest.raises(ValueError, match="engine option 'max_seqs' is unknown"):
-        AsyncLLM("models/tiny", max_seqs=1)
+        AsyncLLM("models/tiny/checkpoint", max_seqs=1)
 
 
 def test_canceled_streams_of_a_model_free_their_pages():
     """Two engines at once over a real model; half of the streams of each are canceled in the middle."""
     config = EngineConfig(
-        model="models/tiny",
+        model="models/tiny/checkpoint",
         scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=32),
         cache=CacheConfig(num_pages=64),
         token_buckets=(32,),
         row_buckets=(8,),
     )
-    tokenizer = Tokenizer("models/tiny")
+    tokenizer = Tokenizer("models/tiny/checkpoint")
     engines = [InlineEngine(config), InlineEngine(config)]
 
     async def body():

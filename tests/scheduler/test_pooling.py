@@ -4,6 +4,8 @@ states are those of the prompt computed by hand, and requests that generate give
 from __future__ import annotations
 
 import dataclasses
+import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from jaxserve.runner.fake import FakeRunner, hidden_state
 from jaxserve.scheduler import StepResult
 from jaxserve.scheduler.sequence import Sequence
 from tests.scheduler.drive import alone, dispatch, drive, make_scheduler, preempt, request
+from tests.scheduler.history import History
 
 CONFIG = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16)
 
@@ -181,3 +184,51 @@ def test_parts_of_a_step_keep_their_pooled_rows():
     assert [part.num_pooled for part in parts] == [1, 0, 1]
     assert [row.request_id for part in parts for row in part.pooled_rows] == ["r0", "r2"]
     assert [row.request_id for row in plan.pooled_rows] == ["r0", "r2"]
+
+
+class PooledHistory(History):
+    """A random history in which every third request is embedded."""
+
+    def __init__(self, rng: random.Random, mode: str, policy: str):
+        super().__init__(rng, mode, "greedy", policy)
+        add, kinds = self.scheduler.add, random.Random(f"kinds {rng.getstate()[1][0]}")
+
+        def add_some_pooled(one: EngineRequest) -> Sequence:
+            if kinds.random() < 1 / 3:
+                pooling = kinds.choice(list(Pooling))
+                one = dataclasses.replace(one, pooling=pooling, max_tokens=1, min_tokens=0, stop_token_ids=())
+            return add(one)
+
+        self.scheduler.add = add_some_pooled
+
+    def arrive(self) -> None:
+        super().arrive()
+        self.requests = {name: sequence.request for name, sequence in self.sequences.items()}
+
+    def check_answers(self) -> None:
+        everything, pooled = self.requests, {}
+        self.requests = {name: one for name, one in everything.items() if one.pooling is None}
+        pooled = {name: one for name, one in everything.items() if one.pooling is not None}
+        reasons = {name: self.reasons.pop(name) for name in pooled}
+        super().check_answers()
+        for name, reason in reasons.items():
+            assert self.tokens[name] == []
+            assert reason in (FinishReason.STOP, FinishReason.ABORT, FinishReason.DEADLINE)
+            if reason is FinishReason.STOP:
+                self.events["embedded"] += 1
+                self.events["embedded after preemption"] += self.sequences[name].num_preemptions > 0
+                vector = self.sequences[name].pooled.vector(len(pooled[name].prompt_token_ids))
+                assert vector.tolist() == pooled_by_hand(pooled[name]).tolist()
+
+
+@pytest.mark.parametrize("mode", ["none", "static", "dynamic", "continuous", "separated"])
+def test_histories(mode):
+    """Whatever happens to a prompt, it is embedded as by hand, and the others generate what they generate alone."""
+    events: Counter[str] = Counter()
+    for policy in ("fcfs", "sjf", "priority", "fair", "deadline"):
+        for seed in range(4):
+            history = PooledHistory(random.Random(f"{mode} {policy} {seed}"), mode, policy)
+            history.run(60)
+            events.update(history.events)
+    assert events["embedded"] > 100
+    assert events["embedded after preemption"] > (0 if mode == "none" else 5), events

@@ -117,12 +117,14 @@ def test_the_gateways_service(tokenizer):
 
 def test_command_line(served, tokenizer, capsys):
     address = ("--address", served.grpc.address)
-    assert command.main(["--embed", "hello", *address]) == 0
+    assert command.main(["--embeddings", "hello", *address]) == 0
     np.testing.assert_allclose(json.loads(capsys.readouterr().out), expected(tokenizer.encode("hello")), rtol=1e-6)
-    assert command.main(["--embed", "--json", "--dimensions", "4", "--pooling-type", "mean", "hello", *address]) == 0
+    assert (
+        command.main(["--embeddings", "--json", "--dimensions", "4", "--pooling-type", "mean", "hello", *address]) == 0
+    )
     record = json.loads(capsys.readouterr().out)
     assert (record["prompt"], len(record["embedding"])) == ("hello", 4)
     assert record["usage"]["prompt_tokens"] == len(tokenizer.encode("hello"))
     with pytest.raises(SystemExit):
         command.main(["--dimensions", "4", "hello", *address])
-    assert "dimensions is of embeddings; use --embed with it" in capsys.readouterr().err
+    assert "dimensions is of embeddings; use --embeddings with it" in capsys.readouterr().err
