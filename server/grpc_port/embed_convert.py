@@ -39,12 +39,9 @@ def pooling_from_proto(proto: pb.PoolingParams) -> PoolingParams:
 def pooling_to_proto(params: PoolingParams) -> pb.PoolingParams:
     """Returns the message that `pooling_from_proto` reads back unchanged."""
     kind = pb.POOLING_TYPE_UNSPECIFIED if params.pooling_type is None else _NUMBERS[params.pooling_type]
-    return pb.PoolingParams(
-        pooling_type=kind,
-        normalize=params.normalize,
-        dimensions=params.dimensions,
-        truncate_prompt_tokens=params.truncate_prompt_tokens,
-    )
+    names = ("normalize", "dimensions", "truncate_prompt_tokens")
+    given = {name: value for name in names if (value := getattr(params, name)) is not None}
+    return pb.PoolingParams(pooling_type=kind, **given)
 
 
 def inputs_from_proto(name: str, proto: pb.EmbedInputs) -> list[Input]:

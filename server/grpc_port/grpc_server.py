@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -82,8 +83,8 @@ class GrpcServer:
         self._watches: list[asyncio.Task[None]] = []
         service = JaxServeService(served)
         gateways = _gateway_service(served)
-        checks = {GENERATE: functools.partial(check_generate, check_prompt_bytes=service.check_prompt_bytes)}
-        checks.update(embed_convert.oversized_checks())
+        checks: dict[str, Callable[[bytes], None]] = embed_convert.oversized_checks()
+        checks[GENERATE] = functools.partial(check_generate, check_prompt_bytes=service.check_prompt_bytes)
         if gateways is not None:
             checks.update(gateways.oversized_checks(service.check_prompt_bytes))
         self._server = grpc.aio.server(

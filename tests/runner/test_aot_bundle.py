@@ -274,7 +274,7 @@ def test_a_start_checks_a_bundle_once(bundle, monkeypatch):
     monkeypatch.setattr(bundles, "read_own", counted)
     ModelRunner(with_bundle(bundle))
     # Before anything is loaded, and the bytes that the runtime then takes.
-    assert [counts[path] for path in sorted((bundle / "programs").iterdir())] == [2] * 5
+    assert [counts[path] for path in sorted((bundle / "programs").iterdir())] == [2] * 6
 
 
 def test_what_the_runtime_cannot_load_is_refused(copy):

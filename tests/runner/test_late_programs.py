@@ -133,7 +133,7 @@ def test_tokens_are_the_same_before_and_after_the_others_join(early, caplog):
     with caplog.at_level(logging.INFO, "jaxserve"):
         LatePrograms(config, shapes, programs, cache)
         wait_for(lambda: " programs are there" in caplog.text)
-    assert "all 7 programs are there after" in caplog.text
+    assert "all 9 programs are there after" in caplog.text
     assert not runner.programs.missing
     assert set(runner.programs.executables) == everything
     assert runner.fitted(plan) is plan
@@ -156,7 +156,12 @@ def test_tokens_are_the_same_before_and_after_the_others_join(early, caplog):
 def test_what_copies_pages_is_made_before_anything_is_served():
     shapes = dataclasses.replace(startup.resolve_shapes(CONFIG, "cpu"), num_host_pages=16)
     swaps = {*keys_of("swap_in", 1, 4, 16), *keys_of("swap_out", 1, 4, 16), TABLE_WRITE, MASK_WRITE}
-    assert set(servable_keys(shapes)) == {*keys_of("forward", 16, 32), *keys_of("sample", 16), *swaps}
+    assert set(servable_keys(shapes)) == {
+        *keys_of("forward", 16, 32),
+        *keys_of("sample", 16),
+        *keys_of("pooling", 16),
+        *swaps,
+    }
 
 
 def start_with(script: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, programs: ProgramSet) -> None:
