@@ -60,11 +60,11 @@ def test_bundle_and_report_for_an_h200(config, tmp_path, capsys):
     steps = {("decode", 8), ("forward", 8), ("sample", 8), ("pooling", 8)}
     assert set(programs) == steps | {("table_write", 64), ("mask_write", 8)}
     for (kind, _), program in programs.items():
-        single = kind in ("pooling", "table_write", "mask_write")
-        assert program["command_buffers"] == (0 if single else 1)  # one kernel is no graph
+        few = kind in ("pooling", "table_write", "mask_write")
+        assert program["command_buffers"] == (0 if few else 1)  # these have too few kernels for a graph
         assert program["pool_copies"] == 0
         assert program["alias_bytes"] == program["donated_bytes"] >= program["pool_bytes"]
-        assert single or program["temp_bytes"] > 0
+        assert few or program["temp_bytes"] > 0
         assert all(kernel["spill_store_bytes"] == kernel["spill_load_bytes"] == 0 for kernel in program["kernels"])
         names = {kernel["name"] for kernel in program["kernels"] if kernel["pallas"]}
         assert ("paged_attention_decode" in names) == (kind in ("forward", "decode"))
@@ -84,7 +84,8 @@ def test_bundle_and_report_for_an_h200(config, tmp_path, capsys):
     for expected in ("`paged_attention_decode`", "| decode 8 |", "## Roofline", "ratio", "jax"):
         assert expected in page
 
-    assert "| 1 | 0 | 0 to 1 | 2 | yes | 0 | 0 | " in page  # the writes of tables and masks are one kernel each
+    # The writes of tables and masks are one kernel each, pooling is three: too few for a graph.
+    assert "| 1 | 0 | 0 to 1 | 5 | yes | 0 | 0 | " in page
     both = render([report, report | {"versions": {"jax": "9.9"}, "problems": ["a kernel spills"]}])
     for expected in ("ratio, run 2", "run 2, GiB", "Run 2, jax 9.9", "- run 2: a kernel spills"):
         assert expected in both

@@ -143,7 +143,7 @@ def test_tokens_are_the_same_before_and_after_the_others_join(early, caplog):
 
     complete = ModelRunner(config)  # finds them all in the cache
     assert complete.info.num_missing_executables == 0
-    assert complete.info.num_cached_executables == 7
+    assert complete.info.num_cached_executables == 9
     wanted = drive(complete, CONFIG, REQUESTS)
     assert wanted.programs >= set(keys_of("forward", 8, 32)), "the test is to use those that were missing"
     assert wanted.tokens == before
