@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import collections
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -157,7 +158,8 @@ async def measure(case: str | None, count: int, address: str, pid: int) -> dict[
     if case is None:
         answers = await watch.during(asyncio.sleep(3.0, []))
     else:
-        command = [sys.executable, "-m", "benchmarks.long_prompts", "--send", case, str(count), address]
+        send = [sys.executable, "-m", "benchmarks.long_prompts", "--send", case, str(count), address]
+        command = ["nice", "-n", "19", *send]  # a client elsewhere takes none of the server's CPU
         sender = await asyncio.create_subprocess_exec(
             *command, cwd=report.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, limit=2**24
         )
@@ -183,6 +185,17 @@ async def measure(case: str | None, count: int, address: str, pid: int) -> dict[
         "memory_peak_mb": _memory(pid, "VmHWM"),
         "memory_after_mb": _memory(pid, "VmRSS"),
     }
+
+
+def _watch_punctually() -> None:
+    """Raises the priority of this process, so that it sees a message when it arrives, however busy the server is.
+
+    On a machine of few cores it would otherwise measure how long it waited for one itself. Needs privileges.
+    """
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, -15)
+    except OSError:
+        print("this process cannot raise its priority; gaps include its own waits for a processor", file=sys.stderr)
 
 
 def _start_memory(pid: int) -> float:
@@ -252,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     name = (options.output or f"long_prompts_jax{report.versions()['jax']}").removesuffix(".json")
     with started_server(options.config, [f"--gin.{binding}" for binding in options.gin]) as (address, pid):
+        _watch_punctually()
         found = asyncio.run(_measure_all(options, address, pid))
     print(report.describe())
     print(table(found))

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jaxserve.request import SamplingParams
+from jaxserve.request import RequestOutputKind, SamplingParams
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from jaxserve.async_llm import AsyncLLM
     from jaxserve.llm import LLM
     from jaxserve.pooling_params import PoolingParams
 
-__all__ = ["LLM", "AsyncLLM", "PoolingParams", "SamplingParams"]
+__all__ = ["LLM", "AsyncLLM", "PoolingParams", "RequestOutputKind", "SamplingParams", "StructuredOutputsParams"]
 __version__ = "0.1.0"
 
 

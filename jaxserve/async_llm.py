@@ -15,17 +15,21 @@ from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Any
 
+from jaxserve.config.plain_params import params_of
 from jaxserve.config.sampling_fields import MAX_INT32
 from jaxserve.config.settings import EngineConfig
+from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.embedding_output import EmbeddingOutput, EmbeddingRequestOutput
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.process import EngineProcess
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError
+from jaxserve.frontend.logprob_outputs import prompt_positions
+from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
-from jaxserve.llm import CompletionOutput, Prompt, RequestOutput, prompt_content
+from jaxserve.llm import Prompt, RequestOutput, completion_output, prompt_content
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import RequestOptions, SamplingParams
+from jaxserve.request import RequestOptions, RequestOutputKind, SamplingParams
 
 
 class AsyncLLM:
@@ -85,7 +89,13 @@ class AsyncLLM:
                     self._client = await self._launched()
                 seed = 0 if self._config is None else self._config.seed
                 # Whoever reads slowly holds up nobody else here, and what waits is bounded by the context.
-                self._front_end = AsyncFrontEnd(self._client, self._tokenizer, seed=seed, max_unread_tokens=MAX_INT32)
+                self._front_end = AsyncFrontEnd(
+                    self._client,
+                    self._tokenizer,
+                    seed=seed,
+                    max_unread_tokens=MAX_INT32,
+                    grammars=StructuredOutputsConfig() if self._config is None else self._config.structured_outputs,
+                )
             return self._front_end
 
     async def _launched(self) -> EngineClient:
@@ -106,14 +116,15 @@ class AsyncLLM:
         tenant: str = "",
         deadline: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Generates from a prompt and yields the output so far, each time there is more of it.
+        """Generates from a prompt and yields outputs as `SamplingParams.output_kind` says: all so far, each time there
+        is more (cumulative, the default), what is new (delta), or all of it at the end (final_only).
 
         The last output is `finished`. Closing the generator (`aclose`, or leaving a loop over it), or canceling the
         task that waits in it, aborts the request and frees its pages.
 
         Args:
             prompt: text, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
-            sampling_params: None for the defaults.
+            sampling_params: None for the defaults of the checkpoint.
             request_id: a name that no unfinished request has; None makes one.
             priority: higher is more urgent.
             tenant: the tenant that service is counted for.
@@ -127,21 +138,22 @@ class AsyncLLM:
             EngineDeadError: the engine has failed, or was shut down.
         """
         content = prompt_content(prompt)
-        params = SamplingParams() if sampling_params is None else sampling_params
         options = RequestOptions(tenant, priority, deadline)
         front_end = await self.start()
+        params = sampling_params
+        if params is None:  # max_tokens, where it is a default, gives way to a long prompt
+            params = params_of({}, front_end.ready.sampling_defaults)
         prompt_token_ids: list[int] = []
-        token_ids: list[int] = []
-        text = ""
         submitted = front_end.submit(
             content, params, options, request_id=request_id, take_prompt=prompt_token_ids.extend
         )
         async with await submitted as stream:
+            outputs = _Outputs(content, tuple(prompt_token_ids), params, self._tokenizer)
             async for delta in stream:
                 _check_engine(delta)
-                token_ids += delta.token_ids
-                text += delta.text
-                yield _output(content, prompt_token_ids, delta, token_ids, text)
+                output = outputs.of(delta)
+                if output is not None:
+                    yield output
 
     async def encode(
         self,
@@ -178,6 +190,7 @@ class AsyncLLM:
                     prompt_token_ids=tuple(token_ids),
                     outputs=EmbeddingOutput.from_bytes(delta.embedding),
                     num_cached_tokens=delta.cached_tokens,
+                    num_truncated_tokens=delta.truncated_tokens,
                 )
 
     async def embed(
@@ -241,17 +254,41 @@ def _check_engine(delta: Delta) -> None:
         raise EngineDeadError(delta.error)
 
 
-def _output(
-    content: str | Sequence[int], prompt_token_ids: Sequence[int], delta: Delta, token_ids: Sequence[int], text: str
-) -> RequestOutput:
-    reason = delta.finish_reason
-    completion = CompletionOutput(0, text, tuple(token_ids), None if reason is None else reason.value)
-    return RequestOutput(
-        request_id=delta.request_id,
-        prompt=content if isinstance(content, str) else None,
-        prompt_token_ids=tuple(prompt_token_ids),
-        outputs=(completion,),
-        finished=reason is not None,
-        num_cached_tokens=delta.cached_tokens,
-        error=delta.error,
-    )
+class _Outputs:
+    """Makes the outputs of one request from its deltas, of the kind that it asks for.
+
+    content, prompt_token_ids: of the prompt. tokenizer: of the engine.
+    """
+
+    def __init__(
+        self,
+        content: str | Sequence[int],
+        prompt_token_ids: tuple[int, ...],
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
+    ):
+        self._prompt = content if isinstance(content, str) else None
+        self._prompt_token_ids = prompt_token_ids
+        self._tokenizer = tokenizer if params.detokenize else None
+        self._updates = OutputUpdates(params.output_kind or RequestOutputKind.CUMULATIVE)
+
+    def of(self, delta: Delta) -> RequestOutput | None:
+        """Takes the next delta; returns the output that is due with it, if one is."""
+        update = self._updates.of(delta)
+        if update is None:
+            return None
+        prompt = update.prompt_logprobs
+        completion = completion_output(
+            update.index, update.text, update.token_ids, update.finish_reason, update.logprobs, self._tokenizer
+        )
+        return RequestOutput(
+            request_id=update.request_id,
+            prompt=self._prompt,
+            prompt_token_ids=self._prompt_token_ids,
+            outputs=(completion,),
+            finished=update.finish_reason is not None,
+            num_cached_tokens=update.cached_tokens,
+            error=update.error,
+            num_truncated_tokens=update.truncated_tokens,
+            prompt_logprobs=None if prompt is None else prompt_positions(prompt, self._tokenizer),
+        )

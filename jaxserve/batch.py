@@ -29,8 +29,10 @@ from typing import Any, TextIO
 
 from jaxserve.config import gin_config
 from jaxserve.config.changed import changed_settings
+from jaxserve.config.logprobs_config import LogprobsConfig
 from jaxserve.config.pooler_config import PoolerConfig
 from jaxserve.config.settings import ServerConfig
+from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.batch_errors import BatchFileError, LineError, reason
@@ -45,6 +47,7 @@ from jaxserve.frontend.openai import parse_body
 from jaxserve.frontend.openai_embeddings import EMBEDDINGS_URL, EmbeddingBody, parse_embeddings
 from jaxserve.frontend.stop_signals import StopSignals
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
 from jaxserve.request import FinishReason
 
 EXIT_FAILED = 1
@@ -73,6 +76,7 @@ class BatchRun:
         seed: base of the seeds of requests that set none.
         settings: everything else that determines the tokens; results keep a digest of it.
         check_stop: called after each step; may raise.
+        grammars: bounds the grammars of structured outputs.
     """
 
     def __init__(
@@ -84,9 +88,10 @@ class BatchRun:
         *,
         settings: str = "",
         check_stop: Callable[[], None] = lambda: None,
+        grammars: StructuredOutputsConfig = StructuredOutputsConfig(),
     ):
         self._client = client
-        self._front_end = FrontEnd(client, tokenizer, seed=seed)
+        self._front_end = FrontEnd(client, tokenizer, seed=seed, grammars=grammars)
         self._model = model
         self._seed = seed
         self._settings = _settings_digest(model, seed, settings)
@@ -179,7 +184,7 @@ class BatchRun:
                 for index, one in enumerate(body.inputs)
             ]
             return requests, body
-        request = parse_body(line.url, line.body)
+        request = parse_body(line.url, line.body, defaults=self._client.ready.sampling_defaults)
         params = request.params
         if params.seed is None:
             params = dataclasses.replace(params, seed=_seed_for(self._seed, line.custom_id))
@@ -200,10 +205,11 @@ class BatchRun:
 
     def _result(self, opened: OpenLine) -> dict[str, Any]:
         keyed = opened.keyed
+        body = opened.body(self._model, self._front_end.tokenizer)
         return {
             "id": _result_id(keyed.number),
             "custom_id": keyed.key,
-            "response": {"status_code": 200, "request_id": f"line-{keyed.number}", "body": opened.body(self._model)},
+            "response": {"status_code": 200, "request_id": f"line-{keyed.number}", "body": body},
             "error": None,
         }
 
@@ -274,9 +280,17 @@ class _Job:
         for line in changed_settings(config):
             _say(f"config: {line}")
         client = InlineEngine(engine, progress=True)
+        if defaults := client.ready.sampling_defaults:
+            _say(defaults_line(defaults))
         with _closing(lambda: _close(client, engine.composition_dir)):
             self._run = run = BatchRun(
-                client, tokenizer, _model_name(config), engine.seed, settings=_settings(config), check_stop=check_stop
+                client,
+                tokenizer,
+                _model_name(config),
+                engine.seed,
+                settings=_settings(config),
+                check_stop=check_stop,
+                grammars=engine.structured_outputs,
             )
             self.under_way = True
             bar = TokenBar(self._total, self._done_before, unit="line")
@@ -364,12 +378,16 @@ def _model_name(config: ServerConfig) -> str:
 
 
 def _settings(config: ServerConfig) -> str:
-    """Returns as text all settings that determine the tokens, besides the request, the model's name and the seed."""
+    """Returns as text all settings that determine the results, besides the request, the model's name and the seed."""
     engine = config.engine
     paths = [path and str(pathlib.Path(path).resolve()) for path in (engine.model, engine.tokenizer)]
     others = (engine.architecture, engine.load_format, engine.dtype, engine.max_model_len, engine.cache.kv_cache_dtype)
-    pooler = () if engine.pooler == PoolerConfig() else (engine.pooler,)
-    return repr((*paths, engine.skip_tokenizer_init, *others, *pooler))
+    if engine.logprobs != LogprobsConfig():
+        others = (*others, engine.logprobs)
+    if engine.pooler != PoolerConfig():
+        others = (*others, engine.pooler)
+    defaults = sampling_defaults(engine)
+    return repr((*paths, engine.skip_tokenizer_init, *others, *([defaults] if defaults else ())))
 
 
 def _settings_digest(model: str, seed: int, settings: str) -> bytes:

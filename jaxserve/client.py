@@ -20,14 +20,14 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
-from jaxserve.config.sampling_fields import Flag, Ids, Number, SamplingField, Texts
+from jaxserve.config.plain_params import params_of
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import SAMPLING_FIELDS, SamplingParams
 from jaxserve.serving.clients.client_command import ClientOptions, run_client, unescape
 from jaxserve.serving.clients.client_credentials import KEY_VARIABLE, Credentials
 from jaxserve.serving.clients.client_failures import Failure
 from jaxserve.serving.clients.client_target import parse_target
 from jaxserve.serving.clients.grpc_client import DEFAULT_ADDRESS
+from jaxserve.serving.clients.sampling_flags import given_params, sampling_flags, text_params
 from jaxserve.serving.clients.shell_completion import SHELLS, completion_script, options_of
 
 _MARK = "="
@@ -139,9 +139,10 @@ def _options(parsed: argparse.Namespace, prompt: str | None, dialogue: bool) -> 
 
     prompt: that of the command line; None reads standard input. dialogue: a terminal is asked for prompts.
     """
-    params: dict[str, Any] = {name: getattr(parsed, name) for name in SAMPLING_FIELDS}
+    params = given_params(parsed)
     if parsed.escapes:
-        params["stop"] = [unescape(text) for text in parsed.stop]
+        params |= {name: [unescape(text) for text in params[name]] for name in text_params() if name in params}
+    params_of(params, {})
     if parsed.timeout is not None and not parsed.timeout > 0:
         raise ValueError(f"timeout is {parsed.timeout:g}; it must be above 0 seconds")
     if not -(2**31) <= parsed.priority < 2**31:
@@ -154,7 +155,7 @@ def _options(parsed: argparse.Namespace, prompt: str | None, dialogue: bool) -> 
     if parsed.system and not parsed.chat:
         raise ValueError("system needs a conversation; use --chat with it")
     return ClientOptions(
-        params=SamplingParams(**params),
+        params=params,
         fields={"tenant": parsed.tenant, "priority": parsed.priority},
         timeout=parsed.timeout,
         prompt=prompt,
@@ -213,27 +214,12 @@ def _parser() -> tuple[_Parser, list[argparse.Action]]:
     add("--json", action="store_true", help="one JSON line an answer: ids, text, finish reason and usage; or an error")
     add("--json-events", action="store_true", help="JSON lines of each piece of an answer too; each names its event")
     add("--completion", choices=SHELLS, help="print what completes this command in a shell, and end")
-    for name, field in SAMPLING_FIELDS.items():
-        add(f"--{name.replace('_', '-')}", **_sampling_option(field))
+    for name, settings in sampling_flags().items():
+        add(name, **settings)
     add("--tenant", default="", metavar="NAME", help="whom the work is counted for")
     add("--priority", type=int, default=0, metavar="N", help="a higher number is more urgent (default: 0)")
     add("--timeout", type=float, metavar="SECONDS", help="give up after so many seconds")
     return parser, actions
-
-
-def _sampling_option(field: SamplingField) -> dict[str, Any]:
-    """Returns argparse's arguments for a sampling parameter. Decoding is greedy by default, unlike the API's."""
-    default = 0.0 if field.name == "temperature" else field.default
-    match field.kind:
-        case Flag():
-            return {"action": "store_true", "help": field.meaning}
-        case Texts() | Ids():
-            kind, metavar = (str, "TEXT") if isinstance(field.kind, Texts) else (int, "ID")
-            return {"action": "append", "default": [], "type": kind, "metavar": metavar, "help": field.meaning}
-        case _:
-            shown_default = "" if default is None else f" (default: {default:g})"
-            kind = float if isinstance(field.kind, Number) else int
-            return {"type": kind, "default": default, "metavar": "N", "help": field.meaning + shown_default}
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ class EmbeddingRequestOutput:
 
     prompt: None when token ids were given. num_cached_tokens: prompt tokens taken from the prefix cache. error: one
     line when there is no embedding, because its deadline passed or it failed in the engine; outputs.embedding is then
-    empty.
+    empty. num_truncated_tokens: cut off the beginning of the prompt, as truncate_prompt_tokens asks; prompt_token_ids
+    are the others.
     """
 
     request_id: str
@@ -40,3 +41,4 @@ class EmbeddingRequestOutput:
     finished: bool = True
     num_cached_tokens: int = 0
     error: str = ""
+    num_truncated_tokens: int = 0

@@ -5,20 +5,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from jaxserve.config.plain_params import params_of
 from jaxserve.config.settings import EngineConfig
+from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.embedding_output import EmbeddingOutput, EmbeddingRequestOutput
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
+from jaxserve.frontend.continuations import SCORING, ScoreOutput, continued
 from jaxserve.frontend.frontend import FrontEnd, Prepared
+from jaxserve.frontend.logprob_outputs import PositionLogprobs, position_logprobs, prompt_positions
 from jaxserve.frontend.offline import FinishedRequest, TokenBar, run_all
 from jaxserve.frontend.openai_messages import parse_messages
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import InfeasibleError, RequestOptions, SamplingParams
+from jaxserve.request import FinishReason, InfeasibleError, RequestOptions, SamplingParams
 
 Prompt = str | Mapping[str, Any]
 """A prompt: text, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
@@ -31,12 +37,15 @@ class CompletionOutput:
     text: continues the prompt, so that both together are the text of all tokens; special tokens are not shown.
     finish_reason: "stop", "length", "deadline" when its deadline passed or was out of reach, or "error" when this
     request failed in the engine; "abort" and, before the end, None of AsyncLLM alone.
+    logprobs: of each token, by token id, and cumulative_logprob: the sum of the tokens' own, where they are wanted.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None
+    logprobs: list[PositionLogprobs] | None = None
+    cumulative_logprob: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +53,9 @@ class RequestOutput:
     """Holds a prompt and its result.
 
     prompt: None when token ids were given. num_cached_tokens: prompt tokens taken from the prefix cache.
-    error: one line when outputs[0].finish_reason is "deadline" or "error".
+    error: one line when outputs[0].finish_reason is "deadline" or "error". num_truncated_tokens: cut off the beginning
+    of the prompt, as truncate_prompt_tokens asks; prompt_token_ids are the others.
+    prompt_logprobs: of each token of the prompt, by token id, where they are wanted; None for the first.
     """
 
     request_id: str
@@ -54,6 +65,8 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int
     error: str = ""
+    num_truncated_tokens: int = 0
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
 
 
 class LLM:
@@ -79,7 +92,12 @@ class LLM:
         elif model is not None or options:
             raise ValueError("client is an engine that is already running; it takes no model or engine options")
         self._client = client
-        self._front_end = FrontEnd(client, tokenizer, seed=0 if config is None else config.seed)
+        self._front_end = FrontEnd(
+            client,
+            tokenizer,
+            seed=0 if config is None else config.seed,
+            grammars=StructuredOutputsConfig() if config is None else config.structured_outputs,
+        )
         self._ids = itertools.count()
 
     @property
@@ -107,7 +125,7 @@ class LLM:
 
         Args:
             prompts: one prompt, or several.
-            sampling_params: one for all, one for each, or None for the defaults.
+            sampling_params: one for all, one for each, or None for those of `get_default_sampling_params`.
             use_tqdm: shows a progress bar.
             priority: higher is more urgent.
             tenant: the tenant that service is counted for.
@@ -118,11 +136,13 @@ class LLM:
             EngineDeadError: the engine failed.
         """
         given: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        params = _one_each("sampling_params", given, SamplingParams() if sampling_params is None else sampling_params)
+        params = self._params_for(given, sampling_params)
         texts, requests = self._prepare(given, params, priority, tenant, deadline)
         completions = self._complete(requests, use_tqdm)
         return [
-            _request_output(text, completions[request.request_id])
+            _request_output(
+                text, completions[request.request_id], self.get_tokenizer() if request.params.detokenize else None
+            )
             for text, request in zip(texts, requests, strict=True)
         ]
 
@@ -212,7 +232,7 @@ class LLM:
         priorities = _one_each("priority", given, priority)
         tenants, deadlines = _one_each("tenant", given, tenant), _one_each("deadline", given, deadline)
         for index, (prompt, prompt_params) in enumerate(zip(given, params, strict=True)):
-            try:
+            with _naming(f"prompts[{index}]"):
                 content = prompt_content(prompt)
                 prepared = self._front_end.prepare(
                     content,
@@ -220,12 +240,64 @@ class LLM:
                     RequestOptions(tenants[index], priorities[index], deadlines[index]),
                     request_id=str(next(self._ids)),
                 )
-            except ValueError as error:
-                kind = InfeasibleError if isinstance(error, InfeasibleError) else ValueError
-                raise kind(f"prompts[{index}]: {error}") from error
             texts.append(content if isinstance(content, str) else None)
             requests.append(prepared)
         return texts, requests
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Returns the parameters of a request that brings none: the checkpoint's defaults, from its
+        generation_config.json, where it has some and EngineConfig.generation_config is not "vllm".
+        """
+        return SamplingParams(**dict[str, Any](self._client.ready.sampling_defaults))
+
+    def _params_for(
+        self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> Sequence[SamplingParams]:
+        if sampling_params is None:  # max_tokens, where it is a default, gives way to a long prompt
+            sampling_params = params_of({}, self._client.ready.sampling_defaults)
+        if isinstance(sampling_params, SamplingParams):
+            return [sampling_params] * len(prompts)
+        return _one_each("sampling_params", prompts, sampling_params)
+
+    def score(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        continuations: Prompt | Sequence[Prompt],
+        use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
+        deadline: float | Sequence[float | None] | None = None,
+    ) -> list[ScoreOutput]:
+        """Scores continuations of a prompt by the sum of their tokens' log-probabilities; returns them in order.
+
+        They are computed like prompts of `generate`, batched together; each computes the whole prompt. Prompt and
+        continuation together must be shorter than max_model_len.
+
+        Args:
+            prompt: of all continuations, or one for each. A text and a continuation's text are encoded as one.
+            continuations: one, or several.
+            use_tqdm: shows a progress bar.
+            priority, tenant, deadline: as for `generate`.
+
+        Raises:
+            ValueError: a prompt or continuation is invalid; the error names the continuation's index and comes before
+                anything is computed.
+            EngineDeadError: the engine failed.
+        """
+        given: list[Prompt] = [continuations] if isinstance(continuations, str | Mapping) else list(continuations)
+        prompts = [prompt] * len(given) if isinstance(prompt, str | Mapping) else _one_each("prompt", given, prompt)
+        priorities = _one_each("priority", given, priority)
+        tenants, deadlines = _one_each("tenant", given, tenant), _one_each("deadline", given, deadline)
+        requests: list[Prepared] = []
+        for index, (before, continuation) in enumerate(zip(prompts, given, strict=True)):
+            with _naming(f"continuations[{index}]"):
+                whole, start = continued(prompt_content(before), prompt_content(continuation), self.get_tokenizer())
+                options = RequestOptions(tenants[index], priorities[index], deadlines[index])
+                prepared = self._front_end.prepare(whole, SCORING, options, request_id=str(next(self._ids)))
+            requests.append(dataclasses.replace(prepared, prompt_logprobs_start=start))
+        completions = self._complete(requests, use_tqdm)
+        return [ScoreOutput.of(completions[request.request_id], request.prompt_logprobs_start) for request in requests]
 
     def _complete(self, requests: Sequence[Prepared], use_tqdm: bool) -> dict[str, FinishedRequest]:
         completions: dict[str, FinishedRequest] = {}
@@ -268,6 +340,16 @@ def _start(
     return config, load_tokenizer(config), InlineEngine(config, progress=True)
 
 
+@contextlib.contextmanager
+def _naming(which: str) -> Iterator[None]:
+    """Puts in front of a ValueError which of several prompts it is about."""
+    try:
+        yield
+    except ValueError as error:
+        kind = InfeasibleError if isinstance(error, InfeasibleError) else ValueError
+        raise kind(f"{which}: {error}") from error
+
+
 def _one_each(name: str, prompts: Sequence[Prompt], value: Any) -> Sequence[Any]:
     """Returns the values for the prompts: a list or tuple has one for each, any other value applies to all."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
@@ -300,15 +382,37 @@ def _embedding_output(text: str | None, completion: FinishedRequest) -> Embeddin
         outputs=EmbeddingOutput.from_bytes(completion.embedding),
         num_cached_tokens=completion.num_cached_tokens,
         error=completion.error,
+        num_truncated_tokens=completion.num_truncated_tokens,
     )
 
 
-def _request_output(text: str | None, completion: FinishedRequest) -> RequestOutput:
-    output = CompletionOutput(
-        index=0,
-        text=completion.text,
-        token_ids=completion.token_ids,
-        finish_reason=completion.finish_reason.value,
+def completion_output(
+    index: int,
+    text: str,
+    token_ids: tuple[int, ...],
+    finish_reason: FinishReason | None,
+    logprobs: LogprobColumns | None,
+    tokenizer: Tokenizer | None,
+) -> CompletionOutput:
+    """Returns an output of a request. logprobs: of the token ids, where they are wanted. tokenizer: gives the texts of
+    ids that have log-probabilities."""
+    positions = None if logprobs is None else position_logprobs(logprobs, token_ids, tokenizer)
+    return CompletionOutput(
+        index=index,
+        text=text,
+        token_ids=token_ids,
+        finish_reason=None if finish_reason is None else finish_reason.value,
+        logprobs=positions,
+        cumulative_logprob=None if logprobs is None else math.fsum(logprobs.values.tolist()),
+    )
+
+
+def _request_output(text: str | None, completion: FinishedRequest, tokenizer: Tokenizer | None) -> RequestOutput:
+    prompt_logprobs = None
+    if completion.prompt_logprobs is not None:
+        prompt_logprobs = prompt_positions(completion.prompt_logprobs, tokenizer)
+    output = completion_output(
+        0, completion.text, completion.token_ids, completion.finish_reason, completion.logprobs, tokenizer
     )
     return RequestOutput(
         request_id=completion.request_id,
@@ -318,4 +422,6 @@ def _request_output(text: str | None, completion: FinishedRequest) -> RequestOut
         finished=True,
         num_cached_tokens=completion.num_cached_tokens,
         error=completion.error,
+        num_truncated_tokens=completion.num_truncated_tokens,
+        prompt_logprobs=prompt_logprobs,
     )

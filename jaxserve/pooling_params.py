@@ -71,12 +71,9 @@ class PoolingParams:
                 f"{most_tokens(limits)} tokens: lower it, or give -1"
             )
 
-    def truncated(self, token_ids: tuple[int, ...], limits: ModelLimits) -> tuple[int, ...]:
-        """Returns the tokens that are embedded."""
-        most = self.truncate_prompt_tokens
-        if most is None:
-            return token_ids
-        return token_ids[-(most_tokens(limits) if most < 0 else most) :]
+    def kept_tokens(self, limits: ModelLimits) -> int | None:
+        """Returns the tokens at the end of a prompt that are embedded; None for all."""
+        return most_tokens(limits) if self.truncate_prompt_tokens == -1 else self.truncate_prompt_tokens
 
     def embedding(self, pooled: bytes, limits: ModelLimits) -> bytes:
         """Makes the embedding of a pooled hidden state.

@@ -12,11 +12,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 
+from jaxserve.config.keywords import refuses_unknown_keywords
+from jaxserve.config.logprobs_config import MAX_LOGPROBS
 from jaxserve.config.sampling_fields import (
     MAX_INT32,
+    Biases,
     Flag,
     Ids,
     Number,
+    OneOf,
     SamplingField,
     SlotValue,
     Texts,
@@ -25,11 +29,19 @@ from jaxserve.config.sampling_fields import (
     sampling,
 )
 from jaxserve.config.shown import shown
+from jaxserve.structured_outputs import StructuredOutputs, StructuredOutputsParams
 
 MAX_ID_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 16
+MAX_PROMPT_LOGPROBS = 2**24
+"""Maximum number of log-probabilities of a prompt, those of the likeliest ids included: they come in one message."""
 STOP_WIDTH = 32
 """Maximum number of stop token ids in a slot: the model's own and the client's."""
+MAX_BIASES = 1024
+ALLOWED_WIDTH = 1024
+"""Maximum number of allowed token ids in a slot; more of them are a mask, which the host writes for each step."""
+MAX_ALLOWED = 2**18
+MAX_BAD_WORDS = 256
 
 
 class FinishReason(enum.Enum):
@@ -47,6 +59,17 @@ class FinishReason(enum.Enum):
 
 COMPLETED = frozenset({FinishReason.STOP.value, FinishReason.LENGTH.value})
 """Finish reasons of requests that got all of their tokens."""
+
+
+class RequestOutputKind(enum.Enum):
+    """Enumerates what each update of a request holds; names and values are vLLM's.
+
+    CUMULATIVE: all of the output so far. DELTA: what is new. FINAL_ONLY: everything, in one update at the end.
+    """
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
 
 
 class RequestStatus(enum.Enum):
@@ -116,10 +139,57 @@ class RowSampling:
             Number(0.0, 1.0), "draw no token less likely than it times the likeliest", SlotValue("float32")
         ),
     )
+    typical_p: float = field(
+        default=1.0,
+        metadata=sampling(
+            Number(0.0, 1.0, open_low=True),
+            "draw from the tokens whose information is closest to the distribution's entropy, as many as it takes to "
+            "reach this probability; after the other filters",
+            SlotValue("float32", idle=1.0),
+        ),
+    )
+    presence_penalty: float = field(
+        default=0.0,
+        metadata=sampling(
+            Number(-2.0, 2.0), "subtracted from the logits of tokens that the output has", SlotValue("float32")
+        ),
+    )
+    frequency_penalty: float = field(
+        default=0.0,
+        metadata=sampling(
+            Number(-2.0, 2.0),
+            "subtracted from a token's logit for each time that the output has it",
+            SlotValue("float32"),
+        ),
+    )
+    repetition_penalty: float = field(
+        default=1.0,
+        metadata=sampling(
+            Number(0.0, 1000.0, open_low=True),
+            "divides positive logits of tokens that prompt or output have, and multiplies negative ones",
+            SlotValue("float32", idle=1.0),
+        ),
+    )
+    logit_bias: tuple[tuple[int, float], ...] = field(
+        default=(),
+        metadata=sampling(
+            Biases(MAX_BIASES, -100.0, 100.0),
+            "added to the logits of these tokens",
+            SlotValue("int32", width=2 * MAX_BIASES, idle=-1, apart=True),
+        ),
+    )
+    allowed_token_ids: tuple[int, ...] | None = field(
+        default=None,
+        metadata=sampling(
+            Ids(MAX_ALLOWED, least_items=1),
+            "draw no token but these",
+            SlotValue("int32", width=ALLOWED_WIDTH, idle=-1, apart=True),
+        ),
+    )
     seed: int | None = field(
         default=None,
         metadata=sampling(
-            Whole(0, 2**63 - 1),
+            Whole(-(2**63), 2**63 - 1),
             "fixes the random draws, which depend on (seed, position) alone; none: the server draws a seed",
             SlotValue("uint32", width=2),
         ),
@@ -133,7 +203,13 @@ class RowSampling:
         ),
     )
 
+    @property
+    def penalized(self) -> bool:
+        """Tells whether logits depend on the tokens so far, so that the request needs a penalty row."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
+
+@refuses_unknown_keywords
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams(RowSampling):
     """Controls how tokens are sampled and when generation stops. Names are vLLM's.
@@ -146,7 +222,8 @@ class SamplingParams(RowSampling):
         default=None,
         metadata=sampling(
             Whole(1, MAX_INT32),
-            "output tokens at most; none: the rest of the context, or of the page pool where that is smaller",
+            "output tokens at most; none: the checkpoint's max_new_tokens where it has one, else the rest of the "
+            "context, or of the page pool where that is smaller",
         ),
     )
     min_tokens: int = field(
@@ -161,11 +238,73 @@ class SamplingParams(RowSampling):
     stop: tuple[str, ...] = field(
         default=(),
         metadata=sampling(
-            Texts(16, 256), "strings that end the text and are not part of it; looked for in special tokens too"
+            Texts(16, 256),
+            "strings that end the text, and are part of it only with include_stop_str_in_output; looked for in special "
+            "tokens too",
+        ),
+    )
+    bad_words: tuple[str, ...] = field(
+        default=(),
+        metadata=sampling(
+            Texts(MAX_BAD_WORDS, 256),
+            "texts whose tokens the output never has in a row, with a space before the text and without: the token "
+            "that would complete one is not drawn",
         ),
     )
     ignore_eos: bool = field(
         default=False, metadata=sampling(Flag(), "the model's own end-of-sequence ids are ordinary tokens")
+    )
+    include_stop_str_in_output: bool = field(
+        default=False,
+        metadata=sampling(Flag(), "the text includes the stop string, or the text of the stop token, that ended it"),
+    )
+    skip_special_tokens: bool = field(
+        default=True, metadata=sampling(Flag(), "the text leaves out special tokens (`<|im_end|>`)")
+    )
+    spaces_between_special_tokens: bool = field(
+        default=True,
+        metadata=sampling(
+            Flag(),
+            "with skip_special_tokens off: added tokens that follow one another stand apart where the tokenizer's "
+            "decoder puts spaces before tokens",
+        ),
+    )
+    detokenize: bool = field(
+        default=True, metadata=sampling(Flag(), "the output has text; off: token ids alone, and no stop strings")
+    )
+    logprobs: int | None = field(
+        default=None,
+        metadata=sampling(
+            Whole(-1, MAX_INT32),
+            "returns each output token's log-probability and rank, and those of so many of the likeliest ids; -1: as "
+            "many as the server's `max_logprobs`",
+        ),
+    )
+    prompt_logprobs: int | None = field(
+        default=None,
+        metadata=sampling(Whole(-1, MAX_INT32), "the same of each prompt token but the first"),
+    )
+    truncate_prompt_tokens: int | None = field(
+        default=None,
+        metadata=sampling(
+            Whole(-1, MAX_INT32, without=(0,)),
+            "only so many tokens at the end of the prompt are kept, -1: as many as the model and max_tokens leave room "
+            "for; the output says how many were cut; none: a prompt that is too long is refused",
+        ),
+    )
+    output_kind: RequestOutputKind | None = field(
+        default=None,
+        metadata=sampling(
+            OneOf(RequestOutputKind),
+            "what each update of a stream holds: all of the output so far, what is new, or all of it in one update at "
+            "the end; none: cumulative in Python, delta elsewhere",
+        ),
+    )
+    structured_outputs: StructuredOutputsParams | None = field(
+        default=None,
+        metadata=sampling(
+            StructuredOutputs(), "a grammar that the output follows, see [structured outputs](structured_outputs.md)"
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -173,12 +312,36 @@ class SamplingParams(RowSampling):
             object.__setattr__(self, name, row.checked(getattr(self, name)))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}; it must be at most max_tokens {self.max_tokens}")
+        if self.stop and not self.detokenize:
+            raise ValueError(
+                f"stop is {shown(self.stop)} and detokenize is False; stop strings are looked for in the text: leave "
+                "one of them out, or use stop_token_ids"
+            )
 
 
 ROW_FIELDS: Mapping[str, SlotValue] = {
     name: row.slot for name, row in fields_of(RowSampling).items() if row.slot is not None
 }
 """Slot representation of each parameter of `RowSampling`."""
+
+PENALTY_ROW = "penalty_row"
+"""Name of the slots' field that holds the request's penalty row, -1 without one; the scheduler chooses it."""
+
+
+def counted(name: str) -> str:
+    """Returns the name of the slots' field that holds how many elements of an `apart` field count."""
+    return f"num_{name}"
+
+
+APART_FIELDS: Mapping[str, SlotValue] = {name: value for name, value in ROW_FIELDS.items() if value.apart}
+"""Fields of `ROW_FIELDS` that a program of their own writes."""
+
+ADMITTED_FIELDS: Mapping[str, SlotValue] = {
+    **{name: value for name, value in ROW_FIELDS.items() if not value.apart},
+    **{counted(name): SlotValue("int32") for name in APART_FIELDS},
+    PENALTY_ROW: SlotValue("int32", idle=-1),
+}
+"""Fields of a slot that the forward program writes whenever a request gets it."""
 
 SAMPLING_FIELDS: Mapping[str, SamplingField] = fields_of(SamplingParams)
 """All sampling parameters, by name."""
@@ -193,6 +356,8 @@ class ModelLimits:
     pool_tokens: tokens that the whole page pool can hold for one request.
     max_prompt_len: prompt tokens at most (less than max_model_len only when chunked prefill is off).
     eos_token_ids: the model's own stop ids.
+    default_max_tokens: of requests that set none, as far as there is room; None: all of the room.
+    max_logprobs: likeliest ids of one position that a request may ask for.
     embedding_size: numbers in an embedding, unless fewer are asked for. pooling, normalize: how embeddings are made
     where a request does not say.
     """
@@ -202,9 +367,24 @@ class ModelLimits:
     pool_tokens: int
     max_prompt_len: int
     eos_token_ids: tuple[int, ...]
+    default_max_tokens: int | None = None
+    max_logprobs: int = MAX_LOGPROBS
     embedding_size: int = 0
     pooling: Pooling = Pooling.LAST
     normalize: bool = True
+
+    def room(self, length: int, min_tokens: int) -> int:
+        """Returns the output tokens of a request that sets no limit, behind a prompt of `length` tokens."""
+        rest = self.max_model_len - length
+        return rest if self.default_max_tokens is None else min(rest, max(self.default_max_tokens, min_tokens))
+
+    def most_prompt_tokens(self, max_tokens: int) -> int:
+        """Returns the longest prompt beside `max_tokens` output tokens; below 1 where there is no room for one."""
+        return min(self.max_prompt_len, self.max_model_len - max_tokens, self.pool_tokens - max_tokens + 1)
+
+    def resolved_logprobs(self, wanted: int | None) -> int | None:
+        """Returns how many of the likeliest ids a checked `logprobs` or `prompt_logprobs` asks for."""
+        return self.max_logprobs if wanted == -1 else wanted
 
 
 def check_identity(name: str, value: str) -> None:
@@ -258,7 +438,10 @@ class EngineRequest(RowSampling):
 
     max_tokens and seed are resolved (never None). stop_token_ids include the model's own unless ignore_eos.
     Stop strings are handled by the front end. arrival_time: seconds of `time.time`. needed_tokens: output tokens
-    without which it cannot be complete, whatever is sampled.
+    without which it cannot be complete, whatever is sampled. bad_words_token_ids: sequences that the output must not
+    have; each token that would complete one is forbidden. logprobs, prompt_logprobs: resolved (never -1).
+    prompt_logprobs_start: index of the first prompt token of which they are wanted; the first token of all has none.
+    grammar: of its output, as llguidance takes it; empty where it has none.
     pooling: the request asks for the pooled hidden states of its prompt, and generates nothing; it then counts as one
     of a single output token.
     """
@@ -272,7 +455,25 @@ class EngineRequest(RowSampling):
     options: RequestOptions = RequestOptions()
     arrival_time: float = 0.0
     needed_tokens: int = 1
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 1
+    grammar: str = ""
     pooling: Pooling | None = None
+
+
+def check_logprobs(params: SamplingParams, limits: ModelLimits, name_of_output: str = "logprobs") -> None:
+    """Checks what a request asks for of log-probabilities, in constant time. Raises ValueError naming the field.
+
+    name_of_output: the field that the client gave for `logprobs`.
+    """
+    for name, wanted in ((name_of_output, params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if wanted is not None and wanted > limits.max_logprobs:
+            raise ValueError(
+                f"{name} is {wanted}; this server returns at most max_logprobs {limits.max_logprobs} ids: ask for "
+                "fewer, or raise LogprobsConfig.max_logprobs"
+            )
 
 
 def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, limits: ModelLimits) -> int:
@@ -282,10 +483,15 @@ def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, li
     context, never the pool), each naming the field, its value and the limit.
     """
     max_tokens = check_length(len(prompt_token_ids), params, limits)
+    check_logprobs(params, limits)
+    width = limits.resolved_logprobs(params.prompt_logprobs)
+    if width is not None and (total := len(prompt_token_ids) * (1 + width)) > MAX_PROMPT_LOGPROBS:
+        raise ValueError(
+            f"prompt_logprobs is {params.prompt_logprobs}; for {len(prompt_token_ids)} tokens, with {width} ids each, "
+            f"these are {total} values, and at most {MAX_PROMPT_LOGPROBS} are allowed: ask for fewer ids"
+        )
     check_token_ids(prompt_token_ids, limits)
-    for token_id in params.stop_token_ids:
-        if token_id >= limits.vocab_size:
-            raise ValueError(f"stop_token_ids has {token_id}; token ids must be from 0 to {limits.vocab_size - 1}")
+    _check_ids(params, limits)
     return max_tokens
 
 
@@ -297,6 +503,23 @@ def check_token_ids(token_ids: Sequence[int], limits: ModelLimits) -> None:
                 f"prompt_token_ids[{index}] is {shown(token_id)}; token ids must be whole numbers from 0 to "
                 f"{limits.vocab_size - 1}"
             )
+
+
+def _check_ids(params: SamplingParams, limits: ModelLimits) -> None:
+    """Checks the token ids of sampling parameters against the vocabulary and each other."""
+    for name, ids in (
+        ("stop_token_ids", params.stop_token_ids),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
+        ("logit_bias", [token_id for token_id, _ in params.logit_bias]),
+    ):
+        if ids and max(ids) >= limits.vocab_size:
+            raise ValueError(f"{name} has {max(ids)}; token ids must be from 0 to {limits.vocab_size - 1}")
+    stop = {*params.stop_token_ids, *(() if params.ignore_eos else limits.eos_token_ids)}
+    if params.min_tokens and params.allowed_token_ids is not None and stop.issuperset(params.allowed_token_ids):
+        raise ValueError(
+            f"min_tokens is {params.min_tokens} and allowed_token_ids has only stop tokens, which cannot be drawn "
+            "before that: allow another token, or lower min_tokens to 0"
+        )
 
 
 def check_length(length: int, params: SamplingParams, limits: ModelLimits, *, size: str = "") -> int:
@@ -319,7 +542,7 @@ def check_length(length: int, params: SamplingParams, limits: ModelLimits, *, si
             f"{prompt}; without chunked prefill at most max_num_batched_tokens {limits.max_prompt_len} are allowed: "
             "shorten it or enable chunked prefill"
         )
-    max_tokens = limits.max_model_len - length if params.max_tokens is None else params.max_tokens
+    max_tokens = limits.room(length, params.min_tokens) if params.max_tokens is None else params.max_tokens
     together = f"{prompt} and max_tokens is {max_tokens}; together {'' if known else 'at least '}{length + max_tokens}"
     if length + max_tokens > limits.max_model_len:
         raise ValueError(
@@ -328,7 +551,7 @@ def check_length(length: int, params: SamplingParams, limits: ModelLimits, *, si
     if params.min_tokens > max_tokens:
         raise ValueError(f"min_tokens is {params.min_tokens}; only max_tokens {max_tokens} can be generated")
     if length + max_tokens - 1 > limits.pool_tokens:
-        if params.max_tokens is None and length + params.min_tokens <= limits.pool_tokens:
+        if params.max_tokens is None and length + max(params.min_tokens, 1) - 1 <= limits.pool_tokens:
             return limits.pool_tokens - length + 1
         raise InfeasibleError(
             f"{together} exceed the page pool of {limits.pool_tokens} tokens: lower max_tokens or give the server more "

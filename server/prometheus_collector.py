@@ -62,6 +62,7 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
 _STEP_HELP = {
     "step_time_seconds": "Time of a turn of the engine's loop, the wait for the step before included.",
     "step_host_overhead_seconds": "Host time of a step: schedule, dispatch, update.",
+    "mask_seconds": "Time that a step waited for the masks of structured outputs, with the interpreter lock released.",
     "step_gap_seconds": "Upper bound of the time for which the device was idle before a step, while another was due.",
     "iteration_tokens": "Useful tokens of a step.",
 }

@@ -178,6 +178,7 @@ class _Server:
                 failpoints=self._config.engine.failpoints,
                 admission=_admission(self._config, engine.ready),
                 metrics=self._served.metrics,
+                grammars=self._config.engine.structured_outputs,
             )
             self._served.serve(frontend, tokenizer)
             for port in ports:

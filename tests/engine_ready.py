@@ -42,7 +42,9 @@ def engine_ready(
         hidden_size=embedding_size,
         **info,
     )
-    limits = ModelLimits(vocab_size, max_model_len, 16 * usable_pages, max_model_len, eos_token_ids, embedding_size)
+    limits = ModelLimits(
+        vocab_size, max_model_len, 16 * usable_pages, max_model_len, eos_token_ids, embedding_size=embedding_size
+    )
     return EngineReady(runner, limits, max_num_seqs, max_num_waiting, start_seconds)
 
 

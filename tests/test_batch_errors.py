@@ -61,7 +61,7 @@ HI = [{"role": "user", "content": "hi"}]
             line("b", prompt="x") | {"Body": {}},
             "b",
             "invalid_line",
-            "line has the unknown field 'Body'; known are custom_id, method, url, body",
+            "line has the unknown field 'Body'; did you mean body?",
         ),
         (line("b"), "b", "invalid_request", "body has no prompt"),
         (line("b", prompt=None), "b", "invalid_request", "body has no prompt"),

@@ -9,10 +9,11 @@ import dataclasses
 import json
 import pathlib
 import random
+import re
 
 import pytest
 
-from jaxserve import LLM, SamplingParams
+from jaxserve import LLM, SamplingParams, StructuredOutputsParams
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.tokenizer import Tokenizer
@@ -105,6 +106,60 @@ def test_a_stop_string_over_several_tokens_ends_the_text(runner):
     params = dataclasses.replace(GREEDY, stop=("lo w",))
     (output,) = llm.generate(["copy: hello world\n"], params, use_tqdm=False)
     assert (output.outputs[0].text, output.outputs[0].finish_reason) == ("hel", "stop")
+
+
+def structured(count: int) -> list[SamplingParams]:
+    """Grammars of every kind, and none, in turn: sampled and greedy, with what else may end an output."""
+    kinds = (
+        {"json": {"type": "object", "properties": {"größe": {"enum": [1, "ä"]}}, "required": ["größe"]}},
+        {"regex": "[a-d]{2,9}(é|x)"},
+        {"choice": ["ja", "nein", "jaja"]},
+        {"grammar": 'start: "(" start ")" | "x"'},
+        None,
+    )
+    return [
+        SamplingParams(
+            temperature=0.0 if number % 3 == 0 else 1.5,
+            seed=number,
+            max_tokens=40,
+            min_tokens=number % 2,
+            stop=("aé",) if number % 4 == 1 else (),
+            structured_outputs=None if (kind := kinds[number % 5]) is None else StructuredOutputsParams(**kind),
+        )
+        for number in range(count)
+    ]
+
+
+def test_structured_outputs_follow_their_grammar_however_they_are_scheduled(runner, examples):
+    prompts, params = [examples[KINDS[number % len(KINDS)]][number // 4][0] for number in range(20)], structured(20)
+    llm, _ = start(runner)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    for one, output in zip(params, outputs, strict=True):
+        text, ended = output.outputs[0].text, output.outputs[0].finish_reason == "stop"
+        kind = one.structured_outputs.kind if one.structured_outputs is not None else ""
+        if not ended or (one.stop and "é" not in text):
+            continue
+        match kind:
+            case "json":
+                assert json.loads(text)["größe"] in (1, "ä")
+            case "regex":
+                assert re.fullmatch("[a-d]{2,9}(é|x)", text)
+            case "choice":
+                assert text in ("ja", "nein", "jaja")
+            case "grammar":
+                assert re.fullmatch(r"(\(*)x(\)*)", text)
+                assert text.count("(") == text.count(")")
+    batched = [output.outputs[0].token_ids for output in outputs]
+    alone = [
+        llm.generate([prompt], [one], use_tqdm=False)[0] for prompt, one in zip(prompts[::3], params[::3], strict=True)
+    ]
+    assert [output.outputs[0].token_ids for output in alone] == batched[::3]
+    for others in ({"long_prefill_token_threshold": 16}, {"num_pages": 30}):
+        changed, engine = start(runner, **others)
+        again = changed.generate(prompts, params, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in again] == batched
+        engine.core.check_integrity()
+    assert engine.core.stats().num_preemptions > 0
 
 
 # ---- chat ------------------------------------------------------------------------------------------------------------

@@ -51,6 +51,9 @@ def test_steps_are_counted_by_what_they_took_and_computed():
     steps = [dataclasses.replace(STEP, prefill_tokens=number, idle_seconds=number * 1e-5) for number in range(5000)]
     for step in steps:
         recorder.record(step)
+    masked = [0.0002, 0.003, 0.003]
+    for seconds in masked:
+        meter.masked(seconds)
     found = meter.step_histograms()
     values = {
         "step_time_seconds": [step.seconds for step in steps],
@@ -59,6 +62,7 @@ def test_steps_are_counted_by_what_they_took_and_computed():
         "iteration_tokens": [step.prefill_tokens + step.decode_tokens for step in steps],
         "prefill_tokens": [step.prefill_tokens for step in steps],
         "decode_tokens": [step.decode_tokens for step in steps],
+        "mask_seconds": masked,
     }
     assert found.keys() == values.keys() == STEP_HISTOGRAMS.keys()
     for name, bounds in STEP_HISTOGRAMS.items():

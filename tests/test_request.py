@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -29,7 +30,23 @@ LIMITS = ModelLimits(vocab_size=100, max_model_len=64, pool_tokens=48, max_promp
         ({"min_p": 1.5}, "min_p is 1.5; it must be at least 0 and at most 1"),
         ({"top_k": -2}, "top_k is -2; it must be from -1 to 2147483647"),
         ({"top_k": 1.5}, "top_k is 1.5; it must be a whole number"),
-        ({"seed": -1}, "seed is -1; it must be from 0 to 9223372036854775807"),
+        (
+            {"seed": -(2**63) - 1},
+            "seed is -9223372036854775809; it must be from -9223372036854775808 to 9223372036854775807",
+        ),
+        ({"seed": 2**63}, "seed is 9223372036854775808; it must be from"),
+        ({"typical_p": 0.0}, "typical_p is 0.0; it must be above 0 and at most 1"),
+        ({"typical_p": math.nan}, "typical_p is nan; it must be a finite number"),
+        ({"presence_penalty": 2.5}, "presence_penalty is 2.5; it must be at least -2 and at most 2"),
+        ({"frequency_penalty": -math.inf}, "frequency_penalty is -inf; it must be a finite number"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be above 0 and at most 1000"),
+        ({"logit_bias": {5: 101}}, "logit_bias[5] is 101; it must be at least -100 and at most 100"),
+        ({"logit_bias": dict.fromkeys(range(1025), 0.0)}, "logit_bias has 1025 ids; at most 1024 are allowed"),
+        ({"allowed_token_ids": []}, "allowed_token_ids has 0 ids; it must have at least 1, or be left out"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids is -1; it must be from 0"),
+        ({"allowed_token_ids": 5}, "allowed_token_ids is 5; it must be a list"),
+        ({"bad_words": [""]}, "bad_words has ''; each bad_words must be a string of at least one character"),
+        ({"bad_words": ["a"] * 257}, "bad_words has 257 strings; at most 256 are allowed"),
         ({"max_tokens": 0}, "max_tokens is 0; it must be from 1 to 2147483647"),
         ({"max_tokens": -3}, "max_tokens is -3"),
         ({"max_tokens": 2**31}, "max_tokens is 2147483648"),
@@ -45,7 +62,7 @@ LIMITS = ModelLimits(vocab_size=100, max_model_len=64, pool_tokens=48, max_promp
     ],
 )
 def test_invalid_sampling_parameters(fields, line):
-    with pytest.raises(ValueError, match="^" + line.replace(".", r"\.")):
+    with pytest.raises(ValueError, match="^" + re.escape(line)):
         SamplingParams(**fields)
 
 
@@ -64,6 +81,13 @@ def test_invalid_sampling_parameters(fields, line):
             "prompt has 30 tokens and max_tokens is 35; together 65 exceed max_model_len 64",
         ),
         ([1], {"stop_token_ids": [100]}, "stop_token_ids has 100; token ids must be from 0 to 99"),
+        ([1], {"logit_bias": {100: 1.0}}, "logit_bias has 100; token ids must be from 0 to 99"),
+        ([1], {"allowed_token_ids": [5, 100]}, "allowed_token_ids has 100; token ids must be from 0 to 99"),
+        (
+            [1],
+            {"allowed_token_ids": [2], "min_tokens": 3},
+            "min_tokens is 3 and allowed_token_ids has only stop tokens, which cannot be drawn before that: allow",
+        ),
         ([1] * 40, {"min_tokens": 25}, "min_tokens is 25; only max_tokens 24 can be generated"),
     ],
 )
@@ -126,7 +150,7 @@ def test_identities_are_bounded():
         (lambda: EngineConfig(model="m", row_buckets=(64, 8)), r"row_buckets is \(64, 8\); it must rise strictly"),
         (
             lambda: EngineConfig.from_options(model="m", color=1),
-            "engine option 'color' is unknown; known options are",
+            "engine option 'color' is unknown; known are",
         ),
         (lambda: ServerConfig(EngineConfig(model="m"), port=70_000), "port is 70000; it must be from 0 to 65535"),
     ],

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxserve.config.sampling_fields import (
+    Biases,
     Flag,
     Ids,
     Number,
@@ -21,7 +22,16 @@ from jaxserve.config.sampling_fields import (
     markdown_table,
     sampling,
 )
-from jaxserve.request import ROW_FIELDS, SAMPLING_FIELDS, STOP_WIDTH, SamplingParams
+from jaxserve.request import (
+    ADMITTED_FIELDS,
+    ALLOWED_WIDTH,
+    APART_FIELDS,
+    MAX_BIASES,
+    ROW_FIELDS,
+    SAMPLING_FIELDS,
+    STOP_WIDTH,
+    SamplingParams,
+)
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "sampling.md"
 
@@ -53,6 +63,16 @@ def test_the_page_has_the_rows_of_the_table():
         (Texts(2, 3), [("a", "bcd")], ["a", "bcde"], "x has a string of 4 characters; at most 3 are allowed"),
         (Texts(2, 3), [()], ["a"] * 3, "x has 3 strings; at most 2 are allowed"),
         (Ids(2), [(0, 2**31 - 1)], [2**31], f"x is {2**31}; it must be from 0 to {2**31 - 1}"),
+        (Ids(2), [()], [True], "x is True; it must be a whole number"),
+        (Ids(2, least_items=1), [(1,)], [], "x has 0 ids; it must have at least 1, or be left out"),
+        (Biases(2, -1, 1), [((1, 0.5),)], {1: 2.0}, r"x\[1\] is 2.0; it must be at least -1 and at most 1"),
+        (Biases(2, -1, 1), [()], {1: math.inf}, r"x\[1\] is inf; it must be a finite number"),
+        (Biases(2, -1, 1), [()], {-1: 0.0}, f"x id is -1; it must be from 0 to {2**31 - 1}"),
+        (Biases(2, -1, 1), [()], {"a": 0.0}, "x id is 'a'; it must be a whole number"),
+        (Biases(2, -1, 1), [()], {1: 0.0, 2: 0.0, 3: 0.0}, "x has 3 ids; at most 2 are allowed"),
+        (Biases(2, -1, 1), [()], [(1, 0.0), ("1", 0.0)], "x has the id 1 twice; give each id one number"),
+        (Biases(2, -1, 1), [()], [1], "x has 1; it must map token ids to numbers"),
+        (Biases(2, -1, 1), [()], 1, "x is 1; it must be a list"),
     ],
 )
 def test_a_kind_takes_what_it_says(kind, good, bad, line):
@@ -72,7 +92,16 @@ def test_none_is_taken_only_where_it_is_the_default():
 def test_a_slot_value_becomes_elements():
     assert list(SlotValue("uint32", width=2).elements(5 << 32 | 6)) == [5, 6]
     assert list(SlotValue("uint32", width=2).elements(2**63 - 1)) == [2**31 - 1, 2**32 - 1]
+    assert list(SlotValue("uint32", width=2).elements(-1)) == [2**32 - 1, 2**32 - 1]
+    assert list(SlotValue("uint32", width=2).elements(-(2**63))) == [2**31, 0]
     assert SlotValue("int32", width=4, idle=-1).elements((7, 9)) == (7, 9)
+
+
+def test_a_wide_value_is_counted_and_pairs_are_ids_and_bits():
+    pairs = SlotValue("int32", width=4, idle=-1, apart=True)
+    assert pairs.elements(((7, 1.0), (9, -0.5))) == [7, 0x3F800000, 9, 0xBF000000 - 2**32]
+    assert [pairs.used(value) for value in (None, (), ((7, 1.0),), ((7, 1.0),) * 2, ((7, 1.0),) * 3)] == [0, 0, 2, 4, 0]
+    assert [pairs.used(value) for value in ((1,), (1,) * 4, (1,) * 5)] == [1, 4, 0]
 
 
 def test_a_new_row_needs_nothing_else_of_table_and_slots():
@@ -92,7 +121,7 @@ def test_what_slots_hold_at_first_asks_for_nothing():
     from jaxserve.programs.slots import Slots
 
     slots = Slots.zeros(3, 2)
-    assert slots.sampling.keys() == ROW_FIELDS.keys()
+    assert slots.sampling.keys() == {*ADMITTED_FIELDS, *APART_FIELDS}
     assert {name: (held.shape, str(held.dtype)) for name, held in slots.sampling.items()}.items() >= {
         "temperature": ((3,), "float32"),
         "top_k": ((3,), "int32"),
@@ -100,6 +129,13 @@ def test_what_slots_hold_at_first_asks_for_nothing():
         "min_p": ((3,), "float32"),
         "seed": ((3, 2), "uint32"),
         "stop_token_ids": ((3, STOP_WIDTH), "int32"),
+        "typical_p": ((3,), "float32"),
+        "logit_bias": ((3, 2 * MAX_BIASES), "int32"),
+        "num_logit_bias": ((3,), "int32"),
+        "allowed_token_ids": ((3, ALLOWED_WIDTH), "int32"),
+        "penalty_row": ((3,), "int32"),
     }.items()
-    for name, value in {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 0, "stop_token_ids": -1}.items():
+    nothing = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 0, "stop_token_ids": -1, "typical_p": 1}
+    nothing |= {"repetition_penalty": 1, "num_logit_bias": 0, "num_allowed_token_ids": 0, "penalty_row": -1}
+    for name, value in nothing.items():
         assert (np.asarray(slots.sampling[name]) == value).all(), name

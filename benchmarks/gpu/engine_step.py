@@ -15,6 +15,7 @@ from benchmarks.gpu import device
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import abstract_params, bind, make_mesh, products_for, random_params
 from jaxserve.programs.compiler import compile_program, compiler_options
+from jaxserve.programs.penalties import Penalties
 from jaxserve.programs.slots import Slots
 from jaxserve.programs.step_programs import (
     ProgramKey,
@@ -58,6 +59,7 @@ class Engine:
         self.slots = Slots.zeros(shapes.num_slots, shapes.max_pages)
         masks = abstract_masks(shapes, self.mesh)
         self._masks = jnp.zeros(masks.shape, masks.dtype, device=masks.sharding)
+        self._penalties = Penalties.zeros(shapes.num_penalty_rows, shapes.model.vocab_size)
         self._programs: dict[ProgramKey, Any] = {}
         self._dense: dict[int, Any] = {}
 
@@ -119,8 +121,8 @@ class Engine:
 
     def sample(self, size: int, vector: Any) -> jax.Array:
         """Runs a sample program; returns the ids."""
-        self.slots, ids = self.program(ProgramKey("sample", size))(
-            self.weights.params, self.slots, self.hidden, self._masks, vector
+        self.slots, self._penalties, ids, _ = self.program(ProgramKey("sample", size))(
+            self.weights.params, self.slots, self.hidden, self._masks, self._penalties, vector
         )
         return ids
 

@@ -7,6 +7,9 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+_MAX_NAME = 64
+"""Characters up to which an unknown name is compared with known ones."""
+
 
 def at_least(name: str, value: int, low: int) -> None:
     """Raises ValueError unless `value` is a whole number of at least `low`."""
@@ -37,7 +40,10 @@ def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns the end of an error about an unknown name: the nearest known one, or else all of them."""
+    """Returns the end of an error about an unknown name: the nearest known one, or else all of them.
+
+    A long name is compared with none: that takes a time that grows with it.
+    """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(name, names, n=1) if len(name) <= _MAX_NAME else []
     return f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"

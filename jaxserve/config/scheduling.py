@@ -248,6 +248,8 @@ class SchedulerConfig:
     mode: how batches change over time: "none" (one request at a time), "static", "dynamic", "continuous", "separated".
     formation: how a batch is chosen from the waiting queue. policy: order of the waiting queue.
     max_num_waiting: requests that may queue before new ones are refused.
+    max_penalty_rows: requests with presence, frequency or repetition penalties that run at once; each takes 2 bytes and
+    a bit of device memory for each token of the vocabulary. Further ones wait, and hold up no others.
     max_decode_gap: seconds that a running request waits for its next token at most because of other requests' prompts.
     Chunks and the number of prompts under way follow from the measured times of steps, and prompts are split that
     otherwise would not be; None is no bound.
@@ -261,6 +263,7 @@ class SchedulerConfig:
     formation: str = "greedy"
     policy: str = "fcfs"
     max_num_waiting: int = 4096
+    max_penalty_rows: int = 64
     max_decode_gap: float | None = None
     batching: BatchingConfig = BatchingConfig()
     admission: AdmissionConfig = AdmissionConfig()
@@ -274,6 +277,7 @@ class SchedulerConfig:
         at_least("max_num_batched_tokens", self.max_num_batched_tokens, MIN_BUCKET)
         at_least("long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
         at_least("max_num_waiting", self.max_num_waiting, 1)
+        at_least("max_penalty_rows", self.max_penalty_rows, 1)
         one_of("mode", self.mode, MODES)
         one_of("formation", self.formation, FORMATIONS)
         one_of("policy", self.policy, POLICIES)
@@ -292,6 +296,11 @@ class SchedulerConfig:
             raise ValueError(
                 f"formation is {self.formation!r}; mode 'dynamic' groups by length itself and needs formation 'greedy'"
             )
+
+    @property
+    def num_penalty_rows(self) -> int:
+        """Returns the number of penalty rows: no more than requests that can run."""
+        return min(self.max_penalty_rows, self.max_num_seqs)
 
     def _check_gap(self, bound: float) -> None:
         between("max_decode_gap", bound, 1e-4)

@@ -11,13 +11,15 @@ import math
 from typing import Any
 
 from jaxserve.config.access_config import AccessConfig
-from jaxserve.config.checks import at_least, between, number, one_of
+from jaxserve.config.checks import at_least, between, did_you_mean, number, one_of
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.config.failpoints import Failpoint
 from jaxserve.config.http_config import HttpConfig
+from jaxserve.config.logprobs_config import LogprobsConfig
 from jaxserve.config.pooler_config import PoolerConfig
 from jaxserve.config.queue_limits import QueueConfig
 from jaxserve.config.scheduling import MIN_BUCKET, SchedulerConfig
+from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.config.tracing_config import TracingConfig
 from jaxserve.models.config import ModelConfig
 
@@ -88,6 +90,7 @@ class EngineConfig:
     token_buckets, row_buckets: sizes that steps are padded to; None is powers of two from 8 to the limits, on
         CPUs with the sizes halfway between them.
     attention: implementation of paged attention; "auto" chooses by platform.
+    structured_outputs: bounds the grammars of requests.
     compilation_cache_dir: where compiled programs are kept for the next start (`~` is the home directory); "auto" is
     jaxserve/programs in XDG_CACHE_HOME or ~/.cache, None keeps none. The directory must be this user's alone. Entries
     are found by all that decides a program, jax's version and the device among it, so a stale one is never used.
@@ -100,9 +103,12 @@ class EngineConfig:
     compiling anything, and refused where it does not fit. Its number of pages counts where none is configured.
     pooler: how embeddings are made where a request does not say.
     seed: base of the seeds drawn for requests that bring none.
+    generation_config: where defaults of sampling parameters come from: "auto" takes those of the model's
+    generation_config.json, "vllm" none, and a directory those of the file there. What a request sets always counts.
     composition_dir: directory for what steps consisted of over time, as JSON and a plot, written when the engine ends;
     None writes nothing.
     failpoints: faults that a test or a drill injects, see jaxserve/config/failpoints.py; none is right for a server.
+    logprobs: the log-probabilities that requests may ask for.
     """
 
     model: str | None = None
@@ -114,6 +120,8 @@ class EngineConfig:
     max_model_len: int | None = None
     scheduler: SchedulerConfig = SchedulerConfig()
     cache: CacheConfig = CacheConfig()
+    logprobs: LogprobsConfig = LogprobsConfig()
+    structured_outputs: StructuredOutputsConfig = StructuredOutputsConfig()
     token_buckets: tuple[int, ...] | None = None
     row_buckets: tuple[int, ...] | None = None
     attention: str = "auto"
@@ -123,6 +131,7 @@ class EngineConfig:
     bundle: str | None = None
     pooler: PoolerConfig = PoolerConfig()
     seed: int = 0
+    generation_config: str = "auto"
     composition_dir: str | None = None
     failpoints: tuple[str, ...] = ()
 
@@ -132,6 +141,10 @@ class EngineConfig:
         one_of("attention", self.attention, ATTENTION)
         one_of("ready_when", self.ready_when, READY_WHEN)
         at_least("seed", self.seed, 0)
+        if not isinstance(self.generation_config, str) or not self.generation_config:
+            raise ValueError(
+                f"generation_config is {self.generation_config!r}; it must be 'auto', 'vllm' or a directory's name"
+            )
         at_least("compilation_cache_max_bytes", self.compilation_cache_max_bytes, 0)
         if self.max_model_len is not None:
             at_least("max_model_len", self.max_model_len, 2)
@@ -160,7 +173,7 @@ class EngineConfig:
         known = _option_names(cls)
         for name in options:
             if names.get(name, name) not in known:
-                raise ValueError(f"engine option {name!r} is unknown; known options are {', '.join(sorted(known))}")
+                raise ValueError(f"engine option {name!r} is unknown; {did_you_mean(name, known | set(names))}")
         return _from_flat(cls, {names.get(name, name): value for name, value in options.items()})
 
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxserve.engine.messages import EngineReady, FromEngine, Progress, ToEngine
 
@@ -61,5 +61,22 @@ class EngineClient(EngineSender, Protocol):
 
         Returns:
             One line on what went wrong, or "".
+        """
+        ...
+
+
+@runtime_checkable
+class PolledEngineClient(EngineClient, Protocol):
+    """Represents an engine whose messages arrive at a descriptor, so that an event loop needs no thread to wait for
+    them."""
+
+    def fileno(self) -> int:
+        """Returns the descriptor, which is readable when `poll` has something to return."""
+        ...
+
+    def poll(self) -> Sequence[FromEngine] | None:
+        """Returns the messages that have arrived, in order, without ever waiting.
+
+        None when there are no more: `receive` then returns why the engine has ended, for which it may wait.
         """
         ...

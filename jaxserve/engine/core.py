@@ -27,7 +27,11 @@ from collections.abc import Callable, Iterable
 
 from jaxserve.config.failpoints import Failpoints
 from jaxserve.config.settings import EngineConfig, ineffective_settings
-from jaxserve.engine.constraints import Constraints, masks_of
+from jaxserve.engine.constraints import CombinedConstraints, Constraints
+from jaxserve.engine.constraints.compiled_grammars import CompiledGrammars
+from jaxserve.engine.constraints.grammar_constraints import GrammarConstraints
+from jaxserve.engine.constraints.grammar_wait import LOOK_SECONDS, GrammarWait
+from jaxserve.engine.constraints.token_masks import TokenMasks
 from jaxserve.engine.idle import IdleMeter
 from jaxserve.engine.messages import (
     AbortRequest,
@@ -39,6 +43,7 @@ from jaxserve.engine.messages import (
     EngineReady,
     EngineStats,
     FromEngine,
+    Logprobs,
     ProfileCaptured,
     Progress,
     TimelineEvents,
@@ -48,6 +53,7 @@ from jaxserve.engine.messages import (
 from jaxserve.engine.step_executor import DeviceFaultError, DispatchedStep, EngineBrokenError, StepExecutor
 from jaxserve.engine.step_time import StepTimePrediction
 from jaxserve.kv_cache.page_pool import PagePool
+from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits, Pooling
 from jaxserve.runner.protocol import Runner
 from jaxserve.scheduler import PageAllocationError, Scheduler, SequenceUpdate, StepPlan, StepUpdate, Wants
@@ -82,6 +88,7 @@ class EngineCore:
         clock: Callable[[], float] = time.perf_counter,
         annotate: Callable[[str], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
         constraints: Constraints | None = None,
+        grammars: CompiledGrammars | None = None,
     ):
         """Creates the scheduler and the page pool that fit the runner.
 
@@ -92,7 +99,9 @@ class EngineCore:
             now: seconds of `time.time`, the clock of arrival times and deadlines.
             clock: a monotonic clock, in seconds.
             annotate: names a part of the loop in a profile of the host.
-            constraints: makes the masks of requests whose output is constrained; None if there are none.
+            constraints: makes masks of requests that are constrained otherwise than by a grammar or lists of tokens;
+                None if there are none.
+            grammars: compiles the grammars of requests; None refuses those.
         """
         info = runner.info
         self.config = config
@@ -114,7 +123,14 @@ class EngineCore:
             _log.warning("%s", line)
         pooling, self._normalize = config.pooler.resolved(config.model)
         self._pooling = Pooling[pooling]
-        self._constraints = constraints
+        others = (TokenMasks(info.vocab_size),) if constraints is None else (TokenMasks(info.vocab_size), constraints)
+        self._constraints = CombinedConstraints(
+            others,
+            None
+            if grammars is None
+            else GrammarConstraints(grammars, info.eos_token_ids, config.structured_outputs.mask_threads),
+        )
+        self._compiling = GrammarWait()
         self.recorder = recorder or Recorder(clock=clock)
         self._events = EngineEvents(self.recorder, self.scheduler)
         self._meter = EngineMeter()
@@ -141,35 +157,44 @@ class EngineCore:
     @property
     def busy(self) -> bool:
         """Tells whether requests are unfinished or a step is in flight."""
-        return self.scheduler.unfinished or self._in_flight is not None
+        return self.scheduler.unfinished or self._in_flight is not None or len(self._compiling) > 0
 
     @property
     def pause(self) -> float | None:
         """Returns the seconds until `step` next has something to do if no message arrives first; None if it has
         already.
 
-        Only a batch that waits for more requests causes such a pause.
+        Only a batch that waits for more requests causes such a pause, and a grammar that is being compiled.
         """
         if self._in_flight is not None or not self._nothing_to_do:
             return None
         wake_at = self.scheduler.wake_at()
-        return None if wake_at is None else max(0.0, wake_at - self._now())
+        pause = None if wake_at is None else max(0.0, wake_at - self._now())
+        if len(self._compiling):
+            return LOOK_SECONDS if pause is None else min(pause, LOOK_SECONDS)
+        return pause
 
     def ready(self, start_seconds: float) -> EngineReady:
         """Returns the message that describes the engine to the front end."""
         info, scheduler = self.runner.info, self.config.scheduler
         chunked = scheduler.enable_chunked_prefill
+        defaults = sampling_defaults(self.config)
+        if defaults:
+            _log.info("%s", defaults_line(defaults))
+        max_tokens = defaults.get("max_tokens")
         limits = ModelLimits(
             vocab_size=info.vocab_size,
             max_model_len=info.max_model_len,
             pool_tokens=info.page_size * info.usable_pages,
             max_prompt_len=info.max_model_len if chunked else scheduler.max_num_batched_tokens,
             eos_token_ids=info.eos_token_ids,
+            default_max_tokens=None if max_tokens is None else int(max_tokens),
+            max_logprobs=info.max_logprobs,
             embedding_size=info.hidden_size,
             pooling=self._pooling,
             normalize=self._normalize,
         )
-        return EngineReady(info, limits, scheduler.max_num_seqs, scheduler.max_num_waiting, start_seconds)
+        return EngineReady(info, limits, scheduler.max_num_seqs, scheduler.max_num_waiting, start_seconds, defaults)
 
     def handle(self, message: ToEngine) -> list[FromEngine]:
         """Handles one message. A request that cannot be queued is answered with an error at once."""
@@ -177,8 +202,7 @@ class EngineCore:
         if isinstance(message, AddRequest):
             return self._add(message.request)
         if isinstance(message, AbortRequest):
-            update = self.scheduler.abort(message.request_id)
-            messages: list[FromEngine] = [] if update is None else [self._output(update, self._clock())]
+            messages: list[FromEngine] = self._abort(message.request_id)
         elif isinstance(message, AskProgress):
             return [self.progress(message.beat)]
         elif isinstance(message, CaptureTimeline):
@@ -223,6 +247,7 @@ class EngineCore:
         previous = self._in_flight
         begin = self._look(previous)
         with self._annotate("Schedule"):
+            messages += self._start_compiled()
             messages += [self._output(update, begin) for update in self._expire()]
             plan = self.scheduler.schedule(self._now())
             plan = None if plan is None else self.runner.fitted(plan)
@@ -276,12 +301,18 @@ class EngineCore:
 
     def _sample(self, step: DispatchedStep, messages: list[FromEngine]) -> None:
         """Makes a step's masks while the device runs its forward program, then dispatches its sampling."""
-        assert self._constraints is not None, "a sample wants a mask and nothing makes any"
+        start = self._clock()
         with self._annotate("Mask"):
             sequences = self.scheduler.masked_sequences(step.plan)
-            masks, failed = masks_of(self._constraints, sequences, self.runner.info.vocab_size)
-        self._in_flight = self._executor.dispatch_sample(step, masks)
-        self._fail((*failed, *self._in_flight.failed), self._clock(), messages)
+            made = self._constraints.masks(sequences, self.runner.info.vocab_size)
+        self._meter.masked(self._clock() - start)
+        self._in_flight = self._executor.dispatch_sample(step, made.masks)
+        now = self._clock()
+        self._fail((*made.failed, *self._in_flight.failed), now, messages)
+        for request_id in made.complete:
+            update = self.scheduler.complete(request_id)
+            if update is not None:
+                messages.append(self._output(update, now))
 
     def _fail(self, failed: Iterable[tuple[str, str]], now: float, messages: list[FromEngine]) -> None:
         """Ends each request with its error: its row could not be computed, or its mask could not be made."""
@@ -346,7 +377,7 @@ class EngineCore:
         scheduler, pool, now = self.scheduler, self.scheduler.pool, self._clock()
         return EngineStats(
             num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
+            num_waiting=scheduler.num_waiting + len(self._compiling),
             pages_free=pool.num_free,
             pages_used=pool.num_used,
             pages_cached=pool.num_cached,
@@ -371,12 +402,44 @@ class EngineCore:
 
     def _add(self, request: EngineRequest) -> list[FromEngine]:
         try:
-            constrained = self._constraints is not None and self._constraints.constrains(request)
-            self.scheduler.add(request, Wants.MASK if constrained else Wants.NONE)
+            masked = self._constraints.constrains(request)
+            compiled = self._constraints.compiled(request)
         except ValueError as error:
-            return [EngineOutput(request.request_id, (), FinishReason.ERROR, str(error))]
+            return self._refused(request, str(error))
+        if compiled is None:
+            return self._queue(request, masked)
+        self._compiling.add(request, compiled)
+        return self._start_compiled()
+
+    def _queue(self, request: EngineRequest, masked: bool) -> list[FromEngine]:
+        wants = Wants.MASK if masked else Wants.NONE
+        if request.logprobs is not None:
+            wants |= Wants.LOGPROBS
+        try:
+            self.scheduler.add(request, wants)
+        except ValueError as error:
+            return self._refused(request, str(error))
         self._events.arrived(request, self._clock())
         return []
+
+    def _start_compiled(self) -> list[FromEngine]:
+        """Queues the requests whose grammars have been compiled."""
+        messages: list[FromEngine] = []
+        for request, error in self._compiling.ready() if len(self._compiling) else ():
+            messages += self._refused(request, error) if error else self._queue(request, masked=True)
+        return messages
+
+    def _refused(self, request: EngineRequest, error: str) -> list[FromEngine]:
+        if request.request_id not in self.scheduler:  # of another request, it may
+            self._constraints.forget(request.request_id)
+        return [EngineOutput(request.request_id, (), FinishReason.ERROR, error)]
+
+    def _abort(self, request_id: str) -> list[FromEngine]:
+        if self._compiling.remove(request_id) is not None:
+            self._constraints.forget(request_id)
+            return [EngineOutput(request_id, (), FinishReason.ABORT)]
+        update = self.scheduler.abort(request_id)
+        return [] if update is None else [self._output(update, self._clock())]
 
     def _expire(self) -> list[SequenceUpdate]:
         """Returns the updates of requests dropped while waiting, and the final outputs that a static batch held
@@ -386,9 +449,8 @@ class EngineCore:
         return ended
 
     def _abort_all(self) -> list[FromEngine]:
-        now = self._clock()
-        updates = [self.scheduler.abort(request_id) for request_id in self.scheduler.request_ids]
-        return [self._output(update, now) for update in updates if update is not None]
+        request_ids = (*self._compiling.request_ids, *self.scheduler.request_ids)
+        return [message for request_id in request_ids for message in self._abort(request_id)]
 
     def _look(self, in_flight: DispatchedStep | None) -> float:
         """Returns the time, and samples whether the device is busy."""
@@ -404,6 +466,10 @@ class EngineCore:
         request_ids = update.request_ids
         if request_ids:
             messages.append(TokenBatch(request_ids, tuple(update.token_ids), now))
+        if (scored := update.scored) is not None:
+            logprobs = Logprobs.of(scored.logprobs)
+            messages.append(TokenBatch(scored.request_ids, tuple(scored.token_ids), now, logprobs))
+            request_ids += scored.request_ids
         if update.others:
             request_ids += tuple(other.sequence.request_id for other in update.others for _ in other.token_ids)
         if request_ids:
@@ -424,9 +490,19 @@ class EngineCore:
             phases = self._meter.phases(sequence.request_id, now)
         if update.finish_reason is not None:
             self._events.finished(sequence, update.finish_reason, now)
+            self._constraints.forget(sequence.request_id)
         cached = sequence.num_cached_tokens
+        logprobs = Logprobs.of(update.logprobs), Logprobs.of(update.prompt_logprobs)
         return EngineOutput(
-            sequence.request_id, update.token_ids, update.finish_reason, update.error, cached, now, *phases, pooled
+            sequence.request_id,
+            update.token_ids,
+            update.finish_reason,
+            update.error,
+            cached,
+            now,
+            *phases,
+            *logprobs,
+            pooled=pooled,
         )
 
     def _ranking(self, now: float) -> float | None:

@@ -93,6 +93,18 @@ class FrameReader:
                 return None
             self._buffer += data
 
+    def poll(self) -> list[bytes] | None:
+        """Returns the complete payloads that have arrived, without ever waiting; None when the other end has closed."""
+        try:
+            data = self._connection.recv(1 << 18, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return self._complete()
+        except ConnectionError:
+            data = b""
+        self._buffer += data
+        # What came before the end is delivered first; the end is still there the next time.
+        return self._complete() or (None if not data else [])
+
     def _complete(self) -> list[bytes]:
         payloads = []
         start = 0

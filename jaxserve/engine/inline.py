@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.channel import END_SECONDS
+from jaxserve.engine.constraints.start import start_grammars
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import EngineFailed, EngineReady, FromEngine, Progress, Shutdown, ToEngine
 from jaxserve.engine.step_executor import EngineBrokenError
@@ -28,7 +29,12 @@ class InlineEngine:
 
     def __init__(self, config: EngineConfig, runner: Runner | None = None, *, progress: bool = False):
         start = time.perf_counter()
-        self.core = EngineCore(config, runner or ModelRunner(config, progress=progress), annotate=annotate)
+        self.core = EngineCore(
+            config,
+            runner or ModelRunner(config, progress=progress),
+            annotate=annotate,
+            grammars=start_grammars(config, now=False),
+        )
         self.ready: EngineReady = self.core.ready(time.perf_counter() - start)
         self._composition = BatchTimelineFile(self.core.recorder, config.composition_dir)
         self._failed = False

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits
 from jaxserve.runner.protocol import RunnerInfo
 from jaxserve.telemetry.histograms import HistogramCounts
@@ -18,6 +19,23 @@ from jaxserve.telemetry.histograms import HistogramCounts
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
     """Sets the encoding that all messages share."""
+
+
+class Logprobs(_Message, frozen=True):
+    """Part of other messages: log-probabilities of consecutive tokens. width, data: as `LogprobColumns.from_bytes`
+    takes them."""
+
+    width: int
+    data: bytes
+
+    @classmethod
+    def of(cls, columns: LogprobColumns | None) -> Logprobs | None:
+        """Returns the message that `columns` reads back; None for None."""
+        return None if columns is None else cls(columns.width, columns.to_bytes())
+
+    def columns(self) -> LogprobColumns:
+        """Returns the log-probabilities."""
+        return LogprobColumns.from_bytes(self.width, self.data)
 
 
 class AddRequest(_Message, frozen=True):
@@ -67,7 +85,8 @@ class CaptureProfile(_Message, frozen=True):
 class EngineReady(_Message, frozen=True):
     """Engine -> front end, once: the engine accepts requests.
 
-    limits: what requests are checked against. start_seconds: wall time of start-up altogether.
+    limits: what requests are checked against. start_seconds: wall time of start-up altogether. sampling_defaults: the
+    checkpoint's own, of parameters that a request does not set.
     """
 
     info: RunnerInfo
@@ -75,6 +94,7 @@ class EngineReady(_Message, frozen=True):
     max_num_seqs: int
     max_num_waiting: int
     start_seconds: float
+    sampling_defaults: dict[str, int | float] = {}
 
 
 class EngineOutput(_Message, frozen=True):
@@ -83,8 +103,10 @@ class EngineOutput(_Message, frozen=True):
     error: one line, set when finish_reason is ERROR or DEADLINE. num_cached_tokens: prompt tokens taken from the prefix
     cache.
     time: seconds of the engine's clock at which the host had the tokens. queue_seconds, prefill_seconds: with the first
-    token: from arrival to the first step that computes the request, and from there to the token. pooled: of a request
-    with `EngineRequest.pooling`, with the finish reason: its pooled hidden state, float64 numbers of this machine.
+    token: from arrival to the first step that computes the request, and from there to the token. logprobs: of the
+    tokens, where the request wants them. prompt_logprobs: of the prompt's tokens from `prompt_logprobs_start` on, with
+    the first token. pooled: of a request with `EngineRequest.pooling`, with the finish reason: its pooled hidden state,
+    float64 numbers of this machine.
     """
 
     request_id: str
@@ -95,17 +117,21 @@ class EngineOutput(_Message, frozen=True):
     time: float = 0.0
     queue_seconds: float | None = None
     prefill_seconds: float | None = None
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
     pooled: bytes = b""
 
 
 class TokenBatch(_Message, frozen=True):
     """Engine -> front end: one new token for each of these requests, none of which ends; most rows of a step yield one.
-    A request occurs in it once. time: as in EngineOutput.
+    A request occurs in it once. time: as in EngineOutput. logprobs: of each token, where these requests want them, with
+    as many of the likeliest ids as one of them wants.
     """
 
     request_ids: tuple[str, ...]
     token_ids: tuple[int, ...]
     time: float = 0.0
+    logprobs: Logprobs | None = None
 
 
 class EngineStats(_Message, frozen=True):
@@ -221,9 +247,15 @@ def outputs(message: FromEngine) -> Sequence[EngineOutput]:
     if isinstance(message, EngineOutput):
         return (message,)
     if isinstance(message, TokenBatch):
+        columns = None if message.logprobs is None else message.logprobs.columns()
         return [
-            EngineOutput(request_id, (token_id,), time=message.time)
-            for request_id, token_id in zip(message.request_ids, message.token_ids, strict=True)
+            EngineOutput(
+                request_id,
+                (token_id,),
+                time=message.time,
+                logprobs=None if columns is None else Logprobs.of(columns.part(place, place + 1)),
+            )
+            for place, (request_id, token_id) in enumerate(zip(message.request_ids, message.token_ids, strict=True))
         ]
     return ()
 

@@ -48,7 +48,7 @@ class LaunchedEngine:
 
 
 class EngineProcess:
-    """Implements EngineClient over a child process. The constructor returns when the engine is ready.
+    """Implements PolledEngineClient over a child process. The constructor returns when the engine is ready.
 
     launched: its process, if already started; it must not be shared.
     Raises ValueError with the engine's own line when it cannot start.
@@ -87,6 +87,16 @@ class EngineProcess:
             return messages
         return self._read()
 
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def poll(self) -> Sequence[FromEngine] | None:
+        messages, self._backlog = self._backlog, []
+        payloads = self._reader.poll()
+        if payloads is None:
+            return messages or None
+        return messages + self._from_engine(payloads)
+
     def progress(self) -> Progress:
         if self._progress.beat == self._asked:  # one question at a time: an engine that is stopped answers none
             self._asked += 1
@@ -120,12 +130,18 @@ class EngineProcess:
             payloads = self._reader.read()
             if payloads is None:
                 return [EngineFailed(f"engine process {self._ended()}")]
-            for payload in payloads:
-                message = decode(payload)
-                if isinstance(message, Progress):
-                    self._progress = message
-                elif not isinstance(message, ToEngine):
-                    messages.append(message)
+            messages = self._from_engine(payloads)
+        return messages
+
+    def _from_engine(self, payloads: Sequence[bytes]) -> list[FromEngine]:
+        """Decodes messages; keeps answers about progress for `progress`."""
+        messages: list[FromEngine] = []
+        for payload in payloads:
+            message = decode(payload)
+            if isinstance(message, Progress):
+                self._progress = message
+            elif not isinstance(message, ToEngine):
+                messages.append(message)
         return messages
 
     def _ended(self) -> str:

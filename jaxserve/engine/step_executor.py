@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.runner.protocol import Pending, Runner, StepNotStartedError
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, NOT_FINITE, StepPlan, StepResult
@@ -177,8 +178,9 @@ class StepExecutor:
     def _collect(self, plan: StepPlan, pending: Pending | None) -> StepResult:
         if pending is None:
             counts = None if plan.decodes.counts is None else np.ones(len(plan.decodes), np.int32)
+            lost = np.full(plan.num_sampled, NOT_FINITE, np.int32)
             pooled = np.full((plan.num_pooled, 1), np.nan) if plan.num_pooled else None
-            return StepResult(np.full(plan.num_sampled, NOT_FINITE, np.int32), counts, pooled)
+            return StepResult(lost, counts, scores=LogprobColumns.unknown(len(plan.scores), 0), pooled=pooled)
         try:
             return self._runner.collect(pending)
         except Exception as error:
@@ -239,7 +241,29 @@ def _joined(results: list[StepResult]) -> StepResult:
     these and chunks."""
     token_ids = np.concatenate([np.asarray(one.token_ids, np.int32) for one in results])
     counts = [np.asarray(one.counts, np.int32) for one in results if one.counts is not None]
-    pooled = [one.pooled for one in results if one.pooled is not None]
-    size = max((len(one[0]) for one in pooled), default=0)  # rows that were given up have one number
-    pooled = [np.broadcast_to(one, (len(one), size)) for one in pooled]
-    return StepResult(token_ids, np.concatenate(counts) if counts else None, np.concatenate(pooled) if pooled else None)
+    logprobs = _joined_logprobs([(one.logprobs, len(one.token_ids)) for one in results])
+    scores = _joined_logprobs([(one.scores, 0) for one in results])
+    pooled = _joined_pooled([one.pooled for one in results if one.pooled is not None])
+    return StepResult(token_ids, np.concatenate(counts) if counts else None, logprobs, scores, pooled)
+
+
+def _joined_pooled(parts: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Joins the pooled sums of parts; those of a row that was given up have one number, as wide as the others here."""
+    if not parts:
+        return None
+    width = max(part.shape[1] for part in parts)
+    return np.concatenate([np.broadcast_to(part, (len(part), width)) for part in parts])
+
+
+def _joined_logprobs(parts: Sequence[tuple[LogprobColumns | None, int]]) -> LogprobColumns | None:
+    """Joins the log-probabilities of parts, each with the number of tokens that a part without any has: those are
+    unknown, and so are those of a row that was given up."""
+    width = max((part.width for part, _ in parts if part is not None), default=None)
+    if width is None:
+        return None
+    joined = []
+    for part, count in parts:
+        if part is None or part.width < width:
+            part = LogprobColumns.unknown(count if part is None else len(part), width)
+        joined.append(part)
+    return LogprobColumns.joined(joined)

@@ -18,6 +18,7 @@ import traceback
 
 from jaxserve.config.settings import EngineConfig
 from jaxserve.config.wire_config import config_from_bytes
+from jaxserve.engine.constraints.start import start_grammars
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.framing import FrameReader, FrameSender
 from jaxserve.engine.messages import (
@@ -153,7 +154,9 @@ class _Mailbox:
 def _build_core(config: EngineConfig) -> EngineCore:
     phases = StartupSpans()
     phases.until_now("interpreter, imports, configuration")
-    return EngineCore(config, ModelRunner(config, progress=True, phases=phases, server=True), annotate=annotate)
+    grammars = start_grammars(config, now=True)
+    runner = ModelRunner(config, progress=True, phases=phases, server=True)
+    return EngineCore(config, runner, annotate=annotate, grammars=grammars)
 
 
 def _one_line(error: BaseException) -> str:

@@ -36,6 +36,9 @@ _MORE_CAUTION, _LESS_CAUTION, _MOST_CAUTION = 1.1, 0.998, 3.0
 """What a missed and a met deadline do to the factor over predicted times. Where the two balance, one in fifty is
 missed; while the load changes, more are."""
 
+_RETURNS_PER_PLACE = 1.5
+"""Refused clients that are told to come back for each place that becomes free."""
+
 _LEAST_SECONDS = 1e-6
 _REFUSALS_FADE_SECONDS = 1.0
 _MANY_REFUSALS = 50.0
@@ -288,6 +291,7 @@ class Admission:
             return
         seconds = self._until_ended(max(1.0, (used - self._engine.max_num_seqs) / _QUARTER), None)
         self._wants(tenant, seconds, now)
+        seconds = self._turn(tenant, seconds, now)
         if used >= capacity:
             raise self._refusal(
                 "queue_requests",
@@ -317,6 +321,7 @@ class Admission:
         rate = self._started_tokens.rate
         seconds = lacking / rate if rate else UNKNOWN_RETRY_SECONDS
         self._wants(tenant, seconds, now)
+        seconds = self._turn(tenant, seconds, now)
         raise self._refusal(
             "queue_tokens" if used + tokens > capacity else "tenant_share",
             f"{used} tokens of prompts and max_tokens wait, {tenant.waiting_tokens} of them tenant "
@@ -336,6 +341,7 @@ class Admission:
         if most is not None and wait > most:
             seconds = max(wait - most, wait / _QUARTER)
             self._wants(tenant, seconds, now)
+            seconds = self._turn(tenant, seconds, now)
             raise self._refusal(
                 "queue_seconds",
                 f"a request would wait {wait:.2f} s for its first token; at most {most:g} s (max_waiting_seconds) are "
@@ -377,6 +383,22 @@ class Admission:
         """Returns the seconds in which a quarter of the tenant's waiting requests start, and at least one."""
         rate = tenant.starts.rate or self._starts.rate
         return max(1.0, tenant.num_waiting / _QUARTER) / rate if rate else UNKNOWN_RETRY_SECONDS
+
+    def _turn(self, tenant: Tenant, seconds: float, now: float) -> float:
+        """Returns the seconds after which a client should come back: at least `seconds`, and behind those of its tenant
+        that were refused before it.
+
+        If all came back when the queue has moved, most of them would be refused again, which costs a busy server more
+        than it has. So of each tenant only somewhat more come back than it can have places, whatever their number.
+        """
+        rate = self._ends.rate
+        if not rate:
+            return seconds
+        weights = sum(each.config.weight for each in self._active)  # the tenant is one of them by now
+        apart = weights / tenant.config.weight / (_RETURNS_PER_PLACE * rate)
+        turn = max(tenant.next_return + apart, now + seconds)
+        tenant.next_return = min(turn, now + self._config.max_retry_seconds)
+        return tenant.next_return - now
 
     def _refusal(self, reason: str, text: str, seconds: float) -> QueueFullError:
         self.rejections[reason] += 1

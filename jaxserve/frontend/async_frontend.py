@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxserve.config.failpoints import Failpoints
+from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.messages import EngineFailed, EngineReady, EngineStats, FromEngine
 from jaxserve.engine.watchdog import Watchdog
@@ -72,6 +73,7 @@ class AsyncFrontEnd:
         failpoints: as `EngineConfig.failpoints`; only those of a front end count here.
         admission: decides which requests are let in; None bounds their number alone.
         metrics: what requests are counted in.
+        grammars: bounds the grammars of structured outputs.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class AsyncFrontEnd:
         failpoints: Sequence[str] = (),
         admission: Admission | None = None,
         metrics: RequestMeter | None = None,
+        grammars: StructuredOutputsConfig = StructuredOutputsConfig(),
     ):
         self._max_unread_tokens = max_unread_tokens
         self._loop = asyncio.get_running_loop()
@@ -95,7 +98,13 @@ class AsyncFrontEnd:
         self._reader = EngineReader(client, self._loop, share)
         self._metrics = metrics or RequestMeter()
         self._core = FrontEnd(
-            self._reader, tokenizer, seed=seed, failpoints=failpoints, admission=admission, metrics=self._metrics
+            self._reader,
+            tokenizer,
+            seed=seed,
+            failpoints=failpoints,
+            admission=admission,
+            metrics=self._metrics,
+            grammars=grammars,
         )
         self._captures = Captures(self._reader.send)
         self._send_hit = Failpoints(failpoints).at("send")
@@ -168,10 +177,11 @@ class AsyncFrontEnd:
                 self._core.check_new(request_id, options.deadline, owner)
                 steps = self._core.preparation.steps(prompt, params, options, request_id)
                 size = _num_bytes(prompt)
-                if size <= SHORT_TEXT:
+                unchecked = self._core.preparation.known_grammar(params) is None
+                if size <= SHORT_TEXT and not unchecked:
                     prepared = finish(steps)
                 else:
-                    prepared = await self._work_until(options.deadline, steps, size)
+                    prepared = await self._work_until(options.deadline, steps, size, checks_grammar=unchecked)
                     self._check_open()
                 request_id = self._core.start(prepared, owner, arrived, trace)
         except QueueFullError:
@@ -229,18 +239,19 @@ class AsyncFrontEnd:
         with self._metrics.rejections(rejection_reason):
             self._core.preparation.check_ids_bytes(num_bytes, most_bytes_per_id)
 
-    async def work(self, steps: Steps[T], num_bytes: int) -> T:
-        """Runs `steps`, which process `num_bytes` bytes, in threads where these are many; returns their result.
+    async def work(self, steps: Steps[T], num_bytes: int, *, checks_grammar: bool = False) -> T:
+        """Runs `steps`, which process `num_bytes` bytes, in threads where these are many or where they check a grammar;
+        returns their result.
 
         Raises:
             EngineDeadError: the front end is closed meanwhile.
             QueueFullError: too much text waits.
             Exception: whatever the steps raise.
         """
-        if num_bytes <= SHORT_TEXT:
+        if num_bytes <= SHORT_TEXT and not checks_grammar:
             return finish(steps)
         try:
-            return await self._workers.run(steps, num_bytes)
+            return await self._workers.run(steps, num_bytes, checks_grammar=checks_grammar)
         except WorkersClosedError:
             raise EngineDeadError(self._closing) from None
 
@@ -273,14 +284,17 @@ class AsyncFrontEnd:
         except WorkersClosedError:
             raise EngineDeadError(self._closing) from None
 
-    async def _work_until(self, deadline: float | None, steps: Steps[T], num_bytes: int) -> T:
+    async def _work_until(
+        self, deadline: float | None, steps: Steps[T], num_bytes: int, *, checks_grammar: bool = False
+    ) -> T:
         if deadline is None:
-            return await self.work(steps, num_bytes)
+            return await self.work(steps, num_bytes, checks_grammar=checks_grammar)
         try:
             async with asyncio.timeout(deadline - self._core.now()):
-                return await self.work(steps, num_bytes)
+                return await self.work(steps, num_bytes, checks_grammar=checks_grammar)
         except TimeoutError:
-            raise DeadlineError("deadline passed while the prompt was tokenized") from None
+            work = "grammar was checked" if checks_grammar else "prompt was tokenized"
+            raise DeadlineError(f"deadline passed while the {work}") from None
 
     def abort(self, request_id: str, owner: str = "") -> bool:
         """Ends a request of the owner, which its stream's last delta reports.
@@ -314,6 +328,7 @@ class AsyncFrontEnd:
             self._timer.cancel()
         self._watch_timer.cancel()
         self._workers.close()
+        self._reader.stop()
         return await self._loop.run_in_executor(None, self._reader.close, end_seconds)
 
     def kill(self) -> None:
@@ -324,7 +339,7 @@ class AsyncFrontEnd:
         self, prompt: str | Sequence[int], params: SamplingParams | PoolingParams, options: RequestOptions
     ) -> None:
         self._check_open()
-        self._core.check_accepting(params, options, self._core.preparation.least_tokens(prompt))
+        self._core.check_accepting(params, options, self._core.preparation.least_tokens(prompt, params))
 
     def _check_open(self) -> None:
         if self._closing:

@@ -11,6 +11,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
+from jaxserve.config.checks import did_you_mean
+from jaxserve.config.shown import shown
 from jaxserve.frontend.batch_errors import BatchFileError, LineError
 from jaxserve.frontend.openai import URLS
 from jaxserve.frontend.openai_embeddings import EMBEDDINGS_URL
@@ -151,7 +153,7 @@ def parse_line(number: int, line: Any) -> BatchLine:
     unknown = sorted(name for name, value in line.items() if name not in _FIELDS and value is not None)
     if unknown:
         raise LineError(
-            "invalid_line", f"line has the unknown field {unknown[0]!r}; known are {', '.join(_FIELDS)}", key
+            "invalid_line", f"line has the unknown field {shown(unknown[0])}; {did_you_mean(unknown[0], _FIELDS)}", key
         )
     if line.get("method") != "POST":
         raise LineError("invalid_method", f"method is {line.get('method')!r}; it must be 'POST'", key)

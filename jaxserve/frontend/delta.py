@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import FinishReason, InfeasibleError
 
 
@@ -70,6 +71,23 @@ class Cause(enum.Enum):
     CLOSING = "closing"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptLogprobs:
+    """Holds the log-probabilities of the last tokens of a prompt.
+
+    token_ids: the whole prompt. columns: of its last tokens; of all but the first, unless only a continuation is
+    scored.
+    """
+
+    token_ids: tuple[int, ...]
+    columns: LogprobColumns
+
+    @property
+    def start(self) -> int:
+        """Returns the index of the first token that has a log-probability."""
+        return len(self.token_ids) - len(self.columns)
+
+
 @dataclasses.dataclass(frozen=True)
 class Delta:
     """Carries an update of one request. Exactly one delta of a request, its last, has a finish reason.
@@ -87,8 +105,12 @@ class Delta:
         cause: set when finish_reason is ABORT, DEADLINE or ERROR.
         stop_string: the stop string that ended the output.
         prompt_tokens: of the whole prompt.
+        truncated_tokens: cut off the beginning of the prompt, as truncate_prompt_tokens asks; not in prompt_tokens.
         cached_tokens: of the whole prompt.
         output_tokens: so far, these included.
+        logprobs: of token_ids, where the request wants them.
+        prompt_logprobs: of the prompt, where the request wants them; with its first delta that has any content.
+        index: of the sample.
         embedding: of a request for one, in its only delta if it succeeds: float32 numbers, in little-endian order.
     """
 
@@ -103,4 +125,8 @@ class Delta:
     output_tokens: int = 0
     cached_tokens: int = 0
     owner: str = ""
+    logprobs: LogprobColumns | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    truncated_tokens: int = 0
+    index: int = 0
     embedding: bytes = b""

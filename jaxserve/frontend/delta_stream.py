@@ -9,6 +9,7 @@ from types import TracebackType
 
 from jaxserve.config.failpoints import Hit
 from jaxserve.frontend.delta import Delta
+from jaxserve.logprob_columns import LogprobColumns
 
 Abort = Callable[[str, str], bool]
 
@@ -71,14 +72,14 @@ class DeltaStream:
                 self._news = None
         unread = self._unread
         self.drop_unread()
-        return unread[0] if len(unread) == 1 else _merged(unread)
+        return unread[0] if len(unread) == 1 else merged(unread)
 
     def push(self, delta: Delta) -> None:
         """Adds a delta; called by the front end. Never waits."""
         self._unread.append(delta)
         self._num_unread += len(delta.token_ids)
         if len(self._unread) > 64:  # keeps what is unread small: not one object a token
-            self._unread = [_merged(self._unread)]
+            self._unread = [merged(self._unread)]
         self._finished = delta.finish_reason is not None
         self._wake()
 
@@ -124,10 +125,13 @@ class FaultyStream(DeltaStream):
         return delta
 
 
-def _merged(deltas: Sequence[Delta]) -> Delta:
+def merged(deltas: Sequence[Delta]) -> Delta:
     """Merges deltas into one."""
+    logprobs = [delta.logprobs for delta in deltas if delta.logprobs is not None]
     return dataclasses.replace(
         deltas[-1],
         token_ids=tuple([token_id for delta in deltas for token_id in delta.token_ids]),
         text="".join([delta.text for delta in deltas]),
+        logprobs=LogprobColumns.joined(logprobs) if logprobs else None,
+        prompt_logprobs=next((delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None), None),
     )

@@ -52,13 +52,16 @@ class DecoderPlan:
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self._backend = backend
-        self._special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        added = backend.get_added_tokens_decoder()
+        self._special = {token.content for token in added.values() if token.special}
+        self.added = {token_id: token.content for token_id, token in added.items()}
         self._pieces: dict[int, str | None] = {}  # special tokens included
         self._shown_pieces: dict[int, str | None] = {}
         self._changes: list[Callable[[str], str]] = []  # the first steps, as far as they look at one token alone
         self._factories: list[Callable[[], Stage]] = []
         self._fused = False
         self.has_byte_fallback = False
+        self._byte_level = False
         spec = json.loads(backend.to_str())["decoder"]
         if spec is None:
             self._factories.append(lambda: PerToken(lambda text, first: text if first else f" {text}"))
@@ -79,6 +82,7 @@ class DecoderPlan:
             case {"type": "Fuse"}:
                 self._fused = True
             case {"type": "ByteLevel"}:
+                self._byte_level = not self._factories and not self._changes
                 self._add_change(_byte_level_text)
                 self._factories.append(Utf8)
                 self._fused = True
@@ -179,6 +183,17 @@ class DecoderPlan:
             piece = self._shown_pieces[token_id] = None if special else self.piece(token_id)
             return piece
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """Returns the bytes that a token alone stands for, which may be a part of a character; None where it stands for
+        text, or for nothing."""
+        piece = self.piece(token_id)
+        if piece is None:
+            return None
+        if self._byte_level:
+            return piece.encode("latin-1")
+        byte = byte_of(piece) if self.has_byte_fallback else None
+        return None if byte is None else bytes([byte])
+
 
 class Detokenizer:
     """Detokenizes one request's output token by token: the text of all tokens beyond that of the prompt.
@@ -188,11 +203,23 @@ class Detokenizer:
 
     Args:
         skip_special_tokens: special tokens give no text, as in the text that is shown.
+        spaces_between_special_tokens: where False, and special tokens are not skipped, an added token behind an added
+            one is its content alone, without the space that the decoder may put before a token (vLLM's meaning).
     """
 
-    def __init__(self, plan: DecoderPlan, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True):
+    def __init__(
+        self,
+        plan: DecoderPlan,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ):
         self._plan = plan
+        self._skips = skip_special_tokens
         self._piece = _piece_of(plan, skip_special_tokens)
+        self._joins_added = not (skip_special_tokens or spaces_between_special_tokens)
+        self._after_added = False
         self._stages = plan.stages()
         if prompt_token_ids:
             self._end(self._prompt_tail(prompt_token_ids), of_prompt=True)
@@ -230,7 +257,14 @@ class Detokenizer:
                 pieces = stage.feed(pieces[0])
             else:
                 pieces = [text for piece in pieces for text in stage.feed(piece)]
-        return pieces[0] if len(pieces) == 1 else "".join(pieces)
+        text = pieces[0] if len(pieces) == 1 else "".join(pieces)
+        return self._without_space(token_id, text) if self._joins_added else text
+
+    def _without_space(self, token_id: int, text: str) -> str:
+        """Returns the text of a token without the space that stands between two added tokens."""
+        content, after_added = self._plan.added.get(token_id), self._after_added
+        self._after_added = content is not None
+        return content if content is not None and after_added and text == f" {content}" else text
 
     def finish(self) -> str:
         """Returns the text still held back, incomplete characters as U+FFFD. Nothing may be added afterwards."""
@@ -240,14 +274,16 @@ class Detokenizer:
         """Returns the result of `finish` without ending the text."""
         return self.copy().finish()
 
-    def is_special(self, token_id: int) -> bool:
-        """Returns whether a token has a text that `skip_special_tokens` leaves out."""
-        return self._plan.shown_piece(token_id) is None and self._plan.piece(token_id) is not None
+    def leaves_out(self, token_id: int) -> bool:
+        """Returns whether a token has a text that is left out here, since it is special."""
+        return self._skips and self._plan.shown_piece(token_id) is None and self._plan.piece(token_id) is not None
 
     def copy(self, *, skip_special_tokens: bool = True) -> Self:
         """Returns an independent detokenizer in the same state."""
         other = object.__new__(type(self))
         other._plan, other._piece = self._plan, _piece_of(self._plan, skip_special_tokens)
+        other._skips = skip_special_tokens
+        other._joins_added, other._after_added = self._joins_added, self._after_added
         other._stages = [stage.copy() for stage in self._stages]
         return other
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from jaxserve.config.failpoints import Failpoints
 from jaxserve.config.shown import shown_seconds
+from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.engine.channel import EngineSender
 from jaxserve.engine.messages import (
     AbortRequest,
@@ -35,6 +36,7 @@ from jaxserve.frontend.delta import (
     EngineDeadError,
     QueueFullError,
 )
+from jaxserve.frontend.logprob_queue import LogprobQueue
 from jaxserve.frontend.open_requests import OpenRequest, OpenRequests
 from jaxserve.frontend.output import FaultyOutput, OutputState
 from jaxserve.frontend.preparation import Preparation, Prepared
@@ -62,6 +64,7 @@ class FrontEnd:
         failpoints: as `EngineConfig.failpoints`; only those at "detokenize" count here.
         admission: decides which requests are let in; None bounds their number alone.
         metrics: what requests are counted in; None counts nothing.
+        grammars: bounds the grammars of structured outputs.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class FrontEnd:
         failpoints: Sequence[str] = (),
         admission: Admission | None = None,
         metrics: RequestMeter | None = None,
+        grammars: StructuredOutputsConfig = StructuredOutputsConfig(),
     ):
         self._client = client
         self._metrics = metrics
@@ -83,7 +87,7 @@ class FrontEnd:
         self._admission = admission
         ready = client.ready
         self._limits = ready.limits
-        self._preparation = Preparation(tokenizer, ready.limits)
+        self._preparation = Preparation(tokenizer, ready.limits, grammars)
         self._max_open = ready.max_num_waiting + ready.max_num_seqs
         self._requests = OpenRequests()
         self._stats = EngineStats()
@@ -243,6 +247,11 @@ class FrontEnd:
             options=prepared.options,
             arrival_time=now,
             needed_tokens=_needed_tokens(prepared, stop_token_ids),
+            bad_words_token_ids=prepared.bad_words_token_ids,
+            logprobs=self._limits.resolved_logprobs(params.logprobs),
+            prompt_logprobs=self._limits.resolved_logprobs(params.prompt_logprobs),
+            prompt_logprobs_start=prepared.prompt_logprobs_start,
+            grammar=prepared.grammar,
             pooling=None if prepared.pooling is None else prepared.pooling.kind(self._limits),
         )
         try:
@@ -253,9 +262,11 @@ class FrontEnd:
         num_tokens, ticket = len(request.prompt_token_ids), None
         if self._admission is not None:
             ticket = self._admission.accept(options.tenant, num_tokens, params.max_tokens, now, deadline=deadline)
-        opened = OpenRequest(
-            owner, request_id, request.request_id, num_tokens, deadline, output, ticket, pooling=prepared.pooling
-        )
+        opened = OpenRequest(owner, request_id, request.request_id, num_tokens, deadline, output, ticket)
+        opened.truncated_tokens = prepared.truncated_tokens
+        if request.logprobs is not None or request.prompt_logprobs is not None:
+            opened.logprobs = LogprobQueue(request)
+        opened.pooling = prepared.pooling
         if self._metrics is not None:
             opened.life = self._metrics.begin(request_id, num_tokens, request.max_tokens, arrived, trace)
         self._requests.add(opened)
@@ -263,14 +274,21 @@ class FrontEnd:
 
     def _output(self, prepared: Prepared, stop_token_ids: tuple[int, ...]) -> OutputState:
         prompt, params, shown, generated = prepared.prompt_token_ids, prepared.params, None, None
-        if self._tokenizer is not None and prepared.pooling is None:
-            shown = self._tokenizer.detokenizer(prompt)
-            if params.stop:
+        if self._tokenizer is not None and params.detokenize and prepared.pooling is None:
+            shown = self._tokenizer.detokenizer(
+                prompt,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+            )
+            if params.stop and params.skip_special_tokens:
                 generated = self._tokenizer.detokenizer(prompt, skip_special_tokens=False)
+        include_stop = params.include_stop_str_in_output
         if (hit := self._detokenize_hit) is not None:
             name = prepared.request_id
-            return FaultyOutput(shown, generated, params.stop, params.min_tokens, stop_token_ids, lambda: hit((name,)))
-        return OutputState(shown, generated, params.stop, params.min_tokens, stop_token_ids)
+            return FaultyOutput(
+                shown, generated, params.stop, params.min_tokens, stop_token_ids, include_stop, lambda: hit((name,))
+            )
+        return OutputState(shown, generated, params.stop, params.min_tokens, stop_token_ids, include_stop)
 
     def abort(
         self,
@@ -322,11 +340,14 @@ class FrontEnd:
 
     def _handle_batch(self, message: TokenBatch) -> list[Delta]:
         deltas = []
-        for request_id, token_id in zip(message.request_ids, message.token_ids, strict=True):
+        logprobs = None if message.logprobs is None else message.logprobs.columns()
+        for place, (request_id, token_id) in enumerate(zip(message.request_ids, message.token_ids, strict=True)):
             opened = self._opened(request_id)
             if opened is None:
                 continue
             opened.life.tokens(1, message.time)
+            if logprobs is not None and opened.logprobs is not None:
+                opened.logprobs.add(logprobs.part(place, place + 1), None)
             delta = self._advance(opened, (token_id,), None, "")
             if delta is not None:
                 deltas.append(delta)
@@ -344,6 +365,9 @@ class FrontEnd:
             opened.life.phases(message.queue_seconds, message.prefill_seconds)
         if message.pooled and opened.pooling is not None:
             return self._embedded(opened, opened.pooling.embedding(message.pooled, self._limits))
+        if opened.logprobs is not None:
+            found = (message.logprobs, message.prompt_logprobs)
+            opened.logprobs.add(*(None if one is None else one.columns() for one in found))
         return self._advance(opened, message.token_ids, message.finish_reason, message.error)
 
     def _embedded(self, opened: OpenRequest, embedding: bytes) -> Delta:
@@ -400,10 +424,10 @@ class FrontEnd:
     def _delta(
         self, opened: OpenRequest, text: str, reason: FinishReason | None, error: str = "", cause: Cause | None = None
     ) -> Delta | None:
-        token_ids = opened.output.take_token_ids()
+        token_ids, queue = opened.output.take_token_ids(), opened.logprobs
         if reason is None:
             opened.life.charged(opened.output.num_tokens)
-            if not token_ids and not text:
+            if not token_ids and not text and (queue is None or not queue.has_prompt):
                 return None
         return Delta(
             request_id=opened.request_id,
@@ -417,6 +441,9 @@ class FrontEnd:
             output_tokens=opened.output.num_tokens,
             cached_tokens=opened.cached_tokens,
             owner=opened.owner,
+            truncated_tokens=opened.truncated_tokens,
+            logprobs=None if queue is None else queue.take(len(token_ids)),
+            prompt_logprobs=None if queue is None else queue.take_prompt(),
         )
 
     def _end_early(self, opened: OpenRequest, reason: FinishReason, error: str, cause: Cause) -> Delta:
@@ -451,5 +478,7 @@ class FrontEnd:
 
 def _needed_tokens(prepared: Prepared, stop_token_ids: tuple[int, ...]) -> int:
     """Returns the output tokens that the request takes at least: all, where neither token nor text can stop it."""
+    if prepared.grammar:
+        return 1  # it ends where its grammar does
     endless = not stop_token_ids and not prepared.params.stop
     return prepared.max_tokens if endless else max(1, prepared.params.min_tokens)

@@ -12,15 +12,18 @@ from typing import Any
 import tqdm
 
 from jaxserve.engine.channel import EngineClient
-from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError
+from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError, PromptLogprobs
 from jaxserve.frontend.frontend import FrontEnd, Prepared
+from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import FinishReason
 
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRequest:
-    """Holds a finished request. error: one line when finish_reason is ERROR, ABORT or DEADLINE. embedding: as in
-    `Delta`."""
+    """Holds a finished request. error: one line when finish_reason is ERROR, ABORT or DEADLINE. num_truncated_tokens:
+    cut off the prompt, which prompt_token_ids do not have. logprobs: of its token ids, prompt_logprobs: of its prompt,
+    where it wants them and they are there. embedding: as in `Delta`.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -29,18 +32,26 @@ class FinishedRequest:
     finish_reason: FinishReason
     error: str
     num_cached_tokens: int
+    num_truncated_tokens: int = 0
+    logprobs: LogprobColumns | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     embedding: bytes = b""
 
 
 @dataclasses.dataclass
 class _Collected:
     prompt_token_ids: tuple[int, ...]
+    logprobs: list[LogprobColumns] = dataclasses.field(default_factory=list)
+    prompt_logprobs: PromptLogprobs | None = None
     token_ids: list[int] = dataclasses.field(default_factory=list)
     text: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, delta: Delta) -> FinishedRequest | None:
         self.token_ids.extend(delta.token_ids)
         self.text.append(delta.text)
+        if delta.logprobs is not None:
+            self.logprobs.append(delta.logprobs)
+        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
         if delta.finish_reason is None:
             return None
         return FinishedRequest(
@@ -51,6 +62,9 @@ class _Collected:
             finish_reason=delta.finish_reason,
             error=delta.error,
             num_cached_tokens=delta.cached_tokens,
+            num_truncated_tokens=delta.truncated_tokens,
+            logprobs=LogprobColumns.joined(self.logprobs) if self.logprobs else None,
+            prompt_logprobs=self.prompt_logprobs,
             embedding=delta.embedding,
         )
 

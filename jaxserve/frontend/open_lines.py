@@ -9,8 +9,11 @@ from typing import Any
 
 from jaxserve.frontend.batch_lines import KeyedLine
 from jaxserve.frontend.offline import FinishedRequest
+from jaxserve.frontend.openai import CHAT_URL
 from jaxserve.frontend.openai_embeddings import EmbeddingBody, embeddings_response
+from jaxserve.frontend.openai_logprobs import LogprobShapes
 from jaxserve.frontend.openai_responses import Answer, response_body
+from jaxserve.frontend.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass
@@ -29,7 +32,7 @@ class OpenLine:
         """Finished requests, all of them, in the order of the inputs."""
         return [self.finished[name] for name in self.request_ids]
 
-    def body(self, model: str) -> dict[str, Any]:
+    def body(self, model: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """Returns the response object of the line, whose requests have all succeeded. model: the name in it."""
         keyed, completions, created = self.keyed, self.completions, int(time.time())
         assert keyed.line is not None
@@ -43,6 +46,12 @@ class OpenLine:
                 sum(len(one.prompt_token_ids) for one in completions),
             )
         (completion,) = completions
+        logprobs, prompt = completion.logprobs, completion.prompt_logprobs
+        shapes = LogprobShapes(
+            tokenizer,
+            chat=keyed.line.url == CHAT_URL,
+            as_ids=bool(keyed.line.body.get("return_tokens_as_token_ids")),
+        )
         answer = Answer(
             completion.text,
             completion.finish_reason.value,
@@ -50,5 +59,8 @@ class OpenLine:
             len(completion.token_ids),
             completion.num_cached_tokens,
             completion.token_ids,
+            truncated_tokens=completion.num_truncated_tokens,
+            logprobs=None if logprobs is None else shapes.of(logprobs, completion.token_ids),
+            prompt_logprobs=None if prompt is None else shapes.of_prompt(prompt),
         )
         return response_body(keyed.line.url, keyed.number, model, created, [answer])

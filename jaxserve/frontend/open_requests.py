@@ -6,6 +6,7 @@ import dataclasses
 import heapq
 
 from jaxserve.frontend.admission import Ticket
+from jaxserve.frontend.logprob_queue import LogprobQueue
 from jaxserve.frontend.output import OutputState
 from jaxserve.pooling_params import PoolingParams
 from jaxserve.telemetry.request_meter import UNCOUNTED, RequestLife
@@ -16,7 +17,8 @@ class OpenRequest:
     """Tracks a request without its last delta.
 
     engine_id: its name in messages (see `OpenRequests.engine_id`). ticket: of the admission, where there is one.
-    life: counts it. pooling: what it asks for, where that is an embedding.
+    life: counts it. truncated_tokens: cut off its prompt. logprobs: those of its tokens, where it wants any. pooling:
+    what it asks for, where that is an embedding.
     """
 
     owner: str
@@ -28,6 +30,8 @@ class OpenRequest:
     ticket: Ticket | None = None
     cached_tokens: int = 0
     life: RequestLife = UNCOUNTED
+    truncated_tokens: int = 0
+    logprobs: LogprobQueue | None = None
     pooling: PoolingParams | None = None
 
 

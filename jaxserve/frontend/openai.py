@@ -10,27 +10,22 @@ from typing import Any
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.frontend.openai_checks import check_neutral, check_text, checked_flag, checked_object, hint
+from jaxserve.frontend.openai_logprobs import check_prompt_logprobs, with_echo
 from jaxserve.frontend.openai_messages import parse_messages
+from jaxserve.frontend.openai_sampling import parse_params, sampling_names
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import SAMPLING_FIELDS, RequestOptions, SamplingParams
+from jaxserve.request import RequestOptions, SamplingParams
 
 COMPLETIONS_URL = "/v1/completions"
 CHAT_URL = "/v1/chat/completions"
 URLS = (COMPLETIONS_URL, CHAT_URL)
 
 _OPTIONS = ("tenant", "priority", "deadline", "cache_salt")
-_SAMPLING = tuple(SAMPLING_FIELDS)
 _NEUTRAL: Mapping[str, Sequence[Any]] = {
     # OpenAI's
     "n": (1,),
     "best_of": (1,),
     "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -46,33 +41,21 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "service_tier": ("auto", "default"),
     "prompt_cache_retention": ("in_memory", "in-memory"),
     # vLLM's
-    "allowed_token_ids": ([],),
-    "bad_words": ([],),
     "chat_template": (),
     "continue_final_message": (False,),
     "documents": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_reasoning": (True,),
-    "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
     "mm_processor_kwargs": ({},),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
-    "repetition_penalty": (1,),
-    "return_tokens_as_token_ids": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
 }
-"""Unsupported fields of OpenAI and vLLM with the values that have no effect; null never has."""
+"""Unsupported fields of OpenAI and vLLM with the values that have no effect; null never has. Those that are sampling
+parameters count only while these are not in their table.
+"""
 
 _STREAMING: Mapping[str, Sequence[Any]] = {
     "stream": (False,),
@@ -83,13 +66,15 @@ _STREAMING: Mapping[str, Sequence[Any]] = {
 """Fields that only a front that streams supports, with the values that have no effect elsewhere."""
 
 _OF_URL: Mapping[str, Mapping[str, Sequence[Any]]] = {
-    COMPLETIONS_URL: {"add_special_tokens": (True,)},
+    COMPLETIONS_URL: {"add_special_tokens": (True,), "top_logprobs": (0,)},
     CHAT_URL: {"add_special_tokens": (False,), "echo": (False,)},
 }
 """Unsupported fields whose neutral values depend on what is asked for."""
 
 _LABELS = ("user", "safety_identifier", "prompt_cache_key")
 """OpenAI's fields that label a request and do not affect its response."""
+
+_EVERYWHERE = ("model", "metadata", "return_tokens_as_token_ids")
 
 _STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 
@@ -131,7 +116,10 @@ class BodyRequest:
         options: its tenant, priority (higher is more urgent, whatever the dialect), deadline and cache salt.
         stream, include_usage: the answer is streamed, and ends with the usage.
         echo: texts begin with their prompts.
+        echo_only: the answer is the prompt alone; `params` have it draw one token, which is left out.
         return_token_ids: the answer has token ids, besides texts.
+        prompt_logprobs: the answer has those of the prompt, apart from the tokens' own. tokens_as_ids: tokens with
+            log-probabilities are spelled by their ids.
         request_id: chosen by the client, or None.
         unknown: names of fields that were passed over.
     """
@@ -144,7 +132,10 @@ class BodyRequest:
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
+    echo_only: bool = False
     return_token_ids: bool = False
+    prompt_logprobs: bool = False
+    tokens_as_ids: bool = False
     request_id: str | None = None
     unknown: Sequence[str] = ()
 
@@ -161,10 +152,18 @@ class BodyRequest:
         )
 
 
-def parse_body(url: str, body: Mapping[str, Any], dialect: Dialect = BATCH) -> BodyRequest:
+def parse_body(
+    url: str, body: Mapping[str, Any], dialect: Dialect = BATCH, defaults: Mapping[str, Any] = {}
+) -> BodyRequest:
     """Parses the body of a request to one of URLS. A field that is null counts as absent.
 
     tenant, priority and deadline (Unix seconds) are additions to OpenAI's, as in the gRPC API; others are vLLM's.
+
+    Args:
+        url: the path that the body is for.
+        body: the decoded JSON.
+        dialect: what the front accepts.
+        defaults: of sampling parameters that the body does not set (`EngineReady.sampling_defaults`).
 
     Raises:
         ValueError: names the field: unknown fields, wrong types, values out of range, and unsupported fields that would
@@ -180,9 +179,11 @@ def parse_body(url: str, body: Mapping[str, Any], dialect: Dialect = BATCH) -> B
         raise ValueError(f"metadata is {shown(metadata)}; it must be an object whose values are texts")
     if own not in fields:
         raise ValueError(f"body has no {own}")
-    params = parse_params(fields)
+    stream, echo = (checked_flag(name, fields.get(name, False)) for name in ("stream", "echo"))
+    check_prompt_logprobs(fields, stream)
+    echo_only = echo and fields.get("max_tokens") == 0 and fields["max_tokens"] is not False
+    params = parse_params(with_echo(fields, echo_only) if echo else fields, url == CHAT_URL, defaults)
     chat = parse_chat(fields) if own == "messages" else None
-    stream = checked_flag("stream", fields.get("stream", False))
     return BodyRequest(
         prompts=() if chat is not None else _parse_prompts(fields["prompt"], dialect.max_prompts),
         chat=chat,
@@ -191,8 +192,11 @@ def parse_body(url: str, body: Mapping[str, Any], dialect: Dialect = BATCH) -> B
         options=_parse_options(fields, dialect),
         stream=stream,
         include_usage=_parse_stream_options(fields.get("stream_options"), stream),
-        echo=checked_flag("echo", fields.get("echo", False)),
+        echo=echo,
+        echo_only=echo_only,
         return_token_ids=checked_flag("return_token_ids", fields.get("return_token_ids", False)),
+        prompt_logprobs="prompt_logprobs" in fields,
+        tokens_as_ids=checked_flag("return_tokens_as_token_ids", fields.get("return_tokens_as_token_ids", False)),
         request_id=fields.get("request_id"),
         unknown=unknown,
     )
@@ -219,13 +223,15 @@ def parse_chat(fields: Mapping[str, Any]) -> Chat:
 
 
 def _neutral(url: str, dialect: Dialect) -> dict[str, Sequence[Any]]:
-    return {**_NEUTRAL, **({} if dialect.streams else _STREAMING), **_OF_URL[url]}
+    neutral = {**_NEUTRAL, **({} if dialect.streams else _STREAMING), **_OF_URL[url]}
+    supported = sampling_names(url == CHAT_URL)
+    return {name: values for name, values in neutral.items() if name not in supported}
 
 
 def _supported(url: str, own: str, dialect: Dialect) -> set[str]:
-    names = {own, "model", "metadata", *_LABELS, *_SAMPLING, *_OPTIONS}
+    names = {own, *_EVERYWHERE, *_LABELS, *sampling_names(url == CHAT_URL), *_OPTIONS}
     if url == CHAT_URL:
-        names |= {"max_completion_tokens", "add_generation_prompt", "chat_template_kwargs"}
+        names |= {"add_generation_prompt", "chat_template_kwargs"}
     if dialect.streams:
         names |= {*_STREAMING, "request_id"}
     return names
@@ -263,23 +269,6 @@ def _parse_stream_options(options: Any, stream: bool) -> bool:
     if options.get("include_usage") and not stream:
         raise ValueError("stream_options is given without stream; set stream to true, or leave it out")
     return bool(options.get("include_usage"))
-
-
-def parse_params(fields: Mapping[str, Any]) -> SamplingParams:
-    """Parses the sampling parameters of a body. Raises ValueError naming the field."""
-    values = {name: fields[name] for name in _SAMPLING if name in fields}
-    if "max_completion_tokens" in fields:
-        if "max_tokens" in values:
-            raise ValueError("max_tokens and max_completion_tokens are the same; give one of them")
-        values["max_tokens"] = fields["max_completion_tokens"]
-    stop = values.get("stop", "")
-    if not isinstance(stop, str | list):
-        raise ValueError(f"stop is {shown(stop)}; it must be text or a list of texts")
-    if stop == "" and "stop" in values:
-        raise ValueError("stop has ''; each stop must be a string of at least one character")
-    if not isinstance(values.get("stop_token_ids", []), list):
-        raise ValueError(f"stop_token_ids is {shown(values['stop_token_ids'])}; it must be a list of token ids")
-    return SamplingParams(**values)
 
 
 def _parse_prompts(prompt: Any, most: int) -> list[str | list[int]]:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence, Set
 from typing import Any
 
+from jaxserve.config.checks import did_you_mean
 from jaxserve.config.shown import shown
-
-_MAX_NAME = 64
-"""Characters up to which a name is compared with known ones, which takes a time that grows with it."""
 
 
 def hint(name: str, known: Set[str]) -> str:
     """Returns what an unknown field was probably meant to be, or all that is known."""
-    near = difflib.get_close_matches(name, known, n=1) if len(name) <= _MAX_NAME else []
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+    return did_you_mean(name, known)
 
 
 def check_text(name: str, value: Any) -> None:

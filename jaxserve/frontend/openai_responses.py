@@ -11,7 +11,11 @@ from jaxserve.frontend.openai import CHAT_URL
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Holds what one prompt was answered with; prompt_token_ids: None where the response does not show them."""
+    """Holds what one prompt was answered with.
+
+    prompt_token_ids, logprobs and prompt_logprobs (as `LogprobShapes` makes them): None where the response does not
+    show them. truncated_tokens: cut off the prompt.
+    """
 
     text: str
     finish_reason: str
@@ -20,6 +24,9 @@ class Answer:
     cached_tokens: int
     token_ids: Sequence[int] | None = None
     prompt_token_ids: Sequence[int] | None = None
+    truncated_tokens: int = 0
+    logprobs: dict[str, Any] | None = None
+    prompt_logprobs: list[Any] | None = None
 
 
 def response_id(url: str, request_id: object) -> str:
@@ -38,7 +45,7 @@ def response_body(url: str, request_id: object, model: str, created: int, answer
         answers: one for each prompt.
     """
     chat = url == CHAT_URL
-    return {
+    body = {
         "id": response_id(url, request_id),
         "object": "chat.completion" if chat else "text_completion",
         "created": created,
@@ -46,17 +53,26 @@ def response_body(url: str, request_id: object, model: str, created: int, answer
         "choices": [_choice(chat, index, answer) for index, answer in enumerate(answers)],
         "usage": usage(answers),
     }
+    if chat and answers[0].prompt_logprobs is not None:  # vLLM's place
+        body["prompt_logprobs"] = answers[0].prompt_logprobs
+    return body
 
 
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Builds the usage object of a request with these answers."""
+    """Builds the usage object of a request with these answers.
+
+    Where tokens were cut off prompts, it has their number, which is an addition to OpenAI's fields.
+    """
     prompt_tokens = sum(answer.prompt_tokens for answer in answers)
     output_tokens = sum(answer.output_tokens for answer in answers)
+    details = {"cached_tokens": sum(answer.cached_tokens for answer in answers)}
+    if truncated := sum(answer.truncated_tokens for answer in answers):
+        details["truncated_tokens"] = truncated
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": output_tokens,
         "total_tokens": prompt_tokens + output_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(answer.cached_tokens for answer in answers)},
+        "prompt_tokens_details": details,
     }
 
 
@@ -66,9 +82,11 @@ def _choice(chat: bool, index: int, answer: Answer) -> dict[str, Any]:
         choice["message"] = {"role": "assistant", "content": answer.text}
     else:
         choice["text"] = answer.text
-    choice |= {"logprobs": None, "finish_reason": answer.finish_reason}
+    choice |= {"logprobs": answer.logprobs, "finish_reason": answer.finish_reason}
     if answer.token_ids is not None:
         choice["token_ids"] = list(answer.token_ids)
     if answer.prompt_token_ids is not None:
         choice["prompt_token_ids"] = list(answer.prompt_token_ids)
+    if answer.prompt_logprobs is not None and not chat:
+        choice["prompt_logprobs"] = answer.prompt_logprobs
     return choice

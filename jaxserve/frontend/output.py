@@ -13,9 +13,11 @@ class OutputState:
     """Combines detokenizers, stop strings and held-back tokens of one request.
 
     Args:
-        shown: produces the text without special tokens; None produces no text.
-        generated: produces the text in which stop strings are searched, with special tokens; needed with stop strings.
+        shown: produces the text that is shown; None produces no text.
+        generated: produces the text in which stop strings are searched, with special tokens; needed with stop strings
+            where `shown` leaves special tokens out, else None: they are searched in what is shown.
         stop_token_ids: ids whose text is left out when one of them ends the output.
+        include_stop: the text includes the stop string, or the text of the stop token, that ends the output.
     """
 
     def __init__(
@@ -25,14 +27,15 @@ class OutputState:
         stop: Sequence[str],
         min_tokens: int,
         stop_token_ids: Iterable[int],
+        include_stop: bool = False,
     ):
         self._shown = shown
         # None while it would give the same as `shown`, which spares nearly every token a second detokenizer.
         self._generated = None if shown is None or generated is None or generated.goes_on_like(shown) else generated
         self._waiting = ""  # shown text that is certain before the generated text of the same tokens is
         self._has_stop = bool(stop)
-        self._stop = StopStrings(stop, min_tokens)
-        self._stop_token_ids = frozenset(stop_token_ids)
+        self._stop = StopStrings(stop, min_tokens, include_stop)
+        self._stop_token_ids = frozenset(() if include_stop else stop_token_ids)
         self._token_ids: list[int] = []  # not yet taken
         self._taken = 0
 
@@ -78,7 +81,7 @@ class OutputState:
         text = shown.add_token(token_id)
         if not self._has_stop:
             return self._stop.add(text)
-        if not text and shown.is_special(token_id):
+        if not text and shown.leaves_out(token_id):
             return self._add_textless(shown, token_id)
         if self._generated is None:
             return self._stop.add(text)
@@ -136,9 +139,10 @@ class FaultyOutput(OutputState):
         stop: Sequence[str],
         min_tokens: int,
         stop_token_ids: Iterable[int],
+        include_stop: bool,
         hit: Callable[[], None],
     ):
-        super().__init__(shown, generated, stop, min_tokens, stop_token_ids)
+        super().__init__(shown, generated, stop, min_tokens, stop_token_ids, include_stop)
         self._hit = hit
 
     def add(self, token_ids: Sequence[int], reason: FinishReason | None) -> str:

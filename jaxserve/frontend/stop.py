@@ -16,13 +16,15 @@ class _Gap:
     other.
 
     Those characters count as in front of all of the generated ones but the first. tail: text that is shown when the
-    output ends within the gap, but not (yet) when it continues.
+    output ends within the gap, but not (yet) when it continues. pending: the same where it ends behind the gap, and a
+    character of it for each of the gap where it ends within.
     """
 
     start: int
     end: int
     shown: int
     tail: str = ""
+    pending: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +71,13 @@ class StopStrings:
     A match counts when the token that completes it is number min_tokens or later. Of the matches that count, the one
     that starts earliest in the text wins; of those that start together, the one that is complete first. So a longer
     stop string beats a later one inside it although that one is complete first: a match is not decided while text
-    before it may still become an earlier one. The text ends where the winning match starts; the output's tokens end
-    with the token that completes it.
+    before it may still become an earlier one. The text ends where the winning match starts, or with include where it
+    ends; the output's tokens end with the token that completes it.
     """
 
-    def __init__(self, stop: Sequence[str], min_tokens: int = 0):
+    def __init__(self, stop: Sequence[str], min_tokens: int = 0, include: bool = False):
         self._matchers = [_Matcher(text) for text in stop]
+        self._include = include
         self._min_tokens = min_tokens
         self._match: _Match | None = None
         self._held = ""  # of the shown text
@@ -121,10 +124,12 @@ class StopStrings:
         before it if the output ended with them, and is not yet certain.
         """
         self._num_tokens += 1
-        for generated, end in ((before, ""), (text, tail)):
-            if generated:
-                self._gaps.append(_Gap(self._end, self._end + len(generated), 0, end))
-                self._take(generated, "")
+        if before:
+            self._gaps.append(_Gap(self._end, self._end + len(before), 0, pending=tail))
+            self._take(before, "")
+        if text:
+            self._gaps.append(_Gap(self._end, self._end + len(text), 0, tail))
+            self._take(text, "")
         return self._decide()
 
     def finish(self, text: str = "", shown: str | None = None) -> str:
@@ -175,8 +180,14 @@ class StopStrings:
     def _cut(self, match: _Match) -> str:
         """Decides on a match and returns the rest of the text."""
         self._decided = True
-        tail = "".join(gap.tail for gap in self._gaps if gap.start <= match.start < gap.end)
-        return self._release(match.start) + tail
+        end = match.end if self._include else match.start
+        tail = ""
+        for gap in self._gaps:
+            if self._include and gap.start < end <= gap.end:
+                tail += gap.tail or (gap.pending if end == gap.end else gap.pending[: end - gap.start])
+            elif not self._include and gap.start <= end < gap.end:
+                tail += gap.tail
+        return self._release(end) + tail
 
     def _note(self, match: _Match) -> None:
         if self._match is None or match.start < self._match.start:

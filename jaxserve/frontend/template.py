@@ -9,17 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxserve.config.shown import clipped, shown
-from jaxserve.engine.framing import FrameReader, frames
+from jaxserve.frontend.worker_process import WorkerProcess
 
 _START_SECONDS = 60.0
 """Maximum seconds that the process takes to start; it imports transformers."""
@@ -52,7 +47,7 @@ class TemplateRenderer:
     def __init__(self, budget: TemplateBudget | None = None):
         self._budget = budget or TemplateBudget()
         self._lock = threading.Lock()
-        self._worker: _Worker | None = None
+        self._worker: WorkerProcess | None = None
 
     def render(
         self,
@@ -120,9 +115,9 @@ class TemplateRenderer:
             self._worker = None
         return answer, fault
 
-    def _start(self) -> _Worker:
+    def _start(self) -> WorkerProcess:
         try:
-            worker = _Worker()
+            worker = WorkerProcess("jaxserve.frontend.template_worker", "chat templates")
         except OSError as error:
             raise TemplateProcessError(f"the process for chat templates cannot be started: {error}") from error
         budget = json.dumps(dataclasses.asdict(self._budget)).encode()
@@ -131,56 +126,6 @@ class TemplateRenderer:
             worker.end()
             raise TemplateProcessError(fault)
         return worker
-
-
-class _Worker:
-    """Wraps a rendering process: `python -m jaxserve.frontend.template_worker FD`. It ends with this object."""
-
-    def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-m", "jaxserve.frontend.template_worker", str(theirs.fileno())]
-            # A session of its own: signals to our group are ours to answer.
-            try:
-                self._process = subprocess.Popen(
-                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
-                )
-            except OSError:
-                self._socket.close()
-                raise
-        self._reader = FrameReader(self._socket)
-        self._timed_out = False
-        self.end = weakref.finalize(self, _end, self._process, self._socket)
-
-    def ask(self, request: bytes, seconds: float) -> dict[str, Any] | None:
-        """Returns the response to a message; None when there is none in time, or the process has ended."""
-        self._socket.settimeout(seconds)
-        try:
-            self._socket.sendall(frames([request]))
-            payloads = self._reader.read()
-        except TimeoutError:
-            self._timed_out = True
-            return None
-        except ConnectionError:  # it has ended before it read everything
-            return None
-        return None if payloads is None else json.loads(payloads[0])
-
-    @property
-    def has_ended(self) -> bool:
-        return self._process.poll() is not None
-
-    @property
-    def fault(self) -> str:
-        """Returns why the process ended, after `ask` returned None; empty where its time was over."""
-        if self._timed_out or (code := self._process.wait()) == -signal.SIGVTALRM:
-            return ""
-        return f"the process for chat templates ended with exit code {code}"
-
-
-def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
-    connection.close()
-    process.kill()
-    process.wait()
 
 
 def one_line(error: BaseException) -> str:

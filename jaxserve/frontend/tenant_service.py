@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from jaxserve.config.queue_limits import TenantConfig
@@ -27,6 +28,7 @@ class Tenant:
         self.num_open = self.num_waiting = self.waiting_tokens = 0
         self.refused_until = -1.0  # its share is kept for it; ends when it is let in
         self.wants_until = -1.0  # it counts among those that want more
+        self.next_return = -math.inf  # when the client that was refused last was told to come back
         self.served = 0.0  # in the units of `Fairness`
         self.service = Average()  # of a request
         self.run = Average()  # seconds from first output to end

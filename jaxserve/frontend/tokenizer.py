@@ -48,6 +48,7 @@ class Tokenizer:
         self._encoder = Encoder(self._backend)
         self._renderer = TemplateRenderer()
         self._chat_texts = ChatTexts(self._backend)
+        self._token_texts: dict[int, str] = {}  # as many as there are ids
         try:
             self._plan = DecoderPlan(self._backend)
         except ValueError as error:
@@ -157,9 +158,20 @@ class Tokenizer:
         # Unlike `decode`, it lets go of the interpreter lock.
         return self._backend.decode_batch([checked], skip_special_tokens=skip_special_tokens)[0]
 
-    def detokenizer(self, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
+    def detokenizer(
+        self,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> Detokenizer:
         """Returns a new incremental detokenizer, for the output of one request."""
-        return Detokenizer(self._plan, prompt_token_ids, skip_special_tokens=skip_special_tokens)
+        return Detokenizer(
+            self._plan,
+            prompt_token_ids,
+            skip_special_tokens=skip_special_tokens,
+            spaces_between_special_tokens=spaces_between_special_tokens,
+        )
 
     def encode_chat(
         self,
@@ -203,6 +215,18 @@ class Tokenizer:
         """Starts the process for chat templates, so that the first conversation does not wait for it. May block."""
         if self.has_chat_template:
             self._renderer.warm()
+
+    def token_text(self, token_id: int) -> str:
+        """Returns the text of one token on its own, special or not; bytes that are no character become U+FFFD."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._token_texts[token_id] = self._backend.decode([token_id], skip_special_tokens=False)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Returns the bytes of one token on its own, which may be a part of a character."""
+        found = self._plan.token_bytes(token_id)
+        return self.token_text(token_id).encode() if found is None else found
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """Returns the tokens as the vocabulary spells them; "" for ids without a token."""

@@ -128,13 +128,15 @@ class Workers:
         self._long = _Lane(min(4, max(1, (os.cpu_count() or 1) // 4)), MAX_BYTES - _SHORT_SHARE, "long text")
         # One conversation is rendered at a time: those that wait for it do not take the threads of texts.
         self._templates = _Lane(1, MAX_BYTES, "chat template")
+        # Requests with a new grammar wait for the processes that check them, and not for one another's texts.
+        self._grammars = _Lane(2, MAX_BYTES, "grammar check")
         # A text that cannot be cut is one call, of seconds and 500 MB for 4 MB: one at a time, without blocking others.
         self._uncut = ThreadPoolExecutor(1, thread_name_prefix="uncut text")
         self._closed = False
 
-    async def run(self, steps: Steps[T], num_bytes: int, *, renders: bool = False) -> T:
+    async def run(self, steps: Steps[T], num_bytes: int, *, renders: bool = False, checks_grammar: bool = False) -> T:
         """Runs `steps`, which process `num_bytes` bytes, and returns their result. renders: they wait for the process
-        of chat templates.
+        of chat templates. checks_grammar: they wait for one that checks grammars.
 
         The first step runs at once, on the loop.
 
@@ -148,7 +150,7 @@ class Workers:
         first = _advance(steps)
         if first.done:
             return first.result
-        lane = self._templates if renders else self._short if num_bytes <= _SHORT_BYTES else self._long
+        lane = self._lane(num_bytes, renders, checks_grammar)
         if self._closed:
             raise WorkersClosedError
         await lane.budget.acquire(num_bytes)
@@ -174,10 +176,17 @@ class Workers:
     def close(self) -> None:
         """Lets running steps end by themselves, and ends everything else with WorkersClosedError."""
         self._closed = True
-        for lane in (self._short, self._long, self._templates):
+        for lane in (self._short, self._long, self._templates, self._grammars):
             lane.budget.close()
             lane.threads.shutdown(wait=False, cancel_futures=True)
         self._uncut.shutdown(wait=False, cancel_futures=True)
+
+    def _lane(self, num_bytes: int, renders: bool, checks_grammar: bool) -> _Lane:
+        if renders:
+            return self._templates
+        if checks_grammar:
+            return self._grammars
+        return self._short if num_bytes <= _SHORT_BYTES else self._long
 
     def _release(self, lane: _Lane, num_bytes: int, running: Future[_Advanced] | None) -> None:
         if running is None or running.done():

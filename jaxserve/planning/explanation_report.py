@@ -12,7 +12,7 @@ from jaxserve.planning.memory_plan import MARGIN_BYTES, pages_in_use
 _MEANINGS = {
     "beyond gpu_memory_utilization": "left to the driver and to others",
     "weights": "",
-    "state": "slots, hidden states, masks, what the host sends",
+    "state": "slots, hidden states, masks, penalty rows, what the host sends",
     "temporaries": "of the largest program",
     "code": "of all programs",
     "margin": "for what the compiler does not see",
@@ -23,8 +23,11 @@ _MEANINGS = {
 _UNITS = {
     "sample": "rows",
     "pooling": "rows",
+    "score": "rows",
     "table_write": "entries",
+    "option_write": "slots",
     "mask_write": "masks",
+    "penalty_write": "token ids",
     "swap_in": "pages",
     "swap_out": "pages",
 }

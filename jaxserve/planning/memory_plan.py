@@ -23,7 +23,14 @@ from jax.sharding import Mesh
 from jaxserve.config.settings import CacheConfig
 from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS
 from jaxserve.programs.program_needs import ProgramNeeds
-from jaxserve.programs.step_programs import ProgramKey, Shapes, abstract_arguments, abstract_masks, abstract_pools
+from jaxserve.programs.step_programs import (
+    ProgramKey,
+    Shapes,
+    abstract_arguments,
+    abstract_masks,
+    abstract_penalties,
+    abstract_pools,
+)
 from jaxserve.programs.swap_programs import SWAP_SIZES
 from jaxserve.programs.target_devices import available_memory
 
@@ -67,7 +74,7 @@ class MemoryPlan:
 
     Attributes:
         weights: as the programs take them.
-        state: slots, hidden buffer, masks and the vector that the host sends.
+        state: slots, hidden buffer, masks, penalty rows and the vector that the host sends.
         page: one page in all layers.
         num_pages: pages of the pool, the null page included.
         swapped: pages of swapped sequences, as far as they are in the device's memory.
@@ -166,7 +173,7 @@ class MemoryPlanner:
         return MemoryPlan(
             device=self.device,
             weights=_bytes_per_device(params),
-            state=_bytes_per_device((state, abstract_masks(shapes, self.mesh))),
+            state=_bytes_per_device((state, abstract_masks(shapes, self.mesh), abstract_penalties(shapes, self.mesh))),
             programs=programs,
             page=page,
             num_pages=num_pages,

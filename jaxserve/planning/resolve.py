@@ -12,6 +12,7 @@ from jaxserve.models.loading.end_tokens import check_vocabulary
 from jaxserve.models.params import DTYPES, packable
 from jaxserve.pallas_kernels.cpu import linear
 from jaxserve.pallas_kernels.paged_attention import Use, choose, is_quantized
+from jaxserve.planning.checkpoint_defaults import sampling_defaults
 from jaxserve.planning.decode_roofline import token_bytes
 from jaxserve.programs.step_programs import Shapes
 from jaxserve.request import MAX_STOP_TOKEN_IDS, STOP_WIDTH
@@ -32,6 +33,7 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
         ValueError: configuration and checkpoint contradict each other.
     """
     model = resolve_model(config, planning=planning)
+    sampling_defaults(config)  # a faulty file is told before anything is compiled
     max_model_len = config.max_model_len or model.context_length
     if max_model_len > model.context_length:
         scaled = ", scaled" if model.context_length != model.max_position_embeddings else ""
@@ -58,8 +60,11 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
         max_model_len=max_model_len,
         page_size=config.cache.page_size,
         num_pages=2,
+        num_penalty_rows=config.scheduler.num_penalty_rows,
         packed=linear.kernels() if platform == "cpu" and packable(model, dtype) else "",
         attention=choose(platform, config.attention, use),
+        max_logprobs=min(config.logprobs.max_logprobs, model.vocab_size),
+        logprobs_mode=config.logprobs.logprobs_mode,
     )
     return dataclasses.replace(shapes, num_host_pages=_host_pages(config.cache.swap_space, shapes))
 

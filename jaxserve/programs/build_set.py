@@ -27,7 +27,19 @@ from jaxserve.programs.step_programs import ProgramKey, Shapes, program_keys, pr
 PROGRESS_SECONDS = 5.0
 """Interval of log lines on compile progress, where standard error is no terminal."""
 
-_KINDS = ("forward", "decode", "sample", "pooling", "swap_in", "swap_out", "table_write", "mask_write")
+_KINDS = (
+    "forward",
+    "decode",
+    "sample",
+    "score",
+    "pooling",
+    "swap_in",
+    "swap_out",
+    "penalty_write",
+    "table_write",
+    "option_write",
+    "mask_write",
+)
 """Kinds of programs, in descending order of compile time."""
 
 _AT_ONCE = (-1, 0)

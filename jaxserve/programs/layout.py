@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.request import ROW_FIELDS
+from jaxserve.request import ADMITTED_FIELDS, APART_FIELDS
 from jaxserve.scheduler.plan import TABLE_RUN
 
 Shape = tuple[int, ...]
@@ -63,8 +63,8 @@ def forward_layout(tokens: int, rows: int, page_size: int) -> Layout:
     token_ids [tokens]: an id, or -1 - slot for the token sampled last in that slot; padding is id 0.
     row_slot [rows]: slot of each row; row_start: its tokens computed before; query_start_loc [rows + 1].
     page_*: entries of the page table to set, (slot, index, page); the slot of padding is out of range.
-    admit_slot and the sampling parameters after it (`ROW_FIELDS`): slots taken by new requests; the slot of padding is
-        out of range.
+    admit_slot and the sampling parameters after it (`ADMITTED_FIELDS`): slots taken by new requests; the slot of
+        padding is out of range.
     """
     updates = tokens // page_size + rows  # a row of n tokens takes at most n / page_size + 1 pages
     return Layout(
@@ -79,7 +79,7 @@ def forward_layout(tokens: int, rows: int, page_size: int) -> Layout:
             "admit_slot": Field((rows,)),
             **{
                 name: Field((rows,) if value.width is None else (rows, value.width), value.dtype)
-                for name, value in ROW_FIELDS.items()
+                for name, value in ADMITTED_FIELDS.items()
             },
         }
     )
@@ -90,7 +90,7 @@ def sample_layout(rows: int) -> Layout:
 
     token [rows]: index of the row's last token in the step; slot: out of range for padding. position: of the token to
     be drawn. suppress_stop: 1 where stop ids cannot be drawn yet. masked: 1 where only tokens that the slot's mask
-    allows can be drawn.
+    allows can be drawn. logprobs: 1 where log-probabilities are wanted.
     """
     return Layout(
         {
@@ -99,8 +99,17 @@ def sample_layout(rows: int) -> Layout:
             "position": Field((rows,)),
             "suppress_stop": Field((rows,)),
             "masked": Field((rows,)),
+            "logprobs": Field((rows,)),
         }
     )
+
+
+def score_layout(rows: int) -> Layout:
+    """Returns the host inputs of the score program for a block of `rows` rows.
+
+    token [rows]: index of a token in the step; target: the id that follows it. Both are 0 in padding.
+    """
+    return Layout({"token": Field((rows,)), "target": Field((rows,))})
 
 
 def table_layout() -> Layout:
@@ -108,6 +117,25 @@ def table_layout() -> Layout:
     `forward_layout`.
     """
     return Layout({name: Field((TABLE_RUN,)) for name in ("page_slot", "page_index", "page")})
+
+
+def option_layout() -> Layout:
+    """Returns the host inputs of the option-write program: one slot [1] and its values of `APART_FIELDS`."""
+    return Layout(
+        {
+            "slot": Field((1,)),
+            **{name: Field((value.width or 1,), value.dtype) for name, value in APART_FIELDS.items()},
+        }
+    )
+
+
+def penalty_layout(ids: int) -> Layout:
+    """Returns the host inputs of the program that adds `ids` token ids to a penalty row.
+
+    row [1]: out of range for padding. reset [1]: 1 empties the row before. num_prompt [1]: so many of the first ids are
+    of the prompt, the others of the output. token_ids [ids]: -1 is padding.
+    """
+    return Layout({"row": Field((1,)), "reset": Field((1,)), "num_prompt": Field((1,)), "token_ids": Field((ids,))})
 
 
 def mask_layout(words: int) -> Layout:
@@ -129,3 +157,6 @@ def pooling_layout(rows: int) -> Layout:
 
 MASK_ROWS = 8
 """Number of masks that one call writes: rows of a vocabulary of 128k have 16 kB each."""
+
+PENALTY_RUNS = (64, 512, 4096)
+"""Numbers of token ids that one call adds to a penalty row, at most."""

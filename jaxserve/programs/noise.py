@@ -16,9 +16,13 @@ _PARITY = 0x1BD11BDA
 
 def gumbel(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
     """Draws float32 [R, size] from the standard Gumbel distribution. seed: uint32 [R, 2]; position: int32 [R]."""
+    return gumbel_at(seed, position, jax.lax.broadcasted_iota(jnp.uint32, (seed.shape[0], size), 1))
+
+
+def gumbel_at(seed: jax.Array, position: jax.Array, place: jax.Array) -> jax.Array:
+    """Draws what `gumbel` does at the given indices of each row, uint32 [R, N]."""
     zero = jnp.zeros_like(seed[:, 0])
     high, low = threefry(seed[:, 0], seed[:, 1], zero, position.astype(jnp.uint32))
-    place = jax.lax.broadcasted_iota(jnp.uint32, (seed.shape[0], size), 1)
     first, second = threefry(high[:, None], low[:, None], jnp.zeros_like(place), place)
     # 23 random bits as the fraction of a number in [1, 2).
     unit = jax.lax.bitcast_convert_type((first ^ second) >> 9 | jnp.uint32(0x3F800000), jnp.float32) - 1.0

@@ -68,13 +68,15 @@ def largest_keys(shapes: Shapes) -> list[ProgramKey]:
 
 def servable_keys(shapes: Shapes) -> list[ProgramKey]:
     """Returns the programs that can serve every request, if necessary with more padding: the largest of each kind,
-    since any smaller step can be padded to it, and all that copy pages, which pad nothing.
+    since any smaller step can be padded to it, and all that copy pages or fill penalty rows, which are never replaced
+    by a larger one.
 
     The one that has room for a token of every row is included: padded to the largest, decodes would take so much longer
     that a busy server would be overwhelmed.
     """
+    exact = ("swap_in", "swap_out", "penalty_write")
     wanted = [*largest_keys(shapes), ProgramKey("forward", shapes.buckets.decode_tokens[-1])]
-    return [key for key in program_keys(shapes) if key in wanted or key.kind in ("swap_in", "swap_out")]
+    return [key for key in program_keys(shapes) if key in wanted or key.kind in exact]
 
 
 def loaded(needs: ProgramNeeds, mesh: Mesh) -> ProgramNeeds:

@@ -1,111 +1,226 @@
 """Samples token ids from logits, for rows that each have parameters of their own.
 
+The logits of a row are processed in vLLM's order:
+
+    allowed_token_ids, masks (bad_words among them), min_tokens     forbidden tokens become -inf
+    logit_bias                                                      added
+    repetition_penalty, frequency_penalty, presence_penalty         from the row's tokens so far
+    temperature, min_p, top_k, top_p, typical_p                     in rows that draw; a greedy row takes the largest
+
 Every option is data: one program serves greedy and random rows together, and `lax.cond` skips what no row uses. Random
 rows draw by the Gumbel-max trick with a key made of (seed, position) alone, so a token does not depend on the batch,
-the step or the slot. Filters find their threshold by bisection over the bits of the logits instead of sorting: 32
-passes of compare and sum, exact, ties kept together.
+the step or the slot.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxserve.programs.noise import gumbel
+from jaxserve.programs.filters import filter_logits
+from jaxserve.programs.noise import gumbel, gumbel_at
+from jaxserve.programs.penalties import Penalties, penalized, unpacked
 from jaxserve.programs.slots import Slots
+from jaxserve.request import PENALTY_ROW, counted
 from jaxserve.scheduler.plan import NOT_FINITE, NOTHING_ALLOWED
 
 _BLOCK = 128
 """Block size of `_argmax`: the least width that divides the vocabulary and is no less than this."""
 
+_FEW = 8
+"""Noise is drawn only for the blocks of tokens that the filters left something of where these are at most one in so
+many."""
 
-def sample(logits: jax.Array, slots: Slots, masks: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Reads the fields of the R rows to sample; of padding, whose slot is out of range, some slot's."""
+
+    slots: Slots
+    masks: jax.Array
+    fields: dict[str, jax.Array]
+
+    @property
+    def exists(self) -> jax.Array:
+        return self.fields["slot"] < self.slots.last_token.shape[0]
+
+    @property
+    def slot(self) -> jax.Array:
+        return jnp.minimum(self.fields["slot"], self.slots.last_token.shape[0] - 1)
+
+    def of(self, name: str) -> jax.Array:
+        """Returns a parameter of each row, [R] or [R, width]."""
+        return self.slots.sampling[name][self.slot]
+
+    def used(self, name: str) -> jax.Array:
+        """Returns int32 [R]: the number of elements of a wide parameter that each row has; 0 for padding."""
+        return jnp.where(self.exists, self.of(counted(name)), 0)
+
+    @property
+    def temperature(self) -> jax.Array:
+        return jnp.where(self.exists, self.of("temperature"), 0.0)
+
+    @property
+    def penalty_row(self) -> jax.Array:
+        return jnp.where(self.exists, self.of(PENALTY_ROW), -1)
+
+    @functools.cached_property
+    def restricted(self) -> jax.Array:
+        """Returns bool [R]: rows of which a list or a mask says what they may draw."""
+        return (self.fields["masked"] > 0) | (self.used("allowed_token_ids") > 0)
+
+
+def sample(
+    logits: jax.Array,
+    slots: Slots,
+    masks: jax.Array,
+    penalties: Penalties,
+    fields: dict[str, jax.Array],
+    *,
+    on_cpu: bool = True,
+) -> jax.Array:
     """Draws one id for each row.
 
-    logits: float32 [R, V]. masks: uint32 [S, words], bit v % 32 of word v // 32 allows the slot token v.
+    logits: float32 [R, V]. masks: uint32 [S, words], bit v % 32 of word v // 32 allows the slot token v. penalties: the
+        penalty rows.
     fields: int32 [R] each, of `layout.sample_layout`: slot, clamped where out of range (padding); position, of the
         token drawn; suppress_stop, 1 forbids the slot's stop token ids; masked, 1 forbids what its mask does not allow.
+    on_cpu: the device is a CPU, which decides how things are computed and not what.
     Returns int32 [R]; NOT_FINITE for a row whose logits are not all finite, NOTHING_ALLOWED for one all of whose tokens
     are forbidden.
     """
-    slot, position, suppress_stop, masked = (fields[name] for name in ("slot", "position", "suppress_stop", "masked"))
-    clamped = jnp.minimum(slot, slots.last_token.shape[0] - 1)
+    rows = _Rows(slots, masks, fields)
+    temperature, finite = rows.temperature, _all_finite(logits)
+    changed = _changed(rows)
 
-    def of_rows(name: str) -> jax.Array:
-        return slots.sampling[name][clamped]
-
-    temperature = jnp.where(slot < slots.last_token.shape[0], of_rows("temperature"), 0.0)
-    finite = _all_finite(logits)
-
-    any_masked = jnp.any(masked > 0)
-    restricted = any_masked | jnp.any(suppress_stop > 0)
-
-    def permitted() -> jax.Array:
-        found = _without_stop_ids(logits, of_rows("stop_token_ids"), suppress_stop)
-        within = lambda: jnp.where(_allowed(masks[clamped], masked, found.shape[-1]), found, -jnp.inf)  # noqa: E731
-        return jax.lax.cond(any_masked, within, lambda: found)
-
-    def greedy_of_permitted() -> jax.Array:
-        found = permitted()
-        some = (masked == 0) | (jnp.max(found, axis=-1) > -jnp.inf)
+    def greedy_of_changed() -> jax.Array:
+        found = _changed_logits(logits, rows, penalties)
+        some = ~rows.restricted | (jnp.max(found, axis=-1) > -jnp.inf)
         return jnp.where(some, _argmax(found), NOTHING_ALLOWED)
 
     # Each branch reduces for itself: one that returned the logits as they are would copy them.
-    greedy = jax.lax.cond(restricted, greedy_of_permitted, lambda: _argmax(logits))
+    greedy = jax.lax.cond(changed, greedy_of_changed, lambda: _argmax(logits))
 
     def draw() -> jax.Array:
-        allowed = jax.lax.cond(restricted, permitted, lambda: logits)
-        # Relative to the best logit, so that no temperature, however small, takes another token to infinity.
-        relative = allowed - jnp.max(allowed, axis=-1, keepdims=True)
-        scaled = relative / jnp.where(temperature > 0, temperature, 1.0)[:, None]
-        scaled = filter_logits(scaled, of_rows("top_k"), of_rows("top_p"), of_rows("min_p"), temperature > 0)
-        noise = gumbel(of_rows("seed"), position, logits.shape[-1])
-        return _argmax(scaled + noise)
+        found = jax.lax.cond(changed, lambda: _changed_logits(logits, rows, penalties), lambda: logits)
+        left = _filtered(found, rows, on_cpu)
+        return _drawn(left, rows, changed, on_cpu)
 
     drawn = jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
     drawn = jnp.where((temperature > 0) & (greedy != NOTHING_ALLOWED), drawn, greedy)
     return jnp.where(finite, drawn, NOT_FINITE)
 
 
-def filter_logits(
-    logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array, active: jax.Array
+def processed_logits(
+    logits: jax.Array,
+    slots: Slots,
+    masks: jax.Array,
+    penalties: Penalties,
+    fields: dict[str, jax.Array],
+    *,
+    on_cpu: bool = True,
 ) -> jax.Array:
-    """Masks tokens to -inf by min_p, then top_k, then top_p; top_p counts probability among the tokens left by then.
+    """Returns float32 [R, V]: the logits that `sample`, with the same arguments, draws from.
 
-    Args:
-        logits: float32 [R, V], after temperature.
-        top_k: int32 [R], 0 or less is off.
-        top_p: float32 [R], 1 is off.
-        min_p: float32 [R], 0 is off.
-        active: bool [R], rows whose result matters; a filter runs only for those.
+    They are relative to the row's largest before temperature, a constant that changes no probability; -inf where a
+    token cannot be drawn. A greedy row's are not divided, nor filtered.
     """
-    size = logits.shape[-1]
-    use_top_k = active & (top_k > 0) & (top_k < size)
-    use_top_p = active & (top_p < 1.0)
-    best = jnp.max(logits, axis=-1, keepdims=True)
-    floor = best + jnp.log(jnp.maximum(min_p, jnp.finfo(jnp.float32).tiny))[:, None]
-    logits = jnp.where((min_p > 0)[:, None] & (logits < floor), -jnp.inf, logits)
+    rows = _Rows(slots, masks, fields)
+    found = jax.lax.cond(_changed(rows), lambda: _changed_logits(logits, rows, penalties), lambda: logits)
+    return _filtered(found, rows, on_cpu)
 
-    def keep_top_k(logits: jax.Array) -> jax.Array:
-        order = _ordered_bits(logits)
-        wanted = jnp.where(use_top_k, top_k, size)
-        threshold = _largest(order.shape[:1], lambda t: jnp.sum(order >= t[:, None], axis=-1) >= wanted)
-        return jnp.where(order >= threshold[:, None], logits, -jnp.inf)
 
-    def keep_top_p(logits: jax.Array) -> jax.Array:
-        order = _ordered_bits(logits)
-        weight = jnp.exp(logits - best)
-        wanted = jnp.where(use_top_p, top_p, 1.0) * jnp.sum(weight, axis=-1)
-        mass = lambda t: jnp.sum(jnp.where(order >= t[:, None], weight, 0.0), axis=-1)  # noqa: E731
-        threshold = _largest(order.shape[:1], lambda t: mass(t) >= wanted)
-        threshold = jnp.minimum(threshold, jnp.max(order, axis=-1))  # the best stays where top_p rounds to 0
-        kept = jnp.where(order >= threshold[:, None], logits, -jnp.inf)
-        return jnp.where(use_top_p[:, None], kept, logits)
+def _changed(rows: _Rows) -> jax.Array:
+    """Tells whether any row's logits are processed before temperature."""
+    any_changed = rows.restricted | (rows.fields["suppress_stop"] > 0) | (rows.used("logit_bias") > 0)
+    return jnp.any(any_changed | (rows.penalty_row >= 0))
 
-    logits = jax.lax.cond(jnp.any(use_top_k), keep_top_k, lambda logits: logits, logits)
-    return jax.lax.cond(jnp.any(use_top_p), keep_top_p, lambda logits: logits, logits)
+
+def _changed_logits(logits: jax.Array, rows: _Rows, penalties: Penalties) -> jax.Array:
+    """Applies everything that comes before temperature; rows that use none of it stay as they are."""
+    size, masked = logits.shape[-1], rows.fields["masked"]
+
+    def if_any(used: jax.Array, change: Callable[[jax.Array], jax.Array], logits: jax.Array) -> jax.Array:
+        return jax.lax.cond(jnp.any(used), change, lambda logits: logits, logits)
+
+    def within_allowed(logits: jax.Array) -> jax.Array:
+        allowed = _at(jnp.zeros(logits.shape, bool), rows.of("allowed_token_ids"), num_allowed).set(True, mode="drop")
+        return jnp.where(allowed | (num_allowed == 0)[:, None], logits, -jnp.inf)
+
+    def within_masks(logits: jax.Array) -> jax.Array:
+        allowed = unpacked(rows.masks[rows.slot], size) | (masked == 0)[:, None]
+        return jnp.where(allowed, logits, -jnp.inf)
+
+    def with_biases(logits: jax.Array) -> jax.Array:
+        pairs = rows.of("logit_bias")
+        biases = jax.lax.bitcast_convert_type(pairs[:, 1::2], jnp.float32)
+        return _at(logits, pairs[:, 0::2], num_biased // 2).add(biases, mode="drop")
+
+    def with_penalties(logits: jax.Array) -> jax.Array:
+        weights = (rows.of(f"{name}_penalty") for name in ("presence", "frequency", "repetition"))
+        return penalized(logits, penalties, rows.penalty_row, *weights)
+
+    num_allowed, num_biased = rows.used("allowed_token_ids"), rows.used("logit_bias")
+    logits = if_any(num_allowed, within_allowed, logits)
+    logits = if_any(masked, within_masks, logits)
+    logits = _without_stop_ids(logits, rows.of("stop_token_ids"), rows.fields["suppress_stop"])
+    logits = if_any(num_biased, with_biases, logits)
+    return if_any(rows.penalty_row >= 0, with_penalties, logits)
+
+
+def _filtered(logits: jax.Array, rows: _Rows, on_cpu: bool) -> jax.Array:
+    """Divides by temperature, and masks what the filters remove."""
+    temperature = rows.temperature
+    # Relative to the best logit, so that no temperature, however small, takes another token to infinity.
+    relative = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scaled = relative / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    # A row that does not draw keeps all its tokens.
+    min_p = jnp.where(temperature > 0, rows.of("min_p"), 0.0)
+    limits = rows.of("top_k"), rows.of("top_p"), min_p, temperature > 0, rows.of("typical_p")
+    return filter_logits(scaled, *limits, on_cpu=on_cpu)
+
+
+def _drawn(left: jax.Array, of: _Rows, changed: jax.Array, on_cpu: bool) -> jax.Array:
+    """Draws int32 [R] from float32 [R, V]; of rows that do not draw, any token.
+
+    On a CPU most of the time goes into the noise, so where few tokens are left it is drawn for their blocks alone.
+    """
+    (rows, size), seed, position, random = left.shape, of.of("seed"), of.fields["position"], of.temperature > 0
+    width = _block_width(size)
+    blocks = size // width
+    room = blocks // _FEW
+
+    def of_all() -> jax.Array:
+        return _argmax(left + gumbel(seed, position, size))
+
+    if not on_cpu or not room or width % _BLOCK:
+        return of_all()
+    parts = left.reshape(rows, blocks, width)
+
+    def live() -> jax.Array:
+        return (jnp.max(parts, axis=-1) > -jnp.inf) & random[:, None]
+
+    def of_few() -> jax.Array:
+        taken = live()
+        rank = jnp.where(taken, jnp.cumsum(taken, axis=-1) - 1, room)
+        number = jnp.broadcast_to(jnp.arange(blocks), rank.shape)
+        chosen = _at(jnp.full((rows, room), blocks), rank).set(number, mode="drop")
+        values = jnp.take_along_axis(parts, chosen[:, :, None], axis=1, mode="fill", fill_value=-jnp.inf)
+        place = chosen[:, :, None] * width + jnp.arange(width)
+        noise = gumbel_at(seed, position, place.reshape(rows, -1).astype(jnp.uint32))
+        best = _argmax(values.reshape(rows, -1) + noise)
+        found = jnp.take_along_axis(place.reshape(rows, -1), best[:, None], axis=1, mode="clip")[:, 0]
+        return jnp.minimum(found, size - 1)
+
+    filters = (of.of("top_k") > 0) | (of.of("top_p") < 1) | (of.of("min_p") > 0) | (of.of("typical_p") < 1)
+    some_removed = changed | jnp.any(random & filters)
+    few = jax.lax.cond(some_removed, lambda: jnp.max(jnp.sum(live(), axis=-1)) <= room, lambda: jnp.array(False))
+    return jax.lax.cond(few, of_few, of_all)
 
 
 def _without_stop_ids(logits: jax.Array, stop_token_ids: jax.Array, suppress_stop: jax.Array) -> jax.Array:
@@ -115,10 +230,13 @@ def _without_stop_ids(logits: jax.Array, stop_token_ids: jax.Array, suppress_sto
     return logits.at[rows, columns].set(-jnp.inf, mode="drop")
 
 
-def _allowed(masks: jax.Array, masked: jax.Array, size: int) -> jax.Array:
-    """Returns bool [R, size]: tokens allowed by uint32 [R, words], and all in rows that are not `masked`, int32 [R]."""
-    bits = (masks[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    return (bits.reshape(masks.shape[0], -1)[:, :size] > 0) | (masked[:, None] == 0)
+def _at(array: jax.Array, columns: jax.Array, counts: jax.Array | None = None) -> Any:
+    """Returns the elements of [R, N] in `columns`, int32 [R, M], to be set with mode "drop": the first `counts` of each
+    row, or all; negative columns are none."""
+    used = columns >= 0
+    if counts is not None:
+        used &= jnp.arange(columns.shape[1]) < counts[:, None]
+    return array.at[jnp.arange(array.shape[0])[:, None], jnp.where(used, columns, array.shape[1])]
 
 
 def _all_finite(values: jax.Array) -> jax.Array:
@@ -137,7 +255,7 @@ def _argmax(values: jax.Array) -> jax.Array:
     vectorizes that pass, but not a reduction over pairs of value and index.
     """
     rows, size = values.shape
-    width = next(width for width in range(min(_BLOCK, size), size + 1) if size % width == 0)
+    width = _block_width(size)
     blocks = values.reshape(rows, size // width, width)
     largest = jnp.max(blocks, axis=-1)
     best = jnp.max(largest, axis=-1, keepdims=True)
@@ -152,20 +270,5 @@ def _first(holds: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(holds, place, holds.shape[1]), axis=-1)
 
 
-def _ordered_bits(values: jax.Array) -> jax.Array:
-    """Returns uint32 whose order is that of the float32 values."""
-    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _largest(shape: tuple[int, ...], holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Returns the largest uint32 threshold of each row for which `holds` is true; 0 where it never is.
-
-    `holds` must be monotonically decreasing.
-    """
-
-    def narrow(step: int, threshold: jax.Array) -> jax.Array:
-        candidate = threshold | (jnp.uint32(1 << 31) >> jnp.uint32(step))
-        return jnp.where(holds(candidate), candidate, threshold)
-
-    return jax.lax.fori_loop(0, 32, narrow, jnp.zeros(shape, jnp.uint32))
+def _block_width(size: int) -> int:
+    return next(width for width in range(min(_BLOCK, size), size + 1) if size % width == 0)

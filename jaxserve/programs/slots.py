@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxserve.request import ROW_FIELDS
+from jaxserve.request import ADMITTED_FIELDS, APART_FIELDS
 
 
 @functools.partial(
@@ -25,7 +25,8 @@ class Slots:
     Attributes:
         last_token: int32 [S], the id sampled last.
         page_table: int32 [S, P]; entries past a request's length are stale.
-        sampling: for each of `ROW_FIELDS` an array [S] or [S, width], written once, at admission.
+        sampling: for each of `ADMITTED_FIELDS` and `APART_FIELDS` an array [S] or [S, width], written once, at
+            admission; the latter only for requests that set them.
     """
 
     last_token: jax.Array
@@ -37,7 +38,7 @@ class Slots:
         """Creates unused slots."""
         sampling = {
             name: jnp.full((num_slots,) if value.width is None else (num_slots, value.width), value.idle, value.dtype)
-            for name, value in ROW_FIELDS.items()
+            for name, value in {**ADMITTED_FIELDS, **APART_FIELDS}.items()
         }
         return cls(
             last_token=jnp.zeros((num_slots,), jnp.int32),
@@ -48,6 +49,8 @@ class Slots:
     def apply(self, fields: dict[str, jax.Array]) -> Slots:
         """Applies the differences of a step; entries whose slot is out of range are padding and dropped."""
         admit = fields["admit_slot"]
-        sampling = {name: held.at[admit].set(fields[name], mode="drop") for name, held in self.sampling.items()}
+        sampling = self.sampling | {
+            name: self.sampling[name].at[admit].set(fields[name], mode="drop") for name in ADMITTED_FIELDS
+        }
         page_table = self.page_table.at[fields["page_slot"], fields["page_index"]].set(fields["page"], mode="drop")
         return dataclasses.replace(self, page_table=page_table, sampling=sampling)

@@ -1,9 +1,10 @@
-"""Defines the programs that update device state besides a step's own vectors: page tables and masks.
+"""Defines the programs that update device state besides a step's own vectors: page tables, wide options and masks.
 
-    write_tables(slots, vector) -> slots     runs of pages that a sequence holds before its step, when it gets its slot
-    write_masks(masks, vector)  -> masks     what rows may draw next, between the forward and the sample program
+    write_tables(slots, vector)  -> slots    runs of pages that a sequence holds before its step, when it gets its slot
+    write_options(slots, vector) -> slots    wide sampling parameters of one request, when it gets its slot
+    write_masks(masks, vector)   -> masks    what rows may draw next, between the forward and the sample program
 
-Both donate their array. They are separate from the programs of a step so that neither reserves space for what few steps
+All donate their array. They are separate from the programs of a step so that neither reserves space for what few steps
 need: a table write has TABLE_RUN entries whatever the token bucket, a mask as many bits as the vocabulary has tokens.
 """
 
@@ -13,8 +14,9 @@ import dataclasses
 
 import jax
 
-from jaxserve.programs.layout import mask_layout, table_layout
+from jaxserve.programs.layout import mask_layout, option_layout, table_layout
 from jaxserve.programs.slots import Slots
+from jaxserve.request import APART_FIELDS
 
 
 def mask_words(vocab_size: int) -> int:
@@ -27,6 +29,13 @@ def write_tables(slots: Slots, vector: jax.Array) -> Slots:
     fields = table_layout().read(vector)
     table = slots.page_table.at[fields["page_slot"], fields["page_index"]].set(fields["page"], mode="drop")
     return dataclasses.replace(slots, page_table=table)
+
+
+def write_options(slots: Slots, vector: jax.Array) -> Slots:
+    """Sets one slot's wide parameters as `vector` (`option_layout`) says; none where the slot is out of range."""
+    fields = option_layout().read(vector)
+    written = {name: slots.sampling[name].at[fields["slot"][0]].set(fields[name], mode="drop") for name in APART_FIELDS}
+    return dataclasses.replace(slots, sampling=slots.sampling | written)
 
 
 def write_masks(masks: jax.Array, vector: jax.Array) -> jax.Array:

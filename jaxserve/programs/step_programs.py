@@ -1,18 +1,21 @@
 """Defines the programs of a step, and the closed set of them that a server can need.
 
-    forward(weights, pools, slots, hidden, vector) -> pools, slots, hidden     one for each token bucket
-    sample(params, slots, hidden, masks, vector)   -> slots, ids               one for each row bucket
-    pooling(hidden, vector)                        -> sums                     for few rows, and for all
+    forward(weights, pools, slots, hidden, vector)          -> pools, slots, hidden            one for each token bucket
+    sample(params, slots, hidden, masks, penalties, vector) -> slots, penalties, ids, logprobs  one for each row bucket
+    score(params, hidden, vector)                           -> logprobs                        one, for a block of rows
+    pooling(hidden, vector)                                 -> sums                            for few rows, and for all
 
-One program each of `state_programs` sets page tables and masks. Where sequences are swapped to host memory,
+One program each of `state_programs` sets page tables, wide options and masks, and one of a few sizes fills penalty rows
+(`penalties.py`). Where sequences are swapped to host memory,
 `swap_programs` for a few numbers of pages join them.
 
 Where the attention kernels benefit, decode-only steps have forward programs of their own, without the attention for
 prompts.
 
 Pools, slots and the hidden buffer are donated: they keep their addresses. The hidden buffer has room for the largest
-token bucket, so the sample program's shape does not depend on the forward program that filled it. The sample program
-reads the masks where a row is masked.
+token bucket, so the shapes of the programs that read it do not depend on the forward program that filled it. The sample
+program reads the masks where a row is masked, and the penalty rows, which are donated too, where a row has one; it
+computes log-probabilities where a row wants them.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxserve.config.logprobs_config import MAX_LOGPROBS
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers.attention_backends import (
     POOL_PARTITION,
@@ -40,17 +44,24 @@ from jaxserve.models.params import abstract_params, bind, products_for
 from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, is_quantized, pool_spec
 from jaxserve.programs.layout import (
     MASK_ROWS,
+    PENALTY_RUNS,
     forward_layout,
     mask_layout,
+    option_layout,
+    penalty_layout,
     pooling_layout,
     sample_layout,
+    score_layout,
     table_layout,
 )
+from jaxserve.programs.logprobs import drawn_logprobs, packed_logprobs, packed_width
+from jaxserve.programs.penalties import Penalties, add_ids, counted
 from jaxserve.programs.pooling import pool
-from jaxserve.programs.sampler import sample
+from jaxserve.programs.sampler import processed_logits, sample
 from jaxserve.programs.slots import Slots
-from jaxserve.programs.state_programs import mask_words, write_masks, write_tables
+from jaxserve.programs.state_programs import mask_words, write_masks, write_options, write_tables
 from jaxserve.programs.swap_programs import SWAP_SIZES, swap_in, swap_out
+from jaxserve.request import PENALTY_ROW
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.plan import TABLE_RUN, StepPlan
 
@@ -76,9 +87,10 @@ class ProgramKey:
     """Identifies a program of the closed set.
 
     Attributes:
-        kind: "forward", "decode" (forward for a step in which no row has more than one token), "sample", "pooling",
-            "table_write", "mask_write", "swap_in" or "swap_out".
-        size: its token or row bucket, its entries of page tables, its masks, or its pages.
+        kind: "forward", "decode" (forward for a step in which no row has more than one token), "sample", "score",
+            "pooling", "table_write", "option_write", "mask_write", "penalty_write", "swap_in" or "swap_out".
+        size: its token or row bucket, its rows, its entries of page tables, its slots, its masks, its token ids, or its
+            pages.
     """
 
     kind: str
@@ -87,10 +99,14 @@ class ProgramKey:
     @property
     def uses_pools(self) -> bool:
         """Returns whether the pools are among its arguments, so that it depends on their size."""
-        return self.kind not in ("sample", "pooling", "table_write", "mask_write")
+        return self.kind in ("forward", "decode", "swap_in", "swap_out")
 
+
+SCORE_ROWS = 64
+"""Maximum number of tokens whose successors one call of the score program scores."""
 
 TABLE_WRITE = ProgramKey("table_write", TABLE_RUN)
+OPTION_WRITE = ProgramKey("option_write", 1)
 MASK_WRITE = ProgramKey("mask_write", MASK_ROWS)
 
 
@@ -102,6 +118,9 @@ class Shapes:
         kv_cache_dtype: name of the dtype of keys and values in pages; None is `dtype`.
         packed: name of the CPU kernels in whose order weights are packed; "" for unpacked weights.
         num_host_pages: pages of host memory for swapped sequences; 0 where none are swapped.
+        num_penalty_rows: requests with penalties that can run at once.
+        max_logprobs: likeliest ids of one position that a request may ask for, at most as many as the vocabulary has.
+        logprobs_mode: as `LogprobsConfig.logprobs_mode`.
     """
 
     model: ModelConfig
@@ -115,6 +134,9 @@ class Shapes:
     kv_cache_dtype: str | None = None
     packed: str = ""
     num_host_pages: int = 0
+    num_penalty_rows: int = 1
+    max_logprobs: int = MAX_LOGPROBS
+    logprobs_mode: str = "raw_logprobs"
 
     @property
     def swap_sizes(self) -> tuple[int, ...]:
@@ -141,6 +163,11 @@ class Shapes:
         """Maximum number of pages of a sequence."""
         return -(-self.max_model_len // self.page_size)
 
+    @property
+    def score_key(self) -> ProgramKey:
+        """Identifies the program that scores tokens of a prompt: no step has more of them than it has tokens."""
+        return ProgramKey("score", min(SCORE_ROWS, self.buckets.tokens[-1]))
+
     def forward_key(self, plan: StepPlan) -> ProgramKey:
         """Returns the forward program that computes a step."""
         decode = plan.decode_only and IMPLEMENTATIONS[self.attention].decode_programs
@@ -159,8 +186,9 @@ def program_keys(shapes: Shapes) -> list[ProgramKey]:
     if IMPLEMENTATIONS[shapes.attention].decode_programs:
         keys += [ProgramKey("decode", size) for size in buckets.decode_tokens]
     keys += [ProgramKey("sample", size) for size in buckets.rows]
+    keys += [shapes.score_key, TABLE_WRITE, OPTION_WRITE, MASK_WRITE]
+    keys += [ProgramKey("penalty_write", size) for size in PENALTY_RUNS]
     keys += [ProgramKey("pooling", size) for size in shapes.pooling_sizes]
-    keys += [TABLE_WRITE, MASK_WRITE]
     keys += [ProgramKey(kind, size) for kind in ("swap_in", "swap_out") for size in shapes.swap_sizes]
     return sorted(keys, key=lambda key: (key.kind, -key.size))
 
@@ -183,6 +211,12 @@ def program_shapes(key: ProgramKey, shapes: Shapes) -> Shapes:
     one.
     """
     shapes = decisive_shapes(shapes)
+    if key.kind != "sample":
+        shapes = dataclasses.replace(shapes, logprobs_mode="raw_logprobs")
+        if key.kind != "score":
+            shapes = dataclasses.replace(shapes, max_logprobs=0)
+    if key.kind not in ("sample", "penalty_write"):
+        shapes = dataclasses.replace(shapes, num_penalty_rows=1)
     return shapes if key.uses_pools else dataclasses.replace(shapes, num_pages=2)
 
 
@@ -207,12 +241,18 @@ def _function(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Callable[..., Any]
     match key.kind:
         case "sample":
             return functools.partial(sample_step, rows=key.size, shapes=shapes, mesh=mesh)
+        case "score":
+            return functools.partial(score_step, rows=key.size, shapes=shapes, mesh=mesh)
         case "pooling":
             return functools.partial(pool, rows=key.size)
         case "table_write":
             return write_tables
+        case "option_write":
+            return write_options
         case "mask_write":
             return write_masks
+        case "penalty_write":
+            return functools.partial(add_ids, ids=key.size)
         case "swap_in":
             return swap_in
         case "swap_out":
@@ -228,11 +268,19 @@ def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any
     match key.kind:
         case "sample":
             params = abstract_params(shapes.model, shapes.dtype, mesh)
-            return params, slots, hidden, abstract_masks(shapes, mesh), _int32(mesh, sample_layout(key.size).size)
+            rows = abstract_masks(shapes, mesh), abstract_penalties(shapes, mesh)
+            return params, slots, hidden, *rows, _int32(mesh, sample_layout(key.size).size)
+        case "score":
+            params = abstract_params(shapes.model, shapes.dtype, mesh)
+            return params, hidden, _int32(mesh, score_layout(key.size).size)
         case "pooling":
             return hidden, _int32(mesh, pooling_layout(key.size).size)
         case "table_write":
             return slots, _int32(mesh, table_layout().size)
+        case "option_write":
+            return slots, _int32(mesh, option_layout().size)
+        case "penalty_write":
+            return abstract_penalties(shapes, mesh), _int32(mesh, penalty_layout(key.size).size)
         case "mask_write":
             masks = abstract_masks(shapes, mesh)
             return masks, _int32(mesh, mask_layout(masks.shape[1]).size)
@@ -250,11 +298,15 @@ def abstract_results(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Any:
     """Returns the program's results as ShapeDtypeStructs with shardings."""
     match key.kind:
         case "sample":
-            return abstract_state(shapes, mesh)[0], _int32(mesh, key.size)
+            slots, _ = abstract_state(shapes, mesh)
+            drawn = _int32(mesh, key.size), _abstract_logprobs(key, shapes, mesh)
+            return slots, abstract_penalties(shapes, mesh), *drawn
+        case "score":
+            return _abstract_logprobs(key, shapes, mesh)
         case "pooling":
             sums = (key.size, 2 * shapes.model.hidden_size + 1)
             return jax.ShapeDtypeStruct(sums, jnp.int32, sharding=NamedSharding(mesh, P()))
-        case "table_write" | "mask_write":
+        case "table_write" | "option_write" | "mask_write" | "penalty_write":
             return abstract_arguments(key, shapes, mesh)[0]
         case "swap_in":
             return abstract_pools(shapes, mesh), _int32(mesh, 1)
@@ -265,11 +317,12 @@ def abstract_results(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Any:
 
 
 def donated_arguments(key: ProgramKey) -> tuple[int, ...]:
-    """Returns the indices of the donated arguments: of pools, slots, the hidden buffer and masks those that it
-    changes.
+    """Returns the indices of the donated arguments: of pools, slots, the hidden buffer, masks and penalty rows those
+    that it changes.
     """
-    few = {"sample": (1,), "pooling": (), "table_write": (0,), "mask_write": (0,), "swap_in": (0,), "swap_out": ()}
-    return few.get(key.kind, (1, 2, 3))
+    few = {"sample": (1, 4), "score": (), "pooling": (), "swap_out": ()}
+    of_kind = (1, 2, 3) if key.kind in ("forward", "decode") else (0,)
+    return few.get(key.kind, of_kind)
 
 
 def abstract_pages(count: int, shapes: Shapes, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -279,8 +332,12 @@ def abstract_pages(count: int, shapes: Shapes, mesh: Mesh) -> tuple[jax.ShapeDty
     return (jax.ShapeDtypeStruct(shape, pools[0].dtype, sharding=NamedSharding(mesh, POOL_PARTITION)),) * count
 
 
-def _int32(mesh: Mesh, size: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=NamedSharding(mesh, P()))
+def _int32(mesh: Mesh, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, P()))
+
+
+def _abstract_logprobs(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return _int32(mesh, key.size, packed_width(shapes.max_logprobs))
 
 
 def abstract_pools(shapes: Shapes, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
@@ -322,6 +379,13 @@ def abstract_masks(shapes: Shapes, mesh: Mesh) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=NamedSharding(mesh, P()))
 
 
+def abstract_penalties(shapes: Shapes, mesh: Mesh) -> Penalties:
+    """Returns the penalty rows, replicated on every device."""
+    rows = jax.eval_shape(lambda: Penalties.zeros(shapes.num_penalty_rows, shapes.model.vocab_size))
+    replicated = NamedSharding(mesh, P())
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), rows)
+
+
 def forward(
     weights: Weights,
     pools: list[jax.Array],
@@ -356,19 +420,38 @@ def sample_step(
     slots: Slots,
     hidden: jax.Array,
     masks: jax.Array,
+    penalties: Penalties,
     vector: jax.Array,
     *,
     rows: int,
     shapes: Shapes,
     mesh: Mesh,
-) -> tuple[Slots, jax.Array]:
-    """Draws the next token of each sampled row; the slots remember it for the forward program that follows."""
+) -> tuple[Slots, Penalties, jax.Array, jax.Array]:
+    """Draws the next token of each sampled row; the slots remember it for the forward program that follows, and the
+    penalty rows count it.
+
+    Returns slots, penalty rows, ids, and int32 [rows, columns] of `packed_logprobs`, which mean nothing unless a row
+    wants them.
+    """
     fields = sample_layout(rows).read(vector)
     model = bind(shapes.model, params, products_of(shapes, mesh))
     logits = model.logits(hidden[fields["token"]])
-    ids = sample(logits, slots, masks, fields)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    ids = sample(logits, slots, masks, penalties, fields, on_cpu=on_cpu)
     last_token = slots.last_token.at[fields["slot"]].set(jnp.maximum(ids, 0), mode="drop")
-    return dataclasses.replace(slots, last_token=last_token), ids
+    penalty_rows = slots.sampling[PENALTY_ROW].at[fields["slot"]].get(mode="fill", fill_value=-1)
+    processed = lambda: processed_logits(logits, slots, masks, penalties, fields, on_cpu=on_cpu)  # noqa: E731
+    found = drawn_logprobs(logits, ids, fields["logprobs"], processed, shapes.max_logprobs, shapes.logprobs_mode)
+    return dataclasses.replace(slots, last_token=last_token), counted(penalties, penalty_rows, ids), ids, found
+
+
+def score_step(
+    params: Any, hidden: jax.Array, vector: jax.Array, *, rows: int, shapes: Shapes, mesh: Mesh
+) -> jax.Array:
+    """Scores the token that follows each row's; returns int32 [rows, columns] of `packed_logprobs`."""
+    fields = score_layout(rows).read(vector)
+    model = bind(shapes.model, params, products_of(shapes, mesh))
+    return packed_logprobs(model.logits(hidden[fields["token"]]), fields["target"], shapes.max_logprobs)
 
 
 def attention_metadata(fields: dict[str, jax.Array], slots: Slots, page_size: int) -> AttentionMetadata:

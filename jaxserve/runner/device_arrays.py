@@ -1,4 +1,5 @@
-"""Holds the arrays that a runner's programs take over and return: page pools, slots, hidden buffer and masks."""
+"""Holds the arrays that a runner's programs take over and return: page pools, slots, hidden buffer, masks and penalty
+rows."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from jaxserve.programs.penalties import Penalties
 from jaxserve.programs.slots import Slots
 from jaxserve.programs.step_programs import Shapes, abstract_masks, abstract_pools, abstract_state
 
@@ -16,7 +18,7 @@ from jaxserve.programs.step_programs import Shapes, abstract_masks, abstract_poo
 class DeviceArrays:
     """Holds the device's arrays, all zero when made.
 
-    pools: one a layer. hidden: [largest token bucket, H]. masks: [S, words].
+    pools: one a layer. hidden: [largest token bucket, H]. masks: [S, words]. penalties: as `Penalties`.
 
     A program that takes an array over deletes it and returns its successor, which the caller stores in its place. One
     that fails in execution returns none, so that the arrays it took over are lost.
@@ -31,8 +33,8 @@ class DeviceArrays:
         self.pools: list[jax.Array] = [
             jnp.zeros(pool.shape, pool.dtype, device=pool.sharding) for pool in abstract_pools(self._shapes, self._mesh)
         ]
-        self.slots, self.hidden, self.masks = _initial_state(self._shapes, self._mesh)
-        jax.block_until_ready((self.pools, self.slots, self.hidden, self.masks))
+        self.slots, self.hidden, self.masks, self.penalties = _initial_state(self._shapes, self._mesh)
+        jax.block_until_ready(self._leaves())
 
     def delete(self) -> None:
         """Frees all arrays that no program has taken over: the device has no room for old and new at once."""
@@ -46,22 +48,29 @@ class DeviceArrays:
         return not any(leaf.is_deleted() for leaf in self._leaves())
 
     def _leaves(self) -> list[jax.Array]:
-        return jax.tree.leaves((self.pools, self.slots, self.hidden, self.masks))
+        return jax.tree.leaves((self.pools, self.slots, self.hidden, self.masks, self.penalties))
 
 
 @functools.lru_cache(maxsize=4)
 def _state_maker(
-    max_pages: int, hidden: jax.ShapeDtypeStruct, masks: jax.ShapeDtypeStruct, sharding: NamedSharding
+    max_pages: int,
+    hidden: jax.ShapeDtypeStruct,
+    masks: jax.ShapeDtypeStruct,
+    penalties: tuple[int, int],
+    sharding: NamedSharding,
 ) -> Any:
-    """Makes slots, hidden buffer and masks in one program: one for each would take longer to compile than to run."""
+    """Makes slots, hidden buffer, masks and penalty rows (of a number and a vocabulary) in one program: one for each
+    would take longer to compile than to run."""
 
-    def make() -> tuple[Slots, jax.Array, jax.Array]:
+    def make() -> tuple[Slots, jax.Array, jax.Array, Penalties]:
         slots = Slots.zeros(masks.shape[0], max_pages)
-        return slots, jnp.zeros(hidden.shape, hidden.dtype), jnp.zeros(masks.shape, masks.dtype)
+        zeros = jnp.zeros(hidden.shape, hidden.dtype), jnp.zeros(masks.shape, masks.dtype)
+        return slots, *zeros, Penalties.zeros(*penalties)
 
     return jax.jit(make, out_shardings=sharding)
 
 
-def _initial_state(shapes: Shapes, mesh: Mesh) -> tuple[Slots, jax.Array, jax.Array]:
+def _initial_state(shapes: Shapes, mesh: Mesh) -> tuple[Slots, jax.Array, jax.Array, Penalties]:
     _, hidden = abstract_state(shapes, mesh)
-    return _state_maker(shapes.max_pages, hidden, abstract_masks(shapes, mesh), hidden.sharding)()
+    penalties = shapes.num_penalty_rows, shapes.model.vocab_size
+    return _state_maker(shapes.max_pages, hidden, abstract_masks(shapes, mesh), penalties, hidden.sharding)()

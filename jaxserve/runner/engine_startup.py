@@ -141,6 +141,7 @@ class Startup:
             memory=tuple(started.plan.parts().items()),
             num_host_pages=shapes.num_host_pages,
             preemption_costs=costs,
+            max_logprobs=shapes.max_logprobs,
             hidden_size=shapes.model.hidden_size,
         )
 

@@ -7,11 +7,14 @@ so a wrong page, a stale slot or a missing write changes the tokens (or fails), 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
+from jaxserve.config.logprobs_config import MAX_LOGPROBS
 from jaxserve.kv_cache.page_pool import PageCopy, PageState
+from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import EngineRequest
 from jaxserve.runner.protocol import RunnerInfo
 from jaxserve.scheduler.plan import NOTHING_ALLOWED, RowPlan, StepPlan, StepResult
@@ -35,6 +38,7 @@ def next_token(
         total += 13 * request.seed
     for token in ((total + more) % vocab_size for more in range(vocab_size)):
         forbidden = suppress_stop and token in request.stop_token_ids
+        forbidden |= request.allowed_token_ids is not None and token not in request.allowed_token_ids
         if not forbidden and (mask is None or mask[token // 32] >> np.uint32(token % 32) & 1):
             return token
     return NOTHING_ALLOWED
@@ -53,13 +57,25 @@ def guess_holds(context: Sequence[int]) -> bool:
     return sum(context) % 3 != 0
 
 
+def fake_logprobs(tokens: Sequence[tuple[int, int]], width: int) -> LogprobColumns:
+    """Returns the log-probabilities of tokens given as (position, id): that of id i is -position - i / 256, so that
+    lower ids are likelier."""
+    return LogprobColumns.of(
+        [
+            (-position - token / 256, token + 1, [(other, -position - other / 256) for other in range(width)])
+            for position, token in tokens
+        ]
+    )
+
+
 @dataclasses.dataclass(eq=False)
 class FakeStep:
     """Represents a step in flight; its result is available once it is sampled. tokens: those computed for each decoding
-    row, by slot."""
+    row, by slot. scores: of the plan's."""
 
     plan: StepPlan
     tokens: dict[int, tuple[int, ...]]
+    scores: LogprobColumns | None = None
     result: StepResult | None = None
     pooled: np.ndarray | None = None
 
@@ -102,6 +118,7 @@ class FakeRunner:
             num_host_pages=num_host_pages,
             preemption_costs=preemption_costs,
             tokens_per_step=tokens_per_step,
+            max_logprobs=min(MAX_LOGPROBS, vocab_size),
             hidden_size=FAKE_HIDDEN_SIZE,
         )
         self.step_costs = None
@@ -122,9 +139,13 @@ class FakeRunner:
         for write in plan.table_writes:
             assert write.group < self._num_groups, f"group {write.group} does not exist"
             self._table(write.group, write.slot).update(enumerate(write.pages, start=write.first))
+        for write in plan.penalty_writes:
+            self._penalties[write.row] = set(write.prompt_token_ids), Counter(write.output_token_ids)
         self._unsampled = FakeStep(plan, {row.slot: self._decode(row) for row in plan.decodes.rows()})
         for row in plan.chunks:
             self._prefill(row)
+        if len(plan.scores):
+            self._unsampled.scores = self._score(plan)
         if plan.num_pooled:
             self._unsampled.pooled = np.array([self._pool(row) for row in plan.pooled_rows], np.float64)
         return self._unsampled
@@ -136,19 +157,24 @@ class FakeRunner:
         masked = plan.samples.masked.tolist()
         assert len(masked) == (0 if masks is None else len(masks)), "a sample that wants a mask has none"
         mask_of = dict(zip(masked, () if masks is None else masks, strict=True))
+        slots, positions = plan.samples.slots.tolist(), plan.samples.positions.tolist()
         drawn: list[int] = []
         counts: list[int] | None = None
         if plan.decodes.counts is not None:
             counts = []
             for row in plan.decodes.rows():
+                first = self._lengths[row.slot] + 1  # the plan assumes that all guesses before have held
                 sampled, held = self._sample_guesses(row, step.tokens[row.slot], mask_of.get(len(drawn)))
+                positions[len(drawn) : len(drawn) + len(sampled)] = range(first, first + len(sampled))
                 drawn += sampled
                 counts.append(held)
-        slots, positions = plan.samples.slots.tolist(), plan.samples.positions.tolist()
         suppress_stop = plan.samples.suppress_stop.tolist()
         for place in range(len(drawn), len(slots)):
             drawn.append(self._sample(slots[place], positions[place], suppress_stop[place], mask_of.get(place)))
-        step.result = StepResult(drawn, counts, step.pooled)
+        logprobs = None
+        if plan.wants_logprobs:
+            logprobs = fake_logprobs(list(zip(positions, drawn, strict=True)), self.info.max_logprobs)
+        step.result = StepResult(drawn, counts, logprobs, step.scores, step.pooled)
 
     def done(self, pending: FakeStep) -> bool:
         return True
@@ -165,6 +191,8 @@ class FakeRunner:
         self._tables: dict[tuple[int, int], dict[int, int]] = {}  # of a group and slot: page by index
         self._requests: dict[int, EngineRequest] = {}
         self._last: dict[int, int] = {}
+        self._penalties: dict[int, tuple[set[int], Counter[int]]] = {}  # of a row: prompt's ids, output's counts
+        self._penalty_rows: dict[int, int | None] = {}  # of a slot
         self._lengths: dict[int, int] = {}  # tokens of each slot that are computed, and were not wrong guesses
         self._unsampled: FakeStep | None = None
 
@@ -183,9 +211,16 @@ class FakeRunner:
     def _tier(self, tier: PageState) -> list[Page]:
         return {PageState.ACTIVE: self._pages, PageState.HOST: self._host_pages}[tier]
 
+    def _score(self, plan: StepPlan) -> LogprobColumns:
+        """Scores the targets of a plan at the positions behind its rows."""
+        positions = [row.start + offset for row in plan.rows for offset in range(row.num_tokens)]
+        following = [positions[row] + 1 for row in plan.scores.hidden_rows.tolist()]
+        return fake_logprobs(list(zip(following, plan.scores.targets.tolist(), strict=True)), self.info.max_logprobs)
+
     def _prefill(self, row: RowPlan) -> None:
         if row.admit is not None:
             self._requests[row.slot] = row.admit
+            self._penalty_rows[row.slot] = row.penalty_row
         self._write(row, row.start, row.token_ids)
         self._lengths[row.slot] = row.start + row.num_tokens
 
@@ -245,8 +280,21 @@ class FakeRunner:
     def _sample(self, slot: int, position: int, suppress_stop: bool, mask: np.ndarray | None = None) -> int:
         context = self._read(slot, position)
         token = next_token(context, self._requests[slot], suppress_stop, self.info.vocab_size, mask)
+        self._penalize(slot, context, [token])
         self._last[slot] = token
         return token
+
+    def _penalize(self, slot: int, context: Sequence[int], drawn: Sequence[int]) -> None:
+        """Counts drawn tokens in the row of a request with penalties, which must hold those before them."""
+        request, row = self._requests[slot], self._penalty_rows[slot]
+        assert request.penalized == (row is not None), f"{request.request_id} has the penalty row {row}"
+        if row is None:
+            return
+        split = len(request.prompt_token_ids)
+        prompt, counts = self._penalties[row]
+        assert prompt == set(context[:split]), f"row {row} of {request.request_id} has the ids of another prompt"
+        assert counts == Counter(context[split:]), f"row {row} of {request.request_id} has counts of another output"
+        counts.update(token for token in drawn if token >= 0)
 
     def _sample_guesses(self, row: RowPlan, tokens: tuple[int, ...], mask: np.ndarray | None) -> tuple[list[int], int]:
         """Samples after every token of a decoding row, and counts the accepted samples: the first, and each after a
@@ -257,6 +305,7 @@ class FakeRunner:
         held = 1
         while held < len(tokens) and tokens[held] == sampled[held - 1]:
             held += 1
+        self._penalize(row.slot, contexts[0], sampled[:held])
         self._lengths[row.slot] = start + held
         self._last[row.slot] = sampled[held - 1]
         return sampled, held

@@ -16,19 +16,38 @@ import numpy as np
 from jaxserve.config.failpoints import Failpoints, InjectedFaultError
 from jaxserve.config.settings import EngineConfig
 from jaxserve.kv_cache.page_pool import PageCopy, PageState
+from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.planning.step_cost_models import FittedCosts
 from jaxserve.programs.compiler import CompilationCounter, CompileMissError, ProgramSet
+from jaxserve.programs.layout import PENALTY_RUNS
 from jaxserve.programs.pooling import sums
 from jaxserve.programs.state_programs import mask_words
-from jaxserve.programs.step_programs import MASK_WRITE, TABLE_WRITE, ProgramKey, Shapes, program_keys
+from jaxserve.programs.step_programs import (
+    MASK_WRITE,
+    OPTION_WRITE,
+    TABLE_WRITE,
+    ProgramKey,
+    Shapes,
+    program_keys,
+)
 from jaxserve.programs.swap_programs import copy_blocks, way
 from jaxserve.runner.engine_startup import Startup
-from jaxserve.runner.packing import ForwardPacker, SamplePacker, mask_vectors, pooling_vector, table_vectors
+from jaxserve.runner.packing import (
+    ForwardPacker,
+    SamplePacker,
+    mask_vectors,
+    option_vectors,
+    penalty_vectors,
+    pooling_vector,
+    score_vectors,
+    table_vectors,
+    unused_option_vector,
+)
 from jaxserve.runner.protocol import StepNotStartedError
 from jaxserve.runner.step_cost_model import step_costs
 from jaxserve.runner.step_timing import measure_steps
 from jaxserve.runner.swap_timing import measure, swap_copies
-from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, PageTableWrite, StepPlan, StepResult
+from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, PageTableWrite, PenaltyWrite, Scores, StepPlan, StepResult
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.telemetry.startup_spans import StartupSpans
 
@@ -42,21 +61,42 @@ class _Call(NamedTuple):
     vector: np.ndarray
 
 
+class _Writes(NamedTuple):
+    """Holds the calls that write a step's state before its forward program: to slots, and to penalty rows."""
+
+    slots: list[_Call]
+    penalties: list[_Call]
+
+
+class _Calls(NamedTuple):
+    """Holds the calls of a step's programs: of writes, forward, sample (None without samples), score, and pooling (None
+    when nothing is pooled)."""
+
+    writes: _Writes
+    forward: _Call
+    sample: _Call | None
+    scores: list[_Call]
+    pooling: _Call | None
+
+
 @dataclasses.dataclass(eq=False)
 class PendingStep:
     """Represents a step in flight.
 
     hidden: the output of its forward program, until the next step takes it over. sample: the call that samples it; None
     when nothing is sampled. copied: its page copies were made. ids: its sampled ids on the device, int32 [row bucket],
-    of which as many are real as `plan.samples` has; None until sampling is dispatched. pooled: what the pooling program
-    computed, of which the first `plan.num_pooled` rows are real; None when nothing is pooled.
+    of which as many are real as `plan.samples` has; None until sampling is dispatched. logprobs: theirs, where a sample
+    wants them. scores: blocks of `plan.scores`. pooled: what the pooling program computed, of which the
+    first `plan.num_pooled` rows are real; None when nothing is pooled.
     """
 
     plan: StepPlan
     hidden: jax.Array
     sample: _Call | None
     copied: bool
+    scores: tuple[jax.Array, ...] = ()
     ids: jax.Array | None = None
+    logprobs: jax.Array | None = None
     pooled: jax.Array | None = None
 
 
@@ -131,21 +171,21 @@ class ModelRunner:
         try:
             with annotate("Execute"):
                 start = time.perf_counter()
-                forward, sample, pooling, tables = self._prepare(plan)
+                calls = self._prepare(plan)
                 self.pack_seconds = time.perf_counter() - start
                 begun = bool(plan.copies)
                 self._copy(plan.copies)
                 copied, begun = begun, False
-                for call in tables:
-                    arrays.slots = call.program(arrays.slots, call.vector)
+                self._write(calls.writes)
                 self._fail_at("enqueue", plan)
-                self._forward(forward)
-                if pooling is not None:
-                    pooled = self._pool(pooling)
+                self._forward(calls.forward)
+                if calls.pooling is not None:
+                    pooled = self._pool(calls.pooling)
                 self._fail_at("execute", plan, lose=True)
+                scores = tuple([self._score(call) for call in calls.scores])
         except Exception as error:
             raise self._not_started(error, begun=begun, copied=copied) from error
-        self._unsampled = PendingStep(plan, arrays.hidden, sample, copied, pooled=pooled)
+        self._unsampled = PendingStep(plan, arrays.hidden, calls.sample, copied, scores, pooled=pooled)
         return self._unsampled
 
     def dispatch_sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
@@ -165,20 +205,22 @@ class ModelRunner:
             with annotate("Sample"):
                 for vector in mask_vectors(plan.samples.slots[masked], masks, self._shapes.num_slots):
                     self._arrays.masks = self._program(MASK_WRITE)(self._arrays.masks, vector)
-                ids = self._sample(step.sample)
+                ids, logprobs = self._sample(step.sample)
                 begun = True
+                wanted = (ids, logprobs) if plan.wants_logprobs else (ids,)
                 if self._copies:
-                    ids.copy_to_host_async()
+                    for result in wanted:
+                        result.copy_to_host_async()
         except Exception as error:
             raise self._not_started(error, begun=begun, copied=step.copied) from error
-        step.ids = ids
+        step.ids, step.logprobs = ids, logprobs if plan.wants_logprobs else None
 
     def _not_started(self, error: Exception, *, begun: bool, copied: bool) -> Exception:
         """Returns the exception to raise for an error during dispatch: the error itself when the step must not be
         retried.
 
-        Computing the same tokens a second time writes the same keys and values, as do page tables and masks; copying
-        pages twice does not.
+        Computing the same tokens a second time writes the same keys and values, as do page tables, options and masks,
+        and penalty rows, which are emptied first; copying pages twice does not.
         """
         if begun or not self._arrays.intact:
             return error
@@ -187,17 +229,24 @@ class ModelRunner:
     def done(self, pending: PendingStep) -> bool:
         if pending.ids is not None:
             return pending.ids.is_deleted() or _is_ready(pending.ids)
+        if pending.scores:
+            return pending.scores[-1].is_deleted() or _is_ready(pending.scores[-1])
         return pending.hidden.is_deleted() or _is_ready(pending.hidden)
 
     def collect(self, pending: PendingStep) -> StepResult:
         self._fail_at("collect", None, lose=True)
-        plan, ids, pooled = pending.plan, (), None
+        plan, ids, scores, logprobs, pooled = pending.plan, (), None, None, None
+        if pending.scores:
+            blocks = [LogprobColumns(np.asarray(block)) for block in pending.scores]
+            scores = LogprobColumns.joined(blocks).part(0, len(plan.scores))
         if pending.pooled is not None:
             pooled = sums(np.asarray(pending.pooled)[: plan.num_pooled], self._shapes.buckets.tokens[-1])
         if pending.sample is not None:
             assert pending.ids is not None, "a step is collected that was not sampled"
             ids = np.asarray(pending.ids)[: plan.num_sampled]
-        return StepResult(ids, pooled=pooled)
+        if pending.logprobs is not None:
+            logprobs = LogprobColumns(np.asarray(pending.logprobs)[: plan.num_sampled])
+        return StepResult(ids, logprobs=logprobs, scores=scores, pooled=pooled)
 
     def reset(self) -> None:
         self._arrays.delete()
@@ -205,25 +254,33 @@ class ModelRunner:
         self._arrays.make()
         self._unsampled = None
 
-    def _prepare(self, plan: StepPlan) -> tuple[_Call, _Call | None, _Call | None, list[_Call]]:
+    def _prepare(self, plan: StepPlan) -> _Calls:
         """Packs a step and looks up all of its programs, so that whatever can fail on the host does so before any of
-        them runs.
-
-
-        Returns:
-            The calls of the forward program, of the sample program (None without samples), of the pooling program
-            (None when nothing is pooled), and of the page-table writes.
-        """
+        them runs."""
         self._fail_at("pack", plan)
         for block in copy_blocks(plan.copies):
             for kind in way(block[0]):
                 self._program(ProgramKey(kind, len(block)))
-        vectors = table_vectors(plan.table_writes, self._shapes.num_slots)
-        tables = [_Call(self._program(TABLE_WRITE), vector) for vector in vectors]
+        tables = table_vectors(plan.table_writes, self._shapes.num_slots)
+        slots = [_Call(self._program(TABLE_WRITE), vector) for vector in tables]
+        slots += [_Call(self._program(OPTION_WRITE), vector) for vector in option_vectors(plan.chunks)]
+        penalties = self._penalty_calls(plan.penalty_writes)
         forward = self._forward_call(self._shapes.forward_key(plan), plan)
         sample = self._sample_call(plan.row_bucket, plan) if plan.row_bucket else None
+        scores = self._score_calls(plan.scores) if len(plan.scores) else []
         pooling = self._pooling_call(self._shapes.pooling_key(plan.num_pooled), plan) if plan.num_pooled else None
-        return forward, sample, pooling, tables
+        return _Calls(_Writes(slots, penalties), forward, sample, scores, pooling)
+
+    def _penalty_calls(self, writes: Sequence[PenaltyWrite]) -> list[_Call]:
+        vectors = penalty_vectors(writes)
+        return [_Call(self._program(ProgramKey("penalty_write", size)), vector) for size, vector in vectors]
+
+    def _write(self, writes: _Writes) -> None:
+        arrays = self._arrays
+        for call in writes.slots:
+            arrays.slots = call.program(arrays.slots, call.vector)
+        for call in writes.penalties:
+            arrays.penalties = call.program(arrays.penalties, call.vector)
 
     def _forward_call(self, key: ProgramKey, plan: StepPlan) -> _Call:
         key = self._programs.standing_in(key)
@@ -243,10 +300,23 @@ class ModelRunner:
             self._weights, arrays.pools, arrays.slots, arrays.hidden, call.vector
         )
 
-    def _sample(self, call: _Call) -> jax.Array:
+    def _score_calls(self, scores: Scores) -> list[_Call]:
+        key = self._shapes.score_key
+        return [_Call(self._program(key), vector) for vector in score_vectors(scores, key.size)]
+
+    def _sample(self, call: _Call) -> tuple[jax.Array, jax.Array]:
+        """Starts the sample program; returns ids and log-probabilities."""
         arrays = self._arrays
-        arrays.slots, ids = call.program(self._weights.params, arrays.slots, arrays.hidden, arrays.masks, call.vector)
-        return ids
+        arrays.slots, arrays.penalties, ids, logprobs = call.program(
+            self._weights.params, arrays.slots, arrays.hidden, arrays.masks, arrays.penalties, call.vector
+        )
+        return ids, logprobs
+
+    def _score(self, call: _Call) -> jax.Array:
+        scores = call.program(self._weights.params, self._arrays.hidden, call.vector)
+        if self._copies:
+            scores.copy_to_host_async()
+        return scores
 
     def _pool(self, call: _Call) -> jax.Array:
         pooled = call.program(self._arrays.hidden, call.vector)
@@ -306,13 +376,18 @@ class ModelRunner:
             if key in self._programs.missing:
                 continue
             if key.kind == "sample":
-                self._sample(self._sample_call(key.size, nothing)).block_until_ready()
+                self._sample(self._sample_call(key.size, nothing))[0].block_until_ready()
             elif key.kind == "pooling":
                 self._pool(self._pooling_call(key, nothing)).block_until_ready()
             elif key.kind in ("forward", "decode"):
                 self._forward(self._forward_call(key, nothing))
+        for call in self._score_calls(Scores(np.zeros(1, np.int32), np.zeros(1, np.int32))):
+            self._score(call).block_until_ready()
         (vector,) = table_vectors([PageTableWrite(0, padding, 0, (0,))], padding)
         arrays.slots = self._program(TABLE_WRITE)(arrays.slots, vector)
+        arrays.slots = self._program(OPTION_WRITE)(arrays.slots, unused_option_vector(padding))
+        unused = [PenaltyWrite(self._shapes.num_penalty_rows, (0,) * size, ()) for size in PENALTY_RUNS]
+        self._write(_Writes([], self._penalty_calls(unused)))
         (vector,) = mask_vectors(np.array([padding]), np.zeros((1, self._no_masks.shape[1]), np.uint32), padding)
         arrays.masks = self._program(MASK_WRITE)(arrays.masks, vector)
         for size in self._shapes.swap_sizes:
@@ -341,7 +416,7 @@ class ModelRunner:
             for vector in table_vectors(plan.table_writes, self._shapes.num_slots):
                 self._arrays.slots = self._program(TABLE_WRITE)(self._arrays.slots, vector)
             self._forward(self._forward_call(self._shapes.forward_key(plan), plan))
-            self._sample(self._sample_call(plan.row_bucket, plan)).block_until_ready()
+            self._sample(self._sample_call(plan.row_bucket, plan))[0].block_until_ready()
 
         return measure_steps(self._shapes, compute, 0.0 if costs is None else costs.swap_seconds_per_page)
 

@@ -12,14 +12,18 @@ import numpy as np
 
 from jaxserve.programs.layout import (
     MASK_ROWS,
+    PENALTY_RUNS,
     forward_layout,
     mask_layout,
+    option_layout,
+    penalty_layout,
     pooling_layout,
     sample_layout,
+    score_layout,
     table_layout,
 )
-from jaxserve.request import ROW_FIELDS
-from jaxserve.scheduler.plan import TABLE_RUN, PageTableWrite, RowPlan, StepPlan, Wants
+from jaxserve.request import ADMITTED_FIELDS, APART_FIELDS, PENALTY_ROW, ROW_FIELDS, EngineRequest, counted
+from jaxserve.scheduler.plan import TABLE_RUN, PageTableWrite, PenaltyWrite, RowPlan, Scores, StepPlan, Wants
 
 
 class ForwardPacker:
@@ -33,7 +37,7 @@ class ForwardPacker:
         fields = self.layout.views(self._empty)
         fields["page_slot"][:] = num_slots
         fields["admit_slot"][:] = num_slots
-        for name, value in ROW_FIELDS.items():
+        for name, value in ADMITTED_FIELDS.items():
             fields[name][:] = value.idle
         self._counts = np.arange(rows + 1, dtype=np.int32)
 
@@ -81,7 +85,21 @@ class SamplePacker:
         fields["suppress_stop"][:count] = samples.suppress_stop
         if samples.wants is not None:
             fields["masked"][:count] = samples.wants & Wants.MASK
+            fields["logprobs"][:count] = samples.wanting(Wants.LOGPROBS)
         return vector
+
+
+def score_vectors(scores: Scores, rows: int) -> list[np.ndarray]:
+    """Packs the input vectors of the score program, one `layout.score_layout` of `rows` rows for each call needed."""
+    layout, vectors = score_layout(rows), []
+    for begin in range(0, len(scores), rows):
+        vector = np.zeros(layout.size, np.int32)
+        fields = layout.views(vector)
+        count = len(scores.targets[begin : begin + rows])
+        fields["token"][:count] = scores.hidden_rows[begin : begin + rows]
+        fields["target"][:count] = scores.targets[begin : begin + rows]
+        vectors.append(vector)
+    return vectors
 
 
 def pooling_vector(plan: StepPlan, rows: int) -> np.ndarray:
@@ -138,6 +156,60 @@ def mask_vectors(slots: np.ndarray, masks: np.ndarray, num_slots: int) -> list[n
     return vectors
 
 
+def option_vectors(chunks: Sequence[RowPlan]) -> list[np.ndarray]:
+    """Packs the input vectors of the option program, one `layout.option_layout` for each request that gets its slot and
+    has wide parameters."""
+    layout, vectors = option_layout(), []
+    for chunk in chunks:
+        if chunk.admit is None or not _has_wide(chunk.admit):
+            continue
+        vector = np.zeros(layout.size, np.int32)
+        fields = layout.views(vector)
+        fields["slot"][0] = chunk.slot
+        for name, held in APART_FIELDS.items():
+            value = getattr(chunk.admit, name)
+            fields[name][:] = held.idle
+            if held.used(value):
+                fields[name][: held.used(value)] = held.elements(value)
+        vectors.append(vector)
+    return vectors
+
+
+def unused_option_vector(num_slots: int) -> np.ndarray:
+    """Packs an input vector of the option program that writes nothing."""
+    vector = np.zeros(option_layout().size, np.int32)
+    option_layout().views(vector)["slot"][0] = num_slots
+    return vector
+
+
+def _has_wide(request: EngineRequest) -> bool:
+    return any(held.used(getattr(request, name)) for name, held in APART_FIELDS.items())
+
+
+def penalty_vectors(writes: Sequence[PenaltyWrite]) -> list[tuple[int, np.ndarray]]:
+    """Packs the input vectors of the penalty program, one `layout.penalty_layout` for each call needed, with its size.
+
+    The first call for a row empties it, so that all of them together may be repeated.
+    """
+    vectors: list[tuple[int, np.ndarray]] = []
+    for write in writes:
+        token_ids = np.array((*write.prompt_token_ids, *write.output_token_ids), np.int32)
+        begin, num_prompt = 0, len(write.prompt_token_ids)
+        while begin < len(token_ids):
+            left = len(token_ids) - begin
+            size = next((size for size in PENALTY_RUNS if size >= left), PENALTY_RUNS[-1])
+            count = min(size, left)
+            layout = penalty_layout(size)
+            vector = np.full(layout.size, -1, np.int32)
+            fields = layout.views(vector)
+            fields["row"][0], fields["reset"][0] = write.row, begin == 0
+            fields["num_prompt"][0] = min(max(0, num_prompt - begin), count)
+            fields["token_ids"][:count] = token_ids[begin : begin + count]
+            vectors.append((size, vector))
+            begin += count
+    return vectors
+
+
 def _pack_chunks(chunks: tuple[RowPlan, ...], fields: dict[str, np.ndarray], row: int, update: int) -> None:
     """Packs chunks after `row` rows of one token each and `update` entries of the page table."""
     end, admitted = row, 0
@@ -162,9 +234,12 @@ def _pack_parameters(chunk: RowPlan, fields: dict[str, np.ndarray], place: int) 
     request = chunk.admit
     assert request is not None
     fields["admit_slot"][place] = chunk.slot
+    fields[PENALTY_ROW][place] = -1 if chunk.penalty_row is None else chunk.penalty_row
     for name, held in ROW_FIELDS.items():
         value = getattr(request, name)
-        if held.width is None:
+        if held.apart:
+            fields[counted(name)][place] = held.used(value)
+        elif held.width is None:
             fields[name][place] = value
         else:
             elements = held.elements(value)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxserve.config.logprobs_config import MAX_LOGPROBS
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.step_shape import StepShape
@@ -40,8 +41,9 @@ class RunnerInfo:
     phases: name, begin and seconds of each part of the start, where the process began at 0; some run side by side.
     memory: bytes of the device by purpose; they sum to all of its memory. num_host_pages: pages of host
     memory for swapped sequences. preemption_costs: measured at warm-up; None when swapping is impossible.
-    tokens_per_step: maximum tokens of a decoding row in one step (`DecodeRows.counts`). hidden_size: numbers of a
-    hidden state, which pooling returns.
+    tokens_per_step: maximum tokens of a decoding row in one step (`DecodeRows.counts`).
+    max_logprobs: likeliest ids of one position that a request may ask for. hidden_size: numbers of a hidden state,
+    which pooling returns.
     """
 
     vocab_size: int
@@ -65,6 +67,7 @@ class RunnerInfo:
     num_host_pages: int = 0
     preemption_costs: PreemptionCosts | None = None
     tokens_per_step: int = 1
+    max_logprobs: int = MAX_LOGPROBS
     hidden_size: int = 0
 
     @property
@@ -124,7 +127,8 @@ class Runner(Protocol):
         ...
 
     def dispatch_forward(self, plan: StepPlan) -> Pending:
-        """Starts a step's page copies, page-table writes and forward program, and returns without waiting for them.
+        """Starts a step's page copies, page-table writes, forward program and the scoring of prompt tokens, and returns
+        without waiting for them.
 
         Rows may refer to ids of steps not collected yet.
 
@@ -158,7 +162,8 @@ class Runner(Protocol):
         ...
 
     def collect(self, pending: Pending) -> StepResult:
-        """Waits for a step and returns its sampled ids; this is the only place where the host waits for the device."""
+        """Waits for a step and returns its sampled ids, and the log-probabilities that it wants; this is the only place
+        where the host waits for the device."""
         ...
 
     def reset(self) -> None:

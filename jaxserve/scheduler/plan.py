@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from jaxserve.kv_cache.page_pool import PageCopy
+from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import EngineRequest
 from jaxserve.scheduler.buckets import Buckets
 
@@ -44,6 +45,20 @@ def table_writes(group: int, slot: int, pages: Sequence[int]) -> list[PageTableW
 
 
 @dataclasses.dataclass(frozen=True)
+class PenaltyWrite:
+    """Makes a penalty row that of one sequence, before the sample program: it then has the ids of the prompt and counts
+    those of the output, and nothing else.
+
+    row: its number. The steps add the ids that they draw themselves, so that only a sequence that gets its slot needs
+    this: a new one, or one that comes back.
+    """
+
+    row: int
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class PooledTokens:
     """Names the tokens of a chunk whose hidden states are pooled: `count` of them from the chunk's token `first` on;
     there may be none.
@@ -67,8 +82,9 @@ class RowPlan:
     whose id only the device may know yet.
     first_new_page, new_pages: the pages allocated for this step and the page-table index of the first of them.
     admit: set in the step that gives the request its slot; its sampling parameters are written there.
-    count: tokens of a decoding row, as in `DecodeRows`.
-    pooled: set in a chunk of a prompt that is embedded, if some of its tokens are pooled or it is the last.
+    count: tokens of a decoding row, as in `DecodeRows`. penalty_row: with `admit`, the row of its penalties; None where
+    it has none. pooled: set in a chunk of a prompt that is embedded, if some of its tokens are pooled or it is the
+    last.
     """
 
     request_id: str
@@ -80,6 +96,7 @@ class RowPlan:
     new_pages: tuple[int, ...]
     admit: EngineRequest | None
     count: int = 1
+    penalty_row: int | None = None
     pooled: PooledTokens | None = None
 
     @property
@@ -170,6 +187,8 @@ class Wants(enum.IntFlag):
     NONE = 0
     MASK = 1
     """The token is drawn under a mask, which is passed to `Runner.dispatch_sample`."""
+    LOGPROBS = 2
+    """The token's log-probability, its rank and the likeliest ids are returned (`StepResult.logprobs`)."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -195,7 +214,11 @@ class Samples:
     @property
     def masked(self) -> np.ndarray:
         """Returns the indices of the samples that want a mask, in order: int64 [M]."""
-        return _NO_PLACES if self.wants is None else (self.wants & Wants.MASK).nonzero()[0]
+        return _NO_PLACES if self.wants is None else self.wanting(Wants.MASK).nonzero()[0]
+
+    def wanting(self, want: Wants) -> np.ndarray:
+        """Returns bool [S], which samples want something."""
+        return np.zeros(len(self), bool) if self.wants is None else (self.wants & want) > 0
 
     def followed_by(self, more: Sequence[tuple[int, int, int, bool, int]]) -> Samples:
         """Appends samples and returns the result.
@@ -237,6 +260,41 @@ _NO_PLACES = np.zeros(0, np.int64)
 NO_SAMPLES = Samples(*(np.zeros(0, np.int32) for _ in range(3)), suppress_stop=np.zeros(0, bool))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores:
+    """Holds the N prompt tokens whose log-probabilities a step returns, as columns in the order of `StepResult.scores`.
+
+    hidden_rows: int32 [N], index in the step of the token before each, from whose hidden state it is scored.
+    targets: int32 [N], ids of the tokens scored.
+    owners: request id, order and number of tokens of each request among them, in order. Empty in a part of a step.
+    """
+
+    hidden_rows: np.ndarray
+    targets: np.ndarray
+    owners: tuple[tuple[str, int, int], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def within(self, begin: int, end: int) -> Scores:
+        """Returns those scored from tokens `begin` to `end` - 1, renumbered for a step of these tokens alone."""
+        inside = (self.hidden_rows >= begin) & (self.hidden_rows < end)
+        return Scores(self.hidden_rows[inside] - begin, self.targets[inside])
+
+    @classmethod
+    def of(cls, scored: Sequence[tuple[str, int, int, Sequence[int]]]) -> Scores:
+        """Builds the columns from (request id, order, first hidden row, targets of consecutive rows)."""
+        if not scored:
+            return NO_SCORES
+        rows = [np.arange(first, first + len(targets), dtype=np.int32) for _, _, first, targets in scored]
+        targets = [np.array(targets, np.int32) for _, _, _, targets in scored]
+        owners = tuple((request_id, order, len(targets)) for request_id, order, _, targets in scored)
+        return cls(np.concatenate(rows), np.concatenate(targets), owners)
+
+
+NO_SCORES = Scores(np.zeros(0, np.int32), np.zeros(0, np.int32))
+
+
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
     """Describes one step: its decoding rows, then its prompt chunks, in packing order; what is sampled; and the bucket
@@ -244,8 +302,9 @@ class StepPlan:
 
     token_bucket: tokens of the forward program. row_bucket: rows of the sample program; 0 when nothing is sampled.
     copies: page copies, executed in order before the rest of the step: a page freed by one may be filled by a later one
-    or by the step itself. table_writes: applied after the copies and before the forward program.
-    num_pooled: number of chunks with `RowPlan.pooled`.
+    or by the step itself. table_writes, penalty_writes: applied after the copies and before the forward program.
+    scores: prompt tokens whose log-probabilities are wanted. num_pooled: number of chunks with
+    `RowPlan.pooled`.
     """
 
     step: int
@@ -257,6 +316,8 @@ class StepPlan:
     num_tokens: int
     copies: tuple[PageCopy, ...] = ()
     table_writes: tuple[PageTableWrite, ...] = ()
+    penalty_writes: tuple[PenaltyWrite, ...] = ()
+    scores: Scores = NO_SCORES
     num_pooled: int = 0
 
     @property
@@ -267,6 +328,11 @@ class StepPlan:
     def constrained(self) -> bool:
         """Tells whether any sample wants a mask, in which case sampling waits for it."""
         return self.samples.wants is not None and len(self.samples.masked) > 0
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Tells whether any sample wants log-probabilities, which are fetched from the device only then."""
+        return self.samples.wants is not None and bool(self.samples.wanting(Wants.LOGPROBS).any())
 
     @property
     def rows(self) -> tuple[RowPlan, ...]:
@@ -309,8 +375,8 @@ class StepPlan:
     def parts(self, most_rows: int, buckets: Buckets) -> list[StepPlan]:
         """Splits the plan into steps of at most `most_rows` rows, to be run one after another.
 
-        The first part makes the page copies and page-table writes. Rows and samples keep their order, so concatenating
-        the ids of the parts gives those of the step.
+        The first part makes the page copies and the writes to page tables and penalty rows. Rows and samples keep their
+        order, so concatenating the ids of the parts gives those of the step.
 
         Args:
             most_rows: maximum number of rows of one part.
@@ -323,6 +389,7 @@ class StepPlan:
             chunks = self.chunks[max(0, begin - decoding) : max(0, end - decoding)]
             num_tokens = decodes.num_tokens + sum(row.num_tokens for row in chunks)
             samples = self.samples.within(end_token, end_token + num_tokens)
+            scores = self.scores.within(end_token, end_token + num_tokens) if len(self.scores) else NO_SCORES
             end_token += num_tokens
             parts.append(
                 dataclasses.replace(
@@ -335,6 +402,8 @@ class StepPlan:
                     num_tokens=num_tokens,
                     copies=() if parts else self.copies,
                     table_writes=() if parts else self.table_writes,
+                    penalty_writes=() if parts else self.penalty_writes,
+                    scores=scores,
                     num_pooled=sum(row.pooled is not None for row in chunks),
                 )
             )
@@ -361,12 +430,16 @@ class StepResult:
     logits were not finite, NOTHING_ALLOWED one whose mask left no token: that request fails, its neighbors do not.
     counts: int32 [R], number of accepted samples of each decoding row, from the first on and at least one; the others
     are discarded. None when every row has one sample.
+    logprobs: of each of `StepPlan.samples`; None unless one wants them, and without meaning for those that do not.
+    scores: of each of `StepPlan.scores`; None when there are none.
     pooled: float64 [num_pooled, hidden size], for each of `StepPlan.pooled_rows` the sum of the hidden states of its
     pooled tokens, exact; NaN where it is not known. None when nothing is pooled.
     """
 
     token_ids: Sequence[int] | np.ndarray
     counts: Sequence[int] | np.ndarray | None = None
+    logprobs: LogprobColumns | None = None
+    scores: LogprobColumns | None = None
     pooled: np.ndarray | None = None
 
 

@@ -11,32 +11,33 @@ from jaxserve.scheduler.plan import NOTHING_ALLOWED, StepPlan
 from jaxserve.scheduler.sequence import Sequence
 
 
-def one_by_one(plan: StepPlan, token_ids: np.ndarray, special: np.ndarray) -> Iterator[tuple[str, int, int]]:
-    """Yields request id, order and sampled id of the `special` decodes, bool [R], and of the chunks that sample."""
+def one_by_one(plan: StepPlan, token_ids: np.ndarray, special: np.ndarray) -> Iterator[tuple[str, int, int, int]]:
+    """Yields request id, order, place among the samples and sampled id of the `special` decodes, bool [R], and of the
+    chunks that sample."""
     for row in special.nonzero()[0].tolist():
-        yield plan.decodes.request_ids[row], int(plan.decodes.orders[row]), int(token_ids[row])
+        yield plan.decodes.request_ids[row], int(plan.decodes.orders[row]), row, int(token_ids[row])
     if plan.chunks:
-        by_slot = {row.slot: row for row in plan.chunks}
-        slots = plan.samples.slots[len(plan.decodes) :]
-        for slot, token_id in zip(slots.tolist(), token_ids[len(plan.decodes) :].tolist(), strict=True):
-            yield by_slot[slot].request_id, by_slot[slot].order, token_id
+        by_slot, first = {row.slot: row for row in plan.chunks}, len(plan.decodes)
+        for place, slot in enumerate(plan.samples.slots[first:].tolist(), start=first):
+            yield by_slot[slot].request_id, by_slot[slot].order, place, int(token_ids[place])
 
 
 def several(
     plan: StepPlan, token_ids: np.ndarray, counts: np.ndarray
-) -> Iterator[tuple[str, int, int, tuple[int, ...]]]:
-    """Yields request id, order, planned samples and accepted ids of the decoding rows and of the chunks that sample."""
+) -> Iterator[tuple[str, int, int, int, tuple[int, ...]]]:
+    """Yields request id, order, place of the first sample, planned samples and accepted ids of the decoding rows and of
+    the chunks that sample."""
     decodes, place = plan.decodes, 0
     assert decodes.counts is not None
     columns = zip(decodes.request_ids, decodes.orders.tolist(), decodes.counts.tolist(), counts.tolist(), strict=True)
     for request_id, order, planned, count in columns:
         if not 1 <= count <= planned:
             raise ValueError(f"count of {request_id!r} is {count}; its row has {planned} tokens: it must be 1 to that")
-        yield request_id, order, planned, tuple(token_ids[place : place + count].tolist())
+        yield request_id, order, place, planned, tuple(token_ids[place : place + count].tolist())
         place += planned
     by_slot = {row.slot: row for row in plan.chunks}
-    for slot, token_id in zip(plan.samples.slots[place:].tolist(), token_ids[place:].tolist(), strict=True):
-        yield by_slot[slot].request_id, by_slot[slot].order, 1, (token_id,)
+    for chunk_place, slot in enumerate(plan.samples.slots[place:].tolist(), start=place):
+        yield by_slot[slot].request_id, by_slot[slot].order, chunk_place, 1, (int(token_ids[chunk_place]),)
 
 
 def no_token(token_id: int) -> str:

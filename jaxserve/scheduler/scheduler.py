@@ -39,10 +39,12 @@ from jaxserve.scheduler.decode_gap import DecodeGap
 from jaxserve.scheduler.gap_monitor import CAUSES
 from jaxserve.scheduler.length_prediction import OutputLengthPredictor
 from jaxserve.scheduler.modes import MODES
-from jaxserve.scheduler.plan import FastForward, StepPlan, StepResult, Wants
+from jaxserve.scheduler.plan import NOT_FINITE, FastForward, StepPlan, StepResult, Wants
 from jaxserve.scheduler.policies.named import POLICIES
+from jaxserve.scheduler.pooled_prompts import NOT_POOLED, take_pooled
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.sampled_tokens import finish_reason, no_token, one_by_one, several
+from jaxserve.scheduler.scoring import scored_tokens, take_scores, with_logprobs
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import SequenceQueues
 from jaxserve.scheduler.step_builder import StepBuilder
@@ -169,6 +171,10 @@ class Scheduler:
         """Returns the ids of the unfinished requests, in order of arrival."""
         return list(self._sequences)
 
+    def __contains__(self, request_id: str) -> bool:
+        """Tells whether a request is unfinished."""
+        return request_id in self._sequences
+
     def add(self, request: EngineRequest, wants: Wants = Wants.NONE) -> Sequence:
         """Puts a request in the waiting queue.
 
@@ -219,6 +225,15 @@ class Scheduler:
         sequence = self._sequences.get(request_id)
         return None if sequence is None else self._finish(sequence, FinishReason.ERROR, error)
 
+    def complete(self, request_id: str) -> SequenceUpdate | None:
+        """Ends a request whose output is complete, so that no token can follow, with STOP.
+
+        The token that a step in flight samples for it is dropped at `update`. Returns None when the id is not (or no
+        longer) known.
+        """
+        sequence = self._sequences.get(request_id)
+        return None if sequence is None else self._end(sequence, FinishReason.STOP, ())
+
     @property
     def lost_copies(self) -> tuple[PageCopy, ...]:
         """Returns the copies of pages that the last `schedule` had decided when it raised an error."""
@@ -240,6 +255,8 @@ class Scheduler:
         lost_pages = {copy.destination for copy in lost if copy.destination_tier is PageState.HOST}
         going_on = [sequence for name, sequence in self._sequences.items() if name not in self._barrier]
         preempted = [sequence for sequence in going_on if self._queues.restart(sequence, lost_pages)]
+        for sequence in going_on:
+            sequence.score_again()
         self._steady = False
         self._step_times.begins(None, 0.0)
         if self.decode_gap is not None:
@@ -259,7 +276,8 @@ class Scheduler:
             if sequence.request.options.deadline is None and not self._config.ordering.drop_late:
                 self._queues.waiting.demote(sequence)
                 continue
-            ended.append(self._finish(sequence, FinishReason.DEADLINE, error=self._too_late(sequence, now)))
+            error = self._deadline_check.error(sequence, now, self.policy.due)
+            ended.append(self._finish(sequence, FinishReason.DEADLINE, error=error))
         return ended
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
@@ -303,7 +321,8 @@ class Scheduler:
         update = self._update(plan, result)
         if self.decode_gap is None or now is None:
             return update
-        orders = [self._sequences[request_id].order for request_id in update.request_ids]
+        going_on = update.request_ids if update.scored is None else update.request_ids + update.scored.request_ids
+        orders = [self._sequences[request_id].order for request_id in going_on]
         orders += [other.sequence.order for other in update.others if other.token_ids]
         gaps = self.decode_gap.collected(plan, orders, now)
         for other in update.others:
@@ -315,22 +334,38 @@ class Scheduler:
         token_ids = np.asarray(result.token_ids, np.int32)
         if len(token_ids) != plan.num_sampled:
             raise ValueError(f"step {plan.step} has {len(token_ids)} token ids; it sampled {plan.num_sampled} rows")
+        others = self._take_unsampled(plan, result)
         if plan.decodes.counts is not None:
-            return self._update_several(plan, token_ids, result)
+            return self._update_several(plan, token_ids, result, others)
         request_ids, sampled = plan.decodes.request_ids, token_ids[: len(plan.decodes)]
         stay = self._queues.running.decoding.take(plan.decodes, plan.samples, sampled)
-        others = []
-        for request_id, order, token_id in one_by_one(plan, token_ids, ~stay):
+        for request_id, order, place, token_id in one_by_one(plan, token_ids, ~stay):
             sequence = self._owner(request_id, order)
             if sequence is not None:
-                others.append(self._take(sequence, (token_id,)))
-        if plan.num_pooled:
-            others += self._take_pooled(plan, result)
+                others.append(with_logprobs(self._take(sequence, (token_id,)), result, place))
         if self._barrier:
             others += self._let_go()
+        scored = None
+        if result.logprobs is not None:
+            wanting = stay & plan.samples.wanting(Wants.LOGPROBS)[: len(stay)]
+            scored = scored_tokens(plan, sampled, wanting, result.logprobs, self._sequences)
+            stay = stay & ~wanting
         if not stay.all():
             request_ids, sampled = tuple(itertools.compress(request_ids, stay.tolist())), sampled[stay]
-        return StepUpdate(request_ids, sampled.tolist(), others)
+        return StepUpdate(request_ids, sampled.tolist(), others, scored=scored)
+
+    def _take_unsampled(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
+        """Hands log-probabilities of prompt tokens and pooled hidden states to their sequences; returns those that end
+        with it: prompts that were to be embedded, and requests whose numbers are not finite."""
+        ended = []
+        if len(plan.scores):
+            failed = take_scores(plan, result, self._owner)
+            ended += [self._finish(sequence, FinishReason.ERROR, no_token(NOT_FINITE)) for sequence in failed]
+        if plan.num_pooled:
+            for sequence, pooled in take_pooled(plan, result, self._owner):
+                finish = FinishReason.ERROR, NOT_POOLED
+                ended.append(self._end(sequence, FinishReason.STOP, ()) if pooled else self._finish(sequence, *finish))
+        return ended
 
     def masked_sequences(self, plan: StepPlan) -> list[Sequence | None]:
         """Returns the sequence of each sample of `plan` that wants a mask, in order; None for those that have ended.
@@ -378,14 +413,15 @@ class Scheduler:
         self._barrier.check_integrity(set(self._sequences))
         self._queues.check_integrity(list(self._sequences.values()), self.pool)
 
-    def _update_several(self, plan: StepPlan, token_ids: np.ndarray, result: StepResult) -> StepUpdate:
+    def _update_several(
+        self, plan: StepPlan, token_ids: np.ndarray, result: StepResult, others: list[SequenceUpdate]
+    ) -> StepUpdate:
         """Does what `update` does, for a plan whose rows have several samples; `result.counts` says how many are
-        accepted."""
+        accepted. others: updates that the step has made already."""
         counts = np.zeros(0, np.int32) if result.counts is None else np.asarray(result.counts, np.int32)
         if len(counts) != len(plan.decodes):
             raise ValueError(f"step {plan.step} has {len(counts)} counts; it decoded {len(plan.decodes)} rows")
-        others = []
-        for request_id, order, planned, found in several(plan, token_ids, counts):
+        for request_id, order, place, planned, found in several(plan, token_ids, counts):
             sequence = self._owner(request_id, order)
             if sequence is None:
                 continue
@@ -395,9 +431,7 @@ class Scheduler:
             else:  # preempted meanwhile; computed again from the start, or swapped as if all had held
                 sequence.num_pending -= refused
                 sequence.num_computed -= refused if sequence.num_computed else 0
-            others.append(self._take(sequence, found))
-        if plan.num_pooled:
-            others += self._take_pooled(plan, result)
+            others.append(with_logprobs(self._take(sequence, found), result, place))
         if self._barrier:
             others += self._let_go()
         return StepUpdate((), [], others)
@@ -421,26 +455,6 @@ class Scheduler:
             if reason is not None:
                 return self._end(sequence, reason, token_ids[: count + 1])
         return SequenceUpdate(sequence, token_ids)
-
-    def _take_pooled(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
-        """Adds the pooled hidden states of a step to their sequences, and ends those whose prompt is computed."""
-        assert result.pooled is not None, "a step pools hidden states, and its result has none"
-        updates = []
-        for row, values in zip(plan.pooled_rows, result.pooled, strict=True):
-            sequence = self._owner(row.request_id, row.order)
-            if sequence is None:
-                continue
-            assert row.pooled is not None
-            assert sequence.pooled is not None
-            sequence.pooled.add(row, values)
-            if not row.pooled.last:
-                continue
-            if np.isfinite(sequence.pooled.vector(sequence.num_prompt_tokens)).all():
-                updates.append(self._end(sequence, FinishReason.STOP, ()))
-            else:
-                error = "the model's hidden states are not finite, or too large to be pooled"
-                updates.append(self._finish(sequence, FinishReason.ERROR, error))
-        return updates
 
     def _end(self, sequence: Sequence, reason: FinishReason, token_ids: tuple[int, ...]) -> SequenceUpdate:
         """Ends a sequence with its last tokens; under static batching it stays registered until its whole batch has
@@ -467,18 +481,6 @@ class Scheduler:
         elif self.decode_gap is not None:
             self.decode_gap.monitor.ended(sequence.order)  # that of a completed one is forgotten once it is measured
         return SequenceUpdate(sequence, (), reason, error)
-
-    def _too_late(self, sequence: Sequence, now: float) -> str:
-        """Returns the error line for a request that is dropped because it would be late."""
-        if sequence.request.options.deadline is not None:
-            return self._deadline_check.error(sequence, now)
-        waited, late = now - sequence.request.arrival_time, now - self.policy.due(sequence)
-        ordering = self._config.ordering
-        return (
-            f"dropped after {waited:.3f} s in the queue: served now it would be {late:.3f} s late for ttft_target "
-            f"{ordering.ttft_target:g} s and tpot_target {ordering.tpot_target:g} s; raise the targets, set drop_late "
-            "to False (it is then served after those that can be in time), or send fewer requests"
-        )
 
     def _obstacle_stays(self) -> bool:
         """Tells whether waiting sequences will stay blocked, whatever the time, until a request arrives or leaves."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import EngineRequest, RequestStatus
 from jaxserve.scheduler.pooled_sum import PooledSum
 
@@ -15,9 +16,13 @@ class Sequence:
     most.
     expected_output: output tokens that the predictor expected on arrival. boost: added to the priority by preemptions.
     tenant_number: the policy's number for its tenant. wants: `Wants` of each of its samples. start_by, lateness: see
-    the policy that uses them. pooled: of a prompt that is embedded.
+    the policy that uses them.
+    next_scored: index of the first prompt token that no dispatched step scores, where the request wants
+    log-probabilities of its prompt. scores: those that the host has read and not handed on. pooled: of a
+    prompt that is embedded.
     pages: of the device, in the order of the table; reserved: pages held for it beyond them; host_pages: those of a
-    swapped sequence.
+    swapped sequence. penalized: it needs a penalty row; penalty_row: the one that it holds while it runs. parked: its
+    queue does not offer it, since no row is free.
     """
 
     def __init__(self, request: EngineRequest, order: int, expected_output: float = 1.0):
@@ -41,6 +46,11 @@ class Sequence:
         self.reserved: list[int] = []
         self.host_pages: list[int] = []
         self.slot: int | None = None
+        self.penalized = request.penalized
+        self.penalty_row: int | None = None
+        self.parked = False
+        self.next_scored = request.prompt_logprobs_start
+        self.scores: list[LogprobColumns] = []
         self.pooled: PooledSum | None = None if request.pooling is None else PooledSum(request.pooling)
 
     @property
@@ -80,6 +90,18 @@ class Sequence:
     @property
     def finished(self) -> bool:
         return self.status is RequestStatus.FINISHED
+
+    def take_scores(self) -> LogprobColumns | None:
+        """Returns the log-probabilities of the prompt, once."""
+        if not self.scores:
+            return None
+        taken, self.scores = LogprobColumns.joined(self.scores), []
+        return taken
+
+    def score_again(self) -> None:
+        """Forgets that tokens of the prompt are being scored whose scores the host has not read: they are lost."""
+        if self.request.prompt_logprobs is not None and not self.output_token_ids:
+            self.next_scored = self.request.prompt_logprobs_start + sum(len(part) for part in self.scores)
 
     def known_token_ids(self, start: int, stop: int) -> tuple[int, ...]:
         """Returns the ids of the known tokens at positions start to stop - 1."""

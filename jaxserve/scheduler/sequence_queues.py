@@ -11,6 +11,7 @@ from jaxserve.request import RequestStatus
 from jaxserve.scheduler.admission_order import AdmissionOrder
 from jaxserve.scheduler.deadline_check import DeadlineCheck
 from jaxserve.scheduler.modes import Counts
+from jaxserve.scheduler.parking_queue import ParkingQueue
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.preemption import Preemption
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
@@ -47,9 +48,10 @@ class SequenceQueues:
         else:
             self.pages = FaultyPages(pool, config.admission, max_model_len, allocation_hit)
         self.preemption = Preemption(config.preemption, policy, pool.page_size, costs)
-        self.waiting = Waiting(policy, formation, self.preemption.urgency_queues(), deadline_check)
-        self.running = Running(config.max_num_seqs, pool.page_size, tokens_per_step)
-        self.swapped = policy.queue()
+        urgency_queues = self.preemption.urgency_queues
+        self.waiting = Waiting(policy, formation, urgency_queues(), urgency_queues(), deadline_check)
+        self.running = Running(config.max_num_seqs, pool.page_size, tokens_per_step, config.num_penalty_rows)
+        self.swapped = ParkingQueue(policy.queue)
         self.preempted: list[Sequence] = []
         self.preemptions = {"recompute": 0, "swap": 0}
         self.changed = False
@@ -67,6 +69,14 @@ class SequenceQueues:
         for sequence in (*self.running.decoding.complete(), *self.running.ended.values()):
             self._release(sequence)
             sequence.status = RequestStatus.ENDING
+        for _ in range(self.running.num_free_penalty_rows):
+            # Those that have run come first, as they do where rows are free.
+            if not (self.swapped.unpark() or self.waiting.returning.unpark() or self.waiting.unpark()):
+                break
+
+    def park(self, sequence: Sequence) -> None:
+        """Sets aside a swapped or waiting sequence that lacks a penalty row."""
+        (self.swapped if sequence.status is RequestStatus.SWAPPED else self.waiting).park(sequence)
 
     def make_room(self, step: StepInProgress) -> None:
         """Preempts the running sequence that the preemption rules select, and drops its share of this step."""
@@ -163,6 +173,9 @@ class SequenceQueues:
                 assert not sequence.pages, f"{sequence.request_id} holds pages, but does not run"
                 assert not sequence.reserved, f"{sequence.request_id} holds reserved pages, but does not run"
                 assert sequence.slot is None, f"{sequence.request_id} holds a slot, but does not run"
+                assert sequence.penalty_row is None, f"{sequence.request_id} holds a penalty row, but does not run"
+            else:
+                assert not sequence.parked, f"{sequence.request_id} runs, but is parked"
             swapped = sequence.status is RequestStatus.SWAPPED
             assert swapped == bool(sequence.host_pages), f"{sequence.request_id} is not where its pages are"
             held = len(sequence.pages) + len(sequence.host_pages)

@@ -12,8 +12,9 @@ from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.budgets import Budgets
 from jaxserve.scheduler.gap_limit import GapLimit
 from jaxserve.scheduler.modes import Mode, StepLimits
-from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, PageTableWrite, RowPlan, StepPlan
+from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, NO_SCORES, PageTableWrite, PenaltyWrite, RowPlan, StepPlan
 from jaxserve.scheduler.policies.policy import Policy
+from jaxserve.scheduler.scoring import planned_scores
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import SequenceQueues
 from jaxserve.scheduler.step_in_progress import Chunk, StepInProgress
@@ -22,12 +23,15 @@ from jaxserve.scheduler.step_time_estimator import StepTimeEstimator
 MOST_PADDING = 0.2
 """Share of a bucket that may be padding before the prefill budget is lowered or raised to a bucket boundary."""
 
+MOST_PARKED = 64
+"""Maximum number of sequences that one step sets aside because they lack a penalty row."""
+
 
 class StepBuilder:
     """Builds the plans of steps.
 
     admitted: sequences that the last step admitted. blocked_by: what kept the first waiting sequence from joining it:
-    "slots", "pages", or None when none waits or the cause is another.
+    "slots", "pages", "penalty rows", or None when none waits or the cause is another.
     """
 
     def __init__(
@@ -100,9 +104,15 @@ class StepBuilder:
         decodes, samples = running.decoding.advance() if step.decodes else (NO_DECODES, NO_SAMPLES)
         if self._policy.counts_tokens and step.decodes:
             self._policy.decoded(running.decoding.tenants(decodes))
-        num_tokens, chunks, table_writes = decodes.num_tokens, (), ()
+        num_tokens, chunks, scores = decodes.num_tokens, (), NO_SCORES
+        table_writes: tuple[PageTableWrite, ...] = ()
+        penalty_writes: tuple[PenaltyWrite, ...] = ()
         if step.chunks:
-            chunks, sampled, table_writes = self._chunks(step, num_tokens)
+            scores = planned_scores(step, num_tokens)
+            admitted = [chunk for chunk in step.chunks.values() if chunk.admitted]
+            table_writes = tuple(write for chunk in admitted if chunk.held for write in chunk.table_writes())
+            penalty_writes = tuple(write for chunk in admitted if (write := chunk.penalty_write()) is not None)
+            chunks, sampled = self._chunks(step, num_tokens)
             num_tokens += sum([chunk.count for chunk in step.chunks.values()])
             samples = samples.followed_by(sampled) if sampled else samples
         num_sampled = len(samples)
@@ -116,24 +126,23 @@ class StepBuilder:
             num_tokens=num_tokens,
             copies=tuple(step.copies),
             table_writes=table_writes,
+            penalty_writes=penalty_writes,
+            scores=scores,
             num_pooled=sum([row.pooled is not None for row in chunks]),
         )
 
     def _chunks(
         self, step: StepInProgress, end: int
-    ) -> tuple[tuple[RowPlan, ...], list[tuple[int, int, int, bool, int]], tuple[PageTableWrite, ...]]:
-        """Returns the rows of the prompt chunks that follow `end` tokens, their samples and their page-table writes.
+    ) -> tuple[tuple[RowPlan, ...], list[tuple[int, int, int, bool, int]]]:
+        """Returns the rows of the prompt chunks that follow `end` tokens, and their samples.
 
         A chunk is sampled when it completes the sequence's known tokens, unless these are only embedded.
         """
         rows: list[RowPlan] = []
         sampled: list[tuple[int, int, int, bool, int]] = []
-        table_writes: list[PageTableWrite] = []
         for chunk in step.chunks.values():
             row, sequence = chunk.row(), chunk.sequence
             rows.append(row)
-            if chunk.admitted and chunk.held:
-                table_writes += chunk.table_writes()
             position = sequence.num_computed = row.start + chunk.count
             end += chunk.count
             if position == sequence.num_known and sequence.pooled is not None:
@@ -144,7 +153,7 @@ class StepBuilder:
                 self._running.decode(sequence)
                 if self._policy.counts_tokens:
                     self._policy.decoded(np.array([sequence.tenant_number]))
-        return tuple(rows), sampled, tuple(table_writes)
+        return tuple(rows), sampled
 
     def _begin(self, step_limits: StepLimits) -> StepInProgress:
         """Starts the step with its decodes."""
@@ -192,6 +201,9 @@ class StepBuilder:
         if step.decodes:
             needed += len(running.decoding.needing_page())
         while (sequence := self._swapped.peek()) is not None:
+            if running.lacks_row(sequence):
+                self._queues.park(sequence)
+                continue
             count = self._chunk(sequence, step, step_limits)
             if not count or not self._has_place(sequence, step_limits) or not pages.fit(sequence, count, spare=needed):
                 return
@@ -257,15 +269,16 @@ class StepBuilder:
         return want if whole else 0
 
     def _has_place(self, sequence: Sequence, step_limits: StepLimits) -> bool:
-        """Tells whether a sequence could run now; one with a token in flight waits for its id."""
+        """Tells whether a sequence could run now, pages aside; one with a token in flight waits for its id."""
         running = self._running
         limit = min(self._budgets.max_num_seqs, self._mode.max_running)
-        if sequence.num_pending or len(running.prefilling) >= step_limits.prompts:
+        if sequence.num_pending or len(running.prefilling) >= step_limits.prompts or running.lacks_row(sequence):
             return False
         return not running.full and len(running) < limit
 
     def _admit(self, step: StepInProgress, step_limits: StepLimits, now: float, most: float) -> int:
-        """Admits waiting sequences in admission order until slots, budget or pages run out.
+        """Admits waiting sequences in admission order until slots, budget or pages run out. Those that lack a penalty
+        row are passed over.
 
         Args:
             step: the step under construction.
@@ -276,12 +289,18 @@ class StepBuilder:
         Returns:
             The number of new requests admitted.
         """
-        joined = 0
-        if not len(self._swapped):
+        joined = parked = 0
+        if self._swapped.peek() is None:
             delayed = self._delayed(now)
             for sequence in self._waiting.candidates(now):
                 if sequence.waits_new and (joined >= most or delayed):
                     break
+                if self._running.lacks_row(sequence):
+                    self._queues.park(sequence)
+                    parked += 1
+                    if parked >= MOST_PARKED:
+                        break
+                    continue
                 new = sequence.waits_new
                 if not self._join(sequence, step, step_limits):
                     break
@@ -298,7 +317,8 @@ class StepBuilder:
     def _join(self, sequence: Sequence, step: StepInProgress, step_limits: StepLimits) -> bool:
         """Admits a waiting sequence if it fits; returns whether it did."""
         if not self._has_place(sequence, step_limits):
-            self.blocked_by = None if sequence.num_pending else "slots"
+            lacking = "penalty rows" if self._running.lacks_row(sequence) else "slots"
+            self.blocked_by = None if sequence.num_pending else lacking
             return False
         count = self._chunk(sequence, step, step_limits)
         if not count:
@@ -327,7 +347,9 @@ class StepBuilder:
 
     def _may_pass(self, sequence: Sequence) -> bool:
         """Tells whether a new sequence may run ahead of preempted ones: it would preempt them if they were running."""
-        away = self._swapped.peek(), self._waiting.returning.peek()
+        away = [self._swapped.peek(), self._waiting.returning.peek()]
+        if sequence.penalized:
+            away += [self._swapped.peek_parked(), self._waiting.returning.peek_parked()]
         return all(one is None or self._queues.preemption.far_better(sequence, one) for one in away)
 
     def _preempt_for(self, sequence: Sequence, step: StepInProgress, step_limits: StepLimits, in_turn: bool) -> bool:
@@ -351,8 +373,10 @@ class StepBuilder:
     def _loser(self, sequence: Sequence, step: StepInProgress, in_turn: bool) -> Sequence | None:
         """Selects the running sequence to preempt for a waiting one, or None; pages alone are a reason only when it is
         first in turn."""
-        queues, short_of_pages = self._queues, in_turn and self.blocked_by == "pages"
-        return queues.preemption.running_to_preempt(queues.running, sequence, short_of_pages, spared=step.joined)
+        queues, short_of_pages, spared = self._queues, in_turn and self.blocked_by == "pages", step.joined
+        if queues.running.lacks_row(sequence):
+            spared |= {one.request_id for one in queues.running.sequences if one.penalty_row is None}
+        return queues.preemption.running_to_preempt(queues.running, sequence, short_of_pages, spared=spared)
 
     def _take_chunk(self, loser: Sequence, sequence: Sequence, step: StepInProgress, step_limits: StepLimits) -> bool:
         """Admits a waiting sequence in place of a running one's chunk, which is deferred to the next step.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxserve.kv_cache.page_pool import PageCopy
-from jaxserve.scheduler.plan import PageTableWrite, RowPlan, table_writes
+from jaxserve.scheduler.plan import PageTableWrite, PenaltyWrite, RowPlan, table_writes
 from jaxserve.scheduler.pooled_sum import pooled_tokens
 from jaxserve.scheduler.sequence import Sequence
 
@@ -29,6 +29,19 @@ class Chunk:
         assert self.sequence.slot is not None
         return table_writes(0, self.sequence.slot, self.sequence.pages[: self.held])
 
+    def penalty_write(self) -> PenaltyWrite | None:
+        """Returns the write that makes the new penalty row that of the sequence; None where it has none.
+
+        Its last id may not be missing: a sequence gets no slot before the host knows all of them.
+        """
+        sequence = self.sequence
+        assert self.admitted
+        if sequence.penalty_row is None:
+            return None
+        assert not sequence.num_pending, f"{sequence.request_id} is admitted with ids that are not known"
+        outputs = tuple(sequence.output_token_ids)
+        return PenaltyWrite(sequence.penalty_row, sequence.request.prompt_token_ids, outputs)
+
     def row(self) -> RowPlan:
         """Returns its row of the plan."""
         sequence, count = self.sequence, self.count
@@ -44,6 +57,7 @@ class Chunk:
             first_new_page=self.held,
             new_pages=tuple(sequence.pages[self.held :]),
             admit=sequence.request if self.admitted else None,
+            penalty_row=sequence.penalty_row if self.admitted else None,
             pooled=None if pooling is None else pooled_tokens(pooling, start, count, last),
         )
 

@@ -1,4 +1,5 @@
-"""Keeps the waiting sequences: preempted ones in front, then new ones in admission order."""
+"""Keeps the waiting sequences: preempted ones in front, then new ones in admission order. Those that lack a penalty row
+are set aside (`park`)."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from jaxserve.scheduler.admission_order import AdmissionOrder
 from jaxserve.scheduler.deadline_check import DeadlineCheck
 from jaxserve.scheduler.keyed_queue import KeyedQueue
+from jaxserve.scheduler.parking_queue import ParkingQueue
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.sequence import Sequence
 
@@ -50,7 +52,8 @@ class Waiting:
     """Indexes the waiting sequences; no operation scans all of them.
 
     new: requests that never ran, by arrival. returning: preempted sequences to be recomputed, in the policy's order.
-    by_urgency: queues of new requests; the best of each is the first to preempt a running sequence.
+    by_urgency, parked_by_urgency: queues of new requests, and of those that are parked; the best of each is the first
+    to preempt a running sequence.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Waiting:
         policy: Policy,
         formation: AdmissionOrder,
         by_urgency: tuple[KeyedQueue, ...],
+        parked_by_urgency: tuple[KeyedQueue, ...],
         deadline_check: DeadlineCheck,
     ):
         self._policy = policy
@@ -66,8 +70,10 @@ class Waiting:
         self._deadlines = _Times()
         self._due = _Times()
         self.new = KeyedQueue(lambda sequence: (sequence.request.arrival_time,))
-        self.returning = policy.queue()
+        self.returning = ParkingQueue(policy.queue)
+        self._parked = policy.queue()
         self._by_urgency = by_urgency
+        self._parked_by_urgency = parked_by_urgency
 
     def __len__(self) -> int:
         return len(self.new) + len(self.returning)
@@ -95,6 +101,26 @@ class Waiting:
         else:
             self.returning.remove(sequence)
 
+    def park(self, sequence: Sequence) -> None:
+        """Sets a member aside until a penalty row is free."""
+        if not sequence.waits_new:
+            self.returning.park(sequence)
+            return
+        for queue in (self._formation, *self._by_urgency):
+            queue.remove(sequence)
+        for queue in (self._parked, *self._parked_by_urgency):
+            queue.push(sequence)
+        sequence.parked = True
+
+    def unpark(self) -> bool:
+        """Offers the best new request that is parked again; returns whether there was one."""
+        sequence = self._parked.peek()
+        if sequence is None:
+            return False
+        self._remove(sequence)
+        self._push(sequence)
+        return True
+
     def candidates(self, now: float) -> Iterator[Sequence]:
         """Yields the next sequence to admit, repeatedly; each must be removed before the next is requested."""
         while (sequence := self.returning.peek()) is not None:
@@ -106,7 +132,7 @@ class Waiting:
 
         The best of each urgency queue comes first, then the next in admission order.
         """
-        for queue in self._by_urgency:
+        for queue in (*self._by_urgency, *self._parked_by_urgency):
             if (best := queue.peek()) is not None:
                 yield best, False
         if (first := next(self._formation.candidates(now), None)) is not None:
@@ -143,5 +169,7 @@ class Waiting:
             queue.push(sequence)
 
     def _remove(self, sequence: Sequence) -> None:
-        for queue in (self.new, self._formation, *self._by_urgency):
+        offering = (self._parked, *self._parked_by_urgency) if sequence.parked else (self._formation, *self._by_urgency)
+        for queue in (self.new, *offering):
             queue.remove(sequence)
+        sequence.parked = False

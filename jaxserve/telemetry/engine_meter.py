@@ -24,9 +24,12 @@ STEP_HISTOGRAMS: Mapping[str, tuple[float, ...]] = {
     "iteration_tokens": _TOKENS,
     "prefill_tokens": _TOKENS,
     "decode_tokens": _TOKENS,
+    "mask_seconds": decades(-5, 0),
 }
-"""Histograms of steps: the bounds of their buckets, in seconds or tokens."""
+"""Histograms of steps: the bounds of their buckets, in seconds or tokens. mask_seconds: of steps with masks alone."""
 
+
+_OF_ALL_STEPS = tuple(name for name in STEP_HISTOGRAMS if name != "mask_seconds")
 
 _VALUES = operator.attrgetter(
     "schedule_seconds",
@@ -68,6 +71,10 @@ class EngineMeter:
         if handler is not None:
             handler(event)
 
+    def masked(self, seconds: float) -> None:
+        """Counts the time that a step waited for its masks."""
+        self._histograms["mask_seconds"].observe_all(np.array([seconds]))
+
     def step_histograms(self) -> dict[str, HistogramCounts]:
         """Returns what is counted so far, by the names of STEP_HISTOGRAMS."""
         self._count()
@@ -88,8 +95,8 @@ class EngineMeter:
         self._steps.clear()
         host, (collect, gap, prefill, decode) = columns[:3].sum(0), columns[3:]
         values = (host + collect, host, gap, prefill + decode, prefill, decode)
-        for histogram, column in zip(self._histograms.values(), values, strict=True):
-            histogram.observe_all(column)
+        for name, column in zip(_OF_ALL_STEPS, values, strict=True):
+            self._histograms[name].observe_all(column)
 
     def _arrive(self, event: RequestArrived) -> None:
         self._arrived[event.request_id] = event.time

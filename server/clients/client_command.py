@@ -11,10 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import SamplingParams
 from jaxserve.serving.clients.client_failures import FAILURES, Failure, failure_of
 from jaxserve.serving.clients.client_output import JsonOutput, Output, TextOutput
-from jaxserve.serving.clients.client_results import Conversation, join
+from jaxserve.serving.clients.client_results import Chunk, Conversation, holds_news, join
 from jaxserve.serving.clients.client_target import AnyClient, ServerTarget
 
 EXIT_FAILED = 1
@@ -34,7 +33,7 @@ class ClientOptions:
     """Holds the options of one run, which apply to every prompt.
 
     Attributes:
-        params: sampling parameters.
+        params: plain values of the sampling parameters that are given; the server has its own defaults of the others.
         fields: tenant and priority.
         timeout: seconds for each answer, or None.
         prompt: the prompt of the command line; None reads standard input.
@@ -49,7 +48,7 @@ class ClientOptions:
         wait: seconds to wait until the server is ready.
     """
 
-    params: SamplingParams
+    params: Mapping[str, Any]
     fields: Mapping[str, Any]
     timeout: float | None = None
     prompt: str | None = None
@@ -126,13 +125,16 @@ class _Answers:
         if options.chat:
             system = [{"role": "system", "content": options.system}] if options.system else []
             sent = Conversation([*system, *self._turns, question])
-        chunks = []
+        chunks: list[Chunk] = []
+        news = holds_news(options.params)
         stream = self._client.generate(sent, options.params, timeout=options.timeout, **options.fields)
         with contextlib.closing(stream):  # Ctrl-C leaves through here, which cancels the call
             for chunk in stream:
+                if not news:
+                    chunks.clear()
                 chunks.append(chunk)
-                self._output.chunk(chunk)
-        completion = join(chunks)
+                self._output.chunk(chunk, news)
+        completion = join(chunks, options.params)
         self._output.answer(prompt, completion)
         if options.chat:
             self._turns += [question, {"role": "assistant", "content": completion.text}]

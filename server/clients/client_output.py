@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from typing import Any
 
 from jaxserve.serving.clients.client_failures import Failure
-from jaxserve.serving.clients.client_results import Chunk, Completion, chunk_record
+from jaxserve.serving.clients.client_results import Chunk, Completion, record_of
 from jaxserve.serving.clients.embed_requests import Embeddings
+
+_OF_THE_END = ("finish_reason", "usage")
+"""Fields of a chunk that only the last one has."""
 
 
 class TextOutput:
@@ -17,18 +19,22 @@ class TextOutput:
 
     def __init__(self) -> None:
         self._open_line = False
+        self._num_shown = 0
 
-    def chunk(self, chunk: Chunk) -> None:
-        """Prints what is new of an answer."""
-        if chunk.text:
-            print(chunk.text, end="", flush=True)
-            self._open_line = not chunk.text.endswith("\n")
+    def chunk(self, chunk: Chunk, news: bool) -> None:
+        """Prints what is new of an answer. news: the chunk holds that; else all of the answer so far."""
+        text = chunk.text if news else chunk.text[self._num_shown :]
+        if text:
+            print(text, end="", flush=True)
+            self._open_line = not text.endswith("\n")
+            self._num_shown += len(text)
 
     def answer(self, prompt: str, completion: Completion) -> None:
         """Ends an answer's last line."""
         if self._open_line or not completion.text:
             print(flush=True)
         self._open_line = False
+        self._num_shown = 0
 
     def embedding(self, prompt: str, found: Embeddings) -> None:
         """Prints an embedding as a line of JSON."""
@@ -37,6 +43,7 @@ class TextOutput:
     def failure(self, failure: Failure, prompt: str | None = None) -> None:
         """Prints an error, on a line of its own where an answer has begun on a terminal."""
         self._end_line()
+        self._num_shown = 0
         print(f"jaxserve.client: {failure.line}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
@@ -60,16 +67,15 @@ class JsonOutput:
     def __init__(self, events: bool = False):
         self._events = events
 
-    def chunk(self, chunk: Chunk) -> None:
-        """Prints a piece of an answer, where these are wanted."""
+    def chunk(self, chunk: Chunk, news: bool) -> None:
+        """Prints a piece of an answer, where these are wanted. news: does not matter here."""
         if self._events and chunk.finish_reason is None:
-            record = chunk_record(chunk)
-            self._print("chunk", {name: record[name] for name in ("request_id", "token_ids", "text")})
+            record = record_of(chunk)
+            self._print("chunk", {name: value for name, value in record.items() if name not in _OF_THE_END})
 
     def answer(self, prompt: str, completion: Completion) -> None:
         """Prints an answer."""
-        record = dataclasses.asdict(completion) | {"finish_reason": completion.finish_reason.value}
-        self._print("answer", {"prompt": prompt} | record)
+        self._print("answer", {"prompt": prompt} | record_of(completion))
 
     def embedding(self, prompt: str, found: Embeddings) -> None:
         """Prints an embedding."""

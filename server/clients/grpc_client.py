@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import SamplingParams
 from jaxserve.serving.clients.client_credentials import Credentials
-from jaxserve.serving.clients.client_results import Chunk, Completion, Conversation, Prompt, Usage, join
+from jaxserve.serving.clients.client_results import (
+    Chunk,
+    Completion,
+    Conversation,
+    Params,
+    Prompt,
+    TokenLogprob,
+    Usage,
+    join,
+)
 from jaxserve.serving.clients.embed_requests import (
     Embeddings,
     Inputs,
@@ -42,7 +50,7 @@ _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 
 
 def generate_request(
     prompt: Prompt,
-    params: SamplingParams | None = None,
+    params: Params = None,
     *,
     request_id: str = "",
     tenant: str = "",
@@ -54,7 +62,7 @@ def generate_request(
 
     Args:
         prompt: text, token ids, or a conversation.
-        params: None leaves every choice to the server.
+        params: all sampling parameters; a mapping of some, or None, leaves the others to the server.
         deadline: Unix seconds.
 
     The other arguments are the fields of the proto.
@@ -112,7 +120,7 @@ class Client:
     def generate(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         **fields: Any,
@@ -131,13 +139,13 @@ class Client:
     def generate_text(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         **fields: Any,
     ) -> Completion:
         """Returns the complete response; arguments as for `generate`."""
-        return join(list(self.generate(prompt, params, timeout=timeout, **fields)))
+        return join(list(self.generate(prompt, params, timeout=timeout, **fields)), params)
 
     def embed(
         self,
@@ -238,7 +246,7 @@ class AsyncClient:
     async def generate(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         **fields: Any,
@@ -257,13 +265,13 @@ class AsyncClient:
     async def generate_text(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         **fields: Any,
     ) -> Completion:
         """Returns the complete response; arguments as for `generate`."""
-        return join([chunk async for chunk in self.generate(prompt, params, timeout=timeout, **fields)])
+        return join([chunk async for chunk in self.generate(prompt, params, timeout=timeout, **fields)], params)
 
     async def embed(
         self,
@@ -335,9 +343,22 @@ class AsyncClient:
 def _chunk(response: pb.GenerateResponse) -> Chunk:
     usage = None
     if response.HasField("usage"):
-        usage = Usage(response.usage.prompt_tokens, response.usage.output_tokens, response.usage.cached_tokens)
+        counts = response.usage
+        usage = Usage(counts.prompt_tokens, counts.output_tokens, counts.cached_tokens, counts.truncated_tokens)
     reason = convert.reason_from_proto(response.finish_reason)
-    return Chunk(response.request_id, tuple(response.token_ids), response.text, reason, usage)
+    logprobs, prompt_logprobs = map(_logprobs, (response.logprobs, response.prompt_logprobs))
+    return Chunk(
+        response.request_id, tuple(response.token_ids), response.text, reason, usage, logprobs, prompt_logprobs
+    )
+
+
+def _logprobs(messages: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprob, ...]:
+    return tuple(
+        TokenLogprob(one.token_id, one.logprob, one.rank, tuple(zip(one.top_ids, one.top_logprobs, strict=True)))
+        if one.HasField("logprob")
+        else TokenLogprob(one.token_id)
+        for one in messages
+    )
 
 
 def _code(error: Any) -> grpc.StatusCode:

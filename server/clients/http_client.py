@@ -15,13 +15,23 @@ import json
 import sys
 import time
 import urllib.parse
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxserve.config.plain_params import written
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
+from jaxserve.request import FinishReason, SamplingParams
 from jaxserve.serving.clients.client_credentials import Credentials
-from jaxserve.serving.clients.client_results import Chunk, Completion, Conversation, Prompt, Usage, join
+from jaxserve.serving.clients.client_results import (
+    Chunk,
+    Completion,
+    Conversation,
+    Params,
+    Prompt,
+    TokenLogprob,
+    Usage,
+    join,
+)
 from jaxserve.serving.clients.embed_requests import Embeddings, Inputs, Scores, listed, pooling_fields
 from jaxserve.serving.problem import Code
 
@@ -115,7 +125,7 @@ class HttpClient:
     def generate(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         tenant: str = "",
@@ -139,13 +149,13 @@ class HttpClient:
     def generate_text(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         **fields: Any,
     ) -> Completion:
         """Returns the complete response; arguments as for `generate`."""
-        return join(list(self.generate(prompt, params, timeout=timeout, **fields)))
+        return join(list(self.generate(prompt, params, timeout=timeout, **fields)), params)
 
     def embed(
         self,
@@ -266,17 +276,28 @@ def _option_headers(tenant: str, priority: int, timeout: float | None) -> dict[s
     return {name: value for name, value in given.items() if value}
 
 
-def generate_body(prompt: Prompt, params: SamplingParams | None) -> tuple[str, dict[str, Any]]:
-    """Returns the path and the body of a request that streams; params: None leaves every choice to the server."""
+def generate_body(prompt: Prompt, params: Params) -> tuple[str, dict[str, Any]]:
+    """Returns the path and the body of a request that streams.
+
+    params: all sampling parameters; a mapping of some, or None, leaves the others to the server.
+    """
     body: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
+    is_chat = isinstance(prompt, Conversation)
     if params is not None:
-        for name, field in SAMPLING_FIELDS.items():
-            value = getattr(params, name)
-            if value != field.default:
-                body[name] = list(value) if isinstance(value, tuple) else value
+        body |= _fields(params, is_chat)
     if isinstance(prompt, Conversation):
         return "/v1/chat/completions", body | {"messages": [dict(message) for message in prompt.messages]}
     return "/v1/completions", body | {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
+
+
+def _fields(params: SamplingParams | Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
+    """Returns the fields of a body that say the sampling parameters."""
+    fields = written(params)
+    if "logprobs" in fields:
+        fields["return_tokens_as_token_ids"] = True
+        if is_chat:  # there it is a flag
+            fields |= {"logprobs": True, "top_logprobs": fields["logprobs"]}
+    return fields
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[Any]:
@@ -303,7 +324,8 @@ def _chunks(events: Iterator[Any]) -> Iterator[Chunk]:
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or {}
             text = delta.get("content") if "delta" in choice else choice.get("text")
-            chunk = Chunk(request_id, tuple(choice.get("token_ids") or ()), text or "")
+            found = tuple(_logprobs(choice.get("logprobs") or {}))
+            chunk = Chunk(request_id, tuple(choice.get("token_ids") or ()), text or "", logprobs=found)
             if reason := choice.get("finish_reason"):
                 last = dataclasses.replace(chunk, finish_reason=FinishReason(reason))
             elif chunk.text or chunk.token_ids:
@@ -311,8 +333,25 @@ def _chunks(events: Iterator[Any]) -> Iterator[Chunk]:
         if last is not None and (usage := event.get("usage")):
             details = usage.get("prompt_tokens_details") or {}
             counts = usage["prompt_tokens"], usage["completion_tokens"], details.get("cached_tokens") or 0
-            yield dataclasses.replace(last, usage=Usage(*counts))
+            truncated = details.get("truncated_tokens") or 0
+            yield dataclasses.replace(last, usage=Usage(*counts, truncated))
             return
+
+
+def _logprobs(found: dict[str, Any]) -> Iterator[TokenLogprob]:
+    """Yields the log-probabilities of a choice's tokens, which are spelled by their ids."""
+    for entry in found.get("content") or ():  # of a chat
+        top = tuple((_id_of(one["token"]), one["logprob"]) for one in entry["top_logprobs"])
+        yield TokenLogprob(_id_of(entry["token"]), entry["logprob"], top=top)
+    for token, value, others in zip(
+        *(found.get(name) or () for name in ("tokens", "token_logprobs", "top_logprobs")), strict=True
+    ):
+        top = sorted(((_id_of(other), other_value) for other, other_value in others.items()), key=lambda one: -one[1])
+        yield TokenLogprob(_id_of(token), value, top=tuple(top))
+
+
+def _id_of(token: str) -> int:
+    return int(token.removeprefix("token_id:"))
 
 
 def _error(status: int, content: bytes, retry_after: str | None) -> HttpCallError:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from google.protobuf import message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from jaxserve.config.plain_params import params_of, written
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
+from jaxserve.frontend.delta import PromptLogprobs
 from jaxserve.frontend.openai_messages import parse_messages
-from jaxserve.request import SAMPLING_FIELDS, FinishReason, RequestOptions, SamplingParams
+from jaxserve.logprob_columns import LogprobColumns
+from jaxserve.request import FinishReason, RequestOptions, SamplingParams
 from jaxserve.serving.access.callers import Caller
 from jaxserve.serving.access.request_headers import request_options
+from jaxserve.serving.grpc_port.proto_values import made, read_fields
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 _REASONS = {
@@ -27,33 +32,41 @@ _REASONS_BACK = {number: reason for reason, number in _REASONS.items()}
 _PARAMETERS = {field.name: field for field in pb.SamplingParams.DESCRIPTOR.fields}
 """Parameters of the wire format, each a row of the table of sampling fields, by name."""
 
+_MAPS = frozenset(
+    name for name, field in _PARAMETERS.items() if field.message_type and field.message_type.GetOptions().map_entry
+)
+"""Parameters that the wire holds as maps."""
+
 MAX_MESSAGES = 4096
 """Maximum number of messages of one conversation."""
+
+_MOST_LOGPROBS = 16 * 1024
+"""Maximum number of log-probabilities of a prompt in one response."""
 
 _SMALL = 64 * 1024
 """Size in bytes of a part of a request up to which its unknown fields may be listed."""
 
 
-def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
+def params_to_proto(params: SamplingParams | Mapping[str, Any]) -> pb.SamplingParams:
     """Returns the message that `params_from_proto` reads back unchanged.
 
-    Raises ValueError for values the wire cannot carry.
+    params: all parameters; or plain values of some: the server has its own defaults of the others.
+
+    Raises ValueError for values that are not allowed, or that the wire cannot carry.
     """
-    for name, row in SAMPLING_FIELDS.items():
-        if name not in _PARAMETERS and getattr(params, name) != row.default:
-            raise ValueError(f"{name} is {shown(getattr(params, name))}; the gRPC API does not have it: leave it out")
-    return pb.SamplingParams(**{name: getattr(params, name) for name in _PARAMETERS})
+    values = written(params)
+    for name in values:
+        if name not in _PARAMETERS:
+            raise ValueError(f"{name} is {shown(values[name])}; the gRPC API does not have it: leave it out")
+    return made(pb.SamplingParams, values)
 
 
-def params_from_proto(proto: pb.SamplingParams) -> SamplingParams:
-    """Returns the sampling parameters of a request; unset fields have defaults. Raises ValueError naming the field."""
-    return SamplingParams(
-        **{
-            name: getattr(proto, name)
-            for name, field in _PARAMETERS.items()
-            if not field.has_presence or proto.HasField(name)
-        }
-    )
+def params_from_proto(proto: pb.SamplingParams, defaults: Mapping[str, Any] = {}) -> SamplingParams:
+    """Returns the sampling parameters of a request. Raises ValueError naming the field.
+
+    defaults: of unset fields, where the checkpoint has its own.
+    """
+    return params_of(read_fields(proto), defaults)
 
 
 def messages_from_proto(request: pb.GenerateRequest) -> list[dict[str, str]]:
@@ -118,6 +131,33 @@ def deadline_from_proto(
     if not math.isfinite(request.deadline):
         raise ValueError(f"deadline is {request.deadline}; it must be a finite number of seconds since 1970")
     return request.deadline if call_deadline is None else min(request.deadline, call_deadline)
+
+
+def logprobs_to_proto(columns: LogprobColumns, token_ids: Sequence[int]) -> list[pb.TokenLogprobs]:
+    """Returns the messages of tokens, one for each of `token_ids`."""
+    rows = zip(
+        token_ids,
+        columns.values.tolist(),
+        columns.ranks.tolist(),
+        columns.top_ids.tolist(),
+        columns.top_values.tolist(),
+        strict=True,
+    )
+    return [
+        pb.TokenLogprobs(token_id=token_id, logprob=value, rank=rank, top_ids=top_ids, top_logprobs=top_values)
+        for token_id, value, rank, top_ids, top_values in rows
+    ]
+
+
+def prompt_logprobs_to_proto(prompt: PromptLogprobs) -> Iterator[list[pb.TokenLogprobs]]:
+    """Yields the messages of a prompt's tokens in blocks, each small enough for one response."""
+    columns, start = prompt.columns, prompt.start
+    block = [pb.TokenLogprobs(token_id=token_id) for token_id in prompt.token_ids[:start]]
+    size = max(1, _MOST_LOGPROBS // (1 + columns.width))
+    for begin in range(0, max(1, len(columns)), size):
+        part = columns.part(begin, begin + size)
+        yield block + logprobs_to_proto(part, prompt.token_ids[start + begin : start + begin + len(part)])
+        block = []
 
 
 def reason_to_proto(reason: FinishReason | None) -> pb.FinishReason:

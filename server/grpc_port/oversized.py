@@ -32,6 +32,7 @@ _PARAMS, _TEXT, _TOKEN_IDS, _MESSAGES = (
     pb.GenerateRequest.DESCRIPTOR.fields_by_name[name].number
     for name in ("sampling_params", "text", "token_ids", "messages")
 )
+_TRUNCATE = pb.SamplingParams.DESCRIPTOR.fields_by_name["truncate_prompt_tokens"].number
 
 
 CheckPromptBytes = Callable[[int, bool], None]
@@ -94,12 +95,14 @@ def check_few_fields(data: bytes) -> None:
 
 def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
     """Raises DecodeError when an unparsed GenerateRequest, of few fields, has oversized sampling parameters or too many
-    messages; and whatever `check_prompt_bytes` raises for its text or token ids, the last ones where it has several.
+    messages; and whatever `check_prompt_bytes` raises for its text or token ids, the last ones where it has several,
+    unless they are to be truncated.
     """
-    size, prompt, num_messages = 0, (0, True), 0
+    size, prompt, num_messages, params = 0, (0, True), 0, b""
     for number, start, end in fields(data):
         if number == _PARAMS:
             size += end - start
+            params = data[start:end]
         elif number in (_TEXT, _TOKEN_IDS):
             prompt = end - start, number == _TEXT
         elif number == _MESSAGES:  # a conversation that is sent in several fields is one
@@ -107,8 +110,16 @@ def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
     if num_messages > MAX_MESSAGES:
         raise DecodeError(f"messages has more than {MAX_MESSAGES} messages; leave out old ones")
     if size > MAX_PARAMS_BYTES:
-        raise DecodeError(f"sampling_params has {size} bytes; at most {MAX_PARAMS_BYTES} are allowed: send fewer stops")
-    check_prompt_bytes(*prompt)
+        raise DecodeError(
+            f"sampling_params has {size} bytes; at most {MAX_PARAMS_BYTES} are allowed: send fewer stops or token ids"
+        )
+    if not has_field(params, _TRUNCATE):
+        check_prompt_bytes(*prompt)
+
+
+def has_field(data: bytes | memoryview, number: int) -> bool:
+    """Tells whether an unparsed message has a field of this number."""
+    return any(found == number for found, _, _ in fields(data))
 
 
 def count_fields(data: bytes, most: int) -> int:

@@ -21,9 +21,10 @@ import jaxserve
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.engine.messages import EngineReady, EngineStats
+from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.pooling_params import pair_scores
-from jaxserve.request import FinishReason, check_identity
+from jaxserve.request import FinishReason, ModelLimits, SamplingParams, check_identity
 from jaxserve.serving.embedding_calls import Embedded, EmbeddingCall, embed_all
 from jaxserve.serving.grpc_port import convert, embed_convert
 from jaxserve.serving.grpc_port.call_interceptor import CallContext
@@ -103,7 +104,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         frontend = self._served.accepting()
         is_chat = request.WhichOneof("prompt") == "messages"
         with self._served.rejections():
-            params = convert.params_from_proto(request.sampling_params)
+            params = convert.params_from_proto(request.sampling_params, frontend.ready.sampling_defaults)
             messages = convert.messages_from_proto(request) if is_chat else ()
             prompt = "" if is_chat else convert.prompt_from_proto(request)
         if not is_chat:
@@ -124,14 +125,24 @@ class JaxServeService(pb_grpc.JaxServeServicer):
             owner=context.caller.name,
             trace=self._served.trace(metadata, "text_completion"),
         )
-        context.set_backlog(lambda: stream.num_unread * BYTES_PER_TOKEN)
+        per_token = bytes_per_token(params, frontend.ready.limits)
+        context.set_backlog(lambda: stream.num_unread * per_token)
+        updates, prompt_logprobs = OutputUpdates(params.output_kind), None
         async with stream:  # left early, it aborts the request
             async for delta in stream:
+                prompt_logprobs = delta.prompt_logprobs or prompt_logprobs
+                update = updates.of(delta)
+                if update is None:
+                    continue
+                if prompt_logprobs is not None:
+                    for block in convert.prompt_logprobs_to_proto(prompt_logprobs):
+                        await context.write(pb.GenerateResponse(request_id=delta.request_id, prompt_logprobs=block))
+                    prompt_logprobs = None
                 if delta.finish_reason is FinishReason.DEADLINE:  # what there is until then is not lost
-                    await context.write(_response(delta))
+                    await context.write(_response(update))
                 if delta.finish_reason is not None:
                     check_delta(delta)
-                await context.write(_response(delta))
+                await context.write(_response(update))
 
     @errors_as_status
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
@@ -269,6 +280,12 @@ def _is_refusal(answer: Status) -> bool:
     return answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED and bool(answer.metadata)
 
 
+def bytes_per_token(params: SamplingParams, limits: ModelLimits) -> int:
+    """Returns the memory in bytes of an output token of a request that waits to be read."""
+    width = limits.resolved_logprobs(params.logprobs)
+    return BYTES_PER_TOKEN + (0 if width is None else 8 * (1 + width))
+
+
 def text_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, str]:
     """Returns a call's metadata by name; of a name that occurs twice the last value."""
     return {name: value for name, value in metadata if isinstance(value, str)}
@@ -285,10 +302,12 @@ def _response(delta: Any) -> pb.GenerateResponse:
         request_id=delta.request_id,
         token_ids=delta.token_ids,
         text=delta.text,
+        logprobs=() if delta.logprobs is None else convert.logprobs_to_proto(delta.logprobs, delta.token_ids),
     )
     if delta.finish_reason is not None:
         response.finish_reason = convert.reason_to_proto(delta.finish_reason)
         response.usage.prompt_tokens = delta.prompt_tokens
         response.usage.output_tokens = delta.output_tokens
         response.usage.cached_tokens = delta.cached_tokens
+        response.usage.truncated_tokens = delta.truncated_tokens
     return response

@@ -15,21 +15,39 @@ from google.protobuf import message
 from google.protobuf.message import DecodeError
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
+from jaxserve.config.plain_params import params_of, plain_fields
 from jaxserve.config.shown import shown
-from jaxserve.frontend.delta import Delta
-from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
-from jaxserve.serving.grpc_port.oversized import LARGE, MAX_PARAMS_BYTES, CheckPromptBytes, check_field_count, fields
+from jaxserve.frontend.delta import Delta, PromptLogprobs
+from jaxserve.logprob_columns import LogprobColumns
+from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.serving.grpc_port.oversized import (
+    LARGE,
+    MAX_PARAMS_BYTES,
+    CheckPromptBytes,
+    check_field_count,
+    fields,
+    has_field,
+)
+from jaxserve.serving.grpc_port.proto_values import read_fields
 
-TEXT_ONLY = frozenset({"skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"})
-"""Sampling parameters about the text of the output, which the gateway makes of the token ids; any value is accepted.
-The ids include the token that completes a stop string."""
+CONSTRAINTS: Mapping[str, str] = {
+    "json_schema": "json",
+    "regex": "regex",
+    "grammar": "grammar",
+    "structural_tag": "structural_tag",
+    "json_object": "json_object",
+    "choice": "choice",
+}
+"""Fields of structured_outputs by the gateway's names."""
+
+_FIRST_TOKEN = "grammar_from_first_token"
+"""Asks that a constraint begin at the first token, which it always does here."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "repetition_penalty": (1.0,),
     "frequency_penalty": (0.0,),
     "presence_penalty": (0.0,),
-    "json_object": (False,),
 }
 """Values, beside unset, that ask for nothing of sampling parameters that the engine may lack."""
 
@@ -40,20 +58,32 @@ _REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReas
 """The gateway's words for finish reasons; the others are statuses, and its fourth, error, is never sent."""
 
 _NUMBERS = {name: field.number for name, field in pb.GenerateRequest.DESCRIPTOR.fields_by_name.items()}
+_TRUNCATE = pb.SamplingParams.DESCRIPTOR.fields_by_name["truncate_prompt_tokens"].number
 _EMBED_TOKENIZED = pb.EmbedRequest.DESCRIPTOR.fields_by_name["tokenized"].number
 _ORIGINAL_TEXT = pb.TokenizedInput.DESCRIPTOR.fields_by_name["original_text"].number
 
 
-def params_from_proto(proto: pb.SamplingParams) -> SamplingParams:
-    """Returns the sampling parameters of a request; unset fields have defaults. Raises ValueError naming the field."""
-    values = {}
+def params_from_proto(proto: pb.SamplingParams, defaults: Mapping[str, Any] = {}) -> SamplingParams:
+    """Returns the sampling parameters of a request. Raises ValueError naming the field.
+
+    The text of the output is made by the gateway of the token ids, which include the token that completes a stop
+    string: parameters about the text alone change nothing here.
+
+    defaults: of unset fields, where the checkpoint has its own.
+    """
+    rows = plain_fields()
+    values: dict[str, Any] = {}
+    plain = read_fields(proto)
     for field, value in proto.ListFields():  # those that are set
         name = field.name
-        if name in SAMPLING_FIELDS:
-            values[name] = tuple(value) if field.is_repeated else value
-        elif name not in TEXT_ONLY:
+        if name in rows:
+            values[name] = plain[name]
+        elif name in CONSTRAINTS:
+            if not (name == "json_object" and not value):
+                values["structured_outputs"] = {CONSTRAINTS[name]: plain[name]}
+        elif name != _FIRST_TOKEN:
             _refuse_unless_neutral(field, value, NEUTRAL)
-    return SamplingParams(**values)
+    return params_of(values, defaults)
 
 
 def check_request(request: pb.GenerateRequest) -> None:
@@ -112,7 +142,7 @@ def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
     """Raises DecodeError when an unparsed GenerateRequest has more bytes outside its prompt than a request needs, and
     whatever `check_prompt_bytes` raises for its prompt.
     """
-    others, ids, text = 0, 0, 0
+    others, ids, text, params = 0, 0, 0, b""
     for count, (number, start, end) in enumerate(fields(data), start=1):
         check_field_count(count)
         if number == _NUMBERS["text"]:
@@ -121,11 +151,14 @@ def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
             ids += _id_bytes(memoryview(data)[start:end])
         else:
             others += end - start
+            if number == _NUMBERS["sampling_params"]:
+                params = data[start:end]
     if others > MAX_PARAMS_BYTES:
         raise DecodeError(
             f"the fields beside the prompt have {others} bytes; at most {MAX_PARAMS_BYTES} are allowed: send fewer"
         )
-    check_prompt_bytes(max(ids, text), text > ids)
+    if not has_field(params, _TRUNCATE):
+        check_prompt_bytes(max(ids, text), text > ids)
 
 
 def _id_bytes(tokenized: memoryview) -> int:
@@ -145,14 +178,38 @@ def check_small(data: bytes) -> None:
 
 def chunk(delta: Delta) -> pb.GenerateResponse:
     """Returns the message that carries the new ids of a delta; its completion_tokens count these ids alone."""
+    prompt = delta.prompt_logprobs
     return pb.GenerateResponse(
         chunk=pb.GenerateStreamChunk(
             token_ids=delta.token_ids,
             prompt_tokens=delta.prompt_tokens,
             completion_tokens=len(delta.token_ids),
             cached_tokens=delta.cached_tokens,
+            output_logprobs=None if delta.logprobs is None else output_logprobs(delta.logprobs, delta.token_ids),
+            input_logprobs=None if prompt is None else input_logprobs(prompt),
         )
     )
+
+
+def output_logprobs(columns: LogprobColumns, token_ids: Sequence[int]) -> pb.OutputLogProbs:
+    """Returns the log-probabilities of output tokens."""
+    return pb.OutputLogProbs(token_logprobs=columns.values, token_ids=token_ids, top_logprobs=_top_logprobs(columns))
+
+
+def input_logprobs(prompt: PromptLogprobs) -> pb.InputLogProbs:
+    """Returns the log-probabilities of a prompt's tokens; the first has none."""
+    unknown, columns = prompt.start, prompt.columns
+    return pb.InputLogProbs(
+        token_logprobs=[pb.InputTokenLogProb()] * unknown
+        + [pb.InputTokenLogProb(value=value) for value in columns.values.tolist()],
+        token_ids=prompt.token_ids,
+        top_logprobs=[pb.TopLogProbs()] * unknown + _top_logprobs(columns),
+    )
+
+
+def _top_logprobs(columns: LogprobColumns) -> list[pb.TopLogProbs]:
+    pairs = zip(columns.top_values.tolist(), columns.top_ids.tolist(), strict=True)
+    return [pb.TopLogProbs(values=values, token_ids=token_ids) for values, token_ids in pairs]
 
 
 def complete(delta: Delta, output_ids: Sequence[int], params: SamplingParams) -> pb.GenerateResponse:

@@ -23,7 +23,9 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 import jaxserve
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
+from jaxserve.frontend.delta import PromptLogprobs
 from jaxserve.frontend.delta_stream import DeltaStream
+from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.pooling_params import PoolingParams
 from jaxserve.request import SamplingParams
 from jaxserve.serving.access.request_headers import request_options
@@ -31,7 +33,7 @@ from jaxserve.serving.embedding_calls import EmbeddingCall, embed_all
 from jaxserve.serving.grpc_port import vllm_convert as convert
 from jaxserve.serving.grpc_port.convert import refuse_unknown_bytes, refuse_unknown_fields
 from jaxserve.serving.grpc_port.oversized import CheckPromptBytes
-from jaxserve.serving.grpc_port.service import BYTES_PER_TOKEN, Context, call_deadline, errors_as_status, text_metadata
+from jaxserve.serving.grpc_port.service import Context, bytes_per_token, call_deadline, errors_as_status, text_metadata
 from jaxserve.serving.grpc_port.tokenizer_bundle import tokenizer_zip
 from jaxserve.serving.grpc_port.vllm_load import ForwardedRequest, LoadRecord
 from jaxserve.serving.problem import NotFoundError, UnimplementedError, check_delta
@@ -80,7 +82,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         metadata = context.invocation_metadata() or ()
         with self._served.rejections():
             convert.check_request(request)
-            params = convert.params_from_proto(request.sampling_params)
+            params = convert.params_from_proto(request.sampling_params, frontend.ready.sampling_defaults)
             prompt = convert.prompt_from_proto(request)
             frontend.check_size(prompt, params)  # before anything whose cost grows with it
             refuse_unknown_fields(request, request.sampling_params)
@@ -95,7 +97,8 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             owner=caller.name,
             trace=self._served.trace(metadata, "text_completion"),
         )
-        context.set_backlog(lambda: stream.num_unread * BYTES_PER_TOKEN)
+        per_token = bytes_per_token(params, frontend.ready.limits)
+        context.set_backlog(lambda: stream.num_unread * per_token)
         with self._load.forwarded(len(prompt)) as forwarded:
             async with stream:  # left early, it aborts the request
                 await _answer(stream, params, streams, context, forwarded)
@@ -244,13 +247,24 @@ async def _answer(
 ) -> None:
     """Writes the answer to a request. streams: new ids are sent as they come, too."""
     output_ids: list[int] = []
+    logprobs: list[LogprobColumns] = []
+    prompt: PromptLogprobs | None = None
     async for delta in stream:
         forwarded.answered(delta)
         is_last = delta.finish_reason is not None
         if is_last:
             check_delta(delta)
         output_ids += delta.token_ids
+        prompt = delta.prompt_logprobs or prompt
+        if delta.logprobs is not None:
+            logprobs.append(delta.logprobs)
         if streams and delta.token_ids:
             await context.write(convert.chunk(delta))
         if is_last:
-            await context.write(convert.complete(delta, output_ids, params))
+            answer = convert.complete(delta, output_ids, params)
+            if logprobs:
+                found = convert.output_logprobs(LogprobColumns.joined(logprobs), output_ids)
+                answer.complete.output_logprobs.CopyFrom(found)
+            if prompt is not None:
+                answer.complete.input_logprobs.CopyFrom(convert.input_logprobs(prompt))
+            await context.write(answer)

@@ -43,7 +43,8 @@ _OF_HTTP: Mapping[int, tuple[str, str]] = {
 """Type and code of what concerns HTTP itself."""
 
 _FIELD = re.compile(
-    r"(?:body has the unknown field ')?([A-Za-z_][\w.\[\]-]*)(?:'; | (?:is|has|have|must|and|are|names|needs?|do)\b)"
+    r"(?:body has the unknown field ')?([A-Za-z_][\w.\[\]-]*)"
+    r"(?:'; | (?:id )?(?:is|has|have|must|and|are|names|needs?|do)\b)"
 )
 
 

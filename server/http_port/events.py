@@ -7,9 +7,11 @@ from typing import Any
 
 import msgspec
 
-from jaxserve.frontend.delta import Delta
+from jaxserve.frontend.delta import Delta, PromptLogprobs
 from jaxserve.frontend.openai import CHAT_URL
+from jaxserve.frontend.openai_logprobs import LogprobShapes
 from jaxserve.frontend.openai_responses import Answer, response_id, usage
+from jaxserve.logprob_columns import LogprobColumns
 
 DONE = b"data: [DONE]\n\n"
 
@@ -46,20 +48,34 @@ class ChoiceEvents:
         index: of the choice.
         shows_all: also deltas without text make events.
         token_ids: events have the token ids, too.
+        logprobs: makes the log-probabilities of the events' tokens; None where there are none.
+        cumulative: each event has all of the output so far.
     """
 
-    def __init__(self, head: StreamHead, index: int, *, shows_all: bool = False, token_ids: bool = False):
+    def __init__(
+        self,
+        head: StreamHead,
+        index: int,
+        *,
+        shows_all: bool = False,
+        token_ids: bool = False,
+        logprobs: LogprobShapes | None = None,
+        cumulative: bool = False,
+    ):
         self._chat = head.is_chat
         begin = b'{"index":%d,' % index
         self._begin = head.prefix + begin + (b'"delta":{"content":' if self._chat else b'"text":')
         # The first chunk of a chat has the role.
         self._first = head.prefix + begin + b'"delta":{"role":"assistant","content":' if self._chat else self._begin
-        self._rest = (b"}" if self._chat else b"") + b',"logprobs":null,"finish_reason":'
+        self._close = (b"}" if self._chat else b"") + b',"logprobs":'
         self._behind = head.suffix
-        self._middle = self._rest + b"null}" + head.suffix
+        self._middle = self._close + b'null,"finish_reason":null}' + head.suffix
         self._begun = False
-        self._shows_all = shows_all or token_ids
+        self._shows_all = shows_all or token_ids or logprobs is not None
         self._token_ids = token_ids
+        self._logprobs = logprobs
+        self._cumulative = cumulative
+        self._offset = 0  # length of the spelled tokens before those of the next event
 
     def of(self, delta: Delta) -> bytes:
         """Returns the event of a delta; empty for one that has nothing to show."""
@@ -68,16 +84,26 @@ class ChoiceEvents:
             return b""
         begin = self._begin if self._begun else self._first
         self._begun = True
-        if delta.finish_reason is None and not self._token_ids:
+        if delta.finish_reason is None and not self._token_ids and self._logprobs is None:
             return begin + _encode(text) + self._middle
         return self._full(begin, text, delta)
 
     def _full(self, begin: bytes, text: str, delta: Delta) -> bytes:
         reason: Any = None if delta.finish_reason is None else delta.finish_reason.value
         ids = b',"token_ids":' + _encode(delta.token_ids) if self._token_ids else b""
-        return begin + _encode(text) + self._rest + _encode(reason) + ids + b"}" + self._behind
+        logprobs = b"null"
+        if self._logprobs is not None and delta.logprobs is not None and delta.token_ids:
+            logprobs = _encode(self._logprobs.of(delta.logprobs, delta.token_ids, self._offset))
+            if not self._cumulative:
+                self._offset += self._logprobs.length(delta.token_ids)
+        end = b',"finish_reason":' + _encode(reason) + ids + b"}"
+        return begin + _encode(text) + self._close + logprobs + end + self._behind
 
-    def echo(self, text: str) -> bytes:
-        """Returns the event with which a choice begins that shows its prompt."""
+    def echo(self, text: str, prompt: PromptLogprobs | None = None) -> bytes:
+        """Returns the event with which a choice begins that shows its prompt. prompt: its log-probabilities."""
         self._begun = True
-        return self._first + _encode(text) + self._middle
+        if self._logprobs is None or prompt is None:
+            return self._first + _encode(text) + self._middle
+        logprobs = _encode(self._logprobs.of(LogprobColumns.unknown(0, 0), (), prompt=prompt))
+        self._offset += self._logprobs.length(prompt.token_ids)
+        return self._first + _encode(text) + self._close + logprobs + b',"finish_reason":null}' + self._behind

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -14,11 +15,14 @@ from starlette.types import Receive, Scope, Send
 from jaxserve.config.http_config import HttpConfig
 from jaxserve.config.shown import shown
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
-from jaxserve.frontend.delta import Delta, QueueFullError
+from jaxserve.frontend.delta import Delta, PromptLogprobs, QueueFullError
 from jaxserve.frontend.delta_stream import DeltaStream
 from jaxserve.frontend.openai import COMPLETIONS_URL, BodyRequest, Dialect, parse_body
+from jaxserve.frontend.openai_logprobs import LogprobShapes
 from jaxserve.frontend.openai_responses import Answer, response_body
-from jaxserve.request import check_identity
+from jaxserve.frontend.output_kinds import OutputUpdates
+from jaxserve.logprob_columns import LogprobColumns
+from jaxserve.request import FinishReason, RequestOutputKind, check_identity, check_logprobs
 from jaxserve.serving.access.request_headers import request_options
 from jaxserve.serving.http_port.errors import check_model
 from jaxserve.serving.http_port.events import ChoiceEvents, StreamHead
@@ -73,7 +77,11 @@ class Generation:
         request_id = exchange.request_id()
         exchange.add_header(REQUEST_ID, request_id)
         frontend = self._served.accepting()
-        body = await exchange.read_json(frontend, self._parse, lambda found: self._check_structure(frontend, found))
+        body = await exchange.read_json(
+            frontend,
+            lambda body: self._parse(body, frontend.ready.sampling_defaults),
+            lambda found: self._check_structure(frontend, found),
+        )
         if body.request_id is not None:
             request_id = _renamed(exchange, body.request_id)
         with self._served.rejections():
@@ -86,13 +94,16 @@ class Generation:
                 await run.submit(open_streams)
                 await (run.stream() if body.stream else run.complete())
 
-    def _parse(self, body: dict[str, object]) -> BodyRequest:
+    def _parse(self, body: dict[str, object], defaults: Mapping[str, int | float]) -> BodyRequest:
         with self._served.rejections():
-            return parse_body(self._url, body, self._dialect)
+            return parse_body(self._url, body, self._dialect, defaults)
 
     def _check_structure(self, frontend: AsyncFrontEnd, found: Structure) -> None:
-        """Refuses a completion of a text that is certainly too long, undecoded. A template may shorten a chat."""
-        if self._url == COMPLETIONS_URL:
+        """Refuses a completion of a text that is certainly too long, undecoded, unless it may be there to be truncated.
+
+        A template may shorten a chat.
+        """
+        if self._url == COMPLETIONS_URL and b'"truncate_prompt_tokens"' not in found.data:
             frontend.check_text_bytes(found.longest_text)
 
     def _warn(self, exchange: Exchange, unknown: Sequence[str]) -> None:
@@ -131,7 +142,12 @@ class _Run:
         self._request = request
         self._request_id = request_id
         self._created = int(time.time())
-        self._has_text = frontend.tokenizer is not None
+        self._has_text = frontend.tokenizer is not None and request.params.detokenize
+        self._shapes = LogprobShapes(
+            frontend.tokenizer if request.params.detokenize else None,
+            chat=request.chat is not None,
+            as_ids=request.tokens_as_ids,
+        )
         self._sending = asyncio.Lock()
         self._streams: list[DeltaStream] = []
         self._echoes: list[str] = []
@@ -141,6 +157,8 @@ class _Run:
         request, frontend = self._request, self._frontend
         asked = request.options
         with self._served.rejections():
+            name = "logprobs" if request.chat is None else "top_logprobs"
+            check_logprobs(request.params, frontend.ready.limits, name)
             options = request_options(
                 self._exchange.caller,
                 self._exchange.headers,
@@ -194,17 +212,47 @@ class _Run:
     async def _collected(self, index: int, stream: DeltaStream) -> Answer:
         texts = self._echoes[index : index + 1]
         token_ids: list[int] = []
+        logprobs: list[LogprobColumns] = []
+        prompt: PromptLogprobs | None = None
         last = Delta("")
-        async for last in stream:
+        async for delta in stream:
+            last = self._shown(delta)
             texts.append(last.text)
             token_ids.extend(last.token_ids)
+            prompt = last.prompt_logprobs or prompt
+            if last.logprobs is not None:
+                logprobs.append(last.logprobs)
         check_delta(last)
-        return self._answer(last, "".join(texts), token_ids if self._request.return_token_ids else None)
+        request, answer = self._request, self._answer(last)
+        echoed = prompt if request.echo else None
+        return dataclasses.replace(
+            answer,
+            text="".join(texts),
+            token_ids=token_ids if request.return_token_ids else None,
+            logprobs=self._shapes.of(LogprobColumns.joined(logprobs), token_ids, prompt=echoed) if logprobs else None,
+            prompt_logprobs=self._shapes.of_prompt(prompt) if prompt and request.prompt_logprobs else None,
+        )
 
-    def _answer(self, last: Delta, text: str = "", token_ids: Sequence[int] | None = None) -> Answer:
+    def _shown(self, delta: Delta) -> Delta:
+        """Returns what an answer shows of a delta: nothing of the output where only the prompt is asked for."""
+        if not self._request.echo_only:
+            return delta
+        reason = FinishReason.LENGTH if delta.finish_reason is FinishReason.STOP else delta.finish_reason
+        logprobs = None if delta.logprobs is None else delta.logprobs.part(0, 0)
+        return dataclasses.replace(
+            delta, text="", token_ids=(), output_tokens=0, finish_reason=reason, logprobs=logprobs
+        )
+
+    def _answer(self, last: Delta) -> Answer:
+        """Returns the answer that ends with a delta, without its content."""
         assert last.finish_reason is not None  # a stream ends with one
         return Answer(
-            text, last.finish_reason.value, last.prompt_tokens, last.output_tokens, last.cached_tokens, token_ids
+            "",
+            last.finish_reason.value,
+            last.prompt_tokens,
+            last.output_tokens,
+            last.cached_tokens,
+            truncated_tokens=last.truncated_tokens,
         )
 
     # ---- streamed ------------------------------------------------------------------------------------------------
@@ -214,7 +262,14 @@ class _Run:
         request, exchange = self._request, self._exchange
         head = StreamHead(self._url, self._request_id, self._model, self._created, request.include_usage)
         events = [
-            ChoiceEvents(head, index, shows_all=not self._has_text, token_ids=request.return_token_ids)
+            ChoiceEvents(
+                head,
+                index,
+                shows_all=not self._has_text,
+                token_ids=request.return_token_ids,
+                logprobs=None if request.params.logprobs is None else self._shapes,
+                cumulative=request.params.output_kind is RequestOutputKind.CUMULATIVE,
+            )
             for index in range(len(self._streams))
         ]
         if len(events) == 1:
@@ -226,13 +281,16 @@ class _Run:
     async def _pump(self, index: int, events: ChoiceEvents) -> Answer:
         """Sends the events of one choice to its end."""
         send, last = self._send, None
-        async for delta in self._streams[index]:
+        updates = OutputUpdates(self._request.params.output_kind)
+        async for whole in self._streams[index]:
+            delta = self._shown(whole)
             if delta.finish_reason is not None:
                 check_delta(delta)
             if last is None and self._echoes:
-                await send(events.echo(self._echoes[index]))
+                await send(events.echo(self._echoes[index], delta.prompt_logprobs))
             last = delta
-            if data := events.of(delta):
+            update = updates.of(delta)
+            if update is not None and (data := events.of(update)):
                 await send(data)
         assert last is not None  # a stream has at least the delta that ends it
         return self._answer(last)

@@ -32,12 +32,15 @@ _MOST_PER_ITEM = 6
 
 @dataclasses.dataclass
 class Structure:
-    """Counts what a body in JSON consists of. longest_text: bytes that its longest text stands for, at least."""
+    """Counts what a body in JSON consists of. longest_text: bytes that its longest text stands for, at least. data: the
+    body.
+    """
 
     containers: int = 0
     texts: int = 0
     commas: int = 0
     longest_text: int = 0
+    data: bytes = b""
 
 
 def parse_steps(
@@ -75,7 +78,7 @@ def decode(data: bytes) -> dict[str, Any]:
 
 
 def _count_steps(data: bytes) -> Steps[Structure]:
-    found, inside, start, text = Structure(), False, 0, 0
+    found, inside, start, text = Structure(data=data), False, 0, 0
     while start < len(data):
         yield 0
         end = start + _PIECE

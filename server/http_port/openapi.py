@@ -6,16 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxserve.config.http_config import HttpConfig
+from jaxserve.config.plain_params import Form, PlainField, plain_fields
 from jaxserve.config.pooler_config import POOLING_TYPES
-from jaxserve.config.sampling_fields import MAX_INT32, Flag, Ids, Kind, Number, Texts, Whole
+from jaxserve.config.sampling_fields import MAX_INT32, Biases, Flag, Ids, Number, Texts, Whole, word_of
 from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, field_names, neutral_values
 from jaxserve.frontend.openai_embeddings import EMBEDDINGS_URL, ENCODING_FORMATS, NEUTRAL_FIELDS, SCORE_URLS
-from jaxserve.request import MAX_ID_LENGTH, SAMPLING_FIELDS
+from jaxserve.request import MAX_ID_LENGTH
 from jaxserve.serving.access.callers import Anybody
 from jaxserve.serving.access.request_headers import PRIORITY, TENANT, TIMEOUT
 from jaxserve.serving.http_port.exchange import REQUEST_ID
 from jaxserve.serving.http_port.routes.tokens import MAX_DETOKENIZED
 from jaxserve.serving.served_model import ServedModel
+from jaxserve.structured_outputs import MAX_CHOICES
 
 Schema = dict[str, Any]
 
@@ -49,6 +51,7 @@ _ERROR: Schema = {
         }
     },
 }
+_PARAMS: Mapping[str, PlainField] = plain_fields()
 _TEXT: Schema = {"type": "string"}
 _FLAG: Schema = {"type": "boolean"}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
@@ -90,6 +93,7 @@ class _Limits:
     def __init__(self, served: ServedModel):
         limits = None if served.frontend is None else served.frontend.ready.limits
         self.context = MAX_INT32 if limits is None else limits.max_model_len
+        self.max_logprobs = MAX_INT32 if limits is None else limits.max_logprobs
         self.token_id: Schema = {
             "type": "integer",
             "minimum": 0,
@@ -187,7 +191,11 @@ def _one_model(name: str) -> Schema:
 
 def _body(url: str, limits: _Limits, config: HttpConfig) -> Schema:
     """Returns the schema of a body to one of openai.URLS."""
-    fields = {name: _of_kind(row.kind, limits) | {"description": row.meaning} for name, row in SAMPLING_FIELDS.items()}
+    fields = {name: _of_param(field, limits) | {"description": field.row.meaning} for name, field in _PARAMS.items()}
+    logprobs = _whole(-1, limits.max_logprobs)
+    fields |= {name: fields[name] | {"maximum": limits.max_logprobs} for name in ("logprobs", "prompt_logprobs")}
+    if url == CHAT_URL:
+        fields |= {"logprobs": dict(_FLAG), "top_logprobs": logprobs | {"description": "needs logprobs"}}
     fields |= {name: {"enum": list(values)} for name, values in neutral_values(url).items()}
     fields |= {
         "model": limits.model,
@@ -196,11 +204,13 @@ def _body(url: str, limits: _Limits, config: HttpConfig) -> Schema:
         "stream": _FLAG,
         "stream_options": _object({"include_usage": _FLAG, "include_obfuscation": _FLAG}),
         "return_token_ids": _FLAG,
+        "return_tokens_as_token_ids": _FLAG,
         "request_id": _NAME | {"minLength": 1},
         "tenant": _NAME,
         "cache_salt": _NAME,
         "priority": _whole(-MAX_INT32, MAX_INT32) | {"description": "lower is more urgent, as in vLLM"},
         "deadline": {"type": "number", "description": "seconds since 1970"},
+        **_structured_fields(),
     }
     if url == COMPLETIONS_URL:
         ids = {"type": "array", "items": limits.token_id, "minItems": 1, "maxItems": limits.context - 1}
@@ -212,6 +222,34 @@ def _body(url: str, limits: _Limits, config: HttpConfig) -> Schema:
     names = set(field_names(url))
     body = _object({name: schema for name, schema in fields.items() if name in names}, required=own)
     return body | {"additionalProperties": True} if config.allow_unknown_fields else body
+
+
+def _structured_fields() -> Schema:
+    """Returns the schemas of the fields that constrain an output, of which a body has one."""
+    text = _TEXT | {"minLength": 1}
+    schema: Schema = {"anyOf": [{"type": "object"}, text]}
+    choices = {"type": "array", "items": text, "minItems": 1, "maxItems": MAX_CHOICES}
+    named = {"type": "object", "required": ["schema"], "properties": {"name": _TEXT, "schema": {"type": "object"}}}
+    formats: list[Schema] = [
+        {"required": ["type"], "properties": {"type": {"enum": ["text", "json_object"]}}} | _CLOSED,
+        {
+            "required": ["type", "json_schema"],
+            "properties": {"type": {"const": "json_schema"}, "json_schema": named},
+        }
+        | _CLOSED,
+        {"required": ["type"], "properties": {"type": {"const": "structural_tag"}}},
+    ]
+    kinds = {"json": schema, "regex": text, "choice": choices, "grammar": text, "structural_tag": schema}
+    options = {"disable_any_whitespace": _FLAG, "disable_additional_properties": _FLAG, "whitespace_pattern": text}
+    return {
+        "structured_outputs": _object({**kinds, "json_object": _FLAG, **options}),
+        "response_format": {"type": "object", "anyOf": formats},
+        "guided_json": schema,
+        "guided_regex": text,
+        "guided_choice": choices,
+        "guided_grammar": text,
+        "guided_whitespace_pattern": text,
+    }
 
 
 def _chat_fields() -> Schema:
@@ -270,19 +308,33 @@ def _whole(low: int, high: int) -> Schema:
     return {"type": "integer", "minimum": low, "maximum": high}
 
 
-def _of_kind(kind: Kind, limits: _Limits) -> Schema:
-    match kind:
+def _of_param(field: PlainField, limits: _Limits) -> Schema:
+    """Returns the schema of a sampling parameter; where its kind is not known here, by its form."""
+    match field.row.kind:
         case Number(low, high, open_low):
             return {"type": "number", "exclusiveMinimum" if open_low else "minimum": low, "maximum": high}
-        case Whole(low, high):
-            return _whole(low, high)
+        case Whole(low, high, without):
+            return _whole(low, high) | ({"not": {"enum": list(without)}} if without else {})
         case Flag():
             return dict(_FLAG)
         case Texts(max_items, max_length):
             text = {"type": "string", "minLength": 1, "maxLength": max_length}
             return {"anyOf": [text, {"type": "array", "items": text, "maxItems": max_items}]}
-        case Ids(max_items):
-            return {"type": "array", "items": limits.token_id, "maxItems": max_items}
+        case Ids(max_items, least_items):
+            return {"type": "array", "items": limits.token_id, "minItems": least_items, "maxItems": max_items}
+        case Biases(max_items, low, high):
+            number = {"type": "number", "minimum": low, "maximum": high}
+            keys = {"type": "string", "pattern": "^[0-9]{1,10}$"}
+            return {"type": "object", "propertyNames": keys, "additionalProperties": number, "maxProperties": max_items}
+    match field.form:
+        case Form.WORD:
+            return {"enum": [word_of(member) for member in field.type]}
+        case Form.LIST:
+            return {"type": "array"}
+        case Form.MAPPING:
+            return {"type": "object", "additionalProperties": {"type": "number"}}
+        case Form.OBJECT:
+            return {"type": "object"}
         case _:
             return {}
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from jaxserve.engine.framing import FrameReader, FrameSender
+from jaxserve.engine.framing import FrameReader, FrameSender, frames
 
 PAYLOADS = [bytes([number % 251]) * (1 + number * 7919 % 20_000) for number in range(2_000)]
 
@@ -75,3 +75,20 @@ def test_a_reader_that_is_gone_is_an_error(pair):
         while True:
             sender.send(PAYLOADS[:1])
     sender.close(60)
+
+
+def test_polling_returns_what_is_complete_and_never_waits():
+    near, far = socket.socketpair()
+    with near, far:
+        reader = FrameReader(near)
+        assert reader.poll() == []
+        data = frames([b"one", b"", b"three"])
+        far.sendall(data[:5])
+        assert reader.poll() == []
+        far.sendall(data[5:-2])
+        assert reader.poll() == [b"one", b""]
+        far.sendall(data[-2:])
+        far.shutdown(socket.SHUT_WR)
+        assert reader.poll() == [b"three"]
+        assert reader.poll() is None
+        assert reader.poll() is None

@@ -137,7 +137,7 @@ def test_subclasses_of_plain_values_arrive_plain():
 def test_a_message_is_read_by_the_names_of_its_kind():
     """One that is sent as a list: its kind, then its fields in order."""
     assert msgspec.msgpack.decode(encode(TokenBatch(("a", "b"), (5, 6), 0.5))) == [
-        "TokenBatch", ["a", "b"], [5, 6], 0.5,
+        "TokenBatch", ["a", "b"], [5, 6], 0.5, None,
     ]  # fmt: skip
 
 

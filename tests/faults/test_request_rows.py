@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import struct
 
 import grpc
 import pytest
 
 from jaxserve.kv_cache.content_keys import ContentKeys
+from jaxserve.request import FinishReason, SamplingParams
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from jaxserve.structured_outputs import StructuredOutputsParams
 from tests.faults.fault_server import GREEDY, reaches, run_fault
 from tests.server import raw_http2
 from tests.server.fakes import READY
@@ -47,6 +48,10 @@ def refused(tokenizer, code: grpc.StatusCode, *cases: tuple[pb.GenerateRequest |
 
 def sampling(**params) -> pb.GenerateRequest:
     return pb.GenerateRequest(text="a", sampling_params=pb.SamplingParams(**params))
+
+
+def structured(**constraint) -> pb.GenerateRequest:
+    return sampling(structured_outputs=pb.StructuredOutputs(**constraint))
 
 
 def with_field(number: int, payload: bytes) -> bytes:
@@ -106,10 +111,14 @@ def test_fault_05_a_field_for_many_samples(tokenizer):
 
 def test_fault_06_numbers_that_are_not_finite_or_out_of_range(tokenizer):
     values = (float("nan"), float("inf"), float("-inf"), -0.5)
-    names = ("temperature", "top_p", "min_p")
+    names = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty")
     cases = [(sampling(**{name: value}), f"{name} is {value}") for value in values for name in names]
     cases.append((sampling(top_k=-2), "top_k is -2"))
-    cases.append((with_field(12, struct.pack("<d", float("nan"))), "unknown field 12"))  # a penalty, one day
+    cases += [
+        (sampling(**{name: value}), f"{name} is {value}")
+        for value in (float("nan"), 2.5)
+        for name in ("presence_penalty", "frequency_penalty")
+    ]
     refused(tokenizer, Code.INVALID_ARGUMENT, *cases)
 
 
@@ -161,21 +170,42 @@ def test_fault_09_too_many_stop_strings_or_an_empty_one(tokenizer):
 
 
 def test_fault_10_a_logit_bias(tokenizer):
-    """jaxserve.v1 has none yet: neither ids out of the vocabulary nor huge numbers get any further."""
-    entries = [struct.pack("<qd", token_id, bias) for token_id, bias in ((-1, 1.0), (2**40, 1.0), (5, 1e300))]
-    refused(tokenizer, Code.INVALID_ARGUMENT, *((with_field(20, entry), "unknown field 20") for entry in entries))
+    refused(
+        tokenizer,
+        Code.INVALID_ARGUMENT,
+        (sampling(logit_bias={-1: 1.0}), "logit_bias id is -1; it must be from 0"),
+        (sampling(logit_bias={VOCAB_SIZE: 1.0}), f"logit_bias has {VOCAB_SIZE}"),
+        (sampling(logit_bias={5: 1e300}), "logit_bias[5] is 1e+300; it must be at least -100 and at most 100"),
+        (sampling(logit_bias=dict.fromkeys(range(1025), 1.0)), "logit_bias has 1025 ids; at most 1024 are allowed"),
+    )
 
 
 def test_fault_11_a_grammar(tokenizer):
-    """Not supported yet, and not read: however deep it is nested, and whatever regular expression it holds."""
-    payloads = (b"(" * 60_000, b'{"pattern": "' + b"(a*)*" * 5_000 + b'b"}')
-    refused(tokenizer, Code.INVALID_ARGUMENT, *((with_field(21, payload), "unknown") for payload in payloads))
+    """However deep it is nested, and whatever regular expression it holds."""
+    schema = '{"items":' * 3_000 + "{}" + "}" * 3_000
+    refused(
+        tokenizer,
+        Code.INVALID_ARGUMENT,
+        (structured(grammar="start: " + "(" * 60_000), "structured_outputs.grammar is refused"),
+        (structured(regex="(" * 60_000), "structured_outputs.regex is refused"),
+        (structured(json=schema), "structured_outputs.json is nested more than 100 deep"),
+        (structured(), "structured_outputs must have exactly one of json"),
+    )
 
 
 def test_fault_12_many_different_schemas(tokenizer):
-    """Not supported yet, and none is kept."""
-    schemas = [b'{"type": "object", "title": "%d"}' % number for number in range(50)]
-    refused(tokenizer, Code.INVALID_ARGUMENT, *((with_field(22, schema), "unknown field 22") for schema in schemas))
+    """Each is checked and served; how few are kept, tests/frontend/test_grammar_checker.py tells."""
+
+    async def body(served: Served) -> None:
+        for number in range(20):
+            params = SamplingParams(
+                structured_outputs=StructuredOutputsParams(json={"type": "object", "title": str(number)})
+            )
+            chunks = [chunk async for chunk in served.client.generate("a", params)]
+            assert chunks[-1].finish_reason is FinishReason.STOP
+            assert f'"title": "{number}"' in served.engine.requests[-1].grammar
+
+    run_fault(body, tokenizer)
 
 
 def test_fault_13_a_message_over_the_size_limit(tokenizer):
@@ -284,9 +314,12 @@ def test_fault_28_control_characters_in_names_are_escaped_in_logs(tokenizer, cap
 
 
 def test_fault_32_logprobs_are_refused_before_any_work(tokenizer):
-    """jaxserve.v1 has no logprobs yet: ten thousand ids of them are an unknown field."""
-    payload = b"".join(_varint(number) for number in range(10_000))
-    refused(tokenizer, Code.INVALID_ARGUMENT, (with_field(13, payload), "unknown"))
+    cases = [
+        (sampling(**{name: value}), f"{name} is {value}; {words}")
+        for name in ("logprobs", "prompt_logprobs")
+        for value, words in ((10_000, "this server returns at most max_logprobs 20 ids"), (-2, "it must be from -1"))
+    ]
+    refused(tokenizer, Code.INVALID_ARGUMENT, *cases)
 
 
 def test_fault_38_clients_that_retry_for_ever_are_refused_and_cost_the_others_nothing(tokenizer):

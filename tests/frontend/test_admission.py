@@ -169,6 +169,25 @@ def test_when_to_try_again_follows_from_the_rate_of_service():
     assert refusal(Admission(QueueConfig(), Engine(1, 0)), "").retry_seconds == 1.0
 
 
+def test_refused_clients_come_back_as_places_become_free_and_one_tenants_do_not_delay_anothers():
+    config = QueueConfig(tenants={"loud": TenantConfig(), "quiet": TenantConfig()})
+    rate, admission, now = 20.0, Admission(config, Engine(8, 40)), 0.0
+    live = collections.deque(admit(admission, "loud") for _ in range(40))
+
+    for _ in range(400):
+        now += 1 / rate
+        admission.started(live[0], now)
+        admission.ended(live.popleft(), 5, now)
+        live.append(admit(admission, "loud", now=now))
+    alone = refusal(admission, "quiet", now=now).retry_seconds
+    told = [refusal(admission, "loud", now=now).retry_seconds for _ in range(2000)]
+    assert told == sorted(told)
+    assert told[-1] == config.max_retry_seconds
+    waves = [sum(begin <= seconds < begin + 1 for seconds in told) for begin in range(2, 29)]
+    assert 0.5 * rate <= min(waves) <= max(waves) <= rate  # its half of one and a half for each place
+    assert refusal(admission, "quiet", now=now).retry_seconds < alone + 1.0
+
+
 def test_refusals_are_answered_late_only_while_they_are_many():
     admission = Admission(QueueConfig(refusal_seconds=0.02), Engine(1, 1))
     admit(admission, "")

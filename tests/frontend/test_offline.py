@@ -185,7 +185,7 @@ def test_close_ends_the_engine(tokenizer):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"model": "m", "max_seqs": 3}, "engine option 'max_seqs' is unknown; known options are "),
+        ({"model": "m", "max_seqs": 3}, "engine option 'max_seqs' is unknown; did you mean max_num_seqs?"),
         ({}, "model is not set; give a checkpoint directory, or load_format 'dummy' and an architecture"),
         ({"model": "no/such"}, "model directory 'no/such' does not exist; set EngineConfig.model"),
         ({"model": "no/such", "tokenizer": "no/tokenizer"}, "tokenizer directory 'no/tokenizer' does not exist"),

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import threading
+
 import pytest
 
-from jaxserve.engine.messages import EngineStats
+from jaxserve.engine.channel import END_SECONDS
+from jaxserve.engine.framing import FrameReader, frames
+from jaxserve.engine.messages import EngineFailed, EngineStats, decode, encode
 from jaxserve.frontend.reader import LONGEST_WAIT, EngineReader
 from tests.frontend.fakes import HandPlayedEngine
 
@@ -84,3 +90,120 @@ def test_no_message_waits_long(loop):
     assert delivered == [[0]]
     loop.turn(LONGEST_WAIT)
     assert delivered == [[0], [1]]
+
+
+def test_tokens_do_not_wait_for_what_else_the_loop_has_done(loop):
+    hand_over, delivered = reader_on(loop, share=0.25)
+    for number in range(20):
+        hand_over(number)
+        loop.turn(0.01, cpu=0.001)
+    loop.turn(0.04, cpu=0.04)  # a message of megabytes
+    hand_over(20)
+    assert delivered[-1] == [20]
+    for number in range(21, 100):  # deliveries that become dearer for good are soon counted in full
+        hand_over(number)
+        loop.turn(0.012, cpu=0.012)
+    assert max(map(len, delivered)) >= 3
+
+
+class SocketEngine(HandPlayedEngine):
+    """An engine whose messages arrive at a descriptor. `receive` says how it ended, when the test lets it."""
+
+    def __init__(self):
+        super().__init__()
+        self.ours, self.theirs = socket.socketpair()
+        self.frames = FrameReader(self.ours)
+        self.may_end = threading.Event()
+
+    def say(self, *messages):
+        self.theirs.sendall(frames(map(encode, messages)))
+
+    def fileno(self):
+        return self.ours.fileno()
+
+    def poll(self):
+        payloads = self.frames.poll()
+        return None if payloads is None else [decode(payload) for payload in payloads]
+
+    def receive(self):
+        self.may_end.wait(10.0)
+        return [EngineFailed("it has ended")]
+
+    def close(self, seconds=END_SECONDS):
+        self.may_end.set()
+        self.ours.close()
+        self.theirs.close()
+        return ""
+
+
+class Delivered:
+    """Keeps what is delivered, and lets a test wait for it."""
+
+    def __init__(self):
+        self._queue = asyncio.Queue()
+
+    def __call__(self, messages):
+        for message in messages:
+            self._queue.put_nowait(message)
+
+    async def next(self, count=1):
+        return [await asyncio.wait_for(self._queue.get(), 10.0) for _ in range(count)]
+
+    @property
+    def empty(self):
+        return self._queue.empty()
+
+
+def test_the_loop_itself_reads_what_arrives_at_a_descriptor():
+    async def read():
+        engine, delivered = SocketEngine(), Delivered()
+        engine.say(EngineStats(num_steps=0))
+        reader = EngineReader(engine, asyncio.get_running_loop(), share=0.5)
+        threads = threading.active_count()
+        reader.start(delivered, busy=lambda: False)
+        for number in range(1, 50):
+            engine.say(EngineStats(num_steps=number))
+            if number % 7 == 0:
+                await asyncio.sleep(0)
+        assert [message.num_steps for message in await delivered.next(50)] == list(range(50))
+        assert threading.active_count() == threads
+        reader.stop()
+        engine.say(EngineStats(num_steps=50))
+        await asyncio.sleep(0.01)
+        assert delivered.empty
+        reader.close()
+
+    asyncio.run(read())
+
+
+def test_the_loop_does_not_wait_to_learn_how_an_engine_has_ended():
+    async def read():
+        engine, delivered = SocketEngine(), Delivered()
+        reader = EngineReader(engine, asyncio.get_running_loop())
+        reader.start(delivered, busy=lambda: False)
+        engine.say(EngineStats(num_steps=1))
+        engine.theirs.close()
+        assert await delivered.next() == [EngineStats(num_steps=1)]
+        await asyncio.sleep(0.01)  # the loop runs, although `receive` waits
+        assert delivered.empty
+        engine.may_end.set()
+        assert await delivered.next() == [EngineFailed("it has ended")]
+        reader.stop()
+        assert reader.close() == ""
+
+    asyncio.run(read())
+
+
+def test_messages_that_cannot_be_read_end_the_engine():
+    async def read():
+        engine, delivered = SocketEngine(), Delivered()
+        reader = EngineReader(engine, asyncio.get_running_loop())
+        reader.start(delivered, busy=lambda: False)
+        engine.theirs.sendall(frames([b"\xc1"]))
+        (failed,) = await delivered.next()
+        assert isinstance(failed, EngineFailed)
+        assert "cannot be received" in failed.error
+        reader.stop()
+        reader.close()
+
+    asyncio.run(read())

@@ -1,5 +1,7 @@
 """Stop strings against a brute-force search of the whole text."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,3 +126,49 @@ def test_without_stop_strings_everything_is_released_at_once():
     assert strings.add("abc") == "abc"
     assert strings.finish("�") == "�"
     assert (strings.stopped, strings.num_tokens) == (False, 1)
+
+
+# ---- stop strings that are part of the text --------------------------------------------------------------------------
+
+
+def plain_reference(text, stop):
+    """The text up to the end of the stop string that starts first, and of those that start together ends first."""
+    found = [(text.index(string), text.index(string) + len(string)) for string in stop if string in text]
+    return text[: min(found)[1]] if found else text
+
+
+@given(
+    text=st.text("ab", max_size=16),
+    stop=st.lists(st.text("ab", min_size=1, max_size=5), max_size=4),
+    data=st.data(),
+)
+def test_an_included_stop_string_ends_the_text_at_every_split(text, stop, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    bounds = [0, *cuts, len(text)]
+    pieces = [text[start:end] for start, end in itertools.pairwise(bounds)]
+    for divided in (pieces, list(text), [text]):
+        strings, released = StopStrings(stop, include=True), ""
+        for piece in divided:
+            released += strings.add(piece)
+            assert plain_reference(text, stop).startswith(released)
+            if strings.stopped:
+                break
+        else:
+            released += strings.finish()
+        assert released == plain_reference(text, stop)
+        assert strings.stopped == any(string in text for string in stop)
+        # The same tokens belong to the output as where the stop string is left out.
+        assert strings.num_tokens == stream(divided, "", stop, 0)[1]
+
+
+def test_text_behind_an_included_stop_string_in_the_same_token_is_left_out():
+    strings = StopStrings(["\n\n"], include=True)
+    assert strings.add("one\n") == "one"
+    assert strings.add("\ntwo") == "\n\n"
+    assert (strings.stopped, strings.found) == (True, "\n\n")
+
+
+def test_an_included_stop_string_counts_from_min_tokens_on():
+    strings = StopStrings(["a"], min_tokens=3, include=True)
+    assert [strings.add("ab"), strings.add("a"), strings.add("ba")] == ["ab", "a", "ba"]
+    assert strings.stopped

@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from jaxserve.frontend.template import TemplateBudget, TemplateProcessError, TemplateRenderer, _Worker
+from jaxserve.frontend.template import TemplateBudget, TemplateProcessError, TemplateRenderer
+from jaxserve.frontend.worker_process import WorkerProcess
 
 BUDGET = TemplateBudget(seconds=0.3, characters=100_000, memory=256 * 1024 * 1024)
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<b>ö</b>"}]
@@ -98,7 +99,7 @@ def test_a_process_that_was_ended_between_two_conversations_is_replaced(renderer
 
 
 def test_a_process_that_is_ended_within_a_conversation_is_replaced_once(renderer, monkeypatch):
-    ask, number = _Worker.ask, []
+    ask, number = WorkerProcess.ask, []
 
     def ask_and_kill(self, request, seconds):
         if b"template" in request:
@@ -107,7 +108,7 @@ def test_a_process_that_is_ended_within_a_conversation_is_replaced_once(renderer
                 self._process.kill()
         return ask(self, request, seconds)
 
-    monkeypatch.setattr(_Worker, "ask", ask_and_kill)
+    monkeypatch.setattr(WorkerProcess, "ask", ask_and_kill)
     kills = (1,)
     assert renderer.render("ok", MESSAGES) == "ok"
     assert len(set(number)) == 2

@@ -14,6 +14,7 @@ from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION
 from jaxserve.planning.reports.inspection import ProgramReport
 from jaxserve.planning.reports.markdown import render
 from jaxserve.programs.aot import plugin
+from jaxserve.programs.layout import PENALTY_RUNS
 from jaxserve.programs.target_devices import TARGET_DIRECTORY, Target, known_targets, load_target, target_mesh
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
@@ -57,11 +58,12 @@ def test_bundle_and_report_for_an_h200(config, tmp_path, capsys):
     report = json.loads((output / "report.json").read_text())
     assert report["problems"] == []
     programs = {(program["kind"], program["size"]): program for program in report["programs"]}
-    steps = {("decode", 8), ("forward", 8), ("sample", 8), ("pooling", 8)}
-    assert set(programs) == steps | {("table_write", 64), ("mask_write", 8)}
+    penalty_writes = {("penalty_write", size) for size in PENALTY_RUNS}
+    writes = {("table_write", 64), ("option_write", 1), ("mask_write", 8), *penalty_writes}
+    assert set(programs) == {*((kind, 8) for kind in ("decode", "forward", "sample", "score", "pooling")), *writes}
     for (kind, _), program in programs.items():
-        few = kind in ("pooling", "table_write", "mask_write")
-        assert program["command_buffers"] == (0 if few else 1)  # these have too few kernels for a graph
+        few = kind.endswith("_write") or kind == "pooling"
+        assert program["command_buffers"] in ((0, 1) if few else (1,))  # few kernels are no graph
         assert program["pool_copies"] == 0
         assert program["alias_bytes"] == program["donated_bytes"] >= program["pool_bytes"]
         assert few or program["temp_bytes"] > 0
@@ -77,15 +79,14 @@ def test_bundle_and_report_for_an_h200(config, tmp_path, capsys):
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["device_kind"] == "NVIDIA H200"
     assert manifest["target"]["description"] == (TARGET_DIRECTORY / "h200.txtpb").read_text()
-    assert len(manifest["programs"]) == 6
+    assert len(manifest["programs"]) == 11
     for program in manifest["programs"]:
         assert str(tmp_path).encode() not in (output / program["file"]).read_bytes()
     assert plugin.TOOLKIT_OPTION not in manifest["compiler_options"]
     for expected in ("`paged_attention_decode`", "| decode 8 |", "## Roofline", "ratio", "jax"):
         assert expected in page
 
-    # The writes of tables and masks are one kernel each, pooling is three: too few for a graph.
-    assert "| 1 | 0 | 0 to 1 | 5 | yes | 0 | 0 | " in page
+    assert "| 1 | 0 | 0 to 1 | 8 | yes | 0 | 0 | " in page  # launches of the writes and of pooling
     both = render([report, report | {"versions": {"jax": "9.9"}, "problems": ["a kernel spills"]}])
     for expected in ("ratio, run 2", "run 2, GiB", "Run 2, jax 9.9", "- run 2: a kernel spills"):
         assert expected in both

@@ -24,7 +24,8 @@ from jaxserve.planning.reports.traffic import pool_copies, program_traffic
 from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.programs.aot import hlo, plugin
 from jaxserve.programs.compiler import compiler_options, fresh_compilations
-from jaxserve.programs.step_programs import MASK_WRITE, TABLE_WRITE, ProgramKey
+from jaxserve.programs.state_programs import mask_words
+from jaxserve.programs.step_programs import MASK_WRITE, OPTION_WRITE, TABLE_WRITE, ProgramKey
 from jaxserve.programs.target_devices import Target, load_target, target_mesh
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
@@ -177,18 +178,32 @@ def test_swaps_move_their_pages_alone(kind, dtype, mesh, target):
     assert (report.alias_bytes >= report.pool_bytes) == (kind == "swap_in")
 
 
-BESIDE = [TABLE_WRITE, MASK_WRITE, ProgramKey("sample", 8), ProgramKey("pooling", 8), ProgramKey("pooling", 64)]
-
-
-@pytest.mark.parametrize("key", BESIDE, ids=lambda key: f"{key.kind} {key.size}")
+@pytest.mark.parametrize(
+    "key",
+    [
+        TABLE_WRITE,
+        OPTION_WRITE,
+        MASK_WRITE,
+        ProgramKey("penalty_write", 512),
+        ProgramKey("sample", 8),
+        ProgramKey("score", 64),
+        ProgramKey("pooling", 8),
+        ProgramKey("pooling", 64),
+    ],
+    ids=lambda key: f"{key.kind} {key.size}",
+)
 def test_what_a_step_needs_beside_its_forward_program_touches_no_pool(key, mesh, target):
-    shapes = dataclasses.replace(resolve_shapes(CONFIG, "gpu"), num_pages=4096)
+    shapes = dataclasses.replace(resolve_shapes(CONFIG, "gpu"), num_pages=4096, num_penalty_rows=47)
     with fresh_compilations():
         _, inspected = Compiler(shapes, mesh, target).compile(key, bundle=False)
     report = inspected.report
     assert report.problems(target) == []
     assert (report.pool_bytes, report.pool_copies) == (0, 0)
-    assert (report.alias_bytes > 0) == (key.kind != "pooling")  # which changes no array
+    assert report.alias_bytes == report.donated_bytes
+    assert (report.donated_bytes > 0) == (key.kind not in ("score", "pooling"))  # which only read
+    assert all(kernel.spill_store_bytes == kernel.spill_load_bytes == 0 for kernel in report.kernels)
+    for leaf, dtype in ((shapes.model.vocab_size, "u16"), (mask_words(shapes.model.vocab_size), "u32")):
+        assert pool_copies(inspected.module, hlo.ArrayShape(dtype, (47, leaf))) == []
 
 
 def test_every_broken_promise_is_named(step, target):

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from jaxserve.engine.constraints import pack_mask
-from jaxserve.programs.sampler import filter_logits, sample
+from jaxserve.programs.filters import filter_logits
+from jaxserve.programs.penalties import Penalties
+from jaxserve.programs.sampler import sample
 from jaxserve.programs.slots import Slots
 from jaxserve.scheduler.plan import NOT_FINITE, NOTHING_ALLOWED
 from tests.budgets import budget
@@ -75,7 +77,8 @@ def call(logits, slots, slot, position=None, suppress=None, masked=None, masks=N
     fields = {name: np.array(np.zeros(len(slot)) if row is None else row, np.int32) for name, row in told.items()}
     masks = np.zeros((SLOTS, np.shape(logits)[1]), bool) if masks is None else masks
     packed = np.stack([pack_mask(mask) for mask in masks])
-    return np.asarray(sample_jit(jnp.asarray(logits, jnp.float32), slots, packed, fields))
+    penalties = Penalties.zeros(1, np.shape(logits)[1])
+    return np.asarray(sample_jit(jnp.asarray(logits, jnp.float32), slots, packed, penalties, fields))
 
 
 def test_greedy_is_argmax():

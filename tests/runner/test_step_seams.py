@@ -16,7 +16,9 @@ from jaxserve.engine.constraints import pack_mask
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import AddRequest, outputs
 from jaxserve.models.config import ModelConfig
-from jaxserve.programs.step_programs import MASK_WRITE, TABLE_WRITE, ProgramKey
+from jaxserve.planning.reports.traffic import pool_copies
+from jaxserve.programs.aot import hlo
+from jaxserve.programs.step_programs import MASK_WRITE, OPTION_WRITE, TABLE_WRITE, ProgramKey
 from jaxserve.request import EngineRequest
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.runner.model_runner import ModelRunner
@@ -29,7 +31,7 @@ VOCAB = 101
 CONFIG = EngineConfig(
     architecture=ModelConfig("LlamaForCausalLM", VOCAB, 32, 48, 1, 2, 1, 16, 2048, tie_word_embeddings=True),
     load_format="dummy",
-    scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64),
+    scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64, max_penalty_rows=7),
     cache=CacheConfig(num_pages=220, page_size=16),
     token_buckets=(8, 64),
     row_buckets=(8,),
@@ -255,9 +257,23 @@ def test_masks_of_another_shape_are_refused(runner):
         runner.dispatch_sample(plan, np.zeros((1, 4), np.uint32))
 
 
-@pytest.mark.parametrize("key", [TABLE_WRITE, MASK_WRITE, ProgramKey("sample", 8)], ids=lambda key: key.kind)
+@pytest.mark.parametrize("key", [ProgramKey("penalty_write", 512), ProgramKey("sample", 8)], ids=lambda key: key.kind)
+def test_no_program_copies_the_penalty_rows(runner, key):
+    """They are updated in place: one id a row by the sample program, which reads the rows of its own requests alone."""
+    module = hlo.parse(runner.programs.executables[key].as_text() or "")
+    for leaf in jax.tree.leaves(runner._arrays.penalties):
+        dtype = {"uint16": "u16", "uint32": "u32"}[str(leaf.dtype)]
+        assert pool_copies(module, hlo.ArrayShape(dtype, leaf.shape)) == []
+
+
+@pytest.mark.parametrize(
+    "key",
+    [TABLE_WRITE, OPTION_WRITE, MASK_WRITE, ProgramKey("penalty_write", 512), ProgramKey("sample", 8)],
+    ids=lambda key: key.kind,
+)
 def test_what_these_programs_change_stays_in_place(runner, key):
     """Their arrays are aliased, and the sample program reads masks without taking them over."""
     slots = sum(leaf.nbytes for leaf in jax.tree.leaves(runner._arrays.slots))
-    aliased = {"table_write": slots, "mask_write": runner._arrays.masks.nbytes, "sample": slots}
-    assert runner.programs.memory[key].aliased == aliased[key.kind]
+    penalties = sum(leaf.nbytes for leaf in jax.tree.leaves(runner._arrays.penalties))
+    others = {"mask_write": runner._arrays.masks.nbytes, "penalty_write": penalties, "sample": slots + penalties}
+    assert runner.programs.memory[key].aliased == others.get(key.kind, slots)

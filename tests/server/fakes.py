@@ -1,5 +1,7 @@
 """An engine whose answers can be worked out by hand: it repeats the prompt (without <bos>), a token a step, then ends.
 
+Log-probabilities are those of `fake_logprobs`: that of id i at position p is -p - i / 256.
+
 Tests hold it still with `pause` and let it take single steps, so nothing depends on how long anything takes.
 """
 
@@ -22,6 +24,7 @@ from jaxserve.engine.messages import (
     EngineReady,
     EngineStats,
     FromEngine,
+    Logprobs,
     ProfileCaptured,
     Progress,
     Shutdown,
@@ -30,6 +33,7 @@ from jaxserve.engine.messages import (
 )
 from jaxserve.models.tiny.tiny_tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, build_tokenizer
 from jaxserve.request import EngineRequest, FinishReason, Pooling
+from jaxserve.runner.fake import fake_logprobs
 from tests.engine_ready import engine_ready
 
 WAIT_SECONDS = 60.0
@@ -79,6 +83,17 @@ class _Running:
         answer = [token_id for token_id in self.request.prompt_token_ids if token_id != BOS_ID]
         answer.append(EOS_ID)
         return answer[self.produced % len(answer)]
+
+    def logprobs(self, token_id: int) -> tuple[Logprobs | None, Logprobs | None]:
+        """Those of the token just produced, and with the first one those of the prompt."""
+        request, prompt, start = self.request, None, self.request.prompt_logprobs_start
+        if request.prompt_logprobs is not None and self.produced == 1 and len(request.prompt_token_ids) > start:
+            tokens = list(enumerate(request.prompt_token_ids))[start:]
+            prompt = Logprobs.of(fake_logprobs(tokens, request.prompt_logprobs))
+        if request.logprobs is None:
+            return None, prompt
+        position = len(request.prompt_token_ids) + self.produced - 1
+        return Logprobs.of(fake_logprobs([(position, token_id)], request.logprobs)), prompt
 
 
 class EchoEngine:
@@ -221,5 +236,6 @@ class EchoEngine:
                 del self._running[request_id]
                 self._changed.notify_all()
             self._generated += 1
-            self._outbox.append(EngineOutput(request_id, (token_id,), reason, num_cached_tokens=1))
+            logprobs = running.logprobs(token_id)
+            self._outbox.append(EngineOutput(request_id, (token_id,), reason, "", 1, 0.0, None, None, *logprobs))
         self._outbox.append(EngineStats(num_running=len(self._running), generation_tokens=self._generated))

@@ -3,9 +3,11 @@ import math
 
 import pytest
 
+from jaxserve.config import plain_params
 from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 
 def test_unset_parameters_have_the_defaults_of_sampling_params():
@@ -26,6 +28,28 @@ def test_unset_parameters_have_the_defaults_of_sampling_params():
             stop_token_ids=(1, 2),
             ignore_eos=True,
         ),
+        SamplingParams(
+            typical_p=0.5,
+            presence_penalty=-2.0,
+            frequency_penalty=0.25,
+            repetition_penalty=1.5,
+            logit_bias={7: -100.0, 3: 0.5},  # type: ignore[arg-type]
+            allowed_token_ids=(5, 3, 7),
+            bad_words=("a", " b"),
+            seed=-(2**63),
+        ),
+        *(
+            SamplingParams(structured_outputs=StructuredOutputsParams(**given))
+            for given in (
+                {"json": {"type": "object"}, "disable_additional_properties": True},
+                {"json_object": True, "whitespace_pattern": " "},
+                {"json_object": True, "disable_any_whitespace": True},
+                {"regex": "[ä]+"},
+                {"choice": ["a", "ß\n"]},
+                {"grammar": "start: /a/"},
+                {"structural_tag": {"type": "structural_tag", "format": {"type": "any_text"}}},
+            )
+        ),
     ],
 )
 def test_parameters_survive_the_wire(params):
@@ -39,6 +63,12 @@ def test_every_parameter_of_the_wire_is_a_row_of_the_table_with_its_default():
     assert set(names) == {field.name for field in dataclasses.fields(SamplingParams)}, "the wire carries all today"
     for field in pb.SamplingParams.DESCRIPTOR.fields:
         default = SAMPLING_FIELDS[field.name].default
+        if field.enum_type is not None:
+            assert default is None, f"{field.name} unset on the wire is none"
+            continue
+        if field.name == "allowed_token_ids":
+            assert default is None  # and no list of it is empty, so that an empty one is unset
+            continue
         unset = () if field.is_repeated else field.default_value
         assert field.has_presence or default == unset, f"{field.name} unset on the wire is {unset}, not {default}"
 
@@ -46,6 +76,7 @@ def test_every_parameter_of_the_wire_is_a_row_of_the_table_with_its_default():
 def test_a_parameter_that_the_wire_does_not_have_is_refused_unless_it_asks_for_nothing(monkeypatch):
     without = {name: field for name, field in convert._PARAMETERS.items() if name != "min_p"}
     monkeypatch.setattr(convert, "_PARAMETERS", without)
+    monkeypatch.setattr(plain_params, "GENERATION_CONFIG", {"temperature": "temperature", "top_p": "top_p"})
     assert convert.params_to_proto(SamplingParams(top_k=3)) == pb.SamplingParams(temperature=1.0, top_k=3, top_p=1.0)
     with pytest.raises(ValueError, match=r"min_p is 0\.5; the gRPC API does not have it"):
         convert.params_to_proto(SamplingParams(min_p=0.5))
@@ -60,7 +91,14 @@ def test_a_parameter_that_the_wire_does_not_have_is_refused_unless_it_asks_for_n
         (pb.SamplingParams(top_p=0), "top_p"),
         (pb.SamplingParams(min_p=math.nan), "min_p"),
         (pb.SamplingParams(top_k=-2), "top_k"),
-        (pb.SamplingParams(seed=-1), "seed"),
+        (pb.SamplingParams(typical_p=0), "typical_p"),
+        (pb.SamplingParams(presence_penalty=3), "presence_penalty"),
+        (pb.SamplingParams(frequency_penalty=math.nan), "frequency_penalty"),
+        (pb.SamplingParams(repetition_penalty=0), "repetition_penalty"),
+        (pb.SamplingParams(logit_bias={1: 200}), r"logit_bias\[1\]"),
+        (pb.SamplingParams(logit_bias={-1: 1}), "logit_bias id"),
+        (pb.SamplingParams(allowed_token_ids=[-1]), "allowed_token_ids"),
+        (pb.SamplingParams(bad_words=[""]), "bad_words"),
         (pb.SamplingParams(max_tokens=0), "max_tokens"),
         (pb.SamplingParams(max_tokens=-5), "max_tokens"),
         (pb.SamplingParams(max_tokens=2**31), "max_tokens"),

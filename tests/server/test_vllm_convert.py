@@ -8,12 +8,14 @@ from google.protobuf.message import DecodeError
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from jaxserve.frontend.delta import Delta
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
 from jaxserve.serving.grpc_port import vllm_convert as convert
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 UNSET = SamplingParams()
 REFUSED = "refused by its name"
-NO_EFFECT = "no effect: the gateway makes the text"
+OF_THE_TABLE = "what the row of the table takes; refused by its name as long as there is none"
+NO_EFFECT = "asks for what is so anyway"
 
 SAMPLING = {
     # field: (what its zero means, a value, what that value does)
@@ -21,30 +23,34 @@ SAMPLING = {
     "top_p": ("unset", 0.5, 0.5),
     "top_k": ("unset", 7, 7),
     "min_p": ("unset", 0.125, 0.125),
-    "frequency_penalty": ("unset", 0.5, REFUSED),
-    "presence_penalty": ("unset", 0.5, REFUSED),
-    "repetition_penalty": ("unset", 1.5, REFUSED),
+    "frequency_penalty": ("unset", 0.5, OF_THE_TABLE),
+    "presence_penalty": ("unset", 0.5, OF_THE_TABLE),
+    "repetition_penalty": ("unset", 1.5, OF_THE_TABLE),
     "max_tokens": ("zero is refused; absent is the rest of the context", 9, 9),
     "min_tokens": ("unset", 3, 3),
     "stop": ("unset", ["a", "b"], ("a", "b")),
     "stop_token_ids": ("unset", [5, 6], (5, 6)),
-    "skip_special_tokens": ("unset", True, NO_EFFECT),
-    "spaces_between_special_tokens": ("unset", True, NO_EFFECT),
+    "skip_special_tokens": ("unset", True, True),
+    "spaces_between_special_tokens": ("unset", True, True),
     "ignore_eos": ("unset", True, True),
-    "n": ("unset", 2, REFUSED),
-    "logprobs": ("zero asks for the log probability of each token; absent is none", 1, REFUSED),
-    "prompt_logprobs": ("zero asks for the log probability of each token; absent is none", 1, REFUSED),
+    "n": ("unset", 2, OF_THE_TABLE),
+    "logprobs": ("zero asks for the log probability of each token; absent is none", 1, OF_THE_TABLE),
+    "prompt_logprobs": ("zero asks for the log probability of each token; absent is none", 1, OF_THE_TABLE),
     "seed": ("zero is a seed; absent draws one", 11, 11),
-    "include_stop_str_in_output": ("unset", True, NO_EFFECT),
-    "logit_bias": ("unset", {5: 1.0}, REFUSED),
-    "truncate_prompt_tokens": ("zero keeps nothing of the prompt; absent is no truncation", 8, REFUSED),
-    "grammar_from_first_token": ("unset", True, REFUSED),
-    "json_schema": ("empty is a schema; absent is none", "{}", REFUSED),
-    "regex": ("empty is an expression; absent is none", "a+", REFUSED),
-    "grammar": ("empty is a grammar; absent is none", "root ::= 'a'", REFUSED),
-    "structural_tag": ("empty is a tag; absent is none", "{}", REFUSED),
-    "json_object": ("unset", True, REFUSED),
-    "choice": ("empty is a choice; absent is none", pb.ChoiceConstraint(choices=["a"]), REFUSED),
+    "include_stop_str_in_output": ("unset", True, True),
+    "logit_bias": ("unset", {5: 1.0}, OF_THE_TABLE),
+    "truncate_prompt_tokens": ("zero keeps nothing of the prompt; absent is no truncation", 8, 8),
+    "grammar_from_first_token": ("unset", True, NO_EFFECT),
+    "json_schema": ("empty is refused; absent is none", "{}", StructuredOutputsParams(json="{}")),
+    "regex": ("empty is refused; absent is none", "a+", StructuredOutputsParams(regex="a+")),
+    "grammar": ("empty is refused; absent is none", "start: /a/", StructuredOutputsParams(grammar="start: /a/")),
+    "structural_tag": ("empty is refused; absent is none", "{}", StructuredOutputsParams(structural_tag="{}")),
+    "json_object": ("unset", True, StructuredOutputsParams(json_object=True)),
+    "choice": (
+        "empty is refused; absent is none",
+        pb.ChoiceConstraint(choices=["a"]),
+        StructuredOutputsParams(choice=("a",)),
+    ),
 }
 
 REQUEST = {
@@ -113,11 +119,12 @@ def test_the_zero_of_a_sampling_parameter(name):
     assert pb.SamplingParams.FromString(proto.SerializeToString()) == proto
     if meaning == "unset":
         assert convert.params_from_proto(proto) == UNSET
-    elif name in ("temperature", "seed"):
+    elif name in ("temperature", "seed", "logprobs", "prompt_logprobs"):
         assert convert.params_from_proto(proto) == SamplingParams(**{name: 0})
     else:
         assert field.has_presence
-        with pytest.raises(ValueError, match=f"^{name} is "):
+        own = f"structured_outputs.{convert.CONSTRAINTS[name]}" if name in convert.CONSTRAINTS else name
+        with pytest.raises(ValueError, match=f"^{own} is "):
             convert.params_from_proto(proto)
 
 
@@ -125,12 +132,16 @@ def test_the_zero_of_a_sampling_parameter(name):
 def test_a_value_of_a_sampling_parameter(name):
     _, value, outcome = SAMPLING[name]
     proto = pb.SamplingParams(**{name: value})
-    if outcome == REFUSED:
+    if outcome == OF_THE_TABLE and name in SAMPLING_FIELDS:
+        value = dict(value) if isinstance(value, dict) else value
+        assert convert.params_from_proto(proto) == SamplingParams(**{name: value})
+    elif outcome == OF_THE_TABLE:
         with pytest.raises(ValueError, match=f"^{name} is .*; this engine does not support it: leave it out"):
             convert.params_from_proto(proto)
     elif outcome == NO_EFFECT:
         assert convert.params_from_proto(proto) == UNSET
     else:
+        name = "structured_outputs" if name in convert.CONSTRAINTS else name
         assert convert.params_from_proto(proto) == SamplingParams(**{name: outcome})
 
 
@@ -152,7 +163,6 @@ def test_values_that_ask_for_nothing_are_accepted():
         (pb.SamplingParams(frequency_penalty=math.nan), "frequency_penalty"),
         (pb.SamplingParams(n=10**9), "n"),
         (pb.SamplingParams(max_tokens=2**31), "max_tokens"),
-        (pb.SamplingParams(seed=-1), "seed"),
         (pb.SamplingParams(stop=[""]), "stop"),
         (pb.SamplingParams(stop=["x"] * 10_000), "stop"),
         (pb.SamplingParams(stop_token_ids=[2**32 - 1]), "stop_token_ids"),

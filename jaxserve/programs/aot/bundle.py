@@ -51,6 +51,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SOURCES = (
     "config/*.py",
     "kv_cache/*.py",
+    "logprob_columns.py",
     "models/**/*.py",
     "pallas_kernels/**/*.py",
     "pallas_kernels/**/*.json",

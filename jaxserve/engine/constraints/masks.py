@@ -16,6 +16,9 @@ from jaxserve.scheduler import Sequence
 
 _log = logging.getLogger(__name__)
 
+ALL = 0xFFFFFFFF
+"""A word of a mask that allows each of its tokens."""
+
 
 class Constraints(Protocol):
     """Decides which tokens a request may sample. It is asked in the engine's process, between two steps."""
@@ -45,7 +48,7 @@ def masks_of(
     whose mask cannot be made; the second result lists such requests, each with a one-line reason, and they must end.
     """
     words = -(-vocab_size // 32)
-    masks = np.full((len(sequences), words), 0xFFFFFFFF, np.uint32)
+    masks = np.full((len(sequences), words), ALL, np.uint32)
     failed: list[tuple[str, str]] = []
     for place, sequence in enumerate(sequences):
         if sequence is None:

@@ -1,0 +1,286 @@
+"""Filters tokens by min_p, top_k, top_p and typical_p, for rows that each have parameters of their own.
+
+Each of the last three keeps the tokens with the largest keys (their logits, or how typical they are), down to a
+threshold that is found by bisection instead of sorting: exact, with ties kept together. A pass over the keys tries 15
+thresholds and finds four bits. The measure of what a threshold keeps is a count or a sum of probabilities.
+
+A sum of probabilities depends on the order in which they are added, rounding included. On a GPU it is that of the pass.
+On a CPU it is that of one plain sum over the row, whatever else is computed at once, so that a threshold is the same as
+if each bit was found by itself: such a sum never rises with the threshold, because its terms are always added in the
+same order, so what it keeps at least is well defined. It is slow, so the passes count in integers, which gives the same
+threshold or its neighbor, and plain sums check that. The keys of a few rows at a time stay in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_CACHED = 1 << 20
+"""Number of keys that a CPU's cache is taken to hold; more of them are searched in groups of rows."""
+_GROUP = 4
+_TRIED = 15
+"""Number of thresholds that one pass tries."""
+_WHOLE = 1 << 30
+"""What the weights of a row add up to as integers."""
+_PASSES = 5
+"""Number of passes over integers, after which hardly more than one key is left between two thresholds."""
+_NEIGHBORS = 8
+"""Number of plain sums after which a search for the right one among neighbors gives way to halving."""
+_LOWEST = -104.0
+"""The exponential function of any float32 below this is 0."""
+
+
+def filter_logits(
+    logits: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    min_p: jax.Array,
+    active: jax.Array,
+    typical_p: jax.Array | None = None,
+    *,
+    on_cpu: bool = True,
+) -> jax.Array:
+    """Masks tokens to -inf by min_p, then top_k, then top_p, then typical_p; the last two count probability among the
+    tokens left by then.
+
+    Args:
+        logits: float32 [R, V], after temperature.
+        top_k: int32 [R], 0 or less is off.
+        top_p: float32 [R], 1 is off.
+        min_p: float32 [R], 0 is off.
+        active: bool [R], rows whose result matters; a filter runs only for those.
+        typical_p: float32 [R], 1 is off; None is off for all.
+        on_cpu: chooses how thresholds are searched for, not which are found.
+    """
+    size = logits.shape[-1]
+    use_top_k = active & (top_k > 0) & (top_k < size)
+    use_top_p = active & (top_p < 1.0)
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    floor = best + jnp.log(jnp.maximum(min_p, jnp.finfo(jnp.float32).tiny))[:, None]
+    logits = jnp.where((min_p > 0)[:, None] & (logits < floor), -jnp.inf, logits)
+
+    def keep_top_k(logits: jax.Array) -> jax.Array:
+        return _kept(logits, logits, None, top_k, use_top_k, on_cpu)
+
+    def keep_top_p(logits: jax.Array) -> jax.Array:
+        return _kept(logits, logits, jnp.exp(logits - best), top_p, use_top_p, on_cpu, lowest=_LOWEST)
+
+    logits = jax.lax.cond(jnp.any(use_top_k), keep_top_k, lambda logits: logits, logits)
+    logits = jax.lax.cond(jnp.any(use_top_p), keep_top_p, lambda logits: logits, logits)
+    if typical_p is None:
+        return logits
+    use_typical_p = active & (typical_p < 1.0)
+
+    def keep_typical(logits: jax.Array) -> jax.Array:
+        keys, weights = _typicality(logits, best)
+        return _kept(logits, keys, weights, typical_p, use_typical_p, on_cpu)
+
+    return jax.lax.cond(jnp.any(use_typical_p), keep_typical, lambda logits: logits, logits)
+
+
+def _typicality(logits: jax.Array, best: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns float32 [R, V] each: minus the distance of a token's information from the entropy, and its weight.
+
+    Source: Meister et al., "Locally typical sampling" (TACL 2023), as transformers' TypicalLogitsWarper computes it.
+    """
+    relative = logits - best
+    weights = jnp.exp(relative)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    log_probability = relative - jnp.log(total)
+    terms = jnp.where(weights > 0, weights / total * log_probability, 0.0)
+    entropy = -jnp.sum(terms, axis=-1, keepdims=True)
+    return -jnp.abs(log_probability + entropy), weights
+
+
+def _kept(
+    logits: jax.Array,
+    keys: jax.Array,
+    weights: jax.Array | None,
+    limit: jax.Array,
+    use: jax.Array,
+    on_cpu: bool,
+    lowest: float = -math.inf,
+) -> jax.Array:
+    """Masks to -inf the tokens with the smallest keys, in the rows that `use` this filter.
+
+    Kept are the fewest with the largest keys, ties included, whose number reaches `limit`, or whose weights reach that
+    share of the row's sum where there are weights. One is always kept. lowest: weights of keys that are further below
+    the row's largest are 0.
+    """
+
+    def group(arguments: tuple[jax.Array, ...]) -> jax.Array:
+        logits, keys, limit, use, *more = arguments
+        order = _ordered_bits(keys)
+        top = _ordered_bits(jnp.max(keys, axis=-1))
+        if more:
+            everything = jnp.sum(more[0], axis=-1)
+            wanted = limit * everything
+        else:
+            everything, wanted = jnp.sum(jnp.isfinite(keys), axis=-1), limit
+        if on_cpu:
+            least = jnp.min(jnp.where(jnp.isfinite(keys), keys, jnp.inf), axis=-1)
+            low = _ordered_bits(jnp.maximum(least, _value_of(top) + lowest))
+            use = use & (everything >= wanted)  # else all that is finite stays
+            interval = _Interval.of(low, top, everything, use & (wanted > 0))
+            if more:
+                threshold = _checked(order, more[0], limit, interval, wanted)
+            else:
+                threshold = _narrowed(order, None, interval, wanted, top).low
+            threshold = jnp.where(wanted > 0, threshold, top)
+        else:
+            threshold = _bisected(order, more[0] if more else None, wanted)
+        threshold = jnp.minimum(threshold, top)  # the best stays where the limit rounds to 0
+        return jnp.where(use[:, None] & (order < threshold[:, None]), -jnp.inf, logits)
+
+    arguments = (logits, keys, limit, use, *(() if weights is None else (weights,)))
+    return _in_groups(group, arguments) if on_cpu else group(arguments)
+
+
+def _in_groups(call: Callable[[tuple[jax.Array, ...]], jax.Array], arguments: tuple[jax.Array, ...]) -> jax.Array:
+    """Calls a function of rows for a few rows at a time where all of them do not fit a CPU's cache."""
+    rows, size = arguments[0].shape
+    if rows * size <= _CACHED or rows % _GROUP:
+        return call(arguments)
+    grouped = tuple(one.reshape(rows // _GROUP, _GROUP, *one.shape[1:]) for one in arguments)
+    return jax.lax.map(call, grouped).reshape(rows, size)
+
+
+def _ordered_bits(values: jax.Array) -> jax.Array:
+    """Returns uint32 whose order is that of the float32 values."""
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _value_of(order: jax.Array) -> jax.Array:
+    """Returns the float32 values that `_ordered_bits` maps to `order`."""
+    bits = jnp.where(order >> 31 == 1, order ^ jnp.uint32(1 << 31), ~order)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _bisected(order: jax.Array, weights: jax.Array | None, wanted: jax.Array) -> jax.Array:
+    """Returns the largest threshold, uint32 [R], that keeps as much as is wanted; 0 where none does."""
+
+    def narrow(step: jax.Array, threshold: jax.Array) -> jax.Array:
+        unit = jnp.uint32(1 << 28) >> (4 * step).astype(jnp.uint32)
+        tried = [threshold | unit * jnp.uint32(digit) for digit in range(1, _TRIED + 1)]
+        digit = sum((measure >= wanted).astype(jnp.uint32) for measure in _measures(order, weights, tried))
+        return threshold | unit * digit
+
+    return jax.lax.fori_loop(0, 8, narrow, jnp.zeros(order.shape[:1], jnp.uint32))
+
+
+def _measures(order: jax.Array, weights: jax.Array | None, tried: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """Returns what each of the thresholds keeps, [R] each, in one pass: the sum of the weights, or a count."""
+    kept = [order >= one[:, None] for one in tried]
+    terms = [one.astype(jnp.int32) if weights is None else jnp.where(one, weights, 0) for one in kept]
+    zero = jnp.zeros((), terms[0].dtype)
+
+    def add(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> list[jax.Array]:
+        return [one + other for one, other in zip(left, right, strict=True)]
+
+    return jax.lax.reduce(terms, [zero] * len(terms), add, (1,))
+
+
+class _Interval(NamedTuple):
+    """Holds the state of searches, [R] each: `low` keeps as much as is wanted, `high` (above it) does not.
+
+    kept_low, kept_high: their measures. done: nothing is left to search.
+    """
+
+    step: jax.Array
+    low: jax.Array
+    high: jax.Array
+    kept_low: jax.Array
+    kept_high: jax.Array
+    done: jax.Array
+
+    @classmethod
+    def of(cls, low: jax.Array, top: jax.Array, everything: jax.Array, use: jax.Array) -> _Interval:
+        """Begins searches between what keeps everything and what keeps nothing, where they are of `use`."""
+        return cls(jnp.int32(0), low, top + 1, everything, jnp.zeros_like(everything), ~use | (top <= low))
+
+    def moved(self, done: jax.Array, **fields: jax.Array) -> _Interval:
+        """Returns the next state: of searches that were done, the same."""
+        new = self._replace(**fields, done=done)
+        return _Interval(self.step + 1, *(jnp.where(self.done, *pair) for pair in zip(self[1:], new[1:], strict=True)))
+
+
+def _narrowed(
+    order: jax.Array, weights: jax.Array | None, interval: _Interval, wanted: jax.Array, top: jax.Array
+) -> _Interval:
+    """Narrows intervals of counts until one key, or ties of it, is left in each; those of integer weights, int32
+    [R, V], for a fixed number of passes."""
+
+    def go_on(state: _Interval) -> jax.Array:
+        some = ~jnp.all(state.done)
+        return some if weights is None else some & (state.step < _PASSES)
+
+    def narrow(state: _Interval) -> _Interval:
+        tried = _spread(state, top)
+        low, high, kept_low, kept_high = state.low, state.high, state.kept_low, state.kept_high
+        for one, kept in zip(tried, _measures(order, weights, tried), strict=True):
+            enough = kept >= wanted
+            low, kept_low = jnp.where(enough, one, low), jnp.where(enough, kept, kept_low)
+            first = ~enough & (one < high)
+            high, kept_high = jnp.where(first, one, high), jnp.where(first, kept, kept_high)
+        done = high - low <= 1
+        if weights is None:
+            done |= kept_low - kept_high <= 1
+        return state.moved(done, low=low, high=high, kept_low=kept_low, kept_high=kept_high)
+
+    return jax.lax.while_loop(go_on, narrow, interval)
+
+
+def _spread(state: _Interval, top: jax.Array) -> list[jax.Array]:
+    """Returns rising thresholds that divide intervals in 16 equal parts, by the keys' values, or by their bits where
+    the values extend over several orders of magnitude, and now and then, lest values are too close to be divided."""
+    best = _value_of(top)
+    low, high = _value_of(state.low) - best, _value_of(state.high - 1) - best
+    by_bits = ~(low >= -4096.0) | (state.step % 4 == 3)
+    span, found = state.high - state.low, []
+    for part in range(1, _TRIED + 1):
+        bits = state.low + span // 16 * part + span % 16 * part // 16
+        value = _ordered_bits(best + (low + (high - low) * (part / 16)))
+        found.append(jnp.where(by_bits, bits, jnp.clip(value, state.low, state.high - 1)))
+    return found
+
+
+def _checked(
+    order: jax.Array, weights: jax.Array, limit: jax.Array, interval: _Interval, wanted: jax.Array
+) -> jax.Array:
+    """Returns a threshold, uint32 [R], that keeps the fewest keys whose plain sum of weights is as much as is wanted.
+
+    Args:
+        order: uint32 [R, V], of the keys.
+        weights: float32 [R, V].
+        limit: float32 [R], the share of all weights that is wanted.
+        interval: begins the searches.
+        wanted: float32 [R], `limit` of the plain sum of all.
+    """
+    shares = jnp.round(weights * (_WHOLE / interval.kept_low)[:, None]).astype(jnp.int32)
+    everything = jnp.sum(shares, axis=-1)
+    counting = interval._replace(kept_low=everything, kept_high=jnp.zeros_like(everything))
+    goal = jnp.ceil(limit * everything.astype(jnp.float32)).astype(jnp.int32)
+    guess = _narrowed(order, shares, counting, goal, interval.high - 1).low
+
+    def narrow(state: _Interval) -> _Interval:
+        # First the guess, then the next key up or down, until one is passed that makes the difference. Where that
+        # takes long, halves.
+        up = state.low > interval.low
+        places, bound = jnp.where(up[:, None], ~order, order), jnp.where(up, ~state.low, state.high - 1)
+        nearest = jnp.max(jnp.where(places <= bound[:, None], places, 0), axis=-1)
+        tried = jnp.where(up, ~nearest + 1, nearest)
+        halves = state.low + (state.high - state.low) // 2
+        tried = jnp.where(state.step == 0, guess, jnp.where(state.step < _NEIGHBORS, tried, halves))
+        tried = jnp.clip(tried, state.low + 1, jnp.maximum(state.high - 1, state.low + 1))
+        enough = jnp.sum(jnp.where(order >= tried[:, None], weights, 0.0), axis=-1) >= wanted
+        low, high = jnp.where(enough, tried, state.low), jnp.where(enough, state.high, tried)
+        passed = (state.step > 0) & (state.step < _NEIGHBORS) & (up != enough)
+        return state.moved(passed | (high - low <= 1), low=low, high=high)
+
+    return jax.lax.while_loop(lambda state: ~jnp.all(state.done), narrow, interval).low
