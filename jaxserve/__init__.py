@@ -1,6 +1,6 @@
 """jaxserve: a serving engine for large language models on JAX/XLA.
 
-`LLM` is imported on first use, so that the scheduler, the configuration and the clients load without jax.
+The engines are imported on first use, so that the scheduler, the configuration and the clients load without jax.
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ from jaxserve.request import RequestOutputKind, SamplingParams
 from jaxserve.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
+    from jaxserve.async_llm import AsyncLLM
     from jaxserve.llm import LLM
+    from jaxserve.pooling_params import PoolingParams
 
-__all__ = ["LLM", "RequestOutputKind", "SamplingParams", "StructuredOutputsParams"]
+__all__ = ["LLM", "AsyncLLM", "PoolingParams", "RequestOutputKind", "SamplingParams", "StructuredOutputsParams"]
 __version__ = "0.1.0"
 
 
+_MODULES = {"LLM": "jaxserve.llm", "AsyncLLM": "jaxserve.async_llm", "PoolingParams": "jaxserve.pooling_params"}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "LLM":
+    if name in _MODULES:
         import importlib
 
-        return importlib.import_module("jaxserve.llm").LLM
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'jaxserve' has no attribute {name!r}")

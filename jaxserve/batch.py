@@ -24,13 +24,13 @@ import os
 import pathlib
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 from jaxserve.config import gin_config
 from jaxserve.config.changed import changed_settings
 from jaxserve.config.logprobs_config import LogprobsConfig
+from jaxserve.config.pooler_config import PoolerConfig
 from jaxserve.config.settings import ServerConfig
 from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.engine.channel import EngineClient
@@ -39,14 +39,12 @@ from jaxserve.frontend.batch_errors import BatchFileError, LineError, reason
 from jaxserve.frontend.batch_files import InputFile, OutputFile, open_input
 from jaxserve.frontend.batch_lines import BatchLine, KeyedLine, count_lines, keyed_lines, read_lines
 from jaxserve.frontend.batch_resume import SETTINGS_BYTES, Digest, Resumption
-from jaxserve.frontend.chat_format import ReplyPlan
 from jaxserve.frontend.delta import EngineDeadError
 from jaxserve.frontend.frontend import FrontEnd, Prepared
-from jaxserve.frontend.offline import FinishedRequest, TokenBar, run_all
-from jaxserve.frontend.openai import CHAT_URL, parse_body
-from jaxserve.frontend.openai_logprobs import LogprobShapes
-from jaxserve.frontend.openai_replies import ReplyMessage
-from jaxserve.frontend.openai_responses import Answer, response_body
+from jaxserve.frontend.offline import TokenBar, run_all
+from jaxserve.frontend.open_lines import OpenLine
+from jaxserve.frontend.openai import parse_body
+from jaxserve.frontend.openai_embeddings import EMBEDDINGS_URL, parse_embeddings
 from jaxserve.frontend.stop_signals import StopSignals
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
@@ -99,8 +97,7 @@ class BatchRun:
         self._seed = seed
         self._settings = _settings_digest(model, seed, settings)
         self._check_stop = check_stop
-        self._under_way: dict[str, KeyedLine] = {}
-        self._plans: dict[str, ReplyPlan] = {}  # of those under way whose replies are parsed
+        self._under_way: dict[str, OpenLine] = {}
         self._other_models: set[str] = set()
         self.summary = Summary()
 
@@ -125,18 +122,25 @@ class BatchRun:
 
         with contextlib.closing(run_all(self._front_end, self._client, requests, stepped)) as finished:
             for completion in finished:
-                keyed = self._under_way.pop(completion.request_id)
-                failed = _NOT_COMPLETED.intersection(sample.finish_reason for sample in completion.samples)
-                if failed:
-                    self._plans.pop(completion.request_id, None)
-                    late = FinishReason.DEADLINE in failed
-                    code = "deadline_exceeded" if late else "request_failed"
-                    self._write_error(output, keyed, code, completion.error)
-                else:
-                    output.write(self._result(keyed, completion), self._digest(keyed))
-                    self.summary.completed += 1
-                bar.add_request(len(completion.prompt_token_ids))
+                opened = self._under_way.pop(completion.request_id)
+                opened.finished[completion.request_id] = completion
+                if len(opened.finished) == len(opened.request_ids):
+                    self._write(output, opened)
+                    bar.add_request(sum(len(one.prompt_token_ids) for one in opened.completions))
         output.repair()
+
+    def _write(self, output: OutputFile, opened: OpenLine) -> None:
+        """Writes the result of a line, or its error."""
+        keyed = opened.keyed
+        reasons = {sample.finish_reason for one in opened.completions for sample in one.samples}
+        failed = _NOT_COMPLETED & reasons
+        if not failed:
+            output.write(self._result(opened), self._digest(keyed))
+            self.summary.completed += 1
+            return
+        error = next(one.error for one in opened.completions if one.error)
+        late = FinishReason.DEADLINE in failed
+        self._write_error(output, keyed, "deadline_exceeded" if late else "request_failed", error)
 
     def _requests(self, source: InputFile, output: OutputFile, bar: TokenBar) -> Iterator[Prepared | None]:
         """Yields the requests that are still to be computed, and writes error lines on the way.
@@ -155,12 +159,12 @@ class BatchRun:
             fault = keyed.fault
             if keyed.line is not None:
                 try:
-                    prepared = self._prepare(keyed.line)
+                    requests, opened = self._prepare(keyed, keyed.line)
                 except ValueError as error:
                     fault = LineError("invalid_request", str(error))
                 else:
-                    self._under_way[prepared.request_id] = keyed
-                    yield prepared
+                    self._under_way.update(dict.fromkeys(opened.request_ids, opened))
+                    yield from requests
                     continue
             assert fault is not None
             self._write_error(output, keyed, fault.code, str(fault))
@@ -170,65 +174,47 @@ class BatchRun:
             for note in earlier.notes():
                 _say(note)
 
-    def _prepare(self, line: BatchLine) -> Prepared:
+    def _prepare(self, keyed: KeyedLine, line: BatchLine) -> tuple[list[Prepared], OpenLine]:
+        """Returns the requests of a line, and what keeps it until they have ended. Raises ValueError."""
+        name, front_end = f"line-{line.number}", self._front_end
+        if line.url == EMBEDDINGS_URL:
+            body = parse_embeddings(line.body, lower_first=False)
+            self._note_model(line, body.model)
+            requests = [
+                front_end.prepare(one, body.params, body.options, request_id=f"{name}-{index}")
+                for index, one in enumerate(body.inputs)
+            ]
+            return requests, OpenLine(keyed, [one.request_id for one in requests], embeddings=body)
         request = parse_body(line.url, line.body, defaults=self._client.ready.sampling_defaults)
         params = request.params
         if params.seed is None:
             params = dataclasses.replace(params, seed=_seed_for(self._seed, line.custom_id))
-        tokenizer = self._front_end.tokenizer
+        tokenizer = front_end.tokenizer
         prompt = request.single_prompt(tokenizer)
         plan = dataclasses.replace(request, params=params).reply_plan(tokenizer, prompt)
-        prepared = self._front_end.prepare(
-            prompt,
-            plan.params,
-            request.options,
-            request_id=f"line-{line.number}",
-            shown_token_ids=plan.shown_token_ids,
+        prepared = front_end.prepare(
+            prompt, plan.params, request.options, request_id=name, shown_token_ids=plan.shown_token_ids
         )
-        if plan.is_parsed:
-            self._plans[prepared.request_id] = plan
-        if request.model not in (None, self._model) and request.model not in self._other_models:
+        self._note_model(line, request.model)
+        return [prepared], OpenLine(keyed, [prepared.request_id], plan=plan if plan.is_parsed else None)
+
+    def _note_model(self, line: BatchLine, model: str | None) -> None:
+        """Says once that lines ask for another model."""
+        if model not in (None, self._model) and model not in self._other_models:
             if len(self._other_models) < 10:
-                _say(f"line {line.number} asks for model {request.model!r}; this run serves {self._model!r}")
-            self._other_models.add(request.model)
-        return prepared
+                _say(f"line {line.number} asks for model {model!r}; this run serves {self._model!r}")
+            self._other_models.add(model)
 
     def _digest(self, keyed: KeyedLine) -> Digest:
         return Digest(keyed.digest, self._settings)
 
-    def _result(self, keyed: KeyedLine, completion: FinishedRequest) -> dict[str, Any]:
-        assert keyed.line is not None
-        body, prompt = keyed.line.body, completion.prompt_logprobs
-        shapes = LogprobShapes(
-            self._front_end.tokenizer,
-            chat=keyed.line.url == CHAT_URL,
-            as_ids=bool(body.get("return_tokens_as_token_ids")),
-        )
-        plan = self._plans.pop(completion.request_id, None)
-        answers = []
-        for index, sample in enumerate(completion.samples):
-            answer = Answer(
-                sample.text,
-                sample.finish_reason.value,
-                len(completion.prompt_token_ids),
-                len(sample.token_ids),
-                completion.num_cached_tokens,
-                sample.token_ids,
-                truncated_tokens=completion.num_truncated_tokens,
-                logprobs=None if sample.logprobs is None else shapes.of(sample.logprobs, sample.token_ids),
-                prompt_logprobs=None if prompt is None else shapes.of_prompt(prompt),
-                index=index,
-            )
-            if plan is not None:
-                message = ReplyMessage(plan)
-                message.add(answer.text)
-                answer = message.finish(answer)
-            answers.append(answer)
-        answered = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), answers)
+    def _result(self, opened: OpenLine) -> dict[str, Any]:
+        keyed = opened.keyed
+        body = opened.body(self._model, self._front_end.tokenizer)
         return {
             "id": _result_id(keyed.number),
             "custom_id": keyed.key,
-            "response": {"status_code": 200, "request_id": completion.request_id, "body": answered},
+            "response": {"status_code": 200, "request_id": f"line-{keyed.number}", "body": body},
             "error": None,
         }
 
@@ -403,6 +389,8 @@ def _settings(config: ServerConfig) -> str:
     others = (engine.architecture, engine.load_format, engine.dtype, engine.max_model_len, engine.cache.kv_cache_dtype)
     if engine.logprobs != LogprobsConfig():
         others = (*others, engine.logprobs)
+    if engine.pooler != PoolerConfig():
+        others = (*others, engine.pooler)
     defaults = sampling_defaults(engine)
     return repr((*paths, engine.skip_tokenizer_init, *others, *([defaults] if defaults else ())))
 

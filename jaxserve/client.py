@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
 from jaxserve.config.plain_params import params_of
+from jaxserve.pooling_params import PoolingParams
 from jaxserve.serving.clients.client_command import ClientOptions, run_client, unescape
 from jaxserve.serving.clients.client_credentials import KEY_VARIABLE, Credentials
 from jaxserve.serving.clients.client_failures import Failure
@@ -146,6 +147,11 @@ def _options(parsed: argparse.Namespace, prompt: str | None, dialogue: bool) -> 
         raise ValueError(f"timeout is {parsed.timeout:g}; it must be above 0 seconds")
     if not -(2**31) <= parsed.priority < 2**31:
         raise ValueError(f"priority is {parsed.priority}; it must be from {-(2**31)} to {2**31 - 1}")
+    embedding = {name: getattr(parsed, name) for name in ("pooling_type", "dimensions")}
+    if not parsed.embeddings and (given := [name for name, value in embedding.items() if value is not None]):
+        raise ValueError(f"{given[0]} is of embeddings; use --embeddings with it")
+    if parsed.embeddings and parsed.chat:
+        raise ValueError("embeddings are of texts, and no conversation; leave out --chat")
     if parsed.system and not parsed.chat:
         raise ValueError("system needs a conversation; use --chat with it")
     return ClientOptions(
@@ -159,6 +165,7 @@ def _options(parsed: argparse.Namespace, prompt: str | None, dialogue: bool) -> 
         newline=parsed.newline,
         chat=parsed.chat,
         system=unescape(parsed.system) if parsed.escapes else parsed.system,
+        embed=PoolingParams(**embedding) if parsed.embeddings else None,
         json=parsed.json,
         json_events=parsed.json_events,
         wait=parsed.wait,
@@ -197,6 +204,13 @@ def _parser() -> tuple[_Parser, list[argparse.Action]]:
     add("--whole", action="store_true", help="all of standard input is one prompt")
     add("-e", "--escapes", action="store_true", help=r"\n, \t, \r and \\ in prompts and stop strings are escapes")
     add("-n", "--newline", action="store_true", help="end each prompt with a newline, as the tiny model's tasks do")
+    add(
+        "--embeddings",
+        action="store_true",
+        help="print the embedding of each prompt, a JSON list, instead of an answer",
+    )
+    add("--pooling-type", metavar="TYPE", help="LAST, MEAN or CLS: how --embeddings pools hidden states")
+    add("--dimensions", type=int, metavar="N", help="numbers of an embedding; the model's by default")
     add("--json", action="store_true", help="one JSON line an answer: ids, text, finish reason and usage; or an error")
     add("--json-events", action="store_true", help="JSON lines of each piece of an answer too; each names its event")
     add("--completion", choices=SHELLS, help="print what completes this command in a shell, and end")

@@ -1,4 +1,4 @@
-"""Generates text offline in Python: `LLM(model=...).generate(prompts, params)`; names follow vLLM's."""
+"""Generates and embeds text offline in Python: `LLM(model=...).generate(prompts, params)`; names follow vLLM's."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from typing import Any
 from jaxserve.config.plain_params import params_of
 from jaxserve.config.settings import EngineConfig
 from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
+from jaxserve.embedding_output import EmbeddingOutput, EmbeddingRequestOutput
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.continuations import SCORING, ScoreOutput, continued
 from jaxserve.frontend.frontend import FrontEnd, Prepared
 from jaxserve.frontend.logprob_outputs import PositionLogprobs, position_logprobs, prompt_positions
-from jaxserve.frontend.offline import FinishedRequest, FinishedSample, TokenBar, run_all
+from jaxserve.frontend.offline import FinishedRequest, TokenBar, run_all
+from jaxserve.frontend.openai_messages import parse_messages
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
-from jaxserve.request import InfeasibleError, RequestOptions, SamplingParams
+from jaxserve.logprob_columns import LogprobColumns
+from jaxserve.pooling_params import PoolingParams
+from jaxserve.request import FinishReason, InfeasibleError, RequestOptions, SamplingParams
 
 Prompt = str | Mapping[str, Any]
 """A prompt: text, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
@@ -32,14 +36,14 @@ class CompletionOutput:
 
     text: continues the prompt, so that both together are the text of all tokens; special tokens are not shown.
     finish_reason: "stop", "length", "deadline" when its deadline passed or was out of reach, or "error" when this
-    request failed in the engine.
+    request failed in the engine; "abort" and, before the end, None of AsyncLLM alone.
     logprobs: of each token, by token id, and cumulative_logprob: the sum of the tokens' own, where they are wanted.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: str
+    finish_reason: str | None
     logprobs: list[PositionLogprobs] | None = None
     cumulative_logprob: float | None = None
 
@@ -134,13 +138,103 @@ class LLM:
         """
         given: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = self._params_for(given, sampling_params)
+        texts, requests = self._prepare(given, params, priority, tenant, deadline)
+        completions = self._complete(requests, use_tqdm)
+        return [
+            _request_output(
+                text, completions[request.request_id], self.get_tokenizer() if request.params.detokenize else None
+            )
+            for text, request in zip(texts, requests, strict=True)
+        ]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Generates the answer to a conversation, or to each of several, in the model's chat template.
+
+        Args:
+            messages: one conversation, a list of messages in OpenAI's form, or a list of conversations.
+            sampling_params: as for `generate`.
+            use_tqdm: shows a progress bar.
+            add_generation_prompt: ends the prompt where the answer begins.
+            chat_template_kwargs: further arguments of the template.
+            options: priority, tenant and deadline, as for `generate`.
+
+        Raises:
+            ValueError: there is no tokenizer or template, a message is invalid, or as `generate` does.
+            EngineDeadError: the engine failed.
+        """
+        tokenizer = self._front_end.tokenizer
+        if tokenizer is None:
+            raise ValueError("messages need a tokenizer, and this engine has none; use generate with prompt_token_ids")
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = messages if several else [messages]
+        prompts = [
+            tokenizer.render_chat(
+                parse_messages(list(conversation)),
+                add_generation_prompt=add_generation_prompt,
+                template_kwargs=chat_template_kwargs,
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm, **options)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
+        deadline: float | Sequence[float | None] | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Embeds each prompt and returns the embeddings in order, however many there are.
+
+        Args:
+            prompts: one prompt, or several.
+            pooling_params: one for all, one for each, or None for the defaults.
+            use_tqdm: shows a progress bar.
+            priority: as for `generate`, and so are tenant and deadline.
+            tenant: see priority.
+            deadline: see priority.
+
+        Raises:
+            ValueError: a prompt is invalid; the error names its index and comes before anything is computed.
+            EngineDeadError: the engine failed.
+        """
+        given: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        params = _one_each("pooling_params", given, PoolingParams() if pooling_params is None else pooling_params)
+        texts, requests = self._prepare(given, params, priority, tenant, deadline)
+        completions = self._complete(requests, use_tqdm)
+        return [
+            _embedding_output(text, completions[request.request_id])
+            for text, request in zip(texts, requests, strict=True)
+        ]
+
+    def _prepare(
+        self,
+        given: Sequence[Prompt],
+        params: Sequence[SamplingParams] | Sequence[PoolingParams],
+        priority: int | Sequence[int],
+        tenant: str | Sequence[str],
+        deadline: float | Sequence[float | None] | None,
+    ) -> tuple[list[str | None], list[Prepared]]:
+        """Returns the text of each prompt that is one, and the prepared requests. Raises ValueError."""
         texts: list[str | None] = []
         requests: list[Prepared] = []
         priorities = _one_each("priority", given, priority)
         tenants, deadlines = _one_each("tenant", given, tenant), _one_each("deadline", given, deadline)
         for index, (prompt, prompt_params) in enumerate(zip(given, params, strict=True)):
             with _naming(f"prompts[{index}]"):
-                content = _content(prompt)
+                content = prompt_content(prompt)
                 prepared = self._front_end.prepare(
                     content,
                     prompt_params,
@@ -149,13 +243,7 @@ class LLM:
                 )
             texts.append(content if isinstance(content, str) else None)
             requests.append(prepared)
-        completions = self._complete(requests, use_tqdm)
-        return [
-            _request_output(
-                text, completions[request.request_id], self.get_tokenizer() if request.params.detokenize else None
-            )
-            for text, request in zip(texts, requests, strict=True)
-        ]
+        return texts, requests
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Returns the parameters of a request that brings none: the checkpoint's defaults, from its
@@ -205,7 +293,7 @@ class LLM:
         requests: list[Prepared] = []
         for index, (before, continuation) in enumerate(zip(prompts, given, strict=True)):
             with _naming(f"continuations[{index}]"):
-                whole, start = continued(_content(before), _content(continuation), self.get_tokenizer())
+                whole, start = continued(prompt_content(before), prompt_content(continuation), self.get_tokenizer())
                 options = RequestOptions(tenants[index], priorities[index], deadlines[index])
                 prepared = self._front_end.prepare(whole, SCORING, options, request_id=str(next(self._ids)))
             requests.append(dataclasses.replace(prepared, prompt_logprobs_start=start))
@@ -272,7 +360,7 @@ def _one_each(name: str, prompts: Sequence[Prompt], value: Any) -> Sequence[Any]
     return value
 
 
-def _content(prompt: Prompt) -> str | Sequence[int]:
+def prompt_content(prompt: Prompt) -> str | Sequence[int]:
     """Returns the text or token ids of a prompt. Raises ValueError when it is neither."""
     if isinstance(prompt, str):
         return prompt
@@ -287,23 +375,44 @@ def _content(prompt: Prompt) -> str | Sequence[int]:
     )
 
 
-def _completion_output(index: int, sample: FinishedSample, tokenizer: Tokenizer | None) -> CompletionOutput:
-    logprobs, cumulative = None, None
-    if sample.logprobs is not None:
-        logprobs = position_logprobs(sample.logprobs, sample.token_ids, tokenizer)
-        cumulative = math.fsum(sample.logprobs.values.tolist())
+def _embedding_output(text: str | None, completion: FinishedRequest) -> EmbeddingRequestOutput:
+    return EmbeddingRequestOutput(
+        request_id=completion.request_id,
+        prompt=text,
+        prompt_token_ids=completion.prompt_token_ids,
+        outputs=EmbeddingOutput.from_bytes(completion.embedding),
+        num_cached_tokens=completion.num_cached_tokens,
+        error=completion.error,
+        num_truncated_tokens=completion.num_truncated_tokens,
+    )
+
+
+def completion_output(
+    index: int,
+    text: str,
+    token_ids: tuple[int, ...],
+    finish_reason: FinishReason | None,
+    logprobs: LogprobColumns | None,
+    tokenizer: Tokenizer | None,
+) -> CompletionOutput:
+    """Returns an output of a request. logprobs: of the token ids, where they are wanted. tokenizer: gives the texts of
+    ids that have log-probabilities."""
+    positions = None if logprobs is None else position_logprobs(logprobs, token_ids, tokenizer)
     return CompletionOutput(
         index=index,
-        text=sample.text,
-        token_ids=sample.token_ids,
-        finish_reason=sample.finish_reason.value,
-        logprobs=logprobs,
-        cumulative_logprob=cumulative,
+        text=text,
+        token_ids=token_ids,
+        finish_reason=None if finish_reason is None else finish_reason.value,
+        logprobs=positions,
+        cumulative_logprob=None if logprobs is None else math.fsum(logprobs.values.tolist()),
     )
 
 
 def _request_output(text: str | None, completion: FinishedRequest, tokenizer: Tokenizer | None) -> RequestOutput:
-    outputs = [_completion_output(index, sample, tokenizer) for index, sample in enumerate(completion.samples)]
+    outputs = [
+        completion_output(index, sample.text, sample.token_ids, sample.finish_reason, sample.logprobs, tokenizer)
+        for index, sample in enumerate(completion.samples)
+    ]
     prompt_logprobs = None
     if completion.prompt_logprobs is not None:
         prompt_logprobs = prompt_positions(completion.prompt_logprobs, tokenizer)

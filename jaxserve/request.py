@@ -89,6 +89,16 @@ class RequestStatus(enum.Enum):
     FINISHED = "finished"
 
 
+class Pooling(enum.Enum):
+    """Enumerates how the hidden states of a prompt's tokens make one vector: that of the last or of the first (cls)
+    token, or the mean of all.
+    """
+
+    LAST = "last"
+    MEAN = "mean"
+    CLS = "cls"
+
+
 class InfeasibleError(ValueError):
     """Signals a well-formed request that this server could never run, however long it waits."""
 
@@ -360,7 +370,8 @@ class ModelLimits:
     eos_token_ids: the model's own stop ids.
     default_max_tokens: of requests that set none, as far as there is room; None: all of the room.
     max_logprobs: likeliest ids of one position that a request may ask for.
-    max_n: samples of one request, at most.
+    max_n: samples of one request, at most. embedding_size: numbers in an embedding, unless fewer are asked for.
+    pooling, normalize: how embeddings are made where a request does not say.
     """
 
     vocab_size: int
@@ -371,6 +382,9 @@ class ModelLimits:
     default_max_tokens: int | None = None
     max_logprobs: int = MAX_LOGPROBS
     max_n: int = DEFAULT_MAX_N
+    embedding_size: int = 0
+    pooling: Pooling = Pooling.LAST
+    normalize: bool = True
 
     def room(self, length: int, min_tokens: int) -> int:
         """Returns the output tokens of a request that sets no limit, behind a prompt of `length` tokens."""
@@ -441,6 +455,8 @@ class EngineRequest(RowSampling):
     have; each token that would complete one is forbidden. logprobs, prompt_logprobs: resolved (never -1).
     prompt_logprobs_start: index of the first prompt token of which they are wanted; the first token of all has none.
     grammar: of its output, as llguidance takes it; empty where it has none.
+    pooling: the request asks for the pooled hidden states of its prompt, and generates nothing; it then counts as one
+    of a single output token.
     """
 
     request_id: str
@@ -457,6 +473,7 @@ class EngineRequest(RowSampling):
     prompt_logprobs: int | None = None
     prompt_logprobs_start: int = 1
     grammar: str = ""
+    pooling: Pooling | None = None
 
     def sample(self, index: int, request_id: str) -> EngineRequest:
         """Returns the request of another sample of the prompt, which the first one scores where that is wanted: its
@@ -507,14 +524,19 @@ def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, li
             f"prompt_logprobs is {params.prompt_logprobs}; for {len(prompt_token_ids)} tokens, with {width} ids each, "
             f"these are {total} values, and at most {MAX_PROMPT_LOGPROBS} are allowed: ask for fewer ids"
         )
-    for index, token_id in enumerate(prompt_token_ids):
+    check_token_ids(prompt_token_ids, limits)
+    _check_ids(params, limits)
+    return max_tokens
+
+
+def check_token_ids(token_ids: Sequence[int], limits: ModelLimits) -> None:
+    """Checks that the ids of a prompt are in the vocabulary. Raises ValueError."""
+    for index, token_id in enumerate(token_ids):
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < limits.vocab_size:
             raise ValueError(
                 f"prompt_token_ids[{index}] is {shown(token_id)}; token ids must be whole numbers from 0 to "
                 f"{limits.vocab_size - 1}"
             )
-    _check_ids(params, limits)
-    return max_tokens
 
 
 def _check_ids(params: SamplingParams, limits: ModelLimits) -> None:

@@ -100,7 +100,7 @@ class ServedModel:
 
         Args:
             pairs: the request's headers, or its gRPC metadata.
-            operation: "chat" or "text_completion".
+            operation: "chat", "text_completion" or "embeddings".
         """
         return None if self.metrics.on_finished is None else request_trace(pairs, operation)
 

@@ -22,6 +22,7 @@ def engine_ready(
     architecture: str = "fake",
     compile_seconds: float = 0.0,
     start_seconds: float = 0.0,
+    embedding_size: int = 0,
     **info: Any,
 ) -> EngineReady:
     """What an engine would say that has these figures and no model. info: other fields of RunnerInfo."""
@@ -38,9 +39,12 @@ def engine_ready(
         attention="none",
         compile_seconds=compile_seconds,
         kv_cache="none",
+        hidden_size=embedding_size,
         **info,
     )
-    limits = ModelLimits(vocab_size, max_model_len, 16 * usable_pages, max_model_len, eos_token_ids)
+    limits = ModelLimits(
+        vocab_size, max_model_len, 16 * usable_pages, max_model_len, eos_token_ids, embedding_size=embedding_size
+    )
     return EngineReady(runner, limits, max_num_seqs, max_num_waiting, start_seconds)
 
 

@@ -18,6 +18,7 @@ from jaxserve.config.failpoints import Failpoint
 from jaxserve.config.http_config import HttpConfig
 from jaxserve.config.logprobs_config import LogprobsConfig
 from jaxserve.config.parallel_samples import ParallelSamplesConfig
+from jaxserve.config.pooler_config import PoolerConfig
 from jaxserve.config.queue_limits import QueueConfig
 from jaxserve.config.scheduling import MIN_BUCKET, SchedulerConfig
 from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
@@ -103,6 +104,7 @@ class EngineConfig:
     everywhere else.
     bundle: directory of programs that `jaxserve.compile` wrote for this configuration and device; loaded instead of
     compiling anything, and refused where it does not fit. Its number of pages counts where none is configured.
+    pooler: how embeddings are made where a request does not say.
     seed: base of the seeds drawn for requests that bring none. samples: bounds the samples of one request.
     generation_config: where defaults of sampling parameters come from: "auto" takes those of the model's
     generation_config.json, "vllm" none, and a directory those of the file there. What a request sets always counts.
@@ -132,6 +134,7 @@ class EngineConfig:
     compilation_cache_max_bytes: int = 4 * 1024**3
     ready_when: str = "auto"
     bundle: str | None = None
+    pooler: PoolerConfig = PoolerConfig()
     seed: int = 0
     generation_config: str = "auto"
     composition_dir: str | None = None

@@ -55,7 +55,7 @@ from jaxserve.engine.step_executor import DeviceFaultError, DispatchedStep, Engi
 from jaxserve.engine.step_time import StepTimePrediction
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
-from jaxserve.request import EngineRequest, FinishReason, ModelLimits
+from jaxserve.request import EngineRequest, FinishReason, ModelLimits, Pooling
 from jaxserve.runner.protocol import Runner
 from jaxserve.scheduler import PageAllocationError, Scheduler, SequenceUpdate, StepPlan, StepUpdate, Wants
 from jaxserve.scheduler.buckets import Buckets
@@ -122,6 +122,8 @@ class EngineCore:
         )
         for line in () if self.scheduler.decode_gap is None else self.scheduler.decode_gap.warnings:
             _log.warning("%s", line)
+        pooling, self._normalize = config.pooler.resolved(config.model)
+        self._pooling = Pooling[pooling]
         others = (TokenMasks(info.vocab_size),) if constraints is None else (TokenMasks(info.vocab_size), constraints)
         self._constraints = CombinedConstraints(
             others,
@@ -190,6 +192,9 @@ class EngineCore:
             default_max_tokens=None if max_tokens is None else int(max_tokens),
             max_logprobs=info.max_logprobs,
             max_n=min(self.config.samples.max_n, scheduler.max_num_seqs + scheduler.max_num_waiting),
+            embedding_size=info.hidden_size,
+            pooling=self._pooling,
+            normalize=self._normalize,
         )
         return EngineReady(info, limits, scheduler.max_num_seqs, scheduler.max_num_waiting, start_seconds, defaults)
 
@@ -485,7 +490,11 @@ class EngineCore:
         return messages
 
     def _output(self, update: SequenceUpdate, now: float) -> EngineOutput:
-        sequence, phases = update.sequence, (None, None)
+        sequence, phases, pooled = update.sequence, (None, None), b""
+        if sequence.pooled is not None and update.finish_reason is FinishReason.STOP:
+            pooled = sequence.pooled.vector(sequence.num_prompt_tokens).tobytes()
+            self._totals["prompt_tokens"] += sequence.num_prompt_tokens
+            phases = self._meter.phases(sequence.request_id, now)
         if update.token_ids and len(sequence.output_token_ids) == len(update.token_ids):
             if sequence.prompt is None or not sequence.prompt.counted:
                 self._totals["prompt_tokens"] += sequence.num_prompt_tokens
@@ -499,7 +508,15 @@ class EngineCore:
         cached = sequence.num_cached_tokens
         logprobs = Logprobs.of(update.logprobs), Logprobs.of(update.prompt_logprobs)
         return EngineOutput(
-            sequence.request_id, update.token_ids, update.finish_reason, update.error, cached, now, *phases, *logprobs
+            sequence.request_id,
+            update.token_ids,
+            update.finish_reason,
+            update.error,
+            cached,
+            now,
+            *phases,
+            *logprobs,
+            pooled=pooled,
         )
 
     def _ranking(self, now: float) -> float | None:

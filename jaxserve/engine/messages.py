@@ -110,7 +110,8 @@ class EngineOutput(_Message, frozen=True):
     time: seconds of the engine's clock at which the host had the tokens. queue_seconds, prefill_seconds: with the first
     token: from arrival to the first step that computes the request, and from there to the token. logprobs: of the
     tokens, where the request wants them. prompt_logprobs: of the prompt's tokens from `prompt_logprobs_start` on, with
-    the first token.
+    the first token. pooled: of a request with `EngineRequest.pooling`, with the finish reason: its pooled hidden state,
+    float64 numbers of this machine.
     """
 
     request_id: str
@@ -123,6 +124,7 @@ class EngineOutput(_Message, frozen=True):
     prefill_seconds: float | None = None
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
+    pooled: bytes = b""
 
 
 class TokenBatch(_Message, frozen=True):

@@ -179,7 +179,8 @@ class StepExecutor:
         if pending is None:
             counts = None if plan.decodes.counts is None else np.ones(len(plan.decodes), np.int32)
             lost = np.full(plan.num_sampled, NOT_FINITE, np.int32)
-            return StepResult(lost, counts, scores=LogprobColumns.unknown(len(plan.scores), 0))
+            pooled = np.full((plan.num_pooled, 1), np.nan) if plan.num_pooled else None
+            return StepResult(lost, counts, scores=LogprobColumns.unknown(len(plan.scores), 0), pooled=pooled)
         try:
             return self._runner.collect(pending)
         except Exception as error:
@@ -224,6 +225,7 @@ class StepExecutor:
             token_bucket=self._buckets.tokens[0],
             row_bucket=self._buckets.rows[0],
             num_tokens=0,
+            num_pooled=0,
         )
         try:
             pending = self._start(_Share(nothing, None))
@@ -242,7 +244,16 @@ def _joined(results: list[StepResult]) -> StepResult:
     counts = [np.asarray(one.counts, np.int32) for one in results if one.counts is not None]
     logprobs = _joined_logprobs([(one.logprobs, len(one.token_ids)) for one in results])
     scores = _joined_logprobs([(one.scores, 0) for one in results])
-    return StepResult(token_ids, np.concatenate(counts) if counts else None, logprobs, scores)
+    pooled = _joined_pooled([one.pooled for one in results if one.pooled is not None])
+    return StepResult(token_ids, np.concatenate(counts) if counts else None, logprobs, scores, pooled)
+
+
+def _joined_pooled(parts: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Joins the pooled sums of parts; those of a row that was given up have one number, as wide as the others here."""
+    if not parts:
+        return None
+    width = max(part.shape[1] for part in parts)
+    return np.concatenate([np.broadcast_to(part, (len(part), width)) for part in parts])
 
 
 def _joined_logprobs(parts: Sequence[tuple[LogprobColumns | None, int]]) -> LogprobColumns | None:

@@ -196,14 +196,26 @@ class Admission:
             self._started_tokens.happened(ticket.tokens)
             ticket.tenant.starts.happened(ticket.samples)
 
-    def ended(self, ticket: Ticket, output_tokens: int, now: float, reason: FinishReason = FinishReason.STOP) -> None:
-        """Records the end of a request, for whatever reason. output_tokens: that were computed for all its samples."""
+    def ended(
+        self,
+        ticket: Ticket,
+        output_tokens: int,
+        now: float,
+        reason: FinishReason = FinishReason.STOP,
+        *,
+        generates: bool = True,
+    ) -> None:
+        """Records the end of a request, for whatever reason.
+
+        output_tokens: that were computed for all its samples. generates: it is not for an embedding, which says nothing
+        of outputs.
+        """
         self._pass(now)
         tenant = ticket.tenant
         if ticket.started is None:
             self._leaves_queue(ticket)
         else:
-            self._learn(ticket, output_tokens, now, reason)
+            self._learn(ticket, output_tokens, now, reason if generates else FinishReason.ABORT)
         if ticket.deadline is not None:
             factor = _MORE_CAUTION if reason is FinishReason.DEADLINE else _LESS_CAUTION
             self._caution = min(max(self._caution * factor, 1.0), _MOST_CAUTION)

@@ -30,6 +30,7 @@ from jaxserve.frontend.preparation_steps import Steps, finish
 from jaxserve.frontend.reader import EngineReader
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.frontend.workers import Workers, WorkersClosedError
+from jaxserve.pooling_params import PoolingParams
 from jaxserve.request import RequestOptions, SamplingParams
 from jaxserve.telemetry.request_meter import RequestMeter
 from jaxserve.telemetry.request_trace import RequestTrace
@@ -158,19 +159,20 @@ class AsyncFrontEnd:
     async def submit(
         self,
         prompt: str | Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         options: RequestOptions = RequestOptions(),
         *,
         request_id: str | None = None,
         owner: str = "",
         trace: RequestTrace | None = None,
         shown_token_ids: Set[int] = frozenset(),
+        take_prompt: Callable[[Sequence[int]], object] = lambda token_ids: None,
     ) -> DeltaStream:
         """Sends a request and returns its stream. Raises as `FrontEnd.submit` does, at once or, among many
         refusals, soon.
 
         owner: whose request it is. trace: the request's place in a trace. shown_token_ids: special tokens that the text
-        shows.
+        shows. take_prompt: is given the prompt's token ids.
         """
         try:
             with self._metrics.rejections(rejection_reason, request_id, trace) as arrived:
@@ -189,6 +191,7 @@ class AsyncFrontEnd:
             if self._admission is not None and (seconds := self._admission.seconds_to_refuse):
                 await asyncio.sleep(seconds)
             raise
+        take_prompt(prepared.prompt_token_ids)
         if (hit := self._send_hit) is None:
             stream = DeltaStream(self.abort, request_id, owner)
         else:
@@ -219,7 +222,7 @@ class AsyncFrontEnd:
             async for delta in stream:
                 yield delta
 
-    def check_size(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
+    def check_size(self, prompt: str | Sequence[int], params: SamplingParams | PoolingParams) -> None:
         """Refuses a prompt that is certainly too long, in constant time. Raises as `submit` does."""
         with self._metrics.rejections(rejection_reason):
             self._core.preparation.check_size(prompt, params)
@@ -327,7 +330,9 @@ class AsyncFrontEnd:
         """Kills a hung engine without asking it; `close` reports the outcome."""
         self._reader.kill()
 
-    def _check_accepting(self, prompt: str | Sequence[int], params: SamplingParams, options: RequestOptions) -> None:
+    def _check_accepting(
+        self, prompt: str | Sequence[int], params: SamplingParams | PoolingParams, options: RequestOptions
+    ) -> None:
         self._check_open()
         self._core.check_accepting(params, options, self._core.preparation.least_tokens(prompt, params))
 

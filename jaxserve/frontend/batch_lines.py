@@ -15,6 +15,7 @@ from jaxserve.config.checks import did_you_mean
 from jaxserve.config.shown import shown
 from jaxserve.frontend.batch_errors import BatchFileError, LineError
 from jaxserve.frontend.openai import URLS
+from jaxserve.frontend.openai_embeddings import EMBEDDINGS_URL
 from jaxserve.request import MAX_ID_LENGTH
 
 MAX_LINE_BYTES = 64 * 1024 * 1024
@@ -28,6 +29,9 @@ MAX_NESTING = 100
 
 MALFORMED_PREFIX = "malformed-line-"
 DIGEST_BYTES = 16
+
+BATCH_URLS = (*URLS, EMBEDDINGS_URL)
+"""What a line may ask for."""
 
 _FIELDS = ("custom_id", "method", "url", "body")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -153,8 +157,8 @@ def parse_line(number: int, line: Any) -> BatchLine:
         )
     if line.get("method") != "POST":
         raise LineError("invalid_method", f"method is {line.get('method')!r}; it must be 'POST'", key)
-    if line.get("url") not in URLS:
-        raise LineError("invalid_url", f"url is {line.get('url')!r}; it must be one of {', '.join(URLS)}", key)
+    if line.get("url") not in BATCH_URLS:
+        raise LineError("invalid_url", f"url is {line.get('url')!r}; it must be one of {', '.join(BATCH_URLS)}", key)
     if not isinstance(line.get("body"), dict):
         raise LineError("invalid_line", f"body is {_kind(line.get('body'))}; it must be a JSON object", key)
     return BatchLine(number, key, line["url"], line["body"])

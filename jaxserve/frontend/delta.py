@@ -113,6 +113,7 @@ class Delta:
             any content.
         index: of the sample.
         samples_left: samples of the request that go on.
+        embedding: of a request for one, in its only delta if it succeeds: float32 numbers, in little-endian order.
     """
 
     request_id: str
@@ -131,6 +132,7 @@ class Delta:
     truncated_tokens: int = 0
     index: int = 0
     samples_left: int = 0
+    embedding: bytes = b""
 
     @property
     def ends_request(self) -> bool:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import time
@@ -41,6 +42,7 @@ from jaxserve.frontend.output import FaultyOutput, OutputState
 from jaxserve.frontend.preparation import Preparation, Prepared
 from jaxserve.frontend.preparation_steps import finish
 from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.pooling_params import PoolingParams
 from jaxserve.request import (
     ROW_FIELDS,
     SAMPLING_FIELDS,
@@ -147,7 +149,7 @@ class FrontEnd:
     def submit(
         self,
         prompt: str | Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         options: RequestOptions = RequestOptions(),
         *,
         request_id: str | None = None,
@@ -173,7 +175,7 @@ class FrontEnd:
     def prepare(
         self,
         prompt: str | Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         options: RequestOptions = RequestOptions(),
         *,
         request_id: str | None = None,
@@ -190,7 +192,9 @@ class FrontEnd:
         """Steps of `prepare`."""
         return self._preparation
 
-    def check_accepting(self, params: SamplingParams, options: RequestOptions, prompt_tokens: int = 1) -> None:
+    def check_accepting(
+        self, params: SamplingParams | PoolingParams, options: RequestOptions, prompt_tokens: int = 1
+    ) -> None:
         """Raises QueueFullError, DeadlineError or EngineDeadError where `start` would, before a prompt is tokenized in
         vain, and ValueError for more samples than may ever be asked for.
 
@@ -201,7 +205,8 @@ class FrontEnd:
         """
         if self._failure:
             raise EngineDeadError(f"the engine has ended: {self._failure}")
-        check_samples(params, self._limits)
+        if isinstance(params, SamplingParams):
+            check_samples(params, self._limits)
         if self._admission is not None:
             self._admission.check(
                 options.tenant,
@@ -267,6 +272,7 @@ class FrontEnd:
             prompt_logprobs=self._limits.resolved_logprobs(params.prompt_logprobs),
             prompt_logprobs_start=prepared.prompt_logprobs_start,
             grammar=prepared.grammar,
+            pooling=None if prepared.pooling is None else prepared.pooling.kind(self._limits),
         )
         try:
             self._client.send(AddRequest(request, tuple(engine_ids[1:])))
@@ -283,6 +289,7 @@ class FrontEnd:
             )
         opened = OpenRequest(owner, request_id, num_tokens, deadline, samples, ticket)
         opened.truncated_tokens = prepared.truncated_tokens
+        opened.pooling = prepared.pooling
         if self._metrics is not None:
             opened.life = self._metrics.begin(request_id, num_tokens, request.max_tokens, arrived, trace, params.n)
         self._requests.add(opened)
@@ -290,7 +297,7 @@ class FrontEnd:
 
     def _output(self, prepared: Prepared, stop_token_ids: tuple[int, ...]) -> OutputState:
         prompt, params, shown, generated = prepared.prompt_token_ids, prepared.params, None, None
-        if self._tokenizer is not None and params.detokenize:
+        if self._tokenizer is not None and params.detokenize and prepared.pooling is None:
             shown = self._tokenizer.detokenizer(
                 prompt,
                 skip_special_tokens=params.skip_special_tokens,
@@ -385,10 +392,22 @@ class FrontEnd:
         opened.life.tokens(len(message.token_ids), message.time, sample.index)
         if message.queue_seconds is not None and message.prefill_seconds is not None:
             opened.life.phases(message.queue_seconds, message.prefill_seconds)
+        if message.pooled and opened.pooling is not None:
+            return self._embedded(opened, sample, opened.pooling.embedding(message.pooled, self._limits))
         if sample.logprobs is not None:
             columns = (message.logprobs, message.prompt_logprobs)
             sample.logprobs.add(*(None if one is None else one.columns() for one in columns))
         return self._advance(opened, sample, message.token_ids, message.finish_reason, message.error)
+
+    def _embedded(self, opened: OpenRequest, sample: OpenSample, embedding: bytes) -> Delta:
+        """Ends a request for an embedding with its result."""
+        opened.life.embedded()
+        if opened.ticket is not None and self._admission is not None:
+            self._admission.started(opened.ticket, self._clock())
+        self._forget(opened, sample, FinishReason.STOP, told_engine=True)
+        delta = self._delta(opened, sample, "", FinishReason.STOP)
+        assert delta is not None  # it has a finish reason
+        return dataclasses.replace(delta, embedding=embedding)
 
     def _opened(self, engine_id: str) -> tuple[OpenRequest, OpenSample] | None:
         """Returns the sample an engine message refers to; None for one that has ended here, unknown to the engine."""
@@ -494,7 +513,8 @@ class FrontEnd:
         opened.life.charged(sample.output.num_tokens, sample.index)
         if not opened.samples:
             if opened.ticket is not None and self._admission is not None:
-                self._admission.ended(opened.ticket, opened.output_tokens, self._clock(), reason)
+                generates = opened.pooling is None
+                self._admission.ended(opened.ticket, opened.output_tokens, self._clock(), reason, generates=generates)
             opened.life.finish(reason, opened.output_tokens, opened.cached_tokens)
         if not told_engine:
             self._send_if_alive(AbortRequest(sample.engine_id))

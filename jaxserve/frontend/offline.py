@@ -35,7 +35,7 @@ class FinishedSample:
 class FinishedRequest:
     """Holds a finished request. samples: by index; error: that of the first that failed. num_truncated_tokens: cut off
     the prompt, which prompt_token_ids do not have. prompt_logprobs: of its prompt, where it wants them and they are
-    there.
+    there. embedding: as in `Delta`.
     """
 
     request_id: str
@@ -44,6 +44,7 @@ class FinishedRequest:
     num_cached_tokens: int = 0
     num_truncated_tokens: int = 0
     prompt_logprobs: PromptLogprobs | None = None
+    embedding: bytes = b""
 
     @property
     def error(self) -> str:
@@ -95,6 +96,7 @@ class _Collected:
             num_cached_tokens=delta.cached_tokens,
             num_truncated_tokens=delta.truncated_tokens,
             prompt_logprobs=self._prompt_logprobs,
+            embedding=delta.embedding,
         )
 
 

@@ -8,6 +8,7 @@ import heapq
 from jaxserve.frontend.admission import Ticket
 from jaxserve.frontend.logprob_queue import LogprobQueue
 from jaxserve.frontend.output import OutputState
+from jaxserve.pooling_params import PoolingParams
 from jaxserve.telemetry.request_meter import UNCOUNTED, RequestLife
 
 
@@ -29,7 +30,8 @@ class OpenRequest:
     """Tracks a request without its last delta.
 
     samples: those without theirs, by index. output_tokens: of those that have ended. ticket: of the admission, where
-    there is one. life: counts the request. truncated_tokens: cut off its prompt.
+    there is one. life: counts the request. truncated_tokens: cut off its prompt. pooling: what it asks for, where that
+    is an embedding.
     """
 
     owner: str
@@ -42,6 +44,7 @@ class OpenRequest:
     output_tokens: int = 0
     life: RequestLife = UNCOUNTED
     truncated_tokens: int = 0
+    pooling: PoolingParams | None = None
 
 
 class OpenRequests:

@@ -16,6 +16,7 @@ from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.grammar_checker import GrammarChecker
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.pooling_params import PoolingParams, check_pooled_length
 from jaxserve.request import (
     ModelLimits,
     RequestOptions,
@@ -24,8 +25,12 @@ from jaxserve.request import (
     check_length,
     check_logprobs,
     check_samples,
+    check_token_ids,
     validate_request,
 )
+
+_NOTHING_SAMPLED = SamplingParams(temperature=0.0, max_tokens=PoolingParams.max_tokens)
+"""Sampling parameters of a request for an embedding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Prepared:
 
     truncated_tokens: cut off the beginning of the prompt. bad_words_token_ids: the token sequences of bad_words.
     prompt_logprobs_start: index of the first prompt token whose log-probability counts. grammar: of the output,
-    checked; empty where it has none. shown_token_ids: special tokens that the text shows, for a parser.
+    checked; empty where it has none. shown_token_ids: special tokens that the text shows, for a parser. pooling: what a
+    request for an embedding asks for.
     """
 
     request_id: str
@@ -47,6 +53,7 @@ class Prepared:
     prompt_logprobs_start: int = 1
     grammar: str = ""
     shown_token_ids: Set[int] = frozenset()
+    pooling: PoolingParams | None = None
 
 
 class Preparation:
@@ -71,7 +78,7 @@ class Preparation:
     def steps(
         self,
         prompt: str | Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         options: RequestOptions,
         request_id: str | None = None,
         shown_token_ids: Set[int] = frozenset(),
@@ -87,6 +94,8 @@ class Preparation:
         elif not request_id:
             raise ValueError("request_id is empty; leave it out to be given one")
         check_identity("request_id", request_id)
+        if isinstance(params, PoolingParams):
+            return (yield from self._pooling_steps(prompt, params, options, request_id))
         check_samples(params, self._limits)
         check_logprobs(params, self._limits)
         if params.stop and self._tokenizer is None:
@@ -114,10 +123,21 @@ class Preparation:
             shown_token_ids=shown_token_ids,
         )
 
-    def known_grammar(self, params: SamplingParams) -> str | None:
+    def _pooling_steps(
+        self, prompt: str | Sequence[int], params: PoolingParams, options: RequestOptions, request_id: str
+    ) -> Steps[Prepared]:
+        """Prepares a request for an embedding, as `steps` does."""
+        kept = self._kept_tokens(params)
+        token_ids, num_tokens = yield from self._encode_steps(prompt, params, kept)
+        check_pooled_length(len(token_ids), self._limits)
+        check_token_ids(token_ids, self._limits)
+        truncated = num_tokens - len(token_ids)
+        return Prepared(request_id, token_ids, _NOTHING_SAMPLED, params.max_tokens, options, truncated, pooling=params)
+
+    def known_grammar(self, params: SamplingParams | PoolingParams) -> str | None:
         """Returns the checked grammar of a request, "" where it has none, and None where it has yet to be checked,
         which may take seconds. Raises ValueError for one that is refused unread."""
-        structured = params.structured_outputs
+        structured = None if isinstance(params, PoolingParams) else params.structured_outputs
         if structured is None:
             return ""
         if self._grammars is None:
@@ -125,11 +145,14 @@ class Preparation:
         self._grammars.check_size(structured)
         return self._grammars.known(structured)
 
-    def _kept_tokens(self, params: SamplingParams) -> int | None:
+    def _kept_tokens(self, params: SamplingParams | PoolingParams) -> int | None:
         """Returns the tokens at the end of a prompt to which it is truncated; None where that is not asked for.
 
         Raises ValueError for more than the model has room for.
         """
+        if isinstance(params, PoolingParams):
+            params.check(self._limits)
+            return params.kept_tokens(self._limits)
         asked = params.truncate_prompt_tokens
         if asked is None:
             return None
@@ -144,7 +167,7 @@ class Preparation:
         return asked
 
     def _encode_steps(
-        self, prompt: str | Sequence[int], params: SamplingParams, kept: int | None
+        self, prompt: str | Sequence[int], params: SamplingParams | PoolingParams, kept: int | None
     ) -> Steps[tuple[tuple[int, ...], int]]:
         """Encodes a prompt to token ids, which are not yet checked against the model. Raises ValueError.
 
@@ -177,24 +200,25 @@ class Preparation:
         yield 0
         return tuple(prompt if kept is None else prompt[-kept:]), len(prompt)
 
-    def check_size(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
+    def check_size(self, prompt: str | Sequence[int], params: SamplingParams | PoolingParams) -> None:
         """Refuses a prompt that is certainly too long, in constant time: by the number of its token ids or characters
         alone.
 
         Raises as `steps` does.
         """
-        check_samples(params, self._limits)
-        check_logprobs(params, self._limits)
+        if isinstance(params, SamplingParams):
+            check_samples(params, self._limits)
+            check_logprobs(params, self._limits)
         if (kept := self._kept_tokens(params)) is not None:
             if not isinstance(prompt, str):
-                check_length(min(len(prompt), kept), params, self._limits)
+                self._check_length(min(len(prompt), kept), params)
         elif isinstance(prompt, str):
             if self._tokenizer is not None:
                 self._check_text_size(self._tokenizer.least_tokens(len(prompt)), prompt, params)
         else:
-            check_length(len(prompt), params, self._limits)
+            self._check_length(len(prompt), params)
 
-    def least_tokens(self, prompt: str | Sequence[int], params: SamplingParams) -> int:
+    def least_tokens(self, prompt: str | Sequence[int], params: SamplingParams | PoolingParams) -> int:
         """Returns the fewest tokens that a prompt can have, in constant time; at least 1 also of what is no prompt."""
         if not isinstance(prompt, str):
             least = len(prompt) if isinstance(prompt, Sequence) else 1
@@ -218,7 +242,14 @@ class Preparation:
         least = max(num_bytes // most_bytes_per_id, 1)
         check_length(least, SamplingParams(), self._limits, size=f"{num_bytes} bytes of token ids")
 
-    def _check_text_size(self, least: int, text: str, params: SamplingParams) -> None:
+    def _check_text_size(self, least: int, text: str, params: SamplingParams | PoolingParams) -> None:
         """Refuses a text with too many tokens, given that it has at least `least`."""
         if len(text) > SHORT_TEXT:  # a shorter one is encoded in no time; the error has the exact number then
-            check_length(least, params, self._limits, size=f"{len(text)} characters")
+            self._check_length(least, params, f"{len(text)} characters")
+
+    def _check_length(self, length: int, params: SamplingParams | PoolingParams, size: str = "") -> None:
+        """Refuses a prompt for its number of tokens. size: as for `check_length`."""
+        if isinstance(params, SamplingParams):
+            check_length(length, params, self._limits, size=size)
+        else:
+            check_pooled_length(length, self._limits, size=size)

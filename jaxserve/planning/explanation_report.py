@@ -22,6 +22,7 @@ _MEANINGS = {
 
 _UNITS = {
     "sample": "rows",
+    "pooling": "rows",
     "score": "rows",
     "table_write": "entries",
     "option_write": "slots",

@@ -32,6 +32,7 @@ _KINDS = (
     "decode",
     "sample",
     "score",
+    "pooling",
     "swap_in",
     "swap_out",
     "page_copy",

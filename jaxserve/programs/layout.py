@@ -146,6 +146,15 @@ def mask_layout(words: int) -> Layout:
     return Layout({"slot": Field((MASK_ROWS,)), "bits": Field((MASK_ROWS, words), "uint32")})
 
 
+def pooling_layout(rows: int) -> Layout:
+    """Returns the host inputs of the pooling program for `rows` runs of tokens.
+
+    first [rows]: index in the step of a run's first token. count [rows]: its tokens; 0 for padding. Runs do not
+    overlap.
+    """
+    return Layout({"first": Field((rows,)), "count": Field((rows,))})
+
+
 MASK_ROWS = 8
 """Number of masks that one call writes: rows of a vocabulary of 128k have 16 kB each."""
 

@@ -3,6 +3,7 @@
     forward(weights, pools, slots, hidden, vector)          -> pools, slots, hidden            one for each token bucket
     sample(params, slots, hidden, masks, penalties, vector) -> slots, penalties, ids, logprobs  one for each row bucket
     score(params, hidden, vector)                           -> logprobs                        one, for a block of rows
+    pooling(hidden, vector)                                 -> sums                            for few rows, and for all
 
 One program each of `state_programs` sets page tables, wide options and masks, one of a few sizes fills penalty rows
 (`penalties.py`), and one of `swap_programs` copies pages. Where sequences are swapped to host memory, `swap_programs`
@@ -48,12 +49,14 @@ from jaxserve.programs.layout import (
     mask_layout,
     option_layout,
     penalty_layout,
+    pooling_layout,
     sample_layout,
     score_layout,
     table_layout,
 )
 from jaxserve.programs.logprobs import drawn_logprobs, packed_logprobs, packed_width
 from jaxserve.programs.penalties import Penalties, add_ids, counted
+from jaxserve.programs.pooling import pool
 from jaxserve.programs.sampler import processed_logits, sample
 from jaxserve.programs.slots import Slots
 from jaxserve.programs.state_programs import mask_words, write_masks, write_options, write_tables
@@ -85,7 +88,8 @@ class ProgramKey:
 
     Attributes:
         kind: "forward", "decode" (forward for a step in which no row has more than one token), "sample", "score",
-            "table_write", "option_write", "mask_write", "penalty_write", "page_copy", "swap_in" or "swap_out".
+            "pooling", "table_write", "option_write", "mask_write", "penalty_write", "page_copy", "swap_in" or
+            "swap_out".
         size: its token or row bucket, its rows, its entries of page tables, its slots, its masks, its token ids, or its
             pages.
     """
@@ -96,7 +100,7 @@ class ProgramKey:
     @property
     def uses_pools(self) -> bool:
         """Returns whether the pools are among its arguments, so that it depends on their size."""
-        return self.kind not in ("sample", "score", "table_write", "option_write", "mask_write", "penalty_write")
+        return self.kind in ("forward", "decode", "swap_in", "swap_out")
 
 
 SCORE_ROWS = 64
@@ -142,6 +146,16 @@ class Shapes:
         return tuple(size for size in SWAP_SIZES if size <= self.num_host_pages)
 
     @property
+    def pooling_sizes(self) -> tuple[int, ...]:
+        """Numbers of rows of the pooling programs: prompts to be embedded come alone, or as many as run at once."""
+        rows = self.buckets.rows
+        return tuple(sorted({rows[0], rows[-1]}))
+
+    def pooling_key(self, num_pooled: int) -> ProgramKey:
+        """Returns the pooling program for so many rows."""
+        return ProgramKey("pooling", min(size for size in self.pooling_sizes if size >= num_pooled))
+
+    @property
     def pool_dtype(self) -> str:
         """Name of the dtype of keys and values in pages."""
         return self.kv_cache_dtype or self.dtype
@@ -176,6 +190,7 @@ def program_keys(shapes: Shapes) -> list[ProgramKey]:
     keys += [ProgramKey("sample", size) for size in buckets.rows]
     keys += [shapes.score_key, TABLE_WRITE, OPTION_WRITE, MASK_WRITE, PAGE_COPY]
     keys += [ProgramKey("penalty_write", size) for size in PENALTY_RUNS]
+    keys += [ProgramKey("pooling", size) for size in shapes.pooling_sizes]
     keys += [ProgramKey(kind, size) for kind in ("swap_in", "swap_out") for size in shapes.swap_sizes]
     return sorted(keys, key=lambda key: (key.kind, -key.size))
 
@@ -230,6 +245,8 @@ def _function(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Callable[..., Any]
             return functools.partial(sample_step, rows=key.size, shapes=shapes, mesh=mesh)
         case "score":
             return functools.partial(score_step, rows=key.size, shapes=shapes, mesh=mesh)
+        case "pooling":
+            return functools.partial(pool, rows=key.size)
         case "table_write":
             return write_tables
         case "option_write":
@@ -260,6 +277,8 @@ def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any
         case "score":
             params = abstract_params(shapes.model, shapes.dtype, mesh)
             return params, hidden, _int32(mesh, score_layout(key.size).size)
+        case "pooling":
+            return hidden, _int32(mesh, pooling_layout(key.size).size)
         case "table_write":
             return slots, _int32(mesh, table_layout().size)
         case "option_write":
@@ -290,6 +309,9 @@ def abstract_results(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Any:
             return slots, abstract_penalties(shapes, mesh), *drawn
         case "score":
             return _abstract_logprobs(key, shapes, mesh)
+        case "pooling":
+            sums = (key.size, 2 * shapes.model.hidden_size + 1)
+            return jax.ShapeDtypeStruct(sums, jnp.int32, sharding=NamedSharding(mesh, P()))
         case "table_write" | "option_write" | "mask_write" | "penalty_write" | "page_copy":
             return abstract_arguments(key, shapes, mesh)[0]
         case "swap_in":
@@ -304,7 +326,7 @@ def donated_arguments(key: ProgramKey) -> tuple[int, ...]:
     """Returns the indices of the donated arguments: of pools, slots, the hidden buffer, masks and penalty rows those
     that it changes.
     """
-    few = {"sample": (1, 4), "score": (), "swap_out": ()}
+    few = {"sample": (1, 4), "score": (), "pooling": (), "swap_out": ()}
     of_kind = (1, 2, 3) if key.kind in ("forward", "decode") else (0,)
     return few.get(key.kind, of_kind)
 

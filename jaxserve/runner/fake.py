@@ -49,6 +49,14 @@ def _slots_of_tokens(plan: StepPlan) -> list[int]:
     return [row.slot for row in plan.rows for _ in range(row.num_tokens)]
 
 
+FAKE_HIDDEN_SIZE = 3
+
+
+def hidden_state(context: Sequence[int]) -> tuple[int, int, int]:
+    """Returns the hidden state of the last token of `context`: the token, its position, and the sum of all tokens."""
+    return context[-1], len(context) - 1, sum(context)
+
+
 def guess_holds(context: Sequence[int]) -> bool:
     """Tells whether the draft token after `context` is accepted."""
     return sum(context) % 3 != 0
@@ -74,6 +82,7 @@ class FakeStep:
     tokens: dict[int, tuple[int, ...]]
     scores: LogprobColumns | None = None
     result: StepResult | None = None
+    pooled: np.ndarray | None = None
 
 
 class FakeRunner:
@@ -115,6 +124,7 @@ class FakeRunner:
             preemption_costs=preemption_costs,
             tokens_per_step=tokens_per_step,
             max_logprobs=min(MAX_LOGPROBS, vocab_size),
+            hidden_size=FAKE_HIDDEN_SIZE,
         )
         self.step_costs = None
         self.num_compilations = 0
@@ -145,6 +155,8 @@ class FakeRunner:
             self._requests[fork.slot] = fork.admit
             self._penalty_rows[fork.slot] = fork.penalty_row
             self._lengths[fork.slot] = len(fork.admit.prompt_token_ids)
+        if plan.num_pooled:
+            self._unsampled.pooled = np.array([self._pool(row) for row in plan.pooled_rows], np.float64)
         return self._unsampled
 
     def dispatch_sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
@@ -172,7 +184,7 @@ class FakeRunner:
         logprobs = None
         if plan.wants_logprobs:
             logprobs = fake_logprobs(list(zip(positions, drawn, strict=True)), self.info.max_logprobs)
-        step.result = StepResult(drawn, counts, logprobs, step.scores)
+        step.result = StepResult(drawn, counts, logprobs, step.scores, step.pooled)
 
     def done(self, pending: FakeStep) -> bool:
         return True
@@ -221,6 +233,14 @@ class FakeRunner:
             self._penalty_rows[row.slot] = row.penalty_row
         self._write(row, row.start, row.token_ids)
         self._lengths[row.slot] = row.start + row.num_tokens
+
+    def _pool(self, row: RowPlan) -> np.ndarray:
+        """Returns the sum of the hidden states of a chunk's pooled tokens, which its pages give."""
+        assert row.pooled is not None
+        first = row.start + row.pooled.first
+        assert row.pooled.first + row.pooled.count <= row.num_tokens, "tokens are pooled that the chunk does not have"
+        states = [hidden_state(self._read(row.slot, end)) for end in range(first + 1, first + row.pooled.count + 1)]
+        return np.array(states, np.float64).reshape(-1, FAKE_HIDDEN_SIZE).sum(axis=0)
 
     def _decode(self, row: RowPlan) -> tuple[int, ...]:
         """Computes the token sampled last in the row's slot and, where the row has more, guesses behind it."""

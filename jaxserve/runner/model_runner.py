@@ -20,6 +20,7 @@ from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.planning.step_cost_models import FittedCosts
 from jaxserve.programs.compiler import CompilationCounter, CompileMissError, ProgramSet
 from jaxserve.programs.layout import PENALTY_RUNS
+from jaxserve.programs.pooling import sums
 from jaxserve.programs.state_programs import mask_words
 from jaxserve.programs.step_programs import (
     MASK_WRITE,
@@ -38,6 +39,7 @@ from jaxserve.runner.packing import (
     mask_vectors,
     option_vectors,
     penalty_vectors,
+    pooling_vector,
     score_vectors,
     table_vectors,
     unused_option_vector,
@@ -68,12 +70,14 @@ class _Writes(NamedTuple):
 
 
 class _Calls(NamedTuple):
-    """Holds the calls of a step's programs: of writes, forward, sample (None without samples) and score."""
+    """Holds the calls of a step's programs: of writes, forward, sample (None without samples), score, and pooling (None
+    when nothing is pooled)."""
 
     writes: _Writes
     forward: _Call
     sample: _Call | None
     scores: list[_Call]
+    pooling: _Call | None
 
 
 @dataclasses.dataclass(eq=False)
@@ -83,7 +87,8 @@ class PendingStep:
     hidden: the output of its forward program, until the next step takes it over. sample: the call that samples it; None
     when nothing is sampled. copied: its page copies were made. ids: its sampled ids on the device, int32 [row bucket],
     of which as many are real as `plan.samples` has; None until sampling is dispatched. logprobs: theirs, where a sample
-    wants them. scores: blocks of `plan.scores`.
+    wants them. scores: blocks of `plan.scores`. pooled: what the pooling program computed, of which the
+    first `plan.num_pooled` rows are real; None when nothing is pooled.
     """
 
     plan: StepPlan
@@ -93,6 +98,7 @@ class PendingStep:
     scores: tuple[jax.Array, ...] = ()
     ids: jax.Array | None = None
     logprobs: jax.Array | None = None
+    pooled: jax.Array | None = None
 
 
 def annotate(name: str) -> contextlib.AbstractContextManager[object]:
@@ -162,6 +168,7 @@ class ModelRunner:
 
     def dispatch_forward(self, plan: StepPlan) -> PendingStep:
         arrays, begun, copied = self._arrays, False, False  # begun: what was enqueued must not be enqueued again
+        pooled = None
         try:
             with annotate("Execute"):
                 start = time.perf_counter()
@@ -173,11 +180,13 @@ class ModelRunner:
                 self._write(calls.writes)
                 self._fail_at("enqueue", plan)
                 self._forward(calls.forward)
+                if calls.pooling is not None:
+                    pooled = self._pool(calls.pooling)
                 self._fail_at("execute", plan, lose=True)
                 scores = tuple([self._score(call) for call in calls.scores])
         except Exception as error:
             raise self._not_started(error, begun=begun, copied=copied) from error
-        self._unsampled = PendingStep(plan, arrays.hidden, calls.sample, copied, scores)
+        self._unsampled = PendingStep(plan, arrays.hidden, calls.sample, copied, scores, pooled=pooled)
         return self._unsampled
 
     def dispatch_sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
@@ -227,16 +236,18 @@ class ModelRunner:
 
     def collect(self, pending: PendingStep) -> StepResult:
         self._fail_at("collect", None, lose=True)
-        plan, scores, logprobs = pending.plan, None, None
+        plan, ids, scores, logprobs, pooled = pending.plan, (), None, None, None
         if pending.scores:
             blocks = [LogprobColumns(np.asarray(block)) for block in pending.scores]
             scores = LogprobColumns.joined(blocks).part(0, len(plan.scores))
-        if pending.sample is None:
-            return StepResult((), scores=scores)
-        assert pending.ids is not None, "a step is collected that was not sampled"
+        if pending.pooled is not None:
+            pooled = sums(np.asarray(pending.pooled)[: plan.num_pooled], self._shapes.buckets.tokens[-1])
+        if pending.sample is not None:
+            assert pending.ids is not None, "a step is collected that was not sampled"
+            ids = np.asarray(pending.ids)[: plan.num_sampled]
         if pending.logprobs is not None:
             logprobs = LogprobColumns(np.asarray(pending.logprobs)[: plan.num_sampled])
-        return StepResult(np.asarray(pending.ids)[: plan.num_sampled], logprobs=logprobs, scores=scores)
+        return StepResult(ids, logprobs=logprobs, scores=scores, pooled=pooled)
 
     def reset(self) -> None:
         self._arrays.delete()
@@ -257,7 +268,8 @@ class ModelRunner:
         forward = self._forward_call(self._shapes.forward_key(plan), plan)
         sample = self._sample_call(plan.row_bucket, plan) if plan.row_bucket else None
         scores = self._score_calls(plan.scores) if len(plan.scores) else []
-        return _Calls(_Writes(slots, penalties), forward, sample, scores)
+        pooling = self._pooling_call(self._shapes.pooling_key(plan.num_pooled), plan) if plan.num_pooled else None
+        return _Calls(_Writes(slots, penalties), forward, sample, scores, pooling)
 
     def _penalty_calls(self, writes: Sequence[PenaltyWrite]) -> list[_Call]:
         vectors = penalty_vectors(writes)
@@ -277,6 +289,10 @@ class ModelRunner:
     def _sample_call(self, rows: int, plan: StepPlan) -> _Call:
         key = self._programs.standing_in(ProgramKey("sample", rows))
         return _Call(self._program(key), self._sample_packers[key.size].pack(plan))
+
+    def _pooling_call(self, key: ProgramKey, plan: StepPlan) -> _Call:
+        key = self._programs.standing_in(key)
+        return _Call(self._program(key), pooling_vector(plan, key.size))
 
     def _forward(self, call: _Call) -> None:
         arrays = self._arrays
@@ -301,6 +317,12 @@ class ModelRunner:
         if self._copies:
             scores.copy_to_host_async()
         return scores
+
+    def _pool(self, call: _Call) -> jax.Array:
+        pooled = call.program(self._arrays.hidden, call.vector)
+        if self._copies:
+            pooled.copy_to_host_async()
+        return pooled
 
     def _fail_at(self, point: str, plan: StepPlan | None, *, lose: bool = False) -> None:
         """Triggers the failpoints at `point`.
@@ -357,6 +379,8 @@ class ModelRunner:
                 continue
             if key.kind == "sample":
                 self._sample(self._sample_call(key.size, nothing))[0].block_until_ready()
+            elif key.kind == "pooling":
+                self._pool(self._pooling_call(key, nothing)).block_until_ready()
             elif key.kind in ("forward", "decode"):
                 self._forward(self._forward_call(key, nothing))
         for call in self._score_calls(Scores(np.zeros(1, np.int32), np.zeros(1, np.int32))):

@@ -17,6 +17,7 @@ from jaxserve.programs.layout import (
     mask_layout,
     option_layout,
     penalty_layout,
+    pooling_layout,
     sample_layout,
     score_layout,
     table_layout,
@@ -99,6 +100,20 @@ def score_vectors(scores: Scores, rows: int) -> list[np.ndarray]:
         fields["target"][:count] = scores.targets[begin : begin + rows]
         vectors.append(vector)
     return vectors
+
+
+def pooling_vector(plan: StepPlan, rows: int) -> np.ndarray:
+    """Packs the input vector of the pooling program for `rows` rows, of which `plan.num_pooled` are real."""
+    layout = pooling_layout(rows)
+    vector = np.zeros(layout.size, np.int32)
+    fields = layout.views(vector)
+    token, place = plan.decodes.num_tokens, 0
+    for row in plan.chunks:
+        if row.pooled is not None:
+            fields["first"][place], fields["count"][place] = token + row.pooled.first, row.pooled.count
+            place += 1
+        token += row.num_tokens
+    return vector
 
 
 def table_vectors(writes: Sequence[PageTableWrite], num_slots: int) -> list[np.ndarray]:

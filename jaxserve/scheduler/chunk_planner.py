@@ -53,7 +53,7 @@ class ChunkPlanner:
 
     def plan(self, step: StepInProgress, end: int, now: float) -> PlannedChunks:
         """Plans the chunks, whose tokens follow `end` others. One is sampled when it completes the sequence's known
-        tokens."""
+        tokens, unless these are only embedded."""
         rows: list[RowPlan] = []
         samples: list[tuple[int, int, int, bool, int]] = []
         writes: list[PageTableWrite] = []
@@ -66,7 +66,9 @@ class ChunkPlanner:
                 writes += chunk.table_writes()
             position = sequence.num_computed = row.start + chunk.count
             end += chunk.count
-            if position == sequence.num_known:
+            if position == sequence.num_known and sequence.pooled is not None:
+                self._queues.running.computed(sequence)
+            elif position == sequence.num_known:
                 samples.append(self._sampled(sequence, end - 1))
             prompt = sequence.prompt
             if prompt is not None and position >= prompt.num_tokens > row.start:

@@ -5,6 +5,8 @@ The time that a request waits behind others is not predicted: it ends when its o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jaxserve.config.scheduling import SchedulerConfig
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.step_time_estimator import StepTimeEstimator
@@ -15,6 +17,7 @@ class DeadlineCheck:
 
     def __init__(self, config: SchedulerConfig, step_times: StepTimeEstimator, tokens_per_step: int = 1):
         self._rule = "expected" if config.policy == "deadline" else config.admission.deadline_check
+        self._ordering = config.ordering
         self._step_tokens = config.max_num_batched_tokens
         self._step_times = step_times
         self._tokens_per_step = tokens_per_step
@@ -27,10 +30,18 @@ class DeadlineCheck:
             return None
         return deadline - self._seconds(sequence)
 
-    def error(self, sequence: Sequence, now: float) -> str:
-        """Returns the error line for a request that is dropped at `now`, with a deadline that is out of reach."""
-        deadline, seconds = sequence.request.options.deadline, self._seconds(sequence)
-        assert deadline is not None
+    def error(self, sequence: Sequence, now: float, due: Callable[[Sequence], float]) -> str:
+        """Returns the error line for a request that is dropped at `now`, because its deadline is out of reach or, where
+        it has none, because it would miss the targets. due: the time at which these want its next token."""
+        deadline = sequence.request.options.deadline
+        if deadline is None:
+            waited, late, ordering = now - sequence.request.arrival_time, now - due(sequence), self._ordering
+            return (
+                f"dropped after {waited:.3f} s in the queue: served now it would be {late:.3f} s late for ttft_target "
+                f"{ordering.ttft_target:g} s and tpot_target {ordering.tpot_target:g} s; raise the targets, set "
+                "drop_late to False (it is then served after those that can be in time), or send fewer requests"
+            )
+        seconds = self._seconds(sequence)
         if self._rule == "expected":
             needs = f"{sequence.expected_output:.0f} output tokens, as expected, take {seconds:.3f} s now"
         else:

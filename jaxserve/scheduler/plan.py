@@ -59,6 +59,19 @@ class PenaltyWrite:
 
 
 @dataclasses.dataclass(frozen=True)
+class PooledTokens:
+    """Names the tokens of a chunk whose hidden states are pooled: `count` of them from the chunk's token `first` on;
+    there may be none.
+
+    last: the chunk is the prompt's last, and nothing is sampled after it.
+    """
+
+    first: int
+    count: int
+    last: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class RowPlan:
     """Describes one request's share of a step.
 
@@ -70,7 +83,8 @@ class RowPlan:
     first_new_page, new_pages: the pages allocated for this step and the page-table index of the first of them.
     admit: set in the step that gives the request its slot; its sampling parameters are written there.
     count: tokens of a decoding row, as in `DecodeRows`. penalty_row: with `admit`, the row of its penalties; None where
-    it has none.
+    it has none. pooled: set in a chunk of a prompt that is embedded, if some of its tokens are pooled or it is the
+    last.
     """
 
     request_id: str
@@ -83,6 +97,7 @@ class RowPlan:
     admit: EngineRequest | None
     count: int = 1
     penalty_row: int | None = None
+    pooled: PooledTokens | None = None
 
     @property
     def decodes(self) -> bool:
@@ -304,7 +319,8 @@ class StepPlan:
     copies: page copies, executed in order before the rest of the step: a page freed by one may be filled by a later one
     or by the step itself. table_writes, penalty_writes: applied after the copies and before the forward program.
     scores: prompt tokens whose log-probabilities are wanted. forks: further samples of prompts that the chunks
-    complete; token_bucket has room for a row of each, beside the chunks.
+    complete; token_bucket has room for a row of each, beside the chunks. num_pooled: number of chunks with
+    `RowPlan.pooled`.
     """
 
     step: int
@@ -319,6 +335,7 @@ class StepPlan:
     penalty_writes: tuple[PenaltyWrite, ...] = ()
     scores: Scores = NO_SCORES
     forks: tuple[Fork, ...] = ()
+    num_pooled: int = 0
 
     @property
     def num_sampled(self) -> int:
@@ -358,6 +375,11 @@ class StepPlan:
     @property
     def num_prefill_tokens(self) -> int:
         return self.num_tokens - self.decodes.num_tokens
+
+    @property
+    def pooled_rows(self) -> tuple[RowPlan, ...]:
+        """Returns the chunks of which tokens are pooled, in order."""
+        return tuple(row for row in self.chunks if row.pooled is not None) if self.num_pooled else ()
 
     @property
     def decode_only(self) -> bool:
@@ -404,6 +426,7 @@ class StepPlan:
                     table_writes=() if parts else self.table_writes,
                     penalty_writes=() if parts else self.penalty_writes,
                     scores=scores,
+                    num_pooled=sum(row.pooled is not None for row in chunks),
                 )
             )
         return parts
@@ -431,12 +454,15 @@ class StepResult:
     are discarded. None when every row has one sample.
     logprobs: of each of `StepPlan.samples`; None unless one wants them, and without meaning for those that do not.
     scores: of each of `StepPlan.scores`; None when there are none.
+    pooled: float64 [num_pooled, hidden size], for each of `StepPlan.pooled_rows` the sum of the hidden states of its
+    pooled tokens, exact; NaN where it is not known. None when nothing is pooled.
     """
 
     token_ids: Sequence[int] | np.ndarray
     counts: Sequence[int] | np.ndarray | None = None
     logprobs: LogprobColumns | None = None
     scores: LogprobColumns | None = None
+    pooled: np.ndarray | None = None
 
 
 NOT_FINITE = -1

@@ -14,11 +14,13 @@ class Running:
     """Holds the running sequences.
 
     decoding: those in which only the newest token remains to be computed. prefilling: the others, by request id.
+    ended: those that are only embedded and whose last chunk is in the step under way: they leave before the next.
     """
 
     def __init__(self, num_slots: int, page_size: int, tokens_per_step: int = 1, num_penalty_rows: int = 0):
         self.decoding = DecodingSet(num_slots, page_size, tokens_per_step)
         self.prefilling: dict[str, Sequence] = {}
+        self.ended: dict[str, Sequence] = {}
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._num_penalty_rows = num_penalty_rows
@@ -26,11 +28,11 @@ class Running:
         self._priorities: Counter[int] = Counter()
 
     def __len__(self) -> int:
-        return len(self.decoding) + len(self.prefilling)
+        return len(self.decoding) + len(self.prefilling) + len(self.ended)
 
     @property
     def sequences(self) -> list[Sequence]:
-        return [*self.decoding.sequences, *self.prefilling.values()]
+        return [*self.decoding.sequences, *self.prefilling.values(), *self.ended.values()]
 
     @property
     def full(self) -> bool:
@@ -64,6 +66,10 @@ class Running:
         del self.prefilling[sequence.request_id]
         self.decoding.join(sequence)
 
+    def computed(self, sequence: Sequence) -> None:
+        """Moves a sequence that generates nothing, and whose tokens are all computed, to the ended ones."""
+        self.ended[sequence.request_id] = self.prefilling.pop(sequence.request_id)
+
     def position(self, sequence: Sequence) -> int:
         """Returns the position of the token that a sequence computes next."""
         return self.decoding.position(sequence) if sequence.decoding else sequence.num_computed
@@ -76,7 +82,7 @@ class Running:
         """
         if sequence.decoding:
             self.decoding.leave(sequence)
-        else:
+        elif self.ended.pop(sequence.request_id, None) is None:
             del self.prefilling[sequence.request_id]
         assert sequence.slot is not None
         self._free_slots.append(sequence.slot)

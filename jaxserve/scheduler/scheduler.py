@@ -42,9 +42,10 @@ from jaxserve.scheduler.length_prediction import OutputLengthPredictor
 from jaxserve.scheduler.modes import MODES
 from jaxserve.scheduler.plan import NOT_FINITE, FastForward, StepPlan, StepResult, Wants
 from jaxserve.scheduler.policies.named import POLICIES
+from jaxserve.scheduler.pooled_prompts import NOT_POOLED, take_pooled
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.sampled_tokens import finish_reason, no_token, one_by_one, several
-from jaxserve.scheduler.scoring import read_scores, scored_tokens, with_logprobs
+from jaxserve.scheduler.scoring import scored_tokens, take_scores, with_logprobs
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import SequenceQueues
 from jaxserve.scheduler.step_builder import StepBuilder
@@ -220,7 +221,7 @@ class Scheduler:
 
     def _sequence(self, request: EngineRequest, wants: Wants) -> Sequence:
         """Returns the record of a new request."""
-        sequence = Sequence(request, self._arrivals, self.predictor.expected(request))
+        sequence = Sequence(request, self._arrivals, 1.0 if request.pooling else self.predictor.expected(request))
         sequence.wants = int(wants)
         sequence.tenant_number = self.policy.tenant_number(request.options.tenant)
         self._arrivals += 1
@@ -304,7 +305,8 @@ class Scheduler:
             if sequence.request.options.deadline is None and not self._config.ordering.drop_late:
                 self._queues.waiting.demote(sequence)
                 continue
-            ended.append(self._finish(sequence, FinishReason.DEADLINE, error=self._too_late(sequence, now)))
+            error = self._deadline_check.error(sequence, now, self.policy.due)
+            ended.append(self._finish(sequence, FinishReason.DEADLINE, error=error))
         return ended
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
@@ -361,7 +363,7 @@ class Scheduler:
         token_ids = np.asarray(result.token_ids, np.int32)
         if len(token_ids) != plan.num_sampled:
             raise ValueError(f"step {plan.step} has {len(token_ids)} token ids; it sampled {plan.num_sampled} rows")
-        others = self._take_scores(plan, result) if len(plan.scores) else []
+        others = self._take_unsampled(plan, result)
         if plan.decodes.counts is not None:
             return self._update_several(plan, token_ids, result, others)
         request_ids, sampled = plan.decodes.request_ids, token_ids[: len(plan.decodes)]
@@ -381,19 +383,18 @@ class Scheduler:
             request_ids, sampled = tuple(itertools.compress(request_ids, stay.tolist())), sampled[stay]
         return StepUpdate(request_ids, sampled.tolist(), others, scored=scored)
 
-    def _take_scores(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
-        """Hands the log-probabilities of prompt tokens to their sequences; returns the end of those whose are not
-        finite."""
-        failed = []
-        for request_id, order, scores in read_scores(plan, result):
-            sequence = self._owner(request_id, order)
-            if sequence is None:
-                continue
-            if np.isnan(scores.values).any():
-                failed.append(self._finish(sequence, FinishReason.ERROR, no_token(NOT_FINITE)))
-            else:
-                sequence.scores.append(scores.narrowed(sequence.request.prompt_logprobs or 0))
-        return failed
+    def _take_unsampled(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
+        """Hands log-probabilities of prompt tokens and pooled hidden states to their sequences; returns those that end
+        with it: prompts that were to be embedded, and requests whose numbers are not finite."""
+        ended = []
+        if len(plan.scores):
+            failed = take_scores(plan, result, self._owner)
+            ended += [self._finish(sequence, FinishReason.ERROR, no_token(NOT_FINITE)) for sequence in failed]
+        if plan.num_pooled:
+            for sequence, pooled in take_pooled(plan, result, self._owner):
+                finish = FinishReason.ERROR, NOT_POOLED
+                ended.append(self._end(sequence, FinishReason.STOP, ()) if pooled else self._finish(sequence, *finish))
+        return ended
 
     def masked_sequences(self, plan: StepPlan) -> list[Sequence | None]:
         """Returns the sequence of each sample of `plan` that wants a mask, in order; None for those that have ended.
@@ -506,23 +507,11 @@ class Scheduler:
         del self._sequences[sequence.request_id]
         sequence.status = RequestStatus.FINISHED
         self.policy.ended(sequence)
-        if reason.value in COMPLETED:
+        if reason.value in COMPLETED and sequence.pooled is None:
             self.predictor.observe(sequence.request, len(sequence.output_token_ids), sequence.expected_output)
         elif self.decode_gap is not None:
             self.decode_gap.monitor.ended(sequence.order)  # that of a completed one is forgotten once it is measured
         return SequenceUpdate(sequence, (), reason, error)
-
-    def _too_late(self, sequence: Sequence, now: float) -> str:
-        """Returns the error line for a request that is dropped because it would be late."""
-        if sequence.request.options.deadline is not None:
-            return self._deadline_check.error(sequence, now)
-        waited, late = now - sequence.request.arrival_time, now - self.policy.due(sequence)
-        ordering = self._config.ordering
-        return (
-            f"dropped after {waited:.3f} s in the queue: served now it would be {late:.3f} s late for ttft_target "
-            f"{ordering.ttft_target:g} s and tpot_target {ordering.tpot_target:g} s; raise the targets, set drop_late "
-            "to False (it is then served after those that can be in time), or send fewer requests"
-        )
 
     def _obstacle_stays(self) -> bool:
         """Tells whether waiting sequences will stay blocked, whatever the time, until a request arrives or leaves."""

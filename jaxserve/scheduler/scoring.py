@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -33,16 +33,25 @@ def planned_scores(step: StepInProgress, end: int) -> Scores:
     return Scores.of(scored)
 
 
-def read_scores(plan: StepPlan, result: StepResult) -> Iterator[tuple[str, int, LogprobColumns]]:
-    """Yields request id, order and scores of each request whose prompt the step has scored."""
+def take_scores(plan: StepPlan, result: StepResult, owner: Callable[[str, int], Sequence | None]) -> list[Sequence]:
+    """Hands the log-probabilities of prompt tokens to their sequences; returns those whose are not finite.
+
+    owner: returns the sequence of a request id and order, if it still needs them.
+    """
     found = 0 if result.scores is None else len(result.scores)
     if found != len(plan.scores):
         raise ValueError(f"step {plan.step} has {found} scores; it scored {len(plan.scores)} tokens")
-    begin = 0
+    assert result.scores is not None
+    failed, begin = [], 0
     for request_id, order, count in plan.scores.owners:
-        assert result.scores is not None
-        yield request_id, order, result.scores.part(begin, begin + count)
-        begin += count
+        scores, begin = result.scores.part(begin, begin + count), begin + count
+        if (sequence := owner(request_id, order)) is None:
+            continue
+        if np.isnan(scores.values).any():
+            failed.append(sequence)
+        else:
+            sequence.scores.append(scores.narrowed(sequence.request.prompt_logprobs or 0))
+    return failed
 
 
 def scored_tokens(

@@ -64,10 +64,11 @@ class SequenceQueues:
         return Counts(len(self.running.decoding), len(self.running.prefilling), preempted)
 
     def start_step(self) -> None:
-        """Frees slot and pages of sequences whose last allowed token is sampled, before its id is read."""
+        """Frees slot and pages of sequences whose last allowed token is sampled, before its id is read, and of those
+        whose prompt is embedded, before the result is."""
         self.preempted = []
         self.changed = False
-        for sequence in self.running.decoding.complete():
+        for sequence in (*self.running.decoding.complete(), *self.running.ended.values()):
             self._release(sequence)
             sequence.status = RequestStatus.ENDING
         for _ in range(self.running.num_free_penalty_rows):
@@ -121,7 +122,9 @@ class SequenceQueues:
             True when the sequence must be recomputed.
         """
         status = sequence.status
-        if status is RequestStatus.SWAPPED and not lost_pages.isdisjoint(sequence.host_pages):
+        # Of a prompt that is embedded, sums may be in a lost step, too.
+        lost = sequence.pooled is not None or not lost_pages.isdisjoint(sequence.host_pages)
+        if status is RequestStatus.SWAPPED and lost:
             self.swapped.remove(sequence)
             self.pages.release(sequence)
         elif status is RequestStatus.RUNNING:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from jaxserve.kv_cache.page_pool import PageCopy
 from jaxserve.scheduler.plan import PageTableWrite, PenaltyWrite, RowPlan, table_writes
+from jaxserve.scheduler.pooled_sum import pooled_tokens
 from jaxserve.scheduler.sequence import Sequence
 
 
@@ -34,6 +35,7 @@ class Chunk:
         sequence, count = self.sequence, self.count
         start = sequence.num_computed
         assert sequence.slot is not None
+        pooling, last = sequence.request.pooling, start + count == sequence.num_known
         return RowPlan(
             request_id=sequence.request_id,
             order=sequence.order,
@@ -44,6 +46,7 @@ class Chunk:
             new_pages=tuple(sequence.pages[self.held :]),
             admit=sequence.request if self.admitted else None,
             penalty_row=sequence.penalty_row if self.admitted else None,
+            pooled=None if pooling is None else pooled_tokens(pooling, start, count, last),
         )
 
 

@@ -77,6 +77,9 @@ class RequestLife:
         """Records how long the request waited for its first step, and computed until its first token; only the first
         call counts."""
 
+    def embedded(self) -> None:
+        """Records that the prompt is computed, of a request that generates nothing."""
+
     def charged(self, output_tokens: int, sample: int = 0) -> None:
         """Records how many tokens of a sample the request has been charged for so far."""
 
@@ -215,6 +218,9 @@ class _CountedLife(RequestLife):
         self._queue_seconds, self._prefill_seconds = queue_seconds, prefill_seconds
         self._metrics.observe("request_queue_time_seconds", queue_seconds)
         self._metrics.observe("request_prefill_time_seconds", prefill_seconds)
+
+    def embedded(self) -> None:
+        self._metrics.prompt_tokens += self._prompt_tokens
 
     def charged(self, output_tokens: int, sample: int = 0) -> None:
         self._metrics.generation_tokens += output_tokens - self._charged[sample]

@@ -17,7 +17,7 @@ class RequestTrace:
 
     Attributes:
         headers: those of TRACE_HEADERS that came with the request.
-        operation: what was asked for, in OpenTelemetry's words: "chat" or "text_completion".
+        operation: what was asked for, in OpenTelemetry's words: "chat", "text_completion" or "embeddings".
     """
 
     headers: Mapping[str, str]

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jaxserve.pooling_params import PoolingParams
 from jaxserve.serving.clients.client_failures import FAILURES, Failure, failure_of
 from jaxserve.serving.clients.client_output import JsonOutput, Output, TextOutput
 from jaxserve.serving.clients.client_results import Chunk, Conversation, holds_news, join_samples
@@ -42,6 +43,7 @@ class ClientOptions:
         newline: each prompt ends with a newline.
         chat: prompts are turns of one conversation, which the model's chat template renders.
         system: system prompt of the conversation; "" is none.
+        embed: how prompts are embedded, instead of answered; None answers them.
         json: answers and errors are JSON lines. json_events: also each piece of an answer.
         wait: seconds to wait until the server is ready.
     """
@@ -56,6 +58,7 @@ class ClientOptions:
     newline: bool = False
     chat: bool = False
     system: str = ""
+    embed: PoolingParams | None = None
     json: bool = False
     json_events: bool = False
     wait: float = 0.0
@@ -108,9 +111,15 @@ class _Answers:
         self._turns = []
 
     def answer(self, text: str) -> None:
-        """Streams the answer to one prompt. A turn that fails or is canceled leaves no trace in the conversation."""
+        """Streams the answer to one prompt, or prints its embedding. A turn that fails or is canceled leaves no trace
+        in the conversation.
+        """
         options = self._options
         prompt = self._prompt(text)
+        if options.embed is not None:
+            found = self._client.embed([prompt], options.embed, timeout=options.timeout, **options.fields)
+            self._output.embedding(prompt, found)
+            return
         question = {"role": "user", "content": prompt}
         sent: str | Conversation = prompt
         if options.chat:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxserve.serving.clients.client_failures import Failure
 from jaxserve.serving.clients.client_results import Chunk, Completion, record_of
+from jaxserve.serving.clients.embed_requests import Embeddings
 
 _OF_THE_END = ("finish_reason", "usage")
 """Fields of a chunk that only the last one has."""
@@ -34,6 +35,10 @@ class TextOutput:
             print(flush=True)
         self._open_line = False
         self._num_shown = 0
+
+    def embedding(self, prompt: str, found: Embeddings) -> None:
+        """Prints an embedding as a line of JSON."""
+        print(json.dumps(found.embeddings[0]), flush=True)
 
     def failure(self, failure: Failure, prompt: str | None = None) -> None:
         """Prints an error, on a line of its own where an answer has begun on a terminal."""
@@ -71,6 +76,11 @@ class JsonOutput:
     def answer(self, prompt: str, completion: Completion) -> None:
         """Prints an answer."""
         self._print("answer", {"prompt": prompt} | record_of(completion))
+
+    def embedding(self, prompt: str, found: Embeddings) -> None:
+        """Prints an embedding."""
+        record = {"embedding": found.embeddings[0], "usage": {"prompt_tokens": found.prompt_tokens}}
+        self._print("embedding", {"prompt": prompt} | record)
 
     def failure(self, failure: Failure, prompt: str | None = None) -> None:
         """Prints an error, with its prompt where it concerns one."""

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from jaxserve.pooling_params import PoolingParams
 from jaxserve.serving.clients.client_credentials import Credentials
 from jaxserve.serving.clients.client_results import (
     Chunk,
@@ -25,6 +26,15 @@ from jaxserve.serving.clients.client_results import (
     TokenLogprob,
     Usage,
     join,
+)
+from jaxserve.serving.clients.embed_requests import (
+    Embeddings,
+    Inputs,
+    Scores,
+    embed_request,
+    embeddings_of,
+    score_request,
+    scores_of,
 )
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
@@ -137,6 +147,31 @@ class Client:
         """Returns the complete response; arguments as for `generate`."""
         return join(list(self.generate(prompt, params, timeout=timeout, **fields)), params)
 
+    def embed(
+        self,
+        inputs: Inputs,
+        params: PoolingParams | None = None,
+        *,
+        timeout: float | None = None,
+        **fields: Any,
+    ) -> Embeddings:
+        """Returns the embeddings of texts or lists of token ids. Other arguments are as for `generate`."""
+        request = embed_request(inputs, params, **fields)
+        return embeddings_of(self._stub.Embed(request, timeout=timeout, metadata=self._metadata))
+
+    def score(
+        self,
+        queries: Inputs,
+        documents: Inputs,
+        params: PoolingParams | None = None,
+        *,
+        timeout: float | None = None,
+        **fields: Any,
+    ) -> Scores:
+        """Returns how similar queries and documents are. Other arguments are as for `embed`."""
+        request = score_request(queries, documents, params, **fields)
+        return scores_of(self._stub.Score(request, timeout=timeout, metadata=self._metadata))
+
     def abort(self, request_id: str) -> bool:
         """Aborts a request; False when no unfinished one has this id."""
         try:
@@ -237,6 +272,31 @@ class AsyncClient:
     ) -> Completion:
         """Returns the complete response; arguments as for `generate`."""
         return join([chunk async for chunk in self.generate(prompt, params, timeout=timeout, **fields)], params)
+
+    async def embed(
+        self,
+        inputs: Inputs,
+        params: PoolingParams | None = None,
+        *,
+        timeout: float | None = None,
+        **fields: Any,
+    ) -> Embeddings:
+        """Returns the embeddings of texts or lists of token ids. Other arguments are as for `generate`."""
+        request = embed_request(inputs, params, **fields)
+        return embeddings_of(await self._stub.Embed(request, timeout=timeout, metadata=self._metadata))
+
+    async def score(
+        self,
+        queries: Inputs,
+        documents: Inputs,
+        params: PoolingParams | None = None,
+        *,
+        timeout: float | None = None,
+        **fields: Any,
+    ) -> Scores:
+        """Returns how similar queries and documents are. Other arguments are as for `embed`."""
+        request = score_request(queries, documents, params, **fields)
+        return scores_of(await self._stub.Score(request, timeout=timeout, metadata=self._metadata))
 
     async def abort(self, request_id: str) -> bool:
         """Aborts a request; False when no unfinished one has this id."""

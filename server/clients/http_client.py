@@ -6,16 +6,20 @@ does not speak HTTP. From asyncio, or for all of OpenAI's API, use OpenAI's clie
 
 from __future__ import annotations
 
+import array
+import base64
 import contextlib
 import dataclasses
 import http.client
 import json
+import sys
 import time
 import urllib.parse
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxserve.config.plain_params import written
+from jaxserve.pooling_params import PoolingParams
 from jaxserve.request import FinishReason, SamplingParams
 from jaxserve.serving.clients.client_credentials import Credentials
 from jaxserve.serving.clients.client_results import (
@@ -28,6 +32,7 @@ from jaxserve.serving.clients.client_results import (
     Usage,
     join,
 )
+from jaxserve.serving.clients.embed_requests import Embeddings, Inputs, Scores, listed, pooling_fields
 from jaxserve.serving.problem import Code
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -136,13 +141,7 @@ class HttpClient:
         body["model"] = self.model_info().name
         if cache_salt:
             body["cache_salt"] = cache_salt
-        headers = {}
-        if tenant:
-            headers["x-tenant"] = tenant
-        if priority:
-            headers["x-priority"] = str(priority)
-        if timeout is not None:
-            headers["x-request-timeout"] = f"{timeout:g}"
+        headers = _option_headers(tenant, priority, timeout)
         patience = None if timeout is None else timeout + _GRACE_SECONDS
         with self._call("POST", path, body, headers, patience) as response:
             yield from _chunks(_events(response))
@@ -157,6 +156,46 @@ class HttpClient:
     ) -> Completion:
         """Returns the complete response; arguments as for `generate`."""
         return join(list(self.generate(prompt, params, timeout=timeout, **fields)), params)
+
+    def embed(
+        self,
+        inputs: Inputs,
+        params: PoolingParams | None = None,
+        *,
+        timeout: float | None = None,
+        tenant: str = "",
+        priority: int = 0,
+    ) -> Embeddings:
+        """Returns the embeddings of texts or lists of token ids. Other arguments are as for `generate`."""
+        body = {"input": listed(inputs), "encoding_format": "base64", **pooling_fields(params)}
+        found = self._embed("/v1/embeddings", body, timeout, _option_headers(tenant, priority, timeout))
+        vectors = [array.array("f", base64.b64decode(one["embedding"])) for one in found["data"]]
+        if sys.byteorder == "big":
+            for vector in vectors:
+                vector.byteswap()
+        return Embeddings([list(vector) for vector in vectors], found["usage"]["prompt_tokens"])
+
+    def score(
+        self,
+        queries: Inputs,
+        documents: Inputs,
+        params: PoolingParams | None = None,
+        *,
+        timeout: float | None = None,
+        tenant: str = "",
+        priority: int = 0,
+    ) -> Scores:
+        """Returns how similar queries and documents are. Other arguments are as for `embed`."""
+        body = {"queries": listed(queries), "documents": listed(documents), **pooling_fields(params)}
+        found = self._embed("/v1/score", body, timeout, _option_headers(tenant, priority, timeout))
+        return Scores([one["score"] for one in found["data"]], found["usage"]["prompt_tokens"])
+
+    def _embed(self, path: str, body: dict[str, Any], timeout: float | None, headers: dict[str, str]) -> Any:
+        """Returns the JSON of a response that is computed."""
+        body["model"] = self.model_info().name
+        patience = None if timeout is None else timeout + _GRACE_SECONDS
+        with self._call("POST", path, body, headers, patience) as response:
+            return json.loads(response.read())
 
     def model_info(self, timeout: float | None = None) -> HttpModelInfo:
         """Returns the served model; asks for it once."""
@@ -225,6 +264,16 @@ class HttpClient:
         if self._context is None:
             return http.client.HTTPConnection(self._host, self._port, timeout=_CONNECT_SECONDS)
         return http.client.HTTPSConnection(self._host, self._port, timeout=_CONNECT_SECONDS, context=self._context)
+
+
+def _option_headers(tenant: str, priority: int, timeout: float | None) -> dict[str, str]:
+    """Returns the headers for a request's tenant, priority and timeout."""
+    given = {
+        "x-tenant": tenant,
+        "x-priority": str(priority) if priority else "",
+        "x-request-timeout": "" if timeout is None else f"{timeout:g}",
+    }
+    return {name: value for name, value in given.items() if value}
 
 
 def generate_body(prompt: Prompt, params: Params) -> tuple[str, dict[str, Any]]:

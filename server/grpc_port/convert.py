@@ -101,7 +101,7 @@ def prompt_from_proto(request: pb.GenerateRequest) -> str | Sequence[int]:
 
 
 def options_from_proto(
-    request: pb.GenerateRequest,
+    request: pb.GenerateRequest | pb.EmbedRequest | pb.ScoreRequest,
     call_deadline: float | None,
     caller: Caller = Caller(),
     metadata: Mapping[str, str] = {},
@@ -120,7 +120,9 @@ def options_from_proto(
     )
 
 
-def deadline_from_proto(request: pb.GenerateRequest, call_deadline: float | None) -> float | None:
+def deadline_from_proto(
+    request: pb.GenerateRequest | pb.EmbedRequest | pb.ScoreRequest, call_deadline: float | None
+) -> float | None:
     """Returns the earlier of the request's deadline and the call's, in Unix seconds; None when there is neither.
 
     Raises ValueError for one that is not finite.

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -19,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.serving.access.tls import ServerTls
 from jaxserve.serving.bind import BindError, address_of, check_free
-from jaxserve.serving.grpc_port import health
+from jaxserve.serving.grpc_port import embed_convert, health
 from jaxserve.serving.grpc_port.call_interceptor import CallInterceptor
 from jaxserve.serving.grpc_port.calls import OpenCalls, note_rpc_tasks
 from jaxserve.serving.grpc_port.connections import ConnectionGuard, connection_limit, reserve
@@ -82,7 +83,8 @@ class GrpcServer:
         self._watches: list[asyncio.Task[None]] = []
         service = JaxServeService(served)
         gateways = _gateway_service(served)
-        checks = {GENERATE: functools.partial(check_generate, check_prompt_bytes=service.check_prompt_bytes)}
+        checks: dict[str, Callable[[bytes], None]] = embed_convert.oversized_checks()
+        checks[GENERATE] = functools.partial(check_generate, check_prompt_bytes=service.check_prompt_bytes)
         if gateways is not None:
             checks.update(gateways.oversized_checks(service.check_prompt_bytes))
         self._server = grpc.aio.server(

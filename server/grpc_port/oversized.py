@@ -106,7 +106,7 @@ def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
         elif number in (_TEXT, _TOKEN_IDS):
             prompt = end - start, number == _TEXT
         elif number == _MESSAGES:  # a conversation that is sent in several fields is one
-            num_messages += _count_fields(data[start:end], MAX_MESSAGES + 1 - num_messages)
+            num_messages += count_fields(data[start:end], MAX_MESSAGES + 1 - num_messages)
     if num_messages > MAX_MESSAGES:
         raise DecodeError(f"messages has more than {MAX_MESSAGES} messages; leave out old ones")
     if size > MAX_PARAMS_BYTES:
@@ -122,7 +122,7 @@ def has_field(data: bytes | memoryview, number: int) -> bool:
     return any(found == number for found, _, _ in fields(data))
 
 
-def _count_fields(data: bytes, most: int) -> int:
+def count_fields(data: bytes, most: int) -> int:
     """Returns the number of fields of a message, or `most` where it has as many."""
     return sum(1 for _ in itertools.islice(fields(data), most))
 

@@ -11,7 +11,8 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable
+import uuid
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -24,8 +25,10 @@ from jaxserve.frontend.delta import Delta
 from jaxserve.frontend.openai_chat import Chat
 from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.frontend.preparation_steps import Steps
-from jaxserve.request import FinishReason, ModelLimits, SamplingParams
-from jaxserve.serving.grpc_port import convert
+from jaxserve.pooling_params import pair_scores
+from jaxserve.request import FinishReason, ModelLimits, SamplingParams, check_identity
+from jaxserve.serving.embedding_calls import Embedded, EmbeddingCall, embed_all
+from jaxserve.serving.grpc_port import convert, embed_convert
 from jaxserve.serving.grpc_port.call_interceptor import CallContext
 from jaxserve.serving.grpc_port.status import Status, status, status_of
 from jaxserve.serving.problem import NotFoundError, check_delta, fails_alone, unforeseen
@@ -221,6 +224,45 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         steps = self._served.tokenizer().decode_steps(request.token_ids, vocab_size)
         text = await self._served.started().work(steps, _BYTES_PER_ID * len(request.token_ids))
         return pb.DetokenizeResponse(text=text)
+
+    @errors_as_status
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        with self._served.rejections():
+            inputs = embed_convert.inputs_from_proto("inputs", request.inputs)
+        request_id, found = await self._embed(request, inputs, context)
+        answer = pb.EmbedResponse(request_id=request_id, usage=_prompt_usage(found))
+        for one in found:
+            answer.embeddings.append(embed_convert.embedding_to_proto(one.embedding))
+            await asyncio.sleep(0)  # others have their turn
+        return answer
+
+    @errors_as_status
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        with self._served.rejections():
+            inputs, num_queries = embed_convert.pairs_from_proto(request)
+        request_id, found = await self._embed(request, inputs, context)
+        scores = pair_scores([one.embedding for one in found], num_queries)
+        return pb.ScoreResponse(request_id=request_id, scores=scores, usage=_prompt_usage(found))
+
+    async def _embed(
+        self, request: pb.EmbedRequest | pb.ScoreRequest, inputs: Sequence[embed_convert.Input], context: Context
+    ) -> tuple[str, list[Embedded]]:
+        """Embeds the inputs of a request; returns its id and the embeddings."""
+        frontend = self._served.accepting()
+        metadata = context.invocation_metadata() or ()
+        with self._served.rejections():
+            convert.refuse_unknown_fields(request)
+            params = embed_convert.pooling_from_proto(request.pooling_params)
+            headers = text_metadata(metadata)
+            options = convert.options_from_proto(request, call_deadline(context), context.caller, headers)
+            check_identity("request_id", request.request_id)
+        request_id, trace = request.request_id or uuid.uuid4().hex, self._served.trace(metadata, "embeddings")
+        call = EmbeddingCall(inputs, params, options, request_id, context.caller.name, trace)
+        return request_id, await embed_all(frontend, call)
+
+
+def _prompt_usage(found: Sequence[Embedded]) -> pb.Usage:
+    return pb.Usage(prompt_tokens=sum(one.prompt_tokens for one in found))
 
 
 def _tokenize_steps(tokenizer: Any, request: pb.TokenizeRequest) -> Steps[bytes]:

@@ -63,6 +63,7 @@ _REASONS = {
 
 _NUMBERS = {name: field.number for name, field in pb.GenerateRequest.DESCRIPTOR.fields_by_name.items()}
 _TRUNCATE = pb.SamplingParams.DESCRIPTOR.fields_by_name["truncate_prompt_tokens"].number
+_EMBED_TOKENIZED = pb.EmbedRequest.DESCRIPTOR.fields_by_name["tokenized"].number
 _ORIGINAL_TEXT = pb.TokenizedInput.DESCRIPTOR.fields_by_name["original_text"].number
 
 
@@ -118,6 +119,27 @@ def prompt_from_proto(request: pb.GenerateRequest) -> str | Sequence[int]:
             return request.tokenized.input_ids
         case _:
             raise ValueError("input is not set; give text or tokenized")
+
+
+def ids_of_embed(request: pb.EmbedRequest) -> Sequence[int]:
+    """Returns the token ids of a request for an embedding, not copied. Raises ValueError when there are none."""
+    if not request.tokenized.input_ids:
+        raise ValueError("input_ids of tokenized is empty; the prompt needs at least one token")
+    return request.tokenized.input_ids
+
+
+def check_embed(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:
+    """Raises for an unparsed EmbedRequest as `check_generate` does."""
+    others, ids = 0, 0
+    for count, (number, start, end) in enumerate(fields(data), start=1):
+        check_field_count(count)
+        if number == _EMBED_TOKENIZED:
+            ids += _id_bytes(memoryview(data)[start:end])
+        else:
+            others += end - start
+    if others > MAX_PARAMS_BYTES:
+        raise DecodeError(f"the fields beside the prompt have {others} bytes; at most {MAX_PARAMS_BYTES} are allowed")
+    check_prompt_bytes(ids, False)
 
 
 def check_generate(data: bytes, check_prompt_bytes: CheckPromptBytes) -> None:

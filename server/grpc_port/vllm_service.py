@@ -12,9 +12,11 @@ import datetime
 import functools
 import hashlib
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
@@ -24,8 +26,10 @@ from jaxserve.config.shown import shown
 from jaxserve.frontend.delta import Delta, PromptLogprobs
 from jaxserve.frontend.delta_stream import DeltaStream
 from jaxserve.logprob_columns import LogprobColumns
+from jaxserve.pooling_params import PoolingParams
 from jaxserve.request import SamplingParams
 from jaxserve.serving.access.request_headers import request_options
+from jaxserve.serving.embedding_calls import EmbeddingCall, embed_all
 from jaxserve.serving.grpc_port import vllm_convert as convert
 from jaxserve.serving.grpc_port.convert import refuse_unknown_bytes, refuse_unknown_fields
 from jaxserve.serving.grpc_port.oversized import CheckPromptBytes
@@ -64,9 +68,8 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         checks: dict[str, Callable[[bytes], None]] = {
             f"/{SERVICE_NAME}/{method.name}": convert.check_small for method in _SERVICE.methods
         }
-        checks[f"/{SERVICE_NAME}/Generate"] = functools.partial(
-            convert.check_generate, check_prompt_bytes=check_prompt_bytes
-        )
+        for name, check in (("Generate", convert.check_generate), ("Embed", convert.check_embed)):
+            checks[f"/{SERVICE_NAME}/{name}"] = functools.partial(check, check_prompt_bytes=check_prompt_bytes)
         return checks
 
     # ---- requests ----
@@ -99,6 +102,26 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         with self._load.forwarded(len(prompt)) as forwarded:
             async with stream:  # left early, it aborts the request
                 await _answer(stream, params, streams, context, forwarded)
+
+    @errors_as_status
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        caller = context.caller
+        frontend = self._served.accepting()
+        self._load.last_receive = time.time()
+        metadata = context.invocation_metadata() or ()
+        with self._served.rejections():
+            prompt = convert.ids_of_embed(request)
+            frontend.check_size(prompt, PoolingParams())
+            refuse_unknown_fields(request)
+            refuse_unknown_bytes(request.tokenized)
+            options = request_options(caller, text_metadata(metadata), deadline=call_deadline(context))
+        trace = self._served.trace(metadata, "embeddings")
+        request_id = request.request_id or uuid.uuid4().hex
+        (found,) = await embed_all(
+            frontend, EmbeddingCall([prompt], PoolingParams(), options, request_id, caller.name, trace)
+        )
+        embedding = np.frombuffer(found.embedding, "<f4").tolist()
+        return pb.EmbedResponse(embedding=embedding, prompt_tokens=found.prompt_tokens, embedding_dim=len(embedding))
 
     @errors_as_status
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
@@ -195,10 +218,6 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             await context.write(common_pb2.GetTokenizerChunk(data=part, sha256=digest))
 
     # ---- what this server does not do ----
-
-    @errors_as_status
-    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
-        raise UnimplementedError("Embed: this server generates, and computes no embeddings yet")
 
     @errors_as_status
     async def FlushCache(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -170,6 +170,15 @@ class Exchange:
         )
         self._ended = True  # the message that ends a response wakes who waits for the client to disconnect
         await self._send({"type": "http.response.body", "body": body})
+
+    async def answer_parts(self, parts: Iterable[bytes]) -> None:
+        """Sends a whole response of JSON that is made part by part, as the connection takes them."""
+        self.started = True
+        await self._send({"type": "http.response.start", "status": 200, "headers": [_JSON, *self.extra]})
+        for part in parts:
+            await self._send({"type": "http.response.body", "body": part, "more_body": True})
+            await asyncio.sleep(0)  # others have their turn
+        await self.end_events()
 
     async def answer_json(self, value: Any, status: int = 200) -> None:
         """Sends a value as JSON."""

@@ -8,8 +8,10 @@ from typing import Any
 from jaxserve.config.http_config import HttpConfig
 from jaxserve.config.parallel_samples import MAX_SAMPLES
 from jaxserve.config.plain_params import Form, PlainField, plain_fields
+from jaxserve.config.pooler_config import POOLING_TYPES
 from jaxserve.config.sampling_fields import MAX_INT32, Biases, Flag, Ids, Number, Texts, Whole, word_of
 from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, field_names, neutral_values
+from jaxserve.frontend.openai_embeddings import EMBEDDINGS_URL, ENCODING_FORMATS, NEUTRAL_FIELDS, SCORE_URLS
 from jaxserve.request import MAX_ID_LENGTH
 from jaxserve.serving.access.callers import Anybody
 from jaxserve.serving.access.request_headers import PRIORITY, TENANT, TIMEOUT
@@ -67,6 +69,7 @@ def document(found: Mapping[str, Any], served: ServedModel, config: HttpConfig) 
     }
     known = {
         **generated,
+        **{url: {"post": post} for url, post in _embedding_operations(limits, config).items()},
         "/tokenize": {"post": _operation("tokenize", _tokenize(limits), "Tokens")},
         "/detokenize": {"post": _operation("detokenize", _detokenize(limits), "Text")},
         "/v1/models": {"get": _operation("models", None, "Models")},
@@ -99,6 +102,7 @@ class _Limits:
             "minimum": 0,
             "maximum": MAX_INT32 if limits is None else limits.vocab_size - 1,
         }
+        self.embedding_size = MAX_INT32 if limits is None else max(limits.embedding_size, 1)
         self.model: Schema = {"enum": [served.name, None], "description": "the served model"}
 
 
@@ -142,6 +146,39 @@ def _operation(
             )
         ]
     return operation
+
+
+def _embedding_operations(limits: _Limits, config: HttpConfig) -> dict[str, Schema]:
+    """Returns the operations for embeddings and scores."""
+    ids = {"type": "array", "items": limits.token_id, "minItems": 1, "maxItems": limits.context}
+    text = _TEXT | {"minLength": 1}
+    some = {"anyOf": [text, ids]}
+    several = {"type": "array", "items": some, "minItems": 1, "maxItems": config.max_embedding_inputs}
+    given: Schema = {"anyOf": [text, ids, several]}
+    common: Schema = {
+        "model": limits.model,
+        "user": _TEXT,
+        "request_id": _NAME | {"minLength": 1},
+        "pooling_type": {"enum": list(POOLING_TYPES)},
+        "normalize": _FLAG,
+        "dimensions": _whole(1, limits.embedding_size),
+        "truncate_prompt_tokens": {"anyOf": [{"const": -1}, _whole(1, limits.context)]},
+        "tenant": _NAME,
+        "cache_salt": _NAME,
+        "priority": _whole(-MAX_INT32, MAX_INT32) | {"description": "lower is more urgent, as in vLLM"},
+        "deadline": {"type": "number", "description": "seconds since 1970"},
+        **{name: {"enum": list(values)} for name, values in NEUTRAL_FIELDS.items()},
+    }
+    embed = _object({**common, "input": given, "encoding_format": {"enum": list(ENCODING_FORMATS)}}, required="input")
+    scores: Schema = {"anyOf": []}
+    for first, second in (("text_1", "text_2"), ("queries", "documents")):
+        body = _object({**common, first: given, second: given}, required=first)
+        body["properties"][second], body["required"] = given, [first, second]
+        scores["anyOf"].append(body)
+    operations = {EMBEDDINGS_URL: _operation("embeddings", embed, "Embeddings", headers=True)}
+    for url in SCORE_URLS:
+        operations[url] = _operation(url.strip("/").replace("/", "_"), scores, "Scores", headers=True)
+    return operations
 
 
 def _one_model(name: str) -> Schema:
@@ -282,6 +319,24 @@ def _of_param(field: PlainField, limits: _Limits) -> Schema:
             return {}
 
 
+def _results(item: Mapping[str, Schema]) -> Schema:
+    """Returns the schema of a response that lists such items, one for each input."""
+    data = {"type": "object", "required": list(item), "properties": dict(item)}
+    usage = dict.fromkeys(("prompt_tokens", "total_tokens"), _COUNT)
+    return {
+        "type": "object",
+        "required": ["id", "object", "created", "model", "data", "usage"],
+        "properties": {
+            "id": _TEXT,
+            "object": {"const": "list"},
+            "created": _COUNT,
+            "model": _TEXT,
+            "data": {"type": "array", "minItems": 1, "items": data},
+            "usage": {"type": "object", "required": list(usage), "properties": usage},
+        },
+    }
+
+
 def _schemas() -> Schema:
     usage = {
         "type": "object",
@@ -318,6 +373,10 @@ def _schemas() -> Schema:
                 "usage": usage,
             },
         },
+        "Embeddings": _results(
+            {"object": {"const": "embedding"}, "index": _COUNT, "embedding": {"type": ["array", "string"]}}
+        ),
+        "Scores": _results({"object": {"const": "score"}, "index": _COUNT, "score": {"type": "number"}}),
         "Model": model,
         "Models": {
             "type": "object",

@@ -1,5 +1,6 @@
 """An engine that a test plays by hand, and one that answers by a rule; no model, no jax."""
 
+import array
 import threading
 from collections import deque
 
@@ -16,7 +17,13 @@ from jaxserve.request import FinishReason, RequestOptions
 from tests.engine_ready import changed, engine_ready
 
 READY = engine_ready(
-    vocab_size=300, max_model_len=64, eos_token_ids=(2,), usable_pages=3, max_num_seqs=2, max_num_waiting=2
+    vocab_size=300,
+    max_model_len=64,
+    eos_token_ids=(2,),
+    usable_pages=3,
+    max_num_seqs=2,
+    max_num_waiting=2,
+    embedding_size=4,
 )
 """Context 64, a pool of 48 tokens, four unfinished requests at most."""
 
@@ -88,7 +95,8 @@ class RuleEngine(HealthyEngine):
     """An inline engine: each `receive` is a step that gives every running request its next token.
 
     The rule: the output is the prompt without its <bos> (id 1), one token a step, then the eos id 2. A prompt that
-    holds token 0 fails in its first step. Sample i of a request begins i tokens further on. At most max_num_seqs
+    holds token 0 fails in its first step. Sample i of a request begins i tokens further on. A request for an embedding
+    is given its first four ids. At most max_num_seqs
     requests run at once, in order of arrival.
     on_step: called before each step with its number (from 1); may raise.
     """
@@ -141,6 +149,10 @@ class RuleEngine(HealthyEngine):
         if 0 in answer:
             del self._live[name]
             return EngineOutput(name, (), FinishReason.ERROR, "logits are not finite")
+        if request.pooling is not None:
+            del self._live[name]
+            ids = array.array("d", [*request.prompt_token_ids[:4], *[0] * (4 - len(request.prompt_token_ids))])
+            return EngineOutput(name, (), FinishReason.STOP, pooled=ids.tobytes())
         token_id = answer[index + given] if index + given < len(answer) else 2
         entry[2] = given + 1
         reason = None

@@ -83,7 +83,7 @@ def test_only_programs_that_depend_on_the_pools_size_are_made_twice(monkeypatch)
     with SetBuilder(make_mesh(), None, progress=False) as builder:
         needs = builder.needs(shapes_of())
         programs = builder.build(shapes_of())
-    assert needs == ProgramNeeds(temporaries=4809, code=11 * LOADED_TIMES, together=4809)
+    assert needs == ProgramNeeds(temporaries=4817, code=12 * LOADED_TIMES, together=4817)
     assert sorted(compiler.asked) == [
         (ProgramKey("forward", 8), 64),
         (ProgramKey("forward", 16), 2),
@@ -95,6 +95,7 @@ def test_only_programs_that_depend_on_the_pools_size_are_made_twice(monkeypatch)
         (ProgramKey("penalty_write", 4096), 2),
         (ProgramKey("page_copy", 16), 2),
         (ProgramKey("page_copy", 16), 64),
+        (ProgramKey("pooling", 8), 2),
         (ProgramKey("sample", 8), 2),
         (ProgramKey("score", 16), 2),
         (ProgramKey("table_write", 64), 2),
@@ -174,4 +175,4 @@ def test_programs_that_need_more_than_was_foreseen_shrink_the_pool(monkeypatch):
     monkeypatch.setattr(build_set, "program_memory", hungry)
     runner = ModelRunner(dataclasses.replace(CONFIG, compilation_cache_dir=None))
     assert runner.info.num_pages == 29, "30, less a few bytes of code"
-    assert len(asked) == 14, "only the two forward programs and that which copies pages were made twice"
+    assert len(asked) == 15, "only the two forward programs and that which copies pages were made twice"

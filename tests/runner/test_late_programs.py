@@ -119,11 +119,11 @@ def early(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> tuple[Mode
 def test_tokens_are_the_same_before_and_after_the_others_join(early, caplog):
     runner, asked = early
     everything = set(program_keys(runner._shapes))
-    others = {*keys_of("penalty_write", *PENALTY_RUNS), *keys_of("score", 32)}
-    writes = {TABLE_WRITE, OPTION_WRITE, MASK_WRITE, PAGE_COPY, *others}
-    assert set(runner.programs.executables) == {*keys_of("forward", 16, 32), *keys_of("sample", 16), *writes}
-    assert runner.info.num_executables == len(everything) == 13
-    assert runner.info.num_missing_executables == 2
+    writes = {TABLE_WRITE, OPTION_WRITE, MASK_WRITE, PAGE_COPY, *keys_of("penalty_write", *PENALTY_RUNS)}
+    others = {*writes, *keys_of("score", 32), *keys_of("pooling", 16)}
+    assert set(runner.programs.executables) == {*keys_of("forward", 16, 32), *keys_of("sample", 16), *others}
+    assert runner.info.num_executables == len(everything) == 15
+    assert runner.info.num_missing_executables == 3
     assert runner.num_executables == 11
     plan = StepPlan(0, NO_DECODES, (), NO_SAMPLES, token_bucket=8, row_bucket=8, num_tokens=3)
     fitted = runner.fitted(plan)
@@ -135,7 +135,7 @@ def test_tokens_are_the_same_before_and_after_the_others_join(early, caplog):
     with caplog.at_level(logging.INFO, "jaxserve"):
         LatePrograms(config, shapes, programs, cache)
         wait_for(lambda: " programs are there" in caplog.text)
-    assert "all 13 programs are there after" in caplog.text
+    assert "all 15 programs are there after" in caplog.text
     assert not runner.programs.missing
     assert set(runner.programs.executables) == everything
     assert runner.fitted(plan) is plan
@@ -145,7 +145,7 @@ def test_tokens_are_the_same_before_and_after_the_others_join(early, caplog):
 
     complete = ModelRunner(config)  # finds them all in the cache
     assert complete.info.num_missing_executables == 0
-    assert complete.info.num_cached_executables == 13
+    assert complete.info.num_cached_executables == 15
     wanted = drive(complete, CONFIG, REQUESTS)
     assert wanted.programs >= set(keys_of("forward", 8, 32)), "the test is to use those that were missing"
     assert wanted.tokens == before
@@ -158,7 +158,7 @@ def test_tokens_are_the_same_before_and_after_the_others_join(early, caplog):
 def test_what_copies_pages_is_made_before_anything_is_served():
     shapes = dataclasses.replace(startup.resolve_shapes(CONFIG, "cpu"), num_host_pages=16)
     writes = {TABLE_WRITE, OPTION_WRITE, MASK_WRITE, PAGE_COPY, *keys_of("penalty_write", *PENALTY_RUNS)}
-    others = {*keys_of("sample", 16), *keys_of("score", 32)}
+    others = {*keys_of("sample", 16), *keys_of("pooling", 16), *keys_of("score", 32)}
     swaps = {*keys_of("swap_in", 1, 4, 16), *keys_of("swap_out", 1, 4, 16), *writes}
     assert set(servable_keys(shapes)) == {*keys_of("forward", 16, 32), *others, *swaps}
 

@@ -146,13 +146,13 @@ def test_swap_space_decides_programs_and_pages():
     assert shapes.num_host_pages == 21
     assert resolve_shapes(dataclasses.replace(CONFIG, cache=FLOOR), "cpu").num_host_pages == 21
     kinds = {key.kind for key in program_keys(shapes)}
-    assert kinds == {"forward", "sample", "score", *WRITES, "page_copy", "swap_in", "swap_out"}
+    assert kinds == {"forward", "sample", "score", "pooling", *WRITES, "page_copy", "swap_in", "swap_out"}
     assert [key.size for key in program_keys(shapes) if key.kind == "swap_in"] == [16, 4, 1]
     few = program_keys(dataclasses.replace(shapes, num_host_pages=15))
     assert [key.size for key in few if key.kind == "swap_out"] == [4, 1]
     none = resolve_shapes(dataclasses.replace(CONFIG, cache=CacheConfig()), "cpu")
     assert none.num_host_pages == 0
-    assert {key.kind for key in program_keys(none)} == {"forward", "sample", "score", *WRITES, "page_copy"}
+    assert {key.kind for key in program_keys(none)} == {"forward", "sample", "score", "pooling", *WRITES, "page_copy"}
     with pytest.raises(ValueError, match=rf"swap_space is 1e-06 GiB; a page has {PAGE_BYTES} bytes, so it must be"):
         resolve_shapes(dataclasses.replace(CONFIG, cache=CacheConfig(swap_space=1e-6)), "cpu")
 

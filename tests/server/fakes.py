@@ -12,6 +12,8 @@ import pathlib
 import threading
 from collections.abc import Sequence
 
+import numpy as np
+
 from jaxserve.engine.messages import (
     AbortRequest,
     AddRequest,
@@ -30,11 +32,13 @@ from jaxserve.engine.messages import (
     ToEngine,
 )
 from jaxserve.models.tiny.tiny_tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, build_tokenizer
-from jaxserve.request import EngineRequest, FinishReason
+from jaxserve.request import EngineRequest, FinishReason, Pooling
 from jaxserve.runner.fake import fake_logprobs
 from tests.engine_ready import engine_ready
 
 WAIT_SECONDS = 60.0
+
+EMBEDDING_SIZE = 160
 
 READY = engine_ready(
     vocab_size=VOCAB_SIZE,
@@ -48,6 +52,7 @@ READY = engine_ready(
     num_executables=7,
     compile_seconds=1.5,
     start_seconds=2.5,
+    embedding_size=EMBEDDING_SIZE,
 )
 """A context of 512 tokens and a pool of 256: some prompts fit one and not the other."""
 
@@ -56,6 +61,17 @@ def save_tokenizer(directory: pathlib.Path) -> pathlib.Path:
     """The tiny model's tokenizer as a checkpoint directory; <bos> stands before every text."""
     build_tokenizer().save(str(directory / "tokenizer.json"))
     return directory
+
+
+def pooled(request: EngineRequest) -> bytes:
+    """The pooled hidden state that the echo engine gives: how often each of the first EMBEDDING_SIZE ids occurs, and in
+    the last place a number for the kind of pooling.
+    """
+    counts = np.bincount(np.minimum(request.prompt_token_ids, EMBEDDING_SIZE - 1), minlength=EMBEDDING_SIZE)
+    values = counts.astype(np.float64)
+    assert request.pooling is not None
+    values[-1] = 1 + list(Pooling).index(request.pooling)
+    return values.tobytes()
 
 
 @dataclasses.dataclass
@@ -210,6 +226,11 @@ class EchoEngine:
         for request_id, running in list(self._running.items()):
             token_id = running.next_token()
             running.produced += 1
+            if running.request.pooling is not None:
+                del self._running[request_id]
+                self._changed.notify_all()
+                self._outbox.append(EngineOutput(request_id, (), FinishReason.STOP, pooled=pooled(running.request)))
+                continue
             reason = None
             if token_id in running.request.stop_token_ids:
                 reason = FinishReason.STOP

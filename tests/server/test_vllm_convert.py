@@ -71,7 +71,7 @@ OTHERS = {
     pb.TokenizedInput: {"original_text": "for reference; never read", "input_ids": "refused: no prompt"},
     pb.AbortRequest: {"request_ids": "aborts nothing"},
     pb.GetLoadsRequest: {"dp_rank": "the only rank; absent too", "include": "every section; so does any list"},
-    pb.EmbedRequest: {"request_id": "not implemented", "tokenized": "not implemented"},
+    pb.EmbedRequest: {"request_id": "empty: a new one", "tokenized": "refused: no prompt"},
     pb.HealthCheckRequest: {},
     pb.GetModelInfoRequest: {},
     pb.GetServerInfoRequest: {},

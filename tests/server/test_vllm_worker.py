@@ -209,7 +209,6 @@ def test_without_a_tokenizer_there_is_none_to_get():
 def test_what_is_not_implemented_says_why(tokenizer):
     async def body(served: Served, stub) -> None:
         for call, reason in (
-            (stub.Embed(pb.EmbedRequest()), "computes no embeddings"),
             (stub.FlushCache(common_pb2.FlushCacheRequest()), "no prefix cache"),
             (stub.StartProfile(common_pb2.StartProfileRequest()), "no profiles"),
             (stub.StopProfile(common_pb2.StopProfileRequest()), "no profiles"),

@@ -65,6 +65,16 @@ class JaxServeStub(object):
                 request_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/jaxserve.v1.JaxServe/Embed',
+                request_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.EmbedResponse.FromString,
+                _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/jaxserve.v1.JaxServe/Score',
+                request_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.ScoreResponse.FromString,
+                _registered_method=True)
 
 
 class JaxServeServicer(object):
@@ -116,6 +126,20 @@ class JaxServeServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """The embeddings of texts: pooled final hidden states of the model. Cancelling the call aborts it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """How similar texts are: cosines of their embeddings. Cancelling the call aborts it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_JaxServeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -148,6 +172,16 @@ def add_JaxServeServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.DetokenizeRequest.FromString,
                     response_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.EmbedRequest.FromString,
+                    response_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.ScoreRequest.FromString,
+                    response_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.ScoreResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -313,6 +347,60 @@ class JaxServe(object):
             '/jaxserve.v1.JaxServe/Detokenize',
             jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.DetokenizeRequest.SerializeToString,
             jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.JaxServe/Embed',
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.EmbedRequest.SerializeToString,
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.JaxServe/Score',
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.ScoreRequest.SerializeToString,
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,115 @@
+"""Answers requests for embeddings, in OpenAI's shape, and for scores, in vLLM's."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from jaxserve.config.http_config import HttpConfig
+from jaxserve.config.shown import shown
+from jaxserve.frontend.delta import QueueFullError
+from jaxserve.frontend.openai_embeddings import (
+    EmbeddingBody,
+    embedding_json,
+    embedding_usage,
+    embeddings_head,
+    parse_embeddings,
+    parse_score,
+    score_response,
+)
+from jaxserve.pooling_params import pair_scores
+from jaxserve.request import check_identity
+from jaxserve.serving.access.request_headers import request_options
+from jaxserve.serving.embedding_calls import Embedded, EmbeddingCall, embed_all
+from jaxserve.serving.http_port.errors import check_model
+from jaxserve.serving.http_port.exchange import REQUEST_ID, ClientGoneError, Exchange
+from jaxserve.serving.http_port.generation import WARNING_HEADER
+from jaxserve.serving.served_model import ServedModel
+from jaxserve.telemetry.request_trace import TRACE_HEADERS
+
+_log = logging.getLogger("jaxserve.server")
+
+
+class Embeddings:
+    """Answers requests for embeddings, or for scores; an ASGI application.
+
+    Args:
+        scores: which of the two.
+        served: the model.
+        config: of the port.
+        max_body_bytes: of a request.
+    """
+
+    def __init__(self, scores: bool, served: ServedModel, config: HttpConfig, max_body_bytes: int):
+        self._scores = scores
+        self._served = served
+        self._config = config
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received = time.perf_counter()
+        exchange = Exchange(scope, receive, send, self._max_body_bytes)
+        try:
+            await self._serve(exchange)
+        except ClientGoneError:
+            return
+        except Exception as error:
+            await exchange.fail(error)
+            if isinstance(error, QueueFullError):
+                self._served.refusal_times.observe(time.perf_counter() - received)
+
+    async def _serve(self, exchange: Exchange) -> None:
+        served, created = self._served, int(time.time())
+        request_id = exchange.request_id()
+        frontend = served.accepting()
+        body = await exchange.read_json(frontend, self._parse)
+        with served.rejections():
+            if body.request_id is not None:
+                request_id = body.request_id
+                check_identity("request_id", request_id)
+            exchange.add_header(REQUEST_ID, request_id)
+            check_model(served.name, body.model)
+            asked = body.options
+            options = request_options(
+                exchange.caller,
+                exchange.headers,
+                tenant=asked.tenant,
+                priority=asked.priority,
+                deadline=asked.deadline,
+                cache_salt=asked.cache_salt,
+            )
+        if body.unknown:
+            names = ", ".join(shown(name) for name in list(body.unknown)[:8]) + (", ..." * (len(body.unknown) > 8))
+            _log.warning("a request for embeddings has unknown fields, which were passed over: %s", names)
+            exchange.add_header(WARNING_HEADER, f"unknown fields were passed over: {names}")
+        trace = served.trace(((name, exchange.header(name)) for name in TRACE_HEADERS), "embeddings")
+        call = EmbeddingCall(body.inputs, body.params, options, request_id, exchange.caller.name, trace)
+        with exchange.canceled_when_gone():
+            found = await embed_all(frontend, call)
+            num_tokens = sum(one.prompt_tokens for one in found)
+            if body.num_first is not None:
+                scores = pair_scores([one.embedding for one in found], body.num_first)
+                await exchange.answer_json(score_response(request_id, served.name, created, scores, num_tokens))
+            else:
+                head = embeddings_head(request_id, served.name, created)
+                await exchange.answer_parts(_parts(head, body.encoding_format, found, num_tokens))
+
+    def _parse(self, body: dict[str, object]) -> EmbeddingBody:
+        with self._served.rejections():
+            return (parse_score if self._scores else parse_embeddings)(
+                body, allow_unknown=self._config.allow_unknown_fields, max_inputs=self._config.max_embedding_inputs
+            )
+
+
+def _parts(
+    head: dict[str, object], encoding_format: str, found: Sequence[Embedded], num_tokens: int
+) -> Iterator[bytes]:
+    """Yields the parts of a response, an embedding each: encoded together they would hold up other requests."""
+    yield msgspec.json.encode(head)[:-1] + b',"data":['
+    for index, one in enumerate(found):
+        yield (b"," if index else b"") + embedding_json(index, one.embedding, encoding_format)
+    yield b'],"usage":' + msgspec.json.encode(embedding_usage(num_tokens)) + b"}"
