@@ -100,7 +100,7 @@ class ProgramKey:
     @property
     def uses_pools(self) -> bool:
         """Returns whether the pools are among its arguments, so that it depends on their size."""
-        return self.kind in ("forward", "decode", "swap_in", "swap_out")
+        return self.kind in ("forward", "decode", "swap_in", "swap_out", "page_copy")
 
 
 SCORE_ROWS = 64
