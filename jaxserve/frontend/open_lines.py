@@ -10,7 +10,7 @@ from typing import Any
 from jaxserve.frontend.batch_lines import KeyedLine
 from jaxserve.frontend.offline import FinishedRequest
 from jaxserve.frontend.openai import CHAT_URL
-from jaxserve.frontend.openai_embeddings import EmbeddingBody, embeddings_response
+from jaxserve.frontend.openai_embeddings import EmbeddingBody, embedding_usage, embeddings_response
 from jaxserve.frontend.openai_logprobs import LogprobShapes
 from jaxserve.frontend.openai_responses import Answer, response_body
 from jaxserve.frontend.tokenizer import Tokenizer
@@ -43,7 +43,10 @@ class OpenLine:
                 created,
                 [one.embedding for one in completions],
                 self.embeddings.encoding_format,
-                sum(len(one.prompt_token_ids) for one in completions),
+                embedding_usage(
+                    sum(len(one.prompt_token_ids) for one in completions),
+                    sum(one.num_truncated_tokens for one in completions),
+                ),
             )
         (completion,) = completions
         logprobs, prompt = completion.logprobs, completion.prompt_logprobs
