@@ -303,8 +303,7 @@ class StepPlan:
     token_bucket: tokens of the forward program. row_bucket: rows of the sample program; 0 when nothing is sampled.
     copies: page copies, executed in order before the rest of the step: a page freed by one may be filled by a later one
     or by the step itself. table_writes, penalty_writes: applied after the copies and before the forward program.
-    scores: prompt tokens whose log-probabilities are wanted. num_pooled: number of chunks with
-    `RowPlan.pooled`.
+    scores: prompt tokens whose log-probabilities are wanted. num_pooled: number of chunks with `RowPlan.pooled`.
     """
 
     step: int
