@@ -255,7 +255,7 @@ def test_an_engine_process_of_its_own_gives_what_llm_gives():
             assert last.outputs[0].text.isdecimal()
         return found
 
-    found = asyncio.run(asyncio.wait_for(body(), 2 * WAIT_SECONDS))
+    found = asyncio.run(asyncio.wait_for(body(), 4 * WAIT_SECONDS))
     assert found[RequestOutputKind.FINAL_ONLY] == [expected]
     for kind in (None, RequestOutputKind.CUMULATIVE):
         assert found[kind][-1] == expected
