@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.delta import DeadlineError, DuplicateRequestError, EngineDeadError
 from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.llm import LLM
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import SamplingParams
+from jaxserve.request import RequestOutputKind, SamplingParams
+from jaxserve.structured_outputs import StructuredOutputsParams
 from tests.server.fakes import WAIT_SECONDS, EchoEngine, save_tokenizer
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -198,17 +202,79 @@ def test_options_are_checked_before_anything_starts(tokenizer):
         AsyncLLM("models/tiny/checkpoint", max_seqs=1)
 
 
+CONFIG = EngineConfig(
+    model="models/tiny/checkpoint",
+    scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=32),
+    cache=CacheConfig(num_pages=64),
+    token_buckets=(32,),
+    row_buckets=(8,),
+)
+
+
+def added_up(outputs):
+    """The output that those of kind delta make together."""
+    parts = [output.outputs[0] for output in outputs]
+    completion = dataclasses.replace(
+        parts[-1],
+        text="".join(part.text for part in parts),
+        token_ids=tuple(token_id for part in parts for token_id in part.token_ids),
+        logprobs=[position for part in parts for position in part.logprobs],
+        cumulative_logprob=math.fsum(position[own].logprob for part in parts for own, position in positions(part)),
+    )
+    (prompt_logprobs,) = [output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None]
+    return dataclasses.replace(outputs[-1], outputs=(completion,), prompt_logprobs=prompt_logprobs)
+
+
+def positions(completion):
+    return zip(completion.token_ids, completion.logprobs, strict=True)
+
+
+def test_an_engine_process_of_its_own_gives_what_llm_gives():
+    prompt = "copy: abc; 12+34=\n"
+    wanted = SamplingParams(
+        temperature=1.2, seed=3, min_tokens=6, max_tokens=12, logprobs=2, prompt_logprobs=1, truncate_prompt_tokens=9
+    )
+    with LLM(client=InlineEngine(CONFIG), tokenizer=Tokenizer("models/tiny/checkpoint")) as llm:
+        (expected,) = llm.generate(prompt, wanted, use_tqdm=False)
+        vector = llm.embed(prompt, use_tqdm=False)[0].outputs.embedding
+    assert len(expected.outputs[0].token_ids) >= 6
+    assert len(expected.outputs[0].logprobs[0]) >= 2
+    assert len(expected.prompt_logprobs) == len(expected.prompt_token_ids) == 9
+    assert expected.num_truncated_tokens > 0
+    expected = dataclasses.replace(expected, request_id="r")
+
+    async def body():
+        async with AsyncLLM(config=CONFIG) as llm:
+            found = {}
+            for kind in (None, *RequestOutputKind):
+                params = dataclasses.replace(wanted, output_kind=kind)
+                found[kind] = [output async for output in llm.generate(prompt, params, "r")]
+            assert (await llm.embed(prompt)).outputs.embedding == vector
+            digits = StructuredOutputsParams(regex="[0-9]{4}")
+            last = await last_of(llm.generate(prompt, SamplingParams(structured_outputs=digits)))
+            assert last.outputs[0].text.isdecimal()
+        return found
+
+    found = asyncio.run(asyncio.wait_for(body(), 4 * WAIT_SECONDS))
+    assert found[RequestOutputKind.FINAL_ONLY] == [expected]
+    for kind in (None, RequestOutputKind.CUMULATIVE):
+        assert found[kind][-1] == expected
+        for output in found[kind]:
+            completion = output.outputs[0]
+            assert expected.outputs[0].text.startswith(completion.text)
+            assert completion.logprobs == expected.outputs[0].logprobs[: len(completion.token_ids)]
+            assert output.prompt_logprobs == expected.prompt_logprobs
+    deltas = added_up(found[RequestOutputKind.DELTA])
+    total = deltas.outputs[0].cumulative_logprob
+    assert total == pytest.approx(expected.outputs[0].cumulative_logprob, rel=1e-12)
+    completion = dataclasses.replace(deltas.outputs[0], cumulative_logprob=expected.outputs[0].cumulative_logprob)
+    assert dataclasses.replace(deltas, outputs=(completion,)) == expected
+
+
 def test_canceled_streams_of_a_model_free_their_pages():
     """Two engines at once over a real model; half of the streams of each are canceled in the middle."""
-    config = EngineConfig(
-        model="models/tiny/checkpoint",
-        scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=32),
-        cache=CacheConfig(num_pages=64),
-        token_buckets=(32,),
-        row_buckets=(8,),
-    )
     tokenizer = Tokenizer("models/tiny/checkpoint")
-    engines = [InlineEngine(config), InlineEngine(config)]
+    engines = [InlineEngine(CONFIG), InlineEngine(CONFIG)]
 
     async def body():
         async with (

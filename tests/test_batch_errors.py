@@ -45,10 +45,10 @@ HI = [{"role": "user", "content": "hi"}]
         (line("good", prompt="x"), None, "duplicate_custom_id", "custom_id 'good' was used by an earlier line"),
         (line("b", prompt="x") | {"method": "GET"}, "b", "invalid_method", "method is 'GET'; it must be 'POST'"),
         (
-            line("b", "/v1/embeddings", input="x"),
+            line("b", "/v1/responses", input="x"),
             "b",
             "invalid_url",
-            "url is '/v1/embeddings'; it must be one of /v1/completions, /v1/chat/completions",
+            "url is '/v1/responses'; it must be one of /v1/completions, /v1/chat/completions, /v1/embeddings",
         ),
         (line("b") | {"body": "x"}, "b", "invalid_line", "body is text; it must be a JSON object"),
         (

@@ -53,6 +53,7 @@ def test_a_prompt_may_fill_the_context_or_be_cut(tokenizer):
         for most, length in ((3, 3), (-1, 512)):
             (cut,) = llm.embed(ids(*[5] * 600, 7), PoolingParams(truncate_prompt_tokens=most), use_tqdm=False)
             assert (len(cut.prompt_token_ids), cut.prompt_token_ids[-1]) == (length, 7)
+            assert cut.num_truncated_tokens == 601 - length
         long = "x" * 5000
         with pytest.raises(ValueError, match="prompt has 5000 characters, at least"):
             llm.embed(long, use_tqdm=False)
@@ -61,7 +62,7 @@ def test_a_prompt_may_fill_the_context_or_be_cut(tokenizer):
 
 
 def test_vectors_of_zeros_and_cosines():
-    limits = ModelLimits(10, 10, 10, 10, (), 2)
+    limits = ModelLimits(10, 10, 10, 10, (), embedding_size=2)
     zero = PoolingParams().embedding(np.zeros(2).tobytes(), limits)
     assert np.frombuffer(zero, "<f4").tolist() == [0, 0]
     a, b = (np.array(values, "<f4").tobytes() for values in ((3, 4), (4, -3)))
@@ -141,7 +142,7 @@ def test_checkpoints_that_say_nothing_or_too_much(tmp_path):
 
 
 def test_a_request_overrides_the_model():
-    limits = ModelLimits(10, 10, 10, 10, (), 2, Pooling.MEAN, False)
+    limits = ModelLimits(10, 10, 10, 10, (), embedding_size=2, pooling=Pooling.MEAN, normalize=False)
     assert PoolingParams().kind(limits) is Pooling.MEAN
     assert PoolingParams(pooling_type="cls").kind(limits) is Pooling.CLS
     pooled = np.array([3.0, 4.0]).tobytes()

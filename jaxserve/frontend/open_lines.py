@@ -11,7 +11,7 @@ from jaxserve.frontend.batch_lines import KeyedLine
 from jaxserve.frontend.chat_format import ReplyPlan
 from jaxserve.frontend.offline import FinishedRequest
 from jaxserve.frontend.openai import CHAT_URL
-from jaxserve.frontend.openai_embeddings import EmbeddingBody, embeddings_response
+from jaxserve.frontend.openai_embeddings import EmbeddingBody, embedding_usage, embeddings_response
 from jaxserve.frontend.openai_logprobs import LogprobShapes
 from jaxserve.frontend.openai_replies import ReplyMessage
 from jaxserve.frontend.openai_responses import Answer, response_body
@@ -47,7 +47,10 @@ class OpenLine:
                 created,
                 [one.embedding for one in completions],
                 self.embeddings.encoding_format,
-                sum(len(one.prompt_token_ids) for one in completions),
+                embedding_usage(
+                    sum(len(one.prompt_token_ids) for one in completions),
+                    sum(one.num_truncated_tokens for one in completions),
+                ),
             )
         (completion,) = completions
         shapes = LogprobShapes(

@@ -165,25 +165,27 @@ def embeddings_response(
     created: int,
     embeddings: Sequence[bytes],
     encoding_format: str,
-    prompt_tokens: int,
+    usage: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Builds the response object of a request for embeddings."""
     data = [msgspec.json.decode(embedding_json(index, one, encoding_format)) for index, one in enumerate(embeddings)]
-    return {**embeddings_head(request_id, model, created), "data": data, "usage": embedding_usage(prompt_tokens)}
+    return {**embeddings_head(request_id, model, created), "data": data, "usage": usage}
 
 
 def score_response(
-    request_id: object, model: str, created: int, scores: Sequence[float], prompt_tokens: int
+    request_id: object, model: str, created: int, scores: Sequence[float], usage: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Builds the response object of a request for scores."""
     data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)]
     head = {"id": f"score-{request_id}", "object": "list", "created": created, "model": model}
-    return {**head, "data": data, "usage": embedding_usage(prompt_tokens)}
+    return {**head, "data": data, "usage": usage}
 
 
-def embedding_usage(prompt_tokens: int) -> dict[str, Any]:
-    """Builds the usage object of a request for embeddings or scores."""
-    return {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens}
+def embedding_usage(prompt_tokens: int, truncated_tokens: int) -> dict[str, Any]:
+    """Builds the usage object of a request for embeddings or scores. truncated_tokens: cut off its inputs; where there
+    are any, it has their number, which is an addition to OpenAI's fields."""
+    details = {"prompt_tokens_details": {"truncated_tokens": truncated_tokens}} if truncated_tokens else {}
+    return {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens, **details}
 
 
 def _known(body: Mapping[str, Any], own: Sequence[str], allow_unknown: bool) -> tuple[dict[str, Any], list[str]]:

@@ -87,8 +87,8 @@ class PendingStep:
     hidden: the output of its forward program, until the next step takes it over. sample: the call that samples it; None
     when nothing is sampled. copied: its page copies were made. ids: its sampled ids on the device, int32 [row bucket],
     of which as many are real as `plan.samples` has; None until sampling is dispatched. logprobs: theirs, where a sample
-    wants them. scores: blocks of `plan.scores`. pooled: what the pooling program computed, of which the
-    first `plan.num_pooled` rows are real; None when nothing is pooled.
+    wants them. scores: blocks of `plan.scores`. pooled: what the pooling program computed, of which the first
+    `plan.num_pooled` rows are real; None when nothing is pooled.
     """
 
     plan: StepPlan

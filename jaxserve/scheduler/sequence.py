@@ -23,8 +23,8 @@ class Sequence:
     tenant_number: the policy's number for its tenant. wants: `Wants` of each of its samples. start_by, lateness: see
     the policy that uses them.
     next_scored: index of the first prompt token that no dispatched step scores, where the request wants
-    log-probabilities of its prompt. scores: those that the host has read and not handed on. pooled: of a
-    prompt that is embedded.
+    log-probabilities of its prompt. scores: those that the host has read and not handed on. pooled: of a prompt that
+    is embedded.
     pages: of the device, in the order of the table; reserved: pages held for it beyond them; host_pages: those of a
     swapped sequence. penalized: it needs a penalty row; penalty_row: the one that it holds while it runs. parked: its
     queue does not offer it, since no row is free. prompt: what it shares with other samples of its request; None where

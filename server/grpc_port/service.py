@@ -262,7 +262,10 @@ class JaxServeService(pb_grpc.JaxServeServicer):
 
 
 def _prompt_usage(found: Sequence[Embedded]) -> pb.Usage:
-    return pb.Usage(prompt_tokens=sum(one.prompt_tokens for one in found))
+    return pb.Usage(
+        prompt_tokens=sum(one.prompt_tokens for one in found),
+        truncated_tokens=sum(one.truncated_tokens for one in found),
+    )
 
 
 def _tokenize_steps(tokenizer: Any, request: pb.TokenizeRequest) -> Steps[bytes]:

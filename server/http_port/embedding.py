@@ -90,13 +90,13 @@ class Embeddings:
         call = EmbeddingCall(body.inputs, body.params, options, request_id, exchange.caller.name, trace)
         with exchange.canceled_when_gone():
             found = await embed_all(frontend, call)
-            num_tokens = sum(one.prompt_tokens for one in found)
+            usage = embedding_usage(sum(one.prompt_tokens for one in found), sum(one.truncated_tokens for one in found))
             if body.num_first is not None:
                 scores = pair_scores([one.embedding for one in found], body.num_first)
-                await exchange.answer_json(score_response(request_id, served.name, created, scores, num_tokens))
+                await exchange.answer_json(score_response(request_id, served.name, created, scores, usage))
             else:
                 head = embeddings_head(request_id, served.name, created)
-                await exchange.answer_parts(_parts(head, body.encoding_format, found, num_tokens))
+                await exchange.answer_parts(_parts(head, body.encoding_format, found, usage))
 
     def _parse(self, body: dict[str, object]) -> EmbeddingBody:
         with self._served.rejections():
@@ -106,10 +106,10 @@ class Embeddings:
 
 
 def _parts(
-    head: dict[str, object], encoding_format: str, found: Sequence[Embedded], num_tokens: int
+    head: dict[str, object], encoding_format: str, found: Sequence[Embedded], usage: dict[str, object]
 ) -> Iterator[bytes]:
     """Yields the parts of a response, an embedding each: encoded together they would hold up other requests."""
     yield msgspec.json.encode(head)[:-1] + b',"data":['
     for index, one in enumerate(found):
         yield (b"," if index else b"") + embedding_json(index, one.embedding, encoding_format)
-    yield b'],"usage":' + msgspec.json.encode(embedding_usage(num_tokens)) + b"}"
+    yield b'],"usage":' + msgspec.json.encode(usage) + b"}"

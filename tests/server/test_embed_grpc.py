@@ -51,6 +51,7 @@ def test_clients(client, tokenizer):
     params = PoolingParams(pooling_type="MEAN", normalize=True, dimensions=EMBEDDING_SIZE, truncate_prompt_tokens=-1)
     (vector,) = client.embed([[7, 8, 9]], params).embeddings
     np.testing.assert_allclose(vector, expected([7, 8, 9], Pooling.MEAN), rtol=1e-6)
+    assert client.embed([[7, 8, 9]], PoolingParams(truncate_prompt_tokens=2)).prompt_tokens == 2
     scores = client.score("hello", TEXTS)
     first, *_ = vectors = [expected(tokenizer.encode(text)) for text in TEXTS]
     np.testing.assert_allclose(scores.scores, [first @ one for one in vectors], atol=1e-6)

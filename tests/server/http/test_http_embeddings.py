@@ -49,6 +49,8 @@ def test_the_client_of_openai(client, chat_tokenizer):
     mean = client.embeddings.create(model="echo", input="hello", extra_body=extra)
     wanted = expected(chat_tokenizer, chat_tokenizer.encode("hello")[-2:], Pooling.MEAN, normalize=False)
     np.testing.assert_allclose(mean.data[0].embedding, wanted, rtol=1e-6)
+    truncated = len(chat_tokenizer.encode("hello")) - 2
+    assert mean.usage.model_dump()["prompt_tokens_details"] == {"truncated_tokens": truncated}
     with pytest.raises(openai.BadRequestError, match="dimensions is 161; the model's embeddings have 160"):
         client.embeddings.create(model="echo", input="hello", dimensions=EMBEDDING_SIZE + 1)
 
