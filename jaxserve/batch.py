@@ -54,6 +54,7 @@ from jaxserve.request import FinishReason
 
 EXIT_FAILED = 1
 _FAREWELL = "jaxserve.batch: ended at once by a second signal; the same command resumes it"
+_NOT_COMPLETED = frozenset({FinishReason.ERROR, FinishReason.ABORT, FinishReason.DEADLINE})
 _MAX_MESSAGE = 1000  # characters of an error line's message: a client's value in it may be of any length
 
 
@@ -125,9 +126,10 @@ class BatchRun:
         with contextlib.closing(run_all(self._front_end, self._client, requests, stepped)) as finished:
             for completion in finished:
                 keyed = self._under_way.pop(completion.request_id)
-                if completion.finish_reason in (FinishReason.ERROR, FinishReason.ABORT, FinishReason.DEADLINE):
+                failed = _NOT_COMPLETED.intersection(sample.finish_reason for sample in completion.samples)
+                if failed:
                     self._plans.pop(completion.request_id, None)
-                    late = completion.finish_reason is FinishReason.DEADLINE
+                    late = FinishReason.DEADLINE in failed
                     code = "deadline_exceeded" if late else "request_failed"
                     self._write_error(output, keyed, code, completion.error)
                 else:
@@ -202,23 +204,24 @@ class BatchRun:
             chat=keyed.line.url == CHAT_URL,
             as_ids=bool(body.get("return_tokens_as_token_ids")),
         )
-        logprobs = None if completion.logprobs is None else shapes.of(completion.logprobs, completion.token_ids)
-        answer = Answer(
-            completion.text,
-            completion.finish_reason.value,
-            len(completion.prompt_token_ids),
-            len(completion.token_ids),
-            completion.num_cached_tokens,
-            completion.token_ids,
-            truncated_tokens=completion.num_truncated_tokens,
-            logprobs=logprobs,
-            prompt_logprobs=None if prompt is None else shapes.of_prompt(prompt),
-        )
+        answers = [
+            Answer(
+                sample.text,
+                sample.finish_reason.value,
+                len(completion.prompt_token_ids),
+                len(sample.token_ids),
+                completion.num_cached_tokens,
+                sample.token_ids,
+                truncated_tokens=completion.num_truncated_tokens,
+                logprobs=None if sample.logprobs is None else shapes.of(sample.logprobs, sample.token_ids),
+                prompt_logprobs=None if prompt is None else shapes.of_prompt(prompt),
+                index=index,
+            )
+            for index, sample in enumerate(completion.samples)
+        ]
         if (plan := self._plans.pop(completion.request_id, None)) is not None:
-            message = ReplyMessage(plan)
-            message.add(answer.text)
-            answer = message.finish(answer)
-        answered = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), [answer])
+            answers = [_parsed(answer, plan) for answer in answers]
+        answered = response_body(keyed.line.url, keyed.number, self._model, int(time.time()), answers)
         return {
             "id": _result_id(keyed.number),
             "custom_id": keyed.key,
@@ -409,6 +412,12 @@ def _settings_digest(model: str, seed: int, settings: str) -> bytes:
 def _seed_for(seed: int, custom_id: str) -> int:
     digest = hashlib.blake2b(f"{seed}\0{custom_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
+
+
+def _parsed(answer: Answer, plan: ReplyPlan) -> Answer:
+    message = ReplyMessage(plan)
+    message.add(answer.text)
+    return message.finish(answer)
 
 
 def _result_id(number: int) -> str:

@@ -18,7 +18,7 @@ from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.continuations import SCORING, ScoreOutput, continued
 from jaxserve.frontend.frontend import FrontEnd, Prepared
 from jaxserve.frontend.logprob_outputs import PositionLogprobs, position_logprobs, prompt_positions
-from jaxserve.frontend.offline import FinishedRequest, TokenBar, run_all
+from jaxserve.frontend.offline import FinishedRequest, FinishedSample, TokenBar, run_all
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.request import InfeasibleError, RequestOptions, SamplingParams
 
@@ -28,7 +28,7 @@ Prompt = str | Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class CompletionOutput:
-    """Holds one generated output.
+    """Holds one generated output. index: of the sample (n).
 
     text: continues the prompt, so that both together are the text of all tokens; special tokens are not shown.
     finish_reason: "stop", "length", "deadline" when its deadline passed or was out of reach, or "error" when this
@@ -46,11 +46,12 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:
-    """Holds a prompt and its result.
+    """Holds a prompt and its result. outputs: one for each of the n samples.
 
     prompt: None when token ids were given. num_cached_tokens: prompt tokens taken from the prefix cache.
-    error: one line when outputs[0].finish_reason is "deadline" or "error". num_truncated_tokens: cut off the beginning
-    of the prompt, as truncate_prompt_tokens asks; prompt_token_ids are the others.
+    error: one line when an output's finish_reason is "deadline" or "error": that of the first such one.
+    num_truncated_tokens: cut off the beginning of the prompt, as truncate_prompt_tokens asks; prompt_token_ids are the
+    others.
     prompt_logprobs: of each token of the prompt, by token id, where they are wanted; None for the first.
     """
 
@@ -286,27 +287,31 @@ def _content(prompt: Prompt) -> str | Sequence[int]:
     )
 
 
-def _request_output(text: str | None, completion: FinishedRequest, tokenizer: Tokenizer | None) -> RequestOutput:
-    logprobs, cumulative, prompt_logprobs = completion.logprobs, None, None
-    positions = None
-    if logprobs is not None:
-        positions = position_logprobs(logprobs, completion.token_ids, tokenizer)
-        cumulative = math.fsum(logprobs.values.tolist())
-    if completion.prompt_logprobs is not None:
-        prompt_logprobs = prompt_positions(completion.prompt_logprobs, tokenizer)
-    output = CompletionOutput(
-        index=0,
-        text=completion.text,
-        token_ids=completion.token_ids,
-        finish_reason=completion.finish_reason.value,
-        logprobs=positions,
+def _completion_output(index: int, sample: FinishedSample, tokenizer: Tokenizer | None) -> CompletionOutput:
+    logprobs, cumulative = None, None
+    if sample.logprobs is not None:
+        logprobs = position_logprobs(sample.logprobs, sample.token_ids, tokenizer)
+        cumulative = math.fsum(sample.logprobs.values.tolist())
+    return CompletionOutput(
+        index=index,
+        text=sample.text,
+        token_ids=sample.token_ids,
+        finish_reason=sample.finish_reason.value,
+        logprobs=logprobs,
         cumulative_logprob=cumulative,
     )
+
+
+def _request_output(text: str | None, completion: FinishedRequest, tokenizer: Tokenizer | None) -> RequestOutput:
+    outputs = [_completion_output(index, sample, tokenizer) for index, sample in enumerate(completion.samples)]
+    prompt_logprobs = None
+    if completion.prompt_logprobs is not None:
+        prompt_logprobs = prompt_positions(completion.prompt_logprobs, tokenizer)
     return RequestOutput(
         request_id=completion.request_id,
         prompt=text,
         prompt_token_ids=completion.prompt_token_ids,
-        outputs=(output,),
+        outputs=tuple(outputs),
         finished=True,
         num_cached_tokens=completion.num_cached_tokens,
         error=completion.error,

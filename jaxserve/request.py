@@ -14,6 +14,7 @@ from dataclasses import field
 
 from jaxserve.config.keywords import refuses_unknown_keywords
 from jaxserve.config.logprobs_config import MAX_LOGPROBS
+from jaxserve.config.parallel_samples import DEFAULT_MAX_N, MAX_SAMPLES
 from jaxserve.config.sampling_fields import (
     MAX_INT32,
     Biases,
@@ -208,6 +209,13 @@ class SamplingParams(RowSampling):
     ValueError, where it is made, naming the field, its value and the limit.
     """
 
+    n: int = field(
+        default=1,
+        metadata=sampling(
+            Whole(1, MAX_SAMPLES),
+            "samples of the prompt, which is computed once; sample i is drawn as with seed + i; `max_n` bounds them",
+        ),
+    )
     max_tokens: int | None = field(
         default=None,
         metadata=sampling(
@@ -300,6 +308,10 @@ class SamplingParams(RowSampling):
     def __post_init__(self) -> None:
         for name, row in SAMPLING_FIELDS.items():
             object.__setattr__(self, name, row.checked(getattr(self, name)))
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(
+                f"n is {self.n} and temperature is 0; all samples would be the same: set n to 1 or raise temperature"
+            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}; it must be at most max_tokens {self.max_tokens}")
         if self.stop and not self.detokenize:
@@ -348,6 +360,7 @@ class ModelLimits:
     eos_token_ids: the model's own stop ids.
     default_max_tokens: of requests that set none, as far as there is room; None: all of the room.
     max_logprobs: likeliest ids of one position that a request may ask for.
+    max_n: samples of one request, at most.
     """
 
     vocab_size: int
@@ -357,6 +370,7 @@ class ModelLimits:
     eos_token_ids: tuple[int, ...]
     default_max_tokens: int | None = None
     max_logprobs: int = MAX_LOGPROBS
+    max_n: int = DEFAULT_MAX_N
 
     def room(self, length: int, min_tokens: int) -> int:
         """Returns the output tokens of a request that sets no limit, behind a prompt of `length` tokens."""
@@ -444,6 +458,17 @@ class EngineRequest(RowSampling):
     prompt_logprobs_start: int = 1
     grammar: str = ""
 
+    def sample(self, index: int, request_id: str) -> EngineRequest:
+        """Returns the request of another sample of the prompt, which the first one scores where that is wanted: its
+        seed is `index` more, in 64 bits."""
+        seed = _signed(self.seed + index)
+        return dataclasses.replace(self, request_id=request_id, seed=seed, prompt_logprobs=None)
+
+
+def _signed(number: int) -> int:
+    """Returns the number of 64 bits that is equal to it modulo 2^64, and at least -2^63."""
+    return (number + 2**63) % 2**64 - 2**63
+
 
 def check_logprobs(params: SamplingParams, limits: ModelLimits, name_of_output: str = "logprobs") -> None:
     """Checks what a request asks for of log-probabilities, in constant time. Raises ValueError naming the field.
@@ -458,12 +483,22 @@ def check_logprobs(params: SamplingParams, limits: ModelLimits, name_of_output: 
             )
 
 
+def check_samples(params: SamplingParams, limits: ModelLimits) -> None:
+    """Checks how many samples are asked for, before anything is done for one. Raises ValueError."""
+    if params.n > limits.max_n:
+        raise ValueError(
+            f"n is {params.n}; at most {limits.max_n} samples of one request are allowed (max_n, and max_num_seqs + "
+            "max_num_waiting): lower it or send several requests"
+        )
+
+
 def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, limits: ModelLimits) -> int:
     """Checks a prompt and its parameters against the engine; returns the resolved max_tokens.
 
     The prompt's length is checked before its ids. Raises ValueError (the client's fault) or InfeasibleError (fits the
     context, never the pool), each naming the field, its value and the limit.
     """
+    check_samples(params, limits)
     max_tokens = check_length(len(prompt_token_ids), params, limits)
     check_logprobs(params, limits)
     width = limits.resolved_logprobs(params.prompt_logprobs)

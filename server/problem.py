@@ -145,6 +145,11 @@ def unforeseen(error: Exception) -> Problem:
     return Problem(Code.INTERNAL, f"internal error: {type(error).__name__}")
 
 
+def fails_alone(delta: Delta) -> bool:
+    """Tells whether a delta ends a sample that failed while others of its request go on."""
+    return delta.samples_left > 0 and delta.finish_reason is FinishReason.ERROR
+
+
 def check_delta(delta: Delta) -> None:
     """Raises the error that a last delta represents; returns when it is a result.
 

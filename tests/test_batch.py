@@ -107,6 +107,20 @@ def test_fields_that_ask_for_nothing_are_taken(tmp_path, tokenizer):
     assert summary.completed == 1
 
 
+def test_samples_are_choices(tmp_path, tokenizer):
+    lines = [line("a", prompt="abc", n=3), line("b", prompt="xyz", n=2, max_tokens=2)]
+    summary, out = run(tmp_path, [*lines, line("c", prompt=[0, 5], n=2), line("d", prompt="a", n=129)], tokenizer)
+    assert (summary.completed, summary.errors) == (2, 2)
+    body = out["a"]["response"]["body"]
+    found = [(choice["index"], choice["text"]) for choice in body["choices"]]
+    assert found == [(0, "abc"), (1, "bc"), (2, "c")]
+    assert body["usage"]["completion_tokens"] == 4 + 3 + 2
+    assert body["usage"]["prompt_tokens"] == len(tokenizer.encode("abc"))
+    assert len(out["b"]["response"]["body"]["choices"]) == 2
+    assert out["c"]["error"]["message"] == "line 3: logits are not finite"
+    assert "n is 129; at most 128 samples" in out["d"]["error"]["message"]
+
+
 def test_seeds_depend_on_the_configuration_and_the_custom_id_alone(tmp_path, tokenizer):
     seeds = []
     for index, names in enumerate(("abc", "cb")):

@@ -17,6 +17,7 @@ from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.config.failpoints import Failpoint
 from jaxserve.config.http_config import HttpConfig
 from jaxserve.config.logprobs_config import LogprobsConfig
+from jaxserve.config.parallel_samples import ParallelSamplesConfig
 from jaxserve.config.queue_limits import QueueConfig
 from jaxserve.config.scheduling import MIN_BUCKET, SchedulerConfig
 from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
@@ -102,7 +103,7 @@ class EngineConfig:
     everywhere else.
     bundle: directory of programs that `jaxserve.compile` wrote for this configuration and device; loaded instead of
     compiling anything, and refused where it does not fit. Its number of pages counts where none is configured.
-    seed: base of the seeds drawn for requests that bring none.
+    seed: base of the seeds drawn for requests that bring none. samples: bounds the samples of one request.
     generation_config: where defaults of sampling parameters come from: "auto" takes those of the model's
     generation_config.json, "vllm" none, and a directory those of the file there. What a request sets always counts.
     composition_dir: directory for what steps consisted of over time, as JSON and a plot, written when the engine ends;
@@ -123,6 +124,7 @@ class EngineConfig:
     chat: ChatConfig = ChatConfig()
     logprobs: LogprobsConfig = LogprobsConfig()
     structured_outputs: StructuredOutputsConfig = StructuredOutputsConfig()
+    samples: ParallelSamplesConfig = ParallelSamplesConfig()
     token_buckets: tuple[int, ...] | None = None
     row_buckets: tuple[int, ...] | None = None
     attention: str = "auto"

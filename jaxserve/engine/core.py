@@ -24,6 +24,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as List
 
 from jaxserve.config.failpoints import Failpoints
 from jaxserve.config.settings import EngineConfig, ineffective_settings
@@ -188,6 +189,7 @@ class EngineCore:
             eos_token_ids=info.eos_token_ids,
             default_max_tokens=None if max_tokens is None else int(max_tokens),
             max_logprobs=info.max_logprobs,
+            max_n=min(self.config.samples.max_n, scheduler.max_num_seqs + scheduler.max_num_waiting),
         )
         return EngineReady(info, limits, scheduler.max_num_seqs, scheduler.max_num_waiting, start_seconds, defaults)
 
@@ -195,7 +197,7 @@ class EngineCore:
         """Handles one message. A request that cannot be queued is answered with an error at once."""
         self._nothing_to_do = False
         if isinstance(message, AddRequest):
-            return self._add(message.request)
+            return self._add(message)
         if isinstance(message, AbortRequest):
             messages: list[FromEngine] = self._abort(message.request_id)
         elif isinstance(message, AskProgress):
@@ -395,42 +397,51 @@ class EngineCore:
         """Asserts the invariants of scheduler and pool; O(pages)."""
         self.scheduler.check_integrity()
 
-    def _add(self, request: EngineRequest) -> list[FromEngine]:
+    def _add(self, message: AddRequest) -> list[FromEngine]:
+        request, names = message.request, message.sample_ids
+        requests = [request, *[request.sample(index, name) for index, name in enumerate(names, start=1)]]
         try:
-            masked = self._constraints.constrains(request)
-            compiled = self._constraints.compiled(request)
+            masked = [self._constraints.constrains(one) for one in requests]
+            compilations = [self._constraints.compiled(one) for one in requests]
         except ValueError as error:
-            return self._refused(request, str(error))
-        if compiled is None:
-            return self._queue(request, masked)
-        self._compiling.add(request, compiled)
+            return self._refused(requests, str(error))
+        if compilations[0] is None:
+            return self._queue(requests, masked=masked[0])
+        self._compiling.add(requests, compilations[0])  # they have one grammar
         return self._start_compiled()
 
-    def _queue(self, request: EngineRequest, masked: bool) -> list[FromEngine]:
+    def _queue(self, requests: List[EngineRequest], *, masked: bool) -> list[FromEngine]:
+        """Queues the samples of one prompt, which want the same."""
         wants = Wants.MASK if masked else Wants.NONE
-        if request.logprobs is not None:
+        if requests[0].logprobs is not None:
             wants |= Wants.LOGPROBS
         try:
-            self.scheduler.add(request, wants)
+            if len(requests) > 1:
+                self.scheduler.add_samples(requests, [wants] * len(requests))
+            else:
+                self.scheduler.add(requests[0], wants)
         except ValueError as error:
-            return self._refused(request, str(error))
-        self._events.arrived(request, self._clock())
+            return self._refused(requests, str(error))
+        now = self._clock()
+        for one in requests:
+            self._events.arrived(one, now)
         return []
 
     def _start_compiled(self) -> list[FromEngine]:
         """Queues the requests whose grammars have been compiled."""
         messages: list[FromEngine] = []
-        for request, error in self._compiling.ready() if len(self._compiling) else ():
-            messages += self._refused(request, error) if error else self._queue(request, masked=True)
+        for requests, error in self._compiling.ready() if len(self._compiling) else ():
+            messages += self._refused(requests, error) if error else self._queue(requests, masked=True)
         return messages
 
-    def _refused(self, request: EngineRequest, error: str) -> list[FromEngine]:
-        if request.request_id not in self.scheduler:  # of another request, it may
-            self._constraints.forget(request.request_id)
-        return [EngineOutput(request.request_id, (), FinishReason.ERROR, error)]
+    def _refused(self, requests: List[EngineRequest], error: str) -> list[FromEngine]:
+        for request in requests:
+            if request.request_id not in self.scheduler:  # of another request, it may
+                self._constraints.forget(request.request_id)
+        return [EngineOutput(request.request_id, (), FinishReason.ERROR, error) for request in requests]
 
     def _abort(self, request_id: str) -> list[FromEngine]:
-        if self._compiling.remove(request_id) is not None:
+        if self._compiling.remove(request_id):
             self._constraints.forget(request_id)
             return [EngineOutput(request_id, (), FinishReason.ABORT)]
         update = self.scheduler.abort(request_id)
@@ -476,7 +487,10 @@ class EngineCore:
     def _output(self, update: SequenceUpdate, now: float) -> EngineOutput:
         sequence, phases = update.sequence, (None, None)
         if update.token_ids and len(sequence.output_token_ids) == len(update.token_ids):
-            self._totals["prompt_tokens"] += sequence.num_prompt_tokens
+            if sequence.prompt is None or not sequence.prompt.counted:
+                self._totals["prompt_tokens"] += sequence.num_prompt_tokens
+            if sequence.prompt is not None:
+                sequence.prompt.counted = True
             self._events.first_token(sequence, now)
             phases = self._meter.phases(sequence.request_id, now)
         if update.finish_reason is not None:

@@ -39,9 +39,14 @@ class Logprobs(_Message, frozen=True):
 
 
 class AddRequest(_Message, frozen=True):
-    """Front end -> engine: run this request."""
+    """Front end -> engine: run this request.
+
+    sample_ids: names of further samples of its prompt, in order: the first of them is drawn with the next seed, and so
+    on. Each is a request of its own in every other message.
+    """
 
     request: EngineRequest
+    sample_ids: tuple[str, ...] = ()
 
 
 class AbortRequest(_Message, frozen=True):
@@ -140,7 +145,7 @@ class EngineStats(_Message, frozen=True):
     process, at start and ever after.
     num_steps, compile_misses, num_preemptions, prompt_tokens, generation_tokens, computed_tokens, padding_tokens,
     num_dropped (requests ended in the queue because they were late, or would be):
-    totals since start; a prompt counts when its first output token is there.
+    totals since start; a prompt counts once, when its first output token is there.
     pages_free + pages_used + pages_cached are all usable pages. num_swapped, pages_swapped: requests whose pages are in
     host memory, and those pages. kendall_tau: how well predicted output lengths rank the last window of finished
     requests, as of at most a second ago; None while there is nothing to rank.

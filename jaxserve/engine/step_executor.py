@@ -207,7 +207,7 @@ class StepExecutor:
             return self._start(share)
         except StepNotStartedError as error:
             self._check(share.without_copies(error).plan, error)
-            for request_id in share.plan.request_ids:  # one, unless the step only copies pages
+            for request_id in share.plan.request_ids:  # one and its forks; none where the step only copies pages
                 _log.error("request %r cannot be computed: %s", request_id, error, exc_info=error)
                 failed.append((request_id, f"the request cannot be computed: {error}"))
             return None
@@ -219,6 +219,7 @@ class StepExecutor:
             part,
             decodes=NO_DECODES,
             chunks=(),
+            forks=(),
             samples=NO_SAMPLES,
             token_bucket=self._buckets.tokens[0],
             row_bucket=self._buckets.rows[0],

@@ -2,7 +2,7 @@
 
 Everything here is arithmetic on a time that the caller passes: no clock, no input or output. A request counts as
 waiting from `accept` until its first output, and as unfinished until its end. Checks cost O(tenants that have requests
-or were refused lately), whatever the number of requests.
+or were refused lately), whatever the number of requests. A request of several samples takes a place for each of them.
 
 Places and waiting tokens are divided by `shares`. A tenant's share of the places is its weight over the mean service of
 its requests, times their mean stay (Little's law), corrected by how its service of late compares with its weight
@@ -62,18 +62,20 @@ class Engine:
 
 @dataclasses.dataclass(eq=False)
 class Ticket:
-    """Stands for one accepted request. started: the time of its first output, or None while it waits."""
+    """Stands for one accepted request. max_tokens: of each sample. started: the time of its first output, or None while
+    it waits."""
 
     tenant: Tenant
     prompt_tokens: int
     max_tokens: int
     accepted: float
     deadline: float | None = None
+    samples: int = 1
     started: float | None = None
 
     @property
     def tokens(self) -> int:
-        return self.prompt_tokens + self.max_tokens
+        return self.prompt_tokens + self.samples * self.max_tokens
 
 
 class Admission:
@@ -125,16 +127,18 @@ class Admission:
         *,
         deadline: float | None = None,
         ending: int = 0,
+        samples: int = 1,
     ) -> None:
         """Raises where `accept` must not be called. Called before a prompt is tokenized, with the least tokens it has.
 
         Args:
             name: the tenant.
             prompt_tokens: tokens of the prompt.
-            max_tokens: output tokens that the request may take; None where it does not say.
+            max_tokens: output tokens that a sample of the request may take; None where it does not say.
             now: the present time.
             deadline: of the request.
-            ending: requests that have ended here and that the engine has yet to release.
+            ending: samples that have ended here and that the engine has yet to release.
+            samples: that the request has.
 
         Raises:
             QueueFullError: it may come later; the error says when.
@@ -143,9 +147,9 @@ class Admission:
         self._pass(now)
         tenant = self._tenant(name, now)
         max_tokens = self._reserved(tenant, max_tokens)
-        tokens = prompt_tokens + max_tokens
-        self._check_tenant(tenant, tokens, now)
-        self._check_places(tenant, ending, now)
+        tokens = prompt_tokens + samples * max_tokens
+        self._check_tenant(tenant, tokens, samples, now)
+        self._check_places(tenant, ending, samples, now)
         self._check_tokens(tenant, tokens, now)
         self._check_wait(tenant, max_tokens, deadline, now)
 
@@ -155,18 +159,25 @@ class Admission:
         return self._config.refusal_seconds if (self._refusals.rate or 0.0) > _MANY_REFUSALS else 0.0
 
     def accept(
-        self, name: str, prompt_tokens: int, max_tokens: int | None, now: float, *, deadline: float | None = None
+        self,
+        name: str,
+        prompt_tokens: int,
+        max_tokens: int | None,
+        now: float,
+        *,
+        deadline: float | None = None,
+        samples: int = 1,
     ) -> Ticket:
         """Counts a request that was checked; returns what `started` and `ended` take."""
         self._pass(now)
         tenant = self._tenant(name, now)
-        ticket = Ticket(tenant, prompt_tokens, self._reserved(tenant, max_tokens), now, deadline)
+        ticket = Ticket(tenant, prompt_tokens, self._reserved(tenant, max_tokens), now, deadline, samples)
         self._joins(tenant)
         tenant.refused_until = now
         tenant.tokens.add(ticket.tokens)
         for counts in (self, tenant):
-            counts.num_open += 1
-            counts.num_waiting += 1
+            counts.num_open += samples
+            counts.num_waiting += samples
             counts.waiting_tokens += ticket.tokens
         if tenant.request_allowance is not None:
             tenant.request_allowance.take(1, now)
@@ -181,12 +192,12 @@ class Admission:
         self._leaves_queue(ticket)
         self._wait.add(max(now - ticket.accepted, 0.0))
         if self._is_backlogged:
-            self._starts.happened()
+            self._starts.happened(ticket.samples)
             self._started_tokens.happened(ticket.tokens)
-            ticket.tenant.starts.happened()
+            ticket.tenant.starts.happened(ticket.samples)
 
     def ended(self, ticket: Ticket, output_tokens: int, now: float, reason: FinishReason = FinishReason.STOP) -> None:
-        """Records the end of a request, for whatever reason. output_tokens: that were computed for it."""
+        """Records the end of a request, for whatever reason. output_tokens: that were computed for all its samples."""
         self._pass(now)
         tenant = ticket.tenant
         if ticket.started is None:
@@ -196,9 +207,9 @@ class Admission:
         if ticket.deadline is not None:
             factor = _MORE_CAUTION if reason is FinishReason.DEADLINE else _LESS_CAUTION
             self._caution = min(max(self._caution * factor, 1.0), _MOST_CAUTION)
-        self._ends.happened()
+        self._ends.happened(ticket.samples)
         for counts in (self, tenant):
-            counts.num_open -= 1
+            counts.num_open -= ticket.samples
         if tenant.token_allowance is not None:
             used = output_tokens + (ticket.prompt_tokens if ticket.started is not None else 0)
             tenant.token_allowance.take(used - ticket.tokens, now)
@@ -212,17 +223,18 @@ class Admission:
 
     def _leaves_queue(self, ticket: Ticket) -> None:
         for counts in (self, ticket.tenant):
-            counts.num_waiting -= 1
+            counts.num_waiting -= ticket.samples
             counts.waiting_tokens -= ticket.tokens
 
     def _learn(self, ticket: Ticket, output_tokens: int, now: float, reason: FinishReason) -> None:
         engine, tenant = self._engine, ticket.tenant
         service = engine.prompt_weight * ticket.prompt_tokens + engine.output_weight * output_tokens
         for known in (self._service, tenant.service):
-            known.add(service)
+            known.add(service / ticket.samples)
         self._fairness.add(tenant, service, self._tenants.values())
         assert ticket.started is not None
         seconds = max(now - ticket.started, 0.0)
+        output_tokens = output_tokens // ticket.samples  # of one
         if output_tokens > 1:
             self._seconds_per_token.add(seconds / (output_tokens - 1))
         for known in (self, tenant):
@@ -233,10 +245,14 @@ class Admission:
 
     # ---- checks --------------------------------------------------------------------------------------------------
 
-    def _check_tenant(self, tenant: Tenant, tokens: int, now: float) -> None:
+    def _check_tenant(self, tenant: Tenant, tokens: int, samples: int, now: float) -> None:
         """Checks the tenant's own limits."""
         config, who = tenant.config, f"tenant {shown(tenant.name)}"
-        if config.max_requests is not None and tenant.num_open >= config.max_requests:
+        if config.max_requests is not None and samples > config.max_requests:
+            raise ValueError(
+                f"n is {samples}; {who} may have {config.max_requests} unfinished samples (max_requests): lower it"
+            )
+        if config.max_requests is not None and tenant.num_open + samples > config.max_requests:
             raise self._refusal(
                 "tenant_requests",
                 f"{who} has {tenant.num_open} unfinished requests; at most {config.max_requests} (max_requests) are "
@@ -270,18 +286,18 @@ class Admission:
                     seconds,
                 )
 
-    def _check_places(self, tenant: Tenant, ending: int, now: float) -> None:
-        """Checks the number of unfinished requests, and the tenant's share of it."""
+    def _check_places(self, tenant: Tenant, ending: int, samples: int, now: float) -> None:
+        """Checks the number of unfinished samples, and the tenant's share of it."""
         capacity, used = self._engine.max_open, self.num_open + ending
         corrections = self._fairness.corrections({**self._active, tenant: None}, now)
         own = self._place_claim(tenant, corrections[tenant], now)
         others = [self._place_claim(each, corrections[each], now) for each in self._active if each is not tenant]
-        if may_take(1, own, others, capacity, used):
+        if may_take(samples, own, others, capacity, used):
             return
         seconds = self._until_ended(max(1.0, (used - self._engine.max_num_seqs) / _QUARTER), None)
         self._wants(tenant, seconds, now)
         seconds = self._turn(tenant, seconds, now)
-        if used >= capacity:
+        if used + samples > capacity:
             raise self._refusal(
                 "queue_requests",
                 f"{used} requests are unfinished; at most {capacity} (max_num_seqs + max_num_waiting) are allowed: try "

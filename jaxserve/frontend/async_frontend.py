@@ -294,10 +294,9 @@ class AsyncFrontEnd:
 
         Returns False when the owner has no such unfinished request, whatever others have.
         """
-        delta = self._core.abort(request_id, owner=owner)
-        if delta is not None:
-            self._deliver([delta])
-        return delta is not None
+        deltas = self._core.abort(request_id, owner=owner)
+        self._deliver(deltas)
+        return bool(deltas)
 
     async def drain(self, seconds: float) -> None:
         """Refuses new requests and lets open ones finish for up to `seconds` seconds."""
@@ -357,7 +356,7 @@ class AsyncFrontEnd:
             stream = self._streams[delta.owner, delta.request_id]
             stream.push(delta)
             if delta.finish_reason is not None:
-                self._forget(stream, delta)
+                self._ended(stream, delta)
             elif stream.num_unread > self._max_unread_tokens:
                 self._end_unread(stream)
         if not self._core.num_open:
@@ -369,14 +368,16 @@ class AsyncFrontEnd:
             f"{stream.num_unread} output tokens wait to be read; at most {self._max_unread_tokens} (max_unread_tokens) "
             "may: read faster"
         )
-        last = self._core.abort(stream.request_id, error, Cause.READER, owner=stream.owner)
-        assert last is not None  # it was unfinished
+        lasts = self._core.abort(stream.request_id, error, Cause.READER, owner=stream.owner)
         stream.drop_unread()
-        stream.push(dataclasses.replace(last, token_ids=(), text=""))
-        self._forget(stream, last)
+        for last in lasts:
+            stream.push(dataclasses.replace(last, token_ids=(), text="", logprobs=None))
+            self._ended(stream, last)
 
-    def _forget(self, stream: DeltaStream, last: Delta) -> None:
-        del self._streams[stream.owner, stream.request_id]
+    def _ended(self, stream: DeltaStream, last: Delta) -> None:
+        """Charges a sample that has ended, and forgets the stream with the last one."""
+        if last.ends_request:
+            del self._streams[stream.owner, stream.request_id]
         self._charge(stream.owner, last.output_tokens)
 
     def _charge(self, owner: str, num_tokens: int) -> None:

@@ -90,7 +90,7 @@ class PromptLogprobs:
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """Carries an update of one request. Exactly one delta of a request, its last, has a finish reason.
+    """Carries an update of one sample of a request. Exactly one delta of a sample, its last, has a finish reason.
 
     The text continues the prompt's: both together are the text of all tokens, and a character that the prompt leaves
     incomplete is in the output. Text may lag behind token ids: it is held back while it may still become a stop string
@@ -107,10 +107,12 @@ class Delta:
         prompt_tokens: of the whole prompt.
         truncated_tokens: cut off the beginning of the prompt, as truncate_prompt_tokens asks; not in prompt_tokens.
         cached_tokens: of the whole prompt.
-        output_tokens: so far, these included.
+        output_tokens: of the sample so far, these included.
         logprobs: of token_ids, where the request wants them.
-        prompt_logprobs: of the prompt, where the request wants them; with its first delta that has any content.
+        prompt_logprobs: of the prompt, where the request wants them; with the first delta of the first sample that has
+            any content.
         index: of the sample.
+        samples_left: samples of the request that go on.
     """
 
     request_id: str
@@ -128,3 +130,9 @@ class Delta:
     prompt_logprobs: PromptLogprobs | None = None
     truncated_tokens: int = 0
     index: int = 0
+    samples_left: int = 0
+
+    @property
+    def ends_request(self) -> bool:
+        """Tells whether it is the last delta of the whole request."""
+        return self.finish_reason is not None and not self.samples_left

@@ -15,7 +15,7 @@ Abort = Callable[[str, str], bool]
 
 
 class DeltaStream:
-    """Iterates asynchronously over one request's deltas and ends after the delta with a finish reason.
+    """Iterates asynchronously over one request's deltas and ends after the last one, that of its last sample.
 
     Closing it (`aclose`, or leaving `async with`) before then, or cancelling the task that waits in it, aborts the
     request. Only one task may read it.
@@ -30,7 +30,7 @@ class DeltaStream:
         self._abort = abort
         self._request_id = request_id
         self._owner = owner
-        self._unread: list[Delta] = []
+        self._unread: dict[int, list[Delta]] = {}  # by sample
         self._num_unread = 0
         self._news: asyncio.Future[None] | None = None  # what the reader waits for
         self._finished = False
@@ -70,22 +70,24 @@ class DeltaStream:
                 raise
             finally:
                 self._news = None
-        unread = self._unread
-        self.drop_unread()
-        return unread[0] if len(unread) == 1 else merged(unread)
+        unread = self._unread.pop(next(iter(self._unread)))
+        delta = unread[0] if len(unread) == 1 else merged(unread)
+        self._num_unread -= len(delta.token_ids)
+        return delta
 
     def push(self, delta: Delta) -> None:
         """Adds a delta; called by the front end. Never waits."""
-        self._unread.append(delta)
+        unread = self._unread.setdefault(delta.index, [])
+        unread.append(delta)
         self._num_unread += len(delta.token_ids)
-        if len(self._unread) > 64:  # keeps what is unread small: not one object a token
-            self._unread = [merged(self._unread)]
-        self._finished = delta.finish_reason is not None
+        if len(unread) > 64:  # keeps what is unread small: not one object a token
+            self._unread[delta.index] = [merged(unread)]
+        self._finished = delta.ends_request
         self._wake()
 
     def drop_unread(self) -> None:
         """Discards unread deltas."""
-        self._unread, self._num_unread = [], 0
+        self._unread, self._num_unread = {}, 0
 
     def close(self) -> None:
         """Ends the stream and aborts the request if it is unfinished; idempotent. Unread news are dropped."""
@@ -126,7 +128,7 @@ class FaultyStream(DeltaStream):
 
 
 def merged(deltas: Sequence[Delta]) -> Delta:
-    """Merges deltas into one."""
+    """Merges deltas of a sample into one."""
     logprobs = [delta.logprobs for delta in deltas if delta.logprobs is not None]
     return dataclasses.replace(
         deltas[-1],

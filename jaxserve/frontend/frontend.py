@@ -36,12 +36,20 @@ from jaxserve.frontend.delta import (
     QueueFullError,
 )
 from jaxserve.frontend.logprob_queue import LogprobQueue
-from jaxserve.frontend.open_requests import OpenRequest, OpenRequests
+from jaxserve.frontend.open_requests import OpenRequest, OpenRequests, OpenSample
 from jaxserve.frontend.output import FaultyOutput, OutputState
 from jaxserve.frontend.preparation import Preparation, Prepared
 from jaxserve.frontend.preparation_steps import finish
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import ROW_FIELDS, SAMPLING_FIELDS, EngineRequest, FinishReason, RequestOptions, SamplingParams
+from jaxserve.request import (
+    ROW_FIELDS,
+    SAMPLING_FIELDS,
+    EngineRequest,
+    FinishReason,
+    RequestOptions,
+    SamplingParams,
+    check_samples,
+)
 from jaxserve.telemetry.request_meter import RequestMeter
 from jaxserve.telemetry.request_trace import RequestTrace
 
@@ -119,7 +127,11 @@ class FrontEnd:
     @property
     def has_room(self) -> bool:
         """Returns whether another request would be accepted now. Requests that the engine has yet to release count."""
-        return self._requests.num_unreleased < self._max_open
+        return self.has_room_for(1)
+
+    def has_room_for(self, samples: int) -> bool:
+        """Returns whether a request of so many samples would be accepted now."""
+        return self._requests.num_unreleased + samples <= self._max_open
 
     @property
     def next_deadline(self) -> float | None:
@@ -180,7 +192,7 @@ class FrontEnd:
 
     def check_accepting(self, params: SamplingParams, options: RequestOptions, prompt_tokens: int = 1) -> None:
         """Raises QueueFullError, DeadlineError or EngineDeadError where `start` would, before a prompt is tokenized in
-        vain.
+        vain, and ValueError for more samples than may ever be asked for.
 
         Args:
             params: of the request.
@@ -189,6 +201,7 @@ class FrontEnd:
         """
         if self._failure:
             raise EngineDeadError(f"the engine has ended: {self._failure}")
+        check_samples(params, self._limits)
         if self._admission is not None:
             self._admission.check(
                 options.tenant,
@@ -197,11 +210,12 @@ class FrontEnd:
                 self._clock(),
                 deadline=options.deadline,
                 ending=self._requests.num_ending,
+                samples=params.n,
             )
-        elif not self.has_room:
+        elif not self.has_room_for(params.n):
             raise QueueFullError(
                 f"{self._requests.num_unreleased} requests are unfinished; at most {self._max_open} "
-                "(max_num_seqs + max_num_waiting) are allowed: try again later"
+                f"(max_num_seqs + max_num_waiting) are allowed{_with_samples(params.n)}: try again later"
             )
         if self._client.unsent_bytes > MAX_UNSENT_BYTES:
             raise QueueFullError(
@@ -238,8 +252,9 @@ class FrontEnd:
         resolved["stop_token_ids"] = stop_token_ids
         if params.seed is None:
             resolved["seed"] = self._random.getrandbits(63)
+        engine_ids = self._requests.engine_ids(request_id, params.n)
         request = EngineRequest(
-            request_id=self._requests.engine_id(request_id),
+            request_id=engine_ids[0],
             prompt_token_ids=prepared.prompt_token_ids,
             max_tokens=prepared.max_tokens,
             min_tokens=params.min_tokens,
@@ -254,19 +269,22 @@ class FrontEnd:
             grammar=prepared.grammar,
         )
         try:
-            self._client.send(AddRequest(request))
+            self._client.send(AddRequest(request, tuple(engine_ids[1:])))
         except OSError as error:
             raise EngineDeadError(f"the engine cannot be reached: {error}") from error
-        output = self._output(prepared, stop_token_ids)
+        samples = {
+            index: OpenSample(index, engine_id, self._output(prepared, stop_token_ids), _logprob_queue(request, index))
+            for index, engine_id in enumerate(engine_ids)
+        }
         num_tokens, ticket = len(request.prompt_token_ids), None
         if self._admission is not None:
-            ticket = self._admission.accept(options.tenant, num_tokens, params.max_tokens, now, deadline=deadline)
-        opened = OpenRequest(owner, request_id, request.request_id, num_tokens, deadline, output, ticket)
+            ticket = self._admission.accept(
+                options.tenant, num_tokens, params.max_tokens, now, deadline=deadline, samples=params.n
+            )
+        opened = OpenRequest(owner, request_id, num_tokens, deadline, samples, ticket)
         opened.truncated_tokens = prepared.truncated_tokens
-        if request.logprobs is not None or request.prompt_logprobs is not None:
-            opened.logprobs = LogprobQueue(request)
         if self._metrics is not None:
-            opened.life = self._metrics.begin(request_id, num_tokens, request.max_tokens, arrived, trace)
+            opened.life = self._metrics.begin(request_id, num_tokens, request.max_tokens, arrived, trace, params.n)
         self._requests.add(opened)
         return request_id
 
@@ -296,23 +314,26 @@ class FrontEnd:
         cause: Cause = Cause.CLIENT,
         *,
         owner: str = "",
-    ) -> Delta | None:
-        """Ends a request of the owner and returns its last delta; None when there is no such unfinished request."""
+    ) -> list[Delta]:
+        """Ends a request of the owner and returns the last deltas of its samples; none when there is no such unfinished
+        request."""
         opened = self._requests.find(owner, request_id)
-        return None if opened is None else self._end_early(opened, FinishReason.ABORT, error, cause)
+        return [] if opened is None else self._end_early(opened, FinishReason.ABORT, error, cause)
 
     def expire(self, now: float | None = None) -> list[Delta]:
         """Ends the requests whose deadline has passed, with DEADLINE. now: None is the clock's time."""
         now = self._clock() if now is None else now
         deltas = []
         while (opened := self._requests.pop_expired(now)) is not None:
-            error = f"deadline passed after {opened.output.num_tokens} output tokens"
-            deltas.append(self._end_early(opened, FinishReason.DEADLINE, error, Cause.DEADLINE))
+            num_tokens = opened.output_tokens + sum(sample.output.num_tokens for sample in opened.samples.values())
+            error = f"deadline passed after {num_tokens} output tokens"
+            deltas += self._end_early(opened, FinishReason.DEADLINE, error, Cause.DEADLINE)
         return deltas
 
     def end_all(self, error: str, cause: Cause = Cause.CLOSING) -> list[Delta]:
         """Ends every open request with ERROR and this line, and returns their last deltas."""
-        return [self._end_early(opened, FinishReason.ERROR, error, cause) for opened in self._requests.all()]
+        ends = [self._end_early(opened, FinishReason.ERROR, error, cause) for opened in self._requests.all()]
+        return [delta for deltas in ends for delta in deltas]
 
     # ---- messages ------------------------------------------------------------------------------------------------
 
@@ -341,43 +362,50 @@ class FrontEnd:
         deltas = []
         logprobs = None if message.logprobs is None else message.logprobs.columns()
         for place, (request_id, token_id) in enumerate(zip(message.request_ids, message.token_ids, strict=True)):
-            opened = self._opened(request_id)
-            if opened is None:
+            found = self._opened(request_id)
+            if found is None:
                 continue
-            opened.life.tokens(1, message.time)
-            if logprobs is not None and opened.logprobs is not None:
-                opened.logprobs.add(logprobs.part(place, place + 1), None)
-            delta = self._advance(opened, (token_id,), None, "")
+            opened, sample = found
+            opened.life.tokens(1, message.time, sample.index)
+            if logprobs is not None and sample.logprobs is not None:
+                sample.logprobs.add(logprobs.part(place, place + 1), None)
+            delta = self._advance(opened, sample, (token_id,), None, "")
             if delta is not None:
                 deltas.append(delta)
         return deltas
 
     def _handle_output(self, message: EngineOutput) -> Delta | None:
-        opened = self._opened(message.request_id)
-        if opened is None:
+        found = self._opened(message.request_id)
+        if found is None:
             if message.finish_reason is not None:
                 self._requests.release(message.request_id)
             return None
+        opened, sample = found
         opened.cached_tokens = max(opened.cached_tokens, message.num_cached_tokens)
-        opened.life.tokens(len(message.token_ids), message.time)
+        opened.life.tokens(len(message.token_ids), message.time, sample.index)
         if message.queue_seconds is not None and message.prefill_seconds is not None:
             opened.life.phases(message.queue_seconds, message.prefill_seconds)
-        if opened.logprobs is not None:
-            found = (message.logprobs, message.prompt_logprobs)
-            opened.logprobs.add(*(None if one is None else one.columns() for one in found))
-        return self._advance(opened, message.token_ids, message.finish_reason, message.error)
+        if sample.logprobs is not None:
+            columns = (message.logprobs, message.prompt_logprobs)
+            sample.logprobs.add(*(None if one is None else one.columns() for one in columns))
+        return self._advance(opened, sample, message.token_ids, message.finish_reason, message.error)
 
-    def _opened(self, engine_id: str) -> OpenRequest | None:
-        """Returns the request an engine message refers to; None for one that has ended here, unknown to the engine."""
-        opened = self._requests.find_engine(engine_id)
-        if opened is None and not self._requests.is_ending(engine_id):
+    def _opened(self, engine_id: str) -> tuple[OpenRequest, OpenSample] | None:
+        """Returns the sample an engine message refers to; None for one that has ended here, unknown to the engine."""
+        found = self._requests.find_engine(engine_id)
+        if found is None and not self._requests.is_ending(engine_id):
             _log.warning("the engine sent output of a request that is not open: %r", engine_id)
-        return opened
+        return found
 
     def _advance(
-        self, opened: OpenRequest, token_ids: tuple[int, ...], ended: FinishReason | None, error: str
+        self,
+        opened: OpenRequest,
+        sample: OpenSample,
+        token_ids: tuple[int, ...],
+        ended: FinishReason | None,
+        error: str,
     ) -> Delta | None:
-        """Processes the engine's next tokens of one request.
+        """Processes the engine's next tokens of one sample.
 
         ended: set with the last ones; error as in EngineOutput.
         """
@@ -385,35 +413,44 @@ class FrontEnd:
         if token_ids and opened.ticket is not None and opened.ticket.started is None and self._admission is not None:
             self._admission.started(opened.ticket, self._clock())
         try:
-            text = opened.output.add(token_ids, reason)
+            text = sample.output.add(token_ids, reason)
         except Exception:  # one request's text must not stop the others' streams
             _log.exception("output of request %r cannot be turned into text", opened.request_id)
-            self._forget(opened, FinishReason.ERROR, told_engine=reason is not None)
+            self._forget(opened, sample, FinishReason.ERROR, told_engine=reason is not None)
             return Delta(
                 opened.request_id,
                 finish_reason=FinishReason.ERROR,
                 error="the output cannot be turned into text; see the server's log",
                 cause=Cause.REQUEST,
                 prompt_tokens=opened.prompt_tokens,
-                output_tokens=opened.output.num_tokens,
+                output_tokens=sample.output.num_tokens,
                 cached_tokens=opened.cached_tokens,
                 owner=opened.owner,
+                index=sample.index,
+                samples_left=len(opened.samples),
             )
-        if opened.output.stopped and reason in (None, FinishReason.LENGTH, FinishReason.STOP):
+        if sample.output.stopped and reason in (None, FinishReason.LENGTH, FinishReason.STOP):
             reason, error = FinishReason.STOP, ""
         if reason in (FinishReason.ABORT, FinishReason.DEADLINE, FinishReason.ERROR):
             cause = Cause.DEADLINE if reason is FinishReason.DEADLINE else Cause.REQUEST
             error = error or f"the engine ended the request with {reason.value}"
         if reason is not None:
-            self._forget(opened, reason, told_engine=ended is not None)
-        return self._delta(opened, text, reason, error, cause)
+            self._forget(opened, sample, reason, told_engine=ended is not None)
+        return self._delta(opened, sample, text, reason, error, cause)
 
     def _delta(
-        self, opened: OpenRequest, text: str, reason: FinishReason | None, error: str = "", cause: Cause | None = None
+        self,
+        opened: OpenRequest,
+        sample: OpenSample,
+        text: str,
+        reason: FinishReason | None,
+        error: str = "",
+        cause: Cause | None = None,
     ) -> Delta | None:
-        token_ids, queue = opened.output.take_token_ids(), opened.logprobs
+        output, queue = sample.output, sample.logprobs
+        token_ids = output.take_token_ids()
         if reason is None:
-            opened.life.charged(opened.output.num_tokens)
+            opened.life.charged(output.num_tokens, sample.index)
             if not token_ids and not text and (queue is None or not queue.has_prompt):
                 return None
         return Delta(
@@ -423,35 +460,44 @@ class FrontEnd:
             finish_reason=reason,
             error=error,
             cause=cause,
-            stop_string=opened.output.stop_string if reason is FinishReason.STOP else None,
+            stop_string=output.stop_string if reason is FinishReason.STOP else None,
             prompt_tokens=opened.prompt_tokens,
-            output_tokens=opened.output.num_tokens,
+            output_tokens=output.num_tokens,
             cached_tokens=opened.cached_tokens,
             owner=opened.owner,
+            index=sample.index,
+            samples_left=len(opened.samples),
             truncated_tokens=opened.truncated_tokens,
             logprobs=None if queue is None else queue.take(len(token_ids)),
             prompt_logprobs=None if queue is None else queue.take_prompt(),
         )
 
-    def _end_early(self, opened: OpenRequest, reason: FinishReason, error: str, cause: Cause) -> Delta:
-        text = opened.output.finish()
-        self._forget(opened, reason, told_engine=bool(self._failure))
-        delta = self._delta(opened, text, reason, error, cause)
-        assert delta is not None  # it has a finish reason
-        return delta
+    def _end_early(self, opened: OpenRequest, reason: FinishReason, error: str, cause: Cause) -> list[Delta]:
+        """Ends every sample of a request: the last ones first, which wait for the first to compute the prompt."""
+        deltas = []
+        for sample in reversed(list(opened.samples.values())):
+            text = sample.output.finish()
+            self._forget(opened, sample, reason, told_engine=bool(self._failure))
+            delta = self._delta(opened, sample, text, reason, error, cause)
+            assert delta is not None  # it has a finish reason
+            deltas.append(delta)
+        return deltas
 
-    def _forget(self, opened: OpenRequest, reason: FinishReason, *, told_engine: bool) -> None:
-        """Closes a request, which ends with `reason`.
+    def _forget(self, opened: OpenRequest, sample: OpenSample, reason: FinishReason, *, told_engine: bool) -> None:
+        """Closes a sample, and with its last one the request, which ends with `reason`.
 
         reason: why it ended. told_engine: the engine has ended it too; else an abort is sent, and its outputs until
         then are ignored.
         """
-        self._requests.remove(opened, released=told_engine)
-        if opened.ticket is not None and self._admission is not None:
-            self._admission.ended(opened.ticket, opened.output.num_tokens, self._clock(), reason)
-        opened.life.finish(reason, opened.output.num_tokens, opened.cached_tokens)
+        self._requests.remove(opened, sample, released=told_engine)
+        opened.output_tokens += sample.output.num_tokens
+        opened.life.charged(sample.output.num_tokens, sample.index)
+        if not opened.samples:
+            if opened.ticket is not None and self._admission is not None:
+                self._admission.ended(opened.ticket, opened.output_tokens, self._clock(), reason)
+            opened.life.finish(reason, opened.output_tokens, opened.cached_tokens)
         if not told_engine:
-            self._send_if_alive(AbortRequest(opened.engine_id))
+            self._send_if_alive(AbortRequest(sample.engine_id))
 
     def _send_if_alive(self, message: ToEngine) -> None:
         try:
@@ -459,6 +505,18 @@ class FrontEnd:
         except OSError:
             # The engine is gone; `receive` says so, with the reason, and that ends every request.
             _log.debug("the engine cannot be reached", exc_info=True)
+
+
+def _with_samples(count: int) -> str:
+    """Returns what an error line says of a request of several samples."""
+    return f", and this one has {count} samples" if count > 1 else ""
+
+
+def _logprob_queue(request: EngineRequest, index: int) -> LogprobQueue | None:
+    """Returns what keeps the log-probabilities of a sample; those of the prompt come with the first one."""
+    if request.logprobs is None and (index or request.prompt_logprobs is None):
+        return None
+    return LogprobQueue(request if not index else request.sample(index, request.request_id))
 
 
 def _needed_tokens(prepared: Prepared, stop_token_ids: tuple[int, ...]) -> int:

@@ -19,51 +19,82 @@ from jaxserve.request import FinishReason
 
 
 @dataclasses.dataclass(frozen=True)
+class FinishedSample:
+    """Holds a finished sample. error: one line when finish_reason is ERROR, ABORT or DEADLINE. logprobs: of its token
+    ids, where it wants them.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    error: str = ""
+    logprobs: LogprobColumns | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class FinishedRequest:
-    """Holds a finished request. error: one line when finish_reason is ERROR, ABORT or DEADLINE. num_truncated_tokens:
-    cut off the prompt, which prompt_token_ids do not have. logprobs: of its token ids, prompt_logprobs: of its prompt,
-    where it wants them and they are there.
+    """Holds a finished request. samples: by index; error: that of the first that failed. num_truncated_tokens: cut off
+    the prompt, which prompt_token_ids do not have. prompt_logprobs: of its prompt, where it wants them and they are
+    there.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason
-    error: str
-    num_cached_tokens: int
+    samples: tuple[FinishedSample, ...]
+    num_cached_tokens: int = 0
     num_truncated_tokens: int = 0
-    logprobs: LogprobColumns | None = None
     prompt_logprobs: PromptLogprobs | None = None
 
+    @property
+    def error(self) -> str:
+        return next((sample.error for sample in self.samples if sample.error), "")
 
-@dataclasses.dataclass
+
+class _CollectedSample:
+    """Collects the deltas of one sample."""
+
+    def __init__(self) -> None:
+        self._token_ids: list[int] = []
+        self._texts: list[str] = []
+        self._logprobs: list[LogprobColumns] = []
+
+    def add(self, delta: Delta) -> None:
+        self._token_ids.extend(delta.token_ids)
+        self._texts.append(delta.text)
+        if delta.logprobs is not None:
+            self._logprobs.append(delta.logprobs)
+
+    def finished(self, reason: FinishReason, error: str) -> FinishedSample:
+        logprobs = LogprobColumns.joined(self._logprobs) if self._logprobs else None
+        return FinishedSample(tuple(self._token_ids), "".join(self._texts), reason, error, logprobs)
+
+
 class _Collected:
-    prompt_token_ids: tuple[int, ...]
-    logprobs: list[LogprobColumns] = dataclasses.field(default_factory=list)
-    prompt_logprobs: PromptLogprobs | None = None
-    token_ids: list[int] = dataclasses.field(default_factory=list)
-    text: list[str] = dataclasses.field(default_factory=list)
+    """Collects the deltas of a request's samples."""
+
+    def __init__(self, prepared: Prepared):
+        self.num_samples = prepared.params.n
+        self._prompt_token_ids = prepared.prompt_token_ids
+        self._prompt_logprobs: PromptLogprobs | None = None
+        self._samples = [_CollectedSample() for _ in range(self.num_samples)]
+        self._finished: dict[int, FinishedSample] = {}
 
     def add(self, delta: Delta) -> FinishedRequest | None:
-        self.token_ids.extend(delta.token_ids)
-        self.text.append(delta.text)
-        if delta.logprobs is not None:
-            self.logprobs.append(delta.logprobs)
-        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
+        sample = self._samples[delta.index]
+        sample.add(delta)
+        self._prompt_logprobs = delta.prompt_logprobs or self._prompt_logprobs
         if delta.finish_reason is None:
+            return None
+        self._finished[delta.index] = sample.finished(delta.finish_reason, delta.error)
+        if not delta.ends_request:
             return None
         return FinishedRequest(
             request_id=delta.request_id,
-            prompt_token_ids=self.prompt_token_ids,
-            token_ids=tuple(self.token_ids),
-            text="".join(self.text),
-            finish_reason=delta.finish_reason,
-            error=delta.error,
+            prompt_token_ids=self._prompt_token_ids,
+            samples=tuple([finished for _, finished in sorted(self._finished.items())]),
             num_cached_tokens=delta.cached_tokens,
             num_truncated_tokens=delta.truncated_tokens,
-            logprobs=LogprobColumns.joined(self.logprobs) if self.logprobs else None,
-            prompt_logprobs=self.prompt_logprobs,
+            prompt_logprobs=self._prompt_logprobs,
         )
 
 
@@ -75,9 +106,9 @@ def run_all(
 ) -> Generator[FinishedRequest, None, None]:
     """Yields each request's completion as it finishes; takes requests from the iterable only as there is room.
 
-    At most twice max_num_seqs requests are unfinished, which keeps the engine busy and memory bounded. A request whose
-    deadline passes ends with DEADLINE, before it starts or between two steps. Leaving the iteration early aborts the
-    unfinished requests.
+    At most twice max_num_seqs samples are unfinished when a request is taken, which keeps the engine busy and memory
+    bounded. A request whose deadline passes ends with DEADLINE, before it starts or between two steps. Leaving the
+    iteration early aborts the unfinished requests.
 
     Args:
         requests: None means that no request is available now; it may only occur while requests are unfinished.
@@ -89,24 +120,30 @@ def run_all(
     source = iter(requests)
     window = 2 * front_end.ready.max_num_seqs
     under_way: dict[str, _Collected] = {}
-    exhausted = False
+    taken: Prepared | None = None  # waits for room for all of its samples
+    exhausted, num_samples = False, 0
     try:
         while True:
-            while not exhausted and len(under_way) < window and front_end.has_room:
+            while (taken is not None or not exhausted) and num_samples < window and front_end.has_room:
                 try:
-                    prepared = next(source)
+                    prepared = next(source) if taken is None else taken
                 except StopIteration:
                     exhausted = True
                     break
+                taken = None
                 if prepared is None:
+                    break
+                if not front_end.has_room_for(prepared.params.n):
+                    taken = prepared
                     break
                 try:
                     front_end.start(prepared)
                 except DeadlineError as error:
                     yield _too_late(prepared, str(error))
                 else:
-                    under_way[prepared.request_id] = _Collected(prepared.prompt_token_ids)
-            if not under_way and exhausted:
+                    under_way[prepared.request_id] = _Collected(prepared)
+                    num_samples += prepared.params.n
+            if not under_way and taken is None and exhausted:
                 return
             deltas = [delta for message in client.receive() for delta in front_end.handle(message)]
             deltas += front_end.expire()
@@ -117,7 +154,7 @@ def run_all(
                     raise EngineDeadError(f"the engine has ended: {delta.error}")
                 completion = under_way[delta.request_id].add(delta)
                 if completion is not None:
-                    del under_way[delta.request_id]
+                    num_samples -= under_way.pop(delta.request_id).num_samples
                     yield completion
     finally:
         for request_id in under_way:
@@ -125,7 +162,8 @@ def run_all(
 
 
 def _too_late(prepared: Prepared, error: str) -> FinishedRequest:
-    return FinishedRequest(prepared.request_id, prepared.prompt_token_ids, (), "", FinishReason.DEADLINE, error, 0)
+    sample = FinishedSample((), "", FinishReason.DEADLINE, error)
+    return FinishedRequest(prepared.request_id, prepared.prompt_token_ids, (sample,) * prepared.params.n)
 
 
 class _Terminal:

@@ -11,25 +11,37 @@ from jaxserve.frontend.output import OutputState
 from jaxserve.telemetry.request_meter import UNCOUNTED, RequestLife
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
+class OpenSample:
+    """Tracks a sample without its last delta.
+
+    engine_id: its name in messages (see `OpenRequests.engine_ids`). logprobs: those of its tokens, where it wants any.
+    """
+
+    index: int
+    engine_id: str
+    output: OutputState
+    logprobs: LogprobQueue | None = None
+
+
+@dataclasses.dataclass(eq=False)
 class OpenRequest:
     """Tracks a request without its last delta.
 
-    engine_id: its name in messages (see `OpenRequests.engine_id`). ticket: of the admission, where there is one.
-    life: counts it. truncated_tokens: cut off its prompt. logprobs: those of its tokens, where it wants any.
+    samples: those without theirs, by index. output_tokens: of those that have ended. ticket: of the admission, where
+    there is one. life: counts the request. truncated_tokens: cut off its prompt.
     """
 
     owner: str
     request_id: str
-    engine_id: str
     prompt_tokens: int
     deadline: float | None
-    output: OutputState
+    samples: dict[int, OpenSample]
     ticket: Ticket | None = None
     cached_tokens: int = 0
+    output_tokens: int = 0
     life: RequestLife = UNCOUNTED
     truncated_tokens: int = 0
-    logprobs: LogprobQueue | None = None
 
 
 class OpenRequests:
@@ -37,27 +49,28 @@ class OpenRequests:
 
     def __init__(self) -> None:
         self._open: dict[tuple[str, str], OpenRequest] = {}  # by owner and request id
-        self._by_engine_id: dict[str, OpenRequest] = {}
-        self._ending: set[str] = set()  # engine ids of finished requests that the engine has yet to confirm
-        self._deadlines: list[tuple[float, str]] = []  # heap of (deadline, engine id); finished ones are skipped
+        self._by_engine_id: dict[str, tuple[OpenRequest, OpenSample]] = {}
+        self._ending: set[str] = set()  # engine ids of finished samples that the engine has yet to confirm
+        self._deadlines: list[tuple[float, int, OpenRequest]] = []  # heap with numbers; finished ones are skipped
+        self._number = 0
 
     def __len__(self) -> int:
         return len(self._open)
 
     @property
     def num_ending(self) -> int:
-        """Number of finished requests that the engine has yet to release."""
+        """Number of finished samples that the engine has yet to release."""
         return len(self._ending)
 
     @property
     def num_unreleased(self) -> int:
-        """Number of requests that the engine has not released, finished or not."""
+        """Number of samples that the engine has not released, finished or not."""
         return len(self._by_engine_id) + len(self._ending)
 
     @property
     def next_deadline(self) -> float | None:
         """Earliest deadline of an open request."""
-        while self._deadlines and self._deadlines[0][1] not in self._by_engine_id:
+        while self._deadlines and not self._deadlines[0][2].samples:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
@@ -69,46 +82,58 @@ class OpenRequests:
         """Returns an owner's open request of this id."""
         return self._open.get((owner, request_id))
 
-    def find_engine(self, engine_id: str) -> OpenRequest | None:
-        """Returns the open request that the engine knows by this name."""
+    def find_engine(self, engine_id: str) -> tuple[OpenRequest, OpenSample] | None:
+        """Returns the open sample that the engine knows by this name, and its request."""
         return self._by_engine_id.get(engine_id)
 
     def is_ending(self, engine_id: str) -> bool:
-        """Tells whether the request of this name is finished and not released."""
+        """Tells whether the sample of this name is finished and not released."""
         return engine_id in self._ending
 
-    def engine_id(self, request_id: str) -> str:
-        """Returns the request's id, with a number appended while the engine knows another request by that id: an
-        earlier one, or another owner's.
+    def engine_ids(self, request_id: str, count: int) -> list[str]:
+        """Returns names for the samples of a request: its id, then that id with the sample's index.
+
+        A number is appended while the engine knows another sample by that name: of an earlier request, or another
+        owner's.
         """
-        engine_id, number = request_id, 1
-        while engine_id in self._ending or engine_id in self._by_engine_id:
-            number += 1
-            engine_id = f"{request_id}#{number}"
-        return engine_id
+        engine_ids: list[str] = []
+        for index in range(count):
+            name = f"{request_id}/{index}" if index else request_id
+            engine_id, number = name, 1
+            while engine_id in self._ending or engine_id in self._by_engine_id:
+                number += 1
+                engine_id = f"{name}#{number}"
+            engine_ids.append(engine_id)
+        return engine_ids
 
     def add(self, opened: OpenRequest) -> None:
         """Adds a request that was sent to the engine."""
-        self._open[opened.owner, opened.request_id] = self._by_engine_id[opened.engine_id] = opened
+        self._open[opened.owner, opened.request_id] = opened
+        for sample in opened.samples.values():
+            self._by_engine_id[sample.engine_id] = opened, sample
         if opened.deadline is not None:
-            heapq.heappush(self._deadlines, (opened.deadline, opened.engine_id))
+            self._number += 1
+            heapq.heappush(self._deadlines, (opened.deadline, self._number, opened))
 
     def pop_expired(self, now: float) -> OpenRequest | None:
         """Returns an open request whose deadline has passed, which is not returned again; None when there is none."""
         deadline = self.next_deadline
         if deadline is None or deadline > now:
             return None
-        return self._by_engine_id[heapq.heappop(self._deadlines)[1]]
+        return heapq.heappop(self._deadlines)[2]
 
-    def remove(self, opened: OpenRequest, *, released: bool) -> None:
-        """Removes a finished request. released: the engine has no more to say of it."""
-        del self._open[opened.owner, opened.request_id]
-        del self._by_engine_id[opened.engine_id]
+    def remove(self, opened: OpenRequest, sample: OpenSample, *, released: bool) -> None:
+        """Removes a finished sample, and with the last one the request. released: the engine has no more to say of
+        it."""
+        del opened.samples[sample.index]
+        if not opened.samples:
+            del self._open[opened.owner, opened.request_id]
+        del self._by_engine_id[sample.engine_id]
         if not released:
-            self._ending.add(opened.engine_id)
+            self._ending.add(sample.engine_id)
 
     def release(self, engine_id: str) -> None:
-        """Records that the engine has released a request."""
+        """Records that the engine has released a sample."""
         self._ending.discard(engine_id)
 
     def release_all(self) -> None:

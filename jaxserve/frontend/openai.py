@@ -24,7 +24,6 @@ URLS = (COMPLETIONS_URL, CHAT_URL)
 _OPTIONS = ("tenant", "priority", "deadline", "cache_salt")
 _NEUTRAL: Mapping[str, Sequence[Any]] = {
     # OpenAI's
-    "n": (1,),
     "best_of": (1,),
     "suffix": ("",),
     "modalities": (["text"],),

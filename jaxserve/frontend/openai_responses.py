@@ -11,10 +11,11 @@ from jaxserve.frontend.openai import CHAT_URL
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Holds what one prompt was answered with.
+    """Holds one sample that a prompt was answered with.
 
     prompt_token_ids, logprobs and prompt_logprobs (as `LogprobShapes` makes them): None where the response does not
-    show them. truncated_tokens: cut off the prompt. message: of a chat; None where its content is the text.
+    show them. truncated_tokens: cut off the prompt. index: of the sample; the prompt's tokens count with the first.
+    message: of a chat; None where its content is the text.
     """
 
     text: str
@@ -27,6 +28,7 @@ class Answer:
     truncated_tokens: int = 0
     logprobs: dict[str, Any] | None = None
     prompt_logprobs: list[Any] | None = None
+    index: int = 0
     message: Mapping[str, Any] | None = None
 
 
@@ -43,7 +45,7 @@ def response_body(url: str, request_id: object, model: str, created: int, answer
         request_id: determines the id.
         model: name in the response.
         created: seconds since the epoch.
-        answers: one for each prompt.
+        answers: the samples of the first prompt, those of the second, and so on; each is a choice.
     """
     chat = url == CHAT_URL
     body = {
@@ -64,10 +66,11 @@ def usage(answers: Sequence[Answer]) -> dict[str, Any]:
 
     Where tokens were cut off prompts, it has their number, which is an addition to OpenAI's fields.
     """
-    prompt_tokens = sum(answer.prompt_tokens for answer in answers)
+    firsts = [answer for answer in answers if not answer.index]
+    prompt_tokens = sum(answer.prompt_tokens for answer in firsts)
     output_tokens = sum(answer.output_tokens for answer in answers)
-    details = {"cached_tokens": sum(answer.cached_tokens for answer in answers)}
-    if truncated := sum(answer.truncated_tokens for answer in answers):
+    details = {"cached_tokens": sum(answer.cached_tokens for answer in firsts)}
+    if truncated := sum(answer.truncated_tokens for answer in firsts):
         details["truncated_tokens"] = truncated
     return {
         "prompt_tokens": prompt_tokens,

@@ -23,6 +23,7 @@ from jaxserve.request import (
     check_identity,
     check_length,
     check_logprobs,
+    check_samples,
     validate_request,
 )
 
@@ -86,6 +87,7 @@ class Preparation:
         elif not request_id:
             raise ValueError("request_id is empty; leave it out to be given one")
         check_identity("request_id", request_id)
+        check_samples(params, self._limits)
         check_logprobs(params, self._limits)
         if params.stop and self._tokenizer is None:
             raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")
@@ -181,6 +183,7 @@ class Preparation:
 
         Raises as `steps` does.
         """
+        check_samples(params, self._limits)
         check_logprobs(params, self._limits)
         if (kept := self._kept_tokens(params)) is not None:
             if not isinstance(prompt, str):

@@ -29,6 +29,7 @@ _UNITS = {
     "penalty_write": "token ids",
     "swap_in": "pages",
     "swap_out": "pages",
+    "page_copy": "pages",
 }
 
 

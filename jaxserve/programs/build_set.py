@@ -34,6 +34,7 @@ _KINDS = (
     "score",
     "swap_in",
     "swap_out",
+    "page_copy",
     "penalty_write",
     "table_write",
     "option_write",

@@ -4,9 +4,9 @@
     sample(params, slots, hidden, masks, penalties, vector) -> slots, penalties, ids, logprobs  one for each row bucket
     score(params, hidden, vector)                           -> logprobs                        one, for a block of rows
 
-One program each of `state_programs` sets page tables, wide options and masks, and one of a few sizes fills penalty rows
-(`penalties.py`). Where sequences are swapped to host memory,
-`swap_programs` for a few numbers of pages join them.
+One program each of `state_programs` sets page tables, wide options and masks, one of a few sizes fills penalty rows
+(`penalties.py`), and one of `swap_programs` copies pages. Where sequences are swapped to host memory, `swap_programs`
+for a few numbers of pages join them.
 
 Where the attention kernels benefit, decode-only steps have forward programs of their own, without the attention for
 prompts.
@@ -57,7 +57,7 @@ from jaxserve.programs.penalties import Penalties, add_ids, counted
 from jaxserve.programs.sampler import processed_logits, sample
 from jaxserve.programs.slots import Slots
 from jaxserve.programs.state_programs import mask_words, write_masks, write_options, write_tables
-from jaxserve.programs.swap_programs import SWAP_SIZES, swap_in, swap_out
+from jaxserve.programs.swap_programs import COPY_PAGES, SWAP_SIZES, page_copy, swap_in, swap_out
 from jaxserve.request import PENALTY_ROW
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.plan import TABLE_RUN, StepPlan
@@ -85,7 +85,7 @@ class ProgramKey:
 
     Attributes:
         kind: "forward", "decode" (forward for a step in which no row has more than one token), "sample", "score",
-            "table_write", "option_write", "mask_write", "penalty_write", "swap_in" or "swap_out".
+            "table_write", "option_write", "mask_write", "penalty_write", "page_copy", "swap_in" or "swap_out".
         size: its token or row bucket, its rows, its entries of page tables, its slots, its masks, its token ids, or its
             pages.
     """
@@ -105,6 +105,7 @@ SCORE_ROWS = 64
 TABLE_WRITE = ProgramKey("table_write", TABLE_RUN)
 OPTION_WRITE = ProgramKey("option_write", 1)
 MASK_WRITE = ProgramKey("mask_write", MASK_ROWS)
+PAGE_COPY = ProgramKey("page_copy", COPY_PAGES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +174,7 @@ def program_keys(shapes: Shapes) -> list[ProgramKey]:
     if IMPLEMENTATIONS[shapes.attention].decode_programs:
         keys += [ProgramKey("decode", size) for size in buckets.decode_tokens]
     keys += [ProgramKey("sample", size) for size in buckets.rows]
-    keys += [shapes.score_key, TABLE_WRITE, OPTION_WRITE, MASK_WRITE]
+    keys += [shapes.score_key, TABLE_WRITE, OPTION_WRITE, MASK_WRITE, PAGE_COPY]
     keys += [ProgramKey("penalty_write", size) for size in PENALTY_RUNS]
     keys += [ProgramKey(kind, size) for kind in ("swap_in", "swap_out") for size in shapes.swap_sizes]
     return sorted(keys, key=lambda key: (key.kind, -key.size))
@@ -237,6 +238,8 @@ def _function(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Callable[..., Any]
             return write_masks
         case "penalty_write":
             return functools.partial(add_ids, ids=key.size)
+        case "page_copy":
+            return page_copy
         case "swap_in":
             return swap_in
         case "swap_out":
@@ -266,6 +269,8 @@ def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any
         case "mask_write":
             masks = abstract_masks(shapes, mesh)
             return masks, _int32(mesh, mask_layout(masks.shape[1]).size)
+        case "page_copy":
+            return abstract_pools(shapes, mesh), _int32(mesh, 2 * key.size)
         case "swap_in":
             return abstract_pools(shapes, mesh), abstract_pages(key.size, shapes, mesh), _int32(mesh, key.size)
         case "swap_out":
@@ -285,7 +290,7 @@ def abstract_results(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> Any:
             return slots, abstract_penalties(shapes, mesh), *drawn
         case "score":
             return _abstract_logprobs(key, shapes, mesh)
-        case "table_write" | "option_write" | "mask_write" | "penalty_write":
+        case "table_write" | "option_write" | "mask_write" | "penalty_write" | "page_copy":
             return abstract_arguments(key, shapes, mesh)[0]
         case "swap_in":
             return abstract_pools(shapes, mesh), _int32(mesh, 1)

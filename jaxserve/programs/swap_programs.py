@@ -1,9 +1,11 @@
-"""Defines the programs that copy pages out of the pools and back, all layers at once.
+"""Defines the programs that copy pages out of the pools and back, and within them, all layers at once.
 
     swap_out(pools, vector)       -> pages           reads the pools
     swap_in(pools, pages, vector) -> pools, placed   the pools are donated
+    page_copy(pools, vector)      -> pools           the pools are donated
 
-Pages that `swap_out` has read go to host memory, or at once to `swap_in` where the copy is from device to device.
+Pages that `swap_out` has read go to host memory. `page_copy` makes the copies from device to device; it has one size,
+since what it pads with, the null page onto itself, costs no more than a page.
 
 A page in transit is one array [L, 2, K, page_size, D] of the pools' dtype, bits included, so a round trip changes
 nothing whatever the pages hold. There are programs for `SWAP_SIZES` pages; any number is a sum of these, without
@@ -16,11 +18,15 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxserve.kv_cache.page_pool import PageCopy, PageState
+from jaxserve.kv_cache.page_pool import NULL_PAGE, PageCopy, PageState
 
 SWAP_SIZES = (1, 4, 16)
-"""Numbers of pages that one program copies."""
+"""Numbers of pages that one program copies out or in."""
+
+COPY_PAGES = 16
+"""Number of pages that the program for copies within the device makes, at most."""
 
 
 def swap_blocks(count: int) -> list[int]:
@@ -32,13 +38,19 @@ def swap_blocks(count: int) -> list[int]:
     return blocks
 
 
+def copy_sizes(count: int) -> list[int]:
+    """Returns the sizes of the blocks that `page_copy` makes `count` copies in."""
+    return [min(COPY_PAGES, count - begin) for begin in range(0, count, COPY_PAGES)]
+
+
 def copy_blocks(copies: Sequence[PageCopy]) -> Iterator[Sequence[PageCopy]]:
-    """Yields the copies in order, in blocks that one call each of `swap_out` and `swap_in` makes: of one way,
-    `SWAP_SIZES` many, and none reads or overwrites what another one of the block has written."""
+    """Yields the copies in order, in blocks that one call of a program makes: of one way, `SWAP_SIZES` many or, within
+    the device, at most `COPY_PAGES`, and none reads or overwrites what another one of the block has written."""
     begin = 0
     while begin < len(copies):
         end = _run_end(copies, begin)
-        for size in swap_blocks(end - begin):
+        sizes = swap_blocks(end - begin) if way(copies[begin]) != "page_copy" else copy_sizes(end - begin)
+        for size in sizes:
             yield copies[begin : begin + size]
             begin += size
 
@@ -55,22 +67,42 @@ def _run_end(copies: Sequence[PageCopy], begin: int) -> int:
     return len(copies)
 
 
-def way(copy: PageCopy) -> tuple[str, ...]:
-    """Returns the kinds of the programs that make a copy, in order. Raises ValueError where there are none."""
+def way(copy: PageCopy) -> str:
+    """Returns the kind of the program that makes a copy. Raises ValueError where there is none."""
     if copy.group:
         raise ValueError(f"group is {copy.group}; all layers are alike here, so a page is of group 0")
-    kinds = _WAYS.get((copy.source_tier, copy.destination_tier))
-    if kinds is None:
+    kind = _WAYS.get((copy.source_tier, copy.destination_tier))
+    if kind is None:
         tiers = f"{copy.source_tier.value} to {copy.destination_tier.value}"
         raise ValueError(f"page {copy.source} is to be copied from {tiers}; one of the two must be on the device")
-    return kinds
+    return kind
 
 
 _WAYS = {
-    (PageState.ACTIVE, PageState.HOST): ("swap_out",),
-    (PageState.HOST, PageState.ACTIVE): ("swap_in",),
-    (PageState.ACTIVE, PageState.ACTIVE): ("swap_out", "swap_in"),
+    (PageState.ACTIVE, PageState.HOST): "swap_out",
+    (PageState.HOST, PageState.ACTIVE): "swap_in",
+    (PageState.ACTIVE, PageState.ACTIVE): "page_copy",
 }
+
+
+def copy_vector(copies: Sequence[PageCopy]) -> np.ndarray:
+    """Returns the input vector of `page_copy` for at most COPY_PAGES copies: int32 [2 * COPY_PAGES]."""
+    vector = np.full((2, COPY_PAGES), NULL_PAGE, np.int32)
+    vector[0, : len(copies)] = [copy.source for copy in copies]
+    vector[1, : len(copies)] = [copy.destination for copy in copies]
+    return vector.reshape(-1)
+
+
+def page_copy(pools: list[jax.Array], vector: jax.Array) -> list[jax.Array]:
+    """Copies pages of every layer's pool [N, 2, K, page_size, D]; all are read before any is written.
+
+    vector: int32 [2 * COPY_PAGES], the pages to read, then those to write.
+    """
+    sources, destinations = vector[:COPY_PAGES], vector[COPY_PAGES:]
+    return [
+        pool.at[destinations].set(pool.at[sources].get(mode="promise_in_bounds"), mode="promise_in_bounds")
+        for pool in pools
+    ]
 
 
 def swap_out(pools: list[jax.Array], vector: jax.Array, *, pages: int) -> tuple[jax.Array, ...]:

@@ -44,6 +44,11 @@ def next_token(
     return NOTHING_ALLOWED
 
 
+def _slots_of_tokens(plan: StepPlan) -> list[int]:
+    """Returns the slot that each token of a step was computed for."""
+    return [row.slot for row in plan.rows for _ in range(row.num_tokens)]
+
+
 def guess_holds(context: Sequence[int]) -> bool:
     """Tells whether the draft token after `context` is accepted."""
     return sum(context) % 3 != 0
@@ -136,6 +141,9 @@ class FakeRunner:
             self._prefill(row)
         if len(plan.scores):
             self._unsampled.scores = self._score(plan)
+        for fork in plan.forks:
+            self._requests[fork.slot] = fork.admit
+            self._lengths[fork.slot] = len(fork.admit.prompt_token_ids)
         return self._unsampled
 
     def dispatch_sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
@@ -156,9 +164,10 @@ class FakeRunner:
                 positions[len(drawn) : len(drawn) + len(sampled)] = range(first, first + len(sampled))
                 drawn += sampled
                 counts.append(held)
-        suppress_stop = plan.samples.suppress_stop.tolist()
+        suppress_stop, computed = plan.samples.suppress_stop.tolist(), _slots_of_tokens(plan)
         for place in range(len(drawn), len(slots)):
-            drawn.append(self._sample(slots[place], positions[place], suppress_stop[place], mask_of.get(place)))
+            context = self._read(computed[plan.samples.hidden_rows[place]], positions[place])
+            drawn.append(self._sample(slots[place], context, suppress_stop[place], mask_of.get(place)))
         logprobs = None
         if plan.wants_logprobs:
             logprobs = fake_logprobs(list(zip(positions, drawn, strict=True)), self.info.max_logprobs)
@@ -257,8 +266,7 @@ class FakeRunner:
         suppress_stop = len(context) < len(request.prompt_token_ids) + request.min_tokens
         return next_token(context, request, suppress_stop, self.info.vocab_size, mask)
 
-    def _sample(self, slot: int, position: int, suppress_stop: bool, mask: np.ndarray | None = None) -> int:
-        context = self._read(slot, position)
+    def _sample(self, slot: int, context: Sequence[int], suppress_stop: bool, mask: np.ndarray | None = None) -> int:
         token = next_token(context, self._requests[slot], suppress_stop, self.info.vocab_size, mask)
         self._penalize(slot, context, [token])
         self._last[slot] = token

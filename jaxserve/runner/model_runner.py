@@ -24,12 +24,13 @@ from jaxserve.programs.state_programs import mask_words
 from jaxserve.programs.step_programs import (
     MASK_WRITE,
     OPTION_WRITE,
+    PAGE_COPY,
     TABLE_WRITE,
     ProgramKey,
     Shapes,
     program_keys,
 )
-from jaxserve.programs.swap_programs import copy_blocks, way
+from jaxserve.programs.swap_programs import copy_blocks, copy_vector, way
 from jaxserve.runner.engine_startup import Startup
 from jaxserve.runner.packing import (
     ForwardPacker,
@@ -248,11 +249,10 @@ class ModelRunner:
         them runs."""
         self._fail_at("pack", plan)
         for block in copy_blocks(plan.copies):
-            for kind in way(block[0]):
-                self._program(ProgramKey(kind, len(block)))
+            self._copy_program(block)
         tables = table_vectors(plan.table_writes, self._shapes.num_slots)
         slots = [_Call(self._program(TABLE_WRITE), vector) for vector in tables]
-        slots += [_Call(self._program(OPTION_WRITE), vector) for vector in option_vectors(plan.chunks)]
+        slots += [_Call(self._program(OPTION_WRITE), vector) for vector in option_vectors((*plan.chunks, *plan.forks))]
         penalties = self._penalty_calls(plan.penalty_writes)
         forward = self._forward_call(self._shapes.forward_key(plan), plan)
         sample = self._sample_call(plan.row_bucket, plan) if plan.row_bucket else None
@@ -323,21 +323,23 @@ class ModelRunner:
         """Starts the programs that copy pages; each reads the result of the one before it."""
         arrays, host = self._arrays, self._host_pages
         for block in copy_blocks(copies):
-            size, (first, *_) = len(block), block
-            sources, destinations = [copy.source for copy in block], [copy.destination for copy in block]
-            if way(first) != ("swap_out", "swap_in"):
-                host.wait_for_room(size)
-            if first.source_tier is PageState.HOST:
-                pages = host.take(sources)
-            else:
-                pages = self._program(ProgramKey("swap_out", size))(arrays.pools, np.array(sources, np.int32))
-            if first.destination_tier is PageState.HOST:
-                host.store(destinations, pages)
+            program, (first, *_) = self._copy_program(block), block
+            if first.source_tier is first.destination_tier:
+                arrays.pools = program(arrays.pools, copy_vector(block))
                 continue
-            program = self._program(ProgramKey("swap_in", size))
+            sources, destinations = [copy.source for copy in block], [copy.destination for copy in block]
+            host.wait_for_room(len(block))
+            if first.destination_tier is PageState.HOST:
+                host.store(destinations, program(arrays.pools, np.array(sources, np.int32)))
+                continue
+            pages = host.take(sources)
             arrays.pools, placed = program(arrays.pools, pages, np.array(destinations, np.int32))
-            if first.source_tier is PageState.HOST:
-                host.taken(size, placed)
+            host.taken(len(block), placed)
+
+    def _copy_program(self, block: Sequence[PageCopy]) -> Callable[..., Any]:
+        """Returns the program that makes a block of copies."""
+        kind = way(block[0])
+        return self._program(PAGE_COPY if kind == PAGE_COPY.kind else ProgramKey(kind, len(block)))
 
     def _program(self, key: ProgramKey) -> Callable[..., Any]:
         try:
@@ -366,6 +368,7 @@ class ModelRunner:
         self._write(_Writes([], self._penalty_calls(unused)))
         (vector,) = mask_vectors(np.array([padding]), np.zeros((1, self._no_masks.shape[1]), np.uint32), padding)
         arrays.masks = self._program(MASK_WRITE)(arrays.masks, vector)
+        arrays.pools = self._program(PAGE_COPY)(arrays.pools, copy_vector(()))
         for size in self._shapes.swap_sizes:
             for copies in swap_copies(size, null=True):
                 self._copy(copies)

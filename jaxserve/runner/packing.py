@@ -22,7 +22,7 @@ from jaxserve.programs.layout import (
     table_layout,
 )
 from jaxserve.request import ADMITTED_FIELDS, APART_FIELDS, PENALTY_ROW, ROW_FIELDS, EngineRequest, counted
-from jaxserve.scheduler.plan import TABLE_RUN, PageTableWrite, PenaltyWrite, RowPlan, Scores, StepPlan, Wants
+from jaxserve.scheduler.plan import TABLE_RUN, Fork, PageTableWrite, PenaltyWrite, RowPlan, Scores, StepPlan, Wants
 
 
 class ForwardPacker:
@@ -59,7 +59,7 @@ class ForwardPacker:
         fields["page_index"][:updates] = decodes.starts[decodes.page_rows] // self._page_size
         fields["page"][:updates] = decodes.pages
         if plan.chunks:
-            _pack_chunks(plan.chunks, fields, count, updates)
+            _pack_chunks(plan.chunks, plan.forks, fields, count, updates)
         ends[plan.num_rows + 1 :] = plan.num_tokens
         return vector
 
@@ -141,18 +141,18 @@ def mask_vectors(slots: np.ndarray, masks: np.ndarray, num_slots: int) -> list[n
     return vectors
 
 
-def option_vectors(chunks: Sequence[RowPlan]) -> list[np.ndarray]:
+def option_vectors(new: Sequence[RowPlan | Fork]) -> list[np.ndarray]:
     """Packs the input vectors of the option program, one `layout.option_layout` for each request that gets its slot and
     has wide parameters."""
     layout, vectors = option_layout(), []
-    for chunk in chunks:
-        if chunk.admit is None or not _has_wide(chunk.admit):
+    for one in new:
+        if one.admit is None or not _has_wide(one.admit):
             continue
         vector = np.zeros(layout.size, np.int32)
         fields = layout.views(vector)
-        fields["slot"][0] = chunk.slot
+        fields["slot"][0] = one.slot
         for name, held in APART_FIELDS.items():
-            value = getattr(chunk.admit, name)
+            value = getattr(one.admit, name)
             fields[name][:] = held.idle
             if held.used(value):
                 fields[name][: held.used(value)] = held.elements(value)
@@ -195,9 +195,12 @@ def penalty_vectors(writes: Sequence[PenaltyWrite]) -> list[tuple[int, np.ndarra
     return vectors
 
 
-def _pack_chunks(chunks: tuple[RowPlan, ...], fields: dict[str, np.ndarray], row: int, update: int) -> None:
-    """Packs chunks after `row` rows of one token each and `update` entries of the page table."""
-    end, admitted = row, 0
+def _pack_chunks(
+    chunks: tuple[RowPlan, ...], forks: tuple[Fork, ...], fields: dict[str, np.ndarray], row: int, update: int
+) -> None:
+    """Packs chunks after `row` rows of one token each and `update` entries of the page table, and the parameters of
+    those that are new and of forks."""
+    end, new = row, [*[chunk for chunk in chunks if chunk.admit is not None], *forks]
     for index, chunk in enumerate(chunks, start=row):
         begin, end = end, end + chunk.num_tokens
         fields["token_ids"][begin:end] = chunk.token_ids
@@ -210,16 +213,15 @@ def _pack_chunks(chunks: tuple[RowPlan, ...], fields: dict[str, np.ndarray], row
             fields["page_index"][update : update + pages] = range(chunk.first_new_page, chunk.first_new_page + pages)
             fields["page"][update : update + pages] = chunk.new_pages
             update += pages
-        if chunk.admit is not None:
-            _pack_parameters(chunk, fields, admitted)
-            admitted += 1
+    for place, one in enumerate(new):
+        _pack_parameters(one, fields, place)
 
 
-def _pack_parameters(chunk: RowPlan, fields: dict[str, np.ndarray], place: int) -> None:
-    request = chunk.admit
+def _pack_parameters(new: RowPlan | Fork, fields: dict[str, np.ndarray], place: int) -> None:
+    request = new.admit
     assert request is not None
-    fields["admit_slot"][place] = chunk.slot
-    fields[PENALTY_ROW][place] = -1 if chunk.penalty_row is None else chunk.penalty_row
+    fields["admit_slot"][place] = new.slot
+    fields[PENALTY_ROW][place] = -1 if new.penalty_row is None else new.penalty_row
     for name, held in ROW_FIELDS.items():
         value = getattr(request, name)
         if held.apart:

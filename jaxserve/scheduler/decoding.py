@@ -94,6 +94,11 @@ class DecodingSet:
         self._taken.pop(slot, None)
         self._rows = None
 
+    def position(self, sequence: Sequence) -> int:
+        """Returns the position of the token that a member computes next."""
+        assert sequence.slot is not None
+        return int(self._position[sequence.slot])
+
     def complete(self) -> list[Sequence]:
         """Returns the sequences whose last allowed token is sampled, so that nothing remains to compute.
 

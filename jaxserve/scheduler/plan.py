@@ -93,6 +93,21 @@ class RowPlan:
         return len(self.token_ids) or self.count
 
 
+@dataclasses.dataclass(frozen=True)
+class Fork:
+    """Describes a request that joins a step without computing a token: its prompt is that of a chunk, from whose hidden
+    state its first token is drawn too. `StepPlan.table_writes` has its page table.
+
+    order, slot, admit, penalty_row: as in `RowPlan`.
+    """
+
+    request_id: str
+    order: int
+    slot: int
+    admit: EngineRequest
+    penalty_row: int | None = None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class DecodeRows:
     """Holds the R decoding rows of a step as columns. Each computes the token sampled last and samples the next one.
@@ -288,7 +303,8 @@ class StepPlan:
     token_bucket: tokens of the forward program. row_bucket: rows of the sample program; 0 when nothing is sampled.
     copies: page copies, executed in order before the rest of the step: a page freed by one may be filled by a later one
     or by the step itself. table_writes, penalty_writes: applied after the copies and before the forward program.
-    scores: prompt tokens whose log-probabilities are wanted.
+    scores: prompt tokens whose log-probabilities are wanted. forks: further samples of prompts that the chunks
+    complete; token_bucket has room for a row of each, beside the chunks.
     """
 
     step: int
@@ -302,6 +318,7 @@ class StepPlan:
     table_writes: tuple[PageTableWrite, ...] = ()
     penalty_writes: tuple[PenaltyWrite, ...] = ()
     scores: Scores = NO_SCORES
+    forks: tuple[Fork, ...] = ()
 
     @property
     def num_sampled(self) -> int:
@@ -323,15 +340,16 @@ class StepPlan:
         return (*self.decodes.rows(), *self.chunks)
 
     @property
-    def sampled(self) -> tuple[RowPlan, ...]:
-        """Returns the row of each sample, in the order of `StepResult`. For inspection, not for the hot path."""
-        by_slot = {row.slot: row for row in self.rows}
+    def sampled(self) -> tuple[RowPlan | Fork, ...]:
+        """Returns the row or fork of each sample, in the order of `StepResult`. For inspection, not for the hot
+        path."""
+        by_slot = {row.slot: row for row in (*self.rows, *self.forks)}
         return tuple(by_slot[slot] for slot in self.samples.slots.tolist())
 
     @property
     def request_ids(self) -> tuple[str, ...]:
-        """Returns the request ids of the rows, in order."""
-        return (*self.decodes.request_ids, *(row.request_id for row in self.chunks))
+        """Returns the request ids of the rows and forks, in order."""
+        return (*self.decodes.request_ids, *(row.request_id for row in (*self.chunks, *self.forks)))
 
     @property
     def num_rows(self) -> int:
@@ -354,7 +372,8 @@ class StepPlan:
         """Splits the plan into steps of at most `most_rows` rows, to be run one after another.
 
         The first part makes the page copies and the writes to page tables and penalty rows. Rows and samples keep their
-        order, so concatenating the ids of the parts gives those of the step.
+        order, so concatenating the ids of the parts gives those of the step. A fork is in the part of the chunk that it
+        is drawn from.
 
         Args:
             most_rows: maximum number of rows of one part.
@@ -369,15 +388,18 @@ class StepPlan:
             samples = self.samples.within(end_token, end_token + num_tokens)
             scores = self.scores.within(end_token, end_token + num_tokens) if len(self.scores) else NO_SCORES
             end_token += num_tokens
+            slots = set(samples.slots.tolist()) if self.forks else ()
+            forks = tuple(fork for fork in self.forks if fork.slot in slots)
             parts.append(
                 dataclasses.replace(
                     self,
                     decodes=decodes,
                     chunks=chunks,
                     samples=samples,
-                    token_bucket=buckets.token_bucket(num_tokens),
+                    token_bucket=buckets.token_bucket(max(num_tokens, len(chunks) + len(forks))),
                     row_bucket=buckets.row_bucket(len(samples)),
                     num_tokens=num_tokens,
+                    forks=forks,
                     copies=() if parts else self.copies,
                     table_writes=() if parts else self.table_writes,
                     penalty_writes=() if parts else self.penalty_writes,

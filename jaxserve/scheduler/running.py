@@ -64,6 +64,10 @@ class Running:
         del self.prefilling[sequence.request_id]
         self.decoding.join(sequence)
 
+    def position(self, sequence: Sequence) -> int:
+        """Returns the position of the token that a sequence computes next."""
+        return self.decoding.position(sequence) if sequence.decoding else sequence.num_computed
+
     def leave(self, sequence: Sequence) -> None:
         """Frees the slot and the penalty row of a sequence; its pages are not touched.
 

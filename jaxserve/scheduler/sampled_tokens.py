@@ -13,11 +13,11 @@ from jaxserve.scheduler.sequence import Sequence
 
 def one_by_one(plan: StepPlan, token_ids: np.ndarray, special: np.ndarray) -> Iterator[tuple[str, int, int, int]]:
     """Yields request id, order, place among the samples and sampled id of the `special` decodes, bool [R], and of the
-    chunks that sample."""
+    chunks and forks that sample."""
     for row in special.nonzero()[0].tolist():
         yield plan.decodes.request_ids[row], int(plan.decodes.orders[row]), row, int(token_ids[row])
     if plan.chunks:
-        by_slot, first = {row.slot: row for row in plan.chunks}, len(plan.decodes)
+        by_slot, first = {row.slot: row for row in (*plan.chunks, *plan.forks)}, len(plan.decodes)
         for place, slot in enumerate(plan.samples.slots[first:].tolist(), start=first):
             yield by_slot[slot].request_id, by_slot[slot].order, place, int(token_ids[place])
 
@@ -26,7 +26,7 @@ def several(
     plan: StepPlan, token_ids: np.ndarray, counts: np.ndarray
 ) -> Iterator[tuple[str, int, int, int, tuple[int, ...]]]:
     """Yields request id, order, place of the first sample, planned samples and accepted ids of the decoding rows and of
-    the chunks that sample."""
+    the chunks and forks that sample."""
     decodes, place = plan.decodes, 0
     assert decodes.counts is not None
     columns = zip(decodes.request_ids, decodes.orders.tolist(), decodes.counts.tolist(), counts.tolist(), strict=True)
@@ -35,7 +35,7 @@ def several(
             raise ValueError(f"count of {request_id!r} is {count}; its row has {planned} tokens: it must be 1 to that")
         yield request_id, order, place, planned, tuple(token_ids[place : place + count].tolist())
         place += planned
-    by_slot = {row.slot: row for row in plan.chunks}
+    by_slot = {row.slot: row for row in (*plan.chunks, *plan.forks)}
     for chunk_place, slot in enumerate(plan.samples.slots[place:].tolist(), start=place):
         yield by_slot[slot].request_id, by_slot[slot].order, chunk_place, 1, (int(token_ids[chunk_place]),)
 

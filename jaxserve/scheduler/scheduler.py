@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as List
 
 import numpy as np
 
@@ -122,7 +123,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._queues.waiting)
+        return len(self._queues.waiting) + self._queues.waiting.num_withheld
 
     @property
     def num_running(self) -> int:
@@ -185,19 +186,45 @@ class Scheduler:
             ValueError: its id is in use, or the server is full: max_num_seqs requests are running (or about to) and
                 max_num_waiting are queued behind them.
         """
-        if request.request_id in self._sequences:
-            raise ValueError(f"request_id {request.request_id!r} is in use; ids of unfinished requests must differ")
-        if len(self._sequences) >= self._config.max_num_seqs + self._config.max_num_waiting:
+        self._check_new((request,))
+        sequence = self._sequence(request, wants)
+        self._queues.waiting.push(sequence)
+        return sequence
+
+    def add_samples(self, requests: List[EngineRequest], wants: List[Wants]) -> list[Sequence]:
+        """Puts requests of one prompt in the waiting queue, so that it is computed once and its pages are shared.
+
+        Args:
+            requests: at least one; they differ in what decides their samples.
+            wants: what the samples of each want.
+
+        Raises:
+            ValueError: as `add` does, for any of them; then none is added.
+        """
+        self._check_new(requests)
+        sequences = [self._sequence(request, want) for request, want in zip(requests, wants, strict=True)]
+        self._queues.sharing.add(sequences)
+        return sequences
+
+    def _check_new(self, requests: List[EngineRequest]) -> None:
+        """Raises ValueError where `add` does."""
+        names = {request.request_id for request in requests}
+        for request in requests:
+            if request.request_id in self._sequences or len(names) < len(requests):
+                raise ValueError(f"request_id {request.request_id!r} is in use; ids of unfinished requests must differ")
+        if len(self._sequences) + len(requests) > self._config.max_num_seqs + self._config.max_num_waiting:
             raise ValueError(
                 f"{len(self._sequences)} requests are unfinished; max_num_seqs {self._config.max_num_seqs} and "
-                f"max_num_waiting {self._config.max_num_waiting} allow no more: retry later"
+                f"max_num_waiting {self._config.max_num_waiting} allow no {len(requests)} more: retry later"
             )
+
+    def _sequence(self, request: EngineRequest, wants: Wants) -> Sequence:
+        """Returns the record of a new request."""
         sequence = Sequence(request, self._arrivals, self.predictor.expected(request))
         sequence.wants = int(wants)
         sequence.tenant_number = self.policy.tenant_number(request.options.tenant)
         self._arrivals += 1
         self._sequences[request.request_id] = sequence
-        self._queues.waiting.push(sequence)
         self._queues.changed = True
         lowest, highest = self._priorities_seen
         self._priorities_seen = min(lowest, request.options.priority), max(highest, request.options.priority)
@@ -252,10 +279,12 @@ class Scheduler:
             The preempted sequences.
         """
         lost_pages = {copy.destination for copy in lost if copy.destination_tier is PageState.HOST}
+        self._queues.sharing.lost()
         going_on = [sequence for name, sequence in self._sequences.items() if name not in self._barrier]
         preempted = [sequence for sequence in going_on if self._queues.restart(sequence, lost_pages)]
         for sequence in going_on:
             sequence.score_again()
+        self._queues.sharing.settle()
         self._steady = False
         self._step_times.begins(None, 0.0)
         if self.decode_gap is not None:
@@ -369,7 +398,7 @@ class Scheduler:
     def masked_sequences(self, plan: StepPlan) -> list[Sequence | None]:
         """Returns the sequence of each sample of `plan` that wants a mask, in order; None for those that have ended.
         If the step before has been passed to `update`, all tokens before that sample are known."""
-        owners = {row.slot: (row.request_id, row.order) for row in plan.rows}
+        owners = {row.slot: (row.request_id, row.order) for row in (*plan.rows, *plan.forks)}
         return [self._owner(*owners[slot]) for slot in plan.samples.slots[plan.samples.masked].tolist()]
 
     def fast_forward_steps(self) -> int:
@@ -461,6 +490,7 @@ class Scheduler:
         if self._mode.holds:
             self._queues.leave(sequence)
             sequence.status = RequestStatus.ENDING
+            self._queues.sharing.held_back(sequence)
             self._barrier.hold(sequence, reason)
             return SequenceUpdate(sequence, token_ids)
         return dataclasses.replace(self._finish(sequence, reason), token_ids=token_ids)
@@ -471,6 +501,7 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str = "") -> SequenceUpdate:
         self._queues.leave(sequence)
+        self._queues.sharing.ended(sequence)
         self._barrier.forget(sequence)
         del self._sequences[sequence.request_id]
         sequence.status = RequestStatus.FINISHED

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import EngineRequest, RequestStatus
+
+if TYPE_CHECKING:
+    from jaxserve.scheduler.shared_prompt import SharedPrompt
 
 
 class Sequence:
@@ -20,7 +25,8 @@ class Sequence:
     log-probabilities of its prompt. scores: those that the host has read and not handed on.
     pages: of the device, in the order of the table; reserved: pages held for it beyond them; host_pages: those of a
     swapped sequence. penalized: it needs a penalty row; penalty_row: the one that it holds while it runs. parked: its
-    queue does not offer it, since no row is free.
+    queue does not offer it, since no row is free. prompt: what it shares with other samples of its request; None where
+    it is the only one. withheld: it waits in no queue, until one of them has computed the prompt.
     """
 
     def __init__(self, request: EngineRequest, order: int, expected_output: float = 1.0):
@@ -47,6 +53,8 @@ class Sequence:
         self.penalized = request.penalized
         self.penalty_row: int | None = None
         self.parked = False
+        self.prompt: SharedPrompt | None = None
+        self.withheld = False
         self.next_scored = request.prompt_logprobs_start
         self.scores: list[LogprobColumns] = []
 
@@ -94,6 +102,11 @@ class Sequence:
             return None
         taken, self.scores = LogprobColumns.joined(self.scores), []
         return taken
+
+    @property
+    def must_score(self) -> bool:
+        """Tells whether tokens of the prompt are still to be scored, for which it must compute them itself."""
+        return self.request.prompt_logprobs is not None and self.next_scored < self.num_prompt_tokens
 
     def score_again(self) -> None:
         """Forgets that tokens of the prompt are being scored whose scores the host has not read: they are lost."""

@@ -9,6 +9,7 @@ from jaxserve.config.failpoints import Hit, InjectedFaultError
 from jaxserve.config.scheduling import AdmissionConfig
 from jaxserve.kv_cache.page_pool import PageCopy, PagePool, PageState
 from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler.shared_prompt import SharedPrompt
 
 
 class PageAllocationError(RuntimeError):
@@ -41,20 +42,43 @@ class Pages:
         """Tells whether sequences hold pages ahead of their tokens."""
         return self._reservation != "none"
 
-    def admit(self, sequence: Sequence, count: int, alone: bool) -> bool:
+    def admit(self, sequence: Sequence, count: int, alone: bool) -> tuple[PageCopy, ...] | None:
         """Allocates the pages that a new sequence needs, and those reserved for it; all or nothing.
 
         Args:
-            sequence: a sequence without pages.
-            count: number of its first tokens to hold.
+            sequence: a sequence without pages. Its computed tokens, if any, are in pages that samples of the same
+                prompt hold, or that the prompt keeps: it shares the former, and takes over the latter. One that must
+                score its prompt computes it again.
+            count: number of further tokens to hold.
             alone: no other sequence runs, so no pages need to be left for growth.
+
+        Returns:
+            The copies to perform; None, and nothing changes, when too few pages are available.
         """
         needed, reserved = self._needed(sequence, count)
-        kept = 0 if alone else self._watermark
-        if needed + reserved + kept > self._pool.num_available:
-            return False
-        self._take(sequence, needed, reserved)
-        return True
+        prompt, left = None if sequence.must_score else sequence.prompt, 0 if alone else self._watermark
+        there = 0 if prompt is None else prompt.num_ready_pages
+        if needed - there + reserved + left > self._pool.num_available:
+            return None
+        copies = () if prompt is None or not prompt.held else self._take_prompt(sequence, prompt)
+        self._take(sequence, needed - len(sequence.pages), reserved)
+        return copies
+
+    def fork(self, sequence: Sequence, donor: Sequence) -> tuple[PageCopy, ...] | None:
+        """Gives a sample, all of whose prompt counts as computed, the pages of one that has computed it: the full ones
+        are shared, a partial last one is its own.
+
+        Returns:
+            The copies to perform once the prompt is in the donor's pages; None, and nothing changes, when too few pages
+            are available.
+        """
+        full, partial = divmod(sequence.num_prompt_tokens, self._pool.page_size)
+        needed, reserved = self._needed(sequence, 0)
+        if needed - full + reserved + self._watermark > self._pool.num_available:
+            return None
+        self._share(sequence, donor, full)
+        self._take(sequence, needed - full, reserved)
+        return (_on_device(donor.pages[full], sequence.pages[full]),) if partial else ()
 
     def missing(self, sequence: Sequence, count: int) -> int:
         """Returns the number of pages that a running sequence must allocate for `count` more tokens."""
@@ -150,11 +174,36 @@ class Pages:
         total = min(-(-tokens // self._pool.page_size), self._pool.num_usable)
         return needed, max(0, total - needed)
 
+    def _take_prompt(self, sequence: Sequence, prompt: SharedPrompt) -> tuple[PageCopy, ...]:
+        """Gives a sample the pages of its prompt, up to the one with its last token, which it will write: that one is
+        its own, and a copy where it has other tokens too. Returns the copies to perform."""
+        copies: tuple[PageCopy, ...] = ()
+        if prompt.kept:
+            sequence.pages, prompt.kept = prompt.kept, []
+        else:
+            donor = next(iter(prompt.holders.values()))
+            self._share(sequence, donor, prompt.num_shared)
+            if (prompt.num_tokens - 1) % self._pool.page_size:
+                self._take(sequence, 1, 0)
+                copies = (_on_device(donor.pages[prompt.num_shared], sequence.pages[prompt.num_shared]),)
+        prompt.holders[sequence.request_id] = sequence
+        return copies
+
+    def _share(self, sequence: Sequence, donor: Sequence, count: int) -> None:
+        """Enters the first `count` pages of a donor into the empty table of a sequence."""
+        shared = donor.pages[:count]
+        self._pool.share(shared)
+        sequence.pages.extend(shared)
+
     def _take(self, sequence: Sequence, needed: int, reserved: int) -> None:
         pages = self._pool.allocate(needed + reserved)
         assert pages is not None, "pages that fit are not there"
         sequence.pages.extend(pages[:needed])
         sequence.reserved.extend(pages[needed:])
+
+
+def _on_device(source: int, destination: int) -> PageCopy:
+    return PageCopy(source, PageState.ACTIVE, destination, PageState.ACTIVE)
 
 
 class FaultyPages(Pages):
@@ -164,9 +213,13 @@ class FaultyPages(Pages):
         super().__init__(pool, config, max_model_len)
         self._hit = hit
 
-    def admit(self, sequence: Sequence, count: int, alone: bool) -> bool:
+    def admit(self, sequence: Sequence, count: int, alone: bool) -> tuple[PageCopy, ...] | None:
         self._pass([sequence])
         return super().admit(sequence, count, alone)
+
+    def fork(self, sequence: Sequence, donor: Sequence) -> tuple[PageCopy, ...] | None:
+        self._pass([sequence])
+        return super().fork(sequence, donor)
 
     def grow(self, sequence: Sequence, count: int) -> bool:
         if self.missing(sequence, count):

@@ -15,6 +15,7 @@ from jaxserve.scheduler.parking_queue import ParkingQueue
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.preemption import Preemption
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
+from jaxserve.scheduler.prompt_sharing import PromptSharing
 from jaxserve.scheduler.running import Running
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_pages import FaultyPages, Pages
@@ -26,8 +27,8 @@ class SequenceQueues:
     """Keeps the three queues over one page pool.
 
     waiting: new requests and those preempted to be computed again. swapped: those whose pages are in host memory, in
-    the order of the policy. preempted: sequences preempted by the last step; `start_step` clears them. changed: a
-    sequence arrived or left since the last step.
+    the order of the policy. sharing: what the samples of one prompt share. preempted: sequences preempted by the last
+    step; `start_step` clears them. changed: a sequence arrived or left since the last step.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class SequenceQueues:
         urgency_queues = self.preemption.urgency_queues
         self.waiting = Waiting(policy, formation, urgency_queues(), urgency_queues(), deadline_check)
         self.running = Running(config.max_num_seqs, pool.page_size, tokens_per_step, config.num_penalty_rows)
+        self.sharing = PromptSharing(pool, self.pages, self.waiting, self.running)
         self.swapped = ParkingQueue(policy.queue)
         self.preempted: list[Sequence] = []
         self.preemptions = {"recompute": 0, "swap": 0}
@@ -78,7 +80,10 @@ class SequenceQueues:
         (self.swapped if sequence.status is RequestStatus.SWAPPED else self.waiting).park(sequence)
 
     def make_room(self, step: StepInProgress) -> None:
-        """Preempts the running sequence that the preemption rules select, and drops its share of this step."""
+        """Frees the pages of a prompt that no sample runs with, or else preempts the running sequence that the
+        preemption rules select, and drops its share of this step."""
+        if self.sharing.reclaim():
+            return
         self.preempt(self.preemption.victim(self.running.sequences), step)
 
     def preempt(self, sequence: Sequence, step: StepInProgress) -> None:
@@ -88,6 +93,7 @@ class SequenceQueues:
         """
         step.drop(sequence, self.running.decoding.next_tokens(sequence) if sequence.decoding else 0)
         self.running.leave(sequence)
+        self.sharing.leaves(sequence, keep=False)
         self.preemption.boosted(sequence)
         copies = None
         if sequence.num_computed and self.preemption.prefers_swap(sequence.num_computed):
@@ -151,19 +157,23 @@ class SequenceQueues:
     def _release(self, sequence: Sequence) -> None:
         """Frees slot and pages of a running sequence."""
         self.running.leave(sequence)
+        self.sharing.leaves(sequence, keep=True)
         self.pages.release(sequence)
         sequence.num_computed = 0
 
     def check_integrity(self, sequences: list[Sequence], pool: PagePool) -> None:
         """Asserts invariant 1 of the design and that each of the unfinished `sequences` is in one queue; O(pages)."""
         tables = [[*sequence.pages, *sequence.reserved] for sequence in sequences]
-        pool.check_integrity(tables, [sequence.host_pages for sequence in sequences])
+        pool.check_integrity([*tables, *self.sharing.tables], [sequence.host_pages for sequence in sequences])
         self.running.check_integrity()
+        self.sharing.check_integrity()
         statuses = [sequence.status for sequence in sequences]
         assert statuses.count(RequestStatus.RUNNING) == len(self.running), "a sequence runs that does not"
         assert statuses.count(RequestStatus.SWAPPED) == len(self.swapped), "a sequence is swapped that is not"
         waiting = statuses.count(RequestStatus.WAITING) + statuses.count(RequestStatus.PREEMPTED)
-        assert waiting == len(self.waiting), "a sequence waits that does not, or the reverse"
+        assert waiting == len(self.waiting) + self.waiting.num_withheld, (
+            "a sequence waits that does not, or the reverse"
+        )
         for sequence in sequences:
             if sequence.status is not RequestStatus.RUNNING:
                 assert not sequence.decoding, f"{sequence.request_id} decodes, but does not run"
@@ -177,6 +187,9 @@ class SequenceQueues:
             assert swapped == bool(sequence.host_pages), f"{sequence.request_id} is not where its pages are"
             held = len(sequence.pages) + len(sequence.host_pages)
             assert sequence.num_computed <= held * pool.page_size, "computed tokens lack pages"
+            next_page = self.running.position(sequence) // pool.page_size
+            for page in sequence.pages[next_page:]:
+                assert pool.references(page) == 1, f"page {page} of {sequence.request_id} is shared, and written next"
         if not sequences:
             assert pool.num_used == 0, f"{pool.num_used} pages are in use while idle"
             assert pool.num_host_used == 0, f"{pool.num_host_used} host pages are in use while idle"

@@ -3,18 +3,16 @@ files."""
 
 from __future__ import annotations
 
-import numpy as np
-
 from jaxserve.config.scheduling import SchedulerConfig
 from jaxserve.kv_cache.page_pool import PageCopy
 from jaxserve.request import RequestStatus
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.budgets import Budgets
+from jaxserve.scheduler.chunk_planner import NO_CHUNKS, ChunkPlanner
 from jaxserve.scheduler.gap_limit import GapLimit
 from jaxserve.scheduler.modes import Mode, StepLimits
-from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, NO_SCORES, PageTableWrite, PenaltyWrite, RowPlan, StepPlan
+from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, StepPlan
 from jaxserve.scheduler.policies.policy import Policy
-from jaxserve.scheduler.scoring import planned_scores
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import SequenceQueues
 from jaxserve.scheduler.step_in_progress import Chunk, StepInProgress
@@ -57,6 +55,8 @@ class StepBuilder:
         self._swapped = queues.swapped
         self._step_times = step_times
         self._gap_limit = gap_limit
+        bounded = mode.closed or gap_limit is not None
+        self._chunk_planner = ChunkPlanner(queues, policy, budgets, None if bounded else mode)
         self.admitted: list[Sequence] = []
         self.blocked_by: str | None = None
         self._step: StepInProgress | None = None
@@ -71,7 +71,7 @@ class StepBuilder:
         self.admitted, self.blocked_by, self._step = [], None, None
         step = self._filled(now)
         # Copies alone are a step where the others wait for the results of guesses in flight.
-        return self._plan(step, number) if step.decodes or step.chunks or step.copies else None
+        return self._plan(step, number, now) if step.decodes or step.chunks or step.copies else None
 
     def _filled(self, now: float) -> StepInProgress:
         """Decides how many tokens each sequence computes, and allocates their pages."""
@@ -98,59 +98,33 @@ class StepBuilder:
             self._mode.admitted(joined)
         return step
 
-    def _plan(self, step: StepInProgress, number: int) -> StepPlan:
+    def _plan(self, step: StepInProgress, number: int, now: float) -> StepPlan:
         """Counts the decided tokens as computed and makes the `StepPlan`."""
         running, floors = self._running, self._mode.padded(step)
         decodes, samples = running.decoding.advance() if step.decodes else (NO_DECODES, NO_SAMPLES)
         if self._policy.counts_tokens and step.decodes:
             self._policy.decoded(running.decoding.tenants(decodes))
-        num_tokens, chunks, scores = decodes.num_tokens, (), NO_SCORES
-        table_writes: tuple[PageTableWrite, ...] = ()
-        penalty_writes: tuple[PenaltyWrite, ...] = ()
+        num_tokens, planned = decodes.num_tokens, NO_CHUNKS
         if step.chunks:
-            scores = planned_scores(step, num_tokens)
-            admitted = [chunk for chunk in step.chunks.values() if chunk.admitted]
-            table_writes = tuple(write for chunk in admitted if chunk.held for write in chunk.table_writes())
-            penalty_writes = tuple(write for chunk in admitted if (write := chunk.penalty_write()) is not None)
-            chunks, sampled = self._chunks(step, num_tokens)
+            planned = self._chunk_planner.plan(step, num_tokens, now)
+            self.admitted += planned.forked
             num_tokens += sum([chunk.count for chunk in step.chunks.values()])
-            samples = samples.followed_by(sampled) if sampled else samples
+            samples = samples.followed_by(planned.samples) if planned.samples else samples
         num_sampled = len(samples)
         return StepPlan(
             step=number,
             decodes=decodes,
-            chunks=chunks,
+            chunks=planned.rows,
             samples=samples,
-            token_bucket=self._buckets.token_bucket(max(num_tokens, floors[0])),
+            token_bucket=self._buckets.token_bucket(max(num_tokens, floors[0], planned.num_places)),
             row_bucket=self._buckets.row_bucket(max(num_sampled, floors[1]) if num_sampled else 0),
             num_tokens=num_tokens,
             copies=tuple(step.copies),
-            table_writes=table_writes,
-            penalty_writes=penalty_writes,
-            scores=scores,
+            table_writes=planned.table_writes,
+            penalty_writes=planned.penalty_writes,
+            scores=planned.scores,
+            forks=planned.forks,
         )
-
-    def _chunks(
-        self, step: StepInProgress, end: int
-    ) -> tuple[tuple[RowPlan, ...], list[tuple[int, int, int, bool, int]]]:
-        """Returns the rows of the prompt chunks that follow `end` tokens, and their samples.
-
-        A chunk is sampled when it completes the sequence's known tokens.
-        """
-        rows: list[RowPlan] = []
-        sampled: list[tuple[int, int, int, bool, int]] = []
-        for chunk in step.chunks.values():
-            row, sequence = chunk.row(), chunk.sequence
-            rows.append(row)
-            position = sequence.num_computed = row.start + chunk.count
-            end += chunk.count
-            if position == sequence.num_known:
-                suppress_stop = position < sequence.stop_position
-                sampled.append((end - 1, row.slot, position, suppress_stop, sequence.wants))
-                self._running.decode(sequence)
-                if self._policy.counts_tokens:
-                    self._policy.decoded(np.array([sequence.tenant_number]))
-        return tuple(rows), sampled
 
     def _begin(self, step_limits: StepLimits) -> StepInProgress:
         """Starts the step with its decodes."""
@@ -158,6 +132,7 @@ class StepBuilder:
         decodes = self._running.decoding.num_tokens if step_limits.decode else 0
         budget = budgets.max_num_batched_tokens - decodes
         step = StepInProgress(decodes, max(0, budget), config.max_num_batched_tokens - decodes)
+        step.copies += self._queues.sharing.take_due()
         if self._gap_limit is not None:
             self._gap_limit.start_step(self._running.decoding)
         if decodes and budgets.prefill_share < 1:
@@ -202,8 +177,11 @@ class StepBuilder:
                 self._queues.park(sequence)
                 continue
             count = self._chunk(sequence, step, step_limits)
-            if not count or not self._has_place(sequence, step_limits) or not pages.fit(sequence, count, spare=needed):
+            if not count or not self._has_place(sequence, step_limits):
                 return
+            while not pages.fit(sequence, count, spare=needed):
+                if len(running) or not self._queues.sharing.reclaim():
+                    return
             self._swapped.remove(sequence)
             running.start(sequence)
             held = len(sequence.host_pages)
@@ -212,6 +190,8 @@ class StepBuilder:
             assert grown, "pages that fit are not there"
             self.admitted.append(sequence)
             step.add(Chunk(sequence, count, held, admitted=True))
+            if (prompt := sequence.prompt) is not None and sequence.num_computed >= prompt.num_tokens:
+                self._queues.sharing.computed(sequence, prompt)
 
     def _extend_decodes(self, step: StepInProgress) -> None:
         """Allocates a page to every decoding sequence that needs one, preempting sequences with a higher priority key,
@@ -317,19 +297,36 @@ class StepBuilder:
             lacking = "penalty rows" if self._running.lacks_row(sequence) else "slots"
             self.blocked_by = None if sequence.num_pending else lacking
             return False
+        prompt = sequence.prompt
+        if prompt is not None:
+            sequence.num_computed = 0 if sequence.must_score else prompt.num_ready_tokens
         count = self._chunk(sequence, step, step_limits)
-        if not count:
-            return False
-        if not self._pages.admit(sequence, count, alone=not len(self._running)):
-            self.blocked_by = "pages"
+        copies = self._allocated(sequence, count) if count else None
+        if copies is None:
+            sequence.num_computed = 0
+            self.blocked_by = "pages" if count else self.blocked_by
             return False
         if sequence.waits_new:
             self._policy.admitted(sequence)
         self._waiting.remove(sequence)
         self._running.start(sequence)
         self.admitted.append(sequence)
-        step.add(Chunk(sequence, count, held=0, admitted=True))
+        held = 0
+        if prompt is not None:
+            held = prompt.num_shared + 1 if sequence.num_computed else 0
+            step.copies.extend(copies)
+            self._queues.sharing.joined(sequence, prompt)
+        step.add(Chunk(sequence, count, held, admitted=True))
         return True
+
+    def _allocated(self, sequence: Sequence, count: int) -> tuple[PageCopy, ...] | None:
+        """Allocates the pages of a sequence that joins; returns the copies to perform, or None where too few are
+        free."""
+        alone = not len(self._running)
+        while (copies := self._pages.admit(sequence, count, alone)) is None:
+            if not alone or not self._queues.sharing.reclaim(spared=sequence.prompt):
+                return None
+        return copies
 
     def _preempt_for_waiting(self, step: StepInProgress, step_limits: StepLimits, now: float) -> int:
         """Preempts running sequences for a waiting one that takes precedence; returns how many joined."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from jaxserve.kv_cache.page_pool import PageCopy
 from jaxserve.scheduler.plan import PageTableWrite, PenaltyWrite, RowPlan, table_writes
@@ -28,19 +29,6 @@ class Chunk:
         assert self.sequence.slot is not None
         return table_writes(0, self.sequence.slot, self.sequence.pages[: self.held])
 
-    def penalty_write(self) -> PenaltyWrite | None:
-        """Returns the write that makes the new penalty row that of the sequence; None where it has none.
-
-        Its last id may not be missing: a sequence gets no slot before the host knows all of them.
-        """
-        sequence = self.sequence
-        assert self.admitted
-        if sequence.penalty_row is None:
-            return None
-        assert not sequence.num_pending, f"{sequence.request_id} is admitted with ids that are not known"
-        outputs = tuple(sequence.output_token_ids)
-        return PenaltyWrite(sequence.penalty_row, sequence.request.prompt_token_ids, outputs)
-
     def row(self) -> RowPlan:
         """Returns its row of the plan."""
         sequence, count = self.sequence, self.count
@@ -57,6 +45,21 @@ class Chunk:
             admit=sequence.request if self.admitted else None,
             penalty_row=sequence.penalty_row if self.admitted else None,
         )
+
+
+def penalty_writes(admitted: Iterable[Sequence]) -> tuple[PenaltyWrite, ...]:
+    """Returns the writes that make the penalty rows of sequences that get their slots theirs.
+
+    The last id of a sequence may not be missing: it gets no slot before the host knows all of them.
+    """
+    writes = []
+    for sequence in admitted:
+        if sequence.penalty_row is None:
+            continue
+        assert not sequence.num_pending, f"{sequence.request_id} is admitted with ids that are not known"
+        outputs = tuple(sequence.output_token_ids)
+        writes.append(PenaltyWrite(sequence.penalty_row, sequence.request.prompt_token_ids, outputs))
+    return tuple(writes)
 
 
 class StepInProgress:

@@ -52,6 +52,7 @@ class Waiting:
     """Indexes the waiting sequences; no operation scans all of them.
 
     new: requests that never ran, by arrival. returning: preempted sequences to be recomputed, in the policy's order.
+    num_withheld: requests that never ran and are in no queue, since another computes their prompt.
     by_urgency, parked_by_urgency: queues of new requests, and of those that are parked; the best of each is the first
     to preempt a running sequence.
     """
@@ -74,6 +75,7 @@ class Waiting:
         self._parked = policy.queue()
         self._by_urgency = by_urgency
         self._parked_by_urgency = parked_by_urgency
+        self.num_withheld = 0
 
     def __len__(self) -> int:
         return len(self.new) + len(self.returning)
@@ -81,6 +83,29 @@ class Waiting:
     def push(self, sequence: Sequence) -> None:
         """Adds a request that never ran."""
         self._policy.queued(sequence)
+        self._enter(sequence)
+
+    def push_withheld(self, sequence: Sequence) -> None:
+        """Adds a request that never ran, and withholds it."""
+        self._policy.queued(sequence)
+        self._count_withheld(sequence)
+
+    def withhold(self, sequence: Sequence) -> None:
+        """Takes a request that never ran out of the queues; it goes on waiting."""
+        self._remove(sequence)
+        self._count_withheld(sequence)
+
+    def offer(self, sequence: Sequence) -> None:
+        """Puts a withheld request into the queues."""
+        sequence.withheld = False
+        self.num_withheld -= 1
+        self._enter(sequence)
+
+    def _count_withheld(self, sequence: Sequence) -> None:
+        sequence.withheld = True
+        self.num_withheld += 1
+
+    def _enter(self, sequence: Sequence) -> None:
         self._push(sequence)
         if sequence.request.options.deadline is not None:
             self._deadlines.push(sequence.request.options.deadline, sequence, len(self.new))
@@ -95,7 +120,11 @@ class Waiting:
 
     def remove(self, sequence: Sequence) -> None:
         """Removes a member that now runs or has ended."""
-        if sequence.waits_new:
+        if sequence.withheld:
+            sequence.withheld = False
+            self.num_withheld -= 1
+            self._policy.dequeued(sequence)
+        elif sequence.waits_new:
             self._remove(sequence)
             self._policy.dequeued(sequence)
         else:
@@ -160,6 +189,9 @@ class Waiting:
 
     def demote(self, sequence: Sequence) -> None:
         """Gives a late member the priority key that its policy assigns to late ones."""
+        if sequence.withheld:
+            self._policy.demote(sequence)
+            return
         self._remove(sequence)
         self._policy.demote(sequence)
         self._push(sequence)

@@ -69,17 +69,19 @@ class RequestLife:
 
     __slots__ = ()
 
-    def tokens(self, count: int, now: float) -> None:
-        """Records that the engine had `count` more tokens at `now`, of its clock. Those of one call are 0 apart."""
+    def tokens(self, count: int, now: float, sample: int = 0) -> None:
+        """Records that the engine had `count` more tokens of a sample at `now`, of its clock. Those of one call are 0
+        apart."""
 
     def phases(self, queue_seconds: float, prefill_seconds: float) -> None:
-        """Records how long the request waited for its first step, and computed until its first token."""
+        """Records how long the request waited for its first step, and computed until its first token; only the first
+        call counts."""
 
-    def charged(self, output_tokens: int) -> None:
-        """Records how many tokens the request has been charged for so far."""
+    def charged(self, output_tokens: int, sample: int = 0) -> None:
+        """Records how many tokens of a sample the request has been charged for so far."""
 
     def finish(self, reason: FinishReason, output_tokens: int, cached_tokens: int) -> None:
-        """Records the end of the request."""
+        """Records the end of the request. output_tokens: of all samples."""
 
 
 UNCOUNTED = RequestLife()
@@ -118,12 +120,17 @@ class RequestMeter:
         self._histograms[name].observe(value)
 
     def begin(
-        self, request_id: str, prompt_tokens: int, max_tokens: int, arrived: float | None, trace: RequestTrace | None
+        self,
+        request_id: str,
+        prompt_tokens: int,
+        max_tokens: int,
+        arrived: float | None,
+        trace: RequestTrace | None,
+        samples: int = 1,
     ) -> RequestLife:
-        """Returns the life of a new request. arrived: of `clock`; None is now."""
-        return _CountedLife(
-            self, request_id, prompt_tokens, max_tokens, self.clock() if arrived is None else arrived, trace
-        )
+        """Returns the life of a new request. arrived: of `clock`; None is now. samples: that it has."""
+        arrived = self.clock() if arrived is None else arrived
+        return _CountedLife(self, request_id, prompt_tokens, max_tokens, arrived, trace, samples)
 
     @contextlib.contextmanager
     def rejections(
@@ -163,7 +170,7 @@ class _CountedLife(RequestLife):
     """Counts one unfinished request. arrived: of the front end's clock; token times are of the engine's."""
 
     __slots__ = (
-        "_arrived", "_charged", "_first_token", "_last_token", "_max_tokens", "_metrics", "_prefill_seconds",
+        "_arrived", "_charged", "_first_token", "_last_tokens", "_max_tokens", "_metrics", "_prefill_seconds",
         "_prompt_tokens", "_queue_seconds", "_request_id", "_trace", "_ttft_seconds",
     )  # fmt: skip
 
@@ -175,6 +182,7 @@ class _CountedLife(RequestLife):
         max_tokens: int,
         arrived: float,
         trace: RequestTrace | None,
+        samples: int,
     ):
         self._metrics = metrics
         self._request_id, self._prompt_tokens, self._max_tokens = request_id, prompt_tokens, max_tokens
@@ -182,46 +190,50 @@ class _CountedLife(RequestLife):
         self._ttft_seconds: float | None = None
         self._queue_seconds: float | None = None
         self._prefill_seconds: float | None = None
-        self._first_token = self._last_token = 0.0
-        self._charged = 0
+        self._first_token = 0.0
+        self._last_tokens: list[float | None] = [None] * samples
+        self._charged = [0] * samples
 
-    def tokens(self, count: int, now: float) -> None:
+    def tokens(self, count: int, now: float, sample: int = 0) -> None:
         if not count:
             return
-        metrics = self._metrics
-        if self._ttft_seconds is not None:
-            metrics.observe_gap(now - self._last_token)
-        else:
+        metrics, last = self._metrics, self._last_tokens[sample]
+        if last is not None:
+            metrics.observe_gap(now - last)
+        elif self._ttft_seconds is None:
             self._ttft_seconds = metrics.clock() - self._arrived
             self._first_token = now
             metrics.prompt_tokens += self._prompt_tokens
             metrics.observe("time_to_first_token_seconds", self._ttft_seconds)
-        self._last_token = now
+        self._last_tokens[sample] = now
         if count > 1:
             metrics.observe_gap(0.0, count - 1)
 
     def phases(self, queue_seconds: float, prefill_seconds: float) -> None:
+        if self._queue_seconds is not None:
+            return
         self._queue_seconds, self._prefill_seconds = queue_seconds, prefill_seconds
         self._metrics.observe("request_queue_time_seconds", queue_seconds)
         self._metrics.observe("request_prefill_time_seconds", prefill_seconds)
 
-    def charged(self, output_tokens: int) -> None:
-        self._metrics.generation_tokens += output_tokens - self._charged
-        self._charged = output_tokens
+    def charged(self, output_tokens: int, sample: int = 0) -> None:
+        self._metrics.generation_tokens += output_tokens - self._charged[sample]
+        self._charged[sample] = output_tokens
 
     def finish(self, reason: FinishReason, output_tokens: int, cached_tokens: int) -> None:
-        self.charged(output_tokens)
         metrics, decode = self._metrics, None
+        metrics.generation_tokens += output_tokens - sum(self._charged)
         e2e = metrics.clock() - self._arrived
         metrics.finished[reason.value] += 1
         metrics.observe("e2e_request_latency_seconds", e2e)
         metrics.observe("request_prompt_tokens", self._prompt_tokens)
         metrics.observe("request_generation_tokens", output_tokens)
         if self._ttft_seconds is not None:
-            decode = self._last_token - self._first_token
+            decode = max(last for last in self._last_tokens if last is not None) - self._first_token
             metrics.observe("request_decode_time_seconds", decode)
-            if output_tokens > 1:
-                metrics.observe("request_time_per_output_token_seconds", decode / (output_tokens - 1))
+            gaps = output_tokens / len(self._charged) - 1  # of a sample
+            if gaps > 0:
+                metrics.observe("request_time_per_output_token_seconds", decode / gaps)
         metrics.ended(
             RequestRecord(
                 request_id=self._request_id,

@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxserve.serving.clients.client_failures import FAILURES, Failure, failure_of
 from jaxserve.serving.clients.client_output import JsonOutput, Output, TextOutput
-from jaxserve.serving.clients.client_results import Chunk, Conversation, holds_news, join
+from jaxserve.serving.clients.client_results import Chunk, Conversation, holds_news, join_samples
 from jaxserve.serving.clients.client_target import AnyClient, ServerTarget
 
 EXIT_FAILED = 1
@@ -118,17 +118,24 @@ class _Answers:
             sent = Conversation([*system, *self._turns, question])
         chunks: list[Chunk] = []
         news = holds_news(options.params)
+        is_one = options.params is None or options.params.get("n", 1) == 1
         stream = self._client.generate(sent, options.params, timeout=options.timeout, **options.fields)
         with contextlib.closing(stream):  # Ctrl-C leaves through here, which cancels the call
             for chunk in stream:
                 if not news:
-                    chunks.clear()
+                    chunks = [one for one in chunks if one.index != chunk.index]
                 chunks.append(chunk)
-                self._output.chunk(chunk, news)
-        completion = join(chunks, options.params)
-        self._output.answer(prompt, completion)
+                if is_one:
+                    self._output.chunk(chunk, news)
+        completions = join_samples(chunks, options.params)
+        for completion in completions:
+            if not is_one:  # samples arrive side by side, and are shown one after the other
+                for chunk in chunks:
+                    if chunk.index == completion.index:
+                        self._output.chunk(chunk, news)
+            self._output.answer(prompt, completion)
         if options.chat:
-            self._turns += [question, {"role": "assistant", "content": completion.text}]
+            self._turns += [question, {"role": "assistant", "content": completions[0].text}]
 
     def _prompt(self, text: str) -> str:
         """Returns the prompt to send for the user's input."""

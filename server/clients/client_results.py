@@ -60,10 +60,11 @@ class TokenLogprob:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """One message of a stream: new token ids and text, and in the last one the finish reason and usage.
+    """One message of a stream: new token ids and text of a sample, and in its last one the finish reason and usage.
 
     With an output_kind other than delta, each has all token ids and all text so far. logprobs: of the token ids, and
-    prompt_logprobs: of the prompt, where they are wanted.
+    prompt_logprobs: of the prompt, where they are wanted. usage: of the sample over gRPC; over HTTP, of all samples, in
+    the last message of the stream. index: of the sample.
     """
 
     request_id: str
@@ -73,11 +74,12 @@ class Chunk:
     usage: Usage | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    index: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """A complete response. logprobs, prompt_logprobs: as in `Chunk`."""
+    """A complete response, or one sample of it: logprobs, prompt_logprobs, usage and index are as in `Chunk`."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -86,6 +88,7 @@ class Completion:
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    index: int = 0
 
 
 class ModelInfo(Protocol):
@@ -99,8 +102,11 @@ class ModelInfo(Protocol):
 
 
 def join(chunks: Sequence[Chunk], params: Params = None) -> Completion:
-    """Joins the chunks of one finished stream. params: of the request; what a chunk holds depends on them."""
+    """Joins the chunks of one finished stream, or those of one sample of it. params: of the request; what a chunk holds
+    depends on them."""
     last = chunks[-1]
+    if any(chunk.index != last.index for chunk in chunks):
+        raise ValueError(f"request {last.request_id} has several samples; join_samples takes its chunks")
     if last.finish_reason is None or last.usage is None:
         raise ValueError(f"request {last.request_id} has no finish reason yet; join takes a finished stream")
     shown = chunks
@@ -114,7 +120,16 @@ def join(chunks: Sequence[Chunk], params: Params = None) -> Completion:
         usage=last.usage,
         logprobs=tuple(one for chunk in shown for one in chunk.logprobs),
         prompt_logprobs=tuple(one for chunk in chunks for one in chunk.prompt_logprobs),
+        index=last.index,
     )
+
+
+def join_samples(chunks: Sequence[Chunk], params: Params = None) -> list[Completion]:
+    """Joins the chunks of one finished stream to a completion for each sample, in the order of their indices."""
+    samples: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        samples.setdefault(chunk.index, []).append(chunk)
+    return [join(samples[index], params) for index in sorted(samples)]
 
 
 def record_of(result: Chunk | Completion) -> dict[str, Any]:

@@ -288,7 +288,14 @@ def _chunk(response: pb.GenerateResponse) -> Chunk:
     reason = convert.reason_from_proto(response.finish_reason)
     logprobs, prompt_logprobs = map(_logprobs, (response.logprobs, response.prompt_logprobs))
     return Chunk(
-        response.request_id, tuple(response.token_ids), response.text, reason, usage, logprobs, prompt_logprobs
+        response.request_id,
+        tuple(response.token_ids),
+        response.text,
+        reason,
+        usage,
+        logprobs,
+        prompt_logprobs,
+        response.index,
     )
 
 

@@ -267,25 +267,27 @@ def _events(response: http.client.HTTPResponse) -> Iterator[Any]:
 
 
 def _chunks(events: Iterator[Any]) -> Iterator[Chunk]:
-    """Yields the chunks of a stream. What is last, the finish reason and usage, comes in two events and makes one."""
-    last: Chunk | None = None
+    """Yields the chunks of a stream. What is last of a sample, its finish reason and the usage, comes in two events and
+    makes one."""
+    lasts: list[Chunk] = []
     request_id = ""
     for event in events:
         request_id = event.get("id", request_id)
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or {}
             text = delta.get("content") if "delta" in choice else choice.get("text")
-            found = tuple(_logprobs(choice.get("logprobs") or {}))
-            chunk = Chunk(request_id, tuple(choice.get("token_ids") or ()), text or "", logprobs=found)
+            found, index = tuple(_logprobs(choice.get("logprobs") or {})), choice.get("index", 0)
+            ids = tuple(choice.get("token_ids") or ())
+            chunk = Chunk(request_id, ids, text or "", logprobs=found, index=index)
             if reason := choice.get("finish_reason"):
-                last = dataclasses.replace(chunk, finish_reason=FinishReason(reason))
+                lasts.append(dataclasses.replace(chunk, finish_reason=FinishReason(reason)))
             elif chunk.text or chunk.token_ids:
                 yield chunk
-        if last is not None and (usage := event.get("usage")):
+        if lasts and (usage := event.get("usage")):
             details = usage.get("prompt_tokens_details") or {}
             counts = usage["prompt_tokens"], usage["completion_tokens"], details.get("cached_tokens") or 0
             truncated = details.get("truncated_tokens") or 0
-            yield dataclasses.replace(last, usage=Usage(*counts, truncated))
+            yield from [dataclasses.replace(last, usage=Usage(*counts, truncated)) for last in lasts]
             return
 
 

@@ -26,6 +26,7 @@ _REASONS = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.ABORT: pb.FINISH_REASON_ABORT,
     FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
+    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
 }
 _REASONS_BACK = {number: reason for reason, number in _REASONS.items()}
 
@@ -159,7 +160,7 @@ def prompt_logprobs_to_proto(prompt: PromptLogprobs) -> Iterator[list[pb.TokenLo
 
 
 def reason_to_proto(reason: FinishReason | None) -> pb.FinishReason:
-    """Returns the wire's finish reason; None is FINISH_REASON_UNSPECIFIED. ERROR has none: it is a status code."""
+    """Returns the wire's finish reason; None is FINISH_REASON_UNSPECIFIED."""
     return pb.FINISH_REASON_UNSPECIFIED if reason is None else _REASONS[reason]
 
 

@@ -20,6 +20,7 @@ import jaxserve
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.engine.messages import EngineReady, EngineStats
+from jaxserve.frontend.delta import Delta
 from jaxserve.frontend.openai_chat import Chat
 from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.frontend.preparation_steps import Steps
@@ -27,7 +28,7 @@ from jaxserve.request import FinishReason, ModelLimits, SamplingParams
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.grpc_port.call_interceptor import CallContext
 from jaxserve.serving.grpc_port.status import Status, status, status_of
-from jaxserve.serving.problem import NotFoundError, check_delta, unforeseen
+from jaxserve.serving.problem import NotFoundError, check_delta, fails_alone, unforeseen
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 from jaxserve.serving.served_model import ServedModel
@@ -126,6 +127,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         per_token = bytes_per_token(params, frontend.ready.limits)
         context.set_backlog(lambda: stream.num_unread * per_token)
         updates, prompt_logprobs = OutputUpdates(params.output_kind), None
+        failed: Delta | None = None
         async with stream:  # left early, it aborts the request
             async for delta in stream:
                 prompt_logprobs = delta.prompt_logprobs or prompt_logprobs
@@ -136,11 +138,16 @@ class JaxServeService(pb_grpc.JaxServeServicer):
                     for block in convert.prompt_logprobs_to_proto(prompt_logprobs):
                         await context.write(pb.GenerateResponse(request_id=delta.request_id, prompt_logprobs=block))
                     prompt_logprobs = None
-                if delta.finish_reason is FinishReason.DEADLINE:  # what there is until then is not lost
-                    await context.write(_response(update))
-                if delta.finish_reason is not None:
+                reason = delta.finish_reason
+                if reason is FinishReason.DEADLINE or fails_alone(delta):
+                    await context.write(_response(update))  # what there is until then is not lost
+                    failed = failed or delta
+                    continue
+                if reason is not None:
                     check_delta(delta)
                 await context.write(_response(update))
+        if failed is not None:
+            check_delta(failed)
 
     @errors_as_status
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
@@ -256,11 +263,12 @@ def call_deadline(context: Context) -> float | None:
     return None if remaining is None else time.time() + remaining
 
 
-def _response(delta: Any) -> pb.GenerateResponse:
+def _response(delta: Delta) -> pb.GenerateResponse:
     response = pb.GenerateResponse(
         request_id=delta.request_id,
         token_ids=delta.token_ids,
         text=delta.text,
+        index=delta.index,
         logprobs=() if delta.logprobs is None else convert.logprobs_to_proto(delta.logprobs, delta.token_ids),
     )
     if delta.finish_reason is not None:

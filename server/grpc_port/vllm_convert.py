@@ -44,7 +44,6 @@ _FIRST_TOKEN = "grammar_from_first_token"
 """Asks that a constraint begin at the first token, which it always does here."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
     "repetition_penalty": (1.0,),
     "frequency_penalty": (0.0,),
     "presence_penalty": (0.0,),
@@ -54,8 +53,13 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 _NEUTRAL_REQUEST: Mapping[str, tuple[Any, ...]] = {"kv_transfer_params_json": ("",), "data_parallel_rank": (0,)}
 _REQUEST = frozenset({"request_id", "tokenized", "text", "sampling_params", "stream"})
 
-_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORT: "abort"}
-"""The gateway's words for finish reasons; the others are statuses, and its fourth, error, is never sent."""
+_REASONS = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.ABORT: "abort",
+    FinishReason.ERROR: "error",
+}
+"""The gateway's words for finish reasons; the others are statuses, and so is error, except of one sample of several."""
 
 _NUMBERS = {name: field.number for name, field in pb.GenerateRequest.DESCRIPTOR.fields_by_name.items()}
 _TRUNCATE = pb.SamplingParams.DESCRIPTOR.fields_by_name["truncate_prompt_tokens"].number
@@ -165,6 +169,7 @@ def chunk(delta: Delta) -> pb.GenerateResponse:
             cached_tokens=delta.cached_tokens,
             output_logprobs=None if delta.logprobs is None else output_logprobs(delta.logprobs, delta.token_ids),
             input_logprobs=None if prompt is None else input_logprobs(prompt),
+            index=delta.index,
         )
     )
 
@@ -191,7 +196,7 @@ def _top_logprobs(columns: LogprobColumns) -> list[pb.TopLogProbs]:
 
 
 def complete(delta: Delta, output_ids: Sequence[int], params: SamplingParams) -> pb.GenerateResponse:
-    """Returns the last message of a request. delta: its last one. output_ids: all of its ids."""
+    """Returns the last message of a sample. delta: its last one. output_ids: all of its ids."""
     assert delta.finish_reason is not None
     answer = pb.GenerateComplete(
         output_ids=output_ids,
@@ -199,6 +204,7 @@ def complete(delta: Delta, output_ids: Sequence[int], params: SamplingParams) ->
         prompt_tokens=delta.prompt_tokens,
         completion_tokens=len(output_ids),
         cached_tokens=delta.cached_tokens,
+        index=delta.index,
     )
     if delta.stop_string is not None:
         answer.matched_stop_str = delta.stop_string

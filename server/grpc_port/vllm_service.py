@@ -21,7 +21,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 import jaxserve
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
-from jaxserve.frontend.delta import PromptLogprobs
+from jaxserve.frontend.delta import Delta, PromptLogprobs
 from jaxserve.frontend.delta_stream import DeltaStream
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import SamplingParams
@@ -32,7 +32,7 @@ from jaxserve.serving.grpc_port.oversized import CheckPromptBytes
 from jaxserve.serving.grpc_port.service import Context, bytes_per_token, call_deadline, errors_as_status, text_metadata
 from jaxserve.serving.grpc_port.tokenizer_bundle import tokenizer_zip
 from jaxserve.serving.grpc_port.vllm_load import ForwardedRequest, LoadRecord
-from jaxserve.serving.problem import NotFoundError, UnimplementedError, check_delta
+from jaxserve.serving.problem import NotFoundError, UnimplementedError, check_delta, fails_alone
 from jaxserve.serving.served_model import ServedModel
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["VllmEngine"]
@@ -227,25 +227,30 @@ async def _answer(
     stream: DeltaStream, params: SamplingParams, streams: bool, context: Context, forwarded: ForwardedRequest
 ) -> None:
     """Writes the answer to a request. streams: new ids are sent as they come, too."""
-    output_ids: list[int] = []
-    logprobs: list[LogprobColumns] = []
+    output_ids: list[list[int]] = [[] for _ in range(params.n)]
+    logprobs: list[list[LogprobColumns]] = [[] for _ in range(params.n)]
     prompt: PromptLogprobs | None = None
+    failed: Delta | None = None
     async for delta in stream:
         forwarded.answered(delta)
-        is_last = delta.finish_reason is not None
-        if is_last:
+        is_last, ids = delta.finish_reason is not None, output_ids[delta.index]
+        if fails_alone(delta):
+            failed = failed or delta
+        elif is_last:
             check_delta(delta)
-        output_ids += delta.token_ids
+        ids += delta.token_ids
         prompt = delta.prompt_logprobs or prompt
         if delta.logprobs is not None:
-            logprobs.append(delta.logprobs)
+            logprobs[delta.index].append(delta.logprobs)
         if streams and delta.token_ids:
             await context.write(convert.chunk(delta))
         if is_last:
-            answer = convert.complete(delta, output_ids, params)
-            if logprobs:
-                found = convert.output_logprobs(LogprobColumns.joined(logprobs), output_ids)
-                answer.complete.output_logprobs.CopyFrom(found)
+            answer = convert.complete(delta, ids, params)
+            if found := logprobs[delta.index]:
+                columns = convert.output_logprobs(LogprobColumns.joined(found), ids)
+                answer.complete.output_logprobs.CopyFrom(columns)
             if prompt is not None:
                 answer.complete.input_logprobs.CopyFrom(convert.input_logprobs(prompt))
             await context.write(answer)
+    if failed is not None:
+        check_delta(failed)

@@ -30,7 +30,7 @@ from jaxserve.serving.http_port.errors import check_model
 from jaxserve.serving.http_port.events import ChoiceEvents, ReplyEvents, StreamHead
 from jaxserve.serving.http_port.exchange import REQUEST_ID, ClientGoneError, Exchange
 from jaxserve.serving.http_port.json_bodies import Structure
-from jaxserve.serving.problem import check_delta
+from jaxserve.serving.problem import check_delta, fails_alone
 from jaxserve.serving.served_model import ServedModel
 from jaxserve.telemetry.request_trace import TRACE_HEADERS
 
@@ -122,6 +122,30 @@ def _renamed(exchange: Exchange, request_id: str) -> str:
     exchange.extra = [(name, value) for name, value in exchange.extra if name != REQUEST_ID.encode()]
     exchange.add_header(REQUEST_ID, request_id)
     return request_id
+
+
+class _Collected:
+    """Collects what the deltas of one sample say. plan: how its text is parsed."""
+
+    def __init__(self, plan: ReplyPlan):
+        self.texts: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[LogprobColumns] = []
+        self.last = Delta("")
+        self._message = ReplyMessage(plan) if plan.is_parsed else None
+
+    def add(self, delta: Delta) -> None:
+        self.texts.append(delta.text)
+        if self._message is not None:
+            self._message.add(delta.text)
+        self.token_ids.extend(delta.token_ids)
+        if delta.logprobs is not None:
+            self.logprobs.append(delta.logprobs)
+        self.last = delta
+
+    def finish(self, answer: Answer) -> Answer:
+        """Returns the answer with what its text was parsed to."""
+        return answer if self._message is None else self._message.finish(answer)
 
 
 class _Run:
@@ -218,36 +242,35 @@ class _Run:
 
     async def complete(self) -> None:
         """Answers with one object when every prompt has its answer."""
-        answers = [await self._collected(index, stream) for index, stream in enumerate(self._streams)]
+        collected = [await self._collected(index, stream) for index, stream in enumerate(self._streams)]
+        answers = [answer for samples in collected for answer in samples]
         body = response_body(self._url, self._request_id, self._model, self._created, answers)
         await self._exchange.answer(200, msgspec.json.encode(body))
 
-    async def _collected(self, index: int, stream: DeltaStream) -> Answer:
-        texts = self._echoes[index : index + 1]
-        token_ids: list[int] = []
-        logprobs: list[LogprobColumns] = []
+    async def _collected(self, index: int, stream: DeltaStream) -> list[Answer]:
+        """Returns the answers to one prompt, a sample each, when all have ended."""
+        request, echo = self._request, self._echoes[index : index + 1]
+        samples = [_Collected(self._plan) for _ in range(request.params.n)]
         prompt: PromptLogprobs | None = None
-        last, message = Delta(""), ReplyMessage(self._plan) if self._plan.is_parsed else None
         async for delta in stream:
-            last = self._shown(delta)
-            texts.append(last.text)
-            if message is not None:
-                message.add(last.text)
-            token_ids.extend(last.token_ids)
-            prompt = last.prompt_logprobs or prompt
-            if last.logprobs is not None:
-                logprobs.append(last.logprobs)
-        check_delta(last)
-        request, answer = self._request, self._answer(last)
+            samples[delta.index].add(self._shown(delta))
+            prompt = delta.prompt_logprobs or prompt
+        for sample in samples:
+            check_delta(sample.last)
         echoed = prompt if request.echo else None
-        answer = dataclasses.replace(
-            answer,
-            text="".join(texts),
-            token_ids=token_ids if request.return_token_ids else None,
-            logprobs=self._shapes.of(LogprobColumns.joined(logprobs), token_ids, prompt=echoed) if logprobs else None,
-            prompt_logprobs=self._shapes.of_prompt(prompt) if prompt and request.prompt_logprobs else None,
-        )
-        return answer if message is None else message.finish(answer)
+        answers = [
+            dataclasses.replace(
+                self._answer(sample.last),
+                text="".join([*echo, *sample.texts]),
+                token_ids=sample.token_ids if request.return_token_ids else None,
+                logprobs=self._shapes.of(LogprobColumns.joined(sample.logprobs), sample.token_ids, prompt=echoed)
+                if sample.logprobs
+                else None,
+                prompt_logprobs=self._shapes.of_prompt(prompt) if prompt and request.prompt_logprobs else None,
+            )
+            for sample in samples
+        ]
+        return [sample.finish(answer) for sample, answer in zip(samples, answers, strict=True)]
 
     def _shown(self, delta: Delta) -> Delta:
         """Returns what an answer shows of a delta: nothing of the output where only the prompt is asked for."""
@@ -261,7 +284,7 @@ class _Run:
 
     def _answer(self, last: Delta) -> Answer:
         """Returns the answer that ends with a delta, without its content."""
-        assert last.finish_reason is not None  # a stream ends with one
+        assert last.finish_reason is not None  # a sample ends with one
         return Answer(
             "",
             last.finish_reason.value,
@@ -269,20 +292,21 @@ class _Run:
             last.output_tokens,
             last.cached_tokens,
             truncated_tokens=last.truncated_tokens,
+            index=last.index,
         )
 
     # ---- streamed ------------------------------------------------------------------------------------------------
 
     async def stream(self) -> None:
         """Answers with events as tokens arrive; the response begins with the first of them."""
-        request, exchange = self._request, self._exchange
+        request, exchange, samples = self._request, self._exchange, self._request.params.n
         head = StreamHead(self._url, self._request_id, self._model, self._created, request.include_usage)
-        events = [self._events(head, index) for index in range(len(self._streams))]
-        if len(events) == 1:
-            answers = [await self._pump(0, events[0])]
-        else:
-            answers = await self._pump_all(events)
-        await exchange.end_events(head.end(answers))
+        events = [
+            [self._events(head, index * samples + sample) for sample in range(samples)]
+            for index in range(len(self._streams))
+        ]
+        pumped = [await self._pump(0, events[0])] if len(events) == 1 else await self._pump_all(events)
+        await exchange.end_events(head.end([answer for answers in pumped for answer in answers]))
 
     def _events(self, head: StreamHead, index: int) -> ChoiceEvents | ReplyEvents:
         request = self._request
@@ -298,22 +322,32 @@ class _Run:
             cumulative=request.params.output_kind is RequestOutputKind.CUMULATIVE,
         )
 
-    async def _pump(self, index: int, events: ChoiceEvents | ReplyEvents) -> Answer:
-        """Sends the events of one choice to its end."""
-        send, last = self._send, None
+    async def _pump(self, index: int, events: Sequence[ChoiceEvents | ReplyEvents]) -> list[Answer]:
+        """Sends the events of one prompt's choices to their end. A choice that fails does not end the others; they are
+        followed by its error."""
+        send, failed, prompt = self._send, None, None
+        begun: set[int] = set()
+        lasts: list[Delta] = []
         updates = OutputUpdates(self._request.params.output_kind)
         async for whole in self._streams[index]:
             delta = self._shown(whole)
+            prompt = delta.prompt_logprobs or prompt  # it comes before anything of another sample
             if delta.finish_reason is not None:
+                lasts.append(delta)
+                if fails_alone(delta):
+                    failed = failed or delta
+                    continue
                 check_delta(delta)
-            if last is None and self._echoes and isinstance(events, ChoiceEvents):  # only completions have them
-                await send(events.echo(self._echoes[index], delta.prompt_logprobs))
-            last = delta
-            update = updates.of(delta)
-            if update is not None and (data := events.of(update)):
+            choice, update = events[delta.index], updates.of(delta)
+            # Only completions have echoes.
+            if self._echoes and delta.index not in begun and isinstance(choice, ChoiceEvents):
+                begun.add(delta.index)
+                await send(choice.echo(self._echoes[index], prompt))
+            if update is not None and (data := choice.of(update)):
                 await send(data)
-        assert last is not None  # a stream has at least the delta that ends it
-        return self._answer(last)
+        if failed is not None:
+            check_delta(failed)
+        return [self._answer(last) for last in lasts]
 
     async def _send(self, data: bytes) -> None:
         """Sends events; those of several choices one after the other."""
@@ -323,7 +357,7 @@ class _Run:
             async with self._sending:
                 await self._exchange.send_event(data)
 
-    async def _pump_all(self, events: Sequence[ChoiceEvents | ReplyEvents]) -> list[Answer]:
+    async def _pump_all(self, events: Sequence[Sequence[ChoiceEvents | ReplyEvents]]) -> list[list[Answer]]:
         """Sends the events of several choices as they come. The first error ends all."""
         tasks = [asyncio.ensure_future(self._pump(index, one)) for index, one in enumerate(events)]
         try:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxserve.config.http_config import HttpConfig
+from jaxserve.config.parallel_samples import MAX_SAMPLES
 from jaxserve.config.plain_params import Form, PlainField, plain_fields
 from jaxserve.config.sampling_fields import MAX_INT32, Biases, Flag, Ids, Number, Texts, Whole, word_of
 from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, field_names, neutral_values
@@ -92,6 +93,7 @@ class _Limits:
         limits = None if served.frontend is None else served.frontend.ready.limits
         self.context = MAX_INT32 if limits is None else limits.max_model_len
         self.max_logprobs = MAX_INT32 if limits is None else limits.max_logprobs
+        self.samples = MAX_SAMPLES if limits is None else limits.max_n
         self.token_id: Schema = {
             "type": "integer",
             "minimum": 0,
@@ -156,6 +158,7 @@ def _one_model(name: str) -> Schema:
 def _body(url: str, limits: _Limits, config: HttpConfig) -> Schema:
     """Returns the schema of a body to one of openai.URLS."""
     fields = {name: _of_param(field, limits) | {"description": field.row.meaning} for name, field in _PARAMS.items()}
+    fields["n"] |= {"maximum": limits.samples}
     logprobs = _whole(-1, limits.max_logprobs)
     fields |= {name: fields[name] | {"maximum": limits.max_logprobs} for name in ("logprobs", "prompt_logprobs")}
     if url == CHAT_URL:

@@ -88,7 +88,8 @@ class RuleEngine(HealthyEngine):
     """An inline engine: each `receive` is a step that gives every running request its next token.
 
     The rule: the output is the prompt without its <bos> (id 1), one token a step, then the eos id 2. A prompt that
-    holds token 0 fails in its first step. At most max_num_seqs requests run at once, in order of arrival.
+    holds token 0 fails in its first step. Sample i of a request begins i tokens further on. At most max_num_seqs
+    requests run at once, in order of arrival.
     on_step: called before each step with its number (from 1); may raise.
     """
 
@@ -100,16 +101,17 @@ class RuleEngine(HealthyEngine):
         self.dead = ""
         self._on_step = on_step
         self._steps = 0
-        self._live = {}  # id -> [request, tokens given]
+        self._live = {}  # id -> [id, request, tokens given, index]
         self._out = []
 
     def send(self, message):
         assert not self.closed
         match message:
-            case AddRequest(request):
-                assert request.request_id not in self._live
+            case AddRequest(request, sample_ids):
                 self.requests.append(request)
-                self._live[request.request_id] = [request, 0]
+                for index, name in enumerate((request.request_id, *sample_ids)):
+                    assert name not in self._live
+                    self._live[name] = [name, request, 0, index]
                 self.max_unfinished = max(self.max_unfinished, len(self._live))
             case AbortRequest(request_id):
                 if self._live.pop(request_id, None) is not None:
@@ -134,21 +136,21 @@ class RuleEngine(HealthyEngine):
         return out
 
     def _step(self, entry):
-        request, given = entry
+        name, request, given, index = entry
         answer = [token_id for token_id in request.prompt_token_ids if token_id != 1] + [2]
         if 0 in answer:
-            del self._live[request.request_id]
-            return EngineOutput(request.request_id, (), FinishReason.ERROR, "logits are not finite")
-        token_id = answer[given] if given < len(answer) else 2
-        entry[1] = given + 1
+            del self._live[name]
+            return EngineOutput(name, (), FinishReason.ERROR, "logits are not finite")
+        token_id = answer[index + given] if index + given < len(answer) else 2
+        entry[2] = given + 1
         reason = None
         if token_id in request.stop_token_ids and given + 1 > request.min_tokens:
             reason = FinishReason.STOP
         elif given + 1 == request.max_tokens:
             reason = FinishReason.LENGTH
         if reason is not None:
-            del self._live[request.request_id]
-        return EngineOutput(request.request_id, (token_id,), reason)
+            del self._live[name]
+        return EngineOutput(name, (token_id,), reason)
 
     def close(self, seconds=0.0):
         self.closed = True

@@ -279,17 +279,17 @@ def test_held_text_is_released_when_the_output_ends(front_end, tokenizer):
 def test_abort_gives_the_last_delta_at_once_and_only_once(front_end, engine, tokenizer):
     front_end.submit("hi", SamplingParams(max_tokens=8, stop=("abc",)), request_id="r")
     output(front_end, "r", ids(tokenizer, "xab"))
-    delta = front_end.abort("r")
+    (delta,) = front_end.abort("r")
     assert (delta.text, delta.finish_reason, delta.cause) == ("ab", FinishReason.ABORT, Cause.CLIENT)
     assert delta.error == "aborted by the client"
-    assert front_end.abort("r") is None
+    assert front_end.abort("r") == []
     assert engine.aborted == ["r"]
     assert output(front_end, "r", [5]) is None
     assert output(front_end, "r", (), FinishReason.ABORT) is None
 
 
 def test_abort_of_an_unknown_id(front_end, engine):
-    assert front_end.abort("unknown") is None
+    assert front_end.abort("unknown") == []
     assert not engine.sent
 
 
@@ -387,7 +387,7 @@ def test_end_all(front_end, engine):
 def test_aborting_while_the_engine_dies_is_quiet(front_end, engine):
     front_end.submit("hi", GREEDY, request_id="a")
     engine.send_error = BrokenPipeError()
-    assert front_end.abort("a").finish_reason is FinishReason.ABORT
+    assert [delta.finish_reason for delta in front_end.abort("a")] == [FinishReason.ABORT]
 
 
 def test_output_for_an_unknown_request_is_logged(front_end, caplog):

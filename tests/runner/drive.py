@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,48 +16,60 @@ from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.scheduler import Scheduler
 from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.plan import Wants
 from tests.scheduler.drive import dispatch
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Output tokens of each request, how often one was preempted, and the forward programs that computed them."""
+    """Output tokens of each request, how often one was preempted, the forward programs that computed them, and the
+    prompt tokens that they computed."""
 
     tokens: list[list[int]]
     num_preemptions: int
     programs: set[ProgramKey]
+    prefill_tokens: int
 
 
 def drive(
     runner: ModelRunner,
     config: EngineConfig,
-    requests: Sequence[EngineRequest],
+    requests: Sequence[EngineRequest | Sequence[EngineRequest]],
     num_pages: int | None = None,
     poison: bool = True,
     **limits: object,
 ) -> Run:
     """Runs all requests to their end with one step in flight. num_pages is the pool's size, by default the config's.
 
-    With poison every page holds it until a step writes there. limits are fields of SchedulerConfig.
+    Requests in a sequence of their own are samples of one prompt. With poison every page holds it until a step writes
+    there. limits are fields of SchedulerConfig.
     """
     if poison:
         runner._arrays.pools = [_poisoned(pool) for pool in runner._arrays.pools]
     pool = PagePool(num_pages or config.cache.num_pages, config.cache.page_size)
     scheduler = Scheduler(dataclasses.replace(config.scheduler, **limits), pool, Buckets.from_config(config, "cpu"))
-    sequences = [scheduler.add(request) for request in requests]
+    sequences: list[Any] = []
+    for request in requests:
+        if isinstance(request, EngineRequest):
+            sequences.append(scheduler.add(request))
+        else:
+            sequences += scheduler.add_samples(request, [Wants.NONE] * len(request))
     programs = set()
+    prefill_tokens = 0
     in_flight = None
     while scheduler.unfinished or in_flight is not None:
         plan = scheduler.schedule()
         dispatched = None
         if plan is not None:
             programs.add(runner._shapes.forward_key(plan))
+            prefill_tokens += plan.num_prefill_tokens
             dispatched = (plan, dispatch(runner, plan))
         if in_flight is not None:
             scheduler.update(in_flight[0], runner.collect(in_flight[1]))
         scheduler.check_integrity()
         in_flight = dispatched
-    return Run([sequence.output_token_ids for sequence in sequences], scheduler.num_preemptions, programs)
+    tokens = [sequence.output_token_ids for sequence in sequences]
+    return Run(tokens, scheduler.num_preemptions, programs, prefill_tokens)
 
 
 def _poisoned(pool: jnp.ndarray) -> jnp.ndarray:

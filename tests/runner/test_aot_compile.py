@@ -59,17 +59,16 @@ def test_bundle_and_report_for_an_h200(config, tmp_path, capsys):
     assert report["problems"] == []
     programs = {(program["kind"], program["size"]): program for program in report["programs"]}
     penalty_writes = {("penalty_write", size) for size in PENALTY_RUNS}
-    writes = {("table_write", 64), ("option_write", 1), ("mask_write", 8), *penalty_writes}
+    writes = {("table_write", 64), ("option_write", 1), ("mask_write", 8), ("page_copy", 16), *penalty_writes}
     assert set(programs) == {*((kind, 8) for kind in ("decode", "forward", "sample", "score")), *writes}
-    for (kind, _), program in programs.items():
-        writes = kind.endswith("_write")
-        assert program["command_buffers"] in ((0, 1) if writes else (1,))  # one kernel is no graph
+    for key, program in programs.items():
+        assert program["command_buffers"] in ((0, 1) if key in writes else (1,))  # one kernel is no graph
         assert program["pool_copies"] == 0
         assert program["alias_bytes"] == program["donated_bytes"] >= program["pool_bytes"]
         assert writes or program["temp_bytes"] > 0
         assert all(kernel["spill_store_bytes"] == kernel["spill_load_bytes"] == 0 for kernel in program["kernels"])
         names = {kernel["name"] for kernel in program["kernels"] if kernel["pallas"]}
-        assert ("paged_attention_decode" in names) == (kind in ("forward", "decode"))
+        assert ("paged_attention_decode" in names) == (key[0] in ("forward", "decode"))
     steps = report["decode_steps"]
     assert [(step["rows"], step["context"]) for step in steps] == [(8, 512), (8, 1024)]
     assert all(1 < step["ratio"] < 2 for step in steps)
@@ -79,14 +78,15 @@ def test_bundle_and_report_for_an_h200(config, tmp_path, capsys):
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["device_kind"] == "NVIDIA H200"
     assert manifest["target"]["description"] == (TARGET_DIRECTORY / "h200.txtpb").read_text()
-    assert len(manifest["programs"]) == 10
+    assert len(manifest["programs"]) == 11
     for program in manifest["programs"]:
         assert str(tmp_path).encode() not in (output / program["file"]).read_bytes()
     assert plugin.TOOLKIT_OPTION not in manifest["compiler_options"]
     for expected in ("`paged_attention_decode`", "| decode 8 |", "## Roofline", "ratio", "jax"):
         assert expected in page
 
-    assert "| 1 | 0 | 0 to 1 | 5 | yes | 0 | 0 | " in page  # launches of the writes
+    assert programs["page_copy", 16]["outside_command_buffers"] == 2, "one kernel reads, one writes"
+    assert "| 1 | 0 | 0 to 1 | 7 | yes | 0 | 0 | " in page  # launches of the writes
     both = render([report, report | {"versions": {"jax": "9.9"}, "problems": ["a kernel spills"]}])
     for expected in ("ratio, run 2", "run 2, GiB", "Run 2, jax 9.9", "- run 2: a kernel spills"):
         assert expected in both

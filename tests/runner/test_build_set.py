@@ -83,7 +83,7 @@ def test_only_programs_that_depend_on_the_pools_size_are_made_twice(monkeypatch)
     with SetBuilder(make_mesh(), None, progress=False) as builder:
         needs = builder.needs(shapes_of())
         programs = builder.build(shapes_of())
-    assert needs == ProgramNeeds(temporaries=4793, code=10 * LOADED_TIMES, together=4793)
+    assert needs == ProgramNeeds(temporaries=4809, code=11 * LOADED_TIMES, together=4809)
     assert sorted(compiler.asked) == [
         (ProgramKey("forward", 8), 64),
         (ProgramKey("forward", 16), 2),
@@ -93,6 +93,8 @@ def test_only_programs_that_depend_on_the_pools_size_are_made_twice(monkeypatch)
         (ProgramKey("penalty_write", 64), 2),
         (ProgramKey("penalty_write", 512), 2),
         (ProgramKey("penalty_write", 4096), 2),
+        (ProgramKey("page_copy", 16), 2),
+        (ProgramKey("page_copy", 16), 64),
         (ProgramKey("sample", 8), 2),
         (ProgramKey("score", 16), 2),
         (ProgramKey("table_write", 64), 2),
@@ -136,7 +138,7 @@ def test_progress_is_logged_where_there_is_no_terminal(monkeypatch, caplog):
         with caplog.at_level(logging.INFO, "jaxserve"):
             with SetBuilder(make_mesh(), None, progress=progress) as builder:
                 builder.build(shapes_of())
-        assert (" of 10 programs are ready, " in caplog.text) == progress
+        assert (" of 11 programs are ready, " in caplog.text) == progress
 
 
 def test_a_pool_with_room_to_spare_needs_no_program_to_be_sized():
@@ -172,4 +174,4 @@ def test_programs_that_need_more_than_was_foreseen_shrink_the_pool(monkeypatch):
     monkeypatch.setattr(build_set, "program_memory", hungry)
     runner = ModelRunner(dataclasses.replace(CONFIG, compilation_cache_dir=None))
     assert runner.info.num_pages == 29, "30, less a few bytes of code"
-    assert len(asked) == 12, "only the two forward programs were made twice"
+    assert len(asked) == 14, "only the two forward programs and that which copies pages were made twice"

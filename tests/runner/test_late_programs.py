@@ -19,7 +19,7 @@ from jaxserve.programs.aot.program_cache import ProgramCache
 from jaxserve.programs.compiler import CompileMissError, ProgramMemory, ProgramSet
 from jaxserve.programs.layout import PENALTY_RUNS
 from jaxserve.programs.program_needs import servable_keys
-from jaxserve.programs.step_programs import MASK_WRITE, OPTION_WRITE, TABLE_WRITE, ProgramKey, program_keys
+from jaxserve.programs.step_programs import MASK_WRITE, OPTION_WRITE, PAGE_COPY, TABLE_WRITE, ProgramKey, program_keys
 from jaxserve.request import EngineRequest
 from jaxserve.runner import engine_startup as startup
 from jaxserve.runner import late_programs
@@ -119,11 +119,12 @@ def early(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> tuple[Mode
 def test_tokens_are_the_same_before_and_after_the_others_join(early, caplog):
     runner, asked = early
     everything = set(program_keys(runner._shapes))
-    writes = {TABLE_WRITE, OPTION_WRITE, MASK_WRITE, *keys_of("penalty_write", *PENALTY_RUNS), *keys_of("score", 32)}
+    others = {*keys_of("penalty_write", *PENALTY_RUNS), *keys_of("score", 32)}
+    writes = {TABLE_WRITE, OPTION_WRITE, MASK_WRITE, PAGE_COPY, *others}
     assert set(runner.programs.executables) == {*keys_of("forward", 16, 32), *keys_of("sample", 16), *writes}
-    assert runner.info.num_executables == len(everything) == 12
+    assert runner.info.num_executables == len(everything) == 13
     assert runner.info.num_missing_executables == 2
-    assert runner.num_executables == 10
+    assert runner.num_executables == 11
     plan = StepPlan(0, NO_DECODES, (), NO_SAMPLES, token_bucket=8, row_bucket=8, num_tokens=3)
     fitted = runner.fitted(plan)
     assert (fitted.token_bucket, fitted.row_bucket, fitted.padding) == (16, 16, 13)
@@ -134,7 +135,7 @@ def test_tokens_are_the_same_before_and_after_the_others_join(early, caplog):
     with caplog.at_level(logging.INFO, "jaxserve"):
         LatePrograms(config, shapes, programs, cache)
         wait_for(lambda: " programs are there" in caplog.text)
-    assert "all 12 programs are there after" in caplog.text
+    assert "all 13 programs are there after" in caplog.text
     assert not runner.programs.missing
     assert set(runner.programs.executables) == everything
     assert runner.fitted(plan) is plan
@@ -144,7 +145,7 @@ def test_tokens_are_the_same_before_and_after_the_others_join(early, caplog):
 
     complete = ModelRunner(config)  # finds them all in the cache
     assert complete.info.num_missing_executables == 0
-    assert complete.info.num_cached_executables == 12
+    assert complete.info.num_cached_executables == 13
     wanted = drive(complete, CONFIG, REQUESTS)
     assert wanted.programs >= set(keys_of("forward", 8, 32)), "the test is to use those that were missing"
     assert wanted.tokens == before
@@ -156,7 +157,7 @@ def test_tokens_are_the_same_before_and_after_the_others_join(early, caplog):
 
 def test_what_copies_pages_is_made_before_anything_is_served():
     shapes = dataclasses.replace(startup.resolve_shapes(CONFIG, "cpu"), num_host_pages=16)
-    writes = {TABLE_WRITE, OPTION_WRITE, MASK_WRITE, *keys_of("penalty_write", *PENALTY_RUNS)}
+    writes = {TABLE_WRITE, OPTION_WRITE, MASK_WRITE, PAGE_COPY, *keys_of("penalty_write", *PENALTY_RUNS)}
     others = {*keys_of("sample", 16), *keys_of("score", 32)}
     swaps = {*keys_of("swap_in", 1, 4, 16), *keys_of("swap_out", 1, 4, 16), *writes}
     assert set(servable_keys(shapes)) == {*keys_of("forward", 16, 32), *others, *swaps}

@@ -70,6 +70,28 @@ def test_tokens_do_not_depend_on_scheduling(runner, requests):
     assert preempted.tokens == batched
 
 
+@pytest.mark.parametrize("prompt", [48, 53])
+def test_samples_are_separate_requests_whose_prompt_is_computed_once(runner, prompt):
+    """All at once, on four slots, in chunks of five and preempted; every page holds NaN until something is written."""
+    first = EngineRequest(
+        "r", tuple(7 * token % 96 for token in range(prompt)), max_tokens=20, temperature=1.2, seed=2**63 - 3
+    )
+    samples = [first, *[first.sample(index, f"r/{index}") for index in range(1, 8)]]
+    assert samples[3].seed == -(2**63)
+    alone = [drive(runner, CONFIG, [sample]).tokens[0] for sample in samples]
+    assert len({tuple(tokens) for tokens in alone}) == 8
+    compiled = runner.num_compilations
+    together = drive(runner, CONFIG, [samples])
+    assert (together.tokens, together.prefill_tokens) == (alone, prompt)
+    waves = drive(runner, CONFIG, [samples], max_num_seqs=4, long_prefill_token_threshold=5)
+    assert (waves.tokens, waves.prefill_tokens) == (alone, prompt + 4)
+    preempted = drive(runner, CONFIG, [samples], num_pages=9)
+    assert preempted.num_preemptions >= 3
+    assert preempted.tokens == alone
+    assert runner.num_compilations == compiled
+    assert runner.compile_misses == 0
+
+
 def test_greedy_tokens_are_the_dense_models(runner, requests):
     """Against the same weights through plain causal attention over the whole sequence, without pages or buckets."""
     params = random_params(MODEL, "float32", make_mesh(), CONFIG.seed)
@@ -110,7 +132,7 @@ def test_nothing_compiles_after_start(runner, requests):
     drive(runner, CONFIG, requests)
     drive(runner, CONFIG, requests[:3], long_prefill_token_threshold=3)
     assert runner.num_compilations == before > 0
-    assert runner.info.num_executables == len(program_keys(runner._shapes)) == 10
+    assert runner.info.num_executables == len(program_keys(runner._shapes)) == 11
 
 
 def test_a_compile_miss_is_an_error_and_counted(runner):

@@ -39,9 +39,9 @@ CONFIG = EngineConfig(
     seed=3,
 )
 FORWARD, SAMPLE = ProgramKey("forward", 16), ProgramKey("sample", 8)
-NUM_PROGRAMS = 10
-"""Two forward programs, one that samples, one that scores, and those that write page tables, options, masks and penalty
-rows."""
+NUM_PROGRAMS = 11
+"""Two forward programs, one that samples, one that scores, one that copies pages, and those that write page tables,
+options, masks and penalty rows."""
 
 
 @pytest.fixture(scope="module")

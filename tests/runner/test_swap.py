@@ -20,7 +20,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import make_mesh
 from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.programs.compiler import CompilationCounter, compile_program, program_memory
-from jaxserve.programs.step_programs import ProgramKey, Shapes, abstract_pools, program_keys
+from jaxserve.programs.step_programs import PAGE_COPY, ProgramKey, Shapes, abstract_pools, program_keys
 from jaxserve.programs.swap_programs import SWAP_SIZES, copy_blocks, swap_blocks
 from jaxserve.request import EngineRequest
 from jaxserve.runner import host_pages
@@ -112,9 +112,11 @@ def test_pages_keep_their_bits(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8"])
-@pytest.mark.parametrize("kind", ["swap_in", "swap_out"])
-def test_no_program_copies_a_pool(kind, dtype):
-    shapes, program = compiled(ProgramKey(kind, 4), dtype)
+@pytest.mark.parametrize(
+    "key", [ProgramKey("swap_in", 4), ProgramKey("swap_out", 4), PAGE_COPY], ids=lambda key: key.kind
+)
+def test_no_program_copies_a_pool(key, dtype):
+    shapes, program = compiled(key, dtype)
     (first, *_) = pools = abstract_pools(shapes, make_mesh())
     size = first.size * first.dtype.itemsize
     memory = program_memory(program)
@@ -123,7 +125,7 @@ def test_no_program_copies_a_pool(kind, dtype):
     assert re.search(pool_shape, text)
     assert not re.search(rf"= \w+{pool_shape}\S* (copy|transpose|convert)\(", text)
     assert memory.temporaries < size
-    if kind == "swap_in":
+    if key.kind != "swap_out":
         assert memory.aliased == size * len(pools)
 
 
@@ -144,13 +146,13 @@ def test_swap_space_decides_programs_and_pages():
     assert shapes.num_host_pages == 21
     assert resolve_shapes(dataclasses.replace(CONFIG, cache=FLOOR), "cpu").num_host_pages == 21
     kinds = {key.kind for key in program_keys(shapes)}
-    assert kinds == {"forward", "sample", "score", *WRITES, "swap_in", "swap_out"}
+    assert kinds == {"forward", "sample", "score", *WRITES, "page_copy", "swap_in", "swap_out"}
     assert [key.size for key in program_keys(shapes) if key.kind == "swap_in"] == [16, 4, 1]
     few = program_keys(dataclasses.replace(shapes, num_host_pages=15))
     assert [key.size for key in few if key.kind == "swap_out"] == [4, 1]
     none = resolve_shapes(dataclasses.replace(CONFIG, cache=CacheConfig()), "cpu")
     assert none.num_host_pages == 0
-    assert {key.kind for key in program_keys(none)} == {"forward", "sample", "score", *WRITES}
+    assert {key.kind for key in program_keys(none)} == {"forward", "sample", "score", *WRITES, "page_copy"}
     with pytest.raises(ValueError, match=rf"swap_space is 1e-06 GiB; a page has {PAGE_BYTES} bytes, so it must be"):
         resolve_shapes(dataclasses.replace(CONFIG, cache=CacheConfig(swap_space=1e-6)), "cpu")
 
@@ -191,9 +193,12 @@ def test_pages_are_copied_within_the_device(runner):
     runner._arrays.pools = random_pools(runner._shapes, seed=2)
     expected = bits(runner._arrays.pools)
     copies = fork([5, 6, 7, 8, 9, 5, 31, 6], [30, 31, 32, 33, 6, 34, 7, 31])
-    assert [len(block) for block in copy_blocks(copies)] == [4, 1, 1, 1, 1]
+    assert [len(block) for block in copy_blocks(copies)] == [6, 2]
+    many = fork(range(1, 4), range(8, 11)) + fork([11] * 17, range(12, 29))
+    assert [len(block) for block in copy_blocks(many)] == [16, 4]
     runner._copy(copies)
-    for copy in copies:
+    runner._copy(many)
+    for copy in (*copies, *many):
         expected[copy.destination] = expected[copy.source]
     assert (bits(runner._arrays.pools) == expected).all()
 
@@ -292,7 +297,7 @@ def test_the_fake_runner_swaps_too():
     assert generate(fake, request, swapped=True) == undisturbed
     fake._copy(*swap_in((9,), (6,)))  # what was swapped in before is lost
     with pytest.raises(AssertionError, match="position 0 of r is read before it is written"):
-        fake._sample(4, 20, False)
+        fake._read(4, 20)
 
 
 def test_nothing_compiles_for_a_swap(runner):

@@ -60,13 +60,16 @@ def save_tokenizer(directory: pathlib.Path) -> pathlib.Path:
 
 @dataclasses.dataclass
 class _Running:
+    """A sample; that of index i begins i tokens further on."""
+
     request: EngineRequest
+    index: int = 0
     produced: int = 0
 
     def next_token(self) -> int:
         answer = [token_id for token_id in self.request.prompt_token_ids if token_id != BOS_ID]
         answer.append(EOS_ID)
-        return answer[self.produced % len(answer)]
+        return answer[(self.index + self.produced) % len(answer)]
 
     def logprobs(self, token_id: int) -> tuple[Logprobs | None, Logprobs | None]:
         """Those of the token just produced, and with the first one those of the prompt."""
@@ -116,9 +119,10 @@ class EchoEngine:
     def send(self, message: ToEngine) -> None:
         with self._changed:
             match message:
-                case AddRequest(request):
+                case AddRequest(request, sample_ids):
                     self.requests.append(request)
-                    self._running[request.request_id] = _Running(request)
+                    for index, name in enumerate((request.request_id, *sample_ids)):
+                        self._running[name] = _Running(request, index)
                 case AbortRequest(request_id):
                     self.aborted.append(request_id)
                     if self._running.pop(request_id, None) is not None:

@@ -131,8 +131,17 @@ def test_json_has_ids_text_reason_and_usage(run):
         "text": "ab",
         "finish_reason": "length",
         "usage": {"prompt_tokens": 4, "output_tokens": 2, "cached_tokens": 1},
+        "index": 0,
     }
     assert second["prompt"] == "😀"
+
+
+def test_samples_are_answers_one_after_the_other(run):
+    options = "--temperature", "1", "--max-tokens", "2"
+    code, out, _ = run("--n", "3", *options, "abcd")
+    assert (code, out) == (0, "ab\nbc\ncd\n")
+    code, out, _ = run("--json", "--n", "2", *options, "abcd")
+    assert [(one["index"], one["text"]) for one in map(json.loads, out.splitlines())] == [(0, "ab"), (1, "bc")]
 
 
 def test_options_reach_the_engine(run, served):

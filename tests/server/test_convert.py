@@ -22,6 +22,7 @@ def test_unset_parameters_have_the_defaults_of_sampling_params():
         SamplingParams(
             temperature=0.7,
             seed=2**63 - 1,
+            n=7,
             max_tokens=2**31 - 1,
             min_tokens=3,
             stop=("a", "\n\n"),
@@ -137,8 +138,8 @@ def test_the_earlier_deadline_wins():
         convert.deadline_from_proto(pb.GenerateRequest(deadline=math.nan), 1.0)
 
 
-def test_every_reason_but_error_is_on_the_wire():
-    for reason in (None, FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT, FinishReason.DEADLINE):
+def test_every_reason_is_on_the_wire():
+    for reason in (None, *FinishReason):
         assert convert.reason_from_proto(convert.reason_to_proto(reason)) is reason
 
 

@@ -80,7 +80,8 @@ class Fair(Policy):
 
     def admitted(self, sequence: Sequence) -> None:
         cost = self.config.prompt_token_weight / self._weight(sequence.request.options.tenant)
-        self._counters[sequence.tenant_number] += cost * sequence.num_prompt_tokens
+        computed = sequence.num_computed  # of its prompt, for another sample of it
+        self._counters[sequence.tenant_number] += cost * (sequence.num_prompt_tokens - computed)
 
     def decoded(self, tenants: np.ndarray, times: int = 1) -> None:
         np.add.at(self._counters, tenants, self._costs[tenants] * times)

@@ -52,7 +52,8 @@ class Policy:
         """Records that a request no longer waits: it is admitted, or has ended."""
 
     def admitted(self, sequence: Sequence) -> None:
-        """Records that a request is admitted for the first time."""
+        """Records that a request is admitted for the first time; it computes all but `num_computed` tokens of its
+        prompt."""
 
     def decoded(self, tenants: np.ndarray, times: int = 1) -> None:
         """Records `times` output tokens of each row; tenants: int32 [R], as of `tenant_number`."""

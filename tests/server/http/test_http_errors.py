@@ -28,7 +28,8 @@ def http(server):
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"n": 2}, "n", "n is 2; only 1 is supported"),
+        ({"n": 2, "temperature": 0}, "n", "n is 2 and temperature is 0; all samples would be the same"),
+        ({"n": 129}, "n", "n is 129; at most 128 samples of one request are allowed"),
         ({"top_logprobs": 3}, "top_logprobs", "top_logprobs is 3; "),
         ({"best_of": 3}, "best_of", "best_of is 3; only 1"),
         (

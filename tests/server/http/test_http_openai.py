@@ -39,6 +39,28 @@ def test_streams(client):
     assert last.usage.completion_tokens == 7
 
 
+def test_several_samples(client):
+    chat = client.chat.completions.create(model="echo", messages=MESSAGES, n=3, max_tokens=3)
+    found = [(choice.index, choice.message.content, choice.finish_reason) for choice in chat.choices]
+    assert found == [(0, "hel", "length"), (1, "ell", "length"), (2, "llo", "length")]
+    assert chat.usage.completion_tokens == 9
+    completion = client.completions.create(model="echo", prompt=["abcd", "wxyz"], n=2)
+    assert [choice.text for choice in completion.choices] == ["abcd", "bcd", "wxyz", "xyz"]
+    assert [choice.index for choice in completion.choices] == [0, 1, 2, 3]
+    assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (2 * 5, 2 * (5 + 4))
+    options = {"include_usage": True}
+    with client.completions.create(
+        model="echo", prompt=["abcd", "wxyz"], n=2, stream=True, stream_options=options
+    ) as stream:
+        texts, last = dict.fromkeys(range(4), ""), None
+        for chunk in stream:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+            last = chunk
+    assert texts == {0: "abcd", 1: "bcd", 2: "wxyz", 3: "xyz"}
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (10, 18)
+
+
 def test_the_helper_that_collects_a_stream(client):
     with client.chat.completions.stream(model="echo", messages=MESSAGES) as stream:
         events = [event.type for event in stream]
@@ -63,5 +85,5 @@ def test_errors(client):
     assert (caught.value.param, caught.value.type) == ("temperature", "invalid_request_error")
     with pytest.raises(openai.NotFoundError, match="model 'gpt' is not served"):
         client.completions.create(model="gpt", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="n is 2; only 1 is supported"):
-        client.chat.completions.create(model="echo", messages=MESSAGES, n=2)
+    with pytest.raises(openai.BadRequestError, match="n is 2 and temperature is 0"):
+        client.chat.completions.create(model="echo", messages=MESSAGES, n=2, temperature=0)
