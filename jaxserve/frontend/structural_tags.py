@@ -161,17 +161,24 @@ def quoted(text: str) -> str:
 def lark_regex(pattern: str) -> str:
     """Returns a regular expression as it stands between two slashes of a Lark grammar.
 
-    Its classes of characters, such as \\w, are those characters that every notation counts to them: what a text matches
-    must not depend on who checks it, and letters with marks, say, are letters to some alone.
+    Its classes of characters, such as \\w, are those characters that every notation counts to them (in a class that is
+    negated: that any notation does): what a text matches must not depend on who checks it, and letters with marks, say,
+    are letters to some alone.
     """
+    parts, negated = [], [False]  # of the open classes, whether what stands in them is excluded
+    for part in _PARTS.findall(pattern):
+        if part.startswith("["):
+            negated.append(negated[-1] != part.startswith("[^"))
+        elif part == "]" and len(negated) > 1:
+            negated.pop()
+        parts.append((_IN_ANY if negated[-1] else _IN_ALL).get(part, part))
+    return regex_to_lark("".join(parts), "")
 
-    def known(found: re.Match[str]) -> str:
-        return _CLASSES.get(found.group(), found.group())
 
-    return regex_to_lark(re.sub(r"\\.", known, pattern, flags=re.DOTALL), "")
+_PARTS = re.compile(r"\\.?|\[\^?\]?|\]|[^\\\[\]]+", re.DOTALL)
+"""Escapes, what opens a class (a bracket that closes none stands first in it), what closes one, and the rest."""
 
-
-_CLASSES = {
+_IN_ALL = {
     r"\d": "[0-9]",
     r"\w": "[0-9A-Za-z_]",
     r"\s": r"[ \t\n\r\f\v]",
@@ -179,6 +186,17 @@ _CLASSES = {
     r"\W": r"[^\w\p{N}]",
     r"\S": r"[^\s\x1c-\x1f\u0085\uFEFF]",
 }
+"""Characters that every notation counts to a class."""
+
+_IN_ANY = {
+    r"\d": r"\p{N}",
+    r"\w": r"[\w\p{N}]",
+    r"\s": r"[\s\x1c-\x1f\u0085\uFEFF]",
+    r"\D": "[^0-9]",
+    r"\W": "[^0-9A-Za-z_]",
+    r"\S": r"[^ \t\n\r\f\v]",
+}
+"""Characters that any notation counts to it."""
 
 
 def _escaped(text: str) -> str:

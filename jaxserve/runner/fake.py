@@ -143,6 +143,7 @@ class FakeRunner:
             self._unsampled.scores = self._score(plan)
         for fork in plan.forks:
             self._requests[fork.slot] = fork.admit
+            self._penalty_rows[fork.slot] = fork.penalty_row
             self._lengths[fork.slot] = len(fork.admit.prompt_token_ids)
         return self._unsampled
 

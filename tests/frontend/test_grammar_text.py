@@ -68,8 +68,20 @@ def test_regular_expressions_match_the_whole_output():
 
 def test_classes_of_characters_are_what_every_notation_agrees_on():
     """The rules are those of Python, for any character that is let through."""
-    texts = [*map(chr, range(0x250)), "\u0903", "\u0661", "²", "½", "\u2028", "\u3000", "字", "\ufeff", "😀"]
-    for pattern in (r"\d", r"\w", r"\s", r"\D", r"\W", r"\S", r"[\w.]", r"[^\d\s]"):
+    texts = [
+        *map(chr, range(0x100)),
+        *map(chr, range(0x100, 0x250, 7)),
+        "\u0903",
+        "\u0661",
+        "²",
+        "½",
+        "\u2028",
+        "\u3000",
+        "字",
+        "\ufeff",
+        "😀",
+    ]
+    for pattern in (r"\d", r"\w", r"\s", r"\D", r"\W", r"\S", r"[\w.]", r"[^\d\s]", r"[^\W]", r"[^a\S]"):
         grammar = grammar_of(StructuredOutputsParams(regex=pattern), {}, 100)
         found = [text for text in texts if accepts(grammar, text)]
         assert all(re.fullmatch(pattern, text) for text in found), pattern

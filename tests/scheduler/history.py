@@ -223,6 +223,7 @@ def draw_config(rng: random.Random, mode: str, formation: str, policy: str) -> S
     chunked = rng.random() < 0.75
     return SchedulerConfig(
         max_num_seqs=seqs,
+        max_penalty_rows=1 + seqs // 2,
         max_num_batched_tokens=rng.choice((8, 16, 24, 40)),
         enable_chunked_prefill=chunked,
         long_prefill_token_threshold=rng.choice((0, 0, 3, 7)) if chunked else 0,

@@ -15,7 +15,7 @@ from jaxserve.config.scheduling import FORMATIONS, MODES, PreemptionConfig, Sche
 from jaxserve.kv_cache.page_pool import PageState
 from jaxserve.request import EngineRequest, FinishReason, RequestOptions, RequestStatus
 from jaxserve.runner.fake import FakeRunner
-from jaxserve.scheduler import PageAllocationError, Scheduler, StepPlan
+from jaxserve.scheduler import PageAllocationError, Scheduler, SequenceUpdate, StepPlan
 from jaxserve.scheduler.plan import Wants
 from jaxserve.scheduler.policies.named import POLICIES
 from tests.budgets import budget
@@ -219,7 +219,25 @@ def test_the_prompt_of_samples_is_charged_to_a_tenant_once():
 
 
 class SampledHistory(History):
-    """A random history in which requests have several samples, and the device loses its pages now and then."""
+    """A random history in which requests have several samples, and the device loses its pages now and then. Some take
+    penalty rows, of which there are few, and some want their prompt scored."""
+
+    def __init__(self, rng: random.Random, mode: str, formation: str, policy: str):
+        super().__init__(rng, mode, formation, policy)
+        self.scored: Counter[str] = Counter()
+
+    def take(self, update: SequenceUpdate) -> None:
+        if update.prompt_logprobs is not None:
+            self.scored[update.sequence.request_id] += len(update.prompt_logprobs)
+        super().take(update)
+
+    def check_answers(self) -> None:
+        super().check_answers()
+        for name, request in self.requests.items():
+            wanted = len(request.prompt_token_ids) - 1
+            if request.prompt_logprobs is None or not self.tokens[name]:
+                wanted = 0
+            assert self.scored[name] == wanted, f"{name} has scores of {self.scored[name]} prompt tokens, not {wanted}"
 
     def arrive(self) -> None:
         rng, number = self.rng, len(self.requests)
@@ -232,6 +250,8 @@ class SampledHistory(History):
             max_tokens=output,
             temperature=1.0,
             seed=rng.choice((number, 2**63 - 2)),
+            frequency_penalty=rng.choice((0.0, 0.0, 0.5)),
+            prompt_logprobs=rng.choice((None, None, 0)),
             min_tokens=rng.randint(0, min(3, output)),
             stop_token_ids=tuple(sorted(rng.sample(range(101), rng.choice((0, 3, 12))))),
             options=RequestOptions(
@@ -274,11 +294,15 @@ class SampledHistory(History):
             return
         events["steps"] += 1
         events["forked"] += len(plan.forks)
+        events["forked with a penalty row"] += sum(fork.penalty_row is not None for fork in plan.forks)
+        rows = [row.penalty_row for row in (*plan.rows, *plan.forks) if row.penalty_row is not None]
+        assert sorted(rows) == sorted(write.row for write in plan.penalty_writes)
+        events["scored"] += len(plan.scores)
         events["copied"] += sum(copy.source_tier is copy.destination_tier for copy in plan.copies)
         events["swapped in"] += sum(copy.source_tier is PageState.HOST for copy in plan.copies)
         events["joined later"] += sum(row.admit is not None and row.start > 0 for row in plan.chunks)
         events["kept"] += len(self.scheduler._queues.sharing.tables)
-        events["parked"] += self.scheduler._queues.waiting.num_parked
+        events["withheld"] += self.scheduler._queues.waiting.num_withheld
         assert plan.num_tokens <= plan.token_bucket
         assert len(plan.chunks) + len(plan.forks) <= plan.token_bucket
         assert plan.num_sampled <= plan.row_bucket
@@ -314,8 +338,18 @@ def test_histories_of_samples(mode: str):
         events.update(history.events)
 
     histories()
-    kinds = ("joined later", "kept", "parked", "ended stop", "ended length", "lost", "refused", "aborted running")
-    more = () if mode == "none" else ("copied", "recomputed", "swapped in")
-    forks = () if mode in ("none", "static", "dynamic") else ("forked",)
+    kinds = (
+        "joined later",
+        "kept",
+        "withheld",
+        "ended stop",
+        "ended length",
+        "lost",
+        "refused",
+        "aborted running",
+        "scored",
+    )
+    more = () if mode == "none" else ("copied", "recomputed", "swapped in", "aborted running")
+    forks = () if mode in ("none", "static", "dynamic") else ("forked", "forked with a penalty row")
     for kind in (*kinds, *more, *forks):
         assert events[kind] >= 3, f"{kind}: {events}"

@@ -159,18 +159,24 @@ def _set_decoder(content: dict[str, Any]) -> None:
 
 
 def _fill_holes(content: dict[str, Any], ids: dict[str, int]) -> None:
-    """Names the ids between others that have no token, as special tokens."""
-    vocab = content["model"]["vocab"]
-    # A piece that a list has twice has two ids.
-    taken = set(ids.values()) | (set() if isinstance(vocab, dict) else set(range(len(vocab))))
-    holes = [number for number in range(max(taken, default=-1) + 1) if number not in taken]
-    if holes and not isinstance(vocab, dict):
-        raise ValueError(
-            f"structured_outputs cannot be used with this tokenizer: id {holes[0]} has no token, but {len(taken)} has"
-        )
-    for number in holes:
+    """Names the ids between others that have no token of their own, as special tokens.
+
+    Where a list of pieces has one twice, its text is that of the last.
+    """
+    vocab, taken = content["model"]["vocab"], set(ids.values())
+    last = max(taken, default=-1) if isinstance(vocab, dict) else max([*taken, len(vocab) - 1])
+    for number in range(last + 1):
+        if number in taken:
+            continue
         name = _HOLE.format(number)
-        vocab[name] = number
+        if isinstance(vocab, dict):
+            vocab[name] = number
+        elif number < len(vocab):
+            vocab[number] = [name, vocab[number][1]]
+        else:
+            raise ValueError(
+                f"structured_outputs cannot be used with this tokenizer: id {number} has no token, but {last} has"
+            )
         content["added_tokens"].append(_special_token(number, name))
 
 
