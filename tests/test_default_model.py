@@ -195,6 +195,7 @@ CALLED = {
 }
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": CALLED}} for name in ("weather", "time")]
 ANSWER = {"type": "json_schema", "json_schema": {"name": "answer", "schema": CALLED}}
+ASK = [{"role": "user", "content": "sort: cab"}]
 FORCED = {
     "required": {"tools": TOOLS, "tool_choice": "required"},
     "one": {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False},
@@ -206,13 +207,14 @@ FORCED = {
 
 @pytest.mark.parametrize("reasoning", [None, "qwen3"])
 def test_calls_and_formats_of_a_chat_are_forced(runner, tmp_path, reasoning):
-    """Whatever a model has learned: this one has seen no call, and no reasoning, which it may also do."""
+    """Whatever a model has learned: this one has seen no call. It may think before, but could not end that."""
+    tokenizer = Tokenizer(CHECKPOINT, ChatConfig(reasoning_parser=reasoning))
+    no_thoughts = {} if reasoning is None else {"logit_bias": {str(tokenizer.encode("<")[-1]): -100}}
     lines = [
-        chat(f"{name} {seed}", [{"role": "user", "content": "sort: cab"}], seed=seed, max_tokens=250, **fields)
+        chat(f"{name} {seed}", ASK, seed=seed, max_tokens=250, **fields, **no_thoughts)
         for name, fields in FORCED.items()
         for seed in range(3)
     ]
-    tokenizer = Tokenizer(CHECKPOINT, ChatConfig(reasoning_parser=reasoning))
     engine = InlineEngine(CONFIG, runner)
     _, found = run_batch(tmp_path, lines, tokenizer, engine)
     engine.core.check_integrity()
