@@ -14,6 +14,7 @@ import re
 import pytest
 
 from jaxserve import LLM, SamplingParams, StructuredOutputsParams
+from jaxserve.config.chat_config import ChatConfig
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.tokenizer import Tokenizer
@@ -21,6 +22,8 @@ from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE, generate_split
 from jaxserve.models.tiny.tiny_tokenizer import CHAT_TEMPLATE
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.wrapper import RunnerWrapper
+from tests.batch_helpers import chat
+from tests.batch_helpers import run as run_batch
 
 CHECKPOINT = pathlib.Path(__file__).parents[1] / "models" / "tiny" / "checkpoint"
 CONFIG = EngineConfig(
@@ -182,6 +185,65 @@ def test_every_task_as_a_chat_is_the_prompt_of_training(tokenizer, examples):
             assert tokenizer.encode_chat([message]) == tokenizer.encode(prompt), kind
         assert tokenizer.encode_chat([*before, message]) == tokenizer.encode(prompt), kind
         assert tokenizer.encode_chat([message], add_generation_prompt=False) == tokenizer.encode(prompt.rstrip("\n"))
+
+
+CALLED = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Rome", "Bern"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": CALLED}} for name in ("weather", "time")]
+ANSWER = {"type": "json_schema", "json_schema": {"name": "answer", "schema": CALLED}}
+ASK = [{"role": "user", "content": "sort: cab"}]
+FORCED = {
+    "required": {"tools": TOOLS, "tool_choice": "required"},
+    "one": {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False},
+    "named": {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "time"}}},
+    "format": {"response_format": ANSWER, "tools": TOOLS, "tool_choice": "none"},
+    "samples": {"tools": TOOLS, "tool_choice": "required", "n": 2},
+}
+
+
+@pytest.mark.parametrize("reasoning", [None, "qwen3"])
+def test_calls_and_formats_of_a_chat_are_forced(runner, tmp_path, reasoning):
+    """Whatever a model has learned: this one has seen no call. It may think before, but could not end that."""
+    tokenizer = Tokenizer(CHECKPOINT, ChatConfig(reasoning_parser=reasoning))
+    no_thoughts = {} if reasoning is None else {"logit_bias": {str(tokenizer.encode("<")[-1]): -100}}
+    lines = [
+        chat(f"{name} {seed}", ASK, seed=seed, max_tokens=250, **fields, **no_thoughts)
+        for name, fields in FORCED.items()
+        for seed in range(3)
+    ]
+    engine = InlineEngine(CONFIG, runner)
+    _, found = run_batch(tmp_path, lines, tokenizer, engine)
+    engine.core.check_integrity()
+    ended = 0
+    for custom_id, result in found.items():
+        name = custom_id.split()[0]
+        choices = result["response"]["body"]["choices"]
+        assert len(choices) == FORCED[name].get("n", 1)
+        for choice in choices:
+            message = choice["message"]
+            if choice["finish_reason"] == "length":
+                continue
+            ended += 1
+            calls = message.get("tool_calls", [])
+            texts = [message["content"]] if name == "format" else [call["function"]["arguments"] for call in calls]
+            for one in map(json.loads, texts):
+                assert one["city"] in ("Rome", "Bern")
+                assert 1 <= one["days"] <= 9
+            names = [call["function"]["name"] for call in calls]
+            match name:
+                case "format":
+                    assert not names
+                case "named":
+                    assert names == ["time"]
+                case _:
+                    assert set(names) <= {"weather", "time"}
+                    assert len(names) == 1 or (names and name != "one")
+            assert choice["finish_reason"] == ("stop" if name in ("named", "format") else "tool_calls")
+    assert ended >= 14, "most of them end"
 
 
 def test_a_chat_without_a_task_is_refused(tokenizer):

@@ -10,7 +10,7 @@ import pytest
 
 from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.frontend.grammar_checker import GrammarChecker
-from jaxserve.structured_outputs import StructuredOutputsParams
+from jaxserve.structured_outputs import ReplyStructuredOutputs, StructuredOutputsParams
 
 CHECKPOINT = pathlib.Path(__file__).parents[2] / "models" / "tiny" / "checkpoint"
 CONFIG = StructuredOutputsConfig(max_checked_grammars=8, max_grammar_memory=256, grammar_processes=1)
@@ -74,6 +74,22 @@ def test_fault_11_a_grammar_that_is_refused(checker, given, message):
     assert "\n" not in str(caught.value)
     assert time.monotonic() - begin < 60
     assert checker.check(StructuredOutputsParams(regex="a+")), "the next one is checked as if nothing had been"
+
+
+def test_what_a_chat_makes_of_a_constraint(checker):
+    """Errors name the field that it follows from, and a grammar behind a lead is another one."""
+    kept = {"json": {"type": "integer"}}
+    assert checker.check(StructuredOutputsParams(**kept))
+    led = ReplyStructuredOutputs(**kept, lead='lead: "a" | "b"')
+    assert checker.known(led) is None
+    assert checker.check(led) != checker.check(StructuredOutputsParams(**kept))
+    for schema, words in (
+        ({"uniqueItems": True, "type": "array"}, r"^tools is refused: Unimplemented keys"),
+        (nested(200), r"^tools is nested more than 100 deep"),
+        ({"title": "x" * 200_000}, r"^tools has 2000\d\d bytes; at most 131072"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            checker.check(ReplyStructuredOutputs(json=schema, source="tools"))
 
 
 def test_a_grammar_over_its_time_ends_the_process_and_not_the_next_grammar():

@@ -86,7 +86,9 @@ class SayingEngine(EchoEngine):
         if isinstance(message, AddRequest):
             self.asked.append(message.request)
             said = [*self._tokenizer.encode(self.answer), *self._end]
-            message = AddRequest(dataclasses.replace(message.request, prompt_token_ids=tuple(said)))
+            message = dataclasses.replace(
+                message, request=dataclasses.replace(message.request, prompt_token_ids=tuple(said))
+            )
         super().send(message)
 
     def prompt(self) -> str:

@@ -104,6 +104,26 @@ def test_the_events_of_a_call(model):
     assert all(call.index in (0, 1) for call in calls)
 
 
+def test_each_sample_has_a_reply_of_its_own(model):
+    """A fake's sample 1 says what sample 0 does but for its first token, and that is part of the call's tag here."""
+    model.engine.answer = CALL
+    fields = {"model": "echo", "messages": ASK, "tools": TOOLS, "n": 2}
+    called, text = model.client.chat.completions.create(**fields).choices
+    assert [call.function.name for call in called.message.tool_calls] == ["weather"]
+    assert (called.finish_reason, called.message.content) == ("tool_calls", None)
+    assert (text.index, text.message.tool_calls) == (1, None)
+    assert text.message.content == CALL.removeprefix("<tool_call>")
+    found = {0: [], 1: []}
+    for chunk in model.client.chat.completions.create(stream=True, **fields):
+        for choice in chunk.choices:
+            found[choice.index].append(choice)
+    assert "".join(choice.delta.content or "" for choice in found[1]) == text.message.content
+    assert [call.function.name for choice in found[0] for call in choice.delta.tool_calls or () if call.id] == [
+        "weather"
+    ]
+    assert [found[index][-1].finish_reason for index in (0, 1)] == ["tool_calls", "stop"]
+
+
 def test_a_conversation_with_calls_and_their_results(model):
     messages = [
         *ASK,
