@@ -86,9 +86,8 @@ class SayingEngine(EchoEngine):
         if isinstance(message, AddRequest):
             self.asked.append(message.request)
             said = [*self._tokenizer.encode(self.answer), *self._end]
-            message = dataclasses.replace(
-                message, request=dataclasses.replace(message.request, prompt_token_ids=tuple(said))
-            )
+            request = dataclasses.replace(message.request, prompt_token_ids=tuple(said))
+            message = AddRequest(request, message.sample_ids)
         super().send(message)
 
     def prompt(self) -> str:
