@@ -346,7 +346,6 @@ def test_histories_of_samples(mode: str):
         "ended length",
         "lost",
         "refused",
-        "aborted running",
         "scored",
     )
     more = () if mode == "none" else ("copied", "recomputed", "swapped in", "aborted running")

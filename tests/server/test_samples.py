@@ -33,7 +33,7 @@ def test_every_sample_has_its_index_and_its_usage(tokenizer):
         with pytest.raises(ValueError, match="request r has several samples; join_samples takes its chunks"):
             join(chunks)
         proto = generate_request("abcd", THREE).sampling_params
-        assert (proto.n, generate_request("abcd", SamplingParams()).sampling_params.n) == (3, 1)
+        assert (proto.n, generate_request("abcd", SamplingParams()).sampling_params.n) == (3, 0), "unset is one"
 
     run_served(body, tokenizer)
 
