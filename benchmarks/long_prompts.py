@@ -182,8 +182,8 @@ async def measure(case: str | None, count: int, address: str, pid: int) -> dict[
         "gap_largest_ms": 1e3 * gaps[-1],
         "tokens": watch.tokens,
         "memory_before_mb": before,
-        "memory_peak_mb": _memory(pid, "VmHWM"),
-        "memory_after_mb": _memory(pid, "VmRSS"),
+        "memory_peak_mb": memory_mb(pid, "VmHWM"),
+        "memory_after_mb": memory_mb(pid, "VmRSS"),
     }
 
 
@@ -201,10 +201,10 @@ def _watch_punctually() -> None:
 def _start_memory(pid: int) -> float:
     """The memory of a process in MB now; what it has used until then does not count as its peak any more."""
     pathlib.Path(f"/proc/{pid}/clear_refs").write_text("5")
-    return _memory(pid, "VmRSS")
+    return memory_mb(pid, "VmRSS")
 
 
-def _memory(pid: int, field: str) -> float:
+def memory_mb(pid: int, field: str = "VmRSS") -> float:
     """Resident memory of a process in MB, as /proc/PID/status has it."""
     for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):

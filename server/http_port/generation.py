@@ -22,6 +22,7 @@ from jaxserve.frontend.openai import COMPLETIONS_URL, BodyRequest, Dialect, pars
 from jaxserve.frontend.openai_logprobs import LogprobShapes
 from jaxserve.frontend.openai_replies import ReplyMessage
 from jaxserve.frontend.openai_responses import Answer, response_body
+from jaxserve.frontend.openai_structured import FORMAT_FIELDS
 from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import FinishReason, RequestOutputKind, check_identity, check_logprobs
@@ -38,6 +39,9 @@ _log = logging.getLogger("jaxserve.server")
 
 _BYTES_PER_ID = 16
 """Bytes that decoding takes per token id; the text counts as the largest text that can be encoded."""
+
+_LONG_TEXTS = tuple(f'"{name}"'.encode() for name in ("truncate_prompt_tokens", "structured_outputs", *FORMAT_FIELDS))
+"""Fields beside which a text may be longer than a prompt can be."""
 
 WARNING_HEADER = "x-jaxserve-warning"
 
@@ -101,11 +105,12 @@ class Generation:
             return parse_body(self._url, body, self._dialect, defaults)
 
     def _check_structure(self, frontend: AsyncFrontEnd, found: Structure) -> None:
-        """Refuses a completion of a text that is certainly too long, undecoded, unless it may be there to be truncated.
+        """Refuses a completion of a text that is certainly too long, undecoded, unless it may be there to be truncated,
+        or be no prompt but a grammar, which is bounded by itself.
 
         A template may shorten a chat.
         """
-        if self._url == COMPLETIONS_URL and b'"truncate_prompt_tokens"' not in found.data:
+        if self._url == COMPLETIONS_URL and not any(name in found.data for name in _LONG_TEXTS):
             frontend.check_text_bytes(found.longest_text)
 
     def _warn(self, exchange: Exchange, unknown: Sequence[str]) -> None:
