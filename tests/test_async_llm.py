@@ -76,6 +76,26 @@ def test_output_so_far(tokenizer):
     run(test, tokenizer)
 
 
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_several_samples(tokenizer, kind):
+    """Each output is of one sample, or of all at the end; only the last one is finished."""
+
+    async def test(llm, engine):
+        params = SamplingParams(n=3, seed=1, output_kind=kind)
+        outputs = [output async for output in llm.generate("abcd", params, "r")]
+        assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+        texts = ["", "", ""]
+        for output in outputs:
+            for sample in output.outputs:
+                before = texts[sample.index] if kind is RequestOutputKind.DELTA else ""
+                texts[sample.index] = before + sample.text
+        assert texts == ["abcd", "bcd", "cd"]
+        assert len(outputs[-1].outputs) == (3 if kind is RequestOutputKind.FINAL_ONLY else 1)
+        assert all(output.finished or len(output.outputs) == 1 for output in outputs)
+
+    run(test, tokenizer)
+
+
 def test_many_at_once(tokenizer):
     async def test(llm, engine):
         prompts = [f"prompt {number}" for number in range(30)]
