@@ -275,6 +275,7 @@ class _Outputs:
         self._updates = OutputUpdates(self._kind)
         self._prompt_logprobs: PromptLogprobs | None = None
         self._ended: list[CompletionOutput] = []
+        self._left = params.n
         self._error = ""
 
     def of(self, delta: Delta) -> RequestOutput | None:
@@ -288,10 +289,11 @@ class _Outputs:
         completion = completion_output(
             update.index, update.text, update.token_ids, update.finish_reason, update.logprobs, self._tokenizer
         )
+        self._left -= update.finish_reason is not None
         outputs = [completion]
         if self._kind is RequestOutputKind.FINAL_ONLY:
             self._ended.append(completion)
-            if not update.ends_request:
+            if self._left:
                 return None
             outputs = sorted(self._ended, key=lambda one: one.index)
         return RequestOutput(
@@ -299,7 +301,7 @@ class _Outputs:
             prompt=self._prompt,
             prompt_token_ids=self._prompt_token_ids,
             outputs=tuple(outputs),
-            finished=update.ends_request,
+            finished=not self._left,
             num_cached_tokens=update.cached_tokens,
             error=self._error,
             num_truncated_tokens=update.truncated_tokens,

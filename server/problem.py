@@ -145,9 +145,10 @@ def unforeseen(error: Exception) -> Problem:
     return Problem(Code.INTERNAL, f"internal error: {type(error).__name__}")
 
 
-def fails_alone(delta: Delta) -> bool:
-    """Tells whether a delta ends a sample that failed while others of its request go on."""
-    return delta.samples_left > 0 and delta.finish_reason is FinishReason.ERROR
+def fails_alone(delta: Delta, samples: int) -> bool:
+    """Tells whether a delta ends one of several samples that failed or ran out of time: what others have may still be
+    unread, so that its error comes when all have ended."""
+    return samples > 1 and delta.finish_reason in (FinishReason.ERROR, FinishReason.DEADLINE)
 
 
 def check_delta(delta: Delta) -> None:

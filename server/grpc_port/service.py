@@ -142,7 +142,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
                         await context.write(pb.GenerateResponse(request_id=delta.request_id, prompt_logprobs=block))
                     prompt_logprobs = None
                 reason = delta.finish_reason
-                if reason is FinishReason.DEADLINE or fails_alone(delta):
+                if reason is FinishReason.DEADLINE or fails_alone(delta, params.n):
                     await context.write(_response(update))  # what there is until then is not lost
                     failed = failed or delta
                     continue

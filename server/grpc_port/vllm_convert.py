@@ -58,8 +58,9 @@ _REASONS = {
     FinishReason.LENGTH: "length",
     FinishReason.ABORT: "abort",
     FinishReason.ERROR: "error",
+    FinishReason.DEADLINE: "error",
 }
-"""The gateway's words for finish reasons; the others are statuses, and so is error, except of one sample of several."""
+"""The gateway's words for finish reasons. Those that are errors are statuses, too."""
 
 _NUMBERS = {name: field.number for name, field in pb.GenerateRequest.DESCRIPTOR.fields_by_name.items()}
 _TRUNCATE = pb.SamplingParams.DESCRIPTOR.fields_by_name["truncate_prompt_tokens"].number

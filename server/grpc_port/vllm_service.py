@@ -253,7 +253,7 @@ async def _answer(
     async for delta in stream:
         forwarded.answered(delta)
         is_last, ids = delta.finish_reason is not None, output_ids[delta.index]
-        if fails_alone(delta):
+        if fails_alone(delta, params.n):
             failed = failed or delta
         elif is_last:
             check_delta(delta)

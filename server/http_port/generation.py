@@ -338,7 +338,7 @@ class _Run:
             prompt = delta.prompt_logprobs or prompt  # it comes before anything of another sample
             if delta.finish_reason is not None:
                 lasts.append(delta)
-                if fails_alone(delta):
+                if fails_alone(delta, self._request.params.n):
                     failed = failed or delta
                     continue
                 check_delta(delta)
