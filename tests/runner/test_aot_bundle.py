@@ -87,7 +87,7 @@ def test_an_engine_starts_from_a_bundle_without_compiling(bundle, monkeypatch):
     loaded = ModelRunner(with_bundle(bundle, dataclasses.replace(CONFIG, cache=CacheConfig())))
     assert loaded.num_compilations == before > 0
     assert loaded.info.num_pages == 64
-    assert loaded.info.num_executables == 11
+    assert loaded.info.num_executables == 12
     assert (compiled.info.bundle, loaded.info.bundle) == (None, str(bundle))
     for key, memory in compiled.programs.memory.items():
         # Serialized, a program holds its compiler's options too, and a bundle's has more of them.
@@ -274,7 +274,7 @@ def test_a_start_checks_a_bundle_once(bundle, monkeypatch):
     monkeypatch.setattr(bundles, "read_own", counted)
     ModelRunner(with_bundle(bundle))
     # Before anything is loaded, and the bytes that the runtime then takes.
-    assert [counts[path] for path in sorted((bundle / "programs").iterdir())] == [2] * 11
+    assert [counts[path] for path in sorted((bundle / "programs").iterdir())] == [2] * 12
 
 
 def test_what_the_runtime_cannot_load_is_refused(copy):

@@ -79,7 +79,7 @@ def test_bundle_and_report_for_an_h200(config, tmp_path, capsys):
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["device_kind"] == "NVIDIA H200"
     assert manifest["target"]["description"] == (TARGET_DIRECTORY / "h200.txtpb").read_text()
-    assert len(manifest["programs"]) == 11
+    assert len(manifest["programs"]) == 12
     for program in manifest["programs"]:
         assert str(tmp_path).encode() not in (output / program["file"]).read_bytes()
     assert plugin.TOOLKIT_OPTION not in manifest["compiler_options"]

@@ -90,11 +90,11 @@ def test_only_programs_that_depend_on_the_pools_size_are_made_twice(monkeypatch)
         (ProgramKey("forward", 16), 64),
         (ProgramKey("mask_write", 8), 2),
         (ProgramKey("option_write", 1), 2),
+        (ProgramKey("page_copy", 16), 2),
+        (ProgramKey("page_copy", 16), 64),
         (ProgramKey("penalty_write", 64), 2),
         (ProgramKey("penalty_write", 512), 2),
         (ProgramKey("penalty_write", 4096), 2),
-        (ProgramKey("page_copy", 16), 2),
-        (ProgramKey("page_copy", 16), 64),
         (ProgramKey("pooling", 8), 2),
         (ProgramKey("sample", 8), 2),
         (ProgramKey("score", 16), 2),
@@ -139,7 +139,7 @@ def test_progress_is_logged_where_there_is_no_terminal(monkeypatch, caplog):
         with caplog.at_level(logging.INFO, "jaxserve"):
             with SetBuilder(make_mesh(), None, progress=progress) as builder:
                 builder.build(shapes_of())
-        assert (" of 11 programs are ready, " in caplog.text) == progress
+        assert (" of 12 programs are ready, " in caplog.text) == progress
 
 
 def test_a_pool_with_room_to_spare_needs_no_program_to_be_sized():

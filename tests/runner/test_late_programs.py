@@ -124,7 +124,7 @@ def test_tokens_are_the_same_before_and_after_the_others_join(early, caplog):
     assert set(runner.programs.executables) == {*keys_of("forward", 16, 32), *keys_of("sample", 16), *others}
     assert runner.info.num_executables == len(everything) == 15
     assert runner.info.num_missing_executables == 3
-    assert runner.num_executables == 11
+    assert runner.num_executables == 12
     plan = StepPlan(0, NO_DECODES, (), NO_SAMPLES, token_bucket=8, row_bucket=8, num_tokens=3)
     fitted = runner.fitted(plan)
     assert (fitted.token_bucket, fitted.row_bucket, fitted.padding) == (16, 16, 13)

@@ -39,7 +39,7 @@ CONFIG = EngineConfig(
     seed=3,
 )
 FORWARD, SAMPLE = ProgramKey("forward", 16), ProgramKey("sample", 8)
-NUM_PROGRAMS = 11
+NUM_PROGRAMS = 12
 """Two forward programs, one that samples, one that scores, one that copies pages, and those that write page tables,
 options, masks and penalty rows."""
 

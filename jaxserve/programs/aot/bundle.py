@@ -58,6 +58,7 @@ _SOURCES = (
     "programs/*.py",
     "request.py",
     "scheduler/**/*.py",
+    "structured_outputs.py",
 )
 """Files whose content determines what programs compute: all that `programs` imports."""
 
