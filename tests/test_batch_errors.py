@@ -123,11 +123,6 @@ HI = [{"role": "user", "content": "hi"}]
         (line("b", prompt="x", ignore_eos=1), "b", "invalid_request", "ignore_eos is 1; it must be true or false"),
         (line("b", prompt="x", model=7), "b", "invalid_request", "model is 7; it must be text"),
         (line("b", prompt="x", n=129), "b", "invalid_request", "n is 129; at most 128 samples of one request are"),
-            line("b", prompt="x", n=129),
-            "b",
-            "invalid_request",
-            "n is 129; at most 128 samples of one request are allowed",
-        ),
         (line("b", prompt="x", n=True), "b", "invalid_request", "n is True; it must be a whole number"),
         (
             line("b", prompt="x", temprature=0),
