@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
-import gc
 import json
 import pathlib
 import statistics
 import sysconfig
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,26 +27,15 @@ import numpy as np
 import tokenizers
 
 from benchmarks import report
+from benchmarks.decode_steps import PROGRAMS, ROWS, Round, Stepper
 from benchmarks.grammar_cases import KINDS, GrammarCase, cases
 from benchmarks.random_checkpoint import LLAMA_153M, write_checkpoint
 from jaxserve import LLM, SamplingParams, StructuredOutputsParams
 from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.constraints.vocabulary import load_vocabulary
-from jaxserve.engine.inline import InlineEngine
-from jaxserve.frontend.frontend import FrontEnd
 from jaxserve.frontend.grammar_text import grammar_of
-from jaxserve.frontend.tokenizer import load_tokenizer
 from jaxserve.llm import RequestOutput
-from jaxserve.telemetry.recorder import StepRecorded
 
-ROWS = 64
-PROGRAMS: dict[str, Any] = {
-    "max_num_seqs": ROWS,
-    "max_num_batched_tokens": 2 * ROWS,
-    "token_buckets": (ROWS, 2 * ROWS),
-    "row_buckets": (ROWS,),
-}
-"""Few programs: compiling takes longer than the measurements."""
 TEMPERATURE = 1.5
 SMALL = LLAMA_153M | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 ENDLESS = {
@@ -179,96 +165,18 @@ def _judged(case: GrammarCase, output: RequestOutput) -> Iterator[str]:
 # ---- cost ------------------------------------------------------------------------------------------------------------
 
 
-class LockWatch:
-    """Wakes up in a thread as often as it can, and keeps how long it had to wait beyond that."""
-
-    def __init__(self) -> None:
-        self.gaps: list[float] = []
-        self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> LockWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ends.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        last = time.perf_counter()
-        while not self._ends.is_set():
-            time.sleep(0.0005)
-            now = time.perf_counter()
-            self.gaps.append(now - last - 0.0005)
-            last = now
-
-
-@dataclasses.dataclass
-class Round:
-    """What the steps of one round took, in seconds."""
-
-    steps: list[float]
-    masks: list[float]
-    gaps: list[float]
-
-
-class Stepper:
-    """Decodes 64 rows, of which some follow a grammar."""
-
-    def __init__(self, config: EngineConfig):
-        self._engine = InlineEngine(config, progress=True)
-        self._front_end = FrontEnd(self._engine, load_tokenizer(config), seed=0)
-        self._steps: list[StepRecorded] = []
-        self._engine.core.recorder.subscribe(self._keep)
-
-    def _keep(self, event: Any) -> None:
-        if type(event) is StepRecorded:
-            self._steps.append(event)
-
-    def round(self, constrained: int, steps: int) -> Round:
-        """Runs requests to their first tokens, then `steps` steps of all of them, and aborts them."""
-        structured = StructuredOutputsParams(json=ENDLESS)
-        names = [
-            self._front_end.submit(
-                [3 + number] * 4,
-                SamplingParams(
-                    temperature=TEMPERATURE,
-                    seed=number,
-                    ignore_eos=True,
-                    structured_outputs=structured if number % 2 and number // 2 < constrained else None,
-                ),
-            )
-            for number in range(ROWS)
-        ]
-        while self._engine.core.scheduler.num_running < ROWS or len(self._steps) < 8:
-            self._turn()
-        for _ in range(4):
-            self._turn()
-        self._steps.clear()
-        before = _mask_sum(self._engine)
-        gc.collect()
-        times = []
-        with LockWatch() as watch:
-            for _ in range(steps):
-                begin = time.perf_counter()
-                self._turn()
-                times.append(time.perf_counter() - begin)
-        masks = (_mask_sum(self._engine) - before) / steps
-        for name in names:
-            self._front_end.abort(name)
-        while self._engine.core.busy:
-            self._turn()
-        self._steps.clear()
-        return Round(times, [masks], watch.gaps)
-
-    def _turn(self) -> None:
-        for message in self._engine.receive():
-            self._front_end.handle(message)
-
-
-def _mask_sum(engine: InlineEngine) -> float:
-    return engine.core.stats().step_histograms["mask_seconds"].total
+def _rows(constrained: int) -> list[SamplingParams]:
+    """Parameters of 64 rows, of which every second one of the first follows a grammar."""
+    structured = StructuredOutputsParams(json=ENDLESS)
+    return [
+        SamplingParams(
+            temperature=TEMPERATURE,
+            seed=number,
+            ignore_eos=True,
+            structured_outputs=structured if number % 2 and number // 2 < constrained else None,
+        )
+        for number in range(ROWS)
+    ]
 
 
 def cost(model: pathlib.Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -276,11 +184,11 @@ def cost(model: pathlib.Path, options: argparse.Namespace) -> dict[str, Any]:
     pages = ROWS * 1024 // 16 + 1
     config = EngineConfig.from_options(model=str(model), max_model_len=1024, num_pages=pages, **PROGRAMS)
     stepper = Stepper(config)
-    stepper.round(32, 8)
+    stepper.round(_rows(32), 8)
     rounds: dict[int, list[Round]] = {0: [], 32: []}
     for _ in range(options.rounds):
         for constrained in rounds:
-            rounds[constrained].append(stepper.round(constrained, options.steps))
+            rounds[constrained].append(stepper.round(_rows(constrained), options.steps))
     ratios = [
         statistics.median(mine.steps) / statistics.median(plain.steps)
         for plain, mine in zip(rounds[0], rounds[32], strict=True)

@@ -58,7 +58,11 @@ class Workload:
         return random_work(self.requests, self.inputs, self.outputs, SHAPES[self.model]["vocab_size"], seed, repeat)
 
 
-SHAPES: dict[str, dict[str, Any]] = {"153m": LLAMA_153M, "1b": LLAMA_1B}
+SHAPES: dict[str, dict[str, Any]] = {
+    "153m": LLAMA_153M,
+    "1b": LLAMA_1B,
+    "128k": LLAMA_153M | {"vocab_size": 128_256},
+}
 """config.json of the models with random weights, by the name that the command lines take."""
 
 WORKLOADS = {
@@ -67,6 +71,7 @@ WORKLOADS = {
         Workload("153m", "153m", 64, (32, 512), (16, 256), transformers_rounds=1),
         Workload("1b", "1b", 16, (32, 512), (16, 256), transformers_rounds=0),
         Workload("single", "153m", 1, (128, 128), (128, 128), transformers_rounds=1),
+        Workload("128k", "128k", 64, (16, 32), (32, 32), transformers_rounds=0),
     )
 }
 
