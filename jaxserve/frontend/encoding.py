@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import tokenizers
 
 from jaxserve.frontend.cuts import Cuts
+from jaxserve.frontend.encoder_process import EncoderProcess
 from jaxserve.frontend.token_bound import TokenBound
 
 PIECE_CHARACTERS = 64 * 1024
@@ -49,10 +50,12 @@ class Encoder:
             start = cut
         yield self._cuts.rest(text, start, len(text)), 0
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool, apart: EncoderProcess | None = None) -> list[int]:
         """Returns the token ids of one text or piece; with add_special_tokens, with the special tokens around a
-        text.
+        text. apart: encodes it instead, unless it fails.
         """
+        if apart is not None and (token_ids := apart.encode(text, add_special_tokens)) is not None:
+            return token_ids
         if len(text) <= SHORT_TEXT:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         # Unlike `encode`, it lets go of the interpreter lock, and it computes no offsets.

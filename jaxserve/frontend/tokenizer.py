@@ -19,6 +19,7 @@ from jaxserve.config.shown import shown
 from jaxserve.frontend.chat_format import ChatFormat
 from jaxserve.frontend.chat_text import ChatTexts, RenderedText
 from jaxserve.frontend.detokenizer import DecoderPlan, Detokenizer
+from jaxserve.frontend.encoder_process import LONG_TEXT, EncoderProcess
 from jaxserve.frontend.encoding import Encoder
 from jaxserve.frontend.fast_tokenizers import fast_class
 from jaxserve.frontend.preparation_steps import Steps, finish
@@ -55,6 +56,7 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._encoder = Encoder(self._backend)
+        self._encoder_process: EncoderProcess | None = None
         self._renderer = TemplateRenderer()
         self._chat_texts = ChatTexts(self._backend)
         if chat.chat_template is not None:
@@ -101,6 +103,10 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._transformers.chat_template is not None
 
+    def encode_long_texts_apart(self) -> None:
+        """From now on encodes long texts in a process of their own, which the first of them starts."""
+        self._encoder_process = self._encoder_process or EncoderProcess(self._backend)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Returns the token ids of `text`, with the special tokens (such as <bos>) that the tokenizer puts around a
         text.
@@ -122,8 +128,9 @@ class Tokenizer:
                 first time before the first step, without ids. An exception of it ends the work.
         """
         encoder = self._encoder
+        apart = self._encoder_process if len(text) > LONG_TEXT else None
         if isinstance(text, RenderedText) and text.renamed is not None:
-            encoder, text = self._chat_texts.encoder, text.renamed
+            encoder, text, apart = self._chat_texts.encoder, text.renamed, None
         bound = encoder.bound
         take([], bound.of_size(len(text)))
         yield 0
@@ -132,13 +139,13 @@ class Tokenizer:
         piece, following = next(pieces)
         if not following:
             yield len(piece)
-            take(encoder.encode(piece, add_special_tokens), 0)
+            take(encoder.encode(piece, add_special_tokens, apart), 0)
             return
         before, behind = encoder.around if add_special_tokens else ([], [])
         take(before, bound.of_size(len(text)))
         while True:
             yield len(piece)
-            take(encoder.encode(piece, add_special_tokens=False), bound.of_size(following))
+            take(encoder.encode(piece, False, apart), bound.of_size(following))
             if not following:
                 break
             piece, following = next(pieces)

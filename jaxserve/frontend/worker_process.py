@@ -44,6 +44,11 @@ class WorkerProcess:
         self.end = weakref.finalize(self, _end, self._process, self._socket)
 
     def ask(self, request: bytes, seconds: float) -> dict[str, Any] | None:
+        """Returns the response to a message, an object in JSON, as `ask_bytes` does."""
+        answer = self.ask_bytes(request, seconds)
+        return None if answer is None else json.loads(answer)
+
+    def ask_bytes(self, request: bytes, seconds: float) -> bytes | None:
         """Returns the response to a message; None when there is none in time, or the process has ended."""
         self._socket.settimeout(seconds)
         try:
@@ -54,7 +59,7 @@ class WorkerProcess:
             return None
         except ConnectionError:  # it has ended before it read everything
             return None
-        return None if payloads is None else json.loads(payloads[0])
+        return None if payloads is None else payloads[0]
 
     @property
     def has_ended(self) -> bool:

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+from jaxserve.frontend import encoder_process
+from jaxserve.frontend.encoder_process import LONG_TEXT
 from jaxserve.frontend.encoding import PIECE_CHARACTERS, Encoder
 from jaxserve.frontend.pattern import Pattern, UnsupportedError
 from jaxserve.frontend.token_bound import _SHRINKING, TokenBound
@@ -104,6 +106,42 @@ def test_a_long_text_has_the_ids_of_one_call(tmp_path):
         tokenizer.encode(text, add_special_tokens=False)
         == tokenizer._backend.encode(text, add_special_tokens=False).ids
     )
+
+
+def test_long_texts_are_encoded_in_a_process_of_their_own(tmp_path, caplog):
+    """With the same ids; here, where the process ends, and in a new one the next time."""
+    tokenizer = load(tmp_path, byte_level())
+    text, uncut = "größe 12, und 😀 noch eins. " * 12_000, "x" * (LONG_TEXT + 1)
+    expected = [tokenizer.encode(text), tokenizer.encode(uncut, add_special_tokens=False)]
+    tokenizer.encode_long_texts_apart()
+    apart = tokenizer._encoder_process
+    tokenizer.encode(text[:LONG_TEXT])
+    assert apart._worker is None, "a process is there that no text needs"
+    for _ in range(2):
+        assert [tokenizer.encode(text), tokenizer.encode(uncut, add_special_tokens=False)] == expected
+        first = apart._worker
+        assert first is not None
+        assert not caplog.text
+        first._process.kill()
+        first._process.wait()
+        assert tokenizer.encode(text) == expected[0]
+        assert "a long text is encoded here: the process for long texts ended with exit code -9" in caplog.text
+        assert apart._worker not in (None, first)
+        caplog.clear()
+
+
+def test_long_texts_are_encoded_here_where_no_process_starts(tmp_path, caplog, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError("no process")
+
+    tokenizer = load(tmp_path, byte_level())
+    text = "one, two. " * 30_000
+    expected = tokenizer.encode(text)
+    monkeypatch.setattr(encoder_process, "WorkerProcess", refuse)
+    tokenizer.encode_long_texts_apart()
+    for _ in range(2):
+        assert tokenizer.encode(text) == expected
+    assert caplog.text.count("long texts are encoded here: their process does not start: no process") == 1
 
 
 def test_the_rest_of_the_text_is_told_with_each_step(tmp_path):
