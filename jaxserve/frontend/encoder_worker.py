@@ -6,7 +6,9 @@ When the front end dies, it reads the end of the stream and ends too.
 from __future__ import annotations
 
 import array
+import contextlib
 import os
+import pathlib
 import socket
 import sys
 
@@ -15,8 +17,8 @@ import tokenizers
 from jaxserve.engine.framing import FrameReader, frames
 from jaxserve.frontend.large_blocks import return_freed_memory
 
-_NICENESS = 15
-"""Added to the process's niceness: whoever streams goes first, and a long text takes what is left."""
+_NICENESS = 19
+"""Of the process: whoever streams goes first, and a long text takes what is left."""
 
 _LARGE = 1024 * 1024
 """Bytes of a text after which memory is given back to the system."""
@@ -24,7 +26,7 @@ _LARGE = 1024 * 1024
 
 def serve(connection: socket.socket) -> None:
     """Encodes the texts of the front end at the other end of the socket, until it closes."""
-    os.nice(_NICENESS)
+    _yield_to_others()
     reader = FrameReader(connection)
     first = reader.read()
     if first is None:
@@ -39,6 +41,15 @@ def serve(connection: socket.socket) -> None:
             if len(payload) > _LARGE:
                 del text, ids, payload
                 return_freed_memory()
+
+
+def _yield_to_others() -> None:
+    """Lowers the priority of this process, and on Linux that of its session: where sessions share the processors, the
+    niceness of a process counts within its own alone.
+    """
+    os.nice(_NICENESS)
+    with contextlib.suppress(OSError):  # a kernel without it, or one that lets nobody
+        pathlib.Path("/proc/self/autogroup").write_text(str(_NICENESS), encoding="ascii")
 
 
 if __name__ == "__main__":

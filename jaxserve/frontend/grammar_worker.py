@@ -26,6 +26,9 @@ from jaxserve.engine.framing import FrameReader, frames
 from jaxserve.frontend.grammar_text import grammar_of
 from jaxserve.structured_outputs import ReplyStructuredOutputs, StructuredOutputsParams
 
+_FIRST_TOKENS = 3
+"""Tokens of an output that a check follows, on two paths."""
+
 _STACK_BYTES = 1024 * 1024
 """Stack of the thread that compiles; it is smaller than that of the engine's threads, which then have enough."""
 
@@ -95,16 +98,31 @@ class _Check:
         vocabulary, began = self._vocabulary, time.process_time()
         grammar = grammar_of(params, vocabulary.special, self._config.max_grammar_depth)
         matcher = llguidance.LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=parser_limits())
-        if not matcher.is_error():
-            mask = np.empty(vocabulary.words, np.uint32)
-            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if matcher.is_error():
-            raise ValueError(f"{params.kind} is refused: {first_line(matcher.get_error())}")
+        for path in (0, -1):
+            if error := self._error(matcher.deep_copy(), path):
+                raise ValueError(f"{params.kind} is refused: {first_line(error)}")
         if (seconds := time.process_time() - began) > (most := self._config.max_grammar_seconds):
             raise ValueError(
                 f"{params.kind} needs {seconds:.2f} s to be compiled; its budget is {most:g} s (max_grammar_seconds)"
             )
         return grammar
+
+
+    def _error(self, matcher: llguidance.LLMatcher, path: int) -> str:
+        """Returns the error of a matcher, or of the first tokens of an output: some grammars grow with the first token
+        alone. path: index of the token that is taken, among those that may follow.
+        """
+        vocabulary = self._vocabulary
+        mask = np.empty(vocabulary.words, np.uint32)
+        for _ in range(_FIRST_TOKENS):
+            if matcher.is_error():
+                break
+            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")[: vocabulary.end_id])
+            if not len(allowed) or matcher.is_error():
+                break
+            matcher.consume_token(int(allowed[path]))
+        return matcher.get_error() if matcher.is_error() else ""
 
 
 if __name__ == "__main__":

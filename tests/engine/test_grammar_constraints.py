@@ -192,7 +192,7 @@ def test_an_output_that_leaves_its_grammar_fails_alone(vocabulary):
     assert complete == []
     ((row, line),) = failed
     assert row.request is bad
-    assert line.startswith("its output left its grammar: ")
+    assert line.startswith("structured_outputs cannot go on, simplify the grammar: ")
     assert set(bits(masks[0])) == {TOKENS["b"]}
 
 

@@ -103,7 +103,8 @@ class GrammarConstraints:
             if not anything[place]:
                 if state.matcher.is_error():
                     self._grammars.drop(state.grammar)  # others share its lexer
-                    failed[index] = f"its grammar cannot go on: {first_line(state.matcher.get_error())}"
+                    line = first_line(state.matcher.get_error())
+                    failed[index] = f"structured_outputs cannot go on, simplify the grammar: {line}"
                 elif may_end[place]:
                     complete.append(row)
                 else:
@@ -150,7 +151,8 @@ class GrammarConstraints:
                 state.consumed += 1
                 if not accepted:
                     self._grammars.drop(state.grammar)
-                    failed[index] = f"its output left its grammar: {first_line(state.matcher.get_error())}"
+                    line = first_line(state.matcher.get_error())
+                    failed[index] = f"structured_outputs cannot go on, simplify the grammar: {line}"
 
     def _masks(self, states: List[_State | None]) -> tuple[np.ndarray, np.ndarray]:
         """Returns the masks of the vocabulary's tokens, uint32 [M, its words], and whether the outputs may end, bool
