@@ -30,7 +30,7 @@ from jaxserve.config.sampling_fields import (
     sampling,
 )
 from jaxserve.config.shown import shown
-from jaxserve.structured_outputs import StructuredOutputs, StructuredOutputsParams
+from jaxserve.structured_outputs import GRAMMAR_FAILED, StructuredOutputs, StructuredOutputsParams
 
 MAX_ID_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 16
@@ -398,6 +398,15 @@ class ModelLimits:
     def resolved_logprobs(self, wanted: int | None) -> int | None:
         """Returns how many of the likeliest ids a checked `logprobs` or `prompt_logprobs` asks for."""
         return self.max_logprobs if wanted == -1 else wanted
+
+
+NO_TOKEN_LEFT = "allowed_token_ids, bad_words and structured_outputs together leave no token to draw: relax one of them"
+"""Error line of a request that ended because its options contradict one another."""
+
+
+def is_of_options(error: str) -> bool:
+    """Tells whether the error line of a request that failed in the engine is about what the client asks for."""
+    return error == NO_TOKEN_LEFT or error.startswith(GRAMMAR_FAILED)
 
 
 def check_identity(name: str, value: str) -> None:

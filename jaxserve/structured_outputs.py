@@ -10,6 +10,9 @@ from typing import Any
 
 from jaxserve.config.shown import shown
 
+GRAMMAR_FAILED = "structured_outputs cannot go on, simplify the grammar: "
+"""Beginning of the error line of a request whose grammar failed in the engine."""
+
 MAX_CHOICES = 4096
 """Maximum number of choices of one request."""
 

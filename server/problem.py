@@ -160,6 +160,8 @@ def check_delta(delta: Delta) -> None:
     match delta.cause:
         case Cause.DEADLINE:
             raise DeadlineError(delta.error)
+        case Cause.OPTIONS:
+            raise ValueError(delta.error)
         case Cause.READER:
             raise SlowReaderError(delta.error)
         case Cause.ENGINE | Cause.CLOSING:

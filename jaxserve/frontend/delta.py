@@ -59,13 +59,15 @@ class Cause(enum.Enum):
     """Reason why a request ended with ABORT, DEADLINE or ERROR.
 
     CLIENT: `abort` was called, or the stream was closed. READER: too much output waited to be read. DEADLINE: its
-    deadline passed, or was out of reach. REQUEST: this request failed, others go on. ENGINE: the engine failed, and
+    deadline passed, or was out of reach. OPTIONS: what this request asks for turned out to be impossible. REQUEST: it
+    failed for another reason, others go on. ENGINE: the engine failed, and
     with it every request. CLOSING: the front end closed first.
     """
 
     CLIENT = "client"
     READER = "reader"
     DEADLINE = "deadline"
+    OPTIONS = "options"
     REQUEST = "request"
     ENGINE = "engine"
     CLOSING = "closing"

@@ -51,6 +51,7 @@ from jaxserve.request import (
     RequestOptions,
     SamplingParams,
     check_samples,
+    is_of_options,
 )
 from jaxserve.telemetry.request_meter import RequestMeter
 from jaxserve.telemetry.request_trace import RequestTrace
@@ -451,7 +452,8 @@ class FrontEnd:
         if sample.output.stopped and reason in (None, FinishReason.LENGTH, FinishReason.STOP):
             reason, error = FinishReason.STOP, ""
         if reason in (FinishReason.ABORT, FinishReason.DEADLINE, FinishReason.ERROR):
-            cause = Cause.DEADLINE if reason is FinishReason.DEADLINE else Cause.REQUEST
+            cause = Cause.OPTIONS if is_of_options(error) else Cause.REQUEST
+            cause = Cause.DEADLINE if reason is FinishReason.DEADLINE else cause
             error = error or f"the engine ended the request with {reason.value}"
         if reason is not None:
             self._forget(opened, sample, reason, told_engine=ended is not None)

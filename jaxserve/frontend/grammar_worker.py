@@ -107,7 +107,6 @@ class _Check:
             )
         return grammar
 
-
     def _error(self, matcher: llguidance.LLMatcher, path: int) -> str:
         """Returns the error of a matcher, or of the first tokens of an output: some grammars grow with the first token
         alone. path: index of the token that is taken, among those that may follow.

@@ -167,11 +167,15 @@ class Tokenizer:
     def decode_steps(
         self, token_ids: Sequence[int], vocab_size: int = 2**32, skip_special_tokens: bool = True
     ) -> Steps[str]:
-        """Decodes as `decode` does, in steps. Raises ValueError when an id is negative or not below vocab_size."""
+        """Decodes as `decode` does, in steps. Raises ValueError when an id is no whole number, negative, or not below
+        vocab_size."""
         checked: list[int] = []
         for start in range(0, len(token_ids), _IDS_PER_STEP):
             yield 0
             part = list(token_ids[start : start + _IDS_PER_STEP])
+            index = next((index for index, token_id in enumerate(part) if type(token_id) is not int), None)
+            if index is not None:
+                raise ValueError(f"token_ids[{start + index}] is {shown(part[index])}; it must be a whole number")
             if not (min(part) >= 0 and max(part) < vocab_size):
                 index = next(index for index, token_id in enumerate(part) if not 0 <= token_id < vocab_size)
                 raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxserve.request import FinishReason
+from jaxserve.request import NO_TOKEN_LEFT, FinishReason
 from jaxserve.scheduler.plan import NOTHING_ALLOWED, StepPlan
 from jaxserve.scheduler.sequence import Sequence
 
@@ -42,7 +42,7 @@ def several(
 
 def no_token(token_id: int) -> str:
     """Returns the error line for a request whose token could not be sampled."""
-    return "its mask allows no token" if token_id == NOTHING_ALLOWED else "the model's logits are not finite"
+    return NO_TOKEN_LEFT if token_id == NOTHING_ALLOWED else "the model's logits are not finite"
 
 
 def finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:

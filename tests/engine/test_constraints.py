@@ -16,7 +16,7 @@ from jaxserve.engine.constraints import pack_mask
 from jaxserve.engine.core import FAULT_SECONDS, EngineCore
 from jaxserve.engine.messages import AddRequest, outputs
 from jaxserve.models.config import ModelConfig
-from jaxserve.request import EngineRequest, FinishReason
+from jaxserve.request import NO_TOKEN_LEFT, EngineRequest, FinishReason
 from jaxserve.runner.fake import FakeRunner, next_token
 from jaxserve.runner.protocol import StepNotStartedError
 from tests.engine.test_faults import COPIED, LATE, LOST, NOT_STARTED, Clock, FaultyRunner
@@ -213,7 +213,7 @@ def test_a_mask_that_allows_nothing_ends_its_request_alone():
     wanted = requests(5)
     answers, all_well = serve(make_core(FakeRunner(), Strict()), wanted), undisturbed(wanted)
     for name in ("c1", "c4"):
-        assert answers.pop(name) == (all_well.pop(name)[0][:4], FinishReason.ERROR, "its mask allows no token")
+        assert answers.pop(name) == (all_well.pop(name)[0][:4], FinishReason.ERROR, NO_TOKEN_LEFT)
     assert answers == all_well
 
 

@@ -17,7 +17,7 @@ from jaxserve.engine.constraints.token_masks import TokenMasks
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import AddRequest, outputs
 from jaxserve.models.config import ModelConfig
-from jaxserve.request import ALLOWED_WIDTH, EngineRequest
+from jaxserve.request import ALLOWED_WIDTH, NO_TOKEN_LEFT, EngineRequest
 from jaxserve.runner.fake import FakeRunner
 from tests.budgets import budget
 
@@ -112,5 +112,5 @@ def test_a_request_whose_lists_forbid_all_ends_alone():
     nothing = dataclasses.replace(plain, request_id="r", allowed_token_ids=(4,), bad_words_token_ids=((4, 4),))
     found = serve([plain, nothing])
     assert found["r"] == [4]
-    assert found["r error"] == ["its mask allows no token"]
+    assert found["r error"] == [NO_TOKEN_LEFT]
     assert len(found["plain"]) == 6

@@ -8,7 +8,9 @@ import pytest
 from jaxserve.engine.messages import AbortRequest, AddRequest, EngineFailed, EngineOutput, EngineStats
 from jaxserve.frontend.delta import Cause, DeadlineError, DuplicateRequestError, EngineDeadError, QueueFullError
 from jaxserve.frontend.frontend import FrontEnd
-from jaxserve.request import FinishReason, InfeasibleError, RequestOptions, SamplingParams
+from jaxserve.request import NO_TOKEN_LEFT, FinishReason, InfeasibleError, RequestOptions, SamplingParams
+from jaxserve.serving.problem import check_delta
+from jaxserve.structured_outputs import GRAMMAR_FAILED
 from tests.frontend.fakes import HandPlayedEngine, asked
 from tests.frontend.tokenizers_for_tests import EOS, load
 
@@ -345,6 +347,15 @@ def test_a_request_that_fails_in_the_engine(front_end):
     )
     front_end.submit("hi", GREEDY, request_id="r")
     assert output(front_end, "r", (), FinishReason.ABORT).error == "the engine ended the request with abort"
+
+
+@pytest.mark.parametrize("line", [NO_TOKEN_LEFT, GRAMMAR_FAILED + "too many states"])
+def test_options_that_turn_out_to_be_impossible_are_an_error_of_the_request(front_end, line):
+    front_end.submit("hello", SamplingParams(), request_id="r")
+    delta = output(front_end, "r", (), FinishReason.ERROR, line)
+    assert (delta.finish_reason, delta.cause, delta.error) == (FinishReason.ERROR, Cause.OPTIONS, line)
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        check_delta(delta)
 
 
 def test_output_that_cannot_be_turned_into_text_fails_alone(front_end, engine, tokenizer, caplog):

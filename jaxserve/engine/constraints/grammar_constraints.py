@@ -19,6 +19,7 @@ import numpy as np
 from jaxserve.engine.constraints.compiled_grammars import CompiledGrammars
 from jaxserve.engine.constraints.limits import first_line
 from jaxserve.request import EngineRequest
+from jaxserve.structured_outputs import GRAMMAR_FAILED
 
 
 class Row(NamedTuple):
@@ -104,11 +105,11 @@ class GrammarConstraints:
                 if state.matcher.is_error():
                     self._grammars.drop(state.grammar)  # others share its lexer
                     line = first_line(state.matcher.get_error())
-                    failed[index] = f"structured_outputs cannot go on, simplify the grammar: {line}"
+                    failed[index] = f"{GRAMMAR_FAILED}{line}"
                 elif may_end[place]:
                     complete.append(row)
                 else:
-                    failed[index] = "no token of the model's vocabulary continues its grammar"
+                    failed[index] = f"{GRAMMAR_FAILED}no token of the model's vocabulary continues it"
                 continue
             mask = masks[row.place]
             mask[:width], mask[width:] = filled[place, :width], 0
@@ -152,7 +153,7 @@ class GrammarConstraints:
                 if not accepted:
                     self._grammars.drop(state.grammar)
                     line = first_line(state.matcher.get_error())
-                    failed[index] = f"structured_outputs cannot go on, simplify the grammar: {line}"
+                    failed[index] = f"{GRAMMAR_FAILED}{line}"
 
     def _masks(self, states: List[_State | None]) -> tuple[np.ndarray, np.ndarray]:
         """Returns the masks of the vocabulary's tokens, uint32 [M, its words], and whether the outputs may end, bool

@@ -304,6 +304,15 @@ def test_deadlines_duplicates_and_a_full_queue(tokenizer):
     run_http(test, tokenizer)
 
 
+def test_ids_that_are_echoed_are_checked_first(tokenizer):
+    async def test(served):
+        response = await served.client.post("/v1/completions", json={"prompt": [5, 378.0], "echo": True})
+        assert response.status_code == 400
+        assert error_of(response)["message"] == "token_ids[1] is 378.0; it must be a whole number"
+
+    run_http(test, tokenizer)
+
+
 def test_what_nobody_foresaw_says_nothing():
     answer = error_answer(KeyError("a secret of another user"))
     error = json.loads(answer.body)["error"]
