@@ -52,14 +52,15 @@ class EncoderProcess:
         """Returns the process, and starts it where there is none; None where that fails, now and from then on."""
         if self._worker is None and not self._unusable:
             try:
-                worker = WorkerProcess("jaxserve.frontend.encoder_worker", "long texts")
-                started = worker.ask_bytes(self._backend.to_str().encode(), _SECONDS) is not None
-                fault = "" if started else worker.fault
+                self._worker = self._started()
             except OSError as error:
-                started, fault = False, str(error)
-            if started:
-                self._worker = worker
-            else:
                 self._unusable = True
-                _log.warning("long texts are encoded here: their process does not start: %s", fault)
+                _log.warning("long texts are encoded here: their process does not start: %s", error)
         return self._worker
+
+    def _started(self) -> WorkerProcess:
+        """Starts the process. Raises OSError."""
+        worker = WorkerProcess("jaxserve.frontend.encoder_worker", "long texts")
+        if worker.ask_bytes(self._backend.to_str().encode(), _SECONDS) is None:
+            raise ChildProcessError(worker.fault or f"it takes more than {_SECONDS:g} s")
+        return worker
