@@ -11,7 +11,7 @@ from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.delta import Delta, QueueFullError
 from jaxserve.pooling_params import PoolingParams
 from jaxserve.request import RequestOptions
-from jaxserve.serving.problem import RequestFailedError, check_delta
+from jaxserve.serving.problem import RequestAbortedError, check_delta
 from jaxserve.telemetry.request_trace import RequestTrace
 
 
@@ -81,8 +81,9 @@ class _Run:
         while self._tasks:
             done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
             self._tasks -= done
-            for task in done:
-                task.result()  # raises its error
+            errors = [error for task in done if (error := task.exception()) is not None]
+            if errors:
+                raise errors[0]
         return [self._found[index] for index in range(len(self._call.inputs))]
 
     async def cancel(self) -> None:
@@ -130,5 +131,5 @@ class _Run:
                 last = delta
         check_delta(last)
         if not last.embedding:
-            raise RequestFailedError(last.error or "the request was aborted")
+            raise RequestAbortedError(last.error or "the request was aborted")
         return Embedded(last.embedding, last.prompt_tokens, last.truncated_tokens)

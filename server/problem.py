@@ -39,6 +39,7 @@ class Code(enum.Enum):
     DEADLINE_EXCEEDED = "deadline_exceeded"
     UNIMPLEMENTED = "unimplemented"
     UNAVAILABLE = "unavailable"
+    CANCELLED = "cancelled"
     INTERNAL = "internal"
 
 
@@ -90,6 +91,10 @@ class SlowReaderError(RuntimeError):
     """Too much output was queued for a client that does not read it."""
 
 
+class RequestAbortedError(RuntimeError):
+    """The client has ended the request from another call, and there is nothing of it to return."""
+
+
 class RequestFailedError(RuntimeError):
     """The engine could not compute one request; others are not affected."""
 
@@ -111,6 +116,7 @@ _CODES: tuple[tuple[type[Exception], Code], ...] = (
     (NotFoundError, Code.NOT_FOUND),
     (NoTokenizerError, Code.UNIMPLEMENTED),
     (UnimplementedError, Code.UNIMPLEMENTED),
+    (RequestAbortedError, Code.CANCELLED),
     (RequestFailedError, Code.INTERNAL),
     (ValueError, Code.INVALID_ARGUMENT),
 )

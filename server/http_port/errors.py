@@ -22,6 +22,7 @@ _STATUS: Mapping[Code, tuple[int, str]] = {
     Code.NOT_FOUND: (404, "not_found_error"),
     Code.ALREADY_EXISTS: (409, "conflict_error"),
     Code.FAILED_PRECONDITION: (400, "invalid_request_error"),
+    Code.CANCELLED: (409, "conflict_error"),
     Code.RESOURCE_EXHAUSTED: (429, "rate_limit_error"),
     Code.DEADLINE_EXCEEDED: (408, "timeout_error"),
     Code.UNIMPLEMENTED: (501, "not_implemented_error"),
