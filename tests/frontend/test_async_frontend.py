@@ -262,7 +262,7 @@ def encoding_held(monkeypatch):
     """Holds every text that is encoded in a thread until the block ends; yields an event: one has begun."""
     begun, go_on, encode = threading.Event(), threading.Event(), Encoder.encode
 
-    def wait(self, text, add_special_tokens):
+    def wait(self, text, add_special_tokens, apart=None):
         if len(text) > SHORT_TEXT:
             begun.set()
             assert go_on.wait(60)

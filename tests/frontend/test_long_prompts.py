@@ -50,7 +50,7 @@ def encoded(monkeypatch):
     """The texts that were encoded, piece by piece."""
     texts, encode = [], Encoder.encode
 
-    def record(self, text, add_special_tokens):
+    def record(self, text, add_special_tokens, apart=None):
         texts.append(text)
         return encode(self, text, add_special_tokens)
 
