@@ -57,7 +57,7 @@ EXAMPLES: Mapping[str, Any] = {
     "output_kind": "final_only",
     "structured_outputs": {"regex": "[ab]+"},
 }
-"""A value, not the default, of each parameter, as JSON has it; also of rows that are still to come."""
+"""A value, not the default, of each parameter, as JSON has it."""
 
 WITHOUT_FALSE = {"skip_special_tokens", "spaces_between_special_tokens"}
 """Parameters that are true by default, and of which the gateway's messages cannot say that they are false."""
@@ -143,7 +143,6 @@ def convert_of_gateway(proto: Any) -> SamplingParams:
     return vllm_convert.params_from_proto(vllm_engine_pb2.SamplingParams.FromString(proto.SerializeToString()))
 
 
-@pytest.mark.skipif("structured_outputs" not in SAMPLING_FIELDS, reason="the row is still to come")
 def test_the_constraints_that_the_gateway_has_can_be_set_by_it():
     values = {
         "json_schema": ("json", '{"type": "object"}'),

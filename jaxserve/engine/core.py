@@ -220,7 +220,6 @@ class EngineCore:
     def step(self) -> list[FromEngine]:
         """Dispatches the next step and collects the one before; call it while `busy`.
 
-
         Raises:
             EngineBrokenError: the engine cannot go on; every unfinished request is lost.
         """

@@ -19,7 +19,7 @@ import numpy as np
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.runner.protocol import Pending, Runner, StepNotStartedError
 from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, NOT_FINITE, StepPlan, StepResult
+from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, NO_SCORES, NOT_FINITE, StepPlan, StepResult
 
 _log = logging.getLogger(__name__)
 
@@ -225,7 +225,7 @@ class StepExecutor:
             token_bucket=self._buckets.tokens[0],
             row_bucket=self._buckets.rows[0],
             num_tokens=0,
-            num_pooled=0,
+            scores=NO_SCORES,
         )
         try:
             pending = self._start(_Share(nothing, None))

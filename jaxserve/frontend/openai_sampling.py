@@ -17,12 +17,8 @@ _LOGPROBS, _TOP_LOGPROBS, _STRUCTURED = "logprobs", "top_logprobs", "structured_
 
 def sampling_names(is_chat: bool) -> set[str]:
     """Returns the names of all fields of a body that say something of sampling."""
-    names = set(plain_fields())
-    if is_chat:
-        names.add("max_completion_tokens")
-        if _LOGPROBS in names:
-            names.add(_TOP_LOGPROBS)
-    return names | set(FORMAT_FIELDS)
+    of_chats = ("max_completion_tokens", _TOP_LOGPROBS) if is_chat else ()
+    return {*plain_fields(), *FORMAT_FIELDS, *of_chats}
 
 
 def parse_params(fields: Mapping[str, Any], is_chat: bool, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -35,11 +31,10 @@ def parse_params(fields: Mapping[str, Any], is_chat: bool, defaults: Mapping[str
         if "max_tokens" in values:
             raise ValueError("max_tokens and max_completion_tokens are the same; give one of them")
         values["max_tokens"] = fields["max_completion_tokens"]
-    if _LOGPROBS in plain_fields():
-        if is_chat:
-            _read_top_logprobs(fields, values)
-        elif values.get(_LOGPROBS) is False:  # a chat's way to ask for none
-            del values[_LOGPROBS]
+    if is_chat:
+        _read_top_logprobs(fields, values)
+    elif values.get(_LOGPROBS) is False:  # a chat's way to ask for none
+        del values[_LOGPROBS]
     if (structured := parse_structured_outputs(fields)) is not None:
         values[_STRUCTURED] = structured
     return params_of(values, defaults)

@@ -319,8 +319,7 @@ class StepPlan:
     copies: page copies, executed in order before the rest of the step: a page freed by one may be filled by a later one
     or by the step itself. table_writes, penalty_writes: applied after the copies and before the forward program.
     scores: prompt tokens whose log-probabilities are wanted. forks: further samples of prompts that the chunks
-    complete; token_bucket has room for a row of each, beside the chunks. num_pooled: number of chunks with
-    `RowPlan.pooled`.
+    complete; token_bucket has room for a row of each, beside the chunks.
     """
 
     step: int
@@ -335,7 +334,6 @@ class StepPlan:
     penalty_writes: tuple[PenaltyWrite, ...] = ()
     scores: Scores = NO_SCORES
     forks: tuple[Fork, ...] = ()
-    num_pooled: int = 0
 
     @property
     def num_sampled(self) -> int:
@@ -379,7 +377,12 @@ class StepPlan:
     @property
     def pooled_rows(self) -> tuple[RowPlan, ...]:
         """Returns the chunks of which tokens are pooled, in order."""
-        return tuple(row for row in self.chunks if row.pooled is not None) if self.num_pooled else ()
+        return tuple(row for row in self.chunks if row.pooled is not None)
+
+    @property
+    def num_pooled(self) -> int:
+        """Returns the number of chunks of which tokens are pooled."""
+        return len(self.pooled_rows)
 
     @property
     def decode_only(self) -> bool:
@@ -426,7 +429,6 @@ class StepPlan:
                     table_writes=() if parts else self.table_writes,
                     penalty_writes=() if parts else self.penalty_writes,
                     scores=scores,
-                    num_pooled=sum(row.pooled is not None for row in chunks),
                 )
             )
         return parts

@@ -124,7 +124,6 @@ class StepBuilder:
             penalty_writes=planned.penalty_writes,
             scores=planned.scores,
             forks=planned.forks,
-            num_pooled=sum([row.pooled is not None for row in planned.rows]),
         )
 
     def _begin(self, step_limits: StepLimits) -> StepInProgress:

@@ -43,13 +43,6 @@ CONSTRAINTS: Mapping[str, str] = {
 _FIRST_TOKEN = "grammar_from_first_token"
 """Asks that a constraint begin at the first token, which it always does here."""
 
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1.0,),
-    "frequency_penalty": (0.0,),
-    "presence_penalty": (0.0,),
-}
-"""Values, beside unset, that ask for nothing of sampling parameters that the engine may lack."""
-
 _NEUTRAL_REQUEST: Mapping[str, tuple[Any, ...]] = {"kv_transfer_params_json": ("",), "data_parallel_rank": (0,)}
 _REQUEST = frozenset({"request_id", "tokenized", "text", "sampling_params", "stream"})
 
@@ -87,20 +80,18 @@ def params_from_proto(proto: pb.SamplingParams, defaults: Mapping[str, Any] = {}
             if not (name == "json_object" and not value):
                 values["structured_outputs"] = {CONSTRAINTS[name]: plain[name]}
         elif name != _FIRST_TOKEN:
-            _refuse_unless_neutral(field, value, NEUTRAL)
+            _refuse(field, value)
     return params_of(values, defaults)
 
 
 def check_request(request: pb.GenerateRequest) -> None:
     """Raises ValueError naming a field of the request that asks for what this server does not do."""
     for field, value in request.ListFields():
-        if field.name not in _REQUEST:
-            _refuse_unless_neutral(field, value, _NEUTRAL_REQUEST)
+        if field.name not in _REQUEST and value not in _NEUTRAL_REQUEST.get(field.name, ()):
+            _refuse(field, value)
 
 
-def _refuse_unless_neutral(field: Any, value: Any, neutral: Mapping[str, tuple[Any, ...]]) -> None:
-    if value in neutral.get(field.name, ()):
-        return
+def _refuse(field: Any, value: Any) -> None:
     # A message may be large, and its representation larger.
     said = "set" if field.is_repeated or isinstance(value, message.Message) else shown(value)
     raise ValueError(f"{field.name} is {said}; this engine does not support it: leave it out")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 
 import msgspec
-from starlette.types import Receive, Scope, Send
 
 from jaxserve.config.http_config import HttpConfig
-from jaxserve.config.shown import shown
-from jaxserve.frontend.delta import QueueFullError
 from jaxserve.frontend.openai_embeddings import (
     EmbeddingBody,
     embedding_json,
@@ -25,16 +21,14 @@ from jaxserve.pooling_params import pair_scores
 from jaxserve.request import check_identity
 from jaxserve.serving.access.request_headers import request_options
 from jaxserve.serving.embedding_calls import Embedded, EmbeddingCall, embed_all
+from jaxserve.serving.http_port.body_route import BodyRoute, warn_of_unknown
 from jaxserve.serving.http_port.errors import check_model
-from jaxserve.serving.http_port.exchange import REQUEST_ID, ClientGoneError, Exchange
-from jaxserve.serving.http_port.generation import WARNING_HEADER
+from jaxserve.serving.http_port.exchange import REQUEST_ID, Exchange
 from jaxserve.serving.served_model import ServedModel
 from jaxserve.telemetry.request_trace import TRACE_HEADERS
 
-_log = logging.getLogger("jaxserve.server")
 
-
-class Embeddings:
+class Embeddings(BodyRoute):
     """Answers requests for embeddings, or for scores; an ASGI application.
 
     Args:
@@ -46,21 +40,8 @@ class Embeddings:
 
     def __init__(self, scores: bool, served: ServedModel, config: HttpConfig, max_body_bytes: int):
         self._scores = scores
-        self._served = served
+        super().__init__(served, max_body_bytes)
         self._config = config
-        self._max_body_bytes = max_body_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received = time.perf_counter()
-        exchange = Exchange(scope, receive, send, self._max_body_bytes)
-        try:
-            await self._serve(exchange)
-        except ClientGoneError:
-            return
-        except Exception as error:
-            await exchange.fail(error)
-            if isinstance(error, QueueFullError):
-                self._served.refusal_times.observe(time.perf_counter() - received)
 
     async def _serve(self, exchange: Exchange) -> None:
         served, created = self._served, int(time.time())
@@ -83,9 +64,7 @@ class Embeddings:
                 cache_salt=asked.cache_salt,
             )
         if body.unknown:
-            names = ", ".join(shown(name) for name in list(body.unknown)[:8]) + (", ..." * (len(body.unknown) > 8))
-            _log.warning("a request for embeddings has unknown fields, which were passed over: %s", names)
-            exchange.add_header(WARNING_HEADER, f"unknown fields were passed over: {names}")
+            warn_of_unknown(exchange, "for embeddings", body.unknown)
         trace = served.trace(((name, exchange.header(name)) for name in TRACE_HEADERS), "embeddings")
         call = EmbeddingCall(body.inputs, body.params, options, request_id, exchange.caller.name, trace)
         with exchange.canceled_when_gone():

@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import logging
 import time
 from collections.abc import Mapping, Sequence
 
 import msgspec
-from starlette.types import Receive, Scope, Send
 
 from jaxserve.config.http_config import HttpConfig
-from jaxserve.config.shown import shown
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.chat_format import ReplyPlan
-from jaxserve.frontend.delta import Delta, PromptLogprobs, QueueFullError
+from jaxserve.frontend.delta import Delta, PromptLogprobs
 from jaxserve.frontend.delta_stream import DeltaStream
 from jaxserve.frontend.openai import COMPLETIONS_URL, BodyRequest, Dialect, parse_body
 from jaxserve.frontend.openai_logprobs import LogprobShapes
@@ -27,15 +24,14 @@ from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import FinishReason, RequestOutputKind, check_identity, check_logprobs
 from jaxserve.serving.access.request_headers import request_options
+from jaxserve.serving.http_port.body_route import BodyRoute, warn_of_unknown
 from jaxserve.serving.http_port.errors import check_model
 from jaxserve.serving.http_port.events import ChoiceEvents, ReplyEvents, StreamHead
-from jaxserve.serving.http_port.exchange import REQUEST_ID, ClientGoneError, Exchange
+from jaxserve.serving.http_port.exchange import REQUEST_ID, Exchange
 from jaxserve.serving.http_port.json_bodies import Structure
 from jaxserve.serving.problem import check_delta, fails_alone
 from jaxserve.serving.served_model import ServedModel
 from jaxserve.telemetry.request_trace import TRACE_HEADERS
-
-_log = logging.getLogger("jaxserve.server")
 
 _BYTES_PER_ID = 16
 """Bytes that decoding takes per token id; the text counts as the largest text that can be encoded."""
@@ -43,10 +39,8 @@ _BYTES_PER_ID = 16
 _LONG_TEXTS = tuple(f'"{name}"'.encode() for name in ("truncate_prompt_tokens", "structured_outputs", *FORMAT_FIELDS))
 """Fields beside which a text may be longer than a prompt can be."""
 
-WARNING_HEADER = "x-jaxserve-warning"
 
-
-class Generation:
+class Generation(BodyRoute):
     """Answers requests to one of openai.URLS; an ASGI application.
 
     Args:
@@ -58,26 +52,13 @@ class Generation:
 
     def __init__(self, url: str, served: ServedModel, config: HttpConfig, max_body_bytes: int):
         self._url = url
-        self._served = served
-        self._max_body_bytes = max_body_bytes
+        super().__init__(served, max_body_bytes)
         self._dialect = Dialect(
             streams=True,
             max_prompts=config.max_prompts,
             lower_first=True,
             allow_unknown=config.allow_unknown_fields,
         )
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received = time.perf_counter()
-        exchange = Exchange(scope, receive, send, self._max_body_bytes)
-        try:
-            await self._serve(exchange)
-        except ClientGoneError:
-            return
-        except Exception as error:
-            await exchange.fail(error)
-            if isinstance(error, QueueFullError):
-                self._served.refusal_times.observe(time.perf_counter() - received)
 
     async def _serve(self, exchange: Exchange) -> None:
         request_id = exchange.request_id()
@@ -93,7 +74,7 @@ class Generation:
         with self._served.rejections():
             check_model(self._served.name, body.model)
         if body.unknown:
-            self._warn(exchange, body.unknown)
+            warn_of_unknown(exchange, f"to {self._url}", body.unknown)
         with exchange.canceled_when_gone():
             run = _Run(frontend, self._url, self._served, exchange, body, request_id)
             async with contextlib.AsyncExitStack() as open_streams:
@@ -112,11 +93,6 @@ class Generation:
         """
         if self._url == COMPLETIONS_URL and not any(name in found.data for name in _LONG_TEXTS):
             frontend.check_text_bytes(found.longest_text)
-
-    def _warn(self, exchange: Exchange, unknown: Sequence[str]) -> None:
-        names = ", ".join(shown(name) for name in list(unknown)[:8]) + (", ..." if len(unknown) > 8 else "")
-        _log.warning("a request to %s has unknown fields, which were passed over: %s", self._url, names)
-        exchange.add_header(WARNING_HEADER, f"unknown fields were passed over: {names}")
 
 
 def _renamed(exchange: Exchange, request_id: str) -> str:
