@@ -433,7 +433,8 @@ class RequestOptions:
 
     tenant: the tenant that service is counted for. priority: higher is more urgent. deadline: seconds of `time.time`,
     or None.
-    cache_salt: requests share cached pages only with the same salt. Raises ValueError, where it is made, naming the
+    cache_salt: requests of a tenant share cached pages only with the same salt. prefix_caching: it reads and fills the
+    prefix cache. Raises ValueError, where it is made, naming the
     field, its value and the limit.
     """
 
@@ -441,6 +442,7 @@ class RequestOptions:
     priority: int = 0
     deadline: float | None = None
     cache_salt: str = ""
+    prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         check_identity("tenant", self.tenant)
@@ -452,6 +454,8 @@ class RequestOptions:
             )
         if deadline is not None and not _is_time(deadline):
             raise ValueError(f"deadline is {shown(deadline)}; it must be a finite number of seconds")
+        if not isinstance(self.prefix_caching, bool):
+            raise ValueError(f"prefix_caching is {shown(self.prefix_caching)}; it must be true or false")
 
 
 @dataclasses.dataclass(frozen=True)

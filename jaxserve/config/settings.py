@@ -51,6 +51,9 @@ class CacheConfig:
     kv_cache_dtype: what pages hold; "auto" is the model's dtype, "fp8" (the same as "fp8_e4m3") and "int8" are
     quantized with a scale for each layer and head, from the checkpoint or measured at start.
     swap_space: GiB of host memory for the pages of swapped sequences; 0 is none.
+    enable_prefix_caching: requests of a tenant share the pages of what they begin with, which are computed once.
+    prefix_caching_secret_file: file of 16 to 64 bytes that key the hashes of pages, for processes that must agree on
+    them; None draws a secret for this process.
     """
 
     page_size: int = 16
@@ -59,9 +62,13 @@ class CacheConfig:
     gpu_memory_utilization: float = 0.92
     kv_cache_dtype: str = "auto"
     swap_space: float = 0.0
+    enable_prefix_caching: bool = True
+    prefix_caching_secret_file: str | None = None
 
     def __post_init__(self) -> None:
         between("swap_space", self.swap_space, 0.0)
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise ValueError(f"enable_prefix_caching is {self.enable_prefix_caching!r}; it must be True or False")
         one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         one_of("page_size", self.page_size, PAGE_SIZES)
         if self.num_pages is not None:

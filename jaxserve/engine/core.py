@@ -53,6 +53,7 @@ from jaxserve.engine.messages import (
 )
 from jaxserve.engine.step_executor import DeviceFaultError, DispatchedStep, EngineBrokenError, StepExecutor
 from jaxserve.engine.step_time import StepTimePrediction
+from jaxserve.kv_cache.content_keys import ContentKeys, read_secret
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits, Pooling
@@ -74,6 +75,14 @@ FAULT_SECONDS = 60.0
 
 RANKING_SECONDS = 1.0
 """Interval, in seconds, at which Kendall's tau is recalculated, which takes about half a millisecond."""
+
+
+def content_keys(config: EngineConfig) -> ContentKeys | None:
+    """Returns what identifies the content of pages; None where requests do not share them."""
+    if not config.cache.enable_prefix_caching:
+        return None
+    path = config.cache.prefix_caching_secret_file
+    return ContentKeys(None if path is None else read_secret(path), model=config.model or "")
 
 
 class EngineCore:
@@ -119,6 +128,7 @@ class EngineCore:
             tokens_per_step=info.tokens_per_step,
             step_seconds=None if runner.step_costs is None else runner.step_costs.seconds,
             allocation_hit=Failpoints(config.failpoints).at("allocate"),
+            content_keys=content_keys(config),
         )
         for line in () if self.scheduler.decode_gap is None else self.scheduler.decode_gap.warnings:
             _log.warning("%s", line)

@@ -1,4 +1,4 @@
-"""Derives content keys of pages: a chain of keyed hashes over salt and tokens."""
+"""Derives content keys of pages: a chain of keyed hashes over tenant, salt and tokens."""
 
 from __future__ import annotations
 
@@ -8,30 +8,62 @@ from array import array
 from collections.abc import Sequence
 
 KEY_BYTES = 16
+"""Length of a content key, in bytes."""
+
+MIN_SECRET_BYTES, MAX_SECRET_BYTES = 16, hashlib.blake2b.MAX_KEY_SIZE
+
+
+def read_secret(path: str) -> bytes:
+    """Reads the secret of content keys from a file; raises ValueError where it cannot be read, is too short to be one,
+    or too long."""
+    try:
+        with open(path, "rb") as file:
+            secret = file.read(MAX_SECRET_BYTES + 1)
+    except OSError as error:
+        raise ValueError(
+            f"prefix_caching_secret_file is {path!r}, which cannot be read: {error.strerror}; write "
+            f"{MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} random bytes to it, or unset it"
+        ) from error
+    if not MIN_SECRET_BYTES <= len(secret) <= MAX_SECRET_BYTES:
+        size = f"more than {MAX_SECRET_BYTES}" if len(secret) > MAX_SECRET_BYTES else str(len(secret))
+        raise ValueError(
+            f"prefix_caching_secret_file is {path!r}, which has {size} bytes; a secret has {MIN_SECRET_BYTES} to "
+            f"{MAX_SECRET_BYTES} random bytes"
+        )
+    return secret
 
 
 class ContentKeys:
-    """Makes the content keys of one process.
+    """Makes the content keys of one process, or of several that share a secret.
 
     The keys and values in a page depend on every token before it, so a page's key covers them all: it hashes the key
-    of the page before it and its own tokens, and the first link hashes the salt. The same tokens at another position,
-    after another prefix or under another salt therefore have another key.
+    of the page before it and its own tokens, and the first link hashes model, tenant and salt. The same tokens at
+    another position, after another prefix, of another tenant or under another salt therefore have another key.
 
-    Keys are 128 bits of BLAKE2b (RFC 7693) under a random key drawn per process, so that a client can neither predict
-    nor construct a collision. Equal keys are taken as equal content without comparing tokens: among 2^40 pages two
-    different ones share a key with a probability of about 2^-49.
+    Keys are 128 bits of BLAKE2b (RFC 7693) under a secret, so that a client can neither predict nor construct a
+    collision. Equal keys are taken as equal content without comparing tokens: among 2^40 pages two different ones
+    share a key with a probability of about 2^-49.
     """
 
-    def __init__(self) -> None:
-        self._secret = secrets.token_bytes(hashlib.blake2b.MAX_KEY_SIZE)
+    def __init__(self, secret: bytes | None = None, model: str = ""):
+        """Creates the keys.
 
-    def root(self, salt: str) -> bytes:
-        """Returns the key that the first page of every sequence under `salt` is linked to."""
-        # `person` separates the two uses: no salt, whatever its bytes, can equal the key of a page.
-        text = salt.encode("utf-8", "surrogatepass")
-        return hashlib.blake2b(text, digest_size=KEY_BYTES, key=self._secret, person=b"salt").digest()
+        Args:
+            secret: 1 to MAX_SECRET_BYTES bytes; None draws one, which no other process has.
+            model: names what computes the pages, where processes of several models share a secret.
+        """
+        self._secret = secrets.token_bytes(MAX_SECRET_BYTES) if secret is None else secret
+        self._model = model
+
+    def root(self, tenant: str, salt: str) -> bytes:
+        """Returns the key that the first page of every sequence of a tenant under `salt` is linked to."""
+        # Lengths in front keep ("a", "bc") and ("ab", "c") apart. `person` separates the two uses: no names, whatever
+        # their bytes, can equal the key of a page.
+        names = [name.encode("utf-8", "surrogatepass") for name in (self._model, tenant, salt)]
+        text = b"".join(len(name).to_bytes(8, "little") + name for name in names)
+        return hashlib.blake2b(text, digest_size=KEY_BYTES, key=self._secret, person=b"root").digest()
 
     def link(self, previous: bytes, tokens: Sequence[int]) -> bytes:
         """Returns the key of a full page of `tokens` that follows the page (or root) with the key `previous`."""
-        text = previous + array("q", tokens).tobytes()
+        text = previous + array("i", tokens).tobytes()
         return hashlib.blake2b(text, digest_size=KEY_BYTES, key=self._secret, person=b"page").digest()

@@ -5,8 +5,9 @@ The pool hands out page numbers; the arrays behind them belong to the runner. It
     FREE    -> ACTIVE   allocate
     ACTIVE  -> FREE     release of the last reference, content without a key
     ACTIVE  -> CACHED   release of the last reference, content with a key: kept, and reclaimable
-    CACHED  -> ACTIVE   match, share
+    CACHED  -> ACTIVE   share
     CACHED  -> ACTIVE   allocate, when no page is free: the least recently used loses its content
+    CACHED  -> FREE     forget
     ACTIVE <-> HOST     move: swap out and in
 
 `copy` and `move` only decide; each returns `PageCopy` records that the runner performs before the step, in the order
@@ -21,8 +22,6 @@ import dataclasses
 import enum
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
-
-from jaxserve.kv_cache.content_keys import ContentKeys
 
 NULL_PAGE = 0
 """Page 0 is never allocated: padding reads and writes it."""
@@ -73,10 +72,9 @@ class PagePool:
         self.num_pages = num_pages
         self.page_size = page_size
         self.num_host_pages = num_host_pages
-        self._content_keys = ContentKeys()
         self._references = [0] * num_pages
         # The key of a committed page's content. Two pages can have the same content; `_page_of_key` names the one
-        # that `match` finds. The other keeps its key all the same: the next page of its sequence is linked to it.
+        # that `find` returns. The other keeps its key: it takes over when that one is reclaimed.
         self._keys: list[bytes | None] = [None] * num_pages
         self._page_of_key: dict[bytes, int] = {}
         self._free = list(range(num_pages - 1, NULL_PAGE, -1))  # a stack: low numbers first
@@ -130,7 +128,7 @@ class PagePool:
     def writable(self, page: int) -> bool:
         """Tells whether the only owner of an active page may write it; if not, `copy` it first.
 
-        A committed page is full, and other sequences may match its content at any time, so it is never written again.
+        A committed page is full, and other sequences may share it at any time, so it is never written again.
         """
         self._check_active((page,))
         return self._references[page] == 1 and self._keys[page] is None
@@ -153,7 +151,7 @@ class PagePool:
         return pages
 
     def share(self, pages: Sequence[int]) -> None:
-        """Adds one reference to each active or cached page, for the table of a fork."""
+        """Adds one reference to each active or cached page, for the table of another sequence."""
         self._check_distinct(pages)
         for page in pages:
             if self.state(page) is PageState.FREE:
@@ -164,67 +162,60 @@ class PagePool:
     def release(self, pages: Sequence[int]) -> None:
         """Drops one reference to each active page of one table, given in table order.
 
-        A page without references keeps its content as CACHED if `match` can find it, else it becomes FREE. Of one
-        table the later pages are reclaimed first: without the earlier ones no match would reach them.
+        A page without references keeps its content as CACHED if `find` returns it, else it becomes FREE. Of one
+        table the later pages are reclaimed first: without the earlier ones no `find` would reach them.
         """
         self._check_active(pages)
         for page in reversed(pages):
             self._drop(page)
 
-    def commit(self, pages: Sequence[int], tokens: Sequence[int], salt: str, start: int = 0) -> int:
-        """Assigns content keys to the full pages of a sequence; returns how many of its pages are now committed.
+    def commit(self, pages: Sequence[int], keys: Sequence[bytes]) -> None:
+        """Assigns its content key to each of several active pages, whose content is computed by what is dispatched.
 
-        Call it when the content is known to be computed, so that the pages of a failed step are never matched.
+        pages: full pages, of one table. keys: of their content (`ContentKeys`), in the same order.
 
-        pages, tokens: the whole table and all tokens whose keys and values are in it.
-        salt: only sequences with the same salt share pages.
-        start: pages committed before (what the last call, or the number of pages `match`, returned). They are not
-            hashed again, so a step costs the pages that it filled.
-
-        Where another page has the same content already, `match` keeps finding that one. Raises ValueError when a page
-        holds other content already, is not active, or when page start - 1 was never committed.
+        Where another page has the same content already, `find` keeps returning that one. Raises ValueError, and changes
+        nothing, when a page holds other content already or is not active.
         """
-        full = len(tokens) // self.page_size
-        if not 0 <= start <= full:
-            raise ValueError(f"start is {start}; the {len(tokens)} tokens fill {full} pages")
-        if full > len(pages):
-            raise ValueError(f"pages has {len(pages)} pages; the {len(tokens)} tokens fill {full}")
-        filled = pages[start:full]
-        self._check_active(filled)
-        if not filled:
-            return full
-        key = self._keys[pages[start - 1]] if start else self._content_keys.root(salt)
-        if key is None:
-            raise ValueError(f"page {pages[start - 1]} before start {start} is not committed")
-        keys = []
-        for index, page in enumerate(filled, start):
-            key = self._content_keys.link(key, tokens[index * self.page_size : (index + 1) * self.page_size])
+        self._check_active(pages)
+        if len(pages) != len(keys):
+            raise ValueError(f"pages has {len(pages)} pages and keys {len(keys)}; each page needs one")
+        committed = list(zip(pages, keys, strict=True))
+        for page, key in committed:
             if self._keys[page] not in (None, key):
                 raise ValueError(f"page {page} is committed with other content")
-            keys.append(key)
-        for page, key in zip(filled, keys, strict=True):
+        for page, key in committed:
             self._keys[page] = key
             self._page_of_key.setdefault(key, page)
-        return full
 
-    def match(self, tokens: Sequence[int], salt: str) -> list[int]:
-        """Returns the pages that hold the longest run of full pages from the start of `tokens` that is committed under
-        `salt`.
+    def find(self, keys: Iterable[bytes]) -> list[int]:
+        """Returns the committed pages of the longest run of `keys` from the first on.
 
-        The caller gets one reference to each; cached pages become active. A sequence needs at least one token to
-        compute, so pass a prompt without its last token.
+        They get no reference: `share` them before anything is allocated, which may reclaim them. Keys are taken one by
+        one, so that an iterator need not derive those behind the run.
         """
-        pages = []
-        key = self._content_keys.root(salt)
-        for end in range(self.page_size, len(tokens) + 1, self.page_size):
-            key = self._content_keys.link(key, tokens[end - self.page_size : end])
-            page = self._page_of_key.get(key)
+        pages, page_of_key = [], self._page_of_key
+        for key in keys:
+            page = page_of_key.get(key)
             if page is None:
                 break
             pages.append(page)
-        for page in pages:
-            self._take(page)
         return pages
+
+    def num_unreferenced(self, pages: Iterable[int]) -> int:
+        """Returns how many of these active or cached pages no table holds: to share them takes them from
+        `num_available`."""
+        return sum(not self._references[page] for page in pages)
+
+    def forget(self) -> int:
+        """Drops the content keys of all device pages, so that no later `find` returns them; returns how many cached
+        pages became free. Pages in host memory keep theirs."""
+        count = len(self._cached)
+        self._keys = [None] * self.num_pages
+        self._page_of_key.clear()
+        self._free.extend(reversed(self._cached))
+        self._cached.clear()
+        return count
 
     def copy(self, page: int) -> PageCopy | None:
         """Exchanges the caller's reference to a page it may not write for a private copy.

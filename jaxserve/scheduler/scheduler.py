@@ -30,6 +30,7 @@ import numpy as np
 
 from jaxserve.config.failpoints import Hit
 from jaxserve.config.scheduling import SchedulerConfig
+from jaxserve.kv_cache.content_keys import ContentKeys
 from jaxserve.kv_cache.page_pool import PageCopy, PagePool, PageState
 from jaxserve.request import COMPLETED, EngineRequest, FinishReason, RequestStatus
 from jaxserve.scheduler.batch_barrier import BatchBarrier
@@ -44,6 +45,7 @@ from jaxserve.scheduler.plan import NOT_FINITE, FastForward, StepPlan, StepResul
 from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.scheduler.pooled_prompts import NOT_POOLED, take_pooled
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
+from jaxserve.scheduler.prefix_cache import PrefixCache, PrefixCounts
 from jaxserve.scheduler.sampled_tokens import finish_reason, no_token, one_by_one, several
 from jaxserve.scheduler.scoring import scored_tokens, take_scores, with_logprobs
 from jaxserve.scheduler.sequence import Sequence
@@ -62,7 +64,8 @@ class Scheduler:
     max_model_len: tokens of the longest sequence, for page_reservation "max_model_len". tokens_per_step: maximum tokens
     of a decoding row; more than one when the device drafts tokens and reports how many were accepted. step_seconds:
     predicts the time of a step, for max_decode_gap. allocation_hit: passes the failpoint "allocate" whenever pages are
-    allocated to a sequence; None where there is none.
+    allocated to a sequence; None where there is none. content_keys: identify the content of pages, so that requests
+    share them; None where they do not.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Scheduler:
         tokens_per_step: int = 1,
         step_seconds: Callable[[StepShape], float] | None = None,
         allocation_hit: Hit | None = None,
+        content_keys: ContentKeys | None = None,
     ):
         needed, rows = config.max_num_seqs * tokens_per_step, buckets.rows[-1] if tokens_per_step > 1 else None
         for name, limit in (("max_num_batched_tokens", config.max_num_batched_tokens), ("row_buckets", rows)):
@@ -101,6 +105,7 @@ class Scheduler:
             tokens_per_step,
             allocation_hit,
             deadline_check=self._deadline_check,
+            prefix_cache=PrefixCache(pool, content_keys),
         )
         self.decode_gap = DecodeGap.configured(config, step_seconds, buckets)
         self._builder = StepBuilder(
@@ -152,6 +157,11 @@ class Scheduler:
     @property
     def num_preemptions(self) -> int:
         return sum(self._queues.preemptions.values())
+
+    @property
+    def prefix_counts(self) -> PrefixCounts:
+        """Returns the counts of the prefix cache since the start."""
+        return self._queues.prefix_cache.counts
 
     @property
     def num_gaps_exceeded(self) -> dict[str, int]:
@@ -281,6 +291,7 @@ class Scheduler:
         """
         lost_pages = {copy.destination for copy in lost if copy.destination_tier is PageState.HOST}
         self._queues.sharing.lost()
+        self._queues.prefix_cache.forget()
         going_on = [sequence for name, sequence in self._sequences.items() if name not in self._barrier]
         preempted = [sequence for sequence in going_on if self._queues.restart(sequence, lost_pages)]
         for sequence in going_on:
@@ -317,6 +328,7 @@ class Scheduler:
                 the others restarted (`restart`, with `lost_copies`), as for a step that was dispatched and is lost.
         """
         self._step_times.ends(now)
+        self._queues.prefix_cache.commit(self._owner)
         self._queues.start_step()
         self._budgets.update(len(self._sequences))
         try:
@@ -325,6 +337,7 @@ class Scheduler:
             if self._mode.holds:
                 for sequence in self._builder.admitted:
                     self._barrier.joined(sequence, self._steps)
+        self._queues.prefix_cache.planned(plan)
         self._step_times.begins(plan, now)
         if self.decode_gap is not None:
             preempted = [sequence.order for sequence in self._queues.preempted]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jaxserve.logprob_columns import LogprobColumns
-from jaxserve.request import EngineRequest, RequestStatus
+from jaxserve.request import EngineRequest, Pooling, RequestStatus
 from jaxserve.scheduler.pooled_sum import PooledSum
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ class Sequence:
     next_scored: index of the first prompt token that no dispatched step scores, where the request wants
     log-probabilities of its prompt. scores: those that the host has read and not handed on. pooled: of a prompt that
     is embedded.
+    page_keys: content keys of its first full pages, as far as they were needed. num_committed: pages of its table, from
+    the first on, of which the pool knows the key. num_cached_tokens: tokens of pages that it found when it began.
     pages: of the device, in the order of the table; reserved: pages held for it beyond them; host_pages: those of a
     swapped sequence. penalized: it needs a penalty row; penalty_row: the one that it holds while it runs. parked: its
     queue does not offer it, since no row is free. prompt: what it shares with other samples of its request; None where
@@ -42,6 +44,8 @@ class Sequence:
         self.num_pending = 0
         self.num_preemptions = 0
         self.num_cached_tokens = 0
+        self.page_keys: list[bytes] = []
+        self.num_committed = 0
         self.expected_output = expected_output
         self.boost = 0
         self.tenant_number = 0
@@ -94,6 +98,14 @@ class Sequence:
     def stop_position(self) -> int:
         """Returns the position of the first token that may be a stop id (min_tokens)."""
         return len(self.request.prompt_token_ids) + self.request.min_tokens
+
+    @property
+    def num_skippable(self) -> int:
+        """Returns the number of its first tokens whose hidden states nobody needs: the prefix cache may have them."""
+        if self.pooled is not None and self.request.pooling is not Pooling.LAST:
+            return 0
+        last = self.num_known - 1
+        return max(0, min(last, self.next_scored - 1)) if self.must_score else last
 
     @property
     def finished(self) -> bool:

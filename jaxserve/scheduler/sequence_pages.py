@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from collections.abc import Sequence as List
 
 from jaxserve.config.failpoints import Hit, InjectedFaultError
 from jaxserve.config.scheduling import AdmissionConfig
@@ -42,7 +43,7 @@ class Pages:
         """Tells whether sequences hold pages ahead of their tokens."""
         return self._reservation != "none"
 
-    def admit(self, sequence: Sequence, count: int, alone: bool) -> tuple[PageCopy, ...] | None:
+    def admit(self, sequence: Sequence, count: int, alone: bool, found: List[int] = ()) -> tuple[PageCopy, ...] | None:
         """Allocates the pages that a new sequence needs, and those reserved for it; all or nothing.
 
         Args:
@@ -51,16 +52,20 @@ class Pages:
                 score its prompt computes it again.
             count: number of further tokens to hold.
             alone: no other sequence runs, so no pages need to be left for growth.
+            found: pages that the prefix cache found for its computed tokens, which it shares.
 
         Returns:
             The copies to perform; None, and nothing changes, when too few pages are available.
         """
         needed, reserved = self._needed(sequence, count)
         prompt, left = None if sequence.must_score else sequence.prompt, 0 if alone else self._watermark
-        there = 0 if prompt is None else prompt.num_ready_pages
-        if needed - there + reserved + left > self._pool.num_available:
+        there = len(found) if prompt is None or not prompt.held else prompt.num_ready_pages
+        if needed - there + reserved + left + self._pool.num_unreferenced(found) > self._pool.num_available:
             return None
         copies = () if prompt is None or not prompt.held else self._take_prompt(sequence, prompt)
+        if found:
+            self._pool.share(found)
+            sequence.pages.extend(found)
         self._take(sequence, needed - len(sequence.pages), reserved)
         return copies
 
@@ -161,6 +166,7 @@ class Pages:
             self._pool.release_host(sequence.host_pages)
         self._pool.release([*sequence.pages, *sequence.reserved])
         sequence.pages, sequence.reserved, sequence.host_pages = [], [], []
+        sequence.num_committed = 0
 
     def _needed(self, sequence: Sequence, count: int) -> tuple[int, int]:
         """Returns the number of pages for the computed tokens and `count` more, and of the reserved pages beyond
@@ -213,9 +219,9 @@ class FaultyPages(Pages):
         super().__init__(pool, config, max_model_len)
         self._hit = hit
 
-    def admit(self, sequence: Sequence, count: int, alone: bool) -> tuple[PageCopy, ...] | None:
+    def admit(self, sequence: Sequence, count: int, alone: bool, found: List[int] = ()) -> tuple[PageCopy, ...] | None:
         self._pass([sequence])
-        return super().admit(sequence, count, alone)
+        return super().admit(sequence, count, alone, found)
 
     def fork(self, sequence: Sequence, donor: Sequence) -> tuple[PageCopy, ...] | None:
         self._pass([sequence])

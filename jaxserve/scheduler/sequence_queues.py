@@ -15,6 +15,7 @@ from jaxserve.scheduler.parking_queue import ParkingQueue
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.preemption import Preemption
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
+from jaxserve.scheduler.prefix_cache import PrefixCache
 from jaxserve.scheduler.prompt_sharing import PromptSharing
 from jaxserve.scheduler.running import Running
 from jaxserve.scheduler.sequence import Sequence
@@ -27,8 +28,9 @@ class SequenceQueues:
     """Keeps the three queues over one page pool.
 
     waiting: new requests and those preempted to be computed again. swapped: those whose pages are in host memory, in
-    the order of the policy. sharing: what the samples of one prompt share. preempted: sequences preempted by the last
-    step; `start_step` clears them. changed: a sequence arrived or left since the last step.
+    the order of the policy. sharing: what the samples of one prompt share. prefix_cache: what requests share.
+    preempted: sequences preempted by the last step; `start_step` clears them. changed: a sequence arrived or left since
+    the last step.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class SequenceQueues:
         allocation_hit: Hit | None = None,
         *,
         deadline_check: DeadlineCheck,
+        prefix_cache: PrefixCache,
     ):
         if allocation_hit is None:
             self.pages = Pages(pool, config.admission, max_model_len)
         else:
             self.pages = FaultyPages(pool, config.admission, max_model_len, allocation_hit)
+        self.prefix_cache = prefix_cache
         self.preemption = Preemption(config.preemption, policy, pool.page_size, costs)
         urgency_queues = self.preemption.urgency_queues
         self.waiting = Waiting(policy, formation, urgency_queues(), urgency_queues(), deadline_check)

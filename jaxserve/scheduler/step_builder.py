@@ -53,6 +53,7 @@ class StepBuilder:
         self._running = queues.running
         self._waiting = queues.waiting
         self._swapped = queues.swapped
+        self._prefix_cache = queues.prefix_cache
         self._step_times = step_times
         self._gap_limit = gap_limit
         bounded = mode.closed or gap_limit is not None
@@ -297,33 +298,37 @@ class StepBuilder:
             lacking = "penalty rows" if self._running.lacks_row(sequence) else "slots"
             self.blocked_by = None if sequence.num_pending else lacking
             return False
-        prompt = sequence.prompt
-        if prompt is not None:
-            sequence.num_computed = 0 if sequence.must_score else prompt.num_ready_tokens
+        prompt, found = sequence.prompt, []
+        if prompt is not None and prompt.held and not sequence.must_score:
+            sequence.num_computed = prompt.num_ready_tokens
+        else:
+            found = self._prefix_cache.find(sequence)
+            sequence.num_computed = self._prefix_cache.num_tokens(found)
         count = self._chunk(sequence, step, step_limits)
-        copies = self._allocated(sequence, count) if count else None
+        copies = self._allocated(sequence, count, found) if count else None
         if copies is None:
             sequence.num_computed = 0
             self.blocked_by = "pages" if count else self.blocked_by
             return False
+        self._prefix_cache.admitted(sequence, len(found))
         if sequence.waits_new:
             self._policy.admitted(sequence)
         self._waiting.remove(sequence)
         self._running.start(sequence)
         self.admitted.append(sequence)
-        held = 0
+        held = len(found)
         if prompt is not None:
-            held = prompt.num_shared + 1 if sequence.num_computed else 0
+            held = held or (prompt.num_shared + 1 if sequence.num_computed else 0)
             step.copies.extend(copies)
             self._queues.sharing.joined(sequence, prompt)
         step.add(Chunk(sequence, count, held, admitted=True))
         return True
 
-    def _allocated(self, sequence: Sequence, count: int) -> tuple[PageCopy, ...] | None:
-        """Allocates the pages of a sequence that joins; returns the copies to perform, or None where too few are
-        free."""
+    def _allocated(self, sequence: Sequence, count: int, found: list[int]) -> tuple[PageCopy, ...] | None:
+        """Allocates the pages of a sequence that joins, beside those that the prefix cache found; returns the copies to
+        perform, or None where too few are free."""
         alone = not len(self._running)
-        while (copies := self._pages.admit(sequence, count, alone)) is None:
+        while (copies := self._pages.admit(sequence, count, alone, found)) is None:
             if not alone or not self._queues.sharing.reclaim(spared=sequence.prompt):
                 return None
         return copies

@@ -24,6 +24,7 @@ from jaxserve.config.scheduling import (
     PreemptionConfig,
     SchedulerConfig,
 )
+from jaxserve.kv_cache.content_keys import ContentKeys
 from jaxserve.kv_cache.page_pool import PagePool, PageState
 from jaxserve.request import EngineRequest, FinishReason, RequestOptions, RequestStatus
 from jaxserve.runner.fake import FakeRunner
@@ -50,6 +51,7 @@ class History:
         self.config = with_gap(random.Random(f"gap {rng.getstate()[1][0]}"), draw_config(rng, mode, formation, policy))
         num_pages, host_pages = rng.randint(7, 20), rng.choice((0, 8, 24, 24))
         self.capacity = (num_pages - 1) * PAGE_SIZE
+        self.caches = random.Random(f"cache {rng.getstate()[1][1]}").random() < 0.6
         self.scheduler = Scheduler(
             self.config,
             PagePool(num_pages, PAGE_SIZE, host_pages),
@@ -59,6 +61,7 @@ class History:
             step_seconds=lambda shape: (
                 1e-3 * (4 + shape.token_bucket + shape.prefill_context / 4 + shape.swapped_pages)
             ),
+            content_keys=ContentKeys(b"secret") if self.caches else None,
         )
         self.runner = FakeRunner(num_pages=num_pages, page_size=PAGE_SIZE, num_host_pages=host_pages)
         self.order = OrderModel(self.config, self.scheduler.policy)
@@ -107,7 +110,7 @@ class History:
         output = rng.randint(1, min(rng.choice((4, 24)), self.capacity - prompt + 1))
         request = EngineRequest(
             f"r{len(self.requests)}",
-            tuple(rng.randrange(101) for _ in range(prompt)),
+            self.prompt(prompt),
             max_tokens=output,
             min_tokens=rng.randint(0, min(3, output)),
             stop_token_ids=tuple(sorted(rng.sample(range(101), rng.choice((0, 3, 12))))),
@@ -127,6 +130,15 @@ class History:
         self.requests[request.request_id], self.sequences[request.request_id] = request, sequence
         self.tokens[request.request_id] = []
         self.order.add(sequence)
+
+    def prompt(self, length: int) -> tuple[int, ...]:
+        """A prompt that begins, most of the time, as an earlier one and its output so far, or as a part of these."""
+        rng, begun = self.rng, []
+        if self.requests and rng.random() < 0.7:
+            earlier = rng.choice(list(self.requests))
+            begun = [*self.requests[earlier].prompt_token_ids, *self.tokens[earlier]]
+            begun = begun[: rng.randint(len(begun) // 2, len(begun))][: length - 1]
+        return (*begun, *(rng.randrange(101) for _ in range(length - len(begun))))
 
     def step(self) -> None:
         """A turn of the engine's loop."""
@@ -194,9 +206,11 @@ class History:
             )
         back = {copy.destination for copy in plan.copies if copy.source_tier is PageState.HOST}
         written = {page for write in plan.table_writes for page in write.pages}
-        assert back == written, "a page is back that no table knows, or the reverse"
+        assert back <= written, "a page is back that no table knows"
         for slot in {write.slot for write in plan.table_writes}:
-            events["swapped in"] += 1
+            pages = {page for write in plan.table_writes if write.slot == slot for page in write.pages}
+            assert pages <= back or (self.caches and not pages & back), "pages are entered that nobody computed"
+            events["swapped in" if pages <= back else "hit"] += 1
             (chunk,) = (row for row in plan.chunks if row.slot == slot)  # a sequence is back, so it has a chunk
             assert chunk.admit is self.requests[chunk.request_id]
             assert chunk.first_new_page == sum(len(one.pages) for one in plan.table_writes if one.slot == slot)
@@ -214,7 +228,8 @@ class History:
             else:
                 assert (self.tokens[request_id], self.reasons[request_id]) == (tokens, reason)
         pool = self.scheduler.pool
-        assert (pool.num_free, pool.num_host_used) == (pool.num_usable, 0)
+        assert (pool.num_free + pool.num_cached, pool.num_host_used) == (pool.num_usable, 0)
+        assert self.caches or not pool.num_cached
 
 
 def draw_config(rng: random.Random, mode: str, formation: str, policy: str) -> SchedulerConfig:

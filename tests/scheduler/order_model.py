@@ -71,7 +71,8 @@ class OrderModel:
                     raise
                 displaced = True
             tenant = sequence.request.options.tenant
-            self._counters[tenant] += sequence.num_prompt_tokens * self._cost(tenant, output=False)
+            computed = sequence.num_prompt_tokens - sequence.num_cached_tokens
+            self._counters[tenant] += computed * self._cost(tenant, output=False)
             self.remove(sequence)
             joined.append(sequence)
         for row in plan.sampled if plan is not None else ():

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from jaxserve.kv_cache.page_pool import PageCopy, PagePool, PageState, greatest_concurrency
-from tests.scheduler.pool_helpers import cached, counts, taken
+from tests.scheduler.pool_helpers import cached, commit, counts, match, taken
 
 ACTIVE, CACHED, FREE, HOST = PageState.ACTIVE, PageState.CACHED, PageState.FREE, PageState.HOST
 
@@ -31,7 +31,7 @@ def test_allocate_is_all_or_nothing():
     assert pool.allocate(5) is None
     assert counts(pool) == before
     pool.check_integrity([held])
-    again = pool.match([1, 2, 3, 4], "s")
+    again = match(pool, [1, 2, 3, 4], "s")
     assert again == kept, "a refused allocation must not evict"
 
 
@@ -63,7 +63,7 @@ def test_a_shared_page_stays_until_its_last_release():
 def test_copy_gives_a_fork_its_own_page():
     pool = PagePool(num_pages=5, page_size=2)
     parent = taken(pool, 2)
-    pool.commit(parent, [1, 2, 3], "s")
+    commit(pool, parent, [1, 2, 3], "s")
     pool.share(parent)
     fork = list(parent)
     assert not pool.writable(fork[1])
@@ -80,7 +80,7 @@ def test_copy_gives_a_fork_its_own_page():
 def test_copy_of_a_committed_page_leaves_it_cached():
     pool = PagePool(num_pages=3, page_size=1)
     page = taken(pool, 1)[0]
-    pool.commit([page], [7], "s")
+    commit(pool, [page], [7], "s")
     copy = pool.copy(page)
     assert copy is not None
     assert pool.state(page) is CACHED
@@ -99,7 +99,7 @@ def test_copy_without_a_page_changes_nothing():
 def test_move_out_and_in_keeps_order_and_content():
     pool = PagePool(num_pages=6, page_size=2, num_host_pages=4)
     table = taken(pool, 3)
-    pool.commit(table, [1, 2, 3, 4, 5], "s")
+    commit(pool, table, [1, 2, 3, 4, 5], "s")
     out = pool.move(table, PageState.HOST)
     assert out is not None
     assert [(copy.source, copy.source_tier, copy.destination_tier) for copy in out] == [
@@ -111,7 +111,7 @@ def test_move_out_and_in_keeps_order_and_content():
     pool.check_integrity([], [host])
 
     pool.release(taken(pool, 5))  # what the device held of the sequence is lost
-    assert pool.match([1, 2], "s") == []
+    assert match(pool, [1, 2], "s") == []
     back = pool.move(host, PageState.ACTIVE)
     assert back is not None
     assert [(copy.source, copy.source_tier, copy.destination_tier) for copy in back] == [
@@ -120,21 +120,21 @@ def test_move_out_and_in_keeps_order_and_content():
     table = [copy.destination for copy in back]
     assert (pool.num_host_free, pool.num_host_used) == (4, 0)
     assert [pool.writable(page) for page in table] == [False, False, True]
-    assert pool.commit(table, [1, 2, 3, 4, 5, 6], "s", start=2) == 3, "the chain goes on behind pages that came back"
-    assert pool.match([1, 2, 3, 4, 5, 6], "s") == table
+    assert commit(pool, table, [1, 2, 3, 4, 5, 6], "s", start=2) == 3, "the chain goes on behind pages that came back"
+    assert match(pool, [1, 2, 3, 4, 5, 6], "s") == table
 
 
 def test_pages_that_come_back_do_not_displace_what_the_device_kept():
     pool = PagePool(num_pages=5, page_size=2, num_host_pages=2)
     kept = taken(pool, 2)
-    pool.commit(kept, [1, 2, 3, 4], "s")
+    commit(pool, kept, [1, 2, 3, 4], "s")
     out = pool.move(kept, PageState.HOST)
     assert out is not None
     back = pool.move([copy.destination for copy in out], PageState.ACTIVE)
     assert back is not None
     table = [copy.destination for copy in back]
     pool.check_integrity([table])
-    assert pool.match([1, 2, 3, 4], "s") == kept
+    assert match(pool, [1, 2, 3, 4], "s") == kept
 
 
 def test_content_keys_move_along_whoever_committed_the_page():
@@ -143,7 +143,7 @@ def test_content_keys_move_along_whoever_committed_the_page():
     table = taken(pool, 2)
     pool.share(table)
     fork = list(table)
-    pool.commit(fork, [1, 2, 3, 4], "s")
+    commit(pool, fork, [1, 2, 3, 4], "s")
     private = pool.copy(table[0])
     assert private is not None
     table[0] = private.destination
@@ -156,8 +156,8 @@ def test_content_keys_move_along_whoever_committed_the_page():
     assert back is not None
     table = [copy.destination for copy in back]
     assert [pool.writable(page) for page in table] == [True, False]
-    assert pool.commit(table, [1, 2, 3, 4], "s") == 2, "the content is what the key says"
-    assert pool.match([1, 2, 3, 4], "s") == table
+    assert commit(pool, table, [1, 2, 3, 4], "s") == 2, "the content is what the key says"
+    assert match(pool, [1, 2, 3, 4], "s") == table
 
 
 def test_move_is_all_or_nothing():
@@ -227,10 +227,9 @@ MISUSE = {
     "move in an unused page": (lambda pool, held: pool.move([0], ACTIVE), "host page 0 is not in use"),
     "move to no tier": (lambda pool, held: pool.move(held, FREE), "pages move to"),
     "release an unused host page": (lambda pool, held: pool.release_host([1]), "host page 1 is not in use; 0 of 2 are"),
-    "commit more than the table": (lambda pool, held: pool.commit(held, [0] * 8, "s"), "pages has 3 pages; .* fill 4"),
-    "commit from beyond": (lambda pool, held: pool.commit(held, [0] * 4, "s", start=3), "start is 3; .* fill 2 pages"),
-    "commit behind a gap": (lambda pool, held: pool.commit(held, [0] * 4, "s", start=1), "before start 1 is not"),
-    "commit a page that is not held": (lambda pool, held: pool.commit([5], [0, 0], "s"), "page 5 is free"),
+    "commit with too few keys": (lambda pool, held: pool.commit(held, [b"k"] * 2), "pages has 3 pages and keys 2"),
+    "commit a page twice": (lambda pool, held: pool.commit([held[0]] * 2, [b"k"] * 2), "name a page twice"),
+    "commit a page that is not held": (lambda pool, held: commit(pool, [5], [0, 0], "s"), "page 5 is free"),
 }
 
 
@@ -249,10 +248,10 @@ def test_misuse_is_refused_before_anything_changes(name):
 def test_committed_pages_cannot_get_other_content():
     pool = PagePool(num_pages=4, page_size=2)
     pages = taken(pool, 2)
-    pool.commit(pages, [1, 2], "s")
+    commit(pool, pages, [1, 2], "s")
     for tokens, salt in (([1, 9, 3, 4], "s"), ([1, 2, 3, 4], "t")):
         with pytest.raises(ValueError, match="page 1 is committed with other content"):
-            pool.commit(pages, tokens, salt)
+            commit(pool, pages, tokens, salt)
     assert pool.writable(pages[1]), "a refused commit commits nothing"
 
 

@@ -10,7 +10,7 @@ from collections import OrderedDict
 import pytest
 
 from jaxserve.kv_cache.page_pool import PagePool, PageState
-from tests.scheduler.pool_helpers import cached, taken
+from tests.scheduler.pool_helpers import cached, commit, match, taken
 
 
 def _forbidden(self, *arguments):
@@ -67,12 +67,12 @@ def cost_of_a_step(num_pages):
 
     def step():
         pages = taken(pool, 4)
-        pool.commit(pages, [-1, -2, -3], "t")
+        commit(pool, pages, [-1, -2, -3], "t")
         pool.share(pages)
         copy = pool.copy(pages[0])
         assert copy is not None
         pool.release(pages)
-        found = pool.match([0, 1, 2, -1], "s")
+        found = match(pool, [0, 1, 2, -1], "s")
         assert len(found) == 3
         out = pool.move(found, PageState.HOST)
         assert out is not None

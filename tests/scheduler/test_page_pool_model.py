@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from jaxserve.kv_cache.page_pool import PagePool, PageState
 from tests.budgets import budget
+from tests.scheduler.pool_helpers import commit, match
 
 PAGE_SIZE, NUM_PAGES, NUM_HOST_PAGES = 2, 9, 4
 PAGES = range(1, NUM_PAGES)
@@ -165,7 +166,7 @@ class PagePoolMachine(RuleBasedStateMachine):
             self.commit_pages(sequence, sequence.committed)
 
     def commit_pages(self, sequence, start):
-        sequence.committed = self.pool.commit(sequence.table, sequence.tokens, sequence.salt, start)
+        sequence.committed = commit(self.pool, sequence.table, sequence.tokens, sequence.salt, start)
         assert sequence.committed == len(sequence.tokens) // PAGE_SIZE
         for index in range(start, sequence.committed):
             self.model.commit(sequence.table[index], sequence.prefix((index + 1) * PAGE_SIZE))
@@ -177,7 +178,7 @@ class PagePoolMachine(RuleBasedStateMachine):
     def start(self, salt, tokens, use_cache, then_commit):
         found = []
         if use_cache:
-            found = self.pool.match(tokens, salt)
+            found = match(self.pool, tokens, salt)
             assert found == self.model.match(tokens, salt)
             self.model.take(found)
         sequence = Sequence(salt, tokens[: len(found) * PAGE_SIZE], found, len(found))

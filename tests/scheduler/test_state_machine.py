@@ -16,7 +16,8 @@ from tests.scheduler.history import run_history
 STEPS = 20_000 if ALL else 6_000
 """In each mode, at least."""
 
-EVERYWHERE = ("aborted waiting", "aborted running", "expired", "refused", "ended stop", "ended length", "chunked")
+ENDS = ("aborted waiting", "aborted running", "expired", "refused", "ended stop", "ended length")
+EVERYWHERE = (*ENDS, "chunked", "hit")
 MEMORY = ("several chunks", "recomputed", "swapped out", "swapped in")
 EVENTS = {
     "none": (),
