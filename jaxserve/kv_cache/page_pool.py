@@ -188,6 +188,16 @@ class PagePool:
             self._keys[page] = key
             self._page_of_key.setdefault(key, page)
 
+    def uncommit(self, page: int) -> None:
+        """Drops the content key of an active page if it has one owner, who may then write the page."""
+        self._check_active((page,))
+        key = self._keys[page]
+        if key is None or self._references[page] > 1:
+            return
+        self._keys[page] = None
+        if self._page_of_key.get(key) == page:  # that of a duplicate may be gone
+            del self._page_of_key[key]
+
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """Returns the committed pages of the longest run of `keys` from the first on.
 

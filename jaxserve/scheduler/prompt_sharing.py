@@ -79,7 +79,7 @@ class PromptSharing:
             if copies is None:
                 sequence.num_computed = 0
                 break
-            sequence.page_keys = list(donor.page_keys)
+            sequence.page_keys = donor.page_keys[: prompt.num_tokens // self._pool.page_size]
             self._due += [(prompt, sequence, copy) for copy in copies]
             del prompt.withheld[sequence.request_id]
             self._waiting.remove(sequence)

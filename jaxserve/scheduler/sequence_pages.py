@@ -59,7 +59,7 @@ class Pages:
         """
         needed, reserved = self._needed(sequence, count)
         prompt, left = None if sequence.must_score else sequence.prompt, 0 if alone else self._watermark
-        there = len(found) if prompt is None or not prompt.held else prompt.num_ready_pages
+        there = len(found) if prompt is None or not prompt.held else self._ready(prompt)
         if needed - there + reserved + left + self._pool.num_unreferenced(found) > self._pool.num_available:
             return None
         copies = () if prompt is None or not prompt.held else self._take_prompt(sequence, prompt)
@@ -180,12 +180,23 @@ class Pages:
         total = min(-(-tokens // self._pool.page_size), self._pool.num_usable)
         return needed, max(0, total - needed)
 
+    def _ready(self, prompt: SharedPrompt) -> int:
+        """Returns the number of pages that a sample of a held prompt need not allocate: the one with the prompt's last
+        token must be copied where another request has found it in the prefix cache, filled and committed."""
+        return prompt.num_ready_pages - (bool(prompt.kept) and self._pool.references(prompt.kept[-1]) > 1)
+
     def _take_prompt(self, sequence: Sequence, prompt: SharedPrompt) -> tuple[PageCopy, ...]:
         """Gives a sample the pages of its prompt, up to the one with its last token, which it will write: that one is
         its own, and a copy where it has other tokens too. Returns the copies to perform."""
         copies: tuple[PageCopy, ...] = ()
         if prompt.kept:
             sequence.pages, prompt.kept = prompt.kept, []
+            self._pool.uncommit(last := sequence.pages[-1])
+            if not self._pool.writable(last):
+                copy = self._pool.copy(last)
+                assert copy is not None, "pages that fit are not there"
+                sequence.pages[-1] = copy.destination
+                copies = (copy,)
         else:
             donor = next(iter(prompt.holders.values()))
             self._share(sequence, donor, prompt.num_shared)

@@ -321,6 +321,8 @@ class StepBuilder:
             held = held or (prompt.num_shared + 1 if sequence.num_computed else 0)
             step.copies.extend(copies)
             self._queues.sharing.joined(sequence, prompt)
+            if found and sequence.num_computed >= prompt.num_tokens:
+                self._queues.sharing.computed(sequence, prompt)  # preempted before, and its prompt is still cached
         step.add(Chunk(sequence, count, held, admitted=True))
         return True
 

@@ -51,7 +51,7 @@ class History:
         self.config = with_gap(random.Random(f"gap {rng.getstate()[1][0]}"), draw_config(rng, mode, formation, policy))
         num_pages, host_pages = rng.randint(7, 20), rng.choice((0, 8, 24, 24))
         self.capacity = (num_pages - 1) * PAGE_SIZE
-        self.caches = random.Random(f"cache {rng.getstate()[1][1]}").random() < 0.6
+        self.caches = random.Random(f"cache {rng.getstate()[1][1]}").random() < 0.8
         self.scheduler = Scheduler(
             self.config,
             PagePool(num_pages, PAGE_SIZE, host_pages),

@@ -233,6 +233,8 @@ class SampledHistory(History):
 
     def check_answers(self) -> None:
         super().check_answers()
+        counts = self.scheduler.prefix_counts
+        self.events["cached"] += counts.hit_tokens + counts.returned_tokens
         for name, request in self.requests.items():
             wanted = len(request.prompt_token_ids) - 1
             if request.prompt_logprobs is None or not self.tokens[name]:
@@ -246,7 +248,7 @@ class SampledHistory(History):
         output = rng.randint(1, min(rng.choice((4, 24)), self.capacity - prompt + 1))
         first = EngineRequest(
             f"r{number}",
-            tuple(rng.randrange(101) for _ in range(prompt)),
+            self.prompt(prompt),
             max_tokens=output,
             temperature=1.0,
             seed=rng.choice((number, 2**63 - 2)),
@@ -347,6 +349,7 @@ def test_histories_of_samples(mode: str):
         "lost",
         "refused",
         "scored",
+        "cached",
     )
     more = () if mode == "none" else ("copied", "recomputed", "swapped in", "aborted running")
     forks = () if mode in ("none", "static", "dynamic") else ("forked", "forked with a penalty row")
