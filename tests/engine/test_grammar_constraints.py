@@ -283,7 +283,7 @@ def test_tokens_are_those_of_a_request_alone(vocabulary, alone, mode, host_pages
     """In a batch, with chunked prompts, and pages so few that sequences are preempted, computed again or swapped."""
     preemption = PreemptionConfig(preemption_mode="swap") if host_pages else PreemptionConfig()
     runner = FakeRunner(
-        vocab_size=VOCAB_SIZE, eos_token_ids=(EOS_ID,), max_model_len=512, num_pages=40, num_host_pages=host_pages
+        vocab_size=VOCAB_SIZE, eos_token_ids=(EOS_ID,), max_model_len=512, num_pages=24, num_host_pages=host_pages
     )
     core = make_core(vocabulary, runner, mode=mode, preemption=preemption, max_num_batched_tokens=16)
     assert served(core, mixed(12)) == alone
