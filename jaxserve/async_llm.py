@@ -27,6 +27,7 @@ from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError
 from jaxserve.frontend.logprob_outputs import prompt_positions
 from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.frontend.warm_prefix import WARM_UP, WarmedPrefix, check_warm_up
 from jaxserve.llm import CompletionOutput, Prompt, RequestOutput, completion_output, prompt_content
 from jaxserve.pooling_params import PoolingParams
 from jaxserve.request import RequestOptions, RequestOutputKind, SamplingParams
@@ -115,6 +116,8 @@ class AsyncLLM:
         priority: int = 0,
         tenant: str = "",
         deadline: float | None = None,
+        cache_salt: str = "",
+        prefix_caching: bool = True,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generates from a prompt and yields outputs as `SamplingParams.output_kind` says: all so far, each time there
         is more (cumulative, the default), what is new (delta), or all of it at the end (final_only).
@@ -130,6 +133,8 @@ class AsyncLLM:
             priority: higher is more urgent.
             tenant: the tenant that service is counted for.
             deadline: seconds of `time.time`; a request that has not ended by then ends with "deadline".
+            cache_salt: requests of a tenant share cached pages only with the same salt.
+            prefix_caching: the request reads and fills the prefix cache.
 
         Raises:
             ValueError: the request can never be served.
@@ -139,7 +144,7 @@ class AsyncLLM:
             EngineDeadError: the engine has failed, or was shut down.
         """
         content = prompt_content(prompt)
-        options = RequestOptions(tenant, priority, deadline)
+        options = RequestOptions(tenant, priority, deadline, cache_salt, prefix_caching)
         front_end = await self.start()
         params = sampling_params
         if params is None:  # max_tokens, where it is a default, gives way to a long prompt
@@ -165,6 +170,8 @@ class AsyncLLM:
         priority: int = 0,
         tenant: str = "",
         deadline: float | None = None,
+        cache_salt: str = "",
+        prefix_caching: bool = True,
     ) -> AsyncGenerator[EmbeddingRequestOutput, None]:
         """Embeds a prompt and yields the one output. Arguments and errors are as for `generate`.
 
@@ -174,7 +181,7 @@ class AsyncLLM:
         """
         content = prompt_content(prompt)
         params = PoolingParams() if pooling_params is None else pooling_params
-        options = RequestOptions(tenant, priority, deadline)
+        options = RequestOptions(tenant, priority, deadline, cache_salt, prefix_caching)
         front_end = await self.start()
         token_ids: list[int] = []
         submitted = front_end.submit(content, params, options, request_id=request_id, take_prompt=token_ids.extend)
@@ -200,6 +207,30 @@ class AsyncLLM:
         """Returns the embedding of a prompt. Arguments and errors are as for `encode`."""
         async with contextlib.aclosing(self.encode(prompt, pooling_params, **options)) as outputs:
             return await anext(outputs)
+
+    async def warm_prefix(self, prompt: Prompt, request_id: str | None = None, **options: Any) -> WarmedPrefix:
+        """Computes a prompt, so that requests that begin with it find its pages; generates nothing.
+
+        Args:
+            prompt: as for `generate`, whose errors this raises too.
+            request_id: a name that no unfinished request has; None makes one.
+            options: priority, tenant, deadline and cache_salt; requests of this tenant and salt find the pages.
+
+        Raises:
+            ValueError: the engine shares no pages (enable_prefix_caching).
+        """
+        front_end = await self.start()
+        check_warm_up(RequestOptions(**options), prefix_caching=front_end.ready.prefix_caching)
+        async with contextlib.aclosing(self.encode(prompt, WARM_UP, request_id, **options)) as outputs:
+            output = await anext(outputs)
+        return WarmedPrefix(output.request_id, len(output.prompt_token_ids), output.num_cached_tokens)
+
+    async def reset_prefix_cache(self) -> int:
+        """Empties the prefix cache; returns the pages that became free. Running requests go on.
+
+        Raises EngineDeadError: the engine has failed, or was shut down.
+        """
+        return await (await self.start()).flush_prefix_cache()
 
     async def abort(self, request_id: str | Sequence[str]) -> None:
         """Aborts requests, whose generators then end with finish reason "abort"; unknown ids are passed over."""

@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     priority.add_argument("--any-priority", action="store_true", help="each request may name its priority")
     parser.add_argument("--admin", action="store_true", help="may make calls that concern the whole server")
+    parser.add_argument(
+        "--kv-events", action="store_true", help="may subscribe to KV events: of its tenant, or with --admin of all"
+    )
     parser.add_argument("--expires", metavar="TIME", help="date or time (ISO 8601, UTC) from which it is refused")
     for name, meaning in (
         ("max-concurrent-requests", "requests at one time"),
@@ -56,7 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _make(parsed: argparse.Namespace) -> tuple[str, str]:
     """Returns a key and its line."""
-    fields: dict[str, object] = {"admin": parsed.admin, "expires": parsed.expires}
+    fields: dict[str, object] = {
+        "admin": parsed.admin,
+        "kv_events": parsed.kv_events,
+        "expires": parsed.expires,
+    }
     if parsed.any_tenant or parsed.tenant is not None:
         fields["tenant"] = parsed.tenant
     if parsed.any_priority or parsed.priority is not None:

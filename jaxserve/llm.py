@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -16,15 +17,18 @@ from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.embedding_output import EmbeddingOutput, EmbeddingRequestOutput
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
+from jaxserve.engine.messages import FlushPrefixCache, PrefixCacheFlushed
 from jaxserve.frontend.continuations import SCORING, ScoreOutput, continued
+from jaxserve.frontend.delta import EngineDeadError
 from jaxserve.frontend.frontend import FrontEnd, Prepared
 from jaxserve.frontend.logprob_outputs import PositionLogprobs, position_logprobs, prompt_positions
 from jaxserve.frontend.offline import FinishedRequest, TokenBar, run_all
 from jaxserve.frontend.openai_messages import parse_messages
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.frontend.warm_prefix import WARM_UP, WarmedPrefix, check_warm_up
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import FinishReason, InfeasibleError, RequestOptions, SamplingParams
+from jaxserve.request import OPTION_NAMES, FinishReason, InfeasibleError, RequestOptions, SamplingParams
 
 Prompt = str | Mapping[str, Any]
 """A prompt: text, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
@@ -118,11 +122,13 @@ class LLM:
         priority: int | Sequence[int] = 0,
         tenant: str | Sequence[str] = "",
         deadline: float | Sequence[float | None] | None = None,
+        cache_salt: str | Sequence[str] = "",
+        prefix_caching: bool | Sequence[bool] = True,
     ) -> list[RequestOutput]:
         """Generates an output for each prompt and returns them in order, however many there are.
 
-        priority, tenant and deadline are one value for all prompts or one for each. Policies apply them among the
-        requests in flight, at most twice max_num_seqs.
+        The options are one value for all prompts or one for each. Policies apply priority, tenant and deadline among
+        the requests in flight, at most twice max_num_seqs.
 
         Args:
             prompts: one prompt, or several.
@@ -131,6 +137,8 @@ class LLM:
             priority: higher is more urgent.
             tenant: the tenant that service is counted for.
             deadline: seconds of `time.time`; a request that has not ended by then ends with "deadline".
+            cache_salt: requests of a tenant share cached pages only with the same salt.
+            prefix_caching: a request reads and fills the prefix cache.
 
         Raises:
             ValueError: a prompt is invalid; the error names its index and comes before anything is computed.
@@ -138,7 +146,8 @@ class LLM:
         """
         given: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = self._params_for(given, sampling_params)
-        texts, requests = self._prepare(given, params, priority, tenant, deadline)
+        options = _options_each(given, tenant, priority, deadline, cache_salt, prefix_caching)
+        texts, requests = self._prepare(given, params, options)
         completions = self._complete(requests, use_tqdm)
         return [
             _request_output(
@@ -165,7 +174,7 @@ class LLM:
             use_tqdm: shows a progress bar.
             add_generation_prompt: ends the prompt where the answer begins.
             chat_template_kwargs: further arguments of the template.
-            options: priority, tenant and deadline, as for `generate`.
+            options: priority, tenant, deadline, cache_salt and prefix_caching, as for `generate`.
 
         Raises:
             ValueError: there is no tokenizer or template, a message is invalid, or as `generate` does.
@@ -195,6 +204,8 @@ class LLM:
         priority: int | Sequence[int] = 0,
         tenant: str | Sequence[str] = "",
         deadline: float | Sequence[float | None] | None = None,
+        cache_salt: str | Sequence[str] = "",
+        prefix_caching: bool | Sequence[bool] = True,
     ) -> list[EmbeddingRequestOutput]:
         """Embeds each prompt and returns the embeddings in order, however many there are.
 
@@ -202,9 +213,7 @@ class LLM:
             prompts: one prompt, or several.
             pooling_params: one for all, one for each, or None for the defaults.
             use_tqdm: shows a progress bar.
-            priority: as for `generate`, and so are tenant and deadline.
-            tenant: see priority.
-            deadline: see priority.
+            priority, tenant, deadline, cache_salt, prefix_caching: as for `generate`.
 
         Raises:
             ValueError: a prompt is invalid; the error names its index and comes before anything is computed.
@@ -212,7 +221,8 @@ class LLM:
         """
         given: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = _one_each("pooling_params", given, PoolingParams() if pooling_params is None else pooling_params)
-        texts, requests = self._prepare(given, params, priority, tenant, deadline)
+        options = _options_each(given, tenant, priority, deadline, cache_salt, prefix_caching)
+        texts, requests = self._prepare(given, params, options)
         completions = self._complete(requests, use_tqdm)
         return [
             _embedding_output(text, completions[request.request_id])
@@ -223,22 +233,18 @@ class LLM:
         self,
         given: Sequence[Prompt],
         params: Sequence[SamplingParams] | Sequence[PoolingParams],
-        priority: int | Sequence[int],
-        tenant: str | Sequence[str],
-        deadline: float | Sequence[float | None] | None,
+        options: Sequence[Callable[[], RequestOptions]],
     ) -> tuple[list[str | None], list[Prepared]]:
         """Returns the text of each prompt that is one, and the prepared requests. Raises ValueError."""
         texts: list[str | None] = []
         requests: list[Prepared] = []
-        priorities = _one_each("priority", given, priority)
-        tenants, deadlines = _one_each("tenant", given, tenant), _one_each("deadline", given, deadline)
         for index, (prompt, prompt_params) in enumerate(zip(given, params, strict=True)):
             with _naming(f"prompts[{index}]"):
                 content = prompt_content(prompt)
                 prepared = self._front_end.prepare(
                     content,
                     prompt_params,
-                    RequestOptions(tenants[index], priorities[index], deadlines[index]),
+                    options[index](),
                     request_id=str(next(self._ids)),
                 )
             texts.append(content if isinstance(content, str) else None)
@@ -269,6 +275,8 @@ class LLM:
         priority: int | Sequence[int] = 0,
         tenant: str | Sequence[str] = "",
         deadline: float | Sequence[float | None] | None = None,
+        cache_salt: str | Sequence[str] = "",
+        prefix_caching: bool | Sequence[bool] = True,
     ) -> list[ScoreOutput]:
         """Scores continuations of a prompt by the sum of their tokens' log-probabilities; returns them in order.
 
@@ -279,7 +287,7 @@ class LLM:
             prompt: of all continuations, or one for each. A text and a continuation's text are encoded as one.
             continuations: one, or several.
             use_tqdm: shows a progress bar.
-            priority, tenant, deadline: as for `generate`.
+            priority, tenant, deadline, cache_salt, prefix_caching: as for `generate`.
 
         Raises:
             ValueError: a prompt or continuation is invalid; the error names the continuation's index and comes before
@@ -288,17 +296,65 @@ class LLM:
         """
         given: list[Prompt] = [continuations] if isinstance(continuations, str | Mapping) else list(continuations)
         prompts = [prompt] * len(given) if isinstance(prompt, str | Mapping) else _one_each("prompt", given, prompt)
-        priorities = _one_each("priority", given, priority)
-        tenants, deadlines = _one_each("tenant", given, tenant), _one_each("deadline", given, deadline)
+        options = _options_each(given, tenant, priority, deadline, cache_salt, prefix_caching)
         requests: list[Prepared] = []
         for index, (before, continuation) in enumerate(zip(prompts, given, strict=True)):
             with _naming(f"continuations[{index}]"):
                 whole, start = continued(prompt_content(before), prompt_content(continuation), self.get_tokenizer())
-                options = RequestOptions(tenants[index], priorities[index], deadlines[index])
-                prepared = self._front_end.prepare(whole, SCORING, options, request_id=str(next(self._ids)))
+                prepared = self._front_end.prepare(whole, SCORING, options[index](), request_id=str(next(self._ids)))
             requests.append(dataclasses.replace(prepared, prompt_logprobs_start=start))
         completions = self._complete(requests, use_tqdm)
         return [ScoreOutput.of(completions[request.request_id], request.prompt_logprobs_start) for request in requests]
+
+    def warm_prefix(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        use_tqdm: bool = False,
+        *,
+        priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
+        deadline: float | Sequence[float | None] | None = None,
+        cache_salt: str | Sequence[str] = "",
+    ) -> list[WarmedPrefix]:
+        """Computes prompts, so that requests that begin with them find their pages; generates nothing.
+
+        Args:
+            prompts: one prompt, or several.
+            use_tqdm: shows a progress bar.
+            priority, tenant, deadline, cache_salt: as for `generate`; requests of this tenant and salt find the pages.
+
+        Returns:
+            What each prompt found and computed, in order.
+
+        Raises:
+            ValueError: a prompt is invalid, or the engine shares no pages (enable_prefix_caching).
+            RuntimeError: a prompt was not computed; the text says why.
+            EngineDeadError: the engine failed.
+        """
+        given: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        check_warm_up(RequestOptions(), prefix_caching=self._client.ready.prefix_caching)
+        options = _options_each(given, tenant, priority, deadline, cache_salt, True)
+        _, requests = self._prepare(given, [WARM_UP] * len(given), options)
+        completions = self._complete(requests, use_tqdm)
+        found = [completions[request.request_id] for request in requests]
+        for one in found:
+            if one.error:
+                raise RuntimeError(one.error)
+        return [WarmedPrefix(one.request_id, len(one.prompt_token_ids), one.num_cached_tokens) for one in found]
+
+    def reset_prefix_cache(self) -> int:
+        """Empties the prefix cache; returns the pages that became free.
+
+        Raises EngineDeadError: the engine has ended.
+        """
+        self._client.send(FlushPrefixCache(0))
+        while True:
+            for message in self._client.receive():
+                self._front_end.handle(message)
+                if isinstance(message, PrefixCacheFlushed):
+                    return message.num_pages
+            if self._front_end.failure:
+                raise EngineDeadError(f"the engine has ended: {self._front_end.failure}")
 
     def _complete(self, requests: Sequence[Prepared], use_tqdm: bool) -> dict[str, FinishedRequest]:
         completions: dict[str, FinishedRequest] = {}
@@ -358,6 +414,15 @@ def _one_each(name: str, prompts: Sequence[Prompt], value: Any) -> Sequence[Any]
     if len(value) != len(prompts):
         raise ValueError(f"{name} has {len(value)} items for {len(prompts)} prompts; give one each")
     return value
+
+
+def _options_each(prompts: Sequence[Prompt], *values: Any) -> list[Callable[[], RequestOptions]]:
+    """Returns what makes the options of each prompt, and raises ValueError for a value that is invalid.
+
+    values: of the fields of RequestOptions, in order; each for all prompts, or one for each.
+    """
+    columns = [_one_each(name, prompts, value) for name, value in zip(OPTION_NAMES, values, strict=True)]
+    return [functools.partial(RequestOptions, *row) for row in zip(*columns, strict=True)]
 
 
 def prompt_content(prompt: Prompt) -> str | Sequence[int]:

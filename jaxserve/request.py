@@ -428,14 +428,15 @@ def _is_time(value: object) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class RequestOptions:
-    """Holds a request's tenant, priority, deadline and cache salt: one value, unchanged from the front end to the
+    """Holds whom a request is for, how urgent it is and what it shares: one value, unchanged from the front end to the
     scheduler.
 
     tenant: the tenant that service is counted for. priority: higher is more urgent. deadline: seconds of `time.time`,
     or None.
     cache_salt: requests of a tenant share cached pages only with the same salt. prefix_caching: it reads and fills the
-    prefix cache. Raises ValueError, where it is made, naming the
-    field, its value and the limit.
+    prefix cache; off, it does neither.
+
+    Raises ValueError, where it is made, naming the field, its value and the limit.
     """
 
     tenant: str = ""
@@ -456,6 +457,10 @@ class RequestOptions:
             raise ValueError(f"deadline is {shown(deadline)}; it must be a finite number of seconds")
         if not isinstance(self.prefix_caching, bool):
             raise ValueError(f"prefix_caching is {shown(self.prefix_caching)}; it must be true or false")
+
+
+OPTION_NAMES = tuple(field.name for field in dataclasses.fields(RequestOptions))
+"""Names of the options, which every protocol gives them."""
 
 
 @dataclasses.dataclass(frozen=True)

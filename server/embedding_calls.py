@@ -18,11 +18,12 @@ from jaxserve.telemetry.request_trace import RequestTrace
 @dataclasses.dataclass(frozen=True)
 class Embedded:
     """Holds the embedding of one input, as in `Delta`, and the input's tokens. truncated_tokens: cut off it, which
-    prompt_tokens do not count."""
+    prompt_tokens do not count. cached_tokens: of prompt_tokens, found in the prefix cache."""
 
     embedding: bytes
     prompt_tokens: int
     truncated_tokens: int = 0
+    cached_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,4 +133,4 @@ class _Run:
         check_delta(last)
         if not last.embedding:
             raise RequestAbortedError(last.error or "the request was aborted")
-        return Embedded(last.embedding, last.prompt_tokens, last.truncated_tokens)
+        return Embedded(last.embedding, last.prompt_tokens, last.truncated_tokens, last.cached_tokens)

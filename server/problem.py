@@ -6,6 +6,7 @@ import dataclasses
 import enum
 
 from jaxserve.config.shown import clipped
+from jaxserve.frontend.cache_followers import FollowerError
 from jaxserve.frontend.captures import CaptureBusyError, CaptureError
 from jaxserve.frontend.delta import (
     Cause,
@@ -106,6 +107,7 @@ _CODES: tuple[tuple[type[Exception], Code], ...] = (
     (QueueFullError, Code.RESOURCE_EXHAUSTED),
     (DeadlineError, Code.DEADLINE_EXCEEDED),
     (EngineDeadError, Code.UNAVAILABLE),
+    (FollowerError, Code.RESOURCE_EXHAUSTED),
     (CaptureBusyError, Code.ALREADY_EXISTS),
     (CaptureError, Code.FAILED_PRECONDITION),
     (SlowReaderError, Code.RESOURCE_EXHAUSTED),

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 import jaxserve
 from jaxserve.engine.messages import EngineStats
 from jaxserve.frontend.delta import REJECTION_REASONS
+from jaxserve.kv_cache.page_pool import EVICTION_CAUSES
 from jaxserve.serving.problem import REJECTIONS
 from jaxserve.serving.served_model import ServedModel
 from jaxserve.telemetry.engine_meter import STEP_HISTOGRAMS
@@ -51,8 +52,11 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
     ("bucket_padding_tokens", "Tokens computed only to fill a step's bucket.", lambda stats: stats.padding_tokens),
     ("compile_misses", "Steps that needed a program outside the compiled set; each is an error.",
      lambda stats: stats.compile_misses),
-    ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", lambda stats: stats.prefix_cache_queries),
-    ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", lambda stats: stats.prefix_cache_hits),
+    ("prefix_cache_queries", "Tokens of new requests looked up in the prefix cache.",
+     lambda stats: stats.prefix_cache_queries),
+    ("prefix_cache_hits", "Tokens of new requests found in the prefix cache.", lambda stats: stats.prefix_cache_hits),
+    ("prefix_cache_returned_tokens", "Tokens that preempted requests found in the prefix cache when they came back.",
+     lambda stats: stats.prefix_cache_returned_tokens),
     ("requests_dropped_late", "Requests dropped in the queue because they were late, or would be.",
      lambda stats: stats.num_dropped),
     ("device_busy_seconds", "Lower bound of the time in which the device had a step to compute.",
@@ -134,6 +138,16 @@ class EngineCollector(Collector):
         yield self._counter(
             "num_preemptions", "Times that a request lost its pages to others.",
             [((kind,), count) for kind, count in preemptions], ("kind",),
+        )  # fmt: skip
+        hits, looked_up = stats.prefix_cache_request_hits, stats.prefix_cache_requests
+        yield self._counter(
+            "prefix_cache_requests", "Requests looked up in the prefix cache, by whether they found a page.",
+            [(("hit",), hits), (("miss",), looked_up - hits)], ("result",),
+        )  # fmt: skip
+        evictions = dict.fromkeys(EVICTION_CAUSES, 0) | stats.prefix_cache_evictions
+        yield self._counter(
+            "prefix_cache_evictions", "Pages that can no longer be found in the prefix cache, by cause.",
+            [((cause,), count) for cause, count in evictions.items()], ("cause",),
         )  # fmt: skip
         yield from self._requests()
         yield from self._steps(stats.step_histograms)

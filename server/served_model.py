@@ -23,6 +23,7 @@ class ServedModel:
     Args:
         name: name under which clients know the model.
         callers: tells who calls.
+        kv_events: gateways may subscribe to events of the prefix cache.
 
     Attributes:
         limiter: keeps the callers' limits, on all ports together.
@@ -30,9 +31,10 @@ class ServedModel:
         metrics: what requests are counted in, from before the model is loaded.
     """
 
-    def __init__(self, name: str, callers: Callers = Anybody()):
+    def __init__(self, name: str, callers: Callers = Anybody(), *, kv_events: bool = False):
         self.name = name
         self.callers = callers
+        self.kv_events = kv_events
         self.limiter = CallLimiter()
         self.refusal_times = RefusalTimes()
         self.metrics = RequestMeter()

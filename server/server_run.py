@@ -107,7 +107,7 @@ class _Server:
         self._hurry = asyncio.Event()
         # The end of the path, much as a hub names models: OWNER/NAME.
         name = config.served_model_name or "/".join(pathlib.PurePath(config.engine.model or "dummy").parts[-2:])
-        self._served = ServedModel(name, access.callers)
+        self._served = ServedModel(name, access.callers, kv_events=config.access.kv_events)
         self._tracing: Tracing | None = None
 
     async def run(self) -> int:

@@ -49,6 +49,8 @@ class AccessConfig:
     tls: TLS and client certificates. reflection: gRPC clients may ask which services there are.
     web_origins: origins (https://HOST) of pages whose calls are taken in a browser, besides pages of this server.
     log_prompts: each request's prompt is logged, at info; off, no log line holds what clients sent.
+    kv_events: gateways may subscribe to what happens to pages of the prefix cache (SubscribeKvEvents), which names the
+    token ids of prompts and answers; where there are API keys, with one that was made with --kv-events.
     """
 
     api_keys: str | None = None
@@ -56,9 +58,12 @@ class AccessConfig:
     reflection: bool = True
     web_origins: tuple[str, ...] = ()
     log_prompts: bool = False
+    kv_events: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "web_origins", tuple(self.web_origins))
+        if not isinstance(self.kv_events, bool):
+            raise ValueError(f"kv_events is {self.kv_events!r}; it must be True or False")
         for origin in self.web_origins:
             if not isinstance(origin, str) or not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
                 raise ValueError(f"web_origins has {origin!r}; an origin is https://HOST or https://HOST:PORT")

@@ -28,6 +28,7 @@ from collections.abc import Sequence as List
 
 from jaxserve.config.failpoints import Failpoints
 from jaxserve.config.settings import EngineConfig, ineffective_settings
+from jaxserve.engine.cache_control import CacheControl
 from jaxserve.engine.constraints import CombinedConstraints, Constraints
 from jaxserve.engine.constraints.compiled_grammars import CompiledGrammars
 from jaxserve.engine.constraints.grammar_constraints import GrammarConstraints
@@ -43,6 +44,8 @@ from jaxserve.engine.messages import (
     EngineOutput,
     EngineReady,
     EngineStats,
+    FlushPrefixCache,
+    FollowCacheEvents,
     FromEngine,
     Logprobs,
     ProfileCaptured,
@@ -130,6 +133,7 @@ class EngineCore:
             allocation_hit=Failpoints(config.failpoints).at("allocate"),
             content_keys=content_keys(config),
         )
+        self._cache_control = CacheControl(self.scheduler.prefix_cache, self.scheduler.pool)
         for line in () if self.scheduler.decode_gap is None else self.scheduler.decode_gap.warnings:
             _log.warning("%s", line)
         pooling, self._normalize = config.pooler.resolved(config.model)
@@ -206,7 +210,15 @@ class EngineCore:
             pooling=self._pooling,
             normalize=self._normalize,
         )
-        return EngineReady(info, limits, scheduler.max_num_seqs, scheduler.max_num_waiting, start_seconds, defaults)
+        return EngineReady(
+            info,
+            limits,
+            scheduler.max_num_seqs,
+            scheduler.max_num_waiting,
+            start_seconds,
+            defaults,
+            self.config.cache.enable_prefix_caching,
+        )
 
     def handle(self, message: ToEngine) -> list[FromEngine]:
         """Handles one message. A request that cannot be queued is answered with an error at once."""
@@ -223,6 +235,8 @@ class EngineCore:
         elif isinstance(message, CaptureProfile):
             reason = "a profile needs an engine in a process of its own (engine_process)"
             return [ProfileCaptured(message.directory, reason)]
+        elif isinstance(message, FlushPrefixCache | FollowCacheEvents):
+            messages = self._cache_control.handle(message)
         else:
             messages = self._abort_all()
         return [*messages, self.stats()] if messages and not self.busy else messages
@@ -244,6 +258,7 @@ class EngineCore:
             self._recover(fault, messages)
         finally:
             self._in_turn = False
+        messages += self._cache_control.events()
         return messages
 
     def progress(self, beat: int) -> Progress:
@@ -404,6 +419,7 @@ class EngineCore:
             device_busy_seconds=self._idle.busy_seconds(now),
             step_histograms=self._meter.step_histograms(),
             **{f"num_gap_exceeded_{cause}": count for cause, count in scheduler.num_gaps_exceeded.items()},
+            **self._cache_control.stats(),
             **self._totals,
         )
 

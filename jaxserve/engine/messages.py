@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from jaxserve.kv_cache.event_log import CacheEvent
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits
 from jaxserve.runner.protocol import RunnerInfo
@@ -87,11 +88,26 @@ class CaptureProfile(_Message, frozen=True):
     seconds: float
 
 
+class FlushPrefixCache(_Message, frozen=True):
+    """Front end -> engine: forget all computed pages; running requests go on. Answered with PrefixCacheFlushed.
+
+    number: of the question, which the answer repeats.
+    """
+
+    number: int
+
+
+class FollowCacheEvents(_Message, frozen=True):
+    """Front end -> engine: send CacheEvents from now on, with this number, or no longer where it is 0."""
+
+    number: int
+
+
 class EngineReady(_Message, frozen=True):
     """Engine -> front end, once: the engine accepts requests.
 
     limits: what requests are checked against. start_seconds: wall time of start-up altogether. sampling_defaults: the
-    checkpoint's own, of parameters that a request does not set.
+    checkpoint's own, of parameters that a request does not set. prefix_caching: requests share pages.
     """
 
     info: RunnerInfo
@@ -100,6 +116,7 @@ class EngineReady(_Message, frozen=True):
     max_num_waiting: int
     start_seconds: float
     sampling_defaults: dict[str, int | float] = {}
+    prefix_caching: bool = True
 
 
 class EngineOutput(_Message, frozen=True):
@@ -153,7 +170,10 @@ class EngineStats(_Message, frozen=True):
     requests, as of at most a second ago; None while there is nothing to rank.
     num_gap_exceeded_*: total of gaps between two tokens of a request that exceeded max_decode_gap, by cause
     (`scheduler.gap_monitor.CAUSES`).
-    prefix_cache_queries, prefix_cache_hits: prompt tokens looked up in the prefix cache and found there, since start.
+    prefix_cache_queries, prefix_cache_hits: tokens of requests looked up in the prefix cache when these were first
+    admitted, and found there, since start; prefix_cache_requests, prefix_cache_request_hits: these requests, and those
+    that found a page. prefix_cache_returned_tokens: found by preempted requests that came back. prefix_cache_evictions:
+    pages that can no longer be found, by cause (`page_pool.EVICTION_CAUSES`).
     device_busy_seconds: lower bound of the time in which the device has had a step to compute. step_histograms: of all
     steps, by the names of STEP_HISTOGRAMS.
     """
@@ -187,6 +207,10 @@ class EngineStats(_Message, frozen=True):
     num_gap_exceeded_estimate: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    prefix_cache_requests: int = 0
+    prefix_cache_request_hits: int = 0
+    prefix_cache_returned_tokens: int = 0
+    prefix_cache_evictions: dict[str, int] = {}
     device_busy_seconds: float = 0.0
     step_histograms: dict[str, HistogramCounts] = {}
 
@@ -222,15 +246,47 @@ class ProfileCaptured(_Message, frozen=True):
     error: str = ""
 
 
+class PrefixCacheFlushed(_Message, frozen=True):
+    """Engine -> front end, in answer to FlushPrefixCache. num_pages: that became free."""
+
+    number: int
+    num_pages: int
+
+
+class CacheEvents(_Message, frozen=True):
+    """Engine -> front end: what has happened to pages of the prefix cache, in order. number: of FollowCacheEvents."""
+
+    number: int
+    events: tuple[CacheEvent, ...]
+
+
 class EngineFailed(_Message, frozen=True):
     """Engine -> front end: the engine ends; every unfinished request has failed with this one line."""
 
     error: str
 
 
-ToEngine = AddRequest | AbortRequest | Shutdown | AskProgress | CaptureTimeline | CaptureProfile
+ToEngine = (
+    AddRequest
+    | AbortRequest
+    | Shutdown
+    | AskProgress
+    | CaptureTimeline
+    | CaptureProfile
+    | FlushPrefixCache
+    | FollowCacheEvents
+)
 FromEngine = (
-    EngineReady | EngineOutput | TokenBatch | EngineStats | EngineFailed | Progress | TimelineEvents | ProfileCaptured
+    EngineReady
+    | EngineOutput
+    | TokenBatch
+    | EngineStats
+    | EngineFailed
+    | Progress
+    | TimelineEvents
+    | ProfileCaptured
+    | PrefixCacheFlushed
+    | CacheEvents
 )
 Message = ToEngine | FromEngine
 

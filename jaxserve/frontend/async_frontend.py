@@ -8,6 +8,7 @@ that it holds neither memory nor a place in the engine for long. No reader ever 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence, Set
@@ -19,6 +20,8 @@ from jaxserve.engine.channel import END_SECONDS, EngineClient
 from jaxserve.engine.messages import EngineFailed, EngineReady, EngineStats, FromEngine
 from jaxserve.engine.watchdog import Watchdog
 from jaxserve.frontend.admission import Admission
+from jaxserve.frontend.cache_calls import CacheCalls
+from jaxserve.frontend.cache_followers import CacheFollower, CacheFollowers
 from jaxserve.frontend.captures import Captures
 from jaxserve.frontend.chat_text import RenderedText, texts_of
 from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError, QueueFullError, rejection_reason
@@ -110,6 +113,8 @@ class AsyncFrontEnd:
         if tokenizer is not None:
             tokenizer.encode_long_texts_apart()
         self._captures = Captures(self._reader.send)
+        self._cache_calls = CacheCalls(self._reader.send)
+        self._cache_followers = CacheFollowers(self._reader.send)
         self._send_hit = Failpoints(failpoints).at("send")
         self._admission = admission
         self._streams: dict[tuple[str, str], DeltaStream] = {}  # by owner and request id
@@ -157,6 +162,16 @@ class AsyncFrontEnd:
     def captures(self) -> Captures:
         """Captures of what the engine does."""
         return self._captures
+
+    async def flush_prefix_cache(self) -> int:
+        """Forgets the pages that the prefix cache holds; see `CacheCalls.flush`."""
+        self._check_open()
+        return await self._cache_calls.flush()
+
+    def follow_cache(self, tenant: str | None) -> contextlib.AbstractContextManager[CacheFollower]:
+        """Follows what happens to a tenant's pages of the prefix cache, or to all for None; see `CacheFollowers`."""
+        self._check_open()
+        return self._cache_followers.follow(tenant, has_computed=self.num_open > 0 or self.stats.num_steps > 0)
 
     async def submit(
         self,
@@ -321,6 +336,8 @@ class AsyncFrontEnd:
         """
         await self.drain(drain_seconds)
         self._deliver(self._core.end_all(self._closing))
+        self._cache_calls.close(self._closing)
+        self._cache_followers.close(self._closing)
         if self._timer is not None:
             self._timer.cancel()
         self._watch_timer.cancel()
@@ -345,6 +362,8 @@ class AsyncFrontEnd:
     def _handle(self, messages: Sequence[FromEngine]) -> None:
         for message in messages:
             self._captures.handle(message)
+            self._cache_calls.handle(message)
+            self._cache_followers.handle(message)
             self._deliver(self._core.handle(message))
 
     def _watch(self) -> None:

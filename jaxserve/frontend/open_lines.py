@@ -50,6 +50,7 @@ class OpenLine:
                 embedding_usage(
                     sum(len(one.prompt_token_ids) for one in completions),
                     sum(one.num_truncated_tokens for one in completions),
+                    sum(one.num_cached_tokens for one in completions),
                 ),
             )
         (completion,) = completions

@@ -15,13 +15,12 @@ from jaxserve.frontend.openai_checks import check_neutral, check_text, checked_f
 from jaxserve.frontend.openai_logprobs import check_prompt_logprobs, with_echo
 from jaxserve.frontend.openai_sampling import parse_params, sampling_names
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import RequestOptions, SamplingParams
+from jaxserve.request import OPTION_NAMES, RequestOptions, SamplingParams
 
 COMPLETIONS_URL = "/v1/completions"
 CHAT_URL = "/v1/chat/completions"
 URLS = (COMPLETIONS_URL, CHAT_URL)
 
-_OPTIONS = ("tenant", "priority", "deadline", "cache_salt")
 _NEUTRAL: Mapping[str, Sequence[Any]] = {
     # OpenAI's
     "best_of": (1,),
@@ -107,7 +106,7 @@ class BodyRequest:
     Attributes:
         prompts: of a completion: each a text or token ids. chat: of a chat. One of them is set.
         model: the requested model name, None when it has none.
-        options: its tenant, priority (higher is more urgent, whatever the dialect), deadline and cache salt.
+        options: as the body gives them; a higher priority is more urgent, whatever the dialect.
         stream, include_usage: the answer is streamed, and ends with the usage.
         echo: texts begin with their prompts.
         echo_only: the answer is the prompt alone; `params` have it draw one token, which is left out.
@@ -156,7 +155,7 @@ def parse_body(
 ) -> BodyRequest:
     """Parses the body of a request to one of URLS. A field that is null counts as absent.
 
-    tenant, priority and deadline (Unix seconds) are additions to OpenAI's, as in the gRPC API; others are vLLM's.
+    The fields of RequestOptions are additions to OpenAI's, as in the gRPC API; others are vLLM's.
 
     Args:
         url: the path that the body is for.
@@ -219,7 +218,7 @@ def _neutral(url: str, dialect: Dialect) -> dict[str, Sequence[Any]]:
 
 
 def _supported(url: str, own: str, dialect: Dialect) -> set[str]:
-    names = {own, *_EVERYWHERE, *_LABELS, *sampling_names(url == CHAT_URL), *_OPTIONS}
+    names = {own, *_EVERYWHERE, *_LABELS, *sampling_names(url == CHAT_URL), *OPTION_NAMES}
     if url == CHAT_URL:
         names |= CHAT_FIELDS
     if dialect.streams:
@@ -242,7 +241,7 @@ def _check_names(url: str, own: str, fields: Mapping[str, Any], dialect: Dialect
 
 
 def _parse_options(fields: Mapping[str, Any], dialect: Dialect) -> RequestOptions:
-    options = RequestOptions(**{name: fields[name] for name in _OPTIONS if name in fields})
+    options = RequestOptions(**{name: fields[name] for name in OPTION_NAMES if name in fields})
     return dataclasses.replace(options, priority=-options.priority) if dialect.lower_first else options
 
 

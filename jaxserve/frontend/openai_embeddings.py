@@ -14,7 +14,7 @@ from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.frontend.openai_checks import check_neutral, check_text, hint
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import RequestOptions
+from jaxserve.request import OPTION_NAMES, RequestOptions
 
 EMBEDDINGS_URL = "/v1/embeddings"
 SCORE_URLS = ("/v1/score", "/score")
@@ -35,10 +35,7 @@ COMMON_FIELDS = (
     "use_activation",
     "dimensions",
     "truncate_prompt_tokens",
-    "tenant",
-    "priority",
-    "deadline",
-    "cache_salt",
+    *OPTION_NAMES,
 )
 NEUTRAL_FIELDS: Mapping[str, Sequence[Any]] = {
     "add_special_tokens": (True,),
@@ -181,11 +178,19 @@ def score_response(
     return {**head, "data": data, "usage": usage}
 
 
-def embedding_usage(prompt_tokens: int, truncated_tokens: int) -> dict[str, Any]:
-    """Builds the usage object of a request for embeddings or scores. truncated_tokens: cut off its inputs; where there
-    are any, it has their number, which is an addition to OpenAI's fields."""
-    details = {"prompt_tokens_details": {"truncated_tokens": truncated_tokens}} if truncated_tokens else {}
-    return {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens, **details}
+def embedding_usage(prompt_tokens: int, truncated_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """Builds the usage object of a request for embeddings or scores.
+
+    truncated_tokens: cut off its inputs; where there are any, it has their number, which is an addition to OpenAI's
+    fields. cached_tokens: of its inputs, found in the prefix cache; likewise, as in a completion's usage.
+    """
+    counts = {"cached_tokens": cached_tokens, "truncated_tokens": truncated_tokens}
+    details = {name: count for name, count in counts.items() if count}
+    return {
+        "prompt_tokens": prompt_tokens,
+        "total_tokens": prompt_tokens,
+        **({"prompt_tokens_details": details} if details else {}),
+    }
 
 
 def _known(body: Mapping[str, Any], own: Sequence[str], allow_unknown: bool) -> tuple[dict[str, Any], list[str]]:
@@ -212,9 +217,7 @@ def _body(
     unknown: Sequence[str],
     lower_first: bool,
 ) -> EmbeddingBody:
-    options = RequestOptions(
-        **{name: fields[name] for name in ("tenant", "priority", "deadline", "cache_salt") if name in fields}
-    )
+    options = RequestOptions(**{name: fields[name] for name in OPTION_NAMES if name in fields})
     names = ("pooling_type", "normalize", "dimensions", "truncate_prompt_tokens")
     params = {name: fields[name] for name in names if name in fields}
     if "use_activation" in fields:

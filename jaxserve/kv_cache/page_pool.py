@@ -23,8 +23,14 @@ import enum
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
+from jaxserve.kv_cache.event_log import CacheEventLog
+
 NULL_PAGE = 0
 """Page 0 is never allocated: padding reads and writes it."""
+
+
+EVICTION_CAUSES = ("capacity", "flush", "lost")
+"""Why pages lose what they kept: another sequence needed the page, `forget` was asked for, the device lost it."""
 
 
 class PageState(enum.Enum):
@@ -81,6 +87,10 @@ class PagePool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._host_free = list(range(num_host_pages - 1, -1, -1))
         self._host_keys: dict[int, bytes | None] = {}  # host pages in use, with the keys of their content
+        self.evictions: dict[str, int] = dict.fromkeys(
+            EVICTION_CAUSES, 0
+        )  # pages that `find` no longer returns, by cause
+        self.event_log: CacheEventLog | None = None  # is told of these pages
 
     @property
     def num_usable(self) -> int:
@@ -196,7 +206,7 @@ class PagePool:
             return
         self._keys[page] = None
         if self._page_of_key.get(key) == page:  # that of a duplicate may be gone
-            del self._page_of_key[key]
+            self._unlist(key)
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """Returns the committed pages of the longest run of `keys` from the first on.
@@ -217,12 +227,20 @@ class PagePool:
         `num_available`."""
         return sum(not self._references[page] for page in pages)
 
-    def forget(self) -> int:
+    def forget(self, cause: str = "lost") -> int:
         """Drops the content keys of all device pages, so that no later `find` returns them; returns how many cached
-        pages became free. Pages in host memory keep theirs."""
+        pages became free.
+
+        cause: one of EVICTION_CAUSES. Pages in host memory keep their keys where the device alone is lost.
+        """
         count = len(self._cached)
+        self.evictions[cause] += len(self._page_of_key)
+        if cause != "lost":
+            self._host_keys = dict.fromkeys(self._host_keys)
         self._keys = [None] * self.num_pages
         self._page_of_key.clear()
+        if self.event_log is not None:
+            self.event_log.cleared()
         self._free.extend(reversed(self._cached))
         self._cached.clear()
         return count
@@ -346,9 +364,15 @@ class PagePool:
         page, _ = self._cached.popitem(last=False)
         key = self._keys[page]
         assert key is not None, f"page {page} is cached without a content key"
-        del self._page_of_key[key]
+        self._unlist(key)
         self._keys[page] = None
+        self.evictions["capacity"] += 1
         return page
+
+    def _unlist(self, key: bytes) -> None:
+        del self._page_of_key[key]
+        if self.event_log is not None:
+            self.event_log.removed(key)
 
     def _check_range(self, page: int) -> None:
         if not NULL_PAGE < page < self.num_pages:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
 
 from jaxserve.kv_cache.content_keys import ContentKeys
+from jaxserve.kv_cache.event_log import CacheEvent, CacheEventKind, CacheEventLog, page_hash
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.request import RequestStatus
 from jaxserve.scheduler.plan import StepPlan
@@ -49,6 +50,7 @@ class PrefixCache:
         self._pool = pool
         self._keys = keys
         self._dispatched: StepPlan | None = None
+        self._event_log: CacheEventLog | None = None
         self.counts = PrefixCounts()
 
     def find(self, sequence: Sequence) -> list[int]:
@@ -68,6 +70,8 @@ class PrefixCache:
         sequence.num_committed = num_pages
         if not self._serves(sequence):
             return
+        if self._event_log is not None:
+            self._announce(sequence, 0, num_pages)
         counts, found = self.counts, num_pages * self._pool.page_size
         if not sequence.waits_new:
             counts.returned_tokens += found
@@ -107,10 +111,17 @@ class PrefixCache:
             if (sequence := owner(decodes.request_ids[row], int(decodes.orders[row]))) is not None:
                 self._commit(sequence, int(starts[row]) + 1)
 
-    def forget(self) -> int:
-        """Forgets all computed pages of the device; returns how many became free."""
+    def forget(self, cause: str = "lost") -> int:
+        """Forgets all computed pages of the device; returns how many became free. cause: as for `PagePool.forget`."""
         self._dispatched = None
-        return self._pool.forget()
+        return self._pool.forget(cause)
+
+    def follow(self, event_log: CacheEventLog | None) -> None:
+        """Records in a log what becomes findable from now on, and what no longer is; None ends it.
+
+        Pages from before are recorded when a sequence finds them, or continues behind them.
+        """
+        self._event_log = self._pool.event_log = event_log
 
     def _serves(self, sequence: Sequence) -> bool:
         return self._keys is not None and sequence.request.options.prefix_caching
@@ -124,6 +135,31 @@ class PrefixCache:
             pass
         self._pool.commit(sequence.pages[begin:end], sequence.page_keys[begin:end])
         sequence.num_committed = end
+        if (log := self._event_log) is not None:
+            while begin and sequence.page_keys[begin - 1] not in log:
+                begin -= 1
+            self._announce(sequence, begin, end)
+
+    def _announce(self, sequence: Sequence, begin: int, end: int) -> None:
+        """Records pages `begin` to `end` - 1 of a sequence, those that can be found and are not recorded yet."""
+        log, keys, size, options = self._event_log, sequence.page_keys, self._pool.page_size, sequence.request.options
+        assert log is not None
+        assert self._keys is not None
+        new = [index for index in range(begin, end) if keys[index] not in log and self._pool.find((keys[index],))]
+        while new:
+            first = new[0]
+            count = sum(index == first + place for place, index in enumerate(new))  # of the first run
+            run, new = keys[first : first + count], new[count:]
+            event = CacheEvent(
+                CacheEventKind.STORED,
+                options.tenant,
+                namespace=page_hash(self._keys.root(options.tenant, options.cache_salt)),
+                salted=bool(options.cache_salt),
+                parent=page_hash(keys[first - 1]) if first else None,
+                hashes=tuple(map(page_hash, run)),
+                token_ids=sequence.known_token_ids(first * size, (first + count) * size),
+            )
+            log.stored(event, run)
 
     def _chain(self, sequence: Sequence, count: int) -> Iterator[bytes]:
         """Yields the content keys of the first `count` pages of known tokens; those derived before are kept."""

@@ -164,6 +164,10 @@ class Scheduler:
         return self._queues.prefix_cache.counts
 
     @property
+    def prefix_cache(self) -> PrefixCache:
+        return self._queues.prefix_cache
+
+    @property
     def num_gaps_exceeded(self) -> dict[str, int]:
         """Returns by cause the number of gaps between tokens that exceeded max_decode_gap since the start."""
         return dict.fromkeys(CAUSES, 0) if self.decode_gap is None else dict(self.decode_gap.monitor.exceeded)

@@ -38,6 +38,7 @@ class Caller:
         tenant: tenant of all its requests; None leaves it to each request.
         priority: priority of all its requests; None leaves it to each request.
         is_admin: whether calls that concern the whole server are allowed.
+        follows_cache: whether events of the prefix cache, which have token ids, may be subscribed to.
         limits: of its calls.
     """
 
@@ -46,23 +47,19 @@ class Caller:
     priority: int | None = None
     is_admin: bool = False
     limits: CallerLimits = CallerLimits()
+    follows_cache: bool = False
 
-    def options(
-        self, tenant: str = "", priority: int = 0, deadline: float | None = None, cache_salt: str = ""
-    ) -> RequestOptions:
+    def options(self, asked: RequestOptions = RequestOptions()) -> RequestOptions:
         """Returns the options of a request that asks for these; what it leaves out is as fixed for the caller.
 
         Args:
-            tenant: "" leaves it out.
-            priority: 0 leaves it out.
-            deadline: seconds of `time.time`, or None.
-            cache_salt: as in RequestOptions.
+            asked: a tenant of "" and a priority of 0 are left out.
 
         Raises:
             ForbiddenError: the request asks for another tenant or priority than the caller's.
-            ValueError: a value is invalid; names the field.
+            ValueError: a value that is fixed to the caller is invalid; names the field.
         """
-        asked = RequestOptions(tenant=tenant, priority=priority, deadline=deadline, cache_salt=cache_salt)
+        tenant, priority = asked.tenant, asked.priority
         if self.tenant is not None and tenant not in ("", self.tenant):
             raise ForbiddenError(
                 f"tenant is {shown(tenant)}; requests of this key belong to {shown(self.tenant)}: leave it out"
@@ -104,4 +101,4 @@ class Anybody:
     """Lets everybody call, without keys."""
 
     def identify(self, credential: str | None) -> Caller:
-        return Caller(is_admin=True)
+        return Caller(is_admin=True, follows_cache=True)

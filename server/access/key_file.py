@@ -45,6 +45,7 @@ class KeyLine(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, kw
         tenant: of all requests; left out it is the name, null leaves it to each request.
         priority: of all requests (higher is more urgent); left out it is 0, null leaves it to each request.
         admin: may make calls that concern the whole server.
+        kv_events: may subscribe to KV events: of its tenant, or with admin of all.
         expires: date or time (ISO 8601, UTC without an offset) from which the key is refused.
         max_concurrent_requests, requests_per_minute, tokens_per_minute: see CallerLimits.
     """
@@ -55,6 +56,7 @@ class KeyLine(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, kw
     tenant: str | msgspec.UnsetType | None = msgspec.UNSET
     priority: int | None = 0
     admin: bool = False
+    kv_events: bool = False
     expires: str | None = None
     max_concurrent_requests: int | None = None
     requests_per_minute: int | None = None
@@ -69,7 +71,7 @@ class KeyLine(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, kw
             value = getattr(limits, field.name)
             if value is not None and value < 1:
                 raise ValueError(f"{field.name} is {value}; it must be at least 1, or left out for no limit")
-        caller = Caller(self.name, tenant, self.priority, self.admin, limits)
+        caller = Caller(self.name, tenant, self.priority, self.admin, limits, self.kv_events)
         caller.options()  # checks tenant and priority
         return caller
 

@@ -6,6 +6,7 @@ from the request's arrival until its answer is of no more use.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -22,11 +23,8 @@ TIMEOUT = "x-request-timeout"
 def request_options(
     caller: Caller,
     headers: Mapping[str, str],
+    asked: RequestOptions = RequestOptions(),
     *,
-    tenant: str = "",
-    priority: int = 0,
-    deadline: float | None = None,
-    cache_salt: str = "",
     now: float | None = None,
 ) -> RequestOptions:
     """Returns a request's options.
@@ -37,24 +35,24 @@ def request_options(
     Args:
         caller: who sends it.
         headers: by lower-case name.
-        tenant: as the request's body says; "" leaves it to the header.
-        priority: as the request's body says, higher first; 0 leaves it to the header.
-        deadline: earliest one known otherwise, in seconds of `time.time`.
-        cache_salt: as the request's body says.
+        asked: as the request's body says, with the earliest deadline known otherwise; a tenant of "" and a priority of
+            0 leave them to the header.
         now: when the request arrived; None is the present.
 
     Raises:
         ValueError: a header is malformed; the error names it.
     """
-    timeout = _timeout(headers)
+    timeout, deadline = _timeout(headers), asked.deadline
     if timeout is not None:
         end = (time.time() if now is None else now) + timeout
         deadline = end if deadline is None else min(deadline, end)
     return caller.options(
-        tenant=tenant or headers.get(TENANT, ""),
-        priority=priority or _priority(headers),
-        deadline=deadline,
-        cache_salt=cache_salt,
+        dataclasses.replace(
+            asked,
+            tenant=asked.tenant or headers.get(TENANT, ""),
+            priority=asked.priority or _priority(headers),
+            deadline=deadline,
+        )
     )
 
 

@@ -57,6 +57,7 @@ def generate_request(
     priority: int = 0,
     deadline: float | None = None,
     cache_salt: str = "",
+    prefix_caching: bool = True,
 ) -> pb.GenerateRequest:
     """Builds the message of a Generate call.
 
@@ -69,23 +70,28 @@ def generate_request(
 
     Raises ValueError for a value that the wire cannot carry.
     """
-    match prompt:
-        case str():
-            content: dict[str, Any] = {"text": prompt}
-        case Conversation():
-            messages = [pb.ChatMessage(**message) for message in prompt.messages]
-            content = {"messages": pb.ChatMessages(messages=messages)}
-        case _:
-            content = {"token_ids": pb.TokenIds(ids=prompt)}
     return pb.GenerateRequest(
         request_id=request_id,
-        **content,
+        **_prompt(prompt),
         sampling_params=None if params is None else convert.params_to_proto(params),
         tenant=tenant,
         priority=priority,
         deadline=deadline,
         cache_salt=cache_salt,
+        **({} if prefix_caching else {"prefix_caching": False}),
     )
+
+
+def _prompt(prompt: Prompt) -> dict[str, Any]:
+    """Returns the field of a message for a prompt."""
+    match prompt:
+        case str():
+            return {"text": prompt}
+        case Conversation():
+            messages = [pb.ChatMessage(**message) for message in prompt.messages]
+            return {"messages": pb.ChatMessages(messages=messages)}
+        case _:
+            return {"token_ids": pb.TokenIds(ids=prompt)}
 
 
 class Client:
@@ -171,6 +177,19 @@ class Client:
         """Returns how similar queries and documents are. Other arguments are as for `embed`."""
         request = score_request(queries, documents, params, **fields)
         return scores_of(self._stub.Score(request, timeout=timeout, metadata=self._metadata))
+
+    def warm_prefix(self, prompt: Prompt, *, timeout: float | None = None, **fields: Any) -> pb.WarmPrefixResponse:
+        """Computes a prompt, so that requests that begin with it find its pages; generates nothing.
+
+        timeout: seconds, or None. fields: of the proto.
+        """
+        request = pb.WarmPrefixRequest(**_prompt(prompt), **fields)
+        return self._stub.WarmPrefix(request, timeout=timeout, metadata=self._metadata)
+
+    def flush_cache(self, timeout: float | None = None) -> int:
+        """Empties the prefix cache; returns the pages that became free. Only administrators may."""
+        answer = self._stub.FlushCache(pb.FlushCacheRequest(), timeout=timeout, metadata=self._metadata)
+        return answer.num_pages_freed
 
     def abort(self, request_id: str) -> bool:
         """Aborts a request; False when no unfinished one has this id."""
@@ -297,6 +316,21 @@ class AsyncClient:
         """Returns how similar queries and documents are. Other arguments are as for `embed`."""
         request = score_request(queries, documents, params, **fields)
         return scores_of(await self._stub.Score(request, timeout=timeout, metadata=self._metadata))
+
+    async def warm_prefix(
+        self, prompt: Prompt, *, timeout: float | None = None, **fields: Any
+    ) -> pb.WarmPrefixResponse:
+        """Computes a prompt, so that requests that begin with it find its pages; generates nothing.
+
+        timeout: seconds, or None. fields: of the proto.
+        """
+        request = pb.WarmPrefixRequest(**_prompt(prompt), **fields)
+        return await self._stub.WarmPrefix(request, timeout=timeout, metadata=self._metadata)
+
+    async def flush_cache(self, timeout: float | None = None) -> int:
+        """Empties the prefix cache; returns the pages that became free. Only administrators may."""
+        answer = await self._stub.FlushCache(pb.FlushCacheRequest(), timeout=timeout, metadata=self._metadata)
+        return answer.num_pages_freed
 
     async def abort(self, request_id: str) -> bool:
         """Aborts a request; False when no unfinished one has this id."""

@@ -19,6 +19,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxserve.config.plain_params import written
+from jaxserve.frontend.warm_prefix import WarmedPrefix
 from jaxserve.pooling_params import PoolingParams
 from jaxserve.request import FinishReason, SamplingParams
 from jaxserve.serving.clients.client_credentials import Credentials
@@ -131,16 +132,16 @@ class HttpClient:
         tenant: str = "",
         priority: int = 0,
         cache_salt: str = "",
+        prefix_caching: bool = True,
     ) -> Generator[Chunk, None, None]:
         """Streams one request's chunks; closing the iterator aborts the request.
 
-        timeout: seconds for the whole request, or None. tenant, priority (a higher number is more urgent), cache_salt:
-        as over gRPC.
+        timeout: seconds for the whole request, or None. tenant, priority (a higher number is more urgent), cache_salt,
+        prefix_caching: as over gRPC.
         """
         path, body = generate_body(prompt, params)
         body["model"] = self.model_info().name
-        if cache_salt:
-            body["cache_salt"] = cache_salt
+        body |= _cache_fields(cache_salt, prefix_caching)
         headers = _option_headers(tenant, priority, timeout)
         patience = None if timeout is None else timeout + _GRACE_SECONDS
         with self._call("POST", path, body, headers, patience) as response:
@@ -165,9 +166,12 @@ class HttpClient:
         timeout: float | None = None,
         tenant: str = "",
         priority: int = 0,
+        cache_salt: str = "",
+        prefix_caching: bool = True,
     ) -> Embeddings:
         """Returns the embeddings of texts or lists of token ids. Other arguments are as for `generate`."""
         body = {"input": listed(inputs), "encoding_format": "base64", **pooling_fields(params)}
+        body |= _cache_fields(cache_salt, prefix_caching)
         found = self._embed("/v1/embeddings", body, timeout, _option_headers(tenant, priority, timeout))
         vectors = [array.array("f", base64.b64decode(one["embedding"])) for one in found["data"]]
         if sys.byteorder == "big":
@@ -184,11 +188,28 @@ class HttpClient:
         timeout: float | None = None,
         tenant: str = "",
         priority: int = 0,
+        cache_salt: str = "",
+        prefix_caching: bool = True,
     ) -> Scores:
         """Returns how similar queries and documents are. Other arguments are as for `embed`."""
         body = {"queries": listed(queries), "documents": listed(documents), **pooling_fields(params)}
+        body |= _cache_fields(cache_salt, prefix_caching)
         found = self._embed("/v1/score", body, timeout, _option_headers(tenant, priority, timeout))
         return Scores([one["score"] for one in found["data"]], found["usage"]["prompt_tokens"])
+
+    def warm_prefix(
+        self, prompt: Prompt, *, timeout: float | None = None, tenant: str = "", priority: int = 0, cache_salt: str = ""
+    ) -> WarmedPrefix:
+        """Computes a prompt, so that requests that begin with it find its pages; generates nothing. Arguments are as
+        for `generate`."""
+        _, body = generate_body(prompt, None)
+        body = {name: body[name] for name in ("prompt", "messages") if name in body} | _cache_fields(cache_salt, True)
+        found = self._embed("/v1/cache/warm_up", body, timeout, _option_headers(tenant, priority, timeout))
+        return WarmedPrefix(found["id"], found["prompt_tokens"], found["cached_tokens"])
+
+    def flush_cache(self) -> int:
+        """Empties the prefix cache; returns the pages that became free. Only administrators may."""
+        return self._answer("POST", "/reset_prefix_cache")["freed_pages"]
 
     def _embed(self, path: str, body: dict[str, Any], timeout: float | None, headers: dict[str, str]) -> Any:
         """Returns the JSON of a response that is computed."""
@@ -264,6 +285,11 @@ class HttpClient:
         if self._context is None:
             return http.client.HTTPConnection(self._host, self._port, timeout=_CONNECT_SECONDS)
         return http.client.HTTPSConnection(self._host, self._port, timeout=_CONNECT_SECONDS, context=self._context)
+
+
+def _cache_fields(cache_salt: str, prefix_caching: bool) -> dict[str, Any]:
+    """Returns the fields of a body for what a request shares with others: those that are not the default."""
+    return ({"cache_salt": cache_salt} if cache_salt else {}) | ({} if prefix_caching else {"prefix_caching": False})
 
 
 def _option_headers(tenant: str, priority: int, timeout: float | None) -> dict[str, str]:

@@ -70,7 +70,7 @@ def params_from_proto(proto: pb.SamplingParams, defaults: Mapping[str, Any] = {}
     return params_of(read_fields(proto), defaults)
 
 
-def messages_from_proto(request: pb.GenerateRequest) -> list[dict[str, str]]:
+def messages_from_proto(request: pb.GenerateRequest | pb.WarmPrefixRequest) -> list[dict[str, str]]:
     """Returns a request's conversation as chat templates take it. Raises ValueError naming the message."""
     proto = request.messages
     check_count("messages", len(proto.messages), MAX_MESSAGES, "messages")
@@ -84,7 +84,7 @@ def messages_from_proto(request: pb.GenerateRequest) -> list[dict[str, str]]:
     )
 
 
-def prompt_from_proto(request: pb.GenerateRequest) -> str | Sequence[int]:
+def prompt_from_proto(request: pb.GenerateRequest | pb.WarmPrefixRequest) -> str | Sequence[int]:
     """Returns the prompt as text or token ids, which are not copied. Raises ValueError when there is none."""
     match request.WhichOneof("prompt"):
         case "text":
@@ -101,27 +101,29 @@ def prompt_from_proto(request: pb.GenerateRequest) -> str | Sequence[int]:
 
 
 def options_from_proto(
-    request: pb.GenerateRequest | pb.EmbedRequest | pb.ScoreRequest,
+    request: pb.GenerateRequest | pb.EmbedRequest | pb.ScoreRequest | pb.WarmPrefixRequest,
     call_deadline: float | None,
     caller: Caller = Caller(),
     metadata: Mapping[str, str] = {},
 ) -> RequestOptions:
-    """Returns the request's identity options; its deadline is the earliest of its own, the call's and the metadata's.
+    """Returns the request's options; its deadline is the earliest of its own, the call's and the metadata's.
 
     Raises ValueError naming the field.
     """
-    return request_options(
-        caller,
-        metadata,
+    asked = RequestOptions(
         tenant=request.tenant,
         priority=request.priority,
         deadline=deadline_from_proto(request, call_deadline),
         cache_salt=request.cache_salt,
+        prefix_caching=isinstance(request, pb.WarmPrefixRequest)
+        or not request.HasField("prefix_caching")
+        or request.prefix_caching,
     )
+    return request_options(caller, metadata, asked)
 
 
 def deadline_from_proto(
-    request: pb.GenerateRequest | pb.EmbedRequest | pb.ScoreRequest, call_deadline: float | None
+    request: pb.GenerateRequest | pb.EmbedRequest | pb.ScoreRequest | pb.WarmPrefixRequest, call_deadline: float | None
 ) -> float | None:
     """Returns the earlier of the request's deadline and the call's, in Unix seconds; None when there is neither.
 

@@ -28,6 +28,8 @@ MAX_FIELDS = 64
 clients send it."""
 
 GENERATE = f"/{pb.DESCRIPTOR.services_by_name['JaxServe'].full_name}/Generate"
+WARM_PREFIX = f"/{pb.DESCRIPTOR.services_by_name['JaxServe'].full_name}/WarmPrefix"
+"""Its request has its prompt in the fields of GenerateRequest, and no sampling parameters."""
 _PARAMS, _TEXT, _TOKEN_IDS, _MESSAGES = (
     pb.GenerateRequest.DESCRIPTOR.fields_by_name[name].number
     for name in ("sampling_params", "text", "token_ids", "messages")

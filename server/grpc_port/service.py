@@ -27,6 +27,7 @@ from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.pooling_params import pair_scores
 from jaxserve.request import FinishReason, ModelLimits, SamplingParams, check_identity
+from jaxserve.serving.access.callers import require_admin
 from jaxserve.serving.embedding_calls import Embedded, EmbeddingCall, embed_all
 from jaxserve.serving.grpc_port import convert, embed_convert
 from jaxserve.serving.grpc_port.call_interceptor import CallContext
@@ -35,6 +36,7 @@ from jaxserve.serving.problem import NotFoundError, check_delta, fails_alone, un
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2_grpc as pb_grpc
 from jaxserve.serving.served_model import ServedModel
+from jaxserve.serving.warming import warm_up
 
 _log = logging.getLogger("jaxserve.server")
 
@@ -244,6 +246,36 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         scores = pair_scores([one.embedding for one in found], num_queries)
         return pb.ScoreResponse(request_id=request_id, scores=scores, usage=_prompt_usage(found))
 
+    @errors_as_status
+    async def WarmPrefix(self, request: pb.WarmPrefixRequest, context: Context) -> pb.WarmPrefixResponse:
+        frontend = self._served.accepting()
+        is_chat = request.WhichOneof("prompt") == "messages"
+        metadata = context.invocation_metadata() or ()
+        with self._served.rejections():
+            convert.refuse_unknown_fields(request)
+            convert.refuse_unknown_bytes(request.token_ids)
+            messages = convert.messages_from_proto(request) if is_chat else ()
+            prompt = "" if is_chat else convert.prompt_from_proto(request)
+            headers = text_metadata(metadata)
+            options = convert.options_from_proto(request, call_deadline(context), context.caller, headers)
+            check_identity("request_id", request.request_id)
+        if is_chat:
+            prompt = await frontend.render_chat(Chat(messages))
+        request_id, trace = request.request_id or uuid.uuid4().hex, self._served.trace(metadata, "embeddings")
+        warmed = await warm_up(frontend, [prompt], options, request_id, context.caller.name, trace)
+        return pb.WarmPrefixResponse(
+            request_id=request_id,
+            prompt_tokens=warmed.num_prompt_tokens,
+            cached_tokens=warmed.num_cached_tokens,
+            computed_tokens=warmed.num_computed_tokens,
+        )
+
+    @errors_as_status
+    async def FlushCache(self, request: pb.FlushCacheRequest, context: Context) -> pb.FlushCacheResponse:
+        require_admin(context.caller, "FlushCache")
+        convert.refuse_unknown_fields(request)
+        return pb.FlushCacheResponse(num_pages_freed=await self._served.started().flush_prefix_cache())
+
     async def _embed(
         self, request: pb.EmbedRequest | pb.ScoreRequest, inputs: Sequence[embed_convert.Input], context: Context
     ) -> tuple[str, list[Embedded]]:
@@ -265,6 +297,7 @@ def _prompt_usage(found: Sequence[Embedded]) -> pb.Usage:
     return pb.Usage(
         prompt_tokens=sum(one.prompt_tokens for one in found),
         truncated_tokens=sum(one.truncated_tokens for one in found),
+        cached_tokens=sum(one.cached_tokens for one in found),
     )
 
 

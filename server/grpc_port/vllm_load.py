@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
+from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from jaxserve.engine.messages import EngineReady, EngineStats
 from jaxserve.frontend.delta import Delta
+from jaxserve.serving.access.callers import Caller
 
 _RATE_SECONDS = 1.0
 """Minimum time over which the rate of generated tokens is measured."""
+
+
+@dataclasses.dataclass
+class CallerCounts:
+    """Counts the requests of one caller, or of all.
+
+    unstarted_tokens: prompt tokens of requests without output. prompt_tokens: of requests with output. cached_tokens:
+    those of the latter that were found in the prefix cache.
+    """
+
+    unstarted_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Returns which share of the prompt tokens was found in the prefix cache."""
+        return self.cached_tokens / max(self.prompt_tokens, 1)
 
 
 class LoadRecord:
@@ -19,26 +40,35 @@ class LoadRecord:
 
     def __init__(self) -> None:
         self.last_receive = 0.0
-        self.unstarted_tokens = 0  # prompt tokens of requests without output
-        self.prompt_tokens = 0  # of requests with output
-        self.cached_tokens = 0  # of those
+        self._counts: dict[str, CallerCounts] = {}  # by the caller's name
         self._generated: tuple[float, int] | None = None
         self._rate = 0.0
 
     @contextlib.contextmanager
-    def forwarded(self, size: int) -> Iterator[ForwardedRequest]:
-        """Counts a request until it has output, or has ended. size: token ids of its prompt, or characters."""
-        request = ForwardedRequest(self, size)
+    def forwarded(self, size: int, caller: str = "") -> Iterator[ForwardedRequest]:
+        """Counts a request until it has output, or has ended. size: token ids of its prompt, or characters. caller: its
+        name."""
+        request = ForwardedRequest(self._counts.setdefault(caller, CallerCounts()), size)
         try:
             yield request
         finally:
             request.ended()
 
-    def measured(self, stats: EngineStats, ready: EngineReady, now: float) -> pb.SchedulerLoad:
-        """Returns the load as of now, in seconds of a monotonic clock. Text prompts count by their characters until
-        they have output.
+    def counts(self, caller: Caller) -> CallerCounts:
+        """Returns what a caller may know of: its own requests, or an administrator those of all.
+
+        What others find in the prefix cache is not for it to see.
         """
-        num_waiting = stats.num_waiting + stats.num_swapped
+        if not caller.is_admin:
+            return self._counts.get(caller.name, CallerCounts())
+        rows = [dataclasses.astuple(counts) for counts in self._counts.values()]
+        return CallerCounts(*map(sum, zip(*rows, strict=True)))
+
+    def measured(self, stats: EngineStats, ready: EngineReady, now: float, caller: Caller) -> pb.SchedulerLoad:
+        """Returns the load as of now, in seconds of a monotonic clock, for a caller. Text prompts count by their
+        characters until they have output.
+        """
+        counts, num_waiting = self.counts(caller), stats.num_waiting + stats.num_swapped
         usable = max(ready.info.usable_pages, 1)
         return pb.SchedulerLoad(
             num_running_reqs=stats.num_running,
@@ -48,10 +78,26 @@ class LoadRecord:
             max_total_num_tokens=usable * ready.info.page_size,
             token_usage=stats.pages_used / usable,
             gen_throughput=self._tokens_per_second(now, stats.generation_tokens),
-            cache_hit_rate=self.cached_tokens / max(self.prompt_tokens, 1),
+            cache_hit_rate=counts.hit_rate,
             utilization=stats.num_running / ready.max_num_seqs,
             max_running_requests=ready.max_num_seqs,
-            num_waiting_uncached_tokens=self.unstarted_tokens,
+            num_waiting_uncached_tokens=counts.unstarted_tokens,
+        )
+
+    def engine_load(self, stats: EngineStats, ready: EngineReady, now: float, caller: Caller) -> common_pb2.EngineLoad:
+        """Returns the same as a record that goes with KV events."""
+        load = self.measured(stats, ready, now, caller)
+        return common_pb2.EngineLoad(
+            running_requests=load.num_running_reqs,
+            waiting_requests=load.num_waiting_reqs,
+            waiting_uncached_tokens=load.num_waiting_uncached_tokens,
+            token_usage=load.token_usage,
+            active_token_usage=load.token_usage,
+            gen_throughput=load.gen_throughput,
+            max_running_requests=load.max_running_requests,
+            cache_hit_rate=load.cache_hit_rate,
+            num_used_tokens=load.num_used_tokens,
+            max_total_num_tokens=load.max_total_num_tokens,
         )
 
     def _tokens_per_second(self, now: float, generated: int) -> float:
@@ -66,21 +112,21 @@ class LoadRecord:
 
 
 class ForwardedRequest:
-    """Counts one request in `record`. size: of its prompt."""
+    """Counts one request in `counts`. size: of its prompt."""
 
-    def __init__(self, record: LoadRecord, size: int):
-        self._record = record
+    def __init__(self, counts: CallerCounts, size: int):
+        self._counts = counts
         self._unstarted = size
-        record.unstarted_tokens += size
+        counts.unstarted_tokens += size
 
     def answered(self, delta: Delta) -> None:
         """Takes an update of the request; the first one says that the engine has begun."""
         if self._unstarted and delta.token_ids:
             self.ended()
-            self._record.prompt_tokens += delta.prompt_tokens
-            self._record.cached_tokens += delta.cached_tokens
+            self._counts.prompt_tokens += delta.prompt_tokens
+            self._counts.cached_tokens += delta.cached_tokens
 
     def ended(self) -> None:
         """Counts the request no more; idempotent."""
-        self._record.unstarted_tokens -= self._unstarted
+        self._counts.unstarted_tokens -= self._unstarted
         self._unstarted = 0

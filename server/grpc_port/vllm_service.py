@@ -27,16 +27,18 @@ from jaxserve.frontend.delta import Delta, PromptLogprobs
 from jaxserve.frontend.delta_stream import DeltaStream
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import SamplingParams
+from jaxserve.request import RequestOptions, SamplingParams
+from jaxserve.serving.access.callers import Caller, require_admin
 from jaxserve.serving.access.request_headers import request_options
 from jaxserve.serving.embedding_calls import EmbeddingCall, embed_all
 from jaxserve.serving.grpc_port import vllm_convert as convert
 from jaxserve.serving.grpc_port.convert import refuse_unknown_bytes, refuse_unknown_fields
+from jaxserve.serving.grpc_port.kv_events import EventStream, stream_events
 from jaxserve.serving.grpc_port.oversized import CheckPromptBytes
 from jaxserve.serving.grpc_port.service import Context, bytes_per_token, call_deadline, errors_as_status, text_metadata
 from jaxserve.serving.grpc_port.tokenizer_bundle import tokenizer_zip
 from jaxserve.serving.grpc_port.vllm_load import ForwardedRequest, LoadRecord
-from jaxserve.serving.problem import NotFoundError, UnimplementedError, check_delta, fails_alone
+from jaxserve.serving.problem import ForbiddenError, NotFoundError, UnimplementedError, check_delta, fails_alone
 from jaxserve.serving.served_model import ServedModel
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["VllmEngine"]
@@ -87,7 +89,8 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             frontend.check_size(prompt, params)  # before anything whose cost grows with it
             refuse_unknown_fields(request, request.sampling_params)
             refuse_unknown_bytes(request.tokenized)
-            options = request_options(caller, text_metadata(metadata), deadline=call_deadline(context))
+            asked = RequestOptions(deadline=call_deadline(context))
+            options = request_options(caller, text_metadata(metadata), asked)
         streams = request.stream
         stream = await frontend.submit(
             prompt,
@@ -99,7 +102,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         )
         per_token = bytes_per_token(params, frontend.ready.limits)
         context.set_backlog(lambda: stream.num_unread * per_token)
-        with self._load.forwarded(len(prompt)) as forwarded:
+        with self._load.forwarded(len(prompt), caller.name) as forwarded:
             async with stream:  # left early, it aborts the request
                 await _answer(stream, params, streams, context, forwarded)
 
@@ -114,7 +117,8 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             frontend.check_size(prompt, PoolingParams())
             refuse_unknown_fields(request)
             refuse_unknown_bytes(request.tokenized)
-            options = request_options(caller, text_metadata(metadata), deadline=call_deadline(context))
+            asked = RequestOptions(deadline=call_deadline(context))
+            options = request_options(caller, text_metadata(metadata), asked)
         trace = self._served.trace(metadata, "embeddings")
         request_id = request.request_id or uuid.uuid4().hex
         (found,) = await embed_all(
@@ -201,7 +205,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             timestamp=datetime.datetime.now(datetime.UTC).isoformat(),
             version=jaxserve.__version__,
             dp_rank_count=1,
-            loads=[self._load.measured(frontend.stats, frontend.ready, time.monotonic())],
+            loads=[self._load.measured(frontend.stats, frontend.ready, time.monotonic(), context.caller)],
         )
 
     @errors_as_status
@@ -217,13 +221,49 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             digest = hashlib.sha256(data).hexdigest() if is_last else ""
             await context.write(common_pb2.GetTokenizerChunk(data=part, sha256=digest))
 
-    # ---- what this server does not do ----
+    # ---- the prefix cache ----
 
     @errors_as_status
     async def FlushCache(
         self, request: common_pb2.FlushCacheRequest, context: Context
     ) -> common_pb2.FlushCacheResponse:
-        raise UnimplementedError("FlushCache: this server keeps no prefix cache yet")
+        require_admin(context.caller, "FlushCache")
+        refuse_unknown_fields(request)
+        if not request.timeout_s >= 0:
+            raise ValueError(f"timeout_s is {request.timeout_s}; it must be at least 0")
+        # Nothing is waited for, whatever timeout_s allows: running requests keep their pages.
+        num_pages = await self._served.started().flush_prefix_cache()
+        return common_pb2.FlushCacheResponse(success=True, message=f"{num_pages} pages freed")
+
+    @errors_as_status
+    async def SubscribeKvEvents(self, request: common_pb2.SubscribeKvEventsRequest, context: Context) -> None:
+        caller = context.caller
+        self._check_follows(caller)
+        refuse_unknown_fields(request)
+        options = request_options(caller, text_metadata(context.invocation_metadata() or ()))
+        frontend = self._served.started()
+        stream = EventStream(options.tenant, frontend.ready.info.page_size, request.start_sequence_number)
+
+        def load() -> common_pb2.EngineLoad:
+            return self._load.engine_load(frontend.stats, frontend.ready, time.monotonic(), caller)
+
+        with frontend.follow_cache(None if caller.is_admin else options.tenant) as follower:
+            await stream_events(follower, stream, load, context)
+
+    def _check_follows(self, caller: Caller) -> None:
+        """Checks that a caller may subscribe to KV events. Raises UnimplementedError or ForbiddenError."""
+        if not self._served.kv_events:
+            raise UnimplementedError(
+                "SubscribeKvEvents: KV events, which have the token ids of prompts and answers, are off; set "
+                "AccessConfig.kv_events, or poll GetLoads"
+            )
+        if not caller.follows_cache:
+            raise ForbiddenError(
+                "SubscribeKvEvents: this key may not subscribe to KV events, which have the token ids of prompts and "
+                "answers; use one that was made with --kv-events"
+            )
+
+    # ---- what this server does not do ----
 
     @errors_as_status
     async def StartProfile(
@@ -234,12 +274,6 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
     @errors_as_status
     async def StopProfile(self, request: common_pb2.StopProfileRequest, context: Context) -> common_pb2.ProfileResponse:
         raise UnimplementedError("StopProfile: this server takes no profiles through this service yet")
-
-    @errors_as_status
-    async def SubscribeKvEvents(self, request: common_pb2.SubscribeKvEventsRequest, context: Context) -> None:
-        raise UnimplementedError(
-            "SubscribeKvEvents: this server publishes no events of its KV cache yet; poll GetLoads"
-        )
 
 
 async def _answer(

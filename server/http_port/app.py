@@ -9,7 +9,18 @@ import jaxserve
 from jaxserve.config.http_config import HttpConfig
 from jaxserve.serving.http_port.errors import HttpError, error_answer
 from jaxserve.serving.http_port.openapi import document
-from jaxserve.serving.http_port.routes import debug, embed, generate, health, live, metrics, models, page, tokens
+from jaxserve.serving.http_port.routes import (
+    cached,
+    debug,
+    embed,
+    generate,
+    health,
+    live,
+    metrics,
+    models,
+    page,
+    tokens,
+)
 from jaxserve.serving.served_model import ServedModel
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
@@ -28,6 +39,7 @@ def make_app(served: ServedModel, config: HttpConfig = HttpConfig(), max_body_by
     for router in (
         generate.router(served, config, max_body_bytes),
         embed.router(served, config, max_body_bytes),
+        cached.router(served, config, max_body_bytes),
         models.router(served),
         tokens.router(served, max_body_bytes),
         health.router(served),

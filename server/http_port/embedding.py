@@ -54,22 +54,18 @@ class Embeddings(BodyRoute):
                 check_identity("request_id", request_id)
             exchange.add_header(REQUEST_ID, request_id)
             check_model(served.name, body.model)
-            asked = body.options
-            options = request_options(
-                exchange.caller,
-                exchange.headers,
-                tenant=asked.tenant,
-                priority=asked.priority,
-                deadline=asked.deadline,
-                cache_salt=asked.cache_salt,
-            )
+            options = request_options(exchange.caller, exchange.headers, body.options)
         if body.unknown:
             warn_of_unknown(exchange, "for embeddings", body.unknown)
         trace = served.trace(((name, exchange.header(name)) for name in TRACE_HEADERS), "embeddings")
         call = EmbeddingCall(body.inputs, body.params, options, request_id, exchange.caller.name, trace)
         with exchange.canceled_when_gone():
             found = await embed_all(frontend, call)
-            usage = embedding_usage(sum(one.prompt_tokens for one in found), sum(one.truncated_tokens for one in found))
+            usage = embedding_usage(
+                sum(one.prompt_tokens for one in found),
+                sum(one.truncated_tokens for one in found),
+                sum(one.cached_tokens for one in found),
+            )
             if body.num_first is not None:
                 scores = pair_scores([one.embedding for one in found], body.num_first)
                 await exchange.answer_json(score_response(request_id, served.name, created, scores, usage))

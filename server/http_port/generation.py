@@ -156,18 +156,10 @@ class _Run:
     async def submit(self, open_streams: contextlib.AsyncExitStack) -> None:
         """Submits every prompt; all or none. open_streams: closes them, which aborts those unfinished."""
         request, frontend = self._request, self._frontend
-        asked = request.options
         with self._served.rejections():
             name = "logprobs" if request.chat is None else "top_logprobs"
             check_logprobs(request.params, frontend.ready.limits, name)
-            options = request_options(
-                self._exchange.caller,
-                self._exchange.headers,
-                tenant=asked.tenant,
-                priority=asked.priority,
-                deadline=asked.deadline,
-                cache_salt=asked.cache_salt,
-            )
+            options = request_options(self._exchange.caller, self._exchange.headers, request.options)
         headers = ((name, self._exchange.header(name)) for name in TRACE_HEADERS)
         trace = self._served.trace(headers, "text_completion" if request.chat is None else "chat")
         prompts = request.prompts

@@ -24,7 +24,9 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-ADMIN_PATHS = ("/metrics", "/debug", "/admin")
+FLUSH_URL = "/reset_prefix_cache"
+
+ADMIN_PATHS = ("/metrics", "/debug", "/admin", FLUSH_URL)
 """Paths, and all below them, that show or change the whole server; they need an admin's key."""
 
 PROBES = frozenset(("/health", "/health/live", "/health/ready"))

@@ -47,6 +47,8 @@ class Sample(msgspec.Struct, frozen=True):
         prefill_rate, generation_rate: tokens a second.
         step_rate: steps a second.
         first_token, gap: how long clients waited; None where nobody did.
+        prefix_queries, prefix_hits: tokens looked up in the prefix cache in the interval, and found there; None where
+            they are not shown.
     """
 
     time: float
@@ -65,6 +67,19 @@ class Sample(msgspec.Struct, frozen=True):
     step_rate: float = 0.0
     first_token: Quantiles | None = None
     gap: Quantiles | None = None
+    prefix_queries: int | None = 0
+    prefix_hits: int | None = 0
+
+    def without_cache(self) -> Sample:
+        """Returns the sample as those see it who are no administrators: what others have in the prefix cache is not for
+        them to know, so that cached pages, which may be taken at any time, count as free."""
+        return msgspec.structs.replace(
+            self,
+            pages_cached=0,
+            pages_free=self.pages_free + self.pages_cached,
+            prefix_queries=None,
+            prefix_hits=None,
+        )
 
 
 class Server(msgspec.Struct, frozen=True):
@@ -206,6 +221,8 @@ def sample(state: str, before: Totals, now: Totals) -> Sample:
         step_rate=num_steps / seconds,
         first_token=_latency("time_to_first_token_seconds", before, now),
         gap=_latency("inter_token_latency_seconds", before, now),
+        prefix_queries=new.prefix_cache_queries - old.prefix_cache_queries,
+        prefix_hits=new.prefix_cache_hits - old.prefix_cache_hits,
     )
 
 

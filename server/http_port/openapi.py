@@ -12,10 +12,12 @@ from jaxserve.config.pooler_config import POOLING_TYPES
 from jaxserve.config.sampling_fields import MAX_INT32, Biases, Flag, Ids, Number, Texts, Whole, word_of
 from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, field_names, neutral_values
 from jaxserve.frontend.openai_embeddings import EMBEDDINGS_URL, ENCODING_FORMATS, NEUTRAL_FIELDS, SCORE_URLS
+from jaxserve.frontend.openai_warm_up import WARM_UP_URL
 from jaxserve.request import MAX_ID_LENGTH
 from jaxserve.serving.access.callers import Anybody
 from jaxserve.serving.access.request_headers import PRIORITY, TENANT, TIMEOUT
 from jaxserve.serving.http_port.exchange import REQUEST_ID
+from jaxserve.serving.http_port.guard import FLUSH_URL
 from jaxserve.serving.http_port.openapi_chat import chat_fields, closed, reply_fields
 from jaxserve.serving.http_port.routes.tokens import MAX_DETOKENIZED
 from jaxserve.serving.served_model import ServedModel
@@ -58,6 +60,18 @@ _TEXT: Schema = {"type": "string"}
 _FLAG: Schema = {"type": "boolean"}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
 _NAME: Schema = {"type": "string", "maxLength": MAX_ID_LENGTH}
+_OPTIONS: Schema = {
+    "tenant": _NAME,
+    "cache_salt": _NAME,
+    "prefix_caching": _FLAG,
+    "priority": {
+        "type": "integer",
+        "minimum": -MAX_INT32,
+        "maximum": MAX_INT32,
+        "description": "lower is more urgent, as in vLLM",
+    },
+    "deadline": {"type": "number", "description": "seconds since 1970"},
+}
 
 
 def document(found: Mapping[str, Any], served: ServedModel, config: HttpConfig) -> Schema:
@@ -70,6 +84,8 @@ def document(found: Mapping[str, Any], served: ServedModel, config: HttpConfig) 
     known = {
         **generated,
         **{url: {"post": post} for url, post in _embedding_operations(limits, config).items()},
+        WARM_UP_URL: {"post": _operation("warm_up", _warm_up(limits, config), "WarmUp", headers=True)},
+        FLUSH_URL: {"post": _operation("reset_prefix_cache", None, "Flush")},
         "/tokenize": {"post": _operation("tokenize", _tokenize(limits), "Tokens")},
         "/detokenize": {"post": _operation("detokenize", _detokenize(limits), "Text")},
         "/v1/models": {"get": _operation("models", None, "Models")},
@@ -163,10 +179,7 @@ def _embedding_operations(limits: _Limits, config: HttpConfig) -> dict[str, Sche
         "normalize": _FLAG,
         "dimensions": _whole(1, limits.embedding_size),
         "truncate_prompt_tokens": {"anyOf": [{"const": -1}, _whole(1, limits.context)]},
-        "tenant": _NAME,
-        "cache_salt": _NAME,
-        "priority": _whole(-MAX_INT32, MAX_INT32) | {"description": "lower is more urgent, as in vLLM"},
-        "deadline": {"type": "number", "description": "seconds since 1970"},
+        **_OPTIONS,
         **{name: {"enum": list(values)} for name, values in NEUTRAL_FIELDS.items()},
     }
     embed = _object({**common, "input": given, "encoding_format": {"enum": list(ENCODING_FORMATS)}}, required="input")
@@ -179,6 +192,21 @@ def _embedding_operations(limits: _Limits, config: HttpConfig) -> dict[str, Sche
     for url in SCORE_URLS:
         operations[url] = _operation(url.strip("/").replace("/", "_"), scores, "Scores", headers=True)
     return operations
+
+
+def _warm_up(limits: _Limits, config: HttpConfig) -> Schema:
+    """Returns the schema of a body that warms the prefix cache."""
+    ids = {"type": "array", "items": limits.token_id, "minItems": 1, "maxItems": limits.context}
+    text = _TEXT | {"minLength": 1}
+    some = {"type": "array", "items": {"anyOf": [text, ids]}, "minItems": 1, "maxItems": config.max_prompts}
+    common = {"model": limits.model, "user": _TEXT, "request_id": _NAME | {"minLength": 1}, **_OPTIONS}
+    common["prefix_caching"] = {"const": True}
+    return {
+        "anyOf": [
+            _object({**common, "prompt": {"anyOf": [text, ids, some]}}, required="prompt"),
+            _object({**common, **chat_fields()}, required="messages"),
+        ]
+    }
 
 
 def _one_model(name: str) -> Schema:
@@ -210,10 +238,7 @@ def _body(url: str, limits: _Limits, config: HttpConfig) -> Schema:
         "return_token_ids": _FLAG,
         "return_tokens_as_token_ids": _FLAG,
         "request_id": _NAME | {"minLength": 1},
-        "tenant": _NAME,
-        "cache_salt": _NAME,
-        "priority": _whole(-MAX_INT32, MAX_INT32) | {"description": "lower is more urgent, as in vLLM"},
-        "deadline": {"type": "number", "description": "seconds since 1970"},
+        **_OPTIONS,
         **_structured_fields(),
     }
     if url == COMPLETIONS_URL:
@@ -377,6 +402,16 @@ def _schemas() -> Schema:
             {"object": {"const": "embedding"}, "index": _COUNT, "embedding": {"type": ["array", "string"]}}
         ),
         "Scores": _results({"object": {"const": "score"}, "index": _COUNT, "score": {"type": "number"}}),
+        "WarmUp": {
+            "type": "object",
+            "required": ["id", "object", "created", "model", "prompt_tokens", "cached_tokens", "computed_tokens"],
+            "properties": {
+                **dict.fromkeys(("created", "prompt_tokens", "cached_tokens", "computed_tokens"), _COUNT),
+                **dict.fromkeys(("id", "model"), _TEXT),
+                "object": {"const": "cache.warm_up"},
+            },
+        },
+        "Flush": {"type": "object", "required": ["freed_pages"], "properties": {"freed_pages": _COUNT}},
         "Model": model,
         "Models": {
             "type": "object",

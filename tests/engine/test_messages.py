@@ -16,11 +16,15 @@ from jaxserve.config.wire_config import config_from_bytes, config_to_bytes
 from jaxserve.engine.messages import (
     AbortRequest,
     AddRequest,
+    CacheEvents,
     CaptureProfile,
     CaptureTimeline,
     EngineFailed,
     EngineOutput,
     EngineStats,
+    FlushPrefixCache,
+    FollowCacheEvents,
+    PrefixCacheFlushed,
     ProfileCaptured,
     Shutdown,
     TimelineEvents,
@@ -28,6 +32,7 @@ from jaxserve.engine.messages import (
     decode,
     encode,
 )
+from jaxserve.kv_cache.event_log import CacheEvent, CacheEventKind
 from jaxserve.models.config import ModelConfig, RopeScaling
 from jaxserve.request import EngineRequest, FinishReason, RequestOptions
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
@@ -64,6 +69,17 @@ requests = st.builds(
         cache_salt=st.text(max_size=5),
     ),
 )
+hashes = st.integers(-(2**63), 2**63 - 1)
+cache_events = st.builds(
+    CacheEvent,
+    st.sampled_from(CacheEventKind),
+    st.text(max_size=5),
+    st.lists(hashes, max_size=3).map(tuple),
+    st.none() | hashes,
+    ids,
+    hashes,
+    st.booleans(),
+)
 messages = st.one_of(
     st.builds(AddRequest, requests),
     st.builds(AbortRequest, st.text()),
@@ -81,6 +97,10 @@ messages = st.one_of(
     st.builds(TimelineEvents, st.lists(st.tuples(st.text(), st.floats(0, 1e9)), max_size=3).map(tuple), st.booleans()),
     st.builds(ProfileCaptured, st.text(), st.text()),
     st.builds(EngineFailed, st.text()),
+    st.builds(FlushPrefixCache, st.integers(0, 2**31)),
+    st.builds(PrefixCacheFlushed, st.integers(0, 2**31), st.integers(0, 2**31)),
+    st.builds(FollowCacheEvents, st.integers(0, 2**31)),
+    st.builds(CacheEvents, st.just(1), st.lists(cache_events, max_size=3).map(tuple)),
 )
 
 

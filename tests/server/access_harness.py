@@ -15,6 +15,7 @@ import trustme
 
 from jaxserve.config.access_config import AccessConfig, TlsConfig
 from jaxserve.config.client_limits import LimitsConfig
+from jaxserve.engine.channel import EngineClient
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.serving.access.key_file import new_key
 from jaxserve.serving.access.opened import Access, open_access
@@ -58,9 +59,13 @@ class Secured:
 
 @contextlib.contextmanager
 def secured(
-    tokenizer: Any, config: AccessConfig, limits: LimitsConfig | None = None, log_prompts: bool = False
+    tokenizer: Any,
+    config: AccessConfig,
+    limits: LimitsConfig | None = None,
+    log_prompts: bool = False,
+    client: EngineClient | None = None,
 ) -> Iterator[Secured]:
-    """A server that is ready."""
+    """A server that is ready. client: an engine other than the echo engine."""
     started: threading.Event = threading.Event()
     parts: list[Secured] = []
     errors: list[BaseException] = []
@@ -68,7 +73,7 @@ def secured(
 
     async def body() -> None:
         engine, access = EchoEngine(), open_access(config)
-        model = ServedModel("echo", access.callers)
+        model = ServedModel("echo", access.callers, kv_events=config.kv_events)
         ports = (
             GrpcServer(
                 "127.0.0.1",
@@ -83,7 +88,7 @@ def secured(
         )
         for port in ports:
             await port.start()
-        frontend = AsyncFrontEnd(engine, tokenizer, on_tokens=model.limiter.charge, log_prompts=log_prompts)
+        frontend = AsyncFrontEnd(client or engine, tokenizer, on_tokens=model.limiter.charge, log_prompts=log_prompts)
         model.serve(frontend, tokenizer)
         for port in ports:
             port.announce()

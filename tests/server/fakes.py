@@ -17,20 +17,25 @@ import numpy as np
 from jaxserve.engine.messages import (
     AbortRequest,
     AddRequest,
+    CacheEvents,
     CaptureProfile,
     CaptureTimeline,
     EngineFailed,
     EngineOutput,
     EngineReady,
     EngineStats,
+    FlushPrefixCache,
+    FollowCacheEvents,
     FromEngine,
     Logprobs,
+    PrefixCacheFlushed,
     ProfileCaptured,
     Progress,
     Shutdown,
     TimelineEvents,
     ToEngine,
 )
+from jaxserve.kv_cache.event_log import CacheEvent
 from jaxserve.models.tiny.tiny_tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, build_tokenizer
 from jaxserve.request import EngineRequest, FinishReason, Pooling
 from jaxserve.runner.fake import fake_logprobs
@@ -39,6 +44,8 @@ from tests.engine_ready import engine_ready
 WAIT_SECONDS = 60.0
 
 EMBEDDING_SIZE = 160
+FLUSHED_PAGES = 3
+"""Pages that become free whenever the prefix cache is flushed."""
 
 READY = engine_ready(
     vocab_size=VOCAB_SIZE,
@@ -100,7 +107,7 @@ class _Running:
 
 
 class EchoEngine:
-    """EngineClient. `requests` and `aborted` are what it was sent, in order.
+    """EngineClient. `requests`, `aborted` and `followed` (numbers of FollowCacheEvents) are what it was sent, in order.
 
     state: what it says of its progress: "healthy", "stuck" in a step, or "silent". problem: what `close` returns.
     """
@@ -116,6 +123,7 @@ class EchoEngine:
         self._steps: int | None = None
         self._generated = 0
         self._beat = 0
+        self.followed: list[int] = []
         self.state = "healthy"
         self.killed = False
         self.problem = ""
@@ -148,6 +156,10 @@ class EchoEngine:
                 case CaptureProfile(directory):
                     (pathlib.Path(directory) / "echo.txt").write_text("profile")
                     self._outbox.append(ProfileCaptured(directory))
+                case FlushPrefixCache(number):
+                    self._outbox.append(PrefixCacheFlushed(number, FLUSHED_PAGES))
+                case FollowCacheEvents(number):
+                    self.followed.append(number)
                 case Shutdown():
                     self.closed = True
             self._changed.notify_all()
@@ -192,6 +204,14 @@ class EchoEngine:
     def die(self, error: str) -> None:
         """The engine is gone, with every request."""
         self._emit(EngineFailed(error), *self._running)
+
+    def tell(self, *events: CacheEvent) -> None:
+        """Sends events of the prefix cache to those who follow it."""
+        self._emit(CacheEvents(self.followed[-1], events))
+
+    def wait_for_followers(self, count: int) -> None:
+        """Returns when its prefix cache has been followed, or left, so many times."""
+        self._wait(lambda: len(self.followed) >= count)
 
     def wait_for_requests(self, count: int) -> None:
         """Returns when so many requests have arrived."""

@@ -146,6 +146,10 @@ def test_counts_of_the_engine_are_shown_as_they_come(tokenizer):
         num_preemptions_swap=9,
         prefix_cache_queries=100,
         prefix_cache_hits=25,
+        prefix_cache_requests=8,
+        prefix_cache_request_hits=3,
+        prefix_cache_returned_tokens=12,
+        prefix_cache_evictions={"capacity": 7, "flush": 2},
         device_busy_seconds=1.5,
     )
 
@@ -158,7 +162,12 @@ def test_counts_of_the_engine_are_shown_as_they_come(tokenizer):
             "num_requests_running": 3, "num_requests_waiting": 5, "num_requests_swapped": 2,
             "kv_cache_usage_perc": 0.75, "bucket_padding_tokens_total": 70, "compile_misses_total": 1,
             "num_preemptions_total{'kind': 'recompute'}": 4, "num_preemptions_total{'kind': 'swap'}": 9,
-            "prefix_cache_queries_total": 100, "prefix_cache_hits_total": 25, "device_busy_seconds_total": 1.5,
+            "prefix_cache_queries_total": 100, "prefix_cache_hits_total": 25, "prefix_cache_returned_tokens_total": 12,
+            "prefix_cache_requests_total{'result': 'hit'}": 3, "prefix_cache_requests_total{'result': 'miss'}": 5,
+            "prefix_cache_evictions_total{'cause': 'capacity'}": 7,
+            "prefix_cache_evictions_total{'cause': 'flush'}": 2,
+            "prefix_cache_evictions_total{'cause': 'lost'}": 0, "kv_cache_pages{'state': 'cached'}": 1,
+            "device_busy_seconds_total": 1.5,
             "engine_ready": 1,
         }  # fmt: skip
         assert {name: values[name] for name in expected} == expected

@@ -23,10 +23,11 @@ HEADERS = {"x-tenant": "head", "x-priority": "-7", "x-request-timeout": "2.5"}
         (Caller(tenant="key", priority=4), {}, {}, RequestOptions("key", 4)),
         (Caller(), HEADERS, {"deadline": 101.0}, RequestOptions("head", -7, 101.0)),
         (Caller(), HEADERS, {"deadline": 200.0, "cache_salt": "s"}, RequestOptions("head", -7, 102.5, "s")),
+        (Caller(tenant="key"), {}, {"prefix_caching": False}, RequestOptions("key", prefix_caching=False)),
     ],
 )
 def test_what_counts(caller, headers, body, expected):
-    assert request_options(caller, headers, now=100.0, **body) == expected
+    assert request_options(caller, headers, RequestOptions(**body), now=100.0) == expected
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from jaxserve.engine.messages import EngineStats
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.models.tiny.tiny_tokenizer import EOS_ID, build_tokenizer
 from jaxserve.request import FinishReason
+from jaxserve.serving.access.callers import Caller
 from jaxserve.serving.grpc_port.grpc_server import GrpcServer
 from jaxserve.serving.grpc_port.tokenizer_bundle import tokenizer_zip
 from jaxserve.serving.grpc_port.vllm_load import LoadRecord
@@ -135,14 +136,14 @@ def test_loads_are_the_engines(tokenizer):
 def test_a_load_is_what_the_counts_say():
     record = LoadRecord()
     stats = EngineStats(num_running=2, num_waiting=3, num_swapped=1, pages_used=4, generation_tokens=100)
-    load = record.measured(stats, READY, now=10.0)
+    load = record.measured(stats, READY, 10.0, Caller())
     assert (load.num_running_reqs, load.num_waiting_reqs, load.num_total_reqs) == (2, 4, 6)
     assert (load.num_used_tokens, load.token_usage) == (4 * READY.info.page_size, 4 / 16)
     assert (load.utilization, load.max_running_requests, load.gen_throughput) == (2 / 8, 8, 0)
     later = EngineStats(generation_tokens=300)
-    assert record.measured(later, READY, now=10.5).gen_throughput == 0  # too soon
-    assert record.measured(later, READY, now=14.0).gen_throughput == 50
-    assert record.measured(later, READY, now=14.1).gen_throughput == 50
+    assert record.measured(later, READY, 10.5, Caller()).gen_throughput == 0  # too soon
+    assert record.measured(later, READY, 14.0, Caller()).gen_throughput == 50
+    assert record.measured(later, READY, 14.1, Caller()).gen_throughput == 50
 
 
 async def bundle_of(stub) -> zipfile.ZipFile:
@@ -209,10 +210,9 @@ def test_without_a_tokenizer_there_is_none_to_get():
 def test_what_is_not_implemented_says_why(tokenizer):
     async def body(served: Served, stub) -> None:
         for call, reason in (
-            (stub.FlushCache(common_pb2.FlushCacheRequest()), "no prefix cache"),
             (stub.StartProfile(common_pb2.StartProfileRequest()), "no profiles"),
             (stub.StopProfile(common_pb2.StopProfileRequest()), "no profiles"),
-            (answers(stub.SubscribeKvEvents(common_pb2.SubscribeKvEventsRequest())), "no events of its KV cache"),
+            (answers(stub.SubscribeKvEvents(common_pb2.SubscribeKvEventsRequest())), "set AccessConfig.kv_events"),
         ):
             code, details = await status_of(call)
             assert (code, reason in details) == (Code.UNIMPLEMENTED, True), details

@@ -147,6 +147,9 @@ class Live {
     this.tile("Running", short(last?.running), server ? `of ${short(server.max_num_seqs)}` : "");
     this.tile("Waiting", short(last?.waiting), server ? `of ${short(server.max_num_waiting)}` : "");
     this.tile("Pages used", last && pages ? short((100 * last.pages_used) / pages) : "–", "%");
+    const sum = (value) => this.samples.reduce((total, sample) => total + (sample[value] ?? 0), 0);
+    const lookedUp = sum("prefix_queries");
+    this.tile("Prefix hits", lookedUp ? short((100 * sum("prefix_hits")) / lookedUp) : "–", "%");
     latency("First token, p50", "first_token");
     latency("Token gap, p50", "gap");
     for (const plot of this.plots) plot.draw(this.samples);

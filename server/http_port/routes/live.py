@@ -10,10 +10,11 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import msgspec
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from jaxserve.serving.access.callers import Caller
 from jaxserve.serving.http_port.errors import ErrorAnswer, problem_answer
 from jaxserve.serving.http_port.live_stats import LiveStats, TooManyWatchersError
 from jaxserve.serving.problem import Code, Problem
@@ -30,9 +31,10 @@ def router(served: ServedModel, live: LiveStats | None = None) -> APIRouter:
     stats = live or LiveStats(served)
 
     @routes.get("/live", include_in_schema=False)
-    async def live_events() -> Response:
+    async def live_events(request: Request) -> Response:
         """Streams what the server is doing; holds no content of requests."""
-        return _LiveResponse(stats)
+        caller = request.scope.get("caller", Caller())
+        return _LiveResponse(stats, sees_cache=caller.is_admin)
 
     return routes
 
@@ -42,10 +44,11 @@ class _LiveResponse(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, stats: LiveStats):
+    def __init__(self, stats: LiveStats, *, sees_cache: bool):
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._stats = stats
+        self._sees_cache = sees_cache
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -81,7 +84,8 @@ class _LiveResponse(Response):
             if not told and (server := self._stats.server()) is not None:
                 told = True
                 yield _event("server", server)
-            yield _event("samples", samples)
+            shown = samples if self._sees_cache else [one.without_cache() for one in samples]
+            yield _event("samples", shown)
             if samples[-1].state == "failed":
                 return
 

@@ -160,7 +160,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., n: _Optional[int] = ..., typical_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., bad_words: _Optional[_Iterable[str]] = ..., include_stop_str_in_output: bool = ..., skip_special_tokens: bool = ..., spaces_between_special_tokens: bool = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., detokenize: bool = ..., truncate_prompt_tokens: _Optional[int] = ..., output_kind: _Optional[_Union[OutputKind, str]] = ..., structured_outputs: _Optional[_Union[StructuredOutputs, _Mapping]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "messages", "sampling_params", "tenant", "priority", "deadline", "cache_salt")
+    __slots__ = ("request_id", "text", "token_ids", "messages", "sampling_params", "tenant", "priority", "deadline", "cache_salt", "prefix_caching")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +170,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHING_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     token_ids: TokenIds
@@ -179,7 +180,8 @@ class GenerateRequest(_message.Message):
     priority: int
     deadline: float
     cache_salt: str
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., deadline: _Optional[float] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    prefix_caching: bool
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., deadline: _Optional[float] = ..., cache_salt: _Optional[str] = ..., prefix_caching: bool = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "output_tokens", "cached_tokens", "truncated_tokens")
@@ -325,7 +327,7 @@ class AdmissionStats(_message.Message):
     def __init__(self, num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., max_waiting_tokens: _Optional[int] = ..., rejections: _Optional[_Mapping[str, int]] = ..., refusal_seconds_p50: _Optional[float] = ..., refusal_seconds_p99: _Optional[float] = ..., finished_per_second: _Optional[float] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "pages_free", "pages_used", "pages_cached", "num_steps", "compile_misses", "num_preemptions", "prompt_tokens", "generation_tokens", "computed_tokens", "padding_tokens", "num_compilations", "num_swapped", "pages_swapped", "num_preemptions_recompute", "num_preemptions_swap", "kendall_tau", "num_dropped", "num_executables")
+    __slots__ = ("num_running", "num_waiting", "pages_free", "pages_used", "pages_cached", "num_steps", "compile_misses", "num_preemptions", "prompt_tokens", "generation_tokens", "computed_tokens", "padding_tokens", "num_compilations", "num_swapped", "pages_swapped", "num_preemptions_recompute", "num_preemptions_swap", "kendall_tau", "num_dropped", "num_executables", "prefix_cache_queries", "prefix_cache_hits")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     PAGES_FREE_FIELD_NUMBER: _ClassVar[int]
@@ -346,6 +348,8 @@ class EngineStats(_message.Message):
     KENDALL_TAU_FIELD_NUMBER: _ClassVar[int]
     NUM_DROPPED_FIELD_NUMBER: _ClassVar[int]
     NUM_EXECUTABLES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHE_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHE_HITS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     pages_free: int
@@ -366,7 +370,9 @@ class EngineStats(_message.Message):
     kendall_tau: float
     num_dropped: int
     num_executables: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_cached: _Optional[int] = ..., num_steps: _Optional[int] = ..., compile_misses: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., padding_tokens: _Optional[int] = ..., num_compilations: _Optional[int] = ..., num_swapped: _Optional[int] = ..., pages_swapped: _Optional[int] = ..., num_preemptions_recompute: _Optional[int] = ..., num_preemptions_swap: _Optional[int] = ..., kendall_tau: _Optional[float] = ..., num_dropped: _Optional[int] = ..., num_executables: _Optional[int] = ...) -> None: ...
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_cached: _Optional[int] = ..., num_steps: _Optional[int] = ..., compile_misses: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., padding_tokens: _Optional[int] = ..., num_compilations: _Optional[int] = ..., num_swapped: _Optional[int] = ..., pages_swapped: _Optional[int] = ..., num_preemptions_recompute: _Optional[int] = ..., num_preemptions_swap: _Optional[int] = ..., kendall_tau: _Optional[float] = ..., num_dropped: _Optional[int] = ..., num_executables: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text",)
@@ -419,7 +425,7 @@ class EmbedInputs(_message.Message):
     def __init__(self, inputs: _Optional[_Iterable[_Union[EmbedInput, _Mapping]]] = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
-    __slots__ = ("request_id", "inputs", "pooling_params", "tenant", "priority", "deadline", "cache_salt")
+    __slots__ = ("request_id", "inputs", "pooling_params", "tenant", "priority", "deadline", "cache_salt", "prefix_caching")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     POOLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -427,6 +433,7 @@ class EmbedRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHING_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     inputs: EmbedInputs
     pooling_params: PoolingParams
@@ -434,7 +441,8 @@ class EmbedRequest(_message.Message):
     priority: int
     deadline: float
     cache_salt: str
-    def __init__(self, request_id: _Optional[str] = ..., inputs: _Optional[_Union[EmbedInputs, _Mapping]] = ..., pooling_params: _Optional[_Union[PoolingParams, _Mapping]] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., deadline: _Optional[float] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    prefix_caching: bool
+    def __init__(self, request_id: _Optional[str] = ..., inputs: _Optional[_Union[EmbedInputs, _Mapping]] = ..., pooling_params: _Optional[_Union[PoolingParams, _Mapping]] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., deadline: _Optional[float] = ..., cache_salt: _Optional[str] = ..., prefix_caching: bool = ...) -> None: ...
 
 class Embedding(_message.Message):
     __slots__ = ("values",)
@@ -453,7 +461,7 @@ class EmbedResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., embeddings: _Optional[_Iterable[_Union[Embedding, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("request_id", "queries", "documents", "pooling_params", "tenant", "priority", "deadline", "cache_salt")
+    __slots__ = ("request_id", "queries", "documents", "pooling_params", "tenant", "priority", "deadline", "cache_salt", "prefix_caching")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     QUERIES_FIELD_NUMBER: _ClassVar[int]
     DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
@@ -462,6 +470,7 @@ class ScoreRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHING_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     queries: EmbedInputs
     documents: EmbedInputs
@@ -470,7 +479,8 @@ class ScoreRequest(_message.Message):
     priority: int
     deadline: float
     cache_salt: str
-    def __init__(self, request_id: _Optional[str] = ..., queries: _Optional[_Union[EmbedInputs, _Mapping]] = ..., documents: _Optional[_Union[EmbedInputs, _Mapping]] = ..., pooling_params: _Optional[_Union[PoolingParams, _Mapping]] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., deadline: _Optional[float] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    prefix_caching: bool
+    def __init__(self, request_id: _Optional[str] = ..., queries: _Optional[_Union[EmbedInputs, _Mapping]] = ..., documents: _Optional[_Union[EmbedInputs, _Mapping]] = ..., pooling_params: _Optional[_Union[PoolingParams, _Mapping]] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., deadline: _Optional[float] = ..., cache_salt: _Optional[str] = ..., prefix_caching: bool = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
     __slots__ = ("request_id", "scores", "usage")
@@ -481,3 +491,45 @@ class ScoreResponse(_message.Message):
     scores: _containers.RepeatedScalarFieldContainer[float]
     usage: Usage
     def __init__(self, request_id: _Optional[str] = ..., scores: _Optional[_Iterable[float]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+
+class WarmPrefixRequest(_message.Message):
+    __slots__ = ("request_id", "text", "token_ids", "messages", "tenant", "priority", "deadline", "cache_salt")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    text: str
+    token_ids: TokenIds
+    messages: ChatMessages
+    tenant: str
+    priority: int
+    deadline: float
+    cache_salt: str
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., deadline: _Optional[float] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+
+class WarmPrefixResponse(_message.Message):
+    __slots__ = ("request_id", "prompt_tokens", "cached_tokens", "computed_tokens")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int
+    computed_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ...) -> None: ...
+
+class FlushCacheRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class FlushCacheResponse(_message.Message):
+    __slots__ = ("num_pages_freed",)
+    NUM_PAGES_FREED_FIELD_NUMBER: _ClassVar[int]
+    num_pages_freed: int
+    def __init__(self, num_pages_freed: _Optional[int] = ...) -> None: ...

@@ -75,6 +75,16 @@ class JaxServeStub(object):
                 request_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.WarmPrefix = channel.unary_unary(
+                '/jaxserve.v1.JaxServe/WarmPrefix',
+                request_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.WarmPrefixRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.WarmPrefixResponse.FromString,
+                _registered_method=True)
+        self.FlushCache = channel.unary_unary(
+                '/jaxserve.v1.JaxServe/FlushCache',
+                request_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.FlushCacheRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.FlushCacheResponse.FromString,
+                _registered_method=True)
 
 
 class JaxServeServicer(object):
@@ -140,6 +150,21 @@ class JaxServeServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WarmPrefix(self, request, context):
+        """Computes a prompt's pages and keeps them in the prefix cache, so that requests that begin with it find them. Nothing
+        is generated. FAILED_PRECONDITION where the server shares no pages. Cancelling the call aborts it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FlushCache(self, request, context):
+        """Forgets what the prefix cache holds; running requests go on. PERMISSION_DENIED for all but administrators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_JaxServeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -182,6 +207,16 @@ def add_JaxServeServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.ScoreRequest.FromString,
                     response_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.ScoreResponse.SerializeToString,
+            ),
+            'WarmPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.WarmPrefix,
+                    request_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.WarmPrefixRequest.FromString,
+                    response_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.WarmPrefixResponse.SerializeToString,
+            ),
+            'FlushCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.FlushCache,
+                    request_deserializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.FlushCacheRequest.FromString,
+                    response_serializer=jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.FlushCacheResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -401,6 +436,60 @@ class JaxServe(object):
             '/jaxserve.v1.JaxServe/Score',
             jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.ScoreRequest.SerializeToString,
             jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WarmPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.JaxServe/WarmPrefix',
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.WarmPrefixRequest.SerializeToString,
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.WarmPrefixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FlushCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.JaxServe/FlushCache',
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.FlushCacheRequest.SerializeToString,
+            jaxserve_dot_serving_dot_protos_dot_jaxserve_dot_v1_dot_jaxserve__pb2.FlushCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,47 @@
+"""Carries out what the front end asks of the engine's prefix cache, and reports what it does."""
+
+from __future__ import annotations
+
+from jaxserve.engine.messages import CacheEvents, FlushPrefixCache, FollowCacheEvents, FromEngine, PrefixCacheFlushed
+from jaxserve.kv_cache.event_log import CacheEventLog
+from jaxserve.kv_cache.page_pool import PagePool
+from jaxserve.scheduler.prefix_cache import PrefixCache
+
+
+class CacheControl:
+    """Flushes one prefix cache, and follows its events while somebody listens. pool: whose pages it finds."""
+
+    def __init__(self, prefix_cache: PrefixCache, pool: PagePool):
+        self._prefix_cache = prefix_cache
+        self._pool = pool
+        self._number = 0
+        self._event_log: CacheEventLog | None = None
+
+    def handle(self, message: FlushPrefixCache | FollowCacheEvents) -> list[FromEngine]:
+        """Does what a message asks for; returns the answer."""
+        if isinstance(message, FlushPrefixCache):
+            num_pages = self._prefix_cache.forget("flush")
+            return [*self.events(), PrefixCacheFlushed(message.number, num_pages)]
+        self._number = message.number
+        self._event_log = CacheEventLog() if message.number else None
+        self._prefix_cache.follow(self._event_log)
+        return []
+
+    def events(self) -> list[FromEngine]:
+        """Returns the message of the events since the last call, where there are some."""
+        if self._event_log is None:
+            return []
+        events = self._event_log.take()
+        return [CacheEvents(self._number, events)] if events else []
+
+    def stats(self) -> dict[str, int | dict[str, int]]:
+        """Returns the fields of EngineStats that are about the prefix cache."""
+        counts = self._prefix_cache.counts
+        return {
+            "prefix_cache_queries": counts.query_tokens,
+            "prefix_cache_hits": counts.hit_tokens,
+            "prefix_cache_requests": counts.queries,
+            "prefix_cache_request_hits": counts.hits,
+            "prefix_cache_returned_tokens": counts.returned_tokens,
+            "prefix_cache_evictions": dict(self._pool.evictions),
+        }
