@@ -23,23 +23,24 @@ Code = grpc.StatusCode
 PAGE = READY.info.page_size
 
 
+CALLERS = {
+    "a": Caller("a", tenant="a", follows_cache=True),
+    "b": Caller("b", tenant="b", follows_cache=True),
+    "gateway": Caller("gateway", follows_cache=True),
+    "plain": Caller("plain", tenant="a"),
+    "admin": Caller("admin", tenant="admin", is_admin=True),
+    "all": Caller("all", tenant="", is_admin=True, follows_cache=True),
+}
+
+
 class Keys:
     """Callers by the name that stands for their key."""
 
-    callers = {
-        "a": Caller("a", tenant="a", follows_cache=True),
-        "b": Caller("b", tenant="b", follows_cache=True),
-        "gateway": Caller("gateway", follows_cache=True),
-        "plain": Caller("plain", tenant="a"),
-        "admin": Caller("admin", tenant="admin", is_admin=True),
-        "all": Caller("all", tenant="", is_admin=True, follows_cache=True),
-    }
-
     def identify(self, credential):
         name = (credential or "").removeprefix("Bearer ")
-        if name not in self.callers:
+        if name not in CALLERS:
             raise UnauthenticatedError("the key is missing or wrong")
-        return self.callers[name]
+        return CALLERS[name]
 
 
 def key(name: str, **metadata: str) -> tuple[tuple[str, str], ...]:
@@ -53,7 +54,7 @@ def stored(tenant: str, *hashes: int, parent: int | None = None, salted: bool = 
 
 
 def follows(test, tokenizer, **options) -> None:
-    """Runs a test of a server that publishes events, with a key for each of `Keys`."""
+    """Runs a test of a server that publishes events, with a key for each of CALLERS."""
 
     async def body(served: Served, stub) -> None:
         served.model.kv_events = True
@@ -80,6 +81,26 @@ def hashes(batch: pb.KvEventBatch) -> list[list[int]]:
         [block.block_hash for block in event.stored.blocks] or list(event.removed.block_hashes)
         for event in batch.events
     ]
+
+
+async def until_cleared(call) -> list[pb.KvEventBatch]:
+    """The next batches, up to the one that ends with a cleared cache."""
+    batches = [await news(call)]
+    while batches[-1].events[-1].WhichOneof("data") != "cleared":
+        batches.append(await news(call))
+    return batches
+
+
+def salts_of(batches) -> list[str]:
+    return [event.stored.cache_salt for batch in batches for event in batch.events if event.HasField("stored")]
+
+
+async def end_of(call) -> tuple[grpc.StatusCode, str]:
+    """The status of a call of which something was read."""
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    return await call.code(), await call.details()
 
 
 def test_events_are_off_unless_the_server_says_otherwise(tokenizer):
@@ -153,19 +174,17 @@ def test_one_tenant_is_told_nothing_of_another(tokenizer):
         served.engine.tell(stored("a", 1), stored("b", 2), stored("a", 3, salted=True))
         served.engine.tell(CacheEvent(CacheEventKind.REMOVED, "a", (1,)))
         served.engine.tell(stored("b", 4, parent=2))
-        found = {name: [await news(call)] for name, call in calls.items()}
-        for name, last in (("a", [1]), ("b", [4]), ("all", [4]), ("gateway", [4])):
-            while hashes(found[name][-1])[-1] != last or (name == "a" and found[name][-1].events[-1].HasField("stored")):
-                found[name].append(await news(calls[name]))
-        told = {name: [one for batch in batches for one in hashes(batch)] for name, batches in found.items()}
+        served.engine.tell(CacheEvent(CacheEventKind.CLEARED))  # which all are told of
+        found = {name: await until_cleared(call) for name, call in calls.items()}
+        told = {name: [one for batch in batches for one in hashes(batch)][:-1] for name, batches in found.items()}
         assert told == {"a": [[1], [3], [1]], "b": [[2], [4]], "gateway": [[2], [4]], "all": [[1], [2], [3], [1], [4]]}
         numbers = [batch.sequence_number for batch in found["b"]]
         assert numbers == list(range(2, 2 + len(numbers))), "a gap would tell of others"
-        salts = [event.stored.cache_salt for batch in found["a"] for event in batch.events if event.HasField("stored")]
-        assert salts[0] == ""
-        assert len(salts[1]) == 16  # a hash in place of the salt
-        salts = [event.stored.cache_salt for batch in found["all"] for event in batch.events if event.HasField("stored")]
-        assert all(salts), "to an administrator, pages of a tenant are none that anybody finds by tokens alone"
+        salts = {name: salts_of(batches) for name, batches in found.items()}
+        assert salts["a"][0] == ""
+        assert len(salts["a"][1]) == 16  # a hash in place of the salt
+        assert salts["b"] == salts["gateway"] == ["", ""]
+        assert all(salts["all"]), "to an administrator, pages of a tenant are none that anybody finds by tokens alone"
 
     follows(body, tokenizer)
 
@@ -178,7 +197,7 @@ def test_a_reader_that_is_too_far_behind_is_told_to_begin_anew(tokenizer, monkey
         await call.read()
         await served.until(served.engine.wait_for_followers, 1)
         served.engine.tell(stored("a", 1, 2, 3, 4))
-        code, details = await status_of(answers(call))
+        code, details = await end_of(call)
         assert (code, "begins with all pages that are known" in details) == (Code.RESOURCE_EXHAUSTED, True)
 
     follows(body, tokenizer)
@@ -203,8 +222,7 @@ def test_streams_end_with_the_engine(tokenizer):
         call = subscribe(stub, "all")
         await call.read()
         served.engine.die("out of memory")
-        code, details = await status_of(answers(call))
-        assert (code, details) == (Code.UNAVAILABLE, "the engine has ended: out of memory")
+        assert await end_of(call) == (Code.UNAVAILABLE, "the engine has ended: out of memory")
 
     follows(body, tokenizer)
 
@@ -219,9 +237,10 @@ def test_a_flush_is_an_administrators_call(tokenizer):
         call = stub.FlushCache(pb.FlushCacheRequest(timeout_s=-1), metadata=key("admin"))
         assert (await status_of(call))[0] is Code.INVALID_ARGUMENT
         served.engine.die("out of memory")
-        with contextlib.suppress(AssertionError):
-            call = stub.FlushCache(pb.FlushCacheRequest(), metadata=key("admin"))
-            assert (await status_of(call))[0] is Code.UNAVAILABLE
+        call = stub.SubscribeKvEvents(pb.SubscribeKvEventsRequest(), metadata=key("all"))
+        assert (await end_of(call))[0] is Code.UNAVAILABLE
+        call = stub.FlushCache(pb.FlushCacheRequest(), metadata=key("admin"))
+        assert (await status_of(call))[0] is Code.UNAVAILABLE
 
     follows(body, tokenizer)
 
