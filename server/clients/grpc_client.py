@@ -70,7 +70,7 @@ def generate_request(
 
     Raises ValueError for a value that the wire cannot carry.
     """
-    return pb.GenerateRequest(
+    request = pb.GenerateRequest(
         request_id=request_id,
         **_prompt(prompt),
         sampling_params=None if params is None else convert.params_to_proto(params),
@@ -78,8 +78,10 @@ def generate_request(
         priority=priority,
         deadline=deadline,
         cache_salt=cache_salt,
-        **({} if prefix_caching else {"prefix_caching": False}),
     )
+    if not prefix_caching:
+        request.prefix_caching = False
+    return request
 
 
 def _prompt(prompt: Prompt) -> dict[str, Any]:
