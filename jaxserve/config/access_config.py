@@ -89,6 +89,11 @@ def exposure_warnings(config: AccessConfig, host: str) -> list[str]:
             f"host is {host} and api_keys is not set: everybody who reaches the ports may use, stop and inspect "
             "everything; set AccessConfig.api_keys (python -m jaxserve.keys makes one), or host 127.0.0.1"
         )
+    if config.kv_events and config.api_keys is None and config.tls.client_ca is None:
+        found.append(
+            f"host is {host}, kv_events is True and api_keys is not set: everybody who reaches the gRPC port may read the "
+            "token ids of all prompts and answers; set AccessConfig.api_keys, or kv_events False"
+        )
     if not config.tls.enabled:
         what = "prompts and answers" if config.api_keys is None else "keys, prompts and answers"
         found.append(

@@ -8,6 +8,7 @@ import grpc
 import pytest
 from smg_grpc_proto.generated import common_pb2 as pb
 
+from jaxserve.config.access_config import AccessConfig, exposure_warnings
 from jaxserve.frontend import cache_followers
 from jaxserve.kv_cache.event_log import CacheEvent, CacheEventKind
 from jaxserve.serving.access.callers import Caller
@@ -265,3 +266,12 @@ def test_an_event_of_many_pages_becomes_several_that_follow_one_another():
     assert [event.stored.parent_block_hash for event in batch.events] == [0, 256, 512]
     assert not batch.events[0].stored.HasField("parent_block_hash")
     assert batch.events[1].stored.blocks[0].token_ids == [257] * PAGE
+
+
+def test_a_server_that_tells_everybody_of_its_pages_warns():
+    named = [line for line in exposure_warnings(AccessConfig(kv_events=True), "0.0.0.0") if "kv_events is True" in line]
+    assert len(named) == 1
+    assert not any("kv_events" in line for line in exposure_warnings(AccessConfig(), "0.0.0.0"))
+    assert exposure_warnings(AccessConfig(kv_events=True), "127.0.0.1") == []
+    with pytest.raises(ValueError, match="kv_events is 'yes'; it must be True or False"):
+        AccessConfig(kv_events="yes")  # pyright: ignore[reportArgumentType]
