@@ -91,8 +91,8 @@ def exposure_warnings(config: AccessConfig, host: str) -> list[str]:
         )
     if config.kv_events and config.api_keys is None and config.tls.client_ca is None:
         found.append(
-            f"host is {host}, kv_events is True and api_keys is not set: everybody who reaches the gRPC port may read the "
-            "token ids of all prompts and answers; set AccessConfig.api_keys, or kv_events False"
+            f"host is {host}, kv_events is True and api_keys is not set: everybody who reaches the gRPC port may read "
+            "the token ids of all prompts and answers; set AccessConfig.api_keys, or kv_events False"
         )
     if not config.tls.enabled:
         what = "prompts and answers" if config.api_keys is None else "keys, prompts and answers"
