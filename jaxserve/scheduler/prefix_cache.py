@@ -122,7 +122,7 @@ class PrefixCache:
             return
         for _ in self._chain(sequence, end):
             pass
-        self._pool.commit(sequence.pages[begin:end], sequence.page_keys[begin:end])
+        self._pool.commit(sequence.pages[begin:end], sequence.page_keys[begin:end], begin)
         sequence.num_committed = end
 
     def _chain(self, sequence: Sequence, count: int) -> Iterator[bytes]:
