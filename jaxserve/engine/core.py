@@ -54,12 +54,14 @@ from jaxserve.engine.messages import (
 from jaxserve.engine.step_executor import DeviceFaultError, DispatchedStep, EngineBrokenError, StepExecutor
 from jaxserve.engine.step_time import StepTimePrediction
 from jaxserve.kv_cache.content_keys import ContentKeys, read_secret
+from jaxserve.kv_cache.eviction import make_eviction
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits, Pooling
 from jaxserve.runner.protocol import Runner
 from jaxserve.scheduler import PageAllocationError, Scheduler, SequenceUpdate, StepPlan, StepUpdate, Wants
 from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.prefix_costs import page_seconds
 from jaxserve.telemetry.engine_events import EngineEvents, IterationTimes
 from jaxserve.telemetry.engine_meter import EngineMeter
 from jaxserve.telemetry.recorder import Recorder
@@ -119,14 +121,23 @@ class EngineCore:
         for line in ineffective_settings(config, info.max_model_len):
             _log.warning("%s", line)
         buckets = Buckets.from_config(config, info.platform, info.tokens_per_step)
+        step_seconds = None if runner.step_costs is None else runner.step_costs.seconds
         self.scheduler = Scheduler(
             config.scheduler,
-            PagePool(info.num_pages, info.page_size, info.num_host_pages),
+            PagePool(
+                info.num_pages,
+                info.page_size,
+                info.num_host_pages,
+                make_eviction(
+                    config.cache.eviction_policy,
+                    None if step_seconds is None else page_seconds(step_seconds, info.page_size, buckets),
+                ),
+            ),
             buckets,
             costs=info.preemption_costs,
             max_model_len=info.max_model_len,
             tokens_per_step=info.tokens_per_step,
-            step_seconds=None if runner.step_costs is None else runner.step_costs.seconds,
+            step_seconds=step_seconds,
             allocation_hit=Failpoints(config.failpoints).at("allocate"),
             content_keys=content_keys(config),
         )

@@ -19,8 +19,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-EVICTION_POLICIES = ("lru", "lfu", "cost")
-
 
 class Eviction(Protocol):
     """Orders the cached pages of a pool."""
@@ -138,7 +136,7 @@ def make_eviction(policy: str, page_seconds: Callable[[int], float] | None = Non
     """Creates an order of cached pages.
 
     Args:
-        policy: of EVICTION_POLICIES.
+        policy: of `jaxserve.config.settings.EVICTION_POLICIES`.
         page_seconds: for "cost": seconds that the page behind so many others takes to compute; None counts each the
             same.
 
@@ -152,4 +150,4 @@ def make_eviction(policy: str, page_seconds: Callable[[int], float] | None = Non
     if policy == "cost":
         seconds = page_seconds or (lambda depth: 1.0)
         return LeastWorth(lambda depth, uses: uses * seconds(depth), ages=True)
-    raise ValueError(f"eviction_policy is {policy!r}; it must be one of {', '.join(EVICTION_POLICIES)}")
+    raise ValueError(f"eviction_policy is {policy!r}; it must be lru, lfu or cost")
