@@ -46,7 +46,6 @@ _NOT_OF_SEARCH = (
     "min_tokens",
     "stop",
     "bad_words",
-    "prompt_logprobs",
     "structured_outputs",
 )
 """Parameters that change which tokens can be drawn, or when an output ends: a search knows the model's own tokens and

@@ -75,7 +75,8 @@ class SearchRules:
 
     width: beams of a step, and outputs. max_tokens: of an output. stop_token_ids: tokens that end an output.
     prompt_tokens: length of the prompt, in tokens. length_penalty, early_stopping: as in `SamplingParams`.
-    keeps_logprobs: outputs have the log-probabilities of their positions.
+    logprobs: outputs have the log-probabilities of so many of the likeliest tokens at each position, and of their own;
+    None: of none.
     """
 
     width: int
@@ -84,7 +85,7 @@ class SearchRules:
     prompt_tokens: int
     length_penalty: float = 1.0
     early_stopping: EarlyStopping | None = None
-    keeps_logprobs: bool = False
+    logprobs: int | None = None
 
     @property
     def candidates(self) -> int:
@@ -118,10 +119,8 @@ class Beam:
     positions: tuple[np.ndarray, ...] = ()
 
     def logprobs(self, width: int) -> LogprobColumns:
-        """Returns the log-probabilities of the tokens and of the `width` likeliest ids at each position."""
-        if not self.positions:
-            return LogprobColumns.unknown(0, width)
-        return LogprobColumns(np.stack(self.positions)).narrowed(width)
+        """Returns the log-probabilities that are kept. width: the likeliest ids at each position."""
+        return LogprobColumns(np.stack(self.positions)) if self.positions else LogprobColumns.unknown(0, width)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -135,9 +134,9 @@ class _Candidate:
     cum_logprob: float
     stopped: bool
 
-    def beam(self, keeps_logprobs: bool) -> Beam:
-        """Returns the beam with the token."""
-        position = (_position(self.columns, self.place),) if keeps_logprobs else ()
+    def beam(self, logprobs: int | None) -> Beam:
+        """Returns the beam with the token. logprobs: as in `SearchRules`."""
+        position = () if logprobs is None else (_position(self.columns, self.place, logprobs),)
         token_ids = (*self.parent.token_ids, self.token_id)
         return Beam(token_ids, self.cum_logprob, self.stopped, self.parent.positions + position)
 
@@ -189,17 +188,18 @@ class BeamSearch:
             self._keep([one for one in found if one.stopped] + (going_on if at_end else []))
         else:
             self._keep([one for one in found[: rules.width] if one.stopped or at_end])
-        self._beams = [] if at_end else [one.beam(rules.keeps_logprobs) for one in going_on]
+        self._beams = [] if at_end else [one.beam(rules.logprobs) for one in going_on]
         self._done = not self._beams or (len(self._kept) == rules.width and not self._can_improve())
 
     def best(self) -> list[Beam]:
-        """Returns the outputs, the best first, at most as many as the width.
-
-        Before the search is done, beams stand behind the outputs where these are too few.
+        """Returns the outputs, the best first, at most as many as the width; before the search is done, beams are among
+        them.
         """
-        rest = [] if self._done or not self._length else self._beams
-        behind = sorted(rest, key=lambda one: self._score(one, one.stopped), reverse=True)
-        return [*(one for _, one in self._kept), *behind][: self._rules.width]
+        beams = (
+            [] if self._done or not self._length else [(self._score(one, stopped=False), one) for one in self._beams]
+        )
+        scored = sorted([*self._kept, *beams], key=lambda pair: pair[0], reverse=True)
+        return [one for _, one in scored[: self._rules.width]]
 
     def _candidates(self, beam: Beam, columns: LogprobColumns) -> list[_Candidate]:
         """Returns the beam's likeliest next tokens, the likeliest first."""
@@ -221,9 +221,9 @@ class BeamSearch:
             key=lambda pair: pair[0],
             reverse=True,
         )
-        keeps = self._rules.keeps_logprobs
         self._kept = [
-            (score, one if isinstance(one, Beam) else one.beam(keeps)) for score, one in scored[: self._rules.width]
+            (score, one if isinstance(one, Beam) else one.beam(self._rules.logprobs))
+            for score, one in scored[: self._rules.width]
         ]
 
     def _can_improve(self) -> bool:
@@ -241,10 +241,10 @@ class BeamSearch:
         return rules.score(self._beams[0].cum_logprob, length, stopped=False) > self._kept[-1][0]
 
 
-def _position(columns: LogprobColumns, place: int) -> np.ndarray:
-    """Returns a position's row as if the likeliest token number `place` had been drawn there."""
-    row = columns.packed[0].copy()
-    own, value = LogprobColumns(row[None]), columns.top_values[0, place]
+def _position(columns: LogprobColumns, place: int, width: int) -> np.ndarray:
+    """Returns a position's row, with `width` of the likeliest ids, as if number `place` of them had been drawn."""
+    value = columns.top_values[0, place]
+    own = LogprobColumns(columns.packed[:1].copy())
     own.values[0] = value
     own.ranks[0] = np.count_nonzero(columns.top_values[0] >= value)
-    return row
+    return own.narrowed(width).packed[0]

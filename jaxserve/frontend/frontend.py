@@ -28,6 +28,7 @@ from jaxserve.engine.messages import (
     TokenBatch,
 )
 from jaxserve.frontend.admission import Admission
+from jaxserve.frontend.beams import stop_tokens
 from jaxserve.frontend.delta import (
     Cause,
     DeadlineError,
@@ -36,7 +37,6 @@ from jaxserve.frontend.delta import (
     EngineDeadError,
     QueueFullError,
 )
-from jaxserve.frontend.beams import stop_tokens
 from jaxserve.frontend.logprob_queue import LogprobQueue
 from jaxserve.frontend.open_requests import OpenRequest, OpenRequests, OpenSample
 from jaxserve.frontend.open_search import OpenSearch
@@ -421,6 +421,8 @@ class FrontEnd:
             error = message.error or f"the engine ended a beam with {reason.value}"
             return self._end_early(opened, reason, error, _cause_of(reason, error))
         self._started(opened)
+        if message.prompt_logprobs is not None and (queue := opened.samples[0].logprobs) is not None:
+            queue.add(None, message.prompt_logprobs.columns())
         if not search.answer(message.request_id, message.logprobs.columns()):
             return []
         opened.life.tokens(1, message.time)  # a step is a token of the best beam

@@ -33,7 +33,7 @@ class OpenSearch:
                 prompt_tokens=len(request.prompt_token_ids),
                 length_penalty=params.length_penalty,
                 early_stopping=params.early_stopping,
-                keeps_logprobs=request.logprobs is not None,
+                logprobs=request.logprobs,
             )
         )
         # The token that the engine draws is of no use. Only processed log-probabilities depend on the temperature.
@@ -68,6 +68,8 @@ class OpenSearch:
         """
         assert not self._in_flight, "a step is under way"
         request, prefix = self._request, f"{self._request.request_id}/{self._search.length}"
+        if self._search.length:
+            request = dataclasses.replace(request, prompt_logprobs=None)  # the first step has those of the prompt
         if arrival_time is not None:
             request = dataclasses.replace(request, arrival_time=arrival_time)
         found = []
@@ -82,7 +84,8 @@ class OpenSearch:
         """Takes the engine's answer to a request: one row, the likeliest tokens that may follow its prompt. Returns
         whether the step is complete; the search has then advanced.
         """
-        self._answers[self._in_flight.pop(name)] = continuations
+        assert self._request.logprobs is not None
+        self._answers[self._in_flight.pop(name)] = continuations.narrowed(self._request.logprobs)
         if self._in_flight:
             return False
         answers, self._answers = self._answers, {}
