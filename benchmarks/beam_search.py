@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.work import FIRST_ORDINARY_ID, SHAPES
-from jaxserve.beam_search import BeamSearchParams
+from jaxserve.beam_search_api import BeamSearchParams
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.llm import LLM

@@ -12,7 +12,7 @@ from jaxserve.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from jaxserve.async_llm import AsyncLLM
-    from jaxserve.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
+    from jaxserve.beam_search_api import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from jaxserve.llm import LLM
     from jaxserve.pooling_params import PoolingParams
 
@@ -33,9 +33,9 @@ __version__ = "0.1.0"
 _MODULES = {
     "LLM": "jaxserve.llm",
     "AsyncLLM": "jaxserve.async_llm",
-    "BeamSearchOutput": "jaxserve.beam_search",
-    "BeamSearchParams": "jaxserve.beam_search",
-    "BeamSearchSequence": "jaxserve.beam_search",
+    "BeamSearchOutput": "jaxserve.beam_search_api",
+    "BeamSearchParams": "jaxserve.beam_search_api",
+    "BeamSearchSequence": "jaxserve.beam_search_api",
     "PoolingParams": "jaxserve.pooling_params",
 }
 

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Any
 
-from jaxserve.beam_search import BeamSearchOutput, BeamSearchParams, search_output, search_params
+from jaxserve.beam_search_api import BeamSearchOutput, BeamSearchParams, search_output, search_params
 from jaxserve.config.plain_params import params_of
 from jaxserve.config.sampling_fields import MAX_INT32
 from jaxserve.config.settings import EngineConfig

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from jaxserve.beam_search import BeamSearchOutput, BeamSearchParams, search_output, search_params
+from jaxserve.beam_search_api import BeamSearchOutput, BeamSearchParams, search_output, search_params
 from jaxserve.config.plain_params import params_of
 from jaxserve.config.settings import EngineConfig
 from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
