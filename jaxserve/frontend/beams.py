@@ -152,10 +152,6 @@ class BeamSearch:
         self._done = False
 
     @property
-    def rules(self) -> SearchRules:
-        return self._rules
-
-    @property
     def beams(self) -> Sequence[Beam]:
         """The beams to be continued."""
         return self._beams

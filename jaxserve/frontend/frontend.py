@@ -411,7 +411,7 @@ class FrontEnd:
         search, reason = opened.search, message.finish_reason
         assert search is not None
         self._requests.remove_beam(message.request_id, released=True)
-        if not search.search.length:
+        if not search.length:
             opened.cached_tokens = message.num_cached_tokens
         if message.queue_seconds is not None and message.prefill_seconds is not None:
             opened.life.phases(message.queue_seconds, message.prefill_seconds)
@@ -426,7 +426,7 @@ class FrontEnd:
         if not search.answer(message.request_id, message.logprobs.columns()):
             return []
         opened.life.tokens(1, message.time)  # a step is a token of the best beam
-        if not search.search.done:
+        if not search.done:
             arrival_time = self._clock() if self.ready.due_after_arrival else None
             beams = search.step(self._requests.engine_id, arrival_time)
             self._requests.add_beams(opened, [beam.request_id for beam in beams])
@@ -434,7 +434,7 @@ class FrontEnd:
                 self._send_if_alive(AddRequest(beam))
             return []
         deltas = []
-        for sample, beam in zip(list(opened.samples.values()), search.search.best(), strict=True):
+        for sample, beam in zip(list(opened.samples.values()), search.best(), strict=True):
             if sample.logprobs is not None:
                 sample.logprobs.add(beam.logprobs(sample.logprobs.width), None)
             reason = FinishReason.STOP if beam.stopped else FinishReason.LENGTH
@@ -560,7 +560,7 @@ class FrontEnd:
             if not self._failure:
                 self._send_if_alive(AbortRequest(engine_id))
         texts = {}
-        for sample, beam in zip(opened.samples.values(), search.search.best(), strict=False):
+        for sample, beam in zip(opened.samples.values(), search.best(), strict=False):
             if sample.logprobs is not None:
                 sample.logprobs.add(beam.logprobs(sample.logprobs.width), None)
             try:

@@ -54,7 +54,7 @@ class OpenRequest:
     def tokens_so_far(self) -> int:
         """Returns the output tokens of all samples; of a beam search those of one beam."""
         if self.search is not None:
-            return self.search.search.length
+            return self.search.length
         return self.output_tokens + sum(sample.output.num_tokens for sample in self.samples.values())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from jaxserve.frontend.beams import BeamSearch, SearchRules, num_candidates, stop_tokens
+from jaxserve.frontend.beams import Beam, BeamSearch, SearchRules, num_candidates, stop_tokens
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import EngineRequest, ModelLimits, SamplingParams
 
@@ -50,8 +50,18 @@ class OpenSearch:
         self._answers: dict[int, LogprobColumns] = {}
 
     @property
-    def search(self) -> BeamSearch:
-        return self._search
+    def length(self) -> int:
+        """Tokens of each beam."""
+        return self._search.length
+
+    @property
+    def done(self) -> bool:
+        """Whether no further step is needed."""
+        return self._search.done
+
+    def best(self) -> list[Beam]:
+        """Returns the outputs, or before the end what there is of them, the best first."""
+        return self._search.best()
 
     @property
     def in_flight(self) -> list[str]:
