@@ -18,6 +18,9 @@ import jaxserve
 from jaxserve import LLM, AsyncLLM, BeamSearchParams, SamplingParams
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.frontend.tokenizer import Tokenizer
+from jaxserve.telemetry.recorder import StepRecorded
+from tests.batch_helpers import line
+from tests.batch_helpers import run as run_batch
 from tests.server.fakes import WAIT_SECONDS, EchoEngine, save_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -86,12 +89,12 @@ def test_recorded_outputs_are_what_transformers_finds_now(tmp_path, recorded):
     if importlib.util.find_spec("torch") is None:
         pytest.skip("torch is not installed here; its recorded outputs are compared instead")
     fresh_file = tmp_path / "fresh.json"
-    command = [sys.executable, "-m", "tests.models.make_beam_references", str(fresh_file), "3"]
+    command = [sys.executable, "-m", "tests.models.make_beam_references", str(fresh_file), "5"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     fresh = json.loads(fresh_file.read_text("utf-8"))
     assert fresh["settings"] == recorded["settings"]
-    for now, before in zip(fresh["prompts"], recorded["prompts"][::3], strict=True):
+    for now, before in zip(fresh["prompts"], recorded["prompts"][::5], strict=True):
         for new, old in zip(now["searches"], before["searches"], strict=True):
             assert new["sequences"] == old["sequences"], now["text"]
             assert new["scores"] == pytest.approx(old["scores"], abs=2e-5)
@@ -146,6 +149,20 @@ def test_a_search_of_any_width_leaves_others_alone(llm):
     core.check_integrity()
     assert core.scheduler.pool.num_used == 0
     assert core.scheduler.predictor.num_observed, "drawn ones are observed"
+
+
+def test_a_step_computes_only_the_last_tokens_of_a_beam(llm):
+    """The prompt once, and then of each beam what its page that is not full holds."""
+    core = llm._client.core
+    computed: list[int] = []
+    unsubscribe = core.recorder.subscribe(
+        lambda event: computed.append(event.prefill_tokens) if isinstance(event, StepRecorded) else None
+    )
+    prompt = {"prompt_token_ids": list(range(3, 203))}
+    llm.beam_search(prompt, BeamSearchParams(4, 20, ignore_eos=True))
+    unsubscribe()
+    page = CONFIG.cache.page_size
+    assert 200 + 19 * 4 <= sum(computed) <= 200 + 19 * 4 * page
 
 
 def test_a_deadline_ends_a_search_with_what_there_is(llm):
@@ -205,3 +222,15 @@ def test_in_an_event_loop(tmp_path):
             engine.resume()
 
     asyncio.run(asyncio.wait_for(body(), WAIT_SECONDS))
+
+
+def test_lines_of_a_batch_may_ask_for_a_search(tmp_path):
+    """The echo engine's likeliest tokens are ids 0, 1 and 2, of which the last one ends an output."""
+    asked = {"prompt": "abcd", "use_beam_search": True, "n": 2, "max_tokens": 2}
+    lines = [line("a", **asked), line("b", **asked, length_penalty=5.0), line("c", **asked, top_p=0.5)]
+    _, found = run_batch(tmp_path, lines, Tokenizer(save_tokenizer(tmp_path)), EchoEngine())
+    reasons = {
+        name: [choice["finish_reason"] for choice in found[name]["response"]["body"]["choices"]] for name in ("a", "b")
+    }
+    assert reasons == {"a": ["stop", "length"], "b": ["length", "length"]}
+    assert found["c"]["error"]["message"].startswith("line 3: top_p is 0.5 and use_beam_search is true; ")
