@@ -32,6 +32,7 @@ CONFIG = EngineConfig(  # its programs are those of test_default_model
     token_buckets=(8, 32, 256),
     row_buckets=(8, 32),
 )
+OF_VLLM = ROOT / "tests" / "models" / "vllm_beam_references.json"
 TOLERANCE = 1e-4
 
 
@@ -77,6 +78,18 @@ def test_outputs_are_those_of_transformers(llm, recorded):
             reasons[one.finish_reason] += 1
     assert min(reasons.values()) > 100, "both ways to end are compared"
     llm._client.core.check_integrity()
+
+
+def test_outputs_are_those_of_vllm(llm, recorded):
+    """All outputs of the same prompts by vLLM's rule, in their order, as vLLM's own beam search has found them."""
+    prompts = [{"prompt_token_ids": prompt["prompt"]} for prompt in recorded["prompts"]]
+    for row in json.loads(OF_VLLM.read_text("utf-8")):
+        outputs = llm.beam_search(prompts, BeamSearchParams(**row["setting"]))
+        for prompt, output, expected in zip(recorded["prompts"], outputs, row["outputs"], strict=True):
+            found = [one.tokens[len(prompt["prompt"]) :] for one in output.sequences]
+            assert found == expected["sequences"], (prompt["text"], row["setting"])
+            sums = [one.cum_logprob for one in output.sequences]
+            assert sums == pytest.approx(expected["sums"], rel=TOLERANCE, abs=TOLERANCE)
 
 
 def test_the_texts_of_the_recorded_prompts_are_encoded_so(llm, recorded):
