@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from jaxserve.beam_search_api import BeamSearchOutput, BeamSearchParams, search_output, search_params
 from jaxserve.config.plain_params import params_of
 from jaxserve.config.settings import EngineConfig
 from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
@@ -299,6 +300,37 @@ class LLM:
             requests.append(dataclasses.replace(prepared, prompt_logprobs_start=start))
         completions = self._complete(requests, use_tqdm)
         return [ScoreOutput.of(completions[request.request_id], request.prompt_logprobs_start) for request in requests]
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        use_tqdm: bool = False,
+        *,
+        priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
+        deadline: float | Sequence[float | None] | None = None,
+    ) -> list[BeamSearchOutput]:
+        """Searches for the likeliest outputs of each prompt and returns them in order of the prompts.
+
+        Args:
+            prompts: one prompt, or several.
+            params: of all.
+            use_tqdm: shows a progress bar.
+            priority: as for `generate`, and so are tenant and deadline.
+            tenant: see priority.
+            deadline: see priority; a search that has not ended by then ends with what there is of its outputs.
+
+        Raises:
+            ValueError: a prompt is invalid, or the beam too wide; the error comes before anything is computed.
+            EngineDeadError: the engine failed.
+        """
+        given: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        searched = search_params(params, self._client.ready.limits)
+        _, requests = self._prepare(given, [searched] * len(given), priority, tenant, deadline)
+        completions = self._complete(requests, use_tqdm)
+        found = [completions[request.request_id] for request in requests]
+        return [search_output(one.prompt_token_ids, one.samples, self.get_tokenizer()) for one in found]
 
     def _complete(self, requests: Sequence[Prepared], use_tqdm: bool) -> dict[str, FinishedRequest]:
         completions: dict[str, FinishedRequest] = {}

@@ -212,12 +212,21 @@ class EngineCore:
             eos_token_ids=info.eos_token_ids,
             default_max_tokens=None if max_tokens is None else int(max_tokens),
             max_logprobs=info.max_logprobs,
+            logprobs_mode=info.logprobs_mode,
             max_n=min(self.config.samples.max_n, scheduler.max_num_seqs + scheduler.max_num_waiting),
             embedding_size=info.hidden_size,
             pooling=self._pooling,
             normalize=self._normalize,
         )
-        return EngineReady(info, limits, scheduler.max_num_seqs, scheduler.max_num_waiting, start_seconds, defaults)
+        return EngineReady(
+            info,
+            limits,
+            scheduler.max_num_seqs,
+            scheduler.max_num_waiting,
+            start_seconds,
+            defaults,
+            due_after_arrival=scheduler.policy == "deadline",
+        )
 
     def handle(self, message: ToEngine) -> list[FromEngine]:
         """Handles one message. A request that cannot be queued is answered with an error at once."""

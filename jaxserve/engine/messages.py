@@ -91,7 +91,8 @@ class EngineReady(_Message, frozen=True):
     """Engine -> front end, once: the engine accepts requests.
 
     limits: what requests are checked against. start_seconds: wall time of start-up altogether. sampling_defaults: the
-    checkpoint's own, of parameters that a request does not set.
+    checkpoint's own, of parameters that a request does not set. due_after_arrival: the policy sets a request's first
+    token against the time of its arrival, so that one that continues another must not have the other's.
     """
 
     info: RunnerInfo
@@ -100,6 +101,7 @@ class EngineReady(_Message, frozen=True):
     max_num_waiting: int
     start_seconds: float
     sampling_defaults: dict[str, int | float] = {}
+    due_after_arrival: bool = False
 
 
 class EngineOutput(_Message, frozen=True):

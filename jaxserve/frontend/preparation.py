@@ -11,6 +11,7 @@ from collections.abc import Sequence, Set
 
 from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.frontend.bad_words import bad_words_token_ids
+from jaxserve.frontend.beams import check_search, check_search_length
 from jaxserve.frontend.chat_text import RenderedText
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.grammar_checker import GrammarChecker
@@ -98,12 +99,14 @@ class Preparation:
             return (yield from self._pooling_steps(prompt, params, options, request_id))
         check_samples(params, self._limits)
         check_logprobs(params, self._limits)
+        check_search(params, self._limits)
         if params.stop and self._tokenizer is None:
             raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")
         grammar = self.known_grammar(params)
         kept = self._kept_tokens(params)
         token_ids, num_tokens = yield from self._encode_steps(prompt, params, kept)
         max_tokens = validate_request(token_ids, params, self._limits)
+        check_search_length(len(token_ids), params, max_tokens, self._limits)
         bad_words = bad_words_token_ids(params.bad_words, self._tokenizer, self._limits.vocab_size)
         truncated = num_tokens - len(token_ids)
         if grammar is None:
@@ -209,6 +212,7 @@ class Preparation:
         if isinstance(params, SamplingParams):
             check_samples(params, self._limits)
             check_logprobs(params, self._limits)
+            check_search(params, self._limits)
         if (kept := self._kept_tokens(params)) is not None:
             if not isinstance(prompt, str):
                 self._check_length(min(len(prompt), kept), params)

@@ -544,7 +544,10 @@ class Scheduler:
         sequence.status = RequestStatus.FINISHED
         self.policy.ended(sequence)
         if reason.value in COMPLETED and sequence.pooled is None:
-            self.predictor.observe(sequence.request, len(sequence.output_token_ids), sequence.expected_output)
+            if (
+                sequence.request.max_tokens > 1
+            ):  # a length that can only be 1, as in beam search, says nothing of others
+                self.predictor.observe(sequence.request, len(sequence.output_token_ids), sequence.expected_output)
         elif self.decode_gap is not None:
             self.decode_gap.monitor.ended(sequence.order)  # that of a completed one is forgotten once it is measured
         return SequenceUpdate(sequence, (), reason, error)
