@@ -352,36 +352,6 @@ def test_fault_38_clients_that_retry_for_ever_are_refused_and_cost_the_others_no
     run_fault(body, tokenizer)
 
 
-def test_fault_38_clients_that_retry_for_ever_are_refused_and_cost_the_others_nothing(tokenizer):
-    """Three times as many as there are places, each of which asks again at once; every refusal says when to."""
-
-    async def body(served: Served) -> None:
-        served.engine.pause()
-        places = READY.max_num_seqs + READY.max_num_waiting
-        inside = [asyncio.ensure_future(served.client.generate_text(f"{number}", GREEDY)) for number in range(places)]
-        await served.until(served.engine.wait_for_requests, places)
-        refusals = [0] * (2 * places)
-
-        async def insist(number: int) -> str:
-            while True:
-                call = served.client._stub.Generate(pb.GenerateRequest(text=f"{number}"))
-                try:
-                    return "".join([answer.text async for answer in call])
-                except grpc.aio.AioRpcError as error:
-                    assert error.code() is Code.RESOURCE_EXHAUSTED  # noqa: PT017
-                    assert int(dict(await call.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
-                    refusals[number] += 1
-
-        outside = [asyncio.ensure_future(insist(number)) for number in range(2 * places)]
-        await reaches(lambda: all(refusals))
-        assert len(served.engine.requests) == places
-        served.engine.resume()
-        assert [answer.text for answer in await asyncio.gather(*inside)] == [f"{number}" for number in range(places)]
-        assert await asyncio.gather(*outside) == [f"{number}" for number in range(2 * places)]
-
-    run_fault(body, tokenizer)
-
-
 def test_a_fault_leaves_no_call_open(tokenizer):
     """What the other tests rely on."""
 
