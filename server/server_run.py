@@ -23,6 +23,7 @@ from jaxserve.config.access_config import exposure_warnings
 from jaxserve.config.changed import changed_settings
 from jaxserve.config.settings import ServerConfig
 from jaxserve.engine.channel import END_SECONDS, EngineClient
+from jaxserve.engine.lasting_heap import keep_what_is_loaded
 from jaxserve.engine.messages import EngineReady
 from jaxserve.engine.process import EngineProcess, LaunchedEngine
 from jaxserve.frontend.admission import Admission, Engine
@@ -186,6 +187,7 @@ class _Server:
                 metrics=self._served.metrics,
                 grammars=self._config.engine.structured_outputs,
             )
+            keep_what_is_loaded()
             self._served.serve(frontend, tokenizer)
             for port in ports:
                 port.announce()
