@@ -12,10 +12,11 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from jaxserve.config.chat_config import ChatConfig
-from jaxserve.config.id_checks import IDS_PER_PART, first_wrong_id
+from jaxserve.config.id_checks import first_wrong_id
 from jaxserve.config.settings import EngineConfig
 from jaxserve.config.shown import shown
 from jaxserve.frontend.chat_format import ChatFormat
@@ -170,26 +171,32 @@ class Tokenizer:
 
     def decode_steps(
         self,
-        token_ids: Sequence[int],
+        token_ids: Sequence[int] | np.ndarray,
         take: Callable[[str], object],
         vocab_size: int = 2**32,
         skip_special_tokens: bool = True,
     ) -> Steps[None]:
         """Decodes as `decode` does, in steps.
 
-        take: called with parts of the text, in order and no more than CHARACTERS_PER_PART at a time.
+        Args:
+            token_ids: a million cost a hundredth of the time in an array of numpy.
+            take: called with parts of the text, in order and no more than CHARACTERS_PER_PART at a time.
 
         Raises ValueError when an id is no whole number, negative, or not below vocab_size.
         """
         checked = array.array("I")
-        for start in range(0, len(token_ids), IDS_PER_PART):
+        for start in range(0, len(token_ids), LONG_IDS):
             yield 0
-            part = token_ids[start : start + IDS_PER_PART]
-            if (index := first_wrong_id(part, vocab_size)) is not None:
-                is_number = isinstance(part[index], int) and not isinstance(part[index], bool)
+            part = token_ids[start : start + LONG_IDS]
+            if (index := _first_wrong_id(part, vocab_size)) is not None:
+                value: Any = part[index].item() if isinstance(part, np.ndarray) else part[index]
+                is_number = isinstance(value, int) and not isinstance(value, bool)
                 words = f"token ids must be from 0 to {vocab_size - 1}" if is_number else "it must be a whole number"
-                raise ValueError(f"token_ids[{start + index}] is {shown(part[index])}; {words}")
-            checked.extend(part)
+                raise ValueError(f"token_ids[{start + index}] is {shown(value)}; {words}")
+            if isinstance(part, np.ndarray):
+                checked.frombytes(part.astype(np.uint32).tobytes())
+            else:
+                checked.extend(part)
         yield 0
         apart = self._process if len(checked) > LONG_IDS else None
         parts = None if apart is None else apart.decode(checked, skip_special_tokens)
@@ -296,6 +303,14 @@ class Tokenizer:
             return self._transformers.get_chat_template(tools=[{}] if has_tools else None)
         except Exception as error:  # several templates, and none is the default
             raise ValueError(f"messages cannot be used: {one_line(error)}") from error
+
+
+def _first_wrong_id(token_ids: Sequence[int] | np.ndarray, vocab_size: int) -> int | None:
+    """Returns what `first_wrong_id` does, for an array too."""
+    if not isinstance(token_ids, np.ndarray):
+        return first_wrong_id(token_ids, vocab_size)
+    wrong = np.flatnonzero((token_ids < 0) | (token_ids >= vocab_size))
+    return int(wrong[0]) if len(wrong) else None
 
 
 def _template_of(path: str) -> str:

@@ -31,7 +31,7 @@ from jaxserve.request import FinishReason, ModelLimits, SamplingParams, check_id
 from jaxserve.serving.embedding_calls import Embedded, EmbeddingCall, embed_all
 from jaxserve.serving.grpc_port import convert, embed_convert
 from jaxserve.serving.grpc_port.call_interceptor import CallContext
-from jaxserve.serving.grpc_port.message_parts import of_one_field, value_of
+from jaxserve.serving.grpc_port.message_parts import numbers_of, of_one_field, value_of
 from jaxserve.serving.grpc_port.oversized import MAX_DETOKENIZED
 from jaxserve.serving.grpc_port.status import Status, status, status_of
 from jaxserve.serving.problem import NotFoundError, check_delta, fails_alone, unforeseen
@@ -221,7 +221,7 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         check_count("token_ids", len(request.token_ids), MAX_DETOKENIZED, "ids")
         convert.refuse_unknown_fields(request)
         vocab_size = self._served.started().ready.limits.vocab_size
-        steps = _detokenize_steps(self._served.tokenizer(), request.token_ids, vocab_size)
+        steps = _detokenize_steps(self._served.tokenizer(), request, vocab_size)
         return await self._served.started().work(steps, _BYTES_PER_ID * len(request.token_ids))
 
     @errors_as_status
@@ -279,8 +279,10 @@ def _tokenize_steps(tokenizer: Tokenizer, request: pb.TokenizeRequest) -> Steps[
     return of_one_field(pb.TokenizeResponse.TOKEN_IDS_FIELD_NUMBER, parts)
 
 
-def _detokenize_steps(tokenizer: Tokenizer, token_ids: Sequence[int], vocab_size: int) -> Steps[bytes]:
+def _detokenize_steps(tokenizer: Tokenizer, request: pb.DetokenizeRequest, vocab_size: int) -> Steps[bytes]:
     """Serializes the DetokenizeResponse in steps."""
+    yield 0
+    token_ids = numbers_of(value_of(request.SerializeToString()))
     parts: list[bytes] = []
     yield from tokenizer.decode_steps(token_ids, lambda text: parts.append(text.encode()), vocab_size)
     return of_one_field(pb.DetokenizeResponse.TEXT_FIELD_NUMBER, parts)

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -155,6 +156,20 @@ def test_long_ids_are_decoded_in_a_process_of_their_own(tmp_path, caplog, monkey
     assert "a long text is decoded here: the process for long texts ended with exit code -9" in caplog.text
     assert tokenizer.decode(ids, skips) == expected
     assert tokenizer._process._worker not in (None, first)
+
+
+@pytest.mark.parametrize("place", [0, 5, 70_000])
+@pytest.mark.parametrize("wrong", [-7, 512, 2**31 - 1])
+def test_arrays_of_ids_are_checked_and_decoded_as_lists(tmp_path, place, wrong):
+    tokenizer = load(tmp_path, byte_level())
+    ids = random.Random(0).choices(range(tokenizer.vocab_size), k=70_001)
+    texts: list[str] = []
+    finish(tokenizer.decode_steps(np.array(ids, np.int32), texts.append, 512))
+    assert "".join(texts) == tokenizer._backend.decode(ids)
+    ids[place] = wrong
+    for given_ids in (ids, np.array(ids, np.int32)):
+        with pytest.raises(ValueError, match=rf"^token_ids\[{place}\] is {wrong}; token ids must be from 0 to 511$"):
+            finish(tokenizer.decode_steps(given_ids, texts.append, 512))
 
 
 @pytest.mark.parametrize("apart", [False, True])

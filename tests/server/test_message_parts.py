@@ -3,6 +3,7 @@
 import random
 
 import grpc
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from jaxserve.config.id_checks import IDS_PER_PART
 from jaxserve.frontend import tokenizer as tokenizer_module
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.serving.grpc_port.message_parts import of_one_field, value_of
+from jaxserve.serving.grpc_port import message_parts
+from jaxserve.serving.grpc_port.message_parts import numbers_of, of_one_field, value_of
 from jaxserve.serving.grpc_port.oversized import MAX_DETOKENIZED, check_detokenize
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from tests.budgets import budget
@@ -34,6 +36,19 @@ def test_token_ids_in_parts_are_the_message_of_all(parts):
 def test_a_text_in_parts_is_the_message_of_all(parts):
     found = of_one_field(pb.DetokenizeResponse.TEXT_FIELD_NUMBER, [part.encode() for part in parts])
     assert found == pb.DetokenizeResponse(text="".join(parts)).SerializeToString()
+
+
+NUMBERS = st.lists(st.one_of(st.integers(-(2**31), 2**31 - 1), st.integers(0, 300)), max_size=40)
+
+
+@budget(100)
+@given(NUMBERS, st.integers(11, 60))
+def test_numbers_are_read_as_protobuf_does(numbers, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(message_parts, "_BLOCK", size)
+        found = numbers_of(value_of(pb.DetokenizeRequest(token_ids=numbers).SerializeToString()))
+    assert found.tolist() == numbers
+    assert found.dtype == np.int32
 
 
 def unpacked(token_ids):
