@@ -50,7 +50,7 @@ _WATCH_SECONDS = 0.1
 _HURRY_SECONDS = 2.0
 """Seconds an engine may take to end after a second signal, or after it has failed, before it is killed."""
 
-_SWITCH_SECONDS = 0.0005
+_SWITCH_SECONDS = 0.001
 """Time after which a thread that computes lets another have the interpreter lock. The loop lets go of it whenever it
 reads or writes, several times for each token, and each time it may wait so long for a thread that works on a long text.
 """
