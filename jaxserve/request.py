@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field
 
 from jaxserve.config.beam_fields import MOST_PENALTY, EarlyStopping, FlagOrWord, check_beam_fields
+from jaxserve.config.id_checks import first_wrong_id
 from jaxserve.config.keywords import refuses_unknown_keywords
 from jaxserve.config.logprobs_config import MAX_LOGPROBS
 from jaxserve.config.parallel_samples import DEFAULT_MAX_N, MAX_SAMPLES
@@ -569,12 +570,11 @@ def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, li
 
 def check_token_ids(token_ids: Sequence[int], limits: ModelLimits) -> None:
     """Checks that the ids of a prompt are in the vocabulary. Raises ValueError."""
-    for index, token_id in enumerate(token_ids):
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < limits.vocab_size:
-            raise ValueError(
-                f"prompt_token_ids[{index}] is {shown(token_id)}; token ids must be whole numbers from 0 to "
-                f"{limits.vocab_size - 1}"
-            )
+    if (index := first_wrong_id(token_ids, limits.vocab_size)) is not None:
+        raise ValueError(
+            f"prompt_token_ids[{index}] is {shown(token_ids[index])}; token ids must be whole numbers from 0 to "
+            f"{limits.vocab_size - 1}"
+        )
 
 
 def _check_ids(params: SamplingParams, limits: ModelLimits) -> None:

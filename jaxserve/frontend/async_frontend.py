@@ -108,7 +108,7 @@ class AsyncFrontEnd:
             grammars=grammars,
         )
         if tokenizer is not None:
-            tokenizer.encode_long_texts_apart()
+            tokenizer.take_long_texts_apart()
         self._captures = Captures(self._reader.send)
         self._send_hit = Failpoints(failpoints).at("send")
         self._admission = admission

@@ -6,9 +6,11 @@ The cheapest checks come first: names, numbers and the prompt's length before it
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import uuid
 from collections.abc import Sequence, Set
 
+from jaxserve.config.id_checks import IDS_PER_PART
 from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.frontend.bad_words import bad_words_token_ids
 from jaxserve.frontend.beams import check_search, check_search_length
@@ -201,7 +203,11 @@ class Preparation:
             raise ValueError(f"prompt is of type {type(prompt).__name__}; it must be text or a sequence of token ids")
         self.check_size(prompt, params)
         yield 0
-        return tuple(prompt if kept is None else prompt[-kept:]), len(prompt)
+        listed: list[int] = []
+        rest = iter(prompt if kept is None else prompt[-kept:])
+        while part := tuple(itertools.islice(rest, IDS_PER_PART)):  # a message makes each number anew
+            listed.extend(part)
+        return tuple(listed), len(prompt)
 
     def check_size(self, prompt: str | Sequence[int], params: SamplingParams | PoolingParams) -> None:
         """Refuses a prompt that is certainly too long, in constant time: by the number of its token ids or characters
