@@ -25,6 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks import report
 from benchmarks.load.server_process import started_server
+from jaxserve.frontend.low_priority import yield_to_others
 from jaxserve.request import SamplingParams
 from jaxserve.serving.clients.grpc_client import AsyncClient
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
@@ -79,6 +80,7 @@ CASES: dict[str, tuple[str, Callable[[], bytes]]] = {
 
 async def send(case: str, count: int, address: str) -> list[dict[str, Any]]:
     """Sends a case `count` times at once when told to on standard input; returns what became of each."""
+    yield_to_others()  # a client elsewhere takes none of the server's CPU
     method, make = CASES[case]
     message = make()
     async with grpc.aio.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)]) as channel:
@@ -159,9 +161,13 @@ async def measure(case: str | None, count: int, address: str, pid: int) -> dict[
         answers = await watch.during(asyncio.sleep(3.0, []))
     else:
         send = [sys.executable, "-m", "benchmarks.long_prompts", "--send", case, str(count), address]
-        command = ["nice", "-n", "19", *send]  # a client elsewhere takes none of the server's CPU
         sender = await asyncio.create_subprocess_exec(
-            *command, cwd=report.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, limit=2**24
+            *send,
+            cwd=report.ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            limit=2**24,
+            start_new_session=True,  # see `yield_to_others`
         )
         try:
             assert sender.stdout is not None

@@ -12,14 +12,32 @@ from jaxserve.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from jaxserve.async_llm import AsyncLLM
+    from jaxserve.beam_search_api import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from jaxserve.llm import LLM
     from jaxserve.pooling_params import PoolingParams
 
-__all__ = ["LLM", "AsyncLLM", "PoolingParams", "RequestOutputKind", "SamplingParams", "StructuredOutputsParams"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
+    "PoolingParams",
+    "RequestOutputKind",
+    "SamplingParams",
+    "StructuredOutputsParams",
+]
 __version__ = "0.1.0"
 
 
-_MODULES = {"LLM": "jaxserve.llm", "AsyncLLM": "jaxserve.async_llm", "PoolingParams": "jaxserve.pooling_params"}
+_MODULES = {
+    "LLM": "jaxserve.llm",
+    "AsyncLLM": "jaxserve.async_llm",
+    "BeamSearchOutput": "jaxserve.beam_search_api",
+    "BeamSearchParams": "jaxserve.beam_search_api",
+    "BeamSearchSequence": "jaxserve.beam_search_api",
+    "PoolingParams": "jaxserve.pooling_params",
+}
 
 
 def __getattr__(name: str) -> Any:

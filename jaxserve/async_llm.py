@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Any
 
+from jaxserve.beam_search_api import BeamSearchOutput, BeamSearchParams, search_output, search_params
 from jaxserve.config.plain_params import params_of
 from jaxserve.config.sampling_fields import MAX_INT32
 from jaxserve.config.settings import EngineConfig
@@ -25,6 +26,7 @@ from jaxserve.engine.process import EngineProcess
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.delta import Cause, DeadlineError, Delta, EngineDeadError, PromptLogprobs
 from jaxserve.frontend.logprob_outputs import prompt_positions
+from jaxserve.frontend.offline import FinishedSample
 from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.frontend.warm_prefix import WARM_UP, WarmedPrefix, check_warm_up
@@ -160,6 +162,42 @@ class AsyncLLM:
                 output = outputs.of(delta)
                 if output is not None:
                     yield output
+
+    async def beam_search(
+        self,
+        prompt: Prompt,
+        params: BeamSearchParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        tenant: str = "",
+        deadline: float | None = None,
+        cache_salt: str = "",
+        prefix_caching: bool = True,
+    ) -> BeamSearchOutput:
+        """Searches for the likeliest outputs of a prompt. Canceling the task that waits aborts the search.
+
+        Arguments and errors are as for `generate`. A search that is aborted, or not in time, returns what there is of
+        its outputs.
+
+        Raises:
+            ValueError: also for a beam that is too wide.
+        """
+        content = prompt_content(prompt)
+        options = RequestOptions(tenant, priority, deadline, cache_salt, prefix_caching)
+        front_end = await self.start()
+        searched = search_params(params, front_end.ready.limits)
+        token_ids: list[int] = []
+        submitted = front_end.submit(content, searched, options, request_id=request_id, take_prompt=token_ids.extend)
+        samples: dict[int, FinishedSample] = {}
+        async with await submitted as stream:
+            async for delta in stream:
+                _check_engine(delta)
+                assert delta.finish_reason is not None  # an output of a search comes at once
+                samples[delta.index] = FinishedSample(
+                    delta.token_ids, delta.text, delta.finish_reason, delta.error, delta.logprobs
+                )
+        return search_output(tuple(token_ids), [samples[index] for index in sorted(samples)], self._tokenizer)
 
     async def encode(
         self,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from jaxserve.beam_search_api import BeamSearchOutput, BeamSearchParams, search_output, search_params
 from jaxserve.config.plain_params import params_of
 from jaxserve.config.settings import EngineConfig
 from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
@@ -355,6 +356,39 @@ class LLM:
                     return message.num_pages
             if self._front_end.failure:
                 raise EngineDeadError(f"the engine has ended: {self._front_end.failure}")
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        use_tqdm: bool = False,
+        *,
+        priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
+        deadline: float | Sequence[float | None] | None = None,
+        cache_salt: str | Sequence[str] = "",
+        prefix_caching: bool | Sequence[bool] = True,
+    ) -> list[BeamSearchOutput]:
+        """Searches for the likeliest outputs of each prompt and returns them in order of the prompts.
+
+        Args:
+            prompts: one prompt, or several.
+            params: of all.
+            use_tqdm: shows a progress bar.
+            priority, tenant, cache_salt, prefix_caching: as for `generate`.
+            deadline: as there; a search that has not ended by then ends with what there is of its outputs.
+
+        Raises:
+            ValueError: a prompt is invalid, or the beam too wide; the error comes before anything is computed.
+            EngineDeadError: the engine failed.
+        """
+        given: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        searched = search_params(params, self._client.ready.limits)
+        options = _options_each(given, tenant, priority, deadline, cache_salt, prefix_caching)
+        _, requests = self._prepare(given, [searched] * len(given), options)
+        completions = self._complete(requests, use_tqdm)
+        found = [completions[request.request_id] for request in requests]
+        return [search_output(one.prompt_token_ids, one.samples, self.get_tokenizer()) for one in found]
 
     def _complete(self, requests: Sequence[Prepared], use_tqdm: bool) -> dict[str, FinishedRequest]:
         completions: dict[str, FinishedRequest] = {}

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 
+from jaxserve.config.beam_fields import MOST_PENALTY, EarlyStopping, FlagOrWord, check_beam_fields
+from jaxserve.config.id_checks import first_wrong_id
 from jaxserve.config.keywords import refuses_unknown_keywords
 from jaxserve.config.logprobs_config import MAX_LOGPROBS
 from jaxserve.config.parallel_samples import DEFAULT_MAX_N, MAX_SAMPLES
@@ -314,11 +316,33 @@ class SamplingParams(RowSampling):
             StructuredOutputs(), "a grammar that the output follows, see [structured outputs](structured_outputs.md)"
         ),
     )
+    use_beam_search: bool = field(
+        default=False,
+        metadata=sampling(
+            Flag(), "searches for the n likeliest outputs instead of drawing, see [beam search](beam_search.md)"
+        ),
+    )
+    length_penalty: float = field(
+        default=1.0,
+        metadata=sampling(
+            Number(-MOST_PENALTY, MOST_PENALTY),
+            "of a beam search: outputs are ordered by the sum of their log-probabilities over their length to this "
+            "power",
+        ),
+    )
+    early_stopping: EarlyStopping | None = field(
+        default=None,
+        metadata=sampling(
+            FlagOrWord(EarlyStopping),
+            "of a beam search: by which of transformers' rules it ends; none: by vLLM's",
+        ),
+    )
 
     def __post_init__(self) -> None:
         for name, row in SAMPLING_FIELDS.items():
             object.__setattr__(self, name, row.checked(getattr(self, name)))
-        if self.n > 1 and self.temperature == 0:
+        check_beam_fields(self, SAMPLING_FIELDS)
+        if self.n > 1 and self.temperature == 0 and not self.use_beam_search:
             raise ValueError(
                 f"n is {self.n} and temperature is 0; all samples would be the same: set n to 1 or raise temperature"
             )
@@ -370,6 +394,7 @@ class ModelLimits:
     eos_token_ids: the model's own stop ids.
     default_max_tokens: of requests that set none, as far as there is room; None: all of the room.
     max_logprobs: likeliest ids of one position that a request may ask for.
+    logprobs_mode: what log-probabilities are, as `LogprobsConfig.logprobs_mode`.
     max_n: samples of one request, at most. embedding_size: numbers in an embedding, unless fewer are asked for.
     pooling, normalize: how embeddings are made where a request does not say.
     """
@@ -381,6 +406,7 @@ class ModelLimits:
     eos_token_ids: tuple[int, ...]
     default_max_tokens: int | None = None
     max_logprobs: int = MAX_LOGPROBS
+    logprobs_mode: str = "raw_logprobs"
     max_n: int = DEFAULT_MAX_N
     embedding_size: int = 0
     pooling: Pooling = Pooling.LAST
@@ -549,12 +575,11 @@ def validate_request(prompt_token_ids: Sequence[int], params: SamplingParams, li
 
 def check_token_ids(token_ids: Sequence[int], limits: ModelLimits) -> None:
     """Checks that the ids of a prompt are in the vocabulary. Raises ValueError."""
-    for index, token_id in enumerate(token_ids):
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < limits.vocab_size:
-            raise ValueError(
-                f"prompt_token_ids[{index}] is {shown(token_id)}; token ids must be whole numbers from 0 to "
-                f"{limits.vocab_size - 1}"
-            )
+    if (index := first_wrong_id(token_ids, limits.vocab_size)) is not None:
+        raise ValueError(
+            f"prompt_token_ids[{index}] is {shown(token_ids[index])}; token ids must be whole numbers from 0 to "
+            f"{limits.vocab_size - 1}"
+        )
 
 
 def _check_ids(params: SamplingParams, limits: ModelLimits) -> None:

@@ -23,6 +23,7 @@ from jaxserve.config.access_config import exposure_warnings
 from jaxserve.config.changed import changed_settings
 from jaxserve.config.settings import ServerConfig
 from jaxserve.engine.channel import END_SECONDS, EngineClient
+from jaxserve.engine.lasting_heap import keep_what_is_loaded
 from jaxserve.engine.messages import EngineReady
 from jaxserve.engine.process import EngineProcess, LaunchedEngine
 from jaxserve.frontend.admission import Admission, Engine
@@ -49,6 +50,11 @@ _WATCH_SECONDS = 0.1
 _HURRY_SECONDS = 2.0
 """Seconds an engine may take to end after a second signal, or after it has failed, before it is killed."""
 
+_SWITCH_SECONDS = 0.001
+"""Time after which a thread that computes lets another have the interpreter lock. The loop lets go of it whenever it
+reads or writes, several times for each token, and each time it may wait so long for a thread that works on a long text.
+"""
+
 _log = logging.getLogger("jaxserve.server")
 
 
@@ -64,8 +70,9 @@ def run_server(config: ServerConfig, operative: str, phases: StartupSpans) -> in
         operative: the configuration as gin says it, for the log.
         phases: of this process so far.
     """
-    if config.engine_process:  # an engine in this process has its own ways with memory
+    if config.engine_process:  # an engine in this process has its own ways with memory, and with the lock
         return_large_blocks()
+        sys.setswitchinterval(_SWITCH_SECONDS)
     # Texts are encoded one a call: threads of the tokenizers' own would only make one wait for another.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     log_to_stderr()
@@ -180,6 +187,7 @@ class _Server:
                 metrics=self._served.metrics,
                 grammars=self._config.engine.structured_outputs,
             )
+            keep_what_is_loaded()
             self._served.serve(frontend, tokenizer)
             for port in ports:
                 port.announce()

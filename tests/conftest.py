@@ -30,6 +30,7 @@ _ONE_LANE = (
     "scheduler",
     "simulator",
     "test_batch",  # and all whose names begin so
+    "test_beam_search.py",
     "test_checkpoint_meaning.py",
     "test_batch_timeline.py",
     "test_docs.py",
@@ -57,6 +58,7 @@ _ONE_LANE = (
     "runner/test_trust.py",
     # gRPC and processes: test_end_to_end and the quick ones run on both.
     "faults",
+    "server/http/test_http_beam_search.py",
     "server/http/test_http_bounds.py",
     "server/http/test_http_errors.py",
     "server/http/test_http_tokens.py",

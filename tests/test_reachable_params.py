@@ -56,8 +56,17 @@ EXAMPLES: Mapping[str, Any] = {
     "truncate_prompt_tokens": -1,
     "output_kind": "final_only",
     "structured_outputs": {"regex": "[ab]+"},
+    "use_beam_search": True,
+    "length_penalty": 0.5,
+    "early_stopping": "never",
 }
 """A value, not the default, of each parameter, as JSON has it."""
+
+BESIDE: Mapping[str, dict[str, Any]] = {
+    "length_penalty": {"use_beam_search": True},
+    "early_stopping": {"use_beam_search": True},
+}
+"""What a parameter needs beside it."""
 
 WITHOUT_FALSE = {"skip_special_tokens", "spaces_between_special_tokens"}
 """Parameters that are true by default, and of which the gateway's messages cannot say that they are false."""
@@ -92,37 +101,38 @@ def http_body(name: str, value: Any, url: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", SAMPLING_FIELDS)
 def test_a_parameter_can_be_set_in_every_way(name):
     assert name in EXAMPLES, f"give {name} an example here, other than its default"
-    value = EXAMPLES[name]
-    expected = params_of({name: value}, {})
+    value, beside = EXAMPLES[name], BESIDE.get(name, {})
+    expected = params_of({name: value, **beside}, {})
     assert getattr(expected, name) != SAMPLING_FIELDS[name].default, "the example is the default"
 
     # Python.
     if not isinstance(value, dict):
-        assert SamplingParams(**{name: value}) == expected
+        assert SamplingParams(**{name: value}, **beside) == expected
 
     # jaxserve.v1: as a whole, and alone.
     assert name in jaxserve_pb2.SamplingParams.DESCRIPTOR.fields_by_name
-    for sent in (expected, {name: value}):
+    for sent in (expected, {name: value, **beside}):
         wire = convert.params_to_proto(sent).SerializeToString()
         assert convert.params_from_proto(jaxserve_pb2.SamplingParams.FromString(wire)) == expected
 
     # HTTP, and lines of a batch.
     for url in (COMPLETIONS_URL, CHAT_URL):
         for dialect in (HTTP, Dialect()):
-            assert parse_body(url, http_body(name, value, url), dialect).params == expected
+            assert parse_body(url, http_body(name, value, url) | beside, dialect).params == expected
 
     # The client's HTTP bodies.
     for prompt in ("hi", Conversation(MESSAGES)):
-        for sent in (expected, {name: value}):
+        for sent in (expected, {name: value, **beside}):
             url, body = generate_body(prompt, sent)
             if name == "prompt_logprobs":  # refused in streams, and the client always asks for one
                 del body["stream"], body["stream_options"]
             assert parse_body(url, json.loads(json.dumps(body)), HTTP).params == expected
 
     # The command line.
-    given = from_command_line(*arguments(name, value), "hi")
-    assert set(given) == {"temperature", name}  # greedy, unless it says otherwise
-    assert params_of({name: given[name]}, {}) == expected
+    words = [word for part in (beside, {name: value}) for one in part.items() for word in arguments(*one)]
+    given = from_command_line(*words, "hi")
+    assert set(given) == {"temperature", name, *beside}  # greedy, unless it says otherwise
+    assert params_of({one: given[one] for one in (name, *beside)}, {}) == expected
 
 
 GATEWAY_CONSTRAINTS = ("json_schema", "regex", "grammar", "structural_tag", "json_object", "choice")
@@ -354,7 +364,7 @@ def test_the_ends_of_a_range_are_taken_and_what_is_beyond_is_not(name):
     kind = SAMPLING_FIELDS[name].kind
     least = kind.high if isinstance(kind, Number) and kind.open_low else kind.low
     for value in {least, kind.high}:
-        params = {"max_tokens": kind.high} if name == "min_tokens" else {}
+        params = {"max_tokens": kind.high} if name == "min_tokens" else BESIDE.get(name, {})
         assert getattr(SamplingParams(**{name: value, **params}), name) == value
     for value in (kind.low - 1, kind.high + max(1, abs(kind.high))):
         with pytest.raises(ValueError, match=f"^{name} is "):

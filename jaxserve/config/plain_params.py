@@ -101,9 +101,10 @@ def params_of(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Samplin
     """Returns the parameters for plain values by name, of which none is None. Raises ValueError.
 
     defaults: of those that are not among them; max_tokens there does not count, as it gives way to the prompt
-    (`ModelLimits.default_max_tokens`).
+    (`ModelLimits.default_max_tokens`). A beam search, which draws nothing, has the default temperature alone.
     """
-    unset = {name: value for name, value in defaults.items() if name not in values and name != "max_tokens"}
+    used = {"temperature"} if values.get("use_beam_search") is True else defaults.keys() - {"max_tokens"}
+    unset = {name: value for name, value in defaults.items() if name not in values and name in used}
     rows = plain_fields()
     for name in values:
         if name not in rows:

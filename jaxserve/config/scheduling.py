@@ -13,7 +13,7 @@ from jaxserve.config.checks import at_least, between, one_of
 MIN_BUCKET = 8
 MODES = ("none", "static", "dynamic", "continuous", "separated")
 PHASE_ORDERS = ("alternating", "prefill_first", "decode_first")
-POLICIES = ("fcfs", "sjf", "priority", "fair", "deadline")
+POLICIES = ("fcfs", "sjf", "priority", "fair", "deadline", "longest-prefix-match")
 
 FORMATIONS = ("greedy", "length_balanced", "priority", "hybrid", "throughput")
 DEADLINE_CHECKS = ("past", "needed", "expected")
@@ -68,6 +68,8 @@ class AdmissionConfig:
     min_tokens, or max_tokens where nothing ends them sooner) if every step took no longer than the fastest so far;
     "expected" also those that could not have their expected output at the present time of a step. Policy "deadline"
     always checks as "expected" does.
+    wait_for_prefix: a request waits for a prefix that another is computing, where that is predicted to be faster than
+    computing it too.
     """
 
     watermark: float = 0.0
@@ -79,6 +81,7 @@ class AdmissionConfig:
     length_tolerance: float = 0.2
     max_passed_over_seconds: float = 10.0
     deadline_check: str = "needed"
+    wait_for_prefix: bool = True
 
     def __post_init__(self) -> None:
         one_of("deadline_check", self.deadline_check, DEADLINE_CHECKS)
@@ -89,6 +92,8 @@ class AdmissionConfig:
         at_least("chunked_prefill_min_tokens", self.chunked_prefill_min_tokens, 0)
         between("length_tolerance", self.length_tolerance, 0.0)
         between("max_passed_over_seconds", self.max_passed_over_seconds, 0.0)
+        if not isinstance(self.wait_for_prefix, bool):
+            raise ValueError(f"wait_for_prefix is {self.wait_for_prefix!r}; it must be True or False")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +106,8 @@ class PolicyConfig:
     tenant_weights: shares of service by tenant under "fair"; a tenant without one has 1.
     prompt_token_weight, output_token_weight: what a token of each kind counts as service.
     ttft_target, tpot_target: seconds to the first token and for each further one, which policy "deadline" aims at.
+    prefix_match_seconds: by how much "longest-prefix-match" moves up a request whose whole prompt is cached; a part of
+    it counts in proportion.
     drop_late: "deadline" ends a request that cannot meet the targets; otherwise it is served after those that can. A
     request whose own deadline is out of reach always ends.
     """
@@ -114,6 +121,7 @@ class PolicyConfig:
     output_token_weight: float = 2.0
     ttft_target: float = 1.0
     tpot_target: float = 0.1
+    prefix_match_seconds: float = 10.0
     drop_late: bool = False
 
     def __post_init__(self) -> None:
@@ -121,7 +129,13 @@ class PolicyConfig:
             between(name, getattr(self, name), 1e-6)  # without ageing nothing bounds starvation
         for name in ("priority_weight", "priority_length_weight"):
             between(name, getattr(self, name), 0.0)
-        for name in ("prompt_token_weight", "output_token_weight", "ttft_target", "tpot_target"):
+        for name in (
+            "prompt_token_weight",
+            "output_token_weight",
+            "ttft_target",
+            "tpot_target",
+            "prefix_match_seconds",
+        ):
             between(name, getattr(self, name), 1e-6)
         for tenant, weight in self.tenant_weights.items():
             between(f"tenant_weights[{tenant!r}]", weight, 1e-6)

@@ -29,6 +29,7 @@ LOG_LEVELS = ("debug", "info", "warning")
 
 ATTENTION = ("auto", "triton", "cpu", "xla", "reference", "triton_interpret")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+EVICTION_POLICIES = ("lru", "lfu", "cost")
 KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3", "int8")
 PAGE_SIZES = (16, 32, 64, 128)
 READY_WHEN = ("auto", "servable", "complete")
@@ -52,6 +53,8 @@ class CacheConfig:
     quantized with a scale for each layer and head, from the checkpoint or measured at start.
     swap_space: GiB of host memory for the pages of swapped sequences; 0 is none.
     enable_prefix_caching: requests of a tenant share the pages of what they begin with, which are computed once.
+    eviction_policy: which cached page is reclaimed first: "lru" is the least recently used, "lfu" the least used,
+    "cost" the one whose loss is predicted to cost least.
     prefix_caching_secret_file: file of 16 to 64 bytes that key the hashes of pages, for processes that must agree on
     them; None draws a secret for this process.
     """
@@ -63,12 +66,14 @@ class CacheConfig:
     kv_cache_dtype: str = "auto"
     swap_space: float = 0.0
     enable_prefix_caching: bool = True
+    eviction_policy: str = "lru"
     prefix_caching_secret_file: str | None = None
 
     def __post_init__(self) -> None:
         between("swap_space", self.swap_space, 0.0)
         if not isinstance(self.enable_prefix_caching, bool):
             raise ValueError(f"enable_prefix_caching is {self.enable_prefix_caching!r}; it must be True or False")
+        one_of("eviction_policy", self.eviction_policy, EVICTION_POLICIES)
         one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         one_of("page_size", self.page_size, PAGE_SIZES)
         if self.num_pages is not None:

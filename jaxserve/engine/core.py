@@ -57,12 +57,14 @@ from jaxserve.engine.messages import (
 from jaxserve.engine.step_executor import DeviceFaultError, DispatchedStep, EngineBrokenError, StepExecutor
 from jaxserve.engine.step_time import StepTimePrediction
 from jaxserve.kv_cache.content_keys import ContentKeys, read_secret
+from jaxserve.kv_cache.eviction import make_eviction
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits, Pooling
 from jaxserve.runner.protocol import Runner
 from jaxserve.scheduler import PageAllocationError, Scheduler, SequenceUpdate, StepPlan, StepUpdate, Wants
 from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.prefix_costs import page_seconds
 from jaxserve.telemetry.engine_events import EngineEvents, IterationTimes
 from jaxserve.telemetry.engine_meter import EngineMeter
 from jaxserve.telemetry.recorder import Recorder
@@ -122,14 +124,23 @@ class EngineCore:
         for line in ineffective_settings(config, info.max_model_len):
             _log.warning("%s", line)
         buckets = Buckets.from_config(config, info.platform, info.tokens_per_step)
+        step_seconds = None if runner.step_costs is None else runner.step_costs.seconds
         self.scheduler = Scheduler(
             config.scheduler,
-            PagePool(info.num_pages, info.page_size, info.num_host_pages),
+            PagePool(
+                info.num_pages,
+                info.page_size,
+                info.num_host_pages,
+                make_eviction(
+                    config.cache.eviction_policy,
+                    None if step_seconds is None else page_seconds(step_seconds, info.page_size, buckets),
+                ),
+            ),
             buckets,
             costs=info.preemption_costs,
             max_model_len=info.max_model_len,
             tokens_per_step=info.tokens_per_step,
-            step_seconds=None if runner.step_costs is None else runner.step_costs.seconds,
+            step_seconds=step_seconds,
             allocation_hit=Failpoints(config.failpoints).at("allocate"),
             content_keys=content_keys(config),
         )
@@ -205,6 +216,7 @@ class EngineCore:
             eos_token_ids=info.eos_token_ids,
             default_max_tokens=None if max_tokens is None else int(max_tokens),
             max_logprobs=info.max_logprobs,
+            logprobs_mode=info.logprobs_mode,
             max_n=min(self.config.samples.max_n, scheduler.max_num_seqs + scheduler.max_num_waiting),
             embedding_size=info.hidden_size,
             pooling=self._pooling,
@@ -217,7 +229,8 @@ class EngineCore:
             scheduler.max_num_waiting,
             start_seconds,
             defaults,
-            self.config.cache.enable_prefix_caching,
+            due_after_arrival=scheduler.policy == "deadline",
+            prefix_caching=self.config.cache.enable_prefix_caching,
         )
 
     def handle(self, message: ToEngine) -> list[FromEngine]:

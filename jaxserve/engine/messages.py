@@ -107,7 +107,9 @@ class EngineReady(_Message, frozen=True):
     """Engine -> front end, once: the engine accepts requests.
 
     limits: what requests are checked against. start_seconds: wall time of start-up altogether. sampling_defaults: the
-    checkpoint's own, of parameters that a request does not set. prefix_caching: requests share pages.
+    checkpoint's own, of parameters that a request does not set. due_after_arrival: the policy sets a request's first
+    token against the time of its arrival, so that one that continues another must not have the other's.
+    prefix_caching: requests share pages.
     """
 
     info: RunnerInfo
@@ -116,6 +118,7 @@ class EngineReady(_Message, frozen=True):
     max_num_waiting: int
     start_seconds: float
     sampling_defaults: dict[str, int | float] = {}
+    due_after_arrival: bool = False
     prefix_caching: bool = True
 
 

@@ -21,6 +21,7 @@ from jaxserve.config.wire_config import config_from_bytes
 from jaxserve.engine.constraints.start import start_grammars
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.framing import FrameReader, FrameSender
+from jaxserve.engine.lasting_heap import keep_what_is_loaded
 from jaxserve.engine.messages import (
     AskProgress,
     CaptureProfile,
@@ -66,6 +67,7 @@ def serve(connection: socket.socket) -> int:
             sender.send([encode(EngineFailed(_one_line(error)))])
             return 1
         mailbox.core = core
+        keep_what_is_loaded()
         sender.send([encode(core.ready(time.perf_counter() - start))])
         with contextlib.closing(tracking):
             _loop(core, sender, mailbox.inbox)

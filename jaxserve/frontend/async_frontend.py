@@ -111,7 +111,7 @@ class AsyncFrontEnd:
             grammars=grammars,
         )
         if tokenizer is not None:
-            tokenizer.encode_long_texts_apart()
+            tokenizer.take_long_texts_apart()
         self._captures = Captures(self._reader.send)
         self._cache_calls = CacheCalls(self._reader.send)
         self._cache_followers = CacheFollowers(self._reader.send)

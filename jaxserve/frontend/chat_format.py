@@ -190,6 +190,11 @@ class ChatFormat:
                 f"tool_choice is {shown(tools.name or tools.choice)}, and the output is constrained otherwise, which "
                 "leaves no room for calls: use none, or leave out what constrains it"
             )
+        if forced is not None and params.use_beam_search:
+            raise ValueError(
+                f"tool_choice is {shown(tools.name or tools.choice)} and use_beam_search is true; a beam search cannot "
+                "be constrained to a call: use auto or none, or leave one of them out"
+            )
         reasoning, whole = self._reasoning, self._tools is not None and self._tools.whole
         opened = self._begins_open(chat, prompt)
         lead = "" if chat.continue_final_message and not opened else self._lead(prompt, opened)

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 import tokenizers
 
+from jaxserve.config.id_checks import IDS_PER_PART
 from jaxserve.frontend.cuts import Cuts
-from jaxserve.frontend.encoder_process import EncoderProcess
 from jaxserve.frontend.token_bound import TokenBound
+from jaxserve.frontend.tokenizer_process import TokenizerProcess
 
 PIECE_CHARACTERS = 64 * 1024
 """Maximum characters that are encoded in one call, where the text can be cut: 256 kB at most."""
@@ -50,12 +51,22 @@ class Encoder:
             start = cut
         yield self._cuts.rest(text, start, len(text)), 0
 
-    def encode(self, text: str, add_special_tokens: bool, apart: EncoderProcess | None = None) -> list[int]:
-        """Returns the token ids of one text or piece; with add_special_tokens, with the special tokens around a
-        text. apart: encodes it instead, unless it fails.
+    def parts(self, text: str, add_special_tokens: bool, apart: TokenizerProcess | None = None) -> Iterator[list[int]]:
+        """Yields the token ids of one text or piece, in parts of at most IDS_PER_PART. apart: encodes it, unless it
+        fails.
         """
-        if apart is not None and (token_ids := apart.encode(text, add_special_tokens)) is not None:
-            return token_ids
+        found = None if apart is None else apart.encode(text, add_special_tokens)
+        if found is not None:
+            yield from found
+            return
+        token_ids = self.encode(text, add_special_tokens)
+        for start in range(0, len(token_ids), IDS_PER_PART):
+            yield token_ids[start : start + IDS_PER_PART]
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Returns the token ids of one text or piece; with add_special_tokens, with the special tokens around a
+        text.
+        """
         if len(text) <= SHORT_TEXT:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         # Unlike `encode`, it lets go of the interpreter lock, and it computes no offsets.

@@ -28,6 +28,7 @@ from jaxserve.engine.messages import (
     TokenBatch,
 )
 from jaxserve.frontend.admission import Admission
+from jaxserve.frontend.beams import stop_tokens
 from jaxserve.frontend.delta import (
     Cause,
     DeadlineError,
@@ -38,6 +39,7 @@ from jaxserve.frontend.delta import (
 )
 from jaxserve.frontend.logprob_queue import LogprobQueue
 from jaxserve.frontend.open_requests import OpenRequest, OpenRequests, OpenSample
+from jaxserve.frontend.open_search import OpenSearch
 from jaxserve.frontend.output import FaultyOutput, OutputState
 from jaxserve.frontend.preparation import Preparation, Prepared
 from jaxserve.frontend.preparation_steps import finish
@@ -251,9 +253,7 @@ class FrontEnd:
         deadline = options.deadline
         self.check_new(request_id, deadline, owner)
         now = self._clock()
-        stop_token_ids = tuple(
-            dict.fromkeys((() if params.ignore_eos else self._limits.eos_token_ids) + params.stop_token_ids)
-        )
+        stop_token_ids = stop_tokens(params, self._limits)
         resolved = {name: SAMPLING_FIELDS[name].resolved(getattr(params, name)) for name in ROW_FIELDS}
         resolved["stop_token_ids"] = stop_token_ids
         if params.seed is None:
@@ -275,8 +275,11 @@ class FrontEnd:
             grammar=prepared.grammar,
             pooling=None if prepared.pooling is None else prepared.pooling.kind(self._limits),
         )
+        search = OpenSearch(params, request, self._limits) if params.use_beam_search else None
+        beams = [] if search is None else search.step(self._requests.engine_id)
         try:
-            self._client.send(AddRequest(request, tuple(engine_ids[1:])))
+            for first in beams or [request]:
+                self._client.send(AddRequest(first, () if beams else tuple(engine_ids[1:])))
         except OSError as error:
             raise EngineDeadError(f"the engine cannot be reached: {error}") from error
         samples = {
@@ -290,10 +293,11 @@ class FrontEnd:
             )
         opened = OpenRequest(owner, request_id, num_tokens, deadline, samples, ticket)
         opened.truncated_tokens = prepared.truncated_tokens
-        opened.pooling = prepared.pooling
+        opened.pooling, opened.search = prepared.pooling, search
         if self._metrics is not None:
             opened.life = self._metrics.begin(request_id, num_tokens, request.max_tokens, arrived, trace, params.n)
         self._requests.add(opened)
+        self._requests.add_beams(opened, [beam.request_id for beam in beams])
         return request_id
 
     def _output(self, prepared: Prepared, stop_token_ids: tuple[int, ...]) -> OutputState:
@@ -333,8 +337,7 @@ class FrontEnd:
         now = self._clock() if now is None else now
         deltas = []
         while (opened := self._requests.pop_expired(now)) is not None:
-            num_tokens = opened.output_tokens + sum(sample.output.num_tokens for sample in opened.samples.values())
-            error = f"deadline passed after {num_tokens} output tokens"
+            error = f"deadline passed after {opened.tokens_so_far} output tokens"
             deltas += self._end_early(opened, FinishReason.DEADLINE, error, Cause.DEADLINE)
         return deltas
 
@@ -354,6 +357,8 @@ class FrontEnd:
             case TokenBatch():
                 return self._handle_batch(message)
             case EngineOutput():
+                if (opened := self._requests.find_beam(message.request_id)) is not None:
+                    return self._handle_beam(opened, message)
                 delta = self._handle_output(message)
                 return [] if delta is None else [delta]
             case EngineStats():
@@ -400,6 +405,47 @@ class FrontEnd:
             sample.logprobs.add(*(None if one is None else one.columns() for one in columns))
         return self._advance(opened, sample, message.token_ids, message.finish_reason, message.error)
 
+    def _handle_beam(self, opened: OpenRequest, message: EngineOutput) -> list[Delta]:
+        """Handles the answer to one request of a beam search, which is its only output. Returns the search's outputs
+        when that was the last one."""
+        search, reason = opened.search, message.finish_reason
+        assert search is not None
+        self._requests.remove_beam(message.request_id, released=True)
+        if not search.length:
+            opened.cached_tokens = message.num_cached_tokens
+        if message.queue_seconds is not None and message.prefill_seconds is not None:
+            opened.life.phases(message.queue_seconds, message.prefill_seconds)
+        if message.logprobs is None or reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            search.failed(message.request_id)
+            reason = FinishReason.ERROR if reason in (None, FinishReason.STOP, FinishReason.LENGTH) else reason
+            error = message.error or f"the engine ended a beam with {reason.value}"
+            return self._end_early(opened, reason, error, _cause_of(reason, error))
+        self._started(opened)
+        if message.prompt_logprobs is not None and (queue := opened.samples[0].logprobs) is not None:
+            queue.add(None, message.prompt_logprobs.columns())
+        if not search.answer(message.request_id, message.logprobs.columns()):
+            return []
+        opened.life.tokens(1, message.time)  # a step is a token of the best beam
+        if not search.done:
+            arrival_time = self._clock() if self.ready.due_after_arrival else None
+            beams = search.step(self._requests.engine_id, arrival_time)
+            self._requests.add_beams(opened, [beam.request_id for beam in beams])
+            for beam in beams:
+                self._send_if_alive(AddRequest(beam))
+            return []
+        deltas = []
+        for sample, beam in zip(list(opened.samples.values()), search.best(), strict=True):
+            if sample.logprobs is not None:
+                sample.logprobs.add(beam.logprobs(sample.logprobs.width), None)
+            reason = FinishReason.STOP if beam.stopped else FinishReason.LENGTH
+            deltas.append(self._advance(opened, sample, beam.token_ids, reason, ""))
+        return [delta for delta in deltas if delta is not None]
+
+    def _started(self, opened: OpenRequest) -> None:
+        """Tells the admission, once, that a request has its first output."""
+        if opened.ticket is not None and opened.ticket.started is None and self._admission is not None:
+            self._admission.started(opened.ticket, self._clock())
+
     def _embedded(self, opened: OpenRequest, sample: OpenSample, embedding: bytes) -> Delta:
         """Ends a request for an embedding with its result."""
         opened.life.embedded()
@@ -430,8 +476,8 @@ class FrontEnd:
         ended: set with the last ones; error as in EngineOutput.
         """
         reason, cause = ended, None
-        if token_ids and opened.ticket is not None and opened.ticket.started is None and self._admission is not None:
-            self._admission.started(opened.ticket, self._clock())
+        if token_ids:
+            self._started(opened)
         try:
             text = sample.output.add(token_ids, reason)
         except Exception:  # one request's text must not stop the others' streams
@@ -452,8 +498,7 @@ class FrontEnd:
         if sample.output.stopped and reason in (None, FinishReason.LENGTH, FinishReason.STOP):
             reason, error = FinishReason.STOP, ""
         if reason in (FinishReason.ABORT, FinishReason.DEADLINE, FinishReason.ERROR):
-            cause = Cause.OPTIONS if is_of_options(error) else Cause.REQUEST
-            cause = Cause.DEADLINE if reason is FinishReason.DEADLINE else cause
+            cause = _cause_of(reason, error)
             error = error or f"the engine ended the request with {reason.value}"
         if reason is not None:
             self._forget(opened, sample, reason, told_engine=ended is not None)
@@ -495,14 +540,34 @@ class FrontEnd:
 
     def _end_early(self, opened: OpenRequest, reason: FinishReason, error: str, cause: Cause) -> list[Delta]:
         """Ends every sample of a request: the last ones first, which wait for the first to compute the prompt."""
-        deltas = []
+        deltas, told_engine = [], bool(self._failure)
+        texts: dict[int, str] = {}
+        if opened.search is not None:
+            texts = self._abandon(opened, opened.search)
+            told_engine = True  # which knows the beams alone
         for sample in reversed(list(opened.samples.values())):
-            text = sample.output.finish()
-            self._forget(opened, sample, reason, told_engine=bool(self._failure))
+            text = texts.get(sample.index, "") + sample.output.finish()
+            self._forget(opened, sample, reason, told_engine=told_engine)
             delta = self._delta(opened, sample, text, reason, error, cause)
             assert delta is not None  # it has a finish reason
             deltas.append(delta)
         return deltas
+
+    def _abandon(self, opened: OpenRequest, search: OpenSearch) -> dict[int, str]:
+        """Ends the beams of a search, whose samples become the likeliest ones so far; returns the texts of these."""
+        for engine_id in search.in_flight:
+            self._requests.remove_beam(engine_id, released=bool(self._failure))
+            if not self._failure:
+                self._send_if_alive(AbortRequest(engine_id))
+        texts = {}
+        for sample, beam in zip(opened.samples.values(), search.best(), strict=False):
+            if sample.logprobs is not None:
+                sample.logprobs.add(beam.logprobs(sample.logprobs.width), None)
+            try:
+                texts[sample.index] = sample.output.add(beam.token_ids, None)
+            except Exception:  # as in `_advance`
+                _log.exception("output of request %r cannot be turned into text", opened.request_id)
+        return texts
 
     def _forget(self, opened: OpenRequest, sample: OpenSample, reason: FinishReason, *, told_engine: bool) -> None:
         """Closes a sample, and with its last one the request, which ends with `reason`.
@@ -527,6 +592,13 @@ class FrontEnd:
         except OSError:
             # The engine is gone; `receive` says so, with the reason, and that ends every request.
             _log.debug("the engine cannot be reached", exc_info=True)
+
+
+def _cause_of(reason: FinishReason, error: str) -> Cause:
+    """Returns why the engine has ended a request that did not come to its end. error: the engine's line."""
+    if reason is FinishReason.DEADLINE:
+        return Cause.DEADLINE
+    return Cause.OPTIONS if is_of_options(error) else Cause.REQUEST
 
 
 def _with_samples(count: int) -> str:

@@ -19,6 +19,11 @@ class LogprobQueue:
             self._prompt = PromptLogprobs(request.prompt_token_ids, LogprobColumns.unknown(0, request.prompt_logprobs))
 
     @property
+    def width(self) -> int:
+        """The likeliest ids of each position that are wanted."""
+        return self._width or 0
+
+    @property
     def has_prompt(self) -> bool:
         """Whether the prompt's log-probabilities are there and not taken."""
         return self._prompt is not None

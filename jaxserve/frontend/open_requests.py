@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+from collections.abc import Iterable
 
 from jaxserve.frontend.admission import Ticket
 from jaxserve.frontend.logprob_queue import LogprobQueue
+from jaxserve.frontend.open_search import OpenSearch
 from jaxserve.frontend.output import OutputState
 from jaxserve.pooling_params import PoolingParams
 from jaxserve.telemetry.request_meter import UNCOUNTED, RequestLife
@@ -16,7 +18,8 @@ from jaxserve.telemetry.request_meter import UNCOUNTED, RequestLife
 class OpenSample:
     """Tracks a sample without its last delta.
 
-    engine_id: its name in messages (see `OpenRequests.engine_ids`). logprobs: those of its tokens, where it wants any.
+    engine_id: its name in messages (see `OpenRequests.engine_ids`); that of a beam search's output is in none.
+    logprobs: those of its tokens, where it wants any.
     """
 
     index: int
@@ -31,7 +34,7 @@ class OpenRequest:
 
     samples: those without theirs, by index. output_tokens: of those that have ended. ticket: of the admission, where
     there is one. life: counts the request. truncated_tokens: cut off its prompt. pooling: what it asks for, where that
-    is an embedding.
+    is an embedding. search: of a beam search, whose outputs are the samples.
     """
 
     owner: str
@@ -45,6 +48,14 @@ class OpenRequest:
     life: RequestLife = UNCOUNTED
     truncated_tokens: int = 0
     pooling: PoolingParams | None = None
+    search: OpenSearch | None = None
+
+    @property
+    def tokens_so_far(self) -> int:
+        """Returns the output tokens of all samples; of a beam search those of one beam."""
+        if self.search is not None:
+            return self.search.length
+        return self.output_tokens + sum(sample.output.num_tokens for sample in self.samples.values())
 
 
 class OpenRequests:
@@ -53,6 +64,7 @@ class OpenRequests:
     def __init__(self) -> None:
         self._open: dict[tuple[str, str], OpenRequest] = {}  # by owner and request id
         self._by_engine_id: dict[str, tuple[OpenRequest, OpenSample]] = {}
+        self._beams: dict[str, OpenRequest] = {}  # by the engine's names of the requests of a beam search
         self._ending: set[str] = set()  # engine ids of finished samples that the engine has yet to confirm
         self._deadlines: list[tuple[float, int, OpenRequest]] = []  # heap with numbers; finished ones are skipped
         self._number = 0
@@ -94,20 +106,34 @@ class OpenRequests:
         return engine_id in self._ending
 
     def engine_ids(self, request_id: str, count: int) -> list[str]:
-        """Returns names for the samples of a request: its id, then that id with the sample's index.
+        """Returns names for the samples of a request: its id, then that id with the sample's index."""
+        return [self.engine_id(f"{request_id}/{index}" if index else request_id) for index in range(count)]
+
+    def engine_id(self, name: str) -> str:
+        """Returns a name that the engine does not know: the one that is wished for.
 
         A number is appended while the engine knows another sample by that name: of an earlier request, or another
         owner's.
         """
-        engine_ids: list[str] = []
-        for index in range(count):
-            name = f"{request_id}/{index}" if index else request_id
-            engine_id, number = name, 1
-            while engine_id in self._ending or engine_id in self._by_engine_id:
-                number += 1
-                engine_id = f"{name}#{number}"
-            engine_ids.append(engine_id)
-        return engine_ids
+        engine_id, number = name, 1
+        while engine_id in self._ending or engine_id in self._by_engine_id or engine_id in self._beams:
+            number += 1
+            engine_id = f"{name}#{number}"
+        return engine_id
+
+    def find_beam(self, engine_id: str) -> OpenRequest | None:
+        """Returns the open beam search of which the engine knows a request by this name."""
+        return self._beams.get(engine_id)
+
+    def add_beams(self, opened: OpenRequest, engine_ids: Iterable[str]) -> None:
+        """Adds the requests of a step of a beam search, which are sent to the engine."""
+        self._beams.update(dict.fromkeys(engine_ids, opened))
+
+    def remove_beam(self, engine_id: str, *, released: bool) -> None:
+        """Removes a request of a beam search. released: the engine has no more to say of it."""
+        del self._beams[engine_id]
+        if not released:
+            self._ending.add(engine_id)
 
     def add(self, opened: OpenRequest) -> None:
         """Adds a request that was sent to the engine."""

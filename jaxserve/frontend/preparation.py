@@ -6,11 +6,14 @@ The cheapest checks come first: names, numbers and the prompt's length before it
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import uuid
 from collections.abc import Sequence, Set
 
+from jaxserve.config.id_checks import IDS_PER_PART
 from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.frontend.bad_words import bad_words_token_ids
+from jaxserve.frontend.beams import check_search, check_search_length
 from jaxserve.frontend.chat_text import RenderedText
 from jaxserve.frontend.encoding import SHORT_TEXT
 from jaxserve.frontend.grammar_checker import GrammarChecker
@@ -98,12 +101,14 @@ class Preparation:
             return (yield from self._pooling_steps(prompt, params, options, request_id))
         check_samples(params, self._limits)
         check_logprobs(params, self._limits)
+        check_search(params, self._limits)
         if params.stop and self._tokenizer is None:
             raise ValueError("stop needs text, and this server has no tokenizer; use stop_token_ids")
         grammar = self.known_grammar(params)
         kept = self._kept_tokens(params)
         token_ids, num_tokens = yield from self._encode_steps(prompt, params, kept)
         max_tokens = validate_request(token_ids, params, self._limits)
+        check_search_length(len(token_ids), params, max_tokens, self._limits)
         bad_words = bad_words_token_ids(params.bad_words, self._tokenizer, self._limits.vocab_size)
         truncated = num_tokens - len(token_ids)
         if grammar is None:
@@ -198,7 +203,11 @@ class Preparation:
             raise ValueError(f"prompt is of type {type(prompt).__name__}; it must be text or a sequence of token ids")
         self.check_size(prompt, params)
         yield 0
-        return tuple(prompt if kept is None else prompt[-kept:]), len(prompt)
+        listed: list[int] = []
+        rest = iter(prompt if kept is None else prompt[-kept:])
+        while part := tuple(itertools.islice(rest, IDS_PER_PART)):  # a message makes each number anew
+            listed.extend(part)
+        return tuple(listed), len(prompt)
 
     def check_size(self, prompt: str | Sequence[int], params: SamplingParams | PoolingParams) -> None:
         """Refuses a prompt that is certainly too long, in constant time: by the number of its token ids or characters
@@ -209,6 +218,7 @@ class Preparation:
         if isinstance(params, SamplingParams):
             check_samples(params, self._limits)
             check_logprobs(params, self._limits)
+            check_search(params, self._limits)
         if (kept := self._kept_tokens(params)) is not None:
             if not isinstance(prompt, str):
                 self._check_length(min(len(prompt), kept), params)

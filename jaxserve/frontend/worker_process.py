@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from jaxserve.engine.framing import FrameReader, frames
@@ -44,22 +45,43 @@ class WorkerProcess:
         self.end = weakref.finalize(self, _end, self._process, self._socket)
 
     def ask(self, request: bytes, seconds: float) -> dict[str, Any] | None:
-        """Returns the response to a message, an object in JSON, as `ask_bytes` does."""
-        answer = self.ask_bytes(request, seconds)
-        return None if answer is None else json.loads(answer)
+        """Returns the response to a message, an object in JSON; None when there is none in time, or the process has
+        ended."""
+        payloads = self._exchange(request, seconds)
+        return None if payloads is None else json.loads(payloads[0])
 
-    def ask_bytes(self, request: bytes, seconds: float) -> bytes | None:
-        """Returns the response to a message; None when there is none in time, or the process has ended."""
+    def ask_parts(self, request: bytes, seconds: float) -> list[bytes] | None:
+        """Returns the parts of the response to a message, as `frames_of_parts` makes them; None as `ask` does. seconds:
+        for the request, and for each part."""
+        payloads = self._exchange(request, seconds)
+        if payloads is None:
+            return None
+        count, parts = int.from_bytes(payloads[0]), payloads[1:]
+        while len(parts) < count:
+            more = self._receive()
+            if more is None:
+                return None
+            parts += more
+        return parts
+
+    def _exchange(self, request: bytes, seconds: float) -> list[bytes] | None:
+        """Sends a message and returns what arrives first, or None."""
         self._socket.settimeout(seconds)
         try:
             self._socket.sendall(frames([request]))
-            payloads = self._reader.read()
         except TimeoutError:
             self._timed_out = True
             return None
         except ConnectionError:  # it has ended before it read everything
             return None
-        return None if payloads is None else payloads[0]
+        return self._receive()
+
+    def _receive(self) -> list[bytes] | None:
+        try:
+            return self._reader.read()
+        except TimeoutError:
+            self._timed_out = True
+            return None
 
     @property
     def has_ended(self) -> bool:
@@ -76,6 +98,14 @@ class WorkerProcess:
         if self._timed_out or (code := self._process.wait()) == -signal.SIGVTALRM:
             return ""
         return f"the process for {self._work} ended with exit code {code}"
+
+
+def frames_of_parts(parts: Sequence[bytes]) -> bytes:
+    """Returns a response in parts as bytes on the wire: their number, and each in a frame of its own.
+
+    The reader copies what it receives more than once, and so no more than a part at a time.
+    """
+    return frames([len(parts).to_bytes(4), *parts])
 
 
 def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:

@@ -6,7 +6,7 @@ The pool hands out page numbers; the arrays behind them belong to the runner. It
     ACTIVE  -> FREE     release of the last reference, content without a key
     ACTIVE  -> CACHED   release of the last reference, content with a key: kept, and reclaimable
     CACHED  -> ACTIVE   share
-    CACHED  -> ACTIVE   allocate, when no page is free: the least recently used loses its content
+    CACHED  -> ACTIVE   allocate, when no page is free: the one that `Eviction` selects loses its content
     CACHED  -> FREE     forget
     ACTIVE <-> HOST     move: swap out and in
 
@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from jaxserve.kv_cache.event_log import CacheEventLog
+from jaxserve.kv_cache.eviction import Eviction, LeastRecentlyUsed
 
 NULL_PAGE = 0
 """Page 0 is never allocated: padding reads and writes it."""
@@ -63,11 +64,14 @@ class PagePool:
 
     num_pages: pages of the device, the null page included. page_size: tokens per page.
     num_host_pages: pages of host memory for swapped sequences, numbered from 0 (there is no null page).
+    eviction: an empty order of cached pages; None for least recently used.
 
     Misuse (a page that is not held, twice in one call, out of range) is a ValueError, raised before anything changes.
     """
 
-    def __init__(self, num_pages: int, page_size: int, num_host_pages: int = 0) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, num_host_pages: int = 0, eviction: Eviction | None = None
+    ) -> None:
         for name, value, low in (
             ("num_pages", num_pages, 2),
             ("page_size", page_size, 1),
@@ -84,7 +88,10 @@ class PagePool:
         self._keys: list[bytes | None] = [None] * num_pages
         self._page_of_key: dict[bytes, int] = {}
         self._free = list(range(num_pages - 1, NULL_PAGE, -1))  # a stack: low numbers first
-        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._cached: Eviction = LeastRecentlyUsed() if eviction is None else eviction
+        self._depths = [0] * num_pages  # of a committed page: pages before it in its sequence
+        self._uses = [0] * num_pages  # of a committed page: sequences that had it
+        self.num_evicted = 0
         self._host_free = list(range(num_host_pages - 1, -1, -1))
         self._host_keys: dict[int, bytes | None] = {}  # host pages in use, with the keys of their content
         self.evictions: dict[str, int] = dict.fromkeys(
@@ -147,7 +154,7 @@ class PagePool:
         """Allocates `count` private pages with one reference each and undefined content; returns None, and changes
         nothing, when fewer are available.
 
-        Takes free pages first, then the least recently used cached ones.
+        Takes free pages first, then cached ones, in the order of eviction.
         """
         if count < 0:
             raise ValueError(f"count is {count}; it must be at least 0")
@@ -168,6 +175,7 @@ class PagePool:
                 raise ValueError(f"page {page} is free; only active and cached pages can be shared")
         for page in pages:
             self._take(page)
+            self._uses[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
         """Drops one reference to each active page of one table, given in table order.
@@ -176,13 +184,15 @@ class PagePool:
         table the later pages are reclaimed first: without the earlier ones no `find` would reach them.
         """
         self._check_active(pages)
+        later = None
         for page in reversed(pages):
-            self._drop(page)
+            later = page if self._drop(page, later) else None
 
-    def commit(self, pages: Sequence[int], keys: Sequence[bytes]) -> None:
+    def commit(self, pages: Sequence[int], keys: Sequence[bytes], first: int = 0) -> None:
         """Assigns its content key to each of several active pages, whose content is computed by what is dispatched.
 
-        pages: full pages, of one table. keys: of their content (`ContentKeys`), in the same order.
+        pages: full pages, of one table, one after the other. keys: of their content (`ContentKeys`), in the same order.
+        first: index in the table of the first of them.
 
         Where another page has the same content already, `find` keeps returning that one. Raises ValueError, and changes
         nothing, when a page holds other content already or is not active.
@@ -194,9 +204,11 @@ class PagePool:
         for page, key in committed:
             if self._keys[page] not in (None, key):
                 raise ValueError(f"page {page} is committed with other content")
-        for page, key in committed:
+        for depth, (page, key) in enumerate(committed, first):
             self._keys[page] = key
             self._page_of_key.setdefault(key, page)
+            self._depths[page] = depth
+            self._uses[page] = max(1, self._uses[page])
 
     def uncommit(self, page: int) -> None:
         """Drops the content key of an active page if it has one owner, who may then write the page."""
@@ -239,9 +251,10 @@ class PagePool:
             self._host_keys = dict.fromkeys(self._host_keys)
         self._keys = [None] * self.num_pages
         self._page_of_key.clear()
+        self._free.extend(self._cached)
+        self._uses = [0] * self.num_pages
         if self.event_log is not None:
             self.event_log.cleared()
-        self._free.extend(reversed(self._cached))
         self._cached.clear()
         return count
 
@@ -335,33 +348,40 @@ class PagePool:
         if targets is None:
             return None
         copies = []
-        for page, target in zip(pages, targets, strict=True):
+        for depth, (page, target) in enumerate(zip(pages, targets, strict=True)):
             key = self._keys[target] = self._host_keys[page]
             if key is not None:
                 self._page_of_key.setdefault(key, target)
+                self._depths[target], self._uses[target] = depth, 1
             copies.append(PageCopy(page, PageState.HOST, target, PageState.ACTIVE))
         self.release_host(pages)
         return tuple(copies)
 
     def _take(self, page: int) -> None:
         if not self._references[page]:
-            del self._cached[page]
+            self._cached.remove(page)
         self._references[page] += 1
 
-    def _drop(self, page: int) -> None:
+    def _drop(self, page: int, later: int | None = None) -> bool:
+        """Drops a reference; returns whether the page is cached by that. later: the next page of the table, if it has
+        just been cached."""
         self._references[page] -= 1
         if self._references[page]:
-            return
+            return False
         key = self._keys[page]
         # `setdefault`: a duplicate takes over when the page found until now has been reclaimed.
         if key is not None and self._page_of_key.setdefault(key, page) == page:
-            self._cached[page] = None
-        else:
-            self._keys[page] = None
-            self._free.append(page)
+            self._cached.add(page, self._depths[page], self._uses[page], later)
+            return True
+        self._keys[page] = None
+        self._uses[page] = 0
+        self._free.append(page)
+        return False
 
     def _reclaim(self) -> int:
-        page, _ = self._cached.popitem(last=False)
+        page = self._cached.pop()
+        self.num_evicted += 1
+        self._uses[page] = 0
         key = self._keys[page]
         assert key is not None, f"page {page} is cached without a content key"
         self._unlist(key)

@@ -142,6 +142,7 @@ class Startup:
             num_host_pages=shapes.num_host_pages,
             preemption_costs=costs,
             max_logprobs=shapes.max_logprobs,
+            logprobs_mode=shapes.logprobs_mode,
             hidden_size=shapes.model.hidden_size,
         )
 

@@ -42,8 +42,8 @@ class RunnerInfo:
     memory: bytes of the device by purpose; they sum to all of its memory. num_host_pages: pages of host
     memory for swapped sequences. preemption_costs: measured at warm-up; None when swapping is impossible.
     tokens_per_step: maximum tokens of a decoding row in one step (`DecodeRows.counts`).
-    max_logprobs: likeliest ids of one position that a request may ask for. hidden_size: numbers of a hidden state,
-    which pooling returns.
+    max_logprobs: likeliest ids of one position that a request may ask for. logprobs_mode: as in `LogprobsConfig`.
+    hidden_size: numbers of a hidden state, which pooling returns.
     """
 
     vocab_size: int
@@ -68,6 +68,7 @@ class RunnerInfo:
     preemption_costs: PreemptionCosts | None = None
     tokens_per_step: int = 1
     max_logprobs: int = MAX_LOGPROBS
+    logprobs_mode: str = "raw_logprobs"
     hidden_size: int = 0
 
     @property

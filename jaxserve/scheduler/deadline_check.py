@@ -55,7 +55,7 @@ class DeadlineCheck:
         """Returns the seconds that the request takes from its start to the last token that it needs or is expected to
         have."""
         if self._rule == "expected":
-            return self._step_times.expected_seconds(sequence.num_known, sequence.expected_output)
-        prefill_steps = -(-sequence.num_known // self._step_tokens)
+            return self._step_times.expected_seconds(sequence.num_to_compute, sequence.expected_output)
+        prefill_steps = -(-sequence.num_to_compute // self._step_tokens)
         decode_steps = -(-(sequence.request.needed_tokens - 1) // self._tokens_per_step)
         return self._step_times.least_seconds(prefill_steps, decode_steps)

@@ -14,6 +14,7 @@ Source: automatic prefix caching by hashes of pages, vLLM; keys and values of a 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
 
@@ -43,7 +44,8 @@ class PrefixCounts:
 class PrefixCache:
     """Looks up and commits the pages of sequences in one pool.
 
-    keys: None where pages are not shared between requests; nothing is then found or committed.
+    keys: None where pages are not shared between requests; nothing is then found or committed. watched: somebody takes
+    `committed_keys`, those of the pages committed since they were taken last.
     """
 
     def __init__(self, pool: PagePool, keys: ContentKeys | None):
@@ -52,6 +54,9 @@ class PrefixCache:
         self._dispatched: StepPlan | None = None
         self._event_log: CacheEventLog | None = None
         self.counts = PrefixCounts()
+        self.page_size = pool.page_size
+        self.watched = False
+        self.committed_keys: list[bytes] = []
 
     def find(self, sequence: Sequence) -> list[int]:
         """Returns the computed pages with which a sequence that holds none can begin, in order; O(their number).
@@ -86,30 +91,42 @@ class PrefixCache:
         """Records the step that was planned last; its pages are committed by the next `commit`."""
         self._dispatched = plan if self._keys is not None else None
 
-    def commit(self, owner: Callable[[str, int], Sequence | None]) -> None:
+    @property
+    def planned_step(self) -> int | None:
+        """Returns the number of the step whose pages the next `commit` commits."""
+        return None if self._dispatched is None else self._dispatched.step
+
+    def commit(self, owner: Callable[[str, int], Sequence | None]) -> list[Sequence]:
         """Commits the pages that the step planned last fills; it has been dispatched by now.
 
-        owner: returns the sequence of a request id and order, if it still needs tokens. A request whose row could not
-        be dispatched has been ended, and has none.
+        Args:
+            owner: returns the sequence of a request id and order, if it still needs tokens. A request whose row could
+                not be dispatched has been ended, and has none.
+
+        Returns:
+            The sequences whose prompts were committed further.
         """
         plan, self._dispatched = self._dispatched, None
         if plan is None:
-            return
+            return []
+        prompts = []
         for row in plan.chunks:
-            if (sequence := owner(row.request_id, row.order)) is not None:
-                self._commit(sequence, row.start + row.num_tokens)
+            sequence = owner(row.request_id, row.order)
+            if sequence is not None and self._commit(sequence, row.start + row.num_tokens):
+                prompts.append(sequence)
         decodes = plan.decodes
         if not len(decodes):
-            return
+            return prompts
         if decodes.counts is not None:  # how many of its tokens a row keeps is known only of the steps before
             for request_id, order in zip(decodes.request_ids, decodes.orders.tolist(), strict=True):
                 if (sequence := owner(request_id, order)) is not None:
                     self._commit(sequence, sequence.num_known - 1)
-            return
+            return prompts
         starts = decodes.starts
         for row in ((starts + 1) % self._pool.page_size == 0).nonzero()[0].tolist():
             if (sequence := owner(decodes.request_ids[row], int(decodes.orders[row]))) is not None:
                 self._commit(sequence, int(starts[row]) + 1)
+        return prompts
 
     def forget(self, cause: str = "lost") -> int:
         """Forgets all computed pages of the device; returns how many became free. cause: as for `PagePool.forget`."""
@@ -126,19 +143,38 @@ class PrefixCache:
     def _serves(self, sequence: Sequence) -> bool:
         return self._keys is not None and sequence.request.options.prefix_caching
 
-    def _commit(self, sequence: Sequence, num_tokens: int) -> None:
-        """Commits the full pages among the first `num_tokens` tokens, all of which are computed."""
+    def next_key(self, sequence: Sequence, index: int, num_tokens: int) -> bytes | None:
+        """Returns the content key of the page at `index` of a sequence, if it is a full one among its first
+        `num_tokens` tokens, which are known."""
+        if (index + 1) * self._pool.page_size > num_tokens or not self._serves(sequence):
+            return None
+        for _ in self._chain(sequence, index + 1):
+            pass
+        return sequence.page_keys[index]
+
+    def common_pages(self, sequence: Sequence, leader: Sequence) -> int:
+        """Returns the number of pages that a waiting sequence could find if another had committed its known tokens."""
+        count = min(sequence.num_skippable, leader.num_known) // self._pool.page_size
+        pairs = zip(self._chain(sequence, count), self._chain(leader, count), strict=True)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def _commit(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Commits the full pages among the first `num_tokens` tokens, all of which are computed; returns whether there
+        were any to commit."""
         begin, end = sequence.num_committed, num_tokens // self._pool.page_size
         if end <= begin or sequence.status is not RequestStatus.RUNNING or not self._serves(sequence):
-            return
+            return False
         for _ in self._chain(sequence, end):
             pass
-        self._pool.commit(sequence.pages[begin:end], sequence.page_keys[begin:end])
+        self._pool.commit(sequence.pages[begin:end], sequence.page_keys[begin:end], begin)
         sequence.num_committed = end
         if (log := self._event_log) is not None:
-            while begin and sequence.page_keys[begin - 1] not in log:
-                begin -= 1
-            self._announce(sequence, begin, end)
+            first = begin
+            while first and sequence.page_keys[first - 1] not in log:
+                first -= 1
+            self._announce(sequence, first, end)
+        self.committed_keys += sequence.page_keys[begin:end] if self.watched else ()
+        return True
 
     def _announce(self, sequence: Sequence, begin: int, end: int) -> None:
         """Records pages `begin` to `end` - 1 of a sequence, those that can be found and are not recorded yet."""

@@ -42,6 +42,11 @@ class PromptSharing:
         """Returns the pages that prompts keep, a list for each."""
         return [prompt.kept for prompt in self._keeping]
 
+    @property
+    def num_withheld(self) -> int:
+        """Returns the number of samples that wait in no queue; O(shared prompts)."""
+        return sum(len(prompt.withheld) for prompt in self._prompts)
+
     def add(self, sequences: List[Sequence]) -> None:
         """Queues the samples of one prompt, in order of their indices: the first computes it, the others are
         withheld."""
@@ -163,8 +168,6 @@ class PromptSharing:
             prompt.check_integrity()
             assert bool(prompt.kept) == (prompt in self._keeping), "kept pages are in no list, or the reverse"
             assert not prompt.empty, "a prompt without samples is remembered"
-        withheld = sum(len(prompt.withheld) for prompt in self._prompts)
-        assert withheld == self._waiting.num_withheld, "withheld samples are counted wrong"
 
     def _drop(self, prompt: SharedPrompt) -> None:
         """Releases the pages that a prompt keeps."""

@@ -46,6 +46,8 @@ from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.scheduler.pooled_prompts import NOT_POOLED, take_pooled
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.prefix_cache import PrefixCache, PrefixCounts
+from jaxserve.scheduler.prefix_costs import PrefixPredictor, StepSeconds, by_tokens
+from jaxserve.scheduler.prefix_waits import WaitCounts
 from jaxserve.scheduler.sampled_tokens import finish_reason, no_token, one_by_one, several
 from jaxserve.scheduler.scoring import scored_tokens, take_scores, with_logprobs
 from jaxserve.scheduler.sequence import Sequence
@@ -106,6 +108,7 @@ class Scheduler:
             allocation_hit,
             deadline_check=self._deadline_check,
             prefix_cache=PrefixCache(pool, content_keys),
+            predictor=None if not config.admission.wait_for_prefix else self._predictor(step_seconds or by_tokens),
         )
         self.decode_gap = DecodeGap.configured(config, step_seconds, buckets)
         self._builder = StepBuilder(
@@ -190,6 +193,11 @@ class Scheduler:
         """Tells whether a request is unfinished."""
         return request_id in self._sequences
 
+    @property
+    def wait_counts(self) -> WaitCounts:
+        """Returns the counts of requests that waited for a prefix since the start."""
+        return self._queues.prefix_waits.counts
+
     def add(self, request: EngineRequest, wants: Wants = Wants.NONE) -> Sequence:
         """Puts a request in the waiting queue.
 
@@ -221,6 +229,10 @@ class Scheduler:
         self._queues.sharing.add(sequences)
         return sequences
 
+    def _predictor(self, seconds: StepSeconds) -> PrefixPredictor:
+        budget, threshold = self._config.max_num_batched_tokens, self._config.long_prefill_token_threshold
+        return PrefixPredictor(seconds, self._buckets, pace=min(budget, threshold or budget), budget=budget)
+
     def _check_new(self, requests: List[EngineRequest]) -> None:
         """Raises ValueError where `add` does."""
         names = {request.request_id for request in requests}
@@ -237,6 +249,7 @@ class Scheduler:
         """Returns the record of a new request."""
         sequence = Sequence(request, self._arrivals, 1.0 if request.pooling else self.predictor.expected(request))
         sequence.wants = int(wants)
+        self._queues.prefix_order.arrived(sequence)
         sequence.tenant_number = self.policy.tenant_number(request.options.tenant)
         self._arrivals += 1
         self._sequences[request.request_id] = sequence
@@ -332,7 +345,7 @@ class Scheduler:
                 the others restarted (`restart`, with `lost_copies`), as for a step that was dispatched and is lost.
         """
         self._step_times.ends(now)
-        self._queues.prefix_cache.commit(self._owner)
+        self._commit_pages()
         self._queues.start_step()
         self._budgets.update(len(self._sequences))
         try:
@@ -342,6 +355,8 @@ class Scheduler:
                 for sequence in self._builder.admitted:
                     self._barrier.joined(sequence, self._steps)
         self._queues.prefix_cache.planned(plan)
+        if plan is not None:
+            self._queues.prefix_waits.planned(plan)
         self._step_times.begins(plan, now)
         if self.decode_gap is not None:
             preempted = [sequence.order for sequence in self._queues.preempted]
@@ -376,10 +391,18 @@ class Scheduler:
                 self.decode_gap.monitor.ended(other.sequence.order)
         return dataclasses.replace(update, gaps=gaps) if gaps else update
 
+    def _commit_pages(self) -> None:
+        """Commits the pages that the step planned last fills, and tells those that wait for them."""
+        for sequence in self._queues.prefix_cache.commit(self._owner):
+            self._queues.prefix_waits.committed(sequence)
+        self._queues.prefix_order.update()
+
     def _update(self, plan: StepPlan, result: StepResult) -> StepUpdate:
         token_ids = np.asarray(result.token_ids, np.int32)
         if len(token_ids) != plan.num_sampled:
             raise ValueError(f"step {plan.step} has {len(token_ids)} token ids; it sampled {plan.num_sampled} rows")
+        if self._queues.prefix_cache.planned_step == plan.step:  # no other was planned while it ran
+            self._commit_pages()
         others = self._take_unsampled(plan, result)
         if plan.decodes.counts is not None:
             return self._update_several(plan, token_ids, result, others)
@@ -525,7 +548,10 @@ class Scheduler:
         sequence.status = RequestStatus.FINISHED
         self.policy.ended(sequence)
         if reason.value in COMPLETED and sequence.pooled is None:
-            self.predictor.observe(sequence.request, len(sequence.output_token_ids), sequence.expected_output)
+            if (
+                sequence.request.max_tokens > 1
+            ):  # a length that can only be 1, as in beam search, says nothing of others
+                self.predictor.observe(sequence.request, len(sequence.output_token_ids), sequence.expected_output)
         elif self.decode_gap is not None:
             self.decode_gap.monitor.ended(sequence.order)  # that of a completed one is forgotten once it is measured
         return SequenceUpdate(sequence, (), reason, error)

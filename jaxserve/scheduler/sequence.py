@@ -26,7 +26,8 @@ class Sequence:
     log-probabilities of its prompt. scores: those that the host has read and not handed on. pooled: of a prompt that
     is embedded.
     page_keys: content keys of its first full pages, as far as they were needed. num_committed: pages of its table, from
-    the first on, of which the pool knows the key. num_cached_tokens: tokens of pages that it found when it began.
+    the first on, of which the pool knows the key. num_cached_tokens: tokens of pages that it found when it began;
+    num_found: when it arrived, or would find now, where its policy orders by that.
     pages: of the device, in the order of the table; reserved: pages held for it beyond them; host_pages: those of a
     swapped sequence. penalized: it needs a penalty row; penalty_row: the one that it holds while it runs. parked: its
     queue does not offer it, since no row is free. prompt: what it shares with other samples of its request; None where
@@ -46,6 +47,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.page_keys: list[bytes] = []
         self.num_committed = 0
+        self.num_found = 0
         self.expected_output = expected_output
         self.boost = 0
         self.tenant_number = 0
@@ -98,6 +100,11 @@ class Sequence:
     def stop_position(self) -> int:
         """Returns the position of the first token that may be a stop id (min_tokens)."""
         return len(self.request.prompt_token_ids) + self.request.min_tokens
+
+    @property
+    def num_to_compute(self) -> int:
+        """Returns the number of known tokens that a waiting sequence would not find in the prefix cache."""
+        return self.num_known - self.num_found
 
     @property
     def num_skippable(self) -> int:

@@ -16,6 +16,9 @@ from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.preemption import Preemption
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.prefix_cache import PrefixCache
+from jaxserve.scheduler.prefix_costs import PrefixPredictor
+from jaxserve.scheduler.prefix_order import PrefixOrder
+from jaxserve.scheduler.prefix_waits import PrefixWaits
 from jaxserve.scheduler.prompt_sharing import PromptSharing
 from jaxserve.scheduler.running import Running
 from jaxserve.scheduler.sequence import Sequence
@@ -28,7 +31,8 @@ class SequenceQueues:
     """Keeps the three queues over one page pool.
 
     waiting: new requests and those preempted to be computed again. swapped: those whose pages are in host memory, in
-    the order of the policy. sharing: what the samples of one prompt share. prefix_cache: what requests share.
+    the order of the policy. sharing: what the samples of one prompt share. prefix_cache: what requests share, for which
+    some wait (prefix_waits) or are put forward (prefix_order).
     preempted: sequences preempted by the last step; `start_step` clears them. changed: a sequence arrived or left since
     the last step.
     """
@@ -46,6 +50,7 @@ class SequenceQueues:
         *,
         deadline_check: DeadlineCheck,
         prefix_cache: PrefixCache,
+        predictor: PrefixPredictor | None,
     ):
         if allocation_hit is None:
             self.pages = Pages(pool, config.admission, max_model_len)
@@ -54,7 +59,9 @@ class SequenceQueues:
         self.prefix_cache = prefix_cache
         self.preemption = Preemption(config.preemption, policy, pool.page_size, costs)
         urgency_queues = self.preemption.urgency_queues
-        self.waiting = Waiting(policy, formation, urgency_queues(), urgency_queues(), deadline_check)
+        self.waiting = Waiting(policy, formation, urgency_queues(), urgency_queues(), deadline_check, prefix_cache)
+        self.prefix_waits = PrefixWaits(prefix_cache, self.waiting, predictor)
+        self.prefix_order = PrefixOrder(prefix_cache, self.waiting, watching=policy.matches_prefixes)
         self.running = Running(config.max_num_seqs, pool.page_size, tokens_per_step, config.num_penalty_rows)
         self.sharing = PromptSharing(pool, self.pages, self.waiting, self.running)
         self.swapped = ParkingQueue(policy.queue)
@@ -98,6 +105,7 @@ class SequenceQueues:
         """
         step.drop(sequence, self.running.decoding.next_tokens(sequence) if sequence.decoding else 0)
         self.running.leave(sequence)
+        self.prefix_waits.left(sequence)
         self.sharing.leaves(sequence, keep=False)
         self.preemption.boosted(sequence)
         copies = None
@@ -164,6 +172,7 @@ class SequenceQueues:
     def _release(self, sequence: Sequence) -> None:
         """Frees slot and pages of a running sequence."""
         self.running.leave(sequence)
+        self.prefix_waits.left(sequence)
         self.sharing.leaves(sequence, keep=True)
         self.pages.release(sequence)
         sequence.num_computed = 0
@@ -174,6 +183,9 @@ class SequenceQueues:
         pool.check_integrity([*tables, *self.sharing.tables], [sequence.host_pages for sequence in sequences])
         self.running.check_integrity()
         self.sharing.check_integrity()
+        self.prefix_waits.check_integrity()
+        withheld = self.sharing.num_withheld + self.prefix_waits.num_followers
+        assert withheld == self.waiting.num_withheld, "withheld requests are counted wrong"
         statuses = [sequence.status for sequence in sequences]
         assert statuses.count(RequestStatus.RUNNING) == len(self.running), "a sequence runs that does not"
         assert statuses.count(RequestStatus.SWAPPED) == len(self.swapped), "a sequence is swapped that is not"

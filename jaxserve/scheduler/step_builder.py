@@ -54,6 +54,7 @@ class StepBuilder:
         self._waiting = queues.waiting
         self._swapped = queues.swapped
         self._prefix_cache = queues.prefix_cache
+        self._may_follow = not mode.closed  # a closed batch is admitted as it is
         self._step_times = step_times
         self._gap_limit = gap_limit
         bounded = mode.closed or gap_limit is not None
@@ -273,6 +274,8 @@ class StepBuilder:
             for sequence in self._waiting.candidates(now):
                 if sequence.waits_new and (joined >= most or delayed):
                     break
+                if self._may_follow and self._queues.prefix_waits.follow(sequence):
+                    continue
                 if self._running.lacks_row(sequence):
                     self._queues.park(sequence)
                     parked += 1
@@ -315,6 +318,7 @@ class StepBuilder:
             self._policy.admitted(sequence)
         self._waiting.remove(sequence)
         self._running.start(sequence)
+        self._queues.prefix_waits.lead(sequence)
         self.admitted.append(sequence)
         held = len(found)
         if prompt is not None:

@@ -4,13 +4,14 @@ are set aside (`park`)."""
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from jaxserve.scheduler.admission_order import AdmissionOrder
 from jaxserve.scheduler.deadline_check import DeadlineCheck
 from jaxserve.scheduler.keyed_queue import KeyedQueue
 from jaxserve.scheduler.parking_queue import ParkingQueue
 from jaxserve.scheduler.policies.policy import Policy
+from jaxserve.scheduler.prefix_cache import PrefixCache
 from jaxserve.scheduler.sequence import Sequence
 
 
@@ -39,6 +40,11 @@ class _Times:
             self._heap = [entry for entry in self._heap if entry[2].waits_new]
             heapq.heapify(self._heap)
 
+    def replace_first(self, moment: float) -> None:
+        """Gives the request that `first` returned another time."""
+        _, order, sequence = self._heap[0]
+        heapq.heapreplace(self._heap, (moment, order, sequence))
+
     def first(self) -> tuple[float, Sequence] | None:
         while self._heap:
             moment, _, sequence = self._heap[0]
@@ -64,8 +70,10 @@ class Waiting:
         by_urgency: tuple[KeyedQueue, ...],
         parked_by_urgency: tuple[KeyedQueue, ...],
         deadline_check: DeadlineCheck,
+        prefix_cache: PrefixCache,
     ):
         self._policy = policy
+        self._prefix_cache = prefix_cache
         self._deadline_check = deadline_check
         self._formation = formation
         self._deadlines = _Times()
@@ -179,8 +187,18 @@ class Waiting:
 
     def late(self, now: float) -> Sequence | None:
         """Returns a new request that can no longer meet its deadline or its targets, or None."""
-        first = self._due.first()
-        return None if first is None or first[0] >= now else first[1]
+        while (first := self._due.first()) is not None and first[0] < now:
+            start_by = None if self._policy.clocked else self._postponed(first[1])
+            if start_by is None or start_by < now:
+                return first[1]
+            self._due.replace_first(start_by)
+        return None
+
+    def _postponed(self, sequence: Sequence) -> float | None:
+        """Returns until when a request must start that finds more in the prefix cache than when it arrived."""
+        if not self._policy.matches_prefixes:  # those that do keep it up to date, and order by it
+            sequence.num_found = self._prefix_cache.num_tokens(self._prefix_cache.find(sequence))
+        return self._deadline_check.start_by(sequence)
 
     @property
     def timed(self) -> bool:
@@ -195,6 +213,18 @@ class Waiting:
         self._remove(sequence)
         self._policy.demote(sequence)
         self._push(sequence)
+
+    def reorder(self, sequence: Sequence, change: Callable[[Sequence], None]) -> None:
+        """Changes what decides the priority key of a request that never ran."""
+        if sequence.withheld:
+            change(sequence)
+            return
+        parked = sequence.parked
+        self._remove(sequence)
+        change(sequence)
+        self._push(sequence)
+        if parked:
+            self.park(sequence)
 
     def _push(self, sequence: Sequence) -> None:
         for queue in (self.new, self._formation, *self._by_urgency):

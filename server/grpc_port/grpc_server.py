@@ -24,7 +24,14 @@ from jaxserve.serving.grpc_port import embed_convert, health
 from jaxserve.serving.grpc_port.call_interceptor import CallInterceptor
 from jaxserve.serving.grpc_port.calls import OpenCalls, note_rpc_tasks
 from jaxserve.serving.grpc_port.connections import ConnectionGuard, connection_limit, reserve
-from jaxserve.serving.grpc_port.oversized import GENERATE, WARM_PREFIX, OversizedInterceptor, check_generate
+from jaxserve.serving.grpc_port.oversized import (
+    DETOKENIZE,
+    GENERATE,
+    WARM_PREFIX,
+    OversizedInterceptor,
+    check_detokenize,
+    check_generate,
+)
 from jaxserve.serving.grpc_port.service import JaxServeService
 from jaxserve.serving.memory_return import return_memory
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
@@ -86,6 +93,7 @@ class GrpcServer:
         checks: dict[str, Callable[[bytes], None]] = embed_convert.oversized_checks()
         checks[GENERATE] = functools.partial(check_generate, check_prompt_bytes=service.check_prompt_bytes)
         checks[WARM_PREFIX] = checks[GENERATE]
+        checks[DETOKENIZE] = check_detokenize
         if gateways is not None:
             checks.update(gateways.oversized_checks(service.check_prompt_bytes))
         self._server = grpc.aio.server(

@@ -25,12 +25,15 @@ from jaxserve.frontend.delta import Delta
 from jaxserve.frontend.openai_chat import Chat
 from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.frontend.preparation_steps import Steps
+from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.pooling_params import pair_scores
 from jaxserve.request import FinishReason, ModelLimits, SamplingParams, check_identity
 from jaxserve.serving.access.callers import require_admin
 from jaxserve.serving.embedding_calls import Embedded, EmbeddingCall, embed_all
 from jaxserve.serving.grpc_port import convert, embed_convert
 from jaxserve.serving.grpc_port.call_interceptor import CallContext
+from jaxserve.serving.grpc_port.message_parts import numbers_of, of_one_field, value_of
+from jaxserve.serving.grpc_port.oversized import MAX_DETOKENIZED
 from jaxserve.serving.grpc_port.status import Status, status, status_of
 from jaxserve.serving.problem import NotFoundError, check_delta, fails_alone, unforeseen
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
@@ -51,9 +54,6 @@ _MOST_BYTES_PER_ID = 11
 
 _BYTES_PER_ID = 16
 """Bytes that decoding takes per token id; the text counts as the largest text that can be encoded."""
-
-MAX_DETOKENIZED = 2**20
-"""Maximum number of token ids of one Detokenize call: they are decoded in one call."""
 
 
 def errors_as_status(behavior: Behavior) -> Behavior:
@@ -219,13 +219,12 @@ class JaxServeService(pb_grpc.JaxServeServicer):
         return await self._served.started().work(steps, context.message_bytes)
 
     @errors_as_status
-    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> bytes:
         check_count("token_ids", len(request.token_ids), MAX_DETOKENIZED, "ids")
         convert.refuse_unknown_fields(request)
         vocab_size = self._served.started().ready.limits.vocab_size
-        steps = self._served.tokenizer().decode_steps(request.token_ids, vocab_size)
-        text = await self._served.started().work(steps, _BYTES_PER_ID * len(request.token_ids))
-        return pb.DetokenizeResponse(text=text)
+        steps = _detokenize_steps(self._served.tokenizer(), request, vocab_size)
+        return await self._served.started().work(steps, _BYTES_PER_ID * len(request.token_ids))
 
     @errors_as_status
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
@@ -301,18 +300,25 @@ def _prompt_usage(found: Sequence[Embedded]) -> pb.Usage:
     )
 
 
-def _tokenize_steps(tokenizer: Any, request: pb.TokenizeRequest) -> Steps[bytes]:
+def _tokenize_steps(tokenizer: Tokenizer, request: pb.TokenizeRequest) -> Steps[bytes]:
     """Serializes the TokenizeResponse in steps. The text is taken from the message when its first step runs."""
     yield 0
-    # Messages of one type, one behind the other, are one message with the fields of all: a million token ids take a
-    # byte or three each this way, and the interpreter lock for no longer than those of a piece do.
     parts: list[bytes] = []
 
     def take(token_ids: list[int], _: int) -> None:
-        parts.append(pb.TokenizeResponse(token_ids=token_ids).SerializeToString())
+        parts.append(value_of(pb.TokenizeResponse(token_ids=token_ids).SerializeToString()))
 
     yield from tokenizer.encode_steps(request.text, take)
-    return b"".join(parts)
+    return of_one_field(pb.TokenizeResponse.TOKEN_IDS_FIELD_NUMBER, parts)
+
+
+def _detokenize_steps(tokenizer: Tokenizer, request: pb.DetokenizeRequest, vocab_size: int) -> Steps[bytes]:
+    """Serializes the DetokenizeResponse in steps."""
+    yield 0
+    token_ids = numbers_of(value_of(request.SerializeToString()))
+    parts: list[bytes] = []
+    yield from tokenizer.decode_steps(token_ids, lambda text: parts.append(text.encode()), vocab_size)
+    return of_one_field(pb.DetokenizeResponse.TEXT_FIELD_NUMBER, parts)
 
 
 def _stats(stats: EngineStats) -> pb.EngineStats:

@@ -200,9 +200,11 @@ class _Run:
             return prompt
         if (tokenizer := self._frontend.tokenizer) is None:
             raise ValueError("echo needs text, and this server has no tokenizer; leave it out")
-        steps = tokenizer.decode_steps(prompt, self._frontend.ready.limits.vocab_size)
+        parts: list[str] = []
+        steps = tokenizer.decode_steps(prompt, parts.append, self._frontend.ready.limits.vocab_size)
+        await self._frontend.work(steps, _BYTES_PER_ID * len(prompt))
         # A character that the prompt leaves incomplete is in the output.
-        return (await self._frontend.work(steps, _BYTES_PER_ID * len(prompt))).rstrip("\ufffd")
+        return "".join(parts).rstrip("\ufffd")
 
     # ---- whole ---------------------------------------------------------------------------------------------------
 

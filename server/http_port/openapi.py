@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxserve.config.beam_fields import FlagOrWord
 from jaxserve.config.http_config import HttpConfig
 from jaxserve.config.parallel_samples import MAX_SAMPLES
 from jaxserve.config.plain_params import Form, PlainField, plain_fields
@@ -322,6 +323,8 @@ def _of_param(field: PlainField, limits: _Limits) -> Schema:
             return _whole(low, high) | ({"not": {"enum": list(without)}} if without else {})
         case Flag():
             return dict(_FLAG)
+        case FlagOrWord(words):
+            return {"enum": [True, False, *(word_of(member) for member in words)]}
         case Texts(max_items, max_length):
             text = {"type": "string", "minLength": 1, "maxLength": max_length}
             return {"anyOf": [text, {"type": "array", "items": text, "maxItems": max_items}]}

@@ -260,16 +260,16 @@ def test_a_large_prompt_is_tokenized_in_a_thread(tokenizer):
 @contextlib.contextmanager
 def encoding_held(monkeypatch):
     """Holds every text that is encoded in a thread until the block ends; yields an event: one has begun."""
-    begun, go_on, encode = threading.Event(), threading.Event(), Encoder.encode
+    begun, go_on, parts = threading.Event(), threading.Event(), Encoder.parts
 
     def wait(self, text, add_special_tokens, apart=None):
         if len(text) > SHORT_TEXT:
             begun.set()
             assert go_on.wait(60)
-        return encode(self, text, add_special_tokens)
+        return parts(self, text, add_special_tokens)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Encoder, "encode", wait)
+        patch.setattr(Encoder, "parts", wait)
         try:
             yield begun
         finally:

@@ -1,20 +1,25 @@
 """Texts in pieces: the token ids of the whole, and bounds that never refuse what would fit."""
 
 import functools
+import itertools
 import random
 import threading
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from jaxserve.frontend import encoder_process
-from jaxserve.frontend.encoder_process import LONG_TEXT
+from jaxserve.config.id_checks import IDS_PER_PART
+from jaxserve.frontend import tokenizer as tokenizer_module
+from jaxserve.frontend import tokenizer_process
 from jaxserve.frontend.encoding import PIECE_CHARACTERS, Encoder
 from jaxserve.frontend.pattern import Pattern, UnsupportedError
+from jaxserve.frontend.preparation_steps import finish
 from jaxserve.frontend.token_bound import _SHRINKING, TokenBound
+from jaxserve.frontend.tokenizer_process import CHARACTERS_PER_PART
 from tests.budgets import budget
 from tests.frontend.tokenizer_kinds import CORPUS, KINDS, LLAMA_3, PARTS, kind
 from tests.frontend.tokenizers_for_tests import byte_fallback, byte_level, load, metaspace
@@ -108,14 +113,15 @@ def test_a_long_text_has_the_ids_of_one_call(tmp_path):
     )
 
 
-def test_long_texts_are_encoded_in_a_process_of_their_own(tmp_path, caplog):
+def test_long_texts_are_encoded_in_a_process_of_their_own(tmp_path, caplog, monkeypatch):
     """With the same ids; here, where the process ends, and in a new one the next time."""
+    monkeypatch.setattr(tokenizer_module, "LONG_TEXT", 5000)  # the process has little time on a busy machine
     tokenizer = load(tmp_path, byte_level())
-    text, uncut = "größe 12, und 😀 noch eins. " * 12_000, "x" * (LONG_TEXT + 1)
+    text, uncut = "größe 12, und 😀 noch eins. " * 3000, "x" * 5001
     expected = [tokenizer.encode(text), tokenizer.encode(uncut, add_special_tokens=False)]
-    tokenizer.encode_long_texts_apart()
-    apart = tokenizer._encoder_process
-    tokenizer.encode(text[:LONG_TEXT])
+    tokenizer.take_long_texts_apart()
+    apart = tokenizer._process
+    tokenizer.encode(text[:5000])
     assert apart._worker is None, "a process is there that no text needs"
     for _ in range(2):
         assert [tokenizer.encode(text), tokenizer.encode(uncut, add_special_tokens=False)] == expected
@@ -130,6 +136,62 @@ def test_long_texts_are_encoded_in_a_process_of_their_own(tmp_path, caplog):
         caplog.clear()
 
 
+@pytest.mark.parametrize("skips", [True, False])
+def test_long_ids_are_decoded_in_a_process_of_their_own(tmp_path, caplog, monkeypatch, skips):
+    """With the same text; here, where the process ends, and in a new one the next time."""
+    monkeypatch.setattr(tokenizer_module, "LONG_IDS", 5000)
+    tokenizer = load(tmp_path, byte_level())
+    ids = random.Random(0).choices(range(tokenizer.vocab_size), k=2 * IDS_PER_PART)
+    expected = tokenizer._backend.decode(ids, skip_special_tokens=skips)
+    assert tokenizer.decode(ids, skips) == expected
+    tokenizer.take_long_texts_apart()
+    tokenizer.decode(ids[:5000], skips)
+    assert tokenizer._process._worker is None, "a process is there that no text needs"
+    assert tokenizer.decode(ids, skips) == expected
+    first = tokenizer._process._worker
+    assert not caplog.text
+    first._process.kill()
+    first._process.wait()
+    assert tokenizer.decode(ids, skips) == expected
+    assert "a long text is decoded here: the process for long texts ended with exit code -9" in caplog.text
+    assert tokenizer.decode(ids, skips) == expected
+    assert tokenizer._process._worker not in (None, first)
+
+
+@pytest.mark.parametrize("place", [0, 5, 70_000])
+@pytest.mark.parametrize("wrong", [-7, 512, 2**31 - 1])
+def test_arrays_of_ids_are_checked_and_decoded_as_lists(tmp_path, place, wrong):
+    tokenizer = load(tmp_path, byte_level())
+    ids = random.Random(0).choices(range(tokenizer.vocab_size), k=70_001)
+    texts: list[str] = []
+    finish(tokenizer.decode_steps(np.array(ids, np.int32), texts.append, 512))
+    assert "".join(texts) == tokenizer._backend.decode(ids)
+    ids[place] = wrong
+    for given_ids in (ids, np.array(ids, np.int32)):
+        with pytest.raises(ValueError, match=rf"^token_ids\[{place}\] is {wrong}; token ids must be from 0 to 511$"):
+            finish(tokenizer.decode_steps(given_ids, texts.append, 512))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_ids_and_texts_come_in_parts_of_bounded_size(tmp_path, monkeypatch, apart):
+    monkeypatch.setattr(tokenizer_module, "LONG_TEXT", 5000)
+    monkeypatch.setattr(tokenizer_module, "LONG_IDS", 5000)
+    tokenizer = load(tmp_path, byte_level())
+    text = "🍏o" * 40_000
+    if apart:
+        tokenizer.take_long_texts_apart()
+    parts: list[list[int]] = []
+    finish(tokenizer.encode_steps(text, lambda ids, _: parts.append(ids)))
+    ids = list(itertools.chain(*parts))
+    assert ids == tokenizer._backend.encode(text).ids
+    assert max(map(len, parts)) == IDS_PER_PART
+    texts: list[str] = []
+    finish(tokenizer.decode_steps(ids, texts.append))
+    assert "".join(texts) == text
+    assert max(map(len, texts)) == CHARACTERS_PER_PART
+    assert (tokenizer._process is not None and tokenizer._process._worker is not None) == apart
+
+
 def test_long_texts_are_encoded_here_where_no_process_starts(tmp_path, caplog, monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError("no process")
@@ -137,11 +199,11 @@ def test_long_texts_are_encoded_here_where_no_process_starts(tmp_path, caplog, m
     tokenizer = load(tmp_path, byte_level())
     text = "one, two. " * 30_000
     expected = tokenizer.encode(text)
-    monkeypatch.setattr(encoder_process, "WorkerProcess", refuse)
-    tokenizer.encode_long_texts_apart()
+    monkeypatch.setattr(tokenizer_process, "WorkerProcess", refuse)
+    tokenizer.take_long_texts_apart()
     for _ in range(2):
         assert tokenizer.encode(text) == expected
-    assert caplog.text.count("long texts are encoded here: their process does not start: no process") == 1
+    assert caplog.text.count("long texts are encoded and decoded here: their process does not start: no process") == 1
 
 
 def test_the_rest_of_the_text_is_told_with_each_step(tmp_path):

@@ -48,13 +48,13 @@ class Untouched(Sequence):
 @pytest.fixture
 def encoded(monkeypatch):
     """The texts that were encoded, piece by piece."""
-    texts, encode = [], Encoder.encode
+    texts, parts = [], Encoder.parts
 
     def record(self, text, add_special_tokens, apart=None):
         texts.append(text)
-        return encode(self, text, add_special_tokens)
+        return parts(self, text, add_special_tokens)
 
-    monkeypatch.setattr(Encoder, "encode", record)
+    monkeypatch.setattr(Encoder, "parts", record)
     return texts
 
 

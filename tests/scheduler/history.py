@@ -83,6 +83,9 @@ class History:
         else:
             raise AssertionError(f"no progress: {self.scheduler.request_ids}")
         self.check_answers()
+        self.events["waited for a prefix"] = self.scheduler.wait_counts.waited
+        self.events["waited in vain"] = self.scheduler.wait_counts.waited_in_vain
+        self.events["did not wait for a prefix"] = self.scheduler.wait_counts.computed
         self.events["passed over"] = self.order.passed
 
     def act(self) -> None:
@@ -266,6 +269,7 @@ def draw_config(rng: random.Random, mode: str, formation: str, policy: str) -> S
         ),
         ordering=PolicyConfig(
             sjf_ageing=rng.choice((1.0, 10.0)),
+            prefix_match_seconds=2.0,
             tenant_weights=TENANTS,
             ttft_target=rng.choice((0.2, 1.0)),
             drop_late=rng.random() < 0.3,

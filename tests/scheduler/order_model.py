@@ -11,6 +11,8 @@ from jaxserve.scheduler.policies.named import LATE_FACTOR
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.sequence import Sequence
 
+FAIR = ("fair", "longest-prefix-match")
+
 
 class OrderModel:
     """The new requests that wait, as a plain list, and the counters of tenants as a plain dict.
@@ -28,6 +30,11 @@ class OrderModel:
         self._last_departed = 0.0
         self._tenant_of: dict[str, str] = {}
         self.passed = 0
+
+    @property
+    def _offered(self) -> list[Sequence]:
+        """Those that wait for their turn, and not for a prefix that another computes."""
+        return [one for one in self._waiting if not one.withheld]
 
     def add(self, sequence: Sequence) -> None:
         tenant = sequence.request.options.tenant
@@ -78,7 +85,7 @@ class OrderModel:
         for row in plan.sampled if plan is not None else ():
             tenant = self._tenant_of[row.request_id]
             self._counters[tenant] += self._cost(tenant, output=True)
-        if self._config.policy == "fair":
+        if self._config.policy in FAIR:
             for tenant, counter in self._counters.items():
                 assert self._policy.service(tenant) == counter, "service is counted wrong"  # pyright: ignore[reportAttributeAccessIssue]
         return len(joined)
@@ -88,8 +95,8 @@ class OrderModel:
         config = self._config.preemption
         if not any(self._far_better(sequence, one) for one in ran):
             return False
-        highest = all(one.priority <= sequence.priority for one in self._waiting)
-        shortest = all(one.expected_length >= sequence.expected_length for one in self._waiting)
+        highest = all(one.priority <= sequence.priority for one in self._offered)
+        shortest = all(one.expected_length >= sequence.expected_length for one in self._offered)
         by_priority = config.preempt_priority_gap is not None and highest
         return by_priority or (config.preempt_length_ratio is not None and shortest)
 
@@ -115,20 +122,27 @@ class OrderModel:
             case "priority":
                 waited = -request.arrival_time  # the clock is the same for all
                 return -(10 * sequence.priority + 0.1 * waited - sequence.expected_output)
-            case "fair":
+            case "fair" | "longest-prefix-match":
                 return self._counters[request.options.tenant]
             case "deadline":
                 assert sequence.start_by is not None
                 return sequence.start_by + sequence.lateness
         raise AssertionError(self._config.policy)
 
+    def _within_tenant(self, sequence: Sequence) -> tuple[float, int]:
+        """What orders the requests of a tenant whose turn it is."""
+        if self._config.policy == "fair":
+            return 0.0, sequence.order
+        share = sequence.num_found / sequence.num_prompt_tokens
+        return sequence.request.arrival_time - self._config.ordering.prefix_match_seconds * share, sequence.order
+
     def _firsts(self, members: list[Sequence]) -> list[Sequence]:
         """The first of the queue; several where tenants are served alike."""
-        if self._config.policy != "fair":
+        if self._config.policy not in FAIR:
             return [min(members, key=lambda one: (self._key(one), one.order))]
         least = min(map(self._key, members))
         oldest: dict[str, Sequence] = {}
-        for one in sorted(members, key=lambda one: one.order):
+        for one in sorted(members, key=self._within_tenant):
             if self._key(one) == least:
                 oldest.setdefault(one.request.options.tenant, one)
         return list(oldest.values())
@@ -137,7 +151,7 @@ class OrderModel:
         if self._config.mode == "dynamic":
             self._check_bucket(sequence, joined, now)
             return
-        firsts = self._firsts(self._waiting)
+        firsts = self._firsts(self._offered)
         formation = self._config.formation
         if formation == "greedy":
             assert sequence in firsts, "it is not the first of the queue"
@@ -153,17 +167,17 @@ class OrderModel:
         if any(overdue) and sequence in firsts:
             return
         if formation == "priority":
-            highest = max(one.priority for one in self._waiting)
-            level = [one for one in self._waiting if one.priority == highest]
+            highest = max(one.priority for one in self._offered)
+            level = [one for one in self._offered if one.priority == highest]
             assert sequence in self._firsts(level), "it is not the first of the highest priority"
         elif formation == "hybrid":
-            highest = max(_tier(one.priority) for one in self._waiting)
-            level = [one for one in self._waiting if _tier(one.priority) == highest]
+            highest = max(_tier(one.priority) for one in self._offered)
+            level = [one for one in self._offered if _tier(one.priority) == highest]
             near = [one for one in joined if _tier(one.priority) == highest and self._near(sequence, one)]
             assert sequence in level, "it is not of the highest tier"
             assert near or sequence in self._firsts(level), "its length does not fit its tier"
         else:
-            least = min(one.num_prompt_tokens + one.expected_output for one in self._waiting)
+            least = min(one.num_prompt_tokens + one.expected_output for one in self._offered)
             assert sequence.num_prompt_tokens + sequence.expected_output == least, "another is smaller"
 
     def _near(self, sequence: Sequence, anchor: Sequence) -> bool:
@@ -173,7 +187,7 @@ class OrderModel:
     def _check_bucket(self, sequence: Sequence, joined: list[Sequence], now: float) -> None:
         """One bucket a batch, in the policy's order; nobody who has waited max_wait_seconds sees a batch start whose
         members all came later."""
-        bucket = [one for one in self._waiting if self._bucket(one) == self._bucket(sequence)]
+        bucket = [one for one in self._offered if self._bucket(one) == self._bucket(sequence)]
         assert sequence in self._firsts(bucket), "it is not the first of its bucket"
         if joined:
             assert self._bucket(joined[0]) == self._bucket(sequence), "a batch of two buckets"
@@ -182,7 +196,7 @@ class OrderModel:
         wait = self._config.batching.max_wait_seconds
         limit = min(self._config.batching.batch_size, self._config.max_num_seqs)
         assert len(bucket) >= limit or now >= oldest + wait, "the bucket is neither full nor timed out"
-        for other in self._waiting:
+        for other in self._offered:
             if now >= other.request.arrival_time + wait:
                 assert oldest <= other.request.arrival_time, "a bucket that timed out was passed over"
 
@@ -192,13 +206,13 @@ class OrderModel:
 
     def _check_bounds(self, joins: Sequence, joined: list[Sequence], now: float) -> None:
         """What the classes of policy and formation state together, for all that wait on while one joins."""
-        formation, others = self._config.formation, [one for one in self._waiting if one is not joins]
+        formation, others = self._config.formation, [one for one in self._offered if one is not joins]
         if formation == "greedy" or (formation == "length_balanced" and not joined):
             for waits in others:  # it is the first of the queue
                 assert _later(joins, waits) <= self._may_be_later(joins, waits), "the policy's bound is broken"
         elif formation != "length_balanced":
             patience = self._config.admission.max_passed_over_seconds
-            firsts = self._firsts(self._waiting)
+            firsts = self._firsts(self._offered)
             for waits in others:
                 if _later(joins, waits) <= self._may_be_later(joins, waits):
                     continue  # the policy lets it go first
@@ -220,6 +234,8 @@ class OrderModel:
             case "priority":
                 gain = 10 * (joins.priority - waits.priority) + waits.expected_output - joins.expected_output
                 return gain / 0.1 + 1e-6
+            case "longest-prefix-match" if joins.request.options.tenant == waits.request.options.tenant:
+                return config.prefix_match_seconds + 1e-6
             case "fair":
                 return 0.0 if joins.request.options.tenant == waits.request.options.tenant else math.inf
             case "deadline" if joins.request.options.deadline is None and waits.request.options.deadline is None:

@@ -23,7 +23,7 @@ def keys_of(pool, tokens, salt):
 def commit(pool, pages, tokens, salt="s", start=0):
     """Commits the full pages of a table from `start` on; returns how many of its pages are then committed."""
     keys = list(keys_of(pool, tokens, salt))
-    pool.commit(pages[start : len(keys)], keys[start:])
+    pool.commit(pages[start : len(keys)], keys[start:], start)
     return len(keys)
 
 

@@ -9,6 +9,7 @@ from collections import OrderedDict
 
 import pytest
 
+from jaxserve.kv_cache.eviction import LeastRecentlyUsed
 from jaxserve.kv_cache.page_pool import PagePool, PageState
 from tests.scheduler.pool_helpers import cached, commit, match, taken
 
@@ -62,8 +63,11 @@ def cost_of_a_step(num_pages):
     cached(pool, half)
     for name in ("_references", "_keys", "_free", "_host_free"):
         setattr(pool, name, NoScanList(getattr(pool, name)))
-    for name in ("_page_of_key", "_cached", "_host_keys"):
+    for name in ("_page_of_key", "_host_keys"):
         setattr(pool, name, NoScanDict(getattr(pool, name)))
+    eviction = pool._cached
+    assert isinstance(eviction, LeastRecentlyUsed)
+    eviction._pages = NoScanDict(eviction._pages)
 
     def step():
         pages = taken(pool, 4)

@@ -88,7 +88,9 @@ def test_what_is_forgotten_is_not_found_and_its_pages_are_free():
     held, swapped = taken(pool, 2), taken(pool, 1)
     commit(pool, held, [3, 4])
     commit(pool, swapped, [5])
-    (copy,) = pool.move(swapped, PageState.HOST) or ()
+    out = pool.move(swapped, PageState.HOST)
+    assert out is not None
+    copy = out[0]
     assert counts(pool) == (3, 2, 3)
     assert pool.forget() == 3
     assert counts(pool) == (6, 2, 0)
@@ -97,8 +99,9 @@ def test_what_is_forgotten_is_not_found_and_its_pages_are_free():
         assert match(pool, tokens) == []
     pool.release(held)
     assert counts(pool) == (8, 0, 0)
-    (back,) = pool.move([copy.destination], PageState.ACTIVE) or ()
-    assert match(pool, [5]) == [back.destination], "host memory has kept its content, and its key"
+    back = pool.move([copy.destination], PageState.ACTIVE)
+    assert back is not None
+    assert match(pool, [5]) == [back[0].destination], "host memory has kept its content, and its key"
 
 
 def test_cached_pages_are_reclaimed_least_recently_used_first():

@@ -252,7 +252,7 @@ class SampledHistory(History):
             max_tokens=output,
             temperature=1.0,
             seed=rng.choice((number, 2**63 - 2)),
-            frequency_penalty=rng.choice((0.0, 0.0, 0.5)),
+            frequency_penalty=rng.choice((0.0, 0.5)),
             prompt_logprobs=rng.choice((None, None, 0)),
             min_tokens=rng.randint(0, min(3, output)),
             stop_token_ids=tuple(sorted(rng.sample(range(101), rng.choice((0, 3, 12))))),

@@ -69,7 +69,8 @@ def check_metrics(url: str, client: Client) -> None:
         "admission_rejections_total{'reason': 'invalid'}": 1,
         "num_requests_running": 0,
         "kv_cache_usage_perc": 0,
-        "kv_cache_pages{'state': 'free'}": 32,
+        "kv_cache_pages{'state': 'free'}": 32 - (prompt + 39) // 16,
+        "kv_cache_pages{'state': 'cached'}": (prompt + 39) // 16,  # the full ones
         "time_to_first_token_seconds_count": 1,
         "request_queue_time_seconds_count": 1,
         "request_prefill_time_seconds_count": 1,

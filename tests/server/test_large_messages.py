@@ -59,13 +59,13 @@ async def generate_raw(served: Served, message: bytes) -> tuple[grpc.StatusCode,
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_fault_29_a_text_that_cannot_fit_is_refused_before_it_is_encoded(tokenizer, monkeypatch, text):
-    encode = Encoder.encode
+    parts = Encoder.parts
 
     def refuse_long(self, piece, add_special_tokens, apart=None):
         assert len(piece) < 100, "a long text was encoded"
-        return encode(self, piece, add_special_tokens)
+        return parts(self, piece, add_special_tokens)
 
-    monkeypatch.setattr(Encoder, "encode", refuse_long)
+    monkeypatch.setattr(Encoder, "parts", refuse_long)
 
     async def body(served: Served) -> None:
         answers = await asyncio.gather(*(status_of(served.client.generate_text(text, GREEDY)) for _ in range(8)))

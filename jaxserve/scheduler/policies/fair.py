@@ -48,7 +48,11 @@ class Fair(Policy):
         self._heap = _TenantHeap(self)
 
     def priority_key(self, sequence: Sequence) -> PriorityKey:
-        return (self.counter(sequence.tenant_number), sequence.order)
+        return (self.counter(sequence.tenant_number), *self.within_tenant(sequence))
+
+    def within_tenant(self, sequence: Sequence) -> PriorityKey:
+        """Returns the key that orders the requests of one tenant; it is fixed while the sequence waits."""
+        return (sequence.order,)
 
     def queue(self) -> Queue:
         return _FairQueue(self)
@@ -150,7 +154,7 @@ class _TenantHeap:
 
 
 class _FairQueue(Queue):
-    """Keeps a queue in order of arrival for each tenant, and serves the least served tenant's first."""
+    """Keeps a queue for each tenant, and serves the least served tenant's first."""
 
     def __init__(self, policy: Fair):
         self._policy = policy
@@ -164,7 +168,7 @@ class _FairQueue(Queue):
     def push(self, sequence: Sequence) -> None:
         tenant = sequence.tenant_number
         if tenant not in self._queues:
-            self._queues[tenant] = KeyedQueue(lambda member: (member.order,))
+            self._queues[tenant] = KeyedQueue(self._policy.within_tenant)
         self._queues[tenant].push(sequence)
         self._tenants.push(tenant)
         self._length += 1

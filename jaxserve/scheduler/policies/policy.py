@@ -25,12 +25,14 @@ class Policy:
     the clock.
 
     counts_tokens: `decoded` must be called. timeless: the order of waiting sequences changes only with arrivals and
-    departures. clocked: it also changes with time (`due`).
+    departures. clocked: it also changes with time (`due`). matches_prefixes: it depends on the tokens that a waiting
+    sequence would find in the prefix cache (`Sequence.num_found`).
     """
 
     counts_tokens = False
     timeless = True
     clocked = False
+    matches_prefixes = False
 
     def __init__(self, config: PolicyConfig, step_times: StepTimeEstimator):
         self.config = config

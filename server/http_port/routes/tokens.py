@@ -11,6 +11,7 @@ from fastapi import APIRouter
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from jaxserve.config.id_checks import first_wrong_id
 from jaxserve.config.sampling_fields import check_count
 from jaxserve.config.shown import shown
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
@@ -93,9 +94,8 @@ def parse_detokenize(body: Mapping[str, Any]) -> DetokenizeRequest:
     if not isinstance(tokens, list):
         raise ValueError(f"tokens is {shown(tokens)}; it must be a list of token ids")
     check_count("tokens", len(tokens), MAX_DETOKENIZED, "ids")
-    for index, token in enumerate(tokens):
-        if isinstance(token, bool) or not isinstance(token, int):
-            raise ValueError(f"tokens[{index}] is {shown(token)}; it must be a token id")
+    if (index := first_wrong_id(tokens)) is not None:
+        raise ValueError(f"tokens[{index}] is {shown(tokens[index])}; it must be a token id")
     return DetokenizeRequest(fields.get("model"), tokens)
 
 
@@ -182,6 +182,13 @@ def _tokenize_steps(tokenizer: Tokenizer, text: str, request: TokenizeRequest, m
 async def _detokenize(served: ServedModel, frontend: AsyncFrontEnd, exchange: Exchange) -> bytes:
     request = await exchange.read_json(frontend, parse_detokenize)
     check_model(served.name, request.model)
-    steps = served.tokenizer().decode_steps(request.tokens, frontend.ready.limits.vocab_size)
-    text = await frontend.work(steps, _BYTES_PER_ID * len(request.tokens))
-    return msgspec.json.encode({"prompt": text})
+    steps = _detokenize_steps(served.tokenizer(), request.tokens, frontend.ready.limits.vocab_size)
+    return await frontend.work(steps, _BYTES_PER_ID * len(request.tokens))
+
+
+def _detokenize_steps(tokenizer: Tokenizer, token_ids: Sequence[int], vocab_size: int) -> Steps[bytes]:
+    """Encodes the response in steps."""
+    parts: list[bytes] = []
+    # A text in JSON is what is written of its parts, one behind the other.
+    yield from tokenizer.decode_steps(token_ids, lambda text: parts.append(msgspec.json.encode(text)[1:-1]), vocab_size)
+    return b'{"prompt":"%b"}' % b"".join(parts)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import random
+
 import httpx
+import msgspec
 import pytest
 
 import jaxserve
+from jaxserve.config.id_checks import IDS_PER_PART
+from jaxserve.frontend import tokenizer as tokenizer_module
 from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, field_names
+from jaxserve.frontend.preparation_steps import finish
 from jaxserve.request import SAMPLING_FIELDS
+from jaxserve.serving.http_port.routes import tokens
 from tests.server.http.http_harness import JSON
 
 HI = [{"role": "user", "content": "hi"}]
@@ -42,6 +49,21 @@ def test_long_texts(http, chat_tokenizer):
     found = http.post("/tokenize", json={"prompt": text}).json()
     assert found["tokens"] == chat_tokenizer.encode(text)
     assert http.post("/detokenize", json={"tokens": found["tokens"]}).json()["prompt"] == text
+
+
+@pytest.mark.parametrize("count", [0, 3, 2 * IDS_PER_PART])
+def test_replies_in_parts_are_those_of_one_call(server, chat_tokenizer, monkeypatch, count):
+    """With what JSON escapes, at every border of parts; the longest from a process of their own."""
+    monkeypatch.setattr(tokenizer_module, "LONG_TEXT", 5000)
+    monkeypatch.setattr(tokenizer_module, "LONG_IDS", 5000)
+    ids = random.Random(count).choices(range(chat_tokenizer.vocab_size), k=count)
+    text = chat_tokenizer._backend.decode(ids)
+    answer = finish(tokens._detokenize_steps(chat_tokenizer, ids, chat_tokenizer.vocab_size))
+    assert answer == msgspec.json.encode({"prompt": text})
+    ids = chat_tokenizer._backend.encode(text).ids
+    answer = finish(tokens._tokenize_steps(chat_tokenizer, text, tokens.parse_tokenize({"prompt": text}), 512))
+    found = {"count": len(ids), "max_model_len": 512, "tokens": ids, "token_strs": None}
+    assert answer == msgspec.json.encode(found)
 
 
 def test_models_and_version(http):
