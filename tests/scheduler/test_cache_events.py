@@ -158,11 +158,13 @@ def test_a_flush_clears_frees_and_leaves_running_requests_alone():
         running = scheduler.add(ask("a", [*range(1, 10)], output=12))
         finish(scheduler, runner, steps=4)
         if flushes:
-            cached = scheduler.pool.num_cached
+            replay.take(log)
+            known, cached = len(replay.known), scheduler.pool.num_cached
             assert scheduler.prefix_cache.forget("flush") == cached > 0
             replay.take(log)
             assert not replay.known
-            assert scheduler.pool.evictions == {"capacity": 0, "flush": cached + 2, "lost": 0}  # two are in use
+            assert scheduler.pool.evictions == {"capacity": 0, "flush": known, "lost": 0}
+            assert known > cached, "some are in use"
         finish(scheduler, runner)
         outputs.append(list(running.output_token_ids))
         replay.take(log)
