@@ -25,12 +25,12 @@ from jaxserve.pooling_params import PoolingParams
 from jaxserve.request import RequestOptions, SamplingParams
 
 MOST_TURNS = 4
-SYSTEM_PROMPTS = 12
+SYSTEM_PROMPTS = 6
 SYSTEM_TOKENS = (16, 120)
 TENANTS = ("", "a", "b")
 SALTS = ("", "", "salt")
-LONG_ANSWER = 48
-BRANCH, EMBEDDING, ABORT, OPT_OUT, LONG = 0.12, 0.1, 0.1, 0.05, 0.25
+LONG_ANSWER = 64
+BRANCH, EMBEDDING, ABORT, OPT_OUT, LONG = 0.12, 0.1, 0.1, 0.05, 0.4
 """Shares of turns: that have a branch, an embedding or an aborted twin beside them; that do not use the cache; whose
 answers may have LONG_ANSWER tokens."""
 
