@@ -16,8 +16,9 @@ from typing import Any
 from benchmarks.host_overhead import Case, FullEngine, make_core
 from benchmarks.host_step import send
 from benchmarks.spread import spread
+from jaxserve.config.settings import EVICTION_POLICIES
 from jaxserve.kv_cache.content_keys import ContentKeys
-from jaxserve.kv_cache.eviction import EVICTION_POLICIES, make_eviction
+from jaxserve.kv_cache.eviction import make_eviction
 from jaxserve.kv_cache.page_pool import PagePool
 
 CASES = (
@@ -103,7 +104,7 @@ def call_costs(cached: int, policy: str, repeats: int) -> dict[str, Any]:
         timed("release", lambda found=found: pool.release(found))
         held = timed("evict", lambda: pool.allocate(CHAIN)) or []
         fresh = timed("keys", lambda number=number: _chain(keys, -1 - number))
-        timed("insert", lambda fresh=fresh: pool.commit(held, fresh))
+        timed("insert", lambda held=held, fresh=fresh: pool.commit(held, fresh))
         pool.release(held)
         chains.append(fresh)
     pool.release(free)

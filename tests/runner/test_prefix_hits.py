@@ -68,14 +68,19 @@ class Answer:
 
 
 class Engine:
-    """An engine of its own over a module's runner, whose pages it fills with NaN. cached: tokens that each ended
-    request found."""
+    """An engine of its own over a module's runner, whose pages it fills with NaN. waits: for prefixes that others
+    compute. cached: tokens that each ended request found."""
 
-    def __init__(self, runner: ModelRunner, *, caching: bool = True):
+    def __init__(self, runner: ModelRunner, *, caching: bool = True, waits: bool = False):
         runner._failpoints = Failpoints(())
         runner.reset()
         runner._arrays.pools = [poisoned(pool) for pool in runner._arrays.pools]
-        config = dataclasses.replace(CONFIG, cache=dataclasses.replace(CONFIG.cache, enable_prefix_caching=caching))
+        admission = dataclasses.replace(CONFIG.scheduler.admission, wait_for_prefix=waits)
+        config = dataclasses.replace(
+            CONFIG,
+            cache=dataclasses.replace(CONFIG.cache, enable_prefix_caching=caching),
+            scheduler=dataclasses.replace(CONFIG.scheduler, admission=admission),
+        )
         self.core = EngineCore(config, runner)
         self.answers: dict[str, Answer] = {}
         self.cached: dict[str, int] = {}
@@ -108,12 +113,12 @@ def runner(request) -> ModelRunner:
 
 
 @pytest.fixture
-def start(runner) -> Iterator[Callable[[], Engine]]:
+def start(runner) -> Iterator[Callable[..., Engine]]:
     """Makes engines with the cache, and checks in the end that they are idle and whole."""
     made: list[Engine] = []
 
-    def make() -> Engine:
-        made.append(Engine(runner))
+    def make(waits: bool = False) -> Engine:
+        made.append(Engine(runner, waits=waits))
         return made[-1]
 
     yield make
@@ -150,19 +155,21 @@ def test_a_hit_changes_no_bit(runner, start, sampling):
     assert (counts.queries, counts.hits, counts.hit_tokens) == (5, 4, 160)
 
 
-def test_a_prompt_in_progress_is_found(runner, start):
-    """The second request joins when two pages of the first one are computed."""
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_prompt_in_progress_is_found(runner, start, waits):
+    """The second request joins when two pages of the first one are computed, or waits until all of them are."""
     requests = [ask("first", PROMPT * 2), ask("second", (*PROMPT * 2, 4))]
-    engine = start()
+    engine = start(waits=waits)
     engine.send(requests[0])
     engine.step()
     assert engine.core.scheduler.num_running == 1
     engine.send(requests[1])
     engine.step()
-    first, second = engine.core.scheduler._queues.running.prefilling.values()
-    assert first.num_computed < first.num_prompt_tokens
-    assert second.num_cached_tokens == 32
+    running = [*engine.core.scheduler._queues.running.prefilling.values()]
+    assert [one.num_cached_tokens for one in running] == ([0] if waits else [0, 32])
+    assert running[0].num_computed < running[0].num_prompt_tokens
     engine.serve()
+    assert engine.cached["second"] == (96 if waits else 32)
     assert [*engine.answers.values()] == undisturbed(runner, *requests)
 
 
@@ -294,4 +301,4 @@ def test_an_aborted_request_leaves_what_it_has_computed(runner, start):
     engine.take(engine.core.handle(AbortRequest("first")))
     assert engine.answers["first"].reason is FinishReason.ABORT
     assert engine.serve(ask("second", PROMPT * 2)) == expected
-    assert engine.cached["second"] == 32, "what the step in flight computed was not committed"
+    assert engine.cached["second"] == 64, "and so is the step in flight"
