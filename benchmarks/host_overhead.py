@@ -113,37 +113,48 @@ class Source:
         assert self._next <= len(self._requests), "the case ran out of requests"
 
 
-def make_core(running: int) -> EngineCore:
-    """An engine for `running` sequences at once, with pages for all."""
+def make_core(running: int, num_pages: int | None = None, *, caching: bool = True) -> EngineCore:
+    """An engine for `running` sequences at once, by default with pages for all. caching: of prefixes."""
+    num_pages = num_pages or running * MODEL.max_position_embeddings // PAGE_SIZE + 1
     config = EngineConfig(
         architecture=MODEL,
         load_format="dummy",
         scheduler=SchedulerConfig(max_num_seqs=running, max_num_batched_tokens=max(512, 2 * running)),
-        cache=CacheConfig(page_size=PAGE_SIZE, num_pages=running * MODEL.max_position_embeddings // PAGE_SIZE + 1),
+        cache=CacheConfig(page_size=PAGE_SIZE, num_pages=num_pages, enable_prefix_caching=caching),
     )
-    assert config.cache.num_pages is not None
-    return EngineCore(config, PackingRunner(Buckets.from_config(config, "cpu"), running, config.cache.num_pages))
+    return EngineCore(config, PackingRunner(Buckets.from_config(config, "cpu"), running, num_pages))
+
+
+class FullEngine:
+    """An engine that is kept full: a request joins for each that ends. It is filled and has settled when it is made.
+
+    steps: how many will follow, at most.
+    """
+
+    def __init__(self, core: EngineCore, case: Case, running: int, steps: int):
+        self.core = core
+        self._wanted = running + case.queue
+        settle = 4 * case.prompt[1] * running // core.config.scheduler.max_num_batched_tokens + 64
+        shortest = case.new_tokens[0] + 1
+        self._source = Source(case, self._wanted + (settle + steps) * running // shortest, seed=1)
+        for _ in range(settle):
+            self.refill()
+            core.step()
+
+    def refill(self) -> None:
+        """Adds the requests that are missing before the next step."""
+        missing = self._wanted - self.core.scheduler.num_running - self.core.scheduler.num_waiting
+        self._source.add(self.core, max(0, missing))
 
 
 def run(core: EngineCore, case: Case, running: int, steps: int, each: Callable[[EngineCore], Any]) -> list[Any]:
     """Fills the engine, lets it settle, then calls `each` for every step, adding a request for each that ends."""
-    wanted = running + case.queue
-    settle = 4 * case.prompt[1] * running // core.config.scheduler.max_num_batched_tokens + 64
-    shortest = case.new_tokens[0] + 1
-    source = Source(case, wanted + (settle + steps) * running // shortest, seed=1)
-
-    def refill() -> None:
-        missing = wanted - core.scheduler.num_running - core.scheduler.num_waiting
-        source.add(core, max(0, missing))
-
-    for _ in range(settle):
-        refill()
-        core.step()
+    engine = FullEngine(core, case, running, steps)
     gc.collect()
     gc.freeze()  # what was made beforehand is the clients'
     results = []
     for _ in range(steps):
-        refill()
+        engine.refill()
         results.append(each(core))
     gc.unfreeze()
     return results

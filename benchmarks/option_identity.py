@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import hypothesis
@@ -26,6 +27,8 @@ from benchmarks import report
 from benchmarks.identity import CHUNK, ENOUGH_HOST_PAGES, pool_of, task_prompts
 from jaxserve.config import gin_config
 from jaxserve.config.settings import EngineConfig
+from jaxserve.engine.core import EngineCore
+from jaxserve.engine.messages import EngineStats, FromEngine
 from jaxserve.llm import LLM, RequestOutput
 from jaxserve.planning.decode_roofline import token_bytes
 from jaxserve.planning.resolve import resolve_shapes
@@ -133,41 +136,34 @@ class Way:
 
 def ways(config: EngineConfig, longest: int) -> list[Way]:
     """The ways, of which the first is the reference. longest: tokens of a request at most."""
-    scheduler = config.scheduler
-    small = pool_of(config, LONGEST_REQUESTS, longest)
-    swap_space = (ENOUGH_HOST_PAGES + 0.5) * token_bytes(resolve_shapes(config, "cpu")) * config.cache.page_size / 2**30
-
-    def small_pool(mode: str, space: float) -> EngineConfig:
-        preemption = dataclasses.replace(scheduler.preemption, preemption_mode=mode)
-        return dataclasses.replace(
-            config,
-            cache=dataclasses.replace(config.cache, num_pages=small, swap_space=space),
-            scheduler=dataclasses.replace(scheduler, preemption=preemption),
-        )
-
+    scheduler, small = config.scheduler, pool_of(config, LONGEST_REQUESTS, longest)
     chunks = dataclasses.replace(scheduler, long_prefill_token_threshold=CHUNK)
     return [
         Way("alone", config, size=1),
         Way("in batches", config),
         Way(f"chunks of {CHUNK}", dataclasses.replace(config, scheduler=chunks)),
-        Way("preempted, computed again", small_pool("recompute", 0.0)),
-        Way("preempted, swapped", small_pool("swap", swap_space)),
+        Way("preempted, computed again", small_pool(config, small, "recompute")),
+        Way("preempted, swapped", small_pool(config, small, "swap")),
         Way("in another process", config, elsewhere=True),
     ]
 
 
+def small_pool(config: EngineConfig, pages: int, mode: str) -> EngineConfig:
+    """The configuration with so many pages, whose sequences are preempted in one way."""
+    page_bytes = token_bytes(resolve_shapes(config, "cpu")) * config.cache.page_size
+    space = (ENOUGH_HOST_PAGES + 0.5) * page_bytes / 2**30 if mode == "swap" else 0.0
+    preemption = dataclasses.replace(config.scheduler.preemption, preemption_mode=mode)
+    return dataclasses.replace(
+        config,
+        cache=dataclasses.replace(config.cache, num_pages=pages, swap_space=space),
+        scheduler=dataclasses.replace(config.scheduler, preemption=preemption),
+    )
+
+
 def run(way: Way, prompts: Sequence[tuple[int, ...]], wanted: Sequence[Request]) -> dict[str, Any]:
     """Runs the requests in one way; their answers, and what the engine says of it."""
-    with LLM(config=way.config) as llm:
-        core = llm._client.core  # type: ignore[attr-defined]
-        step, before = core.step, core.stats()
-
-        def checked() -> Any:
-            messages = step()
-            core.check_integrity()
-            return messages
-
-        core.step = checked
+    with checked_engine(way.config) as (llm, core):
+        before = core.stats()
         answers: list[str] = []
         start = time.perf_counter()
         for begin in range(0, len(wanted), way.size):
@@ -176,19 +172,37 @@ def run(way: Way, prompts: Sequence[tuple[int, ...]], wanted: Sequence[Request])
             found = llm.generate(given, [one.params for one in group], use_tqdm=False)
             answers += [json.dumps(_answer(output)) for output in found]
         seconds, after = time.perf_counter() - start, core.stats()
-        kinds = core.scheduler.num_preemptions_by_kind
-        return {
-            "way": way.name,
-            "answers": answers,
-            "seconds": seconds,
-            "steps": after.num_steps - before.num_steps,
-            "tokens": after.generation_tokens - before.generation_tokens,
-            "recomputed": kinds["recompute"],
-            "swapped": kinds["swap"],
-            "compiled": after.num_compilations - before.num_compilations + after.compile_misses,
-            "programs": core.runner.info.num_executables,
-            "pages_left": after.pages_used,
-        }
+        return {"way": way.name, "answers": answers, "seconds": seconds} | engine_counts(core, before, after)
+
+
+@contextlib.contextmanager
+def checked_engine(config: EngineConfig) -> Iterator[tuple[LLM, EngineCore]]:
+    """An engine whose accounts of scheduler and pool are checked after every step."""
+    with LLM(config=config) as llm:
+        core: EngineCore = llm._client.core  # type: ignore[attr-defined]
+        step = core.step
+
+        def checked() -> list[FromEngine]:
+            messages = step()
+            core.check_integrity()
+            return messages
+
+        core.step = checked
+        yield llm, core
+
+
+def engine_counts(core: EngineCore, before: EngineStats, after: EngineStats) -> dict[str, int]:
+    """What an engine did between two looks at its statistics, of which the first was taken when it was new."""
+    kinds = core.scheduler.num_preemptions_by_kind
+    return {
+        "steps": after.num_steps - before.num_steps,
+        "tokens": after.generation_tokens - before.generation_tokens,
+        "recomputed": kinds["recompute"],
+        "swapped": kinds["swap"],
+        "compiled": after.num_compilations - before.num_compilations + after.compile_misses,
+        "programs": core.runner.info.num_executables,
+        "pages_left": after.pages_used,
+    }
 
 
 def _answer(output: RequestOutput) -> dict[str, Any]:

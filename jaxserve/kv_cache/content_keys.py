@@ -54,6 +54,7 @@ class ContentKeys:
         """
         self._secret = secrets.token_bytes(MAX_SECRET_BYTES) if secret is None else secret
         self._model = model
+        self._page = hashlib.blake2b(digest_size=KEY_BYTES, key=self._secret, person=b"page")  # to begin with
 
     def root(self, tenant: str, salt: str) -> bytes:
         """Returns the key that the first page of every sequence of a tenant under `salt` is linked to."""
@@ -65,5 +66,15 @@ class ContentKeys:
 
     def link(self, previous: bytes, tokens: Sequence[int]) -> bytes:
         """Returns the key of a full page of `tokens` that follows the page (or root) with the key `previous`."""
-        text = previous + array("i", tokens).tobytes()
-        return hashlib.blake2b(text, digest_size=KEY_BYTES, key=self._secret, person=b"page").digest()
+        return self.links(previous, tokens, len(tokens))[0]
+
+    def links(self, previous: bytes, tokens: Sequence[int], page_size: int) -> list[bytes]:
+        """Returns the keys of full pages of `tokens`, one after the other, of which the first follows `previous`."""
+        content, size = array("i", tokens).tobytes(), page_size * array("i").itemsize
+        begin, keys = self._page.copy, []
+        for place in range(0, len(content), size):
+            page = begin()
+            page.update(previous + content[place : place + size])
+            previous = page.digest()
+            keys.append(previous)
+        return keys

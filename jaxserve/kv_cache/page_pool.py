@@ -91,7 +91,6 @@ class PagePool:
         self._cached: Eviction = LeastRecentlyUsed() if eviction is None else eviction
         self._depths = [0] * num_pages  # of a committed page: pages before it in its sequence
         self._uses = [0] * num_pages  # of a committed page: sequences that had it
-        self.num_evicted = 0
         self._host_free = list(range(num_host_pages - 1, -1, -1))
         self._host_keys: dict[int, bytes | None] = {}  # host pages in use, with the keys of their content
         self.evictions: dict[str, int] = dict.fromkeys(
@@ -380,7 +379,6 @@ class PagePool:
 
     def _reclaim(self) -> int:
         page = self._cached.pop()
-        self.num_evicted += 1
         self._uses[page] = 0
         key = self._keys[page]
         assert key is not None, f"page {page} is cached without a content key"

@@ -2,12 +2,13 @@
 
     admission   the longest run of full pages whose content keys the pool knows is shared, and the rest is computed: at
                 least the last token, and every token whose hidden state is wanted
-    commit      pages are committed once the step that fills them is dispatched, before the next one is planned: what
-                reads them is then dispatched behind it. The ids of their tokens are known by then
+    commit      pages of a prompt are committed once the step that fills them is dispatched, before the next one is
+                planned: what reads them is then dispatched behind it. Those filled while decoding are committed
+                together when the sequence ends or is preempted: a step that only decodes costs no more than without
     end         the pool keeps the committed pages of a sequence that ends or is preempted until it needs them for
                 something else
 
-Pages filled while decoding are committed like those of a prompt, so the next turn of a chat finds its own answer.
+Pages filled while decoding are kept like those of a prompt, so the next turn of a chat finds its own answer.
 Source: automatic prefix caching by hashes of pages, vLLM; keys and values of a prefix are the same whatever follows.
 """
 
@@ -97,7 +98,7 @@ class PrefixCache:
         return None if self._dispatched is None else self._dispatched.step
 
     def commit(self, owner: Callable[[str, int], Sequence | None]) -> list[Sequence]:
-        """Commits the pages that the step planned last fills; it has been dispatched by now.
+        """Commits the pages of prompts that the step planned last fills; it has been dispatched by now.
 
         Args:
             owner: returns the sequence of a request id and order, if it still needs tokens. A request whose row could
@@ -114,19 +115,17 @@ class PrefixCache:
             sequence = owner(row.request_id, row.order)
             if sequence is not None and self._commit(sequence, row.start + row.num_tokens):
                 prompts.append(sequence)
-        decodes = plan.decodes
-        if not len(decodes):
-            return prompts
-        if decodes.counts is not None:  # how many of its tokens a row keeps is known only of the steps before
-            for request_id, order in zip(decodes.request_ids, decodes.orders.tolist(), strict=True):
-                if (sequence := owner(request_id, order)) is not None:
-                    self._commit(sequence, sequence.num_known - 1)
-            return prompts
-        starts = decodes.starts
-        for row in ((starts + 1) % self._pool.page_size == 0).nonzero()[0].tolist():
-            if (sequence := owner(decodes.request_ids[row], int(decodes.orders[row]))) is not None:
-                self._commit(sequence, int(starts[row]) + 1)
         return prompts
+
+    def leaves(self, sequence: Sequence, num_tokens: int) -> None:
+        """Commits the pages that a sequence has filled while it was running, before it releases them.
+
+        Args:
+            sequence: a running sequence that is not among the decoding ones any more.
+            num_tokens: its first known tokens, whose keys and values a step computes that could be dispatched, as far
+                as they are computed at all.
+        """
+        self._commit(sequence, min(num_tokens, sequence.num_computed))
 
     def forget(self, cause: str = "lost") -> int:
         """Forgets all computed pages of the device; returns how many became free. cause: as for `PagePool.forget`."""
@@ -148,8 +147,7 @@ class PrefixCache:
         `num_tokens` tokens, which are known."""
         if (index + 1) * self._pool.page_size > num_tokens or not self._serves(sequence):
             return None
-        for _ in self._chain(sequence, index + 1):
-            pass
+        self._derive(sequence, index + 1)
         return sequence.page_keys[index]
 
     def common_pages(self, sequence: Sequence, leader: Sequence) -> int:
@@ -164,8 +162,7 @@ class PrefixCache:
         begin, end = sequence.num_committed, num_tokens // self._pool.page_size
         if end <= begin or sequence.status is not RequestStatus.RUNNING or not self._serves(sequence):
             return False
-        for _ in self._chain(sequence, end):
-            pass
+        self._derive(sequence, end)
         self._pool.commit(sequence.pages[begin:end], sequence.page_keys[begin:end], begin)
         sequence.num_committed = end
         if (log := self._event_log) is not None:
@@ -198,15 +195,19 @@ class PrefixCache:
             log.stored(event, run)
 
     def _chain(self, sequence: Sequence, count: int) -> Iterator[bytes]:
-        """Yields the content keys of the first `count` pages of known tokens; those derived before are kept."""
+        """Yields the content keys of the first `count` pages of known tokens, and derives about twice as many of them
+        as are taken, at most."""
+        keys = sequence.page_keys
+        for index in range(count):
+            if index == len(keys):
+                self._derive(sequence, min(count, 2 * index + 1))
+            yield keys[index]
+
+    def _derive(self, sequence: Sequence, count: int) -> None:
+        """Derives the content keys of the first `count` pages of known tokens, those that are not kept from before."""
         keys, size, chain = sequence.page_keys, self._pool.page_size, self._keys
         assert chain is not None
-        yield from keys[:count]
-        if len(keys) >= count:
-            return
-        options = sequence.request.options
-        previous = keys[-1] if keys else chain.root(options.tenant, options.cache_salt)
-        for index in range(len(keys), count):
-            previous = chain.link(previous, sequence.known_token_ids(index * size, (index + 1) * size))
-            keys.append(previous)
-            yield previous
+        if len(keys) < count:
+            options = sequence.request.options
+            previous = keys[-1] if keys else chain.root(options.tenant, options.cache_salt)
+            keys += chain.links(previous, sequence.known_token_ids(len(keys) * size, count * size), size)

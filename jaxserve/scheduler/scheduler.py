@@ -541,7 +541,7 @@ class Scheduler:
         return [self._finish(sequence, reason) for sequence, reason in self._barrier.released()]
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str = "") -> SequenceUpdate:
-        self._queues.leave(sequence)
+        self._queues.leave(sequence, failed=reason is FinishReason.ERROR)
         self._queues.sharing.ended(sequence)
         self._barrier.forget(sequence)
         del self._sequences[sequence.request_id]

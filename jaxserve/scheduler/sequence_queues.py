@@ -80,7 +80,7 @@ class SequenceQueues:
         self.preempted = []
         self.changed = False
         for sequence in (*self.running.decoding.complete(), *self.running.ended.values()):
-            self._release(sequence)
+            self._release(sequence, sequence.num_known)
             sequence.status = RequestStatus.ENDING
         for _ in range(self.running.num_free_penalty_rows):
             # Those that have run come first, as they do where rows are free.
@@ -105,6 +105,7 @@ class SequenceQueues:
         """
         step.drop(sequence, self.running.decoding.next_tokens(sequence) if sequence.decoding else 0)
         self.running.leave(sequence)
+        self.prefix_cache.leaves(sequence, sequence.num_known)
         self.prefix_waits.left(sequence)
         self.sharing.leaves(sequence, keep=False)
         self.preemption.boosted(sequence)
@@ -140,7 +141,7 @@ class SequenceQueues:
             self.swapped.remove(sequence)
             self.pages.release(sequence)
         elif status is RequestStatus.RUNNING:
-            self._release(sequence)
+            self._release(sequence, 0)
         elif status is not RequestStatus.ENDING:  # what was to be its last token is lost too
             sequence.num_pending = 0
             # What samples the next token is the computation of the last known one, which may have been in a lost step.
@@ -154,12 +155,13 @@ class SequenceQueues:
         self.preemptions["recompute"] += 1
         return True
 
-    def leave(self, sequence: Sequence) -> None:
-        """Removes a sequence from its queue, and frees all that it holds."""
+    def leave(self, sequence: Sequence, *, failed: bool = False) -> None:
+        """Removes a sequence from its queue, and frees all that it holds. failed: what it holds may not be computed."""
         self.changed = True
         match sequence.status:
             case RequestStatus.RUNNING:
-                self._release(sequence)
+                # The last known token may be of a step that waits for masks, and is not dispatched.
+                self._release(sequence, 0 if failed else sequence.num_known - 1)
             case RequestStatus.SWAPPED:
                 self.swapped.remove(sequence)
                 self.pages.release(sequence)
@@ -169,9 +171,10 @@ class SequenceQueues:
             case _:
                 pass  # ENDING: it holds nothing any more
 
-    def _release(self, sequence: Sequence) -> None:
-        """Frees slot and pages of a running sequence."""
+    def _release(self, sequence: Sequence, num_tokens: int) -> None:
+        """Frees slot and pages of a running sequence; those of its first `num_tokens` known tokens can be found."""
         self.running.leave(sequence)
+        self.prefix_cache.leaves(sequence, num_tokens)
         self.prefix_waits.left(sequence)
         self.sharing.leaves(sequence, keep=True)
         self.pages.release(sequence)

@@ -45,7 +45,7 @@ def drive(
     there. limits are fields of SchedulerConfig.
     """
     if poison:
-        runner._arrays.pools = [_poisoned(pool) for pool in runner._arrays.pools]
+        runner._arrays.pools = [poisoned(pool) for pool in runner._arrays.pools]
     pool = PagePool(num_pages or config.cache.num_pages, config.cache.page_size)
     scheduler = Scheduler(dataclasses.replace(config.scheduler, **limits), pool, Buckets.from_config(config, "cpu"))
     sequences: list[Any] = []
@@ -72,7 +72,7 @@ def drive(
     return Run(tokens, scheduler.num_preemptions, programs, prefill_tokens)
 
 
-def _poisoned(pool: jnp.ndarray) -> jnp.ndarray:
+def poisoned(pool: jnp.ndarray) -> jnp.ndarray:
     """NaN in every dtype that has one, also where its bits are held as integers; the largest number of int8."""
     byte = 0x7F if pool.dtype == jnp.int8 else 0xFF
     return jnp.array(np.full(pool.nbytes, byte, np.uint8).view(pool.dtype).reshape(pool.shape))
