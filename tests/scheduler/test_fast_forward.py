@@ -117,6 +117,7 @@ class Twins:
         if steps < 1:
             return
         steps = self.rng.choice((steps, self.rng.randint(1, steps)))
+        ids = [100 + place for place in range(len(rows))]  # another one in each row
         moments = np.cumsum([self.rng.choice((0.0, 0.01, 1.0)) for _ in range(steps)]) + self.now
         pages = self.stepped.pool.num_used
         for now in moments.tolist():
@@ -126,9 +127,9 @@ class Twins:
             assert plan.decodes.request_ids == tuple(row.request_id for row in rows)
             assert (plan.chunks, plan.copies) == ((), ())
             assert self.stepped.preempted == []
-            update = self.stepped.update(plan, StepResult([0] * plan.num_sampled))
+            update = self.stepped.update(plan, StepResult(ids))
             assert update.others == []
-        stretch = self.leaping.advance(steps, 0, moments.tolist())
+        stretch = self.leaping.advance(steps, ids, moments.tolist())
         assert (stretch.request_ids, stretch.steps) == (tuple(row.request_id for row in rows), steps)
         self.now = float(moments[-1])
         assert _state(self.stepped) == _state(self.leaping)
