@@ -24,7 +24,7 @@ from jaxserve.runner.protocol import Runner
 from jaxserve.simulator.replay import EngineRequests, LengthKeepingRunner, serve
 from jaxserve.simulator.setup import set_up, with_options
 from jaxserve.simulator.simulated_engine import SimulatedDevice, SimulatedEngine
-from jaxserve.simulator.simulation import TraceRequests, fitting
+from jaxserve.simulator.simulation import TraceRequests, fitting, keys_of
 from jaxserve.telemetry.recorder import Event, Recorder, RequestArrived
 
 SWAP_GIB = 0.0625
@@ -183,7 +183,14 @@ class SimulationSide:
             if case.concurrency is not None and not turns:
                 send_next()
 
-        engine = SimulatedEngine(config, device, self.costs, recorder=recorder, on_finish=on_finish)
+        engine = SimulatedEngine(
+            config,
+            device,
+            self.costs,
+            content_keys=keys_of(config, trace),
+            recorder=recorder,
+            on_finish=on_finish,
+        )
 
         def send_next() -> None:
             if (ready := next(waiting, None)) is not None:

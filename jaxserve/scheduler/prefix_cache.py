@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as List
 
 from jaxserve.kv_cache.content_keys import ContentKeys
@@ -123,6 +123,14 @@ class PrefixCache:
             if (sequence := owner(decodes.request_ids[row], int(decodes.orders[row]))) is not None:
                 self._commit(sequence, int(starts[row]) + 1)
         return prompts
+
+    def advanced(self, sequences: Iterable[Sequence]) -> None:
+        """Commits the pages that fast-forwarded steps have filled; the sequences decode, and all their tokens are
+        known."""
+        if self._keys is None:
+            return
+        for sequence in sequences:
+            self._commit(sequence, sequence.num_known - 1)
 
     def forget(self) -> int:
         """Forgets all computed pages of the device; returns how many became free."""

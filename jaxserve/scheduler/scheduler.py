@@ -471,7 +471,9 @@ class Scheduler:
             self.policy.decoded(decoding.tenants(), steps)
         self._step_times.decodes(len(decoding), begins)
         self._steps += steps
-        return decoding.repeat(steps, token_ids, pages)
+        advanced = decoding.repeat(steps, token_ids, pages)
+        self._queues.prefix_cache.advanced(decoding.sequences)
+        return advanced
 
     def check_integrity(self) -> None:
         """Asserts invariant 1 of the design and that every sequence is in exactly one queue."""

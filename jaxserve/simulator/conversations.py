@@ -72,7 +72,7 @@ class ConversationConfig:
 
 
 AGENT = ConversationConfig()
-"""30 turns, prompts from 2,600 to about 30,000 tokens, of which 71 to 97 % by turn are the prompt of the turn before."""
+"""30 turns, prompts from 2,600 to about 30,000 tokens; from 71 to 97 % of a prompt are that of the turn before."""
 
 CHAT = ConversationConfig(
     sessions=500,

@@ -22,6 +22,7 @@ from jaxserve.simulator.simulation import (
     TraceRequests,
     collect,
     fitting,
+    keys_of,
 )
 from jaxserve.simulator.traces import Trace
 
@@ -230,6 +231,7 @@ class _Run:
             setup.config,
             setup.device,
             setup.costs,
+            content_keys=keys_of(setup.config, self._requests.trace),
             on_finish=lambda index: self._ended(number, index),
             start=now + startup,
         )

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxserve.config.settings import EngineConfig
+from jaxserve.kv_cache.content_keys import ContentKeys
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.planning.step_cost_models import CostModel
 from jaxserve.request import EngineRequest, RequestStatus
@@ -104,14 +105,21 @@ class SimulatedEngine:
         device: SimulatedDevice,
         costs: CostModel,
         *,
+        content_keys: ContentKeys | None = None,
         recorder: Recorder | None = None,
         stretches: bool = True,
         on_finish: Callable[[int], object] | None = None,
         start: float = 0.0,
     ):
-        """recorder: given, it gets every event of the real engine, which costs time for each step of a stretch too.
-        stretches: False goes step by step. on_finish: called with the number of each request that ends,
-        when its outcome is known; it may submit others."""
+        """Creates an idle engine.
+
+        Args:
+            content_keys: make requests share pages; None where their token ids tell nothing.
+            recorder: gets every event of the real engine, which costs time for each step of a stretch too.
+            stretches: False goes step by step.
+            on_finish: called with the number of each request that ends, when its outcome is known; it may submit
+                others.
+        """
         pool = PagePool(device.num_pages, config.cache.page_size, device.num_host_pages)
         buckets = Buckets.from_config(config, device.platform)
         self.scheduler = Scheduler(
@@ -121,6 +129,7 @@ class SimulatedEngine:
             costs=costs.preemption,
             max_model_len=device.max_model_len,
             step_seconds=costs.seconds,
+            content_keys=content_keys,
         )
         self.costs = costs
         self.now = start
@@ -324,24 +333,26 @@ class SimulatedEngine:
         request_ids = previous.plan.decodes.request_ids
         update = scheduler.update(previous.plan, StepResult(previous.token_ids))
         assert not update.others, "a step without a stop id ended a sequence"
-        used = pool.num_used
+        used, cached = pool.num_used, pool.num_cached
         scheduler.advance(turns - 1, previous.token_ids.tolist(), begins[:-1].tolist())
         plan = scheduler.schedule(float(begins[-1]))
         assert plan is not None, "a steady step is missing"
         assert plan.num_sampled == len(request_ids), "a steady step has other rows"
         pages = pages_over(previous.plan, turns, used, pool.num_used)
+        kept = np.minimum(cached, pool.num_usable - pages)  # free pages are taken before cached ones
         count = shape.decode_rows
         self.steps.add_many(
-            begins, starts, ends, 0, count, count, plan.token_bucket, plan.row_bucket, pages, pool.num_cached,
+            begins, starts, ends, 0, count, count, plan.token_bucket, plan.row_bucket, pages, kept,
             pool.num_host_used, scheduler.num_waiting, scheduler.num_running, scheduler.num_swapped, 0, 0,
         )  # fmt: skip
         self.tokens.add_many(request_ids, starts)
         if self._events is not None:
             before = self._host.before + self._host.before_per_row * count
             numbers = range(plan.step - turns + 1, plan.step + 1)
-            for number, begin, start, used in zip(numbers, begins.tolist(), starts.tolist(), pages, strict=True):
+            columns = (begins.tolist(), starts.tolist(), pages.tolist(), kept.tolist())
+            for number, begin, start, used, cached in zip(numbers, *columns, strict=True):
                 times = IterationTimes(begin, begin + before, begin + before, start, start + self._host.after)
-                self._events.step(plan, times, 0.0, number=number, pages_used=int(used))
+                self._events.step(plan, times, 0.0, number=number, pages_used=used, pages_cached=cached)
                 self._events.tokens(request_ids, start)
         self._free_at = float(ends[-1])
         token_ids, stops = self._sample(plan)

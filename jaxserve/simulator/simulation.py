@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxserve.config.settings import EngineConfig
+from jaxserve.kv_cache.content_keys import ContentKeys
 from jaxserve.planning.step_cost_models import CostModel
 from jaxserve.request import COMPLETED, EngineRequest, RequestOptions
 from jaxserve.simulator.prompt_content import STOP_ID, UNKNOWN_ID, answer_content
 from jaxserve.simulator.simulated_engine import Outcome, SimulatedDevice, SimulatedEngine
 from jaxserve.simulator.traces import ROOT, Trace
 from jaxserve.telemetry.recorder import Recorder
+
+_SECRET = b"the same in every simulation"
 
 Progress = Callable[[int], object]
 """Called with the number of requests that have ended since the last call."""
@@ -160,12 +163,26 @@ def simulate(
         if progress is not None:
             progress(1)
 
-    engine = SimulatedEngine(config, device, costs, recorder=recorder, stretches=stretches, on_finish=on_finish)
+    engine = SimulatedEngine(
+        config,
+        device,
+        costs,
+        content_keys=keys_of(config, kept),
+        recorder=recorder,
+        stretches=stretches,
+        on_finish=on_finish,
+    )
     for root in requests.roots():
         engine.run_until(root.request.arrival_time)
         engine.submit(*root)
     engine.run_until()
     return collect(kept, skipped, [engine], np.zeros(len(kept), np.int64))
+
+
+def keys_of(config: EngineConfig, trace: Trace) -> ContentKeys | None:
+    """Returns what identifies pages in a simulation; None where requests share none: prefix caching is off, or the
+    trace does not tell what its prompts hold."""
+    return ContentKeys(_SECRET) if config.cache.enable_prefix_caching and trace.prompts else None
 
 
 def fitting(config: EngineConfig, trace: Trace, device: SimulatedDevice, client: ClientRule) -> tuple[Trace, int]:
@@ -192,7 +209,7 @@ class ReadyRequest(NamedTuple):
 class TraceRequests:
     """Makes the engine's requests of a trace that fits, one by one: token ids exist from a request's arrival on.
 
-    A prompt whose content the trace does not tell has one id throughout.
+    A prompt whose content the trace does not tell has one id throughout, and does not use the prefix cache.
     """
 
     def __init__(self, trace: Trace, device: SimulatedDevice, config: EngineConfig, client: ClientRule):
@@ -253,6 +270,7 @@ class TraceRequests:
                 trace.tenants[index],
                 int(trace.priorities[index]),
                 None if math.isinf(deadline) else arrival + deadline,
+                prefix_caching=content is None or bool(content),
             ),
             arrival_time=arrival,
         )
