@@ -44,6 +44,7 @@ def summary(run: Run, ttft_target: float | None = None) -> dict[str, Any]:
     computed = sum(step.token_bucket for step in steps)
     useful = sum(step.prefill_tokens + step.decode_tokens for step in steps)
     tenants = sorted({each.tenant for each in timings})
+    in_time = ttft_target and sum((each.ttft or math.inf) <= ttft_target for each in timings)
     row: dict[str, Any] = {
         "requests": len(timings),
         "completed": completed,
@@ -60,7 +61,8 @@ def summary(run: Run, ttft_target: float | None = None) -> dict[str, Any]:
         "cached_tokens": run.cached_tokens,
         "hit_rate": run.cached_tokens / max(sum(each.prompt_tokens for each in timings), 1),
         "kendall_tau": run.tau,
-        "in_time": ttft_target and sum((each.ttft or math.inf) <= ttft_target for each in timings) / len(timings),
+        "in_time": in_time and in_time / len(timings),
+        "goodput": in_time and in_time / seconds,
         "jain": jain_index(list(service(timings).values())) if len(tenants) > 1 else None,
     }
     for name in filter(None, tenants):

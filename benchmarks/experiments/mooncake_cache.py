@@ -1,0 +1,199 @@
+"""What a prefix cache finds of a trace of block hashes, by size of its pool and by eviction policy:
+
+    python -m benchmarks.experiments.mooncake_cache mooncake_conversation.jsonl
+
+The bound is a cache without end, which finds every block that an earlier prompt had. Pools are replayed alone
+(`simulator/cache_replay.py`), and under the scheduler in simulation: Llama-3.1-8B on an H200, with the trace's arrivals
+stretched to what one device serves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import report
+from benchmarks.experiments.sides import SimulationSide
+from jaxserve.kv_cache.page_pool import PagePool
+from jaxserve.simulator.cache_replay import block_bound, infinite_cache, replay_cache
+from jaxserve.simulator.setup import with_options
+from jaxserve.simulator.simulation import simulate
+from jaxserve.simulator.simulation_report import Slo
+from jaxserve.simulator.simulation_report import report as figures_of
+from jaxserve.simulator.trace_files import BLOCK, read_trace
+from jaxserve.simulator.traces import Trace
+
+NAME = "experiments/mooncake_cache_simulation"
+MILLION = 1_000_000
+REPLAYED = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+"""Million tokens of the pools that are replayed alone, in pages of a block."""
+
+SIMULATED = (0.92, 4.0, 16.0)
+"""Million tokens of the pools under the scheduler; 0.92 is what an H200 has beside the model."""
+
+RATE_FACTOR = 0.25
+SLO = Slo(ttft=5.0)
+LIMITS = {"max_model_len": 131072, "page_size": 64, "max_num_seqs": 64, "max_num_batched_tokens": 8192}
+POLICIES = ("lru",)
+
+
+def make_pool(tokens: float, page_size: int, policy: str) -> PagePool:
+    """A pool of so many tokens."""
+    return PagePool(int(tokens) // page_size + 1, page_size)
+
+
+def bounds(trace: Trace) -> dict[str, Any]:
+    """What a cache without end finds, by the trace's blocks and by pages."""
+    blocks = block_bound(trace)
+    return {
+        "blocks": blocks.hit_blocks / blocks.blocks,
+        "tokens_of_blocks": blocks.hit_tokens / blocks.tokens,
+        "pages": {str(size): infinite_cache(trace, size).hit_rate for size in (16, 64, BLOCK)},
+    }
+
+
+def replayed(trace: Trace, sizes: Sequence[float], policies: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each pool, replayed alone."""
+    rows = []
+    for policy in policies:
+        for size in sizes:
+            begin = time.perf_counter()
+            found = replay_cache(trace, make_pool(size * MILLION, BLOCK, policy))
+            rows.append({"policy": policy, **dataclasses.asdict(found), "hit_rate": found.hit_rate})
+            print(f"{policy}, {size:g} M: {found.hit_rate:.4f}, {time.perf_counter() - begin:.1f} s", flush=True)
+    return rows
+
+
+def simulated(trace: Trace, sizes: Sequence[float], policies: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each pool under the scheduler, and one without a prefix cache."""
+    side = SimulationSide(LIMITS)
+    slower = trace.faster(RATE_FACTOR)
+    ways = [("none", sizes[0]), *((policy, size) for policy in policies for size in sizes)]
+    rows = []
+    for policy, size in ways:
+        begin = time.perf_counter()
+        config = with_options(side.config, {"enable_prefix_caching": policy != "none"})
+        device = dataclasses.replace(side.device, num_pages=int(size * MILLION) // LIMITS["page_size"] + 1)
+        found = figures_of(simulate(config, slower, side.costs, device), SLO)
+        rows.append({
+            "policy": policy,
+            "pool_tokens": int(size * MILLION),
+            "hit_rate": found.hit_rate,
+            "ttft_mean": found.ttft and found.ttft.mean,
+            "ttft_p99": found.ttft and found.ttft.p99,
+            "goodput": found.goodput,
+            "in_time": found.good_share,
+            "device_utilization": found.device_utilization,
+            "preemptions": sum(found.preemptions.values()),
+        })  # fmt: skip
+        print(f"{policy}, {size:g} M under the scheduler: {time.perf_counter() - begin:.0f} s", flush=True)
+    return rows
+
+
+def draw(results: dict[str, Any], title: str, path: pathlib.Path) -> None:
+    """Hit rate by size of the pool beside the bound, and time to first token."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    hits, waits = figure.subplots(1, 2)
+    colors = dict(zip(("lru", "lfu", "cost", "none"), ("#1b9e77", "#7570b3", "#d95f02", "#666666"), strict=True))
+    bound = 100 * results["bounds"]["pages"][str(BLOCK)]
+    hits.axhline(bound, color="#666666", linestyle="--", label=f"cache without end: {bound:.1f} %")
+    for policy in dict.fromkeys(row["policy"] for row in results["replayed"]):
+        _line(hits, [row for row in results["replayed"] if row["policy"] == policy], colors[policy], policy)
+    for policy in dict.fromkeys(row["policy"] for row in results["simulated"]):
+        rows = [row for row in results["simulated"] if row["policy"] == policy]
+        if policy == "none":
+            waits.axhline(rows[0]["ttft_mean"], color=colors[policy], linestyle="--", label="no prefix cache")
+            continue
+        sizes = [row["pool_tokens"] / MILLION for row in rows]
+        name = f"{policy}, under the scheduler"
+        hits.plot(sizes, [100 * row["hit_rate"] for row in rows], "x", color=colors[policy], label=name)
+        waits.plot(sizes, [row["ttft_mean"] for row in rows], "o-", color=colors[policy], label=policy)
+    hits.set_ylabel("prompt tokens found in the cache, %")
+    waits.set_ylabel("mean TTFT, s")
+    for axis in (hits, waits):
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("million tokens in the pool")
+        axis.grid(visible=True, alpha=0.3)
+        axis.legend(fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def _line(axis: Any, rows: Sequence[dict[str, Any]], color: str, label: str) -> None:
+    sizes = [row["pool_tokens"] / MILLION for row in rows]
+    axis.plot(sizes, [100 * row["hit_rate"] for row in rows], "o-", markersize=4, color=color, label=label)
+
+
+def tables(results: dict[str, Any]) -> str:
+    """The bounds and both tables as text."""
+    found = results["bounds"]
+    pages = ", ".join(f"{100 * share:.2f} % in pages of {size}" for size, share in found["pages"].items())
+    lines = [
+        f"cache without end: {100 * found['blocks']:.2f} % of blocks, {100 * found['tokens_of_blocks']:.2f} % of their "
+        f"tokens; {pages}",
+        "",
+        report.table(
+            ("pool alone", "M tokens", "cached %"),
+            [(row["policy"], row["pool_tokens"] / MILLION, 100 * row["hit_rate"]) for row in results["replayed"]],
+        ),
+        "",
+        report.table(
+            ("scheduler", "M tokens", "cached %", "TTFT s", "p99", "in time %", "busy %", "preempted"),
+            [
+                (
+                    row["policy"], row["pool_tokens"] / MILLION, 100 * row["hit_rate"], row["ttft_mean"],
+                    row["ttft_p99"], 100 * row["in_time"], 100 * row["device_utilization"], row["preemptions"],
+                )
+                for row in results["simulated"]
+            ],
+        ),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs, prints and writes the results, their tables and the plot; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments.mooncake_cache", description=__doc__)
+    parser.add_argument("trace", nargs="?", type=pathlib.Path, help="a .jsonl file with hash_ids")
+    parser.add_argument("--limit", type=int, help="the first requests of the trace alone")
+    parser.add_argument("--name", default=NAME, help="of the result files (%(default)s)")
+    parser.add_argument("--redraw", action="store_true", help="only the plot, from the results there are")
+    options = parser.parse_args(arguments)
+    path = report.RESULTS / f"{options.name}.json"
+    if not options.redraw:
+        if options.trace is None:
+            parser.error("the trace is missing; give a file, or --redraw")
+        trace = read_trace(options.trace, options.limit)
+        side = SimulationSide(LIMITS)
+        settings = {
+            "trace": trace.name, "requests": len(trace), "side": side.about, "limits": LIMITS,
+            "rate_factor": RATE_FACTOR, "slo": str(SLO),
+        }  # fmt: skip
+        found = {
+            "bounds": bounds(trace),
+            "replayed": replayed(trace, REPLAYED, POLICIES),
+            "simulated": simulated(trace, SIMULATED, POLICIES),
+        }
+        report.write(options.name, settings, found)
+    document = json.loads(path.read_text(encoding="utf-8"))
+    text = tables(document["results"])
+    print(text)
+    settings = document["settings"]
+    title = f"Prefix cache on {settings['trace']}, {settings['requests']:,} requests; {settings['side']['model']}"
+    path.with_suffix(".txt").write_text(f"{title}\n\n{text}\n", encoding="utf-8")
+    draw(document["results"], title, path.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
