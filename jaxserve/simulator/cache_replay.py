@@ -121,7 +121,7 @@ def replay_cache(trace: Trace, pool: PagePool, in_flight: int = 1) -> CacheFigur
             pool.release(found)
             skipped += 1
             continue
-        pool.commit(pages[: len(keys) - len(found)], keys[len(found) :])
+        pool.commit(pages[: len(keys) - len(found)], keys[len(found) :], len(found))
         held.append([*found, *pages])
         hit_tokens, hits = hit_tokens + len(found) * size, hits + (len(found) > 0)
     for pages in held:
