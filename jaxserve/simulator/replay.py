@@ -12,6 +12,7 @@ import dataclasses
 import heapq
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -175,8 +176,8 @@ def serve(
     Args:
         core: An engine whose `now` is `time.time`.
         requests: In the order in which they are sent; arrival times and deadlines count from the start of this call.
-        concurrency: Number of clients that each send a request, and the next one when it has ended, whatever the
-            arrival times; None sends each request when it is due.
+        concurrency: Number of clients that each send a request, and the next one when it and its turns have ended,
+            whatever the arrival times; None sends each request when it is due.
         follow: Called with each request that ends.
         progress: Called with the number of requests that have ended.
     """
@@ -204,29 +205,31 @@ class _Clients:
         self, core: EngineCore, requests: Sequence[EngineRequest], concurrency: int | None, follow: Follow
     ) -> None:
         self.served = Served()
-        self.waiting = [(request.arrival_time, place, request) for place, request in enumerate(requests)]
-        heapq.heapify(self.waiting)
+        self._requests = deque(requests)
+        self._turns: list[tuple[float, int, EngineRequest]] = []  # a heap of (arrival, order, request)
+        self._num_turns = 0
         self._core = core
         self._timed = concurrency is None
         self._free = math.inf if concurrency is None else concurrency
         self._follow = follow
-        self._num_requests = len(requests)
         self._outputs: dict[str, list[int]] = {}
         self._origin, self._wall = time.perf_counter(), time.time()
 
+    @property
+    def waiting(self) -> bool:
+        """Tells whether there are requests to send."""
+        return bool(self._requests or self._turns)
+
     def send(self) -> None:
         """Sends the requests that are due."""
-        now = self._now()
-        while self.waiting and self._free and (not self._timed or self.waiting[0][0] <= now):
-            due, _, request = heapq.heappop(self.waiting)
-            arrival = due if self._timed else self._now()
+        while (due := self._next()) is not None:
+            arrival, request = due
             deadline = request.options.deadline
             if deadline is not None:
                 deadline += self._wall + arrival - request.arrival_time
             self.served.sent[request.request_id] = self._origin + arrival
             options = dataclasses.replace(request.options, deadline=deadline)
             moved = dataclasses.replace(request, arrival_time=self._wall + arrival, options=options)
-            self._free -= 1
             self._outputs[request.request_id] = []
             answers = self._core.handle(AddRequest(moved))
             self.served.refused |= _errors(answers)
@@ -234,7 +237,21 @@ class _Clients:
 
     def seconds_to_next(self) -> float:
         """Returns the time until another request is due; infinite where that depends on others."""
-        return self.waiting[0][0] - self._now() if self.waiting and self._timed else math.inf
+        arrivals = [self._turns[0][0]] if self._turns else []
+        arrivals += [self._requests[0].arrival_time] if self._requests and self._timed else []
+        return min(arrivals, default=math.inf) - self._now()
+
+    def _next(self) -> tuple[float, EngineRequest] | None:
+        """Takes the next request that is due, with its arrival. A client is free when its session has ended."""
+        now = self._now()
+        if self._turns and self._turns[0][0] <= now:
+            arrival, _, request = heapq.heappop(self._turns)
+            return arrival, request
+        if not self._requests or self._free < 1 or (self._timed and self._requests[0].arrival_time > now):
+            return None
+        self._free -= 1
+        request = self._requests.popleft()
+        return request.arrival_time if self._timed else now, request
 
     def take(self, messages: Iterable[FromEngine]) -> int:
         """Takes messages of the engine; returns the number of requests that have ended with them."""
@@ -253,11 +270,12 @@ class _Clients:
         return ended
 
     def _end(self, message: EngineOutput) -> None:
-        self._free += 1
         outputs = tuple(self._outputs.pop(message.request_id))
-        for request in self._follow(message.request_id, outputs, self._now()):
-            heapq.heappush(self.waiting, (request.arrival_time, self._num_requests, request))
-            self._num_requests += 1
+        turns = list(self._follow(message.request_id, outputs, self._now()))
+        for request in turns:
+            heapq.heappush(self._turns, (request.arrival_time, self._num_turns, request))
+            self._num_turns += 1
+        self._free += 1 - len(turns)
 
     def _now(self) -> float:
         return time.perf_counter() - self._origin

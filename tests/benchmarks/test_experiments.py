@@ -16,9 +16,10 @@ from benchmarks.experiments.cases import EXPERIMENTS, TTFT, Case, Experiment, Pa
 from benchmarks.experiments.run_figures import jain_index, summary
 from benchmarks.experiments.sides import EngineSide, SimulationSide
 from jaxserve.runner.fake import FakeRunner
+from jaxserve.simulator.conversations import ConversationConfig, conversation_trace
 from jaxserve.simulator.simulation import ClientRule
-from jaxserve.simulator.traces import make_trace
-from jaxserve.telemetry.recorder import FirstToken, RequestFinished, StepRecorded, TokensProduced
+from jaxserve.simulator.traces import ROOT, make_trace
+from jaxserve.telemetry.recorder import FirstToken, RequestArrived, RequestFinished, StepRecorded, TokensProduced
 
 LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 32}
 TRACE = make_trace("mixed", np.zeros(9), [3, 9, 20] * 3, [1, 5, 12] * 3, tenants=["a", "b", "b"] * 3)
@@ -44,6 +45,23 @@ def test_requests_end_at_the_lengths_of_the_trace(name: str, client: ClientRule,
     assert max(step.rows for step in steps) <= changes.get("concurrency", 4)
     if "num_pages" in changes:
         assert max(step.pages_used for step in steps) <= 4
+
+
+@pytest.mark.parametrize("name", ["engine", "simulation"])
+@pytest.mark.parametrize("concurrency", [None, 2])
+def test_turns_of_sessions_come_one_after_another_and_share_pages(name: str, concurrency: int | None) -> None:
+    config = ConversationConfig(sessions=4, rate=50, turns=3, shared=32, first=16, later=9, output=20, pause=0.01)
+    trace = conversation_trace(dataclasses.replace(config, max_length=250))
+    run = make_side(name).run(Case("case", trace, concurrency=concurrency))
+    arrived = {event.request_id: event.time for event in run.events if isinstance(event, RequestArrived)}
+    ended = {event.request_id: event for event in run.events if isinstance(event, RequestFinished)}
+    for turn, parent in enumerate(trace.parents.tolist()):
+        assert ended[str(turn)].output_tokens == trace.output_tokens[turn]
+        if parent != ROOT:
+            assert arrived[str(turn)] >= ended[str(parent)].time + trace.pauses[turn] - 1e-9
+    row = summary(run)
+    assert row["cached_tokens"] == run.cached_tokens
+    assert 0.4 < row["hit_rate"] < 1.0
 
 
 @pytest.mark.parametrize("name", ["engine", "simulation"])
