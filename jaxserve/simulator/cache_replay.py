@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Callable
+
+import numpy as np
 
 from jaxserve.config.checks import at_least
 from jaxserve.kv_cache.page_pool import PagePool
@@ -31,6 +34,8 @@ class CacheFigures:
         hit_tokens: of these, in pages that were found.
         hits: requests that found a page.
         skipped: requests that do not fit the pool, which find nothing.
+        prompt_seconds: to compute all full pages of all prompts; 0 where no costs are given.
+        hit_seconds: of these, for pages that were found.
     """
 
     page_size: int
@@ -40,11 +45,18 @@ class CacheFigures:
     hit_tokens: int
     hits: int
     skipped: int = 0
+    prompt_seconds: float = 0.0
+    hit_seconds: float = 0.0
 
     @property
     def hit_rate(self) -> float:
         """Share of the prompts' tokens that were found."""
         return self.hit_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def saved(self) -> float:
+        """Share of the prompts' seconds that were saved; 0 where no costs are given."""
+        return self.hit_seconds / self.prompt_seconds if self.prompt_seconds else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,35 +90,42 @@ def block_bound(trace: Trace) -> BlockBound:
     return BlockBound(blocks, hit_blocks, tokens, hit_tokens)
 
 
-def infinite_cache(trace: Trace, page_size: int) -> CacheFigures:
+PageSeconds = Callable[[int], float]
+"""Returns the seconds that computing a page takes behind so many others of its sequence."""
+
+
+def infinite_cache(trace: Trace, page_size: int, page_seconds: PageSeconds | None = None) -> CacheFigures:
     """Returns what an engine would find with pages for everything, if each request had ended before the next one came.
 
     Whole pages of prompts and answers are found, but never the last token of a prompt.
     """
     at_least("page_size", page_size, 1)
     seen: set[int] = set()
-    hit_tokens = hits = 0
+    tally = _Tally(trace, page_size, page_seconds)
     for index in range(len(trace)):
         keys = page_keys(trace, index, page_size)
         findable = keys[: _findable(trace, index, page_size)]
         found = next((place for place, key in enumerate(findable) if key not in seen), len(findable))
-        hit_tokens, hits = hit_tokens + found * page_size, hits + (found > 0)
+        tally.found(found)
         seen.update(keys)
-    return CacheFigures(page_size, None, len(trace), int(trace.prompt_tokens.sum()), hit_tokens, hits)
+    return tally.figures(None)
 
 
-def replay_cache(trace: Trace, pool: PagePool, in_flight: int = 1) -> CacheFigures:
+def replay_cache(
+    trace: Trace, pool: PagePool, in_flight: int = 1, page_seconds: PageSeconds | None = None
+) -> CacheFigures:
     """Returns what an empty pool finds.
 
     Args:
         trace: a trace with content.
         pool: changed; all of its pages are free or cached afterwards.
         in_flight: requests that hold their pages at once, as far as the pool has room for them.
+        page_seconds: gives the figures in seconds.
     """
     at_least("in_flight", in_flight, 1)
     size = pool.page_size
     held: deque[list[int]] = deque()
-    hit_tokens = hits = skipped = 0
+    tally, skipped = _Tally(trace, size, page_seconds), 0
     for index in range(len(trace)):
         while len(held) >= in_flight:
             pool.release(held.popleft())
@@ -123,11 +142,43 @@ def replay_cache(trace: Trace, pool: PagePool, in_flight: int = 1) -> CacheFigur
             continue
         pool.commit(pages[: len(keys) - len(found)], keys[len(found) :], len(found))
         held.append([*found, *pages])
-        hit_tokens, hits = hit_tokens + len(found) * size, hits + (len(found) > 0)
+        tally.found(len(found))
     for pages in held:
         pool.release(pages)
-    total = int(trace.prompt_tokens.sum())
-    return CacheFigures(size, pool.num_usable * size, len(trace), total, hit_tokens, hits, skipped)
+    return tally.figures(pool.num_usable * size, skipped)
+
+
+class _Tally:
+    """Adds up what is found."""
+
+    def __init__(self, trace: Trace, page_size: int, page_seconds: PageSeconds | None):
+        self._trace = trace
+        self._size = page_size
+        most = int(trace.prompt_tokens.max(initial=0)) // page_size
+        seconds = [0.0 if page_seconds is None else page_seconds(depth) for depth in range(most)]
+        self._seconds = np.concatenate([[0.0], np.cumsum(seconds)])  # of so many pages
+        self._tokens = self._hits = 0
+        self._found_seconds = 0.0
+
+    def found(self, pages: int) -> None:
+        """Counts the pages that a request found."""
+        self._tokens += pages * self._size
+        self._hits += pages > 0
+        self._found_seconds += float(self._seconds[pages])
+
+    def figures(self, pool_tokens: int | None, skipped: int = 0) -> CacheFigures:
+        prompts = self._trace.prompt_tokens
+        return CacheFigures(
+            page_size=self._size,
+            pool_tokens=pool_tokens,
+            requests=len(self._trace),
+            prompt_tokens=int(prompts.sum()),
+            hit_tokens=self._tokens,
+            hits=self._hits,
+            skipped=skipped,
+            prompt_seconds=float(self._seconds[prompts // self._size].sum()),
+            hit_seconds=self._found_seconds,
+        )
 
 
 def page_keys(trace: Trace, index: int, page_size: int) -> list[int]:

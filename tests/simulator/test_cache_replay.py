@@ -113,6 +113,23 @@ def test_keys_are_equal_where_those_of_token_ids_are(trace):
     assert len(set(seen.values())) == len(seen)
 
 
+@given(traces())
+def test_seconds_are_those_of_the_pages_found(trace):
+    cost = [1.0, 2.0, 4.0, 7.0, 11.0, 16.0] + [30.0] * 20
+    known, found_seconds, seconds = set(), 0.0, 0.0
+    for index, length in enumerate(trace.prompt_tokens.tolist()):
+        prefixes = pages(trace, index)
+        found_seconds += sum(cost[: longest(known, prefixes, length)])
+        seconds += sum(cost[: length // SIZE])
+        known |= set(prefixes)
+    figures = infinite_cache(trace, SIZE, cost.__getitem__)
+    assert (figures.hit_seconds, figures.prompt_seconds) == (found_seconds, seconds)
+    assert replay_cache(trace, PagePool(2000, SIZE), page_seconds=cost.__getitem__) == dataclasses.replace(
+        figures, pool_tokens=1999 * SIZE
+    )
+    assert infinite_cache(trace, SIZE).saved == 0.0
+
+
 @budget(20)
 @given(traces(), st.integers(1, 3))
 def test_requests_in_flight_keep_their_pages(trace, in_flight):
