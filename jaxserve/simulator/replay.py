@@ -130,7 +130,7 @@ class EngineRequests:
         index = int(request.request_id)
         vocab_size = self._runner.info.vocab_size
         if trace.prompts and trace.prompts[index]:
-            content, repeated = trace.prompts[index], self._requests.repeated(index)
+            content, repeated = trace.prompts[index], trace.repeated(index)
             prompt = said if repeated else ()
             prompt += content.after(repeated).drawn_ids(vocab_size, self._seed, self._first_id)
         else:

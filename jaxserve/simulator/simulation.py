@@ -14,7 +14,7 @@ from jaxserve.config.settings import EngineConfig
 from jaxserve.kv_cache.content_keys import ContentKeys
 from jaxserve.planning.step_cost_models import CostModel
 from jaxserve.request import COMPLETED, EngineRequest, RequestOptions
-from jaxserve.simulator.prompt_content import STOP_ID, UNKNOWN_ID, answer_content
+from jaxserve.simulator.prompt_content import STOP_ID, UNKNOWN_ID
 from jaxserve.simulator.simulated_engine import Outcome, SimulatedDevice, SimulatedEngine
 from jaxserve.simulator.traces import ROOT, Trace
 from jaxserve.telemetry.recorder import Recorder
@@ -236,15 +236,6 @@ class TraceRequests:
     def has_turns(self, index: int) -> bool:
         """Tells whether turns follow a request."""
         return index in self._turns
-
-    def repeated(self, index: int) -> int:
-        """Returns the number of tokens that a turn's prompt repeats of the turn before: its prompt and its answer, or 0
-        where the prompt begins otherwise."""
-        trace, parent = self.trace, int(self.trace.parents[index])
-        if parent == ROOT or not trace.prompts:
-            return 0
-        said = trace.prompts[parent] + answer_content(int(trace.answers[parent]), int(trace.output_tokens[parent]))
-        return len(said) if trace.prompts[index].shared(said) == len(said) else 0
 
     def make(self, index: int, arrival: float | None = None) -> ReadyRequest:
         """Makes the request of that index. arrival: its time, None for that of the trace."""

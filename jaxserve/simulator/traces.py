@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxserve.config.checks import between
-from jaxserve.simulator.prompt_content import UNKNOWN_ID, Content
+from jaxserve.simulator.prompt_content import UNKNOWN_ID, Content, answer_content
 
 ROOT = -1
 """Parent of a request that waits for no other one."""
@@ -75,6 +75,15 @@ class Trace:
     def has_turns(self) -> bool:
         """Tells whether some requests wait for others."""
         return self.num_sessions < len(self)
+
+    def repeated(self, index: int) -> int:
+        """Returns the number of tokens that a turn's prompt repeats of the turn before: its prompt and answer, or 0
+        where the prompt begins otherwise."""
+        parent = int(self.parents[index])
+        if parent == ROOT or not self.prompts:
+            return 0
+        said = self.prompts[parent] + answer_content(int(self.answers[parent]), int(self.output_tokens[parent]))
+        return len(said) if self.prompts[index].shared(said) == len(said) else 0
 
     def faster(self, factor: float) -> Trace:
         """Returns the same requests, of which single ones and sessions arrive at `factor` times the rate; deadlines and
