@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks import report
 from benchmarks.experiments.sides import SimulationSide
+from jaxserve.kv_cache.eviction import EVICTION_POLICIES, make_eviction
 from jaxserve.kv_cache.page_pool import PagePool
-from jaxserve.simulator.cache_replay import block_bound, infinite_cache, replay_cache
+from jaxserve.planning.step_cost_models import CostModel
+from jaxserve.scheduler.step_shape import StepShape
+from jaxserve.simulator.cache_replay import CacheFigures, block_bound, infinite_cache, replay_cache
 from jaxserve.simulator.setup import with_options
 from jaxserve.simulator.simulation import simulate
 from jaxserve.simulator.simulation_report import Slo
@@ -33,18 +37,26 @@ MILLION = 1_000_000
 REPLAYED = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 """Million tokens of the pools that are replayed alone, in pages of a block."""
 
-SIMULATED = (0.92, 4.0, 16.0)
+SIMULATED = (0.92, 4.0)
 """Million tokens of the pools under the scheduler; 0.92 is what an H200 has beside the model."""
 
 RATE_FACTOR = 0.25
 SLO = Slo(ttft=5.0)
 LIMITS = {"max_model_len": 131072, "page_size": 64, "max_num_seqs": 64, "max_num_batched_tokens": 8192}
-POLICIES = ("lru",)
+PREFILL = 8192
+"""Tokens of the step in which the costs of a page are counted."""
 
 
-def make_pool(tokens: float, page_size: int, policy: str) -> PagePool:
-    """A pool of so many tokens."""
-    return PagePool(int(tokens) // page_size + 1, page_size)
+def page_seconds(costs: CostModel, page_size: int) -> Callable[[int], float]:
+    """The seconds that a page takes behind so many others of its prompt, as a part of a step full of prompt tokens."""
+
+    @functools.cache
+    def seconds(depth: int) -> float:
+        start = depth * page_size
+        pairs, end = PREFILL * start + PREFILL * (PREFILL + 1) / 2, start + PREFILL
+        return costs.seconds(StepShape(PREFILL, 8, 0, 0.0, PREFILL, pairs, end, end)) * page_size / PREFILL
+
+    return seconds
 
 
 def bounds(trace: Trace) -> dict[str, Any]:
@@ -57,29 +69,35 @@ def bounds(trace: Trace) -> dict[str, Any]:
     }
 
 
-def replayed(trace: Trace, sizes: Sequence[float], policies: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each pool, replayed alone."""
+def replayed(trace: Trace, costs: CostModel, sizes: Sequence[float]) -> list[dict[str, Any]]:
+    """A row for each pool, replayed alone, and one for a cache without end."""
+    seconds = page_seconds(costs, BLOCK)
     rows = []
-    for policy in policies:
+    for policy in EVICTION_POLICIES:
         for size in sizes:
             begin = time.perf_counter()
-            found = replay_cache(trace, make_pool(size * MILLION, BLOCK, policy))
-            rows.append({"policy": policy, **dataclasses.asdict(found), "hit_rate": found.hit_rate})
-            print(f"{policy}, {size:g} M: {found.hit_rate:.4f}, {time.perf_counter() - begin:.1f} s", flush=True)
-    return rows
+            pool = PagePool(int(size * MILLION) // BLOCK + 1, BLOCK, eviction=make_eviction(policy, seconds))
+            rows.append(_replayed(policy, replay_cache(trace, pool, page_seconds=seconds)))
+            print(f"{policy}, {size:g} M: {time.perf_counter() - begin:.1f} s", flush=True)
+    return [*rows, _replayed("without end", infinite_cache(trace, BLOCK, seconds))]
 
 
-def simulated(trace: Trace, sizes: Sequence[float], policies: Sequence[str]) -> list[dict[str, Any]]:
+def _replayed(policy: str, found: CacheFigures) -> dict[str, Any]:
+    return {"policy": policy, **dataclasses.asdict(found), "hit_rate": found.hit_rate, "saved": found.saved}
+
+
+def simulated(trace: Trace, side: SimulationSide, sizes: Sequence[float]) -> list[dict[str, Any]]:
     """A row for each pool under the scheduler, and one without a prefix cache."""
-    side = SimulationSide(LIMITS)
     slower = trace.faster(RATE_FACTOR)
-    ways = [("none", sizes[0]), *((policy, size) for policy in policies for size in sizes)]
+    page_size = side.config.cache.page_size
+    ways = [("none", sizes[0]), *((policy, size) for size in sizes for policy in EVICTION_POLICIES)]
     rows = []
     for policy, size in ways:
         begin = time.perf_counter()
         config = with_options(side.config, {"enable_prefix_caching": policy != "none"})
-        device = dataclasses.replace(side.device, num_pages=int(size * MILLION) // LIMITS["page_size"] + 1)
-        found = figures_of(simulate(config, slower, side.costs, device), SLO)
+        device = dataclasses.replace(side.device, num_pages=int(size * MILLION) // page_size + 1)
+        eviction = None if policy == "none" else make_eviction(policy, page_seconds(side.costs, page_size))
+        found = figures_of(simulate(config, slower, side.costs, device, eviction=eviction), SLO)
         rows.append({
             "policy": policy,
             "pool_tokens": int(size * MILLION),
@@ -99,13 +117,18 @@ def draw(results: dict[str, Any], title: str, path: pathlib.Path) -> None:
     """Hit rate by size of the pool beside the bound, and time to first token."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    hits, waits = figure.subplots(1, 2)
-    colors = dict(zip(("lru", "lfu", "cost", "none"), ("#1b9e77", "#7570b3", "#d95f02", "#666666"), strict=True))
-    bound = 100 * results["bounds"]["pages"][str(BLOCK)]
-    hits.axhline(bound, color="#666666", linestyle="--", label=f"cache without end: {bound:.1f} %")
-    for policy in dict.fromkeys(row["policy"] for row in results["replayed"]):
-        _line(hits, [row for row in results["replayed"] if row["policy"] == policy], colors[policy], policy)
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    hits, saved, waits = figure.subplots(1, 3)
+    colors = dict(zip((*EVICTION_POLICIES, "none"), ("#1b9e77", "#7570b3", "#d95f02", "#666666"), strict=True))
+    for axis, figure_name in ((hits, "hit_rate"), (saved, "saved")):
+        for policy in dict.fromkeys(row["policy"] for row in results["replayed"]):
+            rows = [row for row in results["replayed"] if row["policy"] == policy]
+            shares = [100 * row[figure_name] for row in rows]
+            if policy == "without end":
+                axis.axhline(shares[0], color="#666666", linestyle="--", label=f"without end: {shares[0]:.1f} %")
+                continue
+            sizes = [row["pool_tokens"] / MILLION for row in rows]
+            axis.plot(sizes, shares, "o-", markersize=4, color=colors[policy], label=policy)
     for policy in dict.fromkeys(row["policy"] for row in results["simulated"]):
         rows = [row for row in results["simulated"] if row["policy"] == policy]
         if policy == "none":
@@ -116,8 +139,9 @@ def draw(results: dict[str, Any], title: str, path: pathlib.Path) -> None:
         hits.plot(sizes, [100 * row["hit_rate"] for row in rows], "x", color=colors[policy], label=name)
         waits.plot(sizes, [row["ttft_mean"] for row in rows], "o-", color=colors[policy], label=policy)
     hits.set_ylabel("prompt tokens found in the cache, %")
+    saved.set_ylabel("seconds of prompts saved, %")
     waits.set_ylabel("mean TTFT, s")
-    for axis in (hits, waits):
+    for axis in (hits, saved, waits):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_ylim(bottom=0)
@@ -129,11 +153,6 @@ def draw(results: dict[str, Any], title: str, path: pathlib.Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _line(axis: Any, rows: Sequence[dict[str, Any]], color: str, label: str) -> None:
-    sizes = [row["pool_tokens"] / MILLION for row in rows]
-    axis.plot(sizes, [100 * row["hit_rate"] for row in rows], "o-", markersize=4, color=color, label=label)
-
-
 def tables(results: dict[str, Any]) -> str:
     """The bounds and both tables as text."""
     found = results["bounds"]
@@ -143,8 +162,14 @@ def tables(results: dict[str, Any]) -> str:
         f"tokens; {pages}",
         "",
         report.table(
-            ("pool alone", "M tokens", "cached %"),
-            [(row["policy"], row["pool_tokens"] / MILLION, 100 * row["hit_rate"]) for row in results["replayed"]],
+            ("pool alone", "M tokens", "cached %", "seconds saved %"),
+            [
+                (
+                    row["policy"], row["pool_tokens"] / MILLION if row["pool_tokens"] else "all", 100 * row["hit_rate"],
+                    100 * row["saved"],
+                )
+                for row in results["replayed"]
+            ],
         ),
         "",
         report.table(
@@ -181,8 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }  # fmt: skip
         found = {
             "bounds": bounds(trace),
-            "replayed": replayed(trace, REPLAYED, POLICIES),
-            "simulated": simulated(trace, SIMULATED, POLICIES),
+            "replayed": replayed(trace, side.costs, REPLAYED),
+            "simulated": simulated(trace, side, SIMULATED),
         }
         report.write(options.name, settings, found)
     document = json.loads(path.read_text(encoding="utf-8"))

@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxserve.config.settings import EngineConfig
 from jaxserve.kv_cache.content_keys import ContentKeys
+from jaxserve.kv_cache.eviction import Eviction
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.planning.step_cost_models import CostModel
 from jaxserve.request import EngineRequest, RequestStatus
@@ -106,6 +107,7 @@ class SimulatedEngine:
         costs: CostModel,
         *,
         content_keys: ContentKeys | None = None,
+        eviction: Eviction | None = None,
         recorder: Recorder | None = None,
         stretches: bool = True,
         on_finish: Callable[[int], object] | None = None,
@@ -115,12 +117,13 @@ class SimulatedEngine:
 
         Args:
             content_keys: make requests share pages; None where their token ids tell nothing.
+            eviction: an empty order of cached pages; None for least recently used.
             recorder: gets every event of the real engine, which costs time for each step of a stretch too.
             stretches: False goes step by step.
             on_finish: called with the number of each request that ends, when its outcome is known; it may submit
                 others.
         """
-        pool = PagePool(device.num_pages, config.cache.page_size, device.num_host_pages)
+        pool = PagePool(device.num_pages, config.cache.page_size, device.num_host_pages, eviction)
         buckets = Buckets.from_config(config, device.platform)
         self.scheduler = Scheduler(
             config.scheduler,

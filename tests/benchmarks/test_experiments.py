@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks import report
 from benchmarks.experiments import __main__ as all_experiments
 from benchmarks.experiments import experiment_plots as plots
-from benchmarks.experiments import fleets, harness
+from benchmarks.experiments import fleets, harness, mooncake_cache
 from benchmarks.experiments.cases import EXPERIMENTS, TTFT, Case, Experiment, Panel, Scale
 from benchmarks.experiments.run_figures import jain_index, summary
 from benchmarks.experiments.sides import EngineSide, SimulationSide
+from jaxserve.kv_cache.eviction import EVICTION_POLICIES
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.simulator.conversations import ConversationConfig, conversation_trace
 from jaxserve.simulator.simulation import ClientRule
@@ -221,3 +224,33 @@ def test_experiments_run_by_name_or_all(monkeypatch):
     assert len(ran) == 1
     assert all_experiments.main(["--all", "--simulate"]) == 0
     assert len(ran) == 1 + len(EXPERIMENTS)
+
+
+def test_the_cache_of_a_trace_of_block_hashes_is_compared_with_its_bound(tmp_path, monkeypatch, capsys) -> None:
+    chains = [[1, 2, 3], [1, 4], [1, 2, 3, 5], [6, 7], [1, 2, 3, 5, 8], [6, 7, 9]] * 3
+    rows = [
+        {"timestamp": 4000 * place, "input_length": 512 * len(ids) - 100, "output_length": 20, "hash_ids": ids}
+        for place, ids in enumerate(chains)
+    ]
+    (tmp_path / "cake.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(mooncake_cache, "REPLAYED", (0.003, 1.0))
+    monkeypatch.setattr(mooncake_cache, "SIMULATED", (1.0,))
+    assert mooncake_cache.main([str(tmp_path / "cake.jsonl"), "--name", "cake"]) == 0
+    found = json.loads((tmp_path / "cake.json").read_text())["results"]
+    alone = {(row["policy"], row["pool_tokens"]): row["hit_rate"] for row in found["replayed"]}
+    bound = alone["without end", None]
+    assert bound == found["bounds"]["pages"]["512"] <= found["bounds"]["tokens_of_blocks"]
+    for policy in EVICTION_POLICIES:
+        small, large = (rate for (name, _), rate in alone.items() if name == policy)
+        assert small < large == bound
+    none, *cached = found["simulated"]
+    assert none["hit_rate"] == 0.0
+    for row in cached:
+        assert row["hit_rate"] == pytest.approx(found["bounds"]["pages"]["64"])
+        assert row["ttft_mean"] < none["ttft_mean"]
+    assert (tmp_path / "cake.png").stat().st_size > 5000
+    assert "of blocks" in (tmp_path / "cake.txt").read_text() + capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        mooncake_cache.main([])
