@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import report
 from benchmarks.experiments.sides import SimulationSide
 from jaxserve.kv_cache.eviction import EVICTION_POLICIES, make_eviction
 from jaxserve.kv_cache.page_pool import PagePool
+from jaxserve.planning.page_seconds import page_seconds
 from jaxserve.planning.step_cost_models import CostModel
-from jaxserve.scheduler.step_shape import StepShape
 from jaxserve.simulator.cache_replay import CacheFigures, block_bound, infinite_cache, replay_cache
 from jaxserve.simulator.setup import with_options
 from jaxserve.simulator.simulation import simulate
@@ -43,20 +42,6 @@ SIMULATED = (0.92, 4.0)
 RATE_FACTOR = 0.25
 SLO = Slo(ttft=5.0)
 LIMITS = {"max_model_len": 131072, "page_size": 64, "max_num_seqs": 64, "max_num_batched_tokens": 8192}
-PREFILL = 8192
-"""Tokens of the step in which the costs of a page are counted."""
-
-
-def page_seconds(costs: CostModel, page_size: int) -> Callable[[int], float]:
-    """The seconds that a page takes behind so many others of its prompt, as a part of a step full of prompt tokens."""
-
-    @functools.cache
-    def seconds(depth: int) -> float:
-        start = depth * page_size
-        pairs, end = PREFILL * start + PREFILL * (PREFILL + 1) / 2, start + PREFILL
-        return costs.seconds(StepShape(PREFILL, 8, 0, 0.0, PREFILL, pairs, end, end)) * page_size / PREFILL
-
-    return seconds
 
 
 def bounds(trace: Trace) -> dict[str, Any]:
@@ -71,7 +56,7 @@ def bounds(trace: Trace) -> dict[str, Any]:
 
 def replayed(trace: Trace, costs: CostModel, sizes: Sequence[float]) -> list[dict[str, Any]]:
     """A row for each pool, replayed alone, and one for a cache without end."""
-    seconds = page_seconds(costs, BLOCK)
+    seconds = page_seconds(costs.seconds, BLOCK, LIMITS["max_num_batched_tokens"])
     rows = []
     for policy in EVICTION_POLICIES:
         for size in sizes:
@@ -90,13 +75,14 @@ def simulated(trace: Trace, side: SimulationSide, sizes: Sequence[float]) -> lis
     """A row for each pool under the scheduler, and one without a prefix cache."""
     slower = trace.faster(RATE_FACTOR)
     page_size = side.config.cache.page_size
+    seconds = page_seconds(side.costs.seconds, page_size, LIMITS["max_num_batched_tokens"])
     ways = [("none", sizes[0]), *((policy, size) for size in sizes for policy in EVICTION_POLICIES)]
     rows = []
     for policy, size in ways:
         begin = time.perf_counter()
         config = with_options(side.config, {"enable_prefix_caching": policy != "none"})
         device = dataclasses.replace(side.device, num_pages=int(size * MILLION) // page_size + 1)
-        eviction = None if policy == "none" else make_eviction(policy, page_seconds(side.costs, page_size))
+        eviction = None if policy == "none" else make_eviction(policy, seconds)
         found = figures_of(simulate(config, slower, side.costs, device, eviction=eviction), SLO)
         rows.append({
             "policy": policy,
