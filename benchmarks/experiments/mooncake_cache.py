@@ -19,10 +19,11 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.experiments.sides import SimulationSide
-from jaxserve.kv_cache.eviction import EVICTION_POLICIES, make_eviction
+from jaxserve.config.settings import EVICTION_POLICIES
+from jaxserve.kv_cache.eviction import make_eviction
 from jaxserve.kv_cache.page_pool import PagePool
-from jaxserve.planning.page_seconds import page_seconds
-from jaxserve.planning.step_cost_models import CostModel
+from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.prefix_costs import page_seconds
 from jaxserve.simulator.cache_replay import CacheFigures, block_bound, infinite_cache, replay_cache
 from jaxserve.simulator.setup import with_options
 from jaxserve.simulator.simulation import simulate
@@ -33,7 +34,7 @@ from jaxserve.simulator.traces import Trace
 
 NAME = "experiments/mooncake_cache_simulation"
 MILLION = 1_000_000
-REPLAYED = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+REPLAYED = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 """Million tokens of the pools that are replayed alone, in pages of a block."""
 
 SIMULATED = (0.92, 4.0)
@@ -54,9 +55,9 @@ def bounds(trace: Trace) -> dict[str, Any]:
     }
 
 
-def replayed(trace: Trace, costs: CostModel, sizes: Sequence[float]) -> list[dict[str, Any]]:
+def replayed(trace: Trace, side: SimulationSide, sizes: Sequence[float]) -> list[dict[str, Any]]:
     """A row for each pool, replayed alone, and one for a cache without end."""
-    seconds = page_seconds(costs.seconds, BLOCK, LIMITS["max_num_batched_tokens"])
+    seconds = page_seconds(side.costs.seconds, BLOCK, Buckets.from_config(side.config, side.device.platform))
     rows = []
     for policy in EVICTION_POLICIES:
         for size in sizes:
@@ -75,15 +76,14 @@ def simulated(trace: Trace, side: SimulationSide, sizes: Sequence[float]) -> lis
     """A row for each pool under the scheduler, and one without a prefix cache."""
     slower = trace.faster(RATE_FACTOR)
     page_size = side.config.cache.page_size
-    seconds = page_seconds(side.costs.seconds, page_size, LIMITS["max_num_batched_tokens"])
     ways = [("none", sizes[0]), *((policy, size) for size in sizes for policy in EVICTION_POLICIES)]
     rows = []
     for policy, size in ways:
         begin = time.perf_counter()
-        config = with_options(side.config, {"enable_prefix_caching": policy != "none"})
+        options = {"enable_prefix_caching": False} if policy == "none" else {"eviction_policy": policy}
+        config = with_options(side.config, options)
         device = dataclasses.replace(side.device, num_pages=int(size * MILLION) // page_size + 1)
-        eviction = None if policy == "none" else make_eviction(policy, seconds)
-        found = figures_of(simulate(config, slower, side.costs, device, eviction=eviction), SLO)
+        found = figures_of(simulate(config, slower, side.costs, device), SLO)
         rows.append({
             "policy": policy,
             "pool_tokens": int(size * MILLION),
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }  # fmt: skip
         found = {
             "bounds": bounds(trace),
-            "replayed": replayed(trace, side.costs, REPLAYED),
+            "replayed": replayed(trace, side, REPLAYED),
             "simulated": simulated(trace, side, SIMULATED),
         }
         report.write(options.name, settings, found)

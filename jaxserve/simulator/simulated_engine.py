@@ -23,12 +23,13 @@ import numpy as np
 
 from jaxserve.config.settings import EngineConfig
 from jaxserve.kv_cache.content_keys import ContentKeys
-from jaxserve.kv_cache.eviction import Eviction
+from jaxserve.kv_cache.eviction import make_eviction
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.planning.step_cost_models import CostModel
 from jaxserve.request import EngineRequest, RequestStatus
 from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepResult, StepUpdate
 from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.prefix_costs import page_seconds
 from jaxserve.scheduler.step_shape import StepShape, shape_of
 from jaxserve.simulator.fast_forward import pages_over, stretch_times
 from jaxserve.simulator.prompt_content import STOP_ID, UNKNOWN_ID
@@ -107,7 +108,6 @@ class SimulatedEngine:
         costs: CostModel,
         *,
         content_keys: ContentKeys | None = None,
-        eviction: Eviction | None = None,
         recorder: Recorder | None = None,
         stretches: bool = True,
         on_finish: Callable[[int], object] | None = None,
@@ -117,14 +117,14 @@ class SimulatedEngine:
 
         Args:
             content_keys: make requests share pages; None where their token ids tell nothing.
-            eviction: an empty order of cached pages; None for least recently used.
             recorder: gets every event of the real engine, which costs time for each step of a stretch too.
             stretches: False goes step by step.
             on_finish: called with the number of each request that ends, when its outcome is known; it may submit
                 others.
         """
-        pool = PagePool(device.num_pages, config.cache.page_size, device.num_host_pages, eviction)
-        buckets = Buckets.from_config(config, device.platform)
+        cache, buckets = config.cache, Buckets.from_config(config, device.platform)
+        eviction = make_eviction(cache.eviction_policy, page_seconds(costs.seconds, cache.page_size, buckets))
+        pool = PagePool(device.num_pages, cache.page_size, device.num_host_pages, eviction)
         self.scheduler = Scheduler(
             config.scheduler,
             pool,

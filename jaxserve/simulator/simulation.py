@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxserve.config.settings import EngineConfig
 from jaxserve.kv_cache.content_keys import ContentKeys
-from jaxserve.kv_cache.eviction import Eviction
 from jaxserve.planning.step_cost_models import CostModel
 from jaxserve.request import COMPLETED, EngineRequest, RequestOptions
 from jaxserve.simulator.prompt_content import STOP_ID, UNKNOWN_ID
@@ -147,15 +146,13 @@ def simulate(
     device: SimulatedDevice,
     *,
     client: ClientRule = ClientRule(),
-    eviction: Eviction | None = None,
     recorder: Recorder | None = None,
     stretches: bool = True,
     progress: Progress | None = None,
 ) -> SimulationResult:
     """Serves a trace with one engine until every request has ended. The same inputs give the same result.
 
-    eviction: an empty order of cached pages, None for least recently used. recorder: gets the events of the real
-    engine. stretches: False goes step by step, for proofs. progress: see there.
+    recorder: gets the events of the real engine. stretches: False goes step by step, for proofs. progress: see there.
     """
     kept, skipped = fitting(config, trace, device, client)
     requests = TraceRequests(kept, device, config, client)
@@ -171,7 +168,6 @@ def simulate(
         device,
         costs,
         content_keys=keys_of(config, kept),
-        eviction=eviction,
         recorder=recorder,
         stretches=stretches,
         on_finish=on_finish,

@@ -17,7 +17,7 @@ from benchmarks.experiments import fleets, harness, mooncake_cache
 from benchmarks.experiments.cases import EXPERIMENTS, TTFT, Case, Experiment, Panel, Scale
 from benchmarks.experiments.run_figures import jain_index, summary
 from benchmarks.experiments.sides import EngineSide, SimulationSide
-from jaxserve.kv_cache.eviction import EVICTION_POLICIES
+from jaxserve.config.settings import EVICTION_POLICIES
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.simulator.conversations import ConversationConfig, conversation_trace
 from jaxserve.simulator.simulation import ClientRule

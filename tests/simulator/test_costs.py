@@ -11,7 +11,6 @@ from jaxserve.config.targets import load_target
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import abstract_params, leaves, make_mesh
 from jaxserve.planning.model_cost import ModelCost
-from jaxserve.planning.page_seconds import page_seconds
 from jaxserve.planning.roofline import Efficiency, RooflineCosts, pool_pages
 from jaxserve.planning.step_cost_models import FittedCosts, HostCosts, StepTime, read_costs, write_costs
 from jaxserve.scheduler.step_shape import StepShape
@@ -175,14 +174,3 @@ def test_pages_that_fit_beside_8b_on_an_h200():
     )
     with pytest.raises(ValueError, match="leave no room for pages"):
         pool_pages(LLAMA_8B, load_target("l4"), **H200, **limits | {"gpu_memory_utilization": 0.5})
-
-
-def test_a_page_costs_its_share_of_a_step_full_of_prompt_tokens():
-    def seconds(shape: StepShape) -> float:
-        assert (shape.token_bucket, shape.prefill_tokens, shape.decode_rows) == (64, 64, 0)
-        return 2.0 + 0.5 * shape.prefill_tokens + 0.01 * shape.prefill_pairs
-
-    of_depth = page_seconds(seconds, page_size=16, step_tokens=64)
-    pairs = sum(3 * 16 + place + 1 for place in range(64))  # what the tokens behind three pages attend to
-    assert of_depth(3) == pytest.approx((2.0 + 0.5 * 64 + 0.01 * pairs) / 4)
-    assert of_depth(4) > of_depth(3)
