@@ -61,7 +61,7 @@ def agent_policies(scale: Scale) -> list[Case]:
     ways: dict[str, dict[str, Any]] = {"fcfs, no prefix cache": {"enable_prefix_caching": False}}
     ways |= {policy: {"policy": policy} for policy in POLICIES if policy not in NOT_FOR_AGENTS}
     found = []
-    for rate in (2.0, 4.0, 8.0) if scale.name == "engine" else (0.1, 0.2, 0.3, 0.4):
+    for rate in (2.0, 4.0, 8.0) if scale.name == "engine" else (0.2, 0.3, 0.4):
         trace = conversation_trace(agents(scale, rate))
         found += [Case(f"{rate:g}", trace, x=rate, series=way, options=options) for way, options in ways.items()]
     return sorted(found, key=lambda case: list(ways).index(case.series))

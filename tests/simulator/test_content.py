@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxserve.config.settings import EVICTION_POLICIES
 from jaxserve.planning.step_cost_models import HostCosts
 from jaxserve.simulator.conversations import (
     AGENT,
@@ -149,7 +150,8 @@ def conversations(draw):
         later=draw(st.sampled_from([1, 9, 30])),
     )
     options = {
-        "policy": draw(st.sampled_from(["fcfs", "sjf", "fair"])),
+        "policy": draw(st.sampled_from(["fcfs", "sjf", "fair", "longest-prefix-match"])),
+        "eviction_policy": draw(st.sampled_from(EVICTION_POLICIES)),
         "max_num_seqs": draw(st.sampled_from([1, 3, 8])),
         "max_num_batched_tokens": draw(st.sampled_from([16, 64])),
         "preemption_mode": draw(st.sampled_from(["recompute", "swap", "auto"])),
@@ -203,6 +205,19 @@ def test_hits_are_those_of_a_cache_without_end():
         assert result.cached_tokens[index] == found
         said = ids + answer_content(int(trace.answers[index]), int(trace.output_tokens[index])).token_ids()[:-1]
         seen |= {said[:end] for end in range(16, len(said) + 1, 16)}
+
+
+@pytest.mark.parametrize("policy", EVICTION_POLICIES)
+def test_pages_are_reclaimed_in_the_order_of_the_policy(policy):
+    """A prompt that came twice, one that came once since, and then one that needs the pages of one of them."""
+    twice, once, new = (Content((name,), (48,)) for name in (2, 3, 4))
+    prompts = [twice, twice, once, new, twice, once]
+    trace = make_trace("t", 9.0 * np.arange(6), 48, 1, prompts=prompts, answers=10 + np.arange(6))
+    config = make_config(max_num_batched_tokens=64, eviction_policy=policy)
+    result = simulate(config, trace, SimpleCosts(step=0.01), make_device(8))  # seven pages, three of them a prompt
+    kept = result.cached_tokens[4:].tolist()
+    assert result.cached_tokens[:4].tolist() == [0, 32, 0, 0]
+    assert kept[0] == 32 if policy != "lru" else kept[0] < 32
 
 
 def test_a_session_stays_on_its_replica():
