@@ -32,6 +32,7 @@ from benchmarks.sides.side_process import start_jaxserve
 from benchmarks.spread import spread_text
 from benchmarks.work import SHAPES
 from jaxserve.serving.clients.grpc_client import AsyncClient
+from jaxserve.simulator.conversations import CONVERSATIONS, conversation_trace, parse_conversation
 from jaxserve.simulator.trace_files import trace_rows
 
 RANDOM_MODEL_LEN = 1024
@@ -39,6 +40,7 @@ RANDOM_MODEL_LEN = 1024
 
 _COUNTS = ("num_compilations", "compile_misses", "num_steps", "generation_tokens", "num_preemptions")
 _IDLE_SECONDS = 1.0
+_DATASETS = ("random", "trace", "prefix_repetition", "task", *CONVERSATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,13 @@ def make_requests(options: argparse.Namespace, served: Served, repeat: int) -> l
             if skipped and not repeat:
                 print(f"trace: {skipped} requests are longer than max_model_len {served.max_model_len}; left out")
             return requests
+        case "agent" | "chat":
+            config = dataclasses.replace(
+                parse_conversation(options.dataset, options.conversation), max_length=served.max_model_len
+            )
+            trace = conversation_trace(config).part(0, options.num_prompts)
+            requests, _ = datasets.conversation_requests(trace, served.max_model_len, served.vocab_size, seed + repeat)
+            return requests
         case _:
             return datasets.random_requests(
                 options.num_prompts, options.inputs, options.outputs, served.vocab_size, seed, repeat
@@ -102,7 +111,8 @@ def measure(options: argparse.Namespace, target: Target, offline: Any) -> dict[s
     """All runs that the command line asks for, after one that warms."""
     served = asyncio.run(_ask(target.address, options.patience))
     requests = make_requests(options, served, 0)
-    runs.load(target, requests[: options.warmup_prompts], math.inf)
+    warm = make_requests(options, served, options.repeats + 1)  # other ids: nothing of a round is cached before it
+    runs.load(target, warm[: options.warmup_prompts], math.inf)
     before = asyncio.run(_counts(target.address))
     results: dict[str, Any] = {}
     if options.sweep or options.rates:
@@ -119,7 +129,8 @@ def measure(options: argparse.Namespace, target: Target, offline: Any) -> dict[s
             target, requests, options.request_rate, options.slow_readers, slowness, options.repeats
         )
     if not results:
-        found = [runs.load(target, requests, options.request_rate) for _ in range(options.repeats)]
+        rounds = [requests, *(make_requests(options, served, repeat) for repeat in range(1, options.repeats))]
+        found = [runs.load(target, each, options.request_rate) for each in rounds]
         print(*map(runs.line, found), sep="\n", flush=True)
         results["runs"] = found
     after = asyncio.run(_counts(target.address))
@@ -158,11 +169,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     where.add_argument("--patience", type=float, default=600.0, help="seconds to wait for it")
     where.add_argument("--warmup-prompts", type=int, default=64, help="requests before anything is measured")
     work = parser.add_argument_group("requests")
-    work.add_argument("--dataset", choices=("random", "trace", "prefix_repetition", "task"), default="random")
+    work.add_argument("--dataset", choices=_DATASETS, default="random")
     work.add_argument("--num-prompts", type=int, default=64)
     work.add_argument("--inputs", type=bounds, default=(32, 512), metavar="LEAST,MOST", help="random: prompt tokens")
     work.add_argument("--outputs", type=bounds, default=(16, 256), metavar="LEAST,MOST", help="random: new tokens")
     work.add_argument("--trace", type=pathlib.Path, help="trace: a .csv (Azure) or .jsonl (Mooncake)")
+    work.add_argument("--conversation", default="", metavar="NAME=VALUE,...", help="agent, chat: see docs/simulator.md")
     work.add_argument("--trace-scale", type=float, default=1.0, help="trace: arrivals so many times as fast")
     work.add_argument("--num-prefixes", type=int, default=4, help="prefix_repetition")
     work.add_argument("--prefix-len", type=int, default=256, help="prefix_repetition: tokens")
@@ -196,7 +208,10 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--offline and --model start their own server; leave --address out")
     if not 0 <= options.slow_readers < 1:
         parser.error(f"--slow-readers is {options.slow_readers}; it must be at least 0 and below 1")
-    if options.request_rate is None and options.dataset != "trace":
+    sessions = options.dataset in CONVERSATIONS
+    if sessions and (options.offline or options.sweep or options.rates or options.request_rate is not None):
+        parser.error("sessions begin as --conversation says; leave out --offline, --sweep, --rates and --request-rate")
+    if options.request_rate is None and options.dataset != "trace" and not sessions:
         options.request_rate = math.inf
     try:
         options.limits = parse_goodput(options.goodput)

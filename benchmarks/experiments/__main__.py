@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from benchmarks.experiments import batching, harness, pressure
+from benchmarks.experiments import batching, harness, pressure, sharing
 from benchmarks.experiments.cases import EXPERIMENTS
 
-MODULES = (batching, pressure)
+MODULES = (batching, pressure, sharing)
 """Whose functions are the experiments."""
 
 

@@ -83,6 +83,8 @@ PREEMPTIONS = Panel("preemptions", "preempted", "preemptions")
 SWAPPED = Panel("preempted_by_swap", "swapped", "preemptions by swap")
 TAU = Panel("kendall_tau", "tau", "Kendall tau of predictions")
 IN_TIME = Panel("in_time", "in time %", "first token in time, %", 100)
+GOODPUT = Panel("goodput", "goodput", "first token in time, requests / s")
+HIT_RATE = Panel("hit_rate", "cached %", "prompt tokens found in the cache, %", 100)
 JAIN = Panel("jain", "Jain", "Jain index of tenants' service")
 
 COLUMNS = (THROUGHPUT, TTFT, TTFT_P99, TPOT, ITL, ITL_P99, E2E, E2E_P99, QUEUE, UTILIZATION, PREEMPTIONS, TAU)

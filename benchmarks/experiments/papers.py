@@ -21,7 +21,7 @@ from jaxserve.scheduler.kendall import kendall_tau
 from jaxserve.simulator.capacity import search_capacity
 from jaxserve.simulator.setup import with_options
 from jaxserve.simulator.simulated_engine import SimulatedEngine
-from jaxserve.simulator.simulation import ClientRule, SimulationResult, collect, fitting, requests_of, simulate
+from jaxserve.simulator.simulation import ClientRule, SimulationResult, TraceRequests, collect, fitting, simulate
 from jaxserve.simulator.traces import Trace, make_trace
 
 TOLERANCE = 0.05
@@ -263,16 +263,16 @@ def _with_oracle(
 ) -> tuple[SimulationResult, float]:
     config, client = with_options(side.config, options), ClientRule(2048)
     kept, skipped = fitting(config, trace, side.device, client)
-    prepared = list(requests_of(kept, side.device, config, client))
+    prepared = list(TraceRequests(kept, side.device, config, client))
     engine = SimulatedEngine(config, side.device, side.costs)
-    oracle = NoisyOracle({request.request_id: length for request, length in prepared}, sigma)
+    oracle = NoisyOracle({ready.request.request_id: ready.output_tokens for ready in prepared}, sigma)
     engine.scheduler.predictor = oracle  # pyright: ignore[reportAttributeAccessIssue]
-    for request, length in prepared:
-        engine.run_until(request.arrival_time)
-        engine.submit(request, length)
+    for ready in prepared:
+        engine.run_until(ready.request.arrival_time)
+        engine.submit(*ready)
     engine.run_until()
     # Of all requests: those that sjf finishes last are the long ones, whose order says nothing of the rest's.
-    tau = kendall_tau([(oracle.expected(request), length) for request, length in prepared])
+    tau = kendall_tau([(oracle.expected(ready.request), ready.output_tokens) for ready in prepared])
     return collect(kept, skipped, [engine], np.zeros(len(kept), np.int64)), tau or 0.0
 
 

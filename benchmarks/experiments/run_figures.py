@@ -20,11 +20,12 @@ _LATENCIES = ("queue_time", "ttft", "tpot", "e2e")
 @dataclasses.dataclass(frozen=True)
 class Run:
     """events: in order of time; arrivals carry the time at which the client sent. tau: of the predictor.
-    preemptions: by kind."""
+    preemptions: by kind. cached_tokens: of all prompts, those that were found in the prefix cache."""
 
     events: Sequence[Event]
     tau: float | None
     preemptions: Mapping[str, int]
+    cached_tokens: int = 0
 
 
 def summary(run: Run, ttft_target: float | None = None) -> dict[str, Any]:
@@ -43,6 +44,7 @@ def summary(run: Run, ttft_target: float | None = None) -> dict[str, Any]:
     computed = sum(step.token_bucket for step in steps)
     useful = sum(step.prefill_tokens + step.decode_tokens for step in steps)
     tenants = sorted({each.tenant for each in timings})
+    in_time = ttft_target and sum((each.ttft or math.inf) <= ttft_target for each in timings)
     row: dict[str, Any] = {
         "requests": len(timings),
         "completed": completed,
@@ -56,8 +58,11 @@ def summary(run: Run, ttft_target: float | None = None) -> dict[str, Any]:
         "page_use": float(np.mean([_page_use(step) for step in steps])) if steps else None,
         "preemptions": sum(isinstance(event, RequestPreempted) for event in run.events),
         "preempted_by_swap": run.preemptions.get("swap", 0),
+        "cached_tokens": run.cached_tokens,
+        "hit_rate": run.cached_tokens / max(sum(each.prompt_tokens for each in timings), 1),
         "kendall_tau": run.tau,
-        "in_time": ttft_target and sum((each.ttft or math.inf) <= ttft_target for each in timings) / len(timings),
+        "in_time": in_time and in_time / len(timings),
+        "goodput": in_time and in_time / seconds,
         "jain": jain_index(list(service(timings).values())) if len(tenants) > 1 else None,
     }
     for name in filter(None, tenants):

@@ -10,11 +10,8 @@ import dataclasses
 import functools
 import gc
 import time
-from collections import deque
 from collections.abc import Mapping
 from typing import Any, Protocol
-
-import numpy as np
 
 from benchmarks.experiments.cases import Case, Scale
 from benchmarks.experiments.run_figures import Run
@@ -23,12 +20,11 @@ from jaxserve.config.settings import EngineConfig
 from jaxserve.config.targets import load_target
 from jaxserve.engine.core import EngineCore
 from jaxserve.planning.roofline import Efficiency
-from jaxserve.request import EngineRequest
 from jaxserve.runner.protocol import Runner
-from jaxserve.simulator.replay import LengthKeepingRunner, serve
+from jaxserve.simulator.replay import EngineRequests, LengthKeepingRunner, serve
 from jaxserve.simulator.setup import set_up, with_options
 from jaxserve.simulator.simulated_engine import SimulatedDevice, SimulatedEngine
-from jaxserve.simulator.simulation import fitting, requests_of
+from jaxserve.simulator.simulation import TraceRequests, fitting, keys_of
 from jaxserve.telemetry.recorder import Event, Recorder, RequestArrived
 
 SWAP_GIB = 0.0625
@@ -51,10 +47,11 @@ class Side(Protocol):
 
 
 def configured(config: EngineConfig, case: Case) -> EngineConfig:
-    """A side's configuration with the case's scheduler settings; ValueError for an unknown one."""
+    """A side's configuration with the case's settings of scheduler and cache; ValueError for an unknown one."""
     if case.scheduler is not None:
         return dataclasses.replace(config, scheduler=case.scheduler)
-    return dataclasses.replace(config, scheduler=with_options(config, case.options).scheduler)
+    changed = with_options(config, case.options)
+    return dataclasses.replace(config, scheduler=changed.scheduler, cache=changed.cache)
 
 
 RUNNERS = ((64, 2048), (256, 8192))
@@ -108,32 +105,34 @@ class EngineSide:
         pages = self.runner.info.num_pages if case.num_pages is None else case.num_pages + 1
         device = SimulatedDevice(pages, self.runner.info.max_model_len, self.runner.info.platform)
         trace, _ = fitting(config, case.trace, device, case.client)
-        prepared = [
-            (self._real(request), length) for request, length in requests_of(trace, device, config, case.client)
-        ]
-        lengths = {request.request_id: length for request, length in prepared}
+        requests = TraceRequests(trace, device, config, case.client)
         runner = LengthKeepingRunner(self.runner, config.scheduler.max_num_seqs)
         runner.info = dataclasses.replace(runner.info, num_pages=pages)
-        runner.last_positions |= {one.request_id: len(one.prompt_token_ids) + length - 1 for one, length in prepared}
+        real = EngineRequests(requests, runner, seed=self._seed, first_id=FIRST_ORDINARY_ID)
         events: list[Event] = []
         recorder = Recorder(capacity=1, clock=time.perf_counter)
         recorder.subscribe(events.append)
         core = EngineCore(config, runner, recorder=recorder)
         if case.predictor is not None:
-            core.scheduler.predictor = case.predictor(lengths)  # pyright: ignore[reportAttributeAccessIssue]
+            predictor = case.predictor(_lengths(requests))
+            core.scheduler.predictor = predictor  # pyright: ignore[reportAttributeAccessIssue]
+        roots = real.roots()
         gc.collect()
-        sent, _ = serve(core, [request for request, _ in prepared], concurrency=case.concurrency)
+        served = serve(core, roots, concurrency=case.concurrency, follow=real.after)
         core.check_integrity()
         assert runner.compile_misses == 0, "a step asked for a program that was not compiled"
         scheduler = core.scheduler
-        return Run(_from_sending(events, sent), scheduler.predictor.kendall_tau, scheduler.num_preemptions_by_kind)
+        return Run(
+            _from_sending(events, served.sent),
+            scheduler.predictor.kendall_tau,
+            scheduler.num_preemptions_by_kind,
+            sum(served.cached_tokens.values()),
+        )
 
-    def _real(self, request: EngineRequest) -> EngineRequest:
-        """The request with random ids that nobody shares, in place of none."""
-        rng = np.random.default_rng((self._seed, int(request.request_id)))
-        ids = rng.integers(FIRST_ORDINARY_ID, self.runner.info.vocab_size, len(request.prompt_token_ids))
-        stops = (self.runner.info.vocab_size,) if request.stop_token_ids else ()  # the stop id of LengthKeepingRunner
-        return dataclasses.replace(request, prompt_token_ids=tuple(ids.tolist()), stop_token_ids=stops)
+
+def _lengths(requests: TraceRequests) -> dict[str, int]:
+    """The true output lengths by request id, as a stand-in predictor takes them."""
+    return {ready.request.request_id: ready.output_tokens for ready in requests}
 
 
 def _from_sending(events: list[Event], sent: Mapping[str, float]) -> list[Event]:
@@ -171,37 +170,50 @@ class SimulationSide:
         if case.num_pages is not None:
             device = dataclasses.replace(device, num_pages=case.num_pages + 1)
         trace, _ = fitting(config, case.trace, device, case.client)
-        prepared = list(requests_of(trace, device, config, case.client))
-        waiting = deque(prepared)
+        requests = TraceRequests(trace, device, config, case.client)
+        waiting = requests.roots()
         events: list[Event] = []
         recorder = Recorder(capacity=1)
         recorder.subscribe(events.append)
-        ended = 0
 
         def on_finish(index: int) -> None:
-            nonlocal ended
-            ended += 1
-            if case.concurrency is not None:
+            turns = requests.after(index, engine.outcomes[index].finished)
+            for turn in turns:
+                engine.submit(*turn)
+            if case.concurrency is not None and not turns:
                 send_next()
 
-        engine = SimulatedEngine(config, device, self.costs, recorder=recorder, on_finish=on_finish)
+        engine = SimulatedEngine(
+            config,
+            device,
+            self.costs,
+            content_keys=keys_of(config, trace),
+            recorder=recorder,
+            on_finish=on_finish,
+        )
 
         def send_next() -> None:
-            if waiting:
-                request, length = waiting.popleft()
-                engine.submit(dataclasses.replace(request, arrival_time=engine.now), length)
+            if (ready := next(waiting, None)) is not None:
+                request = dataclasses.replace(ready.request, arrival_time=engine.now)
+                engine.submit(request, ready.output_tokens, ready.answer_id)
 
         if case.predictor is not None:
-            lengths = {request.request_id: length for request, length in prepared}
-            engine.scheduler.predictor = case.predictor(lengths)  # pyright: ignore[reportAttributeAccessIssue]
+            predictor = case.predictor(_lengths(requests))
+            engine.scheduler.predictor = predictor  # pyright: ignore[reportAttributeAccessIssue]
         if case.concurrency is None:
-            for request, length in prepared:
-                engine.run_until(request.arrival_time)
-                engine.submit(request, length)
+            for ready in waiting:
+                engine.run_until(ready.request.arrival_time)
+                engine.submit(*ready)
         else:
             for _ in range(case.concurrency):
                 send_next()
         engine.run_until()
-        assert ended == len(prepared), "a request was lost"
+        assert len(engine.outcomes) == len(trace), "a request was lost"
+        assert not engine.num_unfinished, "a request never ended"
         scheduler = engine.scheduler
-        return Run(events, scheduler.predictor.kendall_tau, scheduler.num_preemptions_by_kind)
+        return Run(
+            events,
+            scheduler.predictor.kendall_tau,
+            scheduler.num_preemptions_by_kind,
+            sum(outcome.cached_tokens for outcome in engine.outcomes.values()),
+        )

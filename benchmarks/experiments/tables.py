@@ -25,6 +25,7 @@ MOST_COLUMNS = 7
 """Maximum number of columns of a table: more are not read on a page."""
 _MARK = re.compile(r"(<!-- table (\S+) -->\n\n)(?:\|[^\n]*\n|\n(?=\|))*")
 _PREEMPTION_COST = "preemption_cost_jax0.11.2"
+_MOONCAKE = "experiments/mooncake_cache_simulation"
 
 
 def results(name: str) -> Any:
@@ -98,6 +99,36 @@ def fleets() -> str:
     )
     rows = [[row["fleet"], *_cells(row, columns)] for row in results("experiments/fleets_simulation")["fleets"]]
     return markdown(["fleet", *(panel.column for panel in columns)], rows)
+
+
+def mooncake_replayed() -> str:
+    """What a pool alone finds of the Mooncake trace, by its size: tokens, and seconds of prompts saved."""
+    found = results(_MOONCAKE)["replayed"]
+    sizes = list(dict.fromkeys(row["pool_tokens"] for row in found))
+    rows = []
+    for key, what in (("hit_rate", "tokens found %"), ("saved", "seconds saved %")):
+        for policy in dict.fromkeys(row["policy"] for row in found):
+            shares = {row["pool_tokens"]: 100 * row[key] for row in found if row["policy"] == policy}
+            rows.append([f"{policy}: {what}", *(number(shares.get(size)) for size in sizes)])
+    heads = ["without end" if size is None else number(size / 1e6) for size in sizes]
+    return markdown(["million tokens in the pool", *heads], rows)
+
+
+def mooncake_simulated() -> str:
+    """The Mooncake trace under the scheduler, by size of the pool and eviction policy."""
+    rows = [
+        [
+            "no prefix cache" if row["policy"] == "none" else row["policy"],
+            number(row["pool_tokens"] / 1e6),
+            *(number(100 * row[key]) for key in ("hit_rate",)),
+            *(number(row[key]) for key in ("ttft_mean", "ttft_p99")),
+            *(number(100 * row[key]) for key in ("in_time", "device_utilization")),
+            number(row["preemptions"]),
+        ]
+        for row in results(_MOONCAKE)["simulated"]
+    ]
+    head = ["policy", "million tokens", "tokens found %", "TTFT s", "p99", "first token within 5 s, %", "device busy %"]
+    return markdown([*head, "preemptions"], rows)
 
 
 def simulation_check() -> str:
@@ -198,6 +229,12 @@ _PROFILE = (
     cases.UTILIZATION,
     cases.TAU,
 )
+_AGENTS = (
+    cases.TTFT,
+    _named("p99 TTFT ms", cases.TTFT_P99),
+    _named("goodput, requests/s", cases.GOODPUT),
+    cases.HIT_RATE,
+)
 _CHUNK_SIZE = (
     *_CHUNKED,
     _named("p99", Panel("prompt.ttft_p99", "", "", 1e3)),
@@ -233,6 +270,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "papers": papers,
     "fleets": fleets,
     "simulation-check": simulation_check,
+    "mooncake-replayed": mooncake_replayed,
+    "mooncake-simulated": mooncake_simulated,
+    "agent-policies": functools.partial(
+        across, "agent_policies", "simulation", "agents that begin in a second", _AGENTS
+    ),
     "preemption-lengths": preemption_lengths,
     "preemption-links": preemption_links,
 }

@@ -100,8 +100,8 @@ def tenants(
 
 
 def at_once(trace: Trace) -> Trace:
-    """The same requests, all there from the start."""
-    return dataclasses.replace(trace, arrivals=np.zeros(len(trace)))
+    """The same requests, all there from the start; of sessions the first turns."""
+    return trace.arriving(np.zeros(len(trace)))
 
 
 def _log_normal(rng: np.random.Generator, mean: float, sigma: float, count: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.work import FIRST_ORDINARY_ID, Work, random_work
 from jaxserve.models.tiny.tasks import KINDS, MAX_SIZE, generate_split
 from jaxserve.simulator.trace_files import BLOCK, TraceRow
+from jaxserve.simulator.traces import Trace
 
 TASK_MAX_TOKENS = 400
 """More than any right answer of the default model's tasks has."""
@@ -22,6 +23,8 @@ class LoadRequest:
 
     arrival: seconds after the first request of its trace; None where an arrival process decides. kind, answer: of a
     task, with its one right answer.
+    after: index of the request whose answer this one continues: it is sent `pause` seconds after that one has ended,
+    and its prompt is that one's, the answer, and `prompt`. None for a request that waits for no other one.
     """
 
     prompt: str | Sequence[int]
@@ -30,6 +33,8 @@ class LoadRequest:
     arrival: float | None = None
     kind: str = ""
     answer: str | None = None
+    after: int | None = None
+    pause: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +118,33 @@ def trace_requests(
     return requests, skipped
 
 
+def conversation_requests(
+    trace: Trace, max_model_len: int, vocab_size: int, seed: int
+) -> tuple[list[LoadRequest], int]:
+    """The turns of sessions that fit the model, with random ids, and how many did not fit.
+
+    Equal content has equal ids. Each turn but the first of a session continues what the server answered before.
+    """
+    kept = trace.select(trace.prompt_tokens + trace.output_tokens <= max_model_len)
+    requests = []
+    for index, content in enumerate(kept.prompts):
+        repeated = kept.repeated(index)
+        requests.append(
+            LoadRequest(
+                content.after(repeated).drawn_ids(vocab_size, seed, FIRST_ORDINARY_ID),
+                int(kept.output_tokens[index]),
+                arrival=float(kept.arrivals[index]),
+                after=int(kept.parents[index]) if repeated else None,
+                pause=float(kept.pauses[index]),
+            )
+        )
+    return requests, len(trace) - len(kept)
+
+
 def as_work(requests: Sequence[LoadRequest]) -> Work:
-    """The same requests for an offline engine, there at once."""
+    """The same requests for an offline engine, there at once. Raises ValueError where some wait for others."""
+    if any(request.after is not None for request in requests):
+        raise ValueError("an offline engine gets all requests at once; sessions have turns that wait: leave one out")
     return Work(
         [request.prompt for request in requests],
         [request.max_tokens for request in requests],

@@ -40,13 +40,17 @@ class Slowness:
 
 @dataclasses.dataclass
 class _Call:
-    """One request under way."""
+    """One request under way. pause: of its reader, 0 for one that reads at once. turns: that follow it.
+    said: token ids of its prompt, once they are known, where turns follow."""
 
+    request: LoadRequest
     payload: bytes
     arrival: float
     pause: float
     sent: float = 0.0
     stream: Stream | None = None
+    turns: list[_Call] = dataclasses.field(default_factory=list)
+    said: list[int] = dataclasses.field(default_factory=list)
 
 
 async def drive(
@@ -60,15 +64,19 @@ async def drive(
     """Sends every request at its arrival time; returns what was seen of each, in their order, and the CPU seconds that
     this process took meanwhile.
 
-    arrivals: seconds after the start, one a request. max_concurrency: a request that is due while as many are open
-    waits. slow: which requests have a slow reader; slowness: how it reads. Raises OSError where no server listens.
+    arrivals: seconds after the start, one a request; not used of turns that follow others (`LoadRequest.after`), which
+    are built when those have ended. max_concurrency: a request that is due while as many are open waits. slow: which
+    requests have a slow reader; slowness: how it reads. Raises OSError where no server listens.
     """
     slowness = slowness or Slowness()
     marks = slow or [False] * len(requests)
     calls = [
-        _Call(_payload(request), arrival, slowness.pause if mark else 0.0)
+        _Call(request, _payload(request, request.prompt), arrival, slowness.pause if mark else 0.0)
         for request, arrival, mark in zip(requests, arrivals, marks, strict=True)
     ]
+    for call in calls:
+        if call.request.after is not None:
+            calls[call.request.after].turns.append(call)
     fast = await connect(address, _METHOD)
     slow_one = await connect(address, _METHOD, slowness.window)
     try:
@@ -90,10 +98,21 @@ async def _send_all(calls: Sequence[_Call], fast: Connection, slow: Connection, 
             call.sent = time.perf_counter()
             call.stream = (slow if call.pause else fast).start(call.payload, call.pause)
             await call.stream.done
+        if call.turns:
+            await asyncio.gather(*(follow(turn, call) for turn in call.turns))
+
+    async def follow(turn: _Call, before: _Call) -> None:
+        said = [*(before.said or before.request.prompt), *_answer_ids(before)]
+        turn.said = [*said, *turn.request.prompt]  # pyright: ignore[reportAttributeAccessIssue]
+        turn.payload = _payload(turn.request, turn.said)
+        turn.arrival = time.perf_counter() + turn.request.pause
+        await asyncio.sleep(turn.request.pause)
+        await run(turn)
 
     start = time.perf_counter()
     tasks = []
-    for call in sorted(calls, key=lambda call: call.arrival):
+    roots = [call for call in calls if call.request.after is None]
+    for call in sorted(roots, key=lambda call: call.arrival):
         call.arrival += start
         if (wait := call.arrival - time.perf_counter()) > 0:
             await asyncio.sleep(wait)
@@ -112,9 +131,18 @@ def _no_collections() -> Iterator[None]:
         gc.enable()
 
 
-def _payload(request: LoadRequest) -> bytes:
+def _payload(request: LoadRequest, prompt: str | Sequence[int]) -> bytes:
     params = SamplingParams(temperature=0.0, max_tokens=request.max_tokens, ignore_eos=request.ignore_eos)
-    return generate_request(request.prompt, params).SerializeToString()
+    return generate_request(prompt, params).SerializeToString()
+
+
+def _answer_ids(call: _Call) -> list[int]:
+    """The token ids that a stream brought, as far as it came."""
+    assert call.stream is not None
+    with contextlib.suppress(Http2Error):  # `_seen` reports it
+        received = messages(call.stream.chunks)
+        return [token for _, data in received for token in pb.GenerateResponse.FromString(data).token_ids]
+    return []
 
 
 def _seen(call: _Call) -> Seen:

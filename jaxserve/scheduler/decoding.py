@@ -238,12 +238,13 @@ class DecodingSet:
         """Returns the number of pages that all rows allocate in `steps` steps."""
         return int(self._pages_needed(self._current_rows()[2], steps).sum())
 
-    def repeat(self, steps: int, token_id: int, pages: list[int]) -> FastForward:
-        """Does what `steps` times `advance` and `take` do when every row samples `token_id` and no sequence ends.
+    def repeat(self, steps: int, token_ids: list[int], pages: list[int]) -> FastForward:
+        """Does what `steps` times `advance` and `take` do when every row samples the same id each time and no sequence
+        ends.
 
         Args:
             steps: number of steps.
-            token_id: the id sampled in every row.
+            token_ids: the id sampled in each row.
             pages: as many pages as `pages_needed`.
         """
         request_ids, _, slots = self._current_rows()
@@ -252,7 +253,8 @@ class DecodingSet:
         self._position[slots] = starts + steps
         self._capacity[slots] += needed * self._page_size
         place = 0
-        for sequence, count in zip(self._by_slot.values(), needed.tolist(), strict=True):
+        rows = zip(self._by_slot.values(), token_ids, needed.tolist(), strict=True)
+        for sequence, token_id, count in rows:
             sequence.output_token_ids.extend([token_id] * steps)
             if count:
                 sequence.pages.extend(pages[place : place + count])

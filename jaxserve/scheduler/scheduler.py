@@ -459,13 +459,13 @@ class Scheduler:
             return 0
         return queues.running.decoding.fast_forward_steps(self.pool.num_available)
 
-    def advance(self, steps: int, token_id: int, begins: Iterable[float] = ()) -> FastForward:
-        """Does what `steps` times `schedule` and `update` do, with `token_id` sampled in every row; the final state is
-        the same.
+    def advance(self, steps: int, token_ids: list[int], begins: Iterable[float] = ()) -> FastForward:
+        """Does what `steps` times `schedule` and `update` do, with the same id sampled in a row each time; the final
+        state is the same.
 
         Args:
             steps: number of steps, at most `fast_forward_steps`.
-            token_id: the id sampled in every row.
+            token_ids: the id sampled in each row, in the order of the last plan's.
             begins: the time of each `schedule`, from which step times are learned.
         """
         decoding = self._queues.running.decoding
@@ -475,7 +475,7 @@ class Scheduler:
             self.policy.decoded(decoding.tenants(), steps)
         self._step_times.decodes(len(decoding), begins)
         self._steps += steps
-        return decoding.repeat(steps, token_id, pages)
+        return decoding.repeat(steps, token_ids, pages)
 
     def check_integrity(self) -> None:
         """Asserts invariant 1 of the design and that every sequence is in exactly one queue."""

@@ -6,6 +6,7 @@
     print(table({"fcfs": report(result, Slo(ttft=0.5, tpot=0.05))}))
 
 `with_options(config, {"policy": "sjf"})` changes a configuration, `simulate_fleet` serves with several replicas,
+`conversation_trace` generates sessions of agents and chats, `replay_cache` replays a prefix cache alone,
 `search_capacity` finds the highest rate that keeps the targets, plots.draw_all draws.
 """
 
@@ -19,8 +20,11 @@ from jaxserve.planning.step_cost_models import (
     write_costs,
 )
 from jaxserve.scheduler.step_shape import StepShape
+from jaxserve.simulator.cache_replay import BlockBound, CacheFigures, block_bound, infinite_cache, replay_cache
 from jaxserve.simulator.capacity import Capacity, parts_of, search_capacity
+from jaxserve.simulator.conversations import AGENT, CHAT, ConversationConfig, conversation_trace
 from jaxserve.simulator.fleet import FleetConfig, FleetResult, simulate_fleet
+from jaxserve.simulator.prompt_content import Content
 from jaxserve.simulator.setup import Setup, find_target, set_up, with_options
 from jaxserve.simulator.simulated_engine import SimulatedDevice, SimulatedEngine
 from jaxserve.simulator.simulation import ClientRule, SimulationResult, simulate
@@ -30,8 +34,14 @@ from jaxserve.simulator.trace_files import read_trace
 from jaxserve.simulator.traces import Trace, make_trace
 
 __all__ = [
+    "AGENT",
+    "CHAT",
+    "BlockBound",
+    "CacheFigures",
     "Capacity",
     "ClientRule",
+    "Content",
+    "ConversationConfig",
     "CostModel",
     "Efficiency",
     "FittedCosts",
@@ -49,11 +59,15 @@ __all__ = [
     "StepTime",
     "SyntheticConfig",
     "Trace",
+    "block_bound",
+    "conversation_trace",
     "find_target",
+    "infinite_cache",
     "make_trace",
     "parts_of",
     "read_costs",
     "read_trace",
+    "replay_cache",
     "report",
     "search_capacity",
     "set_up",

@@ -12,6 +12,7 @@ from typing import Any
 from jaxserve.config.checks import at_least
 from jaxserve.config.settings import EngineConfig
 from jaxserve.planning.roofline import Efficiency
+from jaxserve.simulator.conversations import CONVERSATIONS, conversation_trace, parse_conversation
 from jaxserve.simulator.setup import Setup, find_target, set_up
 from jaxserve.simulator.synthetic import SyntheticConfig, count_cut, synthetic_trace
 from jaxserve.simulator.trace_files import read_trace
@@ -23,7 +24,12 @@ _TARGETS = "a name or a file of configs/targets/ (default h200, none where costs
 def add_simulation_options(parser: argparse.ArgumentParser, limit: int | None = None) -> None:
     """Adds the options for trace, device and costs. limit: the default of --limit, None for the whole trace."""
     add = parser.add_argument
-    add("--trace", default="synthetic", metavar="FILE", help="a .csv or .jsonl file, or synthetic[:NAME=VALUE,...]")
+    add(
+        "--trace",
+        default="synthetic",
+        metavar="FILE",
+        help="a .csv or .jsonl file, or synthetic, agent or chat[:NAME=VALUE,...]",
+    )
     whole = f"default {limit:,}" if limit else "default: all"
     add("--limit", type=int, default=limit, metavar="N", help=f"the first N requests of the trace alone ({whole})")
     add("--rate-factor", type=float, default=1.0, metavar="X", help="requests arrive X times as fast (default 1)")
@@ -51,7 +57,10 @@ def load_trace(parsed: argparse.Namespace) -> Trace:
     if parsed.limit is not None:
         at_least("--limit", parsed.limit, 1)
     kind, _, text = parsed.trace.partition(":")
-    if kind == "synthetic":
+    if kind in CONVERSATIONS:
+        trace = conversation_trace(parse_conversation(kind, text), kind)
+        trace = trace.part(0, parsed.limit) if parsed.limit else trace
+    elif kind == "synthetic":
         config = SyntheticConfig.parse(text)
         trace = synthetic_trace(config)
         _tell_cuts(config)

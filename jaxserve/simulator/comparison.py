@@ -17,6 +17,7 @@ from tqdm import tqdm
 from jaxserve.config.checks import did_you_mean
 from jaxserve.config.settings import EngineConfig
 from jaxserve.simulator import simulation_plots as plots
+from jaxserve.simulator.cache_replay import infinite_cache
 from jaxserve.simulator.capacity import Capacity, parts_of, search_capacity
 from jaxserve.simulator.command import assignments, literal, load_setup, load_trace, parts
 from jaxserve.simulator.fleet import FleetConfig, FleetResult, simulate_fleet
@@ -108,13 +109,19 @@ def make_runs(parsed: argparse.Namespace, config: EngineConfig) -> Iterator[Run]
 
 
 def describe(trace: Trace, runs: Sequence[Run]) -> str:
-    """Describes the simulation in two lines."""
+    """Describes the simulation in two lines, or three where prompts have content."""
     first = runs[0].setup
-    return (
-        f"{trace.name}: {len(trace):,} requests in {trace.seconds:,.1f} s ({trace.rate:.3g}/s), prompts of "
-        f"{trace.prompt_tokens.mean():,.0f} tokens on average, outputs of {trace.output_tokens.mean():,.0f}\n"
-        f"{first.costs.name}; {first.device.num_pages - 1:,} pages of {first.config.cache.page_size} tokens"
-    )
+    page_size = first.config.cache.page_size
+    sessions = f" of {trace.num_sessions:,} sessions" if trace.has_turns else ""
+    lines = [
+        f"{trace.name}: {len(trace):,} requests{sessions} in {trace.seconds:,.1f} s ({trace.rate:.3g}/s), prompts of "
+        f"{trace.prompt_tokens.mean():,.0f} tokens on average, outputs of {trace.output_tokens.mean():,.0f}"
+    ]
+    if trace.prompts:
+        share = infinite_cache(trace, page_size).hit_rate
+        lines.append(f"a prefix cache without end would find {100 * share:.2f} % of the prompt tokens")
+    lines.append(f"{first.costs.name}; {first.device.num_pages - 1:,} pages of {page_size} tokens")
+    return "\n".join(lines)
 
 
 def simulations(

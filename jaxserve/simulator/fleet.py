@@ -9,7 +9,6 @@ import numpy as np
 
 from jaxserve.config.checks import at_least, between, one_of
 from jaxserve.planning.step_cost_models import CostModel
-from jaxserve.request import EngineRequest
 from jaxserve.scheduler.step_shape import StepShape
 from jaxserve.simulator.forecast import FORECASTS, Forecast
 from jaxserve.simulator.routing import ROUTINGS, LeastLoaded, PredictedWork, RoundRobin, Router
@@ -18,10 +17,12 @@ from jaxserve.simulator.simulated_engine import SimulatedEngine
 from jaxserve.simulator.simulation import (
     ClientRule,
     Progress,
+    ReadyRequest,
     SimulationResult,
+    TraceRequests,
     collect,
     fitting,
-    requests_of,
+    keys_of,
 )
 from jaxserve.simulator.traces import Trace
 
@@ -123,23 +124,22 @@ def simulate_fleet(
 ) -> FleetResult:
     """Serves a trace with a fleet of engines configured by `setup`; the same inputs give the same result.
 
-    The router knows of an end as soon as the replica's step has taken it in.
+    The router knows of an end as soon as the replica's step has taken it in. Later turns of a session go to the replica
+    of its first one, which has their prefix.
     """
     kept, skipped = fitting(setup.config, trace, setup.device, client)
-    run = _Run(setup, fleet, progress)
-    where = np.zeros(len(kept), np.int64)
-    for index, (request, length) in enumerate(requests_of(kept, setup.device, setup.config, client)):
-        run.until(request.arrival_time)
-        where[index] = run.take(request, length)
-    run.finish()
-    result = collect(kept, skipped, [each.engine for each in run.replicas], where, run.replica_seconds())
+    run = _Run(setup, fleet, progress, TraceRequests(kept, setup.device, setup.config, client))
+    run.serve()
+    result = collect(kept, skipped, [each.engine for each in run.replicas], run.where, run.replica_seconds())
     return FleetResult(result, run.changes())
 
 
 class _Run:
     """Runs a fleet."""
 
-    def __init__(self, setup: Setup, fleet: FleetConfig, progress: Progress | None):
+    def __init__(self, setup: Setup, fleet: FleetConfig, progress: Progress | None, requests: TraceRequests):
+        self.where = np.zeros(len(requests.trace), np.int64)  # each request's replica
+        self._requests = requests
         self._setup = setup
         self._fleet = fleet
         self._progress = progress
@@ -151,7 +151,16 @@ class _Run:
         for _ in range(fleet.replicas):
             self._start(0.0, 0.0)
 
-    def until(self, now: float) -> None:
+    def serve(self) -> None:
+        """Serves every request."""
+        for root in self._requests.roots():
+            now = root.request.arrival_time
+            self._until(now)
+            open_ones = [number for number, each in enumerate(self.replicas) if each.takes(now)]
+            self._take(root, self._router.choose(root.request, open_ones))
+        self._finish()
+
+    def _until(self, now: float) -> None:
         """Simulates everything up to `now`, scaling decisions included."""
         while self._scaler is not None and self._decision <= now:
             self._advance(self._decision)
@@ -159,22 +168,26 @@ class _Run:
             self._decision += self._fleet.interval_seconds
         self._advance(now)
 
-    def take(self, request: EngineRequest, length: int) -> int:
-        """Routes a request; returns the number of its replica."""
-        now = request.arrival_time
-        open_ones = [number for number, each in enumerate(self.replicas) if each.takes(now)]
-        chosen = self._router.place(request, open_ones)
-        self.replicas[chosen].engine.submit(request, length)
+    def _take(self, ready: ReadyRequest, replica: int) -> None:
+        """Gives a request to a replica."""
+        self._router.place(ready.request, replica)
+        self.replicas[replica].engine.submit(*ready)
+        self.where[int(ready.request.request_id)] = replica
         self._arrived += 1
         if self._scaler is not None:
-            self._scaler.arrived(len(request.prompt_token_ids))
-        return chosen
+            self._scaler.arrived(len(ready.request.prompt_token_ids))
 
-    def finish(self) -> None:
-        """Serves the remaining requests."""
+    def _finish(self) -> None:
+        """Serves the remaining requests; as long as sessions send further turns, replicas are scaled."""
+        while self._scaler is not None and self._requests.trace.has_turns and self._unfinished:
+            self._until(self._decision)
         for each in self.replicas:
             each.engine.run_until()
             each.gone = min(each.gone, max(each.engine.now, each.ready))
+
+    @property
+    def _unfinished(self) -> bool:
+        return any(each.engine.num_unfinished for each in self.replicas)
 
     def replica_seconds(self) -> float:
         """Returns the total time that replicas were up: all until the last request's end, unless they were removed
@@ -218,16 +231,20 @@ class _Run:
             setup.config,
             setup.device,
             setup.costs,
+            content_keys=keys_of(setup.config, self._requests.trace),
             on_finish=lambda index: self._ended(number, index),
             start=now + startup,
         )
         self.replicas.append(_Replica(engine, now, now + startup))
 
     def _ended(self, replica: int, index: int) -> None:
-        outputs = self.replicas[replica].engine.outcomes[index].tokens
+        outcome = self.replicas[replica].engine.outcomes[index]
+        outputs = outcome.tokens
         self._router.ended(index, outputs)
         if self._scaler is not None:
             self._scaler.ended(outputs)
+        for turn in self._requests.after(index, outcome.finished):
+            self._take(turn, replica)
         if self._progress is not None:
             self._progress(1)
 

@@ -24,12 +24,11 @@ class Router:
         """Returns the load that the request adds to its replica."""
         return 1.0
 
-    def place(self, request: EngineRequest, replicas: Sequence[int]) -> int:
-        """Chooses a replica and records the request's load."""
-        replica, work = self.choose(request, replicas), self.work(request)
+    def place(self, request: EngineRequest, replica: int) -> None:
+        """Records the load of a request that goes to a replica."""
+        work = self.work(request)
         self._placed[int(request.request_id)] = replica, work, request
         self._load[replica] = self._load.get(replica, 0.0) + work
-        return replica
 
     def ended(self, index: int, output_tokens: int) -> EngineRequest:
         """Records that a request has ended."""

@@ -5,6 +5,8 @@ waits for the ids of the previous step and processes them. So one step is always
 nothing), a request that arrives meanwhile waits for the next iteration, and a sequence that stops is seen one step
 late.
 
+A request's tokens are its answer's id (`submit`), and the stop id last: prompts that repeat an answer have its tokens.
+
 Decode steps during which nothing arrives, ends or changes places are fast-forwarded (`Scheduler.fast_forward_steps`,
 `advance`): numpy sums their times, and the records and final state equal those of single steps, bit by bit.
 """
@@ -14,27 +16,38 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxserve.config.settings import EngineConfig
+from jaxserve.kv_cache.content_keys import ContentKeys
+from jaxserve.kv_cache.eviction import make_eviction
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.planning.step_cost_models import CostModel
 from jaxserve.request import EngineRequest, RequestStatus
 from jaxserve.scheduler import Scheduler, SequenceUpdate, StepPlan, StepResult, StepUpdate
 from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.prefix_costs import page_seconds
 from jaxserve.scheduler.step_shape import StepShape, shape_of
 from jaxserve.simulator.fast_forward import pages_over, stretch_times
+from jaxserve.simulator.prompt_content import STOP_ID, UNKNOWN_ID
 from jaxserve.simulator.records import StepLog, TokenLog
 from jaxserve.telemetry.engine_events import EngineEvents, IterationTimes
 from jaxserve.telemetry.recorder import Recorder
 
-STOP_ID = 1
-"""Token that a simulated model emits as a request's last; every other token is 0."""
-
 _NEVER = -1
+
+
+class _Answer(NamedTuple):
+    """What a request generates: the position of its last token, and the id of the others."""
+
+    last_position: int
+    token_id: int
+
+
+_NO_ANSWER = _Answer(_NEVER, UNKNOWN_ID)
 _LONGEST_STRETCH = 4096
 
 
@@ -69,18 +82,21 @@ class Outcome:
     """Result of one request, in seconds of the virtual clock; nan is never.
 
     reason: "" while unfinished, "refused" when the queue was full.
+    cached_tokens: of the prompt, found in the prefix cache.
     """
 
+    arrived: float = math.nan
     scheduled: float = math.nan
     first_token: float = math.nan
     finished: float = math.nan
     tokens: int = 0
+    cached_tokens: int = 0
     preemptions: int = 0
     reason: str = ""
 
 
 class SimulatedEngine:
-    """Simulates one replica. `submit` requests in order of arrival and `run_until` a time; `now` is its clock.
+    """Simulates one replica. `submit` requests before they arrive and `run_until` a time; `now` is its clock.
 
     Request ids are the requests' numbers as text; `outcomes`, `tokens` and `steps` hold the results.
     """
@@ -91,15 +107,24 @@ class SimulatedEngine:
         device: SimulatedDevice,
         costs: CostModel,
         *,
+        content_keys: ContentKeys | None = None,
         recorder: Recorder | None = None,
         stretches: bool = True,
         on_finish: Callable[[int], object] | None = None,
         start: float = 0.0,
     ):
-        """recorder: given, it gets every event of the real engine, which costs time for each step of a stretch too.
-        stretches: False goes step by step. on_finish: called with the number of each request that ends."""
-        pool = PagePool(device.num_pages, config.cache.page_size, device.num_host_pages)
-        buckets = Buckets.from_config(config, device.platform)
+        """Creates an idle engine.
+
+        Args:
+            content_keys: make requests share pages; None where their token ids tell nothing.
+            recorder: gets every event of the real engine, which costs time for each step of a stretch too.
+            stretches: False goes step by step.
+            on_finish: called with the number of each request that ends, when its outcome is known; it may submit
+                others.
+        """
+        cache, buckets = config.cache, Buckets.from_config(config, device.platform)
+        eviction = make_eviction(cache.eviction_policy, page_seconds(costs.seconds, cache.page_size, buckets))
+        pool = PagePool(device.num_pages, cache.page_size, device.num_host_pages, eviction)
         self.scheduler = Scheduler(
             config.scheduler,
             pool,
@@ -107,6 +132,7 @@ class SimulatedEngine:
             costs=costs.preemption,
             max_model_len=device.max_model_len,
             step_seconds=costs.seconds,
+            content_keys=content_keys,
         )
         self.costs = costs
         self.now = start
@@ -117,10 +143,12 @@ class SimulatedEngine:
         self._events = None if recorder is None else EngineEvents(recorder, self.scheduler)
         self._stretches = stretches
         self._on_finish = on_finish
-        self._inbox: deque[tuple[float, EngineRequest, int]] = deque()
+        self._inbox: list[tuple[float, int, EngineRequest]] = []  # a heap of (arrival, order of submission, request)
+        self._num_submitted = 0
+        self._answers: dict[str, _Answer] = {}  # of unfinished requests
         self._deadlines: list[float] = []  # a heap
         self._stop_at = np.full(config.scheduler.max_num_seqs, _NEVER)  # position of each slot's last token
-        self._last_positions: dict[str, int] = {}
+        self._answer_ids = np.full(config.scheduler.max_num_seqs, UNKNOWN_ID)  # of each slot
         self._in_flight: _Flight | None = None
         self._free_at = start  # the device
 
@@ -132,15 +160,17 @@ class SimulatedEngine:
     @property
     def num_unfinished(self) -> int:
         """Number of requests submitted and not ended."""
-        return len(self._inbox) + len(self._last_positions)
+        return len(self._answers)
 
-    def submit(self, request: EngineRequest, output_tokens: int) -> None:
-        """Submits a request that arrives at its arrival_time, not before earlier ones.
+    def submit(self, request: EngineRequest, output_tokens: int, answer_id: int = UNKNOWN_ID) -> None:
+        """Submits a request that arrives at its arrival_time; of equal times, those submitted first arrive first.
 
-        output_tokens: its true length.
+        output_tokens: its true length. answer_id: the id of every token but the last.
         """
-        assert not self._inbox or self._inbox[-1][0] <= request.arrival_time, "requests come in order of arrival"
-        self._inbox.append((request.arrival_time, request, output_tokens))
+        last_position = len(request.prompt_token_ids) + output_tokens - 1
+        self._answers[request.request_id] = _Answer(last_position, answer_id)
+        heapq.heappush(self._inbox, (request.arrival_time, self._num_submitted, request))
+        self._num_submitted += 1
 
     def run_until(self, limit: float = math.inf) -> None:
         """Runs every iteration that begins before `limit`, with the requests submitted so far."""
@@ -157,16 +187,15 @@ class SimulatedEngine:
 
     def _take_messages(self) -> None:
         while self._inbox and self._inbox[0][0] <= self.now:
-            arrival, request, output_tokens = self._inbox.popleft()
+            arrival, _, request = heapq.heappop(self._inbox)
             index = int(request.request_id)
-            outcome = self.outcomes[index] = Outcome()
+            outcome = self.outcomes[index] = Outcome(arrival)
             try:
                 self.scheduler.add(request)
             except ValueError:
                 outcome.reason, outcome.finished = "refused", self.now
                 self._ended(index)
                 continue
-            self._last_positions[request.request_id] = len(request.prompt_token_ids) + output_tokens - 1
             if request.options.deadline is not None:
                 heapq.heappush(self._deadlines, request.options.deadline)
             if self._events is not None:
@@ -239,9 +268,11 @@ class SimulatedEngine:
         """Returns the ids of a step, int64 [num_sampled], and whether one of them ends a sequence."""
         for chunk in plan.chunks:
             if chunk.admit is not None:
-                self._stop_at[chunk.slot] = self._last_positions.get(chunk.request_id, _NEVER)
-        found = plan.samples.positions == self._stop_at[plan.samples.slots]
-        return np.where(found, STOP_ID, 0), bool(found.any())
+                answer = self._answers.get(chunk.request_id, _NO_ANSWER)
+                self._stop_at[chunk.slot], self._answer_ids[chunk.slot] = answer
+        slots = plan.samples.slots
+        found = plan.samples.positions == self._stop_at[slots]
+        return np.where(found, STOP_ID, self._answer_ids[slots]), bool(found.any())
 
     def _wait(self, limit: float) -> None:
         """Advances the clock until a batch fills, a delay ends or a request arrives."""
@@ -305,24 +336,26 @@ class SimulatedEngine:
         request_ids = previous.plan.decodes.request_ids
         update = scheduler.update(previous.plan, StepResult(previous.token_ids))
         assert not update.others, "a step without a stop id ended a sequence"
-        used = pool.num_used
-        scheduler.advance(turns - 1, 0, begins[:-1].tolist())
+        used, cached = pool.num_used, pool.num_cached
+        scheduler.advance(turns - 1, previous.token_ids.tolist(), begins[:-1].tolist())
         plan = scheduler.schedule(float(begins[-1]))
         assert plan is not None, "a steady step is missing"
         assert plan.num_sampled == len(request_ids), "a steady step has other rows"
         pages = pages_over(previous.plan, turns, used, pool.num_used)
+        kept = np.minimum(cached, pool.num_usable - pages)  # free pages are taken before cached ones
         count = shape.decode_rows
         self.steps.add_many(
-            begins, starts, ends, 0, count, count, plan.token_bucket, plan.row_bucket, pages, pool.num_cached,
+            begins, starts, ends, 0, count, count, plan.token_bucket, plan.row_bucket, pages, kept,
             pool.num_host_used, scheduler.num_waiting, scheduler.num_running, scheduler.num_swapped, 0, 0,
         )  # fmt: skip
         self.tokens.add_many(request_ids, starts)
         if self._events is not None:
             before = self._host.before + self._host.before_per_row * count
             numbers = range(plan.step - turns + 1, plan.step + 1)
-            for number, begin, start, used in zip(numbers, begins.tolist(), starts.tolist(), pages, strict=True):
+            columns = (begins.tolist(), starts.tolist(), pages.tolist(), kept.tolist())
+            for number, begin, start, used, cached in zip(numbers, *columns, strict=True):
                 times = IterationTimes(begin, begin + before, begin + before, start, start + self._host.after)
-                self._events.step(plan, times, 0.0, number=number, pages_used=int(used))
+                self._events.step(plan, times, 0.0, number=number, pages_used=used, pages_cached=cached)
                 self._events.tokens(request_ids, start)
         self._free_at = float(ends[-1])
         token_ids, stops = self._sample(plan)
@@ -357,12 +390,13 @@ class SimulatedEngine:
             return
         outcome.finished, outcome.reason = time, update.finish_reason.value
         outcome.tokens = len(sequence.output_token_ids)
+        outcome.cached_tokens = sequence.num_cached_tokens
         outcome.preemptions = sequence.num_preemptions
-        del self._last_positions[sequence.request_id]
         if self._events is not None:
             self._events.finished(sequence, update.finish_reason, time)
         self._ended(index)
 
     def _ended(self, index: int) -> None:
+        del self._answers[str(index)]
         if self._on_finish is not None:
             self._on_finish(index)

@@ -6,16 +6,20 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxserve.config.settings import EngineConfig
+from jaxserve.kv_cache.content_keys import ContentKeys
 from jaxserve.planning.step_cost_models import CostModel
 from jaxserve.request import COMPLETED, EngineRequest, RequestOptions
-from jaxserve.simulator.simulated_engine import STOP_ID, Outcome, SimulatedDevice, SimulatedEngine
-from jaxserve.simulator.traces import Trace
+from jaxserve.simulator.prompt_content import STOP_ID, UNKNOWN_ID
+from jaxserve.simulator.simulated_engine import Outcome, SimulatedDevice, SimulatedEngine
+from jaxserve.simulator.traces import ROOT, Trace
 from jaxserve.telemetry.recorder import Recorder
+
+_SECRET = b"the same in every simulation"
 
 Progress = Callable[[int], object]
 """Called with the number of requests that have ended since the last call."""
@@ -49,9 +53,11 @@ class SimulationResult:
 
     Attributes:
         trace: those that could be served: requests that fit neither context nor pool are `num_skipped`.
+        arrived: when each was sent: in the trace's order, but turns of sessions are sent when the one before has ended.
         finished: time of the final output.
         reasons: "stop" and "length", "deadline" for deadlines missed, "refused" for a full queue.
         output_tokens: int64 [N], those generated.
+        cached_tokens: int64 [N], of each prompt, those that were found in the prefix cache.
         replica: int64 [N].
         steps: columns of `records.STEP_COLUMNS` of each replica.
         token_times: float64 arrays, one a request.
@@ -63,10 +69,12 @@ class SimulationResult:
     trace: Trace
     num_skipped: int
     cost_name: str
+    arrived: np.ndarray
     scheduled: np.ndarray
     first_token: np.ndarray
     finished: np.ndarray
     output_tokens: np.ndarray
+    cached_tokens: np.ndarray
     preemptions: np.ndarray
     reasons: tuple[str, ...]
     replica: np.ndarray
@@ -94,11 +102,11 @@ class SimulationResult:
     @property
     def queue_time(self) -> np.ndarray:
         """Seconds from arrival to the first step that computes the request."""
-        return self.scheduled - self.trace.arrivals
+        return self.scheduled - self.arrived
 
     @property
     def ttft(self) -> np.ndarray:
-        return self.first_token - self.trace.arrivals
+        return self.first_token - self.arrived
 
     @functools.cached_property
     def last_token(self) -> np.ndarray:
@@ -113,7 +121,7 @@ class SimulationResult:
 
     @property
     def e2e(self) -> np.ndarray:
-        return self.finished - self.trace.arrivals
+        return self.finished - self.arrived
 
     @functools.cached_property
     def token_times(self) -> list[np.ndarray]:
@@ -146,14 +154,35 @@ def simulate(
 
     recorder: gets the events of the real engine. stretches: False goes step by step, for proofs. progress: see there.
     """
-    on_finish = None if progress is None else (lambda index: progress(1))
-    engine = SimulatedEngine(config, device, costs, recorder=recorder, stretches=stretches, on_finish=on_finish)
     kept, skipped = fitting(config, trace, device, client)
-    for request, length in requests_of(kept, device, config, client):
-        engine.run_until(request.arrival_time)
-        engine.submit(request, length)
+    requests = TraceRequests(kept, device, config, client)
+
+    def on_finish(index: int) -> None:
+        for turn in requests.after(index, engine.outcomes[index].finished):
+            engine.submit(*turn)
+        if progress is not None:
+            progress(1)
+
+    engine = SimulatedEngine(
+        config,
+        device,
+        costs,
+        content_keys=keys_of(config, kept),
+        recorder=recorder,
+        stretches=stretches,
+        on_finish=on_finish,
+    )
+    for root in requests.roots():
+        engine.run_until(root.request.arrival_time)
+        engine.submit(*root)
     engine.run_until()
     return collect(kept, skipped, [engine], np.zeros(len(kept), np.int64))
+
+
+def keys_of(config: EngineConfig, trace: Trace) -> ContentKeys | None:
+    """Returns what identifies pages in a simulation; None where requests share none: prefix caching is off, or the
+    trace does not tell what its prompts hold."""
+    return ContentKeys(_SECRET) if config.cache.enable_prefix_caching and trace.prompts else None
 
 
 def fitting(config: EngineConfig, trace: Trace, device: SimulatedDevice, client: ClientRule) -> tuple[Trace, int]:
@@ -169,37 +198,74 @@ def fitting(config: EngineConfig, trace: Trace, device: SimulatedDevice, client:
     return (trace if keep.all() else trace.select(keep)), int((~keep).sum())
 
 
-def requests_of(
-    trace: Trace, device: SimulatedDevice, config: EngineConfig, client: ClientRule
-) -> Iterator[tuple[EngineRequest, int]]:
-    """Converts the requests of a trace that fits, in order, each with the number of tokens that it will generate."""
-    most = min(device.max_model_len, (device.num_pages - 1) * config.cache.page_size + 1)
-    rows = zip(
-        trace.arrivals.tolist(),
-        trace.prompt_tokens.tolist(),
-        trace.output_tokens.tolist(),
-        trace.max_tokens.tolist(),
-        trace.tenants,
-        trace.priorities.tolist(),
-        trace.deadlines.tolist(),
-        strict=True,
-    )
-    for index, (arrival, prompt, output, limit, tenant, priority, deadline) in enumerate(rows):
+class ReadyRequest(NamedTuple):
+    """A request to submit, the number of tokens that it will generate, and the id of each but the last of them."""
+
+    request: EngineRequest
+    output_tokens: int
+    answer_id: int = UNKNOWN_ID
+
+
+class TraceRequests:
+    """Makes the engine's requests of a trace that fits, one by one: token ids exist from a request's arrival on.
+
+    A prompt whose content the trace does not tell has one id throughout, and does not use the prefix cache.
+    """
+
+    def __init__(self, trace: Trace, device: SimulatedDevice, config: EngineConfig, client: ClientRule):
+        self.trace = trace
+        self._client = client
+        self._most = min(device.max_model_len, (device.num_pages - 1) * config.cache.page_size + 1)
+        self._turns: dict[int, list[int]] = {}
+        for index in np.flatnonzero(trace.parents != ROOT).tolist():
+            self._turns.setdefault(int(trace.parents[index]), []).append(index)
+
+    def __iter__(self) -> Iterator[ReadyRequest]:
+        """Iterates over all requests, each as it is in the trace."""
+        return map(self.make, range(len(self.trace)))
+
+    def roots(self) -> Iterator[ReadyRequest]:
+        """Iterates over the requests that wait for no other one, in order of arrival."""
+        return map(self.make, np.flatnonzero(self.trace.parents == ROOT).tolist())
+
+    def after(self, index: int, ended: float) -> list[ReadyRequest]:
+        """Returns the turns that follow request `index`, which ended at the time `ended`."""
+        pauses = self.trace.pauses
+        return [self.make(turn, ended + float(pauses[turn])) for turn in self._turns.get(index, ())]
+
+    def has_turns(self, index: int) -> bool:
+        """Tells whether turns follow a request."""
+        return index in self._turns
+
+    def make(self, index: int, arrival: float | None = None) -> ReadyRequest:
+        """Makes the request of that index. arrival: its time, None for that of the trace."""
+        trace = self.trace
+        arrival = float(trace.arrivals[index]) if arrival is None else arrival
+        prompt, output, limit = (
+            int(column[index]) for column in (trace.prompt_tokens, trace.output_tokens, trace.max_tokens)
+        )
+        deadline = float(trace.deadlines[index])
         if not limit:
-            limit = {"context": most - prompt, "exact": output}.get(str(client.max_tokens), client.max_tokens)
+            limit = {"context": self._most - prompt, "exact": output}.get(
+                str(self._client.max_tokens), self._client.max_tokens
+            )
         limit = int(limit)
         output = min(output, limit)
-        yield (
-            EngineRequest(
-                str(index),
-                (0,) * prompt,
-                max_tokens=limit,
-                stop_token_ids=(STOP_ID,) if output < limit else (),
-                options=RequestOptions(tenant, priority, None if math.isinf(deadline) else arrival + deadline),
-                arrival_time=arrival,
+        content = trace.prompts[index] if trace.prompts else None
+        request = EngineRequest(
+            str(index),
+            content.token_ids() if content else (UNKNOWN_ID,) * prompt,
+            max_tokens=limit,
+            stop_token_ids=(STOP_ID,) if output < limit else (),
+            options=RequestOptions(
+                trace.tenants[index],
+                int(trace.priorities[index]),
+                None if math.isinf(deadline) else arrival + deadline,
+                prefix_caching=content is None or bool(content),
             ),
-            output,
+            arrival_time=arrival,
         )
+        return ReadyRequest(request, output, int(trace.answers[index]))
 
 
 def collect(
@@ -220,10 +286,12 @@ def collect(
         trace=trace,
         num_skipped=skipped,
         cost_name=engines[0].costs.name,
+        arrived=np.array([each.arrived for each in found]),
         scheduled=np.array([each.scheduled for each in found]),
         first_token=np.array([each.first_token for each in found]),
         finished=np.array([each.finished for each in found]),
         output_tokens=np.array([each.tokens for each in found], np.int64),
+        cached_tokens=np.array([each.cached_tokens for each in found], np.int64),
         preemptions=np.array([each.preemptions for each in found], np.int64),
         reasons=tuple(each.reason for each in found),
         replica=replica,

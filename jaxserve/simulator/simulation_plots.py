@@ -18,7 +18,8 @@ _LETTER, _HANDLE = 0.085, 0.6
 
 
 def draw_all(results: Mapping[str, SimulationResult], directory: pathlib.Path) -> list[pathlib.Path]:
-    """Plots latency.png, over_time.png and, with two tenants or more, tenants.png. Returns the paths written.
+    """Plots latency.png, over_time.png and, with two tenants or more, tenants.png; with prompts that were found in the
+    prefix cache, cached.png. Returns the paths written.
 
     Raises ImportError without matplotlib.
     """
@@ -26,6 +27,8 @@ def draw_all(results: Mapping[str, SimulationResult], directory: pathlib.Path) -
     made = [latencies(results, directory / "latency.png"), over_time(results, directory / "over_time.png")]
     if any(len(set(result.trace.tenants)) > 1 for result in results.values()):
         made.append(by_tenant(results, directory / "tenants.png"))
+    if any(result.cached_tokens.any() for result in results.values()):
+        made.append(cached(results, directory / "cached.png"))
     return made
 
 
@@ -80,6 +83,26 @@ def compositions(result: SimulationResult, pages: int, directory: pathlib.Path) 
         batch_timeline.write(_composition(steps, pages), directory, f"replica {number}" if several else "", stem)
         made += [directory / f"{stem}.png"] * bool(len(steps["begin"]))
     return made
+
+
+def cached(results: Mapping[str, SimulationResult], path: pathlib.Path) -> pathlib.Path:
+    """Plots the share of prompt tokens that were found in the prefix cache, of all requests up to each arrival, and
+    the pages whose content is kept."""
+    figure, axes = _figure(2, 1, (11, 6))
+    for run, result in results.items():
+        order = np.argsort(result.arrived)
+        share = np.cumsum(result.cached_tokens[order]) / np.cumsum(result.trace.prompt_tokens[order])
+        axes[0].plot(result.arrived[order], 100 * share, label=run)
+        grid = np.linspace(0, max(result.seconds, 1e-9), 600)
+        pages = sum(_sampled(steps, "pages_cached", grid) for steps in result.steps)
+        axes[1].plot(grid, pages, label=run, linewidth=1.0)
+    axes[0].set_ylabel("prompt tokens cached, so far (%)")
+    axes[1].set_ylabel("pages cached, not in use")
+    axes[-1].set_xlabel("time since the first arrival (s)")
+    for axis in axes:
+        axis.set_ylim(0, max(1.0, axis.get_ylim()[1]))
+        axis.grid(visible=True, alpha=0.3)
+    return _save(figure, axes[0], len(results), path)
 
 
 def by_tenant(results: Mapping[str, SimulationResult], path: pathlib.Path) -> pathlib.Path:

@@ -83,6 +83,8 @@ class Report:
         batch_utilisation: useful over computed tokens.
         device_utilisation: time in which the devices computed, over the time that replicas were up.
         kendall_tau: of the predictors (a mean over replicas).
+        prompt_tokens: of the prompts that were computed.
+        cached_tokens: of these, found in the prefix cache.
         jain: Jain's index of the tenants' mean time to the first token, 1 where all wait alike.
         replica_seconds_per_1000_tokens: replicas' time for 1,000 output tokens, the measure of cost.
     """
@@ -108,6 +110,8 @@ class Report:
     mean_batch_size: float
     preemptions: Mapping[str, int]
     kendall_tau: float | None
+    prompt_tokens: int
+    cached_tokens: int
     tenants: Mapping[str, TenantReport]
     jain: float
     replicas: int
@@ -115,9 +119,14 @@ class Report:
     replica_seconds_per_1000_tokens: float
     costs: str
 
+    @property
+    def hit_rate(self) -> float:
+        """Share of the prompts' tokens that were found in the prefix cache."""
+        return _share(self.cached_tokens, self.prompt_tokens)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values, for JSON."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"hit_rate": self.hit_rate}
 
 
 def report(result: SimulationResult, slo: Slo = Slo()) -> Report:
@@ -154,6 +163,8 @@ def report(result: SimulationResult, slo: Slo = Slo()) -> Report:
         mean_batch_size=float(columns["rows"].mean()) if len(columns["rows"]) else 0.0,
         preemptions=result.preemptions_by_kind,
         kendall_tau=sum(taus) / len(taus) if taus else None,
+        prompt_tokens=prompts,
+        cached_tokens=int(result.cached_tokens.sum()),
         tenants=tenants,
         jain=jain_index([each.ttft.mean for each in tenants.values() if each.ttft is not None]),
         replicas=len(result.steps),
@@ -199,6 +210,11 @@ def table(reports: Mapping[str, Report]) -> str:
         ("preemptions", [_counts(each.preemptions) for each in reports.values()]),
         ("Kendall tau", ["-" if (tau := each.kendall_tau) is None else f"{tau:.2f}" for each in reports.values()]),
     ]
+    if any(each.cached_tokens for each in reports.values()):
+        rows += [
+            ("cached prompt tokens", [f"{each.cached_tokens:,}" for each in reports.values()]),
+            ("cached prompt tokens, %", [f"{100 * each.hit_rate:.2f}" for each in reports.values()]),
+        ]
     if any(each.replicas > 1 for each in reports.values()):
         rows.append(
             ("replicas, mean", [f"{_share(each.replica_seconds, each.seconds):.2f}" for each in reports.values()])

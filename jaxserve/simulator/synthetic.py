@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import typing
 
 import numpy as np
 
 from jaxserve.config.checks import at_least, between, one_of
+from jaxserve.simulator.trace_options import parsed
 from jaxserve.simulator.traces import Trace, make_trace
 
 ARRIVALS = ("poisson", "gamma", "onoff", "even", "at_once")
@@ -82,17 +82,7 @@ class SyntheticConfig:
     @classmethod
     def parse(cls, text: str) -> SyntheticConfig:
         """Parses "NAME=VALUE,NAME=VALUE"; "" is the defaults. Raises ValueError naming what cannot be parsed."""
-        types = typing.get_type_hints(cls)
-        options: dict[str, typing.Any] = {}
-        for item in filter(None, text.split(",")):
-            name, equals, value = item.partition("=")
-            if not equals or name not in types:
-                raise ValueError(f"synthetic trace {item!r}: it must be NAME=VALUE with NAME one of {', '.join(types)}")
-            try:
-                options[name] = types[name](value)
-            except ValueError as error:
-                raise ValueError(f"synthetic {name} is {value!r}; it must be of type {types[name].__name__}") from error
-        return cls(**options)
+        return parsed("synthetic", cls(), text)
 
 
 def synthetic_trace(config: SyntheticConfig) -> Trace:
@@ -110,9 +100,10 @@ def synthetic_trace(config: SyntheticConfig) -> Trace:
         prompts,
         outputs,
         max_tokens=config.max_tokens,
-        tenants=_shares("tenants", config.tenants, config.count, tenants) or "",
+        tenants=drawn_names("tenants", config.tenants, config.count, tenants) or "",
         priorities=[
-            _whole("priorities", name) for name in _shares("priorities", config.priorities, config.count, priorities)
+            _whole("priorities", name)
+            for name in drawn_names("priorities", config.priorities, config.count, priorities)
         ]
         or 0,
         deadlines=config.deadline or np.inf,
@@ -183,7 +174,11 @@ def _lengths(name: str, text: str, mixture: Mixture, config: SyntheticConfig, rn
     return np.maximum(found, 1)
 
 
-def _shares(name: str, text: str, count: int, rng: np.random.Generator) -> list[str]:
+def drawn_names(name: str, text: str, count: int, rng: np.random.Generator) -> list[str]:
+    """Draws `count` names by the weights that "NAME:WEIGHT/NAME:WEIGHT/..." gives; "" draws none.
+
+    name: the setting's, for errors, which are a ValueError.
+    """
     if not text:
         return []
     names, weights = [], []

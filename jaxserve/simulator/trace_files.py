@@ -3,7 +3,7 @@ traces (JSONL: timestamp in ms, input_length, output_length, hash_ids), and any 
 
 Either may also have `tenant`, `priority`, `deadline` (seconds after the arrival) and `max_tokens`.
 
-    read_trace(path) -> Trace          for the simulator
+    read_trace(path) -> Trace          for the simulator, with the content of prompts whose blocks a file tells
     trace_rows(path) -> TraceRow ...   line by line, with the prompts' blocks
 """
 
@@ -19,9 +19,12 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from jaxserve.simulator.prompt_content import FIRST_CONTENT_ID, UNKNOWN_ID, Content
 from jaxserve.simulator.traces import Trace, make_trace
 
 BLOCK = 512
@@ -75,6 +78,7 @@ def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
     Raises as `trace_rows`.
     """
     found = list(itertools.islice(trace_rows(path), limit))
+    prompts, first_answer = _contents(found)
     return make_trace(
         pathlib.Path(path).stem,
         [row.arrival for row in found],
@@ -84,7 +88,25 @@ def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Trace:
         tenants=[row.tenant for row in found],
         priorities=[row.priority for row in found],
         deadlines=[row.deadline for row in found],
+        prompts=prompts,
+        answers=first_answer + np.arange(len(found)) if prompts else UNKNOWN_ID,
     )
+
+
+def _contents(rows: Sequence[TraceRow]) -> tuple[list[Content], int]:
+    """Returns the prompts' contents, none where no row has blocks, and the first id that no block has.
+
+    Blocks are numbered in order of appearance: files may use hashes of 64 bits.
+    """
+    if not any(row.blocks for row in rows):
+        return [], UNKNOWN_ID
+    numbers: dict[int, int] = {}
+    contents = []
+    for row in rows:
+        ids = [FIRST_CONTENT_ID + numbers.setdefault(block, len(numbers)) for block in row.blocks]
+        full, rest = divmod(row.prompt_tokens, BLOCK)
+        contents.append(Content.of(zip(ids, [BLOCK] * full + [rest] * (rest > 0), strict=False)))
+    return contents, FIRST_CONTENT_ID + len(numbers)
 
 
 def trace_rows(path: str | os.PathLike[str]) -> Iterator[TraceRow]:

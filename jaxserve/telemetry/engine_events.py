@@ -80,15 +80,17 @@ class EngineEvents:
         *,
         number: int,
         pages_used: int,
+        pages_cached: int | None = None,
         pack_seconds: float = 0.0,
     ) -> None:
         """Records the iteration that created `plan`.
 
-        idle, unused, pack_seconds: as in `StepRecorded`. number, pages_used: of the step, which may be another of the
-        plan's fast-forwarded steps.
+        idle, unused, pack_seconds: as in `StepRecorded`. number, pages_used, pages_cached: of the step, which may be
+        another of the plan's fast-forwarded steps; pages_cached: None for those of the pool.
         """
         scheduler, pool = self._scheduler, self._scheduler.pool
         begin, scheduled, dispatched, collected, end = times
+        cached = pool.num_cached if pages_cached is None else pages_cached
         self._record(
             StepRecorded(
                 time=begin,
@@ -100,8 +102,8 @@ class EngineEvents:
                 row_bucket=plan.row_bucket,
                 padding=plan.padding,
                 pages_used=pages_used,
-                pages_free=pool.num_usable - pages_used - pool.num_cached,
-                pages_cached=pool.num_cached,
+                pages_free=pool.num_usable - pages_used - cached,
+                pages_cached=cached,
                 waiting=scheduler.num_waiting,
                 running=scheduler.num_running,
                 schedule_seconds=scheduled - begin,

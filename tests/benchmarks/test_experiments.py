@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks import report
 from benchmarks.experiments import __main__ as all_experiments
 from benchmarks.experiments import experiment_plots as plots
-from benchmarks.experiments import fleets, harness
+from benchmarks.experiments import fleets, harness, mooncake_cache
 from benchmarks.experiments.cases import EXPERIMENTS, TTFT, Case, Experiment, Panel, Scale
 from benchmarks.experiments.run_figures import jain_index, summary
 from benchmarks.experiments.sides import EngineSide, SimulationSide
+from jaxserve.config.settings import EVICTION_POLICIES
 from jaxserve.runner.fake import FakeRunner
+from jaxserve.simulator.conversations import ConversationConfig, conversation_trace
 from jaxserve.simulator.simulation import ClientRule
-from jaxserve.simulator.traces import make_trace
-from jaxserve.telemetry.recorder import FirstToken, RequestFinished, StepRecorded, TokensProduced
+from jaxserve.simulator.traces import ROOT, make_trace
+from jaxserve.telemetry.recorder import FirstToken, RequestArrived, RequestFinished, StepRecorded, TokensProduced
 
 LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 32}
 TRACE = make_trace("mixed", np.zeros(9), [3, 9, 20] * 3, [1, 5, 12] * 3, tenants=["a", "b", "b"] * 3)
@@ -44,6 +48,23 @@ def test_requests_end_at_the_lengths_of_the_trace(name: str, client: ClientRule,
     assert max(step.rows for step in steps) <= changes.get("concurrency", 4)
     if "num_pages" in changes:
         assert max(step.pages_used for step in steps) <= 4
+
+
+@pytest.mark.parametrize("name", ["engine", "simulation"])
+@pytest.mark.parametrize("concurrency", [None, 2])
+def test_turns_of_sessions_come_one_after_another_and_share_pages(name: str, concurrency: int | None) -> None:
+    config = ConversationConfig(sessions=4, rate=50, turns=3, shared=32, first=16, later=9, output=20, pause=0.01)
+    trace = conversation_trace(dataclasses.replace(config, max_length=250))
+    run = make_side(name).run(Case("case", trace, concurrency=concurrency))
+    arrived = {event.request_id: event.time for event in run.events if isinstance(event, RequestArrived)}
+    ended = {event.request_id: event for event in run.events if isinstance(event, RequestFinished)}
+    for turn, parent in enumerate(trace.parents.tolist()):
+        assert ended[str(turn)].output_tokens == trace.output_tokens[turn]
+        if parent != ROOT:
+            assert arrived[str(turn)] >= ended[str(parent)].time + trace.pauses[turn] - 1e-9
+    row = summary(run)
+    assert row["cached_tokens"] == run.cached_tokens
+    assert 0.4 < row["hit_rate"] < 1.0
 
 
 @pytest.mark.parametrize("name", ["engine", "simulation"])
@@ -203,3 +224,33 @@ def test_experiments_run_by_name_or_all(monkeypatch):
     assert len(ran) == 1
     assert all_experiments.main(["--all", "--simulate"]) == 0
     assert len(ran) == 1 + len(EXPERIMENTS)
+
+
+def test_the_cache_of_a_trace_of_block_hashes_is_compared_with_its_bound(tmp_path, monkeypatch, capsys) -> None:
+    chains = [[1, 2, 3], [1, 4], [1, 2, 3, 5], [6, 7], [1, 2, 3, 5, 8], [6, 7, 9]] * 3
+    rows = [
+        {"timestamp": 4000 * place, "input_length": 512 * len(ids) - 100, "output_length": 20, "hash_ids": ids}
+        for place, ids in enumerate(chains)
+    ]
+    (tmp_path / "cake.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(mooncake_cache, "REPLAYED", (0.003, 1.0))
+    monkeypatch.setattr(mooncake_cache, "SIMULATED", (1.0,))
+    assert mooncake_cache.main([str(tmp_path / "cake.jsonl"), "--name", "cake"]) == 0
+    found = json.loads((tmp_path / "cake.json").read_text())["results"]
+    alone = {(row["policy"], row["pool_tokens"]): row["hit_rate"] for row in found["replayed"]}
+    bound = alone["without end", None]
+    assert bound == found["bounds"]["pages"]["512"] <= found["bounds"]["tokens_of_blocks"]
+    for policy in EVICTION_POLICIES:
+        small, large = (rate for (name, _), rate in alone.items() if name == policy)
+        assert small < large == bound
+    none, *cached = found["simulated"]
+    assert none["hit_rate"] == 0.0
+    for row in cached:
+        assert row["hit_rate"] == pytest.approx(found["bounds"]["pages"]["64"])
+        assert row["ttft_mean"] < none["ttft_mean"]
+    assert (tmp_path / "cake.png").stat().st_size > 5000
+    assert "of blocks" in (tmp_path / "cake.txt").read_text() + capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        mooncake_cache.main([])

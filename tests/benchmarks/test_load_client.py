@@ -6,11 +6,12 @@ import asyncio
 
 import pytest
 
-from benchmarks.load.datasets import LoadRequest
+from benchmarks.load.datasets import LoadRequest, conversation_requests
 from benchmarks.load.http2 import Connection, Http2Error, literal_fields, messages, request_headers
 from benchmarks.load.load_client import Slowness, drive
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.serving.clients.grpc_client import AsyncClient
+from jaxserve.simulator.conversations import ConversationConfig, conversation_trace
 from tests.server.fakes import EchoEngine, save_tokenizer
 from tests.server.harness import Served, run_served
 
@@ -77,6 +78,26 @@ def test_no_more_requests_are_open_than_allowed():
         seen, _ = await running
         assert [one.output_tokens for one in seen] == [2] * 5
         assert sum(one.sent - one.arrival > 0.04 for one in seen) == 3
+
+    run_served(body, None, engine)
+
+
+def test_turns_of_a_session_repeat_what_the_server_answered():
+    engine = EchoEngine()
+    config = ConversationConfig(sessions=2, rate=50, turns=3, shared=8, first=4, later=3, output=6, pause=0.02)
+    trace = conversation_trace(config)
+
+    async def body(served: Served) -> None:
+        requests, skipped = conversation_requests(trace, 4096, 256, seed=1)
+        assert not skipped
+        seen, _ = await drive(served.address, requests, [request.arrival or 0.0 for request in requests])
+        assert [one.output_tokens for one in seen] == trace.output_tokens.tolist()
+        assert [one.input_tokens for one in seen] == trace.prompt_tokens.tolist()
+        assert not any(one.error for one in seen)
+        for one, request in zip(seen, requests, strict=True):
+            if request.after is not None:
+                assert one.arrival >= seen[request.after].ended + request.pause
+                assert one.sent >= one.arrival
 
     run_served(body, None, engine)
 

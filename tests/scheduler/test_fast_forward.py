@@ -13,6 +13,7 @@ from hypothesis import Phase, given
 from hypothesis import strategies as st
 
 from jaxserve.config.scheduling import FORMATIONS, MODES, SchedulerConfig
+from jaxserve.kv_cache.content_keys import ContentKeys
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.request import EngineRequest, RequestOptions
 from jaxserve.scheduler import Scheduler, StepPlan, StepResult
@@ -38,8 +39,16 @@ class Twins:
         self.now = 0.0
         self.num_pages, host_pages = rng.choice((12, 40, 120)), rng.choice((0, 24))
         buckets = Buckets(powers(config.max_num_batched_tokens), powers(config.max_num_seqs))
+        keys = rng.choice((None, ContentKeys(b"the same for both")))
+        self.num_ids = rng.choice((2, 50))  # of few ids many prompts begin alike
         self.stepped, self.leaping = (
-            Scheduler(config, PagePool(self.num_pages, PAGE_SIZE, host_pages), buckets, max_model_len=44)
+            Scheduler(
+                config,
+                PagePool(self.num_pages, PAGE_SIZE, host_pages),
+                buckets,
+                max_model_len=44,
+                content_keys=keys,
+            )
             for _ in range(2)
         )
         self.urgent = rng.choice((0, 0, 9))
@@ -67,7 +76,7 @@ class Twins:
             prompt = rng.randint(1, 8)
             request = EngineRequest(
                 name,
-                tuple(rng.randrange(50) for _ in range(prompt)),
+                tuple(rng.randrange(self.num_ids) for _ in range(prompt)),
                 max_tokens=rng.randint(1, 36),
                 stop_token_ids=(STOP,),
                 options=RequestOptions(
@@ -117,6 +126,7 @@ class Twins:
         if steps < 1:
             return
         steps = self.rng.choice((steps, self.rng.randint(1, steps)))
+        ids = [100 + place for place in range(len(rows))]  # another one in each row
         moments = np.cumsum([self.rng.choice((0.0, 0.01, 1.0)) for _ in range(steps)]) + self.now
         pages = self.stepped.pool.num_used
         for now in moments.tolist():
@@ -126,9 +136,9 @@ class Twins:
             assert plan.decodes.request_ids == tuple(row.request_id for row in rows)
             assert (plan.chunks, plan.copies) == ((), ())
             assert self.stepped.preempted == []
-            update = self.stepped.update(plan, StepResult([0] * plan.num_sampled))
+            update = self.stepped.update(plan, StepResult(ids))
             assert update.others == []
-        stretch = self.leaping.advance(steps, 0, moments.tolist())
+        stretch = self.leaping.advance(steps, ids, moments.tolist())
         assert (stretch.request_ids, stretch.steps) == (tuple(row.request_id for row in rows), steps)
         self.now = float(moments[-1])
         assert _state(self.stepped) == _state(self.leaping)
@@ -139,6 +149,7 @@ class Twins:
         events["stretches that took pages"] += self.stepped.pool.num_used > pages
         events["stretches while others wait"] += self.stepped.num_waiting > 0
         events["whole stretches"] += steps == steady
+        events["stretches with pages that others have"] += self.stepped.prefix_counts.hit_tokens > 0
         events[f"stretches under {self.config.policy}"] += 1
 
     def token_ids(self, plan: StepPlan) -> StepResult:
@@ -177,6 +188,7 @@ def _state(scheduler: Scheduler) -> tuple:
     if isinstance(scheduler.policy, Fair):
         service = tuple(scheduler.policy.service(tenant) for tenant in TENANTS)
     counts = (pool.num_free, pool.num_used, pool.num_host_used, scheduler.num_waiting, scheduler._steps)
+    counts += (pool.num_cached, vars(scheduler.prefix_counts))
     return sequences, slots, columns, service, counts, vars(scheduler._step_times), scheduler.fast_forward_steps()
 
 
@@ -203,6 +215,7 @@ def test_a_stretch_equals_its_steps(mode: str):
         assert not events["stretches"]  # its steps alternate
         return
     kinds = ("stretches that took pages", "stretches while others wait", "whole stretches")
+    kinds += ("stretches with pages that others have",)
     for kind in (*kinds, *(f"stretches under {policy}" for policy in POLICIES)):
         assert events[kind] >= 5, f"{kind}: {events}"
     assert events["steps"] > 3 * events["stretches"]

@@ -12,7 +12,7 @@ from jaxserve.planning.step_cost_models import HostCosts
 from jaxserve.scheduler.policies.named import POLICIES
 from jaxserve.simulator.fast_forward import stretch_times
 from jaxserve.simulator.simulated_engine import SimulatedEngine
-from jaxserve.simulator.simulation import ClientRule, SimulationResult, requests_of, simulate
+from jaxserve.simulator.simulation import ClientRule, SimulationResult, TraceRequests, simulate
 from jaxserve.simulator.simulation_report import report
 from jaxserve.simulator.traces import Trace, make_trace
 from jaxserve.telemetry.batch_metrics import run_metrics
@@ -89,10 +89,10 @@ def test_requests_that_cannot_be_served_are_counted():
 def test_the_scheduler_is_not_told_the_true_length():
     config, device = make_config(), make_device()
     trace = make_trace("t", [0.0, 1.0], 10, [5, 20], max_tokens=[16, 16])
-    requests = list(requests_of(trace, device, config, ClientRule()))
-    assert [(request.max_tokens, length) for request, length in requests] == [(16, 5), (16, 16)]
-    context = list(requests_of(make_trace("t", [0.0], 10, 5), device, config, ClientRule()))
-    assert context[0][0].max_tokens == 246
+    requests = list(TraceRequests(trace, device, config, ClientRule()))
+    assert [(ready.request.max_tokens, ready.output_tokens) for ready in requests] == [(16, 5), (16, 16)]
+    context = list(TraceRequests(make_trace("t", [0.0], 10, 5), device, config, ClientRule()))
+    assert context[0].request.max_tokens == 246
 
 
 @given(st.data())
@@ -176,8 +176,8 @@ def test_long_decodes_are_taken_in_few_stretches():
             super()._carry_out(previous, shape, begins, starts, ends)
 
     engine = Counting(config, make_device(), SimpleCosts(position=1e-5))
-    for request, length in requests_of(trace, make_device(), config, ClientRule()):
-        engine.submit(request, length)
+    for ready in TraceRequests(trace, make_device(), config, ClientRule()):
+        engine.submit(*ready)
     engine.run_until()
     assert sum(taken) > 190
     assert len(taken) <= 3

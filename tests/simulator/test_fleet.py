@@ -49,13 +49,19 @@ def test_round_robin_ignores_what_least_loaded_avoids():
 
 def test_predicted_work_weighs_tokens_not_requests():
     router = PredictedWork(0.001, 0.01)
+
+    def placed(request: EngineRequest) -> int:
+        replica = router.choose(request, [0, 1])
+        router.place(request, replica)
+        return replica
+
     long = EngineRequest("0", (0,) * 200, max_tokens=50)
     short = [EngineRequest(str(number), (0,) * 2, max_tokens=2) for number in range(1, 4)]
-    assert router.place(long, [0, 1]) == 0
-    assert [router.place(request, [0, 1]) for request in short] == [1, 1, 1]
+    assert placed(long) == 0
+    assert [placed(request) for request in short] == [1, 1, 1]
     router.ended(0, 50)
     assert router.load(0) == pytest.approx(0)
-    assert router.place(EngineRequest("9", (0,) * 2, max_tokens=2), [0, 1]) == 0
+    assert placed(EngineRequest("9", (0,) * 2, max_tokens=2)) == 0
 
 
 def test_holt_follows_a_trend_that_the_average_lags_behind():

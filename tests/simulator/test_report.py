@@ -138,6 +138,29 @@ def test_the_command_line_compares_draws_and_writes(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"latency.png", "over_time.png", "tenants.png"}
 
 
+def test_the_command_line_serves_agents_and_tells_what_the_cache_finds(tmp_path, capsys):
+    arguments = [
+        "--config=llama.gin",
+        "--trace=agent:sessions=4,turns=5,rate=2",
+        "--compare",
+        "enable_prefix_caching=True,False",
+        f"--plot={tmp_path / 'plots'}",
+        f"--json={tmp_path / 'out.json'}",
+    ]
+    assert command.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "agent: 20 requests of 4 sessions in" in out
+    bound = float(out.split("would find ")[1].split(" %")[0])
+    on, off = json.loads((tmp_path / "out.json").read_text())["runs"].values()
+    assert off["hit_rate"] == off["cached_tokens"] == 0
+    assert 100 * on["hit_rate"] == pytest.approx(bound, abs=5)
+    assert on["cached_tokens"] == on["hit_rate"] * on["prompt_tokens"]
+    assert on["ttft"]["mean"] < off["ttft"]["mean"]
+    (row,) = [line for line in out.splitlines() if line.startswith("cached prompt tokens, %")]
+    assert [float(cell) for cell in row.split()[-2:]] == [pytest.approx(100 * on["hit_rate"], abs=0.01), 0.0]
+    assert (tmp_path / "plots" / "cached.png").stat().st_size > 5000
+
+
 def test_values_of_a_comparison_may_hold_commas_and_combinations_may_be_refused(tmp_path, capsys):
     arguments = ["--config=llama.gin", "--trace=synthetic:count=20,rate=40,tenants=a:1/b:1", "--compare"]
     assert command.main([*arguments, "policy=fair", "tenant_weights={'a':2,'b':1},{'a':1}"]) == 0
