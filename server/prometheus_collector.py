@@ -144,6 +144,11 @@ class EngineCollector(Collector):
             "prefix_cache_requests", "Requests looked up in the prefix cache, by whether they found a page.",
             [(("hit",), hits), (("miss",), looked_up - hits)], ("result",),
         )  # fmt: skip
+        waits = dict.fromkeys(("waited", "computed", "waited_in_vain"), 0) | stats.prefix_waits
+        yield self._counter(
+            "prefix_waits", "Requests whose prefix another was computing, by what they did.",
+            [((choice,), count) for choice, count in waits.items()], ("choice",),
+        )  # fmt: skip
         evictions = dict.fromkeys(EVICTION_CAUSES, 0) | stats.prefix_cache_evictions
         yield self._counter(
             "prefix_cache_evictions", "Pages that can no longer be found in the prefix cache, by cause.",

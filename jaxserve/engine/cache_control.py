@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from jaxserve.engine.messages import CacheEvents, FlushPrefixCache, FollowCacheEvents, FromEngine, PrefixCacheFlushed
 from jaxserve.kv_cache.event_log import CacheEventLog
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.scheduler.prefix_cache import PrefixCache
+from jaxserve.scheduler.prefix_waits import WaitCounts
 
 
 class CacheControl:
-    """Flushes one prefix cache, and follows its events while somebody listens. pool: whose pages it finds."""
+    """Flushes one prefix cache, and follows its events while somebody listens. pool: whose pages it finds. waits: counts
+    of requests that wait for a prefix."""
 
-    def __init__(self, prefix_cache: PrefixCache, pool: PagePool):
+    def __init__(self, prefix_cache: PrefixCache, pool: PagePool, waits: WaitCounts):
         self._prefix_cache = prefix_cache
         self._pool = pool
+        self._waits = waits
         self._number = 0
         self._event_log: CacheEventLog | None = None
 
@@ -44,4 +49,5 @@ class CacheControl:
             "prefix_cache_request_hits": counts.hits,
             "prefix_cache_returned_tokens": counts.returned_tokens,
             "prefix_cache_evictions": dict(self._pool.evictions),
+            "prefix_waits": dataclasses.asdict(self._waits),
         }

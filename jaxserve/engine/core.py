@@ -144,7 +144,7 @@ class EngineCore:
             allocation_hit=Failpoints(config.failpoints).at("allocate"),
             content_keys=content_keys(config),
         )
-        self._cache_control = CacheControl(self.scheduler.prefix_cache, self.scheduler.pool)
+        self._cache_control = CacheControl(self.scheduler.prefix_cache, self.scheduler.pool, self.scheduler.wait_counts)
         for line in () if self.scheduler.decode_gap is None else self.scheduler.decode_gap.warnings:
             _log.warning("%s", line)
         pooling, self._normalize = config.pooler.resolved(config.model)

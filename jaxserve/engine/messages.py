@@ -176,7 +176,8 @@ class EngineStats(_Message, frozen=True):
     prefix_cache_queries, prefix_cache_hits: tokens of requests looked up in the prefix cache when these were first
     admitted, and found there, since start; prefix_cache_requests, prefix_cache_request_hits: these requests, and those
     that found a page. prefix_cache_returned_tokens: found by preempted requests that came back. prefix_cache_evictions:
-    pages that can no longer be found, by cause (`page_pool.EVICTION_CAUSES`).
+    pages that can no longer be found, by cause (`page_pool.EVICTION_CAUSES`). prefix_waits: requests whose prefix
+    another was computing, by what they did (`scheduler.prefix_waits.WaitCounts`).
     device_busy_seconds: lower bound of the time in which the device has had a step to compute. step_histograms: of all
     steps, by the names of STEP_HISTOGRAMS.
     """
@@ -214,6 +215,7 @@ class EngineStats(_Message, frozen=True):
     prefix_cache_request_hits: int = 0
     prefix_cache_returned_tokens: int = 0
     prefix_cache_evictions: dict[str, int] = {}
+    prefix_waits: dict[str, int] = {}
     device_busy_seconds: float = 0.0
     step_histograms: dict[str, HistogramCounts] = {}
 

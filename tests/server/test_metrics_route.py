@@ -150,6 +150,7 @@ def test_counts_of_the_engine_are_shown_as_they_come(tokenizer):
         prefix_cache_request_hits=3,
         prefix_cache_returned_tokens=12,
         prefix_cache_evictions={"capacity": 7, "flush": 2},
+        prefix_waits={"waited": 5, "computed": 2, "waited_in_vain": 1},
         device_busy_seconds=1.5,
     )
 
@@ -164,6 +165,8 @@ def test_counts_of_the_engine_are_shown_as_they_come(tokenizer):
             "num_preemptions_total{'kind': 'recompute'}": 4, "num_preemptions_total{'kind': 'swap'}": 9,
             "prefix_cache_queries_total": 100, "prefix_cache_hits_total": 25, "prefix_cache_returned_tokens_total": 12,
             "prefix_cache_requests_total{'result': 'hit'}": 3, "prefix_cache_requests_total{'result': 'miss'}": 5,
+            "prefix_waits_total{'choice': 'waited'}": 5, "prefix_waits_total{'choice': 'computed'}": 2,
+            "prefix_waits_total{'choice': 'waited_in_vain'}": 1,
             "prefix_cache_evictions_total{'cause': 'capacity'}": 7,
             "prefix_cache_evictions_total{'cause': 'flush'}": 2,
             "prefix_cache_evictions_total{'cause': 'lost'}": 0, "kv_cache_pages{'state': 'cached'}": 1,
