@@ -12,8 +12,10 @@ from jaxserve.scheduler.prefix_waits import WaitCounts
 
 
 class CacheControl:
-    """Flushes one prefix cache, and follows its events while somebody listens. pool: whose pages it finds. waits: counts
-    of requests that wait for a prefix."""
+    """Flushes one prefix cache, and follows its events while somebody listens.
+
+    pool: whose pages it finds. waits: counts of requests that wait for a prefix.
+    """
 
     def __init__(self, prefix_cache: PrefixCache, pool: PagePool, waits: WaitCounts):
         self._prefix_cache = prefix_cache
