@@ -144,9 +144,15 @@ def measure_costs(options: argparse.Namespace) -> dict[str, Any]:
     steps = [step_overhead(case, running, options.cost_rounds, 200) for case in CASES for running in options.running]
     calls = all_calls(CACHED_PAGES, 1000)
     rows = [
-        (f"{one['case']}, {one['running']}", *one["microseconds"].values(), one["ratio"]["median"]) for one in steps
+        (
+            f"{one['case']}, {one['running']}",
+            *one["microseconds"].values(),
+            one["ratio"]["median"],
+            one["ratio_of_equals"]["median"],
+        )
+        for one in steps
     ]
-    print(report.table(("microseconds of a step", "with cache", "without", "ratio"), rows))
+    print(report.table(("microseconds of a step", "with cache", "without", "ratio", "of equals"), rows))
     header = ("keys", "lookup", "insert", "release", "evict")
     rows = [(f"{one['policy']}, {one['cached']:,} cached", *(one[name] for name in header)) for one in calls]
     print(report.table(("microseconds a page", *header), rows))

@@ -1,7 +1,8 @@
 """What a prefix cache costs the host where nothing is found: a whole step of the engine, and single calls by size.
 
-`step_overhead` keeps two engines full (benchmarks/host_overhead.py), one of which caches prefixes, lets them step in
-turn, and compares the processor time that this thread took: other processes of the machine change it little.
+`step_overhead` keeps three engines full (benchmarks/host_overhead.py), the second of which caches prefixes, lets them
+step in turn, and compares the processor time that this thread took: other processes of the machine change it little.
+The other two are alike, so that their ratio says what a ratio is worth.
 `call_costs` times the calls of the page pool with so many cached pages, and eviction in each order.
 """
 
@@ -37,29 +38,32 @@ CHAIN = 8
 def step_overhead(case: Case, running: int, rounds: int, steps: int) -> dict[str, Any]:
     """Microseconds of a step with and without the cache, and their ratio in each round of so many steps."""
     pages = running * 20 if "overflows" in case.name else None
-    engines = [FullEngine(make_core(running, pages, caching=on), case, running, rounds * steps) for on in (True, False)]
+    engines = [
+        FullEngine(make_core(running, pages, caching=on), case, running, rounds * steps) for on in (False, True, False)
+    ]
     gc.collect()
     gc.freeze()
     spent: list[list[float]] = []
     for _ in range(rounds):
-        sums = [0.0, 0.0]
+        blocks: list[list[float]] = [[], [], []]
         for block in range(steps // BLOCK):
-            for index in (0, 1) if block % 2 else (1, 0):
-                sums[index] += _thread_seconds(engines[index])
-        spent.append(sums)
+            for index in range(3):
+                turn = (index + block) % 3
+                blocks[turn].append(_thread_seconds(engines[turn]))
+        spent.append([statistics.median(one) / BLOCK for one in blocks])
     gc.unfreeze()
-    cached, _ = (engine.core for engine in engines)
+    cached = engines[1].core
     for engine in engines:
         engine.core.check_integrity()
-    count = steps // BLOCK * BLOCK
     return {
         "case": case.name,
         "running": running,
         "microseconds": {
-            name: 1e6 * statistics.median(one[index] for one in spent) / count
-            for index, name in enumerate(("with cache", "without"))
+            "with cache": 1e6 * statistics.median(one[1] for one in spent),
+            "without": 1e6 * statistics.median((one[0] + one[2]) / 2 for one in spent),
         },
-        "ratio": spread([on / off for on, off in spent]),
+        "ratio": spread([2 * on / (first + second) for first, on, second in spent]),
+        "ratio_of_equals": spread([second / first for first, _, second in spent]),
         "queries": cached.scheduler.prefix_counts.queries,
         "hits": cached.scheduler.prefix_counts.hits,
         "evicted": cached.scheduler.pool.evictions["capacity"],

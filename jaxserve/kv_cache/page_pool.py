@@ -199,15 +199,15 @@ class PagePool:
         self._check_active(pages)
         if len(pages) != len(keys):
             raise ValueError(f"pages has {len(pages)} pages and keys {len(keys)}; each page needs one")
-        committed = list(zip(pages, keys, strict=True))
-        for page, key in committed:
-            if self._keys[page] not in (None, key):
+        contents, page_of_key, depths, uses = self._keys, self._page_of_key, self._depths, self._uses
+        for page, key in zip(pages, keys, strict=True):
+            if contents[page] is not None and contents[page] != key:
                 raise ValueError(f"page {page} is committed with other content")
-        for depth, (page, key) in enumerate(committed, first):
-            self._keys[page] = key
-            self._page_of_key.setdefault(key, page)
-            self._depths[page] = depth
-            self._uses[page] = max(1, self._uses[page])
+        for depth, (page, key) in enumerate(zip(pages, keys, strict=True), first):
+            contents[page] = key
+            page_of_key.setdefault(key, page)
+            depths[page] = depth
+            uses[page] = uses[page] or 1
 
     def uncommit(self, page: int) -> None:
         """Drops the content key of an active page if it has one owner, who may then write the page."""
@@ -398,9 +398,10 @@ class PagePool:
 
     def _check_active(self, pages: Sequence[int]) -> None:
         self._check_distinct(pages)
+        references, end = self._references, self.num_pages
         for page in pages:
-            self._check_range(page)
-            if not self._references[page]:
+            if not NULL_PAGE < page < end or not references[page]:
+                self._check_range(page)
                 raise ValueError(f"page {page} is {self.state(page).value}; it must be active")
 
     def _check_host(self, pages: Sequence[int]) -> None:
