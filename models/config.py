@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxserve.models.families.family import Family
+from jaxserve.models.layer_groups import LayerKind
 from jaxserve.models.layer_specs import LayerSpec
 from jaxserve.models.layers.rope import RopeScaling
 from jaxserve.models.loading.config_keys import (
@@ -122,6 +123,12 @@ class ModelConfig:
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         """Returns the specification of each layer, first to last."""
         return self.layers or lookup(self.architecture).layers(vars(self))
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """Returns what determines the pages of each layer, first to last."""
+        shape = self.num_key_value_heads, self.head_dim
+        return tuple(LayerKind(layer.attention.sliding_window, *shape) for layer in self.layer_specs)
 
     @property
     def group_size(self) -> int:

@@ -55,14 +55,16 @@ class Layout:
         return fields
 
 
-def forward_layout(tokens: int, rows: int, page_size: int) -> Layout:
-    """Returns the host inputs of the forward program for a bucket of `tokens` tokens and `rows` rows.
+def forward_layout(tokens: int, rows: int, page_size: int, groups: int = 1) -> Layout:
+    """Returns the host inputs of the forward program for a bucket of `tokens` tokens and `rows` rows of a model with
+    `groups` groups of layers.
 
     Unused entries are padding.
 
     token_ids [tokens]: an id, or -1 - slot for the token sampled last in that slot; padding is id 0.
     row_slot [rows]: slot of each row; row_start: its tokens computed before; query_start_loc [rows + 1].
-    page_*: entries of the page table to set, (slot, index, page); the slot of padding is out of range.
+    page_*: entries of the page tables to set, (slot, index, page); the slot of padding is out of range. Of several
+        groups page is [groups, entries]: the tables of all groups gain the same entries.
     admit_slot and the sampling parameters after it (`ADMITTED_FIELDS`): slots taken by new requests; the slot of
         padding is out of range.
     """
@@ -75,7 +77,7 @@ def forward_layout(tokens: int, rows: int, page_size: int) -> Layout:
             "query_start_loc": Field((rows + 1,)),
             "page_slot": Field((updates,)),
             "page_index": Field((updates,)),
-            "page": Field((updates,)),
+            "page": Field((updates,) if groups == 1 else (groups, updates)),
             "admit_slot": Field((rows,)),
             **{
                 name: Field((rows,) if value.width is None else (rows, value.width), value.dtype)
@@ -112,11 +114,12 @@ def score_layout(rows: int) -> Layout:
     return Layout({"token": Field((rows,)), "target": Field((rows,))})
 
 
-def table_layout() -> Layout:
+def table_layout(groups: int = 1) -> Layout:
     """Returns the host inputs of the table-write program: entries to set, (slot, index, page), as in
-    `forward_layout`.
+    `forward_layout`; of several groups each has its own, page_group.
     """
-    return Layout({name: Field((TABLE_RUN,)) for name in ("page_slot", "page_index", "page")})
+    names = ("page_slot", "page_index", "page") if groups == 1 else ("page_group", "page_slot", "page_index", "page")
+    return Layout({name: Field((TABLE_RUN,)) for name in names})
 
 
 def option_layout() -> Layout:

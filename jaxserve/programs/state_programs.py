@@ -26,8 +26,9 @@ def mask_words(vocab_size: int) -> int:
 
 def write_tables(slots: Slots, vector: jax.Array) -> Slots:
     """Sets entries of page tables as `vector` (`table_layout`) says; those whose slot is out of range are dropped."""
-    fields = table_layout().read(vector)
-    table = slots.page_table.at[fields["page_slot"], fields["page_index"]].set(fields["page"], mode="drop")
+    fields = table_layout(slots.num_groups).read(vector)
+    place = tuple([fields[name] for name in ("page_group", "page_slot", "page_index") if name in fields])
+    table = slots.page_table.at[place].set(fields["page"], mode="drop")
     return dataclasses.replace(slots, page_table=table)
 
 

@@ -32,11 +32,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.config.logprobs_config import MAX_LOGPROBS
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.layer_groups import LayerGroups, layer_groups
 from jaxserve.models.layers.attention_backends import (
     POOL_PARTITION,
     SCALE_PARTITION,
     AttentionMetadata,
-    layer_caches,
+    LayerCaches,
     paged_attend,
 )
 from jaxserve.models.layers.matmul import Products
@@ -139,6 +140,16 @@ class Shapes:
     num_penalty_rows: int = 1
     max_logprobs: int = MAX_LOGPROBS
     logprobs_mode: str = "raw_logprobs"
+
+    @functools.cached_property
+    def groups(self) -> LayerGroups:
+        """Groups of layers, which share the pools' arrays and have page tables of their own."""
+        return layer_groups(self.model.layer_kinds, self.page_size, self.max_model_len)
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups of layers, and of page tables of a sequence."""
+        return len(self.groups.windows)
 
     @property
     def swap_sizes(self) -> tuple[int, ...]:
@@ -280,7 +291,7 @@ def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any
         case "pooling":
             return hidden, _int32(mesh, pooling_layout(key.size).size)
         case "table_write":
-            return slots, _int32(mesh, table_layout().size)
+            return slots, _int32(mesh, table_layout(shapes.num_groups).size)
         case "option_write":
             return slots, _int32(mesh, option_layout().size)
         case "penalty_write":
@@ -296,7 +307,7 @@ def abstract_arguments(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> tuple[Any
             return abstract_pools(shapes, mesh), _int32(mesh, key.size)
         case _:
             weights = Weights(abstract_params(shapes.model, shapes.dtype, mesh), abstract_kv_scales(shapes, mesh))
-            size = forward_layout(key.size, shapes.buckets.rows_of(key.size), shapes.page_size).size
+            size = forward_layout(key.size, shapes.buckets.rows_of(key.size), shapes.page_size, shapes.num_groups).size
             return weights, abstract_pools(shapes, mesh), slots, hidden, _int32(mesh, size)
 
 
@@ -332,7 +343,7 @@ def donated_arguments(key: ProgramKey) -> tuple[int, ...]:
 
 
 def abstract_pages(count: int, shapes: Shapes, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Returns pages in transit to or from host memory, [L, 2, K, page_size, D] each, split as the pools are."""
+    """Returns pages in transit to or from host memory, [m, 2, K, page_size, D] each, split as the pools are."""
     pools = abstract_pools(shapes, mesh)
     shape = (len(pools), *pools[0].shape[1:])
     return (jax.ShapeDtypeStruct(shape, pools[0].dtype, sharding=NamedSharding(mesh, POOL_PARTITION)),) * count
@@ -347,7 +358,7 @@ def _abstract_logprobs(key: ProgramKey, shapes: Shapes, mesh: Mesh) -> jax.Shape
 
 
 def abstract_pools(shapes: Shapes, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
-    """Returns one pool a layer, split over the mesh by key-value head."""
+    """Returns one pool for each layer of a group, split over the mesh by key-value head."""
     model = shapes.model
     pool = pool_spec(
         shapes.num_pages,
@@ -358,7 +369,7 @@ def abstract_pools(shapes: Shapes, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
         platform=mesh.devices.flat[0].platform,
         sharding=NamedSharding(mesh, POOL_PARTITION),
     )
-    return [pool] * model.num_hidden_layers
+    return [pool] * shapes.groups.size
 
 
 def abstract_kv_scales(shapes: Shapes, mesh: Mesh) -> list[tuple[jax.ShapeDtypeStruct, ...]] | None:
@@ -373,7 +384,7 @@ def abstract_kv_scales(shapes: Shapes, mesh: Mesh) -> list[tuple[jax.ShapeDtypeS
 def abstract_state(shapes: Shapes, mesh: Mesh) -> tuple[Any, jax.ShapeDtypeStruct]:
     """Returns the slots and the hidden buffer [largest token bucket, H], replicated on every device."""
     replicated = NamedSharding(mesh, P())
-    slots = jax.eval_shape(lambda: Slots.zeros(shapes.num_slots, shapes.max_pages))
+    slots = jax.eval_shape(lambda: Slots.zeros(shapes.num_slots, shapes.max_pages, shapes.num_groups))
     slots = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), slots)
     hidden = (shapes.buckets.tokens[-1], shapes.model.hidden_size)
     return slots, jax.ShapeDtypeStruct(hidden, jnp.dtype(shapes.dtype), sharding=replicated)
@@ -405,20 +416,20 @@ def forward(
     decode_only: bool,
 ) -> tuple[list[jax.Array], Slots, jax.Array]:
     """Computes a step's tokens: keys and values into the pools, final hidden states into the first rows of `hidden`."""
-    layout = forward_layout(tokens, shapes.buckets.rows_of(tokens), shapes.page_size)
+    layout = forward_layout(tokens, shapes.buckets.rows_of(tokens), shapes.page_size, shapes.num_groups)
     fields = layout.read(vector)
     slots = slots.apply(fields)
     inputs = fields["token_ids"]
     token_ids = jnp.where(inputs < 0, slots.last_token[jnp.maximum(-1 - inputs, 0)], inputs)
-    metadata = attention_metadata(fields, slots, shapes.page_size)
+    metadata = [attention_metadata(fields, table, shapes.page_size) for table in slots.tables]
     attend = paged_attend(metadata, shapes.attention, mesh, decode_only=decode_only)
     model = bind(shapes.model, weights.params, products_of(shapes, mesh))
-    computed, caches = model(token_ids, metadata.positions, layer_caches(pools, weights.kv_scales), attend)
-    pools = [cache.pool for cache in caches]
+    caches = LayerCaches(pools, weights.kv_scales, shapes.groups.places)
+    computed, caches = model(token_ids, metadata[0].positions, caches, attend)
     # Its index is always 0, but sent by the host: XLA makes an update at a constant index an asynchronous copy, which
     # cannot join the rest of the step in one CUDA graph.
     hidden = jax.lax.dynamic_update_slice_in_dim(hidden, computed, fields["query_start_loc"][0], axis=0)
-    return pools, slots, hidden
+    return caches.pools, slots, hidden
 
 
 def sample_step(
@@ -460,15 +471,16 @@ def score_step(
     return packed_logprobs(model.logits(hidden[fields["token"]]), fields["target"], shapes.max_logprobs)
 
 
-def attention_metadata(fields: dict[str, jax.Array], slots: Slots, page_size: int) -> AttentionMetadata:
-    """Returns positions, lengths, tables and slot mapping of a step, from the host inputs and the slots."""
+def attention_metadata(fields: dict[str, jax.Array], page_table: jax.Array, page_size: int) -> AttentionMetadata:
+    """Returns positions, lengths, tables and slot mapping of a step, from the host inputs and the slots' page table of
+    one group of layers, int32 [S, P]."""
     ends = fields["query_start_loc"]
     tokens = jnp.arange(fields["token_ids"].shape[0], dtype=jnp.int32)
     # Every comparison at once: a binary search is a loop, which cannot join the rest of the step in one CUDA graph.
     row = jnp.searchsorted(ends[1:], tokens, side="right", method="compare_all").astype(jnp.int32)
     row = jnp.minimum(row, ends.shape[0] - 2)
     lengths = ends[1:] - ends[:-1]
-    page_table = slots.page_table[fields["row_slot"]]
+    page_table = page_table[fields["row_slot"]]
     real = tokens < ends[-1]
     positions = jnp.where(real, fields["row_start"][row] + tokens - ends[row], 0)
     page = page_table[row, positions // page_size]

@@ -1,4 +1,4 @@
-"""Defines the programs that copy pages out of the pools and back, and within them, all layers at once.
+"""Defines the programs that copy pages out of the pools and back, and within them, all layers of a group at once.
 
     swap_out(pools, vector)       -> pages           reads the pools
     swap_in(pools, pages, vector) -> pools, placed   the pools are donated
@@ -7,9 +7,9 @@
 Pages that `swap_out` has read go to host memory. `page_copy` makes the copies from device to device; it has one size,
 since what it pads with, the null page onto itself, costs no more than a page.
 
-A page in transit is one array [L, 2, K, page_size, D] of the pools' dtype, bits included, so a round trip changes
-nothing whatever the pages hold. There are programs for `SWAP_SIZES` pages; any number is a sum of these, without
-padding.
+A page in transit is one array [m, 2, K, page_size, D], for m layers of a group, of the pools' dtype, bits
+included, so a round trip changes nothing whatever the pages hold. There are programs for `SWAP_SIZES` pages; any number
+is a sum of these, without padding.
 """
 
 from __future__ import annotations
@@ -43,9 +43,18 @@ def copy_sizes(count: int) -> list[int]:
     return [min(COPY_PAGES, count - begin) for begin in range(0, count, COPY_PAGES)]
 
 
-def copy_blocks(copies: Sequence[PageCopy]) -> Iterator[Sequence[PageCopy]]:
+def copy_blocks(copies: Sequence[PageCopy], num_groups: int = 1) -> Iterator[Sequence[PageCopy]]:
     """Yields the copies in order, in blocks that one call of a program makes: of one way, `SWAP_SIZES` many or, within
-    the device, at most `COPY_PAGES`, and none reads or overwrites what another one of the block has written."""
+    the device, at most `COPY_PAGES`, and none reads or overwrites what another one of the block has written.
+
+    Raises ValueError for a copy of a group that is not there, or between tiers that no program copies between.
+    """
+    for copy in copies:
+        if copy.group >= num_groups:
+            raise ValueError(
+                f"group is {copy.group}; layers are of {num_groups} groups here, so that of a page copy is at most "
+                f"{num_groups - 1}"
+            )
     begin = 0
     while begin < len(copies):
         end = _run_end(copies, begin)
@@ -68,9 +77,9 @@ def _run_end(copies: Sequence[PageCopy], begin: int) -> int:
 
 
 def way(copy: PageCopy) -> str:
-    """Returns the kind of the program that makes a copy. Raises ValueError where there is none."""
-    if copy.group:
-        raise ValueError(f"group is {copy.group}; all layers are alike here, so a page is of group 0")
+    """Returns the kind of the program that makes a copy, which is the same for every group: all groups' layers are in
+    the same arrays. Raises ValueError where there is none.
+    """
     kind = _WAYS.get((copy.source_tier, copy.destination_tier))
     if kind is None:
         tiers = f"{copy.source_tier.value} to {copy.destination_tier.value}"
@@ -94,7 +103,7 @@ def copy_vector(copies: Sequence[PageCopy]) -> np.ndarray:
 
 
 def page_copy(pools: list[jax.Array], vector: jax.Array) -> list[jax.Array]:
-    """Copies pages of every layer's pool [N, 2, K, page_size, D]; all are read before any is written.
+    """Copies pages of every pool [N, 2, K, page_size, D]; all are read before any is written.
 
     vector: int32 [2 * COPY_PAGES], the pages to read, then those to write.
     """
@@ -106,9 +115,9 @@ def page_copy(pools: list[jax.Array], vector: jax.Array) -> list[jax.Array]:
 
 
 def swap_out(pools: list[jax.Array], vector: jax.Array, *, pages: int) -> tuple[jax.Array, ...]:
-    """Gathers the pages `vector`, int32 [pages], of every layer's pool [N, 2, K, page_size, D].
+    """Gathers the pages `vector`, int32 [pages], of every pool [N, 2, K, page_size, D].
 
-    Returns `pages` arrays [L, 2, K, page_size, D].
+    Returns `pages` arrays [m, 2, K, page_size, D].
     """
     found = [pool.at[vector].get(mode="promise_in_bounds") for pool in pools]
     return tuple(jnp.stack([layer[place] for layer in found]) for place in range(pages))

@@ -18,7 +18,8 @@ from jaxserve.programs.step_programs import Shapes, abstract_masks, abstract_poo
 class DeviceArrays:
     """Holds the device's arrays, all zero when made.
 
-    pools: one a layer. hidden: [largest token bucket, H]. masks: [S, words]. penalties: as `Penalties`.
+    pools: one for each layer of a group. hidden: [largest token bucket, H]. masks: [S, words]. penalties: as
+    `Penalties`.
 
     A program that takes an array over deletes it and returns its successor, which the caller stores in its place. One
     that fails in execution returns none, so that the arrays it took over are lost.
@@ -54,6 +55,7 @@ class DeviceArrays:
 @functools.lru_cache(maxsize=4)
 def _state_maker(
     max_pages: int,
+    num_groups: int,
     hidden: jax.ShapeDtypeStruct,
     masks: jax.ShapeDtypeStruct,
     penalties: tuple[int, int],
@@ -63,7 +65,7 @@ def _state_maker(
     would take longer to compile than to run."""
 
     def make() -> tuple[Slots, jax.Array, jax.Array, Penalties]:
-        slots = Slots.zeros(masks.shape[0], max_pages)
+        slots = Slots.zeros(masks.shape[0], max_pages, num_groups)
         zeros = jnp.zeros(hidden.shape, hidden.dtype), jnp.zeros(masks.shape, masks.dtype)
         return slots, *zeros, Penalties.zeros(*penalties)
 
@@ -73,4 +75,5 @@ def _state_maker(
 def _initial_state(shapes: Shapes, mesh: Mesh) -> tuple[Slots, jax.Array, jax.Array, Penalties]:
     _, hidden = abstract_state(shapes, mesh)
     penalties = shapes.num_penalty_rows, shapes.model.vocab_size
-    return _state_maker(shapes.max_pages, hidden, abstract_masks(shapes, mesh), penalties, hidden.sharding)()
+    masks = abstract_masks(shapes, mesh)
+    return _state_maker(shapes.max_pages, shapes.num_groups, hidden, masks, penalties, hidden.sharding)()

@@ -125,6 +125,7 @@ class Startup:
             max_model_len=shapes.max_model_len,
             eos_token_ids=shapes.model.eos_token_ids,
             page_size=shapes.page_size,
+            group_windows=shapes.groups.windows,
             num_pages=shapes.num_pages,
             num_parameters=sum(math.prod(leaf.shape) for leaf in params),
             architecture=shapes.model.architecture,

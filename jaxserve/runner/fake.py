@@ -88,8 +88,9 @@ class FakeStep:
 class FakeRunner:
     """Implements the Runner protocol over plain lists. Steps are computed at dispatch; `collect` returns the ids.
 
-    num_groups: of layers with a page table each. The rows' own new pages are those of group 0; those of the others come
-    as page table writes. tokens_per_step: maximum tokens of a decoding row; those beyond the one sampled last are draft
+    group_windows: of each group of layers, the positions that a token attends to, itself included; None for all.
+    Positions that no group attends to count as token 0, and each group is read where it attends to alone.
+    tokens_per_step: maximum tokens of a decoding row; those beyond the one sampled last are draft
     tokens, of which some are rejected (`guess_holds`), and only the runner knows the positions of such rows.
     """
 
@@ -103,7 +104,7 @@ class FakeRunner:
         eos_token_ids: tuple[int, ...] = (),
         num_host_pages: int = 0,
         preemption_costs: PreemptionCosts | None = None,
-        num_groups: int = 1,
+        group_windows: tuple[int | None, ...] = (None,),
         tokens_per_step: int = 1,
     ):
         self.info = RunnerInfo(
@@ -125,13 +126,15 @@ class FakeRunner:
             tokens_per_step=tokens_per_step,
             max_logprobs=min(MAX_LOGPROBS, vocab_size),
             hidden_size=FAKE_HIDDEN_SIZE,
+            group_windows=group_windows,
         )
         self.step_costs = None
         self.num_compilations = 0
         self.compile_misses = 0
         self.pack_seconds = 0.0
         self.num_executables = 0
-        self._num_groups = num_groups
+        self._num_groups = len(group_windows)
+        self._windowed = any(window is not None for window in group_windows)
         self._host_pages: list[Page] = [[None] * page_size for _ in range(num_host_pages)]
         self._forget()
 
@@ -258,8 +261,12 @@ class FakeRunner:
         return tokens
 
     def _write(self, row: RowPlan, start: int, tokens: Sequence[int]) -> None:
-        """Puts tokens, from position `start` on, into the pages of every group."""
-        self._table(0, row.slot).update(enumerate(row.new_pages, start=row.first_new_page))
+        """Puts tokens, from position `start` on, into the pages of every group, which the first of them must find with
+        all before it that the group attends to."""
+        for group, pages in enumerate((row.new_pages, *row.more_pages)):
+            self._table(group, row.slot).update(enumerate(pages, start=row.first_new_page))
+        if self._windowed:
+            self._read(row.slot, start + 1, written=start)
         for group in range(self._num_groups):
             table = self._table(group, row.slot)
             for position, token in enumerate(tokens, start=start):
@@ -267,18 +274,24 @@ class FakeRunner:
                 assert table[index] != 0, "a real token is written to the null page"
                 self._pages[table[index]][offset] = group, token
 
-    def _read(self, slot: int, count: int) -> list[int]:
-        """Returns the first tokens of a slot, which the pages of every group must hold."""
+    def _read(self, slot: int, count: int, written: int | None = None) -> list[int]:
+        """Returns the first `count` tokens of a slot as the last of them sees them: the pages of every group must hold
+        those that it attends to. written: only so many are in pages; None for all."""
         context: list[int] = []
-        for position in range(count):
+        name = self._requests[slot].request_id
+        for position in range(count if written is None else written):
             index, offset = divmod(position, self.info.page_size)
-            places = [self._pages[self._table(group, slot)[index]][offset] for group in range(self._num_groups)]
-            name = self._requests[slot].request_id
+            seeing = [
+                group
+                for group, window in enumerate(self.info.group_windows)
+                if window is None or position >= count - window
+            ]
+            places = [self._pages[self._table(group, slot)[index]][offset] for group in seeing]
             assert None not in places, f"position {position} of {name} is read before it is written"
             tokens = [place[1] for place in places if place is not None]
-            assert places == list(enumerate(tokens)), f"a page of another group is read for {name}"
-            assert len(set(tokens)) == 1, f"the groups of {name} hold different tokens at position {position}"
-            context.append(tokens[0])
+            assert places == list(zip(seeing, tokens, strict=True)), f"a page of another group is read for {name}"
+            assert len(set(tokens)) <= 1, f"the groups of {name} hold different tokens at position {position}"
+            context.append(tokens[0] if tokens else 0)
         return context
 
     def _next(self, slot: int, context: Sequence[int], mask: np.ndarray | None = None) -> int:
@@ -297,8 +310,8 @@ class FakeRunner:
         """Counts drawn tokens in the row of a request with penalties, which must hold those before them."""
         request, row = self._requests[slot], self._penalty_rows[slot]
         assert request.penalized == (row is not None), f"{request.request_id} has the penalty row {row}"
-        if row is None:
-            return
+        if row is None or None not in self.info.group_windows:
+            return  # no group sees all tokens, with which the rows could be compared
         split = len(request.prompt_token_ids)
         prompt, counts = self._penalties[row]
         assert prompt == set(context[:split]), f"row {row} of {request.request_id} has the ids of another prompt"

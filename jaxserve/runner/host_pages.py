@@ -13,7 +13,7 @@ from jaxserve.programs.step_programs import Shapes, abstract_pages
 
 
 class HostPages:
-    """Holds host pages by number, each an array [L, 2, K, page_size, D] that `swap_out` made.
+    """Holds host pages by number, each an array [m, 2, K, page_size, D] that `swap_out` made.
 
     On a CPU that array is the host page. Beside other devices it is copied to pinned host memory and back, on the
     device's copy streams: only the program that reads a copy waits for it. Pages in transit take memory of the device,

@@ -259,9 +259,9 @@ class ModelRunner:
         """Packs a step and looks up all of its programs, so that whatever can fail on the host does so before any of
         them runs."""
         self._fail_at("pack", plan)
-        for block in copy_blocks(plan.copies):
+        for block in copy_blocks(plan.copies, self._shapes.num_groups):
             self._copy_program(block)
-        tables = table_vectors(plan.table_writes, self._shapes.num_slots)
+        tables = table_vectors(plan.table_writes, self._shapes.num_slots, self._shapes.num_groups)
         slots = [_Call(self._program(TABLE_WRITE), vector) for vector in tables]
         slots += [_Call(self._program(OPTION_WRITE), vector) for vector in option_vectors((*plan.chunks, *plan.forks))]
         penalties = self._penalty_calls(plan.penalty_writes)
@@ -344,7 +344,7 @@ class ModelRunner:
     def _copy(self, copies: Sequence[PageCopy]) -> None:
         """Starts the programs that copy pages; each reads the result of the one before it."""
         arrays, host = self._arrays, self._host_pages
-        for block in copy_blocks(copies):
+        for block in copy_blocks(copies, self._shapes.num_groups):
             program, (first, *_) = self._copy_program(block), block
             if first.source_tier is first.destination_tier:
                 arrays.pools = program(arrays.pools, copy_vector(block))
@@ -385,7 +385,7 @@ class ModelRunner:
                 self._forward(self._forward_call(key, nothing))
         for call in self._score_calls(Scores(np.zeros(1, np.int32), np.zeros(1, np.int32))):
             self._score(call).block_until_ready()
-        (vector,) = table_vectors([PageTableWrite(0, padding, 0, (0,))], padding)
+        (vector,) = table_vectors([PageTableWrite(0, padding, 0, (0,))], padding, self._shapes.num_groups)
         arrays.slots = self._program(TABLE_WRITE)(arrays.slots, vector)
         arrays.slots = self._program(OPTION_WRITE)(arrays.slots, unused_option_vector(padding))
         unused = [PenaltyWrite(self._shapes.num_penalty_rows, (0,) * size, ()) for size in PENALTY_RUNS]
@@ -416,7 +416,7 @@ class ModelRunner:
         """Measures the steps of every bucket on this device; no step may be in flight. costs: of a preemption."""
 
         def compute(plan: StepPlan) -> None:
-            for vector in table_vectors(plan.table_writes, self._shapes.num_slots):
+            for vector in table_vectors(plan.table_writes, self._shapes.num_slots, self._shapes.num_groups):
                 self._arrays.slots = self._program(TABLE_WRITE)(self._arrays.slots, vector)
             self._forward(self._forward_call(self._shapes.forward_key(plan), plan))
             self._sample(self._sample_call(plan.row_bucket, plan))[0].block_until_ready()
@@ -431,6 +431,6 @@ def _is_ready(array: Any) -> bool:
 
 def packers(shapes: Shapes) -> tuple[dict[int, ForwardPacker], dict[int, SamplePacker]]:
     """Makes the packers of all forward programs, by token bucket, and of all sample programs, by row bucket."""
-    buckets, num_slots = shapes.buckets, shapes.num_slots
-    forward = {size: ForwardPacker(size, buckets.rows_of(size), shapes.page_size, num_slots) for size in buckets.tokens}
+    buckets, num_slots, told = shapes.buckets, shapes.num_slots, (shapes.page_size, shapes.num_slots, shapes.num_groups)
+    forward = {size: ForwardPacker(size, buckets.rows_of(size), *told) for size in buckets.tokens}
     return forward, {size: SamplePacker(size, num_slots) for size in buckets.rows}

@@ -30,8 +30,9 @@ class ForwardPacker:
     """Packs the input vector of the forward program for `tokens` tokens and `rows` rows; see
     `layout.forward_layout`."""
 
-    def __init__(self, tokens: int, rows: int, page_size: int, num_slots: int):
-        self.layout = forward_layout(tokens, rows, page_size)
+    def __init__(self, tokens: int, rows: int, page_size: int, num_slots: int, num_groups: int = 1):
+        self.layout = forward_layout(tokens, rows, page_size, num_groups)
+        self._num_groups = num_groups
         self._page_size = page_size
         self._empty = np.zeros(self.layout.size, np.int32)
         fields = self.layout.views(self._empty)
@@ -58,9 +59,14 @@ class ForwardPacker:
         ends[: count + 1] = self._counts[: count + 1]
         fields["page_slot"][:updates] = decodes.slots[decodes.page_rows]
         fields["page_index"][:updates] = decodes.starts[decodes.page_rows] // self._page_size
-        fields["page"][:updates] = decodes.pages
+        if self._num_groups == 1:
+            fields["page"][:updates] = decodes.pages
+        elif updates:
+            more = decodes.more_pages
+            _check_groups(0 if more is None else len(more), self._num_groups)
+            fields["page"][0, :updates], fields["page"][1:, :updates] = decodes.pages, more
         if plan.chunks:
-            _pack_chunks(plan.chunks, plan.forks, fields, count, updates)
+            _pack_chunks(plan.chunks, plan.forks, fields, count, updates, self._num_groups)
         ends[plan.num_rows + 1 :] = plan.num_tokens
         return vector
 
@@ -116,22 +122,31 @@ def pooling_vector(plan: StepPlan, rows: int) -> np.ndarray:
     return vector
 
 
-def table_vectors(writes: Sequence[PageTableWrite], num_slots: int) -> list[np.ndarray]:
+def table_vectors(writes: Sequence[PageTableWrite], num_slots: int, num_groups: int = 1) -> list[np.ndarray]:
     """Packs the input vectors of the page-table program, one `layout.table_layout` for each call needed.
 
     Raises ValueError for a group that the device has no table of.
     """
     for write in writes:
-        if write.group:
-            raise ValueError(f"group is {write.group}; all layers are alike here, so a page table write is of group 0")
-    entries = [(write.slot, write.first + index, page) for write in writes for index, page in enumerate(write.pages)]
-    layout, vectors = table_layout(), []
+        if write.group >= num_groups:
+            raise ValueError(
+                f"group is {write.group}; layers are of {num_groups} groups here, so that of a page table write is at "
+                f"most {num_groups - 1}"
+            )
+    entries = [
+        (write.group, write.slot, write.first + index, page)
+        for write in writes
+        for index, page in enumerate(write.pages)
+    ]
+    layout, vectors = table_layout(num_groups), []
     for begin in range(0, len(entries), TABLE_RUN):
         block = np.array(entries[begin : begin + TABLE_RUN], np.int32)
         vector = np.zeros(layout.size, np.int32)
         fields = layout.views(vector)
         fields["page_slot"][:] = num_slots
-        fields["page_slot"][: len(block)], fields["page_index"][: len(block)], fields["page"][: len(block)] = block.T
+        for name, column in zip(("page_group", "page_slot", "page_index", "page"), block.T, strict=True):
+            if name in fields:
+                fields[name][: len(block)] = column
         vectors.append(vector)
     return vectors
 
@@ -210,8 +225,22 @@ def penalty_vectors(writes: Sequence[PenaltyWrite]) -> list[tuple[int, np.ndarra
     return vectors
 
 
+def _check_groups(more: int, num_groups: int) -> None:
+    """Raises ValueError unless a row has pages of as many groups after the first as there are."""
+    if more != num_groups - 1:
+        raise ValueError(
+            f"more_pages has pages of {more} groups; layers are of {num_groups} groups here, so it must have those of "
+            f"{num_groups - 1}, all but the first"
+        )
+
+
 def _pack_chunks(
-    chunks: tuple[RowPlan, ...], forks: tuple[Fork, ...], fields: dict[str, np.ndarray], row: int, update: int
+    chunks: tuple[RowPlan, ...],
+    forks: tuple[Fork, ...],
+    fields: dict[str, np.ndarray],
+    row: int,
+    update: int,
+    num_groups: int,
 ) -> None:
     """Packs chunks after `row` rows of one token each and `update` entries of the page table, and the parameters of
     those that are new and of forks."""
@@ -226,7 +255,11 @@ def _pack_chunks(
             pages = len(chunk.new_pages)
             fields["page_slot"][update : update + pages] = chunk.slot
             fields["page_index"][update : update + pages] = range(chunk.first_new_page, chunk.first_new_page + pages)
-            fields["page"][update : update + pages] = chunk.new_pages
+            _check_groups(len(chunk.more_pages), num_groups)
+            if num_groups == 1:
+                fields["page"][update : update + pages] = chunk.new_pages
+            else:
+                fields["page"][:, update : update + pages] = (chunk.new_pages, *chunk.more_pages)
             update += pages
     for place, one in enumerate(new):
         _pack_parameters(one, fields, place)

@@ -43,7 +43,8 @@ class RunnerInfo:
     memory for swapped sequences. preemption_costs: measured at warm-up; None when swapping is impossible.
     tokens_per_step: maximum tokens of a decoding row in one step (`DecodeRows.counts`).
     max_logprobs: likeliest ids of one position that a request may ask for. logprobs_mode: as in `LogprobsConfig`.
-    hidden_size: numbers of a hidden state, which pooling returns.
+    hidden_size: numbers of a hidden state, which pooling returns. group_windows: for each group of layers, which has a
+    page table of its own, the positions that its layers attend to; None for all.
     """
 
     vocab_size: int
@@ -70,6 +71,7 @@ class RunnerInfo:
     max_logprobs: int = MAX_LOGPROBS
     logprobs_mode: str = "raw_logprobs"
     hidden_size: int = 0
+    group_windows: tuple[int | None, ...] = (None,)
 
     @property
     def usable_pages(self) -> int:

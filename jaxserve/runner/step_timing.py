@@ -68,7 +68,9 @@ def _plan(shapes: Shapes, bucket: int, rows: int, context: int, tokens: int, sta
     first = 0
     for slot, length in [*((row.slot, context) for row in decoding), *([(rows, start + tokens)] if tokens else [])]:
         count = -(-length // size)
-        writes += table_writes(0, slot % shapes.num_slots, [1 + (first + index) % usable for index in range(count)])
+        pages = [1 + (first + index) % usable for index in range(count)]
+        for group in range(shapes.num_groups):
+            writes += table_writes(group, slot % shapes.num_slots, pages)
         first += count
     chunks: tuple[RowPlan, ...] = ()
     samples = [(row, row, context, False, 0) for row in range(rows)]

@@ -16,6 +16,7 @@ REPEATS = 3
 def prompt_row(shapes: Shapes, slot: int, first_page: int, start: int, end: int) -> RowPlan:
     """Makes a row of tokens `start` to `end` - 1 of a prompt whose pages are consecutive from `first_page` on."""
     held, needed = -(-start // shapes.page_size), -(-end // shapes.page_size)
+    pages = tuple(range(first_page + held, first_page + needed))
     return RowPlan(
         request_id="",
         order=-1,
@@ -23,8 +24,9 @@ def prompt_row(shapes: Shapes, slot: int, first_page: int, start: int, end: int)
         start=start,
         token_ids=(0,) * (end - start),
         first_new_page=held,
-        new_pages=tuple(range(first_page + held, first_page + needed)),
+        new_pages=pages,
         admit=None,
+        more_pages=(pages,) * (shapes.num_groups - 1),  # what the groups overwrite of each other costs no more time
     )
 
 

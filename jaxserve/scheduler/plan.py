@@ -24,8 +24,8 @@ class PageTableWrite:
 
     group: the group of layers that the table belongs to; 0 where all layers are alike. pages: at most TABLE_RUN.
 
-    Pages that rows allocate for their own tokens need no such write: `RowPlan.new_pages` and `DecodeRows.pages` carry
-    them.
+    Pages that rows allocate for their own tokens need no such write: `RowPlan.new_pages` and `DecodeRows.pages`, and
+    `more_pages` of both, carry them.
     """
 
     group: int
@@ -38,9 +38,9 @@ class PageTableWrite:
             raise ValueError(f"pages has {len(self.pages)} pages; one write has 1 to {TABLE_RUN}: make several")
 
 
-def table_writes(group: int, slot: int, pages: Sequence[int]) -> list[PageTableWrite]:
-    """Splits the first entries of a page table into runs of at most TABLE_RUN."""
-    runs = range(0, len(pages), TABLE_RUN)
+def table_writes(group: int, slot: int, pages: Sequence[int], begin: int = 0) -> list[PageTableWrite]:
+    """Splits the entries of a page table from index `begin` on into runs of at most TABLE_RUN."""
+    runs = range(begin, len(pages), TABLE_RUN)
     return [PageTableWrite(group, slot, first, tuple(pages[first : first + TABLE_RUN])) for first in runs]
 
 
@@ -81,6 +81,8 @@ class RowPlan:
     token_ids: the ids to compute. Empty in a row that decodes: its first token is the one sampled last in the slot,
     whose id only the device may know yet.
     first_new_page, new_pages: the pages allocated for this step and the page-table index of the first of them.
+    more_pages: where layers are of several groups, as many pages for each group after the first; new_pages are those
+    of the first.
     admit: set in the step that gives the request its slot; its sampling parameters are written there.
     count: tokens of a decoding row, as in `DecodeRows`. penalty_row: with `admit`, the row of its penalties; None where
     it has none. pooled: set in a chunk of a prompt that is embedded, if some of its tokens are pooled or it is the
@@ -98,6 +100,7 @@ class RowPlan:
     count: int = 1
     penalty_row: int | None = None
     pooled: PooledTokens | None = None
+    more_pages: tuple[tuple[int, ...], ...] = ()
 
     @property
     def decodes(self) -> bool:
@@ -129,7 +132,8 @@ class DecodeRows:
 
     request_ids: R of them; orders: int64 [R]; slots, starts: int32 [R]; as in `RowPlan`.
     page_rows, pages: int32 [P], the pages allocated for this step and the row of each; a row gets at most one, for the
-    tokens from `start` on.
+    tokens from `start` on. more_pages: int32 [G - 1, P], where layers are of G groups, the pages of the groups after
+    the first; None for one group.
     page_size: tokens a page.
     counts: int32 [R], tokens of each row: the token sampled last and draft tokens of the device, whose samples
     determine how many are accepted. None means one each. With drafts, `start` is an upper bound: it assumes that steps
@@ -144,6 +148,7 @@ class DecodeRows:
     pages: np.ndarray
     page_size: int
     counts: np.ndarray | None = None
+    more_pages: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.request_ids)
@@ -155,6 +160,7 @@ class DecodeRows:
     def rows(self) -> Iterator[RowPlan]:
         """Yields the rows one by one as `RowPlan`s."""
         new = dict(zip(self.page_rows.tolist(), self.pages.tolist(), strict=True))
+        more = {} if self.more_pages is None else dict(zip(new, self.more_pages.T.tolist(), strict=True))
         counts = [1] * len(self) if self.counts is None else self.counts.tolist()
         columns = zip(
             self.request_ids, self.orders.tolist(), self.slots.tolist(), self.starts.tolist(), counts, strict=True
@@ -162,7 +168,9 @@ class DecodeRows:
         for row, (request_id, order, slot, start, count) in enumerate(columns):
             pages = (new[row],) if row in new else ()
             held = -(-(start + count) // self.page_size)
-            yield RowPlan(request_id, order, slot, start, (), held - len(pages), pages, None, count)
+            others = tuple([(page,) for page in more.get(row, ())])
+            first = held - len(pages)
+            yield RowPlan(request_id, order, slot, start, (), first, pages, None, count, more_pages=others)
 
     def part(self, begin: int, end: int) -> DecodeRows:
         """Returns rows `begin` to `end` - 1."""
@@ -176,12 +184,14 @@ class DecodeRows:
             pages=self.pages[within],
             page_size=self.page_size,
             counts=None if self.counts is None else self.counts[begin:end],
+            more_pages=None if self.more_pages is None else self.more_pages[:, within],
         )
 
     @classmethod
     def of(cls, rows: Sequence[RowPlan], page_size: int) -> DecodeRows:
         """Builds the columns from rows that each decode one token and allocate at most one page."""
         new = [(index, page) for index, row in enumerate(rows) for page in row.new_pages]
+        more = [[page for (page,) in row.more_pages] for row in rows if row.more_pages]
         return cls(
             request_ids=tuple(row.request_id for row in rows),
             orders=np.array([row.order for row in rows], np.int64),
@@ -190,6 +200,7 @@ class DecodeRows:
             page_rows=np.array([index for index, _ in new], np.int32),
             pages=np.array([page for _, page in new], np.int32),
             page_size=page_size,
+            more_pages=np.array(more, np.int32).T if more else None,
         )
 
 

@@ -62,23 +62,60 @@ class LayerCache(NamedTuple):
     """Holds one layer's paged key-value cache.
 
     Attributes:
-        pool: [num_pages, 2, K, page_size, D].
+        pool: [num_pages, 2, K, page_size, D], which layers of other groups may use too.
         scales: per-head factors of the stored keys and the stored values; None unless the pool is quantized.
+        group: the layer's, whose page table names its pages.
     """
 
     pool: jax.Array
     scales: Scales | None = None
+    group: int = 0
 
 
-def layer_caches(pools: Sequence[jax.Array], kv_scales: Sequence[Scales] | None = None) -> list[LayerCache]:
-    """Returns the caches of all layers, with their scales where the pools are quantized."""
-    if kv_scales is None:
-        return [LayerCache(pool) for pool in pools]
-    return [LayerCache(pool, scales) for pool, scales in zip(pools, kv_scales, strict=True)]
+class LayerCaches:
+    """Holds the caches of all layers, by number; layers of several groups share a pool.
+
+    Attributes:
+        pools: arrays as `LayerCache.pool`; each as the layer left it that was set last.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[jax.Array],
+        kv_scales: Sequence[Scales] | None = None,
+        places: Sequence[tuple[int, int]] | None = None,
+    ):
+        """Initializes the caches.
+
+        Args:
+            pools: the arrays.
+            kv_scales: of each layer; None unless the pools are quantized.
+            places: group and array of each layer, as in `LayerGroups`; None for one group.
+        """
+        self.pools = list(pools)
+        self._kv_scales = kv_scales
+        self._places = [(0, layer) for layer in range(len(pools))] if places is None else places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __copy__(self) -> LayerCaches:
+        return LayerCaches(self.pools, self._kv_scales, self._places)
+
+    def __getitem__(self, layer: int) -> LayerCache:
+        group, array = self._places[layer]
+        return LayerCache(self.pools[array], None if self._kv_scales is None else self._kv_scales[layer], group)
+
+    def __setitem__(self, layer: int, cache: LayerCache) -> None:
+        self.pools[self._places[layer][1]] = cache.pool
 
 
 def paged_attend(
-    metadata: AttentionMetadata, implementation: str, mesh: Mesh | None = None, *, decode_only: bool = False
+    metadata: Sequence[AttentionMetadata],
+    implementation: str,
+    mesh: Mesh | None = None,
+    *,
+    decode_only: bool = False,
 ) -> Attend:
     """Returns an `Attend` over pages; the cache of a layer is a `LayerCache`.
 
@@ -86,7 +123,7 @@ def paged_attend(
     them from there: a token sees the same bits whether its predecessors were computed in this step or an earlier one.
 
     Args:
-        metadata: of the step.
+        metadata: of the step, for each group of layers.
         implementation: a name that `jaxserve.pallas_kernels.paged_attention.api.choose` returned.
         mesh: with the axis `tensor` where that has more than one device: each device then computes its own heads. The
             kernels are opaque to the partitioner, so they are sharded explicitly. None for one device.
@@ -101,20 +138,21 @@ def paged_attend(
     def attend_heads(
         qkv: jax.Array,
         rotation: Rotation | None,
-        cache: LayerCache,
+        pool: jax.Array,
+        kv_scales: Scales | None,
         step: AttentionMetadata,
         sinks: jax.Array | None,
         *,
         spec: AttentionSpec,
         dtype: np.dtype,
-    ) -> tuple[jax.Array, LayerCache]:
-        k_scale, v_scale = (None, None) if cache.scales is None else cache.scales
+    ) -> tuple[jax.Array, jax.Array]:
+        k_scale, v_scale = (None, None) if kv_scales is None else kv_scales
         scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale, "implementation": implementation}
         if rotation is None:
             q, k, v = split_heads(qkv, dtype)
-            pool = api.kv_write(cache.pool, k, v, step.slot_mapping, **scales)
+            pool = api.kv_write(pool, k, v, step.slot_mapping, **scales)
         else:
-            q, pool = api.rotate_and_write(qkv, *rotation, cache.pool, step.slot_mapping, dtype=dtype, **scales)
+            q, pool = api.rotate_and_write(qkv, *rotation, pool, step.slot_mapping, dtype=dtype, **scales)
         out = api.paged_attention(
             q,
             pool,
@@ -126,7 +164,7 @@ def paged_attend(
             decode_only=decode_only,
             **scales,
         )
-        return out, LayerCache(pool, cache.scales)
+        return out, pool
 
     def attend(
         qkv: jax.Array,
@@ -136,19 +174,19 @@ def paged_attend(
         sinks: jax.Array | None,
         dtype: np.dtype,
     ) -> tuple[jax.Array, LayerCache]:
-        one = functools.partial(attend_heads, spec=spec, dtype=dtype)
-        if mesh is None or mesh.shape["tensor"] == 1:
-            return one(qkv, rotation, cache, metadata, sinks)
-        heads = P(None, "tensor")
-        specs: Any = (POOL_PARTITION, None if cache.scales is None else (SCALE_PARTITION, SCALE_PARTITION))
-        places = LayerCache(*specs)
-        return jax.shard_map(
-            one,
-            mesh=mesh,
-            in_specs=(heads, P(), places, P(), SCALE_PARTITION),
-            out_specs=(heads, places),
-            check_vma=False,  # the kernels do not say over which axes their results vary
-        )(qkv, rotation, cache, metadata, sinks)
+        one: Any = functools.partial(attend_heads, spec=spec, dtype=dtype)
+        if mesh is not None and mesh.shape["tensor"] > 1:
+            heads = P(None, "tensor")
+            scales = None if cache.scales is None else (SCALE_PARTITION, SCALE_PARTITION)
+            one = jax.shard_map(
+                one,
+                mesh=mesh,
+                in_specs=(heads, P(), POOL_PARTITION, scales, P(), SCALE_PARTITION),
+                out_specs=(heads, POOL_PARTITION),
+                check_vma=False,  # the kernels do not say over which axes their results vary
+            )
+        out, pool = one(qkv, rotation, cache.pool, cache.scales, metadata[cache.group], sinks)
+        return out, cache._replace(pool=pool)
 
     return attend
 

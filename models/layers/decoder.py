@@ -1,9 +1,9 @@
 """Implements the decoder in flax nnx, assembled from the list of layers of a model's configuration.
 
 The model computes hidden states for any packing of tokens; how keys and values are stored and attended to is the
-caller's: `attend` is called once a layer with that layer's cache. Training passes dense causal attention, serving
-passes paged attention (models/layers/attention_backends.py). Letters in shapes: H hidden, V vocabulary. `...` is any
-leading axes.
+caller's: `attend` is called once a layer, in order, with that layer's cache. Training passes dense causal attention,
+serving passes paged attention (models/layers/attention_backends.py). Letters in shapes: H hidden, V vocabulary. `...`
+is any leading axes.
 
 Weights keep Hugging Face's [out, in] order and are contracted on their last axis, which is the fast layout of a CPU dot
 and free on a GPU.
@@ -11,7 +11,8 @@ and free on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,26 +78,25 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm("model.norm", config.hidden_size, config.rms_norm_eps, dtype, rngs)
         self.head = None if config.tie_word_embeddings else head.make(rngs, dtype)
 
-    def __call__(
-        self, tokens: jax.Array, positions: jax.Array, caches: Sequence[Cache], attend: Attend
-    ) -> tuple[jax.Array, list[Cache]]:
+    def __call__(self, tokens: jax.Array, positions: jax.Array, caches: Any, attend: Attend) -> tuple[jax.Array, Any]:
         """Computes hidden states after the final norm.
 
         Args:
             tokens: int32 [...]; ids below vocab_size (the caller must ensure this: a gather clamps silently).
             positions: int32 [...], the position of each token in its own sequence.
-            caches: one per layer, passed to `attend` and returned as it returned them.
+            caches: of each layer, by its number: a list, or `LayerCaches` where layers store in the same arrays. Each
+                is passed to `attend` and replaced, in a copy, by what it returns before the next layer gets its own.
 
         Returns:
-            (hidden [..., H] in the weights' dtype, caches).
+            (hidden [..., H] in the weights' dtype, the copy of caches).
         """
         rotation = self._rotation(positions)
         x = self.embedding[...][tokens]
-        updated = []
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer(x, rotation, cache, attend)
-            updated.append(cache)
-        return self.norm(x), updated
+        assert len(caches) == len(self.layers), f"{len(self.layers)} layers have {len(caches)} caches"
+        caches = copy.copy(caches)
+        for number, layer in enumerate(self.layers):
+            x, caches[number] = layer(x, rotation, caches[number], attend)
+        return self.norm(x), caches
 
     def _rotation(self, positions: jax.Array) -> Rotation | None:
         """Computes the rotation that the layers share; None where no layer rotates."""

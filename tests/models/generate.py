@@ -12,9 +12,9 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers.attention_backends import (
     POOL_PARTITION,
     AttentionMetadata,
+    LayerCaches,
     Scales,
     dense_attend,
-    layer_caches,
     paged_attend,
 )
 from jaxserve.models.loading.kv_scales import placed
@@ -58,9 +58,9 @@ def paged_step(
 ) -> tuple[jax.Array, list[jax.Array]]:
     """float32 logits [T, V] of a step, and the pools."""
     model = bind(config, params)
-    attend = paged_attend(metadata, implementation, mesh)
-    hidden, caches = model(tokens, metadata.positions, layer_caches(pools, scales), attend)
-    return model.logits(hidden), [cache.pool for cache in caches]
+    attend = paged_attend([metadata], implementation, mesh)
+    hidden, caches = model(tokens, metadata.positions, LayerCaches(pools, scales), attend)
+    return model.logits(hidden), caches.pools
 
 
 class PagedSequence:

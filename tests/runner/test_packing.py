@@ -30,7 +30,7 @@ ROOMY = ForwardPacker(64, 8, PAGE, NUM_SLOTS)
 @jax.jit
 def place(slots: Slots, vector: jax.Array):
     fields = ROOMY.layout.read(vector)
-    return attention_metadata(fields, slots.apply(fields), PAGE)
+    return attention_metadata(fields, slots.apply(fields).page_table, PAGE)
 
 
 def row(name: str, slot: int, start: int, tokens: tuple[int, ...], **fields) -> RowPlan:

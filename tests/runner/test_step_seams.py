@@ -124,7 +124,9 @@ def test_a_run_is_bounded():
 
 def test_a_group_that_is_not_there_is_refused(runner):
     row = chunk(prompt(3), 0, 0, 3, [1], admit=True)
-    with pytest.raises(StepNotStartedError, match="group is 1; all layers are alike here"):
+    with pytest.raises(
+        StepNotStartedError, match="group is 1; layers are of 1 groups here, so that of a page table write is"
+    ):
         step(runner, row, 8, sample=False, writes=[PageTableWrite(1, 0, 0, (7,))])
 
 
@@ -132,7 +134,7 @@ def test_a_group_that_is_not_there_is_refused(runner):
 def test_many_pages_in_each_group_of_the_fake_runner(groups):
     """Each group has a page table and pages of its own, of one pool."""
     request = prompt(16 * CACHED + 3)
-    fake = FakeRunner(num_groups=groups, page_size=16, num_pages=220, max_model_len=2048)
+    fake = FakeRunner(group_windows=(None,) * groups, page_size=16, num_pages=220, max_model_len=2048)
     tables = [list(range(1 + 70 * group, 65 + 70 * group)) for group in range(groups)]
 
     def others(slot: int, first: int, new: Sequence[int]) -> list[PageTableWrite]:
