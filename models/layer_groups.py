@@ -42,8 +42,8 @@ class LayerGroups:
 
     Attributes:
         size: layers of a group (m), and arrays of the pool.
-        windows: of each group, positions that its layers attend to; None for all. Layers of a group may have a narrower
-            window than it.
+        windows: of each group, positions that its layers attend to, at least 2; None for all. Layers of a group may
+            have a narrower window than it.
         places: of each layer, its group and its array.
     """
 
@@ -96,7 +96,7 @@ def layer_groups(kinds: Sequence[LayerKind], page_size: int, length: int) -> Lay
     check_count("page_size", page_size)
     check_count("length", length)
     _check_alike(kinds)
-    windows = [None if kind.window is None or kind.window >= length else kind.window for kind in kinds]
+    windows = [None if kind.window is None or kind.window >= length else max(2, kind.window) for kind in kinds]
     candidates = list(_candidates(windows))
     sizes = [groups.size * groups.pages(length, page_size) for groups in candidates]
     most = (1 + MOST_PADDING) * min(sizes)

@@ -143,6 +143,7 @@ class EngineCore:
             step_seconds=step_seconds,
             allocation_hit=Failpoints(config.failpoints).at("allocate"),
             content_keys=content_keys(config),
+            group_windows=info.group_windows,
         )
         self._cache_control = CacheControl(self.scheduler.prefix_cache, self.scheduler.pool, self.scheduler.wait_counts)
         for line in () if self.scheduler.decode_gap is None else self.scheduler.decode_gap.warnings:
@@ -211,7 +212,7 @@ class EngineCore:
         limits = ModelLimits(
             vocab_size=info.vocab_size,
             max_model_len=info.max_model_len,
-            pool_tokens=info.page_size * info.usable_pages,
+            pool_tokens=self.scheduler.page_groups.pool_tokens(info.usable_pages, info.max_model_len),
             max_prompt_len=info.max_model_len if chunked else scheduler.max_num_batched_tokens,
             eos_token_ids=info.eos_token_ids,
             default_max_tokens=None if max_tokens is None else int(max_tokens),

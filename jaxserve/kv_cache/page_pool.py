@@ -233,6 +233,10 @@ class PagePool:
             pages.append(page)
         return pages
 
+    def page_of(self, key: bytes) -> int | None:
+        """Returns the committed page of a key, or None; as with `find` it gets no reference."""
+        return self._page_of_key.get(key)
+
     def num_unreferenced(self, pages: Iterable[int]) -> int:
         """Returns how many of these active or cached pages no table holds: to share them takes them from
         `num_available`."""

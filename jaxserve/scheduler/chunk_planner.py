@@ -8,13 +8,13 @@ import numpy as np
 
 from jaxserve.scheduler.budgets import Budgets
 from jaxserve.scheduler.modes import Mode
-from jaxserve.scheduler.plan import NO_SCORES, Fork, PageTableWrite, PenaltyWrite, RowPlan, Scores, table_writes
+from jaxserve.scheduler.plan import NO_SCORES, Fork, PageTableWrite, PenaltyWrite, RowPlan, Scores
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.scoring import planned_scores
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import SequenceQueues
 from jaxserve.scheduler.shared_prompt import SharedPrompt
-from jaxserve.scheduler.step_in_progress import StepInProgress, penalty_writes
+from jaxserve.scheduler.step_in_progress import StepInProgress, penalty_writes, slot_writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ChunkPlanner:
         forks: list[Fork] = []
         for sequence in forked:
             assert sequence.slot is not None
-            writes += table_writes(0, sequence.slot, sequence.pages)
+            writes += slot_writes(sequence, len(sequence.pages))
             forks.append(
                 Fork(sequence.request_id, sequence.order, sequence.slot, sequence.request, sequence.penalty_row)
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as List
+
 import numpy as np
 
 from jaxserve.scheduler.plan import NOTHING_ALLOWED, DecodeRows, FastForward, Samples, Wants
@@ -47,6 +49,7 @@ class DecodingSet:
         self._stop_ids = np.full((num_slots, 1), _NO_ID, np.int32)
         self._row = np.zeros(num_slots, np.int32)  # of each slot, as of `_rows`
         self._taken: dict[int, int] = {}  # slot -> page taken for the step being planned
+        self._taken_more: dict[int, List[int]] = {}  # the same of the groups after the first, where there are any
         self._rows: tuple[tuple[str, ...], np.ndarray, np.ndarray] | None = None  # until someone joins or leaves
 
     def __len__(self) -> int:
@@ -92,6 +95,7 @@ class DecodingSet:
         self._order[slot] = _NO_SEQUENCE
         del self._by_slot[slot]
         self._taken.pop(slot, None)
+        self._taken_more.pop(slot, None)
         self._rows = None
 
     def position(self, sequence: Sequence) -> int:
@@ -120,10 +124,15 @@ class DecodingSet:
             needing_page = slots[self._position[slots] == self._capacity[slots]]
         return [self._by_slot[slot] for slot in needing_page.tolist()]
 
-    def give_page(self, sequence: Sequence, page: int) -> None:
-        """Assigns `page` to a `needing_page` sequence for its next row."""
+    def give_pages(self, sequence: Sequence, pages: List[int]) -> None:
+        """Assigns a page of each group of layers to a `needing_page` sequence for its next row."""
         assert sequence.slot is not None
+        page, *more = pages
         sequence.pages.append(page)
+        if more:
+            for table, one in zip(sequence.more_pages, more, strict=True):
+                table.append(one)
+            self._taken_more[sequence.slot] = more
         self._capacity[sequence.slot] += self._page_size
         self._taken[sequence.slot] = page
 
@@ -149,7 +158,7 @@ class DecodingSet:
         starts = self._position[slots]
         positions = starts + 1
         self._position[slots] = positions
-        page_rows, pages = self._take_pages()
+        page_rows, pages, more = self._take_pages()
         rows = DecodeRows(
             request_ids=request_ids,
             orders=orders,
@@ -158,6 +167,7 @@ class DecodingSet:
             page_rows=page_rows,
             pages=pages,
             page_size=self._page_size,
+            more_pages=more,
         )
         return rows, Samples(
             hidden_rows=self._numbers[: len(request_ids)],
@@ -177,7 +187,7 @@ class DecodingSet:
         starts = self._position[slots]
         self._position[slots] = starts + counts
         self._row[slots] = np.arange(len(slots))
-        page_rows, pages = self._take_pages()
+        page_rows, pages, more = self._take_pages()
         rows = DecodeRows(
             request_ids=tuple([self._by_slot[slot].request_id for slot in slots.tolist()]),
             orders=self._order[slots],
@@ -187,6 +197,7 @@ class DecodingSet:
             pages=pages,
             page_size=self._page_size,
             counts=counts,
+            more_pages=more,
         )
         sampled = np.repeat(slots, counts)
         first = np.repeat(np.cumsum(counts, dtype=np.int32) - counts, counts)
@@ -312,6 +323,7 @@ class DecodingSet:
             assert position <= sequence.last_position, "a sequence goes on past its last token"
         assert (self._order[free] == _NO_SEQUENCE).all(), "a slot decodes for a sequence that is gone"
         assert not self._taken, "a page was taken for no step"
+        assert not self._taken_more, "a page was taken for no step"
 
     def _current_rows(self) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
         """Returns the request ids, orders and slots of the rows."""
@@ -322,15 +334,18 @@ class DecodingSet:
             self._rows = request_ids, self._order[slots], slots
         return self._rows
 
-    def _take_pages(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the rows that allocated a page for this step, and those pages."""
+    def _take_pages(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Returns the rows that allocated a page for this step, those pages, and those of the groups after the first,
+        as `DecodeRows` holds them."""
         if not self._taken:
-            return _NONE, _NONE
+            return _NONE, _NONE, None
         count = len(self._taken)
         rows = self._row[np.fromiter(self._taken, np.int32, count)]
         pages = np.fromiter(self._taken.values(), np.int32, count)
+        more = np.array(list(self._taken_more.values()), np.int32).T if self._taken_more else None
         self._taken.clear()
-        return rows, pages
+        self._taken_more.clear()
+        return rows, pages, more
 
 
 _NONE = np.zeros(0, np.int32)

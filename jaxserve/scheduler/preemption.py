@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable
 
 from jaxserve.config.scheduling import PreemptionConfig
+from jaxserve.kv_cache.page_groups import PageGroups
 from jaxserve.scheduler.keyed_queue import KeyedQueue, PriorityKey
 from jaxserve.scheduler.policies.policy import Policy
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
@@ -19,10 +20,10 @@ from jaxserve.scheduler.sequence import Sequence
 class Preemption:
     """Applies the rules of `PreemptionConfig`. costs: as measured; configured ones take precedence."""
 
-    def __init__(self, config: PreemptionConfig, policy: Policy, page_size: int, costs: PreemptionCosts | None):
+    def __init__(self, config: PreemptionConfig, policy: Policy, groups: PageGroups, costs: PreemptionCosts | None):
         self._config = config
         self._priority_key = policy.priority_key
-        self._page_size = page_size
+        self._groups = groups
         self._per_token = config.recompute_seconds_per_token
         self._per_page = config.swap_seconds_per_page
         if costs is not None:
@@ -48,7 +49,7 @@ class Preemption:
             return self._config.preemption_mode == "swap"
         if self._per_token is None or self._per_page is None:
             return False
-        return self._per_page * self._pages(num_computed) < self._per_token * num_computed
+        return self._per_page * self._groups.held(num_computed) < self._per_token * num_computed
 
     def cost(self, num_computed: int) -> float:
         """Returns the seconds to bring back a sequence of `num_computed` tokens; without known costs, `num_computed`
@@ -58,7 +59,7 @@ class Preemption:
         recompute = self._per_token * num_computed
         if self._per_page is None or self._config.preemption_mode == "recompute":
             return recompute
-        return min(recompute, self._per_page * self._pages(num_computed))
+        return min(recompute, self._per_page * self._groups.held(num_computed))
 
     def boosted(self, sequence: Sequence) -> None:
         """Records a preemption, which raises the sequence's priority."""
@@ -131,10 +132,7 @@ class Preemption:
         Otherwise two large sequences could preempt each other forever, since the one with the most computed tokens
         would always be the victim.
         """
-        return len(sequence.pages) if sequence.num_preemptions < self._config.max_preemptions else 0
+        return sequence.num_pages if sequence.num_preemptions < self._config.max_preemptions else 0
 
     def _order(self, sequence: Sequence) -> PriorityKey:
         return (self._rule(sequence), *self._priority_key(sequence))
-
-    def _pages(self, num_computed: int) -> int:
-        return -(-num_computed // self._page_size)

@@ -21,7 +21,8 @@ from collections.abc import Sequence as List
 
 from jaxserve.kv_cache.content_keys import ContentKeys
 from jaxserve.kv_cache.event_log import CacheEvent, CacheEventKind, CacheEventLog, page_hash
-from jaxserve.kv_cache.page_pool import PagePool
+from jaxserve.kv_cache.page_groups import PageGroups, group_key
+from jaxserve.kv_cache.page_pool import NULL_PAGE, PagePool
 from jaxserve.request import RequestStatus
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.sequence import Sequence
@@ -42,14 +43,35 @@ class PrefixCounts:
     returned_tokens: int = 0
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class FoundPages:
+    """Holds the first entries of a sequence's page tables, whose content is computed.
+
+    tables: of each group, as `Sequence.tables`. left: as `Sequence.left`.
+    """
+
+    tables: List[List[int]]
+    left: List[int]
+
+    def __len__(self) -> int:
+        return len(self.tables[0])
+
+    @property
+    def live(self) -> list[int]:
+        """Returns the pages of all tables."""
+        return [page for table, left in zip(self.tables, self.left, strict=True) for page in table[left:]]
+
+
 class PrefixCache:
     """Looks up and commits the pages of sequences in one pool.
 
+    groups: of layers. A page of each group has a content key of its own, which follows from that of its tokens.
     keys: None where pages are not shared between requests; nothing is then found or committed. watched: somebody takes
     `committed_keys`, those of the pages committed since they were taken last.
     """
 
-    def __init__(self, pool: PagePool, keys: ContentKeys | None):
+    def __init__(self, pool: PagePool, keys: ContentKeys | None, groups: PageGroups):
+        self._groups = groups
         self._pool = pool
         self._keys = keys
         self._dispatched: StepPlan | None = None
@@ -59,15 +81,36 @@ class PrefixCache:
         self.watched = False
         self.committed_keys: list[bytes] = []
 
-    def find(self, sequence: Sequence) -> list[int]:
-        """Returns the computed pages with which a sequence that holds none can begin, in order; O(their number).
+    def find(self, sequence: Sequence) -> FoundPages:
+        """Returns the computed pages with which a sequence that holds none can begin, in order; O(their number), or
+        where no group needs all pages, O(pages of its known tokens).
 
-        They get no reference: `Pages.admit` shares them.
+        Of groups with a window only the pages that the next token attends to need be there. They get no reference:
+        `Pages.admit` shares them.
         """
-        limit = sequence.num_skippable // self._pool.page_size
-        return self._pool.find(self._chain(sequence, limit)) if limit and self._serves(sequence) else []
+        limit = sequence.num_skippable // self._pool.page_size if self._serves(sequence) else 0
+        keys = self._chain(sequence, limit) if limit else iter(())
+        if self._groups.alike:
+            return FoundPages((self._pool.find(keys),), [0])
+        tables: list[list[int]] = [[] for _ in self._groups.windows]
+        entries, missing = 0, [-1] * len(tables)  # of each group the last entry whose page is not there
+        for index, key in enumerate(keys):
+            for group, table in enumerate(tables):
+                page = self._pool.page_of(group_key(key, group))
+                table.append(NULL_PAGE if page is None else page)
+                if page is None:
+                    missing[group] = index
+            left = self._groups.left((index + 1) * self._pool.page_size)
+            whole = [gap < gone for gap, gone in zip(missing, left, strict=True)]
+            if all(whole):
+                entries = index + 1
+            elif not all(one for one, window in zip(whole, self._groups.windows, strict=True) if window is None):
+                break
+        left = self._groups.left(entries * self._pool.page_size)
+        found = [[NULL_PAGE] * gone + table[gone:entries] for table, gone in zip(tables, left, strict=True)]
+        return FoundPages(found, left)
 
-    def num_tokens(self, found: List[int]) -> int:
+    def num_tokens(self, found: FoundPages) -> int:
         """Returns the number of tokens in pages that `find` returned."""
         return len(found) * self._pool.page_size
 
@@ -163,7 +206,10 @@ class PrefixCache:
         if end <= begin or sequence.status is not RequestStatus.RUNNING or not self._serves(sequence):
             return False
         self._derive(sequence, end)
-        self._pool.commit(sequence.pages[begin:end], sequence.page_keys[begin:end], begin)
+        for group, (table, left) in enumerate(zip(sequence.tables, sequence.left, strict=True)):
+            first = max(begin, left)
+            keys = sequence.page_keys[first:end]
+            self._pool.commit(table[first:end], [group_key(key, group) for key in keys] if group else keys, first)
         sequence.num_committed = end
         if (log := self._event_log) is not None:
             first = begin

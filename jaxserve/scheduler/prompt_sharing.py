@@ -7,7 +7,8 @@
                page from a sample that runs, and computes the token again
     between    when the last sample that has the pages ends while others wait, the prompt keeps them for the next one;
                memory that somebody who runs needs is taken from there first
-    lost       where nobody has the pages any more (preemption, a fault), the prompt is computed again, by one of them
+    lost       where nobody has the pages any more (preemption, a fault, a window that has left them), the prompt is
+               computed again, by one of them
 
 What is shared are pages in front of the position that a sample writes next, so no page with two owners is ever written.
 Source of copying a page only when samples diverge in it: vLLM (SOSP 2023), section 4.4.
@@ -40,7 +41,7 @@ class PromptSharing:
     @property
     def tables(self) -> list[list[int]]:
         """Returns the pages that prompts keep, a list for each."""
-        return [prompt.kept for prompt in self._keeping]
+        return [prompt.kept_pages for prompt in self._keeping]
 
     @property
     def num_withheld(self) -> int:
@@ -51,7 +52,8 @@ class PromptSharing:
         """Queues the samples of one prompt, in order of their indices: the first computes it, the others are
         withheld."""
         first, *others = sequences
-        prompt = SharedPrompt(first.num_prompt_tokens, self._pool.page_size)
+        needed = self._pages.groups.left(first.num_prompt_tokens - 1)
+        prompt = SharedPrompt(first.num_prompt_tokens, self._pool.page_size, needed)
         self._prompts[prompt] = None
         for sequence in sequences:
             sequence.prompt = prompt
@@ -97,13 +99,27 @@ class PromptSharing:
         """Returns the copies that the last step's forks, or a prompt that keeps the pages of one, still need: when they
         joined, the source was not yet written."""
         due, self._due = self._due, []
-        return [copy for prompt, sequence, copy in due if sequence.decoding or copy.destination in prompt.kept]
+        return [copy for prompt, sequence, copy in due if sequence.decoding or copy.destination in prompt.kept_pages]
 
     def computed(self, sequence: Sequence, prompt: SharedPrompt) -> None:
         """Records that a running sample has all of the prompt in its pages, by what is dispatched until now."""
         prompt.holders[sequence.request_id] = sequence
         self._drop(prompt)
         self._settle(prompt)
+
+    def trimmed(self, sequence: Sequence) -> None:
+        """Records that windows have left pages of a running sequence."""
+        prompt = sequence.prompt
+        if prompt is None or sequence.request_id not in prompt.holders or prompt.is_in(sequence):
+            return
+        del prompt.holders[sequence.request_id]
+        if not prompt.holders:
+            self._settle(prompt)
+
+    def moved(self, sequence: Sequence) -> None:
+        """Records that a sample which windows have let leave its prompt will, or will not, compute it again."""
+        if sequence.prompt is not None:
+            self._settle(sequence.prompt)
 
     def leaves(self, sequence: Sequence, *, keep: bool) -> None:
         """Records that a sample is about to release its pages. keep: others that wait for a slot may still use those of
@@ -113,7 +129,10 @@ class PromptSharing:
             return
         if keep and prompt.queued:
             count = prompt.num_shared + 1
-            prompt.kept, sequence.pages = sequence.pages[:count], sequence.pages[count:]
+            prompt.kept, prompt.kept_left = [table[:count] for table in sequence.tables], sequence.left
+            for table in sequence.tables:
+                del table[:count]
+            sequence.left = [0] * len(prompt.kept_left)
             self._keeping[prompt] = None
         else:
             self._settle(prompt)
@@ -172,7 +191,7 @@ class PromptSharing:
     def _drop(self, prompt: SharedPrompt) -> None:
         """Releases the pages that a prompt keeps."""
         if prompt.kept:
-            self._pool.release(prompt.kept)
+            self._pool.release(prompt.kept_pages)
             prompt.kept = []
             del self._keeping[prompt]
 

@@ -31,6 +31,7 @@ import numpy as np
 from jaxserve.config.failpoints import Hit
 from jaxserve.config.scheduling import SchedulerConfig
 from jaxserve.kv_cache.content_keys import ContentKeys
+from jaxserve.kv_cache.page_groups import PageGroups
 from jaxserve.kv_cache.page_pool import PageCopy, PagePool, PageState
 from jaxserve.request import COMPLETED, EngineRequest, FinishReason, RequestStatus
 from jaxserve.scheduler.batch_barrier import BatchBarrier
@@ -67,7 +68,8 @@ class Scheduler:
     of a decoding row; more than one when the device drafts tokens and reports how many were accepted. step_seconds:
     predicts the time of a step, for max_decode_gap. allocation_hit: passes the failpoint "allocate" whenever pages are
     allocated to a sequence; None where there is none. content_keys: identify the content of pages, so that requests
-    share them; None where they do not.
+    share them; None where they do not. group_windows: of each group of layers, the positions that they attend to; None
+    for all.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Scheduler:
         step_seconds: Callable[[StepShape], float] | None = None,
         allocation_hit: Hit | None = None,
         content_keys: ContentKeys | None = None,
+        group_windows: tuple[int | None, ...] = (None,),
     ):
         needed, rows = config.max_num_seqs * tokens_per_step, buckets.rows[-1] if tokens_per_step > 1 else None
         for name, limit in (("max_num_batched_tokens", config.max_num_batched_tokens), ("row_buckets", rows)):
@@ -97,6 +100,7 @@ class Scheduler:
         self.policy = POLICIES[config.policy](config.ordering, self._step_times)
         self._mode = MODES[config.mode](config, self.policy)
         self._deadline_check = DeadlineCheck(config, self._step_times, tokens_per_step)
+        groups = self.page_groups = PageGroups(pool.page_size, group_windows, buckets.tokens[-1])
         self._queues = SequenceQueues(
             config,
             self.policy,
@@ -107,7 +111,8 @@ class Scheduler:
             tokens_per_step,
             allocation_hit,
             deadline_check=self._deadline_check,
-            prefix_cache=PrefixCache(pool, content_keys),
+            groups=groups,
+            prefix_cache=PrefixCache(pool, content_keys, groups),
             predictor=None if not config.admission.wait_for_prefix else self._predictor(step_seconds or by_tokens),
         )
         self.decode_gap = DecodeGap.configured(config, step_seconds, buckets)
@@ -248,6 +253,7 @@ class Scheduler:
     def _sequence(self, request: EngineRequest, wants: Wants) -> Sequence:
         """Returns the record of a new request."""
         sequence = Sequence(request, self._arrivals, 1.0 if request.pooling else self.predictor.expected(request))
+        self._queues.pages.open(sequence)
         sequence.wants = int(wants)
         self._queues.prefix_order.arrived(sequence)
         sequence.tenant_number = self.policy.tenant_number(request.options.tenant)
@@ -453,6 +459,8 @@ class Scheduler:
         queues = self._queues
         if not self._steady or queues.changed or queues.counts.preempted or queues.pages.reserves:
             return 0
+        if not queues.pages.groups.alike:
+            return 0  # pages come and go while the rows stay
         if not len(queues.running.decoding) or not self._mode.steady:
             return 0
         if self.decode_gap is not None or (len(queues.waiting) and not self._obstacle_stays()):

@@ -28,10 +28,12 @@ class Sequence:
     page_keys: content keys of its first full pages, as far as they were needed. num_committed: pages of its table, from
     the first on, of which the pool knows the key. num_cached_tokens: tokens of pages that it found when it began;
     num_found: when it arrived, or would find now, where its policy orders by that.
-    pages: of the device, in the order of the table; reserved: pages held for it beyond them; host_pages: those of a
-    swapped sequence. penalized: it needs a penalty row; penalty_row: the one that it holds while it runs. parked: its
-    queue does not offer it, since no row is free. prompt: what it shares with other samples of its request; None where
-    it is the only one. withheld: it waits in no queue, until one of them has computed the prompt.
+    pages: of the device, in the order of the table; more_pages: tables of the groups of layers after the first, as long
+    as it; left: of each table the number of entries, from the first on, that are the null page, because the group's
+    window has left them. reserved: pages held for it beyond those of the tables, for any group; host_pages: those of a
+    swapped sequence, group by group. penalized: it needs a penalty row; penalty_row: the one that it holds while it
+    runs. parked: its queue does not offer it, since no row is free. prompt: what it shares with other samples of its
+    request; None where it is the only one. withheld: it waits in no queue, until one of them has computed the prompt.
     """
 
     def __init__(self, request: EngineRequest, order: int, expected_output: float = 1.0):
@@ -55,6 +57,8 @@ class Sequence:
         self.start_by: float | None = None
         self.lateness = 0.0
         self.pages: list[int] = []
+        self.more_pages: list[list[int]] = []
+        self.left: list[int] = [0]
         self.reserved: list[int] = []
         self.host_pages: list[int] = []
         self.slot: int | None = None
@@ -105,6 +109,28 @@ class Sequence:
     def num_to_compute(self) -> int:
         """Returns the number of known tokens that a waiting sequence would not find in the prefix cache."""
         return self.num_known - self.num_found
+
+    @property
+    def tables(self) -> tuple[list[int], ...]:
+        """Returns the page table of each group of layers."""
+        return (self.pages, *self.more_pages)
+
+    @property
+    def live_pages(self) -> list[int]:
+        """Returns the pages of all tables, group by group."""
+        return [page for table, left in zip(self.tables, self.left, strict=True) for page in table[left:]]
+
+    @property
+    def num_pages(self) -> int:
+        """Returns the number of pages in its tables."""
+        return len(self.left) * len(self.pages) - sum(self.left)
+
+    @property
+    def num_entries(self) -> int:
+        """Returns the number of entries of each of its page tables, whose pages are on the device or in host memory."""
+        if not self.host_pages:
+            return len(self.pages)
+        return (len(self.host_pages) + sum(self.left)) // len(self.left)
 
     @property
     def num_skippable(self) -> int:

@@ -1,14 +1,22 @@
-"""Allocates pages to sequences on admission, growth and swapping, and releases them at the end."""
+"""Allocates pages to sequences on admission, growth and swapping, and releases them at the end.
+
+A sequence has a page table for each group of layers, and all its tables gain entries together. A page that the window
+of its group has left is released, and its entry becomes the null page.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from collections.abc import Sequence as List
+from typing import Any
 
 from jaxserve.config.failpoints import Hit, InjectedFaultError
 from jaxserve.config.scheduling import AdmissionConfig
-from jaxserve.kv_cache.page_pool import PageCopy, PagePool, PageState
+from jaxserve.kv_cache.page_groups import PageGroups
+from jaxserve.kv_cache.page_pool import NULL_PAGE, PageCopy, PagePool, PageState
+from jaxserve.scheduler.prefix_cache import FoundPages
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.shared_prompt import SharedPrompt
 
@@ -27,13 +35,23 @@ class PageAllocationError(RuntimeError):
 class Pages:
     """Manages which sequence holds which pages of the pool.
 
-    max_model_len: tokens that page_reservation "max_model_len" holds pages for; otherwise not needed.
+    groups: of layers. max_model_len: tokens that page_reservation "max_model_len" holds pages for; otherwise not
+    needed. tokens_per_step: as in `Scheduler`; of a row with more than one it is not known which are accepted.
     """
 
-    def __init__(self, pool: PagePool, config: AdmissionConfig, max_model_len: int | None):
+    def __init__(
+        self,
+        pool: PagePool,
+        config: AdmissionConfig,
+        groups: PageGroups,
+        max_model_len: int | None,
+        tokens_per_step: int = 1,
+    ):
         if config.page_reservation == "max_model_len" and max_model_len is None:
             raise ValueError("page_reservation is 'max_model_len'; it needs the max_model_len of the engine")
         self._pool = pool
+        self.groups = groups
+        self._unsure = 0 if tokens_per_step == 1 else 2 * tokens_per_step
         self._reservation = config.page_reservation
         self._max_model_len = max_model_len
         self._watermark = math.ceil(config.watermark * pool.num_usable)
@@ -43,7 +61,14 @@ class Pages:
         """Tells whether sequences hold pages ahead of their tokens."""
         return self._reservation != "none"
 
-    def admit(self, sequence: Sequence, count: int, alone: bool, found: List[int] = ()) -> tuple[PageCopy, ...] | None:
+    def open(self, sequence: Sequence) -> None:
+        """Gives a sequence its page tables, which are empty."""
+        sequence.pages, sequence.more_pages = [], [[] for _ in range(1, self.groups.count)]
+        sequence.left = [0] * self.groups.count
+
+    def admit(
+        self, sequence: Sequence, count: int, alone: bool, found: FoundPages | None = None
+    ) -> tuple[PageCopy, ...] | None:
         """Allocates the pages that a new sequence needs, and those reserved for it; all or nothing.
 
         Args:
@@ -52,20 +77,27 @@ class Pages:
                 score its prompt computes it again.
             count: number of further tokens to hold.
             alone: no other sequence runs, so no pages need to be left for growth.
-            found: pages that the prefix cache found for its computed tokens, which it shares.
+            found: pages that the prefix cache found for its computed tokens, which it shares; None where it looked for
+                none.
 
         Returns:
             The copies to perform; None, and nothing changes, when too few pages are available.
         """
-        needed, reserved = self._needed(sequence, count)
-        prompt, left = None if sequence.must_score else sequence.prompt, 0 if alone else self._watermark
-        there = len(found) if prompt is None or not prompt.held else self._ready(prompt)
-        if needed - there + reserved + left + self._pool.num_unreferenced(found) > self._pool.num_available:
+        prompt, spare = None if sequence.must_score else sequence.prompt, 0 if alone else self._watermark
+        shares = prompt is not None and prompt.held
+        there, left, live, to_copy = 0, sequence.left, (), 0
+        if prompt is not None and shares:
+            there, left, to_copy = prompt.num_ready_entries, prompt.left, self._to_copy(prompt)
+        elif found is not None:
+            there, left, live = len(found), found.left, found.live
+        needed, reserved = self._needed(sequence, count, left)
+        pages = (needed - there) * self.groups.count + reserved + to_copy + self._pool.num_unreferenced(live)
+        if pages + spare > self._pool.num_available:
             return None
-        copies = () if prompt is None or not prompt.held else self._take_prompt(sequence, prompt)
-        if found:
-            self._pool.share(found)
-            sequence.pages.extend(found)
+        copies = self._take_prompt(sequence, prompt) if prompt is not None and shares else ()
+        if found is not None:
+            self._pool.share(live)
+            self._enter(sequence, found.tables, found.left)
         self._take(sequence, needed - len(sequence.pages), reserved)
         return copies
 
@@ -78,31 +110,38 @@ class Pages:
             are available.
         """
         full, partial = divmod(sequence.num_prompt_tokens, self._pool.page_size)
-        needed, reserved = self._needed(sequence, 0)
-        if needed - full + reserved + self._watermark > self._pool.num_available:
+        left = self.groups.left(sequence.num_prompt_tokens)
+        needed, reserved = self._needed(sequence, 0, left)
+        if (needed - full) * self.groups.count + reserved + self._watermark > self._pool.num_available:
             return None
-        self._share(sequence, donor, full)
+        self._share(sequence, donor, full, left)
         self._take(sequence, needed - full, reserved)
-        return (_on_device(donor.pages[full], sequence.pages[full]),) if partial else ()
+        return self._copies(donor, sequence, full) if partial else ()
 
     def missing(self, sequence: Sequence, count: int) -> int:
         """Returns the number of pages that a running sequence must allocate for `count` more tokens."""
-        return max(0, self._needed(sequence, count)[0] - len(sequence.pages) - len(sequence.reserved))
+        entries = self._entries(sequence, count) - len(sequence.pages)
+        return max(0, entries * self.groups.count - len(sequence.reserved))
 
     def fit(self, sequence: Sequence, count: int, spare: int) -> bool:
         """Tells whether a swapped sequence and `count` more tokens fit the free pages, less `spare` of them."""
-        needed, reserved = self._needed(sequence, count)
-        needed = max(needed, len(sequence.host_pages))  # guesses that did not hold may have filled the last one
-        return needed + reserved + spare <= self._pool.num_available
+        needed, reserved = self._needed(sequence, count, sequence.left)
+        needed = max(needed, sequence.num_entries)  # guesses that did not hold may have filled the last one
+        pages = needed * self.groups.count - sum(sequence.left)
+        return pages + reserved + spare <= self._pool.num_available
 
     def swap_in(self, sequence: Sequence) -> tuple[PageCopy, ...]:
         """Allocates the pages of a swapped sequence that fits, and those reserved for it; returns the copies to
         perform."""
-        _, reserved = self._needed(sequence, 0)
+        _, reserved = self._needed(sequence, 0, sequence.left)
+        entries = sequence.num_entries
         copies = self._pool.move(sequence.host_pages, PageState.ACTIVE)
         assert copies is not None, "pages that fit are not there"
         sequence.host_pages = []
-        sequence.pages = [copy.destination for copy in copies]
+        copies = _of_groups(copies, [entries - left for left in sequence.left])
+        for group, (table, left) in enumerate(zip(sequence.tables, sequence.left, strict=True)):
+            table.extend([NULL_PAGE] * left)
+            table.extend([copy.destination for copy in copies if copy.group == group])
         self._take(sequence, 0, reserved)
         return copies
 
@@ -113,48 +152,72 @@ class Pages:
             The copies to perform; None, and nothing changes, when host memory has no room.
         """
         held = -(-sequence.num_computed // self._pool.page_size)
-        copies = self._pool.move(sequence.pages[:held], PageState.HOST)
+        tables = [table[left:held] for table, left in zip(sequence.tables, sequence.left, strict=True)]
+        copies = self._pool.move([page for table in tables for page in table], PageState.HOST)
         if copies is None:
             return None
-        self._pool.release([*sequence.pages[held:], *sequence.reserved])
-        sequence.pages, sequence.reserved = [], []
+        self._pool.release([*_by_entry(sequence, held), *sequence.reserved])
+        for table in sequence.tables:
+            table.clear()
+        sequence.reserved = []
         sequence.host_pages = [copy.destination for copy in copies]
-        return copies
+        return _of_groups(copies, [len(table) for table in tables])
 
     def grow(self, sequence: Sequence, count: int) -> bool:
         """Allocates the pages that `count` more tokens need beyond those held; all or nothing."""
-        needed = -(-(sequence.num_computed + count) // self._pool.page_size) - len(sequence.pages)
-        if needed <= 0:
+        entries = self._entries(sequence, count) - len(sequence.pages)
+        if entries <= 0:
             return True
-        held = len(sequence.reserved)
-        if needed > held:
-            pages = self._pool.allocate(needed - held)
-            if pages is None:
-                return False
-            sequence.reserved.extend(pages)
-        sequence.pages.extend(sequence.reserved[:needed])
-        del sequence.reserved[:needed]
+        pages = self._pages(sequence, entries)
+        if pages is None:
+            return False
+        self._extend(sequence, pages)
         return True
 
-    def one_each(self, sequences: list[Sequence]) -> list[int] | None:
-        """Allocates a page for each sequence at once; returns None, and changes nothing, when some hold reserved pages
-        or too few are free."""
-        return None if self.reserves else self._pool.allocate(len(sequences))
+    def trim(self, sequence: Sequence, position: int) -> bool:
+        """Releases the pages of a running sequence that windows have left; returns whether there were any.
 
-    def one(self, sequence: Sequence) -> int | None:
-        """Allocates a page for a sequence; returns None when there is none."""
-        if sequence.reserved:
-            return sequence.reserved.pop(0)
-        pages = self._pool.allocate(1)
-        return None if pages is None else pages[0]
+        A step in flight may still read them. That is safe: whatever is computed for their next owner is dispatched
+        after it. Where pages are reserved, the sequence keeps as many as it may hold later.
+
+        Args:
+            sequence: the sequence. Its full pages are committed, so that the prefix cache keeps what it released.
+            position: of the token that it computes next.
+        """
+        changed = False
+        for group, left in enumerate(self.groups.left(max(0, position - self._unsure))):
+            table, before = sequence.tables[group], sequence.left[group]
+            if left > before:
+                self._pool.release(table[before:left])
+                table[before:left] = [NULL_PAGE] * (left - before)
+                sequence.left[group] = left
+                changed = True
+        if changed and self.reserves:
+            missing = self._reserved(sequence, len(sequence.pages), sequence.left) - len(sequence.reserved)
+            if missing > 0:  # a page that others share too gives none back
+                sequence.reserved.extend(self._pool.allocate(min(missing, self._pool.num_available)) or ())
+        return changed
+
+    def one_each(self, sequences: list[Sequence]) -> list[list[int]] | None:
+        """Allocates a page of each group for each sequence at once; returns None, and changes nothing, when some hold
+        reserved pages or too few are free."""
+        count = self.groups.count
+        pages = None if self.reserves else self._pool.allocate(len(sequences) * count)
+        return None if pages is None else [pages[begin : begin + count] for begin in range(0, len(pages), count)]
+
+    def one(self, sequence: Sequence) -> list[int] | None:
+        """Allocates a page of each group for a sequence; returns None when there are too few."""
+        return self._pages(sequence, 1)
 
     def give_back(self, sequence: Sequence, held: int) -> None:
-        """Releases all pages of the table but the first `held`; reserved pages stay reserved."""
+        """Releases all pages of the tables but the first `held`; reserved pages stay reserved."""
+        pages = _by_entry(sequence, held)
         if self.reserves:
-            sequence.reserved[:0] = sequence.pages[held:]
+            sequence.reserved[:0] = pages
         else:
-            self._pool.release(sequence.pages[held:])
-        del sequence.pages[held:]
+            self._pool.release(pages)
+        for table in sequence.tables:
+            del table[held:]
 
     def release(self, sequence: Sequence) -> None:
         """Releases all pages that a sequence holds, on device and host.
@@ -164,73 +227,146 @@ class Pages:
         """
         if sequence.host_pages:
             self._pool.release_host(sequence.host_pages)
-        self._pool.release([*sequence.pages, *sequence.reserved])
-        sequence.pages, sequence.reserved, sequence.host_pages = [], [], []
+        self._pool.release([*_by_entry(sequence), *sequence.reserved])
+        sequence.reserved, sequence.host_pages = [], []
+        self.open(sequence)
         sequence.num_committed = 0
 
-    def _needed(self, sequence: Sequence, count: int) -> tuple[int, int]:
-        """Returns the number of pages for the computed tokens and `count` more, and of the reserved pages beyond
-        them."""
-        needed = -(-(sequence.num_computed + count) // self._pool.page_size)
+    def _entries(self, sequence: Sequence, count: int) -> int:
+        """Returns the number of entries of each page table for the computed tokens and `count` more."""
+        return -(-(sequence.num_computed + count) // self._pool.page_size)
+
+    def _needed(self, sequence: Sequence, count: int, left: List[int]) -> tuple[int, int]:
+        """Returns the number of entries of each page table for the computed tokens and `count` more, and of the
+        reserved pages beyond them; `left` entries of each table hold no page."""
+        entries = self._entries(sequence, count)
+        return entries, self._reserved(sequence, entries, left)
+
+    def _reserved(self, sequence: Sequence, entries: int, left: List[int]) -> int:
+        """Returns the number of pages reserved beside tables of so many entries, of which `left` hold no page."""
+        if self._reservation == "none":
+            return 0
         tokens = {
-            "none": 0,
             "max_tokens": sequence.last_position,
             "max_model_len": max(self._max_model_len or 0, sequence.last_position),
         }[self._reservation]
         total = min(-(-tokens // self._pool.page_size), self._pool.num_usable)
-        return needed, max(0, total - needed)
+        reserved = 0
+        for most, gone in zip(self.groups.most(tokens), left, strict=True):
+            reserved += max(0, min(total - gone, most) - (entries - gone))
+        return max(0, min(reserved, self._pool.num_usable - entries * self.groups.count + sum(left)))
 
-    def _ready(self, prompt: SharedPrompt) -> int:
-        """Returns the number of pages that a sample of a held prompt need not allocate: the one with the prompt's last
-        token must be copied where another request has found it in the prefix cache, filled and committed."""
-        return prompt.num_ready_pages - (bool(prompt.kept) and self._pool.references(prompt.kept[-1]) > 1)
+    def _to_copy(self, prompt: SharedPrompt) -> int:
+        """Returns the number of pages with the last token of a held prompt that a sample must copy, although the prompt
+        keeps them: another request has found them in the prefix cache, filled and committed."""
+        return sum(self._pool.references(table[-1]) > 1 for table in prompt.kept)
 
     def _take_prompt(self, sequence: Sequence, prompt: SharedPrompt) -> tuple[PageCopy, ...]:
         """Gives a sample the pages of its prompt, up to the one with its last token, which it will write: that one is
         its own, and a copy where it has other tokens too. Returns the copies to perform."""
         copies: tuple[PageCopy, ...] = ()
         if prompt.kept:
-            sequence.pages, prompt.kept = prompt.kept, []
-            self._pool.uncommit(last := sequence.pages[-1])
-            if not self._pool.writable(last):
-                copy = self._pool.copy(last)
-                assert copy is not None, "pages that fit are not there"
-                sequence.pages[-1] = copy.destination
-                copies = (copy,)
+            self._enter(sequence, prompt.kept, prompt.kept_left)
+            prompt.kept = []
+            for group, table in enumerate(sequence.tables):
+                self._pool.uncommit(last := table[-1])
+                if not self._pool.writable(last):
+                    copy = self._pool.copy(last)
+                    assert copy is not None, "pages that fit are not there"
+                    table[-1] = copy.destination
+                    copies += (dataclasses.replace(copy, group=group),)
         else:
             donor = next(iter(prompt.holders.values()))
-            self._share(sequence, donor, prompt.num_shared)
+            self._share(sequence, donor, prompt.num_shared, prompt.needed)
             if (prompt.num_tokens - 1) % self._pool.page_size:
                 self._take(sequence, 1, 0)
-                copies = (_on_device(donor.pages[prompt.num_shared], sequence.pages[prompt.num_shared]),)
+                copies = self._copies(donor, sequence, prompt.num_shared)
         prompt.holders[sequence.request_id] = sequence
         return copies
 
-    def _share(self, sequence: Sequence, donor: Sequence, count: int) -> None:
-        """Enters the first `count` pages of a donor into the empty table of a sequence."""
-        shared = donor.pages[:count]
-        self._pool.share(shared)
-        sequence.pages.extend(shared)
+    def _share(self, sequence: Sequence, donor: Sequence, count: int, left: List[int]) -> None:
+        """Enters the first `count` entries of a donor's tables into the empty ones of a sequence, without the `left`
+        first pages of each."""
+        tables = [[NULL_PAGE] * gone + table[gone:count] for table, gone in zip(donor.tables, left, strict=True)]
+        self._pool.share([page for table, gone in zip(tables, left, strict=True) for page in table[gone:]])
+        self._enter(sequence, tables, left)
 
-    def _take(self, sequence: Sequence, needed: int, reserved: int) -> None:
+    def _enter(self, sequence: Sequence, tables: List[List[int]], left: List[int]) -> None:
+        """Makes these the entries of a sequence's tables, which are empty."""
+        for table, entries in zip(sequence.tables, tables, strict=True):
+            table.extend(entries)
+        sequence.left = list(left)
+
+    def _copies(self, donor: Sequence, sequence: Sequence, index: int) -> tuple[PageCopy, ...]:
+        """Returns the copies of the pages of one entry from a donor's tables to a sequence's."""
+        pages = zip(donor.tables, sequence.tables, strict=True)
+        return tuple(
+            [
+                PageCopy(source[index], PageState.ACTIVE, target[index], PageState.ACTIVE, group)
+                for group, (source, target) in enumerate(pages)
+            ]
+        )
+
+    def _pages(self, sequence: Sequence, entries: int) -> list[int] | None:
+        """Takes the pages of so many entries of all tables, reserved ones first; returns None, and takes none, when
+        there are too few."""
+        needed, held = entries * self.groups.count, sequence.reserved
+        if needed > len(held):
+            pages = self._pool.allocate(needed - len(held))
+            if pages is None:
+                return None
+            held.extend(pages)
+        pages = held[:needed]
+        del held[:needed]
+        return pages
+
+    def _extend(self, sequence: Sequence, pages: list[int]) -> None:
+        """Appends pages, entry by entry and group by group, to a sequence's tables."""
+        count = self.groups.count
+        for group, table in enumerate(sequence.tables):
+            table.extend(pages[group::count])
+
+    def _take(self, sequence: Sequence, entries: int, reserved: int) -> None:
+        needed = entries * self.groups.count
         pages = self._pool.allocate(needed + reserved)
         assert pages is not None, "pages that fit are not there"
-        sequence.pages.extend(pages[:needed])
+        self._extend(sequence, pages[:needed])
         sequence.reserved.extend(pages[needed:])
 
 
-def _on_device(source: int, destination: int) -> PageCopy:
-    return PageCopy(source, PageState.ACTIVE, destination, PageState.ACTIVE)
+def _by_entry(sequence: Sequence, begin: int = 0) -> list[int]:
+    """Returns the pages of all tables from entry `begin` on, entry by entry, so that the last entries are released
+    first."""
+    if not sequence.more_pages:
+        return sequence.pages[max(begin, sequence.left[0]) :]
+    tables, left = sequence.tables, sequence.left
+    return [
+        table[entry]
+        for entry in range(begin, len(sequence.pages))
+        for table, gone in zip(tables, left, strict=True)
+        if entry >= gone
+    ]
+
+
+def _of_groups(copies: tuple[PageCopy, ...], counts: List[int]) -> tuple[PageCopy, ...]:
+    """Names the group of each copy: the first `counts[0]` are of group 0, and so on."""
+    if len(counts) == 1:
+        return copies
+    groups = [group for group, count in enumerate(counts) for _ in range(count)]
+    return tuple([dataclasses.replace(copy, group=group) for copy, group in zip(copies, groups, strict=True)])
 
 
 class FaultyPages(Pages):
-    """Raises PageAllocationError for sequences at which a failpoint "allocate" acts. hit: passes that point."""
+    """Raises PageAllocationError for sequences at which a failpoint "allocate" acts. hit: passes that point. others: as
+    `Pages` takes them."""
 
-    def __init__(self, pool: PagePool, config: AdmissionConfig, max_model_len: int | None, hit: Hit):
-        super().__init__(pool, config, max_model_len)
+    def __init__(self, hit: Hit, *others: Any):
+        super().__init__(*others)
         self._hit = hit
 
-    def admit(self, sequence: Sequence, count: int, alone: bool, found: List[int] = ()) -> tuple[PageCopy, ...] | None:
+    def admit(
+        self, sequence: Sequence, count: int, alone: bool, found: FoundPages | None = None
+    ) -> tuple[PageCopy, ...] | None:
         self._pass([sequence])
         return super().admit(sequence, count, alone, found)
 
@@ -243,7 +379,7 @@ class FaultyPages(Pages):
             self._pass([sequence])
         return super().grow(sequence, count)
 
-    def one_each(self, sequences: list[Sequence]) -> list[int] | None:
+    def one_each(self, sequences: list[Sequence]) -> list[list[int]] | None:
         self._pass(sequences)
         return super().one_each(sequences)
 

@@ -6,7 +6,8 @@ from collections.abc import Set
 
 from jaxserve.config.failpoints import Hit
 from jaxserve.config.scheduling import SchedulerConfig
-from jaxserve.kv_cache.page_pool import PagePool
+from jaxserve.kv_cache.page_groups import PageGroups
+from jaxserve.kv_cache.page_pool import NULL_PAGE, PagePool
 from jaxserve.request import RequestStatus
 from jaxserve.scheduler.admission_order import AdmissionOrder
 from jaxserve.scheduler.deadline_check import DeadlineCheck
@@ -34,7 +35,7 @@ class SequenceQueues:
     the order of the policy. sharing: what the samples of one prompt share. prefix_cache: what requests share, for which
     some wait (prefix_waits) or are put forward (prefix_order).
     preempted: sequences preempted by the last step; `start_step` clears them. changed: a sequence arrived or left since
-    the last step.
+    the last step. filled: sequences of which the last step computes chunks, where groups of layers have windows.
     """
 
     def __init__(
@@ -48,16 +49,15 @@ class SequenceQueues:
         tokens_per_step: int = 1,
         allocation_hit: Hit | None = None,
         *,
+        groups: PageGroups,
         deadline_check: DeadlineCheck,
         prefix_cache: PrefixCache,
         predictor: PrefixPredictor | None,
     ):
-        if allocation_hit is None:
-            self.pages = Pages(pool, config.admission, max_model_len)
-        else:
-            self.pages = FaultyPages(pool, config.admission, max_model_len, allocation_hit)
+        told = pool, config.admission, groups, max_model_len, tokens_per_step
+        self.pages = Pages(*told) if allocation_hit is None else FaultyPages(allocation_hit, *told)
         self.prefix_cache = prefix_cache
-        self.preemption = Preemption(config.preemption, policy, pool.page_size, costs)
+        self.preemption = Preemption(config.preemption, policy, groups, costs)
         urgency_queues = self.preemption.urgency_queues
         self.waiting = Waiting(policy, formation, urgency_queues(), urgency_queues(), deadline_check, prefix_cache)
         self.prefix_waits = PrefixWaits(prefix_cache, self.waiting, predictor)
@@ -68,6 +68,7 @@ class SequenceQueues:
         self.preempted: list[Sequence] = []
         self.preemptions = {"recompute": 0, "swap": 0}
         self.changed = False
+        self.filled: list[Sequence] = []
 
     @property
     def counts(self) -> Counts:
@@ -79,6 +80,10 @@ class SequenceQueues:
         whose prompt is embedded, before the result is."""
         self.preempted = []
         self.changed = False
+        for sequence in self.filled:
+            if sequence.status is RequestStatus.RUNNING:
+                self.trim(sequence)
+        self.filled = []
         for sequence in (*self.running.decoding.complete(), *self.running.ended.values()):
             self._release(sequence, sequence.num_known)
             sequence.status = RequestStatus.ENDING
@@ -86,6 +91,12 @@ class SequenceQueues:
             # Those that have run come first, as they do where rows are free.
             if not (self.swapped.unpark() or self.waiting.returning.unpark() or self.waiting.unpark()):
                 break
+
+    def trim(self, sequence: Sequence) -> None:
+        """Releases the pages of a running sequence that windows have left, with those of its prompt where they are
+        among them: other samples then compute it again."""
+        if self.pages.trim(sequence, self.running.position(sequence)):
+            self.sharing.trimmed(sequence)
 
     def park(self, sequence: Sequence) -> None:
         """Sets aside a swapped or waiting sequence that lacks a penalty row."""
@@ -121,6 +132,8 @@ class SequenceQueues:
             step.copies.extend(copies)
             sequence.status = RequestStatus.SWAPPED
             self.swapped.push(sequence)
+        if self.pages.groups.windowed:
+            self.sharing.moved(sequence)
         self.preemptions["recompute" if copies is None else "swap"] += 1
         self.preempted.append(sequence)
 
@@ -182,8 +195,9 @@ class SequenceQueues:
 
     def check_integrity(self, sequences: list[Sequence], pool: PagePool) -> None:
         """Asserts invariant 1 of the design and that each of the unfinished `sequences` is in one queue; O(pages)."""
-        tables = [[*sequence.pages, *sequence.reserved] for sequence in sequences]
+        tables = [[*sequence.live_pages, *sequence.reserved] for sequence in sequences]
         pool.check_integrity([*tables, *self.sharing.tables], [sequence.host_pages for sequence in sequences])
+        self._check_groups(sequences)
         self.running.check_integrity()
         self.sharing.check_integrity()
         self.prefix_waits.check_integrity()
@@ -207,11 +221,25 @@ class SequenceQueues:
                 assert not sequence.parked, f"{sequence.request_id} runs, but is parked"
             swapped = sequence.status is RequestStatus.SWAPPED
             assert swapped == bool(sequence.host_pages), f"{sequence.request_id} is not where its pages are"
-            held = len(sequence.pages) + len(sequence.host_pages)
-            assert sequence.num_computed <= held * pool.page_size, "computed tokens lack pages"
+            assert sequence.num_computed <= sequence.num_entries * pool.page_size, "computed tokens lack pages"
             next_page = self.running.position(sequence) // pool.page_size
-            for page in sequence.pages[next_page:]:
+            for page in (page for table in sequence.tables for page in table[next_page:]):
                 assert pool.references(page) == 1, f"page {page} of {sequence.request_id} is shared, and written next"
         if not sequences:
             assert pool.num_used == 0, f"{pool.num_used} pages are in use while idle"
             assert pool.num_host_used == 0, f"{pool.num_host_used} host pages are in use while idle"
+
+    def _check_groups(self, sequences: list[Sequence]) -> None:
+        """Asserts that a page is of one group, that the tables of a sequence agree, and that they have the pages which
+        its next token attends to."""
+        groups, owner = self.pages.groups, {}
+        for sequence in sequences:
+            name, needed = sequence.request_id, groups.left(self.running.position(sequence))
+            assert len(sequence.tables) == len(sequence.left) == groups.count, f"{name} lacks page tables"
+            for group, (table, left) in enumerate(zip(sequence.tables, sequence.left, strict=True)):
+                assert len(table) == len(sequence.pages), f"the page tables of {name} differ in length"
+                assert left <= needed[group], f"{name} has released pages of group {group} that it needs"
+                assert not any(table[:left]), f"{name} counts pages as released that it holds"
+                assert NULL_PAGE not in table[left:], f"{name} lacks a page of group {group}"
+                for page in table[left:]:
+                    assert owner.setdefault(page, group) == group, f"page {page} is of groups {group} and {owner[page]}"

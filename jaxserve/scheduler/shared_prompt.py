@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as List
+
 from jaxserve.request import RequestStatus
 from jaxserve.scheduler.sequence import Sequence
 
@@ -15,19 +17,23 @@ class SharedPrompt:
     run (`holders`), or, where none does, the prompt itself (`kept`). While it is not held, one sample computes it and
     those that have never run are withheld, so that it is computed once.
 
-    num_tokens: of the prompt. num_shared: pages in front of the one with its last token; nobody writes them again.
+    num_tokens: of the prompt. num_shared: entries of each page table in front of the one with its last token; nobody
+    writes their pages again. needed: the first of them in each table that the last token attends to. kept, kept_left:
+    as `Sequence.tables` and `Sequence.left`.
     queued: samples in the waiting queue that have never run. withheld: those that have never run and wait in no queue.
     begun: those that have run. counted: its tokens were added to the engine's total.
     """
 
-    def __init__(self, num_tokens: int, page_size: int):
+    def __init__(self, num_tokens: int, page_size: int, needed: List[int] = (0,)):
+        self.needed = needed
         self.num_tokens = num_tokens
         self.num_shared = (num_tokens - 1) // page_size
         self.queued: dict[str, Sequence] = {}
         self.withheld: dict[str, Sequence] = {}
         self.begun: dict[str, Sequence] = {}
         self.holders: dict[str, Sequence] = {}
-        self.kept: list[int] = []
+        self.kept: list[list[int]] = []
+        self.kept_left: List[int] = needed
         self.counted = False
 
     @property
@@ -35,11 +41,26 @@ class SharedPrompt:
         return bool(self.holders or self.kept)
 
     @property
-    def num_ready_pages(self) -> int:
-        """Returns the number of pages that a sample which joins now need not allocate."""
+    def kept_pages(self) -> list[int]:
+        """Returns the pages that the prompt keeps."""
+        return [page for table, left in zip(self.kept, self.kept_left, strict=False) for page in table[left:]]
+
+    @property
+    def left(self) -> List[int]:
+        """Returns the number of entries of each table without a page, for a sample that joins now."""
+        return self.kept_left if self.kept else self.needed
+
+    @property
+    def num_ready_entries(self) -> int:
+        """Returns the number of entries of each page table that a sample which joins now need not allocate pages
+        for."""
         if self.kept:
-            return len(self.kept)
+            return len(self.kept[0])
         return self.num_shared if self.holders else 0
+
+    def is_in(self, sequence: Sequence) -> bool:
+        """Tells whether no window has left pages of a sequence that the prompt's last token attends to."""
+        return all(left <= needed for left, needed in zip(sequence.left, self.needed, strict=True))
 
     @property
     def num_ready_tokens(self) -> int:
@@ -50,7 +71,13 @@ class SharedPrompt:
     @property
     def led(self) -> bool:
         """Tells whether a sample that has begun will have computed the prompt when it next decodes."""
-        return any(sequence.status in _LEADING for sequence in self.begun.values())
+        return any(self._leads(sequence) for sequence in self.begun.values())
+
+    def _leads(self, sequence: Sequence) -> bool:
+        if sequence.status not in _LEADING:
+            return False
+        computes = not sequence.decoding and sequence.num_computed < self.num_tokens
+        return computes or self.is_in(sequence)
 
     @property
     def empty(self) -> bool:
@@ -75,4 +102,5 @@ class SharedPrompt:
             assert sequence.status is not RequestStatus.WAITING, f"{sequence.request_id} has begun, but is new"
         for sequence in self.holders.values():
             assert sequence.status is RequestStatus.RUNNING, f"{sequence.request_id} holds a prompt, but does not run"
-            assert len(sequence.pages) > self.num_shared, f"{sequence.request_id} lacks pages of its prompt"
+            held = len(sequence.pages) > self.num_shared and self.is_in(sequence)
+            assert held, f"{sequence.request_id} lacks pages of its prompt"

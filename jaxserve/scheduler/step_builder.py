@@ -13,6 +13,7 @@ from jaxserve.scheduler.gap_limit import GapLimit
 from jaxserve.scheduler.modes import Mode, StepLimits
 from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, StepPlan
 from jaxserve.scheduler.policies.policy import Policy
+from jaxserve.scheduler.prefix_cache import FoundPages
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import SequenceQueues
 from jaxserve.scheduler.step_in_progress import Chunk, StepInProgress
@@ -110,6 +111,8 @@ class StepBuilder:
         if step.chunks:
             planned = self._chunk_planner.plan(step, num_tokens, now)
             self.admitted += planned.forked
+            if self._pages.groups.windowed:
+                self._queues.filled = [chunk.sequence for chunk in step.chunks.values()]
             num_tokens += sum([chunk.count for chunk in step.chunks.values()])
             samples = samples.followed_by(planned.samples) if planned.samples else samples
         num_sampled = len(samples)
@@ -173,7 +176,7 @@ class StepBuilder:
         pages, running = self._pages, self._running
         needed = sum(pages.missing(one, self._chunk(one, step, step_limits)) for one in running.prefilling.values())
         if step.decodes:
-            needed += len(running.decoding.needing_page())
+            needed += len(running.decoding.needing_page()) * pages.groups.count
         while (sequence := self._swapped.peek()) is not None:
             if running.lacks_row(sequence):
                 self._queues.park(sequence)
@@ -186,30 +189,32 @@ class StepBuilder:
                     return
             self._swapped.remove(sequence)
             running.start(sequence)
-            held = len(sequence.host_pages)
+            held = sequence.num_entries
             step.copies.extend(pages.swap_in(sequence))
             grown = pages.grow(sequence, count)
             assert grown, "pages that fit are not there"
             self.admitted.append(sequence)
             step.add(Chunk(sequence, count, held, admitted=True))
-            if (prompt := sequence.prompt) is not None and sequence.num_computed >= prompt.num_tokens:
-                self._queues.sharing.computed(sequence, prompt)
+            self._holds_prompt(sequence)
 
     def _extend_decodes(self, step: StepInProgress) -> None:
         """Allocates a page to every decoding sequence that needs one, preempting sequences with a higher priority key,
         or the sequence itself when its key is the highest."""
         decoding = self._running.decoding
         needing_page = decoding.needing_page()
+        if self._pages.groups.windowed:  # a window leaves no more pages than a sequence takes
+            for sequence in needing_page:
+                self._queues.trim(sequence)
         pages = self._pages.one_each(needing_page) if needing_page else []
         if pages is not None:
-            for sequence, page in zip(needing_page, pages, strict=True):
-                decoding.give_page(sequence, page)
+            for sequence, of_groups in zip(needing_page, pages, strict=True):
+                decoding.give_pages(sequence, of_groups)
             return
         for sequence in needing_page:
             while sequence.status is RequestStatus.RUNNING:  # until it is preempted, now or for one before it
-                page = self._pages.one(sequence)
-                if page is not None:
-                    decoding.give_page(sequence, page)
+                of_groups = self._pages.one(sequence)
+                if of_groups is not None:
+                    decoding.give_pages(sequence, of_groups)
                     break
                 self._queues.make_room(step)
 
@@ -301,7 +306,7 @@ class StepBuilder:
             lacking = "penalty rows" if self._running.lacks_row(sequence) else "slots"
             self.blocked_by = None if sequence.num_pending else lacking
             return False
-        prompt, found = sequence.prompt, []
+        prompt, found = sequence.prompt, None
         if prompt is not None and prompt.held and not sequence.must_score:
             sequence.num_computed = prompt.num_ready_tokens
         else:
@@ -313,24 +318,33 @@ class StepBuilder:
             sequence.num_computed = 0
             self.blocked_by = "pages" if count else self.blocked_by
             return False
-        self._prefix_cache.admitted(sequence, len(found))
+        self._prefix_cache.admitted(sequence, 0 if found is None else len(found))
         if sequence.waits_new:
             self._policy.admitted(sequence)
         self._waiting.remove(sequence)
         self._running.start(sequence)
         self._queues.prefix_waits.lead(sequence)
         self.admitted.append(sequence)
-        held = len(found)
+        held = 0 if found is None else len(found)
         if prompt is not None:
             held = held or (prompt.num_shared + 1 if sequence.num_computed else 0)
             step.copies.extend(copies)
             self._queues.sharing.joined(sequence, prompt)
-            if found and sequence.num_computed >= prompt.num_tokens:
-                self._queues.sharing.computed(sequence, prompt)  # preempted before, and its prompt is still cached
+            self._holds_prompt(sequence)
         step.add(Chunk(sequence, count, held, admitted=True))
         return True
 
-    def _allocated(self, sequence: Sequence, count: int, found: list[int]) -> tuple[PageCopy, ...] | None:
+    def _holds_prompt(self, sequence: Sequence) -> None:
+        """Records a sample that comes back, or begins, with pages of all of its prompt."""
+        prompt = sequence.prompt
+        if prompt is None or sequence.num_computed < prompt.num_tokens:
+            return
+        if prompt.is_in(sequence):
+            self._queues.sharing.computed(sequence, prompt)
+        else:
+            self._queues.sharing.moved(sequence)
+
+    def _allocated(self, sequence: Sequence, count: int, found: FoundPages | None) -> tuple[PageCopy, ...] | None:
         """Allocates the pages of a sequence that joins, beside those that the prefix cache found; returns the copies to
         perform, or None where too few are free."""
         alone = not len(self._running)

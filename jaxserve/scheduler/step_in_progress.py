@@ -15,8 +15,8 @@ from jaxserve.scheduler.sequence import Sequence
 class Chunk:
     """Represents the share of one prompt in the step under construction.
 
-    held: number of pages held before it. admitted: the sequence gets its slot in this step; the slot's page table knows
-    none of its pages yet.
+    held: number of entries of its page tables before it. admitted: the sequence gets its slot in this step; the slot's
+    page tables know none of its pages yet.
     """
 
     sequence: Sequence
@@ -25,10 +25,9 @@ class Chunk:
     admitted: bool = False
 
     def table_writes(self) -> list[PageTableWrite]:
-        """Returns the writes that enter the pages filled before admission into the new slot's page table."""
+        """Returns the writes that enter the pages filled before admission into the new slot's page tables."""
         assert self.admitted
-        assert self.sequence.slot is not None
-        return table_writes(0, self.sequence.slot, self.sequence.pages[: self.held])
+        return slot_writes(self.sequence, self.held)
 
     def row(self) -> RowPlan:
         """Returns its row of the plan."""
@@ -44,10 +43,21 @@ class Chunk:
             token_ids=sequence.known_token_ids(start, start + count),
             first_new_page=self.held,
             new_pages=tuple(sequence.pages[self.held :]),
+            more_pages=tuple([tuple(table[self.held :]) for table in sequence.more_pages]),
             admit=sequence.request if self.admitted else None,
             penalty_row=sequence.penalty_row if self.admitted else None,
             pooled=None if pooling is None else pooled_tokens(pooling, start, count, last),
         )
+
+
+def slot_writes(sequence: Sequence, count: int) -> list[PageTableWrite]:
+    """Returns the writes that enter the first `count` entries of a sequence's page tables into those of its slot; what
+    windows have left is not read there."""
+    assert sequence.slot is not None
+    writes = []
+    for group, (table, left) in enumerate(zip(sequence.tables, sequence.left, strict=True)):
+        writes += table_writes(group, sequence.slot, table[:count], left)
+    return writes
 
 
 def penalty_writes(admitted: Iterable[Sequence]) -> tuple[PenaltyWrite, ...]:

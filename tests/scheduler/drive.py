@@ -80,7 +80,8 @@ def drive(
     max_steps: int = 20_000,
 ) -> Run:
     """Runs all requests to their end with one step in flight; `before_step` may add or abort."""
-    runner = runner or FakeRunner(num_pages=scheduler.pool.num_pages, page_size=scheduler.pool.page_size)
+    pool, windows = scheduler.pool, scheduler.page_groups.windows
+    runner = runner or FakeRunner(num_pages=pool.num_pages, page_size=pool.page_size, group_windows=windows)
     run = Run({request.request_id: [] for request in requests}, {}, {}, [], scheduler)
     for request in requests:
         scheduler.add(request)
@@ -115,11 +116,15 @@ def take(run: Run, plan: StepPlan, step: StepUpdate) -> None:
             run.finish_step[request_id] = plan.step
 
 
-def alone(request: EngineRequest, vocab_size: int = 101) -> tuple[list[int], FinishReason]:
-    """The answer worked out token by token, with neither scheduler nor pages."""
+def alone(
+    request: EngineRequest, vocab_size: int = 101, windows: tuple[int | None, ...] = (None,)
+) -> tuple[list[int], FinishReason]:
+    """The answer worked out token by token, with neither scheduler nor pages. What no window reaches counts as 0."""
     context, outputs = list(request.prompt_token_ids), []
     while True:
-        token = next_token(context, request, len(outputs) < request.min_tokens, vocab_size)
+        reach = max(len(context) if window is None else window for window in windows)
+        seen = [0] * (len(context) - reach) + context[-reach:]
+        token = next_token(seen, request, len(outputs) < request.min_tokens, vocab_size)
         outputs.append(token)
         context.append(token)
         if token in request.stop_token_ids:

@@ -25,6 +25,7 @@ from jaxserve.config.scheduling import (
     SchedulerConfig,
 )
 from jaxserve.kv_cache.content_keys import ContentKeys
+from jaxserve.kv_cache.page_groups import PageGroups
 from jaxserve.kv_cache.page_pool import PagePool, PageState
 from jaxserve.request import EngineRequest, FinishReason, RequestOptions, RequestStatus
 from jaxserve.runner.fake import FakeRunner
@@ -44,26 +45,34 @@ MAX_STEPS_TO_DRAIN = 3_000
 class History:
     """One scheduler, its runner and what came of each request. events: how often each kind of thing happened."""
 
-    def __init__(self, rng: random.Random, mode: str, formation: str, policy: str):
-        self.rng = rng
+    def __init__(
+        self, rng: random.Random, mode: str, formation: str, policy: str, windows: tuple[int | None, ...] = (None,)
+    ):
+        self.rng, self.windows = rng, windows
         self.events: Counter[str] = Counter()
         self.now = 100.0
         self.config = with_gap(random.Random(f"gap {rng.getstate()[1][0]}"), draw_config(rng, mode, formation, policy))
         num_pages, host_pages = rng.randint(7, 20), rng.choice((0, 8, 24, 24))
-        self.capacity = (num_pages - 1) * PAGE_SIZE
+        num_pages, host_pages = num_pages * len(windows), host_pages * len(windows)
+        buckets = Buckets(powers(self.config.max_num_batched_tokens), powers(self.config.max_num_seqs))
+        groups = PageGroups(PAGE_SIZE, windows, buckets.tokens[-1])
+        self.capacity = groups.pool_tokens(num_pages - 1, 30 * PAGE_SIZE)
         self.caches = random.Random(f"cache {rng.getstate()[1][1]}").random() < 0.8
         self.scheduler = Scheduler(
             self.config,
             PagePool(num_pages, PAGE_SIZE, host_pages),
-            Buckets(powers(self.config.max_num_batched_tokens), powers(self.config.max_num_seqs)),
+            buckets,
             costs=rng.choice((None, PreemptionCosts(1.0, 0.5), PreemptionCosts(1.0, 3.5), PreemptionCosts(1.0, 9.0))),
             max_model_len=self.capacity,
             step_seconds=lambda shape: (
                 1e-3 * (4 + shape.token_bucket + shape.prefill_context / 4 + shape.swapped_pages)
             ),
             content_keys=ContentKeys(b"secret") if self.caches else None,
+            group_windows=windows,
         )
-        self.runner = FakeRunner(num_pages=num_pages, page_size=PAGE_SIZE, num_host_pages=host_pages)
+        self.runner = FakeRunner(
+            num_pages=num_pages, page_size=PAGE_SIZE, num_host_pages=host_pages, group_windows=windows
+        )
         self.order = OrderModel(self.config, self.scheduler.policy)
         self.requests: dict[str, EngineRequest] = {}
         self.sequences: dict[str, Sequence] = {}
@@ -216,7 +225,11 @@ class History:
             events["swapped in" if pages <= back else "hit"] += 1
             (chunk,) = (row for row in plan.chunks if row.slot == slot)  # a sequence is back, so it has a chunk
             assert chunk.admit is self.requests[chunk.request_id]
-            assert chunk.first_new_page == sum(len(one.pages) for one in plan.table_writes if one.slot == slot)
+            for group, window in enumerate(self.windows):
+                runs = [one for one in plan.table_writes if (one.slot, one.group) == (slot, group)]
+                ends = [0, *(one.first + len(one.pages) for one in runs)]
+                assert ends[-1] in ((0, chunk.first_new_page) if window else (chunk.first_new_page,))
+                assert window or [one.first for one in runs] == ends[:-1], "a page without a window is not entered"
         events["mixed"] += bool(len(plan.decodes) and plan.chunks)
         events["chunked"] += plan.num_sampled < plan.num_rows
         events["several chunks"] += len(plan.chunks) > 1
@@ -225,7 +238,7 @@ class History:
         """Every request ended once, with the tokens that it has alone; who was cut off has the first of them."""
         assert set(self.reasons) == set(self.requests)
         for request_id, request in self.requests.items():
-            tokens, reason = alone(request)
+            tokens, reason = alone(request, windows=self.windows)
             if self.reasons[request_id] in (FinishReason.ABORT, FinishReason.DEADLINE):
                 assert self.tokens[request_id] == tokens[: len(self.tokens[request_id])]
             else:
@@ -300,8 +313,10 @@ def with_gap(rng: random.Random, config: SchedulerConfig) -> SchedulerConfig:
     return dataclasses.replace(config, max_decode_gap=rng.choice((0.014, 0.02, 0.03, 0.1)))
 
 
-def run_history(seed: int, mode: str, formation: str, policy: str, steps: int) -> Counter[str]:
-    """Drives one history and checks it; how often each kind of event happened."""
-    history = History(random.Random(f"{mode} {formation} {policy} {seed}"), mode, formation, policy)
+def run_history(
+    seed: int, mode: str, formation: str, policy: str, steps: int, windows: tuple[int | None, ...] = (None,)
+) -> Counter[str]:
+    """Drives one history and checks it; how often each kind of event happened. windows: of the groups of layers."""
+    history = History(random.Random(f"{mode} {formation} {policy} {seed}"), mode, formation, policy, windows)
     history.run(steps)
     return history.events
