@@ -110,7 +110,8 @@ class Pages:
             are available.
         """
         full, partial = divmod(sequence.num_prompt_tokens, self._pool.page_size)
-        left = self.groups.left(sequence.num_prompt_tokens)
+        assert sequence.prompt is not None
+        left = sequence.prompt.needed  # so that it is another holder of the prompt
         needed, reserved = self._needed(sequence, 0, left)
         if (needed - full) * self.groups.count + reserved + self._watermark > self._pool.num_available:
             return None

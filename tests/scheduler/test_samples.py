@@ -222,8 +222,10 @@ class SampledHistory(History):
     """A random history in which requests have several samples, and the device loses its pages now and then. Some take
     penalty rows, of which there are few, and some want their prompt scored."""
 
-    def __init__(self, rng: random.Random, mode: str, formation: str, policy: str):
-        super().__init__(rng, mode, formation, policy)
+    def __init__(
+        self, rng: random.Random, mode: str, formation: str, policy: str, windows: tuple[int | None, ...] = (None,)
+    ):
+        super().__init__(rng, mode, formation, policy, windows)
         self.scored: Counter[str] = Counter()
 
     def take(self, update: SequenceUpdate) -> None:
