@@ -47,7 +47,12 @@ def drive(
     if poison:
         runner._arrays.pools = [poisoned(pool) for pool in runner._arrays.pools]
     pool = PagePool(num_pages or config.cache.num_pages, config.cache.page_size)
-    scheduler = Scheduler(dataclasses.replace(config.scheduler, **limits), pool, Buckets.from_config(config, "cpu"))
+    scheduler = Scheduler(
+        dataclasses.replace(config.scheduler, **limits),
+        pool,
+        Buckets.from_config(config, "cpu"),
+        group_windows=runner.info.group_windows,
+    )
     sequences: list[Any] = []
     for request in requests:
         if isinstance(request, EngineRequest):
