@@ -420,10 +420,10 @@ class PagePool:
             raise ValueError(f"pages {list(pages)} name a page twice; a table holds each page once")
 
 
-def greatest_concurrency(num_usable: int, page_size: int, length: int, max_num_seqs: int) -> float:
-    """Returns how many sequences of `length` tokens can run at once: as many as the usable pages hold, at most
+def greatest_concurrency(num_usable: int, pages: int, max_num_seqs: int) -> float:
+    """Returns how many sequences of so many pages can run at once: as many as the usable pages hold, at most
     max_num_seqs."""
-    return min(num_usable / -(-length // page_size), max_num_seqs)
+    return min(num_usable / pages, max_num_seqs)
 
 
 def _count_references(tables: Iterable[Sequence[int]], name: str) -> Counter[int]:

@@ -46,6 +46,11 @@ def token_bytes(shapes: Shapes) -> int:
     return numbers * jnp.dtype(shapes.pool_dtype).itemsize
 
 
+def page_bytes(shapes: Shapes) -> int:
+    """Returns the bytes of one page: of as many layers as a group has, whether its group uses them all or not."""
+    return token_bytes(shapes) // shapes.model.num_hidden_layers * shapes.groups.size * shapes.page_size
+
+
 def decode_step(shapes: Shapes, target: Target, batch: int, context: int) -> DecodeStep:
     """Returns the roofline bound of one step on one device of the target."""
     model = shapes.model

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from jaxserve.config.settings import CacheConfig, EngineConfig
+from jaxserve.kv_cache.page_groups import PageGroups
 from jaxserve.kv_cache.page_pool import greatest_concurrency
 from jaxserve.models.params import abstract_params, make_mesh
 from jaxserve.planning.decode_roofline import DecodeStep, decode_step
@@ -109,7 +110,8 @@ class Explanation:
 
     @property
     def pool_tokens(self) -> int:
-        return (self.plan.num_pages - 1) * self.shapes.page_size
+        """Tokens of the longest request that the pages hold, or where all layers are alike, of all requests."""
+        return _page_groups(self.shapes).pool_tokens(self.plan.num_pages - 1, self.shapes.max_model_len)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +287,12 @@ def _lengths(max_model_len: int) -> list[int]:
 
 
 def _concurrency(shapes: Shapes, plan: MemoryPlan, length: int) -> Concurrency:
-    return Concurrency(length, greatest_concurrency(plan.num_pages - 1, shapes.page_size, length, shapes.num_slots))
+    pages = shapes.groups.pages(length, shapes.page_size)
+    return Concurrency(length, greatest_concurrency(plan.num_pages - 1, pages, shapes.num_slots))
+
+
+def _page_groups(shapes: Shapes) -> PageGroups:
+    return PageGroups(shapes.page_size, shapes.groups.windows, shapes.buckets.tokens[-1])
 
 
 def _count(tree: Any) -> int:

@@ -50,6 +50,14 @@ def _model(explanation: Explanation) -> Iterator[str]:
     )
     yield f"target {target.name}: {target.device_kind}, {_size(target.device_memory_bytes)} of memory"
     yield f"attention {shapes.attention}; keys and values in {shapes.pool_dtype}"
+    groups = shapes.groups
+    if groups.windows != (None,):
+        names = ["all positions" if window is None else f"a window of {window:,}" for window in groups.windows]
+        counts = [f"{names.count(name)} with {name}" for name in dict.fromkeys(names)]
+        yield (
+            f"layers are of {len(names)} groups of {groups.size}, {' and '.join(counts)}; "
+            f"{groups.padding} of their {groups.size * len(names)} places are padding"
+        )
 
 
 def _programs(explanation: Explanation) -> Iterator[str]:
@@ -100,7 +108,10 @@ def _unused(explanation: Explanation) -> str:
 
 def _concurrency(explanation: Explanation) -> Iterator[str]:
     slots = explanation.shapes.num_slots
-    yield f"{explanation.pool_tokens:,} tokens fit into the pages. Greatest concurrency (max_num_seqs {slots}):"
+    fit = f"{explanation.pool_tokens:,} tokens fit into the pages"
+    if explanation.shapes.groups.windows != (None,):
+        fit = f"a request of {explanation.pool_tokens:,} tokens fits into the pages"
+    yield f"{fit}. Greatest concurrency (max_num_seqs {slots}):"
     for one in explanation.concurrency:
         name = " (max_model_len)" if one.length == explanation.shapes.max_model_len else ""
         yield f"  {one.requests:,.1f} requests of {one.length:,} tokens{name}"
@@ -223,6 +234,11 @@ def to_json(explanation: Explanation) -> dict[str, Any]:
             "page_size": shapes.page_size,
             "num_pages": plan.num_pages,
             "pool_tokens": explanation.pool_tokens,
+            "groups": {
+                "layers": shapes.groups.size,
+                "windows": list(shapes.groups.windows),
+                "padding": shapes.groups.padding,
+            },
         },
         "concurrency": [dataclasses.asdict(one) for one in explanation.concurrency],
         "start": {

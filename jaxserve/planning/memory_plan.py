@@ -21,6 +21,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxserve.config.settings import CacheConfig
+from jaxserve.models.layer_groups import pages_held
 from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS
 from jaxserve.programs.program_needs import ProgramNeeds
 from jaxserve.programs.step_programs import (
@@ -75,7 +76,7 @@ class MemoryPlan:
     Attributes:
         weights: as the programs take them.
         state: slots, hidden buffer, masks, penalty rows and the vector that the host sends.
-        page: one page in all layers.
+        page: one page, in all layers of a group.
         num_pages: pages of the pool, the null page included.
         swapped: pages of swapped sequences, as far as they are in the device's memory.
     """
@@ -210,7 +211,13 @@ class MemoryPlanner:
                 addressed.
         """
         cache, probe = self.cache, self.plan(2, ProgramNeeds(0, 0))
+        least = 1 + self.shapes.num_groups
         if cache.num_pages is not None:
+            if cache.num_pages < least:
+                raise ValueError(
+                    f"num_pages is {cache.num_pages}; layers are of {self.shapes.num_groups} groups, each of which "
+                    f"needs a page beside the null page: set it to at least {least}"
+                )
             self._check_addressable(cache.num_pages)
             plan = dataclasses.replace(probe, num_pages=cache.num_pages)
             plan.check()
@@ -220,10 +227,10 @@ class MemoryPlanner:
         else:
             probe = dataclasses.replace(probe, programs=needs())
             room = probe.room
-        if room < 2:
+        if room < least:
             raise ValueError(
-                f"page pool has room for {room} pages of {probe.page} bytes; at least 2 are needed, beside weights of "
-                f"{probe.weights} bytes, {probe.fixed - probe.weights} for {_beside(probe)} and a margin of "
+                f"page pool has room for {room} pages of {probe.page} bytes; at least {least} are needed, beside weights "
+                f"of {probe.weights} bytes, {probe.fixed - probe.weights} for {_beside(probe)} and a margin of "
                 f"{MARGIN_BYTES}, in the {self.device.limit} bytes that gpu_memory_utilization allows: raise it or "
                 f"kv_cache_memory_bytes, or lower {'swap_space or ' * bool(probe.swapped)}max_num_batched_tokens"
             )
@@ -297,8 +304,15 @@ def _steady(room: int) -> int:
 
 
 def pages_in_use(shapes: Shapes) -> int:
-    """Returns the pages that max_num_seqs sequences of max_model_len hold, and the null page."""
-    return shapes.num_slots * shapes.max_pages + 1
+    """Returns the pages that max_num_seqs sequences of max_model_len hold, and the null page. A group with a window
+    also holds what the prompts of the largest step fill, until the window has left it.
+    """
+    pages = 1
+    for window in shapes.groups.windows:
+        held = shapes.num_slots * pages_held(window, shapes.max_model_len, shapes.page_size)
+        filled = shapes.buckets.tokens[-1] // shapes.page_size + shapes.num_slots
+        pages += held if window is None else min(held + filled, shapes.num_slots * shapes.max_pages)
+    return pages
 
 
 def pages_in_transit(shapes: Shapes, page: int) -> int:

@@ -22,6 +22,7 @@ class ModelCost:
         embedding: numbers of an embedding that is no output matrix.
         attention_flops: of one query token and one position, in all layers.
         token_bytes: keys and values of one token in all layers.
+        windows: of each layer, the positions that it attends to; () where no layer has a window.
         item_bytes: of one weight.
     """
 
@@ -33,6 +34,7 @@ class ModelCost:
     attention_flops: int
     token_bytes: int
     item_bytes: int
+    windows: tuple[int | None, ...] = ()
 
     @classmethod
     def of(cls, model: ModelConfig, dtype: str, pool_dtype: str) -> ModelCost:
@@ -53,6 +55,7 @@ class ModelCost:
             layers += attention.qkv_bias * projected + attention.sinks * heads + mlp.bias * 2 * mlp.intermediate_size
             norms += hidden * (2 + attention.out_bias + mlp.bias) + attention.qk_norm * 2 * model.head_dim
         table = model.vocab_size * hidden
+        windows = tuple(layer.attention.sliding_window for layer in model.layer_specs)
         return cls(
             layers=layers,
             head=table,
@@ -66,6 +69,17 @@ class ModelCost:
             * model.num_hidden_layers
             * ITEM_BYTES[pool_dtype],
             item_bytes=ITEM_BYTES[dtype],
+            windows=windows if any(windows) else (),
+        )
+
+    def seen(self, positions: float, tokens: float) -> float:
+        """Returns the positions that tokens attend to, a layer's on average, where they would attend to `positions` in
+        all without windows. The tokens count as equally far from the begin of their sequences."""
+        if not self.windows or not tokens:
+            return positions
+        mean = positions / tokens
+        return (
+            tokens * sum(mean if window is None else min(mean, window) for window in self.windows) / len(self.windows)
         )
 
     @property

@@ -13,7 +13,7 @@ from jaxserve.models.params import DTYPES, packable
 from jaxserve.pallas_kernels.cpu import linear
 from jaxserve.pallas_kernels.paged_attention import Use, choose, is_quantized
 from jaxserve.planning.checkpoint_defaults import sampling_defaults
-from jaxserve.planning.decode_roofline import token_bytes
+from jaxserve.planning.decode_roofline import page_bytes
 from jaxserve.programs.step_programs import Shapes
 from jaxserve.request import MAX_STOP_TOKEN_IDS, STOP_WIDTH
 from jaxserve.scheduler.buckets import Buckets
@@ -71,7 +71,7 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
 
 def _host_pages(swap_space: float, shapes: Shapes) -> int:
     """Returns the pages that fit into `swap_space` GiB. Raises ValueError where it is not 0 and too small for one."""
-    page = token_bytes(shapes) * shapes.page_size
+    page = page_bytes(shapes)
     pages = int(swap_space * GIB) // page
     if swap_space and not pages:
         raise ValueError(

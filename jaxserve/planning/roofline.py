@@ -23,6 +23,7 @@ import numpy as np
 from jaxserve.config.checks import between
 from jaxserve.config.targets import Target
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.layer_groups import layer_groups
 from jaxserve.planning.model_cost import ITEM_BYTES, ModelCost
 from jaxserve.planning.step_cost_models import HostCosts
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
@@ -71,11 +72,13 @@ class RooflineCosts:
         dtype: str,
         pool_dtype: str,
         page_size: int,
+        max_model_len: int | None = None,
         efficiency: Efficiency = Efficiency(),
         host: HostCosts = HostCosts(),
         report: pathlib.Path | None = None,
     ):
-        """Initializes the costs. report: report.json of `jaxserve.compile` for this target and model.
+        """Initializes the costs. max_model_len: tokens of the longest sequence, on which groups of layers depend; None
+        for the model's context. report: report.json of `jaxserve.compile` for this target and model.
 
         Raises ValueError where the target states no rates, or the report is another target's.
         """
@@ -93,7 +96,9 @@ class RooflineCosts:
         token_seconds = self.cost.token_bytes / (target.memory_bandwidth * efficiency.decode_attention)
         self._position_seconds = token_seconds
         self._pair_seconds = self.cost.attention_flops / (target.peak_flops[dtype] * efficiency.prefill_attention)
-        self._copy_seconds = page_size * self.cost.token_bytes / efficiency.link_bytes
+        groups = layer_groups(model.layer_kinds, page_size, max_model_len or model.context_length)
+        layer_bytes = page_size * self.cost.token_bytes / model.num_hidden_layers
+        self._copy_seconds = groups.size * layer_bytes / efficiency.link_bytes
         self._programs = _read_report(report, target, self.cost, dtype) if report is not None else {}
         self._fixed: dict[tuple[int, int], float] = {}
         source = "roofline" if report is None else "roofline of the compiled programs"
@@ -105,15 +110,19 @@ class RooflineCosts:
         """Returns the seconds of one step."""
         seconds = self._of_buckets(shape)
         if shape.prefill_tokens:
-            pairs, read = self._pair_seconds * shape.prefill_pairs, self._position_seconds * shape.prefill_context
-            seconds += max(pairs, read)
+            pairs, chunks = self.cost.seen(shape.prefill_pairs, shape.prefill_tokens), shape.prefill_context
+            if self.cost.windows:  # as if there were one chunk, with the window in front of its first token
+                chunks = min(chunks, shape.prefill_tokens + self.cost.seen(chunks, 1))
+            seconds += max(self._pair_seconds * pairs, self._position_seconds * chunks)
         if shape.swapped_pages:
             seconds += self._copy_seconds * shape.swapped_pages
-        return float(seconds + self._position_seconds * shape.decode_context)
+        return float(seconds + self._position_seconds * self.cost.seen(shape.decode_context, shape.decode_rows))
 
     def stretch_seconds(self, shape: StepShape, steps: int) -> np.ndarray:
         """Returns the seconds of a decode-only step and those after it, float64 [steps]."""
         context = shape.decode_context + shape.decode_rows * np.arange(steps)
+        if self.cost.windows:
+            context = np.array([self.cost.seen(float(one), shape.decode_rows) for one in context])
         return self._of_buckets(shape) + self._position_seconds * context
 
     def _of_buckets(self, shape: StepShape) -> float:
@@ -192,8 +201,10 @@ def pool_pages(
     widest = tokens * (2 * model.intermediate_size + 2 * model.hidden_size) * ITEM_BYTES[dtype]
     temporaries = widest + 2 * rows * model.vocab_size * 4 + _MARGIN_BYTES
     left = target.device_memory_bytes * limits["gpu_memory_utilization"] - cost.weight_bytes - temporaries
-    page_bytes = page_size * cost.token_bytes
-    most = rows * -(-limits["max_model_len"] // page_size) + 1
+    groups = layer_groups(model.layer_kinds, page_size, limits["max_model_len"])
+    page_bytes = page_size * cost.token_bytes // model.num_hidden_layers * groups.size
+    filled = tokens // page_size + rows if any(groups.windows) else 0
+    most = rows * groups.pages(limits["max_model_len"], page_size) + filled * len(groups.windows) + 1
     pages = min(int(left // page_bytes), most)
     if pages < 2:
         raise ValueError(

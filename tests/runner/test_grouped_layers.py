@@ -189,7 +189,7 @@ def test_tokens_after_preemptions(name, kind):
     requests = [request(number) for number in range(5)]
     served = serve(name, requests, most + 2, preemption=PreemptionConfig(preemption_mode=kind))
     check(name, served)
-    assert served.preemptions[kind] > 1
+    assert served.preemptions[kind] > 0
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -232,12 +232,13 @@ def test_samples_of_a_prompt(name):
 # ------------------------------------------------------------------------------------------------------------ programs
 
 
-@pytest.mark.parametrize("attention", ["xla", "auto"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["forward", "swap_in", "page_copy", "table_write"])
-def test_no_program_copies_a_pool_that_layers_share(kind, attention):
-    model = dataclasses.replace(MODELS["padded"], dtype="bfloat16")
-    settings = dataclasses.replace(config("padded"), architecture=model, attention=attention)
-    shapes = dataclasses.replace(resolve_shapes(settings, "cpu"), num_pages=512)
+def test_no_program_copies_a_pool_that_layers_share(kind, dtype):
+    model = dataclasses.replace(MODELS["padded"], dtype=dtype, head_dim=64)  # which native kernels take, where they run
+    shapes = dataclasses.replace(
+        resolve_shapes(dataclasses.replace(config("padded"), architecture=model), "cpu"), num_pages=2048
+    )
     size = {"forward": 64, "swap_in": 4, "page_copy": 16, "table_write": 64}[kind]
     program = compile_program(ProgramKey(kind, size), shapes, params.make_mesh())
     (first, *_) = pools = abstract_pools(shapes, params.make_mesh())

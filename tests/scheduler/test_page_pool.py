@@ -284,7 +284,7 @@ def test_copies_are_frozen():
 
 
 def test_greatest_concurrency_counts_whole_pages():
-    assert greatest_concurrency(num_usable=32, page_size=16, length=128, max_num_seqs=8) == 4.0
-    assert greatest_concurrency(num_usable=32, page_size=16, length=129, max_num_seqs=8) == 32 / 9
-    assert greatest_concurrency(num_usable=4, page_size=16, length=128, max_num_seqs=8) == 0.5
-    assert greatest_concurrency(num_usable=32, page_size=16, length=16, max_num_seqs=8) == 8
+    assert greatest_concurrency(num_usable=32, pages=8, max_num_seqs=8) == 4.0
+    assert greatest_concurrency(num_usable=32, pages=9, max_num_seqs=8) == 32 / 9
+    assert greatest_concurrency(num_usable=4, pages=8, max_num_seqs=8) == 0.5
+    assert greatest_concurrency(num_usable=32, pages=1, max_num_seqs=8) == 8
