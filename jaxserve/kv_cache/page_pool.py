@@ -275,17 +275,19 @@ class PagePool:
         self._drop(page)
         return PageCopy(page, PageState.ACTIVE, private[0], PageState.ACTIVE)
 
-    def move(self, pages: Sequence[int], to: PageState) -> tuple[PageCopy, ...] | None:
+    def move(self, pages: Sequence[int], to: PageState, first: int = 0) -> tuple[PageCopy, ...] | None:
         """Swaps a sequence out (to HOST, given its device pages) or in (to ACTIVE, given its host pages).
 
         Returns one copy per page, in table order; the destinations are the sequence's new table, private to it.
         None, and no change, when the other tier has too few pages. The references to the source pages are released,
         so a page that others share, or that is cached, stays on the device too. Content keys move along.
+
+        first: index in its table of the first page swapped in; those before it have left the table's window.
         """
         if to is PageState.HOST:
             return self._move_out(pages)
         if to is PageState.ACTIVE:
-            return self._move_in(pages)
+            return self._move_in(pages, first)
         raise ValueError(f"to is {to}; pages move to {PageState.HOST} or {PageState.ACTIVE}")
 
     def release_host(self, pages: Sequence[int]) -> None:
@@ -345,13 +347,13 @@ class PagePool:
         self.release(pages)
         return tuple(copies)
 
-    def _move_in(self, pages: Sequence[int]) -> tuple[PageCopy, ...] | None:
+    def _move_in(self, pages: Sequence[int], first: int) -> tuple[PageCopy, ...] | None:
         self._check_host(pages)
         targets = self.allocate(len(pages))
         if targets is None:
             return None
         copies = []
-        for depth, (page, target) in enumerate(zip(pages, targets, strict=True)):
+        for depth, (page, target) in enumerate(zip(pages, targets, strict=True), first):
             key = self._keys[target] = self._host_keys[page]
             if key is not None:
                 self._page_of_key.setdefault(key, target)

@@ -229,8 +229,8 @@ class MemoryPlanner:
             room = probe.room
         if room < least:
             raise ValueError(
-                f"page pool has room for {room} pages of {probe.page} bytes; at least {least} are needed, beside weights "
-                f"of {probe.weights} bytes, {probe.fixed - probe.weights} for {_beside(probe)} and a margin of "
+                f"page pool has room for {room} pages of {probe.page} bytes; at least {least} are needed, beside "
+                f"weights of {probe.weights} bytes, {probe.fixed - probe.weights} for {_beside(probe)} and a margin of "
                 f"{MARGIN_BYTES}, in the {self.device.limit} bytes that gpu_memory_utilization allows: raise it or "
                 f"kv_cache_memory_bytes, or lower {'swap_space or ' * bool(probe.swapped)}max_num_batched_tokens"
             )

@@ -134,7 +134,7 @@ class FakeRunner:
         self.pack_seconds = 0.0
         self.num_executables = 0
         self._num_groups = len(group_windows)
-        self._windowed = any(window is not None for window in group_windows)
+        self._widest = max((window for window in group_windows if window is not None), default=0)
         self._host_pages: list[Page] = [[None] * page_size for _ in range(num_host_pages)]
         self._forget()
 
@@ -265,8 +265,8 @@ class FakeRunner:
         all before it that the group attends to."""
         for group, pages in enumerate((row.new_pages, *row.more_pages)):
             self._table(group, row.slot).update(enumerate(pages, start=row.first_new_page))
-        if self._windowed:
-            self._read(row.slot, start + 1, written=start)
+        if self._widest:
+            self._read(row.slot, start + 1, first=max(0, start + 1 - self._widest), written=start)
         for group in range(self._num_groups):
             table = self._table(group, row.slot)
             for position, token in enumerate(tokens, start=start):
@@ -274,12 +274,13 @@ class FakeRunner:
                 assert table[index] != 0, "a real token is written to the null page"
                 self._pages[table[index]][offset] = group, token
 
-    def _read(self, slot: int, count: int, written: int | None = None) -> list[int]:
+    def _read(self, slot: int, count: int, first: int = 0, written: int | None = None) -> list[int]:
         """Returns the first `count` tokens of a slot as the last of them sees them: the pages of every group must hold
-        those that it attends to. written: only so many are in pages; None for all."""
+        those that it attends to. first, written: of them only those in front of `written`, from `first` on, which are
+        in pages; None for all."""
         context: list[int] = []
         name = self._requests[slot].request_id
-        for position in range(count if written is None else written):
+        for position in range(first, count if written is None else written):
             index, offset = divmod(position, self.info.page_size)
             seeing = [
                 group

@@ -167,6 +167,16 @@ class Scheduler:
         return sum(self._queues.preemptions.values())
 
     @property
+    def num_pages_by_group(self) -> list[int]:
+        """Returns the number of pages in the tables of all sequences, for each group of layers; O(running). Pages that
+        sequences share count for each of them."""
+        held = [0] * self.page_groups.count
+        for sequence in self._queues.running.sequences:
+            for group, left in enumerate(sequence.left):
+                held[group] += len(sequence.pages) - left
+        return held
+
+    @property
     def prefix_counts(self) -> PrefixCounts:
         """Returns the counts of the prefix cache since the start."""
         return self._queues.prefix_cache.counts

@@ -7,6 +7,7 @@ of its group has left is released, and its entry becomes the null page.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable
 from collections.abc import Sequence as List
@@ -135,14 +136,13 @@ class Pages:
         """Allocates the pages of a swapped sequence that fits, and those reserved for it; returns the copies to
         perform."""
         _, reserved = self._needed(sequence, 0, sequence.left)
-        entries = sequence.num_entries
-        copies = self._pool.move(sequence.host_pages, PageState.ACTIVE)
-        assert copies is not None, "pages that fit are not there"
-        sequence.host_pages = []
-        copies = _of_groups(copies, [entries - left for left in sequence.left])
+        entries, host, copies = sequence.num_entries, iter(sequence.host_pages), ()
         for group, (table, left) in enumerate(zip(sequence.tables, sequence.left, strict=True)):
-            table.extend([NULL_PAGE] * left)
-            table.extend([copy.destination for copy in copies if copy.group == group])
+            moved = self._pool.move(list(itertools.islice(host, entries - left)), PageState.ACTIVE, left)
+            assert moved is not None, "pages that fit are not there"
+            table += [NULL_PAGE] * left + [copy.destination for copy in moved]
+            copies += _of_group(moved, group)
+        sequence.host_pages = []
         self._take(sequence, 0, reserved)
         return copies
 
@@ -162,7 +162,11 @@ class Pages:
             table.clear()
         sequence.reserved = []
         sequence.host_pages = [copy.destination for copy in copies]
-        return _of_groups(copies, [len(table) for table in tables])
+        place, named = 0, ()
+        for group, table in enumerate(tables):
+            named += _of_group(copies[place : place + len(table)], group)
+            place += len(table)
+        return named
 
     def grow(self, sequence: Sequence, count: int) -> bool:
         """Allocates the pages that `count` more tokens need beyond those held; all or nothing."""
@@ -275,7 +279,7 @@ class Pages:
                     copy = self._pool.copy(last)
                     assert copy is not None, "pages that fit are not there"
                     table[-1] = copy.destination
-                    copies += (dataclasses.replace(copy, group=group),)
+                    copies += _of_group((copy,), group)
         else:
             donor = next(iter(prompt.holders.values()))
             self._share(sequence, donor, prompt.num_shared, prompt.needed)
@@ -349,12 +353,8 @@ def _by_entry(sequence: Sequence, begin: int = 0) -> list[int]:
     ]
 
 
-def _of_groups(copies: tuple[PageCopy, ...], counts: List[int]) -> tuple[PageCopy, ...]:
-    """Names the group of each copy: the first `counts[0]` are of group 0, and so on."""
-    if len(counts) == 1:
-        return copies
-    groups = [group for group, count in enumerate(counts) for _ in range(count)]
-    return tuple([dataclasses.replace(copy, group=group) for copy, group in zip(copies, groups, strict=True)])
+def _of_group(copies: tuple[PageCopy, ...], group: int) -> tuple[PageCopy, ...]:
+    return tuple([dataclasses.replace(copy, group=group) for copy in copies]) if group else copies
 
 
 class FaultyPages(Pages):
