@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from jaxserve.engine.messages import EngineReady, EngineStats
+from jaxserve.kv_cache.page_groups import PageGroups
 from jaxserve.kv_cache.page_pool import greatest_concurrency
 from jaxserve.telemetry.startup_spans import StartupSpan, phase_lines, phases_json
 
@@ -34,11 +35,14 @@ def start_lines(ready: EngineReady, name: str) -> list[str]:
     else:
         origin = f"compiled {programs}"
     follow = "; the others follow while it serves" if missing else ""
-    concurrency = greatest_concurrency(info.usable_pages, info.page_size, info.max_model_len, ready.max_num_seqs)
+    groups = PageGroups(info.page_size, info.group_windows)
+    pages = groups.held(info.max_model_len)
+    concurrency = greatest_concurrency(info.usable_pages, pages, ready.max_num_seqs)
+    holds = f"{pool_tokens:,} tokens" if groups.alike else f"requests of up to {pool_tokens:,} tokens"
     lines = [
         f"model {name}: {info.architecture}, {info.num_parameters / 1e6:.2f}M parameters, {info.dtype} on "
         f"{info.platform}, attention {info.attention}",
-        f"page pool: {pool_tokens:,} tokens ({info.usable_pages:,} pages of {info.page_size}), {info.kv_cache}",
+        f"page pool: {holds} ({info.usable_pages:,} pages of {info.page_size}), {info.kv_cache}",
         f"greatest concurrency at max_model_len {info.max_model_len:,}: {concurrency:.1f} requests "
         f"(max_num_seqs {ready.max_num_seqs})",
         f"{origin} in {info.compile_seconds:.1f} s{follow}; engine start {ready.start_seconds:.1f} s",
