@@ -60,6 +60,16 @@ class LayerGroups:
         """Returns the pages that a sequence of `length` tokens holds while it decodes."""
         return sum(pages_held(window, length, page_size) for window in self.windows)
 
+    def most_pages(self, rows: int, length: int, page_size: int, step_tokens: int) -> int:
+        """Returns the most pages that `rows` sequences of up to `length` tokens hold. A group with a window also holds
+        what the prompts of the largest step, of `step_tokens` tokens, fill, until the window has left it.
+        """
+        whole, pages = rows * -(-length // page_size), 0
+        for window in self.windows:
+            held = rows * pages_held(window, length, page_size)
+            pages += whole if window is None else min(held + step_tokens // page_size + rows, whole)
+        return pages
+
 
 def pages_held(window: int | None, length: int, page_size: int, tokens: int = 1) -> int:
     """Returns the most pages of one group that a sequence of up to `length` tokens holds.

@@ -194,7 +194,12 @@ def _gap(
         costs: CostModel = read_costs(model_cost)
     elif target.memory_bandwidth and target.peak_flops.get(shapes.dtype):
         costs = RooflineCosts(
-            shapes.model, target, dtype=shapes.dtype, pool_dtype=shapes.pool_dtype, page_size=shapes.page_size
+            shapes.model,
+            target,
+            dtype=shapes.dtype,
+            pool_dtype=shapes.pool_dtype,
+            page_size=shapes.page_size,
+            max_model_len=shapes.max_model_len,
         )
     else:
         unknown = f"target {target.name} states no rates; measure its steps (benchmarks.step_costs), give --model-cost"

@@ -21,7 +21,6 @@ import jax
 from jax.sharding import Mesh
 
 from jaxserve.config.settings import CacheConfig
-from jaxserve.models.layer_groups import pages_held
 from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS
 from jaxserve.programs.program_needs import ProgramNeeds
 from jaxserve.programs.step_programs import (
@@ -304,15 +303,9 @@ def _steady(room: int) -> int:
 
 
 def pages_in_use(shapes: Shapes) -> int:
-    """Returns the pages that max_num_seqs sequences of max_model_len hold, and the null page. A group with a window
-    also holds what the prompts of the largest step fill, until the window has left it.
-    """
-    pages = 1
-    for window in shapes.groups.windows:
-        held = shapes.num_slots * pages_held(window, shapes.max_model_len, shapes.page_size)
-        filled = shapes.buckets.tokens[-1] // shapes.page_size + shapes.num_slots
-        pages += held if window is None else min(held + filled, shapes.num_slots * shapes.max_pages)
-    return pages
+    """Returns the most pages that max_num_seqs sequences of max_model_len hold, and the null page."""
+    step_tokens = shapes.buckets.tokens[-1]
+    return shapes.groups.most_pages(shapes.num_slots, shapes.max_model_len, shapes.page_size, step_tokens) + 1
 
 
 def pages_in_transit(shapes: Shapes, page: int) -> int:

@@ -203,8 +203,7 @@ def pool_pages(
     left = target.device_memory_bytes * limits["gpu_memory_utilization"] - cost.weight_bytes - temporaries
     groups = layer_groups(model.layer_kinds, page_size, limits["max_model_len"])
     page_bytes = page_size * cost.token_bytes // model.num_hidden_layers * groups.size
-    filled = tokens // page_size + rows if any(groups.windows) else 0
-    most = rows * groups.pages(limits["max_model_len"], page_size) + filled * len(groups.windows) + 1
+    most = groups.most_pages(rows, limits["max_model_len"], page_size, tokens) + 1
     pages = min(int(left // page_bytes), most)
     if pages < 2:
         raise ValueError(

@@ -32,6 +32,7 @@ def step_costs(shapes: Shapes, mesh: Mesh, measured: FittedCosts | None = None) 
         dtype=shapes.dtype,
         pool_dtype=shapes.pool_dtype,
         page_size=shapes.page_size,
+        max_model_len=shapes.max_model_len,
     )
     largest = largest_step(shapes)
     if measured is None:
@@ -43,7 +44,9 @@ def largest_step(shapes: Shapes) -> StepShape:
     """Returns a step that no step of `shapes` exceeds: the largest buckets full of prompts' tokens at the end of the
     longest contexts, beside as many decodes of such contexts as the pages hold."""
     tokens, rows = shapes.buckets.tokens[-1], shapes.buckets.rows[-1]
-    held = min(rows * shapes.max_model_len, (shapes.num_pages - 1) * shapes.page_size)
+    held = rows * shapes.max_model_len
+    if shapes.groups.windows == (None,):  # pages that windows have left hold no position any more
+        held = min(held, (shapes.num_pages - 1) * shapes.page_size)
     return StepShape(
         token_bucket=tokens,
         row_bucket=rows,

@@ -90,7 +90,8 @@ def replay(
     core = EngineCore(config, keeping, recorder=recorder)
     events: list[Event] = []
     recorder.subscribe(events.append)
-    device = SimulatedDevice(runner.info.num_pages, runner.info.max_model_len, runner.info.platform)
+    info = runner.info
+    device = SimulatedDevice(info.num_pages, info.max_model_len, info.platform, group_windows=info.group_windows)
     kept, skipped = fitting(config, trace, device, client)
     requests = EngineRequests(TraceRequests(kept, device, config, client), keeping, seed=seed)
     origin = time.perf_counter()

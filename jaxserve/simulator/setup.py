@@ -11,6 +11,7 @@ from jaxserve.config.checks import did_you_mean
 from jaxserve.config.settings import EngineConfig
 from jaxserve.config.targets import LOCAL, Target, known_targets, load_target
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.layer_groups import layer_groups
 from jaxserve.planning.model_cost import ModelCost
 from jaxserve.planning.roofline import Efficiency, RooflineCosts, pool_pages
 from jaxserve.planning.step_cost_models import CostModel, HostCosts, read_costs
@@ -83,11 +84,14 @@ def set_up(
             dtype=dtype,
             pool_dtype=pool_dtype,
             page_size=page_size,
+            max_model_len=max_model_len,
             efficiency=efficiency,
             host=host,
             report=report,
         )
-    page_bytes = page_size * ModelCost.of(model, dtype, pool_dtype).token_bytes
+    groups = layer_groups(model.layer_kinds, page_size, max_model_len)
+    token_bytes = ModelCost.of(model, dtype, pool_dtype).token_bytes
+    page_bytes = page_size * groups.size * token_bytes // model.num_hidden_layers
     pages = config.cache.num_pages
     if pages is None and config.cache.kv_cache_memory_bytes is not None:
         pages = config.cache.kv_cache_memory_bytes // page_bytes
@@ -110,6 +114,7 @@ def set_up(
         max_model_len=max_model_len,
         platform="gpu" if target is not None and target.platform == "gpu" else "cpu",
         num_host_pages=int(config.cache.swap_space * GIB) // page_bytes,
+        group_windows=groups.windows,
     )
     return Setup(config, device, costs)
 

@@ -24,6 +24,7 @@ import numpy as np
 from jaxserve.config.settings import EngineConfig
 from jaxserve.kv_cache.content_keys import ContentKeys
 from jaxserve.kv_cache.eviction import make_eviction
+from jaxserve.kv_cache.page_groups import PageGroups
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.planning.step_cost_models import CostModel
 from jaxserve.request import EngineRequest, RequestStatus
@@ -58,12 +59,20 @@ class SimulatedDevice:
     Attributes:
         num_pages: counts the null page.
         platform: determines the buckets.
+        group_windows: of each group of layers, the positions that they attend to; None for all.
     """
 
     num_pages: int
     max_model_len: int
     platform: str = "gpu"
     num_host_pages: int = 0
+    group_windows: tuple[int | None, ...] = (None,)
+
+    def pool_tokens(self, config: EngineConfig) -> int:
+        """Returns the number of tokens of the longest request that the pages hold."""
+        step_tokens = Buckets.from_config(config, self.platform).tokens[-1]
+        groups = PageGroups(config.cache.page_size, self.group_windows, step_tokens)
+        return groups.pool_tokens(self.num_pages - 1, self.max_model_len)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +140,7 @@ class SimulatedEngine:
             buckets,
             costs=costs.preemption,
             max_model_len=device.max_model_len,
+            group_windows=device.group_windows,
             step_seconds=costs.seconds,
             content_keys=content_keys,
         )

@@ -187,7 +187,7 @@ def keys_of(config: EngineConfig, trace: Trace) -> ContentKeys | None:
 
 def fitting(config: EngineConfig, trace: Trace, device: SimulatedDevice, client: ClientRule) -> tuple[Trace, int]:
     """Returns the requests that the engine would accept, and the number of the others."""
-    most = min(device.max_model_len, (device.num_pages - 1) * config.cache.page_size)
+    most = min(device.max_model_len, device.pool_tokens(config))
     wanted = trace.output_tokens if client.max_tokens == "exact" else np.minimum(trace.output_tokens, 1)
     wanted = np.maximum(wanted, trace.max_tokens)
     if isinstance(client.max_tokens, int):
@@ -215,7 +215,7 @@ class TraceRequests:
     def __init__(self, trace: Trace, device: SimulatedDevice, config: EngineConfig, client: ClientRule):
         self.trace = trace
         self._client = client
-        self._most = min(device.max_model_len, (device.num_pages - 1) * config.cache.page_size + 1)
+        self._most = min(device.max_model_len, device.pool_tokens(config) + 1)
         self._turns: dict[int, list[int]] = {}
         for index in np.flatnonzero(trace.parents != ROOT).tolist():
             self._turns.setdefault(int(trace.parents[index]), []).append(index)

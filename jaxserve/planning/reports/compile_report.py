@@ -263,12 +263,12 @@ def _decode_steps(
     compiler: Compiler, programs: dict[ProgramKey, Inspected], contexts: Sequence[int]
 ) -> tuple[DecodeStepReport, ...]:
     shapes, target = compiler.shapes, compiler.target
-    capacity = (shapes.num_pages - 1) * shapes.page_size  # the null page holds none
+    usable = shapes.num_pages - 1  # the null page holds none
     steps = []
     for rows in shapes.buckets.rows:
         decode, sample = (programs.get(ProgramKey(kind, rows)) for kind in ("decode", "sample"))
         for context in contexts:
-            if decode is None or sample is None or rows * context > capacity:
+            if decode is None or sample is None or rows * shapes.groups.pages(context, shapes.page_size) > usable:
                 continue
             scenario = Scenario(rows=rows, context=context)
             traffic = [
