@@ -127,12 +127,12 @@ class DecodingSet:
     def give_pages(self, sequence: Sequence, pages: List[int]) -> None:
         """Assigns a page of each group of layers to a `needing_page` sequence for its next row."""
         assert sequence.slot is not None
-        page, *more = pages
+        page = pages[0]
         sequence.pages.append(page)
-        if more:
+        if len(pages) > 1:
+            more = self._taken_more[sequence.slot] = pages[1:]
             for table, one in zip(sequence.more_pages, more, strict=True):
                 table.append(one)
-            self._taken_more[sequence.slot] = more
         self._capacity[sequence.slot] += self._page_size
         self._taken[sequence.slot] = page
 

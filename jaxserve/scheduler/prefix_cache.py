@@ -206,10 +206,10 @@ class PrefixCache:
         if end <= begin or sequence.status is not RequestStatus.RUNNING or not self._serves(sequence):
             return False
         self._derive(sequence, end)
-        for group, (table, left) in enumerate(zip(sequence.tables, sequence.left, strict=True)):
-            first = max(begin, left)
-            keys = sequence.page_keys[first:end]
-            self._pool.commit(table[first:end], [group_key(key, group) for key in keys] if group else keys, first)
+        if self._groups.alike:
+            self._pool.commit(sequence.pages[begin:end], sequence.page_keys[begin:end], begin)
+        else:
+            self._commit_groups(sequence, begin, end)
         sequence.num_committed = end
         if (log := self._event_log) is not None:
             first = begin
@@ -239,6 +239,13 @@ class PrefixCache:
                 token_ids=sequence.known_token_ids(first * size, (first + count) * size),
             )
             log.stored(event, run)
+
+    def _commit_groups(self, sequence: Sequence, begin: int, end: int) -> None:
+        """Commits the pages of every group at these indices, without those that windows have left."""
+        for group, (table, left) in enumerate(zip(sequence.tables, sequence.left, strict=True)):
+            first = max(begin, left)
+            keys = [group_key(key, group) for key in sequence.page_keys[first:end]]
+            self._pool.commit(table[first:end], keys, first)
 
     def _chain(self, sequence: Sequence, count: int) -> Iterator[bytes]:
         """Yields the content keys of the first `count` pages of known tokens, and derives about twice as many of them

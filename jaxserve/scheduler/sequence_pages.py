@@ -203,12 +203,11 @@ class Pages:
                 sequence.reserved.extend(self._pool.allocate(min(missing, self._pool.num_available)) or ())
         return changed
 
-    def one_each(self, sequences: list[Sequence]) -> list[list[int]] | None:
+    def one_each(self, sequences: list[Sequence]) -> Iterable[List[int]] | None:
         """Allocates a page of each group for each sequence at once; returns None, and changes nothing, when some hold
         reserved pages or too few are free."""
-        count = self.groups.count
-        pages = None if self.reserves else self._pool.allocate(len(sequences) * count)
-        return None if pages is None else [pages[begin : begin + count] for begin in range(0, len(pages), count)]
+        pages = None if self.reserves else self._pool.allocate(len(sequences) * self.groups.count)
+        return None if pages is None else zip(*[iter(pages)] * self.groups.count, strict=True)
 
     def one(self, sequence: Sequence) -> list[int] | None:
         """Allocates a page of each group for a sequence; returns None when there are too few."""
@@ -380,7 +379,7 @@ class FaultyPages(Pages):
             self._pass([sequence])
         return super().grow(sequence, count)
 
-    def one_each(self, sequences: list[Sequence]) -> list[list[int]] | None:
+    def one_each(self, sequences: list[Sequence]) -> Iterable[List[int]] | None:
         self._pass(sequences)
         return super().one_each(sequences)
 

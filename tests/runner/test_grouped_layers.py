@@ -19,11 +19,12 @@ from jaxserve.kv_cache.content_keys import ContentKeys
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.models import params
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layer_groups import pages_held
+from jaxserve.models.layer_groups import LayerGroups, pages_held
 from jaxserve.models.layer_specs import LayerSpec, MLPSpec, SelfAttentionSpec
 from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION
 from jaxserve.planning.reports.compile_report import Compiler
 from jaxserve.planning.resolve import resolve_shapes
+from jaxserve.programs import step_programs
 from jaxserve.programs.compiler import compile_program, fresh_compilations, program_memory
 from jaxserve.programs.step_programs import ProgramKey, abstract_pools
 from jaxserve.programs.target_devices import load_target, target_mesh
@@ -33,6 +34,7 @@ from jaxserve.scheduler import Scheduler, StepPlan
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.plan import Wants
 from tests.models import generate
+from tests.runner.drive import drive
 from tests.scheduler.drive import dispatch
 
 PAGE = 16
@@ -227,6 +229,22 @@ def test_samples_of_a_prompt(name):
         scheduler.update(plan, made.collect(dispatch(made, plan)))
         scheduler.check_integrity()
     assert all(one.output_token_ids == expected(name, 0)[:30] for one in sequences)
+
+
+def test_quantized_pages_have_the_scales_of_their_layers(monkeypatch):
+    """Layers that share an array keep scales of their own: tokens are those of one table and array for each layer."""
+    found = []
+    requests = [request(number) for number in (1, 2)]
+    settings = dataclasses.replace(config("alternating"), cache=CacheConfig(num_pages=80, kv_cache_dtype="int8"))
+    for grouped in (True, False):
+        if not grouped:
+            alone = LayerGroups(4, (None,), tuple((0, layer) for layer in range(4)))
+            monkeypatch.setattr(step_programs, "layer_groups", lambda *_: alone)
+        made = ModelRunner(settings)
+        assert made.info.group_windows == ((None, 20) if grouped else (None,))
+        assert len(made._arrays.pools) == (2 if grouped else 4)
+        found.append(drive(made, settings, requests).tokens)
+    assert found[0] == found[1]
 
 
 # ------------------------------------------------------------------------------------------------------------ programs
