@@ -28,6 +28,7 @@ from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import AddRequest
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.layer_groups import layer_groups
 from jaxserve.models.layer_specs import LayerSpec, MLPSpec, SelfAttentionSpec
 from jaxserve.planning.explanation import explain
 from jaxserve.programs.target_devices import load_target
@@ -158,7 +159,7 @@ def in_use(model: ModelConfig, num_pages: int) -> dict[str, Any]:
     return {
         "windows": list(core.scheduler.page_groups.windows),
         "num_pages": num_pages,
-        "layers_a_page": len(core.runner._arrays.pools),
+        "layers_a_page": layer_groups(model.layer_kinds, config.cache.page_size, 512).size,
         "steps": len(found),
         "preemptions": core.scheduler.num_preemptions,
         "most_running": max(running for running, _ in found),
@@ -169,7 +170,7 @@ def in_use(model: ModelConfig, num_pages: int) -> dict[str, Any]:
 
 def main() -> None:
     """Prints both tables and writes them."""
-    parser = argparse.ArgumentParser(prog="benchmarks.held_requests", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="benchmarks.held_requests", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", default="h200")
     parser.add_argument("--length", type=int, default=32768)
     parsed = parser.parse_args()

@@ -236,9 +236,9 @@ def test_quantized_pages_have_the_scales_of_their_layers(monkeypatch):
     found = []
     requests = [request(number) for number in (1, 2)]
     settings = dataclasses.replace(config("alternating"), cache=CacheConfig(num_pages=80, kv_cache_dtype="int8"))
+    alone = LayerGroups(4, (None,), tuple((0, layer) for layer in range(4)))
     for grouped in (True, False):
         if not grouped:
-            alone = LayerGroups(4, (None,), tuple((0, layer) for layer in range(4)))
             monkeypatch.setattr(step_programs, "layer_groups", lambda *_: alone)
         made = ModelRunner(settings)
         assert made.info.group_windows == ((None, 20) if grouped else (None,))
