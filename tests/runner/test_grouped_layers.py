@@ -231,11 +231,17 @@ def test_samples_of_a_prompt(name):
     assert all(one.output_token_ids == expected(name, 0)[:30] for one in sequences)
 
 
+@pytest.mark.slow(reason="compiles the programs of two engines that the cache cannot tell apart")
 def test_quantized_pages_have_the_scales_of_their_layers(monkeypatch):
     """Layers that share an array keep scales of their own: tokens are those of one table and array for each layer."""
     found = []
     requests = [request(number) for number in (1, 2)]
-    settings = dataclasses.replace(config("alternating"), cache=CacheConfig(num_pages=80, kv_cache_dtype="int8"))
+    settings = dataclasses.replace(
+        config("alternating"),
+        cache=CacheConfig(num_pages=80, kv_cache_dtype="int8"),
+        token_buckets=(64,),
+        compilation_cache_dir=None,  # it would hand on the programs of other groups
+    )
     alone = LayerGroups(4, (None,), tuple((0, layer) for layer in range(4)))
     for grouped in (True, False):
         if not grouped:
