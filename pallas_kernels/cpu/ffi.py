@@ -149,9 +149,9 @@ def address_of(typingctx, array):
 
 
 @njit
-def _num_threads(frame, scratch):
+def num_threads(frame):
     """Threads of XLA's pool."""
-    words = words_at(frame)
+    words, scratch = words_at(frame), np.empty(5, np.int64)
     scratch[0], scratch[1], scratch[2], scratch[3] = 32, 0, words[_FRAME_CONTEXT], address_of(scratch) + 32
     scratch[4] = 1
     call_function(words_at(words[_FRAME_API])[_API_NUM_THREADS], address_of(scratch))
@@ -199,7 +199,7 @@ def target(num_items: Any, work: Any) -> Any:
             return 0
         items = num_items(frame)
         scratch = np.empty(8, np.int64)
-        helpers = min(items, _num_threads(frame, scratch)) - 1
+        helpers = min(items, num_threads(frame)) - 1
         if helpers <= 0:
             for item in range(items):
                 work(frame, item)

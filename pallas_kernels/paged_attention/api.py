@@ -29,8 +29,8 @@ class Implementation:
     """One way to compute attention over pages.
 
     Attributes:
-        attention: (q, pool, page_table, kv_lens, query_start_loc, spec, k_scale, v_scale, sinks, decode_only) -> out,
-            as `paged_attention` describes them.
+        attention: (q, pool, page_table, kv_lens, query_start_loc, spec, k_scale, v_scale, sinks, decode_only, cascade) ->
+            out, as `paged_attention` describes them.
         kv_write: (pool, k, v, slot_mapping, k_scale, v_scale) -> pool, as `kv_write` describes them.
         rotate_and_write: (qkv, cos, sin, pool, slot_mapping, dtype, k_scale, v_scale) -> (q, pool), as
             `rotate_and_write` describes them; None to rotate first and call `kv_write`.
@@ -238,6 +238,7 @@ def paged_attention(
     v_scale: jax.Array | None = None,
     sinks: jax.Array | None = None,
     decode_only: bool = False,
+    cascade: bool = True,
     implementation: str = "xla",
 ) -> jax.Array:
     """Causal attention of R packed sequences over their pages.
@@ -265,6 +266,8 @@ def paged_attention(
             (attention sinks as in gpt-oss; -inf has no effect); neither scaled nor capped. None for none.
         decode_only: the caller promises that every row has at most one token and that row r's is token r. Only time
             depends on it: the result is the same to the bit.
+        cascade: rows with one token that share pages may read these together, where the implementation can and finds it
+            cheaper. Only time depends on it: the result is the same to the bit.
         implementation: a name that `choose` returned.
 
     Returns:
@@ -292,7 +295,9 @@ def paged_attention(
         _check("sinks", sinks, q.shape[1:3], jnp.float32)
     if chosen.check is not None:
         chosen.check(pool, q.shape[0], q.shape[2])
-    return chosen.attention(q, pool, page_table, kv_lens, query_start_loc, spec, k_scale, v_scale, sinks, decode_only)
+    return chosen.attention(
+        q, pool, page_table, kv_lens, query_start_loc, spec, k_scale, v_scale, sinks, decode_only, cascade
+    )
 
 
 def _implementation(name: str) -> Implementation:

@@ -18,6 +18,7 @@ from jaxserve.pallas_kernels.cpu import features, ffi
 from jaxserve.pallas_kernels.cpu.emitter import LANES
 from jaxserve.pallas_kernels.paged_attention.cast import encode
 from jaxserve.pallas_kernels.paged_attention.cpu import attend_loops as attend
+from jaxserve.pallas_kernels.paged_attention.cpu import attend_plan as plans
 from jaxserve.pallas_kernels.paged_attention.cpu import vectors
 from jaxserve.pallas_kernels.paged_attention.cpu import write_loops as write
 from jaxserve.pallas_kernels.paged_attention.pool import new_pool, value_dtype
@@ -26,15 +27,16 @@ from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec, Use
 LOG2_E = float(np.log2(np.e))
 
 # Part of the targets' names, which compiled programs keep: to be raised with every change of what a target computes.
-_VERSION = 1
+_VERSION = 2
 
 _TARGETS = {
+    "plan": (plans.num_plans, plans.plan),
     "attend": (attend.num_items, attend.attend),
     "write": (write.num_items, write.write),
     "rotate_and_write": (write.num_items, write.rotate_and_write),
 }
 
-# Queries of a tile of a longer chunk of tokens: enough to make reading keys and values cheap.
+# Queries of a tile of a longer chunk of tokens, or of rows that share pages: enough to make reading keys and values cheap.
 _TILE_QUERIES = 48
 
 # Rows of a step of decodes from which on a work item takes all heads of a row, whose keys and values it then reads from
@@ -131,6 +133,7 @@ def paged_attention(
     v_scale: jax.Array | None = None,
     sinks: jax.Array | None = None,
     decode_only: bool = False,
+    cascade: bool = True,
 ) -> jax.Array:
     """Computes `api.paged_attention`; arguments are checked there, but for the ones that only this one refuses.
 
@@ -145,6 +148,7 @@ def paged_attention(
         v_scale: None.
         sinks: float32 [K, G] or None.
         decode_only: needs nothing else here.
+        cascade: rows with one token read the pages that they share together where `attend_plan` finds that cheaper.
 
     Returns:
         bfloat16 [T, K, G, D].
@@ -160,24 +164,30 @@ def paged_attention(
     register()
     num_tokens, num_kv_heads, group_heads, head_dim = q.shape
     num_rows = page_table.shape[0]
+    tile = max(1, _TILE_QUERIES // group_heads)
     sizes = {
-        attend.TOKENS: num_tokens,
-        attend.ROWS: num_rows,
-        attend.KV_HEADS: num_kv_heads,
-        attend.GROUP: group_heads,
-        attend.HEAD_DIM: head_dim,
-        attend.PAGE_SIZE: pool.shape[3],
-        attend.MAX_PAGES: page_table.shape[1],
-        attend.NUM_PAGES: pool.shape[0],
-        attend.WINDOW: min(spec.sliding_window or attend.NO_WINDOW, attend.NO_WINDOW),
-        attend.TILE: max(1, _TILE_QUERIES // group_heads),
-        attend.PARTS: 1 if num_tokens <= num_rows and num_rows >= _ROWS_TO_SHARE else num_kv_heads,
+        plans.TOKENS: num_tokens,
+        plans.ROWS: num_rows,
+        plans.KV_HEADS: num_kv_heads,
+        plans.GROUP: group_heads,
+        plans.HEAD_DIM: head_dim,
+        plans.PAGE_SIZE: pool.shape[3],
+        plans.MAX_PAGES: page_table.shape[1],
+        plans.NUM_PAGES: pool.shape[0],
+        plans.WINDOW: min(spec.sliding_window or attend.NO_WINDOW, attend.NO_WINDOW),
+        plans.TILE: tile,
+        plans.PARTS: 1 if num_tokens <= num_rows and num_rows >= _ROWS_TO_SHARE else num_kv_heads,
+        plans.TOGETHER: tile if cascade else 1,
     }
+    words, sizes[plans.MEMBERS] = plans.plan_words(sizes)
+    packed = _packed(sizes)
+    make_plan = jax.ffi.ffi_call(_name("plan"), jax.ShapeDtypeStruct((words,), jnp.int32))
+    plan = make_plan(packed, page_table, kv_lens, query_start_loc)
     if sinks is None:
         sinks = jnp.full((num_kv_heads, group_heads), -jnp.inf, jnp.float32)
     call = jax.ffi.ffi_call(_name("attend"), jax.ShapeDtypeStruct(q.shape, q.dtype))
     scale = jnp.full((1,), spec.scale * LOG2_E, jnp.float32)
-    return call(_packed(sizes), q, pool, page_table, kv_lens, query_start_loc, scale, sinks)
+    return call(packed, q, pool, page_table, kv_lens, query_start_loc, scale, sinks, plan)
 
 
 def kv_write(
