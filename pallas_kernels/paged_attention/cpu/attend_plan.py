@@ -11,8 +11,6 @@ for all layers with the same window, so that XLA computes it once a step.
 
 from __future__ import annotations
 
-import numpy as np
-
 from jaxserve.pallas_kernels.cpu import ffi
 from jaxserve.pallas_kernels.paged_attention.cpu.pointers import argument, int32_at, result, set_int32
 from jaxserve.pallas_kernels.paged_attention.cpu.vectors import BLOCK, compiled
@@ -37,11 +35,10 @@ NUM_ITEMS, FIRST_ITEM = 0, 1
 FETCH_COST, QUERY_COST = 4, 1
 
 
-def plan_words(sizes: dict[int, int]) -> tuple[int, int]:
-    """Words of a plan, and the one that is called MEMBERS."""
+def members_place(sizes: dict[int, int]) -> int:
+    """The word of a plan that is called MEMBERS, past the most items there can be; two words a row follow."""
     tiles = sizes[TOKENS] // sizes[TILE] + sizes[ROWS]
-    members = FIRST_ITEM + ITEM_WORDS * (tiles * sizes[KV_HEADS] + 1)
-    return members + 2 * sizes[ROWS], members
+    return FIRST_ITEM + ITEM_WORDS * (tiles * sizes[KV_HEADS] + 1)
 
 
 @compiled

@@ -161,9 +161,22 @@ def paged_attention(
         raise ValueError(f"q has dtype {q.dtype.name}; 'cpu' takes bfloat16: choose 'xla'")
     if spec.soft_cap is not None:
         raise ValueError(f"soft_cap is {spec.soft_cap}; 'cpu' takes none: choose 'xla'")
-    register()
-    num_tokens, num_kv_heads, group_heads, head_dim = q.shape
-    num_rows = page_table.shape[0]
+    sizes = told_sizes(q.shape, pool.shape, page_table.shape, spec.sliding_window, cascade)
+    plan = make_plan(sizes, page_table, kv_lens, query_start_loc)
+    if sinks is None:
+        sinks = jnp.full(q.shape[1:3], -jnp.inf, jnp.float32)
+    call = jax.ffi.ffi_call(_name("attend"), jax.ShapeDtypeStruct(q.shape, q.dtype))
+    scale = jnp.full((1,), spec.scale * LOG2_E, jnp.float32)
+    return call(_packed(sizes), q, pool, page_table, kv_lens, query_start_loc, scale, sinks, plan)
+
+
+def told_sizes(
+    q: tuple[int, ...], pool: tuple[int, ...], page_table: tuple[int, ...], window: int | None, cascade: bool
+) -> dict[int, int]:
+    """What `attend_plan` and `attend_loops` are told, from the shapes of arguments of `paged_attention`."""
+    num_tokens, num_kv_heads, group_heads, head_dim = q
+    num_pages, _, _, page_size, _ = pool
+    num_rows, max_pages = page_table
     tile = max(1, _TILE_QUERIES // group_heads)
     sizes = {
         plans.TOKENS: num_tokens,
@@ -171,23 +184,25 @@ def paged_attention(
         plans.KV_HEADS: num_kv_heads,
         plans.GROUP: group_heads,
         plans.HEAD_DIM: head_dim,
-        plans.PAGE_SIZE: pool.shape[3],
-        plans.MAX_PAGES: page_table.shape[1],
-        plans.NUM_PAGES: pool.shape[0],
-        plans.WINDOW: min(spec.sliding_window or attend.NO_WINDOW, attend.NO_WINDOW),
+        plans.PAGE_SIZE: page_size,
+        plans.MAX_PAGES: max_pages,
+        plans.NUM_PAGES: num_pages,
+        plans.WINDOW: min(window or attend.NO_WINDOW, attend.NO_WINDOW),
         plans.TILE: tile,
         plans.PARTS: 1 if num_tokens <= num_rows and num_rows >= _ROWS_TO_SHARE else num_kv_heads,
         plans.TOGETHER: tile if cascade else 1,
     }
-    words, sizes[plans.MEMBERS] = plans.plan_words(sizes)
-    packed = _packed(sizes)
-    make_plan = jax.ffi.ffi_call(_name("plan"), jax.ShapeDtypeStruct((words,), jnp.int32))
-    plan = make_plan(packed, page_table, kv_lens, query_start_loc)
-    if sinks is None:
-        sinks = jnp.full((num_kv_heads, group_heads), -jnp.inf, jnp.float32)
-    call = jax.ffi.ffi_call(_name("attend"), jax.ShapeDtypeStruct(q.shape, q.dtype))
-    scale = jnp.full((1,), spec.scale * LOG2_E, jnp.float32)
-    return call(packed, q, pool, page_table, kv_lens, query_start_loc, scale, sinks, plan)
+    return sizes | {plans.MEMBERS: plans.members_place(sizes)}
+
+
+def make_plan(
+    sizes: dict[int, int], page_table: jax.Array, kv_lens: jax.Array, query_start_loc: jax.Array
+) -> jax.Array:
+    """Returns the work items of a step, int32, as `attend_plan` describes them; the same call for every layer."""
+    register()
+    words = sizes[plans.MEMBERS] + 2 * sizes[plans.ROWS]
+    call = jax.ffi.ffi_call(_name("plan"), jax.ShapeDtypeStruct((words,), jnp.int32))
+    return call(_packed(sizes), page_table, kv_lens, query_start_loc)
 
 
 def kv_write(

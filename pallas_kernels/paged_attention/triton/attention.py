@@ -8,6 +8,7 @@
 A row with one token takes the same way in either kind of step, so its result has the same bits.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -37,6 +38,7 @@ def paged_attention(
     v_scale: jax.Array | None = None,
     sinks: jax.Array | None = None,
     decode_only: bool = False,
+    cascade: bool = True,
     *,
     interpret: bool = False,
     decode_config: DecodeConfig | None = None,
@@ -55,6 +57,7 @@ def paged_attention(
         v_scale: float32 [K] or None.
         sinks: float32 [K, G] or None.
         decode_only: row r has one token, which is token r, or none.
+        cascade: False gives every work item one row, whatever the configuration says.
         interpret: run in Pallas' interpret mode, on any platform.
         decode_config: None for that of the tuning table.
         prefill_config: None for that of the tuning table.
@@ -67,8 +70,9 @@ def paged_attention(
     device = INTERPRET_DEVICE if interpret else device_kind()
     choose = functools.partial(lookup, device, dtype=q.dtype, pool_dtype=pool.dtype, head_dim=head_dim)
     for_decode: DecodeConfig = decode_config or choose("decode")
-    max_len = page_table.shape[1] * pool.shape[3]
-    chunks = plan_decode(kv_lens, query_start_loc, max_len, spec.sliding_window, for_decode)
+    if not cascade:
+        for_decode = dataclasses.replace(for_decode, together=1)
+    chunks = plan_decode(kv_lens, query_start_loc, page_table, pool.shape[3], spec.sliding_window, for_decode)
     out: jax.Array | jax.ShapeDtypeStruct = jax.ShapeDtypeStruct(q.shape, q.dtype)
     if not decode_only:
         for_prefill: PrefillConfig = prefill_config or choose("prefill")
