@@ -123,6 +123,7 @@ class Shapes:
         num_penalty_rows: requests with penalties that can run at once.
         max_logprobs: likeliest ids of one position that a request may ask for, at most as many as the vocabulary has.
         logprobs_mode: as `LogprobsConfig.logprobs_mode`.
+        cascade: as `EngineConfig.cascade_attention`.
     """
 
     model: ModelConfig
@@ -139,6 +140,7 @@ class Shapes:
     num_penalty_rows: int = 1
     max_logprobs: int = MAX_LOGPROBS
     logprobs_mode: str = "raw_logprobs"
+    cascade: str = "auto"
 
     @property
     def swap_sizes(self) -> tuple[int, ...]:
@@ -411,7 +413,7 @@ def forward(
     inputs = fields["token_ids"]
     token_ids = jnp.where(inputs < 0, slots.last_token[jnp.maximum(-1 - inputs, 0)], inputs)
     metadata = attention_metadata(fields, slots, shapes.page_size)
-    attend = paged_attend(metadata, shapes.attention, mesh, decode_only=decode_only)
+    attend = paged_attend(metadata, shapes.attention, mesh, decode_only=decode_only, cascade=shapes.cascade)
     model = bind(shapes.model, weights.params, products_of(shapes, mesh))
     computed, caches = model(token_ids, metadata.positions, layer_caches(pools, weights.kv_scales), attend)
     pools = [cache.pool for cache in caches]

@@ -18,7 +18,7 @@ def paged_attention(
     v_scale: jax.Array | None = None,
     sinks: jax.Array | None = None,
     decode_only: bool = False,
-    cascade: bool = True,
+    cascade: str = "auto",
 ) -> jax.Array:
     """Gathers, for each token, its sequence's whole page table row and attends to it densely.
 

@@ -214,7 +214,7 @@ def paged_attention(
     v_scale: jax.Array | None = None,
     sinks: jax.Array | None = None,
     decode_only: bool = False,
-    cascade: bool = True,
+    cascade: str = "auto",
     tiling: Tiling | None = None,
 ) -> jax.Array:
     """Computes `api.paged_attention`; arguments are checked there.

@@ -39,14 +39,14 @@ class Branch:
 
 
 @st.composite
-def branches(draw: st.DrawFn, sizes: Sizes) -> list[Branch]:
-    """Rows that branch off one another at any depth, most with one token, some with a chunk or without tokens."""
+def branches(draw: st.DrawFn, sizes: Sizes, *, decodes: bool = False) -> list[Branch]:
+    """Rows that branch off one another at any depth; with one token each, or some with a chunk or without tokens."""
     found: list[Branch] = []
     left = sizes.tokens
     lengths = st.one_of(st.integers(1, sizes.max_len), st.integers(sizes.max_len // 2, sizes.max_len))
     for number in range(draw(st.integers(1, sizes.rows))):
         length = draw(lengths)
-        count = min(draw(st.sampled_from([1, 1, 1, 1, 1, 0, 5])), left, length)
+        count = 1 if decodes else min(draw(st.sampled_from([1, 1, 1, 1, 1, 0, 5])), left, length)
         parent = draw(st.integers(0, max(0, number - 1)))
         most = min(length, found[parent].length) // sizes.page_size if found else 0
         shared = draw(st.one_of(st.just(most), st.integers(0, most)))

@@ -29,7 +29,7 @@ SHAPES = [
 
 
 @functools.cache
-def _attend(sizes: Sizes, cascade: bool) -> Any:
+def _attend(sizes: Sizes, cascade: str) -> Any:
     attend = functools.partial(
         paged_attention,
         scale=sizes.head_dim**-0.5,
@@ -40,7 +40,7 @@ def _attend(sizes: Sizes, cascade: bool) -> Any:
     return jax.jit(attend)
 
 
-def _run(step: SharedStep, *, cascade: bool, share: bool = True) -> np.ndarray:
+def _run(step: SharedStep, *, cascade: str, share: bool = True) -> np.ndarray:
     pool, table = (step.pool, step.table) if share else (step.own_pool, step.own_table)
     attend = _attend(step.sizes, cascade)
     return np.asarray(attend(step.query, arranged(pool), table, step.lengths, step.starts, sinks=step.sinks))
@@ -55,9 +55,9 @@ def test_reading_shared_pages_together_changes_no_bit(sizes: Sizes):
     @given(rows=branches(sizes), seed=st.integers(0, 2**31))
     def check(rows: list[Branch], seed: int) -> None:
         step = SharedStep(sizes, rows, seed)
-        together = bits(_run(step, cascade=True))
-        np.testing.assert_array_equal(together, bits(_run(step, cascade=False)))
-        np.testing.assert_array_equal(together, bits(_run(step, cascade=True, share=False)))
+        together = bits(_run(step, cascade="on"))
+        np.testing.assert_array_equal(together, bits(_run(step, cascade="off")))
+        np.testing.assert_array_equal(together, bits(_run(step, cascade="on", share=False)))
 
     check()
 
@@ -66,10 +66,11 @@ def test_reading_shared_pages_together_changes_no_bit(sizes: Sizes):
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
 def test_values_agree_with_sums_in_float64(sizes: Sizes):
     length = sizes.max_len
-    rows = [Branch(length), *[Branch(length - 3 * n, 1, n // 3, (length - 40 * n) // 16 * 16 // sizes.page_size)
-                              for n in range(1, 8)], Branch(90, 7)]  # fmt: skip
+    rows = [Branch(length)]
+    rows += [Branch(length - 3 * n, 1, n // 3, (length - 40 * n) // sizes.page_size) for n in range(1, 8)]
+    rows.append(Branch(90, 7))
     step = SharedStep(sizes, rows, 1)
-    out = _run(step, cascade=True).astype(np.float64)
+    out = _run(step, cascade="on").astype(np.float64)
     for number in range(len(rows)):
         found = out[step.starts[number] : step.starts[number + 1]]
         np.testing.assert_allclose(found, step.expected(number, sizes.head_dim**-0.5), atol=4e-2, rtol=4e-2)
@@ -77,7 +78,7 @@ def test_values_agree_with_sums_in_float64(sizes: Sizes):
 
 
 @functools.cache
-def _planned(sizes: Sizes, cascade: bool) -> Any:
+def _planned(sizes: Sizes, cascade: str) -> Any:
     def plan(query: jax.Array, pool: jax.Array, table: jax.Array, lengths: jax.Array, starts: jax.Array) -> Any:
         told = calls.told_sizes(query.shape, pool.shape, table.shape, sizes.sliding_window, cascade)
         return calls.make_plan(told, table, lengths, starts)
@@ -85,7 +86,7 @@ def _planned(sizes: Sizes, cascade: bool) -> Any:
     return jax.jit(plan)
 
 
-def _items(step: SharedStep, *, cascade: bool = True) -> tuple[list[list[int]], list[int], list[int]]:
+def _items(step: SharedStep, *, cascade: str = "on") -> tuple[list[list[int]], list[int], list[int]]:
     """The items of a plan, the members of tiles, and up to which block each has the pages of the one before."""
     arguments = step.query, arranged(step.pool), step.table
     plan = np.asarray(_planned(step.sizes, cascade)(*arguments, step.lengths, step.starts))
@@ -140,7 +141,7 @@ def test_rows_of_one_prompt_share_tiles_and_others_stay_alone():
     tiles = {tuple(members[one[plans.ITEM_ROW] :][: one[plans.ITEM_ROWS]]) for one in items if one[plans.ITEM_ROWS] > 1}
     assert sorted(row for tile in tiles for row in tile) == list(range(9))
     assert all(set(tile) <= set(range(7)) or set(tile) == {7, 8} for tile in tiles)
-    alone, _, _ = _items(SharedStep(sizes, rows, 3), cascade=False)
+    alone, _, _ = _items(SharedStep(sizes, rows, 3), cascade="off")
     assert all(one[plans.ITEM_ROWS] <= 1 for one in alone)
 
 
@@ -148,7 +149,8 @@ def _cost(tile: int, rows: int, shared: int, own: int, group: int, heads: int, t
     """Blocks' costs that the busiest thread meets, with tiles of `tile` rows."""
     each = plans.QUERY_COST * group
     item = shared * (plans.FETCH_COST + each * tile) + own * tile * (plans.FETCH_COST + each)
-    return -(-(-(-rows // tile)) * heads // threads) * item
+    items = (rows + tile - 1) // tile * heads
+    return (items + threads - 1) // threads * item
 
 
 @given(
@@ -163,7 +165,7 @@ def test_rows_go_together_only_where_that_costs_less(
     rows: int, shared: int, own: int, group: int, heads: int, threads: int
 ):
     most = min(rows, max(1, 48 // group))
-    tile = plans.rows_together.py_func(rows, shared, own, group, heads, threads, most)
+    tile = plans.rows_together(rows, shared, own, group, heads, threads, most)
     costs = {
         size: _cost(size, rows, shared, own, group, heads, threads)
         for size in {1} | {-(-rows // tiles) for tiles in range(-(-rows // most), rows // 2 + 1)}
@@ -183,12 +185,12 @@ def test_rows_go_together_only_where_that_costs_less(
     ],
 )
 def test_the_break_even_of_sharing_moves_with_the_threads(threads: int, tile: int):
-    assert plans.rows_together.py_func(64, 24, 1, 3, 4, threads, 16) == tile
+    assert plans.rows_together(64, 24, 1, 3, 4, threads, 16) == tile
 
 
 def test_two_rows_share_where_a_thread_would_read_both_and_not_where_two_do():
-    assert plans.rows_together.py_func(2, 24, 1, 3, 1, 1, 16) == 2
-    assert plans.rows_together.py_func(2, 24, 1, 3, 1, 2, 16) == 1
+    assert plans.rows_together(2, 24, 1, 3, 1, 1, 16) == 2
+    assert plans.rows_together(2, 24, 1, 3, 1, 2, 16) == 1
 
 
 @needs_avx512_bf16
@@ -199,9 +201,10 @@ def test_the_plan_is_made_once_for_all_layers():
     @jax.jit
     def layers(query: jax.Array, pool: jax.Array) -> jax.Array:
         for _ in range(3):
-            query = _attend(sizes, True)(query, pool, step.table, jnp.asarray(step.lengths), step.starts, sinks=None)
+            query = _attend(sizes, "on")(query, pool, step.table, jnp.asarray(step.lengths), step.starts, sinks=None)
         return query
 
     text = layers.lower(step.query, arranged(step.pool)).compile().as_text()
+    assert text is not None
     assert text.count('custom_call_target="jaxserve_paged_attention_attend') == 3
     assert text.count('custom_call_target="jaxserve_paged_attention_plan') == 1

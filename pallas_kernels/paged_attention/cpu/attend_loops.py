@@ -81,7 +81,7 @@ def num_items(frame):
 
 @compiled
 def attend(frame, item):
-    """Computes an item of the plan: a tile of tokens of one sequence, or one token of each of several, for some heads."""
+    """Computes an item of the plan for some heads: a tile of tokens of one row, or one token of each of several."""
     sizes, plan = argument(frame, 0), argument(frame, 8)
     planned = plan + 4 * (plans.FIRST_ITEM + plans.ITEM_WORDS * item)
     rows, tokens = int32_at(planned, plans.ITEM_ROWS), int32_at(planned, plans.ITEM_TOKENS)
@@ -192,7 +192,8 @@ def _several_rows(frame, sizes, planned, chosen, places, spans):
 def _take_spans(frame, sizes, planned, queries, state, share, places, work, spans, number):
     """Takes the blocks of all spans, each for every head before the next, and looks for the pages of the one that
     follows meanwhile."""
-    group, first_head, heads = int32_at(sizes, GROUP), int32_at(planned, plans.ITEM_HEAD), int32_at(planned, plans.ITEM_HEADS)
+    first_head, heads = int32_at(planned, plans.ITEM_HEAD), int32_at(planned, plans.ITEM_HEADS)
+    group = int32_at(sizes, GROUP)
     _find_pages(frame, sizes, spans, first_head, int32_at(spans, _BEGIN), work)
     for index in range(number):
         span = spans + 4 * _SPAN_WORDS * index

@@ -8,6 +8,7 @@ for all layers with the same window, so that XLA computes it once a step.
 
 # numba reads these functions itself; pyright knows neither its types nor its intrinsics.
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -116,6 +117,38 @@ def _shared_end(frame, one, other):
     return min(int32_at(lengths, one), int32_at(lengths, other)) // BLOCK
 
 
+def rows_together(rows: int, shared: int, own: int, group: int, heads: int, threads: int, most: int) -> int:
+    """Decides by cost how many rows that share pages one tile takes; 1 where each is better off alone.
+
+    A tile brings a shared block near once, and so saves FETCH_COST for all rows but one. But there are fewer tiles to
+    divide among threads. The time of both is that of the thread with the most of equal tiles.
+
+    Args:
+        rows: rows that share pages.
+        shared: blocks that they share.
+        own: blocks that each reads beyond those.
+        group: queries of a row for each key-value head.
+        heads: key-value heads, each of which is an item of work.
+        threads: threads that take items.
+        most: rows of a tile, at most.
+
+    Returns:
+        Rows of the largest tile.
+    """
+    alone = FETCH_COST + QUERY_COST * group
+    best, least = 1, (rows * heads + threads - 1) // threads * (shared + own) * alone
+    for tiles in range((rows + most - 1) // most, rows // 2 + 1):
+        tile = (rows + tiles - 1) // tiles
+        cost = shared * (FETCH_COST + QUERY_COST * group * tile) + own * alone * tile
+        cost *= (tiles * heads + threads - 1) // threads
+        if cost < least:
+            best, least = tile, cost
+    return best
+
+
+_rows_together = compiled(rows_together)
+
+
 @compiled
 def _plan_groups(frame, sizes, out, placed):
     """Finds the rows that share pages and adds the items of their tiles; returns how many items there are."""
@@ -200,7 +233,7 @@ def _cut_group(frame, sizes, out, placed, items, first, count, begin):
         if run > 1:
             shared //= run - 1
             most = min(run, int32_at(sizes, TOGETHER))
-            tile = rows_together(run, shared, blocks // run - shared, int32_at(sizes, GROUP), heads, threads, most)
+            tile = _rows_together(run, shared, blocks // run - shared, int32_at(sizes, GROUP), heads, threads, most)
         if tile > 1:
             tiles, done = (run + tile - 1) // tile, 0
             for number in range(tiles):
@@ -215,33 +248,3 @@ def _cut_group(frame, sizes, out, placed, items, first, count, begin):
             kept += run
         place += run
     return items, kept
-
-
-@compiled
-def rows_together(rows, shared, own, group, heads, threads, most):
-    """Decides by cost how many rows that share pages one tile takes; 1 where each is better off alone.
-
-    A tile brings a shared block near once, and so saves FETCH_COST for all rows but one. But there are fewer tiles to
-    divide among threads. The time of both is that of the thread with the most of equal tiles.
-
-    Args:
-        rows: rows that share pages.
-        shared: blocks that they share.
-        own: blocks that each reads beyond those.
-        group: queries of a row for each key-value head.
-        heads: key-value heads, each of which is an item of work.
-        threads: threads that take items.
-        most: rows of a tile, at most.
-
-    Returns:
-        Rows of the largest tile.
-    """
-    alone = FETCH_COST + QUERY_COST * group
-    best, least = 1, (rows * heads + threads - 1) // threads * (shared + own) * alone
-    for tiles in range((rows + most - 1) // most, rows // 2 + 1):
-        tile = (rows + tiles - 1) // tiles
-        cost = shared * (FETCH_COST + QUERY_COST * group * tile) + own * alone * tile
-        cost *= (tiles * heads + threads - 1) // threads
-        if cost < least:
-            best, least = tile, cost
-    return best

@@ -36,7 +36,7 @@ _TARGETS = {
     "rotate_and_write": (write.num_items, write.rotate_and_write),
 }
 
-# Queries of a tile of a longer chunk of tokens, or of rows that share pages: enough to make reading keys and values cheap.
+# Queries of a tile of a longer chunk of tokens, or of rows that share pages: enough to make reading them cheap.
 _TILE_QUERIES = 48
 
 # Rows of a step of decodes from which on a work item takes all heads of a row, whose keys and values it then reads from
@@ -133,7 +133,7 @@ def paged_attention(
     v_scale: jax.Array | None = None,
     sinks: jax.Array | None = None,
     decode_only: bool = False,
-    cascade: bool = True,
+    cascade: str = "auto",
 ) -> jax.Array:
     """Computes `api.paged_attention`; arguments are checked there, but for the ones that only this one refuses.
 
@@ -148,7 +148,8 @@ def paged_attention(
         v_scale: None.
         sinks: float32 [K, G] or None.
         decode_only: needs nothing else here.
-        cascade: rows with one token read the pages that they share together where `attend_plan` finds that cheaper.
+        cascade: unless it is "off", rows with one token read the pages that they share together, where `attend_plan`
+            finds that cheaper.
 
     Returns:
         bfloat16 [T, K, G, D].
@@ -171,7 +172,7 @@ def paged_attention(
 
 
 def told_sizes(
-    q: tuple[int, ...], pool: tuple[int, ...], page_table: tuple[int, ...], window: int | None, cascade: bool
+    q: tuple[int, ...], pool: tuple[int, ...], page_table: tuple[int, ...], window: int | None, cascade: str
 ) -> dict[int, int]:
     """What `attend_plan` and `attend_loops` are told, from the shapes of arguments of `paged_attention`."""
     num_tokens, num_kv_heads, group_heads, head_dim = q
@@ -190,7 +191,7 @@ def told_sizes(
         plans.WINDOW: min(window or attend.NO_WINDOW, attend.NO_WINDOW),
         plans.TILE: tile,
         plans.PARTS: 1 if num_tokens <= num_rows and num_rows >= _ROWS_TO_SHARE else num_kv_heads,
-        plans.TOGETHER: tile if cascade else 1,
+        plans.TOGETHER: 1 if cascade == "off" else tile,
     }
     return sizes | {plans.MEMBERS: plans.members_place(sizes)}
 

@@ -97,9 +97,8 @@ def _decode_kernel(
     together: int | None,
     quantized: bool,
 ) -> None:
-    scale_refs, (exponent_ref, sum_ref, output_ref) = refs[:-3], refs[-3:]
-    if together is not None:
-        members_ref, *scale_refs = scale_refs
+    # Members of items, scales and outputs; the former two only where there are some.
+    scale_refs, (exponent_ref, sum_ref, output_ref) = refs[-5:-3], refs[-3:]
     _, kv_heads, group_heads, head_dim = q_ref.shape
     member = jnp.arange(tile.rows, dtype=jnp.int32)
     used, of_row = member < group_heads, member // group_heads
@@ -117,7 +116,7 @@ def _decode_kernel(
         rows, counts, masks = slot, used, inside
         if together is not None:
             token, slot = (
-                triton.load(members_ref.at[item, side, of_row], mask=of_row < together, other=-1) for side in range(2)
+                triton.load(refs[0].at[item, side, of_row], mask=of_row < together, other=-1) for side in range(2)
             )
             counts, token, rows = token >= 0, token[:, None], slot[:, None]
             masks = [counts[:, None] & (place < head_dim)[None, :] for place in places]

@@ -122,7 +122,7 @@ def plan_decode(
             longest_chunk(max_len, config),
             config.together,
         )
-        ends, row, index = shared.ends, shared.row, shared.index
+        ends, row, index = shared.ends, shared.row, shared.chunk
         members = jnp.stack([starts[shared.rows], shared.rows * splits + index[:, None]], axis=1)
         members = jnp.where(shared.rows[:, None] < 0, -1, members)
     else:

@@ -33,13 +33,13 @@ class SharedItems(NamedTuple):
     Attributes:
         ends: int32 [R], the running sum of the items that begin with each row.
         row: int32 [N], the row in whose page table an item's pages stand.
-        index: int32 [N], the number of the chunk, which is the same for all its rows.
+        chunk: int32 [N], the number of the chunk, which is the same for all its rows.
         rows: int32 [N, S], the rows of an item, in order; -1 past the last.
     """
 
     ends: jax.Array
     row: jax.Array
-    index: jax.Array
+    chunk: jax.Array
     rows: jax.Array
 
 
@@ -84,7 +84,7 @@ def share_chunks(chunks: Chunks, page_table: jax.Array, page_size: int, longest:
 
 def _leaders(chunks: Chunks, page_table: jax.Array, page_size: int, longest: int) -> jax.Array:
     """For each chunk int32 [R, C], the first row that reads the same, which may be its own."""
-    rows, count = chunks.first.shape
+    rows = chunks.first.shape[0]
     number = jnp.arange(rows, dtype=jnp.int32)
     most = page_table.shape[1] - 1
     begin = chunks.first // page_size
