@@ -151,11 +151,14 @@ def address_of(typingctx, array):
 @njit
 def num_threads(frame):
     """Threads of XLA's pool."""
-    words, scratch = words_at(frame), np.empty(5, np.int64)
-    scratch[0], scratch[1], scratch[2], scratch[3] = 32, 0, words[_FRAME_CONTEXT], address_of(scratch) + 32
+    words, place = words_at(frame), allocate(40)
+    scratch = words_at(place)
+    scratch[0], scratch[1], scratch[2], scratch[3] = 32, 0, words[_FRAME_CONTEXT], place + 32
     scratch[4] = 1
-    call_function(words_at(words[_FRAME_API])[_API_NUM_THREADS], address_of(scratch))
-    return scratch[4]
+    call_function(words_at(words[_FRAME_API])[_API_NUM_THREADS], place)
+    threads = scratch[4]
+    release(place)
+    return threads
 
 
 @njit

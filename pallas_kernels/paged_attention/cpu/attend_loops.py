@@ -49,6 +49,9 @@ _LOWEST_EXPONENT = -(2.0**126)
 _LOG2_E = math.log2(math.e)
 _CHUNKS = BLOCK // LANES
 
+# Numbers of one type: numba compiles a function anew for each literal among its arguments.
+_ZERO, _ONE = np.int64(0), np.int64(1)
+
 # Places in the scratch memory of a block, in bytes: what `weigh` tells `gather`, the addresses of the keys and of the
 # values of each chunk, those of values of which some are masked, and one masked pair of positions. After the addresses
 # of a block come those of the one that is read next.
@@ -131,7 +134,7 @@ def _one_row(frame, sizes, planned, chosen, places, spans):
     for query in range(count * group):
         set_int32(places, query, position + query // group)
     oldest, length = max(0, position - int32_at(sizes, WINDOW) + 1), position + count
-    return _add_span(spans, 0, 0, count, row, oldest // BLOCK, (length + BLOCK - 1) // BLOCK, oldest, length)
+    return _add_span(spans, _ZERO, _ZERO, count, row, oldest // BLOCK, (length + BLOCK - 1) // BLOCK, oldest, length)
 
 
 @compiled
@@ -160,7 +163,7 @@ def _several_rows(frame, sizes, planned, chosen, places, spans):
     first, rows = int32_at(planned, plans.ITEM_ROW), int32_at(planned, plans.ITEM_ROWS)
     group, shared = int32_at(sizes, GROUP), int32_at(planned, plans.ITEM_BEGIN)
     members = argument(frame, 8) + 4 * int32_at(sizes, plans.MEMBERS)
-    number = 0
+    number = _ZERO
     for member in range(rows):
         row = int32_at(members, first + member)
         length = int32_at(argument(frame, 4), row)
@@ -168,7 +171,7 @@ def _several_rows(frame, sizes, planned, chosen, places, spans):
         for query in range(group):
             set_int32(places, member * group + query, length - 1)
         oldest = max(0, length - int32_at(sizes, WINDOW))
-        number = _add_span(spans, number, member, 1, row, oldest // BLOCK, shared, oldest, length)
+        number = _add_span(spans, number, member, _ONE, row, oldest // BLOCK, shared, oldest, length)
     common = members + 4 * int32_at(sizes, ROWS)
     for member in range(rows):
         # What it shares with the row before it has come with that row. From there on it leads.
@@ -178,12 +181,12 @@ def _several_rows(frame, sizes, planned, chosen, places, spans):
         if member > 0:
             block = int32_at(common, first + member)
         while block < end:
-            count, until = 1, end
+            count, until = _ONE, end
             while member + count < rows and int32_at(common, first + member + count) > block:
                 until = min(until, int32_at(common, first + member + count))
                 count += 1
             seen = length if count == 1 else until * BLOCK
-            number = _add_span(spans, number, member, count, row, block, until, 0, seen)
+            number = _add_span(spans, number, member, count, row, block, until, _ZERO, seen)
             block = until
     return number
 

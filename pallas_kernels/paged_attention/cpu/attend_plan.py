@@ -12,6 +12,8 @@ for all layers with the same window, so that XLA computes it once a step.
 
 from __future__ import annotations
 
+import numpy as np
+
 from jaxserve.pallas_kernels.cpu import ffi
 from jaxserve.pallas_kernels.paged_attention.cpu.pointers import argument, int32_at, result, set_int32
 from jaxserve.pallas_kernels.paged_attention.cpu.vectors import BLOCK, compiled
@@ -35,6 +37,12 @@ NUM_ITEMS, FIRST_ITEM = 0, 1
 # QUERY_COST for each query.
 FETCH_COST, QUERY_COST = 4, 1
 
+# What is known of a row while groups are sought.
+_UNSEEN, _ALONE, _IN_TILE = range(3)
+
+# A block past any row's end. Numbers of one type: numba compiles a function anew for each literal among its arguments.
+_NO_END, _ZERO, _ONE = np.int64(2**31), np.int64(0), np.int64(1)
+
 
 def members_place(sizes: dict[int, int]) -> int:
     """The word of a plan that is called MEMBERS, past the most items there can be; two words a row follow."""
@@ -53,68 +61,46 @@ def plan(frame, item):
     """Makes the plan of a call: tiles of several rows first, which take longest, then each row's tiles from its last,
     and the padding tokens."""
     sizes, starts, out = argument(frame, 0), argument(frame, 3), result(frame, 0)
-    rows, tile, heads = int32_at(sizes, ROWS), int32_at(sizes, TILE), int32_at(sizes, KV_HEADS)
+    rows, tile, parts = int32_at(sizes, ROWS), int32_at(sizes, TILE), int32_at(sizes, PARTS)
     placed = ffi.allocate(4 * rows)
     for row in range(rows):
-        set_int32(placed, row, 0)
-    items = 0
+        set_int32(placed, row, _UNSEEN)
+    set_int32(out, NUM_ITEMS, 0)
     if int32_at(sizes, TOGETHER) > 1:
-        items = _plan_groups(frame, sizes, out, placed)
-    parts = int32_at(sizes, PARTS)
+        _plan_groups(frame, sizes, out, placed)
     for back in range(rows):
         row = rows - 1 - back
-        count = int32_at(starts, row + 1) - int32_at(starts, row)
-        if count > 0 and int32_at(placed, row) == 0:
-            first = (count - 1) // tile * tile
-            while first >= 0:
-                token, tokens = int32_at(starts, row) + first, min(tile, count - first)
-                items = _add_items(out, items, row, 1, token, tokens, 0, heads, parts)
-                first -= tile
-    items = _add_items(out, items, 0, 0, int32_at(starts, rows), 0, 0, heads, 1)
-    set_int32(out, NUM_ITEMS, items)
+        first, stop = int32_at(starts, row), int32_at(starts, row + 1)
+        if int32_at(placed, row) != _IN_TILE:
+            token = first + (stop - first - 1) // tile * tile
+            while token >= first and token < stop:
+                _add_items(sizes, out, parts, row, _ONE, token, min(tile, stop - token), _ZERO)
+                token -= tile
+    _add_items(sizes, out, _ONE, _ZERO, _ZERO, int32_at(starts, rows), _ZERO, _ZERO)
     ffi.release(placed)
 
 
 @compiled
-def _add_items(out, items, row, rows, token, tokens, begin, heads, parts):
-    """Adds an item for each part of the heads; returns how many items there are."""
+def _add_items(sizes, out, parts, row, rows, token, tokens, begin):
+    """Adds an item for each part of the heads."""
+    heads = int32_at(sizes, KV_HEADS) // parts
     for part in range(parts):
+        items = int32_at(out, NUM_ITEMS)
         item = out + 4 * (FIRST_ITEM + ITEM_WORDS * items)
         set_int32(item, ITEM_ROW, row)
         set_int32(item, ITEM_ROWS, rows)
         set_int32(item, ITEM_TOKEN, token)
         set_int32(item, ITEM_TOKENS, tokens)
-        set_int32(item, ITEM_HEAD, part * (heads // parts))
-        set_int32(item, ITEM_HEADS, heads // parts)
+        set_int32(item, ITEM_HEAD, part * heads)
+        set_int32(item, ITEM_HEADS, heads)
         set_int32(item, ITEM_BEGIN, begin)
-        items += 1
-    return items
+        set_int32(out, NUM_ITEMS, items + 1)
 
 
 @compiled
 def first_whole_block(length, window):
     """The first block of which the last of `length` positions sees everything up to itself."""
     return (max(0, length - window) + BLOCK - 1) // BLOCK
-
-
-@compiled
-def _shared_until(frame, sizes, one, other, begin, end):
-    """The block up to which two rows have the same pages, from block `begin` on and up to block `end` at most."""
-    page_size, width = int32_at(sizes, PAGE_SIZE), int32_at(sizes, MAX_PAGES)
-    table = argument(frame, 1)
-    page = begin * BLOCK // page_size
-    while page * page_size < end * BLOCK and int32_at(table, one * width + page) == int32_at(
-        table, other * width + page
-    ):
-        page += 1
-    return max(begin, min(end, page * page_size // BLOCK))
-
-
-@compiled
-def _shared_end(frame, one, other):
-    """The block up to which two rows can share pages: past it, one of them sees a part of a block only."""
-    lengths = argument(frame, 2)
-    return min(int32_at(lengths, one), int32_at(lengths, other)) // BLOCK
 
 
 def rows_together(rows: int, shared: int, own: int, group: int, heads: int, threads: int, most: int) -> int:
@@ -151,100 +137,107 @@ _rows_together = compiled(rows_together)
 
 @compiled
 def _plan_groups(frame, sizes, out, placed):
-    """Finds the rows that share pages and adds the items of their tiles; returns how many items there are."""
+    """Finds the rows that share pages and adds the items of their tiles."""
     lengths, starts, members = argument(frame, 2), argument(frame, 3), out + 4 * int32_at(sizes, MEMBERS)
     rows, window = int32_at(sizes, ROWS), int32_at(sizes, WINDOW)
-    items, done = 0, 0
     for row in range(rows):
-        if int32_at(starts, row + 1) - int32_at(starts, row) != 1 or int32_at(placed, row) != 0:
+        if int32_at(starts, row + 1) - int32_at(starts, row) != 1:
+            set_int32(placed, row, _ALONE)
+    done = _ZERO
+    for row in range(rows):
+        if int32_at(placed, row) != _UNSEEN:
             continue
         set_int32(members, done, row)
-        count, own = 1, first_whole_block(int32_at(lengths, row), window)
-        begin = own
+        own = first_whole_block(int32_at(lengths, row), window)
+        count, begin = _ONE, own
         for other in range(row + 1, rows):
-            if int32_at(starts, other + 1) - int32_at(starts, other) != 1 or int32_at(placed, other) != 0:
+            if int32_at(placed, other) != _UNSEEN:
                 continue
             block = max(own, first_whole_block(int32_at(lengths, other), window))
-            end = min(block + 1, _shared_end(frame, row, other))
-            if block < end and _shared_until(frame, sizes, row, other, block, end) == end:
+            if _shared_until(frame, sizes, row, other, block, block + 1) > block:
                 set_int32(members, done + count, other)
+                set_int32(placed, other, _ALONE)
                 begin = max(begin, block)
                 count += 1
         if count > 1:
-            _sort_group(frame, sizes, out, done, count, begin)
-            items, done = _cut_group(frame, sizes, out, placed, items, done, count, begin)
-    return items
+            _sort_group(frame, sizes, members + 4 * done, count, begin)
+            done = _cut_group(frame, sizes, out, placed, done, count, begin)
 
 
 @compiled
-def _sort_group(frame, sizes, out, first, count, begin):
-    """Sorts `count` members from member `first` on by their pages from block `begin` on, so that rows which share more
-    are neighbors, and writes up to which block each has the pages of the one before it."""
-    members, common = _member_lists(sizes, out)
+def _shared_until(frame, sizes, one, other, begin, end):
+    """The block up to which two rows have the same pages and see them whole, from block `begin` on and up to block `end`
+    at most."""
+    page_size, width = int32_at(sizes, PAGE_SIZE), int32_at(sizes, MAX_PAGES)
+    table, lengths = argument(frame, 1), argument(frame, 2)
+    end = min(end, min(int32_at(lengths, one), int32_at(lengths, other)) // BLOCK)
+    page = begin * BLOCK // page_size
+    while page * page_size < end * BLOCK:
+        if int32_at(table, one * width + page) != int32_at(table, other * width + page):
+            break
+        page += 1
+    return max(begin, min(end, page * page_size // BLOCK))
+
+
+@compiled
+def _sort_group(frame, sizes, members, count, begin):
+    """Sorts rows by their pages from block `begin` on, so that those which share more are neighbors, and writes up to
+    which block each has the pages of the one before it."""
+    common = members + 4 * int32_at(sizes, ROWS)
     for place in range(1, count):
-        row, at = int32_at(members, first + place), place
-        while at > 0 and _comes_before(frame, sizes, row, int32_at(members, first + at - 1), begin):
-            set_int32(members, first + at, int32_at(members, first + at - 1))
+        row, at = int32_at(members, place), place
+        while at > 0 and _comes_before(frame, sizes, row, int32_at(members, at - 1), begin):
+            set_int32(members, at, int32_at(members, at - 1))
             at -= 1
-        set_int32(members, first + at, row)
+        set_int32(members, at, row)
     for place in range(1, count):
-        one, other = int32_at(members, first + place - 1), int32_at(members, first + place)
-        shared = _shared_until(frame, sizes, one, other, begin, _shared_end(frame, one, other))
-        set_int32(common, first + place, shared)
-
-
-@compiled
-def _member_lists(sizes, out):
-    """Addresses of the rows of tiles, and of the blocks up to which each shares pages with the one before it."""
-    members = out + 4 * int32_at(sizes, MEMBERS)
-    return members, members + 4 * int32_at(sizes, ROWS)
+        one, other = int32_at(members, place - 1), int32_at(members, place)
+        set_int32(common, place, _shared_until(frame, sizes, one, other, begin, _NO_END))
 
 
 @compiled
 def _comes_before(frame, sizes, one, other, begin):
-    """Whether a row's pages from block `begin` on are less than another's in lexicographic order."""
-    table, page_size, width = argument(frame, 1), int32_at(sizes, PAGE_SIZE), int32_at(sizes, MAX_PAGES)
-    end = _shared_end(frame, one, other)
-    page = begin * BLOCK // page_size
-    while page * page_size < end * BLOCK:
-        mine, its = int32_at(table, one * width + page), int32_at(table, other * width + page)
-        if mine != its:
-            return mine < its
-        page += 1
-    return int32_at(argument(frame, 2), one) < int32_at(argument(frame, 2), other)
+    """Whether a row's pages from block `begin` on are less than another's, in lexicographic order: of the blocks that
+    both see whole, and then the shorter row first."""
+    table, lengths = argument(frame, 1), argument(frame, 2)
+    width, page_size = int32_at(sizes, MAX_PAGES), int32_at(sizes, PAGE_SIZE)
+    shorter = min(int32_at(lengths, one), int32_at(lengths, other))
+    block = _shared_until(frame, sizes, one, other, begin, _NO_END)
+    # The page in which the first block that they do not share ends is the one that differs, if any does.
+    page = ((block + 1) * BLOCK - 1) // page_size
+    if (block + 1) * BLOCK > shorter:
+        return int32_at(lengths, one) < int32_at(lengths, other)
+    return int32_at(table, one * width + page) < int32_at(table, other * width + page)
 
 
 @compiled
-def _cut_group(frame, sizes, out, placed, items, first, count, begin):
+def _cut_group(frame, sizes, out, placed, first, count, begin):
     """Cuts a sorted group into tiles where that is cheaper than every row by itself.
 
-    Returns how many items there are, and how many members: rows that stay alone leave the list.
+    Returns how many members there are: rows that stay alone leave the list.
     """
-    members, common = _member_lists(sizes, out)
-    heads, kept, place = int32_at(sizes, KV_HEADS), first, first
-    threads = ffi.num_threads(frame)
-    while place < first + count:
-        run, shared, blocks = 1, 0, int32_at(argument(frame, 2), int32_at(members, place)) // BLOCK - begin
-        while place + run < first + count and int32_at(common, place + run) > begin:
+    lengths, members = argument(frame, 2), out + 4 * int32_at(sizes, MEMBERS)
+    common = members + 4 * int32_at(sizes, ROWS)
+    threads, stop, kept, place = ffi.num_threads(frame), first + count, first, first
+    while place < stop:
+        run, shared, blocks = _ONE, _ZERO, int32_at(lengths, int32_at(members, place)) // BLOCK - begin
+        while place + run < stop and int32_at(common, place + run) > begin:
             shared += int32_at(common, place + run) - begin
-            blocks += int32_at(argument(frame, 2), int32_at(members, place + run)) // BLOCK - begin
+            blocks += int32_at(lengths, int32_at(members, place + run)) // BLOCK - begin
             run += 1
-        tile = 1
-        if run > 1:
-            shared //= run - 1
-            most = min(run, int32_at(sizes, TOGETHER))
-            tile = _rows_together(run, shared, blocks // run - shared, int32_at(sizes, GROUP), heads, threads, most)
+        shared //= max(run - 1, 1)
+        most, group, heads = min(run, int32_at(sizes, TOGETHER)), int32_at(sizes, GROUP), int32_at(sizes, KV_HEADS)
+        tile = _rows_together(run, shared, blocks // run - shared, group, heads, threads, most)
         if tile > 1:
-            tiles, done = (run + tile - 1) // tile, 0
+            tiles, done = (run + tile - 1) // tile, _ZERO
             for number in range(tiles):
                 rows = run * (number + 1) // tiles - done
-                for one in range(done, done + rows):
-                    row, until = int32_at(members, place + one), int32_at(common, place + one)
-                    set_int32(members, kept + one, row)
-                    set_int32(common, kept + one, until)
-                    set_int32(placed, row, 1)
-                items = _add_items(out, items, kept + done, rows, 0, 0, begin, heads, heads)
+                _add_items(sizes, out, heads, kept + done, rows, _ZERO, _ZERO, begin)
                 done += rows
+            for member in range(run):
+                set_int32(placed, int32_at(members, place + member), _IN_TILE)
+                set_int32(members, kept + member, int32_at(members, place + member))
+                set_int32(common, kept + member, int32_at(common, place + member))
             kept += run
         place += run
-    return items, kept
+    return kept
