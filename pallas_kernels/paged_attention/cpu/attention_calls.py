@@ -30,7 +30,6 @@ LOG2_E = float(np.log2(np.e))
 _VERSION = 2
 
 _TARGETS = {
-    "plan": (plans.num_plans, plans.plan),
     "attend": (attend.num_items, attend.attend),
     "write": (write.num_items, write.write),
     "rotate_and_write": (write.num_items, write.rotate_and_write),
@@ -53,6 +52,7 @@ def register() -> None:
 
     Needed before a program with them is compiled or loaded. Threads may call it at once.
     """
+    ffi.register_call(_name("plan"), plans.plan)
     for target, (num_items, work) in _TARGETS.items():
         ffi.register(_name(target), num_items, _outlined(work))
 
