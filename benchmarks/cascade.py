@@ -4,7 +4,8 @@ Rows decode one token each; they share the first `shared` positions and have `ow
 all layers over pools of random numbers, `step` a step of the engine with everything in it. Both run with
 `cascade_attention` "auto" and "off" in turns, so that a ratio compares neighbors, over pages that all rows share and,
 under shared = 0, over pages of their own, where finding that out is all that is added. The attention's results must be
-equal to the bit. Writes JSON to benchmarks/results/.
+equal to the bit. On a machine that others use too, the processor time of one thread says more than the clock: `taskset
+-c 0 python -m benchmarks.cascade`. Writes JSON to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -51,19 +52,23 @@ class Case:
 
 
 def compare(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
-    """Milliseconds of each way, and the median over neighbors of "auto" divided by "off"."""
-    times: dict[str, list[float]] = {way: [] for way in calls}
+    """Milliseconds of each way, by the clock and of processor time, and medians over neighbors of "auto" divided by
+    "off"."""
+    times: dict[str, list[tuple[float, float]]] = {way: [] for way in calls}
     for number in range(repeats + 2):
         # Each goes first in every other round.
         for way in list(calls) if number % 2 else list(calls)[::-1]:
-            begin = time.perf_counter()
+            begin = time.perf_counter(), time.process_time()
             jax.block_until_ready(calls[way]())
-            times[way].append(1e3 * (time.perf_counter() - begin))
-    kept = {way: values[2:] for way, values in times.items()}
-    ratios = [auto / off for auto, off in zip(kept["auto"], kept["off"], strict=True)]
-    quarters = statistics.quantiles(ratios, n=4)
-    medians = {f"{way}_ms": statistics.median(values) for way, values in kept.items()}
-    return medians | {"ratio": quarters[1], "ratio_quarters": [quarters[0], quarters[2]]}
+            times[way].append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
+    found: dict[str, Any] = {}
+    for place, kind in enumerate(("", "cpu_")):
+        kept = {way: [1e3 * taken[place] for taken in values[2:]] for way, values in times.items()}
+        ratios = [auto / off for auto, off in zip(kept["auto"], kept["off"], strict=True)]
+        quarters = statistics.quantiles(ratios, n=4)
+        found |= {f"{way}_{kind}ms": statistics.median(values) for way, values in kept.items()}
+        found |= {f"{kind}ratio": quarters[1], f"{kind}ratio_quarters": [quarters[0], quarters[2]]}
+    return found
 
 
 def attention(model: ModelConfig, case: Case, page_size: int, repeats: int) -> dict[str, Any]:
@@ -174,7 +179,19 @@ def main() -> int:
     settings = {name: value for name, value in vars(options).items() if name != "name"}
     path = report.write(options.name or f"cascade_jax{report.versions()['jax']}", settings, found)
     print(report.describe())
-    header = ("model", "part", "rows", "shared", "own", "auto_ms", "off_ms", "ratio")
+    header = (
+        "model",
+        "part",
+        "rows",
+        "shared",
+        "own",
+        "auto_ms",
+        "off_ms",
+        "ratio",
+        "auto_cpu_ms",
+        "off_cpu_ms",
+        "cpu_ratio",
+    )
     print(report.table(header, [[row[name] for name in header] for row in found]))
     print(f"bits of all results are equal; written: {path}")
     return 0

@@ -101,6 +101,13 @@ def test_reading_shared_pages_together_changes_no_bit(case: Case):
     check()
 
 
+def test_the_last_row_of_a_full_bucket_has_its_results():
+    case = CASES[1]
+    step = SharedStep(case.sizes, [Branch(230), *[Branch(150 + n, 1, 0, 4) for n in range(5)]], 2)
+    assert len(step.rows) == case.sizes.rows
+    np.testing.assert_array_equal(bits(_run(case, step, cascade="auto")), bits(_run(case, step, cascade="off")))
+
+
 def _greatest(step: SharedStep, number: int) -> float:
     values = np.abs(step.stored[number][:, 1].astype(np.float32))
     return float((values if step.scales is None else values * step.scales[1][None, :, None]).max(initial=0))

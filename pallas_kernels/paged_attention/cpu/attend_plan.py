@@ -163,7 +163,7 @@ def _plan_groups(frame, sizes, out, placed):
 
 @compiled
 def _shared_until(frame, sizes, one, other, begin, end):
-    """The block up to which two rows have the same pages, whole for both, from block `begin` on and at most to `end`."""
+    """The block up to which two rows have the same pages, whole for both, from block `begin` on, at most `end`."""
     page_size, width = int32_at(sizes, PAGE_SIZE), int32_at(sizes, MAX_PAGES)
     table, lengths = argument(frame, 1), argument(frame, 2)
     end = min(end, min(int32_at(lengths, one), int32_at(lengths, other)) // BLOCK)

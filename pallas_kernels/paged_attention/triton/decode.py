@@ -118,7 +118,10 @@ def _decode_kernel(
             token, slot = (
                 triton.load(refs[0].at[item, side, of_row], mask=of_row < together, other=-1) for side in range(2)
             )
-            counts, token, rows = token >= 0, token[:, None], slot[:, None]
+            counts, token = token >= 0, token[:, None]
+            # Interpret mode writes back what is masked: not to a slot that another query of the tile has.
+            slot = jnp.where(counts, slot, exponent_ref.shape[0])
+            rows = slot[:, None]
             masks = [counts[:, None] & (place < head_dim)[None, :] for place in places]
         queries = Queries(
             values=tuple(
