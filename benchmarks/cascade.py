@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks import report
 from benchmarks.cpu_roofline import run
 from benchmarks.work import SHAPES
-from jaxserve.config.settings import EngineConfig
+from jaxserve.config.settings import MIN_BUCKET, EngineConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.pallas_kernels.paged_attention import Use, choose, kv_write, new_pool, paged_attention
 from jaxserve.runner.model_runner import ModelRunner
@@ -106,9 +106,14 @@ def attention(model: ModelConfig, case: Case, page_size: int, repeats: int) -> d
     return compare(calls, repeats)
 
 
+def bucket(case: Case) -> int:
+    """What a step of a case is padded to."""
+    return max(MIN_BUCKET, case.rows)
+
+
 def make_runner(model: ModelConfig, way: str, cases: list[Case], page_size: int) -> ModelRunner:
     """A runner with random weights that has a bucket for each number of rows, and pages for every case."""
-    rows = tuple(sorted({case.rows for case in cases}))
+    rows = tuple(sorted({bucket(case) for case in cases}))
     return ModelRunner(
         EngineConfig.from_options(
             architecture=model,
@@ -131,7 +136,7 @@ def step_plans(case: Case, page_size: int) -> tuple[StepPlan, StepPlan]:
     length = case.shared + case.own
     rows = [RowPlan("", -1, slot, length - 1, (), 0, (), None) for slot in range(case.rows)]
     samples = Samples.of((row, row, length, False, 0) for row in range(case.rows))
-    timed = StepPlan(-1, DecodeRows.of(rows, page_size), (), samples, case.rows, case.rows, case.rows)
+    timed = StepPlan(-1, DecodeRows.of(rows, page_size), (), samples, bucket(case), bucket(case), case.rows)
     writes = [
         write for slot, pages in enumerate(case.tables(page_size).tolist()) for write in table_writes(0, slot, pages)
     ]
