@@ -32,9 +32,10 @@ PARTS = (
     Part("bundle", "Bundle compiled without a device", 45, 12),
     Part("decode", "Decode attention", 40, 4),
     Part("prefill", "Prefill attention", 35, 5),
+    Part("cascade", "Decode attention of rows that share a prefix", 18, 6),
     Part("values", "Kernel values against float64", 60, 5),
     Part("write", "KV write", 15, 2),
-    Part("peers_jax", "Peers in jax", 40, 6),
+    Part("peers_jax", "Peers in jax", 30, 6),
     Part("peers_torch", "Peers in torch", 12, 2),
 )
 """In this order, each within its budget; what is left of the command's time then goes, in the same order, to parts

@@ -11,7 +11,7 @@ from jaxserve.models.loading import checkpoint
 from jaxserve.models.loading.end_tokens import check_vocabulary
 from jaxserve.models.params import DTYPES, packable
 from jaxserve.pallas_kernels.cpu import linear
-from jaxserve.pallas_kernels.paged_attention import Use, choose, is_quantized
+from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, Use, choose, is_quantized
 from jaxserve.planning.checkpoint_defaults import sampling_defaults
 from jaxserve.planning.decode_roofline import page_bytes
 from jaxserve.programs.step_programs import Shapes
@@ -65,7 +65,14 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
         attention=choose(platform, config.attention, use),
         max_logprobs=min(config.logprobs.max_logprobs, model.vocab_size),
         logprobs_mode=config.logprobs.logprobs_mode,
+        cascade=config.cascade_attention,
     )
+    if shapes.cascade == "on" and not IMPLEMENTATIONS[shapes.attention].cascades:
+        names = ", ".join(name for name, one in IMPLEMENTATIONS.items() if one.cascades)
+        raise ValueError(
+            f"cascade_attention is 'on'; attention {shapes.attention!r} reads the pages of each row by itself: "
+            f"set 'auto', or choose an attention among {names}"
+        )
     return dataclasses.replace(shapes, num_host_pages=_host_pages(config.cache.swap_space, shapes))
 
 

@@ -124,6 +124,7 @@ class Shapes:
         num_penalty_rows: requests with penalties that can run at once.
         max_logprobs: likeliest ids of one position that a request may ask for, at most as many as the vocabulary has.
         logprobs_mode: as `LogprobsConfig.logprobs_mode`.
+        cascade: as `EngineConfig.cascade_attention`.
     """
 
     model: ModelConfig
@@ -140,6 +141,7 @@ class Shapes:
     num_penalty_rows: int = 1
     max_logprobs: int = MAX_LOGPROBS
     logprobs_mode: str = "raw_logprobs"
+    cascade: str = "auto"
 
     @functools.cached_property
     def groups(self) -> LayerGroups:
@@ -422,7 +424,7 @@ def forward(
     inputs = fields["token_ids"]
     token_ids = jnp.where(inputs < 0, slots.last_token[jnp.maximum(-1 - inputs, 0)], inputs)
     metadata = [attention_metadata(fields, table, shapes.page_size) for table in slots.tables]
-    attend = paged_attend(metadata, shapes.attention, mesh, decode_only=decode_only)
+    attend = paged_attend(metadata, shapes.attention, mesh, decode_only=decode_only, cascade=shapes.cascade)
     model = bind(shapes.model, weights.params, products_of(shapes, mesh))
     caches = LayerCaches(pools, weights.kv_scales, shapes.groups.places)
     computed, caches = model(token_ids, metadata[0].positions, caches, attend)

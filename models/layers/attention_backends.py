@@ -116,6 +116,7 @@ def paged_attend(
     mesh: Mesh | None = None,
     *,
     decode_only: bool = False,
+    cascade: str = "auto",
 ) -> Attend:
     """Returns an `Attend` over pages; the cache of a layer is a `LayerCache`.
 
@@ -128,6 +129,7 @@ def paged_attend(
         mesh: with the axis `tensor` where that has more than one device: each device then computes its own heads. The
             kernels are opaque to the partitioner, so they are sharded explicitly. None for one device.
         decode_only: no row has more than one token, and row r's is token r.
+        cascade: whether rows that share pages read them together, as `EngineConfig.cascade_attention`.
 
     Raises:
         ValueError: on a call, where a shape or dtype does not fit (see `jaxserve.pallas_kernels.paged_attention.api`).
@@ -162,6 +164,7 @@ def paged_attend(
             **dataclasses.asdict(spec),
             sinks=sinks,
             decode_only=decode_only,
+            cascade=cascade,
             **scales,
         )
         return out, pool

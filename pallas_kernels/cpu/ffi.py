@@ -149,13 +149,16 @@ def address_of(typingctx, array):
 
 
 @njit
-def _num_threads(frame, scratch):
+def num_threads(frame):
     """Threads of XLA's pool."""
-    words = words_at(frame)
-    scratch[0], scratch[1], scratch[2], scratch[3] = 32, 0, words[_FRAME_CONTEXT], address_of(scratch) + 32
+    words, place = words_at(frame), allocate(40)
+    scratch = words_at(place)
+    scratch[0], scratch[1], scratch[2], scratch[3] = 32, 0, words[_FRAME_CONTEXT], place + 32
     scratch[4] = 1
-    call_function(words_at(words[_FRAME_API])[_API_NUM_THREADS], address_of(scratch))
-    return scratch[4]
+    call_function(words_at(words[_FRAME_API])[_API_NUM_THREADS], place)
+    threads = scratch[4]
+    release(place)
+    return threads
 
 
 @njit
@@ -199,7 +202,7 @@ def target(num_items: Any, work: Any) -> Any:
             return 0
         items = num_items(frame)
         scratch = np.empty(8, np.int64)
-        helpers = min(items, _num_threads(frame, scratch)) - 1
+        helpers = min(items, num_threads(frame)) - 1
         if helpers <= 0:
             for item in range(items):
                 work(frame, item)
@@ -231,6 +234,21 @@ def register(name: str, num_items: Any, work: Any) -> None:
             handler = target(num_items, work)
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.address), platform="cpu", api_version=1)
             _HANDLERS[name] = handler
+
+
+def register_call(name: str, work: Any) -> None:
+    """Makes `work(frame)`, which the calling thread does alone, known to XLA under a name, as `register` does."""
+
+    def handler(frame):
+        if not asked_for_metadata(frame):
+            work(frame)
+        return 0
+
+    with _LOCK:
+        if name not in _HANDLERS:
+            compiled = cfunc(types.int64(types.int64), error_model="numpy")(handler)
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(compiled.address), platform="cpu", api_version=1)
+            _HANDLERS[name] = compiled
 
 
 _LOCK = threading.Lock()

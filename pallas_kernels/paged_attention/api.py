@@ -29,14 +29,15 @@ class Implementation:
     """One way to compute attention over pages.
 
     Attributes:
-        attention: (q, pool, page_table, kv_lens, query_start_loc, spec, k_scale, v_scale, sinks, decode_only) -> out,
-            as `paged_attention` describes them.
+        attention: (q, pool, page_table, kv_lens, query_start_loc, spec, k_scale, v_scale, sinks, decode_only, cascade)
+            -> out, as `paged_attention` describes them.
         kv_write: (pool, k, v, slot_mapping, k_scale, v_scale) -> pool, as `kv_write` describes them.
         rotate_and_write: (qkv, cos, sin, pool, slot_mapping, dtype, k_scale, v_scale) -> (q, pool), as
             `rotate_and_write` describes them; None to rotate first and call `kv_write`.
         platforms: platforms it runs on; empty for all.
         max_group_heads: the most query heads a key-value head; None for no limit.
         decode_programs: whether a step of decodes alone gains from a program of its own (`decode_only`).
+        cascades: whether rows that share pages can read them together.
         check: (pool, num_tokens, group_heads) raises ValueError where the backend cannot take a pool like
             `pool` (an array or a ShapeDtypeStruct) with `num_tokens` tokens a step; group_heads is None when nothing
             but keys and values is known. None for no limits of its own.
@@ -50,9 +51,12 @@ class Implementation:
     platforms: tuple[str, ...] = ()
     max_group_heads: int | None = None
     decode_programs: bool = False
+    cascades: bool = False
     check: Callable[[Any, int, int | None], None] | None = None
     check_usable: Callable[[Use], None] | None = None
 
+
+CASCADE = ("auto", "on", "off")
 
 # In order of preference: `choose` takes the first that runs on the platform.
 IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
@@ -64,6 +68,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
             platforms=("gpu",),
             max_group_heads=limits.MAX_GROUP_HEADS,
             decode_programs=True,
+            cascades=True,
             check=limits.check,
         ),
         "cpu": Implementation(
@@ -71,6 +76,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
             cpu.kv_write,
             cpu.rotate_and_write,
             platforms=("cpu",),
+            cascades=True,
             check=cpu.check,
             check_usable=cpu.check_usable,
         ),
@@ -83,6 +89,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
             functools.partial(triton_write.rotate_and_write, interpret=True),
             max_group_heads=limits.MAX_GROUP_HEADS,
             decode_programs=True,
+            cascades=True,
         ),
     }
 )
@@ -238,6 +245,7 @@ def paged_attention(
     v_scale: jax.Array | None = None,
     sinks: jax.Array | None = None,
     decode_only: bool = False,
+    cascade: str = "auto",
     implementation: str = "xla",
 ) -> jax.Array:
     """Causal attention of R packed sequences over their pages.
@@ -265,6 +273,9 @@ def paged_attention(
             (attention sinks as in gpt-oss; -inf has no effect); neither scaled nor capped. None for none.
         decode_only: the caller promises that every row has at most one token and that row r's is token r. Only time
             depends on it: the result is the same to the bit.
+        cascade: whether rows with one token that share pages read these together: "off", "on", or "auto" where that was
+            measured to be faster; no effect where the implementation does not cascade. Only time depends on it: the
+            result is the same to the bit.
         implementation: a name that `choose` returned.
 
     Returns:
@@ -275,6 +286,8 @@ def paged_attention(
     """
     chosen = _implementation(implementation)
     spec = AttentionSpec(scale, sliding_window, soft_cap)
+    if cascade not in CASCADE:
+        raise ValueError(f"cascade is {cascade!r}; it must be one of {', '.join(CASCADE)}")
     _check_pool(pool, k_scale, v_scale)
     _check_float("q", q.dtype)
     _check("q", q, (q.shape[0], pool.shape[2], *q.shape[2:3], pool.shape[4]))
@@ -292,7 +305,9 @@ def paged_attention(
         _check("sinks", sinks, q.shape[1:3], jnp.float32)
     if chosen.check is not None:
         chosen.check(pool, q.shape[0], q.shape[2])
-    return chosen.attention(q, pool, page_table, kv_lens, query_start_loc, spec, k_scale, v_scale, sinks, decode_only)
+    return chosen.attention(
+        q, pool, page_table, kv_lens, query_start_loc, spec, k_scale, v_scale, sinks, decode_only, cascade
+    )
 
 
 def _implementation(name: str) -> Implementation:

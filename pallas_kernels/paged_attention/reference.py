@@ -18,6 +18,7 @@ def paged_attention(
     v_scale: jax.Array | None = None,
     sinks: jax.Array | None = None,
     decode_only: bool = False,
+    cascade: str = "auto",
 ) -> jax.Array:
     """Gathers, for each token, its sequence's whole page table row and attends to it densely.
 
@@ -32,6 +33,7 @@ def paged_attention(
         v_scale: float32 [K] or None.
         sinks: float32 [K, G] or None.
         decode_only: needs nothing else here.
+        cascade: likewise.
 
     Returns:
         [T, K, G, D] in q's dtype.
@@ -39,7 +41,7 @@ def paged_attention(
     num_tokens, num_kv_heads, _, head_dim = q.shape
     num_rows, max_pages = page_table.shape
     page_size = pool.shape[3]
-    del decode_only
+    del decode_only, cascade
 
     token = jnp.arange(num_tokens)
     row = jnp.searchsorted(query_start_loc[1:], token, side="right")

@@ -214,6 +214,7 @@ def paged_attention(
     v_scale: jax.Array | None = None,
     sinks: jax.Array | None = None,
     decode_only: bool = False,
+    cascade: str = "auto",
     tiling: Tiling | None = None,
 ) -> jax.Array:
     """Computes `api.paged_attention`; arguments are checked there.
@@ -229,6 +230,7 @@ def paged_attention(
         v_scale: float32 [K] or None.
         sinks: float32 [K, G] or None.
         decode_only: leaves out the tiles of more than one token.
+        cascade: has no effect here: each row gathers its own pages.
         tiling: static sizes, None for the tuned ones.
 
     Returns:

@@ -106,6 +106,7 @@ def test_fitting_arguments_pass():
         ({"kv_lens": _shape(R, dtype="float32")}, "kv_lens has dtype float32; it must be int32"),
         ({"kv_lens": _shape(R, 1)}, r"kv_lens has shape \[3, 1\]; it must be \[3\]"),
         ({"implementation": "triton!"}, "implementation is 'triton!'; it must be one of "),
+        ({"cascade": "always"}, "cascade is 'always'; it must be one of auto, on, off"),
         ({"sliding_window": 0}, "sliding_window is 0; it must be None or at least 1"),
         ({"soft_cap": 0.0}, "soft_cap is 0.0; it must be None or a finite number above 0"),
         ({"scale": float("nan")}, "scale is nan; it must be finite"),

@@ -28,7 +28,8 @@ ROWS, TOKENS, GROUP_HEADS = 5, 40, 3
 @functools.cache
 def _decode_plan(max_len: int, window: int | None):
     def arrays(lengths, starts):
-        return plan.plan_decode(lengths, starts, max_len, window, DECODE)[:3]
+        table = jnp.zeros((ROWS, max_len // 16), jnp.int32)
+        return plan.plan_decode(lengths, starts, table, 16, window, DECODE)[:3]
 
     return jax.jit(arrays)
 

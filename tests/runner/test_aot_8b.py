@@ -74,6 +74,17 @@ def test_a_step_with_pages_of_the_models_dtype(target: Target, key: ProgramKey):
     assert_promises(report, target, pool_bytes, write=True)
 
 
+@pytest.mark.long  # the kernels alone are compiled in tests/kernels/test_cascade_h200.py
+def test_a_decode_step_that_reads_shared_pages_once(target: Target):
+    """Finding the rows that share pages is a part of the graph, once for all layers, and takes next to no memory."""
+    cascade = "EngineConfig.cascade_attention"
+    one, other = (compiled(target, ProgramKey("decode", 64), 14_000, f"{cascade}='{way}'") for way in ("on", "off"))
+    assert_promises(one[0], target, one[2], write=True)
+    launches, before = (sum(kernel.launches for kernel in report.kernels) for report in (one[0], other[0]))
+    assert before < launches <= before + 12
+    assert one[0].temp_bytes <= other[0].temp_bytes + 2**20
+
+
 def test_a_decode_step_with_pages_of_one_byte_past_two_to_the_31(target: Target):
     """Where the backend's offsets of bytes would overflow: pages are read in pairs of elements, and XLA writes them."""
     key = ProgramKey("decode", 64)

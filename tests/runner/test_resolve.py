@@ -47,6 +47,18 @@ def test_planning_does_without_weights(tmp_path):
         resolve_shapes(dataclasses.replace(config, architecture=None), "cpu", planning=True)
 
 
+def test_shared_pages_are_read_once_where_the_attention_can():
+    config = EngineConfig(load_format="dummy", architecture=MODEL, attention="xla")
+    for cascade in ("auto", "off"):
+        assert resolve_shapes(dataclasses.replace(config, cascade_attention=cascade), "cpu").cascade == cascade
+    with pytest.raises(ValueError, match=r"cascade_attention is 'on'; attention 'xla' reads the pages of each row by"):
+        resolve_shapes(dataclasses.replace(config, cascade_attention="on"), "cpu")
+    on = dataclasses.replace(config, cascade_attention="on", attention="triton_interpret")
+    assert resolve_shapes(on, "cpu").cascade == "on"
+    with pytest.raises(ValueError, match="cascade_attention is 'always'; it must be one of auto, on, off"):
+        dataclasses.replace(config, cascade_attention="always")
+
+
 def test_limits_of_the_model():
     config = EngineConfig(load_format="dummy", architecture=MODEL, max_model_len=512)
     with pytest.raises(ValueError, match=r"max_model_len is 512; the model's context .* is 256"):

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxserve.config.settings import ATTENTION, CacheConfig, EngineConfig, SchedulerConfig
+from jaxserve.config.settings import ATTENTION, CASCADE, CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.models.config import ModelConfig
-from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS
+from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, api
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
 from tests.runner.drive import drive
@@ -62,6 +62,7 @@ def test_tokens_do_not_depend_on_the_batch(runner, requests):
 
 def test_the_choice_is_named_and_can_be_forced(runner):
     assert ("auto", *IMPLEMENTATIONS) == ATTENTION
+    assert api.CASCADE == CASCADE
     assert runner.info.attention == "triton_interpret"
     with pytest.raises(ValueError, match="'triton' runs on gpu; the platform is 'cpu'"):
         ModelRunner(dataclasses.replace(CONFIG, attention="triton"))

@@ -15,7 +15,19 @@ import numpy as np
 
 from jaxserve.pallas_kernels.cpu import ffi
 from jaxserve.pallas_kernels.cpu.emitter import LANES
+from jaxserve.pallas_kernels.paged_attention.cpu import attend_plan as plans
 from jaxserve.pallas_kernels.paged_attention.cpu import vectors
+from jaxserve.pallas_kernels.paged_attention.cpu.attend_plan import (
+    GROUP,
+    HEAD_DIM,
+    KV_HEADS,
+    MAX_PAGES,
+    NUM_PAGES,
+    PAGE_SIZE,
+    ROWS,
+    TOKENS,
+    WINDOW,
+)
 from jaxserve.pallas_kernels.paged_attention.cpu.pointers import (
     argument,
     copy_masked,
@@ -29,9 +41,6 @@ from jaxserve.pallas_kernels.paged_attention.cpu.pointers import (
 )
 from jaxserve.pallas_kernels.paged_attention.cpu.vectors import BLOCK, MAX_ROWS, compiled
 
-# What argument 0 of a call holds, int32.
-(TOKENS, ROWS, KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, MAX_PAGES, NUM_PAGES, WINDOW, TILE, PARTS) = range(11)
-
 # A window that no sequence is longer than.
 NO_WINDOW = 2**30
 
@@ -40,12 +49,18 @@ _LOWEST_EXPONENT = -(2.0**126)
 _LOG2_E = math.log2(math.e)
 _CHUNKS = BLOCK // LANES
 
+# Numbers of one type: numba compiles a function anew for each literal among its arguments.
+_ZERO, _ONE = np.int64(0), np.int64(1)
+
 # Places in the scratch memory of a block, in bytes: what `weigh` tells `gather`, the addresses of the keys and of the
 # values of each chunk, those of values of which some are masked, and one masked pair of positions. After the addresses
 # of a block come those of the one that is read next.
 _WEIGHTS = 0
 _DECAYS = _WEIGHTS + 2 * BLOCK * MAX_ROWS
 _KEYS, _VALUES, _MASKED, _PAIR = (_DECAYS + 64 * number for number in range(1, 5))
+
+# Words of a span of blocks that some members of a tile take, int32.
+(_FIRST, _COUNT, _ROW, _BEGIN, _END, _OLDEST, _LENGTH, _SPAN_WORDS) = range(8)
 
 
 @compiled
@@ -63,38 +78,41 @@ def _gather(rows, out, head_dim, weights, decays, values, first, count):
 
 @compiled
 def num_items(frame):
-    """One item for each tile and part of the heads, and one for the padding tokens."""
-    sizes, starts = argument(frame, 0), argument(frame, 5)
-    tile, tiles = int32_at(sizes, TILE), 0
-    for row in range(int32_at(sizes, ROWS)):
-        tiles += (int32_at(starts, row + 1) - int32_at(starts, row) + tile - 1) // tile
-    return tiles * int32_at(sizes, PARTS) + 1
+    """As many as the plan lists."""
+    return int32_at(argument(frame, 8), plans.NUM_ITEMS)
 
 
 @compiled
 def attend(frame, item):
-    """Computes one tile of tokens of one sequence for some of its heads.
-
-    Tiles are counted from the last row's last tile, which reads the most of its row.
-    """
-    sizes, starts = argument(frame, 0), argument(frame, 5)
-    tile, parts = int32_at(sizes, TILE), int32_at(sizes, PARTS)
-    number = item // parts
-    row = int32_at(sizes, ROWS) - 1
-    while row >= 0:
-        tiles = (int32_at(starts, row + 1) - int32_at(starts, row) + tile - 1) // tile
-        if number < tiles:
-            break
-        number -= tiles
-        row -= 1
-    if row < 0:
-        _clear_padding(frame, sizes, int32_at(starts, int32_at(sizes, ROWS)))
+    """Computes an item of the plan for some heads: a tile of tokens of one row, or one token of each of several."""
+    sizes, plan = argument(frame, 0), argument(frame, 8)
+    planned = plan + 4 * (plans.FIRST_ITEM + plans.ITEM_WORDS * item)
+    rows, tokens = int32_at(planned, plans.ITEM_ROWS), int32_at(planned, plans.ITEM_TOKENS)
+    if rows == 0:
+        _clear_padding(frame, sizes, int32_at(planned, plans.ITEM_TOKEN))
         return
-    stop = int32_at(starts, row + 1)
-    token = int32_at(starts, row) + (tiles - 1 - number) * tile
-    position = int32_at(argument(frame, 4), row) - stop + token
-    heads = int32_at(sizes, KV_HEADS) // parts
-    _attend_tile(frame, sizes, row, token, min(tile, stop - token), position, item % parts * heads, heads)
+    count = max(rows, tokens)
+    queries, heads = count * int32_at(sizes, GROUP), int32_at(planned, plans.ITEM_HEADS)
+    head_dim, padded = int32_at(sizes, HEAD_DIM), (queries + LANES - 1) // LANES * 4 * LANES
+    # A head's share of the scratch memory: outputs, totals, queries, exponents.
+    share = queries * (6 * head_dim + 4 * LANES) + padded
+    lists = 4 * count + 4 * _SPAN_WORDS * 3 * count
+    scratch = ffi.allocate(heads * share + padded + MAX_ROWS * 2 * BLOCK + 4 * head_dim + 1024 + lists)
+    state = (scratch + 63) // 64 * 64
+    places = state + heads * share
+    work = places + padded
+    chosen = work + _PAIR + 4 * head_dim
+    spans = chosen + 4 * count
+    if rows == 1:
+        number = _one_row(frame, sizes, planned, chosen, places, spans)
+    else:
+        number = _several_rows(frame, sizes, planned, chosen, places, spans)
+    for head in range(heads):
+        _begin_head(frame, sizes, chosen, queries, int32_at(planned, plans.ITEM_HEAD) + head, state + head * share)
+    _take_spans(frame, sizes, planned, queries, state, share, places, work, spans, number)
+    for head in range(heads):
+        _end_head(frame, sizes, chosen, queries, int32_at(planned, plans.ITEM_HEAD) + head, state + head * share)
+    ffi.release(scratch)
 
 
 @compiled
@@ -106,58 +124,127 @@ def _clear_padding(frame, sizes, done):
 
 
 @compiled
-def _attend_tile(frame, sizes, row, token, count, position, first_head, heads):
-    """Computes `count` tokens from `token` on, the first of which is at `position`, for `heads` key-value heads."""
-    group, head_dim, window = int32_at(sizes, GROUP), int32_at(sizes, HEAD_DIM), int32_at(sizes, WINDOW)
-    queries = count * group
-    padded = (queries + LANES - 1) // LANES * 4 * LANES
-    # A head's share of the scratch memory: outputs, totals, queries, exponents.
-    share = queries * (6 * head_dim + 4 * LANES) + padded
-    scratch = ffi.allocate(heads * share + padded + MAX_ROWS * 2 * BLOCK + 4 * head_dim + 1024)
-    state = (scratch + 63) // 64 * 64
-    places = state + heads * share
-    for query in range(queries):
+def _one_row(frame, sizes, planned, chosen, places, spans):
+    """Lists the tokens of a tile of one row and the only span of blocks that they see; returns the number of spans."""
+    row, first = int32_at(planned, plans.ITEM_ROW), int32_at(planned, plans.ITEM_TOKEN)
+    count, group = int32_at(planned, plans.ITEM_TOKENS), int32_at(sizes, GROUP)
+    position = int32_at(argument(frame, 4), row) - int32_at(argument(frame, 5), row + 1) + first
+    for token in range(count):
+        set_int32(chosen, token, first + token)
+    for query in range(count * group):
         set_int32(places, query, position + query // group)
-    for head in range(heads):
-        _begin_head(frame, sizes, token, queries, first_head + head, state + head * share)
-    length, oldest = position + count, max(0, position - window + 1)
-    work, begin = places + padded, oldest // BLOCK * BLOCK
-    _find_pages(frame, sizes, row, first_head, begin, length, work)
-    for number in range((length - begin + BLOCK - 1) // BLOCK * heads):
-        block, head = begin + number // heads * BLOCK, number % heads
-        for chunk in range(_CHUNKS):
-            set_int64(work + _KEYS, chunk, int64_at(work + _KEYS, _CHUNKS + chunk))
-            set_int64(work + _VALUES, chunk, int64_at(work + _VALUES, _CHUNKS + chunk))
-        following = begin + (number + 1) // heads * BLOCK
-        if following < length:
-            _find_pages(frame, sizes, row, first_head + (number + 1) % heads, following, length, work)
-        _take_block(frame, sizes, block, oldest, length, queries, state + head * share, places, work)
-    for head in range(heads):
-        _end_head(frame, sizes, token, queries, first_head + head, state + head * share)
-    ffi.release(scratch)
+    oldest, length = max(0, position - int32_at(sizes, WINDOW) + 1), position + count
+    return _add_span(spans, _ZERO, _ZERO, count, row, oldest // BLOCK, (length + BLOCK - 1) // BLOCK, oldest, length)
 
 
 @compiled
-def _begin_head(frame, sizes, token, queries, head, state):
+def _add_span(spans, number, first, count, row, begin, end, oldest, length):
+    """Adds blocks `begin` to `end` of a row's pages, which `count` members of the tile from member `first` on take;
+    positions before `oldest` and from `length` on are not read as numbers. Returns how many spans there are."""
+    if begin < end:
+        span = spans + 4 * _SPAN_WORDS * number
+        set_int32(span, _FIRST, first)
+        set_int32(span, _COUNT, count)
+        set_int32(span, _ROW, row)
+        set_int32(span, _BEGIN, begin)
+        set_int32(span, _END, end)
+        set_int32(span, _OLDEST, oldest)
+        set_int32(span, _LENGTH, length)
+        number += 1
+    return number
+
+
+@compiled
+def _several_rows(frame, sizes, planned, chosen, places, spans):
+    """Lists the tokens of a tile of several rows and the spans of blocks that some of them take together.
+
+    Each row's spans come in the order of its positions, so that its sums are those of the row alone.
+    """
+    first, rows = int32_at(planned, plans.ITEM_ROW), int32_at(planned, plans.ITEM_ROWS)
+    group, shared = int32_at(sizes, GROUP), int32_at(planned, plans.ITEM_BEGIN)
+    members = argument(frame, 8) + 4 * int32_at(sizes, plans.MEMBERS)
+    number = _ZERO
+    for member in range(rows):
+        row = int32_at(members, first + member)
+        length = int32_at(argument(frame, 4), row)
+        set_int32(chosen, member, int32_at(argument(frame, 5), row))
+        for query in range(group):
+            set_int32(places, member * group + query, length - 1)
+        oldest = max(0, length - int32_at(sizes, WINDOW))
+        number = _add_span(spans, number, member, _ONE, row, oldest // BLOCK, shared, oldest, length)
+    common = members + 4 * int32_at(sizes, ROWS)
+    for member in range(rows):
+        # What it shares with the row before it has come with that row. From there on it leads.
+        row = int32_at(members, first + member)
+        length = int32_at(argument(frame, 4), row)
+        block, end = shared, (length + BLOCK - 1) // BLOCK
+        if member > 0:
+            block = int32_at(common, first + member)
+        while block < end:
+            count, until = _ONE, end
+            while member + count < rows and int32_at(common, first + member + count) > block:
+                until = min(until, int32_at(common, first + member + count))
+                count += 1
+            seen = length if count == 1 else until * BLOCK
+            number = _add_span(spans, number, member, count, row, block, until, _ZERO, seen)
+            block = until
+    return number
+
+
+@compiled
+def _take_spans(frame, sizes, planned, queries, state, share, places, work, spans, number):
+    """Takes the blocks of all spans, each for every head before the next, and looks for the pages of the one that
+    follows meanwhile."""
+    first_head, heads = int32_at(planned, plans.ITEM_HEAD), int32_at(planned, plans.ITEM_HEADS)
+    group = int32_at(sizes, GROUP)
+    _find_pages(frame, sizes, spans, first_head, int32_at(spans, _BEGIN), work)
+    for index in range(number):
+        span = spans + 4 * _SPAN_WORDS * index
+        begin, steps = int32_at(span, _BEGIN), (int32_at(span, _END) - int32_at(span, _BEGIN)) * heads
+        for step in range(steps):
+            for chunk in range(_CHUNKS):
+                set_int64(work + _KEYS, chunk, int64_at(work + _KEYS, _CHUNKS + chunk))
+                set_int64(work + _VALUES, chunk, int64_at(work + _VALUES, _CHUNKS + chunk))
+            if step + 1 < steps:
+                _find_pages(frame, sizes, span, first_head + (step + 1) % heads, begin + (step + 1) // heads, work)
+            elif index + 1 < number:
+                following = span + 4 * _SPAN_WORDS
+                _find_pages(frame, sizes, following, first_head, int32_at(following, _BEGIN), work)
+            _take_block(
+                frame,
+                sizes,
+                span,
+                begin + step // heads,
+                int32_at(span, _FIRST) * group,
+                int32_at(span, _COUNT) * group,
+                queries,
+                state + step % heads * share,
+                places,
+                work,
+            )
+
+
+@compiled
+def _begin_head(frame, sizes, chosen, queries, head, state):
     """Sets up a head's state and copies its queries side by side."""
     kv_heads, group, head_dim = int32_at(sizes, KV_HEADS), int32_at(sizes, GROUP), int32_at(sizes, HEAD_DIM)
     size, width = 4 * queries * (head_dim + LANES), 2 * group * head_dim
     fill(state, size // 4, 0.0)
     fill(state + size + 2 * queries * head_dim, queries, _LOWEST_EXPONENT)
     for number in range(queries // group):
-        given = argument(frame, 1) + ((token + number) * kv_heads + head) * width
+        given = argument(frame, 1) + (int32_at(chosen, number) * kv_heads + head) * width
         copy_masked(given, state + size + number * width, width // (4 * LANES), -1)
 
 
 @compiled
-def _find_pages(frame, sizes, row, head, block, length, work):
+def _find_pages(frame, sizes, span, head, block, work):
     """Writes where the keys and the values of each chunk of LANES positions of the block that is read next begin."""
     kv_heads, head_dim, page_size = int32_at(sizes, KV_HEADS), int32_at(sizes, HEAD_DIM), int32_at(sizes, PAGE_SIZE)
-    table = argument(frame, 3) + 4 * row * int32_at(sizes, MAX_PAGES)
-    side = 2 * kv_heads * page_size * head_dim
+    table = argument(frame, 3) + 4 * int32_at(span, _ROW) * int32_at(sizes, MAX_PAGES)
+    side, length = 2 * kv_heads * page_size * head_dim, int32_at(span, _LENGTH)
     pool = argument(frame, 2) + 2 * head * page_size * head_dim
     for chunk in range(_CHUNKS):
-        position = block + chunk * LANES
+        position = block * BLOCK + chunk * LANES
         page = 0  # what lies past a sequence's length is not read as a number
         if position < length:
             page = min(max(int32_at(table, position // page_size), 0), int32_at(sizes, NUM_PAGES) - 1)
@@ -167,25 +254,26 @@ def _find_pages(frame, sizes, row, head, block, length, work):
 
 
 @compiled
-def _take_block(frame, sizes, block, oldest, length, queries, state, places, work):
-    """Takes a block of positions into the state of a head's queries."""
+def _take_block(frame, sizes, span, block, first_query, count, queries, state, places, work):
+    """Takes a block of positions into the state of `count` of a head's queries from `first_query` on."""
     head_dim = int32_at(sizes, HEAD_DIM)
     totals = state + 4 * queries * head_dim
     query = totals + 4 * LANES * queries
     exponents = query + 2 * queries * head_dim
     scale = float32_at(argument(frame, 6), 0)
-    first, last = max(oldest - block, 0), min(length - block, BLOCK)
-    done = 0
-    while done < queries:
-        calls = (queries - done + MAX_ROWS - 1) // MAX_ROWS
-        rows = (queries - done + calls - 1) // calls
+    first = max(int32_at(span, _OLDEST) - block * BLOCK, 0)
+    last = min(int32_at(span, _LENGTH) - block * BLOCK, BLOCK)
+    done, stop = first_query, first_query + count
+    while done < stop:
+        calls = (stop - done + MAX_ROWS - 1) // MAX_ROWS
+        rows = (stop - done + calls - 1) // calls
         vectors.weigh(
             rows,
             query + 2 * done * head_dim,
             head_dim // 2,
             work + _KEYS,
             4 * int32_at(sizes, PAGE_SIZE),
-            block,
+            block * BLOCK,
             places + 4 * done,
             int32_at(sizes, WINDOW),
             scale,
@@ -222,7 +310,7 @@ def _gather_masked(rows, out, head_dim, work, pair, mask):
 
 
 @compiled
-def _end_head(frame, sizes, token, queries, head, state):
+def _end_head(frame, sizes, chosen, queries, head, state):
     """Writes a head's outputs."""
     kv_heads, group, head_dim = int32_at(sizes, KV_HEADS), int32_at(sizes, GROUP), int32_at(sizes, HEAD_DIM)
     totals, exponents = state + 4 * queries * head_dim, state + queries * (6 * head_dim + 4 * LANES)
@@ -239,6 +327,7 @@ def _end_head(frame, sizes, token, queries, head, state):
             raised = max(exponent, np.float32(math.ceil(sink)))
             decay = np.float32(2.0 ** (exponent - raised))
             total = total * decay + np.float32(2.0 ** (sink - raised))
-        written = result(frame, 0) + 2 * head_dim * ((token + query // group) * kv_heads * group + member)
+        token = int32_at(chosen, query // group)
+        written = result(frame, 0) + 2 * head_dim * (token * kv_heads * group + member)
         for lane in range(0, head_dim, 2 * LANES):
             vectors.round_lanes(out + 4 * lane, decay, total, written + 2 * lane)

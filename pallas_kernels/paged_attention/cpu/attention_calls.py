@@ -18,6 +18,7 @@ from jaxserve.pallas_kernels.cpu import features, ffi
 from jaxserve.pallas_kernels.cpu.emitter import LANES
 from jaxserve.pallas_kernels.paged_attention.cast import encode
 from jaxserve.pallas_kernels.paged_attention.cpu import attend_loops as attend
+from jaxserve.pallas_kernels.paged_attention.cpu import attend_plan as plans
 from jaxserve.pallas_kernels.paged_attention.cpu import vectors
 from jaxserve.pallas_kernels.paged_attention.cpu import write_loops as write
 from jaxserve.pallas_kernels.paged_attention.pool import new_pool, value_dtype
@@ -26,7 +27,7 @@ from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec, Use
 LOG2_E = float(np.log2(np.e))
 
 # Part of the targets' names, which compiled programs keep: to be raised with every change of what a target computes.
-_VERSION = 1
+_VERSION = 2
 
 _TARGETS = {
     "attend": (attend.num_items, attend.attend),
@@ -34,7 +35,7 @@ _TARGETS = {
     "rotate_and_write": (write.num_items, write.rotate_and_write),
 }
 
-# Queries of a tile of a longer chunk of tokens: enough to make reading keys and values cheap.
+# Queries of a tile of a longer chunk of tokens, or of rows that share pages: enough to make reading them cheap.
 _TILE_QUERIES = 48
 
 # Rows of a step of decodes from which on a work item takes all heads of a row, whose keys and values it then reads from
@@ -51,6 +52,7 @@ def register() -> None:
 
     Needed before a program with them is compiled or loaded. Threads may call it at once.
     """
+    ffi.register_call(_name("plan"), plans.plan)
     for target, (num_items, work) in _TARGETS.items():
         ffi.register(_name(target), num_items, _outlined(work))
 
@@ -131,6 +133,7 @@ def paged_attention(
     v_scale: jax.Array | None = None,
     sinks: jax.Array | None = None,
     decode_only: bool = False,
+    cascade: str = "auto",
 ) -> jax.Array:
     """Computes `api.paged_attention`; arguments are checked there, but for the ones that only this one refuses.
 
@@ -145,6 +148,8 @@ def paged_attention(
         v_scale: None.
         sinks: float32 [K, G] or None.
         decode_only: needs nothing else here.
+        cascade: unless it is "off", rows with one token read the pages that they share together, where `attend_plan`
+            finds that cheaper.
 
     Returns:
         bfloat16 [T, K, G, D].
@@ -157,27 +162,48 @@ def paged_attention(
         raise ValueError(f"q has dtype {q.dtype.name}; 'cpu' takes bfloat16: choose 'xla'")
     if spec.soft_cap is not None:
         raise ValueError(f"soft_cap is {spec.soft_cap}; 'cpu' takes none: choose 'xla'")
-    register()
-    num_tokens, num_kv_heads, group_heads, head_dim = q.shape
-    num_rows = page_table.shape[0]
-    sizes = {
-        attend.TOKENS: num_tokens,
-        attend.ROWS: num_rows,
-        attend.KV_HEADS: num_kv_heads,
-        attend.GROUP: group_heads,
-        attend.HEAD_DIM: head_dim,
-        attend.PAGE_SIZE: pool.shape[3],
-        attend.MAX_PAGES: page_table.shape[1],
-        attend.NUM_PAGES: pool.shape[0],
-        attend.WINDOW: min(spec.sliding_window or attend.NO_WINDOW, attend.NO_WINDOW),
-        attend.TILE: max(1, _TILE_QUERIES // group_heads),
-        attend.PARTS: 1 if num_tokens <= num_rows and num_rows >= _ROWS_TO_SHARE else num_kv_heads,
-    }
+    sizes = told_sizes(q.shape, pool.shape, page_table.shape, spec.sliding_window, cascade)
+    plan = make_plan(sizes, page_table, kv_lens, query_start_loc)
     if sinks is None:
-        sinks = jnp.full((num_kv_heads, group_heads), -jnp.inf, jnp.float32)
+        sinks = jnp.full(q.shape[1:3], -jnp.inf, jnp.float32)
     call = jax.ffi.ffi_call(_name("attend"), jax.ShapeDtypeStruct(q.shape, q.dtype))
     scale = jnp.full((1,), spec.scale * LOG2_E, jnp.float32)
-    return call(_packed(sizes), q, pool, page_table, kv_lens, query_start_loc, scale, sinks)
+    return call(_packed(sizes), q, pool, page_table, kv_lens, query_start_loc, scale, sinks, plan)
+
+
+def told_sizes(
+    q: tuple[int, ...], pool: tuple[int, ...], page_table: tuple[int, ...], window: int | None, cascade: str
+) -> dict[int, int]:
+    """What `attend_plan` and `attend_loops` are told, from the shapes of arguments of `paged_attention`."""
+    num_tokens, num_kv_heads, group_heads, head_dim = q
+    num_pages, _, _, page_size, _ = pool
+    num_rows, max_pages = page_table
+    tile = max(1, _TILE_QUERIES // group_heads)
+    sizes = {
+        plans.TOKENS: num_tokens,
+        plans.ROWS: num_rows,
+        plans.KV_HEADS: num_kv_heads,
+        plans.GROUP: group_heads,
+        plans.HEAD_DIM: head_dim,
+        plans.PAGE_SIZE: page_size,
+        plans.MAX_PAGES: max_pages,
+        plans.NUM_PAGES: num_pages,
+        plans.WINDOW: min(window or attend.NO_WINDOW, attend.NO_WINDOW),
+        plans.TILE: tile,
+        plans.PARTS: 1 if num_tokens <= num_rows and num_rows >= _ROWS_TO_SHARE else num_kv_heads,
+        plans.TOGETHER: 1 if cascade == "off" else tile,
+    }
+    return sizes | {plans.MEMBERS: plans.members_place(sizes)}
+
+
+def make_plan(
+    sizes: dict[int, int], page_table: jax.Array, kv_lens: jax.Array, query_start_loc: jax.Array
+) -> jax.Array:
+    """Returns the work items of a step, int32, as `attend_plan` describes them; the same call for every layer."""
+    register()
+    words = sizes[plans.MEMBERS] + 2 * sizes[plans.ROWS]
+    call = jax.ffi.ffi_call(_name("plan"), jax.ShapeDtypeStruct((words,), jnp.int32))
+    return call(_packed(sizes), page_table, kv_lens, query_start_loc)
 
 
 def kv_write(

@@ -38,8 +38,8 @@ def decode(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attends to each chunk of the plan.
 
-    A persistent grid: a fixed number of programs, each of which takes every programs-th pair of a chunk and a key-value
-    head. So chunks that do not exist cost nothing, whatever the bucket.
+    A persistent grid: a fixed number of programs, each of which takes every programs-th pair of an item of the plan and
+    a key-value head. So items that do not exist cost nothing, whatever the bucket.
 
     Args:
         q: [T, K, G, D].
@@ -59,11 +59,20 @@ def decode(
     _, kv_heads, group_heads, head_dim = q.shape
     # In pairs, loads of one-byte elements are of 16 bytes; single ones are too many to a thread for that.
     pool, pair = addressed(pool, pairs=True)
-    rows = max(MIN_TILE_ROWS, 1 << (group_heads - 1).bit_length())
+    queries = group_heads * config.together
+    rows = max(MIN_TILE_ROWS, 1 << (queries - 1).bit_length())
     tile = Tile(rows=rows, block=config.block, head_dim=head_dim, pair=pair)
     slots = plan.items.shape[0]
     scales = [] if k_scale is None else [k_scale, v_scale]
-    kernel = functools.partial(_decode_kernel, spec=spec, tile=tile, programs=config.programs, quantized=bool(scales))
+    members = [] if plan.members is None else [plan.members]
+    kernel = functools.partial(
+        _decode_kernel,
+        spec=spec,
+        tile=tile,
+        programs=config.programs,
+        together=None if plan.members is None else config.together,
+        quantized=bool(scales),
+    )
     partial = jax.ShapeDtypeStruct((slots, kv_heads, group_heads), jnp.float32)
     return pl.pallas_call(
         kernel,
@@ -72,7 +81,7 @@ def decode(
         compiler_params=triton.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="paged_attention_decode",
-    )(plan.items, plan.ends, q, pool, page_table, *scales)
+    )(plan.items, plan.ends, q, pool, page_table, *members, *scales)
 
 
 def _decode_kernel(
@@ -85,12 +94,17 @@ def _decode_kernel(
     spec: AttentionSpec,
     tile: Tile,
     programs: int,
+    together: int | None,
     quantized: bool,
 ) -> None:
-    scale_refs, (exponent_ref, sum_ref, output_ref) = refs[:-3], refs[-3:]
+    # Members of items, scales and outputs; the former two only where there are some.
+    scale_refs, (exponent_ref, sum_ref, output_ref) = refs[-5:-3], refs[-3:]
     _, kv_heads, group_heads, head_dim = q_ref.shape
     member = jnp.arange(tile.rows, dtype=jnp.int32)
-    used = member < group_heads
+    used, of_row = member < group_heads, member // group_heads
+    if together is not None:
+        # Query q of the tile is head q % G of the item's row q // G.
+        member = member % group_heads
     places = tile.places()
     inside = [used[:, None] & (place < head_dim)[None, :] for place in places]
     program = pl.program_id(0)
@@ -99,10 +113,20 @@ def _decode_kernel(
         unit = number * programs + program
         item, head = unit // kv_heads, unit % kv_heads
         row, token, begin, end, oldest, slot = (items_ref[item, column] for column in range(6))
+        rows, counts, masks = slot, used, inside
+        if together is not None:
+            token, slot = (
+                triton.load(refs[0].at[item, side, of_row], mask=of_row < together, other=-1) for side in range(2)
+            )
+            counts, token = token >= 0, token[:, None]
+            # Interpret mode writes back what is masked: not to a slot that another query of the tile has.
+            slot = jnp.where(counts, slot, exponent_ref.shape[0])
+            rows = slot[:, None]
+            masks = [counts[:, None] & (place < head_dim)[None, :] for place in places]
         queries = Queries(
             values=tuple(
                 triton.load(q_ref.at[token, head, member[:, None], place[None, :]], mask=mask, other=0)
-                for place, mask in zip(places, inside, strict=True)
+                for place, mask in zip(places, masks, strict=True)
             ),
             newest=end - 1,
             oldest=None if spec.sliding_window is None else oldest,
@@ -111,11 +135,11 @@ def _decode_kernel(
         pages = Pages(pool_ref, table_ref, row, head, queries.oldest, end)
         blocks = (end + tile.block - 1) // tile.block
         state = attend(initial_state(tile), begin // tile.block, blocks, queries, pages, spec, tile)
-        triton.store(exponent_ref.at[slot, head, member], state.exponent, mask=used)
-        triton.store(sum_ref.at[slot, head, member], state.total, mask=used)
-        for output, place, mask in zip(state.output, places, inside, strict=True):
+        triton.store(exponent_ref.at[slot, head, member], state.exponent, mask=counts)
+        triton.store(sum_ref.at[slot, head, member], state.total, mask=counts)
+        for output, place, mask in zip(state.output, places, masks, strict=True):
             value = output * scale_refs[1][head] if quantized else output
-            triton.store(output_ref.at[slot, head, member[:, None], place[None, :]], value, mask=mask)
+            triton.store(output_ref.at[rows, head, member[:, None], place[None, :]], value, mask=mask)
         return carry
 
     units = ends_ref[ends_ref.shape[0] - 1] * kv_heads

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxserve.pallas_kernels.paged_attention.triton.shared_plan import Chunks, share_chunks
 from jaxserve.pallas_kernels.paged_attention.triton.tuning import DecodeConfig, PrefillConfig
 
 # Columns of `DecodePlan.items`.
@@ -26,15 +27,18 @@ class DecodePlan(NamedTuple):
         items: int32 [R * splits, 6], of which the first ends[-1] count. A chunk's row in the page table, its token, its
             first position and the one past its last, the oldest position that the token sees, the slot of its partial
             result (row * splits + number of the chunk).
-        ends: int32 [R], the running sum of `chunks`.
+        ends: int32 [R], the running sum of the items that begin with each row.
         chunks: int32 [R], chunks of each row, 0 where the row does not decode.
         splits: the most chunks a row can have.
+        members: where items have several rows each, int32 [R * splits, 2, S]: their tokens, and the slots of their
+            partial results; -1 past the last. None where every item has one row.
     """
 
     items: jax.Array
     ends: jax.Array
     chunks: jax.Array
     splits: int
+    members: jax.Array | None = None
 
 
 class PrefillPlan(NamedTuple):
@@ -68,22 +72,36 @@ def chunk_lengths(span: jax.Array, max_len: int, config: DecodeConfig) -> jax.Ar
     return chunk
 
 
+def longest_chunk(max_len: int, config: DecodeConfig) -> int:
+    """The length of the chunks of a row of `max_len` positions."""
+    length = config.chunk
+    while length * config.splits < max_len:
+        length *= 2
+    return length
+
+
 def plan_decode(
-    kv_lens: jax.Array, query_start_loc: jax.Array, max_len: int, window: int | None, config: DecodeConfig
+    kv_lens: jax.Array,
+    query_start_loc: jax.Array,
+    page_table: jax.Array,
+    page_size: int,
+    window: int | None,
+    config: DecodeConfig,
 ) -> DecodePlan:
     """Cuts the context of each row with exactly one token into chunks.
 
     Args:
         kv_lens: int32 [R], lengths of the rows, this step's tokens included.
         query_start_loc: int32 [R + 1], where each row's tokens start.
-        max_len: positions that a row of the page table holds.
+        page_table: int32 [R, max_pages]; what it holds matters only where items have several rows.
+        page_size: positions a page.
         window: positions that a token sees, itself included; None for all. Chunks before it are not in the list.
-        config: chunk length and most chunks.
+        config: chunk length, most chunks, rows of an item.
 
     Returns:
         The plan.
     """
-    rows = kv_lens.shape[0]
+    rows, max_len = kv_lens.shape[0], page_table.shape[1] * page_size
     splits = max_splits(max_len, window, config)
     starts = query_start_loc[:-1]
     decodes = query_start_loc[1:] - starts == 1
@@ -92,14 +110,30 @@ def plan_decode(
     begin = oldest // config.block * config.block
     chunk = chunk_lengths(kv_lens - begin, max_len, config)
     chunks = jnp.where(decodes, _ceil_divide(kv_lens - begin, chunk), 0)
-    ends = _running_sum(chunks)
-    number = jnp.arange(rows * splits, dtype=jnp.int32)
-    row = jnp.minimum(_count_up_to(ends, number), rows - 1)
-    index = number - (ends - chunks)[row]
+    if config.together > 1:
+        place = jnp.arange(splits, dtype=jnp.int32)
+        first = begin[:, None] + place * chunk[:, None]
+        last = jnp.minimum(first + chunk[:, None], kv_lens[:, None])
+        seen = jnp.maximum(first, oldest[:, None])
+        shared = share_chunks(
+            Chunks(first, last, seen, place < chunks[:, None]),
+            page_table,
+            page_size,
+            longest_chunk(max_len, config),
+            config.together,
+        )
+        ends, row, index = shared.ends, shared.row, shared.chunk
+        members = jnp.stack([starts[shared.rows], shared.rows * splits + index[:, None]], axis=1)
+        members = jnp.where(shared.rows[:, None] < 0, -1, members)
+    else:
+        ends, members = _running_sum(chunks), None
+        number = jnp.arange(rows * splits, dtype=jnp.int32)
+        row = jnp.minimum(_count_up_to(ends, number), rows - 1)
+        index = number - (ends - chunks)[row]
     first = begin[row] + index * chunk[row]
     last = jnp.minimum(first + chunk[row], kv_lens[row])
     items = jnp.stack([row, starts[row], first, last, oldest[row], row * splits + index], axis=1)
-    return DecodePlan(items, ends, chunks, splits)
+    return DecodePlan(items, ends, chunks, splits, members)
 
 
 def plan_prefill(

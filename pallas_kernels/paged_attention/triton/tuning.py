@@ -52,6 +52,8 @@ class DecodeConfig:
         programs: programs of the persistent grid; each works off every programs-th item of a head.
         num_warps: warps of a program.
         num_stages: stages of the software pipeline that loads keys and values.
+        together: rows that a work item takes where they read the same pages; 1 for none. A tile has 16 rows at least,
+            so those of up to 16 queries cost nothing more.
 
     Raises:
         ValueError: a field is out of range.
@@ -63,8 +65,10 @@ class DecodeConfig:
     programs: int
     num_warps: int
     num_stages: int
+    together: int = 1
 
     def __post_init__(self) -> None:
+        _check_range(self, "together", 1, 64)
         _check_power_of_two(self, "block", 16, 256)
         _check_power_of_two(self, "chunk", self.block, 65536)
         _check_power_of_two(self, "splits", 1, 128)
