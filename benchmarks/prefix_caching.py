@@ -85,6 +85,7 @@ def measure_ttft(model: pathlib.Path, options: argparse.Namespace) -> dict[str, 
     for repeat in range(options.rounds + 1):
         work = shared_work(argparse.Namespace(**vars(options) | {"requests": 2}), 1000 + repeat)
         for (way, kept), prompt in zip(milliseconds.items(), work.prompts, strict=True):
+            assert not isinstance(prompt, str)
             seconds, found = first_token_seconds(engine, prompt, f"{way} {repeat}")
             expected = 0 if way == "miss" else options.prefix // PAGE_SIZE * PAGE_SIZE
             if found != expected:
