@@ -46,7 +46,7 @@ from jaxserve.runner.model_runner import ModelRunner
 TOKENS, ROWS = 64, 16
 """Tokens and rows of every step, padding included."""
 
-LONGEST_REQUESTS = 4
+LONGEST_REQUESTS = 3
 """Requests of the greatest length that the small pool holds."""
 
 PARAMS = 500
