@@ -6,28 +6,22 @@ import dataclasses
 
 from jaxserve.engine.messages import CacheEvents, FlushPrefixCache, FollowCacheEvents, FromEngine, PrefixCacheFlushed
 from jaxserve.kv_cache.event_log import CacheEventLog
-from jaxserve.kv_cache.page_pool import PagePool
-from jaxserve.scheduler.prefix_cache import PrefixCache
-from jaxserve.scheduler.prefix_waits import WaitCounts
+from jaxserve.scheduler import Scheduler
 
 
 class CacheControl:
-    """Flushes one prefix cache, and follows its events while somebody listens.
+    """Flushes a scheduler's prefix cache, and follows its events while somebody listens."""
 
-    pool: whose pages it finds. waits: counts of requests that wait for a prefix.
-    """
-
-    def __init__(self, prefix_cache: PrefixCache, pool: PagePool, waits: WaitCounts):
-        self._prefix_cache = prefix_cache
-        self._pool = pool
-        self._waits = waits
+    def __init__(self, scheduler: Scheduler):
+        self._scheduler = scheduler
+        self._prefix_cache = scheduler.prefix_cache
         self._number = 0
         self._event_log: CacheEventLog | None = None
 
     def handle(self, message: FlushPrefixCache | FollowCacheEvents) -> list[FromEngine]:
         """Does what a message asks for; returns the answer."""
         if isinstance(message, FlushPrefixCache):
-            num_pages = self._prefix_cache.forget("flush")
+            num_pages = self._scheduler.flush_prefix_cache()
             return [*self.events(), PrefixCacheFlushed(message.number, num_pages)]
         self._number = message.number
         self._event_log = CacheEventLog() if message.number else None
@@ -50,6 +44,6 @@ class CacheControl:
             "prefix_cache_requests": counts.queries,
             "prefix_cache_request_hits": counts.hits,
             "prefix_cache_returned_tokens": counts.returned_tokens,
-            "prefix_cache_evictions": dict(self._pool.evictions),
-            "prefix_waits": dataclasses.asdict(self._waits),
+            "prefix_cache_evictions": dict(self._scheduler.pool.evictions),
+            "prefix_waits": dataclasses.asdict(self._scheduler.wait_counts),
         }

@@ -145,7 +145,7 @@ class EngineCore:
             content_keys=content_keys(config),
             group_windows=info.group_windows,
         )
-        self._cache_control = CacheControl(self.scheduler.prefix_cache, self.scheduler.pool, self.scheduler.wait_counts)
+        self._cache_control = CacheControl(self.scheduler)
         for line in () if self.scheduler.decode_gap is None else self.scheduler.decode_gap.warnings:
             _log.warning("%s", line)
         pooling, self._normalize = config.pooler.resolved(config.model)

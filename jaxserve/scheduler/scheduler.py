@@ -213,6 +213,15 @@ class Scheduler:
         """Returns the counts of requests that waited for a prefix since the start."""
         return self._queues.prefix_waits.counts
 
+    def flush_prefix_cache(self) -> int:
+        """Forgets all computed pages; returns how many became free. O(unfinished requests + pages).
+
+        Requests that run keep theirs, and commit them again with the next page that they fill.
+        """
+        for sequence in self._sequences.values():
+            sequence.num_committed = 0
+        return self._queues.prefix_cache.forget("flush")
+
     def add(self, request: EngineRequest, wants: Wants = Wants.NONE) -> Sequence:
         """Puts a request in the waiting queue.
 

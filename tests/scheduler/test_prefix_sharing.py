@@ -159,6 +159,24 @@ def test_the_last_token_is_computed_again_where_all_of_a_prompt_is_cached():
     assert [plan.num_prefill_tokens for plan in drive.plans] == [16, 16, 8, 4]
 
 
+def test_after_a_flush_nothing_is_found_and_running_requests_share_again():
+    drive = Drive(num_pages=40)
+    running = request("running", output=20)
+    drive.scheduler.add(running)
+    drive.step(8)
+    assert drive.scheduler.flush_prefix_cache() == 0, "it holds all of its pages"
+    other, before = request("other", 7, output=1), drive.computed
+    drive.scheduler.add(other)
+    drive.step(3)
+    assert drive.computed - before == 41
+    drive.finish(running, other)
+    again = request("again", *drive.tokens["running"][:16], 9)
+    drive.scheduler.add(again)
+    before = drive.computed
+    drive.finish(again)
+    assert drive.computed - before == 1, "what ran during the flush is found from the first page on"
+
+
 def test_requests_whose_prefix_is_cached_go_first_under_longest_prefix_match():
     drive = Drive(policy="longest-prefix-match", max_num_seqs=1, ordering=PolicyConfig(prefix_match_seconds=10.0))
     warm = request("warm", 1)
