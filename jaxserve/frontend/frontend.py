@@ -277,11 +277,6 @@ class FrontEnd:
         )
         search = OpenSearch(params, request, self._limits) if params.use_beam_search else None
         beams = [] if search is None else search.step(self._requests.engine_id)
-        try:
-            for first in beams or [request]:
-                self._client.send(AddRequest(first, () if beams else tuple(engine_ids[1:])))
-        except OSError as error:
-            raise EngineDeadError(f"the engine cannot be reached: {error}") from error
         samples = {
             index: OpenSample(index, engine_id, self._output(prepared, stop_token_ids), _logprob_queue(request, index))
             for index, engine_id in enumerate(engine_ids)
@@ -296,8 +291,15 @@ class FrontEnd:
         opened.pooling, opened.search = prepared.pooling, search
         if self._metrics is not None:
             opened.life = self._metrics.begin(request_id, num_tokens, request.max_tokens, arrived, trace, params.n)
+        # Before the engine has it: the thread that runs an engine of this process asks whether any request is open.
         self._requests.add(opened)
         self._requests.add_beams(opened, [beam.request_id for beam in beams])
+        try:
+            for first in beams or [request]:
+                self._client.send(AddRequest(first, () if beams else tuple(engine_ids[1:])))
+        except OSError as error:
+            self._end_early(opened, FinishReason.ERROR, "the engine cannot be reached", Cause.ENGINE)
+            raise EngineDeadError(f"the engine cannot be reached: {error}") from error
         return request_id
 
     def _output(self, prepared: Prepared, stop_token_ids: tuple[int, ...]) -> OutputState:

@@ -170,6 +170,11 @@ class PrefixCache:
         """
         self._commit(sequence, min(num_tokens, sequence.num_computed))
 
+    def filled(self, sequence: Sequence, position: int) -> None:
+        """Commits the pages that a running sequence has filled, some of which it is about to release. position: of the
+        token that it computes next."""
+        self._commit(sequence, min(sequence.num_known, position))
+
     def forget(self, cause: str = "lost") -> int:
         """Forgets all computed pages of the device; returns how many became free. cause: as for `PagePool.forget`."""
         self._dispatched = None

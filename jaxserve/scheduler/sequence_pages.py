@@ -179,8 +179,13 @@ class Pages:
         self._extend(sequence, pages)
         return True
 
-    def trim(self, sequence: Sequence, position: int) -> bool:
-        """Releases the pages of a running sequence that windows have left; returns whether there were any.
+    def trims(self, sequence: Sequence, position: int) -> bool:
+        """Tells whether windows have left pages of a running sequence that computes its token at `position` next."""
+        left = self.groups.left(max(0, position - self._unsure))
+        return any(now > before for now, before in zip(left, sequence.left, strict=True))
+
+    def trim(self, sequence: Sequence, position: int) -> None:
+        """Releases the pages of a running sequence that windows have left.
 
         A step in flight may still read them. That is safe: whatever is computed for their next owner is dispatched
         after it. Where pages are reserved, the sequence keeps as many as it may hold later.
@@ -201,7 +206,6 @@ class Pages:
             missing = self._reserved(sequence, len(sequence.pages), sequence.left) - len(sequence.reserved)
             if missing > 0:  # a page that others share too gives none back
                 sequence.reserved.extend(self._pool.allocate(min(missing, self._pool.num_available)) or ())
-        return changed
 
     def one_each(self, sequences: list[Sequence]) -> Iterable[List[int]] | None:
         """Allocates a page of each group for each sequence at once; returns None, and changes nothing, when some hold

@@ -95,7 +95,10 @@ class SequenceQueues:
     def trim(self, sequence: Sequence) -> None:
         """Releases the pages of a running sequence that windows have left, with those of its prompt where they are
         among them: other samples then compute it again."""
-        if self.pages.trim(sequence, self.running.position(sequence)):
+        position = self.running.position(sequence)
+        if self.pages.trims(sequence, position):
+            self.prefix_cache.filled(sequence, position)
+            self.pages.trim(sequence, position)
             self.sharing.trimmed(sequence)
 
     def park(self, sequence: Sequence) -> None:

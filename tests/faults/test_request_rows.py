@@ -280,13 +280,15 @@ def test_fault_20_aborting_what_is_unknown_or_has_finished(tokenizer):
 
 
 def test_fault_27_another_tenants_prefix_has_another_key():
-    """There is no prefix cache yet; its keys are made for one salt each, and only equal ones can hit."""
+    """Content keys are made for one tenant and salt each, and only equal ones can hit."""
     tokens = list(range(64))
     keys = ContentKeys()
-    found = {salt: keys.link(keys.root(salt), tokens) for salt in ("", "a", "b")}
-    assert len(set(found.values())) == 3
-    assert keys.link(keys.root("a"), tokens) == found["a"]
-    assert ContentKeys().link(ContentKeys().root("a"), tokens) != found["a"], "a client could compute it"
+    names = [("", ""), ("a", ""), ("", "a"), ("b", "a"), ("a", "b")]
+    found = {name: keys.link(keys.root(*name), tokens) for name in names}
+    assert len(set(found.values())) == len(names)
+    assert keys.link(keys.root("b", "a"), tokens) == found["b", "a"]
+    other = ContentKeys()
+    assert other.link(other.root("b", "a"), tokens) != found["b", "a"], "a client could compute it"
 
 
 @pytest.mark.parametrize("name", ["user\nERROR forged line", "\x1b[31mred\x1b[0m", "a\rb", "tab\tand \u2028 and \x00"])
