@@ -52,7 +52,7 @@ _ONE_LANE = (
     "models/test_end_tokens.py",
     "models/test_tiny_tasks.py",
     "models/test_tiny_train.py",  # trains the shipped model, for developers
-    "runner/test_grouped_layers.py",  # test_aot_programs and test_layer_kinds compile groups on both
+    "runner/test_grouped_layers.py",  # models/test_layer_kinds serves two groups on both
     "runner/test_explain.py",  # its plans and estimates have tests of their own
     "runner/test_memory_measured.py",  # a process's memory; test_memory plans it on both
     "runner/test_packing.py",
