@@ -25,7 +25,7 @@ class CacheControl:
             return [*self.events(), PrefixCacheFlushed(message.number, num_pages)]
         self._number = message.number
         self._event_log = CacheEventLog() if message.number else None
-        self._prefix_cache.follow(self._event_log)
+        self._prefix_cache.record(self._event_log)
         return []
 
     def events(self) -> list[FromEngine]:

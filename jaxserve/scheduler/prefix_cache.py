@@ -180,7 +180,7 @@ class PrefixCache:
         self._dispatched = None
         return self._pool.forget(cause)
 
-    def follow(self, event_log: CacheEventLog | None) -> None:
+    def record(self, event_log: CacheEventLog | None) -> None:
         """Records in a log what becomes findable from now on, and what no longer is; None ends it.
 
         Pages from before are recorded when a sequence finds them, or continues behind them.

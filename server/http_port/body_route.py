@@ -11,8 +11,14 @@ from starlette.types import Receive, Scope, Send
 
 from jaxserve.config.shown import shown
 from jaxserve.frontend.delta import QueueFullError
-from jaxserve.serving.http_port.exchange import ClientGoneError, Exchange
+from jaxserve.frontend.openai import BodyRequest
+from jaxserve.frontend.openai_embeddings import EmbeddingBody
+from jaxserve.request import RequestOptions, check_identity
+from jaxserve.serving.access.request_headers import request_options
+from jaxserve.serving.http_port.errors import check_model
+from jaxserve.serving.http_port.exchange import REQUEST_ID, ClientGoneError, Exchange
 from jaxserve.serving.served_model import ServedModel
+from jaxserve.telemetry.request_trace import TRACE_HEADERS, RequestTrace
 
 WARNING_HEADER = "x-jaxserve-warning"
 
@@ -46,6 +52,33 @@ class BodyRoute(abc.ABC):
     @abc.abstractmethod
     async def _serve(self, exchange: Exchange) -> None:
         """Answers one request, or raises what is wrong with it."""
+
+    def _opened(
+        self, exchange: Exchange, request_id: str, body: BodyRequest | EmbeddingBody, kind: str
+    ) -> tuple[str, RequestOptions, RequestTrace | None]:
+        """Checks whose a parsed body is that generates nothing, and tells the client its id and unknown fields.
+
+        Args:
+            exchange: with the client.
+            request_id: the id where the body has none.
+            body: parsed.
+            kind: of the request, for the log.
+
+        Returns:
+            The request's id, its options and its place in a trace.
+        """
+        served = self._served
+        with served.rejections():
+            if body.request_id is not None:
+                request_id = body.request_id
+                check_identity("request_id", request_id)
+            exchange.add_header(REQUEST_ID, request_id)
+            check_model(served.name, body.model)
+            options = request_options(exchange.caller, exchange.headers, body.options)
+        if body.unknown:
+            warn_of_unknown(exchange, kind, body.unknown)
+        trace = served.trace(((name, exchange.header(name)) for name in TRACE_HEADERS), "embeddings")
+        return request_id, options, trace
 
 
 def warn_of_unknown(exchange: Exchange, kind: str, unknown: Sequence[str]) -> None:

@@ -18,14 +18,10 @@ from jaxserve.frontend.openai_embeddings import (
     score_response,
 )
 from jaxserve.pooling_params import pair_scores
-from jaxserve.request import check_identity
-from jaxserve.serving.access.request_headers import request_options
 from jaxserve.serving.embedding_calls import Embedded, EmbeddingCall, embed_all
-from jaxserve.serving.http_port.body_route import BodyRoute, warn_of_unknown
-from jaxserve.serving.http_port.errors import check_model
-from jaxserve.serving.http_port.exchange import REQUEST_ID, Exchange
+from jaxserve.serving.http_port.body_route import BodyRoute
+from jaxserve.serving.http_port.exchange import Exchange
 from jaxserve.serving.served_model import ServedModel
-from jaxserve.telemetry.request_trace import TRACE_HEADERS
 
 
 class Embeddings(BodyRoute):
@@ -48,16 +44,7 @@ class Embeddings(BodyRoute):
         request_id = exchange.request_id()
         frontend = served.accepting()
         body = await exchange.read_json(frontend, self._parse)
-        with served.rejections():
-            if body.request_id is not None:
-                request_id = body.request_id
-                check_identity("request_id", request_id)
-            exchange.add_header(REQUEST_ID, request_id)
-            check_model(served.name, body.model)
-            options = request_options(exchange.caller, exchange.headers, body.options)
-        if body.unknown:
-            warn_of_unknown(exchange, "for embeddings", body.unknown)
-        trace = served.trace(((name, exchange.header(name)) for name in TRACE_HEADERS), "embeddings")
+        request_id, options, trace = self._opened(exchange, request_id, body, "for embeddings")
         call = EmbeddingCall(body.inputs, body.params, options, request_id, exchange.caller.name, trace)
         with exchange.canceled_when_gone():
             found = await embed_all(frontend, call)

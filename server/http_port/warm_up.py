@@ -7,14 +7,10 @@ import time
 from jaxserve.config.http_config import HttpConfig
 from jaxserve.frontend.openai import BodyRequest
 from jaxserve.frontend.openai_warm_up import parse_warm_up, warm_up_response
-from jaxserve.request import check_identity
-from jaxserve.serving.access.request_headers import request_options
-from jaxserve.serving.http_port.body_route import BodyRoute, warn_of_unknown
-from jaxserve.serving.http_port.errors import check_model
-from jaxserve.serving.http_port.exchange import REQUEST_ID, Exchange
+from jaxserve.serving.http_port.body_route import BodyRoute
+from jaxserve.serving.http_port.exchange import Exchange
 from jaxserve.serving.served_model import ServedModel
 from jaxserve.serving.warming import warm_up
-from jaxserve.telemetry.request_trace import TRACE_HEADERS
 
 
 class WarmUps(BodyRoute):
@@ -35,16 +31,7 @@ class WarmUps(BodyRoute):
         request_id = exchange.request_id()
         frontend = served.accepting()
         body = await exchange.read_json(frontend, self._parse)
-        with served.rejections():
-            if body.request_id is not None:
-                request_id = body.request_id
-                check_identity("request_id", request_id)
-            exchange.add_header(REQUEST_ID, request_id)
-            check_model(served.name, body.model)
-            options = request_options(exchange.caller, exchange.headers, body.options)
-        if body.unknown:
-            warn_of_unknown(exchange, "to warm the prefix cache", body.unknown)
-        trace = served.trace(((name, exchange.header(name)) for name in TRACE_HEADERS), "embeddings")
+        request_id, options, trace = self._opened(exchange, request_id, body, "to warm the prefix cache")
         with exchange.canceled_when_gone():
             prompts = body.prompts if body.chat is None else [await frontend.render_chat(body.chat)]
             warmed = await warm_up(frontend, prompts, options, request_id, exchange.caller.name, trace)

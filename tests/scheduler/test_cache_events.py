@@ -98,9 +98,9 @@ def test_nothing_is_recorded_while_nobody_follows():
     finish(scheduler, runner)
     assert scheduler.pool.event_log is None
     log = CacheEventLog()
-    scheduler.prefix_cache.follow(log)
+    scheduler.prefix_cache.record(log)
     assert log.take() == ()
-    scheduler.prefix_cache.follow(None)
+    scheduler.prefix_cache.record(None)
     scheduler.add(ask("b", [*range(20, 30)]))
     finish(scheduler, runner)
     assert log.take() == ()
@@ -109,7 +109,7 @@ def test_nothing_is_recorded_while_nobody_follows():
 def test_pages_are_told_of_with_their_tokens_parents_and_tenants():
     scheduler, runner = served()
     log, replay = CacheEventLog(), Replay()
-    scheduler.prefix_cache.follow(log)
+    scheduler.prefix_cache.record(log)
     tokens = [*range(1, 14)]
     scheduler.add(ask("a", tokens, tenant="t", cache_salt="s"))
     finish(scheduler, runner)
@@ -127,7 +127,7 @@ def test_pages_from_before_become_known_when_a_request_uses_them():
     scheduler.add(ask("a", tokens))
     finish(scheduler, runner)
     log, replay = CacheEventLog(), Replay()
-    scheduler.prefix_cache.follow(log)
+    scheduler.prefix_cache.record(log)
     scheduler.add(ask("b", [*tokens, 50, 51, 52]))
     finish(scheduler, runner)
     replay.take(log)
@@ -140,7 +140,7 @@ def test_a_request_under_way_when_following_begins_is_told_of_from_its_first_pag
     scheduler.add(ask("a", tokens))
     finish(scheduler, runner, steps=2)
     log, replay = CacheEventLog(), Replay()
-    scheduler.prefix_cache.follow(log)
+    scheduler.prefix_cache.record(log)
     finish(scheduler, runner)
     replay.take(log)
     assert sorted(replay.known) == sorted(page_hash(key) for key in chain(tokens))
@@ -152,7 +152,7 @@ def test_a_flush_clears_frees_and_leaves_running_requests_alone():
     for flushes in (False, True):
         scheduler, runner = served()
         log, replay = CacheEventLog(), Replay()
-        scheduler.prefix_cache.follow(log)
+        scheduler.prefix_cache.record(log)
         scheduler.add(ask("done", [*range(60, 73)]))
         finish(scheduler, runner)
         running = scheduler.add(ask("a", [*range(1, 10)], output=12))
@@ -199,7 +199,7 @@ histories = st.lists(
 def test_replayed_events_never_promise_what_cannot_be_found(history, flush_at):
     scheduler, runner = served(num_pages=13)
     log, replay = CacheEventLog(), Replay()
-    scheduler.prefix_cache.follow(log)
+    scheduler.prefix_cache.record(log)
     for number, (tokens, output, tenant, salt, steps) in enumerate(history):
         scheduler.add(ask(f"r{number}", tokens, output, tenant=tenant, cache_salt=salt))
         finish(scheduler, runner, steps)
