@@ -24,7 +24,7 @@ from benchmarks import report
 from benchmarks.load.server_process import started_server
 from benchmarks.long_prompts import memory_mb
 from jaxserve.config.sampling_fields import Number, Whole
-from jaxserve.request import SAMPLING_FIELDS
+from jaxserve.sampling_params import SAMPLING_FIELDS
 from jaxserve.serving.clients.grpc_client import Client
 
 _SERVED_OR_REFUSED = "within the budget of a grammar"

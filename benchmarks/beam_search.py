@@ -25,7 +25,7 @@ from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.llm import LLM
 from jaxserve.models.config import ModelConfig
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.telemetry.recorder import Event, StepRecorded
 
 PAGE_SIZE = 16

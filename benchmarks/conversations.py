@@ -22,7 +22,8 @@ from jaxserve.frontend.frontend import FrontEnd, Prepared
 from jaxserve.frontend.offline import FinishedRequest, run_all
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import RequestOptions, SamplingParams
+from jaxserve.request import RequestOptions
+from jaxserve.sampling_params import SamplingParams
 
 MOST_TURNS = 4
 SYSTEM_PROMPTS = 6

@@ -30,7 +30,7 @@ import grpc
 
 from benchmarks import report
 from benchmarks.load.server_process import started_server
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.clients.grpc_client import AsyncClient
 
 OBSERVABILITY = report.ROOT / "server" / "observability"

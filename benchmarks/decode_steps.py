@@ -13,7 +13,7 @@ from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.frontend import FrontEnd
 from jaxserve.frontend.tokenizer import load_tokenizer
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.telemetry.recorder import StepRecorded
 
 ROWS = 64

@@ -17,7 +17,8 @@ from benchmarks import report
 from benchmarks.load.datasets import Example, held_out
 from benchmarks.load.server_process import started_server
 from jaxserve.models.tiny.tasks import KINDS
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.request import FinishReason
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.clients.grpc_client import AsyncClient, Completion
 
 

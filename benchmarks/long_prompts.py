@@ -26,7 +26,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from benchmarks import report
 from benchmarks.load.server_process import started_server
 from jaxserve.frontend.low_priority import yield_to_others
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.clients.grpc_client import AsyncClient
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 

@@ -32,7 +32,7 @@ from jaxserve.engine.messages import EngineStats, FromEngine
 from jaxserve.llm import LLM, RequestOutput
 from jaxserve.planning.decode_roofline import token_bytes
 from jaxserve.planning.resolve import resolve_shapes
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.structured_outputs import StructuredOutputsParams
 
 MOST_NEW_TOKENS = 24

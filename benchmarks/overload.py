@@ -28,7 +28,7 @@ from benchmarks import report
 from benchmarks.load import http2
 from benchmarks.load.arrivals import gamma_arrivals
 from benchmarks.load.server_process import started_server
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.clients.grpc_client import Client, generate_request
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 

@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks import report
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.work import SHAPES
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.clients.grpc_client import Client
 
 WAYS = ("cold", "cache", "bundle")

@@ -32,7 +32,8 @@ from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.frontend.warm_prefix import WARM_UP, WarmedPrefix, check_warm_up
 from jaxserve.llm import CompletionOutput, Prompt, RequestOutput, completion_output, prompt_content
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import RequestOptions, RequestOutputKind, SamplingParams
+from jaxserve.request import RequestOptions
+from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 
 
 class AsyncLLM:

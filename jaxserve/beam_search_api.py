@@ -11,7 +11,9 @@ from jaxserve.frontend.beams import check_search, num_candidates, stop_tokens
 from jaxserve.frontend.logprob_outputs import PositionLogprobs, position_logprobs
 from jaxserve.frontend.offline import FinishedSample
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import FinishReason, ModelLimits, SamplingParams
+from jaxserve.request import FinishReason
+from jaxserve.request_checks import ModelLimits
+from jaxserve.sampling_params import SamplingParams
 
 
 @refuses_unknown_keywords

@@ -29,7 +29,9 @@ from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.frontend.warm_prefix import WARM_UP, WarmedPrefix, check_warm_up
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import OPTION_NAMES, FinishReason, InfeasibleError, RequestOptions, SamplingParams
+from jaxserve.request import OPTION_NAMES, FinishReason, RequestOptions
+from jaxserve.request_checks import InfeasibleError
+from jaxserve.sampling_params import SamplingParams
 
 Prompt = str | Mapping[str, Any]
 """A prompt: text, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""

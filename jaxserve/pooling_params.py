@@ -11,7 +11,8 @@ import numpy as np
 from jaxserve.config.pooler_config import POOLING_TYPES
 from jaxserve.config.sampling_fields import MAX_INT32
 from jaxserve.config.shown import shown
-from jaxserve.request import InfeasibleError, ModelLimits, Pooling
+from jaxserve.request import Pooling
+from jaxserve.request_checks import InfeasibleError, ModelLimits
 
 
 def pooling_of(name: str, value: object) -> Pooling:

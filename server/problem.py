@@ -17,7 +17,8 @@ from jaxserve.frontend.delta import (
     QueueFullError,
     rejection_reason,
 )
-from jaxserve.request import FinishReason, InfeasibleError
+from jaxserve.request import FinishReason
+from jaxserve.request_checks import InfeasibleError
 
 RETRY_SECONDS = 1.0
 """Seconds after which a client should retry when the queue is full and no rate of service is known."""

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from jaxserve.engine.messages import EngineReady
-from jaxserve.request import ModelLimits
+from jaxserve.request_checks import ModelLimits
 from jaxserve.runner.protocol import RunnerInfo
 
 

@@ -18,7 +18,7 @@ from jaxserve.frontend.delta import DeadlineError, DuplicateRequestError, Engine
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.llm import LLM
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import RequestOutputKind, SamplingParams
+from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 from jaxserve.structured_outputs import StructuredOutputsParams
 from tests.server.fakes import WAIT_SECONDS, EchoEngine, save_tokenizer
 

@@ -15,8 +15,9 @@ from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, parse_body
 from jaxserve.llm import LLM
 from jaxserve.models.config import ModelConfig
 from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
-from jaxserve.request import ModelLimits, SamplingParams, validate_request
+from jaxserve.request_checks import ModelLimits, validate_request
 from jaxserve.runner.fake import FakeRunner
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from tests.engine_ready import changed

@@ -49,6 +49,8 @@ def sources(*places: str) -> list[pathlib.Path]:
         (
             (
                 "jaxserve/request.py",
+                "jaxserve/request_checks.py",
+                "jaxserve/sampling_params.py",
                 "jaxserve/config/settings.py",
                 "jaxserve/scheduler",
                 "jaxserve/telemetry/recorder.py",

@@ -10,7 +10,9 @@ import pytest
 from jaxserve.config.pooler_config import PoolerConfig
 from jaxserve.llm import LLM
 from jaxserve.pooling_params import PoolingParams, cosine, pair_scores
-from jaxserve.request import ModelLimits, Pooling, SamplingParams
+from jaxserve.request import Pooling
+from jaxserve.request_checks import ModelLimits
+from jaxserve.sampling_params import SamplingParams
 from tests.frontend.fakes import RuleEngine
 from tests.frontend.tokenizers_for_tests import load
 

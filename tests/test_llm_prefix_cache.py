@@ -12,8 +12,9 @@ from jaxserve.config.settings import CacheConfig, EngineConfig
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.llm import LLM
 from jaxserve.models.config import ModelConfig
-from jaxserve.request import InfeasibleError, SamplingParams
+from jaxserve.request_checks import InfeasibleError
 from jaxserve.runner.fake import FakeRunner
+from jaxserve.sampling_params import SamplingParams
 
 ONE = SamplingParams(temperature=0, max_tokens=1)
 PROMPT = {"prompt_token_ids": [*range(1, 51)]}

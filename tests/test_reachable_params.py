@@ -18,7 +18,7 @@ from jaxserve.config import plain_params
 from jaxserve.config.plain_params import Form, params_of, plain_fields, written
 from jaxserve.config.sampling_fields import Ids, Number, OneOf, Texts, Whole, sampling
 from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, Dialect, parse_body
-from jaxserve.request import SAMPLING_FIELDS, SamplingParams
+from jaxserve.sampling_params import SAMPLING_FIELDS, SamplingParams
 from jaxserve.serving.clients.client_results import Conversation
 from jaxserve.serving.clients.http_client import generate_body
 from jaxserve.serving.clients.sampling_flags import given_params

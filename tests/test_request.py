@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig, ServerConfig
-from jaxserve.request import InfeasibleError, ModelLimits, SamplingParams, check_identity, validate_request
+from jaxserve.request import check_identity
+from jaxserve.request_checks import InfeasibleError, ModelLimits, validate_request
+from jaxserve.sampling_params import SamplingParams
 
 TEXT: Any = "x"
 HALF: Any = 1.5

@@ -23,7 +23,7 @@ from jaxserve.config.sampling_fields import (
     markdown_table,
     sampling,
 )
-from jaxserve.request import (
+from jaxserve.sampling_params import (
     ADMITTED_FIELDS,
     ALLOWED_WIDTH,
     APART_FIELDS,

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from jaxserve.config.shown import clipped, shown, shown_seconds
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 
 HUGE = 10**400
 

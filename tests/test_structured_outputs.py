@@ -12,7 +12,7 @@ import jaxserve
 from jaxserve.config.settings import EngineConfig
 from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, parse_body
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.structured_outputs import StructuredOutputsParams
 
 

@@ -18,7 +18,7 @@ import grpc
 from benchmarks.load.datasets import LoadRequest
 from benchmarks.load.http2 import Connection, Http2Error, Stream, connect, messages
 from benchmarks.load.load_figures import Seen
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.clients.grpc_client import generate_request
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb

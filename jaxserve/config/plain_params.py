@@ -20,7 +20,7 @@ from jaxserve.config.checks import did_you_mean
 from jaxserve.config.keywords import UnknownFieldError
 from jaxserve.config.sampling_fields import Ids, SamplingField, Texts, fields_of, word_of
 from jaxserve.config.shown import shown
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 
 GENERATION_CONFIG: Mapping[str, str] = {
     "temperature": "temperature",

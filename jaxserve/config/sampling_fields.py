@@ -1,6 +1,7 @@
 """Defines the metadata of sampling parameters beside name, type and default, and derives from it.
 
-The table itself is the fields of `jaxserve.request.SamplingParams`: each carries the metadata that `sampling` makes.
+The table itself is the fields of `jaxserve.sampling_params.SamplingParams`: each carries the metadata that `sampling`
+makes.
 Validation, the device's slots, the layout and packing of admitted requests, the wire's conversion, the command line's
 options and docs/sampling.md all read it there, so that a new parameter is one more field. Standard library only.
 """

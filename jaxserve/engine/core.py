@@ -60,7 +60,8 @@ from jaxserve.kv_cache.content_keys import ContentKeys, read_secret
 from jaxserve.kv_cache.eviction import make_eviction
 from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
-from jaxserve.request import EngineRequest, FinishReason, ModelLimits, Pooling
+from jaxserve.request import EngineRequest, FinishReason, Pooling
+from jaxserve.request_checks import ModelLimits
 from jaxserve.runner.protocol import Runner
 from jaxserve.scheduler import PageAllocationError, Scheduler, SequenceUpdate, StepPlan, StepUpdate, Wants
 from jaxserve.scheduler.buckets import Buckets

@@ -13,7 +13,8 @@ import msgspec
 
 from jaxserve.kv_cache.event_log import CacheEvent
 from jaxserve.logprob_columns import LogprobColumns
-from jaxserve.request import EngineRequest, FinishReason, ModelLimits
+from jaxserve.request import EngineRequest, FinishReason
+from jaxserve.request_checks import ModelLimits
 from jaxserve.runner.protocol import RunnerInfo
 from jaxserve.telemetry.histograms import HistogramCounts
 

@@ -34,7 +34,8 @@ from jaxserve.frontend.reader import EngineReader
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.frontend.workers import Workers, WorkersClosedError
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import RequestOptions, SamplingParams
+from jaxserve.request import RequestOptions
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.telemetry.request_meter import RequestMeter
 from jaxserve.telemetry.request_trace import RequestTrace
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxserve.config.beam_fields import EarlyStopping
 from jaxserve.logprob_columns import LogprobColumns
-from jaxserve.request import ModelLimits, SamplingParams
+from jaxserve.request_checks import ModelLimits
+from jaxserve.sampling_params import SamplingParams
 
 
 def num_candidates(width: int, num_stops: int) -> int:

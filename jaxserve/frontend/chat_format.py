@@ -24,7 +24,7 @@ from jaxserve.frontend.parsers.registry import (
     found_tool_format,
 )
 from jaxserve.frontend.parsers.reply import ReplyParser
-from jaxserve.request import MAX_STOP_TOKEN_IDS, SamplingParams
+from jaxserve.sampling_params import MAX_STOP_TOKEN_IDS, SamplingParams
 from jaxserve.structured_outputs import ReplyStructuredOutputs
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from jaxserve.frontend.offline import FinishedRequest
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 
 SCORING = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
 """Parameters of a request whose prompt ends with a continuation; the token that it draws is of no use."""

@@ -6,7 +6,8 @@ import dataclasses
 import enum
 
 from jaxserve.logprob_columns import LogprobColumns
-from jaxserve.request import FinishReason, InfeasibleError
+from jaxserve.request import FinishReason
+from jaxserve.request_checks import InfeasibleError
 
 
 class FrontEndError(RuntimeError):

@@ -45,16 +45,9 @@ from jaxserve.frontend.preparation import Preparation, Prepared
 from jaxserve.frontend.preparation_steps import finish
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import (
-    ROW_FIELDS,
-    SAMPLING_FIELDS,
-    EngineRequest,
-    FinishReason,
-    RequestOptions,
-    SamplingParams,
-    check_samples,
-    is_of_options,
-)
+from jaxserve.request import EngineRequest, FinishReason, RequestOptions, is_of_options
+from jaxserve.request_checks import check_samples
+from jaxserve.sampling_params import ROW_FIELDS, SAMPLING_FIELDS, SamplingParams
 from jaxserve.telemetry.request_meter import RequestMeter
 from jaxserve.telemetry.request_trace import RequestTrace
 

@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 from jaxserve.frontend.beams import Beam, BeamSearch, SearchRules, num_candidates, stop_tokens
 from jaxserve.logprob_columns import LogprobColumns
-from jaxserve.request import EngineRequest, ModelLimits, SamplingParams
+from jaxserve.request import EngineRequest
+from jaxserve.request_checks import ModelLimits
+from jaxserve.sampling_params import SamplingParams
 
 
 class OpenSearch:

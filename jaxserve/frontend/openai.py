@@ -15,7 +15,8 @@ from jaxserve.frontend.openai_checks import check_neutral, check_text, checked_f
 from jaxserve.frontend.openai_logprobs import check_prompt_logprobs, with_echo
 from jaxserve.frontend.openai_sampling import parse_params, sampling_names
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import OPTION_NAMES, RequestOptions, SamplingParams
+from jaxserve.request import OPTION_NAMES, RequestOptions
+from jaxserve.sampling_params import SamplingParams
 
 COMPLETIONS_URL = "/v1/completions"
 CHAT_URL = "/v1/chat/completions"

@@ -10,7 +10,7 @@ from jaxserve.frontend.delta import PromptLogprobs
 from jaxserve.frontend.logprob_outputs import position_logprobs
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.logprob_columns import LogprobColumns
-from jaxserve.request import SAMPLING_FIELDS
+from jaxserve.sampling_params import SAMPLING_FIELDS
 
 LEAST = -9999.0
 """What a log-probability of minus infinity, which JSON does not have, is shown as; vLLM's."""

@@ -10,7 +10,7 @@ from typing import Any
 from jaxserve.config.plain_params import params_of, plain_fields
 from jaxserve.frontend.openai_checks import checked_flag
 from jaxserve.frontend.openai_structured import FORMAT_FIELDS, parse_structured_outputs
-from jaxserve.request import SAMPLING_FIELDS, SamplingParams
+from jaxserve.sampling_params import SAMPLING_FIELDS, SamplingParams
 
 _LOGPROBS, _TOP_LOGPROBS, _STRUCTURED = "logprobs", "top_logprobs", "structured_outputs"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxserve.frontend.delta import Delta
 from jaxserve.frontend.delta_stream import merged
-from jaxserve.request import RequestOutputKind
+from jaxserve.sampling_params import RequestOutputKind
 
 _MOST_DELTAS = 64
 """Deltas that are kept apart at most, so that what waits for the end is not one object a token."""

@@ -20,17 +20,16 @@ from jaxserve.frontend.grammar_checker import GrammarChecker
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.pooling_params import PoolingParams, check_pooled_length
-from jaxserve.request import (
+from jaxserve.request import RequestOptions, check_identity
+from jaxserve.request_checks import (
     ModelLimits,
-    RequestOptions,
-    SamplingParams,
-    check_identity,
     check_length,
     check_logprobs,
     check_samples,
     check_token_ids,
     validate_request,
 )
+from jaxserve.sampling_params import SamplingParams
 
 _NOTHING_SAMPLED = SamplingParams(temperature=0.0, max_tokens=PoolingParams.max_tokens)
 """Sampling parameters of a request for an embedding."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import InfeasibleError, Pooling, RequestOptions
+from jaxserve.request import Pooling, RequestOptions
+from jaxserve.request_checks import InfeasibleError
 
 WARM_UP = PoolingParams(pooling_type=Pooling.LAST.name, dimensions=1)
 """What a warm-up asks the engine for: a prompt's last hidden state, for which all of its pages are computed and none of

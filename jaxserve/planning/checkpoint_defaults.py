@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from jaxserve.config.plain_params import GENERATION_CONFIG
 from jaxserve.config.settings import EngineConfig
 from jaxserve.models.loading.json_files import read_object
-from jaxserve.request import SAMPLING_FIELDS
+from jaxserve.sampling_params import SAMPLING_FIELDS
 
 FILE = "generation_config.json"
 

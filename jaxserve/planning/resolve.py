@@ -15,7 +15,7 @@ from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, Use, choose
 from jaxserve.planning.checkpoint_defaults import sampling_defaults
 from jaxserve.planning.decode_roofline import page_bytes
 from jaxserve.programs.step_programs import Shapes
-from jaxserve.request import MAX_STOP_TOKEN_IDS, STOP_WIDTH
+from jaxserve.sampling_params import MAX_STOP_TOKEN_IDS, STOP_WIDTH
 from jaxserve.scheduler.buckets import Buckets
 
 GIB = 2**30

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.request import ADMITTED_FIELDS, APART_FIELDS
+from jaxserve.sampling_params import ADMITTED_FIELDS, APART_FIELDS
 from jaxserve.scheduler.plan import TABLE_RUN
 
 Shape = tuple[int, ...]

@@ -26,7 +26,7 @@ from jaxserve.programs.filters import filter_logits
 from jaxserve.programs.noise import gumbel, gumbel_at
 from jaxserve.programs.penalties import Penalties, penalized, unpacked
 from jaxserve.programs.slots import Slots
-from jaxserve.request import PENALTY_ROW, counted
+from jaxserve.sampling_params import PENALTY_ROW, counted
 from jaxserve.scheduler.plan import NOT_FINITE, NOTHING_ALLOWED
 
 _BLOCK = 128

@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxserve.request import ADMITTED_FIELDS, APART_FIELDS
+from jaxserve.sampling_params import ADMITTED_FIELDS, APART_FIELDS
 
 
 @functools.partial(

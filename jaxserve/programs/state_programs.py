@@ -16,7 +16,7 @@ import jax
 
 from jaxserve.programs.layout import mask_layout, option_layout, table_layout
 from jaxserve.programs.slots import Slots
-from jaxserve.request import APART_FIELDS
+from jaxserve.sampling_params import APART_FIELDS
 
 
 def mask_words(vocab_size: int) -> int:

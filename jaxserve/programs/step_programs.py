@@ -62,7 +62,7 @@ from jaxserve.programs.sampler import processed_logits, sample
 from jaxserve.programs.slots import Slots
 from jaxserve.programs.state_programs import mask_words, write_masks, write_options, write_tables
 from jaxserve.programs.swap_programs import COPY_PAGES, SWAP_SIZES, page_copy, swap_in, swap_out
-from jaxserve.request import PENALTY_ROW
+from jaxserve.sampling_params import PENALTY_ROW
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.plan import TABLE_RUN, StepPlan
 

@@ -22,7 +22,8 @@ from jaxserve.programs.layout import (
     score_layout,
     table_layout,
 )
-from jaxserve.request import ADMITTED_FIELDS, APART_FIELDS, PENALTY_ROW, ROW_FIELDS, EngineRequest, counted
+from jaxserve.request import EngineRequest
+from jaxserve.sampling_params import ADMITTED_FIELDS, APART_FIELDS, PENALTY_ROW, ROW_FIELDS, counted
 from jaxserve.scheduler.plan import TABLE_RUN, Fork, PageTableWrite, PenaltyWrite, RowPlan, Scores, StepPlan, Wants
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from jaxserve.config.plain_params import params_of
-from jaxserve.request import FinishReason, RequestOutputKind, SamplingParams
+from jaxserve.request import FinishReason
+from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,8 @@ from typing import Any
 from jaxserve.config.plain_params import written
 from jaxserve.frontend.warm_prefix import WarmedPrefix
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.request import FinishReason
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.clients.client_credentials import Credentials
 from jaxserve.serving.clients.client_results import (
     Chunk,

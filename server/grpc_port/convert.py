@@ -15,7 +15,8 @@ from jaxserve.config.shown import shown
 from jaxserve.frontend.delta import PromptLogprobs
 from jaxserve.frontend.openai_messages import parse_messages
 from jaxserve.logprob_columns import LogprobColumns
-from jaxserve.request import FinishReason, RequestOptions, SamplingParams
+from jaxserve.request import FinishReason, RequestOptions
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.access.callers import Caller
 from jaxserve.serving.access.request_headers import request_options
 from jaxserve.serving.grpc_port.proto_values import made, read_fields

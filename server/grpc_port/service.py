@@ -27,7 +27,9 @@ from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.frontend.preparation_steps import Steps
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.pooling_params import pair_scores
-from jaxserve.request import FinishReason, ModelLimits, SamplingParams, check_identity
+from jaxserve.request import FinishReason, check_identity
+from jaxserve.request_checks import ModelLimits
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.access.callers import require_admin
 from jaxserve.serving.embedding_calls import Embedded, EmbeddingCall, embed_all
 from jaxserve.serving.grpc_port import convert, embed_convert

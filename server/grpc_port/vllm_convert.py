@@ -19,7 +19,8 @@ from jaxserve.config.plain_params import params_of, plain_fields
 from jaxserve.config.shown import shown
 from jaxserve.frontend.delta import Delta, PromptLogprobs
 from jaxserve.logprob_columns import LogprobColumns
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.request import FinishReason
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.grpc_port.oversized import (
     LARGE,
     MAX_PARAMS_BYTES,

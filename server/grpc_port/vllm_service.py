@@ -27,7 +27,8 @@ from jaxserve.frontend.delta import Delta, PromptLogprobs
 from jaxserve.frontend.delta_stream import DeltaStream
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import RequestOptions, SamplingParams
+from jaxserve.request import RequestOptions
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.access.callers import Caller, require_admin
 from jaxserve.serving.access.request_headers import request_options
 from jaxserve.serving.embedding_calls import EmbeddingCall, embed_all

@@ -22,7 +22,9 @@ from jaxserve.frontend.openai_responses import Answer, response_body
 from jaxserve.frontend.openai_structured import FORMAT_FIELDS
 from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.logprob_columns import LogprobColumns
-from jaxserve.request import FinishReason, RequestOutputKind, check_identity, check_logprobs
+from jaxserve.request import FinishReason, check_identity
+from jaxserve.request_checks import check_logprobs
+from jaxserve.sampling_params import RequestOutputKind
 from jaxserve.serving.access.request_headers import request_options
 from jaxserve.serving.http_port.body_route import BodyRoute, warn_of_unknown
 from jaxserve.serving.http_port.errors import check_model

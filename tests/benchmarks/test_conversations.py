@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks.conversations import Turn, draw_turns, most_tokens, unexplained_hits
 from jaxserve.frontend.offline import FinishedRequest, FinishedSample
-from jaxserve.request import FinishReason, RequestOptions, SamplingParams
+from jaxserve.request import FinishReason, RequestOptions
+from jaxserve.sampling_params import SamplingParams
 
 PARAMS = SamplingParams(max_tokens=3)
 FIRST = Turn("first", None, tuple(range(20)), PARAMS, RequestOptions("a"))

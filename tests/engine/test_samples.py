@@ -11,9 +11,10 @@ from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import AbortRequest, AddRequest, decode, encode, outputs
 from jaxserve.llm import LLM
 from jaxserve.models.config import ModelConfig
-from jaxserve.request import EngineRequest, FinishReason, SamplingParams
+from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.fake import FakeRunner
 from jaxserve.runner.protocol import StepNotStartedError
+from jaxserve.sampling_params import SamplingParams
 
 SHAPE = ModelConfig("LlamaForCausalLM", 101, 8, 8, 1, 1, 1, 8, 512)
 PROMPTS = [{"prompt_token_ids": [*range(3, 3 + length)]} for length in (1, 16, 37, 64)]

@@ -17,8 +17,9 @@ from jaxserve.engine.constraints.token_masks import TokenMasks
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import AddRequest, outputs
 from jaxserve.models.config import ModelConfig
-from jaxserve.request import ALLOWED_WIDTH, NO_TOKEN_LEFT, EngineRequest
+from jaxserve.request import NO_TOKEN_LEFT, EngineRequest
 from jaxserve.runner.fake import FakeRunner
+from jaxserve.sampling_params import ALLOWED_WIDTH
 from tests.budgets import budget
 
 VOCAB = 101

@@ -17,9 +17,9 @@ from jaxserve.engine.inline import InlineEngine
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.tiny.tiny_tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE
-from jaxserve.request import SamplingParams
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.wrapper import RunnerWrapper
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.serving.clients.grpc_client import AsyncClient, Completion
 from jaxserve.serving.grpc_port.grpc_server import GrpcServer

@@ -15,7 +15,7 @@ import pytest
 from jaxserve.config.http_config import HttpConfig
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.models.tiny.tiny_tokenizer import BOS_ID, EOS_ID
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.access.callers import Caller
 from jaxserve.serving.clients.grpc_client import generate_request
 from jaxserve.serving.http_port.http_server import HttpServer

@@ -17,7 +17,7 @@ import pytest
 
 from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.inline import InlineEngine
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.clients.grpc_client import AsyncClient
 from tests.models.checkpoints import SHAPES, write_shape
 from tests.server.fakes import save_tokenizer

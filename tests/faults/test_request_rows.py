@@ -12,7 +12,8 @@ import grpc
 import pytest
 
 from jaxserve.kv_cache.content_keys import ContentKeys
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.request import FinishReason
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.structured_outputs import StructuredOutputsParams
 from tests.faults.fault_server import GREEDY, reaches, run_fault

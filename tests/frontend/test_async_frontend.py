@@ -13,7 +13,8 @@ from jaxserve.engine.messages import AddRequest, EngineFailed, EngineOutput, Eng
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.delta import Cause, DeadlineError, DuplicateRequestError, EngineDeadError, QueueFullError
 from jaxserve.frontend.encoding import SHORT_TEXT, Encoder
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.request import FinishReason
+from jaxserve.sampling_params import SamplingParams
 from tests.frontend.fakes import HandPlayedEngine, RuleEngine, asked
 from tests.frontend.tokenizers_for_tests import EOS, load
 

@@ -15,7 +15,8 @@ from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.delta import Cause, DuplicateRequestError, QueueFullError
 from jaxserve.frontend.frontend import FrontEnd
 from jaxserve.logprob_columns import LogprobColumns
-from jaxserve.request import FinishReason, RequestOptions, SamplingParams
+from jaxserve.request import FinishReason, RequestOptions
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.telemetry.request_meter import RequestMeter
 from tests.frontend.fakes import HandPlayedEngine, asked
 from tests.frontend.tokenizers_for_tests import EOS, load

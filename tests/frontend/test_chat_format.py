@@ -18,7 +18,7 @@ from jaxserve.frontend.openai_constraints import forced_calls
 from jaxserve.frontend.openai_tools import Tools, parse_tools
 from jaxserve.frontend.parsers.pieces import CallArguments, CallStart, Reasoning
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.structured_outputs import StructuredOutputsParams
 from tests.server.http.chat_model import TOOLS, chat_model
 

@@ -8,7 +8,9 @@ import pytest
 from jaxserve.engine.messages import AbortRequest, AddRequest, EngineFailed, EngineOutput, EngineStats
 from jaxserve.frontend.delta import Cause, DeadlineError, DuplicateRequestError, EngineDeadError, QueueFullError
 from jaxserve.frontend.frontend import FrontEnd
-from jaxserve.request import NO_TOKEN_LEFT, FinishReason, InfeasibleError, RequestOptions, SamplingParams
+from jaxserve.request import NO_TOKEN_LEFT, FinishReason, RequestOptions
+from jaxserve.request_checks import InfeasibleError
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.problem import check_delta
 from jaxserve.structured_outputs import GRAMMAR_FAILED
 from tests.frontend.fakes import HandPlayedEngine, asked

@@ -10,7 +10,8 @@ from tokenizers import normalizers
 from jaxserve.frontend.delta import DeadlineError, DuplicateRequestError
 from jaxserve.frontend.encoding import PIECE_CHARACTERS, Encoder
 from jaxserve.frontend.frontend import FrontEnd
-from jaxserve.request import InfeasibleError, SamplingParams
+from jaxserve.request_checks import InfeasibleError
+from jaxserve.sampling_params import SamplingParams
 from tests.frontend.fakes import HandPlayedEngine, asked
 from tests.frontend.tokenizers_for_tests import byte_level, load, metaspace
 

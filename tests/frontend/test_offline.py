@@ -7,7 +7,9 @@ import pytest
 
 from jaxserve.frontend.delta import EngineDeadError
 from jaxserve.llm import LLM
-from jaxserve.request import InfeasibleError, RequestOptions, SamplingParams
+from jaxserve.request import RequestOptions
+from jaxserve.request_checks import InfeasibleError
+from jaxserve.sampling_params import SamplingParams
 from tests.engine_ready import changed
 from tests.frontend.fakes import RuleEngine
 from tests.frontend.tokenizers_for_tests import BOS, load

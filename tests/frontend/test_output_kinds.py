@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from jaxserve.frontend.delta import Delta
 from jaxserve.frontend.output_kinds import OutputUpdates
-from jaxserve.request import FinishReason, RequestOutputKind
+from jaxserve.request import FinishReason
+from jaxserve.sampling_params import RequestOutputKind
 
 PIECES = st.lists(
     st.tuples(st.lists(st.integers(0, 9), max_size=3), st.text("ab ", max_size=3)), min_size=1, max_size=150

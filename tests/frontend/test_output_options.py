@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from jaxserve.frontend.detokenizer import DecoderPlan, Detokenizer
 from jaxserve.frontend.output import OutputState
 from jaxserve.llm import LLM
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.request import FinishReason
+from jaxserve.sampling_params import SamplingParams
 from tests.frontend.fakes import RuleEngine
 from tests.frontend.test_output import CHAT, PLANS, TOKENIZERS, chat
 from tests.frontend.tokenizers_for_tests import load, words

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from jaxserve.frontend.preparation import Preparation
 from jaxserve.frontend.preparation_steps import finish
 from jaxserve.llm import LLM
-from jaxserve.request import ModelLimits, RequestOptions, SamplingParams
+from jaxserve.request import RequestOptions
+from jaxserve.request_checks import ModelLimits
+from jaxserve.sampling_params import SamplingParams
 from tests.frontend.fakes import READY, RuleEngine
 from tests.frontend.tokenizers_for_tests import load
 

@@ -23,8 +23,8 @@ from jaxserve.llm import LLM
 from jaxserve.pooling_params import PoolingParams
 from jaxserve.programs.layout import pooling_layout
 from jaxserve.programs.pooling import pool, sums
-from jaxserve.request import SamplingParams
 from jaxserve.runner.model_runner import ModelRunner
+from jaxserve.sampling_params import SamplingParams
 from tests.models.checkpoints import SHAPES, write_shape
 
 REFERENCES = pathlib.Path(__file__).parents[1] / "models" / "embedding_references.npz"

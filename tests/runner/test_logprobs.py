@@ -24,9 +24,9 @@ from jaxserve.programs.logprobs import drawn_logprobs, likeliest, packed_logprob
 from jaxserve.programs.penalties import Penalties
 from jaxserve.programs.sampler import processed_logits
 from jaxserve.programs.slots import Slots
-from jaxserve.request import SamplingParams
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.wrapper import RunnerWrapper
+from jaxserve.sampling_params import SamplingParams
 from tests.models.checkpoints import NEW_TOKENS, PROMPT_TOKENS, SHAPES, write_shape
 from tests.runner.test_sampler import kept_by_sorting
 

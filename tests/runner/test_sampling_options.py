@@ -20,8 +20,9 @@ from jaxserve.programs.penalties import Penalties, add_ids, counted
 from jaxserve.programs.sampler import processed_logits, sample
 from jaxserve.programs.slots import Slots
 from jaxserve.programs.state_programs import write_options
-from jaxserve.request import ADMITTED_FIELDS, EngineRequest
+from jaxserve.request import EngineRequest
 from jaxserve.runner.packing import ForwardPacker, option_vectors, penalty_vectors
+from jaxserve.sampling_params import ADMITTED_FIELDS
 from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, NOTHING_ALLOWED, PenaltyWrite, RowPlan, StepPlan
 from tests.budgets import budget
 from tests.runner.sampling_reference import margin, processed, softmax

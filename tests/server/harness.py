@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.config.client_limits import LimitsConfig
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.access.callers import Anybody, Callers
 from jaxserve.serving.clients.grpc_client import AsyncClient
 from jaxserve.serving.grpc_port.grpc_server import GrpcServer

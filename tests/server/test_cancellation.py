@@ -6,7 +6,7 @@ import time
 import grpc
 import pytest
 
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.clients.grpc_client import AsyncClient, Client, generate_request
 from tests.engine_ready import changed
 from tests.server.fakes import READY, EchoEngine

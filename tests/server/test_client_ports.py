@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 from jaxserve import client as command
 from jaxserve.frontend.async_frontend import AsyncFrontEnd
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.access.callers import Caller
 from jaxserve.serving.clients.client_credentials import KEY_VARIABLE, Credentials
 from jaxserve.serving.clients.client_failures import failure_of

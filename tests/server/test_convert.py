@@ -4,7 +4,8 @@ import math
 import pytest
 
 from jaxserve.config import plain_params
-from jaxserve.request import SAMPLING_FIELDS, FinishReason, SamplingParams
+from jaxserve.request import FinishReason
+from jaxserve.sampling_params import SAMPLING_FIELDS, SamplingParams
 from jaxserve.serving.grpc_port import convert
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from jaxserve.structured_outputs import StructuredOutputsParams

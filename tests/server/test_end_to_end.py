@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from benchmarks.dashboard_check import free_port
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.request import FinishReason
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.clients.grpc_client import AsyncClient, Client, join
 from tests.server.fakes import VOCAB_SIZE, save_tokenizer
 from tests.server.process import Process

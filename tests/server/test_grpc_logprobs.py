@@ -8,7 +8,7 @@ import pytest
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm_pb
 
 from jaxserve.models.tiny.tiny_tokenizer import BOS_ID, EOS_ID
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.clients.client_output import JsonOutput
 from jaxserve.serving.clients.client_results import TokenLogprob, join
 from jaxserve.serving.clients.http_client import _chunks, generate_body

@@ -11,7 +11,7 @@ import pytest
 from jaxserve.frontend.encoding import Encoder
 from jaxserve.frontend.tokenizer import Tokenizer
 from jaxserve.frontend.workers import MAX_BYTES, MAX_WAITING_BYTES
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.grpc_port import service
 from jaxserve.serving.grpc_port.convert import refuse_unknown_bytes
 from jaxserve.serving.grpc_port.oversized import check_generate

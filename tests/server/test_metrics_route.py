@@ -15,7 +15,9 @@ import pytest
 from benchmarks.dashboard_check import dashboard_queries, metric_names
 from jaxserve.engine.messages import EngineStats
 from jaxserve.frontend.delta import DuplicateRequestError
-from jaxserve.request import FinishReason, InfeasibleError, RequestOptions, SamplingParams
+from jaxserve.request import FinishReason, RequestOptions
+from jaxserve.request_checks import InfeasibleError
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.http_port.app import make_app
 from jaxserve.serving.prometheus_collector import BusyWindow
 from jaxserve.serving.served_model import ServedModel

@@ -9,7 +9,8 @@ import pytest
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm_pb
 
 from jaxserve.models.tiny.tiny_tokenizer import EOS_ID
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.request import FinishReason
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.clients.client_results import join, join_samples
 from jaxserve.serving.clients.grpc_client import generate_request
 from jaxserve.serving.protos.jaxserve.v1 import jaxserve_pb2 as pb

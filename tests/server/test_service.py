@@ -11,7 +11,8 @@ from google.protobuf.message import DecodeError
 
 from jaxserve.engine.messages import EngineStats
 from jaxserve.frontend.delta import Cause, Delta
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.request import FinishReason
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.clients.grpc_client import generate_request, join
 from jaxserve.serving.grpc_port.call_interceptor import CallContext
 from jaxserve.serving.grpc_port.service import errors_as_status

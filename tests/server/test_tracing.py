@@ -20,7 +20,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from jaxserve.config import gin_config
 from jaxserve.config.tracing_config import TracingConfig
 from jaxserve.frontend.tokenizer import Tokenizer
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving import tracing
 from jaxserve.serving.clients.grpc_client import generate_request
 from jaxserve.serving.http_port.http_server import HttpServer

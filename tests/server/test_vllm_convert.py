@@ -8,7 +8,8 @@ from google.protobuf.message import DecodeError
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from jaxserve.frontend.delta import Delta
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.request import FinishReason
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.grpc_port import vllm_convert as convert
 from jaxserve.structured_outputs import StructuredOutputsParams
 

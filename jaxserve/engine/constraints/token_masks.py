@@ -8,7 +8,8 @@ from collections.abc import Sequence as List
 import numpy as np
 
 from jaxserve.engine.constraints import pack_mask
-from jaxserve.request import APART_FIELDS, EngineRequest
+from jaxserve.request import EngineRequest
+from jaxserve.sampling_params import APART_FIELDS
 
 _MOST_KEPT = 1024
 """Maximum number of requests whose fixed masks are kept; one that is not is made anew."""

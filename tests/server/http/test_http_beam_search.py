@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from jaxserve.models.tiny.tiny_tokenizer import EOS_ID
-from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.request import FinishReason
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.clients.client_results import join_samples
 from jaxserve.serving.clients.grpc_client import Client
 from tests.engine_ready import changed

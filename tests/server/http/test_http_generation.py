@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.models.tiny.tiny_tokenizer import BOS_ID
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving.clients.grpc_client import Client
 from tests.server.http.http_harness import JSON, error_of, events_of, run_http, texts_of
 

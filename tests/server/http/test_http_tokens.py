@@ -13,7 +13,7 @@ from jaxserve.config.id_checks import IDS_PER_PART
 from jaxserve.frontend import tokenizer as tokenizer_module
 from jaxserve.frontend.openai import CHAT_URL, COMPLETIONS_URL, field_names
 from jaxserve.frontend.preparation_steps import finish
-from jaxserve.request import SAMPLING_FIELDS
+from jaxserve.sampling_params import SAMPLING_FIELDS
 from jaxserve.serving.http_port.routes import tokens
 from tests.server.http.http_harness import JSON
 
