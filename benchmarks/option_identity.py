@@ -29,7 +29,8 @@ from jaxserve.config import gin_config
 from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import EngineStats, FromEngine
-from jaxserve.llm import LLM, RequestOutput
+from jaxserve.llm import LLM
+from jaxserve.outputs import RequestOutput
 from jaxserve.planning.decode_roofline import token_bytes
 from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.sampling_params import SamplingParams

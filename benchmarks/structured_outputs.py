@@ -34,7 +34,7 @@ from jaxserve import LLM, SamplingParams, StructuredOutputsParams
 from jaxserve.config.settings import EngineConfig
 from jaxserve.engine.constraints.vocabulary import load_vocabulary
 from jaxserve.frontend.grammar_text import grammar_of
-from jaxserve.llm import RequestOutput
+from jaxserve.outputs import RequestOutput
 
 TEMPERATURE = 1.5
 SMALL = LLAMA_153M | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -30,8 +30,9 @@ from jaxserve.frontend.offline import FinishedSample
 from jaxserve.frontend.output_kinds import OutputUpdates
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.frontend.warm_prefix import WARM_UP, WarmedPrefix, check_warm_up
-from jaxserve.llm import CompletionOutput, Prompt, RequestOutput, completion_output, prompt_content
+from jaxserve.outputs import CompletionOutput, RequestOutput, completion_output
 from jaxserve.pooling_params import PoolingParams
+from jaxserve.prompts import Prompt, prompt_content
 from jaxserve.request import RequestOptions
 from jaxserve.sampling_params import RequestOutputKind, SamplingParams
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -15,66 +13,26 @@ from jaxserve.beam_search_api import BeamSearchOutput, BeamSearchParams, search_
 from jaxserve.config.plain_params import params_of
 from jaxserve.config.settings import EngineConfig
 from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
-from jaxserve.embedding_output import EmbeddingOutput, EmbeddingRequestOutput
+from jaxserve.embedding_output import EmbeddingRequestOutput
 from jaxserve.engine.channel import EngineClient
 from jaxserve.engine.inline import InlineEngine
 from jaxserve.engine.messages import FlushPrefixCache, PrefixCacheFlushed
 from jaxserve.frontend.continuations import SCORING, ScoreOutput, continued
 from jaxserve.frontend.delta import EngineDeadError
 from jaxserve.frontend.frontend import FrontEnd, Prepared
-from jaxserve.frontend.logprob_outputs import PositionLogprobs, position_logprobs, prompt_positions
 from jaxserve.frontend.offline import FinishedRequest, TokenBar, run_all
 from jaxserve.frontend.openai_messages import parse_messages
 from jaxserve.frontend.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.frontend.warm_prefix import WARM_UP, WarmedPrefix, check_warm_up
-from jaxserve.logprob_columns import LogprobColumns
+from jaxserve.outputs import (
+    RequestOutput,
+    embedding_request_output,
+    request_output,
+)
 from jaxserve.pooling_params import PoolingParams
-from jaxserve.request import OPTION_NAMES, FinishReason, RequestOptions
-from jaxserve.request_checks import InfeasibleError
+from jaxserve.prompts import Prompt, naming_prompt, one_each, options_each, prompt_content
+from jaxserve.request import RequestOptions
 from jaxserve.sampling_params import SamplingParams
-
-Prompt = str | Mapping[str, Any]
-"""A prompt: text, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CompletionOutput:
-    """Holds one generated output. index: of the sample (n).
-
-    text: continues the prompt, so that both together are the text of all tokens; special tokens are not shown.
-    finish_reason: "stop", "length", "deadline" when its deadline passed or was out of reach, or "error" when this
-    request failed in the engine; "abort" and, before the end, None of AsyncLLM alone.
-    logprobs: of each token, by token id, and cumulative_logprob: the sum of the tokens' own, where they are wanted.
-    """
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str | None
-    logprobs: list[PositionLogprobs] | None = None
-    cumulative_logprob: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class RequestOutput:
-    """Holds a prompt and its result. outputs: one for each of the n samples.
-
-    prompt: None when token ids were given. num_cached_tokens: prompt tokens taken from the prefix cache.
-    error: one line when an output's finish_reason is "deadline" or "error": that of the first such one.
-    num_truncated_tokens: cut off the beginning of the prompt, as truncate_prompt_tokens asks; prompt_token_ids are the
-    others.
-    prompt_logprobs: of each token of the prompt, by token id, where they are wanted; None for the first.
-    """
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: tuple[int, ...]
-    outputs: tuple[CompletionOutput, ...]
-    finished: bool
-    num_cached_tokens: int
-    error: str = ""
-    num_truncated_tokens: int = 0
-    prompt_logprobs: list[PositionLogprobs | None] | None = None
 
 
 class LLM:
@@ -149,11 +107,11 @@ class LLM:
         """
         given: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = self._params_for(given, sampling_params)
-        options = _options_each(given, tenant, priority, deadline, cache_salt, prefix_caching)
+        options = options_each(given, tenant, priority, deadline, cache_salt, prefix_caching)
         texts, requests = self._prepare(given, params, options)
         completions = self._complete(requests, use_tqdm)
         return [
-            _request_output(
+            request_output(
                 text, completions[request.request_id], self.get_tokenizer() if request.params.detokenize else None
             )
             for text, request in zip(texts, requests, strict=True)
@@ -223,12 +181,12 @@ class LLM:
             EngineDeadError: the engine failed.
         """
         given: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        params = _one_each("pooling_params", given, PoolingParams() if pooling_params is None else pooling_params)
-        options = _options_each(given, tenant, priority, deadline, cache_salt, prefix_caching)
+        params = one_each("pooling_params", given, PoolingParams() if pooling_params is None else pooling_params)
+        options = options_each(given, tenant, priority, deadline, cache_salt, prefix_caching)
         texts, requests = self._prepare(given, params, options)
         completions = self._complete(requests, use_tqdm)
         return [
-            _embedding_output(text, completions[request.request_id])
+            embedding_request_output(text, completions[request.request_id])
             for text, request in zip(texts, requests, strict=True)
         ]
 
@@ -242,7 +200,7 @@ class LLM:
         texts: list[str | None] = []
         requests: list[Prepared] = []
         for index, (prompt, prompt_params) in enumerate(zip(given, params, strict=True)):
-            with _naming(f"prompts[{index}]"):
+            with naming_prompt(f"prompts[{index}]"):
                 content = prompt_content(prompt)
                 prepared = self._front_end.prepare(
                     content,
@@ -267,7 +225,7 @@ class LLM:
             sampling_params = params_of({}, self._client.ready.sampling_defaults)
         if isinstance(sampling_params, SamplingParams):
             return [sampling_params] * len(prompts)
-        return _one_each("sampling_params", prompts, sampling_params)
+        return one_each("sampling_params", prompts, sampling_params)
 
     def score(
         self,
@@ -298,11 +256,11 @@ class LLM:
             EngineDeadError: the engine failed.
         """
         given: list[Prompt] = [continuations] if isinstance(continuations, str | Mapping) else list(continuations)
-        prompts = [prompt] * len(given) if isinstance(prompt, str | Mapping) else _one_each("prompt", given, prompt)
-        options = _options_each(given, tenant, priority, deadline, cache_salt, prefix_caching)
+        prompts = [prompt] * len(given) if isinstance(prompt, str | Mapping) else one_each("prompt", given, prompt)
+        options = options_each(given, tenant, priority, deadline, cache_salt, prefix_caching)
         requests: list[Prepared] = []
         for index, (before, continuation) in enumerate(zip(prompts, given, strict=True)):
-            with _naming(f"continuations[{index}]"):
+            with naming_prompt(f"continuations[{index}]"):
                 whole, start = continued(prompt_content(before), prompt_content(continuation), self.get_tokenizer())
                 prepared = self._front_end.prepare(whole, SCORING, options[index](), request_id=str(next(self._ids)))
             requests.append(dataclasses.replace(prepared, prompt_logprobs_start=start))
@@ -336,7 +294,7 @@ class LLM:
         """
         given: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         check_warm_up(RequestOptions(), prefix_caching=self._client.ready.prefix_caching)
-        options = _options_each(given, tenant, priority, deadline, cache_salt, True)
+        options = options_each(given, tenant, priority, deadline, cache_salt, True)
         _, requests = self._prepare(given, [WARM_UP] * len(given), options)
         completions = self._complete(requests, use_tqdm)
         found = [completions[request.request_id] for request in requests]
@@ -386,7 +344,7 @@ class LLM:
         """
         given: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         searched = search_params(params, self._client.ready.limits)
-        options = _options_each(given, tenant, priority, deadline, cache_salt, prefix_caching)
+        options = options_each(given, tenant, priority, deadline, cache_salt, prefix_caching)
         _, requests = self._prepare(given, [searched] * len(given), options)
         completions = self._complete(requests, use_tqdm)
         found = [completions[request.request_id] for request in requests]
@@ -431,100 +389,3 @@ def _start(
         )
     # Before the engine: a faulty tokenizer is found in a moment, the model takes longer.
     return config, load_tokenizer(config), InlineEngine(config, progress=True)
-
-
-@contextlib.contextmanager
-def _naming(which: str) -> Iterator[None]:
-    """Puts in front of a ValueError which of several prompts it is about."""
-    try:
-        yield
-    except ValueError as error:
-        kind = InfeasibleError if isinstance(error, InfeasibleError) else ValueError
-        raise kind(f"{which}: {error}") from error
-
-
-def _one_each(name: str, prompts: Sequence[Prompt], value: Any) -> Sequence[Any]:
-    """Returns the values for the prompts: a list or tuple has one for each, any other value applies to all."""
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        return [value] * len(prompts)
-    if len(value) != len(prompts):
-        raise ValueError(f"{name} has {len(value)} items for {len(prompts)} prompts; give one each")
-    return value
-
-
-def _options_each(prompts: Sequence[Prompt], *values: Any) -> list[Callable[[], RequestOptions]]:
-    """Returns what makes the options of each prompt, and raises ValueError for a value that is invalid.
-
-    values: of the fields of RequestOptions, in order; each for all prompts, or one for each.
-    """
-    columns = [_one_each(name, prompts, value) for name, value in zip(OPTION_NAMES, values, strict=True)]
-    return [functools.partial(RequestOptions, *row) for row in zip(*columns, strict=True)]
-
-
-def prompt_content(prompt: Prompt) -> str | Sequence[int]:
-    """Returns the text or token ids of a prompt. Raises ValueError when it is neither."""
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, Mapping):
-        if set(prompt) == {"prompt"} and isinstance(prompt["prompt"], str):
-            return prompt["prompt"]
-        if set(prompt) == {"prompt_token_ids"} and not isinstance(prompt["prompt_token_ids"], str):
-            return prompt["prompt_token_ids"]
-        raise ValueError(f"prompt has the keys {sorted(prompt)}; it takes either 'prompt' or 'prompt_token_ids'")
-    raise ValueError(
-        f"prompt is of type {type(prompt).__name__}; it must be text, {{'prompt': text}} or {{'prompt_token_ids': ids}}"
-    )
-
-
-def _embedding_output(text: str | None, completion: FinishedRequest) -> EmbeddingRequestOutput:
-    return EmbeddingRequestOutput(
-        request_id=completion.request_id,
-        prompt=text,
-        prompt_token_ids=completion.prompt_token_ids,
-        outputs=EmbeddingOutput.from_bytes(completion.embedding),
-        num_cached_tokens=completion.num_cached_tokens,
-        error=completion.error,
-        num_truncated_tokens=completion.num_truncated_tokens,
-    )
-
-
-def completion_output(
-    index: int,
-    text: str,
-    token_ids: tuple[int, ...],
-    finish_reason: FinishReason | None,
-    logprobs: LogprobColumns | None,
-    tokenizer: Tokenizer | None,
-) -> CompletionOutput:
-    """Returns an output of a request. logprobs: of the token ids, where they are wanted. tokenizer: gives the texts of
-    ids that have log-probabilities."""
-    positions = None if logprobs is None else position_logprobs(logprobs, token_ids, tokenizer)
-    return CompletionOutput(
-        index=index,
-        text=text,
-        token_ids=token_ids,
-        finish_reason=None if finish_reason is None else finish_reason.value,
-        logprobs=positions,
-        cumulative_logprob=None if logprobs is None else math.fsum(logprobs.values.tolist()),
-    )
-
-
-def _request_output(text: str | None, completion: FinishedRequest, tokenizer: Tokenizer | None) -> RequestOutput:
-    outputs = [
-        completion_output(index, sample.text, sample.token_ids, sample.finish_reason, sample.logprobs, tokenizer)
-        for index, sample in enumerate(completion.samples)
-    ]
-    prompt_logprobs = None
-    if completion.prompt_logprobs is not None:
-        prompt_logprobs = prompt_positions(completion.prompt_logprobs, tokenizer)
-    return RequestOutput(
-        request_id=completion.request_id,
-        prompt=text,
-        prompt_token_ids=completion.prompt_token_ids,
-        outputs=tuple(outputs),
-        finished=True,
-        num_cached_tokens=completion.num_cached_tokens,
-        error=completion.error,
-        num_truncated_tokens=completion.num_truncated_tokens,
-        prompt_logprobs=prompt_logprobs,
-    )

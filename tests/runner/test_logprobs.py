@@ -18,8 +18,9 @@ from jaxserve.config.scheduling import PreemptionConfig
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.constraints import pack_mask
 from jaxserve.engine.inline import InlineEngine
-from jaxserve.llm import LLM, RequestOutput
+from jaxserve.llm import LLM
 from jaxserve.logprob_columns import LogprobColumns
+from jaxserve.outputs import RequestOutput
 from jaxserve.programs.logprobs import drawn_logprobs, likeliest, packed_logprobs
 from jaxserve.programs.penalties import Penalties
 from jaxserve.programs.sampler import processed_logits
