@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
 
-from jaxserve.config.failpoints import Failpoints
 from jaxserve.config.settings import EngineConfig, ineffective_settings
 from jaxserve.engine.cache_control import CacheControl
 from jaxserve.engine.constraints import CombinedConstraints, Constraints
@@ -34,6 +33,7 @@ from jaxserve.engine.constraints.compiled_grammars import CompiledGrammars
 from jaxserve.engine.constraints.grammar_constraints import GrammarConstraints
 from jaxserve.engine.constraints.grammar_wait import LOOK_SECONDS, GrammarWait
 from jaxserve.engine.constraints.token_masks import TokenMasks
+from jaxserve.engine.core_setup import make_scheduler, ready_message
 from jaxserve.engine.idle import IdleMeter
 from jaxserve.engine.messages import (
     AbortRequest,
@@ -47,25 +47,18 @@ from jaxserve.engine.messages import (
     FlushPrefixCache,
     FollowCacheEvents,
     FromEngine,
-    Logprobs,
     ProfileCaptured,
     Progress,
     TimelineEvents,
     ToEngine,
-    TokenBatch,
 )
+from jaxserve.engine.output_messages import OutputMessages
 from jaxserve.engine.step_executor import DeviceFaultError, DispatchedStep, EngineBrokenError, StepExecutor
 from jaxserve.engine.step_time import StepTimePrediction
-from jaxserve.kv_cache.content_keys import ContentKeys, read_secret
-from jaxserve.kv_cache.eviction import make_eviction
-from jaxserve.kv_cache.page_pool import PagePool
-from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
-from jaxserve.request import EngineRequest, FinishReason, Pooling
-from jaxserve.request_checks import ModelLimits
+from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.runner.protocol import Runner
-from jaxserve.scheduler import PageAllocationError, Scheduler, SequenceUpdate, StepPlan, StepUpdate, Wants
+from jaxserve.scheduler import PageAllocationError, SequenceUpdate, StepPlan, Wants
 from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.prefix_costs import page_seconds
 from jaxserve.telemetry.engine_events import EngineEvents, IterationTimes
 from jaxserve.telemetry.engine_meter import EngineMeter
 from jaxserve.telemetry.recorder import Recorder
@@ -81,14 +74,6 @@ FAULT_SECONDS = 60.0
 
 RANKING_SECONDS = 1.0
 """Interval, in seconds, at which Kendall's tau is recalculated, which takes about half a millisecond."""
-
-
-def content_keys(config: EngineConfig) -> ContentKeys | None:
-    """Returns what identifies the content of pages; None where requests do not share them."""
-    if not config.cache.enable_prefix_caching:
-        return None
-    path = config.cache.prefix_caching_secret_file
-    return ContentKeys(None if path is None else read_secret(path), model=config.model or "")
 
 
 class EngineCore:
@@ -125,32 +110,10 @@ class EngineCore:
         for line in ineffective_settings(config, info.max_model_len):
             _log.warning("%s", line)
         buckets = Buckets.from_config(config, info.platform, info.tokens_per_step)
-        step_seconds = None if runner.step_costs is None else runner.step_costs.seconds
-        self.scheduler = Scheduler(
-            config.scheduler,
-            PagePool(
-                info.num_pages,
-                info.page_size,
-                info.num_host_pages,
-                make_eviction(
-                    config.cache.eviction_policy,
-                    None if step_seconds is None else page_seconds(step_seconds, info.page_size, buckets),
-                ),
-            ),
-            buckets,
-            costs=info.preemption_costs,
-            max_model_len=info.max_model_len,
-            tokens_per_step=info.tokens_per_step,
-            step_seconds=step_seconds,
-            allocation_hit=Failpoints(config.failpoints).at("allocate"),
-            content_keys=content_keys(config),
-            group_windows=info.group_windows,
-        )
+        self.scheduler = make_scheduler(config, runner, buckets)
         self._cache_control = CacheControl(self.scheduler)
         for line in () if self.scheduler.decode_gap is None else self.scheduler.decode_gap.warnings:
             _log.warning("%s", line)
-        pooling, self._normalize = config.pooler.resolved(config.model)
-        self._pooling = Pooling[pooling]
         others = (TokenMasks(info.vocab_size),) if constraints is None else (TokenMasks(info.vocab_size), constraints)
         self._constraints = CombinedConstraints(
             others,
@@ -163,6 +126,7 @@ class EngineCore:
         self._events = EngineEvents(self.recorder, self.scheduler)
         self._meter = EngineMeter()
         self.recorder.subscribe(self._meter)
+        self._outputs = OutputMessages(self._events, self._meter, self._constraints.forget)
         self._capture = TimelineCapture(self.recorder)
         self._now = now
         self._clock = clock
@@ -178,9 +142,7 @@ class EngineCore:
         self._stats_due = 0.0  # on the clock
         self._tau: float | None = None
         self._tau_due = 0.0  # on the clock
-        self._totals = dict.fromkeys(
-            ("num_steps", "prompt_tokens", "generation_tokens", "computed_tokens", "padding_tokens", "num_dropped"), 0
-        )
+        self._totals = dict.fromkeys(("num_steps", "computed_tokens", "padding_tokens", "num_dropped"), 0)
 
     @property
     def busy(self) -> bool:
@@ -204,36 +166,10 @@ class EngineCore:
 
     def ready(self, start_seconds: float) -> EngineReady:
         """Returns the message that describes the engine to the front end."""
-        info, scheduler = self.runner.info, self.config.scheduler
-        chunked = scheduler.enable_chunked_prefill
-        defaults = sampling_defaults(self.config)
-        if defaults:
-            _log.info("%s", defaults_line(defaults))
-        max_tokens = defaults.get("max_tokens")
-        limits = ModelLimits(
-            vocab_size=info.vocab_size,
-            max_model_len=info.max_model_len,
-            pool_tokens=self.scheduler.page_groups.pool_tokens(info.usable_pages, info.max_model_len),
-            max_prompt_len=info.max_model_len if chunked else scheduler.max_num_batched_tokens,
-            eos_token_ids=info.eos_token_ids,
-            default_max_tokens=None if max_tokens is None else int(max_tokens),
-            max_logprobs=info.max_logprobs,
-            logprobs_mode=info.logprobs_mode,
-            max_n=min(self.config.samples.max_n, scheduler.max_num_seqs + scheduler.max_num_waiting),
-            embedding_size=info.hidden_size,
-            pooling=self._pooling,
-            normalize=self._normalize,
+        pool_tokens = self.scheduler.page_groups.pool_tokens(
+            self.runner.info.usable_pages, self.runner.info.max_model_len
         )
-        return EngineReady(
-            info,
-            limits,
-            scheduler.max_num_seqs,
-            scheduler.max_num_waiting,
-            start_seconds,
-            defaults,
-            due_after_arrival=scheduler.policy == "deadline",
-            prefix_caching=self.config.cache.enable_prefix_caching,
-        )
+        return ready_message(self.config, self.runner.info, pool_tokens, start_seconds)
 
     def handle(self, message: ToEngine) -> list[FromEngine]:
         """Handles one message. A request that cannot be queued is answered with an error at once."""
@@ -289,7 +225,7 @@ class EngineCore:
         begin = self._look(previous)
         with self._annotate("Schedule"):
             messages += self._start_compiled()
-            messages += [self._output(update, begin) for update in self._expire()]
+            messages += [self._outputs.of_request(update, begin) for update in self._expire()]
             plan = self.scheduler.schedule(self._now())
             plan = None if plan is None else self.runner.fitted(plan)
         scheduled = dispatched = collected = self._look(previous)
@@ -313,7 +249,7 @@ class EngineCore:
             collected = self._look(self._in_flight)
             if plan is None:
                 self._idle.emptied(collected)
-            messages += self._outputs(self.scheduler.update(previous.plan, result, self._now()), collected)
+            messages += self._outputs.of_step(self.scheduler.update(previous.plan, result, self._now()), collected)
         if self._in_flight is not None and self._in_flight.waits:
             self._sample(self._in_flight, messages)
         end = self._look(self._in_flight)
@@ -353,14 +289,14 @@ class EngineCore:
         for request_id in made.complete:
             update = self.scheduler.complete(request_id)
             if update is not None:
-                messages.append(self._output(update, now))
+                messages.append(self._outputs.of_request(update, now))
 
     def _fail(self, failed: Iterable[tuple[str, str]], now: float, messages: list[FromEngine]) -> None:
         """Ends each request with its error: its row could not be computed, or its mask could not be made."""
         for request_id, error in failed:
             update = self.scheduler.fail(request_id, error)
             if update is not None:
-                messages.append(self._output(update, now))
+                messages.append(self._outputs.of_request(update, now))
 
     def _plan_anew(self, error: PageAllocationError, messages: list[FromEngine]) -> None:
         """Ends the request whose pages could not be allocated while a step was planned. That plan is lost, so all
@@ -372,7 +308,7 @@ class EngineCore:
             if previous is not None:
                 result = self._executor.collect(previous)
                 self._idle.emptied(now)
-                messages += self._outputs(self.scheduler.update(previous.plan, result), now)
+                messages += self._outputs.of_step(self.scheduler.update(previous.plan, result), now)
         finally:
             self._fail([(error.request_id, f"the request cannot be computed: {error}")], now, messages)
             self._events.restarted(self.scheduler.restart(self.scheduler.lost_copies), now)
@@ -410,7 +346,7 @@ class EngineCore:
             result = self._executor.collect(step)
         except DeviceFaultError:
             return False
-        messages += self._outputs(self.scheduler.update(step.plan, result, self._now()), self._clock())
+        messages += self._outputs.of_step(self.scheduler.update(step.plan, result, self._now()), self._clock())
         return True
 
     def stats(self) -> EngineStats:
@@ -435,6 +371,8 @@ class EngineCore:
             step_histograms=self._meter.step_histograms(),
             **{f"num_gap_exceeded_{cause}": count for cause, count in scheduler.num_gaps_exceeded.items()},
             **self._cache_control.stats(),
+            prompt_tokens=self._outputs.prompt_tokens,
+            generation_tokens=self._outputs.generation_tokens,
             **self._totals,
         )
 
@@ -490,7 +428,7 @@ class EngineCore:
             self._constraints.forget(request_id)
             return [EngineOutput(request_id, (), FinishReason.ABORT)]
         update = self.scheduler.abort(request_id)
-        return [] if update is None else [self._output(update, self._clock())]
+        return [] if update is None else [self._outputs.of_request(update, self._clock())]
 
     def _expire(self) -> list[SequenceUpdate]:
         """Returns the updates of requests dropped while waiting, and the final outputs that a static batch held
@@ -509,55 +447,6 @@ class EngineCore:
         if in_flight is not None:
             self._idle.look(self._executor.done(in_flight), now)
         return now
-
-    def _outputs(self, update: StepUpdate, now: float) -> list[FromEngine]:
-        """Returns the messages of a step's update and records its events."""
-        messages: list[FromEngine] = []
-        self._events.gaps_exceeded(update.gaps, now)
-        request_ids = update.request_ids
-        if request_ids:
-            messages.append(TokenBatch(request_ids, tuple(update.token_ids), now))
-        if (scored := update.scored) is not None:
-            logprobs = Logprobs.of(scored.logprobs)
-            messages.append(TokenBatch(scored.request_ids, tuple(scored.token_ids), now, logprobs))
-            request_ids += scored.request_ids
-        if update.others:
-            request_ids += tuple(other.sequence.request_id for other in update.others for _ in other.token_ids)
-        if request_ids:
-            self._totals["generation_tokens"] += len(request_ids)
-            self._events.tokens(request_ids, now)
-        messages += [self._output(other, now) for other in update.others]
-        return messages
-
-    def _output(self, update: SequenceUpdate, now: float) -> EngineOutput:
-        sequence, phases, pooled = update.sequence, (None, None), b""
-        if sequence.pooled is not None and update.finish_reason is FinishReason.STOP:
-            pooled = sequence.pooled.vector(sequence.num_prompt_tokens).tobytes()
-            self._totals["prompt_tokens"] += sequence.num_prompt_tokens
-            phases = self._meter.phases(sequence.request_id, now)
-        if update.token_ids and len(sequence.output_token_ids) == len(update.token_ids):
-            if sequence.prompt is None or not sequence.prompt.counted:
-                self._totals["prompt_tokens"] += sequence.num_prompt_tokens
-            if sequence.prompt is not None:
-                sequence.prompt.counted = True
-            self._events.first_token(sequence, now)
-            phases = self._meter.phases(sequence.request_id, now)
-        if update.finish_reason is not None:
-            self._events.finished(sequence, update.finish_reason, now)
-            self._constraints.forget(sequence.request_id)
-        cached = sequence.num_cached_tokens
-        logprobs = Logprobs.of(update.logprobs), Logprobs.of(update.prompt_logprobs)
-        return EngineOutput(
-            sequence.request_id,
-            update.token_ids,
-            update.finish_reason,
-            update.error,
-            cached,
-            now,
-            *phases,
-            *logprobs,
-            pooled=pooled,
-        )
 
     def _ranking(self, now: float) -> float | None:
         if now >= self._tau_due or not self.busy:

@@ -22,18 +22,15 @@ chunked prefill mixed with decodes: Sarathi-Serve (OSDI 2024).
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
-
-import numpy as np
 
 from jaxserve.config.failpoints import Hit
 from jaxserve.config.scheduling import SchedulerConfig
 from jaxserve.kv_cache.content_keys import ContentKeys
 from jaxserve.kv_cache.page_groups import PageGroups
 from jaxserve.kv_cache.page_pool import PageCopy, PagePool, PageState
-from jaxserve.request import COMPLETED, EngineRequest, FinishReason, RequestStatus
+from jaxserve.request import EngineRequest, FinishReason
 from jaxserve.scheduler.batch_barrier import BatchBarrier
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.budgets import Budgets
@@ -42,18 +39,16 @@ from jaxserve.scheduler.decode_gap import DecodeGap
 from jaxserve.scheduler.gap_monitor import CAUSES
 from jaxserve.scheduler.length_prediction import OutputLengthPredictor
 from jaxserve.scheduler.modes import MODES
-from jaxserve.scheduler.plan import NOT_FINITE, FastForward, StepPlan, StepResult, Wants
+from jaxserve.scheduler.plan import FastForward, StepPlan, StepResult, Wants
 from jaxserve.scheduler.policies.named import POLICIES
-from jaxserve.scheduler.pooled_prompts import NOT_POOLED, take_pooled
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.prefix_cache import PrefixCache, PrefixCounts
 from jaxserve.scheduler.prefix_costs import PrefixPredictor, StepSeconds, by_tokens
 from jaxserve.scheduler.prefix_waits import WaitCounts
-from jaxserve.scheduler.sampled_tokens import finish_reason, no_token, one_by_one, several
-from jaxserve.scheduler.scoring import scored_tokens, take_scores, with_logprobs
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import SequenceQueues
 from jaxserve.scheduler.step_builder import StepBuilder
+from jaxserve.scheduler.step_results import StepResults
 from jaxserve.scheduler.step_shape import StepShape
 from jaxserve.scheduler.step_time_estimator import StepTimeEstimator
 from jaxserve.scheduler.update import SequenceUpdate, StepUpdate
@@ -134,6 +129,15 @@ class Scheduler:
         self.pool = pool
         self.predictor = OutputLengthPredictor(config.prediction)
         self._priorities_seen = (0, 0)  # lowest and highest
+        self._results = StepResults(
+            self._sequences,
+            self._queues,
+            self._barrier,
+            holds=self._mode.holds,
+            policy=self.policy,
+            learn=lambda request, length, expected: self.predictor.observe(request, length, expected),
+            decode_gap=self.decode_gap,
+        )
 
     @property
     def num_waiting(self) -> int:
@@ -287,7 +291,7 @@ class Scheduler:
     def abort(self, request_id: str) -> SequenceUpdate | None:
         """Ends a request and frees its pages at once; returns None when the id is not (or no longer) known."""
         sequence = self._sequences.get(request_id)
-        return None if sequence is None else self._finish(sequence, FinishReason.ABORT)
+        return None if sequence is None else self._results.finish(sequence, FinishReason.ABORT)
 
     def fail(self, request_id: str, error: str) -> SequenceUpdate | None:
         """Ends a request that cannot be computed and frees its pages at once.
@@ -302,7 +306,7 @@ class Scheduler:
             The update, or None when the id is not (or no longer) known.
         """
         sequence = self._sequences.get(request_id)
-        return None if sequence is None else self._finish(sequence, FinishReason.ERROR, error)
+        return None if sequence is None else self._results.finish(sequence, FinishReason.ERROR, error)
 
     def complete(self, request_id: str) -> SequenceUpdate | None:
         """Ends a request whose output is complete, so that no token can follow, with STOP.
@@ -311,7 +315,7 @@ class Scheduler:
         longer) known.
         """
         sequence = self._sequences.get(request_id)
-        return None if sequence is None else self._end(sequence, FinishReason.STOP, ())
+        return None if sequence is None else self._results.end(sequence, FinishReason.STOP, ())
 
     @property
     def lost_copies(self) -> tuple[PageCopy, ...]:
@@ -350,16 +354,18 @@ class Scheduler:
 
         Also returns the final outputs of a static batch that has ended otherwise than by a step.
         """
-        ended = self._let_go() if self._barrier else []
+        ended = self._results.let_go() if self._barrier else []
         while (sequence := self._queues.waiting.expired(now)) is not None:
             late = now - (sequence.request.options.deadline or now)
-            ended.append(self._finish(sequence, FinishReason.DEADLINE, error=f"deadline passed {late:.3f} s ago"))
+            ended.append(
+                self._results.finish(sequence, FinishReason.DEADLINE, error=f"deadline passed {late:.3f} s ago")
+            )
         while (sequence := self._queues.waiting.late(now)) is not None:
             if sequence.request.options.deadline is None and not self._config.ordering.drop_late:
                 self._queues.waiting.demote(sequence)
                 continue
             error = self._deadline_check.error(sequence, now, self.policy.due)
-            ended.append(self._finish(sequence, FinishReason.DEADLINE, error=error))
+            ended.append(self._results.finish(sequence, FinishReason.DEADLINE, error=error))
         return ended
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
@@ -404,7 +410,9 @@ class Scheduler:
             result: its ids.
             now: the time at which they were there, for max_decode_gap; None where nobody measures it.
         """
-        update = self._update(plan, result)
+        if self._queues.prefix_cache.planned_step == plan.step:  # no other was planned while it ran
+            self._commit_pages()
+        update = self._results.apply(plan, result)
         if self.decode_gap is None or now is None:
             return update
         going_on = update.request_ids if update.scored is None else update.request_ids + update.scored.request_ids
@@ -418,54 +426,15 @@ class Scheduler:
 
     def _commit_pages(self) -> None:
         """Commits the pages that the step planned last fills, and tells those that wait for them."""
-        for sequence in self._queues.prefix_cache.commit(self._owner):
+        for sequence in self._queues.prefix_cache.commit(self._results.owner):
             self._queues.prefix_waits.committed(sequence)
         self._queues.prefix_order.update()
-
-    def _update(self, plan: StepPlan, result: StepResult) -> StepUpdate:
-        token_ids = np.asarray(result.token_ids, np.int32)
-        if len(token_ids) != plan.num_sampled:
-            raise ValueError(f"step {plan.step} has {len(token_ids)} token ids; it sampled {plan.num_sampled} rows")
-        if self._queues.prefix_cache.planned_step == plan.step:  # no other was planned while it ran
-            self._commit_pages()
-        others = self._take_unsampled(plan, result)
-        if plan.decodes.counts is not None:
-            return self._update_several(plan, token_ids, result, others)
-        request_ids, sampled = plan.decodes.request_ids, token_ids[: len(plan.decodes)]
-        stay = self._queues.running.decoding.take(plan.decodes, plan.samples, sampled)
-        for request_id, order, place, token_id in one_by_one(plan, token_ids, ~stay):
-            sequence = self._owner(request_id, order)
-            if sequence is not None:
-                others.append(with_logprobs(self._take(sequence, (token_id,)), result, place))
-        if self._barrier:
-            others += self._let_go()
-        scored = None
-        if result.logprobs is not None:
-            wanting = stay & plan.samples.wanting(Wants.LOGPROBS)[: len(stay)]
-            scored = scored_tokens(plan, sampled, wanting, result.logprobs, self._sequences)
-            stay = stay & ~wanting
-        if not stay.all():
-            request_ids, sampled = tuple(itertools.compress(request_ids, stay.tolist())), sampled[stay]
-        return StepUpdate(request_ids, sampled.tolist(), others, scored=scored)
-
-    def _take_unsampled(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
-        """Hands log-probabilities of prompt tokens and pooled hidden states to their sequences; returns those that end
-        with it: prompts that were to be embedded, and requests whose numbers are not finite."""
-        ended = []
-        if len(plan.scores):
-            failed = take_scores(plan, result, self._owner)
-            ended += [self._finish(sequence, FinishReason.ERROR, no_token(NOT_FINITE)) for sequence in failed]
-        if plan.num_pooled:
-            for sequence, pooled in take_pooled(plan, result, self._owner):
-                finish = FinishReason.ERROR, NOT_POOLED
-                ended.append(self._end(sequence, FinishReason.STOP, ()) if pooled else self._finish(sequence, *finish))
-        return ended
 
     def masked_sequences(self, plan: StepPlan) -> list[Sequence | None]:
         """Returns the sequence of each sample of `plan` that wants a mask, in order; None for those that have ended.
         If the step before has been passed to `update`, all tokens before that sample are known."""
         owners = {row.slot: (row.request_id, row.order) for row in (*plan.rows, *plan.forks)}
-        return [self._owner(*owners[slot]) for slot in plan.samples.slots[plan.samples.masked].tolist()]
+        return [self._results.owner(*owners[slot]) for slot in plan.samples.slots[plan.samples.masked].tolist()]
 
     def fast_forward_steps(self) -> int:
         """Returns the number of coming steps that only decode the same rows, if nothing arrives and no stop id is
@@ -508,80 +477,6 @@ class Scheduler:
         """Asserts invariant 1 of the design and that every sequence is in exactly one queue."""
         self._barrier.check_integrity(set(self._sequences))
         self._queues.check_integrity(list(self._sequences.values()), self.pool)
-
-    def _update_several(
-        self, plan: StepPlan, token_ids: np.ndarray, result: StepResult, others: list[SequenceUpdate]
-    ) -> StepUpdate:
-        """Does what `update` does, for a plan whose rows have several samples; `result.counts` says how many are
-        accepted. others: updates that the step has made already."""
-        counts = np.zeros(0, np.int32) if result.counts is None else np.asarray(result.counts, np.int32)
-        if len(counts) != len(plan.decodes):
-            raise ValueError(f"step {plan.step} has {len(counts)} counts; it decoded {len(plan.decodes)} rows")
-        for request_id, order, place, planned, found in several(plan, token_ids, counts):
-            sequence = self._owner(request_id, order)
-            if sequence is None:
-                continue
-            refused = planned - len(found)
-            if sequence.decoding:
-                self._queues.running.decoding.give_back(sequence, refused)
-            else:  # preempted meanwhile; computed again from the start, or swapped as if all had held
-                sequence.num_pending -= refused
-                sequence.num_computed -= refused if sequence.num_computed else 0
-            others.append(with_logprobs(self._take(sequence, found), result, place))
-        if self._barrier:
-            others += self._let_go()
-        return StepUpdate((), [], others)
-
-    def _owner(self, request_id: str, order: int) -> Sequence | None:
-        """Returns the sequence that a row was planned for, if it still needs tokens."""
-        sequence = self._sequences.get(request_id)
-        return None if sequence is None or sequence.order != order or request_id in self._barrier else sequence
-
-    def _take(self, sequence: Sequence, token_ids: tuple[int, ...]) -> SequenceUpdate:
-        """Appends the next tokens to one sequence, up to the one that ends it."""
-        if not sequence.decoding:
-            sequence.num_pending -= len(token_ids)
-        for count, token_id in enumerate(token_ids):
-            if token_id < 0:
-                return dataclasses.replace(
-                    self._finish(sequence, FinishReason.ERROR, no_token(token_id)), token_ids=token_ids[:count]
-                )
-            sequence.output_token_ids.append(token_id)
-            reason = finish_reason(sequence, token_id)
-            if reason is not None:
-                return self._end(sequence, reason, token_ids[: count + 1])
-        return SequenceUpdate(sequence, token_ids)
-
-    def _end(self, sequence: Sequence, reason: FinishReason, token_ids: tuple[int, ...]) -> SequenceUpdate:
-        """Ends a sequence with its last tokens; under static batching it stays registered until its whole batch has
-        ended."""
-        if self._mode.holds:
-            self._queues.leave(sequence)
-            sequence.status = RequestStatus.ENDING
-            self._queues.sharing.held_back(sequence)
-            self._barrier.hold(sequence, reason)
-            return SequenceUpdate(sequence, token_ids)
-        return dataclasses.replace(self._finish(sequence, reason), token_ids=token_ids)
-
-    def _let_go(self) -> list[SequenceUpdate]:
-        """Returns the final outputs of static batches whose sequences have all ended."""
-        return [self._finish(sequence, reason) for sequence, reason in self._barrier.released()]
-
-    def _finish(self, sequence: Sequence, reason: FinishReason, error: str = "") -> SequenceUpdate:
-        self._queues.leave(sequence, failed=reason is FinishReason.ERROR)
-        self._queues.sharing.ended(sequence)
-        self._barrier.forget(sequence)
-        del self._sequences[sequence.request_id]
-        sequence.status = RequestStatus.FINISHED
-        self.policy.ended(sequence)
-        if reason.value in COMPLETED and sequence.pooled is None:
-            if (
-                sequence.request.max_tokens > 1
-            ):  # a length that can only be 1, as in beam search, says nothing of others
-                self.predictor.observe(sequence.request, len(sequence.output_token_ids), sequence.expected_output)
-        elif self.decode_gap is not None:
-            self.decode_gap.monitor.ended(sequence.order)  # that of a completed one is forgotten once it is measured
-        return SequenceUpdate(sequence, (), reason, error)
 
     def _obstacle_stays(self) -> bool:
         """Tells whether waiting sequences will stay blocked, whatever the time, until a request arrives or leaves."""
