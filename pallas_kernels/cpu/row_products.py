@@ -31,8 +31,11 @@ ZERO = ir.Constant(SINGLE, 0.0)
 PIECE = 512
 """Elements of the contracted axis that are summed before others: what a tile reads of them stays in the first cache."""
 
-_BLOCK_BYTES, _BLOCK_COLUMNS, _BLOCK_ROWS = 2**17, 48, 256
-"""Of a work item: bytes of a piece of its columns, which the second cache holds, columns and rows at most."""
+_FEW_ROWS, _FEW_COLUMNS, _BLOCK_COLUMNS, _BLOCK_ROWS = 64, 48, 96, 256
+"""Of a work item: rows and columns at most. Of few rows fewer columns, for threads to share; in any case so few that the
+second cache holds a piece of them."""
+
+_LINE = 64
 
 _LEAST_WORK = 2**18
 """Products below which a call is left to the calling thread."""
@@ -95,7 +98,7 @@ def _name(dtype: str) -> str:
 
 
 def _build(module: Any, name: str, dtype: str) -> None:
-    native_calls.add_handler(module, name, _add_num_items(module, dtype), _add_work(module, dtype))
+    native_calls.add_handler(module, name, _add_num_items(module), _add_work(module, dtype))
 
 
 class _Sizes(NamedTuple):
@@ -108,17 +111,15 @@ class _Sizes(NamedTuple):
     block_columns: Any
 
 
-def _sizes(emit: Call, frame: Any, dtype: str) -> _Sizes:
+def _sizes(emit: Call, frame: Any) -> _Sizes:
     x, weight = (emit.argument(frame, number) for number in range(2))
     rows, columns, length = emit.dim(x, 0), emit.dim(weight, 0), emit.dim(x, 1)
-    piece = emit.builder.mul(emit.smaller(length, WORD(PIECE)), WORD(_DTYPES[dtype]))
-    wide = tile().columns
-    tiles = emit.smaller(emit.builder.sdiv(WORD(_BLOCK_BYTES // wide), piece), WORD(_BLOCK_COLUMNS // wide))
-    little = emit.builder.icmp_signed("<", emit.builder.mul(emit.builder.mul(rows, columns), length), WORD(_LEAST_WORK))
-    block_rows = emit.builder.select(little, rows, WORD(_BLOCK_ROWS))
-    return _Sizes(
-        rows, columns, length, block_rows, emit.builder.select(little, columns, emit.builder.mul(tiles, WORD(wide)))
-    )
+    builder = emit.builder
+    few = builder.icmp_signed("<=", rows, WORD(_FEW_ROWS))
+    block_columns = builder.select(few, WORD(_FEW_COLUMNS), WORD(_BLOCK_COLUMNS))
+    little = builder.icmp_signed("<", builder.mul(builder.mul(rows, columns), length), WORD(_LEAST_WORK))
+    block_rows = builder.select(little, rows, WORD(_BLOCK_ROWS))
+    return _Sizes(rows, columns, length, block_rows, builder.select(little, columns, block_columns))
 
 
 def _parts(emit: Call, whole: Any, part: Any) -> Any:
@@ -126,10 +127,10 @@ def _parts(emit: Call, whole: Any, part: Any) -> Any:
     return emit.builder.sdiv(emit.builder.add(whole, emit.builder.sub(part, WORD(1))), part)
 
 
-def _add_num_items(module: Any, dtype: str) -> Any:
+def _add_num_items(module: Any) -> Any:
     """The function that tells the work items of a call: blocks of rows and columns, or one for all of little work."""
     made, emit = native_calls.function(module, "num_items", WORD, [WORD])
-    sizes = _sizes(emit, made.args[0], dtype)
+    sizes = _sizes(emit, made.args[0])
     blocks = _parts(emit, sizes.columns, sizes.block_columns), _parts(emit, sizes.rows, sizes.block_rows)
     emit.builder.ret(emit.builder.mul(*blocks))
     return made
@@ -137,28 +138,32 @@ def _add_num_items(module: Any, dtype: str) -> Any:
 
 def _add_work(module: Any, dtype: str) -> Any:
     """The function that computes a work item."""
-    multiply_tile = _add_tile(module, dtype)
+    multiply_tile, copy_rows = _add_tile(module, dtype), _add_copy(module)
     made, emit = native_calls.function(module, "work", ir.VoidType(), [WORD, WORD])
     builder, (frame, item) = emit.builder, made.args
-    sizes = _sizes(emit, frame, dtype)
+    sizes = _sizes(emit, frame)
     x, weight, out = emit.argument(frame, 0), emit.argument(frame, 1), emit.result(frame, 0)
     blocks = _parts(emit, sizes.columns, sizes.block_columns)
     first_row = builder.mul(builder.sdiv(item, blocks), sizes.block_rows)
     first_column = builder.mul(builder.srem(item, blocks), sizes.block_columns)
     end_row = emit.smaller(builder.add(first_row, sizes.block_rows), sizes.rows)
     end_column = emit.smaller(builder.add(first_column, sizes.block_columns), sizes.columns)
-    addresses = [emit.data(buffer) for buffer in (x, weight, out)]
+    x, weight, out = (emit.data(buffer) for buffer in (x, weight, out))
+    copy = builder.alloca(ir.VectorType(SINGLE, tile().lanes), PIECE // tile().lanes * tile().rows)
+    copy.align = _LINE
+    copy = builder.ptrtoint(copy, WORD)
 
     def one_piece(piece: Any) -> None:
         first = builder.mul(piece, WORD(PIECE))
 
         def one_row(row: Any) -> None:
             row = builder.add(first_row, builder.mul(row, WORD(tile().rows)))
+            builder.call(copy_rows, [x, copy, sizes.length, row, end_row, first])
 
             def one_column(column: Any) -> None:
                 column = builder.add(first_column, builder.mul(column, WORD(tile().columns)))
                 place = [row, end_row, column, end_column, first]
-                builder.call(multiply_tile, [*addresses, sizes.columns, sizes.length, *place])
+                builder.call(multiply_tile, [copy, weight, out, sizes.columns, sizes.length, *place])
 
             emit.times(_parts(emit, builder.sub(end_column, first_column), WORD(tile().columns)), one_column)
 
@@ -169,37 +174,70 @@ def _add_work(module: Any, dtype: str) -> Any:
     return made
 
 
+def _numbers(emit: Call, begin: Any, end: Any, count: int) -> list[Any]:
+    """So many numbers from a first one on; the last one again where they would pass it."""
+    last = emit.builder.sub(end, WORD(1))
+    return [emit.smaller(emit.builder.add(begin, WORD(number)), last) for number in range(count)]
+
+
+def _places(emit: Call, base: Any, numbers: list[Any], length: Any, first: Any, size: int) -> list[Any]:
+    """Where rows of a matrix begin, from element `first` of each on."""
+    builder = emit.builder
+    return [
+        emit.at(base, builder.mul(builder.add(builder.mul(number, length), first), WORD(size))) for number in numbers
+    ]
+
+
+def _steps(emit: Call, length: Any, first: Any) -> tuple[Any, Any]:
+    """Whole vectors of a piece, and elements behind them."""
+    count = emit.smaller(emit.builder.sub(length, first), WORD(PIECE))
+    return emit.builder.sdiv(count, WORD(tile().lanes)), emit.builder.srem(count, WORD(tile().lanes))
+
+
+def _add_copy(module: Any) -> Any:
+    """The function that copies a piece of a tile's rows, vector by vector side by side, filled up with zeros.
+
+    As they lie, rows of 4 KiB would meet in few places of the first cache.
+    """
+    made, emit = native_calls.function(module, "copy", ir.VoidType(), [WORD] * 6)
+    builder, (x, copy, length, row, end_row, first) = emit.builder, made.args
+    lanes, tall, *_ = tile()
+    places = _places(emit, x, _numbers(emit, row, end_row, tall), length, first, 4)
+    steps, rest = _steps(emit, length, first)
+
+    def copy_step(index: Any, mask: Any = None) -> None:
+        target = emit.at(copy, builder.mul(index, WORD(4 * lanes * tall)))
+        for number, place in enumerate(places):
+            value = _read(emit, emit.at(place, builder.mul(index, WORD(4 * lanes))), "float32", mask)
+            emit.store(value, emit.at(target, 4 * lanes * number), 4 * lanes)
+
+    emit.times(steps, copy_step)
+    with builder.if_then(builder.icmp_signed(">", rest, WORD(0))):
+        copy_step(steps, _mask(emit, rest, lanes))
+    builder.ret_void()
+    return made
+
+
 def _add_tile(module: Any, dtype: str) -> Any:
-    """The function that adds a piece of the products of a tile's rows and columns to the result.
+    """The function that adds a piece of the products of a tile's rows, as copied, and columns to the result.
 
     Rows and columns past the end stand for the last one: they are computed again and stored in its place.
     """
     made, emit = native_calls.function(module, "tile", ir.VoidType(), [WORD] * 10)
-    builder, (x, weight, out, columns, length, row, end_row, column, end_column, first) = emit.builder, made.args
+    builder, (copy, weight, out, columns, length, row, end_row, column, end_column, first) = emit.builder, made.args
     lanes, tall, wide, _ = tile()
-
-    def places(begin: Any, end: Any, count: int) -> list[Any]:
-        last = builder.sub(end, WORD(1))
-        return [emit.smaller(builder.add(begin, WORD(number)), last) for number in range(count)]
-
-    def addresses(base: Any, numbers: list[Any], size: int) -> list[Any]:
-        return [
-            emit.at(base, builder.mul(builder.add(builder.mul(number, length), first), WORD(size)))
-            for number in numbers
-        ]
-
     size = _DTYPES[dtype]
-    row_numbers, column_numbers = places(row, end_row, tall), places(column, end_column, wide)
-    row_places, column_places = addresses(x, row_numbers, 4), addresses(weight, column_numbers, size)
-    count = emit.smaller(builder.sub(length, first), WORD(PIECE))
-    steps, rest = builder.sdiv(count, WORD(lanes)), builder.srem(count, WORD(lanes))
+    row_numbers, column_numbers = (
+        _numbers(emit, *place) for place in ((row, end_row, tall), (column, end_column, wide))
+    )
+    places = _places(emit, weight, column_numbers, length, first, size)
+    steps, rest = _steps(emit, length, first)
 
     def add_step(index: Any, totals: list[Any], mask: Any = None) -> list[Any]:
-        element = builder.mul(index, WORD(lanes))
-        right = [_read(emit, emit.at(at, builder.mul(element, WORD(size))), dtype, mask) for at in column_places]
-        new = []
-        for number, at in enumerate(row_places):
-            left = _read(emit, emit.at(at, builder.mul(element, WORD(4))), "float32", mask)
+        right = [_read(emit, emit.at(at, builder.mul(index, WORD(size * lanes))), dtype, mask) for at in places]
+        base, new = emit.at(copy, builder.mul(index, WORD(4 * lanes * tall))), []
+        for number in range(tall):
+            left = emit.load(emit.at(base, 4 * lanes * number), ir.VectorType(SINGLE, lanes), 4 * lanes)
             new += [_add_product(emit, totals[number * wide + other], left, right[other]) for other in range(wide)]
         return new
 
