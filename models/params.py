@@ -109,17 +109,21 @@ def packable(config: ModelConfig, dtype: Any) -> bool:
     return matmul.packable(resolved, parameters(config).values())
 
 
-def products_for(dtype: Any, mesh: Mesh, *, packed: bool = False) -> Products:
+def products_for(dtype: Any, mesh: Mesh, *, packed: bool = False, by_rows: bool = False) -> Products:
     """Selects the matrix products of layers with weights of `dtype`, `packed` or not, on the devices of `mesh`.
+
+    by_rows: on a CPU, the kernels multiply whose results depend on their row alone.
 
     Sums are float32 in any case. A GPU's matmul rounds in its epilogue, where it adds the residual too: float32
     products would double what a step moves besides the weights, and XLA would then sum the residual stream anew from
     all layers' products in every norm. XLA's CPU backend has no fast dot with a bfloat16 result; with packed weights
-    (`pack_for`, one device) its dots are not used at all.
+    (`pack_for`) or kernels by rows, both for one device, its dots are not used at all.
     """
     if mesh.devices.flat[0].platform != "cpu":
         return Products(resolve_dtype(dtype))
-    return Products(packed=packed and mesh.size == 1)
+    if mesh.size > 1:
+        return Products()
+    return Products(packed=packed, rows=resolve_dtype(dtype).name if by_rows else "")
 
 
 def pack_for(config: ModelConfig, params: Params, products: Products) -> Params:

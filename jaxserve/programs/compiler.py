@@ -127,9 +127,12 @@ def compiler_options(platform: str) -> dict[str, str | bool]:
     (the sampler's bisections) join the step's one command buffer. No rematerialization: XLA takes a pool that fills the
     device for a lack of memory, and computes values twice to save a few bytes. On a machine without CUDA also the path
     of the assembler, which does not affect the program.
+
+    On a CPU: no fusions computed by the library YNNPACK (XLA makes dots and sums over an axis into such by default),
+    which sums a row in an order that depends on the number of rows.
     """
     if platform != "gpu":
-        return {}
+        return {"xla_cpu_experimental_ynn_fusion_type": ""}
     toolkit = plugin.toolkit_directory()
     return {
         "xla_gpu_enable_triton_gemm": False,

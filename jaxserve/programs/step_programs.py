@@ -120,6 +120,7 @@ class Shapes:
     Attributes:
         kv_cache_dtype: name of the dtype of keys and values in pages; None is `dtype`.
         packed: name of the CPU kernels in whose order weights are packed; "" for unpacked weights.
+        row_products: name of the CPU kernels that multiply by weights that are not packed; "" for XLA's dots.
         num_host_pages: pages of host memory for swapped sequences; 0 where none are swapped.
         num_penalty_rows: requests with penalties that can run at once.
         max_logprobs: likeliest ids of one position that a request may ask for, at most as many as the vocabulary has.
@@ -137,6 +138,7 @@ class Shapes:
     attention: str
     kv_cache_dtype: str | None = None
     packed: str = ""
+    row_products: str = ""
     num_host_pages: int = 0
     num_penalty_rows: int = 1
     max_logprobs: int = MAX_LOGPROBS
@@ -191,7 +193,7 @@ class Shapes:
 
 def products_of(shapes: Shapes, mesh: Mesh) -> Products:
     """Returns the matrix products of the model's layers."""
-    return products_for(shapes.dtype, mesh, packed=bool(shapes.packed))
+    return products_for(shapes.dtype, mesh, packed=bool(shapes.packed), by_rows=bool(shapes.row_products))
 
 
 def program_keys(shapes: Shapes) -> list[ProgramKey]:

@@ -12,16 +12,18 @@ and free on a GPU.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layer_specs import LayerSpec
-from jaxserve.models.layers.matmul import Products, contract
+from jaxserve.models.layers.matmul import Products
 from jaxserve.models.layers.mlp import MLP
 from jaxserve.models.layers.norm import RMSNorm
 from jaxserve.models.layers.parameter import Packing, Parameter, Source
@@ -110,6 +112,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Computes the logits, float32 [..., V], of hidden [..., H]."""
+        products = dataclasses.replace(self.products, dtype=np.dtype(np.float32))
         if self.head is None:
-            return contract(hidden, self.embedding[...])
-        return Products(packed=self.products.packed).contract(hidden, self.head[...])
+            return products.contract_unpacked(hidden, self.embedding[...])
+        return products.contract(hidden, self.head[...])

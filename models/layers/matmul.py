@@ -1,4 +1,4 @@
-"""Multiplies by weights: through XLA's dots, or on CPUs through kernels that read packed weights."""
+"""Multiplies by weights: through XLA's dots, or on CPUs through kernels whose results depend on their row alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.models.layers.parameter import Packing, Parameter
-from jaxserve.pallas_kernels.cpu import linear
+from jaxserve.pallas_kernels.cpu import linear, row_products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,24 +24,32 @@ class Products:
         dtype: dtype to which products are rounded.
         packed: weights are bfloat16 in the order of `pallas_kernels.cpu.linear`, which needs a CPU that supports it;
             its results are float32.
+        rows: name of the dtype of weights that are not packed where `pallas_kernels.cpu.row_products` multiplies by
+            them, with float32 results; "" for XLA's dots, whose bits depend on the number of rows and of threads.
     """
 
     dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
     packed: bool = False
+    rows: str = ""
 
     def prepare(self) -> None:
         """Registers the kernels that programs with these products call; must precede loading or running one."""
         if self.packed:
             linear.prepare()
+        if self.rows:
+            row_products.prepare(self.rows)
 
     def contract(self, x: jax.Array, weight: jax.Array, axes: int = 1) -> jax.Array:
-        """Contracts the last `axes` axes of x and weight: [..., out...]."""
+        """Contracts the last `axes` axes of x and a weight that may be packed: [..., out...]."""
         if not self.packed:
+            return self.contract_unpacked(x, weight, axes)
+        return _by_matrix(linear.linear, x, weight, axes)
+
+    def contract_unpacked(self, x: jax.Array, weight: jax.Array, axes: int = 1) -> jax.Array:
+        """Contracts the last `axes` axes of x and a weight that is never packed: [..., out...]."""
+        if not self.rows:
             return contract(x, weight, axes, self.dtype)
-        matrix = _matrix(weight, axes)
-        lead = x.shape[: x.ndim - axes]
-        y = linear.linear(x.reshape(math.prod(lead), -1), matrix)
-        return y.reshape(*lead, *weight.shape[: weight.ndim - axes])
+        return _by_matrix(row_products.multiply, x, weight, axes)
 
     def swiglu(self, x: jax.Array, gate_up: jax.Array, bias: jax.Array | None) -> jax.Array:
         """Computes silu(x gate^T) * (x up^T) for gate_up [2, I, H] and bias [2, I] or None: [..., I] in x's dtype."""
@@ -49,7 +57,10 @@ class Products:
             assert bias is None, "packed weights with a bias"
             y = linear.swiglu(x.reshape(-1, x.shape[-1]), gate_up)
             return y.reshape(*x.shape[:-1], -1)
-        gate, up = contract_each(x, gate_up, self.dtype)
+        if self.rows:
+            gate, up = jnp.moveaxis(self.contract_unpacked(x, gate_up), -2, 0)
+        else:
+            gate, up = contract_each(x, gate_up, self.dtype)
         if bias is not None:
             gate_bias, up_bias = bias.astype(gate.dtype)
             gate, up = gate + gate_bias, up + up_bias
@@ -107,6 +118,13 @@ def _packed(sharding: jax.sharding.Sharding, packing: Packing, axes: int) -> Any
         return linear.pack(_matrix(weight, axes)).reshape(weight.shape)
 
     return jax.jit(pack, out_shardings=sharding)
+
+
+def _by_matrix(multiply: Any, x: jax.Array, weight: jax.Array, axes: int) -> jax.Array:
+    """Contracts the last `axes` axes by multiply(rows, matrix)."""
+    lead = x.shape[: x.ndim - axes]
+    y = multiply(x.reshape(math.prod(lead), -1), _matrix(weight, axes))
+    return y.reshape(*lead, *weight.shape[: weight.ndim - axes])
 
 
 def _matrix(weight: jax.Array, axes: int) -> jax.Array:

@@ -20,11 +20,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 # Places in the structs of c_api.h, in words of 8 bytes.
-_FRAME_EXTENSION, _FRAME_API, _FRAME_CONTEXT, FRAME_ARGUMENTS, FRAME_RESULTS = 1, 2, 3, 9, 14
-_API_SCHEDULE, _API_NUM_THREADS = 17, 18
+FRAME_EXTENSION, FRAME_API, FRAME_CONTEXT, FRAME_ARGUMENTS, FRAME_RESULTS = 1, 2, 3, 9, 14
+API_SCHEDULE, API_NUM_THREADS = 17, 18
 BUFFER_DATA = 3
-_EXTENSION_METADATA = 3
-_METADATA_VERSION, _API_VERSION = 3, 4
+EXTENSION_METADATA = 3
+METADATA_VERSION, API_VERSION = 3, 4
 
 # Places in what the threads of one call share, likewise.
 _STATE_NEXT, _STATE_DONE, _STATE_USERS, _STATE_ITEMS, _STATE_FRAME, _STATE_WORDS = 0, 1, 2, 3, 4, 8
@@ -83,10 +83,10 @@ def result(frame, number, size, dtype):
 def asked_for_metadata(frame):
     """Whether the call only asks which version of the interface the target speaks; it is answered then."""
     words = words_at(frame)
-    if words[_FRAME_EXTENSION] == 0:
+    if words[FRAME_EXTENSION] == 0:
         return False
-    metadata = words_at(words_at(words[_FRAME_EXTENSION])[_EXTENSION_METADATA])
-    metadata[_METADATA_VERSION] = words_at(words[_FRAME_API])[_API_VERSION]  # major and minor, 4 bytes each
+    metadata = words_at(words_at(words[FRAME_EXTENSION])[EXTENSION_METADATA])
+    metadata[METADATA_VERSION] = words_at(words[FRAME_API])[API_VERSION]  # major and minor, 4 bytes each
     return True
 
 
@@ -153,9 +153,9 @@ def num_threads(frame):
     """Threads of XLA's pool."""
     words, place = words_at(frame), allocate(40)
     scratch = words_at(place)
-    scratch[0], scratch[1], scratch[2], scratch[3] = 32, 0, words[_FRAME_CONTEXT], place + 32
+    scratch[0], scratch[1], scratch[2], scratch[3] = 32, 0, words[FRAME_CONTEXT], place + 32
     scratch[4] = 1
-    call_function(words_at(words[_FRAME_API])[_API_NUM_THREADS], place)
+    call_function(words_at(words[FRAME_API])[API_NUM_THREADS], place)
     threads = scratch[4]
     release(place)
     return threads
@@ -165,8 +165,8 @@ def num_threads(frame):
 def _schedule(frame, task, data, scratch):
     """Hands a task to XLA's pool; whether it was taken."""
     words = words_at(frame)
-    scratch[0], scratch[1], scratch[2], scratch[3], scratch[4] = 40, 0, words[_FRAME_CONTEXT], task, data
-    return call_function(words_at(words[_FRAME_API])[_API_SCHEDULE], address_of(scratch)) == 0
+    scratch[0], scratch[1], scratch[2], scratch[3], scratch[4] = 40, 0, words[FRAME_CONTEXT], task, data
+    return call_function(words_at(words[FRAME_API])[API_SCHEDULE], address_of(scratch)) == 0
 
 
 def target(num_items: Any, work: Any) -> Any:

@@ -1,0 +1,363 @@
+"""Matrix products on any CPU whose bits depend on a row and a column alone: for weights that are stored as they are.
+
+XLA's dots sum in an order that depends on the number of rows, and on that of threads: a request's hidden states would
+depend on what it is batched with. Here each result is the same whatever else is computed: LANES sums over the
+contracted axis, of every LANES-th product each, are added in the order of a tree, and so for each PIECE of the axis;
+pieces are added from the first to the last.
+
+Row and column are both read along the contracted axis, where their elements lie side by side, so weights need no other
+order: a tile of rows and columns of sums stays in registers, and each step takes LANES elements of each row and column.
+"""
+
+# The builder is llvmlite's, which has no types.
+# pyright: basic, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import functools
+import platform
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from llvmlite import ir
+
+from jaxserve.pallas_kernels.cpu import native_calls
+from jaxserve.pallas_kernels.cpu.emitter import INT, SINGLE, WORD
+from jaxserve.pallas_kernels.cpu.native_calls import Call
+
+ZERO = ir.Constant(SINGLE, 0.0)
+
+PIECE = 512
+"""Elements of the contracted axis that are summed before others: what a tile reads of them stays in the first cache."""
+
+_FEW_ROWS, _FEW_COLUMNS, _BLOCK_COLUMNS, _BLOCK_ROWS = 64, 48, 96, 256
+"""Of a work item: rows and columns at most. Of few rows fewer columns, for threads to share; in any case so few that the
+second cache holds a piece of them."""
+
+_LINE = 64
+
+_LEAST_WORK = 2**18
+"""Products below which a call is left to the calling thread."""
+
+_VERSION = 1
+"""Changes with what is computed: a program that was kept from an earlier release must not meet another function."""
+
+_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Weights that can be multiplied, and their bytes."""
+
+
+class Tile(NamedTuple):
+    """What is computed in registers. lanes: float32 numbers of a vector; fused: one instruction multiplies and adds."""
+
+    lanes: int
+    rows: int
+    columns: int
+    fused: bool
+
+
+@functools.cache
+def tile() -> Tile:
+    """The tile for this CPU: as many sums as its registers hold beside what is multiplied."""
+    has = native_calls.features()
+    if "avx512f" in has:
+        return Tile(16, 8, 3, True)
+    if {"avx2", "fma"} <= has:
+        return Tile(8, 4, 3, True)
+    if platform.machine() in ("aarch64", "arm64"):
+        return Tile(4, 8, 3, True)
+    return Tile(4, 4, 2, False)
+
+
+def kernels() -> str:
+    """The kernels that run here, by name; a program compiled with others cannot call them."""
+    return f"rows_{_VERSION}_{tile().lanes}{'fused' if tile().fused else ''}"
+
+
+def supports(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether weights of a dtype can be multiplied."""
+    return jnp.dtype(dtype).name in _DTYPES
+
+
+def prepare(dtype: jax.typing.DTypeLike) -> None:
+    """Compiles the function for weights of a dtype and makes it known to XLA, once a process; before a program that
+    calls it is loaded or run."""
+    name = jnp.dtype(dtype).name
+    native_calls.register(_name(name), functools.partial(_build, dtype=name))
+
+
+def multiply(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [T, K] times the transposed weight [N, K] of any supported dtype: float32 [T, N], summed in float32."""
+    prepare(weight.dtype)
+    result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call(_name(weight.dtype.name), result)(x.astype(jnp.float32), weight)
+
+
+def _name(dtype: str) -> str:
+    return f"jaxserve_{dtype}_{kernels()}"
+
+
+def _build(module: Any, name: str, dtype: str) -> None:
+    native_calls.add_handler(module, name, _add_num_items(module), _add_work(module, dtype))
+
+
+class _Sizes(NamedTuple):
+    """Of a call, as words: rows, columns, length of the contracted axis; and rows and columns of a work item."""
+
+    rows: Any
+    columns: Any
+    length: Any
+    block_rows: Any
+    block_columns: Any
+
+
+def _sizes(emit: Call, frame: Any) -> _Sizes:
+    x, weight = (emit.argument(frame, number) for number in range(2))
+    rows, columns, length = emit.dim(x, 0), emit.dim(weight, 0), emit.dim(x, 1)
+    builder = emit.builder
+    few = builder.icmp_signed("<=", rows, WORD(_FEW_ROWS))
+    block_columns = builder.select(few, WORD(_FEW_COLUMNS), WORD(_BLOCK_COLUMNS))
+    little = builder.icmp_signed("<", builder.mul(builder.mul(rows, columns), length), WORD(_LEAST_WORK))
+    block_rows = builder.select(little, rows, WORD(_BLOCK_ROWS))
+    return _Sizes(rows, columns, length, block_rows, builder.select(little, columns, block_columns))
+
+
+def _parts(emit: Call, whole: Any, part: Any) -> Any:
+    """Parts of a whole, the last of which may be smaller."""
+    return emit.builder.sdiv(emit.builder.add(whole, emit.builder.sub(part, WORD(1))), part)
+
+
+def _add_num_items(module: Any) -> Any:
+    """The function that tells the work items of a call: blocks of rows and columns, or one for all of little work."""
+    made, emit = native_calls.function(module, "num_items", WORD, [WORD])
+    sizes = _sizes(emit, made.args[0])
+    blocks = _parts(emit, sizes.columns, sizes.block_columns), _parts(emit, sizes.rows, sizes.block_rows)
+    emit.builder.ret(emit.builder.mul(*blocks))
+    return made
+
+
+def _add_work(module: Any, dtype: str) -> Any:
+    """The function that computes a work item."""
+    multiply_tile, copy_rows = _add_tile(module, dtype), _add_copy(module)
+    made, emit = native_calls.function(module, "work", ir.VoidType(), [WORD, WORD])
+    builder, (frame, item) = emit.builder, made.args
+    sizes = _sizes(emit, frame)
+    x, weight, out = emit.argument(frame, 0), emit.argument(frame, 1), emit.result(frame, 0)
+    blocks = _parts(emit, sizes.columns, sizes.block_columns)
+    first_row = builder.mul(builder.sdiv(item, blocks), sizes.block_rows)
+    first_column = builder.mul(builder.srem(item, blocks), sizes.block_columns)
+    end_row = emit.smaller(builder.add(first_row, sizes.block_rows), sizes.rows)
+    end_column = emit.smaller(builder.add(first_column, sizes.block_columns), sizes.columns)
+    x, weight, out = (emit.data(buffer) for buffer in (x, weight, out))
+    copy = builder.alloca(ir.VectorType(SINGLE, tile().lanes), PIECE // tile().lanes * tile().rows)
+    copy.align = _LINE
+    copy = builder.ptrtoint(copy, WORD)
+
+    def one_piece(piece: Any) -> None:
+        first = builder.mul(piece, WORD(PIECE))
+
+        def one_row(row: Any) -> None:
+            row = builder.add(first_row, builder.mul(row, WORD(tile().rows)))
+            builder.call(copy_rows, [x, copy, sizes.length, row, end_row, first])
+
+            def one_column(column: Any) -> None:
+                column = builder.add(first_column, builder.mul(column, WORD(tile().columns)))
+                place = [row, end_row, column, end_column, first]
+                builder.call(multiply_tile, [copy, weight, out, sizes.columns, sizes.length, *place])
+
+            emit.times(_parts(emit, builder.sub(end_column, first_column), WORD(tile().columns)), one_column)
+
+        emit.times(_parts(emit, builder.sub(end_row, first_row), WORD(tile().rows)), one_row)
+
+    emit.times(_parts(emit, sizes.length, WORD(PIECE)), one_piece)
+    builder.ret_void()
+    return made
+
+
+def _numbers(emit: Call, begin: Any, end: Any, count: int) -> list[Any]:
+    """So many numbers from a first one on; the last one again where they would pass it."""
+    last = emit.builder.sub(end, WORD(1))
+    return [emit.smaller(emit.builder.add(begin, WORD(number)), last) for number in range(count)]
+
+
+def _places(emit: Call, base: Any, numbers: list[Any], length: Any, first: Any, size: int) -> list[Any]:
+    """Where rows of a matrix begin, from element `first` of each on."""
+    builder = emit.builder
+    return [
+        emit.at(base, builder.mul(builder.add(builder.mul(number, length), first), WORD(size))) for number in numbers
+    ]
+
+
+def _steps(emit: Call, length: Any, first: Any) -> tuple[Any, Any]:
+    """Whole vectors of a piece, and elements behind them."""
+    count = emit.smaller(emit.builder.sub(length, first), WORD(PIECE))
+    return emit.builder.sdiv(count, WORD(tile().lanes)), emit.builder.srem(count, WORD(tile().lanes))
+
+
+def _add_copy(module: Any) -> Any:
+    """The function that copies a piece of a tile's rows, vector by vector side by side, filled up with zeros.
+
+    As they lie, rows of 4 KiB would meet in few places of the first cache.
+    """
+    made, emit = native_calls.function(module, "copy", ir.VoidType(), [WORD] * 6)
+    builder, (x, copy, length, row, end_row, first) = emit.builder, made.args
+    lanes, tall, *_ = tile()
+    places = _places(emit, x, _numbers(emit, row, end_row, tall), length, first, 4)
+    steps, rest = _steps(emit, length, first)
+
+    def copy_step(index: Any, mask: Any = None) -> None:
+        target = emit.at(copy, builder.mul(index, WORD(4 * lanes * tall)))
+        for number, place in enumerate(places):
+            value = _read(emit, emit.at(place, builder.mul(index, WORD(4 * lanes))), "float32", mask)
+            emit.store(value, emit.at(target, 4 * lanes * number), 4 * lanes)
+
+    emit.times(steps, copy_step)
+    with builder.if_then(builder.icmp_signed(">", rest, WORD(0))):
+        copy_step(steps, _mask(emit, rest, lanes))
+    builder.ret_void()
+    return made
+
+
+def _add_tile(module: Any, dtype: str) -> Any:
+    """The function that adds a piece of the products of a tile's rows, as copied, and columns to the result.
+
+    Rows and columns past the end stand for the last one: they are computed again and stored in its place.
+    """
+    made, emit = native_calls.function(module, "tile", ir.VoidType(), [WORD] * 10)
+    builder, (copy, weight, out, columns, length, row, end_row, column, end_column, first) = emit.builder, made.args
+    lanes, tall, wide, _ = tile()
+    size = _DTYPES[dtype]
+    row_numbers, column_numbers = (
+        _numbers(emit, *place) for place in ((row, end_row, tall), (column, end_column, wide))
+    )
+    places = _places(emit, weight, column_numbers, length, first, size)
+    steps, rest = _steps(emit, length, first)
+
+    def add_step(index: Any, totals: list[Any], mask: Any = None) -> list[Any]:
+        right = [_read(emit, emit.at(at, builder.mul(index, WORD(size * lanes))), dtype, mask) for at in places]
+        base, new = emit.at(copy, builder.mul(index, WORD(4 * lanes * tall))), []
+        for number in range(tall):
+            left = emit.load(emit.at(base, 4 * lanes * number), ir.VectorType(SINGLE, lanes), 4 * lanes)
+            new += [_add_product(emit, totals[number * wide + other], left, right[other]) for other in range(wide)]
+        return new
+
+    zeros = [ir.Constant(ir.VectorType(SINGLE, lanes), [0.0] * lanes)] * (tall * wide)
+    totals = _loop(emit, steps, zeros, add_step)
+    before = builder.block
+    ragged, after = builder.append_basic_block("ragged"), builder.append_basic_block("whole")
+    builder.cbranch(builder.icmp_signed(">", rest, WORD(0)), ragged, after)
+    builder.position_at_end(ragged)
+    added = add_step(steps, totals, _mask(emit, rest, lanes))
+    builder.branch(after)
+    builder.position_at_end(after)
+    totals = [_merged(builder, (one, before), (other, ragged)) for one, other in zip(totals, added, strict=True)]
+    sums = [_tree(builder, totals[other::wide]) for other in range(wide)]
+    cells = [
+        emit.at(out, builder.shl(builder.add(builder.mul(row_number, columns), column_number), WORD(2)))
+        for row_number in row_numbers
+        for column_number in column_numbers
+    ]
+    # All is read before anything is stored: two rows may stand for one.
+    before = builder.block
+    added, after = builder.append_basic_block("added"), builder.append_basic_block("store")
+    builder.cbranch(builder.icmp_signed(">", first, WORD(0)), added, after)
+    builder.position_at_end(added)
+    earlier = [emit.load(cell, SINGLE, 4) for cell in cells]
+    builder.branch(after)
+    builder.position_at_end(after)
+    earlier = [_merged(builder, (ZERO, before), (value, added)) for value in earlier]
+    for number, cell in enumerate(cells):
+        emit.store(builder.fadd(earlier[number], sums[number % wide][number // wide]), cell, 4)
+    builder.ret_void()
+    return made
+
+
+def _loop(emit: Call, count: Any, initial: list[Any], body: Any) -> list[Any]:
+    """`emit.loop` of a count that may be 0."""
+    builder, before = emit.builder, emit.builder.block
+    some, after = builder.append_basic_block("some"), builder.append_basic_block("none")
+    builder.cbranch(builder.icmp_signed(">", count, WORD(0)), some, after)
+    builder.position_at_end(some)
+    results = emit.loop(count, initial, body)
+    end = builder.block
+    builder.branch(after)
+    builder.position_at_end(after)
+    return [_merged(builder, (one, before), (other, end)) for one, other in zip(initial, results, strict=True)]
+
+
+def _merged(builder: Any, *values: tuple[Any, Any]) -> Any:
+    """The value of the block that was left last."""
+    phi = builder.phi(values[0][0].type)
+    for value, block in values:
+        phi.add_incoming(value, block)
+    return phi
+
+
+def _add_product(emit: Call, total: Any, left: Any, right: Any) -> Any:
+    lanes, *_, fused = tile()
+    if fused:
+        return emit.call(f"llvm.fma.v{lanes}f32", total.type, left, right, total)
+    return emit.builder.fadd(total, emit.builder.fmul(left, right))
+
+
+def _mask(emit: Call, count: Any, lanes: int) -> Any:
+    """The first `count` lanes."""
+    kind = ir.VectorType(INT, lanes)
+    return emit.builder.icmp_signed(
+        "<", ir.Constant(kind, list(range(lanes))), emit.splat(emit.builder.trunc(count, INT), lanes)
+    )
+
+
+def _read(emit: Call, address: Any, dtype: str, mask: Any) -> Any:
+    """A vector of elements as float32; zeros outside the mask, which are not read."""
+    lanes, builder = tile().lanes, emit.builder
+    element = {"float32": SINGLE, "bfloat16": ir.IntType(16), "float16": ir.HalfType()}[dtype]
+    kind, size = ir.VectorType(element, lanes), _DTYPES[dtype]
+    if mask is None:
+        value = emit.load(address, kind, size)
+    else:
+        letter = "i16" if dtype == "bfloat16" else f"f{8 * size}"
+        pointer = builder.inttoptr(address, kind.as_pointer())
+        name = f"llvm.masked.load.v{lanes}{letter}.p0"
+        value = emit.call(name, kind, pointer, INT(size), mask, ir.Constant(kind, None))
+    if dtype == "float32":
+        return value
+    floats = ir.VectorType(SINGLE, lanes)
+    if dtype == "float16":
+        return builder.fpext(value, floats)
+    ints = ir.VectorType(INT, lanes)
+    high = builder.shl(builder.zext(value, ints), ir.Constant(ints, [16] * lanes))
+    return builder.bitcast(high, floats)
+
+
+def _tree(builder: Any, vectors: list[Any]) -> list[Any]:
+    """The sum of each vector's lanes: halves are added to each other, until one lane is left.
+
+    Every vector is summed in this order, wherever it stands.
+    """
+    lanes = tile().lanes
+    groups, width = 1, lanes  # a vector has so many groups of lanes, each to be summed
+    count = len(vectors)
+    while width > 1:
+        half = width // 2
+        starts = [group * width for group in range(groups)]
+        low = [start + lane for start in starts for lane in range(half)]
+        high = [lane + half for lane in low]
+        if len(vectors) > 1:
+            # Two vectors become one of twice as many groups.
+            low, high = ([*one, *(lane + groups * width for lane in one)] for one in (low, high))
+            pairs, groups = list(zip(vectors[::2], vectors[1::2], strict=True)), 2 * groups
+        else:
+            pairs = [(vectors[0], vectors[0])]
+        vectors = [
+            builder.fadd(_shuffled(builder, one, other, low), _shuffled(builder, one, other, high))
+            for one, other in pairs
+        ]
+        width = half
+    flat = [builder.extract_element(vector, INT(lane)) for vector in vectors for lane in range(groups)]
+    assert len(flat) == count, f"{count} vectors have {len(flat)} sums"
+    return flat
+
+
+def _shuffled(builder: Any, one: Any, other: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(INT, len(lanes)), lanes))
