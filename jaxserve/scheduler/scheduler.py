@@ -40,6 +40,7 @@ from jaxserve.scheduler.budgets import Budgets
 from jaxserve.scheduler.deadline_check import DeadlineCheck
 from jaxserve.scheduler.decode_gap import DecodeGap
 from jaxserve.scheduler.gap_monitor import CAUSES
+from jaxserve.scheduler.host_fetches import HostFetches
 from jaxserve.scheduler.length_prediction import OutputLengthPredictor
 from jaxserve.scheduler.modes import MODES
 from jaxserve.scheduler.plan import NOT_FINITE, FastForward, StepPlan, StepResult, Wants
@@ -112,7 +113,9 @@ class Scheduler:
             allocation_hit,
             deadline_check=self._deadline_check,
             groups=groups,
-            prefix_cache=PrefixCache(pool, content_keys, groups),
+            prefix_cache=PrefixCache(
+                pool, content_keys, groups, HostFetches.configured(config, step_seconds, costs, buckets)
+            ),
             predictor=None if not config.admission.wait_for_prefix else self._predictor(step_seconds or by_tokens),
         )
         self.decode_gap = DecodeGap.configured(config, step_seconds, buckets)
@@ -322,7 +325,7 @@ class Scheduler:
         """Preempts, for recomputation, every sequence that holds device pages, whose content is lost. O(unfinished
         requests).
 
-        Other pages in host memory stay valid.
+        Other pages in host memory stay valid, cached ones too.
 
         Args:
             lost: copies of the plans whose ids will not arrive, none of which has taken place. Their tokens are sampled
@@ -334,6 +337,7 @@ class Scheduler:
         lost_pages = {copy.destination for copy in lost if copy.destination_tier is PageState.HOST}
         self._queues.sharing.lost()
         self._queues.prefix_cache.forget()
+        self.pool.lost_copies(lost_pages)
         going_on = [sequence for name, sequence in self._sequences.items() if name not in self._barrier]
         preempted = [sequence for sequence in going_on if self._queues.restart(sequence, lost_pages)]
         for sequence in going_on:
@@ -380,6 +384,7 @@ class Scheduler:
                 for sequence in self._builder.admitted:
                     self._barrier.joined(sequence, self._steps)
         self._queues.prefix_cache.planned(plan)
+        self._queues.prefix_cache.fetches.planned(plan, now)
         if plan is not None:
             self._queues.prefix_waits.planned(plan)
         self._step_times.begins(plan, now)

@@ -80,6 +80,7 @@ class SequenceQueues:
         whose prompt is embedded, before the result is."""
         self.preempted = []
         self.changed = False
+        self.pages.start_step()
         for sequence in self.filled:
             if sequence.status is RequestStatus.RUNNING:
                 self.trim(sequence)
