@@ -28,7 +28,7 @@ from jaxserve.engine.messages import AddRequest, outputs
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import EngineRequest
 from jaxserve.runner.packing import ForwardPacker, SamplePacker
-from jaxserve.runner.protocol import RunnerInfo
+from jaxserve.runner.protocol import PageCopies, RunnerInfo
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.plan import StepPlan, StepResult
 
@@ -65,6 +65,9 @@ class PackingRunner:
         }
         self._sample = {size: SamplePacker(size, num_slots) for size in buckets.rows}
         self._ids = np.random.default_rng(0).integers(3, VOCAB, (64, num_slots), np.int32)
+
+    def page_copies(self) -> dict[str, PageCopies]:
+        return {}
 
     def fitted(self, plan: StepPlan) -> StepPlan:
         return plan

@@ -28,7 +28,7 @@ from collections.abc import Sequence as List
 
 from jaxserve.config.failpoints import Failpoints
 from jaxserve.config.settings import EngineConfig, ineffective_settings
-from jaxserve.engine.cache_control import CacheControl
+from jaxserve.engine.cache_control import CacheControl, page_pool
 from jaxserve.engine.constraints import CombinedConstraints, Constraints
 from jaxserve.engine.constraints.compiled_grammars import CompiledGrammars
 from jaxserve.engine.constraints.grammar_constraints import GrammarConstraints
@@ -57,14 +57,11 @@ from jaxserve.engine.messages import (
 from jaxserve.engine.step_executor import DeviceFaultError, DispatchedStep, EngineBrokenError, StepExecutor
 from jaxserve.engine.step_time import StepTimePrediction
 from jaxserve.kv_cache.content_keys import ContentKeys, read_secret
-from jaxserve.kv_cache.eviction import make_eviction
-from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits, Pooling
 from jaxserve.runner.protocol import Runner
 from jaxserve.scheduler import PageAllocationError, Scheduler, SequenceUpdate, StepPlan, StepUpdate, Wants
 from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.prefix_costs import page_seconds
 from jaxserve.telemetry.engine_events import EngineEvents, IterationTimes
 from jaxserve.telemetry.engine_meter import EngineMeter
 from jaxserve.telemetry.recorder import Recorder
@@ -127,15 +124,7 @@ class EngineCore:
         step_seconds = None if runner.step_costs is None else runner.step_costs.seconds
         self.scheduler = Scheduler(
             config.scheduler,
-            PagePool(
-                info.num_pages,
-                info.page_size,
-                info.num_host_pages,
-                make_eviction(
-                    config.cache.eviction_policy,
-                    None if step_seconds is None else page_seconds(step_seconds, info.page_size, buckets),
-                ),
-            ),
+            page_pool(config.cache, info, step_seconds, buckets),
             buckets,
             costs=info.preemption_costs,
             max_model_len=info.max_model_len,
@@ -145,7 +134,7 @@ class EngineCore:
             content_keys=content_keys(config),
             group_windows=info.group_windows,
         )
-        self._cache_control = CacheControl(self.scheduler)
+        self._cache_control = CacheControl(self.scheduler, runner)
         for line in () if self.scheduler.decode_gap is None else self.scheduler.decode_gap.warnings:
             _log.warning("%s", line)
         pooling, self._normalize = config.pooler.resolved(config.model)

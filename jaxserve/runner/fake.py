@@ -16,7 +16,7 @@ from jaxserve.config.logprobs_config import MAX_LOGPROBS
 from jaxserve.kv_cache.page_pool import PageCopy, PageState
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import EngineRequest
-from jaxserve.runner.protocol import RunnerInfo
+from jaxserve.runner.protocol import PageCopies, RunnerInfo
 from jaxserve.scheduler.plan import NOTHING_ALLOWED, RowPlan, StepPlan, StepResult
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 
@@ -135,8 +135,12 @@ class FakeRunner:
         self.num_executables = 0
         self._num_groups = len(group_windows)
         self._widest = max((window for window in group_windows if window is not None), default=0)
+        self._num_copied = {"out": 0, "in": 0}
         self._host_pages: list[Page] = [[None] * page_size for _ in range(num_host_pages)]
         self._forget()
+
+    def page_copies(self) -> dict[str, PageCopies]:
+        return {way: PageCopies(count) for way, count in self._num_copied.items()}
 
     def fitted(self, plan: StepPlan) -> StepPlan:
         return plan
@@ -218,7 +222,10 @@ class FakeRunner:
         first = source[copy.source][0]  # those behind the last token may be left by another owner
         assert first is None or first[0] == copy.group, f"a page of group {first[0]} is copied as one of {copy.group}"
         self._tier(copy.destination_tier)[copy.destination] = list(source[copy.source])
+        if copy.destination_tier is PageState.HOST:
+            self._num_copied["out"] += 1
         if copy.source_tier is PageState.HOST:
+            self._num_copied["in"] += 1
             source[copy.source] = [None] * self.info.page_size
 
     def _tier(self, tier: PageState) -> list[Page]:

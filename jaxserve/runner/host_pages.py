@@ -1,4 +1,4 @@
-"""Stores the pages of swapped sequences in host memory."""
+"""Stores pages of swapped sequences, and cached pages, in host memory."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ class HostPages:
         """Drops the pages in transit without waiting: the device has lost them, or need not report their arrival."""
         self._transit.clear()
 
-    def store(self, numbers: Sequence[int], pages: Sequence[jax.Array]) -> None:
-        """Stores device pages as host pages `numbers`, replacing their content; does not wait.
+    def store(self, numbers: Sequence[int], pages: Sequence[jax.Array]) -> jax.Array:
+        """Stores device pages as host pages `numbers`, replacing their content; does not wait. Returns the last one,
+        which is ready when all of them are there.
 
         Raises ValueError where a number is not that of a host page.
         """
@@ -61,6 +62,7 @@ class HostPages:
             pages = jax.device_put(list(pages), self._on_host)
             self._transit.append((len(pages), pages[-1]))
         self._pages.update(zip(numbers, pages, strict=True))
+        return pages[-1]
 
     def take(self, numbers: Sequence[int]) -> tuple[jax.Array, ...]:
         """Returns host pages `numbers` as device arrays for one `swap_in`; their memory is free when that has run.

@@ -32,6 +32,7 @@ from jaxserve.programs.step_programs import (
     program_keys,
 )
 from jaxserve.programs.swap_programs import copy_blocks, copy_vector, way
+from jaxserve.runner.copy_times import CopyTimes
 from jaxserve.runner.engine_startup import Startup
 from jaxserve.runner.packing import (
     ForwardPacker,
@@ -44,7 +45,7 @@ from jaxserve.runner.packing import (
     table_vectors,
     unused_option_vector,
 )
-from jaxserve.runner.protocol import StepNotStartedError
+from jaxserve.runner.protocol import PageCopies, StepNotStartedError
 from jaxserve.runner.step_cost_model import step_costs
 from jaxserve.runner.step_timing import measure_steps
 from jaxserve.runner.swap_timing import measure, swap_copies
@@ -109,6 +110,7 @@ def annotate(name: str) -> contextlib.AbstractContextManager[object]:
 class ModelRunner:
     """Runs a model: executes steps with the programs and arrays that `Startup` has made."""
 
+    _copy_times: CopyTimes | None = None  # none of the copies of the start are counted
     _unsampled: PendingStep | None = None  # the step whose forward program was dispatched last, until it is sampled
 
     def __init__(
@@ -141,6 +143,7 @@ class ModelRunner:
         self.info = startup.info(made, costs)
         self.step_costs = step_costs(self._shapes, made.mesh, measured)
         startup.finish(made)
+        self._copy_times = CopyTimes()
 
     @property
     def num_compilations(self) -> int:
@@ -153,6 +156,9 @@ class ModelRunner:
     @property
     def num_executables(self) -> int:
         return len(self._programs.executables)
+
+    def page_copies(self) -> dict[str, PageCopies]:
+        return {} if self._copy_times is None else self._copy_times.counts()
 
     def fitted(self, plan: StepPlan) -> StepPlan:
         if not self._programs.missing:
@@ -215,6 +221,8 @@ class ModelRunner:
         except Exception as error:
             raise self._not_started(error, begun=begun, copied=step.copied) from error
         step.ids, step.logprobs = ids, logprobs if plan.wants_logprobs else None
+        if self._copy_times is not None:
+            self._copy_times.before = ids
 
     def _not_started(self, error: Exception, *, begun: bool, copied: bool) -> Exception:
         """Returns the exception to raise for an error during dispatch: the error itself when the step must not be
@@ -352,11 +360,17 @@ class ModelRunner:
             sources, destinations = [copy.source for copy in block], [copy.destination for copy in block]
             host.wait_for_room(len(block))
             if first.destination_tier is PageState.HOST:
-                host.store(destinations, program(arrays.pools, np.array(sources, np.int32)))
+                done = host.store(destinations, program(arrays.pools, np.array(sources, np.int32)))
+                self._watch("out", len(block), done)
                 continue
             pages = host.take(sources)
             arrays.pools, placed = program(arrays.pools, pages, np.array(destinations, np.int32))
             host.taken(len(block), placed)
+            self._watch("in", len(block), placed)
+
+    def _watch(self, way: str, pages: int, done: jax.Array) -> None:
+        if self._copy_times is not None:
+            self._copy_times.watch(way, pages, done)
 
     def _copy_program(self, block: Sequence[PageCopy]) -> Callable[..., Any]:
         """Returns the program that makes a block of copies."""

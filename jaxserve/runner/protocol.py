@@ -41,6 +41,8 @@ class RunnerInfo:
     phases: name, begin and seconds of each part of the start, where the process began at 0; some run side by side.
     memory: bytes of the device by purpose; they sum to all of its memory. num_host_pages: pages of host
     memory for swapped sequences. preemption_costs: measured at warm-up; None when swapping is impossible.
+    page_bytes: of a page of all layers of a group, on all devices. pages_in_transit: most pages that are on their way
+    between device and host memory before the host waits; None for any number.
     tokens_per_step: maximum tokens of a decoding row in one step (`DecodeRows.counts`).
     max_logprobs: likeliest ids of one position that a request may ask for. logprobs_mode: as in `LogprobsConfig`.
     hidden_size: numbers of a hidden state, which pooling returns. group_windows: for each group of layers, which has a
@@ -72,11 +74,22 @@ class RunnerInfo:
     logprobs_mode: str = "raw_logprobs"
     hidden_size: int = 0
     group_windows: tuple[int | None, ...] = (None,)
+    page_bytes: int = 0
+    pages_in_transit: int | None = None
 
     @property
     def usable_pages(self) -> int:
         """Returns the number of pages that requests can have: all but the null page."""
         return self.num_pages - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PageCopies:
+    """Counts copies one way between device and host memory since the start. seconds: from when the device could begin
+    with them to when they were there, added up step by step."""
+
+    pages: int = 0
+    seconds: float = 0.0
 
 
 class StepNotStartedError(RuntimeError):
@@ -122,6 +135,10 @@ class Runner(Protocol):
     def pack_seconds(self) -> float:
         """Returns the host's time for packing the step whose forward program was dispatched last; 0 where it is not
         measured."""
+        ...
+
+    def page_copies(self) -> dict[str, PageCopies]:
+        """Returns the copies to host memory ("out") and from there ("in") so far."""
         ...
 
     def fitted(self, plan: StepPlan) -> StepPlan:

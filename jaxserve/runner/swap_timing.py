@@ -80,8 +80,9 @@ def measure(
     out, back = swap_copies(pages)
 
     token = min(_seconds(lambda: compute(plan)) for _ in range(REPEATS)) / plan.num_tokens
-    there, again = zip(*[(_seconds(lambda: swap(out)), _seconds(lambda: swap(back))) for _ in range(REPEATS)], strict=True)
-    return PreemptionCosts(token, (min(there) + min(again)) / pages, min(again) / pages)
+    ways = [(_seconds(lambda: swap(out)), _seconds(lambda: swap(back))) for _ in range(REPEATS)]
+    seconds_out, seconds_in = (min(seconds) for seconds in zip(*ways, strict=True))
+    return PreemptionCosts(token, (seconds_out + seconds_in) / pages, seconds_in / pages)
 
 
 def _seconds(call: Callable[[], None]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxserve.runner.protocol import Pending, Runner
+from jaxserve.runner.protocol import PageCopies, Pending, Runner
 from jaxserve.scheduler.plan import StepPlan, StepResult
 
 
@@ -34,6 +34,9 @@ class RunnerWrapper:
     @property
     def pack_seconds(self) -> float:
         return self._runner.pack_seconds
+
+    def page_copies(self) -> dict[str, PageCopies]:
+        return self._runner.page_copies()
 
     def fitted(self, plan: StepPlan) -> StepPlan:
         return self._runner.fitted(plan)

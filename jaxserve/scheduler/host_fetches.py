@@ -104,11 +104,8 @@ class HostFetches:
         if costs is None:
             return cls(None)
         most, threshold = config.max_num_batched_tokens, config.long_prefill_token_threshold
-        return cls(
-            FetchPredictor(
-                measured_seconds(seconds, costs, buckets), costs.fetch_seconds, buckets, pace=min(most, threshold or most)
-            )
-        )
+        pace = min(most, threshold or most)
+        return cls(FetchPredictor(measured_seconds(seconds, costs, buckets), costs.fetch_seconds, buckets, pace))
 
     def __init__(self, predictor: FetchPredictor | None):
         self._predictor = predictor
@@ -123,9 +120,7 @@ class HostFetches:
         if self._predictor is None:
             return FetchChoice(True, fetched)
         own = known - start - fetched
-        fetch, compute = fetch_and_compute_seconds(
-            self._predictor, start=start, fetched=fetched, pages=pages, own=own
-        )
+        fetch, compute = fetch_and_compute_seconds(self._predictor, start=start, fetched=fetched, pages=pages, own=own)
         return FetchChoice(fetch < compute, fetched, abs(compute - fetch))
 
     def chosen(self, choice: FetchChoice) -> None:

@@ -9,11 +9,11 @@ from jaxserve.request import RequestStatus
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.budgets import Budgets
 from jaxserve.scheduler.chunk_planner import NO_CHUNKS, ChunkPlanner
+from jaxserve.scheduler.found_pages import FoundPages
 from jaxserve.scheduler.gap_limit import GapLimit
 from jaxserve.scheduler.modes import Mode, StepLimits
 from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, StepPlan
 from jaxserve.scheduler.policies.policy import Policy
-from jaxserve.scheduler.found_pages import FoundPages
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import SequenceQueues
 from jaxserve.scheduler.step_in_progress import Chunk, StepInProgress
