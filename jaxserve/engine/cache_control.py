@@ -37,17 +37,36 @@ class CacheControl:
         self._runner = runner
         self._prefix_cache = scheduler.prefix_cache
         self._number = 0
+        if runner.disk is not None:
+            scheduler.pool.host.on_disk = set(runner.disk.keys)
         self._event_log: CacheEventLog | None = None
 
     def handle(self, message: FlushPrefixCache | FollowCacheEvents) -> list[FromEngine]:
         """Does what a message asks for; returns the answer."""
         if isinstance(message, FlushPrefixCache):
             num_pages = self._scheduler.flush_prefix_cache()
+            if self._runner.disk is not None:
+                self._runner.disk.forget()
             return [*self.events(), PrefixCacheFlushed(message.number, num_pages)]
         self._number = message.number
         self._event_log = CacheEventLog() if message.number else None
         self._prefix_cache.record(self._event_log)
         return []
+
+    def take_from_disk(self, now: float) -> None:
+        """Takes over what has been read from disk, and learns what is not there any more. now: as of `schedule`."""
+        disk, on_disk = self._runner.disk, self._scheduler.pool.host.on_disk
+        if disk is None or on_disk is None:
+            return
+        waits = self._scheduler.disk_waits
+        waits.page_seconds = disk.page_seconds
+        for event in disk.events():
+            if event.number is None:
+                on_disk.discard(event.key)
+                continue
+            page = waits.loaded(event.number, now, found=event.found)
+            if event.found:
+                disk.accept(event.number, page)
 
     def events(self) -> list[FromEngine]:
         """Returns the message of the events since the last call, where there are some."""
@@ -76,5 +95,7 @@ class CacheControl:
             "host_cache_hit_tokens": counts.host_hit_tokens,
             "host_cache_evictions": dict(host.evictions),
             "host_cache_choices": dataclasses.asdict(self._prefix_cache.fetches.counts),
+            "disk": dataclasses.asdict(self._runner.disk.counts()) if self._runner.disk is not None else {},
+            "disk_choices": dataclasses.asdict(self._scheduler.disk_waits.counts),
             "page_copies": {way: (count.pages, count.seconds) for way, count in copies.items()},
         }

@@ -56,7 +56,7 @@ from jaxserve.engine.messages import (
 )
 from jaxserve.engine.step_executor import DeviceFaultError, DispatchedStep, EngineBrokenError, StepExecutor
 from jaxserve.engine.step_time import StepTimePrediction
-from jaxserve.kv_cache.content_keys import ContentKeys, read_secret
+from jaxserve.kv_cache.content_keys import ContentKeys, cache_secret
 from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
 from jaxserve.request import EngineRequest, FinishReason, ModelLimits, Pooling
 from jaxserve.runner.protocol import Runner
@@ -83,8 +83,7 @@ def content_keys(config: EngineConfig) -> ContentKeys | None:
     """Returns what identifies the content of pages; None where requests do not share them."""
     if not config.cache.enable_prefix_caching:
         return None
-    path = config.cache.prefix_caching_secret_file
-    return ContentKeys(None if path is None else read_secret(path), model=config.model or "")
+    return ContentKeys(cache_secret(config.cache), model=config.model or "")
 
 
 class EngineCore:
@@ -180,10 +179,13 @@ class EngineCore:
         """Returns the seconds until `step` next has something to do if no message arrives first; None if it has
         already.
 
-        Only a batch that waits for more requests causes such a pause, and a grammar that is being compiled.
+        Only a batch that waits for more requests causes such a pause, a grammar that is being compiled, and pages that
+        are read from disk.
         """
         if self._in_flight is not None or not self._nothing_to_do:
             return None
+        if self.scheduler.pool.host.num_loading:
+            return LOOK_SECONDS
         wake_at = self.scheduler.wake_at()
         pause = None if wake_at is None else max(0.0, wake_at - self._now())
         if len(self._compiling):
@@ -277,6 +279,7 @@ class EngineCore:
         begin = self._look(previous)
         with self._annotate("Schedule"):
             messages += self._start_compiled()
+            self._cache_control.take_from_disk(self._now())
             messages += [self._output(update, begin) for update in self._expire()]
             plan = self.scheduler.schedule(self._now())
             plan = None if plan is None else self.runner.fitted(plan)
@@ -425,6 +428,16 @@ class EngineCore:
             **self._cache_control.stats(),
             **self._totals,
         )
+
+    def close(self) -> None:
+        """Ends all requests and, where cached pages go to disk, writes those that are not there yet."""
+        if self.runner.disk is None:
+            return
+        self._abort_all()
+        if self._in_flight is not None:
+            previous, self._in_flight = self._in_flight, None
+            self.scheduler.update(previous.plan, self._executor.collect(previous))
+        self.runner.close(self.scheduler.pool.part_all())
 
     def check_integrity(self) -> None:
         """Asserts the invariants of scheduler and pool; O(pages)."""

@@ -183,7 +183,8 @@ class EngineStats(_Message, frozen=True):
     requests that had pages brought back from there, and their tokens. host_cache_evictions: pages that left host memory
     otherwise, by cause (`host_pool.HOST_EVICTION_CAUSES`). host_cache_choices: of requests that found pages there
     (`scheduler.host_fetches.FetchCounts`). page_copies: by way ("out", "in"), pages copied to and from host memory, and
-    seconds that this took.
+    seconds that this took. disk: of the directory of the cache (`runner.protocol.DiskCounts`), empty where there is
+    none; disk_choices: as host_cache_choices.
     device_busy_seconds: lower bound of the time in which the device has had a step to compute. step_histograms: of all
     steps, by the names of STEP_HISTOGRAMS.
     """
@@ -231,6 +232,8 @@ class EngineStats(_Message, frozen=True):
     host_cache_evictions: dict[str, int] = {}
     host_cache_choices: dict[str, int] = {}
     page_copies: dict[str, tuple[int, float]] = {}
+    disk: dict[str, int] = {}
+    disk_choices: dict[str, int] = {}
     device_busy_seconds: float = 0.0
     step_histograms: dict[str, HistogramCounts] = {}
 

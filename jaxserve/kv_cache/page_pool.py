@@ -28,7 +28,7 @@ from collections.abc import Iterable, Sequence
 
 from jaxserve.kv_cache.event_log import CacheEventLog
 from jaxserve.kv_cache.eviction import Eviction, LeastRecentlyUsed
-from jaxserve.kv_cache.host_pool import HeldPage, HostPool
+from jaxserve.kv_cache.host_pool import HeldPage, HostPool, Reclaimed
 from jaxserve.kv_cache.page_copy import PageCopy, PageState
 
 NULL_PAGE = 0
@@ -297,6 +297,30 @@ class PagePool:
         assert targets is not None, "pages that are available are not there"
         return self._arrive(host_pages, targets, None)
 
+    def load(self, contents: Iterable[HeldPage]) -> list[int]:
+        """Begins to read pages from disk to host memory, as far as it has room; returns the numbers of the reads."""
+        numbers = []
+        for content in contents:
+            number, page, reclaimed = self.host.load(content)
+            if reclaimed is not None:
+                self._leaves_host(reclaimed)
+            if number < 0:
+                break
+            numbers.append(number)
+            if page is not None:
+                key = content.key or b""
+                self._copies.append(PageCopy(number, PageState.DISK, page, PageState.HOST, content.group, key))
+        return numbers
+
+    def part_all(self) -> list[PageCopy]:
+        """Moves all cached pages to host memory and all of host memory to disk, for an orderly stop; no sequence may
+        hold a page. Returns the copies; the pool is of no use afterwards."""
+        self.most_copies = None
+        if self.allocate(self.num_available) is not None:
+            for one in self.host.reclaim_all():
+                self._leaves_host(one)
+        return self.take_copies()
+
     def take_copies(self) -> list[PageCopy]:
         """Returns the copies of pages reclaimed since the last call."""
         copies, self._copies = self._copies, []
@@ -347,9 +371,9 @@ class PagePool:
         held = self.host.hold(contents)
         if held is None:
             return None
-        targets, evicted = held
-        for key in evicted:
-            self._unfindable(key)
+        targets, reclaimed = held
+        for one in reclaimed:
+            self._leaves_host(one)
         self.release(pages)
         pairs = zip(pages, targets, strict=True)
         return tuple([PageCopy(page, PageState.ACTIVE, host, PageState.HOST) for page, host in pairs])
@@ -415,12 +439,23 @@ class PagePool:
         if self.most_copies is not None and self._parted_copies >= self.most_copies and key not in self.host:
             return
         group = self._groups[page]
-        target, evicted = self.host.store(HeldPage(key, group, self._depths[page]))
-        if evicted is not None:
-            self._unfindable(evicted)
+        target, reclaimed = self.host.store(HeldPage(key, group, self._depths[page]))
+        if reclaimed is not None:
+            self._leaves_host(reclaimed)
         if target is not None:
             self._copies.append(PageCopy(page, PageState.ACTIVE, target, PageState.HOST, group))
             self._parted_copies += 1
+
+    def _leaves_host(self, reclaimed: Reclaimed) -> None:
+        """Writes a cached page of host memory to disk, where there is one that does not have it, before its place is
+        taken."""
+        page, content = reclaimed
+        assert content.key is not None
+        self._unfindable(content.key)
+        on_disk = self.host.on_disk
+        if on_disk is not None and content.key not in on_disk:
+            on_disk.add(content.key)
+            self._copies.append(PageCopy(page, PageState.HOST, 0, PageState.DISK, content.group, content.key))
 
     def _unlist(self, key: bytes) -> None:
         del self._page_of_key[key]

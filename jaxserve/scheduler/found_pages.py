@@ -13,6 +13,10 @@ def on_host(page: int) -> int:
     return -1 - page
 
 
+ON_DISK = -(2**62)
+"""The entry of a page table that stands for a page on disk."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class FoundPages:
     """Holds the first entries of a sequence's page tables, whose content is computed.

@@ -114,13 +114,14 @@ class HostFetches:
         self._correction: float | None = None  # of predicted seconds, by those of steps before
         self.counts = FetchCounts()
 
-    def choose(self, start: int, fetched: int, pages: int, known: int) -> FetchChoice:
+    def choose(self, start: int, fetched: int, pages: int, known: int, more_seconds: float = 0.0) -> FetchChoice:
         """Chooses for a request of `known` tokens, of which `fetched` behind the first `start` are in `pages` pages of
-        host memory."""
+        host memory, or will be in `more_seconds`."""
         if self._predictor is None:
             return FetchChoice(True, fetched)
         own = known - start - fetched
         fetch, compute = fetch_and_compute_seconds(self._predictor, start=start, fetched=fetched, pages=pages, own=own)
+        fetch += more_seconds
         return FetchChoice(fetch < compute, fetched, abs(compute - fetch))
 
     def chosen(self, choice: FetchChoice) -> None:

@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 from jaxserve.kv_cache.content_keys import ContentKeys
 from jaxserve.kv_cache.event_log import CacheEvent, CacheEventKind, CacheEventLog, page_hash
+from jaxserve.kv_cache.host_pool import HeldPage
 from jaxserve.kv_cache.page_groups import PageGroups, group_key
 from jaxserve.kv_cache.page_pool import NULL_PAGE, PagePool
 from jaxserve.request import RequestStatus
-from jaxserve.scheduler.found_pages import FoundPages, on_host
+from jaxserve.scheduler.found_pages import ON_DISK, FoundPages, on_host
 from jaxserve.scheduler.host_fetches import HostFetches
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.sequence import Sequence
@@ -98,6 +99,29 @@ class PrefixCache:
         if page is None and (host := self._pool.host.page_of(key)) is not None:
             return on_host(host)
         return page
+
+    def find_on_disk(self, sequence: Sequence, found: FoundPages) -> tuple[int, list[HeldPage]]:
+        """Returns how many entries a sequence could begin with if pages were read from disk, and these pages, in order;
+        none where what `find` returned is as much."""
+        on_disk = self._pool.host.on_disk
+        limit = sequence.num_skippable // self._pool.page_size if self._serves(sequence) else 0
+        if not on_disk or len(found) >= limit:
+            return len(found), []
+
+        def place(key: bytes) -> int | None:
+            there = self._place(key)
+            return ON_DISK if there is None and key in on_disk else there
+
+        more = self._find(self._chain(sequence, limit), place)
+        if len(more) <= len(found):
+            return len(found), []
+        pages = [
+            HeldPage(group_key(sequence.page_keys[index], group), group, index)
+            for index in range(len(more))
+            for group, table in enumerate(more.tables)
+            if table[index] == ON_DISK
+        ]
+        return len(more), pages
 
     def _find(self, keys: Iterable[bytes], place: Callable[[bytes], int | None]) -> FoundPages:
         """Returns the longest run of pages for the first of `keys`. place: of the page of a content key, or None."""

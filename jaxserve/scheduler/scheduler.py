@@ -39,6 +39,7 @@ from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.budgets import Budgets
 from jaxserve.scheduler.deadline_check import DeadlineCheck
 from jaxserve.scheduler.decode_gap import DecodeGap
+from jaxserve.scheduler.disk_waits import DiskWaits
 from jaxserve.scheduler.gap_monitor import CAUSES
 from jaxserve.scheduler.host_fetches import HostFetches
 from jaxserve.scheduler.length_prediction import OutputLengthPredictor
@@ -223,7 +224,12 @@ class Scheduler:
         """
         for sequence in self._sequences.values():
             sequence.num_committed = 0
+        self._queues.disk_waits.release_all()
         return self._queues.prefix_cache.forget("flush")
+
+    @property
+    def disk_waits(self) -> DiskWaits:
+        return self._queues.disk_waits
 
     def add(self, request: EngineRequest, wants: Wants = Wants.NONE) -> Sequence:
         """Puts a request in the waiting queue.
@@ -338,6 +344,7 @@ class Scheduler:
         self._queues.sharing.lost()
         self._queues.prefix_cache.forget()
         self.pool.lost_copies(lost_pages)
+        self._queues.disk_waits.release_all()
         going_on = [sequence for name, sequence in self._sequences.items() if name not in self._barrier]
         preempted = [sequence for sequence in going_on if self._queues.restart(sequence, lost_pages)]
         for sequence in going_on:

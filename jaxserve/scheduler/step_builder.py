@@ -281,7 +281,9 @@ class StepBuilder:
             for sequence in self._waiting.candidates(now):
                 if sequence.waits_new and (joined >= most or delayed):
                     break
-                if self._may_follow and self._queues.prefix_waits.follow(sequence):
+                if self._may_follow and (
+                    self._queues.disk_waits.begin(sequence, now) or self._queues.prefix_waits.follow(sequence)
+                ):
                     continue
                 if self._running.lacks_row(sequence):
                     self._queues.park(sequence)

@@ -79,9 +79,7 @@ class Engine:
     """An engine of its own over a module's runner, whose pages it fills with NaN. waits: for prefixes that others
     compute. num_pages: that it uses; None for all. cached: tokens that each ended request found."""
 
-    def __init__(
-        self, runner: ModelRunner, *, caching: bool = True, waits: bool = False, num_pages: int | None = None
-    ):
+    def __init__(self, runner: ModelRunner, *, caching: bool = True, waits: bool = False, num_pages: int | None = None):
         runner._failpoints = Failpoints(())
         runner.reset()
         runner._arrays.pools = [poisoned(pool) for pool in runner._arrays.pools]
