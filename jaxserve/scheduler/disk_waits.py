@@ -52,7 +52,9 @@ class DiskWaits:
         sequence.asked_disk = True
         found = self._cache.find(sequence)
         entries, pages = self._cache.find_on_disk(sequence, found)
-        pages = pages[: self._pool.num_host_free]
+        room = self._pool.num_host_free
+        if len(pages) > room:  # as many as fit, where each is of use without those behind it
+            entries, pages = pages[room].depth, pages[:room] if self._cache.alike else []
         if not pages:
             return False
         start, reading = self._cache.num_tokens(found), len(pages) * self.page_seconds

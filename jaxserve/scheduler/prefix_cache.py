@@ -62,6 +62,7 @@ class PrefixCache:
         self, pool: PagePool, keys: ContentKeys | None, groups: PageGroups, fetches: HostFetches | None = None
     ):
         self._groups = groups
+        self.alike = groups.alike
         self._pool = pool
         self._keys = keys
         self._dispatched: StepPlan | None = None
