@@ -207,7 +207,8 @@ def unexplained_hits(turns: Sequence[Turn], finished: Callable[[str], FinishedRe
             continue
         keys = _prefixes(one.prompt_token_ids[:-1], page_size)
         whose = filled[turn.options.tenant, turn.options.cache_salt]
-        explained = not rest and pages <= len(keys) and len(whose[keys[pages - 1]]) > 1
+        others = len(one.samples) > 1  # a sample that begins late finds what another one of its request has computed
+        explained = not rest and pages <= len(keys) and (others or len(whose[keys[pages - 1]]) > 1)
         if not explained or not turn.options.prefix_caching:
             wrong.append(turn.name)
     return wrong

@@ -15,7 +15,7 @@ import dataclasses
 import gc
 import io
 import pstats
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,11 @@ from benchmarks.host_step import PARTS, HostMeter, by_part, send
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import AddRequest, outputs
+from jaxserve.kv_cache.page_copy import PageCopy
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import EngineRequest
 from jaxserve.runner.packing import ForwardPacker, SamplePacker
-from jaxserve.runner.protocol import RunnerInfo
+from jaxserve.runner.protocol import PageCopies, RunnerInfo
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.plan import StepPlan, StepResult
 
@@ -57,7 +58,7 @@ class PackingRunner:
             num_pages=num_pages, num_parameters=0, architecture="none", dtype="none", platform="none",
             attention="none", num_executables=0, compile_seconds=0.0, kv_cache="none",
         )  # fmt: skip
-        self.step_costs = None
+        self.step_costs = self.disk = None
         self.pack_seconds = 0.0
         self.num_compilations = self.compile_misses = self.num_executables = 0
         self._forward = {
@@ -65,6 +66,12 @@ class PackingRunner:
         }
         self._sample = {size: SamplePacker(size, num_slots) for size in buckets.rows}
         self._ids = np.random.default_rng(0).integers(3, VOCAB, (64, num_slots), np.int32)
+
+    def close(self, copies: Sequence[PageCopy] = ()) -> None:
+        pass
+
+    def page_copies(self) -> dict[str, PageCopies]:
+        return {}
 
     def fitted(self, plan: StepPlan) -> StepPlan:
         return plan

@@ -2,14 +2,15 @@
 
 Random conversations (benchmarks/conversations.py) of several tenants and salts, with every option that a request can
 have, are served without the cache over a pool that holds everything, and with it over one that overflows, where
-preempted requests are computed again or swapped: by the shipped model, and by one whose layers have a sliding window.
+preempted requests are computed again or swapped, and reclaimed pages are lost or move to host memory, of which there is
+a quarter as much: by the shipped model, and by one whose layers have a sliding window.
 Before, all pages hold NaN, which would reach the tokens of whoever reads what nobody wrote.
 
 All steps are computed by programs of one size, so that every number must be equal to the bit: tokens, texts, reasons,
 ids, ranks and values of log-probabilities, embeddings of one token. Means are summed chunk by chunk, and a hit begins
 with another chunk: they must be equal to 1e-4. Scheduler and pool are checked after every step; no request may find
-what another tenant or salt has computed, or anything where it opts out; nothing may be compiled. Hits, evictions, swaps
-and recomputations must all occur. Exit status 1 where any of it does not hold.
+what another tenant or salt has computed, or anything where it opts out; nothing may be compiled. Hits, evictions,
+swaps, recomputations and pages back from host memory must all occur. Exit status 1 where any of it does not hold.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from benchmarks import report
 from benchmarks.conversations import Conversations, Turn, answer_text, draw_turns, most_tokens, unexplained_hits
 from benchmarks.identity import pool_of, task_prompts
 from benchmarks.option_identity import (
+    ENOUGH_HOST_PAGES,
     checked_engine,
     differences,
     draw_requests,
@@ -90,11 +92,23 @@ def ways(config: EngineConfig, longest: int) -> list[Way]:
     config = dataclasses.replace(config, scheduler=scheduler, token_buckets=(TOKENS,), row_buckets=(ROWS,))
     large = dataclasses.replace(config.cache, num_pages=pool_of(config, 2 * ROWS, longest), enable_prefix_caching=False)
     small = pool_of(config, LONGEST_REQUESTS, longest)
+    swapped = small_pool(config, small, "swap")
+    few = changed_cache(swapped, swap_space=swapped.cache.swap_space * small / 4 / ENOUGH_HOST_PAGES)
+    recompute = dataclasses.replace(few.scheduler.preemption, preemption_mode="recompute")
+    again = dataclasses.replace(few, scheduler=dataclasses.replace(few.scheduler, preemption=recompute))
+    tier = ("hits", "evicted", "host_hits", "host_evicted")
     return [
         Way("without cache", dataclasses.replace(config, cache=large)),
         Way("with cache, computed again", small_pool(config, small, "recompute"), ("hits", "evicted", "recomputed")),
-        Way("with cache, swapped", small_pool(config, small, "swap"), ("hits", "evicted", "swapped")),
+        Way("with cache, swapped", changed_cache(swapped, enable_host_caching=False), ("hits", "evicted", "swapped")),
+        Way("with host tier, computed again", again, (*tier, "recomputed")),
+        Way("with host tier, swapped", few, (*tier, "swapped", "recomputed")),
     ]
+
+
+def changed_cache(config: EngineConfig, **fields: Any) -> EngineConfig:
+    """Returns a configuration with other settings of the cache."""
+    return dataclasses.replace(config, cache=dataclasses.replace(config.cache, **fields))
 
 
 def poison(runner: ModelRunner) -> None:
@@ -118,6 +132,10 @@ def run(way: Way, turns: Sequence[Turn], seed: int) -> tuple[dict[str, FinishedR
             "pages": core.runner.info.num_pages - 1,
             **dataclasses.asdict(core.scheduler.prefix_counts),
             "evicted": core.scheduler.pool.evictions["capacity"],
+            "host_pages": core.runner.info.num_host_pages,
+            "stored_on_host": core.scheduler.pool.host.num_stored,
+            "host_evicted": sum(core.scheduler.pool.host.evictions.values()),
+            **{f"host_{kind}": count for kind, count in after.host_cache_choices.items()},
             "computed_tokens": after.computed_tokens - before.computed_tokens,
             **engine_counts(core, before, after),
             "unexplained_hits": unexplained_hits(turns, conversations.finished.__getitem__, way.config.cache.page_size),
@@ -226,6 +244,8 @@ def main() -> int:
         "hit_tokens",
         "query_tokens",
         "evicted",
+        "host_hits",
+        "host_hit_tokens",
         "recomputed",
         "swapped",
         "steps",

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 import jaxserve
 from jaxserve.engine.messages import EngineStats
 from jaxserve.frontend.delta import REJECTION_REASONS
+from jaxserve.kv_cache.host_pool import HOST_EVICTION_CAUSES
 from jaxserve.kv_cache.page_pool import EVICTION_CAUSES
 from jaxserve.serving.problem import REJECTIONS
 from jaxserve.serving.served_model import ServedModel
@@ -57,6 +58,11 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
     ("prefix_cache_hits", "Tokens of new requests found in the prefix cache.", lambda stats: stats.prefix_cache_hits),
     ("prefix_cache_returned_tokens", "Tokens that preempted requests found in the prefix cache when they came back.",
      lambda stats: stats.prefix_cache_returned_tokens),
+    ("host_cache_stored_pages", "Cached pages that moved from the device to host memory.",
+     lambda stats: stats.host_cache_stored),
+    ("host_cache_hits", "Requests that had pages brought back from host memory.",
+     lambda stats: stats.host_cache_hits),
+    ("host_cache_hit_tokens", "Their tokens in these pages.", lambda stats: stats.host_cache_hit_tokens),
     ("requests_dropped_late", "Requests dropped in the queue because they were late, or would be.",
      lambda stats: stats.num_dropped),
     ("device_busy_seconds", "Lower bound of the time in which the device had a step to compute.",
@@ -154,8 +160,35 @@ class EngineCollector(Collector):
             "prefix_cache_evictions", "Pages that can no longer be found in the prefix cache, by cause.",
             [((cause,), count) for cause, count in evictions.items()], ("cause",),
         )  # fmt: skip
+        yield from self._host_memory(stats)
         yield from self._requests()
         yield from self._steps(stats.step_histograms)
+
+    def _host_memory(self, stats: EngineStats) -> Iterator[Metric]:
+        pages = (("free", stats.host_pages_free), ("cached", stats.host_pages_cached), ("swapped", stats.pages_swapped))
+        yield self._labeled_gauge(
+            "host_memory_bytes", "Host memory for pages, by state.", "state",
+            [(state, count * stats.page_bytes) for state, count in pages],
+        )  # fmt: skip
+        evictions = dict.fromkeys(HOST_EVICTION_CAUSES, 0) | stats.host_cache_evictions
+        yield self._counter(
+            "host_cache_evictions", "Cached pages that left host memory otherwise than to the device, by cause.",
+            [((cause,), count) for cause, count in evictions.items()], ("cause",),
+        )  # fmt: skip
+        choices = dict.fromkeys(("fetched", "computed", "wrong"), 0) | stats.host_cache_choices
+        yield self._counter(
+            "host_cache_choices", "Requests that found pages in host memory, by what became of them.",
+            [((choice,), count) for choice, count in choices.items()], ("choice",),
+        )  # fmt: skip
+        copies = {way: stats.page_copies.get(way, (0, 0.0)) for way in ("out", "in")}
+        yield self._counter(
+            "page_copies", "Pages copied to host memory (out) and from there (in).",
+            [((way,), pages) for way, (pages, _) in copies.items()], ("way",),
+        )  # fmt: skip
+        yield self._counter(
+            "page_copy_seconds", "Time that these copies took.",
+            [((way,), seconds) for way, (_, seconds) in copies.items()], ("way",),
+        )  # fmt: skip
 
     def _requests(self) -> Iterator[Metric]:
         metrics = self._served.metrics

@@ -52,12 +52,16 @@ class CacheConfig:
     after weights and the compiler's temporaries.
     kv_cache_dtype: what pages hold; "auto" is the model's dtype, "fp8" (the same as "fp8_e4m3") and "int8" are
     quantized with a scale for each layer and head, from the checkpoint or measured at start.
-    swap_space: GiB of host memory for the pages of swapped sequences; 0 is none.
+    swap_space: GiB of host memory for pages of swapped sequences and, where these leave room, for cached pages that the
+    device had no room for; 0 is none.
     enable_prefix_caching: requests of a tenant share the pages of what they begin with, which are computed once.
+    enable_host_caching: cached pages that are reclaimed move to host memory, if there is swap_space.
     eviction_policy: which cached page is reclaimed first: "lru" is the least recently used, "lfu" the least used,
     "cost" the one whose loss is predicted to cost least.
+    disk_cache_dir: directory for cached pages that host memory has no room for, and for those of an orderly stop, which
+    the next start finds; None is none. disk_cache_max_bytes: of its files.
     prefix_caching_secret_file: file of 16 to 64 bytes that key the hashes of pages, for processes that must agree on
-    them; None draws a secret for this process.
+    them; None draws a secret for this process, or for disk_cache_dir.
     """
 
     page_size: int = 16
@@ -67,13 +71,24 @@ class CacheConfig:
     kv_cache_dtype: str = "auto"
     swap_space: float = 0.0
     enable_prefix_caching: bool = True
+    enable_host_caching: bool = True
     eviction_policy: str = "lru"
     prefix_caching_secret_file: str | None = None
+    disk_cache_dir: str | None = None
+    disk_cache_max_bytes: int = 16 << 30
 
     def __post_init__(self) -> None:
         between("swap_space", self.swap_space, 0.0)
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise ValueError(f"enable_prefix_caching is {self.enable_prefix_caching!r}; it must be True or False")
+        for name in ("enable_prefix_caching", "enable_host_caching"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} is {value!r}; it must be True or False")
+        at_least("disk_cache_max_bytes", self.disk_cache_max_bytes, 1)
+        tiers = self.swap_space and self.enable_prefix_caching and self.enable_host_caching
+        if self.disk_cache_dir is not None and not tiers:
+            raise ValueError(
+                f"disk_cache_dir is {self.disk_cache_dir!r}; pages get there by way of host memory: set swap_space "
+                "(GiB), and leave enable_prefix_caching and enable_host_caching on, or unset it"
+            )
         one_of("eviction_policy", self.eviction_policy, EVICTION_POLICIES)
         one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         one_of("page_size", self.page_size, PAGE_SIZES)

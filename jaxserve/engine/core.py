@@ -111,7 +111,7 @@ class EngineCore:
             _log.warning("%s", line)
         buckets = Buckets.from_config(config, info.platform, info.tokens_per_step)
         self.scheduler = make_scheduler(config, runner, buckets)
-        self._cache_control = CacheControl(self.scheduler)
+        self._cache_control = CacheControl(self.scheduler, runner)
         for line in () if self.scheduler.decode_gap is None else self.scheduler.decode_gap.warnings:
             _log.warning("%s", line)
         others = (TokenMasks(info.vocab_size),) if constraints is None else (TokenMasks(info.vocab_size), constraints)
@@ -154,10 +154,13 @@ class EngineCore:
         """Returns the seconds until `step` next has something to do if no message arrives first; None if it has
         already.
 
-        Only a batch that waits for more requests causes such a pause, and a grammar that is being compiled.
+        Only a batch that waits for more requests causes such a pause, a grammar that is being compiled, and pages that
+        are read from disk.
         """
         if self._in_flight is not None or not self._nothing_to_do:
             return None
+        if self.scheduler.pool.host.num_loading:
+            return LOOK_SECONDS
         wake_at = self.scheduler.wake_at()
         pause = None if wake_at is None else max(0.0, wake_at - self._now())
         if len(self._compiling):
@@ -225,6 +228,7 @@ class EngineCore:
         begin = self._look(previous)
         with self._annotate("Schedule"):
             messages += self._start_compiled()
+            self._cache_control.take_from_disk(self._now())
             messages += [self._outputs.of_request(update, begin) for update in self._expire()]
             plan = self.scheduler.schedule(self._now())
             plan = None if plan is None else self.runner.fitted(plan)
@@ -375,6 +379,16 @@ class EngineCore:
             generation_tokens=self._outputs.generation_tokens,
             **self._totals,
         )
+
+    def close(self) -> None:
+        """Ends all requests and, where cached pages go to disk, writes those that are not there yet."""
+        if self.runner.disk is None:
+            return
+        self._abort_all()
+        if self._in_flight is not None:
+            previous, self._in_flight = self._in_flight, None
+            self.scheduler.update(previous.plan, self._executor.collect(previous))
+        self.runner.close(self.scheduler.pool.part_all())
 
     def check_integrity(self) -> None:
         """Asserts the invariants of scheduler and pool; O(pages)."""

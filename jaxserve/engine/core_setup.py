@@ -6,17 +6,15 @@ import logging
 
 from jaxserve.config.failpoints import Failpoints
 from jaxserve.config.settings import EngineConfig
+from jaxserve.engine.cache_control import page_pool
 from jaxserve.engine.messages import EngineReady
-from jaxserve.kv_cache.content_keys import ContentKeys, read_secret
-from jaxserve.kv_cache.eviction import make_eviction
-from jaxserve.kv_cache.page_pool import PagePool
+from jaxserve.kv_cache.content_keys import ContentKeys, cache_secret
 from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
 from jaxserve.request import Pooling
 from jaxserve.request_checks import ModelLimits
 from jaxserve.runner.protocol import Runner, RunnerInfo
 from jaxserve.scheduler import Scheduler
 from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.prefix_costs import page_seconds
 
 _log = logging.getLogger(__name__)
 
@@ -25,8 +23,7 @@ def content_keys(config: EngineConfig) -> ContentKeys | None:
     """Returns what identifies the content of pages; None where requests do not share them."""
     if not config.cache.enable_prefix_caching:
         return None
-    path = config.cache.prefix_caching_secret_file
-    return ContentKeys(None if path is None else read_secret(path), model=config.model or "")
+    return ContentKeys(cache_secret(config.cache), model=config.model or "")
 
 
 def make_scheduler(config: EngineConfig, runner: Runner, buckets: Buckets) -> Scheduler:
@@ -41,15 +38,7 @@ def make_scheduler(config: EngineConfig, runner: Runner, buckets: Buckets) -> Sc
     step_seconds = None if runner.step_costs is None else runner.step_costs.seconds
     return Scheduler(
         config.scheduler,
-        PagePool(
-            info.num_pages,
-            info.page_size,
-            info.num_host_pages,
-            make_eviction(
-                config.cache.eviction_policy,
-                None if step_seconds is None else page_seconds(step_seconds, info.page_size, buckets),
-            ),
-        ),
+        page_pool(config.cache, info, step_seconds, buckets),
         buckets,
         costs=info.preemption_costs,
         max_model_len=info.max_model_len,

@@ -82,4 +82,6 @@ class InlineEngine:
     def close(self, seconds: float = END_SECONDS) -> str:
         self.send(Shutdown())
         self._composition.close()
+        if not self._failed:
+            self.core.close()
         return ""

@@ -179,6 +179,13 @@ class EngineStats(_Message, frozen=True):
     that found a page. prefix_cache_returned_tokens: found by preempted requests that came back. prefix_cache_evictions:
     pages that can no longer be found, by cause (`page_pool.EVICTION_CAUSES`). prefix_waits: requests whose prefix
     another was computing, by what they did (`scheduler.prefix_waits.WaitCounts`).
+    page_bytes: of a page of all layers of a group. host_pages_free, host_pages_cached: pages of host memory, beside
+    pages_swapped. host_cache_stored: pages that moved there from the device. host_cache_hits, host_cache_hit_tokens:
+    requests that had pages brought back from there, and their tokens. host_cache_evictions: pages that left host memory
+    otherwise, by cause (`host_pool.HOST_EVICTION_CAUSES`). host_cache_choices: of requests that found pages there
+    (`scheduler.host_fetches.FetchCounts`). page_copies: by way ("out", "in"), pages copied to and from host memory, and
+    seconds that this took. disk: of the directory of the cache (`runner.protocol.DiskCounts`), empty where there is
+    none; disk_choices: as host_cache_choices.
     device_busy_seconds: lower bound of the time in which the device has had a step to compute. step_histograms: of all
     steps, by the names of STEP_HISTOGRAMS.
     """
@@ -217,6 +224,17 @@ class EngineStats(_Message, frozen=True):
     prefix_cache_returned_tokens: int = 0
     prefix_cache_evictions: dict[str, int] = {}
     prefix_waits: dict[str, int] = {}
+    page_bytes: int = 0
+    host_pages_free: int = 0
+    host_pages_cached: int = 0
+    host_cache_stored: int = 0
+    host_cache_hits: int = 0
+    host_cache_hit_tokens: int = 0
+    host_cache_evictions: dict[str, int] = {}
+    host_cache_choices: dict[str, int] = {}
+    page_copies: dict[str, tuple[int, float]] = {}
+    disk: dict[str, int] = {}
+    disk_choices: dict[str, int] = {}
     device_busy_seconds: float = 0.0
     step_histograms: dict[str, HistogramCounts] = {}
 

@@ -71,6 +71,7 @@ def serve(connection: socket.socket) -> int:
         sender.send([encode(core.ready(time.perf_counter() - start))])
         with contextlib.closing(tracking):
             _loop(core, sender, mailbox.inbox)
+        core.close()
     except ConnectionError:
         return 0  # the front end has gone, so no answer is needed
     except EngineBrokenError as error:  # the log has the faults that led to it

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import pathlib
 import secrets
 from array import array
 from collections.abc import Sequence
+
+from jaxserve.config.settings import CacheConfig
 
 KEY_BYTES = 16
 """Length of a content key, in bytes."""
@@ -31,6 +35,28 @@ def read_secret(path: str) -> bytes:
             f"{MAX_SECRET_BYTES} random bytes"
         )
     return secret
+
+
+def cache_secret(config: CacheConfig) -> bytes | None:
+    """Returns the configured secret of content keys, or that of the directory of the cache, which its first use draws;
+    None where each process draws its own."""
+    if config.prefix_caching_secret_file is not None:
+        return read_secret(config.prefix_caching_secret_file)
+    if config.disk_cache_dir is None:
+        return None
+    path = pathlib.Path(config.disk_cache_dir).expanduser() / "secret"
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        partial = path.with_name(f"secret.{secrets.token_hex(8)}")
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(MAX_SECRET_BYTES))
+        try:
+            os.link(partial, path)  # whoever is first; another process may be starting
+        except FileExistsError:
+            pass
+        finally:
+            partial.unlink()
+    return read_secret(str(path))
 
 
 class ContentKeys:

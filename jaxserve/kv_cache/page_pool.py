@@ -10,21 +10,26 @@ The pool hands out page numbers; the arrays behind them belong to the runner. It
     CACHED  -> FREE     forget
     ACTIVE <-> HOST     move: swap out and in
 
-`copy` and `move` only decide; each returns `PageCopy` records that the runner performs before the step, in the order
-in which the pool returned them: a page may be the source of one and the destination of a later one.
+Where host memory keeps cached pages, too (`HostPool.caches`), a page that is reclaimed is copied there, and `fetch`
+brings it back.
+
+`copy`, `move`, `fetch` and reclaiming only decide; the `PageCopy` records are for the runner, which performs them
+before the step, in the order in which they were decided: a page may be the source of one and the destination of a later
+one. Those of `copy`, `move` and `fetch` are returned; `take_copies` returns those of pages reclaimed before, which come
+first.
 
 Every call takes time proportional to the pages it is given, not to the size of the pool, except `check_integrity`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from jaxserve.kv_cache.event_log import CacheEventLog
 from jaxserve.kv_cache.eviction import Eviction, LeastRecentlyUsed
+from jaxserve.kv_cache.host_pool import HeldPage, HostPool, Reclaimed
+from jaxserve.kv_cache.page_copy import PageCopy, PageState
 
 NULL_PAGE = 0
 """Page 0 is never allocated: padding reads and writes it."""
@@ -34,54 +39,32 @@ EVICTION_CAUSES = ("capacity", "flush", "lost")
 """Why pages lose what they kept: another sequence needed the page, `forget` was asked for, the device lost it."""
 
 
-class PageState(enum.Enum):
-    """Enumerates the states of a page. ACTIVE and HOST also name the two tiers between which pages are copied."""
-
-    FREE = "free"
-    ACTIVE = "active"
-    CACHED = "cached"
-    HOST = "host"
-
-
-@dataclasses.dataclass(frozen=True)
-class PageCopy:
-    """Describes one page to copy before the step. A tier is ACTIVE (a page of the device) or HOST (a page of host
-    memory).
-
-    Device and host pages are numbered apart: device page 3 and host page 3 are different pages.
-    group: the group of layers whose keys and values the page holds; 0 where all layers are alike.
-    """
-
-    source: int
-    source_tier: PageState
-    destination: int
-    destination_tier: PageState
-    group: int = 0
-
-
 class PagePool:
     """Keeps the reference counts, content keys, and free and cached pages of one KV cache.
 
     num_pages: pages of the device, the null page included. page_size: tokens per page.
-    num_host_pages: pages of host memory for swapped sequences, numbered from 0 (there is no null page).
-    eviction: an empty order of cached pages; None for least recently used.
+    num_host_pages: pages of host memory, numbered from 0 (there is no null page). eviction: an empty order of cached
+    pages; None for least recently used. caches_on_host: cached pages move to host memory when they are reclaimed, as
+    far as swapped sequences leave room.
 
     Misuse (a page that is not held, twice in one call, out of range) is a ValueError, raised before anything changes.
     """
 
     def __init__(
-        self, num_pages: int, page_size: int, num_host_pages: int = 0, eviction: Eviction | None = None
+        self,
+        num_pages: int,
+        page_size: int,
+        num_host_pages: int = 0,
+        eviction: Eviction | None = None,
+        *,
+        caches_on_host: bool = False,
     ) -> None:
-        for name, value, low in (
-            ("num_pages", num_pages, 2),
-            ("page_size", page_size, 1),
-            ("num_host_pages", num_host_pages, 0),
-        ):
+        for name, value, low in (("num_pages", num_pages, 2), ("page_size", page_size, 1)):
             if value < low:
                 raise ValueError(f"{name} is {value}; it must be at least {low}")
         self.num_pages = num_pages
         self.page_size = page_size
-        self.num_host_pages = num_host_pages
+        self.host = HostPool(num_host_pages, caches=caches_on_host)
         self._references = [0] * num_pages
         # The key of a committed page's content. Two pages can have the same content; `_page_of_key` names the one
         # that `find` returns. The other keeps its key: it takes over when that one is reclaimed.
@@ -91,8 +74,10 @@ class PagePool:
         self._cached: Eviction = LeastRecentlyUsed() if eviction is None else eviction
         self._depths = [0] * num_pages  # of a committed page: pages before it in its sequence
         self._uses = [0] * num_pages  # of a committed page: sequences that had it
-        self._host_free = list(range(num_host_pages - 1, -1, -1))
-        self._host_keys: dict[int, bytes | None] = {}  # host pages in use, with the keys of their content
+        self._groups = [0] * num_pages  # of a committed page: the group of layers
+        self._copies: list[PageCopy] = []  # of reclaimed pages to host memory
+        self._parted_copies = 0  # of them in this step
+        self.most_copies: int | None = None  # of reclaimed pages in a step; None for any number
         self.evictions: dict[str, int] = dict.fromkeys(
             EVICTION_CAUSES, 0
         )  # pages that `find` no longer returns, by cause
@@ -123,11 +108,13 @@ class PagePool:
 
     @property
     def num_host_free(self) -> int:
-        return len(self._host_free)
+        """Returns the number of host pages that a swapped sequence can have now."""
+        return self.host.num_free + self.host.num_cached
 
     @property
     def num_host_used(self) -> int:
-        return len(self._host_keys)
+        """Returns the number of host pages that swapped sequences hold."""
+        return self.host.num_held
 
     def state(self, page: int) -> PageState:
         """Returns the state of a device page: FREE, ACTIVE or CACHED."""
@@ -187,11 +174,11 @@ class PagePool:
         for page in reversed(pages):
             later = page if self._drop(page, later) else None
 
-    def commit(self, pages: Sequence[int], keys: Sequence[bytes], first: int = 0) -> None:
+    def commit(self, pages: Sequence[int], keys: Sequence[bytes], first: int = 0, group: int = 0) -> None:
         """Assigns its content key to each of several active pages, whose content is computed by what is dispatched.
 
         pages: full pages, of one table, one after the other. keys: of their content (`ContentKeys`), in the same order.
-        first: index in the table of the first of them.
+        first: index in the table of the first of them. group: of layers.
 
         Where another page has the same content already, `find` keeps returning that one. Raises ValueError, and changes
         nothing, when a page holds other content already or is not active.
@@ -200,6 +187,7 @@ class PagePool:
         if len(pages) != len(keys):
             raise ValueError(f"pages has {len(pages)} pages and keys {len(keys)}; each page needs one")
         contents, page_of_key, depths, uses = self._keys, self._page_of_key, self._depths, self._uses
+        groups = self._groups
         for page, key in zip(pages, keys, strict=True):
             if contents[page] is not None and contents[page] != key:
                 raise ValueError(f"page {page} is committed with other content")
@@ -208,6 +196,7 @@ class PagePool:
             page_of_key.setdefault(key, page)
             depths[page] = depth
             uses[page] = uses[page] or 1
+            groups[page] = group
 
     def uncommit(self, page: int) -> None:
         """Drops the content key of an active page if it has one owner, who may then write the page."""
@@ -250,14 +239,19 @@ class PagePool:
         """
         count = len(self._cached)
         self.evictions[cause] += len(self._page_of_key)
-        if cause != "lost":
-            self._host_keys = dict.fromkeys(self._host_keys)
+        known = list(self._page_of_key) if self.event_log is not None and self.host.num_cached else ()
+        if cause == "lost":
+            self.lost_copies([copy.destination for copy in self.take_copies()])
+        else:
+            self.host.forget()
         self._keys = [None] * self.num_pages
         self._page_of_key.clear()
         self._free.extend(self._cached)
         self._uses = [0] * self.num_pages
-        if self.event_log is not None:
+        if self.event_log is not None and not self.host.num_cached:
             self.event_log.cleared()
+        for key in known:
+            self._unfindable(key)
         self._cached.clear()
         return count
 
@@ -290,12 +284,60 @@ class PagePool:
             return self._move_in(pages, first)
         raise ValueError(f"to is {to}; pages move to {PageState.HOST} or {PageState.ACTIVE}")
 
+    def fetch(self, host_pages: Sequence[int]) -> tuple[PageCopy, ...] | None:
+        """Brings cached pages of host memory back, as active pages with one reference each, their content keys too.
+
+        They leave host memory. Returns one copy per page, in order; None, and no change, when too few device pages are
+        available.
+        """
+        if len(host_pages) > self.num_available:
+            return None
+        self.host.take(host_pages)
+        targets = self.allocate(len(host_pages))
+        assert targets is not None, "pages that are available are not there"
+        return self._arrive(host_pages, targets, None)
+
+    def load(self, contents: Iterable[HeldPage]) -> list[int]:
+        """Begins to read pages from disk to host memory, as far as it has room; returns the numbers of the reads."""
+        numbers = []
+        for content in contents:
+            number, page, reclaimed = self.host.load(content)
+            if reclaimed is not None:
+                self._leaves_host(reclaimed)
+            if number < 0:
+                break
+            numbers.append(number)
+            if page is not None:
+                key = content.key or b""
+                self._copies.append(PageCopy(number, PageState.DISK, page, PageState.HOST, content.group, key))
+        return numbers
+
+    def part_all(self) -> list[PageCopy]:
+        """Moves all cached pages to host memory and all of host memory to disk, for an orderly stop; no sequence may
+        hold a page. Returns the copies; the pool is of no use afterwards."""
+        self.most_copies = None
+        if self.allocate(self.num_available) is not None:
+            for one in self.host.reclaim_all():
+                self._leaves_host(one)
+        return self.take_copies()
+
+    def take_copies(self) -> list[PageCopy]:
+        """Returns the copies of pages reclaimed since the last call."""
+        copies, self._copies = self._copies, []
+        return copies
+
+    def start_step(self) -> None:
+        """Begins to count the copies of reclaimed pages anew, of which a step has at most `most_copies`."""
+        self._parted_copies = 0
+
+    def lost_copies(self, host_pages: Iterable[int]) -> None:
+        """Forgets what was cached in host pages whose copies did not take place."""
+        for key in self.host.lost(host_pages):
+            self._unfindable(key)
+
     def release_host(self, pages: Sequence[int]) -> None:
         """Frees the host pages of a sequence that ends while swapped out."""
-        self._check_host(pages)
-        for page in reversed(pages):
-            del self._host_keys[page]
-            self._host_free.append(page)
+        self.host.release(pages)
 
     def check_integrity(self, tables: Iterable[Sequence[int]], host_tables: Iterable[Sequence[int]] = ()) -> None:
         """Recomputes the reference counts from the tables of all sequences; raises AssertionError when they differ.
@@ -321,45 +363,41 @@ class PagePool:
         used = sum(references > 0 for references in self._references)
         total = len(self._free) + used + len(self._cached)
         _expect(total == self.num_usable, f"free + used + cached pages are {total}, not {self.num_usable}")
-        self._check_host_integrity(host_tables)
-
-    def _check_host_integrity(self, tables: Iterable[Sequence[int]]) -> None:
-        held = _count_references(tables, "host table")
-        free = Counter(self._host_free)
-        for page in range(self.num_host_pages):
-            counted, kept = held.pop(page, 0), int(page in self._host_keys)
-            _expect(counted == kept, f"host page {page} is in {counted} tables, but has {kept} owners")
-            lists = kept + free[page]
-            _expect(lists == 1, f"host page {page} is {lists} times used or free, not 1")
-        _expect(not held, f"host pages {sorted(held)} are in tables, but there are {self.num_host_pages} host pages")
-        total = len(self._host_free) + len(self._host_keys)
-        _expect(total == self.num_host_pages, f"free + used host pages are {total}, not {self.num_host_pages}")
+        self.host.check_integrity(host_tables)
 
     def _move_out(self, pages: Sequence[int]) -> tuple[PageCopy, ...] | None:
         self._check_active(pages)
-        if len(pages) > len(self._host_free):
+        contents = [HeldPage(self._keys[page], self._groups[page], self._depths[page]) for page in pages]
+        held = self.host.hold(contents)
+        if held is None:
             return None
-        copies = []
-        for page in pages:
-            host = self._host_free.pop()
-            self._host_keys[host] = self._keys[page]
-            copies.append(PageCopy(page, PageState.ACTIVE, host, PageState.HOST))
+        targets, reclaimed = held
+        for one in reclaimed:
+            self._leaves_host(one)
         self.release(pages)
-        return tuple(copies)
+        pairs = zip(pages, targets, strict=True)
+        return tuple([PageCopy(page, PageState.ACTIVE, host, PageState.HOST) for page, host in pairs])
 
     def _move_in(self, pages: Sequence[int], first: int) -> tuple[PageCopy, ...] | None:
-        self._check_host(pages)
+        self.host.check_held(pages)
         targets = self.allocate(len(pages))
-        if targets is None:
-            return None
+        return None if targets is None else self._arrive(pages, targets, first)
+
+    def _arrive(self, pages: Sequence[int], targets: Sequence[int], first: int | None) -> tuple[PageCopy, ...]:
+        """Gives allocated pages the content of held host pages, which are then free; returns the copies.
+
+        first: index in its table of the first one; None where each has the depth that it had."""
         copies = []
-        for depth, (page, target) in enumerate(zip(pages, targets, strict=True), first):
-            key = self._keys[target] = self._host_keys[page]
+        for place, (page, target) in enumerate(zip(pages, targets, strict=True)):
+            content = self.host.content(page)
+            key = self._keys[target] = content.key
             if key is not None:
                 self._page_of_key.setdefault(key, target)
-                self._depths[target], self._uses[target] = depth, 1
-            copies.append(PageCopy(page, PageState.HOST, target, PageState.ACTIVE))
-        self.release_host(pages)
+                self._depths[target], self._uses[target] = content.depth if first is None else first + place, 1
+                self._groups[target] = content.group
+            group = content.group if first is None else 0
+            copies.append(PageCopy(page, PageState.HOST, target, PageState.ACTIVE, group))
+        self.host.release(pages)
         return tuple(copies)
 
     def _take(self, page: int) -> None:
@@ -388,14 +426,44 @@ class PagePool:
         self._uses[page] = 0
         key = self._keys[page]
         assert key is not None, f"page {page} is cached without a content key"
-        self._unlist(key)
+        del self._page_of_key[key]
         self._keys[page] = None
         self.evictions["capacity"] += 1
+        if self.host.caches:
+            self._part(page, key)
+        self._unfindable(key)
         return page
+
+    def _part(self, page: int, key: bytes) -> None:
+        """Copies a page that is reclaimed to host memory, where it is not there yet."""
+        if self.most_copies is not None and self._parted_copies >= self.most_copies and key not in self.host:
+            return
+        group = self._groups[page]
+        target, reclaimed = self.host.store(HeldPage(key, group, self._depths[page]))
+        if reclaimed is not None:
+            self._leaves_host(reclaimed)
+        if target is not None:
+            self._copies.append(PageCopy(page, PageState.ACTIVE, target, PageState.HOST, group))
+            self._parted_copies += 1
+
+    def _leaves_host(self, reclaimed: Reclaimed) -> None:
+        """Writes a cached page of host memory to disk, where there is one that does not have it, before its place is
+        taken."""
+        page, content = reclaimed
+        assert content.key is not None
+        self._unfindable(content.key)
+        on_disk = self.host.on_disk
+        if on_disk is not None and content.key not in on_disk:
+            on_disk.add(content.key)
+            self._copies.append(PageCopy(page, PageState.HOST, 0, PageState.DISK, content.group, content.key))
 
     def _unlist(self, key: bytes) -> None:
         del self._page_of_key[key]
-        if self.event_log is not None:
+        self._unfindable(key)
+
+    def _unfindable(self, key: bytes) -> None:
+        """Tells the event log of a page that is neither on the device nor cached on the host any more."""
+        if self.event_log is not None and key not in self._page_of_key and key not in self.host:
             self.event_log.removed(key)
 
     def _check_range(self, page: int) -> None:
@@ -409,12 +477,6 @@ class PagePool:
             if not NULL_PAGE < page < end or not references[page]:
                 self._check_range(page)
                 raise ValueError(f"page {page} is {self.state(page).value}; it must be active")
-
-    def _check_host(self, pages: Sequence[int]) -> None:
-        self._check_distinct(pages)
-        for page in pages:
-            if page not in self._host_keys:
-                raise ValueError(f"host page {page} is not in use; {len(self._host_keys)} of {self.num_host_pages} are")
 
     @staticmethod
     def _check_distinct(pages: Sequence[int]) -> None:

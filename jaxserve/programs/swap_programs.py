@@ -58,7 +58,12 @@ def copy_blocks(copies: Sequence[PageCopy], num_groups: int = 1) -> Iterator[Seq
     begin = 0
     while begin < len(copies):
         end = _run_end(copies, begin)
-        sizes = swap_blocks(end - begin) if way(copies[begin]) != "page_copy" else copy_sizes(end - begin)
+        kind = way(copies[begin])
+        sizes = swap_blocks(end - begin)
+        if kind == "page_copy":
+            sizes = copy_sizes(end - begin)
+        elif kind in DISK_WAYS:
+            sizes = [end - begin]
         for size in sizes:
             yield copies[begin : begin + size]
             begin += size
@@ -77,13 +82,13 @@ def _run_end(copies: Sequence[PageCopy], begin: int) -> int:
 
 
 def way(copy: PageCopy) -> str:
-    """Returns the kind of the program that makes a copy, which is the same for every group: all groups' layers are in
-    the same arrays. Raises ValueError where there is none.
+    """Returns the kind of the program that makes a copy, or one of DISK_WAYS, which is the same for every group: all
+    groups' layers are in the same arrays. Raises ValueError where there is none.
     """
     kind = _WAYS.get((copy.source_tier, copy.destination_tier))
     if kind is None:
         tiers = f"{copy.source_tier.value} to {copy.destination_tier.value}"
-        raise ValueError(f"page {copy.source} is to be copied from {tiers}; one of the two must be on the device")
+        raise ValueError(f"page {copy.source} is to be copied from {tiers}, which is not possible")
     return kind
 
 
@@ -91,7 +96,12 @@ _WAYS = {
     (PageState.ACTIVE, PageState.HOST): "swap_out",
     (PageState.HOST, PageState.ACTIVE): "swap_in",
     (PageState.ACTIVE, PageState.ACTIVE): "page_copy",
+    (PageState.HOST, PageState.DISK): "disk_write",
+    (PageState.DISK, PageState.HOST): "disk_read",
 }
+
+DISK_WAYS = ("disk_write", "disk_read")
+"""Copies that no program makes."""
 
 
 def copy_vector(copies: Sequence[PageCopy]) -> np.ndarray:

@@ -25,7 +25,7 @@ from jaxserve.models.loading.checkpoint import load, load_kv_scales, read_ahead
 from jaxserve.models.loading.kv_scales import calibrate, placed
 from jaxserve.models.params import abstract_params, make_mesh, pack_for, random_params
 from jaxserve.pallas_kernels.paged_attention import is_quantized
-from jaxserve.planning.memory_plan import MemoryPlan, MemoryPlanner, claim_memory, local_memory
+from jaxserve.planning.memory_plan import MemoryPlan, MemoryPlanner, claim_memory, local_memory, pages_in_transit
 from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.programs.aot.bundle import Bundle, bundled_cache
 from jaxserve.programs.aot.program_cache import CacheRefusedError, ProgramCache, default_directory
@@ -142,6 +142,8 @@ class Startup:
             memory=tuple(started.plan.parts().items()),
             num_host_pages=shapes.num_host_pages,
             preemption_costs=costs,
+            page_bytes=started.plan.page * self._mesh.size,
+            pages_in_transit=None if self._platform == "cpu" else pages_in_transit(shapes, started.plan.page),
             max_logprobs=shapes.max_logprobs,
             logprobs_mode=shapes.logprobs_mode,
             hidden_size=shapes.model.hidden_size,

@@ -16,7 +16,7 @@ from jaxserve.config.logprobs_config import MAX_LOGPROBS
 from jaxserve.kv_cache.page_pool import PageCopy, PageState
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import EngineRequest
-from jaxserve.runner.protocol import RunnerInfo
+from jaxserve.runner.protocol import DiskCounts, DiskEvent, PageCopies, RunnerInfo
 from jaxserve.scheduler.plan import NOTHING_ALLOWED, RowPlan, StepPlan, StepResult
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 
@@ -85,6 +85,41 @@ class FakeStep:
     pooled: np.ndarray | None = None
 
 
+class FakeDisk:
+    """Keeps pages in a dict, as `DiskTier` describes. A read ends when `events` is called. host_pages: where accepted
+    pages are put."""
+
+    def __init__(self, host_pages: list[Page], stored: dict[bytes, Page] | None = None):
+        self._host_pages = host_pages
+        self.stored = {} if stored is None else stored
+        self.keys = tuple(self.stored)
+        self.page_seconds = 0.0
+        self._reads: list[tuple[int, bytes]] = []
+        self._found: dict[int, Page] = {}
+
+    def counts(self) -> DiskCounts:
+        return DiskCounts(len(self.stored))
+
+    def write(self, key: bytes, page: Page) -> None:
+        self.stored[key] = page
+
+    def read(self, number: int, key: bytes) -> None:
+        self._reads.append((number, key))
+
+    def events(self) -> list[DiskEvent]:
+        events, self._reads = [DiskEvent(key, number, key in self.stored) for number, key in self._reads], []
+        self._found |= {event.number: self.stored[event.key] for event in events if event.found and event.number}
+        return events
+
+    def accept(self, number: int, host_page: int | None) -> None:
+        page = self._found.pop(number)
+        if host_page is not None:
+            self._host_pages[host_page] = list(page)
+
+    def forget(self) -> None:
+        self.stored.clear()
+
+
 class FakeRunner:
     """Implements the Runner protocol over plain lists. Steps are computed at dispatch; `collect` returns the ids.
 
@@ -129,14 +164,23 @@ class FakeRunner:
             group_windows=group_windows,
         )
         self.step_costs = None
+        self.disk: FakeDisk | None = None
         self.num_compilations = 0
         self.compile_misses = 0
         self.pack_seconds = 0.0
         self.num_executables = 0
         self._num_groups = len(group_windows)
         self._widest = max((window for window in group_windows if window is not None), default=0)
+        self._num_copied = {"out": 0, "in": 0}
         self._host_pages: list[Page] = [[None] * page_size for _ in range(num_host_pages)]
         self._forget()
+
+    def close(self, copies: Sequence[PageCopy] = ()) -> None:
+        for copy in copies:
+            self._copy(copy)
+
+    def page_copies(self) -> dict[str, PageCopies]:
+        return {way: PageCopies(count) for way, count in self._num_copied.items()}
 
     def fitted(self, plan: StepPlan) -> StepPlan:
         return plan
@@ -214,11 +258,21 @@ class FakeRunner:
 
     def _copy(self, copy: PageCopy) -> None:
         """Copies a page. One that comes from the host is lost there: read again, it fails."""
+        if PageState.DISK in (copy.source_tier, copy.destination_tier):
+            assert self.disk is not None, "a page is copied to or from a disk that is not there"
+            if copy.source_tier is PageState.DISK:
+                self.disk.read(copy.source, copy.key)
+            else:
+                self.disk.write(copy.key, list(self._host_pages[copy.source]))
+            return
         source = self._tier(copy.source_tier)
         first = source[copy.source][0]  # those behind the last token may be left by another owner
         assert first is None or first[0] == copy.group, f"a page of group {first[0]} is copied as one of {copy.group}"
         self._tier(copy.destination_tier)[copy.destination] = list(source[copy.source])
+        if copy.destination_tier is PageState.HOST:
+            self._num_copied["out"] += 1
         if copy.source_tier is PageState.HOST:
+            self._num_copied["in"] += 1
             source[copy.source] = [None] * self.info.page_size
 
     def _tier(self, tier: PageState) -> list[Page]:

@@ -1,4 +1,4 @@
-"""Stores the pages of swapped sequences in host memory."""
+"""Stores pages of swapped sequences, and cached pages, in host memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import collections
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.planning.memory_plan import pages_in_transit
@@ -28,8 +29,14 @@ class HostPages:
         (page,) = abstract_pages(1, shapes, mesh)
         assert page.sharding is not None
         self._on_device, self._on_host = page.sharding, page.sharding.with_memory_kind("pinned_host")
+        self._shape, self._dtype = page.shape, page.dtype
         self._room = pages_in_transit(shapes, page_bytes)
         self._transit: collections.deque[tuple[int, jax.Array]] = collections.deque()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Returns the shape of a page's array."""
+        return self._shape
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -49,8 +56,9 @@ class HostPages:
         """Drops the pages in transit without waiting: the device has lost them, or need not report their arrival."""
         self._transit.clear()
 
-    def store(self, numbers: Sequence[int], pages: Sequence[jax.Array]) -> None:
-        """Stores device pages as host pages `numbers`, replacing their content; does not wait.
+    def store(self, numbers: Sequence[int], pages: Sequence[jax.Array]) -> jax.Array:
+        """Stores device pages as host pages `numbers`, replacing their content; does not wait. Returns the last one,
+        which is ready when all of them are there.
 
         Raises ValueError where a number is not that of a host page.
         """
@@ -61,6 +69,20 @@ class HostPages:
             pages = jax.device_put(list(pages), self._on_host)
             self._transit.append((len(pages), pages[-1]))
         self._pages.update(zip(numbers, pages, strict=True))
+        return pages[-1]
+
+    def page(self, number: int) -> jax.Array:
+        """Returns a host page, which stays what it is. Raises KeyError where it was not stored."""
+        return self._pages[number]
+
+    def put(self, number: int, page: jax.Array) -> None:
+        """Makes an array, as `make` returns it, a host page."""
+        self._pages[number] = page
+
+    def make(self, data: np.ndarray) -> jax.Array:
+        """Makes what can be a host page of a page's bytes, uint8 [page bytes]; may be called from any thread."""
+        array = data.view(self._dtype).reshape(self._shape)
+        return jax.device_put(array, self._on_host if self._pinned else self._on_device)
 
     def take(self, numbers: Sequence[int]) -> tuple[jax.Array, ...]:
         """Returns host pages `numbers` as device arrays for one `swap_in`; their memory is free when that has run.

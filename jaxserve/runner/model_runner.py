@@ -31,7 +31,9 @@ from jaxserve.programs.step_programs import (
     Shapes,
     program_keys,
 )
-from jaxserve.programs.swap_programs import copy_blocks, copy_vector, way
+from jaxserve.programs.swap_programs import DISK_WAYS, copy_blocks, copy_vector, way
+from jaxserve.runner.copy_times import CopyTimes
+from jaxserve.runner.disk_start import open_disk
 from jaxserve.runner.engine_startup import Startup
 from jaxserve.runner.packing import (
     ForwardPacker,
@@ -44,7 +46,7 @@ from jaxserve.runner.packing import (
     table_vectors,
     unused_option_vector,
 )
-from jaxserve.runner.protocol import StepNotStartedError
+from jaxserve.runner.protocol import PageCopies, StepNotStartedError
 from jaxserve.runner.step_cost_model import step_costs
 from jaxserve.runner.step_timing import measure_steps
 from jaxserve.runner.swap_timing import measure, swap_copies
@@ -109,6 +111,7 @@ def annotate(name: str) -> contextlib.AbstractContextManager[object]:
 class ModelRunner:
     """Runs a model: executes steps with the programs and arrays that `Startup` has made."""
 
+    _copy_times: CopyTimes | None = None  # none of the copies of the start are counted
     _unsampled: PendingStep | None = None  # the step whose forward program was dispatched last, until it is sampled
 
     def __init__(
@@ -129,6 +132,7 @@ class ModelRunner:
         self._shapes, self._programs, self._weights = made.shapes, made.programs, made.weights
         self._arrays, self._host_pages = made.arrays, made.host_pages
         self._copies = made.mesh.devices.flat[0].platform != "cpu"  # there the host reads the device's own memory
+        self.disk = open_disk(config, made)
         self._forward_packers, self._sample_packers = packers(self._shapes)
         self.compile_misses = 0
         self.pack_seconds = 0.0
@@ -141,6 +145,7 @@ class ModelRunner:
         self.info = startup.info(made, costs)
         self.step_costs = step_costs(self._shapes, made.mesh, measured)
         startup.finish(made)
+        self._copy_times = CopyTimes()
 
     @property
     def num_compilations(self) -> int:
@@ -153,6 +158,13 @@ class ModelRunner:
     @property
     def num_executables(self) -> int:
         return len(self._programs.executables)
+
+    def close(self, copies: Sequence[PageCopy] = ()) -> None:
+        if self.disk is not None:
+            self.disk.close_with(copies, self._copy)
+
+    def page_copies(self) -> dict[str, PageCopies]:
+        return {} if self._copy_times is None else self._copy_times.counts()
 
     def fitted(self, plan: StepPlan) -> StepPlan:
         if not self._programs.missing:
@@ -215,6 +227,8 @@ class ModelRunner:
         except Exception as error:
             raise self._not_started(error, begun=begun, copied=step.copied) from error
         step.ids, step.logprobs = ids, logprobs if plan.wants_logprobs else None
+        if self._copy_times is not None:
+            self._copy_times.before = ids
 
     def _not_started(self, error: Exception, *, begun: bool, copied: bool) -> Exception:
         """Returns the exception to raise for an error during dispatch: the error itself when the step must not be
@@ -260,7 +274,8 @@ class ModelRunner:
         them runs."""
         self._fail_at("pack", plan)
         for block in copy_blocks(plan.copies, self._shapes.num_groups):
-            self._copy_program(block)
+            if way(block[0]) not in DISK_WAYS:
+                self._copy_program(block)
         tables = table_vectors(plan.table_writes, self._shapes.num_slots, self._shapes.num_groups)
         slots = [_Call(self._program(TABLE_WRITE), vector) for vector in tables]
         slots += [_Call(self._program(OPTION_WRITE), vector) for vector in option_vectors((*plan.chunks, *plan.forks))]
@@ -345,6 +360,9 @@ class ModelRunner:
         """Starts the programs that copy pages; each reads the result of the one before it."""
         arrays, host = self._arrays, self._host_pages
         for block in copy_blocks(copies, self._shapes.num_groups):
+            if way(block[0]) in DISK_WAYS:
+                self._copy_disk(block)
+                continue
             program, (first, *_) = self._copy_program(block), block
             if first.source_tier is first.destination_tier:
                 arrays.pools = program(arrays.pools, copy_vector(block))
@@ -352,11 +370,25 @@ class ModelRunner:
             sources, destinations = [copy.source for copy in block], [copy.destination for copy in block]
             host.wait_for_room(len(block))
             if first.destination_tier is PageState.HOST:
-                host.store(destinations, program(arrays.pools, np.array(sources, np.int32)))
+                done = host.store(destinations, program(arrays.pools, np.array(sources, np.int32)))
+                self._watch("out", len(block), done)
                 continue
             pages = host.take(sources)
             arrays.pools, placed = program(arrays.pools, pages, np.array(destinations, np.int32))
             host.taken(len(block), placed)
+            self._watch("in", len(block), placed)
+
+    def _copy_disk(self, block: Sequence[PageCopy]) -> None:
+        assert self.disk is not None, "a page is copied to or from a disk that is not there"
+        for copy in block:
+            if copy.source_tier is PageState.DISK:
+                self.disk.read(copy.source, copy.key)
+            else:
+                self.disk.write(copy.key, self._host_pages.page(copy.source))
+
+    def _watch(self, way: str, pages: int, done: jax.Array) -> None:
+        if self._copy_times is not None:
+            self._copy_times.watch(way, pages, done)
 
     def _copy_program(self, block: Sequence[PageCopy]) -> Callable[..., Any]:
         """Returns the program that makes a block of copies."""

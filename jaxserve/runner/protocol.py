@@ -4,12 +4,13 @@ no device."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from jaxserve.config.logprobs_config import MAX_LOGPROBS
+from jaxserve.kv_cache.page_copy import PageCopy
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from jaxserve.scheduler.step_shape import StepShape
@@ -41,6 +42,8 @@ class RunnerInfo:
     phases: name, begin and seconds of each part of the start, where the process began at 0; some run side by side.
     memory: bytes of the device by purpose; they sum to all of its memory. num_host_pages: pages of host
     memory for swapped sequences. preemption_costs: measured at warm-up; None when swapping is impossible.
+    page_bytes: of a page of all layers of a group, on all devices. pages_in_transit: most pages that are on their way
+    between device and host memory before the host waits; None for any number.
     tokens_per_step: maximum tokens of a decoding row in one step (`DecodeRows.counts`).
     max_logprobs: likeliest ids of one position that a request may ask for. logprobs_mode: as in `LogprobsConfig`.
     hidden_size: numbers of a hidden state, which pooling returns. group_windows: for each group of layers, which has a
@@ -72,11 +75,74 @@ class RunnerInfo:
     logprobs_mode: str = "raw_logprobs"
     hidden_size: int = 0
     group_windows: tuple[int | None, ...] = (None,)
+    page_bytes: int = 0
+    pages_in_transit: int | None = None
 
     @property
     def usable_pages(self) -> int:
         """Returns the number of pages that requests can have: all but the null page."""
         return self.num_pages - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PageCopies:
+    """Counts copies one way between device and host memory since the start. seconds: from when the device could begin
+    with them to when they were there, added up step by step."""
+
+    pages: int = 0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskEvent:
+    """Tells of a page in the directory of the cache: the read of this number has ended, having `found` it or not; or,
+    without a number, it is not there any more."""
+
+    key: bytes
+    number: int | None = None
+    found: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskCounts:
+    """Counts pages of the directory of the cache: those there and their bytes; and since the start those written, read,
+    refused since they were not what they should be, and dropped since they could not be written, or not soon enough."""
+
+    pages: int = 0
+    num_bytes: int = 0
+    written: int = 0
+    read: int = 0
+    refused: int = 0
+    dropped: int = 0
+
+
+class DiskTier(Protocol):
+    """Keeps pages in a directory. Copies to and from there are those of plans; the others are calls from the engine's
+    loop, which wait for nothing."""
+
+    @property
+    def keys(self) -> tuple[bytes, ...]:
+        """Returns the content keys of the pages that were there at the start, least recently used first."""
+        ...
+
+    @property
+    def page_seconds(self) -> float:
+        """Returns the seconds that reading a page takes, as measured lately."""
+        ...
+
+    def counts(self) -> DiskCounts: ...
+
+    def events(self) -> list[DiskEvent]:
+        """Returns what has happened since the last call, in order."""
+        ...
+
+    def accept(self, number: int, host_page: int | None) -> None:
+        """Makes what the read of this number has found a host page; None discards it."""
+        ...
+
+    def forget(self) -> None:
+        """Deletes all pages."""
+        ...
 
 
 class StepNotStartedError(RuntimeError):
@@ -122,6 +188,19 @@ class Runner(Protocol):
     def pack_seconds(self) -> float:
         """Returns the host's time for packing the step whose forward program was dispatched last; 0 where it is not
         measured."""
+        ...
+
+    @property
+    def disk(self) -> DiskTier | None:
+        """Returns the directory of the cache; None where there is none."""
+        ...
+
+    def close(self, copies: Sequence[PageCopy] = ()) -> None:
+        """Makes the last copies, as far as there is time, and ends threads; nothing may be called afterwards."""
+        ...
+
+    def page_copies(self) -> dict[str, PageCopies]:
+        """Returns the copies to host memory ("out") and from there ("in") so far."""
         ...
 
     def fitted(self, plan: StepPlan) -> StepPlan:

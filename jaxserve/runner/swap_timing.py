@@ -61,7 +61,7 @@ def swap_copies(pages: int, *, null: bool = False) -> tuple[tuple[PageCopy, ...]
 def measure(
     shapes: Shapes, compute: Callable[[StepPlan], None], swap: Callable[[Sequence[PageCopy]], None]
 ) -> PreemptionCosts:
-    """Measures both costs, taking the best of `REPEATS`.
+    """Measures the costs, taking the best of `REPEATS`.
 
     A token's cost is that of a step of prompts that fills the largest token bucket, or the pool; a page's is that of
     the largest number of pages that one program swaps.
@@ -79,18 +79,14 @@ def measure(
     pages = max(size for size in shapes.swap_sizes if size <= usable)
     out, back = swap_copies(pages)
 
-    def both() -> None:
-        swap(out)
-        swap(back)
+    token = min(_seconds(lambda: compute(plan)) for _ in range(REPEATS)) / plan.num_tokens
+    ways = [(_seconds(lambda: swap(out)), _seconds(lambda: swap(back))) for _ in range(REPEATS)]
+    seconds_out, seconds_in = (min(seconds) for seconds in zip(*ways, strict=True))
+    return PreemptionCosts(token, (seconds_out + seconds_in) / pages, seconds_in / pages)
 
-    return PreemptionCosts(_best(lambda: compute(plan)) / plan.num_tokens, _best(both) / pages)
 
-
-def _best(call: Callable[[], None]) -> float:
-    """Returns the seconds of the fastest of `REPEATS` calls."""
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+def _seconds(call: Callable[[], None]) -> float:
+    """Returns the seconds of a call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

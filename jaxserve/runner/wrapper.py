@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from jaxserve.runner.protocol import Pending, Runner
+from jaxserve.kv_cache.page_copy import PageCopy
+from jaxserve.runner.protocol import DiskTier, PageCopies, Pending, Runner
 from jaxserve.scheduler.plan import StepPlan, StepResult
 
 
@@ -34,6 +37,16 @@ class RunnerWrapper:
     @property
     def pack_seconds(self) -> float:
         return self._runner.pack_seconds
+
+    @property
+    def disk(self) -> DiskTier | None:
+        return self._runner.disk
+
+    def close(self, copies: Sequence[PageCopy] = ()) -> None:
+        self._runner.close(copies)
+
+    def page_copies(self) -> dict[str, PageCopies]:
+        return self._runner.page_copies()
 
     def fitted(self, plan: StepPlan) -> StepPlan:
         return self._runner.fitted(plan)

@@ -6,7 +6,7 @@
                 planned: what reads them is then dispatched behind it. Those filled while decoding are committed
                 together when the sequence ends or is preempted: a step that only decodes costs no more than without
     end         the pool keeps the committed pages of a sequence that ends or is preempted until it needs them for
-                something else
+                something else, and then in host memory, as far as there is room
 
 Pages filled while decoding are kept like those of a prompt, so the next turn of a chat finds its own answer.
 Source: automatic prefix caching by hashes of pages, vLLM; keys and values of a prefix are the same whatever follows.
@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as List
+from collections.abc import Callable, Iterable, Iterator
 
 from jaxserve.kv_cache.content_keys import ContentKeys
 from jaxserve.kv_cache.event_log import CacheEvent, CacheEventKind, CacheEventLog, page_hash
+from jaxserve.kv_cache.host_pool import HeldPage
 from jaxserve.kv_cache.page_groups import PageGroups, group_key
 from jaxserve.kv_cache.page_pool import NULL_PAGE, PagePool
 from jaxserve.request import RequestStatus
+from jaxserve.scheduler.found_pages import ON_DISK, FoundPages, on_host
+from jaxserve.scheduler.host_fetches import HostFetches
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.sequence import Sequence
 
@@ -34,6 +36,8 @@ class PrefixCounts:
 
     queries, hits: requests admitted for the first time, and those of them that found a page. query_tokens, hit_tokens:
     their tokens, and those found. returned_tokens: tokens that preempted sequences found when they came back.
+    host_hits, host_hit_tokens: requests that had pages brought back from host memory, whether new or returning, and the
+    tokens that these pages saved.
     """
 
     queries: int = 0
@@ -41,41 +45,29 @@ class PrefixCounts:
     query_tokens: int = 0
     hit_tokens: int = 0
     returned_tokens: int = 0
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class FoundPages:
-    """Holds the first entries of a sequence's page tables, whose content is computed.
-
-    tables: of each group, as `Sequence.tables`. left: as `Sequence.left`.
-    """
-
-    tables: List[List[int]]
-    left: List[int]
-
-    def __len__(self) -> int:
-        return len(self.tables[0])
-
-    @property
-    def live(self) -> list[int]:
-        """Returns the pages of all tables."""
-        return [page for table, left in zip(self.tables, self.left, strict=True) for page in table[left:]]
+    host_hits: int = 0
+    host_hit_tokens: int = 0
 
 
 class PrefixCache:
     """Looks up and commits the pages of sequences in one pool.
 
     groups: of layers. A page of each group has a content key of its own, which follows from that of its tokens.
-    keys: None where pages are not shared between requests; nothing is then found or committed. watched: somebody takes
-    `committed_keys`, those of the pages committed since they were taken last.
+    keys: None where pages are not shared between requests; nothing is then found or committed. fetches: decides which
+    pages come back from host memory; None where they always do. watched: somebody takes `committed_keys`, those of the
+    pages committed since they were taken last.
     """
 
-    def __init__(self, pool: PagePool, keys: ContentKeys | None, groups: PageGroups):
+    def __init__(
+        self, pool: PagePool, keys: ContentKeys | None, groups: PageGroups, fetches: HostFetches | None = None
+    ):
         self._groups = groups
+        self.alike = groups.alike
         self._pool = pool
         self._keys = keys
         self._dispatched: StepPlan | None = None
         self._event_log: CacheEventLog | None = None
+        self.fetches = HostFetches(None) if fetches is None else fetches
         self.counts = PrefixCounts()
         self.page_size = pool.page_size
         self.watched = False
@@ -86,17 +78,67 @@ class PrefixCache:
         where no group needs all pages, O(pages of its known tokens).
 
         Of groups with a window only the pages that the next token attends to need be there. They get no reference:
-        `Pages.admit` shares them.
+        `Pages.admit` shares them. Behind those of the device come pages of host memory, where bringing them back is
+        predicted to be cheaper than computing their tokens again.
         """
         limit = sequence.num_skippable // self._pool.page_size if self._serves(sequence) else 0
-        keys = self._chain(sequence, limit) if limit else iter(())
+        if not limit:
+            return FoundPages([[] for _ in self._groups.windows], [0] * self._groups.count)
+        found = self._find(self._chain(sequence, limit), self._pool.page_of)
+        if not self._pool.host.num_cached:
+            return found
+        more = self._find(self._chain(sequence, limit), self._place)
+        if len(more) <= len(found):
+            return found
+        start = self.num_tokens(found)
+        choice = self.fetches.choose(start, self.num_tokens(more) - start, len(more.host), sequence.num_known)
+        return dataclasses.replace(more if choice.fetches else found, choice=choice)
+
+    def _place(self, key: bytes) -> int | None:
+        """Returns the device page of a content key, or else its host page, as `on_host` gives it."""
+        page = self._pool.page_of(key)
+        if page is None and (host := self._pool.host.page_of(key)) is not None:
+            return on_host(host)
+        return page
+
+    def find_on_disk(self, sequence: Sequence, found: FoundPages) -> tuple[int, list[HeldPage]]:
+        """Returns how many entries a sequence could begin with if pages were read from disk, and these pages, in order;
+        none where what `find` returned is as much."""
+        on_disk = self._pool.host.on_disk
+        limit = sequence.num_skippable // self._pool.page_size if self._serves(sequence) else 0
+        if not on_disk or len(found) >= limit:
+            return len(found), []
+
+        def place(key: bytes) -> int | None:
+            there = self._place(key)
+            return ON_DISK if there is None and key in on_disk else there
+
+        more = self._find(self._chain(sequence, limit), place)
+        if len(more) <= len(found):
+            return len(found), []
+        pages = [
+            HeldPage(group_key(sequence.page_keys[index], group), group, index)
+            for index in range(len(more))
+            for group, table in enumerate(more.tables)
+            if table[index] == ON_DISK
+        ]
+        return len(more), pages
+
+    def _find(self, keys: Iterable[bytes], place: Callable[[bytes], int | None]) -> FoundPages:
+        """Returns the longest run of pages for the first of `keys`. place: of the page of a content key, or None."""
         if self._groups.alike:
-            return FoundPages((self._pool.find(keys),), [0])
+            pages = []
+            for key in keys:
+                page = place(key)
+                if page is None:
+                    break
+                pages.append(page)
+            return FoundPages([pages], [0])
         tables: list[list[int]] = [[] for _ in self._groups.windows]
         entries, missing = 0, [-1] * len(tables)  # of each group the last entry whose page is not there
         for index, key in enumerate(keys):
             for group, table in enumerate(tables):
-                page = self._pool.page_of(group_key(key, group))
+                page = place(group_key(key, group))
                 table.append(NULL_PAGE if page is None else page)
                 if page is None:
                     missing[group] = index
@@ -114,22 +156,27 @@ class PrefixCache:
         """Returns the number of tokens in pages that `find` returned."""
         return len(found) * self._pool.page_size
 
-    def admitted(self, sequence: Sequence, num_pages: int) -> None:
-        """Records that a sequence was admitted with so many pages that `find` returned."""
-        sequence.num_committed = num_pages
+    def admitted(self, sequence: Sequence, found: FoundPages | None) -> None:
+        """Records that a sequence was admitted with what `find` returned; None where it was not asked."""
+        sequence.num_committed = num_pages = 0 if found is None else len(found)
         if not self._serves(sequence):
             return
         if self._event_log is not None:
             self._announce(sequence, 0, num_pages)
-        counts, found = self.counts, num_pages * self._pool.page_size
+        counts, tokens = self.counts, num_pages * self._pool.page_size
+        if found is not None and found.choice is not None:
+            self.fetches.chosen(found.choice)
+            if found.choice.fetches:
+                counts.host_hits += 1
+                counts.host_hit_tokens += found.choice.num_tokens
         if not sequence.waits_new:
-            counts.returned_tokens += found
+            counts.returned_tokens += tokens
             return
-        sequence.num_cached_tokens = found
+        sequence.num_cached_tokens = tokens
         counts.queries += 1
-        counts.hits += found > 0
+        counts.hits += tokens > 0
         counts.query_tokens += sequence.num_known
-        counts.hit_tokens += found
+        counts.hit_tokens += tokens
 
     def planned(self, plan: StepPlan | None) -> None:
         """Records the step that was planned last; its pages are committed by the next `commit`."""
@@ -229,7 +276,7 @@ class PrefixCache:
         log, keys, size, options = self._event_log, sequence.page_keys, self._pool.page_size, sequence.request.options
         assert log is not None
         assert self._keys is not None
-        new = [index for index in range(begin, end) if keys[index] not in log and self._pool.find((keys[index],))]
+        new = [index for index in range(begin, end) if keys[index] not in log and self._pool.page_of(keys[index])]
         while new:
             first = new[0]
             count = sum(index == first + place for place, index in enumerate(new))  # of the first run
@@ -250,7 +297,7 @@ class PrefixCache:
         for group, (table, left) in enumerate(zip(sequence.tables, sequence.left, strict=True)):
             first = max(begin, left)
             keys = [group_key(key, group) for key in sequence.page_keys[first:end]]
-            self._pool.commit(table[first:end], keys, first)
+            self._pool.commit(table[first:end], keys, first, group)
 
     def _chain(self, sequence: Sequence, count: int) -> Iterator[bytes]:
         """Yields the content keys of the first `count` pages of known tokens, and derives about twice as many of them

@@ -36,7 +36,9 @@ from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.budgets import Budgets
 from jaxserve.scheduler.deadline_check import DeadlineCheck
 from jaxserve.scheduler.decode_gap import DecodeGap
+from jaxserve.scheduler.disk_waits import DiskWaits
 from jaxserve.scheduler.gap_monitor import CAUSES
+from jaxserve.scheduler.host_fetches import HostFetches
 from jaxserve.scheduler.length_prediction import OutputLengthPredictor
 from jaxserve.scheduler.modes import MODES
 from jaxserve.scheduler.plan import FastForward, StepPlan, StepResult, Wants
@@ -107,7 +109,9 @@ class Scheduler:
             allocation_hit,
             deadline_check=self._deadline_check,
             groups=groups,
-            prefix_cache=PrefixCache(pool, content_keys, groups),
+            prefix_cache=PrefixCache(
+                pool, content_keys, groups, HostFetches.configured(config, step_seconds, costs, buckets)
+            ),
             predictor=None if not config.admission.wait_for_prefix else self._predictor(step_seconds or by_tokens),
         )
         self.decode_gap = DecodeGap.configured(config, step_seconds, buckets)
@@ -224,7 +228,12 @@ class Scheduler:
         """
         for sequence in self._sequences.values():
             sequence.num_committed = 0
+        self._queues.disk_waits.release_all()
         return self._queues.prefix_cache.forget("flush")
+
+    @property
+    def disk_waits(self) -> DiskWaits:
+        return self._queues.disk_waits
 
     def add(self, request: EngineRequest, wants: Wants = Wants.NONE) -> Sequence:
         """Puts a request in the waiting queue.
@@ -326,7 +335,7 @@ class Scheduler:
         """Preempts, for recomputation, every sequence that holds device pages, whose content is lost. O(unfinished
         requests).
 
-        Other pages in host memory stay valid.
+        Other pages in host memory stay valid, cached ones too.
 
         Args:
             lost: copies of the plans whose ids will not arrive, none of which has taken place. Their tokens are sampled
@@ -338,6 +347,8 @@ class Scheduler:
         lost_pages = {copy.destination for copy in lost if copy.destination_tier is PageState.HOST}
         self._queues.sharing.lost()
         self._queues.prefix_cache.forget()
+        self.pool.lost_copies(lost_pages)
+        self._queues.disk_waits.release_all()
         going_on = [sequence for name, sequence in self._sequences.items() if name not in self._barrier]
         preempted = [sequence for sequence in going_on if self._queues.restart(sequence, lost_pages)]
         for sequence in going_on:
@@ -386,6 +397,7 @@ class Scheduler:
                 for sequence in self._builder.admitted:
                     self._barrier.joined(sequence, self._steps)
         self._queues.prefix_cache.planned(plan)
+        self._queues.prefix_cache.fetches.planned(plan, now)
         if plan is not None:
             self._queues.prefix_waits.planned(plan)
         self._step_times.begins(plan, now)

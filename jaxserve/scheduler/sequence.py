@@ -34,6 +34,7 @@ class Sequence:
     swapped sequence, group by group. penalized: it needs a penalty row; penalty_row: the one that it holds while it
     runs. parked: its queue does not offer it, since no row is free. prompt: what it shares with other samples of its
     request; None where it is the only one. withheld: it waits in no queue, until one of them has computed the prompt.
+    asked_disk: it has been decided whether pages of its prompt are read from disk.
     """
 
     def __init__(self, request: EngineRequest, order: int, expected_output: float = 1.0):
@@ -67,6 +68,7 @@ class Sequence:
         self.parked = False
         self.prompt: SharedPrompt | None = None
         self.withheld = False
+        self.asked_disk = False
         self.next_scored = request.prompt_logprobs_start
         self.scores: list[LogprobColumns] = []
         self.pooled: PooledSum | None = None if request.pooling is None else PooledSum(request.pooling)

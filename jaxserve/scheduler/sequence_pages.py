@@ -17,7 +17,7 @@ from jaxserve.config.failpoints import Hit, InjectedFaultError
 from jaxserve.config.scheduling import AdmissionConfig
 from jaxserve.kv_cache.page_groups import PageGroups
 from jaxserve.kv_cache.page_pool import NULL_PAGE, PageCopy, PagePool, PageState
-from jaxserve.scheduler.prefix_cache import FoundPages
+from jaxserve.scheduler.found_pages import FoundPages
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.shared_prompt import SharedPrompt
 
@@ -82,23 +82,30 @@ class Pages:
                 none.
 
         Returns:
-            The copies to perform; None, and nothing changes, when too few pages are available.
+            The copies to perform, of pages of host memory that were found among them; None, and nothing changes, when
+            too few pages are available.
         """
         prompt, spare = None if sequence.must_score else sequence.prompt, 0 if alone else self._watermark
         shares = prompt is not None and prompt.held
-        there, left, live, to_copy = 0, sequence.left, (), 0
+        there, left, live, to_copy = 0, sequence.left, [], 0
         if prompt is not None and shares:
             there, left, to_copy = prompt.num_ready_entries, prompt.left, self._to_copy(prompt)
         elif found is not None:
-            there, left, live = len(found), found.left, found.live
+            there, left, live, to_copy = len(found), found.left, found.live, len(found.host)
         needed, reserved = self._needed(sequence, count, left)
         pages = (needed - there) * self.groups.count + reserved + to_copy + self._pool.num_unreferenced(live)
         if pages + spare > self._pool.num_available:
             return None
-        copies = self._take_prompt(sequence, prompt) if prompt is not None and shares else ()
+        copies: tuple[PageCopy, ...] = ()
+        if prompt is not None and shares:
+            copies = self._take_prompt(sequence, prompt)
+            copies = (*self._pool.take_copies(), *copies)  # what was in the pages that it writes is copied first
         if found is not None:
             self._pool.share(live)
-            self._enter(sequence, found.tables, found.left)
+            fetched = self._pool.fetch(found.host) if found.host else ()
+            assert fetched is not None, "pages that fit are not there"
+            self._enter(sequence, found.arrived([copy.destination for copy in fetched]), found.left)
+            copies = (*self._pool.take_copies(), *fetched)
         self._take(sequence, needed - len(sequence.pages), reserved)
         return copies
 
@@ -141,7 +148,7 @@ class Pages:
             moved = self._pool.move(list(itertools.islice(host, entries - left)), PageState.ACTIVE, left)
             assert moved is not None, "pages that fit are not there"
             table += [NULL_PAGE] * left + [copy.destination for copy in moved]
-            copies += _of_group(moved, group)
+            copies += (*self._pool.take_copies(), *_of_group(moved, group))
         sequence.host_pages = []
         self._take(sequence, 0, reserved)
         return copies
@@ -162,7 +169,7 @@ class Pages:
             table.clear()
         sequence.reserved = []
         sequence.host_pages = [copy.destination for copy in copies]
-        place, named = 0, ()
+        place, named = 0, tuple(self._pool.take_copies())
         for group, table in enumerate(tables):
             named += _of_group(copies[place : place + len(table)], group)
             place += len(table)
@@ -206,6 +213,14 @@ class Pages:
             missing = self._reserved(sequence, len(sequence.pages), sequence.left) - len(sequence.reserved)
             if missing > 0:  # a page that others share too gives none back
                 sequence.reserved.extend(self._pool.allocate(min(missing, self._pool.num_available)) or ())
+
+    def start_step(self) -> None:
+        """Begins a step, in which a bounded number of reclaimed pages is copied to host memory."""
+        self._pool.start_step()
+
+    def take_copies(self) -> list[PageCopy]:
+        """Returns the copies of pages that were reclaimed and that no other call has returned."""
+        return self._pool.take_copies()
 
     def one_each(self, sequences: list[Sequence]) -> Iterable[List[int]] | None:
         """Allocates a page of each group for each sequence at once; returns None, and changes nothing, when some hold

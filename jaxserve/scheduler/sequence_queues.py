@@ -11,6 +11,7 @@ from jaxserve.kv_cache.page_pool import NULL_PAGE, PagePool
 from jaxserve.request import RequestStatus
 from jaxserve.scheduler.admission_order import AdmissionOrder
 from jaxserve.scheduler.deadline_check import DeadlineCheck
+from jaxserve.scheduler.disk_waits import DiskWaits
 from jaxserve.scheduler.modes import Counts
 from jaxserve.scheduler.parking_queue import ParkingQueue
 from jaxserve.scheduler.policies.policy import Policy
@@ -33,7 +34,7 @@ class SequenceQueues:
 
     waiting: new requests and those preempted to be computed again. swapped: those whose pages are in host memory, in
     the order of the policy. sharing: what the samples of one prompt share. prefix_cache: what requests share, for which
-    some wait (prefix_waits) or are put forward (prefix_order).
+    some wait (prefix_waits; disk_waits where it is on disk) or are put forward (prefix_order).
     preempted: sequences preempted by the last step; `start_step` clears them. changed: a sequence arrived or left since
     the last step. filled: sequences of which the last step computes chunks, where groups of layers have windows.
     """
@@ -61,6 +62,7 @@ class SequenceQueues:
         urgency_queues = self.preemption.urgency_queues
         self.waiting = Waiting(policy, formation, urgency_queues(), urgency_queues(), deadline_check, prefix_cache)
         self.prefix_waits = PrefixWaits(prefix_cache, self.waiting, predictor)
+        self.disk_waits = DiskWaits(prefix_cache, pool, self.waiting)
         self.prefix_order = PrefixOrder(prefix_cache, self.waiting, watching=policy.matches_prefixes)
         self.running = Running(config.max_num_seqs, pool.page_size, tokens_per_step, config.num_penalty_rows)
         self.sharing = PromptSharing(pool, self.pages, self.waiting, self.running)
@@ -80,6 +82,7 @@ class SequenceQueues:
         whose prompt is embedded, before the result is."""
         self.preempted = []
         self.changed = False
+        self.pages.start_step()
         for sequence in self.filled:
             if sequence.status is RequestStatus.RUNNING:
                 self.trim(sequence)
@@ -204,7 +207,7 @@ class SequenceQueues:
         self.running.check_integrity()
         self.sharing.check_integrity()
         self.prefix_waits.check_integrity()
-        withheld = self.sharing.num_withheld + self.prefix_waits.num_followers
+        withheld = self.sharing.num_withheld + self.prefix_waits.num_followers + self.disk_waits.num_withheld
         assert withheld == self.waiting.num_withheld, "withheld requests are counted wrong"
         statuses = [sequence.status for sequence in sequences]
         assert statuses.count(RequestStatus.RUNNING) == len(self.running), "a sequence runs that does not"

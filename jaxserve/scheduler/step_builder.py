@@ -9,11 +9,11 @@ from jaxserve.request import RequestStatus
 from jaxserve.scheduler.buckets import Buckets
 from jaxserve.scheduler.budgets import Budgets
 from jaxserve.scheduler.chunk_planner import NO_CHUNKS, ChunkPlanner
+from jaxserve.scheduler.found_pages import FoundPages
 from jaxserve.scheduler.gap_limit import GapLimit
 from jaxserve.scheduler.modes import Mode, StepLimits
 from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES, StepPlan
 from jaxserve.scheduler.policies.policy import Policy
-from jaxserve.scheduler.prefix_cache import FoundPages
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.sequence_queues import SequenceQueues
 from jaxserve.scheduler.step_in_progress import Chunk, StepInProgress
@@ -67,12 +67,13 @@ class StepBuilder:
     @property
     def copies(self) -> tuple[PageCopy, ...]:
         """Returns the copies of pages decided for the last step, whether it was built to its end or not."""
-        return () if self._step is None else tuple(self._step.copies)
+        return () if self._step is None else (*self._step.copies, *self._pages.take_copies())
 
     def build(self, now: float, number: int) -> StepPlan | None:
         """Builds the next step, with this number; returns None when there is nothing to compute."""
         self.admitted, self.blocked_by, self._step = [], None, None
         step = self._filled(now)
+        step.copies += self._pages.take_copies()
         # Copies alone are a step where the others wait for the results of guesses in flight.
         return self._plan(step, number, now) if step.decodes or step.chunks or step.copies else None
 
@@ -124,7 +125,7 @@ class StepBuilder:
             token_bucket=self._buckets.token_bucket(max(num_tokens, floors[0], planned.num_places)),
             row_bucket=self._buckets.row_bucket(max(num_sampled, floors[1]) if num_sampled else 0),
             num_tokens=num_tokens,
-            copies=tuple(step.copies),
+            copies=(*step.copies, *self._pages.take_copies()),
             table_writes=planned.table_writes,
             penalty_writes=planned.penalty_writes,
             scores=planned.scores,
@@ -232,12 +233,13 @@ class StepBuilder:
             if sequence.status is RequestStatus.RUNNING:
                 step.add(Chunk(sequence, count, held))
 
-    def _chunk(self, sequence: Sequence, step: StepInProgress, step_limits: StepLimits) -> int:
-        """Returns the number of tokens that this sequence computes in this step; 0 is none."""
+    def _chunk(self, sequence: Sequence, step: StepInProgress, step_limits: StepLimits, fetched: int = 0) -> int:
+        """Returns the number of tokens that this sequence computes in this step; 0 is none. fetched: pages of the
+        prefix cache that come back from host memory for it."""
         count = self._budgeted_chunk(sequence, step, step_limits)
         if self._gap_limit is None:
             return count
-        return self._gap_limit.tokens(step, sequence.num_computed, count, len(sequence.host_pages))
+        return self._gap_limit.tokens(step, sequence.num_computed, count, len(sequence.host_pages) + fetched)
 
     def _budgeted_chunk(self, sequence: Sequence, step: StepInProgress, step_limits: StepLimits) -> int:
         """Returns what `_chunk` does under the budget and the chunking rules alone."""
@@ -279,7 +281,9 @@ class StepBuilder:
             for sequence in self._waiting.candidates(now):
                 if sequence.waits_new and (joined >= most or delayed):
                     break
-                if self._may_follow and self._queues.prefix_waits.follow(sequence):
+                if self._may_follow and (
+                    self._queues.disk_waits.begin(sequence, now) or self._queues.prefix_waits.follow(sequence)
+                ):
                     continue
                 if self._running.lacks_row(sequence):
                     self._queues.park(sequence)
@@ -312,13 +316,14 @@ class StepBuilder:
         else:
             found = self._prefix_cache.find(sequence)
             sequence.num_computed = self._prefix_cache.num_tokens(found)
-        count = self._chunk(sequence, step, step_limits)
+        count = self._chunk(sequence, step, step_limits, 0 if found is None else len(found.host))
         copies = self._allocated(sequence, count, found) if count else None
         if copies is None:
             sequence.num_computed = 0
             self.blocked_by = "pages" if count else self.blocked_by
             return False
-        self._prefix_cache.admitted(sequence, 0 if found is None else len(found))
+        self._prefix_cache.admitted(sequence, found)
+        step.copies.extend(copies)
         if sequence.waits_new:
             self._policy.admitted(sequence)
         self._waiting.remove(sequence)
@@ -328,7 +333,6 @@ class StepBuilder:
         held = 0 if found is None else len(found)
         if prompt is not None:
             held = held or (prompt.num_shared + 1 if sequence.num_computed else 0)
-            step.copies.extend(copies)
             self._queues.sharing.joined(sequence, prompt)
             self._holds_prompt(sequence)
         step.add(Chunk(sequence, count, held, admitted=True))

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from jaxserve.config.failpoints import Failpoints
+from jaxserve.config.scheduling import PreemptionConfig
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import AbortRequest, AddRequest, EngineOutput, FromEngine, outputs
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import EngineRequest, FinishReason, Pooling, RequestOptions
 from jaxserve.runner.model_runner import ModelRunner
+from jaxserve.runner.wrapper import RunnerWrapper
 from tests.runner.drive import poisoned
 
 DENSE = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
@@ -38,8 +41,13 @@ WINDOW = ModelConfig.from_hf(
 CONFIG = EngineConfig(
     architecture=DENSE,
     load_format="dummy",
-    scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64, long_prefill_token_threshold=32),
-    cache=CacheConfig(num_pages=64, page_size=16),
+    scheduler=SchedulerConfig(
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        long_prefill_token_threshold=32,
+        preemption=PreemptionConfig(recompute_seconds_per_token=1.0, swap_seconds_per_page=1e-6),
+    ),
+    cache=CacheConfig(num_pages=64, page_size=16, swap_space=24 * 4096 / 2**30),
     token_buckets=(64,),
     row_buckets=(8,),
     seed=3,
@@ -69,9 +77,9 @@ class Answer:
 
 class Engine:
     """An engine of its own over a module's runner, whose pages it fills with NaN. waits: for prefixes that others
-    compute. cached: tokens that each ended request found."""
+    compute. num_pages: that it uses; None for all. cached: tokens that each ended request found."""
 
-    def __init__(self, runner: ModelRunner, *, caching: bool = True, waits: bool = False):
+    def __init__(self, runner: ModelRunner, *, caching: bool = True, waits: bool = False, num_pages: int | None = None):
         runner._failpoints = Failpoints(())
         runner.reset()
         runner._arrays.pools = [poisoned(pool) for pool in runner._arrays.pools]
@@ -81,7 +89,10 @@ class Engine:
             cache=dataclasses.replace(CONFIG.cache, enable_prefix_caching=caching),
             scheduler=dataclasses.replace(CONFIG.scheduler, admission=admission),
         )
-        self.core = EngineCore(config, runner)
+        used = RunnerWrapper(runner)
+        if num_pages is not None:
+            used.info = dataclasses.replace(runner.info, num_pages=num_pages)
+        self.core = EngineCore(config, used)
         self.answers: dict[str, Answer] = {}
         self.cached: dict[str, int] = {}
 
@@ -117,8 +128,8 @@ def start(runner) -> Iterator[Callable[..., Engine]]:
     """Makes engines with the cache, and checks in the end that they are idle and whole."""
     made: list[Engine] = []
 
-    def make(waits: bool = False) -> Engine:
-        made.append(Engine(runner, waits=waits))
+    def make(**options: Any) -> Engine:
+        made.append(Engine(runner, **options))
         return made[-1]
 
     yield make
@@ -153,6 +164,22 @@ def test_a_hit_changes_no_bit(runner, start, sampling):
     assert engine.cached == {"first": 0, "same": 48, "longer": 48, "branch": 32, "shorter": 32}
     counts = engine.core.scheduler.prefix_counts
     assert (counts.queries, counts.hits, counts.hit_tokens) == (5, 4, 160)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5}])
+def test_pages_that_come_back_from_host_memory_change_no_bit(runner, start, sampling):
+    """Seven pages hold one request at a time, so each loses its pages to the next one."""
+    others = [ask(f"other {index}", tuple(index + place % 60 for place in range(100)), 3) for index in (1, 30)]
+    requests = [ask("first", **sampling), others[0], ask("same", **sampling), others[1], ask("again", **sampling)]
+    expected = undisturbed(runner, *requests)
+    engine = start(num_pages=8)
+    assert [engine.serve(one)[0] for one in requests] == expected
+    assert (engine.cached["same"], engine.cached["again"]) == (48, 48)
+    stats = engine.core.stats()
+    assert stats.host_cache_hits == 2
+    assert stats.host_cache_choices == {"fetched": 2, "computed": 0, "wrong": 0} | stats.host_cache_choices
+    assert stats.host_pages_free + stats.host_pages_cached == runner.info.num_host_pages > 0
+    assert stats.page_bytes * stats.host_pages_cached > 0
 
 
 @pytest.mark.parametrize("waits", [False, True])

@@ -367,7 +367,7 @@ def test_costs_are_those_of_the_largest_step_and_swap(monkeypatch, num_pages, to
         clock[0] += 0.25 if copies[0].destination_tier is PageState.HOST else 0.5
 
     monkeypatch.setattr(costs.time, "perf_counter", lambda: clock[0])
-    assert costs.measure(shapes, compute, swap) == PreemptionCosts(2.0 / tokens, 0.75 / pages)
+    assert costs.measure(shapes, compute, swap) == PreemptionCosts(2.0 / tokens, 0.75 / pages, 0.5 / pages)
     plan = seen[0]
     assert (plan.num_tokens, plan.token_bucket, plan.row_bucket) == (tokens, 32, 0)
     assert all(row.start + row.num_tokens <= 24 for row in plan.chunks)

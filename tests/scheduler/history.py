@@ -58,9 +58,10 @@ class History:
         groups = PageGroups(PAGE_SIZE, windows, buckets.tokens[-1])
         self.capacity = groups.pool_tokens(num_pages - 1, 30 * PAGE_SIZE)
         self.caches = random.Random(f"cache {rng.getstate()[1][1]}").random() < 0.8
+        tiers = random.Random(f"tiers {rng.getstate()[1][2]}").random() < 0.7  # evicted pages move to the host
         self.scheduler = Scheduler(
             self.config,
-            PagePool(num_pages, PAGE_SIZE, host_pages),
+            PagePool(num_pages, PAGE_SIZE, host_pages, caches_on_host=tiers),
             buckets,
             costs=rng.choice((None, PreemptionCosts(1.0, 0.5), PreemptionCosts(1.0, 3.5), PreemptionCosts(1.0, 9.0))),
             max_model_len=self.capacity,
@@ -96,6 +97,9 @@ class History:
         self.events["waited in vain"] = self.scheduler.wait_counts.waited_in_vain
         self.events["did not wait for a prefix"] = self.scheduler.wait_counts.computed
         self.events["passed over"] = self.order.passed
+        fetches = self.scheduler.prefix_cache.fetches.counts
+        self.events["fetched"], self.events["not fetched"] = fetches.fetched, fetches.computed
+        self.events["host evictions"] = sum(self.scheduler.pool.host.evictions.values())
 
     def act(self) -> None:
         """What clients do between two steps."""
@@ -161,6 +165,7 @@ class History:
         unfinished = [one for one in self.sequences.values() if one.request_id not in self.reasons]
         self.ran = [one for one in unfinished if one.status is RequestStatus.RUNNING]
         away = [one for one in unfinished if one.status in (RequestStatus.PREEMPTED, RequestStatus.SWAPPED)]
+        self.swapped = {one.request_id for one in away if one.status is RequestStatus.SWAPPED}
         plan = scheduler.schedule(self.now)
         scheduler.check_integrity()
         all_back = all(one.status is RequestStatus.RUNNING for one in away)
@@ -221,9 +226,11 @@ class History:
         assert back <= written, "a page is back that no table knows"
         for slot in {write.slot for write in plan.table_writes}:
             pages = {page for write in plan.table_writes if write.slot == slot for page in write.pages}
-            assert pages <= back or (self.caches and not pages & back), "pages are entered that nobody computed"
-            events["swapped in" if pages <= back else "hit"] += 1
             (chunk,) = (row for row in plan.chunks if row.slot == slot)  # a sequence is back, so it has a chunk
+            swapped = chunk.request_id in self.swapped
+            assert pages <= back if swapped else self.caches, "pages are entered that nobody computed"
+            events["swapped in" if swapped else "hit"] += 1
+            events["host hit"] += bool(pages & back) and not swapped
             assert chunk.admit is self.requests[chunk.request_id]
             for group, window in enumerate(self.windows):
                 runs = [one for one in plan.table_writes if (one.slot, one.group) == (slot, group)]

@@ -58,13 +58,13 @@ def executed_lines(work):
 
 def cost_of_a_step(num_pages):
     """Lines executed by every call that a step may make, in a pool of this size with half of its pages cached."""
-    pool = PagePool(num_pages, page_size=1, num_host_pages=num_pages)
+    pool = PagePool(num_pages, page_size=1, num_host_pages=num_pages, caches_on_host=True)
     half = list(range(num_pages // 2))
     cached(pool, half)
-    for name in ("_references", "_keys", "_free", "_host_free"):
-        setattr(pool, name, NoScanList(getattr(pool, name)))
-    for name in ("_page_of_key", "_host_keys"):
-        setattr(pool, name, NoScanDict(getattr(pool, name)))
+    for part, name in ((pool, "_references"), (pool, "_keys"), (pool, "_free"), (pool.host, "_free")):
+        setattr(part, name, NoScanList(getattr(part, name)))
+    for part, name in ((pool, "_page_of_key"), (pool.host, "_held"), (pool.host, "_page_of_key")):
+        setattr(part, name, NoScanDict(getattr(part, name)))
     eviction = pool._cached
     assert isinstance(eviction, LeastRecentlyUsed)
     eviction._pages = NoScanDict(eviction._pages)
