@@ -11,6 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
+from jaxserve.models.layers.rope import Rope
 from jaxserve.models.value_checks import brief, check_count, check_number
 
 MLP_KINDS = ("swiglu",)
@@ -36,6 +37,7 @@ class SelfAttentionSpec:
         scale: multiplies the scores; None for head_dim ** -0.5.
         sinks: each query head has a learned score without a value in its softmax (as in gpt-oss).
         rotation: queries and keys are rotated by their positions.
+        rope: the rotation of the layer; None for the model's.
         qk_norm: each head's query and key is normed (RMS over head_dim, learned scale) before the rotation.
         qkv_bias: the projections of queries, keys and values have biases.
         out_bias: the output projection has a bias.
@@ -46,6 +48,7 @@ class SelfAttentionSpec:
     scale: float | None = None
     sinks: bool = False
     rotation: bool = True
+    rope: Rope | None = None
     qk_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False

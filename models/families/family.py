@@ -21,6 +21,7 @@ class Family:
         defaults: values of keys that a `config.json` leaves out, as in the family's class of transformers.
         ignores_others: a checkpoint may hold keys by which other architectures compute something else; a line then
             says that they are not used. Otherwise they are refused.
+        partial_rotation: a share of each head may be rotated (`partial_rotary_factor`).
     """
 
     architecture: str
@@ -28,3 +29,4 @@ class Family:
     layers: Callable[[Mapping[str, Any]], tuple[LayerSpec, ...]]
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ignores_others: bool = False
+    partial_rotation: bool = False

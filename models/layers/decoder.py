@@ -25,8 +25,8 @@ from jaxserve.models.layers.matmul import Products, contract
 from jaxserve.models.layers.mlp import MLP
 from jaxserve.models.layers.norm import RMSNorm
 from jaxserve.models.layers.parameter import Packing, Parameter, Source
-from jaxserve.models.layers.rope import rope_frequencies
-from jaxserve.models.layers.self_attention import Attend, Cache, Rotation, SelfAttention
+from jaxserve.models.layers.rope import Rope
+from jaxserve.models.layers.self_attention import Attend, Cache, Rotation, Rotations, SelfAttention
 from jaxserve.models.loading.stored import EMBEDDING, HEAD
 
 
@@ -42,6 +42,7 @@ class Layer(nnx.Module):
             kv_heads=config.num_key_value_heads,
             group=config.group_size,
             head_dim=config.head_dim,
+            rotary_size=config.rotary_size or config.head_dim,
             eps=eps,
             dtype=dtype,
             products=products,
@@ -50,10 +51,8 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm("post_attention_layernorm", hidden, eps, dtype, rngs)
         self.mlp = MLP(spec.mlp, hidden, dtype, products, rngs)
 
-    def __call__(
-        self, x: jax.Array, rotation: Rotation | None, cache: Cache, attend: Attend
-    ) -> tuple[jax.Array, Cache]:
-        attended, cache = self.attention(self.attention_norm(x), rotation, cache, attend)
+    def __call__(self, x: jax.Array, rotations: Rotations, cache: Cache, attend: Attend) -> tuple[jax.Array, Cache]:
+        attended, cache = self.attention(self.attention_norm(x), rotations, cache, attend)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -90,23 +89,31 @@ class Decoder(nnx.Module):
         Returns:
             (hidden [..., H] in the weights' dtype, the copy of caches).
         """
-        rotation = self._rotation(positions)
+        rotations = self._rotations(positions)
         x = self.embedding[...][tokens]
         assert len(caches) == len(self.layers), f"{len(self.layers)} layers have {len(caches)} caches"
         caches = copy.copy(caches)
         for number, layer in enumerate(self.layers):
-            x, caches[number] = layer(x, rotation, caches[number], attend)
+            x, caches[number] = layer(x, rotations, caches[number], attend)
         return self.norm(x), caches
 
-    def _rotation(self, positions: jax.Array) -> Rotation | None:
-        """Computes the rotation that the layers share; None where no layer rotates."""
+    def _rotations(self, positions: jax.Array) -> Rotations:
+        """Computes the rotations of the layers; layers that rotate alike share one."""
+        ropes = [spec.attention.rope for spec in self.config.layer_specs if spec.attention.rotation]
+        return {rope: self._rotation(positions, rope) for rope in dict.fromkeys(ropes)}
+
+    def _rotation(self, positions: jax.Array, rope: Rope | None) -> Rotation:
         config = self.config
-        if not any(spec.attention.rotation for spec in config.layer_specs):
-            return None
-        freq = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        angles = positions[..., None].astype(jnp.float32) * freq
+        angles = positions[..., None].astype(jnp.float32) * config.rotary_frequencies(rope)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        factor = (rope.scaling if rope else config.rope_scaling).attention_factor
+        if factor != 1.0:
+            cos, sin = cos * factor, sin * factor
+        if config.rotary_size is not None:  # the other elements stay as they are
+            still = [(0, 0)] * positions.ndim + [(0, (config.head_dim - config.rotary_size) // 2)]
+            cos, sin = jnp.pad(cos, still, constant_values=1.0), jnp.pad(sin, still)
         # Without the barrier XLA's CPU backend computes them again in every layer, for every head.
-        return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+        return jax.lax.optimization_barrier((cos, sin))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Computes the logits, float32 [..., V], of hidden [..., H]."""

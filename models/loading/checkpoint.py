@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers.parameter import Params, Path, Source, get, path_text, put
-from jaxserve.models.layers.rope import RopeScaling, rope_frequencies
+from jaxserve.models.layers.rope import Rope
 from jaxserve.models.loading import kv_scales
 from jaxserve.models.loading.json_files import read_object
 from jaxserve.models.loading.kv_scales import KVScales
@@ -274,10 +274,7 @@ def _differing_buffers(stored: Stored, config: ModelConfig) -> list[str]:
 
     Early releases of transformers saved them, before or after scaling, in the dtype of the weights.
     """
-    wanted = [
-        rope_frequencies(config.head_dim, config.rope_theta, scaling)
-        for scaling in (config.rope_scaling, RopeScaling())
-    ]
+    wanted = [config.rotary_frequencies(), config.rotary_frequencies(Rope(config.rope_theta))]
     differing = []
     for name, tensor in stored.tensors.items():
         if not name.endswith(ROTARY_BUFFER) or tensor.dtype not in DTYPES:

@@ -224,7 +224,7 @@ def test_a_line_says_what_else_tells_the_context(tmp_path, caplog):
             {"rope_scaling": LINEAR | {"original_max_position_embeddings": "64"}},
             r"^config.json original_max_position_embeddings is '64'; it must be a finite number",
         ),
-        ({"rope_scaling": {"rope_type": "longrope"}}, r"^rope_scaling kind is 'longrope'; supported kinds"),
+        ({"rope_scaling": {"rope_type": "axial"}}, r"^rope_scaling kind is 'axial'; supported kinds"),
         ({"max_seq_len": "4k"}, r"^config.json max_seq_len is '4k'; it must be a whole number"),
         ({"rope_theta": float("inf")}, r"^model rope_theta is inf; it must be a finite number"),
         ({"rms_norm_eps": float("nan")}, r"^model rms_norm_eps is nan; it must be a finite number"),
