@@ -41,7 +41,6 @@ from jaxserve.models.loading.end_tokens import as_ids, end_token_ids
 from jaxserve.models.loading.json_files import read_object
 from jaxserve.models.loading.rope_settings import rope_settings, rotary_size
 from jaxserve.models.loading.stored import (
-    EMBEDDING,
     HEAD,
     INDEX_FILE,
     SINGLE_FILE,
@@ -65,6 +64,12 @@ class ModelConfig:
         mlp_bias: all matrices of the MLPs have biases.
         rotary_size: elements of a head that are rotated, the first ones of a checkpoint's; None for all.
         sliding_window: positions that the layers with a window attend to; None where no layer has one.
+        embedding_size: numbers of a token's embedding, which matrices of their own project to hidden_size and back;
+            None where it is hidden_size.
+        embedding_multiplier: multiplies the embeddings, rounded to the dtype of the weights.
+        learned_positions: a learned vector of each position is added to the embeddings.
+        logits_scaling: divides the logits.
+        final_logit_softcapping: logits become cap * tanh(logit / cap); None for no cap.
         layers: what each layer computes; None where the architecture's family makes it of the fields above, which is
             so of all models whose layers are alike. `layer_specs` has it either way.
     """
@@ -89,6 +94,11 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
     sliding_window: int | None = None
+    embedding_size: int | None = None
+    embedding_multiplier: float = 1.0
+    learned_positions: bool = False
+    logits_scaling: float = 1.0
+    final_logit_softcapping: float | None = None
     layers: tuple[LayerSpec, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -103,8 +113,12 @@ class ModelConfig:
             "max_position_embeddings",
         ):
             check_count(f"model {name}", getattr(self, name), LARGEST.get(name, INT32_MAX))
-        for name in ("rms_norm_eps", "rope_theta"):
+        for name in ("rms_norm_eps", "rope_theta", "embedding_multiplier", "logits_scaling"):
             check_number(f"model {name}", getattr(self, name))
+        if self.final_logit_softcapping is not None:
+            check_number("model final_logit_softcapping", self.final_logit_softcapping)
+        if self.embedding_size is not None:
+            check_count("model embedding_size", self.embedding_size)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model num_attention_heads is {self.num_attention_heads}; it must be a multiple of "
@@ -200,7 +214,7 @@ class ModelConfig:
         lines += other_limits(raw, limits, directory) + told + nested_keys(raw)
         config = dataclasses.replace(config, eos_token_ids=ends)
         if has_safetensors(directory):
-            config, more = _compared(config, raw, read_stored(directory))
+            config, more = _compared(config, raw, read_stored(directory, lookup(config.architecture).names))
             lines += more
         for line in lines:
             _log.warning("%s", line)
@@ -217,11 +231,9 @@ class ModelConfig:
         family = lookup(architecture_name(content))
         if WHOLE in content:
             return msgspec.convert(content[WHOLE], cls), []
-        raw = ConfigKeys(content, family.defaults)
+        raw = ConfigKeys(content, family.defaults, family.key_names, family.inert)
         if quantizes_weights(raw.get("quantization_config") or raw.get("compression_config") or {}):
             raise ValueError("config.json quantization_config is set; only unquantized weights are supported")
-        if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
-            raise ValueError(f"config.json hidden_act is {brief(raw['hidden_act'])}; only 'silu' is supported")
         heads = required_count(raw, "num_attention_heads")
         hidden = required_count(raw, "hidden_size")
         if raw.get("head_dim") is None and hidden % heads:
@@ -229,7 +241,14 @@ class ModelConfig:
                 f"config.json hidden_size is {hidden}; without a head_dim it must be a multiple of num_attention_heads "
                 f"{heads}"
             )
-        theta, scaling = rope_settings(raw, required_count(raw, "max_position_embeddings"))
+        theta, scaling = rope_settings(
+            raw,
+            required_count(raw, "max_position_embeddings"),
+            "full_attention" if family.nested_rope else None,
+            family.rope_theta,
+        )
+        if family.scaled_context:
+            scaling = dataclasses.replace(scaling, stretched=scaling.kind == "linear")
         context, scaling = context_and_scaling(raw, scaling)
         head_dim = optional(raw, "head_dim", hidden // heads)
         rotary = rotary_size(raw, head_dim, partial=family.partial_rotation)
@@ -255,6 +274,7 @@ class ModelConfig:
             dtype=dtype_name(raw) or "float32",
             layers=layers,
             **shared_fields(layers),
+            **(family.fields(raw) if family.fields else {}),
         )
         return config, unread_keys(raw, family)
 
@@ -308,7 +328,7 @@ def _compared(config: ModelConfig, raw: Mapping[str, Any], stored: Stored) -> tu
     if config.tie_word_embeddings and has_own_head(stored):
         config = dataclasses.replace(config, tie_word_embeddings=False)
         lines.append(
-            f"config.json tie_word_embeddings is true, but {HEAD} of {stored.directory} differs from {EMBEDDING}; "
-            "the stored head is used"
+            f"config.json tie_word_embeddings is true, but {HEAD} of {stored.directory} differs from "
+            f"{stored.embedding}; the stored head is used"
         )
     return config, lines

@@ -43,16 +43,20 @@ class Products:
         y = linear.linear(x.reshape(math.prod(lead), -1), matrix)
         return y.reshape(*lead, *weight.shape[: weight.ndim - axes])
 
-    def swiglu(self, x: jax.Array, gate_up: jax.Array, bias: jax.Array | None) -> jax.Array:
-        """Computes silu(x gate^T) * (x up^T) for gate_up [2, I, H] and bias [2, I] or None: [..., I] in x's dtype."""
+    def contract_pair(self, x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Contracts x with both of weights [2, out, in], packed as one matrix: [..., out] each."""
         if self.packed:
-            assert bias is None, "packed weights with a bias"
+            y = self.contract(x, weights)
+            return y[..., 0, :], y[..., 1, :]
+        first, second = contract_each(x, weights, self.dtype)
+        return first, second
+
+    def swiglu(self, x: jax.Array, gate_up: jax.Array) -> jax.Array:
+        """Computes silu(x gate^T) * (x up^T) for gate_up [2, I, H]: [..., I] in x's dtype."""
+        if self.packed:
             y = linear.swiglu(x.reshape(-1, x.shape[-1]), gate_up)
             return y.reshape(*x.shape[:-1], -1)
         gate, up = contract_each(x, gate_up, self.dtype)
-        if bias is not None:
-            gate_bias, up_bias = bias.astype(gate.dtype)
-            gate, up = gate + gate_bias, up + up_bias
         return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(x.dtype)
 
 

@@ -100,6 +100,7 @@ class Parameter:
         fan_in: length of the dot that its variance before training is 1 over; None for that of `contracted`.
         whole_if_uneven: every device holds all of it where the mesh does not divide it (odd vocabularies).
         form: how it is held.
+        neutral: random weights have it as before training, so that it changes nothing: norms.
     """
 
     shape: tuple[int, ...]
@@ -111,6 +112,7 @@ class Parameter:
     fan_in: int | None = None
     whole_if_uneven: bool = False
     form: Form = Form.DENSE
+    neutral: bool = False
 
     @property
     def dot_length(self) -> int:

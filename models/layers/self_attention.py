@@ -76,6 +76,7 @@ class SelfAttention(nnx.Module):
         group: int,
         head_dim: int,
         rotary_size: int,
+        norm: str,
         eps: float,
         dtype: jnp.dtype,
         products: Products,
@@ -124,8 +125,14 @@ class SelfAttention(nnx.Module):
         self.qkv_bias = make(qkv_bias) if spec.qkv_bias else None
         self.out_bias = make(out_bias) if spec.out_bias else None
         self.sinks = make(sinks) if spec.sinks else None
-        self.q_norm = RMSNorm("self_attn.q_norm", head_dim, eps, dtype, rngs) if spec.qk_norm else None
-        self.k_norm = RMSNorm("self_attn.k_norm", head_dim, eps, dtype, rngs) if spec.qk_norm else None
+        one: dict[str, Any] = {"offset": 1.0 if norm == "rms_offset" else 0.0}
+        sizes: tuple[Any, Any] = head_dim, head_dim
+        if spec.whole_qk_norm:
+            one["partition"] = P("tensor", None, None)
+            sizes = (kv_heads, group, head_dim), (kv_heads, 1, head_dim)
+        normed = spec.qk_norm or spec.whole_qk_norm
+        self.q_norm = RMSNorm("self_attn.q_norm", sizes[0], eps, dtype, rngs, **one) if normed else None
+        self.k_norm = RMSNorm("self_attn.k_norm", sizes[1], eps, dtype, rngs, **one) if normed else None
 
     def __call__(self, x: jax.Array, rotations: Rotations, cache: Cache, attend: Attend) -> tuple[jax.Array, Cache]:
         rotation = rotations[self.rope] if self.rotates else None

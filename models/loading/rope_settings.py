@@ -23,7 +23,9 @@ _INERT = frozenset(("finetuned", "max_position_embeddings"))
 """Settings that describe a checkpoint and that nothing reads."""
 
 
-def rope_settings(raw: Mapping[str, Any], context: int, layer_type: str | None = None) -> tuple[Any, RopeScaling]:
+def rope_settings(
+    raw: Mapping[str, Any], context: int, layer_type: str | None = None, default: float = 10000.0
+) -> tuple[Any, RopeScaling]:
     """Reads the base (theta) and the scaling of a `config.json`.
 
     transformers 5 writes `rope_parameters`, earlier releases `rope_scaling` with a `rope_theta` beside it.
@@ -33,19 +35,21 @@ def rope_settings(raw: Mapping[str, Any], context: int, layer_type: str | None =
         context: max_position_embeddings; it stands in for original_max_position_embeddings, as in transformers.
         layer_type: of the layers whose settings are read, where a family has several ("full_attention"); None where
             all layers must be rotated alike.
+        default: base where no key tells it.
 
     Raises:
         ValueError: the settings are malformed, contradict each other, or ask for what is not supported.
     """
     fields = _fields(raw, layer_type)
     theta = fields.get("rope_theta")
-    beside = raw.get("rope_theta")
+    # It is the base of layers with full attention, where another type of layers has settings of its own.
+    beside = raw.get("rope_theta") if layer_type in (None, "full_attention") else None
     if theta is not None and beside is not None and theta != beside:
         raise ValueError(
             f"config.json rope_theta is {beside!r}, and {theta!r} among the rotary settings; they contradict each other"
         )
     theta = beside if theta is None else theta
-    return (10000.0 if theta is None else theta), _scaling(raw, fields, context)
+    return (default if theta is None else theta), _scaling(raw, fields, context)
 
 
 def rotary_size(raw: Mapping[str, Any], head_dim: int, *, partial: bool) -> int:
@@ -76,6 +80,14 @@ def rotary_size(raw: Mapping[str, Any], head_dim: int, *, partial: bool) -> int:
             "number from 2 to all of them"
         )
     return size
+
+
+def layer_type_settings(raw: Mapping[str, Any], layer_type: str) -> Mapping[str, Any] | None:
+    """Returns the rotary settings of one type of layers; None where none are told for it alone."""
+    for fields in _given(raw).values():
+        if isinstance(fields, dict) and isinstance(fields.get(layer_type), dict):
+            return fields[layer_type]
+    return None
 
 
 def _given(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +156,7 @@ def _with_attention_factor(raw: Mapping[str, Any], fields: Mapping[str, Any], ki
     factor = max(1.0, context / original) if factor is None else factor
     check_number("rope_scaling factor", factor)
     if kind == "longrope":
-        of_kind = {name: _number_list(fields, name) for name in ("short_factor", "long_factor")}
+        of_kind: dict[str, Any] = {name: _number_list(fields, name) for name in ("short_factor", "long_factor")}
         follows = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
     else:
         given = ("beta_fast", "beta_slow", "truncate")

@@ -264,15 +264,15 @@ NOTHING = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_head
         {"architectures": ["GemmaForCausalLM"], "rope_scaling": {"type": "yarn"}, "eos_token_id": 10**6},
         {"architectures": None, "model_type": "bloom", **NOTHING},
         {"architectures": [], **NOTHING},
-        {"architectures": ["LlamaForCausalLM", "OPTForCausalLM"]},
-        {"architectures": "OPTForCausalLM"},
+        {"architectures": ["LlamaForCausalLM", "BloomForCausalLM"]},
+        {"architectures": "BloomForCausalLM"},
         {"architectures": [None]},
     ],
 )
 def test_an_architecture_that_is_not_known_is_named_before_anything_else(tmp_path, fields):
     directory = write(tmp_path, fields)
     for read in (ModelConfig.from_directory, config.check_config_file):
-        with pytest.raises(ValueError, match="known architectures are LlamaForCausalLM") as refused:
+        with pytest.raises(ValueError, match=r"known architectures are .*, LlamaForCausalLM") as refused:
             read(directory)
         for name in fields["architectures"] or [str(fields.get("model_type", "[]"))]:
             assert str(name) in str(refused.value)

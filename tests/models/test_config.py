@@ -44,7 +44,7 @@ def test_defaults_and_both_places_of_rotary_settings():
         ({"head_dim": 15}, r"^model head_dim is 15; rotary embeddings need an even number$"),
         ({"rms_norm_eps": 0}, r"^model rms_norm_eps is 0; it must be a finite number above 0$"),
         ({"rope_theta": "x"}, r"^model rope_theta is 'x'; it must be a finite number above 0$"),
-        ({"hidden_act": "gelu"}, r"^config.json hidden_act is 'gelu'; only 'silu' is supported$"),
+        ({"hidden_act": "tanh"}, r"^config.json hidden_act is 'tanh'; it must be one of silu, swish, gelu, gelu_new"),
         ({"quantization_config": {"bits": 4}}, r"^config.json quantization_config is set; only unquantized"),
         (
             {"architectures": ["A", "B"]},
@@ -97,6 +97,22 @@ def test_the_registry_names_what_it_knows():
     known = ", ".join(sorted(registry.ARCHITECTURES))
     with pytest.raises(ValueError, match=rf"^model architecture is 'Gpt'; known architectures are {known}$"):
         registry.lookup("Gpt")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("Gemma4ForCausalLM", ["Gemma2ForCausalLM", "Gemma3ForCausalLM"]),
+        ("llamaforcausallm", []),
+        ("Qwen2ForCausalLm", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"]),
+        ("LLaMAForCausalLM", ["LlamaForCausalLM"]),
+    ],
+)
+def test_names_like_an_unknown_one_are_told(name, near):
+    with pytest.raises(ValueError, match=rf"^model architecture is '{name}'; .*known architectures are ") as refused:
+        registry.lookup(name)
+    told = str(refused.value).split("known")[0]
+    assert all(other in told for other in near), told
 
 
 def test_rotary_frequencies_by_hand():
