@@ -12,13 +12,14 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxserve.models.families.family import Family
+import msgspec
+import numpy as np
+
 from jaxserve.models.layer_groups import LayerKind
 from jaxserve.models.layer_specs import LayerSpec
-from jaxserve.models.layers.rope import RopeScaling
+from jaxserve.models.layers.rope import Rope, RopeScaling, rope_frequencies
 from jaxserve.models.loading.config_keys import (
     LARGEST,
-    OTHER_KEYS,
     ConfigKeys,
     dtype_name,
     first_token,
@@ -28,11 +29,18 @@ from jaxserve.models.loading.config_keys import (
     quantizes_weights,
     required_count,
 )
+from jaxserve.models.loading.config_words import (
+    WHOLE,
+    architecture_name,
+    context_and_scaling,
+    other_limits,
+    unread_keys,
+    written_keys,
+)
 from jaxserve.models.loading.end_tokens import as_ids, end_token_ids
 from jaxserve.models.loading.json_files import read_object
-from jaxserve.models.loading.rope_settings import rope_settings
+from jaxserve.models.loading.rope_settings import rope_settings, rotary_size
 from jaxserve.models.loading.stored import (
-    EMBEDDING,
     HEAD,
     INDEX_FILE,
     SINGLE_FILE,
@@ -41,11 +49,8 @@ from jaxserve.models.loading.stored import (
     has_safetensors,
     read_stored,
 )
-from jaxserve.models.registry import ARCHITECTURES, lookup
+from jaxserve.models.registry import lookup
 from jaxserve.models.value_checks import INT32_MAX, brief, check_count, check_number
-
-_CONTEXT_KEYS = ("max_sequence_length", "max_seq_length", "max_seq_len", "seq_length", "n_positions")
-"""Keys under which a `config.json` may give the context length besides max_position_embeddings."""
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +62,14 @@ class ModelConfig:
     Attributes:
         attention_bias: all projections of attention have biases, in every layer.
         mlp_bias: all matrices of the MLPs have biases.
+        rotary_size: elements of a head that are rotated, the first ones of a checkpoint's; None for all.
         sliding_window: positions that the layers with a window attend to; None where no layer has one.
+        embedding_size: numbers of a token's embedding, which matrices of their own project to hidden_size and back;
+            None where it is hidden_size.
+        embedding_multiplier: multiplies the embeddings, rounded to the dtype of the weights.
+        learned_positions: a learned vector of each position is added to the embeddings.
+        logits_scaling: divides the logits.
+        final_logit_softcapping: logits become cap * tanh(logit / cap); None for no cap.
         layers: what each layer computes; None where the architecture's family makes it of the fields above, which is
             so of all models whose layers are alike. `layer_specs` has it either way.
     """
@@ -74,6 +86,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = RopeScaling()
+    rotary_size: int | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -81,6 +94,11 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
     sliding_window: int | None = None
+    embedding_size: int | None = None
+    embedding_multiplier: float = 1.0
+    learned_positions: bool = False
+    logits_scaling: float = 1.0
+    final_logit_softcapping: float | None = None
     layers: tuple[LayerSpec, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -95,8 +113,12 @@ class ModelConfig:
             "max_position_embeddings",
         ):
             check_count(f"model {name}", getattr(self, name), LARGEST.get(name, INT32_MAX))
-        for name in ("rms_norm_eps", "rope_theta"):
+        for name in ("rms_norm_eps", "rope_theta", "embedding_multiplier", "logits_scaling"):
             check_number(f"model {name}", getattr(self, name))
+        if self.final_logit_softcapping is not None:
+            check_number("model final_logit_softcapping", self.final_logit_softcapping)
+        if self.embedding_size is not None:
+            check_count("model embedding_size", self.embedding_size)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model num_attention_heads is {self.num_attention_heads}; it must be a multiple of "
@@ -104,6 +126,12 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"model head_dim is {self.head_dim}; rotary embeddings need an even number")
+        if self.rotary_size is not None and (self.rotary_size % 2 or not 0 < self.rotary_size < self.head_dim):
+            raise ValueError(
+                f"model rotary_size is {self.rotary_size}; it must be None for all elements of a head, or an even "
+                f"number from 2 to below head_dim {self.head_dim}"
+            )
+        self.rope_scaling.check_size(self.rotary_size or self.head_dim)
         check_count("model context (max_position_embeddings times the rope_scaling factor)", self.context_length)
         as_ids("model eos_token_ids", list(self.eos_token_ids), self.vocab_size)
         as_ids("model bos_token_id", self.bos_token_id, self.vocab_size)
@@ -146,8 +174,21 @@ class ModelConfig:
 
     @property
     def context_length(self) -> int:
-        """Maximum number of positions the model can be used for."""
+        """Maximum number of positions the model is used for, unless more are asked for."""
         return int(self.max_position_embeddings * self.rope_scaling.context_factor)
+
+    @property
+    def longest_context(self) -> int:
+        """Maximum number of positions the model can be used for."""
+        dynamic = self.rope_scaling.kind == "dynamic"
+        return int(self.max_position_embeddings * self.rope_scaling.factor) if dynamic else self.context_length
+
+    def rotary_frequencies(self, rope: Rope | None = None) -> np.ndarray:
+        """Computes `rope_frequencies` of layers; rope: their own, None for the model's."""
+        rope = rope or Rope(self.rope_theta, self.rope_scaling)
+        return rope_frequencies(
+            self.rotary_size or self.head_dim, rope.theta, rope.scaling, self.max_position_embeddings
+        )
 
     @classmethod
     def from_directory(cls, directory: str | pathlib.Path, tokenizer: str | pathlib.Path | None = None) -> ModelConfig:
@@ -169,10 +210,11 @@ class ModelConfig:
         raw = read_object(directory / "config.json")
         config, told = cls._read(raw)
         ends, lines = end_token_ids(raw, directory, directory if tokenizer is None else pathlib.Path(tokenizer))
-        lines += _other_limits(raw, config, directory) + told + nested_keys(raw)
+        limits = config.max_position_embeddings, config.context_length
+        lines += other_limits(raw, limits, directory) + told + nested_keys(raw)
         config = dataclasses.replace(config, eos_token_ids=ends)
         if has_safetensors(directory):
-            config, more = _compared(config, raw, read_stored(directory))
+            config, more = _compared(config, raw, read_stored(directory, lookup(config.architecture).names))
             lines += more
         for line in lines:
             _log.warning("%s", line)
@@ -186,12 +228,12 @@ class ModelConfig:
     @classmethod
     def _read(cls, content: Mapping[str, Any]) -> tuple[ModelConfig, list[str]]:
         """Returns the configuration that a `config.json` describes, and a log line where it has unused keys."""
-        family = lookup(_architecture(content))
-        raw = ConfigKeys(content, family.defaults)
+        family = lookup(architecture_name(content))
+        if WHOLE in content:
+            return msgspec.convert(content[WHOLE], cls), []
+        raw = ConfigKeys(content, family.defaults, family.key_names, family.inert)
         if quantizes_weights(raw.get("quantization_config") or raw.get("compression_config") or {}):
             raise ValueError("config.json quantization_config is set; only unquantized weights are supported")
-        if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
-            raise ValueError(f"config.json hidden_act is {brief(raw['hidden_act'])}; only 'silu' is supported")
         heads = required_count(raw, "num_attention_heads")
         hidden = required_count(raw, "hidden_size")
         if raw.get("head_dim") is None and hidden % heads:
@@ -199,8 +241,17 @@ class ModelConfig:
                 f"config.json hidden_size is {hidden}; without a head_dim it must be a multiple of num_attention_heads "
                 f"{heads}"
             )
-        theta, scaling = rope_settings(raw, required_count(raw, "max_position_embeddings"))
-        context, scaling = _context(raw, scaling)
+        theta, scaling = rope_settings(
+            raw,
+            required_count(raw, "max_position_embeddings"),
+            "full_attention" if family.nested_rope else None,
+            family.rope_theta,
+        )
+        if family.scaled_context:
+            scaling = dataclasses.replace(scaling, stretched=scaling.kind == "linear")
+        context, scaling = context_and_scaling(raw, scaling)
+        head_dim = optional(raw, "head_dim", hidden // heads)
+        rotary = rotary_size(raw, head_dim, partial=family.partial_rotation)
         vocabulary = required_count(raw, "vocab_size")
         for name in ("eos_token_id", "bos_token_id"):
             as_ids(f"config.json {name}", raw.get(name), vocabulary)
@@ -211,56 +262,32 @@ class ModelConfig:
             hidden_size=hidden,
             num_attention_heads=heads,
             num_key_value_heads=optional(raw, "num_key_value_heads", heads),
-            head_dim=optional(raw, "head_dim", hidden // heads),
+            head_dim=head_dim,
             max_position_embeddings=context,
             rms_norm_eps=optional(raw, "rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
+            rotary_size=None if rotary == head_dim else rotary,
             tie_word_embeddings=flag(raw, "tie_word_embeddings"),
             bos_token_id=first_token(raw.get("bos_token_id")),
             eos_token_ids=as_ids("config.json eos_token_id", raw.get("eos_token_id")),
             dtype=dtype_name(raw) or "float32",
             layers=layers,
             **shared_fields(layers),
+            **(family.fields(raw) if family.fields else {}),
         )
-        return config, _unread_keys(raw, family)
+        return config, unread_keys(raw, family)
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the fields of a Hugging Face `config.json` that `from_hf` translates back to this configuration."""
         family = lookup(self.architecture)
-        raw: dict[str, Any] = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in ("architecture", "rope_scaling", "eos_token_ids", "layers")
-        }
-        raw |= {
-            "architectures": [self.architecture],
-            "model_type": family.model_type,
-            "hidden_act": "silu",
-            "eos_token_id": list(self.eos_token_ids) or None,
-            "rope_scaling": None,
-        }
-        if self.sliding_window is not None:
-            kinds = ("full_attention", "sliding_attention")
-            windows = [layer.attention.sliding_window is not None for layer in self.layer_specs]
-            # Some families have no layer_types, and read the window for all layers.
-            told = {"max_window_layers": 0} if all(windows) else {"layer_types": [kinds[each] for each in windows]}
-            raw |= {"use_sliding_window": True, **told}
-        scaling = self.rope_scaling
-        if scaling.kind != "default":
-            raw["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "linear" and scaling.stretched:
-            original = self.max_position_embeddings / scaling.factor
-            raw["rope_scaling"]["original_max_position_embeddings"] = original
-        if scaling.kind == "llama3":
-            raw["rope_scaling"] |= {
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_max_position_embeddings,
-            }
-        if family.layers(ConfigKeys(raw, family.defaults)) != self.layer_specs:
-            raise ValueError(f"model layers are some that no config.json of {self.architecture} describes")
-        return raw
+        raw = written_keys(self, family)
+        try:
+            same = ModelConfig.from_hf(raw) == self
+        except ValueError:
+            same = False
+        # What no config.json of the architecture describes, or this page does not write in its words.
+        return raw if same else raw | {WHOLE: dataclasses.asdict(self)}
 
 
 def shared_fields(layers: Sequence[LayerSpec]) -> dict[str, Any]:
@@ -285,76 +312,6 @@ def check_config_file(directory: str | pathlib.Path) -> ModelConfig | None:
     return ModelConfig.from_hf(read_object(path)) if path.is_file() else None
 
 
-def _architecture(raw: Mapping[str, Any]) -> str:
-    """Returns the architecture; checked first, because for another architecture no other key need have the same
-    meaning.
-    """
-    names = raw.get("architectures") or []
-    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        kind = f" (model_type is {brief(raw['model_type'])})" if raw.get("model_type") else ""
-        raise ValueError(
-            f"config.json architectures is {brief(names)}; exactly one name is needed; known architectures are "
-            f"{', '.join(sorted(ARCHITECTURES))}{kind}"
-        )
-    return names[0]
-
-
-def _context(raw: Mapping[str, Any], scaling: RopeScaling) -> tuple[int, RopeScaling]:
-    """Returns max_position_embeddings, or the context length under another key, and the scaling that applies to it.
-
-    Where scaling multiplies max_position_embeddings, a limit of at most that bounds the context before scaling, and a
-    larger one the context after it.
-    """
-    context = required_count(raw, "max_position_embeddings")
-    bounds = [required_count(raw, name) for name in _CONTEXT_KEYS if raw.get(name) is not None]
-    before = min([context, *bounds])
-    after = min((bound for bound in bounds if bound > context), default=None)
-    if after is None or after >= before * scaling.context_factor:
-        return before, scaling
-    return after, dataclasses.replace(scaling, stretched=True)
-
-
-def _other_limits(raw: Mapping[str, Any], config: ModelConfig, directory: pathlib.Path) -> list[str]:
-    """Returns a log line where other keys that give the context length disagree with it.
-
-    A tokenizer's model_max_length is often that of a training run, or absurd, so it is only logged.
-    """
-    keys = ("max_position_embeddings", *_CONTEXT_KEYS)
-    found = {name: raw[name] for name in keys if raw.get(name) is not None}
-    path = directory / "tokenizer_config.json"
-    longest = read_object(path).get("model_max_length") if path.is_file() else None
-    if isinstance(longest, int | float) and 0 < longest < 2**31:
-        found["model_max_length (of tokenizer_config.json)"] = longest
-    if all(value in (config.max_position_embeddings, config.context_length) for value in found.values()):
-        return []
-    told = ", ".join(f"{name} {value}" for name, value in found.items())
-    return [f"the files of {directory} have {told}; the context is {config.context_length} tokens"]
-
-
-def _unread_keys(keys: ConfigKeys, family: Family) -> list[str]:
-    """Returns a log line where config.json has settings that the family does not know.
-
-    Raises ValueError where another architecture would compute something different because of them, unless the family
-    allows it.
-    """
-    unread = keys.unread()
-    refused = [name for name in unread if name in OTHER_KEYS and not family.ignores_others]
-    if refused:
-        told = ", ".join(f"{name} {brief(keys[name])}" for name in refused)
-        raise ValueError(
-            f"config.json has {told}, by which models compute something else and which {family.architecture} does not "
-            "know; if the checkpoint was made without it, set it to null"
-        )
-    lines = []
-    if unread:
-        lines.append(f"config.json has {', '.join(unread)}, which {family.architecture} does not know; not used")
-    if keys.get("model_type") not in (None, family.model_type):
-        lines.append(
-            f"config.json model_type is {brief(keys['model_type'])}; the architecture {family.architecture} counts"
-        )
-    return lines
-
-
 def _compared(config: ModelConfig, raw: Mapping[str, Any], stored: Stored) -> tuple[ModelConfig, list[str]]:
     """Returns the configuration updated from the stored tensors, and a line for each disagreement."""
     lines = []
@@ -371,7 +328,7 @@ def _compared(config: ModelConfig, raw: Mapping[str, Any], stored: Stored) -> tu
     if config.tie_word_embeddings and has_own_head(stored):
         config = dataclasses.replace(config, tie_word_embeddings=False)
         lines.append(
-            f"config.json tie_word_embeddings is true, but {HEAD} of {stored.directory} differs from {EMBEDDING}; "
-            "the stored head is used"
+            f"config.json tie_word_embeddings is true, but {HEAD} of {stored.directory} differs from "
+            f"{stored.embedding}; the stored head is used"
         )
     return config, lines

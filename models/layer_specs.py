@@ -11,14 +11,21 @@ import dataclasses
 import math
 from typing import Any
 
+from jaxserve.models.layers.rope import Rope
 from jaxserve.models.value_checks import brief, check_count, check_number
 
-MLP_KINDS = ("swiglu",)
-"""Kinds of MLP: dense and gated. Experts will be added here, with sizes of their own in `MLPSpec`."""
+MLP_KINDS = ("gated", "plain")
+"""Kinds of MLP. Experts will be added here, with sizes of their own in `MLPSpec`."""
 
-NORM_KINDS = ("rms",)
-NORM_PLACES = ("before",)
-"""Positions of a layer's norms: the inputs of attention and MLP. Outputs ("after") will be added here."""
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+"""Activations of an MLP; "gelu_tanh" is the approximation of "gelu" by tanh."""
+
+NORM_KINDS = ("rms", "rms_offset", "layer")
+"""Kinds of norms: by the root mean square, the same with 1 added to the scale, and LayerNorm, which has biases."""
+
+NORM_PLACES = ("before", "after", "both", "sum")
+"""Positions of a layer's norms: the inputs of attention and MLP, their outputs, both, or the sums of the residual
+stream and their outputs."""
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -36,7 +43,9 @@ class SelfAttentionSpec:
         scale: multiplies the scores; None for head_dim ** -0.5.
         sinks: each query head has a learned score without a value in its softmax (as in gpt-oss).
         rotation: queries and keys are rotated by their positions.
+        rope: the rotation of the layer; None for the model's.
         qk_norm: each head's query and key is normed (RMS over head_dim, learned scale) before the rotation.
+        whole_qk_norm: the queries of all heads are normed together, and the keys of all heads.
         qkv_bias: the projections of queries, keys and values have biases.
         out_bias: the output projection has a bias.
     """
@@ -46,7 +55,9 @@ class SelfAttentionSpec:
     scale: float | None = None
     sinks: bool = False
     rotation: bool = True
+    rope: Rope | None = None
     qk_norm: bool = False
+    whole_qk_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
 
@@ -57,6 +68,8 @@ class SelfAttentionSpec:
             check_number("layer soft_cap", self.soft_cap)
         if self.scale is not None and not math.isfinite(self.scale):
             raise ValueError(f"layer scale is {self.scale}; it must be finite")
+        if self.qk_norm and self.whole_qk_norm:
+            raise ValueError("layer qk_norm and whole_qk_norm are True; only one of them may be")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +79,19 @@ class MLPSpec:
     Attributes:
         intermediate_size: width of its hidden layer.
         bias: its matrices have biases.
-        kind: of `MLP_KINDS`; "swiglu" is down(silu(gate(x)) * up(x)).
+        kind: of `MLP_KINDS`; "gated" is down(activation(gate(x)) * up(x)), "plain" is down(activation(up(x))).
+        activation: of `ACTIVATIONS`.
     """
 
     intermediate_size: int
     bias: bool = False
-    kind: str = "swiglu"
+    kind: str = "gated"
+    activation: str = "silu"
 
     def __post_init__(self) -> None:
         check_count("layer intermediate_size", self.intermediate_size)
         _check_choice("MLP kind", self.kind, MLP_KINDS)
+        _check_choice("MLP activation", self.activation, ACTIVATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +103,16 @@ class LayerSpec:
         mlp: what its MLP computes.
         norm: kind of its norms, of `NORM_KINDS`.
         norm_place: where they stand, of `NORM_PLACES`.
+        residual_multiplier: multiplies the outputs of attention and MLP before they are added to the residual stream.
     """
 
     attention: SelfAttentionSpec
     mlp: MLPSpec
     norm: str = "rms"
     norm_place: str = "before"
+    residual_multiplier: float = 1.0
 
     def __post_init__(self) -> None:
         _check_choice("norm", self.norm, NORM_KINDS)
         _check_choice("norm_place", self.norm_place, NORM_PLACES)
+        check_number("layer residual_multiplier", self.residual_multiplier)

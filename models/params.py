@@ -25,6 +25,7 @@ from jaxserve.models.layers import matmul
 from jaxserve.models.layers.decoder import Decoder
 from jaxserve.models.layers.matmul import Products
 from jaxserve.models.layers.parameter import Initial, Packing, Parameter, Params, Path, get, put
+from jaxserve.models.registry import lookup
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the supported weight dtypes."""
@@ -68,29 +69,28 @@ def abstract_params(config: ModelConfig, dtype: Any, mesh: Mesh) -> Params:
 def parameters(config: ModelConfig) -> dict[Path, Parameter]:
     """Lists every parameter as its layer declares it, by path; sources have the names that a checkpoint has."""
     declared = _structure(config, Products())[1]
-    return {path: _in_layer(path, parameter) for path, parameter in declared.items()}
-
-
-def _in_layer(path: Path, parameter: Parameter) -> Parameter:
-    if path[0] != "layers":
-        return parameter
-    prefix = f"model.layers.{path[1]}."
-    sources = (dataclasses.replace(source, tensor=prefix + source.tensor) for source in parameter.sources)
-    return dataclasses.replace(parameter, sources=tuple(sources))
+    names = lookup(config.architecture).names
+    return {
+        path: dataclasses.replace(
+            parameter, sources=names.stored(parameter.sources, path[1] if path[0] == "layers" else None)
+        )
+        for path, parameter in declared.items()
+    }
 
 
 def random_params(config: ModelConfig, dtype: Any, mesh: Mesh, seed: int) -> Params:
     """Draws random weights on the devices, for measuring speed without a checkpoint.
 
-    Matrices and biases are normal with variance 1 / (length of the dot), norm scales are 1. The same seed gives the
+    Matrices and biases are normal with variance 1 / (length of the dot), norms change nothing. The same seed gives the
     same weights on every mesh. Arguments are those of `abstract_params`.
     """
     declared = parameters(config)
     root = jax.random.key(seed)
 
     def draw(number: int, path: Path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if declared[path].initial is Initial.ONES:
-            return jax.device_put(np.ones(leaf.shape, leaf.dtype), leaf.sharding)
+        if declared[path].neutral:
+            one = declared[path].initial is Initial.ONES
+            return jax.device_put(np.full(leaf.shape, one, leaf.dtype), leaf.sharding)
         return _normal(leaf.shape, leaf.dtype, leaf.sharding, declared[path].dot_length)(
             jax.random.fold_in(root, number)
         )
@@ -103,10 +103,7 @@ def random_params(config: ModelConfig, dtype: Any, mesh: Mesh, seed: int) -> Par
 
 def packable(config: ModelConfig, dtype: Any) -> bool:
     """Returns whether this machine's CPU has kernels that read weights of `dtype` in packed order."""
-    resolved = resolve_dtype(dtype)
-    if any(layer.mlp.bias for layer in config.layer_specs):
-        return False  # there is no kernel for gate and up with a bias
-    return matmul.packable(resolved, parameters(config).values())
+    return matmul.packable(resolve_dtype(dtype), parameters(config).values())
 
 
 def products_for(dtype: Any, mesh: Mesh, *, packed: bool = False, by_rows: bool = False) -> Products:

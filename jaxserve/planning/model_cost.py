@@ -19,7 +19,7 @@ class ModelCost:
         head: of the output matrix.
         norms: weights that no matmul uses.
         embedding_row: numbers looked up for a token; 0 where the embedding is the output matrix.
-        embedding: numbers of an embedding that is no output matrix.
+        embedding: numbers of an embedding that is no output matrix, and of learned positions.
         attention_flops: of one query token and one position, in all layers.
         token_bytes: keys and values of one token in all layers.
         windows: of each layer, the positions that it attends to; () where no layer has a window.
@@ -47,21 +47,29 @@ class ModelCost:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(ITEM_BYTES)}")
         hidden, heads = model.hidden_size, model.num_attention_heads
         projected = (heads + 2 * model.num_key_value_heads) * model.head_dim
-        layers, norms = 0, hidden
+        last, size = model.layer_specs[-1], model.embedding_size or hidden
+        norms = 0 if last.norm_place == "sum" else hidden * (1 + (last.norm == "layer"))
+        layers = 0 if size == hidden else 2 * hidden * size  # the projections of embeddings
         for layer in model.layer_specs:
             attention, mlp = layer.attention, layer.mlp
-            layers += hidden * (projected + heads * model.head_dim + 3 * mlp.intermediate_size)
+            inward = (1 + (mlp.kind == "gated")) * mlp.intermediate_size
+            layers += hidden * (projected + heads * model.head_dim + inward + mlp.intermediate_size)
             # What has several axes counts with the matrices.
-            layers += attention.qkv_bias * projected + attention.sinks * heads + mlp.bias * 2 * mlp.intermediate_size
-            norms += hidden * (2 + attention.out_bias + mlp.bias) + attention.qk_norm * 2 * model.head_dim
-        table = model.vocab_size * hidden
+            layers += attention.qkv_bias * projected + attention.sinks * heads + mlp.bias * inward
+            count = 4 if layer.norm_place == "both" else 2
+            norms += hidden * (count * (1 + (layer.norm == "layer")) + attention.out_bias + mlp.bias)
+            norms += attention.qk_norm * 2 * model.head_dim
+            norms += attention.whole_qk_norm * (heads + model.num_key_value_heads) * model.head_dim
+        table = model.vocab_size * size
+        places = model.max_position_embeddings * hidden if model.learned_positions else 0
+        looked_up = 0 if model.tie_word_embeddings else size
         windows = tuple(layer.attention.sliding_window for layer in model.layer_specs)
         return cls(
             layers=layers,
             head=table,
             norms=norms,
-            embedding_row=0 if model.tie_word_embeddings else hidden,
-            embedding=0 if model.tie_word_embeddings else table,
+            embedding_row=looked_up + (hidden if model.learned_positions else 0),
+            embedding=places + (0 if model.tie_word_embeddings else table),
             attention_flops=4 * heads * model.head_dim * model.num_hidden_layers,
             token_bytes=2
             * model.num_key_value_heads

@@ -35,11 +35,11 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
     model = resolve_model(config, planning=planning)
     sampling_defaults(config)  # a faulty file is told before anything is compiled
     max_model_len = config.max_model_len or model.context_length
-    if max_model_len > model.context_length:
-        scaled = ", scaled" if model.context_length != model.max_position_embeddings else ""
+    if max_model_len > model.longest_context:
+        scaled = ", scaled" if model.longest_context != model.max_position_embeddings else ""
         raise ValueError(
             f"max_model_len is {max_model_len}; the model's context (max_position_embeddings{scaled}) is "
-            f"{model.context_length}"
+            f"{model.longest_context}"
         )
     most = STOP_WIDTH - MAX_STOP_TOKEN_IDS
     if len(model.eos_token_ids) > most:

@@ -219,7 +219,8 @@ def decisive_shapes(shapes: Shapes) -> Shapes:
     """
     model = shapes.model.decisive
     used = max(1, int(shapes.max_model_len / model.rope_scaling.context_factor))
-    model = dataclasses.replace(model, max_position_embeddings=used)
+    if not model.learned_positions:  # they are parameters, as many as the checkpoint has
+        model = dataclasses.replace(model, max_position_embeddings=used)
     return dataclasses.replace(shapes, model=model, num_host_pages=0)  # swapped pages are arrays of their own
 
 

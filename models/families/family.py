@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxserve.models.families.tensor_names import TensorNames
 from jaxserve.models.layer_specs import LayerSpec
 
 
@@ -21,6 +22,14 @@ class Family:
         defaults: values of keys that a `config.json` leaves out, as in the family's class of transformers.
         ignores_others: a checkpoint may hold keys by which other architectures compute something else; a line then
             says that they are not used. Otherwise they are refused.
+        partial_rotation: a share of each head may be rotated (`partial_rotary_factor`).
+        fields: maps the keys to further fields of `ModelConfig`, by their names; None for a family without.
+        key_names: the family's names of keys that other families name otherwise.
+        inert: keys that affect no logits, besides those that are inert for all families.
+        names: of the tensors of its checkpoints.
+        rope_theta: base of rotary embeddings where no key tells it.
+        nested_rope: layers of full attention have rotary settings of their own (`rope_parameters` may be nested).
+        scaled_context: max_position_embeddings is the context after linear scaling.
     """
 
     architecture: str
@@ -28,3 +37,11 @@ class Family:
     layers: Callable[[Mapping[str, Any]], tuple[LayerSpec, ...]]
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ignores_others: bool = False
+    partial_rotation: bool = False
+    fields: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    key_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    inert: frozenset[str] = frozenset()
+    names: TensorNames = TensorNames()
+    rope_theta: float = 10000.0
+    nested_rope: bool = False
+    scaled_context: bool = False

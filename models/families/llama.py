@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxserve.models.families.family import Family
-from jaxserve.models.layer_specs import LayerSpec, MLPSpec, SelfAttentionSpec
+from jaxserve.models.families.mlp_keys import gated_mlp
+from jaxserve.models.layer_specs import LayerSpec, SelfAttentionSpec
 from jaxserve.models.loading.config_keys import flag, required_count
 
 
@@ -17,7 +18,7 @@ def layers(keys: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
     biased = flag(keys, "attention_bias")
     layer = LayerSpec(
         SelfAttentionSpec(qkv_bias=biased, out_bias=biased),
-        MLPSpec(required_count(keys, "intermediate_size"), bias=flag(keys, "mlp_bias")),
+        gated_mlp(keys, bias=flag(keys, "mlp_bias")),
     )
     return (layer,) * required_count(keys, "num_hidden_layers")
 

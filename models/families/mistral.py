@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxserve.models.families.family import Family
-from jaxserve.models.layer_specs import LayerSpec, MLPSpec, SelfAttentionSpec
+from jaxserve.models.families.mlp_keys import gated_mlp
+from jaxserve.models.layer_specs import LayerSpec, SelfAttentionSpec
 from jaxserve.models.loading.config_keys import optional_count, required_count
 
 
@@ -18,7 +19,7 @@ def layers(keys: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
             f"config.json sliding_window is {window} and use_sliding_window is false; MistralForCausalLM has the "
             "window wherever sliding_window is set: remove use_sliding_window, or set sliding_window to null"
         )
-    layer = LayerSpec(SelfAttentionSpec(sliding_window=window), MLPSpec(required_count(keys, "intermediate_size")))
+    layer = LayerSpec(SelfAttentionSpec(sliding_window=window), gated_mlp(keys))
     return (layer,) * required_count(keys, "num_hidden_layers")
 
 

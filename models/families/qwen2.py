@@ -7,13 +7,13 @@ from typing import Any
 
 from jaxserve.models.families.family import Family
 from jaxserve.models.families.layer_windows import layer_windows
-from jaxserve.models.layer_specs import LayerSpec, MLPSpec, SelfAttentionSpec
-from jaxserve.models.loading.config_keys import required_count
+from jaxserve.models.families.mlp_keys import gated_mlp
+from jaxserve.models.layer_specs import LayerSpec, SelfAttentionSpec
 
 
 def layers(keys: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
     """Maps the keys of a `config.json` to layers."""
-    mlp = MLPSpec(required_count(keys, "intermediate_size"))
+    mlp = gated_mlp(keys)
     return tuple(
         LayerSpec(SelfAttentionSpec(sliding_window=window, qkv_bias=True), mlp) for window in layer_windows(keys)
     )

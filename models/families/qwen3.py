@@ -7,14 +7,15 @@ from typing import Any
 
 from jaxserve.models.families.family import Family
 from jaxserve.models.families.layer_windows import layer_windows
-from jaxserve.models.layer_specs import LayerSpec, MLPSpec, SelfAttentionSpec
-from jaxserve.models.loading.config_keys import flag, required_count
+from jaxserve.models.families.mlp_keys import gated_mlp
+from jaxserve.models.layer_specs import LayerSpec, SelfAttentionSpec
+from jaxserve.models.loading.config_keys import flag
 
 
 def layers(keys: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
     """Maps the keys of a `config.json` to layers."""
     biased = flag(keys, "attention_bias")
-    mlp = MLPSpec(required_count(keys, "intermediate_size"))
+    mlp = gated_mlp(keys)
     return tuple(
         LayerSpec(SelfAttentionSpec(sliding_window=window, qk_norm=True, qkv_bias=biased, out_bias=biased), mlp)
         for window in layer_windows(keys)

@@ -51,19 +51,20 @@ class Products:
             return contract(x, weight, axes, self.dtype)
         return _by_matrix(row_products.multiply, x, weight, axes)
 
-    def swiglu(self, x: jax.Array, gate_up: jax.Array, bias: jax.Array | None) -> jax.Array:
-        """Computes silu(x gate^T) * (x up^T) for gate_up [2, I, H] and bias [2, I] or None: [..., I] in x's dtype."""
+    def contract_pair(self, x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Contracts x with both of weights [2, out, in], packed as one matrix: [..., out] each."""
+        if self.packed or self.rows:
+            y = self.contract(x, weights)
+            return y[..., 0, :], y[..., 1, :]
+        first, second = contract_each(x, weights, self.dtype)
+        return first, second
+
+    def swiglu(self, x: jax.Array, gate_up: jax.Array) -> jax.Array:
+        """Computes silu(x gate^T) * (x up^T) for gate_up [2, I, H]: [..., I] in x's dtype."""
         if self.packed:
-            assert bias is None, "packed weights with a bias"
             y = linear.swiglu(x.reshape(-1, x.shape[-1]), gate_up)
             return y.reshape(*x.shape[:-1], -1)
-        if self.rows:
-            gate, up = jnp.moveaxis(self.contract_unpacked(x, gate_up), -2, 0)
-        else:
-            gate, up = contract_each(x, gate_up, self.dtype)
-        if bias is not None:
-            gate_bias, up_bias = bias.astype(gate.dtype)
-            gate, up = gate + gate_bias, up + up_bias
+        gate, up = self.contract_pair(x, gate_up)
         return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(x.dtype)
 
 

@@ -1,6 +1,8 @@
-"""Implements norms of the residual stream and of single heads."""
+"""Implements norms of the residual stream, of single heads and of whole projections."""
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +13,72 @@ from jaxserve.models.layers.parameter import Initial, Parameter, Source
 
 
 class RMSNorm(nnx.Module):
-    """Normalizes the last axis by its root mean square, computed in float32.
+    """Normalizes the last axes by their root mean square, computed in float32.
 
     Attributes:
-        name: name of its scale in a checkpoint, without ".weight".
+        offset: added to the scale.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: int | tuple[int, ...],
+        eps: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        *,
+        offset: float = 0.0,
+        partition: P | None = None,
+    ):
+        """Initializes the norm.
+
+        Args:
+            name: of its scale in a checkpoint, without ".weight".
+            size: of the normalized axes; a checkpoint has them as one.
+            eps: added to the mean square.
+            dtype: of the scale.
+            rngs: of the model.
+            offset: see above.
+            partition: of the scale; None holds all of it on every device.
+        """
+        shape = size if isinstance(size, tuple) else (size,)
+        self.eps = eps
+        self.offset = offset
+        self.axes = tuple(range(-len(shape), 0))
+        source = Source(f"{name}.weight", (math.prod(shape),))
+        initial = Initial.ZEROS if offset else Initial.ONES
+        whole = P(*(None for _ in shape))
+        self.scale = Parameter(shape, partition or whole, (source,), initial=initial, neutral=True).make(rngs, dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=self.axes, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(jnp.float32)
+        return (normed * (scale + self.offset if self.offset else scale)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Normalizes the last axis by its mean and variance, computed in float32, with a scale and a bias.
+
+    Arguments are those of `RMSNorm`.
     """
 
     def __init__(self, name: str, size: int, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.eps = eps
-        source = Source(f"{name}.weight", (size,))
-        self.scale = Parameter((size,), P(None), (source,), initial=Initial.ONES).make(rngs, dtype)
+        scale, bias = (Source(f"{name}.{kind}", (size,)) for kind in ("weight", "bias"))
+        self.scale = Parameter((size,), P(None), (scale,), initial=Initial.ONES, neutral=True).make(rngs, dtype)
+        self.bias = Parameter((size,), P(None), (bias,), initial=Initial.ZEROS, neutral=True).make(rngs, dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centered * jax.lax.rsqrt(jnp.mean(centered * centered, axis=-1, keepdims=True) + self.eps)
+        scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
+        return (normed * scale + bias).astype(x.dtype)
+
+
+def make_norm(kind: str, name: str, size: int, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> RMSNorm | LayerNorm:
+    """Makes a norm of the residual stream; kind: of `jaxserve.models.layer_specs.NORM_KINDS`."""
+    if kind == "layer":
+        return LayerNorm(name, size, eps, dtype, rngs)
+    return RMSNorm(name, size, eps, dtype, rngs, offset=1.0 if kind == "rms_offset" else 0.0)

@@ -57,7 +57,9 @@ class Source:
         start: see `axis`.
         stop: see `axis`.
         rows: the rows [first, last) of the tensor that are taken, where it holds several parts; None takes all.
-        transposed: the tensor's two axes are the other way round.
+        transposed: the tensor's two axes are the other way round; `rows` are those of the tensor turned back.
+        order: index along the parameter's axis 2 (the elements of a head) of each element that is taken; None for all
+            in order.
     """
 
     tensor: str
@@ -67,6 +69,7 @@ class Source:
     stop: int = 0
     rows: tuple[int, int] | None = None
     transposed: bool = False
+    order: tuple[int, ...] | None = None
 
     def target(self, parameter: np.ndarray) -> np.ndarray:
         """Returns the part of a parameter that this source fills, as a view."""
@@ -75,10 +78,12 @@ class Source:
         return parameter[(slice(None),) * self.axis + (slice(self.start, self.stop),)]
 
     def values(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Returns the numbers of a tensor that fill a part of this shape; a view where nothing is transposed."""
+        """Returns the numbers of a tensor that fill a part of this shape; a view unless they come in another order."""
+        tensor = tensor.T if self.transposed else tensor
         if self.rows is not None:
             tensor = tensor[self.rows[0] : self.rows[1]]
-        return (tensor.T if self.transposed else tensor).reshape(shape)
+        values = tensor.reshape(shape)
+        return values if self.order is None else np.take(values, np.array(self.order), axis=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +100,7 @@ class Parameter:
         fan_in: length of the dot that its variance before training is 1 over; None for that of `contracted`.
         whole_if_uneven: every device holds all of it where the mesh does not divide it (odd vocabularies).
         form: how it is held.
+        neutral: random weights have it as before training, so that it changes nothing: norms.
     """
 
     shape: tuple[int, ...]
@@ -106,6 +112,7 @@ class Parameter:
     fan_in: int | None = None
     whole_if_uneven: bool = False
     form: Form = Form.DENSE
+    neutral: bool = False
 
     @property
     def dot_length(self) -> int:

@@ -6,6 +6,7 @@ any leading axes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -18,12 +19,16 @@ from jaxserve.models.layer_specs import SelfAttentionSpec
 from jaxserve.models.layers.matmul import Products
 from jaxserve.models.layers.norm import RMSNorm
 from jaxserve.models.layers.parameter import Initial, Packing, Parameter, Source
+from jaxserve.models.layers.rope import Rope, head_order
 from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec
 
 Cache = Any
 
 Rotation = tuple[jax.Array, jax.Array]
 """Cosines and sines of the angles of each token, float32 [..., D / 2] each."""
+
+Rotations = Mapping[Rope | None, Rotation]
+"""The rotations of a step, by the `SelfAttentionSpec.rope` of the layers that rotate so."""
 
 
 class Attend(Protocol):
@@ -70,6 +75,8 @@ class SelfAttention(nnx.Module):
         kv_heads: int,
         group: int,
         head_dim: int,
+        rotary_size: int,
+        norm: str,
         eps: float,
         dtype: jnp.dtype,
         products: Products,
@@ -77,15 +84,17 @@ class SelfAttention(nnx.Module):
     ):
         q_size, kv_size = kv_heads * group * head_dim, kv_heads * head_dim
         self.products = products
+        self.rope = spec.rope
         self.rotates = spec.rotation
+        order = head_order(head_dim, rotary_size)
         scale = head_dim**-0.5 if spec.scale is None else spec.scale
         self.spec = AttentionSpec(scale, spec.sliding_window, spec.soft_cap)
 
         def projections(kind: str, *shape: int) -> tuple[Source, ...]:
             # Query head h of Hugging Face is query h % G of key-value head h // G: reshaping [K * G * D] puts it there.
             return (
-                Source(f"self_attn.q_proj.{kind}", (q_size, *shape), 1, 0, group),
-                Source(f"self_attn.k_proj.{kind}", (kv_size, *shape), 1, group, group + 1),
+                Source(f"self_attn.q_proj.{kind}", (q_size, *shape), 1, 0, group, order=order),
+                Source(f"self_attn.k_proj.{kind}", (kv_size, *shape), 1, group, group + 1, order=order),
                 Source(f"self_attn.v_proj.{kind}", (kv_size, *shape), 1, group + 1, group + 2),
             )
 
@@ -116,12 +125,17 @@ class SelfAttention(nnx.Module):
         self.qkv_bias = make(qkv_bias) if spec.qkv_bias else None
         self.out_bias = make(out_bias) if spec.out_bias else None
         self.sinks = make(sinks) if spec.sinks else None
-        self.q_norm = RMSNorm("self_attn.q_norm", head_dim, eps, dtype, rngs) if spec.qk_norm else None
-        self.k_norm = RMSNorm("self_attn.k_norm", head_dim, eps, dtype, rngs) if spec.qk_norm else None
+        one: dict[str, Any] = {"offset": 1.0 if norm == "rms_offset" else 0.0}
+        sizes: tuple[Any, Any] = head_dim, head_dim
+        if spec.whole_qk_norm:
+            one["partition"] = P("tensor", None, None)
+            sizes = (kv_heads, group, head_dim), (kv_heads, 1, head_dim)
+        normed = spec.qk_norm or spec.whole_qk_norm
+        self.q_norm = RMSNorm("self_attn.q_norm", sizes[0], eps, dtype, rngs, **one) if normed else None
+        self.k_norm = RMSNorm("self_attn.k_norm", sizes[1], eps, dtype, rngs, **one) if normed else None
 
-    def __call__(
-        self, x: jax.Array, rotation: Rotation | None, cache: Cache, attend: Attend
-    ) -> tuple[jax.Array, Cache]:
+    def __call__(self, x: jax.Array, rotations: Rotations, cache: Cache, attend: Attend) -> tuple[jax.Array, Cache]:
+        rotation = rotations[self.rope] if self.rotates else None
         qkv = self.products.contract(x, self.qkv[...])  # [..., K, G + 2, D]
         if self.qkv_bias is not None:
             qkv += self.qkv_bias[...].astype(qkv.dtype)
@@ -129,7 +143,7 @@ class SelfAttention(nnx.Module):
             parts = self.q_norm(qkv[..., :-2, :]), self.k_norm(qkv[..., -2:-1, :]), qkv[..., -1:, :]
             qkv = jnp.concatenate(parts, axis=-2)
         sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
-        attended, cache = attend(qkv, rotation if self.rotates else None, cache, self.spec, sinks, x.dtype)
+        attended, cache = attend(qkv, rotation, cache, self.spec, sinks, x.dtype)
         y = self.products.contract(attended, self.out[...], axes=3)
         if self.out_bias is not None:
             y += self.out_bias[...].astype(y.dtype)

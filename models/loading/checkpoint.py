@@ -21,13 +21,12 @@ from jax.sharding import Mesh
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers.parameter import Params, Path, Source, get, path_text, put
-from jaxserve.models.layers.rope import RopeScaling, rope_frequencies
+from jaxserve.models.layers.rope import Rope
 from jaxserve.models.loading import kv_scales
 from jaxserve.models.loading.json_files import read_object
 from jaxserve.models.loading.kv_scales import KVScales
 from jaxserve.models.loading.safetensors_file import DTYPES, StoredTensor
 from jaxserve.models.loading.stored import (
-    EMBEDDING,
     HEAD,
     ROTARY_BUFFER,
     Stored,
@@ -36,6 +35,7 @@ from jaxserve.models.loading.stored import (
     read_stored,
 )
 from jaxserve.models.params import abstract_params, leaves, make_mesh, parameters
+from jaxserve.models.registry import lookup
 
 ORBAX_FOLDER = "orbax"
 KV_SCALES_FILE = "kv_scales.json"
@@ -68,7 +68,7 @@ def check(directory: str | pathlib.Path, config: ModelConfig, *, scales: bool = 
     if _holds_orbax(directory):
         _check_orbax(directory, config)
     else:
-        stored = read_stored(directory)
+        stored = _stored(directory, config)
         _used_tensors(stored, config)
         for line in _differing_buffers(stored, config):
             _log.warning("%s", line)
@@ -109,7 +109,7 @@ def read_ahead(directory: str | pathlib.Path, config: ModelConfig) -> None:
     if _holds_orbax(directory):
         files = [path for path in (directory / ORBAX_FOLDER).rglob("*") if path.is_file()]
     else:
-        files = sorted({tensor.path for tensor in _used_tensors(read_stored(directory), config).values()})
+        files = sorted({tensor.path for tensor in _used_tensors(_stored(directory, config), config).values()})
     block = bytearray(READ_BYTES)
     for path in files:
         with path.open("rb", buffering=0) as file:
@@ -127,7 +127,7 @@ def load_kv_scales(directory: str | pathlib.Path, config: ModelConfig) -> KVScal
         path = directory / KV_SCALES_FILE
         return kv_scales.read(path, config) if path.is_file() else None
     raw = read_object(directory / "config.json")
-    return kv_scales.from_tensors(config, read_stored(directory).tensors, raw.get("quantization_config"))
+    return kv_scales.from_tensors(config, _stored(directory, config).tensors, raw.get("quantization_config"))
 
 
 def save_orbax(
@@ -223,9 +223,13 @@ def _holds_orbax(directory: pathlib.Path) -> bool:
     return orbax
 
 
+def _stored(directory: pathlib.Path, config: ModelConfig) -> Stored:
+    return read_stored(directory, lookup(config.architecture).names)
+
+
 def _load_safetensors(directory: pathlib.Path, config: ModelConfig, dtype: Any, mesh: Mesh) -> Params:
     abstract = abstract_params(config, dtype, mesh)
-    used = _used_tensors(read_stored(directory), config)
+    used = _used_tensors(_stored(directory, config), config)
     tree: Params = {}
     for path, parameter in parameters(config).items():
         put(tree, path, _assemble(get(abstract, path), parameter.sources, used))
@@ -255,8 +259,8 @@ def _used_tensors(stored: Stored, config: ModelConfig) -> dict[str, StoredTensor
         )
     if config.tie_word_embeddings and has_own_head(stored):
         raise ValueError(
-            f"checkpoint {stored.directory}: tensor {HEAD} differs from {EMBEDDING}; with tie_word_embeddings it would "
-            "not be used"
+            f"checkpoint {stored.directory}: tensor {HEAD} differs from {stored.embedding}; with tie_word_embeddings "
+            "it would not be used"
         )
     return used
 
@@ -274,10 +278,7 @@ def _differing_buffers(stored: Stored, config: ModelConfig) -> list[str]:
 
     Early releases of transformers saved them, before or after scaling, in the dtype of the weights.
     """
-    wanted = [
-        rope_frequencies(config.head_dim, config.rope_theta, scaling)
-        for scaling in (config.rope_scaling, RopeScaling())
-    ]
+    wanted = [config.rotary_frequencies(), config.rotary_frequencies(Rope(config.rope_theta))]
     differing = []
     for name, tensor in stored.tensors.items():
         if not name.endswith(ROTARY_BUFFER) or tensor.dtype not in DTYPES:
@@ -308,7 +309,7 @@ def _assemble(leaf: jax.ShapeDtypeStruct, sources: tuple[Source, ...], stored: M
 def _check_tensor(stored: Stored, path: Path, source: Source, config: ModelConfig) -> StoredTensor:
     """Returns the tensor of a source. Raises ValueError where it is missing or does not match the source."""
     tensor = stored.find(source.tensor)
-    if tensor is None and source.tensor == EMBEDDING and config.tie_word_embeddings:
+    if tensor is None and source.tensor == stored.embedding and config.tie_word_embeddings:
         tensor = stored.find(HEAD)  # one array under two names: safetensors keeps the first of them
     if tensor is None:
         told = "config.json does not say tie_word_embeddings, and " if source.tensor == HEAD else ""

@@ -28,7 +28,7 @@ INERT_KEYS = frozenset(
     "early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty "
     "length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences "
     "exponential_decay_length_penalty remove_invalid_values gradient_checkpointing unsloth_version unsloth_fixed "
-    "text_config".split()
+    "text_config cache_implementation".split()
 )
 """Keys that affect no logits: they describe a checkpoint, its training or sampling from it."""
 
@@ -48,11 +48,28 @@ def _is_neutral(value: Any) -> bool:
 class ConfigKeys(Mapping[str, Any]):
     """Wraps a `config.json` with a family's defaults for missing keys, and records the keys that are read."""
 
-    def __init__(self, raw: Mapping[str, Any], defaults: Mapping[str, Any]):
-        self._content = {**defaults, **raw}
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        names: Mapping[str, str] | None = None,
+        inert: frozenset[str] = frozenset(),
+    ):
+        """Wraps the content of a file.
+
+        Args:
+            raw: the content.
+            defaults: of keys that it leaves out, by the names that are asked for.
+            names: the names that stand in the file for names that are asked for.
+            inert: keys that affect no logits, besides `INERT_KEYS`.
+        """
+        self._names = dict(names or {})
+        self._content = {**{self._names.get(name, name): value for name, value in defaults.items()}, **raw}
         self._read: set[str] = set()
+        self._inert = INERT_KEYS | inert
 
     def __getitem__(self, name: str) -> Any:
+        name = self._names.get(name, name)
         self._read.add(name)
         return self._content[name]
 
@@ -64,7 +81,7 @@ class ConfigKeys(Mapping[str, Any]):
 
     def unread(self) -> list[str]:
         """Returns the keys that are set, may affect logits, and were not read."""
-        named = self._content.keys() - self._read - INERT_KEYS
+        named = self._content.keys() - self._read - self._inert
         if self._content.get("use_sliding_window") is False:
             named -= {"sliding_window", "max_window_layers"}
         return sorted(name for name in named if not name.startswith("_") and not _is_neutral(self._content[name]))

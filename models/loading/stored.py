@@ -14,21 +14,21 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from jaxserve.models.families import tensor_names
+from jaxserve.models.families.tensor_names import TensorNames
 from jaxserve.models.loading.json_files import parse
 from jaxserve.models.loading.safetensors_file import DTYPES, StoredTensor, read_header, same_values
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING = f"{tensor_names.EMBEDDING}.weight"
 HEAD = "lm_head.weight"
 ROTARY_BUFFER = "rotary_emb.inv_freq"
 """Suffix of the names of rotary frequencies, which early releases of transformers saved."""
 
 _NAMES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Serving dtype of weights by their stored dtype; float64 is never served."""
-
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +40,19 @@ class Stored:
         tensors: every tensor that was found, by name.
         absent: the error for a tensor that is not in the file that the index names, by its name.
         unusable: the error for one in a file that is missing or malformed, or in two files.
+        names: how the model's family names its tensors.
     """
 
     directory: pathlib.Path
     tensors: Mapping[str, StoredTensor]
     absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unusable: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    names: TensorNames = TensorNames()
+
+    @property
+    def embedding(self) -> str:
+        """Name of the tensor that holds the embedding."""
+        return self.names.embedding
 
     def find(self, name: str) -> StoredTensor | None:
         """Returns a tensor that the model needs; None where neither a file nor the index has it.
@@ -61,7 +68,8 @@ class Stored:
     @property
     def num_layers(self) -> int:
         """Number of layers with listed tensors: one more than the greatest layer index."""
-        found = [_LAYER.match(name) for name in (*self.tensors, *self.absent, *self.unusable)]
+        layer = re.compile(re.escape(self.names.layer_prefix) + r"(\d+)\.")
+        found = [layer.match(name) for name in (*self.tensors, *self.absent, *self.unusable)]
         return max((int(match[1]) + 1 for match in found if match and len(match[1]) < 10), default=0)
 
     @property
@@ -87,7 +95,7 @@ def has_own_head(stored: Stored) -> bool:
     # One that is listed and in no file is none: indexes are copied. One in a file that is missing may differ.
     if HEAD not in stored.tensors and HEAD not in stored.unusable:
         return False
-    head, embedding = stored.find(HEAD), stored.tensors.get(EMBEDDING)
+    head, embedding = stored.find(HEAD), stored.tensors.get(stored.embedding)
     if head is None or embedding is None:
         return False
     if head.dtype not in DTYPES or embedding.dtype not in DTYPES:
@@ -102,11 +110,27 @@ def _same_values(one: StoredTensor, other: StoredTensor, files: tuple[tuple[int,
     return same_values(one, other)
 
 
-def read_stored(directory: pathlib.Path) -> Stored:
+def read_stored(directory: pathlib.Path, names: TensorNames = TensorNames()) -> Stored:
     """Reads the headers of a directory's files; like transformers, it prefers the single file to an index.
 
-    Raises ValueError, one line, where there is neither or where a file is malformed.
+    Args:
+        directory: of the checkpoint.
+        names: of the family's tensors; those with another prefix get the usual one, and those that are no weights are
+            left out.
+
+    Raises:
+        ValueError: one line, where there is neither or where a file is malformed.
     """
+    stored = _read_stored(directory)
+    parts: list[Mapping[str, Any]] = [stored.tensors, stored.absent, stored.unusable]
+    renamed = [
+        {names.canonical(name): value for name, value in part.items() if not name.endswith(names.ignored or ("\n",))}
+        for part in parts
+    ]
+    return Stored(directory, renamed[0], renamed[1], renamed[2], names)
+
+
+def _read_stored(directory: pathlib.Path) -> Stored:
     if (directory / SINGLE_FILE).exists():
         return Stored(directory, read_header(directory / SINGLE_FILE))
     index = directory / INDEX_FILE

@@ -258,8 +258,8 @@ SINGLE_FAULTS = {
         r"^config.json architectures is \[\]; exactly one",
     ),
     "architecture": (
-        edit_config(architectures=["GPT2LMHeadModel"]),
-        r"^model architecture is 'GPT2LMHeadModel'; known architectures are .*LlamaForCausalLM",
+        edit_config(architectures=["FalconForCausalLM"]),
+        r"^model architecture is 'FalconForCausalLM'; .*known architectures are .*LlamaForCausalLM",
     ),
     "no weights": (
         lambda d: (d / "model.safetensors").unlink(),

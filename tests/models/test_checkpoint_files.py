@@ -224,7 +224,7 @@ def test_a_line_says_what_else_tells_the_context(tmp_path, caplog):
             {"rope_scaling": LINEAR | {"original_max_position_embeddings": "64"}},
             r"^config.json original_max_position_embeddings is '64'; it must be a finite number",
         ),
-        ({"rope_scaling": {"rope_type": "longrope"}}, r"^rope_scaling kind is 'longrope'; supported kinds"),
+        ({"rope_scaling": {"rope_type": "axial"}}, r"^rope_scaling kind is 'axial'; supported kinds"),
         ({"max_seq_len": "4k"}, r"^config.json max_seq_len is '4k'; it must be a whole number"),
         ({"rope_theta": float("inf")}, r"^model rope_theta is inf; it must be a finite number"),
         ({"rms_norm_eps": float("nan")}, r"^model rms_norm_eps is nan; it must be a finite number"),
@@ -264,15 +264,15 @@ NOTHING = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_head
         {"architectures": ["GemmaForCausalLM"], "rope_scaling": {"type": "yarn"}, "eos_token_id": 10**6},
         {"architectures": None, "model_type": "bloom", **NOTHING},
         {"architectures": [], **NOTHING},
-        {"architectures": ["LlamaForCausalLM", "OPTForCausalLM"]},
-        {"architectures": "OPTForCausalLM"},
+        {"architectures": ["LlamaForCausalLM", "BloomForCausalLM"]},
+        {"architectures": "BloomForCausalLM"},
         {"architectures": [None]},
     ],
 )
 def test_an_architecture_that_is_not_known_is_named_before_anything_else(tmp_path, fields):
     directory = write(tmp_path, fields)
     for read in (ModelConfig.from_directory, config.check_config_file):
-        with pytest.raises(ValueError, match="known architectures are LlamaForCausalLM") as refused:
+        with pytest.raises(ValueError, match=r"known architectures are .*, LlamaForCausalLM") as refused:
             read(directory)
         for name in fields["architectures"] or [str(fields.get("model_type", "[]"))]:
             assert str(name) in str(refused.value)

@@ -1,5 +1,6 @@
 """config.json in and out, the registry, and rotary frequencies."""
 
+import dataclasses
 import json
 import math
 
@@ -43,7 +44,7 @@ def test_defaults_and_both_places_of_rotary_settings():
         ({"head_dim": 15}, r"^model head_dim is 15; rotary embeddings need an even number$"),
         ({"rms_norm_eps": 0}, r"^model rms_norm_eps is 0; it must be a finite number above 0$"),
         ({"rope_theta": "x"}, r"^model rope_theta is 'x'; it must be a finite number above 0$"),
-        ({"hidden_act": "gelu"}, r"^config.json hidden_act is 'gelu'; only 'silu' is supported$"),
+        ({"hidden_act": "tanh"}, r"^config.json hidden_act is 'tanh'; it must be one of silu, swish, gelu, gelu_new"),
         ({"quantization_config": {"bits": 4}}, r"^config.json quantization_config is set; only unquantized"),
         (
             {"architectures": ["A", "B"]},
@@ -55,8 +56,24 @@ def test_defaults_and_both_places_of_rotary_settings():
         ({"partial_rotary_factor": 0.5}, r"^config.json partial_rotary_factor is 0.5; only whole heads are rotated$"),
         ({"rope_scaling": [1]}, r"^config.json rope_scaling is \[1\]; it must be an object$"),
         (
-            {"rope_scaling": {"type": "yarn"}},
-            r"^rope_scaling kind is 'yarn'; supported kinds are default, linear, llama3$",
+            {"rope_scaling": {"type": "mrope"}},
+            r"^rope_scaling kind is 'mrope'; supported kinds are default, linear, dynamic, yarn, longrope, llama3$",
+        ),
+        (
+            {"rope_scaling": LLAMA3 | {"mrope_section": [2, 3, 3]}},
+            r"^config.json rope_scaling has mrope_section \[2, 3, 3\], which is not known; if the checkpoint was mad",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+            r"^rope_scaling short_factor has 1 numbers; kind 'longrope' needs one for each pair of the 16 rotated elem",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+            r"^config.json rope_scaling long_factor is None; kind 'longrope' needs a list of numbers$",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 1.0}},
+            r"^rope_scaling beta_slow is 1.0; it must be below beta_fast 1.0$",
         ),
         ({"rope_scaling": {"type": "linear"}}, r"^config.json rope_scaling has no factor; kind 'linear' needs it$"),
         ({"rope_scaling": LLAMA3 | {"factor": 0.5}}, r"^rope_scaling factor is 0.5; it must be at least 1$"),
@@ -82,6 +99,22 @@ def test_the_registry_names_what_it_knows():
         registry.lookup("Gpt")
 
 
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("Gemma4ForCausalLM", ["Gemma2ForCausalLM", "Gemma3ForCausalLM"]),
+        ("llamaforcausallm", []),
+        ("Qwen2ForCausalLm", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"]),
+        ("LLaMAForCausalLM", ["LlamaForCausalLM"]),
+    ],
+)
+def test_names_like_an_unknown_one_are_told(name, near):
+    with pytest.raises(ValueError, match=rf"^model architecture is '{name}'; .*known architectures are ") as refused:
+        registry.lookup(name)
+    told = str(refused.value).split("known")[0]
+    assert all(other in told for other in near), told
+
+
 def test_rotary_frequencies_by_hand():
     plain = rope_frequencies(8, 10000.0, RopeScaling())
     np.testing.assert_allclose(plain, [1, 0.1, 0.01, 0.001], rtol=1e-7)
@@ -90,6 +123,80 @@ def test_rotary_frequencies_by_hand():
     # Turns in 128 positions: 20.4 (kept), 2.04 (a share (2.04 - 1) / 3 kept), 0.2 and 0.02 (an eighth).
     share = (128 * 0.1 / (2 * math.pi) - 1) / 3
     np.testing.assert_allclose(scaled, [1, 0.1 * share + 0.0125 * (1 - share), 0.00125, 0.000125], rtol=1e-6)
+
+
+YARN = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+SHORT, LONG = [1.0 + 0.1 * number for number in range(8)], [1.5 + 0.5 * number for number in range(8)]
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": SHORT,
+    "long_factor": LONG,
+    "original_max_position_embeddings": 32,
+}
+
+
+# What ROPE_INIT_FUNCTIONS of transformers 5.24 return for heads of 16 in float32.
+@pytest.mark.parametrize(
+    ("theta", "scaling", "served", "attention_factor", "frequencies"),
+    [
+        (
+            10000.0,
+            YARN,
+            256,
+            1.2079441541679836,
+            [1.0, 0.1778781, 0.0125, 0.003952847, 0.00125, 0.0003952847, 0.000125, 3.952847e-05],
+        ),
+        (
+            30000.0,
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0}
+            | {"beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 1.0, "truncate": False},
+            256,
+            0.9634746568860826,
+            [1.0, 0.1119963, 0.01899589, 0.00523624, 0.001443376, 0.0003978682, 0.0001096728, 3.023145e-05],
+        ),
+        (
+            10000.0,
+            LONGROPE,
+            256,
+            1.2649110640673518,
+            [0.6666667, 0.1581139, 0.04, 0.01054092, 0.002857143, 0.0007905695, 0.0002222222, 6.324556e-05],
+        ),
+        (
+            10000.0,
+            LONGROPE | {"type": "longrope"},
+            32,
+            1.2649110640673518,
+            [1.0, 0.2874798, 0.08333334, 0.02432521, 0.007142857, 0.002108185, 0.000625, 0.0001860163],
+        ),
+        (
+            10000.0,
+            {"type": "dynamic", "factor": 4.0},
+            512,
+            1.0,
+            [1.0, 0.2512738, 0.06313851, 0.01586505, 0.00398647, 0.001001695, 0.0002516998, 6.324555e-05],
+        ),
+    ],
+)
+def test_rotary_frequencies_are_those_of_transformers(theta, scaling, served, attention_factor, frequencies):
+    old = ModelConfig.from_hf(BASE | {"rope_scaling": scaling, "rope_theta": theta})
+    new = ModelConfig.from_hf(BASE | {"rope_parameters": scaling | {"rope_theta": theta}, "rope_theta": None})
+    assert old == new == ModelConfig.from_hf(json.loads(json.dumps(old.to_hf())))
+    assert old.rope_scaling.attention_factor == pytest.approx(attention_factor, rel=1e-9)
+    shortened = dataclasses.replace(old, max_position_embeddings=served)
+    np.testing.assert_allclose(shortened.rotary_frequencies(), frequencies, rtol=1e-6)
+    assert old.decisive == dataclasses.replace(old, rope_scaling=old.rope_scaling.normalized)
+
+
+def test_contexts_of_scaled_rotations():
+    """yarn multiplies the original context, dynamic scaling lends more than is used by itself."""
+    qwen = BASE | {"max_position_embeddings": 40960}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert ModelConfig.from_hf(qwen | {"rope_scaling": yarn}).context_length == 131072
+    assert ModelConfig.from_hf(BASE | {"rope_scaling": YARN}).context_length == 256
+    dynamic = ModelConfig.from_hf(BASE | {"rope_scaling": {"type": "dynamic", "factor": 4.0}})
+    assert (dynamic.context_length, dynamic.longest_context) == (256, 1024)
+    plain = ModelConfig.from_hf(BASE)
+    np.testing.assert_array_equal(dynamic.rotary_frequencies(), plain.rotary_frequencies())
 
 
 FAMILIES = {
@@ -147,7 +254,7 @@ def test_what_a_family_takes_for_missing_keys():
         ("qwen3", {"layer_types": ["full_attention"]}, r"layer_types is \['full_attention'\]; it must list .* each of"),
         ("qwen3", {"layer_types": ["full_attention", "linear"]}, r"^config.json layer_types is .*it must list full_at"),
         ("qwen3", {"num_experts": 8}, r"^config.json has num_experts 8, by which models compute something else and w"),
-        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"^rope_scaling kind is 'yarn'; supported"),
+        ("qwen3", {"rope_scaling": {"rope_type": "axial", "factor": 4.0}}, r"^rope_scaling kind is 'axial'; supporte"),
     ],
 )
 def test_a_key_that_a_family_does_not_serve_is_refused(family, fields, message):

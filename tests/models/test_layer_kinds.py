@@ -1,6 +1,8 @@
 """Layers that differ from each other, against a decoder written out in numpy."""
 
 import dataclasses
+import json
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from jaxserve.models import params
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layer_specs import LayerSpec, MLPSpec, SelfAttentionSpec
 from jaxserve.models.layers.parameter import Source
+from jaxserve.models.layers.rope import Rope, head_order
 from jaxserve.pallas_kernels.paged_attention import api
 from jaxserve.planning.model_cost import ModelCost
 from jaxserve.planning.resolve import resolve_shapes
@@ -22,34 +25,64 @@ from tests.models.checkpoints import BASE
 from tests.runner.drive import drive
 
 PLAIN = ModelConfig.from_hf(BASE | {"num_hidden_layers": 4})
-LAYERS = tuple(
-    LayerSpec(SelfAttentionSpec(**attention), MLPSpec(wide))
-    for attention, wide in (
-        ({"sliding_window": 5}, 96),
-        ({"soft_cap": 2.0, "qk_norm": True, "qkv_bias": True}, 64),
-        ({"sliding_window": 9, "sinks": True, "out_bias": True}, 96),
-        ({"rotation": False, "scale": 0.4}, 32),
-    )
+LAYERS = (
+    LayerSpec(SelfAttentionSpec(sliding_window=5, rope=Rope(500.0)), MLPSpec(96)),
+    LayerSpec(
+        SelfAttentionSpec(soft_cap=2.0, qk_norm=True, qkv_bias=True),
+        MLPSpec(64, activation="gelu_tanh"),
+        norm="rms_offset",
+        norm_place="both",
+        residual_multiplier=0.5,
+    ),
+    LayerSpec(
+        SelfAttentionSpec(sliding_window=9, sinks=True, out_bias=True, whole_qk_norm=True),
+        MLPSpec(96, kind="plain", activation="relu", bias=True),
+        norm="layer",
+        norm_place="sum",
+    ),
+    LayerSpec(
+        SelfAttentionSpec(rotation=False, scale=0.4), MLPSpec(32, activation="gelu", bias=True), norm_place="after"
+    ),
 )
-MIXED = dataclasses.replace(PLAIN, layers=LAYERS, sliding_window=9)
+MIXED = dataclasses.replace(
+    PLAIN,
+    layers=LAYERS,
+    sliding_window=9,
+    rotary_size=12,
+    embedding_size=48,
+    embedding_multiplier=3.0,
+    learned_positions=True,
+    logits_scaling=0.5,
+    final_logit_softcapping=4.0,
+)
 TOKENS = np.random.RandomState(3).randint(0, BASE["vocab_size"], 40).astype(np.int32)
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+}
 
 
-def normed(x, scale):
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + MIXED.rms_norm_eps) * scale
+def normed(x, weights, kind="rms", axes=(-1,)):
+    scale = weights["scale"] + (kind == "rms_offset")
+    x = x - x.mean(-1, keepdims=True) if kind == "layer" else x
+    bias = weights["bias"] if kind == "layer" else 0
+    return x / np.sqrt((x * x).mean(axes, keepdims=True) + MIXED.rms_norm_eps) * scale + bias
 
 
-def turned(x, positions):
-    """x [T, heads, D] rotated by its position."""
+def turned(x, positions, theta):
+    """x [T, heads, D], of which 12 elements are rotated by their positions: the first 6, each with that 8 places on."""
     half = x.shape[-1] // 2
-    angle = positions[:, None, None] / 10000.0 ** (np.arange(half) / half)
+    frequencies = np.where(np.arange(half) < 6, theta ** (-np.arange(half) / 6), 0)
+    angle = positions[:, None, None] * frequencies
     low, high = x[..., :half], x[..., half:]
     return np.concatenate(
         [low * np.cos(angle) - high * np.sin(angle), high * np.cos(angle) + low * np.sin(angle)], axis=-1
     )
 
 
-def attended(spec, weights, x):
+def attended(spec, weights, x, norm):
     """Attention of one layer over x [T, H], head by head and query by query."""
     positions = np.arange(len(x))
     qkv = np.einsum("th,kgdh->tkgd", x, weights["qkv"])
@@ -57,9 +90,14 @@ def attended(spec, weights, x):
         qkv = qkv + weights["qkv_bias"]
     q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
     if spec.qk_norm:
-        q, k = normed(q, weights["q_norm"]["scale"]), normed(k, weights["k_norm"]["scale"])
+        q, k = normed(q, weights["q_norm"], norm), normed(k, weights["k_norm"], norm)
+    if spec.whole_qk_norm:
+        q = normed(q, weights["q_norm"], axes=(1, 2, 3))
+        k = normed(k, {"scale": weights["k_norm"]["scale"][:, 0]}, axes=(1, 2))
     if spec.rotation:
-        q, k = turned(q.reshape(len(x), -1, q.shape[-1]), positions).reshape(q.shape), turned(k, positions)
+        theta = spec.rope.theta if spec.rope else MIXED.rope_theta
+        q = turned(q.reshape(len(x), -1, q.shape[-1]), positions, theta).reshape(q.shape)
+        k = turned(k, positions, theta)
     out = np.zeros(q.shape)
     for token, head, member in np.ndindex(q.shape[:3]):
         first = 0 if spec.sliding_window is None else max(0, token + 1 - spec.sliding_window)
@@ -73,21 +111,43 @@ def attended(spec, weights, x):
     return y + weights["out_bias"] if spec.out_bias else y
 
 
+def multiplied(spec, weights, x):
+    """The MLP of one layer over x [T, H]."""
+    activation = ACTIVATIONS[spec.activation]
+    if spec.kind == "plain":
+        y = activation(x @ weights["up"].T + weights["up_bias"])
+    else:
+        gate, up = np.einsum("th,nih->nti", x, weights["gate_up"])
+        if spec.bias:
+            gate, up = gate + weights["gate_up_bias"][0], up + weights["gate_up_bias"][1]
+        y = activation(gate) * up
+    return y @ weights["down"].T + (weights["down_bias"] if spec.bias else 0)
+
+
 def by_hand(weights, tokens):
     """float64 logits [T, V]."""
-    x = weights["embedding"][tokens]
+    x = weights["embedding"][tokens] * 3.0 @ weights["project_in"].T + weights["positions"][: len(tokens)]
     for number, spec in enumerate(MIXED.layer_specs):
         layer = weights["layers"][number]
-        x = x + attended(spec.attention, layer["attention"], normed(x, layer["attention_norm"]["scale"]))
-        gate, up = np.einsum("th,nih->nti", normed(x, layer["mlp_norm"]["scale"]), layer["mlp"]["gate_up"])
-        x = x + gate / (1 + np.exp(-gate)) * up @ layer["mlp"]["down"].T
-    return normed(x, weights["norm"]["scale"]) @ weights["head"].T
+        for name, computed in (
+            ("attention", lambda x, layer=layer, spec=spec: attended(spec.attention, layer["attention"], x, spec.norm)),
+            ("mlp", lambda x, layer=layer, spec=spec: multiplied(spec.mlp, layer["mlp"], x)),
+        ):
+            before = spec.norm_place in ("before", "both")
+            y = computed(normed(x, layer[f"{name}_norm"], spec.norm) if before else x)
+            if spec.norm_place in ("after", "both"):
+                y = normed(y, layer[f"{name}_out_norm"], spec.norm)
+            x = x + y * spec.residual_multiplier
+            if spec.norm_place == "sum":
+                x = normed(x, layer[f"{name}_norm"], spec.norm)
+    logits = normed(x, weights["norm"]) @ weights["project_out"].T @ weights["head"].T / 0.5
+    return 4.0 * np.tanh(logits / 4.0)
 
 
 @pytest.fixture(scope="module")
 def weights():
     drawn = params.random_params(MIXED, "float32", params.make_mesh(), seed=2)
-    for number, path in enumerate(path for path, leaf in params.leaves(drawn) if path[-1] == "scale"):
+    for number, path in enumerate(path for path, leaf in params.leaves(drawn) if path[-1] in ("scale", "bias")):
         leaf = params.get(drawn, path)
         params.put(drawn, path, leaf + 0.2 * np.random.RandomState(number).standard_normal(leaf.shape).astype("f"))
     return drawn
@@ -163,19 +223,30 @@ def test_fields_that_contradict_the_layers_are_refused(fields, message):
         dataclasses.replace(MIXED, **fields)
 
 
+def test_layers_that_no_key_describes_are_written_whole_and_read_back():
+    assert ModelConfig.from_hf(json.loads(json.dumps(MIXED.to_hf()))) == MIXED
+    assert "jaxserve_config" not in PLAIN.to_hf()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: SelfAttentionSpec(sliding_window=0), r"^layer sliding_window is 0; it must be a whole number of at l"),
         (lambda: SelfAttentionSpec(soft_cap=-1.0), r"^layer soft_cap is -1.0; it must be a finite number above 0$"),
         (lambda: SelfAttentionSpec(scale=float("nan")), r"^layer scale is nan; it must be finite$"),
-        (lambda: MLPSpec(8, kind="experts"), r"^layer MLP kind is 'experts'; it must be one of swiglu$"),
-        (lambda: LayerSpec(SelfAttentionSpec(), MLPSpec(8), norm="layer"), r"^layer norm is 'layer'; it must be"),
+        (lambda: MLPSpec(8, kind="experts"), r"^layer MLP kind is 'experts'; it must be one of gated, plain$"),
+        (lambda: MLPSpec(8, activation="tanh"), r"^layer MLP activation is 'tanh'; it must be one of silu, gelu, gelu"),
         (
-            lambda: LayerSpec(SelfAttentionSpec(), MLPSpec(8), norm_place="after"),
-            r"^layer norm_place is 'after'; it",
+            lambda: SelfAttentionSpec(qk_norm=True, whole_qk_norm=True),
+            r"^layer qk_norm and whole_qk_norm are True; onl",
         ),
-        (lambda: MIXED.to_hf(), r"^model layers are some that no config.json of LlamaForCausalLM describes$"),
+        (lambda: dataclasses.replace(PLAIN, rotary_size=16), r"^model rotary_size is 16; it must be None for all elem"),
+        (lambda: dataclasses.replace(PLAIN, logits_scaling=0.0), r"^model logits_scaling is 0.0; it must be a finite "),
+        (lambda: LayerSpec(SelfAttentionSpec(), MLPSpec(8), norm="batch"), r"^layer norm is 'batch'; it must be"),
+        (
+            lambda: LayerSpec(SelfAttentionSpec(), MLPSpec(8), norm_place="within"),
+            r"^layer norm_place is 'within'; it",
+        ),
     ],
 )
 def test_what_cannot_be_is_named(make, message):
@@ -199,3 +270,13 @@ def test_a_source_may_be_a_part_of_a_tensor_and_transposed():
         target = source.target(parameter)
         target[...] = source.values(stored, target.shape)
     np.testing.assert_array_equal(parameter.reshape(6, 4), tensor)
+
+
+def test_rotated_elements_come_first_in_the_order_of_a_checkpoint():
+    assert head_order(8, 8) is None
+    # Pairs of a checkpoint: (0, 3), (1, 4), (2, 5) turn; 6 and 7 do not.
+    assert head_order(8, 6) == (0, 1, 2, 6, 3, 4, 5, 7)
+    parameter = np.zeros((1, 1, 8, 2), int)
+    tensor = np.arange(16).reshape(8, 2)
+    taken = Source("q", (8, 2), 1, 0, 1, order=head_order(8, 6)).values(tensor, parameter.shape)
+    assert taken[0, 0, :, 0].tolist() == [0, 2, 4, 12, 6, 8, 10, 14]

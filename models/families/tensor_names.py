@@ -1,0 +1,84 @@
+"""Defines how a family names and lays out the tensors of its checkpoints. Imports no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+EMBEDDING = "model.embed_tokens"
+LAYERS = "model.layers"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorNames:
+    """Maps the names that layers give to tensors, which are Llama's, to those of a family's checkpoints.
+
+    Modules are named without `.weight` and `.bias`, and within a layer without what stands before its number.
+
+    Attributes:
+        renamed: the family's name of a module, where it differs.
+        fused: modules that one tensor holds one after the other, by its module.
+        transposed: modules whose matrices are stored [in, out].
+        skipped_rows: rows of a module's tensor that stand before the first that is used.
+        prefixes: beginnings of names as some checkpoints have them, and what stands for them in the others.
+        ignored: ends of names of tensors that are no weights, such as masks.
+    """
+
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
+    skipped_rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    prefixes: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def embedding(self) -> str:
+        """Name of the tensor that holds the embedding."""
+        return f"{self._module(EMBEDDING)}.weight"
+
+    @property
+    def layer_prefix(self) -> str:
+        """What stands before the number of a layer."""
+        return f"{self._module(LAYERS)}."
+
+    def stored(self, sources: tuple[Any, ...], layer: Any = None) -> tuple[Any, ...]:
+        """Returns the sources of a parameter (`jaxserve.models.layers.parameter.Source`) as checkpoints hold them.
+
+        Args:
+            sources: as the layers declare them; all parts of a fused tensor that come before one of them are there.
+            layer: number of the layer; None outside of layers.
+        """
+        prefix = "" if layer is None else f"{self.layer_prefix}{layer}."
+        rows = {source.tensor.rpartition(".")[0]: source.shape[0] for source in sources}
+        return tuple(self._stored(source, rows, prefix) for source in sources)
+
+    def canonical(self, name: str) -> str:
+        """Returns the name of a checkpoint's tensor with the prefix that most checkpoints of the family have."""
+        for found, wanted in self.prefixes:
+            if name.startswith(found):
+                return wanted + name.removeprefix(found)
+        return name
+
+    def _module(self, name: str) -> str:
+        return self.renamed.get(name, name)
+
+    def _stored(self, source: Any, rows: Mapping[str, int], prefix: str) -> Any:
+        module, _, kind = source.tensor.rpartition(".")
+        shape, taken = source.shape, source.rows
+        for fused, parts in self.fused.items():
+            if module in parts:
+                start = sum(rows[part] for part in parts[: parts.index(module)])
+                taken = start, start + shape[0]
+                shape = (sum(rows[part] for part in parts), *shape[1:])
+                module = fused
+        if skipped := self.skipped_rows.get(module):
+            taken, shape = (skipped, skipped + shape[0]), (skipped + shape[0], *shape[1:])
+        turned = module in self.transposed and len(shape) == 2
+        return dataclasses.replace(
+            source,
+            tensor=f"{prefix}{self._module(module)}.{kind}",
+            shape=shape[::-1] if turned else shape,
+            rows=taken,
+            transposed=turned,
+        )
