@@ -92,5 +92,6 @@ def _key() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     flags = [line for line in lines if line.startswith(("flags", "Features"))][:1]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = hashlib.sha256(repr((os.uname().machine, flags, cores)).encode()).hexdigest()[:12]
+    options = os.environ.get("XLA_FLAGS", "")
+    cpu = hashlib.sha256(repr((os.uname().machine, flags, cores, options)).encode()).hexdigest()[:12]
     return f"{importlib.metadata.version('jax')}-{importlib.metadata.version('jaxlib')}-{cpu}"

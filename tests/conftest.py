@@ -96,6 +96,14 @@ _KEPT_WHOLE = ("kernels/test_attention_h200.py", "kernels/test_kv_write_h200.py"
 """What is compiled for a GPU: machines with one have the second lane's jax."""
 _EVERY = 3
 
+_FOR_GPU = (
+    "kernels/test_attention_h200.py",
+    "kernels/test_kv_write_h200.py",
+    "runner/test_aot_",
+    "runner/test_estimate.py",
+)
+"""What is compiled for a GPU and read, so that XLA's options matter."""
+
 
 def _thin_second_lane(items, here):
     """Marks all but every third case of a test with more than three cases: another jax makes a function fail, and not
@@ -119,6 +127,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.relative_to(here).as_posix().startswith(_ONE_LANE):
             item.add_marker("one_lane")
+        if item.path.relative_to(here).as_posix().startswith(_FOR_GPU):
+            item.add_marker("for_gpu")
     _thin_second_lane(items, here)
     if not budgets.ALL:
         long = [item for item in items if item.get_closest_marker("long")]

@@ -13,7 +13,7 @@ from jaxserve.scheduler.policies.named import POLICIES
 from tests.budgets import ALL, budget
 from tests.scheduler.history import run_history
 
-STEPS = 20_000 if ALL else 6_000
+STEPS = 20_000 if ALL else 4_500
 """In each mode, at least."""
 
 ENDS = ("aborted waiting", "aborted running", "expired", "refused", "ended stop", "ended length")
