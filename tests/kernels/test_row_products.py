@@ -1,4 +1,4 @@
-"""The products of unpacked weights on CPUs against float64, and their bits, and those of a layer, in any number of rows."""
+"""Products of unpacked weights on CPUs against float64; their bits, and those of a layer, in any number of rows."""
 
 from __future__ import annotations
 
