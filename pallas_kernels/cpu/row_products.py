@@ -74,11 +74,6 @@ def kernels() -> str:
     return f"rows_{_VERSION}_{tile().lanes}{'fused' if tile().fused else ''}"
 
 
-def supports(dtype: jax.typing.DTypeLike) -> bool:
-    """Whether weights of a dtype can be multiplied."""
-    return jnp.dtype(dtype).name in _DTYPES
-
-
 def prepare(dtype: jax.typing.DTypeLike) -> None:
     """Compiles the function for weights of a dtype and makes it known to XLA, once a process; before a program that
     calls it is loaded or run."""
