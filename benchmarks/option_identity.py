@@ -3,8 +3,9 @@
 Requests with random options, of every kind that a request can have, drawn by hypothesis, run alone (one at a time), in
 batches with each other, in chunks of 16 prompt tokens, over a pool so small that they are preempted and computed again
 or swapped, and by an engine in another process. Token ids, texts, finish reasons and log-probabilities with their ids
-and ranks must be those of the requests alone, on CPUs to the bit and on GPUs to 1e-4; nothing may be compiled after start;
-and the accounts of scheduler and pool are checked after every step. Exit status 1 where any of it does not hold.
+and ranks must be those of the requests alone, values on CPUs to the bit and on GPUs to 1e-4; nothing may be compiled
+after start; and the accounts of scheduler and pool are checked after every step. Exit status 1 where any of it does not
+hold.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ PIECE = 512
 """Elements of the contracted axis that are summed before others: what a tile reads of them stays in the first cache."""
 
 _FEW_ROWS, _FEW_COLUMNS, _BLOCK_COLUMNS, _BLOCK_ROWS = 64, 48, 96, 256
-"""Of a work item: rows and columns at most. Of few rows fewer columns, for threads to share; in any case so few that the
-second cache holds a piece of them."""
+"""Of a work item: rows and columns at most. Of few rows fewer columns, for threads to share; in any case so few that
+the second cache holds a piece of them."""
 
 _LINE = 64
 
@@ -72,11 +72,6 @@ def tile() -> Tile:
 def kernels() -> str:
     """The kernels that run here, by name; a program compiled with others cannot call them."""
     return f"rows_{_VERSION}_{tile().lanes}{'fused' if tile().fused else ''}"
-
-
-def supports(dtype: jax.typing.DTypeLike) -> bool:
-    """Whether weights of a dtype can be multiplied."""
-    return jnp.dtype(dtype).name in _DTYPES
 
 
 def prepare(dtype: jax.typing.DTypeLike) -> None:

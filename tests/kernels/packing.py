@@ -12,6 +12,7 @@ import pytest
 from jaxserve.pallas_kernels.cpu import features
 from jaxserve.pallas_kernels.paged_attention import paged_attention, storage_dtype
 from jaxserve.pallas_kernels.paged_attention.pool import QUANTISED_DTYPES
+from jaxserve.programs.compiler import compiler_options
 
 needs_avx512_bf16 = pytest.mark.skipif(not features.has("avx512_bf16"), reason="this CPU has no avx512_bf16")
 
@@ -156,7 +157,8 @@ def _attend(shape: Shape, implementation: str, decode_only: bool):
     )
     # What is compared with, and what is interpreted, runs a few times and no product runs it so: it is not optimized.
     cheap = implementation in ("reference", "triton_interpret")
-    return jax.jit(attend, compiler_options={"xla_backend_optimization_level": 0} if cheap else None)
+    options = {"xla_backend_optimization_level": 0} if cheap else compiler_options(jax.default_backend())
+    return jax.jit(attend, compiler_options=options)
 
 
 def arranged(pool: np.ndarray) -> np.ndarray:
