@@ -313,12 +313,13 @@ class PagePool:
         return numbers
 
     def part_all(self) -> list[PageCopy]:
-        """Moves all cached pages to host memory and all of host memory to disk, for an orderly stop; no sequence may
-        hold a page. Returns the copies; the pool is of no use afterwards."""
+        """Moves all cached pages to host memory and all of host memory to disk, for an orderly stop; returns the
+        copies. No sequence may hold a page."""
         self.most_copies = None
-        if self.allocate(self.num_available) is not None:
-            for one in self.host.reclaim_all():
-                self._leaves_host(one)
+        pages = self.allocate(self.num_available) or []
+        for one in self.host.reclaim_all():
+            self._leaves_host(one)
+        self.release(pages)
         return self.take_copies()
 
     def take_copies(self) -> list[PageCopy]:
