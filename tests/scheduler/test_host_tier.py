@@ -362,8 +362,8 @@ def test_configured_costs_replace_measured_ones():
 def test_a_choice_is_wrong_where_its_step_is_later_than_the_other_would_have_been(late, wrong):
     scheduler, runner = served()
     fetches = HostFetches(predictor(2.0))
-    now = 0.0
-    for number in range(3):
+    now = lasts = 0.0
+    for number in range(5):
         scheduler.add(ask(f"r{number}", 1 + 25 * number))
         plan = scheduler.schedule()
         assert plan is not None
@@ -372,7 +372,8 @@ def test_a_choice_is_wrong_where_its_step_is_later_than_the_other_would_have_bee
             assert choice.margin == 24.0
             fetches.chosen(choice)
         fetches.planned(plan, now)
-        now += 10.0 + plan.token_bucket + (late if number == 2 else 0.0) + 2.0 * len(plan.copies)
+        now += lasts  # the next one is planned when the step before has ended
+        lasts = 10.0 + plan.token_bucket + (late if number == 2 else 0.0) + 2.0 * len(plan.copies)
         scheduler.update(plan, runner.collect(dispatch(runner, plan)))
     fetches.planned(None, now)
     assert (fetches.counts.fetched, fetches.counts.wrong) == (1, wrong)
