@@ -107,6 +107,10 @@ class PagePool:
         return len(self._free) + len(self._cached)
 
     @property
+    def num_host_pages(self) -> int:
+        return self.host.num_pages
+
+    @property
     def num_host_free(self) -> int:
         """Returns the number of host pages that a swapped sequence can have now."""
         return self.host.num_free + self.host.num_cached
