@@ -244,10 +244,12 @@ class PagePool:
         count = len(self._cached)
         self.evictions[cause] += len(self._page_of_key)
         known = list(self._page_of_key) if self.event_log is not None and self.host.num_cached else ()
+        copies = self.take_copies()
         if cause == "lost":
-            self.lost_copies([copy.destination for copy in self.take_copies()])
+            self.lost_copies([copy.destination for copy in copies if copy.destination_tier is PageState.HOST])
         else:
             self.host.forget()
+            self._copies = [copy for copy in copies if PageState.DISK not in (copy.source_tier, copy.destination_tier)]
         self._keys = [None] * self.num_pages
         self._page_of_key.clear()
         self._free.extend(self._cached)
