@@ -151,9 +151,15 @@ class DiskPages:
             if read is not None:
                 self._do_read(*read)
             elif write is None:
-                self._files.clear()
+                self._do_clear()
             else:
                 self._do_write(*write)
+
+    def _do_clear(self) -> None:
+        try:
+            self._files.clear()
+        except OSError:
+            _log.exception("pages of the disk cache could not be deleted")
 
     def _do_read(self, number: int, key: bytes) -> None:
         begin, page = time.perf_counter(), None
