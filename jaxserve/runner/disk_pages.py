@@ -126,7 +126,9 @@ class DiskPages:
         self.close(max(0.5, end - time.perf_counter()))
 
     def close(self, seconds: float) -> None:
-        """Writes what waits for so many seconds, and ends the thread."""
+        """Writes what waits for so many seconds, and ends the thread; does nothing the second time."""
+        if self._closed:
+            return
         self.wait(seconds)
         with self._changed:
             self._closed = True

@@ -53,6 +53,7 @@ def test_pages_are_written_and_read_by_the_thread(tmp_path):
     assert counts.num_bytes == disk.files.num_bytes
     assert 0 < disk.pages.page_seconds < 10
     disk.pages.close(10)
+    disk.pages.close(10)
     assert set(Disk(tmp_path).pages.keys) == {b"1", b"2", b"3"}
 
 
