@@ -3,7 +3,7 @@
 Random conversations (benchmarks/conversations.py) of several tenants and salts, with every option that a request can
 have, are served without the cache over a pool that holds everything, and with it over one that overflows, where
 preempted requests are computed again or swapped, and reclaimed pages are lost or move to host memory, of which there is
-a quarter as much, and from there to disk: by the shipped model, and by one whose layers have a sliding window. Before,
+a sixth as much, and from there to disk: by the shipped model, and by one whose layers have a sliding window. Before,
 all pages hold NaN, which would reach the tokens of whoever reads what nobody wrote.
 
 All steps are computed by programs of one size, so that every number must be equal to the bit: tokens, texts, reasons,
@@ -52,6 +52,9 @@ TOKENS, ROWS = 64, 16
 LONGEST_REQUESTS = 3
 """Requests of the greatest length that the small pool holds."""
 
+WINDOW_SHARE = 0.3
+"""Share of it that is left where windows let go of most pages of a request."""
+
 PARAMS = 500
 """Different sampling parameters that requests are drawn from; each request has a seed of its own."""
 
@@ -94,8 +97,10 @@ def ways(config: EngineConfig, longest: int, directory: str) -> list[Way]:
     config = dataclasses.replace(config, scheduler=scheduler, token_buckets=(TOKENS,), row_buckets=(ROWS,))
     large = dataclasses.replace(config.cache, num_pages=pool_of(config, 2 * ROWS, longest), enable_prefix_caching=False)
     small = pool_of(config, LONGEST_REQUESTS, longest)
+    if None not in resolve_shapes(config, "cpu").groups.windows:
+        small = int(small * WINDOW_SHARE)
     swapped = small_pool(config, small, "swap")
-    few = changed_cache(swapped, swap_space=swapped.cache.swap_space * small / 4 / ENOUGH_HOST_PAGES)
+    few = changed_cache(swapped, swap_space=swapped.cache.swap_space * small / 6 / ENOUGH_HOST_PAGES)
     recompute = dataclasses.replace(few.scheduler.preemption, preemption_mode="recompute")
     again = dataclasses.replace(few, scheduler=dataclasses.replace(few.scheduler, preemption=recompute))
     tier = ("hits", "evicted", "host_hits", "host_evicted")
