@@ -30,7 +30,7 @@ from jaxserve.config import gin_config
 from jaxserve.config.settings import EngineConfig
 
 PROMPTS, OUTPUT = 40, 8
-PAGES, HOST_GIB, DISK_BYTES = 60, 2**-10, 48 << 20
+PAGES, HOST_GIB, DISK_BYTES = 60, 2**-10, 4 << 20
 LONGEST_SECONDS = 3.0
 
 

@@ -1,6 +1,7 @@
 """What a shared prefix saves, and what looking for one costs: `python -m benchmarks.prefix_caching`.
 
-    ttft        time to first token of a prompt whose first 1,500 tokens are cached, beside one whose are not
+    ttft        time to first token of a prompt whose first 1,500 tokens are cached, on the device or in host memory,
+                beside one whose are not
     throughput  64 requests that share 1,500 tokens, all at once: with and without the cache, and by every peer under
                 --peer-python (vLLM with its own prefix caching), in turn within each round. A round has a new prefix
     costs       the host's time of a step in which nothing is found, with the cache over without; and look-up, insertion
@@ -37,6 +38,7 @@ from jaxserve.request import EngineRequest
 PAGE_SIZE = 16
 MODEL_LEN = 2048
 SHAPE = "153m"
+HOST_GIB = 2.0
 PARTS = ("ttft", "throughput", "costs")
 CACHED_PAGES = (10, 1_000, 100_000)
 
@@ -79,26 +81,47 @@ def first_token_seconds(engine: InlineEngine, prompt: Sequence[int], name: str) 
 
 
 def measure_ttft(model: pathlib.Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds to the first token, of a hit and of a miss in turn, and how many times as fast a hit is."""
-    engine = InlineEngine(EngineConfig.from_options(**engine_options(model, 8, caching=True)))
-    milliseconds: dict[str, list[float]] = {"miss": [], "hit": []}
+    """Milliseconds to the first token, of a miss, a hit and a host hit in turn, and how many times as fast the hits
+    are."""
+    told = engine_options(model, 8, caching=True) | {"swap_space": HOST_GIB}
+    engine = InlineEngine(EngineConfig.from_options(**told))
+    milliseconds: dict[str, list[float]] = {"miss": [], "hit": [], "host hit": []}
     for repeat in range(options.rounds + 1):
-        work = shared_work(argparse.Namespace(**vars(options) | {"requests": 2}), 1000 + repeat)
+        work = shared_work(argparse.Namespace(**vars(options) | {"requests": 3}), 1000 + repeat)
         for (way, kept), prompt in zip(milliseconds.items(), work.prompts, strict=True):
             assert not isinstance(prompt, str)
+            if way == "host hit":
+                crowd_out(engine, f"crowd {repeat}")
             seconds, found = first_token_seconds(engine, prompt, f"{way} {repeat}")
             expected = 0 if way == "miss" else options.prefix // PAGE_SIZE * PAGE_SIZE
             if found != expected:
                 raise AssertionError(f"a {way} found {found} tokens, not {expected}")
             kept += [1e3 * seconds] * (repeat > 0)
     engine.core.check_integrity()
+    stats = engine.core.stats()
     engine.close()
-    ratios = [miss / hit for miss, hit in zip(milliseconds["miss"], milliseconds["hit"], strict=True)]
-    print(f"a hit's first token: {spread_text(spread(ratios))} times as soon as a miss's", flush=True)
+    if stats.host_cache_hits != options.rounds + 1:
+        raise AssertionError(f"{stats.host_cache_hits} requests had pages brought back, not {options.rounds + 1}")
+    ratios = {}
+    for way in ("hit", "host hit"):
+        ratios[way] = [miss / hit for miss, hit in zip(milliseconds["miss"], milliseconds[way], strict=True)]
+        print(f"a {way}'s first token: {spread_text(spread(ratios[way]))} times as soon as a miss's", flush=True)
+    pages, seconds = stats.page_copies["in"]
     return {
         "milliseconds": {way: spread(values) for way, values in milliseconds.items()},
-        "miss_over_hit": spread(ratios),
+        "miss_over_hit": spread(ratios["hit"]),
+        "miss_over_host_hit": spread(ratios["host hit"]),
+        "host_pages_of_a_hit": pages / stats.host_cache_hits,
+        "microseconds_a_page": 1e6 * seconds / pages,
+        "page_bytes": stats.page_bytes,
     }
+
+
+def crowd_out(engine: InlineEngine, name: str) -> None:
+    """Moves all cached pages to host memory, and waits for that."""
+    pool = engine.core.scheduler.pool
+    pool.release(pool.allocate(pool.num_available) or ())
+    first_token_seconds(engine, [FIRST_ORDINARY_ID], name)
 
 
 def measure_throughput(model: pathlib.Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -3,14 +3,15 @@
 Random conversations (benchmarks/conversations.py) of several tenants and salts, with every option that a request can
 have, are served without the cache over a pool that holds everything, and with it over one that overflows, where
 preempted requests are computed again or swapped, and reclaimed pages are lost or move to host memory, of which there is
-a quarter as much: by the shipped model, and by one whose layers have a sliding window.
-Before, all pages hold NaN, which would reach the tokens of whoever reads what nobody wrote.
+a sixth as much, and from there to disk: by the shipped model, and by one whose layers have a sliding window. Before,
+all pages hold NaN, which would reach the tokens of whoever reads what nobody wrote.
 
 All steps are computed by programs of one size, so that every number must be equal to the bit: tokens, texts, reasons,
 ids, ranks and values of log-probabilities, embeddings of one token. Means are summed chunk by chunk, and a hit begins
 with another chunk: they must be equal to 1e-4. Scheduler and pool are checked after every step; no request may find
 what another tenant or salt has computed, or anything where it opts out; nothing may be compiled. Hits, evictions,
-swaps, recomputations and pages back from host memory must all occur. Exit status 1 where any of it does not hold.
+swaps, recomputations, and pages back from host memory and from disk must all occur. Exit status 1 where any of it does
+not hold.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ TOKENS, ROWS = 64, 16
 LONGEST_REQUESTS = 3
 """Requests of the greatest length that the small pool holds."""
 
+WINDOW_SHARE = 0.3
+"""Share of it that is left where windows let go of most pages of a request."""
+
 PARAMS = 500
 """Different sampling parameters that requests are drawn from; each request has a seed of its own."""
 
@@ -86,14 +90,17 @@ class Way:
     needed: tuple[str, ...] = ()
 
 
-def ways(config: EngineConfig, longest: int) -> list[Way]:
-    """The ways, of which the first is the reference. longest: tokens of a request at most."""
+def ways(config: EngineConfig, longest: int, directory: str) -> list[Way]:
+    """The ways, of which the first is the reference. longest: tokens of a request at most. directory: for pages on
+    disk, empty."""
     scheduler = dataclasses.replace(config.scheduler, max_num_seqs=ROWS, max_num_batched_tokens=TOKENS)
     config = dataclasses.replace(config, scheduler=scheduler, token_buckets=(TOKENS,), row_buckets=(ROWS,))
     large = dataclasses.replace(config.cache, num_pages=pool_of(config, 2 * ROWS, longest), enable_prefix_caching=False)
     small = pool_of(config, LONGEST_REQUESTS, longest)
+    if None not in resolve_shapes(config, "cpu").groups.windows:
+        small = int(small * WINDOW_SHARE)
     swapped = small_pool(config, small, "swap")
-    few = changed_cache(swapped, swap_space=swapped.cache.swap_space * small / 4 / ENOUGH_HOST_PAGES)
+    few = changed_cache(swapped, swap_space=swapped.cache.swap_space * small / 6 / ENOUGH_HOST_PAGES)
     recompute = dataclasses.replace(few.scheduler.preemption, preemption_mode="recompute")
     again = dataclasses.replace(few, scheduler=dataclasses.replace(few.scheduler, preemption=recompute))
     tier = ("hits", "evicted", "host_hits", "host_evicted")
@@ -102,7 +109,8 @@ def ways(config: EngineConfig, longest: int) -> list[Way]:
         Way("with cache, computed again", small_pool(config, small, "recompute"), ("hits", "evicted", "recomputed")),
         Way("with cache, swapped", changed_cache(swapped, enable_host_caching=False), ("hits", "evicted", "swapped")),
         Way("with host tier, computed again", again, (*tier, "recomputed")),
-        Way("with host tier, swapped", few, (*tier, "swapped", "recomputed")),
+        Way("with host tier, swapped", few, (*tier, "swapped")),
+        Way("with disk tier", changed_cache(few, disk_cache_dir=directory), (*tier, "disk_written", "disk_read")),
     ]
 
 
@@ -135,6 +143,7 @@ def run(way: Way, turns: Sequence[Turn], seed: int) -> tuple[dict[str, FinishedR
             "host_pages": core.runner.info.num_host_pages,
             "stored_on_host": core.scheduler.pool.host.num_stored,
             "host_evicted": sum(core.scheduler.pool.host.evictions.values()),
+            **{f"disk_{event}": after.disk.get(event, 0) for event in ("written", "read", "refused")},
             **{f"host_{kind}": count for kind, count in after.host_cache_choices.items()},
             "computed_tokens": after.computed_tokens - before.computed_tokens,
             **engine_counts(core, before, after),
@@ -191,18 +200,20 @@ def check(model: str, config: EngineConfig, options: argparse.Namespace) -> tupl
     results: list[dict[str, Any]] = []
     expected: dict[str, FinishedRequest] = {}
     trouble = ""
-    for way in ways(config, most_tokens(turns)):
-        found, counts = run(way, turns, options.seed)
-        expected = expected or found
-        result = {"model": model, **counts, **compare(turns, expected, found)}
-        results.append(result)
-        print(
-            f"{model}, {way.name}: {result['identical']}/{result['requests']} in {counts['seconds']:.0f} s", flush=True
-        )
-        for name in result["different"][:3]:
-            print(f"  {name}\n  {answer_text(expected[name])[:300]}\n  {answer_text(found[name])[:300]}")
-        result["different"] = result["different"][:20]
-        trouble = trouble or trouble_of(way, result)
+    with tempfile.TemporaryDirectory() as directory:
+        found_by_way = ((way, *run(way, turns, options.seed)) for way in ways(config, most_tokens(turns), directory))
+        for way, found, counts in found_by_way:
+            expected = expected or found
+            result = {"model": model, **counts, **compare(turns, expected, found)}
+            results.append(result)
+            print(
+                f"{model}, {way.name}: {result['identical']}/{result['requests']} in {counts['seconds']:.0f} s",
+                flush=True,
+            )
+            for name in result["different"][:3]:
+                print(f"  {name}\n  {answer_text(expected[name])[:300]}\n  {answer_text(found[name])[:300]}")
+            result["different"] = result["different"][:20]
+            trouble = trouble or trouble_of(way, result)
     return results, f"{model}, {trouble}" if trouble else ""
 
 
@@ -246,6 +257,7 @@ def main() -> int:
         "evicted",
         "host_hits",
         "host_hit_tokens",
+        "disk_read",
         "recomputed",
         "swapped",
         "steps",

@@ -180,6 +180,17 @@ class EngineCollector(Collector):
             "host_cache_choices", "Requests that found pages in host memory, by what became of them.",
             [((choice,), count) for choice, count in choices.items()], ("choice",),
         )  # fmt: skip
+        yield self._gauge("disk_cache_bytes", "Bytes of cached pages on disk.", stats.disk.get("num_bytes", 0))
+        events = ("written", "read", "refused", "dropped")
+        yield self._counter(
+            "disk_cache_pages", "Pages that were written to disk, read from there, refused, or could not be written.",
+            [((event,), stats.disk.get(event, 0)) for event in events], ("event",),
+        )  # fmt: skip
+        choices = dict.fromkeys(("fetched", "computed", "wrong"), 0) | stats.disk_choices
+        yield self._counter(
+            "disk_cache_choices", "Requests that found pages on disk, by what became of them.",
+            [((choice,), count) for choice, count in choices.items()], ("choice",),
+        )  # fmt: skip
         copies = {way: stats.page_copies.get(way, (0, 0.0)) for way in ("out", "in")}
         yield self._counter(
             "page_copies", "Pages copied to host memory (out) and from there (in).",

@@ -40,6 +40,11 @@ REPLAYED = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 SIMULATED = (4.0,)
 """Million tokens of the pools under the scheduler; an H200 has room for 0.92 beside the model."""
 
+HOST_TIMES = 4
+"""Host memory of the pools that have some, as a multiple of the device's."""
+
+WITH_HOST = f"lru, host {HOST_TIMES} x"
+
 RATE_FACTOR = 0.25
 SLO = Slo(ttft=5.0)
 LIMITS = {"max_model_len": 131072, "page_size": 64, "max_num_seqs": 64, "max_num_batched_tokens": 8192}
@@ -65,6 +70,11 @@ def replayed(trace: Trace, side: SimulationSide, sizes: Sequence[float]) -> list
             pool = PagePool(int(size * MILLION) // BLOCK + 1, BLOCK, eviction=make_eviction(policy, seconds))
             rows.append(_replayed(policy, replay_cache(trace, pool, page_seconds=seconds)))
             print(f"{policy}, {size:g} M: {time.perf_counter() - begin:.1f} s", flush=True)
+    for size in sizes:
+        num_pages = int(size * MILLION) // BLOCK
+        pool = PagePool(num_pages + 1, BLOCK, HOST_TIMES * num_pages, caches_on_host=True)
+        rows.append(_replayed(WITH_HOST, replay_cache(trace, pool, page_seconds=seconds)))
+        print(f"{WITH_HOST}, {size:g} M", flush=True)
     return [*rows, _replayed("without end", infinite_cache(trace, BLOCK, seconds))]
 
 
@@ -76,13 +86,16 @@ def simulated(trace: Trace, side: SimulationSide, sizes: Sequence[float]) -> lis
     """A row for each pool under the scheduler, and one without a prefix cache."""
     slower = trace.faster(RATE_FACTOR)
     page_size = side.config.cache.page_size
-    ways = [("none", sizes[0]), *((policy, size) for size in sizes for policy in EVICTION_POLICIES)]
+    policies = (*EVICTION_POLICIES, WITH_HOST)
+    ways = [("none", sizes[0]), *((policy, size) for size in sizes for policy in policies)]
     rows = []
     for policy, size in ways:
         begin = time.perf_counter()
-        options = {"enable_prefix_caching": False} if policy == "none" else {"eviction_policy": policy}
+        options = {"enable_prefix_caching": False} if policy == "none" else {"eviction_policy": policy.split(",")[0]}
         config = with_options(side.config, options)
-        device = dataclasses.replace(side.device, num_pages=int(size * MILLION) // page_size + 1)
+        num_pages = int(size * MILLION) // page_size
+        host = HOST_TIMES * num_pages if policy == WITH_HOST else 0
+        device = dataclasses.replace(side.device, num_pages=num_pages + 1, num_host_pages=host)
         found = figures_of(simulate(config, slower, side.costs, device), SLO)
         rows.append({
             "policy": policy,
@@ -105,7 +118,8 @@ def draw(results: dict[str, Any], title: str, path: pathlib.Path) -> None:
 
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     hits, saved, waits = figure.subplots(1, 3)
-    colors = dict(zip((*EVICTION_POLICIES, "none"), ("#1b9e77", "#7570b3", "#d95f02", "#666666"), strict=True))
+    names = (*EVICTION_POLICIES, WITH_HOST, "none")
+    colors = dict(zip(names, ("#1b9e77", "#7570b3", "#d95f02", "#e7298a", "#666666"), strict=True))
     for axis, figure_name in ((hits, "hit_rate"), (saved, "saved")):
         for policy in dict.fromkeys(row["policy"] for row in results["replayed"]):
             rows = [row for row in results["replayed"] if row["policy"] == policy]

@@ -20,6 +20,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from jaxserve.kv_cache.pool_checks import count_references, expect
+
 HOST_EVICTION_CAUSES = ("capacity", "swap", "flush", "lost")
 """Why cached pages leave host memory otherwise than to the device: for another cached page, for a swapped sequence,
 because `forget` was asked for, because their copy from the device did not take place."""
@@ -238,28 +240,21 @@ class HostPool:
 
         Takes time in the number of pages.
         """
-        counted: Counter[int] = Counter()
-        for table in tables:
-            counted.update(table)
+        counted = count_references(tables, "host table")
         free, loading = Counter(self._free), Counter(page for page, _ in self._loads.values())
         for page in range(self.num_pages):
             held = int(page in self._held)
-            if counted[page] != held:
-                raise AssertionError(f"host page {page} is in {counted[page]} tables, but has {held} owners")
+            expect(counted[page] == held, f"host page {page} is in {counted[page]} tables, but has {held} owners")
             places = held + free[page] + (page in self._cached) + loading[page]
-            if places != 1:
-                raise AssertionError(f"host page {page} is {places} times used, free or cached, not 1")
+            expect(places == 1, f"host page {page} is {places} times used, free or cached, not 1")
         beyond = sorted(page for page in counted if not 0 <= page < self.num_pages)
-        if beyond:
-            raise AssertionError(f"host pages {beyond} are in tables, but there are {self.num_pages} host pages")
+        expect(not beyond, f"host pages {beyond} are in tables, but there are {self.num_pages} host pages")
         keys = {content.key: page for page, content in self._cached.items()}
-        if keys != self._page_of_key:
-            raise AssertionError("cached host pages are not those that their keys find")
-        if {content.key: number for number, (_, content) in self._loads.items()} != self._load_of_key:
-            raise AssertionError("host pages that are read from disk are not those that their keys find")
+        expect(keys == self._page_of_key, "cached host pages are not those that their keys find")
+        loads = {content.key: number for number, (_, content) in self._loads.items()}
+        expect(loads == self._load_of_key, "host pages that are read from disk are not those that their keys find")
         total = len(self._free) + len(self._held) + len(self._cached) + len(self._loads)
-        if total != self.num_pages:
-            raise AssertionError(f"free + used + cached host pages are {total}, not {self.num_pages}")
+        expect(total == self.num_pages, f"free + used + cached host pages are {total}, not {self.num_pages}")
 
     def _evict(self, cause: str) -> Reclaimed:
         """Frees the page used longest ago; returns what was cached in it."""

@@ -23,17 +23,13 @@ Every call takes time proportional to the pages it is given, not to the size of 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from jaxserve.kv_cache.event_log import CacheEventLog
 from jaxserve.kv_cache.eviction import Eviction, LeastRecentlyUsed
 from jaxserve.kv_cache.host_pool import HeldPage, HostPool, Reclaimed
 from jaxserve.kv_cache.page_copy import PageCopy, PageState
-
-NULL_PAGE = 0
-"""Page 0 is never allocated: padding reads and writes it."""
-
+from jaxserve.kv_cache.pool_checks import NULL_PAGE, check_pages
 
 EVICTION_CAUSES = ("capacity", "flush", "lost")
 """Why pages lose what they kept: another sequence needed the page, `forget` was asked for, the device lost it."""
@@ -105,6 +101,10 @@ class PagePool:
     def num_available(self) -> int:
         """Returns the number of device pages that `allocate` can return now."""
         return len(self._free) + len(self._cached)
+
+    @property
+    def num_host_pages(self) -> int:
+        return self.host.num_pages
 
     @property
     def num_host_free(self) -> int:
@@ -240,10 +240,12 @@ class PagePool:
         count = len(self._cached)
         self.evictions[cause] += len(self._page_of_key)
         known = list(self._page_of_key) if self.event_log is not None and self.host.num_cached else ()
+        copies = self.take_copies()
         if cause == "lost":
-            self.lost_copies([copy.destination for copy in self.take_copies()])
+            self.lost_copies([copy.destination for copy in copies if copy.destination_tier is PageState.HOST])
         else:
             self.host.forget()
+            self._copies = [copy for copy in copies if PageState.DISK not in (copy.source_tier, copy.destination_tier)]
         self._keys = [None] * self.num_pages
         self._page_of_key.clear()
         self._free.extend(self._cached)
@@ -313,12 +315,13 @@ class PagePool:
         return numbers
 
     def part_all(self) -> list[PageCopy]:
-        """Moves all cached pages to host memory and all of host memory to disk, for an orderly stop; no sequence may
-        hold a page. Returns the copies; the pool is of no use afterwards."""
+        """Moves all cached pages to host memory and all of host memory to disk, for an orderly stop; returns the
+        copies. No sequence may hold a page."""
         self.most_copies = None
-        if self.allocate(self.num_available) is not None:
-            for one in self.host.reclaim_all():
-                self._leaves_host(one)
+        pages = self.allocate(self.num_available) or []
+        for one in self.host.reclaim_all():
+            self._leaves_host(one)
+        self.release(pages)
         return self.take_copies()
 
     def take_copies(self) -> list[PageCopy]:
@@ -344,25 +347,7 @@ class PagePool:
 
         Takes time in the size of the pool: for tests and for when the engine is idle (then without tables).
         """
-        held = _count_references(tables, "table")
-        _expect(NULL_PAGE not in held, f"page {NULL_PAGE} is the null page, but {held[NULL_PAGE]} tables hold it")
-        free = Counter(self._free)
-        for page in range(self.num_pages):
-            counted, kept = held.pop(page, 0), self._references[page]
-            _expect(counted == kept, f"page {page} is in {counted} tables, but has {kept} references")
-            lists = (kept > 0) + free[page] + (page in self._cached)
-            wanted = 0 if page == NULL_PAGE else 1
-            _expect(lists == wanted, f"page {page} is {lists} times active, free or cached, not {wanted}")
-            key = self._keys[page]
-            _expect(key is None or not free[page], f"page {page} is free, but has a content key")
-            found = None if key is None else self._page_of_key.get(key)
-            _expect(page not in self._cached or found == page, f"page {page} is cached, but its key finds {found}")
-        _expect(not held, f"pages {sorted(held)} are in tables, but the pool ends at {self.num_pages - 1}")
-        for key, page in self._page_of_key.items():
-            _expect(self._keys[page] == key, f"page {page} is found by key {key.hex()}, but has another")
-        used = sum(references > 0 for references in self._references)
-        total = len(self._free) + used + len(self._cached)
-        _expect(total == self.num_usable, f"free + used + cached pages are {total}, not {self.num_usable}")
+        check_pages(tables, self._references, self._free, self._cached, self._keys, self._page_of_key)
         self.host.check_integrity(host_tables)
 
     def _move_out(self, pages: Sequence[int]) -> tuple[PageCopy, ...] | None:
@@ -488,17 +473,3 @@ def greatest_concurrency(num_usable: int, pages: int, max_num_seqs: int) -> floa
     """Returns how many sequences of so many pages can run at once: as many as the usable pages hold, at most
     max_num_seqs."""
     return min(num_usable / pages, max_num_seqs)
-
-
-def _count_references(tables: Iterable[Sequence[int]], name: str) -> Counter[int]:
-    held: Counter[int] = Counter()
-    for table in tables:
-        _expect(len(set(table)) == len(table), f"{name} {list(table)} holds a page twice")
-        held.update(table)
-    return held
-
-
-def _expect(holds: bool, message: str) -> None:
-    # Not an `assert` statement: an integrity check must not vanish under `python -O`.
-    if not holds:
-        raise AssertionError(message)

@@ -89,7 +89,7 @@ def _memory(explanation: Explanation) -> Iterator[str]:
 def _swapped(explanation: Explanation) -> str:
     shapes, plan = explanation.shapes, explanation.plan
     if plan.device.host:
-        return f"{shapes.num_host_pages:,} pages of sequences that are swapped out"
+        return f"{shapes.num_host_pages:,} pages of swapped sequences and of the prefix cache"
     return f"on their way to and from {shapes.num_host_pages:,} pages of host memory"
 
 

@@ -126,7 +126,9 @@ class DiskPages:
         self.close(max(0.5, end - time.perf_counter()))
 
     def close(self, seconds: float) -> None:
-        """Writes what waits for so many seconds, and ends the thread."""
+        """Writes what waits for so many seconds, and ends the thread; does nothing the second time."""
+        if self._closed:
+            return
         self.wait(seconds)
         with self._changed:
             self._closed = True
@@ -151,9 +153,15 @@ class DiskPages:
             if read is not None:
                 self._do_read(*read)
             elif write is None:
-                self._files.clear()
+                self._do_clear()
             else:
                 self._do_write(*write)
+
+    def _do_clear(self) -> None:
+        try:
+            self._files.clear()
+        except OSError:
+            _log.exception("pages of the disk cache could not be deleted")
 
     def _do_read(self, number: int, key: bytes) -> None:
         begin, page = time.perf_counter(), None

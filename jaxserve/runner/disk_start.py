@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pathlib
 
 import jax
@@ -12,6 +13,8 @@ from jaxserve.kv_cache.content_keys import cache_secret
 from jaxserve.kv_cache.page_files import PageFiles, fingerprint
 from jaxserve.runner.disk_pages import DiskPages
 from jaxserve.runner.engine_startup import Started
+
+_log = logging.getLogger(__name__)
 
 
 def open_disk(config: EngineConfig, started: Started) -> DiskPages | None:
@@ -50,6 +53,8 @@ def open_disk(config: EngineConfig, started: Started) -> DiskPages | None:
         page_bytes,
         cache.disk_cache_max_bytes,
     )
+    if len(files):
+        _log.info("disk cache: %d pages in %s, %.1f MB", len(files), cache.disk_cache_dir, files.num_bytes / 1e6)
     return DiskPages(files, pages.make, pages.put)
 
 

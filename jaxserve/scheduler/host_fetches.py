@@ -110,7 +110,8 @@ class HostFetches:
     def __init__(self, predictor: FetchPredictor | None):
         self._predictor = predictor
         self._pending: list[float] = []  # margins of the choices made for the step that is planned next
-        self._judged: tuple[float, float, list[float]] | None = None  # begin and predicted seconds of the step, margins
+        self._planned: tuple[float, list[float]] | None = None  # predicted seconds of the step planned last, margins
+        self._judged: tuple[float, float, list[float]] | None = None  # of the step before, and when it began
         self._correction: float | None = None  # of predicted seconds, by those of steps before
         self.counts = FetchCounts()
 
@@ -134,18 +135,26 @@ class HostFetches:
             self._pending.append(choice.margin)
 
     def planned(self, plan: StepPlan | None, now: float) -> None:
-        """Records the step that was planned at `now`, which ends the one before."""
+        """Records the step that was planned at `now`, or that there was none to plan.
+
+        The engine plans a step while the one before is computed, and the next one when that has ended: a step takes the
+        time between the two plannings after its own.
+        """
         if self._predictor is None:
             return
         self._judge(now)
+        planned, self._planned, self._judged = self._planned, None, None
+        if plan is None:
+            return  # the next planning may be much later
+        if planned is not None:
+            self._judged = now, *planned
         margins, self._pending = self._pending, []
-        self._judged = None
-        if plan is not None and plan.chunks:
+        if plan.chunks:
             steps = self._predictor.seconds(shape_of(plan)._replace(swapped_pages=0))
-            self._judged = now, steps + len(plan.copies) * self._predictor.page_seconds, margins
+            self._planned = steps + len(plan.copies) * self._predictor.page_seconds, margins
 
     def _judge(self, now: float) -> None:
-        """Compares the time of the last step that had a prompt with its prediction."""
+        """Compares the time of a step that had a prompt with its prediction."""
         if self._judged is None:
             return
         begin, predicted, margins = self._judged

@@ -33,6 +33,8 @@ class CacheFigures:
         prompt_tokens: of all prompts.
         hit_tokens: of these, in pages that were found.
         hits: requests that found a page.
+        host_tokens: tokens that host memory holds.
+        host_hit_tokens: of those found, in pages that came back from there.
         skipped: requests that do not fit the pool, which find nothing.
         prompt_seconds: to compute all full pages of all prompts; 0 where no costs are given.
         hit_seconds: of these, for pages that were found.
@@ -44,6 +46,8 @@ class CacheFigures:
     prompt_tokens: int
     hit_tokens: int
     hits: int
+    host_tokens: int = 0
+    host_hit_tokens: int = 0
     skipped: int = 0
     prompt_seconds: float = 0.0
     hit_seconds: float = 0.0
@@ -130,22 +134,39 @@ def replay_cache(
         while len(held) >= in_flight:
             pool.release(held.popleft())
         keys = [key.to_bytes(KEY_BYTES, "little", signed=True) for key in page_keys(trace, index, size)]
-        found = pool.find(keys[: _findable(trace, index, size)])
-        pool.share(found)
+        found = _find(pool, keys[: _findable(trace, index, size)])
+        pool.share([page for page, on_host in found if not on_host])
         tokens = int(trace.prompt_tokens[index] + trace.output_tokens[index]) - 1
         missing = -(-tokens // size) - len(found)
-        while (pages := pool.allocate(missing)) is None and held:
+        back = [page for page, on_host in found if on_host]
+        while pool.num_available < missing + len(back) and held:
             pool.release(held.popleft())
-        if pages is None:
-            pool.release(found)
+        if pool.num_available < missing + len(back):
+            pool.release([page for page, on_host in found if not on_host])
             skipped += 1
             continue
-        pool.commit(pages[: len(keys) - len(found)], keys[len(found) :], len(found))
-        held.append([*found, *pages])
-        tally.found(len(found))
+        fetched = iter(pool.fetch(back) or ())
+        table = [next(fetched).destination if on_host else page for page, on_host in found]
+        table += pool.allocate(missing) or ()
+        pool.take_copies()  # no device copies anything
+        pool.commit(table[len(found) : len(keys)], keys[len(found) :], len(found))
+        held.append(table)
+        tally.found(len(found), len(back))
     for pages in held:
         pool.release(pages)
-    return tally.figures(pool.num_usable * size, skipped)
+    return tally.figures(pool.num_usable * size, skipped, pool.host.num_pages * size)
+
+
+def _find(pool: PagePool, keys: list[bytes]) -> list[tuple[int, bool]]:
+    """Returns the pages of the longest run of keys, and of each whether it is in host memory."""
+    found = []
+    for key in keys:
+        page = pool.page_of(key)
+        host = pool.host.page_of(key) if page is None else None
+        if page is None and host is None:
+            break
+        found.append((host, True) if page is None else (page, False))
+    return found
 
 
 class _Tally:
@@ -157,16 +178,17 @@ class _Tally:
         most = int(trace.prompt_tokens.max(initial=0)) // page_size
         seconds = [0.0 if page_seconds is None else page_seconds(depth) for depth in range(most)]
         self._seconds = np.concatenate([[0.0], np.cumsum(seconds)])  # of so many pages
-        self._tokens = self._hits = 0
+        self._tokens = self._host_tokens = self._hits = 0
         self._found_seconds = 0.0
 
-    def found(self, pages: int) -> None:
-        """Counts the pages that a request found."""
+    def found(self, pages: int, on_host: int = 0) -> None:
+        """Counts the pages that a request found, and of them those in host memory."""
+        self._host_tokens += on_host * self._size
         self._tokens += pages * self._size
         self._hits += pages > 0
         self._found_seconds += float(self._seconds[pages])
 
-    def figures(self, pool_tokens: int | None, skipped: int = 0) -> CacheFigures:
+    def figures(self, pool_tokens: int | None, skipped: int = 0, host_tokens: int = 0) -> CacheFigures:
         prompts = self._trace.prompt_tokens
         return CacheFigures(
             page_size=self._size,
@@ -175,6 +197,8 @@ class _Tally:
             prompt_tokens=int(prompts.sum()),
             hit_tokens=self._tokens,
             hits=self._hits,
+            host_tokens=host_tokens,
+            host_hit_tokens=self._host_tokens,
             skipped=skipped,
             prompt_seconds=float(self._seconds[prompts // self._size].sum()),
             hit_seconds=self._found_seconds,

@@ -133,7 +133,10 @@ class SimulatedEngine:
         """
         cache, buckets = config.cache, Buckets.from_config(config, device.platform)
         eviction = make_eviction(cache.eviction_policy, page_seconds(costs.seconds, cache.page_size, buckets))
-        pool = PagePool(device.num_pages, cache.page_size, device.num_host_pages, eviction)
+        caches_on_host = content_keys is not None and cache.enable_host_caching
+        pool = PagePool(
+            device.num_pages, cache.page_size, device.num_host_pages, eviction, caches_on_host=caches_on_host
+        )
         self.scheduler = Scheduler(
             config.scheduler,
             pool,

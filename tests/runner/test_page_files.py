@@ -14,7 +14,9 @@ import time
 
 import pytest
 
+from jaxserve.config.settings import CacheConfig
 from jaxserve.kv_cache import page_files
+from jaxserve.kv_cache.content_keys import cache_secret
 from jaxserve.kv_cache.page_files import HEADER_BYTES, PageFiles, fingerprint
 
 PAGE = 4096
@@ -158,6 +160,22 @@ def test_damaged_files_are_refused_and_can_be_written_again(tmp_path, seed):
     for key in damaged:
         files.write(key, content(key))
         assert files.read(key) == content(key)
+
+
+def test_a_directory_keeps_a_secret_for_the_processes_that_use_it(tmp_path):
+    config = CacheConfig(swap_space=1.0, disk_cache_dir=str(tmp_path / "new"))
+    secret = cache_secret(config)
+    assert secret is not None
+    assert (len(secret), cache_secret(config)) == (64, secret)
+    assert (tmp_path / "new" / "secret").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["secret"]
+    assert cache_secret(CacheConfig()) is None
+
+
+@pytest.mark.parametrize("others", [{}, {"swap_space": 1.0, "enable_host_caching": False}])
+def test_a_directory_without_host_memory_is_refused(others):
+    with pytest.raises(ValueError, match="disk_cache_dir is 'x'; pages get there by way of host memory"):
+        CacheConfig(disk_cache_dir="x", **others)
 
 
 WRITER = """

@@ -16,8 +16,11 @@ from jaxserve.config.scheduling import PreemptionConfig
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import AbortRequest, AddRequest, EngineOutput, FromEngine, outputs
+from jaxserve.kv_cache.content_keys import ContentKeys
+from jaxserve.kv_cache.page_files import PageFiles
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import EngineRequest, FinishReason, Pooling, RequestOptions
+from jaxserve.runner.disk_pages import DiskPages
 from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.wrapper import RunnerWrapper
 from tests.runner.drive import poisoned
@@ -77,9 +80,18 @@ class Answer:
 
 class Engine:
     """An engine of its own over a module's runner, whose pages it fills with NaN. waits: for prefixes that others
-    compute. num_pages: that it uses; None for all. cached: tokens that each ended request found."""
+    compute. num_pages: that it uses; None for all. secret: file of that of its content keys. cached: tokens that each
+    ended request found."""
 
-    def __init__(self, runner: ModelRunner, *, caching: bool = True, waits: bool = False, num_pages: int | None = None):
+    def __init__(
+        self,
+        runner: ModelRunner,
+        *,
+        caching: bool = True,
+        waits: bool = False,
+        num_pages: int | None = None,
+        secret: str | None = None,
+    ):
         runner._failpoints = Failpoints(())
         runner.reset()
         runner._arrays.pools = [poisoned(pool) for pool in runner._arrays.pools]
@@ -89,6 +101,9 @@ class Engine:
             cache=dataclasses.replace(CONFIG.cache, enable_prefix_caching=caching),
             scheduler=dataclasses.replace(CONFIG.scheduler, admission=admission),
         )
+        if secret is not None:
+            cache = dataclasses.replace(config.cache, prefix_caching_secret_file=secret)
+            config = dataclasses.replace(config, cache=cache)
         used = RunnerWrapper(runner)
         if num_pages is not None:
             used.info = dataclasses.replace(runner.info, num_pages=num_pages)
@@ -180,6 +195,37 @@ def test_pages_that_come_back_from_host_memory_change_no_bit(runner, start, samp
     assert stats.host_cache_choices == {"fetched": 2, "computed": 0, "wrong": 0} | stats.host_cache_choices
     assert stats.host_pages_free + stats.host_pages_cached == runner.info.num_host_pages > 0
     assert stats.page_bytes * stats.host_pages_cached > 0
+
+
+def test_pages_that_come_back_from_disk_change_no_bit(runner, start, tmp_path):
+    """Two engines, one after the other, on one directory; of the second prompt's pages the last is damaged."""
+    requests = [ask("first", temperature=1.0, seed=5), ask("second", (5, *PROMPT)), ask("third", (6, *PROMPT))]
+    expected = undisturbed(runner, *requests)
+
+    (tmp_path / "secret").write_bytes(b"a secret of these tests")
+
+    def serve() -> dict[str, int]:
+        files = PageFiles(str(tmp_path / "pages"), b"m" * 16, b"s" * 16, runner.info.page_bytes, 1 << 30)
+        runner.disk = disk = DiskPages(files, runner._host_pages.make, runner._host_pages.put)
+        engine = start(num_pages=9, secret=str(tmp_path / "secret"))
+        assert [engine.serve(one)[0] for one in requests] == expected
+        assert disk.wait(10)
+        engine.core.close()
+        return engine.cached
+
+    try:
+        assert serve() == {"first": 0, "second": 0, "third": 0}
+        keys = ContentKeys(b"a secret of these tests")
+        key = keys.links(keys.root("", ""), (5, *PROMPT)[:48], 16)[-1]
+        path = tmp_path / "pages" / f"{key.hex()}.page"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(bytes(data))
+        left = 32 if runner.info.group_windows == (None,) else 0  # the window had no need of the first page
+        assert serve() == {"first": 48, "second": left, "third": 48}
+        assert serve() == {"first": 48, "second": 48, "third": 48}
+    finally:
+        runner.disk = None
 
 
 @pytest.mark.parametrize("waits", [False, True])

@@ -12,6 +12,7 @@ from hypothesis import given
 from jaxserve.config.scheduling import PreemptionConfig, SchedulerConfig
 from jaxserve.kv_cache.content_keys import ContentKeys
 from jaxserve.kv_cache.event_log import CacheEventLog
+from jaxserve.kv_cache.host_pool import HeldPage
 from jaxserve.kv_cache.page_pool import PagePool, PageState
 from jaxserve.request import EngineRequest, RequestOptions
 from jaxserve.runner.fake import FakeRunner
@@ -134,6 +135,63 @@ def test_a_flush_empties_the_host_and_a_lost_device_does_not():
     assert host_pages(pool, [2]) == [None], "its copy will read pages that are lost"
     pool.forget("flush")
     assert (pool.host.num_cached, pool.host.evictions) == (0, {"capacity": 0, "swap": 0, "flush": 1, "lost": 1})
+    pool.check_integrity([])
+
+
+def test_what_is_to_be_written_when_a_flush_comes_is_not():
+    pool = small_pool(host=1)
+    pool.host.on_disk = set()
+    for tokens in ([1], [2]):
+        cached(pool, tokens)
+        pool.release(taken(pool, 4))
+    pool.forget("flush")
+    assert tiers(pool.take_copies()) == [OUT, OUT]
+    assert (pool.host.on_disk, pool.host.num_free) == (set(), 1)
+    pool.check_integrity([])
+
+
+def test_what_leaves_the_host_is_written_before_its_place_is_taken_and_once():
+    pool = small_pool(host=1)
+    pool.host.on_disk = set()
+    for tokens in ([1], [2]):
+        cached(pool, tokens)
+        pool.release(taken(pool, 4))
+    copies = pool.take_copies()
+    assert tiers(copies) == [OUT, (PageState.HOST, PageState.DISK), OUT]
+    assert copies[0].destination == copies[1].source == copies[2].destination
+    assert pool.host.on_disk == {copies[1].key} == set(keys_of(pool, [1], "s"))
+    cached(pool, [1])
+    pool.release(taken(pool, 4))
+    cached(pool, [3])
+    pool.release(taken(pool, 4))
+    written = [copy.key for copy in pool.take_copies() if copy.destination_tier is PageState.DISK]
+    assert written == list(keys_of(pool, [2], "s")), "1 is there already"
+    pool.forget("lost")
+    pool.check_integrity([])
+
+
+def test_pages_read_from_disk_are_found_when_they_are_there():
+    pool = small_pool(host=2)
+    key, other = (next(keys_of(pool, [token], "s")) for token in (1, 2))
+    pool.host.on_disk = {key, other}
+    (number,) = pool.load([HeldPage(key)])
+    assert pool.load([HeldPage(key)]) == [number], "it is being read"
+    (copy,) = pool.take_copies()
+    assert (copy.source, copy.source_tier, copy.destination_tier, copy.key) == (
+        number,
+        PageState.DISK,
+        PageState.HOST,
+        key,
+    )
+    assert (pool.host.num_loading, host_pages(pool, [1])) == (1, [None])
+    pool.check_integrity([])
+    assert pool.host.loaded(number, found=True) == copy.destination == host_pages(pool, [1])[0]
+    (number,) = pool.load([HeldPage(other)])
+    assert pool.host.loaded(number, found=False) is None
+    assert pool.host.on_disk == {key}
+    (number,) = pool.load([HeldPage(other)])
+    pool.forget("flush")
+    assert pool.host.loaded(number, found=True) is None, "nobody wants it any more"
     pool.check_integrity([])
 
 
@@ -362,8 +420,8 @@ def test_configured_costs_replace_measured_ones():
 def test_a_choice_is_wrong_where_its_step_is_later_than_the_other_would_have_been(late, wrong):
     scheduler, runner = served()
     fetches = HostFetches(predictor(2.0))
-    now = 0.0
-    for number in range(3):
+    now = lasts = 0.0
+    for number in range(5):
         scheduler.add(ask(f"r{number}", 1 + 25 * number))
         plan = scheduler.schedule()
         assert plan is not None
@@ -372,7 +430,8 @@ def test_a_choice_is_wrong_where_its_step_is_later_than_the_other_would_have_bee
             assert choice.margin == 24.0
             fetches.chosen(choice)
         fetches.planned(plan, now)
-        now += 10.0 + plan.token_bucket + (late if number == 2 else 0.0) + 2.0 * len(plan.copies)
+        now += lasts  # the next one is planned when the step before has ended
+        lasts = 10.0 + plan.token_bucket + (late if number == 2 else 0.0) + 2.0 * len(plan.copies)
         scheduler.update(plan, runner.collect(dispatch(runner, plan)))
     fetches.planned(None, now)
     assert (fetches.counts.fetched, fetches.counts.wrong) == (1, wrong)

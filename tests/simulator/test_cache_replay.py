@@ -101,6 +101,23 @@ def test_a_small_pool_finds_what_the_least_recently_used_pages_leave(trace, usab
     assert pool.num_used == 0
 
 
+@given(traces(), st.integers(2, 14), st.integers(0, 6))
+def test_host_memory_finds_what_the_pool_has_lost(trace, usable, host):
+    """With room for everything, all that a cache without end finds; with less, no more than that."""
+    bound = infinite_cache(trace, SIZE).hit_tokens
+    alone = replay_cache(trace, PagePool(usable + 1, SIZE))
+    for pages_of_host in (host, 2000):
+        pool = PagePool(usable + 1, SIZE, pages_of_host, caches_on_host=True)
+        figures = replay_cache(trace, pool)
+        pool.check_integrity(())
+        assert (figures.skipped, figures.host_tokens) == (alone.skipped, pages_of_host * SIZE)
+        assert figures.host_hit_tokens <= figures.hit_tokens <= bound
+        if not host and not pages_of_host:
+            assert figures == alone
+    if not figures.skipped:
+        assert figures.hit_tokens == bound
+
+
 @given(traces())
 def test_keys_are_equal_where_those_of_token_ids_are(trace):
     chain = ContentKeys(b"0" * 16)
