@@ -14,6 +14,7 @@ from jaxserve.models.families.gpt2 import GPT2
 from jaxserve.models.families.granite import GRANITE
 from jaxserve.models.families.llama import LLAMA
 from jaxserve.models.families.ministral import MINISTRAL
+from jaxserve.models.families.ministral3 import MINISTRAL3
 from jaxserve.models.families.mistral import MISTRAL
 from jaxserve.models.families.olmo2 import OLMO2
 from jaxserve.models.families.opt import OPT
@@ -24,7 +25,7 @@ from jaxserve.models.families.smollm3 import SMOLLM3
 from jaxserve.models.value_checks import brief
 
 FAMILIES = (
-    GEMMA2, GEMMA3, GPT2, GRANITE, LLAMA, MINISTRAL, MISTRAL, OLMO2, OPT, PHI3, QWEN2, QWEN3, SMOLLM3,
+    GEMMA2, GEMMA3, GPT2, GRANITE, LLAMA, MINISTRAL, MINISTRAL3, MISTRAL, OLMO2, OPT, PHI3, QWEN2, QWEN3, SMOLLM3,
 )  # fmt: skip
 
 ARCHITECTURES: dict[str, Family] = {family.architecture: family for family in FAMILIES}
