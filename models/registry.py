@@ -22,10 +22,12 @@ from jaxserve.models.families.phi3 import PHI3
 from jaxserve.models.families.qwen2 import QWEN2
 from jaxserve.models.families.qwen3 import QWEN3
 from jaxserve.models.families.smollm3 import SMOLLM3
+from jaxserve.models.families.starcoder2 import STARCODER2
 from jaxserve.models.value_checks import brief
 
 FAMILIES = (
     GEMMA2, GEMMA3, GPT2, GRANITE, LLAMA, MINISTRAL, MINISTRAL3, MISTRAL, OLMO2, OPT, PHI3, QWEN2, QWEN3, SMOLLM3,
+    STARCODER2,
 )  # fmt: skip
 
 ARCHITECTURES: dict[str, Family] = {family.architecture: family for family in FAMILIES}

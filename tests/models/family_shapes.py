@@ -199,6 +199,15 @@ FAMILIES: dict[str, tuple[str, str, tuple[dict[str, Any], ...]]] = {
             | {"no_rope_layers": [1, 0, 1], "mlp_bias": True},
         ),
     ),
+    "starcoder2": (
+        "Starcoder2ForCausalLM",
+        "starcoder2",
+        (
+            TIED | {"sliding_window": WINDOW},
+            ODD | SINGLE | UNTIED | {"sliding_window": None, "use_bias": False},
+            MANY | TIED | {"sliding_window": WINDOW, "rope_theta": 999999.0, "hidden_act": "gelu"},
+        ),
+    ),
     "opt": (
         "OPTForCausalLM",
         "opt",
