@@ -12,7 +12,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from jaxserve.models.layer_groups import LayerKind
@@ -34,6 +33,7 @@ from jaxserve.models.loading.config_words import (
     architecture_name,
     context_and_scaling,
     other_limits,
+    read_whole,
     unread_keys,
     written_keys,
 )
@@ -49,6 +49,7 @@ from jaxserve.models.loading.stored import (
     has_safetensors,
     read_stored,
 )
+from jaxserve.models.loading.text_part import text_names, text_part
 from jaxserve.models.registry import lookup
 from jaxserve.models.value_checks import INT32_MAX, brief, check_count, check_number
 
@@ -207,14 +208,16 @@ class ModelConfig:
         directory = pathlib.Path(directory)
         if not directory.is_dir():
             raise ValueError(f"model is {str(directory)!r}; there is no such directory")
-        raw = read_object(directory / "config.json")
+        raw, parts = text_part(read_object(directory / "config.json"))
         config, told = cls._read(raw)
         ends, lines = end_token_ids(raw, directory, directory if tokenizer is None else pathlib.Path(tokenizer))
         limits = config.max_position_embeddings, config.context_length
-        lines += other_limits(raw, limits, directory) + told + nested_keys(raw)
+        lines += parts + other_limits(raw, limits, directory) + told + nested_keys(raw)
         config = dataclasses.replace(config, eos_token_ids=ends)
         if has_safetensors(directory):
-            config, more = _compared(config, raw, read_stored(directory, lookup(config.architecture).names))
+            config, more = _compared(
+                config, raw, read_stored(directory, text_names(directory, lookup(config.architecture).names))
+            )
             lines += more
         for line in lines:
             _log.warning("%s", line)
@@ -223,14 +226,14 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Translates the fields of a Hugging Face `config.json`; a missing or unsupported one is a ValueError."""
-        return cls._read(raw)[0]
+        return cls._read(text_part(raw)[0])[0]
 
     @classmethod
     def _read(cls, content: Mapping[str, Any]) -> tuple[ModelConfig, list[str]]:
         """Returns the configuration that a `config.json` describes, and a log line where it has unused keys."""
         family = lookup(architecture_name(content))
         if WHOLE in content:
-            return msgspec.convert(content[WHOLE], cls), []
+            return read_whole(content[WHOLE], cls), []
         raw = ConfigKeys(content, family.defaults, family.key_names, family.inert)
         if quantizes_weights(raw.get("quantization_config") or raw.get("compression_config") or {}):
             raise ValueError("config.json quantization_config is set; only unquantized weights are supported")
@@ -246,6 +249,7 @@ class ModelConfig:
             required_count(raw, "max_position_embeddings"),
             "full_attention" if family.nested_rope else None,
             family.rope_theta,
+            family.rope_keys,
         )
         if family.scaled_context:
             scaling = dataclasses.replace(scaling, stretched=scaling.kind == "linear")

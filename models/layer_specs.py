@@ -34,6 +34,23 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class QueryGrowth:
+    """Describes how queries grow with their position: by the factor 1 + beta * log(1 + position // length).
+
+    Attributes:
+        beta: see above.
+        length: positions up to which queries stay as they are.
+    """
+
+    beta: float
+    length: int
+
+    def __post_init__(self) -> None:
+        check_number("layer query growth beta", self.beta)
+        check_count("layer query growth length", self.length)
+
+
+@dataclasses.dataclass(frozen=True)
 class SelfAttentionSpec:
     """Describes the attention of one layer; heads are the model's.
 
@@ -44,6 +61,7 @@ class SelfAttentionSpec:
         sinks: each query head has a learned score without a value in its softmax (as in gpt-oss).
         rotation: queries and keys are rotated by their positions.
         rope: the rotation of the layer; None for the model's.
+        query_growth: queries grow with their positions; None where they do not.
         qk_norm: each head's query and key is normed (RMS over head_dim, learned scale) before the rotation.
         whole_qk_norm: the queries of all heads are normed together, and the keys of all heads.
         qkv_bias: the projections of queries, keys and values have biases.
@@ -56,6 +74,7 @@ class SelfAttentionSpec:
     sinks: bool = False
     rotation: bool = True
     rope: Rope | None = None
+    query_growth: QueryGrowth | None = None
     qk_norm: bool = False
     whole_qk_norm: bool = False
     qkv_bias: bool = False

@@ -14,6 +14,7 @@ from jaxserve.models.families.gpt2 import GPT2
 from jaxserve.models.families.granite import GRANITE
 from jaxserve.models.families.llama import LLAMA
 from jaxserve.models.families.ministral import MINISTRAL
+from jaxserve.models.families.ministral3 import MINISTRAL3
 from jaxserve.models.families.mistral import MISTRAL
 from jaxserve.models.families.olmo2 import OLMO2
 from jaxserve.models.families.opt import OPT
@@ -21,10 +22,12 @@ from jaxserve.models.families.phi3 import PHI3
 from jaxserve.models.families.qwen2 import QWEN2
 from jaxserve.models.families.qwen3 import QWEN3
 from jaxserve.models.families.smollm3 import SMOLLM3
+from jaxserve.models.families.starcoder2 import STARCODER2
 from jaxserve.models.value_checks import brief
 
 FAMILIES = (
-    GEMMA2, GEMMA3, GPT2, GRANITE, LLAMA, MINISTRAL, MISTRAL, OLMO2, OPT, PHI3, QWEN2, QWEN3, SMOLLM3,
+    GEMMA2, GEMMA3, GPT2, GRANITE, LLAMA, MINISTRAL, MINISTRAL3, MISTRAL, OLMO2, OPT, PHI3, QWEN2, QWEN3, SMOLLM3,
+    STARCODER2,
 )  # fmt: skip
 
 ARCHITECTURES: dict[str, Family] = {family.architecture: family for family in FAMILIES}

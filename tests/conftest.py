@@ -50,6 +50,7 @@ _ONE_LANE = (
     "models/test_checkpoint_files.py",
     "models/test_config.py",
     "models/test_end_tokens.py",
+    "models/test_family_configs.py",
     "models/test_family_matrix.py",
     "models/test_family_parity.py",  # models/test_layer_kinds has what their layers are made of on both
     "models/test_tiny_tasks.py",

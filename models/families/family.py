@@ -28,6 +28,7 @@ class Family:
         inert: keys that affect no logits, besides those that are inert for all families.
         names: of the tensors of its checkpoints.
         rope_theta: base of rotary embeddings where no key tells it.
+        rope_keys: settings among the rotary ones that `layers` reads.
         nested_rope: layers of full attention have rotary settings of their own (`rope_parameters` may be nested).
         scaled_context: max_position_embeddings is the context after linear scaling.
     """
@@ -43,5 +44,6 @@ class Family:
     inert: frozenset[str] = frozenset()
     names: TensorNames = TensorNames()
     rope_theta: float = 10000.0
+    rope_keys: frozenset[str] = frozenset()
     nested_rope: bool = False
     scaled_context: bool = False

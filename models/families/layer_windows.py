@@ -22,11 +22,10 @@ def layer_windows(keys: Mapping[str, Any], default: Sequence[str] | None = None)
     window = optional_count(keys, "sliding_window")
     if not flag(keys, "use_sliding_window"):
         window = None
-    types = keys.get("layer_types")
+    types, full = keys.get("layer_types"), keys.get("max_window_layers")
     if types is None and default is not None:
         types = list(default)
     elif types is None:
-        full = keys.get("max_window_layers")
         if window is None:
             return (None,) * count
         if not isinstance(full, int) or isinstance(full, bool) or full < 0:

@@ -23,6 +23,7 @@ class TensorNames:
         skipped_rows: rows of a module's tensor that stand before the first that is used.
         prefixes: beginnings of names as some checkpoints have them, and what stands for them in the others.
         ignored: ends of names of tensors that are no weights, such as masks.
+        other_parts: beginnings of names of tensors that are no part of the language model.
     """
 
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -31,6 +32,7 @@ class TensorNames:
     skipped_rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
     prefixes: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    other_parts: tuple[str, ...] = ()
 
     @property
     def embedding(self) -> str:
@@ -59,6 +61,10 @@ class TensorNames:
             if name.startswith(found):
                 return wanted + name.removeprefix(found)
         return name
+
+    def counts(self, name: str) -> bool:
+        """Returns whether a checkpoint's tensor may be one of the model's weights."""
+        return not (name.startswith(self.other_parts) or name.endswith(self.ignored))
 
     def _module(self, name: str) -> str:
         return self.renamed.get(name, name)

@@ -28,7 +28,7 @@ from jaxserve.models.layers.mlp import MLP
 from jaxserve.models.layers.norm import LayerNorm, RMSNorm, make_norm
 from jaxserve.models.layers.parameter import Packing, Parameter, Source
 from jaxserve.models.layers.rope import Rope
-from jaxserve.models.layers.self_attention import Attend, Cache, Rotation, Rotations, SelfAttention
+from jaxserve.models.layers.self_attention import Attend, Cache, Places, Rotation, SelfAttention
 from jaxserve.models.loading.stored import EMBEDDING, HEAD
 
 Norm = RMSNorm | LayerNorm
@@ -67,9 +67,9 @@ class Layer(nnx.Module):
         self.mlp = MLP(spec.mlp, hidden, dtype, products, rngs)
         self.mlp_out_norm = norm(outputs, "post_feedforward_layernorm")
 
-    def __call__(self, x: jax.Array, rotations: Rotations, cache: Cache, attend: Attend) -> tuple[jax.Array, Cache]:
+    def __call__(self, x: jax.Array, places: Places, cache: Cache, attend: Attend) -> tuple[jax.Array, Cache]:
         entering = x if self.sums else _normed(self.attention_norm, x)
-        attended, cache = self.attention(entering, rotations, cache, attend)
+        attended, cache = self.attention(entering, places, cache, attend)
         x = self._added(x, attended, self.attention_out_norm, self.attention_norm)
         entering = x if self.sums else _normed(self.mlp_norm, x)
         return self._added(x, self.mlp(entering), self.mlp_out_norm, self.mlp_norm), cache
@@ -132,12 +132,12 @@ class Decoder(nnx.Module):
         Returns:
             (hidden [..., H] in the weights' dtype, the copy of caches).
         """
-        rotations = self._rotations(positions)
+        places = Places(positions, self._rotations(positions))
         x = self._embedded(tokens, positions)
         assert len(caches) == len(self.layers), f"{len(self.layers)} layers have {len(caches)} caches"
         caches = copy.copy(caches)
         for number, layer in enumerate(self.layers):
-            x, caches[number] = layer(x, rotations, caches[number], attend)
+            x, caches[number] = layer(x, places, caches[number], attend)
         return _normed(self.norm, x), caches
 
     def _embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
@@ -149,7 +149,7 @@ class Decoder(nnx.Module):
             x = self.products.contract(x, self.project_in[...]).astype(x.dtype)
         return x if self.positions is None else x + self.positions[...][positions]
 
-    def _rotations(self, positions: jax.Array) -> Rotations:
+    def _rotations(self, positions: jax.Array) -> dict[Rope | None, Rotation]:
         """Computes the rotations of the layers; layers that rotate alike share one."""
         ropes = [spec.attention.rope for spec in self.config.layer_specs if spec.attention.rotation]
         return {rope: self._rotation(positions, rope) for rope in dict.fromkeys(ropes)}

@@ -7,7 +7,7 @@ any leading axes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,17 @@ Cache = Any
 Rotation = tuple[jax.Array, jax.Array]
 """Cosines and sines of the angles of each token, float32 [..., D / 2] each."""
 
-Rotations = Mapping[Rope | None, Rotation]
-"""The rotations of a step, by the `SelfAttentionSpec.rope` of the layers that rotate so."""
+
+class Places(NamedTuple):
+    """Holds what layers need to know of the positions of tokens.
+
+    Attributes:
+        positions: int32 [...], of each token in its own sequence.
+        rotations: by the `SelfAttentionSpec.rope` of the layers that rotate so.
+    """
+
+    positions: jax.Array
+    rotations: Mapping[Rope | None, Rotation]
 
 
 class Attend(Protocol):
@@ -86,6 +95,7 @@ class SelfAttention(nnx.Module):
         self.products = products
         self.rope = spec.rope
         self.rotates = spec.rotation
+        self.growth = spec.query_growth
         order = head_order(head_dim, rotary_size)
         scale = head_dim**-0.5 if spec.scale is None else spec.scale
         self.spec = AttentionSpec(scale, spec.sliding_window, spec.soft_cap)
@@ -134,14 +144,18 @@ class SelfAttention(nnx.Module):
         self.q_norm = RMSNorm("self_attn.q_norm", sizes[0], eps, dtype, rngs, **one) if normed else None
         self.k_norm = RMSNorm("self_attn.k_norm", sizes[1], eps, dtype, rngs, **one) if normed else None
 
-    def __call__(self, x: jax.Array, rotations: Rotations, cache: Cache, attend: Attend) -> tuple[jax.Array, Cache]:
-        rotation = rotations[self.rope] if self.rotates else None
+    def __call__(self, x: jax.Array, places: Places, cache: Cache, attend: Attend) -> tuple[jax.Array, Cache]:
+        rotation = places.rotations[self.rope] if self.rotates else None
         qkv = self.products.contract(x, self.qkv[...])  # [..., K, G + 2, D]
         if self.qkv_bias is not None:
             qkv += self.qkv_bias[...].astype(qkv.dtype)
         if self.q_norm is not None and self.k_norm is not None:
             parts = self.q_norm(qkv[..., :-2, :]), self.k_norm(qkv[..., -2:-1, :]), qkv[..., -1:, :]
             qkv = jnp.concatenate(parts, axis=-2)
+        if self.growth is not None:
+            turns = (places.positions // self.growth.length).astype(jnp.float32)
+            factor = (1 + self.growth.beta * jnp.log1p(turns))[..., None, None, None]
+            qkv = jnp.concatenate([(qkv[..., :-2, :] * factor).astype(qkv.dtype), qkv[..., -2:, :]], axis=-2)
         sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
         attended, cache = attend(qkv, rotation, cache, self.spec, sinks, x.dtype)
         y = self.products.contract(attended, self.out[...], axes=3)

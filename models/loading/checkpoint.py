@@ -34,6 +34,7 @@ from jaxserve.models.loading.stored import (
     has_safetensors,
     read_stored,
 )
+from jaxserve.models.loading.text_part import text_names
 from jaxserve.models.params import abstract_params, leaves, make_mesh, parameters
 from jaxserve.models.registry import lookup
 
@@ -224,7 +225,7 @@ def _holds_orbax(directory: pathlib.Path) -> bool:
 
 
 def _stored(directory: pathlib.Path, config: ModelConfig) -> Stored:
-    return read_stored(directory, lookup(config.architecture).names)
+    return read_stored(directory, text_names(directory, lookup(config.architecture).names))
 
 
 def _load_safetensors(directory: pathlib.Path, config: ModelConfig, dtype: Any, mesh: Mesh) -> Params:
@@ -247,8 +248,9 @@ def _used_tensors(stored: Stored, config: ModelConfig) -> dict[str, StoredTensor
     for path, parameter in parameters(config).items():
         for source in parameter.sources:
             used[source.tensor] = _check_tensor(stored, path, source, config)
-    taken = {tensor.name for tensor in used.values()}
-    unused = sorted(name for name in stored.tensors.keys() - taken if not _unneeded(name, config))
+    taken = set(used.values())
+    left = (name for name, tensor in stored.tensors.items() if tensor not in taken)
+    unused = sorted(name for name in left if not _unneeded(name, config))
     if unused:
         more = (
             f"; num_hidden_layers is {config.num_hidden_layers}" if stored.num_layers > config.num_hidden_layers else ""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from jaxserve.models.families.family import Family
 from jaxserve.models.layers.rope import READ_FIELDS, RopeScaling
@@ -13,6 +15,8 @@ from jaxserve.models.loading.config_keys import OTHER_KEYS, ConfigKeys, required
 from jaxserve.models.loading.json_files import read_object
 from jaxserve.models.registry import ARCHITECTURES
 from jaxserve.models.value_checks import brief
+
+T = TypeVar("T")
 
 _CONTEXT_KEYS = ("max_sequence_length", "max_seq_length", "max_seq_len", "seq_length", "n_positions")
 """Keys under which a `config.json` may give the context length besides max_position_embeddings."""
@@ -31,6 +35,11 @@ def architecture_name(raw: Mapping[str, Any]) -> str:
         raise ValueError(
             f"config.json architectures is {brief(names)}; exactly one name is needed; known architectures are "
             f"{', '.join(sorted(ARCHITECTURES))}{kind}"
+        )
+    if names[0] not in ARCHITECTURES and raw.get("vision_config"):
+        raise ValueError(
+            f"model architecture is {brief(names[0])}, with a vision tower; its text part is not known to stand alone; "
+            f"known architectures are {', '.join(sorted(ARCHITECTURES))}"
         )
     return names[0]
 
@@ -97,6 +106,14 @@ def unread_keys(keys: ConfigKeys, family: Family) -> list[str]:
             f"config.json model_type is {brief(keys['model_type'])}; the architecture {family.architecture} counts"
         )
     return lines
+
+
+def read_whole(content: Any, kind: type[T]) -> T:
+    """Reads what stands under `WHOLE`, a `ModelConfig`, which is `kind`. Raises ValueError where it is none."""
+    try:
+        return msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"config.json {WHOLE} is malformed: {error}") from error
 
 
 def written_keys(config: Any, family: Family) -> dict[str, Any]:

@@ -24,7 +24,11 @@ _INERT = frozenset(("finetuned", "max_position_embeddings"))
 
 
 def rope_settings(
-    raw: Mapping[str, Any], context: int, layer_type: str | None = None, default: float = 10000.0
+    raw: Mapping[str, Any],
+    context: int,
+    layer_type: str | None = None,
+    default: float = 10000.0,
+    others: frozenset[str] = frozenset(),
 ) -> tuple[Any, RopeScaling]:
     """Reads the base (theta) and the scaling of a `config.json`.
 
@@ -36,11 +40,12 @@ def rope_settings(
         layer_type: of the layers whose settings are read, where a family has several ("full_attention"); None where
             all layers must be rotated alike.
         default: base where no key tells it.
+        others: settings that the family reads itself.
 
     Raises:
         ValueError: the settings are malformed, contradict each other, or ask for what is not supported.
     """
-    fields = _fields(raw, layer_type)
+    fields = _fields(raw, layer_type, _KNOWN | _INERT | others)
     theta = fields.get("rope_theta")
     # It is the base of layers with full attention, where another type of layers has settings of its own.
     beside = raw.get("rope_theta") if layer_type in (None, "full_attention") else None
@@ -94,7 +99,7 @@ def _given(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
 
 
-def _fields(raw: Mapping[str, Any], layer_type: str | None) -> Mapping[str, Any]:
+def _fields(raw: Mapping[str, Any], layer_type: str | None, known: frozenset[str]) -> Mapping[str, Any]:
     """Returns the rotary settings under either key. Both may be present only where they agree."""
     given = _given(raw)
     for name, fields in given.items():
@@ -108,7 +113,7 @@ def _fields(raw: Mapping[str, Any], layer_type: str | None) -> Mapping[str, Any]
         if nested:
             given[name] = fields.get(layer_type) or {}
         for key, value in given[name].items():
-            if key not in _KNOWN | _INERT and value not in (None, False, 0):
+            if key not in known and value not in (None, False, 0):
                 raise ValueError(
                     f"config.json {name} has {key} {brief(value)}, which is not known; if the checkpoint was made "
                     "without it, remove it"

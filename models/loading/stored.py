@@ -123,10 +123,7 @@ def read_stored(directory: pathlib.Path, names: TensorNames = TensorNames()) -> 
     """
     stored = _read_stored(directory)
     parts: list[Mapping[str, Any]] = [stored.tensors, stored.absent, stored.unusable]
-    renamed = [
-        {names.canonical(name): value for name, value in part.items() if not name.endswith(names.ignored or ("\n",))}
-        for part in parts
-    ]
+    renamed = [{names.canonical(name): value for name, value in part.items() if names.counts(name)} for part in parts]
     return Stored(directory, renamed[0], renamed[1], renamed[2], names)
 
 

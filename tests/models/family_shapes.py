@@ -72,7 +72,7 @@ FAMILIES: dict[str, tuple[str, str, tuple[dict[str, Any], ...]]] = {
         (
             UNTIED | _scaled("yarn", factor=8.0, original_max_position_embeddings=32),
             ODD | SINGLE | TIED | {"attention_bias": True, "mlp_bias": True},
-            # The prompt is longer than the original context, which transformers' rotation of each token depends on.
+            # Prompts are longer than the original context: up to there transformers rotates otherwise.
             MANY | {"rope_scaling": _longrope(8) | {"type": "longrope", "original_max_position_embeddings": 32}},
             {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "head_dim": 32, "rope_theta": 500000.0},
             _scaled("linear", factor=4.0) | TIED,
@@ -114,7 +114,27 @@ FAMILIES: dict[str, tuple[str, str, tuple[dict[str, Any], ...]]] = {
         (
             UNTIED | {"sliding_window": WINDOW, "head_dim": 32, "layer_types": [SLIDING, FULL]},
             ODD | SINGLE | TIED | {"sliding_window": WINDOW, "head_dim": 12},
-            MANY | UNTIED | {"sliding_window": None, "head_dim": 16},
+            MANY | UNTIED | {"sliding_window": WINDOW, "head_dim": 16, "layer_types": [FULL, FULL]},
+        ),
+    ),
+    "ministral3": (
+        "Ministral3ForCausalLM",
+        "ministral3",
+        (
+            UNTIED
+            | {"head_dim": 32}
+            | _scaled("yarn", factor=8.0, original_max_position_embeddings=32, llama_4_scaling_beta=0.5),
+            ODD
+            | SINGLE
+            | TIED
+            | {"head_dim": 16, "sliding_window": WINDOW}
+            | _scaled("yarn", factor=16.0, original_max_position_embeddings=16, llama_4_scaling_beta=0.1)
+            | {"max_position_embeddings": 256},
+            MANY
+            | UNTIED
+            | {"head_dim": 16}
+            | _scaled("yarn", factor=4.0, original_max_position_embeddings=64, llama_4_scaling_beta=0.3)
+            | {"tie_word_embeddings": False},
         ),
     ),
     "phi3": (
@@ -177,6 +197,15 @@ FAMILIES: dict[str, tuple[str, str, tuple[dict[str, Any], ...]]] = {
             | TIED
             | {"use_sliding_window": True, "sliding_window": WINDOW, "num_hidden_layers": 3}
             | {"no_rope_layers": [1, 0, 1], "mlp_bias": True},
+        ),
+    ),
+    "starcoder2": (
+        "Starcoder2ForCausalLM",
+        "starcoder2",
+        (
+            TIED | {"sliding_window": WINDOW},
+            ODD | SINGLE | UNTIED | {"sliding_window": None, "use_bias": False},
+            MANY | TIED | {"sliding_window": WINDOW, "rope_theta": 999999.0, "hidden_act": "gelu"},
         ),
     ),
     "opt": (

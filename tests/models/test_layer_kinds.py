@@ -11,7 +11,7 @@ import pytest
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.models import params
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layer_specs import LayerSpec, MLPSpec, SelfAttentionSpec
+from jaxserve.models.layer_specs import LayerSpec, MLPSpec, QueryGrowth, SelfAttentionSpec
 from jaxserve.models.layers.parameter import Source
 from jaxserve.models.layers.rope import Rope, head_order
 from jaxserve.pallas_kernels.paged_attention import api
@@ -41,7 +41,9 @@ LAYERS = (
         norm_place="sum",
     ),
     LayerSpec(
-        SelfAttentionSpec(rotation=False, scale=0.4), MLPSpec(32, activation="gelu", bias=True), norm_place="after"
+        SelfAttentionSpec(rotation=False, scale=0.4, query_growth=QueryGrowth(0.5, 8)),
+        MLPSpec(32, activation="gelu", bias=True),
+        norm_place="after",
     ),
 )
 MIXED = dataclasses.replace(
@@ -98,6 +100,8 @@ def attended(spec, weights, x, norm):
         theta = spec.rope.theta if spec.rope else MIXED.rope_theta
         q = turned(q.reshape(len(x), -1, q.shape[-1]), positions, theta).reshape(q.shape)
         k = turned(k, positions, theta)
+    if spec.query_growth:
+        q = q * (1 + 0.5 * np.log(1 + positions // 8))[:, None, None, None]
     out = np.zeros(q.shape)
     for token, head, member in np.ndindex(q.shape[:3]):
         first = 0 if spec.sliding_window is None else max(0, token + 1 - spec.sliding_window)
@@ -226,6 +230,8 @@ def test_fields_that_contradict_the_layers_are_refused(fields, message):
 def test_layers_that_no_key_describes_are_written_whole_and_read_back():
     assert ModelConfig.from_hf(json.loads(json.dumps(MIXED.to_hf()))) == MIXED
     assert "jaxserve_config" not in PLAIN.to_hf()
+    with pytest.raises(ValueError, match=r"^config.json jaxserve_config is malformed: Expected `object`, got `int`"):
+        ModelConfig.from_hf(MIXED.to_hf() | {"jaxserve_config": 1})
 
 
 @pytest.mark.parametrize(
