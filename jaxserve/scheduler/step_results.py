@@ -158,9 +158,7 @@ class StepResults:
         sequence.status = RequestStatus.FINISHED
         self._policy.ended(sequence)
         if reason.value in COMPLETED and sequence.pooled is None:
-            if (
-                sequence.request.max_tokens > 1
-            ):  # a beam can only have 1, which says nothing of others
+            if sequence.request.max_tokens > 1:  # a beam can only have 1, which says nothing of others
                 self._learn(sequence.request, len(sequence.output_token_ids), sequence.expected_output)
         elif self._decode_gap is not None:
             self._decode_gap.monitor.ended(sequence.order)  # that of a completed one is forgotten once it is measured
