@@ -59,7 +59,7 @@ def test_a_stored_head_is_used_and_an_equal_one_is_not(tmp_path, tensors, caplog
 @pytest.mark.parametrize("files", [{}, {"tokenizer": "{"}, {"vocab": "[]"}])
 def test_an_unknown_architecture_is_named_before_a_tokenizer_is_looked_for(tmp_path, files):
     model = write_files(tmp_path, {"architectures": ["BloomForCausalLM"], "hidden_size": None}, **files)
-    with pytest.raises(ValueError, match=r"'BloomForCausalLM'; known architectures are .*LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"'BloomForCausalLM'; .*known architectures are .*LlamaForCausalLM"):
         LLM(model=model)
     write_files(tmp_path, {"num_hidden_layers": 10**9})
     with pytest.raises(ValueError, match=r"^config.json num_hidden_layers is 1000000000; it must be at most 1024$"):

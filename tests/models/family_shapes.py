@@ -123,7 +123,7 @@ FAMILIES: dict[str, tuple[str, str, tuple[dict[str, Any], ...]]] = {
         (
             UNTIED
             | {"head_dim": 32}
-            | _scaled("yarn", factor=8.0, original_max_position_embeddings=32, llama_4_scaling_beta=0.5),
+            | _scaled("yarn", factor=8.0, original_max_position_embeddings=32, llama_4_scaling_beta=0.1),
             ODD
             | SINGLE
             | TIED
