@@ -95,7 +95,7 @@ def test_a_layer_gives_a_row_the_same_bits_in_any_bucket(dtype: str) -> None:
         return (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5)).astype(dtype)
 
     def layer(x: jax.Array) -> jax.Array:
-        return (x + products.contract(products.swiglu(norm(x), gate_up, None), down)).astype(dtype)
+        return (x + products.contract(products.swiglu(norm(x), gate_up), down)).astype(dtype)
 
     def forward(x: jax.Array) -> jax.Array:
         return jax.nn.log_softmax(products.contract_unpacked(norm(layer(layer(x))), head))

@@ -225,7 +225,7 @@ def test_blocks_of_copies_depend_on_nothing_that_they_write():
 
 def test_a_copy_that_no_program_makes_is_refused():
     between = PageCopy(1, PageState.HOST, 2, PageState.HOST)
-    with pytest.raises(ValueError, match="page 1 is to be copied from host to host; one of the two must be on the dev"):
+    with pytest.raises(ValueError, match="page 1 is to be copied from host to host, which is not possible"):
         list(copy_blocks([between]))
     with pytest.raises(
         ValueError, match="group is 1; layers are of 1 groups here, so that of a page copy is at most 0"

@@ -56,6 +56,7 @@ _SOURCES = (
     "pallas_kernels/**/*.py",
     "pallas_kernels/**/*.json",
     "programs/*.py",
+    "request.py",
     "sampling_params.py",
     "scheduler/**/*.py",
     "structured_outputs.py",
