@@ -333,7 +333,7 @@ def test_histories_of_samples(mode: str):
     formations = FORMATIONS if mode != "dynamic" else ("greedy",)
     events: Counter[str] = Counter()
 
-    @budget(20, phases=[Phase.generate])
+    @budget(25, phases=[Phase.generate])
     @given(st.integers(0, 2**32), st.sampled_from(list(POLICIES)), st.sampled_from(formations))
     def histories(seed: int, policy: str, formation: str) -> None:
         history = SampledHistory(random.Random(f"{mode} {seed}"), mode, formation, policy)
