@@ -4,6 +4,7 @@ Counted, not timed: the lines of Python executed are the same for a small and a 
 replaced by ones that fail when they are scanned, which covers the loops that C runs.
 """
 
+import gc
 import sys
 from collections import OrderedDict
 
@@ -47,12 +48,15 @@ def executed_lines(work):
         lines += event == "line"
         return trace
 
-    before = sys.gettrace()
+    before, collects = sys.gettrace(), gc.isenabled()
+    gc.disable()  # a collection may run callbacks, such as hypothesis's, whose lines are not the work's
     sys.settrace(trace)
     try:
         work()
     finally:
         sys.settrace(before)
+        if collects:
+            gc.enable()
     return lines
 
 
