@@ -1,32 +1,14 @@
-"""Makes the page pool of an engine, carries out what the front end asks of its prefix cache, and reports what both
-do."""
+"""Carries out what the front end asks of an engine's prefix cache, and reports what the cache does."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from jaxserve.config.settings import CacheConfig
 from jaxserve.engine.messages import CacheEvents, FlushPrefixCache, FollowCacheEvents, FromEngine, PrefixCacheFlushed
 from jaxserve.kv_cache.event_log import CacheEventLog
-from jaxserve.kv_cache.eviction import make_eviction
-from jaxserve.kv_cache.page_pool import PagePool
-from jaxserve.runner.protocol import Runner, RunnerInfo
+from jaxserve.runner.protocol import Runner
 from jaxserve.scheduler import Scheduler
-from jaxserve.scheduler.buckets import Buckets
-from jaxserve.scheduler.prefix_costs import StepSeconds, page_seconds
-
-
-def page_pool(config: CacheConfig, info: RunnerInfo, seconds: StepSeconds | None, buckets: Buckets) -> PagePool:
-    """Creates the pool of a runner's pages. seconds: predicts a step's time; None where nothing is known of it."""
-    eviction = make_eviction(
-        config.eviction_policy, None if seconds is None else page_seconds(seconds, info.page_size, buckets)
-    )
-    caches_on_host = config.enable_prefix_caching and config.enable_host_caching
-    pool = PagePool(info.num_pages, info.page_size, info.num_host_pages, eviction, caches_on_host=caches_on_host)
-    if info.pages_in_transit is not None:
-        pool.most_copies = info.pages_in_transit // 2  # of one step, so that the next one waits for none of them
-    return pool
 
 
 class CacheControl:

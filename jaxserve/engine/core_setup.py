@@ -1,20 +1,22 @@
-"""Makes what an engine's core starts with: its scheduler, and the message that describes it to the front end."""
+"""Makes what an engine's core starts with: page pool, scheduler, and the message that describes it to the front end."""
 
 from __future__ import annotations
 
 import logging
 
 from jaxserve.config.failpoints import Failpoints
-from jaxserve.config.settings import EngineConfig
-from jaxserve.engine.cache_control import page_pool
+from jaxserve.config.settings import CacheConfig, EngineConfig
 from jaxserve.engine.messages import EngineReady
 from jaxserve.kv_cache.content_keys import ContentKeys, cache_secret
+from jaxserve.kv_cache.eviction import make_eviction
+from jaxserve.kv_cache.page_pool import PagePool
 from jaxserve.planning.checkpoint_defaults import defaults_line, sampling_defaults
 from jaxserve.request import Pooling
 from jaxserve.request_checks import ModelLimits
 from jaxserve.runner.protocol import Runner, RunnerInfo
 from jaxserve.scheduler import Scheduler
 from jaxserve.scheduler.buckets import Buckets
+from jaxserve.scheduler.prefix_costs import StepSeconds, page_seconds
 
 _log = logging.getLogger(__name__)
 
@@ -24,6 +26,18 @@ def content_keys(config: EngineConfig) -> ContentKeys | None:
     if not config.cache.enable_prefix_caching:
         return None
     return ContentKeys(cache_secret(config.cache), model=config.model or "")
+
+
+def page_pool(config: CacheConfig, info: RunnerInfo, seconds: StepSeconds | None, buckets: Buckets) -> PagePool:
+    """Creates the pool of a runner's pages. seconds: predicts a step's time; None where nothing is known of it."""
+    eviction = make_eviction(
+        config.eviction_policy, None if seconds is None else page_seconds(seconds, info.page_size, buckets)
+    )
+    caches_on_host = config.enable_prefix_caching and config.enable_host_caching
+    pool = PagePool(info.num_pages, info.page_size, info.num_host_pages, eviction, caches_on_host=caches_on_host)
+    if info.pages_in_transit is not None:
+        pool.most_copies = info.pages_in_transit // 2  # of one step, so that the next one waits for none of them
+    return pool
 
 
 def make_scheduler(config: EngineConfig, runner: Runner, buckets: Buckets) -> Scheduler:

@@ -83,6 +83,15 @@ def ask(name: str, first: int, **options) -> EngineRequest:
 FIRST = (1, 20, 40, 55)
 
 
+def left_on_disk(secret) -> dict[bytes, Page]:
+    """Returns what an engine leaves on disk that has answered one request and was stopped in order."""
+    stored: dict[bytes, Page] = {}
+    engine = Engine(secret, stored)
+    engine.serve(ask("a", 1))
+    engine.core.close()
+    return stored
+
+
 @pytest.mark.parametrize("windows", [(None,), (9,), (None, 9)])
 def test_a_new_engine_finds_what_the_last_one_has_left(secret, windows):
     """Also what it still had on the device and in host memory when it was closed."""
@@ -110,20 +119,14 @@ def test_pages_reach_the_disk_without_an_orderly_stop(secret):
 
 @pytest.mark.parametrize("other", [{"tenant": "t"}, {"cache_salt": "s"}, {"prefix_caching": False}])
 def test_disk_is_not_shared_further_than_the_device(secret, other):
-    stored: dict[bytes, Page] = {}
-    engine = Engine(secret, stored)
-    engine.serve(ask("a", 1))
-    engine.core.close()
+    stored = left_on_disk(secret)
     again = Engine(secret, stored)
     assert again.serve(ask("b", 1, **other)) == [0]
     assert again.serve(ask("a", 1)) == [40]
 
 
 def test_pages_that_are_gone_are_computed_again_and_not_asked_for_twice(secret):
-    stored: dict[bytes, Page] = {}
-    engine = Engine(secret, stored)
-    engine.serve(ask("a", 1))
-    engine.core.close()
+    stored = left_on_disk(secret)
     again = Engine(secret, stored)
     gone = again.core.scheduler.pool.host.on_disk
     assert gone
@@ -133,10 +136,7 @@ def test_pages_that_are_gone_are_computed_again_and_not_asked_for_twice(secret):
 
 
 def test_a_flush_deletes_what_is_on_disk_and_ends_the_waits(secret):
-    stored: dict[bytes, Page] = {}
-    engine = Engine(secret, stored)
-    engine.serve(ask("a", 1))
-    engine.core.close()
+    stored = left_on_disk(secret)
     again = Engine(secret, stored)
     again.core.handle(AddRequest(ask("a", 1)))
     again.core.step()
@@ -148,10 +148,7 @@ def test_a_flush_deletes_what_is_on_disk_and_ends_the_waits(secret):
 
 
 def test_a_request_that_is_aborted_while_it_waits_leaves_nothing(secret):
-    stored: dict[bytes, Page] = {}
-    engine = Engine(secret, stored)
-    engine.serve(ask("a", 1))
-    engine.core.close()
+    stored = left_on_disk(secret)
     again = Engine(secret, stored)
     again.core.handle(AddRequest(ask("a", 1)))
     again.core.step()
@@ -164,10 +161,7 @@ def test_a_request_that_is_aborted_while_it_waits_leaves_nothing(secret):
 @pytest.mark.parametrize(("page_seconds", "found"), [(3.4e-3, 40), (4.4e-3, 0)])
 def test_pages_are_read_where_that_is_predicted_to_be_faster(secret, page_seconds, found):
     """Ten pages, host copies of 0, and 1 ms a token: 41 tokens are padded to 64 and the last one to 8."""
-    stored: dict[bytes, Page] = {}
-    engine = Engine(secret, stored)
-    engine.serve(ask("a", 1))
-    engine.core.close()
+    stored = left_on_disk(secret)
     costs = PreemptionCosts(1e-3, 0.0, 0.0)
     again = Engine(secret, stored, costs=costs, page_seconds=page_seconds * 56 / 40)
     assert again.serve(ask("a", 1)) == [found]

@@ -15,24 +15,21 @@ import numpy as np
 from jaxserve.models import params
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers.parameter import Initial
-from tests.models.checkpoints import write_checkpoint
+from tests.models.checkpoints import BASE, write_checkpoint
 
 PROMPT_TOKENS = 45
 NEW_TOKENS = 64
 WINDOW = 12
 """Positions of windows; prompts are longer."""
 
+_SIZES_OF_BASE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings"),
+)
+
 SIZES: dict[str, Any] = {
-    "vocab_size": 160,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
+    **{name: BASE[name] for name in _SIZES_OF_BASE},
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
 }
 _GPT2_NAMES = {
     "hidden_size": "n_embd",
