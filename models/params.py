@@ -101,13 +101,14 @@ def random_params(config: ModelConfig, dtype: Any, mesh: Mesh, seed: int) -> Par
     return tree
 
 
-def packable(config: ModelConfig, dtype: Any) -> bool:
-    """Returns whether this machine's CPU has kernels that read weights of `dtype` in packed order."""
-    return matmul.packable(resolve_dtype(dtype), parameters(config).values())
+def packed_kernels(config: ModelConfig, dtype: Any) -> str:
+    """Returns the name of this CPU's kernels that read weights of `dtype` in packed order; "" without any."""
+    return matmul.packed_kernels(resolve_dtype(dtype), parameters(config).values())
 
 
-def products_for(dtype: Any, mesh: Mesh, *, packed: bool = False, by_rows: bool = False) -> Products:
-    """Selects the matrix products of layers with weights of `dtype`, `packed` or not, on the devices of `mesh`.
+def products_for(dtype: Any, mesh: Mesh, *, packed: str = "", by_rows: bool = False) -> Products:
+    """Selects the matrix products of layers with weights of `dtype`, packed for kernels of that
+    name or not (""), on the devices of `mesh`.
 
     by_rows: on a CPU, the kernels multiply whose results depend on their row alone.
 
@@ -127,7 +128,7 @@ def pack_for(config: ModelConfig, params: Params, products: Products) -> Params:
     """Reorders the parameters in place into the order that `products` reads, where that differs."""
     for path, parameter in parameters(config).items() if products.packed else ():
         if parameter.packing is not Packing.NONE:
-            put(params, path, matmul.packed(get(params, path), parameter))
+            put(params, path, matmul.packed(get(params, path), parameter, products))
     return params
 
 

@@ -9,8 +9,8 @@ from jaxserve.config.settings import EngineConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loading import checkpoint
 from jaxserve.models.loading.end_tokens import check_vocabulary
-from jaxserve.models.params import DTYPES, packable
-from jaxserve.pallas_kernels.cpu import linear, row_products
+from jaxserve.models.params import DTYPES, packed_kernels
+from jaxserve.pallas_kernels.cpu import row_products
 from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, Use, choose, is_quantized
 from jaxserve.planning.checkpoint_defaults import sampling_defaults
 from jaxserve.planning.decode_roofline import page_bytes
@@ -61,7 +61,7 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
         page_size=config.cache.page_size,
         num_pages=2,
         num_penalty_rows=config.scheduler.num_penalty_rows,
-        packed=linear.kernels() if platform == "cpu" and packable(model, dtype) else "",
+        packed=packed_kernels(model, dtype) if platform == "cpu" else "",
         row_products=row_products.kernels() if platform == "cpu" else "",
         attention=choose(platform, config.attention, use),
         max_logprobs=min(config.logprobs.max_logprobs, model.vocab_size),

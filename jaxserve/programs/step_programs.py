@@ -193,7 +193,7 @@ class Shapes:
 
 def products_of(shapes: Shapes, mesh: Mesh) -> Products:
     """Returns the matrix products of the model's layers."""
-    return products_for(shapes.dtype, mesh, packed=bool(shapes.packed), by_rows=bool(shapes.row_products))
+    return products_for(shapes.dtype, mesh, packed=shapes.packed, by_rows=bool(shapes.row_products))
 
 
 def program_keys(shapes: Shapes) -> list[ProgramKey]:

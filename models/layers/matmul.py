@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.models.layers.parameter import Packing, Parameter
-from jaxserve.pallas_kernels.cpu import linear, row_products
+from jaxserve.pallas_kernels.cpu import linear, panel_products, row_products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,28 +22,35 @@ class Products:
 
     Attributes:
         dtype: dtype to which products are rounded.
-        packed: weights are bfloat16 in the order of `pallas_kernels.cpu.linear`, which needs a CPU that supports it;
-            its results are float32.
+        packed: name of the CPU kernels in whose order weights are packed, `linear.kernels()` for bfloat16 on CPUs with
+            instructions for it or `panel_products.kernels()`; their results are float32. "" for unpacked weights.
         rows: name of the dtype of weights that are not packed where `pallas_kernels.cpu.row_products` multiplies by
             them, with float32 results; "" for XLA's dots, whose bits depend on the number of rows and of threads.
     """
 
     dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
-    packed: bool = False
+    packed: str = ""
     rows: str = ""
 
     def prepare(self) -> None:
         """Registers the kernels that programs with these products call; must precede loading or running one."""
-        if self.packed:
+        if self.in_pairs:
             linear.prepare()
+        elif self.packed:
+            panel_products.prepare(self.rows)
         if self.rows:
             row_products.prepare(self.rows)
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether weights are packed for `pallas_kernels.cpu.linear`."""
+        return bool(self.packed) and self.packed != panel_products.kernels()
 
     def contract(self, x: jax.Array, weight: jax.Array, axes: int = 1) -> jax.Array:
         """Contracts the last `axes` axes of x and a weight that may be packed: [..., out...]."""
         if not self.packed:
             return self.contract_unpacked(x, weight, axes)
-        return _by_matrix(linear.linear, x, weight, axes)
+        return _by_matrix(linear.linear if self.in_pairs else panel_products.multiply, x, weight, axes)
 
     def contract_unpacked(self, x: jax.Array, weight: jax.Array, axes: int = 1) -> jax.Array:
         """Contracts the last `axes` axes of x and a weight that is never packed: [..., out...]."""
@@ -61,7 +68,7 @@ class Products:
 
     def swiglu(self, x: jax.Array, gate_up: jax.Array) -> jax.Array:
         """Computes silu(x gate^T) * (x up^T) for gate_up [2, I, H]: [..., I] in x's dtype."""
-        if self.packed:
+        if self.in_pairs:
             y = linear.swiglu(x.reshape(-1, x.shape[-1]), gate_up)
             return y.reshape(*x.shape[:-1], -1)
         gate, up = self.contract_pair(x, gate_up)
@@ -91,13 +98,14 @@ def contract_each(x: jax.Array, weights: jax.Array, product: jax.typing.DTypeLik
     return jax.lax.dot_general(each, weights, (((axis,), (2,)), ((0,), (0,))), preferred_element_type=product)
 
 
-def packable(dtype: np.dtype, declared: Iterable[Parameter]) -> bool:
-    """Returns whether this CPU has kernels for all packable ones of these parameters in `dtype`."""
-    return (
-        dtype.name == "bfloat16"
-        and linear.runs_here()
-        and all(linear.fits(*_size(each)) for each in declared if each.packing is not Packing.NONE)
-    )
+def packed_kernels(dtype: np.dtype, declared: Iterable[Parameter]) -> str:
+    """Returns the name of this CPU's kernels for all packable ones of these parameters in `dtype`; "" without any."""
+    sizes = [_size(each) for each in declared if each.packing is not Packing.NONE]
+    if dtype.name == "bfloat16" and linear.runs_here() and all(linear.fits(*size) for size in sizes):
+        return linear.kernels()
+    if all(panel_products.fits(out) for out, _ in sizes):
+        return panel_products.kernels()
+    return ""
 
 
 def _size(parameter: Parameter) -> tuple[int, int]:
@@ -106,14 +114,17 @@ def _size(parameter: Parameter) -> tuple[int, int]:
     return (out // 2 if parameter.packing is Packing.GATE_UP else out), parameter.dot_length
 
 
-def packed(weight: jax.Array, parameter: Parameter) -> jax.Array:
-    """Returns a weight in packed order, in its own shape; the argument is donated."""
-    return _packed(weight.sharding, parameter.packing, parameter.contracted)(weight)
+def packed(weight: jax.Array, parameter: Parameter, products: Products) -> jax.Array:
+    """Returns a weight in the order that `products` reads, in its own shape; the argument is donated."""
+    return _packed(weight.sharding, parameter.packing, parameter.contracted, products.in_pairs)(weight)
 
 
 @functools.lru_cache(maxsize=16)
-def _packed(sharding: jax.sharding.Sharding, packing: Packing, axes: int) -> Any:
+def _packed(sharding: jax.sharding.Sharding, packing: Packing, axes: int, in_pairs: bool) -> Any:
     def pack(weight: jax.Array) -> jax.Array:
+        if not in_pairs:
+            matrix = weight.reshape(-1, weight.shape[-1]) if packing is Packing.GATE_UP else _matrix(weight, axes)
+            return panel_products.pack(matrix).reshape(weight.shape)
         if packing is Packing.GATE_UP:
             return linear.pack_gate_up(weight)
         return linear.pack(_matrix(weight, axes)).reshape(weight.shape)

@@ -18,12 +18,15 @@ import jax
 from llvmlite import binding, ir
 
 from jaxserve.pallas_kernels.cpu import ffi
-from jaxserve.pallas_kernels.cpu.emitter import INT, WORD, Emitter
+from jaxserve.pallas_kernels.cpu.emitter import INT, SINGLE, WORD, Emitter
 
 _NONE = ir.VoidType()
 
 # Words of what the threads of one call share.
 _NEXT, _DONE, _USERS, _ITEMS, _FRAME, _WORDS = range(6)
+
+FLOATING = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Dtypes that `Call.read` reads, and their bytes."""
 
 _BUFFER_DIMS = 5
 """Place of a buffer's dimensions, in words."""
@@ -81,6 +84,79 @@ class Call(Emitter):
         with self.builder.if_then(self.builder.icmp_signed(">", count, WORD(0))):
             self.loop(count, [], run)
 
+    def loop_any(self, count: Any, initial: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
+        """`loop` of a count that may be 0."""
+        builder, before = self.builder, self.builder.block
+        some, after = builder.append_basic_block("some"), builder.append_basic_block("none")
+        builder.cbranch(builder.icmp_signed(">", count, WORD(0)), some, after)
+        builder.position_at_end(some)
+        results = self.loop(count, initial, body)
+        end = builder.block
+        builder.branch(after)
+        builder.position_at_end(after)
+        return [self.merged((one, before), (other, end)) for one, other in zip(initial, results, strict=True)]
+
+    def merged(self, *values: tuple[Any, Any]) -> Any:
+        """The value of the block that was left last."""
+        phi = self.builder.phi(values[0][0].type)
+        for value, block in values:
+            phi.add_incoming(value, block)
+        return phi
+
+    def numbers(self, begin: Any, end: Any, count: int) -> list[Any]:
+        """So many numbers from a first one on; the last one again where they would pass it."""
+        last = self.builder.sub(end, WORD(1))
+        return [self.smaller(self.builder.add(begin, WORD(number)), last) for number in range(count)]
+
+    def places(self, base: Any, numbers: list[Any], length: Any, first: Any, size: int) -> list[Any]:
+        """Where rows begin, from element `first` of each on; length and size are those of a row and of an element."""
+        builder = self.builder
+        return [
+            self.at(base, builder.mul(builder.add(builder.mul(number, length), first), WORD(size)))
+            for number in numbers
+        ]
+
+    def vectors(self, length: Any, first: Any, piece: int, lanes: int) -> tuple[Any, Any]:
+        """Whole vectors of the piece of a row that begins with element `first`, and elements behind them."""
+        count = self.smaller(self.builder.sub(length, first), WORD(piece))
+        return self.builder.sdiv(count, WORD(lanes)), self.builder.srem(count, WORD(lanes))
+
+    def parts(self, whole: Any, part: Any) -> Any:
+        """Number of parts of a whole, the last of which may be smaller."""
+        return self.builder.sdiv(self.builder.add(whole, self.builder.sub(part, WORD(1))), part)
+
+    def first_lanes(self, count: Any, lanes: int) -> Any:
+        """The mask of the first `count` lanes."""
+        kind = ir.VectorType(INT, lanes)
+        indices = ir.Constant(kind, list(range(lanes)))
+        return self.builder.icmp_signed("<", indices, self.splat(self.builder.trunc(count, INT), lanes))
+
+    def read(self, address: Any, dtype: str, lanes: int, mask: Any = None) -> Any:
+        """A vector of elements of one of FLOATING as float32; zeros outside the mask, which are not read."""
+        builder, size = self.builder, FLOATING[dtype]
+        element = {"float32": SINGLE, "bfloat16": ir.IntType(16), "float16": ir.HalfType()}[dtype]
+        kind = ir.VectorType(element, lanes)
+        if mask is None:
+            value = self.load(address, kind, size)
+        else:
+            letter = "i16" if dtype == "bfloat16" else f"f{8 * size}"
+            pointer = builder.inttoptr(address, kind.as_pointer())
+            name = f"llvm.masked.load.v{lanes}{letter}.p0"
+            value = self.call(name, kind, pointer, INT(size), mask, ir.Constant(kind, None))
+        if dtype == "float32":
+            return value
+        if dtype == "float16":
+            return builder.fpext(value, ir.VectorType(SINGLE, lanes))
+        ints = ir.VectorType(INT, lanes)
+        high = builder.shl(builder.zext(value, ints), ir.Constant(ints, [16] * lanes))
+        return builder.bitcast(high, ir.VectorType(SINGLE, lanes))
+
+    def add_product(self, total: Any, left: Any, right: Any, fused: bool) -> Any:
+        """total + left * right of vectors of float32, rounded once where it is fused."""
+        if fused:
+            return self.call(f"llvm.fma.v{total.type.count}f32", total.type, left, right, total)
+        return self.builder.fadd(total, self.builder.fmul(left, right))
+
 
 def function(module: Any, name: str, result: Any, arguments: list[Any], public: bool = False) -> tuple[Any, Call]:
     """Declares a function and opens its body; returns it and what emits into it."""
@@ -88,6 +164,30 @@ def function(module: Any, name: str, result: Any, arguments: list[Any], public: 
     if not public:
         made.linkage = "internal"
     return made, Call(ir.IRBuilder(made.append_basic_block("entry")))
+
+
+def add_copy(module: Any, lanes: int, tall: int, piece: int) -> Any:
+    """Adds the function that copies a piece of so many rows of float32, vector by vector side by side, filled up with
+    zeros: copy(x, copy, length, row, end_row, first).
+
+    As they lie, rows of 4 KiB would meet in few places of the first cache.
+    """
+    made, emit = function(module, f"copy_{tall}", _NONE, [WORD] * 6)
+    builder, (x, copy, length, row, end_row, first) = emit.builder, made.args
+    places = emit.places(x, emit.numbers(row, end_row, tall), length, first, 4)
+    steps, rest = emit.vectors(length, first, piece, lanes)
+
+    def copy_step(index: Any, mask: Any = None) -> None:
+        target = emit.at(copy, builder.mul(index, WORD(4 * lanes * tall)))
+        for number, place in enumerate(places):
+            value = emit.read(emit.at(place, builder.mul(index, WORD(4 * lanes))), "float32", lanes, mask)
+            emit.store(value, emit.at(target, 4 * lanes * number), 4 * lanes)
+
+    emit.times(steps, copy_step)
+    with builder.if_then(builder.icmp_signed(">", rest, WORD(0))):
+        copy_step(steps, emit.first_lanes(rest, lanes))
+    builder.ret_void()
+    return made
 
 
 def add_handler(module: Any, name: str, num_items: Any, work: Any) -> None:

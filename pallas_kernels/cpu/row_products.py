@@ -24,7 +24,7 @@ from llvmlite import ir
 
 from jaxserve.pallas_kernels.cpu import native_calls
 from jaxserve.pallas_kernels.cpu.emitter import INT, SINGLE, WORD
-from jaxserve.pallas_kernels.cpu.native_calls import Call
+from jaxserve.pallas_kernels.cpu.native_calls import FLOATING, Call, add_copy
 
 ZERO = ir.Constant(SINGLE, 0.0)
 
@@ -42,9 +42,6 @@ _LEAST_WORK = 2**18
 
 _VERSION = 1
 """Changes with what is computed: a program that was kept from an earlier release must not meet another function."""
-
-_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Weights that can be multiplied, and their bytes."""
 
 
 class Tile(NamedTuple):
@@ -117,28 +114,23 @@ def _sizes(emit: Call, frame: Any) -> _Sizes:
     return _Sizes(rows, columns, length, block_rows, builder.select(little, columns, block_columns))
 
 
-def _parts(emit: Call, whole: Any, part: Any) -> Any:
-    """Parts of a whole, the last of which may be smaller."""
-    return emit.builder.sdiv(emit.builder.add(whole, emit.builder.sub(part, WORD(1))), part)
-
-
 def _add_num_items(module: Any) -> Any:
     """The function that tells the work items of a call: blocks of rows and columns, or one for all of little work."""
     made, emit = native_calls.function(module, "num_items", WORD, [WORD])
     sizes = _sizes(emit, made.args[0])
-    blocks = _parts(emit, sizes.columns, sizes.block_columns), _parts(emit, sizes.rows, sizes.block_rows)
+    blocks = emit.parts(sizes.columns, sizes.block_columns), emit.parts(sizes.rows, sizes.block_rows)
     emit.builder.ret(emit.builder.mul(*blocks))
     return made
 
 
 def _add_work(module: Any, dtype: str) -> Any:
     """The function that computes a work item."""
-    multiply_tile, copy_rows = _add_tile(module, dtype), _add_copy(module)
+    multiply_tile, copy_rows = _add_tile(module, dtype), add_copy(module, tile().lanes, tile().rows, PIECE)
     made, emit = native_calls.function(module, "work", ir.VoidType(), [WORD, WORD])
     builder, (frame, item) = emit.builder, made.args
     sizes = _sizes(emit, frame)
     x, weight, out = emit.argument(frame, 0), emit.argument(frame, 1), emit.result(frame, 0)
-    blocks = _parts(emit, sizes.columns, sizes.block_columns)
+    blocks = emit.parts(sizes.columns, sizes.block_columns)
     first_row = builder.mul(builder.sdiv(item, blocks), sizes.block_rows)
     first_column = builder.mul(builder.srem(item, blocks), sizes.block_columns)
     end_row = emit.smaller(builder.add(first_row, sizes.block_rows), sizes.rows)
@@ -160,55 +152,11 @@ def _add_work(module: Any, dtype: str) -> Any:
                 place = [row, end_row, column, end_column, first]
                 builder.call(multiply_tile, [copy, weight, out, sizes.columns, sizes.length, *place])
 
-            emit.times(_parts(emit, builder.sub(end_column, first_column), WORD(tile().columns)), one_column)
+            emit.times(emit.parts(builder.sub(end_column, first_column), WORD(tile().columns)), one_column)
 
-        emit.times(_parts(emit, builder.sub(end_row, first_row), WORD(tile().rows)), one_row)
+        emit.times(emit.parts(builder.sub(end_row, first_row), WORD(tile().rows)), one_row)
 
-    emit.times(_parts(emit, sizes.length, WORD(PIECE)), one_piece)
-    builder.ret_void()
-    return made
-
-
-def _numbers(emit: Call, begin: Any, end: Any, count: int) -> list[Any]:
-    """So many numbers from a first one on; the last one again where they would pass it."""
-    last = emit.builder.sub(end, WORD(1))
-    return [emit.smaller(emit.builder.add(begin, WORD(number)), last) for number in range(count)]
-
-
-def _places(emit: Call, base: Any, numbers: list[Any], length: Any, first: Any, size: int) -> list[Any]:
-    """Where rows of a matrix begin, from element `first` of each on."""
-    builder = emit.builder
-    return [
-        emit.at(base, builder.mul(builder.add(builder.mul(number, length), first), WORD(size))) for number in numbers
-    ]
-
-
-def _steps(emit: Call, length: Any, first: Any) -> tuple[Any, Any]:
-    """Whole vectors of a piece, and elements behind them."""
-    count = emit.smaller(emit.builder.sub(length, first), WORD(PIECE))
-    return emit.builder.sdiv(count, WORD(tile().lanes)), emit.builder.srem(count, WORD(tile().lanes))
-
-
-def _add_copy(module: Any) -> Any:
-    """The function that copies a piece of a tile's rows, vector by vector side by side, filled up with zeros.
-
-    As they lie, rows of 4 KiB would meet in few places of the first cache.
-    """
-    made, emit = native_calls.function(module, "copy", ir.VoidType(), [WORD] * 6)
-    builder, (x, copy, length, row, end_row, first) = emit.builder, made.args
-    lanes, tall, *_ = tile()
-    places = _places(emit, x, _numbers(emit, row, end_row, tall), length, first, 4)
-    steps, rest = _steps(emit, length, first)
-
-    def copy_step(index: Any, mask: Any = None) -> None:
-        target = emit.at(copy, builder.mul(index, WORD(4 * lanes * tall)))
-        for number, place in enumerate(places):
-            value = _read(emit, emit.at(place, builder.mul(index, WORD(4 * lanes))), "float32", mask)
-            emit.store(value, emit.at(target, 4 * lanes * number), 4 * lanes)
-
-    emit.times(steps, copy_step)
-    with builder.if_then(builder.icmp_signed(">", rest, WORD(0))):
-        copy_step(steps, _mask(emit, rest, lanes))
+    emit.times(emit.parts(sizes.length, WORD(PIECE)), one_piece)
     builder.ret_void()
     return made
 
@@ -220,32 +168,30 @@ def _add_tile(module: Any, dtype: str) -> Any:
     """
     made, emit = native_calls.function(module, "tile", ir.VoidType(), [WORD] * 10)
     builder, (copy, weight, out, columns, length, row, end_row, column, end_column, first) = emit.builder, made.args
-    lanes, tall, wide, _ = tile()
-    size = _DTYPES[dtype]
-    row_numbers, column_numbers = (
-        _numbers(emit, *place) for place in ((row, end_row, tall), (column, end_column, wide))
-    )
-    places = _places(emit, weight, column_numbers, length, first, size)
-    steps, rest = _steps(emit, length, first)
+    lanes, tall, wide, fused = tile()
+    size = FLOATING[dtype]
+    row_numbers, column_numbers = (emit.numbers(*place) for place in ((row, end_row, tall), (column, end_column, wide)))
+    places = emit.places(weight, column_numbers, length, first, size)
+    steps, rest = emit.vectors(length, first, PIECE, lanes)
 
     def add_step(index: Any, totals: list[Any], mask: Any = None) -> list[Any]:
-        right = [_read(emit, emit.at(at, builder.mul(index, WORD(size * lanes))), dtype, mask) for at in places]
+        right = [emit.read(emit.at(at, builder.mul(index, WORD(size * lanes))), dtype, lanes, mask) for at in places]
         base, new = emit.at(copy, builder.mul(index, WORD(4 * lanes * tall))), []
         for number in range(tall):
             left = emit.load(emit.at(base, 4 * lanes * number), ir.VectorType(SINGLE, lanes), 4 * lanes)
-            new += [_add_product(emit, totals[number * wide + other], left, right[other]) for other in range(wide)]
+            new += [emit.add_product(totals[number * wide + other], left, right[other], fused) for other in range(wide)]
         return new
 
     zeros = [ir.Constant(ir.VectorType(SINGLE, lanes), [0.0] * lanes)] * (tall * wide)
-    totals = _loop(emit, steps, zeros, add_step)
+    totals = emit.loop_any(steps, zeros, add_step)
     before = builder.block
     ragged, after = builder.append_basic_block("ragged"), builder.append_basic_block("whole")
     builder.cbranch(builder.icmp_signed(">", rest, WORD(0)), ragged, after)
     builder.position_at_end(ragged)
-    added = add_step(steps, totals, _mask(emit, rest, lanes))
+    added = add_step(steps, totals, emit.first_lanes(rest, lanes))
     builder.branch(after)
     builder.position_at_end(after)
-    totals = [_merged(builder, (one, before), (other, ragged)) for one, other in zip(totals, added, strict=True)]
+    totals = [emit.merged((one, before), (other, ragged)) for one, other in zip(totals, added, strict=True)]
     sums = [_tree(builder, totals[other::wide]) for other in range(wide)]
     cells = [
         emit.at(out, builder.shl(builder.add(builder.mul(row_number, columns), column_number), WORD(2)))
@@ -260,69 +206,11 @@ def _add_tile(module: Any, dtype: str) -> Any:
     earlier = [emit.load(cell, SINGLE, 4) for cell in cells]
     builder.branch(after)
     builder.position_at_end(after)
-    earlier = [_merged(builder, (ZERO, before), (value, added)) for value in earlier]
+    earlier = [emit.merged((ZERO, before), (value, added)) for value in earlier]
     for number, cell in enumerate(cells):
         emit.store(builder.fadd(earlier[number], sums[number % wide][number // wide]), cell, 4)
     builder.ret_void()
     return made
-
-
-def _loop(emit: Call, count: Any, initial: list[Any], body: Any) -> list[Any]:
-    """`emit.loop` of a count that may be 0."""
-    builder, before = emit.builder, emit.builder.block
-    some, after = builder.append_basic_block("some"), builder.append_basic_block("none")
-    builder.cbranch(builder.icmp_signed(">", count, WORD(0)), some, after)
-    builder.position_at_end(some)
-    results = emit.loop(count, initial, body)
-    end = builder.block
-    builder.branch(after)
-    builder.position_at_end(after)
-    return [_merged(builder, (one, before), (other, end)) for one, other in zip(initial, results, strict=True)]
-
-
-def _merged(builder: Any, *values: tuple[Any, Any]) -> Any:
-    """The value of the block that was left last."""
-    phi = builder.phi(values[0][0].type)
-    for value, block in values:
-        phi.add_incoming(value, block)
-    return phi
-
-
-def _add_product(emit: Call, total: Any, left: Any, right: Any) -> Any:
-    lanes, *_, fused = tile()
-    if fused:
-        return emit.call(f"llvm.fma.v{lanes}f32", total.type, left, right, total)
-    return emit.builder.fadd(total, emit.builder.fmul(left, right))
-
-
-def _mask(emit: Call, count: Any, lanes: int) -> Any:
-    """The first `count` lanes."""
-    kind = ir.VectorType(INT, lanes)
-    return emit.builder.icmp_signed(
-        "<", ir.Constant(kind, list(range(lanes))), emit.splat(emit.builder.trunc(count, INT), lanes)
-    )
-
-
-def _read(emit: Call, address: Any, dtype: str, mask: Any) -> Any:
-    """A vector of elements as float32; zeros outside the mask, which are not read."""
-    lanes, builder = tile().lanes, emit.builder
-    element = {"float32": SINGLE, "bfloat16": ir.IntType(16), "float16": ir.HalfType()}[dtype]
-    kind, size = ir.VectorType(element, lanes), _DTYPES[dtype]
-    if mask is None:
-        value = emit.load(address, kind, size)
-    else:
-        letter = "i16" if dtype == "bfloat16" else f"f{8 * size}"
-        pointer = builder.inttoptr(address, kind.as_pointer())
-        name = f"llvm.masked.load.v{lanes}{letter}.p0"
-        value = emit.call(name, kind, pointer, INT(size), mask, ir.Constant(kind, None))
-    if dtype == "float32":
-        return value
-    floats = ir.VectorType(SINGLE, lanes)
-    if dtype == "float16":
-        return builder.fpext(value, floats)
-    ints = ir.VectorType(INT, lanes)
-    high = builder.shl(builder.zext(value, ints), ir.Constant(ints, [16] * lanes))
-    return builder.bitcast(high, floats)
 
 
 def _tree(builder: Any, vectors: list[Any]) -> list[Any]:

@@ -1,0 +1,291 @@
+"""Matrix products on any CPU from weights packed once, whose bits depend on a row and a column alone.
+
+Packed, a matrix [N, K] keeps its shape and its bytes take another order: panels of PANEL columns of the result, in each
+the columns side by side, [N / PANEL, K, PANEL]. Lanes are columns then, so that nothing has to be added across lanes as
+in `row_products`: every result is one chain of products over each PIECE of the contracted axis, from the first to the
+last, and pieces are added in their order, whatever the vectors' length and however many rows are computed together.
+"""
+
+# The builder is llvmlite's, which has no types.
+# pyright: basic, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import functools
+import platform
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from llvmlite import ir
+
+from jaxserve.pallas_kernels.cpu import native_calls
+from jaxserve.pallas_kernels.cpu.emitter import SINGLE, WORD
+from jaxserve.pallas_kernels.cpu.native_calls import FLOATING, Call, add_copy
+
+PANEL = 32
+"""Columns of a panel: two cache lines of float32."""
+
+PIECE = 256
+"""Elements of the contracted axis that are summed before others: a panel's share stays in the first cache."""
+
+_FEW_ROWS, _FEW_PANELS, _BLOCK_PANELS, _BLOCK_ROWS = 64, 2, 4, 192
+"""Of a work item: panels and rows at most. Of few rows fewer panels, for threads to share."""
+
+_LINE = 64
+
+_LEAST_WORK = 2**18
+"""Products below which a call is left to the calling thread."""
+
+_AHEAD = 8192
+"""Bytes ahead of which memory is asked for weights where few rows leave it no time."""
+
+_UNROLLED = 4
+"""Elements of the contracted axis of one turn of a loop; the lanes of every tile are a multiple."""
+
+_VERSION = 1
+"""Changes with what is computed or how weights are packed: a program that was kept from an earlier release must not
+meet another function."""
+
+
+class Tile(NamedTuple):
+    """What is computed in registers. lanes: float32 numbers of a vector; vectors: of a row; heights: rows of the tiles
+    that a block is divided into, the tallest first, 1 last; fused: one instruction multiplies and adds."""
+
+    lanes: int
+    vectors: int
+    heights: tuple[int, ...]
+    fused: bool
+
+
+@functools.cache
+def tile() -> Tile:
+    """The tile for this CPU: as many sums as its registers hold beside what is multiplied."""
+    has = native_calls.features()
+    if "avx512f" in has:
+        return Tile(16, 2, (12, 8, 4, 1), True)
+    if {"avx2", "fma"} <= has:
+        return Tile(8, 2, (6, 2, 1), True)
+    if platform.machine() in ("aarch64", "arm64"):
+        return Tile(4, 4, (6, 2, 1), True)
+    return Tile(4, 2, (4, 1), False)
+
+
+def kernels() -> str:
+    """The kernels that run here, by name; a program compiled with others cannot call them."""
+    return f"panels_{_VERSION}_{'fused' if tile().fused else 'rounded'}"
+
+
+def fits(out_features: int) -> bool:
+    """Whether a matrix [N, K] can be packed: whole panels."""
+    return out_features % PANEL == 0
+
+
+def prepare(dtype: jax.typing.DTypeLike) -> None:
+    """Compiles the function for weights of a dtype and makes it known to XLA, once a process; before a program that
+    calls it is loaded or run."""
+    name = jnp.dtype(dtype).name
+    native_calls.register(_name(name), functools.partial(_build, dtype=name))
+
+
+def pack(matrix: jax.Array) -> jax.Array:
+    """[N, K] in the order that `multiply` reads."""
+    n, k = matrix.shape
+    return matrix.reshape(n // PANEL, PANEL, k).swapaxes(1, 2).reshape(n, k)
+
+
+def multiply(x: jax.Array, packed: jax.Array) -> jax.Array:
+    """x [T, K] times the transposed matrix [N, K] that `pack` packed, of any dtype of FLOATING: float32 [T, N]."""
+    prepare(packed.dtype)
+    result = jax.ShapeDtypeStruct((x.shape[0], packed.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call(_name(packed.dtype.name), result)(x.astype(jnp.float32), packed)
+
+
+def _name(dtype: str) -> str:
+    return f"jaxserve_{dtype}_{kernels()}"
+
+
+def _build(module: Any, name: str, dtype: str) -> None:
+    native_calls.add_handler(module, name, _add_num_items(module), _add_work(module, dtype))
+
+
+class _Sizes(NamedTuple):
+    """Of a call, as words: rows, columns, length of the contracted axis; and rows and columns of a work item."""
+
+    rows: Any
+    columns: Any
+    length: Any
+    block_rows: Any
+    block_columns: Any
+
+
+def _sizes(emit: Call, frame: Any) -> _Sizes:
+    x, weight = (emit.argument(frame, number) for number in range(2))
+    rows, columns, length = emit.dim(x, 0), emit.dim(weight, 0), emit.dim(x, 1)
+    builder = emit.builder
+    few = builder.icmp_signed("<=", rows, WORD(_FEW_ROWS))
+    block_columns = builder.select(few, WORD(_FEW_PANELS * PANEL), WORD(_BLOCK_PANELS * PANEL))
+    little = builder.icmp_signed("<", builder.mul(builder.mul(rows, columns), length), WORD(_LEAST_WORK))
+    block_rows = builder.select(little, rows, WORD(_BLOCK_ROWS))
+    return _Sizes(rows, columns, length, block_rows, builder.select(little, columns, block_columns))
+
+
+def _add_num_items(module: Any) -> Any:
+    """The function that tells the work items of a call: blocks of rows and columns, or one for all of little work."""
+    made, emit = native_calls.function(module, "num_items", WORD, [WORD])
+    sizes = _sizes(emit, made.args[0])
+    blocks = emit.parts(sizes.columns, sizes.block_columns), emit.parts(sizes.rows, sizes.block_rows)
+    emit.builder.ret(emit.builder.mul(*blocks))
+    return made
+
+
+def _add_work(module: Any, dtype: str) -> Any:
+    """The function that computes a work item."""
+    lanes, _, heights, _ = tile()
+    bands = [_add_band(module, dtype, height) for height in heights]
+    made, emit = native_calls.function(module, "work", ir.VoidType(), [WORD, WORD])
+    builder, (frame, item) = emit.builder, made.args
+    sizes = _sizes(emit, frame)
+    x, weight, out = (
+        emit.data(buffer) for buffer in (emit.argument(frame, 0), emit.argument(frame, 1), emit.result(frame, 0))
+    )
+    blocks = emit.parts(sizes.columns, sizes.block_columns)
+    first_row = builder.mul(builder.sdiv(item, blocks), sizes.block_rows)
+    first_column = builder.mul(builder.srem(item, blocks), sizes.block_columns)
+    end_row = emit.smaller(builder.add(first_row, sizes.block_rows), sizes.rows)
+    end_column = emit.smaller(builder.add(first_column, sizes.block_columns), sizes.columns)
+    copy = builder.alloca(ir.VectorType(SINGLE, lanes), -(-PIECE // lanes) * heights[0])
+    copy.align = _LINE
+    copy = builder.ptrtoint(copy, WORD)
+
+    def one_piece(piece: Any) -> None:
+        first, row = builder.mul(piece, WORD(PIECE)), first_row
+        for number, (height, band) in enumerate(zip(heights, bands, strict=True)):
+            # What is left of the last height's rows is computed by tiles of it, however few they are.
+            left = builder.sub(end_row, row)
+            least = heights[number + 1] + 1 if number + 1 < len(heights) else 1
+            count = builder.sdiv(builder.add(left, WORD(height - least)), WORD(height))
+            count = builder.select(builder.icmp_signed(">", count, WORD(0)), count, WORD(0))
+
+            def one_tile(index: Any, row: Any = row, height: int = height, band: Any = band) -> None:
+                place = builder.add(row, builder.mul(index, WORD(height)))
+                builder.call(
+                    band,
+                    [
+                        x,
+                        copy,
+                        weight,
+                        out,
+                        sizes.columns,
+                        sizes.length,
+                        place,
+                        end_row,
+                        first_column,
+                        end_column,
+                        first,
+                    ],
+                )
+
+            emit.times(count, one_tile)
+            row = emit.smaller(builder.add(row, builder.mul(count, WORD(height))), end_row)
+
+    emit.times(emit.parts(sizes.length, WORD(PIECE)), one_piece)
+    builder.ret_void()
+    return made
+
+
+def _add_band(module: Any, dtype: str, height: int) -> Any:
+    """The function that adds a piece of the products of so many rows to the result, for the panels of a work item.
+
+    Rows past the end stand for the last one: they are computed again and stored in its place.
+    """
+    lanes, vectors, *_ = tile()
+    copy_rows, multiply_tile = add_copy(module, lanes, height, PIECE), _add_tile(module, dtype, height)
+    made, emit = native_calls.function(module, f"band_{height}", ir.VoidType(), [WORD] * 11)
+    builder = emit.builder
+    x, copy, weight, out, columns, length, row, end_row, first_column, end_column, first = made.args
+    builder.call(copy_rows, [x, copy, length, row, end_row, first])
+    wide = lanes * vectors
+
+    def one_part(number: Any) -> None:
+        column = builder.add(first_column, builder.mul(number, WORD(wide)))
+        builder.call(multiply_tile, [copy, weight, out, columns, length, row, end_row, column, first])
+
+    emit.times(builder.sdiv(builder.sub(end_column, first_column), WORD(wide)), one_part)
+    builder.ret_void()
+    return made
+
+
+def _add_tile(module: Any, dtype: str, height: int) -> Any:
+    """The function that does so for the columns of one tile."""
+    lanes, vectors, heights, fused = tile()
+    size = FLOATING[dtype]
+    made, emit = native_calls.function(module, f"tile_{height}", ir.VoidType(), [WORD] * 9)
+    builder, (copy, weight, out, columns, length, row, end_row, column, first) = emit.builder, made.args
+    # Of a panel [K, PANEL]: its begin, and the columns before this tile's.
+    inside = builder.urem(column, WORD(PANEL))
+    begin = builder.add(builder.mul(builder.sub(column, inside), length), inside)
+    base = emit.at(weight, builder.mul(builder.add(begin, builder.mul(first, WORD(PANEL))), WORD(size)))
+    count = emit.smaller(builder.sub(length, first), WORD(PIECE))
+
+    def add_element(element: Any, left: Any, totals: list[Any]) -> list[Any]:
+        """Adds the products of an element of each row, at `left`, and the columns'."""
+        right = emit.at(base, builder.mul(element, WORD(size * PANEL)))
+        for line in range(size * PANEL // _LINE if height < heights[0] else 0):
+            emit.prefetch(emit.at(right, _AHEAD + _LINE * line))
+        columns_of = [emit.read(emit.at(right, size * lanes * part), dtype, lanes) for part in range(vectors)]
+        new = []
+        for number in range(height):
+            one = emit.splat(emit.load(emit.at(left, 4 * lanes * number), SINGLE, 4), lanes)
+            new += [
+                emit.add_product(totals[number * vectors + part], one, columns_of[part], fused)
+                for part in range(vectors)
+            ]
+        return new
+
+    def copied(element: Any) -> Any:
+        """Where an element of the copied rows lies: their vectors are side by side."""
+        vector = builder.mul(builder.udiv(element, WORD(lanes)), WORD(4 * lanes * height))
+        return emit.at(emit.at(copy, vector), builder.shl(builder.urem(element, WORD(lanes)), WORD(2)))
+
+    def add_some(index: Any, totals: list[Any]) -> list[Any]:
+        first_element = builder.mul(index, WORD(_UNROLLED))
+        left = copied(first_element)
+        for number in range(_UNROLLED):
+            element = builder.add(first_element, WORD(number))
+            totals = add_element(element, emit.at(left, 4 * number), totals)
+        return totals
+
+    totals = [ir.Constant(ir.VectorType(SINGLE, lanes), [0.0] * lanes)] * (height * vectors)
+    totals = emit.loop_any(builder.udiv(count, WORD(_UNROLLED)), totals, add_some)
+    rest = builder.urem(count, WORD(_UNROLLED))
+    last = builder.sub(count, rest)
+
+    def add_one(index: Any, totals: list[Any]) -> list[Any]:
+        element = builder.add(last, index)
+        return add_element(element, copied(element), totals)
+
+    totals = emit.loop_any(rest, totals, add_one)
+    _add_to_result(emit, totals, emit.places(out, emit.numbers(row, end_row, height), columns, column, 4), first)
+    return made
+
+
+def _add_to_result(emit: Call, totals: list[Any], places: list[Any], first: Any) -> None:
+    """Stores a tile's sums, added to those of earlier pieces where there are any, and returns.
+
+    All is read before anything is stored: two rows may stand for one.
+    """
+    lanes, vectors, *_ = tile()
+    builder = emit.builder
+    cells = [emit.at(place, 4 * lanes * part) for place in places for part in range(vectors)]
+    before = builder.block
+    added, after = builder.append_basic_block("added"), builder.append_basic_block("store")
+    builder.cbranch(builder.icmp_signed(">", first, WORD(0)), added, after)
+    builder.position_at_end(added)
+    sums = [builder.fadd(emit.load(cell, total.type, 4), total) for cell, total in zip(cells, totals, strict=True)]
+    builder.branch(after)
+    builder.position_at_end(after)
+    results = [emit.merged((total, before), (summed, added)) for total, summed in zip(totals, sums, strict=True)]
+    for cell, result in zip(cells, results, strict=True):
+        emit.store(result, cell, 4)
+    builder.ret_void()
