@@ -235,7 +235,9 @@ class ModelConfig:
         if WHOLE in content:
             return read_whole(content[WHOLE], cls), []
         raw = ConfigKeys(content, family.defaults, family.key_names, family.inert)
-        if quantizes_weights(raw.get("quantization_config") or raw.get("compression_config") or {}):
+        quantization = raw.get("quantization_config") or raw.get("compression_config") or {}
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        if quantizes_weights(quantization) and method not in family.dequantized:
             raise ValueError("config.json quantization_config is set; only unquantized weights are supported")
         heads = required_count(raw, "num_attention_heads")
         hidden = required_count(raw, "hidden_size")

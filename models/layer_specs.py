@@ -14,8 +14,11 @@ from typing import Any
 from jaxserve.models.layers.rope import Rope
 from jaxserve.models.value_checks import brief, check_count, check_number
 
-MLP_KINDS = ("gated", "plain")
-"""Kinds of MLP. Experts will be added here, with sizes of their own in `MLPSpec`."""
+MLP_KINDS = ("gated", "plain", "experts")
+"""Kinds of MLP: with a gate, without, and several with a gate of which each token goes through a few."""
+
+SOFTMAXES = ("all", "chosen")
+"""Scores of experts that a softmax turns into weights: those of all, before some are chosen, or those of the chosen."""
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 """Activations of an MLP; "gelu_tanh" is the approximation of "gelu" by tanh."""
@@ -92,25 +95,81 @@ class SelfAttentionSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class RouterSpec:
+    """Describes how tokens choose experts: the highest scores win, of equal ones the expert with the lower number.
+
+    Attributes:
+        num_experts: number of experts.
+        per_token: experts that a token goes through; their outputs are summed by weights.
+        softmax: of which scores it makes the weights, of `SOFTMAXES`.
+        renormalized: the weights of the chosen are divided by their sum.
+        bias: the scores have biases.
+        shared_size: width of an expert that every token goes through besides; None without one.
+    """
+
+    num_experts: int
+    per_token: int
+    softmax: str = "all"
+    renormalized: bool = False
+    bias: bool = False
+    shared_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("layer num_experts", self.num_experts)
+        check_count("layer experts per token", self.per_token, self.num_experts)
+        _check_choice("router softmax", self.softmax, SOFTMAXES)
+        if self.shared_size is not None:
+            check_count("layer shared expert size", self.shared_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class GateClamp:
+    """Describes experts that compute down((up + 1) * gate * sigmoid(alpha * gate)) of clamped numbers.
+
+    Attributes:
+        limit: the gate is at most this, and up between minus this and this.
+        alpha: see above.
+    """
+
+    limit: float
+    alpha: float
+
+    def __post_init__(self) -> None:
+        check_number("layer swiglu limit", self.limit)
+        check_number("layer swiglu alpha", self.alpha)
+
+
+@dataclasses.dataclass(frozen=True)
 class MLPSpec:
     """Describes the MLP of one layer.
 
     Attributes:
-        intermediate_size: width of its hidden layer.
+        intermediate_size: width of its hidden layer, or of that of each expert.
         bias: its matrices have biases.
-        kind: of `MLP_KINDS`; "gated" is down(activation(gate(x)) * up(x)), "plain" is down(activation(up(x))).
+        kind: of `MLP_KINDS`; "gated" is down(activation(gate(x)) * up(x)), "plain" is down(activation(up(x))), and
+            "experts" is a weighted sum of several that are gated.
         activation: of `ACTIVATIONS`.
+        router: how tokens choose experts; None for other kinds.
+        clamp: of experts that have one.
     """
 
     intermediate_size: int
     bias: bool = False
     kind: str = "gated"
     activation: str = "silu"
+    router: RouterSpec | None = None
+    clamp: GateClamp | None = None
 
     def __post_init__(self) -> None:
         check_count("layer intermediate_size", self.intermediate_size)
         _check_choice("MLP kind", self.kind, MLP_KINDS)
         _check_choice("MLP activation", self.activation, ACTIVATIONS)
+        if (self.router is not None) != (self.kind == "experts"):
+            raise ValueError(f"layer router is {brief(self.router)} and MLP kind {self.kind!r}; experts alone have one")
+        if self.clamp is not None and (self.kind != "experts" or self.activation != "silu"):
+            raise ValueError(
+                f"layer clamp is set for MLP kind {self.kind!r} with {self.activation}; it is for experts with silu"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ from jaxserve.models.layers.decoder import Decoder
 from jaxserve.models.layers.matmul import Products
 from jaxserve.models.layers.parameter import Initial, Packing, Parameter, Params, Path, get, put
 from jaxserve.models.registry import lookup
+from jaxserve.pallas_kernels.grouped_matmul import choose
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the supported weight dtypes."""
@@ -106,28 +107,36 @@ def packed_kernels(config: ModelConfig, dtype: Any) -> str:
     return matmul.packed_kernels(resolve_dtype(dtype), parameters(config).values())
 
 
-def products_for(dtype: Any, mesh: Mesh, *, packed: str = "", by_rows: bool = False) -> Products:
+def products_for(dtype: Any, mesh: Mesh, *, packed: str = "", by_rows: bool = False, experts: bool = False) -> Products:
     """Selects the matrix products of layers with weights of `dtype`, packed for kernels of that
     name or not (""), on the devices of `mesh`.
 
-    by_rows: on a CPU, the kernels multiply whose results depend on their row alone.
+    by_rows: on a CPU, the kernels multiply whose results depend on their row alone; experts: some layers have experts.
 
     Sums are float32 in any case. A GPU's matmul rounds in its epilogue, where it adds the residual too: float32
     products would double what a step moves besides the weights, and XLA would then sum the residual stream anew from
     all layers' products in every norm. XLA's CPU backend has no fast dot with a bfloat16 result; with packed weights
     (`pack_for`) or kernels by rows, both for one device, its dots are not used at all.
     """
-    if mesh.devices.flat[0].platform != "cpu":
-        return Products(resolve_dtype(dtype))
+    resolved, platform = resolve_dtype(dtype), mesh.devices.flat[0].platform
+    grouped: dict[str, Any] = {}
+    if experts:
+        split = mesh if mesh.size > 1 else None
+        by_kernel = platform != "cpu" or (by_rows and split is None)
+        form = "packed" if Products(packed=packed).in_pairs else "dense"
+        grouped = {"experts": choose(platform, resolved, form) if by_kernel else "xla", "mesh": split}
+    if platform != "cpu":
+        return Products(resolved, **grouped)
     if mesh.size > 1:
-        return Products()
-    return Products(packed=packed, rows=resolve_dtype(dtype).name if by_rows else "")
+        return Products(**grouped)
+    return Products(packed=packed, rows=resolved.name if by_rows else "", **grouped)
 
 
 def pack_for(config: ModelConfig, params: Params, products: Products) -> Params:
     """Reorders the parameters in place into the order that `products` reads, where that differs."""
     for path, parameter in parameters(config).items() if products.packed else ():
-        if parameter.packing is not Packing.NONE:
+        stored = parameter.packing is Packing.EXPERTS and not products.in_pairs
+        if parameter.packing is not Packing.NONE and not stored:
             put(params, path, matmul.packed(get(params, path), parameter, products))
     return params
 

@@ -1,7 +1,8 @@
 """Computes the bytes and operations of a decode step, and its time at a device's peak rates.
 
-Counted: every weight once (of an embedding that is no output matrix, the rows of the step's tokens), the keys and
-values of every position once, those of the step's tokens written. Not counted: activations, logits, the sampler; so a
+Counted: every weight once (of an embedding that is no output matrix, the rows of the step's tokens; of experts, as many
+as the tokens would choose on average if all were as likely), the keys and values of every position once, those of the
+step's tokens written. Not counted: activations, logits, the sampler; so a
 measured step is slower than this bound.
 """
 
@@ -55,13 +56,13 @@ def decode_step(shapes: Shapes, target: Target, batch: int, context: int) -> Dec
     """Returns the roofline bound of one step on one device of the target."""
     model = shapes.model
     cost = ModelCost.of(model, jnp.dtype(shapes.dtype).name, jnp.dtype(shapes.pool_dtype).name)
-    matrices, rows = cost.layers + cost.head, cost.embedding_row
     count = model.num_hidden_layers
     seen = sum(min(context, layer.attention.sliding_window or context) for layer in model.layer_specs)
     kept = batch * (seen + count) * (token_bytes(shapes) // count)
-    moved = (matrices + cost.norms + batch * rows) * cost.item_bytes + kept
+    read = round(cost.read(batch)) + cost.head + cost.norms + batch * cost.embedding_row
+    moved = read * cost.item_bytes + kept
     attention = cost.attention_flops // count * seen
-    flops = batch * (2 * matrices + attention)
+    flops = batch * (2 * (cost.multiplied + cost.head) + attention)
     by_memory = moved / target.memory_bandwidth if target.memory_bandwidth else 0.0
     by_compute = flops / target.peak_flops[shapes.dtype] if target.peak_flops.get(shapes.dtype) else 0.0
     bound = ("memory" if by_memory >= by_compute else "compute") if by_memory or by_compute else ""

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.layer_specs import MLPSpec
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
 """Bytes per number by dtype."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertCost:
+    """Counts the experts of layers that are alike.
+
+    Attributes:
+        layers: number of the layers.
+        count: experts of each.
+        per_token: experts that a token goes through.
+        numbers: weights of one expert.
+    """
+
+    layers: int
+    count: int
+    per_token: int
+    numbers: int
+
+    def unread(self, tokens: float) -> float:
+        """Returns the weights of experts that no one of so many tokens goes through, if all experts are as likely."""
+        return self.layers * self.numbers * self.count * (1 - self.per_token / self.count) ** tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +38,7 @@ class ModelCost:
     """Counts of one model; numbers of elements unless a name says bytes.
 
     Attributes:
-        layers: weights of the layers' matrices.
+        layers: weights of the layers' matrices, those of all experts included.
         head: of the output matrix.
         norms: weights that no matmul uses.
         embedding_row: numbers looked up for a token; 0 where the embedding is the output matrix.
@@ -24,6 +47,7 @@ class ModelCost:
         token_bytes: keys and values of one token in all layers.
         windows: of each layer, the positions that it attends to; () where no layer has a window.
         item_bytes: of one weight.
+        experts: of the layers that have some.
     """
 
     layers: int
@@ -35,6 +59,7 @@ class ModelCost:
     token_bytes: int
     item_bytes: int
     windows: tuple[int | None, ...] = ()
+    experts: tuple[ExpertCost, ...] = ()
 
     @classmethod
     def of(cls, model: ModelConfig, dtype: str, pool_dtype: str) -> ModelCost:
@@ -50,14 +75,17 @@ class ModelCost:
         last, size = model.layer_specs[-1], model.embedding_size or hidden
         norms = 0 if last.norm_place == "sum" else hidden * (1 + (last.norm == "layer"))
         layers = 0 if size == hidden else 2 * hidden * size  # the projections of embeddings
+        experts: collections.Counter[tuple[int, int, int]] = collections.Counter()
         for layer in model.layer_specs:
             attention, mlp = layer.attention, layer.mlp
-            inward = (1 + (mlp.kind == "gated")) * mlp.intermediate_size
-            layers += hidden * (projected + heads * model.head_dim + inward + mlp.intermediate_size)
+            layers += hidden * (projected + heads * model.head_dim) + _mlp_matrices(mlp, hidden)
             # What has several axes counts with the matrices.
-            layers += attention.qkv_bias * projected + attention.sinks * heads + mlp.bias * inward
+            layers += attention.qkv_bias * projected + attention.sinks * heads
+            if mlp.router is not None:
+                experts[mlp.router.num_experts, mlp.router.per_token, _expert(mlp, hidden)] += 1
             count = 4 if layer.norm_place == "both" else 2
-            norms += hidden * (count * (1 + (layer.norm == "layer")) + attention.out_bias + mlp.bias)
+            norms += hidden * (count * (1 + (layer.norm == "layer")) + attention.out_bias)
+            norms += mlp.router.bias * mlp.router.num_experts if mlp.router else hidden * mlp.bias
             norms += attention.qk_norm * 2 * model.head_dim
             norms += attention.whole_qk_norm * (heads + model.num_key_value_heads) * model.head_dim
         table = model.vocab_size * size
@@ -78,7 +106,18 @@ class ModelCost:
             * ITEM_BYTES[pool_dtype],
             item_bytes=ITEM_BYTES[dtype],
             windows=windows if any(windows) else (),
+            experts=tuple(ExpertCost(count, *alike) for alike, count in experts.items()),
         )
+
+    def read(self, tokens: float) -> float:
+        """Returns the weights of the layers' matrices that a step of so many tokens reads: of experts those that are
+        chosen, on average."""
+        return self.layers - sum(each.unread(tokens) for each in self.experts)
+
+    @property
+    def multiplied(self) -> int:
+        """Weights of the layers' matrices that a token is multiplied by."""
+        return self.layers - sum(each.layers * (each.count - each.per_token) * each.numbers for each in self.experts)
 
     def seen(self, positions: float, tokens: float) -> float:
         """Returns the positions that tokens attend to, a layer's on average, where they would attend to `positions` in
@@ -94,3 +133,18 @@ class ModelCost:
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
         return (self.layers + self.head + self.norms + self.embedding) * self.item_bytes
+
+
+def _mlp_matrices(mlp: MLPSpec, hidden: int) -> int:
+    """Returns the weights of an MLP's matrices and of the biases of its hidden layer; of experts those of all."""
+    router = mlp.router
+    if router is None:
+        inward = (1 + (mlp.kind == "gated")) * mlp.intermediate_size
+        return hidden * (inward + mlp.intermediate_size) + mlp.bias * inward
+    shared = 0 if router.shared_size is None else hidden * (3 * router.shared_size + 1)
+    return router.num_experts * (hidden + _expert(mlp, hidden)) + shared
+
+
+def _expert(mlp: MLPSpec, hidden: int) -> int:
+    """Returns the weights of one expert."""
+    return 3 * hidden * mlp.intermediate_size + mlp.bias * (2 * mlp.intermediate_size + hidden)

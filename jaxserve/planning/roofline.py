@@ -103,7 +103,7 @@ class RooflineCosts:
         self._fixed: dict[tuple[int, int], float] = {}
         source = "roofline" if report is None else "roofline of the compiled programs"
         self.name = f"{source}, {model.architecture} in {dtype} on {target.device_kind}"
-        per_token = 2 * self.cost.layers / self._flops
+        per_token = 2 * self.cost.multiplied / self._flops
         self.preemption = PreemptionCosts(per_token, 2 * self._copy_seconds)
 
     def seconds(self, shape: StepShape) -> float:
@@ -147,7 +147,8 @@ class RooflineCosts:
             logits = 2 * 4 * size * self._vocab_size  # float32, written and read once
             return cost.head * cost.item_bytes + logits, 2.0 * cost.head * size
         rows = size * cost.embedding_row
-        return (cost.layers + cost.norms + rows) * cost.item_bytes + size * cost.token_bytes, 2.0 * cost.layers * size
+        moved = (cost.read(size) + cost.norms + rows) * cost.item_bytes + size * cost.token_bytes
+        return moved, 2.0 * cost.multiplied * size
 
 
 def _read_report(
@@ -198,7 +199,8 @@ def pool_pages(
     """
     cost = ModelCost.of(model, dtype, pool_dtype)
     tokens, rows = limits["max_num_batched_tokens"], limits["max_num_seqs"]
-    widest = tokens * (2 * model.intermediate_size + 2 * model.hidden_size) * ITEM_BYTES[dtype]
+    through = max(layer.mlp.router.per_token if layer.mlp.router else 1 for layer in model.layer_specs)
+    widest = tokens * through * (2 * model.intermediate_size + 2 * model.hidden_size) * ITEM_BYTES[dtype]
     temporaries = widest + 2 * rows * model.vocab_size * 4 + _MARGIN_BYTES
     left = target.device_memory_bytes * limits["gpu_memory_utilization"] - cost.weight_bytes - temporaries
     groups = layer_groups(model.layer_kinds, page_size, limits["max_model_len"])

@@ -193,7 +193,8 @@ class Shapes:
 
 def products_of(shapes: Shapes, mesh: Mesh) -> Products:
     """Returns the matrix products of the model's layers."""
-    return products_for(shapes.dtype, mesh, packed=shapes.packed, by_rows=bool(shapes.row_products))
+    experts = any(layer.mlp.kind == "experts" for layer in shapes.model.layer_specs)
+    return products_for(shapes.dtype, mesh, packed=shapes.packed, by_rows=bool(shapes.row_products), experts=experts)
 
 
 def program_keys(shapes: Shapes) -> list[ProgramKey]:
@@ -430,7 +431,7 @@ def forward(
     attend = paged_attend(metadata, shapes.attention, mesh, decode_only=decode_only, cascade=shapes.cascade)
     model = bind(shapes.model, weights.params, products_of(shapes, mesh))
     caches = LayerCaches(pools, weights.kv_scales, shapes.groups.places)
-    computed, caches = model(token_ids, metadata[0].positions, caches, attend)
+    computed, caches = model(token_ids, metadata[0].positions, caches, attend, metadata[0].query_start_loc)
     # Its index is always 0, but sent by the host: XLA makes an update at a constant index an asynchronous copy, which
     # cannot join the rest of the step in one CUDA graph.
     hidden = jax.lax.dynamic_update_slice_in_dim(hidden, computed, fields["query_start_loc"][0], axis=0)

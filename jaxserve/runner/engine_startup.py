@@ -315,8 +315,7 @@ def _read_weights(config: EngineConfig, shapes: Shapes, mesh: Mesh) -> tuple[Wei
     if quantized and stored is not None:
         scales, told = stored.of(shapes.pool_dtype), f"{told}, scales from the checkpoint"
     elif quantized:
-        plain = dataclasses.replace(products, packed="")
-        scales = calibrate(shapes.model, params, shapes.pool_dtype, mesh, plain)
+        scales = calibrate(shapes.model, params, shapes.pool_dtype, mesh, products.unpacked)
         told = f"{told}, scales measured with random tokens"
     params = pack_for(shapes.model, params, products)
     return Weights(params, None if scales is None else placed(scales, mesh)), told

@@ -29,6 +29,7 @@ class Family:
         names: of the tensors of its checkpoints.
         rope_theta: base of rotary embeddings where no key tells it.
         rope_keys: settings among the rotary ones that `layers` reads.
+        dequantized: values of `quant_method` in `quantization_config` for which loading dequantizes the tensors.
         nested_rope: layers of full attention have rotary settings of their own (`rope_parameters` may be nested).
         scaled_context: max_position_embeddings is the context after linear scaling.
     """
@@ -45,5 +46,6 @@ class Family:
     names: TensorNames = TensorNames()
     rope_theta: float = 10000.0
     rope_keys: frozenset[str] = frozenset()
+    dequantized: frozenset[str] = frozenset()
     nested_rope: bool = False
     scaled_context: bool = False

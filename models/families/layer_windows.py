@@ -19,8 +19,10 @@ def layer_windows(keys: Mapping[str, Any], default: Sequence[str] | None = None)
     Raises ValueError where the keys contradict each other or name another type of attention.
     """
     count = required_count(keys, "num_hidden_layers")
-    window = optional_count(keys, "sliding_window")
-    if not flag(keys, "use_sliding_window"):
+    windowed = flag(keys, "use_sliding_window")
+    # transformers writes 0 for a window that is off (Qwen2-MoE).
+    window = optional_count(keys, "sliding_window") if windowed or keys.get("sliding_window") != 0 else None
+    if not windowed:
         window = None
     types, full = keys.get("layer_types"), keys.get("max_window_layers")
     if types is None and default is not None:

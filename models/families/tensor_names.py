@@ -8,6 +8,7 @@ from typing import Any
 
 EMBEDDING = "model.embed_tokens"
 LAYERS = "model.layers"
+EXPERTS = "mlp.experts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,9 @@ class TensorNames:
     Attributes:
         renamed: the family's name of a module, where it differs.
         fused: modules that one tensor holds one after the other, by its module.
+        expert_matrices: the family's names of the matrices of an expert, where they differ.
+        fused_experts: tensors that hold matrices of all experts, by what stands behind the experts' module: the
+            matrices whose rows they hold in turn, transposed. Their biases have the same name with `_bias`.
         transposed: modules whose matrices are stored [in, out].
         skipped_rows: rows of a module's tensor that stand before the first that is used.
         prefixes: beginnings of names as some checkpoints have them, and what stands for them in the others.
@@ -28,6 +32,8 @@ class TensorNames:
 
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    expert_matrices: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fused_experts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
     skipped_rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
     prefixes: tuple[tuple[str, str], ...] = ()
@@ -53,6 +59,8 @@ class TensorNames:
         """
         prefix = "" if layer is None else f"{self.layer_prefix}{layer}."
         rows = {source.tensor.rpartition(".")[0]: source.shape[0] for source in sources}
+        if sources and sources[0].tensor.startswith(f"{EXPERTS}."):
+            return tuple(self._of_expert(source, len(sources), prefix) for source in sources)
         return tuple(self._stored(source, rows, prefix) for source in sources)
 
     def canonical(self, name: str) -> str:
@@ -68,6 +76,25 @@ class TensorNames:
 
     def _module(self, name: str) -> str:
         return self.renamed.get(name, name)
+
+    def _of_expert(self, source: Any, count: int, prefix: str) -> Any:
+        """Returns a source of one of `count` experts."""
+        number, matrix, kind = source.tensor.removeprefix(f"{EXPERTS}.").split(".")
+        module = prefix + self._module(EXPERTS)
+        for fused, matrices in self.fused_experts.items():
+            if matrix in matrices:
+                rows, *rest = source.shape
+                return dataclasses.replace(
+                    source,
+                    tensor=f"{module}.{fused}{'_bias' if kind == 'bias' else ''}",
+                    shape=(count, *rest, rows * len(matrices)),
+                    transposed=bool(rest),
+                    item=int(number),
+                    every=(matrices.index(matrix), len(matrices)) if len(matrices) > 1 else None,
+                )
+        return dataclasses.replace(
+            source, tensor=f"{module}.{number}.{self.expert_matrices.get(matrix, matrix)}.{kind}"
+        )
 
     def _stored(self, source: Any, rows: Mapping[str, int], prefix: str) -> Any:
         module, _, kind = source.tensor.rpartition(".")

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layer_specs import LayerSpec
+from jaxserve.models.layers.experts import Experts
 from jaxserve.models.layers.matmul import Products
 from jaxserve.models.layers.mlp import MLP
 from jaxserve.models.layers.norm import LayerNorm, RMSNorm, make_norm
@@ -64,7 +65,8 @@ class Layer(nnx.Module):
         )
         self.attention_out_norm = norm(outputs, "post_attention_layernorm")
         self.mlp_norm = norm(inputs, mlp_input)
-        self.mlp = MLP(spec.mlp, hidden, dtype, products, rngs)
+        mlp = Experts if spec.mlp.kind == "experts" else MLP
+        self.mlp = mlp(spec.mlp, hidden, dtype, products, rngs)
         self.mlp_out_norm = norm(outputs, "post_feedforward_layernorm")
 
     def __call__(self, x: jax.Array, places: Places, cache: Cache, attend: Attend) -> tuple[jax.Array, Cache]:
@@ -72,7 +74,8 @@ class Layer(nnx.Module):
         attended, cache = self.attention(entering, places, cache, attend)
         x = self._added(x, attended, self.attention_out_norm, self.attention_norm)
         entering = x if self.sums else _normed(self.mlp_norm, x)
-        return self._added(x, self.mlp(entering), self.mlp_out_norm, self.mlp_norm), cache
+        y = self.mlp(entering, places.query_start_loc) if isinstance(self.mlp, Experts) else self.mlp(entering)
+        return self._added(x, y, self.mlp_out_norm, self.mlp_norm), cache
 
     def _added(self, x: jax.Array, y: jax.Array, out_norm: Norm | None, norm: Norm | None) -> jax.Array:
         """Adds an output to the residual stream; `norm` is applied to their sum where it stands there."""
@@ -120,7 +123,14 @@ class Decoder(nnx.Module):
         self.project_out = projection("project_out", size, hidden)
         self.head = None if config.tie_word_embeddings else head.make(rngs, dtype)
 
-    def __call__(self, tokens: jax.Array, positions: jax.Array, caches: Any, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        caches: Any,
+        attend: Attend,
+        query_start_loc: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
         """Computes hidden states after the final norm.
 
         Args:
@@ -128,11 +138,13 @@ class Decoder(nnx.Module):
             positions: int32 [...], the position of each token in its own sequence.
             caches: of each layer, by its number: a list, or `LayerCaches` where layers store in the same arrays. Each
                 is passed to `attend` and replaced, in a copy, by what it returns before the next layer gets its own.
+            attend: stores keys and values, and attends.
+            query_start_loc: int32 [rows + 1], tokens past its last entry are padding; None where there is none.
 
         Returns:
             (hidden [..., H] in the weights' dtype, the copy of caches).
         """
-        places = Places(positions, self._rotations(positions))
+        places = Places(positions, self._rotations(positions), query_start_loc)
         x = self._embedded(tokens, positions)
         assert len(caches) == len(self.layers), f"{len(self.layers)} layers have {len(caches)} caches"
         caches = copy.copy(caches)

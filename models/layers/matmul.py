@@ -11,9 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxserve.models.layers.parameter import Packing, Parameter
+from jaxserve.pallas_kernels import grouped_matmul
 from jaxserve.pallas_kernels.cpu import linear, panel_products, row_products
+from jaxserve.pallas_kernels.grouped_matmul import cpu_packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +29,17 @@ class Products:
             instructions for it or `panel_products.kernels()`; their results are float32. "" for unpacked weights.
         rows: name of the dtype of weights that are not packed where `pallas_kernels.cpu.row_products` multiplies by
             them, with float32 results; "" for XLA's dots, whose bits depend on the number of rows and of threads.
+        experts: name of the implementation of `pallas_kernels.grouped_matmul` that multiplies by the matrices of
+            experts.
+        mesh: devices that hold parts of these matrices, where there are several and the implementation is told which;
+            None lets XLA partition.
     """
 
     dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
     packed: str = ""
     rows: str = ""
+    experts: str = "xla"
+    mesh: Mesh | None = None
 
     def prepare(self) -> None:
         """Registers the kernels that programs with these products call; must precede loading or running one."""
@@ -40,6 +49,13 @@ class Products:
             panel_products.prepare(self.rows)
         if self.rows:
             row_products.prepare(self.rows)
+            grouped_matmul.prepare(self.experts, self.rows)
+
+    @property
+    def unpacked(self) -> Products:
+        """The same products of weights that are not packed."""
+        experts = "cpu" if self.experts == "cpu_packed" else self.experts
+        return dataclasses.replace(self, packed="", experts=experts)
 
     @property
     def in_pairs(self) -> bool:
@@ -65,6 +81,12 @@ class Products:
             return y[..., 0, :], y[..., 1, :]
         first, second = contract_each(x, weights, self.dtype)
         return first, second
+
+    def grouped_matmul(self, x: jax.Array, weights: jax.Array, offsets: jax.Array) -> jax.Array:
+        """Multiplies rows [M, K], sorted by expert, by their experts' matrices [E, N, K]: [M, N]."""
+        dtype = jnp.float32 if self.rows else self.dtype
+        form = grouped_matmul.IMPLEMENTATIONS[self.experts].forms[0]
+        return grouped_matmul.grouped_matmul(x, weights, offsets, implementation=self.experts, form=form, dtype=dtype)
 
     def swiglu(self, x: jax.Array, gate_up: jax.Array) -> jax.Array:
         """Computes silu(x gate^T) * (x up^T) for gate_up [2, I, H]: [..., I] in x's dtype."""
@@ -100,17 +122,21 @@ def contract_each(x: jax.Array, weights: jax.Array, product: jax.typing.DTypeLik
 
 def packed_kernels(dtype: np.dtype, declared: Iterable[Parameter]) -> str:
     """Returns the name of this CPU's kernels for all packable ones of these parameters in `dtype`; "" without any."""
-    sizes = [_size(each) for each in declared if each.packing is not Packing.NONE]
+    packable = [each for each in declared if each.packing is not Packing.NONE]
+    sizes = [_size(each) for each in packable]
     if dtype.name == "bfloat16" and linear.runs_here() and all(linear.fits(*size) for size in sizes):
         return linear.kernels()
-    if all(panel_products.fits(out) for out, _ in sizes):
+    # Matrices of experts then stay as they are stored.
+    if all(panel_products.fits(_size(each)[0]) for each in packable if each.packing is not Packing.EXPERTS):
         return panel_products.kernels()
     return ""
 
 
 def _size(parameter: Parameter) -> tuple[int, int]:
-    """Returns (out, in) of the matrix that a kernel reads; gate and up have the same."""
+    """Returns (out, in) of the matrix that a kernel reads; gate and up have the same, and so have experts."""
     out = math.prod(parameter.shape) // parameter.dot_length
+    if parameter.packing is Packing.EXPERTS:
+        out //= parameter.shape[0]
     return (out // 2 if parameter.packing is Packing.GATE_UP else out), parameter.dot_length
 
 
@@ -122,6 +148,8 @@ def packed(weight: jax.Array, parameter: Parameter, products: Products) -> jax.A
 @functools.lru_cache(maxsize=16)
 def _packed(sharding: jax.sharding.Sharding, packing: Packing, axes: int, in_pairs: bool) -> Any:
     def pack(weight: jax.Array) -> jax.Array:
+        if packing is Packing.EXPERTS:
+            return cpu_packed.pack(weight)
         if not in_pairs:
             matrix = weight.reshape(-1, weight.shape[-1]) if packing is Packing.GATE_UP else _matrix(weight, axes)
             return panel_products.pack(matrix).reshape(weight.shape)

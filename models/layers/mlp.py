@@ -26,10 +26,19 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class MLP(nnx.Module):
     """Computes down(activation(gate(x)) * up(x)), or down(activation(up(x))) where there is no gate.
 
-    Gate and up are fused: gate_up [2, I, H]; up alone is [I, H], and down is [H, I].
+    Gate and up are fused: gate_up [2, I, H]; up alone is [I, H], and down is [H, I]. `name` is that of the MLP in
+    checkpoints.
     """
 
-    def __init__(self, spec: MLPSpec, hidden: int, dtype: jnp.dtype, products: Products, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        spec: MLPSpec,
+        hidden: int,
+        dtype: jnp.dtype,
+        products: Products,
+        rngs: nnx.Rngs,
+        name: str = "mlp",
+    ):
         wide = spec.intermediate_size
         self.products = products
         self.activation = spec.activation
@@ -42,10 +51,10 @@ class MLP(nnx.Module):
 
         def gate_and_up(kind: str, *shape: int) -> tuple[Source, ...]:
             if not self.gated:
-                return (Source(f"mlp.up_proj.{kind}", (wide, *shape)),)
+                return (Source(f"{name}.up_proj.{kind}", (wide, *shape)),)
             return tuple(
-                Source(f"mlp.{name}.{kind}", (wide, *shape), 0, part, part + 1)
-                for part, name in enumerate(("gate_proj", "up_proj"))
+                Source(f"{name}.{matrix}.{kind}", (wide, *shape), 0, part, part + 1)
+                for part, matrix in enumerate(("gate_proj", "up_proj"))
             )
 
         pair = (2,) if self.gated else ()
@@ -53,8 +62,8 @@ class MLP(nnx.Module):
         packing = Packing.GATE_UP if self.fused else Packing.MATRIX
         up = Parameter((*pair, wide, hidden), P(*split, None), gate_and_up("weight", hidden), packing=packing)
         up_bias = Parameter((*pair, wide), P(*split), gate_and_up("bias"), initial=Initial.ZEROS)
-        down = (Source("mlp.down_proj.weight", (hidden, wide)),)
-        down_bias = Parameter((hidden,), P(None), (Source("mlp.down_proj.bias", (hidden,)),), initial=Initial.ZEROS)
+        down = (Source(f"{name}.down_proj.weight", (hidden, wide)),)
+        down_bias = Parameter((hidden,), P(None), (Source(f"{name}.down_proj.bias", (hidden,)),), initial=Initial.ZEROS)
         self.gate_up = make(up) if self.gated else None
         self.up = None if self.gated else make(up)
         self.down = make(Parameter((hidden, wide), P(None, "tensor"), down, packing=Packing.MATRIX))

@@ -36,6 +36,7 @@ class Packing(enum.Enum):
     NONE = "none"
     MATRIX = "matrix"
     GATE_UP = "gate and up"
+    EXPERTS = "matrices of experts"
 
 
 class Initial(enum.Enum):
@@ -60,6 +61,9 @@ class Source:
         transposed: the tensor's two axes are the other way round; `rows` are those of the tensor turned back.
         order: index along the parameter's axis 2 (the elements of a head) of each element that is taken; None for all
             in order.
+        item: the index along the tensor's first axis that is taken, where it holds what several parameters, or parts of
+            one, are filled with; the other fields are then about this item.
+        every: (first, step) of the rows that are taken, where it holds several parts row by row; None takes all.
     """
 
     tensor: str
@@ -70,6 +74,8 @@ class Source:
     rows: tuple[int, int] | None = None
     transposed: bool = False
     order: tuple[int, ...] | None = None
+    item: int | None = None
+    every: tuple[int, int] | None = None
 
     def target(self, parameter: np.ndarray) -> np.ndarray:
         """Returns the part of a parameter that this source fills, as a view."""
@@ -78,10 +84,14 @@ class Source:
         return parameter[(slice(None),) * self.axis + (slice(self.start, self.stop),)]
 
     def values(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Returns the numbers of a tensor that fill a part of this shape; a view unless they come in another order."""
+        """Returns the numbers of a tensor, or of its `item`, that fill a part of this shape; a view unless they come in
+        another order.
+        """
         tensor = tensor.T if self.transposed else tensor
         if self.rows is not None:
             tensor = tensor[self.rows[0] : self.rows[1]]
+        if self.every is not None:
+            tensor = tensor[self.every[0] :: self.every[1]]
         values = tensor.reshape(shape)
         return values if self.order is None else np.take(values, np.array(self.order), axis=2)
 

@@ -34,10 +34,12 @@ class Places(NamedTuple):
     Attributes:
         positions: int32 [...], of each token in its own sequence.
         rotations: by the `SelfAttentionSpec.rope` of the layers that rotate so.
+        query_start_loc: int32 [rows + 1], tokens past its last entry are padding; None where there is none.
     """
 
     positions: jax.Array
     rotations: Mapping[Rope | None, Rotation]
+    query_start_loc: jax.Array | None = None
 
 
 class Attend(Protocol):

@@ -25,6 +25,7 @@ from jaxserve.models.layers.rope import Rope
 from jaxserve.models.loading import kv_scales
 from jaxserve.models.loading.json_files import read_object
 from jaxserve.models.loading.kv_scales import KVScales
+from jaxserve.models.loading.mxfp4 import MXFP4Tensor
 from jaxserve.models.loading.safetensors_file import DTYPES, StoredTensor
 from jaxserve.models.loading.stored import (
     HEAD,
@@ -110,7 +111,8 @@ def read_ahead(directory: str | pathlib.Path, config: ModelConfig) -> None:
     if _holds_orbax(directory):
         files = [path for path in (directory / ORBAX_FOLDER).rglob("*") if path.is_file()]
     else:
-        files = sorted({tensor.path for tensor in _used_tensors(_stored(directory, config), config).values()})
+        used = _used_tensors(_stored(directory, config), config).values()
+        files = sorted({part.path for tensor in used for part in tensor.parts})
     block = bytearray(READ_BYTES)
     for path in files:
         with path.open("rb", buffering=0) as file:
@@ -237,24 +239,27 @@ def _load_safetensors(directory: pathlib.Path, config: ModelConfig, dtype: Any, 
     return tree
 
 
-def _used_tensors(stored: Stored, config: ModelConfig) -> dict[str, StoredTensor]:
+def _used_tensors(stored: Stored, config: ModelConfig) -> dict[str, StoredTensor | MXFP4Tensor]:
     """Returns the stored tensor of each tensor the model needs. Raises ValueError where they do not match."""
     if stored.tensors and stored.num_layers < config.num_hidden_layers:
         raise ValueError(
             f"config.json num_hidden_layers is {config.num_hidden_layers}; checkpoint {stored.directory} has tensors "
             f"of {stored.num_layers} layers"
         )
-    used: dict[str, StoredTensor] = {}
+    used: dict[str, StoredTensor | MXFP4Tensor] = {}
     for path, parameter in parameters(config).items():
         for source in parameter.sources:
             used[source.tensor] = _check_tensor(stored, path, source, config)
-    taken = set(used.values())
+    taken = {part for tensor in used.values() for part in tensor.parts}
     left = (name for name, tensor in stored.tensors.items() if tensor not in taken)
     unused = sorted(name for name in left if not _unneeded(name, config))
     if unused:
         more = (
             f"; num_hidden_layers is {config.num_hidden_layers}" if stored.num_layers > config.num_hidden_layers else ""
         )
+        if any(".experts." in name for name in unused):
+            counts = {layer.mlp.router.num_experts for layer in config.layer_specs if layer.mlp.router}
+            more += f"; layers have {max(counts, default=0)} experts"
         raise ValueError(
             f"checkpoint {stored.directory} holds {_some(unused)} that {config.architecture} does not use as "
             f"configured{more}"
@@ -297,18 +302,20 @@ def _differing_buffers(stored: Stored, config: ModelConfig) -> list[str]:
     ]
 
 
-def _assemble(leaf: jax.ShapeDtypeStruct, sources: tuple[Source, ...], stored: Mapping[str, StoredTensor]) -> jax.Array:
+def _assemble(
+    leaf: jax.ShapeDtypeStruct, sources: tuple[Source, ...], stored: Mapping[str, StoredTensor | MXFP4Tensor]
+) -> jax.Array:
     """Assembles one parameter on its devices. The host buffer is freed on return, before the next one is made."""
     buffer = np.empty(leaf.shape, leaf.dtype)
     for source in sources:
         target = source.target(buffer)
         # Converts in small blocks from the mapped file to its place, with no array in between.
-        np.copyto(target, source.values(stored[source.tensor].view(), target.shape), casting="unsafe")
+        np.copyto(target, stored[source.tensor].values(source, target.shape), casting="unsafe")
     # Without the wait, buffers would queue up faster than a device takes them.
     return jax.block_until_ready(jax.device_put(buffer, leaf.sharding))
 
 
-def _check_tensor(stored: Stored, path: Path, source: Source, config: ModelConfig) -> StoredTensor:
+def _check_tensor(stored: Stored, path: Path, source: Source, config: ModelConfig) -> StoredTensor | MXFP4Tensor:
     """Returns the tensor of a source. Raises ValueError where it is missing or does not match the source."""
     tensor = stored.find(source.tensor)
     if tensor is None and source.tensor == stored.embedding and config.tie_word_embeddings:

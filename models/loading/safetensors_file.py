@@ -27,6 +27,8 @@ DTYPES: dict[str, np.dtype] = {
 }
 """Supported dtypes of weights by their names in the format; other tensors are listed but cannot be read."""
 
+_ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {"U8": 1}
+
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 
 _BLOCK = 4 * 1024 * 1024
@@ -43,12 +45,23 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
 
-    def view(self) -> np.ndarray:
-        """Returns the tensor as a read-only view.
+    def view(self, item: int | None = None) -> np.ndarray:
+        """Returns the tensor as a read-only view, or what it holds at an index of its first axis.
 
         Its pages are read when they are touched and unmapped when the view is dropped.
         """
-        return np.memmap(self.path, dtype=DTYPES[self.dtype], mode="r", offset=self.offset, shape=self.shape)
+        dtype = np.dtype(np.uint8) if self.dtype == "U8" else DTYPES[self.dtype]
+        whole = np.memmap(self.path, dtype=dtype, mode="r", offset=self.offset, shape=self.shape)
+        return whole if item is None else whole[item]
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """The tensor itself; what stands for a tensor that is not stored as such has several parts."""
+        return (self,)
+
+    def values(self, source: Any, shape: tuple[int, ...]) -> np.ndarray:
+        """Returns what a `jaxserve.models.layers.parameter.Source` takes of the tensor, in a shape."""
+        return source.values(self.view(source.item), shape)
 
 
 def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
@@ -129,7 +142,7 @@ def _entry(path: pathlib.Path, name: str, fields: Any, data: int, size: int) -> 
         raise ValueError(f"checkpoint file {path} is not safetensors: malformed header of tensor {name}") from error
     if data + end > size:
         raise ValueError(f"checkpoint file {path} is truncated: {size} bytes, tensor {name} ends at {data + end}")
-    if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+    if dtype in _ITEM_BYTES and end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
         raise ValueError(
             f"checkpoint file {path} is not safetensors: tensor {name} has {end - begin} bytes, which dtype {dtype} "
             f"and shape {list(shape)} do not fill"

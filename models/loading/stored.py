@@ -16,7 +16,9 @@ from typing import Any
 
 from jaxserve.models.families import tensor_names
 from jaxserve.models.families.tensor_names import TensorNames
+from jaxserve.models.loading import mxfp4
 from jaxserve.models.loading.json_files import parse
+from jaxserve.models.loading.mxfp4 import MXFP4Tensor
 from jaxserve.models.loading.safetensors_file import DTYPES, StoredTensor, read_header, same_values
 
 SINGLE_FILE = "model.safetensors"
@@ -54,8 +56,8 @@ class Stored:
         """Name of the tensor that holds the embedding."""
         return self.names.embedding
 
-    def find(self, name: str) -> StoredTensor | None:
-        """Returns a tensor that the model needs; None where neither a file nor the index has it.
+    def find(self, name: str) -> StoredTensor | MXFP4Tensor | None:
+        """Returns a tensor that the model needs, or what stands for it; None where neither a file nor the index has it.
 
         Raises ValueError, one line, where it cannot be had as the index says. What the index says of other tensors does
         not matter.
@@ -63,7 +65,7 @@ class Stored:
         for faults in (self.unusable, self.absent):
             if name in faults:
                 raise ValueError(faults[name])
-        return self.tensors.get(name)
+        return self.tensors.get(name) or mxfp4.find(self.tensors, name)
 
     @property
     def num_layers(self) -> int:
@@ -95,7 +97,8 @@ def has_own_head(stored: Stored) -> bool:
     # One that is listed and in no file is none: indexes are copied. One in a file that is missing may differ.
     if HEAD not in stored.tensors and HEAD not in stored.unusable:
         return False
-    head, embedding = stored.find(HEAD), stored.tensors.get(stored.embedding)
+    stored.find(HEAD)  # raises where it cannot be had
+    head, embedding = stored.tensors.get(HEAD), stored.tensors.get(stored.embedding)
     if head is None or embedding is None:
         return False
     if head.dtype not in DTYPES or embedding.dtype not in DTYPES:

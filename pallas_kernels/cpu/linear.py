@@ -264,14 +264,19 @@ def _multiply_tiles(x, rows, k, weights, out, out_step, sums):
     tiles.multiply_panel(x, rows, k, weights, out, out_step)
 
 
+def panel_products(chosen):
+    """What multiplies rows by a panel, with vectors or in tiles: what shapes the registers for so many rows before, the
+    product, what gives the registers back, and the rows that are multiplied by a panel before the next ones."""
+    if chosen == _TILES:
+        return tiles.begin, _multiply_tiles, tiles.end, _GROUP
+    return _no_begin, _multiply_panel, _no_end, _ALL
+
+
 @functools.cache
 def _works(chosen):
     """What `linear` and `swiglu` do for an item, with vectors or in tiles."""
-    begin, multiply, end = _no_begin, _multiply_panel, _no_end
-    group, run_of = _ALL, _panels_of_run
-    if chosen == _TILES:
-        begin, multiply, end = tiles.begin, _multiply_tiles, tiles.end
-        group, run_of = _GROUP, _panels_of_run_in_tiles
+    begin, multiply, end, group = panel_products(chosen)
+    run_of = _panels_of_run_in_tiles if chosen == _TILES else _panels_of_run
 
     @njit
     def num_runs(frame):

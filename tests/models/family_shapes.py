@@ -62,6 +62,15 @@ GRANITE = {
     "attention_multiplier": 0.1,
 }
 
+QWEN2_MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48} | {
+    "shared_expert_intermediate_size": 80
+}
+QWEN3_MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "head_dim": 32}
+
+GPT_OSS = {"sliding_window": WINDOW, "num_experts_per_tok": 3, "head_dim": 32} | _scaled(
+    "yarn", factor=8.0, original_max_position_embeddings=32, truncate=False, rope_theta=150000.0
+)
+
 FAMILIES: dict[str, tuple[str, str, tuple[dict[str, Any], ...]]] = {
     "llama": (
         "LlamaForCausalLM",
@@ -103,6 +112,48 @@ FAMILIES: dict[str, tuple[str, str, tuple[dict[str, Any], ...]]] = {
             UNTIED | {"sliding_window": WINDOW, "head_dim": 32},
             ODD | SINGLE | TIED | {"sliding_window": None, "head_dim": 12},
             MANY | UNTIED | {"sliding_window": WINDOW, "head_dim": 16, "rope_theta": 1e6},
+        ),
+    ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "mixtral",
+        (
+            UNTIED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+            ODD | SINGLE | TIED | {"num_local_experts": 3, "num_experts_per_tok": 3, "sliding_window": WINDOW},
+            MANY | UNTIED | {"num_local_experts": 8, "num_experts_per_tok": 1, "head_dim": 32, "rope_theta": 10000.0},
+        ),
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        "qwen2_moe",
+        (
+            QWEN2_MOE | UNTIED | {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": WINDOW},
+            QWEN2_MOE | ODD | SINGLE | TIED | {"mlp_only_layers": [0], "qkv_bias": False},
+            QWEN2_MOE | MANY | UNTIED | {"norm_topk_prob": True, "hidden_act": "gelu", "num_experts_per_tok": 8},
+        ),
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        (
+            QWEN3_MOE | UNTIED | {"norm_topk_prob": True, "mlp_only_layers": [1], "num_hidden_layers": 3},
+            QWEN3_MOE | ODD | SINGLE | TIED | {"num_experts_per_tok": 1, "attention_bias": True, "head_dim": 12},
+            QWEN3_MOE
+            | MANY
+            | UNTIED
+            | {"norm_topk_prob": False, "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": WINDOW},
+        ),
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "gpt_oss",
+        (
+            GPT_OSS | UNTIED | {"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 1.0},
+            GPT_OSS | ODD | SINGLE | TIED | {"num_local_experts": 6, "layer_types": [FULL, SLIDING], "head_dim": 12},
+            GPT_OSS
+            | MANY
+            | UNTIED
+            | {"num_local_experts": 5, "num_experts_per_tok": 1, "attention_bias": False, "num_hidden_layers": 3},
         ),
     ),
     "ministral": (
@@ -262,7 +313,7 @@ def random_weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
             elif parameter.initial is Initial.ZEROS or path[-1] in ("embedding", "positions"):
                 drawn = 0.3 * drawn
             else:
-                drawn = 1.5 * drawn / np.sqrt(source.shape[0 if source.transposed else -1])
+                drawn = 1.5 * drawn / np.sqrt(source.shape[-2 if source.transposed else -1])
             tensors[source.tensor] = drawn.astype(np.float32)
     return tensors
 

@@ -17,8 +17,9 @@ from jaxserve.models.layers.attention_backends import (
     dense_attend,
     paged_attend,
 )
+from jaxserve.models.layers.matmul import Products
 from jaxserve.models.loading.kv_scales import placed
-from jaxserve.models.params import bind, make_mesh
+from jaxserve.models.params import bind, make_mesh, products_for
 from jaxserve.pallas_kernels.paged_attention import api
 from jaxserve.pallas_kernels.paged_attention.pool import new_pool
 
@@ -57,9 +58,11 @@ def paged_step(
     scales: list[Scales] | None = None,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """float32 logits [T, V] of a step, and the pools."""
-    model = bind(config, params)
+    products = Products() if mesh is None else products_for("float32", mesh, experts=True)
+    model = bind(config, params, products)
     attend = paged_attend([metadata], implementation, mesh)
-    hidden, caches = model(tokens, metadata.positions, LayerCaches(pools, scales), attend)
+    caches = LayerCaches(pools, scales)
+    hidden, caches = model(tokens, metadata.positions, caches, attend, metadata.query_start_loc)
     return model.logits(hidden), caches.pools
 
 

@@ -27,7 +27,12 @@ MARGIN = 1e-3
 def load(path: pathlib.Path) -> torch.nn.Module:
     """The model of a checkpoint, by transformers; every tensor is one that it has."""
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager", device_map=None, output_loading_info=True
+        path,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        device_map=None,
+        output_loading_info=True,
     )
     assert not any(loading[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
     return model.eval()

@@ -11,7 +11,7 @@ import pytest
 from jaxserve.config.settings import CacheConfig, EngineConfig, SchedulerConfig
 from jaxserve.models import params
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layer_specs import LayerSpec, MLPSpec, QueryGrowth, SelfAttentionSpec
+from jaxserve.models.layer_specs import GateClamp, LayerSpec, MLPSpec, QueryGrowth, RouterSpec, SelfAttentionSpec
 from jaxserve.models.layers.parameter import Source
 from jaxserve.models.layers.rope import Rope, head_order
 from jaxserve.pallas_kernels.paged_attention import api
@@ -24,7 +24,7 @@ from tests.models import generate
 from tests.models.checkpoints import BASE
 from tests.runner.drive import drive
 
-PLAIN = ModelConfig.from_hf(BASE | {"num_hidden_layers": 4})
+PLAIN = ModelConfig.from_hf(BASE | {"num_hidden_layers": 5})
 LAYERS = (
     LayerSpec(SelfAttentionSpec(sliding_window=5, rope=Rope(500.0)), MLPSpec(96)),
     LayerSpec(
@@ -44,6 +44,16 @@ LAYERS = (
         SelfAttentionSpec(rotation=False, scale=0.4, query_growth=QueryGrowth(0.5, 8)),
         MLPSpec(32, activation="gelu", bias=True),
         norm_place="after",
+    ),
+    LayerSpec(
+        SelfAttentionSpec(),
+        MLPSpec(
+            32,
+            kind="experts",
+            bias=True,
+            router=RouterSpec(6, 2, softmax="chosen", bias=True, shared_size=48),
+            clamp=GateClamp(0.5, 1.5),
+        ),
     ),
 )
 MIXED = dataclasses.replace(
@@ -117,6 +127,8 @@ def attended(spec, weights, x, norm):
 
 def multiplied(spec, weights, x):
     """The MLP of one layer over x [T, H]."""
+    if spec.kind == "experts":
+        return np.stack([through_experts(spec, weights, token) for token in x])
     activation = ACTIVATIONS[spec.activation]
     if spec.kind == "plain":
         y = activation(x @ weights["up"].T + weights["up_bias"])
@@ -126,6 +138,21 @@ def multiplied(spec, weights, x):
             gate, up = gate + weights["gate_up_bias"][0], up + weights["gate_up_bias"][1]
         y = activation(gate) * up
     return y @ weights["down"].T + (weights["down_bias"] if spec.bias else 0)
+
+
+def through_experts(spec, weights, x):
+    """The experts of one layer and the shared one, for one token [H]."""
+    scores = weights["router"] @ x + weights["router_bias"]
+    chosen = np.argsort(-scores)[: spec.router.per_token]
+    power = np.exp(scores[chosen])
+    gated = ACTIVATIONS["silu"](x @ weights["shared"]["gate_up"][0].T) * (x @ weights["shared"]["gate_up"][1].T)
+    y = gated @ weights["shared"]["down"].T / (1 + np.exp(-weights["shared_gate"][0] @ x))
+    for expert, share in zip(chosen, power / power.sum(), strict=True):
+        gate = np.minimum(weights["gate"][expert] @ x + weights["gate_bias"][expert], 0.5)
+        up = np.clip(weights["up"][expert] @ x + weights["up_bias"][expert], -0.5, 0.5)
+        inner = (up + 1) * gate / (1 + np.exp(-1.5 * gate))
+        y = y + share * (weights["down"][expert] @ inner + weights["down_bias"][expert])
+    return y
 
 
 def by_hand(weights, tokens):
@@ -216,7 +243,7 @@ def test_layers_that_follow_from_the_fields_are_not_kept():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_hidden_layers": 3}, r"^model num_hidden_layers is 3; its layers have 4$"),
+        ({"num_hidden_layers": 3}, r"^model num_hidden_layers is 3; its layers have 5$"),
         ({"attention_bias": True}, r"^model attention_bias is True; its layers have False$"),
         ({"sliding_window": None}, r"^model sliding_window is None; its layers have 9$"),
         ({"layers": None}, r"^model sliding_window is 9; LlamaForCausalLM makes layers with None$"),
@@ -240,7 +267,12 @@ def test_layers_that_no_key_describes_are_written_whole_and_read_back():
         (lambda: SelfAttentionSpec(sliding_window=0), r"^layer sliding_window is 0; it must be a whole number of at l"),
         (lambda: SelfAttentionSpec(soft_cap=-1.0), r"^layer soft_cap is -1.0; it must be a finite number above 0$"),
         (lambda: SelfAttentionSpec(scale=float("nan")), r"^layer scale is nan; it must be finite$"),
-        (lambda: MLPSpec(8, kind="experts"), r"^layer MLP kind is 'experts'; it must be one of gated, plain$"),
+        (lambda: MLPSpec(8, kind="dense"), r"^layer MLP kind is 'dense'; it must be one of gated, plain, experts$"),
+        (lambda: MLPSpec(8, kind="experts"), r"^layer router is None and MLP kind 'experts'; experts alone have one$"),
+        (lambda: MLPSpec(8, clamp=GateClamp(7.0, 1.7)), r"^layer clamp is set for MLP kind 'gated' with silu; it is f"),
+        (lambda: GateClamp(0.0, 1.7), r"^layer swiglu limit is 0.0; it must be a finite number above 0$"),
+        (lambda: RouterSpec(4, 5), r"^layer experts per token is 5; it must be at most 4$"),
+        (lambda: RouterSpec(4, 2, softmax="none"), r"^layer router softmax is 'none'; it must be one of all, chosen$"),
         (lambda: MLPSpec(8, activation="tanh"), r"^layer MLP activation is 'tanh'; it must be one of silu, gelu, gelu"),
         (
             lambda: SelfAttentionSpec(qk_norm=True, whole_qk_norm=True),
