@@ -297,6 +297,16 @@ def test_costs_count_the_parameters_of_every_layer():
     assert ModelCost.of(MIXED, "float32", "float32").weight_bytes == 4 * sum(sizes)
 
 
+def test_a_step_reads_the_experts_that_its_tokens_would_choose():
+    cost = ModelCost.of(MIXED, "float32", "float32")
+    expert = 3 * BASE["hidden_size"] * 32 + 2 * 32 + BASE["hidden_size"]  # two of six for each token
+    assert cost.layers - cost.multiplied == 4 * expert
+    assert cost.read(1) == pytest.approx(cost.multiplied)
+    assert cost.layers - cost.read(3) == pytest.approx(6 * expert * (2 / 3) ** 3)
+    dense = ModelCost.of(PLAIN, "float32", "float32")
+    assert dense.read(1) == dense.multiplied == dense.layers
+
+
 def test_a_source_may_be_a_part_of_a_tensor_and_transposed():
     tensor = np.arange(24).reshape(6, 4)
     parameter = np.zeros((2, 3, 4), int)
