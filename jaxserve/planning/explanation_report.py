@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -50,6 +51,9 @@ def _model(explanation: Explanation) -> Iterator[str]:
     )
     yield f"target {target.name}: {target.device_kind}, {_size(target.device_memory_bytes)} of memory"
     yield f"attention {shapes.attention}; keys and values in {shapes.pool_dtype}"
+    routers = collections.Counter(layer.mlp.router for layer in shapes.model.layer_specs if layer.mlp.router)
+    for router, count in routers.items():
+        yield f"{count} layers have {router.num_experts} experts, of which a token goes through {router.per_token}"
     groups = shapes.groups
     if groups.windows != (None,):
         names = ["all positions" if window is None else f"a window of {window:,}" for window in groups.windows]

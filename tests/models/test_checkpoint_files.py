@@ -260,7 +260,7 @@ NOTHING = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_head
     [
         {"architectures": ["FalconForCausalLM"], **NOTHING},
         {"architectures": ["LlavaForConditionalGeneration"], "text_config": {"hidden_size": 8}, **NOTHING},
-        {"architectures": ["Qwen3MoeForCausalLM"], "hidden_act": "gelu", "quantization_config": {"bits": 4}},
+        {"architectures": ["DeepseekV3ForCausalLM"], "hidden_act": "gelu", "quantization_config": {"bits": 4}},
         {"architectures": ["GemmaForCausalLM"], "rope_scaling": {"type": "yarn"}, "eos_token_id": 10**6},
         {"architectures": None, "model_type": "bloom", **NOTHING},
         {"architectures": [], **NOTHING},

@@ -27,6 +27,7 @@ from jaxserve.programs.compiler import compile_program, program_memory
 from jaxserve.programs.program_needs import ProgramNeeds, largest_keys
 from jaxserve.programs.step_programs import program_keys
 from jaxserve.programs.target_devices import Target, load_target
+from tests.models.test_expert_checkpoints import QWEN3_30B_A3B
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
 
@@ -104,6 +105,22 @@ def test_quantized_pages_of_8b(monkeypatch):
     with pytest.raises(ValueError, match=r"pool holds float8_e4m3fn; NVIDIA A100.* below 8.9"):
         explained("a100", "CacheConfig.kv_cache_dtype='fp8'")
     assert explained("a100", "CacheConfig.kv_cache_dtype='int8'").plan.parts()["unused"] < 10**8
+
+
+def test_a_decode_step_reads_the_experts_that_its_rows_choose(monkeypatch, tmp_path):
+    """Four layers of Qwen3-30B-A3B, of 623,120,640 parameters each."""
+    monkeypatch.setattr(explaining, "target_mesh", no_plugin)
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B_A3B | {"num_hidden_layers": 4}))
+    explanation = explained("h200", "EngineConfig.architecture=None", f"EngineConfig.model='{tmp_path}'")
+    table, layers = 151936 * 2048, 4 * 623_120_640
+    assert explanation.plan.parts()["weights"] == 2 * (layers + 2 * table + 2048)
+    assert "4 layers have 128 experts, of which a token goes through 8" in to_text(explanation)
+    bytes_of = {step.batch: step.bytes for step in explanation.decode_steps if step.context == 1024}
+    experts, pages = 4 * 128 * 3 * 2048 * 768, 1025 * 2 * 4 * 128 * 4 * 2
+    # All but 120 of 128 experts, and the head; of the embedding a row is read.
+    assert bytes_of[1] == pytest.approx(2 * (layers - experts * 120 / 128 + table) + pages, rel=1e-4)
+    chosen = 1 - (1 - 8 / 128) ** 8
+    assert bytes_of[8] - bytes_of[1] == pytest.approx(2 * experts * (chosen - 8 / 128) + 7 * pages, rel=1e-4)
 
 
 def test_the_plan_of_8b_sums_to_the_device_with_its_compiler(monkeypatch):
