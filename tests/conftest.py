@@ -50,12 +50,14 @@ _ONE_LANE = (
     "models/test_checkpoint_files.py",
     "models/test_config.py",
     "models/test_end_tokens.py",
+    "models/test_expert_checkpoints.py",
     "models/test_family_configs.py",
     "models/test_family_matrix.py",
     "models/test_family_parity.py",  # models/test_layer_kinds has what their layers are made of on both
     "models/test_tiny_tasks.py",
     "models/test_tiny_train.py",  # trains the shipped model, for developers
     "runner/test_grouped_layers.py",  # models/test_layer_kinds serves two groups on both
+    "runner/test_expert_identity.py",  # kernels' bits, in both by kernels/test_grouped_matmul and models/test_experts
     "runner/test_explain.py",  # its plans and estimates have tests of their own
     "runner/test_memory_measured.py",  # a process's memory; test_memory plans it on both
     "runner/test_packing.py",
@@ -93,12 +95,18 @@ _ONE_LANE = (
 """Beginnings of paths of tests that neither another jax nor another Python can make fail; see docs/development.md."""
 
 _THINNED = ("kernels", "models", "runner")
-_KEPT_WHOLE = ("kernels/test_attention_h200.py", "kernels/test_kv_write_h200.py", "runner/test_aot_programs.py")
+_KEPT_WHOLE = (
+    "kernels/test_attention_h200.py",
+    "kernels/test_grouped_matmul_h200.py",
+    "kernels/test_kv_write_h200.py",
+    "runner/test_aot_programs.py",
+)
 """What is compiled for a GPU: machines with one have the second lane's jax."""
 _EVERY = 3
 
 _FOR_GPU = (
     "kernels/test_attention_h200.py",
+    "kernels/test_grouped_matmul_h200.py",
     "kernels/test_kv_write_h200.py",
     "runner/test_aot_",
     "runner/test_estimate.py",

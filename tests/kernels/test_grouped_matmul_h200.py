@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxserve.models.layer_specs import MLPSpec, RouterSpec
+from jaxserve.models.layers.experts import Experts
+from jaxserve.models.params import products_for
 from jaxserve.pallas_kernels.grouped_matmul import grouped_matmul, triton
 from jaxserve.pallas_kernels.paged_attention.triton.backend import DEPRECATION
 from jaxserve.planning.reports import cubin, thunks
@@ -53,3 +58,27 @@ def test_no_spills_and_no_more_shared_memory_than_a_block_has(name: str, dtype: 
     # Beside the operands a program holds the result before rows of no expert are zeroed, and the plan.
     memory: Any = program.memory_analysis()
     assert memory.temp_size_in_bytes < 2 * rows * columns * jnp.dtype(dtype).itemsize + 2**20
+
+
+def test_each_device_of_a_mesh_multiplies_its_part_of_every_expert() -> None:
+    """A layer of experts on two devices: halves of the hidden layers, and one sum over the devices."""
+    mesh = target_mesh(load_target("h200"), 2)
+    products = products_for("bfloat16", mesh, experts=True)
+    spec = MLPSpec(768, kind="experts", router=RouterSpec(16, 4))
+    abstract = nnx.eval_shape(lambda: Experts(spec, 512, jnp.dtype("bfloat16"), products, nnx.Rngs(0)))
+    graph, state = nnx.split(abstract)
+    flat: Any = nnx.to_flat_state(state)
+    placed = []
+    for path, leaf in flat:
+        sharding = NamedSharding(mesh, leaf.get_metadata("spec").partition)
+        placed.append((path, leaf.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))))
+    x = jax.ShapeDtypeStruct((64, 512), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
+    with fresh_compilations(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        forward = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+        text = forward.lower(nnx.from_flat_state(placed), x).compile(compiler_options("gpu")).as_text()
+    assert text is not None
+    calls = [line for line in text.splitlines() if "custom-call" in line and "grouped_matmul" in line]
+    assert len(calls) == 3
+    assert sum("bf16[16,384,512]" in line for line in calls) == 2, "gate and up"
+    assert sum("bf16[16,512,384]" in line for line in calls) == 1, "down"
+    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 1
