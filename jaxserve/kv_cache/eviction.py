@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 
 class Eviction(Protocol):
-    """Orders the cached pages of a pool."""
+    """Orders the cached pages of a pool. weighs: by their depths and uses."""
+
+    weighs: bool
 
     def __len__(self) -> int: ...
 
@@ -42,6 +44,10 @@ class Eviction(Protocol):
         """
         ...
 
+    def add_run(self, pages: Sequence[int], depths: Sequence[int], uses: Sequence[int]) -> None:
+        """Adds consecutive pages of one table, the last of them first. depths, uses: as for `add`, by page number."""
+        ...
+
     def remove(self, page: int) -> None:
         """Removes a page that a table holds again."""
         ...
@@ -50,11 +56,17 @@ class Eviction(Protocol):
         """Removes and returns the page to reclaim; there must be one."""
         ...
 
+    def pop_run(self, count: int) -> list[int]:
+        """Removes and returns so many pages, in the order in which they are reclaimed; there must be as many."""
+        ...
+
     def clear(self) -> None: ...
 
 
 class LeastRecentlyUsed:
     """Reclaims the page released first."""
+
+    weighs = False
 
     def __init__(self) -> None:
         self._pages: OrderedDict[int, None] = OrderedDict()
@@ -71,11 +83,18 @@ class LeastRecentlyUsed:
     def add(self, page: int, depth: int, uses: int, follows: int | None) -> None:
         self._pages[page] = None
 
+    def add_run(self, pages: Sequence[int], depths: Sequence[int], uses: Sequence[int]) -> None:
+        self._pages.update(dict.fromkeys(pages))
+
     def remove(self, page: int) -> None:
         del self._pages[page]
 
     def pop(self) -> int:
         return self._pages.popitem(last=False)[0]
+
+    def pop_run(self, count: int) -> list[int]:
+        pop = self._pages.popitem
+        return [pop(last=False)[0] for _ in range(count)]
 
     def clear(self) -> None:
         self._pages.clear()
@@ -87,6 +106,8 @@ class LeastWorth:
     worth: of a page that is released, from its depth and uses. ages: what is released later is worth more, by the worth
     of the page reclaimed last.
     """
+
+    weighs = True
 
     def __init__(self, worth: Callable[[int, int], float], *, ages: bool):
         self._worth = worth
@@ -116,6 +137,12 @@ class LeastWorth:
             self._heap = [(worth, release, page) for page, (worth, release) in self._pages.items()]
             heapq.heapify(self._heap)
 
+    def add_run(self, pages: Sequence[int], depths: Sequence[int], uses: Sequence[int]) -> None:
+        follows = None
+        for page in pages:
+            self.add(page, depths[page], uses[page], follows)
+            follows = page
+
     def remove(self, page: int) -> None:
         del self._pages[page]
 
@@ -126,6 +153,9 @@ class LeastWorth:
                 del self._pages[page]
                 self._age = max(self._age, worth)
                 return page
+
+    def pop_run(self, count: int) -> list[int]:
+        return [self.pop() for _ in range(count)]
 
     def clear(self) -> None:
         self._pages.clear()

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from jaxserve.kv_cache.deferred_keys import DeferredRun, marked
 from jaxserve.kv_cache.event_log import CacheEventLog
 from jaxserve.kv_cache.eviction import Eviction, LeastRecentlyUsed
 from jaxserve.kv_cache.host_pool import HeldPage, HostPool, Reclaimed
@@ -64,8 +65,9 @@ class PagePool:
         self._references = [0] * num_pages
         # The key of a committed page's content. Two pages can have the same content; `_page_of_key` names the one
         # that `find` returns. The other keeps its key: it takes over when that one is reclaimed.
-        self._keys: list[bytes | None] = [None] * num_pages
+        self._keys: list[bytes | DeferredRun | None] = [None] * num_pages
         self._page_of_key: dict[bytes, int] = {}
+        self._deferred: dict[bytes, DeferredRun] = {}  # by the key of the page in front of the run
         self._free = list(range(num_pages - 1, NULL_PAGE, -1))  # a stack: low numbers first
         self._cached: Eviction = LeastRecentlyUsed() if eviction is None else eviction
         self._depths = [0] * num_pages  # of a committed page: pages before it in its sequence
@@ -121,7 +123,7 @@ class PagePool:
         self._check_range(page)
         if self._references[page]:
             return PageState.ACTIVE
-        return PageState.CACHED if page in self._cached else PageState.FREE
+        return PageState.FREE if self._keys[page] is None else PageState.CACHED
 
     def references(self, page: int) -> int:
         """Returns the number of page tables that hold a device page."""
@@ -144,13 +146,15 @@ class PagePool:
         """
         if count < 0:
             raise ValueError(f"count is {count}; it must be at least 0")
-        if count > self.num_available:
+        free, references = self._free, self._references
+        if count > len(free) and count > len(free) + len(self._cached):
             return None
-        pages = []
-        for _ in range(count):
-            page = self._free.pop() if self._free else self._reclaim()
-            self._references[page] = 1
-            pages.append(page)
+        pages = free[: -1 - count : -1]
+        del free[len(free) - len(pages) :]
+        if len(pages) < count:
+            pages += self._reclaim(count - len(pages))
+        for page in pages:
+            references[page] = 1
         return pages
 
     def share(self, pages: Sequence[int]) -> None:
@@ -170,9 +174,24 @@ class PagePool:
         table the later pages are reclaimed first: without the earlier ones no `find` would reach them.
         """
         self._check_active(pages)
-        later = None
+        references, contents, page_of_key, cached = self._references, self._keys, self._page_of_key, []
         for page in reversed(pages):
-            later = page if self._drop(page, later) else None
+            references[page] = left = references[page] - 1
+            # `setdefault`: a duplicate takes over when the page found until now has been reclaimed.
+            if (
+                not left
+                and (content := contents[page]) is not None
+                and (isinstance(content, DeferredRun) or page_of_key.setdefault(content, page) == page)
+            ):
+                cached.append(page)
+                continue
+            if cached:
+                self._cached.add_run(cached, self._depths, self._uses)
+                cached = []
+            if not left:
+                self._vacate(page)
+        if cached:
+            self._cached.add_run(cached, self._depths, self._uses)
 
     def commit(self, pages: Sequence[int], keys: Sequence[bytes], first: int = 0, group: int = 0) -> None:
         """Assigns its content key to each of several active pages, whose content is computed by what is dispatched.
@@ -187,7 +206,7 @@ class PagePool:
         if len(pages) != len(keys):
             raise ValueError(f"pages has {len(pages)} pages and keys {len(keys)}; each page needs one")
         contents, page_of_key, depths, uses = self._keys, self._page_of_key, self._depths, self._uses
-        groups = self._groups
+        groups, deferred = self._groups, self._deferred
         for page, key in zip(pages, keys, strict=True):
             if contents[page] is not None and contents[page] != key:
                 raise ValueError(f"page {page} is committed with other content")
@@ -197,6 +216,39 @@ class PagePool:
             depths[page] = depth
             uses[page] = uses[page] or 1
             groups[page] = group
+            if deferred and key in deferred:
+                self._advance(key)
+
+    def defer(self, run: DeferredRun, pages: Sequence[int]) -> None:
+        """Commits several active pages, those behind the last ones of a run, whose content is computed by what is
+        dispatched.
+
+        The first page of a new run gets its key, which is in `run.keys`. The others have none until a look-up finds the
+        page in front of them, or `commit_run` is called. The pool has no host memory, for which pages need their keys.
+        """
+        self._check_active(pages)
+        contents, alone = self._keys, True
+        if not run.begun:
+            alone = self._begin(run, pages[0])
+            pages = pages[1:]
+        for page in pages:
+            contents[page] = run
+        if self._cached.weighs:
+            for depth, page in enumerate(pages, run.first + len(run.pages)):
+                self._depths[page], self._uses[page] = depth, 1
+        run.pages += pages
+        if not alone:  # others have the same content
+            self._commit_deferred(run, len(pages))
+
+    def defers(self, run: DeferredRun) -> bool:
+        """Tells whether pages can be appended to a run of active pages: what it has are all of those behind a key."""
+        return self._deferred.get(run.keys[run.first - 1]) is run
+
+    def commit_run(self, run: DeferredRun) -> None:
+        """Commits what remains of a run of active pages."""
+        if self.defers(run):
+            del self._deferred[run.keys[run.first - 1]]
+            self._commit_deferred(run, len(run.pages))
 
     def uncommit(self, page: int) -> None:
         """Drops the content key of an active page if it has one owner, who may then write the page."""
@@ -205,7 +257,7 @@ class PagePool:
         if key is None or self._references[page] > 1:
             return
         self._keys[page] = None
-        if self._page_of_key.get(key) == page:  # that of a duplicate may be gone
+        if isinstance(key, bytes) and self._page_of_key.get(key) == page:  # that of a duplicate may be gone
             self._unlist(key)
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
@@ -214,9 +266,9 @@ class PagePool:
         They get no reference: `share` them before anything is allocated, which may reclaim them. Keys are taken one by
         one, so that an iterator need not derive those behind the run.
         """
-        pages, page_of_key = [], self._page_of_key
+        pages = []
         for key in keys:
-            page = page_of_key.get(key)
+            page = self.page_of(key)
             if page is None:
                 break
             pages.append(page)
@@ -224,7 +276,10 @@ class PagePool:
 
     def page_of(self, key: bytes) -> int | None:
         """Returns the committed page of a key, or None; as with `find` it gets no reference."""
-        return self._page_of_key.get(key)
+        page = self._page_of_key.get(key)
+        if self._deferred and page is not None and key in self._deferred:
+            self._advance(key)
+        return page
 
     def num_unreferenced(self, pages: Iterable[int]) -> int:
         """Returns how many of these active or cached pages no table holds: to share them takes them from
@@ -238,7 +293,8 @@ class PagePool:
         cause: one of EVICTION_CAUSES. Pages in host memory keep their keys where the device alone is lost.
         """
         count = len(self._cached)
-        self.evictions[cause] += len(self._page_of_key)
+        deferred = set(self._deferred.values())
+        self.evictions[cause] += len(self._page_of_key) + sum(marked(run, self._keys) for run in deferred)
         known = list(self._page_of_key) if self.event_log is not None and self.host.num_cached else ()
         copies = self.take_copies()
         if cause == "lost":
@@ -248,6 +304,7 @@ class PagePool:
             self._copies = [copy for copy in copies if PageState.DISK not in (copy.source_tier, copy.destination_tier)]
         self._keys = [None] * self.num_pages
         self._page_of_key.clear()
+        self._deferred.clear()
         self._free.extend(self._cached)
         self._uses = [0] * self.num_pages
         if self.event_log is not None and not self.host.num_cached:
@@ -268,7 +325,7 @@ class PagePool:
         private = self.allocate(1)
         if private is None:
             return None
-        self._drop(page)
+        self.release((page,))
         return PageCopy(page, PageState.ACTIVE, private[0], PageState.ACTIVE)
 
     def move(self, pages: Sequence[int], to: PageState, first: int = 0) -> tuple[PageCopy, ...] | None:
@@ -347,12 +404,12 @@ class PagePool:
 
         Takes time in the size of the pool: for tests and for when the engine is idle (then without tables).
         """
-        check_pages(tables, self._references, self._free, self._cached, self._keys, self._page_of_key)
+        check_pages(tables, self._references, self._free, self._cached, self._keys, self._page_of_key, self._deferred)
         self.host.check_integrity(host_tables)
 
     def _move_out(self, pages: Sequence[int]) -> tuple[PageCopy, ...] | None:
         self._check_active(pages)
-        contents = [HeldPage(self._keys[page], self._groups[page], self._depths[page]) for page in pages]
+        contents = [HeldPage(self._key(page), self._groups[page], self._depths[page]) for page in pages]
         held = self.host.hold(contents)
         if held is None:
             return None
@@ -390,34 +447,68 @@ class PagePool:
             self._cached.remove(page)
         self._references[page] += 1
 
-    def _drop(self, page: int, later: int | None = None) -> bool:
-        """Drops a reference; returns whether the page is cached by that. later: the next page of the table, if it has
-        just been cached."""
-        self._references[page] -= 1
-        if self._references[page]:
-            return False
-        key = self._keys[page]
-        # `setdefault`: a duplicate takes over when the page found until now has been reclaimed.
-        if key is not None and self._page_of_key.setdefault(key, page) == page:
-            self._cached.add(page, self._depths[page], self._uses[page], later)
-            return True
+    def _vacate(self, page: int) -> None:
+        """Frees a page without references, and forgets what it contained."""
         self._keys[page] = None
         self._uses[page] = 0
         self._free.append(page)
-        return False
 
-    def _reclaim(self) -> int:
-        page = self._cached.pop()
-        self._uses[page] = 0
-        key = self._keys[page]
-        assert key is not None, f"page {page} is cached without a content key"
+    def _reclaim(self, count: int) -> list[int]:
+        """Takes so many cached pages from what they keep; returns them."""
+        pages = [self._cached.pop()] if count == 1 else self._cached.pop_run(count)
+        contents, uses = self._keys, self._uses
+        for page in pages:
+            content = contents[page]
+            contents[page] = None
+            if isinstance(content, bytes):
+                uses[page] = 0
+                self._reclaimed(page, content)
+        self.evictions["capacity"] += count
+        return pages
+
+    def _reclaimed(self, page: int, key: bytes) -> None:
+        """Makes what a page contained unfindable on the device, and copies it to host memory."""
         del self._page_of_key[key]
-        self._keys[page] = None
-        self.evictions["capacity"] += 1
+        if self._deferred:
+            self._deferred.pop(key, None)  # pages behind it have been reclaimed, or cannot be found any more
         if self.host.caches:
             self._part(page, key)
         self._unfindable(key)
-        return page
+
+    def _begin(self, run: DeferredRun, page: int) -> bool:
+        """Commits the first page of a run; returns whether no other page has its content, so that none is behind it."""
+        key = run.keys[run.first]
+        self._keys[page], self._depths[page], self._uses[page] = key, run.first, 1
+        run.first += 1
+        run.begun = True
+        if self._page_of_key.setdefault(key, page) == page and self._deferred.setdefault(key, run) is run:
+            return True
+        if key in self._deferred:
+            self._advance(key)
+        return False
+
+    def _advance(self, key: bytes) -> None:
+        """Commits pages behind the one with this key, as many again as the sequence has in front of them."""
+        run = self._deferred.pop(key)
+        self._commit_deferred(run, run.first)
+
+    def _commit_deferred(self, run: DeferredRun, count: int) -> None:
+        """Commits the first `count` pages of a run, which is not listed, and lists what remains of it."""
+        contents, page_of_key, deferred = self._keys, self._page_of_key, self._deferred
+        key = b""
+        for depth, (page, key) in enumerate(run.take(count, self.page_size), run.first):
+            if contents[page] is not run:  # it has been reclaimed, and those behind it were before
+                run.pages.clear()
+                return
+            if page_of_key.setdefault(key, page) == page or self._references[page]:
+                contents[page], self._depths[page], self._uses[page] = key, depth, 1
+            else:  # another page has the same content
+                self._cached.remove(page)
+                self._vacate(page)
+            if key in deferred:
+                self._advance(key)
+        if run.pages and deferred.setdefault(key, run) is not run:
+            self._commit_deferred(run, len(run.pages))
 
     def _part(self, page: int, key: bytes) -> None:
         """Copies a page that is reclaimed to host memory, where it is not there yet."""
@@ -442,8 +533,14 @@ class PagePool:
             on_disk.add(content.key)
             self._copies.append(PageCopy(page, PageState.HOST, 0, PageState.DISK, content.group, content.key))
 
+    def _key(self, page: int) -> bytes | None:
+        key = self._keys[page]
+        assert not isinstance(key, DeferredRun), f"page {page} has no key yet"
+        return key
+
     def _unlist(self, key: bytes) -> None:
         del self._page_of_key[key]
+        self._deferred.pop(key, None)
         self._unfindable(key)
 
     def _unfindable(self, key: bytes) -> None:

@@ -19,6 +19,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 from jaxserve.kv_cache.content_keys import ContentKeys
+from jaxserve.kv_cache.deferred_keys import DeferredRun
 from jaxserve.kv_cache.event_log import CacheEvent, CacheEventKind, CacheEventLog, page_hash
 from jaxserve.kv_cache.host_pool import HeldPage
 from jaxserve.kv_cache.page_groups import PageGroups, group_key
@@ -65,6 +66,8 @@ class PrefixCache:
         self.alike = groups.alike
         self._pool = pool
         self._keys = keys
+        self._defers = groups.alike and not pool.num_host_pages
+        self._nothing = FoundPages([[] for _ in groups.windows], [0] * groups.count)
         self._dispatched: StepPlan | None = None
         self._event_log: CacheEventLog | None = None
         self.fetches = HostFetches(None) if fetches is None else fetches
@@ -83,7 +86,11 @@ class PrefixCache:
         """
         limit = sequence.num_skippable // self._pool.page_size if self._serves(sequence) else 0
         if not limit:
-            return FoundPages([[] for _ in self._groups.windows], [0] * self._groups.count)
+            return self._nothing
+        if not sequence.page_keys:
+            self._derive(sequence, 1)
+        if self._defers and self._pool.page_of(sequence.page_keys[0]) is None:
+            return self._nothing
         found = self._find(self._chain(sequence, limit), self._pool.page_of)
         if not self._pool.host.num_cached:
             return found
@@ -216,6 +223,9 @@ class PrefixCache:
                 as they are computed at all.
         """
         self._commit(sequence, min(num_tokens, sequence.num_computed))
+        if sequence.deferred is not None:
+            sequence.deferred.close(sequence.num_committed * self.page_size)
+            sequence.deferred = None
 
     def filled(self, sequence: Sequence, position: int) -> None:
         """Commits the pages that a running sequence has filled, some of which it is about to release. position: of the
@@ -257,6 +267,12 @@ class PrefixCache:
         begin, end = sequence.num_committed, num_tokens // self._pool.page_size
         if end <= begin or sequence.status is not RequestStatus.RUNNING or not self._serves(sequence):
             return False
+        if self._may_defer(sequence):
+            self._defer(sequence, begin, end)
+            sequence.num_committed = end
+            return True
+        if sequence.deferred is not None:
+            self._pool.commit_run(sequence.deferred)
         self._derive(sequence, end)
         if self._groups.alike:
             self._pool.commit(sequence.pages[begin:end], sequence.page_keys[begin:end], begin)
@@ -270,6 +286,21 @@ class PrefixCache:
             self._announce(sequence, first, end)
         self.committed_keys += sequence.page_keys[begin:end] if self.watched else ()
         return True
+
+    def _may_defer(self, sequence: Sequence) -> bool:
+        """Tells whether the keys of a sequence's pages can wait until a look-up needs them."""
+        return self._defers and self._event_log is None and not self.watched and sequence.prompt is None
+
+    def _defer(self, sequence: Sequence, begin: int, end: int) -> None:
+        """Makes pages `begin` to `end` - 1 findable, and derives the key of one of them at most."""
+        run, chain = sequence.deferred, self._keys
+        if run is None or not self._pool.defers(run):
+            assert chain is not None
+            keys, prompt = sequence.page_keys, sequence.request.prompt_token_ids
+            if len(keys) <= begin:
+                self._derive(sequence, begin + 1)
+            run = sequence.deferred = DeferredRun(chain, keys, prompt, sequence.output_token_ids, begin)
+        self._pool.defer(run, sequence.pages[begin:end])
 
     def _announce(self, sequence: Sequence, begin: int, end: int) -> None:
         """Records pages `begin` to `end` - 1 of a sequence, those that can be found and are not recorded yet."""
