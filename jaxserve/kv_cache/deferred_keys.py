@@ -7,13 +7,10 @@ run, which is known by that key: no look-up can reach them without finding the p
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
-
 from jaxserve.kv_cache.content_keys import ContentKeys
 
 
-def known_tokens(prompt: tuple[int, ...], outputs: list[int] | array[int], start: int, stop: int) -> tuple[int, ...]:
+def known_tokens(prompt: tuple[int, ...], outputs: list[int], start: int, stop: int) -> tuple[int, ...]:
     """Returns the ids at positions start to stop - 1 of a prompt and the tokens sampled behind it."""
     split = len(prompt)
     if start >= split:
@@ -24,29 +21,28 @@ def known_tokens(prompt: tuple[int, ...], outputs: list[int] | array[int], start
 
 
 class DeferredRun:
-    """Holds what the keys of consecutive full pages of one sequence are derived from.
+    """Holds consecutive full pages of one sequence without content keys, and what these are derived from.
 
     chain: derives them. keys: those of the sequence's first pages, up to the one in front of the run at least; the
-    sequence has the same list. prompt, outputs: its token ids, of which more may follow. first: index in its table of
-    the first page of the run. pages: of the run, in order. A page that has been reclaimed since is still listed, and
-    so are those behind it, which were reclaimed before. begun: the page in front of the run is committed.
+    sequence has the same list. prompt, outputs: its token ids, of which more may follow: tens of bytes a token, whose
+    keys and values take tens of thousands. first: index in its table of the first page of the run. pages: of the run,
+    in order, each of which has one owner: the sequence, or the run itself once the sequence has released them (cached).
+    named: cached pages that were its first and have got their keys, in order. begun: the page in front of the run is
+    committed.
     """
 
-    __slots__ = ("begun", "chain", "first", "keys", "outputs", "pages", "prompt")
+    __slots__ = ("begun", "cached", "chain", "first", "keys", "named", "outputs", "pages", "prompt")
 
     def __init__(self, chain: ContentKeys, keys: list[bytes], prompt: tuple[int, ...], outputs: list[int], first: int):
-        """Creates a run that begins with page `first`, whose key is known, and which will be in front of it."""
+        """Creates a run that begins behind page `first`, whose key is known."""
         self.chain = chain
         self.keys = keys
         self.prompt = prompt
-        self.outputs: list[int] | array[int] = outputs
+        self.outputs = outputs
         self.first = first
         self.pages: list[int] = []
-        self.begun = False
-
-    def close(self, num_tokens: int) -> None:
-        """Keeps copies of what is needed of the sequence, which ends. num_tokens: of all its committed pages."""
-        self.outputs = array("i", self.outputs[: max(0, num_tokens - len(self.prompt))])
+        self.named: list[int] = []
+        self.begun = self.cached = False
 
     def take(self, count: int, page_size: int) -> list[tuple[int, bytes]]:
         """Removes up to `count` pages from the beginning of the run; returns them with their content keys."""
@@ -56,10 +52,6 @@ class DeferredRun:
             tokens = known_tokens(self.prompt, self.outputs, known * page_size, end * page_size)
             self.keys += self.chain.links(self.keys[-1], tokens, page_size)
         self.first = end
-        taken, self.pages = self.pages[: end - begin], self.pages[end - begin :]
+        taken = self.pages[: end - begin]
+        del self.pages[: end - begin]
         return list(zip(taken, self.keys[begin:end], strict=True))
-
-
-def marked(run: DeferredRun, contents: Sequence[bytes | DeferredRun | None]) -> int:
-    """Returns how many pages of a run have not been reclaimed. contents: of each page its key or its run."""
-    return sum(contents[page] is run for page in run.pages)

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Protocol
+
+from jaxserve.kv_cache.deferred_keys import DeferredRun
 
 
 class Eviction(Protocol):
-    """Orders the cached pages of a pool. weighs: by their depths and uses."""
-
-    weighs: bool
+    """Orders the cached pages of a pool."""
 
     def __len__(self) -> int: ...
 
@@ -44,10 +44,6 @@ class Eviction(Protocol):
         """
         ...
 
-    def add_run(self, pages: Sequence[int], depths: Sequence[int], uses: Sequence[int]) -> None:
-        """Adds consecutive pages of one table, the last of them first. depths, uses: as for `add`, by page number."""
-        ...
-
     def remove(self, page: int) -> None:
         """Removes a page that a table holds again."""
         ...
@@ -56,48 +52,112 @@ class Eviction(Protocol):
         """Removes and returns the page to reclaim; there must be one."""
         ...
 
-    def pop_run(self, count: int) -> list[int]:
-        """Removes and returns so many pages, in the order in which they are reclaimed; there must be as many."""
+    def pop_several(self, count: int) -> tuple[list[int], list[int]]:
+        """Removes and returns so many pages, of those to reclaim next: those without content keys, and the others."""
         ...
 
     def clear(self) -> None: ...
 
 
 class LeastRecentlyUsed:
-    """Reclaims the page released first."""
-
-    weighs = False
+    """Reclaims the page released first. Pages whose keys are deferred are one entry in this order, with their run."""
 
     def __init__(self) -> None:
-        self._pages: OrderedDict[int, None] = OrderedDict()
+        self._entries: OrderedDict[int | DeferredRun, None] = OrderedDict()
+        self._run_of: dict[int, DeferredRun] = {}  # of pages of runs that have got their keys since they were added
+        self._next: DeferredRun | None = None  # the run that is being reclaimed, which is no entry any more
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._pages)
+        return self._count
 
     def __contains__(self, page: int) -> bool:
-        return page in self._pages
+        """Tells whether a page is in the order; O(runs) for one without a key."""
+        return page in self._entries or page in self._run_of or any(page in run.pages for run in self.runs)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._pages)
+        for entry in self._entries:
+            if isinstance(entry, int):
+                yield entry
+        for run in self.runs:
+            yield from (*run.pages, *run.named)
+
+    @property
+    def runs(self) -> list[DeferredRun]:
+        """Returns the runs with cached pages; O(entries)."""
+        waiting = [entry for entry in self._entries if isinstance(entry, DeferredRun)]
+        return waiting if self._next is None else [self._next, *waiting]
 
     def add(self, page: int, depth: int, uses: int, follows: int | None) -> None:
-        self._pages[page] = None
+        self._entries[page] = None
+        self._count += 1
 
-    def add_run(self, pages: Sequence[int], depths: Sequence[int], uses: Sequence[int]) -> None:
-        self._pages.update(dict.fromkeys(pages))
+    def add_run(self, run: DeferredRun) -> None:
+        """Adds the pages of a run, the last one first."""
+        self._entries[run] = None
+        self._count += len(run.pages)
+
+    def named(self, run: DeferredRun, page: int) -> None:
+        """Keeps the place of a page of a run, behind those that still are in it and have no keys."""
+        run.named.append(page)
+        self._run_of[page] = run
 
     def remove(self, page: int) -> None:
-        del self._pages[page]
+        self._count -= 1
+        run = self._run_of.pop(page, None)
+        if run is None:
+            del self._entries[page]
+            return
+        run.named.remove(page)  # usually the first
+        self._end(run)
+
+    def drop(self, run: DeferredRun) -> None:
+        """Removes a page that was taken out of a run without being named."""
+        self._count -= 1
+        self._end(run)
 
     def pop(self) -> int:
-        return self._pages.popitem(last=False)[0]
+        pages, keyed = self.pop_several(1)
+        return (pages or keyed)[0]
 
-    def pop_run(self, count: int) -> list[int]:
-        pop = self._pages.popitem
-        return [pop(last=False)[0] for _ in range(count)]
+    def pop_several(self, count: int) -> tuple[list[int], list[int]]:
+        self._count -= count
+        pages, keyed = [], []
+        while count:
+            run = self._next
+            if run is None:
+                entry = self._entries.popitem(last=False)[0]
+                if isinstance(entry, int):
+                    keyed.append(entry)
+                    count -= 1
+                    continue
+                run = self._next = entry
+            taken = run.pages[-count:]
+            if taken:
+                del run.pages[-count:]
+                pages += taken
+                count -= len(taken)
+            else:
+                keyed.append(run.named.pop())
+                del self._run_of[keyed[-1]]
+                count -= 1
+            if not run.pages and not run.named:
+                self._next = None
+        return pages, keyed
 
     def clear(self) -> None:
-        self._pages.clear()
+        self._entries.clear()
+        self._run_of.clear()
+        self._next, self._count = None, 0
+
+    def _end(self, run: DeferredRun) -> None:
+        """Forgets a run without pages."""
+        if run.pages or run.named:
+            return
+        if run is self._next:
+            self._next = None
+        else:
+            del self._entries[run]
 
 
 class LeastWorth:
@@ -106,8 +166,6 @@ class LeastWorth:
     worth: of a page that is released, from its depth and uses. ages: what is released later is worth more, by the worth
     of the page reclaimed last.
     """
-
-    weighs = True
 
     def __init__(self, worth: Callable[[int, int], float], *, ages: bool):
         self._worth = worth
@@ -137,12 +195,6 @@ class LeastWorth:
             self._heap = [(worth, release, page) for page, (worth, release) in self._pages.items()]
             heapq.heapify(self._heap)
 
-    def add_run(self, pages: Sequence[int], depths: Sequence[int], uses: Sequence[int]) -> None:
-        follows = None
-        for page in pages:
-            self.add(page, depths[page], uses[page], follows)
-            follows = page
-
     def remove(self, page: int) -> None:
         del self._pages[page]
 
@@ -154,8 +206,8 @@ class LeastWorth:
                 self._age = max(self._age, worth)
                 return page
 
-    def pop_run(self, count: int) -> list[int]:
-        return [self.pop() for _ in range(count)]
+    def pop_several(self, count: int) -> tuple[list[int], list[int]]:
+        return [], [self.pop() for _ in range(count)]
 
     def clear(self) -> None:
         self._pages.clear()

@@ -25,12 +25,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from jaxserve.kv_cache.deferred_keys import DeferredRun, marked
+from jaxserve.kv_cache.deferred_keys import DeferredRun
 from jaxserve.kv_cache.event_log import CacheEventLog
 from jaxserve.kv_cache.eviction import Eviction, LeastRecentlyUsed
 from jaxserve.kv_cache.host_pool import HeldPage, HostPool, Reclaimed
 from jaxserve.kv_cache.page_copy import PageCopy, PageState
-from jaxserve.kv_cache.pool_checks import NULL_PAGE, check_pages
+from jaxserve.kv_cache.pool_checks import NULL_PAGE, check_pages, check_runs
 
 EVICTION_CAUSES = ("capacity", "flush", "lost")
 """Why pages lose what they kept: another sequence needed the page, `forget` was asked for, the device lost it."""
@@ -65,11 +65,12 @@ class PagePool:
         self._references = [0] * num_pages
         # The key of a committed page's content. Two pages can have the same content; `_page_of_key` names the one
         # that `find` returns. The other keeps its key: it takes over when that one is reclaimed.
-        self._keys: list[bytes | DeferredRun | None] = [None] * num_pages
+        self._keys: list[bytes | None] = [None] * num_pages
         self._page_of_key: dict[bytes, int] = {}
         self._deferred: dict[bytes, DeferredRun] = {}  # by the key of the page in front of the run
         self._free = list(range(num_pages - 1, NULL_PAGE, -1))  # a stack: low numbers first
         self._cached: Eviction = LeastRecentlyUsed() if eviction is None else eviction
+        self._lru = self._cached if isinstance(self._cached, LeastRecentlyUsed) else None
         self._depths = [0] * num_pages  # of a committed page: pages before it in its sequence
         self._uses = [0] * num_pages  # of a committed page: sequences that had it
         self._groups = [0] * num_pages  # of a committed page: the group of layers
@@ -121,9 +122,9 @@ class PagePool:
     def state(self, page: int) -> PageState:
         """Returns the state of a device page: FREE, ACTIVE or CACHED."""
         self._check_range(page)
-        if self._references[page]:
-            return PageState.ACTIVE
-        return PageState.FREE if self._keys[page] is None else PageState.CACHED
+        if page in self._cached:
+            return PageState.CACHED
+        return PageState.ACTIVE if self._references[page] else PageState.FREE
 
     def references(self, page: int) -> int:
         """Returns the number of page tables that hold a device page."""
@@ -151,47 +152,39 @@ class PagePool:
             return None
         pages = free[: -1 - count : -1]
         del free[len(free) - len(pages) :]
-        if len(pages) < count:
-            pages += self._reclaim(count - len(pages))
         for page in pages:
             references[page] = 1
+        if len(pages) < count:
+            pages += self._reclaim(count - len(pages))
         return pages
 
     def share(self, pages: Sequence[int]) -> None:
         """Adds one reference to each active or cached page, for the table of another sequence."""
         self._check_distinct(pages)
         for page in pages:
-            if self.state(page) is PageState.FREE:
+            self._check_range(page)
+            if not self._references[page] and self._keys[page] is None:
                 raise ValueError(f"page {page} is free; only active and cached pages can be shared")
         for page in pages:
             self._take(page)
             self._uses[page] += 1
 
-    def release(self, pages: Sequence[int]) -> None:
+    def release(self, pages: Sequence[int], run: DeferredRun | None = None) -> None:
         """Drops one reference to each active page of one table, given in table order.
 
         A page without references keeps its content as CACHED if `find` returns it, else it becomes FREE. Of one
         table the later pages are reclaimed first: without the earlier ones no `find` would reach them.
+
+        run: of the pages in the table, those without keys; `pages` are then all pages of the table.
         """
         self._check_active(pages)
-        references, contents, page_of_key, cached = self._references, self._keys, self._page_of_key, []
-        for page in reversed(pages):
-            references[page] = left = references[page] - 1
-            # `setdefault`: a duplicate takes over when the page found until now has been reclaimed.
-            if (
-                not left
-                and (content := contents[page]) is not None
-                and (isinstance(content, DeferredRun) or page_of_key.setdefault(content, page) == page)
-            ):
-                cached.append(page)
-                continue
-            if cached:
-                self._cached.add_run(cached, self._depths, self._uses)
-                cached = []
-            if not left:
-                self._vacate(page)
-        if cached:
-            self._cached.add_run(cached, self._depths, self._uses)
+        if run is not None and run.pages and self.defers(run):
+            self._drop(pages[run.first + len(run.pages) :])
+            assert self._lru is not None
+            self._lru.add_run(run)
+            run.cached = True
+            pages = pages[: run.first]
+        self._drop(pages)
 
     def commit(self, pages: Sequence[int], keys: Sequence[bytes], first: int = 0, group: int = 0) -> None:
         """Assigns its content key to each of several active pages, whose content is computed by what is dispatched.
@@ -219,26 +212,25 @@ class PagePool:
             if deferred and key in deferred:
                 self._advance(key)
 
-    def defer(self, run: DeferredRun, pages: Sequence[int]) -> None:
-        """Commits several active pages, those behind the last ones of a run, whose content is computed by what is
-        dispatched.
+    @property
+    def may_defer(self) -> bool:
+        """Tells whether `defer` may be called: pages of host memory need their keys, and so do pages that are reclaimed
+        in another order than that of their release."""
+        return self._lru is not None and not self.host.num_pages
 
-        The first page of a new run gets its key, which is in `run.keys`. The others have none until a look-up finds the
-        page in front of them, or `commit_run` is called. The pool has no host memory, for which pages need their keys.
+    def defer(self, run: DeferredRun, pages: Sequence[int]) -> None:
+        """Commits several active pages that follow those of a run, whose content is computed by what is dispatched.
+
+        pages: each has one owner, and no content key. The first page of a new run gets its key, which is in `run.keys`.
+        The others get theirs when a look-up finds the page in front of them, or by `commit_run`.
         """
-        self._check_active(pages)
-        contents, alone = self._keys, True
         if not run.begun:
             alone = self._begin(run, pages[0])
-            pages = pages[1:]
-        for page in pages:
-            contents[page] = run
-        if self._cached.weighs:
-            for depth, page in enumerate(pages, run.first + len(run.pages)):
-                self._depths[page], self._uses[page] = depth, 1
-        run.pages += pages
-        if not alone:  # others have the same content
-            self._commit_deferred(run, len(pages))
+            run.pages += pages[1:]
+            if not alone:  # others have the same content
+                self._commit_deferred(run, len(run.pages))
+        else:
+            run.pages += pages
 
     def defers(self, run: DeferredRun) -> bool:
         """Tells whether pages can be appended to a run of active pages: what it has are all of those behind a key."""
@@ -257,7 +249,7 @@ class PagePool:
         if key is None or self._references[page] > 1:
             return
         self._keys[page] = None
-        if isinstance(key, bytes) and self._page_of_key.get(key) == page:  # that of a duplicate may be gone
+        if self._page_of_key.get(key) == page:  # that of a duplicate may be gone
             self._unlist(key)
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
@@ -293,8 +285,10 @@ class PagePool:
         cause: one of EVICTION_CAUSES. Pages in host memory keep their keys where the device alone is lost.
         """
         count = len(self._cached)
-        deferred = set(self._deferred.values())
-        self.evictions[cause] += len(self._page_of_key) + sum(marked(run, self._keys) for run in deferred)
+        self.evictions[cause] += len(self._page_of_key) + sum(len(run.pages) for run in self._deferred.values())
+        for run in () if self._lru is None else self._lru.runs:
+            for page in run.pages:
+                self._references[page] = 0
         known = list(self._page_of_key) if self.event_log is not None and self.host.num_cached else ()
         copies = self.take_copies()
         if cause == "lost":
@@ -404,12 +398,15 @@ class PagePool:
 
         Takes time in the size of the pool: for tests and for when the engine is idle (then without tables).
         """
-        check_pages(tables, self._references, self._free, self._cached, self._keys, self._page_of_key, self._deferred)
+        runs = [] if self._lru is None else self._lru.runs
+        check_runs(self._deferred, runs, self._references, self._keys, self._page_of_key)
+        deferred = {page for run in runs for page in run.pages}
+        check_pages(tables, self._references, self._free, self._cached, self._keys, self._page_of_key, deferred)
         self.host.check_integrity(host_tables)
 
     def _move_out(self, pages: Sequence[int]) -> tuple[PageCopy, ...] | None:
         self._check_active(pages)
-        contents = [HeldPage(self._key(page), self._groups[page], self._depths[page]) for page in pages]
+        contents = [HeldPage(self._keys[page], self._groups[page], self._depths[page]) for page in pages]
         held = self.host.hold(contents)
         if held is None:
             return None
@@ -447,24 +444,35 @@ class PagePool:
             self._cached.remove(page)
         self._references[page] += 1
 
-    def _vacate(self, page: int) -> None:
-        """Frees a page without references, and forgets what it contained."""
+    def _drop(self, pages: Sequence[int]) -> None:
+        later = None
+        for page in reversed(pages):
+            self._references[page] -= 1
+            later = page if not self._references[page] and self._keep(page, later) else None
+
+    def _keep(self, page: int, later: int | None) -> bool:
+        """Caches or frees a page without references; returns whether it is cached. later: the next page of the table,
+        if it has just been cached."""
+        key = self._keys[page]
+        # `setdefault`: a duplicate takes over when the page found until now has been reclaimed.
+        if key is not None and self._page_of_key.setdefault(key, page) == page:
+            self._cached.add(page, self._depths[page], self._uses[page], later)
+            return True
         self._keys[page] = None
         self._uses[page] = 0
         self._free.append(page)
+        return False
 
     def _reclaim(self, count: int) -> list[int]:
-        """Takes so many cached pages from what they keep; returns them."""
-        pages = [self._cached.pop()] if count == 1 else self._cached.pop_run(count)
-        contents, uses = self._keys, self._uses
-        for page in pages:
-            content = contents[page]
-            contents[page] = None
-            if isinstance(content, bytes):
-                uses[page] = 0
-                self._reclaimed(page, content)
+        """Takes so many cached pages from what they keep; returns them, with a reference each."""
+        pages, keyed = self._cached.pop_several(count)
         self.evictions["capacity"] += count
-        return pages
+        for page in keyed:
+            key = self._keys[page]
+            assert key is not None, f"page {page} is cached without a content key"
+            self._references[page], self._keys[page], self._uses[page] = 1, None, 0
+            self._reclaimed(page, key)
+        return pages + keyed
 
     def _reclaimed(self, page: int, key: bytes) -> None:
         """Makes what a page contained unfindable on the device, and copies it to host memory."""
@@ -494,17 +502,18 @@ class PagePool:
 
     def _commit_deferred(self, run: DeferredRun, count: int) -> None:
         """Commits the first `count` pages of a run, which is not listed, and lists what remains of it."""
-        contents, page_of_key, deferred = self._keys, self._page_of_key, self._deferred
-        key = b""
+        key, deferred, lru = b"", self._deferred, self._lru
+        assert lru is not None
         for depth, (page, key) in enumerate(run.take(count, self.page_size), run.first):
-            if contents[page] is not run:  # it has been reclaimed, and those behind it were before
-                run.pages.clear()
-                return
-            if page_of_key.setdefault(key, page) == page or self._references[page]:
-                contents[page], self._depths[page], self._uses[page] = key, depth, 1
-            else:  # another page has the same content
-                self._cached.remove(page)
-                self._vacate(page)
+            found = self._page_of_key.setdefault(key, page) == page
+            self._keys[page], self._depths[page], self._uses[page] = key, depth, 1
+            if run.cached:
+                self._references[page] = 0
+                if found:
+                    lru.named(run, page)
+                else:  # another page has the same content
+                    self._keep(page, None)
+                    lru.drop(run)
             if key in deferred:
                 self._advance(key)
         if run.pages and deferred.setdefault(key, run) is not run:
@@ -532,11 +541,6 @@ class PagePool:
         if on_disk is not None and content.key not in on_disk:
             on_disk.add(content.key)
             self._copies.append(PageCopy(page, PageState.HOST, 0, PageState.DISK, content.group, content.key))
-
-    def _key(self, page: int) -> bytes | None:
-        key = self._keys[page]
-        assert not isinstance(key, DeferredRun), f"page {page} has no key yet"
-        return key
 
     def _unlist(self, key: bytes) -> None:
         del self._page_of_key[key]

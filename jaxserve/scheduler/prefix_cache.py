@@ -66,7 +66,7 @@ class PrefixCache:
         self.alike = groups.alike
         self._pool = pool
         self._keys = keys
-        self._defers = groups.alike and not pool.num_host_pages
+        self._defers = groups.alike and pool.may_defer
         self._nothing = FoundPages([[] for _ in groups.windows], [0] * groups.count)
         self._dispatched: StepPlan | None = None
         self._event_log: CacheEventLog | None = None
@@ -89,7 +89,7 @@ class PrefixCache:
             return self._nothing
         if not sequence.page_keys:
             self._derive(sequence, 1)
-        if self._defers and self._pool.page_of(sequence.page_keys[0]) is None:
+        if self.alike and not self._pool.num_host_pages and self._pool.page_of(sequence.page_keys[0]) is None:
             return self._nothing
         found = self._find(self._chain(sequence, limit), self._pool.page_of)
         if not self._pool.host.num_cached:
@@ -223,9 +223,6 @@ class PrefixCache:
                 as they are computed at all.
         """
         self._commit(sequence, min(num_tokens, sequence.num_computed))
-        if sequence.deferred is not None:
-            sequence.deferred.close(sequence.num_committed * self.page_size)
-            sequence.deferred = None
 
     def filled(self, sequence: Sequence, position: int) -> None:
         """Commits the pages that a running sequence has filled, some of which it is about to release. position: of the
@@ -252,7 +249,8 @@ class PrefixCache:
         `num_tokens` tokens, which are known."""
         if (index + 1) * self._pool.page_size > num_tokens or not self._serves(sequence):
             return None
-        self._derive(sequence, index + 1)
+        if index >= len(sequence.page_keys):
+            self._derive(sequence, index + 1)
         return sequence.page_keys[index]
 
     def common_pages(self, sequence: Sequence, leader: Sequence) -> int:

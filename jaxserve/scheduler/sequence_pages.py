@@ -250,7 +250,7 @@ class Pages:
         """
         if sequence.host_pages:
             self._pool.release_host(sequence.host_pages)
-        self._pool.release([*_by_entry(sequence), *sequence.reserved])
+        self._pool.release([*_by_entry(sequence), *sequence.reserved], sequence.deferred)
         sequence.reserved, sequence.host_pages = [], []
         self.open(sequence)
         sequence.num_committed, sequence.deferred = 0, None
