@@ -27,8 +27,8 @@ class DeferredRun:
     sequence has the same list. prompt, outputs: its token ids, of which more may follow: tens of bytes a token, whose
     keys and values take tens of thousands. first: index in its table of the first page of the run. pages: of the run,
     in order, each of which has one owner: the sequence, or the run itself once the sequence has released them (cached).
-    named: cached pages that were its first and have got their keys, in order. begun: the page in front of the run is
-    committed.
+    named: cached pages that were its first and have got their keys, in order, if there are any. begun: the page in
+    front of the run is committed.
     """
 
     __slots__ = ("begun", "cached", "chain", "first", "keys", "named", "outputs", "pages", "prompt")
@@ -41,7 +41,7 @@ class DeferredRun:
         self.outputs = outputs
         self.first = first
         self.pages: list[int] = []
-        self.named: list[int] = []
+        self.named: list[int] | None = None
         self.begun = self.cached = False
 
     def take(self, count: int, page_size: int) -> list[tuple[int, bytes]]:

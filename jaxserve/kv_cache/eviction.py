@@ -80,7 +80,7 @@ class LeastRecentlyUsed:
             if isinstance(entry, int):
                 yield entry
         for run in self.runs:
-            yield from (*run.pages, *run.named)
+            yield from (*run.pages, *(run.named or ()))
 
     @property
     def runs(self) -> list[DeferredRun]:
@@ -99,6 +99,8 @@ class LeastRecentlyUsed:
 
     def named(self, run: DeferredRun, page: int) -> None:
         """Keeps the place of a page of a run, behind those that still are in it and have no keys."""
+        if run.named is None:
+            run.named = []
         run.named.append(page)
         self._run_of[page] = run
 
@@ -108,6 +110,7 @@ class LeastRecentlyUsed:
         if run is None:
             del self._entries[page]
             return
+        assert run.named is not None
         run.named.remove(page)  # usually the first
         self._end(run)
 
@@ -122,6 +125,11 @@ class LeastRecentlyUsed:
 
     def pop_several(self, count: int) -> tuple[list[int], list[int]]:
         self._count -= count
+        run = self._next
+        if run is not None and len(run.pages) > count:
+            pages = run.pages[-count:]
+            del run.pages[-count:]
+            return pages, []
         pages, keyed = [], []
         while count:
             run = self._next
@@ -138,6 +146,7 @@ class LeastRecentlyUsed:
                 pages += taken
                 count -= len(taken)
             else:
+                assert run.named is not None
                 keyed.append(run.named.pop())
                 del self._run_of[keyed[-1]]
                 count -= 1

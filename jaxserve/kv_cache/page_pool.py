@@ -472,7 +472,8 @@ class PagePool:
             assert key is not None, f"page {page} is cached without a content key"
             self._references[page], self._keys[page], self._uses[page] = 1, None, 0
             self._reclaimed(page, key)
-        return pages + keyed
+        pages += keyed
+        return pages
 
     def _reclaimed(self, page: int, key: bytes) -> None:
         """Makes what a page contained unfindable on the device, and copies it to host memory."""
@@ -481,7 +482,8 @@ class PagePool:
             self._deferred.pop(key, None)  # pages behind it have been reclaimed, or cannot be found any more
         if self.host.caches:
             self._part(page, key)
-        self._unfindable(key)
+        if self.event_log is not None:
+            self._unfindable(key)
 
     def _begin(self, run: DeferredRun, page: int) -> bool:
         """Commits the first page of a run; returns whether no other page has its content, so that none is behind it."""

@@ -66,6 +66,7 @@ class PrefixCache:
         self.alike = groups.alike
         self._pool = pool
         self._keys = keys
+        self._plain = groups.alike and not pool.num_host_pages
         self._defers = groups.alike and pool.may_defer
         self._nothing = FoundPages([[] for _ in groups.windows], [0] * groups.count)
         self._dispatched: StepPlan | None = None
@@ -84,12 +85,10 @@ class PrefixCache:
         `Pages.admit` shares them. Behind those of the device come pages of host memory, where bringing them back is
         predicted to be cheaper than computing their tokens again.
         """
+        if self._plain and sequence.page_keys and self._pool.page_of(sequence.page_keys[0]) is None:
+            return self._nothing
         limit = sequence.num_skippable // self._pool.page_size if self._serves(sequence) else 0
         if not limit:
-            return self._nothing
-        if not sequence.page_keys:
-            self._derive(sequence, 1)
-        if self.alike and not self._pool.num_host_pages and self._pool.page_of(sequence.page_keys[0]) is None:
             return self._nothing
         found = self._find(self._chain(sequence, limit), self._pool.page_of)
         if not self._pool.host.num_cached:
@@ -265,7 +264,7 @@ class PrefixCache:
         begin, end = sequence.num_committed, num_tokens // self._pool.page_size
         if end <= begin or sequence.status is not RequestStatus.RUNNING or not self._serves(sequence):
             return False
-        if self._may_defer(sequence):
+        if self._defers and self._event_log is None and not self.watched and sequence.prompt is None:
             self._defer(sequence, begin, end)
             sequence.num_committed = end
             return True
@@ -284,10 +283,6 @@ class PrefixCache:
             self._announce(sequence, first, end)
         self.committed_keys += sequence.page_keys[begin:end] if self.watched else ()
         return True
-
-    def _may_defer(self, sequence: Sequence) -> bool:
-        """Tells whether the keys of a sequence's pages can wait until a look-up needs them."""
-        return self._defers and self._event_log is None and not self.watched and sequence.prompt is None
 
     def _defer(self, sequence: Sequence, begin: int, end: int) -> None:
         """Makes pages `begin` to `end` - 1 findable, and derives the key of one of them at most."""
