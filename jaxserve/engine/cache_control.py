@@ -31,7 +31,7 @@ class CacheControl:
                 self._runner.disk.forget()
             return [*self.events(), PrefixCacheFlushed(message.number, num_pages)]
         self._number = message.number
-        self._event_log = CacheEventLog() if message.number else None
+        self._event_log = CacheEventLog(grouped=self._scheduler.page_groups.count > 1) if message.number else None
         self._prefix_cache.record(self._event_log)
         return []
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as List
 
 from jaxserve.kv_cache.content_keys import ContentKeys
 from jaxserve.kv_cache.deferred_keys import DeferredRun
@@ -276,11 +277,8 @@ class PrefixCache:
         else:
             self._commit_groups(sequence, begin, end)
         sequence.num_committed = end
-        if (log := self._event_log) is not None:
-            first = begin
-            while first and sequence.page_keys[first - 1] not in log:
-                first -= 1
-            self._announce(sequence, first, end)
+        if self._event_log is not None:
+            self._announce(sequence, begin, end)
         self.committed_keys += sequence.page_keys[begin:end] if self.watched else ()
         return True
 
@@ -296,25 +294,42 @@ class PrefixCache:
         self._pool.defer(run, sequence.pages[begin:end])
 
     def _announce(self, sequence: Sequence, begin: int, end: int) -> None:
-        """Records pages `begin` to `end` - 1 of a sequence, those that can be found and are not recorded yet."""
-        log, keys, size, options = self._event_log, sequence.page_keys, self._pool.page_size, sequence.request.options
+        """Records pages `begin` to `end` - 1 of a sequence and those in front of them, as far as they can be found and
+        are not recorded yet."""
+        for group, window in enumerate(self._groups.windows):
+            first = begin
+            while first and self._is_new(group_key(sequence.page_keys[first - 1], group)):
+                first -= 1
+            for new, findable in itertools.groupby(
+                range(first, end), lambda index, group=group: self._is_new(group_key(sequence.page_keys[index], group))
+            ):
+                if new:
+                    self._announce_run(sequence, list(findable), group, window)
+
+    def _is_new(self, key: bytes) -> bool:
+        """Tells whether the page of a content key can be found, and is not recorded."""
+        assert self._event_log is not None
+        return key not in self._event_log and self._pool.page_of(key) is not None
+
+    def _announce_run(self, sequence: Sequence, run: List[int], group: int, window: int | None) -> None:
+        """Records consecutive pages of one group of layers. run: their indices in the table of a sequence."""
+        log, size, options = self._event_log, self._pool.page_size, sequence.request.options
         assert log is not None
         assert self._keys is not None
-        new = [index for index in range(begin, end) if keys[index] not in log and self._pool.page_of(keys[index])]
-        while new:
-            first = new[0]
-            count = sum(index == first + place for place, index in enumerate(new))  # of the first run
-            run, new = keys[first : first + count], new[count:]
-            event = CacheEvent(
-                CacheEventKind.STORED,
-                options.tenant,
-                namespace=page_hash(self._keys.root(options.tenant, options.cache_salt)),
-                salted=bool(options.cache_salt),
-                parent=page_hash(keys[first - 1]) if first else None,
-                hashes=tuple(map(page_hash, run)),
-                token_ids=sequence.known_token_ids(first * size, (first + count) * size),
-            )
-            log.stored(event, run)
+        first = run[0]
+        keys = [group_key(sequence.page_keys[index], group) for index in run]
+        event = CacheEvent(
+            CacheEventKind.STORED,
+            options.tenant,
+            namespace=page_hash(self._keys.root(options.tenant, options.cache_salt)),
+            salted=bool(options.cache_salt),
+            parent=page_hash(group_key(sequence.page_keys[first - 1], group)) if first else None,
+            hashes=tuple(map(page_hash, keys)),
+            token_ids=sequence.known_token_ids(first * size, (first + len(run)) * size),
+            group=None if self._groups.count == 1 else group,
+            window=window,
+        )
+        log.stored(event, keys)
 
     def _commit_groups(self, sequence: Sequence, begin: int, end: int) -> None:
         """Commits the pages of every group at these indices, without those that windows have left."""
