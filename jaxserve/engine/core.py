@@ -362,6 +362,7 @@ class EngineCore:
             pages_free=pool.num_free,
             pages_used=pool.num_used,
             pages_cached=pool.num_cached,
+            group_pages=scheduler.group_pages,
             num_executables=self.runner.num_executables,
             num_compilations=self.runner.num_compilations,
             compile_misses=self.runner.compile_misses,

@@ -23,6 +23,7 @@ Every call takes time proportional to the pages it is given, not to the size of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from jaxserve.kv_cache.deferred_keys import DeferredRun
@@ -30,7 +31,7 @@ from jaxserve.kv_cache.event_log import CacheEventLog
 from jaxserve.kv_cache.eviction import Eviction, LeastRecentlyUsed
 from jaxserve.kv_cache.host_pool import HeldPage, HostPool, Reclaimed
 from jaxserve.kv_cache.page_copy import PageCopy, PageState
-from jaxserve.kv_cache.pool_checks import NULL_PAGE, check_pages, check_runs
+from jaxserve.kv_cache.pool_checks import NULL_PAGE, check_pages, check_runs, expect
 
 EVICTION_CAUSES = ("capacity", "flush", "lost")
 """Why pages lose what they kept: another sequence needed the page, `forget` was asked for, the device lost it."""
@@ -81,6 +82,7 @@ class PagePool:
             EVICTION_CAUSES, 0
         )  # pages that `find` no longer returns, by cause
         self.event_log: CacheEventLog | None = None  # is told of these pages
+        self.cached_by_group: list[int] = []  # cached pages of each group of layers; empty where nobody counts them
 
     @property
     def num_usable(self) -> int:
@@ -306,6 +308,7 @@ class PagePool:
         for key in known:
             self._unfindable(key)
         self._cached.clear()
+        self.cached_by_group = [0] * len(self.cached_by_group)
         return count
 
     def copy(self, page: int) -> PageCopy | None:
@@ -402,6 +405,10 @@ class PagePool:
         check_runs(self._deferred, runs, self._references, self._keys, self._page_of_key)
         deferred = {page for run in runs for page in run.pages}
         check_pages(tables, self._references, self._free, self._cached, self._keys, self._page_of_key, deferred)
+        if self.cached_by_group:
+            counts = Counter(self._groups[page] for page in self._cached)
+            wanted = [counts[group] for group in range(len(self.cached_by_group))]
+            expect(self.cached_by_group == wanted, f"cached pages by group are {wanted}, not {self.cached_by_group}")
         self.host.check_integrity(host_tables)
 
     def _move_out(self, pages: Sequence[int]) -> tuple[PageCopy, ...] | None:
@@ -439,9 +446,14 @@ class PagePool:
         self.host.release(pages)
         return tuple(copies)
 
+    def _count_cached(self, page: int, change: int) -> None:
+        if self.cached_by_group:
+            self.cached_by_group[self._groups[page]] += change
+
     def _take(self, page: int) -> None:
         if not self._references[page]:
             self._cached.remove(page)
+            self._count_cached(page, -1)
         self._references[page] += 1
 
     def _drop(self, pages: Sequence[int]) -> None:
@@ -457,6 +469,7 @@ class PagePool:
         # `setdefault`: a duplicate takes over when the page found until now has been reclaimed.
         if key is not None and self._page_of_key.setdefault(key, page) == page:
             self._cached.add(page, self._depths[page], self._uses[page], later)
+            self._count_cached(page, 1)
             return True
         self._keys[page] = None
         self._uses[page] = 0
@@ -471,6 +484,7 @@ class PagePool:
             key = self._keys[page]
             assert key is not None, f"page {page} is cached without a content key"
             self._references[page], self._keys[page], self._uses[page] = 1, None, 0
+            self._count_cached(page, -1)
             self._reclaimed(page, key)
         pages += keyed
         return pages
