@@ -4,7 +4,8 @@
                 least the last token, and every token whose hidden state is wanted
     commit      pages of a prompt are committed once the step that fills them is dispatched, before the next one is
                 planned: what reads them is then dispatched behind it. Those filled while decoding are committed
-                together when the sequence ends or is preempted: a step that only decodes costs no more than without
+                together when the sequence ends or is preempted: a step that only decodes costs no more than without.
+                Where it is enough, keys are derived when a look-up comes that far (`kv_cache/deferred_keys.py`)
     end         the pool keeps the committed pages of a sequence that ends or is preempted until it needs them for
                 something else, and then in host memory, as far as there is room
 
