@@ -114,11 +114,6 @@ class LeastRecentlyUsed:
         run.named.remove(page)  # usually the first
         self._end(run)
 
-    def drop(self, run: DeferredRun) -> None:
-        """Removes a page that was taken out of a run without being named."""
-        self._count -= 1
-        self._end(run)
-
     def pop(self) -> int:
         pages, keyed = self.pop_several(1)
         return (pages or keyed)[0]

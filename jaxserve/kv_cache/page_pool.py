@@ -220,6 +220,11 @@ class PagePool:
         in another order than that of their release."""
         return self._lru is not None and not self.host.num_pages
 
+    def are_deferrable(self, pages: Sequence[int]) -> bool:
+        """Tells whether active pages have one owner each and no content keys."""
+        alone = sum(map(self._references.__getitem__, pages)) == len(pages)
+        return alone and not any(map(self._keys.__getitem__, pages))
+
     def defer(self, run: DeferredRun, pages: Sequence[int]) -> None:
         """Commits several active pages that follow those of a run, whose content is computed by what is dispatched.
 
@@ -525,11 +530,8 @@ class PagePool:
             self._keys[page], self._depths[page], self._uses[page] = key, depth, 1
             if run.cached:
                 self._references[page] = 0
-                if found:
-                    lru.named(run, page)
-                else:  # another page has the same content
-                    self._keep(page, None)
-                    lru.drop(run)
+                assert found, f"page {page} was cached as the page of a key that another has"
+                lru.named(run, page)
             if key in deferred:
                 self._advance(key)
         if run.pages and deferred.setdefault(key, run) is not run:

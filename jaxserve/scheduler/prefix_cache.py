@@ -266,7 +266,7 @@ class PrefixCache:
         begin, end = sequence.num_committed, num_tokens // self._pool.page_size
         if end <= begin or sequence.status is not RequestStatus.RUNNING or not self._serves(sequence):
             return False
-        if self._defers and self._event_log is None and not self.watched and sequence.prompt is None:
+        if self._may_defer(sequence, begin, end):
             self._defer(sequence, begin, end)
             sequence.num_committed = end
             return True
@@ -282,6 +282,12 @@ class PrefixCache:
             self._announce(sequence, begin, end)
         self.committed_keys += sequence.page_keys[begin:end] if self.watched else ()
         return True
+
+    def _may_defer(self, sequence: Sequence, begin: int, end: int) -> bool:
+        """Tells whether the keys of pages can wait until a look-up needs them. After a flush, sequences commit pages
+        anew that they share."""
+        alone = self._event_log is None and not self.watched and sequence.prompt is None
+        return self._defers and alone and self._pool.are_deferrable(sequence.pages[begin:end])
 
     def _defer(self, sequence: Sequence, begin: int, end: int) -> None:
         """Makes pages `begin` to `end` - 1 findable, and derives the key of one of them at most."""
