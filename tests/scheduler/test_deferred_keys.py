@@ -184,3 +184,18 @@ def test_orders_that_weigh_pages_have_their_keys_at_once(policy):
     side.start(np.arange(12).tolist())
     side.compute(0, 12)
     assert side.keys.hashed == 6
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_prompt_that_two_compute_at_once_is_cached_once(sampled):
+    for defers in (True, False):
+        side = Side(64, defers=defers)
+        for second in (False, True):
+            side.start(range(24), second and sampled)
+        side.compute(0, 24)
+        side.compute(1, 24)
+        for _ in range(2):
+            side.finish(0, [])
+        assert side.pool.num_cached == 12
+        assert len(side.cache.find(side.sequence(range(26)))) == 12
+        side.state()
