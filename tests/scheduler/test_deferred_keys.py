@@ -12,6 +12,7 @@ from jaxserve.kv_cache.page_pool import PagePool, PageState
 from jaxserve.request import EngineRequest, RequestStatus
 from jaxserve.scheduler.prefix_cache import PrefixCache
 from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler.shared_prompt import SharedPrompt
 
 PAGE = 2
 SECRET = bytes(range(16))
@@ -46,7 +47,7 @@ class Side:
         """Admits a request if it fits; returns the number of pages that it found. sampled: as one of several samples,
         whose pages have their keys at once."""
         sequence = self.sequence(tokens)
-        sequence.prompt = object() if sampled else None
+        sequence.prompt = SharedPrompt(len(tokens), PAGE, [0]) if sampled else None
         found = self.cache.find(sequence)
         needed = -(-(len(tokens) + 8) // PAGE) - len(found)
         if needed + self.pool.num_unreferenced(found.live) > self.pool.num_available:
