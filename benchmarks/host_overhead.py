@@ -73,6 +73,9 @@ class PackingRunner:
     def page_copies(self) -> dict[str, PageCopies]:
         return {}
 
+    def shared_reads(self) -> dict[str, int]:
+        return {}
+
     def fitted(self, plan: StepPlan) -> StepPlan:
         return plan
 

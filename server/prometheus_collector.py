@@ -138,6 +138,7 @@ class EngineCollector(Collector):
         yield self._labeled_gauge(
             "kv_cache_pages", "Pages by state.", "state", [*pages, ("swapped", stats.pages_swapped)]
         )
+        yield self._group_pages(stats)
         for name, text, value in _COUNTERS:
             yield self._counter(name, text, [((), value(stats))], ())
         preemptions = (("recompute", stats.num_preemptions_recompute), ("swap", stats.num_preemptions_swap))
@@ -155,6 +156,14 @@ class EngineCollector(Collector):
             "prefix_waits", "Requests whose prefix another was computing, by what they did.",
             [((choice,), count) for choice, count in waits.items()], ("choice",),
         )  # fmt: skip
+        reads = stats.shared_reads
+        yield self._counter("shared_read_steps", "Steps in which rows read shared pages together.",
+                            [((), reads.get("steps", 0))], ())  # fmt: skip
+        for unit, text in (("rows", "Rows that share pages with others"), ("tokens", "Positions in these pages")):
+            yield self._counter(
+                f"shared_read_{unit}", f"{text}, by whether these are read once.",
+                [((choice,), reads.get(f"{unit}_{choice}", 0)) for choice in ("together", "apart")], ("choice",),
+            )  # fmt: skip
         evictions = dict.fromkeys(EVICTION_CAUSES, 0) | stats.prefix_cache_evictions
         yield self._counter(
             "prefix_cache_evictions", "Pages that can no longer be found in the prefix cache, by cause.",
@@ -163,6 +172,20 @@ class EngineCollector(Collector):
         yield from self._host_memory(stats)
         yield from self._requests()
         yield from self._steps(stats.step_histograms)
+
+    def _group_pages(self, stats: EngineStats) -> Metric:
+        """Returns pages by group of layers; free pages are any group's."""
+        family = GaugeMetricFamily(
+            PREFIX + "kv_cache_group_pages",
+            "Pages by group of layers: in page tables (used), cached, and free for any group.",
+            labels=[_LABEL, "group", "window", "state"],
+        )
+        alone = (0, stats.pages_used, stats.pages_cached)
+        for group, (window, *counts) in enumerate(stats.group_pages or (alone,)):
+            for state, count in zip(("used", "cached"), counts, strict=True):
+                family.add_metric([self._served.name, str(group), str(window), state], count)
+        family.add_metric([self._served.name, "any", "", "free"], stats.pages_free)
+        return family
 
     def _host_memory(self, stats: EngineStats) -> Iterator[Metric]:
         pages = (("free", stats.host_pages_free), ("cached", stats.host_pages_cached), ("swapped", stats.pages_swapped))

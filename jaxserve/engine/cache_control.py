@@ -31,7 +31,7 @@ class CacheControl:
                 self._runner.disk.forget()
             return [*self.events(), PrefixCacheFlushed(message.number, num_pages)]
         self._number = message.number
-        self._event_log = CacheEventLog() if message.number else None
+        self._event_log = CacheEventLog(grouped=self._scheduler.page_groups.count > 1) if message.number else None
         self._prefix_cache.record(self._event_log)
         return []
 
@@ -79,5 +79,6 @@ class CacheControl:
             "host_cache_choices": dataclasses.asdict(self._prefix_cache.fetches.counts),
             "disk": dataclasses.asdict(self._runner.disk.counts()) if self._runner.disk is not None else {},
             "disk_choices": dataclasses.asdict(self._scheduler.disk_waits.counts),
+            "shared_reads": self._runner.shared_reads(),
             "page_copies": {way: (count.pages, count.seconds) for way, count in copies.items()},
         }

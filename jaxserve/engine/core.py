@@ -123,7 +123,7 @@ class EngineCore:
         )
         self._compiling = GrammarWait()
         self.recorder = recorder or Recorder(clock=clock)
-        self._events = EngineEvents(self.recorder, self.scheduler)
+        self._events = EngineEvents(self.recorder, self.scheduler, self._rows_together())
         self._meter = EngineMeter()
         self.recorder.subscribe(self._meter)
         self._outputs = OutputMessages(self._events, self._meter, self._constraints.forget)
@@ -267,6 +267,7 @@ class EngineCore:
                 number=plan.step,
                 pages_used=self.scheduler.pool.num_used,
                 pack_seconds=self.runner.pack_seconds,
+                rows_together=self._rows_together(),
             )
         if end >= self._stats_due or not self.busy:
             self._stats_due = end + STATS_SECONDS
@@ -275,6 +276,9 @@ class EngineCore:
             messages.append(self.stats())
             if self._capture.is_on:
                 messages.append(self._captured())
+
+    def _rows_together(self) -> int:
+        return self.runner.shared_reads().get("rows_together", 0)
 
     def _captured(self) -> TimelineEvents:
         rows, dropped = self._capture.take()
@@ -362,6 +366,7 @@ class EngineCore:
             pages_free=pool.num_free,
             pages_used=pool.num_used,
             pages_cached=pool.num_cached,
+            group_pages=scheduler.group_pages,
             num_executables=self.runner.num_executables,
             num_compilations=self.runner.num_compilations,
             compile_misses=self.runner.compile_misses,

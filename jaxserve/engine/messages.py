@@ -169,7 +169,9 @@ class EngineStats(_Message, frozen=True):
     num_steps, compile_misses, num_preemptions, prompt_tokens, generation_tokens, computed_tokens, padding_tokens,
     num_dropped (requests ended in the queue because they were late, or would be):
     totals since start; a prompt counts once, when its first output token is there.
-    pages_free + pages_used + pages_cached are all usable pages. num_swapped, pages_swapped: requests whose pages are in
+    pages_free + pages_used + pages_cached are all usable pages. group_pages: for each of several groups of layers its
+    window (0 for none), the pages in the tables of running requests (one that requests share counts for each of them),
+    and the cached pages; empty where there is one group. num_swapped, pages_swapped: requests whose pages are in
     host memory, and those pages. kendall_tau: how well predicted output lengths rank the last window of finished
     requests, as of at most a second ago; None while there is nothing to rank.
     num_gap_exceeded_*: total of gaps between two tokens of a request that exceeded max_decode_gap, by cause
@@ -185,7 +187,8 @@ class EngineStats(_Message, frozen=True):
     otherwise, by cause (`host_pool.HOST_EVICTION_CAUSES`). host_cache_choices: of requests that found pages there
     (`scheduler.host_fetches.FetchCounts`). page_copies: by way ("out", "in"), pages copied to and from host memory, and
     seconds that this took. disk: of the directory of the cache (`runner.protocol.DiskCounts`), empty where there is
-    none; disk_choices: as host_cache_choices.
+    none; disk_choices: as host_cache_choices. shared_reads: choices to read the pages that rows share once
+    (`Runner.shared_reads`).
     device_busy_seconds: lower bound of the time in which the device has had a step to compute. step_histograms: of all
     steps, by the names of STEP_HISTOGRAMS.
     """
@@ -195,6 +198,7 @@ class EngineStats(_Message, frozen=True):
     pages_free: int = 0
     pages_used: int = 0
     pages_cached: int = 0
+    group_pages: tuple[tuple[int, int, int], ...] = ()
     num_steps: int = 0
     num_executables: int = 0
     num_compilations: int = 0
@@ -232,6 +236,7 @@ class EngineStats(_Message, frozen=True):
     host_cache_hit_tokens: int = 0
     host_cache_evictions: dict[str, int] = {}
     host_cache_choices: dict[str, int] = {}
+    shared_reads: dict[str, int] = {}
     page_copies: dict[str, tuple[int, float]] = {}
     disk: dict[str, int] = {}
     disk_choices: dict[str, int] = {}

@@ -30,6 +30,8 @@ class _Page:
     salted: bool
     parent: int | None
     token_ids: tuple[int, ...]
+    group: int | None
+    window: int | None
 
 
 class CacheFollower:
@@ -160,7 +162,9 @@ class CacheFollowers:
                 parent, size = event.parent, len(event.token_ids) // len(event.hashes)
                 for place, name in enumerate(event.hashes):
                     token_ids = event.token_ids[place * size : (place + 1) * size]
-                    self._known[name] = _Page(event.tenant, event.namespace, event.salted, parent, token_ids)
+                    self._known[name] = _Page(
+                        event.tenant, event.namespace, event.salted, parent, token_ids, event.group, event.window
+                    )
                     parent = name
 
     def _snapshot(self, tenant: str | None) -> Iterator[CacheEvent]:
@@ -183,4 +187,6 @@ class CacheFollowers:
                         page.token_ids,
                         page.namespace,
                         page.salted,
+                        page.group,
+                        page.window,
                     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -80,9 +81,10 @@ class ContentKeys:
         """
         self._secret = secrets.token_bytes(MAX_SECRET_BYTES) if secret is None else secret
         self._model = model
+        self.root = functools.lru_cache(maxsize=1024)(self._root)
         self._page = hashlib.blake2b(digest_size=KEY_BYTES, key=self._secret, person=b"page")  # to begin with
 
-    def root(self, tenant: str, salt: str) -> bytes:
+    def _root(self, tenant: str, salt: str) -> bytes:
         """Returns the key that the first page of every sequence of a tenant under `salt` is linked to."""
         # Lengths in front keep ("a", "bc") and ("ab", "c") apart. `person` separates the two uses: no names, whatever
         # their bytes, can equal the key of a page.

@@ -19,6 +19,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from jaxserve.kv_cache.deferred_keys import DeferredRun
+
 
 class Eviction(Protocol):
     """Orders the cached pages of a pool."""
@@ -50,35 +52,116 @@ class Eviction(Protocol):
         """Removes and returns the page to reclaim; there must be one."""
         ...
 
+    def pop_several(self, count: int) -> tuple[list[int], list[int]]:
+        """Removes and returns so many pages, of those to reclaim next: those without content keys, and the others."""
+        ...
+
     def clear(self) -> None: ...
 
 
 class LeastRecentlyUsed:
-    """Reclaims the page released first."""
+    """Reclaims the page released first. Pages whose keys are deferred are one entry in this order, with their run."""
 
     def __init__(self) -> None:
-        self._pages: OrderedDict[int, None] = OrderedDict()
+        self._entries: OrderedDict[int | DeferredRun, None] = OrderedDict()
+        self._run_of: dict[int, DeferredRun] = {}  # of pages of runs that have got their keys since they were added
+        self._next: DeferredRun | None = None  # the run that is being reclaimed, which is no entry any more
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._pages)
+        return self._count
 
     def __contains__(self, page: int) -> bool:
-        return page in self._pages
+        """Tells whether a page is in the order; O(runs) for one without a key."""
+        return page in self._entries or page in self._run_of or any(page in run.pages for run in self.runs)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._pages)
+        for entry in self._entries:
+            if isinstance(entry, int):
+                yield entry
+        for run in self.runs:
+            yield from (*run.pages, *(run.named or ()))
+
+    @property
+    def runs(self) -> list[DeferredRun]:
+        """Returns the runs with cached pages; O(entries)."""
+        waiting = [entry for entry in self._entries if isinstance(entry, DeferredRun)]
+        return waiting if self._next is None else [self._next, *waiting]
 
     def add(self, page: int, depth: int, uses: int, follows: int | None) -> None:
-        self._pages[page] = None
+        self._entries[page] = None
+        self._count += 1
+
+    def add_run(self, run: DeferredRun) -> None:
+        """Adds the pages of a run, the last one first."""
+        self._entries[run] = None
+        self._count += len(run.pages)
+
+    def named(self, run: DeferredRun, page: int) -> None:
+        """Keeps the place of a page of a run, behind those that still are in it and have no keys."""
+        if run.named is None:
+            run.named = []
+        run.named.append(page)
+        self._run_of[page] = run
 
     def remove(self, page: int) -> None:
-        del self._pages[page]
+        self._count -= 1
+        run = self._run_of.pop(page, None)
+        if run is None:
+            del self._entries[page]
+            return
+        assert run.named is not None
+        run.named.remove(page)  # usually the first
+        self._end(run)
 
     def pop(self) -> int:
-        return self._pages.popitem(last=False)[0]
+        pages, keyed = self.pop_several(1)
+        return (pages or keyed)[0]
+
+    def pop_several(self, count: int) -> tuple[list[int], list[int]]:
+        self._count -= count
+        run = self._next
+        if run is not None and len(run.pages) > count:
+            pages = run.pages[-count:]
+            del run.pages[-count:]
+            return pages, []
+        pages, keyed = [], []
+        while count:
+            run = self._next
+            if run is None:
+                entry = self._entries.popitem(last=False)[0]
+                if isinstance(entry, int):
+                    keyed.append(entry)
+                    count -= 1
+                    continue
+                run = self._next = entry
+            taken = run.pages[-count:]
+            if taken:
+                del run.pages[-count:]
+                pages += taken
+                count -= len(taken)
+            else:
+                assert run.named is not None
+                keyed.append(run.named.pop())
+                del self._run_of[keyed[-1]]
+                count -= 1
+            if not run.pages and not run.named:
+                self._next = None
+        return pages, keyed
 
     def clear(self) -> None:
-        self._pages.clear()
+        self._entries.clear()
+        self._run_of.clear()
+        self._next, self._count = None, 0
+
+    def _end(self, run: DeferredRun) -> None:
+        """Forgets a run without pages."""
+        if run.pages or run.named:
+            return
+        if run is self._next:
+            self._next = None
+        else:
+            del self._entries[run]
 
 
 class LeastWorth:
@@ -126,6 +209,9 @@ class LeastWorth:
                 del self._pages[page]
                 self._age = max(self._age, worth)
                 return page
+
+    def pop_several(self, count: int) -> tuple[list[int], list[int]]:
+        return [], [self.pop() for _ in range(count)]
 
     def clear(self) -> None:
         self._pages.clear()

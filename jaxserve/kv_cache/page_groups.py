@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+from jaxserve.kv_cache.content_keys import KEY_BYTES
 from jaxserve.models.layer_groups import pages_held
 
 
@@ -71,3 +72,8 @@ class PageGroups:
 def group_key(key: bytes, group: int) -> bytes:
     """Returns the content key of a group's page, from that of its tokens, which is the first group's."""
     return key if group == 0 else key + group.to_bytes(2, "little")
+
+
+def key_group(key: bytes) -> int:
+    """Returns the group of a page with this content key, as `group_key` made it."""
+    return int.from_bytes(key[KEY_BYTES:], "little")

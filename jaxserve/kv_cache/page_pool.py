@@ -23,13 +23,15 @@ Every call takes time proportional to the pages it is given, not to the size of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from jaxserve.kv_cache.deferred_keys import DeferredRun
 from jaxserve.kv_cache.event_log import CacheEventLog
 from jaxserve.kv_cache.eviction import Eviction, LeastRecentlyUsed
 from jaxserve.kv_cache.host_pool import HeldPage, HostPool, Reclaimed
 from jaxserve.kv_cache.page_copy import PageCopy, PageState
-from jaxserve.kv_cache.pool_checks import NULL_PAGE, check_pages
+from jaxserve.kv_cache.pool_checks import NULL_PAGE, check_pages, check_runs, expect
 
 EVICTION_CAUSES = ("capacity", "flush", "lost")
 """Why pages lose what they kept: another sequence needed the page, `forget` was asked for, the device lost it."""
@@ -66,8 +68,10 @@ class PagePool:
         # that `find` returns. The other keeps its key: it takes over when that one is reclaimed.
         self._keys: list[bytes | None] = [None] * num_pages
         self._page_of_key: dict[bytes, int] = {}
+        self._deferred: dict[bytes, DeferredRun] = {}  # by the key of the page in front of the run
         self._free = list(range(num_pages - 1, NULL_PAGE, -1))  # a stack: low numbers first
         self._cached: Eviction = LeastRecentlyUsed() if eviction is None else eviction
+        self._lru = self._cached if isinstance(self._cached, LeastRecentlyUsed) else None
         self._depths = [0] * num_pages  # of a committed page: pages before it in its sequence
         self._uses = [0] * num_pages  # of a committed page: sequences that had it
         self._groups = [0] * num_pages  # of a committed page: the group of layers
@@ -78,6 +82,7 @@ class PagePool:
             EVICTION_CAUSES, 0
         )  # pages that `find` no longer returns, by cause
         self.event_log: CacheEventLog | None = None  # is told of these pages
+        self.cached_by_group: list[int] = []  # cached pages of each group of layers; empty where nobody counts them
 
     @property
     def num_usable(self) -> int:
@@ -119,9 +124,9 @@ class PagePool:
     def state(self, page: int) -> PageState:
         """Returns the state of a device page: FREE, ACTIVE or CACHED."""
         self._check_range(page)
-        if self._references[page]:
-            return PageState.ACTIVE
-        return PageState.CACHED if page in self._cached else PageState.FREE
+        if page in self._cached:
+            return PageState.CACHED
+        return PageState.ACTIVE if self._references[page] else PageState.FREE
 
     def references(self, page: int) -> int:
         """Returns the number of page tables that hold a device page."""
@@ -144,35 +149,44 @@ class PagePool:
         """
         if count < 0:
             raise ValueError(f"count is {count}; it must be at least 0")
-        if count > self.num_available:
+        free, references = self._free, self._references
+        if count > len(free) and count > len(free) + len(self._cached):
             return None
-        pages = []
-        for _ in range(count):
-            page = self._free.pop() if self._free else self._reclaim()
-            self._references[page] = 1
-            pages.append(page)
+        pages = free[: -1 - count : -1]
+        del free[len(free) - len(pages) :]
+        for page in pages:
+            references[page] = 1
+        if len(pages) < count:
+            pages += self._reclaim(count - len(pages))
         return pages
 
     def share(self, pages: Sequence[int]) -> None:
         """Adds one reference to each active or cached page, for the table of another sequence."""
         self._check_distinct(pages)
         for page in pages:
-            if self.state(page) is PageState.FREE:
+            self._check_range(page)
+            if not self._references[page] and self._keys[page] is None:
                 raise ValueError(f"page {page} is free; only active and cached pages can be shared")
         for page in pages:
             self._take(page)
             self._uses[page] += 1
 
-    def release(self, pages: Sequence[int]) -> None:
+    def release(self, pages: Sequence[int], run: DeferredRun | None = None) -> None:
         """Drops one reference to each active page of one table, given in table order.
 
         A page without references keeps its content as CACHED if `find` returns it, else it becomes FREE. Of one
         table the later pages are reclaimed first: without the earlier ones no `find` would reach them.
+
+        run: of the pages in the table, those without keys; `pages` are then all pages of the table.
         """
         self._check_active(pages)
-        later = None
-        for page in reversed(pages):
-            later = page if self._drop(page, later) else None
+        if run is not None and run.pages and self.defers(run):
+            self._drop(pages[run.first + len(run.pages) :])
+            assert self._lru is not None
+            self._lru.add_run(run)
+            run.cached = True
+            pages = pages[: run.first]
+        self._drop(pages)
 
     def commit(self, pages: Sequence[int], keys: Sequence[bytes], first: int = 0, group: int = 0) -> None:
         """Assigns its content key to each of several active pages, whose content is computed by what is dispatched.
@@ -187,7 +201,7 @@ class PagePool:
         if len(pages) != len(keys):
             raise ValueError(f"pages has {len(pages)} pages and keys {len(keys)}; each page needs one")
         contents, page_of_key, depths, uses = self._keys, self._page_of_key, self._depths, self._uses
-        groups = self._groups
+        groups, deferred = self._groups, self._deferred
         for page, key in zip(pages, keys, strict=True):
             if contents[page] is not None and contents[page] != key:
                 raise ValueError(f"page {page} is committed with other content")
@@ -197,6 +211,43 @@ class PagePool:
             depths[page] = depth
             uses[page] = uses[page] or 1
             groups[page] = group
+            if deferred and key in deferred:
+                self._advance(key)
+
+    @property
+    def may_defer(self) -> bool:
+        """Tells whether `defer` may be called: pages of host memory need their keys, and so do pages that are reclaimed
+        in another order than that of their release."""
+        return self._lru is not None and not self.host.num_pages
+
+    def are_deferrable(self, pages: Sequence[int]) -> bool:
+        """Tells whether active pages have one owner each and no content keys."""
+        alone = sum(map(self._references.__getitem__, pages)) == len(pages)
+        return alone and not any(map(self._keys.__getitem__, pages))
+
+    def defer(self, run: DeferredRun, pages: Sequence[int]) -> None:
+        """Commits several active pages that follow those of a run, whose content is computed by what is dispatched.
+
+        pages: each has one owner, and no content key. The first page of a new run gets its key, which is in `run.keys`.
+        The others get theirs when a look-up finds the page in front of them, or by `commit_run`.
+        """
+        if not run.begun:
+            alone = self._begin(run, pages[0])
+            run.pages += pages[1:]
+            if not alone:  # others have the same content
+                self._commit_deferred(run, len(run.pages))
+        else:
+            run.pages += pages
+
+    def defers(self, run: DeferredRun) -> bool:
+        """Tells whether pages can be appended to a run of active pages: what it has are all of those behind a key."""
+        return self._deferred.get(run.keys[run.first - 1]) is run
+
+    def commit_run(self, run: DeferredRun) -> None:
+        """Commits what remains of a run of active pages."""
+        if self.defers(run):
+            del self._deferred[run.keys[run.first - 1]]
+            self._commit_deferred(run, len(run.pages))
 
     def uncommit(self, page: int) -> None:
         """Drops the content key of an active page if it has one owner, who may then write the page."""
@@ -214,9 +265,9 @@ class PagePool:
         They get no reference: `share` them before anything is allocated, which may reclaim them. Keys are taken one by
         one, so that an iterator need not derive those behind the run.
         """
-        pages, page_of_key = [], self._page_of_key
+        pages = []
         for key in keys:
-            page = page_of_key.get(key)
+            page = self.page_of(key)
             if page is None:
                 break
             pages.append(page)
@@ -224,7 +275,10 @@ class PagePool:
 
     def page_of(self, key: bytes) -> int | None:
         """Returns the committed page of a key, or None; as with `find` it gets no reference."""
-        return self._page_of_key.get(key)
+        page = self._page_of_key.get(key)
+        if self._deferred and page is not None and key in self._deferred:
+            self._advance(key)
+        return page
 
     def num_unreferenced(self, pages: Iterable[int]) -> int:
         """Returns how many of these active or cached pages no table holds: to share them takes them from
@@ -238,7 +292,10 @@ class PagePool:
         cause: one of EVICTION_CAUSES. Pages in host memory keep their keys where the device alone is lost.
         """
         count = len(self._cached)
-        self.evictions[cause] += len(self._page_of_key)
+        self.evictions[cause] += len(self._page_of_key) + sum(len(run.pages) for run in self._deferred.values())
+        for run in () if self._lru is None else self._lru.runs:
+            for page in run.pages:
+                self._references[page] = 0
         known = list(self._page_of_key) if self.event_log is not None and self.host.num_cached else ()
         copies = self.take_copies()
         if cause == "lost":
@@ -248,6 +305,7 @@ class PagePool:
             self._copies = [copy for copy in copies if PageState.DISK not in (copy.source_tier, copy.destination_tier)]
         self._keys = [None] * self.num_pages
         self._page_of_key.clear()
+        self._deferred.clear()
         self._free.extend(self._cached)
         self._uses = [0] * self.num_pages
         if self.event_log is not None and not self.host.num_cached:
@@ -255,6 +313,7 @@ class PagePool:
         for key in known:
             self._unfindable(key)
         self._cached.clear()
+        self.cached_by_group = [0] * len(self.cached_by_group)
         return count
 
     def copy(self, page: int) -> PageCopy | None:
@@ -268,7 +327,7 @@ class PagePool:
         private = self.allocate(1)
         if private is None:
             return None
-        self._drop(page)
+        self.release((page,))
         return PageCopy(page, PageState.ACTIVE, private[0], PageState.ACTIVE)
 
     def move(self, pages: Sequence[int], to: PageState, first: int = 0) -> tuple[PageCopy, ...] | None:
@@ -347,7 +406,14 @@ class PagePool:
 
         Takes time in the size of the pool: for tests and for when the engine is idle (then without tables).
         """
-        check_pages(tables, self._references, self._free, self._cached, self._keys, self._page_of_key)
+        runs = [] if self._lru is None else self._lru.runs
+        check_runs(self._deferred, runs, self._references, self._keys, self._page_of_key)
+        deferred = {page for run in runs for page in run.pages}
+        check_pages(tables, self._references, self._free, self._cached, self._keys, self._page_of_key, deferred)
+        if self.cached_by_group:
+            counts = Counter(self._groups[page] for page in self._cached)
+            wanted = [counts[group] for group in range(len(self.cached_by_group))]
+            expect(self.cached_by_group == wanted, f"cached pages by group are {wanted}, not {self.cached_by_group}")
         self.host.check_integrity(host_tables)
 
     def _move_out(self, pages: Sequence[int]) -> tuple[PageCopy, ...] | None:
@@ -385,39 +451,91 @@ class PagePool:
         self.host.release(pages)
         return tuple(copies)
 
+    def _count_cached(self, page: int, change: int) -> None:
+        if self.cached_by_group:
+            self.cached_by_group[self._groups[page]] += change
+
     def _take(self, page: int) -> None:
         if not self._references[page]:
             self._cached.remove(page)
+            self._count_cached(page, -1)
         self._references[page] += 1
 
-    def _drop(self, page: int, later: int | None = None) -> bool:
-        """Drops a reference; returns whether the page is cached by that. later: the next page of the table, if it has
-        just been cached."""
-        self._references[page] -= 1
-        if self._references[page]:
-            return False
+    def _drop(self, pages: Sequence[int]) -> None:
+        later = None
+        for page in reversed(pages):
+            self._references[page] -= 1
+            later = page if not self._references[page] and self._keep(page, later) else None
+
+    def _keep(self, page: int, later: int | None) -> bool:
+        """Caches or frees a page without references; returns whether it is cached. later: the next page of the table,
+        if it has just been cached."""
         key = self._keys[page]
         # `setdefault`: a duplicate takes over when the page found until now has been reclaimed.
         if key is not None and self._page_of_key.setdefault(key, page) == page:
             self._cached.add(page, self._depths[page], self._uses[page], later)
+            self._count_cached(page, 1)
             return True
         self._keys[page] = None
         self._uses[page] = 0
         self._free.append(page)
         return False
 
-    def _reclaim(self) -> int:
-        page = self._cached.pop()
-        self._uses[page] = 0
-        key = self._keys[page]
-        assert key is not None, f"page {page} is cached without a content key"
+    def _reclaim(self, count: int) -> list[int]:
+        """Takes so many cached pages from what they keep; returns them, with a reference each."""
+        pages, keyed = self._cached.pop_several(count)
+        self.evictions["capacity"] += count
+        for page in keyed:
+            key = self._keys[page]
+            assert key is not None, f"page {page} is cached without a content key"
+            self._references[page], self._keys[page], self._uses[page] = 1, None, 0
+            self._count_cached(page, -1)
+            self._reclaimed(page, key)
+        pages += keyed
+        return pages
+
+    def _reclaimed(self, page: int, key: bytes) -> None:
+        """Makes what a page contained unfindable on the device, and copies it to host memory."""
         del self._page_of_key[key]
-        self._keys[page] = None
-        self.evictions["capacity"] += 1
+        if self._deferred:
+            self._deferred.pop(key, None)  # pages behind it have been reclaimed, or cannot be found any more
         if self.host.caches:
             self._part(page, key)
-        self._unfindable(key)
-        return page
+        if self.event_log is not None:
+            self._unfindable(key)
+
+    def _begin(self, run: DeferredRun, page: int) -> bool:
+        """Commits the first page of a run; returns whether no other page has its content, so that none is behind it."""
+        key = run.keys[run.first]
+        self._keys[page], self._depths[page], self._uses[page] = key, run.first, 1
+        run.first += 1
+        run.begun = True
+        if self._page_of_key.setdefault(key, page) == page and self._deferred.setdefault(key, run) is run:
+            return True
+        if key in self._deferred:
+            self._advance(key)
+        return False
+
+    def _advance(self, key: bytes) -> None:
+        """Commits pages behind the one with this key, as many again as the sequence has in front of them."""
+        run = self._deferred.pop(key)
+        self._commit_deferred(run, run.first)
+
+    def _commit_deferred(self, run: DeferredRun, count: int) -> None:
+        """Commits the first `count` pages of a run, which is not listed, and lists what remains of it."""
+        key, deferred, lru = b"", self._deferred, self._lru
+        assert lru is not None
+        for depth, (page, key) in enumerate(run.take(count, self.page_size), run.first):
+            found = self._page_of_key.setdefault(key, page) == page
+            self._keys[page], self._depths[page], self._uses[page] = key, depth, 1
+            if run.cached:
+                self._references[page] = 0
+                assert found, f"page {page} was cached as the page of a key that another has"
+                lru.named(run, page)
+            if key in deferred:
+                self._advance(key)
+        if run.pages and deferred.setdefault(key, run) is not run:
+            self._commit_deferred(run, len(run.pages))
 
     def _part(self, page: int, key: bytes) -> None:
         """Copies a page that is reclaimed to host memory, where it is not there yet."""
@@ -444,6 +562,7 @@ class PagePool:
 
     def _unlist(self, key: bytes) -> None:
         del self._page_of_key[key]
+        self._deferred.pop(key, None)
         self._unfindable(key)
 
     def _unfindable(self, key: bytes) -> None:

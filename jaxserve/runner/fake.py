@@ -182,6 +182,9 @@ class FakeRunner:
     def page_copies(self) -> dict[str, PageCopies]:
         return {way: PageCopies(count) for way, count in self._num_copied.items()}
 
+    def shared_reads(self) -> dict[str, int]:
+        return {}
+
     def fitted(self, plan: StepPlan) -> StepPlan:
         return plan
 

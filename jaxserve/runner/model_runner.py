@@ -17,6 +17,7 @@ from jaxserve.config.failpoints import Failpoints, InjectedFaultError
 from jaxserve.config.settings import EngineConfig
 from jaxserve.kv_cache.page_pool import PageCopy, PageState
 from jaxserve.logprob_columns import LogprobColumns
+from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS
 from jaxserve.planning.step_cost_models import FittedCosts
 from jaxserve.programs.compiler import CompilationCounter, CompileMissError, ProgramSet
 from jaxserve.programs.layout import PENALTY_RUNS
@@ -165,6 +166,10 @@ class ModelRunner:
 
     def page_copies(self) -> dict[str, PageCopies]:
         return {} if self._copy_times is None else self._copy_times.counts()
+
+    def shared_reads(self) -> dict[str, int]:
+        counts = IMPLEMENTATIONS[self._shapes.attention].shared_read_counts
+        return {} if counts is None else counts()
 
     def fitted(self, plan: StepPlan) -> StepPlan:
         if not self._programs.missing:

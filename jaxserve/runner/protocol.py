@@ -203,6 +203,11 @@ class Runner(Protocol):
         """Returns the copies to host memory ("out") and from there ("in") so far."""
         ...
 
+    def shared_reads(self) -> dict[str, int]:
+        """Returns how often rows that share pages read them together, or not, where that is decided by cost and counted
+        (`attend_plan.shared_read_counts`); else nothing."""
+        ...
+
     def fitted(self, plan: StepPlan) -> StepPlan:
         """Returns the plan with the buckets it will be padded to: larger ones replace those whose programs are not
         available yet."""

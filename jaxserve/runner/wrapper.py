@@ -48,6 +48,9 @@ class RunnerWrapper:
     def page_copies(self) -> dict[str, PageCopies]:
         return self._runner.page_copies()
 
+    def shared_reads(self) -> dict[str, int]:
+        return self._runner.shared_reads()
+
     def fitted(self, plan: StepPlan) -> StepPlan:
         return self._runner.fitted(plan)
 

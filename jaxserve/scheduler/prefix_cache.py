@@ -4,7 +4,8 @@
                 least the last token, and every token whose hidden state is wanted
     commit      pages of a prompt are committed once the step that fills them is dispatched, before the next one is
                 planned: what reads them is then dispatched behind it. Those filled while decoding are committed
-                together when the sequence ends or is preempted: a step that only decodes costs no more than without
+                together when the sequence ends or is preempted: a step that only decodes costs no more than without.
+                Where it is enough, keys are derived when a look-up comes that far (`kv_cache/deferred_keys.py`)
     end         the pool keeps the committed pages of a sequence that ends or is preempted until it needs them for
                 something else, and then in host memory, as far as there is room
 
@@ -17,8 +18,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as List
 
 from jaxserve.kv_cache.content_keys import ContentKeys
+from jaxserve.kv_cache.deferred_keys import DeferredRun
 from jaxserve.kv_cache.event_log import CacheEvent, CacheEventKind, CacheEventLog, page_hash
 from jaxserve.kv_cache.host_pool import HeldPage
 from jaxserve.kv_cache.page_groups import PageGroups, group_key
@@ -65,6 +68,9 @@ class PrefixCache:
         self.alike = groups.alike
         self._pool = pool
         self._keys = keys
+        self._plain = groups.alike and not pool.num_host_pages
+        self._defers = groups.alike and pool.may_defer
+        self._nothing = FoundPages([[] for _ in groups.windows], [0] * groups.count)
         self._dispatched: StepPlan | None = None
         self._event_log: CacheEventLog | None = None
         self.fetches = HostFetches(None) if fetches is None else fetches
@@ -81,9 +87,11 @@ class PrefixCache:
         `Pages.admit` shares them. Behind those of the device come pages of host memory, where bringing them back is
         predicted to be cheaper than computing their tokens again.
         """
+        if self._plain and sequence.page_keys and self._pool.page_of(sequence.page_keys[0]) is None:
+            return self._nothing
         limit = sequence.num_skippable // self._pool.page_size if self._serves(sequence) else 0
         if not limit:
-            return FoundPages([[] for _ in self._groups.windows], [0] * self._groups.count)
+            return self._nothing
         found = self._find(self._chain(sequence, limit), self._pool.page_of)
         if not self._pool.host.num_cached:
             return found
@@ -242,7 +250,8 @@ class PrefixCache:
         `num_tokens` tokens, which are known."""
         if (index + 1) * self._pool.page_size > num_tokens or not self._serves(sequence):
             return None
-        self._derive(sequence, index + 1)
+        if index >= len(sequence.page_keys):
+            self._derive(sequence, index + 1)
         return sequence.page_keys[index]
 
     def common_pages(self, sequence: Sequence, leader: Sequence) -> int:
@@ -257,40 +266,77 @@ class PrefixCache:
         begin, end = sequence.num_committed, num_tokens // self._pool.page_size
         if end <= begin or sequence.status is not RequestStatus.RUNNING or not self._serves(sequence):
             return False
+        if self._may_defer(sequence, begin, end):
+            self._defer(sequence, begin, end)
+            sequence.num_committed = end
+            return True
+        if sequence.deferred is not None:
+            self._pool.commit_run(sequence.deferred)
         self._derive(sequence, end)
         if self._groups.alike:
             self._pool.commit(sequence.pages[begin:end], sequence.page_keys[begin:end], begin)
         else:
             self._commit_groups(sequence, begin, end)
         sequence.num_committed = end
-        if (log := self._event_log) is not None:
-            first = begin
-            while first and sequence.page_keys[first - 1] not in log:
-                first -= 1
-            self._announce(sequence, first, end)
+        if self._event_log is not None:
+            self._announce(sequence, begin, end)
         self.committed_keys += sequence.page_keys[begin:end] if self.watched else ()
         return True
 
+    def _may_defer(self, sequence: Sequence, begin: int, end: int) -> bool:
+        """Tells whether the keys of pages can wait until a look-up needs them. After a flush, sequences commit pages
+        anew that they share."""
+        alone = self._event_log is None and not self.watched and sequence.prompt is None
+        return self._defers and alone and self._pool.are_deferrable(sequence.pages[begin:end])
+
+    def _defer(self, sequence: Sequence, begin: int, end: int) -> None:
+        """Makes pages `begin` to `end` - 1 findable, and derives the key of one of them at most."""
+        run, chain = sequence.deferred, self._keys
+        if run is None or not self._pool.defers(run):
+            assert chain is not None
+            keys, prompt = sequence.page_keys, sequence.request.prompt_token_ids
+            if len(keys) <= begin:
+                self._derive(sequence, begin + 1)
+            run = sequence.deferred = DeferredRun(chain, keys, prompt, sequence.output_token_ids, begin)
+        self._pool.defer(run, sequence.pages[begin:end])
+
     def _announce(self, sequence: Sequence, begin: int, end: int) -> None:
-        """Records pages `begin` to `end` - 1 of a sequence, those that can be found and are not recorded yet."""
-        log, keys, size, options = self._event_log, sequence.page_keys, self._pool.page_size, sequence.request.options
+        """Records pages `begin` to `end` - 1 of a sequence and those in front of them, as far as they can be found and
+        are not recorded yet."""
+        for group, window in enumerate(self._groups.windows):
+            first = begin
+            while first and self._is_new(group_key(sequence.page_keys[first - 1], group)):
+                first -= 1
+            for new, findable in itertools.groupby(
+                range(first, end), lambda index, group=group: self._is_new(group_key(sequence.page_keys[index], group))
+            ):
+                if new:
+                    self._announce_run(sequence, list(findable), group, window)
+
+    def _is_new(self, key: bytes) -> bool:
+        """Tells whether the page of a content key can be found, and is not recorded."""
+        assert self._event_log is not None
+        return key not in self._event_log and self._pool.page_of(key) is not None
+
+    def _announce_run(self, sequence: Sequence, run: List[int], group: int, window: int | None) -> None:
+        """Records consecutive pages of one group of layers. run: their indices in the table of a sequence."""
+        log, size, options = self._event_log, self._pool.page_size, sequence.request.options
         assert log is not None
         assert self._keys is not None
-        new = [index for index in range(begin, end) if keys[index] not in log and self._pool.page_of(keys[index])]
-        while new:
-            first = new[0]
-            count = sum(index == first + place for place, index in enumerate(new))  # of the first run
-            run, new = keys[first : first + count], new[count:]
-            event = CacheEvent(
-                CacheEventKind.STORED,
-                options.tenant,
-                namespace=page_hash(self._keys.root(options.tenant, options.cache_salt)),
-                salted=bool(options.cache_salt),
-                parent=page_hash(keys[first - 1]) if first else None,
-                hashes=tuple(map(page_hash, run)),
-                token_ids=sequence.known_token_ids(first * size, (first + count) * size),
-            )
-            log.stored(event, run)
+        first = run[0]
+        keys = [group_key(sequence.page_keys[index], group) for index in run]
+        event = CacheEvent(
+            CacheEventKind.STORED,
+            options.tenant,
+            namespace=page_hash(self._keys.root(options.tenant, options.cache_salt)),
+            salted=bool(options.cache_salt),
+            parent=page_hash(group_key(sequence.page_keys[first - 1], group)) if first else None,
+            hashes=tuple(map(page_hash, keys)),
+            token_ids=sequence.known_token_ids(first * size, (first + len(run)) * size),
+            group=None if self._groups.count == 1 else group,
+            window=window,
+        )
+        log.stored(event, keys)
 
     def _commit_groups(self, sequence: Sequence, begin: int, end: int) -> None:
         """Commits the pages of every group at these indices, without those that windows have left."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from jaxserve.kv_cache.deferred_keys import DeferredRun, known_tokens
 from jaxserve.logprob_columns import LogprobColumns
 from jaxserve.request import EngineRequest, Pooling, RequestStatus
 from jaxserve.scheduler.pooled_sum import PooledSum
@@ -26,8 +27,9 @@ class Sequence:
     log-probabilities of its prompt. scores: those that the host has read and not handed on. pooled: of a prompt that
     is embedded.
     page_keys: content keys of its first full pages, as far as they were needed. num_committed: pages of its table, from
-    the first on, of which the pool knows the key. num_cached_tokens: tokens of pages that it found when it began;
-    num_found: when it arrived, or would find now, where its policy orders by that.
+    the first on, that the pool can find; deferred: those of them whose keys nobody has needed. num_cached_tokens:
+    tokens of pages that it found when it began; num_found: when it arrived, or would find now, where its policy orders
+    by that.
     pages: of the device, in the order of the table; more_pages: tables of the groups of layers after the first, as long
     as it; left: of each table the number of entries, from the first on, that are the null page, because the group's
     window has left them. reserved: pages held for it beyond those of the tables, for any group; host_pages: those of a
@@ -50,6 +52,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.page_keys: list[bytes] = []
         self.num_committed = 0
+        self.deferred: DeferredRun | None = None
         self.num_found = 0
         self.expected_output = expected_output
         self.boost = 0
@@ -165,8 +168,4 @@ class Sequence:
 
     def known_token_ids(self, start: int, stop: int) -> tuple[int, ...]:
         """Returns the ids of the known tokens at positions start to stop - 1."""
-        prompt = self.request.prompt_token_ids
-        split = len(prompt)
-        if start >= split:
-            return tuple(self.output_token_ids[start - split : stop - split])
-        return prompt[start:stop] + tuple(self.output_token_ids[: max(0, stop - split)])
+        return known_tokens(self.request.prompt_token_ids, self.output_token_ids, start, stop)

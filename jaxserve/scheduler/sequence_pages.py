@@ -250,10 +250,10 @@ class Pages:
         """
         if sequence.host_pages:
             self._pool.release_host(sequence.host_pages)
-        self._pool.release([*_by_entry(sequence), *sequence.reserved])
+        self._pool.release([*_by_entry(sequence), *sequence.reserved], sequence.deferred)
         sequence.reserved, sequence.host_pages = [], []
         self.open(sequence)
-        sequence.num_committed = 0
+        sequence.num_committed, sequence.deferred = 0, None
 
     def _entries(self, sequence: Sequence, count: int) -> int:
         """Returns the number of entries of each page table for the computed tokens and `count` more."""

@@ -38,10 +38,14 @@ class IterationTimes(NamedTuple):
 
 
 class EngineEvents:
-    """Writes the events of one scheduler and its loop into a recorder. Times are of the recorder's clock."""
+    """Writes the events of one scheduler and its loop into a recorder. Times are of the recorder's clock.
 
-    def __init__(self, recorder: Recorder, scheduler: Scheduler):
+    rows_together: count of the rows that have read shared pages together until now.
+    """
+
+    def __init__(self, recorder: Recorder, scheduler: Scheduler, rows_together: int = 0):
         self._record = recorder.record
+        self._rows_together = rows_together
         self._scheduler = scheduler
 
     def arrived(self, request: EngineRequest, time: float) -> None:
@@ -82,15 +86,18 @@ class EngineEvents:
         pages_used: int,
         pages_cached: int | None = None,
         pack_seconds: float = 0.0,
+        rows_together: int = 0,
     ) -> None:
         """Records the iteration that created `plan`.
 
-        idle, unused, pack_seconds: as in `StepRecorded`. number, pages_used, pages_cached: of the step, which may be
-        another of the plan's fast-forwarded steps; pages_cached: None for those of the pool.
+        idle, unused, pack_seconds: as in `StepRecorded`. rows_together: since the process began. number, pages_used,
+        pages_cached: of the step, which may be another of the plan's fast-forwarded steps; pages_cached: None for those
+        of the pool.
         """
         scheduler, pool = self._scheduler, self._scheduler.pool
         begin, scheduled, dispatched, collected, end = times
         cached = pool.num_cached if pages_cached is None else pages_cached
+        together, self._rows_together = rows_together - self._rows_together, rows_together
         self._record(
             StepRecorded(
                 time=begin,
@@ -115,6 +122,7 @@ class EngineEvents:
                 swapped=scheduler.num_swapped,
                 unused_seconds=unused,
                 pack_seconds=pack_seconds,
+                rows_together=together,
             )
         )
 

@@ -101,6 +101,8 @@ class StepRecorded:
         waiting: requests; so are running and swapped. Those swapped wait for their pages to be swapped in.
         *_seconds: host time of the four parts of the loop; collect is the wait for the previous step.
         pack_seconds: the part of dispatch_seconds in which the step's vectors were packed; 0 where it is not known.
+        rows_together: rows that were decided to read shared pages together, in what the device has begun since the step
+            before was recorded, where that is counted (`Runner.shared_reads`).
         idle_seconds: upper bound of the device's idle time between the previous step and this one; 0 when it was still
             busy at dispatch, or when no step was in flight then.
         unused_seconds: time without a step in flight, since the previous step was collected; 0 when there was none
@@ -129,6 +131,7 @@ class StepRecorded:
     swapped: int = 0
     unused_seconds: float = 0.0
     pack_seconds: float = 0.0
+    rows_together: int = 0
 
     @property
     def seconds(self) -> float:

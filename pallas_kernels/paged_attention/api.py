@@ -43,6 +43,8 @@ class Implementation:
             but keys and values is known. None for no limits of its own.
         check_usable: raises ValueError where it does not serve a model, or does not work on this machine; "auto" then
             passes it over, as it does where nothing is known of the model. None where the platform says enough.
+        shared_read_counts: returns how often rows were decided by cost to read shared pages together, or not, since the
+            process began; None where cost decides nothing, or nobody counts.
     """
 
     attention: Callable[..., jax.Array]
@@ -54,6 +56,7 @@ class Implementation:
     cascades: bool = False
     check: Callable[[Any, int, int | None], None] | None = None
     check_usable: Callable[[Use], None] | None = None
+    shared_read_counts: Callable[[], dict[str, int]] | None = None
 
 
 CASCADE = ("auto", "on", "off")
@@ -79,6 +82,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
             cascades=True,
             check=cpu.check,
             check_usable=cpu.check_usable,
+            shared_read_counts=cpu.shared_read_counts,
         ),
         "xla": Implementation(xla.paged_attention, xla.kv_write, max_group_heads=xla_plan.MAX_DOT_ROWS),
         "reference": Implementation(reference.paged_attention, reference.kv_write),

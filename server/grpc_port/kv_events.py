@@ -90,7 +90,9 @@ class EventStream:
         for first in range(0, len(event.hashes), _EVENT_PAGES):
             hashes = event.hashes[first : first + _EVENT_PAGES]
             if event.kind is CacheEventKind.REMOVED:
-                removed = pb.KvBlocksRemoved(block_hashes=hashes, cache_level=0, tier=pb.KV_CACHE_TIER_DEVICE)
+                removed = pb.KvBlocksRemoved(
+                    block_hashes=hashes, cache_level=0, tier=pb.KV_CACHE_TIER_DEVICE, group_idx=event.group
+                )
                 yield pb.KvCacheEvent(removed=removed)
             else:
                 parent = event.hashes[first - 1] if first else event.parent
@@ -111,9 +113,19 @@ class EventStream:
             ],
             parent_block_hash=parent,
             tier=pb.KV_CACHE_TIER_DEVICE,
+            group_idx=event.group,
+            kv_cache_spec_kind=_kind(event),
+            kv_cache_spec_sliding_window=event.window,
             # What separates pages that hold the same tokens: a hash, from which tenant and salt cannot be guessed.
             cache_salt=None if own else f"{event.namespace & (2**64 - 1):016x}",
         )
+
+
+def _kind(event: CacheEvent) -> str | None:
+    """Returns vLLM's name of what the layers of a page's group attend to; None where there is one group for all."""
+    if event.window is not None:
+        return "sliding_window"
+    return None if event.group is None else "full_attention"
 
 
 async def stream_events(

@@ -287,3 +287,15 @@ def test_settings_without_effect_are_warned_of(caplog, limits, warning):
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == bool(warning)
     assert warning in "".join(lines)
+
+
+def test_what_the_runner_decided_about_shared_pages_is_in_the_counts_and_with_each_step(monkeypatch):
+    core, decided = make_core(), {"steps": 0, "rows_together": 0}
+    monkeypatch.setattr(core.runner, "shared_reads", lambda: dict(decided))
+    add(core, EngineRequest("a", (1, 2, 3), max_tokens=3))
+    for rows in (4, 0, 2):
+        decided["rows_together"] += rows
+        core.step()
+    assert core.stats().shared_reads == decided
+    steps = [event for event in core.recorder if isinstance(event, StepRecorded)]
+    assert [step.rows_together for step in steps] == [4, 0, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -208,3 +209,49 @@ def test_the_plan_is_made_once_for_all_layers():
     assert text is not None
     assert text.count('custom_call_target="jaxserve_paged_attention_attend') == 3
     assert text.count('custom_call_target="jaxserve_paged_attention_plan') == 1
+
+
+def _counted(step: SharedStep, cascade: str = "on") -> dict[str, int]:
+    """What the counts of decisions gain by one plan."""
+    before = plans.shared_read_counts()
+    _items(step, cascade=cascade)
+    return {name: count - before[name] for name, count in plans.shared_read_counts().items()}
+
+
+@needs_avx512_bf16
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+def test_decisions_are_counted(sizes: Sizes):
+    """Against the plan's own list: each row of a tile but the first does not read again what it shares with the one
+    before it."""
+
+    @budget(15)
+    @given(rows=branches(sizes), seed=st.integers(0, 2**31))
+    def check(rows: list[Branch], seed: int) -> None:
+        step = SharedStep(sizes, rows, seed)
+        before = plans.shared_read_counts()
+        items, _, common = _items(step)
+        gained = {name: count - before[name] for name, count in plans.shared_read_counts().items()}
+        tiles = {(one[plans.ITEM_ROW], one[plans.ITEM_ROWS], one[plans.ITEM_BEGIN]) for one in items[:-1]}
+        tiles = {(first, count, begin) for first, count, begin in tiles if count > 1}
+        saved = sum(common[row] - begin for first, count, begin in tiles for row in range(first + 1, first + count))
+        assert gained["steps"] == bool(tiles)
+        assert gained["rows_together"] == sum(count for _, count, _ in tiles)
+        assert gained["tokens_together"] == saved * plans.BLOCK
+
+    check()
+
+
+@needs_avx512_bf16
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one thread is always better off reading once")
+def test_both_sides_of_the_break_even_are_counted():
+    """Of one head, two rows keep two threads busy by themselves and stay apart; eight of four heads go together."""
+    apart = _counted(SharedStep(Sizes(1, 3, 64, 16), [Branch(500), Branch(480, 1, 0, 28)], 3))
+    shared = 28 * 16 // plans.BLOCK * plans.BLOCK
+    assert apart == {
+        "steps": 0, "rows_together": 0, "tokens_together": 0, "rows_apart": 2, "tokens_apart": shared,
+    }  # fmt: skip
+    step = SharedStep(SHAPES[0], [Branch(500), *[Branch(480, 1, 0, 28) for _ in range(7)]], 3)
+    together = _counted(step)
+    assert (together["steps"], together["rows_together"], together["rows_apart"]) == (1, 8, 0)
+    assert 0 < together["tokens_together"] <= 7 * shared
+    assert not any(_counted(step, cascade="off").values())

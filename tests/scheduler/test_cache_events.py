@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given
 
 from jaxserve.config.settings import SchedulerConfig
 from jaxserve.kv_cache.content_keys import ContentKeys
 from jaxserve.kv_cache.event_log import CacheEvent, CacheEventKind, CacheEventLog, page_hash
+from jaxserve.kv_cache.page_groups import group_key, key_group
 from jaxserve.kv_cache.page_pool import PagePool, PageState
 from jaxserve.request import EngineRequest, RequestOptions
 from jaxserve.runner.fake import FakeRunner
@@ -35,14 +37,22 @@ class Replay:
                     self.known.clear()
                 case CacheEventKind.REMOVED:
                     for name in event.hashes:
-                        assert self.known.pop(name).tenant == event.tenant
+                        page = self.known.pop(name)
+                        assert (page.tenant, page.group) == (event.tenant, event.group)
                 case CacheEventKind.STORED:
                     parent = event.parent
                     for place, name in enumerate(event.hashes):
                         assert name not in self.known, "a page is told of twice"
                         tokens = event.token_ids[PAGE * place : PAGE * (place + 1)]
                         self.known[name] = CacheEvent(
-                            event.kind, event.tenant, (name,), parent, tokens, event.namespace
+                            event.kind,
+                            event.tenant,
+                            (name,),
+                            parent,
+                            tokens,
+                            event.namespace,
+                            group=event.group,
+                            window=event.window,
                         )
                         parent = name
 
@@ -218,3 +228,37 @@ def test_replayed_events_never_promise_what_cannot_be_found(history, flush_at):
     finish(scheduler, runner)
     replay.take(log)
     assert {page_hash(key) for key in chain([1] * 12)} <= replay.known.keys(), "what a request used just now is known"
+
+
+@pytest.mark.parametrize("windows", [(None, 8), (8, None), (6, None, 9)])
+def test_pages_of_every_group_of_layers_are_told_of_with_their_group(windows):
+    """Of an alternating model what is known of each group is what can be found of it, also when the pool overflows."""
+    config = SchedulerConfig(max_num_seqs=3, max_num_batched_tokens=16)
+    num_pages = 1 + 16 * len(windows)
+    options = {"content_keys": KEYS, "max_model_len": 64, "group_windows": windows}
+    scheduler = make_scheduler(config, num_pages, PAGE, **options)
+    runner = FakeRunner(num_pages=num_pages, page_size=PAGE, max_model_len=64, group_windows=windows)
+    log, replay = CacheEventLog(grouped=True), Replay()
+    scheduler.prefix_cache.record(log)
+    chains = []
+    for number in range(12):
+        tokens = [1 + number % 4, *range(2, 30 + number)]
+        request = ask(str(number), tokens, output=6, tenant=f"t{number % 2}")
+        chains.append((chain(tokens, request.options.tenant), tokens))
+        scheduler.add(request)
+        if number % 3 == 2:
+            finish(scheduler, runner)
+            replay.take(log)
+            findable = {page_hash(key): key_group(key) for key in scheduler.pool._page_of_key}
+            assert {name: page.group for name, page in replay.known.items()} == findable
+    assert {page.window for page in replay.known.values()} == set(windows)
+    assert CacheEventKind.REMOVED in replay.kinds
+    told = {name: page.token_ids for name, page in replay.known.items()}
+    for keys, tokens in chains:
+        for index, key in enumerate(keys):
+            for group in range(len(windows)):
+                name = page_hash(group_key(key, group))
+                if name in told:
+                    assert told[name] == tuple(tokens[PAGE * index : PAGE * (index + 1)])
+                    before = page_hash(group_key(keys[index - 1], group)) if index else None
+                    assert replay.known[name].parent == before

@@ -71,7 +71,7 @@ def cost_of_a_step(num_pages):
         setattr(part, name, NoScanDict(getattr(part, name)))
     eviction = pool._cached
     assert isinstance(eviction, LeastRecentlyUsed)
-    eviction._pages = NoScanDict(eviction._pages)
+    eviction._entries = NoScanDict(eviction._entries)
 
     def step():
         pages = taken(pool, 4)

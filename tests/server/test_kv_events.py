@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import grpc
 import pytest
@@ -275,3 +276,28 @@ def test_a_server_that_tells_everybody_of_its_pages_warns():
     assert exposure_warnings(AccessConfig(kv_events=True), "127.0.0.1") == []
     with pytest.raises(ValueError, match="kv_events is 'yes'; it must be True or False"):
         AccessConfig(kv_events="yes")  # pyright: ignore[reportArgumentType]
+
+
+def test_events_state_the_group_of_layers(tokenizer):
+    """Fields of vLLM's events, by which gateways keep pages that windows have left out of their index."""
+
+    async def test(served: Served, stub) -> None:
+        call = subscribe(stub, "all")
+        await call.read()
+        kept = dataclasses.replace(stored("", 1, 2), group=0)
+        served.engine.tell(kept, dataclasses.replace(stored("", 3, 4), group=1, window=64))
+        full, sliding = (event.stored for event in (await news(call)).events)
+        assert (full.group_idx, full.kv_cache_spec_kind) == (0, "full_attention")
+        assert not full.HasField("kv_cache_spec_sliding_window")
+        assert (sliding.group_idx, sliding.kv_cache_spec_kind) == (1, "sliding_window")
+        assert sliding.kv_cache_spec_sliding_window == 64
+        served.engine.tell(CacheEvent(CacheEventKind.REMOVED, "", (3,), group=1), stored("", 9))
+        removed, alike = (await news(call)).events
+        assert removed.removed.group_idx == 1
+        assert not alike.stored.HasField("group_idx")
+        assert not alike.stored.HasField("kv_cache_spec_kind")
+        second = subscribe(stub, "all")  # whose snapshot has them, too
+        told = [event.stored for event in (await second.read()).events if event.HasField("stored")]
+        assert [one.group_idx for one in told if one.HasField("group_idx")] == [0, 0, 1]
+
+    follows(test, tokenizer)

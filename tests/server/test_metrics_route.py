@@ -61,6 +61,7 @@ def test_every_name_is_there_before_the_engine_is():
     assert {"process_resident_memory_bytes", "process_cpu_seconds"} <= families.keys()
     values = samples(text)
     assert values["engine_ready"] == 0
+    assert values["kv_cache_group_pages{'group': '0', 'state': 'used', 'window': '0'}"] == 0
     assert all(f"admission_rejections_total{{'reason': '{reason}'}}" in values for reason in ("queue_full", "deadline"))
 
 
@@ -154,6 +155,8 @@ def test_counts_of_the_engine_are_shown_as_they_come(tokenizer):
         prefix_cache_evictions={"capacity": 7, "flush": 2},
         prefix_waits={"waited": 5, "computed": 2, "waited_in_vain": 1},
         device_busy_seconds=1.5,
+        group_pages=((0, 4, 1), (64, 2, 0)),
+        shared_reads={"steps": 3, "rows_together": 8, "rows_apart": 2, "tokens_together": 640, "tokens_apart": 32},
     )
 
     async def body(served: Any) -> None:
@@ -173,6 +176,13 @@ def test_counts_of_the_engine_are_shown_as_they_come(tokenizer):
             "prefix_cache_evictions_total{'cause': 'flush'}": 2,
             "prefix_cache_evictions_total{'cause': 'lost'}": 0, "kv_cache_pages{'state': 'cached'}": 1,
             "device_busy_seconds_total": 1.5,
+            "kv_cache_group_pages{'group': '0', 'state': 'used', 'window': '0'}": 4,
+            "kv_cache_group_pages{'group': '0', 'state': 'cached', 'window': '0'}": 1,
+            "kv_cache_group_pages{'group': '1', 'state': 'used', 'window': '64'}": 2,
+            "kv_cache_group_pages{'group': 'any', 'state': 'free', 'window': ''}": 1,
+            "shared_read_steps_total": 3, "shared_read_rows_total{'choice': 'together'}": 8,
+            "shared_read_rows_total{'choice': 'apart'}": 2, "shared_read_tokens_total{'choice': 'together'}": 640,
+            "shared_read_tokens_total{'choice': 'apart'}": 32,
             "engine_ready": 1,
         }  # fmt: skip
         assert {name: values[name] for name in expected} == expected

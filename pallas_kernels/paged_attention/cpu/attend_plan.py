@@ -44,6 +44,29 @@ _UNSEEN, _ALONE, _IN_TILE = range(3)
 _NO_END, _ZERO, _ONE = np.int64(2**31), np.int64(0), np.int64(1)
 
 
+# What the plans of this process have decided, int64: plans with tiles of several rows; rows in such tiles, and
+# positions that they did not read again; rows that share pages and were better off alone, and positions that they read
+# again.
+NUM_COUNTS = 5
+(_SHARING_PLANS, _ROWS_TOGETHER, _POSITIONS_SAVED, _ROWS_APART, _POSITIONS_REPEATED) = range(NUM_COUNTS)
+_COUNTS = np.zeros(NUM_COUNTS, np.int64)
+_COUNTS_ADDRESS = np.int64(_COUNTS.ctypes.data)  # a constant of the machine code, which no process keeps for another
+
+
+def shared_read_counts() -> dict[str, int]:
+    """Returns how often plans of this process chose to read shared pages once, and how often not.
+
+    A step makes a plan for each window that layers have, so rows and positions count once for each of them.
+
+    Returns:
+        steps: plans with rows that read together. rows_together: these rows. tokens_together: positions that they did
+        not read again. rows_apart, tokens_apart: rows that share pages where reading them together was predicted to
+        take no less time, and positions that they read again.
+    """
+    names = ("steps", "rows_together", "tokens_together", "rows_apart", "tokens_apart")
+    return dict(zip(names, _COUNTS.tolist(), strict=True))
+
+
 def members_place(sizes: dict[int, int]) -> int:
     """The word of a plan that is called MEMBERS, past the most items there can be; two words a row follow."""
     tiles = sizes[TOKENS] // sizes[TILE] + sizes[ROWS]
@@ -159,6 +182,8 @@ def _plan_groups(frame, sizes, out, placed):
         if count > 1:
             _sort_group(frame, sizes, members + 4 * done, count, begin)
             done = _cut_group(frame, sizes, out, placed, done, count, begin)
+    if done > 0:
+        ffi.atomic_add(_COUNTS_ADDRESS + 8 * _SHARING_PLANS, 1)
 
 
 @compiled
@@ -207,6 +232,27 @@ def _comes_before(frame, sizes, one, other, begin):
 
 
 @compiled
+def _count_choice(common, begin, place, run, tile):
+    """Counts the decision about the rows of a run, which share blocks from `begin` on."""
+    tiles = (run + tile - 1) // tile
+    saved, repeated, first, number = _ZERO, _ZERO, _ZERO, _ZERO
+    for member in range(run):
+        if member == first:  # the first row of a tile reads for itself, and so does every row alone
+            number += 1
+            first = run * number // tiles
+            if member > 0 and tile == 1:
+                repeated += int32_at(common, place + member) - begin
+        else:
+            saved += int32_at(common, place + member) - begin
+    if tile > 1:
+        ffi.atomic_add(_COUNTS_ADDRESS + 8 * _ROWS_TOGETHER, run)
+        ffi.atomic_add(_COUNTS_ADDRESS + 8 * _POSITIONS_SAVED, saved * BLOCK)
+    else:
+        ffi.atomic_add(_COUNTS_ADDRESS + 8 * _ROWS_APART, run)
+        ffi.atomic_add(_COUNTS_ADDRESS + 8 * _POSITIONS_REPEATED, repeated * BLOCK)
+
+
+@compiled
 def _cut_group(frame, sizes, out, placed, first, count, begin):
     """Cuts a sorted group into tiles where that is cheaper than every row by itself.
 
@@ -224,6 +270,8 @@ def _cut_group(frame, sizes, out, placed, first, count, begin):
         shared //= max(run - 1, 1)
         most, group, heads = min(run, int32_at(sizes, TOGETHER)), int32_at(sizes, GROUP), int32_at(sizes, KV_HEADS)
         tile = _rows_together(run, shared, blocks // run - shared, group, heads, threads, most)
+        if run > 1:
+            _count_choice(common, begin, place, run, tile)
         if tile > 1:
             tiles, done = (run + tile - 1) // tile, _ZERO
             for number in range(tiles):

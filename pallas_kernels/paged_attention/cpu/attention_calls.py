@@ -43,6 +43,11 @@ _TILE_QUERIES = 48
 _ROWS_TO_SHARE = 32
 
 
+def shared_read_counts() -> dict[str, int]:
+    """Returns what `attend_plan.shared_read_counts` does."""
+    return plans.shared_read_counts()
+
+
 def _name(target: str) -> str:
     return f"jaxserve_paged_attention_{target}_{_VERSION}"
 
