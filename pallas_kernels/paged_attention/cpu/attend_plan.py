@@ -6,17 +6,22 @@ goes on alone. The plan depends on page tables and lengths, which are data: no p
 for all layers with the same window, so that XLA computes it once a step.
 """
 
-# numba reads these functions itself; pyright knows neither its types nor its intrinsics.
-# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportGeneralTypeIssues=false
+# These functions are compiled; pyright does not know the types of their values.
+# pyright: basic
 
 from __future__ import annotations
 
-import numpy as np
-
-from jaxserve.pallas_kernels.cpu import ffi
-from jaxserve.pallas_kernels.paged_attention.cpu.pointers import argument, int32_at, result, set_int32
-from jaxserve.pallas_kernels.paged_attention.cpu.vectors import BLOCK, compiled
+from jaxserve.pallas_kernels.cpu.native_functions import native
+from jaxserve.pallas_kernels.paged_attention.cpu.pointers import (
+    allocate,
+    argument,
+    int32_at,
+    num_threads,
+    release,
+    result,
+    set_int32,
+)
+from jaxserve.pallas_kernels.paged_attention.cpu.vectors import BLOCK
 
 # What argument 0 of a call holds, int32. TILE: tokens of a tile of one row; TOGETHER: rows of a tile of several, at
 # most, 1 for none; MEMBERS: where a plan lists the rows of such tiles.
@@ -40,8 +45,8 @@ FETCH_COST, QUERY_COST = 1, 2
 # What is known of a row while groups are sought.
 _UNSEEN, _ALONE, _IN_TILE = range(3)
 
-# A block past any row's end. Numbers of one type: numba compiles a function anew for each literal among its arguments.
-_NO_END, _ZERO, _ONE = np.int64(2**31), np.int64(0), np.int64(1)
+# A block past any row's end.
+_NO_END = 2**31
 
 
 def members_place(sizes: dict[int, int]) -> int:
@@ -50,13 +55,13 @@ def members_place(sizes: dict[int, int]) -> int:
     return FIRST_ITEM + ITEM_WORDS * (tiles * sizes[KV_HEADS] + 1)
 
 
-@compiled
+@native
 def plan(frame):
     """Makes the plan of a call: tiles of several rows first, which take longest, then each row's tiles from its last,
     and the padding tokens."""
     sizes, starts, out = argument(frame, 0), argument(frame, 3), result(frame, 0)
     rows, tile, parts = int32_at(sizes, ROWS), int32_at(sizes, TILE), int32_at(sizes, PARTS)
-    placed = ffi.allocate(12 * rows)
+    placed = allocate(12 * rows)
     for row in range(rows):
         set_int32(placed, row, _UNSEEN)
     set_int32(out, NUM_ITEMS, 0)
@@ -68,13 +73,13 @@ def plan(frame):
         if int32_at(placed, row) != _IN_TILE:
             token = first + (stop - first - 1) // tile * tile
             while token >= first and token < stop:
-                _add_items(sizes, out, parts, row, _ONE, token, min(tile, stop - token), _ZERO)
+                _add_items(sizes, out, parts, row, 1, token, min(tile, stop - token), 0)
                 token -= tile
-    _add_items(sizes, out, _ONE, _ZERO, _ZERO, int32_at(starts, rows), _ZERO, _ZERO)
-    ffi.release(placed)
+    _add_items(sizes, out, 1, 0, 0, int32_at(starts, rows), 0, 0)
+    release(placed)
 
 
-@compiled
+@native
 def _add_items(sizes, out, parts, row, rows, token, tokens, begin):
     """Adds an item for each part of the heads."""
     heads = int32_at(sizes, KV_HEADS) // parts
@@ -91,6 +96,7 @@ def _add_items(sizes, out, parts, row, rows, token, tokens, begin):
         set_int32(out, NUM_ITEMS, items + 1)
 
 
+@native
 def rows_together(rows: int, shared: int, own: int, group: int, heads: int, threads: int, most: int) -> int:
     """Decides by cost how many rows that share pages one tile takes; 1 where each is better off alone.
 
@@ -120,10 +126,7 @@ def rows_together(rows: int, shared: int, own: int, group: int, heads: int, thre
     return best
 
 
-_rows_together = compiled(rows_together)
-
-
-@compiled
+@native
 def _plan_groups(frame, sizes, out, placed):
     """Finds the rows that share pages and adds the items of their tiles."""
     table, lengths, starts = argument(frame, 1), argument(frame, 2), argument(frame, 3)
@@ -139,13 +142,13 @@ def _plan_groups(frame, sizes, out, placed):
         else:
             set_int32(begins, row, begin)
             set_int32(pages, row, int32_at(table, row * width + (end - 1) // int32_at(sizes, PAGE_SIZE)))
-    done = _ZERO
+    done = 0
     for row in range(rows):
         if int32_at(placed, row) != _UNSEEN:
             continue
         set_int32(members, done, row)
         own, page = int32_at(begins, row), int32_at(pages, row)
-        count, begin = _ONE, own
+        count, begin = 1, own
         for other in range(row + 1, rows):
             block = int32_at(begins, other)
             if int32_at(placed, other) != _UNSEEN or (block == own and int32_at(pages, other) != page):
@@ -161,7 +164,7 @@ def _plan_groups(frame, sizes, out, placed):
             done = _cut_group(frame, sizes, out, placed, done, count, begin)
 
 
-@compiled
+@native
 def _shared_until(frame, sizes, one, other, begin, end):
     """The block up to which two rows have the same pages, whole for both, from block `begin` on, at most `end`."""
     page_size, width = int32_at(sizes, PAGE_SIZE), int32_at(sizes, MAX_PAGES)
@@ -175,7 +178,7 @@ def _shared_until(frame, sizes, one, other, begin, end):
     return max(begin, min(end, page * page_size // BLOCK))
 
 
-@compiled
+@native
 def _sort_group(frame, sizes, members, count, begin):
     """Sorts rows by their pages from block `begin` on, so that those which share more are neighbors, and writes up to
     which block each has the pages of the one before it."""
@@ -191,7 +194,7 @@ def _sort_group(frame, sizes, members, count, begin):
         set_int32(common, place, _shared_until(frame, sizes, one, other, begin, _NO_END))
 
 
-@compiled
+@native
 def _comes_before(frame, sizes, one, other, begin):
     """Whether a row's pages from block `begin` on are less than another's, in lexicographic order: of the blocks that
     both see whole, and then the shorter row first."""
@@ -206,7 +209,7 @@ def _comes_before(frame, sizes, one, other, begin):
     return int32_at(table, one * width + page) < int32_at(table, other * width + page)
 
 
-@compiled
+@native
 def _cut_group(frame, sizes, out, placed, first, count, begin):
     """Cuts a sorted group into tiles where that is cheaper than every row by itself.
 
@@ -214,21 +217,21 @@ def _cut_group(frame, sizes, out, placed, first, count, begin):
     """
     lengths, members = argument(frame, 2), out + 4 * int32_at(sizes, MEMBERS)
     common = members + 4 * int32_at(sizes, ROWS)
-    threads, stop, kept, place = ffi.num_threads(frame), first + count, first, first
+    threads, stop, kept, place = num_threads(frame), first + count, first, first
     while place < stop:
-        run, shared, blocks = _ONE, _ZERO, int32_at(lengths, int32_at(members, place)) // BLOCK - begin
+        run, shared, blocks = 1, 0, int32_at(lengths, int32_at(members, place)) // BLOCK - begin
         while place + run < stop and int32_at(common, place + run) > begin:
             shared += int32_at(common, place + run) - begin
             blocks += int32_at(lengths, int32_at(members, place + run)) // BLOCK - begin
             run += 1
         shared //= max(run - 1, 1)
         most, group, heads = min(run, int32_at(sizes, TOGETHER)), int32_at(sizes, GROUP), int32_at(sizes, KV_HEADS)
-        tile = _rows_together(run, shared, blocks // run - shared, group, heads, threads, most)
+        tile = rows_together(run, shared, blocks // run - shared, group, heads, threads, most)
         if tile > 1:
-            tiles, done = (run + tile - 1) // tile, _ZERO
+            tiles, done = (run + tile - 1) // tile, 0
             for number in range(tiles):
                 rows = run * (number + 1) // tiles - done
-                _add_items(sizes, out, heads, kept + done, rows, _ZERO, _ZERO, begin)
+                _add_items(sizes, out, heads, kept + done, rows, 0, 0, begin)
                 done += rows
             for member in range(run):
                 set_int32(placed, int32_at(members, place + member), _IN_TILE)
