@@ -187,7 +187,7 @@ class _Body:
                 pass
             case ast.Return(value=None):
                 self._builder.ret_void()
-            case ast.Return(value=value):
+            case ast.Return(value=ast.expr() as value):
                 self._builder.ret(self._word(self._value(value)))
             case ast.Continue():
                 self._builder.branch(self._loops[-1][0])

@@ -6,7 +6,7 @@ as `vdpbf16ps` takes them: keys [D / 2, page_size, 2], values [page_size / 2, D,
 """
 
 # These functions are compiled; pyright does not know the types of their values.
-# pyright: basic
+# pyright: basic, reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from jaxserve.pallas_kernels.paged_attention.cpu.attend_plan import (
     KV_HEADS,
     MAX_PAGES,
     NUM_PAGES,
+    PAGE_BITS,
     PAGE_SIZE,
     ROWS,
     TOKENS,
@@ -192,13 +193,16 @@ def _take_spans(frame, sizes, planned, queries, state, share, places, work, span
     _find_pages(frame, sizes, spans, first_head, int32_at(spans, _BEGIN), work)
     for index in range(number):
         span = spans + 4 * _SPAN_WORDS * index
-        begin, steps = int32_at(span, _BEGIN), (int32_at(span, _END) - int32_at(span, _BEGIN)) * heads
-        for step in range(steps):
+        block, end, head = int32_at(span, _BEGIN), int32_at(span, _END), 0
+        while block < end:
             for chunk in range(_CHUNKS):
                 set_int64(work + _KEYS, chunk, int64_at(work + _KEYS, _CHUNKS + chunk))
                 set_int64(work + _VALUES, chunk, int64_at(work + _VALUES, _CHUNKS + chunk))
-            if step + 1 < steps:
-                _find_pages(frame, sizes, span, first_head + (step + 1) % heads, begin + (step + 1) // heads, work)
+            next_head, next_block = head + 1, block
+            if next_head == heads:
+                next_head, next_block = 0, block + 1
+            if next_block < end:
+                _find_pages(frame, sizes, span, first_head + next_head, next_block, work)
             elif index + 1 < number:
                 following = span + 4 * _SPAN_WORDS
                 _find_pages(frame, sizes, following, first_head, int32_at(following, _BEGIN), work)
@@ -206,14 +210,15 @@ def _take_spans(frame, sizes, planned, queries, state, share, places, work, span
                 frame,
                 sizes,
                 span,
-                begin + step // heads,
+                block,
                 int32_at(span, _FIRST) * group,
                 int32_at(span, _COUNT) * group,
                 queries,
-                state + step % heads * share,
+                state + head * share,
                 places,
                 work,
             )
+            head, block = next_head, next_block
 
 
 @native
@@ -235,14 +240,15 @@ def _find_pages(frame, sizes, span, head, block, work):
     table = argument(frame, 3) + 4 * int32_at(span, _ROW) * int32_at(sizes, MAX_PAGES)
     side, length = NUMBER * kv_heads * page_size * head_dim, int32_at(span, _LENGTH)
     pool = argument(frame, 2) + NUMBER * head * page_size * head_dim
+    page_bits = int32_at(sizes, PAGE_BITS)
     for chunk in range(_CHUNKS):
         position = block * BLOCK + chunk * LANES
         page = 0  # what lies past a sequence's length is not read as a number
         if position < length:
-            page = min(max(int32_at(table, position // page_size), 0), int32_at(sizes, NUM_PAGES) - 1)
-        place = pool + page * 2 * side
-        set_int64(work + _KEYS, _CHUNKS + chunk, place + UNIT * (position % page_size))
-        set_int64(work + _VALUES, _CHUNKS + chunk, place + side + NUMBER * (position % page_size) * head_dim)
+            page = min(max(int32_at(table, position >> page_bits), 0), int32_at(sizes, NUM_PAGES) - 1)
+        place, offset = pool + page * 2 * side, position & (page_size - 1)
+        set_int64(work + _KEYS, _CHUNKS + chunk, place + UNIT * offset)
+        set_int64(work + _VALUES, _CHUNKS + chunk, place + side + NUMBER * offset * head_dim)
 
 
 @native

@@ -24,10 +24,23 @@ from jaxserve.pallas_kernels.paged_attention.cpu.pointers import (
 from jaxserve.pallas_kernels.paged_attention.cpu.vectors import BLOCK
 
 # What argument 0 of a call holds, int32. TILE: tokens of a tile of one row; TOGETHER: rows of a tile of several, at
-# most, 1 for none; MEMBERS: where a plan lists the rows of such tiles.
-(TOKENS, ROWS, KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, MAX_PAGES, NUM_PAGES, WINDOW, TILE, PARTS, TOGETHER, MEMBERS) = (
-    range(13)
-)
+# most, 1 for none; PAGE_BITS: the base-2 logarithm of PAGE_SIZE; MEMBERS: where a plan lists the rows of such tiles.
+(
+    TOKENS,
+    ROWS,
+    KV_HEADS,
+    GROUP,
+    HEAD_DIM,
+    PAGE_SIZE,
+    MAX_PAGES,
+    NUM_PAGES,
+    WINDOW,
+    TILE,
+    PARTS,
+    TOGETHER,
+    PAGE_BITS,
+    MEMBERS,
+) = range(14)
 
 # Words of a plan, int32: the number of items, then the items. From word MEMBERS on the rows of tiles of several, tile
 # after tile, and then for each of them the block up to which it has the pages of the one before it.

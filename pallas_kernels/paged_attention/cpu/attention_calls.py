@@ -256,8 +256,8 @@ def _check_works(kernels: CpuAttention, element: Element) -> None:
         @jax.jit
         def write_and_read(pool: jax.Array, value: jax.Array) -> jax.Array:
             pool = kernels.kv_write(pool, value, value, jnp.asarray(LANES * one))
-            arguments = value[:, :, None], pool, *(jnp.asarray(x) for x in (one[:, None], one, ends))
-            return kernels.paged_attention(*arguments, AttentionSpec(1.0))[:, :, 0]
+            table, lengths, starts = (jnp.asarray(x) for x in (one[:, None], one, ends))
+            return kernels.paged_attention(value[:, :, None], pool, table, lengths, starts, AttentionSpec(1.0))[:, :, 0]
 
         got, wanted = (np.asarray(x, np.float32) for x in (write_and_read(pool, value), value))
         if not np.allclose(got, wanted, rtol=2.0**-20, atol=0):
@@ -286,6 +286,7 @@ def told_sizes(
         plans.GROUP: group_heads,
         plans.HEAD_DIM: head_dim,
         plans.PAGE_SIZE: page_size,
+        plans.PAGE_BITS: page_size.bit_length() - 1,
         plans.MAX_PAGES: max_pages,
         plans.NUM_PAGES: num_pages,
         plans.WINDOW: min(window or attend.NO_WINDOW, attend.NO_WINDOW),

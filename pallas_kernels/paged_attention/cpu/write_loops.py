@@ -4,7 +4,7 @@
 """
 
 # These functions are compiled; pyright does not know the types of their values.
-# pyright: basic
+# pyright: basic, reportOperatorIssue=false
 
 from __future__ import annotations
 
