@@ -36,9 +36,7 @@ SPECS = {
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize(("kernels", "dtype"), KERNELS.values(), ids=KERNELS)
-def test_every_kind_of_mlp_has_packed_products(
-    name: str, kernels: Callable[[], str], dtype: Any
-) -> None:
+def test_every_kind_of_mlp_has_packed_products(name: str, kernels: Callable[[], str], dtype: Any) -> None:
     products = Products(packed=kernels(), rows=jnp.dtype(dtype).name)
     plain, packed = (MLP(SPECS[name], 64, dtype, each, nnx.Rngs(params=0)) for each in (Products(), products))
     for leaf in ("gate_up", "up", "down", "gate_up_bias", "up_bias", "down_bias"):

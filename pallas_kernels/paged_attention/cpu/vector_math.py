@@ -11,11 +11,9 @@ from typing import Any
 from llvmlite import ir
 
 from jaxserve.pallas_kernels.cpu.emitter import FLOATS, INTS, LANES
+from jaxserve.pallas_kernels.cpu.native_calls import FLOATING
 from jaxserve.pallas_kernels.cpu.native_functions import Emit
 from jaxserve.pallas_kernels.paged_attention.cpu.elements import Element, machine
-
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of a number by dtype."""
 
 _SHORT = ir.IntType(16)
 _SHORTS = ir.VectorType(_SHORT, LANES)
@@ -37,13 +35,7 @@ def read_units(emit: Emit, element: Element, address: Any) -> Any:
     """LANES units: pairs as they lie, single numbers as float32."""
     if element.together == 2:
         return emit.load(address, INTS, 4)
-    builder = emit.builder
-    if element.stored == "float32":
-        return emit.load(address, FLOATS, 4)
-    if element.stored == "float16":
-        return builder.fpext(emit.load(address, ir.VectorType(ir.HalfType(), LANES), 2), FLOATS)
-    bits = builder.zext(emit.load(address, _SHORTS, 2), INTS)
-    return builder.bitcast(builder.shl(bits, ir.Constant(INTS, [16] * LANES)), FLOATS)
+    return emit.read(address, element.stored, LANES)
 
 
 def store(emit: Emit, dtype: str, parts: list[Any], address: Any) -> None:
@@ -54,7 +46,7 @@ def store(emit: Emit, dtype: str, parts: list[Any], address: Any) -> None:
             rounded = emit.builder.fptrunc(part, ir.VectorType(ir.HalfType(), LANES))
         elif dtype == "bfloat16":
             rounded = _to_bfloat16(emit, part)
-        emit.store(rounded, emit.at(address, BYTES[dtype] * LANES * number), BYTES[dtype])
+        emit.store(rounded, emit.at(address, FLOATING[dtype] * LANES * number), FLOATING[dtype])
 
 
 def _to_bfloat16(emit: Emit, value: Any) -> Any:
@@ -71,9 +63,7 @@ def _to_bfloat16(emit: Emit, value: Any) -> Any:
 
 def add_product(emit: Emit, total: Any, left: Any, right: Any) -> Any:
     """total + left * right, rounded once where the CPU can."""
-    if machine().fused:
-        return emit.call(f"llvm.fma.v{LANES}f32", FLOATS, left, right, total)
-    return emit.builder.fadd(total, emit.builder.fmul(left, right))
+    return emit.add_product(total, left, right, machine().fused)
 
 
 def exp2(emit: Emit, element: Element, x: Any) -> Any:
@@ -106,7 +96,7 @@ def capped(emit: Emit, scores: list[Any], cap: Any, condition: Any) -> list[Any]
     end = builder.block
     builder.branch(after)
     builder.position_at_end(after)
-    return [merged(builder, (one, before), (other, end)) for one, other in zip(scores, results, strict=True)]
+    return [emit.merged((one, before), (other, end)) for one, other in zip(scores, results, strict=True)]
 
 
 def _tanh(emit: Emit, x: Any) -> Any:
@@ -130,11 +120,3 @@ def _polynomial(emit: Emit, x: Any, coefficients: tuple[float, ...]) -> Any:
     for coefficient in reversed(coefficients[:-1]):
         value = add_product(emit, emit.constant(coefficient), value, x)
     return value
-
-
-def merged(builder: Any, *values: tuple[Any, Any]) -> Any:
-    """The value of the block that was left last; values: each with its block."""
-    phi = builder.phi(values[0][0].type)
-    for value, block in values:
-        phi.add_incoming(value, block)
-    return phi

@@ -16,6 +16,7 @@ from typing import Any
 from llvmlite import ir
 
 from jaxserve.pallas_kernels.cpu.emitter import FLOATS, INT, INTS, LANES, SINGLE, WORD
+from jaxserve.pallas_kernels.cpu.native_calls import FLOATING
 from jaxserve.pallas_kernels.cpu.native_functions import Emit, Inline, Routine
 from jaxserve.pallas_kernels.paged_attention.cpu import vector_math
 from jaxserve.pallas_kernels.paged_attention.cpu.elements import Element
@@ -203,10 +204,7 @@ def _emit_finish(emit: Emit, out: Any, pairs: Any, totals: Any, exponent: Any, s
     results. Numbers: pairs, of vectors; sink, float32, -inf for none.
     """
     builder = emit.builder
-    lanes = emit.load(totals, FLOATS, 4)
-    total = SINGLE(0.0)
-    for lane in range(LANES):
-        total = builder.fadd(total, builder.extract_element(lanes, INT(lane)))
+    total = emit.sum_lanes(emit.load(totals, FLOATS, 4))
     before = builder.block
     joined, after = builder.append_basic_block("sink"), builder.append_basic_block("divide")
     builder.cbranch(builder.fcmp_ordered(">", sink, SINGLE(-math.inf)), joined, after)
@@ -220,10 +218,10 @@ def _emit_finish(emit: Emit, out: Any, pairs: Any, totals: Any, exponent: Any, s
     more = builder.fadd(builder.fmul(total, decay), weight)
     builder.branch(after)
     builder.position_at_end(after)
-    total = vector_math.merged(builder, (total, before), (more, joined))
-    decay = vector_math.merged(builder, (SINGLE(1.0), before), (decay, joined))
+    total = emit.merged((total, before), (more, joined))
+    decay = emit.merged((SINGLE(1.0), before), (decay, joined))
     total, decay = emit.splat(total), emit.splat(decay)
-    size = vector_math.BYTES[emit.parameters.computed]
+    size = FLOATING[emit.parameters.computed]
 
     def write_pair(index: Any) -> None:
         parts = []
@@ -258,7 +256,7 @@ def _rotate(dtype: Callable[[Element], str]) -> Inline:
 
     def emit_rotation(emit: Emit, x: Any, cos: Any, sin: Any, half: Any, lane: Any, out: Any) -> None:
         builder, name = emit.builder, dtype(emit.parameters)
-        size = vector_math.BYTES[name]
+        size = FLOATING[name]
         offset, apart = builder.shl(lane, WORD(2)), builder.shl(half, WORD(2))
         low, high = (emit.load(emit.at(place, offset), FLOATS, 4) for place in (x, emit.at(x, apart)))
         cos, sin = (emit.load(emit.at(place, offset), FLOATS, 4) for place in (cos, sin))
