@@ -20,8 +20,9 @@ from jaxserve.pallas_kernels.cpu.native_functions import Native, Program, native
 from jaxserve.pallas_kernels.paged_attention.cast import encode
 from jaxserve.pallas_kernels.paged_attention.cpu import attend_loops as attend
 from jaxserve.pallas_kernels.paged_attention.cpu import attend_plan as plans
+from jaxserve.pallas_kernels.paged_attention.cpu import elements
 from jaxserve.pallas_kernels.paged_attention.cpu import write_loops as write
-from jaxserve.pallas_kernels.paged_attention.cpu.elements import PAIRS, SINGLES, Element, converts_float16, machine
+from jaxserve.pallas_kernels.paged_attention.cpu.elements import PAIRS, SINGLES, Element
 from jaxserve.pallas_kernels.paged_attention.pool import storage_dtype, value_dtype
 from jaxserve.pallas_kernels.paged_attention.spec import AttentionSpec, Use
 
@@ -47,7 +48,7 @@ _ROWS_TO_SHARE = 32
 def _name(target: str, element: Element | None = None) -> str:
     kind = ""
     if element is not None:
-        kind = f"{element.name}_{element.vectors}_{'fused' if machine().fused else 'rounded'}_"
+        kind = f"{element.name}_{element.vectors}_{'fused' if elements.machine().fused else 'rounded'}_"
     return f"jaxserve_paged_attention_{target}_{kind}{_VERSION}"
 
 
@@ -119,7 +120,7 @@ class CpuAttention:
             raise ValueError(f"head_dim is {head_dim}; {self.name!r} takes multiples of {2 * LANES}: choose 'xla'")
         if element.together == 2 and not features.has("avx512_bf16"):
             raise ValueError(f"this CPU has no avx512_bf16, which {self.name!r} needs: choose 'cpu_float32' or 'xla'")
-        if element.stored == "float16" and not converts_float16():
+        if element.stored == "float16" and not elements.converts_float16():
             raise ValueError(f"this CPU has no f16c, which {self.name!r} needs for float16: choose 'xla'")
 
     def _check_dtype(self, name: str, dtype: jnp.dtype, element: Element) -> None:

@@ -13,7 +13,8 @@ from llvmlite import ir
 from jaxserve.pallas_kernels.cpu.emitter import FLOATS, INTS, LANES
 from jaxserve.pallas_kernels.cpu.native_calls import FLOATING
 from jaxserve.pallas_kernels.cpu.native_functions import Emit
-from jaxserve.pallas_kernels.paged_attention.cpu.elements import Element, machine
+from jaxserve.pallas_kernels.paged_attention.cpu import elements
+from jaxserve.pallas_kernels.paged_attention.cpu.elements import Element
 
 _SHORT = ir.IntType(16)
 _SHORTS = ir.VectorType(_SHORT, LANES)
@@ -63,7 +64,7 @@ def _to_bfloat16(emit: Emit, value: Any) -> Any:
 
 def add_product(emit: Emit, total: Any, left: Any, right: Any) -> Any:
     """total + left * right, rounded once where the CPU can."""
-    return emit.add_product(total, left, right, machine().fused)
+    return emit.add_product(total, left, right, elements.machine().fused)
 
 
 def exp2(emit: Emit, element: Element, x: Any) -> Any:
