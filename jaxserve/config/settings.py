@@ -28,7 +28,7 @@ from jaxserve.models.config import ModelConfig
 LOG_LEVELS = ("debug", "info", "warning")
 
 CASCADE = ("auto", "on", "off")
-ATTENTION = ("auto", "triton", "cpu", "xla", "reference", "triton_interpret")
+ATTENTION = ("auto", "triton", "cpu", "cpu_float32", "xla", "reference", "triton_interpret")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EVICTION_POLICIES = ("lru", "lfu", "cost")
 KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3", "int8")

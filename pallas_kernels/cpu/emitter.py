@@ -1,4 +1,4 @@
-"""Emits LLVM's vector instructions for CPUs with AVX512_BF16.
+"""Emits LLVM's vector instructions; some methods need AVX512_BF16.
 
 Nothing is reassociated or contracted: the order of every sum is the one that is emitted.
 """
@@ -92,6 +92,14 @@ class Emitter:
 
     def largest(self, vector: Any) -> Any:
         """The largest lane."""
+        return self._folded(vector, self.larger)
+
+    def sum_lanes(self, vector: Any) -> Any:
+        """The sum of the lanes: halves are added to each other, until one lane is left."""
+        return self._folded(vector, self.builder.fadd)
+
+    def _folded(self, vector: Any, join: Callable[[Any, Any], Any]) -> Any:
+        """The lane that is left when halves are joined again and again."""
         lanes = LANES
         while lanes > 1:
             lanes //= 2
@@ -103,7 +111,7 @@ class Emitter:
                 )
                 for start in (0, lanes)
             ]
-            vector = self.larger(*halves)
+            vector = join(*halves)
         return self.builder.extract_element(vector, INT(0))
 
     def exp2(self, x: Any) -> Any:

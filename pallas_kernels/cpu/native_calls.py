@@ -210,7 +210,7 @@ def add_handler(module: Any, name: str, num_items: Any, work: Any) -> None:
         builder.ret(WORD(0))
     items = builder.call(num_items, [frame])
     place = builder.ptrtoint(builder.alloca(WORD, 8), WORD)
-    helpers = builder.sub(emit.smaller(items, _num_threads(emit, frame, place)), WORD(1))
+    helpers = builder.sub(emit.smaller(items, num_threads(emit, frame, place)), WORD(1))
     with builder.if_then(builder.icmp_signed("<=", helpers, WORD(0))):
         emit.times(items, lambda item: builder.call(work, [frame, item]))
         builder.ret(WORD(0))
@@ -267,7 +267,7 @@ def _leave(emit: Call, state: Any) -> None:
         emit.call("free", _NONE, state)
 
 
-def _num_threads(emit: Call, frame: Any, place: Any) -> Any:
+def num_threads(emit: Call, frame: Any, place: Any) -> Any:
     """Threads of XLA's pool; place: 5 words of memory."""
     answer = emit.at(place, 32)
     for word, value in enumerate((WORD(32), WORD(0), emit.word(frame, ffi.FRAME_CONTEXT), answer, WORD(1))):
@@ -283,23 +283,26 @@ def features() -> frozenset[str]:
     return frozenset(name for name, has in binding.get_host_cpu_features().items() if has)
 
 
-def register(name: str, build: Callable[[Any, str], None]) -> None:
+def register(name: str, build: Callable[[Any, str], None], *, optimize: bool = True) -> None:
     """Makes the function that build(module, name) adds to a module known to XLA, for good; does nothing where it is.
 
     Before a program that calls it is compiled or loaded. Threads may call it at once.
+
+    optimize: LLVM's usual passes are run; without them variables move to registers and little else happens, in a tenth
+        of the time.
     """
     with _LOCK:
         if name in _ENGINES:
             return
         module = ir.Module(name)
         build(module, name)
-        engine = _compiled(str(module))
+        engine = _compiled(str(module), optimize)
         address = engine.get_function_address(name)
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(address), platform="cpu", api_version=1)
         _ENGINES[name] = engine
 
 
-def _compiled(text: str) -> Any:
+def _compiled(text: str, optimize: bool) -> Any:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     module = binding.parse_assembly(text)
@@ -310,10 +313,21 @@ def _compiled(text: str) -> Any:
     tuning = binding.create_pipeline_tuning_options(speed_level=2)
     tuning.loop_unrolling = tuning.loop_vectorization = tuning.slp_vectorization = False
     passes = binding.create_pass_builder(machine, tuning)
-    passes.getModulePassManager().run(module, passes)
+    (passes.getModulePassManager() if optimize else _few_passes()).run(module, passes)
     engine = binding.create_mcjit_compiler(module, machine)
     engine.finalize_object()
     return engine
+
+
+def _few_passes() -> Any:
+    passes = binding.create_new_module_pass_manager()
+    passes.add_sroa_pass()
+    passes.add_simplify_cfg_pass()
+    passes.add_instruction_combine_pass()
+    passes.add_new_gvn_pass()
+    passes.add_simplify_cfg_pass()
+    passes.add_aggressive_dce_pass()
+    return passes
 
 
 _LOCK = threading.Lock()

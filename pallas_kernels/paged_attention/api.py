@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.paged_attention import reference, xla, xla_plan
+from jaxserve.pallas_kernels.paged_attention.cpu import attend_plan
 from jaxserve.pallas_kernels.paged_attention.cpu import attention_calls as cpu
 from jaxserve.pallas_kernels.paged_attention.pool import FLOAT_DTYPES, check_page_size, is_quantized, value_dtype
 from jaxserve.pallas_kernels.paged_attention.rotary import split_and_rotate
@@ -75,14 +76,24 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
             check=limits.check,
         ),
         "cpu": Implementation(
-            cpu.paged_attention,
-            cpu.kv_write,
-            cpu.rotate_and_write,
+            cpu.PAIRED.paged_attention,
+            cpu.PAIRED.kv_write,
+            cpu.PAIRED.rotate_and_write,
             platforms=("cpu",),
             cascades=True,
-            check=cpu.check,
-            check_usable=cpu.check_usable,
-            shared_read_counts=cpu.shared_read_counts,
+            check=cpu.PAIRED.check,
+            check_usable=cpu.PAIRED.check_usable,
+            shared_read_counts=attend_plan.shared_read_counts,
+        ),
+        "cpu_float32": Implementation(
+            cpu.SINGLE.paged_attention,
+            cpu.SINGLE.kv_write,
+            cpu.SINGLE.rotate_and_write,
+            platforms=("cpu",),
+            cascades=True,
+            check=cpu.SINGLE.check,
+            check_usable=cpu.SINGLE.check_usable,
+            shared_read_counts=attend_plan.shared_read_counts,
         ),
         "xla": Implementation(xla.paged_attention, xla.kv_write, max_group_heads=xla_plan.MAX_DOT_ROWS),
         "reference": Implementation(reference.paged_attention, reference.kv_write),

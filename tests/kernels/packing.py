@@ -51,6 +51,11 @@ def for_cpu(*sizes: int, **settings: Any) -> Any:
     return pytest.param(shape, marks=needs_avx512_bf16, id=str(shape))
 
 
+def for_cpu_float32(*sizes: int, **settings: Any) -> Shape:
+    """A case for the implementation "cpu_float32"."""
+    return Shape(*sizes, implementation="cpu_float32", **settings)
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
     """Tokens `start` to `stop` of sequence `sequence`, as one row of a step."""
@@ -140,7 +145,7 @@ class Memory:
             optional["sinks"] = jnp.asarray(self.sinks)
         implementation = implementation or self.shape.implementation
         attend = _attend(self.shape, implementation, decode_only)
-        pool = jnp.asarray(arranged(np.asarray(self.pool))) if implementation == "cpu" else self.pool
+        pool = jnp.asarray(arranged(np.asarray(self.pool), implementation))
         out = np.asarray(attend(query, pool, table, lengths, starts, **optional))
         return np.split(out, np.asarray(starts[1 : len(items) + 1]))
 
@@ -161,19 +166,30 @@ def _attend(shape: Shape, implementation: str, decode_only: bool):
     return jax.jit(attend, compiler_options=options)
 
 
-def arranged(pool: np.ndarray) -> np.ndarray:
-    """A pool as "cpu" orders the numbers of a page: keys [D / 2, page_size, 2], values [page_size / 2, D, 2]."""
+_TOGETHER = {"cpu": 2, "cpu_float32": 1}
+"""Numbers of a unit of the implementations that order the numbers of a page by themselves."""
+
+
+def arranged(pool: np.ndarray, implementation: str) -> np.ndarray:
+    """A pool as an implementation orders the numbers of a page; "cpu" and "cpu_float32", in units of n: keys
+    [D / n, page_size, n], values [page_size / n, D, n]."""
+    if implementation not in _TOGETHER:
+        return pool
     pages, _, heads, page_size, head_dim = pool.shape
-    keys = pool[:, 0].reshape(pages, heads, page_size, head_dim // 2, 2).transpose(0, 1, 3, 2, 4)
-    values = pool[:, 1].reshape(pages, heads, page_size // 2, 2, head_dim).transpose(0, 1, 2, 4, 3)
+    unit = _TOGETHER[implementation]
+    keys = pool[:, 0].reshape(pages, heads, page_size, head_dim // unit, unit).transpose(0, 1, 3, 2, 4)
+    values = pool[:, 1].reshape(pages, heads, page_size // unit, unit, head_dim).transpose(0, 1, 2, 4, 3)
     return np.stack([part.reshape(pages, heads, page_size, head_dim) for part in (keys, values)], axis=1)
 
 
-def plain(pool: np.ndarray) -> np.ndarray:
+def plain(pool: np.ndarray, implementation: str) -> np.ndarray:
     """Inverse of `arranged`."""
+    if implementation not in _TOGETHER:
+        return pool
     pages, _, heads, page_size, head_dim = pool.shape
-    keys = pool[:, 0].reshape(pages, heads, head_dim // 2, page_size, 2).transpose(0, 1, 3, 2, 4)
-    values = pool[:, 1].reshape(pages, heads, page_size // 2, head_dim, 2).transpose(0, 1, 2, 4, 3)
+    unit = _TOGETHER[implementation]
+    keys = pool[:, 0].reshape(pages, heads, head_dim // unit, page_size, unit).transpose(0, 1, 3, 2, 4)
+    values = pool[:, 1].reshape(pages, heads, page_size // unit, head_dim, unit).transpose(0, 1, 2, 4, 3)
     return np.stack([part.reshape(pages, heads, page_size, head_dim) for part in (keys, values)], axis=1)
 
 

@@ -189,13 +189,12 @@ BFLOAT = {"q": _shape(T, K, G, 64, dtype="bfloat16"), "pool": _shape(5, 2, K, 16
     ("changes", "message"),
     [
         ({"pool": ATTENTION["pool"], "q": ATTENTION["q"]}, "pool holds float32; 'cpu' takes bfloat16: choose 'xla'"),
-        ({"q": _shape(T, K, G, 64, dtype="float32")}, "q has dtype float32; 'cpu' takes bfloat16: choose 'xla'"),
+        ({"q": _shape(T, K, G, 64, dtype="float32")}, "q has dtype float32; 'cpu' takes bfloat16 with"),
         ({"pool": _shape(5, 2, K, 8, 64, dtype="bfloat16")}, "page_size is 8; 'cpu' takes at least 16: raise it or"),
         (
             {"pool": _shape(5, 2, K, 16, 48, dtype="bfloat16"), "q": _shape(T, K, G, 48, dtype="bfloat16")},
             "head_dim is 48; 'cpu' takes multiples of 32: choose 'xla'",
         ),
-        ({"soft_cap": 2.0}, "soft_cap is 2.0; 'cpu' takes none: choose 'xla'"),
     ],
 )
 def test_cpu_refuses(changes: dict, message: str):
@@ -209,23 +208,45 @@ USE = Use("bfloat16", "bfloat16", 16, 64, 3)
 @needs_avx512_bf16
 def test_cpu_serves_models_of_bfloat16():
     assert choose("cpu", use=USE) == choose("cpu", "cpu", USE) == "cpu"
-    for change, message in (
-        ({"dtype": "float32"}, "dtype is float32; 'cpu' takes bfloat16"),
-        ({"kv_cache_dtype": "int8"}, "pool holds int8; 'cpu' takes bfloat16"),
-        ({"page_size": 4}, "page_size is 4; 'cpu' takes at least 16"),
-        ({"head_dim": 80}, "head_dim is 80; 'cpu' takes multiples of 32"),
+    for change, instead, message in (
+        ({"dtype": "float32"}, "cpu_float32", "dtype is float32; 'cpu' takes bfloat16"),
+        ({"kv_cache_dtype": "int8"}, "xla", "pool holds int8; 'cpu' takes bfloat16"),
+        ({"page_size": 4}, "xla", "page_size is 4; 'cpu' takes at least 16"),
+        ({"head_dim": 80}, "xla", "head_dim is 80; 'cpu' takes multiples of 32"),
     ):
         use = dataclasses.replace(USE, **change)
-        assert choose("cpu", use=use) == "xla"
+        assert choose("cpu", use=use) == instead
         with pytest.raises(ValueError, match=message):
             choose("cpu", "cpu", use)
 
 
 def test_a_cpu_without_the_instructions_falls_back(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(calls.features, "has", lambda name: False)
-    assert choose("cpu", use=USE) == "xla"
+    assert choose("cpu", use=USE) == "cpu_float32"
     with pytest.raises(ValueError, match="this CPU has no avx512_bf16, which 'cpu' needs"):
         choose("cpu", "cpu", USE)
+    half = Use("float16", "float16", 16, 64, 3)
+    assert choose("cpu", use=half) == "cpu_float32"
+    monkeypatch.setattr(calls.elements, "converts_float16", lambda: False)
+    assert choose("cpu", use=half) == "xla"
+    with pytest.raises(ValueError, match="this CPU has no f16c, which 'cpu_float32' needs for float16"):
+        choose("cpu", "cpu_float32", half)
+
+
+def test_cpu_float32_serves_pages_that_are_not_quantized():
+    use = Use("float32", "float32", 16, 32, 2)
+    for change in ({}, {"kv_cache_dtype": "bfloat16"}, {"dtype": "float16", "kv_cache_dtype": "float16"}):
+        assert choose("cpu", use=dataclasses.replace(use, **change)) == "cpu_float32"
+    for change, message in (
+        ({"dtype": "bfloat16"}, "dtype is bfloat16; 'cpu_float32' takes float32 with pages of float32: choose 'xla'"),
+        ({"kv_cache_dtype": "int8"}, "pool holds int8; 'cpu_float32' takes float32, bfloat16, float16: choose 'xla'"),
+        ({"page_size": 8}, "page_size is 8; 'cpu_float32' takes at least 16: raise it or choose 'xla'"),
+        ({"head_dim": 48}, "head_dim is 48; 'cpu_float32' takes multiples of 32: choose 'xla'"),
+    ):
+        other = dataclasses.replace(use, **change)
+        assert choose("cpu", use=other) == "xla"
+        with pytest.raises(ValueError, match=message):
+            choose("cpu", "cpu_float32", other)
 
 
 def test_choose():

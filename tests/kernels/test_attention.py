@@ -1,4 +1,6 @@
-"""The XLA and the CPU implementation against the reference, and the reference against sums written out in NumPy."""
+"""The XLA and the CPU implementations against the reference, and the reference against sums written out in NumPy."""
+
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxserve.pallas_kernels.paged_attention import kv_write, largest, new_pool, paged_attention
 from tests.budgets import budget
-from tests.kernels.packing import Memory, Shape, Work, bits, for_cpu, needs_avx512_bf16
+from tests.kernels.packing import Memory, Shape, Work, bits, for_cpu, for_cpu_float32, needs_avx512_bf16
 
 SHAPES = [
     Shape(2, 2, 40),
@@ -27,6 +29,11 @@ CPU_SHAPES = [
     for_cpu(2, 1, 128, page_size=64),
     for_cpu(1, 8, 96, page_size=32, tokens=150, sliding_window=33),
     for_cpu(2, 7, 32, page_size=128, sinks=True, rows=17),
+    for_cpu(2, 3, 64, soft_cap=3.0),
+    for_cpu_float32(2, 2, 32),
+    for_cpu_float32(4, 3, 64, sliding_window=50, dtype="bfloat16"),
+    for_cpu_float32(1, 8, 96, page_size=32, tokens=150, sliding_window=33, dtype="float16"),
+    for_cpu_float32(2, 7, 128, page_size=128, sinks=True, rows=17, soft_cap=3.0),
 ]
 CPU = pytest.param("cpu", marks=needs_avx512_bf16)
 
@@ -66,9 +73,11 @@ def test_agrees_with_the_reference_and_ignores_unwritten_memory(shape: Shape):
 
 
 @pytest.mark.parametrize("fill", [float("nan"), float("inf"), 1e30])
-@pytest.mark.parametrize("implementation", ["xla", "reference", CPU])
+@pytest.mark.parametrize("implementation", ["xla", "reference", "cpu_float32", CPU])
 def test_memory_that_no_one_wrote_changes_no_bit(implementation: str, fill: float):
-    shape = Shape(2, 2, 64, dtype="bfloat16") if implementation == "cpu" else Shape(2, 2, 40)
+    shape = {"cpu": Shape(2, 2, 64, dtype="bfloat16"), "cpu_float32": Shape(2, 2, 32)}.get(
+        implementation, Shape(2, 2, 40)
+    )
     lengths = [1, 16, 17, 129, 300]
     items = [Work(0, 0, 1), Work(1, 3, 16), Work(2, 16, 17), Work(3, 100, 129), Work(4, 299, 300)]
     clean = Memory(shape, lengths, 7, fill=0.0).attend(items, implementation=implementation)
@@ -77,12 +86,14 @@ def test_memory_that_no_one_wrote_changes_no_bit(implementation: str, fill: floa
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference", "triton_interpret", CPU])
+@pytest.mark.parametrize("implementation", ["xla", "reference", "triton_interpret", "cpu_float32", CPU])
 def test_what_lies_before_the_window_has_no_influence(implementation: str):
     """Pages that a sliding window has left may belong to others by now."""
     shape = Shape(2, 2, 40, sliding_window=37, tokens=96)
     if implementation == "cpu":
         shape = Shape(2, 2, 64, sliding_window=37, tokens=96, dtype="bfloat16")
+    elif implementation == "cpu_float32":
+        shape = dataclasses.replace(shape, head_dim=64)
     items = [Work(0, 299, 300), Work(1, 100, 140), Work(2, 60, 90), Work(3, 0, 20)]
     lengths = [item.stop for item in items]
     clean = Memory(shape, lengths, 7).attend(items, implementation=implementation)
@@ -98,9 +109,9 @@ def test_what_lies_before_the_window_has_no_influence(implementation: str):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference", "triton_interpret"])
+@pytest.mark.parametrize("implementation", ["xla", "reference", "triton_interpret", "cpu_float32"])
 def test_scores_far_below_zero(implementation: str):
-    memory = Memory(Shape(2, 2, 40), [1] * 4, 0)
+    memory = Memory(Shape(2, 2, 64 if implementation == "cpu_float32" else 40), [1] * 4, 0)
     stored = [memory.values[pages[0], :, :, 0] for pages in memory.pages]
     memory.queries = [np.repeat(-1e9 * both[0][None, :, None], 2, axis=2).astype(np.float32) for both in stored]
     outs = memory.attend([Work(i, 0, 1) for i in range(4)], implementation=implementation)
@@ -144,6 +155,27 @@ def _by_hand(memory: Memory, item: Work, position: int) -> np.ndarray:
     ids=str,
 )
 def test_agrees_with_sums_written_out(implementation: str, shape: Shape):
+    _check_sums_written_out(implementation, shape)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(2, 2, 32),
+        Shape(2, 1, 64, sliding_window=20),
+        Shape(1, 7, 128, soft_cap=2.0),
+        Shape(1, 3, 96, soft_cap=50.0, sinks=True, page_size=64),
+        Shape(2, 2, 64, sinks=True, sliding_window=20),
+        Shape(2, 2, 32, pool_dtype="bfloat16"),
+        Shape(2, 2, 64, pool_dtype="float16", sinks=True),
+    ],
+    ids=str,
+)
+def test_cpu_float32_agrees_with_sums_written_out(shape: Shape):
+    _check_sums_written_out("cpu_float32", shape)
+
+
+def _check_sums_written_out(implementation: str, shape: Shape) -> None:
     memory = Memory(shape, [5, 140, 33], 3, fill=0.0 if implementation == "reference" else float("nan"))
     items = [Work(0, 0, 5), Work(1, 139, 140), Work(2, 20, 33)]
     got = memory.attend(items, implementation=implementation)
@@ -159,6 +191,7 @@ def test_agrees_with_sums_written_out(implementation: str, shape: Shape):
         for_cpu(1, 2, 32, page_size=32, sinks=True),
         for_cpu(1, 5, 96, page_size=64, sliding_window=20),
         for_cpu(1, 8, 128, page_size=128),
+        for_cpu(1, 8, 64, soft_cap=2.0),
     ],
 )
 def test_cpu_agrees_with_sums_written_out(shape: Shape):

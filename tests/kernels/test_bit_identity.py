@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.budgets import budget
-from tests.kernels.packing import Memory, Shape, Work, bits, for_cpu
+from tests.kernels.packing import Memory, Shape, Work, bits, for_cpu, for_cpu_float32
 
 LENGTHS = [150, 3, 129, 64, 301, 17, 128]
 BUCKETS = [(512, 8), (64, 17), (1, 1), (10, 5), (32, 40)]
@@ -19,6 +19,10 @@ SHAPES = [
     Shape(2, 3, 64, dtype="bfloat16", pool_dtype="float8_e4m3fn", sinks=True, max_len=301),
     for_cpu(4, 3, 64, max_len=301),
     for_cpu(2, 8, 32, page_size=64, sliding_window=49, sinks=True, max_len=301),
+    for_cpu_float32(2, 2, 32, max_len=301),
+    for_cpu_float32(
+        2, 7, 64, page_size=64, sliding_window=49, sinks=True, soft_cap=20.0, dtype="bfloat16", max_len=301
+    ),
 ]
 
 

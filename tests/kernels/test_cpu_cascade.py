@@ -27,6 +27,18 @@ SHAPES = [
     Sizes(2, 8, 32, 32, sliding_window=200),
     Sizes(4, 3, 32, 16, sliding_window=65, sinks=True),
 ]
+FLOATS = [
+    Sizes(4, 3, 64, 16, dtype="float32", pool_dtype="float32"),
+    Sizes(2, 2, 32, 16, sliding_window=65, sinks=True, dtype="float32", pool_dtype="float32"),
+]
+CASES = [
+    *(pytest.param(sizes, marks=needs_avx512_bf16, id=str(sizes)) for sizes in SHAPES),
+    *(pytest.param(sizes, id=str(sizes)) for sizes in FLOATS),
+]
+
+
+def _implementation(sizes: Sizes) -> str:
+    return "cpu" if sizes.dtype == "bfloat16" else "cpu_float32"
 
 
 @functools.cache
@@ -36,7 +48,7 @@ def _attend(sizes: Sizes, cascade: str) -> Any:
         scale=sizes.head_dim**-0.5,
         sliding_window=sizes.sliding_window,
         cascade=cascade,
-        implementation="cpu",
+        implementation=_implementation(sizes),
     )
     return jax.jit(attend)
 
@@ -44,11 +56,14 @@ def _attend(sizes: Sizes, cascade: str) -> Any:
 def _run(step: SharedStep, *, cascade: str, share: bool = True) -> np.ndarray:
     pool, table = (step.pool, step.table) if share else (step.own_pool, step.own_table)
     attend = _attend(step.sizes, cascade)
-    return np.asarray(attend(step.query, arranged(pool), table, step.lengths, step.starts, sinks=step.sinks))
+    return np.asarray(
+        attend(
+            step.query, arranged(pool, _implementation(step.sizes)), table, step.lengths, step.starts, sinks=step.sinks
+        )
+    )
 
 
-@needs_avx512_bf16
-@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+@pytest.mark.parametrize("sizes", CASES)
 def test_reading_shared_pages_together_changes_no_bit(sizes: Sizes):
     """Against each row alone, on the same pages and on pages of its own, in which what it does not see is NaN."""
 
@@ -63,8 +78,7 @@ def test_reading_shared_pages_together_changes_no_bit(sizes: Sizes):
     check()
 
 
-@needs_avx512_bf16
-@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+@pytest.mark.parametrize("sizes", CASES)
 def test_values_agree_with_sums_in_float64(sizes: Sizes):
     length = sizes.max_len
     rows = [Branch(length)]
@@ -74,7 +88,8 @@ def test_values_agree_with_sums_in_float64(sizes: Sizes):
     out = _run(step, cascade="on").astype(np.float64)
     for number in range(len(rows)):
         found = out[step.starts[number] : step.starts[number + 1]]
-        np.testing.assert_allclose(found, step.expected(number, sizes.head_dim**-0.5), atol=4e-2, rtol=4e-2)
+        tolerance = 4e-2 if sizes.dtype == "bfloat16" else 1e-5
+        np.testing.assert_allclose(found, step.expected(number, sizes.head_dim**-0.5), atol=tolerance, rtol=tolerance)
     assert not out[step.starts[-1] :].any(), "padding tokens must come out as zeros"
 
 
@@ -89,7 +104,7 @@ def _planned(sizes: Sizes, cascade: str) -> Any:
 
 def _items(step: SharedStep, *, cascade: str = "on") -> tuple[list[list[int]], list[int], list[int]]:
     """The items of a plan, the members of tiles, and up to which block each has the pages of the one before."""
-    arguments = step.query, arranged(step.pool), step.table
+    arguments = step.query, arranged(step.pool, _implementation(step.sizes)), step.table
     plan = np.asarray(_planned(step.sizes, cascade)(*arguments, step.lengths, step.starts))
     told = calls.told_sizes(step.query.shape, step.pool.shape, step.table.shape, None, cascade)
     rows, first = step.sizes.rows, told[plans.MEMBERS]
@@ -97,8 +112,7 @@ def _items(step: SharedStep, *, cascade: str = "on") -> tuple[list[list[int]], l
     return words.tolist(), plan[first : first + rows].tolist(), plan[first + rows : first + 2 * rows].tolist()
 
 
-@needs_avx512_bf16
-@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+@pytest.mark.parametrize("sizes", CASES)
 def test_a_plan_computes_every_token_once_for_every_head(sizes: Sizes):
     """And a tile's rows have the pages that it says they share, all of them whole and seen by all."""
 
@@ -205,7 +219,7 @@ def test_the_plan_is_made_once_for_all_layers():
             query = _attend(sizes, "on")(query, pool, step.table, jnp.asarray(step.lengths), step.starts, sinks=None)
         return query
 
-    text = layers.lower(step.query, arranged(step.pool)).compile().as_text()
+    text = layers.lower(step.query, arranged(step.pool, _implementation(step.sizes))).compile().as_text()
     assert text is not None
     assert text.count('custom_call_target="jaxserve_paged_attention_attend') == 3
     assert text.count('custom_call_target="jaxserve_paged_attention_plan') == 1

@@ -120,21 +120,31 @@ def test_quantized_numbers_are_the_nearest_and_saturate(dtype: str):
     assert (held == np.rint(held)).all() or dtype != "int8"
 
 
-@needs_avx512_bf16
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "pool_dtype"),
+    [
+        pytest.param("cpu", "bfloat16", "bfloat16", marks=needs_avx512_bf16),
+        pytest.param("cpu", "float32", "bfloat16", marks=needs_avx512_bf16),
+        ("cpu_float32", "float32", "float32"),
+        ("cpu_float32", "float32", "bfloat16"),
+        ("cpu_float32", "float16", "float16"),
+    ],
+)
 @pytest.mark.parametrize("page_size", [16, 64])
-def test_cpu_writes_each_slot_and_nothing_else(page_size: int, dtype: str):
+def test_cpu_writes_each_slot_and_nothing_else(page_size: int, implementation: str, dtype: str, pool_dtype: str):
     random = np.random.default_rng(page_size)
     slots = random.permutation(PAGES * page_size)[:50].astype(np.int32)
     k, v = random.standard_normal((2, len(slots), HEADS, 96)).astype(jnp.dtype(dtype))
-    before = random.standard_normal((PAGES, 2, HEADS, page_size, 96)).astype(jnp.bfloat16)
+    before = random.standard_normal((PAGES, 2, HEADS, page_size, 96)).astype(jnp.dtype(pool_dtype))
     wanted = before.copy()
     for token, slot in enumerate(slots):
         page, offset = slot // page_size, slot % page_size
         wanted[page, 0, :, offset], wanted[page, 1, :, offset] = k[token], v[token]
-    pool = jnp.asarray(arranged(before).view(storage_dtype("bfloat16", "cpu")))
-    after = writer("cpu")(pool, jnp.asarray(k), jnp.asarray(v), jnp.asarray(slots))
-    np.testing.assert_array_equal(plain(np.asarray(after).view(np.uint16))[1:], wanted[1:].view(np.uint16))
+    pool = jnp.asarray(arranged(before, implementation).view(storage_dtype(pool_dtype, "cpu")))
+    after = writer(implementation)(pool, jnp.asarray(k), jnp.asarray(v), jnp.asarray(slots))
+    np.testing.assert_array_equal(
+        plain(np.asarray(after), implementation)[1:].view(np.uint8), wanted[1:].view(np.uint8)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +171,11 @@ HEADS_AND_DTYPES = [
 CPU_HEADS_AND_DTYPES = [
     pytest.param(heads, "bfloat16", "bfloat16", "cpu", marks=needs_avx512_bf16, id=str(heads))
     for heads in (Heads(11, 2, 4, 64, 16), Heads(5, 1, 16, 96, 32), Heads(17, 3, 1, 128, 128))
+] + [
+    (Heads(11, 2, 4, 64, 16), "float32", "float32", "cpu_float32"),
+    (Heads(5, 1, 16, 96, 32), "bfloat16", "bfloat16", "cpu_float32"),
+    (Heads(17, 3, 1, 128, 128), "float16", "float16", "cpu_float32"),
+    (Heads(9, 2, 2, 32, 16), "float32", "bfloat16", "cpu_float32"),
 ]
 
 
@@ -193,7 +208,7 @@ def test_rotates_and_writes_in_one_go(shape: Heads, dtype: str, pool_dtype: str,
         before = random.integers(0, 128, size).astype(np.int8).astype(pool_dtype)
         before = before.view(storage_dtype(pool_dtype, "cpu"))
         q, pool = run(
-            *(jnp.asarray(x) for x in (qkv, cos, sin, arranged(before) if implementation == "cpu" else before)),
+            *(jnp.asarray(x) for x in (qkv, cos, sin, arranged(before, implementation))),
             jnp.asarray(slots, jnp.int32),
             **{name: jnp.asarray(x) for name, x in scales.items()},
         )
@@ -205,7 +220,7 @@ def test_rotates_and_writes_in_one_go(shape: Heads, dtype: str, pool_dtype: str,
         off = magnitude * 2.0**-22 + abs(exact) * epsilon
         assert (abs(np.asarray(q, np.float64) - exact[:, :, :-1]) <= off[:, :, :-1]).all()
 
-        after = plain(np.asarray(pool)) if implementation == "cpu" else np.asarray(pool)
+        after = plain(np.asarray(pool), implementation)
         held = after.view(pool_dtype).astype(np.float64)
         untouched = np.ones((pages, shape.page_size), bool)
         for token, slot in enumerate(slots):
@@ -225,6 +240,8 @@ def test_rotates_and_writes_in_one_go(shape: Heads, dtype: str, pool_dtype: str,
                 key, error = np.clip(key / scale, -limit, limit), error / scale
                 exponent = np.floor(np.log2(np.maximum(abs(key) + error, 2.0**-6)))
                 error = error + abs(key) * 2.0**-22 + (0.5 if pool_dtype == "int8" else 2.0 ** (exponent - 4))
+            elif pool_dtype != dtype:
+                error = error + abs(key) * float(jnp.finfo(pool_dtype).eps)
             assert (abs(held[page, 0, :, offset] - key) <= error).all()
         untouched[0] = implementation == "triton_interpret"
         kept, was = (x.transpose(0, 3, 1, 2, 4)[untouched] for x in (after, before))
@@ -233,14 +250,16 @@ def test_rotates_and_writes_in_one_go(shape: Heads, dtype: str, pool_dtype: str,
     check()
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, pytest.param("cpu", marks=needs_avx512_bf16)])
+@pytest.mark.parametrize(
+    "implementation", [*IMPLEMENTATIONS, "cpu_float32", pytest.param("cpu", marks=needs_avx512_bf16)]
+)
 def test_a_slot_outside_the_pool_writes_nothing(implementation: str):
-    dim, dtype = (64, "bfloat16") if implementation == "cpu" else (DIM, "float32")
+    dim, dtype = {"cpu": (64, "bfloat16"), "cpu_float32": (64, "float32")}.get(implementation, (DIM, "float32"))
     slots = jnp.asarray([-1, -PAGE_SIZE, -PAGE_SIZE - 5, PAGES * PAGE_SIZE, 2**31 - 1, -(2**31), 37], jnp.int32)
     ones = jnp.ones((len(slots), HEADS, dim))
     pool = new_pool(PAGES, HEADS, PAGE_SIZE, dim, dtype)
     pool = np.asarray(kv_write(pool, ones, ones, slots, implementation=implementation)).view(dtype).astype(np.float32)
-    pool = plain(pool) if implementation == "cpu" else pool
+    pool = plain(pool, implementation)
     assert (pool[2, :, :, 5] == 1).all()
     assert pool.sum() == 2 * HEADS * dim
 
@@ -253,6 +272,8 @@ def test_a_slot_outside_the_pool_writes_nothing(implementation: str):
         ("float16", "float8_e4m3fn", "xla"),
         ("float32", "int8", "xla"),
         pytest.param("bfloat16", "bfloat16", "cpu", marks=needs_avx512_bf16),
+        ("float32", "float32", "cpu_float32"),
+        ("bfloat16", "bfloat16", "cpu_float32"),
     ],
 )
 def test_a_donated_pool_is_updated_in_place_and_never_copied_transposed_or_converted(

@@ -6,23 +6,44 @@ goes on alone. The plan depends on page tables and lengths, which are data: no p
 for all layers with the same window, so that XLA computes it once a step.
 """
 
-# numba reads these functions itself; pyright knows neither its types nor its intrinsics.
-# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportGeneralTypeIssues=false
+# These functions are compiled; pyright does not know the types of their values.
+# pyright: basic
 
 from __future__ import annotations
 
 import numpy as np
 
-from jaxserve.pallas_kernels.cpu import ffi
-from jaxserve.pallas_kernels.paged_attention.cpu.pointers import argument, int32_at, result, set_int32
-from jaxserve.pallas_kernels.paged_attention.cpu.vectors import BLOCK, compiled
+from jaxserve.pallas_kernels.cpu.native_functions import native
+from jaxserve.pallas_kernels.paged_attention.cpu.pointers import (
+    allocate,
+    argument,
+    atomic_add,
+    int32_at,
+    num_threads,
+    release,
+    result,
+    set_int32,
+)
+from jaxserve.pallas_kernels.paged_attention.cpu.vectors import BLOCK
 
 # What argument 0 of a call holds, int32. TILE: tokens of a tile of one row; TOGETHER: rows of a tile of several, at
-# most, 1 for none; MEMBERS: where a plan lists the rows of such tiles.
-(TOKENS, ROWS, KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, MAX_PAGES, NUM_PAGES, WINDOW, TILE, PARTS, TOGETHER, MEMBERS) = (
-    range(13)
-)
+# most, 1 for none; PAGE_BITS: the base-2 logarithm of PAGE_SIZE; MEMBERS: where a plan lists the rows of such tiles.
+(
+    TOKENS,
+    ROWS,
+    KV_HEADS,
+    GROUP,
+    HEAD_DIM,
+    PAGE_SIZE,
+    MAX_PAGES,
+    NUM_PAGES,
+    WINDOW,
+    TILE,
+    PARTS,
+    TOGETHER,
+    PAGE_BITS,
+    MEMBERS,
+) = range(14)
 
 # Words of a plan, int32: the number of items, then the items. From word MEMBERS on the rows of tiles of several, tile
 # after tile, and then for each of them the block up to which it has the pages of the one before it.
@@ -40,8 +61,8 @@ FETCH_COST, QUERY_COST = 1, 2
 # What is known of a row while groups are sought.
 _UNSEEN, _ALONE, _IN_TILE = range(3)
 
-# A block past any row's end. Numbers of one type: numba compiles a function anew for each literal among its arguments.
-_NO_END, _ZERO, _ONE = np.int64(2**31), np.int64(0), np.int64(1)
+# A block past any row's end.
+_NO_END = 2**31
 
 
 # What the plans of this process have decided, int64: plans with tiles of several rows; rows in such tiles, and
@@ -50,7 +71,7 @@ _NO_END, _ZERO, _ONE = np.int64(2**31), np.int64(0), np.int64(1)
 NUM_COUNTS = 5
 (_SHARING_PLANS, _ROWS_TOGETHER, _POSITIONS_SAVED, _ROWS_APART, _POSITIONS_REPEATED) = range(NUM_COUNTS)
 _COUNTS = np.zeros(NUM_COUNTS, np.int64)
-_COUNTS_ADDRESS = np.int64(_COUNTS.ctypes.data)  # a constant of the machine code, which no process keeps for another
+_COUNTS_ADDRESS = int(_COUNTS.ctypes.data)  # a constant of the machine code, which no process keeps for another
 
 
 def shared_read_counts() -> dict[str, int]:
@@ -73,13 +94,13 @@ def members_place(sizes: dict[int, int]) -> int:
     return FIRST_ITEM + ITEM_WORDS * (tiles * sizes[KV_HEADS] + 1)
 
 
-@compiled
+@native
 def plan(frame):
     """Makes the plan of a call: tiles of several rows first, which take longest, then each row's tiles from its last,
     and the padding tokens."""
     sizes, starts, out = argument(frame, 0), argument(frame, 3), result(frame, 0)
     rows, tile, parts = int32_at(sizes, ROWS), int32_at(sizes, TILE), int32_at(sizes, PARTS)
-    placed = ffi.allocate(12 * rows)
+    placed = allocate(12 * rows)
     for row in range(rows):
         set_int32(placed, row, _UNSEEN)
     set_int32(out, NUM_ITEMS, 0)
@@ -91,13 +112,13 @@ def plan(frame):
         if int32_at(placed, row) != _IN_TILE:
             token = first + (stop - first - 1) // tile * tile
             while token >= first and token < stop:
-                _add_items(sizes, out, parts, row, _ONE, token, min(tile, stop - token), _ZERO)
+                _add_items(sizes, out, parts, row, 1, token, min(tile, stop - token), 0)
                 token -= tile
-    _add_items(sizes, out, _ONE, _ZERO, _ZERO, int32_at(starts, rows), _ZERO, _ZERO)
-    ffi.release(placed)
+    _add_items(sizes, out, 1, 0, 0, int32_at(starts, rows), 0, 0)
+    release(placed)
 
 
-@compiled
+@native
 def _add_items(sizes, out, parts, row, rows, token, tokens, begin):
     """Adds an item for each part of the heads."""
     heads = int32_at(sizes, KV_HEADS) // parts
@@ -114,6 +135,7 @@ def _add_items(sizes, out, parts, row, rows, token, tokens, begin):
         set_int32(out, NUM_ITEMS, items + 1)
 
 
+@native
 def rows_together(rows: int, shared: int, own: int, group: int, heads: int, threads: int, most: int) -> int:
     """Decides by cost how many rows that share pages one tile takes; 1 where each is better off alone.
 
@@ -143,10 +165,7 @@ def rows_together(rows: int, shared: int, own: int, group: int, heads: int, thre
     return best
 
 
-_rows_together = compiled(rows_together)
-
-
-@compiled
+@native
 def _plan_groups(frame, sizes, out, placed):
     """Finds the rows that share pages and adds the items of their tiles."""
     table, lengths, starts = argument(frame, 1), argument(frame, 2), argument(frame, 3)
@@ -162,13 +181,13 @@ def _plan_groups(frame, sizes, out, placed):
         else:
             set_int32(begins, row, begin)
             set_int32(pages, row, int32_at(table, row * width + (end - 1) // int32_at(sizes, PAGE_SIZE)))
-    done = _ZERO
+    done = 0
     for row in range(rows):
         if int32_at(placed, row) != _UNSEEN:
             continue
         set_int32(members, done, row)
         own, page = int32_at(begins, row), int32_at(pages, row)
-        count, begin = _ONE, own
+        count, begin = 1, own
         for other in range(row + 1, rows):
             block = int32_at(begins, other)
             if int32_at(placed, other) != _UNSEEN or (block == own and int32_at(pages, other) != page):
@@ -183,10 +202,10 @@ def _plan_groups(frame, sizes, out, placed):
             _sort_group(frame, sizes, members + 4 * done, count, begin)
             done = _cut_group(frame, sizes, out, placed, done, count, begin)
     if done > 0:
-        ffi.atomic_add(_COUNTS_ADDRESS + 8 * _SHARING_PLANS, 1)
+        atomic_add(_COUNTS_ADDRESS + 8 * _SHARING_PLANS, 1)
 
 
-@compiled
+@native
 def _shared_until(frame, sizes, one, other, begin, end):
     """The block up to which two rows have the same pages, whole for both, from block `begin` on, at most `end`."""
     page_size, width = int32_at(sizes, PAGE_SIZE), int32_at(sizes, MAX_PAGES)
@@ -200,7 +219,7 @@ def _shared_until(frame, sizes, one, other, begin, end):
     return max(begin, min(end, page * page_size // BLOCK))
 
 
-@compiled
+@native
 def _sort_group(frame, sizes, members, count, begin):
     """Sorts rows by their pages from block `begin` on, so that those which share more are neighbors, and writes up to
     which block each has the pages of the one before it."""
@@ -216,7 +235,7 @@ def _sort_group(frame, sizes, members, count, begin):
         set_int32(common, place, _shared_until(frame, sizes, one, other, begin, _NO_END))
 
 
-@compiled
+@native
 def _comes_before(frame, sizes, one, other, begin):
     """Whether a row's pages from block `begin` on are less than another's, in lexicographic order: of the blocks that
     both see whole, and then the shorter row first."""
@@ -231,11 +250,11 @@ def _comes_before(frame, sizes, one, other, begin):
     return int32_at(table, one * width + page) < int32_at(table, other * width + page)
 
 
-@compiled
+@native
 def _count_choice(common, begin, place, run, tile):
     """Counts the decision about the rows of a run, which share blocks from `begin` on."""
     tiles = (run + tile - 1) // tile
-    saved, repeated, first, number = _ZERO, _ZERO, _ZERO, _ZERO
+    saved, repeated, first, number = 0, 0, 0, 0
     for member in range(run):
         if member == first:  # the first row of a tile reads for itself, and so does every row alone
             number += 1
@@ -245,14 +264,14 @@ def _count_choice(common, begin, place, run, tile):
         else:
             saved += int32_at(common, place + member) - begin
     if tile > 1:
-        ffi.atomic_add(_COUNTS_ADDRESS + 8 * _ROWS_TOGETHER, run)
-        ffi.atomic_add(_COUNTS_ADDRESS + 8 * _POSITIONS_SAVED, saved * BLOCK)
+        atomic_add(_COUNTS_ADDRESS + 8 * _ROWS_TOGETHER, run)
+        atomic_add(_COUNTS_ADDRESS + 8 * _POSITIONS_SAVED, saved * BLOCK)
     else:
-        ffi.atomic_add(_COUNTS_ADDRESS + 8 * _ROWS_APART, run)
-        ffi.atomic_add(_COUNTS_ADDRESS + 8 * _POSITIONS_REPEATED, repeated * BLOCK)
+        atomic_add(_COUNTS_ADDRESS + 8 * _ROWS_APART, run)
+        atomic_add(_COUNTS_ADDRESS + 8 * _POSITIONS_REPEATED, repeated * BLOCK)
 
 
-@compiled
+@native
 def _cut_group(frame, sizes, out, placed, first, count, begin):
     """Cuts a sorted group into tiles where that is cheaper than every row by itself.
 
@@ -260,23 +279,23 @@ def _cut_group(frame, sizes, out, placed, first, count, begin):
     """
     lengths, members = argument(frame, 2), out + 4 * int32_at(sizes, MEMBERS)
     common = members + 4 * int32_at(sizes, ROWS)
-    threads, stop, kept, place = ffi.num_threads(frame), first + count, first, first
+    threads, stop, kept, place = num_threads(frame), first + count, first, first
     while place < stop:
-        run, shared, blocks = _ONE, _ZERO, int32_at(lengths, int32_at(members, place)) // BLOCK - begin
+        run, shared, blocks = 1, 0, int32_at(lengths, int32_at(members, place)) // BLOCK - begin
         while place + run < stop and int32_at(common, place + run) > begin:
             shared += int32_at(common, place + run) - begin
             blocks += int32_at(lengths, int32_at(members, place + run)) // BLOCK - begin
             run += 1
         shared //= max(run - 1, 1)
         most, group, heads = min(run, int32_at(sizes, TOGETHER)), int32_at(sizes, GROUP), int32_at(sizes, KV_HEADS)
-        tile = _rows_together(run, shared, blocks // run - shared, group, heads, threads, most)
+        tile = rows_together(run, shared, blocks // run - shared, group, heads, threads, most)
         if run > 1:
             _count_choice(common, begin, place, run, tile)
         if tile > 1:
-            tiles, done = (run + tile - 1) // tile, _ZERO
+            tiles, done = (run + tile - 1) // tile, 0
             for number in range(tiles):
                 rows = run * (number + 1) // tiles - done
-                _add_items(sizes, out, heads, kept + done, rows, _ZERO, _ZERO, begin)
+                _add_items(sizes, out, heads, kept + done, rows, 0, 0, begin)
                 done += rows
             for member in range(run):
                 set_int32(placed, int32_at(members, place + member), _IN_TILE)

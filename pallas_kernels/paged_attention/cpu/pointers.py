@@ -1,150 +1,120 @@
-"""Memory by address in functions that numba compiles: less to compile than arrays, of which each costs milliseconds.
+"""Memory by address in compiled functions, and what they find in a call of XLA.
 
 Addresses count bytes, and indices elements.
 """
 
-# numba reads these functions itself; pyright knows neither its types nor its intrinsics.
-# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# The builder is llvmlite's, which has no types.
+# pyright: basic, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-from jaxserve.pallas_kernels.cpu import ffi
-from jaxserve.pallas_kernels.cpu.emitter import INT, LANES, SINGLE, WORD, Emitter
-
-
-def _place(builder: Any, address: Any, index: Any, size: int) -> Any:
-    return builder.add(address, builder.mul(index, WORD(size)))
+from jaxserve.pallas_kernels.cpu import native_calls
+from jaxserve.pallas_kernels.cpu.emitter import INT, LANES, SINGLE, WORD
+from jaxserve.pallas_kernels.cpu.native_functions import Emit, Inline
 
 
-@intrinsic
-def int32_at(typingctx, address, index):
+def _place(emit: Emit, address: Any, index: Any, size: int) -> Any:
+    return emit.builder.add(address, emit.builder.mul(index, WORD(size)))
+
+
+@Inline
+def int32_at(emit: Emit, address: Any, index: Any) -> Any:
     """An int32 as an int64."""
-
-    def codegen(context, builder, signature, args):
-        return builder.sext(Emitter(builder).load(_place(builder, *args, 4), INT, 4), WORD)
-
-    return types.int64(types.int64, types.int64), codegen
+    return emit.builder.sext(emit.load(_place(emit, address, index, 4), INT, 4), WORD)
 
 
-@intrinsic
-def int64_at(typingctx, address, index):
+@Inline
+def int64_at(emit: Emit, address: Any, index: Any) -> Any:
     """An int64."""
-
-    def codegen(context, builder, signature, args):
-        return Emitter(builder).load(_place(builder, *args, 8), WORD, 8)
-
-    return types.int64(types.int64, types.int64), codegen
+    return emit.load(_place(emit, address, index, 8), WORD, 8)
 
 
-@intrinsic
-def float32_at(typingctx, address, index):
+@Inline
+def float32_at(emit: Emit, address: Any, index: Any) -> Any:
     """A float32."""
-
-    def codegen(context, builder, signature, args):
-        return Emitter(builder).load(_place(builder, *args, 4), SINGLE, 4)
-
-    return types.float32(types.int64, types.int64), codegen
+    return emit.load(_place(emit, address, index, 4), SINGLE, 4)
 
 
-@intrinsic
-def set_int16(typingctx, address, index, number):
-    """Stores the low 16 bits of an int64."""
-
-    def codegen(context, builder, signature, args):
-        kind = ir.IntType(16)
-        Emitter(builder).store(builder.trunc(args[2], kind), _place(builder, *args[:2], 2))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
+@Inline
+def bits_at(emit: Emit, address: Any, index: Any, size: Any) -> Any:
+    """The bits of an element of a constant number of bytes."""
+    kind = ir.IntType(8 * size.constant)
+    return emit.builder.zext(emit.load(_place(emit, address, index, size.constant), kind, size.constant), WORD)
 
 
-@intrinsic
-def set_int32(typingctx, address, index, number):
+@Inline
+def set_bits(emit: Emit, address: Any, index: Any, bits: Any, size: Any) -> None:
+    """Stores as many low bits of an int64 as an element of a constant number of bytes has."""
+    value = emit.builder.trunc(bits, ir.IntType(8 * size.constant))
+    emit.store(value, _place(emit, address, index, size.constant), size.constant)
+
+
+@Inline
+def set_int32(emit: Emit, address: Any, index: Any, number: Any) -> None:
     """Stores the low 32 bits of an int64."""
-
-    def codegen(context, builder, signature, args):
-        Emitter(builder).store(builder.trunc(args[2], INT), _place(builder, *args[:2], 4), 4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
+    emit.store(emit.builder.trunc(number, INT), _place(emit, address, index, 4), 4)
 
 
-@intrinsic
-def set_int64(typingctx, address, index, number):
+@Inline
+def set_int64(emit: Emit, address: Any, index: Any, number: Any) -> None:
     """Stores an int64."""
-
-    def codegen(context, builder, signature, args):
-        Emitter(builder).store(args[2], _place(builder, *args[:2], 8), 8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
+    emit.store(number, _place(emit, address, index, 8), 8)
 
 
-@intrinsic
-def fill(typingctx, address, count, value):
+@Inline
+def atomic_add(emit: Emit, address: Any, number: Any) -> None:
+    """Adds to an int64 that threads share."""
+    pointer = emit.builder.inttoptr(address, WORD.as_pointer())
+    emit.builder.atomic_rmw("add", pointer, number, "monotonic")
+
+
+@Inline
+def fill(emit: Emit, address: Any, count: Any, value: Any) -> None:
     """Sets `count` float32 numbers."""
-
-    def codegen(context, builder, signature, args):
-        emitter = Emitter(builder)
-        address, count, value = args
-
-        def one(index: Any, values: list[Any]) -> list[Any]:
-            emitter.store(value, _place(builder, address, index, 4), 4)
-            return values
-
-        with builder.if_then(builder.icmp_signed(">", count, WORD(0))):
-            emitter.loop(count, [], one)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32), codegen
+    emit.times(count, lambda index: emit.store(value, _place(emit, address, index, 4), 4))
 
 
-@intrinsic
-def copy_masked(typingctx, source, target, count, mask):
-    """Copies `count` vectors of 16 int32, and keeps the bits of the mask alone."""
+@Inline
+def copy_masked(emit: Emit, source: Any, target: Any, count: Any, mask: Any) -> None:
+    """Copies `count` vectors of LANES int32, and keeps the bits of the mask alone."""
+    mask = emit.splat(emit.builder.trunc(mask, INT))
 
-    def codegen(context, builder, signature, args):
-        emitter = Emitter(builder)
-        source, target, count, mask = args
-        mask = emitter.splat(builder.trunc(mask, INT))
+    def one(index: Any) -> None:
+        held = emit.load(_place(emit, source, index, 4 * LANES), mask.type, 4)
+        emit.store(emit.builder.and_(held, mask), _place(emit, target, index, 4 * LANES), 4)
 
-        def one(index: Any, values: list[Any]) -> list[Any]:
-            held = emitter.load(_place(builder, source, index, 4 * LANES), ir.VectorType(INT, LANES), 4)
-            emitter.store(builder.and_(held, mask), _place(builder, target, index, 4 * LANES), 4)
-            return values
-
-        emitter.loop(count, [], one)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
+    emit.times(count, one)
 
 
-def _buffer(place: int) -> Any:
-    """The code generator of the address of buffer `number` among those that a call frame lists in word `place`."""
-
-    def codegen(context, builder, signature, args):
-        emitter = Emitter(builder)
-        frame, number = args
-        buffers = emitter.load(emitter.at(frame, 8 * place), WORD, 8)
-        buffer = emitter.load(_place(builder, buffers, number, 8), WORD, 8)
-        return emitter.load(emitter.at(buffer, 8 * ffi.BUFFER_DATA), WORD, 8)
-
-    return codegen
-
-
-@intrinsic
-def argument(typingctx, frame, number):
+@Inline
+def argument(emit: Emit, frame: Any, number: Any) -> Any:
     """The address of an argument's first element."""
-    return types.int64(types.int64, types.int64), _buffer(ffi.FRAME_ARGUMENTS)
+    return emit.data(emit.argument(frame, number.constant))
 
 
-@intrinsic
-def result(typingctx, frame, number):
+@Inline
+def result(emit: Emit, frame: Any, number: Any) -> Any:
     """The address of a result's first element."""
-    return types.int64(types.int64, types.int64), _buffer(ffi.FRAME_RESULTS)
+    return emit.data(emit.result(frame, number.constant))
+
+
+@Inline
+def num_threads(emit: Emit, frame: Any) -> Any:
+    """Threads of XLA's pool."""
+    return native_calls.num_threads(emit, frame, emit.memory(5))
+
+
+@Inline
+def allocate(emit: Emit, size: Any) -> Any:
+    """C's malloc."""
+    return emit.call("malloc", WORD, size)
+
+
+@Inline
+def release(emit: Emit, address: Any) -> None:
+    """C's free."""
+    emit.call("free", ir.VoidType(), address)
