@@ -23,7 +23,7 @@ from jaxserve.models.params import bind, make_mesh, products_for
 from jaxserve.pallas_kernels.paged_attention import api
 from jaxserve.pallas_kernels.paged_attention.pool import new_pool
 
-PAGE_SIZE = 8
+PAGE_SIZE = 16
 ROWS = 8
 """Rows of a step: as many as make rows of a dot independent of their number on a CPU."""
 
@@ -135,7 +135,9 @@ def paged_greedy(
     scales: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens int32 [prompt + new], float32 logits of all but the last): the prompt in two chunks, then one by one."""
-    implementation = implementation or api.choose(jax.default_backend())
+    dtype = params["embedding"].dtype.name
+    use = api.Use(dtype, dtype if scales is None else "int8", PAGE_SIZE, config.head_dim, config.group_size)
+    implementation = implementation or api.choose(jax.default_backend(), use=use)
     sequence = PagedSequence(config, params, len(prompt) + new_tokens, implementation, mesh, scales)
     cut = len(prompt) * 2 // 3
     logits = [sequence.extend(prompt[:cut], len(prompt)), sequence.extend(prompt[cut:], len(prompt))]

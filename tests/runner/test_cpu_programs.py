@@ -17,7 +17,7 @@ from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
 from tests.runner.drive import drive
 
-pytestmark = pytest.mark.skipif(not linear.runs_here(), reason="this CPU has no AVX512_BF16 instructions")
+needs_avx512_bf16 = pytest.mark.skipif(not linear.runs_here(), reason="this CPU has no AVX512_BF16 instructions")
 
 MODEL = ModelConfig("LlamaForCausalLM", 96, 64, 96, 2, 4, 2, 32, 256)
 CONFIG = EngineConfig(
@@ -31,9 +31,14 @@ CONFIG = EngineConfig(
 )
 
 
+@pytest.fixture(scope="module", params=[pytest.param("bfloat16", marks=needs_avx512_bf16), "float32"])
+def config(request: pytest.FixtureRequest) -> EngineConfig:
+    return dataclasses.replace(CONFIG, dtype=request.param)
+
+
 @pytest.fixture(scope="module")
-def runner() -> ModelRunner:
-    return ModelRunner(CONFIG)
+def runner(config) -> ModelRunner:
+    return ModelRunner(config)
 
 
 @pytest.fixture(scope="module")
@@ -51,31 +56,32 @@ def requests() -> list[EngineRequest]:
     ]
 
 
-def test_the_kernels_are_chosen(runner):
-    assert runner.info.attention == "cpu"
+def test_the_kernels_are_chosen(runner, config):
+    assert runner.info.attention == {"bfloat16": "cpu", "float32": "cpu_float32"}[config.dtype]
     assert runner._shapes.packed
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_num_batched_tokens": 16}, {"max_num_seqs": 3}])
-def test_tokens_are_those_of_each_request_alone(runner, requests, limits):
-    alone = [drive(runner, CONFIG, [request]).tokens[0] for request in requests]
-    assert drive(runner, CONFIG, requests, **limits).tokens == alone
+def test_tokens_are_those_of_each_request_alone(runner, config, requests, limits):
+    alone = [drive(runner, config, [request]).tokens[0] for request in requests]
+    assert drive(runner, config, requests, **limits).tokens == alone
 
 
-def test_tokens_survive_preemption(runner, requests):
-    preempted = drive(runner, CONFIG, requests, num_pages=12)
+def test_tokens_survive_preemption(runner, config, requests):
+    preempted = drive(runner, config, requests, num_pages=12)
     assert preempted.num_preemptions > 0
-    assert preempted.tokens == drive(runner, CONFIG, requests).tokens
+    assert preempted.tokens == drive(runner, config, requests).tokens
 
 
-def test_hidden_states_are_those_of_the_model_computed_densely(runner, requests):
+def test_hidden_states_are_those_of_the_model_computed_densely(runner, config, requests):
     prompt = requests[4].prompt_token_ids[:60]
-    drive(runner, CONFIG, [dataclasses.replace(requests[4], prompt_token_ids=prompt, max_tokens=1)])
+    drive(runner, config, [dataclasses.replace(requests[4], prompt_token_ids=prompt, max_tokens=1)])
     # The same weights in float32: what is left is the rounding of bfloat16 states, weights of attention and pages.
-    params = random_params(MODEL, "bfloat16", make_mesh(), CONFIG.seed)
+    params = random_params(MODEL, config.dtype, make_mesh(), config.seed)
     model = bind(MODEL, params)
     tokens = jnp.asarray(prompt, jnp.int32)
     hidden, _ = model(tokens, jnp.arange(60, dtype=jnp.int32), [None] * 2, dense_attend())
     got, expected = (np.asarray(array, np.float32) for array in (runner._arrays.hidden[:60], hidden))
-    assert np.abs(got - expected).max() < 2.0**-4 * np.abs(expected).max()
-    assert np.abs(got - expected).mean() < 2.0**-8 * np.abs(expected).max()
+    most, mean = {"bfloat16": (2.0**-4, 2.0**-8), "float32": (2.0**-17, 2.0**-20)}[config.dtype]
+    assert np.abs(got - expected).max() < most * np.abs(expected).max()
+    assert np.abs(got - expected).mean() < mean * np.abs(expected).max()
