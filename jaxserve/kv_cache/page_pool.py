@@ -476,9 +476,7 @@ class PagePool:
             self._cached.add(page, self._depths[page], self._uses[page], later)
             self._count_cached(page, 1)
             return True
-        self._keys[page] = None
-        self._uses[page] = 0
-        self._free.append(page)
+        self._free_page(page)
         return False
 
     def _reclaim(self, count: int) -> list[int]:
@@ -522,20 +520,37 @@ class PagePool:
         self._commit_deferred(run, run.first)
 
     def _commit_deferred(self, run: DeferredRun, count: int) -> None:
-        """Commits the first `count` pages of a run, which is not listed, and lists what remains of it."""
-        key, deferred, lru = b"", self._deferred, self._lru
+        """Commits the first `count` pages of a run, which is not listed, and lists what remains of it behind a page of
+        its own; where others have the content of some, the whole run.
+
+        A cached page whose content another has becomes free.
+        """
+        deferred, lru, freed = self._deferred, self._lru, 0
         assert lru is not None
-        for depth, (page, key) in enumerate(run.take(count, self.page_size), run.first):
-            found = self._page_of_key.setdefault(key, page) == page
-            self._keys[page], self._depths[page], self._uses[page] = key, depth, 1
-            if run.cached:
-                self._references[page] = 0
-                assert found, f"page {page} was cached as the page of a key that another has"
-                lru.named(run, page)
-            if key in deferred:
-                self._advance(key)
-        if run.pages and deferred.setdefault(key, run) is not run:
-            self._commit_deferred(run, len(run.pages))
+        while count:
+            taken, alone, key = run.take(count, self.page_size), True, b""
+            for depth, (page, key) in enumerate(taken, run.first - len(taken)):
+                found = self._page_of_key.setdefault(key, page) == page
+                alone = alone and found
+                self._keys[page], self._depths[page], self._uses[page] = key, depth, 1
+                if run.cached:
+                    self._references[page] = 0
+                    if found:
+                        lru.named(run, page)
+                    else:
+                        self._free_page(page)
+                        freed += 1
+                if key in deferred:
+                    self._advance(key)
+            listed = alone and (not run.pages or deferred.setdefault(key, run) is run)
+            count = 0 if listed else len(run.pages)
+        if freed:
+            lru.drop(run, freed)
+
+    def _free_page(self, page: int) -> None:
+        self._keys[page] = None
+        self._uses[page] = 0
+        self._free.append(page)
 
     def _part(self, page: int, key: bytes) -> None:
         """Copies a page that is reclaimed to host memory, where it is not there yet."""
