@@ -20,8 +20,8 @@ from prometheus_client.registry import Collector
 import jaxserve
 from jaxserve.engine.messages import EngineStats
 from jaxserve.frontend.delta import REJECTION_REASONS
+from jaxserve.kv_cache.cached_pages import EVICTION_CAUSES
 from jaxserve.kv_cache.host_pool import HOST_EVICTION_CAUSES
-from jaxserve.kv_cache.page_pool import EVICTION_CAUSES
 from jaxserve.serving.problem import REJECTIONS
 from jaxserve.serving.served_model import ServedModel
 from jaxserve.telemetry.engine_meter import STEP_HISTOGRAMS

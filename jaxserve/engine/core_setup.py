@@ -36,7 +36,7 @@ def page_pool(config: CacheConfig, info: RunnerInfo, seconds: StepSeconds | None
     caches_on_host = config.enable_prefix_caching and config.enable_host_caching
     pool = PagePool(info.num_pages, info.page_size, info.num_host_pages, eviction, caches_on_host=caches_on_host)
     if info.pages_in_transit is not None:
-        pool.most_copies = info.pages_in_transit // 2  # of one step, so that the next one waits for none of them
+        pool.host_copies.limit = info.pages_in_transit // 2  # of one step, so that the next one waits for none of them
     return pool
 
 

@@ -104,6 +104,11 @@ class LeastRecentlyUsed:
         run.named.append(page)
         self._run_of[page] = run
 
+    def drop(self, run: DeferredRun, count: int) -> None:
+        """Removes `count` pages that were in a run and are neither in it any more nor among its named ones."""
+        self._count -= count
+        self._end(run)
+
     def remove(self, page: int) -> None:
         self._count -= 1
         run = self._run_of.pop(page, None)

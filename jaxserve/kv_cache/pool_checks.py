@@ -64,7 +64,7 @@ def check_runs(
     keys: Sequence[bytes | None],
     page_of_key: Mapping[bytes, int],
 ) -> None:
-    """Raises AssertionError unless the pages of every run have one owner and no key.
+    """Raises AssertionError unless the pages of every run have one owner and no key, and can be found.
 
     Args:
         deferred: runs by the key of the page in front of each.
@@ -74,6 +74,10 @@ def check_runs(
     for key, run in deferred.items():
         expect(key in page_of_key, f"a run is behind key {key.hex()}, which finds no page")
         expect(run.keys[run.first - 1] == key, f"a run that begins at page {run.first} is listed behind another")
+    cached = list(cached)
+    for run in cached:
+        listed = not run.pages or deferred.get(run.keys[run.first - 1]) is run
+        expect(listed, f"cached pages {run.pages} have no keys, and no key leads to them")
     for run in (*deferred.values(), *cached):
         for page in run.pages:
             expect(references[page] == 1, f"page {page} of a run has {references[page]} references, not 1")

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.kv_cache.page_pool import NULL_PAGE, PageCopy, PageState
+from jaxserve.kv_cache.page_pool import PageCopy, PageState
+from jaxserve.kv_cache.pool_checks import NULL_PAGE
 
 SWAP_SIZES = (1, 4, 16)
 """Numbers of pages that one program copies out or in."""

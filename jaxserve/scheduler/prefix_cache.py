@@ -25,7 +25,8 @@ from jaxserve.kv_cache.deferred_keys import DeferredRun
 from jaxserve.kv_cache.event_log import CacheEvent, CacheEventKind, CacheEventLog, page_hash
 from jaxserve.kv_cache.host_pool import HeldPage
 from jaxserve.kv_cache.page_groups import PageGroups, group_key
-from jaxserve.kv_cache.page_pool import NULL_PAGE, PagePool
+from jaxserve.kv_cache.page_pool import PagePool
+from jaxserve.kv_cache.pool_checks import NULL_PAGE
 from jaxserve.request import RequestStatus
 from jaxserve.scheduler.found_pages import ON_DISK, FoundPages, on_host
 from jaxserve.scheduler.host_fetches import HostFetches
@@ -240,7 +241,7 @@ class PrefixCache:
 
         Pages from before are recorded when a sequence finds them, or continues behind them.
         """
-        self._event_log = self._pool.event_log = event_log
+        self._event_log = self._pool.contents.event_log = event_log
 
     def _serves(self, sequence: Sequence) -> bool:
         return self._keys is not None and sequence.request.options.prefix_caching

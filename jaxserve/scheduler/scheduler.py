@@ -114,7 +114,7 @@ class Scheduler:
             ),
             predictor=None if not config.admission.wait_for_prefix else self._predictor(step_seconds or by_tokens),
         )
-        pool.cached_by_group = [0] * groups.count if groups.count > 1 else []
+        pool.cached.by_group = [0] * groups.count if groups.count > 1 else []
         self.decode_gap = DecodeGap.configured(config, step_seconds, buckets)
         self._builder = StepBuilder(
             config,
@@ -190,7 +190,7 @@ class Scheduler:
         """Returns for each group of layers its window (0 for none), the pages in the tables of running sequences, as
         `num_pages_by_group`, and the cached pages; empty where there is one group. O(running)."""
         windows = [window or 0 for window in self.page_groups.windows]
-        cached = self.pool.cached_by_group
+        cached = self.pool.cached.by_group
         return tuple(zip(windows, self.num_pages_by_group, cached, strict=True)) if cached else ()
 
     @property

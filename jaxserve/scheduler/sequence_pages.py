@@ -16,7 +16,8 @@ from typing import Any
 from jaxserve.config.failpoints import Hit, InjectedFaultError
 from jaxserve.config.scheduling import AdmissionConfig
 from jaxserve.kv_cache.page_groups import PageGroups
-from jaxserve.kv_cache.page_pool import NULL_PAGE, PageCopy, PagePool, PageState
+from jaxserve.kv_cache.page_pool import PageCopy, PagePool, PageState
+from jaxserve.kv_cache.pool_checks import NULL_PAGE
 from jaxserve.scheduler.found_pages import FoundPages
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.scheduler.shared_prompt import SharedPrompt

@@ -7,7 +7,8 @@ from collections.abc import Set
 from jaxserve.config.failpoints import Hit
 from jaxserve.config.scheduling import SchedulerConfig
 from jaxserve.kv_cache.page_groups import PageGroups
-from jaxserve.kv_cache.page_pool import NULL_PAGE, PagePool
+from jaxserve.kv_cache.page_pool import PagePool
+from jaxserve.kv_cache.pool_checks import NULL_PAGE
 from jaxserve.request import RequestStatus
 from jaxserve.scheduler.admission_order import AdmissionOrder
 from jaxserve.scheduler.deadline_check import DeadlineCheck

@@ -119,7 +119,7 @@ def kept(scheduler: Scheduler, plan: StepPlan) -> set[int]:
         pages -= {page for table in (row.new_pages, *row.more_pages) for page in table}
     pages |= {page for table in scheduler._queues.sharing.tables for page in table}
     pages |= {copy.source for copy in plan.copies if copy.source_tier.value == "active"}
-    return pages | set(scheduler.pool._cached)
+    return pages | set(scheduler.pool._pages.cached)
 
 
 def serve(name: str, requests: Sequence[EngineRequest], pages: int = 80, caches: bool = False, **limits) -> Served:

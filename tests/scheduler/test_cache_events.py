@@ -106,7 +106,7 @@ def test_nothing_is_recorded_while_nobody_follows():
     scheduler, runner = served()
     scheduler.add(ask("a", [*range(1, 13)]))
     finish(scheduler, runner)
-    assert scheduler.pool.event_log is None
+    assert scheduler.pool.contents.event_log is None
     log = CacheEventLog()
     scheduler.prefix_cache.record(log)
     assert log.take() == ()
@@ -216,7 +216,7 @@ def test_replayed_events_never_promise_what_cannot_be_found(history, flush_at):
         if number == flush_at:
             scheduler.prefix_cache.forget("flush")
         replay.take(log)
-        findable = {page_hash(key): key for key in scheduler.pool._page_of_key}
+        findable = {page_hash(key): key for key in scheduler.pool.contents.page_of_key}
         assert replay.known.keys() <= findable.keys()
         for name, page in replay.known.items():
             found = replay.tokens(name)
@@ -249,7 +249,7 @@ def test_pages_of_every_group_of_layers_are_told_of_with_their_group(windows):
         if number % 3 == 2:
             finish(scheduler, runner)
             replay.take(log)
-            findable = {page_hash(key): key_group(key) for key in scheduler.pool._page_of_key}
+            findable = {page_hash(key): key_group(key) for key in scheduler.pool.contents.page_of_key}
             assert {name: page.group for name, page in replay.known.items()} == findable
     assert {page.window for page in replay.known.values()} == set(windows)
     assert CacheEventKind.REMOVED in replay.kinds

@@ -112,7 +112,7 @@ def test_the_host_page_used_longest_ago_goes_first():
 
 def test_a_step_copies_no_more_than_it_may():
     pool = small_pool(num_pages=5, host=3)
-    pool.most_copies = 1
+    pool.host_copies.limit = 1
     cached(pool, [1, 2, 3])
     pool.release(taken(pool, 4))
     assert len(pool.take_copies()) == 1
@@ -346,7 +346,7 @@ def test_events_name_a_page_until_it_is_on_neither_tier():
         serve(scheduler, runner, ask(f"r{number}", 1 + 20 * (number % 4), 16 + number))
         replay.take(log)
         pool = scheduler.pool
-        findable = {*pool._page_of_key, *pool.host._page_of_key}
+        findable = {*pool.contents.page_of_key, *pool.host._page_of_key}
         assert len(replay.known) == len(findable)
     scheduler.flush_prefix_cache()
     replay.take(log)

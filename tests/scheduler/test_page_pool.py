@@ -268,11 +268,11 @@ def test_check_integrity_names_the_page_and_both_figures():
     ):
         with pytest.raises(AssertionError, match=message):
             pool.check_integrity(tables, hosts)
-    pool._free.append(3)
+    pool._pages.free.append(3)
     with pytest.raises(AssertionError, match="page 3 is 2 times active, free or cached, not 1"):
         pool.check_integrity([first, second])
-    pool._free.remove(3)
-    pool._free.remove(4)
+    pool._pages.free.remove(3)
+    pool._pages.free.remove(4)
     with pytest.raises(AssertionError, match="page 4 is 0 times active, free or cached, not 1"):
         pool.check_integrity([first, second])
 

@@ -65,11 +65,12 @@ def cost_of_a_step(num_pages):
     pool = PagePool(num_pages, page_size=1, num_host_pages=num_pages, caches_on_host=True)
     half = list(range(num_pages // 2))
     cached(pool, half)
-    for part, name in ((pool, "_references"), (pool, "_keys"), (pool, "_free"), (pool.host, "_free")):
+    pages, contents = pool._pages, pool.contents
+    for part, name in ((pages, "references"), (contents, "keys"), (pages, "free"), (pool.host, "_free")):
         setattr(part, name, NoScanList(getattr(part, name)))
-    for part, name in ((pool, "_page_of_key"), (pool.host, "_held"), (pool.host, "_page_of_key")):
+    for part, name in ((contents, "page_of_key"), (pool.host, "_held"), (pool.host, "_page_of_key")):
         setattr(part, name, NoScanDict(getattr(part, name)))
-    eviction = pool._cached
+    eviction = pages.cached
     assert isinstance(eviction, LeastRecentlyUsed)
     eviction._entries = NoScanDict(eviction._entries)
 
