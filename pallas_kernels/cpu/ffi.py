@@ -236,21 +236,6 @@ def register(name: str, num_items: Any, work: Any) -> None:
             _HANDLERS[name] = handler
 
 
-def register_call(name: str, work: Any) -> None:
-    """Makes `work(frame)`, which the calling thread does alone, known to XLA under a name, as `register` does."""
-
-    def handler(frame):
-        if not asked_for_metadata(frame):
-            work(frame)
-        return 0
-
-    with _LOCK:
-        if name not in _HANDLERS:
-            compiled = cfunc(types.int64(types.int64), error_model="numpy")(handler)
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(compiled.address), platform="cpu", api_version=1)
-            _HANDLERS[name] = compiled
-
-
 _LOCK = threading.Lock()
 _HANDLERS: dict[str, Any] = {}
 """The functions that XLA knows, kept from being freed."""

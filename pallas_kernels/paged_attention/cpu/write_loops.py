@@ -1,6 +1,6 @@
 """The KV write, with the rotation of queries and keys or without, as work items of a foreign function.
 
-`attend` says how keys and values lie in a page.
+`attend_loops` says how keys and values lie in a page.
 """
 
 # These functions are compiled; pyright does not know the types of their values.
