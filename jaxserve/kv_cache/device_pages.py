@@ -23,11 +23,6 @@ class DevicePages:
         self.cached = cached
         self.lru = cached if isinstance(cached, LeastRecentlyUsed) else None
 
-    @property
-    def num_available(self) -> int:
-        """Returns the number of pages that are free or cached."""
-        return len(self.free) + len(self.cached)
-
     def state(self, page: int) -> PageState:
         """Returns the state of a page: FREE, ACTIVE or CACHED."""
         self.check_range(page)

@@ -18,7 +18,14 @@ before the step, in the order in which they were decided: a page may be the sour
 one. Those of `copy`, `move` and `fetch` are returned; `take_copies` returns those of pages reclaimed before, which come
 first.
 
-Every call takes time proportional to the pages it is given, not to the size of the pool, except `check_integrity`.
+Every call takes time proportional to the pages it is given, not to the size of the pool, except `check_integrity`. The
+pool is put together of parts, none of which knows those that follow it:
+
+    DevicePages     which pages are free, referenced and cached
+    PageContents    what they contain, by content key
+    HostCopies      what is copied to host memory and disk when it is reclaimed
+    DeferredRuns    committed pages whose keys nobody has needed yet
+    CachedPages     what is kept when the last reference is dropped, and reclaimed
 """
 
 from __future__ import annotations
