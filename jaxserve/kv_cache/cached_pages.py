@@ -31,13 +31,16 @@ class CachedPages:
         self.evictions: dict[str, int] = dict.fromkeys(EVICTION_CAUSES, 0)
         self.by_group: list[int] = []
 
-    def take(self, page: int) -> None:
-        """Adds a reference to an active or cached page."""
-        references = self._pages.references
-        if not references[page]:
-            self._pages.cached.remove(page)
-            self._count(page, -1)
-        references[page] += 1
+    def take(self, pages: Sequence[int]) -> None:
+        """Adds a reference to each active or cached page, for one sequence more."""
+        references, uses, cached = self._pages.references, self._contents.uses, self._pages.cached
+        for page in pages:
+            if not references[page]:
+                cached.remove(page)
+                if self.by_group:
+                    self._count(page, -1)
+            references[page] += 1
+            uses[page] += 1
 
     def drop(self, pages: Sequence[int]) -> None:
         """Drops one reference to each active page of one table, the last one first."""
@@ -47,13 +50,27 @@ class CachedPages:
             later = page if not references[page] and self._keep(page, later) else None
 
     def reclaim(self, count: int) -> list[int]:
-        """Takes so many cached pages from what they keep; returns them, with a reference each."""
+        """Takes so many cached pages from what they keep; returns them, with a reference each.
+
+        Look-ups do not find what they contained any more. It is copied to host memory, where that caches pages.
+        """
         pages, keyed = self._pages.cached.pop_several(count)
         self.evictions["capacity"] += count
+        references, contents, listed = self._pages.references, self._contents, self._runs.listed
         for page in keyed:
-            self._pages.references[page] = 1
-            self._count(page, -1)
-            self._lose(page)
+            key = contents.keys[page]
+            assert key is not None, f"page {page} is cached without a content key"
+            references[page] = 1
+            if self.by_group:
+                self._count(page, -1)
+            del contents.page_of_key[key]
+            if listed:
+                listed.pop(key, None)  # the pages behind it have been reclaimed
+            if self._host_copies.caches:
+                self._host_copies.store(page, contents.of(page))
+            contents.clear(page)
+            if contents.event_log is not None:
+                contents.unfindable(key)
         pages += keyed
         return pages
 
@@ -76,8 +93,7 @@ class CachedPages:
             expect(self.by_group == wanted, f"cached pages by group are {wanted}, not {self.by_group}")
 
     def _count(self, page: int, change: int) -> None:
-        if self.by_group:
-            self.by_group[self._contents.groups[page]] += change
+        self.by_group[self._contents.groups[page]] += change
 
     def _keep(self, page: int, later: int | None) -> bool:
         """Caches or frees a page without references; returns whether it is cached. later: the next page of the table,
@@ -87,22 +103,9 @@ class CachedPages:
         # `setdefault`: a duplicate takes over when the page found until now has been reclaimed.
         if key is not None and contents.page_of_key.setdefault(key, page) == page:
             self._pages.cached.add(page, contents.depths[page], contents.uses[page], later)
-            self._count(page, 1)
+            if self.by_group:
+                self._count(page, 1)
             return True
         contents.clear(page)
         self._pages.free.append(page)
         return False
-
-    def _lose(self, page: int) -> None:
-        """Makes what a page contains unfindable on the device, and copies it to host memory."""
-        contents = self._contents
-        key = contents.keys[page]
-        assert key is not None, f"page {page} is cached without a content key"
-        del contents.page_of_key[key]
-        if self._runs.listed:
-            self._runs.listed.pop(key, None)  # the pages behind it have been reclaimed
-        if self._host_copies.caches:
-            self._host_copies.store(page, contents.of(page))
-        contents.clear(page)
-        if contents.event_log is not None:
-            contents.unfindable(key)

@@ -41,7 +41,7 @@ from jaxserve.kv_cache.host_copies import HostCopies
 from jaxserve.kv_cache.host_pool import HeldPage, HostPool
 from jaxserve.kv_cache.page_contents import PageContents
 from jaxserve.kv_cache.page_copy import PageCopy, PageState
-from jaxserve.kv_cache.pool_checks import check_pages, check_runs
+from jaxserve.kv_cache.pool_checks import NULL_PAGE, check_pages, check_runs
 
 
 class PagePool:
@@ -154,13 +154,12 @@ class PagePool:
     def share(self, pages: Sequence[int]) -> None:
         """Adds one reference to each active or cached page, for the table of another sequence."""
         check_distinct(pages)
+        references, keys, end = self._pages.references, self.contents.keys, self.num_pages
         for page in pages:
-            self._pages.check_range(page)
-            if not self._pages.references[page] and self.contents.keys[page] is None:
+            if not NULL_PAGE < page < end or (not references[page] and keys[page] is None):
+                self._pages.check_range(page)
                 raise ValueError(f"page {page} is free; only active and cached pages can be shared")
-        for page in pages:
-            self.cached.take(page)
-            self.contents.uses[page] += 1
+        self.cached.take(pages)
 
     def release(self, pages: Sequence[int], run: DeferredRun | None = None) -> None:
         """Drops one reference to each active page of one table, given in table order.
@@ -259,8 +258,8 @@ class PagePool:
 
     def page_of(self, key: bytes) -> int | None:
         """Returns the committed page of a key, or None; as with `find` it gets no reference."""
-        page, listed = self.contents.page_of_key.get(key), self._runs.listed
-        if listed and page is not None and key in listed:
+        page = self.contents.page_of_key.get(key)
+        if page is not None and key in self._runs.listed:
             self._runs.advance(key)
         return page
 
