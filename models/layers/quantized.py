@@ -231,9 +231,12 @@ def _rounded(x: jax.Array, scheme: Scheme) -> tuple[jax.Array, jax.Array | None]
     integers = scheme.activations == "int8"
     scales = jnp.max(jnp.abs(x), axis=1, keepdims=True) / np.float32(127.5 if integers else 448.0)
     scales = jnp.where(scales == 0, np.finfo(np.float32).eps, scales)
+    # The largest of a row is halfway between two integers but for the rounding of the scale: it goes away from 0, as
+    # it does where its division is exact.
+    numbers = x / scales * np.float32(1 + 2**-22 if integers else 1)
     if integers:
-        return jnp.clip(jnp.round(x / scales), -128, 127), scales
-    return jnp.clip(x / scales, -448, 448).astype(jnp.float8_e4m3fn).astype(jnp.float32), scales
+        return jnp.clip(jnp.round(numbers), -128, 127), scales
+    return jnp.clip(numbers, -448, 448).astype(jnp.float8_e4m3fn).astype(jnp.float32), scales
 
 
 _SPREADS = {"fp8": 1.46, "int8": 73.9, "int4": 4.64}

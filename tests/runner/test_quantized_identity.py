@@ -1,0 +1,71 @@
+"""Tokens of quantized models: the same alone, batched, in chunks, after preemption, swaps and prefix hits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jaxserve.config.settings import EngineConfig
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.quantization import Quantization, Scheme, Target
+from jaxserve.request import EngineRequest
+from jaxserve.runner.model_runner import ModelRunner
+from tests.models.quantized_checkpoints import RAW
+from tests.runner.drive import drive
+from tests.runner.test_prefix_hits import CONFIG as PREFIX_CONFIG
+from tests.runner.test_prefix_hits import Engine, ask, undisturbed
+
+MODEL = ModelConfig.from_hf(RAW | {"vocab_size": 96})
+# Keys and values stay as they are, and activations of the other matrices become int8.
+ROUNDED = Quantization(
+    "compressed-tensors",
+    (Target(("Linear",), Scheme("int8", activations="int8")),),
+    ignored=("re:.*self_attn.[qkv]_proj", "lm_head"),
+)
+REQUESTS = [
+    EngineRequest(f"r{number}", tuple(np.random.RandomState(number).randint(0, 96, length).tolist()), max_tokens=24)
+    for number, length in enumerate((53, 9, 30, 41, 17))
+]
+
+
+@pytest.fixture(scope="module", params=["int4 while loading", "int8 activations"])
+def running(request) -> tuple[EngineConfig, ModelRunner]:
+    config = dataclasses.replace(PREFIX_CONFIG, architecture=MODEL, dtype="bfloat16", token_buckets=(16, 64))
+    if request.param == "int8 activations":
+        config = dataclasses.replace(config, architecture=dataclasses.replace(MODEL, quantization=ROUNDED))
+    else:
+        config = dataclasses.replace(config, quantization="int4")
+    return config, ModelRunner(config)
+
+
+def test_tokens_do_not_depend_on_companions_chunks_or_preemption(running) -> None:
+    config, runner = running
+    alone = [drive(runner, config, [request]).tokens[0] for request in REQUESTS]
+    assert len({tuple(tokens) for tokens in alone}) == len(alone)
+    assert drive(runner, config, REQUESTS).tokens == alone
+    chunked = drive(runner, config, REQUESTS, max_num_batched_tokens=16, long_prefill_token_threshold=0)
+    assert chunked.tokens == alone
+    few = drive(runner, config, REQUESTS, num_pages=9)
+    assert few.num_preemptions
+    assert few.tokens == alone
+
+
+def test_log_probabilities_do_not_depend_on_hits_or_swaps(running) -> None:
+    _, runner = running
+    requests = [ask(f"r{number}", request.prompt_token_ids, 20) for number, request in enumerate(REQUESTS)]
+    expected = undisturbed(runner, *requests)
+    engine = Engine(runner)
+    again = [dataclasses.replace(request, request_id=f"{request.request_id}-again") for request in requests]
+    assert engine.serve(*requests) == expected
+    assert engine.serve(*again) == expected
+    swapping = Engine(runner, caching=False, num_pages=9)
+    assert swapping.serve(*requests) == expected
+    assert swapping.core.stats().num_preemptions_swap
+
+
+def test_the_memory_plan_counts_the_form(running) -> None:
+    _, runner = running
+    memory = dict(runner.info().memory) if callable(getattr(runner, "info", None)) else dict(runner.info.memory)
+    assert memory["weights"] < 2 * 0.8 * runner.info.num_parameters
