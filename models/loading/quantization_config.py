@@ -24,7 +24,7 @@ def read(raw: Any, dequantized: frozenset[str] = frozenset()) -> Read:
 
     Args:
         raw: its content; None or empty where there is none.
-        dequantized: methods of which a family's loading takes care itself.
+        dequantized: methods of which a family's loading takes care itself; it has no others then.
 
     Raises:
         ValueError: one line, where a field is unknown, malformed or not supported.
@@ -41,8 +41,9 @@ def read(raw: Any, dequantized: frozenset[str] = frozenset()) -> Read:
         return None, []
     if method == "modelopt" and raw.get("quant_algo") is None:
         return None, []  # it quantizes keys and values alone
-    if not isinstance(method, str) or method not in _METHODS:
-        raise ValueError(f"{KEY} quant_method is {brief(method)}; supported are {', '.join(sorted(_METHODS))}")
+    known = dequantized or frozenset(_METHODS)
+    if not isinstance(method, str) or method not in known:
+        raise ValueError(f"{KEY} quant_method is {brief(method)}; supported are {', '.join(sorted(known))}")
     return _METHODS[method](raw)
 
 

@@ -243,3 +243,8 @@ def write(directory: pathlib.Path, config: dict[str, Any] | None, tensors: Tenso
     (directory / "config.json").write_text(json.dumps(raw))
     write_safetensors(directory / "model.safetensors", {name: np.asarray(array) for name, array in tensors.items()})
     return directory
+
+
+def example(name: str) -> tuple[Tensors, np.ndarray]:
+    """One matrix [24, 64] in a format: its tensors, and the weights."""
+    return FORMATS[name].write(np.random.RandomState(9).standard_normal((24, 64)).astype(np.float32), 9)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -16,9 +18,11 @@ from jaxserve.models.layers.parameter import Packing
 from jaxserve.models.layers.quantized import Quantized, multiply, packed
 from jaxserve.models.loading import checkpoint
 from jaxserve.models.loading.quantize import quantized
-from jaxserve.models.quantization import Quantization, Scheme
+from jaxserve.models.quantization import KINDS, Quantization, Scheme
+from jaxserve.planning.model_cost import ModelCost
 from tests.models import generate
-from tests.models.quantized_checkpoints import FORMATS, RAW, made, write
+from tests.models.make_quantized_references import NAMES, RECORDED
+from tests.models.quantized_checkpoints import FORMATS, RAW, example, made, write
 
 MESH = params.make_mesh
 TOKENS = np.random.RandomState(5).randint(0, RAW["vocab_size"], 24).astype(np.int32)
@@ -67,6 +71,15 @@ def test_weights_are_those_that_the_format_says_bit_for_bit(both):
             matrices += 1
         assert np.asarray(leaf).tobytes() == np.asarray(expected[path]).tobytes(), path
     assert matrices == 4 * config.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_format_means_is_what_its_library_makes_of_it(name):
+    """compressed-tensors computes in the dtype of the scales: one rounding of ours, which are exact."""
+    tensors, weights = example(name)
+    with np.load(RECORDED) as file:
+        recorded = file[name]
+    assert recorded.tobytes() == weights.astype(tensors["weight_scale"].dtype).astype(np.float32).tobytes()
 
 
 def test_logits_are_those_of_the_dequantized_checkpoint(both):
@@ -168,3 +181,19 @@ def test_a_mesh_holds_parts_of_quantized_weights():
     assert qkv.scales.shape == (2, 4, 32, 1)
     assert qkv.values.sharding.spec[0] == qkv.scales.sharding.spec[0] == "tensor"
     assert qkv.values.size + 4 * qkv.scales.size == 2 * 4 * 32 * (64 + 4)
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *KINDS])
+def test_plans_count_the_bytes_of_the_form(name):
+    """The roofline's, which are counted by hand, and the arrays'."""
+    config = ModelConfig.from_hf(RAW | ({"quantization_config": FORMATS[name].config} if name in FORMATS else {}))
+    if name in KINDS:
+        config = dataclasses.replace(config, quantization=Quantization.at_load(name))
+    abstract = params.abstract_params(config, "bfloat16", MESH())
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    cost = ModelCost.of(config, "bfloat16", "bfloat16")
+    assert cost.weight_bytes == size
+    assert cost.layer_bytes(1) == size - 2 * cost.norms - 2 * 2 * 160 * 128  # embedding and head
+    assert params.num_parameters(config) == params.num_parameters(dataclasses.replace(config, quantization=None))
+    again = ModelConfig.from_hf(json.loads(json.dumps(config.to_hf())))
+    assert again.decisive == config.decisive
