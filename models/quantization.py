@@ -89,6 +89,13 @@ class Quantization:
         return cls("load", (Target(("Linear",), Scheme(kind, LOAD_GROUP if kind == "int4" else None)),))
 
     @property
+    def text(self) -> str:
+        """Names the method and its schemes, for people."""
+        schemes = dict.fromkeys(target.scheme.text for target in self.targets if target.scheme)
+        method = "quantized while loading" if self.method == "load" else self.method
+        return f"{method} ({'; '.join(schemes)})"
+
+    @property
     def kinds(self) -> frozenset[str]:
         """Returns the kinds of numbers that some module has."""
         return frozenset(target.scheme.kind for target in self.targets if target.scheme)

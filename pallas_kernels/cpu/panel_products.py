@@ -209,27 +209,41 @@ def _add_band(module: Any, elements: Elements, height: int) -> Any:
     Rows past the end stand for the last one: they are computed again and stored in its place.
     """
     lanes, vectors, *_ = tile()
-    copy_rows, multiply_tile = add_copy(module, lanes, height, elements.piece), _add_tile(module, elements, height)
+    copy_rows = add_copy(module, lanes, height, elements.piece)
+    # One row has so few sums that they wait for each other's instructions; numbers that are read fast have two panels.
+    panels = 2 if height == 1 and elements.scaled else 1
+    tiles = {each: _add_tile(module, elements, height, each) for each in {1, panels}}
     made, emit = native_calls.function(module, f"band_{height}", ir.VoidType(), [WORD] * 14)
     builder = emit.builder
     x, copy, weight, out, columns, length, row, end_row, first_column, end_column, first, *scaling = made.args
     builder.call(copy_rows, [x, copy, length, row, end_row, first])
     wide = lanes * vectors
 
-    def one_part(number: Any) -> None:
-        column = builder.add(first_column, builder.mul(number, WORD(wide)))
-        builder.call(multiply_tile, [copy, weight, out, columns, length, row, end_row, column, first, *scaling])
+    def multiply_tile(column: Any, each: int) -> None:
+        builder.call(tiles[each], [copy, weight, out, columns, length, row, end_row, column, first, *scaling])
 
-    emit.times(builder.sdiv(builder.sub(end_column, first_column), WORD(wide)), one_part)
+    def some_panels(number: Any) -> None:
+        column = builder.add(first_column, builder.mul(number, WORD(panels * PANEL)))
+        for part in range(PANEL // wide):
+            multiply_tile(builder.add(column, WORD(wide * part)), panels)
+
+    if panels > 1:
+        count = builder.sdiv(builder.sub(end_column, first_column), WORD(panels * PANEL))
+        emit.times(count, some_panels)
+        first_column = builder.add(first_column, builder.mul(count, WORD(panels * PANEL)))
+    left = builder.sdiv(builder.sub(end_column, first_column), WORD(wide))
+    emit.times(left, lambda part: multiply_tile(builder.add(first_column, builder.mul(part, WORD(wide))), 1))
     builder.ret_void()
     return made
 
 
-def _add_tile(module: Any, elements: Elements, height: int) -> Any:
-    """The function that does so for the columns of one tile."""
+def _add_tile(module: Any, elements: Elements, height: int, panels: int) -> Any:
+    """The function that does so for the columns of one tile, which has the same places of one panel or of some that
+    follow each other."""
     lanes, vectors, heights, fused = tile()
     together, line_bytes = elements.together, elements.row_bytes(PANEL)
-    made, emit = native_calls.function(module, f"tile_{height}", ir.VoidType(), [WORD] * 12)
+    beside = [PANEL * panel + lanes * part for panel in range(panels) for part in range(vectors)]
+    made, emit = native_calls.function(module, f"tile_{height}_{panels}", ir.VoidType(), [WORD] * 12)
     builder = emit.builder
     copy, weight, out, columns, length, row, end_row, column, first, *scaling = made.args
     # Of a panel [K / together, PANEL]: its begin, and the columns before this tile's.
@@ -238,15 +252,19 @@ def _add_tile(module: Any, elements: Elements, height: int) -> Any:
     begin = builder.add(begin, builder.mul(builder.udiv(first, WORD(together)), WORD(PANEL)))
     base = emit.at(weight, builder.mul(builder.add(begin, inside), WORD(elements.row_bytes(1))))
     count = emit.smaller(builder.sub(length, first), WORD(elements.piece))
-    scales, zeros = _scaling(emit, elements, scaling, columns, length, column, first)
+    panel_bytes = builder.mul(builder.udiv(length, WORD(together)), WORD(line_bytes))
+    bases = [emit.at(base, builder.mul(panel_bytes, WORD(panel))) for panel in range(panels)]
+    scales, zeros = _scaling(emit, elements, scaling, columns, length, column, first, beside)
 
     def add_elements(line: Any, left: Any, totals: list[Any]) -> list[Any]:
         """Adds the products of the elements of each row, at `left`, and the columns' of a line of the panel."""
-        right = emit.at(base, builder.mul(line, WORD(line_bytes)))
-        for part in range(line_bytes // _LINE if height < heights[0] else 0):
-            emit.prefetch(emit.at(right, _AHEAD + _LINE * part))
-        step = elements.row_bytes(lanes)
-        read = [elements.read(emit, emit.at(right, step * part), lanes) for part in range(vectors)]
+        read = []
+        for each in bases:
+            right = emit.at(each, builder.mul(line, WORD(line_bytes)))
+            for part in range(line_bytes // _LINE if height < heights[0] else 0):
+                emit.prefetch(emit.at(right, _AHEAD + _LINE * part))
+            step = elements.row_bytes(lanes)
+            read += [elements.read(emit, emit.at(right, step * part), lanes) for part in range(vectors)]
         for number in range(together):
             columns_of = [each[number] for each in read]
             if zeros:
@@ -254,9 +272,9 @@ def _add_tile(module: Any, elements: Elements, height: int) -> Any:
             new = []
             for tall in range(height):
                 one = emit.splat(emit.load(emit.at(left, 4 * (lanes * tall + number)), SINGLE, 4), lanes)
+                before = totals[tall * len(beside) :]
                 new += [
-                    emit.add_product(totals[tall * vectors + part], one, columns_of[part], fused)
-                    for part in range(vectors)
+                    emit.add_product(total, one, each, fused) for total, each in zip(before, columns_of, strict=False)
                 ]
             totals = new
         return totals
@@ -271,15 +289,16 @@ def _add_tile(module: Any, elements: Elements, height: int) -> Any:
         left = copied(first_element)
         first_line = builder.mul(index, WORD(_UNROLLED // together))
         if line_bytes < _LINE and height < heights[0]:
-            ahead = emit.at(base, builder.add(builder.mul(first_line, WORD(line_bytes)), WORD(_AHEAD)))
-            for part in range(_UNROLLED // together * line_bytes // _LINE):
-                emit.prefetch(emit.at(ahead, _LINE * part))
+            ahead = builder.add(builder.mul(first_line, WORD(line_bytes)), WORD(_AHEAD))
+            for each in bases:
+                for part in range(_UNROLLED // together * line_bytes // _LINE):
+                    emit.prefetch(emit.at(emit.at(each, ahead), _LINE * part))
         for number in range(_UNROLLED // together):
             line = builder.add(first_line, WORD(number))
             totals = add_elements(line, emit.at(left, 4 * number * together), totals)
         return totals
 
-    totals = [ir.Constant(ir.VectorType(SINGLE, lanes), [0.0] * lanes)] * (height * vectors)
+    totals = [ir.Constant(ir.VectorType(SINGLE, lanes), [0.0] * lanes)] * (height * len(beside))
     totals = emit.loop_any(builder.udiv(count, WORD(_UNROLLED)), totals, add_some)
     if together == 1:  # several together are whole turns of the loop
         rest = builder.urem(count, WORD(_UNROLLED))
@@ -291,42 +310,49 @@ def _add_tile(module: Any, elements: Elements, height: int) -> Any:
 
         totals = emit.loop_any(rest, totals, add_one)
     if scales:
-        totals = [builder.fmul(total, scales[number % vectors]) for number, total in enumerate(totals)]
-    _add_to_result(emit, totals, emit.places(out, emit.numbers(row, end_row, height), columns, column, 4), first)
+        totals = [builder.fmul(total, scales[number % len(beside)]) for number, total in enumerate(totals)]
+    places = emit.places(out, emit.numbers(row, end_row, height), columns, column, 4)
+    _add_to_result(emit, totals, [emit.at(place, 4 * one) for place in places for one in beside], first)
     return made
 
 
 def _scaling(
-    emit: Call, elements: Elements, scaling: list[Any], columns: Any, length: Any, column: Any, first: Any
+    emit: Call,
+    elements: Elements,
+    scaling: list[Any],
+    columns: Any,
+    length: Any,
+    column: Any,
+    first: Any,
+    beside: list[int],
 ) -> tuple[list[Any], list[Any]]:
-    """Returns the scales and the zeros of a tile's columns for the group of element `first`; [] without."""
+    """Returns the scales and the zeros of a tile's columns for the group of element `first`; [] without.
+
+    beside: where its vectors begin, in columns from the first.
+    """
     if not elements.scaled:
         return [], []
-    lanes, vectors, *_ = tile()
+    lanes = tile().lanes
     builder, (scales, zeros, groups) = emit.builder, scaling
     group = builder.udiv(builder.mul(first, groups), length)
     place = builder.add(builder.mul(group, columns), column)
     factor = ir.Constant(ir.VectorType(SINGLE, lanes), [elements.factor] * lanes)
     at = emit.at(scales, builder.shl(place, WORD(2)))
-    factors = [
-        builder.fmul(emit.read(emit.at(at, 4 * lanes * part), "float32", lanes), factor) for part in range(vectors)
-    ]
+    factors = [builder.fmul(emit.read(emit.at(at, 4 * one), "float32", lanes), factor) for one in beside]
     if not elements.zeros:
         return factors, []
     shorts, floats = ir.VectorType(ir.IntType(16), lanes), ir.VectorType(SINGLE, lanes)
     at = emit.at(zeros, builder.shl(place, WORD(1)))
-    stored = [emit.load(emit.at(at, 2 * lanes * part), shorts, 2) for part in range(vectors)]
+    stored = [emit.load(emit.at(at, 2 * one), shorts, 2) for one in beside]
     return factors, [builder.sitofp(each, floats) for each in stored]
 
 
-def _add_to_result(emit: Call, totals: list[Any], places: list[Any], first: Any) -> None:
+def _add_to_result(emit: Call, totals: list[Any], cells: list[Any], first: Any) -> None:
     """Stores a tile's sums, added to those of earlier pieces where there are any, and returns.
 
     All is read before anything is stored: two rows may stand for one.
     """
-    lanes, vectors, *_ = tile()
     builder = emit.builder
-    cells = [emit.at(place, 4 * lanes * part) for place in places for part in range(vectors)]
     before = builder.block
     added, after = builder.append_basic_block("added"), builder.append_basic_block("store")
     builder.cbranch(builder.icmp_signed(">", first, WORD(0)), added, after)

@@ -33,7 +33,8 @@ def fits(n: int, k: int, group: int, kind: str) -> bool:
     pieces or consist of some."""
     if n % PANEL or (kind == "int4" and k % 4):
         return False
-    return (group in (k, math.gcd(group, PIECE)) and group >= min(k, _LEAST_GROUP)) or group % PIECE == 0
+    divides = group == math.gcd(group, PIECE) and group >= _LEAST_GROUP
+    return divides or group == k or group % PIECE == 0
 
 
 def piece(group: int | None) -> int:

@@ -10,6 +10,10 @@ import pytest
 from jaxserve.config.settings import EngineConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.quantization import Quantization, Scheme, Target
+from jaxserve.planning.explanation import explain, local_target
+from jaxserve.planning.explanation_report import to_text
+from jaxserve.planning.model_cost import ModelCost
+from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
 from tests.models.quantized_checkpoints import RAW
@@ -65,7 +69,13 @@ def test_log_probabilities_do_not_depend_on_hits_or_swaps(running) -> None:
     assert swapping.core.stats().num_preemptions_swap
 
 
-def test_the_memory_plan_counts_the_form(running) -> None:
-    _, runner = running
-    memory = dict(runner.info().memory) if callable(getattr(runner, "info", None)) else dict(runner.info.memory)
-    assert memory["weights"] < 2 * 0.8 * runner.info.num_parameters
+def test_plan_and_explanation_count_the_form(running) -> None:
+    config, runner = running
+    model = resolve_shapes(config, "cpu").model
+    weights = dict(runner.info.memory)["weights"]
+    assert weights == ModelCost.of(model, "bfloat16", "bfloat16").weight_bytes
+    assert weights < 2 * runner.info.num_parameters
+    assert model.quantization is not None
+    explanation = explain(config, local_target(), compiles=False)
+    assert explanation.num_parameters == runner.info.num_parameters
+    assert f"matrices: {model.quantization.text}" in to_text(explanation)
