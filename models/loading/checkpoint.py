@@ -334,7 +334,7 @@ def _check_orders(parameter: Parameter, used: Mapping[str, Found]) -> None:
     found = [used[source.tensor] for source in parameter.sources]
     orders = [tensor.order() for tensor in found if isinstance(tensor, QuantizedTensor)]
     for tensor, order in zip(found, orders, strict=True):
-        if not np.array_equal(order, orders[0]):
+        if order is None or orders[0] is None or not np.array_equal(order, orders[0]):
             raise ValueError(
                 f"checkpoint file {tensor.path}: {tensor.name} and {found[0].name} have different g_idx; matrices of "
                 "one input must have the same"
