@@ -47,6 +47,10 @@ def kernels_of(config, dtype="float32"):
     )
 
 
+LAYOUTS = ["ct_fp8_channel", "ct_int8", "ct_int4_zeros", "fp8_blocks", "gptq_order"]
+"""Formats that differ once they are loaded."""
+
+
 @pytest.fixture(scope="module", params=FORMATS)
 def both(request, tmp_path_factory):
     """(format, quantized config and weights, config and weights of the same one dequantized)."""
@@ -82,6 +86,7 @@ def test_what_a_format_means_is_what_its_library_makes_of_it(name):
     assert recorded.tobytes() == weights.astype(tensors["weight_scale"].dtype).astype(np.float32).tobytes()
 
 
+@pytest.mark.parametrize("both", LAYOUTS, indirect=True)
 def test_logits_are_those_of_the_dequantized_checkpoint(both):
     """Within float32's rounding; where activations are rounded, within theirs: 1/254 of the largest of a token, or
     2^-4 of each number of fp8."""

@@ -1,46 +1,54 @@
-"""Tokens of quantized models: the same alone, batched, in chunks, after preemption, swaps and prefix hits."""
+"""Tokens of a quantized model: the same alone, batched, in chunks, after preemption, swaps and prefix hits."""
 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
 
 from jaxserve.config.settings import EngineConfig
-from jaxserve.models.config import ModelConfig
-from jaxserve.models.quantization import Quantization, Scheme, Target
 from jaxserve.planning.explanation import explain, local_target
 from jaxserve.planning.explanation_report import to_text
 from jaxserve.planning.model_cost import ModelCost
 from jaxserve.planning.resolve import resolve_shapes
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import ModelRunner
-from tests.models.quantized_checkpoints import RAW
+from tests.models.quantized_checkpoints import FORMATS, made, write
 from tests.runner.drive import drive
 from tests.runner.test_prefix_hits import CONFIG as PREFIX_CONFIG
 from tests.runner.test_prefix_hits import Engine, ask, undisturbed
 
-MODEL = ModelConfig.from_hf(RAW | {"vocab_size": 96})
-# Keys and values stay as they are, and activations of the other matrices become int8.
-ROUNDED = Quantization(
-    "compressed-tensors",
-    (Target(("Linear",), Scheme("int8", activations="int8")),),
-    ignored=("re:.*self_attn.[qkv]_proj", "lm_head"),
-)
 REQUESTS = [
     EngineRequest(f"r{number}", tuple(np.random.RandomState(number).randint(0, 96, length).tolist()), max_tokens=24)
     for number, length in enumerate((53, 9, 30, 41, 17))
 ]
 
 
-@pytest.fixture(scope="module", params=["int4 while loading", "int8 activations"])
-def running(request) -> tuple[EngineConfig, ModelRunner]:
-    config = dataclasses.replace(PREFIX_CONFIG, architecture=MODEL, dtype="bfloat16", token_buckets=(16, 64))
-    if request.param == "int8 activations":
-        config = dataclasses.replace(config, architecture=dataclasses.replace(MODEL, quantization=ROUNDED))
-    else:
-        config = dataclasses.replace(config, quantization="int4")
+def mixed(directory: pathlib.Path) -> pathlib.Path:
+    """A checkpoint whose attention is in int4, and whose MLPs are in int8 with activations of int8."""
+    integers, halves = FORMATS["ct_int8"], FORMATS["ct_int4_zeros"]
+    groups = {
+        "group_0": integers.config["config_groups"]["group_0"] | {"targets": ["re:.*mlp.*"], "format": "int-quantized"},
+        "group_1": halves.config["config_groups"]["group_0"] | {"format": "pack-quantized"},
+    }
+    stored = {name: array for name, array in made(halves)[0].items() if ".mlp." not in name}
+    stored |= {name: array for name, array in made(integers)[0].items() if ".mlp." in name}
+    return write(directory, halves.config | {"config_groups": groups, "format": "mixed-precision"}, stored)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory) -> tuple[EngineConfig, ModelRunner]:
+    directory = mixed(tmp_path_factory.mktemp("mixed"))
+    config = dataclasses.replace(
+        PREFIX_CONFIG,
+        architecture=None,
+        model=str(directory),
+        load_format="auto",
+        dtype="bfloat16",
+        token_buckets=(16, 64),
+    )
     return config, ModelRunner(config)
 
 
