@@ -17,6 +17,7 @@ import numpy as np
 from jaxserve.models.layer_groups import LayerKind
 from jaxserve.models.layer_specs import LayerSpec
 from jaxserve.models.layers.rope import Rope, RopeScaling, rope_frequencies
+from jaxserve.models.loading import quantization_config
 from jaxserve.models.loading.config_keys import (
     LARGEST,
     ConfigKeys,
@@ -25,7 +26,6 @@ from jaxserve.models.loading.config_keys import (
     flag,
     nested_keys,
     optional,
-    quantizes_weights,
     required_count,
 )
 from jaxserve.models.loading.config_words import (
@@ -50,6 +50,7 @@ from jaxserve.models.loading.stored import (
     read_stored,
 )
 from jaxserve.models.loading.text_part import text_names, text_part
+from jaxserve.models.quantization import Quantization
 from jaxserve.models.registry import lookup
 from jaxserve.models.value_checks import INT32_MAX, brief, check_count, check_number
 
@@ -73,6 +74,7 @@ class ModelConfig:
         final_logit_softcapping: logits become cap * tanh(logit / cap); None for no cap.
         layers: what each layer computes; None where the architecture's family makes it of the fields above, which is
             so of all models whose layers are alike. `layer_specs` has it either way.
+        quantization: how the weights of matrices are quantized; None where they are not.
     """
 
     architecture: str
@@ -101,6 +103,7 @@ class ModelConfig:
     logits_scaling: float = 1.0
     final_logit_softcapping: float | None = None
     layers: tuple[LayerSpec, ...] | None = None
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -235,10 +238,9 @@ class ModelConfig:
         if WHOLE in content:
             return read_whole(content[WHOLE], cls), []
         raw = ConfigKeys(content, family.defaults, family.key_names, family.inert)
-        quantization = raw.get("quantization_config") or raw.get("compression_config") or {}
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        if quantizes_weights(quantization) and method not in family.dequantized:
-            raise ValueError("config.json quantization_config is set; only unquantized weights are supported")
+        quantization, told = quantization_config.read(
+            raw.get("quantization_config") or raw.get("compression_config"), family.dequantized
+        )
         heads = required_count(raw, "num_attention_heads")
         hidden = required_count(raw, "hidden_size")
         if raw.get("head_dim") is None and hidden % heads:
@@ -279,10 +281,11 @@ class ModelConfig:
             eos_token_ids=as_ids("config.json eos_token_id", raw.get("eos_token_id")),
             dtype=dtype_name(raw) or "float32",
             layers=layers,
+            quantization=quantization,
             **shared_fields(layers),
             **(family.fields(raw) if family.fields else {}),
         )
-        return config, unread_keys(raw, family)
+        return config, told + unread_keys(raw, family)
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the fields of a Hugging Face `config.json` that `from_hf` translates back to this configuration."""

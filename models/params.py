@@ -21,11 +21,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import matmul
+from jaxserve.models.layers import matmul, quantized
 from jaxserve.models.layers.decoder import Decoder
 from jaxserve.models.layers.matmul import Products
-from jaxserve.models.layers.parameter import Initial, Packing, Parameter, Params, Path, get, put
+from jaxserve.models.layers.parameter import Initial, Packing, Parameter, Params, Path, get, path_text, put
+from jaxserve.models.layers.quantized import Quantized
+from jaxserve.models.quantization import Quantization
 from jaxserve.models.registry import lookup
+from jaxserve.pallas_kernels.cpu import panel_weights
 from jaxserve.pallas_kernels.grouped_matmul import choose
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -62,21 +65,52 @@ def abstract_params(config: ModelConfig, dtype: Any, mesh: Mesh) -> Params:
     check_mesh(config, mesh)
     tree: Params = {}
     for path, parameter in parameters(config).items():
-        sharding = NamedSharding(mesh, _fitting(parameter, mesh))
-        put(tree, path, jax.ShapeDtypeStruct(parameter.shape, resolved, sharding=sharding))
+        partition = _fitting(parameter, mesh)
+        if parameter.scheme is None:
+            leaf = jax.ShapeDtypeStruct(parameter.shape, resolved, sharding=NamedSharding(mesh, partition))
+        else:
+            leaf = quantized.abstract(parameter, partition, functools.partial(NamedSharding, mesh))
+        put(tree, path, leaf)
     return tree
 
 
 def parameters(config: ModelConfig) -> dict[Path, Parameter]:
-    """Lists every parameter as its layer declares it, by path; sources have the names that a checkpoint has."""
+    """Lists every parameter as its layer declares it, by path; sources have the names that a checkpoint has, and
+    parameters the scheme that the model's quantization has for all of their sources.
+
+    Raises ValueError where a quantized parameter's shape does not go with its scheme.
+    """
     declared = _structure(config, Products())[1]
     names = lookup(config.architecture).names
-    return {
-        path: dataclasses.replace(
-            parameter, sources=names.stored(parameter.sources, path[1] if path[0] == "layers" else None)
-        )
-        for path, parameter in declared.items()
-    }
+    found = {}
+    for path, parameter in declared.items():
+        sources = names.stored(parameter.sources, path[1] if path[0] == "layers" else None)
+        found[path] = _formed(path, dataclasses.replace(parameter, sources=sources), config.quantization)
+    return found
+
+
+def _formed(path: Path, parameter: Parameter, quantization: Quantization | None) -> Parameter:
+    """Returns a parameter with its scheme. One whose sources are quantized in several ways, or that a quantized tensor
+    fills in another layout than its own, has none: what is stored is dequantized as it is loaded.
+    """
+    if quantization is None or parameter.packing not in (Packing.MATRIX, Packing.GATE_UP):
+        return parameter
+    targets = {quantization.target(source.tensor.removesuffix(".weight")) for source in parameter.sources}
+    target = targets.pop()
+    if targets or target is None or target.scheme is None:
+        return parameter
+    if quantization.method == "load":
+        if path[0] != "layers":
+            return parameter
+    elif any(source.transposed or source.item is not None for source in parameter.sources):
+        return parameter
+    quantized.check(path_text(path), parameter, target.scheme)
+    return dataclasses.replace(parameter, scheme=target.scheme)
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Returns the number of weights; scales do not count."""
+    return sum(math.prod(parameter.shape) for parameter in parameters(config).values())
 
 
 def random_params(config: ModelConfig, dtype: Any, mesh: Mesh, seed: int) -> Params:
@@ -88,7 +122,9 @@ def random_params(config: ModelConfig, dtype: Any, mesh: Mesh, seed: int) -> Par
     declared = parameters(config)
     root = jax.random.key(seed)
 
-    def draw(number: int, path: Path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def draw(number: int, path: Path, leaf: Any) -> Any:
+        if isinstance(leaf, Quantized):
+            return quantized.random_weight(leaf, jax.random.fold_in(root, number))
         if declared[path].neutral:
             one = declared[path].initial is Initial.ONES
             return jax.device_put(np.full(leaf.shape, one, leaf.dtype), leaf.sharding)
@@ -107,11 +143,26 @@ def packed_kernels(config: ModelConfig, dtype: Any) -> str:
     return matmul.packed_kernels(resolve_dtype(dtype), parameters(config).values())
 
 
-def products_for(dtype: Any, mesh: Mesh, *, packed: str = "", by_rows: bool = False, experts: bool = False) -> Products:
+def quantized_kernels(config: ModelConfig) -> str:
+    """Returns the name of this CPU's kernels for the model's quantized weights; "" where it has none."""
+    return panel_weights.kernels() if config.quantization else ""
+
+
+def products_for(
+    dtype: Any,
+    mesh: Mesh,
+    *,
+    packed: str = "",
+    by_rows: bool = False,
+    experts: bool = False,
+    quantized: str = "",
+    quantization: Quantization | None = None,
+) -> Products:
     """Selects the matrix products of layers with weights of `dtype`, packed for kernels of that
     name or not (""), on the devices of `mesh`.
 
-    by_rows: on a CPU, the kernels multiply whose results depend on their row alone; experts: some layers have experts.
+    by_rows: on a CPU, the kernels multiply whose results depend on their row alone; experts: some layers have experts;
+    quantized: the kernels for the weights that `quantization` quantizes, in their packed order, or "".
 
     Sums are float32 in any case. A GPU's matmul rounds in its epilogue, where it adds the residual too: float32
     products would double what a step moves besides the weights, and XLA would then sum the residual stream anew from
@@ -129,15 +180,21 @@ def products_for(dtype: Any, mesh: Mesh, *, packed: str = "", by_rows: bool = Fa
         return Products(resolved, **grouped)
     if mesh.size > 1:
         return Products(**grouped)
-    return Products(packed=packed, rows=resolved.name if by_rows else "", **grouped)
+    targets = quantization.targets if quantization else ()
+    schemes = tuple(dict.fromkeys(target.scheme for target in targets if target.scheme))
+    rows = resolved.name if by_rows else ""
+    return Products(packed=packed, rows=rows, quantized=quantized, schemes=schemes, **grouped)
 
 
 def pack_for(config: ModelConfig, params: Params, products: Products) -> Params:
     """Reorders the parameters in place into the order that `products` reads, where that differs."""
     for path, parameter in parameters(config).items() if products.packed else ():
         stored = parameter.packing is Packing.EXPERTS and not products.in_pairs
-        if parameter.packing is not Packing.NONE and not stored:
+        if parameter.packing is not Packing.NONE and not stored and parameter.scheme is None:
             put(params, path, matmul.packed(get(params, path), parameter, products))
+    for path, leaf in leaves(params) if products.quantized else ():
+        if isinstance(leaf, Quantized) and leaf.packs:
+            put(params, path, quantized.packed(leaf))
     return params
 
 
@@ -153,8 +210,8 @@ def params_of(model: nnx.Module) -> Params:
 
 
 def leaves(params: Params) -> list[tuple[Path, Any]]:
-    """Returns (path, leaf) of every parameter, in pytree order."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    """Returns (path, leaf) of every parameter, in pytree order; a quantized one is a `Quantized`."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
     return [(tuple(entry.key for entry in path), leaf) for path, leaf in flat]
 
 

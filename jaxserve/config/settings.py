@@ -24,6 +24,7 @@ from jaxserve.config.scheduling import MIN_BUCKET, SchedulerConfig
 from jaxserve.config.structured_outputs_config import StructuredOutputsConfig
 from jaxserve.config.tracing_config import TracingConfig
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.quantization import KINDS
 
 LOG_LEVELS = ("debug", "info", "warning")
 
@@ -116,6 +117,8 @@ class EngineConfig:
     architecture: the model's shape; None reads it from the checkpoint. Given both, they must agree.
     load_format: "auto" reads the checkpoint, "dummy" makes random weights from `architecture`.
     dtype: of weights, and of pages unless kv_cache_dtype says else; "auto" is the checkpoint's.
+    quantization: "fp8", "int8" or "int4" quantizes the matrices of a plain checkpoint while it is loaded; None serves
+    weights as the checkpoint has them, quantized or not.
     chat: how conversations become prompts, and outputs replies.
     max_model_len: prompt and output tokens of one request together; None is the model's own context.
     token_buckets, row_buckets: sizes that steps are padded to; None is powers of two from 8 to the limits, on
@@ -150,6 +153,7 @@ class EngineConfig:
     architecture: ModelConfig | None = None
     load_format: str = "auto"
     dtype: str = "auto"
+    quantization: str | None = None
     max_model_len: int | None = None
     scheduler: SchedulerConfig = SchedulerConfig()
     cache: CacheConfig = CacheConfig()
@@ -174,6 +178,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         one_of("load_format", self.load_format, ("auto", "dummy"))
         one_of("dtype", self.dtype, DTYPES)
+        one_of("quantization", self.quantization, (None, *KINDS))
         one_of("attention", self.attention, ATTENTION)
         one_of("cascade_attention", self.cascade_attention, CASCADE)
         one_of("ready_when", self.ready_when, READY_WHEN)

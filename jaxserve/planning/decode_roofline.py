@@ -59,8 +59,9 @@ def decode_step(shapes: Shapes, target: Target, batch: int, context: int) -> Dec
     count = model.num_hidden_layers
     seen = sum(min(context, layer.attention.sliding_window or context) for layer in model.layer_specs)
     kept = batch * (seen + count) * (token_bytes(shapes) // count)
-    read = round(cost.read(batch)) + cost.head + cost.norms + batch * cost.embedding_row
-    moved = read * cost.item_bytes + kept
+    plain = cost.norms + batch * cost.embedding_row
+    read = round(cost.layer_bytes(batch)) + cost.head_bytes + plain * cost.item_bytes
+    moved = read + kept
     attention = cost.attention_flops // count * seen
     flops = batch * (2 * (cost.multiplied + cost.head) + attention)
     by_memory = moved / target.memory_bandwidth if target.memory_bandwidth else 0.0

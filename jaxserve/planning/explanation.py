@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import time
@@ -21,7 +20,7 @@ import jax
 from jaxserve.config.settings import CacheConfig, EngineConfig
 from jaxserve.kv_cache.page_groups import PageGroups
 from jaxserve.kv_cache.page_pool import greatest_concurrency
-from jaxserve.models.params import abstract_params, make_mesh
+from jaxserve.models.params import make_mesh, num_parameters
 from jaxserve.planning.decode_roofline import DecodeStep, decode_step
 from jaxserve.planning.estimate import temporary_bytes
 from jaxserve.planning.gap_explanation import GapExplanation, explain_gap
@@ -168,7 +167,7 @@ def explain(
         shapes=dataclasses.replace(shapes, num_pages=plan.num_pages),
         target=target,
         cache=config.cache,
-        num_parameters=_count(abstract_params(shapes.model, shapes.dtype, mesh)),
+        num_parameters=num_parameters(shapes.model),
         programs=_sizes(shapes),
         plan=plan,
         estimated=needs.estimated,
@@ -298,7 +297,3 @@ def _concurrency(shapes: Shapes, plan: MemoryPlan, length: int) -> Concurrency:
 
 def _page_groups(shapes: Shapes) -> PageGroups:
     return PageGroups(shapes.page_size, shapes.groups.windows, shapes.buckets.tokens[-1])
-
-
-def _count(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

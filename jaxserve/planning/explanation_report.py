@@ -49,6 +49,8 @@ def _model(explanation: Explanation) -> Iterator[str]:
         f"{shapes.model.architecture}, {explanation.num_parameters / 1e6:,.2f}M parameters in {shapes.dtype}, "
         f"contexts of up to {shapes.max_model_len:,} tokens"
     )
+    if shapes.model.quantization is not None:
+        yield f"matrices: {shapes.model.quantization.text}"
     yield f"target {target.name}: {target.device_kind}, {_size(target.device_memory_bytes)} of memory"
     yield f"attention {shapes.attention}; keys and values in {shapes.pool_dtype}"
     routers = collections.Counter(layer.mlp.router for layer in shapes.model.layer_specs if layer.mlp.router)
@@ -222,6 +224,7 @@ def to_json(explanation: Explanation) -> dict[str, Any]:
             "architecture": shapes.model.architecture,
             "num_parameters": explanation.num_parameters,
             "dtype": shapes.dtype,
+            "quantization": shapes.model.quantization.text if shapes.model.quantization else None,
             "max_model_len": shapes.max_model_len,
         },
         "attention": shapes.attention,

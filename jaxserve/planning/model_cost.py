@@ -7,6 +7,7 @@ import dataclasses
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layer_specs import MLPSpec
+from jaxserve.planning.quantized_bytes import head_saved, layers_saved
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
 """Bytes per number by dtype."""
@@ -46,7 +47,9 @@ class ModelCost:
         attention_flops: of one query token and one position, in all layers.
         token_bytes: keys and values of one token in all layers.
         windows: of each layer, the positions that it attends to; () where no layer has a window.
-        item_bytes: of one weight.
+        item_bytes: of one weight that is not quantized.
+        saved: bytes that the layers' matrices are smaller by because they are quantized.
+        head_saved: those of the output matrix.
         experts: of the layers that have some.
     """
 
@@ -60,6 +63,8 @@ class ModelCost:
     item_bytes: int
     windows: tuple[int | None, ...] = ()
     experts: tuple[ExpertCost, ...] = ()
+    saved: int = 0
+    head_saved: int = 0
 
     @classmethod
     def of(cls, model: ModelConfig, dtype: str, pool_dtype: str) -> ModelCost:
@@ -107,12 +112,23 @@ class ModelCost:
             item_bytes=ITEM_BYTES[dtype],
             windows=windows if any(windows) else (),
             experts=tuple(ExpertCost(count, *alike) for alike, count in experts.items()),
+            saved=layers_saved(model, ITEM_BYTES[dtype]),
+            head_saved=head_saved(model, ITEM_BYTES[dtype]),
         )
 
     def read(self, tokens: float) -> float:
         """Returns the weights of the layers' matrices that a step of so many tokens reads: of experts those that are
         chosen, on average."""
         return self.layers - sum(each.unread(tokens) for each in self.experts)
+
+    def layer_bytes(self, tokens: float) -> float:
+        """Returns the bytes of the layers' matrices that a step of so many tokens reads."""
+        return self.read(tokens) * self.item_bytes - self.saved
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the output matrix."""
+        return self.head * self.item_bytes - self.head_saved
 
     @property
     def multiplied(self) -> int:
@@ -132,7 +148,8 @@ class ModelCost:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
-        return (self.layers + self.head + self.norms + self.embedding) * self.item_bytes
+        whole = (self.layers + self.head + self.norms + self.embedding) * self.item_bytes
+        return whole - self.saved - self.head_saved
 
 
 def _mlp_matrices(mlp: MLPSpec, hidden: int) -> int:

@@ -9,7 +9,9 @@ from jaxserve.config.settings import EngineConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loading import checkpoint
 from jaxserve.models.loading.end_tokens import check_vocabulary
-from jaxserve.models.params import DTYPES, packed_kernels
+from jaxserve.models.loading.quantization_config import check_wanted
+from jaxserve.models.params import DTYPES, packed_kernels, parameters, quantized_kernels
+from jaxserve.models.quantization import Quantization
 from jaxserve.pallas_kernels.cpu import row_products
 from jaxserve.pallas_kernels.paged_attention import IMPLEMENTATIONS, Use, choose, is_quantized
 from jaxserve.planning.checkpoint_defaults import sampling_defaults
@@ -32,7 +34,7 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
     Raises:
         ValueError: configuration and checkpoint contradict each other.
     """
-    model = resolve_model(config, planning=planning)
+    model = _quantized(resolve_model(config, planning=planning), config.quantization)
     sampling_defaults(config)  # a faulty file is told before anything is compiled
     max_model_len = config.max_model_len or model.context_length
     if max_model_len > model.longest_context:
@@ -63,6 +65,7 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
         num_penalty_rows=config.scheduler.num_penalty_rows,
         packed=packed_kernels(model, dtype) if platform == "cpu" else "",
         row_products=row_products.kernels() if platform == "cpu" else "",
+        quantized=quantized_kernels(model) if platform == "cpu" else "",
         attention=choose(platform, config.attention, use),
         max_logprobs=min(config.logprobs.max_logprobs, model.vocab_size),
         logprobs_mode=config.logprobs.logprobs_mode,
@@ -75,6 +78,16 @@ def resolve_shapes(config: EngineConfig, platform: str, *, planning: bool = Fals
             f"set 'auto', or choose an attention among {names}"
         )
     return dataclasses.replace(shapes, num_host_pages=_host_pages(config.cache.swap_space, shapes))
+
+
+def _quantized(model: ModelConfig, wanted: str | None) -> ModelConfig:
+    """Returns the architecture quantized as configured. Raises ValueError where its shapes do not allow it."""
+    check_wanted(wanted, model.quantization)
+    if wanted is None or model.quantization is not None:
+        return model
+    model = dataclasses.replace(model, quantization=Quantization.at_load(wanted))
+    parameters(model)
+    return model
 
 
 def _host_pages(swap_space: float, shapes: Shapes) -> int:

@@ -145,9 +145,9 @@ class RooflineCosts:
         cost = self.cost
         if kind == "sample":
             logits = 2 * 4 * size * self._vocab_size  # float32, written and read once
-            return cost.head * cost.item_bytes + logits, 2.0 * cost.head * size
+            return cost.head_bytes + logits, 2.0 * cost.head * size
         rows = size * cost.embedding_row
-        moved = (cost.read(size) + cost.norms + rows) * cost.item_bytes + size * cost.token_bytes
+        moved = cost.layer_bytes(size) + (cost.norms + rows) * cost.item_bytes + size * cost.token_bytes
         return moved, 2.0 * cost.multiplied * size
 
 

@@ -121,6 +121,7 @@ class Shapes:
         kv_cache_dtype: name of the dtype of keys and values in pages; None is `dtype`.
         packed: name of the CPU kernels in whose order weights are packed; "" for unpacked weights.
         row_products: name of the CPU kernels that multiply by weights that are not packed; "" for XLA's dots.
+        quantized: name of the CPU kernels that multiply by quantized weights; "" for XLA's dots.
         num_host_pages: pages of host memory for swapped sequences; 0 where none are swapped.
         num_penalty_rows: requests with penalties that can run at once.
         max_logprobs: likeliest ids of one position that a request may ask for, at most as many as the vocabulary has.
@@ -139,6 +140,7 @@ class Shapes:
     kv_cache_dtype: str | None = None
     packed: str = ""
     row_products: str = ""
+    quantized: str = ""
     num_host_pages: int = 0
     num_penalty_rows: int = 1
     max_logprobs: int = MAX_LOGPROBS
@@ -194,7 +196,15 @@ class Shapes:
 def products_of(shapes: Shapes, mesh: Mesh) -> Products:
     """Returns the matrix products of the model's layers."""
     experts = any(layer.mlp.kind == "experts" for layer in shapes.model.layer_specs)
-    return products_for(shapes.dtype, mesh, packed=shapes.packed, by_rows=bool(shapes.row_products), experts=experts)
+    return products_for(
+        shapes.dtype,
+        mesh,
+        packed=shapes.packed,
+        by_rows=bool(shapes.row_products),
+        experts=experts,
+        quantized=shapes.quantized,
+        quantization=shapes.model.quantization,
+    )
 
 
 def program_keys(shapes: Shapes) -> list[ProgramKey]:

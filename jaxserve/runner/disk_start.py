@@ -42,6 +42,7 @@ def open_disk(config: EngineConfig, started: Started) -> DiskPages | None:
             shapes.pool_dtype,
             shapes.attention,
             shapes.packed,
+            shapes.quantized,
             shapes.page_size,
             shapes.groups,
             pages.shape,

@@ -12,18 +12,16 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
-import math
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 
-import jax
 from jax.sharding import Mesh
 
 from jaxserve.config.settings import EngineConfig
 from jaxserve.models.loading.checkpoint import load, load_kv_scales, read_ahead
 from jaxserve.models.loading.kv_scales import calibrate, placed
-from jaxserve.models.params import abstract_params, make_mesh, pack_for, random_params
+from jaxserve.models.params import make_mesh, num_parameters, pack_for, random_params
 from jaxserve.pallas_kernels.paged_attention import is_quantized
 from jaxserve.planning.memory_plan import MemoryPlan, MemoryPlanner, claim_memory, local_memory, pages_in_transit
 from jaxserve.planning.resolve import resolve_shapes
@@ -119,7 +117,6 @@ class Startup:
             costs: of a preemption, as measured at warm-up.
         """
         shapes, programs = started.shapes, started.programs
-        params = jax.tree.leaves(abstract_params(shapes.model, shapes.dtype, self._mesh))
         return RunnerInfo(
             vocab_size=shapes.model.vocab_size,
             max_model_len=shapes.max_model_len,
@@ -127,7 +124,7 @@ class Startup:
             page_size=shapes.page_size,
             group_windows=shapes.groups.windows,
             num_pages=shapes.num_pages,
-            num_parameters=sum(math.prod(leaf.shape) for leaf in params),
+            num_parameters=num_parameters(shapes.model),
             architecture=shapes.model.architecture,
             dtype=shapes.dtype,
             platform=self._platform,

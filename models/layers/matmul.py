@@ -13,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxserve.models.layers import quantized as quantized_weights
 from jaxserve.models.layers.parameter import Packing, Parameter
+from jaxserve.models.layers.quantized import Quantized
+from jaxserve.models.quantization import Scheme
 from jaxserve.pallas_kernels import grouped_matmul
-from jaxserve.pallas_kernels.cpu import linear, panel_products, row_products
+from jaxserve.pallas_kernels.cpu import linear, panel_products, panel_weights, row_products
 from jaxserve.pallas_kernels.grouped_matmul import cpu_packed
 
 
@@ -33,6 +36,9 @@ class Products:
             experts.
         mesh: devices that hold parts of these matrices, where there are several and the implementation is told which;
             None lets XLA partition.
+        quantized: name of the CPU kernels that multiply by quantized weights in packed order; "" for weights that are
+            held in the order of their declaration.
+        schemes: those of quantized weights.
     """
 
     dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
@@ -40,6 +46,8 @@ class Products:
     rows: str = ""
     experts: str = "xla"
     mesh: Mesh | None = None
+    quantized: str = ""
+    schemes: tuple[Scheme, ...] = ()
 
     def prepare(self) -> None:
         """Registers the kernels that programs with these products call; must precede loading or running one."""
@@ -50,23 +58,40 @@ class Products:
         if self.rows:
             row_products.prepare(self.rows)
             grouped_matmul.prepare(self.experts, self.rows)
+        if self.rows and self.schemes:
+            row_products.prepare("float32")
+        for scheme in self.schemes if self.quantized else ():
+            panel_weights.prepare(scheme.kind, scheme.group, zeros=scheme.zeros)
 
     @property
     def unpacked(self) -> Products:
         """The same products of weights that are not packed."""
         experts = "cpu" if self.experts == "cpu_packed" else self.experts
-        return dataclasses.replace(self, packed="", experts=experts)
+        return dataclasses.replace(self, packed="", quantized="", experts=experts)
 
     @property
     def in_pairs(self) -> bool:
         """Whether weights are packed for `pallas_kernels.cpu.linear`."""
         return bool(self.packed) and self.packed != panel_products.kernels()
 
-    def contract(self, x: jax.Array, weight: jax.Array, axes: int = 1) -> jax.Array:
-        """Contracts the last `axes` axes of x and a weight that may be packed: [..., out...]."""
+    def contract(self, x: jax.Array, weight: jax.Array | Quantized, axes: int = 1) -> jax.Array:
+        """Contracts the last `axes` axes of x and a weight that may be packed or quantized: [..., out...]."""
+        if isinstance(weight, Quantized):
+            return self._contract_quantized(x, weight, axes)
         if not self.packed:
             return self.contract_unpacked(x, weight, axes)
         return _by_matrix(linear.linear if self.in_pairs else panel_products.multiply, x, weight, axes)
+
+    def _contract_quantized(self, x: jax.Array, weight: Quantized, axes: int) -> jax.Array:
+        lead = x.shape[: x.ndim - axes]
+        rows = x.reshape(math.prod(lead), -1)
+        if self.quantized and weight.packs:
+            y = quantized_weights.multiply_packed(rows, weight)
+        elif self.rows:
+            y = quantized_weights.multiply_rows(rows, weight)
+        else:
+            y = quantized_weights.multiply(rows, weight, self.dtype)
+        return y.reshape(*lead, *weight.shape[: len(weight.shape) - axes])
 
     def contract_unpacked(self, x: jax.Array, weight: jax.Array, axes: int = 1) -> jax.Array:
         """Contracts the last `axes` axes of x and a weight that is never packed: [..., out...]."""
@@ -74,9 +99,9 @@ class Products:
             return contract(x, weight, axes, self.dtype)
         return _by_matrix(row_products.multiply, x, weight, axes)
 
-    def contract_pair(self, x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def contract_pair(self, x: jax.Array, weights: jax.Array | Quantized) -> tuple[jax.Array, jax.Array]:
         """Contracts x with both of weights [2, out, in], packed as one matrix: [..., out] each."""
-        if self.packed or self.rows:
+        if self.packed or self.rows or isinstance(weights, Quantized):
             y = self.contract(x, weights)
             return y[..., 0, :], y[..., 1, :]
         first, second = contract_each(x, weights, self.dtype)
@@ -88,9 +113,9 @@ class Products:
         form = grouped_matmul.IMPLEMENTATIONS[self.experts].forms[0]
         return grouped_matmul.grouped_matmul(x, weights, offsets, implementation=self.experts, form=form, dtype=dtype)
 
-    def swiglu(self, x: jax.Array, gate_up: jax.Array) -> jax.Array:
+    def swiglu(self, x: jax.Array, gate_up: jax.Array | Quantized) -> jax.Array:
         """Computes silu(x gate^T) * (x up^T) for gate_up [2, I, H]: [..., I] in x's dtype."""
-        if self.in_pairs:
+        if self.in_pairs and not isinstance(gate_up, Quantized):
             y = linear.swiglu(x.reshape(-1, x.shape[-1]), gate_up)
             return y.reshape(*x.shape[:-1], -1)
         gate, up = self.contract_pair(x, gate_up)
@@ -122,7 +147,7 @@ def contract_each(x: jax.Array, weights: jax.Array, product: jax.typing.DTypeLik
 
 def packed_kernels(dtype: np.dtype, declared: Iterable[Parameter]) -> str:
     """Returns the name of this CPU's kernels for all packable ones of these parameters in `dtype`; "" without any."""
-    packable = [each for each in declared if each.packing is not Packing.NONE]
+    packable = [each for each in declared if each.packing is not Packing.NONE and each.scheme is None]
     sizes = [_size(each) for each in packable]
     if dtype.name == "bfloat16" and linear.runs_here() and all(linear.fits(*size) for size in sizes):
         return linear.kernels()

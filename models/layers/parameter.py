@@ -17,6 +17,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from jaxserve.models.quantization import Scheme
+
 Path = tuple[str | int, ...]
 """Path of a parameter in the parameter tree, such as ("layers", 0, "attention", "qkv")."""
 
@@ -25,9 +27,12 @@ Params = dict[Any, Any]
 
 
 class Form(enum.Enum):
-    """Storage format of a parameter. Quantized forms (fp8, int8, int4, MXFP4) and their scales will be added here."""
+    """Storage format of a parameter; those that are not dense have a `Scheme`, which says what scales they have."""
 
     DENSE = "dense"
+    FP8 = "fp8"
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 class Packing(enum.Enum):
@@ -109,7 +114,7 @@ class Parameter:
         initial: what it is before training.
         fan_in: length of the dot that its variance before training is 1 over; None for that of `contracted`.
         whole_if_uneven: every device holds all of it where the mesh does not divide it (odd vocabularies).
-        form: how it is held.
+        scheme: what its quantized numbers and their scales are; None for one that is held as it is. `form` follows.
         neutral: random weights have it as before training, so that it changes nothing: norms.
     """
 
@@ -121,8 +126,13 @@ class Parameter:
     initial: Initial = Initial.NORMAL
     fan_in: int | None = None
     whole_if_uneven: bool = False
-    form: Form = Form.DENSE
+    scheme: Scheme | None = None
     neutral: bool = False
+
+    @property
+    def form(self) -> Form:
+        """How it is held."""
+        return Form.DENSE if self.scheme is None else Form(self.scheme.kind)
 
     @property
     def dot_length(self) -> int:

@@ -20,13 +20,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers.parameter import Params, Path, Source, get, path_text, put
+from jaxserve.models.layers.parameter import Parameter, Params, Path, Source, get, path_text, put
+from jaxserve.models.layers.quantized import Quantized
 from jaxserve.models.layers.rope import Rope
-from jaxserve.models.loading import kv_scales
+from jaxserve.models.loading import kv_scales, quantized_tensors
 from jaxserve.models.loading.json_files import read_object
 from jaxserve.models.loading.kv_scales import KVScales
 from jaxserve.models.loading.mxfp4 import MXFP4Tensor
-from jaxserve.models.loading.safetensors_file import DTYPES, StoredTensor
+from jaxserve.models.loading.placing import LoadProgress, filled, filled_quantized
+from jaxserve.models.loading.quantized_tensors import QuantizedTensor
+from jaxserve.models.loading.safetensors_file import DTYPES, NUMBERS, StoredTensor
 from jaxserve.models.loading.stored import (
     HEAD,
     ROTARY_BUFFER,
@@ -42,6 +45,9 @@ from jaxserve.models.registry import lookup
 ORBAX_FOLDER = "orbax"
 KV_SCALES_FILE = "kv_scales.json"
 
+
+Found = StoredTensor | MXFP4Tensor | QuantizedTensor
+"""What a parameter is filled from."""
 
 READ_BYTES = 16 * 1024 * 1024
 """Bytes that `read_ahead` reads at a time."""
@@ -145,6 +151,8 @@ def save_orbax(
         scales: of quantized keys and values, as `load_kv_scales` returns them; saved as `kv_scales.json`.
     """
     directory = pathlib.Path(directory).absolute()
+    if any(isinstance(leaf, Quantized) for _, leaf in leaves(params)):
+        raise ValueError("quantized weights are not saved with orbax; save the checkpoint's plain weights")
     if (directory / ORBAX_FOLDER).exists() or has_safetensors(directory):
         raise ValueError(f"checkpoint {directory} holds weights already; choose another directory")
     directory.mkdir(parents=True, exist_ok=True)
@@ -169,6 +177,10 @@ def restore_orbax(directory: str | pathlib.Path, config: ModelConfig, dtype: Any
     folder = (pathlib.Path(directory) / ORBAX_FOLDER).absolute()
     if not folder.is_dir():
         raise ValueError(f"checkpoint folder {folder} is missing")
+    if config.quantization is not None:
+        raise ValueError(
+            f"checkpoint folder {folder} holds plain weights; quantization while loading reads safetensors only"
+        )
     abstract = abstract_params(config, dtype, mesh)
     flat = {path_text(path): leaf for path, leaf in leaves(abstract)}
     with _reading(folder) as checkpointer:
@@ -234,25 +246,34 @@ def _load_safetensors(directory: pathlib.Path, config: ModelConfig, dtype: Any, 
     abstract = abstract_params(config, dtype, mesh)
     used = _used_tensors(_stored(directory, config), config)
     tree: Params = {}
+    progress = LoadProgress(directory, {part for tensor in used.values() for part in tensor.parts})
     for path, parameter in parameters(config).items():
-        put(tree, path, _assemble(get(abstract, path), parameter.sources, used))
+        leaf = get(abstract, path)
+        # Each host buffer is freed before the next one is made.
+        if isinstance(leaf, Quantized):
+            put(tree, path, filled_quantized(leaf, parameter, used))
+        else:
+            put(tree, path, filled(leaf, parameter.sources, used))
+        progress.add(part for source in parameter.sources for part in used[source.tensor].parts)
+    progress.finish(tree)
     return tree
 
 
-def _used_tensors(stored: Stored, config: ModelConfig) -> dict[str, StoredTensor | MXFP4Tensor]:
+def _used_tensors(stored: Stored, config: ModelConfig) -> dict[str, Found]:
     """Returns the stored tensor of each tensor the model needs. Raises ValueError where they do not match."""
     if stored.tensors and stored.num_layers < config.num_hidden_layers:
         raise ValueError(
             f"config.json num_hidden_layers is {config.num_hidden_layers}; checkpoint {stored.directory} has tensors "
             f"of {stored.num_layers} layers"
         )
-    used: dict[str, StoredTensor | MXFP4Tensor] = {}
+    used: dict[str, Found] = {}
     for path, parameter in parameters(config).items():
         for source in parameter.sources:
-            used[source.tensor] = _check_tensor(stored, path, source, config)
+            used[source.tensor] = _check_tensor(stored, path, parameter, source, config)
+        _check_orders(parameter, used)
     taken = {part for tensor in used.values() for part in tensor.parts}
-    left = (name for name, tensor in stored.tensors.items() if tensor not in taken)
-    unused = sorted(name for name in left if not _unneeded(name, config))
+    left = (tensor for tensor in stored.tensors.values() if tensor not in taken)
+    unused = sorted(tensor.name for tensor in left if not _unneeded(tensor, config))
     if unused:
         more = (
             f"; num_hidden_layers is {config.num_hidden_layers}" if stored.num_layers > config.num_hidden_layers else ""
@@ -272,12 +293,16 @@ def _used_tensors(stored: Stored, config: ModelConfig) -> dict[str, StoredTensor
     return used
 
 
-def _unneeded(tensor: str, config: ModelConfig) -> bool:
+def _unneeded(tensor: StoredTensor, config: ModelConfig) -> bool:
     """Returns whether a checkpoint may hold this tensor although no parameter uses it."""
-    if tensor == HEAD:
+    name = tensor.name
+    if name == HEAD:
         return config.tie_word_embeddings  # a duplicate of the embedding: they were compared
+    if config.quantization is not None and name.endswith(".bias") and tensor.dtype in DTYPES:
+        # Tools that quantize give every matrix a bias.
+        return config.quantization.target(name.removesuffix(".bias")) is not None and not tensor.view().any()
     # Scales are a setting of quantized pages, not of the model.
-    return kv_scales.kv_scale(tensor) is not None or tensor.endswith(ROTARY_BUFFER)
+    return kv_scales.kv_scale(name) is not None or name.endswith(ROTARY_BUFFER)
 
 
 def _differing_buffers(stored: Stored, config: ModelConfig) -> list[str]:
@@ -302,21 +327,42 @@ def _differing_buffers(stored: Stored, config: ModelConfig) -> list[str]:
     ]
 
 
-def _assemble(
-    leaf: jax.ShapeDtypeStruct, sources: tuple[Source, ...], stored: Mapping[str, StoredTensor | MXFP4Tensor]
-) -> jax.Array:
-    """Assembles one parameter on its devices. The host buffer is freed on return, before the next one is made."""
-    buffer = np.empty(leaf.shape, leaf.dtype)
-    for source in sources:
-        target = source.target(buffer)
-        # Converts in small blocks from the mapped file to its place, with no array in between.
-        np.copyto(target, stored[source.tensor].values(source, target.shape), casting="unsafe")
-    # Without the wait, buffers would queue up faster than a device takes them.
-    return jax.block_until_ready(jax.device_put(buffer, leaf.sharding))
+def _check_orders(parameter: Parameter, used: Mapping[str, Found]) -> None:
+    """Raises ValueError where matrices that are multiplied as one have different orders of the contracted axis."""
+    if parameter.scheme is None or not parameter.scheme.ordered:
+        return
+    found = [used[source.tensor] for source in parameter.sources]
+    orders = [tensor.order() for tensor in found if isinstance(tensor, QuantizedTensor)]
+    for tensor, order in zip(found, orders, strict=True):
+        if order is None or orders[0] is None or not np.array_equal(order, orders[0]):
+            raise ValueError(
+                f"checkpoint file {tensor.path}: {tensor.name} and {found[0].name} have different g_idx; matrices of "
+                "one input must have the same"
+            )
 
 
-def _check_tensor(stored: Stored, path: Path, source: Source, config: ModelConfig) -> StoredTensor | MXFP4Tensor:
+def _quantized(stored: Stored, parameter: Parameter, source: Source, config: ModelConfig) -> QuantizedTensor | None:
+    """Returns the quantized tensor of a source; None where it is stored as it is."""
+    module = source.tensor.removesuffix(".weight")
+    if config.quantization is None or config.quantization.method == "load" or len(source.shape) != 2:
+        return None
+    target = config.quantization.target(module)
+    if target is None or module == source.tensor:
+        return None
+    # What is no matrix of a layer may be quantized or not, whatever the patterns say.
+    names = (f"{module}.{suffix}" for suffix in ("weight", "weight_packed", "qweight"))
+    if parameter.scheme is None and not any(
+        name in stored.tensors and stored.tensors[name].dtype in NUMBERS for name in names
+    ):
+        return None
+    return quantized_tensors.find(stored.get, source.tensor, source.shape, target)
+
+
+def _check_tensor(stored: Stored, path: Path, parameter: Parameter, source: Source, config: ModelConfig) -> Found:
     """Returns the tensor of a source. Raises ValueError where it is missing or does not match the source."""
+    quantized = _quantized(stored, parameter, source, config)
+    if quantized is not None:
+        return quantized
     tensor = stored.find(source.tensor)
     if tensor is None and source.tensor == stored.embedding and config.tie_word_embeddings:
         tensor = stored.find(HEAD)  # one array under two names: safetensors keeps the first of them

@@ -113,17 +113,6 @@ def flag(raw: Mapping[str, Any], name: str) -> bool:
     return value
 
 
-def quantizes_weights(quantization: Any) -> bool:
-    """Returns whether a `quantization_config` covers more than the calibration of the key-value cache."""
-    if not isinstance(quantization, dict):
-        return True
-    if quantization.get("quant_method") == "compressed-tensors":
-        return bool(quantization.get("config_groups"))
-    if quantization.get("quant_method") == "modelopt":
-        return quantization.get("quant_algo") is not None
-    return bool(quantization)
-
-
 def first_token(value: Any) -> int | None:
     """Returns the beginning-of-sequence token: an id, or a list of one."""
     if isinstance(value, list):

@@ -121,7 +121,7 @@ def written_keys(config: Any, family: Family) -> dict[str, Any]:
     raw: dict[str, Any] = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
-        if field.name not in ("architecture", "rope_scaling", "eos_token_ids", "layers")
+        if field.name not in ("architecture", "rope_scaling", "eos_token_ids", "layers", "quantization")
     }
     raw |= {
         "architectures": [config.architecture],

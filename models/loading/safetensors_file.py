@@ -25,9 +25,20 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""Supported dtypes of weights by their names in the format; other tensors are listed but cannot be read."""
+"""Supported dtypes of weights by their names in the format; other tensors are listed but not served as they are."""
 
-_ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {"U8": 1}
+NUMBERS: dict[str, np.dtype] = {
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I16": np.dtype(np.int16),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+"""Dtypes of the parts of quantized weights."""
+
+_READ = DTYPES | NUMBERS
+_ITEM_BYTES = {name: dtype.itemsize for name, dtype in _READ.items()}
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 
@@ -50,8 +61,7 @@ class StoredTensor:
 
         Its pages are read when they are touched and unmapped when the view is dropped.
         """
-        dtype = np.dtype(np.uint8) if self.dtype == "U8" else DTYPES[self.dtype]
-        whole = np.memmap(self.path, dtype=dtype, mode="r", offset=self.offset, shape=self.shape)
+        whole = np.memmap(self.path, dtype=_READ[self.dtype], mode="r", offset=self.offset, shape=self.shape)
         return whole if item is None else whole[item]
 
     @property
@@ -62,6 +72,11 @@ class StoredTensor:
     def values(self, source: Any, shape: tuple[int, ...]) -> np.ndarray:
         """Returns what a `jaxserve.models.layers.parameter.Source` takes of the tensor, in a shape."""
         return source.values(self.view(source.item), shape)
+
+
+def stored_bytes(tensor: StoredTensor) -> int:
+    """Returns the bytes of a tensor in its file."""
+    return math.prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]
 
 
 def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:

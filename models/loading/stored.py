@@ -62,10 +62,14 @@ class Stored:
         Raises ValueError, one line, where it cannot be had as the index says. What the index says of other tensors does
         not matter.
         """
+        return self.get(name) or mxfp4.find(self.tensors, name)
+
+    def get(self, name: str) -> StoredTensor | None:
+        """Returns a tensor that is stored under this name. Raises ValueError as `find` does."""
         for faults in (self.unusable, self.absent):
             if name in faults:
                 raise ValueError(faults[name])
-        return self.tensors.get(name) or mxfp4.find(self.tensors, name)
+        return self.tensors.get(name)
 
     @property
     def num_layers(self) -> int:

@@ -21,7 +21,8 @@ from llvmlite import ir
 
 from jaxserve.pallas_kernels.cpu import native_calls
 from jaxserve.pallas_kernels.cpu.emitter import SINGLE, WORD
-from jaxserve.pallas_kernels.cpu.native_calls import FLOATING, Call, add_copy
+from jaxserve.pallas_kernels.cpu.native_calls import Call, add_copy
+from jaxserve.pallas_kernels.cpu.panel_elements import Elements
 
 PANEL = 32
 """Columns of a panel: two cache lines of float32."""
@@ -85,7 +86,7 @@ def prepare(dtype: jax.typing.DTypeLike) -> None:
     """Compiles the function for weights of a dtype and makes it known to XLA, once a process; before a program that
     calls it is loaded or run."""
     name = jnp.dtype(dtype).name
-    native_calls.register(_name(name), functools.partial(_build, dtype=name))
+    native_calls.register(_name(name), functools.partial(build, elements=Elements(name, PIECE)))
 
 
 def pack(matrix: jax.Array) -> jax.Array:
@@ -105,8 +106,10 @@ def _name(dtype: str) -> str:
     return f"jaxserve_{dtype}_{kernels()}"
 
 
-def _build(module: Any, name: str, dtype: str) -> None:
-    native_calls.add_handler(module, name, _add_num_items(module), _add_work(module, dtype))
+def build(module: Any, name: str, elements: Elements) -> None:
+    """Adds the function that multiplies by panels of such numbers; its arguments are x, the numbers and, where they are
+    scaled, scales and zeros [groups, N]."""
+    native_calls.add_handler(module, name, _add_num_items(module), _add_work(module, elements))
 
 
 class _Sizes(NamedTuple):
@@ -139,10 +142,10 @@ def _add_num_items(module: Any) -> Any:
     return made
 
 
-def _add_work(module: Any, dtype: str) -> Any:
+def _add_work(module: Any, elements: Elements) -> Any:
     """The function that computes a work item."""
     lanes, _, heights, _ = tile()
-    bands = [_add_band(module, dtype, height) for height in heights]
+    bands = [_add_band(module, elements, height) for height in heights]
     made, emit = native_calls.function(module, "work", ir.VoidType(), [WORD, WORD])
     builder, (frame, item) = emit.builder, made.args
     sizes = _sizes(emit, frame)
@@ -154,12 +157,17 @@ def _add_work(module: Any, dtype: str) -> Any:
     first_column = builder.mul(builder.srem(item, blocks), sizes.block_columns)
     end_row = emit.smaller(builder.add(first_row, sizes.block_rows), sizes.rows)
     end_column = emit.smaller(builder.add(first_column, sizes.block_columns), sizes.columns)
-    copy = builder.alloca(ir.VectorType(SINGLE, lanes), -(-PIECE // lanes) * heights[0])
+    scales = emit.argument(frame, 2) if elements.scaled else None
+    scaling = [WORD(0)] * 3
+    if scales is not None:
+        zeros = emit.data(emit.argument(frame, 3)) if elements.zeros else WORD(0)
+        scaling = [emit.data(scales), zeros, emit.dim(scales, 0)]
+    copy = builder.alloca(ir.VectorType(SINGLE, lanes), -(-elements.piece // lanes) * heights[0])
     copy.align = _LINE
     copy = builder.ptrtoint(copy, WORD)
 
     def one_piece(piece: Any) -> None:
-        first, row = builder.mul(piece, WORD(PIECE)), first_row
+        first, row = builder.mul(piece, WORD(elements.piece)), first_row
         for number, (height, band) in enumerate(zip(heights, bands, strict=True)):
             # What is left of the last height's rows is computed by tiles of it, however few they are.
             left = builder.sub(end_row, row)
@@ -183,65 +191,93 @@ def _add_work(module: Any, dtype: str) -> Any:
                         first_column,
                         end_column,
                         first,
+                        *scaling,
                     ],
                 )
 
             emit.times(count, one_tile)
             row = emit.smaller(builder.add(row, builder.mul(count, WORD(height))), end_row)
 
-    emit.times(emit.parts(sizes.length, WORD(PIECE)), one_piece)
+    emit.times(emit.parts(sizes.length, WORD(elements.piece)), one_piece)
     builder.ret_void()
     return made
 
 
-def _add_band(module: Any, dtype: str, height: int) -> Any:
+def _add_band(module: Any, elements: Elements, height: int) -> Any:
     """The function that adds a piece of the products of so many rows to the result, for the panels of a work item.
 
     Rows past the end stand for the last one: they are computed again and stored in its place.
     """
     lanes, vectors, *_ = tile()
-    copy_rows, multiply_tile = add_copy(module, lanes, height, PIECE), _add_tile(module, dtype, height)
-    made, emit = native_calls.function(module, f"band_{height}", ir.VoidType(), [WORD] * 11)
+    copy_rows = add_copy(module, lanes, height, elements.piece)
+    # One row has so few sums that they wait for each other's instructions; numbers that are read fast have two panels.
+    panels = 2 if height == 1 and elements.scaled else 1
+    tiles = {each: _add_tile(module, elements, height, each) for each in {1, panels}}
+    made, emit = native_calls.function(module, f"band_{height}", ir.VoidType(), [WORD] * 14)
     builder = emit.builder
-    x, copy, weight, out, columns, length, row, end_row, first_column, end_column, first = made.args
+    x, copy, weight, out, columns, length, row, end_row, first_column, end_column, first, *scaling = made.args
     builder.call(copy_rows, [x, copy, length, row, end_row, first])
     wide = lanes * vectors
 
-    def one_part(number: Any) -> None:
-        column = builder.add(first_column, builder.mul(number, WORD(wide)))
-        builder.call(multiply_tile, [copy, weight, out, columns, length, row, end_row, column, first])
+    def multiply_tile(column: Any, each: int) -> None:
+        builder.call(tiles[each], [copy, weight, out, columns, length, row, end_row, column, first, *scaling])
 
-    emit.times(builder.sdiv(builder.sub(end_column, first_column), WORD(wide)), one_part)
+    def some_panels(number: Any) -> None:
+        column = builder.add(first_column, builder.mul(number, WORD(panels * PANEL)))
+        for part in range(PANEL // wide):
+            multiply_tile(builder.add(column, WORD(wide * part)), panels)
+
+    if panels > 1:
+        count = builder.sdiv(builder.sub(end_column, first_column), WORD(panels * PANEL))
+        emit.times(count, some_panels)
+        first_column = builder.add(first_column, builder.mul(count, WORD(panels * PANEL)))
+    left = builder.sdiv(builder.sub(end_column, first_column), WORD(wide))
+    emit.times(left, lambda part: multiply_tile(builder.add(first_column, builder.mul(part, WORD(wide))), 1))
     builder.ret_void()
     return made
 
 
-def _add_tile(module: Any, dtype: str, height: int) -> Any:
-    """The function that does so for the columns of one tile."""
+def _add_tile(module: Any, elements: Elements, height: int, panels: int) -> Any:
+    """The function that does so for the columns of one tile, which has the same places of one panel or of some that
+    follow each other."""
     lanes, vectors, heights, fused = tile()
-    size = FLOATING[dtype]
-    made, emit = native_calls.function(module, f"tile_{height}", ir.VoidType(), [WORD] * 9)
-    builder, (copy, weight, out, columns, length, row, end_row, column, first) = emit.builder, made.args
-    # Of a panel [K, PANEL]: its begin, and the columns before this tile's.
+    together, line_bytes = elements.together, elements.row_bytes(PANEL)
+    beside = [PANEL * panel + lanes * part for panel in range(panels) for part in range(vectors)]
+    made, emit = native_calls.function(module, f"tile_{height}_{panels}", ir.VoidType(), [WORD] * 12)
+    builder = emit.builder
+    copy, weight, out, columns, length, row, end_row, column, first, *scaling = made.args
+    # Of a panel [K / together, PANEL]: its begin, and the columns before this tile's.
     inside = builder.urem(column, WORD(PANEL))
-    begin = builder.add(builder.mul(builder.sub(column, inside), length), inside)
-    base = emit.at(weight, builder.mul(builder.add(begin, builder.mul(first, WORD(PANEL))), WORD(size)))
-    count = emit.smaller(builder.sub(length, first), WORD(PIECE))
+    begin = builder.mul(builder.sub(column, inside), builder.udiv(length, WORD(together)))
+    begin = builder.add(begin, builder.mul(builder.udiv(first, WORD(together)), WORD(PANEL)))
+    base = emit.at(weight, builder.mul(builder.add(begin, inside), WORD(elements.row_bytes(1))))
+    count = emit.smaller(builder.sub(length, first), WORD(elements.piece))
+    panel_bytes = builder.mul(builder.udiv(length, WORD(together)), WORD(line_bytes))
+    bases = [emit.at(base, builder.mul(panel_bytes, WORD(panel))) for panel in range(panels)]
+    scales, zeros = _scaling(emit, elements, scaling, columns, length, column, first, beside)
 
-    def add_element(element: Any, left: Any, totals: list[Any]) -> list[Any]:
-        """Adds the products of an element of each row, at `left`, and the columns'."""
-        right = emit.at(base, builder.mul(element, WORD(size * PANEL)))
-        for line in range(size * PANEL // _LINE if height < heights[0] else 0):
-            emit.prefetch(emit.at(right, _AHEAD + _LINE * line))
-        columns_of = [emit.read(emit.at(right, size * lanes * part), dtype, lanes) for part in range(vectors)]
-        new = []
-        for number in range(height):
-            one = emit.splat(emit.load(emit.at(left, 4 * lanes * number), SINGLE, 4), lanes)
-            new += [
-                emit.add_product(totals[number * vectors + part], one, columns_of[part], fused)
-                for part in range(vectors)
-            ]
-        return new
+    def add_elements(line: Any, left: Any, totals: list[Any]) -> list[Any]:
+        """Adds the products of the elements of each row, at `left`, and the columns' of a line of the panel."""
+        read = []
+        for each in bases:
+            right = emit.at(each, builder.mul(line, WORD(line_bytes)))
+            for part in range(line_bytes // _LINE if height < heights[0] else 0):
+                emit.prefetch(emit.at(right, _AHEAD + _LINE * part))
+            step = elements.row_bytes(lanes)
+            read += [elements.read(emit, emit.at(right, step * part), lanes) for part in range(vectors)]
+        for number in range(together):
+            columns_of = [each[number] for each in read]
+            if zeros:
+                columns_of = [builder.fsub(each, zero) for each, zero in zip(columns_of, zeros, strict=True)]
+            new = []
+            for tall in range(height):
+                one = emit.splat(emit.load(emit.at(left, 4 * (lanes * tall + number)), SINGLE, 4), lanes)
+                before = totals[tall * len(beside) :]
+                new += [
+                    emit.add_product(total, one, each, fused) for total, each in zip(before, columns_of, strict=False)
+                ]
+            totals = new
+        return totals
 
     def copied(element: Any) -> Any:
         """Where an element of the copied rows lies: their vectors are side by side."""
@@ -251,33 +287,72 @@ def _add_tile(module: Any, dtype: str, height: int) -> Any:
     def add_some(index: Any, totals: list[Any]) -> list[Any]:
         first_element = builder.mul(index, WORD(_UNROLLED))
         left = copied(first_element)
-        for number in range(_UNROLLED):
-            element = builder.add(first_element, WORD(number))
-            totals = add_element(element, emit.at(left, 4 * number), totals)
+        first_line = builder.mul(index, WORD(_UNROLLED // together))
+        if line_bytes < _LINE and height < heights[0]:
+            ahead = builder.add(builder.mul(first_line, WORD(line_bytes)), WORD(_AHEAD))
+            for each in bases:
+                for part in range(_UNROLLED // together * line_bytes // _LINE):
+                    emit.prefetch(emit.at(emit.at(each, ahead), _LINE * part))
+        for number in range(_UNROLLED // together):
+            line = builder.add(first_line, WORD(number))
+            totals = add_elements(line, emit.at(left, 4 * number * together), totals)
         return totals
 
-    totals = [ir.Constant(ir.VectorType(SINGLE, lanes), [0.0] * lanes)] * (height * vectors)
+    totals = [ir.Constant(ir.VectorType(SINGLE, lanes), [0.0] * lanes)] * (height * len(beside))
     totals = emit.loop_any(builder.udiv(count, WORD(_UNROLLED)), totals, add_some)
-    rest = builder.urem(count, WORD(_UNROLLED))
-    last = builder.sub(count, rest)
+    if together == 1:  # several together are whole turns of the loop
+        rest = builder.urem(count, WORD(_UNROLLED))
+        last = builder.sub(count, rest)
 
-    def add_one(index: Any, totals: list[Any]) -> list[Any]:
-        element = builder.add(last, index)
-        return add_element(element, copied(element), totals)
+        def add_one(index: Any, totals: list[Any]) -> list[Any]:
+            element = builder.add(last, index)
+            return add_elements(element, copied(element), totals)
 
-    totals = emit.loop_any(rest, totals, add_one)
-    _add_to_result(emit, totals, emit.places(out, emit.numbers(row, end_row, height), columns, column, 4), first)
+        totals = emit.loop_any(rest, totals, add_one)
+    if scales:
+        totals = [builder.fmul(total, scales[number % len(beside)]) for number, total in enumerate(totals)]
+    places = emit.places(out, emit.numbers(row, end_row, height), columns, column, 4)
+    _add_to_result(emit, totals, [emit.at(place, 4 * one) for place in places for one in beside], first)
     return made
 
 
-def _add_to_result(emit: Call, totals: list[Any], places: list[Any], first: Any) -> None:
+def _scaling(
+    emit: Call,
+    elements: Elements,
+    scaling: list[Any],
+    columns: Any,
+    length: Any,
+    column: Any,
+    first: Any,
+    beside: list[int],
+) -> tuple[list[Any], list[Any]]:
+    """Returns the scales and the zeros of a tile's columns for the group of element `first`; [] without.
+
+    beside: where its vectors begin, in columns from the first.
+    """
+    if not elements.scaled:
+        return [], []
+    lanes = tile().lanes
+    builder, (scales, zeros, groups) = emit.builder, scaling
+    group = builder.udiv(builder.mul(first, groups), length)
+    place = builder.add(builder.mul(group, columns), column)
+    factor = ir.Constant(ir.VectorType(SINGLE, lanes), [elements.factor] * lanes)
+    at = emit.at(scales, builder.shl(place, WORD(2)))
+    factors = [builder.fmul(emit.read(emit.at(at, 4 * one), "float32", lanes), factor) for one in beside]
+    if not elements.zeros:
+        return factors, []
+    shorts, floats = ir.VectorType(ir.IntType(16), lanes), ir.VectorType(SINGLE, lanes)
+    at = emit.at(zeros, builder.shl(place, WORD(1)))
+    stored = [emit.load(emit.at(at, 2 * one), shorts, 2) for one in beside]
+    return factors, [builder.sitofp(each, floats) for each in stored]
+
+
+def _add_to_result(emit: Call, totals: list[Any], cells: list[Any], first: Any) -> None:
     """Stores a tile's sums, added to those of earlier pieces where there are any, and returns.
 
     All is read before anything is stored: two rows may stand for one.
     """
-    lanes, vectors, *_ = tile()
     builder = emit.builder
-    cells = [emit.at(place, 4 * lanes * part) for place in places for part in range(vectors)]
     before = builder.block
     added, after = builder.append_basic_block("added"), builder.append_basic_block("store")
     builder.cbranch(builder.icmp_signed(">", first, WORD(0)), added, after)

@@ -179,6 +179,7 @@ def random_tensors(raw: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
 
 
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int8": "I8", "uint8": "U8"}
+NAMES |= {"int32": "I32", "int64": "I64", "float8_e4m3fn": "F8_E4M3"}
 
 
 def write_safetensors(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:

@@ -28,10 +28,10 @@ ROWS = 8
 """Rows of a step: as many as make rows of a dot independent of their number on a CPU."""
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def dense_logits(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def dense_logits(config: ModelConfig, params: Any, tokens: jax.Array, products: Products = Products()) -> jax.Array:
     """float32 [T, V] for int32 [T]."""
-    model = bind(config, params)
+    model = bind(config, params, products)
     caches = [None] * config.num_hidden_layers
     hidden, _ = model(tokens, jnp.arange(tokens.shape[0]), caches, dense_attend())
     return model.logits(hidden)

@@ -240,7 +240,7 @@ def test_a_line_says_what_else_tells_the_context(tmp_path, caplog):
         ({"num_key_value_heads": True}, r"^model num_key_value_heads is True; it must be a whole number"),
         (
             {"compression_config": {"quant_method": "compressed-tensors", "config_groups": {"a": 1}}},
-            r"only unquantized",
+            r"^config.json quantization_config config_groups a is 1; it must be an object$",
         ),
     ],
 )

@@ -14,11 +14,12 @@ from tests.models.checkpoints import BASE, SHAPES, tensor_shapes, write_checkpoi
 from tests.models.scripts import run_script
 
 MEASURE = textwrap.dedent("""
-    import re, sys
+    import dataclasses, re, sys
     import jax, numpy as np
     from jaxserve.models import params
     from jaxserve.models.loading import checkpoint
     from jaxserve.models.config import ModelConfig
+    from jaxserve.models.quantization import KINDS, Quantization
 
     def peak():
         # Not ru_maxrss: a process starts with its parent's.
@@ -26,6 +27,8 @@ MEASURE = textwrap.dedent("""
 
     directory, dtype, wasteful = sys.argv[1], sys.argv[2], sys.argv[3] == "wasteful"
     config, mesh = ModelConfig.from_directory(directory), params.make_mesh()
+    if sys.argv[3] in KINDS:
+        config = dataclasses.replace(config, quantization=Quantization.at_load(sys.argv[3]))
     jax.block_until_ready(jax.device_put(np.zeros(1 << 20), mesh.devices.flat[0]))
     if wasteful:  # a loader that gathers all parameters on the host before it sends the first
         place, held = checkpoint.jax.device_put, []
@@ -38,6 +41,10 @@ MEASURE = textwrap.dedent("""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     print(peak() - before, size)
 """)
+
+
+ALLOWANCE = 24 * 1024 * 1024
+"""Bytes of a process that are no weights: blocks that are quantized at a time, and what is imported late."""
 
 
 def peak_while_loading(directory, dtype, manner):
@@ -63,6 +70,19 @@ def test_loading_never_holds_a_second_copy(tmp_path, stored, target):
     if stored == target == "float32":
         growth, size = peak_while_loading(directory, target, "wasteful")
         assert growth > 1.7 * size  # the measurement sees a second copy where there is one
+
+
+def test_quantizing_while_loading_holds_the_target_and_little_more(tmp_path):
+    """At most twice the largest stored tensor beside the target form; the file is mapped, and its pages count while
+    they are touched."""
+    raw = BASE | {"num_hidden_layers": 12, "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 512}
+    tensors = {name: np.full(shape, 0.5, np.float32) for name, shape in tensor_shapes(raw).items()}
+    directory = write_checkpoint(tmp_path / "model", raw, tensors, shards=4, dtype="bfloat16")
+    largest = 2 * 512 * 2048
+    growth, size = peak_while_loading(directory, "bfloat16", "int4")
+    stored = 2 * sum(array.size for array in tensors.values())
+    assert size < 0.32 * stored
+    assert growth < size + 2 * largest + ALLOWANCE
 
 
 def test_the_largest_parameter_alone_is_held_on_the_host(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def test_defaults_and_both_places_of_rotary_settings():
         ({"rms_norm_eps": 0}, r"^model rms_norm_eps is 0; it must be a finite number above 0$"),
         ({"rope_theta": "x"}, r"^model rope_theta is 'x'; it must be a finite number above 0$"),
         ({"hidden_act": "tanh"}, r"^config.json hidden_act is 'tanh'; it must be one of silu, swish, gelu, gelu_new"),
-        ({"quantization_config": {"bits": 4}}, r"^config.json quantization_config is set; only unquantized"),
+        ({"quantization_config": {"bits": 4}}, r"^config.json quantization_config quant_method is None; sup"),
         (
             {"architectures": ["A", "B"]},
             r"^config.json architectures is \['A', 'B'\]; exactly one name is needed; known",

@@ -93,11 +93,11 @@ def test_published_files_are_read(
         (QWEN3_30B_A3B, {"mlp_only_layers": [48]}, r"mlp_only_layers is \[48\]; it must list numbers of layers, from"),
         (QWEN3_30B_A3B, {"decoder_sparse_step": 0}, r"decoder_sparse_step is 0; it must be a whole number of at leas"),
         (QWEN3_30B_A3B, {"norm_topk_prob": "no"}, r"norm_topk_prob is 'no'; it must be true or false$"),
-        (QWEN3_30B_A3B, {"quantization_config": {"quant_method": "mxfp4"}}, r"quantization_config is set; only unqua"),
+        (QWEN3_30B_A3B, {"quantization_config": {"quant_method": "mxfp4"}}, r"quant_method is 'mxfp4'; supported"),
         (GPT_OSS_20B, {"hidden_act": "gelu"}, r"hidden_act is 'gelu'; GptOssForCausalLM has silu alone$"),
         (GPT_OSS_20B, {"swiglu_limit": -1}, r"swiglu_limit is -1; it must be a finite number above 0$"),
         (GPT_OSS_20B, {"rope_scaling": None}, r"has no rope_scaling; GptOssForCausalLM needs it"),
-        (GPT_OSS_20B, {"quantization_config": {"quant_method": "gptq"}}, r"quantization_config is set; only unquanti"),
+        (GPT_OSS_20B, {"quantization_config": {"quant_method": "gptq"}}, r"quant_method is 'gptq'; supported are mx"),
         (GPT_OSS_20B, {"experts_per_token": 2}, r"has num_experts_per_tok 4 and experts_per_token 2; they contradic"),
     ],
 )

@@ -101,12 +101,14 @@ def test_the_configuration_says_what_scales_are_for(quantization, dtype, tmp_pat
     [
         {"quant_method": "compressed-tensors", "config_groups": {"group_0": {}}},
         {"quant_method": "modelopt", "quant_algo": "FP8"},
-        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
         "fp8",
     ],
 )
-def test_quantized_weights_are_refused(quantization):
-    with pytest.raises(ValueError, match="only unquantized weights are supported"):
+def test_weights_that_are_quantized_in_another_way_are_refused(quantization):
+    with pytest.raises(
+        ValueError, match=r"quantization_config (is 'fp8'|quant_method is|config_groups group_0 has no)"
+    ):
         ModelConfig.from_hf(BASE | {"quantization_config": quantization})
 
 
