@@ -99,6 +99,7 @@ _KEPT_WHOLE = (
     "kernels/test_attention_h200.py",
     "kernels/test_grouped_matmul_h200.py",
     "kernels/test_kv_write_h200.py",
+    "models/test_quantized_h200.py",
     "runner/test_aot_programs.py",
 )
 """What is compiled for a GPU: machines with one have the second lane's jax."""
@@ -108,6 +109,7 @@ _FOR_GPU = (
     "kernels/test_attention_h200.py",
     "kernels/test_grouped_matmul_h200.py",
     "kernels/test_kv_write_h200.py",
+    "models/test_quantized_h200.py",
     "runner/test_aot_",
     "runner/test_estimate.py",
 )

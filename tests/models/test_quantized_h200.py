@@ -39,7 +39,7 @@ def test_fp8_with_fp8_activations_alone_is_a_product_of_fp8(scheme: Scheme, prod
     with fresh_compilations(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         program = jax.jit(lambda x, weight: multiply(x, weight, jnp.bfloat16)).lower(x, weight)
         compiled = program.compile(compiler_options("gpu"))
-    assert f'custom_call_target="{product}"' in compiled.as_text()
+    assert f'custom_call_target="{product}"' in (compiled.as_text() or "")
     memory = compiled.memory_analysis()
     assert memory is not None
     workspace = 40 * 2**20
