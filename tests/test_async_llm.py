@@ -249,6 +249,7 @@ def positions(completion):
     return zip(completion.token_ids, completion.logprobs, strict=True)
 
 
+@pytest.mark.one_lane
 def test_an_engine_process_of_its_own_gives_what_llm_gives():
     prompt = "copy: abc; 12+34=\n"
     wanted = SamplingParams(

@@ -14,7 +14,6 @@ FEWER_BUCKETS = BUCKETS[:3]  # each is a program to compile
 SHAPES = [
     Shape(2, 2, 40, rows=8, max_len=301),
     Shape(4, 3, 64, dtype="bfloat16", max_len=301),
-    Shape(2, 1, 32, dtype="bfloat16", max_len=301),
     Shape(2, 2, 32, sliding_window=50, soft_cap=10.0, max_len=301),
     Shape(2, 3, 64, dtype="bfloat16", pool_dtype="float8_e4m3fn", sinks=True, max_len=301),
     for_cpu(4, 3, 64, max_len=301),

@@ -137,6 +137,7 @@ def packed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> M
     return multiply
 
 
+@pytest.mark.one_lane
 def test_packed_matrices_give_the_same_products(packed: Multiply) -> None:
     cases = (([3], 0, 32, 32), ([0, 1, 0], 2, 64, 96), ([0, 0], 3, 32, 64), ([5, 0, 17, 270, 1], 0, 160, 608))
     for seed, case in enumerate(cases):

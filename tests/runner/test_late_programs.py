@@ -116,6 +116,7 @@ def early(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> tuple[Mode
         return ModelRunner(config), asked
 
 
+@pytest.mark.one_lane
 def test_tokens_are_the_same_before_and_after_the_others_join(early, caplog):
     runner, asked = early
     everything = set(program_keys(runner._shapes))
