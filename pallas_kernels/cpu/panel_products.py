@@ -23,6 +23,7 @@ from jaxserve.pallas_kernels.cpu import native_calls
 from jaxserve.pallas_kernels.cpu.emitter import SINGLE, WORD
 from jaxserve.pallas_kernels.cpu.native_calls import Call, add_copy
 from jaxserve.pallas_kernels.cpu.panel_elements import Elements
+from jaxserve.pallas_kernels.cpu.product_blocks import Largest, add_num_items, block_of, memory_for_rows, sizes_of
 
 PANEL = 32
 """Columns of a panel: two cache lines of float32."""
@@ -30,13 +31,8 @@ PANEL = 32
 PIECE = 256
 """Elements of the contracted axis that are summed before others: a panel's share stays in the first cache."""
 
-_FEW_ROWS, _FEW_PANELS, _BLOCK_PANELS, _BLOCK_ROWS = 64, 2, 4, 192
-"""Of a work item: panels and rows at most. Of few rows fewer panels, for threads to share."""
-
+_LARGEST = Largest(rows=192, columns=4 * PANEL, few_columns=2 * PANEL)
 _LINE = 64
-
-_LEAST_WORK = 2**18
-"""Products below which a call is left to the calling thread."""
 
 _AHEAD = 8192
 """Bytes ahead of which memory is asked for weights where few rows leave it no time."""
@@ -109,37 +105,7 @@ def _name(dtype: str) -> str:
 def build(module: Any, name: str, elements: Elements) -> None:
     """Adds the function that multiplies by panels of such numbers; its arguments are x, the numbers and, where they are
     scaled, scales and zeros [groups, N]."""
-    native_calls.add_handler(module, name, _add_num_items(module), _add_work(module, elements))
-
-
-class _Sizes(NamedTuple):
-    """Of a call, as words: rows, columns, length of the contracted axis; and rows and columns of a work item."""
-
-    rows: Any
-    columns: Any
-    length: Any
-    block_rows: Any
-    block_columns: Any
-
-
-def _sizes(emit: Call, frame: Any) -> _Sizes:
-    x, weight = (emit.argument(frame, number) for number in range(2))
-    rows, columns, length = emit.dim(x, 0), emit.dim(weight, 0), emit.dim(x, 1)
-    builder = emit.builder
-    few = builder.icmp_signed("<=", rows, WORD(_FEW_ROWS))
-    block_columns = builder.select(few, WORD(_FEW_PANELS * PANEL), WORD(_BLOCK_PANELS * PANEL))
-    little = builder.icmp_signed("<", builder.mul(builder.mul(rows, columns), length), WORD(_LEAST_WORK))
-    block_rows = builder.select(little, rows, WORD(_BLOCK_ROWS))
-    return _Sizes(rows, columns, length, block_rows, builder.select(little, columns, block_columns))
-
-
-def _add_num_items(module: Any) -> Any:
-    """The function that tells the work items of a call: blocks of rows and columns, or one for all of little work."""
-    made, emit = native_calls.function(module, "num_items", WORD, [WORD])
-    sizes = _sizes(emit, made.args[0])
-    blocks = emit.parts(sizes.columns, sizes.block_columns), emit.parts(sizes.rows, sizes.block_rows)
-    emit.builder.ret(emit.builder.mul(*blocks))
-    return made
+    native_calls.add_handler(module, name, add_num_items(module, _LARGEST), _add_work(module, elements))
 
 
 def _add_work(module: Any, elements: Elements) -> Any:
@@ -148,23 +114,18 @@ def _add_work(module: Any, elements: Elements) -> Any:
     bands = [_add_band(module, elements, height) for height in heights]
     made, emit = native_calls.function(module, "work", ir.VoidType(), [WORD, WORD])
     builder, (frame, item) = emit.builder, made.args
-    sizes = _sizes(emit, frame)
+    sizes = sizes_of(emit, frame, _LARGEST)
     x, weight, out = (
         emit.data(buffer) for buffer in (emit.argument(frame, 0), emit.argument(frame, 1), emit.result(frame, 0))
     )
-    blocks = emit.parts(sizes.columns, sizes.block_columns)
-    first_row = builder.mul(builder.sdiv(item, blocks), sizes.block_rows)
-    first_column = builder.mul(builder.srem(item, blocks), sizes.block_columns)
-    end_row = emit.smaller(builder.add(first_row, sizes.block_rows), sizes.rows)
-    end_column = emit.smaller(builder.add(first_column, sizes.block_columns), sizes.columns)
+    first_row, end_row, *columns = block_of(emit, sizes, item)
     scales = emit.argument(frame, 2) if elements.scaled else None
     scaling = [WORD(0)] * 3
     if scales is not None:
         zeros = emit.data(emit.argument(frame, 3)) if elements.zeros else WORD(0)
         scaling = [emit.data(scales), zeros, emit.dim(scales, 0)]
-    copy = builder.alloca(ir.VectorType(SINGLE, lanes), -(-elements.piece // lanes) * heights[0])
-    copy.align = _LINE
-    copy = builder.ptrtoint(copy, WORD)
+    copy = memory_for_rows(emit, lanes, elements.piece, heights[0])
+    begin, shape = [x, copy, weight, out], [sizes.columns, sizes.length]
 
     def one_piece(piece: Any) -> None:
         first, row = builder.mul(piece, WORD(elements.piece)), first_row
@@ -177,23 +138,7 @@ def _add_work(module: Any, elements: Elements) -> Any:
 
             def one_tile(index: Any, row: Any = row, height: int = height, band: Any = band) -> None:
                 place = builder.add(row, builder.mul(index, WORD(height)))
-                builder.call(
-                    band,
-                    [
-                        x,
-                        copy,
-                        weight,
-                        out,
-                        sizes.columns,
-                        sizes.length,
-                        place,
-                        end_row,
-                        first_column,
-                        end_column,
-                        first,
-                        *scaling,
-                    ],
-                )
+                builder.call(band, [*begin, *shape, place, end_row, *columns, first, *scaling])
 
             emit.times(count, one_tile)
             row = emit.smaller(builder.add(row, builder.mul(count, WORD(height))), end_row)

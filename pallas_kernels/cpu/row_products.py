@@ -24,21 +24,15 @@ from llvmlite import ir
 
 from jaxserve.pallas_kernels.cpu import native_calls
 from jaxserve.pallas_kernels.cpu.emitter import INT, SINGLE, WORD
-from jaxserve.pallas_kernels.cpu.native_calls import FLOATING, Call, add_copy
+from jaxserve.pallas_kernels.cpu.native_calls import FLOATING, add_copy
+from jaxserve.pallas_kernels.cpu.product_blocks import Largest, add_num_items, block_of, memory_for_rows, sizes_of
 
 ZERO = ir.Constant(SINGLE, 0.0)
 
 PIECE = 512
 """Elements of the contracted axis that are summed before others: what a tile reads of them stays in the first cache."""
 
-_FEW_ROWS, _FEW_COLUMNS, _BLOCK_COLUMNS, _BLOCK_ROWS = 64, 48, 96, 256
-"""Of a work item: rows and columns at most. Of few rows fewer columns, for threads to share; in any case so few that
-the second cache holds a piece of them."""
-
-_LINE = 64
-
-_LEAST_WORK = 2**18
-"""Products below which a call is left to the calling thread."""
+LARGEST = Largest(rows=256, columns=96, few_columns=48)
 
 _VERSION = 1
 """Changes with what is computed: a program that was kept from an earlier release must not meet another function."""
@@ -90,73 +84,48 @@ def _name(dtype: str) -> str:
 
 
 def _build(module: Any, name: str, dtype: str) -> None:
-    native_calls.add_handler(module, name, _add_num_items(module), _add_work(module, dtype))
-
-
-class _Sizes(NamedTuple):
-    """Of a call, as words: rows, columns, length of the contracted axis; and rows and columns of a work item."""
-
-    rows: Any
-    columns: Any
-    length: Any
-    block_rows: Any
-    block_columns: Any
-
-
-def _sizes(emit: Call, frame: Any) -> _Sizes:
-    x, weight = (emit.argument(frame, number) for number in range(2))
-    rows, columns, length = emit.dim(x, 0), emit.dim(weight, 0), emit.dim(x, 1)
-    builder = emit.builder
-    few = builder.icmp_signed("<=", rows, WORD(_FEW_ROWS))
-    block_columns = builder.select(few, WORD(_FEW_COLUMNS), WORD(_BLOCK_COLUMNS))
-    little = builder.icmp_signed("<", builder.mul(builder.mul(rows, columns), length), WORD(_LEAST_WORK))
-    block_rows = builder.select(little, rows, WORD(_BLOCK_ROWS))
-    return _Sizes(rows, columns, length, block_rows, builder.select(little, columns, block_columns))
-
-
-def _add_num_items(module: Any) -> Any:
-    """The function that tells the work items of a call: blocks of rows and columns, or one for all of little work."""
-    made, emit = native_calls.function(module, "num_items", WORD, [WORD])
-    sizes = _sizes(emit, made.args[0])
-    blocks = emit.parts(sizes.columns, sizes.block_columns), emit.parts(sizes.rows, sizes.block_rows)
-    emit.builder.ret(emit.builder.mul(*blocks))
-    return made
+    native_calls.add_handler(module, name, add_num_items(module, LARGEST), _add_work(module, dtype))
 
 
 def _add_work(module: Any, dtype: str) -> Any:
     """The function that computes a work item."""
-    multiply_tile, copy_rows = _add_tile(module, dtype), add_copy(module, tile().lanes, tile().rows, PIECE)
+    multiply_block = add_block(module, dtype)
     made, emit = native_calls.function(module, "work", ir.VoidType(), [WORD, WORD])
-    builder, (frame, item) = emit.builder, made.args
-    sizes = _sizes(emit, frame)
-    x, weight, out = emit.argument(frame, 0), emit.argument(frame, 1), emit.result(frame, 0)
-    blocks = emit.parts(sizes.columns, sizes.block_columns)
-    first_row = builder.mul(builder.sdiv(item, blocks), sizes.block_rows)
-    first_column = builder.mul(builder.srem(item, blocks), sizes.block_columns)
-    end_row = emit.smaller(builder.add(first_row, sizes.block_rows), sizes.rows)
-    end_column = emit.smaller(builder.add(first_column, sizes.block_columns), sizes.columns)
-    x, weight, out = (emit.data(buffer) for buffer in (x, weight, out))
-    copy = builder.alloca(ir.VectorType(SINGLE, tile().lanes), PIECE // tile().lanes * tile().rows)
-    copy.align = _LINE
-    copy = builder.ptrtoint(copy, WORD)
+    frame, item = made.args
+    sizes = sizes_of(emit, frame, LARGEST)
+    buffers = emit.argument(frame, 0), emit.argument(frame, 1), emit.result(frame, 0)
+    addresses = [emit.data(buffer) for buffer in buffers]
+    emit.builder.call(multiply_block, [*addresses, sizes.columns, sizes.length, *block_of(emit, sizes, item)])
+    emit.builder.ret_void()
+    return made
+
+
+def add_block(module: Any, dtype: str) -> Any:
+    """Adds the function that computes a block of the result:
+    block(x, weight, out, columns, length, first_row, end_row, first_column, end_column)."""
+    tall, wide = tile().rows, tile().columns
+    multiply_tile, copy_rows = _add_tile(module, dtype), add_copy(module, tile().lanes, tall, PIECE)
+    made, emit = native_calls.function(module, "block", ir.VoidType(), [WORD] * 9)
+    builder, (x, weight, out, columns, length, first_row, end_row, first_column, end_column) = emit.builder, made.args
+    copy = memory_for_rows(emit, tile().lanes, PIECE, tall)
 
     def one_piece(piece: Any) -> None:
         first = builder.mul(piece, WORD(PIECE))
 
         def one_row(row: Any) -> None:
-            row = builder.add(first_row, builder.mul(row, WORD(tile().rows)))
-            builder.call(copy_rows, [x, copy, sizes.length, row, end_row, first])
+            row = builder.add(first_row, builder.mul(row, WORD(tall)))
+            builder.call(copy_rows, [x, copy, length, row, end_row, first])
 
             def one_column(column: Any) -> None:
-                column = builder.add(first_column, builder.mul(column, WORD(tile().columns)))
+                column = builder.add(first_column, builder.mul(column, WORD(wide)))
                 place = [row, end_row, column, end_column, first]
-                builder.call(multiply_tile, [copy, weight, out, sizes.columns, sizes.length, *place])
+                builder.call(multiply_tile, [copy, weight, out, columns, length, *place])
 
-            emit.times(emit.parts(builder.sub(end_column, first_column), WORD(tile().columns)), one_column)
+            emit.times(emit.parts(builder.sub(end_column, first_column), WORD(wide)), one_column)
 
-        emit.times(emit.parts(builder.sub(end_row, first_row), WORD(tile().rows)), one_row)
+        emit.times(emit.parts(builder.sub(end_row, first_row), WORD(tall)), one_row)
 
-    emit.times(emit.parts(sizes.length, WORD(PIECE)), one_piece)
+    emit.times(emit.parts(length, WORD(PIECE)), one_piece)
     builder.ret_void()
     return made
 

@@ -17,15 +17,10 @@ import jax.numpy as jnp
 from llvmlite import ir
 
 from jaxserve.pallas_kernels.cpu import native_calls, row_products
-from jaxserve.pallas_kernels.cpu.emitter import INT, SINGLE, WORD
-from jaxserve.pallas_kernels.cpu.native_calls import FLOATING, Call, add_copy
-from jaxserve.pallas_kernels.cpu.row_products import PIECE, tile
-
-_BLOCK_ROWS, _BLOCK_COLUMNS, _LINE = 256, 96, 64
-"""Of a work item, rows and columns at most: so many that the second cache holds a piece of them."""
-
-_LEAST_WORK = 2**18
-"""Products below which the columns of an expert are not shared among threads."""
+from jaxserve.pallas_kernels.cpu.emitter import INT, WORD
+from jaxserve.pallas_kernels.cpu.native_calls import FLOATING, Call
+from jaxserve.pallas_kernels.cpu.product_blocks import LEAST_WORK
+from jaxserve.pallas_kernels.cpu.row_products import LARGEST
 
 _VERSION = 1
 """Changes with what is computed: a program that was kept from an earlier release must not meet another function."""
@@ -71,8 +66,8 @@ def _sizes(emit: Call, frame: Any) -> _Sizes:
     rows = emit.dim(x, 0)
     experts, columns, length = (emit.dim(weights, axis) for axis in range(3))
     builder = emit.builder
-    little = builder.icmp_signed("<", builder.mul(builder.mul(rows, columns), length), WORD(_LEAST_WORK))
-    block_columns = builder.select(little, columns, WORD(_BLOCK_COLUMNS))
+    little = builder.icmp_signed("<", builder.mul(builder.mul(rows, columns), length), WORD(LEAST_WORK))
+    block_columns = builder.select(little, columns, WORD(LARGEST.columns))
     return _Sizes(experts, columns, length, emit.data(offsets), block_columns)
 
 
@@ -91,7 +86,7 @@ def _add_num_items(module: Any) -> Any:
 
     def one(expert: Any, blocks: list[Any]) -> list[Any]:
         first, last = _rows(emit, sizes, expert)
-        return [builder.add(blocks[0], emit.parts(builder.sub(last, first), WORD(_BLOCK_ROWS)))]
+        return [builder.add(blocks[0], emit.parts(builder.sub(last, first), WORD(LARGEST.rows)))]
 
     (blocks,) = emit.loop(sizes.experts, [WORD(0)], one)
     builder.ret(builder.mul(blocks, emit.parts(sizes.columns, sizes.block_columns)))
@@ -105,13 +100,13 @@ def _found(emit: Call, sizes: _Sizes, block: Any) -> tuple[Any, Any, Any]:
     def one(expert: Any, state: list[Any]) -> list[Any]:
         left, *found = state
         first, last = _rows(emit, sizes, expert)
-        blocks = emit.parts(builder.sub(last, first), WORD(_BLOCK_ROWS))
+        blocks = emit.parts(builder.sub(last, first), WORD(LARGEST.rows))
         here = builder.and_(
             builder.icmp_signed(">=", left, WORD(0)),
             builder.icmp_signed("<", left, blocks),
         )
-        begin = builder.add(first, builder.mul(left, WORD(_BLOCK_ROWS)))
-        end = emit.smaller(builder.add(begin, WORD(_BLOCK_ROWS)), last)
+        begin = builder.add(first, builder.mul(left, WORD(LARGEST.rows)))
+        end = emit.smaller(builder.add(begin, WORD(LARGEST.rows)), last)
         new = [builder.select(here, one, before) for one, before in zip((expert, begin, end), found, strict=True)]
         return [builder.sub(left, blocks), *new]
 
@@ -121,7 +116,7 @@ def _found(emit: Call, sizes: _Sizes, block: Any) -> tuple[Any, Any, Any]:
 
 def _add_work(module: Any, dtype: str) -> Any:
     """The function that computes a work item."""
-    multiply_tile, copy_rows = row_products._add_tile(module, dtype), add_copy(module, tile().lanes, tile().rows, PIECE)
+    multiply_block = row_products.add_block(module, dtype)
     made, emit = native_calls.function(module, "work", ir.VoidType(), [WORD, WORD])
     builder, (frame, item) = emit.builder, made.args
     sizes = _sizes(emit, frame)
@@ -134,26 +129,7 @@ def _add_work(module: Any, dtype: str) -> Any:
     end_column = emit.smaller(builder.add(first_column, sizes.block_columns), sizes.columns)
     of_expert = builder.mul(builder.mul(expert, sizes.columns), builder.mul(sizes.length, WORD(FLOATING[dtype])))
     weight = emit.at(weights, of_expert)
-    copy = builder.alloca(ir.VectorType(SINGLE, tile().lanes), PIECE // tile().lanes * tile().rows)
-    copy.align = _LINE
-    copy = builder.ptrtoint(copy, WORD)
-
-    def one_piece(piece: Any) -> None:
-        first = builder.mul(piece, WORD(PIECE))
-
-        def one_row(row: Any) -> None:
-            row = builder.add(first_row, builder.mul(row, WORD(tile().rows)))
-            builder.call(copy_rows, [x, copy, sizes.length, row, end_row, first])
-
-            def one_column(column: Any) -> None:
-                column = builder.add(first_column, builder.mul(column, WORD(tile().columns)))
-                place = [row, end_row, column, end_column, first]
-                builder.call(multiply_tile, [copy, weight, out, sizes.columns, sizes.length, *place])
-
-            emit.times(emit.parts(builder.sub(end_column, first_column), WORD(tile().columns)), one_column)
-
-        emit.times(emit.parts(builder.sub(end_row, first_row), WORD(tile().rows)), one_row)
-
-    emit.times(emit.parts(sizes.length, WORD(PIECE)), one_piece)
+    place = [first_row, end_row, first_column, end_column]
+    builder.call(multiply_block, [x, weight, out, sizes.columns, sizes.length, *place])
     builder.ret_void()
     return made
