@@ -158,11 +158,11 @@ def products_for(
     quantized: str = "",
     quantization: Quantization | None = None,
 ) -> Products:
-    """Selects the matrix products of layers with weights of `dtype`, packed for kernels of that
-    name or not (""), on the devices of `mesh`.
+    """Selects the matrix products of layers with weights of `dtype` on the devices of `mesh`.
 
-    by_rows: on a CPU, the kernels multiply whose results depend on their row alone; experts: some layers have experts;
-    quantized: the kernels for the weights that `quantization` quantizes, in their packed order, or "".
+    packed: name of the kernels in whose order weights are packed, or ""; by_rows: on a CPU, the kernels multiply whose
+    results depend on their row alone; experts: some layers have experts; quantized: name of the kernels for the weights
+    that `quantization` quantizes, in their packed order, or "".
 
     Sums are float32 in any case. A GPU's matmul rounds in its epilogue, where it adds the residual too: float32
     products would double what a step moves besides the weights, and XLA would then sum the residual stream anew from

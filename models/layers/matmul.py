@@ -166,7 +166,7 @@ def _size(parameter: Parameter) -> tuple[int, int]:
 
 
 def packed(weight: jax.Array, parameter: Parameter, products: Products) -> jax.Array:
-    """Returns a weight in the order that `products` reads, in its own shape; the argument is donated."""
+    """Returns a weight in the order that `products` reads, in its own shape."""
     return _packed(weight.sharding, parameter.packing, parameter.contracted, products.in_pairs)(weight)
 
 

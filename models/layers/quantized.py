@@ -139,7 +139,7 @@ def check(name: str, parameter: Parameter, scheme: Scheme) -> None:
 
 
 def packed(weight: Quantized) -> Quantized:
-    """Returns the weight in the order that the CPU's kernels read, each array in its own shape; donates it."""
+    """Returns the weight in the order that the CPU's kernels read, each array in its own shape."""
     return _packed(weight)
 
 

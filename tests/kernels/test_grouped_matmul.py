@@ -23,6 +23,7 @@ from jaxserve.pallas_kernels.grouped_matmul import (
     triton,
 )
 from tests.budgets import budget
+from tests.kernels.numbers import draw, wide
 
 Multiply = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -41,16 +42,8 @@ WAYS: dict[str, Multiply] = {
 """Every implementation; the kernel for GPUs in interpret mode."""
 
 
-def draw(seed: int, *shape: int, dtype: str = "float32") -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
 def offsets_of(counts: list[int]) -> jax.Array:
     return jnp.asarray(np.concatenate([[0], np.cumsum(counts)]), jnp.int32)
-
-
-def wide(array: jax.Array) -> np.ndarray:
-    return np.asarray(array).astype(np.float64)
 
 
 def check(way: Multiply, counts: list[int], unrouted: int, columns: int, length: int, dtype: str, seed: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from jaxserve.pallas_kernels.cpu import native_calls, panel_products
 from jaxserve.pallas_kernels.cpu.panel_products import PANEL, Tile
 from tests.budgets import budget
+from tests.kernels.numbers import assert_is_product, draw
 
 HERE = panel_products.tile()
 TILES = {
@@ -33,14 +33,6 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Til
     return chosen
 
 
-def draw(seed: int, *shape: int, dtype: str = "float32") -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
-def wide(array: jax.Array) -> np.ndarray:
-    return np.asarray(array).astype(np.float64)
-
-
 @budget(6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 420),
@@ -51,11 +43,7 @@ def wide(array: jax.Array) -> np.ndarray:
 )
 def test_it_is_the_product_in_float32(tile: Tile, rows: int, panels: int, length: int, dtype: str, seed: int) -> None:
     x, weight = draw(seed, rows, length, dtype=dtype), draw(seed + 1, panels * PANEL, length, dtype=dtype)
-    got = panel_products.multiply(x, panel_products.pack(weight))
-    assert got.shape == (rows, panels * PANEL)
-    assert got.dtype == jnp.float32
-    magnitude = np.abs(wide(x)) @ np.abs(wide(weight)).T
-    assert (np.abs(wide(got) - wide(x) @ wide(weight).T) <= 1e-5 * magnitude + 1e-30).all()
+    assert_is_product(panel_products.multiply(x, panel_products.pack(weight)), x, weight)
 
 
 def test_a_row_and_a_column_have_the_same_bits_among_any_others(tile: Tile) -> None:

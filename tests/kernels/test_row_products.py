@@ -13,6 +13,7 @@ from jaxserve.models.layers.matmul import Products
 from jaxserve.pallas_kernels.cpu import native_calls, row_products
 from jaxserve.programs.compiler import compiler_options
 from tests.budgets import budget
+from tests.kernels.numbers import assert_is_product, draw
 
 HERE = row_products.tile()
 TILES = {
@@ -33,14 +34,6 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> row
     return chosen
 
 
-def draw(seed: int, *shape: int, dtype: str = "float32") -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
-def wide(array: jax.Array) -> np.ndarray:
-    return np.asarray(array).astype(np.float64)
-
-
 @budget(6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 300),
@@ -53,11 +46,7 @@ def test_it_is_the_product_in_float32(
     tile: row_products.Tile, rows: int, columns: int, length: int, dtype: str, seed: int
 ) -> None:
     x, weight = draw(seed, rows, length, dtype=dtype), draw(seed + 1, columns, length, dtype=dtype)
-    got = row_products.multiply(x, weight)
-    assert got.shape == (rows, columns)
-    assert got.dtype == jnp.float32
-    magnitude = np.abs(wide(x)) @ np.abs(wide(weight)).T
-    assert (np.abs(wide(got) - wide(x) @ wide(weight).T) <= 1e-5 * magnitude + 1e-30).all()
+    assert_is_product(row_products.multiply(x, weight), x, weight)
 
 
 def test_a_row_and_a_column_have_the_same_bits_among_any_others(tile: row_products.Tile) -> None:
