@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from jaxserve.config.settings import EngineConfig
@@ -77,7 +77,8 @@ def drive(
     return Run(tokens, scheduler.num_preemptions, programs, prefill_tokens)
 
 
-def poisoned(pool: jnp.ndarray) -> jnp.ndarray:
+def poisoned(pool: jax.Array) -> jax.Array:
     """NaN in every dtype that has one, also where its bits are held as integers; the largest number of int8."""
-    byte = 0x7F if pool.dtype == jnp.int8 else 0xFF
-    return jnp.array(np.full(pool.nbytes, byte, np.uint8).view(pool.dtype).reshape(pool.shape))
+    byte = 0x7F if pool.dtype == np.int8 else 0xFF
+    host = np.full(pool.nbytes, byte, np.uint8).view(pool.dtype).reshape(pool.shape)
+    return jax.device_put(host, may_alias=False)  # compiles nothing, which jnp.array does
