@@ -156,7 +156,7 @@ def _check_stop_strings(llm, prompts, params, texts):
 
 
 def _architecture():
-    return ModelConfig("LlamaForCausalLM", 261, 16, 32, 1, 2, 1, 8, 256, tie_word_embeddings=True, eos_token_ids=(2,))
+    return ModelConfig("LlamaForCausalLM", 261, 16, 32, 1, 2, 1, 32, 256, tie_word_embeddings=True, eos_token_ids=(2,))
 
 
 def test_the_output_is_ascii(folder):

@@ -126,10 +126,11 @@ def _kept(
             least = jnp.min(jnp.where(jnp.isfinite(keys), keys, jnp.inf), axis=-1)
             low = _ordered_bits(jnp.maximum(least, _value_of(top) + lowest))
             use = use & (everything >= wanted)  # else all that is finite stays
-            interval = _Interval.of(low, top, everything, use & (wanted > 0))
+            searched = use & (wanted > 0)
             if more:
-                threshold = _checked(order, more[0], limit, interval, wanted)
+                threshold = _checked(order, more[0], limit, everything, low, top, searched)
             else:
+                interval = _Interval.of(low, top, everything, searched)
                 threshold = _narrowed(order, None, interval, wanted, top).low
             threshold = jnp.where(wanted > 0, threshold, top)
         else:
@@ -167,9 +168,9 @@ def _bisected(order: jax.Array, weights: jax.Array | None, wanted: jax.Array) ->
 
     def narrow(step: jax.Array, threshold: jax.Array) -> jax.Array:
         unit = jnp.uint32(1 << 28) >> (4 * step).astype(jnp.uint32)
-        tried = [threshold | unit * jnp.uint32(digit) for digit in range(1, _TRIED + 1)]
-        digit = sum((measure >= wanted).astype(jnp.uint32) for measure in _measures(order, weights, tried))
-        return threshold | unit * digit
+        tried = threshold | unit * jnp.arange(1, _TRIED + 1, dtype=jnp.uint32)[:, None]
+        enough = jnp.stack(_measures(order, weights, list(tried))) >= wanted
+        return threshold | unit * jnp.sum(enough, axis=0, dtype=jnp.uint32)
 
     return jax.lax.fori_loop(0, 8, narrow, jnp.zeros(order.shape[:1], jnp.uint32))
 
@@ -187,27 +188,48 @@ def _measures(order: jax.Array, weights: jax.Array | None, tried: Sequence[jax.A
 
 
 class _Interval(NamedTuple):
-    """Holds the state of searches, [R] each: `low` keeps as much as is wanted, `high` (above it) does not.
+    """Holds the state of searches, uint32 [R] each: `low` keeps as much as is wanted, `high` (above it) does not.
 
-    kept_low, kept_high: their measures. done: nothing is left to search.
+    step: number of passes so far. bounds: uint32 [4, R], low, high, and what each of them keeps as an integer; the
+    second and third are inverted, so that a pass only raises them. done: bool [R], nothing is left to search.
     """
 
     step: jax.Array
-    low: jax.Array
-    high: jax.Array
-    kept_low: jax.Array
-    kept_high: jax.Array
+    bounds: jax.Array
     done: jax.Array
 
     @classmethod
     def of(cls, low: jax.Array, top: jax.Array, everything: jax.Array, use: jax.Array) -> _Interval:
         """Begins searches between what keeps everything and what keeps nothing, where they are of `use`."""
-        return cls(jnp.int32(0), low, top + 1, everything, jnp.zeros_like(everything), ~use | (top <= low))
+        kept = everything.astype(jnp.uint32)
+        bounds = jnp.stack([low, ~(top + 1), ~kept, jnp.zeros_like(kept)])
+        return cls(jnp.int32(0), bounds, ~use | (top <= low))
 
-    def moved(self, done: jax.Array, **fields: jax.Array) -> _Interval:
+    @property
+    def low(self) -> jax.Array:
+        return self.bounds[0]
+
+    @property
+    def high(self) -> jax.Array:
+        return ~self.bounds[1]
+
+    @property
+    def num_between(self) -> jax.Array:
+        """Returns the number of keys that `low` keeps and `high` does not, where the measure is a count."""
+        return ~self.bounds[2] - self.bounds[3]
+
+    def moved(self, bounds: jax.Array, done: jax.Array) -> _Interval:
         """Returns the next state: of searches that were done, the same."""
-        new = self._replace(**fields, done=done)
-        return _Interval(self.step + 1, *(jnp.where(self.done, *pair) for pair in zip(self[1:], new[1:], strict=True)))
+        return _Interval(self.step + 1, jnp.where(self.done, self.bounds, bounds), self.done | done)
+
+    def narrowed(self, tried: jax.Array, kept: jax.Array, enough: jax.Array) -> jax.Array:
+        """Returns bounds after thresholds [N, R] were tried: what they keep, and whether that is as much as is wanted.
+
+        What a threshold keeps never rises with it, so that the highest of those that keep enough keeps the least.
+        """
+        nothing = jnp.zeros_like(tried)
+        raised = jnp.stack([tried, nothing, ~kept, nothing]), jnp.stack([nothing, ~tried, nothing, kept])
+        return jnp.maximum(self.bounds, jnp.max(jnp.where(enough, *raised), axis=1))
 
 
 def _narrowed(
@@ -222,36 +244,37 @@ def _narrowed(
 
     def narrow(state: _Interval) -> _Interval:
         tried = _spread(state, top)
-        low, high, kept_low, kept_high = state.low, state.high, state.kept_low, state.kept_high
-        for one, kept in zip(tried, _measures(order, weights, tried), strict=True):
-            enough = kept >= wanted
-            low, kept_low = jnp.where(enough, one, low), jnp.where(enough, kept, kept_low)
-            first = ~enough & (one < high)
-            high, kept_high = jnp.where(first, one, high), jnp.where(first, kept, kept_high)
-        done = high - low <= 1
+        kept = jnp.stack(_measures(order, weights, list(tried)))
+        next_state = state._replace(bounds=state.narrowed(tried, kept.astype(jnp.uint32), kept >= wanted))
+        done = next_state.high - next_state.low <= 1
         if weights is None:
-            done |= kept_low - kept_high <= 1
-        return state.moved(done, low=low, high=high, kept_low=kept_low, kept_high=kept_high)
+            done |= next_state.num_between <= 1
+        return state.moved(next_state.bounds, done)
 
     return jax.lax.while_loop(go_on, narrow, interval)
 
 
-def _spread(state: _Interval, top: jax.Array) -> list[jax.Array]:
-    """Returns rising thresholds that divide intervals in 16 equal parts, by the keys' values, or by their bits where
-    the values extend over several orders of magnitude, and now and then, lest values are too close to be divided."""
+def _spread(state: _Interval, top: jax.Array) -> jax.Array:
+    """Returns rising thresholds, uint32 [15, R], that divide intervals in 16 equal parts, by the keys' values, or by
+    their bits where the values extend over several orders of magnitude, and now and then, lest values are too close to
+    be divided."""
     best = _value_of(top)
     low, high = _value_of(state.low) - best, _value_of(state.high - 1) - best
     by_bits = ~(low >= -4096.0) | (state.step % 4 == 3)
-    span, found = state.high - state.low, []
-    for part in range(1, _TRIED + 1):
-        bits = state.low + span // 16 * part + span % 16 * part // 16
-        value = _ordered_bits(best + (low + (high - low) * (part / 16)))
-        found.append(jnp.where(by_bits, bits, jnp.clip(value, state.low, state.high - 1)))
-    return found
+    part, span = jnp.arange(1, _TRIED + 1, dtype=jnp.uint32)[:, None], state.high - state.low
+    bits = state.low + (span >> 4) * part + ((span & 15) * part >> 4)
+    values = _ordered_bits(best + (low + (high - low) * (part.astype(jnp.float32) / 16)))
+    return jnp.where(by_bits, bits, jnp.clip(values, state.low, state.high - 1))
 
 
 def _checked(
-    order: jax.Array, weights: jax.Array, limit: jax.Array, interval: _Interval, wanted: jax.Array
+    order: jax.Array,
+    weights: jax.Array,
+    limit: jax.Array,
+    everything: jax.Array,
+    low: jax.Array,
+    top: jax.Array,
+    use: jax.Array,
 ) -> jax.Array:
     """Returns a threshold, uint32 [R], that keeps the fewest keys whose plain sum of weights is as much as is wanted.
 
@@ -259,19 +282,21 @@ def _checked(
         order: uint32 [R, V], of the keys.
         weights: float32 [R, V].
         limit: float32 [R], the share of all weights that is wanted.
-        interval: begins the searches.
-        wanted: float32 [R], `limit` of the plain sum of all.
+        everything: float32 [R], the plain sum of all weights.
+        low: uint32 [R], a threshold that keeps all that weighs anything.
+        top: uint32 [R], of the row's largest key.
+        use: bool [R], rows whose result matters.
     """
-    shares = jnp.round(weights * (_WHOLE / interval.kept_low)[:, None]).astype(jnp.int32)
-    everything = jnp.sum(shares, axis=-1)
-    counting = interval._replace(kept_low=everything, kept_high=jnp.zeros_like(everything))
-    goal = jnp.ceil(limit * everything.astype(jnp.float32)).astype(jnp.int32)
-    guess = _narrowed(order, shares, counting, goal, interval.high - 1).low
+    shares = jnp.round(weights * (_WHOLE / everything)[:, None]).astype(jnp.int32)
+    whole, wanted = jnp.sum(shares, axis=-1), limit * everything
+    interval = _Interval.of(low, top, whole, use)
+    goal = jnp.ceil(limit * whole.astype(jnp.float32)).astype(jnp.int32)
+    guess = _narrowed(order, shares, interval, goal, top).low
 
     def narrow(state: _Interval) -> _Interval:
         # First the guess, then the next key up or down, until one is passed that makes the difference. Where that
         # takes long, halves.
-        up = state.low > interval.low
+        up = state.low > low
         places, bound = jnp.where(up[:, None], ~order, order), jnp.where(up, ~state.low, state.high - 1)
         nearest = jnp.max(jnp.where(places <= bound[:, None], places, 0), axis=-1)
         tried = jnp.where(up, ~nearest + 1, nearest)
@@ -279,8 +304,9 @@ def _checked(
         tried = jnp.where(state.step == 0, guess, jnp.where(state.step < _NEIGHBORS, tried, halves))
         tried = jnp.clip(tried, state.low + 1, jnp.maximum(state.high - 1, state.low + 1))
         enough = jnp.sum(jnp.where(order >= tried[:, None], weights, 0.0), axis=-1) >= wanted
-        low, high = jnp.where(enough, tried, state.low), jnp.where(enough, state.high, tried)
         passed = (state.step > 0) & (state.step < _NEIGHBORS) & (up != enough)
-        return state.moved(passed | (high - low <= 1), low=low, high=high)
+        bounds = state.narrowed(tried[None], jnp.zeros_like(tried[None]), enough[None])
+        after = state._replace(bounds=bounds)
+        return state.moved(bounds, passed | (after.high - after.low <= 1))
 
     return jax.lax.while_loop(lambda state: ~jnp.all(state.done), narrow, interval).low

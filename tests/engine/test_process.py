@@ -33,7 +33,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.request import EngineRequest, FinishReason
 
 CONFIG = EngineConfig(
-    architecture=ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256),
+    architecture=ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 32, 256),
     load_format="dummy",
     scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=32),
     cache=CacheConfig(num_pages=64),

@@ -32,7 +32,7 @@ from tests.runner.drive import drive
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
-MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
+MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 32, 256, tie_word_embeddings=True)
 CONFIG = EngineConfig(
     architecture=MODEL,
     load_format="dummy",

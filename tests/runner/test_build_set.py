@@ -24,7 +24,7 @@ from jaxserve.programs.step_programs import ProgramKey, Shapes, program_keys
 from jaxserve.runner import engine_startup as startup
 from jaxserve.runner.model_runner import ModelRunner
 
-MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
+MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 32, 256, tie_word_embeddings=True)
 CONFIG = EngineConfig(
     architecture=MODEL,
     load_format="dummy",

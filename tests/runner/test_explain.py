@@ -31,14 +31,16 @@ from tests.models.test_expert_checkpoints import QWEN3_30B_A3B
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATION}:DeprecationWarning")
 
-MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256)
+MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 32, 256)
 CONFIG = EngineConfig(
     architecture=MODEL,
     load_format="dummy",
     scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=32),
     token_buckets=(8, 32),
 )
-PARAMETERS = 2 * 96 * 32 + 32 + 2 * (2 * 32 + (4 + 2 * 2) * 8 * 32 + 32 * 32 + 3 * 32 * 48)
+HEADS = 4 * 32
+"""Query heads of 32 numbers; half as many are of keys, and of values."""
+PARAMETERS = 2 * 96 * 32 + 32 + 2 * (2 * 32 + 2 * HEADS * 32 + HEADS * 32 + 3 * 32 * 48)
 DEVICE = Target(
     "small",
     "cpu",
@@ -213,13 +215,13 @@ def test_without_a_compiler_the_stated_time_of_a_program_counts(monkeypatch):
 def test_bound_of_a_decode_step(tied):
     model = dataclasses.replace(MODEL, tie_word_embeddings=tied)
     shapes = resolve_shapes(dataclasses.replace(CONFIG, architecture=model), "cpu")
-    token = 2 * 2 * 8 * 2 * 4  # keys and values, heads, head dimension, layers, bytes
+    token = 2 * (HEADS // 2) * 2 * 4  # keys and values, their heads, layers, bytes
     assert token_bytes(shapes) == token
     step = decode_step(shapes, DEVICE, batch=3, context=100)
-    matrices = 96 * 32 + 2 * ((4 + 2 * 2) * 8 * 32 + 32 * 32 + 3 * 32 * 48)
+    matrices = 96 * 32 + 2 * (2 * HEADS * 32 + HEADS * 32 + 3 * 32 * 48)
     embedded = 0 if tied else 3 * 32
     assert step.bytes == 4 * (matrices + 5 * 32 + embedded) + 3 * (100 + 1) * token
-    assert step.flops == 3 * (2 * matrices + 2 * 4 * 4 * 8 * 100)
+    assert step.flops == 3 * (2 * matrices + 2 * 4 * HEADS * 100)
     assert step.seconds == max(step.bytes / 1e9, step.flops / 2e9)
     assert step.bound == ("memory" if step.bytes / 1e9 > step.flops / 2e9 else "compute")
     assert step.tokens_per_second == pytest.approx(3 / step.seconds)

@@ -46,7 +46,7 @@ def layers(*windows: int | None) -> tuple[LayerSpec, ...]:
     return tuple(LayerSpec(SelfAttentionSpec(sliding_window=window), MLPSpec(48)) for window in windows)
 
 
-BASE = ModelConfig("LlamaForCausalLM", 96, 32, 48, 4, 2, 1, 16, 320)
+BASE = ModelConfig("LlamaForCausalLM", 96, 32, 48, 4, 2, 1, 32, 320)
 MODELS = {
     # Two groups of two layers.
     "alternating": dataclasses.replace(BASE, layers=layers(20, None, 20, None), sliding_window=20),
@@ -62,7 +62,7 @@ def config(name: str) -> EngineConfig:
         architecture=MODELS[name],
         load_format="dummy",
         scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64),
-        cache=CacheConfig(num_pages=80, swap_space=0.0005),
+        cache=CacheConfig(num_pages=80, swap_space=0.001),
         token_buckets=(16, 64),
         row_buckets=(8,),
         max_model_len=320,

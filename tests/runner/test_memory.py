@@ -21,7 +21,7 @@ from jaxserve.programs.compiler import ProgramMemory, compile_program, fresh_com
 from jaxserve.programs.program_needs import ProgramNeeds, compiled_needs, largest_keys
 from jaxserve.programs.step_programs import ProgramKey, Shapes, program_keys
 
-MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
+MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 32, 256, tie_word_embeddings=True)
 CONFIG = EngineConfig(
     architecture=MODEL,
     load_format="dummy",

@@ -26,7 +26,7 @@ from jaxserve.scheduler import StepPlan
 from jaxserve.scheduler.plan import NO_DECODES, NO_SAMPLES
 from tests.runner.drive import drive
 
-MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
+MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 32, 256, tie_word_embeddings=True)
 CONFIG = EngineConfig(
     architecture=MODEL,
     load_format="dummy",

@@ -22,13 +22,13 @@ from jaxserve.runner.model_runner import ModelRunner
 
 VOCAB = 101
 CONFIG = EngineConfig(
-    architecture=ModelConfig("LlamaForCausalLM", VOCAB, 32, 48, 1, 2, 1, 16, 256, tie_word_embeddings=True),
+    architecture=ModelConfig("LlamaForCausalLM", VOCAB, 32, 48, 1, 2, 1, 32, 256, tie_word_embeddings=True),
     load_format="dummy",
     scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64, max_penalty_rows=5),
     cache=CacheConfig(num_pages=24, page_size=16, swap_space=0.001),
     token_buckets=(8, 64),
     row_buckets=(8,),
-    seed=5,
+    seed=7,
 )
 
 

@@ -25,7 +25,7 @@ from jaxserve.runner.model_runner import ModelRunner
 from jaxserve.runner.wrapper import RunnerWrapper
 from tests.runner.drive import poisoned
 
-DENSE = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
+DENSE = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 32, 256, tie_word_embeddings=True)
 WINDOW = ModelConfig.from_hf(
     {
         "architectures": ["MistralForCausalLM"],

@@ -31,7 +31,7 @@ from tests.scheduler.drive import dispatch
 
 VOCAB = 101
 CONFIG = EngineConfig(
-    architecture=ModelConfig("LlamaForCausalLM", VOCAB, 32, 48, 1, 2, 1, 16, 2048, tie_word_embeddings=True),
+    architecture=ModelConfig("LlamaForCausalLM", VOCAB, 32, 48, 1, 2, 1, 32, 2048, tie_word_embeddings=True),
     load_format="dummy",
     scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64, max_penalty_rows=7),
     cache=CacheConfig(num_pages=220, page_size=16),

@@ -32,7 +32,7 @@ from jaxserve.scheduler.plan import NO_DECODES, PageTableWrite, RowPlan, Samples
 from jaxserve.scheduler.preemption_costs import PreemptionCosts
 from tests.scheduler.drive import dispatch
 
-MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 8, 256, tie_word_embeddings=True)
+MODEL = ModelConfig("LlamaForCausalLM", 96, 32, 48, 2, 4, 2, 32, 256, tie_word_embeddings=True)
 PAGE_BYTES = 2 * MODEL.num_key_value_heads * 16 * MODEL.head_dim * 4 * MODEL.num_hidden_layers
 CONFIG = EngineConfig(
     architecture=MODEL,

@@ -25,7 +25,7 @@ from tests.server.test_metrics_route import samples
 from tests.server.vllm_harness import ids
 
 PAGE = 16
-MODEL = ModelConfig("LlamaForCausalLM", VOCAB_SIZE, 16, 32, 1, 2, 1, 8, 256, tie_word_embeddings=True, dtype="float32")
+MODEL = ModelConfig("LlamaForCausalLM", VOCAB_SIZE, 16, 32, 1, 2, 1, 32, 256, tie_word_embeddings=True, dtype="float32")
 CONFIG = EngineConfig(
     architecture=MODEL,
     load_format="dummy",
